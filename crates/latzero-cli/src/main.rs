@@ -1,0 +1,3 @@
+//! The program latzero.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Pools, sessions and the registry as deterministic state machines.

@@ -1,0 +1,479 @@
+//! The envelope of a message: its routing fields as raw text, found in one scan.
+
+use std::borrow::Cow;
+
+use crate::error::{Code, Refusal};
+use crate::frame::Frame;
+use crate::limits::{ENVELOPE_FIELDS_MAX, HEADERS_BYTES_MAX, ID_BYTES_MAX};
+use crate::scan::{self, ScanError};
+
+/// The text of one JSON value, already checked to be JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Raw<'a>(&'a str);
+
+impl<'a> Raw<'a> {
+    /// Takes `text` after checking that it is one JSON value.
+    ///
+    /// # Errors
+    /// Where it is not.
+    pub fn new(text: &'a str) -> Result<Self, ScanError> {
+        scan::value(text).map(|()| Raw(text))
+    }
+
+    /// The JSON text.
+    #[must_use]
+    pub fn text(self) -> &'a str {
+        self.0
+    }
+
+    /// The value as a string, with its escapes undone.
+    #[must_use]
+    pub fn as_str(self) -> Option<Cow<'a, str>> {
+        let inner = self.0.strip_prefix('"')?.strip_suffix('"')?;
+        Some(unescape(inner))
+    }
+
+    /// The value as a whole number.
+    #[must_use]
+    pub fn as_u64(self) -> Option<u64> {
+        self.0.parse().ok()
+    }
+
+    /// The value as true or false.
+    #[must_use]
+    pub fn as_bool(self) -> Option<bool> {
+        self.0.parse().ok()
+    }
+
+    /// Whether the value is `null`.
+    #[must_use]
+    pub fn is_null(self) -> bool {
+        self.0 == "null"
+    }
+
+    /// Whether the value is an object.
+    #[must_use]
+    pub fn is_object(self) -> bool {
+        self.0.starts_with('{')
+    }
+}
+
+/// Undoes the escapes of a scanned string's inside.
+pub(crate) fn unescape(inner: &str) -> Cow<'_, str> {
+    if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
+        return Cow::Borrowed(inner);
+    }
+    let quoted = format!("\"{inner}\"");
+    Cow::Owned(serde_json::from_str(&quoted).expect("the scanner accepted this string"))
+}
+
+/// The body of a message: what its sender wants carried, untouched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Body<'a> {
+    /// No body.
+    None,
+    /// A JSON value.
+    Json(Raw<'a>),
+    /// The raw bytes of an attachment frame.
+    Bytes(&'a [u8]),
+}
+
+impl Body<'_> {
+    /// The body's length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Body::None => 0,
+            Body::Json(raw) => raw.0.len(),
+            Body::Bytes(bytes) => bytes.len(),
+        }
+    }
+
+    /// Whether there is no body, or an empty one.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+macro_rules! fields {
+    ($($field:ident $key:literal,)*) => {
+        /// The envelope of one message. Fields that routing needs are named; the others are read from
+        /// [`Envelope::text`] by whoever handles the action that has them.
+        #[derive(Debug, Default, Clone, Copy)]
+        pub struct Envelope<'a> {
+            /// The whole JSON text.
+            pub text: &'a str,
+            /// The raw bytes of an attachment frame.
+            pub attachment: Option<&'a [u8]>,
+            $(#[doc = concat!("The field `", $key, "`.")] pub $field: Option<Raw<'a>>,)*
+        }
+
+        impl<'a> Envelope<'a> {
+            #[inline]
+            fn slot(&mut self, key: &str) -> Option<&mut Option<Raw<'a>>> {
+                match key { $($key => Some(&mut self.$field),)* _ => None }
+            }
+        }
+    };
+}
+
+fields! {
+    action "action", id "id", process "process", pool "pool", data "data", origin "origin",
+    destination "destination", ttl "ttl", in_reply_to "in_reply_to", status "status", response "response",
+    error "error", headers "headers", key "key", window "window", count "count", deliver "deliver", park "park",
+    encoding "encoding", event "event", lost "lost",
+}
+
+/// Why a frame's JSON is not an envelope.
+enum Malformed {
+    Json(ScanError),
+    Message(Refusal),
+}
+
+impl From<ScanError> for Malformed {
+    fn from(error: ScanError) -> Self {
+        Malformed::Json(error)
+    }
+}
+
+impl<'a> Envelope<'a> {
+    /// Scans a frame. The outer error ends the connection (the bytes are not a JSON object); the inner one is
+    /// answered and the connection lives on (an object, but with duplicate or too many fields).
+    ///
+    /// # Errors
+    /// `bad_frame` outside, `bad_message` inside.
+    #[inline]
+    pub fn parse(frame: Frame<'a>) -> Result<Result<Self, Refusal>, Refusal> {
+        let bad_frame = |what: String| Refusal::new(Code::BadFrame, what);
+        let text = std::str::from_utf8(frame.json).map_err(|e| {
+            bad_frame(format!(
+                "the frame is not UTF-8 at byte {}",
+                e.valid_up_to()
+            ))
+        })?;
+        let mut envelope = Envelope {
+            text,
+            attachment: frame.attachment,
+            ..Envelope::default()
+        };
+        let mut others: Vec<Cow<'a, str>> = Vec::new();
+        let scanned = scan::object(text, |key, value| {
+            let key = unescape(key);
+            match envelope.slot(&key) {
+                Some(slot) if slot.is_none() => *slot = Some(Raw(value)),
+                Some(_) => return Err(Malformed::Message(duplicate(&key))),
+                None if others.contains(&key) => return Err(Malformed::Message(duplicate(&key))),
+                None if others.len() >= ENVELOPE_FIELDS_MAX => {
+                    return Err(Malformed::Message(Refusal::new(
+                        Code::BadMessage,
+                        format!(
+                            "a message has at most {ENVELOPE_FIELDS_MAX} fields; put the rest into 'data'"
+                        ),
+                    )));
+                }
+                None => others.push(key),
+            }
+            Ok(())
+        });
+        match scanned {
+            Ok(()) => Ok(Ok(envelope)),
+            Err(Malformed::Json(error)) => Err(bad_frame(format!(
+                "the frame is not a JSON object: {error}"
+            ))),
+            Err(Malformed::Message(refusal)) => {
+                // The rest of the frame decides whether it was JSON at all.
+                scan::value(text).map_err(|error| {
+                    bad_frame(format!("the frame is not a JSON object: {error}"))
+                })?;
+                Ok(Err(refusal))
+            }
+        }
+    }
+
+    /// An optional string field.
+    ///
+    /// # Errors
+    /// `bad_message` where it is there and not a string.
+    #[inline]
+    pub fn string(field: Option<Raw<'a>>, name: &str) -> Result<Option<Cow<'a, str>>, Refusal> {
+        let Some(raw) = present(field) else {
+            return Ok(None);
+        };
+        raw.as_str()
+            .map(Some)
+            .ok_or_else(|| mistyped(name, "a string", raw))
+    }
+
+    /// A string field that must be there.
+    ///
+    /// # Errors
+    /// `bad_message` where it is missing or not a string.
+    #[inline]
+    pub fn required_string(field: Option<Raw<'a>>, name: &str) -> Result<Cow<'a, str>, Refusal> {
+        Self::string(field, name)?.ok_or_else(|| missing(name, "a string"))
+    }
+
+    /// An optional whole number within `range`.
+    ///
+    /// # Errors
+    /// `bad_message` where it is there and not such a number.
+    #[inline]
+    pub fn number(
+        field: Option<Raw<'a>>,
+        name: &str,
+        range: std::ops::RangeInclusive<u64>,
+    ) -> Result<Option<u64>, Refusal> {
+        let Some(raw) = present(field) else {
+            return Ok(None);
+        };
+        match raw.as_u64() {
+            Some(n) if range.contains(&n) => Ok(Some(n)),
+            _ => Err(mistyped(
+                name,
+                &format!("a whole number from {} to {}", range.start(), range.end()),
+                raw,
+            )),
+        }
+    }
+
+    /// An optional true or false; absent is false.
+    ///
+    /// # Errors
+    /// `bad_message` where it is there and neither.
+    pub fn flag(field: Option<Raw<'a>>, name: &str) -> Result<bool, Refusal> {
+        let Some(raw) = present(field) else {
+            return Ok(false);
+        };
+        raw.as_bool()
+            .ok_or_else(|| mistyped(name, "true or false", raw))
+    }
+
+    /// The sender's correlation id.
+    ///
+    /// # Errors
+    /// `bad_message` where it is there and not a string of 1 to 128 bytes.
+    #[inline]
+    pub fn correlation_id(&self) -> Result<Option<Cow<'a, str>>, Refusal> {
+        id_field(self.id, "id")
+    }
+
+    /// The `headers` field, checked to be an object of strings within its size.
+    ///
+    /// # Errors
+    /// `bad_message` or `too_large`.
+    #[inline]
+    pub fn checked_headers(&self) -> Result<Option<Raw<'a>>, Refusal> {
+        let Some(raw) = present(self.headers) else {
+            return Ok(None);
+        };
+        check_headers(raw)?;
+        Ok(Some(raw))
+    }
+
+    /// The body that stands in `field`, or in the attachment.
+    ///
+    /// # Errors
+    /// `bad_message` where it stands in both.
+    #[inline]
+    pub fn body(&self, field: Option<Raw<'a>>, name: &str) -> Result<Body<'a>, Refusal> {
+        match (field, self.attachment) {
+            (Some(_), Some(_)) => Err(Refusal::new(
+                Code::BadMessage,
+                format!(
+                    "the attachment takes the place of field '{name}', which must then be absent"
+                ),
+            )),
+            (None, Some(bytes)) => Ok(Body::Bytes(bytes)),
+            (Some(raw), None) => Ok(Body::Json(raw)),
+            (None, None) => Ok(Body::None),
+        }
+    }
+}
+
+/// A field with a value; `null` counts as absent everywhere but in bodies.
+#[inline]
+fn present(field: Option<Raw<'_>>) -> Option<Raw<'_>> {
+    field.filter(|raw| !raw.is_null())
+}
+
+/// An id field of 1 to 128 bytes.
+pub(crate) fn id_field<'a>(
+    field: Option<Raw<'a>>,
+    name: &str,
+) -> Result<Option<Cow<'a, str>>, Refusal> {
+    let id = Envelope::string(field, name)?;
+    if id
+        .as_ref()
+        .is_some_and(|id| id.is_empty() || id.len() > ID_BYTES_MAX)
+    {
+        return Err(Refusal::new(
+            Code::BadMessage,
+            format!("field '{name}' must be a string of 1 to {ID_BYTES_MAX} bytes"),
+        ));
+    }
+    Ok(id)
+}
+
+fn check_headers(raw: Raw<'_>) -> Result<(), Refusal> {
+    if raw.0.len() > HEADERS_BYTES_MAX {
+        return Err(Refusal::new(
+            Code::TooLarge,
+            format!(
+                "field 'headers' has {} bytes, at most {HEADERS_BYTES_MAX} are allowed",
+                raw.0.len()
+            ),
+        ));
+    }
+    if !raw.is_object() {
+        return Err(mistyped("headers", "an object of strings", raw));
+    }
+    let mut keys: Vec<&str> = Vec::new();
+    scan::object(raw.0, |key, value| {
+        if !value.starts_with('"') {
+            return Err(Malformed::Message(mistyped(
+                "headers",
+                "an object of strings",
+                Raw(value),
+            )));
+        }
+        keys.push(key);
+        Ok(())
+    })
+    .map_err(|error| match error {
+        Malformed::Message(refusal) => refusal,
+        Malformed::Json(error) => {
+            Refusal::new(Code::BadMessage, format!("field 'headers': {error}"))
+        }
+    })?;
+    keys.sort_unstable();
+    match keys.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(duplicate(&format!("headers.{}", pair[0]))),
+        None => Ok(()),
+    }
+}
+
+fn duplicate(key: &str) -> Refusal {
+    Refusal::new(
+        Code::BadMessage,
+        format!("field '{}' stands twice", shorten(key)),
+    )
+}
+
+pub(crate) fn missing(name: &str, expected: &str) -> Refusal {
+    Refusal::new(
+        Code::BadMessage,
+        format!("field '{name}' is missing: expected {expected}"),
+    )
+}
+
+pub(crate) fn mistyped(name: &str, expected: &str, got: Raw<'_>) -> Refusal {
+    Refusal::new(
+        Code::BadMessage,
+        format!("field '{name}' must be {expected}, not {}", shorten(got.0)),
+    )
+}
+
+/// The first characters of what a peer sent, safe to show.
+pub(crate) fn shorten(text: &str) -> String {
+    let mut shown: String = text.chars().take(40).flat_map(char::escape_debug).collect();
+    if text.chars().nth(40).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Result<Result<Envelope<'_>, Refusal>, Refusal> {
+        Envelope::parse(Frame {
+            json: json.as_bytes(),
+            attachment: None,
+        })
+    }
+
+    fn check_message(json: &str, expected: &str) {
+        assert_eq!(
+            parse(json).unwrap().unwrap_err().to_string(),
+            expected,
+            "{json}"
+        );
+    }
+
+    #[test]
+    fn fields_are_found_whatever_their_order_and_spelling() {
+        let e = parse(
+            r#"{"data":{"x":[1,{"action":"no"}]},"\u0061ction":"trigger","id":"a\"b","ttl":5}"#,
+        )
+        .unwrap()
+        .unwrap();
+        assert_eq!(e.action.unwrap().as_str().unwrap(), "trigger");
+        assert_eq!(e.correlation_id().unwrap().unwrap(), "a\"b");
+        assert_eq!(e.data.unwrap().text(), r#"{"x":[1,{"action":"no"}]}"#);
+        assert_eq!(e.ttl.unwrap().as_u64(), Some(5));
+    }
+
+    #[test]
+    fn what_is_not_an_object_ends_the_connection() {
+        for bad in ["[]", "1", "", "{", "{\"a\":1}x", "{\"a\":1,\"a\":2"] {
+            assert_eq!(parse(bad).unwrap_err().code, Code::BadFrame, "{bad}");
+        }
+        let not_utf8 = Envelope::parse(Frame {
+            json: b"{\"a\":\"\xff\"}",
+            attachment: None,
+        });
+        assert!(
+            not_utf8
+                .unwrap_err()
+                .message
+                .contains("not UTF-8 at byte 6")
+        );
+    }
+
+    #[test]
+    fn duplicates_are_answered() {
+        check_message(
+            r#"{"id":"1","id":"2"}"#,
+            "bad_message: field 'id' stands twice",
+        );
+        check_message(
+            r#"{"other":"1","\u006fther":"2"}"#,
+            "bad_message: field 'other' stands twice",
+        );
+        let many: Vec<String> = (0..70).map(|i| format!("\"f{i}\":1")).collect();
+        check_message(
+            &format!("{{{}}}", many.join(",")),
+            "bad_message: a message has at most 64 fields; put the rest into 'data'",
+        );
+    }
+
+    #[test]
+    fn fields_of_a_wrong_type_are_named() {
+        let e = parse(r#"{"id":"","ttl":-1,"process":7,"park":"yes","headers":{"a":1}}"#)
+            .unwrap()
+            .unwrap();
+        let text = |r: Refusal| r.message.into_owned();
+        assert_eq!(
+            text(e.correlation_id().unwrap_err()),
+            "field 'id' must be a string of 1 to 128 bytes"
+        );
+        assert_eq!(
+            text(Envelope::number(e.ttl, "ttl", 1..=9).unwrap_err()),
+            "field 'ttl' must be a whole number from 1 to 9, not -1"
+        );
+        assert_eq!(
+            text(Envelope::string(e.process, "process").unwrap_err()),
+            "field 'process' must be a string, not 7"
+        );
+        assert_eq!(
+            text(Envelope::flag(e.park, "park").unwrap_err()),
+            "field 'park' must be true or false, not \\\"yes\\\""
+        );
+        assert_eq!(
+            text(e.checked_headers().unwrap_err()),
+            "field 'headers' must be an object of strings, not 1"
+        );
+    }
+}

@@ -1,0 +1,47 @@
+//! The limits that belong to the wire itself. Limits of a server are settings and stand with the server.
+
+/// The protocol version that this crate speaks.
+pub const PROTOCOL_VERSION: u64 = 1;
+
+/// The port a server listens on unless told otherwise.
+pub const DEFAULT_PORT: u16 = 45_227;
+
+/// Largest payload of a frame in bytes, unless the handshake acknowledgement names another.
+pub const MAX_FRAME_DEFAULT: usize = 16 * 1024 * 1024;
+
+/// What a server may add to a payload that it passes on (origin, ids), in bytes. A client accepts frames up to
+/// the announced `max_frame` plus this.
+pub const FORWARD_SLACK: usize = 16 * 1024;
+
+/// Deepest nesting of JSON arrays and objects in one message, the envelope included.
+pub const JSON_DEPTH_MAX: u32 = 64;
+
+/// Most fields in one message's envelope.
+pub const ENVELOPE_FIELDS_MAX: usize = 64;
+
+/// Longest correlation id in bytes.
+pub const ID_BYTES_MAX: usize = 128;
+
+/// Largest `headers` object in bytes, as JSON text.
+pub const HEADERS_BYTES_MAX: usize = 8 * 1024;
+
+/// Longest `key` of a sticky call in bytes.
+pub const KEY_BYTES_MAX: usize = 1024;
+
+/// A call's time to live in milliseconds where the caller names none.
+pub const TTL_DEFAULT_MS: u64 = 30_000;
+
+/// The longest time to live of a call in milliseconds: 24 hours.
+pub const TTL_MAX_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// The largest window of a streamed call, in items.
+pub const WINDOW_MAX: u64 = 1_000_000;
+
+/// The pool that an app joins when it names none.
+pub const DEFAULT_POOL: &str = "default";
+
+/// The pool of the server's built-in app.
+pub const SYSTEM_POOL: &str = "system";
+
+/// The AppID of the server's built-in app.
+pub const SYSTEM_APP: &str = "latzero";

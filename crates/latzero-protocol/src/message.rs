@@ -1,0 +1,962 @@
+//! Messages that a client sends, decoded from their envelope into borrowed, checked values.
+//!
+//! Every field is checked here, so that what decides (the fabric) only ever sees messages that make sense.
+
+use std::borrow::Cow;
+
+use crate::envelope::{Body, Envelope, Raw, id_field, missing, mistyped, shorten};
+use crate::error::{Code, Refusal};
+use crate::id::InstanceId;
+use crate::limits::{KEY_BYTES_MAX, TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX};
+use crate::name::{AppId, PoolName, TriggerName};
+use crate::scan;
+
+/// One message from a client.
+#[derive(Debug)]
+pub enum Request<'a> {
+    /// Names the app behind a connection.
+    Handshake(Box<Handshake<'a>>),
+    /// Calls a trigger.
+    Trigger(Trigger<'a>),
+    /// Answers a call, or a ping of the server.
+    Response(Response<'a>),
+    /// Tells every handler of a trigger, without an answer.
+    Emit(Emit<'a>),
+    /// Ends a call of the sender's.
+    Cancel(CallRef<'a>),
+    /// Grants further items of a stream.
+    Ack(CallRef<'a>, u64),
+    /// Serves further triggers.
+    TriggerRegister(Vec<TriggerSpec>),
+    /// Serves triggers no longer.
+    TriggerUnregister(Vec<TriggerSpec>),
+    /// Makes a pool.
+    PoolCreate(PoolCreate<'a>),
+    /// Joins a pool.
+    PoolJoin(PoolName),
+    /// Leaves a pool.
+    PoolLeave(PoolName),
+    /// Lists the pools.
+    PoolList,
+    /// Describes a pool.
+    PoolInfo(PoolName),
+    /// Removes a pool, with `force` even where it has members.
+    PoolRemove(PoolName, bool),
+    /// Lists the apps, of one pool or of all.
+    AppList(Option<PoolName>),
+    /// Asks for a pool's events.
+    Watch(PoolName, EventSet),
+    /// Asks for them no longer.
+    Unwatch(PoolName),
+    /// Asks whether the server lives.
+    Ping,
+    /// Asks for statistics.
+    Stats,
+    /// Asks for the health of the server's parts.
+    Health,
+    /// Something for administrators alone.
+    Admin(Admin<'a>),
+}
+
+/// The first message of a connection.
+#[derive(Debug)]
+pub struct Handshake<'a> {
+    /// The AppID.
+    pub app_id: AppId,
+    /// Pools to join; absent where the app wants back what it had.
+    pub pools: Option<Vec<PoolName>>,
+    /// Triggers to serve; absent where the app wants back what it had.
+    pub triggers: Option<Vec<TriggerSpec>>,
+    /// What the app tells about itself, passed to whoever lists apps.
+    pub meta: Option<Raw<'a>>,
+    /// The protocol version asked for.
+    pub protocol: u64,
+    /// Features that the client offers.
+    pub features: Features,
+    /// Refuse if another instance lives.
+    pub exclusive: bool,
+    /// Displace other instances.
+    pub takeover: bool,
+}
+
+/// Optional parts of the protocol, used where both sides named them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Features {
+    /// Attachment frames.
+    pub attachments: bool,
+    /// File descriptors over a Unix socket.
+    pub fd_passing: bool,
+}
+
+impl Features {
+    /// The features as the wire lists them.
+    #[must_use]
+    pub fn names(self) -> Vec<&'static str> {
+        let all = [
+            (self.attachments, "attachments"),
+            (self.fd_passing, "fd_passing"),
+        ];
+        all.into_iter()
+            .filter_map(|(on, name)| on.then_some(name))
+            .collect()
+    }
+
+    /// What both sides have.
+    #[must_use]
+    pub fn and(self, other: Features) -> Features {
+        Features {
+            attachments: self.attachments && other.attachments,
+            fd_passing: self.fd_passing && other.fd_passing,
+        }
+    }
+}
+
+/// How a call finds one handler among several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Strategy {
+    /// Each in turn.
+    #[default]
+    RoundRobin,
+    /// Any.
+    Random,
+    /// The one with the fewest calls in flight.
+    LeastBusy,
+    /// The same one for the same `key`, as long as it lives.
+    Sticky,
+}
+
+impl Strategy {
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Strategy::RoundRobin => "round_robin",
+            Strategy::Random => "random",
+            Strategy::LeastBusy => "least_busy",
+            Strategy::Sticky => "sticky",
+        }
+    }
+
+    /// Reads the word on the wire.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        [
+            Strategy::RoundRobin,
+            Strategy::Random,
+            Strategy::LeastBusy,
+            Strategy::Sticky,
+        ]
+        .into_iter()
+        .find(|s| s.as_str() == text)
+    }
+}
+
+/// A trigger that an app offers to serve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TriggerSpec {
+    /// Its name.
+    pub name: TriggerName,
+    /// The pools it is served in; absent means every pool that the app is in.
+    pub pools: Option<Vec<PoolName>>,
+    /// How calls are spread over its handlers.
+    pub strategy: Strategy,
+    /// Most calls at a time that one instance takes.
+    pub concurrency: Option<u32>,
+    /// What it does, for people.
+    pub doc: Option<String>,
+}
+
+impl TriggerSpec {
+    /// A trigger served in every pool, each handler in turn.
+    #[must_use]
+    pub fn new(name: TriggerName) -> Self {
+        TriggerSpec {
+            name,
+            pools: None,
+            strategy: Strategy::default(),
+            concurrency: None,
+            doc: None,
+        }
+    }
+
+    /// Whether the trigger is served in `pool`.
+    #[must_use]
+    pub fn is_for(&self, pool: &PoolName) -> bool {
+        self.pools.as_ref().is_none_or(|pools| pools.contains(pool))
+    }
+}
+
+/// Which app, and perhaps which instance of it, a message is for.
+#[derive(Debug, Clone)]
+pub struct Destination<'a> {
+    /// The AppID.
+    pub app_id: Cow<'a, str>,
+    /// One instance alone.
+    pub instance: Option<InstanceId>,
+    /// The field as it came.
+    pub raw: Raw<'a>,
+}
+
+/// A trigger call.
+#[derive(Debug)]
+pub struct Trigger<'a> {
+    /// The caller's id; without one it gets no answer.
+    pub id: Option<Cow<'a, str>>,
+    /// The trigger's name, not yet checked: a name that is found is valid.
+    pub process: Cow<'a, str>,
+    /// The pool, where the caller names one.
+    pub pool: Option<Cow<'a, str>>,
+    /// The app to call, where the caller names one.
+    pub destination: Option<Destination<'a>>,
+    /// Time to live in milliseconds.
+    pub ttl_ms: u64,
+    /// What a sticky trigger goes by.
+    pub key: Option<Cow<'a, str>>,
+    /// Items of a stream that may be under way unacknowledged.
+    pub window: Option<u64>,
+    /// Wait for a handler where none is live.
+    pub park: bool,
+    /// Headers, passed on.
+    pub headers: Option<Raw<'a>>,
+    /// The payload, passed on.
+    pub body: Body<'a>,
+}
+
+/// An event that gets no answer.
+#[derive(Debug)]
+pub struct Emit<'a> {
+    /// The trigger's name, not yet checked: a name that is found is valid.
+    pub process: Cow<'a, str>,
+    /// The pool, where the sender names one.
+    pub pool: Option<Cow<'a, str>>,
+    /// The app to tell, where the sender names one.
+    pub destination: Option<Destination<'a>>,
+    /// To one handler rather than to all.
+    pub one: bool,
+    /// What a sticky trigger goes by when one handler is picked.
+    pub key: Option<Cow<'a, str>>,
+    /// Headers, passed on.
+    pub headers: Option<Raw<'a>>,
+    /// The payload, passed on.
+    pub body: Body<'a>,
+}
+
+/// What a response says of its call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// It ended well.
+    Ok,
+    /// It failed.
+    Error,
+    /// One item of a stream.
+    Partial,
+    /// A report on the way.
+    Progress,
+}
+
+impl Status {
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::Ok => "ok",
+            Status::Error => "error",
+            Status::Partial => "partial",
+            Status::Progress => "progress",
+        }
+    }
+
+    /// Reads the word on the wire.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "ok" => Some(Status::Ok),
+            "error" => Some(Status::Error),
+            "partial" => Some(Status::Partial),
+            "progress" => Some(Status::Progress),
+            _ => None,
+        }
+    }
+
+    /// Whether the call ends with it.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        matches!(self, Status::Ok | Status::Error)
+    }
+}
+
+/// A handler's answer.
+#[derive(Debug)]
+pub struct Response<'a> {
+    /// The id that the server gave the call.
+    pub in_reply_to: Cow<'a, str>,
+    /// What it says of the call.
+    pub status: Status,
+    /// The error object of a failed call.
+    pub error: Option<Raw<'a>>,
+    /// Headers, passed on.
+    pub headers: Option<Raw<'a>>,
+    /// The payload, passed on.
+    pub body: Body<'a>,
+}
+
+/// A call as its caller names it.
+#[derive(Debug)]
+pub struct CallRef<'a> {
+    /// The id that the caller gave it.
+    pub id: Cow<'a, str>,
+}
+
+/// A pool to make.
+#[derive(Debug)]
+pub struct PoolCreate<'a> {
+    /// Its name.
+    pub pool: PoolName,
+    /// Free properties, kept and shown.
+    pub properties: Option<Raw<'a>>,
+}
+
+/// Which events a watcher wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EventSet(u16);
+
+macro_rules! events {
+    ($($name:ident $wire:literal $bit:literal,)*) => {
+        /// An event of a pool.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Event {
+            $(#[doc = concat!("`", $wire, "`.")] $name = 1 << $bit,)*
+        }
+
+        impl Event {
+            /// Every event.
+            pub const ALL: &[Event] = &[$(Event::$name),*];
+
+            /// The word on the wire.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Event::$name => $wire,)* }
+            }
+        }
+    };
+}
+
+events! {
+    AppOnline "app_online" 0,
+    AppOffline "app_offline" 1,
+    TriggerAdded "trigger_added" 2,
+    TriggerRemoved "trigger_removed" 3,
+    BlockCreated "block_created" 4,
+    BlockChanged "block_changed" 5,
+    BlockRemoved "block_removed" 6,
+    PoolRemoved "pool_removed" 7,
+}
+
+impl EventSet {
+    /// Every event.
+    pub const ALL: EventSet = EventSet(u16::MAX);
+
+    /// Whether `event` is wanted.
+    #[must_use]
+    pub fn has(self, event: Event) -> bool {
+        self.0 & event as u16 != 0
+    }
+}
+
+/// A request for administrators alone.
+#[derive(Debug)]
+pub struct Admin<'a> {
+    /// What is asked for.
+    pub action: AdminAction,
+    /// The admin token, where the connection itself does not prove the right.
+    pub token: Option<Cow<'a, str>>,
+}
+
+/// What administrators may ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AdminAction {
+    /// Drain and stop.
+    Shutdown,
+    /// Read the settings again.
+    Reload,
+    /// Close an app's connections, or one instance's.
+    Kick(AppId, Option<InstanceId>),
+}
+
+impl<'a> Request<'a> {
+    /// Decodes a message.
+    ///
+    /// # Errors
+    /// `bad_message`, `invalid_name`, `unknown_action`, `too_large` or `unsupported_protocol`, with the field named.
+    #[inline]
+    pub fn decode(e: &Envelope<'a>) -> Result<Self, Refusal> {
+        let action = Envelope::required_string(e.action, "action")?;
+        Ok(match &*action {
+            "trigger" => Request::Trigger(trigger(e)?),
+            "response" => Request::Response(response(e)?),
+            "emit" => Request::Emit(emit(e)?),
+            "ack" => {
+                let count = Envelope::number(e.count, "count", 1..=WINDOW_MAX)?;
+                Request::Ack(
+                    call_ref(e)?,
+                    count.ok_or_else(|| missing("count", "a whole number"))?,
+                )
+            }
+            "cancel" => Request::Cancel(call_ref(e)?),
+            "handshake" => Request::Handshake(Box::new(handshake(e)?)),
+            "trigger_register" => Request::TriggerRegister(triggers_field(e)?),
+            "trigger_unregister" => Request::TriggerUnregister(triggers_field(e)?),
+            "pool_create" => Request::PoolCreate(pool_create(e)?),
+            "pool_join" => Request::PoolJoin(pool_field(e)?),
+            "pool_leave" => Request::PoolLeave(pool_field(e)?),
+            "pool_list" => Request::PoolList,
+            "pool_info" => Request::PoolInfo(pool_field(e)?),
+            "pool_remove" => {
+                let fields = Fields::of(e.text)?;
+                Request::PoolRemove(pool_field(e)?, fields.flag("force")?)
+            }
+            "app_list" => Request::AppList(optional_pool(e)?),
+            "watch" => Request::Watch(pool_field(e)?, events(&Fields::of(e.text)?)?),
+            "unwatch" => Request::Unwatch(pool_field(e)?),
+            "ping" => Request::Ping,
+            "stats" => Request::Stats,
+            "health" => Request::Health,
+            "shutdown" => admin(e, AdminAction::Shutdown)?,
+            "reload" => admin(e, AdminAction::Reload)?,
+            "kick" => {
+                let fields = Fields::of(e.text)?;
+                let app = AppId::new(&fields.required_string("app_id")?)?;
+                let instance = fields.string("instance")?;
+                let instance = instance.map(|text| instance_id(&text)).transpose()?;
+                admin(e, AdminAction::Kick(app, instance))?
+            }
+            other => {
+                return Err(Refusal::new(
+                    Code::UnknownAction,
+                    format!("unknown action '{}'", shorten(other)),
+                ));
+            }
+        })
+    }
+}
+
+fn handshake<'a>(e: &Envelope<'a>) -> Result<Handshake<'a>, Refusal> {
+    let fields = Fields::of(e.text)?;
+    let features = fields.strings("features")?.unwrap_or_default();
+    let has = |name: &str| features.iter().any(|f| f == name);
+    let pools = fields.strings("pools")?;
+    let triggers = fields.field("triggers").map(triggers).transpose()?;
+    let meta = fields.field("meta");
+    if let Some(meta) = meta.filter(|meta| !meta.is_object()) {
+        return Err(mistyped("meta", "an object", meta));
+    }
+    let protocol = fields.field("protocol").map_or(Ok(Some(1)), |raw| {
+        Envelope::number(Some(raw), "protocol", 1..=u64::MAX)
+    })?;
+    Ok(Handshake {
+        app_id: AppId::new(&fields.required_string("app_id")?)?,
+        pools: pools
+            .map(|names| {
+                names
+                    .iter()
+                    .map(|n| Ok(PoolName::new(n)?))
+                    .collect::<Result<_, Refusal>>()
+            })
+            .transpose()?,
+        triggers,
+        meta,
+        protocol: protocol.unwrap_or(1),
+        features: Features {
+            attachments: has("attachments"),
+            fd_passing: has("fd_passing"),
+        },
+        exclusive: fields.flag("exclusive")?,
+        takeover: fields.flag("takeover")?,
+    })
+}
+
+fn trigger<'a>(e: &Envelope<'a>) -> Result<Trigger<'a>, Refusal> {
+    Ok(Trigger {
+        id: e.correlation_id()?,
+        process: Envelope::required_string(e.process, "process")?,
+        pool: Envelope::string(e.pool, "pool")?,
+        destination: destination(e)?,
+        ttl_ms: Envelope::number(e.ttl, "ttl", 1..=TTL_MAX_MS)?.unwrap_or(TTL_DEFAULT_MS),
+        key: key(e)?,
+        window: Envelope::number(e.window, "window", 1..=WINDOW_MAX)?,
+        park: Envelope::flag(e.park, "park")?,
+        headers: e.checked_headers()?,
+        body: e.body(e.data, "data")?,
+    })
+}
+
+fn emit<'a>(e: &Envelope<'a>) -> Result<Emit<'a>, Refusal> {
+    let one = match Envelope::string(e.deliver, "deliver")?.as_deref() {
+        None | Some("all") => false,
+        Some("one") => true,
+        Some(_) => {
+            return Err(mistyped(
+                "deliver",
+                "\"all\" or \"one\"",
+                e.deliver.expect("it was read"),
+            ));
+        }
+    };
+    Ok(Emit {
+        process: Envelope::required_string(e.process, "process")?,
+        pool: Envelope::string(e.pool, "pool")?,
+        destination: destination(e)?,
+        one,
+        key: key(e)?,
+        headers: e.checked_headers()?,
+        body: e.body(e.data, "data")?,
+    })
+}
+
+fn response<'a>(e: &Envelope<'a>) -> Result<Response<'a>, Refusal> {
+    let in_reply_to = id_field(e.in_reply_to, "in_reply_to")?
+        .ok_or_else(|| missing("in_reply_to", "a string"))?;
+    let status = Envelope::required_string(e.status, "status")?;
+    let Some(status) = Status::parse(&status) else {
+        let expected = "one of \"ok\", \"error\", \"partial\", \"progress\"";
+        return Err(mistyped("status", expected, e.status.expect("it was read")));
+    };
+    let error = match (status, e.error) {
+        (Status::Error, Some(raw)) => Some(checked_error(raw)?),
+        _ => None,
+    };
+    Ok(Response {
+        in_reply_to,
+        status,
+        error,
+        headers: e.checked_headers()?,
+        body: e.body(e.response, "response")?,
+    })
+}
+
+/// A handler's error object: a `code` that is a string, whatever else it holds.
+fn checked_error(raw: Raw<'_>) -> Result<Raw<'_>, Refusal> {
+    if !raw.is_object() {
+        return Err(mistyped(
+            "error",
+            "an object with 'code' and 'message'",
+            raw,
+        ));
+    }
+    Fields::of(raw.text())?.required_string("code").map(|_| raw)
+}
+
+fn destination<'a>(e: &Envelope<'a>) -> Result<Option<Destination<'a>>, Refusal> {
+    let Some(raw) = e.destination.filter(|raw| !raw.is_null()) else {
+        return Ok(None);
+    };
+    if let Some(app_id) = raw.as_str() {
+        return Ok(Some(Destination {
+            app_id,
+            instance: None,
+            raw,
+        }));
+    }
+    if !raw.is_object() {
+        return Err(mistyped(
+            "destination",
+            "an AppID or {\"app_id\":…,\"instance\":…}",
+            raw,
+        ));
+    }
+    let fields = Fields::of(raw.text())?;
+    let app_id = fields.required_string("app_id")?;
+    let instance = fields
+        .string("instance")?
+        .map(|text| instance_id(&text))
+        .transpose()?;
+    Ok(Some(Destination {
+        app_id,
+        instance,
+        raw,
+    }))
+}
+
+fn instance_id(text: &str) -> Result<InstanceId, Refusal> {
+    InstanceId::parse(text).ok_or_else(|| {
+        Refusal::new(
+            Code::BadMessage,
+            format!(
+                "field 'instance' must be sixteen hex digits, not {}",
+                shorten(text)
+            ),
+        )
+    })
+}
+
+fn key<'a>(e: &Envelope<'a>) -> Result<Option<Cow<'a, str>>, Refusal> {
+    let key = Envelope::string(e.key, "key")?;
+    if key.as_ref().is_some_and(|key| key.len() > KEY_BYTES_MAX) {
+        return Err(Refusal::new(
+            Code::TooLarge,
+            format!("field 'key' has more than {KEY_BYTES_MAX} bytes"),
+        ));
+    }
+    Ok(key)
+}
+
+fn call_ref<'a>(e: &Envelope<'a>) -> Result<CallRef<'a>, Refusal> {
+    let id = e
+        .correlation_id()?
+        .ok_or_else(|| missing("id", "the id of a call"))?;
+    Ok(CallRef { id })
+}
+
+fn pool_field(e: &Envelope<'_>) -> Result<PoolName, Refusal> {
+    Ok(PoolName::new(&Envelope::required_string(e.pool, "pool")?)?)
+}
+
+fn optional_pool(e: &Envelope<'_>) -> Result<Option<PoolName>, Refusal> {
+    Ok(Envelope::string(e.pool, "pool")?
+        .map(|name| PoolName::new(&name))
+        .transpose()?)
+}
+
+fn pool_create<'a>(e: &Envelope<'a>) -> Result<PoolCreate<'a>, Refusal> {
+    let fields = Fields::of(e.text)?;
+    // What this build can't do is refused, so that nobody takes a pool for more than it is.
+    match fields.string("kind")?.as_deref() {
+        None | Some("local") => {}
+        Some("global") => return Err(not_here("'kind':\"global\"")),
+        Some(_) => {
+            return Err(mistyped(
+                "kind",
+                "\"local\" or \"global\"",
+                fields.field("kind").expect("it was read"),
+            ));
+        }
+    }
+    for (name, what) in [
+        ("durable", "'durable':true"),
+        ("encrypted", "'encrypted':true"),
+    ] {
+        if fields.flag(name)? {
+            return Err(not_here(what));
+        }
+    }
+    if fields.field("policy").is_some() {
+        return Err(not_here("'policy'"));
+    }
+    let properties = fields.field("properties");
+    if let Some(raw) = properties.filter(|raw| !raw.is_object()) {
+        return Err(mistyped("properties", "an object", raw));
+    }
+    Ok(PoolCreate {
+        pool: pool_field(e)?,
+        properties,
+    })
+}
+
+fn not_here(what: &str) -> Refusal {
+    Refusal::new(
+        Code::BadMessage,
+        format!("{what} is not available in this version of the server"),
+    )
+}
+
+fn events(fields: &Fields<'_>) -> Result<EventSet, Refusal> {
+    let Some(names) = fields.strings("events")? else {
+        return Ok(EventSet::ALL);
+    };
+    names.iter().try_fold(EventSet(0), |set, name| {
+        let event = Event::ALL.iter().find(|event| event.as_str() == name);
+        let event = event.ok_or_else(|| {
+            let known: Vec<_> = Event::ALL.iter().map(|e| e.as_str()).collect();
+            Refusal::new(
+                Code::BadMessage,
+                format!(
+                    "field 'events' names '{}'; known are {}",
+                    shorten(name),
+                    known.join(", ")
+                ),
+            )
+        })?;
+        Ok(EventSet(set.0 | *event as u16))
+    })
+}
+
+fn admin<'a>(e: &Envelope<'a>, action: AdminAction) -> Result<Request<'a>, Refusal> {
+    Ok(Request::Admin(Admin {
+        action,
+        token: Fields::of(e.text)?.string("token")?,
+    }))
+}
+
+fn triggers_field(e: &Envelope<'_>) -> Result<Vec<TriggerSpec>, Refusal> {
+    let raw = Fields::of(e.text)?.field("triggers");
+    triggers(raw.ok_or_else(|| missing("triggers", "an array"))?)
+}
+
+fn triggers(raw: Raw<'_>) -> Result<Vec<TriggerSpec>, Refusal> {
+    let mut specs = Vec::new();
+    items(raw, "triggers", |item| {
+        specs.push(trigger_spec(item)?);
+        Ok(())
+    })?;
+    Ok(specs)
+}
+
+fn trigger_spec(raw: Raw<'_>) -> Result<TriggerSpec, Refusal> {
+    if let Some(name) = raw.as_str() {
+        return Ok(TriggerSpec::new(TriggerName::new(&name)?));
+    }
+    if !raw.is_object() {
+        return Err(mistyped("triggers", "an array of names or objects", raw));
+    }
+    let fields = Fields::of(raw.text())?;
+    let strategy = match fields.string("strategy")? {
+        None => Strategy::default(),
+        Some(word) => Strategy::parse(&word).ok_or_else(|| {
+            let expected = "one of \"round_robin\", \"random\", \"least_busy\", \"sticky\"";
+            mistyped(
+                "strategy",
+                expected,
+                fields.field("strategy").expect("it was read"),
+            )
+        })?,
+    };
+    let pools = fields.strings("pools")?;
+    let concurrency = Envelope::number(
+        fields.field("concurrency"),
+        "concurrency",
+        1..=u64::from(u32::MAX),
+    )?;
+    let doc = fields.string("doc")?.map(Cow::into_owned);
+    if doc.as_ref().is_some_and(|doc| doc.len() > 1024) {
+        return Err(Refusal::new(
+            Code::TooLarge,
+            "field 'doc' has more than 1024 bytes",
+        ));
+    }
+    Ok(TriggerSpec {
+        name: TriggerName::new(&fields.required_string("name")?)?,
+        pools: pools
+            .map(|names| {
+                names
+                    .iter()
+                    .map(|n| Ok(PoolName::new(n)?))
+                    .collect::<Result<_, Refusal>>()
+            })
+            .transpose()?,
+        strategy,
+        concurrency: concurrency.and_then(|n| u32::try_from(n).ok()),
+        doc,
+    })
+}
+
+/// Calls `on_item` with each item of an array.
+fn items<'a>(
+    raw: Raw<'a>,
+    name: &str,
+    on_item: impl FnMut(Raw<'a>) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
+    struct Failed(Option<Refusal>);
+    impl From<scan::ScanError> for Failed {
+        fn from(_: scan::ScanError) -> Self {
+            Failed(None)
+        }
+    }
+    let mut on_item = on_item;
+    scan::array(raw.text(), |item| {
+        let item = Raw::new(item).map_err(|_| Failed(None))?;
+        on_item(item).map_err(|refusal| Failed(Some(refusal)))
+    })
+    .map_err(|failed| failed.0.unwrap_or_else(|| mistyped(name, "an array", raw)))
+}
+
+/// The fields of an object that is not on the fast path.
+pub struct Fields<'a>(Vec<(Cow<'a, str>, Raw<'a>)>);
+
+impl<'a> Fields<'a> {
+    /// Most fields of one object.
+    const MAX: usize = 256;
+
+    /// Reads the fields of the object `text`.
+    ///
+    /// # Errors
+    /// `bad_message` where it is not an object, or has duplicate or too many fields.
+    pub fn of(text: &'a str) -> Result<Self, Refusal> {
+        struct Failed(Refusal);
+        impl From<scan::ScanError> for Failed {
+            fn from(error: scan::ScanError) -> Self {
+                Failed(Refusal::new(Code::BadMessage, error.to_string()))
+            }
+        }
+        let mut fields: Vec<(Cow<'a, str>, Raw<'a>)> = Vec::new();
+        scan::object(text, |key, value| {
+            let key = crate::envelope::unescape(key);
+            if fields.iter().any(|(known, _)| *known == key) {
+                return Err(Failed(Refusal::new(
+                    Code::BadMessage,
+                    format!("field '{}' stands twice", shorten(&key)),
+                )));
+            }
+            if fields.len() == Self::MAX {
+                return Err(Failed(Refusal::new(
+                    Code::BadMessage,
+                    "an object has at most 256 fields here",
+                )));
+            }
+            fields.push((key, Raw::new(value)?));
+            Ok(())
+        })
+        .map_err(|Failed(refusal)| refusal)?;
+        Ok(Fields(fields))
+    }
+
+    /// A field with a value; `null` counts as absent.
+    #[must_use]
+    pub fn field(&self, name: &str) -> Option<Raw<'a>> {
+        self.0
+            .iter()
+            .find(|(key, raw)| key == name && !raw.is_null())
+            .map(|(_, raw)| *raw)
+    }
+
+    /// An optional string.
+    ///
+    /// # Errors
+    /// `bad_message` where it is there and not a string.
+    pub fn string(&self, name: &str) -> Result<Option<Cow<'a, str>>, Refusal> {
+        Envelope::string(self.field(name), name)
+    }
+
+    /// A string that must be there.
+    ///
+    /// # Errors
+    /// `bad_message` where it is missing or not a string.
+    pub fn required_string(&self, name: &str) -> Result<Cow<'a, str>, Refusal> {
+        Envelope::required_string(self.field(name), name)
+    }
+
+    /// An optional true or false.
+    ///
+    /// # Errors
+    /// `bad_message` where it is there and neither.
+    pub fn flag(&self, name: &str) -> Result<bool, Refusal> {
+        Envelope::flag(self.field(name), name)
+    }
+
+    /// An optional array of strings.
+    ///
+    /// # Errors
+    /// `bad_message` where it is there and not an array of strings.
+    pub fn strings(&self, name: &str) -> Result<Option<Vec<Cow<'a, str>>>, Refusal> {
+        let Some(raw) = self.field(name) else {
+            return Ok(None);
+        };
+        let mut strings = Vec::new();
+        items(raw, name, |item| {
+            strings.push(
+                item.as_str()
+                    .ok_or_else(|| mistyped(name, "an array of strings", item))?,
+            );
+            Ok(())
+        })?;
+        Ok(Some(strings))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Frame;
+
+    fn check(json: &str, expected: &str) {
+        let frame = Frame {
+            json: json.as_bytes(),
+            attachment: None,
+        };
+        let envelope = Envelope::parse(frame).unwrap().unwrap();
+        let got = match Request::decode(&envelope) {
+            Ok(request) => format!("{request:?}"),
+            Err(refusal) => refusal.to_string(),
+        };
+        assert!(
+            got.starts_with(expected),
+            "{json}\n got {got}\nwant {expected}"
+        );
+    }
+
+    #[test]
+    fn requests_decode() {
+        check(r#"{"action":"ping"}"#, "Ping");
+        check(
+            r#"{"action":"trigger","process":"foo"}"#,
+            "Trigger(Trigger { id: None, process: \"foo\", pool: None, destination: None, ttl_ms: 30000",
+        );
+        check(
+            r#"{"action":"pool_remove","pool":"a","force":true}"#,
+            "PoolRemove(\"a\", true)",
+        );
+        check(
+            r#"{"action":"kick","app_id":"a","instance":"00000000000000ff"}"#,
+            "Admin(Admin { action: Kick(\"a\", Some(00000000000000ff))",
+        );
+        check(
+            r#"{"action":"ack","id":"1","count":3}"#,
+            "Ack(CallRef { id: \"1\" }, 3)",
+        );
+    }
+
+    #[test]
+    fn refusals_name_the_field() {
+        check(
+            r#"{"id":"1"}"#,
+            "bad_message: field 'action' is missing: expected a string",
+        );
+        check(
+            r#"{"action":"fly"}"#,
+            "unknown_action: unknown action 'fly'",
+        );
+        check(
+            r#"{"action":"trigger"}"#,
+            "bad_message: field 'process' is missing: expected a string",
+        );
+        check(
+            r#"{"action":"trigger","process":"a","ttl":0}"#,
+            "bad_message: field 'ttl' must be a whole number from 1 to 86400000, not 0",
+        );
+        check(
+            r#"{"action":"trigger","process":"a","destination":7}"#,
+            "bad_message: field 'destination' must be an AppID",
+        );
+        check(
+            r#"{"action":"emit","process":"a","deliver":"some"}"#,
+            "bad_message: field 'deliver' must be \"all\" or \"one\"",
+        );
+        check(
+            r#"{"action":"handshake","app_id":"a b"}"#,
+            "invalid_name: 'a b' is not a valid AppID",
+        );
+        check(
+            r#"{"action":"handshake","app_id":"a","pools":["x",3]}"#,
+            "bad_message: field 'pools' must be an array of strings, not 3",
+        );
+        check(
+            r#"{"action":"handshake","app_id":"a","triggers":[{"name":"t","strategy":"best"}]}"#,
+            "bad_message: field 'strategy' must be one of",
+        );
+        check(
+            r#"{"action":"watch","pool":"a","events":["app_up"]}"#,
+            "bad_message: field 'events' names 'app_up'; known are app_online",
+        );
+        check(
+            r#"{"action":"response","in_reply_to":"1","status":"fine"}"#,
+            "bad_message: field 'status' must be one of",
+        );
+        check(
+            r#"{"action":"response","in_reply_to":"1","status":"error","error":{}}"#,
+            "bad_message: field 'code' is missing",
+        );
+        check(
+            r#"{"action":"pool_create","pool":"a","durable":true}"#,
+            "bad_message: 'durable':true is not available",
+        );
+    }
+}

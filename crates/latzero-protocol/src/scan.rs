@@ -1,0 +1,494 @@
+//! A validating JSON scanner that finds where values begin and end.
+//!
+//! The server routes by a handful of envelope fields and must still refuse bytes that are not JSON
+//! ([RFC 8259](https://www.rfc-editor.org/rfc/rfc8259)). A general parser builds or visits every value; this one
+//! checks the grammar in one pass without allocating, and hands out the raw text of each field. Nesting is kept in the
+//! bits of one integer, so depth is bounded by construction and deep input can't exhaust the stack.
+
+use crate::limits::JSON_DEPTH_MAX;
+
+/// Where and why a text is not JSON that LatZero accepts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{what} at byte {offset}")]
+pub struct ScanError {
+    /// Offset in bytes from the start of the scanned text.
+    pub offset: usize,
+    /// What was wrong there.
+    pub what: &'static str,
+}
+
+/// Scans `text`, which must be one JSON object, and calls `on_field` with the raw text of each key (without its
+/// quotes, escapes untouched) and of each value.
+///
+/// # Errors
+/// The first place where `text` is not a JSON object of depth [`JSON_DEPTH_MAX`] or less, or what `on_field` returned.
+pub fn object<'a, E: From<ScanError>>(
+    text: &'a str,
+    mut on_field: impl FnMut(&'a str, &'a str) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut s = Scanner::new(text);
+    s.space();
+    if s.peek() != Some(b'{') {
+        return Err(s.error("expected a JSON object").into());
+    }
+    s.at += 1;
+    s.space();
+    if s.peek() == Some(b'}') {
+        s.at += 1;
+    } else {
+        loop {
+            s.space();
+            let key = s.key()?;
+            s.space();
+            let from = s.at;
+            s.value(1)?;
+            on_field(key, &text[from..s.at])?;
+            s.space();
+            match s.next() {
+                Some(b',') => {}
+                Some(b'}') => break,
+                _ => return Err(s.error_before("expected ',' or '}'").into()),
+            }
+        }
+    }
+    s.end()?;
+    Ok(())
+}
+
+/// Scans `text`, which must be one JSON array, and calls `on_item` with the raw text of each item.
+///
+/// # Errors
+/// As [`object`].
+pub fn array<'a, E: From<ScanError>>(
+    text: &'a str,
+    mut on_item: impl FnMut(&'a str) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut s = Scanner::new(text);
+    s.space();
+    if s.peek() != Some(b'[') {
+        return Err(s.error("expected a JSON array").into());
+    }
+    s.at += 1;
+    s.space();
+    if s.peek() == Some(b']') {
+        s.at += 1;
+    } else {
+        loop {
+            s.space();
+            let from = s.at;
+            s.value(1)?;
+            on_item(&text[from..s.at])?;
+            s.space();
+            match s.next() {
+                Some(b',') => {}
+                Some(b']') => break,
+                _ => return Err(s.error_before("expected ',' or ']'").into()),
+            }
+        }
+    }
+    s.end()?;
+    Ok(())
+}
+
+/// Checks that `text` is exactly one JSON value of depth [`JSON_DEPTH_MAX`] or less.
+///
+/// # Errors
+/// The first place where it is not.
+pub fn value(text: &str) -> Result<(), ScanError> {
+    let mut s = Scanner::new(text);
+    s.space();
+    s.value(0)?;
+    s.end()
+}
+
+struct Scanner<'a> {
+    text: &'a str,
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Scanner<'a> {
+    fn new(text: &'a str) -> Self {
+        Scanner {
+            text,
+            bytes: text.as_bytes(),
+            at: 0,
+        }
+    }
+
+    #[inline]
+    fn peek(&self) -> Option<u8> {
+        self.bytes.get(self.at).copied()
+    }
+
+    #[inline]
+    fn next(&mut self) -> Option<u8> {
+        let byte = self.peek();
+        self.at += 1;
+        byte
+    }
+
+    #[inline]
+    fn space(&mut self) {
+        while let Some(b' ' | b'\t' | b'\n' | b'\r') = self.peek() {
+            self.at += 1;
+        }
+    }
+
+    fn error(&self, what: &'static str) -> ScanError {
+        ScanError {
+            offset: self.at.min(self.bytes.len()),
+            what,
+        }
+    }
+
+    fn error_before(&self, what: &'static str) -> ScanError {
+        ScanError {
+            offset: self.at.saturating_sub(1).min(self.bytes.len()),
+            what,
+        }
+    }
+
+    fn end(&mut self) -> Result<(), ScanError> {
+        self.space();
+        if self.at < self.bytes.len() {
+            return Err(self.error("trailing characters after the JSON value"));
+        }
+        Ok(())
+    }
+
+    /// A key with its colon; returns the text between the quotes.
+    #[inline]
+    fn key(&mut self) -> Result<&'a str, ScanError> {
+        if self.peek() != Some(b'"') {
+            return Err(self.error("expected a string as key"));
+        }
+        let from = self.at + 1;
+        self.string()?;
+        let key = &self.text[from..self.at - 1];
+        self.space();
+        if self.next() != Some(b':') {
+            return Err(self.error_before("expected ':' after a key"));
+        }
+        Ok(key)
+    }
+
+    /// One value; `depth` counts the containers that are already open around it.
+    #[inline]
+    fn value(&mut self, mut depth: u32) -> Result<(), ScanError> {
+        let base = depth;
+        // One bit per open container, the innermost lowest: 1 is an object, 0 an array.
+        let mut open = 0_u64;
+        loop {
+            self.space();
+            match self.peek() {
+                Some(b'"') => self.string()?,
+                Some(first @ (b'{' | b'[')) => {
+                    if depth >= JSON_DEPTH_MAX {
+                        return Err(self.error("nested too deep (64 levels at most)"));
+                    }
+                    self.at += 1;
+                    depth += 1;
+                    let is_object = first == b'{';
+                    open = (open << 1) | u64::from(is_object);
+                    self.space();
+                    // In ASCII each closing bracket is its opening one plus two.
+                    if self.peek() == Some(first + 2) {
+                        self.at += 1;
+                        depth -= 1;
+                        open >>= 1;
+                    } else {
+                        if is_object {
+                            self.key()?;
+                        }
+                        continue;
+                    }
+                }
+                Some(b'-' | b'0'..=b'9') => self.number()?,
+                Some(b't') => self.literal("true")?,
+                Some(b'f') => self.literal("false")?,
+                Some(b'n') => self.literal("null")?,
+                Some(_) => return Err(self.error("expected a JSON value")),
+                None => return Err(self.error("the JSON text ends too early")),
+            }
+            // A value is complete: close what ends here, or go on to the next member.
+            loop {
+                if depth == base {
+                    return Ok(());
+                }
+                self.space();
+                let is_object = open & 1 == 1;
+                match (self.next(), is_object) {
+                    (Some(b','), true) => {
+                        self.space();
+                        self.key()?;
+                        break;
+                    }
+                    (Some(b','), false) => break,
+                    (Some(b'}'), true) | (Some(b']'), false) => {
+                        depth -= 1;
+                        open >>= 1;
+                    }
+                    (None, _) => return Err(self.error_before("the JSON text ends too early")),
+                    (_, true) => return Err(self.error_before("expected ',' or '}'")),
+                    (_, false) => return Err(self.error_before("expected ',' or ']'")),
+                }
+            }
+        }
+    }
+
+    /// A string, from its opening quote past its closing one.
+    #[inline]
+    fn string(&mut self) -> Result<(), ScanError> {
+        self.at += 1;
+        loop {
+            self.plain();
+            match self.next() {
+                Some(b'"') => return Ok(()),
+                Some(b'\\') => self.escape()?,
+                Some(_) => return Err(self.error_before("control character in a string")),
+                None => return Err(self.error_before("the JSON text ends inside a string")),
+            }
+        }
+    }
+
+    /// Skips bytes that mean themselves, eight at a time.
+    #[inline]
+    fn plain(&mut self) {
+        const ONES: u64 = 0x0101_0101_0101_0101;
+        const HIGH: u64 = 0x8080_8080_8080_8080;
+        while let Some(chunk) = self.bytes.get(self.at..self.at + 8) {
+            let word = u64::from_le_bytes(chunk.try_into().expect("the slice has eight bytes"));
+            // The classic "byte less than" and "byte is zero" tricks; bytes of 0x80 and above pass.
+            let control = word.wrapping_sub(ONES * 0x20) & !word;
+            let quote =
+                (word ^ (ONES * b'"' as u64)).wrapping_sub(ONES) & !(word ^ (ONES * b'"' as u64));
+            let slash =
+                (word ^ (ONES * b'\\' as u64)).wrapping_sub(ONES) & !(word ^ (ONES * b'\\' as u64));
+            let special = (control | quote | slash) & HIGH;
+            if special != 0 {
+                // The lowest set bit is exact: borrows only disturb bytes above the first match.
+                self.at += (special.trailing_zeros() / 8) as usize;
+                return;
+            }
+            self.at += 8;
+        }
+        while let Some(byte) = self.peek() {
+            if byte < 0x20 || byte == b'"' || byte == b'\\' {
+                return;
+            }
+            self.at += 1;
+        }
+    }
+
+    fn escape(&mut self) -> Result<(), ScanError> {
+        match self.next() {
+            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => Ok(()),
+            Some(b'u') => {
+                let unit = self.hex4()?;
+                // A surrogate must be the first half of a pair, or the string is not Unicode text.
+                if (0xDC00..0xE000).contains(&unit) {
+                    return Err(self.error_before("unpaired surrogate in a string"));
+                }
+                if (0xD800..0xDC00).contains(&unit) {
+                    let low = (self.next() == Some(b'\\') && self.next() == Some(b'u'))
+                        .then(|| self.hex4())
+                        .transpose()?;
+                    if !low.is_some_and(|low| (0xDC00..0xE000).contains(&low)) {
+                        return Err(self.error_before("unpaired surrogate in a string"));
+                    }
+                }
+                Ok(())
+            }
+            _ => Err(self.error_before("unknown escape in a string")),
+        }
+    }
+
+    fn hex4(&mut self) -> Result<u32, ScanError> {
+        let mut unit = 0;
+        for _ in 0..4 {
+            let digit = self.next().and_then(|b| (b as char).to_digit(16));
+            unit =
+                unit * 16 + digit.ok_or_else(|| self.error_before("expected four hex digits"))?;
+        }
+        Ok(unit)
+    }
+
+    #[inline]
+    fn number(&mut self) -> Result<(), ScanError> {
+        if self.peek() == Some(b'-') {
+            self.at += 1;
+        }
+        match self.next() {
+            Some(b'0') => {}
+            Some(b'1'..=b'9') => self.digits(),
+            _ => return Err(self.error_before("expected a digit")),
+        }
+        if self.peek() == Some(b'.') {
+            self.at += 1;
+            self.some_digits()?;
+        }
+        if let Some(b'e' | b'E') = self.peek() {
+            self.at += 1;
+            if let Some(b'+' | b'-') = self.peek() {
+                self.at += 1;
+            }
+            self.some_digits()?;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn digits(&mut self) {
+        while let Some(b'0'..=b'9') = self.peek() {
+            self.at += 1;
+        }
+    }
+
+    fn some_digits(&mut self) -> Result<(), ScanError> {
+        if !matches!(self.peek(), Some(b'0'..=b'9')) {
+            return Err(self.error("expected a digit"));
+        }
+        self.digits();
+        Ok(())
+    }
+
+    fn literal(&mut self, word: &'static str) -> Result<(), ScanError> {
+        if !self.bytes[self.at..].starts_with(word.as_bytes()) {
+            return Err(self.error("expected a JSON value"));
+        }
+        self.at += word.len();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn check(text: &str, valid: bool) {
+        assert_eq!(value(text).is_ok(), valid, "{text:?}: {:?}", value(text));
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(text).is_ok(),
+            valid,
+            "{text:?}"
+        );
+    }
+
+    #[test]
+    fn the_grammar() {
+        for good in [
+            "0",
+            "-0",
+            "1.5e+10",
+            "-12.25E-3",
+            "true",
+            "false",
+            "null",
+            "\"\"",
+            "\"aé\\n\\u00e9\\ud83d\\ude00\"",
+            "[]",
+            "{}",
+            " [ 1 , 2 ] ",
+            "{\"a\":{\"b\":[{}]}}",
+            "\"12345678\\\"12345678\"",
+            "\t\r\n1",
+        ] {
+            check(good, true);
+        }
+        for bad in [
+            "",
+            "01",
+            "1.",
+            "1e",
+            "-",
+            "+1",
+            "tru",
+            "nulll",
+            "\"",
+            "\"\\x\"",
+            "\"\\ud800\"",
+            "\"\\udc00\"",
+            "\"\\ud800\\u0041\"",
+            "\"a\nb\"",
+            "[1,]",
+            "{,}",
+            "{\"a\"}",
+            "{\"a\":}",
+            "{\"a\":1,}",
+            "[1 2]",
+            "{a:1}",
+            "1 2",
+            "[}",
+            "{]",
+            "\"\u{1}\"",
+            "\"123456789\u{1f}\"",
+            "NaN",
+            "[",
+            "{\"a\":[",
+            "'a'",
+            "\u{feff}1",
+        ] {
+            check(bad, false);
+        }
+    }
+
+    #[test]
+    fn depth_is_bounded_at_64() {
+        let nested = |n: usize| format!("{}{}", "[".repeat(n), "]".repeat(n));
+        assert!(value(&nested(64)).is_ok());
+        assert_eq!(value(&nested(65)).map_err(|e| e.offset), Err(64));
+        assert!(value(&"[".repeat(1_000_000)).is_err());
+        let in_object = |n: usize| format!("{{\"a\":{}}}", nested(n));
+        let scan = |text: &str| object::<ScanError>(text, |_, _| Ok(()));
+        assert!(scan(&in_object(63)).is_ok());
+        assert!(scan(&in_object(64)).is_err());
+    }
+
+    #[test]
+    fn fields_come_with_their_raw_text() {
+        let mut fields = Vec::new();
+        object::<ScanError>(" { \"a\" : [1, 2] , \"b\\n\":\"x\" } ", |k, v| {
+            fields.push((k.to_owned(), v.to_owned()));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(
+            fields,
+            [
+                ("a".into(), "[1, 2]".into()),
+                ("b\\n".into(), "\"x\"".into())
+            ]
+        );
+    }
+
+    proptest! {
+        /// The scanner and serde_json agree about every text made of JSON's own characters.
+        #[test]
+        fn agrees_with_serde_json(text in "[\\[\\]{}:,\"\\\\u0-9a-f.eE+\\- tnrlse\u{1}é]{0,40}") {
+            let ours = value(&text).is_ok();
+            let theirs = serde_json::from_str::<serde_json::Value>(&text);
+            // serde_json also refuses numbers beyond f64; the grammar has no such limit.
+            let out_of_range = theirs.as_ref().is_err_and(|e| e.to_string().contains("out of range"));
+            prop_assert!(out_of_range || ours == theirs.is_ok(), "{text:?}: {ours} {theirs:?}");
+        }
+
+        /// Whatever serde_json writes, the scanner accepts, and field texts parse back to the same values.
+        #[test]
+        fn accepts_what_serde_json_writes(keys in proptest::collection::vec(".{0,12}", 0..6), n in any::<i64>()) {
+            let mut map = serde_json::Map::new();
+            for key in keys {
+                map.insert(key.clone(), serde_json::json!([key, n, {"k": key}]));
+            }
+            let text = serde_json::to_string(&map).unwrap();
+            let mut seen = serde_json::Map::new();
+            object::<ScanError>(&text, |k, v| {
+                let key: String = serde_json::from_str(&format!("\"{k}\"")).unwrap();
+                seen.insert(key, serde_json::from_str(v).unwrap());
+                Ok(())
+            }).unwrap();
+            prop_assert_eq!(seen, map);
+        }
+    }
+}

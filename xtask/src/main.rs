@@ -1,0 +1,3 @@
+//! Checks, simulation, benchmarks and generated files: `cargo xtask help`.
+
+fn main() {}
