@@ -37,13 +37,13 @@ pub enum Request<'a> {
     /// Leaves a pool.
     PoolLeave(PoolName),
     /// Lists the pools.
-    PoolList,
+    PoolList(Page<'a>),
     /// Describes a pool.
     PoolInfo(PoolName),
     /// Removes a pool, with `force` even where it has members.
     PoolRemove(PoolName, bool),
     /// Lists the apps, of one pool or of all.
-    AppList(Option<PoolName>),
+    AppList(Option<PoolName>, Page<'a>),
     /// Asks for a pool's events.
     Watch(PoolName, EventSet),
     /// Asks for them no longer.
@@ -307,6 +307,20 @@ pub struct CallRef<'a> {
     pub id: Cow<'a, str>,
 }
 
+/// A part of a long listing: replies stay far below a frame's limit.
+#[derive(Debug)]
+pub struct Page<'a> {
+    /// Only names after this one.
+    pub after: Option<Cow<'a, str>>,
+    /// Most entries in the reply.
+    pub limit: usize,
+}
+
+impl Page<'_> {
+    /// Most entries of one page, and how many there are unless the request says otherwise.
+    pub const LIMIT_MAX: usize = 1000;
+}
+
 /// A pool to make.
 #[derive(Debug)]
 pub struct PoolCreate<'a> {
@@ -409,13 +423,13 @@ impl<'a> Request<'a> {
             "pool_create" => Request::PoolCreate(pool_create(e)?),
             "pool_join" => Request::PoolJoin(pool_field(e)?),
             "pool_leave" => Request::PoolLeave(pool_field(e)?),
-            "pool_list" => Request::PoolList,
+            "pool_list" => Request::PoolList(page(e)?),
             "pool_info" => Request::PoolInfo(pool_field(e)?),
             "pool_remove" => {
                 let fields = Fields::of(e.text)?;
                 Request::PoolRemove(pool_field(e)?, fields.flag("force")?)
             }
-            "app_list" => Request::AppList(optional_pool(e)?),
+            "app_list" => Request::AppList(optional_pool(e)?, page(e)?),
             "watch" => Request::Watch(pool_field(e)?, events(&Fields::of(e.text)?)?),
             "unwatch" => Request::Unwatch(pool_field(e)?),
             "ping" => Request::Ping,
@@ -615,6 +629,16 @@ fn optional_pool(e: &Envelope<'_>) -> Result<Option<PoolName>, Refusal> {
     Ok(Envelope::string(e.pool, "pool")?
         .map(|name| PoolName::new(&name))
         .transpose()?)
+}
+
+fn page<'a>(e: &Envelope<'a>) -> Result<Page<'a>, Refusal> {
+    let fields = Fields::of(e.text)?;
+    let limit = Envelope::number(fields.field("limit"), "limit", 1..=Page::LIMIT_MAX as u64)?;
+    let limit = limit.map_or(Page::LIMIT_MAX, |n| n as usize);
+    Ok(Page {
+        after: fields.string("after")?,
+        limit,
+    })
 }
 
 fn pool_create<'a>(e: &Envelope<'a>) -> Result<PoolCreate<'a>, Refusal> {

@@ -1,0 +1,101 @@
+//! What the core asks of its driver.
+
+use latzero_protocol::Code;
+
+use crate::time::Time;
+
+/// What a message is, which decides what becomes of it when its receiver does not read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// A call for a handler: refused with [`Sent::Full`], the caller is told `overloaded`.
+    Call,
+    /// An answer for a caller: refused with [`Sent::Full`], a short error takes its place.
+    Reply,
+    /// An emit: dropped and counted, the receiver is told how many it lost.
+    Emit,
+    /// A push to a watcher: as an emit.
+    Event,
+    /// What must arrive (errors, cancels, ends): may use the outbox's headroom; where even that is full the
+    /// connection is closed.
+    Control,
+}
+
+/// What became of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sent {
+    /// It stands in the receiver's outbox.
+    Queued,
+    /// The outbox is full; nothing was appended.
+    Full,
+    /// The receiver's connection has ended.
+    Gone,
+}
+
+/// A call that ended.
+#[derive(Debug, Clone, Copy)]
+pub struct CallEnd {
+    /// When the call came.
+    pub started: Time,
+    /// When it ended.
+    pub ended: Time,
+    /// The server's error code, where the server ended it with one; `None` where the handler answered.
+    pub code: Option<Code>,
+    /// Whether the handler answered with an error.
+    pub failed: bool,
+}
+
+/// Things that are counted and shown in the statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Count {
+    /// An emit was accepted.
+    Emit,
+    /// A notice of an emit was appended for a handler.
+    Delivered,
+    /// A response came after its call had ended.
+    LateResponse,
+    /// A response came from another instance than the one that was called.
+    ForeignResponse,
+    /// An item or a report of a stream was passed on.
+    Partial,
+    /// A cancel or ack named no call in flight.
+    StrayReference,
+}
+
+impl Count {
+    /// How many kinds there are.
+    pub const KINDS: usize = 6;
+}
+
+/// Carries out what the core decided. Called while a pool or the registry is held, so nothing here may wait.
+pub trait Effects {
+    /// A connection, as the driver knows it.
+    type Peer: Clone;
+
+    /// Appends one frame to `to`'s outbox: `encode` writes about `len` bytes, and is not called unless there is room.
+    fn send(
+        &mut self,
+        to: &Self::Peer,
+        class: Class,
+        len: usize,
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Sent;
+
+    /// Closes `peer` once its outbox is written.
+    fn close(&mut self, peer: &Self::Peer);
+
+    /// How many calls of `peer`'s are in flight.
+    fn in_flight(&self, peer: &Self::Peer) -> u32;
+
+    /// A call began between two connections.
+    fn call_started(&mut self, caller: &Self::Peer, handler: &Self::Peer);
+
+    /// A call ended between two connections.
+    fn call_ended(&mut self, caller: &Self::Peer, handler: &Self::Peer, end: CallEnd);
+
+    /// A request was refused with `code` before it became a call.
+    fn refused(&mut self, code: Code);
+
+    /// Something happened that is only counted.
+    fn count(&mut self, what: Count);
+}

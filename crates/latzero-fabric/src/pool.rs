@@ -1,0 +1,1099 @@
+//! One pool, as a state machine: who is in it, who serves what, and which calls are under way.
+//!
+//! A pool decides; it never acts. Every method takes the time and what happened, and says through [`Effects`] what is
+//! to be sent. Messages to one connection are appended while the pool is held, so the order in which a client sees
+//! them is the order in which the pool decided them.
+//!
+//! Every call ends exactly once: by its handler's answer, its deadline, its caller's cancel, or the end of either side.
+//! [`Pool::end`] is the only place where that happens.
+
+mod calls;
+mod pick;
+
+use hashbrown::HashMap;
+use latzero_protocol::encode::{self, Attachments, Origin};
+use latzero_protocol::message::{
+    Emit, Event, EventSet, Response, Status, Strategy, Trigger, TriggerSpec,
+};
+use latzero_protocol::{AppId, Body, CallId, Code, InstanceId, PoolName, Refusal, TriggerName};
+
+use crate::effects::{CallEnd, Class, Count, Effects, Sent};
+use crate::limits::Limits;
+use crate::prng::Prng;
+use crate::slab::{Key, Slab};
+use crate::time::Time;
+use calls::{Call, Calls};
+use pick::Offer;
+
+/// A member's place in its pool.
+pub type MemberKey = Key<Seat>;
+
+/// Marks keys of members. The member itself is generic over its connection; its key need not be.
+#[derive(Debug)]
+pub enum Seat {}
+
+type HandlerKey = Key<Handler>;
+
+/// One instance in the pool.
+struct Member<P> {
+    peer: P,
+    app: AppId,
+    instance: InstanceId,
+    attachments: Attachments,
+    watch: Option<EventSet>,
+    triggers: Vec<TriggerName>,
+    /// Calls it made and calls it serves, so that its end need not search for none.
+    calling: u32,
+    serving: u32,
+}
+
+impl<P> Member<P> {
+    fn origin(&self) -> Origin<'_> {
+        Origin {
+            app_id: self.app.as_str(),
+            instance: self.instance,
+        }
+    }
+}
+
+/// One instance as the handler of one trigger.
+struct Handler {
+    member: MemberKey,
+    in_flight: u32,
+    concurrency: u32,
+}
+
+/// A named handler in the pool.
+struct Served {
+    name: TriggerName,
+    strategy: Strategy,
+    doc: Option<String>,
+    handlers: Vec<HandlerKey>,
+    /// Where the next turn of a round begins.
+    turn: usize,
+}
+
+/// Who joins a pool.
+#[derive(Debug, Clone)]
+pub struct Joining<P> {
+    /// The connection.
+    pub peer: P,
+    /// The app.
+    pub app: AppId,
+    /// The instance.
+    pub instance: InstanceId,
+    /// Whether it takes attachment frames.
+    pub attachments: Attachments,
+}
+
+/// Why a call did not begin.
+#[derive(Debug)]
+pub enum CallError {
+    /// It is refused.
+    Refused(Refusal),
+    /// Its destination is not in this pool; the registry knows whether there is such an app at all.
+    UnknownDestination,
+}
+
+impl From<Refusal> for CallError {
+    fn from(refusal: Refusal) -> Self {
+        CallError::Refused(refusal)
+    }
+}
+
+/// A pool in numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PoolStats {
+    /// Live members.
+    pub members: usize,
+    /// Triggers with at least one handler.
+    pub triggers: usize,
+    /// Calls under way.
+    pub calls_in_flight: usize,
+    /// Calls that began since the pool was made.
+    pub calls: u64,
+    /// Emits since the pool was made.
+    pub emits: u64,
+}
+
+/// A namespace of triggers, with the calls between its members.
+pub struct Pool<P> {
+    number: u32,
+    name: PoolName,
+    limits: Limits,
+    prng: Prng,
+    hash_seed: u64,
+    members: Slab<Member<P>>,
+    triggers: HashMap<TriggerName, Served>,
+    handlers: Slab<Handler>,
+    calls: Calls,
+    calls_total: u64,
+    emits_total: u64,
+    closed: bool,
+    scratch: Vec<u8>,
+}
+
+impl<P: Clone> Pool<P> {
+    /// An empty pool. `number` is what the ids of its calls begin with; no two pools of a server share one.
+    #[must_use]
+    pub fn new(number: u32, name: PoolName, limits: Limits, mut prng: Prng) -> Self {
+        let hash_seed = prng.next_u64();
+        Pool {
+            number,
+            name,
+            limits,
+            hash_seed,
+            calls: Calls::new(prng.next_u64()),
+            prng,
+            members: Slab::default(),
+            triggers: HashMap::new(),
+            handlers: Slab::default(),
+            calls_total: 0,
+            emits_total: 0,
+            closed: false,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// The pool's number.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// The pool's name.
+    #[must_use]
+    pub fn name(&self) -> &PoolName {
+        &self.name
+    }
+
+    /// The pool in numbers.
+    #[must_use]
+    pub fn stats(&self) -> PoolStats {
+        PoolStats {
+            members: self.members.len(),
+            triggers: self.triggers.len(),
+            calls_in_flight: self.calls.len(),
+            calls: self.calls_total,
+            emits: self.emits_total,
+        }
+    }
+
+    /// Takes a member in and tells the watchers; `None` where the pool was removed meanwhile.
+    pub fn join<E: Effects<Peer = P>>(
+        &mut self,
+        joining: Joining<P>,
+        fx: &mut E,
+    ) -> Option<MemberKey> {
+        if self.closed {
+            return None;
+        }
+        let Joining {
+            peer,
+            app,
+            instance,
+            attachments,
+        } = joining;
+        let event = Presence {
+            app: &app,
+            instance,
+            trigger: None,
+        };
+        let told = self.presence_json(Event::AppOnline, &event);
+        let member = Member {
+            peer,
+            app,
+            instance,
+            attachments,
+            watch: None,
+            triggers: Vec::new(),
+            calling: 0,
+            serving: 0,
+        };
+        let key = seat(self.members.insert(member));
+        self.tell(Event::AppOnline, &told, Some(key), fx);
+        Some(key)
+    }
+
+    /// Ends a membership: its calls end, its triggers go, the watchers are told. False where it had ended before.
+    pub fn leave<E: Effects<Peer = P>>(&mut self, now: Time, key: MemberKey, fx: &mut E) -> bool {
+        if self.member(key).is_none() {
+            return false;
+        }
+        self.end_calls_of(now, key, fx);
+        let names = self
+            .member_mut(key)
+            .map(|m| std::mem::take(&mut m.triggers))
+            .unwrap_or_default();
+        for name in names {
+            self.drop_handler(key, &name, fx);
+        }
+        let member = self.members.remove(place(key)).expect("checked above");
+        let event = Presence {
+            app: &member.app,
+            instance: member.instance,
+            trigger: None,
+        };
+        let told = self.presence_json(Event::AppOffline, &event);
+        self.tell(Event::AppOffline, &told, None, fx);
+        true
+    }
+
+    /// Serves a trigger. Registering it again changes its settings.
+    pub fn serve<E: Effects<Peer = P>>(&mut self, key: MemberKey, spec: &TriggerSpec, fx: &mut E) {
+        if self.member(key).is_none() {
+            return;
+        }
+        let concurrency = spec.concurrency.unwrap_or(u32::MAX);
+        let served = self
+            .triggers
+            .entry(spec.name.clone())
+            .or_insert_with(|| Served {
+                name: spec.name.clone(),
+                strategy: spec.strategy,
+                doc: None,
+                handlers: Vec::new(),
+                turn: 0,
+            });
+        // The latest registration decides: a new version of an app may change how its calls are spread.
+        served.strategy = spec.strategy;
+        if spec.doc.is_some() {
+            served.doc.clone_from(&spec.doc);
+        }
+        let known = served
+            .handlers
+            .iter()
+            .copied()
+            .find(|&h| self.handlers.at(h).is_some_and(|h| h.member == key));
+        if let Some(handler) = known.and_then(|h| self.handlers.at_mut(h)) {
+            handler.concurrency = concurrency;
+            return;
+        }
+        served.handlers.push(self.handlers.insert(Handler {
+            member: key,
+            in_flight: 0,
+            concurrency,
+        }));
+        let member = self.members.at_mut(place(key)).expect("checked above");
+        member.triggers.push(spec.name.clone());
+        let (app, instance) = (member.app.clone(), member.instance);
+        let event = Presence {
+            app: &app,
+            instance,
+            trigger: Some(&spec.name),
+        };
+        let told = self.presence_json(Event::TriggerAdded, &event);
+        self.tell(Event::TriggerAdded, &told, Some(key), fx);
+    }
+
+    /// Serves a trigger no longer. Calls under way may still be answered.
+    pub fn unserve<E: Effects<Peer = P>>(
+        &mut self,
+        key: MemberKey,
+        name: &TriggerName,
+        fx: &mut E,
+    ) {
+        let Some(member) = self.member_mut(key) else {
+            return;
+        };
+        let Some(at) = member.triggers.iter().position(|t| t == name) else {
+            return;
+        };
+        member.triggers.swap_remove(at);
+        self.drop_handler(key, name, fx);
+    }
+
+    /// Sends the pool's events to a member; `None` stops them.
+    pub fn watch(&mut self, key: MemberKey, events: Option<EventSet>) {
+        if let Some(member) = self.member_mut(key) {
+            member.watch = events;
+        }
+    }
+
+    /// Routes a call to one handler.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to be told; nothing was sent then.
+    pub fn call<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        caller: MemberKey,
+        trigger: &Trigger<'_>,
+        fx: &mut E,
+    ) -> Result<(), CallError> {
+        let Some(member) = self.members.at(place(caller)) else {
+            return Err(not_member(&self.name).into());
+        };
+        let Some(served) = self.triggers.get(&*trigger.process) else {
+            return Err(self.no_handler(trigger));
+        };
+        if let Some(id) = &trigger.id
+            && self.calls.find(caller, id).is_some()
+        {
+            let message = format!(
+                "id '{}' is in use by another call of yours in flight",
+                id.escape_debug()
+            );
+            return Err(Refusal::new(Code::BadMessage, message).into());
+        }
+        if self.calls.len() >= self.limits.pending_max {
+            let message = format!(
+                "pool '{}' holds {} calls (limits.pending_max)",
+                self.name, self.limits.pending_max
+            );
+            return Err(Refusal::new(Code::Overloaded, message).into());
+        }
+        let peer = &member.peer;
+        if fx.in_flight(peer) >= self.limits.in_flight_max {
+            let message = format!(
+                "{} calls of this connection are in flight (limits.in_flight_max)",
+                self.limits.in_flight_max
+            );
+            return Err(Refusal::new(Code::Overloaded, message).into());
+        }
+        let sticky = match &trigger.key {
+            Some(key) => crate::prng::hash(self.hash_seed, key.as_bytes()),
+            None => crate::prng::hash(self.hash_seed, &member.instance.0.to_le_bytes()),
+        };
+        let start = pick::start(served, &mut self.prng);
+        let key = self.calls.next_key();
+        let delivery = encode::Delivery {
+            call: CallId {
+                pool: self.number,
+                slot: key.slot,
+                generation: key.generation,
+            },
+            process: served.name.as_str(),
+            pool: self.name.as_str(),
+            origin: member.origin(),
+            ttl_ms: trigger.ttl_ms,
+            window: trigger.window,
+            key: trigger.key.as_deref(),
+            destination: trigger.destination.as_ref().map(|d| d.raw),
+            headers: trigger.headers,
+            body: trigger.body,
+        };
+        let length = forwarded_length(trigger.body, trigger.headers.map_or(0, |h| h.text().len()));
+        let mut seen = pick::Seen::default();
+        let chosen = pick::each(
+            served,
+            &self.handlers,
+            &self.members,
+            start,
+            sticky,
+            |handler, to| {
+                if !matches(trigger.destination.as_ref(), to) {
+                    return Offer::NotMeant;
+                }
+                seen.matching = true;
+                if handler.in_flight >= handler.concurrency {
+                    return Offer::Busy;
+                }
+                if to.attachments == Attachments::NotTaken
+                    && too_large(trigger.body, self.limits.max_frame)
+                {
+                    seen.too_large = true;
+                    return Offer::Busy;
+                }
+                match fx.send(&to.peer, Class::Call, length, |out| {
+                    encode::delivery(out, &delivery, to.attachments)
+                }) {
+                    Sent::Queued => Offer::Taken,
+                    Sent::Full | Sent::Gone => Offer::Busy,
+                }
+            },
+        );
+        let Some((position, handler_key)) = chosen else {
+            return Err(self.none_taken(trigger, seen));
+        };
+        let handler = self
+            .handlers
+            .at_mut(handler_key)
+            .expect("it was just picked");
+        handler.in_flight += 1;
+        let serving = handler.member;
+        let call = Call {
+            caller,
+            id: trigger.id.as_deref().map(Into::into),
+            member: serving,
+            handler: handler_key,
+            started: now,
+            deadline: now.after_ms(trigger.ttl_ms),
+            credit: trigger.window,
+        };
+        self.calls.insert(key, call);
+        self.calls_total += 1;
+        let served = self
+            .triggers
+            .get_mut(&*trigger.process)
+            .expect("found above");
+        served.turn = position + 1;
+        let to = self
+            .members
+            .at_mut(place(serving))
+            .expect("a handler's member lives");
+        to.serving += 1;
+        let handler_peer = to.peer.clone();
+        let member = self.members.at_mut(place(caller)).expect("found above");
+        member.calling += 1;
+        fx.call_started(&member.peer, &handler_peer);
+        Ok(())
+    }
+
+    /// Takes a handler's answer and passes it on. An answer to an ended call is dropped and counted.
+    ///
+    /// # Errors
+    /// Where the call was sent to somebody else.
+    pub fn respond<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        from: MemberKey,
+        id: CallId,
+        response: &Response<'_>,
+        fx: &mut E,
+    ) -> Result<(), Refusal> {
+        let key = Key::new(id.slot, id.generation);
+        let Some(call) = self.calls.at_mut(key) else {
+            fx.count(Count::LateResponse);
+            return Ok(());
+        };
+        if call.member != from {
+            fx.count(Count::ForeignResponse);
+            return Err(Refusal::new(
+                Code::Forbidden,
+                "this call was sent to another instance, which alone may answer it",
+            ));
+        }
+        if response.status == Status::Partial {
+            match &mut call.credit {
+                Some(0) => {
+                    let message = "the handler sent more items than the stream's window allows";
+                    self.end(
+                        now,
+                        key,
+                        End::Refused(&Refusal::new(Code::HandlerError, message)),
+                        fx,
+                    );
+                    return Ok(());
+                }
+                Some(left) => *left -= 1,
+                None => {}
+            }
+        }
+        let Some(caller) = self.members.at(place(call.caller)) else {
+            return Ok(());
+        };
+        let Some(caller_id) = call.id.as_deref() else {
+            // Without an id the caller wants no answer.
+            if response.status.is_final() {
+                self.end(
+                    now,
+                    key,
+                    End::Answered {
+                        failed: response.status == Status::Error,
+                    },
+                    fx,
+                );
+            }
+            return Ok(());
+        };
+        let answer = encode::Answer {
+            in_reply_to: caller_id,
+            status: response.status,
+            error: response.error,
+            headers: response.headers,
+            body: response.body,
+        };
+        let length = forwarded_length(
+            response.body,
+            response.headers.map_or(0, |h| h.text().len()),
+        );
+        if caller.attachments == Attachments::NotTaken
+            && too_large(response.body, self.limits.max_frame)
+        {
+            let message = "the answer's raw bytes are too large for a caller without the feature 'attachments'";
+            self.end(
+                now,
+                key,
+                End::Refused(&Refusal::new(Code::TooLarge, message)),
+                fx,
+            );
+            return Ok(());
+        }
+        let sent = fx.send(&caller.peer, Class::Reply, length, |out| {
+            encode::answer(out, &answer, caller.attachments)
+        });
+        match (sent, response.status.is_final()) {
+            (Sent::Queued, true) => {
+                self.end(
+                    now,
+                    key,
+                    End::Answered {
+                        failed: response.status == Status::Error,
+                    },
+                    fx,
+                );
+            }
+            (Sent::Queued, false) => fx.count(Count::Partial),
+            (Sent::Full, _) => {
+                // Never dropped silently: a short error takes the place of what did not fit.
+                let message = "the answer did not fit into the caller's outbox (limits.outbox_bytes_max): read faster";
+                self.end(
+                    now,
+                    key,
+                    End::Overflowed(&Refusal::new(Code::Overloaded, message)),
+                    fx,
+                );
+            }
+            // The caller's connection has ended; its leaving ends the call.
+            (Sent::Gone, _) => {}
+        }
+        Ok(())
+    }
+
+    /// Ends a call at its caller's wish; false where the caller has no such call here.
+    pub fn cancel<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        caller: MemberKey,
+        id: &str,
+        fx: &mut E,
+    ) -> bool {
+        let Some(key) = self.calls.find(caller, id) else {
+            return false;
+        };
+        self.end(now, key, End::Cancelled, fx);
+        true
+    }
+
+    /// Grants `count` further items of a stream; false where the caller has no such call here.
+    pub fn ack<E: Effects<Peer = P>>(
+        &mut self,
+        caller: MemberKey,
+        id: &str,
+        count: u64,
+        fx: &mut E,
+    ) -> bool {
+        let Some(key) = self.calls.find(caller, id) else {
+            return false;
+        };
+        let call = self.calls.at_mut(key).expect("just found");
+        let Some(credit) = &mut call.credit else {
+            return true;
+        };
+        *credit = credit
+            .saturating_add(count)
+            .min(latzero_protocol::limits::WINDOW_MAX);
+        let call_id = CallId {
+            pool: self.number,
+            slot: key.slot,
+            generation: key.generation,
+        };
+        if let Some(member) = self.members.at(place(call.member)) {
+            fx.send(&member.peer, Class::Control, 64, |out| {
+                encode::ack(out, call_id, count)
+            });
+        }
+        true
+    }
+
+    /// Passes an emit to the trigger's handlers; returns how many it was appended for.
+    ///
+    /// # Errors
+    /// Where the sender is no member, or the name is none.
+    pub fn emit<E: Effects<Peer = P>>(
+        &mut self,
+        from: MemberKey,
+        emit: &Emit<'_>,
+        fx: &mut E,
+    ) -> Result<usize, Refusal> {
+        let Some(sender) = self.members.at(place(from)) else {
+            return Err(not_member(&self.name));
+        };
+        fx.count(Count::Emit);
+        self.emits_total += 1;
+        let Some(served) = self.triggers.get(&*emit.process) else {
+            TriggerName::check(&emit.process)?;
+            return Ok(0);
+        };
+        let notice = encode::Notice {
+            process: served.name.as_str(),
+            pool: self.name.as_str(),
+            origin: sender.origin(),
+            destination: emit.destination.as_ref().map(|d| d.raw),
+            headers: emit.headers,
+            body: emit.body,
+        };
+        let mut delivered = 0;
+        // Encoded once for all who take the same form.
+        let mut encoded: [Option<std::ops::Range<usize>>; 2] = [None, None];
+        let scratch = &mut self.scratch;
+        scratch.clear();
+        let max_frame = self.limits.max_frame;
+        let mut deliver = |to: &Member<P>| {
+            if !matches(emit.destination.as_ref(), to)
+                || (to.attachments == Attachments::NotTaken && too_large(emit.body, max_frame))
+            {
+                return Offer::NotMeant;
+            }
+            let form = usize::from(to.attachments == Attachments::Taken);
+            let range = encoded[form].get_or_insert_with(|| {
+                let start = scratch.len();
+                encode::notice(scratch, &notice, to.attachments);
+                start..scratch.len()
+            });
+            let bytes = &scratch[range.clone()];
+            let sent = fx.send(&to.peer, Class::Emit, bytes.len(), |out| {
+                out.extend_from_slice(bytes)
+            });
+            delivered += usize::from(sent == Sent::Queued);
+            if sent == Sent::Queued {
+                Offer::Taken
+            } else {
+                Offer::Busy
+            }
+        };
+        if emit.one {
+            let key = emit.key.as_ref().map_or(sender.instance.0, |key| {
+                crate::prng::hash(0, key.as_bytes())
+            });
+            let start = pick::start(served, &mut self.prng);
+            let chosen = pick::each(
+                served,
+                &self.handlers,
+                &self.members,
+                start,
+                key,
+                |_, to| deliver(to),
+            );
+            if let Some((position, _)) = chosen {
+                self.triggers
+                    .get_mut(&*emit.process)
+                    .expect("found above")
+                    .turn = position + 1;
+            }
+        } else {
+            for &handler in &served.handlers {
+                let handler = self
+                    .handlers
+                    .at(handler)
+                    .expect("a trigger's handlers exist");
+                deliver(
+                    self.members
+                        .at(place(handler.member))
+                        .expect("a handler's member lives"),
+                );
+            }
+        }
+        for _ in 0..delivered {
+            fx.count(Count::Delivered);
+        }
+        if self.scratch.capacity() > 64 * 1024 {
+            self.scratch = Vec::new();
+        }
+        Ok(delivered)
+    }
+
+    /// When the pool wants [`Pool::handle_timeout`] to be called at the latest. It may be early, never late.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.calls.next_deadline()
+    }
+
+    /// Ends the calls whose time to live is over.
+    pub fn handle_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+        while let Some(key) = self.calls.pop_due(now) {
+            self.end(now, key, End::TimedOut, fx);
+        }
+    }
+
+    /// Removes the pool under its members: calls end, each member is told, nobody can join again. Returns the members'
+    /// instances.
+    pub fn close<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) -> Vec<InstanceId> {
+        self.closed = true;
+        let keys: Vec<MemberKey> = self.members.iter().map(|(key, _)| seat(key)).collect();
+        for &key in &keys {
+            self.end_calls_of(now, key, fx);
+        }
+        let told = format!(
+            "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
+            self.name
+        );
+        let mut instances = Vec::new();
+        self.triggers.clear();
+        self.handlers = Slab::default();
+        for key in keys {
+            let member = self.members.remove(place(key)).expect("listed above");
+            fx.send(&member.peer, Class::Control, told.len(), |out| {
+                encode::message(out, &told)
+            });
+            instances.push(member.instance);
+        }
+        instances
+    }
+
+    /// Whether the pool was removed.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// The pool's triggers as JSON: names, strategies and who serves them, in the order of their names.
+    #[must_use]
+    pub fn triggers_json(&self) -> serde_json::Value {
+        let mut names: Vec<&Served> = self.triggers.values().collect();
+        names.sort_by(|a, b| a.name.cmp(&b.name));
+        let trigger = |served: &Served| {
+            let handlers: Vec<_> = served
+                .handlers
+                .iter()
+                .filter_map(|&h| self.handlers.at(h))
+                .filter_map(|h| Some((h, self.members.at(place(h.member))?)))
+                .map(|(h, member)| {
+                    serde_json::json!({"app_id": member.app, "instance": member.instance, "in_flight": h.in_flight})
+                })
+                .collect();
+            serde_json::json!({
+                "name": served.name, "strategy": served.strategy.as_str(), "doc": served.doc, "handlers": handlers,
+            })
+        };
+        names.into_iter().map(trigger).collect()
+    }
+
+    /// Checks what must hold between any two inputs; for the simulator and tests.
+    ///
+    /// # Panics
+    /// Where an invariant is broken.
+    pub fn check(&self) {
+        let (mut calling, mut serving) = (0, 0);
+        for (key, member) in self.members.iter() {
+            let key = seat(key);
+            let made = self.calls.iter().filter(|(_, c)| c.caller == key).count();
+            let served = self.calls.iter().filter(|(_, c)| c.member == key).count();
+            assert_eq!(
+                made, member.calling as usize,
+                "calls made by {}",
+                member.app
+            );
+            assert_eq!(
+                served, member.serving as usize,
+                "calls served by {}",
+                member.app
+            );
+            calling += made;
+            serving += served;
+            for name in &member.triggers {
+                let served = self
+                    .triggers
+                    .get(name)
+                    .expect("a member's trigger is served");
+                let own = |&h: &HandlerKey| self.handlers.at(h).is_some_and(|h| h.member == key);
+                assert_eq!(served.handlers.iter().filter(|h| own(h)).count(), 1);
+            }
+        }
+        // No call without both its sides: nothing reaches a non-member.
+        assert_eq!((calling, serving), (self.calls.len(), self.calls.len()));
+        assert!(self.calls.len() <= self.limits.pending_max);
+        let handlers: usize = self.triggers.values().map(|t| t.handlers.len()).sum();
+        assert_eq!(handlers, self.handlers.len());
+        for (key, handler) in self.handlers.iter() {
+            let in_flight = self.calls.iter().filter(|(_, c)| c.handler == key).count();
+            assert_eq!(in_flight, handler.in_flight as usize);
+            assert!(handler.in_flight <= handler.concurrency);
+        }
+        self.calls.check();
+    }
+
+    fn member(&self, key: MemberKey) -> Option<&Member<P>> {
+        self.members.at(place(key))
+    }
+
+    fn member_mut(&mut self, key: MemberKey) -> Option<&mut Member<P>> {
+        self.members.at_mut(place(key))
+    }
+
+    /// Ends a call for both sides. A call that already ended is not found: the answer and the deadline may cross on
+    /// the way, and the first to reach the pool wins.
+    fn end<E: Effects<Peer = P>>(&mut self, now: Time, key: Key<Call>, how: End<'_>, fx: &mut E) {
+        let Some(call) = self.calls.remove(key) else {
+            return;
+        };
+        if let Some(handler) = self.handlers.at_mut(call.handler) {
+            handler.in_flight -= 1;
+        }
+        let call_id = CallId {
+            pool: self.number,
+            slot: key.slot,
+            generation: key.generation,
+        };
+        if let Some(handler) = self.members.at_mut(place(call.member)) {
+            handler.serving -= 1;
+            let reason = match how {
+                End::Answered { .. } | End::HandlerGone => None,
+                End::Cancelled => Some("cancelled"),
+                End::CallerGone => Some("caller_gone"),
+                End::TimedOut => Some("timeout"),
+                End::Refused(refusal) | End::Overflowed(refusal) => Some(refusal.code.as_str()),
+            };
+            if let Some(reason) = reason {
+                fx.send(&handler.peer, Class::Control, 96, |out| {
+                    encode::cancel(out, call_id, reason)
+                });
+            }
+        }
+        let refusal = match how {
+            End::Answered { .. } | End::CallerGone => None,
+            End::HandlerGone => {
+                let message = "the handler's connection ended before it answered; repeat the call if it may run twice";
+                Some(Refusal::new(Code::HandlerGone, message))
+            }
+            End::Cancelled => Some(Refusal::new(
+                Code::Cancelled,
+                "the caller cancelled the call",
+            )),
+            End::TimedOut => {
+                let ms = call.deadline.since(call.started).as_millis();
+                Some(Refusal::new(
+                    Code::Timeout,
+                    format!("no answer within the call's ttl of {ms} ms"),
+                ))
+            }
+            End::Refused(refusal) | End::Overflowed(refusal) => Some(refusal.clone()),
+        };
+        let caller = self
+            .members
+            .at_mut(place(call.caller))
+            .expect("a call's caller leaves after its calls ended");
+        caller.calling -= 1;
+        if let (Some(refusal), Some(id)) = (&refusal, &call.id) {
+            fx.send(
+                &caller.peer,
+                Class::Control,
+                refusal.message.len() + 256,
+                |out| match how {
+                    End::Overflowed(refusal) => append_overflow(out, id, refusal),
+                    _ => encode::refusal(out, Some(id), refusal),
+                },
+            );
+        }
+        let caller = caller.peer.clone();
+        let handler = self
+            .members
+            .at(place(call.member))
+            .map_or_else(|| caller.clone(), |m| m.peer.clone());
+        let failed = matches!(how, End::Answered { failed: true });
+        let code = refusal
+            .map(|r| r.code)
+            .or(matches!(how, End::CallerGone).then_some(Code::Cancelled));
+        fx.call_ended(
+            &caller,
+            &handler,
+            CallEnd {
+                started: call.started,
+                ended: now,
+                code,
+                failed,
+            },
+        );
+    }
+
+    fn end_calls_of<E: Effects<Peer = P>>(&mut self, now: Time, key: MemberKey, fx: &mut E) {
+        let mut slot = 0;
+        // Stops as soon as the member has none left: most have few, and many leave with none.
+        while let Some(member) = self.member(key)
+            && member.calling + member.serving > 0
+        {
+            let Some((call_key, call)) = self.calls.from(slot) else {
+                break;
+            };
+            let how = if call.member == key {
+                Some(End::HandlerGone)
+            } else {
+                (call.caller == key).then_some(End::CallerGone)
+            };
+            if let Some(how) = how {
+                self.end(now, call_key, how, fx);
+            }
+            slot = call_key.slot + 1;
+        }
+    }
+
+    fn drop_handler<E: Effects<Peer = P>>(
+        &mut self,
+        key: MemberKey,
+        name: &TriggerName,
+        fx: &mut E,
+    ) {
+        let Some(served) = self.triggers.get_mut(name) else {
+            return;
+        };
+        let own = |h: &HandlerKey| self.handlers.at(*h).is_some_and(|h| h.member == key);
+        let Some(at) = served.handlers.iter().position(own) else {
+            return;
+        };
+        let handler = served.handlers.remove(at);
+        if served.turn > at {
+            served.turn -= 1;
+        }
+        if served.handlers.is_empty() {
+            self.triggers.remove(name);
+        }
+        self.handlers.remove(handler);
+        let Some(member) = self.member(key) else {
+            return;
+        };
+        let event = Presence {
+            app: &member.app,
+            instance: member.instance,
+            trigger: Some(name),
+        };
+        let told = self.presence_json(Event::TriggerRemoved, &event);
+        self.tell(Event::TriggerRemoved, &told, Some(key), fx);
+    }
+
+    /// Tells the watchers, all but the member that the event is about.
+    fn tell<E: Effects<Peer = P>>(
+        &self,
+        event: Event,
+        json: &str,
+        about: Option<MemberKey>,
+        fx: &mut E,
+    ) {
+        for (key, member) in self.members.iter() {
+            if Some(seat(key)) != about && member.watch.is_some_and(|set| set.has(event)) {
+                fx.send(&member.peer, Class::Event, json.len(), |out| {
+                    encode::message(out, json)
+                });
+            }
+        }
+    }
+
+    fn presence_json(&self, event: Event, presence: &Presence<'_>) -> String {
+        let trigger = presence
+            .trigger
+            .map_or(String::new(), |t| format!(",\"trigger\":\"{t}\""));
+        format!(
+            "{{\"action\":\"event\",\"event\":\"{}\",\"pool\":\"{}\",\"app_id\":\"{}\",\"instance\":\"{}\"{trigger}}}",
+            event.as_str(),
+            self.name,
+            presence.app,
+            presence.instance,
+        )
+    }
+
+    fn no_handler(&self, trigger: &Trigger<'_>) -> CallError {
+        if let Err(error) = TriggerName::check(&trigger.process) {
+            return Refusal::from(error).into();
+        }
+        if let Some(destination) = &trigger.destination {
+            let present = self
+                .members
+                .iter()
+                .any(|(_, m)| matches(Some(destination), m));
+            if !present {
+                return CallError::UnknownDestination;
+            }
+            let message = format!(
+                "app '{}' does not serve trigger '{}' in pool '{}'",
+                destination.app_id, trigger.process, self.name
+            );
+            return Refusal::new(Code::NoHandler, message).into();
+        }
+        let message = format!(
+            "no app serves trigger '{}' in pool '{}'",
+            trigger.process, self.name
+        );
+        Refusal::new(Code::NoHandler, message).into()
+    }
+
+    /// Why none of a trigger's handlers took a call.
+    fn none_taken(&self, trigger: &Trigger<'_>, seen: pick::Seen) -> CallError {
+        if seen.too_large {
+            let message = "the payload is too large as base64 for a handler without the feature 'attachments'";
+            return Refusal::new(Code::TooLarge, message).into();
+        }
+        if !seen.matching {
+            return self.no_handler(trigger);
+        }
+        let message = format!(
+            "every handler of trigger '{}' in pool '{}' is at its concurrency or has a full outbox; \
+             wait and repeat, or add handlers",
+            trigger.process, self.name
+        );
+        Refusal::new(Code::Overloaded, message).into()
+    }
+}
+
+/// How a call ends.
+#[derive(Clone, Copy)]
+enum End<'a> {
+    /// Its handler answered; the answer is already on its way.
+    Answered { failed: bool },
+    /// Its handler's connection or membership ended.
+    HandlerGone,
+    /// Its caller's connection or membership ended: nobody waits for it.
+    CallerGone,
+    /// Its caller ended it.
+    Cancelled,
+    /// Its time to live is over.
+    TimedOut,
+    /// The server ended it.
+    Refused(&'a Refusal),
+    /// Its answer did not fit into the caller's outbox: the handler has run all the same.
+    Overflowed(&'a Refusal),
+}
+
+struct Presence<'a> {
+    app: &'a AppId,
+    instance: InstanceId,
+    trigger: Option<&'a TriggerName>,
+}
+
+/// `overloaded` means "did not run" everywhere but here, where only the answer was lost.
+fn append_overflow(out: &mut Vec<u8>, id: &str, refusal: &Refusal) {
+    latzero_protocol::frame::append(out, |out| {
+        out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");
+        encode::append_str(out, id);
+        out.extend_from_slice(
+            b",\"status\":\"error\",\"error\":{\"code\":\"overloaded\",\"message\":",
+        );
+        encode::append_str(out, &refusal.message);
+        out.extend_from_slice(b",\"ran\":\"unknown\"}}");
+    });
+}
+
+fn matches<P>(
+    destination: Option<&latzero_protocol::message::Destination<'_>>,
+    member: &Member<P>,
+) -> bool {
+    destination.is_none_or(|d| {
+        d.app_id == member.app.as_str()
+            && d.instance
+                .is_none_or(|instance| instance == member.instance)
+    })
+}
+
+fn not_member(pool: &PoolName) -> Refusal {
+    Refusal::new(
+        Code::NotMember,
+        format!("this app is not in pool '{pool}'; name it in the handshake or send pool_join"),
+    )
+}
+
+/// Bytes that a forwarded message takes at most: the body, and what stands around it.
+fn forwarded_length(body: Body<'_>, headers: usize) -> usize {
+    body.len() + headers + 512
+}
+
+/// Whether raw bytes would pass the frame limit once they are base64.
+fn too_large(body: Body<'_>, max_frame: usize) -> bool {
+    matches!(body, Body::Bytes(bytes) if bytes.len().div_ceil(3) * 4 > max_frame)
+}
+
+fn seat<P>(key: Key<Member<P>>) -> MemberKey {
+    Key::new(key.slot, key.generation)
+}
+
+fn place<P>(key: MemberKey) -> Key<Member<P>> {
+    Key::new(key.slot, key.generation)
+}

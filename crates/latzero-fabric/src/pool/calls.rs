@@ -1,0 +1,166 @@
+//! The calls under way in a pool: found by key, by their caller's id, and by their deadline.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use compact_str::CompactString;
+use hashbrown::HashTable;
+
+use super::{Handler, MemberKey};
+use crate::slab::{Key, Slab};
+use crate::time::Time;
+
+/// One call under way.
+pub(super) struct Call {
+    pub(super) caller: MemberKey,
+    /// The caller's id; without one it wants no answer.
+    pub(super) id: Option<CompactString>,
+    pub(super) member: MemberKey,
+    pub(super) handler: Key<Handler>,
+    pub(super) started: Time,
+    pub(super) deadline: Time,
+    /// Items that the handler may still send, where the caller set a window.
+    pub(super) credit: Option<u64>,
+}
+
+pub(super) struct Calls {
+    calls: Slab<Call>,
+    /// The places of calls with an id, by caller and id.
+    by_id: HashTable<u32>,
+    /// Deadlines in order. Ended calls stay until they come up or are swept out, so that ending a call is cheap.
+    deadlines: BinaryHeap<Reverse<(Time, u32, u32)>>,
+    hash_seed: u64,
+}
+
+impl Calls {
+    pub(super) fn new(hash_seed: u64) -> Self {
+        Calls {
+            calls: Slab::default(),
+            by_id: HashTable::new(),
+            deadlines: BinaryHeap::new(),
+            hash_seed,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.calls.len()
+    }
+
+    /// The key that the next insertion gets.
+    pub(super) fn next_key(&self) -> Key<Call> {
+        self.calls.next_key()
+    }
+
+    pub(super) fn insert(&mut self, expected: Key<Call>, call: Call) {
+        let (deadline, hash) = (
+            call.deadline,
+            call.id.as_deref().map(|id| self.hash(call.caller, id)),
+        );
+        let key = self.calls.insert(call);
+        debug_assert_eq!(key, expected);
+        if let Some(hash) = hash {
+            let (calls, seed) = (&self.calls, self.hash_seed);
+            self.by_id
+                .insert_unique(hash, key.slot, |&slot| rehash(calls, seed, slot));
+        }
+        self.deadlines
+            .push(Reverse((deadline, key.slot, key.generation)));
+        // Each sweep costs about what was pushed since the last one: constant per call.
+        if self.deadlines.len() > 2 * self.calls.len() + 1024 {
+            let calls = &self.calls;
+            self.deadlines.retain(|Reverse((_, slot, generation))| {
+                calls.at(Key::new(*slot, *generation)).is_some()
+            });
+        }
+    }
+
+    pub(super) fn remove(&mut self, key: Key<Call>) -> Option<Call> {
+        let call = self.calls.remove(key)?;
+        if let Some(id) = &call.id {
+            let hash = self.hash(call.caller, id);
+            if let Ok(entry) = self.by_id.find_entry(hash, |&slot| slot == key.slot) {
+                entry.remove();
+            }
+        }
+        Some(call)
+    }
+
+    #[inline]
+    pub(super) fn at_mut(&mut self, key: Key<Call>) -> Option<&mut Call> {
+        self.calls.at_mut(key)
+    }
+
+    /// The call that `caller` named `id`.
+    pub(super) fn find(&self, caller: MemberKey, id: &str) -> Option<Key<Call>> {
+        let is_it = |&slot: &u32| {
+            self.calls
+                .in_slot(slot)
+                .is_some_and(|(_, call)| call.caller == caller && call.id.as_deref() == Some(id))
+        };
+        let &slot = self.by_id.find(self.hash(caller, id), is_it)?;
+        self.calls.in_slot(slot).map(|(key, _)| key)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Key<Call>, &Call)> {
+        self.calls.iter()
+    }
+
+    pub(super) fn from(&self, slot: u32) -> Option<(Key<Call>, &Call)> {
+        self.calls.from(slot)
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Time> {
+        self.deadlines
+            .peek()
+            .map(|Reverse((deadline, ..))| *deadline)
+    }
+
+    /// A call whose deadline has come.
+    pub(super) fn pop_due(&mut self, now: Time) -> Option<Key<Call>> {
+        while let Some(&Reverse((deadline, slot, generation))) = self.deadlines.peek() {
+            let key = Key::new(slot, generation);
+            let live = self.calls.at(key).is_some();
+            if live && deadline > now {
+                return None;
+            }
+            self.deadlines.pop();
+            if live {
+                return Some(key);
+            }
+        }
+        None
+    }
+
+    pub(super) fn check(&self) {
+        let named = self.calls.iter().filter(|(_, c)| c.id.is_some()).count();
+        assert_eq!(self.by_id.len(), named);
+        for (key, call) in self.calls.iter() {
+            if let Some(id) = &call.id {
+                assert_eq!(self.find(call.caller, id), Some(key));
+            }
+        }
+        assert!(self.deadlines.len() <= 2 * self.calls.len().max(self.deadlines.len() / 2) + 1024);
+        let due = |key: Key<Call>| {
+            self.deadlines
+                .iter()
+                .any(|Reverse((_, s, g))| (*s, *g) == (key.slot, key.generation))
+        };
+        assert!(self.calls.iter().all(|(key, _)| due(key)));
+    }
+
+    fn hash(&self, caller: MemberKey, id: &str) -> u64 {
+        hash(self.hash_seed, caller, id)
+    }
+}
+
+fn hash(seed: u64, caller: MemberKey, id: &str) -> u64 {
+    let salt = seed ^ (u64::from(caller.slot) << 32 | u64::from(caller.generation));
+    crate::prng::hash(salt, id.as_bytes())
+}
+
+fn rehash(calls: &Slab<Call>, seed: u64, slot: u32) -> u64 {
+    let (_, call) = calls
+        .in_slot(slot)
+        .expect("only live calls are in the table");
+    hash(seed, call.caller, call.id.as_deref().unwrap_or_default())
+}

@@ -1,0 +1,96 @@
+//! Which handler takes a call: the trigger's strategy orders the handlers, and the first that can take it does.
+
+use std::cmp::Reverse;
+
+use latzero_protocol::message::Strategy;
+
+use super::{Handler, HandlerKey, Member, Served, place};
+use crate::prng::{Prng, mix};
+use crate::slab::Slab;
+
+/// A handler's answer to the offer of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Offer {
+    /// It has the call.
+    Taken,
+    /// It can't take it now.
+    Busy,
+    /// The call is not meant for it.
+    NotMeant,
+}
+
+/// What was seen while no handler took a call, which is what the caller is told.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Seen {
+    /// A handler was of the destination that the caller named.
+    pub(super) matching: bool,
+    /// One would need the payload as base64, which is too large.
+    pub(super) too_large: bool,
+}
+
+/// Where to begin among the handlers.
+pub(super) fn start(served: &Served, prng: &mut Prng) -> usize {
+    match served.strategy {
+        Strategy::Random if !served.handlers.is_empty() => prng.below(served.handlers.len()),
+        _ => served.turn,
+    }
+}
+
+/// Offers the handlers to `offer`, in the order of the strategy, until one takes the call; returns its position and key.
+pub(super) fn each<P>(
+    served: &Served,
+    handlers: &Slab<Handler>,
+    members: &Slab<Member<P>>,
+    start: usize,
+    sticky: u64,
+    mut offer: impl FnMut(&Handler, &Member<P>) -> Offer,
+) -> Option<(usize, HandlerKey)> {
+    let n = served.handlers.len();
+    let in_turn = || {
+        (0..n).map(|i| {
+            let position = (start + i) % n;
+            let key = served.handlers[position];
+            let handler = handlers.at(key).expect("a trigger's handlers exist");
+            let member = members
+                .at(place(handler.member))
+                .expect("a handler's member lives");
+            (position, key, handler, member)
+        })
+    };
+    match served.strategy {
+        Strategy::RoundRobin | Strategy::Random => {
+            in_turn().find_map(|(position, key, handler, member)| {
+                (offer(handler, member) == Offer::Taken).then_some((position, key))
+            })
+        }
+        Strategy::LeastBusy => {
+            // The first minimum: among equals the turn decides.
+            let (position, key, handler, member) =
+                in_turn().min_by_key(|(_, _, handler, _)| handler.in_flight)?;
+            if offer(handler, member) == Offer::Taken {
+                return Some((position, key));
+            }
+            let mut others: Vec<_> = in_turn().filter(|&(other, ..)| other != position).collect();
+            others.sort_by_key(|(_, _, handler, _)| handler.in_flight);
+            others
+                .into_iter()
+                .find_map(|(position, key, handler, member)| {
+                    (offer(handler, member) == Offer::Taken).then_some((position, key))
+                })
+        }
+        Strategy::Sticky => {
+            // Highest random weight (Thaler and Ravishankar, 1998): when a handler goes, only its keys move.
+            let mut order: Vec<_> = in_turn().collect();
+            order.sort_by_key(|(_, _, _, member)| Reverse(mix(sticky ^ member.instance.0)));
+            for (position, key, handler, member) in order {
+                match offer(handler, member) {
+                    Offer::Taken => return Some((position, key)),
+                    // The key's own handler is busy: another one would not have what the key stands for.
+                    Offer::Busy => return None,
+                    Offer::NotMeant => {}
+                }
+            }
+            None
+        }
+    }
+}
