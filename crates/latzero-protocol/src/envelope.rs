@@ -12,6 +12,9 @@ use crate::scan::{self, ScanError};
 pub struct Raw<'a>(&'a str);
 
 impl<'a> Raw<'a> {
+    /// The value `null`.
+    pub const NULL: Raw<'static> = Raw("null");
+
     /// Takes `text` after checking that it is one JSON value.
     ///
     /// # Errors

@@ -1,0 +1,202 @@
+//! The server's own app `latzero` in the pool `system`: a session like any other, whose connection is this process.
+//!
+//! What is appended to its outbox is read right back here, answered, and handed to its session. So the core needs no
+//! special case, and every server has something to call.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use latzero_fabric::session::Terms;
+use latzero_fabric::{Host, Session, Time, Transport};
+use latzero_protocol::frame::{self, Accept, Frame};
+use latzero_protocol::limits::{SYSTEM_APP, SYSTEM_POOL};
+use latzero_protocol::message::Page;
+use latzero_protocol::{Body, Code, Envelope, Refusal, encode};
+use serde_json::json;
+
+use crate::host::IoHost;
+use crate::peer::Peer;
+
+/// The built-in app.
+pub(crate) struct BuiltIn {
+    peer: Arc<Peer>,
+    session: Session<IoHost>,
+}
+
+const TRIGGERS: [(&str, &str); 5] = [
+    ("echo", "Answers with what it was called with."),
+    (
+        "time",
+        "The server's time: {\"unix_ms\":…,\"uptime_ms\":…}.",
+    ),
+    (
+        "apps",
+        "The apps that the server knows; {\"pool\":…,\"after\":…} for a part of them.",
+    ),
+    (
+        "pools",
+        "The pools there are; {\"after\":…} for a part of them.",
+    ),
+    ("stats", "The server's statistics."),
+];
+
+impl BuiltIn {
+    /// Brings the app in.
+    pub(crate) fn start(now: Time, host: &mut IoHost) -> BuiltIn {
+        let peer = host.shared.new_peer(None);
+        let terms = Terms {
+            transport: Transport::BuiltIn,
+            is_admin: false,
+            max_frame_before_handshake: usize::MAX,
+        };
+        let mut builtin = BuiltIn {
+            session: Session::new(Arc::clone(&peer), terms),
+            peer,
+        };
+        let triggers: Vec<_> = TRIGGERS
+            .iter()
+            .map(|(name, doc)| json!({"name": name, "doc": doc}))
+            .collect();
+        let handshake = json!({
+            "action": "handshake", "app_id": SYSTEM_APP, "pools": [SYSTEM_POOL], "triggers": triggers,
+            "features": ["attachments"], "meta": {"version": env!("CARGO_PKG_VERSION")},
+        });
+        let handshake = handshake.to_string();
+        let _ = builtin.session.handle(
+            now,
+            Frame {
+                json: handshake.as_bytes(),
+                attachment: None,
+            },
+            host,
+        );
+        assert!(
+            builtin.session.is_ready(),
+            "the built-in app's handshake is valid"
+        );
+        builtin
+    }
+
+    pub(crate) fn is(&self, peer: &Arc<Peer>) -> bool {
+        Arc::ptr_eq(&self.peer, peer)
+    }
+
+    /// Reads what was appended for it, and answers.
+    pub(crate) fn turn(&mut self, now: Time, host: &mut IoHost) {
+        let Some(mut taken) = self.peer.outbox().take() else {
+            return;
+        };
+        let accept = Accept {
+            max_frame: usize::MAX,
+            attachments: true,
+        };
+        let mut answer = Vec::new();
+        while let Ok(Some((frame, used))) = frame::decode(&taken.buf[taken.head..], accept) {
+            answer.clear();
+            if let Ok(Ok(envelope)) = Envelope::parse(frame) {
+                answer_to(&envelope, now, host, &mut answer);
+            }
+            if let Ok(Some((frame, _))) = frame::decode(&answer, accept) {
+                let _ = self.session.handle(now, frame, host);
+            }
+            taken.head += used;
+        }
+        if let Some(buf) = self.peer.outbox().put_back(taken) {
+            host.fx.recycle(buf);
+        }
+    }
+}
+
+/// Appends the answer to a call; other messages get none.
+fn answer_to(e: &Envelope<'_>, now: Time, host: &mut IoHost, out: &mut Vec<u8>) {
+    let text = |field: Option<latzero_protocol::Raw<'_>>| {
+        field.and_then(|raw| raw.as_str().map(Cow::into_owned))
+    };
+    if text(e.action).as_deref() != Some("trigger") {
+        return;
+    }
+    let Some(id) = text(e.id) else { return };
+    let body = e.body(e.data, "data").unwrap_or(Body::None);
+    match reply(
+        text(e.process).as_deref().unwrap_or_default(),
+        body,
+        now,
+        host,
+    ) {
+        Ok(Reply::Echo) => {
+            let body = if body == Body::None {
+                Body::Json(latzero_protocol::Raw::NULL)
+            } else {
+                body
+            };
+            let status = latzero_protocol::message::Status::Ok;
+            let answer = encode::Answer {
+                in_reply_to: &id,
+                status,
+                error: None,
+                headers: e.headers,
+                body,
+            };
+            encode::answer(out, &answer, encode::Attachments::Taken);
+        }
+        Ok(Reply::Json(json)) => encode::reply(out, &id, &json),
+        Err(refusal) => encode::refusal(out, Some(&id), &refusal),
+    }
+}
+
+enum Reply {
+    Echo,
+    Json(String),
+}
+
+fn reply(process: &str, body: Body<'_>, now: Time, host: &mut IoHost) -> Result<Reply, Refusal> {
+    let fields = match body {
+        Body::Json(raw) if raw.is_object() && process != "echo" => {
+            Some(latzero_protocol::message::Fields::of(raw.text())?)
+        }
+        _ => None,
+    };
+    let string = |name: &str| {
+        fields
+            .as_ref()
+            .map_or(Ok(None), |fields| fields.string(name))
+    };
+    let json = match process {
+        "echo" => return Ok(Reply::Echo),
+        "time" => {
+            let uptime = now.since(host.shared.started).as_millis() as u64;
+            json!({"unix_ms": host.unix_ms(now), "uptime_ms": uptime}).to_string()
+        }
+        "stats" => host.stats(now),
+        "apps" => {
+            let pool = string("pool")?
+                .map(|name| latzero_protocol::PoolName::new(&name))
+                .transpose()?;
+            let page = Page {
+                after: string("after")?,
+                limit: Page::LIMIT_MAX,
+            };
+            let clock = host.shared.clock;
+            host.with_registry(|registry, _| {
+                registry.list_apps(pool.as_ref(), &page, |then| clock.unix_ms(then))
+            })?
+            .to_string()
+        }
+        "pools" => {
+            let page = Page {
+                after: string("after")?,
+                limit: Page::LIMIT_MAX,
+            };
+            let clock = host.shared.clock;
+            host.with_registry(|registry, _| registry.list_pools(&page, |then| clock.unix_ms(then)))
+                .to_string()
+        }
+        _ => {
+            return Err(Refusal::new(
+                Code::NoHandler,
+                "the built-in app does not serve this trigger",
+            ));
+        }
+    };
+    Ok(Reply::Json(json))
+}

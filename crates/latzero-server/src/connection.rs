@@ -1,0 +1,337 @@
+//! One connection as its own loop sees it: the socket, what was read and not yet run, and its session.
+
+use std::io;
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use latzero_fabric::session::Terms;
+use latzero_fabric::{Class, Effects, Flow, Host, Session, Time, Transport};
+use latzero_protocol::{Code, Refusal, encode, frame};
+
+use crate::host::IoHost;
+use crate::peer::Peer;
+use crate::socket::User;
+
+/// Bytes appended to outboxes before a long batch is interrupted to write them.
+const FLUSH_BYTES: usize = 1024 * 1024;
+
+/// A buffer of this capacity stays with an idle connection; larger ones are let go.
+const IDLE_BYTES_MAX: usize = 2048;
+
+/// How long, and for how many bytes, a closed connection's last input is read and thrown away. Without it the kernel
+/// would answer unread bytes with a reset, and the peer might never see why it was closed.
+const LINGER_MS: u64 = 1000;
+const LINGER_BYTES: usize = 4 * 1024 * 1024;
+
+/// What a turn of reading came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// The socket is empty.
+    Idle,
+    /// The budget is spent; there may be more.
+    More,
+    /// Not read on until calls end.
+    Paused,
+    /// To be closed once its outbox is written.
+    Close,
+    /// The other end is gone.
+    Ended,
+}
+
+enum Phase {
+    Open,
+    /// Nothing is run any more; the outbox is written, then the rest of the input thrown away.
+    Closing {
+        until: Time,
+        left: usize,
+        is_shut: bool,
+    },
+}
+
+/// One connection.
+pub(crate) struct Connection {
+    pub(crate) peer: Arc<Peer>,
+    pub(crate) user: User,
+    pub(crate) session: Session<IoHost>,
+    /// Read and not yet run: the start of a frame, or frames left while paused.
+    inbox: Vec<u8>,
+    phase: Phase,
+    transport: Transport,
+    opened: Time,
+    last_heard: Time,
+    pinged: Option<Time>,
+    /// The kernel said that the other end writes no more: read to the end, paused or not.
+    pub(crate) is_ending: bool,
+    /// Still counted at the door.
+    pub(crate) is_at_door: bool,
+}
+
+/// When a connection is to be looked at, and how it is judged then.
+pub(crate) struct Patience {
+    pub(crate) handshake_ms: u64,
+    pub(crate) ping_interval_ms: u64,
+    pub(crate) ping_timeout_ms: u64,
+    pub(crate) write_stall_ms: u64,
+}
+
+/// What is to be done about a connection now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Nothing before that time.
+    Wait(Option<Time>),
+    /// It had its time.
+    Remove(&'static str),
+    /// It never said who it is.
+    NoHandshake,
+    /// Ask whether it lives.
+    Ping,
+}
+
+impl Connection {
+    pub(crate) fn new(now: Time, peer: Arc<Peer>, user: User, host: &IoHost) -> Connection {
+        let socket = peer
+            .socket
+            .as_ref()
+            .expect("only the built-in app has no socket");
+        let transport = socket.transport();
+        let own = rustix::process::geteuid().as_raw();
+        let terms = Terms {
+            transport,
+            is_admin: matches!(user, User::Uid(uid) if uid == own || uid == 0),
+            max_frame_before_handshake: host.shared.settings().limits.max_frame_before_handshake,
+        };
+        Connection {
+            session: Session::new(Arc::clone(&peer), terms),
+            peer,
+            user,
+            inbox: Vec::new(),
+            phase: Phase::Open,
+            transport,
+            opened: now,
+            last_heard: now,
+            pinged: None,
+            is_ending: false,
+            is_at_door: true,
+        }
+    }
+
+    /// Reads until the socket is empty or `budget` bytes were read, and runs what was read.
+    pub(crate) fn read(
+        &mut self,
+        now: Time,
+        host: &mut IoHost,
+        scratch: &mut [u8],
+        budget: usize,
+    ) -> Turn {
+        if matches!(self.phase, Phase::Closing { .. }) {
+            return self.discard(scratch);
+        }
+        if !self.inbox.is_empty() {
+            // Frames that were left when reading stopped.
+            if let Some(turn) = self.run_inbox(now, host) {
+                return turn;
+            }
+        }
+        let mut total = 0;
+        loop {
+            let n = match self.socket_read(scratch) {
+                Ok(0) => return Turn::Ended,
+                Ok(n) => n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Idle,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => return Turn::Ended,
+            };
+            self.last_heard = now;
+            self.pinged = None;
+            host.fx.batch.bytes_in += n as u64;
+            let stop = if self.inbox.is_empty() {
+                let (used, stop) = self.run(now, &scratch[..n], host);
+                self.inbox.extend_from_slice(&scratch[used..n]);
+                stop
+            } else {
+                self.inbox.extend_from_slice(&scratch[..n]);
+                self.run_inbox(now, host)
+            };
+            if let Some(turn) = stop {
+                return turn;
+            }
+            total += n;
+            // A short read has emptied the socket (epoll(7)), unless an end is waiting behind the data.
+            if n < scratch.len() && !self.is_ending {
+                return Turn::Idle;
+            }
+            if total >= budget {
+                return Turn::More;
+            }
+        }
+    }
+
+    fn run_inbox(&mut self, now: Time, host: &mut IoHost) -> Option<Turn> {
+        let mut inbox = std::mem::take(&mut self.inbox);
+        let (used, stop) = self.run(now, &inbox, host);
+        if used == inbox.len() {
+            inbox.clear();
+            if inbox.capacity() > IDLE_BYTES_MAX {
+                inbox = Vec::new();
+            }
+        } else if used > 0 {
+            inbox.drain(..used);
+        }
+        self.inbox = inbox;
+        stop
+    }
+
+    /// Runs the whole frames in `buf`; returns how many bytes they were, and why it stopped early.
+    fn run(&mut self, now: Time, buf: &[u8], host: &mut IoHost) -> (usize, Option<Turn>) {
+        let mut used = 0;
+        loop {
+            match frame::decode(&buf[used..], self.session.accept(host)) {
+                Ok(Some((frame, length))) => {
+                    used += length;
+                    host.fx.batch.frames_in += 1;
+                    if self.session.handle(now, frame, host) == Flow::Close {
+                        return (used, Some(Turn::Close));
+                    }
+                }
+                Ok(None) => return (used, None),
+                Err(error) => {
+                    let _ = self.session.reject(&error.into(), host);
+                    return (used, Some(Turn::Close));
+                }
+            }
+            if host.fx.appended > FLUSH_BYTES {
+                host.flush(now);
+            }
+            if self.pause(host) {
+                return (used, Some(Turn::Paused));
+            }
+        }
+    }
+
+    /// Stops reading where the connection has all the calls in flight that it may have.
+    fn pause(&self, host: &IoHost) -> bool {
+        let max = host.limits().in_flight_max;
+        if self.is_ending || !self.peer.should_pause(max) {
+            return false;
+        }
+        self.peer.is_paused.store(true, Relaxed);
+        // A call may have ended on another loop in between.
+        if !self.peer.should_pause(max) {
+            self.peer.is_paused.store(false, Relaxed);
+            return false;
+        }
+        true
+    }
+
+    /// Ends the session and writes what is left; the connection is removed when that is done.
+    pub(crate) fn close(&mut self, now: Time, host: &mut IoHost) {
+        if matches!(self.phase, Phase::Closing { .. }) {
+            return;
+        }
+        self.session.closed(now, host);
+        self.inbox = Vec::new();
+        self.phase = Phase::Closing {
+            until: now.after_ms(LINGER_MS),
+            left: LINGER_BYTES,
+            is_shut: false,
+        };
+    }
+
+    pub(crate) fn is_closing(&self) -> bool {
+        matches!(self.phase, Phase::Closing { .. })
+    }
+
+    /// Tells the other end that nothing more comes, once all is written.
+    pub(crate) fn shut_when_written(&mut self) {
+        let Phase::Closing { is_shut, .. } = &mut self.phase else {
+            return;
+        };
+        if !*is_shut && self.peer.outbox().queued() == 0 {
+            *is_shut = true;
+            if let Some(socket) = &self.peer.socket {
+                socket.shutdown(Shutdown::Write);
+            }
+        }
+    }
+
+    fn discard(&mut self, scratch: &mut [u8]) -> Turn {
+        loop {
+            match self.socket_read(scratch) {
+                Ok(0) => return Turn::Ended,
+                Ok(n) => {
+                    let Phase::Closing { left, .. } = &mut self.phase else {
+                        return Turn::Ended;
+                    };
+                    *left = left.saturating_sub(n);
+                    if *left == 0 {
+                        return Turn::Ended;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Idle,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Turn::Ended,
+            }
+        }
+    }
+
+    fn socket_read(&self, scratch: &mut [u8]) -> io::Result<usize> {
+        self.peer
+            .socket
+            .as_ref()
+            .expect("only the built-in app has no socket")
+            .read(scratch)
+    }
+
+    /// Judges a connection by the clock.
+    pub(crate) fn judge(&self, now: Time, patience: &Patience) -> Verdict {
+        let stalled_since = self.peer.stalled_since.load(Relaxed);
+        let stall =
+            (stalled_since > 0).then(|| Time(stalled_since).after_ms(patience.write_stall_ms));
+        if stall.is_some_and(|at| at <= now) {
+            return Verdict::Remove("it reads nothing");
+        }
+        let next = match (&self.phase, self.session.is_ready()) {
+            (Phase::Closing { until, .. }, _) if *until <= now && stall.is_none() => {
+                return Verdict::Remove("closed");
+            }
+            (Phase::Closing { until, .. }, _) => Some(*until),
+            (Phase::Open, false) => {
+                let at = self.opened.after_ms(patience.handshake_ms);
+                if at <= now {
+                    return Verdict::NoHandshake;
+                }
+                Some(at)
+            }
+            // A Unix socket's end is seen at once; a clock would only mistake a suspended process for a dead one.
+            (Phase::Open, true) if self.transport == Transport::Unix => None,
+            (Phase::Open, true) => match self.pinged {
+                Some(at) if at.after_ms(patience.ping_timeout_ms) <= now => {
+                    return Verdict::Remove("it does not answer pings");
+                }
+                Some(at) => Some(at.after_ms(patience.ping_timeout_ms)),
+                None if self.last_heard.after_ms(patience.ping_interval_ms) <= now => {
+                    return Verdict::Ping;
+                }
+                None => Some(self.last_heard.after_ms(patience.ping_interval_ms)),
+            },
+        };
+        Verdict::Wait(next.into_iter().chain(stall).min())
+    }
+
+    /// Asks the other end whether it lives.
+    pub(crate) fn ping(&mut self, now: Time, host: &mut IoHost) {
+        self.pinged = Some(now);
+        host.fx.send(&self.peer, Class::Control, 48, |out| {
+            encode::message(out, "{\"action\":\"ping\",\"id\":\"ping\"}");
+        });
+    }
+
+    /// Says that the handshake took too long.
+    pub(crate) fn refuse_silence(&mut self, host: &mut IoHost) {
+        let message = "no handshake came in time (handshake_timeout)";
+        let _ = self
+            .session
+            .reject(&Refusal::new(Code::NotReady, message), host);
+    }
+}

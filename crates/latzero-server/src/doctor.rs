@@ -1,0 +1,674 @@
+//! What stands between this machine and a server that runs well, each finding with the command that
+//! mends it.
+//!
+//! [`look`] collects facts and changes nothing: it binds no port and takes no lock, so a server
+//! that starts at the same moment is not disturbed. [`diagnose`] is a pure function of those facts.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::address;
+use crate::settings::{Environment, Resolved, Settings, SettingsErrors, SocketChoice};
+use crate::startup::data_dir::{file_system_magic, refused_file_system};
+use crate::startup::descriptors;
+use crate::startup::lock::{self, Holder};
+use crate::startup::sockets::{self, Listening};
+
+/// Below this much free space, in bytes, metadata can no longer be relied upon to be written.
+const FREE_BYTES_FAIL: u64 = 64 << 20;
+
+/// Below this much free space, in bytes, it is time to look.
+const FREE_BYTES_WARN: u64 = 1 << 30;
+
+/// Descriptors that a server needs besides one for each connection: listeners, logs, files, the
+/// spare.
+const DESCRIPTORS_BESIDES_CONNECTIONS: u64 = 64;
+
+/// How a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// As it should be.
+    Ok,
+    /// A server would run, with a limit that one should know.
+    Warn,
+    /// A server would not start, or not run well.
+    Fail,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at: `data directory`, `port`, …
+    pub name: &'static str,
+    /// How it is.
+    pub status: Status,
+    /// What was found.
+    pub what: String,
+    /// A command that mends it; none where there is nothing to mend.
+    pub command: Option<String>,
+}
+
+impl Finding {
+    fn ok(name: &'static str, what: impl Into<String>) -> Finding {
+        Finding {
+            name,
+            status: Status::Ok,
+            what: what.into(),
+            command: None,
+        }
+    }
+
+    fn warn(name: &'static str, what: impl Into<String>, command: impl Into<String>) -> Finding {
+        Finding {
+            name,
+            status: Status::Warn,
+            what: what.into(),
+            command: Some(command.into()),
+        }
+    }
+
+    fn fail(name: &'static str, what: impl Into<String>, command: impl Into<String>) -> Finding {
+        Finding {
+            name,
+            status: Status::Fail,
+            what: what.into(),
+            command: Some(command.into()),
+        }
+    }
+}
+
+/// What there is at the data directory's path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Nothing yet: a start creates it.
+    Missing,
+    /// A directory.
+    Directory {
+        /// The user id of its owner.
+        owner: u32,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// Something else.
+    NotADirectory,
+    /// It cannot be looked at, and why.
+    Hidden(String),
+}
+
+/// Everything that [`diagnose`] judges.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The effective user id.
+    pub uid: u32,
+    /// The data directory, canonical where it is there.
+    pub data_dir: PathBuf,
+    /// What is there.
+    pub place: Place,
+    /// The magic number of its file system, or of the nearest directory above that is there.
+    pub file_system: Option<u32>,
+    /// Free space there for this user, in bytes.
+    pub free_bytes: Option<u64>,
+    /// The server that has the directory.
+    pub holder: Option<Holder>,
+    /// The port as set.
+    pub port: u16,
+    /// Whether anything listens on that port.
+    pub port_taken: bool,
+    /// Who does, as far as that can be seen.
+    pub listener: Option<Listening>,
+    /// The Unix socket that a server would bind; `None` where it is off.
+    pub socket: Option<PathBuf>,
+    /// The hard limit on descriptors.
+    pub descriptors_max: u64,
+    /// The setting `limits.connections_max`.
+    pub connections_max: u64,
+}
+
+/// Collects the facts.
+#[must_use]
+pub fn look(settings: &Settings, environment: &Environment) -> Facts {
+    let uid = rustix::process::geteuid().as_raw();
+    let set = std::path::absolute(&settings.data_dir).unwrap_or_else(|_| settings.data_dir.clone());
+    let data_dir = set.canonicalize().unwrap_or(set);
+    let place = match fs::metadata(&data_dir) {
+        Ok(metadata) if metadata.is_dir() => Place::Directory {
+            owner: metadata.uid(),
+            mode: metadata.mode() & 0o7777,
+        },
+        Ok(_) => Place::NotADirectory,
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Place::Missing,
+        Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => Place::NotADirectory,
+        Err(cause) => Place::Hidden(cause.to_string()),
+    };
+    let there = data_dir
+        .ancestors()
+        .find(|path| path.exists())
+        .unwrap_or(Path::new("/"));
+    let runtime_dir = environment.var("XDG_RUNTIME_DIR").map(Path::new);
+    Facts {
+        uid,
+        file_system: file_system_magic(there).ok(),
+        free_bytes: rustix::fs::statvfs(there)
+            .ok()
+            .map(|space| space.f_bavail.saturating_mul(space.f_frsize)),
+        holder: lock::holder(&data_dir),
+        port: settings.port,
+        port_taken: settings.port != 0 && sockets::is_port_taken(settings.port),
+        listener: if settings.port == 0 {
+            None
+        } else {
+            sockets::find_listener(settings.port)
+        },
+        socket: match &settings.socket {
+            SocketChoice::Off => None,
+            SocketChoice::Auto => Some(address::socket_path(&data_dir, runtime_dir, uid)),
+            SocketChoice::Path(path) => Some(path.clone()),
+        },
+        descriptors_max: descriptors::hard_limit(),
+        connections_max: settings.limits.connections_max as u64,
+        place,
+        data_dir,
+    }
+}
+
+/// Everything at once: the settings, and with them the machine. Where the settings are wrong, that
+/// is all there is to say, as the rest depends on them.
+#[must_use]
+pub fn examine(
+    resolved: &Result<Resolved, SettingsErrors>,
+    environment: &Environment,
+) -> Vec<Finding> {
+    let mut findings = judge_settings(resolved);
+    if let Ok(resolved) = resolved {
+        findings.extend(diagnose(&look(&resolved.settings, environment)));
+    }
+    findings
+}
+
+/// One finding for each thing wrong with the settings, or one that nothing is.
+#[must_use]
+pub fn judge_settings(resolved: &Result<Resolved, SettingsErrors>) -> Vec<Finding> {
+    let unavailable = match resolved {
+        Ok(resolved) => resolved.check_available().err(),
+        Err(errors) => Some(errors.clone()),
+    };
+    match unavailable {
+        None => vec![Finding::ok("settings", "every key and value is known")],
+        Some(errors) => errors
+            .errors()
+            .iter()
+            .map(|error| Finding::fail("settings", error.to_string(), "latzero config show"))
+            .collect(),
+    }
+}
+
+/// Judges the facts.
+#[must_use]
+pub fn diagnose(facts: &Facts) -> Vec<Finding> {
+    vec![
+        data_directory(facts),
+        file_system(facts),
+        free_space(facts),
+        instance(facts),
+        port(facts),
+        socket(facts),
+        descriptor_limit(facts),
+    ]
+}
+
+fn data_directory(facts: &Facts) -> Finding {
+    const NAME: &str = "data directory";
+    let path = facts.data_dir.display();
+    match &facts.place {
+        Place::Missing => Finding::ok(NAME, format!("{path} is not there yet; a start creates it")),
+        Place::NotADirectory => Finding::fail(
+            NAME,
+            format!("{path} is not a directory"),
+            format!("mv {path} {path}.old"),
+        ),
+        Place::Hidden(why) => Finding::fail(
+            NAME,
+            format!("{path} cannot be looked at: {why}"),
+            format!("sudo ls -ld {path}"),
+        ),
+        Place::Directory { owner, .. } if *owner != facts.uid => Finding::fail(
+            NAME,
+            format!("{path} belongs to user {owner}, not to user {}", facts.uid),
+            format!("sudo chown -R {} {path}", facts.uid),
+        ),
+        Place::Directory { mode, .. } if mode & 0o022 != 0 => Finding::fail(
+            NAME,
+            format!("{path} can be written by other users (mode {mode:04o})"),
+            format!("chmod 700 {path}"),
+        ),
+        Place::Directory { mode, .. } if mode & 0o700 != 0o700 => Finding::fail(
+            NAME,
+            format!("{path} cannot be used by its own owner (mode {mode:04o})"),
+            format!("chmod 700 {path}"),
+        ),
+        Place::Directory { mode, .. } if mode & 0o055 != 0 => Finding::warn(
+            NAME,
+            format!("{path} can be read by other users (mode {mode:04o})"),
+            format!("chmod 700 {path}"),
+        ),
+        Place::Directory { .. } => Finding::ok(NAME, format!("{path} is yours alone")),
+    }
+}
+
+fn file_system(facts: &Facts) -> Finding {
+    const NAME: &str = "file system";
+    let path = facts.data_dir.display();
+    match facts.file_system.map(refused_file_system) {
+        Some(Some(kind)) => Finding::fail(
+            NAME,
+            format!("{path} is on {kind}, where locks and memory mappings cannot be relied upon"),
+            "latzero start --data-dir /var/tmp/latzero",
+        ),
+        Some(None) => Finding::ok(NAME, format!("{path} is on a disk of this machine")),
+        None => Finding::warn(
+            NAME,
+            format!("what holds {path} is not known"),
+            format!("df {path}"),
+        ),
+    }
+}
+
+fn free_space(facts: &Facts) -> Finding {
+    const NAME: &str = "free space";
+    let command = format!("df -h {}", facts.data_dir.display());
+    match facts.free_bytes {
+        None => Finding::warn(NAME, "not known", command),
+        Some(bytes) => {
+            let what = format!("{} MiB", bytes >> 20);
+            match bytes {
+                0..FREE_BYTES_FAIL => Finding::fail(NAME, what, command),
+                FREE_BYTES_FAIL..FREE_BYTES_WARN => Finding::warn(NAME, what, command),
+                _ => Finding::ok(NAME, what),
+            }
+        }
+    }
+}
+
+fn instance(facts: &Facts) -> Finding {
+    const NAME: &str = "other instance";
+    let path = facts.data_dir.display();
+    match &facts.holder {
+        None => Finding::ok(NAME, format!("no server runs on {path}")),
+        Some(holder) => {
+            let pid = holder
+                .pid
+                .map_or_else(String::new, |pid| format!(", pid {pid}"));
+            Finding::warn(
+                NAME,
+                format!("a server runs on {path}{pid}; a second one would not start there"),
+                "latzero stop",
+            )
+        }
+    }
+}
+
+fn port(facts: &Facts) -> Finding {
+    const NAME: &str = "port";
+    let port = facts.port;
+    if port == 0 {
+        return Finding::ok(NAME, "the system chooses one");
+    }
+    if !facts.port_taken {
+        return Finding::ok(NAME, format!("{port} is free"));
+    }
+    // Our own server on its own port is nothing to mend.
+    let ours = facts.holder.as_ref().and_then(|holder| holder.pid);
+    match &facts.listener {
+        Some(listener) if Some(listener.pid) == ours => Finding::ok(
+            NAME,
+            format!("{port} is in use by the server of this data directory"),
+        ),
+        listener => {
+            let by = listener
+                .as_ref()
+                .map_or("another program".to_owned(), ToString::to_string);
+            let free = if port < u16::MAX { port + 1 } else { port - 1 };
+            Finding::fail(
+                NAME,
+                format!("{port} is in use by {by}"),
+                format!("latzero start --port {free}"),
+            )
+        }
+    }
+}
+
+fn socket(facts: &Facts) -> Finding {
+    const NAME: &str = "socket";
+    let Some(path) = &facts.socket else {
+        return Finding::ok(NAME, "off");
+    };
+    let shown = path.display();
+    if !address::fits(path) {
+        return Finding::fail(
+            NAME,
+            format!(
+                "{shown} is {} bytes long, and {} is the most",
+                path.as_os_str().len(),
+                address::SOCKET_PATH_BYTES_MAX
+            ),
+            "LATZERO_SOCKET=auto latzero start",
+        );
+    }
+    if path.parent() == Some(&facts.data_dir) {
+        Finding::ok(NAME, shown.to_string())
+    } else {
+        Finding::ok(NAME, format!("{shown}, outside the data directory"))
+    }
+}
+
+fn descriptor_limit(facts: &Facts) -> Finding {
+    const NAME: &str = "descriptors";
+    let needed = facts
+        .connections_max
+        .saturating_add(DESCRIPTORS_BESIDES_CONNECTIONS);
+    let limit = facts.descriptors_max;
+    if limit == u64::MAX {
+        return Finding::ok(NAME, "without a limit");
+    }
+    let what = format!(
+        "the limit is {limit}, and {} connections need {needed}",
+        facts.connections_max
+    );
+    if limit < needed {
+        Finding::warn(
+            NAME,
+            what,
+            format!("sudo prlimit --pid $$ --nofile={needed}:{needed}"),
+        )
+    } else {
+        Finding::ok(NAME, what)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use crate::settings::{Inputs, Override, resolve};
+    use crate::startup::lock::InstanceLock;
+
+    use super::*;
+
+    fn healthy() -> Facts {
+        Facts {
+            uid: 1000,
+            data_dir: PathBuf::from("/d"),
+            place: Place::Directory {
+                owner: 1000,
+                mode: 0o700,
+            },
+            file_system: Some(0xef53),
+            free_bytes: Some(10 << 30),
+            holder: None,
+            port: 45227,
+            port_taken: false,
+            listener: None,
+            socket: Some(PathBuf::from("/d/latzero.sock")),
+            descriptors_max: 1_048_576,
+            connections_max: 4096,
+        }
+    }
+
+    /// Checks that exactly one thing is wrong with these facts.
+    fn check(
+        change: impl FnOnce(&mut Facts),
+        name: &str,
+        status: Status,
+        what: &str,
+        command: &str,
+    ) {
+        let mut facts = healthy();
+        change(&mut facts);
+        let bad: Vec<Finding> = diagnose(&facts)
+            .into_iter()
+            .filter(|finding| finding.status != Status::Ok)
+            .collect();
+        let [finding] = bad.as_slice() else {
+            panic!("{bad:?}")
+        };
+        assert_eq!(
+            (finding.name, finding.status),
+            (name, status),
+            "{finding:?}"
+        );
+        assert!(finding.what.contains(what), "{finding:?}");
+        assert_eq!(finding.command.as_deref(), Some(command));
+    }
+
+    #[test]
+    fn nothing_is_wrong_with_a_healthy_machine() {
+        for finding in diagnose(&healthy()) {
+            assert_eq!(
+                (finding.status, &finding.command),
+                (Status::Ok, &None),
+                "{finding:?}"
+            );
+        }
+        let unlimited = Facts {
+            descriptors_max: u64::MAX,
+            place: Place::Missing,
+            port: 0,
+            ..healthy()
+        };
+        assert!(
+            diagnose(&unlimited)
+                .iter()
+                .all(|finding| finding.status == Status::Ok)
+        );
+    }
+
+    #[test]
+    fn each_trouble_has_its_finding() {
+        use Status::{Fail, Warn};
+        let directory = |owner, mode| Place::Directory { owner, mode };
+        check(
+            |f| f.place = directory(0, 0o700),
+            "data directory",
+            Fail,
+            "belongs to user 0, not to user 1000",
+            "sudo chown -R 1000 /d",
+        );
+        check(
+            |f| f.place = directory(1000, 0o770),
+            "data directory",
+            Fail,
+            "mode 0770",
+            "chmod 700 /d",
+        );
+        check(
+            |f| f.place = directory(1000, 0o500),
+            "data directory",
+            Fail,
+            "its own owner",
+            "chmod 700 /d",
+        );
+        check(
+            |f| f.place = directory(1000, 0o755),
+            "data directory",
+            Warn,
+            "can be read by other users",
+            "chmod 700 /d",
+        );
+        check(
+            |f| f.place = Place::NotADirectory,
+            "data directory",
+            Fail,
+            "is not a directory",
+            "mv /d /d.old",
+        );
+        check(
+            |f| f.place = Place::Hidden("why".into()),
+            "data directory",
+            Fail,
+            "cannot be looked at: why",
+            "sudo ls -ld /d",
+        );
+        check(
+            |f| f.file_system = Some(0x6969),
+            "file system",
+            Fail,
+            "is on NFS",
+            "latzero start --data-dir /var/tmp/latzero",
+        );
+        check(
+            |f| f.free_bytes = Some(1 << 20),
+            "free space",
+            Fail,
+            "1 MiB",
+            "df -h /d",
+        );
+        check(
+            |f| f.free_bytes = Some(100 << 20),
+            "free space",
+            Warn,
+            "100 MiB",
+            "df -h /d",
+        );
+        check(
+            |f| {
+                f.holder = Some(Holder {
+                    pid: Some(7),
+                    record: None,
+                });
+            },
+            "other instance",
+            Warn,
+            "pid 7",
+            "latzero stop",
+        );
+        check(
+            |f| f.port_taken = true,
+            "port",
+            Fail,
+            "45227 is in use by another program",
+            "latzero start --port 45228",
+        );
+        check(
+            |f| {
+                f.port_taken = true;
+                f.port = u16::MAX;
+                f.listener = Some(Listening {
+                    pid: 9,
+                    command: "nginx".into(),
+                });
+            },
+            "port",
+            Fail,
+            "in use by nginx (pid 9)",
+            "latzero start --port 65534",
+        );
+        check(
+            |f| f.socket = Some(PathBuf::from(format!("/{}", "x".repeat(107)))),
+            "socket",
+            Fail,
+            "108 bytes long, and 107 is the most",
+            "LATZERO_SOCKET=auto latzero start",
+        );
+        check(
+            |f| f.descriptors_max = 1024,
+            "descriptors",
+            Warn,
+            "the limit is 1024, and 4096 connections need 4160",
+            "sudo prlimit --pid $$ --nofile=4160:4160",
+        );
+    }
+
+    #[test]
+    fn our_own_server_on_its_port_is_no_trouble() {
+        let facts = Facts {
+            holder: Some(Holder {
+                pid: Some(7),
+                record: None,
+            }),
+            port_taken: true,
+            listener: Some(Listening {
+                pid: 7,
+                command: "latzero".into(),
+            }),
+            ..healthy()
+        };
+        let port = diagnose(&facts)
+            .into_iter()
+            .find(|f| f.name == "port")
+            .unwrap();
+        assert_eq!(port.status, Status::Ok);
+    }
+
+    #[test]
+    fn the_machine_as_it_is() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("data");
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let command_line = vec![
+            Override::new("data_dir", dir.to_str().unwrap(), "--data-dir"),
+            Override::new("port", port.to_string(), "--port"),
+        ];
+        let resolved = resolve(&Inputs {
+            command_line,
+            ..Inputs::default()
+        })
+        .unwrap();
+        let environment = Environment::default();
+        let facts = look(&resolved.settings, &environment);
+        assert_eq!(facts.place, Place::Missing);
+        assert!(facts.port_taken);
+        assert_eq!(facts.listener.as_ref().unwrap().pid, std::process::id());
+        assert!(facts.free_bytes.is_some() && facts.file_system.is_some());
+        assert!(!dir.exists(), "looking creates nothing");
+
+        fs::create_dir(&dir).unwrap();
+        let _lock = InstanceLock::acquire(&dir).unwrap();
+        let findings = examine(&Ok(resolved), &environment);
+        assert_eq!(
+            findings[0],
+            Finding::ok("settings", "every key and value is known")
+        );
+        let other = findings
+            .iter()
+            .find(|f| f.name == "other instance")
+            .unwrap();
+        assert!(
+            other.what.contains(&format!("pid {}", std::process::id())),
+            "{other:?}"
+        );
+        let json = serde_json::to_value(other).unwrap();
+        assert_eq!(
+            (&json["status"], &json["command"]),
+            (&"warn".into(), &"latzero stop".into())
+        );
+    }
+
+    #[test]
+    fn wrong_settings_are_findings() {
+        let flags = [("prot", "1"), ("port", "x"), ("data_dir", "/d")];
+        let command_line = flags
+            .map(|(name, value)| Override::new(name, value, "-o"))
+            .to_vec();
+        let resolved = resolve(&Inputs {
+            command_line,
+            ..Inputs::default()
+        });
+        let findings = examine(&resolved, &Environment::default());
+        assert_eq!(findings.len(), 2);
+        assert!(
+            findings
+                .iter()
+                .all(|f| f.name == "settings" && f.status == Status::Fail)
+        );
+        assert!(
+            findings[0].what.contains("the nearest is `port`"),
+            "{findings:?}"
+        );
+    }
+}

@@ -1,0 +1,645 @@
+//! The loop that reads connections, runs what was read, and writes each touched connection once.
+//!
+//! One thread, one `epoll` set. A turn: wait; read each ready connection until its socket is empty or its budget is
+//! spent, running the messages as they come; end what is due; then write what was appended, each connection once. A
+//! message is never handed to another thread on its way. Measured against a runtime's tasks this saves a wakeup per
+//! hop: sockets are watched for reading alone, and for writing only while the kernel takes nothing, because a Unix
+//! socket otherwise reports "writable" each time its peer reads.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use latzero_fabric::{Class, Effects, Time};
+use latzero_protocol::encode;
+use mio::event::Event;
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+
+use crate::builtin::BuiltIn;
+use crate::connection::{Connection, Patience, Turn, Verdict};
+use crate::host::IoHost;
+use crate::listener::{Accepted, Door, Listener, accept};
+use crate::peer::Peer;
+use crate::shared::{Command, Shared};
+use crate::socket::User;
+use crate::startup::descriptors::{AcceptBackoff, SpareDescriptor};
+use crate::startup::systemd::Notifier;
+
+const WAKER: Token = Token(0);
+const FIRST_LISTENER: usize = 1;
+const FIRST_CONNECTION: usize = 1024;
+
+/// Bytes read from a socket at once.
+const READ_BYTES: usize = 256 * 1024;
+
+/// Connections accepted in one turn, so that a crowd at the door does not stop those inside.
+const ACCEPTS_PER_TURN: usize = 64;
+
+/// The clock's coarsest step where many connections are watched by time, in milliseconds.
+const LOOK_EVERY_MS: u64 = 100;
+
+/// While draining: how often to look whether the last call has ended, and over how many looks closes are spread.
+const DRAIN_LOOK_MS: u64 = 20;
+const DRAIN_SPREAD: usize = 100;
+
+/// What only the first loop has.
+pub(crate) struct Front {
+    pub(crate) listeners: Vec<Listener>,
+    pub(crate) spare: SpareDescriptor,
+    pub(crate) notifier: Option<Notifier>,
+    pub(crate) watchdog: Option<Duration>,
+}
+
+/// One loop.
+pub(crate) struct EventLoop {
+    index: usize,
+    host: IoHost,
+    poll: Poll,
+    connections: Vec<Option<Box<Connection>>>,
+    free: Vec<usize>,
+    live: usize,
+    /// Connections that have more to read, or may be read again.
+    ready: VecDeque<usize>,
+    scratch: Vec<u8>,
+    look_at: Option<Time>,
+    door: Door,
+    front: Option<Front>,
+    backoff: AcceptBackoff,
+    /// Accepting goes on then, after the system refused.
+    accept_at: Option<Time>,
+    watchdog_at: Option<Time>,
+    drain: Option<Drain>,
+}
+
+/// A drain under way.
+struct Drain {
+    deadline: Time,
+    is_closing: bool,
+    per_look: usize,
+    gone_by: Option<Time>,
+}
+
+impl EventLoop {
+    /// A loop that is ready to run. The first one has the listeners and the built-in app.
+    pub(crate) fn new(
+        shared: &Arc<Shared>,
+        index: usize,
+        front: Option<Front>,
+    ) -> io::Result<EventLoop> {
+        let poll = Poll::new()?;
+        shared.mailboxes[index].attach(Waker::new(poll.registry(), WAKER)?);
+        let mut event_loop = EventLoop {
+            index,
+            host: IoHost::new(shared, index),
+            poll,
+            connections: Vec::new(),
+            free: Vec::new(),
+            live: 0,
+            ready: VecDeque::new(),
+            scratch: vec![0; READ_BYTES],
+            look_at: None,
+            door: Door::default(),
+            front: None,
+            backoff: AcceptBackoff::default(),
+            accept_at: None,
+            watchdog_at: None,
+            drain: None,
+        };
+        if let Some(front) = front {
+            let now = shared.clock.now();
+            let builtin = BuiltIn::start(now, &mut event_loop.host);
+            *shared.builtin.lock().expect("nobody else is here yet") = Some(builtin);
+            event_loop.host.flush(now);
+            for (i, listener) in front.listeners.iter().enumerate() {
+                let token = Token(FIRST_LISTENER + i);
+                event_loop.poll.registry().register(
+                    &mut SourceFd(&listener.raw_fd()),
+                    token,
+                    Interest::READABLE,
+                )?;
+            }
+            event_loop.watchdog_at = front
+                .watchdog
+                .map(|every| now.after_ms(every.as_millis() as u64 / 2));
+            event_loop.front = Some(front);
+        }
+        Ok(event_loop)
+    }
+
+    /// Turns until the server is over.
+    ///
+    /// # Errors
+    /// Where the kernel's poll fails, which leaves nothing to turn on.
+    pub(crate) fn run(mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(1024);
+        let shared = Arc::clone(&self.host.shared);
+        loop {
+            let timeout = self.timeout(shared.clock.now());
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => other?,
+            }
+            let now = shared.clock.now();
+            for event in &events {
+                self.handle_event(now, event);
+            }
+            for slot in std::mem::take(&mut self.ready) {
+                self.read(now, slot);
+            }
+            self.handle_deadlines(now);
+            self.finish_turn(now);
+            if shared.is_over.load(Relaxed) || self.drain(now) {
+                self.finish_turn(now);
+                return Ok(());
+            }
+        }
+    }
+
+    /// How long the kernel may let the loop wait.
+    fn timeout(&self, now: Time) -> Option<Duration> {
+        if !self.ready.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let timers = (self.index == 0)
+            .then(|| self.host.shared.timers.next())
+            .flatten();
+        let drain = self.drain.is_some().then(|| now.after_ms(DRAIN_LOOK_MS));
+        let next = [
+            timers,
+            self.look_at,
+            self.accept_at,
+            self.watchdog_at,
+            drain,
+        ]
+        .into_iter()
+        .flatten()
+        .min()?;
+        // Rounded up: a wait that ends too early would be followed by another.
+        Some(next.since(now) + Duration::from_micros(u64::from(next > now) * 500))
+    }
+
+    fn handle_event(&mut self, now: Time, event: &Event) {
+        let Token(token) = event.token();
+        if event.token() == WAKER {
+            for command in self.host.shared.mailboxes[self.index].take() {
+                self.handle_command(now, command);
+            }
+        } else if token < FIRST_CONNECTION {
+            self.accept(now, token - FIRST_LISTENER);
+        } else {
+            let slot = token - FIRST_CONNECTION;
+            if event.is_writable()
+                && let Some(Some(connection)) = self.connections.get(slot)
+            {
+                let peer = Arc::clone(&connection.peer);
+                self.host.flush_peer(now, &peer);
+            }
+            if event.is_readable() || event.is_read_closed() || event.is_error() {
+                if let Some(Some(connection)) = self.connections.get_mut(slot) {
+                    connection.is_ending |= event.is_read_closed() || event.is_error();
+                    if connection.is_ending {
+                        connection.peer.is_paused.store(false, Relaxed);
+                    }
+                }
+                self.read(now, slot);
+            }
+        }
+    }
+
+    fn handle_command(&mut self, now: Time, command: Command) {
+        match command {
+            Command::Adopt(peer) => {
+                let user = peer
+                    .socket
+                    .as_ref()
+                    .map_or(User::Unknown, crate::socket::Socket::user);
+                self.adopt(now, peer, user);
+            }
+            Command::Resume(peer) => {
+                if let Some(slot) = self.slot_of(&peer) {
+                    self.ready.push_back(slot);
+                }
+            }
+            Command::Close(peer) => self.close_peer(now, &peer),
+            Command::AwaitWritable(peer) => self.await_writable(&peer),
+            Command::Look => {}
+            Command::Watchdog => {
+                if let Some(notifier) = self
+                    .front
+                    .as_ref()
+                    .and_then(|front| front.notifier.as_ref())
+                    && let Err(error) = notifier.notify("WATCHDOG=1")
+                {
+                    tracing::warn!(%error, "the service manager can't be told that the server lives");
+                }
+            }
+        }
+    }
+
+    fn slot_of(&self, peer: &Arc<Peer>) -> Option<usize> {
+        let slot = peer.token.load(Relaxed) as usize;
+        let connection = self.connections.get(slot)?.as_ref()?;
+        Arc::ptr_eq(&connection.peer, peer).then_some(slot)
+    }
+
+    fn accept(&mut self, now: Time, index: usize) {
+        let shared = Arc::clone(&self.host.shared);
+        for _ in 0..ACCEPTS_PER_TURN {
+            let Some(front) = &mut self.front else { return };
+            let Some(listener) = front.listeners.get(index) else {
+                return;
+            };
+            match accept(listener, &mut self.door, &mut front.spare, &shared) {
+                Accepted::Peer(peer, user) => {
+                    self.backoff.succeeded();
+                    if peer.home == self.index {
+                        self.adopt(now, peer, user);
+                    } else {
+                        // Counted at the door here, where nobody tells when it passes: only this loop's own wait there.
+                        self.door.leave(user);
+                        shared.mailboxes[peer.home].send(Command::Adopt(peer));
+                    }
+                }
+                Accepted::Refused => {}
+                Accepted::Nobody => return,
+                Accepted::Failed(error) => {
+                    let wait = self.backoff.failed();
+                    tracing::warn!(%error, retry_ms = wait.as_millis() as u64, "a connection can't be accepted");
+                    self.accept_at = Some(now.after_ms(wait.as_millis() as u64));
+                    return;
+                }
+            }
+        }
+        // There may be more: an edge is told once.
+        self.accept_at = Some(now);
+    }
+
+    fn adopt(&mut self, now: Time, peer: Arc<Peer>, user: User) {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.connections.push(None);
+            self.connections.len() - 1
+        });
+        peer.token.store(
+            u32::try_from(slot).expect("connections are bounded far below 2^32"),
+            Relaxed,
+        );
+        let fd = raw_fd(&peer);
+        let token = Token(FIRST_CONNECTION + slot);
+        if let Err(error) =
+            self.poll
+                .registry()
+                .register(&mut SourceFd(&fd), token, Interest::READABLE)
+        {
+            tracing::warn!(%error, "a connection can't be watched");
+            self.free.push(slot);
+            return;
+        }
+        let stats = &self.host.shared.stats;
+        stats.connections.fetch_add(1, Relaxed);
+        match user {
+            User::Uid(_) => stats.connections_unix.fetch_add(1, Relaxed),
+            _ => stats.connections_tcp.fetch_add(1, Relaxed),
+        };
+        let mut connection = Connection::new(now, peer, user, &self.host);
+        connection.is_at_door = self.index == 0;
+        self.connections[slot] = Some(Box::new(connection));
+        self.live += 1;
+        self.look_by(
+            now.after_ms(self.host.shared.settings().handshake_timeout.as_millis() as u64),
+        );
+        // What came with the connection is read at once.
+        self.ready.push_back(slot);
+    }
+
+    fn read(&mut self, now: Time, slot: usize) {
+        let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
+            return;
+        };
+        if connection.peer.is_paused.load(Relaxed) {
+            self.connections[slot] = Some(connection);
+            return;
+        }
+        let budget = self.read_budget();
+        let turn = connection.read(now, &mut self.host, &mut self.scratch, budget);
+        if connection.is_at_door && (connection.session.is_ready() || turn == Turn::Ended) {
+            connection.is_at_door = false;
+            self.door.leave(connection.user);
+        }
+        match turn {
+            Turn::Idle | Turn::Paused => self.connections[slot] = Some(connection),
+            Turn::More => {
+                self.connections[slot] = Some(connection);
+                self.ready.push_back(slot);
+            }
+            Turn::Close => {
+                let peer = Arc::clone(&connection.peer);
+                self.connections[slot] = Some(connection);
+                self.host.fx.closing.push(peer);
+            }
+            Turn::Ended => {
+                connection.session.closed(now, &mut self.host);
+                // Answers to what came just before the end still go out, as far as the socket takes them.
+                self.host.flush(now);
+                self.remove(slot, *connection);
+            }
+        }
+    }
+
+    fn read_budget(&self) -> usize {
+        self.host.shared.read_budget
+    }
+
+    fn remove(&mut self, slot: usize, mut connection: Connection) {
+        if connection.is_at_door {
+            self.door.leave(connection.user);
+        }
+        let now = self.host.shared.clock.now();
+        connection.session.closed(now, &mut self.host);
+        let peer = &connection.peer;
+        if let Err(error) = self
+            .poll
+            .registry()
+            .deregister(&mut SourceFd(&raw_fd(peer)))
+        {
+            tracing::debug!(%error, "a connection was not watched any more");
+        }
+        let stats = &self.host.shared.stats;
+        let accounted = peer.outbox().close();
+        stats.outbox_bytes.fetch_sub(accounted, Relaxed);
+        stats.connections.fetch_sub(1, Relaxed);
+        match connection.user {
+            User::Uid(_) => stats.connections_unix.fetch_sub(1, Relaxed),
+            _ => stats.connections_tcp.fetch_sub(1, Relaxed),
+        };
+        if let Some(socket) = &peer.socket {
+            // Others may hold the socket a moment longer; the other end should not have to wait for them.
+            socket.shutdown(std::net::Shutdown::Both);
+        }
+        self.host
+            .shared
+            .blocked
+            .lock()
+            .expect("no panic happens under this lock")
+            .retain(|p| !Arc::ptr_eq(p, peer));
+        self.live -= 1;
+        self.free.push(slot);
+    }
+
+    fn close_peer(&mut self, now: Time, peer: &Arc<Peer>) {
+        if peer.home != self.index {
+            self.host.shared.mailboxes[peer.home].send(Command::Close(Arc::clone(peer)));
+            return;
+        }
+        let Some(slot) = self.slot_of(peer) else {
+            return;
+        };
+        let Some(mut connection) = self.connections[slot].take() else {
+            return;
+        };
+        connection.close(now, &mut self.host);
+        connection.peer.is_paused.store(false, Relaxed);
+        self.connections[slot] = Some(connection);
+        self.host.flush(now);
+        if let Some(Some(connection)) = self.connections.get_mut(slot) {
+            connection.shut_when_written();
+        }
+        self.look_by(now.after_ms(LOOK_EVERY_MS));
+        self.ready.push_back(slot);
+    }
+
+    fn await_writable(&mut self, peer: &Arc<Peer>) {
+        let Some(slot) = self.slot_of(peer) else {
+            return;
+        };
+        let interest = if peer.outbox().is_blocked() {
+            Interest::READABLE | Interest::WRITABLE
+        } else {
+            Interest::READABLE
+        };
+        let token = Token(FIRST_CONNECTION + slot);
+        if let Err(error) =
+            self.poll
+                .registry()
+                .reregister(&mut SourceFd(&raw_fd(peer)), token, interest)
+        {
+            tracing::warn!(%error, "a connection can't be watched for writing");
+        }
+        self.look_by(self.host.shared.clock.now().after_ms(LOOK_EVERY_MS));
+    }
+
+    /// Writes what was appended and closes what is to be closed.
+    fn finish_turn(&mut self, now: Time) {
+        self.host.flush(now);
+        while let Some(peer) = self.host.fx.closing.pop() {
+            self.close_peer(now, &peer);
+        }
+        for peer in std::mem::take(&mut self.host.changed) {
+            if peer.home == self.index {
+                self.await_writable(&peer);
+                if let Some(slot) = self.slot_of(&peer)
+                    && let Some(connection) = &mut self.connections[slot]
+                {
+                    connection.shut_when_written();
+                }
+            } else {
+                self.host.shared.mailboxes[peer.home].send(Command::AwaitWritable(peer));
+            }
+        }
+        for peer in std::mem::take(&mut self.host.fx.resumed) {
+            if let Some(slot) = self.slot_of(&peer) {
+                self.ready.push_back(slot);
+            }
+        }
+        let shared = Arc::clone(&self.host.shared);
+        shared.stats.add(now, &mut self.host.fx.batch);
+    }
+
+    fn handle_deadlines(&mut self, now: Time) {
+        if self.index == 0 {
+            let shared = Arc::clone(&self.host.shared);
+            while let Some(pool) = shared.timers.pop_due(now) {
+                self.host.handle_timeout(now, &pool);
+            }
+        }
+        if self.accept_at.is_some_and(|at| at <= now) {
+            self.accept_at = None;
+            for index in 0..self.front.as_ref().map_or(0, |front| front.listeners.len()) {
+                self.accept(now, index);
+            }
+        }
+        if self.watchdog_at.is_some_and(|at| at <= now) {
+            let every = self.front.as_ref().and_then(|front| front.watchdog);
+            self.watchdog_at = every.map(|every| now.after_ms(every.as_millis() as u64 / 2));
+            self.host.shared.mailboxes[self.index].send(Command::Watchdog);
+        }
+        if self.look_at.is_some_and(|at| at <= now) {
+            self.look(now);
+        }
+    }
+
+    fn look_by(&mut self, at: Time) {
+        self.look_at = Some(self.look_at.map_or(at, |earlier| earlier.min(at)));
+    }
+
+    /// Judges every connection by the clock, and sheds the largest outbox where all together are over their bound.
+    fn look(&mut self, now: Time) {
+        let settings = self.host.shared.settings();
+        let patience = Patience {
+            handshake_ms: settings.handshake_timeout.as_millis() as u64,
+            ping_interval_ms: settings.ping_interval.as_millis() as u64,
+            ping_timeout_ms: settings.ping_timeout.as_millis() as u64,
+            write_stall_ms: settings.write_stall_timeout.as_millis() as u64,
+        };
+        let largest = self.largest_outbox();
+        let mut next: Option<Time> = None;
+        for slot in 0..self.connections.len() {
+            let Some(connection) = &mut self.connections[slot] else {
+                continue;
+            };
+            let verdict = match &largest {
+                Some(peer) if Arc::ptr_eq(peer, &connection.peer) => {
+                    Verdict::Remove("all outboxes are full, its own most")
+                }
+                _ => connection.judge(now, &patience),
+            };
+            match verdict {
+                Verdict::Wait(at) => next = next.into_iter().chain(at).min(),
+                Verdict::Ping => {
+                    connection.ping(now, &mut self.host);
+                    next = next
+                        .into_iter()
+                        .chain([now.after_ms(patience.ping_timeout_ms)])
+                        .min();
+                }
+                Verdict::NoHandshake => {
+                    connection.refuse_silence(&mut self.host);
+                    let peer = Arc::clone(&connection.peer);
+                    self.host.fx.closing.push(peer);
+                }
+                Verdict::Remove(why) => {
+                    let connection = self.connections[slot]
+                        .take()
+                        .expect("it was just looked at");
+                    self.note_removal(&connection, why);
+                    self.remove(slot, *connection);
+                }
+            }
+        }
+        self.look_at = next.map(|at| at.max(now.after_ms(LOOK_EVERY_MS)));
+    }
+
+    fn note_removal(&self, connection: &Connection, why: &'static str) {
+        if connection.is_closing() {
+            return;
+        }
+        let stats = &self.host.shared.stats;
+        let counter = if why.contains("ping") {
+            &stats.connections_silent
+        } else {
+            &stats.connections_stalled
+        };
+        counter.fetch_add(1, Relaxed);
+        let app = connection.session.app().map_or("", |(app, _)| app.as_str());
+        tracing::warn!(
+            app,
+            why,
+            lost = connection.peer.outbox().lost_total(),
+            "connection closed"
+        );
+    }
+
+    fn largest_outbox(&self) -> Option<Arc<Peer>> {
+        let shared = &self.host.shared;
+        if shared.stats.outbox_bytes.load(Relaxed) + READ_BYTES < shared.outbox_total_max {
+            return None;
+        }
+        let blocked = shared
+            .blocked
+            .lock()
+            .expect("no panic happens under this lock");
+        blocked
+            .iter()
+            .max_by_key(|peer| peer.outbox().queued())
+            .map(Arc::clone)
+    }
+
+    /// Goes on with a drain; true once this loop has nothing left.
+    fn drain(&mut self, now: Time) -> bool {
+        let shared = Arc::clone(&self.host.shared);
+        if !shared.is_draining.load(Relaxed) {
+            return false;
+        }
+        if self.drain.is_none() {
+            if let Some(front) = &mut self.front {
+                for listener in front.listeners.drain(..) {
+                    let _ = self
+                        .poll
+                        .registry()
+                        .deregister(&mut SourceFd(&listener.raw_fd()));
+                }
+                if let Some(notifier) = &front.notifier {
+                    let _ = notifier.notify("STOPPING=1");
+                }
+            }
+            let told = "{\"action\":\"event\",\"event\":\"draining\"}";
+            for connection in self
+                .connections
+                .iter()
+                .flatten()
+                .filter(|c| c.session.is_ready())
+            {
+                self.host
+                    .fx
+                    .send(&connection.peer, Class::Control, told.len(), |out| {
+                        encode::message(out, told)
+                    });
+            }
+            let deadline = now.after_ms(shared.settings().drain_timeout.as_millis() as u64);
+            self.drain = Some(Drain {
+                deadline,
+                is_closing: false,
+                per_look: 0,
+                gone_by: None,
+            });
+            self.host.flush(now);
+        }
+        let live = self.live;
+        let Some(drain) = &mut self.drain else {
+            return false;
+        };
+        if !drain.is_closing
+            && (shared.stats.calls_in_flight.load(Relaxed) == 0 || drain.deadline <= now)
+        {
+            drain.is_closing = true;
+            // Spread, so that a crowd of clients does not come back all at once.
+            drain.per_look = live.div_ceil(DRAIN_SPREAD).max(64);
+            drain.gone_by = Some(now.after_ms(4000));
+        }
+        if !drain.is_closing {
+            return false;
+        }
+        let (per_look, gone_by) = (drain.per_look, drain.gone_by);
+        let open = self
+            .connections
+            .iter()
+            .flatten()
+            .filter(|c| !c.is_closing());
+        let peers: Vec<_> = open.take(per_look).map(|c| Arc::clone(&c.peer)).collect();
+        for peer in peers {
+            self.close_peer(now, &peer);
+        }
+        // What came in after the listeners were closed is not waited for.
+        self.live == 0 || gone_by.is_some_and(|at| at <= now)
+    }
+}
+
+fn raw_fd(peer: &Peer) -> RawFd {
+    peer.socket
+        .as_ref()
+        .expect("only the built-in app has no socket")
+        .raw_fd()
+}

@@ -1,0 +1,62 @@
+//! The health of the server's parts, as `health` tells it: each part `ok` or `degraded`, with what was seen.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use latzero_fabric::Time;
+use serde_json::{Value, json};
+
+use crate::shared::Shared;
+
+/// Looks at every part.
+pub(crate) fn report(shared: &Shared, now: Time) -> Value {
+    let settings = shared.settings();
+    let connections = shared.stats.connections.load(Relaxed);
+    let blocked = shared
+        .blocked
+        .lock()
+        .expect("no panic happens under this lock")
+        .len();
+    let transport = part(
+        connections < settings.limits.connections_max,
+        &json!({"connections": connections, "connections_max": settings.limits.connections_max, "slow_readers": blocked}),
+    );
+    let counts = shared
+        .registry
+        .lock()
+        .expect("a panic under the registry's lock ends the server")
+        .counts();
+    let apps = part(
+        counts.apps_known < shared.limits.apps_max,
+        &json!({"known": counts.apps_known, "live": counts.apps_live}),
+    );
+    let pools = part(
+        counts.pools < shared.limits.pools_max,
+        &json!({"pools": counts.pools}),
+    );
+    let in_flight = shared.stats.calls_in_flight.load(Relaxed);
+    // Past the first deadline by a second, the first loop no longer turns.
+    let late = shared
+        .timers
+        .next()
+        .map_or(0, |next| now.since(next).as_millis() as u64);
+    let triggers = part(
+        late < 1000,
+        &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late}),
+    );
+    let lost = (shared.log_lines_lost)();
+    let logs = part(lost == 0, &json!({"lines_lost": lost}));
+    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "logs": logs});
+    let all_ok = parts
+        .as_object()
+        .is_some_and(|parts| parts.values().all(|part| part["status"] == "ok"));
+    let status = match (shared.is_draining.load(Relaxed), all_ok) {
+        (true, _) => "draining",
+        (false, true) => "ok",
+        (false, false) => "degraded",
+    };
+    json!({"status": status, "components": parts})
+}
+
+fn part(is_ok: bool, seen: &Value) -> Value {
+    json!({"status": if is_ok { "ok" } else { "degraded" }, "seen": seen})
+}

@@ -1,0 +1,389 @@
+//! The fabric's host: its pools and registry behind mutexes, its effects as bytes in outboxes.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use latzero_fabric::{CallEnd, Class, Count, Effects, Host, Limits, Pool, Registry, Sent, Time};
+use latzero_protocol::message::AdminAction;
+use latzero_protocol::{Code, Refusal};
+use serde_json::json;
+
+use crate::peer::Peer;
+use crate::shared::{Command, Shared};
+use crate::stats::{Batch, resources};
+use crate::timers::PoolCell;
+
+/// Spare buffers that a loop keeps, and the largest that it keeps.
+const SPARE_MAX: usize = 64;
+const SPARE_BYTES_MAX: usize = 1024 * 1024;
+
+/// Effects of one loop: appended to outboxes at once, written when the loop flushes.
+pub(crate) struct IoEffects {
+    shared: Arc<Shared>,
+    home: usize,
+    /// Connections with something appended since the last flush, in the order of their first append.
+    pub(crate) touched: Vec<Arc<Peer>>,
+    /// Bytes appended since the last flush, about.
+    pub(crate) appended: usize,
+    /// Connections to close once their outbox is written.
+    pub(crate) closing: Vec<Arc<Peer>>,
+    /// Connections of this loop that may be read again.
+    pub(crate) resumed: Vec<Arc<Peer>>,
+    pub(crate) batch: Batch,
+    spare: Vec<Vec<u8>>,
+}
+
+impl IoEffects {
+    fn new(shared: Arc<Shared>, home: usize) -> Self {
+        IoEffects {
+            shared,
+            home,
+            touched: Vec::new(),
+            appended: 0,
+            closing: Vec::new(),
+            resumed: Vec::new(),
+            batch: Batch::default(),
+            spare: Vec::new(),
+        }
+    }
+
+    pub(crate) fn recycle(&mut self, buf: Vec<u8>) {
+        if self.spare.len() < SPARE_MAX && buf.capacity() <= SPARE_BYTES_MAX {
+            self.spare.push(buf);
+        }
+    }
+
+    /// Has `peer` read again if its loop stopped and may go on.
+    fn resume(&mut self, peer: &Arc<Peer>) {
+        if peer.is_paused.load(Relaxed) && !peer.should_pause(self.shared.limits.in_flight_max) {
+            peer.is_paused.store(false, Relaxed);
+            if peer.home == self.home {
+                self.resumed.push(Arc::clone(peer));
+            } else {
+                self.shared.mailboxes[peer.home].send(Command::Resume(Arc::clone(peer)));
+            }
+        }
+    }
+}
+
+impl Effects for IoEffects {
+    type Peer = Arc<Peer>;
+
+    #[inline]
+    fn send(
+        &mut self,
+        to: &Arc<Peer>,
+        class: Class,
+        length: usize,
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Sent {
+        let mut outbox = to.outbox();
+        if outbox.is_blocked() && class != Class::Control {
+            // All outboxes together are bounded too: the largest one goes, and until then nothing is added.
+            let total = self.shared.stats.outbox_bytes.load(Relaxed);
+            if total + length > self.shared.outbox_total_max && outbox.queued() > 0 {
+                return Sent::Full;
+            }
+        }
+        let before = outbox.queued();
+        let spare = &mut self.spare;
+        let sent = outbox.append(
+            class,
+            length,
+            self.shared.bounds,
+            || spare.pop().unwrap_or_default(),
+            encode,
+        );
+        match sent {
+            Sent::Queued => {
+                let added = outbox.queued() - before;
+                if outbox.is_blocked() {
+                    outbox.account();
+                    self.shared.stats.outbox_bytes.fetch_add(added, Relaxed);
+                } else if before == 0 {
+                    drop(outbox);
+                    self.touched.push(Arc::clone(to));
+                }
+                self.appended += added;
+            }
+            Sent::Full if class == Class::Control => {
+                // Not even its end could be told: the connection goes.
+                drop(outbox);
+                self.closing.push(Arc::clone(to));
+            }
+            Sent::Full if matches!(class, Class::Emit | Class::Event) => {
+                self.shared.stats.messages_lost.fetch_add(1, Relaxed);
+            }
+            Sent::Full | Sent::Gone => {}
+        }
+        sent
+    }
+
+    fn close(&mut self, peer: &Arc<Peer>) {
+        self.closing.push(Arc::clone(peer));
+    }
+
+    #[inline]
+    fn in_flight(&self, peer: &Arc<Peer>) -> u32 {
+        peer.in_flight.load(Relaxed)
+    }
+
+    #[inline]
+    fn call_started(&mut self, caller: &Arc<Peer>, handler: &Arc<Peer>) {
+        caller.in_flight.fetch_add(1, Relaxed);
+        handler.owed.fetch_add(1, Relaxed);
+        self.shared.stats.calls_in_flight.fetch_add(1, Relaxed);
+        // Its answers may be what its own calls wait for.
+        self.resume(handler);
+    }
+
+    #[inline]
+    fn call_ended(&mut self, caller: &Arc<Peer>, handler: &Arc<Peer>, end: CallEnd) {
+        caller.in_flight.fetch_sub(1, Relaxed);
+        handler.owed.fetch_sub(1, Relaxed);
+        self.shared.stats.calls_in_flight.fetch_sub(1, Relaxed);
+        self.batch.call_ended(end);
+        self.resume(caller);
+    }
+
+    fn refused(&mut self, code: Code) {
+        self.batch.refused(code);
+    }
+
+    fn count(&mut self, what: Count) {
+        self.batch.count(what);
+    }
+}
+
+/// The host of the sessions of one loop.
+pub(crate) struct IoHost {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) fx: IoEffects,
+    /// Connections that the kernel began or ceased to take bytes of.
+    pub(crate) changed: Vec<Arc<Peer>>,
+}
+
+impl IoHost {
+    pub(crate) fn new(shared: &Arc<Shared>, home: usize) -> Self {
+        IoHost {
+            shared: Arc::clone(shared),
+            fx: IoEffects::new(Arc::clone(shared), home),
+            changed: Vec::new(),
+        }
+    }
+
+    /// Ends what is due in a pool.
+    pub(crate) fn handle_timeout(&mut self, now: Time, pool: &Arc<PoolCell>) {
+        self.with_pool(pool, |pool, fx| pool.handle_timeout(now, fx));
+    }
+}
+
+impl Host for IoHost {
+    type Peer = Arc<Peer>;
+    type Pool = Arc<PoolCell>;
+    type Effects = IoEffects;
+
+    fn limits(&self) -> &Limits {
+        &self.shared.limits
+    }
+
+    fn effects(&mut self) -> &mut IoEffects {
+        &mut self.fx
+    }
+
+    fn with_registry<R>(&mut self, f: impl FnOnce(&mut Registry<Self>, &mut IoEffects) -> R) -> R {
+        let mut registry = self
+            .shared
+            .registry
+            .lock()
+            .expect("a panic under the registry's lock ends the server");
+        f(&mut registry, &mut self.fx)
+    }
+
+    #[inline]
+    fn with_pool<R>(
+        &mut self,
+        pool: &Arc<PoolCell>,
+        f: impl FnOnce(&mut Pool<Arc<Peer>>, &mut IoEffects) -> R,
+    ) -> R {
+        let mut guard = pool
+            .pool
+            .lock()
+            .expect("a panic under a pool's lock ends the server");
+        let result = f(&mut guard, &mut self.fx);
+        let is_first = guard
+            .next_deadline()
+            .is_some_and(|deadline| self.shared.timers.arm(pool, deadline));
+        drop(guard);
+        if is_first && self.fx.home != 0 {
+            self.shared.mailboxes[0].send(Command::Look);
+        }
+        result
+    }
+
+    fn new_pool(pool: Pool<Arc<Peer>>) -> Arc<PoolCell> {
+        PoolCell::new(pool)
+    }
+
+    fn unix_ms(&self, now: Time) -> u64 {
+        self.shared.clock.unix_ms(now)
+    }
+
+    fn identity(&self) -> (&str, &str) {
+        (env!("CARGO_PKG_VERSION"), &self.shared.identity.node)
+    }
+
+    fn is_draining(&self) -> bool {
+        self.shared.is_draining.load(Relaxed)
+    }
+
+    fn stats(&mut self, now: Time) -> String {
+        self.shared.stats.add(now, &mut self.fx.batch);
+        let (counts, pools) = self.with_registry(|registry, _| {
+            (
+                registry.counts(),
+                registry
+                    .pools()
+                    .map(|(_, pool)| Arc::clone(pool))
+                    .collect::<Vec<_>>(),
+            )
+        });
+        let (mut triggers, mut members) = (0, 0);
+        for pool in &pools {
+            let stats = self.with_pool(pool, |pool, _| pool.stats());
+            triggers += stats.triggers;
+            members += stats.members;
+        }
+        let mut stats = self.shared.stats.to_json(now);
+        stats["server"] = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "node": self.shared.identity.node,
+            "pid": std::process::id(),
+            "uptime_ms": now.since(self.shared.started).as_millis() as u64,
+            "addresses": self.shared.identity.addresses,
+            "data_dir": self.shared.identity.data_dir,
+            "draining": self.is_draining(),
+            "io_threads": self.shared.mailboxes.len(),
+            "log_lines_lost": (self.shared.log_lines_lost)(),
+        });
+        stats["apps"] = json!(counts);
+        stats["pools"] = json!({"pools": counts.pools, "memberships": members});
+        stats["triggers"]["served"] = triggers.into();
+        stats["resources"] = resources();
+        stats.to_string()
+    }
+
+    fn health(&mut self, now: Time) -> String {
+        crate::health::report(&self.shared, now).to_string()
+    }
+
+    fn is_admin_token(&self, token: &str) -> bool {
+        self.shared.token.matches(token)
+    }
+
+    fn admin(&mut self, action: &AdminAction) -> Result<String, Refusal> {
+        match action {
+            AdminAction::Shutdown => {
+                tracing::info!("stopping, as an administrator asked");
+                self.shared.drain();
+                Ok(json!({"draining": true, "pid": std::process::id()}).to_string())
+            }
+            AdminAction::Reload => (self.shared.reload)(&self.shared)
+                .map_err(|message| Refusal::new(Code::BadMessage, message)),
+            AdminAction::Kick(..) => unreachable!("the session carries out kicks"),
+        }
+    }
+}
+
+impl IoHost {
+    /// Writes what was appended since the last flush, each connection once, and lets the built-in app answer.
+    pub(crate) fn flush(&mut self, now: Time) {
+        while !self.fx.touched.is_empty() {
+            self.fx.appended = 0;
+            for peer in std::mem::take(&mut self.fx.touched) {
+                self.flush_peer(now, &peer);
+            }
+        }
+    }
+
+    /// Writes what waits for one connection, as far as its socket takes it.
+    pub(crate) fn flush_peer(&mut self, now: Time, peer: &Arc<Peer>) {
+        let Some(socket) = &peer.socket else {
+            let shared = Arc::clone(&self.shared);
+            let mut builtin = shared
+                .builtin
+                .lock()
+                .expect("a panic in the built-in app ends the server");
+            if let Some(builtin) = builtin.as_mut().filter(|builtin| builtin.is(peer)) {
+                builtin.turn(now, self);
+            }
+            return;
+        };
+        loop {
+            let Some(mut taken) = peer.outbox().take() else {
+                return;
+            };
+            let start = taken.head;
+            let mut is_dead = false;
+            while taken.head < taken.buf.len() {
+                match socket.write(&taken.buf[taken.head..]) {
+                    Ok(n) => taken.head += n,
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                    Err(error) => {
+                        is_dead = error.kind() != std::io::ErrorKind::WouldBlock;
+                        break;
+                    }
+                }
+            }
+            let written = taken.head - start;
+            self.fx.batch.bytes_out += written as u64;
+            let mut outbox = peer.outbox();
+            let was_blocked = outbox.is_blocked();
+            let reusable = outbox.put_back(taken);
+            let (before, after) = outbox.account();
+            if is_dead {
+                // The loop that reads it will see the end; nothing more is taken meanwhile.
+                let accounted = outbox.close();
+                drop(outbox);
+                self.shared.stats.outbox_bytes.fetch_add(after, Relaxed);
+                self.shared
+                    .stats
+                    .outbox_bytes
+                    .fetch_sub(before + accounted, Relaxed);
+                return;
+            }
+            let is_blocked = outbox.is_blocked();
+            drop(outbox);
+            self.shared.stats.outbox_bytes.fetch_add(after, Relaxed);
+            self.shared.stats.outbox_bytes.fetch_sub(before, Relaxed);
+            if is_blocked && (written > 0 || !was_blocked) {
+                peer.stalled_since.store(now.0.max(1), Relaxed);
+            }
+            if is_blocked != was_blocked {
+                self.note_change(peer, is_blocked);
+            }
+            if is_blocked {
+                return;
+            }
+            if let Some(buf) = reusable {
+                self.fx.recycle(buf);
+            }
+        }
+    }
+
+    fn note_change(&mut self, peer: &Arc<Peer>, is_blocked: bool) {
+        let mut blocked = self
+            .shared
+            .blocked
+            .lock()
+            .expect("no panic happens under this lock");
+        if is_blocked {
+            blocked.push(Arc::clone(peer));
+        } else {
+            peer.stalled_since.store(0, Relaxed);
+            blocked.retain(|p| !Arc::ptr_eq(p, peer));
+        }
+        drop(blocked);
+        self.changed.push(Arc::clone(peer));
+    }
+}

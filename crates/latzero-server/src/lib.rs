@@ -1,0 +1,28 @@
+//! Sockets, timers, settings, logs and drain around the fabric.
+//!
+//! The server owns everything that touches the machine and decides nothing about routing: that is the fabric's.
+//! A start goes through these modules in order: [`settings`] says what is wanted and where each wish comes from,
+//! [`logging`] begins to tell, [`startup`] takes directory, lock and sockets, and [`server`] runs the loops.
+//! [`address`] is the rule by which clients find the Unix socket, and [`doctor`] says what stands in the way.
+
+pub mod address;
+mod builtin;
+mod connection;
+pub mod doctor;
+mod event_loop;
+mod health;
+mod host;
+mod listener;
+pub mod logging;
+mod outbox;
+mod peer;
+pub mod server;
+pub mod settings;
+mod shared;
+mod socket;
+pub mod startup;
+mod stats;
+mod timers;
+mod utc;
+
+pub use server::{Origins, Server, ServerError};

@@ -1,0 +1,298 @@
+//! A server from its settings to its end: bind, run, drain.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::event_loop::{EventLoop, Front};
+use crate::listener::Listener;
+use crate::logging::{LogError, LogOptions, Logs};
+use crate::settings::{Environment, Override, Resolved, SettingsErrors, load};
+use crate::shared::{Identity, Parts, Shared};
+use crate::startup::data_dir::DataDir;
+use crate::startup::lock::InstanceLock;
+use crate::startup::sockets::SocketFile;
+use crate::startup::systemd::{Activation, Notifier, watchdog_interval};
+use crate::startup::{StartupError, prepare};
+
+/// Where a server's settings come from, so that it can read them again.
+#[derive(Debug, Clone, Default)]
+pub struct Origins {
+    /// The environment.
+    pub environment: Environment,
+    /// What the command line says.
+    pub overrides: Vec<Override>,
+    /// The file that the command line names in place of those in the data directory.
+    pub file: Option<PathBuf>,
+}
+
+impl Origins {
+    /// Reads the settings.
+    ///
+    /// # Errors
+    /// Every setting that is wrong, with its source.
+    pub fn load(&self) -> Result<Resolved, SettingsErrors> {
+        load(&self.environment, &self.overrides, self.file.as_deref())
+    }
+}
+
+/// Why a server did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The settings are wrong.
+    #[error(transparent)]
+    Settings(#[from] SettingsErrors),
+    /// A step of the start failed.
+    #[error(transparent)]
+    Startup(#[from] StartupError),
+    /// The log can't be begun.
+    #[error(transparent)]
+    Logs(#[from] LogError),
+    /// The kernel refused what the loops need.
+    #[error("the event loop can't be set up: {0}")]
+    Loop(#[source] io::Error),
+}
+
+impl ServerError {
+    /// The exit code of a program that ends with this error.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            ServerError::Settings(_) => crate::settings::EXIT_SETTINGS,
+            ServerError::Startup(error) => error.exit_code(),
+            ServerError::Logs(_) | ServerError::Loop(_) => 1,
+        }
+    }
+}
+
+/// A server that listens and is about to run.
+pub struct Server {
+    shared: Arc<Shared>,
+    loops: Vec<EventLoop>,
+    notifier: Option<Notifier>,
+    signals: Signals,
+    logs: Arc<Logs>,
+    // Dropped last, in this order: the sockets' files, then the lock that guards them.
+    _files: Vec<SocketFile>,
+    _data_dir: DataDir,
+    _lock: InstanceLock,
+}
+
+impl Server {
+    /// Takes the data directory, the lock and the sockets, and sets up the loops. Connections wait from here on.
+    ///
+    /// # Errors
+    /// The first step that fails; what was taken is given back.
+    pub fn bind(origins: Origins) -> Result<Server, ServerError> {
+        let resolved = origins.load()?;
+        resolved.check_available()?;
+        let settings = resolved.settings.clone();
+        let environment = origins.environment.clone();
+        let activation = Activation::of_process(&environment)?;
+        let started = prepare(&settings, &environment, activation)?;
+        let logs = Arc::new(Logs::begin(
+            &LogOptions::new(&settings, &environment),
+            &started.data_dir.logs(),
+        )?);
+        let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(ServerError::Loop)?;
+        let notifier = || match Notifier::new(&environment) {
+            Ok(notifier) => notifier,
+            Err(error) => {
+                tracing::warn!(%error, "the service manager can't be reached");
+                None
+            }
+        };
+
+        let mut addresses: Vec<String> = started
+            .tcp_addresses()
+            .iter()
+            .map(|a| format!("tcp://{a}"))
+            .collect();
+        addresses.extend(
+            started
+                .unix
+                .iter()
+                .map(|s| format!("unix:{}", s.file.path().display())),
+        );
+        started.lock.record(&addresses);
+        let identity = Identity {
+            node: rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
+            addresses,
+            data_dir: started.data_dir.path().display().to_string(),
+        };
+        if started.descriptors_max < settings.limits.connections_max as u64 + 64 {
+            tracing::warn!(
+                descriptors_max = started.descriptors_max,
+                connections_max = settings.limits.connections_max,
+                "the system allows fewer descriptors than connections; raise it with `ulimit -n`"
+            );
+        }
+        if started
+            .tcp_addresses()
+            .iter()
+            .any(|a| !a.ip().is_loopback())
+        {
+            tracing::warn!(
+                "the server can be reached from other machines, without TLS; every AppID is open to whoever connects"
+            );
+        }
+        let lost = Arc::clone(&logs);
+        let shared = Shared::new(Parts {
+            identity,
+            token: started.token,
+            seed: seed(),
+            reload: reload(origins, resolved, Arc::clone(&logs)),
+            log_lines_lost: Box::new(move || {
+                let lost = lost.lost();
+                lost.stderr + lost.file
+            }),
+            settings,
+        });
+        let mut listeners: Vec<Listener> = started.tcp.into_iter().map(Listener::Tcp).collect();
+        let mut files = Vec::new();
+        for bound in started.unix {
+            listeners.push(Listener::Unix(bound.listener));
+            files.push(bound.file);
+        }
+        let front = Front {
+            listeners,
+            spare: started.spare,
+            notifier: notifier(),
+            watchdog: watchdog_interval(&environment),
+        };
+        let mut loops = vec![EventLoop::new(&shared, 0, Some(front)).map_err(ServerError::Loop)?];
+        for index in 1..shared.mailboxes.len() {
+            loops.push(EventLoop::new(&shared, index, None).map_err(ServerError::Loop)?);
+        }
+        Ok(Server {
+            shared,
+            loops,
+            notifier: notifier(),
+            signals,
+            logs,
+            _files: files,
+            _data_dir: started.data_dir,
+            _lock: started.lock,
+        })
+    }
+
+    /// Where the server listens: `tcp://HOST:PORT` and `unix:PATH`.
+    #[must_use]
+    pub fn addresses(&self) -> &[String] {
+        &self.shared.identity.addresses
+    }
+
+    /// The data directory.
+    #[must_use]
+    pub fn data_dir(&self) -> &Path {
+        Path::new(&self.shared.identity.data_dir)
+    }
+
+    /// Runs until a signal or an administrator ends it. `SIGTERM` and `SIGINT` drain, a second one ends at once;
+    /// `SIGHUP` reads the settings again.
+    ///
+    /// # Errors
+    /// Where the kernel's poll fails.
+    pub fn run(mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let mut signals = self.signals;
+        let handle = signals.handle();
+        let by_signal = Arc::clone(&self.shared);
+        let watcher = std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                let asked = AtomicU32::new(0);
+                for signal in signals.forever() {
+                    match signal {
+                        SIGHUP => match (by_signal.reload)(&by_signal) {
+                            Ok(done) => tracing::info!(%done, "settings read again"),
+                            Err(error) => {
+                                tracing::error!(%error, "the settings are wrong; the old ones stay")
+                            }
+                        },
+                        _ if asked.fetch_add(1, Relaxed) == 0 => {
+                            tracing::info!("stopping, as a signal asked");
+                            by_signal.drain();
+                        }
+                        _ => {
+                            tracing::warn!("stopping at once, as a second signal asked");
+                            std::process::exit(1);
+                        }
+                    }
+                }
+            })?;
+        if let Some(notifier) = &self.notifier
+            && let Err(error) = notifier.notify("READY=1")
+        {
+            tracing::warn!(%error, "the service manager can't be told that the server is ready");
+        }
+        tracing::info!(addresses = ?shared.identity.addresses, version = env!("CARGO_PKG_VERSION"), "ready");
+        let first = self.loops.remove(0);
+        let mut others = Vec::new();
+        for (i, event_loop) in self.loops.drain(..).enumerate() {
+            others.push(
+                std::thread::Builder::new()
+                    .name(format!("io-{}", i + 1))
+                    .spawn(|| event_loop.run())?,
+            );
+        }
+        let mut result = first.run();
+        if result.is_err() {
+            shared.is_over.store(true, Relaxed);
+            shared.wake_all();
+        }
+        for other in others {
+            let ended = other
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a loop panicked")));
+            result = result.and(ended);
+        }
+        handle.close();
+        let _ = watcher.join();
+        tracing::info!("stopped");
+        self.logs.flush();
+        result
+    }
+}
+
+/// Sixty-four bits that differ from start to start: instance ids and random choices grow from them. Nothing secret does.
+fn seed() -> u64 {
+    let mut bytes = [0; 8];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::NONBLOCK) {
+        Ok(8) => u64::from_le_bytes(bytes),
+        _ => {
+            let now = std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap_or_default();
+            now.as_nanos() as u64 ^ u64::from(std::process::id()).rotate_left(32)
+        }
+    }
+}
+
+/// Reads the settings again and applies what can change.
+fn reload(origins: Origins, resolved: Resolved, logs: Arc<Logs>) -> Box<crate::shared::Reload> {
+    let current = std::sync::Mutex::new(resolved);
+    Box::new(move |shared| {
+        let fresh = origins.load().map_err(|errors| errors.to_string())?;
+        let mut current = current
+            .lock()
+            .expect("no panic happens while settings are read");
+        let (merged, done) = current.reload(&fresh);
+        logs.apply(&merged.settings);
+        *shared
+            .settings
+            .lock()
+            .expect("no panic happens under the settings' lock") =
+            Arc::new(merged.settings.clone());
+        *current = merged;
+        shared.wake_all();
+        serde_json::to_string(&done).map_err(|error| error.to_string())
+    })
+}

@@ -1,0 +1,252 @@
+//! What the loops share: the registry, the pools' deadlines, the counts, and a way to reach each other.
+//!
+//! Lock order: built-in app, registry, pool, outbox; the timers and the statistics are leaves. Nothing here waits for
+//! IO while it is held.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use latzero_fabric::{Limits, Registry, Time};
+use mio::Waker;
+
+use crate::builtin::BuiltIn;
+use crate::host::IoHost;
+use crate::outbox::Bounds;
+use crate::peer::Peer;
+use crate::settings::Settings;
+use crate::socket::Socket;
+use crate::startup::token::AdminToken;
+use crate::stats::Stats;
+use crate::timers::Timers;
+
+/// Something for a loop to do.
+pub(crate) enum Command {
+    /// A connection of its own from now on.
+    Adopt(Arc<Peer>),
+    /// A connection that may be read again.
+    Resume(Arc<Peer>),
+    /// A connection to close once its outbox is written.
+    Close(Arc<Peer>),
+    /// A connection whose socket took less than it was offered.
+    AwaitWritable(Arc<Peer>),
+    /// Look at what changed: draining, settings, deadlines.
+    Look,
+    /// Show the service manager that the loop turns (sd_notify(3), `WATCHDOG=1`).
+    Watchdog,
+}
+
+/// How other threads reach a loop.
+pub(crate) struct Mailbox {
+    commands: Mutex<Vec<Command>>,
+    waker: OnceLock<Waker>,
+}
+
+impl Mailbox {
+    fn new() -> Self {
+        Mailbox {
+            commands: Mutex::new(Vec::new()),
+            waker: OnceLock::new(),
+        }
+    }
+
+    pub(crate) fn attach(&self, waker: Waker) {
+        assert!(self.waker.set(waker).is_ok(), "a loop attaches once");
+    }
+
+    pub(crate) fn send(&self, command: Command) {
+        self.commands
+            .lock()
+            .expect("no panic happens under the mailbox lock")
+            .push(command);
+        if let Some(waker) = self.waker.get()
+            && let Err(error) = waker.wake()
+        {
+            tracing::error!(%error, "a loop can't be woken");
+        }
+    }
+
+    pub(crate) fn take(&self) -> Vec<Command> {
+        std::mem::take(
+            &mut *self
+                .commands
+                .lock()
+                .expect("no panic happens under the mailbox lock"),
+        )
+    }
+}
+
+/// The server's clock: monotonic microseconds, and what they are on the wall.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Clock {
+    start: Instant,
+}
+
+impl Clock {
+    fn new() -> Self {
+        // An hour in, so that times before the start can be expressed.
+        let start = Instant::now();
+        Clock {
+            start: start.checked_sub(Duration::from_secs(1)).unwrap_or(start),
+        }
+    }
+
+    pub(crate) fn now(self) -> Time {
+        Time(self.start.elapsed().as_micros() as u64)
+    }
+
+    pub(crate) fn unix_ms(self, then: Time) -> u64 {
+        let wall = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_millis() as u64);
+        wall.saturating_sub(self.now().since(then).as_millis() as u64)
+    }
+}
+
+/// Where the server listens and who it is; for `status` and the logs.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Identity {
+    pub(crate) node: String,
+    pub(crate) addresses: Vec<String>,
+    pub(crate) data_dir: String,
+}
+
+/// How the server takes its settings again; returns what it did as JSON text, or what is wrong with them.
+pub(crate) type Reload = dyn Fn(&Shared) -> Result<String, String> + Send + Sync;
+
+/// What the loops share.
+pub(crate) struct Shared {
+    pub(crate) settings: Mutex<Arc<Settings>>,
+    pub(crate) limits: Limits,
+    pub(crate) bounds: Bounds,
+    pub(crate) outbox_total_max: usize,
+    pub(crate) read_budget: usize,
+    pub(crate) registry: Mutex<Registry<IoHost>>,
+    pub(crate) timers: Timers,
+    pub(crate) stats: Stats,
+    pub(crate) clock: Clock,
+    pub(crate) started: Time,
+    pub(crate) identity: Identity,
+    pub(crate) token: AdminToken,
+    pub(crate) mailboxes: Vec<Mailbox>,
+    pub(crate) builtin: Mutex<Option<BuiltIn>>,
+    pub(crate) is_draining: AtomicBool,
+    /// Set where all loops are to end at once.
+    pub(crate) is_over: AtomicBool,
+    /// Connections whose sockets do not take what waits for them.
+    pub(crate) blocked: Mutex<Vec<Arc<Peer>>>,
+    pub(crate) next_peer: AtomicU64,
+    pub(crate) reload: Box<Reload>,
+    pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
+}
+
+/// What a server is made of.
+pub(crate) struct Parts {
+    pub(crate) settings: Settings,
+    pub(crate) identity: Identity,
+    pub(crate) token: AdminToken,
+    pub(crate) seed: u64,
+    pub(crate) reload: Box<Reload>,
+    pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
+}
+
+impl Shared {
+    pub(crate) fn new(parts: Parts) -> Arc<Shared> {
+        let Parts {
+            settings,
+            identity,
+            token,
+            seed,
+            reload,
+            log_lines_lost,
+        } = parts;
+        let clock = Clock::new();
+        let started = clock.now();
+        let limits = core_limits(&settings);
+        let mailboxes = (0..settings.io_threads.max(1))
+            .map(|_| Mailbox::new())
+            .collect();
+        Arc::new(Shared {
+            registry: Mutex::new(Registry::new(started, limits.clone(), seed)),
+            bounds: Bounds {
+                bytes_max: settings.limits.outbox_bytes_max,
+                headroom: settings.limits.outbox_headroom_bytes,
+            },
+            outbox_total_max: settings.limits.outbox_total_bytes(memory_bytes()),
+            read_budget: settings.limits.read_budget_bytes,
+            limits,
+            settings: Mutex::new(Arc::new(settings)),
+            timers: Timers::default(),
+            stats: Stats::new(),
+            clock,
+            started,
+            identity,
+            token,
+            mailboxes,
+            builtin: Mutex::new(None),
+            is_draining: AtomicBool::new(false),
+            is_over: AtomicBool::new(false),
+            blocked: Mutex::new(Vec::new()),
+            next_peer: AtomicU64::new(0),
+            reload,
+            log_lines_lost,
+        })
+    }
+
+    pub(crate) fn settings(&self) -> Arc<Settings> {
+        Arc::clone(
+            &self
+                .settings
+                .lock()
+                .expect("no panic happens under the settings' lock"),
+        )
+    }
+
+    pub(crate) fn new_peer(&self, socket: Option<Socket>) -> Arc<Peer> {
+        let id = self.next_peer.fetch_add(1, Relaxed);
+        let home = match socket {
+            Some(_) => usize::try_from(id).unwrap_or(0) % self.mailboxes.len(),
+            None => 0,
+        };
+        Peer::new(home, socket)
+    }
+
+    /// Begins to drain: no new calls and connections; the loops end when the last call has.
+    pub(crate) fn drain(&self) {
+        if !self.is_draining.swap(true, Relaxed) {
+            self.wake_all();
+        }
+    }
+
+    pub(crate) fn wake_all(&self) {
+        for mailbox in &self.mailboxes {
+            mailbox.send(Command::Look);
+        }
+    }
+}
+
+/// The core's bounds, from the settings.
+pub(crate) fn core_limits(settings: &Settings) -> Limits {
+    let l = &settings.limits;
+    Limits {
+        max_frame: l.max_frame,
+        in_flight_max: u32::try_from(l.in_flight_max).unwrap_or(u32::MAX),
+        pending_max: l.pending_max,
+        apps_max: l.apps_max,
+        pools_max: l.pools_max,
+        pools_per_app_max: l.pools_per_app_max,
+        triggers_per_app_max: l.triggers_per_app_max,
+        instances_per_app_max: l.instances_per_app_max,
+        meta_bytes_max: l.meta_bytes_max,
+    }
+}
+
+/// The machine's memory in bytes.
+#[allow(
+    clippy::useless_conversion,
+    reason = "the field is 32 bits wide on 32-bit systems"
+)]
+fn memory_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit))
+}

@@ -1,0 +1,265 @@
+//! One server per data directory: a kernel lock on a file that is never removed.
+//!
+//! The kernel drops the lock when its holder ends, however it ends. What is written into the file
+//! is for people and for error messages; nothing is decided by it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+use serde::{Deserialize, Serialize};
+
+use super::StartupError;
+use crate::utc::rfc3339;
+
+/// The lock file's name inside the data directory.
+pub const LOCK_NAME: &str = "lock";
+
+/// The most that is read of a lock file, in bytes.
+const RECORD_BYTES_MAX: u64 = 16 << 10;
+
+/// What the holder writes into the lock file, as one line of JSON.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The process id of the server.
+    pub pid: u32,
+    /// When it started: RFC 3339, UTC.
+    #[serde(default)]
+    pub started: String,
+    /// Where it listens; empty until it does.
+    #[serde(default)]
+    pub addresses: Vec<String>,
+}
+
+/// Who holds a lock, as far as it can be known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Holder {
+    /// The process id: the kernel's word where there is one, else the file's.
+    pub pid: Option<u32>,
+    /// What the file says, where that is the holder's.
+    pub record: Option<Record>,
+}
+
+/// The lock on a data directory, held until it is dropped.
+#[derive(Debug)]
+pub struct InstanceLock {
+    file: File,
+    started: String,
+}
+
+impl InstanceLock {
+    /// Takes the lock on `data_dir`, and writes who has it.
+    ///
+    /// # Errors
+    /// [`StartupError::AnotherServer`] where it is taken.
+    pub fn acquire(data_dir: &Path) -> Result<InstanceLock, StartupError> {
+        let path = data_dir.join(LOCK_NAME);
+        // The standard library opens with O_CLOEXEC, so that no child keeps the lock.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+            .open(&path)
+            .map_err(|cause| StartupError::of_io("opening", &path, cause))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let holder = holder(data_dir).unwrap_or_default();
+                return Err(StartupError::AnotherServer {
+                    data_dir: data_dir.to_owned(),
+                    holder,
+                });
+            }
+            Err(cause) => return Err(StartupError::of_io("locking", &path, cause.into())),
+        }
+        let lock = InstanceLock {
+            file,
+            started: rfc3339(SystemTime::now()),
+        };
+        lock.record(&[]);
+        Ok(lock)
+    }
+
+    /// Writes who holds the lock and where it listens. A failure is ignored: only messages depend
+    /// on it.
+    pub fn record(&self, addresses: &[String]) {
+        let record = Record {
+            pid: std::process::id(),
+            started: self.started.clone(),
+            addresses: addresses.to_vec(),
+        };
+        let mut line = serde_json::to_vec(&record).expect("a record is plain data");
+        line.push(b'\n');
+        self.overwrite(&line);
+    }
+
+    fn overwrite(&self, bytes: &[u8]) {
+        use std::io::{Seek, SeekFrom};
+        let mut file = &self.file;
+        let written = file
+            .set_len(0)
+            .and_then(|()| file.seek(SeekFrom::Start(0)))
+            .and_then(|_| file.write_all(bytes));
+        drop(written);
+    }
+}
+
+impl Drop for InstanceLock {
+    fn drop(&mut self) {
+        // Emptied while still held, so that nobody reads of a server that is gone.
+        self.overwrite(b"");
+    }
+}
+
+/// Who holds the lock on `data_dir` right now; `None` where nobody does. Looks, and never locks: a
+/// lock taken for a look would make a server that starts at that moment refuse to.
+#[must_use]
+pub fn holder(data_dir: &Path) -> Option<Holder> {
+    let path = data_dir.join(LOCK_NAME);
+    let metadata = fs::metadata(&path).ok()?;
+    let record = read_record(&path);
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    let device = (
+        rustix::fs::major(metadata.dev()),
+        rustix::fs::minor(metadata.dev()),
+    );
+    let pid = find_holder(
+        &locks,
+        device,
+        metadata.ino(),
+        record.as_ref().map(|r| r.pid),
+    )?;
+    // A lock from another pid namespace is listed with pid 0 (or not at all).
+    let pid = if pid == 0 {
+        record.as_ref().map(|r| r.pid)
+    } else {
+        Some(pid)
+    };
+    let record = record.filter(|record| Some(record.pid) == pid);
+    Some(Holder { pid, record })
+}
+
+fn read_record(path: &PathBuf) -> Option<Record> {
+    let mut text = String::new();
+    File::open(path)
+        .ok()?
+        .take(RECORD_BYTES_MAX)
+        .read_to_string(&mut text)
+        .ok()?;
+    serde_json::from_str(&text).ok()
+}
+
+/// The pid that `/proc/locks` gives for the exclusive `flock` of a file. A line of it
+/// (`proc_locks(5)`) is `1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF`. Some file systems show
+/// another device there than `stat(2)` does, so a matching inode counts too where the pid is the
+/// one that the lock file names.
+fn find_holder(locks: &str, device: (u32, u32), inode: u64, recorded: Option<u32>) -> Option<u32> {
+    locks.lines().find_map(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        // A waiter has "->" here.
+        if fields.next() != Some("FLOCK") || fields.nth(1) != Some("WRITE") {
+            return None;
+        }
+        // The kernel writes -1 for some locks of remote file systems.
+        let pid = fields
+            .next()?
+            .parse::<i64>()
+            .ok()
+            .and_then(|pid| u32::try_from(pid).ok())?;
+        let mut place = fields.next()?.split(':');
+        let major = u32::from_str_radix(place.next()?, 16).ok()?;
+        let minor = u32::from_str_radix(place.next()?, 16).ok()?;
+        let same_inode = place.next()?.parse() == Ok(inode);
+        (same_inode && ((major, minor) == device || Some(pid) == recorded)).then_some(pid)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_holder_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(holder(dir.path()), None);
+        let lock = InstanceLock::acquire(dir.path()).unwrap();
+        lock.record(&["127.0.0.1:1".to_owned()]);
+        let found = holder(dir.path()).unwrap();
+        assert_eq!(found.pid, Some(std::process::id()));
+        assert_eq!(found.record.unwrap().addresses, ["127.0.0.1:1"]);
+        let error = InstanceLock::acquire(dir.path()).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains(&format!("pid {}", std::process::id())),
+            "{error}"
+        );
+        drop(lock);
+        assert_eq!(holder(dir.path()), None);
+        let path = dir.path().join(LOCK_NAME);
+        assert_eq!(fs::read(&path).unwrap(), b"");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        drop(InstanceLock::acquire(dir.path()).unwrap());
+    }
+
+    #[test]
+    fn exactly_one_of_many_wins() {
+        let dir = tempfile::tempdir().unwrap();
+        let barrier = std::sync::Barrier::new(20);
+        let winners = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..20)
+                .map(|_| {
+                    scope.spawn(|| {
+                        barrier.wait();
+                        let lock = InstanceLock::acquire(dir.path()).ok();
+                        // Nobody lets go before everybody has tried.
+                        barrier.wait();
+                        lock.is_some()
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|t| t.join().unwrap())
+                .filter(|&won| won)
+                .count()
+        });
+        assert_eq!(winners, 1);
+    }
+
+    #[test]
+    fn what_a_dead_server_wrote_is_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(LOCK_NAME);
+        fs::write(
+            &path,
+            format!("{{\"pid\":1,\"addresses\":[\"{}\"]}}", "x".repeat(500)),
+        )
+        .unwrap();
+        assert_eq!(holder(dir.path()), None);
+        let _lock = InstanceLock::acquire(dir.path()).unwrap();
+        let record: Record = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!((record.pid, record.addresses), (std::process::id(), vec![]));
+    }
+
+    #[test]
+    fn the_kernels_list() {
+        let locks = "1: POSIX  ADVISORY  WRITE 11 fe:00:5678 0 EOF\n\
+                     2: FLOCK  ADVISORY  READ  12 fe:00:5678 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 13 fe:00:999 0 EOF\n\
+                     4: FLOCK  ADVISORY  WRITE 14 fe:00:5678 0 EOF\n\
+                     4: -> FLOCK  ADVISORY  WRITE 15 fe:00:5678 0 EOF\n\
+                     garbage\n";
+        assert_eq!(find_holder(locks, (0xfe, 0), 5678, None), Some(14));
+        assert_eq!(find_holder(locks, (0, 0x1d), 5678, Some(14)), Some(14));
+        assert_eq!(find_holder(locks, (0, 0x1d), 5678, Some(15)), None);
+        assert_eq!(find_holder(locks, (0xfe, 0), 1, None), None);
+        assert_eq!(find_holder("", (0, 0), 0, None), None);
+    }
+}
