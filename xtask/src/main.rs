@@ -1,3 +1,178 @@
-//! Checks, simulation, benchmarks and generated files: `cargo xtask help`.
+//! Everything that is done with this repository, one command each: `cargo xtask help`.
 
-fn main() {}
+mod codegen;
+mod dev;
+mod tidy;
+mod vectors;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const HELP: &str = "\
+cargo xtask COMMAND
+
+  test                 everything: format, lints, generated files, tidiness, all tests, 200 simulated seeds
+  test --unit          unit tests alone
+  test --integration   integration tests alone
+  lint                 format and lint checks
+  lint --fix           mend what format and lint checks can mend
+  coverage             line coverage of all tests (needs cargo-llvm-cov)
+  dev [ARGS]           the server, restarted when a source file changes; ARGS go to `latzero start`
+  codegen [--check]    write generated files (docs/errors.md, conformance vectors), or check that they are current
+  sim ARGS             the simulator: --seed N, or --seeds A..B
+  bench NAME [ARGS]    a benchmark: rpc, and what `cargo xtask bench --help` lists
+  fuzz TARGET [ARGS]   search for inputs that break a parser (needs cargo-fuzz)
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match args.as_slice() {
+        ["test"] => test(),
+        ["test", "--unit"] => unit_tests(),
+        ["test", "--integration"] => integration_tests(),
+        ["lint"] => lint(),
+        ["lint", "--fix"] => lint_fix(),
+        ["coverage", rest @ ..] => coverage(rest),
+        ["dev", rest @ ..] => dev::run(rest),
+        ["codegen"] => codegen::write(),
+        ["codegen", "--check"] => codegen::check(),
+        ["sim", rest @ ..] => sim(rest),
+        ["bench", rest @ ..] => bench(rest),
+        ["fuzz", rest @ ..] => fuzz(rest),
+        ["help" | "--help" | "-h"] => {
+            print!("{HELP}");
+            Ok(())
+        }
+        _ => {
+            eprint!("{HELP}");
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("xtask: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a step comes to: nothing, or what went wrong.
+type Done = Result<(), String>;
+
+fn test() -> Done {
+    lint()?;
+    codegen::check()?;
+    tidy::check()?;
+    // The tests start the real program.
+    cargo(&["build", "--workspace", "--all-targets"])?;
+    cargo(&["test", "--workspace"])?;
+    sim(&["--seeds", "0..200"])?;
+    println!("\nall checks passed");
+    Ok(())
+}
+
+fn unit_tests() -> Done {
+    cargo(&["test", "--workspace", "--lib", "--bins"])
+}
+
+fn integration_tests() -> Done {
+    cargo(&["build", "--workspace"])?;
+    cargo(&["test", "--workspace", "--test", "*"])
+}
+
+fn lint() -> Done {
+    cargo(&["fmt", "--all", "--check"])?;
+    cargo(&[
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ])
+}
+
+fn lint_fix() -> Done {
+    cargo(&[
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--fix",
+        "--allow-dirty",
+        "--allow-staged",
+    ])?;
+    cargo(&["fmt", "--all"])
+}
+
+fn coverage(rest: &[&str]) -> Done {
+    let mut args = vec!["llvm-cov", "--workspace"];
+    args.extend(rest);
+    cargo(&args).map_err(|error| {
+        format!("{error}\nif cargo-llvm-cov is missing: cargo install cargo-llvm-cov && rustup component add llvm-tools")
+    })
+}
+
+fn sim(rest: &[&str]) -> Done {
+    let mut args = vec!["run", "--quiet", "--package", "latzero-sim", "--"];
+    args.extend(rest);
+    cargo(&args)
+}
+
+fn bench(rest: &[&str]) -> Done {
+    cargo(&["build", "--release", "--package", "latzero-cli"])?;
+    let mut args = vec![
+        "run",
+        "--release",
+        "--package",
+        "latzero-bench",
+        "--features",
+        "nats",
+        "--",
+    ];
+    args.extend(rest);
+    cargo(&args)
+}
+
+fn fuzz(rest: &[&str]) -> Done {
+    let mut args = vec!["fuzz", "run"];
+    args.extend(rest);
+    // libFuzzer's instrumentation needs flags that a stable compiler only takes this way.
+    run(Command::new(cargo_program())
+        .args(&args)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .current_dir(root()))
+}
+
+fn cargo(args: &[&str]) -> Done {
+    println!("$ cargo {}", args.join(" "));
+    run(Command::new(cargo_program()).args(args).current_dir(root()))
+}
+
+fn cargo_program() -> String {
+    std::env::var("CARGO").unwrap_or_else(|_| "cargo".into())
+}
+
+fn run(command: &mut Command) -> Done {
+    let status = command
+        .status()
+        .map_err(|error| format!("{command:?}: {error}"))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("{command:?} ended with {status}"))
+    }
+}
+
+/// The repository's root.
+fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent()
+        .expect("xtask lies in the repository's root")
+        .to_owned()
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
+}

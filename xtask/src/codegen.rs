@@ -1,0 +1,103 @@
+//! Files that are made from others, and the check that they are current.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use latzero_protocol::error::RaisedBy;
+use latzero_protocol::{Code, Ran};
+
+use crate::{Done, read, root, vectors};
+
+/// Writes every generated file, and removes vectors that no document has any more.
+pub(crate) fn write() -> Done {
+    let files = files()?;
+    for (path, text) in &files {
+        std::fs::write(root().join(path), text)
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    for stray in strays(&files)? {
+        std::fs::remove_file(&stray).map_err(|error| format!("{}: {error}", stray.display()))?;
+    }
+    Ok(())
+}
+
+/// Fails where a generated file is not what it would be made to.
+pub(crate) fn check() -> Done {
+    let files = files()?;
+    let mut stale: Vec<String> = files
+        .iter()
+        .filter(|(path, text)| read(&root().join(path)).ok().as_ref() != Some(text))
+        .map(|(path, _)| path.display().to_string())
+        .collect();
+    stale.extend(
+        strays(&files)?
+            .iter()
+            .map(|path| path.display().to_string()),
+    );
+    if stale.is_empty() {
+        println!("{} generated files are current", files.len());
+        return Ok(());
+    }
+    Err(format!(
+        "stale: {}; run `cargo xtask codegen`",
+        stale.join(", ")
+    ))
+}
+
+fn files() -> Result<BTreeMap<PathBuf, String>, String> {
+    let mut files = BTreeMap::from([(PathBuf::from("docs/errors.md"), errors_page())]);
+    for vector in vectors::of_document(&read(&root().join("docs/protocol.md"))?)? {
+        let path = PathBuf::from(format!("conformance/vectors/{}.json", vector.file_name()));
+        if files.insert(path, vector.to_json()).is_some() {
+            return Err(format!(
+                "two conformance blocks are named '{}'",
+                vector.name
+            ));
+        }
+    }
+    Ok(files)
+}
+
+fn strays(files: &BTreeMap<PathBuf, String>) -> Result<Vec<PathBuf>, String> {
+    let dir = root().join("conformance/vectors");
+    let entries = std::fs::read_dir(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    let is_stray = |path: &PathBuf| !files.contains_key(path.strip_prefix(root()).unwrap_or(path));
+    Ok(entries
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .filter(is_stray)
+        .collect())
+}
+
+fn errors_page() -> String {
+    let mut page = String::from(
+        "# Error codes\n\n\
+         Generated from `crates/latzero-protocol/src/error.rs` by `cargo xtask codegen`. The list is closed: a code never\n\
+         changes its meaning and is never reused. *Ran* says whether the handler of a call that ended so may have run:\n\
+         after `no` the call may be repeated without harm. The message of an error says what happened in the case at hand,\n\
+         and the `ran` of an error counts where the two differ.\n",
+    );
+    for (title, by) in [
+        ("From the server", RaisedBy::Server),
+        ("From client libraries alone", RaisedBy::Client),
+    ] {
+        let _ = write!(
+            page,
+            "\n## {title}\n\n| code | ran | what it means | what to do |\n|---|---|---|---|\n"
+        );
+        for code in Code::ALL.iter().filter(|code| code.raised_by() == by) {
+            let ran = match code.ran() {
+                Ran::No => "no",
+                Ran::Unknown => "unknown",
+            };
+            let _ = writeln!(
+                page,
+                "| `{code}` | {ran} | {} | {} |",
+                code.meaning(),
+                code.remedy()
+            );
+        }
+    }
+    page
+}
