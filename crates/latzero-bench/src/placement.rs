@@ -1,0 +1,113 @@
+//! Where the processes of a measurement run.
+
+use crate::failure::{During, Failure};
+use std::process::{Child, Command};
+
+/// Where caller, server and handler run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Placement {
+    /// All three on one CPU: the steady figure.
+    OneCpu,
+    /// Left to the scheduler: what users see.
+    Free,
+}
+
+impl Placement {
+    pub(crate) const ALL: [Self; 2] = [Self::OneCpu, Self::Free];
+
+    pub(crate) fn describe(self) -> &'static str {
+        match self {
+            Self::OneCpu => "all three processes on one CPU",
+            Self::Free => "left to the scheduler",
+        }
+    }
+
+    /// Starts `command` so that it runs there with all the threads that it will ever have.
+    pub(crate) fn spawn(self, command: &mut Command) -> Result<Child, Failure> {
+        let program = command.get_program().display().to_string();
+        let spawn = |command: &mut Command| command.spawn().during(format!("start {program}"));
+        match self {
+            Self::Free => spawn(command),
+            // A child inherits the CPUs of the thread that starts it. So it is pinned before its first
+            // instruction: threads of its own are too, and a runtime that counts CPUs at its start counts one.
+            Self::OneCpu => cpus::on_one(|| spawn(command))?,
+        }
+    }
+
+    /// Fails if the process `pid` has a thread that may run elsewhere.
+    pub(crate) fn check(self, pid: u32) -> Result<(), Failure> {
+        match self {
+            Self::Free => Ok(()),
+            Self::OneCpu => cpus::check_one(pid),
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod cpus {
+    use super::{During, Failure};
+    use rustix::thread::{CpuSet, Pid, sched_getaffinity, sched_setaffinity};
+    use std::io;
+
+    /// Runs `act` with this thread on one CPU, then lets it go again.
+    pub(super) fn on_one<T>(act: impl FnOnce() -> T) -> Result<T, Failure> {
+        let before = affinity(None).during("read this thread's CPUs")?;
+        let last = (0..CpuSet::MAX_CPU)
+            .rev()
+            .find(|cpu| before.is_set(*cpu))
+            .expect("a running thread may run on some CPU");
+        // The last one: the first is where most systems send their interrupts.
+        let mut one = CpuSet::new();
+        one.set(last);
+        sched_setaffinity(None, &one)
+            .map_err(io::Error::from)
+            .during("pin to one CPU")?;
+        let done = act();
+        sched_setaffinity(None, &before)
+            .map_err(io::Error::from)
+            .during("unpin")?;
+        Ok(done)
+    }
+
+    pub(super) fn check_one(pid: u32) -> Result<(), Failure> {
+        let what = format!("read the threads of process {pid}");
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task")).during(&what)? {
+            let name = thread.during(&what)?.file_name();
+            let id = name
+                .to_str()
+                .and_then(|name| name.parse().ok())
+                .and_then(Pid::from_raw);
+            match affinity(id) {
+                Ok(cpus) if cpus.count() != 1 => {
+                    return Err(Failure::said(format!(
+                        "thread {} of process {pid} left its one CPU: the figures would not compare",
+                        name.display()
+                    )));
+                }
+                // A thread that has ended meanwhile runs nowhere.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn affinity(thread: Option<Pid>) -> io::Result<CpuSet> {
+        Ok(sched_getaffinity(thread)?)
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod cpus {
+    use super::Failure;
+
+    pub(super) fn on_one<T>(_act: impl FnOnce() -> T) -> Result<T, Failure> {
+        Err(Failure::said(
+            "processes can be pinned on Linux only: use `--placement free`",
+        ))
+    }
+
+    pub(super) fn check_one(_pid: u32) -> Result<(), Failure> {
+        Ok(())
+    }
+}

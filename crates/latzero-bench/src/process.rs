@@ -1,0 +1,223 @@
+//! Server, handler and caller as processes of their own.
+//!
+//! The program starts itself once per role. A child says what it has to say in lines on its standard output:
+//! `ready ADDRESS` from a server or handler, one line of JSON from a caller. It is killed when its owner drops it.
+
+use crate::failure::{During, Failure};
+use crate::peers;
+use crate::placement::Placement;
+use crate::plan::{Load, Outcome, Plan};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// How long a server or handler may take until it is ready.
+pub(crate) const READY_WAIT: Duration = Duration::from_secs(20);
+/// How long one run of a caller may take.
+const CALLER_WAIT: Duration = Duration::from_secs(120);
+
+/// A child that lives no longer than this.
+pub(crate) struct Process {
+    what: String,
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Process {
+    /// Starts `command`, whose standard output is read line by line. `what` names it in messages.
+    pub(crate) fn spawn(
+        what: impl Into<String>,
+        command: &mut Command,
+        placement: Placement,
+    ) -> Result<Self, Failure> {
+        let mut child = placement.spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
+        let stdout = child.stdout.take().expect("its standard output is piped");
+        let (sender, lines) = mpsc::channel();
+        // Reads to the end even when nobody listens any more: a full pipe would stop the child.
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                sender.send(line).ok();
+            }
+        });
+        Ok(Self {
+            what: what.into(),
+            child,
+            lines,
+        })
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The first thing that `pick` finds in a line of the child's.
+    pub(crate) fn wait_for<T>(
+        &self,
+        wait: Duration,
+        mut pick: impl FnMut(&str) -> Option<T>,
+    ) -> Result<T, Failure> {
+        let deadline = Instant::now() + wait;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    if let Some(found) = pick(&line) {
+                        return Ok(found);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(Failure::said(format!(
+                        "{} said nothing of use within {} s",
+                        self.what,
+                        wait.as_secs()
+                    )));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Failure::said(format!(
+                        "{} ended before it had answered; its own message stands above, if it left one",
+                        self.what
+                    )));
+                }
+            }
+        }
+    }
+
+    /// The address with which it announced itself; see [`announce`].
+    pub(crate) fn wait_until_ready(&self) -> Result<String, Failure> {
+        self.wait_for(READY_WAIT, |line| {
+            line.strip_prefix("ready ").map(str::to_owned)
+        })
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself; either way it is waited for, and leaves no zombie.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// A running server, and where to reach it.
+pub(crate) struct Server {
+    pub(crate) process: Process,
+    pub(crate) address: String,
+}
+
+/// Tells the parent that this server is reachable at `address`, or that this handler (any `address`) serves.
+pub(crate) fn announce(address: &str) -> Result<(), Failure> {
+    say(&format!("ready {address}"))
+}
+
+fn say(line: &str) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "{line}")
+        .and_then(|()| stdout.flush())
+        .during("write to standard output")
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum Role {
+    Server,
+    Handler,
+    Caller,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RoleArgs {
+    role: Role,
+    #[arg(long)]
+    peer: String,
+    /// A server's directory for sockets and the like
+    #[arg(long, default_value = ".")]
+    scratch: PathBuf,
+    #[arg(long, default_value_t)]
+    address: String,
+    /// Calls in flight; without it one at a time
+    #[arg(long)]
+    window: Option<u64>,
+    #[arg(long, default_value_t = 0)]
+    warmup: u64,
+    #[arg(long, default_value_t = 0)]
+    calls: u64,
+}
+
+/// The life of one child.
+pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
+    // Drop kills the children of a run that fails; this is for one that is killed itself. It outlives an exec.
+    #[cfg(target_os = "linux")]
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .map_err(std::io::Error::from)
+        .during("ask to end with the parent")?;
+    let peer = peers::by_name(&args.peer)?;
+    match args.role {
+        Role::Server => peer.serve(&args.scratch),
+        Role::Handler => peer.handle(&args.address),
+        Role::Caller => {
+            let load = args.window.map_or(Load::OneAtATime, Load::InFlight);
+            let plan = Plan {
+                load,
+                warmup: args.warmup,
+                calls: args.calls,
+            };
+            let outcome = peer.call(&args.address, &plan)?;
+            say(&serde_json::to_string(&outcome).expect("an outcome is plain numbers"))
+        }
+    }
+}
+
+/// Starts the role of `peer`'s server in a process of its own; see [`peers::Peer::start`].
+pub(crate) fn start_server(
+    peer: &str,
+    scratch: &Path,
+    placement: Placement,
+) -> Result<Process, Failure> {
+    let mut command = role_command(peer, Role::Server)?;
+    command.arg("--scratch").arg(scratch);
+    Process::spawn(format!("the server of {}", peer), &mut command, placement)
+}
+
+/// Starts `peer`'s handler, and returns once it serves.
+pub(crate) fn start_handler(
+    peer: &str,
+    address: &str,
+    placement: Placement,
+) -> Result<Process, Failure> {
+    let mut command = role_command(peer, Role::Handler)?;
+    command.arg("--address").arg(address);
+    let handler = Process::spawn(format!("the handler of {}", peer), &mut command, placement)?;
+    handler.wait_until_ready()?;
+    Ok(handler)
+}
+
+/// Runs `peer`'s caller through `plan`.
+pub(crate) fn run_caller(
+    peer: &str,
+    address: &str,
+    plan: &Plan,
+    placement: Placement,
+) -> Result<Outcome, Failure> {
+    let mut command = role_command(peer, Role::Caller)?;
+    command.arg("--address").arg(address);
+    command.arg("--warmup").arg(plan.warmup.to_string());
+    command.arg("--calls").arg(plan.calls.to_string());
+    if let Load::InFlight(window) = plan.load {
+        command.arg("--window").arg(window.to_string());
+    }
+    let caller = Process::spawn(format!("the caller of {}", peer), &mut command, placement)?;
+    caller.wait_for(CALLER_WAIT, |line| serde_json::from_str(line).ok())
+}
+
+fn role_command(peer: &str, role: Role) -> Result<Command, Failure> {
+    let program = std::env::current_exe().during("find this program's own path")?;
+    let mut command = Command::new(program);
+    command.arg("role").arg(match role {
+        Role::Server => "server",
+        Role::Handler => "handler",
+        Role::Caller => "caller",
+    });
+    command.arg("--peer").arg(peer);
+    Ok(command)
+}
