@@ -1,0 +1,531 @@
+//! The async face: an app, its handlers and its events.
+
+use std::future::Future;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Weak};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use latzero_protocol::message::Strategy;
+use latzero_protocol::{Code, InstanceId, Ran, TriggerName};
+use serde_json::{Value, json};
+
+use crate::builder::{Builder, on_thread};
+use crate::call::{Call, Calling, Emit};
+use crate::core::Core;
+use crate::error::{Error, HandlerError};
+use crate::events::{Emission, Events, Presence, Queue};
+use crate::handlers::{Entry, Kind, Registered, Spec};
+use crate::message::Message;
+use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
+use crate::request::Request;
+use crate::stream::Stream;
+use crate::sync::lock;
+
+/// How long a clean close waits for running handlers, and for the server to take their answers.
+const CLOSE_TIME: Duration = Duration::from_secs(5);
+
+/// What keeps an app alive: when the last handle goes, this ends it.
+#[derive(Debug)]
+pub(crate) struct Owner {
+    core: Arc<Core>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.core.outbox.flush();
+        self.core.end(&Core::closed_error());
+    }
+}
+
+/// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to clone; when the last
+/// clone goes, the connection closes.
+#[derive(Debug, Clone)]
+pub struct App {
+    owner: Arc<Owner>,
+}
+
+impl App {
+    /// Connects to `latzero://APP_ID[@HOST[:PORT]][?socket=PATH][&pool=NAME…]`.
+    ///
+    /// Without host and socket it is the server of this machine: its Unix socket in `LATZERO_DATA_DIR` or
+    /// `~/.latzero`, else 127.0.0.1:45227. On a tokio runtime (with `enable_all`) the app is driven by a task there,
+    /// elsewhere by a background thread.
+    ///
+    /// # Errors
+    /// Where the address is wrong, no server answers, or it refuses the handshake.
+    pub async fn connect(url: &str) -> Result<App, Error> {
+        App::builder(url).connect().await
+    }
+
+    /// Connects with more to say than an address.
+    #[must_use]
+    pub fn builder(url: &str) -> Builder {
+        Builder::new(url)
+    }
+
+    pub(crate) fn owning(core: Arc<Core>) -> App {
+        let owner = Arc::new(Owner { core });
+        *lock(&owner.core.owner) = Arc::downgrade(&owner);
+        App { owner }
+    }
+
+    /// A handle for the time of a handler's run.
+    pub(crate) fn lent(core: &Arc<Core>) -> App {
+        let owner = lock(&core.owner).upgrade();
+        match owner {
+            Some(owner) => App { owner },
+            // The last handle went, and the app with it: this one only ever fails.
+            None => App {
+                owner: Arc::new(Owner { core: core.clone() }),
+            },
+        }
+    }
+
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.owner.core
+    }
+
+    /// The AppID.
+    #[must_use]
+    pub fn app_id(&self) -> &str {
+        self.core().config.url.app_id.as_str()
+    }
+
+    /// The id of the live connection; another one after a reconnect.
+    #[must_use]
+    pub fn instance(&self) -> Option<InstanceId> {
+        InstanceId::parse(&lock(&self.core().ack).instance)
+    }
+
+    /// Whether the server restored pools and triggers that it remembered of this AppID.
+    #[must_use]
+    pub fn is_rehydrated(&self) -> bool {
+        lock(&self.core().ack).rehydrated
+    }
+
+    /// The triggers that the server listed in its last acknowledgement.
+    #[must_use]
+    pub fn acknowledged_triggers(&self) -> Vec<Value> {
+        lock(&self.core().ack).triggers.clone()
+    }
+
+    /// The pools that the app is in.
+    #[must_use]
+    pub fn joined(&self) -> Vec<String> {
+        lock(&self.core().pools).clone()
+    }
+
+    /// Whether there is a connection just now. Calls made while there is none wait for it.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.core().is_connected()
+    }
+
+    /// Calls the trigger `name`.
+    pub fn call<T: IntoPayload + ?Sized>(&self, name: &str, data: &T) -> Call {
+        Call::new(self, name, data)
+    }
+
+    /// Calls the trigger `name` for a streamed answer; [`Call::stream`] has more to say.
+    pub fn stream<R: FromPayload>(
+        &self,
+        name: &str,
+        data: &(impl IntoPayload + ?Sized),
+    ) -> Stream<R> {
+        self.call(name, data).stream()
+    }
+
+    /// Tells every handler of the trigger `name`, without an answer.
+    pub fn emit<T: IntoPayload + ?Sized>(&self, name: &str, data: &T) -> Emit {
+        Emit::new(self, name, data)
+    }
+
+    /// Serves the trigger `name`. The handler's future runs beside the reading: what takes long without an await
+    /// belongs on a thread of its own. It is dropped where its caller does not want the answer any more.
+    ///
+    /// A handler that calls others uses [`Request::app`]: a captured handle of its own app would keep it alive.
+    ///
+    /// # Errors
+    /// Where the name is not valid or the server refuses.
+    pub async fn serve<F, T>(
+        &self,
+        name: &str,
+        handler: impl Fn(Request) -> F + Send + Sync + 'static,
+    ) -> Result<(), Error>
+    where
+        F: Future<Output = Result<T, HandlerError>> + Send + 'static,
+        T: IntoPayload + 'static,
+    {
+        self.handler(name).serve(handler).await
+    }
+
+    /// Serves a trigger with more to say than its name.
+    pub fn handler(&self, name: &str) -> Handler {
+        Handler {
+            app: self.clone(),
+            name: name.to_owned(),
+            spec: Spec::default(),
+        }
+    }
+
+    /// Serves the trigger `name` no longer. Calls that run are finished.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub async fn unserve(&self, name: &str) -> Result<(), Error> {
+        match self.unserving(name) {
+            Some(calling) => calling.await,
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn unserving(&self, name: &str) -> Option<Calling<()>> {
+        let handlers = &self.core().handlers;
+        let must_tell = handlers.remove(name) && !handlers.is_listened(name);
+        must_tell.then(|| self.triggers("trigger_unregister", &json!([name])))
+    }
+
+    /// Receives emits of the trigger `name`.
+    ///
+    /// # Errors
+    /// Where the name is not valid or the server refuses.
+    pub async fn on(&self, name: &str) -> Result<Events<Emission>, Error> {
+        let (events, calling) = self.listening(name)?;
+        if let Some(calling) = calling {
+            calling.await?;
+        }
+        Ok(events)
+    }
+
+    pub(crate) fn listening(
+        &self,
+        name: &str,
+    ) -> Result<(Events<Emission>, Option<Calling<()>>), Error> {
+        check_name(name)?;
+        let queue = Arc::new(Queue::new());
+        let registered = self.core().handlers.listen(name, &queue);
+        let must_tell = registered == Registered::New;
+        let calling = must_tell.then(|| self.triggers("trigger_register", &json!([name])));
+        Ok((
+            Events {
+                queue,
+                app: self.clone(),
+            },
+            calling,
+        ))
+    }
+
+    pub(crate) fn triggers(&self, action: &str, triggers: &Value) -> Calling<()> {
+        let mut message = Message::new(action);
+        message.json("triggers", triggers.to_string().as_bytes());
+        self.asking(message)
+    }
+
+    /// A request whose reply says nothing more than that it was granted.
+    pub(crate) fn asking(&self, message: Message) -> Calling<()> {
+        Calling::of_message(self, message, |_| Ok(()))
+    }
+
+    /// Receives the events of a pool: apps and triggers that come and go.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub async fn watch(&self, pool: &str) -> Result<Events<Presence>, Error> {
+        let (events, calling) = self.watching(pool);
+        calling.await?;
+        Ok(events)
+    }
+
+    pub(crate) fn watching(&self, pool: &str) -> (Events<Presence>, Calling<()>) {
+        let queue = Arc::new(Queue::new());
+        let mut watchers = lock(&self.core().watchers);
+        watchers
+            .entry(pool.into())
+            .or_default()
+            .push(Arc::downgrade(&queue));
+        drop(watchers);
+        let mut message = Message::new("watch");
+        message.string("pool", pool);
+        (
+            Events {
+                queue,
+                app: self.clone(),
+            },
+            self.asking(message),
+        )
+    }
+
+    /// Joins a pool.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub async fn join(&self, pool: &str) -> Result<(), Error> {
+        self.joining("pool_join", pool).await?;
+        self.note_joined(pool);
+        Ok(())
+    }
+
+    /// Leaves a pool.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub async fn leave(&self, pool: &str) -> Result<(), Error> {
+        self.joining("pool_leave", pool).await?;
+        self.note_left(pool);
+        Ok(())
+    }
+
+    pub(crate) fn joining(&self, action: &str, pool: &str) -> Calling<()> {
+        let mut message = Message::new(action);
+        message.string("pool", pool);
+        self.asking(message)
+    }
+
+    pub(crate) fn note_joined(&self, pool: &str) {
+        let mut pools = lock(&self.core().pools);
+        if !pools.iter().any(|p| p == pool) {
+            pools.push(pool.to_owned());
+        }
+    }
+
+    pub(crate) fn note_left(&self, pool: &str) {
+        lock(&self.core().pools).retain(|p| p != pool);
+    }
+
+    /// The apps that the server knows, as it describes them.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub async fn apps(&self) -> Result<Value, Error> {
+        self.requesting(&json!({"action": "app_list"}))?.await
+    }
+
+    /// The pools that the server knows, as it describes them.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub async fn pools(&self) -> Result<Value, Error> {
+        self.requesting(&json!({"action": "pool_list"}))?.await
+    }
+
+    /// Asks the server for anything: `request` is a message of the protocol, with its `action` and without an `id`.
+    ///
+    /// # Errors
+    /// Where the server refuses, and `bad_message` where `request` is no such message.
+    pub async fn request(&self, request: &Value) -> Result<Value, Error> {
+        self.requesting(request)?.await
+    }
+
+    pub(crate) fn requesting(&self, request: &Value) -> Result<Calling<Value>, Error> {
+        let is_request =
+            request.get("action").is_some_and(Value::is_string) && request.get("id").is_none();
+        if !is_request {
+            let text = "a request is a JSON object with an 'action' and without an 'id'";
+            return Err(Error::new(Code::BadMessage, text));
+        }
+        let message = Message::from_object(&request.to_string());
+        Ok(Calling::of_message(self, message, Reply::into))
+    }
+
+    /// Asks the server whether it lives; how long the answer took.
+    ///
+    /// # Errors
+    /// Where no answer comes.
+    pub async fn ping(&self) -> Result<Duration, Error> {
+        let started = Instant::now();
+        self.asking(Message::new("ping")).await?;
+        Ok(started.elapsed())
+    }
+
+    /// Closes cleanly: handlers that run are waited for, up to five seconds, and their answers sent; then the connection
+    /// ends, for every clone of this handle.
+    ///
+    /// # Errors
+    /// `timeout` where handlers or the server took longer; the connection is closed all the same.
+    pub async fn close(&self) -> Result<(), Error> {
+        let core = self.core().clone();
+        on_thread(move || close(&core)).await
+    }
+
+    pub(crate) fn close_blocking(&self) -> Result<(), Error> {
+        close(self.core())
+    }
+}
+
+fn close(core: &Arc<Core>) -> Result<(), Error> {
+    let deadline = Some(Instant::now() + CLOSE_TIME);
+    let is_idle = core
+        .block_on(deadline, |cx| core.handlers.poll_idle(cx))
+        .is_some();
+    core.flush();
+    let is_sent = core
+        .block_on(deadline, |cx| core.outbox.poll_empty(cx))
+        .is_some();
+    if let Some(link) = core.outbox.link()
+        && is_sent
+    {
+        // The server closes when it has taken everything. To close first could lose what is on its way.
+        core.begin_close();
+        link.finish_sending();
+        core.block_on(deadline, |cx| core.poll_ended(cx));
+    }
+    core.end(&Core::closed_error());
+    match is_idle && is_sent {
+        true => Ok(()),
+        false => Err(Error::new(
+            Code::Timeout,
+            "handlers were still at work, or the server did not take their answers; the app was closed all the same",
+        )),
+    }
+}
+
+fn check_name(name: &str) -> Result<(), Error> {
+    TriggerName::check(name)
+        .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))
+}
+
+/// A trigger about to be served.
+#[derive(Debug)]
+#[must_use = "nothing is served before `serve`"]
+pub struct Handler {
+    app: App,
+    name: String,
+    spec: Spec,
+}
+
+impl Handler {
+    /// How calls are spread over the handlers of this trigger (default: each in turn).
+    pub fn strategy(mut self, strategy: Strategy) -> Self {
+        self.spec.strategy = strategy;
+        self
+    }
+
+    /// Calls at a time that this instance takes at most.
+    pub fn concurrency(mut self, calls: u32) -> Self {
+        self.spec.concurrency = Some(calls);
+        self
+    }
+
+    /// What the trigger does, for people.
+    pub fn doc(mut self, doc: &str) -> Self {
+        self.spec.doc = Some(doc.to_owned());
+        self
+    }
+
+    /// Serves in these pools alone, rather than in every pool that the app is in.
+    pub fn pools<P: Into<String>>(mut self, pools: impl IntoIterator<Item = P>) -> Self {
+        self.spec.pools = pools.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Serves the trigger; see [`App::serve`].
+    ///
+    /// # Errors
+    /// Where the name is not valid or the server refuses.
+    pub async fn serve<F, T>(
+        self,
+        handler: impl Fn(Request) -> F + Send + Sync + 'static,
+    ) -> Result<(), Error>
+    where
+        F: Future<Output = Result<T, HandlerError>> + Send + 'static,
+        T: IntoPayload + 'static,
+    {
+        let kind = Kind::Async(Box::new(move |request| {
+            let running = handler(request);
+            Box::pin(async move { write(&running.await?) })
+        }));
+        let (app, name) = (self.app.clone(), self.name.clone());
+        let registered = self.register(kind)?.await;
+        undo_failed(&app, &name, registered)
+    }
+
+    /// Serves the trigger with a handler that blocks; see [`crate::blocking::App::serve`].
+    pub(crate) fn serve_blocking<T: IntoPayload>(
+        self,
+        handler: impl Fn(Request) -> Result<T, HandlerError> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let kind = Kind::Blocking(Box::new(move |request| write(&handler(request)?)));
+        let (app, name) = (self.app.clone(), self.name.clone());
+        let registered = self.register(kind)?.wait();
+        undo_failed(&app, &name, registered)
+    }
+
+    fn register(self, kind: Kind) -> Result<Calling<()>, Error> {
+        check_name(&self.name)?;
+        let spec = self.spec.to_json(&self.name);
+        // Known before the server is asked: the first call may come right behind its reply.
+        self.app.core().handlers.add(Entry {
+            name: self.name.into(),
+            spec: self.spec,
+            kind,
+            is_slow: AtomicBool::new(true),
+        });
+        Ok(self.app.triggers("trigger_register", &json!([spec])))
+    }
+}
+
+fn undo_failed(app: &App, name: &str, registered: Result<(), Error>) -> Result<(), Error> {
+    if registered.is_err() {
+        app.core().handlers.remove(name);
+    }
+    registered
+}
+
+fn write<T: IntoPayload>(answer: &T) -> Result<Payload, HandlerError> {
+    payload::write(answer).map_err(HandlerError::from)
+}
+
+/// Forgets what nobody listens to any more.
+pub(crate) fn forget_emissions(app: &App, queue: &Arc<Queue<Emission>>) {
+    let gone = app.core().handlers.unlisten(queue);
+    if !gone.is_empty() {
+        let mut message = Message::new("trigger_unregister");
+        message.json("triggers", json!(gone).to_string().as_bytes());
+        app.core().tell(&mut message);
+    }
+}
+
+/// Forgets what nobody watches any more.
+pub(crate) fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
+    let mut gone = Vec::new();
+    lock(&app.core().watchers).retain(|pool, queues| {
+        queues.retain(|q: &Weak<_>| {
+            q.strong_count() > 0 && !std::ptr::eq(q.as_ptr(), Arc::as_ptr(queue))
+        });
+        if queues.is_empty() {
+            gone.push(pool.clone());
+        }
+        !queues.is_empty()
+    });
+    for pool in gone {
+        let mut message = Message::new("unwatch");
+        message.string("pool", &pool);
+        app.core().tell(&mut message);
+    }
+}
+
+impl Core {
+    /// Sends what asks for no reply, where there is a connection. Small, and bounded by what was asked for before.
+    fn tell(&self, message: &mut Message) {
+        if let Some(link) = self.outbox.link() {
+            self.outbox.append(link.epoch, |out, link| {
+                out.extend_from_slice(message.finish(None, link.attachments));
+            });
+            self.flush_soon();
+        }
+    }
+
+    /// Whether the app ended.
+    fn poll_ended(&self, cx: &mut std::task::Context<'_>) -> Poll<()> {
+        if self.is_ended() {
+            return Poll::Ready(());
+        }
+        self.outbox.wake_at_end(cx);
+        if self.is_ended() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    }
+}

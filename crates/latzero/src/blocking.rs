@@ -1,0 +1,475 @@
+//! The face for people without async: the same app, with calls that wait.
+//!
+//! ```no_run
+//! use latzero::blocking::App;
+//!
+//! # fn main() -> Result<(), latzero::Error> {
+//! let calc = App::connect("latzero://calc?pool=alpha")?;
+//! calc.serve("double", |req| Ok(req.data::<i64>()? * 2))?;
+//!
+//! let app = App::connect("latzero://me?pool=alpha")?;
+//! let doubled: i64 = app.call("double", &21).send()?;
+//! assert_eq!(doubled, 42);
+//! # Ok(())
+//! # }
+//! ```
+
+use std::ops::Deref;
+use std::time::{Duration, Instant};
+
+use latzero_protocol::message::Strategy;
+use latzero_protocol::{Code, InstanceId};
+use serde_json::{Value, json};
+
+use crate::builder;
+use crate::error::{Error, HandlerError};
+use crate::events::{Emission, Lossy, Presence};
+use crate::message::Message;
+use crate::payload::{self, Bytes, FromPayload, IntoPayload, Reply};
+use crate::stream::ItemOrProgress;
+
+/// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to clone; when the last
+/// clone goes, the connection closes and its threads end.
+#[derive(Debug, Clone)]
+pub struct App(crate::App);
+
+impl App {
+    /// Connects; see [`crate::App::connect`] for addresses.
+    ///
+    /// # Errors
+    /// Where the address is wrong, no server answers, or it refuses the handshake.
+    pub fn connect(url: &str) -> Result<App, Error> {
+        App::connect_with(crate::App::builder(url))
+    }
+
+    /// Connects with more to say than an address.
+    ///
+    /// # Errors
+    /// As [`App::connect`].
+    pub fn connect_with(builder: builder::Builder) -> Result<App, Error> {
+        builder.connect_blocking().map(App)
+    }
+
+    /// The same app with its async face.
+    #[must_use]
+    pub fn as_async(&self) -> &crate::App {
+        &self.0
+    }
+
+    /// The AppID.
+    #[must_use]
+    pub fn app_id(&self) -> &str {
+        self.0.app_id()
+    }
+
+    /// The id of the live connection; another one after a reconnect.
+    #[must_use]
+    pub fn instance(&self) -> Option<InstanceId> {
+        self.0.instance()
+    }
+
+    /// The pools that the app is in.
+    #[must_use]
+    pub fn joined(&self) -> Vec<String> {
+        self.0.joined()
+    }
+
+    /// Whether there is a connection just now. Calls made while there is none wait for it.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.0.is_connected()
+    }
+
+    /// Calls the trigger `name`.
+    pub fn call<T: IntoPayload + ?Sized>(&self, name: &str, data: &T) -> Call {
+        Call(self.0.call(name, data))
+    }
+
+    /// Calls the trigger `name` for a streamed answer; [`Call::stream`] has more to say.
+    pub fn stream<R: FromPayload>(
+        &self,
+        name: &str,
+        data: &(impl IntoPayload + ?Sized),
+    ) -> Stream<R> {
+        Stream(self.0.stream(name, data))
+    }
+
+    /// Tells every handler of the trigger `name`, without an answer.
+    pub fn emit<T: IntoPayload + ?Sized>(&self, name: &str, data: &T) -> Emit {
+        Emit(self.0.emit(name, data))
+    }
+
+    /// Serves the trigger `name`. The handler runs on the thread that read the call; where it takes long, another
+    /// thread reads on, up to as many as [`crate::Builder::handler_threads`] says.
+    ///
+    /// # Errors
+    /// Where the name is not valid or the server refuses.
+    pub fn serve<T: IntoPayload>(
+        &self,
+        name: &str,
+        handler: impl Fn(Request) -> Result<T, HandlerError> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        self.handler(name).serve(handler)
+    }
+
+    /// Serves a trigger with more to say than its name.
+    pub fn handler(&self, name: &str) -> Handler {
+        Handler(self.0.handler(name))
+    }
+
+    /// Serves the trigger `name` no longer. Calls that run are finished.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn unserve(&self, name: &str) -> Result<(), Error> {
+        self.0.unserving(name).map_or(Ok(()), crate::Calling::wait)
+    }
+
+    /// Receives emits of the trigger `name`.
+    ///
+    /// # Errors
+    /// Where the name is not valid or the server refuses.
+    pub fn on(&self, name: &str) -> Result<Events<Emission>, Error> {
+        let (events, calling) = self.0.listening(name)?;
+        calling.map_or(Ok(()), crate::Calling::wait)?;
+        Ok(Events(events))
+    }
+
+    /// Receives the events of a pool: apps and triggers that come and go.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn watch(&self, pool: &str) -> Result<Events<Presence>, Error> {
+        let (events, calling) = self.0.watching(pool);
+        calling.wait()?;
+        Ok(Events(events))
+    }
+
+    /// Joins a pool.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn join(&self, pool: &str) -> Result<(), Error> {
+        self.0.joining("pool_join", pool).wait()?;
+        self.0.note_joined(pool);
+        Ok(())
+    }
+
+    /// Leaves a pool.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn leave(&self, pool: &str) -> Result<(), Error> {
+        self.0.joining("pool_leave", pool).wait()?;
+        self.0.note_left(pool);
+        Ok(())
+    }
+
+    /// The apps that the server knows, as it describes them.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn apps(&self) -> Result<Value, Error> {
+        self.request(&json!({"action": "app_list"}))
+    }
+
+    /// The pools that the server knows, as it describes them.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn pools(&self) -> Result<Value, Error> {
+        self.request(&json!({"action": "pool_list"}))
+    }
+
+    /// Asks the server for anything: `request` is a message of the protocol, with its `action` and without an `id`.
+    ///
+    /// # Errors
+    /// Where the server refuses, and `bad_message` where `request` is no such message.
+    pub fn request(&self, request: &Value) -> Result<Value, Error> {
+        self.0.requesting(request)?.wait()
+    }
+
+    /// Asks the server whether it lives; how long the answer took.
+    ///
+    /// # Errors
+    /// Where no answer comes.
+    pub fn ping(&self) -> Result<Duration, Error> {
+        let started = Instant::now();
+        self.0.asking(Message::new("ping")).wait()?;
+        Ok(started.elapsed())
+    }
+
+    /// Closes cleanly; see [`crate::App::close`].
+    ///
+    /// # Errors
+    /// `timeout` where handlers or the server took longer; the connection is closed all the same.
+    pub fn close(&self) -> Result<(), Error> {
+        self.0.close_blocking()
+    }
+}
+
+impl From<crate::App> for App {
+    /// The same app with its blocking face. Not to be used on a thread that drives the async one.
+    fn from(app: crate::App) -> Self {
+        App(app)
+    }
+}
+
+macro_rules! builder_methods {
+    ($($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*);)*) => {
+        $($(#[$doc])* pub fn $name(self, $($arg: $type),*) -> Self { Self(self.0.$name($($arg),*)) })*
+    };
+}
+
+/// A call that is not sent yet.
+#[derive(Debug)]
+#[must_use = "a call is sent by `send`"]
+pub struct Call(crate::Call);
+
+impl Call {
+    builder_methods! {
+        /// How long the answer may take, from now on.
+        timeout(timeout: Duration);
+        /// Calls this app, whoever else serves the trigger.
+        to(app_id: &str);
+        /// Calls this instance of an app.
+        to_instance(app_id: &str, instance: InstanceId);
+        /// Calls in this pool. Needed where the app is in several.
+        pool(pool: &str);
+        /// What a sticky trigger goes by: calls with the same key reach the same handler.
+        key(key: &str);
+        /// Adds a header, passed to the handler untouched.
+        header(name: &str, value: &str);
+        /// Where no handler is live, wait for one until the time is over.
+        park();
+        /// Sends these bytes instead of the data, beside the JSON and as they are.
+        raw_bytes(bytes: Vec<u8>);
+        /// Items of a streamed answer that may be under way (default 64).
+        window(window: u64);
+    }
+
+    /// Sends the call and waits for the answer.
+    ///
+    /// # Errors
+    /// What the handler or the server answered; `bad_message` where the answer is not an `R`.
+    pub fn send<R: FromPayload>(self) -> Result<R, Error> {
+        self.0.send().wait()
+    }
+
+    /// Sends the call and waits for the answer as it comes, with its headers.
+    ///
+    /// # Errors
+    /// What the handler or the server answered.
+    pub fn reply(self) -> Result<Reply, Error> {
+        self.0.reply().wait()
+    }
+
+    /// Sends the call and waits for the answer's raw bytes.
+    ///
+    /// # Errors
+    /// As [`Call::send`].
+    pub fn bytes(self) -> Result<Bytes, Error> {
+        self.send()
+    }
+
+    /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers the whole stream.
+    pub fn stream<R: FromPayload>(self) -> Stream<R> {
+        Stream(self.0.stream())
+    }
+}
+
+/// An emit that is not sent yet.
+#[derive(Debug)]
+#[must_use = "an emit is sent by `send`"]
+pub struct Emit(crate::Emit);
+
+impl Emit {
+    builder_methods! {
+        /// To this app alone.
+        to(app_id: &str);
+        /// To this instance of an app alone.
+        to_instance(app_id: &str, instance: InstanceId);
+        /// To one handler rather than to all.
+        one();
+        /// In this pool. Needed where the app is in several.
+        pool(pool: &str);
+        /// What a sticky trigger goes by when one handler is picked.
+        key(key: &str);
+        /// Adds a header, passed to the handlers untouched.
+        header(name: &str, value: &str);
+        /// Sends these bytes instead of the data, beside the JSON and as they are.
+        raw_bytes(bytes: Vec<u8>);
+    }
+
+    /// Sends it. It is done when it is handed to the connection.
+    ///
+    /// # Errors
+    /// Where there is no connection, or the data can't be written.
+    pub fn send(self) -> Result<(), Error> {
+        std::future::IntoFuture::into_future(self.0).wait()
+    }
+
+    /// Sends it, and gives the number of handlers that it went to.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn counted(self) -> Result<u64, Error> {
+        self.0.counted().wait()
+    }
+}
+
+/// A streamed answer; its items come by iterating. Dropping it cancels the call.
+#[derive(Debug)]
+#[must_use = "a stream's call is sent when its first item is asked for"]
+pub struct Stream<R>(crate::Stream<R>);
+
+impl<R: FromPayload> Stream<R> {
+    /// The next item or report, whichever comes first; `None` after the last one.
+    pub fn next_or_progress(&mut self) -> Option<Result<ItemOrProgress<R>, Error>> {
+        self.0.wait_either()
+    }
+
+    /// The newest report of the handler on its progress, once; older ones are not kept.
+    pub fn progress<T: FromPayload>(&mut self) -> Option<Result<T, Error>> {
+        self.0.progress()
+    }
+
+    /// What the handler answered at the end, behind the last item.
+    #[must_use]
+    pub fn end(&self) -> Option<&Reply> {
+        self.0.end()
+    }
+}
+
+impl<R: FromPayload> Iterator for Stream<R> {
+    type Item = Result<R, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.wait_next()
+    }
+}
+
+/// Events as they arrive, by iterating, until the app is closed. Dropping it stops listening.
+#[derive(Debug)]
+#[allow(
+    private_bounds,
+    reason = "the two kinds of events are this crate's own"
+)]
+pub struct Events<T: Lossy>(crate::Events<T>);
+
+#[allow(
+    private_bounds,
+    reason = "the two kinds of events are this crate's own"
+)]
+impl<T: Lossy> Events<T> {
+    /// The next event; `None` after the app was closed.
+    pub fn recv(&mut self) -> Option<T> {
+        let core = self.0.app.core();
+        core.block_on(None, |cx| self.0.queue.poll_next(cx))
+            .flatten()
+    }
+
+    /// The next event, waited for `timeout` at most.
+    ///
+    /// # Errors
+    /// `timeout` where none came; `disconnected` after the app was closed.
+    pub fn recv_timeout(&mut self, timeout: Duration) -> Result<T, Error> {
+        let core = self.0.app.core();
+        let deadline = Some(Instant::now() + timeout);
+        match core.block_on(deadline, |cx| self.0.queue.poll_next(cx)) {
+            Some(Some(event)) => Ok(event),
+            Some(None) => Err(crate::core::Core::closed_error()),
+            None => Err(Error::new(Code::Timeout, "no event came in this time")),
+        }
+    }
+}
+
+#[allow(
+    private_bounds,
+    reason = "the two kinds of events are this crate's own"
+)]
+impl<T: Lossy> Iterator for Events<T> {
+    type Item = T;
+
+    fn next(&mut self) -> Option<T> {
+        self.recv()
+    }
+}
+
+/// A trigger about to be served.
+#[derive(Debug)]
+#[must_use = "nothing is served before `serve`"]
+pub struct Handler(crate::Handler);
+
+impl Handler {
+    builder_methods! {
+        /// How calls are spread over the handlers of this trigger (default: each in turn).
+        strategy(strategy: Strategy);
+        /// Calls at a time that this instance takes at most.
+        concurrency(calls: u32);
+        /// What the trigger does, for people.
+        doc(doc: &str);
+    }
+
+    /// Serves in these pools alone, rather than in every pool that the app is in.
+    pub fn pools<P: Into<String>>(self, pools: impl IntoIterator<Item = P>) -> Self {
+        Self(self.0.pools(pools))
+    }
+
+    /// Serves the trigger; see [`App::serve`].
+    ///
+    /// # Errors
+    /// Where the name is not valid or the server refuses.
+    pub fn serve<T: IntoPayload>(
+        self,
+        handler: impl Fn(Request) -> Result<T, HandlerError> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        self.0
+            .serve_blocking(move |request| handler(Request(request)))
+    }
+}
+
+/// A call, or an emit, as its handler sees it.
+#[derive(Debug)]
+pub struct Request(crate::Request);
+
+impl Deref for Request {
+    type Target = crate::Request;
+
+    fn deref(&self) -> &crate::Request {
+        &self.0
+    }
+}
+
+impl Request {
+    /// The app that handles this, for calls of its own; see [`crate::Request::app`].
+    #[must_use]
+    pub fn app(&self) -> App {
+        App(self.0.app())
+    }
+
+    /// Sends one item of a streamed answer, once the caller has room for it.
+    ///
+    /// # Errors
+    /// `cancelled` where the caller is gone, `bad_message` where the item can't be written.
+    pub fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
+        self.send("partial", item)
+    }
+
+    /// Reports how far the work is. Reports are not items: the caller may see only the newest.
+    ///
+    /// # Errors
+    /// `cancelled` where the caller is gone, `bad_message` where the report can't be written.
+    pub fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
+        self.send("progress", report)
+    }
+
+    fn send<T: IntoPayload + ?Sized>(&self, status: &'static str, value: &T) -> Result<(), Error> {
+        let mut sending = self.0.sending(status, payload::write(value)?);
+        sending.has_credit = status == "progress";
+        self.0
+            .core
+            .block_on(None, |cx| sending.poll(&self.0, cx))
+            .expect("without a deadline it waits until it is sent or cancelled")
+    }
+}

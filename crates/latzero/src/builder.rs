@@ -1,0 +1,206 @@
+//! How an app connects.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use latzero_protocol::{Code, PoolName, Ran};
+use serde_json::Value;
+
+use crate::app::App;
+use crate::core::Core;
+use crate::error::Error;
+use crate::sync::{lock, set_waker};
+use crate::url::Url;
+
+/// Threads that run blocking handlers, unless told otherwise.
+pub(crate) const HANDLER_THREADS: usize = 16;
+
+/// When and how to connect again after a loss.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reconnect {
+    /// Whether to do so at all; without it, a loss ends the app.
+    pub enabled: bool,
+    /// The first pause is drawn from zero to this. It doubles with each attempt.
+    pub pause_min: Duration,
+    /// No pause is drawn from more than this.
+    pub pause_max: Duration,
+}
+
+impl Default for Reconnect {
+    fn default() -> Self {
+        Reconnect {
+            enabled: true,
+            pause_min: Duration::from_millis(50),
+            pause_max: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Everything an app is told before it connects.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    pub(crate) url: Url,
+    pub(crate) exclusive: bool,
+    pub(crate) takeover: bool,
+    pub(crate) rehydrate: bool,
+    pub(crate) meta: Option<Value>,
+    pub(crate) reconnect: Reconnect,
+    pub(crate) handler_threads: usize,
+    pub(crate) connect_timeout: Duration,
+    pub(crate) call_timeout: Duration,
+}
+
+/// An app that is about to connect; [`App::builder`] makes one.
+#[derive(Debug, Clone)]
+pub struct Builder {
+    config: Result<Config, Error>,
+}
+
+impl Builder {
+    pub(crate) fn new(url: &str) -> Self {
+        Builder {
+            config: Url::parse(url).map(|url| Config {
+                url,
+                exclusive: false,
+                takeover: false,
+                rehydrate: false,
+                meta: None,
+                reconnect: Reconnect::default(),
+                handler_threads: HANDLER_THREADS,
+                connect_timeout: Duration::from_secs(5),
+                call_timeout: Duration::from_millis(latzero_protocol::limits::TTL_DEFAULT_MS),
+            }),
+        }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Config)) -> Self {
+        if let Ok(config) = &mut self.config {
+            change(config);
+        }
+        self
+    }
+
+    /// Refuse to connect while another instance of the app lives, and to let one in while this one does.
+    #[must_use]
+    pub fn exclusive(self, exclusive: bool) -> Self {
+        self.with(|config| config.exclusive = exclusive)
+    }
+
+    /// Displace other instances of the app.
+    #[must_use]
+    pub fn takeover(self, takeover: bool) -> Self {
+        self.with(|config| config.takeover = takeover)
+    }
+
+    /// Ask for the pools and triggers that the server remembers of this AppID, instead of naming any. A remembered
+    /// trigger that gets no handler here answers `no_handler`.
+    #[must_use]
+    pub fn rehydrate(self, rehydrate: bool) -> Self {
+        self.with(|config| config.rehydrate = rehydrate)
+    }
+
+    /// What the app tells about itself, shown to whoever lists apps: a JSON object.
+    #[must_use]
+    pub fn meta(self, meta: Value) -> Self {
+        self.with(|config| config.meta = Some(meta))
+    }
+
+    /// Joins further pools.
+    #[must_use]
+    pub fn pools<P: AsRef<str>>(mut self, pools: impl IntoIterator<Item = P>) -> Self {
+        let Ok(config) = &mut self.config else {
+            return self;
+        };
+        for pool in pools {
+            match PoolName::new(pool.as_ref()) {
+                Ok(pool) if config.url.pools.contains(&pool) => {}
+                Ok(pool) => config.url.pools.push(pool),
+                Err(e) => {
+                    self.config = Err(Error::new(Code::InvalidName, e.to_string()));
+                    return self;
+                }
+            }
+        }
+        self
+    }
+
+    /// When and how to connect again after a loss.
+    #[must_use]
+    pub fn reconnect(self, reconnect: Reconnect) -> Self {
+        self.with(|config| config.reconnect = reconnect)
+    }
+
+    /// Threads that run blocking handlers at most (default 16). A handler that waits for a call of its own does not
+    /// count.
+    #[must_use]
+    pub fn handler_threads(self, threads: usize) -> Self {
+        self.with(|config| config.handler_threads = threads)
+    }
+
+    /// How long connecting may take (default 5 s).
+    #[must_use]
+    pub fn connect_timeout(self, timeout: Duration) -> Self {
+        self.with(|config| config.connect_timeout = timeout)
+    }
+
+    /// How long calls may take that say nothing else (default 30 s).
+    #[must_use]
+    pub fn call_timeout(self, timeout: Duration) -> Self {
+        self.with(|config| config.call_timeout = timeout)
+    }
+
+    /// Connects. On a tokio runtime the app is driven by a task there, elsewhere by a background thread.
+    ///
+    /// # Errors
+    /// Where the address is wrong, no server answers, or it refuses the handshake.
+    pub async fn connect(self) -> Result<App, Error> {
+        let config = self.config?;
+        // Names are looked up and sockets connected by calls that block, so a thread does it.
+        let core = on_thread(move || Core::connect(config)).await?;
+        core.start(true)?;
+        Ok(App::owning(core))
+    }
+
+    pub(crate) fn connect_blocking(self) -> Result<App, Error> {
+        let core = Core::connect(self.config?)?;
+        core.start(false)?;
+        Ok(App::owning(core))
+    }
+}
+
+/// Runs `work` on a thread of its own.
+pub(crate) async fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let place = Arc::new(Mutex::new((None, None::<Waker>)));
+    let theirs = place.clone();
+    let spawned = std::thread::Builder::new()
+        .name("latzero-connect".into())
+        .spawn(move || {
+            let result = work();
+            let waker = {
+                let mut place = lock(&theirs);
+                place.0 = Some(result);
+                place.1.take()
+            };
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        });
+    spawned.map_err(|e| {
+        Error::new(Code::Internal, "no thread could be started to connect")
+            .with_ran(Ran::No)
+            .with_source(e)
+    })?;
+    let wait = std::future::poll_fn(move |cx| {
+        let mut place = lock(&place);
+        if let Some(result) = place.0.take() {
+            return Poll::Ready(result);
+        }
+        set_waker(&mut place.1, cx.waker());
+        Poll::Pending
+    });
+    wait.await
+}

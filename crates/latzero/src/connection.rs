@@ -1,0 +1,242 @@
+//! One connection: a socket left in blocking mode, and its handshake.
+//!
+//! Non-blocking attempts say so per call (`MSG_DONTWAIT`, recv(2)), so one thread can simply wait in `recv` while
+//! others try to write. A receive time-out lets such a thread look at its deadlines: one system call per wake.
+
+use std::io;
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use latzero_protocol::frame::{self, Accept};
+use latzero_protocol::limits::{DEFAULT_PORT, FORWARD_SLACK, MAX_FRAME_DEFAULT};
+use latzero_protocol::{Code, Ran};
+use rustix::net::{RecvFlags, SendFlags, Shutdown, sockopt};
+use serde::Deserialize;
+
+use crate::builder::Config;
+use crate::error::Error;
+use crate::local;
+use crate::url::Place;
+
+/// How long a thread waits in `recv` before it looks at its deadlines.
+pub(crate) const RECV_TIMEOUT: Duration = Duration::from_millis(250);
+
+/// A connection whose handshake is done.
+#[derive(Debug)]
+pub(crate) struct Link {
+    socket: OwnedFd,
+    pub(crate) epoch: u32,
+    pub(crate) ack: Ack,
+    /// Whether attachment frames may travel.
+    pub(crate) attachments: bool,
+    /// The largest payload the server takes, in bytes.
+    pub(crate) max_frame: usize,
+    /// Bytes that came right behind the handshake's acknowledgement.
+    pub(crate) early: Mutex<Vec<u8>>,
+}
+
+/// What the server said to the handshake.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Ack {
+    status: String,
+    pub(crate) instance: String,
+    pub(crate) pools: Vec<String>,
+    pub(crate) triggers: Vec<serde_json::Value>,
+    pub(crate) rehydrated: bool,
+    features: Vec<String>,
+    pub(crate) limits: AckLimits,
+    error: Option<Box<serde_json::value::RawValue>>,
+}
+
+/// The server's limits.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct AckLimits {
+    max_frame: Option<usize>,
+    pub(crate) max_in_flight: Option<usize>,
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Link {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl Link {
+    /// What is accepted from the server: what other clients may send, and what the server adds to it.
+    pub(crate) fn accept(&self) -> Accept {
+        Accept {
+            max_frame: self.max_frame.saturating_add(FORWARD_SLACK),
+            attachments: self.attachments,
+        }
+    }
+
+    /// Sends what the kernel takes at once.
+    pub(crate) fn try_send(&self, bytes: &[u8]) -> rustix::io::Result<usize> {
+        rustix::io::retry_on_intr(|| {
+            rustix::net::send(
+                &self.socket,
+                bytes,
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            )
+        })
+    }
+
+    /// Receives what is there; 0 is the end.
+    pub(crate) fn try_recv(&self, buf: &mut [u8]) -> rustix::io::Result<usize> {
+        rustix::io::retry_on_intr(|| {
+            rustix::net::recv(&self.socket, &mut *buf, RecvFlags::DONTWAIT).map(|(n, _)| n)
+        })
+    }
+
+    /// Waits up to [`RECV_TIMEOUT`] for bytes.
+    pub(crate) fn recv(&self, buf: &mut [u8]) -> rustix::io::Result<usize> {
+        rustix::io::retry_on_intr(|| {
+            rustix::net::recv(&self.socket, &mut *buf, RecvFlags::empty()).map(|(n, _)| n)
+        })
+    }
+
+    /// Says that nothing more will be sent.
+    pub(crate) fn finish_sending(&self) {
+        // A socket that the peer closed is finished already.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
+    }
+
+    /// Ends the connection for whoever waits on it.
+    pub(crate) fn end(&self) {
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+    }
+}
+
+fn unreachable(place: &str, error: io::Error) -> Error {
+    Error::new(
+        Code::Disconnected,
+        format!("no server answers at {place}: {error}; start one with `latzero start`, or correct the address"),
+    )
+    .with_ran(Ran::No)
+    .with_source(error)
+}
+
+fn open(place: &Place, timeout: Duration) -> Result<OwnedFd, Error> {
+    match place {
+        Place::Local => {
+            let mut sockets = local::sockets().into_iter();
+            match sockets.find_map(|path| UnixStream::connect(path).ok()) {
+                Some(stream) => Ok(stream.into()),
+                None => tcp("127.0.0.1", DEFAULT_PORT, timeout),
+            }
+        }
+        Place::Socket(path) => match UnixStream::connect(path) {
+            Ok(stream) => Ok(stream.into()),
+            Err(e) => Err(unreachable(&path.display().to_string(), e)),
+        },
+        Place::Tcp(host, port) => tcp(host, *port, timeout),
+    }
+}
+
+fn tcp(host: &str, port: u16, timeout: Duration) -> Result<OwnedFd, Error> {
+    let place = format!("{host}:{port}");
+    let addresses = (host, port)
+        .to_socket_addrs()
+        .map_err(|e| unreachable(&place, e))?;
+    let mut last = io::Error::other("the name has no address");
+    for address in addresses {
+        match TcpStream::connect_timeout(&address, timeout) {
+            Ok(stream) => {
+                stream
+                    .set_nodelay(true)
+                    .map_err(|e| unreachable(&place, e))?;
+                return Ok(stream.into());
+            }
+            Err(e) => last = e,
+        }
+    }
+    Err(unreachable(&place, last))
+}
+
+/// Connects and says the handshake; blocks for `config.connect_timeout` at most.
+pub(crate) fn connect(config: &Config, handshake: &str, epoch: u32) -> Result<Link, Error> {
+    let deadline = Instant::now() + config.connect_timeout;
+    let socket = open(&config.url.place, config.connect_timeout)?;
+    let fault = |e: rustix::io::Errno| {
+        Error::new(Code::Disconnected, format!("the handshake failed: {e}"))
+            .with_ran(Ran::No)
+            .with_source(e)
+    };
+    let mut link = Link {
+        socket,
+        epoch,
+        ack: Ack::default(),
+        attachments: false,
+        max_frame: MAX_FRAME_DEFAULT,
+        early: Mutex::default(),
+    };
+    let mut out = Vec::new();
+    frame::append(&mut out, |out| out.extend_from_slice(handshake.as_bytes()));
+    let mut rest = &out[..];
+    while !rest.is_empty() {
+        // A fresh socket has room for a handshake; a larger one waits in the kernel.
+        let n = rustix::net::send(&link.socket, rest, SendFlags::NOSIGNAL).map_err(fault)?;
+        rest = &rest[n..];
+    }
+    let (ack, early) = read_ack(&link, deadline)?;
+    if ack.status != "ok" {
+        let wire = ack.error.as_ref().map_or("", |e| e.get());
+        return Err(Error::from_wire(wire).with_ran(Ran::No));
+    }
+    sockopt::set_socket_timeout(&link.socket, sockopt::Timeout::Recv, Some(RECV_TIMEOUT))
+        .map_err(fault)?;
+    link.attachments = ack.features.iter().any(|f| f == "attachments");
+    link.max_frame = ack.limits.max_frame.unwrap_or(MAX_FRAME_DEFAULT);
+    link.ack = ack;
+    link.early = Mutex::new(early);
+    Ok(link)
+}
+
+fn read_ack(link: &Link, deadline: Instant) -> Result<(Ack, Vec<u8>), Error> {
+    let lost = |what: String| Error::new(Code::Disconnected, what).with_ran(Ran::No);
+    let accept = Accept {
+        max_frame: MAX_FRAME_DEFAULT,
+        attachments: false,
+    };
+    let mut buf = Vec::new();
+    let mut chunk = [0; 4096];
+    loop {
+        let decoded = frame::decode(&buf, accept)
+            .map_err(|e| lost(format!("what answers is not a LatZero server: {e}")))?;
+        if let Some((frame, used)) = decoded {
+            let ack = serde_json::from_slice(frame.json)
+                .map_err(|e| lost(format!("what answers is not a LatZero server: {e}")))?;
+            return Ok((ack, buf.split_off(used)));
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(lost(
+                "the server did not answer the handshake in time".into(),
+            ));
+        }
+        let left = left.max(Duration::from_millis(1));
+        sockopt::set_socket_timeout(&link.socket, sockopt::Timeout::Recv, Some(left))
+            .map_err(|e| lost(format!("the handshake failed: {e}")))?;
+        match link.recv(&mut chunk) {
+            Ok(0) => {
+                return Err(lost(
+                    "the server closed the connection during the handshake".into(),
+                ));
+            }
+            Ok(n) => buf.extend_from_slice(&chunk[..n]),
+            Err(rustix::io::Errno::AGAIN) => {}
+            Err(e) => return Err(lost(format!("the handshake failed: {e}"))),
+        }
+    }
+}

@@ -1,0 +1,427 @@
+//! What all handles of one app share, and the steps every driver takes with it.
+//!
+//! Three parties may move an app along: a caller that blocks, a background thread, a task on the caller's runtime. They
+//! share one role, reading, held by whoever has the [`Reader`]'s lock. Lock order: input → outbox → pending → job queue;
+//! no user code runs under any of them but wakers.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use latzero_protocol::{Code, Ran};
+use serde_json::{Value, json};
+
+use crate::app::Owner;
+use crate::builder::Config;
+use crate::connection::{self, Ack, Link};
+use crate::driver_thread::Workers;
+#[cfg(feature = "tokio")]
+use crate::driver_tokio::Signal;
+use crate::error::Error;
+use crate::events::{Presence, Queue};
+use crate::handlers::{Handlers, Job};
+use crate::message::Message;
+use crate::outbox::{By, Flushed, Outbox, Phase, Submitted};
+use crate::payload::Reply;
+use crate::pending::{Key, Pending};
+use crate::reader::Reader;
+use crate::sync::lock;
+
+/// How often deadlines are looked at, where the server itself does not keep them.
+pub(crate) const TICK: Duration = Duration::from_millis(250);
+
+/// Who reads when no caller does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DriverKind {
+    /// Threads of this crate.
+    Threads,
+    /// A task on the caller's tokio runtime.
+    #[cfg(feature = "tokio")]
+    Tokio,
+}
+
+/// When a message leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leave {
+    /// With the next flush of the driver, where it is near; else at once.
+    Soon,
+    /// At once.
+    Now,
+}
+
+/// The watchers of each pool's events.
+type Watchers = HashMap<Box<str>, Vec<Weak<Queue<Presence>>>>;
+
+/// What all handles of one app share.
+pub(crate) struct Core {
+    pub(crate) config: Config,
+    pub(crate) outbox: Outbox,
+    pub(crate) pending: Mutex<Pending>,
+    pub(crate) reader: Reader,
+    pub(crate) handlers: Handlers,
+    pub(crate) watchers: Mutex<Watchers>,
+    /// Pools joined, as the server last said or as they were joined and left since.
+    pub(crate) pools: Mutex<Vec<String>>,
+    pub(crate) workers: Workers,
+    #[cfg(feature = "tokio")]
+    pub(crate) signal: Signal,
+    #[cfg(feature = "tokio")]
+    on_tokio: AtomicBool,
+    /// The last acknowledgement of the server.
+    pub(crate) ack: Mutex<Ack>,
+    pub(crate) owner: Mutex<Weak<Owner>>,
+    epoch: AtomicU32,
+    tick_armed: AtomicBool,
+    is_closing: AtomicBool,
+    ended: AtomicBool,
+    /// Woken at the end, for whoever waits to reconnect.
+    end_lock: Mutex<()>,
+    end_signal: Condvar,
+}
+
+impl std::fmt::Debug for Core {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Core")
+            .field("app_id", &self.config.url.app_id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Core {
+    /// Connects; blocks for the configured time at most. Nothing drives the app yet.
+    pub(crate) fn connect(config: Config) -> Result<Arc<Core>, Error> {
+        let core = Core {
+            outbox: Outbox::new(),
+            pending: Mutex::new(Pending::new()),
+            reader: Reader::new(),
+            handlers: Handlers::default(),
+            watchers: Mutex::default(),
+            pools: Mutex::default(),
+            workers: Workers::new(config.handler_threads)?,
+            #[cfg(feature = "tokio")]
+            signal: Signal::default(),
+            #[cfg(feature = "tokio")]
+            on_tokio: AtomicBool::new(false),
+            ack: Mutex::default(),
+            owner: Mutex::new(Weak::new()),
+            epoch: AtomicU32::new(0),
+            tick_armed: AtomicBool::new(false),
+            is_closing: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            end_lock: Mutex::default(),
+            end_signal: Condvar::new(),
+            config,
+        };
+        let link = core.dial(&core.first_handshake())?;
+        core.install(link)?;
+        Ok(Arc::new(core))
+    }
+
+    /// Makes a new connection, not yet in use.
+    pub(crate) fn dial(&self, handshake: &str) -> Result<Link, Error> {
+        let epoch = self.epoch.fetch_add(1, Ordering::Relaxed);
+        connection::connect(&self.config, handshake, epoch)
+    }
+
+    /// Takes a new connection into use and asks again for what the server forgets with a connection.
+    pub(crate) fn install(&self, link: Link) -> Result<(), Error> {
+        let mut first = Vec::new();
+        for pool in lock(&self.watchers).keys() {
+            let mut message = Message::new("watch");
+            message.string("pool", pool);
+            first.extend_from_slice(message.finish(None, link.attachments));
+        }
+        (*lock(&self.pools)).clone_from(&link.ack.pools);
+        lock(&self.ack).clone_from(&link.ack);
+        let max = link
+            .ack
+            .limits
+            .max_in_flight
+            .unwrap_or(crate::pending::IN_FLIGHT_MAX);
+        lock(&self.pending).in_flight_max = max.clamp(1, crate::pending::IN_FLIGHT_MAX);
+        self.outbox.up(Arc::new(link), &first)?;
+        self.outbox.flush();
+        self.outbox.wake_waiting();
+        Ok(())
+    }
+
+    fn first_handshake(&self) -> String {
+        let config = &self.config;
+        let mut handshake = self.handshake_fields();
+        if !config.rehydrate {
+            if !config.url.pools.is_empty() {
+                handshake["pools"] = json!(config.url.pools);
+            }
+            handshake["triggers"] = json!([]);
+        }
+        handshake["exclusive"] = json!(config.exclusive);
+        handshake["takeover"] = json!(config.takeover);
+        handshake.to_string()
+    }
+
+    /// The handshake of a reconnect: the registration as it is now. It displaces nobody: another instance that came
+    /// meanwhile lives on.
+    pub(crate) fn next_handshake(&self) -> String {
+        let mut handshake = self.handshake_fields();
+        handshake["pools"] = json!(*lock(&self.pools));
+        handshake["triggers"] = Value::Array(self.handlers.specs());
+        handshake["exclusive"] = json!(self.config.exclusive);
+        handshake.to_string()
+    }
+
+    fn handshake_fields(&self) -> Value {
+        let mut handshake = json!({
+            "action": "handshake",
+            "id": "h",
+            "protocol": latzero_protocol::limits::PROTOCOL_VERSION,
+            "app_id": self.config.url.app_id,
+            "features": ["attachments"],
+        });
+        if let Some(meta) = &self.config.meta {
+            handshake["meta"] = meta.clone();
+        }
+        handshake
+    }
+
+    /// Who reads when no caller does.
+    pub(crate) fn driver_kind(&self) -> DriverKind {
+        #[cfg(feature = "tokio")]
+        if self.on_tokio.load(Ordering::Acquire) {
+            return DriverKind::Tokio;
+        }
+        DriverKind::Threads
+    }
+
+    /// Starts what moves the app along while nobody waits: a task on the caller's runtime where `may_use_runtime` and
+    /// there is one, else a thread.
+    pub(crate) fn start(self: &Arc<Self>, may_use_runtime: bool) -> Result<(), Error> {
+        #[cfg(feature = "tokio")]
+        if may_use_runtime && crate::driver_tokio::has_runtime() {
+            self.on_tokio.store(true, Ordering::Release);
+            crate::driver_tokio::spawn(self.clone());
+            return Ok(());
+        }
+        #[cfg(not(feature = "tokio"))]
+        let _ = may_use_runtime;
+        self.start_threads()
+    }
+
+    /// Starts the background thread, at connect or where the runtime that drove the app is gone.
+    pub(crate) fn start_threads(self: &Arc<Self>) -> Result<(), Error> {
+        #[cfg(feature = "tokio")]
+        self.on_tokio.store(false, Ordering::Release);
+        crate::driver_thread::spawn_worker(self)
+    }
+
+    /// Whether the app ended for good.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Lets the driver look at the outbox, the connection and the end.
+    pub(crate) fn notify_driver(&self) {
+        match self.driver_kind() {
+            DriverKind::Threads => self.workers.notify(),
+            #[cfg(feature = "tokio")]
+            DriverKind::Tokio => self.signal.wake(),
+        }
+    }
+
+    /// Hands jobs to the driver.
+    pub(crate) fn push_jobs(self: &Arc<Self>, jobs: &mut Vec<Job>) {
+        if jobs.is_empty() {
+            return;
+        }
+        self.workers.push(jobs);
+        match self.driver_kind() {
+            DriverKind::Threads => crate::driver_thread::ensure_worker(self),
+            #[cfg(feature = "tokio")]
+            DriverKind::Tokio => self.signal.wake(),
+        }
+    }
+
+    /// Sends a message; see [`Outbox::poll_submit`].
+    pub(crate) fn poll_submit(
+        &self,
+        message: &mut Message,
+        by: By,
+        leave: Leave,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Submitted, Error>> {
+        let may_wait = leave == Leave::Soon && self.driver_kind() != DriverKind::Threads;
+        let now = |submitted: &Submitted| !may_wait || submitted.alone;
+        let polled = self.outbox.poll_submit(&self.pending, message, by, now, cx);
+        if polled.is_pending() {
+            self.arm_tick();
+            return Poll::Pending;
+        }
+        let (submitted, flushed) = std::task::ready!(polled)?;
+        if flushed == Flushed::Blocked {
+            self.notify_driver();
+        } else if !now(&submitted) {
+            self.flush_soon();
+        }
+        Poll::Ready(Ok(submitted))
+    }
+
+    /// Sends what was appended, with the driver's next flush where a runtime drives.
+    pub(crate) fn flush_soon(&self) {
+        match self.driver_kind() {
+            DriverKind::Threads => self.flush(),
+            #[cfg(feature = "tokio")]
+            DriverKind::Tokio => self.signal.flush_due(),
+        }
+    }
+
+    /// Sends what was appended; what the socket does not take is left to the driver.
+    pub(crate) fn flush(&self) {
+        if self.outbox.flush() == Flushed::Blocked {
+            self.notify_driver();
+        }
+    }
+
+    /// Sees to it that deadlines are looked at, as long as anything waits.
+    pub(crate) fn arm_tick(&self) {
+        if !self.tick_armed.load(Ordering::Relaxed) && !self.tick_armed.swap(true, Ordering::AcqRel)
+        {
+            self.notify_driver();
+        }
+    }
+
+    /// Whether deadlines must be looked at.
+    pub(crate) fn is_tick_armed(&self) -> bool {
+        self.tick_armed.load(Ordering::Acquire)
+    }
+
+    /// Looks at the deadlines.
+    pub(crate) fn tick(&self) {
+        let mut wake = Vec::new();
+        self.tick_armed.store(false, Ordering::Release);
+        let is_needed = {
+            let mut pending = lock(&self.pending);
+            pending.expire(Instant::now(), &mut wake);
+            pending.waiting() > 0
+        };
+        if is_needed || self.outbox.has_waiting() {
+            self.tick_armed.store(true, Ordering::Release);
+        }
+        wake.into_iter().for_each(std::task::Waker::wake);
+        self.outbox.wake_waiting();
+    }
+
+    /// Ends a call for its owner, who wants it no longer; the server is told where it is still in flight.
+    pub(crate) fn forget(&self, key: Key) {
+        let mut wake = Vec::new();
+        let in_flight = lock(&self.pending).forget(key, &mut wake);
+        wake.into_iter().for_each(std::task::Waker::wake);
+        if let Some(epoch) = in_flight {
+            let mut id = Vec::with_capacity(20);
+            key.append(&mut id);
+            self.outbox.append(epoch, |out, _| {
+                latzero_protocol::frame::append(out, |out| {
+                    out.extend_from_slice(b"{\"action\":\"cancel\",\"id\":\"");
+                    out.extend_from_slice(&id);
+                    out.extend_from_slice(b"\"}");
+                });
+            });
+            self.flush_soon();
+        }
+    }
+
+    /// The reply to a call.
+    pub(crate) fn poll_reply(&self, key: Key, cx: &mut Context<'_>) -> Poll<Result<Reply, Error>> {
+        lock(&self.pending).poll(key, cx)
+    }
+
+    /// A connection was lost: its calls end, and another one is made.
+    pub(crate) fn lost(self: &Arc<Self>, link: &Link, why: &str) {
+        let Some(attempted) = self.outbox.down(link.epoch) else {
+            return;
+        };
+        link.end();
+        let error = Error::new(
+            Code::Disconnected,
+            format!("the connection to the server was lost ({why}); the app reconnects by itself"),
+        );
+        self.end_calls(link.epoch, attempted, &error);
+        if self.is_ended() {
+            return;
+        }
+        if self.is_closing.load(Ordering::Acquire) {
+            self.end(&Core::closed_error());
+            return;
+        }
+        if !self.config.reconnect.enabled {
+            self.end(&Error::new(
+                Code::Disconnected,
+                format!("the connection to the server was lost ({why}), and reconnecting is off"),
+            ));
+        } else if let Err(error) = crate::reconnect::spawn(self) {
+            self.end(&error);
+        }
+        self.notify_driver();
+    }
+
+    fn end_calls(&self, epoch: u32, attempted: u64, error: &Error) {
+        let mut wake = Vec::new();
+        lock(&self.pending).end_connection(epoch, attempted, error, &mut wake);
+        wake.into_iter().for_each(std::task::Waker::wake);
+        self.handlers.cancel_all();
+    }
+
+    /// Ends for good: every call and every wait fails with `error`, threads and tasks stop.
+    pub(crate) fn end(&self, error: &Error) {
+        self.ended.store(true, Ordering::Release);
+        let ended = self.outbox.end(error.clone());
+        if let Some((link, attempted)) = ended {
+            link.end();
+            self.end_calls(link.epoch, attempted, error);
+        }
+        for queues in lock(&self.watchers).values() {
+            queues
+                .iter()
+                .filter_map(Weak::upgrade)
+                .for_each(|queue| queue.close());
+        }
+        self.handlers.close();
+        self.workers.stop();
+        #[cfg(feature = "tokio")]
+        self.signal.wake();
+        drop(lock(&self.end_lock));
+        self.end_signal.notify_all();
+    }
+
+    /// Waits for `time` or the end of the app, whichever is first; whether it ended.
+    pub(crate) fn wait_for_end(&self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        let mut guard = lock(&self.end_lock);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.is_ended() || left.is_zero() {
+                return self.is_ended();
+            }
+            guard = self
+                .end_signal
+                .wait_timeout(guard, left)
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// The next loss is the server's part of a clean close.
+    pub(crate) fn begin_close(&self) {
+        self.is_closing.store(true, Ordering::Release);
+    }
+
+    /// The error of whoever still wants something after the last handle went or `close` was called.
+    pub(crate) fn closed_error() -> Error {
+        Error::new(Code::Disconnected, "the app was closed").with_ran(Ran::No)
+    }
+
+    /// Whether there is a connection just now.
+    pub(crate) fn is_connected(&self) -> bool {
+        matches!(self.outbox.phase(), Phase::Up(_))
+    }
+}

@@ -1,0 +1,311 @@
+//! What arrives unasked: emits of other apps and the events of pools, as bounded queues.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+
+use latzero_protocol::InstanceId;
+use serde_json::{Map, Value};
+
+use crate::app::{self, App};
+use crate::error::Error;
+use crate::payload::{self, FromPayload, Payload};
+use crate::request::{Origin, Request};
+use crate::sync::{lock, set_waker};
+
+/// Events that wait to be taken. Beyond them the newest are dropped and counted.
+pub(crate) const EVENTS_MAX: usize = 1024;
+
+/// What an item says it lost before it.
+pub(crate) trait Lossy: Sized {
+    fn add_lost(&mut self, lost: u64);
+
+    /// Stops listening for `queue`.
+    fn forget(app: &App, queue: &Arc<Queue<Self>>);
+}
+
+/// An emit that arrived.
+#[derive(Debug, Clone)]
+pub struct Emission {
+    pub(crate) name: Box<str>,
+    pub(crate) pool: Box<str>,
+    pub(crate) origin: Origin,
+    pub(crate) headers: Option<Box<str>>,
+    pub(crate) payload: Payload,
+    pub(crate) lost: u64,
+}
+
+impl Emission {
+    pub(crate) fn from_request(request: &Request, lost: u64) -> Self {
+        Emission {
+            name: request.name().into(),
+            pool: request.pool().into(),
+            origin: request.origin(),
+            headers: request.headers_json().map(Into::into),
+            payload: request.payload().clone(),
+            lost,
+        }
+    }
+
+    /// The trigger's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The pool.
+    #[must_use]
+    pub fn pool(&self) -> &str {
+        &self.pool
+    }
+
+    /// Who sent it, as the server vouches for.
+    #[must_use]
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// The headers.
+    #[must_use]
+    pub fn headers(&self) -> Vec<(String, String)> {
+        payload::read_headers(self.headers.as_deref())
+    }
+
+    /// The payload as `T`.
+    ///
+    /// # Errors
+    /// `bad_message` where it is not a `T`.
+    pub fn data<T: FromPayload>(&self) -> Result<T, Error> {
+        payload::read(self.payload.clone())
+    }
+
+    /// The payload's JSON text, where it is JSON.
+    #[must_use]
+    pub fn json(&self) -> Option<&str> {
+        self.payload
+            .json()
+            .and_then(|json| std::str::from_utf8(json).ok())
+    }
+
+    /// How many emits were dropped just before this one, because the reader was too slow.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+}
+
+impl Lossy for Emission {
+    fn add_lost(&mut self, lost: u64) {
+        self.lost += lost;
+    }
+
+    fn forget(app: &App, queue: &Arc<Queue<Self>>) {
+        app::forget_emissions(app, queue);
+    }
+}
+
+/// An event of a pool: who came and went, what changed.
+#[derive(Debug, Clone)]
+pub struct Presence {
+    pub(crate) event: String,
+    pub(crate) pool: Option<String>,
+    pub(crate) lost: u64,
+    pub(crate) fields: Map<String, Value>,
+}
+
+impl Presence {
+    /// What happened: `app_online`, `app_offline`, `trigger_added`, `draining`, …
+    #[must_use]
+    pub fn event(&self) -> &str {
+        &self.event
+    }
+
+    /// The pool; `None` for what concerns the whole server.
+    #[must_use]
+    pub fn pool(&self) -> Option<&str> {
+        self.pool.as_deref()
+    }
+
+    /// The app that it is about.
+    #[must_use]
+    pub fn app_id(&self) -> Option<&str> {
+        self.fields.get("app_id").and_then(Value::as_str)
+    }
+
+    /// The instance that it is about.
+    #[must_use]
+    pub fn instance(&self) -> Option<InstanceId> {
+        self.fields
+            .get("instance")
+            .and_then(Value::as_str)
+            .and_then(InstanceId::parse)
+    }
+
+    /// The whole message.
+    #[must_use]
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+
+    /// How many events were dropped just before this one, because the reader was too slow.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+}
+
+impl Lossy for Presence {
+    fn add_lost(&mut self, lost: u64) {
+        self.lost += lost;
+    }
+
+    fn forget(app: &App, queue: &Arc<Queue<Self>>) {
+        app::forget_presence(app, queue);
+    }
+}
+
+/// A bounded queue with one taker.
+#[derive(Debug)]
+pub(crate) struct Queue<T>(Mutex<Inner<T>>);
+
+#[derive(Debug)]
+struct Inner<T> {
+    items: VecDeque<T>,
+    lost: u64,
+    is_closed: bool,
+    waker: Option<Waker>,
+}
+
+impl<T: Lossy> Queue<T> {
+    pub(crate) fn new() -> Self {
+        Queue(Mutex::new(Inner {
+            items: VecDeque::new(),
+            lost: 0,
+            is_closed: false,
+            waker: None,
+        }))
+    }
+
+    /// Adds an item, or counts it as lost where the queue is full. Returns who waits for it.
+    pub(crate) fn push(&self, mut item: T) -> Option<Waker> {
+        let mut inner = lock(&self.0);
+        if inner.items.len() >= EVENTS_MAX {
+            inner.lost += 1;
+            return None;
+        }
+        item.add_lost(std::mem::take(&mut inner.lost));
+        inner.items.push_back(item);
+        inner.waker.take()
+    }
+
+    pub(crate) fn close(&self) {
+        let waker = {
+            let mut inner = lock(&self.0);
+            inner.is_closed = true;
+            inner.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    pub(crate) fn poll_next(&self, cx: &mut Context<'_>) -> Poll<Option<T>> {
+        let mut inner = lock(&self.0);
+        if let Some(item) = inner.items.pop_front() {
+            return Poll::Ready(Some(item));
+        }
+        if inner.is_closed {
+            return Poll::Ready(None);
+        }
+        set_waker(&mut inner.waker, cx.waker());
+        Poll::Pending
+    }
+}
+
+/// Events as they arrive, until the app is closed. Dropping it stops listening.
+///
+/// At most 1024 wait to be taken; beyond them the newest are dropped, and the next event says how many.
+#[derive(Debug)]
+#[allow(
+    private_bounds,
+    reason = "the two kinds of events are this crate's own"
+)]
+pub struct Events<T: Lossy> {
+    pub(crate) queue: Arc<Queue<T>>,
+    pub(crate) app: App,
+}
+
+#[allow(
+    private_bounds,
+    reason = "the two kinds of events are this crate's own"
+)]
+impl<T: Lossy> Events<T> {
+    /// The next event; `None` after the app was closed.
+    pub async fn next(&mut self) -> Option<T> {
+        std::future::poll_fn(|cx| self.queue.poll_next(cx)).await
+    }
+
+    /// As [`futures_core::Stream::poll_next`], without the pin.
+    pub fn poll_next_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<T>> {
+        self.queue.poll_next(cx)
+    }
+
+    /// The app that listens.
+    #[must_use]
+    pub fn app(&self) -> &App {
+        &self.app
+    }
+}
+
+#[allow(
+    private_bounds,
+    reason = "the two kinds of events are this crate's own"
+)]
+impl<T: Lossy> futures_core::Stream for Events<T> {
+    type Item = T;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
+        self.queue.poll_next(cx)
+    }
+}
+
+#[allow(
+    private_bounds,
+    reason = "the two kinds of events are this crate's own"
+)]
+impl<T: Lossy> Drop for Events<T> {
+    fn drop(&mut self) {
+        T::forget(&self.app, &self.queue);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Lossy for (u32, u64) {
+        fn add_lost(&mut self, lost: u64) {
+            self.1 += lost;
+        }
+
+        fn forget(_: &App, _: &Arc<Queue<Self>>) {}
+    }
+
+    #[test]
+    fn a_full_queue_counts_what_it_drops() {
+        let queue = Queue::new();
+        for n in 0..EVENTS_MAX as u32 + 3 {
+            queue.push((n, 0));
+        }
+        let cx = &mut Context::from_waker(Waker::noop());
+        assert_eq!(queue.poll_next(cx), Poll::Ready(Some((0, 0))));
+        queue.push((7, 0));
+        queue.close();
+        let mut last = None;
+        while let Poll::Ready(Some(item)) = queue.poll_next(cx) {
+            last = Some(item);
+        }
+        assert_eq!(last, Some((7, 3)));
+    }
+}

@@ -1,0 +1,412 @@
+//! What an app serves: its handlers, the calls that they are at, and who listens to emits.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use latzero_protocol::message::Strategy;
+use serde_json::{Value, json};
+
+use crate::core::{Core, DriverKind};
+use crate::error::HandlerError;
+use crate::events::{Emission, Queue};
+use crate::request::{self, Outcome, Request, Ticket};
+use crate::sync::lock;
+
+/// A handler that ran longer than this passes the reading on before it runs again.
+pub(crate) const SLOW: Duration = Duration::from_millis(1);
+
+/// A handler's running future.
+type Running = Pin<Box<dyn Future<Output = Outcome> + Send>>;
+
+/// What a handler is.
+pub(crate) enum Kind {
+    /// Its future is driven beside the reading.
+    Async(Box<dyn Fn(Request) -> Running + Send + Sync>),
+    /// It runs on the thread that read the call.
+    Blocking(Box<dyn Fn(Request) -> Outcome + Send + Sync>),
+}
+
+/// How a trigger is offered.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Spec {
+    pub(crate) strategy: Strategy,
+    pub(crate) concurrency: Option<u32>,
+    pub(crate) doc: Option<String>,
+    pub(crate) pools: Vec<String>,
+}
+
+impl Spec {
+    /// The trigger as the wire spells it.
+    pub(crate) fn to_json(&self, name: &str) -> Value {
+        let mut spec = json!({ "name": name, "strategy": self.strategy.as_str() });
+        if let Some(concurrency) = self.concurrency {
+            spec["concurrency"] = json!(concurrency);
+        }
+        if let Some(doc) = &self.doc {
+            spec["doc"] = json!(doc);
+        }
+        if !self.pools.is_empty() {
+            spec["pools"] = json!(self.pools);
+        }
+        spec
+    }
+}
+
+/// One handler.
+pub(crate) struct Entry {
+    pub(crate) name: Box<str>,
+    pub(crate) spec: Spec,
+    pub(crate) kind: Kind,
+    /// Whether its last run took long. Unknown handlers count as slow: they may block for ever.
+    pub(crate) is_slow: AtomicBool,
+}
+
+/// Something for the driver to run.
+pub(crate) enum Job {
+    /// A call that just arrived.
+    Start(Arc<Entry>, Request),
+    /// A handler's future that can go on.
+    Poll(Arc<Task>),
+}
+
+impl Job {
+    /// Whether it may keep its thread for long.
+    pub(crate) fn may_be_slow(&self) -> bool {
+        match self {
+            Job::Start(entry, _) => {
+                matches!(entry.kind, Kind::Blocking(_)) && entry.is_slow.load(Ordering::Relaxed)
+            }
+            Job::Poll(_) => false,
+        }
+    }
+
+    /// Whether it is the start of call `id`.
+    pub(crate) fn is_start_of(&self, id: &str) -> bool {
+        matches!(self, Job::Start(_, request) if request.ticket.id.as_deref() == Some(id))
+    }
+}
+
+/// Who listens to emits of each name.
+type Listeners = HashMap<Box<str>, Vec<Weak<Queue<Emission>>>>;
+
+/// The app's handlers and listeners.
+#[derive(Default)]
+pub(crate) struct Handlers {
+    entries: RwLock<HashMap<Box<str>, Arc<Entry>>>,
+    listeners: RwLock<Listeners>,
+    running: Mutex<HashMap<Box<str>, Arc<Ticket>>>,
+    /// Who waits for the running calls to end.
+    idle: Mutex<Vec<Waker>>,
+}
+
+/// What a registration changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Registered {
+    /// The server must be told.
+    New,
+    /// The server knows the trigger already.
+    Known,
+}
+
+impl Handlers {
+    pub(crate) fn find(&self, name: &str) -> Option<Arc<Entry>> {
+        self.entries
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
+    }
+
+    pub(crate) fn add(&self, entry: Entry) {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        entries.insert(entry.name.clone(), Arc::new(entry));
+    }
+
+    pub(crate) fn remove(&self, name: &str) -> bool {
+        self.entries
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name)
+            .is_some()
+    }
+
+    pub(crate) fn listen(&self, name: &str, queue: &Arc<Queue<Emission>>) -> Registered {
+        let mut listeners = self
+            .listeners
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let queues = listeners.entry(name.into()).or_default();
+        queues.retain(|queue| queue.strong_count() > 0);
+        queues.push(Arc::downgrade(queue));
+        match queues.len() == 1 && self.find(name).is_none() {
+            true => Registered::New,
+            false => Registered::Known,
+        }
+    }
+
+    /// Forgets a listener; whether nobody listens to or serves `name` any more.
+    pub(crate) fn unlisten(&self, queue: &Arc<Queue<Emission>>) -> Vec<String> {
+        let mut listeners = self
+            .listeners
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut gone = Vec::new();
+        listeners.retain(|name, queues| {
+            let before = queues.len();
+            queues
+                .retain(|q| q.strong_count() > 0 && !std::ptr::eq(q.as_ptr(), Arc::as_ptr(queue)));
+            if queues.is_empty() && before > 0 && self.find(name).is_none() {
+                gone.push(name.to_string());
+            }
+            !queues.is_empty()
+        });
+        gone
+    }
+
+    /// Who listens to emits of `name`.
+    pub(crate) fn listeners(&self, name: &str) -> Vec<Arc<Queue<Emission>>> {
+        let listeners = self
+            .listeners
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        listeners
+            .get(name)
+            .into_iter()
+            .flatten()
+            .filter_map(Weak::upgrade)
+            .collect()
+    }
+
+    /// Whether somebody listens to emits of `name`.
+    pub(crate) fn is_listened(&self, name: &str) -> bool {
+        !self.listeners(name).is_empty()
+    }
+
+    /// Everything served and listened to, as a handshake lists it.
+    pub(crate) fn specs(&self) -> Vec<Value> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let listeners = self
+            .listeners
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let listened = listeners.keys().filter(|name| !entries.contains_key(*name));
+        let served = entries
+            .values()
+            .map(|entry| entry.spec.to_json(&entry.name));
+        served.chain(listened.map(|name| json!(name))).collect()
+    }
+
+    /// Whether nothing is served or listened to.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_empty()
+            && self
+                .listeners
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .is_empty()
+    }
+
+    fn begin(&self, ticket: &Arc<Ticket>) {
+        if let Some(id) = &ticket.id {
+            lock(&self.running).insert(id.clone(), ticket.clone());
+        }
+    }
+
+    fn finish(&self, ticket: &Ticket) {
+        let Some(id) = &ticket.id else { return };
+        let is_idle = {
+            let mut running = lock(&self.running);
+            // A new connection may have given the same id to another call.
+            if running
+                .get(id)
+                .is_some_and(|other| std::ptr::eq(&**other, ticket))
+            {
+                running.remove(id);
+            }
+            running.is_empty()
+        };
+        if is_idle {
+            std::mem::take(&mut *lock(&self.idle))
+                .into_iter()
+                .for_each(Waker::wake);
+        }
+    }
+
+    /// Whether no handler is at work that was noted as running.
+    pub(crate) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let running = lock(&self.running);
+        if running.is_empty() {
+            return Poll::Ready(());
+        }
+        lock(&self.idle).push(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// The caller of `id` takes `count` items more.
+    pub(crate) fn grant(&self, id: &str, count: u64) {
+        let ticket = lock(&self.running).get(id).cloned();
+        if let Some(ticket) = ticket {
+            ticket.grant(count);
+        }
+    }
+
+    /// The caller of `id` does not want the answer any more.
+    pub(crate) fn cancel(&self, id: &str) {
+        let ticket = lock(&self.running).remove(id);
+        if let Some(ticket) = ticket {
+            ticket.cancel();
+        }
+    }
+
+    /// The connection is gone, and with it whoever waits for answers.
+    pub(crate) fn cancel_all(&self) {
+        let running = std::mem::take(&mut *lock(&self.running));
+        running.values().for_each(|ticket| ticket.cancel());
+        std::mem::take(&mut *lock(&self.idle))
+            .into_iter()
+            .for_each(Waker::wake);
+    }
+
+    /// The end: handlers and listeners are let go, with whatever they hold.
+    pub(crate) fn close(&self) {
+        self.cancel_all();
+        let entries =
+            std::mem::take(&mut *self.entries.write().unwrap_or_else(PoisonError::into_inner));
+        let listeners = std::mem::take(
+            &mut *self
+                .listeners
+                .write()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        listeners
+            .values()
+            .flatten()
+            .filter_map(Weak::upgrade)
+            .for_each(|queue| queue.close());
+        drop(entries);
+    }
+}
+
+fn panicked() -> Outcome {
+    Err(HandlerError::new(
+        "handler_error",
+        "the handler panicked; its log says where",
+    ))
+}
+
+/// Runs a job. Answers are appended, not flushed.
+pub(crate) fn run(core: &Arc<Core>, job: Job) {
+    match job {
+        Job::Poll(task) => task.run(core),
+        Job::Start(entry, request) => match &entry.kind {
+            Kind::Blocking(handler) => {
+                let ticket = request.ticket.clone();
+                core.handlers.begin(&ticket);
+                let started = Instant::now();
+                let outcome = catch_unwind(AssertUnwindSafe(|| handler(request)));
+                entry
+                    .is_slow
+                    .store(started.elapsed() > SLOW, Ordering::Relaxed);
+                request::answer(core, &ticket, outcome.unwrap_or_else(|_| panicked()));
+                core.handlers.finish(&ticket);
+            }
+            Kind::Async(handler) => {
+                let ticket = request.ticket.clone();
+                // Where one task reads and runs, nothing can be said about the call before its first poll ends.
+                let is_noted = ticket.has_window() || core.driver_kind() == DriverKind::Threads;
+                if is_noted {
+                    core.handlers.begin(&ticket);
+                }
+                match catch_unwind(AssertUnwindSafe(|| handler(request))) {
+                    Ok(future) => Task::start(core, ticket, future, is_noted),
+                    Err(_) => {
+                        request::answer(core, &ticket, panicked());
+                        core.handlers.finish(&ticket);
+                    }
+                }
+            }
+        },
+    }
+}
+
+/// A handler's future, with who waits for it.
+pub(crate) struct Task {
+    core: Weak<Core>,
+    ticket: Arc<Ticket>,
+    future: Mutex<Option<Running>>,
+    is_queued: AtomicBool,
+    /// Whether the call stands among those that can be cancelled.
+    is_noted: AtomicBool,
+}
+
+impl Task {
+    fn start(core: &Arc<Core>, ticket: Arc<Ticket>, future: Running, is_noted: bool) {
+        let task = Arc::new(Task {
+            core: Arc::downgrade(core),
+            ticket,
+            future: Mutex::new(Some(future)),
+            is_queued: AtomicBool::new(true),
+            is_noted: AtomicBool::new(is_noted),
+        });
+        task.run(core);
+    }
+
+    fn run(self: &Arc<Self>, core: &Arc<Core>) {
+        // A wake from here on is not lost: it queues the task again.
+        self.is_queued.store(false, Ordering::Release);
+        let mut place = lock(&self.future);
+        let Some(future) = place.as_mut() else { return };
+        if self.ticket.is_cancelled() {
+            // The future's own drop may use the app, but not this task.
+            let dropped = place.take();
+            drop(place);
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(dropped)));
+            core.handlers.finish(&self.ticket);
+            return;
+        }
+        let waker = Waker::from(self.clone());
+        let polled = catch_unwind(AssertUnwindSafe(|| {
+            future.as_mut().poll(&mut Context::from_waker(&waker))
+        }));
+        let outcome = match polled {
+            Ok(Poll::Pending) => {
+                drop(place);
+                if !self.is_noted.swap(true, Ordering::Relaxed) {
+                    core.handlers.begin(&self.ticket);
+                }
+                self.ticket.on_cancel(&waker);
+                // What was cancelled meanwhile had no one to wake.
+                if self.ticket.is_cancelled() {
+                    waker.wake();
+                }
+                return;
+            }
+            Ok(Poll::Ready(outcome)) => outcome,
+            Err(_) => panicked(),
+        };
+        let dropped = place.take();
+        drop(place);
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(dropped)));
+        request::answer(core, &self.ticket, outcome);
+        core.handlers.finish(&self.ticket);
+    }
+}
+
+impl Wake for Task {
+    fn wake(self: Arc<Self>) {
+        if !self.is_queued.swap(true, Ordering::AcqRel)
+            && let Some(core) = self.core.upgrade()
+        {
+            core.push_jobs(&mut vec![Job::Poll(self)]);
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Messages from the server: replies find their call, triggers become jobs, the rest is dealt with on the spot.
+
+use std::sync::Arc;
+use std::task::Waker;
+
+use latzero_protocol::{Code, Envelope, Ran, Raw, Refusal, encode, frame};
+
+use crate::core::Core;
+use crate::error::Error;
+use crate::events::{Emission, Presence};
+use crate::handlers::Job;
+use crate::payload::{Payload, Reply};
+use crate::pending::Key;
+use crate::reader::Input;
+use crate::request::Request;
+use crate::sync::lock;
+
+/// Decodes every whole frame of `input`. What it brings callers is delivered; what it asks of handlers goes to `jobs`.
+///
+/// # Errors
+/// Why the bytes can't be what a server sends: the connection has no use any more.
+pub(crate) fn process(
+    core: &Arc<Core>,
+    input: &mut Input,
+    jobs: &mut Vec<Job>,
+) -> Result<(), String> {
+    let Some(link) = input.link.clone() else {
+        return Ok(());
+    };
+    let mut batch = Batch {
+        core,
+        epoch: link.epoch,
+        jobs,
+        wake: Vec::new(),
+        must_flush: false,
+    };
+    let accept = link.accept();
+    let result = loop {
+        match frame::decode(&input.buf[input.start..input.end], accept) {
+            Ok(None) => break Ok(()),
+            Err(e) => break Err(format!("it sent what is not a frame: {e}")),
+            Ok(Some((frame, used))) => {
+                let message = Envelope::parse(frame).and_then(|envelope| envelope);
+                let handled = message.map(|envelope| batch.message(&envelope));
+                input.start += used;
+                match handled {
+                    Ok(Ok(())) => {}
+                    Ok(Err(why)) => break Err(why),
+                    Err(e) => break Err(format!("it sent what is not a message: {e}")),
+                }
+            }
+        }
+    };
+    let must_flush = batch.must_flush;
+    batch.wake.into_iter().for_each(Waker::wake);
+    if must_flush {
+        core.flush();
+    }
+    result
+}
+
+struct Batch<'a> {
+    core: &'a Arc<Core>,
+    epoch: u32,
+    jobs: &'a mut Vec<Job>,
+    wake: Vec<Waker>,
+    must_flush: bool,
+}
+
+fn is(field: Option<Raw<'_>>, quoted: &str) -> bool {
+    field.is_some_and(|raw| raw.text() == quoted)
+}
+
+impl Batch<'_> {
+    fn message(&mut self, e: &Envelope<'_>) -> Result<(), String> {
+        let action = e.action.map_or("", Raw::text);
+        match action {
+            "\"response\"" => self.response(e),
+            "\"trigger\"" => self.trigger(e),
+            "\"emit\"" => self.emit(e),
+            "\"ack\"" => {
+                let count = e.count.and_then(Raw::as_u64).unwrap_or(0);
+                if let Some(id) = e.id.and_then(Raw::as_str) {
+                    self.core.handlers.grant(&id, count);
+                }
+            }
+            "\"cancel\"" => {
+                if let Some(id) = e.id.and_then(Raw::as_str) {
+                    self.core.workers.drop_queued(&id);
+                    self.core.handlers.cancel(&id);
+                }
+            }
+            "\"event\"" => self.event(e),
+            "\"ping\"" => {
+                if let Some(id) = e.id.and_then(Raw::as_str) {
+                    self.core
+                        .outbox
+                        .append(self.epoch, |out, _| encode::reply(out, &id, "{}"));
+                    self.must_flush = true;
+                }
+            }
+            // The server closes after most of these; those of one message alone concern a request without an id.
+            "\"error\"" => {
+                let error = Error::from_wire(e.error.map_or("", Raw::text));
+                if matches!(error.kind(), Code::BadFrame | Code::FrameTooLarge) {
+                    return Err(error.to_string());
+                }
+            }
+            // A newer server may say more than this client knows.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn response(&mut self, e: &Envelope<'_>) {
+        let inner = e
+            .in_reply_to
+            .and_then(|raw| raw.text().strip_prefix('"')?.strip_suffix('"'));
+        let Some(key) = inner.and_then(Key::parse) else {
+            return;
+        };
+        let payload = |e: &Envelope<'_>| Payload::received(e, e.response);
+        if is(e.status, "\"partial\"") {
+            lock(&self.core.pending).item(key, payload(e), &mut self.wake);
+            return;
+        }
+        if is(e.status, "\"progress\"") {
+            lock(&self.core.pending).progress(key, payload(e), &mut self.wake);
+            return;
+        }
+        let result = if is(e.status, "\"error\"") {
+            Err(Error::from_wire(e.error.map_or("", Raw::text)))
+        } else {
+            Ok(Reply {
+                payload: payload(e),
+                headers: e.headers.map(|raw| raw.text().into()),
+            })
+        };
+        lock(&self.core.pending).complete(key, result, &mut self.wake);
+    }
+
+    fn trigger(&mut self, e: &Envelope<'_>) {
+        let Some(request) = Request::received(self.core, self.epoch, e) else {
+            return;
+        };
+        match self.core.handlers.find(request.name()) {
+            Some(entry) => self.jobs.push(Job::Start(entry, request)),
+            None => {
+                let text = format!(
+                    "this instance has no handler for trigger '{}'",
+                    request.name()
+                );
+                request.refuse(&Refusal::new(Code::NoHandler, text));
+                self.must_flush = true;
+            }
+        }
+    }
+
+    fn emit(&mut self, e: &Envelope<'_>) {
+        let Some(request) = Request::received(self.core, self.epoch, e) else {
+            return;
+        };
+        let queues = self.core.handlers.listeners(request.name());
+        if queues.is_empty() {
+            if let Some(entry) = self.core.handlers.find(request.name()) {
+                self.jobs.push(Job::Start(entry, request));
+            }
+            return;
+        }
+        let emission = Emission::from_request(&request, e.lost.and_then(Raw::as_u64).unwrap_or(0));
+        let Some((last, others)) = queues.split_last() else {
+            return;
+        };
+        for queue in others {
+            self.wake.extend(queue.push(emission.clone()));
+        }
+        self.wake.extend(last.push(emission));
+    }
+
+    fn event(&mut self, e: &Envelope<'_>) {
+        let event = e.event.and_then(Raw::as_str).unwrap_or_default();
+        if event == "displaced" {
+            self.core.end(
+                &Error::new(
+                    Code::AppInUse,
+                    "another instance took this app over; this one does not reconnect",
+                )
+                .with_ran(Ran::Unknown),
+            );
+            return;
+        }
+        let pool = e.pool.and_then(Raw::as_str);
+        let watchers = lock(&self.core.watchers);
+        // What names no pool (draining) concerns every watcher.
+        let queues: Vec<_> = match &pool {
+            Some(pool) => watchers
+                .get(&**pool)
+                .into_iter()
+                .flatten()
+                .filter_map(std::sync::Weak::upgrade)
+                .collect(),
+            None => watchers
+                .values()
+                .flatten()
+                .filter_map(std::sync::Weak::upgrade)
+                .collect(),
+        };
+        drop(watchers);
+        if queues.is_empty() {
+            return;
+        }
+        let presence = Presence {
+            event: event.into_owned(),
+            pool: pool.map(std::borrow::Cow::into_owned),
+            lost: e.lost.and_then(Raw::as_u64).unwrap_or(0),
+            fields: serde_json::from_str(e.text).unwrap_or_default(),
+        };
+        for queue in queues {
+            self.wake.extend(queue.push(presence.clone()));
+        }
+    }
+}

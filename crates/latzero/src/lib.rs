@@ -1,0 +1,65 @@
+//! The LatZero client for Rust: call triggers of other apps, serve triggers, send and receive events.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), latzero::Error> {
+//! use serde_json::json;
+//!
+//! let calc = latzero::App::connect("latzero://calc?pool=alpha").await?;
+//! calc.serve("double", |req| async move {
+//!     let x: i64 = req.data()?;
+//!     Ok(x * 2)
+//! })
+//! .await?;
+//!
+//! let app = latzero::App::connect("latzero://me?pool=alpha").await?;
+//! let doubled: i64 = app.call("double", &21).send().await?;
+//! assert_eq!(doubled, 42);
+//! app.emit("done", &json!({"result": doubled})).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Without async, [`blocking::App`] does the same. A handle is a cheap clone; when the last one drops, its socket
+//! closes and its threads end.
+//!
+//! Nothing stands between a call and the socket: the caller's own thread writes its frame, a blocking caller that is
+//! alone reads its own reply, and the async face runs on the caller's tokio runtime where there is one, else beside
+//! any executor on one background thread. No runtime's types are in the public face. This crate knows the wire
+//! protocol; it does not know how a server decides.
+
+mod app;
+pub mod blocking;
+mod builder;
+mod call;
+mod connection;
+mod core;
+mod driver_thread;
+#[cfg(feature = "tokio")]
+mod driver_tokio;
+mod error;
+mod events;
+mod handlers;
+mod inbound;
+mod local;
+mod message;
+mod outbox;
+mod payload;
+mod pending;
+mod reader;
+mod reconnect;
+mod request;
+mod stream;
+mod sync;
+pub mod testing;
+mod url;
+
+pub use app::{App, Handler};
+pub use builder::{Builder, Reconnect};
+pub use call::{Call, Calling, Emit, Emitting};
+pub use error::{Error, HandlerError};
+pub use events::{Emission, Events, Presence};
+pub use latzero_protocol::message::Strategy;
+pub use latzero_protocol::{Code, InstanceId, Ran};
+pub use payload::{Bytes, FromPayload, IntoPayload, Reply};
+pub use request::{Origin, Request};
+pub use stream::{ItemOrProgress, Stream};

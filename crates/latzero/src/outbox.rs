@@ -1,0 +1,357 @@
+//! What waits to be sent, and whether there is a connection to send it on.
+//!
+//! Whoever has something to say appends it and tries to write at once. While one thread writes, the others only append:
+//! their bytes ride along when it comes back. What the kernel does not take stays here until the socket is writable,
+//! and above a bound nobody may append before some of it is gone.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll, Waker};
+use std::time::Instant;
+
+use latzero_protocol::{Code, Ran};
+
+use crate::connection::Link;
+use crate::error::Error;
+use crate::message::Message;
+use crate::pending::{Key, Pending, Sent};
+use crate::sync::lock;
+
+/// Bytes that may wait to be sent before callers wait too. One message may exceed it.
+pub(crate) const OUTBOX_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// A send buffer above this size in bytes is given back once it is empty.
+const BUFFER_BYTES_KEPT: usize = 256 * 1024;
+
+/// Whether there is a connection.
+#[derive(Debug, Clone)]
+pub(crate) enum Phase {
+    /// There is.
+    Up(Arc<Link>),
+    /// Not now; it is being made again.
+    Down,
+    /// Never again, and why.
+    Ended(Error),
+}
+
+/// How a flush ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flushed {
+    /// Nothing is left, or another thread is writing and takes it along.
+    Done,
+    /// The socket takes no more for now.
+    Blocked,
+}
+
+/// By which connection a message may leave, and what for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum By {
+    /// Any: it asks for no reply.
+    Any,
+    /// That one alone: it belongs to a call that came by it.
+    Connection(u32),
+    /// Any: it is a call, which waits for its reply.
+    Call {
+        /// When to give up, where the server does not.
+        deadline: Instant,
+        /// How many items of a stream are kept, where it is one.
+        window: Option<u64>,
+    },
+}
+
+/// What became of a message.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Submitted {
+    /// The call's key, where it is a call.
+    pub(crate) key: Option<Key>,
+    /// Whether no other call was in flight.
+    pub(crate) alone: bool,
+}
+
+#[derive(Debug)]
+struct Inner {
+    phase: Phase,
+    buf: Vec<u8>,
+    /// What of `buf` was sent already.
+    head: usize,
+    spare: Vec<u8>,
+    writing: bool,
+    /// Bytes appended on this connection so far.
+    appended: u64,
+    /// Bytes of them that the kernel took or is just being offered.
+    attempted: u64,
+    /// Who waits for room or for a connection.
+    waiting: Vec<Waker>,
+}
+
+/// The send side of an app.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    inner: Mutex<Inner>,
+    blocked: AtomicBool,
+}
+
+impl Inner {
+    fn len(&self) -> usize {
+        self.buf.len() - self.head
+    }
+}
+
+impl Outbox {
+    pub(crate) fn new() -> Self {
+        Outbox {
+            inner: Mutex::new(Inner {
+                phase: Phase::Down,
+                buf: Vec::new(),
+                head: 0,
+                spare: Vec::new(),
+                writing: false,
+                appended: 0,
+                attempted: 0,
+                waiting: Vec::new(),
+            }),
+            blocked: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether bytes wait for the socket to become writable.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.blocked.load(Ordering::Acquire)
+    }
+
+    /// Whether everything was sent, or can't be any more.
+    pub(crate) fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut inner = lock(&self.inner);
+        if (inner.len() == 0 && !inner.writing) || !matches!(inner.phase, Phase::Up(_)) {
+            return Poll::Ready(());
+        }
+        inner.waiting.push(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Notes who is woken at the end, if not before.
+    pub(crate) fn wake_at_end(&self, cx: &mut Context<'_>) {
+        lock(&self.inner).waiting.push(cx.waker().clone());
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        lock(&self.inner).phase.clone()
+    }
+
+    /// The current connection.
+    pub(crate) fn link(&self) -> Option<Arc<Link>> {
+        match &lock(&self.inner).phase {
+            Phase::Up(link) => Some(link.clone()),
+            _ => None,
+        }
+    }
+
+    /// Whether anyone waits for room or for a connection.
+    pub(crate) fn has_waiting(&self) -> bool {
+        !lock(&self.inner).waiting.is_empty()
+    }
+
+    /// Lets everyone who waits look again, be it at their deadline.
+    pub(crate) fn wake_waiting(&self) {
+        let waiting = std::mem::take(&mut lock(&self.inner).waiting);
+        waiting.into_iter().for_each(Waker::wake);
+    }
+
+    /// Appends a message, where there is a connection and room. Where `flush` says so, writes at once.
+    pub(crate) fn poll_submit(
+        &self,
+        pending: &Mutex<Pending>,
+        message: &mut Message,
+        by: By,
+        flush: impl FnOnce(&Submitted) -> bool,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(Submitted, Flushed), Error>> {
+        let mut inner = lock(&self.inner);
+        let link = match &inner.phase {
+            Phase::Up(link) => link,
+            Phase::Ended(error) => return Poll::Ready(Err(error.clone().with_ran(Ran::No))),
+            Phase::Down if matches!(by, By::Connection(_)) => return Poll::Ready(Err(gone())),
+            Phase::Down => {
+                inner.waiting.push(cx.waker().clone());
+                return Poll::Pending;
+            }
+        };
+        if matches!(by, By::Connection(epoch) if epoch != link.epoch) {
+            return Poll::Ready(Err(gone()));
+        }
+        if inner.len() >= OUTBOX_BYTES_MAX {
+            inner.waiting.push(cx.waker().clone());
+            return Poll::Pending;
+        }
+        if message.len_max() > link.max_frame {
+            let text = format!(
+                "a message of {} bytes is over the server's limit of {} bytes (limits.max_frame)",
+                message.len_max(),
+                link.max_frame
+            );
+            return Poll::Ready(Err(Error::new(Code::TooLarge, text)));
+        }
+        let (attachments, epoch) = (link.attachments, link.epoch);
+        let mut submitted = Submitted {
+            key: None,
+            alone: false,
+        };
+        match by {
+            By::Any | By::Connection(_) => inner.append(message.finish(None, attachments)),
+            By::Call { deadline, window } => {
+                let mut pending = lock(pending);
+                std::task::ready!(pending.poll_room(cx));
+                submitted.alone = pending.waiting() == 0;
+                let key = pending.insert(Sent {
+                    epoch,
+                    // Known once the frame is finished with its id, below.
+                    end: u64::MAX,
+                    deadline,
+                    window,
+                });
+                inner.append(message.finish(Some(key), attachments));
+                pending.set_end(key, inner.appended);
+                submitted.key = Some(key);
+            }
+        }
+        let flushed = if flush(&submitted) {
+            self.flush_inner(inner)
+        } else {
+            Flushed::Done
+        };
+        Poll::Ready(Ok((submitted, flushed)))
+    }
+
+    /// Appends what `write` writes, over the bound too: answers and other small or counted things. Nothing happens
+    /// where connection `epoch` is gone.
+    pub(crate) fn append(&self, epoch: u32, write: impl FnOnce(&mut Vec<u8>, &Link)) {
+        let mut inner = lock(&self.inner);
+        let inner = &mut *inner;
+        if let Phase::Up(link) = &inner.phase
+            && link.epoch == epoch
+        {
+            let before = inner.buf.len();
+            write(&mut inner.buf, link);
+            inner.appended += (inner.buf.len() - before) as u64;
+        }
+    }
+
+    /// Writes what the socket takes.
+    pub(crate) fn flush(&self) -> Flushed {
+        self.flush_inner(lock(&self.inner))
+    }
+
+    fn flush_inner<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Flushed {
+        if inner.writing {
+            return Flushed::Done;
+        }
+        inner.writing = true;
+        let mut outcome = Flushed::Done;
+        while inner.len() > 0 {
+            let Phase::Up(link) = &inner.phase else { break };
+            let link = link.clone();
+            let spare = std::mem::take(&mut inner.spare);
+            let mut chunk = std::mem::replace(&mut inner.buf, spare);
+            let mut at = std::mem::take(&mut inner.head);
+            inner.attempted += (chunk.len() - at) as u64;
+            drop(inner);
+            let blocked = loop {
+                match link.try_send(&chunk[at..]) {
+                    Ok(n) => at += n,
+                    Err(rustix::io::Errno::AGAIN) => break true,
+                    // The reader will find out, after it has read what the server still said.
+                    Err(_) => break false,
+                }
+                if at == chunk.len() {
+                    break false;
+                }
+            };
+            inner = lock(&self.inner);
+            let is_same = matches!(&inner.phase, Phase::Up(now) if now.epoch == link.epoch);
+            if is_same {
+                // What the kernel did not take, for now or for good, certainly did not leave.
+                inner.attempted -= (chunk.len() - at) as u64;
+            }
+            if blocked && is_same {
+                chunk.extend_from_slice(&inner.buf);
+                inner.buf = chunk;
+                inner.head = at;
+                outcome = Flushed::Blocked;
+                break;
+            }
+            chunk.clear();
+            if chunk.capacity() <= BUFFER_BYTES_KEPT {
+                inner.spare = chunk;
+            }
+        }
+        inner.writing = false;
+        self.blocked
+            .store(outcome == Flushed::Blocked, Ordering::Release);
+        let is_drained = inner.len() <= OUTBOX_BYTES_MAX / 2;
+        let waiting = match is_drained && !inner.waiting.is_empty() {
+            true => std::mem::take(&mut inner.waiting),
+            false => Vec::new(),
+        };
+        drop(inner);
+        waiting.into_iter().for_each(Waker::wake);
+        outcome
+    }
+
+    /// Takes a new connection into use, with `first` as its first bytes. Refused after the end.
+    pub(crate) fn up(&self, link: Arc<Link>, first: &[u8]) -> Result<(), Error> {
+        let mut inner = lock(&self.inner);
+        if let Phase::Ended(error) = &inner.phase {
+            return Err(error.clone());
+        }
+        inner.phase = Phase::Up(link);
+        (inner.appended, inner.attempted) = (0, 0);
+        inner.append(first);
+        drop(inner);
+        Ok(())
+    }
+
+    /// Gives a connection up. Returns how many of its bytes may have been sent; `None` where it was given up before.
+    pub(crate) fn down(&self, epoch: u32) -> Option<u64> {
+        let mut inner = lock(&self.inner);
+        match &inner.phase {
+            Phase::Up(link) if link.epoch == epoch => {}
+            _ => return None,
+        }
+        Some(inner.discard(Phase::Down))
+    }
+
+    /// Ends for good. Returns the connection that was up, with how many of its bytes may have been sent.
+    pub(crate) fn end(&self, error: Error) -> Option<(Arc<Link>, u64)> {
+        let mut inner = lock(&self.inner);
+        let ended = match &inner.phase {
+            Phase::Ended(_) => return None,
+            Phase::Up(link) => Some(link.clone()),
+            Phase::Down => None,
+        };
+        let attempted = inner.discard(Phase::Ended(error));
+        drop(inner);
+        self.wake_waiting();
+        ended.map(|link| (link, attempted))
+    }
+}
+
+fn gone() -> Error {
+    Error::new(
+        Code::Disconnected,
+        "the connection that the call came by is gone",
+    )
+}
+
+impl Inner {
+    fn append(&mut self, frame: &[u8]) {
+        self.buf.extend_from_slice(frame);
+        self.appended += frame.len() as u64;
+    }
+
+    fn discard(&mut self, phase: Phase) -> u64 {
+        self.phase = phase;
+        self.buf = Vec::new();
+        self.head = 0;
+        self.attempted
+    }
+}

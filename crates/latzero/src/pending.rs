@@ -1,0 +1,487 @@
+//! Calls that wait for their reply: a slab whose places are the ids on the wire, so a reply finds its call without a
+//! search, and a reply to an ended call finds nothing.
+
+use std::collections::VecDeque;
+use std::task::{Context, Poll, Waker};
+use std::time::Instant;
+
+use latzero_protocol::Code;
+
+use crate::error::Error;
+use crate::payload::{Payload, Reply};
+use crate::sync::set_waker;
+
+/// Most calls of one app that wait for a reply, unless the server names fewer. Further ones wait their turn.
+pub(crate) const IN_FLIGHT_MAX: usize = 65_536;
+
+/// A call's place, and how often that place was used before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Key {
+    pub(crate) slot: u32,
+    pub(crate) generation: u32,
+}
+
+impl Key {
+    /// Appends the wire form: two hex numbers with a dot between.
+    pub(crate) fn append(self, out: &mut Vec<u8>) {
+        append_hex(out, self.slot);
+        out.push(b'.');
+        append_hex(out, self.generation);
+    }
+
+    /// Reads the wire form.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (slot, generation) = text.split_once('.')?;
+        Some(Key {
+            slot: u32::from_str_radix(slot, 16).ok()?,
+            generation: u32::from_str_radix(generation, 16).ok()?,
+        })
+    }
+}
+
+fn append_hex(out: &mut Vec<u8>, n: u32) {
+    let digits = (32 - n.leading_zeros()).div_ceil(4).max(1);
+    for i in (0..digits).rev() {
+        out.push(b"0123456789abcdef"[(n >> (4 * i) & 0xf) as usize]);
+    }
+}
+
+/// What is known of a call when its frame is appended.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sent {
+    /// Which connection carries it.
+    pub(crate) epoch: u32,
+    /// Where its frame ends in that connection's outgoing bytes.
+    pub(crate) end: u64,
+    /// When to give up, where the server does not.
+    pub(crate) deadline: Instant,
+    /// Whether items of a stream are kept, and how many at most.
+    pub(crate) window: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    sent: Sent,
+    waker: Option<Waker>,
+    stream: Option<Box<Items>>,
+}
+
+/// What a streamed call received and its owner has not taken.
+#[derive(Debug, Default)]
+struct Items {
+    queue: VecDeque<Payload>,
+    progress: Option<Payload>,
+    end: Option<Result<Reply, Error>>,
+}
+
+#[derive(Debug)]
+enum State {
+    Free { next: u32 },
+    Waiting(Waiting),
+    Done(Result<Reply, Error>),
+}
+
+#[derive(Debug)]
+struct Slot {
+    generation: u32,
+    state: State,
+}
+
+/// What a streamed call gives next.
+#[derive(Debug)]
+pub(crate) enum Next {
+    Item(Payload),
+    Progress(Payload),
+    End(Result<Reply, Error>),
+}
+
+/// The calls of one app that wait for their reply.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    slots: Vec<Slot>,
+    free: u32,
+    waiting: usize,
+    pub(crate) in_flight_max: usize,
+    /// Calls that wait for another to end.
+    queue: VecDeque<Waker>,
+}
+
+const NONE: u32 = u32::MAX;
+
+impl Pending {
+    pub(crate) fn new() -> Self {
+        Pending {
+            slots: Vec::new(),
+            free: NONE,
+            waiting: 0,
+            in_flight_max: IN_FLIGHT_MAX,
+            queue: VecDeque::new(),
+        }
+    }
+
+    /// Calls that wait for their reply.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// Whether another call may be sent; if not, `waker` is called when one ended.
+    pub(crate) fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.waiting < self.in_flight_max {
+            return Poll::Ready(());
+        }
+        self.queue.push_back(cx.waker().clone());
+        Poll::Pending
+    }
+
+    pub(crate) fn insert(&mut self, sent: Sent) -> Key {
+        self.waiting += 1;
+        let state = State::Waiting(Waiting {
+            sent,
+            waker: None,
+            stream: sent.window.map(|_| Box::default()),
+        });
+        if self.free == NONE {
+            let slot = u32::try_from(self.slots.len()).expect("in_flight_max is far below 2^32");
+            self.slots.push(Slot {
+                generation: 0,
+                state,
+            });
+            return Key {
+                slot,
+                generation: 0,
+            };
+        }
+        let slot = self.free;
+        let place = &mut self.slots[slot as usize];
+        let State::Free { next } = std::mem::replace(&mut place.state, state) else {
+            unreachable!("the free list holds free places alone");
+        };
+        self.free = next;
+        Key {
+            slot,
+            generation: place.generation,
+        }
+    }
+
+    /// The connection that carries a call, while it waits for its reply.
+    pub(crate) fn epoch(&mut self, key: Key) -> Option<u32> {
+        match self.find(key).map(|slot| &slot.state) {
+            Some(State::Waiting(waiting)) => Some(waiting.sent.epoch),
+            _ => None,
+        }
+    }
+
+    /// Notes where a call's frame ends, once it is appended.
+    pub(crate) fn set_end(&mut self, key: Key, end: u64) {
+        if let Some(Slot {
+            state: State::Waiting(waiting),
+            ..
+        }) = self.find(key)
+        {
+            waiting.sent.end = end;
+        }
+    }
+
+    fn find(&mut self, key: Key) -> Option<&mut Slot> {
+        self.slots
+            .get_mut(key.slot as usize)
+            .filter(|slot| slot.generation == key.generation)
+            .filter(|slot| !matches!(slot.state, State::Free { .. }))
+    }
+
+    fn release(&mut self, key: Key) -> State {
+        let place = &mut self.slots[key.slot as usize];
+        place.generation = place.generation.wrapping_add(1);
+        let state = std::mem::replace(&mut place.state, State::Free { next: self.free });
+        self.free = key.slot;
+        state
+    }
+
+    /// The reply to a call, once it is there.
+    pub(crate) fn poll(&mut self, key: Key, cx: &mut Context<'_>) -> Poll<Result<Reply, Error>> {
+        match self.find(key).map(|slot| &mut slot.state) {
+            Some(State::Waiting(waiting)) => {
+                set_waker(&mut waiting.waker, cx.waker());
+                Poll::Pending
+            }
+            Some(State::Done(_)) => match self.release(key) {
+                State::Done(result) => Poll::Ready(result),
+                _ => unreachable!("it was just seen"),
+            },
+            _ => unreachable!("a call is polled by its owner alone, and not after its end"),
+        }
+    }
+
+    /// What a streamed call gives next.
+    pub(crate) fn poll_next(&mut self, key: Key, cx: &mut Context<'_>) -> Poll<Next> {
+        match self.find(key).map(|slot| &mut slot.state) {
+            Some(State::Waiting(waiting)) => {
+                let items = waiting.stream.as_deref_mut().expect("a stream has items");
+                // Progress says where the items stand, so it may overtake them.
+                if let Some(progress) = items.progress.take() {
+                    return Poll::Ready(Next::Progress(progress));
+                }
+                if let Some(item) = items.queue.pop_front() {
+                    return Poll::Ready(Next::Item(item));
+                }
+                let Some(end) = items.end.take() else {
+                    set_waker(&mut waiting.waker, cx.waker());
+                    return Poll::Pending;
+                };
+                self.waiting -= 1;
+                self.release(key);
+                if let Some(waker) = self.queue.pop_front() {
+                    waker.wake();
+                }
+                Poll::Ready(Next::End(end))
+            }
+            Some(State::Done(_)) => match self.release(key) {
+                State::Done(end) => Poll::Ready(Next::End(end)),
+                _ => unreachable!("it was just seen"),
+            },
+            _ => unreachable!("a stream is polled by its owner alone, and not after its end"),
+        }
+    }
+
+    /// Forgets a call; whether it was still in flight, and on which connection.
+    pub(crate) fn forget(&mut self, key: Key, wake: &mut Vec<Waker>) -> Option<u32> {
+        self.find(key)?;
+        match self.release(key) {
+            State::Waiting(waiting) => {
+                self.waiting -= 1;
+                wake.extend(self.queue.pop_front());
+                let ended = waiting.stream.is_some_and(|items| items.end.is_some());
+                (!ended).then_some(waiting.sent.epoch)
+            }
+            _ => None,
+        }
+    }
+
+    /// Ends a call. A call that already ended is left as it is.
+    pub(crate) fn complete(
+        &mut self,
+        key: Key,
+        result: Result<Reply, Error>,
+        wake: &mut Vec<Waker>,
+    ) {
+        let Some(slot) = self.find(key) else { return };
+        let State::Waiting(waiting) = &mut slot.state else {
+            return;
+        };
+        wake.extend(waiting.waker.take());
+        if let Some(items) = waiting
+            .stream
+            .as_deref_mut()
+            .filter(|i| !i.queue.is_empty())
+        {
+            // The end comes after the items that wait to be taken.
+            if items.end.is_none() {
+                items.end = Some(result);
+            }
+            return;
+        }
+        slot.state = State::Done(result);
+        self.waiting -= 1;
+        wake.extend(self.queue.pop_front());
+    }
+
+    /// Keeps an item of a streamed call. Items of other calls, and items beyond the window, are dropped.
+    pub(crate) fn item(&mut self, key: Key, item: Payload, wake: &mut Vec<Waker>) {
+        let Some(Slot {
+            state: State::Waiting(waiting),
+            ..
+        }) = self.find(key)
+        else {
+            return;
+        };
+        let window = waiting.sent.window.unwrap_or(0);
+        let Some(items) = waiting.stream.as_deref_mut() else {
+            return;
+        };
+        if items.end.is_none() && (items.queue.len() as u64) < window {
+            items.queue.push_back(item);
+            wake.extend(waiting.waker.take());
+        }
+    }
+
+    /// Keeps the newest report of a streamed call.
+    pub(crate) fn progress(&mut self, key: Key, report: Payload, wake: &mut Vec<Waker>) {
+        let Some(Slot {
+            state: State::Waiting(waiting),
+            ..
+        }) = self.find(key)
+        else {
+            return;
+        };
+        let Some(items) = waiting.stream.as_deref_mut() else {
+            return;
+        };
+        items.progress = Some(report);
+        wake.extend(waiting.waker.take());
+    }
+
+    fn end_where(&mut self, wake: &mut Vec<Waker>, mut end: impl FnMut(&Sent) -> Option<Error>) {
+        for slot in 0..self.slots.len() {
+            let State::Waiting(waiting) = &self.slots[slot].state else {
+                continue;
+            };
+            if let Some(error) = end(&waiting.sent) {
+                let generation = self.slots[slot].generation;
+                let key = Key {
+                    slot: slot as u32,
+                    generation,
+                };
+                self.complete(key, Err(error), wake);
+            }
+        }
+        wake.extend(self.queue.drain(..));
+    }
+
+    /// Ends every call of a connection. `attempted` is how much of its bytes the kernel may have taken: a frame that
+    /// ends beyond was never whole on its way, so its handler certainly did not run.
+    pub(crate) fn end_connection(
+        &mut self,
+        epoch: u32,
+        attempted: u64,
+        error: &Error,
+        wake: &mut Vec<Waker>,
+    ) {
+        use latzero_protocol::Ran;
+        self.end_where(wake, |sent| {
+            let ran = if sent.end > attempted {
+                Ran::No
+            } else {
+                Ran::Unknown
+            };
+            (sent.epoch == epoch).then(|| error.clone().with_ran(ran))
+        });
+    }
+
+    /// Ends every call whose deadline passed without a word of the server.
+    pub(crate) fn expire(&mut self, now: Instant, wake: &mut Vec<Waker>) {
+        self.end_where(wake, |sent| {
+            (sent.deadline <= now).then(|| {
+                Error::new(
+                    Code::Timeout,
+                    "no answer came, not even the server's own; is it stuck?",
+                )
+            })
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use latzero_protocol::Ran;
+    use std::time::Duration;
+
+    fn sent(end: u64, window: Option<u64>) -> Sent {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        Sent {
+            epoch: 1,
+            end,
+            deadline,
+            window,
+        }
+    }
+
+    fn reply(n: u8) -> Result<Reply, Error> {
+        Ok(Reply {
+            payload: Payload::Json(vec![n]),
+            headers: None,
+        })
+    }
+
+    fn poll(p: &mut Pending, key: Key) -> Option<Result<Reply, Error>> {
+        match p.poll(key, &mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(result) => Some(result),
+            Poll::Pending => None,
+        }
+    }
+
+    fn next(p: &mut Pending, key: Key) -> Option<Next> {
+        match p.poll_next(key, &mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(next) => Some(next),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn keys_read_back() {
+        for (slot, generation, text) in [
+            (0, 0, "0.0"),
+            (31, 3, "1f.3"),
+            (u32::MAX, 16, "ffffffff.10"),
+        ] {
+            let key = Key { slot, generation };
+            let mut out = Vec::new();
+            key.append(&mut out);
+            assert_eq!(out, text.as_bytes());
+            assert_eq!(Key::parse(text), Some(key));
+        }
+        assert_eq!(Key::parse("h1"), None);
+    }
+
+    #[test]
+    fn replies_come_in_any_order_and_late_ones_find_nothing() {
+        let (mut p, mut wake) = (Pending::new(), Vec::new());
+        let (a, b) = (p.insert(sent(1, None)), p.insert(sent(2, None)));
+        assert!(poll(&mut p, a).is_none() && poll(&mut p, b).is_none());
+        p.complete(b, reply(2), &mut wake);
+        assert_eq!(wake.len(), 1);
+        assert_eq!(
+            poll(&mut p, b).unwrap().unwrap().payload,
+            Payload::Json(vec![2])
+        );
+        let c = p.insert(sent(3, None));
+        assert_eq!((c.slot, c.generation), (b.slot, 1));
+        p.complete(b, reply(9), &mut wake);
+        assert!(poll(&mut p, c).is_none());
+        assert_eq!(p.forget(a, &mut wake), Some(1));
+        p.complete(a, reply(9), &mut wake);
+        assert_eq!(p.waiting(), 1);
+    }
+
+    #[test]
+    fn a_loss_says_what_may_have_run() {
+        let (mut p, mut wake) = (Pending::new(), Vec::new());
+        let (a, b) = (p.insert(sent(100, None)), p.insert(sent(200, None)));
+        p.end_connection(1, 150, &Error::new(Code::Disconnected, "gone"), &mut wake);
+        assert_eq!(
+            poll(&mut p, a).unwrap().unwrap_err().ran(),
+            Some(Ran::Unknown)
+        );
+        assert_eq!(poll(&mut p, b).unwrap().unwrap_err().ran(), Some(Ran::No));
+        assert_eq!(p.waiting(), 0);
+    }
+
+    #[test]
+    fn items_come_before_the_end_and_never_beyond_the_window() {
+        let (mut p, mut wake) = (Pending::new(), Vec::new());
+        let a = p.insert(sent(1, Some(2)));
+        for n in 0..5 {
+            p.item(a, Payload::Json(vec![n]), &mut wake);
+        }
+        p.progress(a, Payload::None, &mut wake);
+        p.complete(a, reply(9), &mut wake);
+        assert!(matches!(next(&mut p, a), Some(Next::Progress(_))));
+        assert!(matches!(next(&mut p, a), Some(Next::Item(Payload::Json(n))) if n == [0]));
+        assert!(matches!(next(&mut p, a), Some(Next::Item(Payload::Json(n))) if n == [1]));
+        assert!(matches!(next(&mut p, a), Some(Next::End(Ok(_)))));
+        assert_eq!(p.waiting(), 0);
+    }
+
+    #[test]
+    fn the_limit_lets_calls_wait_their_turn() {
+        let (mut p, mut wake) = (Pending::new(), Vec::new());
+        p.in_flight_max = 1;
+        let cx = &mut Context::from_waker(Waker::noop());
+        assert!(p.poll_room(cx).is_ready());
+        let a = p.insert(sent(1, None));
+        assert!(p.poll_room(cx).is_pending());
+        p.complete(a, reply(1), &mut wake);
+        assert_eq!(wake.len(), 1);
+        assert!(p.poll_room(cx).is_ready());
+    }
+}

@@ -1,0 +1,403 @@
+//! Reading: one role, held by whoever moves the app along.
+//!
+//! A caller that blocks takes the role if it is free, reads, resolves other calls' replies on the way, and passes the
+//! role on when it has its own reply. So a lone blocking caller pays one `recv` per call and no thread hop.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::task::{Context, Poll};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::connection::{Link, RECV_TIMEOUT};
+use crate::core::{Core, DriverKind};
+use crate::driver_thread;
+use crate::handlers::Job;
+use crate::inbound;
+use crate::sync::{lock, thread_waker};
+
+/// First size of the receive buffer in bytes; it grows with what arrives, not with what is announced.
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// A receive buffer above this size in bytes is given back once it is empty.
+const BUFFER_BYTES_KEPT: usize = 1024 * 1024;
+
+/// The receive side, with what arrived and was not decoded yet.
+#[derive(Debug)]
+pub(crate) struct Input {
+    pub(crate) link: Option<Arc<Link>>,
+    pub(crate) buf: Vec<u8>,
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    /// Whether the buffer holds what came with the handshake and was not decoded yet.
+    pub(crate) is_fresh: bool,
+}
+
+/// What a read brought.
+#[derive(Debug)]
+pub(crate) enum Received {
+    /// Bytes; fewer than there was room for if `short`, so the socket is likely empty.
+    Bytes {
+        #[cfg_attr(
+            not(feature = "tokio"),
+            expect(dead_code, reason = "only that driver asks")
+        )]
+        short: bool,
+    },
+    /// Nothing, for now.
+    Nothing,
+    /// The connection is over.
+    Lost(String),
+}
+
+impl Input {
+    fn new() -> Self {
+        Input {
+            link: None,
+            buf: Vec::new(),
+            start: 0,
+            end: 0,
+            is_fresh: false,
+        }
+    }
+
+    /// Makes sure that the current connection is read. False where there is none.
+    pub(crate) fn attach(&mut self, core: &Core) -> bool {
+        if self.link.is_some() {
+            return true;
+        }
+        self.link = core.outbox.link();
+        let Some(link) = &self.link else { return false };
+        let early = std::mem::take(&mut *lock(&link.early));
+        self.buf.clear();
+        self.buf.resize(BUFFER_BYTES.max(early.len()), 0);
+        self.buf[..early.len()].copy_from_slice(&early);
+        (self.start, self.end) = (0, early.len());
+        self.is_fresh = !early.is_empty();
+        true
+    }
+
+    /// Makes room behind what is buffered.
+    fn make_room(&mut self) {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+            if self.buf.len() > BUFFER_BYTES_KEPT {
+                self.buf.truncate(BUFFER_BYTES);
+                self.buf.shrink_to_fit();
+            }
+        } else if self.end == self.buf.len() {
+            if self.start > 0 {
+                self.buf.copy_within(self.start..self.end, 0);
+                (self.start, self.end) = (0, self.end - self.start);
+            } else {
+                // One frame fills the buffer: what has arrived earns as much again.
+                self.buf.resize(self.buf.len() * 2, 0);
+            }
+        }
+    }
+
+    fn received(&mut self, result: rustix::io::Result<usize>) -> Received {
+        match result {
+            Ok(0) => Received::Lost("the server closed it".into()),
+            Ok(n) => {
+                self.end += n;
+                Received::Bytes {
+                    short: self.end < self.buf.len(),
+                }
+            }
+            Err(rustix::io::Errno::AGAIN) => Received::Nothing,
+            Err(e) => Received::Lost(e.to_string()),
+        }
+    }
+
+    /// Reads what is there.
+    pub(crate) fn try_receive(&mut self) -> Received {
+        if std::mem::take(&mut self.is_fresh) {
+            return Received::Bytes { short: false };
+        }
+        self.make_room();
+        let Some(link) = &self.link else {
+            return Received::Nothing;
+        };
+        let result = link.try_recv(&mut self.buf[self.end..]);
+        self.received(result)
+    }
+
+    /// Waits for bytes, up to [`RECV_TIMEOUT`].
+    pub(crate) fn receive(&mut self) -> Received {
+        if std::mem::take(&mut self.is_fresh) {
+            return Received::Bytes { short: false };
+        }
+        self.make_room();
+        let Some(link) = &self.link else {
+            return Received::Nothing;
+        };
+        let result = link.recv(&mut self.buf[self.end..]);
+        self.received(result)
+    }
+
+    /// Decodes what was read, or notes the loss.
+    pub(crate) fn settle(&mut self, core: &Arc<Core>, received: Received, jobs: &mut Vec<Job>) {
+        let lost = match received {
+            Received::Nothing => return,
+            Received::Bytes { .. } => inbound::process(core, self, jobs).err(),
+            Received::Lost(why) => Some(why),
+        };
+        if let Some(why) = lost
+            && let Some(link) = self.link.take()
+        {
+            core.lost(&link, &why);
+        }
+    }
+}
+
+/// The reading role and who waits for it.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    input: Mutex<Input>,
+    waiting: Mutex<VecDeque<Thread>>,
+    waiting_count: AtomicUsize,
+    /// How often a blocked caller took the role.
+    turns: AtomicU64,
+}
+
+impl Reader {
+    pub(crate) fn new() -> Self {
+        Reader {
+            input: Mutex::new(Input::new()),
+            waiting: Mutex::default(),
+            waiting_count: AtomicUsize::new(0),
+            turns: AtomicU64::new(0),
+        }
+    }
+
+    /// Takes the role, if it is free.
+    pub(crate) fn try_take(&self) -> Option<MutexGuard<'_, Input>> {
+        match self.input.try_lock() {
+            Ok(input) => Some(input),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Takes the role, for a driver that shares it with nobody.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn take(&self) -> MutexGuard<'_, Input> {
+        lock(&self.input)
+    }
+
+    /// How often a blocked caller took the role so far.
+    pub(crate) fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
+    /// Whether a blocked caller waits for the role.
+    pub(crate) fn is_wanted(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.waiting_count.load(Ordering::SeqCst) > 0
+    }
+
+    /// Lets the next waiting caller try for the role; called by whoever gave it up.
+    pub(crate) fn pass_on(&self) {
+        // Pairs with the fence of whoever begins to wait: one of the two sees the other.
+        if !self.is_wanted() {
+            return;
+        }
+        let next = {
+            let mut waiting = lock(&self.waiting);
+            let next = waiting.pop_front();
+            self.waiting_count.store(waiting.len(), Ordering::SeqCst);
+            next
+        };
+        if let Some(thread) = next {
+            thread.unpark();
+        }
+    }
+
+    fn begin_waiting(&self) {
+        let mut waiting = lock(&self.waiting);
+        waiting.push_back(std::thread::current());
+        self.waiting_count.store(waiting.len(), Ordering::SeqCst);
+        drop(waiting);
+        fence(Ordering::SeqCst);
+    }
+
+    fn end_waiting(&self) {
+        let me = std::thread::current().id();
+        let mut waiting = lock(&self.waiting);
+        waiting.retain(|thread| thread.id() != me);
+        self.waiting_count.store(waiting.len(), Ordering::SeqCst);
+    }
+}
+
+impl Core {
+    /// Blocks until `attempt` is ready or `deadline` has passed, reading meanwhile if nobody else does.
+    pub(crate) fn block_on<T>(
+        self: &Arc<Self>,
+        deadline: Option<Instant>,
+        mut attempt: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> Option<T> {
+        let waker = thread_waker();
+        let cx = &mut Context::from_waker(&waker);
+        if let Poll::Ready(value) = attempt(cx) {
+            return Some(value);
+        }
+        if self.driver_kind() != DriverKind::Threads {
+            return self.park_on(deadline, cx, attempt);
+        }
+        let nested = driver_thread::Nested::enter(self);
+        let mut jobs = Vec::new();
+        let mut waited = false;
+        let result = loop {
+            let Some(mut input) = self.reader.try_take() else {
+                self.reader.begin_waiting();
+                waited = true;
+                self.workers.interrupt();
+                // Between the two, the role may have become free with nobody told.
+                if let Some(input) = self.reader.try_take() {
+                    drop(input);
+                } else if let Poll::Ready(value) = attempt(cx) {
+                    self.reader.end_waiting();
+                    break Some(value);
+                } else {
+                    self.park(deadline);
+                }
+                self.reader.end_waiting();
+                if let Poll::Ready(value) = attempt(cx) {
+                    break Some(value);
+                }
+                if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                    break None;
+                }
+                continue;
+            };
+            // A handler's own call is no sign that callers are at work: the leader comes back at once.
+            if !nested.is_nested() {
+                self.reader.turns.fetch_add(1, Ordering::Relaxed);
+            }
+            let done = loop {
+                if !input.attach(self) {
+                    break None;
+                }
+                let received = self.receive_until(&mut input, deadline);
+                input.settle(self, received, &mut jobs);
+                self.push_jobs(&mut jobs);
+                if let Poll::Ready(value) = attempt(cx) {
+                    break Some(Some(value));
+                }
+                if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                    break Some(None);
+                }
+            };
+            drop(input);
+            match done {
+                Some(result) => {
+                    waited = true;
+                    break result;
+                }
+                // No connection: whatever is waited for is woken by the next one, or by the end.
+                None => {
+                    self.reader.pass_on();
+                    if let Poll::Ready(value) = attempt(cx) {
+                        break Some(value);
+                    }
+                    if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                        break None;
+                    }
+                    std::thread::park_timeout(patience(deadline).min(Duration::from_millis(20)));
+                    if let Poll::Ready(value) = attempt(cx) {
+                        break Some(value);
+                    }
+                }
+            }
+        };
+        drop(nested);
+        // Whoever held the role, or was offered it, passes it on.
+        if waited {
+            self.reader.pass_on();
+        }
+        result
+    }
+
+    /// Blocks beside a task that reads.
+    fn park_on<T>(
+        &self,
+        deadline: Option<Instant>,
+        cx: &mut Context<'_>,
+        mut attempt: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> Option<T> {
+        loop {
+            std::thread::park_timeout(patience(deadline));
+            if let Poll::Ready(value) = attempt(cx) {
+                return Some(value);
+            }
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return None;
+            }
+        }
+    }
+
+    /// Waits until another reader has news; sends what the socket takes meanwhile.
+    fn park(&self, deadline: Option<Instant>) {
+        match self
+            .outbox
+            .is_blocked()
+            .then(|| self.outbox.link())
+            .flatten()
+        {
+            None => std::thread::park_timeout(patience(deadline)),
+            Some(link) => {
+                let mut fds = [PollFd::from_borrowed_fd(link.as_fd(), PollFlags::OUT)];
+                // Short, since news of the reader does not end it.
+                let _ = poll(&mut fds, Some(&timespec(Duration::from_millis(5))));
+                self.outbox.flush();
+            }
+        }
+    }
+
+    /// Waits for bytes as a blocked caller does; sends what waits to be sent when the socket takes it.
+    fn receive_until(self: &Arc<Self>, input: &mut Input, deadline: Option<Instant>) -> Received {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let is_short = left.is_some_and(|left| left < RECV_TIMEOUT);
+        if input.is_fresh || (!is_short && !self.outbox.is_blocked()) {
+            return input.receive();
+        }
+        let Some(link) = input.link.clone() else {
+            return Received::Nothing;
+        };
+        let mut wanted = PollFlags::IN;
+        if self.outbox.is_blocked() {
+            wanted |= PollFlags::OUT;
+        }
+        let mut fds = [PollFd::from_borrowed_fd(link.as_fd(), wanted)];
+        let time = timespec(left.unwrap_or(RECV_TIMEOUT).min(RECV_TIMEOUT));
+        // An interrupted or failed poll is as good as an early one: the read decides.
+        let _ = poll(&mut fds, Some(&time));
+        let ready = fds[0].revents();
+        if ready.contains(PollFlags::OUT) {
+            self.outbox.flush();
+        }
+        if ready.difference(PollFlags::OUT).is_empty() {
+            return Received::Nothing;
+        }
+        input.try_receive()
+    }
+}
+
+/// How long to sleep before looking again, at most.
+fn patience(deadline: Option<Instant>) -> Duration {
+    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    left.unwrap_or(RECV_TIMEOUT).min(RECV_TIMEOUT)
+}
+
+/// `time` for `poll`.
+pub(crate) fn timespec(time: Duration) -> Timespec {
+    Timespec::try_from(time).unwrap_or(Timespec {
+        tv_sec: 1,
+        tv_nsec: 0,
+    })
+}

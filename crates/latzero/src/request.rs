@@ -1,0 +1,423 @@
+//! A call as its handler sees it.
+
+use std::future::poll_fn;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use latzero_protocol::encode::append_str;
+use latzero_protocol::{Code, Envelope, InstanceId, Raw, Refusal, encode, frame};
+use serde::Deserialize;
+
+use crate::app::App;
+use crate::core::{Core, Leave};
+use crate::error::{Error, HandlerError};
+use crate::message::Message;
+use crate::outbox::By;
+use crate::payload::{self, FromPayload, IntoPayload, Payload};
+use crate::sync::{lock, set_waker};
+
+/// Who called or emitted, as the server vouches for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Origin {
+    /// The AppID.
+    pub app_id: String,
+    /// The instance, sixteen hex digits.
+    pub instance: String,
+}
+
+impl Origin {
+    /// The instance as an id.
+    #[must_use]
+    pub fn instance_id(&self) -> Option<InstanceId> {
+        InstanceId::parse(&self.instance)
+    }
+}
+
+/// One call that an instance handles: what the server may still say about it.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    /// The id to answer to; none for an emit.
+    pub(crate) id: Option<Box<str>>,
+    pub(crate) epoch: u32,
+    cancelled: AtomicBool,
+    state: std::sync::Mutex<TicketState>,
+}
+
+#[derive(Debug)]
+struct TicketState {
+    /// Items that may still be sent; `None` is no limit.
+    credits: Option<u64>,
+    /// Who waits for credits or for the cancellation.
+    wakers: [Option<Waker>; 2],
+}
+
+/// Which of a ticket's wakers: the one of whoever waits for credits, or the one of the handler's task.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Waits {
+    ForCredits,
+    ForCancel,
+}
+
+impl Ticket {
+    fn new(id: Option<Box<str>>, epoch: u32, window: Option<u64>) -> Self {
+        Ticket {
+            id,
+            epoch,
+            cancelled: AtomicBool::new(false),
+            state: std::sync::Mutex::new(TicketState {
+                credits: window,
+                wakers: [None, None],
+            }),
+        }
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Whether the caller counts items.
+    pub(crate) fn has_window(&self) -> bool {
+        lock(&self.state).credits.is_some()
+    }
+
+    fn wake(&self) {
+        let wakers = std::mem::take(&mut lock(&self.state).wakers);
+        wakers.into_iter().flatten().for_each(Waker::wake);
+    }
+
+    pub(crate) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// The caller takes `count` items more.
+    pub(crate) fn grant(&self, count: u64) {
+        let waker = {
+            let mut state = lock(&self.state);
+            state.credits = state.credits.map(|credits| credits.saturating_add(count));
+            state.wakers[Waits::ForCredits as usize].take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Notes whom a cancellation wakes.
+    pub(crate) fn on_cancel(&self, waker: &Waker) {
+        set_waker(
+            &mut lock(&self.state).wakers[Waits::ForCancel as usize],
+            waker,
+        );
+    }
+
+    fn poll_credit(&self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let mut state = lock(&self.state);
+        if self.is_cancelled() {
+            return Poll::Ready(Err(cancelled()));
+        }
+        match &mut state.credits {
+            None => Poll::Ready(Ok(())),
+            Some(0) => {
+                set_waker(&mut state.wakers[Waits::ForCredits as usize], cx.waker());
+                Poll::Pending
+            }
+            Some(credits) => {
+                *credits -= 1;
+                Poll::Ready(Ok(()))
+            }
+        }
+    }
+}
+
+fn cancelled() -> Error {
+    Error::new(
+        Code::Cancelled,
+        "the caller does not want the answer any more",
+    )
+}
+
+/// A call, or an emit, as its handler sees it.
+#[derive(Debug)]
+pub struct Request {
+    text: Box<str>,
+    name: Range<usize>,
+    pool: Range<usize>,
+    origin: Range<usize>,
+    headers: Range<usize>,
+    key: Range<usize>,
+    payload: Payload,
+    received: Instant,
+    ttl_ms: Option<u64>,
+    pub(crate) ticket: Arc<Ticket>,
+    pub(crate) core: Arc<Core>,
+}
+
+/// Where `part` stands in `whole`, of which it is a piece.
+fn place(whole: &str, part: Option<&str>) -> Range<usize> {
+    let Some(part) = part else { return 0..0 };
+    let start = part.as_ptr() as usize - whole.as_ptr() as usize;
+    start..start + part.len()
+}
+
+/// The inside of a JSON string. Names have no escapes, so it is the name.
+fn inside(raw: Raw<'_>) -> Option<&str> {
+    raw.text().strip_prefix('"')?.strip_suffix('"')
+}
+
+impl Request {
+    /// Takes a trigger or an emit of the server; `None` where it lacks what it must have.
+    pub(crate) fn received(core: &Arc<Core>, epoch: u32, e: &Envelope<'_>) -> Option<Self> {
+        let id = match e.id {
+            Some(raw) => Some(raw.as_str()?.into()),
+            None => None,
+        };
+        let window = e.window.and_then(Raw::as_u64);
+        let name = place(e.text, Some(e.process.and_then(inside)?));
+        let pool = place(e.text, e.pool.and_then(inside));
+        let origin = place(e.text, e.origin.map(Raw::text));
+        let headers = place(e.text, e.headers.map(Raw::text));
+        let key = place(e.text, e.key.map(Raw::text));
+        // The payload is kept apart. Where it ends the text, as servers write it, it is not kept twice.
+        let others = [&name, &pool, &origin, &headers, &key];
+        let others_end = others.iter().map(|range| range.end).max().unwrap_or(0);
+        Some(Request {
+            text: e.text[..others_end].into(),
+            name,
+            pool,
+            origin,
+            headers,
+            key,
+            payload: Payload::received(e, e.data),
+            received: Instant::now(),
+            ttl_ms: e.ttl.and_then(Raw::as_u64),
+            ticket: Arc::new(Ticket::new(id, epoch, window)),
+            core: core.clone(),
+        })
+    }
+
+    /// The trigger's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.text[self.name.clone()]
+    }
+
+    /// The pool.
+    #[must_use]
+    pub fn pool(&self) -> &str {
+        &self.text[self.pool.clone()]
+    }
+
+    /// Who calls, as the server vouches for.
+    #[must_use]
+    pub fn origin(&self) -> Origin {
+        serde_json::from_str(&self.text[self.origin.clone()]).unwrap_or_default()
+    }
+
+    pub(crate) fn headers_json(&self) -> Option<&str> {
+        (!self.headers.is_empty()).then(|| &self.text[self.headers.clone()])
+    }
+
+    /// The headers.
+    #[must_use]
+    pub fn headers(&self) -> Vec<(String, String)> {
+        payload::read_headers(self.headers_json())
+    }
+
+    /// One header.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<String> {
+        self.headers()
+            .into_iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value)
+    }
+
+    /// The caller's `key`.
+    #[must_use]
+    pub fn key(&self) -> Option<String> {
+        serde_json::from_str(&self.text[self.key.clone()]).ok()
+    }
+
+    /// What is left of the call's time to live; `None` for an emit.
+    #[must_use]
+    pub fn time_left(&self) -> Option<Duration> {
+        let deadline = self.received + Duration::from_millis(self.ttl_ms?);
+        Some(deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Whether it is an emit, whose answer nobody receives.
+    #[must_use]
+    pub fn is_emit(&self) -> bool {
+        self.ticket.id.is_none()
+    }
+
+    /// The payload as `T`.
+    ///
+    /// # Errors
+    /// `bad_message` where it is not a `T`; handlers pass it to the caller by `?`.
+    pub fn data<T: FromPayload>(&self) -> Result<T, HandlerError> {
+        payload::read(self.payload.clone()).map_err(HandlerError::from)
+    }
+
+    /// The payload's JSON text, where it is JSON.
+    #[must_use]
+    pub fn json(&self) -> Option<&str> {
+        self.payload
+            .json()
+            .and_then(|json| std::str::from_utf8(json).ok())
+    }
+
+    /// The payload's raw bytes, where it is raw bytes.
+    #[must_use]
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match &self.payload {
+            Payload::Bytes(bytes) => Some(bytes),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn payload(&self) -> &Payload {
+        &self.payload
+    }
+
+    /// Whether the caller does not want the answer any more, or the connection that it came by is gone.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.ticket.is_cancelled()
+    }
+
+    /// The app that handles this, for calls of its own. A handler that kept a handle of its app would keep the app
+    /// alive for ever; this one is lent.
+    #[must_use]
+    pub fn app(&self) -> App {
+        App::lent(&self.core)
+    }
+
+    /// Sends one item of a streamed answer, once the caller has room for it.
+    ///
+    /// # Errors
+    /// `cancelled` where the caller is gone, `bad_message` where the item can't be written.
+    pub async fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
+        let mut sending = self.sending("partial", payload::write(item)?);
+        poll_fn(|cx| sending.poll(self, cx)).await
+    }
+
+    /// Reports how far the work is. Reports are not items: the caller may see only the newest.
+    ///
+    /// # Errors
+    /// `cancelled` where the caller is gone, `bad_message` where the report can't be written.
+    pub async fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
+        let mut sending = self.sending("progress", payload::write(report)?);
+        sending.has_credit = true;
+        poll_fn(|cx| sending.poll(self, cx)).await
+    }
+
+    pub(crate) fn sending(&self, status: &'static str, payload: Payload) -> Sending {
+        let mut message = Message::new("response");
+        message.string("in_reply_to", self.ticket.id.as_deref().unwrap_or(""));
+        message.string("status", status);
+        message.payload("response", payload);
+        Sending {
+            message,
+            has_credit: false,
+        }
+    }
+
+    /// Answers with a refusal of this library.
+    pub(crate) fn refuse(&self, refusal: &Refusal) {
+        if let Some(id) = &self.ticket.id {
+            self.core.outbox.append(self.ticket.epoch, |out, _| {
+                encode::refusal(out, Some(id), refusal)
+            });
+        }
+    }
+}
+
+/// An item or report on its way.
+pub(crate) struct Sending {
+    message: Message,
+    pub(crate) has_credit: bool,
+}
+
+impl Sending {
+    pub(crate) fn poll(
+        &mut self,
+        request: &Request,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Error>> {
+        if request.ticket.is_cancelled() {
+            return Poll::Ready(Err(cancelled()));
+        }
+        if request.is_emit() {
+            return Poll::Ready(Ok(()));
+        }
+        if !self.has_credit {
+            std::task::ready!(request.ticket.poll_credit(cx))?;
+            self.has_credit = true;
+        }
+        let by = By::Connection(request.ticket.epoch);
+        request
+            .core
+            .poll_submit(&mut self.message, by, Leave::Soon, cx)
+            .map(|result| result.map(|_| ()))
+    }
+}
+
+/// Bytes that an answer's frame may need around its payload.
+const ENVELOPE_BYTES_MAX: usize = 512;
+
+/// What a handler answers.
+pub(crate) type Outcome = Result<Payload, HandlerError>;
+
+/// Appends a handler's answer. It leaves with the next flush.
+pub(crate) fn answer(core: &Core, ticket: &Ticket, outcome: Outcome) {
+    let Some(id) = ticket.id.as_deref() else {
+        return;
+    };
+    let begin = |out: &mut Vec<u8>, status: &str| {
+        out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");
+        append_str(out, id);
+        out.extend_from_slice(b",\"status\":\"");
+        out.extend_from_slice(status.as_bytes());
+        out.push(b'"');
+    };
+    core.outbox.append(ticket.epoch, |out, link| match outcome {
+        Ok(payload) if payload.len() + ENVELOPE_BYTES_MAX > link.max_frame => {
+            let text = format!(
+                "the handler's answer of {} bytes is over the server's limit of {} bytes (limits.max_frame)",
+                payload.len(),
+                link.max_frame
+            );
+            encode::refusal(out, Some(id), &Refusal::new(Code::TooLarge, text));
+        }
+        Ok(Payload::Bytes(bytes)) => {
+            let mut message = Message::new("response");
+            message.string("in_reply_to", id);
+            message.string("status", "ok");
+            message.payload("response", Payload::Bytes(bytes));
+            out.extend_from_slice(message.finish(None, link.attachments));
+        }
+        Ok(payload) => frame::append(out, |out| {
+            begin(out, "ok");
+            out.extend_from_slice(b",\"response\":");
+            out.extend_from_slice(payload.json().unwrap_or(b"null"));
+            out.push(b'}');
+        }),
+        Err(error) => frame::append(out, |out| {
+            begin(out, "error");
+            out.extend_from_slice(b",\"error\":{\"code\":");
+            append_str(out, &error.code);
+            out.extend_from_slice(b",\"message\":");
+            append_str(out, &error.message);
+            if let Some(data) = &error.data {
+                out.extend_from_slice(b",\"data\":");
+                out.extend_from_slice(data.to_string().as_bytes());
+            }
+            out.extend_from_slice(b"}}");
+        }),
+    });
+}

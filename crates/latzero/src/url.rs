@@ -1,0 +1,196 @@
+//! Addresses: `latzero://APP_ID[@HOST[:PORT]][?socket=PATH][&pool=alpha…]`.
+
+use std::path::PathBuf;
+
+use latzero_protocol::limits::DEFAULT_PORT;
+use latzero_protocol::{AppId, Code, PoolName};
+
+use crate::error::Error;
+
+/// Where the server is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The Unix socket of the default data directory, else the default port of this machine.
+    Local,
+    /// A Unix socket.
+    Socket(PathBuf),
+    /// A host and port.
+    Tcp(String, u16),
+}
+
+/// A parsed address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Url {
+    pub(crate) app_id: AppId,
+    pub(crate) place: Place,
+    pub(crate) pools: Vec<PoolName>,
+}
+
+fn bad(url: &str, why: &str) -> Error {
+    Error::new(
+        Code::BadMessage,
+        format!(
+            "the address '{url}' {why}; expected latzero://APP_ID[@HOST[:PORT]][?socket=PATH][&pool=NAME]"
+        ),
+    )
+}
+
+impl Url {
+    pub(crate) fn parse(url: &str) -> Result<Self, Error> {
+        let rest = url
+            .strip_prefix("latzero://")
+            .ok_or_else(|| bad(url, "does not begin with latzero://"))?;
+        let (authority, query) = match rest.split_once('?') {
+            Some((authority, query)) => (authority, Some(query)),
+            None => (rest, None),
+        };
+        let authority = authority.strip_suffix('/').unwrap_or(authority);
+        let (app_id, host) = match authority.split_once('@') {
+            Some((app_id, host)) => (app_id, Some(host)),
+            None => (authority, None),
+        };
+        let name_error =
+            |e: latzero_protocol::NameError| Error::new(Code::InvalidName, e.to_string());
+        let mut place = match host {
+            None => Place::Local,
+            Some(host) => host_and_port(url, host)?,
+        };
+        let app_id = AppId::new(app_id).map_err(name_error)?;
+        let mut pools = Vec::new();
+        for pair in query
+            .unwrap_or("")
+            .split('&')
+            .filter(|pair| !pair.is_empty())
+        {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let value = unescape(url, value)?;
+            match key {
+                "pool" => {
+                    let pool = PoolName::new(&value).map_err(name_error)?;
+                    if !pools.contains(&pool) {
+                        pools.push(pool);
+                    }
+                }
+                "socket" if host.is_some() => {
+                    return Err(bad(url, "names both a host and a socket"));
+                }
+                "socket" if value.is_empty() => return Err(bad(url, "names no socket path")),
+                "socket" => place = Place::Socket(PathBuf::from(value)),
+                "tls" if value == "false" => {}
+                "tls" | "ca" | "fingerprint" => {
+                    return Err(bad(url, "asks for TLS, which is not in this build"));
+                }
+                other => return Err(bad(url, &format!("has an unknown option '{other}'"))),
+            }
+        }
+        Ok(Url {
+            app_id,
+            place,
+            pools,
+        })
+    }
+}
+
+fn host_and_port(url: &str, text: &str) -> Result<Place, Error> {
+    // An IPv6 address stands in brackets, since it has colons of its own.
+    let (host, port) = match text.strip_prefix('[').and_then(|t| t.split_once(']')) {
+        Some((host, "")) => (host, None),
+        Some((host, port)) => (host, Some(port.strip_prefix(':').unwrap_or(port))),
+        None => match text.rsplit_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (text, None),
+        },
+    };
+    if host.is_empty() {
+        return Err(bad(url, "has no host after '@'"));
+    }
+    let port = match port {
+        None => DEFAULT_PORT,
+        Some(port) => match port.parse() {
+            Ok(port) if port > 0 => port,
+            _ => return Err(bad(url, "has a port that is not a number from 1 to 65535")),
+        },
+    };
+    Ok(Place::Tcp(host.to_owned(), port))
+}
+
+/// Undoes percent-encoding (RFC 3986, section 2.1).
+fn unescape(url: &str, text: &str) -> Result<String, Error> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        if byte != b'%' {
+            out.push(byte);
+            continue;
+        }
+        let mut digit = || bytes.next().and_then(|b| (b as char).to_digit(16));
+        let (Some(high), Some(low)) = (digit(), digit()) else {
+            return Err(bad(url, "has a '%' without two hex digits"));
+        };
+        out.push((high * 16 + low) as u8);
+    }
+    String::from_utf8(out).map_err(|_| bad(url, "is not UTF-8 once its escapes are undone"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(url: &str, place: &Place, pools: &[&str]) {
+        let parsed = Url::parse(url).unwrap();
+        assert_eq!(&parsed.place, place, "{url}");
+        let got: Vec<&str> = parsed.pools.iter().map(PoolName::as_str).collect();
+        assert_eq!(got, pools, "{url}");
+    }
+
+    #[test]
+    fn addresses() {
+        check("latzero://me", &Place::Local, &[]);
+        check(
+            "latzero://me?pool=a&pool=b&pool=a",
+            &Place::Local,
+            &["a", "b"],
+        );
+        check(
+            "latzero://me@host",
+            &Place::Tcp("host".into(), DEFAULT_PORT),
+            &[],
+        );
+        check(
+            "latzero://me@1.2.3.4:99/?pool=a",
+            &Place::Tcp("1.2.3.4".into(), 99),
+            &["a"],
+        );
+        check("latzero://me@[::1]:99", &Place::Tcp("::1".into(), 99), &[]);
+        check(
+            "latzero://me@[::1]",
+            &Place::Tcp("::1".into(), DEFAULT_PORT),
+            &[],
+        );
+        check(
+            "latzero://me?socket=/a%20b/s.sock",
+            &Place::Socket("/a b/s.sock".into()),
+            &[],
+        );
+    }
+
+    #[test]
+    fn bad_addresses_say_why() {
+        for (url, why) in [
+            ("http://me", "does not begin with latzero://"),
+            ("latzero://", "'' is not a valid AppID"),
+            ("latzero://a b", "is not a valid AppID"),
+            ("latzero://me@", "no host"),
+            ("latzero://me@h:0", "port"),
+            ("latzero://me@h:x", "port"),
+            ("latzero://me@h?socket=/x", "both a host and a socket"),
+            ("latzero://me?tls=true", "TLS, which is not in this build"),
+            ("latzero://me?pol=a", "unknown option 'pol'"),
+            ("latzero://me?pool=a%2", "two hex digits"),
+            ("latzero://me?pool=a/b", "not a valid pool name"),
+        ] {
+            let error = Url::parse(url).unwrap_err().to_string();
+            assert!(error.contains(why), "{url}: {error}");
+        }
+    }
+}
