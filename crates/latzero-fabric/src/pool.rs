@@ -303,11 +303,13 @@ impl<P: Clone> Pool<P> {
         self.drop_handler(key, name, fx);
     }
 
-    /// Sends the pool's events to a member; `None` stops them.
-    pub fn watch(&mut self, key: MemberKey, events: Option<EventSet>) {
-        if let Some(member) = self.member_mut(key) {
-            member.watch = events;
-        }
+    /// Sends the pool's events to a member; `None` stops them. False where the membership has ended.
+    pub fn watch(&mut self, key: MemberKey, events: Option<EventSet>) -> bool {
+        let Some(member) = self.member_mut(key) else {
+            return false;
+        };
+        member.watch = events;
+        true
     }
 
     /// Routes a call to one handler.
@@ -351,10 +353,7 @@ impl<P: Clone> Pool<P> {
             );
             return Err(Refusal::new(Code::Overloaded, message).into());
         }
-        let sticky = match &trigger.key {
-            Some(key) => crate::prng::hash(self.hash_seed, key.as_bytes()),
-            None => crate::prng::hash(self.hash_seed, &member.instance.0.to_le_bytes()),
-        };
+        let sticky = self.sticky(trigger.key.as_deref(), member);
         let start = pick::start(served, &mut self.prng);
         let key = self.calls.next_key();
         let delivery = encode::Delivery {
@@ -373,7 +372,9 @@ impl<P: Clone> Pool<P> {
             headers: trigger.headers,
             body: trigger.body,
         };
-        let length = forwarded_length(trigger.body, trigger.headers.map_or(0, |h| h.text().len()));
+        let around = trigger.key.as_ref().map_or(0, |key| key.len())
+            + raw_length(delivery.destination)
+            + raw_length(trigger.headers);
         let mut seen = pick::Seen::default();
         let chosen = pick::each(
             served,
@@ -395,6 +396,7 @@ impl<P: Clone> Pool<P> {
                     seen.too_large = true;
                     return Offer::Busy;
                 }
+                let length = around + forwarded_length(trigger.body, to.attachments);
                 match fx.send(&to.peer, Class::Call, length, |out| {
                     encode::delivery(out, &delivery, to.attachments)
                 }) {
@@ -504,10 +506,9 @@ impl<P: Clone> Pool<P> {
             headers: response.headers,
             body: response.body,
         };
-        let length = forwarded_length(
-            response.body,
-            response.headers.map_or(0, |h| h.text().len()),
-        );
+        let length = forwarded_length(response.body, caller.attachments)
+            + raw_length(response.error)
+            + raw_length(response.headers);
         if caller.attachments == Attachments::NotTaken
             && too_large(response.body, self.limits.max_frame)
         {
@@ -515,7 +516,10 @@ impl<P: Clone> Pool<P> {
             self.end(
                 now,
                 key,
-                End::Refused(&Refusal::new(Code::TooLarge, message)),
+                End::Unfit {
+                    refusal: &Refusal::new(Code::TooLarge, message),
+                    is_final: response.status.is_final(),
+                },
                 fx,
             );
             return Ok(());
@@ -535,13 +539,16 @@ impl<P: Clone> Pool<P> {
                 );
             }
             (Sent::Queued, false) => fx.count(Count::Partial),
-            (Sent::Full, _) => {
+            (Sent::Full, is_final) => {
                 // Never dropped silently: a short error takes the place of what did not fit.
                 let message = "the answer did not fit into the caller's outbox (limits.outbox_bytes_max): read faster";
                 self.end(
                     now,
                     key,
-                    End::Overflowed(&Refusal::new(Code::Overloaded, message)),
+                    End::Unfit {
+                        refusal: &Refusal::new(Code::Overloaded, message),
+                        is_final,
+                    },
                     fx,
                 );
             }
@@ -624,6 +631,7 @@ impl<P: Clone> Pool<P> {
             headers: emit.headers,
             body: emit.body,
         };
+        let sticky = self.sticky(emit.key.as_deref(), sender);
         let mut delivered = 0;
         // Encoded once for all who take the same form.
         let mut encoded: [Option<std::ops::Range<usize>>; 2] = [None, None];
@@ -654,16 +662,13 @@ impl<P: Clone> Pool<P> {
             }
         };
         if emit.one {
-            let key = emit.key.as_ref().map_or(sender.instance.0, |key| {
-                crate::prng::hash(0, key.as_bytes())
-            });
             let start = pick::start(served, &mut self.prng);
             let chosen = pick::each(
                 served,
                 &self.handlers,
                 &self.members,
                 start,
-                key,
+                sticky,
                 |_, to| deliver(to),
             );
             if let Some((position, _)) = chosen {
@@ -798,10 +803,18 @@ impl<P: Clone> Pool<P> {
         assert_eq!(handlers, self.handlers.len());
         for (key, handler) in self.handlers.iter() {
             let in_flight = self.calls.iter().filter(|(_, c)| c.handler == key).count();
+            // Not compared with the concurrency, which a registration may lower while calls are under way.
             assert_eq!(in_flight, handler.in_flight as usize);
-            assert!(handler.in_flight <= handler.concurrency);
         }
         self.calls.check();
+    }
+
+    /// What a sticky trigger goes by: the key, else who asks. A call and an emit with one key go to one handler.
+    fn sticky(&self, key: Option<&str>, from: &Member<P>) -> u64 {
+        match key {
+            Some(key) => crate::prng::hash(self.hash_seed, key.as_bytes()),
+            None => crate::prng::hash(self.hash_seed, &from.instance.0.to_le_bytes()),
+        }
     }
 
     fn member(&self, key: MemberKey) -> Option<&Member<P>> {
@@ -829,11 +842,12 @@ impl<P: Clone> Pool<P> {
         if let Some(handler) = self.members.at_mut(place(call.member)) {
             handler.serving -= 1;
             let reason = match how {
-                End::Answered { .. } | End::HandlerGone => None,
+                // A handler that has answered for good has nothing to stop.
+                End::Answered { .. } | End::HandlerGone | End::Unfit { is_final: true, .. } => None,
                 End::Cancelled => Some("cancelled"),
                 End::CallerGone => Some("caller_gone"),
                 End::TimedOut => Some("timeout"),
-                End::Refused(refusal) | End::Overflowed(refusal) => Some(refusal.code.as_str()),
+                End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.code.as_str()),
             };
             if let Some(reason) = reason {
                 fx.send(&handler.peer, Class::Control, 96, |out| {
@@ -842,7 +856,12 @@ impl<P: Clone> Pool<P> {
             }
         }
         let refusal = match how {
-            End::Answered { .. } | End::CallerGone => None,
+            End::Answered { .. } => None,
+            // One that left its pool but not the server still waits.
+            End::CallerGone => Some(Refusal::new(
+                Code::Cancelled,
+                "the caller is in the call's pool no longer",
+            )),
             End::HandlerGone => {
                 let message = "the handler's connection ended before it answered; repeat the call if it may run twice";
                 Some(Refusal::new(Code::HandlerGone, message))
@@ -858,7 +877,7 @@ impl<P: Clone> Pool<P> {
                     format!("no answer within the call's ttl of {ms} ms"),
                 ))
             }
-            End::Refused(refusal) | End::Overflowed(refusal) => Some(refusal.clone()),
+            End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.clone()),
         };
         let caller = self
             .members
@@ -871,7 +890,7 @@ impl<P: Clone> Pool<P> {
                 Class::Control,
                 refusal.message.len() + 256,
                 |out| match how {
-                    End::Overflowed(refusal) => append_overflow(out, id, refusal),
+                    End::Unfit { refusal, .. } => append_unfit(out, id, refusal),
                     _ => encode::refusal(out, Some(id), refusal),
                 },
             );
@@ -882,9 +901,7 @@ impl<P: Clone> Pool<P> {
             .at(place(call.member))
             .map_or_else(|| caller.clone(), |m| m.peer.clone());
         let failed = matches!(how, End::Answered { failed: true });
-        let code = refusal
-            .map(|r| r.code)
-            .or(matches!(how, End::CallerGone).then_some(Code::Cancelled));
+        let code = refusal.map(|r| r.code);
         fx.call_ended(
             &caller,
             &handler,
@@ -1031,7 +1048,7 @@ enum End<'a> {
     Answered { failed: bool },
     /// Its handler's connection or membership ended.
     HandlerGone,
-    /// Its caller's connection or membership ended: nobody waits for it.
+    /// Its caller's connection or membership ended.
     CallerGone,
     /// Its caller ended it.
     Cancelled,
@@ -1039,8 +1056,11 @@ enum End<'a> {
     TimedOut,
     /// The server ended it.
     Refused(&'a Refusal),
-    /// Its answer did not fit into the caller's outbox: the handler has run all the same.
-    Overflowed(&'a Refusal),
+    /// Its answer could not be passed on: the handler has run all the same.
+    Unfit {
+        refusal: &'a Refusal,
+        is_final: bool,
+    },
 }
 
 struct Presence<'a> {
@@ -1049,14 +1069,14 @@ struct Presence<'a> {
     trigger: Option<&'a TriggerName>,
 }
 
-/// `overloaded` means "did not run" everywhere but here, where only the answer was lost.
-fn append_overflow(out: &mut Vec<u8>, id: &str, refusal: &Refusal) {
+/// `overloaded` and `too_large` mean "did not run" everywhere but here, where only the answer was lost.
+fn append_unfit(out: &mut Vec<u8>, id: &str, refusal: &Refusal) {
     latzero_protocol::frame::append(out, |out| {
         out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");
         encode::append_str(out, id);
-        out.extend_from_slice(
-            b",\"status\":\"error\",\"error\":{\"code\":\"overloaded\",\"message\":",
-        );
+        out.extend_from_slice(b",\"status\":\"error\",\"error\":{\"code\":\"");
+        out.extend_from_slice(refusal.code.as_str().as_bytes());
+        out.extend_from_slice(b"\",\"message\":");
         encode::append_str(out, &refusal.message);
         out.extend_from_slice(b",\"ran\":\"unknown\"}}");
     });
@@ -1080,14 +1100,27 @@ fn not_member(pool: &PoolName) -> Refusal {
     )
 }
 
-/// Bytes that a forwarded message takes at most: the body, and what stands around it.
-fn forwarded_length(body: Body<'_>, headers: usize) -> usize {
-    body.len() + headers + 512
+/// About how many bytes a forwarded message takes: the body in the form that its receiver takes, and what always
+/// stands around it.
+fn forwarded_length(body: Body<'_>, attachments: Attachments) -> usize {
+    let body = match (body, attachments) {
+        (Body::Bytes(bytes), Attachments::NotTaken) => base64_length(bytes),
+        _ => body.len(),
+    };
+    body + 512
+}
+
+fn raw_length(field: Option<latzero_protocol::Raw<'_>>) -> usize {
+    field.map_or(0, |raw| raw.text().len())
+}
+
+fn base64_length(bytes: &[u8]) -> usize {
+    bytes.len().div_ceil(3) * 4
 }
 
 /// Whether raw bytes would pass the frame limit once they are base64.
 fn too_large(body: Body<'_>, max_frame: usize) -> bool {
-    matches!(body, Body::Bytes(bytes) if bytes.len().div_ceil(3) * 4 > max_frame)
+    matches!(body, Body::Bytes(bytes) if base64_length(bytes) > max_frame)
 }
 
 fn seat<P>(key: Key<Member<P>>) -> MemberKey {

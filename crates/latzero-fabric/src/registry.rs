@@ -209,9 +209,8 @@ impl<H: Host> Registry<H> {
                     format!("app '{app_id}' has {max} instances (limits.instances_per_app_max)");
                 return Err(Refusal::new(Code::Quota, message));
             }
-        } else {
-            self.make_room()?;
         }
+        let is_known = known.is_some();
         let new_pools = registration
             .pools
             .iter()
@@ -223,6 +222,10 @@ impl<H: Host> Registry<H> {
                 format!("there are {} pools (limits.pools_max)", self.pools.len()),
             ));
         }
+        // The last that can fail: from here on things change.
+        if !is_known {
+            self.make_room()?;
+        }
 
         let instance = InstanceId(self.prng.next_u64());
         let pools = registration
@@ -231,7 +234,14 @@ impl<H: Host> Registry<H> {
             .into_iter()
             .map(|name| self.enter(now, name))
             .collect();
-        let (triggers, watches) = (registration.triggers.clone(), registration.watches.clone());
+        let triggers = registration.triggers.clone();
+        // Another instance may watch a pool that is not among those that are restored.
+        let watches = registration
+            .watches
+            .iter()
+            .filter(|(pool, _)| registration.pools.contains(pool))
+            .cloned()
+            .collect();
         let app = self.apps.entry(app_id.clone()).or_insert_with(|| App {
             registration: Registration::default(),
             instances: Vec::new(),
@@ -315,8 +325,11 @@ impl<H: Host> Registry<H> {
             .partition(|i| instance.is_none_or(|id| id == i.id));
         let gone: Vec<Instance<H>> = gone;
         app.instances = stay;
+        if gone.is_empty() {
+            return gone;
+        }
         app.last_seen = now;
-        if app.instances.is_empty() && !gone.is_empty() {
+        if app.instances.is_empty() {
             self.offline.insert((now, app_id.clone()));
         }
         self.instances -= gone.len();
@@ -704,21 +717,8 @@ impl<H: Host> Registry<H> {
     }
 
     fn check_quota(&self, pools: &[PoolName], triggers: &[TriggerSpec]) -> Result<(), Refusal> {
-        if pools.len() > self.limits.pools_per_app_max {
-            return Err(too_many(
-                "pools",
-                self.limits.pools_per_app_max,
-                "limits.pools_per_app_max",
-            ));
-        }
-        if triggers.len() > self.limits.triggers_per_app_max {
-            return Err(too_many(
-                "triggers",
-                self.limits.triggers_per_app_max,
-                "limits.triggers_per_app_max",
-            ));
-        }
-        Ok(())
+        check_pools(pools.len(), &self.limits)?;
+        check_triggers(triggers, &self.limits)
     }
 
     /// JSON that an app may say freely, within its size.
@@ -786,6 +786,30 @@ fn check_reserved(triggers: &[TriggerSpec]) -> Result<(), Refusal> {
         }
         None => Ok(()),
     }
+}
+
+/// Whether an app, or one instance of it, may be in that many pools.
+pub(crate) fn check_pools(pools: usize, limits: &Limits) -> Result<(), Refusal> {
+    if pools > limits.pools_per_app_max {
+        return Err(too_many(
+            "pools",
+            limits.pools_per_app_max,
+            "limits.pools_per_app_max",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether an app, or one instance of it, may serve these triggers.
+pub(crate) fn check_triggers(triggers: &[TriggerSpec], limits: &Limits) -> Result<(), Refusal> {
+    if triggers.len() > limits.triggers_per_app_max {
+        return Err(too_many(
+            "triggers",
+            limits.triggers_per_app_max,
+            "limits.triggers_per_app_max",
+        ));
+    }
+    Ok(())
 }
 
 fn too_many(what: &str, max: usize, limit: &str) -> Refusal {

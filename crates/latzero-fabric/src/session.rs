@@ -119,11 +119,7 @@ impl<H: Host> Session<H> {
         let id = id.as_deref();
         match Request::decode(&envelope) {
             Ok(Request::Handshake(handshake)) => self.handshake(now, id, &handshake, host),
-            Ok(_) if self.ready.is_none() => {
-                let message = "the first message must be a handshake: {\"action\":\"handshake\",\"app_id\":\"…\"}";
-                self.refuse(id, &Refusal::new(Code::NotReady, message), host);
-                Flow::Continue
-            }
+            Ok(_) if self.ready.is_none() => self.not_ready(id, host),
             Ok(Request::Trigger(trigger)) => {
                 if let Err(refusal) = self.call(now, &trigger, host) {
                     host.effects().refused(refusal.code);
@@ -135,6 +131,15 @@ impl<H: Host> Session<H> {
                 if let Err(refusal) = self.respond(now, &response, host) {
                     self.refuse(None, &refusal, host);
                 }
+                Flow::Continue
+            }
+            Ok(Request::Cancel(call)) => {
+                // Its id is the call's, whose own end answers it.
+                self.each_membership(&call, host, |pool, m, id, fx| pool.cancel(now, m, id, fx));
+                Flow::Continue
+            }
+            Ok(Request::Ack(call, count)) => {
+                self.each_membership(&call, host, |pool, m, id, fx| pool.ack(m, id, count, fx));
                 Flow::Continue
             }
             Ok(request) => {
@@ -151,16 +156,33 @@ impl<H: Host> Session<H> {
                 Flow::Continue
             }
             Err(refusal) => {
-                self.refuse(id, &refusal, host);
-                // A handshake that fails ends the connection; anything else that fails is answered.
-                let is_handshake = envelope.action.is_some_and(|a| a.text() == "\"handshake\"");
-                if is_handshake && self.ready.is_none() {
-                    Flow::Close
-                } else {
-                    Flow::Continue
+                let action = envelope.action.and_then(latzero_protocol::Raw::as_str);
+                match (action.as_deref(), self.ready.is_some()) {
+                    // A handshake that fails ends the connection; anything else that fails is answered.
+                    (Some("handshake"), false) => {
+                        self.refuse(id, &refusal, host);
+                        Flow::Close
+                    }
+                    (_, false) => self.not_ready(id, host),
+                    // Their id is a call's, which is not over because they are wrong.
+                    (Some("cancel" | "ack"), true) => {
+                        self.refuse(None, &refusal, host);
+                        Flow::Continue
+                    }
+                    (_, true) => {
+                        self.refuse(id, &refusal, host);
+                        Flow::Continue
+                    }
                 }
             }
         }
+    }
+
+    fn not_ready(&self, id: Option<&str>, host: &mut H) -> Flow {
+        let message =
+            "the first message must be a handshake: {\"action\":\"handshake\",\"app_id\":\"…\"}";
+        self.refuse(id, &Refusal::new(Code::NotReady, message), host);
+        Flow::Continue
     }
 
     /// Answers bytes that are no frame; nothing more is read from the connection.
@@ -363,6 +385,20 @@ impl<H: Host> Session<H> {
         }
     }
 
+    /// The membership that a message is about, as [`Self::membership`] has it. A pool that was removed does not count
+    /// as one of several.
+    #[inline]
+    fn current_membership(
+        &mut self,
+        pool: Option<&str>,
+        host: &mut H,
+    ) -> Result<&Membership<H>, Refusal> {
+        if pool.is_none() && self.membership(None).is_err() {
+            self.forget_removed(host);
+        }
+        self.membership(pool)
+    }
+
     /// The membership that a message is about: the pool it names, else the only one, else `default`.
     fn membership(&self, pool: Option<&str>) -> Result<&Membership<H>, Refusal> {
         let name = match (pool, &self.memberships[..]) {
@@ -387,10 +423,10 @@ impl<H: Host> Session<H> {
                 "the server is about to stop and takes no new calls",
             ));
         }
-        let m = self.membership(trigger.pool.as_deref())?;
+        let m = self.current_membership(trigger.pool.as_deref(), host)?;
         match host.with_pool(&m.pool, |pool, fx| pool.call(now, m.member, trigger, fx)) {
             Ok(()) => Ok(()),
-            Err(CallError::Refused(refusal)) => Err(self.explain_park(trigger, refusal)),
+            Err(CallError::Refused(refusal)) => Err(explain_park(trigger, refusal)),
             Err(CallError::UnknownDestination) => {
                 let app = trigger.destination.as_ref().map_or("", |d| &d.app_id);
                 let instance = trigger.destination.as_ref().and_then(|d| d.instance);
@@ -414,22 +450,8 @@ impl<H: Host> Session<H> {
                         format!("app '{app}' is known, but no instance of it lives"),
                     ),
                 };
-                Err(self.explain_park(trigger, refusal))
+                Err(explain_park(trigger, refusal))
             }
-        }
-    }
-
-    /// A call that asked to wait is told that it did not.
-    fn explain_park(&self, trigger: &Trigger<'_>, refusal: Refusal) -> Refusal {
-        match refusal.code {
-            Code::NoHandler | Code::Offline if trigger.park => Refusal {
-                message: Cow::Owned(format!(
-                    "{} (this version of the server does not park calls)",
-                    refusal.message
-                )),
-                ..refusal
-            },
-            _ => refusal,
         }
     }
 
@@ -458,14 +480,6 @@ impl<H: Host> Session<H> {
     ) -> Result<String, Refusal> {
         match request {
             Request::Emit(emit) => self.emit(&emit, host),
-            Request::Cancel(call) => {
-                self.each_membership(&call, host, |pool, m, id, fx| pool.cancel(now, m, id, fx));
-                Ok("{}".into())
-            }
-            Request::Ack(call, count) => {
-                self.each_membership(&call, host, |pool, m, id, fx| pool.ack(m, id, count, fx));
-                Ok("{}".into())
-            }
             Request::TriggerRegister(specs) => self.register(&specs, host),
             Request::TriggerUnregister(specs) => self.unregister(&specs, host),
             Request::PoolCreate(create) => self.pool_create(now, create, host),
@@ -491,14 +505,18 @@ impl<H: Host> Session<H> {
             Request::Stats => Ok(host.stats(now)),
             Request::Health => Ok(host.health(now)),
             Request::Admin(admin) => self.admin(now, &admin, host),
-            Request::Handshake(_) | Request::Trigger(_) | Request::Response(_) => {
+            Request::Handshake(_)
+            | Request::Trigger(_)
+            | Request::Response(_)
+            | Request::Cancel(_)
+            | Request::Ack(..) => {
                 unreachable!("these are handled where the frame came in")
             }
         }
     }
 
     fn emit(&mut self, emit: &Emit<'_>, host: &mut H) -> Result<String, Refusal> {
-        let m = self.membership(emit.pool.as_deref())?;
+        let m = self.current_membership(emit.pool.as_deref(), host)?;
         let delivered = host.with_pool(&m.pool, |pool, fx| pool.emit(m.member, emit, fx))?;
         Ok(format!("{{\"delivered\":{delivered}}}"))
     }
@@ -522,11 +540,16 @@ impl<H: Host> Session<H> {
     fn register(&mut self, specs: &[TriggerSpec], host: &mut H) -> Result<String, Refusal> {
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let transport = self.terms.transport;
-        host.with_registry(|registry, _| registry.remember_triggers(&ready.app, specs, transport))?;
+        let mut triggers = ready.triggers.clone();
         for spec in specs {
-            ready.triggers.retain(|known| known.name != spec.name);
-            ready.triggers.push(spec.clone());
+            triggers.retain(|known| known.name != spec.name);
+            triggers.push(spec.clone());
         }
+        // What this instance serves counts besides what the app is remembered with: another instance may have
+        // replaced that.
+        crate::registry::check_triggers(&triggers, host.limits())?;
+        host.with_registry(|registry, _| registry.remember_triggers(&ready.app, specs, transport))?;
+        ready.triggers = triggers;
         for m in &self.memberships {
             let reserved = m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn;
             host.with_pool(&m.pool, |pool, fx| {
@@ -591,6 +614,7 @@ impl<H: Host> Session<H> {
         if self.memberships.iter().any(|m| m.name == *name) {
             return Ok("{}".into());
         }
+        crate::registry::check_pools(self.memberships.len() + 1, host.limits())?;
         let app = self
             .ready
             .as_ref()
@@ -653,7 +677,12 @@ impl<H: Host> Session<H> {
         host: &mut H,
     ) -> Result<String, Refusal> {
         let m = self.membership(Some(name.as_str()))?;
-        host.with_pool(&m.pool, |pool, _| pool.watch(m.member, events));
+        if !host.with_pool(&m.pool, |pool, _| pool.watch(m.member, events)) {
+            return Err(Refusal::new(
+                Code::NotMember,
+                format!("pool '{name}' was removed; join it again with pool_join"),
+            ));
+        }
         let ready = self.ready.as_ref().expect("only a ready session gets here");
         host.with_registry(|registry, _| registry.remember_watch(&ready.app, name, events));
         Ok("{}".into())
@@ -691,6 +720,20 @@ impl<H: Host> Session<H> {
 
     fn send(&self, class: Class, length: usize, host: &mut H, encode: impl FnOnce(&mut Vec<u8>)) {
         host.effects().send(&self.peer, class, length, encode);
+    }
+}
+
+/// A call that asked to wait is told that it did not.
+fn explain_park(trigger: &Trigger<'_>, refusal: Refusal) -> Refusal {
+    match refusal.code {
+        Code::NoHandler | Code::Offline if trigger.park => Refusal {
+            message: Cow::Owned(format!(
+                "{} (this version of the server does not park calls)",
+                refusal.message
+            )),
+            ..refusal
+        },
+        _ => refusal,
     }
 }
 

@@ -331,7 +331,7 @@ fn check_headers(raw: Raw<'_>) -> Result<(), Refusal> {
     if !raw.is_object() {
         return Err(mistyped("headers", "an object of strings", raw));
     }
-    let mut keys: Vec<&str> = Vec::new();
+    let mut keys: Vec<Cow<'_, str>> = Vec::new();
     scan::object(raw.0, |key, value| {
         if !value.starts_with('"') {
             return Err(Malformed::Message(mistyped(
@@ -340,7 +340,7 @@ fn check_headers(raw: Raw<'_>) -> Result<(), Refusal> {
                 Raw(value),
             )));
         }
-        keys.push(key);
+        keys.push(unescape(key));
         Ok(())
     })
     .map_err(|error| match error {
@@ -477,6 +477,13 @@ mod tests {
         assert_eq!(
             text(e.checked_headers().unwrap_err()),
             "field 'headers' must be an object of strings, not 1"
+        );
+        let twice = parse(r#"{"headers":{"ab":"1","\u0061b":"2"}}"#)
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            text(twice.checked_headers().unwrap_err()),
+            "field 'headers.ab' stands twice"
         );
     }
 }

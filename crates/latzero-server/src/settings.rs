@@ -25,7 +25,7 @@ pub use value::{Kind, LogFormat, LogLevel, SocketChoice, Value};
 const VARIABLE_PREFIX: &str = "LATZERO_";
 
 /// Variables that are no settings: clients read them.
-pub const OTHER_VARIABLES: &[&str] = &["LATZERO_URL", "LATZERO_ADMIN_TOKEN"];
+pub const OTHER_VARIABLES: &[&str] = &["LATZERO_URL", "LATZERO_ADMIN_TOKEN", "LATZERO_BIN"];
 
 /// The exit code of a program that was given bad settings: usage, as for a bad flag.
 pub const EXIT_SETTINGS: u8 = 2;

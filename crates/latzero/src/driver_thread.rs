@@ -221,7 +221,11 @@ impl Workers {
     }
 
     fn now(&self) -> u64 {
-        u64::try_from(self.born.elapsed().as_nanos())
+        self.at(Instant::now())
+    }
+
+    fn at(&self, moment: Instant) -> u64 {
+        u64::try_from((moment - self.born).as_nanos())
             .unwrap_or(u64::MAX)
             .max(1)
     }
@@ -286,7 +290,7 @@ fn work(core: &Arc<Core>) {
             if has_more {
                 workers.another(core);
             }
-            run(core, job);
+            run(core, job, Instant::now());
             if workers.queued.load(Ordering::Acquire) == 0 {
                 core.flush();
             }
@@ -333,10 +337,11 @@ fn work(core: &Arc<Core>) {
     state.threads -= 1;
 }
 
-fn run(core: &Arc<Core>, job: Job) {
+fn run(core: &Arc<Core>, job: Job, started: Instant) -> Instant {
     IN_HANDLER_OF.set(Arc::as_ptr(core) as usize);
-    handlers::run(core, job);
+    let ended = handlers::run(core, job, started);
     IN_HANDLER_OF.set(0);
+    ended
 }
 
 /// Gives the lead up, if it is still this thread's.
@@ -492,12 +497,14 @@ fn stay_away(core: &Arc<Core>, time: Duration) {
 fn run_as_leader(core: &Arc<Core>, lease: u64, job: Job) -> bool {
     let workers = &core.workers;
     let mut next = Some(job);
+    // One look at the clock per job: where one ends, the next begins.
+    let mut now = Instant::now();
     while let Some(job) = next {
         if job.may_be_slow() && workers.threads_max > 1 {
             core.flush();
             resign(workers, lease);
             workers.another(core);
-            run(core, job);
+            run(core, job, Instant::now());
             core.flush();
             return false;
         }
@@ -505,9 +512,9 @@ fn run_as_leader(core: &Arc<Core>, lease: u64, job: Job) -> bool {
             workers.another(core);
         }
         workers.runs.fetch_add(1, Ordering::Relaxed);
-        let began = workers.now();
+        let began = workers.at(now);
         workers.busy_since.store(began, Ordering::Release);
-        run(core, job);
+        now = run(core, job, now);
         let _ = workers
             .busy_since
             .compare_exchange(began, 0, Ordering::AcqRel, Ordering::Relaxed);

@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
+use std::time::Instant;
 
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
@@ -121,8 +122,9 @@ impl Drive {
     /// Runs what is queued; whether anything was.
     fn run_jobs(&mut self) -> bool {
         let mut has_run = false;
+        let mut now = Instant::now();
         for job in self.jobs.drain(..) {
-            handlers::run(&self.core, job);
+            now = handlers::run(&self.core, job, now);
             has_run = true;
         }
         // Bounded by what is queued now: a task that wakes itself waits for the next turn.
@@ -130,7 +132,7 @@ impl Drive {
             let Some(job) = self.core.workers.pop() else {
                 break;
             };
-            handlers::run(&self.core, job);
+            now = handlers::run(&self.core, job, now);
             has_run = true;
         }
         has_run

@@ -77,7 +77,7 @@ impl Emission {
     /// # Errors
     /// `bad_message` where it is not a `T`.
     pub fn data<T: FromPayload>(&self) -> Result<T, Error> {
-        payload::read(self.payload.clone())
+        payload::peek(&self.payload)
     }
 
     /// The payload's JSON text, where it is JSON.

@@ -1,7 +1,8 @@
 //! What an app serves: its handlers, the calls that they are at, and who listens to emits.
 
-use std::collections::HashMap;
+use std::borrow::Borrow;
 use std::future::Future;
+use std::hash::{Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
+use hashbrown::{HashMap, HashSet};
 use latzero_protocol::message::Strategy;
 use serde_json::{Value, json};
 
@@ -100,7 +102,7 @@ type Listeners = HashMap<Box<str>, Vec<Weak<Queue<Emission>>>>;
 pub(crate) struct Handlers {
     entries: RwLock<HashMap<Box<str>, Arc<Entry>>>,
     listeners: RwLock<Listeners>,
-    running: Mutex<HashMap<Box<str>, Arc<Ticket>>>,
+    running: Mutex<HashSet<Noted>>,
     /// Who waits for the running calls to end.
     idle: Mutex<Vec<Waker>>,
 }
@@ -216,8 +218,9 @@ impl Handlers {
     }
 
     fn begin(&self, ticket: &Arc<Ticket>) {
-        if let Some(id) = &ticket.id {
-            lock(&self.running).insert(id.clone(), ticket.clone());
+        if ticket.id.is_some() {
+            // A new connection may give the id of a lost call to another one.
+            lock(&self.running).replace(Noted(ticket.clone()));
         }
     }
 
@@ -227,10 +230,10 @@ impl Handlers {
             let mut running = lock(&self.running);
             // A new connection may have given the same id to another call.
             if running
-                .get(id)
-                .is_some_and(|other| std::ptr::eq(&**other, ticket))
+                .get(&**id)
+                .is_some_and(|other| std::ptr::eq(&*other.0, ticket))
             {
-                running.remove(id);
+                running.remove(&**id);
             }
             running.is_empty()
         };
@@ -253,7 +256,7 @@ impl Handlers {
 
     /// The caller of `id` takes `count` items more.
     pub(crate) fn grant(&self, id: &str, count: u64) {
-        let ticket = lock(&self.running).get(id).cloned();
+        let ticket = lock(&self.running).get(id).map(|noted| noted.0.clone());
         if let Some(ticket) = ticket {
             ticket.grant(count);
         }
@@ -261,8 +264,8 @@ impl Handlers {
 
     /// The caller of `id` does not want the answer any more.
     pub(crate) fn cancel(&self, id: &str) {
-        let ticket = lock(&self.running).remove(id);
-        if let Some(ticket) = ticket {
+        let ticket = lock(&self.running).take(id);
+        if let Some(Noted(ticket)) = ticket {
             ticket.cancel();
         }
     }
@@ -270,7 +273,7 @@ impl Handlers {
     /// The connection is gone, and with it whoever waits for answers.
     pub(crate) fn cancel_all(&self) {
         let running = std::mem::take(&mut *lock(&self.running));
-        running.values().for_each(|ticket| ticket.cancel());
+        running.iter().for_each(|noted| noted.0.cancel());
         std::mem::take(&mut *lock(&self.idle))
             .into_iter()
             .for_each(Waker::wake);
@@ -303,21 +306,55 @@ fn panicked() -> Outcome {
     ))
 }
 
-/// Runs a job. Answers are appended, not flushed.
-pub(crate) fn run(core: &Arc<Core>, job: Job) {
+/// A running call, found by its id.
+struct Noted(Arc<Ticket>);
+
+impl Noted {
+    fn id(&self) -> &str {
+        self.0.id.as_deref().unwrap_or_default()
+    }
+}
+
+impl Borrow<str> for Noted {
+    fn borrow(&self) -> &str {
+        self.id()
+    }
+}
+
+impl PartialEq for Noted {
+    fn eq(&self, other: &Self) -> bool {
+        self.id() == other.id()
+    }
+}
+
+impl Eq for Noted {}
+
+impl Hash for Noted {
+    fn hash<S: Hasher>(&self, state: &mut S) {
+        self.id().hash(state);
+    }
+}
+
+/// Runs a job that begins at `started`; returns when it ended, as far as that was looked at. Answers are appended, not
+/// flushed.
+pub(crate) fn run(core: &Arc<Core>, job: Job, started: Instant) -> Instant {
     match job {
-        Job::Poll(task) => task.run(core),
+        Job::Poll(task) => {
+            task.run(core);
+            started
+        }
         Job::Start(entry, request) => match &entry.kind {
             Kind::Blocking(handler) => {
                 let ticket = request.ticket.clone();
                 core.handlers.begin(&ticket);
-                let started = Instant::now();
                 let outcome = catch_unwind(AssertUnwindSafe(|| handler(request)));
+                let ended = Instant::now();
                 entry
                     .is_slow
-                    .store(started.elapsed() > SLOW, Ordering::Relaxed);
+                    .store(ended - started > SLOW, Ordering::Relaxed);
                 request::answer(core, &ticket, outcome.unwrap_or_else(|_| panicked()));
                 core.handlers.finish(&ticket);
+                ended
             }
             Kind::Async(handler) => {
                 let ticket = request.ticket.clone();
@@ -333,6 +370,7 @@ pub(crate) fn run(core: &Arc<Core>, job: Job) {
                         core.handlers.finish(&ticket);
                     }
                 }
+                started
             }
         },
     }

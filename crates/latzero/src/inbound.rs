@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::task::Waker;
+use std::time::Instant;
 
 use latzero_protocol::{Code, Envelope, Ran, Raw, Refusal, encode, frame};
 
@@ -30,6 +31,7 @@ pub(crate) fn process(
     let mut batch = Batch {
         core,
         epoch: link.epoch,
+        now: Instant::now(),
         jobs,
         wake: Vec::new(),
         must_flush: false,
@@ -62,6 +64,8 @@ pub(crate) fn process(
 struct Batch<'a> {
     core: &'a Arc<Core>,
     epoch: u32,
+    /// When the batch was read: near enough for what arrived in it.
+    now: Instant,
     jobs: &'a mut Vec<Job>,
     wake: Vec<Waker>,
     must_flush: bool,
@@ -140,7 +144,7 @@ impl Batch<'_> {
     }
 
     fn trigger(&mut self, e: &Envelope<'_>) {
-        let Some(request) = Request::received(self.core, self.epoch, e) else {
+        let Some(request) = Request::received(self.core, self.epoch, self.now, e) else {
             return;
         };
         match self.core.handlers.find(request.name()) {
@@ -157,7 +161,7 @@ impl Batch<'_> {
     }
 
     fn emit(&mut self, e: &Envelope<'_>) {
-        let Some(request) = Request::received(self.core, self.epoch, e) else {
+        let Some(request) = Request::received(self.core, self.epoch, self.now, e) else {
             return;
         };
         let queues = self.core.handlers.listeners(request.name());

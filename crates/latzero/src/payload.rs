@@ -1,5 +1,7 @@
 //! What calls, emits and answers carry: JSON values or raw bytes.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -74,7 +76,7 @@ mod sealed {
     pub trait Read: Sized {
         #[doc(hidden)]
         #[allow(private_interfaces, reason = "sealed: no one else can name it")]
-        fn read(payload: Payload) -> Result<Self, serde_json::Error>;
+        fn read(payload: std::borrow::Cow<'_, Payload>) -> Result<Self, serde_json::Error>;
     }
 }
 
@@ -103,9 +105,9 @@ impl sealed::Write for Bytes {
 impl<T: DeserializeOwned> FromPayload for T {}
 impl<T: DeserializeOwned> sealed::Read for T {
     #[allow(private_interfaces, reason = "sealed: no one else can name it")]
-    fn read(payload: Payload) -> Result<Self, serde_json::Error> {
-        match payload {
-            Payload::Json(json) => serde_json::from_slice(&json),
+    fn read(payload: Cow<'_, Payload>) -> Result<Self, serde_json::Error> {
+        match &*payload {
+            Payload::Json(json) => serde_json::from_slice(json),
             Payload::None => serde_json::from_str("null"),
             Payload::Bytes(bytes) => Err(serde::de::Error::custom(format!(
                 "expected JSON, received {} raw bytes; take them as latzero::Bytes",
@@ -118,8 +120,8 @@ impl<T: DeserializeOwned> sealed::Read for T {
 impl FromPayload for Bytes {}
 impl sealed::Read for Bytes {
     #[allow(private_interfaces, reason = "sealed: no one else can name it")]
-    fn read(payload: Payload) -> Result<Self, serde_json::Error> {
-        match payload {
+    fn read(payload: Cow<'_, Payload>) -> Result<Self, serde_json::Error> {
+        match payload.into_owned() {
             Payload::Bytes(bytes) => Ok(Bytes(bytes)),
             Payload::None => Ok(Bytes::default()),
             Payload::Json(_) => Err(serde::de::Error::custom(
@@ -142,6 +144,15 @@ pub(crate) fn write<T: IntoPayload + ?Sized>(value: &T) -> Result<Payload, Error
 
 /// Reads a payload as `T`.
 pub(crate) fn read<T: FromPayload>(payload: Payload) -> Result<T, Error> {
+    read_cow(Cow::Owned(payload))
+}
+
+/// Reads a payload that stays where it is.
+pub(crate) fn peek<T: FromPayload>(payload: &Payload) -> Result<T, Error> {
+    read_cow(Cow::Borrowed(payload))
+}
+
+fn read_cow<T: FromPayload>(payload: Cow<'_, Payload>) -> Result<T, Error> {
     sealed::Read::read(payload).map_err(|e| {
         Error::new(
             Code::BadMessage,

@@ -170,7 +170,12 @@ fn inside(raw: Raw<'_>) -> Option<&str> {
 
 impl Request {
     /// Takes a trigger or an emit of the server; `None` where it lacks what it must have.
-    pub(crate) fn received(core: &Arc<Core>, epoch: u32, e: &Envelope<'_>) -> Option<Self> {
+    pub(crate) fn received(
+        core: &Arc<Core>,
+        epoch: u32,
+        now: Instant,
+        e: &Envelope<'_>,
+    ) -> Option<Self> {
         let id = match e.id {
             Some(raw) => Some(raw.as_str()?.into()),
             None => None,
@@ -192,7 +197,7 @@ impl Request {
             headers,
             key,
             payload: Payload::received(e, e.data),
-            received: Instant::now(),
+            received: now,
             ttl_ms: e.ttl.and_then(Raw::as_u64),
             ticket: Arc::new(Ticket::new(id, epoch, window)),
             core: core.clone(),
@@ -260,7 +265,7 @@ impl Request {
     /// # Errors
     /// `bad_message` where it is not a `T`; handlers pass it to the caller by `?`.
     pub fn data<T: FromPayload>(&self) -> Result<T, HandlerError> {
-        payload::read(self.payload.clone()).map_err(HandlerError::from)
+        payload::peek(&self.payload).map_err(HandlerError::from)
     }
 
     /// The payload's JSON text, where it is JSON.

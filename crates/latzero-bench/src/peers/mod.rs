@@ -3,6 +3,7 @@
 //! Each stands in a file of its own and implements [`Peer`]; to add one, write its file and add it to [`ALL`].
 
 mod json;
+mod latzero;
 pub(crate) mod nats;
 mod relay;
 
@@ -19,6 +20,8 @@ pub(crate) const ALL: &[&dyn Peer] = &[
     &relay::Relay(Transport::Unix),
     &json::Json(Transport::Tcp),
     &json::Json(Transport::Unix),
+    &latzero::LatZero(Transport::Tcp),
+    &latzero::LatZero(Transport::Unix),
     &nats::Nats,
 ];
 

@@ -1,7 +1,7 @@
 //! The calls under way in a pool: found by key, by their caller's id, and by their deadline.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap};
 
 use compact_str::CompactString;
 use hashbrown::HashTable;
@@ -139,13 +139,14 @@ impl Calls {
                 assert_eq!(self.find(call.caller, id), Some(key));
             }
         }
-        assert!(self.deadlines.len() <= 2 * self.calls.len().max(self.deadlines.len() / 2) + 1024);
-        let due = |key: Key<Call>| {
-            self.deadlines
-                .iter()
-                .any(|Reverse((_, s, g))| (*s, *g) == (key.slot, key.generation))
-        };
-        assert!(self.calls.iter().all(|(key, _)| due(key)));
+        let due: BTreeSet<_> = self
+            .deadlines
+            .iter()
+            .map(|Reverse((deadline, slot, generation))| (*slot, *generation, *deadline))
+            .collect();
+        let is_due =
+            |key: Key<Call>, call: &Call| due.contains(&(key.slot, key.generation, call.deadline));
+        assert!(self.calls.iter().all(|(key, call)| is_due(key, call)));
     }
 
     fn hash(&self, caller: MemberKey, id: &str) -> u64 {

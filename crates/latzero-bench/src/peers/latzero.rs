@@ -1,0 +1,147 @@
+//! LatZero itself, through its Rust client.
+//!
+//! The server is the real program, on a data directory and a port of its own. One call at a time is made through the
+//! blocking face, many in flight through the async one, on the runtime that NATS gets too; the handler is blocking.
+
+use super::{Install, Peer};
+use crate::failure::{During, Failure};
+use crate::frame::{PAYLOAD, PROCESS};
+use crate::placement::Placement;
+use crate::plan::{Load, Outcome, Plan, RateClock, time_each};
+use crate::process::{self, READY_WAIT, Server, announce};
+use crate::stream::Transport;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use latzero::blocking;
+use serde_json::value::RawValue;
+use std::fmt::Display;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// LatZero over one of its transports.
+pub(crate) struct LatZero(pub(crate) Transport);
+
+impl Peer for LatZero {
+    fn name(&self) -> &'static str {
+        match self.0 {
+            Transport::Tcp => "latzero-tcp",
+            Transport::Unix => "latzero-unix",
+        }
+    }
+
+    fn transport(&self) -> Transport {
+        self.0
+    }
+
+    fn prepare(&self, _install: Install) -> Result<(), String> {
+        let program = program();
+        if program.is_file() {
+            return Ok(());
+        }
+        Err(format!(
+            "{} is not built: `cargo build --release -p latzero-cli`, or name the program in LATZERO_BIN",
+            program.display()
+        ))
+    }
+
+    fn start(&self, scratch: &Path, placement: Placement) -> Result<Server, Failure> {
+        let process = process::start_server(self.name(), scratch, placement)?;
+        let address = process.wait_for(READY_WAIT, |line| {
+            let addresses = line.strip_prefix("latzero ready")?;
+            let word = |prefix: &str| {
+                addresses
+                    .split_whitespace()
+                    .find_map(|w| w.strip_prefix(prefix))
+            };
+            match self.0 {
+                Transport::Tcp => word("tcp://").map(|address| format!("@{address}")),
+                Transport::Unix => word("unix:").map(|path| format!("?socket={path}")),
+            }
+        })?;
+        Ok(Server { process, address })
+    }
+
+    fn serve(&self, scratch: &Path) -> Result<(), Failure> {
+        let mut command = Command::new(program());
+        command.args(["start", "--port", "0", "--log-level", "warn", "--data-dir"]);
+        Err(command.arg(scratch.join("data")).exec()).during("run latzero")
+    }
+
+    fn handle(&self, address: &str) -> Result<(), Failure> {
+        let app =
+            blocking::App::connect(&format!("latzero://handler{address}")).map_err(failure)?;
+        app.serve(PROCESS, |request| request.data::<Box<RawValue>>())
+            .map_err(failure)?;
+        announce(address)?;
+        loop {
+            std::thread::park();
+        }
+    }
+
+    fn call(&self, address: &str, plan: &Plan) -> Result<Outcome, Failure> {
+        let url = format!("latzero://caller{address}");
+        let payload: Box<RawValue> =
+            RawValue::from_string(PAYLOAD.to_owned()).expect("the payload is JSON");
+        match plan.load {
+            Load::OneAtATime => {
+                let app = blocking::App::connect(&url).map_err(failure)?;
+                time_each(plan, || {
+                    check(&app.call(PROCESS, &payload).send::<Box<RawValue>>())
+                })
+            }
+            Load::InFlight(window) => {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build();
+                runtime.during("start a runtime")?.block_on(async {
+                    let app = latzero::App::connect(&url).await.map_err(failure)?;
+                    let mut clock = RateClock::new(plan, window);
+                    let mut in_flight = FuturesUnordered::new();
+                    while !clock.is_over() {
+                        for _ in 0..clock.ask() {
+                            in_flight.push(app.call(PROCESS, &payload).send::<Box<RawValue>>());
+                        }
+                        check(
+                            &in_flight
+                                .next()
+                                .await
+                                .expect("a call is in flight until all are over"),
+                        )?;
+                        clock.answered(1);
+                    }
+                    Ok(clock.outcome())
+                })
+            }
+        }
+    }
+}
+
+fn check(answer: &Result<Box<RawValue>, latzero::Error>) -> Result<(), Failure> {
+    match answer {
+        Ok(text) if text.get() == PAYLOAD => Ok(()),
+        Ok(_) => Err(Failure::said(
+            "LatZero returned something other than what was sent",
+        )),
+        Err(error) => Err(failure(error)),
+    }
+}
+
+/// The program `latzero`: the one that `LATZERO_BIN` names, else the one beside this program.
+fn program() -> PathBuf {
+    if let Some(named) = std::env::var_os("LATZERO_BIN") {
+        return named.into();
+    }
+    let here = std::env::current_exe().unwrap_or_default();
+    let near = here
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join("latzero"))
+        .find(|path| path.is_file());
+    near.unwrap_or_else(|| here.with_file_name("latzero"))
+}
+
+fn failure(error: impl Display) -> Failure {
+    Failure::said(format!("LatZero: {error}"))
+}

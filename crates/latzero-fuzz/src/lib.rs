@@ -1,0 +1,123 @@
+//! What the fuzz targets run: each takes any bytes, and panics where something does not hold.
+//!
+//! They stand here and not in `fuzz/`, which needs a fuzzer's compiler flags, so that the ordinary tests can replay
+//! the corpus (`fuzz/corpus/<target>/`) on a stable compiler.
+
+mod session;
+
+use std::path::Path;
+
+use latzero_protocol::frame::{self, Accept};
+use latzero_protocol::{Envelope, Frame, FrameError, Request, scan};
+use latzero_server::settings;
+use serde::de::IgnoredAny;
+use serde_json::Value;
+
+pub use session::session;
+
+/// Frames that were decoded, and the error that ended them.
+type Decoded = (Vec<(Vec<u8>, Option<Vec<u8>>)>, Option<FrameError>);
+
+/// The frame decoder: however bytes are split, what comes out is the same. The first byte chooses what is accepted.
+///
+/// # Panics
+/// Where it is not.
+pub fn frame(data: &[u8]) {
+    let Some((choice, bytes)) = data.split_first() else {
+        return;
+    };
+    let accept = Accept {
+        max_frame: if choice & 2 == 0 { 64 } else { 16 << 20 },
+        attachments: choice & 1 == 1,
+    };
+    let whole = decode([bytes], accept);
+    assert_eq!(decode(bytes.chunks(1), accept), whole, "byte by byte");
+    // Every place of a short input, and evenly spread ones of a long one.
+    for cut in (0..=bytes.len()).step_by(1 + bytes.len() / 512) {
+        let (head, tail) = bytes.split_at(cut);
+        assert_eq!(decode([head, tail], accept), whole, "split at {cut}");
+    }
+}
+
+/// Decodes bytes that arrive in pieces.
+fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, accept: Accept) -> Decoded {
+    let (mut buffer, mut frames) = (Vec::new(), Vec::new());
+    for piece in pieces {
+        buffer.extend_from_slice(piece);
+        loop {
+            match frame::decode(&buffer, accept) {
+                Ok(Some((Frame { json, attachment }, used))) => {
+                    assert_eq!(frame::length(&buffer, accept), Ok(Some(used)));
+                    frames.push((json.to_vec(), attachment.map(<[u8]>::to_vec)));
+                    buffer.drain(..used);
+                }
+                Ok(None) => break,
+                Err(error) => return (frames, Some(error)),
+            }
+        }
+    }
+    (frames, None)
+}
+
+/// Messages: no bytes make the envelope or the decoder panic, and the scanner takes what JSON is.
+///
+/// # Panics
+/// Where that does not hold.
+pub fn message(data: &[u8]) {
+    for attachment in [None, Some(&data[data.len() / 2..])] {
+        let envelope = Envelope::parse(Frame {
+            json: data,
+            attachment,
+        });
+        match envelope {
+            Ok(Ok(envelope)) => {
+                let _ = envelope.correlation_id();
+                if let Err(refusal) = Request::decode(&envelope) {
+                    assert!(!refusal.message.is_empty());
+                }
+            }
+            // What is refused as a message is an object all the same.
+            Ok(Err(_)) => assert!(serde_json::from_slice::<IgnoredAny>(data).is_ok()),
+            Err(refusal) => assert!(refusal.message.len() < 512),
+        }
+    }
+    let Ok(text) = std::str::from_utf8(data) else {
+        return;
+    };
+    let is_json = scan::value(text).is_ok();
+    match serde_json::from_str::<Value>(text) {
+        Ok(value) if depth(&value) <= latzero_protocol::limits::JSON_DEPTH_MAX => {
+            assert!(is_json, "the scanner refuses JSON: {:?}", scan::value(text));
+        }
+        Ok(_) => assert!(!is_json, "the scanner takes JSON that is nested too deep"),
+        // Numbers are passed on as text, whatever they would overflow.
+        Err(error) if error.to_string().contains("number out of range") => {}
+        Err(error) => assert!(!is_json, "the scanner takes what is not JSON: {error}"),
+    }
+}
+
+fn depth(value: &Value) -> u32 {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
+        Value::Object(fields) => 1 + fields.values().map(depth).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+/// Settings files: none makes the parser panic, and each refusal says where it belongs.
+///
+/// # Panics
+/// Where that does not hold.
+pub fn config(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    if let Err(errors) = settings::parse_file(Path::new("config.toml"), &text) {
+        assert!(!errors.errors().is_empty(), "refused without a reason");
+        let lines = text.lines().count() + 1;
+        for error in errors.errors() {
+            assert!(error.to_string().contains("config.toml"), "{error}");
+            if let Some(at) = &error.at {
+                assert!(at.line >= 1 && at.line <= lines, "{error}");
+            }
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! Replays the corpus of every fuzz target.
+
+use std::path::Path;
+
+fn replay(target: &str, run: fn(&[u8])) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../fuzz/corpus")
+        .join(target);
+    let files = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let mut replayed = 0;
+    for file in files {
+        let path = file.expect("the folder can be read").path();
+        // Shown only where the run fails.
+        println!("replaying {}", path.display());
+        run(&std::fs::read(&path).expect("the file can be read"));
+        replayed += 1;
+    }
+    assert!(replayed > 0, "the corpus of '{target}' is empty");
+}
+
+#[test]
+fn frame() {
+    replay("frame", latzero_fuzz::frame);
+}
+
+#[test]
+fn message() {
+    replay("message", latzero_fuzz::message);
+}
+
+#[test]
+fn session() {
+    replay("session", latzero_fuzz::session);
+}
+
+#[test]
+fn config() {
+    replay("config", latzero_fuzz::config);
+}

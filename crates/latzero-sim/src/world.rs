@@ -1,0 +1,426 @@
+//! A server without sockets, clock or threads: the real fabric, driven by whoever holds the [`World`].
+//!
+//! Bytes go in through [`World::feed`] and come out through [`World::read`], as they would over a socket. Time stands
+//! still until [`World::advance`] moves it, and deadlines on the way fire at their very moment.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use latzero_fabric::session::Terms;
+use latzero_fabric::{
+    Class, Effects as _, Flow, Host, Limits, Pool, Registry, Session, Time, Transport,
+};
+use latzero_protocol::frame::{self, Accept, Frame};
+use latzero_protocol::message::AdminAction;
+use latzero_protocol::{Refusal, encode};
+use serde_json::Value;
+
+use crate::outbox::{Bounds, Event, Outboxes, Peer, Totals};
+
+/// A pool of the world.
+pub type PoolHandle = Rc<RefCell<Pool<Peer>>>;
+
+/// The token that every simulated server takes for its administrator's.
+pub const ADMIN_TOKEN: &str = "simulated-admin-token";
+
+/// A moment's wall-clock time at the world's begin, in milliseconds since the Unix epoch.
+const EPOCH_MS: u64 = 1_700_000_000_000;
+
+/// Largest frame before the handshake, in bytes.
+const MAX_FRAME_BEFORE_HANDSHAKE: usize = 64 * 1024;
+
+struct Connection {
+    /// Taken out while it handles a frame, and gone when the connection has ended.
+    session: Option<Session<World>>,
+    received: Vec<u8>,
+}
+
+/// One message that a client received.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// The JSON object.
+    pub json: Value,
+    /// The raw bytes of an attachment frame.
+    pub attachment: Option<Vec<u8>>,
+}
+
+/// The simulated server, with the connections to it.
+pub struct World {
+    now: Time,
+    limits: Limits,
+    registry: Registry<World>,
+    fx: Outboxes,
+    connections: Vec<Connection>,
+    is_draining: bool,
+    touched: Vec<PoolHandle>,
+}
+
+impl World {
+    /// A server that has just started.
+    #[must_use]
+    pub fn new(seed: u64, limits: Limits, bounds: Bounds) -> Self {
+        World {
+            now: Time::default(),
+            registry: Registry::new(Time::default(), limits.clone(), seed),
+            limits,
+            fx: Outboxes::new(bounds),
+            connections: Vec::new(),
+            is_draining: false,
+            touched: Vec::new(),
+        }
+    }
+
+    /// The present moment.
+    #[must_use]
+    pub fn now(&self) -> Time {
+        self.now
+    }
+
+    /// The bounds in force.
+    #[must_use]
+    pub fn bounds_of_core(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// A new connection over `transport`.
+    pub fn connect(&mut self, transport: Transport) -> Peer {
+        let peer = self.fx.open();
+        let terms = Terms {
+            transport,
+            is_admin: transport == Transport::BuiltIn,
+            max_frame_before_handshake: MAX_FRAME_BEFORE_HANDSHAKE,
+        };
+        self.connections.push(Connection {
+            session: Some(Session::new(peer, terms)),
+            received: Vec::new(),
+        });
+        peer
+    }
+
+    /// Hands bytes of a client to the server, which handles every whole frame that it has by now.
+    pub fn feed(&mut self, peer: Peer, bytes: &[u8]) {
+        if !self.fx.is_open(peer) {
+            return;
+        }
+        self.connections[peer.0 as usize]
+            .received
+            .extend_from_slice(bytes);
+        let mut received = std::mem::take(&mut self.connections[peer.0 as usize].received);
+        let mut used = 0;
+        while self.fx.is_open(peer)
+            && let Some(length) = self.handle_first(peer, &received[used..])
+        {
+            used += length;
+        }
+        received.drain(..used);
+        self.connections[peer.0 as usize].received = received;
+        self.reap();
+    }
+
+    /// Handles the first frame of `bytes`; returns its length, or `None` where there is none yet or ever.
+    fn handle_first(&mut self, peer: Peer, bytes: &[u8]) -> Option<usize> {
+        let mut session = self.connections[peer.0 as usize].session.take()?;
+        let decoded = frame::decode(bytes, session.accept(self));
+        let (flow, used) = match decoded {
+            Ok(None) => (Flow::Continue, None),
+            Ok(Some((frame, used))) => {
+                self.fx.note(Event::Handling {
+                    peer,
+                    json: frame.json.to_vec(),
+                    attachment: frame.attachment.map(<[u8]>::to_vec),
+                });
+                let flow = session.handle(self.now, frame, self);
+                self.fx.note(Event::Handled(peer));
+                (flow, Some(used))
+            }
+            Err(error) => {
+                self.fx.note(Event::Rejecting(peer));
+                (session.reject(&error.into(), self), None)
+            }
+        };
+        self.connections[peer.0 as usize].session = Some(session);
+        if flow == Flow::Close {
+            self.fx.close(&peer);
+        }
+        used
+    }
+
+    /// Ends the sessions of connections that were closed, which may close others.
+    fn reap(&mut self) {
+        loop {
+            let closed = self.fx.take_newly_closed();
+            if closed.is_empty() {
+                return;
+            }
+            for peer in closed {
+                if let Some(mut session) = self.connections[peer.0 as usize].session.take() {
+                    session.closed(self.now, self);
+                    self.fx.note(Event::Departed(peer));
+                }
+                self.connections[peer.0 as usize].received = Vec::new();
+            }
+        }
+    }
+
+    /// The client ends its connection.
+    pub fn hang_up(&mut self, peer: Peer) {
+        self.fx.hang_up(peer);
+        self.reap();
+    }
+
+    /// Takes at most `most` bytes that wait for a client.
+    pub fn read(&mut self, peer: Peer, most: usize) -> Vec<u8> {
+        self.fx.read(peer, most)
+    }
+
+    /// How many bytes wait for a client.
+    #[must_use]
+    pub fn waiting(&self, peer: Peer) -> usize {
+        self.fx.waiting(peer)
+    }
+
+    /// Takes every message that waits for a client.
+    ///
+    /// # Panics
+    /// Where what waits is not a row of whole frames with one JSON object each.
+    pub fn messages(&mut self, peer: Peer) -> Vec<Message> {
+        let bytes = self.fx.read(peer, usize::MAX);
+        let mut rest = &bytes[..];
+        let mut messages = Vec::new();
+        while !rest.is_empty() {
+            let (message, used) = decode(rest).expect("the server writes whole frames");
+            messages.push(message);
+            rest = &rest[used..];
+        }
+        messages
+    }
+
+    /// Whether the connection is open.
+    #[must_use]
+    pub fn is_open(&self, peer: Peer) -> bool {
+        self.fx.is_open(peer)
+    }
+
+    /// Moves time `ms` milliseconds on.
+    pub fn advance(&mut self, ms: u64) {
+        let until = self.now.after_ms(ms);
+        loop {
+            let due = |pool: &PoolHandle| Some((pool.borrow().next_deadline()?, pool.clone()));
+            let next = self
+                .registry
+                .pools()
+                .filter_map(|(_, pool)| due(pool))
+                .min_by_key(|(deadline, _)| *deadline);
+            match next {
+                Some((deadline, pool)) if deadline <= until => {
+                    self.now = self.now.max(deadline);
+                    let now = self.now;
+                    self.fx.note(Event::Now(now));
+                    self.with_pool(&pool, |pool, fx| pool.handle_timeout(now, fx));
+                    let later = pool.borrow().next_deadline();
+                    assert!(
+                        later.is_none_or(|later| later > now),
+                        "a deadline did not fire"
+                    );
+                    self.reap();
+                }
+                _ => break,
+            }
+        }
+        self.now = until;
+        self.fx.note(Event::Now(until));
+    }
+
+    /// Takes no new calls from now on, and tells everybody.
+    pub fn drain(&mut self) {
+        self.is_draining = true;
+        let told = r#"{"action":"event","event":"draining"}"#;
+        for at in 0..self.connections.len() {
+            let is_ready = self.connections[at]
+                .session
+                .as_ref()
+                .is_some_and(Session::is_ready);
+            if is_ready {
+                let peer = Peer(at as u32);
+                self.fx.send(&peer, Class::Control, told.len(), |out| {
+                    encode::message(out, told);
+                });
+            }
+        }
+        self.reap();
+    }
+
+    /// Whether the server is about to stop.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.is_draining
+    }
+
+    /// Begins again with nothing: connections, apps and pools are gone. A store would hand in what it kept here.
+    pub fn restart(&mut self, seed: u64) {
+        for connection in &mut self.connections {
+            connection.session = None;
+            connection.received = Vec::new();
+        }
+        self.fx.crash();
+        self.is_draining = false;
+        self.touched.clear();
+        self.registry = Registry::new(self.now, self.limits.clone(), seed);
+    }
+
+    /// Takes the log of what happened since it was taken last.
+    pub fn take_log(&mut self) -> Vec<Event> {
+        self.fx.take_log()
+    }
+
+    /// A hash of everything that was sent so far.
+    #[must_use]
+    pub fn hash(&self) -> u64 {
+        self.fx.hash()
+    }
+
+    /// Totals so far.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.fx.totals()
+    }
+
+    /// Calls under way in all pools.
+    #[must_use]
+    pub fn calls_in_flight(&self) -> usize {
+        let pools = self.registry.pools();
+        pools
+            .map(|(_, pool)| pool.borrow().stats().calls_in_flight)
+            .sum()
+    }
+
+    /// The names of the pools there are, in order.
+    #[must_use]
+    pub fn pool_names(&self) -> Vec<String> {
+        self.registry
+            .pools()
+            .map(|(name, _)| name.to_string())
+            .collect()
+    }
+
+    /// Checks the invariants of the registry, of every pool touched since the last check, and of the outboxes.
+    ///
+    /// # Panics
+    /// Where one is broken.
+    pub fn check(&mut self) {
+        self.registry.check();
+        self.fx.check(self.limits.in_flight_max);
+        for pool in std::mem::take(&mut self.touched) {
+            pool.borrow().check();
+        }
+        assert_eq!(
+            self.calls_in_flight(),
+            self.fx.calls_in_flight(),
+            "calls in pools and calls at callers"
+        );
+        let totals = self.fx.totals();
+        assert_eq!(
+            totals.calls_started - totals.calls_ended,
+            self.calls_in_flight() as u64,
+            "calls started and not ended"
+        );
+    }
+
+    /// What the registry holds, in numbers.
+    #[must_use]
+    pub fn counts(&self) -> latzero_fabric::registry::Counts {
+        self.registry.counts()
+    }
+}
+
+impl Host for World {
+    type Peer = Peer;
+    type Pool = PoolHandle;
+    type Effects = Outboxes;
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn effects(&mut self) -> &mut Outboxes {
+        &mut self.fx
+    }
+
+    fn with_registry<R>(&mut self, f: impl FnOnce(&mut Registry<Self>, &mut Outboxes) -> R) -> R {
+        f(&mut self.registry, &mut self.fx)
+    }
+
+    fn with_pool<R>(
+        &mut self,
+        pool: &PoolHandle,
+        f: impl FnOnce(&mut Pool<Peer>, &mut Outboxes) -> R,
+    ) -> R {
+        if !self.touched.iter().any(|known| Rc::ptr_eq(known, pool)) {
+            self.touched.push(pool.clone());
+        }
+        f(&mut pool.borrow_mut(), &mut self.fx)
+    }
+
+    fn new_pool(pool: Pool<Peer>) -> PoolHandle {
+        Rc::new(RefCell::new(pool))
+    }
+
+    fn unix_ms(&self, now: Time) -> u64 {
+        EPOCH_MS + now.0 / 1000
+    }
+
+    fn identity(&self) -> (&str, &str) {
+        ("0.0.0", "simulated")
+    }
+
+    fn is_draining(&self) -> bool {
+        self.is_draining
+    }
+
+    fn stats(&mut self, _now: Time) -> String {
+        "{}".into()
+    }
+
+    fn health(&mut self, _now: Time) -> String {
+        r#"{"status":"ok"}"#.into()
+    }
+
+    fn is_admin_token(&self, token: &str) -> bool {
+        token == ADMIN_TOKEN
+    }
+
+    fn admin(&mut self, _action: &AdminAction) -> Result<String, Refusal> {
+        Ok("{}".into())
+    }
+}
+
+/// Takes the first frame of what a server wrote, with its length; `None` where it is not complete.
+///
+/// # Panics
+/// Where the bytes are not what a server may write.
+#[must_use]
+pub fn decode(bytes: &[u8]) -> Option<(Message, usize)> {
+    let accept = Accept {
+        max_frame: latzero_protocol::limits::MAX_FRAME_DEFAULT
+            + latzero_protocol::limits::FORWARD_SLACK,
+        attachments: true,
+    };
+    let (Frame { json, attachment }, used) =
+        frame::decode(bytes, accept).expect("the server writes frames")?;
+    let json = serde_json::from_slice(json).expect("the server writes JSON");
+    let attachment = attachment.map(<[u8]>::to_vec);
+    Some((Message { json, attachment }, used))
+}
+
+/// A frame as a client writes it: `json`, with raw bytes where there are any.
+#[must_use]
+pub fn encode_frame(json: &str, attachment: Option<&[u8]>) -> Vec<u8> {
+    let mut out = Vec::new();
+    match attachment {
+        Some(raw) => {
+            frame::append_attachment(&mut out, raw, |out| out.extend_from_slice(json.as_bytes()));
+        }
+        None => frame::append(&mut out, |out| out.extend_from_slice(json.as_bytes())),
+    }
+    out
+}

@@ -1,0 +1,280 @@
+//! What end-to-end tests stand on: a private server, and connections that speak the wire by hand.
+//!
+//! These connections know nothing of any client library, so a test can send what no library would.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use latzero_protocol::frame::{self, Accept};
+use serde_json::Value;
+
+/// How long a test waits for what must come. Only a failing test ever waits this long.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How a connection is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Via {
+    /// TCP.
+    Tcp,
+    /// The Unix socket.
+    Unix,
+}
+
+/// A private server.
+pub struct Server(pub latzero::testing::Server);
+
+impl Server {
+    /// Starts one with default settings.
+    #[must_use]
+    pub fn start() -> Server {
+        Server::with(&[])
+    }
+
+    /// Starts one with settings of its own, each `name=value`.
+    #[must_use]
+    pub fn with(settings: &[&str]) -> Server {
+        let args: Vec<&str> = settings
+            .iter()
+            .flat_map(|setting| ["--set", setting])
+            .collect();
+        Server(latzero::testing::server_with(&args).expect("the program is built (`cargo build`)"))
+    }
+
+    /// Has the system allow the server that many open descriptors.
+    pub fn limit_descriptors(&self, max: u64) {
+        let pid = i32::try_from(self.0.pid())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        // The hard limit stays what it is; only root could raise it again.
+        let maximum = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+        let limit = rustix::process::Rlimit {
+            current: Some(max),
+            maximum,
+        };
+        let before = rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit);
+        before.expect("the limit of one's own child can be set");
+    }
+
+    /// Opens a connection that has said nothing yet.
+    #[must_use]
+    pub fn connect(&self, via: Via) -> Wire {
+        let stream = match via {
+            Via::Tcp => {
+                let stream = TcpStream::connect(self.0.tcp()).expect("the server listens");
+                stream
+                    .set_nodelay(true)
+                    .expect("a fresh socket takes options");
+                Stream::Tcp(stream)
+            }
+            Via::Unix => {
+                Stream::Unix(UnixStream::connect(self.0.socket()).expect("the server listens"))
+            }
+        };
+        stream.set_timeout(PATIENCE);
+        Wire {
+            stream,
+            received: Vec::new(),
+        }
+    }
+
+    /// Opens a connection and shakes hands; `handshake` is added to `{"action":"handshake"}`.
+    #[must_use]
+    pub fn app(&self, via: Via, handshake: Value) -> Wire {
+        let mut wire = self.connect(via);
+        let mut message = handshake;
+        message["action"] = "handshake".into();
+        wire.send(&message);
+        let ack = wire.receive();
+        assert_eq!(ack["status"], "ok", "{ack}");
+        wire
+    }
+}
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    fn set_timeout(&self, timeout: Duration) {
+        let set = match self {
+            Stream::Tcp(s) => s
+                .set_read_timeout(Some(timeout))
+                .and(s.set_write_timeout(Some(timeout))),
+            Stream::Unix(s) => s
+                .set_read_timeout(Some(timeout))
+                .and(s.set_write_timeout(Some(timeout))),
+        };
+        set.expect("a fresh socket takes options");
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(s) => s.read(buf),
+            Stream::Unix(s) => s.read(buf),
+        }
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Stream::Tcp(s) => s.write_all(bytes),
+            Stream::Unix(s) => s.write_all(bytes),
+        }
+    }
+}
+
+/// A connection that speaks frames.
+pub struct Wire {
+    stream: Stream,
+    received: Vec<u8>,
+}
+
+impl Wire {
+    /// Sends one message.
+    pub fn send(&mut self, message: &Value) {
+        let mut out = Vec::new();
+        frame::append(&mut out, |out| {
+            out.extend_from_slice(message.to_string().as_bytes())
+        });
+        self.send_bytes(&out);
+    }
+
+    /// Sends one message with an attachment.
+    pub fn send_attachment(&mut self, header: &Value, raw: &[u8]) {
+        let mut out = Vec::new();
+        frame::append_attachment(&mut out, raw, |out| {
+            out.extend_from_slice(header.to_string().as_bytes())
+        });
+        self.send_bytes(&out);
+    }
+
+    /// Sends bytes as they are.
+    pub fn send_bytes(&mut self, bytes: &[u8]) {
+        self.stream
+            .write_all(bytes)
+            .expect("the server takes what is sent");
+    }
+
+    /// Sends bytes as they are, and says whether the server still took them.
+    pub fn try_send_bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+
+    /// The next message.
+    ///
+    /// # Panics
+    /// Where none comes in time, or the server closed the connection.
+    pub fn receive(&mut self) -> Value {
+        self.receive_whole().0
+    }
+
+    /// The next message with its attachment.
+    ///
+    /// # Panics
+    /// As [`Wire::receive`].
+    pub fn receive_whole(&mut self) -> (Value, Option<Vec<u8>>) {
+        self.try_receive()
+            .expect("a message comes in time")
+            .expect("the connection is open")
+    }
+
+    /// The next message; `None` where the server closed the connection.
+    ///
+    /// # Errors
+    /// Where nothing comes in time.
+    pub fn try_receive(&mut self) -> io::Result<Option<(Value, Option<Vec<u8>>)>> {
+        let accept = Accept {
+            max_frame: 1 << 30,
+            attachments: true,
+        };
+        loop {
+            if let Some((frame, used)) =
+                frame::decode(&self.received, accept).map_err(io::Error::other)?
+            {
+                let value = serde_json::from_slice(frame.json)?;
+                let attachment = frame.attachment.map(<[u8]>::to_vec);
+                self.received.drain(..used);
+                return Ok(Some((value, attachment)));
+            }
+            let mut buf = [0; 65536];
+            match self.stream.read(&mut buf) {
+                Ok(0) => return Ok(None),
+                Ok(n) => self.received.extend_from_slice(&buf[..n]),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Waits until the server closes the connection, over whatever it still sends.
+    ///
+    /// # Panics
+    /// Where it does not in time.
+    pub fn wait_closed(&mut self) {
+        while self
+            .try_receive()
+            .expect("the server closes the connection in time")
+            .is_some()
+        {}
+    }
+
+    /// Says that nothing more will be sent.
+    pub fn shut(&mut self) {
+        let shut = match &self.stream {
+            Stream::Tcp(s) => s.shutdown(Shutdown::Write),
+            Stream::Unix(s) => s.shutdown(Shutdown::Write),
+        };
+        shut.expect("the connection is open");
+    }
+
+    /// Sends a request and waits for its reply, over pushes that come first.
+    pub fn request(&mut self, mut message: Value) -> Value {
+        message["id"] = "request".into();
+        self.send(&message);
+        loop {
+            let reply = self.receive();
+            if reply["in_reply_to"] == "request" {
+                return reply;
+            }
+        }
+    }
+}
+
+/// Whether `got` has at least what `expected` shows: `"*"` stands for any value, and `"$x"` for a string that is the same
+/// wherever it stands.
+pub fn matches(
+    expected: &Value,
+    got: &Value,
+    bound: &mut std::collections::HashMap<String, String>,
+) -> bool {
+    match (expected, got) {
+        (Value::String(pattern), _) if pattern == "*" => true,
+        (Value::String(pattern), Value::String(text)) if pattern.starts_with('$') => {
+            bound.entry(pattern.clone()).or_insert_with(|| text.clone()) == text
+        }
+        (Value::Object(expected), Value::Object(got)) => expected
+            .iter()
+            .all(|(key, value)| got.get(key).is_some_and(|got| matches(value, got, bound))),
+        (Value::Array(expected), Value::Array(got)) => {
+            expected.len() == got.len()
+                && expected.iter().zip(got).all(|(e, g)| matches(e, g, bound))
+        }
+        _ => expected == got,
+    }
+}
+
+/// Puts bound strings in the place of their names.
+#[must_use]
+pub fn fill(value: &Value, bound: &std::collections::HashMap<String, String>) -> Value {
+    match value {
+        Value::String(name) => bound.get(name).unwrap_or(name).clone().into(),
+        Value::Object(map) => map
+            .iter()
+            .map(|(key, value)| (key.clone(), fill(value, bound)))
+            .collect(),
+        Value::Array(items) => items.iter().map(|item| fill(item, bound)).collect(),
+        other => other.clone(),
+    }
+}

@@ -1,0 +1,382 @@
+//! What happens at the limits: every one has an answer, and nobody else notices.
+
+use latzero_tests::{Server, Via, Wire};
+use serde_json::{Value, json};
+
+const BOTH: [Via; 2] = [Via::Tcp, Via::Unix];
+
+fn handler(server: &Server, via: Via, app: &str, trigger: &str) -> Wire {
+    server.app(
+        via,
+        json!({"app_id": app, "pools": ["p"], "triggers": [trigger]}),
+    )
+}
+
+fn caller(server: &Server, via: Via, app: &str) -> Wire {
+    server.app(via, json!({"app_id": app, "pools": ["p"]}))
+}
+
+fn code(reply: &Value) -> &str {
+    reply["error"]["code"].as_str().unwrap_or("no error")
+}
+
+#[test]
+fn a_reader_that_does_not_read_loses_emits_and_is_told() {
+    for via in BOTH {
+        let server = Server::with(&["limits.outbox_bytes_max=64KiB"]);
+        let mut slow = handler(&server, via, "slow", "news");
+        let mut well = handler(&server, via, "well", "news");
+        let mut sender = caller(&server, via, "sender");
+        let text = "x".repeat(50_000);
+        let mut delivered_to_slow = 0;
+        // Until the socket and the outbox of the slow one are full, and some more.
+        let mut sent = 0;
+        let mut lost = 0;
+        while lost < 10 {
+            let reply =
+                sender.request(json!({"action": "emit", "process": "news", "data": [sent, &text]}));
+            let delivered = reply["response"]["delivered"].as_u64().unwrap();
+            assert_eq!(
+                well.receive()["data"][0],
+                sent,
+                "{via:?}: who reads misses nothing"
+            );
+            delivered_to_slow += delivered - 1;
+            lost += 2 - delivered;
+            sent += 1;
+            assert!(sent < 10_000, "{via:?}: the outbox never fills");
+        }
+        // It reads again: first what it has, then how much it lost, then what comes.
+        for _ in 0..delivered_to_slow {
+            assert_eq!(slow.receive()["action"], "emit");
+        }
+        sender.request(json!({"action": "emit", "process": "news", "data": "after"}));
+        assert_eq!(
+            slow.receive(),
+            json!({"action": "event", "event": "lost", "count": lost}),
+            "{via:?}"
+        );
+        assert_eq!(slow.receive()["data"], "after");
+        let stats = sender.request(json!({"action": "stats"}));
+        assert_eq!(stats["response"]["transport"]["messages_lost"], lost);
+    }
+}
+
+#[test]
+fn calls_to_a_handler_that_does_not_read_are_refused() {
+    let server = Server::with(&["limits.outbox_bytes_max=64KiB"]);
+    let _slow = handler(&server, Via::Unix, "slow", "work");
+    let mut caller = caller(&server, Via::Unix, "caller");
+    let text = "x".repeat(50_000);
+    for id in 0..10_000 {
+        // Only a refusal is answered; a ping behind the call says that there was none.
+        caller.send(
+            &json!({"action": "trigger", "id": format!("{id}"), "process": "work", "data": &text}),
+        );
+        caller.send(&json!({"action": "ping", "id": "ping"}));
+        let reply = caller.receive();
+        if reply["in_reply_to"] == "ping" {
+            continue;
+        }
+        assert_eq!(
+            (code(&reply), &reply["error"]["ran"]),
+            ("overloaded", &json!("no"))
+        );
+        return;
+    }
+    panic!("the outbox never fills");
+}
+
+#[test]
+fn a_connection_that_takes_nothing_is_closed() {
+    for via in BOTH {
+        let server = Server::with(&["limits.outbox_bytes_max=64KiB", "write_stall_timeout=100ms"]);
+        let slow = handler(&server, via, "slow", "work");
+        let mut caller = caller(&server, via, "caller");
+        let text = "x".repeat(50_000);
+        let mut calls = 0;
+        let end = loop {
+            caller.send(&json!({"action": "trigger", "id": format!("{calls}"), "process": "work", "data": &text}));
+            calls += 1;
+            caller.send(&json!({"action": "ping", "id": "ping"}));
+            let reply = caller.receive();
+            if reply["in_reply_to"] != "ping" {
+                break reply;
+            }
+        };
+        assert_eq!(code(&end), "overloaded");
+        // The calls that it holds end when its time is over.
+        for _ in 1..calls {
+            let mut reply = caller.receive();
+            while reply["in_reply_to"] == "ping" {
+                reply = caller.receive();
+            }
+            assert_eq!(code(&reply), "handler_gone", "{via:?}");
+        }
+        drop(slow);
+    }
+}
+
+#[test]
+fn an_answer_that_does_not_fit_becomes_a_short_error() {
+    let server = Server::with(&["limits.outbox_bytes_max=64KiB", "limits.in_flight_max=5000"]);
+    let mut handler = handler(&server, Via::Unix, "handler", "work");
+    let mut caller = caller(&server, Via::Unix, "caller");
+    let text = "x".repeat(50_000);
+    let calls = 400;
+    for id in 0..calls {
+        caller.send(&json!({"action": "trigger", "id": format!("{id}"), "process": "work"}));
+        let call = handler.receive();
+        handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": &text}));
+    }
+    // The handler's last answer has been run when its ping is answered.
+    handler.request(json!({"action": "ping"}));
+    let (mut whole, mut short) = (0, 0);
+    for _ in 0..calls {
+        let reply = caller.receive();
+        if reply["status"] == "ok" {
+            whole += 1;
+        } else {
+            assert_eq!(
+                (code(&reply), &reply["error"]["ran"]),
+                ("overloaded", &json!("unknown"))
+            );
+            short += 1;
+        }
+    }
+    assert!(whole > 0 && short > 0, "{whole} whole, {short} short");
+}
+
+#[test]
+fn a_connection_has_a_bounded_number_of_calls_in_flight() {
+    for via in BOTH {
+        let server = Server::with(&["limits.in_flight_max=4"]);
+        let mut handler = handler(&server, via, "handler", "work");
+        let mut caller = caller(&server, via, "caller");
+        for id in 0..10 {
+            caller.send(
+                &json!({"action": "trigger", "id": format!("{id}"), "process": "work", "data": id}),
+            );
+        }
+        let mut held: Vec<Value> = (0..4).map(|_| handler.receive()).collect();
+        // The rest waits in the socket: what the handler gets next is the answer to its own ping.
+        assert_eq!(handler.request(json!({"action": "ping"}))["status"], "ok");
+        for id in 0..10 {
+            let call = if held.is_empty() {
+                handler.receive()
+            } else {
+                held.remove(0)
+            };
+            assert_eq!(call["data"], id, "{via:?}: in the order sent");
+            handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok"}));
+        }
+        for id in 0..10 {
+            assert_eq!(caller.receive()["in_reply_to"], format!("{id}"), "{via:?}");
+        }
+    }
+}
+
+#[test]
+fn two_that_call_each_other_at_the_limit_do_not_wait_for_each_other() {
+    let server = Server::with(&["limits.in_flight_max=2"]);
+    let mut a = handler(&server, Via::Unix, "a", "of-a");
+    let mut b = handler(&server, Via::Unix, "b", "of-b");
+    for id in 0..3 {
+        a.send(&json!({"action": "trigger", "id": format!("a{id}"), "process": "of-b"}));
+    }
+    let first = b.receive();
+    assert_eq!(b.receive()["action"], "trigger");
+    for id in 0..3 {
+        b.send(&json!({"action": "trigger", "id": format!("b{id}"), "process": "of-a"}));
+    }
+    // Both owe answers now, so both are read on; what is beyond the limit is refused, and answers pass.
+    assert_eq!(
+        (a.receive()["action"].clone(), a.receive()["action"].clone()),
+        (json!("trigger"), json!("trigger"))
+    );
+    let refused = [a.receive(), b.receive()];
+    assert_eq!(refused.each_ref().map(code), ["overloaded", "overloaded"]);
+    b.send(&json!({"action": "response", "in_reply_to": first["id"], "status": "ok", "response": "passes"}));
+    assert_eq!(a.receive()["response"], "passes");
+}
+
+#[test]
+fn connections_are_bounded() {
+    let server = Server::with(&["limits.connections_max=2"]);
+    let _one = caller(&server, Via::Tcp, "one");
+    let mut two = caller(&server, Via::Unix, "two");
+    let mut three = server.connect(Via::Tcp);
+    let (told, _) = three.try_receive().unwrap().expect("a word before the end");
+    assert_eq!(code(&told), "overloaded");
+    assert!(
+        told["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("limits.connections_max"),
+        "{told}"
+    );
+    three.wait_closed();
+    assert_eq!(two.request(json!({"action": "ping"}))["status"], "ok");
+}
+
+#[test]
+fn the_crowd_at_the_door_is_bounded() {
+    let server = Server::with(&["limits.connections_unauthenticated_per_user_max=2"]);
+    let mut waiting = [server.connect(Via::Unix), server.connect(Via::Unix)];
+    let mut third = server.connect(Via::Unix);
+    let (told, _) = third.try_receive().unwrap().expect("a word before the end");
+    assert_eq!(code(&told), "overloaded");
+    // Another user, here another address, has a door of its own; and a handshake makes room.
+    let _over_tcp = caller(&server, Via::Tcp, "tcp");
+    waiting[0].send(&json!({"action": "handshake", "app_id": "in"}));
+    assert_eq!(waiting[0].receive()["status"], "ok");
+    let _room = caller(&server, Via::Unix, "next");
+}
+
+#[test]
+fn who_says_nothing_at_the_door_is_sent_away() {
+    for via in BOTH {
+        let server = Server::with(&["handshake_timeout=50ms"]);
+        let mut silent = server.connect(via);
+        assert_eq!(code(&silent.receive()), "not_ready");
+        silent.wait_closed();
+    }
+}
+
+#[test]
+fn a_silent_tcp_connection_is_asked_and_a_unix_one_is_not() {
+    let server = Server::with(&["ping_interval=30ms", "ping_timeout=60ms"]);
+    let mut dead = caller(&server, Via::Tcp, "dead");
+    let mut unix = caller(&server, Via::Unix, "unix");
+    let mut live = caller(&server, Via::Tcp, "live");
+    for _ in 0..5 {
+        let ping = live.receive();
+        assert_eq!(ping["action"], "ping");
+        live.send(&json!({"action": "response", "in_reply_to": ping["id"], "status": "ok"}));
+    }
+    assert_eq!(dead.receive()["action"], "ping");
+    dead.wait_closed();
+    // Nothing was sent to the Unix connection all that time: what comes first is its own reply.
+    unix.send(&json!({"action": "ping", "id": "first"}));
+    assert_eq!(unix.receive()["in_reply_to"], "first");
+}
+
+#[test]
+fn large_frames_pass_and_larger_ones_are_refused_by_their_prefix() {
+    for via in BOTH {
+        let server = Server::start();
+        let mut alice = server.app(
+            via,
+            json!({"app_id": "alice", "pools": ["system"], "features": ["attachments"]}),
+        );
+        let text = "x".repeat(15 * 1024 * 1024);
+        alice.send(&json!({"action": "trigger", "id": "1", "process": "echo", "data": &text}));
+        assert_eq!(
+            alice.receive()["response"].as_str().map(str::len),
+            Some(text.len()),
+            "{via:?}"
+        );
+        let raw: Vec<u8> = (0..10_000_000_u32).map(|i| (i % 251) as u8).collect();
+        alice.send_attachment(
+            &json!({"action": "trigger", "id": "2", "process": "echo"}),
+            &raw,
+        );
+        let (reply, back) = alice.receive_whole();
+        assert_eq!(
+            (&reply["in_reply_to"], back == Some(raw)),
+            (&json!("2"), true),
+            "{via:?}"
+        );
+        alice.send_bytes(&(16 * 1024 * 1024 + 1_u32).to_be_bytes());
+        assert_eq!(code(&alice.receive()), "frame_too_large");
+        alice.wait_closed();
+        // Before the handshake the limit is lower.
+        let mut bob = server.connect(via);
+        bob.send_bytes(&(64 * 1024 + 1_u32).to_be_bytes());
+        assert_eq!(code(&bob.receive()), "frame_too_large");
+        bob.wait_closed();
+    }
+}
+
+#[test]
+fn attachments_reach_who_can_not_take_them_as_base64() {
+    let server = Server::start();
+    let mut plain = handler(&server, Via::Unix, "plain", "work");
+    let mut caller = server.app(
+        Via::Unix,
+        json!({"app_id": "caller", "pools": ["p"], "features": ["attachments"]}),
+    );
+    caller.send_attachment(
+        &json!({"action": "trigger", "id": "1", "process": "work"}),
+        &[0, 255, 16],
+    );
+    let (call, raw) = plain.receive_whole();
+    assert_eq!(
+        (&call["data"], &call["encoding"], raw),
+        (&json!("AP8Q"), &json!("base64"), None)
+    );
+}
+
+#[test]
+fn nonsense_disturbs_nobody() {
+    let server = Server::start();
+    let mut well = server.app(Via::Tcp, json!({"app_id": "well", "pools": ["system"]}));
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    for round in 0..200 {
+        let mut fool = server.connect(BOTH[round % 2]);
+        let mut bytes = Vec::new();
+        for _ in 0..(round * 7 % 400) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.push(state as u8);
+        }
+        // The server may have closed the connection in the middle of it.
+        let _ = fool.try_send_bytes(&bytes);
+        well.send(&json!({"action": "trigger", "id": "1", "process": "echo", "data": round}));
+        assert_eq!(well.receive()["response"], round);
+    }
+}
+
+#[test]
+fn out_of_descriptors_the_server_lives_on() {
+    let server = Server::start();
+    let mut well = server.app(Via::Unix, json!({"app_id": "well", "pools": ["system"]}));
+    let stats = well.request(json!({"action": "stats"}));
+    let used = stats["response"]["resources"]["descriptors"]
+        .as_u64()
+        .unwrap();
+    server.limit_descriptors(used + 4);
+    let mut crowd: Vec<Wire> = (0..20).map(|_| server.connect(Via::Unix)).collect();
+    // Those beyond the limit are closed; those inside are served on.
+    crowd.last_mut().unwrap().wait_closed();
+    assert_eq!(well.request(json!({"action": "ping"}))["status"], "ok");
+    drop(crowd);
+    server.limit_descriptors(1024);
+    let mut next = server.app(Via::Unix, json!({"app_id": "next"}));
+    assert_eq!(next.request(json!({"action": "ping"}))["status"], "ok");
+}
+
+#[test]
+fn admin_requests_need_the_right() {
+    let server = Server::start();
+    let mut over_tcp = caller(&server, Via::Tcp, "over-tcp");
+    for action in ["shutdown", "reload"] {
+        assert_eq!(
+            code(&over_tcp.request(json!({"action": action}))),
+            "forbidden"
+        );
+        assert_eq!(
+            code(&over_tcp.request(json!({"action": action, "token": "guessed"}))),
+            "forbidden"
+        );
+    }
+    let token = std::fs::read_to_string(server.0.data_dir().join("admin.token")).unwrap();
+    let reply = over_tcp.request(json!({"action": "reload", "token": token.trim()}));
+    assert_eq!(reply["status"], "ok", "{reply}");
+    let mut admin = caller(&server, Via::Unix, "admin");
+    let reply = admin.request(json!({"action": "kick", "app_id": "over-tcp"}));
+    assert_eq!(reply["response"]["kicked"], 1);
+    assert_eq!(over_tcp.receive()["event"], "kicked");
+    over_tcp.wait_closed();
+}

@@ -1,0 +1,69 @@
+//! The vectors of `conformance/vectors`, over both transports. They are extracted from `docs/protocol.md`.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use latzero_tests::{Server, Via, Wire, fill, matches};
+use serde_json::Value;
+
+#[test]
+fn every_vector_over_tcp() {
+    run_all(Via::Tcp);
+}
+
+#[test]
+fn every_vector_over_the_unix_socket() {
+    run_all(Via::Unix);
+}
+
+fn run_all(via: Via) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../conformance/vectors");
+    let mut ran = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        run(&serde_json::from_str(&text).unwrap(), via);
+        ran += 1;
+    }
+    assert!(ran >= 20, "only {ran} vectors were found");
+}
+
+/// Runs one vector against a server of its own.
+fn run(vector: &Value, via: Via) {
+    let name = &vector["name"];
+    let server = Server::start();
+    let mut connections: HashMap<String, Wire> = HashMap::new();
+    let mut bound = HashMap::new();
+    for (i, step) in vector["steps"].as_array().unwrap().iter().enumerate() {
+        let who = step["connection"].as_str().unwrap();
+        let wire = connections
+            .entry(who.to_owned())
+            .or_insert_with(|| server.connect(via));
+        if let Some(message) = step.get("send") {
+            wire.send(&fill(message, &bound));
+        } else if let Some(hex) = step.get("send_hex") {
+            let hex = hex.as_str().unwrap();
+            let bytes = (0..hex.len())
+                .step_by(2)
+                .map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap());
+            wire.send_bytes(&bytes.collect::<Vec<_>>());
+        } else if let Some(expected) = step.get("receive") {
+            let got = wire.receive();
+            assert!(
+                matches(expected, &got, &mut bound),
+                "{name}, step {}: {who} got\n{got}\nnot\n{expected}",
+                i + 1
+            );
+        } else if step.get("closed").is_some() {
+            let more = wire.try_receive().unwrap();
+            assert!(
+                more.is_none(),
+                "{name}, step {}: {who} got {more:?} where the connection should end",
+                i + 1
+            );
+        } else if step.get("disconnect").is_some() {
+            connections.remove(who);
+        } else {
+            panic!("{name}, step {}: not a step", i + 1);
+        }
+    }
+}
