@@ -19,6 +19,8 @@ pub struct Limits {
     pub triggers_per_app_max: usize,
     /// Live instances of one app; beyond it `quota`.
     pub instances_per_app_max: usize,
+    /// Size of what one app registers, its names, pools and docs together, in bytes; beyond it `quota`.
+    pub registration_bytes_max: usize,
     /// Size of an app's `meta` or a pool's `properties` in bytes; beyond it `too_large`.
     pub meta_bytes_max: usize,
 }
@@ -34,6 +36,7 @@ impl Default for Limits {
             pools_per_app_max: 256,
             triggers_per_app_max: 1024,
             instances_per_app_max: 1024,
+            registration_bytes_max: 256 * 1024,
             meta_bytes_max: 8192,
         }
     }

@@ -25,6 +25,10 @@ use crate::time::Time;
 use calls::{Call, Calls};
 use pick::Offer;
 
+/// Triggers of a pool, and handlers of each, that its description shows one by one.
+const TRIGGERS_SHOWN_MAX: usize = 1000;
+const HANDLERS_SHOWN_MAX: usize = 20;
+
 /// A member's place in its pool.
 pub type MemberKey = Key<Seat>;
 
@@ -754,15 +758,21 @@ impl<P: Clone> Pool<P> {
                 .iter()
                 .filter_map(|&h| self.handlers.at(h))
                 .filter_map(|h| Some((h, self.members.at(place(h.member))?)))
+                .take(HANDLERS_SHOWN_MAX)
                 .map(|(h, member)| {
                     serde_json::json!({"app_id": member.app, "instance": member.instance, "in_flight": h.in_flight})
                 })
                 .collect();
             serde_json::json!({
                 "name": served.name, "strategy": served.strategy.as_str(), "doc": served.doc, "handlers": handlers,
+                "handlers_total": served.handlers.len(),
             })
         };
-        names.into_iter().map(trigger).collect()
+        names
+            .into_iter()
+            .take(TRIGGERS_SHOWN_MAX)
+            .map(trigger)
+            .collect()
     }
 
     /// Checks what must hold between any two inputs; for the simulator and tests.

@@ -18,6 +18,12 @@ use crate::pool::{MemberKey, Pool};
 use crate::prng::Prng;
 use crate::time::Time;
 
+/// Bytes of a listing after which it goes on on the next page: far below what a frame may have.
+const PAGE_BYTES_MAX: usize = 1024 * 1024;
+
+/// Instances of one app that a listing shows one by one.
+const INSTANCES_SHOWN_MAX: usize = 100;
+
 /// What an app asked for last, restored when it comes back.
 #[derive(Debug, Clone, Default)]
 struct Registration {
@@ -564,16 +570,13 @@ impl<H: Host> Registry<H> {
     /// The pools, a page of them.
     #[must_use]
     pub fn list_pools(&self, page: &Page<'_>, unix_ms: impl Fn(Time) -> u64) -> Value {
-        let mut rest = self
+        let rest = self
             .pools
             .iter()
-            .filter(|(name, _)| is_after(name.as_str(), page));
-        let pools: Vec<Value> = rest
-            .by_ref()
-            .take(page.limit)
-            .map(|(name, entry)| pool_json(name, entry, &unix_ms))
-            .collect();
-        json!({"pools": pools, "more": rest.next().is_some()})
+            .filter(|(name, _)| is_after(name.as_str(), page))
+            .map(|(name, entry)| pool_json(name, entry, &unix_ms));
+        let (pools, more) = fill_page(rest, page.limit);
+        json!({"pools": pools, "more": more})
     }
 
     /// The apps, a page of them: of one pool, or all.
@@ -598,16 +601,13 @@ impl<H: Host> Registry<H> {
                         .any(|i| i.memberships.iter().any(|m| m.name == *pool))
             })
         };
-        let mut rest = self
+        let rest = self
             .apps
             .iter()
-            .filter(|(id, app)| is_after(id.as_str(), page) && is_in(app));
-        let apps: Vec<Value> = rest
-            .by_ref()
-            .take(page.limit)
-            .map(|(id, app)| app_json(id, app, &unix_ms))
-            .collect();
-        Ok(json!({"apps": apps, "more": rest.next().is_some()}))
+            .filter(|(id, app)| is_after(id.as_str(), page) && is_in(app))
+            .map(|(id, app)| app_json(id, app, &unix_ms));
+        let (apps, more) = fill_page(rest, page.limit);
+        Ok(json!({"apps": apps, "more": more}))
     }
 
     /// How many apps are known, how many of them live, and how many instances and pools there are.
@@ -718,7 +718,23 @@ impl<H: Host> Registry<H> {
 
     fn check_quota(&self, pools: &[PoolName], triggers: &[TriggerSpec]) -> Result<(), Refusal> {
         check_pools(pools.len(), &self.limits)?;
-        check_triggers(triggers, &self.limits)
+        check_triggers(triggers, &self.limits)?;
+        let pool_bytes =
+            |pools: &[PoolName]| pools.iter().map(|name| name.as_str().len()).sum::<usize>();
+        let trigger_bytes = |spec: &TriggerSpec| {
+            spec.name.as_str().len()
+                + spec.doc.as_ref().map_or(0, String::len)
+                + spec.pools.as_deref().map_or(0, pool_bytes)
+        };
+        let bytes = pool_bytes(pools) + triggers.iter().map(trigger_bytes).sum::<usize>();
+        if bytes > self.limits.registration_bytes_max {
+            let max = self.limits.registration_bytes_max;
+            let message = format!(
+                "an app may register {max} bytes of names, pools and docs (limits.registration_bytes_max)"
+            );
+            return Err(Refusal::new(Code::Quota, message));
+        }
+        Ok(())
     }
 
     /// JSON that an app may say freely, within its size.
@@ -751,6 +767,20 @@ pub struct Counts {
     pub instances: usize,
     /// Pools.
     pub pools: usize,
+}
+
+/// Takes entries until there are `limit` of them or they fill a reply; says whether there are more.
+fn fill_page(mut rest: impl Iterator<Item = Value>, limit: usize) -> (Vec<Value>, bool) {
+    let mut page = Vec::new();
+    let mut bytes = 0;
+    for entry in rest.by_ref() {
+        bytes += entry.to_string().len();
+        page.push(entry);
+        if page.len() == limit || bytes >= PAGE_BYTES_MAX {
+            break;
+        }
+    }
+    (page, rest.next().is_some())
 }
 
 fn is_after(name: &str, page: &Page<'_>) -> bool {
@@ -848,7 +878,8 @@ fn app_json<H: Host>(id: &AppId, app: &App<H>, unix_ms: impl Fn(Time) -> u64) ->
     json!({
         "app_id": id,
         "live": !app.instances.is_empty(),
-        "instances": app.instances.iter().map(instance).collect::<Vec<_>>(),
+        "instances": app.instances.iter().take(INSTANCES_SHOWN_MAX).map(instance).collect::<Vec<_>>(),
+        "instances_total": app.instances.len(),
         "pools": app.registration.pools,
         "triggers": app.registration.triggers.iter().map(trigger).collect::<Vec<_>>(),
         "meta": app.registration.meta,

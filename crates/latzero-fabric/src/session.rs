@@ -767,6 +767,7 @@ fn pool_info<H: Host>(now: Time, name: &PoolName, host: &mut H) -> Result<String
         host.with_registry(|registry, _| registry.describe_pool(name, clock))?;
     let (stats, triggers) = host.with_pool(&pool, |pool, _| (pool.stats(), pool.triggers_json()));
     description["triggers"] = triggers;
+    description["triggers_total"] = stats.triggers.into();
     description["calls_in_flight"] = stats.calls_in_flight.into();
     description["calls"] = stats.calls.into();
     description["emits"] = stats.emits.into();

@@ -125,7 +125,7 @@ fields! {
     action "action", id "id", process "process", pool "pool", data "data", origin "origin",
     destination "destination", ttl "ttl", in_reply_to "in_reply_to", status "status", response "response",
     error "error", headers "headers", key "key", window "window", count "count", deliver "deliver", park "park",
-    encoding "encoding", event "event", lost "lost",
+    encoding "encoding", event "event",
 }
 
 /// Why a frame's JSON is not an envelope.

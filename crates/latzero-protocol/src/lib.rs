@@ -6,6 +6,7 @@
 //! Payloads stay opaque. A message is scanned once ([`scan`]), its routing fields are read from the envelope
 //! ([`Envelope`]), and the bytes of `data` or `response` are passed on as they came.
 
+pub mod address;
 pub mod encode;
 pub mod envelope;
 pub mod error;

@@ -3,9 +3,8 @@
 //! The server owns everything that touches the machine and decides nothing about routing: that is the fabric's.
 //! A start goes through these modules in order: [`settings`] says what is wanted and where each wish comes from,
 //! [`logging`] begins to tell, [`startup`] takes directory, lock and sockets, and [`server`] runs the loops.
-//! [`address`] is the rule by which clients find the Unix socket, and [`doctor`] says what stands in the way.
+//! The rule by which clients find the Unix socket is `latzero_protocol::address`, and [`doctor`] says what stands in the way.
 
-pub mod address;
 mod builtin;
 mod connection;
 pub mod doctor;
@@ -25,4 +24,5 @@ mod stats;
 mod timers;
 mod utc;
 
+pub use latzero_protocol::address;
 pub use server::{Origins, Server, ServerError};

@@ -237,6 +237,7 @@ pub(crate) fn core_limits(settings: &Settings) -> Limits {
         pools_per_app_max: l.pools_per_app_max,
         triggers_per_app_max: l.triggers_per_app_max,
         instances_per_app_max: l.instances_per_app_max,
+        registration_bytes_max: l.registration_bytes_max,
         meta_bytes_max: l.meta_bytes_max,
     }
 }

@@ -259,7 +259,7 @@ impl Effects for Outboxes {
         }
         if outbox.lost > 0 {
             let told = format!(
-                "{{\"action\":\"event\",\"event\":\"lost\",\"lost\":{}}}",
+                "{{\"action\":\"event\",\"event\":\"lost\",\"count\":{}}}",
                 std::mem::take(&mut outbox.lost)
             );
             self.append(*to, Class::Control, |out| encode::message(out, &told));

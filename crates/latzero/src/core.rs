@@ -5,7 +5,7 @@
 //! no user code runs under any of them but wakers.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -62,6 +62,8 @@ pub(crate) struct Core {
     pub(crate) reader: Reader,
     pub(crate) handlers: Handlers,
     pub(crate) watchers: Mutex<Watchers>,
+    /// Emits and pushes that the server dropped since somebody was told.
+    pub(crate) lost: AtomicU64,
     /// Pools joined, as the server last said or as they were joined and left since.
     pub(crate) pools: Mutex<Vec<String>>,
     pub(crate) workers: Workers,
@@ -98,6 +100,7 @@ impl Core {
             reader: Reader::new(),
             handlers: Handlers::default(),
             watchers: Mutex::default(),
+            lost: AtomicU64::new(0),
             pools: Mutex::default(),
             workers: Workers::new(config.handler_threads)?,
             #[cfg(feature = "tokio")]

@@ -1,6 +1,7 @@
 //! Messages from the server: replies find their call, triggers become jobs, the rest is dealt with on the spot.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::Waker;
 use std::time::Instant;
 
@@ -171,7 +172,7 @@ impl Batch<'_> {
             }
             return;
         }
-        let emission = Emission::from_request(&request, e.lost.and_then(Raw::as_u64).unwrap_or(0));
+        let emission = Emission::from_request(&request, self.core.lost.swap(0, Ordering::Relaxed));
         let Some((last, others)) = queues.split_last() else {
             return;
         };
@@ -183,6 +184,12 @@ impl Batch<'_> {
 
     fn event(&mut self, e: &Envelope<'_>) {
         let event = e.event.and_then(Raw::as_str).unwrap_or_default();
+        if event == "lost" {
+            // Told to whoever receives the next emit or push: the gap is before it.
+            let count = e.count.and_then(Raw::as_u64).unwrap_or(0);
+            self.core.lost.fetch_add(count, Ordering::Relaxed);
+            return;
+        }
         if event == "displaced" {
             self.core.end(
                 &Error::new(
@@ -216,7 +223,7 @@ impl Batch<'_> {
         let presence = Presence {
             event: event.into_owned(),
             pool: pool.map(std::borrow::Cow::into_owned),
-            lost: e.lost.and_then(Raw::as_u64).unwrap_or(0),
+            lost: self.core.lost.swap(0, Ordering::Relaxed),
             fields: serde_json::from_str(e.text).unwrap_or_default(),
         };
         for queue in queues {

@@ -191,7 +191,7 @@ fn gist(message: &Message) -> String {
                 field("pool"),
                 field("app_id"),
                 field("trigger"),
-                field("lost"),
+                field("count"),
             ];
             let parts: Vec<String> = parts.into_iter().filter(|part| !part.is_empty()).collect();
             parts.join(" ")

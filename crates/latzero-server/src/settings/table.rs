@@ -201,6 +201,8 @@ settings! {
         triggers_per_app_max: usize = "1024", Kind::Integer { min: 1, max: 65_536 }, Restart;
         /// Instances of one app at a time.
         instances_per_app_max: usize = "1024", Kind::Integer { min: 1, max: 65_536 }, Restart;
+        /// What one app registers: names, pools and docs together.
+        registration_bytes_max: usize = "256 KiB", Kind::Bytes { min: KIB, max: GIB }, Restart;
         /// Size of the `meta` object of an app.
         meta_bytes_max: usize = "8 KiB", Kind::Bytes { min: 2, max: MIB }, Restart;
         /// Bytes read from one connection before the others get their turn.

@@ -1,0 +1,75 @@
+//! A worker is killed in the middle of a call, and its twin takes over.
+//!
+//! Two processes serve `render` under one AppID. The caller learns from a progress report which of them has its call,
+//! and kills that one. The call ends with `handler_gone` and `ran: unknown`, which is for the caller to judge: rendering
+//! twice does no harm, so it calls again, and the twin answers.
+
+use std::error::Error;
+use std::time::Duration;
+
+use latzero::blocking::App;
+use latzero::{Code, ItemOrProgress};
+use latzero_examples::{Worker, serve_for_ever};
+
+/// A call that ends in time all the same: longer than any rendering.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn main() -> Result<(), Box<dyn Error>> {
+    match std::env::args().nth(1).as_deref() {
+        Some("worker") => work(),
+        _ => call(),
+    }
+}
+
+fn work() -> Result<(), Box<dyn Error>> {
+    let app = App::connect("latzero://renderer")?;
+    app.serve("render", |request| {
+        let (picture, attempt): (String, u32) = request.data()?;
+        // Who has the call, for the one who is going to kill it.
+        request.progress(&std::process::id())?;
+        // The first attempt takes for ever, so that the kill certainly comes in the middle of it.
+        while attempt == 1 && !request.is_cancelled() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(format!("{picture}, rendered by {}", std::process::id()))
+    })?;
+    serve_for_ever()
+}
+
+fn call() -> Result<(), Box<dyn Error>> {
+    let mut twins = [Worker::start(&["worker"])?, Worker::start(&["worker"])?];
+    let app = App::connect("latzero://failover")?;
+    for attempt in 1.. {
+        let mut call = app
+            .call("render", &("sunset", attempt))
+            .timeout(PATIENCE)
+            .stream::<String>();
+        while let Some(step) = call.next_or_progress() {
+            match step {
+                Ok(ItemOrProgress::Progress(report)) => {
+                    let pid = report.as_u64().unwrap_or_default();
+                    println!("attempt {attempt}: worker {pid} has the call");
+                    if attempt == 1 {
+                        let worker = twins
+                            .iter_mut()
+                            .find(|twin| u64::from(twin.pid()) == pid)
+                            .ok_or("no such worker")?;
+                        worker.kill();
+                        println!("worker {pid} was killed");
+                    }
+                }
+                Ok(ItemOrProgress::Item(item)) => println!("{item}"),
+                Err(error) if error.kind() == Code::HandlerGone => {
+                    let ran = error.ran().map_or("unknown", latzero::Ran::as_str);
+                    println!("attempt {attempt} ended: {} (ran: {ran})", error.code());
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if let Some(answer) = call.end() {
+            println!("{}", answer.clone().into::<String>()?);
+            return Ok(());
+        }
+    }
+    unreachable!("attempts go on until one is answered")
+}

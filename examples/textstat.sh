@@ -1,0 +1,16 @@
+#!/bin/sh
+# A handler in a shell script: JSON text on standard input, JSON on standard output.
+#
+#   latzero serve textstat -- examples/textstat.sh
+#   latzero call textstat '"some text"'
+set -eu
+text=$(cat)
+case $text in
+  '"'*'"') ;;
+  *) echo "expected a JSON string, got: $text" >&2; exit 64 ;;
+esac
+# Without the quotes around it. Escapes inside are counted as they stand, which is enough for an example.
+text=${text#?}
+text=${text%?}
+words=$(printf '%s' "$text" | wc -w | tr -d ' ')
+printf '{"words":%s,"characters":%s}\n' "$words" "${#text}"
