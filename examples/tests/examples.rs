@@ -155,7 +155,7 @@ fn a_shell_script_is_a_handler() {
         .read_line(&mut told)
         .unwrap();
     let _serving = Background(serving);
-    assert!(told.contains("serving textstat"), "{told}");
+    assert!(told.contains("serving default/textstat"), "{told}");
 
     let good = command(
         &server,
@@ -164,7 +164,7 @@ fn a_shell_script_is_a_handler() {
     )
     .output()
     .unwrap();
-    assert_eq!(stdout(&good).trim(), r#"{"characters":13,"words":3}"#);
+    assert_eq!(stdout(&good).trim(), r#"{"words":3,"characters":13}"#);
     let bad = command(&server, &latzero, &["call", "textstat", "[1]"])
         .output()
         .unwrap();
