@@ -1,3 +1,59 @@
-//! The program latzero.
+//! The program `latzero`: starts a server, talks to one, and makes any program a handler.
+//!
+//! It knows nothing that the server and the client do not: every command is a few calls into one of the two, and
+//! words for people around them. `args` says what can be typed, each file in `commands` does one of it, `reach` finds
+//! the server, `output` and `exit` say how it went.
 
-fn main() {}
+mod args;
+mod commands;
+mod executor;
+mod exit;
+mod names;
+mod output;
+mod parse;
+mod reach;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::args::{Cli, Command};
+use crate::exit::Exit;
+use crate::output::Output;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too. Whoever closed the pipe has read enough.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage.code()));
+        }
+    };
+    let output = Output::new(cli.json, cli.color);
+    let done = match cli.command {
+        Command::Start(args) => commands::start::run(&args, &output),
+        Command::Status(args) => commands::status::run(&args, &output),
+        Command::Stop(args) => commands::stop::run(&args, &output),
+        Command::Reload(args) => commands::reload::run(&args, &output),
+        Command::Kick(args) => commands::kick::run(&args, &output),
+        Command::Call(args) => commands::call::run(&args, &output),
+        Command::Emit(args) => commands::emit::run(&args, &output),
+        Command::Serve(args) => commands::serve::run(args, &output),
+        Command::On(args) => commands::on::run(&args, &output),
+        Command::Apps(args) => commands::apps::run(&args, &output),
+        Command::Pools(args) => commands::pools::run(&args, &output),
+        Command::Watch(args) => commands::watch::run(&args, &output),
+        Command::Stats(args) => commands::stats::run(&args, &output),
+        Command::Health(args) => commands::health::run(&args, &output),
+        Command::Ping(args) => commands::ping::run(&args, &output),
+        Command::Bench(args) => commands::bench::run(&args, &output),
+        Command::Doctor(args) => commands::doctor::run(&args, &output),
+        Command::Config(args) => commands::config::run(&args, &output),
+        Command::Completion(args) => commands::completion::run(&args, &output),
+    };
+    match done {
+        Ok(exit) => exit.into(),
+        Err(failure) => output.failure(&failure).into(),
+    }
+}

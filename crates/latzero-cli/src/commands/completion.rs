@@ -1,0 +1,15 @@
+//! `completion`: a script that lets a shell complete commands and options.
+
+use clap::CommandFactory as _;
+
+use crate::args::{Cli, CompletionArgs};
+use crate::exit::{Done, Exit};
+use crate::output::Output;
+
+pub(crate) fn run(args: &CompletionArgs, output: &Output) -> Done {
+    // Written to memory first: the generator panics where its output is a closed pipe.
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "latzero", &mut script);
+    output.bytes(&script)?;
+    Ok(Exit::Ok)
+}

@@ -1,0 +1,45 @@
+//! `config`: the settings in force, each with where it comes from, and the commented default file.
+
+use latzero_server::settings::{self, Environment, Shown, load};
+use serde_json::json;
+
+use crate::args::{ConfigArgs, ConfigCommand, SettingsArgs};
+use crate::exit::{Done, Exit};
+use crate::output::{Output, Tone, toned};
+
+pub(crate) fn run(args: &ConfigArgs, output: &Output) -> Done {
+    match &args.what {
+        ConfigCommand::Show(args) => show(&args.settings, args.changed, output),
+        ConfigCommand::Default => {
+            output.bytes(settings::default_config().as_bytes())?;
+            Ok(Exit::Ok)
+        }
+    }
+}
+
+fn show(args: &SettingsArgs, only_changed: bool, output: &Output) -> Done {
+    let environment = Environment::of_process();
+    let resolved = load(&environment, &args.overrides(), args.config.as_deref())?;
+    let is_shown = |shown: &Shown| !only_changed || shown.source != "default";
+    let shown: Vec<Shown> = resolved.show().into_iter().filter(is_shown).collect();
+    if output.json {
+        output.value(&json!(shown))?;
+        return Ok(Exit::Ok);
+    }
+    let rows: Vec<_> = shown
+        .iter()
+        .map(|shown| {
+            let tone = match shown.source.as_str() {
+                "default" => Tone::Dim,
+                _ => Tone::Strong,
+            };
+            vec![
+                shown.name.into(),
+                toned(&shown.text, tone),
+                toned(&shown.source, tone),
+            ]
+        })
+        .collect();
+    output.table(&["SETTING", "VALUE", "FROM"], &rows)?;
+    Ok(Exit::Ok)
+}

@@ -1,0 +1,48 @@
+//! `emit`: sends an event to whoever handles it.
+
+use serde_json::json;
+
+use crate::args::EmitArgs;
+use crate::exit::{Done, Exit};
+use crate::output::{Output, count};
+use crate::parse::{Target, payload};
+use crate::reach::Wish;
+
+use super::trigger::{enter, explain};
+
+pub(crate) fn run(args: &EmitArgs, output: &Output) -> Done {
+    let target = Target::parse(&args.target, args.pool.as_deref())?;
+    let data = payload(args.data.as_deref())?;
+    let reached = args.reach.connect(&Wish::once("emit"))?;
+    let pool = enter(&reached, &args.reach, &target)?;
+    let mut emit = reached.app.emit(&target.trigger, &data);
+    if let Some(pool) = &pool {
+        emit = emit.pool(pool);
+    }
+    if let Some(app) = &args.to {
+        emit = emit.to(app);
+    }
+    if args.one {
+        emit = emit.one();
+    }
+    if let Some(key) = &args.key {
+        emit = emit.key(key);
+    }
+    for (name, value) in &args.header {
+        emit = emit.header(name, value);
+    }
+    let delivered = emit.counted().map_err(|error| {
+        explain(
+            &reached,
+            &target,
+            pool.as_deref(),
+            args.to.as_deref(),
+            error,
+        )
+    })?;
+    match output.json {
+        true => output.value(&json!({"delivered": delivered}))?,
+        false => output.line(format_args!("delivered to {}", count(delivered, "handler")))?,
+    }
+    Ok(Exit::Ok)
+}

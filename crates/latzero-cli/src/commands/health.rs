@@ -1,0 +1,52 @@
+//! `health`: is every part of the server well.
+
+use serde_json::{Value, json};
+
+use crate::args::HealthArgs;
+use crate::exit::{Done, Exit};
+use crate::output::{Output, Tone, toned};
+use crate::reach::Wish;
+
+pub(crate) fn run(args: &HealthArgs, output: &Output) -> Done {
+    let reached = args.reach.connect(&Wish::once("health"))?;
+    let health = reached.app.request(&json!({"action": "health"}))?;
+    let exit = match health["status"] == "ok" {
+        true => Exit::Ok,
+        false => Exit::Unhealthy,
+    };
+    if output.json {
+        output.value(&health)?;
+        return Ok(exit);
+    }
+    let tone = |status: &str| {
+        if status == "ok" {
+            Tone::Good
+        } else {
+            Tone::Bad
+        }
+    };
+    let overall = health["status"].as_str().unwrap_or("unknown");
+    let mut rows = vec![vec![
+        toned("server", Tone::Strong),
+        toned(overall, tone(overall)),
+        "".into(),
+    ]];
+    for (name, part) in health["components"].as_object().into_iter().flatten() {
+        let status = part["status"].as_str().unwrap_or("unknown");
+        rows.push(vec![
+            name.into(),
+            toned(status, tone(status)),
+            seen(&part["seen"]).into(),
+        ]);
+    }
+    output.table(&["PART", "STATUS", "SEEN"], &rows)?;
+    Ok(exit)
+}
+
+fn seen(seen: &Value) -> String {
+    let fields = seen.as_object().into_iter().flatten();
+    let fields: Vec<String> = fields
+        .map(|(name, value)| format!("{name} {value}"))
+        .collect();
+    fields.join(", ")
+}

@@ -1,0 +1,54 @@
+//! `reload`: has the server read its settings again.
+
+use serde_json::{Value, json};
+
+use crate::args::ReloadArgs;
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Output, Tone, toned};
+use crate::reach::Wish;
+
+pub(crate) fn run(args: &ReloadArgs, output: &Output) -> Done {
+    let reached = args.reach.connect(&Wish::once("reload"))?;
+    let done = match reached.administer(&json!({"action": "reload"})) {
+        Ok(done) => done,
+        // The settings are wrong, not the message.
+        Err(failure) if failure.exit == Exit::Answered => {
+            let text = failure
+                .wire
+                .as_ref()
+                .and_then(|wire| wire["message"].as_str());
+            let mut wrong =
+                Failure::usage("the server keeps its settings, since the new ones are wrong");
+            wrong
+                .errors
+                .extend(text.into_iter().flat_map(str::lines).map(str::to_owned));
+            return Err(wrong.with_help("correct them and reload again"));
+        }
+        Err(failure) => return Err(failure),
+    };
+    if output.json {
+        output.value(&done)?;
+        return Ok(Exit::Ok);
+    }
+    let rows = |field: &str, note: &str, tone: Tone| -> Vec<Vec<_>> {
+        let changes = done[field].as_array().into_iter().flatten();
+        let text = |value: &Value| value.as_str().unwrap_or("").to_owned();
+        changes
+            .map(|change| {
+                vec![
+                    text(&change["name"]).into(),
+                    text(&change["from"]).into(),
+                    text(&change["to"]).into(),
+                    toned(note, tone),
+                ]
+            })
+            .collect()
+    };
+    let mut all = rows("applied", "in force", Tone::Good);
+    all.extend(rows("needs_restart", "needs a restart", Tone::Warn));
+    match all.is_empty() {
+        true => output.line("nothing changed")?,
+        false => output.table(&["SETTING", "FROM", "TO", ""], &all)?,
+    }
+    Ok(Exit::Ok)
+}

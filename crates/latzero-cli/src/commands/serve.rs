@@ -1,0 +1,202 @@
+//! `serve`: makes any program a handler.
+//!
+//! Calls wait in a bounded queue; a few threads take them, each running one program at a time. Whoever waits for an
+//! answer owns its program: where the caller gives up or the time is over, the client drops the future that waits, and
+//! that ends the program.
+
+mod program;
+mod queue;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::thread;
+
+use latzero::Strategy;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::args::ServeArgs;
+use crate::executor::block_on;
+use crate::exit::{Done, Exit, Failure};
+use crate::output::Output;
+use crate::parse::{Target, shell};
+use crate::reach::Wish;
+
+use self::program::Recipe;
+use self::queue::{QUEUED_MAX, Queue};
+use super::trigger::POOL_DEFAULT;
+use super::watch::over;
+
+pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
+    let names_pools = args.reach.names_pools();
+    let mut wish = Wish::lasting("serve");
+    wish.app_id = Some(app_id(&args.command[0]));
+    let mut targets = Vec::new();
+    for target in &args.targets {
+        let mut target = Target::parse(target, args.pool.as_deref())?;
+        if target.pool.is_none() && !names_pools {
+            target.pool = Some(POOL_DEFAULT.to_owned());
+        }
+        if let Some(pool) = target
+            .pool
+            .clone()
+            .filter(|pool| !wish.pools.contains(pool))
+        {
+            wish.pools.push(pool);
+        }
+        targets.push(target);
+    }
+    if args.lines && targets.len() > 1 {
+        return Err(Failure::usage(
+            "--lines takes one trigger: its program could not tell several apart",
+        )
+        .with_help("start one `latzero serve --lines` for each"));
+    }
+    let workers = match (args.lines, args.concurrency) {
+        (true, _) => 1,
+        (false, Some(n)) => usize::from(n),
+        (false, None) => thread::available_parallelism().map_or(1, usize::from),
+    };
+    let reached = args.reach.connect(&wish)?;
+    // Before anything is served: a program that was started must not outlive a Ctrl-C.
+    let signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| {
+        Failure::new(
+            Exit::Failure,
+            format!("signals cannot be received: {error}"),
+        )
+    })?;
+    let recipe = Recipe {
+        command: args.command,
+        lines: args.lines.then(|| targets[0].clone()),
+    };
+    let queue = Queue::start(recipe, workers).map_err(|error| {
+        Failure::new(Exit::Failure, format!("no thread can be started: {error}"))
+    })?;
+    // Ends when the connection is over for good; watching costs the server one event when an app comes or goes.
+    let pool = reached.app.joined().into_iter().next();
+    let mut events = match &pool {
+        Some(pool) => Some(reached.app.watch(pool)?),
+        None => None,
+    };
+    for target in &targets {
+        let in_queue = Arc::clone(&queue);
+        let mut handler = reached
+            .app
+            .as_async()
+            .handler(&target.trigger)
+            .strategy(Strategy::LeastBusy)
+            // What waits here can go nowhere else any more, so the server is told when to look elsewhere.
+            .concurrency(u32::try_from(workers + QUEUED_MAX).unwrap_or(u32::MAX))
+            .pools(target.pool.clone());
+        if let Some(doc) = &args.doc {
+            handler = handler.doc(doc);
+        }
+        block_on(handler.serve(move |request| {
+            let waiting = in_queue.push(request);
+            async move { waiting?.await }
+        }))?;
+    }
+    let asked = Arc::new(AtomicI32::new(0));
+    end_on_signal(signals, &reached.app, &targets, &queue, &asked)?;
+    let names: Vec<String> = targets
+        .iter()
+        .map(|t| format!("{}/{}", t.pool.as_deref().unwrap_or("*"), t.trigger))
+        .collect();
+    output.note(format_args!(
+        "serving {} as {} at {}; Ctrl-C ends it",
+        names.join(" "),
+        reached.app.app_id(),
+        reached.place()
+    ));
+    while events
+        .as_mut()
+        .and_then(latzero::blocking::Events::recv)
+        .is_some()
+    {}
+    queue.end();
+    match asked.load(Ordering::Acquire) {
+        0 => Err(over()),
+        SIGINT => Ok(Exit::Interrupted),
+        _ => Ok(Exit::Ok),
+    }
+}
+
+/// A thread that closes the app at the first signal: calls that run are finished, for a while. A second signal ends
+/// everything at once.
+fn end_on_signal(
+    mut signals: Signals,
+    app: &latzero::blocking::App,
+    targets: &[Target],
+    queue: &Arc<Queue>,
+    asked: &Arc<AtomicI32>,
+) -> Result<(), Failure> {
+    let (app, queue, asked) = (app.clone(), Arc::clone(queue), Arc::clone(asked));
+    let names: Vec<String> = targets
+        .iter()
+        .map(|target| target.trigger.clone())
+        .collect();
+    let closing = move || {
+        for signal in signals.forever() {
+            if asked.swap(signal, Ordering::AcqRel) != 0 {
+                queue.end();
+                std::process::exit(i32::from(Exit::Interrupted.code()));
+            }
+            let (app, names) = (app.clone(), names.clone());
+            let close = move || {
+                for name in &names {
+                    // A server that is gone sends no calls either.
+                    let _ = app.unserve(name);
+                }
+                let _ = app.close();
+            };
+            // On a thread of its own, so that a second signal is heard meanwhile.
+            if thread::Builder::new()
+                .name("closing".into())
+                .spawn(close)
+                .is_err()
+            {
+                queue.end();
+                std::process::exit(i32::from(Exit::Interrupted.code()));
+            }
+        }
+    };
+    let spawned = thread::Builder::new().name("signals".into()).spawn(closing);
+    spawned
+        .map(drop)
+        .map_err(|error| Failure::new(Exit::Failure, format!("no thread can be started: {error}")))
+}
+
+/// The AppID of a program: the name of its file, as far as an AppID may have it.
+fn app_id(command: &str) -> String {
+    let name = command.rsplit('/').next().unwrap_or(command);
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let id: String = name.chars().filter(|&c| allowed(c)).take(128).collect();
+    match id.is_empty() {
+        true => "serve".to_owned(),
+        false => id,
+    }
+}
+
+/// What a program's end says, for people.
+fn how_it_ended(command: &str, status: std::process::ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt as _;
+    let command = shell(command);
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("{command} ended with exit code {code}"),
+        (None, Some(signal)) => format!("{command} was ended by signal {signal}"),
+        (None, None) => format!("{command} ended"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_have_app_ids() {
+        assert_eq!(app_id("./hello.sh"), "hello.sh");
+        assert_eq!(app_id("/usr/bin/tr"), "tr");
+        assert_eq!(app_id("a b"), "ab");
+        assert_eq!(app_id("/"), "serve");
+    }
+}

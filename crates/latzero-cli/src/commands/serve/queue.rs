@@ -1,0 +1,220 @@
+//! Calls that wait for a program, and the threads that run programs for them.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::thread;
+
+use latzero::{HandlerError, Request};
+use rustix::process::{Pid, Signal, kill_process_group};
+use serde_json::value::RawValue;
+
+use super::program::{Program, Recipe};
+
+/// Calls that wait for a program at most. Beyond them a call is answered with `overloaded`, and an event is dropped.
+pub(super) const QUEUED_MAX: usize = 256;
+
+/// What a handler answers.
+pub(super) type Outcome = Result<Box<RawValue>, HandlerError>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One call on its way.
+pub(super) struct Job {
+    pub(super) number: u64,
+    pub(super) request: Request,
+    place: Arc<Mutex<Place>>,
+}
+
+/// Where an answer is left for whoever waits.
+#[derive(Default)]
+struct Place {
+    outcome: Option<Outcome>,
+    waker: Option<Waker>,
+}
+
+/// Programs that run, by the number of their call. A program is in it from its start until it is reaped, and is
+/// reaped under the lock: so what is killed under the lock is never another process with the same id.
+#[derive(Default)]
+pub(super) struct Running {
+    programs: HashMap<u64, Pid>,
+    /// The program that waits for the next call, with `--lines`.
+    idle: Option<Pid>,
+    /// No program is started any more.
+    has_ended: bool,
+}
+
+/// The calls that wait, and the programs that run.
+pub(super) struct Queue {
+    sender: SyncSender<Job>,
+    numbers: AtomicU64,
+    running: Arc<Mutex<Running>>,
+}
+
+impl Queue {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// Where the system gives no thread.
+    pub(super) fn start(recipe: Recipe, workers: usize) -> io::Result<Arc<Queue>> {
+        let (sender, receiver) = sync_channel(QUEUED_MAX);
+        let receiver = Arc::new(Mutex::new(receiver));
+        let recipe = Arc::new(recipe);
+        let running = Arc::new(Mutex::new(Running::default()));
+        for worker in 0..workers {
+            let worker = thread::Builder::new().name(format!("program-{worker}"));
+            let (receiver, recipe) = (Arc::clone(&receiver), Arc::clone(&recipe));
+            let running = Arc::clone(&running);
+            worker.spawn(move || work(&receiver, &recipe, &running))?;
+        }
+        Ok(Arc::new(Queue {
+            sender,
+            numbers: AtomicU64::new(1),
+            running,
+        }))
+    }
+
+    /// Puts a call in; the future ends with the answer.
+    ///
+    /// # Errors
+    /// `overloaded` where too many wait.
+    pub(super) fn push(&self, request: Request) -> Result<Waiting, HandlerError> {
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let place = Arc::new(Mutex::new(Place::default()));
+        let job = Job {
+            number,
+            request,
+            place: Arc::clone(&place),
+        };
+        match self.sender.try_send(job) {
+            Ok(()) => Ok(Waiting {
+                number,
+                place,
+                running: Arc::clone(&self.running),
+            }),
+            Err(TrySendError::Full(_)) => Err(HandlerError::new(
+                "overloaded",
+                format!(
+                    "{QUEUED_MAX} calls wait for a program already; raise --concurrency or serve it twice"
+                ),
+            )),
+            Err(TrySendError::Disconnected(_)) => Err(HandlerError::new(
+                "handler_error",
+                "the programs' threads are gone",
+            )),
+        }
+    }
+
+    /// Ends every program, and what it started; none is started any more.
+    pub(super) fn end(&self) {
+        let mut running = lock(&self.running);
+        running.has_ended = true;
+        let programs = running.programs.values().chain(&running.idle);
+        programs.for_each(|&pid| kill(pid));
+    }
+}
+
+/// Waits for an answer. Dropping it gives the call up, and ends its program.
+pub(super) struct Waiting {
+    number: u64,
+    place: Arc<Mutex<Place>>,
+    running: Arc<Mutex<Running>>,
+}
+
+impl Future for Waiting {
+    type Output = Outcome;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let mut place = lock(&self.place);
+        if let Some(outcome) = place.outcome.take() {
+            return Poll::Ready(outcome);
+        }
+        place.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let running = lock(&self.running);
+        if let Some(&pid) = running.programs.get(&self.number) {
+            kill(pid);
+        }
+    }
+}
+
+/// Ends a program and what it started: it leads a process group of its own.
+fn kill(pid: Pid) {
+    // The group may have ended by itself; then there is nothing to do.
+    let _ = kill_process_group(pid, Signal::KILL);
+}
+
+fn work(receiver: &Mutex<Receiver<Job>>, recipe: &Recipe, running: &Mutex<Running>) {
+    let mut kept = None;
+    loop {
+        // The lock is held while waiting: one thread waits for a call, the others for the lock.
+        let Ok(job) = lock(receiver).recv() else {
+            return;
+        };
+        // Given up while it waited: the server told so, or nobody holds the other end.
+        if job.request.is_cancelled() {
+            continue;
+        }
+        let outcome = recipe.run(
+            &job,
+            &mut kept,
+            &Registry {
+                number: job.number,
+                running,
+            },
+        );
+        let waker = {
+            let mut place = lock(&job.place);
+            place.outcome = Some(outcome);
+            place.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// Where a worker notes which program runs for its call.
+pub(super) struct Registry<'a> {
+    number: u64,
+    running: &'a Mutex<Running>,
+}
+
+impl Registry<'_> {
+    /// From here on the program can be ended by whoever gives the call up.
+    pub(super) fn begin(&self, request: &Request, pid: Pid) {
+        let mut running = lock(self.running);
+        running.idle = None;
+        running.programs.insert(self.number, pid);
+        if running.has_ended || request.is_cancelled() {
+            kill(pid);
+        }
+    }
+
+    /// The program is not this call's any more; it waits for the next.
+    pub(super) fn release(&self, pid: Pid) {
+        let mut running = lock(self.running);
+        running.programs.remove(&self.number);
+        running.idle = Some(pid);
+    }
+
+    /// The program has ended: reaps it.
+    pub(super) fn reap(&self, program: &mut Program) -> io::Result<std::process::ExitStatus> {
+        let mut running = lock(self.running);
+        running.programs.remove(&self.number);
+        running.idle = None;
+        program.wait()
+    }
+}

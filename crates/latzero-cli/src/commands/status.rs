@@ -1,0 +1,120 @@
+//! `status`: is the server running, where, and how busy is it.
+
+use latzero_server::startup::lock;
+use serde_json::json;
+
+use crate::args::StatusArgs;
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Output, Tone, count, toned, uptime};
+use crate::reach::Wish;
+
+pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
+    let reached = match args.reach.connect(&Wish::once("status")) {
+        Ok(reached) => reached,
+        Err(failure) if failure.exit == Exit::NotRunning => {
+            return not_running(args, failure, output);
+        }
+        Err(failure) => return Err(failure),
+    };
+    let stats = reached.app.request(&json!({"action": "stats"}))?;
+    let health = reached.app.request(&json!({"action": "health"}))?;
+    let (server, apps) = (&stats["server"], &stats["apps"]);
+    if output.json {
+        output.value(&json!({
+            "running": true,
+            "reached": reached.place(),
+            "health": health["status"],
+            "version": server["version"],
+            "pid": server["pid"],
+            "uptime_ms": server["uptime_ms"],
+            "addresses": server["addresses"],
+            "data_dir": server["data_dir"],
+            "apps_live": apps["apps_live"],
+            "apps_known": apps["apps_known"],
+            "instances": apps["instances"],
+            "pools": stats["pools"]["pools"],
+            "triggers": stats["triggers"]["served"],
+            "connections": stats["transport"]["connections"],
+            "calls": stats["triggers"]["calls"],
+            "calls_in_flight": stats["triggers"]["calls_in_flight"],
+            "calls_per_second": stats["triggers"]["calls_per_second"],
+        }))?;
+        return Ok(Exit::Ok);
+    }
+    let number = |value: &serde_json::Value| value.as_u64().unwrap_or(0);
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or("").to_owned();
+    let addresses = server["addresses"].as_array().into_iter().flatten();
+    let addresses: Vec<&str> = addresses.filter_map(|address| address.as_str()).collect();
+    let status = text(&health["status"]);
+    let tone = match status.as_str() {
+        "ok" => Tone::Good,
+        _ => Tone::Warn,
+    };
+    output.facts(&[
+        ("status", toned(format!("running, {status}"), tone)),
+        ("pid", number(&server["pid"]).into()),
+        ("uptime", uptime(number(&server["uptime_ms"])).into()),
+        ("version", text(&server["version"]).into()),
+        ("addresses", addresses.join("  ").into()),
+        ("data", text(&server["data_dir"]).into()),
+        (
+            "apps",
+            format!("{} live, {} known", apps["apps_live"], apps["apps_known"]).into(),
+        ),
+        (
+            "pools",
+            format!(
+                "{}, {}",
+                count(number(&stats["pools"]["pools"]), "pool"),
+                count(number(&stats["triggers"]["served"]), "trigger")
+            )
+            .into(),
+        ),
+        (
+            "connections",
+            number(&stats["transport"]["connections"]).into(),
+        ),
+        (
+            "calls",
+            format!(
+                "{} per second, {} in flight, {} in all",
+                stats["triggers"]["calls_per_second"],
+                stats["triggers"]["calls_in_flight"],
+                stats["triggers"]["calls"]
+            )
+            .into(),
+        ),
+    ])?;
+    Ok(Exit::Ok)
+}
+
+/// Nothing answers. A process may have the directory all the same: one that starts, hangs, or listens elsewhere.
+fn not_running(args: &StatusArgs, mut failure: Failure, output: &Output) -> Done {
+    let dir = args.reach.data_dir().0;
+    let dir = dir.canonicalize().unwrap_or(dir);
+    let holder = lock::holder(&dir);
+    let pid = holder.as_ref().and_then(|holder| holder.pid);
+    if output.json {
+        output.value(&json!({
+            "running": false,
+            "data_dir": dir.display().to_string(),
+            "lock_held": holder.is_some(),
+            "lock_pid": pid,
+            "looked": failure.details,
+        }))?;
+        return Ok(Exit::NotRunning);
+    }
+    if holder.is_some() {
+        let pid = pid.map_or_else(
+            || "whose pid is not known".to_owned(),
+            |pid| format!("pid {pid}"),
+        );
+        failure.errors[0] = "the server does not answer".to_owned();
+        failure
+            .details
+            .push(format!("{} is in use by a process, {pid}", dir.display()));
+        failure.help =
+            Some("look at logs/server.log there; end that process if it hangs".to_owned());
+    }
+    Err(failure)
+}

@@ -1,0 +1,94 @@
+//! `stop`: asks the server to drain and end, and waits until it has.
+
+use std::time::{Duration, Instant};
+
+use latzero_server::startup::lock;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::json;
+
+use crate::args::StopArgs;
+use crate::exit::{Done, Exit, Failure};
+use crate::output::Output;
+use crate::reach::Wish;
+
+/// How often progress is shown.
+const TICK: Duration = Duration::from_millis(250);
+
+pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
+    let started = Instant::now();
+    let deadline = started + args.timeout;
+    let reached = args.reach.connect(&Wish::once("stop"))?;
+    let stats = reached.app.request(&json!({"action": "stats"}))?;
+    let pid = stats["server"]["pid"].as_u64().unwrap_or(0);
+    let data_dir = stats["server"]["data_dir"]
+        .as_str()
+        .unwrap_or("")
+        .to_owned();
+    // Taken while the server certainly lives, so that it can be of no other process.
+    let process = process_of(&data_dir, pid);
+    reached.administer(&json!({"action": "shutdown"}))?;
+    let place = reached.place();
+    drop(reached);
+    let Some(process) = process else {
+        output.line(match output.json {
+            true => json!({"stopping": true, "pid": pid}).to_string(),
+            false => format!(
+                "asked {place} to stop; it is on another machine, so nobody here sees it end"
+            ),
+        })?;
+        return Ok(Exit::Ok);
+    };
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if has_ended(&process, left.min(TICK))? {
+            break;
+        }
+        if left.is_zero() {
+            output.progress_done();
+            let text = format!(
+                "the server, pid {pid}, is still finishing calls after {:?}",
+                args.timeout
+            );
+            return Err(Failure::new(Exit::Timeout, text).with_help(format!(
+                "it stops by itself after its drain_timeout; to end it at once: kill -9 {pid}"
+            )));
+        }
+        let seconds = started.elapsed().as_secs();
+        output.progress(format_args!(
+            "stopping, pid {pid}: running calls are finished … {seconds} s"
+        ));
+    }
+    output.progress_done();
+    output.line(match output.json {
+        true => json!({"stopped": true, "pid": pid}).to_string(),
+        false => format!("stopped, pid {pid}"),
+    })?;
+    Ok(Exit::Ok)
+}
+
+/// The server's process, where it is one of this machine: where the kernel says that it has the directory's lock. The
+/// kernel drops the lock when that process ends.
+fn process_of(data_dir: &str, pid: u64) -> Option<rustix::fd::OwnedFd> {
+    let pid = u32::try_from(pid).ok()?;
+    let holder = lock::holder(data_dir.as_ref())?;
+    if holder.pid != Some(pid) {
+        return None;
+    }
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    pidfd_open(pid, PidfdFlags::empty()).ok()
+}
+
+/// Waits for the end of a process; a descriptor of one can be read when it ended (pidfd_open(2)).
+fn has_ended(process: &rustix::fd::OwnedFd, wait: Duration) -> Result<bool, Failure> {
+    let wait = Timespec::try_from(wait).expect("it is at most one tick");
+    let mut fds = [PollFd::new(process, PollFlags::IN)];
+    match poll(&mut fds, Some(&wait)) {
+        Ok(n) => Ok(n > 0),
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        Err(error) => Err(Failure::new(
+            Exit::Failure,
+            format!("waiting for it failed: {error}"),
+        )),
+    }
+}

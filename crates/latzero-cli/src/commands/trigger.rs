@@ -1,0 +1,123 @@
+//! What `call`, `emit`, `serve` and `on` have in common: a pool to be in, and names to suggest where one is wrong.
+
+use latzero::blocking::App;
+use latzero::{Code, Error};
+use serde_json::{Value, json};
+
+use crate::exit::Failure;
+use crate::names::{did_you_mean, nearest};
+use crate::parse::Target;
+use crate::reach::{Listed, Reach, Reached, list};
+
+/// The pool of a trigger that names none.
+pub(crate) const POOL_DEFAULT: &str = "default";
+
+/// Joins the pool of `target`, which must exist: a wrong name is told rather than made true. Returns the pool to name
+/// in the message; none where the address names the pools.
+pub(crate) fn enter(
+    reached: &Reached,
+    reach: &Reach,
+    target: &Target,
+) -> Result<Option<String>, Failure> {
+    let pool = match &target.pool {
+        Some(pool) => pool.as_str(),
+        None if reach.names_pools() => return Ok(None),
+        None => POOL_DEFAULT,
+    };
+    let app = &reached.app;
+    if !app.joined().iter().any(|joined| joined == pool) {
+        match app.request(&json!({"action": "pool_info", "pool": pool})) {
+            Ok(_) => app.join(pool)?,
+            Err(error) if error.kind() == Code::NoPool => {
+                let pools =
+                    list(app, &json!({"action": "pool_list"}), Listed::Pools).unwrap_or_default();
+                let known: Vec<&str> = pools
+                    .iter()
+                    .filter_map(|pool| pool["pool"].as_str())
+                    .collect();
+                return Err(suggest(error, &nearest(pool, known)));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Some(pool.to_owned()))
+}
+
+/// What went wrong with a call or an emit, with the names that may have been meant.
+pub(crate) fn explain(
+    reached: &Reached,
+    target: &Target,
+    pool: Option<&str>,
+    to: Option<&str>,
+    error: Error,
+) -> Failure {
+    if !matches!(
+        error.kind(),
+        Code::NoHandler | Code::NoApp | Code::NotMember | Code::Offline
+    ) {
+        return error.into();
+    }
+    let apps = known_apps(&reached.app);
+    match (error.kind(), to) {
+        (Code::NoApp | Code::NotMember | Code::Offline, Some(to)) => {
+            let live = apps.iter().filter(|app| app["live"] == true);
+            let names: Vec<&str> = live.filter_map(|app| app["app_id"].as_str()).collect();
+            suggest(error, &nearest(to, names))
+        }
+        _ => {
+            let triggers = live_triggers(&apps);
+            let here = format!("{}/", pool.unwrap_or(POOL_DEFAULT));
+            let wanted = format!("{here}{}", target.trigger);
+            let near = nearest(
+                &target.trigger,
+                triggers.iter().map(|(_, name)| name.as_str()),
+            );
+            // For each near name: where it is served, this pool before others.
+            let mut names: Vec<&str> = Vec::new();
+            for name in near {
+                let served = triggers.iter().filter(|(_, trigger)| trigger == name);
+                let mut places: Vec<&str> = served.map(|(full, _)| full.as_str()).collect();
+                places.sort_by_key(|full| !full.starts_with(&here));
+                // The very name that was typed is no suggestion.
+                names.extend(places.into_iter().filter(|full| *full != wanted));
+            }
+            names.dedup();
+            names.truncate(3);
+            suggest(error, &names)
+        }
+    }
+}
+
+fn suggest(error: Error, names: &[&str]) -> Failure {
+    let mut failure = Failure::from(error);
+    if let Some(hint) = did_you_mean(names) {
+        failure.help = Some(hint);
+    }
+    failure
+}
+
+fn known_apps(app: &App) -> Vec<Value> {
+    // Without them there is no suggestion, and the error is told all the same.
+    list(app, &json!({"action": "app_list"}), Listed::Apps).unwrap_or_default()
+}
+
+/// Each trigger that a live app serves, as `POOL/TRIGGER` and alone.
+fn live_triggers(apps: &[Value]) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for app in apps.iter().filter(|app| app["live"] == true) {
+        for trigger in app["triggers"].as_array().into_iter().flatten() {
+            let Some(name) = trigger["name"].as_str() else {
+                continue;
+            };
+            // One that names no pools is served in every pool of its app.
+            let own = trigger["pools"]
+                .as_array()
+                .filter(|pools| !pools.is_empty());
+            let pools = own.or(app["pools"].as_array()).into_iter().flatten();
+            for pool in pools.filter_map(Value::as_str) {
+                found.push((format!("{pool}/{name}"), name.to_owned()));
+            }
+        }
+    }
+    found
+}

@@ -1,0 +1,66 @@
+//! `watch`: prints who comes and goes in a pool.
+
+use serde_json::Value;
+
+use crate::args::WatchArgs;
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Output, Tone};
+use crate::reach::Wish;
+
+pub(crate) fn run(args: &WatchArgs, output: &Output) -> Done {
+    let wish = Wish::lasting("watch").in_pool(Some(&args.pool));
+    let reached = args.reach.connect(&wish)?;
+    let mut events = reached.app.watch(&args.pool)?;
+    if output.is_for_people() {
+        output.note(format_args!(
+            "watching pool {} at {}; Ctrl-C ends it",
+            args.pool,
+            reached.place()
+        ));
+    }
+    let mut seen = 0;
+    while args.count.is_none_or(|count| seen < count) {
+        let Some(event) = events.recv() else {
+            return Err(over());
+        };
+        seen += 1;
+        let fields = Value::Object(event.fields().clone());
+        if !output.is_for_people() {
+            output.line(&fields)?;
+            continue;
+        }
+        let (name, about) = (event.event(), about(&fields));
+        let tone = match name {
+            "app_online" | "trigger_added" => Tone::Good,
+            "app_offline" | "trigger_removed" => Tone::Warn,
+            _ => Tone::Strong,
+        };
+        output.line(format_args!(
+            "{}  {about}",
+            output.paint(format_args!("{name:15}"), tone)
+        ))?;
+        if event.lost() > 0 {
+            output.note(format_args!("{} events before it were lost", event.lost()));
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+/// The connection ended for good.
+pub(crate) fn over() -> Failure {
+    Failure::new(Exit::Failure, "the server closed the connection for good")
+        .with_help("another instance may have taken the AppID over; choose one with --app")
+}
+
+/// What an event is about, its fields in one line.
+fn about(fields: &Value) -> String {
+    let fields = fields.as_object().into_iter().flatten();
+    let fields: Vec<String> = fields
+        .filter(|(name, _)| !matches!(name.as_str(), "action" | "event" | "pool"))
+        .map(|(name, value)| match value.as_str() {
+            Some(text) => format!("{name}={text}"),
+            None => format!("{name}={value}"),
+        })
+        .collect();
+    fields.join(" ")
+}

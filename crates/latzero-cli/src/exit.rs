@@ -1,0 +1,265 @@
+//! How the program ends: one table of exit codes, and what is said where something went wrong.
+
+use std::fmt;
+use std::io;
+use std::process::ExitCode;
+
+use latzero::{Code, Error};
+use latzero_server::ServerError;
+use latzero_server::settings::SettingsErrors;
+use serde_json::{Value, json};
+
+macro_rules! exits {
+    ($($(#[doc = $doc:literal])+ $name:ident = $code:literal, $word:literal;)*) => {
+        /// How the program ends.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Exit {
+            $($(#[doc = $doc])+ $name,)*
+        }
+
+        impl Exit {
+            #[cfg(test)]
+            const ALL: &[Exit] = &[$(Exit::$name),*];
+
+            /// The exit code.
+            pub(crate) fn code(self) -> u8 {
+                match self { $(Exit::$name => $code,)* }
+            }
+
+            /// The code as a word, for errors in JSON.
+            pub(crate) fn word(self) -> &'static str {
+                match self { $(Exit::$name => $word,)* }
+            }
+        }
+
+        /// The table as `--help` shows it.
+        pub(crate) const TABLE: &str = concat!(
+            "Exit codes:\n",
+            $(table_line!($code, $($doc),+),)*
+        );
+    };
+}
+
+macro_rules! table_line {
+    ($code:literal, $($doc:literal),+) => {
+        concat!("  ", $code, "\t", $($doc),+, "\n")
+    };
+}
+
+exits! {
+    /// done
+    Ok = 0, "ok";
+    /// failed for a reason without a code of its own
+    Failure = 1, "failure";
+    /// a flag, an argument or a setting is wrong
+    Usage = 2, "usage";
+    /// no server answers
+    NotRunning = 3, "not_running";
+    /// something is not well: `health`, `doctor`
+    Unhealthy = 4, "unhealthy";
+    /// the call was answered with an error
+    Answered = 5, "answered";
+    /// no answer in time
+    Timeout = 6, "timeout";
+    /// the port, the socket or the data directory is in use
+    InUse = 75, "in_use";
+    /// permission denied
+    Denied = 77, "permission_denied";
+    /// interrupted (Ctrl-C)
+    Interrupted = 130, "interrupted";
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit.code())
+    }
+}
+
+impl Exit {
+    /// The exit code that the server's library gives for an error.
+    fn of_library(code: u8) -> Exit {
+        match code {
+            2 => Exit::Usage,
+            75 => Exit::InUse,
+            77 => Exit::Denied,
+            _ => Exit::Failure,
+        }
+    }
+}
+
+/// Why a command did not do what it was asked for.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) exit: Exit,
+    /// What happened, one line each.
+    pub(crate) errors: Vec<String>,
+    /// What was seen, one line each.
+    pub(crate) details: Vec<String>,
+    /// What to do about it.
+    pub(crate) help: Option<String>,
+    /// The error of a call, as the wire has it.
+    pub(crate) wire: Option<Value>,
+    /// Nothing is to be said: whoever read the output closed it.
+    pub(crate) is_quiet: bool,
+}
+
+/// What a command comes to.
+pub(crate) type Done = Result<Exit, Failure>;
+
+impl Failure {
+    pub(crate) fn new(exit: Exit, error: impl fmt::Display) -> Failure {
+        Failure {
+            exit,
+            errors: vec![error.to_string()],
+            details: Vec::new(),
+            help: None,
+            wire: None,
+            is_quiet: false,
+        }
+    }
+
+    pub(crate) fn with_help(mut self, help: impl Into<String>) -> Failure {
+        self.help = Some(help.into());
+        self
+    }
+
+    /// A wrong argument that only a look at it shows.
+    pub(crate) fn usage(error: impl fmt::Display) -> Failure {
+        Failure::new(Exit::Usage, error)
+    }
+
+    /// The library's messages end with what to do, behind a semicolon.
+    fn of_message(exit: Exit, message: &str) -> Failure {
+        match message.split_once("; ") {
+            Some((what, help)) => Failure::new(exit, what).with_help(help),
+            None => Failure::new(exit, message),
+        }
+    }
+
+    /// The failure as `--json` prints it.
+    pub(crate) fn to_json(&self) -> Value {
+        let mut error = match &self.wire {
+            Some(wire) => wire.clone(),
+            None => json!({"code": self.exit.word(), "message": self.errors.join("\n")}),
+        };
+        if !self.details.is_empty() {
+            error["details"] = json!(self.details);
+        }
+        if let Some(help) = &self.help {
+            error["help"] = json!(help);
+        }
+        json!({"error": error, "exit_code": self.exit.code()})
+    }
+}
+
+impl From<io::Error> for Failure {
+    /// What goes wrong with the program's own output.
+    fn from(error: io::Error) -> Failure {
+        let is_quiet = error.kind() == io::ErrorKind::BrokenPipe;
+        Failure {
+            // `latzero apps | head -1` has done what it was asked for.
+            exit: if is_quiet { Exit::Ok } else { Exit::Failure },
+            is_quiet,
+            ..Failure::new(
+                Exit::Failure,
+                format!("the output cannot be written: {error}"),
+            )
+        }
+    }
+}
+
+impl From<SettingsErrors> for Failure {
+    fn from(errors: SettingsErrors) -> Failure {
+        if let [error] = errors.errors() {
+            let failure = Failure::of_message(Exit::Usage, &error.to_string());
+            if failure.help.is_some() {
+                return failure;
+            }
+        }
+        let lines: Vec<String> = errors.errors().iter().map(ToString::to_string).collect();
+        Failure {
+            errors: lines,
+            help: Some(
+                "`latzero config show` lists every setting and where it comes from".to_owned(),
+            ),
+            ..Failure::new(Exit::Usage, "")
+        }
+    }
+}
+
+impl From<ServerError> for Failure {
+    fn from(error: ServerError) -> Failure {
+        let exit = Exit::of_library(error.exit_code());
+        match error {
+            ServerError::Settings(errors) => errors.into(),
+            other => {
+                let failure = Failure::of_message(exit, &other.to_string());
+                match failure.help {
+                    Some(_) => failure,
+                    None => failure.with_help(
+                        "`latzero doctor` looks for what is in the way; \
+                         `latzero start --log-level debug` says more",
+                    ),
+                }
+            }
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    /// What a request or a call was answered with.
+    fn from(error: Error) -> Failure {
+        let exit = match error.kind() {
+            Code::Disconnected => Exit::NotRunning,
+            Code::Timeout => Exit::Timeout,
+            Code::Forbidden => Exit::Denied,
+            _ => Exit::Answered,
+        };
+        let mut wire = json!({"code": error.code(), "message": error.message()});
+        if let Some(ran) = error.ran() {
+            wire["ran"] = json!(ran.as_str());
+        }
+        if let Some(data) = error.data() {
+            wire["data"] = data.clone();
+        }
+        let is_own = Code::parse(error.code()).is_none();
+        Failure {
+            wire: Some(wire),
+            // A handler's own code has no remedy that anybody here could know.
+            help: (!is_own && error.kind() != Code::HandlerError)
+                .then(|| error.kind().remedy().to_owned()),
+            ..Failure::new(exit, &error)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_lists_every_code_once() {
+        for exit in Exit::ALL {
+            let start = format!("  {}\t", exit.code());
+            let lines = TABLE.lines().filter(|line| line.starts_with(&start));
+            assert_eq!(lines.count(), 1, "{exit:?}");
+            let same = Exit::ALL
+                .iter()
+                .filter(|other| other.code() == exit.code() || other.word() == exit.word());
+            assert_eq!(same.count(), 1, "{exit:?}");
+        }
+    }
+
+    #[test]
+    fn messages_are_split_into_cause_and_remedy() {
+        let failure = Failure::of_message(Exit::InUse, "port 5 is in use; choose another; or not");
+        assert_eq!(failure.errors, ["port 5 is in use"]);
+        assert_eq!(failure.help.as_deref(), Some("choose another; or not"));
+    }
+
+    #[test]
+    fn a_closed_pipe_is_no_failure() {
+        let failure = Failure::from(io::Error::from(io::ErrorKind::BrokenPipe));
+        assert_eq!((failure.exit, failure.is_quiet), (Exit::Ok, true));
+    }
+}

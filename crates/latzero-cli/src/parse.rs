@@ -1,0 +1,222 @@
+//! Arguments that are more than text: durations, sizes, JSON, headers, and where a trigger is.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::time::Duration;
+
+use serde_json::value::RawValue;
+
+use crate::exit::Failure;
+
+/// The longest time that an argument may give: that of a call's ttl.
+const DURATION_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// The most that is read of a file or of stdin for a payload, in bytes: more than any server takes by default.
+pub(crate) const INPUT_BYTES_MAX: u64 = 16 << 20;
+
+/// A duration with its unit: `500ms`, `5s`, `2m`, `1h`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let expected =
+        || format!("expected a duration with its unit, like 500ms, 5s or 2m, not '{text}'");
+    let split = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .ok_or_else(expected)?;
+    let (number, unit) = text.split_at(split);
+    let number: f64 = number.parse().map_err(|_| expected())?;
+    let seconds = match unit {
+        "us" => number / 1e6,
+        "ms" => number / 1e3,
+        "s" => number,
+        "m" => number * 60.0,
+        "h" => number * 3600.0,
+        _ => return Err(expected()),
+    };
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if duration > Duration::ZERO && duration <= DURATION_MAX => Ok(duration),
+        _ => Err("must be more than 0 and at most 24h".to_owned()),
+    }
+}
+
+/// A size in bytes, with or without a unit: `64`, `4KiB`, `1MiB`.
+pub(crate) fn size(text: &str) -> Result<usize, String> {
+    let expected = || format!("expected a size like 64, 4KiB or 1MiB, not '{text}'");
+    let split = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: usize = number.parse().map_err(|_| expected())?;
+    let factor = match unit.trim() {
+        "" | "B" => 1,
+        "K" | "KiB" => 1 << 10,
+        "M" | "MiB" => 1 << 20,
+        _ => return Err(expected()),
+    };
+    let bytes = number.checked_mul(factor).ok_or_else(expected)?;
+    match bytes as u64 > INPUT_BYTES_MAX {
+        true => Err(format!("must be at most {INPUT_BYTES_MAX} bytes")),
+        false => Ok(bytes),
+    }
+}
+
+/// `NAME=VALUE`.
+pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err(format!("expected NAME=VALUE, not '{text}'")),
+    }
+}
+
+/// A trigger and the pool that it is in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// The pool; none where nothing names one.
+    pub(crate) pool: Option<String>,
+    /// The trigger.
+    pub(crate) trigger: String,
+}
+
+impl Target {
+    /// Reads `[POOL/]TRIGGER`. A trigger's name may have `/` in it: the pool is what stands before the first one, and
+    /// where `--pool` names it, all of the text is the trigger.
+    pub(crate) fn parse(text: &str, pool: Option<&str>) -> Result<Target, Failure> {
+        let (pool, trigger) = match (pool, text.split_once('/')) {
+            (Some(pool), _) => (Some(pool), text),
+            (None, Some((pool, trigger))) => (Some(pool), trigger),
+            (None, None) => (None, text),
+        };
+        if trigger.is_empty() || pool == Some("") {
+            return Err(Failure::usage(format!("'{text}' names no trigger"))
+                .with_help("write TRIGGER, POOL/TRIGGER, or --pool POOL TRIGGER"));
+        }
+        Ok(Target {
+            pool: pool.map(str::to_owned),
+            trigger: trigger.to_owned(),
+        })
+    }
+}
+
+/// The payload that an argument stands for: JSON, `-` for stdin, `@FILE` for a file; `null` where there is none.
+pub(crate) fn payload(argument: Option<&str>) -> Result<Box<RawValue>, Failure> {
+    let (text, place) = match argument {
+        None => ("null".to_owned(), "the argument"),
+        Some("-") => (read(std::io::stdin(), "stdin")?, "stdin"),
+        Some(text) => match text.strip_prefix('@') {
+            Some(path) => {
+                let file = File::open(path).map_err(|error| {
+                    Failure::usage(format!("the file '{path}' cannot be read: {error}"))
+                })?;
+                (read(file, path)?, path)
+            }
+            None => (text.to_owned(), "the argument"),
+        },
+    };
+    RawValue::from_string(text.trim().to_owned()).map_err(|error| {
+        let failure = Failure::usage(format!("{place} is not JSON: {error}"));
+        match argument {
+            Some(text) if place == "the argument" => failure.with_help(suggest_quoting(text)),
+            _ => failure,
+        }
+    })
+}
+
+fn read(source: impl std::io::Read, name: &str) -> Result<String, Failure> {
+    let mut text = String::new();
+    let read = source.take(INPUT_BYTES_MAX + 1).read_to_string(&mut text);
+    read.map_err(|error| Failure::usage(format!("{name} cannot be read: {error}")))?;
+    if text.len() as u64 > INPUT_BYTES_MAX {
+        let text = format!("{name} is longer than {INPUT_BYTES_MAX} bytes");
+        return Err(Failure::usage(text));
+    }
+    Ok(text)
+}
+
+/// How the text could be meant.
+fn suggest_quoting(text: &str) -> String {
+    // What a shell leaves of {"x":42} without quotes.
+    let looks_stripped = text.starts_with(['{', '[']);
+    if looks_stripped {
+        return "the shell takes quotes away; put single quotes around the whole: '{\"x\":42}'"
+            .to_owned();
+    }
+    let as_json = serde_json::Value::from(text).to_string();
+    format!("a text is JSON in double quotes: {}", shell(&as_json))
+}
+
+/// Text as one word of a shell's command line.
+pub(crate) fn shell(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,+%".contains(c);
+    match !text.is_empty() && text.chars().all(is_plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_units() {
+        let check = |text: &str, ms: u64| {
+            assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        };
+        check("500ms", 500);
+        check("5s", 5_000);
+        check("1.5s", 1_500);
+        check("2m", 120_000);
+        check("24h", 86_400_000);
+        for bad in ["5", "s", "", "5 weeks", "0s", "25h", "-5s", "1e9s"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("64"), Ok(64));
+        assert_eq!(size("4KiB"), Ok(4096));
+        assert_eq!(size("16MiB"), Ok(16 << 20));
+        for bad in ["", "x", "17MiB", "1G", "99999999999999999999"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn targets() {
+        let check = |text: &str, pool: Option<&str>, expected: (Option<&str>, &str)| {
+            let target = Target::parse(text, pool).unwrap();
+            assert_eq!(
+                (target.pool.as_deref(), &*target.trigger),
+                expected,
+                "{text}"
+            );
+        };
+        check("foo", None, (None, "foo"));
+        check("alpha/foo", None, (Some("alpha"), "foo"));
+        check("alpha/a/b:c", None, (Some("alpha"), "a/b:c"));
+        check("a/b", Some("alpha"), (Some("alpha"), "a/b"));
+        for bad in ["", "/", "a/", "/b"] {
+            assert!(Target::parse(bad, None).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn payloads_say_how_to_quote() {
+        let help = |text: &str| payload(Some(text)).unwrap_err().help.unwrap();
+        assert_eq!(
+            payload(Some(r#" {"x": 42} "#)).unwrap().get(),
+            r#"{"x": 42}"#
+        );
+        assert_eq!(payload(None).unwrap().get(), "null");
+        assert!(help("{x:42}").contains(r#"'{"x":42}'"#));
+        assert!(help("it's me").ends_with(r#"'"it'\''s me"'"#));
+        assert!(payload(Some("@/nowhere/at/all")).is_err());
+    }
+
+    #[test]
+    fn words_of_a_shell() {
+        assert_eq!(shell("/a/b-c.d"), "/a/b-c.d");
+        assert_eq!(shell("a b"), "'a b'");
+        assert_eq!(shell("it's"), r"'it'\''s'");
+        assert_eq!(shell(""), "''");
+    }
+}

@@ -1,0 +1,535 @@
+//! Where the server is, and a connection to it.
+//!
+//! What is typed wins over the environment, and that over the defaults. A directory stands for the server that runs on
+//! it: its Unix socket by the rule of [`latzero_server::address`], else wherever the lock file says that it listens.
+
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use latzero::{Code, Error, Reconnect, blocking::App};
+use latzero_server::address;
+use latzero_server::startup::lock;
+use serde_json::{Value, json};
+
+use crate::exit::{Exit, Failure};
+use crate::parse::{self, shell};
+
+/// Where servers listen unless told otherwise.
+const HOST_DEFAULT: &str = "127.0.0.1";
+const PORT_DEFAULT: u16 = 45227;
+
+/// How long connecting may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Which server, and as whom.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Which server")]
+pub(crate) struct Reach {
+    /// By its data directory, ~/.latzero unless told otherwise [env: LATZERO_DATA_DIR]
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// By its Unix socket [env: LATZERO_SOCKET]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["host", "port"])]
+    pub(crate) socket: Option<PathBuf>,
+    /// By its TCP port [env: LATZERO_PORT]
+    #[arg(short, long, value_name = "PORT")]
+    pub(crate) port: Option<u16>,
+    /// By its host, over TCP [env: LATZERO_HOST]
+    #[arg(long, value_name = "HOST")]
+    pub(crate) host: Option<String>,
+    /// By an app's address, latzero://APP_ID@HOST:PORT?pool=NAME [env: LATZERO_URL]
+    #[arg(long, value_name = "URL", conflicts_with_all = ["data_dir", "socket", "host", "port", "app"])]
+    pub(crate) url: Option<String>,
+    /// The AppID to connect as [default: cli-UID; for serve the program's name]
+    #[arg(long, value_name = "ID")]
+    pub(crate) app: Option<String>,
+}
+
+/// One place where the server may be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    Url(String),
+    Socket(PathBuf),
+    Tcp(String, u16),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Place::Url(url) => f.write_str(url),
+            Place::Socket(path) => write!(f, "unix:{}", path.display()),
+            Place::Tcp(host, port) if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
+            Place::Tcp(host, port) => write!(f, "tcp://{host}:{port}"),
+        }
+    }
+}
+
+impl Place {
+    fn url(&self, app_id: &str) -> String {
+        match self {
+            Place::Url(url) => url.clone(),
+            Place::Socket(path) => format!("latzero://{app_id}?socket={}", escape(path)),
+            Place::Tcp(host, port) if host.contains(':') => {
+                format!("latzero://{app_id}@[{host}]:{port}")
+            }
+            Place::Tcp(host, port) => format!("latzero://{app_id}@{host}:{port}"),
+        }
+    }
+
+    /// Whether the server knows the user by the connection alone.
+    fn is_trusted(&self) -> bool {
+        match self {
+            Place::Url(url) => !url.contains('@'),
+            Place::Socket(_) => true,
+            Place::Tcp(..) => false,
+        }
+    }
+}
+
+/// Escapes a path for an address (RFC 3986, section 2.1).
+fn escape(path: &Path) -> String {
+    let mut out = String::new();
+    for c in path.to_string_lossy().chars() {
+        match c {
+            '%' | '&' | '?' | '#' | ' ' => out.push_str(&format!("%{:02x}", c as u32)),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// What happens when the connection is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Loss {
+    /// The command is over.
+    Ends,
+    /// It connects again and goes on.
+    Reconnects,
+}
+
+/// What a command wants of its connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Wish {
+    pub(crate) command: &'static str,
+    pub(crate) loss: Loss,
+    /// Pools to join; what does not exist is created.
+    pub(crate) pools: Vec<String>,
+    /// The AppID, where the command has one of its own and none was typed.
+    pub(crate) app_id: Option<String>,
+    /// Threads for handlers.
+    pub(crate) handler_threads: Option<usize>,
+}
+
+impl Wish {
+    pub(crate) fn once(command: &'static str) -> Wish {
+        Wish {
+            command,
+            loss: Loss::Ends,
+            pools: Vec::new(),
+            app_id: None,
+            handler_threads: None,
+        }
+    }
+
+    pub(crate) fn lasting(command: &'static str) -> Wish {
+        Wish {
+            loss: Loss::Reconnects,
+            ..Wish::once(command)
+        }
+    }
+
+    pub(crate) fn in_pool(mut self, pool: Option<&str>) -> Wish {
+        self.pools.extend(pool.map(str::to_owned));
+        self
+    }
+}
+
+/// A connection, and where it goes.
+#[derive(Debug)]
+pub(crate) struct Reached {
+    pub(crate) app: App,
+    place: Place,
+    /// The admin token, where the connection itself does not prove the right and the token could be read.
+    token: Option<String>,
+}
+
+impl Reached {
+    /// Where the connection goes, for people.
+    pub(crate) fn place(&self) -> String {
+        self.place.to_string()
+    }
+
+    /// Asks for what administrators alone may ask for.
+    pub(crate) fn administer(&self, request: &Value) -> Result<Value, Failure> {
+        let mut request = request.clone();
+        if let Some(token) = &self.token {
+            request["token"] = json!(token);
+        }
+        self.app.request(&request).map_err(|error| {
+            let mut failure = Failure::from(error);
+            // One may have reached another server than one thought.
+            failure
+                .details
+                .push(format!("asked the server at {}", self.place));
+            failure
+        })
+    }
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// A path whose leading `~` is the home directory, as in settings.
+fn expand_home(path: &str) -> PathBuf {
+    match (path.strip_prefix('~'), variable("HOME")) {
+        (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => {
+            PathBuf::from(format!("{}{rest}", home.trim_end_matches('/')))
+        }
+        _ => PathBuf::from(path),
+    }
+}
+
+impl Reach {
+    /// The data directory that is meant, and whether anybody named it.
+    pub(crate) fn data_dir(&self) -> (PathBuf, Named) {
+        let typed = self
+            .data_dir
+            .as_ref()
+            .map(|path| path.to_string_lossy().into_owned());
+        match typed.or_else(|| variable("LATZERO_DATA_DIR")) {
+            Some(path) => (expand_home(&path), Named::Yes),
+            None => (expand_home("~/.latzero"), Named::No),
+        }
+    }
+
+    /// Where to look, in this order.
+    fn places(&self) -> Result<Vec<Place>, Failure> {
+        if let Some(url) = &self.url {
+            return Ok(vec![Place::Url(url.clone())]);
+        }
+        if let Some(socket) = &self.socket {
+            return Ok(vec![Place::Socket(socket.clone())]);
+        }
+        let tcp = || -> Result<Place, Failure> {
+            let host = self.host.clone().or_else(|| variable("LATZERO_HOST"));
+            let port = match (self.port, variable("LATZERO_PORT")) {
+                (Some(port), _) => port,
+                (None, Some(text)) => text.parse().map_err(|_| {
+                    Failure::usage(format!("LATZERO_PORT must be a port number, not '{text}'"))
+                })?,
+                (None, None) => PORT_DEFAULT,
+            };
+            // A server on every address of this machine is reached by the nearest of them.
+            let host = match host.as_deref() {
+                None | Some("0.0.0.0" | "::") => HOST_DEFAULT.to_owned(),
+                Some(host) => host.trim_matches(['[', ']']).to_owned(),
+            };
+            Ok(Place::Tcp(host, port))
+        };
+        if self.host.is_some() || self.port.is_some() {
+            return Ok(vec![tcp()?]);
+        }
+        if self.data_dir.is_none() {
+            if let Some(url) = variable("LATZERO_URL") {
+                return Ok(vec![Place::Url(url)]);
+            }
+            // The variable is the server's setting too, which may say that there is no path.
+            let socket = variable("LATZERO_SOCKET").filter(|s| s != "auto" && s != "off");
+            if let Some(socket) = socket {
+                return Ok(vec![Place::Socket(expand_home(&socket))]);
+            }
+        }
+        let (dir, named) = self.data_dir();
+        let mut places = of_data_dir(&dir);
+        // Another server's port is no substitute for the directory that was asked for.
+        if named == Named::No {
+            let tcp = tcp()?;
+            if !places.contains(&tcp) {
+                places.push(tcp);
+            }
+        }
+        Ok(places)
+    }
+
+    /// The AppID to connect as. One per user, not one per call: a server remembers every app that it saw.
+    fn app_id(&self) -> String {
+        self.app
+            .clone()
+            .unwrap_or_else(|| format!("cli-{}", rustix::process::geteuid().as_raw()))
+    }
+
+    /// Connects.
+    ///
+    /// # Errors
+    /// Exit 3 where no server answers, with every place that was tried.
+    pub(crate) fn connect(&self, wish: &Wish) -> Result<Reached, Failure> {
+        let app_id = match (&self.app, &wish.app_id) {
+            (None, Some(own)) => own.clone(),
+            _ => self.app_id(),
+        };
+        let places = self.places()?;
+        let mut tried = Vec::new();
+        for place in places {
+            let mut builder = latzero::App::builder(&place.url(&app_id))
+                .pools(&wish.pools)
+                .connect_timeout(CONNECT_TIMEOUT)
+                .reconnect(Reconnect {
+                    enabled: wish.loss == Loss::Reconnects,
+                    ..Reconnect::default()
+                })
+                .meta(json!({"program": "latzero", "command": wish.command, "pid": std::process::id()}));
+            if let Some(threads) = wish.handler_threads {
+                builder = builder.handler_threads(threads);
+            }
+            match App::connect_with(builder) {
+                Ok(app) => {
+                    let token = self.token(&place);
+                    return Ok(Reached { app, place, token });
+                }
+                Err(error) => tried.push((place.to_string(), judge(&place, error)?)),
+            }
+        }
+        Err(self.not_running(&tried))
+    }
+
+    fn token(&self, place: &Place) -> Option<String> {
+        if place.is_trusted() {
+            return None;
+        }
+        variable("LATZERO_ADMIN_TOKEN").or_else(|| {
+            let path = self.data_dir().0.join("admin.token");
+            let text = std::fs::read_to_string(path).ok()?;
+            Some(text.trim().to_owned())
+        })
+    }
+
+    fn not_running(&self, tried: &[(String, String)]) -> Failure {
+        let mut failure = Failure::new(Exit::NotRunning, "the server is not running");
+        let looked = tried
+            .iter()
+            .map(|(place, why)| format!("nothing answers at {place}: {why}"));
+        failure.details.extend(looked);
+        let (dir, named) = self.data_dir();
+        if tried.is_empty() {
+            failure
+                .details
+                .push(format!("no server has ever run on {}", dir.display()));
+        }
+        let is_elsewhere = self.url.is_some() || self.host.is_some() || self.socket.is_some();
+        let mut command = "latzero start".to_owned();
+        if let Some(port) = self.port {
+            command.push_str(&format!(" --port {port}"));
+        }
+        if named == Named::Yes {
+            command.push_str(&format!(" --data-dir {}", shell(&dir.to_string_lossy())));
+        }
+        match is_elsewhere {
+            true => {
+                failure.with_help("start it there with `latzero start`, or correct the address")
+            }
+            false => failure.with_help(format!(
+                "start it with `{command}`, or name another one with --data-dir, --port or --url"
+            )),
+        }
+    }
+
+    /// Whether the address itself names pools, so that a trigger without one means those.
+    pub(crate) fn names_pools(&self) -> bool {
+        let url = self.url.clone().or_else(|| match self.places() {
+            Ok(places) => places.into_iter().find_map(|place| match place {
+                Place::Url(url) => Some(url),
+                _ => None,
+            }),
+            Err(_) => None,
+        });
+        url.is_some_and(|url| url.contains("pool="))
+    }
+}
+
+/// Whether somebody named it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Named {
+    Yes,
+    No,
+}
+
+/// Where the server of a data directory listens.
+fn of_data_dir(dir: &Path) -> Vec<Place> {
+    // A server would have created the directory.
+    let Ok(dir) = dir.canonicalize() else {
+        return Vec::new();
+    };
+    let uid = rustix::process::geteuid().as_raw();
+    let runtime_dir = variable("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let mut places: Vec<Place> = address::socket_candidates(&dir, runtime_dir.as_deref(), uid)
+        .into_iter()
+        .filter(|socket| socket.parent() == Some(&dir) || is_private(socket.parent(), uid))
+        .map(Place::Socket)
+        .collect();
+    let recorded = lock::holder(&dir).and_then(|holder| holder.record);
+    for address in recorded.into_iter().flat_map(|record| record.addresses) {
+        let place = match (
+            address.strip_prefix("unix:"),
+            address.strip_prefix("tcp://"),
+        ) {
+            (Some(path), _) => Some(Place::Socket(PathBuf::from(path))),
+            (None, Some(tcp)) => tcp.rsplit_once(':').and_then(|(host, port)| {
+                let host = match host.trim_matches(['[', ']']) {
+                    "0.0.0.0" | "::" => HOST_DEFAULT,
+                    host => host,
+                };
+                Some(Place::Tcp(host.to_owned(), port.parse().ok()?))
+            }),
+            (None, None) => None,
+        };
+        places.extend(place.filter(|place| !places.contains(place)));
+    }
+    places
+}
+
+/// Whether a directory is this user's alone: anyone may create a name in `/tmp`.
+fn is_private(dir: Option<&Path>, uid: u32) -> bool {
+    dir.and_then(|dir| dir.symlink_metadata().ok())
+        .is_some_and(|m| m.is_dir() && m.uid() == uid && m.mode() & 0o777 == 0o700)
+}
+
+/// Tells where nothing answers, which may be tried elsewhere, from everything else.
+fn judge(place: &Place, error: Error) -> Result<String, Failure> {
+    let source = std::error::Error::source(&error).and_then(|e| e.downcast_ref::<io::Error>());
+    match source {
+        Some(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
+            let text = format!("permission denied: {place}");
+            let help = "run as the user that the server runs as, or reach it over TCP with --port";
+            Err(Failure::new(Exit::Denied, text).with_help(help))
+        }
+        Some(cause) if cause.kind() == io::ErrorKind::NotFound => {
+            Ok("there is no such socket".to_owned())
+        }
+        // Its own text would end with "(os error 111)".
+        Some(cause) if cause.raw_os_error().is_some() => Ok(cause.kind().to_string()),
+        Some(cause) => Ok(cause.to_string()),
+        None if error.kind() == Code::Disconnected => {
+            let text = format!("{place}: {}", error.message());
+            let help = "find out what listens there, or name another place with --port";
+            Err(Failure::new(Exit::NotRunning, text).with_help(help))
+        }
+        None if matches!(error.kind(), Code::BadMessage | Code::InvalidName) => {
+            Err(Failure::usage(error.message()))
+        }
+        None => Err(error.into()),
+    }
+}
+
+/// The apps or pools of a server, every page of them.
+///
+/// # Errors
+/// What the server answers.
+pub(crate) fn list(app: &App, request: &Value, kind: Listed) -> Result<Vec<Value>, Error> {
+    let (field, name) = match kind {
+        Listed::Apps => ("apps", "app_id"),
+        Listed::Pools => ("pools", "pool"),
+    };
+    let mut all = Vec::new();
+    let mut request = request.clone();
+    loop {
+        let mut page = app.request(&request)?;
+        let more = page["more"] == true;
+        if let Some(items) = page[field].as_array_mut() {
+            all.append(items);
+        }
+        match all.last().filter(|_| more) {
+            Some(last) => request["after"] = last[name].clone(),
+            None => return Ok(all),
+        }
+    }
+}
+
+/// What is listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Listed {
+    Apps,
+    Pools,
+}
+
+/// The line that somebody can try, with what it takes to find this server.
+pub(crate) fn try_line(program: &str, options: &[String]) -> String {
+    let mut words = vec![program.to_owned(), "call".to_owned()];
+    words.extend(options.iter().map(|option| shell(option)));
+    words.push("system/echo".to_owned());
+    words.push(parse::shell("{\"x\":42}"));
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_addresses() {
+        let check = |place: Place, url: &str, shown: &str| {
+            assert_eq!(place.url("me"), url);
+            assert_eq!(place.to_string(), shown);
+        };
+        check(
+            Place::Socket("/a b/s".into()),
+            "latzero://me?socket=/a%20b/s",
+            "unix:/a b/s",
+        );
+        check(
+            Place::Tcp("::1".into(), 5),
+            "latzero://me@[::1]:5",
+            "tcp://[::1]:5",
+        );
+        check(Place::Tcp("h".into(), 5), "latzero://me@h:5", "tcp://h:5");
+    }
+
+    #[test]
+    fn what_is_typed_wins() {
+        let check = |reach: Reach, expected: &[Place]| {
+            assert_eq!(reach.places().unwrap(), expected);
+        };
+        let reach = Reach::default();
+        check(
+            Reach {
+                port: Some(5),
+                ..reach.clone()
+            },
+            &[Place::Tcp("127.0.0.1".into(), 5)],
+        );
+        check(
+            Reach {
+                socket: Some("/s".into()),
+                ..reach.clone()
+            },
+            &[Place::Socket("/s".into())],
+        );
+        check(
+            Reach {
+                url: Some("latzero://x".into()),
+                ..reach.clone()
+            },
+            &[Place::Url("latzero://x".into())],
+        );
+        // A directory that is named and has no server is not replaced by another server.
+        check(
+            Reach {
+                data_dir: Some("/nowhere".into()),
+                ..reach
+            },
+            &[],
+        );
+    }
+
+    #[test]
+    fn the_line_to_try_is_one_for_a_shell() {
+        let options = ["--data-dir".to_owned(), "/a b".to_owned()];
+        assert_eq!(
+            try_line("target/release/latzero", &options),
+            r#"target/release/latzero call --data-dir '/a b' system/echo '{"x":42}'"#
+        );
+    }
+}

@@ -1,0 +1,9 @@
+//! The real program, run as people and scripts run it: one module per part of it, each test with a server and a data
+//! directory of its own.
+
+mod calls;
+mod config;
+mod look;
+mod program;
+mod serve;
+mod server;

@@ -1,0 +1,221 @@
+//! Programs as handlers.
+
+use std::process::Stdio;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, test_kill_process};
+use serde_json::Value;
+
+use crate::program::{PATIENCE, Running, Server, eventually};
+
+#[test]
+fn a_program_answers_calls() {
+    let server = Server::start();
+    let _upper = server.serve(&["alpha/upper", "--", "tr", "a-z", "A-Z"]);
+    let ran = server
+        .run(&["call", "alpha/upper", "{\"a\":\"b\"}"])
+        .ended_with(0);
+    assert_eq!(ran.out, "{\"A\":\"B\"}\n");
+
+    let script =
+        "printf '%s %s %s %s' $LATZERO_TRIGGER $LATZERO_POOL $LATZERO_CALLER ${LATZERO_ID:+id}";
+    let _told = server.serve(&[
+        "beta/told",
+        "beta/too",
+        "--app",
+        "told",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ]);
+    let ran = server
+        .run(&["call", "beta/told", "--raw", "--app", "me"])
+        .ended_with(0);
+    assert_eq!(ran.out, "told beta me id\n");
+    assert_eq!(
+        server.run(&["call", "beta/too", "--app", "me"]).out,
+        "\"too beta me id\"\n"
+    );
+
+    let _silent = server.serve(&["gamma/silent", "--", "true"]);
+    assert_eq!(
+        server.run(&["call", "gamma/silent"]).ended_with(0).out,
+        "null\n"
+    );
+}
+
+#[test]
+fn a_program_that_fails_is_an_error_with_what_it_said() {
+    let server = Server::start();
+    let _serving = server.serve(&[
+        "alpha/bad",
+        "--",
+        "sh",
+        "-c",
+        "echo the disk is full >&2; exit 7",
+    ]);
+    let ran = server.run(&["call", "alpha/bad", "--json"]).ended_with(5);
+    let error: Value = serde_json::from_str(&ran.err).unwrap();
+    assert_eq!(error["error"]["code"], "handler_error");
+    assert_eq!(error["error"]["data"]["exit_code"], 7);
+    assert_eq!(error["error"]["data"]["stderr"], "the disk is full\n");
+    server
+        .run(&["call", "alpha/bad"])
+        .ended_with(5)
+        .said("ended with exit code 7")
+        .said("the disk is full");
+
+    let _missing = server.serve(&["alpha/missing", "--", "/nowhere/at/all"]);
+    server
+        .run(&["call", "alpha/missing"])
+        .ended_with(5)
+        .said("cannot be started");
+}
+
+#[test]
+fn a_program_that_leaves_a_child_behind_keeps_nobody_waiting() {
+    let server = Server::start();
+    let _serving = server.serve(&["alpha/fork", "--", "sh", "-c", "sleep 1000 & echo $!"]);
+    let ran = server.run(&["call", "alpha/fork"]).ended_with(0);
+    let pid: i32 = ran.out.trim().parse().unwrap();
+    let left = Pid::from_raw(pid).unwrap();
+    test_kill_process(left).expect("it was left to run");
+    rustix::process::kill_process(left, Signal::KILL).unwrap();
+}
+
+#[test]
+fn much_is_written_and_read_at_once() {
+    let server = Server::start();
+    let _serving = server.serve(&["alpha/cat", "--", "cat"]);
+    let file = server.home().join("big.json");
+    let big = format!("\"{}\"", "x".repeat(3 << 20));
+    std::fs::write(&file, &big).unwrap();
+    let ran = server
+        .run(&["call", "alpha/cat", &format!("@{}", file.display())])
+        .ended_with(0);
+    assert!(ran.out.trim() == big, "{} bytes came back", ran.out.len());
+}
+
+/// The pid that a handler's program says on its stderr.
+fn pid_of(serving: &Running) -> Pid {
+    let line = serving.line_with("runs ");
+    let pid = line.rsplit(' ').next().and_then(|pid| pid.parse().ok());
+    pid.and_then(Pid::from_raw)
+        .expect("the line ends with a pid")
+}
+
+/// Waits until a process that is no child of this one has ended.
+fn wait_for_end(pid: Pid) {
+    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
+        return;
+    };
+    let patience = Timespec::try_from(PATIENCE).expect("it is a minute at most");
+    let mut fds = [PollFd::new(&process, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "it lives on");
+}
+
+#[test]
+fn a_call_that_is_given_up_ends_its_program() {
+    let server = Server::start();
+    let script = "echo runs $$ >&2; sleep 1000";
+    let serving = server.serve(&["alpha/long", "--", "sh", "-c", script]);
+    // Out of time.
+    server
+        .run(&["call", "alpha/long", "--timeout", "300ms"])
+        .ended_with(6);
+    wait_for_end(pid_of(&serving));
+    // The caller is gone.
+    let mut calling = server
+        .command(&["call", "alpha/long"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = pid_of(&serving);
+    calling.kill().unwrap();
+    calling.wait().unwrap();
+    wait_for_end(pid);
+}
+
+#[test]
+fn ctrl_c_finishes_what_runs_and_a_second_one_does_not() {
+    let server = Server::start();
+    let gate = server.home().join("gate");
+    let made = std::process::Command::new("mkfifo")
+        .arg(&gate)
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let script = "echo runs $$ >&2; read x < \"$0\"; echo 1";
+    let args = [
+        "alpha/slow",
+        "--",
+        "sh",
+        "-c",
+        script,
+        gate.to_str().unwrap(),
+    ];
+    let call = || {
+        server
+            .command(&["call", "alpha/slow"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+
+    let mut serving = server.serve(&args);
+    let calling = call();
+    pid_of(&serving);
+    serving.signal(Signal::INT);
+    std::fs::write(&gate, "open\n").unwrap();
+    assert_eq!(calling.wait_with_output().unwrap().stdout, b"1\n");
+    assert_eq!(serving.exit_code(), 130);
+
+    let mut serving = server.serve(&args);
+    let mut calling = call();
+    let pid = pid_of(&serving);
+    serving.signal(Signal::INT);
+    // No longer served: the first signal has arrived.
+    eventually(|| {
+        let ran = server.run(&["emit", "alpha/slow", "--json"]);
+        !ran.out.contains("\"delivered\":1")
+    });
+    serving.signal(Signal::INT);
+    assert_eq!(serving.exit_code(), 130);
+    wait_for_end(pid);
+    assert_ne!(calling.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn one_process_can_answer_all_calls_line_by_line() {
+    let server = Server::start();
+    // It counts the lines that it saw, and ends at the word "end".
+    let script = "n=0; while read -r x; do n=$((n+1)); [ \"$x\" = '\"end\"' ] && exit 3; echo \"{\\\"n\\\":$n,\\\"x\\\":$x}\"; done";
+    let _serving = server.serve(&["alpha/count", "--lines", "--", "sh", "-c", script]);
+    let call = |data: &str| server.run(&["call", "alpha/count", data]);
+    assert_eq!(call("[1,\n2]").ended_with(0).out, "{\"n\":1,\"x\":[1,2]}\n");
+    assert_eq!(call("5").ended_with(0).out, "{\"n\":2,\"x\":5}\n");
+    call("\"end\"").ended_with(5).said("ended with exit code 3");
+    // The next call starts it again.
+    assert_eq!(call("6").ended_with(0).out, "{\"n\":1,\"x\":6}\n");
+    server
+        .run(&["serve", "a/b", "a/c", "--lines", "--", "cat"])
+        .ended_with(2)
+        .said("one trigger");
+}
+
+#[test]
+fn a_handler_goes_on_when_the_server_comes_back() {
+    let server = Server::start();
+    let serving = server.serve(&["alpha/cat", "--", "cat"]);
+    let home = server.crash();
+    let server = Server::in_home(home, &[]);
+    // The handler connects again by itself.
+    eventually(|| server.run(&["call", "alpha/cat", "1"]).code == 0);
+    assert_eq!(
+        server.run(&["call", "alpha/cat", "2"]).ended_with(0).out,
+        "2\n"
+    );
+    drop(serving);
+}
