@@ -390,6 +390,10 @@ impl<P: Clone> Pool<P> {
                 if !matches(trigger.destination.as_ref(), to) {
                     return Offer::NotMeant;
                 }
+                // It listens to emits, and is no handler of calls.
+                if handler.concurrency == 0 {
+                    return Offer::NotMeant;
+                }
                 seen.matching = true;
                 if handler.in_flight >= handler.concurrency {
                     return Offer::Busy;

@@ -160,7 +160,7 @@ pub struct TriggerSpec {
     pub pools: Option<Vec<PoolName>>,
     /// How calls are spread over its handlers.
     pub strategy: Strategy,
-    /// Most calls at a time that one instance takes.
+    /// Most calls at a time that one instance takes; 0 takes emits alone.
     pub concurrency: Option<u32>,
     /// What it does, for people.
     pub doc: Option<String>,
@@ -748,7 +748,7 @@ fn trigger_spec(raw: Raw<'_>) -> Result<TriggerSpec, Refusal> {
     let concurrency = Envelope::number(
         fields.field("concurrency"),
         "concurrency",
-        1..=u64::from(u32::MAX),
+        0..=u64::from(u32::MAX),
     )?;
     let doc = fields.string("doc")?.map(Cow::into_owned);
     if doc.as_ref().is_some_and(|doc| doc.len() > 1024) {

@@ -15,7 +15,7 @@ use crate::call::{Call, Calling, Emit};
 use crate::core::Core;
 use crate::error::{Error, HandlerError};
 use crate::events::{Emission, Events, Presence, Queue};
-use crate::handlers::{Entry, Kind, Registered, Spec};
+use crate::handlers::{Entry, Kind, Registered, Spec, listener};
 use crate::message::Message;
 use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
 use crate::request::Request;
@@ -182,8 +182,10 @@ impl App {
 
     pub(crate) fn unserving(&self, name: &str) -> Option<Calling<()>> {
         let handlers = &self.core().handlers;
-        let must_tell = handlers.remove(name) && !handlers.is_listened(name);
-        must_tell.then(|| self.triggers("trigger_unregister", &json!([name])))
+        handlers.remove(name).then(|| match handlers.is_listened(name) {
+            true => self.triggers("trigger_register", &json!([listener(name)])),
+            false => self.triggers("trigger_unregister", &json!([name])),
+        })
     }
 
     /// Receives emits of the trigger `name`.
@@ -206,7 +208,7 @@ impl App {
         let queue = Arc::new(Queue::new());
         let registered = self.core().handlers.listen(name, &queue);
         let must_tell = registered == Registered::New;
-        let calling = must_tell.then(|| self.triggers("trigger_register", &json!([name])));
+        let calling = must_tell.then(|| self.triggers("trigger_register", &json!([listener(name)])));
         Ok((
             Events {
                 queue,

@@ -60,6 +60,11 @@ impl Spec {
     }
 }
 
+/// A trigger whose emits alone are wanted, as the wire spells it: calls go to its handlers elsewhere.
+pub(crate) fn listener(name: &str) -> Value {
+    json!({ "name": name, "concurrency": 0 })
+}
+
 /// One handler.
 pub(crate) struct Entry {
     pub(crate) name: Box<str>,
@@ -90,7 +95,7 @@ impl Job {
 
     /// Whether it is the start of call `id`.
     pub(crate) fn is_start_of(&self, id: &str) -> bool {
-        matches!(self, Job::Start(_, request) if request.ticket.id.as_deref() == Some(id))
+        matches!(self, Job::Start(_, request) if request.ticket.id() == Some(id))
     }
 }
 
@@ -102,9 +107,53 @@ type Listeners = HashMap<Box<str>, Vec<Weak<Queue<Emission>>>>;
 pub(crate) struct Handlers {
     entries: RwLock<HashMap<Box<str>, Arc<Entry>>>,
     listeners: RwLock<Listeners>,
-    running: Mutex<HashSet<Noted>>,
-    /// Who waits for the running calls to end.
-    idle: Mutex<Vec<Waker>>,
+    running: Mutex<RunningCalls>,
+}
+
+/// The calls that handlers are at.
+#[derive(Default)]
+struct RunningCalls {
+    /// Those that keep a thread: never more than there are threads, so they are searched one by one.
+    blocking: Vec<Arc<Ticket>>,
+    /// Those that are tasks.
+    tasks: HashSet<Noted>,
+    /// Who waits for all of them to end.
+    idle: Vec<Waker>,
+}
+
+impl RunningCalls {
+    fn is_empty(&self) -> bool {
+        self.blocking.is_empty() && self.tasks.is_empty()
+    }
+
+    /// Who is woken, where nothing runs any more.
+    fn take_idle(&mut self) -> Vec<Waker> {
+        match self.is_empty() {
+            true => std::mem::take(&mut self.idle),
+            false => Vec::new(),
+        }
+    }
+
+    /// The place of a blocking call. The newest, where a new connection gave the id of a lost call to another one.
+    fn blocking(&self, id: &str) -> Option<usize> {
+        self.blocking
+            .iter()
+            .rposition(|ticket| ticket.id() == Some(id))
+    }
+
+    fn find(&self, id: &str) -> Option<Arc<Ticket>> {
+        match self.blocking(id) {
+            Some(at) => Some(self.blocking[at].clone()),
+            None => self.tasks.get(id).map(|noted| noted.0.clone()),
+        }
+    }
+
+    fn take(&mut self, id: &str) -> Option<Arc<Ticket>> {
+        match self.blocking(id) {
+            Some(at) => Some(self.blocking.swap_remove(at)),
+            None => self.tasks.take(id).map(|noted| noted.0),
+        }
+    }
 }
 
 /// What a registration changed.
@@ -201,7 +250,7 @@ impl Handlers {
         let served = entries
             .values()
             .map(|entry| entry.spec.to_json(&entry.name));
-        served.chain(listened.map(|name| json!(name))).collect()
+        served.chain(listened.map(|name| listener(name))).collect()
     }
 
     /// Whether nothing is served or listened to.
@@ -217,46 +266,50 @@ impl Handlers {
                 .is_empty()
     }
 
+    /// Notes a call whose handler keeps its thread.
+    fn begin_blocking(&self, ticket: &Arc<Ticket>) {
+        if ticket.id().is_some() {
+            lock(&self.running).blocking.push(ticket.clone());
+        }
+    }
+
+    /// Notes a call whose handler is a task.
     fn begin(&self, ticket: &Arc<Ticket>) {
-        if ticket.id.is_some() {
+        if ticket.id().is_some() {
             // A new connection may give the id of a lost call to another one.
-            lock(&self.running).replace(Noted(ticket.clone()));
+            lock(&self.running).tasks.replace(Noted(ticket.clone()));
         }
     }
 
     fn finish(&self, ticket: &Ticket) {
-        let Some(id) = &ticket.id else { return };
-        let is_idle = {
+        let Some(id) = ticket.id() else { return };
+        let idle = {
             let mut running = lock(&self.running);
-            // A new connection may have given the same id to another call.
-            if running
-                .get(&**id)
-                .is_some_and(|other| std::ptr::eq(&*other.0, ticket))
-            {
-                running.remove(&**id);
+            let is_it = |other: &Arc<Ticket>| std::ptr::eq(&**other, ticket);
+            if let Some(at) = running.blocking.iter().rposition(is_it) {
+                running.blocking.swap_remove(at);
+            } else if running.tasks.get(id).is_some_and(|noted| is_it(&noted.0)) {
+                // A new connection may have given the same id to another call, so it was looked at first.
+                running.tasks.remove(id);
             }
-            running.is_empty()
+            running.take_idle()
         };
-        if is_idle {
-            std::mem::take(&mut *lock(&self.idle))
-                .into_iter()
-                .for_each(Waker::wake);
-        }
+        idle.into_iter().for_each(Waker::wake);
     }
 
     /// Whether no handler is at work that was noted as running.
     pub(crate) fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let running = lock(&self.running);
+        let mut running = lock(&self.running);
         if running.is_empty() {
             return Poll::Ready(());
         }
-        lock(&self.idle).push(cx.waker().clone());
+        running.idle.push(cx.waker().clone());
         Poll::Pending
     }
 
     /// The caller of `id` takes `count` items more.
     pub(crate) fn grant(&self, id: &str, count: u64) {
-        let ticket = lock(&self.running).get(id).map(|noted| noted.0.clone());
+        let ticket = lock(&self.running).find(id);
         if let Some(ticket) = ticket {
             ticket.grant(count);
         }
@@ -265,7 +318,7 @@ impl Handlers {
     /// The caller of `id` does not want the answer any more.
     pub(crate) fn cancel(&self, id: &str) {
         let ticket = lock(&self.running).take(id);
-        if let Some(Noted(ticket)) = ticket {
+        if let Some(ticket) = ticket {
             ticket.cancel();
         }
     }
@@ -273,10 +326,9 @@ impl Handlers {
     /// The connection is gone, and with it whoever waits for answers.
     pub(crate) fn cancel_all(&self) {
         let running = std::mem::take(&mut *lock(&self.running));
-        running.iter().for_each(|noted| noted.0.cancel());
-        std::mem::take(&mut *lock(&self.idle))
-            .into_iter()
-            .for_each(Waker::wake);
+        running.blocking.iter().for_each(|ticket| ticket.cancel());
+        running.tasks.iter().for_each(|noted| noted.0.cancel());
+        running.idle.into_iter().for_each(Waker::wake);
     }
 
     /// The end: handlers and listeners are let go, with whatever they hold.
@@ -311,7 +363,7 @@ struct Noted(Arc<Ticket>);
 
 impl Noted {
     fn id(&self) -> &str {
-        self.0.id.as_deref().unwrap_or_default()
+        self.0.id().unwrap_or_default()
     }
 }
 
@@ -346,7 +398,7 @@ pub(crate) fn run(core: &Arc<Core>, job: Job, started: Instant) -> Instant {
         Job::Start(entry, request) => match &entry.kind {
             Kind::Blocking(handler) => {
                 let ticket = request.ticket.clone();
-                core.handlers.begin(&ticket);
+                core.handlers.begin_blocking(&ticket);
                 let outcome = catch_unwind(AssertUnwindSafe(|| handler(request)));
                 let ended = Instant::now();
                 entry

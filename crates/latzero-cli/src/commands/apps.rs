@@ -24,13 +24,16 @@ pub(crate) fn run(args: &AppsArgs, output: &Output) -> Done {
         output.value(&json!({"apps": apps}))?;
         return Ok(Exit::Ok);
     }
-    let rows: Vec<Vec<Cell>> = apps.iter().map(row).collect();
+    // This command's own connection is not what people look for.
+    let own = reached.app.app_id();
+    let is_own = |app: &Value| app["app_id"] == own && app["instances_total"] == 1;
+    let rows: Vec<Vec<Cell>> = apps.iter().filter(|app| !is_own(app)).map(row).collect();
     output.table(&["APP", "INSTANCES", "POOLS", "TRIGGERS"], &rows)?;
     Ok(Exit::Ok)
 }
 
 fn row(app: &Value) -> Vec<Cell> {
-    let instances = app["instances"].as_array().map_or(0, Vec::len);
+    let instances = app["instances_total"].as_u64().unwrap_or(0);
     let instances = match instances {
         0 => toned("offline", Tone::Dim),
         n => toned(n, Tone::Good),

@@ -145,6 +145,20 @@ fn no_answer_in_time_ends_with_6() {
 }
 
 #[test]
+fn who_prints_events_is_not_called() {
+    let server = Server::start();
+    let _serving = server.serve(&["alpha/x", "--", "cat"]);
+    let _listening = Running::start(&mut server.command(&["on", "alpha/x"]));
+    let emit = || server.run(&["emit", "alpha/x", "1", "--json"]).json();
+    // The handler takes emits too: two of them, and the listener is there.
+    eventually(|| emit()["delivered"] == 2);
+    for n in ["1", "2", "3", "4"] {
+        let called = server.run(&["call", "alpha/x", n]).ended_with(0);
+        assert_eq!(called.json(), n.parse::<u64>().unwrap());
+    }
+}
+
+#[test]
 fn events_are_printed_as_they_come() {
     let server = Server::start();
     let mut command = server.command(&["on", "alpha/saved", "alpha/other", "--count", "3"]);
