@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use crate::error::{Code, Refusal};
 use crate::frame::Frame;
 use crate::limits::{ENVELOPE_FIELDS_MAX, HEADERS_BYTES_MAX, ID_BYTES_MAX};
-use crate::scan::{self, ScanError};
+use crate::scan::{self, ScanError, Spelling};
 
 /// The text of one JSON value, already checked to be JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,12 +109,13 @@ macro_rules! fields {
             pub text: &'a str,
             /// The raw bytes of an attachment frame.
             pub attachment: Option<&'a [u8]>,
-            $(#[doc = concat!("The field `", $key, "`.")] pub $field: Option<Raw<'a>>,)*
+            $(#[doc = concat!("The field `", stringify!($field), "`.")] pub $field: Option<Raw<'a>>,)*
         }
 
         impl<'a> Envelope<'a> {
+            // By bytes: such a match looks at the length first, then at few bytes.
             #[inline]
-            fn slot(&mut self, key: &str) -> Option<&mut Option<Raw<'a>>> {
+            fn slot(&mut self, key: &[u8]) -> Option<&mut Option<Raw<'a>>> {
                 match key { $($key => Some(&mut self.$field),)* _ => None }
             }
         }
@@ -122,10 +123,10 @@ macro_rules! fields {
 }
 
 fields! {
-    action "action", id "id", process "process", pool "pool", data "data", origin "origin",
-    destination "destination", ttl "ttl", in_reply_to "in_reply_to", status "status", response "response",
-    error "error", headers "headers", key "key", window "window", count "count", deliver "deliver", park "park",
-    encoding "encoding", event "event",
+    action b"action", id b"id", process b"process", pool b"pool", data b"data", origin b"origin",
+    destination b"destination", ttl b"ttl", in_reply_to b"in_reply_to", status b"status", response b"response",
+    error b"error", headers b"headers", key b"key", window b"window", count b"count", deliver b"deliver", park b"park",
+    encoding b"encoding", event b"event",
 }
 
 /// Why a frame's JSON is not an envelope.
@@ -161,9 +162,15 @@ impl<'a> Envelope<'a> {
             ..Envelope::default()
         };
         let mut others: Vec<Cow<'a, str>> = Vec::new();
-        let scanned = scan::object(text, |key, value| {
-            let key = unescape(key);
-            match envelope.slot(&key) {
+        let scanned = scan::fields(text, |key, value| {
+            if key.spelling == Spelling::Plain
+                && let Some(slot @ None) = envelope.slot(key.bytes())
+            {
+                *slot = Some(Raw(value));
+                return Ok(());
+            }
+            let key = unescape(key.text());
+            match envelope.slot(key.as_bytes()) {
                 Some(slot) if slot.is_none() => *slot = Some(Raw(value)),
                 Some(_) => return Err(Malformed::Message(duplicate(&key))),
                 None if others.contains(&key) => return Err(Malformed::Message(duplicate(&key))),

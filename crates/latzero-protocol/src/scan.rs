@@ -26,6 +26,46 @@ pub fn object<'a, E: From<ScanError>>(
     text: &'a str,
     mut on_field: impl FnMut(&'a str, &'a str) -> Result<(), E>,
 ) -> Result<(), E> {
+    fields(text, |key, value| on_field(key.text(), value))
+}
+
+/// How a string is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Spelling {
+    /// As it reads.
+    Plain,
+    /// With escapes.
+    Escaped,
+}
+
+/// The key of a field, where it stands: most are compared with a few names and not needed as text.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Key<'a> {
+    text: &'a str,
+    from: usize,
+    to: usize,
+    pub(crate) spelling: Spelling,
+}
+
+impl<'a> Key<'a> {
+    /// The bytes between the quotes, escapes untouched.
+    #[inline]
+    pub(crate) fn bytes(&self) -> &'a [u8] {
+        &self.text.as_bytes()[self.from..self.to]
+    }
+
+    /// The text between the quotes, escapes untouched.
+    pub(crate) fn text(&self) -> &'a str {
+        &self.text[self.from..self.to]
+    }
+}
+
+/// As [`object`], with keys that say how they are written.
+#[inline]
+pub(crate) fn fields<'a, E: From<ScanError>>(
+    text: &'a str,
+    mut on_field: impl FnMut(Key<'a>, &'a str) -> Result<(), E>,
+) -> Result<(), E> {
     let mut s = Scanner::new(text);
     s.space();
     if s.peek() != Some(b'{') {
@@ -38,10 +78,22 @@ pub fn object<'a, E: From<ScanError>>(
     } else {
         loop {
             s.space();
-            let key = s.key()?;
+            let from = s.at + 1;
+            let (to, spelling) = s.key_here()?;
+            let key = Key {
+                text,
+                from,
+                to,
+                spelling,
+            };
             s.space();
             let from = s.at;
-            s.value(1)?;
+            match s.peek() {
+                Some(b'"') => {
+                    s.string()?;
+                }
+                _ => s.value(1)?,
+            }
             on_field(key, &text[from..s.at])?;
             s.space();
             match s.next() {
@@ -102,7 +154,6 @@ pub fn value(text: &str) -> Result<(), ScanError> {
 }
 
 struct Scanner<'a> {
-    text: &'a str,
     bytes: &'a [u8],
     at: usize,
 }
@@ -110,7 +161,6 @@ struct Scanner<'a> {
 impl<'a> Scanner<'a> {
     fn new(text: &'a str) -> Self {
         Scanner {
-            text,
             bytes: text.as_bytes(),
             at: 0,
         }
@@ -157,15 +207,24 @@ impl<'a> Scanner<'a> {
         Ok(())
     }
 
-    /// A key with its colon; returns the text between the quotes.
-    #[inline]
-    fn key(&mut self) -> Result<&'a str, ScanError> {
+    /// A key with its colon, inside a value.
+    fn key(&mut self) -> Result<(), ScanError> {
+        self.key_here().map(|_| ())
+    }
+
+    /// A key with its colon: where its closing quote is, and how it is written.
+    #[inline(always)]
+    fn key_here(&mut self) -> Result<(usize, Spelling), ScanError> {
         if self.peek() != Some(b'"') {
             return Err(self.error("expected a string as key"));
         }
-        let from = self.at + 1;
-        self.string()?;
-        let key = &self.text[from..self.at - 1];
+        let spelling = self.string()?;
+        let key = (self.at - 1, spelling);
+        // Hardly anyone puts a space here.
+        if self.peek() == Some(b':') {
+            self.at += 1;
+            return Ok(key);
+        }
         self.space();
         if self.next() != Some(b':') {
             return Err(self.error_before("expected ':' after a key"));
@@ -182,7 +241,9 @@ impl<'a> Scanner<'a> {
         loop {
             self.space();
             match self.peek() {
-                Some(b'"') => self.string()?,
+                Some(b'"') => {
+                    self.string()?;
+                }
                 Some(first @ (b'{' | b'[')) => {
                     if depth >= JSON_DEPTH_MAX {
                         return Err(self.error("nested too deep (64 levels at most)"));
@@ -238,41 +299,51 @@ impl<'a> Scanner<'a> {
     }
 
     /// A string, from its opening quote past its closing one.
-    #[inline]
-    fn string(&mut self) -> Result<(), ScanError> {
+    #[inline(always)]
+    fn string(&mut self) -> Result<Spelling, ScanError> {
         self.at += 1;
+        self.plain();
+        if self.peek() == Some(b'"') {
+            self.at += 1;
+            return Ok(Spelling::Plain);
+        }
+        self.rest_of_string()
+    }
+
+    /// What follows the first byte of a string that does not mean itself, and is not the closing quote.
+    fn rest_of_string(&mut self) -> Result<Spelling, ScanError> {
         loop {
-            self.plain();
             match self.next() {
-                Some(b'"') => return Ok(()),
+                Some(b'"') => return Ok(Spelling::Escaped),
                 Some(b'\\') => self.escape()?,
                 Some(_) => return Err(self.error_before("control character in a string")),
                 None => return Err(self.error_before("the JSON text ends inside a string")),
             }
+            self.plain();
         }
     }
 
     /// Skips bytes that mean themselves, eight at a time.
-    #[inline]
+    #[inline(always)]
     fn plain(&mut self) {
         const ONES: u64 = 0x0101_0101_0101_0101;
         const HIGH: u64 = 0x8080_8080_8080_8080;
-        while let Some(chunk) = self.bytes.get(self.at..self.at + 8) {
-            let word = u64::from_le_bytes(chunk.try_into().expect("the slice has eight bytes"));
+        let mut rest = self.bytes.get(self.at..).unwrap_or_default();
+        while let Some((chunk, behind)) = rest.split_first_chunk::<8>() {
+            let word = u64::from_le_bytes(*chunk);
             // The classic "byte less than" and "byte is zero" tricks; bytes of 0x80 and above pass.
-            let control = word.wrapping_sub(ONES * 0x20) & !word;
-            let quote =
-                (word ^ (ONES * b'"' as u64)).wrapping_sub(ONES) & !(word ^ (ONES * b'"' as u64));
-            let slash =
-                (word ^ (ONES * b'\\' as u64)).wrapping_sub(ONES) & !(word ^ (ONES * b'\\' as u64));
-            let special = (control | quote | slash) & HIGH;
+            let control = word.wrapping_sub(ONES * 0x20);
+            let quote = (word ^ (ONES * b'"' as u64)).wrapping_sub(ONES);
+            let slash = (word ^ (ONES * b'\\' as u64)).wrapping_sub(ONES);
+            let special = (control | quote | slash) & !word & HIGH;
             if special != 0 {
                 // The lowest set bit is exact: borrows only disturb bytes above the first match.
-                self.at += (special.trailing_zeros() / 8) as usize;
+                self.at = self.bytes.len() - rest.len() + (special.trailing_zeros() / 8) as usize;
                 return;
             }
-            self.at += 8;
+            rest = behind;
         }
+        self.at = self.bytes.len() - rest.len();
         while let Some(byte) = self.peek() {
             if byte < 0x20 || byte == b'"' || byte == b'\\' {
                 return;

@@ -182,10 +182,12 @@ impl App {
 
     pub(crate) fn unserving(&self, name: &str) -> Option<Calling<()>> {
         let handlers = &self.core().handlers;
-        handlers.remove(name).then(|| match handlers.is_listened(name) {
-            true => self.triggers("trigger_register", &json!([listener(name)])),
-            false => self.triggers("trigger_unregister", &json!([name])),
-        })
+        handlers
+            .remove(name)
+            .then(|| match handlers.is_listened(name) {
+                true => self.triggers("trigger_register", &json!([listener(name)])),
+                false => self.triggers("trigger_unregister", &json!([name])),
+            })
     }
 
     /// Receives emits of the trigger `name`.
@@ -208,7 +210,8 @@ impl App {
         let queue = Arc::new(Queue::new());
         let registered = self.core().handlers.listen(name, &queue);
         let must_tell = registered == Registered::New;
-        let calling = must_tell.then(|| self.triggers("trigger_register", &json!([listener(name)])));
+        let calling =
+            must_tell.then(|| self.triggers("trigger_register", &json!([listener(name)])));
         Ok((
             Events {
                 queue,

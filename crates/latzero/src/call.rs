@@ -16,32 +16,56 @@ use crate::core::Leave;
 use crate::error::Error;
 use crate::message::Message;
 use crate::outbox::By;
-use crate::payload::{self, Bytes, FromPayload, IntoPayload, Payload, Reply};
+use crate::payload::{Bytes, FromPayload, IntoPayload, Reply};
 use crate::pending::Key;
 use crate::stream::Stream;
 
 /// How long the server's own `timeout` is waited for beyond a call's time: half as long again, within these.
 const GRACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// What calls and emits have in common.
+/// A message that is being put together, or waits to be sent. Boxed from the start, so that builders and futures are
+/// cheap to move.
 #[derive(Debug)]
-struct Parts {
+struct Unsent {
     app: App,
     message: Message,
-    payload: Result<Payload, Error>,
     headers: Vec<u8>,
+    timeout: Duration,
+    deadline: Option<Instant>,
+    window: Option<u64>,
+    failure: Option<Error>,
 }
 
-impl Parts {
-    fn new(app: &App, action: &str, name: &str, payload: Result<Payload, Error>) -> Self {
-        let mut message = Message::new(action);
-        message.string("process", name);
-        Parts {
+impl Unsent {
+    fn new(app: &App, message: Message) -> Box<Self> {
+        Box::new(Unsent {
             app: app.clone(),
             message,
-            payload,
             headers: Vec::new(),
-        }
+            timeout: app.core().config.call_timeout,
+            deadline: None,
+            window: None,
+            failure: None,
+        })
+    }
+
+    fn with_data<T: IntoPayload + ?Sized>(
+        app: &App,
+        action: &str,
+        name: &str,
+        data: &T,
+    ) -> Box<Self> {
+        let mut message = Message::new(action);
+        message.string("process", name);
+        let failure = message.body("data", data).err();
+        let mut unsent = Self::new(app, message);
+        unsent.failure = failure;
+        unsent
+    }
+
+    fn set_bytes(&mut self, bytes: Vec<u8>) {
+        self.message.replace_body("data", bytes);
+        self.failure = None;
     }
 
     fn set_app(&mut self, app_id: &str) {
@@ -62,13 +86,12 @@ impl Parts {
         append_str(&mut self.headers, value);
     }
 
-    fn finish(mut self) -> Result<(App, Message), Error> {
+    /// Adds the headers, once all are known.
+    fn finish(&mut self) {
         if !self.headers.is_empty() {
             self.headers.push(b'}');
             self.message.json("headers", &self.headers);
         }
-        self.message.payload("data", self.payload?);
-        Ok((self.app, self.message))
     }
 }
 
@@ -77,9 +100,8 @@ impl Parts {
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Call {
-    parts: Parts,
-    timeout: Duration,
-    pub(crate) window: u64,
+    unsent: Box<Unsent>,
+    window: u64,
 }
 
 /// Items of a stream that may be under way, unless a call says otherwise.
@@ -88,57 +110,56 @@ const WINDOW: u64 = 64;
 impl Call {
     pub(crate) fn new<T: IntoPayload + ?Sized>(app: &App, name: &str, data: &T) -> Self {
         Call {
-            parts: Parts::new(app, "trigger", name, payload::write(data)),
-            timeout: app.core().config.call_timeout,
+            unsent: Unsent::with_data(app, "trigger", name, data),
             window: WINDOW,
         }
     }
 
     /// How long the answer may take, from now on.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        self.unsent.timeout = timeout;
         self
     }
 
     /// Calls this app, whoever else serves the trigger.
     pub fn to(mut self, app_id: &str) -> Self {
-        self.parts.set_app(app_id);
+        self.unsent.set_app(app_id);
         self
     }
 
     /// Calls this instance of an app.
     pub fn to_instance(mut self, app_id: &str, instance: InstanceId) -> Self {
-        self.parts.set_instance(app_id, instance);
+        self.unsent.set_instance(app_id, instance);
         self
     }
 
     /// Calls in this pool. Needed where the app is in several.
     pub fn pool(mut self, pool: &str) -> Self {
-        self.parts.message.string("pool", pool);
+        self.unsent.message.string("pool", pool);
         self
     }
 
     /// What a sticky trigger goes by: calls with the same key reach the same handler.
     pub fn key(mut self, key: &str) -> Self {
-        self.parts.message.string("key", key);
+        self.unsent.message.string("key", key);
         self
     }
 
     /// Adds a header, passed to the handler untouched.
     pub fn header(mut self, name: &str, value: &str) -> Self {
-        self.parts.header(name, value);
+        self.unsent.header(name, value);
         self
     }
 
     /// Where no handler is live, wait for one until the time is over.
     pub fn park(mut self) -> Self {
-        self.parts.message.json("park", b"true");
+        self.unsent.message.json("park", b"true");
         self
     }
 
     /// Sends these bytes instead of the data, beside the JSON and as they are.
     pub fn raw_bytes(mut self, bytes: Vec<u8>) -> Self {
-        self.parts.payload = Ok(Payload::Bytes(bytes));
+        self.unsent.set_bytes(bytes);
         self
     }
 
@@ -174,9 +195,9 @@ impl Call {
     /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers the whole stream.
     pub fn stream<R: FromPayload>(mut self) -> Stream<R> {
         let window = self.window;
-        self.parts.message.number("window", window);
+        self.unsent.message.number("window", window);
         Stream::new(
-            self.parts.app.clone(),
+            self.unsent.app.clone(),
             Outgoing::of_call(self, Some(window)),
             window,
         )
@@ -203,51 +224,20 @@ enum State {
     Done,
 }
 
-#[derive(Debug)]
-struct Unsent {
-    app: App,
-    message: Message,
-    timeout: Duration,
-    deadline: Option<Instant>,
-    window: Option<u64>,
-    failure: Option<Error>,
-}
-
 impl Outgoing {
     fn of_call(call: Call, window: Option<u64>) -> Self {
-        let timeout = call.timeout;
-        let app = call.parts.app.clone();
-        let (message, failure) = match call.parts.finish() {
-            Ok((_, mut message)) => {
-                let ttl = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-                message.number("ttl", ttl.clamp(1, latzero_protocol::limits::TTL_MAX_MS));
-                (message, None)
-            }
-            Err(error) => (Message::new("trigger"), Some(error.with_ran(Ran::No))),
-        };
-        let unsent = Unsent {
-            app,
-            message,
-            timeout,
-            deadline: None,
-            window,
-            failure,
-        };
-        Outgoing(State::Unsent(Box::new(unsent)))
+        let mut unsent = call.unsent;
+        unsent.window = window;
+        unsent.finish();
+        let ttl = u64::try_from(unsent.timeout.as_millis()).unwrap_or(u64::MAX);
+        let ttl = ttl.clamp(1, latzero_protocol::limits::TTL_MAX_MS);
+        unsent.message.number("ttl", ttl);
+        unsent.failure = unsent.failure.map(|error| error.with_ran(Ran::No));
+        Outgoing(State::Unsent(unsent))
     }
 
     pub(crate) fn of_message(app: &App, message: Message) -> Self {
-        let timeout = app.core().config.call_timeout;
-        let app = app.clone();
-        let unsent = Unsent {
-            app,
-            message,
-            timeout,
-            deadline: None,
-            window: None,
-            failure: None,
-        };
-        Outgoing(State::Unsent(Box::new(unsent)))
+        Outgoing(State::Unsent(Unsent::new(app, message)))
     }
 
     /// The app and the key of a request that was sent and has not ended.
@@ -421,11 +411,11 @@ impl<R> Future for Calling<R> {
 /// An emit that is not sent yet; awaiting it sends it.
 #[derive(Debug)]
 #[must_use = "an emit is sent when it is awaited"]
-pub struct Emit(Parts);
+pub struct Emit(Box<Unsent>);
 
 impl Emit {
     pub(crate) fn new<T: IntoPayload + ?Sized>(app: &App, name: &str, data: &T) -> Self {
-        Emit(Parts::new(app, "emit", name, payload::write(data)))
+        Emit(Unsent::with_data(app, "emit", name, data))
     }
 
     /// To this app alone.
@@ -466,27 +456,21 @@ impl Emit {
 
     /// Sends these bytes instead of the data, beside the JSON and as they are.
     pub fn raw_bytes(mut self, bytes: Vec<u8>) -> Self {
-        self.0.payload = Ok(Payload::Bytes(bytes));
+        self.0.set_bytes(bytes);
         self
     }
 
     /// Sends it, and gives the number of handlers that it went to.
-    pub fn counted(self) -> Calling<u64> {
+    pub fn counted(mut self) -> Calling<u64> {
         #[derive(Deserialize)]
         struct Delivered {
             delivered: u64,
         }
-        let app = self.0.app.clone();
-        let read = |reply: Reply| reply.into::<Delivered>().map(|d| d.delivered);
-        match self.0.finish() {
-            Ok((_, message)) => Calling::of_message(&app, message, read),
-            Err(error) => {
-                let mut calling = Calling::of_message(&app, Message::new("emit"), read);
-                if let State::Unsent(unsent) = &mut calling.outgoing.0 {
-                    unsent.failure = Some(error);
-                }
-                calling
-            }
+        self.0.finish();
+        Calling {
+            outgoing: Outgoing(State::Unsent(self.0)),
+            read: |reply| reply.into::<Delivered>().map(|d| d.delivered),
+            result: PhantomData,
         }
     }
 }
@@ -495,55 +479,45 @@ impl IntoFuture for Emit {
     type Output = Result<(), Error>;
     type IntoFuture = Emitting;
 
-    fn into_future(self) -> Emitting {
-        let timeout = self.0.app.core().config.call_timeout;
-        Emitting {
-            sending: Some(self.0.finish()),
-            timeout,
-            deadline: None,
-        }
+    fn into_future(mut self) -> Emitting {
+        self.0.finish();
+        Emitting(Some(self.0))
     }
 }
 
 /// An emit on its way. It is done when it is handed to the connection.
 #[derive(Debug)]
 #[must_use = "an emit is sent when it is awaited"]
-pub struct Emitting {
-    sending: Option<Result<(App, Message), Error>>,
-    timeout: Duration,
-    deadline: Option<Instant>,
-}
+pub struct Emitting(Option<Box<Unsent>>);
 
 impl Emitting {
     fn poll_with(&mut self, leave: Leave, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        let (app, message) = match self.sending.as_mut().expect("not polled after it ended") {
-            Ok(sending) => (&sending.0, &mut sending.1),
-            Err(_) => return Poll::Ready(self.sending.take().expect("just seen").map(|_| ())),
-        };
-        let core = app.core();
-        let result = match core.poll_submit(message, By::Any, leave, cx) {
+        let unsent = self.0.as_mut().expect("not polled after it ended");
+        if let Some(error) = unsent.failure.take() {
+            self.0 = None;
+            return Poll::Ready(Err(error));
+        }
+        let core = unsent.app.core();
+        let result = match core.poll_submit(&mut unsent.message, By::Any, leave, cx) {
             Poll::Ready(result) => result.map(|_| ()),
             Poll::Pending => {
                 // The clock is read only where there is something to wait for.
                 let now = Instant::now();
-                if now < *self.deadline.get_or_insert(now + self.timeout) {
+                if now < *unsent.deadline.get_or_insert(now + unsent.timeout) {
                     return Poll::Pending;
                 }
                 Err(too_late(core.is_connected()))
             }
         };
-        self.sending = None;
+        self.0 = None;
         Poll::Ready(result)
     }
 
     /// Sends it from this thread.
     pub(crate) fn wait(mut self) -> Result<(), Error> {
-        let app = match &self.sending {
-            Some(Ok((app, _))) => app.clone(),
-            Some(Err(error)) => return Err(error.clone()),
-            None => return Ok(()),
-        };
-        let patience = Instant::now() + self.timeout + GRACE.1;
+        let unsent = self.0.as_ref().expect("it was not polled yet");
+        let app = unsent.app.clone();
+        let patience = Instant::now() + unsent.timeout + GRACE.1;
         app.core()
             .block_on(Some(patience), |cx| self.poll_with(Leave::Now, cx))
             .unwrap_or_else(|| Err(too_late(app.core().is_connected())))

@@ -43,7 +43,7 @@ impl Emission {
             pool: request.pool().into(),
             origin: request.origin(),
             headers: request.headers_json().map(Into::into),
-            payload: request.payload().clone(),
+            payload: request.payload(),
             lost,
         }
     }
@@ -83,9 +83,7 @@ impl Emission {
     /// The payload's JSON text, where it is JSON.
     #[must_use]
     pub fn json(&self) -> Option<&str> {
-        self.payload
-            .json()
-            .and_then(|json| std::str::from_utf8(json).ok())
+        self.payload.json()
     }
 
     /// How many emits were dropped just before this one, because the reader was too slow.

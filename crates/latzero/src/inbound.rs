@@ -10,7 +10,7 @@ use latzero_protocol::{Code, Envelope, Ran, Raw, Refusal, encode, frame};
 use crate::core::Core;
 use crate::error::Error;
 use crate::events::{Emission, Presence};
-use crate::handlers::Job;
+use crate::handlers::{Entry, Job};
 use crate::payload::{Payload, Reply};
 use crate::pending::Key;
 use crate::reader::Input;
@@ -36,6 +36,7 @@ pub(crate) fn process(
         jobs,
         wake: Vec::new(),
         must_flush: false,
+        entry: None,
     };
     let accept = link.accept();
     let result = loop {
@@ -70,6 +71,8 @@ struct Batch<'a> {
     jobs: &'a mut Vec<Job>,
     wake: Vec<Waker>,
     must_flush: bool,
+    /// The handler of the call before: most calls of a batch have the same.
+    entry: Option<Arc<Entry>>,
 }
 
 fn is(field: Option<Raw<'_>>, quoted: &str) -> bool {
@@ -148,8 +151,15 @@ impl Batch<'_> {
         let Some(request) = Request::received(self.core, self.epoch, self.now, e) else {
             return;
         };
-        match self.core.handlers.find(request.name()) {
-            Some(entry) => self.jobs.push(Job::Start(entry, request)),
+        if self
+            .entry
+            .as_ref()
+            .is_none_or(|entry| *entry.name != *request.name())
+        {
+            self.entry = self.core.handlers.find(request.name());
+        }
+        match &self.entry {
+            Some(entry) => self.jobs.push(Job::Start(entry.clone(), request)),
             None => {
                 let text = format!(
                     "this instance has no handler for trigger '{}'",

@@ -1,10 +1,14 @@
 //! Messages to the server, written as text once and finished when their id is known.
 
+use std::cell::RefCell;
+use std::ops::Range;
+
 use base64::Engine as _;
 use latzero_protocol::encode::{append_str, append_u64};
 use latzero_protocol::frame::{ATTACHMENT_BIT, PREFIX};
 
-use crate::payload::Payload;
+use crate::error::Error;
+use crate::payload::{self, IntoPayload, Payload};
 use crate::pending::Key;
 
 /// A message that is not sent yet: an object still open, so that its id can be added last.
@@ -15,19 +19,60 @@ use crate::pending::Key;
 pub(crate) struct Message {
     text: Vec<u8>,
     raw: Option<(&'static str, Vec<u8>)>,
+    /// Where the field of [`Message::body`] stands.
+    body: Range<usize>,
 }
 
 /// Bytes that the id, its key and the closing brace may need, and the `encoding` field.
 const FINISH_BYTES_MAX: usize = 64;
 
+/// First size of a message's text in bytes.
+const BUFFER_BYTES: usize = 256;
+
+/// Above this size in bytes a text's memory is not kept.
+const BUFFER_BYTES_KEPT: usize = 1024;
+
+/// Texts kept per thread at most.
+const BUFFERS_KEPT: usize = 64;
+
+thread_local! {
+    /// Memory of messages that left, for the next ones: with many calls in flight the allocator's own is not near.
+    static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Drop for Message {
+    fn drop(&mut self) {
+        let mut text = std::mem::take(&mut self.text);
+        if text.capacity() > BUFFER_BYTES_KEPT {
+            return;
+        }
+        text.clear();
+        // On a thread that ends there is nothing to keep it for.
+        let _ = BUFFERS.try_with(|buffers| {
+            let mut buffers = buffers.borrow_mut();
+            if buffers.len() < BUFFERS_KEPT {
+                buffers.push(text);
+            }
+        });
+    }
+}
+
 impl Message {
     pub(crate) fn new(action: &str) -> Self {
-        let mut text = Vec::with_capacity(256);
+        let mut text = BUFFERS
+            .try_with(|buffers| buffers.borrow_mut().pop())
+            .ok()
+            .flatten()
+            .unwrap_or_else(|| Vec::with_capacity(BUFFER_BYTES));
         text.extend_from_slice(&[0; 2 * PREFIX]);
         text.extend_from_slice(b"{\"action\":\"");
         text.extend_from_slice(action.as_bytes());
         text.push(b'"');
-        Message { text, raw: None }
+        Message {
+            text,
+            raw: None,
+            body: 0..0,
+        }
     }
 
     /// A message whose text is there: a JSON object with an action and without an id.
@@ -36,7 +81,11 @@ impl Message {
         let mut text = Vec::with_capacity(json.len() + FINISH_BYTES_MAX);
         text.extend_from_slice(&[0; 2 * PREFIX]);
         text.extend_from_slice(open.trim_start().as_bytes());
-        Message { text, raw: None }
+        Message {
+            text,
+            raw: None,
+            body: 0..0,
+        }
     }
 
     fn key(&mut self, key: &str) {
@@ -65,9 +114,37 @@ impl Message {
     pub(crate) fn payload(&mut self, field: &'static str, payload: Payload) {
         match payload {
             Payload::None => {}
-            Payload::Json(json) => self.json(field, &json),
+            Payload::Json(json) => self.json(field, json.as_bytes()),
             Payload::Bytes(bytes) => self.raw = Some((field, bytes)),
         }
+    }
+
+    /// Adds a body, in `field` or beside the JSON. Nothing is added where it can't be written.
+    pub(crate) fn body<T: IntoPayload + ?Sized>(
+        &mut self,
+        field: &'static str,
+        value: &T,
+    ) -> Result<(), Error> {
+        let start = self.text.len();
+        self.key(field);
+        match payload::append(value, &mut self.text) {
+            Ok(None) => self.body = start..self.text.len(),
+            Ok(Some(bytes)) => {
+                self.text.truncate(start);
+                self.raw = Some((field, bytes));
+            }
+            Err(error) => {
+                self.text.truncate(start);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts raw bytes in the place of what [`Message::body`] added.
+    pub(crate) fn replace_body(&mut self, field: &'static str, bytes: Vec<u8>) {
+        self.text.drain(std::mem::take(&mut self.body));
+        self.raw = Some((field, bytes));
     }
 
     /// An upper bound of the finished frame's length in bytes, prefix excluded.
@@ -139,7 +216,7 @@ mod tests {
     #[test]
     fn messages_are_finished_with_their_id() {
         check(
-            Payload::Json(b"[1]".to_vec()),
+            Payload::Json("[1]".into()),
             true,
             r#"{"action":"trigger","process":"fo\"o","data":[1],"id":"1f.3"}"#,
             None,

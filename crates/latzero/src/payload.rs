@@ -21,26 +21,40 @@ pub(crate) enum Payload {
     /// Nothing.
     None,
     /// One JSON value.
-    Json(Vec<u8>),
+    Json(String),
     /// Raw bytes.
     Bytes(Vec<u8>),
+}
+
+/// What a type is read from.
+pub(crate) enum Body<'a> {
+    /// Nothing.
+    None,
+    /// One JSON value.
+    Json(&'a str),
+    /// Raw bytes, with their memory where it may be taken.
+    Bytes(Cow<'a, [u8]>),
+}
+
+/// The raw bytes of a received message, where they are its body.
+pub(crate) fn raw_bytes(envelope: &Envelope<'_>, field: Option<Raw<'_>>) -> Option<Vec<u8>> {
+    if let Some(bytes) = envelope.attachment {
+        return Some(bytes.to_vec());
+    }
+    // A peer without attachments writes raw bytes as base64 text, and says so.
+    envelope.encoding.filter(|e| e.text() == "\"base64\"")?;
+    let text = field?.as_str()?;
+    base64::engine::general_purpose::STANDARD
+        .decode(&*text)
+        .ok()
 }
 
 impl Payload {
     /// Copies the body of a received message.
     pub(crate) fn received(envelope: &Envelope<'_>, field: Option<Raw<'_>>) -> Payload {
-        match (field, envelope.attachment) {
-            (_, Some(bytes)) => Payload::Bytes(bytes.to_vec()),
-            (Some(raw), None) => {
-                // A peer without attachments writes raw bytes as base64 text, and says so.
-                let is_base64 = envelope.encoding.is_some_and(|e| e.text() == "\"base64\"");
-                if let Some(text) = is_base64.then(|| raw.as_str()).flatten()
-                    && let Ok(bytes) = base64::engine::general_purpose::STANDARD.decode(&*text)
-                {
-                    return Payload::Bytes(bytes);
-                }
-                Payload::Json(raw.text().as_bytes().to_vec())
-            }
+        match (raw_bytes(envelope, field), field) {
+            (Some(bytes), _) => Payload::Bytes(bytes),
+            (None, Some(raw)) => Payload::Json(raw.text().to_owned()),
             (None, None) => Payload::None,
         }
     }
@@ -49,34 +63,47 @@ impl Payload {
     pub(crate) fn len(&self) -> usize {
         match self {
             Payload::None => 0,
-            Payload::Json(bytes) | Payload::Bytes(bytes) => bytes.len(),
+            Payload::Json(json) => json.len(),
+            Payload::Bytes(bytes) => bytes.len(),
         }
     }
 
     /// The JSON text, where it is JSON.
-    pub(crate) fn json(&self) -> Option<&[u8]> {
+    pub(crate) fn json(&self) -> Option<&str> {
         match self {
             Payload::Json(json) => Some(json),
             _ => None,
         }
     }
+
+    fn body(&self) -> Body<'_> {
+        match self {
+            Payload::None => Body::None,
+            Payload::Json(json) => Body::Json(json),
+            Payload::Bytes(bytes) => Body::Bytes(Cow::Borrowed(bytes)),
+        }
+    }
 }
 
 mod sealed {
-    use super::Payload;
+    use super::{Body, Payload};
 
     /// Writes itself as a payload.
     pub trait Write {
         #[doc(hidden)]
         #[allow(private_interfaces, reason = "sealed: no one else can name it")]
         fn write(&self) -> Result<Payload, serde_json::Error>;
+
+        /// Appends itself to `out` as JSON; raw bytes are returned instead.
+        #[doc(hidden)]
+        fn append(&self, out: &mut Vec<u8>) -> Result<Option<Vec<u8>>, serde_json::Error>;
     }
 
     /// Reads itself from a payload.
     pub trait Read: Sized {
         #[doc(hidden)]
         #[allow(private_interfaces, reason = "sealed: no one else can name it")]
-        fn read(payload: std::borrow::Cow<'_, Payload>) -> Result<Self, serde_json::Error>;
+        fn read(body: Body<'_>) -> Result<Self, serde_json::Error>;
     }
 }
 
@@ -90,7 +117,11 @@ impl<T: Serialize + ?Sized> IntoPayload for T {}
 impl<T: Serialize + ?Sized> sealed::Write for T {
     #[allow(private_interfaces, reason = "sealed: no one else can name it")]
     fn write(&self) -> Result<Payload, serde_json::Error> {
-        serde_json::to_vec(self).map(Payload::Json)
+        serde_json::to_string(self).map(Payload::Json)
+    }
+
+    fn append(&self, out: &mut Vec<u8>) -> Result<Option<Vec<u8>>, serde_json::Error> {
+        serde_json::to_writer(out, self).map(|()| None)
     }
 }
 
@@ -100,16 +131,20 @@ impl sealed::Write for Bytes {
     fn write(&self) -> Result<Payload, serde_json::Error> {
         Ok(Payload::Bytes(self.0.clone()))
     }
+
+    fn append(&self, _out: &mut Vec<u8>) -> Result<Option<Vec<u8>>, serde_json::Error> {
+        Ok(Some(self.0.clone()))
+    }
 }
 
 impl<T: DeserializeOwned> FromPayload for T {}
 impl<T: DeserializeOwned> sealed::Read for T {
     #[allow(private_interfaces, reason = "sealed: no one else can name it")]
-    fn read(payload: Cow<'_, Payload>) -> Result<Self, serde_json::Error> {
-        match &*payload {
-            Payload::Json(json) => serde_json::from_slice(json),
-            Payload::None => serde_json::from_str("null"),
-            Payload::Bytes(bytes) => Err(serde::de::Error::custom(format!(
+    fn read(body: Body<'_>) -> Result<Self, serde_json::Error> {
+        match body {
+            Body::Json(json) => serde_json::from_str(json),
+            Body::None => serde_json::from_str("null"),
+            Body::Bytes(bytes) => Err(serde::de::Error::custom(format!(
                 "expected JSON, received {} raw bytes; take them as latzero::Bytes",
                 bytes.len()
             ))),
@@ -120,11 +155,11 @@ impl<T: DeserializeOwned> sealed::Read for T {
 impl FromPayload for Bytes {}
 impl sealed::Read for Bytes {
     #[allow(private_interfaces, reason = "sealed: no one else can name it")]
-    fn read(payload: Cow<'_, Payload>) -> Result<Self, serde_json::Error> {
-        match payload.into_owned() {
-            Payload::Bytes(bytes) => Ok(Bytes(bytes)),
-            Payload::None => Ok(Bytes::default()),
-            Payload::Json(_) => Err(serde::de::Error::custom(
+    fn read(body: Body<'_>) -> Result<Self, serde_json::Error> {
+        match body {
+            Body::Bytes(bytes) => Ok(Bytes(bytes.into_owned())),
+            Body::None => Ok(Bytes::default()),
+            Body::Json(_) => Err(serde::de::Error::custom(
                 "expected raw bytes, received JSON",
             )),
         }
@@ -133,27 +168,41 @@ impl sealed::Read for Bytes {
 
 /// Writes `value` as a payload.
 pub(crate) fn write<T: IntoPayload + ?Sized>(value: &T) -> Result<Payload, Error> {
-    sealed::Write::write(value).map_err(|e| {
-        Error::new(
-            Code::BadMessage,
-            format!("the payload can't be written as JSON: {e}"),
-        )
-        .with_source(e)
-    })
+    sealed::Write::write(value).map_err(not_written)
+}
+
+/// Appends `value` to `out` as JSON; raw bytes are returned instead.
+pub(crate) fn append<T: IntoPayload + ?Sized>(
+    value: &T,
+    out: &mut Vec<u8>,
+) -> Result<Option<Vec<u8>>, Error> {
+    sealed::Write::append(value, out).map_err(not_written)
+}
+
+fn not_written(e: serde_json::Error) -> Error {
+    Error::new(
+        Code::BadMessage,
+        format!("the payload can't be written as JSON: {e}"),
+    )
+    .with_source(e)
 }
 
 /// Reads a payload as `T`.
 pub(crate) fn read<T: FromPayload>(payload: Payload) -> Result<T, Error> {
-    read_cow(Cow::Owned(payload))
+    match payload {
+        Payload::Bytes(bytes) => read_body(Body::Bytes(Cow::Owned(bytes))),
+        payload => read_body(payload.body()),
+    }
 }
 
 /// Reads a payload that stays where it is.
 pub(crate) fn peek<T: FromPayload>(payload: &Payload) -> Result<T, Error> {
-    read_cow(Cow::Borrowed(payload))
+    read_body(payload.body())
 }
 
-fn read_cow<T: FromPayload>(payload: Cow<'_, Payload>) -> Result<T, Error> {
-    sealed::Read::read(payload).map_err(|e| {
+/// Reads a body as `T`.
+pub(crate) fn read_body<T: FromPayload>(body: Body<'_>) -> Result<T, Error> {
+    sealed::Read::read(body).map_err(|e| {
         Error::new(
             Code::BadMessage,
             format!("the payload is not of the expected type: {e}"),
@@ -182,9 +231,7 @@ impl Reply {
     /// The payload's JSON text, where it is JSON.
     #[must_use]
     pub fn json(&self) -> Option<&str> {
-        self.payload
-            .json()
-            .and_then(|json| std::str::from_utf8(json).ok())
+        self.payload.json()
     }
 
     /// The payload's raw bytes, where it is raw bytes.
@@ -218,8 +265,8 @@ mod tests {
 
     #[test]
     fn payloads_read_back() {
-        assert_eq!(write(&1).unwrap(), Payload::Json(b"1".to_vec()));
-        assert_eq!(read::<u8>(Payload::Json(b"1".to_vec())).unwrap(), 1);
+        assert_eq!(write(&1).unwrap(), Payload::Json("1".into()));
+        assert_eq!(read::<u8>(Payload::Json("1".into())).unwrap(), 1);
         read::<()>(Payload::None).unwrap();
         let raw = write(&Bytes(vec![0, 255])).unwrap();
         assert_eq!(read::<Bytes>(raw.clone()).unwrap(), Bytes(vec![0, 255]));
@@ -228,6 +275,6 @@ mod tests {
             error.message().contains("take them as latzero::Bytes"),
             "{error}"
         );
-        assert!(read::<Bytes>(Payload::Json(b"1".to_vec())).is_err());
+        assert!(read::<Bytes>(Payload::Json("1".into())).is_err());
     }
 }

@@ -31,12 +31,26 @@ impl Key {
 
     /// Reads the wire form.
     pub(crate) fn parse(text: &str) -> Option<Self> {
-        let (slot, generation) = text.split_once('.')?;
+        let dot = text.bytes().position(|b| b == b'.')?;
         Some(Key {
-            slot: u32::from_str_radix(slot, 16).ok()?,
-            generation: u32::from_str_radix(generation, 16).ok()?,
+            slot: hex(&text.as_bytes()[..dot])?,
+            generation: hex(&text.as_bytes()[dot + 1..])?,
         })
     }
+}
+
+fn hex(digits: &[u8]) -> Option<u32> {
+    if digits.is_empty() || digits.len() > 8 {
+        return None;
+    }
+    digits.iter().try_fold(0, |n, &b| {
+        let digit = match b {
+            b'0'..=b'9' => b - b'0',
+            b'a'..=b'f' => b - b'a' + 10,
+            _ => return None,
+        };
+        Some((n << 4) | u32::from(digit))
+    })
 }
 
 fn append_hex(out: &mut Vec<u8>, n: u32) {
@@ -388,7 +402,7 @@ mod tests {
 
     fn reply(n: u8) -> Result<Reply, Error> {
         Ok(Reply {
-            payload: Payload::Json(vec![n]),
+            payload: Payload::Json(n.to_string()),
             headers: None,
         })
     }
@@ -432,7 +446,7 @@ mod tests {
         assert_eq!(wake.len(), 1);
         assert_eq!(
             poll(&mut p, b).unwrap().unwrap().payload,
-            Payload::Json(vec![2])
+            Payload::Json("2".into())
         );
         let c = p.insert(sent(3, None));
         assert_eq!((c.slot, c.generation), (b.slot, 1));
@@ -461,13 +475,13 @@ mod tests {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let a = p.insert(sent(1, Some(2)));
         for n in 0..5 {
-            p.item(a, Payload::Json(vec![n]), &mut wake);
+            p.item(a, Payload::Json(n.to_string()), &mut wake);
         }
         p.progress(a, Payload::None, &mut wake);
         p.complete(a, reply(9), &mut wake);
         assert!(matches!(next(&mut p, a), Some(Next::Progress(_))));
-        assert!(matches!(next(&mut p, a), Some(Next::Item(Payload::Json(n))) if n == [0]));
-        assert!(matches!(next(&mut p, a), Some(Next::Item(Payload::Json(n))) if n == [1]));
+        assert!(matches!(next(&mut p, a), Some(Next::Item(Payload::Json(n))) if n == "0"));
+        assert!(matches!(next(&mut p, a), Some(Next::Item(Payload::Json(n))) if n == "1"));
         assert!(matches!(next(&mut p, a), Some(Next::End(Ok(_)))));
         assert_eq!(p.waiting(), 0);
     }

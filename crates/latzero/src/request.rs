@@ -1,5 +1,6 @@
 //! A call as its handler sees it.
 
+use std::borrow::Cow;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::core::{Core, Leave};
 use crate::error::{Error, HandlerError};
 use crate::message::Message;
 use crate::outbox::By;
-use crate::payload::{self, FromPayload, IntoPayload, Payload};
+use crate::payload::{self, Body, FromPayload, IntoPayload, Payload};
 use crate::sync::{lock, set_waker};
 
 /// Who called or emitted, as the server vouches for.
@@ -37,11 +38,23 @@ impl Origin {
     }
 }
 
-/// One call that an instance handles: what the server may still say about it.
+/// One call or emit as it came, and what the server may still say about it. One piece of memory, and one for its text.
 #[derive(Debug)]
 pub(crate) struct Ticket {
+    text: Box<str>,
     /// The id to answer to; none for an emit.
-    pub(crate) id: Option<Box<str>>,
+    id: Option<Range<usize>>,
+    name: Range<usize>,
+    pool: Range<usize>,
+    origin: Range<usize>,
+    headers: Range<usize>,
+    key: Range<usize>,
+    /// The payload where it is JSON; empty where it is not.
+    data: Range<usize>,
+    /// The payload where it is raw bytes.
+    bytes: Option<Vec<u8>>,
+    received: Instant,
+    ttl_ms: Option<u64>,
     pub(crate) epoch: u32,
     cancelled: AtomicBool,
     state: std::sync::Mutex<TicketState>,
@@ -63,16 +76,9 @@ pub(crate) enum Waits {
 }
 
 impl Ticket {
-    fn new(id: Option<Box<str>>, epoch: u32, window: Option<u64>) -> Self {
-        Ticket {
-            id,
-            epoch,
-            cancelled: AtomicBool::new(false),
-            state: std::sync::Mutex::new(TicketState {
-                credits: window,
-                wakers: [None, None],
-            }),
-        }
+    /// The id to answer to; none for an emit.
+    pub(crate) fn id(&self) -> Option<&str> {
+        self.id.clone().map(|id| &self.text[id])
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
@@ -143,15 +149,6 @@ fn cancelled() -> Error {
 /// A call, or an emit, as its handler sees it.
 #[derive(Debug)]
 pub struct Request {
-    text: Box<str>,
-    name: Range<usize>,
-    pool: Range<usize>,
-    origin: Range<usize>,
-    headers: Range<usize>,
-    key: Range<usize>,
-    payload: Payload,
-    received: Instant,
-    ttl_ms: Option<u64>,
     pub(crate) ticket: Arc<Ticket>,
     pub(crate) core: Arc<Core>,
 }
@@ -177,53 +174,76 @@ impl Request {
         e: &Envelope<'_>,
     ) -> Option<Self> {
         let id = match e.id {
-            Some(raw) => Some(raw.as_str()?.into()),
+            Some(raw) => Some(raw.as_str()?),
             None => None,
         };
-        let window = e.window.and_then(Raw::as_u64);
         let name = place(e.text, Some(e.process.and_then(inside)?));
         let pool = place(e.text, e.pool.and_then(inside));
         let origin = place(e.text, e.origin.map(Raw::text));
         let headers = place(e.text, e.headers.map(Raw::text));
         let key = place(e.text, e.key.map(Raw::text));
-        // The payload is kept apart. Where it ends the text, as servers write it, it is not kept twice.
-        let others = [&name, &pool, &origin, &headers, &key];
-        let others_end = others.iter().map(|range| range.end).max().unwrap_or(0);
-        Some(Request {
-            text: e.text[..others_end].into(),
+        let bytes = payload::raw_bytes(e, e.data);
+        let json = e.data.filter(|_| bytes.is_none());
+        let data = place(e.text, json.map(Raw::text));
+        let (text, id) = match id {
+            // No server writes an id with escapes. Undone, such a one stands behind the text.
+            Some(Cow::Owned(id)) => {
+                let range = e.text.len()..e.text.len() + id.len();
+                ([e.text, &id].concat().into(), Some(range))
+            }
+            Some(Cow::Borrowed(id)) => (e.text.into(), Some(place(e.text, Some(id)))),
+            None => (e.text.into(), None),
+        };
+        let ticket = Ticket {
+            text,
+            id,
             name,
             pool,
             origin,
             headers,
             key,
-            payload: Payload::received(e, e.data),
+            data,
+            bytes,
             received: now,
             ttl_ms: e.ttl.and_then(Raw::as_u64),
-            ticket: Arc::new(Ticket::new(id, epoch, window)),
+            epoch,
+            cancelled: AtomicBool::new(false),
+            state: std::sync::Mutex::new(TicketState {
+                credits: e.window.and_then(Raw::as_u64),
+                wakers: [None, None],
+            }),
+        };
+        Some(Request {
+            ticket: Arc::new(ticket),
             core: core.clone(),
         })
+    }
+
+    fn part(&self, range: &Range<usize>) -> &str {
+        &self.ticket.text[range.clone()]
     }
 
     /// The trigger's name.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.text[self.name.clone()]
+        self.part(&self.ticket.name)
     }
 
     /// The pool.
     #[must_use]
     pub fn pool(&self) -> &str {
-        &self.text[self.pool.clone()]
+        self.part(&self.ticket.pool)
     }
 
     /// Who calls, as the server vouches for.
     #[must_use]
     pub fn origin(&self) -> Origin {
-        serde_json::from_str(&self.text[self.origin.clone()]).unwrap_or_default()
+        serde_json::from_str(self.part(&self.ticket.origin)).unwrap_or_default()
     }
 
     pub(crate) fn headers_json(&self) -> Option<&str> {
-        (!self.headers.is_empty()).then(|| &self.text[self.headers.clone()])
+        let headers = self.part(&self.ticket.headers);
+        (!headers.is_empty()).then_some(headers)
     }
 
     /// The headers.
@@ -244,20 +264,20 @@ impl Request {
     /// The caller's `key`.
     #[must_use]
     pub fn key(&self) -> Option<String> {
-        serde_json::from_str(&self.text[self.key.clone()]).ok()
+        serde_json::from_str(self.part(&self.ticket.key)).ok()
     }
 
     /// What is left of the call's time to live; `None` for an emit.
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {
-        let deadline = self.received + Duration::from_millis(self.ttl_ms?);
+        let deadline = self.ticket.received + Duration::from_millis(self.ticket.ttl_ms?);
         Some(deadline.saturating_duration_since(Instant::now()))
     }
 
     /// Whether it is an emit, whose answer nobody receives.
     #[must_use]
     pub fn is_emit(&self) -> bool {
-        self.ticket.id.is_none()
+        self.ticket.id().is_none()
     }
 
     /// The payload as `T`.
@@ -265,28 +285,37 @@ impl Request {
     /// # Errors
     /// `bad_message` where it is not a `T`; handlers pass it to the caller by `?`.
     pub fn data<T: FromPayload>(&self) -> Result<T, HandlerError> {
-        payload::peek(&self.payload).map_err(HandlerError::from)
+        payload::read_body(self.body()).map_err(HandlerError::from)
     }
 
     /// The payload's JSON text, where it is JSON.
     #[must_use]
     pub fn json(&self) -> Option<&str> {
-        self.payload
-            .json()
-            .and_then(|json| std::str::from_utf8(json).ok())
+        let json = self.part(&self.ticket.data);
+        (!json.is_empty()).then_some(json)
     }
 
     /// The payload's raw bytes, where it is raw bytes.
     #[must_use]
     pub fn bytes(&self) -> Option<&[u8]> {
-        match &self.payload {
-            Payload::Bytes(bytes) => Some(bytes),
-            _ => None,
+        self.ticket.bytes.as_deref()
+    }
+
+    fn body(&self) -> Body<'_> {
+        match (self.bytes(), self.json()) {
+            (Some(bytes), _) => Body::Bytes(Cow::Borrowed(bytes)),
+            (None, Some(json)) => Body::Json(json),
+            (None, None) => Body::None,
         }
     }
 
-    pub(crate) fn payload(&self) -> &Payload {
-        &self.payload
+    /// A copy of the payload.
+    pub(crate) fn payload(&self) -> Payload {
+        match self.body() {
+            Body::None => Payload::None,
+            Body::Json(json) => Payload::Json(json.to_owned()),
+            Body::Bytes(bytes) => Payload::Bytes(bytes.into_owned()),
+        }
     }
 
     /// Whether the caller does not want the answer any more, or the connection that it came by is gone.
@@ -323,7 +352,7 @@ impl Request {
 
     pub(crate) fn sending(&self, status: &'static str, payload: Payload) -> Sending {
         let mut message = Message::new("response");
-        message.string("in_reply_to", self.ticket.id.as_deref().unwrap_or(""));
+        message.string("in_reply_to", self.ticket.id().unwrap_or(""));
         message.string("status", status);
         message.payload("response", payload);
         Sending {
@@ -334,7 +363,7 @@ impl Request {
 
     /// Answers with a refusal of this library.
     pub(crate) fn refuse(&self, refusal: &Refusal) {
-        if let Some(id) = &self.ticket.id {
+        if let Some(id) = self.ticket.id() {
             self.core.outbox.append(self.ticket.epoch, |out, _| {
                 encode::refusal(out, Some(id), refusal)
             });
@@ -380,7 +409,7 @@ pub(crate) type Outcome = Result<Payload, HandlerError>;
 
 /// Appends a handler's answer. It leaves with the next flush.
 pub(crate) fn answer(core: &Core, ticket: &Ticket, outcome: Outcome) {
-    let Some(id) = ticket.id.as_deref() else {
+    let Some(id) = ticket.id() else {
         return;
     };
     let begin = |out: &mut Vec<u8>, status: &str| {
@@ -409,7 +438,7 @@ pub(crate) fn answer(core: &Core, ticket: &Ticket, outcome: Outcome) {
         Ok(payload) => frame::append(out, |out| {
             begin(out, "ok");
             out.extend_from_slice(b",\"response\":");
-            out.extend_from_slice(payload.json().unwrap_or(b"null"));
+            out.extend_from_slice(payload.json().unwrap_or("null").as_bytes());
             out.push(b'}');
         }),
         Err(error) => frame::append(out, |out| {
