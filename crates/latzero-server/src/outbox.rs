@@ -113,6 +113,11 @@ impl Outbox {
         self.is_writing = false;
         self.writing = 0;
         let Taken { mut buf, head } = taken;
+        if self.is_closed {
+            // Closed by its own loop while another one was writing: what is left goes nowhere.
+            buf.clear();
+            return Some(buf);
+        }
         self.is_blocked = head < buf.len();
         if !self.is_blocked {
             buf.clear();
@@ -200,6 +205,17 @@ mod tests {
             text.contains("\"event\":\"lost\",\"count\":2}") && text.ends_with("x"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn what_comes_back_to_a_closed_outbox_is_let_go() {
+        let mut outbox = Outbox::default();
+        append(&mut outbox, Class::Call, 10);
+        let taken = outbox.take().unwrap();
+        outbox.close();
+        assert!(outbox.put_back(taken).is_some());
+        assert_eq!((outbox.queued(), outbox.account()), (0, (0, 0)));
+        assert_eq!(append(&mut outbox, Class::Call, 1), Sent::Gone);
     }
 
     #[test]

@@ -24,8 +24,16 @@ pub use value::{Kind, LogFormat, LogLevel, SocketChoice, Value};
 /// What every variable of this project begins with.
 const VARIABLE_PREFIX: &str = "LATZERO_";
 
-/// Variables that are no settings: clients read them.
-pub const OTHER_VARIABLES: &[&str] = &["LATZERO_URL", "LATZERO_ADMIN_TOKEN", "LATZERO_BIN"];
+/// Variables that are no settings: clients read them, and handlers that `latzero serve` runs.
+pub const OTHER_VARIABLES: &[&str] = &[
+    "LATZERO_URL",
+    "LATZERO_ADMIN_TOKEN",
+    "LATZERO_BIN",
+    "LATZERO_TRIGGER",
+    "LATZERO_POOL",
+    "LATZERO_CALLER",
+    "LATZERO_ID",
+];
 
 /// The exit code of a program that was given bad settings: usage, as for a bad flag.
 pub const EXIT_SETTINGS: u8 = 2;
