@@ -54,8 +54,11 @@ impl Machine {
         self.load_before.parse().is_ok_and(|load: f64| load > 0.5)
     }
 
-    pub(crate) fn is_release(&self) -> bool {
-        self.profile == "release"
+    /// Says so on standard error where this build's figures would be taken for something.
+    pub(crate) fn warn_of_debug_build(&self, is_quick: bool) {
+        if self.profile != "release" && !is_quick {
+            eprintln!("this is a debug build: its figures mean nothing; use --release");
+        }
     }
 }
 

@@ -4,17 +4,25 @@
 //! measurement here runs its contestants in turn, in interleaved rounds, and quotes each as a multiple of the
 //! others. Each measurement is a module with its own arguments; this file only dispatches.
 
+mod all;
 mod failure;
 mod frame;
+mod idle;
+mod lookup;
 mod machine;
 mod peers;
 mod placement;
 mod plan;
 mod process;
 mod report;
+mod results;
 mod rpc;
+mod server;
+mod slow_reader;
+mod start;
 mod stream;
 mod switch;
+mod wire;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -33,15 +41,34 @@ struct Cli {
 enum Bench {
     /// Request and reply between three processes: time of one call, and calls per second
     Rpc(rpc::RpcArgs),
+    /// Memory of the server for each connection that does nothing
+    Idle(idle::IdleArgs),
+    /// Time of a call in a server with few pools and triggers, and in one with many
+    Lookup(lookup::LookupArgs),
+    /// What readers that stopped reading cost the server and the others
+    SlowReader(slow_reader::SlowReaderArgs),
+    /// Time from exec to the ready line, and the program's size
+    Start(start::StartArgs),
+    /// Every benchmark, one after the other
+    All(all::AllArgs),
     /// One process of a measurement; the program starts itself with this
     #[command(hide = true)]
     Role(process::RoleArgs),
+    /// Becomes another program, which ends with the process that started this one
+    #[command(hide = true)]
+    Tied(process::TiedArgs),
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().bench {
-        Bench::Rpc(args) => rpc::run(&args),
+        Bench::Rpc(args) => rpc::run(&args).map(|results| results.print(args.json)),
+        Bench::Idle(args) => idle::run(&args).map(|results| results.print(args.json)),
+        Bench::Lookup(args) => lookup::run(&args).map(|results| results.print(args.json)),
+        Bench::SlowReader(args) => slow_reader::run(&args).map(|results| results.print(args.json)),
+        Bench::Start(args) => start::run(&args).map(|results| results.print(args.json)),
+        Bench::All(args) => all::run(&args),
         Bench::Role(args) => process::play(&args),
+        Bench::Tied(args) => process::exec_tied(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

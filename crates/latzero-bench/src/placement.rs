@@ -16,6 +16,23 @@ pub(crate) enum Placement {
 impl Placement {
     pub(crate) const ALL: [Self; 2] = [Self::OneCpu, Self::Free];
 
+    /// The placement whose figures change least, where the system has it.
+    pub(crate) fn steadiest() -> Self {
+        if cfg!(target_os = "linux") {
+            Self::OneCpu
+        } else {
+            Self::Free
+        }
+    }
+
+    /// As [`Self::describe`], of a measurement that is not three processes.
+    pub(crate) fn describe_one(self) -> &'static str {
+        match self {
+            Self::OneCpu => "everything on one CPU",
+            Self::Free => self.describe(),
+        }
+    }
+
     pub(crate) fn describe(self) -> &'static str {
         match self {
             Self::OneCpu => "all three processes on one CPU",
@@ -32,6 +49,14 @@ impl Placement {
             // A child inherits the CPUs of the thread that starts it. So it is pinned before its first
             // instruction: threads of its own are too, and a runtime that counts CPUs at its start counts one.
             Self::OneCpu => cpus::on_one(|| spawn(command))?,
+        }
+    }
+
+    /// Runs `act`, and the threads and processes that it starts, there.
+    pub(crate) fn run<T>(self, act: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+        match self {
+            Self::Free => act(),
+            Self::OneCpu => cpus::on_one(act)?,
         }
     }
 

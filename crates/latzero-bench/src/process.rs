@@ -7,7 +7,9 @@ use crate::failure::{During, Failure};
 use crate::peers;
 use crate::placement::Placement;
 use crate::plan::{Load, Outcome, Plan};
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -146,11 +148,7 @@ pub(crate) struct RoleArgs {
 
 /// The life of one child.
 pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
-    // Drop kills the children of a run that fails; this is for one that is killed itself. It outlives an exec.
-    #[cfg(target_os = "linux")]
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
-        .map_err(std::io::Error::from)
-        .during("ask to end with the parent")?;
+    end_with_parent()?;
     let peer = peers::by_name(&args.peer)?;
     match args.role {
         Role::Server => peer.serve(&args.scratch),
@@ -166,6 +164,36 @@ pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
             say(&serde_json::to_string(&outcome).expect("an outcome is plain numbers"))
         }
     }
+}
+
+/// Drop kills the children of a run that fails; this is for a run that is killed itself. It outlives an exec.
+fn end_with_parent() -> Result<(), Failure> {
+    #[cfg(target_os = "linux")]
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .map_err(std::io::Error::from)
+        .during("ask to end with the parent")?;
+    Ok(())
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct TiedArgs {
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+/// A command that runs `program`, with the arguments added to it, as a child that ends with this process.
+pub(crate) fn tied_command(program: &Path) -> Result<Command, Failure> {
+    let mut command = own_command()?;
+    command.arg("tied").arg("--").arg(program);
+    Ok(command)
+}
+
+/// The life of a child of [`tied_command`].
+pub(crate) fn exec_tied(args: &TiedArgs) -> Result<(), Failure> {
+    end_with_parent()?;
+    let (program, rest) = args.command.split_first().expect("clap requires one");
+    Err(Command::new(program).args(rest).exec()).during(format!("run {}", program.display()))
 }
 
 /// Starts the role of `peer`'s server in a process of its own; see [`peers::Peer::start`].
@@ -210,9 +238,13 @@ pub(crate) fn run_caller(
     caller.wait_for(CALLER_WAIT, |line| serde_json::from_str(line).ok())
 }
 
-fn role_command(peer: &str, role: Role) -> Result<Command, Failure> {
+fn own_command() -> Result<Command, Failure> {
     let program = std::env::current_exe().during("find this program's own path")?;
-    let mut command = Command::new(program);
+    Ok(Command::new(program))
+}
+
+fn role_command(peer: &str, role: Role) -> Result<Command, Failure> {
+    let mut command = own_command()?;
     command.arg("role").arg(match role {
         Role::Server => "server",
         Role::Handler => "handler",

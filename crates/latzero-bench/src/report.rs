@@ -5,6 +5,7 @@ use crate::machine::{self, Machine};
 use crate::peers::nats;
 use crate::placement::Placement;
 use crate::plan::{Load, Outcome};
+use crate::results::Results;
 use crate::rpc::WINDOWS;
 use crate::stream::Transport;
 use serde::Serialize;
@@ -107,7 +108,8 @@ impl Cell {
     }
 }
 
-fn median(mut values: Vec<f64>) -> Option<f64> {
+/// The middle of `values`, in any order.
+pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {
@@ -154,8 +156,15 @@ impl Report {
         Some(cell.median(figure)? / base.median(figure)?)
     }
 
-    pub(crate) fn to_json(&self) -> String {
-        let report = json!({
+    pub(crate) fn to_results(&self) -> Results {
+        Results {
+            table: self.to_table(),
+            json: self.to_json(),
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
             "bench": "rpc",
             "quick": self.quick,
             "payload_bytes": PAYLOAD.len(),
@@ -165,8 +174,7 @@ impl Report {
             "nats_server": nats::server_version(),
             "skipped": self.skipped,
             "results": self.cells.iter().map(|cell| self.cell_json(cell)).collect::<Vec<_>>(),
-        });
-        format!("{report:#}")
+        })
     }
 
     fn cell_json(&self, cell: &Cell) -> Value {
@@ -205,7 +213,7 @@ impl Report {
         })
     }
 
-    pub(crate) fn to_table(&self) -> String {
+    fn to_table(&self) -> String {
         let mut text = String::new();
         self.write_table(&mut text)
             .expect("writing to a String does not fail");

@@ -11,18 +11,19 @@ use crate::placement::Placement;
 use crate::plan::{Load, Outcome, Plan};
 use crate::process;
 use crate::report::{Cell, Report, Skipped};
+use crate::results::Results;
 
 /// Calls in flight, for the three rates that are quoted.
 pub(crate) const WINDOWS: [u64; 3] = [64, 256, 1024];
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(crate) struct RpcArgs {
     /// A few hundred calls and one round: shows that it works, measures nothing, installs nothing
     #[arg(long)]
-    quick: bool,
+    pub(crate) quick: bool,
     /// Print the results as JSON, every round of them
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
     /// Contestants to run, separated by commas; all by default
     #[arg(long, value_delimiter = ',')]
     peers: Vec<String>,
@@ -66,12 +67,10 @@ impl RpcArgs {
     }
 }
 
-/// Runs the benchmark and prints what came of it.
-pub(crate) fn run(args: &RpcArgs) -> Result<(), Failure> {
+/// Runs the benchmark.
+pub(crate) fn run(args: &RpcArgs) -> Result<Results, Failure> {
     let machine = Machine::observe();
-    if !machine.is_release() && !args.quick {
-        eprintln!("this is a debug build: its figures mean nothing; use --release");
-    }
+    machine.warn_of_debug_build(args.quick);
     let install = if args.quick {
         Install::Never
     } else {
@@ -93,13 +92,7 @@ pub(crate) fn run(args: &RpcArgs) -> Result<(), Failure> {
             cells.extend(measure(args, &peers, load, placement)?);
         }
     }
-    let report = Report::new(args.quick, machine, skipped, cells);
-    if args.json {
-        println!("{}", report.to_json());
-    } else {
-        print!("{}", report.to_table());
-    }
-    Ok(())
+    Ok(Report::new(args.quick, machine, skipped, cells).to_results())
 }
 
 /// Who runs, and who cannot.

@@ -6,6 +6,7 @@ use crate::plan::{Load, Outcome, Plan, RateClock, time_each};
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 /// The two kinds of socket that are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +32,15 @@ impl Stream {
             Transport::Unix => UnixStream::connect(address).map(Self::Unix),
         };
         connected.during(format!("connect to {address}"))
+    }
+
+    /// Ends a read that gets nothing for this long; with `None`, as from the start, a read waits for ever.
+    pub(crate) fn set_read_timeout(&self, timeout: Option<Duration>) -> Result<(), Failure> {
+        match self {
+            Self::Tcp(stream) => stream.set_read_timeout(timeout),
+            Self::Unix(stream) => stream.set_read_timeout(timeout),
+        }
+        .during("bound the wait for an answer")
     }
 }
 

@@ -1,6 +1,7 @@
 //! The benchmark as a smoke test: a few hundred calls through every contestant that needs nothing installed.
 
 use serde_json::Value;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const PEERS: [&str; 4] = ["relay-tcp", "relay-unix", "json-tcp", "json-unix"];
@@ -75,4 +76,84 @@ fn an_unknown_contestant_is_named_with_those_there_are() {
         stderr.contains("'relay-tpc'") && stderr.contains("relay-tcp"),
         "{stderr}"
     );
+}
+
+/// Runs `bench --quick --json`, or returns `None`, with a message, where there is no server to run it with.
+fn with_server(bench_name: &str) -> Option<Value> {
+    let beside = Path::new(env!("CARGO_BIN_EXE_latzero-bench")).with_file_name("latzero");
+    let program = std::env::var_os("LATZERO_BIN").map_or(beside, PathBuf::from);
+    if !program.is_file() {
+        eprintln!(
+            "skipped `{bench_name}`: {} is not built (`cargo build -p latzero-cli`, or name the \
+             program in LATZERO_BIN)",
+            program.display()
+        );
+        return None;
+    }
+    let output = bench(&[bench_name, "--quick", "--json"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    Some(serde_json::from_slice(&output.stdout).expect("JSON on stdout"))
+}
+
+/// Checks that the benchmark found so many figures, each a number above `least`, so many of them with a bound.
+fn check_findings(report: &Value, count: usize, bounded: usize, least: f64) {
+    let findings = report["findings"].as_array().expect("a list of findings");
+    assert_eq!(findings.len(), count, "{findings:?}");
+    for finding in findings {
+        assert!(finding["value"].as_f64() >= Some(least), "{finding}");
+        assert_eq!(finding["met"].is_boolean(), finding["at_most"].is_f64());
+    }
+    let with_bound = findings.iter().filter(|it| it["at_most"].is_f64());
+    assert_eq!(with_bound.count(), bounded);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn idle_connections_are_weighed() {
+    if let Some(report) = with_server("idle") {
+        check_findings(&report, 12, 4, 0.0);
+        assert_eq!(report["rounds"][0]["connections"], 200);
+    }
+}
+
+#[test]
+fn every_trigger_of_every_size_answers() {
+    if let Some(report) = with_server("lookup") {
+        check_findings(&report, 18, 8, f64::MIN_POSITIVE);
+        for cell in report["rounds"].as_array().expect("a list of cells") {
+            assert_eq!(cell["rounds"][0]["measured"], 100, "{cell}");
+        }
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn calls_are_answered_beside_readers_that_stopped() {
+    if let Some(report) = with_server("slow-reader") {
+        check_findings(&report, 18, 4, 0.0);
+        assert_eq!(report["rounds"][4]["readers"]["stopped"], 100);
+    }
+}
+
+#[test]
+fn starts_are_timed() {
+    if let Some(report) = with_server("start") {
+        check_findings(&report, 7, 5, f64::MIN_POSITIVE);
+        assert_eq!(
+            report["rounds"]["again_ms"].as_array().map(Vec::len),
+            Some(2)
+        );
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn all_of_them_run_in_turn() {
+    if let Some(report) = with_server("all") {
+        let benches = report["benches"].as_array().expect("a list of reports");
+        let names: Vec<_> = benches.iter().map(|it| it["bench"].as_str()).collect();
+        let expected = ["start", "idle", "lookup", "slow-reader", "rpc"];
+        assert_eq!(names, expected.map(Some));
+    }
 }

@@ -217,10 +217,10 @@ impl Output {
         }
         for error in &failure.errors {
             let label = paint("error:", Tone::Bad, self.colors_err);
-            self.note(format_args!("{label} {error}"));
+            self.note(format_args!("{label} {}", harmless(&error.to_string())));
         }
         for detail in &failure.details {
-            self.note(format_args!("  {detail}"));
+            self.note(format_args!("  {}", harmless(&detail.to_string())));
         }
         if let Some(data) = failure.wire.as_ref().and_then(|wire| wire.get("data")) {
             self.note(format_args!(
@@ -347,9 +347,27 @@ pub(crate) fn count(n: u64, noun: &str) -> String {
     }
 }
 
+/// Text from elsewhere with nothing in it that a terminal would obey.
+fn harmless(text: &str) -> String {
+    let shown = |c: char| match c {
+        '\n' | '\t' => c.to_string(),
+        c if c.is_control() => c.escape_default().to_string(),
+        c => c.to_string(),
+    };
+    text.chars().map(shown).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn terminals_are_told_nothing_by_strangers() {
+        assert_eq!(
+            harmless("a\u{1b}[31mb\u{7}\n\té"),
+            "a\\u{1b}[31mb\\u{7}\n\té"
+        );
+    }
 
     #[test]
     fn json_keeps_its_order_and_its_digits() {

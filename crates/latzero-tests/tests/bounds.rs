@@ -1,5 +1,10 @@
 //! What happens at the limits: every one has an answer, and nobody else notices.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
 use latzero_tests::{Server, Via, Wire};
 use serde_json::{Value, json};
 

@@ -1,5 +1,10 @@
 //! The vectors of `conformance/vectors`, over both transports. They are extracted from `docs/protocol.md`.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
 use std::collections::HashMap;
 use std::path::Path;
 

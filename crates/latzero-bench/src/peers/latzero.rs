@@ -9,6 +9,7 @@ use crate::frame::{PAYLOAD, PROCESS};
 use crate::placement::Placement;
 use crate::plan::{Load, Outcome, Plan, RateClock, time_each};
 use crate::process::{self, READY_WAIT, Server, announce};
+use crate::server::{self, Ready};
 use crate::stream::Transport;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -16,7 +17,7 @@ use latzero::blocking;
 use serde_json::value::RawValue;
 use std::fmt::Display;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 /// LatZero over one of its transports.
@@ -35,37 +36,23 @@ impl Peer for LatZero {
     }
 
     fn prepare(&self, _install: Install) -> Result<(), String> {
-        let program = program();
-        if program.is_file() {
-            return Ok(());
-        }
-        Err(format!(
-            "{} is not built: `cargo build --release -p latzero-cli`, or name the program in LATZERO_BIN",
-            program.display()
-        ))
+        server::check_program().map_err(|failure| failure.to_string())
     }
 
     fn start(&self, scratch: &Path, placement: Placement) -> Result<Server, Failure> {
         let process = process::start_server(self.name(), scratch, placement)?;
-        let address = process.wait_for(READY_WAIT, |line| {
-            let addresses = line.strip_prefix("latzero ready")?;
-            let word = |prefix: &str| {
-                addresses
-                    .split_whitespace()
-                    .find_map(|w| w.strip_prefix(prefix))
-            };
-            match self.0 {
-                Transport::Tcp => word("tcp://").map(|address| format!("@{address}")),
-                Transport::Unix => word("unix:").map(|path| format!("?socket={path}")),
-            }
-        })?;
+        let ready = process.wait_for(READY_WAIT, Ready::parse)?;
+        let address = match self.0 {
+            Transport::Tcp => format!("@{}", ready.tcp),
+            Transport::Unix => format!("?socket={}", ready.unix),
+        };
         Ok(Server { process, address })
     }
 
     fn serve(&self, scratch: &Path) -> Result<(), Failure> {
-        let mut command = Command::new(program());
-        command.args(["start", "--port", "0", "--log-level", "warn", "--data-dir"]);
-        Err(command.arg(scratch.join("data")).exec()).during("run latzero")
+        let mut command = Command::new(server::program());
+        server::append_start_args(&mut command, scratch);
+        Err(command.exec()).during("run latzero")
     }
 
     fn handle(&self, address: &str) -> Result<(), Failure> {
@@ -125,21 +112,6 @@ fn check(answer: &Result<Box<RawValue>, latzero::Error>) -> Result<(), Failure> 
         )),
         Err(error) => Err(failure(error)),
     }
-}
-
-/// The program `latzero`: the one that `LATZERO_BIN` names, else the one beside this program.
-fn program() -> PathBuf {
-    if let Some(named) = std::env::var_os("LATZERO_BIN") {
-        return named.into();
-    }
-    let here = std::env::current_exe().unwrap_or_default();
-    let near = here
-        .ancestors()
-        .skip(1)
-        .take(2)
-        .map(|dir| dir.join("latzero"))
-        .find(|path| path.is_file());
-    near.unwrap_or_else(|| here.with_file_name("latzero"))
 }
 
 fn failure(error: impl Display) -> Failure {

@@ -3,12 +3,13 @@
 //! One at a time, the caller reads its own answers, which is how a program that waits for each would do. Several at a
 //! time, one thread keeps that many under way.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use latzero::Error;
+use latzero::{Code, Error};
 use serde_json::json;
 use serde_json::value::RawValue;
 
@@ -93,7 +94,7 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
     let mut record = Record::new();
     let started = Instant::now();
     let mut shown = started;
-    let mut left = args.calls;
+    let left = Cell::new(args.calls);
     let mut tick = |record: &Record| {
         if shown.elapsed() >= TICK {
             shown = Instant::now();
@@ -105,16 +106,17 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
         }
     };
     if args.in_flight == 1 {
-        while left > 0 {
-            left -= 1;
+        while left.get() > 0 {
+            left.set(left.get() - 1);
             let begun = Instant::now();
             let result = send_and_wait(&reached, args.measured, &target, pool.as_deref(), &payload);
+            stop_if_lost(&result, &left);
             record.add(begun.elapsed(), result);
             tick(&record);
         }
     } else {
         let next = || {
-            left = left.checked_sub(1)?;
+            left.set(left.get().checked_sub(1)?);
             let begun = Instant::now();
             let sent = send(&reached, args.measured, &target, pool.as_deref(), &payload);
             Some(async move {
@@ -123,6 +125,7 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
             })
         };
         run_many(usize::from(args.in_flight), next, |(took, result)| {
+            stop_if_lost(&result, &left);
             record.add(took, result);
             tick(&record);
         });
@@ -131,10 +134,17 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
     output.progress_done();
     drop(handler);
     if let Some(error) = record.first_error.take() {
-        output.note(format_args!("{} of {} failed", record.failed, args.calls));
+        output.note(format_args!("{} of {} failed", record.failed, record.done));
         return Err(explain(&reached, &target, pool.as_deref(), None, error));
     }
     print(args, &reached, &record, took, output)
+}
+
+/// Nothing more is sent once the server is gone: everything would fail at once, for as many as were asked for.
+fn stop_if_lost(result: &Result<u64, Error>, left: &Cell<u64>) {
+    if matches!(result, Err(error) if error.kind() == Code::Disconnected) {
+        left.set(0);
+    }
 }
 
 fn own_handler(args: &BenchArgs, pool: String) -> Result<(Reached, Arc<AtomicU64>), Failure> {

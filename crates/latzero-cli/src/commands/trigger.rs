@@ -61,7 +61,9 @@ pub(crate) fn explain(
     match (error.kind(), to) {
         (Code::NoApp | Code::NotMember | Code::Offline, Some(to)) => {
             let live = apps.iter().filter(|app| app["live"] == true);
-            let names: Vec<&str> = live.filter_map(|app| app["app_id"].as_str()).collect();
+            let names = live.filter_map(|app| app["app_id"].as_str());
+            // The very app that was typed is no suggestion.
+            let names: Vec<&str> = names.filter(|name| *name != to).collect();
             suggest(error, &nearest(to, names))
         }
         _ => {

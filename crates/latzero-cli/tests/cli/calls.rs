@@ -62,6 +62,8 @@ fn wrong_names_get_near_ones() {
         "did you mean calc?",
     );
     check(&["system/echo", "--to", "calc"], "not_member", "help: ");
+    let ran = server.run(&["call", "alpha/double", "--to", "latzero"]);
+    assert!(!ran.err.contains("did you mean latzero"), "{}", ran.err);
     let pools = server.run(&["pools", "--json"]).json().to_string();
     assert!(
         !pools.contains("alhpa"),

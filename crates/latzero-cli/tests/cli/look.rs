@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::program::Server;
+use crate::program::{Running, Server, eventually};
 
 #[test]
 fn what_a_script_reads_is_json() {
@@ -127,6 +127,24 @@ fn bench_measures_calls_and_events() {
         .ended_with(0)
         .out;
     assert!(text.contains("calls per second"), "{text}");
+}
+
+#[test]
+fn bench_ends_when_the_server_does() {
+    let check = |args: &[&str]| {
+        let server = Server::start();
+        let args = [&["bench", "call", "--calls", "1000000000"], args].concat();
+        let mut measuring = Running::start_err(&mut server.command(&args));
+        eventually(|| {
+            let stats = server.run(&["stats", "--json"]).json();
+            stats["triggers"]["calls"].as_u64().unwrap() > 100
+        });
+        let _home = server.crash();
+        measuring.line_with("disconnected");
+        assert_eq!(measuring.exit_code(), 3);
+    };
+    check(&[]);
+    check(&["--in-flight", "16"]);
 }
 
 #[test]

@@ -219,3 +219,29 @@ fn a_handler_goes_on_when_the_server_comes_back() {
     );
     drop(serving);
 }
+
+#[test]
+fn no_program_outlives_its_handler() {
+    let server = Server::start();
+    let pids = server.home().join("pids");
+    std::fs::write(&pids, "").unwrap();
+    let script = "echo $$ >> \"$0\"; sleep 1000";
+    let pids_path = pids.to_str().unwrap();
+    // Whether one slips through is a matter of chance, so there are several rounds.
+    for round in 1..=10 {
+        let command = ["--", "sh", "-c", script, pids_path];
+        let args = [&["alpha/e", "--concurrency", "4"], &command[..]].concat();
+        let mut serving = server.serve(&args);
+        // Events wait behind those that run: as a program ends, the next one would start.
+        server
+            .run(&["bench", "emit", "--to", "alpha/e", "--calls", "20"])
+            .ended_with(0);
+        eventually(|| std::fs::read_to_string(&pids).unwrap().lines().count() >= round);
+        serving.signal(Signal::TERM);
+        assert_eq!(serving.exit_code(), 0);
+    }
+    let started = std::fs::read_to_string(&pids).unwrap();
+    for pid in started.lines().filter_map(|pid| pid.parse().ok()) {
+        wait_for_end(Pid::from_raw(pid).expect("the shell's pid is none of 0"));
+    }
+}

@@ -68,8 +68,7 @@ impl Recipe {
                 format!("{}-{}", std::process::id(), job.number),
             )
             .stderr(Stdio::piped());
-        let mut program = self.start(command)?;
-        registry.begin(request, program.pid);
+        let mut program = registry.start(request, || self.start(command))?;
         let end = program.turn(&input, Until::End);
         if !matches!(end, Ok(End::Exited)) {
             program.kill();
@@ -112,17 +111,19 @@ impl Recipe {
             kept_one => kept_one,
         };
         let mut program = match kept_one {
-            Some(program) => program,
+            Some(program) => {
+                registry.begin(request, program.pid);
+                program
+            }
             None => {
                 let mut command = self.command();
                 command.env("LATZERO_TRIGGER", &target.trigger).env(
                     "LATZERO_POOL",
                     target.pool.as_deref().unwrap_or(request.pool()),
                 );
-                self.start(command)?
+                registry.start(request, || self.start(command))?
             }
         };
-        registry.begin(request, program.pid);
         match program.turn(&line, Until::Line) {
             Ok(End::Line(line)) => {
                 registry.release(program.pid);
@@ -208,7 +209,7 @@ enum End {
 /// A program that runs.
 pub(super) struct Program {
     child: Child,
-    pid: Pid,
+    pub(super) pid: Pid,
     process: OwnedFd,
     stdin: Option<ChildStdin>,
     stdout: Option<ChildStdout>,

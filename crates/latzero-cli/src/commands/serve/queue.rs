@@ -6,7 +6,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 
@@ -43,19 +43,28 @@ struct Place {
 /// Programs that run, by the number of their call. A program is in it from its start until it is reaped, and is
 /// reaped under the lock: so what is killed under the lock is never another process with the same id.
 #[derive(Default)]
-pub(super) struct Running {
+struct Running {
     programs: HashMap<u64, Pid>,
     /// The program that waits for the next call, with `--lines`.
     idle: Option<Pid>,
+    /// Programs that are being started, and are not in here yet.
+    starting: usize,
     /// No program is started any more.
     has_ended: bool,
+}
+
+/// The programs, and a bell for whoever waits until none is being started.
+#[derive(Default)]
+struct Programs {
+    running: Mutex<Running>,
+    settled: Condvar,
 }
 
 /// The calls that wait, and the programs that run.
 pub(super) struct Queue {
     sender: SyncSender<Job>,
     numbers: AtomicU64,
-    running: Arc<Mutex<Running>>,
+    programs: Arc<Programs>,
 }
 
 impl Queue {
@@ -67,17 +76,17 @@ impl Queue {
         let (sender, receiver) = sync_channel(QUEUED_MAX);
         let receiver = Arc::new(Mutex::new(receiver));
         let recipe = Arc::new(recipe);
-        let running = Arc::new(Mutex::new(Running::default()));
+        let programs = Arc::new(Programs::default());
         for worker in 0..workers {
             let worker = thread::Builder::new().name(format!("program-{worker}"));
             let (receiver, recipe) = (Arc::clone(&receiver), Arc::clone(&recipe));
-            let running = Arc::clone(&running);
-            worker.spawn(move || work(&receiver, &recipe, &running))?;
+            let programs = Arc::clone(&programs);
+            worker.spawn(move || work(&receiver, &recipe, &programs))?;
         }
         Ok(Arc::new(Queue {
             sender,
             numbers: AtomicU64::new(1),
-            running,
+            programs,
         }))
     }
 
@@ -97,7 +106,7 @@ impl Queue {
             Ok(()) => Ok(Waiting {
                 number,
                 place,
-                running: Arc::clone(&self.running),
+                programs: Arc::clone(&self.programs),
             }),
             Err(TrySendError::Full(_)) => Err(HandlerError::new(
                 "overloaded",
@@ -112,12 +121,17 @@ impl Queue {
         }
     }
 
-    /// Ends every program, and what it started; none is started any more.
+    /// Ends every program, and what it started; none is started any more. One that is just being started is waited
+    /// for, since nobody could end it once this process has.
     pub(super) fn end(&self) {
-        let mut running = lock(&self.running);
+        let mut running = lock(&self.programs.running);
         running.has_ended = true;
         let programs = running.programs.values().chain(&running.idle);
         programs.for_each(|&pid| kill(pid));
+        while running.starting > 0 {
+            let settled = self.programs.settled.wait(running);
+            running = settled.unwrap_or_else(PoisonError::into_inner);
+        }
     }
 }
 
@@ -125,7 +139,7 @@ impl Queue {
 pub(super) struct Waiting {
     number: u64,
     place: Arc<Mutex<Place>>,
-    running: Arc<Mutex<Running>>,
+    programs: Arc<Programs>,
 }
 
 impl Future for Waiting {
@@ -143,7 +157,7 @@ impl Future for Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let running = lock(&self.running);
+        let running = lock(&self.programs.running);
         if let Some(&pid) = running.programs.get(&self.number) {
             kill(pid);
         }
@@ -156,7 +170,7 @@ fn kill(pid: Pid) {
     let _ = kill_process_group(pid, Signal::KILL);
 }
 
-fn work(receiver: &Mutex<Receiver<Job>>, recipe: &Recipe, running: &Mutex<Running>) {
+fn work(receiver: &Mutex<Receiver<Job>>, recipe: &Recipe, programs: &Programs) {
     let mut kept = None;
     loop {
         // The lock is held while waiting: one thread waits for a call, the others for the lock.
@@ -172,7 +186,7 @@ fn work(receiver: &Mutex<Receiver<Job>>, recipe: &Recipe, running: &Mutex<Runnin
             &mut kept,
             &Registry {
                 number: job.number,
-                running,
+                programs,
             },
         );
         let waker = {
@@ -189,13 +203,46 @@ fn work(receiver: &Mutex<Receiver<Job>>, recipe: &Recipe, running: &Mutex<Runnin
 /// Where a worker notes which program runs for its call.
 pub(super) struct Registry<'a> {
     number: u64,
-    running: &'a Mutex<Running>,
+    programs: &'a Programs,
 }
 
 impl Registry<'_> {
-    /// From here on the program can be ended by whoever gives the call up.
+    /// Starts a program for the call, unless all is over. Not under the lock, which every other start would wait for:
+    /// it is counted instead, and whoever ends everything waits for those that are counted.
+    ///
+    /// # Errors
+    /// What `start` answers, and where no program is started any more.
+    pub(super) fn start(
+        &self,
+        request: &Request,
+        start: impl FnOnce() -> Result<Program, HandlerError>,
+    ) -> Result<Program, HandlerError> {
+        let mut running = lock(&self.programs.running);
+        if running.has_ended {
+            return Err(HandlerError::new(
+                "handler_error",
+                "the handler is about to end and starts no program any more",
+            ));
+        }
+        running.starting += 1;
+        drop(running);
+        let started = start();
+        let mut running = lock(&self.programs.running);
+        running.starting -= 1;
+        if let Ok(program) = &started {
+            running.programs.insert(self.number, program.pid);
+            if running.has_ended || request.is_cancelled() {
+                kill(program.pid);
+            }
+        }
+        drop(running);
+        self.programs.settled.notify_all();
+        started
+    }
+
+    /// The program that waited is this call's: from here on whoever gives the call up can end it.
     pub(super) fn begin(&self, request: &Request, pid: Pid) {
-        let mut running = lock(self.running);
+        let mut running = lock(&self.programs.running);
         running.idle = None;
         running.programs.insert(self.number, pid);
         if running.has_ended || request.is_cancelled() {
@@ -205,14 +252,14 @@ impl Registry<'_> {
 
     /// The program is not this call's any more; it waits for the next.
     pub(super) fn release(&self, pid: Pid) {
-        let mut running = lock(self.running);
+        let mut running = lock(&self.programs.running);
         running.programs.remove(&self.number);
         running.idle = Some(pid);
     }
 
     /// The program has ended: reaps it.
     pub(super) fn reap(&self, program: &mut Program) -> io::Result<std::process::ExitStatus> {
-        let mut running = lock(self.running);
+        let mut running = lock(&self.programs.running);
         running.programs.remove(&self.number);
         running.idle = None;
         program.wait()

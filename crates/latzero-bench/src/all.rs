@@ -1,0 +1,55 @@
+//! Every benchmark, one after the other.
+
+use crate::failure::Failure;
+use crate::idle::{self, IdleArgs};
+use crate::lookup::{self, LookupArgs};
+use crate::results::Results;
+use crate::rpc::{self, RpcArgs};
+use crate::slow_reader::{self, SlowReaderArgs};
+use crate::start::{self, StartArgs};
+use serde_json::json;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct AllArgs {
+    /// Each with as little as shows that it works: measures nothing, installs nothing
+    #[arg(long)]
+    quick: bool,
+    /// Print the results as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs them all. Tables are printed as they come, JSON at the end.
+pub(crate) fn run(args: &AllArgs) -> Result<(), Failure> {
+    let AllArgs { quick, json } = *args;
+    let mut start = StartArgs::default();
+    let mut idle = IdleArgs::default();
+    let mut lookup = LookupArgs::default();
+    let mut slow_reader = SlowReaderArgs::default();
+    let mut rpc = RpcArgs::default();
+    start.quick = quick;
+    idle.quick = quick;
+    lookup.quick = quick;
+    slow_reader.quick = quick;
+    rpc.quick = quick;
+    // The quickest first: what keeps one from running keeps the others too.
+    let benches: [&dyn Fn() -> Result<Results, Failure>; 5] = [
+        &|| start::run(&start),
+        &|| idle::run(&idle),
+        &|| lookup::run(&lookup),
+        &|| slow_reader::run(&slow_reader),
+        &|| rpc::run(&rpc),
+    ];
+    let mut reports = Vec::new();
+    for bench in benches {
+        let results = bench()?;
+        if !json {
+            results.print(json);
+        }
+        reports.push(results.json);
+    }
+    if json {
+        println!("{:#}", json!({"bench": "all", "benches": reports}));
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! What a connection that does nothing costs the server.
+//!
+//! Thousands of apps connect, introduce themselves and fall silent. The server's memory is read before and after, and
+//! the difference divided by their number. The first connection is not counted: with it come the server's buffers.
+
+use crate::failure::{During, Failure};
+use crate::machine::Machine;
+use crate::results::{Finding, Results, Sheet, Unit};
+use crate::server::{Memory, Running};
+use crate::stream::Transport;
+use crate::wire::Wire;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::{Value, json};
+
+/// Bytes of resident memory that one idle connection may cost.
+const BYTES_MAX: f64 = 8192.0;
+
+/// Descriptors that either process needs beside those of the connections.
+const OTHER_DESCRIPTORS: u64 = 100;
+
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct IdleArgs {
+    /// A few connections: shows that it works, measures nothing
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Print the results as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Connections that are opened, over each kind of socket [default: 10000]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    connections: Option<u64>,
+}
+
+/// What the apps that connect register.
+#[derive(Clone, Copy)]
+enum Registration {
+    /// Nothing but themselves, in the default pool.
+    Bare,
+    /// One trigger as well.
+    OneTrigger,
+}
+
+impl Registration {
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Bare => "serving nothing",
+            Self::OneTrigger => "serving one trigger",
+        }
+    }
+
+    fn handshake(self, number: u64) -> Value {
+        let app_id = format!("idle-{number:07}");
+        match self {
+            Self::Bare => json!({"app_id": app_id}),
+            Self::OneTrigger => json!({"app_id": app_id, "pools": ["idle"], "triggers": ["echo"]}),
+        }
+    }
+}
+
+/// Runs the benchmark.
+pub(crate) fn run(args: &IdleArgs) -> Result<Results, Failure> {
+    let machine = Machine::observe();
+    machine.warn_of_debug_build(args.quick);
+    let connections = args
+        .connections
+        .unwrap_or(if args.quick { 200 } else { 10_000 });
+    raise_descriptors(connections + OTHER_DESCRIPTORS)?;
+
+    let mut findings = Vec::new();
+    let mut rounds = Vec::new();
+    for (transport, socket) in [(Transport::Unix, "Unix"), (Transport::Tcp, "TCP")] {
+        for registration in [Registration::Bare, Registration::OneTrigger] {
+            let what = format!("{socket}, {}", registration.describe());
+            eprintln!("{what}: {connections} connections");
+            let (before, after) = measure(connections, transport, registration)?;
+            let cost = after.since(before);
+            let each = |bytes: u64| bytes as f64 / connections as f64;
+            let finding = |kind: &str, bytes| {
+                Finding::new(format!("{what}: {kind}"), each(bytes), Unit::Bytes)
+            };
+            findings.extend([
+                finding("resident", cost.resident).expect_at_most(BYTES_MAX),
+                finding("proportional", cost.proportional),
+                finding("anonymous", cost.anonymous),
+            ]);
+            rounds.push(json!({
+                "what": what, "connections": connections, "before": before, "after": after,
+            }));
+        }
+    }
+    let sheet = Sheet {
+        bench: "idle",
+        about: format!(
+            "memory of the server for each of {connections} connections that did their handshake, \
+             an app each"
+        ),
+        quick: args.quick,
+        machine,
+        findings,
+        rounds: rounds.into(),
+    };
+    Ok(sheet.to_results())
+}
+
+/// The server's memory with one connection, and with `connections` more.
+fn measure(
+    connections: u64,
+    transport: Transport,
+    registration: Registration,
+) -> Result<(Memory, Memory), Failure> {
+    let bound = connections + 2;
+    let names = [
+        "connections_max",
+        "connections_unauthenticated_max",
+        "connections_unauthenticated_per_user_max",
+        "apps_max",
+    ];
+    let server = Running::start(&names.map(|name| format!("limits.{name}={bound}")))?;
+    let connect = |number| Wire::connect(&server, transport, registration.handshake(number));
+    let _first = connect(0)?;
+    let before = server.memory()?;
+    let mut open = Vec::new();
+    for number in 1..=connections {
+        open.push(connect(number)?);
+    }
+    let after = server.memory()?;
+    Ok((before, after))
+}
+
+/// Lets this process, and those it starts, have `wanted` descriptors each (`RLIMIT_NOFILE`, `getrlimit(2)`).
+fn raise_descriptors(wanted: u64) -> Result<(), Failure> {
+    let limit = getrlimit(Resource::Nofile);
+    // No limit at all is `None`.
+    if limit.maximum.is_some_and(|maximum| maximum < wanted) {
+        return Err(Failure::said(format!(
+            "{wanted} descriptors are needed, and {} allowed: open fewer with --connections, \
+             or `sudo prlimit --pid $$ --nofile={wanted}:{wanted}`",
+            limit.maximum.unwrap_or_default()
+        )));
+    }
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    setrlimit(Resource::Nofile, raised)
+        .map_err(std::io::Error::from)
+        .during("allow this process more descriptors")
+}
