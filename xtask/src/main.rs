@@ -68,6 +68,13 @@ fn test() -> Done {
     // The tests start the real program.
     cargo(&["build", "--workspace", "--all-targets"])?;
     cargo(&["test", "--workspace"])?;
+    // Once more with several IO threads: what loops do to each other shows only there.
+    println!("$ LATZERO_IO_THREADS=4 cargo test --package latzero-tests");
+    let threads = ["test", "--package", "latzero-tests"];
+    run(Command::new(cargo_program())
+        .args(threads)
+        .env("LATZERO_IO_THREADS", "4")
+        .current_dir(root()))?;
     sim(&["--seeds", "0..200"])?;
     println!("\nall checks passed");
     Ok(())

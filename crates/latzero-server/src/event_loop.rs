@@ -22,7 +22,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use crate::builtin::BuiltIn;
 use crate::connection::{Connection, Patience, Turn, Verdict};
 use crate::host::IoHost;
-use crate::listener::{Accepted, Door, Listener, accept};
+use crate::listener::{Accepted, Listener, accept};
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
 use crate::socket::User;
@@ -66,7 +66,6 @@ pub(crate) struct EventLoop {
     ready: VecDeque<usize>,
     scratch: Vec<u8>,
     look_at: Option<Time>,
-    door: Door,
     front: Option<Front>,
     backoff: AcceptBackoff,
     /// Accepting goes on then, after the system refused.
@@ -102,7 +101,6 @@ impl EventLoop {
             ready: VecDeque::new(),
             scratch: vec![0; READ_BYTES],
             look_at: None,
-            door: Door::default(),
             front: None,
             backoff: AcceptBackoff::default(),
             accept_at: None,
@@ -253,14 +251,12 @@ impl EventLoop {
             let Some(listener) = front.listeners.get(index) else {
                 return;
             };
-            match accept(listener, &mut self.door, &mut front.spare, &shared) {
+            match accept(listener, &mut front.spare, &shared) {
                 Accepted::Peer(peer, user) => {
                     self.backoff.succeeded();
                     if peer.home == self.index {
                         self.adopt(now, peer, user);
                     } else {
-                        // Counted at the door here, where nobody tells when it passes: only this loop's own wait there.
-                        self.door.leave(user);
                         shared.mailboxes[peer.home].send(Command::Adopt(peer));
                     }
                 }
@@ -304,8 +300,7 @@ impl EventLoop {
             User::Uid(_) => stats.connections_unix.fetch_add(1, Relaxed),
             _ => stats.connections_tcp.fetch_add(1, Relaxed),
         };
-        let mut connection = Connection::new(now, peer, user, &self.host);
-        connection.is_at_door = self.index == 0;
+        let connection = Connection::new(now, peer, user, &self.host);
         self.connections[slot] = Some(Box::new(connection));
         self.live += 1;
         self.look_by(
@@ -327,7 +322,7 @@ impl EventLoop {
         let turn = connection.read(now, &mut self.host, &mut self.scratch, budget);
         if connection.is_at_door && (connection.session.is_ready() || turn == Turn::Ended) {
             connection.is_at_door = false;
-            self.door.leave(connection.user);
+            self.host.shared.door().leave(connection.user);
         }
         match turn {
             Turn::Idle | Turn::Paused => self.connections[slot] = Some(connection),
@@ -355,7 +350,7 @@ impl EventLoop {
 
     fn remove(&mut self, slot: usize, mut connection: Connection) {
         if connection.is_at_door {
-            self.door.leave(connection.user);
+            self.host.shared.door().leave(connection.user);
         }
         let now = self.host.shared.clock.now();
         connection.session.closed(now, &mut self.host);

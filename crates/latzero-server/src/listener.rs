@@ -110,7 +110,6 @@ pub(crate) enum Accepted {
 /// Accepts one connection.
 pub(crate) fn accept(
     listener: &Listener,
-    door: &mut Door,
     spare: &mut SpareDescriptor,
     shared: &Shared,
 ) -> Accepted {
@@ -119,7 +118,7 @@ pub(crate) fn accept(
         Err(error) => return failed(listener, spare, shared, error),
     };
     let user = socket.user();
-    if let Err(refusal) = door.enter(user, shared) {
+    if let Err(refusal) = shared.door().enter(user, shared) {
         shared.stats.connections_refused.fetch_add(1, Relaxed);
         let mut told = Vec::new();
         encode::refusal(&mut told, None, &refusal);

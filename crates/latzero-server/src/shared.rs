@@ -4,7 +4,7 @@
 //! IO while it is held.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use latzero_fabric::{Limits, Registry, Time};
@@ -12,6 +12,7 @@ use mio::Waker;
 
 use crate::builtin::BuiltIn;
 use crate::host::IoHost;
+use crate::listener::Door;
 use crate::outbox::Bounds;
 use crate::peer::Peer;
 use crate::settings::Settings;
@@ -136,6 +137,8 @@ pub(crate) struct Shared {
     /// Connections whose sockets do not take what waits for them.
     pub(crate) blocked: Mutex<Vec<Arc<Peer>>>,
     pub(crate) next_peer: AtomicU64,
+    /// Who has come in and not said who it is yet, on any loop.
+    door: Mutex<Door>,
     pub(crate) reload: Box<Reload>,
     pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
 }
@@ -188,9 +191,14 @@ impl Shared {
             is_over: AtomicBool::new(false),
             blocked: Mutex::new(Vec::new()),
             next_peer: AtomicU64::new(0),
+            door: Mutex::new(Door::default()),
             reload,
             log_lines_lost,
         })
+    }
+
+    pub(crate) fn door(&self) -> MutexGuard<'_, Door> {
+        self.door.lock().expect("no panic happens at the door")
     }
 
     pub(crate) fn settings(&self) -> Arc<Settings> {
