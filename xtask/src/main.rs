@@ -68,9 +68,10 @@ fn test() -> Done {
     // The tests start the real program.
     cargo(&["build", "--workspace", "--all-targets"])?;
     cargo(&["test", "--workspace"])?;
-    // Once more with several IO threads: what loops do to each other shows only there.
-    println!("$ LATZERO_IO_THREADS=4 cargo test --package latzero-tests");
-    let threads = ["test", "--package", "latzero-tests"];
+    // Once more with several IO threads: what loops do to each other shows only there. The vectors are left out, since
+    // they take the end of one connection for seen before the next message of another.
+    println!("$ LATZERO_IO_THREADS=4 cargo test --package latzero-tests --test bounds");
+    let threads = ["test", "--package", "latzero-tests", "--test", "bounds"];
     run(Command::new(cargo_program())
         .args(threads)
         .env("LATZERO_IO_THREADS", "4")
