@@ -56,6 +56,8 @@ pub struct Session<H: Host> {
     features: Features,
     ready: Option<Ready>,
     memberships: Vec<Membership<H>>,
+    /// It was displaced while it joined: nothing more of it is run.
+    is_over: bool,
 }
 
 impl<H: Host> Session<H> {
@@ -67,6 +69,7 @@ impl<H: Host> Session<H> {
             features: Features::default(),
             ready: None,
             memberships: Vec::new(),
+            is_over: false,
         }
     }
 
@@ -100,6 +103,9 @@ impl<H: Host> Session<H> {
 
     /// Handles one frame.
     pub fn handle(&mut self, now: Time, frame: Frame<'_>, host: &mut H) -> Flow {
+        if self.is_over {
+            return Flow::Close;
+        }
         let envelope = match Envelope::parse(frame) {
             Ok(Ok(envelope)) => envelope,
             Ok(Err(refusal)) => {
@@ -368,12 +374,17 @@ impl<H: Host> Session<H> {
         })
     }
 
-    /// Somebody took over while this session was still joining: it leaves again.
+    /// Somebody took over while this session was still joining: it leaves again. It is told here: whoever took over may
+    /// find its connection closed already.
     fn overtaken(&mut self, now: Time, host: &mut H) -> Flow {
+        if let Some(ready) = &self.ready {
+            tell_departure(&self.peer, ready.instance, "displaced", host);
+        }
         for membership in std::mem::take(&mut self.memberships) {
             leave(now, &membership, host);
         }
         self.ready = None;
+        self.is_over = true;
         Flow::Close
     }
 
@@ -747,18 +758,20 @@ fn leave<H: Host>(now: Time, m: &Membership<H>, host: &mut H) {
 
 /// Tells an instance that it must go, takes it out of its pools and closes its connection.
 fn expel<H: Host>(now: Time, instance: &Instance<H>, event: &str, host: &mut H) {
-    let told = format!(
-        "{{\"action\":\"event\",\"event\":\"{event}\",\"instance\":\"{}\"}}",
-        instance.id
-    );
-    host.effects()
-        .send(&instance.peer, Class::Control, told.len(), |out| {
-            encode::message(out, &told)
-        });
+    tell_departure(&instance.peer, instance.id, event, host);
     for membership in &instance.memberships {
         leave(now, membership, host);
     }
     host.effects().close(&instance.peer);
+}
+
+fn tell_departure<H: Host>(peer: &H::Peer, instance: InstanceId, event: &str, host: &mut H) {
+    let told =
+        format!("{{\"action\":\"event\",\"event\":\"{event}\",\"instance\":\"{instance}\"}}");
+    host.effects()
+        .send(peer, Class::Control, told.len(), |out| {
+            encode::message(out, &told)
+        });
 }
 
 fn pool_info<H: Host>(now: Time, name: &PoolName, host: &mut H) -> Result<String, Refusal> {

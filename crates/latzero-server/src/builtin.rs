@@ -15,6 +15,7 @@ use latzero_protocol::{Body, Code, Envelope, Refusal, encode};
 use serde_json::json;
 
 use crate::host::IoHost;
+use crate::outbox::Taken;
 use crate::peer::Peer;
 
 /// The built-in app.
@@ -83,9 +84,16 @@ impl BuiltIn {
 
     /// Reads what was appended for it, and answers.
     pub(crate) fn turn(&mut self, now: Time, host: &mut IoHost) {
-        let Some(mut taken) = self.peer.outbox().take() else {
-            return;
-        };
+        // What others append meanwhile is read too: they leave it to whoever is at it.
+        loop {
+            let Some(taken) = self.peer.outbox().take() else {
+                return;
+            };
+            self.answer(taken, now, host);
+        }
+    }
+
+    fn answer(&mut self, mut taken: Taken, now: Time, host: &mut IoHost) {
         let accept = Accept {
             max_frame: usize::MAX,
             attachments: true,
@@ -101,6 +109,8 @@ impl BuiltIn {
             }
             taken.head += used;
         }
+        // Frames are appended whole, so nothing is left.
+        taken.head = taken.buf.len();
         if let Some(buf) = self.peer.outbox().put_back(taken) {
             host.fx.recycle(buf);
         }

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Class, Effects, Flow, Host, Session, Time, Transport};
@@ -186,6 +186,9 @@ impl Connection {
     fn run(&mut self, now: Time, buf: &[u8], host: &mut IoHost) -> (usize, Option<Turn>) {
         let mut used = 0;
         loop {
+            if self.pause(host) {
+                return (used, Some(Turn::Paused));
+            }
             match frame::decode(&buf[used..], self.session.accept(host)) {
                 Ok(Some((frame, length))) => {
                     used += length;
@@ -203,9 +206,6 @@ impl Connection {
             if host.fx.appended > FLUSH_BYTES {
                 host.flush(now);
             }
-            if self.pause(host) {
-                return (used, Some(Turn::Paused));
-            }
         }
     }
 
@@ -215,10 +215,10 @@ impl Connection {
         if self.is_ending || !self.peer.should_pause(max) {
             return false;
         }
-        self.peer.is_paused.store(true, Relaxed);
-        // A call may have ended on another loop in between.
+        self.peer.is_paused.store(true, SeqCst);
+        // A call may have ended on another loop in between: either it sees the pause, or its end is seen here.
         if !self.peer.should_pause(max) {
-            self.peer.is_paused.store(false, Relaxed);
+            self.peer.is_paused.store(false, SeqCst);
             return false;
         }
         true
@@ -284,7 +284,12 @@ impl Connection {
     }
 
     /// Judges a connection by the clock.
-    pub(crate) fn judge(&self, now: Time, patience: &Patience) -> Verdict {
+    pub(crate) fn judge(&mut self, now: Time, patience: &Patience) -> Verdict {
+        if self.peer.is_paused.load(Relaxed) {
+            // Its answers to pings are among what is left unread.
+            self.last_heard = now;
+            self.pinged = None;
+        }
         let stalled_since = self.peer.stalled_since.load(Relaxed);
         let stall =
             (stalled_since > 0).then(|| Time(stalled_since).after_ms(patience.write_stall_ms));

@@ -22,7 +22,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use crate::builtin::BuiltIn;
 use crate::connection::{Connection, Patience, Turn, Verdict};
 use crate::host::IoHost;
-use crate::listener::{Accepted, Listener, accept};
+use crate::listener::{Accepted, Listener, accept, count_out};
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
 use crate::socket::User;
@@ -80,6 +80,8 @@ struct Drain {
     is_closing: bool,
     per_look: usize,
     gone_by: Option<Time>,
+    /// The next connections are closed then.
+    next_at: Time,
 }
 
 impl EventLoop {
@@ -210,13 +212,7 @@ impl EventLoop {
 
     fn handle_command(&mut self, now: Time, command: Command) {
         match command {
-            Command::Adopt(peer) => {
-                let user = peer
-                    .socket
-                    .as_ref()
-                    .map_or(User::Unknown, crate::socket::Socket::user);
-                self.adopt(now, peer, user);
-            }
+            Command::Adopt(peer, user) => self.adopt(now, peer, user),
             Command::Resume(peer) => {
                 if let Some(slot) = self.slot_of(&peer) {
                     self.ready.push_back(slot);
@@ -225,6 +221,7 @@ impl EventLoop {
             Command::Close(peer) => self.close_peer(now, &peer),
             Command::AwaitWritable(peer) => self.await_writable(&peer),
             Command::Look => {}
+            Command::Judge => self.look_by(now),
             Command::Watchdog => {
                 if let Some(notifier) = self
                     .front
@@ -257,7 +254,7 @@ impl EventLoop {
                     if peer.home == self.index {
                         self.adopt(now, peer, user);
                     } else {
-                        shared.mailboxes[peer.home].send(Command::Adopt(peer));
+                        shared.mailboxes[peer.home].send(Command::Adopt(peer, user));
                     }
                 }
                 Accepted::Refused => {}
@@ -292,14 +289,10 @@ impl EventLoop {
         {
             tracing::warn!(%error, "a connection can't be watched");
             self.free.push(slot);
+            self.host.shared.door().leave(user);
+            count_out(user, &self.host.shared);
             return;
         }
-        let stats = &self.host.shared.stats;
-        stats.connections.fetch_add(1, Relaxed);
-        match user {
-            User::Uid(_) => stats.connections_unix.fetch_add(1, Relaxed),
-            _ => stats.connections_tcp.fetch_add(1, Relaxed),
-        };
         let connection = Connection::new(now, peer, user, &self.host);
         self.connections[slot] = Some(Box::new(connection));
         self.live += 1;
@@ -314,12 +307,18 @@ impl EventLoop {
         let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
             return;
         };
-        if connection.peer.is_paused.load(Relaxed) {
+        // Where nothing can be told it any more, what it sent is read to the end, and that is its end.
+        let is_deaf = connection.peer.is_deaf.load(Relaxed);
+        connection.is_ending |= is_deaf;
+        if connection.peer.is_paused.load(Relaxed) && !is_deaf {
             self.connections[slot] = Some(connection);
             return;
         }
         let budget = self.read_budget();
-        let turn = connection.read(now, &mut self.host, &mut self.scratch, budget);
+        let turn = match connection.read(now, &mut self.host, &mut self.scratch, budget) {
+            Turn::Idle if is_deaf => Turn::Ended,
+            turn => turn,
+        };
         if connection.is_at_door && (connection.session.is_ready() || turn == Turn::Ended) {
             connection.is_at_door = false;
             self.host.shared.door().leave(connection.user);
@@ -333,7 +332,8 @@ impl EventLoop {
             Turn::Close => {
                 let peer = Arc::clone(&connection.peer);
                 self.connections[slot] = Some(connection);
-                self.host.fx.closing.push(peer);
+                // At once: nothing of what stands behind may be run.
+                self.close_peer(now, &peer);
             }
             Turn::Ended => {
                 connection.session.closed(now, &mut self.host);
@@ -363,13 +363,11 @@ impl EventLoop {
             tracing::debug!(%error, "a connection was not watched any more");
         }
         let stats = &self.host.shared.stats;
-        let accounted = peer.outbox().close();
+        let mut outbox = peer.outbox();
+        let accounted = outbox.close();
         stats.outbox_bytes.fetch_sub(accounted, Relaxed);
-        stats.connections.fetch_sub(1, Relaxed);
-        match connection.user {
-            User::Uid(_) => stats.connections_unix.fetch_sub(1, Relaxed),
-            _ => stats.connections_tcp.fetch_sub(1, Relaxed),
-        };
+        drop(outbox);
+        count_out(connection.user, &self.host.shared);
         if let Some(socket) = &peer.socket {
             // Others may hold the socket a moment longer; the other end should not have to wait for them.
             socket.shutdown(std::net::Shutdown::Both);
@@ -449,6 +447,12 @@ impl EventLoop {
                 self.ready.push_back(slot);
             }
         }
+        if std::mem::take(&mut self.host.fx.is_over_total)
+            && let Some(largest) = self.largest_outbox()
+        {
+            // Its own loop closes it.
+            self.host.shared.mailboxes[largest.home].send(Command::Judge);
+        }
         let shared = Arc::clone(&self.host.shared);
         shared.stats.add(now, &mut self.host.fx.batch);
     }
@@ -501,6 +505,8 @@ impl EventLoop {
                 }
                 _ => connection.judge(now, &patience),
             };
+            // Another loop may have written the last of it.
+            connection.shut_when_written();
             match verdict {
                 Verdict::Wait(at) => next = next.into_iter().chain(at).min(),
                 Verdict::Ping => {
@@ -552,14 +558,15 @@ impl EventLoop {
         if shared.stats.outbox_bytes.load(Relaxed) + READ_BYTES < shared.outbox_total_max {
             return None;
         }
+        // Copied: it is locked with an outbox held elsewhere, so no outbox is locked under it here.
         let blocked = shared
             .blocked
             .lock()
-            .expect("no panic happens under this lock");
+            .expect("no panic happens under this lock")
+            .clone();
         blocked
-            .iter()
+            .into_iter()
             .max_by_key(|peer| peer.outbox().queued())
-            .map(Arc::clone)
     }
 
     /// Goes on with a drain; true once this loop has nothing left.
@@ -599,6 +606,7 @@ impl EventLoop {
                 is_closing: false,
                 per_look: 0,
                 gone_by: None,
+                next_at: now,
             });
             self.host.flush(now);
         }
@@ -618,6 +626,10 @@ impl EventLoop {
             return false;
         }
         let (per_look, gone_by) = (drain.per_look, drain.gone_by);
+        if now < drain.next_at {
+            return live == 0 || gone_by.is_some_and(|at| at <= now);
+        }
+        drain.next_at = now.after_ms(DRAIN_LOOK_MS);
         let open = self
             .connections
             .iter()

@@ -1,7 +1,7 @@
 //! The fabric's host: its pools and registry behind mutexes, its effects as bytes in outboxes.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use latzero_fabric::{CallEnd, Class, Count, Effects, Host, Limits, Pool, Registry, Sent, Time};
 use latzero_protocol::message::AdminAction;
@@ -23,6 +23,8 @@ pub(crate) struct IoEffects {
     home: usize,
     /// Connections with something appended since the last flush, in the order of their first append.
     pub(crate) touched: Vec<Arc<Peer>>,
+    /// Something was refused because all outboxes together are full.
+    pub(crate) is_over_total: bool,
     /// Bytes appended since the last flush, about.
     pub(crate) appended: usize,
     /// Connections to close once their outbox is written.
@@ -39,6 +41,7 @@ impl IoEffects {
             shared,
             home,
             touched: Vec::new(),
+            is_over_total: false,
             appended: 0,
             closing: Vec::new(),
             resumed: Vec::new(),
@@ -55,13 +58,18 @@ impl IoEffects {
 
     /// Has `peer` read again if its loop stopped and may go on.
     fn resume(&mut self, peer: &Arc<Peer>) {
-        if peer.is_paused.load(Relaxed) && !peer.should_pause(self.shared.limits.in_flight_max) {
-            peer.is_paused.store(false, Relaxed);
-            if peer.home == self.home {
-                self.resumed.push(Arc::clone(peer));
-            } else {
-                self.shared.mailboxes[peer.home].send(Command::Resume(Arc::clone(peer)));
-            }
+        if peer.is_paused.load(SeqCst) && !peer.should_pause(self.shared.limits.in_flight_max) {
+            peer.is_paused.store(false, SeqCst);
+            self.read_again(peer);
+        }
+    }
+
+    /// Has the loop of `peer` read it, whether the kernel says that there is something or not.
+    fn read_again(&mut self, peer: &Arc<Peer>) {
+        if peer.home == self.home {
+            self.resumed.push(Arc::clone(peer));
+        } else {
+            self.shared.mailboxes[peer.home].send(Command::Resume(Arc::clone(peer)));
         }
     }
 }
@@ -78,22 +86,25 @@ impl Effects for IoEffects {
         encode: impl FnOnce(&mut Vec<u8>),
     ) -> Sent {
         let mut outbox = to.outbox();
-        if outbox.is_blocked() && class != Class::Control {
-            // All outboxes together are bounded too: the largest one goes, and until then nothing is added.
-            let total = self.shared.stats.outbox_bytes.load(Relaxed);
-            if total + length > self.shared.outbox_total_max && outbox.queued() > 0 {
-                return Sent::Full;
-            }
-        }
         let before = outbox.queued();
+        // All outboxes together are bounded too: the largest one goes, and until then nothing is added.
+        let is_over_total = outbox.is_blocked()
+            && class != Class::Control
+            && before > 0
+            && self.shared.stats.outbox_bytes.load(Relaxed) + length > self.shared.outbox_total_max;
+        self.is_over_total |= is_over_total;
         let spare = &mut self.spare;
-        let sent = outbox.append(
-            class,
-            length,
-            self.shared.bounds,
-            || spare.pop().unwrap_or_default(),
-            encode,
-        );
+        let sent = if is_over_total {
+            outbox.refuse(class)
+        } else {
+            outbox.append(
+                class,
+                length,
+                self.shared.bounds,
+                || spare.pop().unwrap_or_default(),
+                encode,
+            )
+        };
         match sent {
             Sent::Queued => {
                 let added = outbox.queued() - before;
@@ -130,8 +141,8 @@ impl Effects for IoEffects {
 
     #[inline]
     fn call_started(&mut self, caller: &Arc<Peer>, handler: &Arc<Peer>) {
-        caller.in_flight.fetch_add(1, Relaxed);
-        handler.owed.fetch_add(1, Relaxed);
+        caller.in_flight.fetch_add(1, SeqCst);
+        handler.owed.fetch_add(1, SeqCst);
         self.shared.stats.calls_in_flight.fetch_add(1, Relaxed);
         // Its answers may be what its own calls wait for.
         self.resume(handler);
@@ -139,8 +150,8 @@ impl Effects for IoEffects {
 
     #[inline]
     fn call_ended(&mut self, caller: &Arc<Peer>, handler: &Arc<Peer>, end: CallEnd) {
-        caller.in_flight.fetch_sub(1, Relaxed);
-        handler.owed.fetch_sub(1, Relaxed);
+        caller.in_flight.fetch_sub(1, SeqCst);
+        handler.owed.fetch_sub(1, SeqCst);
         self.shared.stats.calls_in_flight.fetch_sub(1, Relaxed);
         self.batch.call_ended(end);
         self.resume(caller);
@@ -211,9 +222,14 @@ impl Host for IoHost {
             .lock()
             .expect("a panic under a pool's lock ends the server");
         let result = f(&mut guard, &mut self.fx);
-        let is_first = guard
-            .next_deadline()
-            .is_some_and(|deadline| self.shared.timers.arm(pool, deadline));
+        let is_first = match guard.next_deadline() {
+            Some(deadline) if guard.stats().members > 0 => self.shared.timers.arm(pool, deadline),
+            // Without members there are no calls; a pool that goes should not wait for its last deadline.
+            _ => {
+                self.shared.timers.disarm(pool);
+                false
+            }
+        };
         drop(guard);
         if is_first && self.fx.home != 0 {
             self.shared.mailboxes[0].send(Command::Look);
@@ -341,27 +357,26 @@ impl IoHost {
             let was_blocked = outbox.is_blocked();
             let reusable = outbox.put_back(taken);
             let (before, after) = outbox.account();
+            // Under the outbox's lock: another loop may be next to write, and what it notes must come after this.
+            self.shared.stats.outbox_bytes.fetch_add(after, Relaxed);
+            self.shared.stats.outbox_bytes.fetch_sub(before, Relaxed);
             if is_dead {
-                // The loop that reads it will see the end; nothing more is taken meanwhile.
                 let accounted = outbox.close();
+                self.shared.stats.outbox_bytes.fetch_sub(accounted, Relaxed);
                 drop(outbox);
-                self.shared.stats.outbox_bytes.fetch_add(after, Relaxed);
-                self.shared
-                    .stats
-                    .outbox_bytes
-                    .fetch_sub(before + accounted, Relaxed);
+                // What it sent before is still run, then its own loop ends it.
+                peer.is_deaf.store(true, Relaxed);
+                self.fx.read_again(peer);
                 return;
             }
             let is_blocked = outbox.is_blocked();
-            drop(outbox);
-            self.shared.stats.outbox_bytes.fetch_add(after, Relaxed);
-            self.shared.stats.outbox_bytes.fetch_sub(before, Relaxed);
             if is_blocked && (written > 0 || !was_blocked) {
                 peer.stalled_since.store(now.0.max(1), Relaxed);
             }
             if is_blocked != was_blocked {
                 self.note_change(peer, is_blocked);
             }
+            drop(outbox);
             if is_blocked {
                 return;
             }
@@ -371,6 +386,7 @@ impl IoHost {
         }
     }
 
+    /// Called with the peer's outbox held.
     fn note_change(&mut self, peer: &Arc<Peer>, is_blocked: bool) {
         let mut blocked = self
             .shared

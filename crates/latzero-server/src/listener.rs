@@ -107,6 +107,15 @@ pub(crate) enum Accepted {
     Failed(io::Error),
 }
 
+/// Counts a connection out that was accepted.
+pub(crate) fn count_out(user: User, shared: &Shared) {
+    shared.stats.connections.fetch_sub(1, Relaxed);
+    match user {
+        User::Uid(_) => shared.stats.connections_unix.fetch_sub(1, Relaxed),
+        _ => shared.stats.connections_tcp.fetch_sub(1, Relaxed),
+    };
+}
+
 /// Accepts one connection.
 pub(crate) fn accept(
     listener: &Listener,
@@ -127,6 +136,12 @@ pub(crate) fn accept(
         return Accepted::Refused;
     }
     shared.stats.connections_accepted.fetch_add(1, Relaxed);
+    // Counted here, so that those on their way to other loops count for the next one who comes.
+    shared.stats.connections.fetch_add(1, Relaxed);
+    match user {
+        User::Uid(_) => shared.stats.connections_unix.fetch_add(1, Relaxed),
+        _ => shared.stats.connections_tcp.fetch_add(1, Relaxed),
+    };
     Accepted::Peer(shared.new_peer(Some(socket)), user)
 }
 
@@ -149,7 +164,11 @@ fn failed(
         }
         Some(code) if too_many.contains(&code) => {
             // Without a descriptor the peer could not even be sent away, and the listener would stay ready for ever.
-            spare.lend(|| drop(listener.accept()));
+            let sent_away = spare.lend(|| listener.accept().map(drop));
+            if sent_away.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+                // accept(2) looks for a descriptor before it looks for who waits.
+                return Accepted::Nobody;
+            }
             shared.stats.connections_refused.fetch_add(1, Relaxed);
             Accepted::Failed(error)
         }

@@ -74,11 +74,7 @@ impl Outbox {
             _ => bounds.bytes_max,
         };
         if queued > 0 && queued + length > max {
-            if matches!(class, Class::Emit | Class::Event) {
-                self.lost += 1;
-                self.lost_total += 1;
-            }
-            return Sent::Full;
+            return self.refuse(class);
         }
         if self.buf.capacity() == 0 {
             self.buf = spare();
@@ -93,6 +89,15 @@ impl Outbox {
         }
         encode(&mut self.buf);
         Sent::Queued
+    }
+
+    /// Leaves out a message for which there is no room; the reader is told how many emits and events it lost.
+    pub(crate) fn refuse(&mut self, class: Class) -> Sent {
+        if matches!(class, Class::Emit | Class::Event) {
+            self.lost += 1;
+            self.lost_total += 1;
+        }
+        Sent::Full
     }
 
     /// Takes out what waits; `None` where there is nothing, or somebody else is writing.

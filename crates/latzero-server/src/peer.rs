@@ -1,6 +1,6 @@
 //! A connection as everyone but its own loop sees it: where to append, and what it owes and is owed.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::outbox::Outbox;
@@ -20,8 +20,11 @@ pub(crate) struct Peer {
     pub(crate) in_flight: AtomicU32,
     /// Calls it serves that are under way.
     pub(crate) owed: AtomicU32,
-    /// Its loop stopped reading because of its calls in flight.
+    /// Its loop stopped reading because of its calls in flight. In one order with the two counts above: who ends a call
+    /// on another loop sees the pause, or the pause sees the end.
     pub(crate) is_paused: AtomicBool,
+    /// Its other end takes nothing more, for good.
+    pub(crate) is_deaf: AtomicBool,
     /// When the kernel first took nothing more, in microseconds of the server's clock; 0 while it does.
     pub(crate) stalled_since: AtomicU64,
 }
@@ -36,6 +39,7 @@ impl Peer {
             in_flight: AtomicU32::new(0),
             owed: AtomicU32::new(0),
             is_paused: AtomicBool::new(false),
+            is_deaf: AtomicBool::new(false),
             stalled_since: AtomicU64::new(0),
         })
     }
@@ -50,6 +54,6 @@ impl Peer {
     /// Whether its loop should leave further messages unread: it has all the calls in flight that it may have. One that
     /// owes answers is read on, since its answers may be what its own calls wait for.
     pub(crate) fn should_pause(&self, in_flight_max: u32) -> bool {
-        self.in_flight.load(Relaxed) >= in_flight_max && self.owed.load(Relaxed) == 0
+        self.in_flight.load(SeqCst) >= in_flight_max && self.owed.load(SeqCst) == 0
     }
 }

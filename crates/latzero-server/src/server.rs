@@ -237,17 +237,20 @@ impl Server {
         let first = self.loops.remove(0);
         let mut others = Vec::new();
         for (i, event_loop) in self.loops.drain(..).enumerate() {
+            let together = Together(Arc::clone(&shared));
+            let run = move || {
+                let _together = together;
+                event_loop.run()
+            };
             others.push(
                 std::thread::Builder::new()
                     .name(format!("io-{}", i + 1))
-                    .spawn(|| event_loop.run())?,
+                    .spawn(run)?,
             );
         }
+        let together = Together(Arc::clone(&shared));
         let mut result = first.run();
-        if result.is_err() {
-            shared.is_over.store(true, Relaxed);
-            shared.wake_all();
-        }
+        drop(together);
         for other in others {
             let ended = other
                 .join()
@@ -259,6 +262,18 @@ impl Server {
         tracing::info!("stopped");
         self.logs.flush();
         result
+    }
+}
+
+/// Ends all loops where one ends without a drain, by an error or a bug: connections whose loop is gone would hang.
+struct Together(Arc<Shared>);
+
+impl Drop for Together {
+    fn drop(&mut self) {
+        if !self.0.is_draining.load(Relaxed) {
+            self.0.is_over.store(true, Relaxed);
+            self.0.wake_all();
+        }
     }
 }
 
@@ -292,7 +307,7 @@ fn reload(origins: Origins, resolved: Resolved, logs: Arc<Logs>) -> Box<crate::s
             .expect("no panic happens under the settings' lock") =
             Arc::new(merged.settings.clone());
         *current = merged;
-        shared.wake_all();
+        shared.judge_all();
         serde_json::to_string(&done).map_err(|error| error.to_string())
     })
 }

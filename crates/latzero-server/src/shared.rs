@@ -16,7 +16,7 @@ use crate::listener::Door;
 use crate::outbox::Bounds;
 use crate::peer::Peer;
 use crate::settings::Settings;
-use crate::socket::Socket;
+use crate::socket::{Socket, User};
 use crate::startup::token::AdminToken;
 use crate::stats::Stats;
 use crate::timers::Timers;
@@ -24,15 +24,17 @@ use crate::timers::Timers;
 /// Something for a loop to do.
 pub(crate) enum Command {
     /// A connection of its own from now on.
-    Adopt(Arc<Peer>),
+    Adopt(Arc<Peer>, User),
     /// A connection that may be read again.
     Resume(Arc<Peer>),
     /// A connection to close once its outbox is written.
     Close(Arc<Peer>),
     /// A connection whose socket took less than it was offered.
     AwaitWritable(Arc<Peer>),
-    /// Look at what changed: draining, settings, deadlines.
+    /// Look at what changed: draining, deadlines.
     Look,
+    /// Judge every connection by the clock and the bounds, which changed or were reached.
+    Judge,
     /// Show the service manager that the loop turns (sd_notify(3), `WATCHDOG=1`).
     Watchdog,
 }
@@ -85,7 +87,7 @@ pub(crate) struct Clock {
 
 impl Clock {
     fn new() -> Self {
-        // An hour in, so that times before the start can be expressed.
+        // A second in, so that times before the start can be expressed.
         let start = Instant::now();
         Clock {
             start: start.checked_sub(Duration::from_secs(1)).unwrap_or(start),
@@ -229,6 +231,13 @@ impl Shared {
     pub(crate) fn wake_all(&self) {
         for mailbox in &self.mailboxes {
             mailbox.send(Command::Look);
+        }
+    }
+
+    /// Has every loop judge its connections anew.
+    pub(crate) fn judge_all(&self) {
+        for mailbox in &self.mailboxes {
+            mailbox.send(Command::Judge);
         }
     }
 }

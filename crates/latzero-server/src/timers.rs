@@ -1,9 +1,8 @@
 //! Deadlines of pools, in order. The first loop waits for them.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use latzero_fabric::{Pool, Time};
 
@@ -27,69 +26,87 @@ impl PoolCell {
     }
 }
 
-struct Entry(Time, Arc<PoolCell>);
-
-impl PartialEq for Entry {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Entry {}
-
-impl PartialOrd for Entry {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Entry {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.0, self.1.number).cmp(&(other.0, other.1.number))
-    }
-}
-
-/// The deadlines.
+/// The deadlines: one for each pool that has any.
 #[derive(Default)]
-pub(crate) struct Timers(Mutex<BinaryHeap<Reverse<Entry>>>);
+pub(crate) struct Timers(Mutex<BTreeMap<(Time, u32), Arc<PoolCell>>>);
 
 impl Timers {
     /// Sees to it that `cell` is looked at by `deadline`; true where that is now the first of all.
     pub(crate) fn arm(&self, cell: &Arc<PoolCell>, deadline: Time) -> bool {
-        // Called with the pool held, so this word has one writer at a time.
+        // Called with the pool held: only the first loop may change this word meanwhile, and it looks into the pool next.
         if deadline.0 >= cell.armed.load(Relaxed) {
             return false;
         }
-        cell.armed.store(deadline.0, Relaxed);
-        let mut heap = self
-            .0
-            .lock()
-            .expect("no panic happens under the timers' lock");
-        let is_first = heap.peek().is_none_or(|Reverse(first)| deadline < first.0);
-        heap.push(Reverse(Entry(deadline, Arc::clone(cell))));
+        let mut deadlines = self.lock();
+        let before = cell.armed.swap(deadline.0, Relaxed);
+        deadlines.remove(&(Time(before), cell.number));
+        let is_first = deadlines
+            .first_key_value()
+            .is_none_or(|(first, _)| deadline < first.0);
+        deadlines.insert((deadline, cell.number), Arc::clone(cell));
         is_first
+    }
+
+    /// Forgets `cell`, which has no deadline any more. Called with the pool held.
+    pub(crate) fn disarm(&self, cell: &Arc<PoolCell>) {
+        if cell.armed.load(Relaxed) == u64::MAX {
+            return;
+        }
+        let mut deadlines = self.lock();
+        let before = cell.armed.swap(u64::MAX, Relaxed);
+        deadlines.remove(&(Time(before), cell.number));
     }
 
     /// The first deadline.
     pub(crate) fn next(&self) -> Option<Time> {
-        self.0
-            .lock()
-            .expect("no panic happens under the timers' lock")
-            .peek()
-            .map(|Reverse(first)| first.0)
+        self.lock().first_key_value().map(|(first, _)| first.0)
     }
 
     /// A pool whose deadline has come; it is armed again by the next look into it.
     pub(crate) fn pop_due(&self, now: Time) -> Option<Arc<PoolCell>> {
-        let mut heap = self
-            .0
-            .lock()
-            .expect("no panic happens under the timers' lock");
-        if heap.peek().is_none_or(|Reverse(first)| first.0 > now) {
-            return None;
-        }
-        let Reverse(Entry(_, cell)) = heap.pop()?;
+        let mut deadlines = self.lock();
+        let first = deadlines
+            .first_entry()
+            .filter(|first| first.key().0 <= now)?;
+        let cell = first.remove();
         cell.armed.store(u64::MAX, Relaxed);
         Some(cell)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(Time, u32), Arc<PoolCell>>> {
+        self.0
+            .lock()
+            .expect("no panic happens under the timers' lock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use latzero_fabric::{Limits, Prng};
+    use latzero_protocol::PoolName;
+
+    use super::*;
+
+    fn cell(number: u32) -> Arc<PoolCell> {
+        let name = PoolName::new("p").unwrap();
+        PoolCell::new(Pool::new(number, name, Limits::default(), Prng::new(1)))
+    }
+
+    #[test]
+    fn a_pool_has_one_deadline_however_often_an_earlier_one_comes() {
+        let timers = Timers::default();
+        let (a, b) = (cell(1), cell(2));
+        assert!(timers.arm(&a, Time(100)));
+        for short in 1..50 {
+            assert!(timers.arm(&a, Time(short)));
+            assert!(Arc::ptr_eq(&timers.pop_due(Time(short)).unwrap(), &a));
+            assert!(timers.arm(&a, Time(100)));
+        }
+        assert!(!timers.arm(&b, Time(100)));
+        assert_eq!(timers.lock().len(), 2);
+        assert!(timers.pop_due(Time(99)).is_none());
+        timers.disarm(&a);
+        assert!(Arc::ptr_eq(&timers.pop_due(Time(100)).unwrap(), &b));
+        assert_eq!(timers.next(), None);
     }
 }

@@ -42,6 +42,15 @@ impl Server {
         Server(latzero::testing::server_with(&args).expect("the program is built (`cargo build`)"))
     }
 
+    /// Sends the server a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = i32::try_from(self.0.pid())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+            .expect("a child's id is positive");
+        rustix::process::kill_process(pid, signal).expect("one's own child takes signals");
+    }
+
     /// Has the system allow the server that many open descriptors.
     pub fn limit_descriptors(&self, max: u64) {
         let pid = i32::try_from(self.0.pid())
@@ -157,6 +166,18 @@ impl Wire {
             .expect("the server takes what is sent");
     }
 
+    /// Sends one message, and says whether the server still took it.
+    ///
+    /// # Errors
+    /// Where the connection has ended.
+    pub fn try_send(&mut self, message: &Value) -> io::Result<()> {
+        let mut out = Vec::new();
+        frame::append(&mut out, |out| {
+            out.extend_from_slice(message.to_string().as_bytes())
+        });
+        self.stream.write_all(&out)
+    }
+
     /// Sends bytes as they are, and says whether the server still took them.
     pub fn try_send_bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
@@ -222,9 +243,18 @@ impl Wire {
 
     /// Says that nothing more will be sent.
     pub fn shut(&mut self) {
+        self.shutdown(Shutdown::Write);
+    }
+
+    /// Has the kernel take nothing more from the server; over a Unix socket the server's writes fail from now on.
+    pub fn shut_reading(&mut self) {
+        self.shutdown(Shutdown::Read);
+    }
+
+    fn shutdown(&self, how: Shutdown) {
         let shut = match &self.stream {
-            Stream::Tcp(s) => s.shutdown(Shutdown::Write),
-            Stream::Unix(s) => s.shutdown(Shutdown::Write),
+            Stream::Tcp(s) => s.shutdown(how),
+            Stream::Unix(s) => s.shutdown(how),
         };
         shut.expect("the connection is open");
     }

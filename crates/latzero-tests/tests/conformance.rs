@@ -66,7 +66,10 @@ fn run(vector: &Value, via: Via) {
                 i + 1
             );
         } else if step.get("disconnect").is_some() {
-            connections.remove(who);
+            // Waits until the server has seen it: what others send next may reach another loop before.
+            let mut wire = connections.remove(who).unwrap();
+            wire.shut();
+            wire.wait_closed();
         } else {
             panic!("{name}, step {}: not a step", i + 1);
         }

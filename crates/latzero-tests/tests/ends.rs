@@ -1,0 +1,161 @@
+//! How connections and the server end: nothing that was sent is lost on the way, and nobody hangs.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+use latzero_protocol::frame;
+use latzero_tests::{Server, Via, Wire};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+const BOTH: [Via; 2] = [Via::Tcp, Via::Unix];
+
+fn app(server: &Server, via: Via, app: &str, triggers: &[&str]) -> Wire {
+    server.app(
+        via,
+        json!({"app_id": app, "pools": ["p"], "triggers": triggers}),
+    )
+}
+
+fn frames(messages: impl Iterator<Item = Value>) -> Vec<u8> {
+    let mut out = Vec::new();
+    for message in messages {
+        frame::append(&mut out, |out| {
+            out.extend_from_slice(message.to_string().as_bytes());
+        });
+    }
+    out
+}
+
+/// The next message that is not a ping of the server's.
+fn receive(wire: &mut Wire) -> Value {
+    loop {
+        let message = wire.receive();
+        if message["action"] != "ping" {
+            return message;
+        }
+    }
+}
+
+#[test]
+fn what_was_sent_before_the_end_is_run() {
+    for via in BOTH {
+        let server = Server::with(&["limits.read_budget_bytes=4KiB"]);
+        let mut listener = app(&server, Via::Unix, "listener", &["news"]);
+        let mut sender = app(&server, via, "sender", &[]);
+        // Each has a reply that nobody will take.
+        let emits =
+            (0..2000).map(|n| json!({"action": "emit", "id": "e", "process": "news", "data": n}));
+        sender.send_bytes(&frames(emits));
+        drop(sender);
+        for n in 0..2000 {
+            assert_eq!(listener.receive()["data"], n, "{via:?}");
+        }
+    }
+}
+
+#[test]
+fn a_connection_that_can_be_told_nothing_ends() {
+    let server = Server::start();
+    let mut watch = app(&server, Via::Unix, "watch", &["news"]);
+    watch.request(json!({"action": "watch", "pool": "p", "events": ["app_offline"]}));
+    let mut deaf = app(&server, Via::Unix, "deaf", &[]);
+    deaf.shut_reading();
+    let messages = [
+        json!({"action": "ping", "id": "1"}),
+        json!({"action": "emit", "process": "news", "data": "still run"}),
+    ];
+    deaf.send_bytes(&frames(messages.into_iter()));
+    assert_eq!(watch.receive()["data"], "still run");
+    assert_eq!(watch.receive()["event"], "app_offline");
+}
+
+#[test]
+fn a_connection_that_is_not_read_is_not_called_silent() {
+    let server = Server::with(&[
+        "limits.in_flight_max=1",
+        "ping_interval=30ms",
+        "ping_timeout=60ms",
+    ]);
+    let mut handler = app(&server, Via::Unix, "handler", &["work"]);
+    let mut caller = app(&server, Via::Tcp, "caller", &[]);
+    caller.send(&json!({"action": "trigger", "id": "1", "process": "work"}));
+    let call = handler.receive();
+    // As long as it takes to give up two that came later and do not answer.
+    for dead in ["one", "two"] {
+        app(&server, Via::Tcp, dead, &[]).wait_closed();
+    }
+    handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok"}));
+    assert_eq!(receive(&mut caller)["in_reply_to"], "1");
+}
+
+#[test]
+fn a_reload_is_felt_by_those_who_are_in() {
+    // So that nothing else has the server look at its connections soon.
+    let server = Server::with(&["handshake_timeout=1h"]);
+    let mut quiet = app(&server, Via::Tcp, "quiet", &[]);
+    let mut admin = app(&server, Via::Unix, "admin", &[]);
+    let file = server.0.data_dir().join("config/quick.toml");
+    std::fs::write(file, "ping_interval = \"30ms\"\n").unwrap();
+    let reply = admin.request(json!({"action": "reload"}));
+    assert_eq!(reply["status"], "ok", "{reply}");
+    assert_eq!(quiet.receive()["action"], "ping");
+}
+
+#[test]
+fn where_all_outboxes_are_full_the_largest_goes_at_once() {
+    let server = Server::with(&[
+        "limits.outbox_total_bytes_max=1MiB",
+        "write_stall_timeout=1h",
+    ]);
+    let mut watch = app(&server, Via::Unix, "watch", &[]);
+    watch.request(json!({"action": "watch", "pool": "p", "events": ["app_offline"]}));
+    let _small = app(&server, Via::Unix, "small", &["small"]);
+    let _large = app(&server, Via::Unix, "large", &["large"]);
+    let mut sender = app(&server, Via::Unix, "sender", &[]);
+    let text = "x".repeat(50_000);
+    let mut emit = |process: &str| {
+        let reply = sender.request(json!({"action": "emit", "process": process, "data": &text}));
+        reply["response"]["delivered"] == 1
+    };
+    for _ in 0..8 {
+        emit("small");
+    }
+    let mut sent = 0;
+    while emit("large") {
+        sent += 1;
+        assert!(sent < 10_000, "all outboxes together never fill");
+    }
+    let gone = watch.receive();
+    assert_eq!(
+        (&gone["event"], &gone["app_id"]),
+        (&json!("app_offline"), &json!("large"))
+    );
+    // What was refused at that bound is lost, and counted.
+    let stats = sender.request(json!({"action": "stats"}));
+    assert_eq!(stats["response"]["transport"]["messages_lost"], 1);
+}
+
+#[test]
+fn a_signal_lets_running_calls_end() {
+    for via in BOTH {
+        let server = Server::start();
+        let mut handler = app(&server, via, "handler", &["work"]);
+        let mut caller = app(&server, via, "caller", &[]);
+        caller.send(&json!({"action": "trigger", "id": "1", "process": "work"}));
+        let call = handler.receive();
+        server.signal(Signal::TERM);
+        for wire in [&mut handler, &mut caller] {
+            assert_eq!(wire.receive()["event"], "draining", "{via:?}");
+        }
+        caller.send(&json!({"action": "trigger", "id": "2", "process": "work"}));
+        assert_eq!(caller.receive()["error"]["code"], "draining");
+        handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok"}));
+        assert_eq!(caller.receive()["in_reply_to"], "1");
+        for mut wire in [handler, caller] {
+            wire.wait_closed();
+        }
+    }
+}
