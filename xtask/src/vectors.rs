@@ -5,6 +5,7 @@
 //! ```text
 //! alice > {"action":"ping","id":"1"}      alice sends this message
 //! alice < {"in_reply_to":"1"}             alice receives a message with at least these fields
+//! alice > {"action":"emit"} + 00ff        … as an attachment frame with these raw bytes; the same with `<`
 //! alice > hex 00000000                    alice sends these bytes
 //! alice closed                            the server closes alice's connection
 //! alice disconnects                       alice closes it
@@ -62,8 +63,18 @@ fn step(line: &str) -> Result<Value, String> {
         Some((">", hex)) if hex.starts_with("hex ") => {
             Ok(json!({"connection": who, "send_hex": &hex[4..]}))
         }
-        Some((">", message)) => Ok(json!({"connection": who, "send": parse(message)?})),
-        Some(("<", message)) => Ok(json!({"connection": who, "receive": parse(message)?})),
+        Some((direction @ (">" | "<"), message)) => {
+            let (message, raw) = match message.rsplit_once(" + ") {
+                Some((message, raw)) => (message, Some(raw)),
+                None => (message, None),
+            };
+            let verb = if direction == ">" { "send" } else { "receive" };
+            let mut step = json!({"connection": who, verb: parse(message)?});
+            if let Some(raw) = raw {
+                step["raw_hex"] = raw.into();
+            }
+            Ok(step)
+        }
         None if rest == "closed" => Ok(json!({"connection": who, "closed": true})),
         None if rest == "disconnects" => Ok(json!({"connection": who, "disconnect": true})),
         _ => Err(format!("not a step: {line}")),
@@ -76,9 +87,10 @@ mod tests {
 
     #[test]
     fn steps_are_read() {
-        let text = "x\n```conformance a b\na > {\"x\":1}\na < {}\na > hex 00\na closed\na disconnects\n```\n";
+        let text = "x\n```conformance a b\na > {\"x\":1}\na < {}\na > hex 00\na > {} + 00ff\na closed\na disconnects\n```\n";
         let vectors = of_document(text).unwrap();
-        assert_eq!((vectors.len(), vectors[0].steps.len()), (1, 5));
+        assert_eq!((vectors.len(), vectors[0].steps.len()), (1, 6));
+        assert_eq!(vectors[0].steps[3]["raw_hex"], "00ff");
         assert_eq!(vectors[0].file_name(), "a_b");
         assert!(of_document("```conformance a\nnonsense\n```").is_err());
     }

@@ -1,7 +1,9 @@
 //! What the core asks of its driver.
 
-use latzero_protocol::Code;
+use latzero_protocol::memory::Access;
+use latzero_protocol::{Code, PoolName};
 
+use crate::memory::{Change, Descriptor, Job, Ledger, StorageId};
 use crate::time::Time;
 
 /// What a message is, which decides what becomes of it when its receiver does not read.
@@ -98,4 +100,35 @@ pub trait Effects {
 
     /// Something happened that is only counted.
     fn count(&mut self, what: Count);
+
+    /// As [`Effects::send`], with descriptors that travel with the frame's first byte.
+    fn send_with(
+        &mut self,
+        to: &Self::Peer,
+        class: Class,
+        len: usize,
+        descriptors: &[Descriptor],
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Sent;
+
+    /// Tells `to` of a block's new version. Until it is told, a newer one takes its place; it is never lost.
+    fn block_changed(&mut self, to: &Self::Peer, change: &Change<'_>);
+
+    /// Something to do about a block's storage, once the pool is free.
+    fn block_job(&mut self, job: Job<Self::Peer>);
+
+    /// The number of a pool's blocks changed: the registry is to hear of it ([`crate::Registry::count_blocks`]).
+    fn count_blocks(&mut self, pool: &PoolName, number: u32, change: i32);
+
+    /// Runs `f` with the count of what blocks use.
+    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R;
+
+    /// A block's version, as far as it is known without waiting.
+    fn block_version(&self, storage: StorageId) -> u64;
+
+    /// Somebody says that a block has this version.
+    fn version_noted(&mut self, storage: StorageId, version: u64);
+
+    /// Whether there is a descriptor of a block's storage for this access.
+    fn can_share(&self, storage: StorageId, access: Access) -> bool;
 }

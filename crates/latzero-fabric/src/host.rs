@@ -5,6 +5,7 @@ use latzero_protocol::message::AdminAction;
 
 use crate::effects::Effects;
 use crate::limits::Limits;
+use crate::memory::StorageId;
 use crate::pool::Pool;
 use crate::registry::Registry;
 use crate::time::Time;
@@ -69,6 +70,52 @@ pub trait Host: Sized {
 
     /// Whether `token` is the admin token. Takes the same time whatever the answer.
     fn is_admin_token(&self, token: &str) -> bool;
+
+    /// A copy of a block's bytes from `offset` on, of one version, which is returned. The buffer is to be given back with
+    /// [`Host::recycle`].
+    ///
+    /// # Errors
+    /// `version_conflict`, `contended`, `storage`. The range is one that the block has.
+    fn read_block(
+        &mut self,
+        storage: StorageId,
+        range: std::ops::Range<u64>,
+        if_version: Option<u64>,
+    ) -> Result<(Vec<u8>, u64), Refusal>;
+
+    /// Whether a block's storage is fit to be attached.
+    ///
+    /// # Errors
+    /// `storage`, where it is corrupt.
+    fn check_block(&mut self, storage: StorageId) -> Result<(), Refusal>;
+
+    /// Takes a buffer back.
+    fn recycle(&mut self, buffer: Vec<u8>);
+
+    /// Writes bytes into a block; returns its new version.
+    ///
+    /// # Errors
+    /// `out_of_range`, `version_conflict`, `contended`, `storage`: nothing was written then.
+    fn write_block(
+        &mut self,
+        storage: StorageId,
+        offset: u64,
+        data: &[u8],
+        if_version: Option<u64>,
+    ) -> Result<u64, Refusal>;
+
+    /// Writes bytes into a block where it has the bytes expected; returns its version, and its bytes where they are
+    /// others.
+    ///
+    /// # Errors
+    /// As [`Host::write_block`].
+    fn swap_block(
+        &mut self,
+        storage: StorageId,
+        offset: u64,
+        expected: &[u8],
+        data: &[u8],
+    ) -> Result<(u64, Option<Vec<u8>>), Refusal>;
 
     /// Carries out a request for administrators that is not the core's own; returns the reply's JSON text.
     ///

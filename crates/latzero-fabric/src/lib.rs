@@ -8,6 +8,7 @@
 pub mod effects;
 pub mod host;
 pub mod limits;
+pub mod memory;
 pub mod pool;
 mod prng;
 pub mod registry;
@@ -18,7 +19,7 @@ pub mod time;
 pub use effects::{CallEnd, Class, Count, Effects, Sent};
 pub use host::{Host, Transport};
 pub use limits::Limits;
-pub use pool::{MemberKey, Pool};
+pub use pool::{BlockKey, MemberKey, Pool};
 pub use prng::Prng;
 pub use registry::Registry;
 pub use session::{Flow, Session};

@@ -23,6 +23,22 @@ pub struct Limits {
     pub registration_bytes_max: usize,
     /// Size of an app's `meta` or a pool's `properties` in bytes; beyond it `too_large`.
     pub meta_bytes_max: usize,
+    /// Largest block in bytes; beyond it `too_large`.
+    pub block_bytes_max: u64,
+    /// Blocks of the server; beyond it `quota`.
+    pub blocks_max: usize,
+    /// Bytes of all blocks, slots and headers included; beyond it `quota`.
+    pub memory_bytes_max: u64,
+    /// Bytes of one pool's blocks; beyond it `quota`.
+    pub memory_bytes_per_pool_max: u64,
+    /// Bytes of the blocks that one app made; beyond it `quota`.
+    pub memory_bytes_per_app_max: u64,
+    /// Blocks that one app is attached to, over all its instances; beyond it `quota`.
+    pub attachments_per_app_max: usize,
+    /// Blocks whose changes one app is told, over all its instances; beyond it `quota`.
+    pub subscriptions_per_app_max: usize,
+    /// Requests that wait for one block: for its lock, its making or its flush; beyond it `overloaded`.
+    pub block_waiters_max: usize,
 }
 
 impl Default for Limits {
@@ -38,6 +54,14 @@ impl Default for Limits {
             instances_per_app_max: 1024,
             registration_bytes_max: 256 * 1024,
             meta_bytes_max: 8192,
+            block_bytes_max: 1 << 30,
+            blocks_max: 4096,
+            memory_bytes_max: 4 << 30,
+            memory_bytes_per_pool_max: u64::MAX,
+            memory_bytes_per_app_max: u64::MAX,
+            attachments_per_app_max: 256,
+            subscriptions_per_app_max: 1024,
+            block_waiters_max: 1024,
         }
     }
 }

@@ -7,7 +7,9 @@
 //! Every call ends exactly once: by its handler's answer, its deadline, its caller's cancel, or the end of either side.
 //! [`Pool::end`] is the only place where that happens.
 
+mod blocks;
 mod calls;
+mod lock;
 mod pick;
 
 use hashbrown::HashMap;
@@ -22,6 +24,8 @@ use crate::limits::Limits;
 use crate::prng::Prng;
 use crate::slab::{Key, Slab};
 use crate::time::Time;
+use blocks::Blocks;
+pub use blocks::{Asking, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan};
 use calls::{Call, Calls};
 use pick::Offer;
 
@@ -49,6 +53,10 @@ struct Member<P> {
     /// Calls it made and calls it serves, so that its end need not search for none.
     calling: u32,
     serving: u32,
+    /// Whether file descriptors can be passed to it.
+    takes_descriptors: bool,
+    /// Blocks that it may have something to do with, so that its end finds them.
+    blocks: Vec<BlockKey>,
 }
 
 impl<P> Member<P> {
@@ -88,6 +96,8 @@ pub struct Joining<P> {
     pub instance: InstanceId,
     /// Whether it takes attachment frames.
     pub attachments: Attachments,
+    /// Whether file descriptors can be passed to it.
+    pub takes_descriptors: bool,
 }
 
 /// Why a call did not begin.
@@ -118,6 +128,10 @@ pub struct PoolStats {
     pub calls: u64,
     /// Emits since the pool was made.
     pub emits: u64,
+    /// Blocks of memory.
+    pub blocks: usize,
+    /// Bytes of its blocks, slots and headers included.
+    pub block_bytes: u64,
 }
 
 /// A namespace of triggers, with the calls between its members.
@@ -133,8 +147,19 @@ pub struct Pool<P> {
     calls: Calls,
     calls_total: u64,
     emits_total: u64,
+    blocks: Blocks,
+    /// Members that watch for changes of blocks.
+    change_watchers: usize,
     closed: bool,
     scratch: Vec<u8>,
+}
+
+impl<P> std::fmt::Debug for Pool<P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<P: Clone> Pool<P> {
@@ -154,6 +179,8 @@ impl<P: Clone> Pool<P> {
             handlers: Slab::default(),
             calls_total: 0,
             emits_total: 0,
+            blocks: Blocks::default(),
+            change_watchers: 0,
             closed: false,
             scratch: Vec::new(),
         }
@@ -180,6 +207,8 @@ impl<P: Clone> Pool<P> {
             calls_in_flight: self.calls.len(),
             calls: self.calls_total,
             emits: self.emits_total,
+            blocks: self.blocks.len(),
+            block_bytes: self.blocks.bytes(),
         }
     }
 
@@ -197,6 +226,7 @@ impl<P: Clone> Pool<P> {
             app,
             instance,
             attachments,
+            takes_descriptors,
         } = joining;
         let event = Presence {
             app: &app,
@@ -213,6 +243,8 @@ impl<P: Clone> Pool<P> {
             triggers: Vec::new(),
             calling: 0,
             serving: 0,
+            takes_descriptors,
+            blocks: Vec::new(),
         };
         let key = seat(self.members.insert(member));
         self.tell(Event::AppOnline, &told, Some(key), fx);
@@ -225,6 +257,8 @@ impl<P: Clone> Pool<P> {
             return false;
         }
         self.end_calls_of(now, key, fx);
+        self.leave_blocks(now, key, fx);
+        self.watch(key, None);
         let names = self
             .member_mut(key)
             .map(|m| std::mem::take(&mut m.triggers))
@@ -312,7 +346,11 @@ impl<P: Clone> Pool<P> {
         let Some(member) = self.member_mut(key) else {
             return false;
         };
+        let watches = |set: Option<EventSet>| set.is_some_and(|set| set.has(Event::BlockChanged));
+        let (before, after) = (watches(member.watch), watches(events));
         member.watch = events;
+        self.change_watchers -= usize::from(before);
+        self.change_watchers += usize::from(after);
         true
     }
 
@@ -357,6 +395,11 @@ impl<P: Clone> Pool<P> {
             );
             return Err(Refusal::new(Code::Overloaded, message).into());
         }
+        let uses = match &trigger.blocks[..] {
+            [] => Vec::new(),
+            named => self.check_uses(caller, named)?,
+        };
+        let member = self.members.at(place(caller)).expect("found above");
         let sticky = self.sticky(trigger.key.as_deref(), member);
         let start = pick::start(served, &mut self.prng);
         let key = self.calls.next_key();
@@ -373,6 +416,7 @@ impl<P: Clone> Pool<P> {
             window: trigger.window,
             key: trigger.key.as_deref(),
             destination: trigger.destination.as_ref().map(|d| d.raw),
+            blocks: None,
             headers: trigger.headers,
             body: trigger.body,
         };
@@ -405,6 +449,20 @@ impl<P: Clone> Pool<P> {
                     return Offer::Busy;
                 }
                 let length = around + forwarded_length(trigger.body, to.attachments);
+                if !uses.is_empty() {
+                    let (blocks, descriptors) = self.describe_uses(&uses, to.takes_descriptors, fx);
+                    let delivery = encode::Delivery {
+                        blocks: Some((&blocks, descriptors.len())),
+                        ..delivery
+                    };
+                    let length = length + blocks.len();
+                    return match fx.send_with(&to.peer, Class::Call, length, &descriptors, |out| {
+                        encode::delivery(out, &delivery, to.attachments)
+                    }) {
+                        Sent::Queued => Offer::Taken,
+                        Sent::Full | Sent::Gone => Offer::Busy,
+                    };
+                }
                 match fx.send(&to.peer, Class::Call, length, |out| {
                     encode::delivery(out, &delivery, to.attachments)
                 }) {
@@ -430,8 +488,12 @@ impl<P: Clone> Pool<P> {
             started: now,
             deadline: now.after_ms(trigger.ttl_ms),
             credit: trigger.window,
+            blocks: (!uses.is_empty()).then(|| uses.clone().into()),
         };
         self.calls.insert(key, call);
+        if !uses.is_empty() {
+            self.lend(serving, &uses);
+        }
         self.calls_total += 1;
         let served = self
             .triggers
@@ -575,7 +637,7 @@ impl<P: Clone> Pool<P> {
         fx: &mut E,
     ) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
-            return false;
+            return self.cancel_lock(now, caller, id, fx);
         };
         self.end(now, key, End::Cancelled, fx);
         true
@@ -710,14 +772,16 @@ impl<P: Clone> Pool<P> {
     /// When the pool wants [`Pool::handle_timeout`] to be called at the latest. It may be early, never late.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Time> {
-        self.calls.next_deadline()
+        let blocks = self.blocks.next_deadline();
+        self.calls.next_deadline().into_iter().chain(blocks).min()
     }
 
-    /// Ends the calls whose time to live is over.
+    /// Ends the calls whose time to live is over, and the waits and leases of locks.
     pub fn handle_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
         while let Some(key) = self.calls.pop_due(now) {
             self.end(now, key, End::TimedOut, fx);
         }
+        self.handle_block_timeout(now, fx);
     }
 
     /// Removes the pool under its members: calls end, each member is told, nobody can join again. Returns the members'
@@ -728,6 +792,8 @@ impl<P: Clone> Pool<P> {
         for &key in &keys {
             self.end_calls_of(now, key, fx);
         }
+        self.close_blocks(fx);
+        self.change_watchers = 0;
         let told = format!(
             "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
             self.name
@@ -821,6 +887,10 @@ impl<P: Clone> Pool<P> {
             assert_eq!(in_flight, handler.in_flight as usize);
         }
         self.calls.check();
+        self.check_blocks();
+        let watches = |m: &Member<P>| m.watch.is_some_and(|set| set.has(Event::BlockChanged));
+        let watching = self.members.iter().filter(|(_, m)| watches(m)).count();
+        assert_eq!(watching, self.change_watchers);
     }
 
     /// What a sticky trigger goes by: the key, else who asks. A call and an emit with one key go to one handler.
@@ -847,6 +917,9 @@ impl<P: Clone> Pool<P> {
         };
         if let Some(handler) = self.handlers.at_mut(call.handler) {
             handler.in_flight -= 1;
+        }
+        if let Some(uses) = &call.blocks {
+            self.take_back(call.member, uses, fx);
         }
         let call_id = CallId {
             pool: self.number,

@@ -89,6 +89,8 @@ struct PoolEntry<H: Host> {
     number: u32,
     pool: H::Pool,
     members: usize,
+    /// Blocks of memory in it; a pool with blocks stays.
+    blocks: usize,
     /// Stays without members: made on purpose rather than by being named.
     kept: bool,
     owner: Option<AppId>,
@@ -388,9 +390,50 @@ impl<H: Host> Registry<H> {
             return;
         }
         entry.members -= 1;
-        if entry.members == 0 && !entry.kept {
+        self.drop_if_unused(name);
+    }
+
+    /// The number of blocks in a pool changed. A pool that nobody made on purpose goes with its last member and block.
+    pub fn count_blocks(&mut self, name: &PoolName, number: u32, change: i32) {
+        let Some(entry) = self.pools.get_mut(name).filter(|e| e.number == number) else {
+            return;
+        };
+        entry.blocks = entry
+            .blocks
+            .checked_add_signed(change as isize)
+            .expect("a block ends once, after it began");
+        self.drop_if_unused(name);
+    }
+
+    fn drop_if_unused(&mut self, name: &PoolName) {
+        let is_unused = |e: &PoolEntry<H>| e.members == 0 && e.blocks == 0 && !e.kept;
+        if self.pools.get(name).is_some_and(is_unused) {
             self.pools.remove(name);
         }
+    }
+
+    /// The pool that a block of an earlier run belongs to; made where there is none. Where no block comes into it, it
+    /// is to be counted out again with [`Registry::count_blocks`].
+    ///
+    /// # Errors
+    /// `quota`.
+    pub fn pool_for_blocks(
+        &mut self,
+        now: Time,
+        name: &PoolName,
+    ) -> Result<(u32, H::Pool), Refusal> {
+        if !self.pools.contains_key(name) {
+            if self.pools.len() >= self.limits.pools_max {
+                let message = format!(
+                    "there are {} pools (limits.pools_max)",
+                    self.limits.pools_max
+                );
+                return Err(Refusal::new(Code::Quota, message));
+            }
+            self.insert_pool(now, name.clone(), false);
+        }
+        let entry = &self.pools[name];
+        Ok((entry.number, entry.pool.clone()))
     }
 
     /// Forgets that an app is in a pool: it left on purpose.
@@ -652,7 +695,7 @@ impl<H: Host> Registry<H> {
             let members = members.filter(|m| m.number == entry.number).count();
             assert_eq!(members, entry.members, "members of pool '{name}'");
             assert!(
-                entry.kept || entry.members > 0,
+                entry.kept || entry.members > 0 || entry.blocks > 0,
                 "pool '{name}' should have gone"
             );
         }
@@ -695,6 +738,7 @@ impl<H: Host> Registry<H> {
             number,
             pool: H::new_pool(pool),
             members: 0,
+            blocks: 0,
             kept,
             owner: None,
             properties: None,

@@ -3,6 +3,8 @@
 //! A session is run by whoever read the message, one frame at a time. It holds its own memberships, so that a call goes
 //! to its pool without a look into the registry.
 
+mod memory;
+
 use std::borrow::Cow;
 
 use latzero_protocol::encode::{self, Attachments};
@@ -148,15 +150,17 @@ impl<H: Host> Session<H> {
                 self.each_membership(&call, host, |pool, m, id, fx| pool.ack(m, id, count, fx));
                 Flow::Continue
             }
+            Ok(Request::Memory(memory)) => {
+                match self.memory(now, id, &memory, host) {
+                    Ok(Some(reply)) => self.reply(id, &reply, host),
+                    Ok(None) => {}
+                    Err(refusal) => self.refuse(id, &refusal, host),
+                }
+                Flow::Continue
+            }
             Ok(request) => {
                 match self.request(now, request, host) {
-                    Ok(reply) => {
-                        if let Some(id) = id {
-                            self.send(Class::Control, reply.len() + 256, host, |out| {
-                                encode::reply(out, id, &reply)
-                            });
-                        }
-                    }
+                    Ok(reply) => self.reply(id, &reply, host),
                     Err(refusal) => self.refuse(id, &refusal, host),
                 }
                 Flow::Continue
@@ -269,7 +273,8 @@ impl<H: Host> Session<H> {
         }
         self.features = handshake.features.and(Features {
             attachments: true,
-            fd_passing: false,
+            // Descriptors only travel over Unix sockets, and what they replace travels as attachments.
+            fd_passing: transport == Transport::Unix && handshake.features.attachments,
         });
         let names = |list: &[TriggerSpec]| list.iter().map(|t| t.name.clone()).collect::<Vec<_>>();
         let limits = host.limits();
@@ -280,7 +285,9 @@ impl<H: Host> Session<H> {
             "triggers": names(&admission.triggers), "rehydrated": admission.rehydrated,
             "protocol": PROTOCOL_VERSION, "server": {"version": version, "node": node},
             "features": self.features.names(),
-            "limits": {"max_frame": limits.max_frame, "max_in_flight": limits.in_flight_max},
+            "limits": {
+                "max_frame": limits.max_frame, "max_in_flight": limits.in_flight_max, "max_block": limits.block_bytes_max,
+            },
         });
         if let Some(id) = id {
             ack["in_reply_to"] = id.into();
@@ -330,6 +337,7 @@ impl<H: Host> Session<H> {
             app: ready.app.clone(),
             instance: ready.instance,
             attachments: self.attachments(),
+            takes_descriptors: self.features.fd_passing,
         };
         let own = |spec: &&TriggerSpec| {
             spec.is_for(&entrance.name)
@@ -517,6 +525,7 @@ impl<H: Host> Session<H> {
             Request::Health => Ok(host.health(now)),
             Request::Admin(admin) => self.admin(now, &admin, host),
             Request::Handshake(_)
+            | Request::Memory(_)
             | Request::Trigger(_)
             | Request::Response(_)
             | Request::Cancel(_)
@@ -718,6 +727,14 @@ impl<H: Host> Session<H> {
         Ok(format!("{{\"kicked\":{}}}", gone.len()))
     }
 
+    fn reply(&self, id: Option<&str>, reply: &str, host: &mut H) {
+        if let Some(id) = id {
+            self.send(Class::Control, reply.len() + 256, host, |out| {
+                encode::reply(out, id, reply)
+            });
+        }
+    }
+
     fn refuse(&self, id: Option<&str>, refusal: &Refusal, host: &mut H) {
         host.effects().refused(refusal.code);
         self.tell_refusal(id, refusal, host);
@@ -782,6 +799,8 @@ fn pool_info<H: Host>(now: Time, name: &PoolName, host: &mut H) -> Result<String
     description["triggers"] = triggers;
     description["triggers_total"] = stats.triggers.into();
     description["calls_in_flight"] = stats.calls_in_flight.into();
+    description["blocks"] = stats.blocks.into();
+    description["block_bytes"] = stats.block_bytes.into();
     description["calls"] = stats.calls.into();
     description["emits"] = stats.emits.into();
     Ok(description.to_string())

@@ -136,6 +136,13 @@ impl<T> Slab<T> {
         (0..self.places.len() as u32).filter_map(|slot| self.in_slot(slot))
     }
 
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Key<T>, &mut T)> {
+        let places = self.places.iter_mut().zip(0..);
+        places.filter_map(|(place, slot)| {
+            Some((Key::new(slot, place.generation), place.value.as_mut()?))
+        })
+    }
+
     /// The first value from `slot` on, so that a walk can go on while values are removed.
     pub(crate) fn from(&self, slot: u32) -> Option<(Key<T>, &T)> {
         (slot..self.places.len() as u32).find_map(|slot| self.in_slot(slot))

@@ -267,7 +267,29 @@ fn features_are_what_both_sides_named() {
         r#"{"action":"handshake","app_id":"a","features":["attachments","fd_passing","x"]}"#,
     );
     let ack = net.messages(a).remove(0).json;
-    assert_eq!(ack["features"], serde_json::json!(["attachments"]));
+    assert_eq!(
+        ack["features"],
+        serde_json::json!(["attachments", "fd_passing"])
+    );
+    // What a descriptor replaces travels as an attachment, and only a Unix socket carries descriptors.
+    let b = net.connect();
+    net.say(
+        b,
+        r#"{"action":"handshake","app_id":"b","features":["fd_passing"]}"#,
+    );
+    assert_eq!(
+        net.messages(b).remove(0).json["features"],
+        serde_json::json!([])
+    );
+    let c = net.world.connect(latzero_fabric::Transport::Tcp);
+    net.say(
+        c,
+        r#"{"action":"handshake","app_id":"c","features":["attachments","fd_passing"]}"#,
+    );
+    assert_eq!(
+        net.messages(c).remove(0).json["features"],
+        serde_json::json!(["attachments"])
+    );
     assert_eq!(ack["limits"]["max_frame"], 16 * 1024 * 1024);
 }
 

@@ -95,13 +95,7 @@ fn with_body(
                 Body::Bytes(bytes) => {
                     out.extend_from_slice(b",\"encoding\":\"base64\"");
                     out.extend_from_slice(field);
-                    out.push(b'"');
-                    let start = out.len();
-                    out.resize(start + bytes.len().div_ceil(3) * 4, 0);
-                    base64::engine::general_purpose::STANDARD
-                        .encode_slice(bytes, &mut out[start..])
-                        .expect("the space was just made");
-                    out.push(b'"');
+                    append_base64(out, bytes);
                 }
             }
             out.push(b'}');
@@ -150,6 +144,8 @@ pub struct Delivery<'a> {
     pub key: Option<&'a str>,
     /// The caller's `destination`.
     pub destination: Option<Raw<'a>>,
+    /// Descriptions of the blocks that come with it, as a JSON array, and how many descriptors travel with them.
+    pub blocks: Option<(&'a str, usize)>,
     /// Headers.
     pub headers: Option<Raw<'a>>,
     /// The payload.
@@ -180,7 +176,19 @@ pub fn delivery(out: &mut Vec<u8>, d: &Delivery<'_>, attachments: Attachments) {
         }
         append_raw(out, b",\"destination\":", d.destination);
         append_raw(out, b",\"headers\":", d.headers);
+        if let Some((blocks, descriptors)) = d.blocks {
+            append_descriptors(out, descriptors);
+            out.extend_from_slice(b",\"blocks\":");
+            out.extend_from_slice(blocks.as_bytes());
+        }
     });
+}
+
+fn append_descriptors(out: &mut Vec<u8>, descriptors: usize) {
+    if descriptors > 0 {
+        out.extend_from_slice(b",\"descriptors\":");
+        append_u64(out, descriptors as u64);
+    }
 }
 
 /// An emit on its way to its handlers.
@@ -250,13 +258,60 @@ pub fn answer(out: &mut Vec<u8>, a: &Answer<'_>, attachments: Attachments) {
 
 /// Appends the server's own reply; `response` is JSON text.
 pub fn reply(out: &mut Vec<u8>, in_reply_to: &str, response: &str) {
+    reply_with(out, in_reply_to, response, 0);
+}
+
+/// Appends the server's own reply, with which `descriptors` file descriptors travel.
+pub fn reply_with(out: &mut Vec<u8>, in_reply_to: &str, response: &str, descriptors: usize) {
     frame::append(out, |out| {
-        out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");
-        append_str(out, in_reply_to);
-        out.extend_from_slice(b",\"status\":\"ok\",\"response\":");
-        out.extend_from_slice(response.as_bytes());
-        out.push(b'}');
+        append_reply(out, in_reply_to, response, descriptors)
     });
+}
+
+fn append_reply(out: &mut Vec<u8>, in_reply_to: &str, response: &str, descriptors: usize) {
+    out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");
+    append_str(out, in_reply_to);
+    out.extend_from_slice(b",\"status\":\"ok\"");
+    append_descriptors(out, descriptors);
+    out.extend_from_slice(b",\"response\":");
+    out.extend_from_slice(response.as_bytes());
+    out.push(b'}');
+}
+
+/// Appends the reply with a block's bytes: behind the message for who takes attachments, else as base64 in its `data`.
+pub fn block_bytes(
+    out: &mut Vec<u8>,
+    in_reply_to: &str,
+    (version, generation): (u64, u64),
+    bytes: &[u8],
+    attachments: Attachments,
+) {
+    let response = format!("{{\"version\":{version},\"generation\":{generation}}}");
+    if attachments == Attachments::Taken {
+        frame::append_attachment(out, bytes, |out| {
+            append_reply(out, in_reply_to, &response, 0);
+        });
+        return;
+    }
+    frame::append(out, |out| {
+        append_reply(out, in_reply_to, &response, 0);
+        // Into the response's object, whose end and the message's are the last two bytes.
+        out.truncate(out.len() - 2);
+        out.extend_from_slice(b",\"data\":");
+        append_base64(out, bytes);
+        out.extend_from_slice(b"}}");
+    });
+}
+
+/// Appends `bytes` as a JSON string of base64 text.
+pub fn append_base64(out: &mut Vec<u8>, bytes: &[u8]) {
+    out.push(b'"');
+    let start = out.len();
+    out.resize(start + bytes.len().div_ceil(3) * 4, 0);
+    base64::engine::general_purpose::STANDARD
+        .encode_slice(bytes, &mut out[start..])
+        .expect("the space was just made");
+    out.push(b'"');
 }
 
 /// Appends a refusal: as the reply to `in_reply_to`, or as an `error` message where it answers no request.
@@ -350,6 +405,7 @@ mod tests {
             window: Some(4),
             key: Some("k\""),
             destination: None,
+            blocks: None,
             headers: Some(Raw::new("{\"a\":\"b\"}").unwrap()),
             body: Body::Json(Raw::new("{\"x\":42}").unwrap()),
         };
@@ -365,6 +421,24 @@ mod tests {
             text.ends_with(r#""encoding":"base64","data":"AP8="}"#) && raw.is_none(),
             "{text}"
         );
+        d.blocks = Some(("[{}]", 1));
+        let (text, _) = written(|out| delivery(out, &d, Attachments::Taken));
+        assert!(
+            text.ends_with(r#","descriptors":1,"blocks":[{}]}"#),
+            "{text}"
+        );
+        let bytes =
+            |attachments| written(|out| block_bytes(out, "i", (2, 1), b"\x00\xff", attachments));
+        assert_eq!(
+            bytes(Attachments::NotTaken).0,
+            r#"{"action":"response","in_reply_to":"i","status":"ok","response":{"version":2,"generation":1,"data":"AP8="}}"#
+        );
+        let (text, raw) = bytes(Attachments::Taken);
+        assert!(
+            text.ends_with(r#""response":{"version":2,"generation":1}}"#),
+            "{text}"
+        );
+        assert_eq!(raw.as_deref(), Some(&b"\x00\xff"[..]));
         let refused = Refusal::new(Code::Timeout, "too \u{1} late");
         assert_eq!(
             written(|out| refusal(out, Some("i"), &refused)).0,

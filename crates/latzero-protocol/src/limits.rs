@@ -37,6 +37,24 @@ pub const TTL_MAX_MS: u64 = 24 * 60 * 60 * 1000;
 /// The largest window of a streamed call, in items.
 pub const WINDOW_MAX: u64 = 1_000_000;
 
+/// Blocks that one call may name as its arguments.
+pub const CALL_BLOCKS_MAX: usize = 16;
+
+/// Largest `expected` and `data` of a compare-and-swap in bytes.
+pub const CAS_BYTES_MAX: usize = 64 * 1024;
+
+/// Largest `layout` of a block in bytes, as JSON text.
+pub const LAYOUT_BYTES_MAX: usize = 2048;
+
+/// Most AppIDs in one list of a block's permissions.
+pub const PERMISSION_APPS_MAX: usize = 64;
+
+/// Bytes of a frame that a reply with a block's bytes keeps for what stands around them.
+pub const READ_SLACK: usize = 4096;
+
+/// Slots of a block with snapshots: least and most.
+pub const SLOTS: std::ops::RangeInclusive<u64> = 2..=4;
+
 /// The pool that an app joins when it names none.
 pub const DEFAULT_POOL: &str = "default";
 

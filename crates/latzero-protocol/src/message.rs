@@ -48,6 +48,8 @@ pub enum Request<'a> {
     Watch(PoolName, EventSet),
     /// Asks for them no longer.
     Unwatch(PoolName),
+    /// Something about a block of memory.
+    Memory(Box<crate::memory::Memory<'a>>),
     /// Asks whether the server lives.
     Ping,
     /// Asks for statistics.
@@ -216,6 +218,8 @@ pub struct Trigger<'a> {
     pub window: Option<u64>,
     /// Wait for a handler where none is live.
     pub park: bool,
+    /// Blocks that the handler is to have for the length of the call; empty for most calls.
+    pub blocks: Vec<crate::memory::BlockUse>,
     /// Headers, passed on.
     pub headers: Option<Raw<'a>>,
     /// The payload, passed on.
@@ -444,14 +448,21 @@ impl<'a> Request<'a> {
                 let instance = instance.map(|text| instance_id(&text)).transpose()?;
                 admin(e, AdminAction::Kick(app, instance))?
             }
+            action if action.starts_with("memory_") => {
+                Request::Memory(Box::new(crate::memory::decode(e, action)?))
+            }
             other => {
-                return Err(Refusal::new(
-                    Code::UnknownAction,
-                    format!("unknown action '{}'", shorten(other)),
-                ));
+                return Err(unknown(other));
             }
         })
     }
+}
+
+pub(crate) fn unknown(action: &str) -> Refusal {
+    Refusal::new(
+        Code::UnknownAction,
+        format!("unknown action '{}'", shorten(action)),
+    )
 }
 
 fn handshake<'a>(e: &Envelope<'a>) -> Result<Handshake<'a>, Refusal> {
@@ -499,6 +510,7 @@ fn trigger<'a>(e: &Envelope<'a>) -> Result<Trigger<'a>, Refusal> {
         key: key(e)?,
         window: Envelope::number(e.window, "window", 1..=WINDOW_MAX)?,
         park: Envelope::flag(e.park, "park")?,
+        blocks: e.blocks.map_or(Ok(Vec::new()), crate::memory::block_uses)?,
         headers: e.checked_headers()?,
         body: e.body(e.data, "data")?,
     })
@@ -625,13 +637,13 @@ fn pool_field(e: &Envelope<'_>) -> Result<PoolName, Refusal> {
     Ok(PoolName::new(&Envelope::required_string(e.pool, "pool")?)?)
 }
 
-fn optional_pool(e: &Envelope<'_>) -> Result<Option<PoolName>, Refusal> {
+pub(crate) fn optional_pool(e: &Envelope<'_>) -> Result<Option<PoolName>, Refusal> {
     Ok(Envelope::string(e.pool, "pool")?
         .map(|name| PoolName::new(&name))
         .transpose()?)
 }
 
-fn page<'a>(e: &Envelope<'a>) -> Result<Page<'a>, Refusal> {
+pub(crate) fn page<'a>(e: &Envelope<'a>) -> Result<Page<'a>, Refusal> {
     let fields = Fields::of(e.text)?;
     let limit = Envelope::number(fields.field("limit"), "limit", 1..=Page::LIMIT_MAX as u64)?;
     let limit = limit.map_or(Page::LIMIT_MAX, |n| n as usize);
@@ -774,7 +786,7 @@ fn trigger_spec(raw: Raw<'_>) -> Result<TriggerSpec, Refusal> {
 }
 
 /// Calls `on_item` with each item of an array.
-fn items<'a>(
+pub(crate) fn items<'a>(
     raw: Raw<'a>,
     name: &str,
     on_item: impl FnMut(Raw<'a>) -> Result<(), Refusal>,

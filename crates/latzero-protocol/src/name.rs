@@ -1,4 +1,4 @@
-//! Names: AppIDs, pools, triggers. A name that exists is a name that is valid.
+//! Names: AppIDs, pools, triggers, blocks. A name that exists is a name that is valid.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -117,6 +117,11 @@ name!(
 name!(
     /// A trigger's name: 1 to 128 bytes of `A-Z a-z 0-9 . _ - : /`.
     TriggerName, "trigger name", 128, b":/"
+);
+
+name!(
+    /// A memory block's name: 1 to 128 bytes of `A-Z a-z 0-9 . _ - : /`.
+    BlockId, "block id", 128, b":/"
 );
 
 #[cfg(test)]

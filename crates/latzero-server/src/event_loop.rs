@@ -111,6 +111,7 @@ impl EventLoop {
         };
         if let Some(front) = front {
             let now = shared.clock.now();
+            crate::blocks::adopt_all(&mut event_loop.host, now);
             let builtin = BuiltIn::start(now, &mut event_loop.host);
             *shared.builtin.lock().expect("nobody else is here yet") = Some(builtin);
             event_loop.host.flush(now);
@@ -222,6 +223,7 @@ impl EventLoop {
             Command::AwaitWritable(peer) => self.await_writable(&peer),
             Command::Look => {}
             Command::Judge => self.look_by(now),
+            Command::BlockDone(done) => self.host.handle_done(done),
             Command::Watchdog => {
                 if let Some(notifier) = self
                     .front

@@ -43,9 +43,11 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         late < 1000,
         &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late}),
     );
+    let (blocks_ok, blocks) = shared.blocks.health();
+    let memory = part(blocks_ok, &blocks);
     let lost = (shared.log_lines_lost)();
     let logs = part(lost == 0, &json!({"lines_lost": lost}));
-    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "logs": logs});
+    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "logs": logs});
     let all_ok = parts
         .as_object()
         .is_some_and(|parts| parts.values().all(|part| part["status"] == "ok"));

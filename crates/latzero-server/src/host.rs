@@ -1,13 +1,17 @@
 //! The fabric's host: its pools and registry behind mutexes, its effects as bytes in outboxes.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
+use latzero_fabric::memory::{Change, Descriptor, Job, Ledger, StorageId};
 use latzero_fabric::{CallEnd, Class, Count, Effects, Host, Limits, Pool, Registry, Sent, Time};
+use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
-use latzero_protocol::{Code, Refusal};
+use latzero_protocol::{Code, PoolName, Refusal};
 use serde_json::json;
 
+use crate::blocks::{Blocks, Done, Finished};
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
 use crate::stats::{Batch, resources};
@@ -16,6 +20,9 @@ use crate::timers::PoolCell;
 /// Spare buffers that a loop keeps, and the largest that it keeps.
 const SPARE_MAX: usize = 64;
 const SPARE_BYTES_MAX: usize = 1024 * 1024;
+
+/// Largest buffer for copies of blocks that a loop keeps.
+const READ_BUFFER_BYTES_KEPT: usize = 16 * 1024 * 1024;
 
 /// Effects of one loop: appended to outboxes at once, written when the loop flushes.
 pub(crate) struct IoEffects {
@@ -33,6 +40,9 @@ pub(crate) struct IoEffects {
     pub(crate) resumed: Vec<Arc<Peer>>,
     pub(crate) batch: Batch,
     spare: Vec<Vec<u8>>,
+    /// What pools asked for while they were held: jobs about blocks, and changes in their number.
+    jobs: Vec<Job<Arc<Peer>>>,
+    counted: Vec<(PoolName, u32, i32)>,
 }
 
 impl IoEffects {
@@ -47,6 +57,8 @@ impl IoEffects {
             resumed: Vec::new(),
             batch: Batch::default(),
             spare: Vec::new(),
+            jobs: Vec::new(),
+            counted: Vec::new(),
         }
     }
 
@@ -74,15 +86,14 @@ impl IoEffects {
     }
 }
 
-impl Effects for IoEffects {
-    type Peer = Arc<Peer>;
-
+impl IoEffects {
     #[inline]
-    fn send(
+    fn append(
         &mut self,
         to: &Arc<Peer>,
         class: Class,
         length: usize,
+        descriptors: Vec<Arc<OwnedFd>>,
         encode: impl FnOnce(&mut Vec<u8>),
     ) -> Sent {
         let mut outbox = to.outbox();
@@ -94,6 +105,10 @@ impl Effects for IoEffects {
             && self.shared.stats.outbox_bytes.load(Relaxed) + length > self.shared.outbox_total_max;
         self.is_over_total |= is_over_total;
         let spare = &mut self.spare;
+        let carries = !descriptors.is_empty();
+        if carries {
+            outbox.attach(descriptors);
+        }
         let sent = if is_over_total {
             outbox.refuse(class)
         } else {
@@ -105,6 +120,9 @@ impl Effects for IoEffects {
                 encode,
             )
         };
+        if carries && sent != Sent::Queued {
+            outbox.detach();
+        }
         match sent {
             Sent::Queued => {
                 let added = outbox.queued() - before;
@@ -128,6 +146,21 @@ impl Effects for IoEffects {
             Sent::Full | Sent::Gone => {}
         }
         sent
+    }
+}
+
+impl Effects for IoEffects {
+    type Peer = Arc<Peer>;
+
+    #[inline]
+    fn send(
+        &mut self,
+        to: &Arc<Peer>,
+        class: Class,
+        length: usize,
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Sent {
+        self.append(to, class, length, Vec::new(), encode)
     }
 
     fn close(&mut self, peer: &Arc<Peer>) {
@@ -164,6 +197,54 @@ impl Effects for IoEffects {
     fn count(&mut self, what: Count) {
         self.batch.count(what);
     }
+
+    fn send_with(
+        &mut self,
+        to: &Arc<Peer>,
+        class: Class,
+        length: usize,
+        descriptors: &[Descriptor],
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Sent {
+        let blocks = &self.shared.blocks;
+        let descriptors = descriptors.iter().map(|d| {
+            blocks
+                .descriptor(d.storage, d.access)
+                .expect("the pool asked whether it can be shared")
+        });
+        let descriptors = descriptors.collect();
+        self.append(to, class, length, descriptors, encode)
+    }
+
+    fn block_changed(&mut self, to: &Arc<Peer>, change: &Change<'_>) {
+        if to.outbox().note_change(change.topic, change.to_json()) {
+            self.touched.push(Arc::clone(to));
+        }
+    }
+
+    fn block_job(&mut self, job: Job<Arc<Peer>>) {
+        self.jobs.push(job);
+    }
+
+    fn count_blocks(&mut self, pool: &PoolName, number: u32, change: i32) {
+        self.counted.push((pool.clone(), number, change));
+    }
+
+    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
+        self.shared.blocks.with_ledger(f)
+    }
+
+    fn block_version(&self, storage: StorageId) -> u64 {
+        self.shared.blocks.version(storage)
+    }
+
+    fn version_noted(&mut self, storage: StorageId, version: u64) {
+        self.shared.blocks.note_version(storage, version);
+    }
+
+    fn can_share(&self, storage: StorageId, access: Access) -> bool {
+        self.shared.blocks.descriptor(storage, access).is_some()
+    }
 }
 
 /// The host of the sessions of one loop.
@@ -172,6 +253,8 @@ pub(crate) struct IoHost {
     pub(crate) fx: IoEffects,
     /// Connections that the kernel began or ceased to take bytes of.
     pub(crate) changed: Vec<Arc<Peer>>,
+    /// For copies of blocks on their way into an outbox.
+    read_buffer: Vec<u8>,
 }
 
 impl IoHost {
@@ -180,7 +263,30 @@ impl IoHost {
             shared: Arc::clone(shared),
             fx: IoEffects::new(Arc::clone(shared), home),
             changed: Vec::new(),
+            read_buffer: Vec::new(),
         }
+    }
+
+    /// Does what a pool asked for about its blocks, now that it is free. What takes long goes to the blocks' own thread,
+    /// whose word comes back through the first loop's mailbox.
+    fn see_to_blocks(&mut self, pool: &Arc<PoolCell>) {
+        for (name, number, change) in std::mem::take(&mut self.fx.counted) {
+            self.with_registry(|registry, _| registry.count_blocks(&name, number, change));
+        }
+        for job in std::mem::take(&mut self.fx.jobs) {
+            if let Some(done) = Blocks::run_or_pass_on(&self.shared, pool, job) {
+                self.handle_done(done);
+            }
+        }
+    }
+
+    /// Tells a pool that something about its blocks is done.
+    pub(crate) fn handle_done(&mut self, done: Done) {
+        let now = self.shared.clock.now();
+        self.with_pool(&done.pool, |pool, fx| match done.what {
+            Finished::Made(key, made) => pool.storage_made(now, key, made, fx),
+            Finished::Flushed(key, ticket, version) => pool.flushed(key, ticket, version, fx),
+        });
     }
 
     /// Ends what is due in a pool.
@@ -234,6 +340,9 @@ impl Host for IoHost {
         if is_first && self.fx.home != 0 {
             self.shared.mailboxes[0].send(Command::Look);
         }
+        if !self.fx.jobs.is_empty() || !self.fx.counted.is_empty() {
+            self.see_to_blocks(pool);
+        }
         result
     }
 
@@ -285,6 +394,7 @@ impl Host for IoHost {
         stats["apps"] = json!(counts);
         stats["pools"] = json!({"pools": counts.pools, "memberships": members});
         stats["triggers"]["served"] = triggers.into();
+        stats["memory"] = self.shared.blocks.to_json(&self.shared.limits);
         stats["resources"] = resources();
         stats.to_string()
     }
@@ -295,6 +405,58 @@ impl Host for IoHost {
 
     fn is_admin_token(&self, token: &str) -> bool {
         self.shared.token.matches(token)
+    }
+
+    fn read_block(
+        &mut self,
+        storage: StorageId,
+        range: std::ops::Range<u64>,
+        if_version: Option<u64>,
+    ) -> Result<(Vec<u8>, u64), Refusal> {
+        let mut buffer = std::mem::take(&mut self.read_buffer);
+        let length = usize::try_from(range.end - range.start).expect("it fits into a frame");
+        buffer.resize(length, 0);
+        match self
+            .shared
+            .blocks
+            .read(storage, range.start, &mut buffer, if_version)
+        {
+            Ok(version) => Ok((buffer, version)),
+            Err(refusal) => {
+                self.recycle(buffer);
+                Err(refusal)
+            }
+        }
+    }
+
+    fn recycle(&mut self, buffer: Vec<u8>) {
+        if buffer.capacity() <= READ_BUFFER_BYTES_KEPT {
+            self.read_buffer = buffer;
+        }
+    }
+
+    fn check_block(&mut self, storage: StorageId) -> Result<(), Refusal> {
+        self.shared.blocks.check(storage)
+    }
+
+    fn write_block(
+        &mut self,
+        storage: StorageId,
+        offset: u64,
+        data: &[u8],
+        if_version: Option<u64>,
+    ) -> Result<u64, Refusal> {
+        self.shared.blocks.write(storage, offset, data, if_version)
+    }
+
+    fn swap_block(
+        &mut self,
+        storage: StorageId,
+        offset: u64,
+        expected: &[u8],
+        data: &[u8],
+    ) -> Result<(u64, Option<Vec<u8>>), Refusal> {
+        self.shared.blocks.swap(storage, offset, expected, data)
     }
 
     fn admin(&mut self, action: &AdminAction) -> Result<String, Refusal> {
@@ -342,8 +504,9 @@ impl IoHost {
             let start = taken.head;
             let mut is_dead = false;
             while taken.head < taken.buf.len() {
-                match socket.write(&taken.buf[taken.head..]) {
-                    Ok(n) => taken.head += n,
+                let (bytes, descriptors) = taken.next();
+                match socket.write_with(bytes, descriptors) {
+                    Ok(n) => taken.advance(n),
                     Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                     Err(error) => {
                         is_dead = error.kind() != std::io::ErrorKind::WouldBlock;

@@ -4,6 +4,10 @@
 //! reader of a full outbox costs the server this much and others nothing. Whoever flushes takes the bytes out, writes
 //! them without the lock, and puts back what the kernel did not take, so that appending never waits for a write.
 
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use latzero_fabric::{Class, Sent};
 use latzero_protocol::encode;
 
@@ -34,12 +38,57 @@ pub(crate) struct Outbox {
     is_blocked: bool,
     /// Bytes counted into the total of all outboxes: those that the kernel would not take.
     accounted: usize,
+    /// Where `buf` begins, in bytes since the connection began.
+    start: u64,
+    /// Descriptors that travel with the byte at their place.
+    descriptors: VecDeque<Travelling>,
+    /// Newest versions of blocks that the reader is still to be told, by topic.
+    changes: Vec<((u32, u32), String)>,
+}
+
+/// Descriptors on their way, and the byte that they travel with, counted since the connection began.
+#[derive(Debug)]
+pub(crate) struct Travelling {
+    pub(crate) at: u64,
+    pub(crate) descriptors: Vec<Arc<OwnedFd>>,
 }
 
 /// What a flush took out to write.
 pub(crate) struct Taken {
     pub(crate) buf: Vec<u8>,
     pub(crate) head: usize,
+    /// Where `buf` begins, in bytes since the connection began.
+    pub(crate) start: u64,
+    pub(crate) descriptors: VecDeque<Travelling>,
+}
+
+impl Taken {
+    /// What is to be written next: bytes up to those that descriptors travel with, and the descriptors that travel with
+    /// the first of them.
+    pub(crate) fn next(&self) -> (&[u8], &[Arc<OwnedFd>]) {
+        let here = self.start + self.head as u64;
+        let mut places = self.descriptors.iter();
+        let first = places.next();
+        let (descriptors, limit) = match first {
+            Some(first) if first.at == here => {
+                (&first.descriptors[..], places.next().map(|next| next.at))
+            }
+            other => (&[][..], other.map(|next| next.at)),
+        };
+        let end = limit.map_or(self.buf.len(), |at| {
+            usize::try_from(at - self.start).expect("within the buffer")
+        });
+        (&self.buf[self.head..end], descriptors)
+    }
+
+    /// Notes that `n` bytes were written.
+    pub(crate) fn advance(&mut self, n: usize) {
+        let here = self.start + self.head as u64;
+        if n > 0 && self.descriptors.front().is_some_and(|d| d.at == here) {
+            self.descriptors.pop_front();
+        }
+        self.head += n;
+    }
 }
 
 impl Outbox {
@@ -91,6 +140,35 @@ impl Outbox {
         Sent::Queued
     }
 
+    /// Has descriptors travel with the message that is appended next.
+    pub(crate) fn attach(&mut self, descriptors: Vec<Arc<OwnedFd>>) {
+        let at = self.start + self.buf.len() as u64;
+        self.descriptors.push_back(Travelling { at, descriptors });
+    }
+
+    /// Takes back what [`Outbox::attach`] said: the message was not appended.
+    pub(crate) fn detach(&mut self) {
+        self.descriptors.pop_back();
+    }
+
+    /// Has the reader told of a change; a newer one of the same topic takes its place. True where the outbox is to be
+    /// flushed for it.
+    pub(crate) fn note_change(&mut self, topic: (u32, u32), told: String) -> bool {
+        if self.is_closed {
+            return false;
+        }
+        match self.changes.iter_mut().find(|(known, _)| *known == topic) {
+            Some((_, waiting)) => {
+                *waiting = told;
+                false
+            }
+            None => {
+                self.changes.push((topic, told));
+                !self.is_blocked
+            }
+        }
+    }
+
     /// Leaves out a message for which there is no room; the reader is told how many emits and events it lost.
     pub(crate) fn refuse(&mut self, class: Class) -> Sent {
         if matches!(class, Class::Emit | Class::Event) {
@@ -102,14 +180,24 @@ impl Outbox {
 
     /// Takes out what waits; `None` where there is nothing, or somebody else is writing.
     pub(crate) fn take(&mut self) -> Option<Taken> {
-        if self.is_writing || self.buf.len() == self.head {
+        if self.is_writing {
+            return None;
+        }
+        for (_, told) in self.changes.drain(..) {
+            encode::message(&mut self.buf, &told);
+        }
+        if self.buf.len() == self.head {
             return None;
         }
         self.is_writing = true;
         self.writing = self.buf.len() - self.head;
+        let start = self.start;
+        self.start += self.buf.len() as u64;
         Some(Taken {
             buf: std::mem::take(&mut self.buf),
             head: std::mem::take(&mut self.head),
+            start,
+            descriptors: std::mem::take(&mut self.descriptors),
         })
     }
 
@@ -117,7 +205,12 @@ impl Outbox {
     pub(crate) fn put_back(&mut self, taken: Taken) -> Option<Vec<u8>> {
         self.is_writing = false;
         self.writing = 0;
-        let Taken { mut buf, head } = taken;
+        let Taken {
+            mut buf,
+            head,
+            start,
+            mut descriptors,
+        } = taken;
         if self.is_closed {
             // Closed by its own loop while another one was writing: what is left goes nowhere.
             buf.clear();
@@ -132,8 +225,12 @@ impl Outbox {
         buf.extend_from_slice(&self.buf);
         self.buf = buf;
         self.head = head;
+        self.start = start;
+        descriptors.append(&mut self.descriptors);
+        self.descriptors = descriptors;
         if self.head > 64 * 1024 && self.head > self.buf.len() / 2 {
             self.buf.drain(..self.head);
+            self.start += self.head as u64;
             self.head = 0;
         }
         None
@@ -210,6 +307,40 @@ mod tests {
             text.contains("\"event\":\"lost\",\"count\":2}") && text.ends_with("x"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn descriptors_travel_with_their_own_byte() {
+        let descriptor = || Arc::new(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
+        let mut outbox = Outbox::default();
+        append(&mut outbox, Class::Call, 10);
+        outbox.attach(vec![descriptor()]);
+        append(&mut outbox, Class::Call, 5);
+        outbox.attach(vec![descriptor(), descriptor()]);
+        append(&mut outbox, Class::Call, 3);
+        let mut seen = Vec::new();
+        // Three bytes at a time, put back and taken again in between.
+        while let Some(mut taken) = outbox.take() {
+            let (bytes, descriptors) = taken.next();
+            let n = bytes.len().min(3);
+            seen.push((n, descriptors.len()));
+            taken.advance(n);
+            outbox.put_back(taken);
+        }
+        let expected = [(3, 0), (3, 0), (3, 0), (1, 0), (3, 1), (2, 0), (3, 2)];
+        assert_eq!(seen, expected);
+    }
+
+    #[test]
+    fn the_newest_change_is_told_and_never_lost() {
+        let mut outbox = Outbox::default();
+        append(&mut outbox, Class::Call, 100);
+        assert!(outbox.note_change((1, 1), "{1}".into()));
+        assert!(!outbox.note_change((1, 1), "{2}".into()));
+        assert!(outbox.note_change((1, 2), "{3}".into()));
+        let taken = outbox.take().unwrap();
+        let text = String::from_utf8_lossy(&taken.buf[100..]).into_owned();
+        assert_eq!(text.replace('\0', ""), "\u{3}{2}\u{3}{3}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::blocks::Blocks;
 use crate::event_loop::{EventLoop, Front};
 use crate::listener::Listener;
 use crate::logging::{LogError, LogOptions, Logs};
@@ -143,6 +144,14 @@ impl Server {
                 "the server can be reached from other machines, without TLS; every AppID is open to whoever connects"
             );
         }
+        let directory = started.data_dir.path().join("memory");
+        let blocks = Blocks::new(&directory).map_err(|source| {
+            ServerError::Startup(StartupError::System {
+                action: "opening",
+                path: directory,
+                source,
+            })
+        })?;
         let lost = Arc::clone(&logs);
         let shared = Shared::new(Parts {
             identity,
@@ -153,6 +162,7 @@ impl Server {
                 let lost = lost.lost();
                 lost.stderr + lost.file
             }),
+            blocks,
             settings,
         });
         let mut listeners: Vec<Listener> = started.tcp.into_iter().map(Listener::Tcp).collect();
@@ -257,6 +267,7 @@ impl Server {
                 .unwrap_or_else(|_| Err(io::Error::other("a loop panicked")));
             result = result.and(ended);
         }
+        shared.blocks.sync_all();
         handle.close();
         let _ = watcher.join();
         tracing::info!("stopped");

@@ -1,6 +1,7 @@
 //! What the loops share: the registry, the pools' deadlines, the counts, and a way to reach each other.
 //!
-//! Lock order: built-in app, registry, pool, outbox; the timers and the statistics are leaves. Nothing here waits for
+//! Lock order: built-in app, registry, pool, outbox; the timers, the statistics and the blocks' table and ledger are
+//! leaves. Nothing here waits for
 //! IO while it is held.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use latzero_fabric::{Limits, Registry, Time};
 use mio::Waker;
 
+use crate::blocks::{Blocks, Done};
 use crate::builtin::BuiltIn;
 use crate::host::IoHost;
 use crate::listener::Door;
@@ -35,6 +37,8 @@ pub(crate) enum Command {
     Look,
     /// Judge every connection by the clock and the bounds, which changed or were reached.
     Judge,
+    /// What was to be done about a block is done.
+    BlockDone(Done),
     /// Show the service manager that the loop turns (sd_notify(3), `WATCHDOG=1`).
     Watchdog,
 }
@@ -126,6 +130,7 @@ pub(crate) struct Shared {
     pub(crate) read_budget: usize,
     pub(crate) registry: Mutex<Registry<IoHost>>,
     pub(crate) timers: Timers,
+    pub(crate) blocks: Blocks,
     pub(crate) stats: Stats,
     pub(crate) clock: Clock,
     pub(crate) started: Time,
@@ -151,6 +156,7 @@ pub(crate) struct Parts {
     pub(crate) identity: Identity,
     pub(crate) token: AdminToken,
     pub(crate) seed: u64,
+    pub(crate) blocks: Blocks,
     pub(crate) reload: Box<Reload>,
     pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
 }
@@ -162,6 +168,7 @@ impl Shared {
             identity,
             token,
             seed,
+            blocks,
             reload,
             log_lines_lost,
         } = parts;
@@ -182,6 +189,7 @@ impl Shared {
             limits,
             settings: Mutex::new(Arc::new(settings)),
             timers: Timers::default(),
+            blocks,
             stats: Stats::new(),
             clock,
             started,
@@ -245,6 +253,8 @@ impl Shared {
 /// The core's bounds, from the settings.
 pub(crate) fn core_limits(settings: &Settings) -> Limits {
     let l = &settings.limits;
+    let memory_bytes_max = l.block_bytes_total(memory_bytes());
+    let or_all = |max: u64| if max == 0 { memory_bytes_max } else { max };
     Limits {
         max_frame: l.max_frame,
         in_flight_max: u32::try_from(l.in_flight_max).unwrap_or(u32::MAX),
@@ -256,6 +266,14 @@ pub(crate) fn core_limits(settings: &Settings) -> Limits {
         instances_per_app_max: l.instances_per_app_max,
         registration_bytes_max: l.registration_bytes_max,
         meta_bytes_max: l.meta_bytes_max,
+        block_bytes_max: l.block_bytes_max,
+        blocks_max: l.blocks_max,
+        memory_bytes_max,
+        memory_bytes_per_pool_max: or_all(l.memory_bytes_per_pool_max),
+        memory_bytes_per_app_max: or_all(l.memory_bytes_per_app_max),
+        attachments_per_app_max: l.attachments_per_app_max,
+        subscriptions_per_app_max: l.subscriptions_per_app_max,
+        block_waiters_max: l.block_waiters_max,
     }
 }
 

@@ -4,8 +4,9 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use latzero_fabric::Transport;
 
@@ -79,6 +80,41 @@ impl Socket {
         match self {
             Socket::Tcp(stream) => (&*stream).write(buf),
             Socket::Unix(stream) => (&*stream).write(buf),
+        }
+    }
+
+    /// Writes what fits, with descriptors that travel with the first byte (unix(7), SCM_RIGHTS).
+    pub(crate) fn write_with(&self, buf: &[u8], descriptors: &[Arc<OwnedFd>]) -> io::Result<usize> {
+        match self {
+            _ if descriptors.is_empty() => self.write(buf),
+            Socket::Tcp(_) => unreachable!("descriptors are only sent to who can take them"),
+            Socket::Unix(stream) => {
+                let descriptors: Vec<_> = descriptors.iter().map(|d| d.as_fd()).collect();
+                latzero_shm::fds::send_with_fds(stream, buf, &descriptors)
+            }
+        }
+    }
+
+    /// Whether the process at the other end has surely ended. Its address space goes before its descriptors do
+    /// (exit(2) in the kernel), so one whose socket has closed and that still has memory is alive, and may write to
+    /// what it has mapped.
+    pub(crate) fn is_process_dead(&self) -> bool {
+        let Socket::Unix(stream) = self else {
+            // Over TCP nothing is mapped.
+            return true;
+        };
+        let Ok(cred) = rustix::net::sockopt::socket_peercred(stream) else {
+            return false;
+        };
+        let statm = format!("/proc/{}/statm", cred.pid.as_raw_nonzero());
+        match std::fs::read_to_string(statm) {
+            Ok(pages) => pages.starts_with("0 "),
+            Err(error) => {
+                // Without /proc nobody is known to be dead.
+                error.kind() == io::ErrorKind::NotFound
+                    && std::path::Path::new("/proc/self").exists()
+                    || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+            }
         }
     }
 

@@ -10,8 +10,10 @@ mod client;
 mod outbox;
 mod report;
 mod script;
+mod storage;
 mod world;
 
 pub use outbox::{Bounds, Event, LENGTH_SLACK, Outboxes, Peer, Totals};
 pub use report::{Outcome, Plan, STEPS_DEFAULT, Violation, run};
+pub use storage::{Storages, Stored};
 pub use world::{ADMIN_TOKEN, Message, PoolHandle, World, decode, encode_frame};

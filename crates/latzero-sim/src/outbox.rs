@@ -4,8 +4,12 @@
 //! fits below `outbox_bytes`, control messages may also use the headroom, and where even that is full the connection
 //! is closed.
 
+use latzero_fabric::memory::{Change, Descriptor, Job, Ledger, StorageId};
 use latzero_fabric::{CallEnd, Class, Count, Effects, Sent, Time};
-use latzero_protocol::{Code, encode};
+use latzero_protocol::memory::Access;
+use latzero_protocol::{Code, PoolName, encode};
+
+use crate::storage::Storages;
 
 /// A connection of the simulated world, numbered in the order of coming; numbers are not used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -80,6 +84,9 @@ struct Outbox {
     is_open: bool,
     lost: u64,
     in_flight: u32,
+    /// Changes of blocks that are still to be told, the newest of each.
+    changes: Vec<((u32, u32), String)>,
+    descriptors: u64,
 }
 
 /// Totals of a run.
@@ -112,6 +119,7 @@ pub struct Outboxes {
     log: Vec<Event>,
     hash: u64,
     totals: Totals,
+    pub(crate) storages: Storages,
 }
 
 impl Outboxes {
@@ -123,6 +131,7 @@ impl Outboxes {
             log: Vec::new(),
             hash: 0xcbf2_9ce4_8422_2325,
             totals: Totals::default(),
+            storages: Storages::default(),
         }
     }
 
@@ -140,6 +149,10 @@ impl Outboxes {
     }
 
     pub(crate) fn read(&mut self, peer: Peer, most: usize) -> Vec<u8> {
+        let changes = std::mem::take(&mut self.outboxes[peer.0 as usize].changes);
+        for (_, told) in changes {
+            self.append(peer, Class::Event, |out| encode::message(out, &told));
+        }
         let bytes = &mut self.outboxes[peer.0 as usize].bytes;
         let most = most.min(bytes.len());
         bytes.drain(..most).collect()
@@ -153,6 +166,12 @@ impl Outboxes {
     pub(crate) fn hang_up(&mut self, peer: Peer) {
         self.close(&peer);
         self.outboxes[peer.0 as usize].bytes = Vec::new();
+        self.outboxes[peer.0 as usize].changes = Vec::new();
+    }
+
+    /// How many descriptors were sent to a client.
+    pub(crate) fn descriptors(&self, peer: Peer) -> u64 {
+        self.outboxes[peer.0 as usize].descriptors
     }
 
     pub(crate) fn take_newly_closed(&mut self) -> Vec<Peer> {
@@ -307,5 +326,65 @@ impl Effects for Outboxes {
     fn count(&mut self, what: Count) {
         self.totals.counts[what as usize] += 1;
         self.log.push(Event::Counted(what));
+    }
+
+    fn send_with(
+        &mut self,
+        to: &Peer,
+        class: Class,
+        len: usize,
+        descriptors: &[Descriptor],
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Sent {
+        for descriptor in descriptors {
+            assert!(self.can_share(descriptor.storage, descriptor.access));
+        }
+        let sent = self.send(to, class, len, encode);
+        if sent == Sent::Queued {
+            self.outboxes[to.0 as usize].descriptors += descriptors.len() as u64;
+        }
+        sent
+    }
+
+    fn block_changed(&mut self, to: &Peer, change: &Change<'_>) {
+        let outbox = &mut self.outboxes[to.0 as usize];
+        if !outbox.is_open {
+            return;
+        }
+        let told = change.to_json();
+        match outbox
+            .changes
+            .iter_mut()
+            .find(|(topic, _)| *topic == change.topic)
+        {
+            Some((_, waiting)) => *waiting = told,
+            None => outbox.changes.push((change.topic, told)),
+        }
+    }
+
+    fn block_job(&mut self, job: Job<Peer>) {
+        self.storages.asked.push(job);
+    }
+
+    fn count_blocks(&mut self, pool: &PoolName, number: u32, change: i32) {
+        self.storages.counted.push((pool.clone(), number, change));
+    }
+
+    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
+        f(&mut self.storages.ledger)
+    }
+
+    fn block_version(&self, storage: StorageId) -> u64 {
+        self.storages.at(storage).map_or(0, |stored| stored.version)
+    }
+
+    fn version_noted(&mut self, storage: StorageId, version: u64) {
+        if let Some(stored) = self.storages.stored.get_mut(&storage) {
+            stored.version = stored.version.max(version);
+        }
+    }
+
+    fn can_share(&self, storage: StorageId, access: Access) -> bool {
+        self.storages.can_share(storage, access)
     }
 }

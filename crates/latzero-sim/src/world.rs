@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use latzero_fabric::memory::{Job, StorageId};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
     Class, Effects as _, Flow, Host, Limits, Pool, Registry, Session, Time, Transport,
@@ -265,6 +266,7 @@ impl World {
         self.fx.crash();
         self.is_draining = false;
         self.touched.clear();
+        self.fx.storages = crate::storage::Storages::default();
         self.registry = Registry::new(self.now, self.limits.clone(), seed);
     }
 
@@ -294,6 +296,70 @@ impl World {
             .sum()
     }
 
+    /// Has what is to be done about blocks wait for [`World::run_jobs`], as large blocks do on a server.
+    pub fn hold_jobs(&mut self, is_holding: bool) {
+        self.fx.storages.is_holding = is_holding;
+        self.run_jobs();
+    }
+
+    /// Has no memory left for new blocks.
+    pub fn fill_memory(&mut self, is_full: bool) {
+        self.fx.storages.is_full = is_full;
+    }
+
+    /// Does what is to be done about blocks.
+    pub fn run_jobs(&mut self) {
+        while let Some((pool, job)) = self.fx.storages.waiting.pop_front() {
+            match job {
+                Job::Make {
+                    key,
+                    making,
+                    unless_dead,
+                } => {
+                    // A client that hung up is a process that died.
+                    let made = if unless_dead.is_some() {
+                        Ok(None)
+                    } else {
+                        let made = self.fx.storages.make(&making);
+                        made.map(|()| Some(making.storage))
+                    };
+                    let now = self.now;
+                    self.with_pool(&pool, |pool, fx| {
+                        pool.storage_made(now, key, made, fx);
+                    });
+                }
+                Job::Drop { storage, .. } => self.fx.storages.drop_storage(storage),
+                Job::Lease { storage, fence } => {
+                    if let Some(stored) = self.fx.storages.stored.get_mut(&storage) {
+                        stored.fence = fence;
+                    }
+                }
+                Job::Flush {
+                    key,
+                    storage,
+                    ticket,
+                } => {
+                    let version = latzero_fabric::Effects::block_version(&self.fx, storage);
+                    self.with_pool(&pool, |pool, fx| {
+                        pool.flushed(key, ticket, Ok(version), fx);
+                    });
+                }
+            }
+        }
+    }
+
+    /// How many storages there are, and what is counted of blocks.
+    #[must_use]
+    pub fn storages(&self) -> &crate::storage::Storages {
+        &self.fx.storages
+    }
+
+    /// How many descriptors were sent to a client.
+    #[must_use]
+    pub fn descriptors(&self, peer: Peer) -> u64 {
+        self.fx.descriptors(peer)
+    }
+
     /// The names of the pools there are, in order.
     #[must_use]
     pub fn pool_names(&self) -> Vec<String> {
@@ -317,6 +383,19 @@ impl World {
             self.calls_in_flight(),
             self.fx.calls_in_flight(),
             "calls in pools and calls at callers"
+        );
+        let (blocks, bytes) = self
+            .registry
+            .pools()
+            .fold((0, 0), |(blocks, bytes), (_, pool)| {
+                let stats = pool.borrow().stats();
+                (blocks + stats.blocks, bytes + stats.block_bytes)
+            });
+        let ledger = &self.fx.storages.ledger;
+        assert_eq!(
+            (ledger.blocks(), ledger.bytes()),
+            (blocks, bytes),
+            "blocks in pools and in the books"
         );
         let totals = self.fx.totals();
         assert_eq!(
@@ -358,7 +437,18 @@ impl Host for World {
         if !self.touched.iter().any(|known| Rc::ptr_eq(known, pool)) {
             self.touched.push(pool.clone());
         }
-        f(&mut pool.borrow_mut(), &mut self.fx)
+        let result = f(&mut pool.borrow_mut(), &mut self.fx);
+        for (name, number, change) in std::mem::take(&mut self.fx.storages.counted) {
+            self.registry.count_blocks(&name, number, change);
+        }
+        let asked = std::mem::take(&mut self.fx.storages.asked);
+        for job in asked {
+            self.fx.storages.waiting.push_back((pool.clone(), job));
+        }
+        if !self.fx.storages.is_holding {
+            self.run_jobs();
+        }
+        result
     }
 
     fn new_pool(pool: Pool<Peer>) -> PoolHandle {
@@ -387,6 +477,61 @@ impl Host for World {
 
     fn is_admin_token(&self, token: &str) -> bool {
         token == ADMIN_TOKEN
+    }
+
+    fn read_block(
+        &mut self,
+        storage: StorageId,
+        range: std::ops::Range<u64>,
+        if_version: Option<u64>,
+    ) -> Result<(Vec<u8>, u64), Refusal> {
+        let length = usize::try_from(range.end - range.start).expect("checked by the core");
+        let (stored, range) =
+            self.fx
+                .storages
+                .write_range(storage, range.start, length, if_version)?;
+        Ok((stored.bytes[range].to_vec(), stored.version))
+    }
+
+    fn check_block(&mut self, _storage: StorageId) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn recycle(&mut self, _buffer: Vec<u8>) {}
+
+    fn write_block(
+        &mut self,
+        storage: StorageId,
+        offset: u64,
+        data: &[u8],
+        if_version: Option<u64>,
+    ) -> Result<u64, Refusal> {
+        let (stored, range) =
+            self.fx
+                .storages
+                .write_range(storage, offset, data.len(), if_version)?;
+        stored.bytes[range].copy_from_slice(data);
+        stored.version += 1;
+        Ok(stored.version)
+    }
+
+    fn swap_block(
+        &mut self,
+        storage: StorageId,
+        offset: u64,
+        expected: &[u8],
+        data: &[u8],
+    ) -> Result<(u64, Option<Vec<u8>>), Refusal> {
+        let (stored, range) = self
+            .fx
+            .storages
+            .write_range(storage, offset, data.len(), None)?;
+        if stored.bytes[range.clone()] != *expected {
+            return Ok((stored.version, Some(stored.bytes[range].to_vec())));
+        }
+        stored.bytes[range].copy_from_slice(data);
+        stored.version += 1;
+        Ok((stored.version, None))
     }
 
     fn admin(&mut self, _action: &AdminAction) -> Result<String, Refusal> {

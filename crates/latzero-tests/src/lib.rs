@@ -2,9 +2,12 @@
 //!
 //! These connections know nothing of any client library, so a test can send what no library would.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use latzero_protocol::frame::{self, Accept};
@@ -12,6 +15,9 @@ use serde_json::Value;
 
 /// How long a test waits for what must come. Only a failing test ever waits this long.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Descriptors that are taken with one read.
+const DESCRIPTORS_MAX: usize = 64;
 
 /// How a connection is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +46,22 @@ impl Server {
             .flat_map(|setting| ["--set", setting])
             .collect();
         Server(latzero::testing::server_with(&args).expect("the program is built (`cargo build`)"))
+    }
+
+    /// Kills the server at once, as a crash would.
+    pub fn kill(&mut self) {
+        self.0.kill();
+    }
+
+    /// Starts the server again on its directory.
+    pub fn restart(&mut self) {
+        self.0.restart().expect("what started once starts again");
+    }
+
+    /// The server's process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.0.pid()
     }
 
     /// Sends the server a signal.
@@ -81,11 +103,7 @@ impl Server {
                 Stream::Unix(UnixStream::connect(self.0.socket()).expect("the server listens"))
             }
         };
-        stream.set_timeout(PATIENCE);
-        Wire {
-            stream,
-            received: Vec::new(),
-        }
+        Wire::new(stream)
     }
 
     /// Opens a connection and shakes hands; `handshake` is added to `{"action":"handshake"}`.
@@ -119,10 +137,16 @@ impl Stream {
         set.expect("a fresh socket takes options");
     }
 
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, buf: &mut [u8], descriptors: &mut VecDeque<OwnedFd>) -> io::Result<usize> {
         match self {
             Stream::Tcp(s) => s.read(buf),
-            Stream::Unix(s) => s.read(buf),
+            Stream::Unix(s) => {
+                let mut got = Vec::new();
+                let n = latzero_shm::fds::recv_with_fds(&*s, buf, &mut got, DESCRIPTORS_MAX)
+                    .map_err(io::Error::other)?;
+                descriptors.extend(got);
+                Ok(n)
+            }
         }
     }
 
@@ -138,9 +162,53 @@ impl Stream {
 pub struct Wire {
     stream: Stream,
     received: Vec<u8>,
+    descriptors: VecDeque<OwnedFd>,
 }
 
 impl Wire {
+    fn new(stream: Stream) -> Wire {
+        stream.set_timeout(PATIENCE);
+        Wire {
+            stream,
+            received: Vec::new(),
+            descriptors: VecDeque::new(),
+        }
+    }
+
+    /// Opens a connection to the Unix socket at `path`.
+    #[must_use]
+    pub fn unix(path: &Path) -> Wire {
+        Wire::new(Stream::Unix(
+            UnixStream::connect(path).expect("the server listens"),
+        ))
+    }
+
+    /// The descriptors that came and were not taken yet.
+    pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        self.descriptors.drain(..).collect()
+    }
+
+    /// The next `count` descriptors.
+    ///
+    /// # Panics
+    /// Where fewer have come.
+    pub fn take(&mut self, count: usize) -> Vec<OwnedFd> {
+        self.descriptors.drain(..count).collect()
+    }
+
+    /// Sends one message with descriptors, over a Unix socket.
+    pub fn send_with_descriptors(&mut self, message: &Value, descriptors: &[BorrowedFd<'_>]) {
+        let mut out = Vec::new();
+        frame::append(&mut out, |out| {
+            out.extend_from_slice(message.to_string().as_bytes())
+        });
+        let Stream::Unix(stream) = &self.stream else {
+            panic!("only Unix sockets pass descriptors");
+        };
+        let n = latzero_shm::fds::send_with_fds(stream, &out, descriptors);
+        assert_eq!(n.expect("the server takes what is sent"), out.len());
+    }
+
     /// Sends one message.
     pub fn send(&mut self, message: &Value) {
         let mut out = Vec::new();
@@ -220,7 +288,7 @@ impl Wire {
                 return Ok(Some((value, attachment)));
             }
             let mut buf = [0; 65536];
-            match self.stream.read(&mut buf) {
+            match self.stream.read(&mut buf, &mut self.descriptors) {
                 Ok(0) => return Ok(None),
                 Ok(n) => self.received.extend_from_slice(&buf[..n]),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),

@@ -43,16 +43,17 @@ fn run(vector: &Value, via: Via) {
         let wire = connections
             .entry(who.to_owned())
             .or_insert_with(|| server.connect(via));
+        let raw = step.get("raw_hex").map(bytes_of);
         if let Some(message) = step.get("send") {
-            wire.send(&fill(message, &bound));
+            match raw {
+                Some(raw) => wire.send_attachment(&fill(message, &bound), &raw),
+                None => wire.send(&fill(message, &bound)),
+            }
         } else if let Some(hex) = step.get("send_hex") {
-            let hex = hex.as_str().unwrap();
-            let bytes = (0..hex.len())
-                .step_by(2)
-                .map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap());
-            wire.send_bytes(&bytes.collect::<Vec<_>>());
+            wire.send_bytes(&bytes_of(hex));
         } else if let Some(expected) = step.get("receive") {
-            let got = wire.receive();
+            let (got, attachment) = wire.receive_whole();
+            assert_eq!(attachment, raw, "{name}, step {}: raw bytes", i + 1);
             assert!(
                 matches(expected, &got, &mut bound),
                 "{name}, step {}: {who} got\n{got}\nnot\n{expected}",
@@ -74,4 +75,12 @@ fn run(vector: &Value, via: Via) {
             panic!("{name}, step {}: not a step", i + 1);
         }
     }
+}
+
+fn bytes_of(hex: &Value) -> Vec<u8> {
+    let hex = hex.as_str().unwrap();
+    (0..hex.len())
+        .step_by(2)
+        .map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap())
+        .collect()
 }

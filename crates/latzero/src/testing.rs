@@ -39,6 +39,7 @@ pub struct Server {
     dir: PathBuf,
     tcp: String,
     socket: PathBuf,
+    args: Vec<String>,
 }
 
 /// Starts a server with a data directory and a port of its own. The program is the one that `LATZERO_BIN` names, else
@@ -86,6 +87,7 @@ fn start(program: &OsString, dir: &Path, args: &[&str]) -> Result<Server, StartE
             dir: dir.to_owned(),
             tcp,
             socket,
+            args: args.iter().map(|&arg| arg.to_owned()).collect(),
         }),
         Err(why) => {
             let _ = child.kill();
@@ -216,6 +218,20 @@ impl Server {
         self.child.id()
     }
 
+    /// Starts it again on its directory, with the arguments that it had. Its TCP port may be another.
+    ///
+    /// # Errors
+    /// As [`server`].
+    pub fn restart(&mut self) -> Result<(), StartError> {
+        self.kill();
+        let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
+        let mut fresh = start(&program(), &self.dir, &args)?;
+        std::mem::swap(self, &mut fresh);
+        // What is dropped is the one that was killed; the directory is still in use.
+        fresh.dir = PathBuf::new();
+        Ok(())
+    }
+
     /// Kills it at once, as a crash would.
     pub fn kill(&mut self) {
         // One that ended by itself is as dead.
@@ -238,7 +254,9 @@ fn escape(path: &str) -> String {
 impl Drop for Server {
     fn drop(&mut self) {
         self.kill();
-        let _ = std::fs::remove_dir_all(&self.dir);
+        if !self.dir.as_os_str().is_empty() {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
     }
 }
 

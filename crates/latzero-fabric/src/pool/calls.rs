@@ -6,7 +6,9 @@ use std::collections::{BTreeSet, BinaryHeap};
 use compact_str::CompactString;
 use hashbrown::HashTable;
 
-use super::{Handler, MemberKey};
+use latzero_protocol::memory::Access;
+
+use super::{BlockKey, Handler, MemberKey};
 use crate::slab::{Key, Slab};
 use crate::time::Time;
 
@@ -21,6 +23,8 @@ pub(super) struct Call {
     pub(super) deadline: Time,
     /// Items that the handler may still send, where the caller set a window.
     pub(super) credit: Option<u64>,
+    /// Blocks that its handler is attached to for as long as it lasts.
+    pub(super) blocks: Option<Box<[(BlockKey, Access)]>>,
 }
 
 pub(super) struct Calls {

@@ -192,6 +192,9 @@ fn gist(message: &Message) -> String {
                 field("app_id"),
                 field("trigger"),
                 field("count"),
+                field("block_id"),
+                field("version"),
+                field("reason"),
             ];
             let parts: Vec<String> = parts.into_iter().filter(|part| !part.is_empty()).collect();
             parts.join(" ")

@@ -205,12 +205,39 @@ settings! {
         registration_bytes_max: usize = "256 KiB", Kind::Bytes { min: KIB, max: GIB }, Restart;
         /// Size of the `meta` object of an app.
         meta_bytes_max: usize = "8 KiB", Kind::Bytes { min: 2, max: MIB }, Restart;
+        /// Largest memory block.
+        block_bytes_max: u64 = "1 GiB", Kind::Bytes { min: 4 * KIB, max: 1024 * GIB }, Restart;
+        /// Memory blocks of the server.
+        blocks_max: usize = "4096", Kind::Integer { min: 1, max: 1_000_000 }, Restart;
+        /// Bytes of all memory blocks together, their slots and headers included; 0 is a quarter of the
+        /// memory of the machine.
+        memory_bytes_max: u64 = "0", Kind::Bytes { min: 0, max: 1024 * GIB }, Restart;
+        /// The same for one pool; 0 is as much as for all.
+        memory_bytes_per_pool_max: u64 = "0", Kind::Bytes { min: 0, max: 1024 * GIB }, Restart;
+        /// The same for the blocks that one app made; 0 is as much as for all.
+        memory_bytes_per_app_max: u64 = "0", Kind::Bytes { min: 0, max: 1024 * GIB }, Restart;
+        /// Memory blocks that one app may be attached to, over all its instances.
+        attachments_per_app_max: usize = "256", Kind::Integer { min: 1, max: 1_000_000 }, Restart;
+        /// Memory blocks whose changes one app may subscribe to, over all its instances.
+        subscriptions_per_app_max: usize = "1024", Kind::Integer { min: 1, max: 1_000_000 }, Restart;
+        /// Requests that may wait for one memory block: for its lock, its making or its flush.
+        block_waiters_max: usize = "1024", Kind::Integer { min: 1, max: 1_000_000 }, Restart;
         /// Bytes read from one connection before the others get their turn.
         read_budget_bytes: usize = "256 KiB", Kind::Bytes { min: 4 * KIB, max: GIB }, Restart;
     }
 }
 
 impl Limits {
+    /// The bound on all memory blocks together, in bytes: the setting, or where that is 0 a quarter of
+    /// `memory_bytes`.
+    #[must_use]
+    pub fn block_bytes_total(&self, memory_bytes: u64) -> u64 {
+        match self.memory_bytes_max {
+            0 => memory_bytes / 4,
+            set => set,
+        }
+    }
+
     /// The bound on all outboxes together, in bytes: the setting, or where that is 0 the lesser of
     /// 256 MiB and 5 % of `memory_bytes`.
     #[must_use]

@@ -1,0 +1,355 @@
+//! What blocks of memory cost: counted by app and in all, before anything is allocated.
+
+use hashbrown::HashMap;
+use latzero_protocol::memory::{Access, Kind};
+use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
+
+use crate::limits::Limits;
+use crate::pool::BlockKey;
+
+/// Bytes before the first slot of a block: its header.
+pub const HEADER_BYTES: u64 = 4096;
+
+/// Slots begin at multiples of this many bytes.
+pub const PAGE_BYTES: u64 = 4096;
+
+/// How a block's bytes lie in its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Bytes of one version.
+    pub size: u64,
+    /// How many versions there is room for.
+    pub slots: u32,
+}
+
+impl Geometry {
+    /// From one slot's first byte to the next one's.
+    #[must_use]
+    pub fn stride(self) -> u64 {
+        self.size.div_ceil(PAGE_BYTES) * PAGE_BYTES
+    }
+
+    /// Bytes of the whole, the header included; `None` where they can't be counted.
+    #[must_use]
+    pub fn total(self) -> Option<u64> {
+        let stride = self.size.checked_next_multiple_of(PAGE_BYTES)?;
+        stride
+            .checked_mul(u64::from(self.slots))?
+            .checked_add(HEADER_BYTES)
+    }
+}
+
+/// The memory or file of one generation of a block, as the driver knows it. No two share a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StorageId(pub u64);
+
+/// A descriptor that travels with a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Of what.
+    pub storage: StorageId,
+    /// Whether its receiver may write through it.
+    pub access: Access,
+}
+
+/// A new version of a block, for somebody who wants to hear of it. A newer one takes its place while it waits.
+#[derive(Debug, Clone, Copy)]
+pub struct Change<'a> {
+    /// The same for the same block: the pool's number and the block's place.
+    pub topic: (u32, u32),
+    /// The pool.
+    pub pool: &'a PoolName,
+    /// The block.
+    pub block: &'a BlockId,
+    /// The version.
+    pub version: u64,
+    /// The generation.
+    pub generation: u64,
+}
+
+impl Change<'_> {
+    /// The event as JSON text.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        format!(
+            "{{\"action\":\"event\",\"event\":\"block_changed\",\"pool\":\"{}\",\"block_id\":\"{}\",\"version\":{},\"generation\":{}}}",
+            self.pool, self.block, self.version, self.generation
+        )
+    }
+}
+
+/// Storage to make.
+#[derive(Debug, Clone)]
+pub struct Making {
+    /// Its number.
+    pub storage: StorageId,
+    /// The pool, and the block in it.
+    pub pool: PoolName,
+    /// The block.
+    pub block: BlockId,
+    /// Memory or file.
+    pub kind: Kind,
+    /// Its sizes.
+    pub geometry: Geometry,
+    /// The block's generation.
+    pub generation: u64,
+    /// Where its first content comes from.
+    pub from: Option<StorageId>,
+    /// What a persistent block is known by after a restart, as JSON text.
+    pub record: Option<String>,
+}
+
+/// Something about a block that the driver does once the pool is free, in the order in which it was asked for.
+#[derive(Debug, Clone)]
+pub enum Job<P> {
+    /// Makes storage; [`crate::Pool::storage_made`] hears of it.
+    Make {
+        /// For this block.
+        key: BlockKey,
+        /// What to make.
+        making: Making,
+        /// Nothing is made where the process behind this connection has ended: then nobody writes any more.
+        unless_dead: Option<P>,
+    },
+    /// Gives storage up: nobody is served from it any more, and its file goes.
+    Drop {
+        /// Which.
+        storage: StorageId,
+        /// Whether a newer generation took its place.
+        is_superseded: bool,
+    },
+    /// Writes the fence of the block's lock where writers look.
+    Lease {
+        /// In which.
+        storage: StorageId,
+        /// The fence.
+        fence: u64,
+    },
+    /// Has everything written so far reach the disk; [`crate::Pool::flushed`] hears of it.
+    Flush {
+        /// For this block.
+        key: BlockKey,
+        /// Which.
+        storage: StorageId,
+        /// Whose request it is.
+        ticket: u64,
+    },
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Use {
+    bytes: u64,
+    attachments: usize,
+    subscriptions: usize,
+}
+
+impl Use {
+    fn is_nothing(&self) -> bool {
+        self.bytes == 0 && self.attachments == 0 && self.subscriptions == 0
+    }
+}
+
+/// What an app has of something that is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    /// Blocks that it is attached to.
+    Attachment,
+    /// Blocks whose changes it is told.
+    Subscription,
+}
+
+/// The server's count of what blocks use.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    bytes: u64,
+    blocks: usize,
+    apps: HashMap<AppId, Use>,
+    storages: u64,
+}
+
+impl Ledger {
+    /// Bytes of all blocks.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// How many blocks there are.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// A number for new storage.
+    pub fn next_storage(&mut self) -> StorageId {
+        self.storages += 1;
+        StorageId(self.storages)
+    }
+
+    /// Counts a new block in.
+    ///
+    /// # Errors
+    /// `quota`: too many blocks, or as [`Ledger::reserve`].
+    pub fn begin_block(&mut self, app: &AppId, bytes: u64, limits: &Limits) -> Result<(), Refusal> {
+        if self.blocks >= limits.blocks_max {
+            let message = format!(
+                "there are {} blocks (limits.blocks_max); remove what is not needed",
+                limits.blocks_max
+            );
+            return Err(Refusal::new(Code::Quota, message));
+        }
+        self.reserve(app, bytes, limits)?;
+        self.blocks += 1;
+        Ok(())
+    }
+
+    /// Counts a block out.
+    pub fn end_block(&mut self, app: &AppId, bytes: u64) {
+        self.blocks -= 1;
+        self.release(app, bytes);
+    }
+
+    /// Counts bytes in, for the app that they are made for.
+    ///
+    /// # Errors
+    /// `quota`, with what is needed and what is free; nothing is counted then.
+    pub fn reserve(&mut self, app: &AppId, bytes: u64, limits: &Limits) -> Result<(), Refusal> {
+        check_room(
+            "all blocks of this server",
+            "memory_bytes_max",
+            (self.bytes, bytes, limits.memory_bytes_max),
+        )?;
+        let used = self.apps.get(app).map_or(0, |used| used.bytes);
+        check_room(
+            &format!("blocks of app '{app}'"),
+            "memory_bytes_per_app_max",
+            (used, bytes, limits.memory_bytes_per_app_max),
+        )?;
+        self.bytes += bytes;
+        self.apps.entry(app.clone()).or_default().bytes += bytes;
+        Ok(())
+    }
+
+    /// Counts bytes out.
+    pub fn release(&mut self, app: &AppId, bytes: u64) {
+        self.bytes -= bytes;
+        self.change(app, |used| used.bytes -= bytes);
+    }
+
+    /// Counts something of an app's in.
+    ///
+    /// # Errors
+    /// `quota`; nothing is counted then.
+    pub fn begin(&mut self, what: Counted, app: &AppId, limits: &Limits) -> Result<(), Refusal> {
+        let used = self.apps.entry(app.clone()).or_default();
+        let (count, max, name, limit) = match what {
+            Counted::Attachment => (
+                &mut used.attachments,
+                limits.attachments_per_app_max,
+                "is attached to",
+                "attachments_per_app_max",
+            ),
+            Counted::Subscription => (
+                &mut used.subscriptions,
+                limits.subscriptions_per_app_max,
+                "has subscribed to",
+                "subscriptions_per_app_max",
+            ),
+        };
+        if *count >= max {
+            return Err(Refusal::new(
+                Code::Quota,
+                format!("app '{app}' {name} {max} blocks already (limits.{limit})"),
+            ));
+        }
+        *count += 1;
+        Ok(())
+    }
+
+    /// Counts something of an app's out.
+    pub fn end(&mut self, what: Counted, app: &AppId) {
+        self.change(app, |used| match what {
+            Counted::Attachment => used.attachments -= 1,
+            Counted::Subscription => used.subscriptions -= 1,
+        });
+    }
+
+    fn change(&mut self, app: &AppId, change: impl FnOnce(&mut Use)) {
+        if let Some(used) = self.apps.get_mut(app) {
+            change(used);
+            if used.is_nothing() {
+                self.apps.remove(app);
+            }
+        }
+    }
+
+    /// Whether nothing is counted; for tests.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0 && self.blocks == 0 && self.apps.values().all(Use::is_nothing)
+    }
+}
+
+/// Whether `needed` bytes more stay within a bound.
+pub(crate) fn check_room(
+    whose: &str,
+    limit: &str,
+    (used, needed, max): (u64, u64, u64),
+) -> Result<(), Refusal> {
+    let free = max.saturating_sub(used);
+    if needed <= free {
+        return Ok(());
+    }
+    let message = format!(
+        "{needed} bytes are needed and {free} of {max} are free for {whose} (limits.{limit}); \
+         remove blocks that are not needed, or raise the limit"
+    );
+    Err(Refusal::new(Code::Quota, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn app(name: &str) -> AppId {
+        AppId::new(name).unwrap()
+    }
+
+    #[test]
+    fn what_is_asked_for_must_fit_everywhere() {
+        let limits = Limits {
+            memory_bytes_max: 100,
+            memory_bytes_per_app_max: 60,
+            blocks_max: 2,
+            ..Limits::default()
+        };
+        let mut ledger = Ledger::default();
+        let refused = |result: Result<(), Refusal>| result.unwrap_err().message.into_owned();
+        ledger.begin_block(&app("a"), 60, &limits).unwrap();
+        let message = refused(ledger.reserve(&app("a"), 1, &limits));
+        assert!(
+            message.starts_with("1 bytes are needed and 0 of 60 are free for blocks of app 'a'"),
+            "{message}"
+        );
+        let message = refused(ledger.begin_block(&app("b"), 50, &limits));
+        assert!(
+            message.starts_with("50 bytes are needed and 40 of 100 are free for all blocks"),
+            "{message}"
+        );
+        ledger.begin_block(&app("b"), 40, &limits).unwrap();
+        let message = refused(ledger.begin_block(&app("c"), 0, &limits));
+        assert!(message.contains("limits.blocks_max"), "{message}");
+        ledger.end_block(&app("b"), 40);
+        ledger.end_block(&app("a"), 60);
+        assert!(ledger.is_empty());
+    }
+
+    #[test]
+    fn sizes() {
+        let g = |size, slots| Geometry { size, slots };
+        assert_eq!(g(1, 2).total(), Some(3 * 4096));
+        assert_eq!(g(4096, 1).total(), Some(2 * 4096));
+        assert_eq!(g(u64::MAX, 1).total(), None);
+        assert_eq!(g(u64::MAX / 2, 4).total(), None);
+    }
+}

@@ -1,0 +1,1829 @@
+//! The memory blocks of a pool: what there is, who is attached, who holds the lock, who wants to hear of changes.
+//!
+//! The pool decides about blocks; their bytes are the driver's. What takes long (making, growing, flushing) is a
+//! [`Job`] for the driver, whose end comes back as an input; a request that waits for it is answered then. Reading and
+//! writing through the server is asked of the pool first, done by the driver outside of it, and told to it afterwards.
+
+use hashbrown::HashMap;
+use latzero_protocol::encode;
+use latzero_protocol::memory::{
+    Access, BlockUse, Create, Kind, Layout, Lifetime, LockMode, Permissions,
+};
+use latzero_protocol::message::{Event, Page};
+use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
+use serde_json::{Value, json};
+
+use super::lock::{Claim, Expired, Grant, Holder, Lock};
+use super::{Member, MemberKey, Pool, not_member, place};
+use crate::effects::{Class, Effects};
+use crate::memory::{
+    Change, Counted, Descriptor, Geometry, HEADER_BYTES, Job, Making, StorageId, check_room,
+};
+use crate::slab::{Key, Slab};
+use crate::time::Time;
+
+/// A block's place in its pool.
+pub type BlockKey = Key<Place>;
+
+/// Marks keys of blocks, whatever their pool's connections are.
+#[derive(Debug)]
+pub enum Place {}
+
+/// Attachments that a block's description shows one by one.
+const ATTACHMENTS_SHOWN_MAX: usize = 100;
+
+/// One instance that takes part in a block.
+#[derive(Debug)]
+struct Attachment {
+    member: MemberKey,
+    /// By its own wish.
+    own: Option<Access>,
+    /// For calls that name the block: how many, and the most that any of them allows.
+    calls: u32,
+    call_access: Access,
+}
+
+impl Attachment {
+    fn access(&self) -> Access {
+        match self.own {
+            Some(own) if self.calls > 0 => own.max(self.call_access),
+            Some(own) => own,
+            None => self.call_access,
+        }
+    }
+}
+
+/// Whoever waits for a block to be there.
+#[derive(Debug)]
+struct Waiting {
+    member: MemberKey,
+    id: Option<Box<str>>,
+    /// How it wants to be attached.
+    attach: Option<Access>,
+}
+
+/// Whoever waits for a flush.
+#[derive(Debug)]
+struct Flushing {
+    ticket: u64,
+    member: MemberKey,
+    id: Option<Box<str>>,
+}
+
+/// What is going on with a block's storage.
+#[derive(Debug)]
+enum Phase {
+    /// It is being made for the first time.
+    New,
+    /// It can be used.
+    Live,
+    /// A new generation is being made, while the old one serves on.
+    Moving {
+        to: StorageId,
+        geometry: Geometry,
+        reason: &'static str,
+    },
+}
+
+#[derive(Debug)]
+struct Block {
+    id: BlockId,
+    storage: StorageId,
+    kind: Kind,
+    geometry: Geometry,
+    layout: Option<Layout>,
+    permissions: Permissions,
+    owner: AppId,
+    lifetime: Lifetime,
+    generation: u64,
+    created: Time,
+    phase: Phase,
+    attachments: Vec<Attachment>,
+    subscribers: Vec<MemberKey>,
+    lock: Lock,
+    waiting: Vec<Waiting>,
+    flushing: Vec<Flushing>,
+}
+
+impl Block {
+    fn total(&self) -> u64 {
+        self.geometry.total().expect("checked when it was made")
+    }
+
+    fn attachment(&self, member: MemberKey) -> Option<&Attachment> {
+        self.attachments.iter().find(|a| a.member == member)
+    }
+
+    /// What a member may do, by name or by being attached.
+    fn allows(&self, app: &AppId, member: MemberKey) -> Option<Access> {
+        let by_name = if *app == self.owner || self.permissions.write.contain(app) {
+            Some(Access::Write)
+        } else {
+            self.permissions.read.contain(app).then_some(Access::Read)
+        };
+        by_name.max(self.attachment(member).map(Attachment::access))
+    }
+
+    fn consistency(&self) -> &'static str {
+        if self.geometry.slots == 1 {
+            "raw"
+        } else {
+            "snapshot"
+        }
+    }
+
+    fn description(&self, pool: &str, version: u64) -> Value {
+        let mut description = json!({
+            "block_id": self.id, "pool": pool, "size": self.geometry.size, "kind": self.kind.as_str(),
+            "consistency": self.consistency(), "version": version, "generation": self.generation, "header": 1,
+            "slots": self.geometry.slots, "slot_offset": HEADER_BYTES, "slot_stride": self.geometry.stride(),
+            "owner": self.owner, "lifetime": self.lifetime.as_str(), "fence": self.lock.fence(),
+        });
+        if let Some(layout) = &self.layout {
+            description["layout"] =
+                serde_json::from_str(&layout.to_json()).expect("a layout writes JSON");
+        }
+        description
+    }
+}
+
+/// The blocks of one pool.
+#[derive(Default)]
+pub(super) struct Blocks {
+    blocks: Slab<Block>,
+    by_id: HashMap<BlockId, BlockKey>,
+    bytes: u64,
+    tickets: u64,
+}
+
+impl Blocks {
+    pub(super) fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn at(&self, key: BlockKey) -> Option<&Block> {
+        self.blocks.at(stored(key))
+    }
+
+    fn at_mut(&mut self, key: BlockKey) -> Option<&mut Block> {
+        self.blocks.at_mut(stored(key))
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Time> {
+        // Few blocks have waiters or leases, and few pools have many blocks.
+        self.blocks
+            .iter()
+            .filter_map(|(_, block)| block.lock.next_deadline())
+            .min()
+    }
+}
+
+fn stored(key: BlockKey) -> Key<Block> {
+    Key::new(key.slot, key.generation)
+}
+
+fn shown(key: Key<Block>) -> BlockKey {
+    Key::new(key.slot, key.generation)
+}
+
+/// Where a block's bytes are to be read, as [`Pool::read_block`] allows it.
+#[derive(Debug, Clone, Copy)]
+pub struct ReadPlan {
+    /// In which storage.
+    pub storage: StorageId,
+    /// The block's size in bytes.
+    pub size: u64,
+    /// The block's generation.
+    pub generation: u64,
+}
+
+/// Where bytes are to be written, as [`Pool::begin_write`] allows it. [`Pool::end_write`] must follow.
+#[derive(Debug, Clone, Copy)]
+#[must_use]
+pub struct WritePlan {
+    /// The block.
+    pub key: BlockKey,
+    /// In which storage.
+    pub storage: StorageId,
+}
+
+/// What became of a request: its reply's JSON text, or nothing where the reply was sent or comes later.
+pub type Replied = Option<String>;
+
+/// Who asks for something, and the id under which it wants the answer.
+#[derive(Debug, Clone, Copy)]
+pub struct Asking<'a> {
+    /// The member.
+    pub member: MemberKey,
+    /// The request's id.
+    pub id: Option<&'a str>,
+}
+
+impl Asking<'_> {
+    fn id(&self) -> Option<Box<str>> {
+        self.id.map(Into::into)
+    }
+}
+
+impl<P: Clone> Pool<P> {
+    fn asker(&self, member: MemberKey) -> Result<&Member<P>, Refusal> {
+        self.members
+            .at(place(member))
+            .ok_or_else(|| not_member(&self.name))
+    }
+
+    /// A block that is there.
+    fn block(&self, id: &BlockId) -> Result<(BlockKey, &Block), Refusal> {
+        let found = self
+            .blocks
+            .by_id
+            .get(id)
+            .and_then(|&key| Some((key, self.blocks.at(key)?)));
+        match found {
+            Some((key, block)) if !matches!(block.phase, Phase::New) => Ok((key, block)),
+            _ => Err(no_block(id, self.name.as_str())),
+        }
+    }
+
+    /// A block that `member` may use so.
+    fn allowed(
+        &self,
+        member: MemberKey,
+        id: &BlockId,
+        access: Access,
+    ) -> Result<(BlockKey, &Block), Refusal> {
+        let asker = self.asker(member)?;
+        let (key, block) = self.block(id)?;
+        if block.allows(&asker.app, member) >= Some(access) {
+            return Ok((key, block));
+        }
+        let message = format!(
+            "app '{}' may not {} block '{id}' of pool '{}'; its owner is '{}'",
+            asker.app,
+            access.as_str(),
+            self.name,
+            block.owner
+        );
+        Err(Refusal::new(Code::Forbidden, message))
+    }
+
+    /// Makes a block, or attaches the one that is there. The reply comes when it can be used.
+    ///
+    /// # Errors
+    /// `block_exists`, `quota`, `too_large`, `layout_mismatch`, `forbidden`.
+    pub fn create_block<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        asking: Asking<'_>,
+        create: &Create,
+        unix_ms: u64,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let app = self.asker(asking.member)?.app.clone();
+        if let Some(&key) = self.blocks.by_id.get(&create.block) {
+            if !create.or_attach {
+                let message = format!(
+                    "block '{}' exists in pool '{}'; attach it, or create it with \"if_exists\":\"attach\"",
+                    create.block, self.name
+                );
+                return Err(Refusal::new(Code::BlockExists, message));
+            }
+            let block = self.blocks.at_mut(key).expect("its name leads to it");
+            check_layout(block, create.layout.as_ref())?;
+            if block.geometry.size < create.size {
+                let message = format!(
+                    "block '{}' exists with {} bytes, fewer than the {} asked for; resize it",
+                    create.block, block.geometry.size, create.size
+                );
+                return Err(Refusal::new(Code::BlockExists, message));
+            }
+            if matches!(block.phase, Phase::New) {
+                if block.waiting.len() >= self.limits.block_waiters_max {
+                    return Err(too_many_wait(&create.block, self.limits.block_waiters_max));
+                }
+                block.waiting.push(Waiting {
+                    member: asking.member,
+                    id: asking.id(),
+                    attach: create.attach,
+                });
+                self.involve(asking.member, key);
+                return Ok(None);
+            }
+            let Some(access) = create.attach else {
+                return Ok(Some(self.describe(key, None, fx).to_string()));
+            };
+            return self.attach_block(asking, &create.block, access, create.layout.as_ref(), fx);
+        }
+        if create.lifetime == Lifetime::Attached && create.attach.is_none() {
+            let message =
+                "a block with \"lifetime\":\"attached\" goes at once unless its maker attaches it";
+            return Err(Refusal::new(Code::BadMessage, message));
+        }
+        let geometry = Geometry {
+            size: create.size,
+            slots: create.slots,
+        };
+        let total = self.check_size(geometry)?;
+        check_room(
+            &format!("blocks of pool '{}'", self.name),
+            "memory_bytes_per_pool_max",
+            (
+                self.blocks.bytes,
+                total,
+                self.limits.memory_bytes_per_pool_max,
+            ),
+        )?;
+        let limits = &self.limits;
+        let storage = fx.with_ledger(|ledger| {
+            ledger.begin_block(&app, total, limits)?;
+            Ok::<_, Refusal>(ledger.next_storage())
+        })?;
+        fx.count_blocks(&self.name, self.number, 1);
+        self.blocks.bytes += total;
+        let block = Block {
+            id: create.block.clone(),
+            storage,
+            kind: create.kind,
+            geometry,
+            layout: create.layout.clone(),
+            permissions: create.permissions.clone(),
+            owner: app,
+            lifetime: create.lifetime,
+            generation: 1,
+            created: now,
+            phase: Phase::New,
+            attachments: Vec::new(),
+            subscribers: Vec::new(),
+            lock: Lock::default(),
+            waiting: vec![Waiting {
+                member: asking.member,
+                id: asking.id(),
+                attach: create.attach,
+            }],
+            flushing: Vec::new(),
+        };
+        let making = Making {
+            storage,
+            pool: self.name.clone(),
+            block: block.id.clone(),
+            kind: block.kind,
+            geometry,
+            generation: 1,
+            from: None,
+            record: record(&self.name, &block, unix_ms),
+        };
+        let key = shown(self.blocks.blocks.insert(block));
+        self.blocks.by_id.insert(create.block.clone(), key);
+        self.involve(asking.member, key);
+        fx.block_job(Job::Make {
+            key,
+            making,
+            unless_dead: None,
+        });
+        Ok(None)
+    }
+
+    /// Takes in a persistent block that was there before the server was.
+    ///
+    /// # Errors
+    /// Where its record makes no sense, its name is taken, or there is no room for it.
+    pub fn adopt_block<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        found: &Found<'_>,
+        fx: &mut E,
+    ) -> Result<StorageId, Refusal> {
+        let block = found.read(now)?;
+        if self.blocks.by_id.contains_key(&block.id) {
+            let message = format!("block '{}' stands twice in pool '{}'", block.id, self.name);
+            return Err(Refusal::new(Code::BlockExists, message));
+        }
+        let total = self.check_size(block.geometry)?;
+        let limits = &self.limits;
+        let storage = fx.with_ledger(|ledger| {
+            ledger.begin_block(&block.owner, total, limits)?;
+            Ok::<_, Refusal>(ledger.next_storage())
+        })?;
+        fx.count_blocks(&self.name, self.number, 1);
+        self.blocks.bytes += total;
+        let id = block.id.clone();
+        let key = self.blocks.blocks.insert(Block { storage, ..block });
+        self.blocks.by_id.insert(id, shown(key));
+        Ok(storage)
+    }
+
+    fn check_size(&self, geometry: Geometry) -> Result<u64, Refusal> {
+        let total = geometry.total();
+        match total {
+            Some(total) if geometry.size <= self.limits.block_bytes_max => Ok(total),
+            _ => Err(Refusal::new(
+                Code::TooLarge,
+                format!(
+                    "a block has at most {} bytes (limits.block_bytes_max), {} were asked for",
+                    self.limits.block_bytes_max, geometry.size
+                ),
+            )),
+        }
+    }
+
+    /// Storage that was asked for is there, or can't be had; `None` where none was needed in the end.
+    pub fn storage_made<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        key: BlockKey,
+        made: Result<Option<StorageId>, Refusal>,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at_mut(key) else {
+            // Removed meanwhile.
+            if let Ok(Some(storage)) = made {
+                fx.block_job(Job::Drop {
+                    storage,
+                    is_superseded: false,
+                });
+            }
+            return;
+        };
+        let phase = std::mem::replace(&mut block.phase, Phase::Live);
+        let waiting = std::mem::take(&mut block.waiting);
+        match (phase, made) {
+            (Phase::Live, _) => unreachable!("storage is made for who waits for it"),
+            (Phase::New, Ok(_)) => {
+                let told = self.block_event_json("block_created", key, "");
+                self.tell(Event::BlockCreated, &told, None, fx);
+                for one in waiting {
+                    let result = match one.attach {
+                        None => Ok(Some(self.describe(key, None, fx).to_string())),
+                        Some(access) => {
+                            let asking = Asking {
+                                member: one.member,
+                                id: one.id.as_deref(),
+                            };
+                            let id = self.blocks.at(key).map(|block| block.id.clone());
+                            match id {
+                                Some(id) => self.attach_block(asking, &id, access, None, fx),
+                                None => Ok(None),
+                            }
+                        }
+                    };
+                    self.answer(one.member, one.id.as_deref(), result, fx);
+                }
+                self.end_if_unused(key, fx);
+            }
+            (Phase::New, Err(refusal)) => {
+                for one in waiting {
+                    self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), fx);
+                }
+                self.forget_block(key, fx);
+            }
+            (
+                Phase::Moving {
+                    to,
+                    geometry,
+                    reason,
+                },
+                made,
+            ) => {
+                block.lock.end_server();
+                let (owner, was, will) = (
+                    block.owner.clone(),
+                    block.total(),
+                    geometry.total().expect("checked when it was asked for"),
+                );
+                match made {
+                    Ok(Some(_)) => {
+                        let old = std::mem::replace(&mut block.storage, to);
+                        block.geometry = geometry;
+                        block.generation += 1;
+                        self.blocks.bytes -= was;
+                        fx.with_ledger(|ledger| ledger.release(&owner, was));
+                        fx.block_job(Job::Drop {
+                            storage: old,
+                            is_superseded: true,
+                        });
+                        let more = format!(",\"reason\":\"{reason}\"");
+                        let told = self.block_event_json("block_moved", key, &more);
+                        self.tell_attached(key, &told, fx);
+                        for one in waiting {
+                            let access = self
+                                .blocks
+                                .at(key)
+                                .and_then(|b| b.attachment(one.member))
+                                .map(Attachment::access);
+                            self.answer_description(key, one.member, one.id.as_deref(), access, fx);
+                        }
+                        self.write_fence(key, fx);
+                        let version = self.version_of(key, fx);
+                        self.tell_change(key, version, fx);
+                    }
+                    other => {
+                        self.blocks.bytes -= will;
+                        fx.with_ledger(|ledger| ledger.release(&owner, will));
+                        let refusal = other.err().unwrap_or_else(|| {
+                            Refusal::new(Code::Storage, "no new generation was needed after all")
+                        });
+                        for one in waiting {
+                            self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), fx);
+                        }
+                    }
+                }
+                self.grant_waiting(now, key, fx);
+                self.end_if_unused(key, fx);
+            }
+        }
+    }
+
+    /// Attaches a member.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `layout_mismatch`, `quota`.
+    pub fn attach_block<E: Effects<Peer = P>>(
+        &mut self,
+        asking: Asking<'_>,
+        id: &BlockId,
+        access: Access,
+        layout: Option<&Layout>,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        if let Some(key) = self.blocks.by_id.get(id).copied()
+            && let Some(block) = self.blocks.at_mut(key)
+            && matches!(block.phase, Phase::New)
+        {
+            // Whoever asks right after the maker did gets it when it is there.
+            check_layout(block, layout)?;
+            if block.waiting.len() >= self.limits.block_waiters_max {
+                return Err(too_many_wait(id, self.limits.block_waiters_max));
+            }
+            block.waiting.push(Waiting {
+                member: asking.member,
+                id: asking.id(),
+                attach: Some(access),
+            });
+            self.involve(asking.member, key);
+            return Ok(None);
+        }
+        let (key, block) = self.allowed(asking.member, id, access)?;
+        check_layout(block, layout)?;
+        if block
+            .attachment(asking.member)
+            .is_none_or(|a| a.own.is_none())
+        {
+            let app = self.asker(asking.member)?.app.clone();
+            let limits = &self.limits;
+            fx.with_ledger(|ledger| ledger.begin(Counted::Attachment, &app, limits))?;
+        }
+        let block = self.blocks.at_mut(key).expect("just found");
+        match block
+            .attachments
+            .iter_mut()
+            .find(|a| a.member == asking.member)
+        {
+            Some(attachment) => attachment.own = attachment.own.max(Some(access)),
+            None => block.attachments.push(Attachment {
+                member: asking.member,
+                own: Some(access),
+                calls: 0,
+                call_access: Access::Read,
+            }),
+        }
+        self.involve(asking.member, key);
+        self.answer_description(key, asking.member, asking.id, Some(access), fx);
+        Ok(None)
+    }
+
+    /// Detaches a member; what it was attached to for a call stays until the call's end.
+    ///
+    /// # Errors
+    /// `no_block`, `not_member`.
+    pub fn detach_block<E: Effects<Peer = P>>(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let app = self.asker(member)?.app.clone();
+        let (key, _) = self.block(id)?;
+        let block = self.blocks.at_mut(key).expect("just found");
+        let attachment = block.attachments.iter_mut().find(|a| a.member == member);
+        if attachment.is_some_and(|a| a.own.take().is_some()) {
+            fx.with_ledger(|ledger| ledger.end(Counted::Attachment, &app));
+        }
+        self.drop_unused_attachment(key, member, fx);
+        Ok(Some("{}".into()))
+    }
+
+    /// Where a member may read a block.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`.
+    pub fn read_block(&self, member: MemberKey, id: &BlockId) -> Result<ReadPlan, Refusal> {
+        let (_, block) = self.allowed(member, id, Access::Read)?;
+        Ok(ReadPlan {
+            storage: block.storage,
+            size: block.geometry.size,
+            generation: block.generation,
+        })
+    }
+
+    /// Where a member may write a block through the server. Until [`Pool::end_write`] nobody else gets its lock.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `locked`, `lock_lost`.
+    pub fn begin_write(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        lock: Option<u64>,
+    ) -> Result<WritePlan, Refusal> {
+        let (key, block) = self.allowed(member, id, Access::Write)?;
+        let exclusive = block.lock.exclusive();
+        if let Some(fence) = lock
+            && !exclusive.is_some_and(|held| held.member == member && held.fence == fence)
+        {
+            return Err(lock_lost(id, fence));
+        }
+        if let Some(held) = exclusive.filter(|held| held.member != member) {
+            return Err(self.locked(id, held));
+        }
+        if matches!(block.phase, Phase::Moving { .. }) {
+            return Err(Refusal::new(
+                Code::Locked,
+                format!("block '{id}' is moving to a new generation; repeat in a moment"),
+            ));
+        }
+        let storage = block.storage;
+        self.blocks
+            .at_mut(key)
+            .expect("just found")
+            .lock
+            .begin_server();
+        Ok(WritePlan { key, storage })
+    }
+
+    /// A write through the server is over; `version` is the block's new one, where it has one.
+    pub fn end_write<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        plan: WritePlan,
+        version: Option<u64>,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at_mut(plan.key) else {
+            return;
+        };
+        block.lock.end_server();
+        if let Some(version) = version {
+            self.tell_change(plan.key, version, fx);
+        }
+        self.grant_waiting(now, plan.key, fx);
+    }
+
+    /// Asks for a block's lock; the reply may come later.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `locked`, `overloaded`.
+    pub fn lock_block<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        asking: Asking<'_>,
+        id: &BlockId,
+        want: LockWish,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let access = match want.mode {
+            LockMode::Exclusive => Access::Write,
+            LockMode::Shared => Access::Read,
+        };
+        let (key, block) = self.allowed(asking.member, id, access)?;
+        let until = (want.wait_ms > 0).then(|| now.after_ms(want.wait_ms));
+        if until.is_some() && block.lock.waiting() >= self.limits.block_waiters_max {
+            return Err(too_many_wait(id, self.limits.block_waiters_max));
+        }
+        let claim = Claim {
+            member: asking.member,
+            id: asking.id(),
+            mode: want.mode,
+            lease_ms: want.lease_ms,
+        };
+        let block = self.blocks.at_mut(key).expect("just found");
+        match block.lock.claim(now, claim, until) {
+            Ok(None) => {
+                self.involve(asking.member, key);
+                Ok(None)
+            }
+            Ok(Some(grant)) => {
+                self.involve(asking.member, key);
+                self.granted(key, &grant, fx);
+                Ok(Some(grant_json(&grant)))
+            }
+            Err(_) => {
+                let block = self.blocks.at(key).expect("just found");
+                Err(match block.lock.holders().first() {
+                    Some(held) => self.locked(id, held),
+                    None => Refusal::new(
+                        Code::Locked,
+                        format!("block '{id}' is being written or moved; wait for its lock"),
+                    ),
+                })
+            }
+        }
+    }
+
+    /// Gives a block's lock back.
+    ///
+    /// # Errors
+    /// `no_block`, `lock_lost`.
+    pub fn unlock_block<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        member: MemberKey,
+        id: &BlockId,
+        fence: u64,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, _) = self.block(id)?;
+        let block = self.blocks.at_mut(key).expect("just found");
+        let Some(held) = block.lock.release(member, fence) else {
+            return Err(lock_lost(id, fence));
+        };
+        self.note_fence(key, &held, fx);
+        self.grant_waiting(now, key, fx);
+        Ok(Some("{}".into()))
+    }
+
+    /// Begins the lease of a block's lock anew.
+    ///
+    /// # Errors
+    /// `no_block`, `lock_lost`.
+    pub fn renew_lock(
+        &mut self,
+        now: Time,
+        member: MemberKey,
+        id: &BlockId,
+        fence: u64,
+        lease_ms: Option<u64>,
+    ) -> Result<Replied, Refusal> {
+        let (key, _) = self.block(id)?;
+        let block = self.blocks.at_mut(key).expect("just found");
+        if block.lock.renew(now, member, fence, lease_ms) {
+            Ok(Some("{}".into()))
+        } else {
+            Err(lock_lost(id, fence))
+        }
+    }
+
+    /// Tells a member of each new version from now on.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `quota`.
+    pub fn subscribe_block<E: Effects<Peer = P>>(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, block) = self.allowed(member, id, Access::Read)?;
+        if !block.subscribers.contains(&member) {
+            let app = self.asker(member)?.app.clone();
+            let limits = &self.limits;
+            fx.with_ledger(|ledger| ledger.begin(Counted::Subscription, &app, limits))?;
+            let block = self.blocks.at_mut(key).expect("just found");
+            block.subscribers.push(member);
+            self.involve(member, key);
+        }
+        let version = self.version_of(key, fx);
+        let generation = self.blocks.at(key).map_or(0, |b| b.generation);
+        Ok(Some(format!(
+            "{{\"version\":{version},\"generation\":{generation}}}"
+        )))
+    }
+
+    /// Tells a member no more of them.
+    ///
+    /// # Errors
+    /// `no_block`, `not_member`.
+    pub fn unsubscribe_block<E: Effects<Peer = P>>(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let app = self.asker(member)?.app.clone();
+        let (key, _) = self.block(id)?;
+        let block = self.blocks.at_mut(key).expect("just found");
+        let before = block.subscribers.len();
+        block.subscribers.retain(|m| *m != member);
+        if block.subscribers.len() < before {
+            fx.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
+        }
+        Ok(Some("{}".into()))
+    }
+
+    /// A member has written through its mapping.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`.
+    pub fn notify_block<E: Effects<Peer = P>>(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        version: u64,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, block) = self.allowed(member, id, Access::Write)?;
+        fx.version_noted(block.storage, version);
+        self.tell_change(key, version, fx);
+        Ok(Some("{}".into()))
+    }
+
+    /// Makes a new generation of another size; the reply comes when it is there.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `locked`, `quota`, `too_large`, `layout_mismatch`.
+    pub fn resize_block<E: Effects<Peer = P>>(
+        &mut self,
+        asking: Asking<'_>,
+        id: &BlockId,
+        size: u64,
+        unix_ms: u64,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, block) = self.allowed(asking.member, id, Access::Write)?;
+        if let Some(held) = block
+            .lock
+            .holders()
+            .iter()
+            .find(|h| h.member != asking.member)
+        {
+            return Err(self.locked(id, held));
+        }
+        if matches!(block.phase, Phase::Moving { .. }) || block.lock.is_held_by_server() {
+            return Err(Refusal::new(
+                Code::Locked,
+                format!("block '{id}' is being written or moved; repeat in a moment"),
+            ));
+        }
+        if size == 0 {
+            return Err(Refusal::new(
+                Code::BadMessage,
+                "field 'size' must be a whole number of bytes, at least 1",
+            ));
+        }
+        if let Some(needed) = block.layout.as_ref().and_then(Layout::bytes)
+            && needed > size
+        {
+            return Err(Refusal::new(
+                Code::LayoutMismatch,
+                format!("the block's layout needs {needed} bytes, more than {size}"),
+            ));
+        }
+        let geometry = Geometry {
+            size,
+            slots: block.geometry.slots,
+        };
+        self.begin_move(key, geometry, "resized", None, unix_ms, fx)?;
+        self.involve(asking.member, key);
+        let block = self.blocks.at_mut(key).expect("just found");
+        block.waiting.push(Waiting {
+            member: asking.member,
+            id: asking.id(),
+            attach: None,
+        });
+        Ok(None)
+    }
+
+    fn begin_move<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        geometry: Geometry,
+        reason: &'static str,
+        unless_dead: Option<P>,
+        unix_ms: u64,
+        fx: &mut E,
+    ) -> Result<(), Refusal> {
+        let total = self.check_size(geometry)?;
+        // Both generations are there until the new one has the old one's content.
+        check_room(
+            &format!("blocks of pool '{}'", self.name),
+            "memory_bytes_per_pool_max",
+            (
+                self.blocks.bytes,
+                total,
+                self.limits.memory_bytes_per_pool_max,
+            ),
+        )?;
+        let limits = &self.limits;
+        let block = self.blocks.at_mut(key).expect("its caller found it");
+        let to = fx.with_ledger(|ledger| {
+            ledger.reserve(&block.owner, total, limits)?;
+            Ok::<_, Refusal>(ledger.next_storage())
+        })?;
+        block.lock.begin_server();
+        block.phase = Phase::Moving {
+            to,
+            geometry,
+            reason,
+        };
+        let mut record = record(&self.name, block, unix_ms);
+        if let Some(text) = &mut record {
+            // The record of the generation to come.
+            let mut next: Value = serde_json::from_str(text).expect("a record is JSON");
+            next["size"] = geometry.size.into();
+            next["generation"] = (block.generation + 1).into();
+            *text = next.to_string();
+        }
+        let making = Making {
+            storage: to,
+            pool: self.name.clone(),
+            block: block.id.clone(),
+            kind: block.kind,
+            geometry,
+            generation: block.generation + 1,
+            from: Some(block.storage),
+            record,
+        };
+        self.blocks.bytes += total;
+        fx.block_job(Job::Make {
+            key,
+            making,
+            unless_dead,
+        });
+        Ok(())
+    }
+
+    /// Has a block reach the disk; the reply comes when it is there.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `bad_message` where the block is no file, `overloaded`.
+    pub fn flush_block<E: Effects<Peer = P>>(
+        &mut self,
+        asking: Asking<'_>,
+        id: &BlockId,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, block) = self.allowed(asking.member, id, Access::Read)?;
+        if block.kind != Kind::Persistent {
+            let message =
+                format!("block '{id}' is memory; only persistent blocks have a disk to be on");
+            return Err(Refusal::new(Code::BadMessage, message));
+        }
+        if block.flushing.len() >= self.limits.block_waiters_max {
+            return Err(too_many_wait(id, self.limits.block_waiters_max));
+        }
+        self.blocks.tickets += 1;
+        let ticket = self.blocks.tickets;
+        let block = self.blocks.at_mut(key).expect("just found");
+        block.flushing.push(Flushing {
+            ticket,
+            member: asking.member,
+            id: asking.id(),
+        });
+        let storage = block.storage;
+        fx.block_job(Job::Flush {
+            key,
+            storage,
+            ticket,
+        });
+        Ok(None)
+    }
+
+    /// A flush is done: the version that is on disk, or why none is.
+    pub fn flushed<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        ticket: u64,
+        version: Result<u64, Refusal>,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at_mut(key) else {
+            return;
+        };
+        if let Some(at) = block.flushing.iter().position(|f| f.ticket == ticket) {
+            let one = block.flushing.swap_remove(at);
+            let result = version.map(|version| Some(format!("{{\"version\":{version}}}")));
+            self.answer(one.member, one.id.as_deref(), result, fx);
+        }
+    }
+
+    /// Removes a block under everybody.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `locked`.
+    pub fn remove_block<E: Effects<Peer = P>>(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, block) = self.allowed(member, id, Access::Write)?;
+        if let Some(held) = block.lock.exclusive().filter(|held| held.member != member) {
+            return Err(self.locked(id, held));
+        }
+        self.end_block(key, fx);
+        Ok(Some("{}".into()))
+    }
+
+    /// The pool's blocks, in the order of their names.
+    pub fn blocks_json<E: Effects<Peer = P>>(&self, page: &Page<'_>, fx: &mut E) -> Value {
+        let after = page.after.as_deref();
+        let mut found: Vec<_> = self
+            .blocks
+            .blocks
+            .iter()
+            .filter(|(_, block)| !matches!(block.phase, Phase::New))
+            .filter(|(_, block)| after.is_none_or(|after| block.id.as_str() > after))
+            .collect();
+        found.sort_by(|a, b| a.1.id.cmp(&b.1.id));
+        let is_more = found.len() > page.limit;
+        let describe = |(_, block): &(Key<Block>, &Block)| {
+            let version = fx.block_version(block.storage);
+            let mut description = block.description(self.name.as_str(), version);
+            description["attachments"] = block.attachments.len().into();
+            description["bytes"] = block.total().into();
+            description["locked"] = (!block.lock.holders().is_empty()).into();
+            description
+        };
+        let blocks: Vec<Value> = found.iter().take(page.limit).map(describe).collect();
+        json!({"blocks": blocks, "more": is_more})
+    }
+
+    /// All about one block.
+    ///
+    /// # Errors
+    /// `no_block`, `not_member`.
+    pub fn block_json<E: Effects<Peer = P>>(
+        &self,
+        member: MemberKey,
+        id: &BlockId,
+        unix_ms: impl Fn(Time) -> u64,
+        fx: &mut E,
+    ) -> Result<Value, Refusal> {
+        self.asker(member)?;
+        let (_, block) = self.block(id)?;
+        let version = fx.block_version(block.storage);
+        let mut description = block.description(self.name.as_str(), version);
+        let who = |member: MemberKey| {
+            let member = self.members.at(place(member));
+            member.map(|m| json!({"app_id": m.app, "instance": m.instance}))
+        };
+        let attachments = block.attachments.iter().filter_map(|a| {
+            let mut shown = who(a.member)?;
+            shown["mode"] = a.access().as_str().into();
+            shown["calls"] = a.calls.into();
+            Some(shown)
+        });
+        description["attachments"] = attachments.take(ATTACHMENTS_SHOWN_MAX).collect();
+        description["attachments_total"] = block.attachments.len().into();
+        let holders: Vec<Value> = block
+            .lock
+            .holders()
+            .iter()
+            .filter_map(|held| {
+                let mut shown = who(held.member)?;
+                shown["fence"] = held.fence.into();
+                Some(shown)
+            })
+            .collect();
+        if let Some(first) = block.lock.holders().first() {
+            description["lock"] = json!({
+                "mode": first.mode.as_str(), "holders": holders, "waiting": block.lock.waiting(),
+            });
+        }
+        description["subscribers"] = block.subscribers.len().into();
+        description["bytes"] = block.total().into();
+        description["created"] = unix_ms(block.created).into();
+        description["permissions"] = json!({
+            "read": block.permissions.read.names(), "write": block.permissions.write.names(),
+        });
+        Ok(description)
+    }
+
+    /// The blocks that a call names, as its caller may give them; for [`Pool::call`].
+    pub(super) fn check_uses(
+        &self,
+        caller: MemberKey,
+        uses: &[BlockUse],
+    ) -> Result<Vec<(BlockKey, Access)>, Refusal> {
+        uses.iter()
+            .map(|one| {
+                let (key, _) = self.allowed(caller, &one.block, one.mode)?;
+                Ok((key, one.mode))
+            })
+            .collect()
+    }
+
+    /// The descriptions of a call's blocks for its handler, and the descriptors that travel with them.
+    pub(super) fn describe_uses<E: Effects<Peer = P>>(
+        &self,
+        uses: &[(BlockKey, Access)],
+        is_mapped: bool,
+        fx: &mut E,
+    ) -> (String, Vec<Descriptor>) {
+        let mut descriptions = Vec::new();
+        let mut descriptors = Vec::new();
+        for &(key, access) in uses {
+            let block = self.blocks.at(key).expect("checked for this call");
+            let version = fx.block_version(block.storage);
+            let mut description = block.description(self.name.as_str(), version);
+            description["mode"] = access.as_str().into();
+            let is_mapped = is_mapped && fx.can_share(block.storage, access);
+            description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
+            if is_mapped {
+                descriptors.push(Descriptor {
+                    storage: block.storage,
+                    access,
+                });
+            }
+            descriptions.push(description);
+        }
+        (Value::Array(descriptions).to_string(), descriptors)
+    }
+
+    /// A call with blocks began: its handler is attached.
+    pub(super) fn lend(&mut self, handler: MemberKey, uses: &[(BlockKey, Access)]) {
+        for &(key, access) in uses {
+            let Some(block) = self.blocks.at_mut(key) else {
+                continue;
+            };
+            match block.attachments.iter_mut().find(|a| a.member == handler) {
+                Some(attachment) => {
+                    attachment.calls += 1;
+                    attachment.call_access = attachment.call_access.max(access);
+                }
+                None => block.attachments.push(Attachment {
+                    member: handler,
+                    own: None,
+                    calls: 1,
+                    call_access: access,
+                }),
+            }
+            self.involve(handler, key);
+        }
+    }
+
+    /// A call with blocks ended: its handler is attached no longer.
+    pub(super) fn take_back<E: Effects<Peer = P>>(
+        &mut self,
+        handler: MemberKey,
+        uses: &[(BlockKey, Access)],
+        fx: &mut E,
+    ) {
+        for &(key, _) in uses {
+            let Some(block) = self.blocks.at_mut(key) else {
+                continue;
+            };
+            if let Some(attachment) = block.attachments.iter_mut().find(|a| a.member == handler) {
+                attachment.calls -= 1;
+                if attachment.calls == 0 {
+                    attachment.call_access = Access::Read;
+                }
+            }
+            self.drop_unused_attachment(key, handler, fx);
+        }
+    }
+
+    /// A member leaves: what it was attached to, locked, or waited for is free again.
+    pub(super) fn leave_blocks<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        member: MemberKey,
+        fx: &mut E,
+    ) {
+        let Some(leaver) = self.members.at_mut(place(member)) else {
+            return;
+        };
+        let (app, peer, is_mapping) = (
+            leaver.app.clone(),
+            leaver.peer.clone(),
+            leaver.takes_descriptors,
+        );
+        for key in std::mem::take(&mut leaver.blocks) {
+            let Some(block) = self.blocks.at_mut(key) else {
+                continue;
+            };
+            block.waiting.retain(|w| w.member != member);
+            block.flushing.retain(|f| f.member != member);
+            if block.subscribers.contains(&member) {
+                block.subscribers.retain(|m| *m != member);
+                fx.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
+            }
+            let could_write = is_mapping
+                && block
+                    .attachment(member)
+                    .is_some_and(|a| a.access() == Access::Write);
+            if let Some(attachment) = block.attachments.iter_mut().find(|a| a.member == member) {
+                attachment.calls = 0;
+                if attachment.own.take().is_some() {
+                    fx.with_ledger(|ledger| ledger.end(Counted::Attachment, &app));
+                }
+            }
+            let held = block.lock.leave(member);
+            let held = held.iter().find(|h| h.mode == LockMode::Exclusive);
+            if let Some(held) = held {
+                self.note_fence(key, held, fx);
+                self.tell_broken(key, fx);
+                if could_write {
+                    // It may have gone in the middle of a write, and only its death says that it writes no more.
+                    self.renew_generation(key, Some(peer.clone()), fx);
+                }
+            }
+            self.grant_waiting(now, key, fx);
+            self.drop_unused_attachment(key, member, fx);
+        }
+    }
+
+    /// Ends waits of a member that it cancelled by their request's id; false where it has none.
+    pub(super) fn cancel_lock<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        member: MemberKey,
+        id: &str,
+        fx: &mut E,
+    ) -> bool {
+        let Some(asker) = self.members.at(place(member)) else {
+            return false;
+        };
+        let keys = asker.blocks.clone();
+        for key in keys {
+            let Some(block) = self.blocks.at_mut(key) else {
+                continue;
+            };
+            if block.lock.cancel(member, id) {
+                let refusal = Refusal::new(Code::Cancelled, "the wait for the lock was cancelled");
+                self.answer(member, Some(id), Err(refusal), fx);
+                self.grant_waiting(now, key, fx);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Ends leases and waits whose time is over.
+    pub(super) fn handle_block_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+        let due: Vec<BlockKey> = self
+            .blocks
+            .blocks
+            .iter()
+            .filter(|(_, block)| block.lock.next_deadline().is_some_and(|at| at <= now))
+            .map(|(key, _)| shown(key))
+            .collect();
+        for key in due {
+            while let Some(expired) = self
+                .blocks
+                .at_mut(key)
+                .and_then(|block| block.lock.pop_due(now))
+            {
+                match expired {
+                    Expired::Wait(claim) => {
+                        let block = self.blocks.at(key).expect("just found");
+                        let refusal = match block.lock.holders().first() {
+                            Some(held) => self.locked(&block.id, held),
+                            None => Refusal::new(
+                                Code::Locked,
+                                format!("block '{}' is being written or moved", block.id),
+                            ),
+                        };
+                        self.answer(claim.member, claim.id.as_deref(), Err(refusal), fx);
+                    }
+                    Expired::Lease(held) => self.lease_over(key, &held, fx),
+                }
+            }
+            self.grant_waiting(now, key, fx);
+        }
+    }
+
+    fn lease_over<E: Effects<Peer = P>>(&mut self, key: BlockKey, held: &Holder, fx: &mut E) {
+        let more = format!(",\"lock\":\"{}\"", held.fence);
+        let told = self.block_event_json("lock_lost", key, &more);
+        let Some(member) = self.members.at(place(held.member)) else {
+            return;
+        };
+        fx.send(&member.peer, Class::Control, told.len(), |out| {
+            encode::message(out, &told);
+        });
+        if held.mode != LockMode::Exclusive {
+            return;
+        }
+        let could_write = member.takes_descriptors
+            && self.blocks.at(key).is_some_and(|block| {
+                block
+                    .attachment(held.member)
+                    .is_some_and(|a| a.access() == Access::Write)
+            });
+        self.note_fence(key, held, fx);
+        self.tell_broken(key, fx);
+        if could_write {
+            // It lives and may write on: into a generation that nobody reads any more.
+            self.renew_generation(key, None, fx);
+        }
+    }
+
+    /// Moves a block to a new generation of the same size, so that who lost its lock can't write it any more.
+    fn renew_generation<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        unless_dead: Option<P>,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at(key) else {
+            return;
+        };
+        if !matches!(block.phase, Phase::Live) {
+            return;
+        }
+        let geometry = block.geometry;
+        if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, 0, fx) {
+            // Without room for a second generation the fence is all that keeps the old writer out.
+            fx.refused(refusal.code);
+        }
+    }
+
+    /// A pool that goes takes its blocks along.
+    pub(super) fn close_blocks<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
+        let keys: Vec<BlockKey> = self
+            .blocks
+            .blocks
+            .iter()
+            .map(|(key, _)| shown(key))
+            .collect();
+        for key in keys {
+            self.end_block(key, fx);
+        }
+    }
+
+    /// Ends a block: everybody is told, its storage goes.
+    fn end_block<E: Effects<Peer = P>>(&mut self, key: BlockKey, fx: &mut E) {
+        let told = self.block_event_json("block_removed", key, "");
+        self.tell_attached(key, &told, fx);
+        self.tell(Event::BlockRemoved, &told, None, fx);
+        let Some(block) = self.blocks.at_mut(key) else {
+            return;
+        };
+        let storage = block.storage;
+        let mut waiting: Vec<(MemberKey, Option<Box<str>>)> = std::mem::take(&mut block.waiting)
+            .into_iter()
+            .map(|w| (w.member, w.id))
+            .collect();
+        waiting.extend(
+            std::mem::take(&mut block.flushing)
+                .into_iter()
+                .map(|f| (f.member, f.id)),
+        );
+        waiting.extend(block.lock.end_all().into_iter().map(|c| (c.member, c.id)));
+        let refusal = no_block(&block.id, self.name.as_str());
+        let is_new = matches!(block.phase, Phase::New);
+        for (member, id) in waiting {
+            self.answer(member, id.as_deref(), Err(refusal.clone()), fx);
+        }
+        self.forget_block(key, fx);
+        // What is still being made is dropped when it is there.
+        if !is_new {
+            fx.block_job(Job::Drop {
+                storage,
+                is_superseded: false,
+            });
+        }
+    }
+
+    /// Takes a block out of the books.
+    fn forget_block<E: Effects<Peer = P>>(&mut self, key: BlockKey, fx: &mut E) {
+        let Some(block) = self.blocks.blocks.remove(stored(key)) else {
+            return;
+        };
+        self.blocks.by_id.remove(&block.id);
+        self.blocks.bytes -= block.total();
+        let moving = match &block.phase {
+            Phase::Moving { geometry, .. } => geometry.total(),
+            Phase::New | Phase::Live => None,
+        };
+        if let Some(more) = moving {
+            self.blocks.bytes -= more;
+            fx.with_ledger(|ledger| ledger.release(&block.owner, more));
+        }
+        fx.with_ledger(|ledger| ledger.end_block(&block.owner, block.total()));
+        let app_of = |member: MemberKey| self.members.at(place(member)).map(|m| &m.app);
+        for attachment in block.attachments.iter().filter(|a| a.own.is_some()) {
+            if let Some(app) = app_of(attachment.member) {
+                fx.with_ledger(|ledger| ledger.end(Counted::Attachment, app));
+            }
+        }
+        for &member in &block.subscribers {
+            if let Some(app) = app_of(member) {
+                fx.with_ledger(|ledger| ledger.end(Counted::Subscription, app));
+            }
+        }
+        for (_, member) in self.members.iter_mut() {
+            member.blocks.retain(|known| *known != key);
+        }
+        fx.count_blocks(&self.name, self.number, -1);
+    }
+
+    fn drop_unused_attachment<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        member: MemberKey,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at_mut(key) else {
+            return;
+        };
+        block
+            .attachments
+            .retain(|a| a.member != member || a.own.is_some() || a.calls > 0);
+        self.end_if_unused(key, fx);
+    }
+
+    fn end_if_unused<E: Effects<Peer = P>>(&mut self, key: BlockKey, fx: &mut E) {
+        let is_over = self.blocks.at(key).is_some_and(|block| {
+            block.lifetime == Lifetime::Attached
+                && block.attachments.is_empty()
+                && block.waiting.is_empty()
+                && matches!(block.phase, Phase::Live)
+        });
+        if is_over {
+            self.end_block(key, fx);
+        }
+    }
+
+    /// Notes that a member has to do with a block, so that its end finds it.
+    fn involve(&mut self, member: MemberKey, key: BlockKey) {
+        if let Some(member) = self.members.at_mut(place(member))
+            && !member.blocks.contains(&key)
+        {
+            member.blocks.push(key);
+        }
+    }
+
+    fn version_of<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) -> u64 {
+        self.blocks
+            .at(key)
+            .map_or(0, |block| fx.block_version(block.storage))
+    }
+
+    fn describe<E: Effects<Peer = P>>(
+        &self,
+        key: BlockKey,
+        mode: Option<(Access, bool)>,
+        fx: &mut E,
+    ) -> Value {
+        let version = self.version_of(key, fx);
+        let block = self.blocks.at(key).expect("its caller found it");
+        let mut description = block.description(self.name.as_str(), version);
+        if let Some((access, is_mapped)) = mode {
+            description["mode"] = access.as_str().into();
+            description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
+        }
+        description
+    }
+
+    /// Replies with a block's description, and its descriptor where the member is attached and takes them.
+    fn answer_description<E: Effects<Peer = P>>(
+        &self,
+        key: BlockKey,
+        member: MemberKey,
+        id: Option<&str>,
+        access: Option<Access>,
+        fx: &mut E,
+    ) {
+        let (Some(to), Some(id)) = (self.members.at(place(member)), id) else {
+            return;
+        };
+        let storage = self.blocks.at(key).expect("its caller found it").storage;
+        let is_mapped =
+            access.is_some_and(|access| to.takes_descriptors && fx.can_share(storage, access));
+        let mode = access.map(|access| (access, is_mapped));
+        let description = self.describe(key, mode, fx).to_string();
+        let descriptors = match access {
+            Some(access) if is_mapped => vec![Descriptor { storage, access }],
+            _ => vec![],
+        };
+        fx.send_with(
+            &to.peer,
+            Class::Control,
+            description.len() + 256,
+            &descriptors,
+            |out| encode::reply_with(out, id, &description, descriptors.len()),
+        );
+    }
+
+    /// Answers a request whose reply was put off.
+    fn answer<E: Effects<Peer = P>>(
+        &self,
+        member: MemberKey,
+        id: Option<&str>,
+        result: Result<Replied, Refusal>,
+        fx: &mut E,
+    ) {
+        if let Err(refusal) = &result {
+            fx.refused(refusal.code);
+        }
+        let (Some(to), Some(id)) = (self.members.at(place(member)), id) else {
+            return;
+        };
+        match result {
+            Ok(None) => {}
+            Ok(Some(reply)) => {
+                fx.send(&to.peer, Class::Control, reply.len() + 256, |out| {
+                    encode::reply(out, id, &reply);
+                });
+            }
+            Err(refusal) => {
+                fx.send(
+                    &to.peer,
+                    Class::Control,
+                    refusal.message.len() + 256,
+                    |out| encode::refusal(out, Some(id), &refusal),
+                );
+            }
+        }
+    }
+
+    fn granted<E: Effects<Peer = P>>(&self, key: BlockKey, grant: &Grant, fx: &mut E) {
+        if grant.claim.mode == LockMode::Exclusive {
+            self.write_fence(key, fx);
+        }
+    }
+
+    fn grant_waiting<E: Effects<Peer = P>>(&mut self, now: Time, key: BlockKey, fx: &mut E) {
+        while let Some(grant) = self
+            .blocks
+            .at_mut(key)
+            .and_then(|block| block.lock.grant_next(now))
+        {
+            self.granted(key, &grant, fx);
+            let reply = Ok(Some(grant_json(&grant)));
+            self.answer(grant.claim.member, grant.claim.id.as_deref(), reply, fx);
+        }
+    }
+
+    /// The end of an exclusive lock is written where writers look.
+    fn note_fence<E: Effects<Peer = P>>(&self, key: BlockKey, held: &Holder, fx: &mut E) {
+        if held.mode == LockMode::Exclusive {
+            self.write_fence(key, fx);
+        }
+    }
+
+    fn write_fence<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) {
+        let Some(block) = self.blocks.at(key) else {
+            return;
+        };
+        let fence = block
+            .lock
+            .exclusive()
+            .map_or(block.lock.fence(), |held| held.fence);
+        fx.block_job(Job::Lease {
+            storage: block.storage,
+            fence,
+        });
+    }
+
+    fn tell_broken<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) {
+        let fence = self.blocks.at(key).map_or(0, |block| block.lock.fence());
+        let told = self.block_event_json("lock_broken", key, &format!(",\"fence\":{fence}"));
+        self.tell_attached(key, &told, fx);
+    }
+
+    fn tell_attached<E: Effects<Peer = P>>(&self, key: BlockKey, told: &str, fx: &mut E) {
+        let Some(block) = self.blocks.at(key) else {
+            return;
+        };
+        for attachment in &block.attachments {
+            if let Some(member) = self.members.at(place(attachment.member)) {
+                fx.send(&member.peer, Class::Control, told.len(), |out| {
+                    encode::message(out, told);
+                });
+            }
+        }
+    }
+
+    /// Tells subscribers and watchers that a block has a new version.
+    fn tell_change<E: Effects<Peer = P>>(&self, key: BlockKey, version: u64, fx: &mut E) {
+        let Some(block) = self.blocks.at(key) else {
+            return;
+        };
+        let change = Change {
+            topic: (self.number, key.slot),
+            pool: &self.name,
+            block: &block.id,
+            version,
+            generation: block.generation,
+        };
+        for &subscriber in &block.subscribers {
+            if let Some(member) = self.members.at(place(subscriber)) {
+                fx.block_changed(&member.peer, &change);
+            }
+        }
+        if self.change_watchers == 0 {
+            return;
+        }
+        for (key, member) in self.members.iter() {
+            let watches = member.watch.is_some_and(|set| set.has(Event::BlockChanged));
+            if watches && !block.subscribers.contains(&super::seat(key)) {
+                fx.block_changed(&member.peer, &change);
+            }
+        }
+    }
+
+    fn block_event_json(&self, event: &str, key: BlockKey, more: &str) -> String {
+        let Some(block) = self.blocks.at(key) else {
+            return String::new();
+        };
+        format!(
+            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\"generation\":{}{more}}}",
+            self.name, block.id, block.generation
+        )
+    }
+
+    fn locked(&self, id: &BlockId, held: &Holder) -> Refusal {
+        let holder = self
+            .members
+            .at(place(held.member))
+            .map_or("somebody", |m| m.app.as_str());
+        Refusal::new(
+            Code::Locked,
+            format!("block '{id}' is locked by app '{holder}'; wait for its lock with \"wait\""),
+        )
+    }
+
+    /// Checks what must hold of blocks between any two inputs; for the simulator and tests.
+    pub(super) fn check_blocks(&self) {
+        assert_eq!(self.blocks.by_id.len(), self.blocks.blocks.len());
+        let mut bytes = 0;
+        for (key, block) in self.blocks.blocks.iter() {
+            assert_eq!(self.blocks.by_id.get(&block.id), Some(&shown(key)));
+            bytes += block.total();
+            if let Phase::Moving { geometry, .. } = &block.phase {
+                bytes += geometry.total().expect("checked");
+            }
+            block.lock.check();
+            let involved = block
+                .attachments
+                .iter()
+                .map(|a| a.member)
+                .chain(block.subscribers.iter().copied())
+                .chain(block.lock.holders().iter().map(|h| h.member));
+            for member in involved {
+                let member = self
+                    .members
+                    .at(place(member))
+                    .expect("nobody has a block who is not in the pool");
+                assert!(member.blocks.contains(&shown(key)), "its end would miss it");
+            }
+            for attachment in &block.attachments {
+                assert!(attachment.own.is_some() || attachment.calls > 0);
+            }
+        }
+        assert_eq!(bytes, self.blocks.bytes);
+    }
+}
+
+/// What a member wishes of a lock.
+#[derive(Debug, Clone, Copy)]
+pub struct LockWish {
+    /// Alone, or beside readers.
+    pub mode: LockMode,
+    /// How long to wait in milliseconds; 0 is not at all.
+    pub wait_ms: u64,
+    /// The lease in milliseconds; absent is as long as its holder lives.
+    pub lease_ms: Option<u64>,
+}
+
+/// A persistent block that was there before the server was.
+#[derive(Debug)]
+pub struct Found<'a> {
+    /// Its record, as [`Making::record`] gave it.
+    pub record: &'a str,
+}
+
+impl Found<'_> {
+    /// The pool and the block of a record.
+    ///
+    /// # Errors
+    /// Where it makes no sense.
+    pub fn name(&self) -> Result<(PoolName, BlockId), Refusal> {
+        let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
+        let text = |name: &str| record[name].as_str().ok_or_else(senseless);
+        let pool = PoolName::new(text("pool")?)?;
+        Ok((pool, BlockId::new(text("block_id")?)?))
+    }
+
+    fn read(&self, now: Time) -> Result<Block, Refusal> {
+        use latzero_protocol::memory::Apps;
+        let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
+        let number = |name: &str| record[name].as_u64().ok_or_else(senseless);
+        let apps = |name: &str| -> Result<Apps, Refusal> {
+            let names = record["permissions"][name].as_array();
+            let names = names.ok_or_else(senseless)?.iter();
+            let names: Vec<&str> = names.filter_map(Value::as_str).collect();
+            if names.contains(&"*") {
+                return Ok(Apps::All);
+            }
+            let apps = names.into_iter().map(|name| Ok(AppId::new(name)?));
+            Ok(Apps::These(apps.collect::<Result<_, Refusal>>()?))
+        };
+        let layout = match &record["layout"] {
+            Value::Null => None,
+            layout => {
+                let text = layout.to_string();
+                let raw = latzero_protocol::Raw::new(&text).map_err(|_| senseless())?;
+                Some(Layout::parse(raw)?)
+            }
+        };
+        let (_, id) = self.name()?;
+        Ok(Block {
+            id,
+            storage: StorageId(0),
+            kind: Kind::Persistent,
+            geometry: Geometry {
+                size: number("size")?.max(1),
+                slots: u32::try_from(number("slots")?)
+                    .ok()
+                    .filter(|slots| (1..=4).contains(slots))
+                    .ok_or_else(senseless)?,
+            },
+            layout,
+            permissions: Permissions {
+                read: apps("read")?,
+                write: apps("write")?,
+            },
+            owner: AppId::new(record["owner"].as_str().ok_or_else(senseless)?)?,
+            lifetime: Lifetime::Pool,
+            generation: number("generation")?,
+            created: now,
+            phase: Phase::Live,
+            attachments: Vec::new(),
+            subscribers: Vec::new(),
+            lock: Lock::default(),
+            waiting: Vec::new(),
+            flushing: Vec::new(),
+        })
+    }
+}
+
+fn senseless() -> Refusal {
+    Refusal::new(
+        Code::Storage,
+        "the record of a persistent block makes no sense",
+    )
+}
+
+fn record(pool: &PoolName, block: &Block, unix_ms: u64) -> Option<String> {
+    (block.kind == Kind::Persistent).then(|| {
+        let mut record = json!({
+            "pool": pool, "block_id": block.id, "size": block.geometry.size, "slots": block.geometry.slots,
+            "owner": block.owner, "generation": block.generation, "created": unix_ms,
+            "permissions": {"read": block.permissions.read.names(), "write": block.permissions.write.names()},
+        });
+        if let Some(layout) = &block.layout {
+            record["layout"] = serde_json::from_str(&layout.to_json()).expect("a layout writes JSON");
+        }
+        record.to_string()
+    })
+}
+
+fn grant_json(grant: &Grant) -> String {
+    format!("{{\"lock\":\"{0}\",\"fence\":{0}}}", grant.fence)
+}
+
+fn check_layout(block: &Block, wanted: Option<&Layout>) -> Result<(), Refusal> {
+    match (wanted, &block.layout) {
+        (None, _) => Ok(()),
+        (Some(wanted), Some(layout)) if wanted == layout => Ok(()),
+        (Some(wanted), layout) => {
+            let has = layout.as_ref().map_or("none".into(), Layout::to_json);
+            Err(Refusal::new(
+                Code::LayoutMismatch,
+                format!(
+                    "block '{}' has layout {has}, not {}",
+                    block.id,
+                    wanted.to_json()
+                ),
+            ))
+        }
+    }
+}
+
+fn no_block(id: &BlockId, pool: &str) -> Refusal {
+    Refusal::new(
+        Code::NoBlock,
+        format!("there is no block '{id}' in pool '{pool}'; memory_list shows what there is"),
+    )
+}
+
+fn lock_lost(id: &BlockId, fence: u64) -> Refusal {
+    Refusal::new(
+        Code::LockLost,
+        format!("lock '{fence}' of block '{id}' is not held by you (any more)"),
+    )
+}
+
+fn too_many_wait(id: &BlockId, max: usize) -> Refusal {
+    Refusal::new(
+        Code::Overloaded,
+        format!("{max} requests wait for block '{id}' already (limits.block_waiters_max)"),
+    )
+}

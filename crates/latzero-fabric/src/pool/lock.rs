@@ -1,0 +1,321 @@
+//! The lock of one block: who holds it, who waits, and until when.
+//!
+//! First come, first served, with readers side by side. Each grant has a fence that only grows: what is written under
+//! an older fence is told apart from what came later. Nothing here looks at a clock; time comes in.
+
+use std::collections::VecDeque;
+
+use latzero_protocol::memory::LockMode;
+
+use super::MemberKey;
+use crate::time::Time;
+
+/// Who asks for a lock.
+#[derive(Debug, Clone)]
+pub(super) struct Claim {
+    pub(super) member: MemberKey,
+    /// The id of the request, for the reply.
+    pub(super) id: Option<Box<str>>,
+    pub(super) mode: LockMode,
+    pub(super) lease_ms: Option<u64>,
+}
+
+/// Somebody who holds the lock.
+#[derive(Debug, Clone)]
+pub(super) struct Holder {
+    pub(super) member: MemberKey,
+    pub(super) fence: u64,
+    pub(super) mode: LockMode,
+    pub(super) until: Option<Time>,
+}
+
+/// A claim that was granted.
+#[derive(Debug)]
+pub(super) struct Grant {
+    pub(super) claim: Claim,
+    pub(super) fence: u64,
+}
+
+/// A lock that ended without its holder's wish, or a wait that did.
+#[derive(Debug)]
+pub(super) enum Expired {
+    Lease(Holder),
+    Wait(Claim),
+}
+
+/// The lock.
+#[derive(Debug, Default)]
+pub(super) struct Lock {
+    fence: u64,
+    holders: Vec<Holder>,
+    waiting: VecDeque<(Claim, Time)>,
+    /// How many things the server itself does that nobody may do beside it.
+    held_by_server: u32,
+}
+
+impl Lock {
+    /// The newest fence: that of the newest grant, or of its end.
+    pub(super) fn fence(&self) -> u64 {
+        self.fence
+    }
+
+    pub(super) fn holders(&self) -> &[Holder] {
+        &self.holders
+    }
+
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whoever holds it alone.
+    pub(super) fn exclusive(&self) -> Option<&Holder> {
+        self.holders
+            .first()
+            .filter(|holder| holder.mode == LockMode::Exclusive)
+    }
+
+    fn admits(&self, mode: LockMode) -> bool {
+        self.held_by_server == 0
+            && match mode {
+                LockMode::Exclusive => self.holders.is_empty(),
+                LockMode::Shared => self.exclusive().is_none(),
+            }
+    }
+
+    /// Asks for the lock: granted, or waited for until `until`, or (`None`) neither.
+    pub(super) fn claim(
+        &mut self,
+        now: Time,
+        claim: Claim,
+        until: Option<Time>,
+    ) -> Result<Option<Grant>, Claim> {
+        if self.waiting.is_empty() && self.admits(claim.mode) {
+            return Ok(Some(self.grant(now, claim)));
+        }
+        match until {
+            Some(until) => {
+                self.waiting.push_back((claim, until));
+                Ok(None)
+            }
+            None => Err(claim),
+        }
+    }
+
+    fn grant(&mut self, now: Time, claim: Claim) -> Grant {
+        self.fence += 1;
+        self.holders.push(Holder {
+            member: claim.member,
+            fence: self.fence,
+            mode: claim.mode,
+            until: claim.lease_ms.map(|ms| now.after_ms(ms)),
+        });
+        Grant {
+            claim,
+            fence: self.fence,
+        }
+    }
+
+    /// The next of those who wait, where the lock admits it.
+    pub(super) fn grant_next(&mut self, now: Time) -> Option<Grant> {
+        let (claim, _) = self.waiting.front()?;
+        if !self.admits(claim.mode) {
+            return None;
+        }
+        let (claim, _) = self.waiting.pop_front().expect("just seen");
+        Some(self.grant(now, claim))
+    }
+
+    /// Gives the lock back; `None` where `member` does not hold it under `fence`.
+    pub(super) fn release(&mut self, member: MemberKey, fence: u64) -> Option<Holder> {
+        let at = self
+            .holders
+            .iter()
+            .position(|h| h.member == member && h.fence == fence)?;
+        Some(self.end(at))
+    }
+
+    /// Begins a lease anew; false where `member` does not hold the lock under `fence`.
+    pub(super) fn renew(
+        &mut self,
+        now: Time,
+        member: MemberKey,
+        fence: u64,
+        lease_ms: Option<u64>,
+    ) -> bool {
+        let holder = self
+            .holders
+            .iter_mut()
+            .find(|h| h.member == member && h.fence == fence);
+        holder.is_some_and(|holder| {
+            holder.until = lease_ms.map(|ms| now.after_ms(ms));
+            true
+        })
+    }
+
+    /// Takes `member` out; returns what it held.
+    pub(super) fn leave(&mut self, member: MemberKey) -> Vec<Holder> {
+        self.waiting.retain(|(claim, _)| claim.member != member);
+        let mut held = Vec::new();
+        while let Some(at) = self.holders.iter().position(|h| h.member == member) {
+            held.push(self.end(at));
+        }
+        held
+    }
+
+    /// Ends everything; returns who waited.
+    pub(super) fn end_all(&mut self) -> Vec<Claim> {
+        self.holders.clear();
+        self.waiting.drain(..).map(|(claim, _)| claim).collect()
+    }
+
+    /// Takes a wait out; returns whether there was one.
+    pub(super) fn cancel(&mut self, member: MemberKey, id: &str) -> bool {
+        let before = self.waiting.len();
+        self.waiting
+            .retain(|(claim, _)| claim.member != member || claim.id.as_deref() != Some(id));
+        self.waiting.len() < before
+    }
+
+    fn end(&mut self, at: usize) -> Holder {
+        // The end is a step too: who still writes under the old fence is told apart.
+        self.fence += 1;
+        self.holders.remove(at)
+    }
+
+    /// The server does something that nobody may do beside it.
+    pub(super) fn begin_server(&mut self) {
+        self.held_by_server += 1;
+    }
+
+    pub(super) fn end_server(&mut self) {
+        self.held_by_server -= 1;
+    }
+
+    pub(super) fn is_held_by_server(&self) -> bool {
+        self.held_by_server > 0
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Time> {
+        let leases = self.holders.iter().filter_map(|h| h.until);
+        let waits = self.waiting.iter().map(|(_, until)| *until);
+        leases.chain(waits).min()
+    }
+
+    /// A lease or a wait that is over.
+    pub(super) fn pop_due(&mut self, now: Time) -> Option<Expired> {
+        let is_over = |holder: &Holder| holder.until.is_some_and(|until| until <= now);
+        if let Some(at) = self.holders.iter().position(is_over) {
+            return Some(Expired::Lease(self.end(at)));
+        }
+        let at = self.waiting.iter().position(|(_, until)| *until <= now)?;
+        self.waiting
+            .remove(at)
+            .map(|(claim, _)| Expired::Wait(claim))
+    }
+
+    pub(super) fn check(&self) {
+        let exclusive = self
+            .holders
+            .iter()
+            .filter(|h| h.mode == LockMode::Exclusive)
+            .count();
+        assert!(exclusive == 0 || self.holders.len() == 1, "one alone");
+        assert!(self.holders.iter().all(|h| h.fence <= self.fence));
+        // Nobody waits who could go.
+        if let Some((claim, _)) = self.waiting.front() {
+            assert!(
+                !self.admits(claim.mode),
+                "the first who waits could have it"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::slab::Key;
+
+    const NOW: Time = Time(0);
+
+    fn claim(who: u32, mode: LockMode) -> Claim {
+        Claim {
+            member: Key::new(who, 0),
+            id: Some(who.to_string().into()),
+            mode,
+            lease_ms: None,
+        }
+    }
+
+    /// Has members ask in turn ("1" alone, "2s" beside others) and says who holds it then.
+    fn after(asks: &[&str]) -> Lock {
+        let mut lock = Lock::default();
+        for ask in asks {
+            let (who, mode) = match ask.strip_suffix('s') {
+                Some(who) => (who, LockMode::Shared),
+                None => (*ask, LockMode::Exclusive),
+            };
+            let _ = lock.claim(
+                NOW,
+                claim(who.parse().unwrap(), mode),
+                Some(NOW.after_ms(10)),
+            );
+            lock.check();
+        }
+        lock
+    }
+
+    fn holders(lock: &Lock) -> Vec<u32> {
+        lock.holders.iter().map(|h| h.member.slot).collect()
+    }
+
+    fn grant_all(lock: &mut Lock) -> Vec<u64> {
+        std::iter::from_fn(|| lock.grant_next(NOW).map(|grant| grant.fence)).collect()
+    }
+
+    #[test]
+    fn one_alone_or_readers_side_by_side() {
+        assert_eq!(holders(&after(&["1", "2"])), [1]);
+        assert_eq!(holders(&after(&["1s", "2s"])), [1, 2]);
+        // A reader who comes after a waiting writer does not overtake it.
+        assert_eq!(holders(&after(&["1s", "2", "3s"])), [1]);
+    }
+
+    #[test]
+    fn fences_grow_and_waiting_goes_in_order() {
+        let mut lock = after(&["1", "2", "3s", "4s"]);
+        assert_eq!(lock.fence(), 1);
+        assert!(lock.release(Key::new(1, 0), 9).is_none());
+        assert!(lock.release(Key::new(1, 0), 1).is_some());
+        assert_eq!(grant_all(&mut lock), [3]);
+        assert_eq!(lock.leave(Key::new(2, 0)).len(), 1);
+        assert_eq!(grant_all(&mut lock), [5, 6]);
+        assert_eq!(holders(&lock), [3, 4]);
+        lock.check();
+    }
+
+    #[test]
+    fn waits_and_leases_end() {
+        let mut lock = after(&["1", "2"]);
+        assert!(lock.renew(NOW, Key::new(1, 0), 1, Some(20)));
+        assert_eq!(lock.next_deadline(), Some(NOW.after_ms(10)));
+        assert!(lock.pop_due(NOW.after_ms(9)).is_none());
+        let over = lock.pop_due(NOW.after_ms(10));
+        assert!(matches!(over, Some(Expired::Wait(claim)) if claim.member.slot == 2));
+        let over = lock.pop_due(NOW.after_ms(20));
+        assert!(matches!(over, Some(Expired::Lease(holder)) if holder.member.slot == 1));
+        assert_eq!(lock.next_deadline(), None);
+    }
+
+    #[test]
+    fn the_server_stands_in_line_too() {
+        let mut lock = Lock::default();
+        lock.begin_server();
+        assert!(lock.claim(NOW, claim(1, LockMode::Shared), None).is_err());
+        let waits = lock.claim(NOW, claim(2, LockMode::Exclusive), Some(NOW.after_ms(1)));
+        assert!(matches!(waits, Ok(None)));
+        lock.end_server();
+        assert_eq!(grant_all(&mut lock), [1]);
+        assert!(!lock.cancel(Key::new(2, 0), "2"));
+    }
+}

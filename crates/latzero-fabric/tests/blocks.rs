@@ -1,0 +1,722 @@
+//! Blocks: who may do what, who waits for whom, and what is left when somebody goes.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+mod net;
+
+use latzero_sim::Peer;
+use net::Net;
+use serde_json::Value;
+
+const WRITER: &str = r#""pools":["p"],"triggers":["t"],"features":["attachments","fd_passing"]"#;
+const READER: &str = r#""pools":["p"]"#;
+
+/// Asks about block `b`, and what comes back: the error's code, or the fields named in `show`.
+fn ask(net: &mut Net, peer: Peer, action: &str, more: &str, show: &[&str]) -> String {
+    net.sees(peer);
+    let more = if more.is_empty() {
+        String::new()
+    } else {
+        format!(",{more}")
+    };
+    net.say(
+        peer,
+        &format!(r#"{{"action":"memory_{action}","id":"m","block_id":"b"{more}}}"#),
+    );
+    gist(net, peer, show)
+}
+
+fn gist(net: &mut Net, peer: Peer, show: &[&str]) -> String {
+    let messages = net.messages(peer);
+    let Some(reply) = messages.iter().find(|m| m.json["in_reply_to"] == "m") else {
+        return "(waits)".into();
+    };
+    if let Some(code) = reply.json["error"]["code"].as_str() {
+        return code.into();
+    }
+    let shown: Vec<String> = show
+        .iter()
+        .map(|name| match &reply.json["response"][name] {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        })
+        .collect();
+    shown.join(" ")
+}
+
+fn two() -> (Net, Peer, Peer) {
+    let mut net = Net::new();
+    let writer = net.app("writer", WRITER);
+    let reader = net.app("reader", READER);
+    (net, writer, reader)
+}
+
+fn lock(net: &mut Net, peer: Peer, more: &str) -> String {
+    ask(net, peer, "lock", more, &["fence"])
+}
+
+#[test]
+fn a_block_is_made_attached_read_and_written() {
+    let (mut net, writer, reader) = two();
+    let made = ask(
+        &mut net,
+        writer,
+        "create",
+        r#""size":5000"#,
+        &[
+            "size",
+            "slots",
+            "slot_stride",
+            "generation",
+            "mode",
+            "access",
+            "version",
+        ],
+    );
+    assert_eq!(made, "5000 2 8192 1 write mapped 0");
+    assert_eq!(net.world.descriptors(writer), 1);
+    let attached = ask(&mut net, reader, "attach", "", &["mode", "access"]);
+    assert_eq!(attached, "read copied");
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "read",
+            r#""length":2"#,
+            &["data", "version"]
+        ),
+        "AAA= 0"
+    );
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "write",
+            r#""offset":4998,"data":"AQI=""#,
+            &["version"]
+        ),
+        "1"
+    );
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "read",
+            r#""offset":4997"#,
+            &["data", "version"]
+        ),
+        "AAEC 1"
+    );
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "write",
+            r#""offset":4999,"data":"AQI=""#,
+            &[]
+        ),
+        "out_of_range"
+    );
+    assert_eq!(
+        ask(&mut net, reader, "read", r#""offset":5001"#, &[]),
+        "out_of_range"
+    );
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "read",
+            r#""offset":18446744073709551615,"length":2"#,
+            &[]
+        ),
+        "out_of_range"
+    );
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "write",
+            r#""data":"AQ==","if_version":0"#,
+            &[]
+        ),
+        "version_conflict"
+    );
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "cas",
+            r#""offset":4998,"expected":"AQI=","data":"AwQ=""#,
+            &["swapped", "version"]
+        ),
+        "true 2"
+    );
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "cas",
+            r#""offset":4998,"expected":"AQI=","data":"AwQ=""#,
+            &["swapped", "current"]
+        ),
+        "false AwQ="
+    );
+    assert_eq!(
+        ask(&mut net, reader, "create", r#""size":1"#, &[]),
+        "block_exists"
+    );
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "create",
+            r#""size":1,"if_exists":"attach","mode":"read""#,
+            &["size", "mode"]
+        ),
+        "5000 read"
+    );
+    assert_eq!(
+        ask(
+            &mut net,
+            reader,
+            "create",
+            r#""size":5001,"if_exists":"attach""#,
+            &[]
+        ),
+        "block_exists"
+    );
+    assert_eq!(ask(&mut net, writer, "remove", "", &[]), "");
+    assert!(net.sees(reader).contains("block_removed p b"));
+    assert_eq!(ask(&mut net, reader, "read", "", &[]), "no_block");
+    assert!(net.world.storages().is_empty());
+}
+
+#[test]
+fn permissions_hold_for_everything() {
+    let (mut net, owner, other) = two();
+    let create = r#""size":10,"permissions":{"read":["friend"],"write":["writer2"]}"#;
+    assert_eq!(ask(&mut net, owner, "create", create, &["owner"]), "writer");
+    for action in [
+        "attach",
+        "read",
+        "subscribe",
+        "lock",
+        "flush",
+        "remove",
+        "resize",
+    ] {
+        assert_eq!(
+            ask(&mut net, other, action, r#""size":3"#, &[]),
+            "forbidden",
+            "{action}"
+        );
+    }
+    for action in ["write", "cas"] {
+        assert_eq!(
+            ask(
+                &mut net,
+                other,
+                action,
+                r#""data":"AA==","expected":"AA==""#,
+                &[]
+            ),
+            "forbidden"
+        );
+    }
+    let friend = net.app("friend", READER);
+    assert_eq!(ask(&mut net, friend, "attach", "", &["mode"]), "read");
+    assert_eq!(
+        ask(&mut net, friend, "attach", r#""mode":"write""#, &[]),
+        "forbidden"
+    );
+    assert_eq!(ask(&mut net, friend, "lock", "", &[]), "forbidden");
+    assert_eq!(
+        ask(&mut net, friend, "lock", r#""mode":"shared""#, &["fence"]),
+        "1"
+    );
+    let second = net.app("writer2", READER);
+    assert_eq!(
+        ask(&mut net, second, "read", r#""length":0"#, &["version"]),
+        "0"
+    );
+    assert_eq!(
+        ask(&mut net, second, "attach", r#""mode":"write""#, &["mode"]),
+        "write"
+    );
+    let outsider = net.app("outsider", r#""pools":["q"]"#);
+    assert_eq!(
+        ask(&mut net, outsider, "attach", r#""pool":"p""#, &[]),
+        "not_member"
+    );
+}
+
+#[test]
+fn layouts_are_checked() {
+    let (mut net, a, b) = two();
+    let layout = r#""layout":{"dtype":"<f4","shape":[2,3]}"#;
+    assert_eq!(
+        ask(
+            &mut net,
+            a,
+            "create",
+            &format!(r#""size":24,{layout}"#),
+            &["layout"]
+        ),
+        r#"{"dtype":"<f4","shape":[2,3]}"#
+    );
+    assert_eq!(ask(&mut net, b, "attach", layout, &["mode"]), "read");
+    assert_eq!(
+        ask(
+            &mut net,
+            b,
+            "attach",
+            r#""layout":{"dtype":"<f4","shape":[6]}"#,
+            &[]
+        ),
+        "layout_mismatch"
+    );
+    assert_eq!(
+        ask(&mut net, a, "resize", r#""size":20"#, &[]),
+        "layout_mismatch"
+    );
+}
+
+#[test]
+fn locks_are_given_in_turn_and_fall_with_their_owner() {
+    let (mut net, a, b) = two();
+    let c = net.app("c", READER);
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    for peer in [b, c] {
+        ask(&mut net, peer, "attach", "", &[]);
+    }
+    assert_eq!(lock(&mut net, a, ""), "1");
+    assert_eq!(lock(&mut net, b, ""), "locked");
+    assert_eq!(ask(&mut net, b, "write", r#""data":"AA==""#, &[]), "locked");
+    assert_eq!(
+        ask(
+            &mut net,
+            a,
+            "write",
+            r#""data":"AA==","lock":"1""#,
+            &["version"]
+        ),
+        "1"
+    );
+    assert_eq!(
+        ask(&mut net, a, "write", r#""data":"AA==","lock":"9""#, &[]),
+        "lock_lost"
+    );
+    assert_eq!(lock(&mut net, b, r#""wait":1000"#), "(waits)");
+    assert_eq!(lock(&mut net, c, r#""wait":500"#), "(waits)");
+    net.advance(500);
+    assert_eq!(gist(&mut net, c, &[]), "locked");
+    net.hang_up(a);
+    // The end of the first is a step of the fence too.
+    assert_eq!(gist(&mut net, b, &["fence"]), "3");
+    assert!(net.sees(c).contains("lock_broken"));
+    assert_eq!(
+        ask(&mut net, c, "unlock", r#""lock":"3""#, &[]),
+        "lock_lost"
+    );
+    assert_eq!(ask(&mut net, b, "unlock", r#""lock":"3""#, &[]), "");
+    assert_eq!(lock(&mut net, c, r#""mode":"shared""#), "5");
+    assert_eq!(lock(&mut net, b, r#""mode":"shared""#), "6");
+}
+
+#[test]
+fn a_wait_for_a_lock_can_be_cancelled_and_goes_with_its_waiter() {
+    let (mut net, a, b) = two();
+    let c = net.app("c", READER);
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    assert_eq!(lock(&mut net, a, ""), "1");
+    assert_eq!(lock(&mut net, b, r#""wait":1000"#), "(waits)");
+    net.say(b, r#"{"action":"cancel","id":"m"}"#);
+    assert_eq!(gist(&mut net, b, &[]), "cancelled");
+    assert_eq!(lock(&mut net, b, r#""wait":1000"#), "(waits)");
+    assert_eq!(lock(&mut net, c, r#""wait":1000"#), "(waits)");
+    net.hang_up(b);
+    assert_eq!(ask(&mut net, a, "unlock", r#""lock":"1""#, &[]), "");
+    assert_eq!(gist(&mut net, c, &["fence"]), "3");
+}
+
+#[test]
+fn a_lease_ends_and_its_writer_is_left_behind() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    ask(&mut net, b, "attach", "", &[]);
+    assert_eq!(lock(&mut net, a, r#""lease":100"#), "1");
+    net.advance(60);
+    assert_eq!(
+        ask(&mut net, a, "renew", r#""lock":"1","lease":100"#, &[]),
+        ""
+    );
+    assert_eq!(lock(&mut net, b, r#""wait":1000"#), "(waits)");
+    net.advance(60);
+    assert_eq!(gist(&mut net, b, &[]), "(waits)");
+    net.advance(60);
+    // It is alive and has a mapping: a new generation keeps it out.
+    let seen = net.sees(a);
+    assert!(
+        seen.contains("lock_lost p b") && seen.contains("block_moved p b lock_broken"),
+        "{seen}"
+    );
+    assert_eq!(gist(&mut net, b, &["fence"]), "3");
+    assert_eq!(ask(&mut net, b, "info", "", &["generation"]), "2");
+    assert_eq!(ask(&mut net, a, "renew", r#""lock":"1""#, &[]), "lock_lost");
+    assert_eq!(net.world.storages().count(), 1);
+}
+
+#[test]
+fn changes_are_told_once_and_newest() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    assert_eq!(ask(&mut net, b, "subscribe", "", &["version"]), "0");
+    for _ in 0..3 {
+        net.say(
+            a,
+            r#"{"action":"memory_write","block_id":"b","data":"AA=="}"#,
+        );
+    }
+    assert_eq!(net.sees(b), "block_changed p b 3");
+    net.say(
+        a,
+        r#"{"action":"memory_notify","block_id":"b","version":9}"#,
+    );
+    assert_eq!(net.sees(b), "block_changed p b 9");
+    assert_eq!(ask(&mut net, b, "unsubscribe", "", &[]), "");
+    net.say(
+        a,
+        r#"{"action":"memory_write","block_id":"b","data":"AA=="}"#,
+    );
+    assert_eq!(net.sees(b), "");
+    net.ask(
+        b,
+        r#"{"action":"watch","id":"w","pool":"p","events":["block_changed","block_removed"]}"#,
+    );
+    net.say(
+        a,
+        r#"{"action":"memory_write","block_id":"b","data":"AA=="}"#,
+    );
+    net.say(a, r#"{"action":"memory_remove","block_id":"b"}"#);
+    let seen = net.sees(b);
+    assert!(
+        seen.contains("block_changed p b 11") && seen.contains("block_removed p b"),
+        "{seen}"
+    );
+}
+
+#[test]
+fn a_resize_is_a_new_generation_with_the_old_content() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":4"#, &[]);
+    ask(&mut net, b, "attach", "", &[]);
+    ask(&mut net, a, "write", r#""data":"AQIDBA==""#, &[]);
+    net.world.hold_jobs(true);
+    assert_eq!(ask(&mut net, a, "resize", r#""size":6"#, &[]), "(waits)");
+    // While it moves it is read on, and written by nobody.
+    assert_eq!(ask(&mut net, b, "read", "", &["data"]), "AQIDBA==");
+    assert_eq!(ask(&mut net, b, "write", r#""data":"AA==""#, &[]), "locked");
+    assert_eq!(ask(&mut net, b, "resize", r#""size":9"#, &[]), "locked");
+    assert_eq!(lock(&mut net, b, r#""wait":10"#), "(waits)");
+    net.world.hold_jobs(false);
+    assert_eq!(
+        gist(&mut net, a, &["size", "generation", "version"]),
+        "6 2 1"
+    );
+    let seen = net.sees(b);
+    assert!(
+        seen.contains("block_moved p b resized") && seen.contains("m ok"),
+        "{seen}"
+    );
+    assert_eq!(
+        ask(&mut net, b, "read", "", &["data", "version"]),
+        "AQIDBAAA 1"
+    );
+    assert_eq!(net.world.storages().count(), 1);
+    assert_eq!(ask(&mut net, a, "resize", r#""size":9"#, &[]), "locked");
+    assert_eq!(ask(&mut net, b, "unlock", r#""lock":"1""#, &[]), "");
+    assert_eq!(
+        ask(&mut net, a, "resize", r#""size":0"#, &[]),
+        "bad_message"
+    );
+    assert_eq!(
+        ask(&mut net, a, "resize", r#""size":99999999999"#, &[]),
+        "too_large"
+    );
+}
+
+#[test]
+fn who_asks_while_it_is_made_waits_for_it() {
+    let (mut net, a, b) = two();
+    net.world.hold_jobs(true);
+    assert_eq!(ask(&mut net, a, "create", r#""size":8"#, &[]), "(waits)");
+    assert_eq!(ask(&mut net, b, "read", "", &[]), "no_block");
+    assert_eq!(ask(&mut net, b, "attach", "", &[]), "(waits)");
+    net.world.hold_jobs(false);
+    assert_eq!(gist(&mut net, a, &["mode"]), "write");
+    assert_eq!(gist(&mut net, b, &["mode"]), "read");
+    // Nobody waits any more when it is there, or nobody is there any more.
+    net.world.hold_jobs(true);
+    ask(&mut net, a, "remove", "", &[]);
+    ask(
+        &mut net,
+        a,
+        "create",
+        r#""size":8,"lifetime":"attached""#,
+        &[],
+    );
+    net.hang_up(a);
+    net.world.hold_jobs(false);
+    assert!(net.world.storages().is_empty());
+}
+
+#[test]
+fn no_memory_is_an_answer_and_leaves_nothing() {
+    let (mut net, a, b) = two();
+    net.world.fill_memory(true);
+    assert_eq!(ask(&mut net, a, "create", r#""size":8"#, &[]), "storage");
+    assert!(net.world.storages().is_empty());
+    net.world.fill_memory(false);
+    assert_eq!(ask(&mut net, b, "create", r#""size":8"#, &["size"]), "8");
+    net.world.fill_memory(true);
+    assert_eq!(ask(&mut net, b, "resize", r#""size":9"#, &[]), "storage");
+    assert_eq!(
+        ask(&mut net, b, "write", r#""data":"AA==""#, &["version"]),
+        "1"
+    );
+}
+
+#[test]
+fn quotas_hold_before_anything_is_made() {
+    let mut net = Net::with(|limits| {
+        limits.block_bytes_max = 10_000;
+        limits.blocks_max = 3;
+        limits.memory_bytes_max = 60_000;
+        limits.memory_bytes_per_pool_max = 50_000;
+        limits.memory_bytes_per_app_max = 30_000;
+        limits.attachments_per_app_max = 1;
+        limits.subscriptions_per_app_max = 1;
+    });
+    let a = net.app("a", r#""pools":["p","q"]"#);
+    let b = net.app("b", r#""pools":["p"]"#);
+    let create = |net: &mut Net, peer, name: &str, size: u64| {
+        net.say(peer, &format!(r#"{{"action":"memory_create","id":"m","block_id":"{name}","pool":"p","size":{size},"attach":false}}"#));
+        gist(net, peer, &["bytes", "size"])
+    };
+    assert_eq!(create(&mut net, a, "big", 10_001), "too_large");
+    assert_eq!(create(&mut net, a, "one", 10_000), "null 10000");
+    assert_eq!(create(&mut net, a, "two", 10_000), "quota");
+    assert_eq!(create(&mut net, b, "two", 8192), "null 8192");
+    assert_eq!(create(&mut net, b, "three", 1), "quota");
+    net.say(a, r#"{"action":"memory_create","id":"m","block_id":"three","pool":"q","size":1,"attach":false,"consistency":"raw"}"#);
+    assert_eq!(gist(&mut net, a, &["slots"]), "quota");
+    let all = r#"{"action":"memory_attach","id":"m","block_id":"one","pool":"p"}"#;
+    net.say(b, all);
+    assert_eq!(gist(&mut net, b, &["mode"]), "read");
+    net.say(
+        b,
+        r#"{"action":"memory_attach","id":"m","block_id":"two","pool":"p"}"#,
+    );
+    assert_eq!(gist(&mut net, b, &[]), "quota");
+    net.say(
+        b,
+        r#"{"action":"memory_detach","id":"m","block_id":"one","pool":"p"}"#,
+    );
+    net.say(
+        b,
+        r#"{"action":"memory_attach","id":"m","block_id":"two","pool":"p"}"#,
+    );
+    net.say(
+        b,
+        r#"{"action":"memory_subscribe","id":"m","block_id":"one","pool":"p"}"#,
+    );
+    net.sees(b);
+    net.say(
+        b,
+        r#"{"action":"memory_subscribe","id":"m","block_id":"two","pool":"p"}"#,
+    );
+    assert_eq!(gist(&mut net, b, &[]), "quota");
+}
+
+#[test]
+fn a_pool_stays_with_its_blocks_and_takes_them_along() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    ask(&mut net, a, "write", r#""data":"AQ==""#, &[]);
+    net.hang_up(a);
+    net.hang_up(b);
+    let c = net.app("c", READER);
+    assert_eq!(ask(&mut net, c, "read", r#""length":1"#, &["data"]), "AQ==");
+    assert_eq!(ask(&mut net, c, "remove", "", &[]), "");
+    net.hang_up(c);
+    assert!(!net.world.pool_names().contains(&"p".to_owned()));
+
+    let d = net.app("d", r#""pools":[]"#);
+    net.ask(d, r#"{"action":"pool_create","id":"c","pool":"made"}"#);
+    net.ask(d, r#"{"action":"pool_join","id":"c","pool":"made"}"#);
+    assert_eq!(
+        ask(
+            &mut net,
+            d,
+            "create",
+            r#""size":8,"pool":"made""#,
+            &["size"]
+        ),
+        "8"
+    );
+    net.ask(
+        d,
+        r#"{"action":"pool_remove","id":"c","pool":"made","force":true}"#,
+    );
+    assert!(net.world.storages().is_empty());
+    assert_eq!(
+        ask(&mut net, d, "create", r#""size":8,"pool":"system""#, &[]),
+        "not_member"
+    );
+}
+
+#[test]
+fn a_block_for_as_long_as_it_is_attached() {
+    let (mut net, a, b) = two();
+    ask(
+        &mut net,
+        a,
+        "create",
+        r#""size":8,"lifetime":"attached""#,
+        &[],
+    );
+    ask(&mut net, b, "attach", "", &[]);
+    net.hang_up(a);
+    assert_eq!(ask(&mut net, b, "read", r#""length":0"#, &["version"]), "0");
+    assert_eq!(ask(&mut net, b, "detach", "", &[]), "");
+    assert!(net.world.storages().is_empty());
+    let refused = r#""size":8,"lifetime":"attached","attach":false"#;
+    assert_eq!(ask(&mut net, b, "create", refused, &[]), "bad_message");
+}
+
+#[test]
+fn a_call_lends_its_blocks_for_as_long_as_it_lasts() {
+    let (mut net, handler, caller) = two();
+    let create = r#""size":8,"permissions":{"read":["reader"],"write":["reader"]}"#;
+    assert_eq!(
+        ask(&mut net, caller, "create", create, &["owner"]),
+        "reader"
+    );
+    assert_eq!(ask(&mut net, handler, "read", "", &[]), "forbidden");
+    let call = |net: &mut Net, id: &str, blocks: &str| {
+        net.say(
+            caller,
+            &format!(r#"{{"action":"trigger","process":"t","id":"{id}","blocks":{blocks}}}"#),
+        );
+    };
+    call(&mut net, "1", r#"["b"]"#);
+    let message = net.messages(handler).remove(0).json;
+    assert_eq!(message["descriptors"], 1);
+    let block = &message["blocks"][0];
+    assert_eq!(
+        (&block["block_id"], &block["mode"], &block["access"]),
+        (&"b".into(), &"read".into(), &"mapped".into())
+    );
+    assert_eq!(
+        ask(&mut net, handler, "read", r#""length":1"#, &["version"]),
+        "0"
+    );
+    assert_eq!(
+        ask(&mut net, handler, "write", r#""data":"AA==""#, &[]),
+        "forbidden"
+    );
+    call(&mut net, "2", r#"[{"block_id":"b","mode":"write"}]"#);
+    assert_eq!(
+        ask(&mut net, handler, "write", r#""data":"AA==""#, &["version"]),
+        "1"
+    );
+    let ids: Vec<String> = net
+        .world
+        .messages(handler)
+        .into_iter()
+        .filter_map(|m| m.json["id"].as_str().map(Into::into))
+        .collect();
+    assert!(ids.is_empty());
+    // However a call ends, what was lent is taken back.
+    net.say(
+        handler,
+        &format!(
+            r#"{{"action":"response","in_reply_to":"{}","status":"ok"}}"#,
+            message["id"].as_str().unwrap()
+        ),
+    );
+    net.say(caller, r#"{"action":"cancel","id":"2"}"#);
+    assert_eq!(ask(&mut net, handler, "read", "", &[]), "forbidden");
+    assert_eq!(
+        ask(&mut net, caller, "info", "", &["attachments"]),
+        r#"[{"app_id":"reader","calls":0,"instance":"#.to_owned()
+            + &net_instance(&mut net, caller)
+            + r#","mode":"write"}]"#
+    );
+    call(&mut net, "3", r#"["none"]"#);
+    assert!(net.sees(caller).contains("3 failed: no_block ran=no"));
+    net.say(
+        handler,
+        r#"{"action":"trigger","process":"t","id":"4","blocks":["b"]}"#,
+    );
+    assert!(net.sees(handler).contains("4 failed: forbidden ran=no"));
+    // The handler's end takes it back too.
+    call(&mut net, "5", r#"["b"]"#);
+    net.hang_up(handler);
+    assert!(net.sees(caller).contains("5 failed: handler_gone"));
+}
+
+fn net_instance(net: &mut Net, peer: Peer) -> String {
+    net.sees(peer);
+    net.say(peer, r#"{"action":"memory_info","id":"i","block_id":"b"}"#);
+    net.messages(peer).remove(0).json["response"]["attachments"][0]["instance"].to_string()
+}
+
+#[test]
+fn a_removed_block_answers_who_waits_for_it() {
+    let (mut net, a, b) = two();
+    ask(
+        &mut net,
+        a,
+        "create",
+        r#""size":8,"kind":"persistent""#,
+        &[],
+    );
+    assert_eq!(lock(&mut net, a, ""), "1");
+    assert_eq!(lock(&mut net, b, r#""wait":1000"#), "(waits)");
+    assert_eq!(ask(&mut net, a, "flush", "", &["version"]), "0");
+    assert_eq!(ask(&mut net, a, "remove", "", &[]), "");
+    assert_eq!(gist(&mut net, b, &[]), "no_block");
+    assert!(net.world.storages().is_empty());
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    assert_eq!(ask(&mut net, a, "flush", "", &[]), "bad_message");
+}
+
+#[test]
+fn lists_come_in_pages() {
+    let (mut net, a, _) = two();
+    for name in ["c", "a", "b"] {
+        net.say(
+            a,
+            &format!(r#"{{"action":"memory_create","block_id":"{name}","size":1}}"#),
+        );
+    }
+    let mut page = |more: &str| {
+        net.sees(a);
+        net.say(a, &format!(r#"{{"action":"memory_list","id":"m"{more}}}"#));
+        let reply = net.messages(a).remove(0).json["response"].take();
+        let names: Vec<&str> = reply["blocks"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|b| b["block_id"].as_str().unwrap())
+            .collect();
+        format!("{} {}", names.join(","), reply["more"])
+    };
+    assert_eq!(page(""), "a,b,c false");
+    assert_eq!(page(r#","limit":2"#), "a,b true");
+    assert_eq!(page(r#","limit":2,"after":"b""#), "c false");
+}

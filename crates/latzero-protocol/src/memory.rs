@@ -1,0 +1,752 @@
+//! Messages about memory blocks, decoded and checked; and the layout that travels with a block.
+
+use std::borrow::Cow;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
+use crate::envelope::{Envelope, Raw, missing, mistyped};
+use crate::error::{Code, Refusal};
+use crate::limits::{
+    CALL_BLOCKS_MAX, CAS_BYTES_MAX, LAYOUT_BYTES_MAX, PERMISSION_APPS_MAX, SLOTS, TTL_MAX_MS,
+};
+use crate::message::{Fields, Page, items, page, unknown};
+use crate::name::{AppId, BlockId};
+
+/// A request about one block, or about all of a pool.
+#[derive(Debug)]
+pub struct Memory<'a> {
+    /// The pool, where the sender names one.
+    pub pool: Option<Cow<'a, str>>,
+    /// What is asked for.
+    pub action: Action<'a>,
+}
+
+/// What is asked of a block.
+#[derive(Debug)]
+pub enum Action<'a> {
+    /// Make it.
+    Create(Box<Create>),
+    /// Take part in it.
+    Attach {
+        /// The block.
+        block: BlockId,
+        /// To read, or to write too.
+        mode: Access,
+        /// The layout that it must have.
+        layout: Option<Layout>,
+    },
+    /// Take part in it no longer.
+    Detach(BlockId),
+    /// A copy of its bytes.
+    Read {
+        /// The block.
+        block: BlockId,
+        /// The first byte.
+        offset: u64,
+        /// How many bytes; absent is to the end.
+        length: Option<u64>,
+        /// The version that it must have.
+        if_version: Option<u64>,
+    },
+    /// New bytes for it.
+    Write(Write<'a>),
+    /// New bytes, where it has the bytes expected.
+    Cas {
+        /// The block.
+        block: BlockId,
+        /// The first byte.
+        offset: u64,
+        /// What must be there.
+        expected: Vec<u8>,
+        /// What takes its place; as long as `expected`.
+        data: Cow<'a, [u8]>,
+        /// The lock under which it is done.
+        lock: Option<u64>,
+    },
+    /// Its lock.
+    Lock {
+        /// The block.
+        block: BlockId,
+        /// Alone, or beside other readers.
+        mode: LockMode,
+        /// How long to wait for it, in milliseconds; 0 is not at all.
+        wait_ms: u64,
+        /// How long it is held unless renewed, in milliseconds; absent is as long as its holder lives.
+        lease_ms: Option<u64>,
+    },
+    /// Gives the lock back.
+    Unlock(BlockId, u64),
+    /// Begins the lock's lease anew.
+    Renew {
+        /// The block.
+        block: BlockId,
+        /// The lock's fence.
+        lock: u64,
+        /// The new lease in milliseconds; absent is as long as its holder lives.
+        lease_ms: Option<u64>,
+    },
+    /// Pushes for each new version.
+    Subscribe(BlockId),
+    /// No more of them.
+    Unsubscribe(BlockId),
+    /// Its version after a write through a mapping.
+    Notify(BlockId, u64),
+    /// Another size.
+    Resize(BlockId, u64),
+    /// To have it on disk.
+    Flush(BlockId),
+    /// To be rid of it.
+    Remove(BlockId),
+    /// Which blocks there are.
+    List(Page<'a>),
+    /// All about one.
+    Info(BlockId),
+}
+
+/// New bytes for a block.
+#[derive(Debug)]
+pub struct Write<'a> {
+    /// The block.
+    pub block: BlockId,
+    /// The first byte.
+    pub offset: u64,
+    /// The bytes.
+    pub data: Cow<'a, [u8]>,
+    /// The version that it must have.
+    pub if_version: Option<u64>,
+    /// The lock under which it is done.
+    pub lock: Option<u64>,
+}
+
+/// A block to make.
+#[derive(Debug, Clone)]
+pub struct Create {
+    /// Its name.
+    pub block: BlockId,
+    /// Its size in bytes.
+    pub size: u64,
+    /// What it lives in.
+    pub kind: Kind,
+    /// Slots: 1 is written in place (`raw`), more hold snapshots.
+    pub slots: u32,
+    /// What its bytes are.
+    pub layout: Option<Layout>,
+    /// Who may read and write it.
+    pub permissions: Permissions,
+    /// How long it stays.
+    pub lifetime: Lifetime,
+    /// Attach it where it exists.
+    pub or_attach: bool,
+    /// Whether its maker takes part in it at once, and how.
+    pub attach: Option<Access>,
+}
+
+macro_rules! words {
+    ($(#[$doc:meta])* $type:ident { $($(#[$variant_doc:meta])* $variant:ident $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+        pub enum $type {
+            $($(#[$variant_doc])* $variant,)*
+        }
+
+        impl $type {
+            /// The word on the wire.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $($type::$variant => $word,)* }
+            }
+
+            /// Reads the word on the wire.
+            #[must_use]
+            pub fn parse(word: &str) -> Option<Self> {
+                match word { $($word => Some($type::$variant),)* _ => None }
+            }
+
+            /// A field that holds one of the words; absent is the default.
+            fn field(fields: &Fields<'_>, name: &str) -> Result<Self, Refusal> {
+                let Some(raw) = fields.field(name) else { return Ok(Self::default()) };
+                let word = raw.as_str();
+                word.as_deref().and_then(Self::parse).ok_or_else(|| {
+                    mistyped(name, concat!("one of", $(" \"", $word, "\"",)*), raw)
+                })
+            }
+        }
+    };
+}
+
+words! {
+    /// What a block lives in.
+    Kind {
+        /// Memory: it goes with the server and its last holder.
+        #[default]
+        Shared "shared",
+        /// A file of the data directory.
+        Persistent "persistent",
+    }
+}
+
+words! {
+    /// What readers of a block may do with it.
+    Access {
+        /// Read.
+        #[default]
+        Read "read",
+        /// Read and write.
+        Write "write",
+    }
+}
+
+words! {
+    /// Who may hold a lock beside whom.
+    LockMode {
+        /// One alone.
+        #[default]
+        Exclusive "exclusive",
+        /// Any number that only read.
+        Shared "shared",
+    }
+}
+
+words! {
+    /// How long a block stays.
+    Lifetime {
+        /// Until it is removed, or its pool is.
+        #[default]
+        Pool "pool",
+        /// Until nobody is attached any more.
+        Attached "attached",
+    }
+}
+
+/// Which apps may do something.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Apps {
+    /// Every member of the pool.
+    #[default]
+    All,
+    /// These.
+    These(Vec<AppId>),
+}
+
+impl Apps {
+    /// Whether `app` is among them.
+    #[must_use]
+    pub fn contain(&self, app: &AppId) -> bool {
+        match self {
+            Apps::All => true,
+            Apps::These(apps) => apps.contains(app),
+        }
+    }
+
+    /// The list on the wire.
+    #[must_use]
+    pub fn names(&self) -> Vec<&str> {
+        match self {
+            Apps::All => vec!["*"],
+            Apps::These(apps) => apps.iter().map(AppId::as_str).collect(),
+        }
+    }
+}
+
+/// Who may read and who may write a block. Whoever made it always may.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Permissions {
+    /// Who may read.
+    pub read: Apps,
+    /// Who may write; they may read too.
+    pub write: Apps,
+}
+
+/// What a block's bytes are: an array in numpy's notation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The element type, such as `<f4`.
+    pub dtype: String,
+    /// The length of each dimension.
+    pub shape: Vec<u64>,
+    /// Names for the places of the last dimension.
+    pub fields: Vec<String>,
+}
+
+impl Layout {
+    /// Reads a layout from JSON text.
+    ///
+    /// # Errors
+    /// `bad_message` or `too_large`, with the field named.
+    pub fn parse(raw: Raw<'_>) -> Result<Layout, Refusal> {
+        if !raw.is_object() {
+            let expected = "an object like {\"dtype\":\"<f4\",\"shape\":[1080,1920]}";
+            return Err(mistyped("layout", expected, raw));
+        }
+        if raw.text().len() > LAYOUT_BYTES_MAX {
+            return Err(Refusal::new(
+                Code::TooLarge,
+                format!("field 'layout' has more than {LAYOUT_BYTES_MAX} bytes"),
+            ));
+        }
+        let fields = Fields::of(raw.text())?;
+        let dtype = fields.required_string("dtype")?.into_owned();
+        if item_size(&dtype).is_none() {
+            let expected = "one of numpy's simple types, such as \"<f4\", \"|u1\" or \">i8\"";
+            return Err(mistyped(
+                "dtype",
+                expected,
+                fields.field("dtype").expect("it was read"),
+            ));
+        }
+        let mut shape = Vec::new();
+        if let Some(raw) = fields.field("shape") {
+            items(raw, "shape", |item| {
+                let length = item.as_u64();
+                shape.push(length.ok_or_else(|| mistyped("shape", "an array of lengths", item))?);
+                Ok(())
+            })?;
+        }
+        let names = fields.strings("fields")?.unwrap_or_default();
+        let layout = Layout {
+            dtype,
+            shape,
+            fields: names.into_iter().map(Cow::into_owned).collect(),
+        };
+        if layout.bytes().is_none() {
+            return Err(Refusal::new(
+                Code::BadMessage,
+                "field 'layout' describes more bytes than can be counted",
+            ));
+        }
+        let places = layout.shape.last().copied().unwrap_or(0);
+        if !layout.fields.is_empty() && layout.fields.len() as u64 != places {
+            return Err(Refusal::new(
+                Code::BadMessage,
+                format!(
+                    "field 'fields' has {} names for a last dimension of {places}",
+                    layout.fields.len()
+                ),
+            ));
+        }
+        Ok(layout)
+    }
+
+    /// Bytes of the whole array; `None` where they can't be counted.
+    #[must_use]
+    pub fn bytes(&self) -> Option<u64> {
+        self.shape
+            .iter()
+            .try_fold(item_size(&self.dtype)?, |bytes, n| bytes.checked_mul(*n))
+    }
+
+    /// The layout as JSON text, the same for the same layout.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let mut out = serde_json::json!({"dtype": self.dtype, "shape": self.shape});
+        if !self.fields.is_empty() {
+            out["fields"] = self.fields.as_slice().into();
+        }
+        out.to_string()
+    }
+}
+
+/// Bytes of one element of a simple type in numpy's notation (its array interface, `typestr`).
+fn item_size(dtype: &str) -> Option<u64> {
+    let rest = dtype.strip_prefix(['<', '>', '|', '='])?;
+    let kind = rest.chars().next()?;
+    let bytes: u64 = rest.get(1..)?.parse().ok()?;
+    let fits = match kind {
+        'b' => bytes == 1,
+        'i' | 'u' => matches!(bytes, 1 | 2 | 4 | 8),
+        'f' => matches!(bytes, 2 | 4 | 8 | 16),
+        'c' => matches!(bytes, 8 | 16 | 32),
+        'M' | 'm' => bytes == 8,
+        'S' | 'V' => (1..=65_536).contains(&bytes),
+        _ => false,
+    };
+    fits.then_some(bytes)
+}
+
+/// A block as the argument of a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockUse {
+    /// The block.
+    pub block: BlockId,
+    /// What the handler may do with it.
+    pub mode: Access,
+}
+
+/// The field `blocks` of a call: names, or objects with a mode.
+pub(crate) fn block_uses(raw: Raw<'_>) -> Result<Vec<BlockUse>, Refusal> {
+    let mut uses: Vec<BlockUse> = Vec::new();
+    if raw.is_null() {
+        return Ok(uses);
+    }
+    items(raw, "blocks", |item| {
+        if uses.len() == CALL_BLOCKS_MAX {
+            return Err(Refusal::new(
+                Code::TooLarge,
+                format!("field 'blocks' names more than {CALL_BLOCKS_MAX} blocks"),
+            ));
+        }
+        let (block, mode) = match item.as_str() {
+            Some(name) => (BlockId::new(&name)?, Access::Read),
+            None if item.is_object() => {
+                let fields = Fields::of(item.text())?;
+                let block = BlockId::new(&fields.required_string("block_id")?)?;
+                (block, Access::field(&fields, "mode")?)
+            }
+            None => return Err(mistyped("blocks", "an array of block ids", item)),
+        };
+        if uses.iter().any(|known| known.block == block) {
+            return Err(Refusal::new(
+                Code::BadMessage,
+                format!("field 'blocks' names '{block}' twice"),
+            ));
+        }
+        uses.push(BlockUse { block, mode });
+        Ok(())
+    })?;
+    Ok(uses)
+}
+
+/// Decodes a `memory_*` message.
+pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Memory<'a>, Refusal> {
+    let fields = Fields::of(e.text)?;
+    let block =
+        || -> Result<BlockId, Refusal> { Ok(BlockId::new(&fields.required_string("block_id")?)?) };
+    let number = |name: &str| Envelope::number(fields.field(name), name, 0..=u64::MAX);
+    let required = |name: &str| number(name)?.ok_or_else(|| missing(name, "a whole number"));
+    let action = match action {
+        "memory_create" => Action::Create(Box::new(create(&fields, block()?)?)),
+        "memory_attach" => Action::Attach {
+            block: block()?,
+            mode: Access::field(&fields, "mode")?,
+            layout: layout(&fields)?,
+        },
+        "memory_detach" => Action::Detach(block()?),
+        "memory_read" => Action::Read {
+            block: block()?,
+            offset: number("offset")?.unwrap_or(0),
+            length: number("length")?,
+            if_version: number("if_version")?,
+        },
+        "memory_write" => Action::Write(Write {
+            block: block()?,
+            offset: number("offset")?.unwrap_or(0),
+            data: bytes(e)?,
+            if_version: number("if_version")?,
+            lock: lock(&fields)?,
+        }),
+        "memory_cas" => {
+            let expected = fields
+                .field("expected")
+                .ok_or_else(|| missing("expected", "base64 text"))?;
+            let expected = base64("expected", expected)?;
+            let data = bytes(e)?;
+            if expected.len() != data.len() {
+                let message = format!(
+                    "'expected' has {} bytes and 'data' {}; they must be as long as each other",
+                    expected.len(),
+                    data.len()
+                );
+                return Err(Refusal::new(Code::BadMessage, message));
+            }
+            if data.len() > CAS_BYTES_MAX {
+                return Err(Refusal::new(
+                    Code::TooLarge,
+                    format!("at most {CAS_BYTES_MAX} bytes are compared and swapped at once"),
+                ));
+            }
+            Action::Cas {
+                block: block()?,
+                offset: number("offset")?.unwrap_or(0),
+                expected,
+                data,
+                lock: lock(&fields)?,
+            }
+        }
+        "memory_lock" => Action::Lock {
+            block: block()?,
+            mode: LockMode::field(&fields, "mode")?,
+            wait_ms: Envelope::number(fields.field("wait"), "wait", 0..=TTL_MAX_MS)?.unwrap_or(0),
+            lease_ms: lease(&fields)?,
+        },
+        "memory_unlock" => Action::Unlock(block()?, required_lock(&fields)?),
+        "memory_renew" => Action::Renew {
+            block: block()?,
+            lock: required_lock(&fields)?,
+            lease_ms: lease(&fields)?,
+        },
+        "memory_subscribe" => Action::Subscribe(block()?),
+        "memory_unsubscribe" => Action::Unsubscribe(block()?),
+        "memory_notify" => Action::Notify(block()?, required("version")?),
+        "memory_resize" => Action::Resize(block()?, required("size")?),
+        "memory_flush" => Action::Flush(block()?),
+        "memory_remove" => Action::Remove(block()?),
+        "memory_list" => Action::List(page(e)?),
+        "memory_info" => Action::Info(block()?),
+        other => return Err(unknown(other)),
+    };
+    Ok(Memory {
+        pool: Envelope::string(e.pool, "pool")?,
+        action,
+    })
+}
+
+fn create(fields: &Fields<'_>, block: BlockId) -> Result<Create, Refusal> {
+    let size = Envelope::number(fields.field("size"), "size", 1..=u64::MAX)?;
+    let size = size.ok_or_else(|| missing("size", "a whole number of bytes"))?;
+    let named = Envelope::number(fields.field("slots"), "slots", 1..=*SLOTS.end())?;
+    let slots = match (fields.string("consistency")?.as_deref(), named) {
+        (Some("raw"), None | Some(1)) => 1,
+        (Some("raw"), Some(_)) => {
+            return Err(Refusal::new(
+                Code::BadMessage,
+                "a block with \"consistency\":\"raw\" has one slot",
+            ));
+        }
+        (None | Some("snapshot"), None) => *SLOTS.start(),
+        (None | Some("snapshot"), Some(n)) if SLOTS.contains(&n) => n,
+        (None | Some("snapshot"), Some(_)) => {
+            return Err(Refusal::new(
+                Code::BadMessage,
+                "a block with snapshots has 2 to 4 slots; \"consistency\":\"raw\" has one",
+            ));
+        }
+        (Some(_), _) => {
+            return Err(mistyped(
+                "consistency",
+                "\"snapshot\" or \"raw\"",
+                fields.field("consistency").expect("it was read"),
+            ));
+        }
+    };
+    let or_attach = match fields.string("if_exists")?.as_deref() {
+        None | Some("error") => false,
+        Some("attach") => true,
+        Some(_) => {
+            return Err(mistyped(
+                "if_exists",
+                "\"error\" or \"attach\"",
+                fields.field("if_exists").expect("it was read"),
+            ));
+        }
+    };
+    let layout = layout(fields)?;
+    if let Some(needed) = layout.as_ref().and_then(Layout::bytes)
+        && needed > size
+    {
+        return Err(Refusal::new(
+            Code::LayoutMismatch,
+            format!("the layout needs {needed} bytes and the block has {size}"),
+        ));
+    }
+    let attach = match fields.field("attach") {
+        Some(raw) if !Envelope::flag(Some(raw), "attach")? => None,
+        _ => Some(match fields.field("mode") {
+            None => Access::Write,
+            Some(_) => Access::field(fields, "mode")?,
+        }),
+    };
+    Ok(Create {
+        block,
+        size,
+        kind: Kind::field(fields, "kind")?,
+        slots: u32::try_from(slots).expect("checked to be 4 at most"),
+        layout,
+        permissions: permissions(fields.field("permissions"))?,
+        lifetime: Lifetime::field(fields, "lifetime")?,
+        or_attach,
+        attach,
+    })
+}
+
+fn permissions(raw: Option<Raw<'_>>) -> Result<Permissions, Refusal> {
+    let Some(raw) = raw else {
+        return Ok(Permissions::default());
+    };
+    if !raw.is_object() {
+        let expected = "an object like {\"read\":[\"*\"],\"write\":[\"me\"]}";
+        return Err(mistyped("permissions", expected, raw));
+    }
+    let fields = Fields::of(raw.text())?;
+    Ok(Permissions {
+        read: apps(&fields, "read")?,
+        write: apps(&fields, "write")?,
+    })
+}
+
+fn apps(fields: &Fields<'_>, name: &str) -> Result<Apps, Refusal> {
+    let Some(names) = fields.strings(name)? else {
+        return Ok(Apps::All);
+    };
+    if names.iter().any(|name| name == "*") {
+        return Ok(Apps::All);
+    }
+    if names.len() > PERMISSION_APPS_MAX {
+        return Err(Refusal::new(
+            Code::TooLarge,
+            format!("field '{name}' names more than {PERMISSION_APPS_MAX} apps; use \"*\""),
+        ));
+    }
+    let apps = names.iter().map(|name| Ok(AppId::new(name)?));
+    Ok(Apps::These(apps.collect::<Result<_, Refusal>>()?))
+}
+
+fn layout(fields: &Fields<'_>) -> Result<Option<Layout>, Refusal> {
+    fields.field("layout").map(Layout::parse).transpose()
+}
+
+fn lease(fields: &Fields<'_>) -> Result<Option<u64>, Refusal> {
+    Envelope::number(fields.field("lease"), "lease", 1..=TTL_MAX_MS)
+}
+
+fn lock(fields: &Fields<'_>) -> Result<Option<u64>, Refusal> {
+    let Some(raw) = fields.field("lock") else {
+        return Ok(None);
+    };
+    let fence = raw.as_str().and_then(|text| text.parse().ok());
+    match fence {
+        Some(fence) => Ok(Some(fence)),
+        None => Err(mistyped("lock", "what memory_lock replied", raw)),
+    }
+}
+
+fn required_lock(fields: &Fields<'_>) -> Result<u64, Refusal> {
+    lock(fields)?.ok_or_else(|| missing("lock", "what memory_lock replied"))
+}
+
+/// The bytes of a message: its attachment, or base64 text in `data`.
+fn bytes<'a>(e: &Envelope<'a>) -> Result<Cow<'a, [u8]>, Refusal> {
+    match (e.attachment, e.data) {
+        (Some(_), Some(_)) => Err(Refusal::new(
+            Code::BadMessage,
+            "the attachment takes the place of field 'data', which must then be absent",
+        )),
+        (Some(bytes), None) => Ok(Cow::Borrowed(bytes)),
+        (None, Some(raw)) => base64("data", raw).map(Cow::Owned),
+        (None, None) => Err(missing("data", "base64 text, or an attachment")),
+    }
+}
+
+fn base64(name: &str, raw: Raw<'_>) -> Result<Vec<u8>, Refusal> {
+    let text = raw.as_str();
+    text.and_then(|text| STANDARD.decode(text.as_bytes()).ok())
+        .ok_or_else(|| {
+            Refusal::new(
+                Code::BadMessage,
+                format!("field '{name}' must be base64 text (RFC 4648, padded)"),
+            )
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Frame;
+    use crate::message::Request;
+
+    fn check(json: &str, expected: &str) {
+        let frame = Frame {
+            json: json.as_bytes(),
+            attachment: None,
+        };
+        let envelope = Envelope::parse(frame).unwrap().unwrap();
+        let got = match Request::decode(&envelope) {
+            Ok(request) => format!("{request:?}"),
+            Err(refusal) => refusal.to_string(),
+        };
+        assert!(
+            got.contains(expected),
+            "{json}\n got {got}\nwant {expected}"
+        );
+    }
+
+    #[test]
+    fn requests_decode() {
+        check(
+            r#"{"action":"memory_create","pool":"a","block_id":"f","size":10}"#,
+            "size: 10, kind: Shared, slots: 2, layout: None, permissions: Permissions { read: All, write: All }, \
+             lifetime: Pool, or_attach: false, attach: Some(Write)",
+        );
+        check(
+            r#"{"action":"memory_create","block_id":"f","size":10,"consistency":"raw","attach":false}"#,
+            "slots: 1, layout: None",
+        );
+        check(
+            r#"{"action":"memory_write","block_id":"f","data":"AP8=","lock":"7"}"#,
+            "offset: 0, data: [0, 255], if_version: None, lock: Some(7)",
+        );
+        check(
+            r#"{"action":"memory_lock","block_id":"f"}"#,
+            "mode: Exclusive, wait_ms: 0, lease_ms: None",
+        );
+        check(
+            r#"{"action":"trigger","process":"t","blocks":["f",{"block_id":"g","mode":"write"}]}"#,
+            r#"blocks: [BlockUse { block: "f", mode: Read }, BlockUse { block: "g", mode: Write }]"#,
+        );
+    }
+
+    #[test]
+    fn refusals_name_the_field() {
+        let create =
+            |more: &str| format!(r#"{{"action":"memory_create","block_id":"f","size":8,{more}}}"#);
+        check(
+            r#"{"action":"memory_create","block_id":"f"}"#,
+            "field 'size' is missing",
+        );
+        check(
+            r#"{"action":"memory_create","block_id":"f f","size":1}"#,
+            "invalid_name: 'f f' is not a valid block id",
+        );
+        check(
+            &create(r#""kind":"eternal""#),
+            r#"field 'kind' must be one of "shared" "persistent", not"#,
+        );
+        check(
+            &create(r#""layout":{"dtype":"float"}"#),
+            "field 'dtype' must be one of numpy's simple types",
+        );
+        check(
+            &create(r#""layout":{"dtype":"<f4","shape":[3]}"#),
+            "layout_mismatch: the layout needs 12 bytes and the block has 8",
+        );
+        check(
+            &create(r#""layout":{"dtype":"<f4","shape":[2],"fields":["x"]}"#),
+            "1 names for a last dimension of 2",
+        );
+        check(
+            &create(r#""layout":{"dtype":"<f8","shape":[9223372036854775807,9]}"#),
+            "more bytes than can be counted",
+        );
+        check(&create(r#""slots":5"#), "field 'slots' must be");
+        check(&create(r#""slots":2,"consistency":"raw""#), "has one slot");
+        check(
+            r#"{"action":"memory_write","block_id":"f","data":"A"}"#,
+            "field 'data' must be base64",
+        );
+        check(
+            r#"{"action":"memory_cas","block_id":"f","expected":"","data":"AA=="}"#,
+            "must be as long as each other",
+        );
+        check(
+            r#"{"action":"memory_unlock","block_id":"f","lock":7}"#,
+            "field 'lock' must be what memory_lock replied",
+        );
+        check(
+            r#"{"action":"memory_melt","block_id":"f"}"#,
+            "unknown_action: unknown action 'memory_melt'",
+        );
+        check(
+            r#"{"action":"trigger","process":"t","blocks":["f","f"]}"#,
+            "field 'blocks' names 'f' twice",
+        );
+    }
+
+    #[test]
+    fn layouts_read_back() {
+        let text = r#"{"dtype":"<f4","shape":[2,3],"fields":["x","y","z"]}"#;
+        let layout = Layout::parse(Raw::new(text).unwrap()).unwrap();
+        assert_eq!(layout.bytes(), Some(24));
+        let again = layout.to_json();
+        assert_eq!(Layout::parse(Raw::new(&again).unwrap()).unwrap(), layout);
+    }
+}

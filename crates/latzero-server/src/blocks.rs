@@ -1,0 +1,580 @@
+//! The bytes of memory blocks: one [`Custodian`] for each generation, and the thread that does what takes long.
+//!
+//! Pools decide about blocks and name storage by number; here the numbers lead to memory and files. Making or moving a
+//! large block takes the kernel as long as it takes to touch all of it, and a flush as long as the disk does: such jobs
+//! run on a thread of their own, so that no connection waits for them.
+
+mod files;
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+
+use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
+use latzero_fabric::pool::Found;
+use latzero_fabric::{BlockKey, Effects as _, Host as _, Limits, Time};
+use latzero_protocol::memory::{Access, Kind};
+use latzero_protocol::{BlockId, Code, PoolName, Refusal};
+use latzero_shm::{Cas, CreateError, Custodian, Description, Geometry, State};
+use serde_json::{Value, json};
+
+use self::files::{Files, Names};
+use crate::host::IoHost;
+use crate::peer::Peer;
+use crate::shared::{Command, Shared};
+use crate::timers::PoolCell;
+
+/// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a millisecond.
+const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// Corrupt blocks that `health` names one by one.
+const CORRUPT_SHOWN_MAX: usize = 20;
+
+/// One generation of a block.
+struct Stored {
+    custodian: Custodian,
+    pool: PoolName,
+    block: BlockId,
+    kind: Kind,
+    /// The newest version heard of; the truth where it can't be read without waiting.
+    version: AtomicU64,
+    names: Option<Names>,
+}
+
+impl Stored {
+    fn heard(&self, version: u64) -> u64 {
+        self.version.fetch_max(version, Relaxed).max(version)
+    }
+}
+
+/// Something about a block that is done, for its pool.
+pub(crate) struct Done {
+    pub(crate) pool: Arc<PoolCell>,
+    pub(crate) what: Finished,
+}
+
+/// What is done.
+pub(crate) enum Finished {
+    Made(BlockKey, Result<Option<StorageId>, Refusal>),
+    Flushed(BlockKey, u64, Result<u64, Refusal>),
+}
+
+/// What the blocks' thread is given.
+enum Work {
+    Job(Arc<Shared>, Arc<PoolCell>, Job<Arc<Peer>>),
+    /// Storage whose memory is given back by letting go of it.
+    Free(Arc<Stored>),
+}
+
+/// Storage of all blocks.
+pub(crate) struct Blocks {
+    stored: RwLock<HashMap<StorageId, Arc<Stored>>>,
+    ledger: Mutex<Ledger>,
+    files: Files,
+    // At most one job of each kind for each block and waiter, which are bounded.
+    work: Sender<Work>,
+}
+
+impl Blocks {
+    /// No blocks yet; persistent ones will live in `directory`.
+    ///
+    /// # Errors
+    /// Where the directory can't be opened, or no thread be had.
+    pub(crate) fn new(directory: &Path) -> std::io::Result<Blocks> {
+        let (work, queue) = channel();
+        std::thread::Builder::new()
+            .name("blocks".into())
+            .spawn(move || run(&queue))?;
+        Ok(Blocks {
+            stored: RwLock::new(HashMap::new()),
+            ledger: Mutex::new(Ledger::default()),
+            files: Files::open(directory)?,
+            work,
+        })
+    }
+
+    pub(crate) fn with_ledger<R>(&self, f: impl FnOnce(&mut Ledger) -> R) -> R {
+        f(&mut self.ledger())
+    }
+
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger
+            .lock()
+            .expect("a panic in the ledger ends the server")
+    }
+
+    fn at(&self, storage: StorageId) -> Option<Arc<Stored>> {
+        let stored = self.stored.read().expect("nothing panics under this lock");
+        stored.get(&storage).map(Arc::clone)
+    }
+
+    fn found(&self, storage: StorageId) -> Result<Arc<Stored>, Refusal> {
+        // Between a pool's word and ours another loop may have removed it.
+        self.at(storage)
+            .ok_or_else(|| Refusal::new(Code::NoBlock, "the block was removed just now"))
+    }
+
+    fn all(&self) -> Vec<Arc<Stored>> {
+        let stored = self.stored.read().expect("nothing panics under this lock");
+        stored.values().map(Arc::clone).collect()
+    }
+
+    fn insert(&self, storage: StorageId, stored: Stored) {
+        self.stored
+            .write()
+            .expect("nothing panics under this lock")
+            .insert(storage, Arc::new(stored));
+    }
+
+    /// The descriptor that is passed for `access`, where there is one.
+    pub(crate) fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
+        let stored = self.at(storage)?;
+        match access {
+            Access::Write => Some(Arc::clone(stored.custodian.writable())),
+            Access::Read => stored.custodian.read_only().map(Arc::clone),
+        }
+    }
+
+    /// The newest version that is known without waiting.
+    pub(crate) fn version(&self, storage: StorageId) -> u64 {
+        let Some(stored) = self.at(storage) else {
+            return 0;
+        };
+        match stored.kind {
+            // Its header is mapped.
+            Kind::Shared => stored.custodian.version().unwrap_or(0),
+            Kind::Persistent => stored.version.load(Relaxed),
+        }
+    }
+
+    pub(crate) fn note_version(&self, storage: StorageId, version: u64) {
+        if let Some(stored) = self.at(storage) {
+            stored.heard(version);
+        }
+    }
+
+    pub(crate) fn check(&self, storage: StorageId) -> Result<(), Refusal> {
+        let stored = self.found(storage)?;
+        stored
+            .custodian
+            .check()
+            .map_err(|error| corrupt(&stored, &error))
+    }
+
+    pub(crate) fn read(
+        &self,
+        storage: StorageId,
+        offset: u64,
+        buffer: &mut [u8],
+        if_version: Option<u64>,
+    ) -> Result<u64, Refusal> {
+        use latzero_shm::ReadError;
+        let stored = self.found(storage)?;
+        let version = stored.custodian.read(offset, buffer, if_version);
+        version
+            .map(|version| stored.heard(version).min(version))
+            .map_err(|error| match error {
+                ReadError::OutOfRange => out_of_range(&stored),
+                ReadError::Version(current) => conflict(&stored, current),
+                ReadError::Contended => contended(&stored),
+                ReadError::Fault(fault) => corrupt(&stored, &fault),
+            })
+    }
+
+    pub(crate) fn write(
+        &self,
+        storage: StorageId,
+        offset: u64,
+        data: &[u8],
+        if_version: Option<u64>,
+    ) -> Result<u64, Refusal> {
+        let stored = self.found(storage)?;
+        let version = stored.custodian.write(offset, data, if_version);
+        version
+            .map(|version| stored.heard(version))
+            .map_err(|error| write_error(&stored, error))
+    }
+
+    pub(crate) fn swap(
+        &self,
+        storage: StorageId,
+        offset: u64,
+        expected: &[u8],
+        data: &[u8],
+    ) -> Result<(u64, Option<Vec<u8>>), Refusal> {
+        let stored = self.found(storage)?;
+        match stored.custodian.cas(offset, expected, data) {
+            Ok(Cas::Swapped { version }) => Ok((stored.heard(version), None)),
+            Ok(Cas::Differs { current, version }) => Ok((version, Some(current))),
+            Err(error) => Err(write_error(&stored, error)),
+        }
+    }
+
+    /// Does `job`, or has the blocks' thread do it. Returns what the pool is to hear at once.
+    pub(crate) fn run_or_pass_on(
+        shared: &Arc<Shared>,
+        pool: &Arc<PoolCell>,
+        job: Job<Arc<Peer>>,
+    ) -> Option<Done> {
+        let takes_long = match &job {
+            Job::Make { making, .. } => {
+                making.kind == Kind::Persistent
+                    || making.geometry.total().unwrap_or(u64::MAX) > INLINE_BYTES_MAX
+            }
+            Job::Flush { .. } => true,
+            Job::Drop { .. } | Job::Lease { .. } => false,
+        };
+        if takes_long {
+            let work = Work::Job(Arc::clone(shared), Arc::clone(pool), job);
+            shared
+                .blocks
+                .work
+                .send(work)
+                .expect("the blocks' thread lives as long as the server");
+            return None;
+        }
+        let what = shared.blocks.run(job)?;
+        Some(Done {
+            pool: Arc::clone(pool),
+            what,
+        })
+    }
+
+    fn run(&self, job: Job<Arc<Peer>>) -> Option<Finished> {
+        match job {
+            Job::Make {
+                key,
+                making,
+                unless_dead,
+            } => {
+                let is_dead = unless_dead.is_some_and(|peer| {
+                    peer.socket
+                        .as_ref()
+                        .is_none_or(crate::socket::Socket::is_process_dead)
+                });
+                let made = if is_dead {
+                    Ok(None)
+                } else {
+                    self.make(&making).map(|()| Some(making.storage))
+                };
+                if let Err(refusal) = &made {
+                    tracing::warn!(pool = %making.pool, block = %making.block, error = %refusal, "a block can't be made");
+                }
+                Some(Finished::Made(key, made))
+            }
+            Job::Drop {
+                storage,
+                is_superseded,
+            } => {
+                self.drop_storage(storage, is_superseded);
+                None
+            }
+            Job::Lease { storage, fence } => {
+                if let Some(stored) = self.at(storage)
+                    && let Err(error) = stored.custodian.set_lease(fence)
+                {
+                    tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be shown to its writers");
+                }
+                None
+            }
+            Job::Flush {
+                key,
+                storage,
+                ticket,
+            } => {
+                let version = self.found(storage).and_then(|stored| {
+                    let version = stored.custodian.sync();
+                    version.map_err(|error| corrupt(&stored, &error))
+                });
+                Some(Finished::Flushed(key, ticket, version))
+            }
+        }
+    }
+
+    fn make(&self, making: &Making) -> Result<(), Refusal> {
+        let from = making.from.map(|from| self.found(from)).transpose()?;
+        let geometry = Geometry::new(making.geometry.size, making.geometry.slots)
+            .map_err(|error| Refusal::new(Code::TooLarge, error.to_string()))?;
+        let block_id = match &from {
+            Some(from) => from.custodian.description().block_id,
+            None => random_id(),
+        };
+        let description = Description {
+            block_id,
+            pool_id: pool_id(&making.pool),
+            generation: making.generation,
+            geometry,
+            is_persistent: making.kind == Kind::Persistent,
+            created_unix_ns: unix_ns(),
+        };
+        let refused = |error: CreateError| no_storage(making, &error);
+        let (custodian, names) = match making.kind {
+            Kind::Shared => {
+                let name = format!("lz:{}", &making.pool.as_str());
+                (
+                    Custodian::create_shared(&name, &description).map_err(refused)?,
+                    None,
+                )
+            }
+            Kind::Persistent => {
+                let (custodian, names) = self.files.create(&description).map_err(refused)?;
+                (custodian, Some(names))
+            }
+        };
+        let stored = Stored {
+            custodian,
+            pool: making.pool.clone(),
+            block: making.block.clone(),
+            kind: making.kind,
+            version: AtomicU64::new(0),
+            names,
+        };
+        if let Some(from) = &from {
+            let copied = from.custodian.copy_to(&stored.custodian);
+            let version = copied.map_err(|error| corrupt(from, &error))?;
+            stored.heard(version);
+        }
+        if let (Some(names), Some(record)) = (&stored.names, &making.record) {
+            let kept = stored
+                .custodian
+                .sync()
+                .map_err(|error| corrupt(&stored, &error))
+                .and_then(|_| {
+                    self.files.keep(names, record).map_err(|error| {
+                        Refusal::new(
+                            Code::Storage,
+                            format!(
+                                "the record of block '{}' can't be written: {error}",
+                                making.block
+                            ),
+                        )
+                    })
+                });
+            if let Err(refusal) = kept {
+                self.files.abandon(names);
+                return Err(refusal);
+            }
+        }
+        self.insert(making.storage, stored);
+        Ok(())
+    }
+
+    fn drop_storage(&self, storage: StorageId, is_superseded: bool) {
+        let stored = self
+            .stored
+            .write()
+            .expect("nothing panics under this lock")
+            .remove(&storage);
+        let Some(stored) = stored else { return };
+        let state = if is_superseded {
+            State::Superseded
+        } else {
+            State::Closed
+        };
+        if let Err(error) = stored.custodian.set_state(state) {
+            tracing::debug!(pool = %stored.pool, block = %stored.block, %error, "users of a block can't be told of its end through it");
+        }
+        if let Some(names) = &stored.names {
+            self.files.remove(names, is_superseded);
+        }
+        // The kernel takes its time to give back much memory.
+        let _ = self.work.send(Work::Free(stored));
+    }
+
+    /// What `stats` says of blocks.
+    pub(crate) fn to_json(&self, limits: &Limits) -> Value {
+        let kinds = |kind| self.all().iter().filter(|s| s.kind == kind).count();
+        let ledger = self.ledger();
+        json!({
+            "blocks": ledger.blocks(),
+            "blocks_max": limits.blocks_max,
+            "bytes": ledger.bytes(),
+            "bytes_max": limits.memory_bytes_max,
+            "storages_shared": kinds(Kind::Shared),
+            "storages_persistent": kinds(Kind::Persistent),
+        })
+    }
+
+    /// What `health` says of blocks: each header is looked at, and the corrupt ones are named.
+    pub(crate) fn health(&self) -> (bool, Value) {
+        let all = self.all();
+        let mut corrupt: Vec<Value> = Vec::new();
+        for stored in &all {
+            if let Err(error) = stored.custodian.check() {
+                corrupt.push(json!({
+                    "pool": stored.pool, "block_id": stored.block, "error": error.to_string(),
+                }));
+            }
+        }
+        let total = corrupt.len();
+        corrupt.truncate(CORRUPT_SHOWN_MAX);
+        let seen = json!({"blocks": all.len(), "corrupt_total": total, "corrupt": corrupt});
+        (total == 0, seen)
+    }
+
+    /// Has every persistent block reach the disk; for the server's end.
+    pub(crate) fn sync_all(&self) {
+        for stored in self.all() {
+            if stored.kind == Kind::Persistent
+                && let Err(error) = stored.custodian.sync()
+            {
+                tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a persistent block could not be written to disk");
+            }
+        }
+    }
+}
+
+/// Takes in the persistent blocks that an earlier run left.
+pub(crate) fn adopt_all(host: &mut IoHost, now: Time) {
+    let shared = Arc::clone(&host.shared);
+    for kept in shared.blocks.files.scan() {
+        let (names, record) = (&kept.names, &kept.record);
+        if let Err(refusal) = adopt(host, now, kept.open, names, record) {
+            tracing::error!(file = %names, error = %refusal, "a persistent block can't be opened; its file is set aside");
+            shared.blocks.files.set_aside(names);
+        }
+    }
+}
+
+fn adopt(
+    host: &mut IoHost,
+    now: Time,
+    open: Result<Custodian, String>,
+    names: &Names,
+    record: &str,
+) -> Result<(), Refusal> {
+    let custodian = open.map_err(|error| Refusal::new(Code::Storage, error))?;
+    let found = Found { record };
+    let (pool_name, block) = found.name()?;
+    let version = custodian
+        .version()
+        .map_err(|error| Refusal::new(Code::Storage, error.to_string()))?;
+    let (number, pool) =
+        host.with_registry(|registry, _| registry.pool_for_blocks(now, &pool_name))?;
+    let adopted = host.with_pool(&pool, |pool, fx| pool.adopt_block(now, &found, fx));
+    let storage = match adopted {
+        Ok(storage) => storage,
+        Err(refusal) => {
+            // The pool goes again where it was made for this block alone.
+            host.effects().count_blocks(&pool_name, number, 0);
+            host.with_pool(&pool, |_, _| ());
+            return Err(refusal);
+        }
+    };
+    let stored = Stored {
+        custodian,
+        pool: pool_name,
+        block,
+        kind: Kind::Persistent,
+        version: AtomicU64::new(version),
+        names: Some(names.clone()),
+    };
+    // A lock that somebody held died with the server.
+    if let Err(error) = stored.custodian.set_lease(0) {
+        tracing::warn!(file = %names, %error, "the lock of a persistent block can't be reset");
+    }
+    host.shared.blocks.insert(storage, stored);
+    Ok(())
+}
+
+/// The blocks' thread: one job after the other, until the server is gone.
+fn run(queue: &Receiver<Work>) {
+    while let Ok(work) = queue.recv() {
+        match work {
+            Work::Job(shared, pool, job) => {
+                if let Some(what) = shared.blocks.run(job) {
+                    shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
+                }
+            }
+            Work::Free(stored) => drop(stored),
+        }
+    }
+}
+
+fn no_storage(making: &Making, error: &CreateError) -> Refusal {
+    Refusal::new(
+        Code::Storage,
+        format!("block '{}' can't be made: {error}", making.block),
+    )
+}
+
+fn corrupt(stored: &Stored, error: &dyn std::fmt::Display) -> Refusal {
+    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block can't be used");
+    Refusal::new(
+        Code::Storage,
+        format!(
+            "block '{}' of pool '{}' can't be used: {error}; remove it and make it anew",
+            stored.block, stored.pool
+        ),
+    )
+}
+
+fn out_of_range(stored: &Stored) -> Refusal {
+    let size = stored.custodian.description().geometry.size;
+    Refusal::new(
+        Code::OutOfRange,
+        format!(
+            "these bytes lie outside block '{}', which has {size}; nothing was written",
+            stored.block
+        ),
+    )
+}
+
+fn conflict(stored: &Stored, current: u64) -> Refusal {
+    Refusal::new(
+        Code::VersionConflict,
+        format!("block '{}' has version {current}", stored.block),
+    )
+}
+
+fn contended(stored: &Stored) -> Refusal {
+    Refusal::new(
+        Code::Contended,
+        format!(
+            "block '{}' is written so often that no whole version could be had; repeat",
+            stored.block
+        ),
+    )
+}
+
+fn write_error(stored: &Stored, error: latzero_shm::WriteError) -> Refusal {
+    use latzero_shm::WriteError;
+    match error {
+        WriteError::OutOfRange => out_of_range(stored),
+        WriteError::Conflict { current } => conflict(stored, current),
+        WriteError::Contended => contended(stored),
+        other => corrupt(stored, &other),
+    }
+}
+
+/// A name for a block that nothing else has: sixteen random bytes.
+fn random_id() -> [u8; 16] {
+    let mut id = [0; 16];
+    // Within 256 bytes the kernel gives all or, early after the boot, nothing (getrandom(2)).
+    if rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty()).is_err() {
+        id[..8].copy_from_slice(&unix_ns().to_le_bytes());
+        id[8..12].copy_from_slice(&std::process::id().to_le_bytes());
+    }
+    id
+}
+
+/// The pool's name as sixteen bytes (FNV-1a, twice): the same on every start.
+fn pool_id(pool: &PoolName) -> [u8; 16] {
+    let hash = |start: u64| {
+        pool.as_str().bytes().fold(start, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+        })
+    };
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&hash(0xcbf2_9ce4_8422_2325).to_le_bytes());
+    id[8..].copy_from_slice(&hash(0x6c62_272e_07bb_0142).to_le_bytes());
+    id
+}
+
+fn unix_ns() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| now.as_nanos() as u64)
+}

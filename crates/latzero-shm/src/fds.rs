@@ -1,0 +1,72 @@
+//! File descriptors over Unix sockets (unix(7), SCM_RIGHTS).
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+/// Most descriptors that are sent or taken with one message.
+pub const DESCRIPTORS_MAX: usize = 64;
+
+/// Sends what fits of `bytes`, with `descriptors` travelling with the first one.
+///
+/// # Errors
+/// As sendmsg(2); more descriptors than [`DESCRIPTORS_MAX`] are refused.
+pub fn send_with_fds(
+    socket: impl AsFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::Error::other(format!(
+            "more than {DESCRIPTORS_MAX} descriptors can't travel with one message"
+        )));
+    }
+    let sent = sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(sent)
+}
+
+/// Receives bytes, and appends the descriptors that came with them to `descriptors`; each is closed on exec.
+///
+/// # Errors
+/// As recvmsg(2); and where more than `max` descriptors came, which are all closed then.
+pub fn recv_with_fds(
+    socket: impl AsFd,
+    buffer: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+    max: usize,
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = recvmsg(
+        socket,
+        &mut [IoSliceMut::new(buffer)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let mut came: Vec<OwnedFd> = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            came.extend(fds);
+        }
+    }
+    if got.flags.contains(ReturnFlags::CTRUNC) || came.len() > max {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "more file descriptors came than can be taken; all of them were closed",
+        ));
+    }
+    descriptors.append(&mut came);
+    Ok(got.bytes)
+}

@@ -1,0 +1,260 @@
+//! The header of a block: where each word stands, and what of it never changes.
+
+use thiserror::Error;
+
+/// Bytes of the header.
+pub const HEADER_BYTES: u64 = 4096;
+
+/// Slots begin at multiples of this many bytes.
+const PAGE: u64 = 4096;
+
+/// Most slots of a block.
+const SLOTS_MAX: u32 = 4;
+
+/// Largest version of a block in bytes: 2^40.
+const SIZE_MAX: u64 = 1 << 40;
+
+const MAGIC: &[u8; 8] = b"LZBLOCK1";
+
+const FLAG_PERSISTENT: u32 = 1 << 1;
+const FLAG_RAW: u32 = 1 << 2;
+
+/// Bytes of what never changes.
+const FIXED_BYTES: usize = 128;
+
+/// Where the words that change stand.
+pub(crate) mod at {
+    /// version << 8 | slot.
+    pub(crate) const HEAD: u64 = 128;
+    /// 32-bit futex word, one more with each version.
+    pub(crate) const NOTIFY: u64 = 256;
+    /// 32-bit state, in the upper half of the word at [`NOTIFY`].
+    pub(crate) const STATE: u64 = 260;
+    /// The fence of the exclusive lock.
+    pub(crate) const FENCE: u64 = 384;
+    const SLOTS: u64 = 512;
+    /// The words of slot `slot`.
+    pub(crate) fn slot(slot: u32) -> u64 {
+        SLOTS + 128 * u64::from(slot)
+    }
+    pub(crate) const SEQUENCE: u64 = 0;
+    pub(crate) const VERSION: u64 = 8;
+    pub(crate) const LENGTH: u64 = 16;
+    pub(crate) const SLOT_FENCE: u64 = 24;
+    pub(crate) const TIME: u64 = 32;
+    pub(crate) const CHECKSUM: u64 = 40;
+    pub(crate) const CHANGED_FROM: u64 = 48;
+    pub(crate) const CHANGED_TO: u64 = 56;
+}
+
+/// What a user of a block may do with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Access {
+    /// Read.
+    Read,
+    /// Read and write.
+    Write,
+}
+
+/// What has become of a block, as its header says. A hint: the server's word decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It is in use.
+    Live = 0,
+    /// A newer generation took its place.
+    Superseded = 1,
+    /// It was removed.
+    Closed = 2,
+    /// Its header makes no sense any more.
+    Corrupt = 3,
+}
+
+impl State {
+    pub(crate) fn of(word: u32) -> State {
+        match word {
+            0 => State::Live,
+            1 => State::Superseded,
+            2 => State::Closed,
+            _ => State::Corrupt,
+        }
+    }
+}
+
+/// Sizes that no block can have.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("a block has 1 to {SIZE_MAX} bytes and 1 to {SLOTS_MAX} slots, not {size} and {slots}")]
+pub struct GeometryError {
+    size: u64,
+    slots: u32,
+}
+
+/// How the bytes of a block lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Bytes of one version.
+    pub size: u64,
+    /// How many versions there is room for; 1 is written in place.
+    pub slots: u32,
+    /// Where the first slot begins, in bytes.
+    pub slot_offset: u64,
+    /// From one slot's begin to the next one's, in bytes.
+    pub slot_stride: u64,
+}
+
+impl Geometry {
+    /// The geometry of a block of `size` bytes with `slots` slots.
+    ///
+    /// # Errors
+    /// Where no block can be so.
+    pub fn new(size: u64, slots: u32) -> Result<Geometry, GeometryError> {
+        if size == 0 || size > SIZE_MAX || slots == 0 || slots > SLOTS_MAX {
+            return Err(GeometryError { size, slots });
+        }
+        Ok(Geometry {
+            size,
+            slots,
+            slot_offset: HEADER_BYTES,
+            slot_stride: size.div_ceil(PAGE) * PAGE,
+        })
+    }
+
+    /// Bytes of the whole file.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.slot_offset + self.slot_stride * u64::from(self.slots)
+    }
+
+    /// Whether the block is written in place.
+    #[must_use]
+    pub fn is_raw(&self) -> bool {
+        self.slots == 1
+    }
+
+    /// Where a slot's bytes begin in the file.
+    pub(crate) fn slot(&self, slot: u32) -> u64 {
+        self.slot_offset + self.slot_stride * u64::from(slot)
+    }
+
+    /// Whether `length` bytes from `offset` on lie within a version.
+    #[must_use]
+    pub fn contains(&self, offset: u64, length: usize) -> bool {
+        offset
+            .checked_add(length as u64)
+            .is_some_and(|end| end <= self.size)
+    }
+}
+
+/// Why a header is none, or not the one expected.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum HeaderError {
+    /// It does not begin as a header does.
+    #[error("it is no block: the file does not begin with LZBLOCK1")]
+    Magic,
+    /// It is laid out in a way that is not known here.
+    #[error("its layout has version {0}, and 1 is known here")]
+    Version(u32),
+    /// Its checksum is another.
+    #[error("the header's checksum is wrong: somebody wrote over it")]
+    Checksum,
+    /// A field makes no sense.
+    #[error("the header's {0} makes no sense")]
+    Field(&'static str),
+    /// It is whole, but another block's or generation's.
+    #[error("the header's {0} is not the one that was expected")]
+    Unexpected(&'static str),
+    /// It can't be read.
+    #[error("the header can't be read: {0}")]
+    Unreadable(String),
+}
+
+/// What never changes of one generation of a block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// The block's id; the same for all its generations.
+    pub block_id: [u8; 16],
+    /// The id of its pool.
+    pub pool_id: [u8; 16],
+    /// The generation, from 1 on.
+    pub generation: u64,
+    /// How its bytes lie.
+    pub geometry: Geometry,
+    /// Whether it is a file that stays.
+    pub is_persistent: bool,
+    /// When it was made, in nanoseconds since the Unix epoch.
+    pub created_unix_ns: u64,
+}
+
+impl Description {
+    /// The header's first bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; FIXED_BYTES] {
+        let mut out = [0; FIXED_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| out[at..at + bytes.len()].copy_from_slice(bytes);
+        let g = &self.geometry;
+        let mut flags = 0;
+        if self.is_persistent {
+            flags |= FLAG_PERSISTENT;
+        }
+        if g.is_raw() {
+            flags |= FLAG_RAW;
+        }
+        put(0, MAGIC);
+        put(8, &1u32.to_le_bytes());
+        put(12, &4096u32.to_le_bytes());
+        put(16, &self.block_id);
+        put(32, &self.pool_id);
+        put(48, &self.generation.to_le_bytes());
+        put(56, &g.total().to_le_bytes());
+        put(64, &g.size.to_le_bytes());
+        put(72, &g.slot_offset.to_le_bytes());
+        put(80, &g.slot_stride.to_le_bytes());
+        put(88, &g.slots.to_le_bytes());
+        put(92, &flags.to_le_bytes());
+        put(96, &self.created_unix_ns.to_le_bytes());
+        let checksum = crc32c::crc32c(&out[..124]);
+        out[124..].copy_from_slice(&checksum.to_le_bytes());
+        out
+    }
+
+    /// Reads a header's first bytes. Any bytes may be given.
+    ///
+    /// # Errors
+    /// Where they are no header that makes sense.
+    pub fn decode(bytes: &[u8]) -> Result<Description, HeaderError> {
+        let bytes: &[u8; FIXED_BYTES] = bytes
+            .get(..FIXED_BYTES)
+            .and_then(|bytes| bytes.try_into().ok())
+            .ok_or(HeaderError::Magic)?;
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        let half = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        if &bytes[..8] != MAGIC {
+            return Err(HeaderError::Magic);
+        }
+        if half(8) != 1 {
+            return Err(HeaderError::Version(half(8)));
+        }
+        if half(124) != crc32c::crc32c(&bytes[..124]) {
+            return Err(HeaderError::Checksum);
+        }
+        let geometry = Geometry::new(word(64), half(88)).map_err(|_| HeaderError::Field("size"))?;
+        let checks = [
+            (u64::from(half(12)) == HEADER_BYTES, "length"),
+            (word(56) == geometry.total(), "total length"),
+            (word(72) == geometry.slot_offset, "slot offset"),
+            (word(80) == geometry.slot_stride, "slot stride"),
+            ((half(92) & FLAG_RAW != 0) == geometry.is_raw(), "flags"),
+            (word(48) > 0, "generation"),
+        ];
+        if let Some((_, name)) = checks.iter().find(|(holds, _)| !holds) {
+            return Err(HeaderError::Field(name));
+        }
+        Ok(Description {
+            block_id: bytes[16..32].try_into().expect("16 bytes"),
+            pool_id: bytes[32..48].try_into().expect("16 bytes"),
+            generation: word(48),
+            geometry,
+            is_persistent: half(92) & FLAG_PERSISTENT != 0,
+            created_unix_ns: word(96),
+        })
+    }
+}

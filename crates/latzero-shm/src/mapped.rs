@@ -1,0 +1,262 @@
+//! A file mapped into this process: words as atomics, through pointers, and never a reference to its bytes.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::time::Duration;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::thread::futex;
+
+use crate::format::Access;
+use crate::memory::{Fault, Memory};
+
+/// A mapping of the first `length` bytes of a file. Its file must not become shorter while words of it are touched: it is
+/// sealed against that.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    base: NonNull<u8>,
+    length: usize,
+    access: Access,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and is only accessed through atomics.
+unsafe impl Send for Mapped {}
+// SAFETY: as above; all methods take `&self` and only touch the bytes with atomic loads and stores.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    /// Maps the first `length` bytes of `file`, shared with everybody else who does.
+    pub(crate) fn new(file: impl AsFd, length: u64, access: Access) -> io::Result<Mapped> {
+        let length = usize::try_from(length).map_err(io::Error::other)?;
+        let protection = match access {
+            Access::Read => ProtFlags::READ,
+            Access::Write => ProtFlags::READ | ProtFlags::WRITE,
+        };
+        // SAFETY: no address is asked for, so nothing that is mapped already is replaced.
+        let base = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                length,
+                protection,
+                MapFlags::SHARED,
+                file,
+                0,
+            )
+        }?;
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Mapped {
+            base,
+            length,
+            access,
+        })
+    }
+
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    fn word(&self, at: u64) -> Result<&AtomicU64, Fault> {
+        let at = usize::try_from(at).map_err(|_| Fault::Short)?;
+        if at % 8 != 0 || at.checked_add(8).is_none_or(|end| end > self.length) {
+            return Err(Fault::Short);
+        }
+        // SAFETY: the eight bytes lie within the mapping, which lives as long as `self`; they are aligned, since the mapping
+        // begins at a page; and every access to them, here and in other processes, is atomic or by the kernel.
+        Ok(unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(at).cast()) })
+    }
+
+    fn half(&self, at: u64) -> Result<&AtomicU32, Fault> {
+        let at = usize::try_from(at).map_err(|_| Fault::Short)?;
+        if at % 4 != 0 || at.checked_add(4).is_none_or(|end| end > self.length) {
+            return Err(Fault::Short);
+        }
+        // SAFETY: as for words, with four bytes.
+        Ok(unsafe { AtomicU32::from_ptr(self.base.as_ptr().add(at).cast()) })
+    }
+
+    /// The start of a range within the mapping.
+    fn range(&self, at: u64, length: usize) -> Result<*mut u8, Fault> {
+        let at = usize::try_from(at).map_err(|_| Fault::Short)?;
+        if at.checked_add(length).is_none_or(|end| end > self.length) {
+            return Err(Fault::Short);
+        }
+        // SAFETY: the offset lies within the mapping or at its end.
+        Ok(unsafe { self.base.as_ptr().add(at) })
+    }
+
+    pub(crate) fn load_half(&self, at: u64) -> Result<u32, Fault> {
+        Ok(self.half(at)?.load(Ordering::Acquire))
+    }
+
+    pub(crate) fn store_half(&self, at: u64, value: u32) -> Result<(), Fault> {
+        self.check_writable()?;
+        self.half(at)?.store(value, Ordering::Release);
+        Ok(())
+    }
+
+    /// Sleeps while the 32-bit word at `at` is `value`, at most `timeout`.
+    pub(crate) fn wait(&self, at: u64, value: u32, timeout: Option<Duration>) -> Result<(), Fault> {
+        let timeout = timeout.and_then(|time| rustix::fs::Timespec::try_from(time).ok());
+        // Shared, not private: the other end is another process (futex(2)).
+        match futex::wait(
+            self.half(at)?,
+            futex::Flags::empty(),
+            value,
+            timeout.as_ref(),
+        ) {
+            Ok(())
+            | Err(
+                rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::TIMEDOUT,
+            ) => Ok(()),
+            Err(error) => Err(Fault::Io(error.into())),
+        }
+    }
+
+    pub(crate) fn wake(&self, at: u64) -> Result<(), Fault> {
+        // An address that is no memory any more is the waiters' concern, not the waker's.
+        let _ = futex::wake(self.half(at)?, futex::Flags::empty(), i32::MAX as u32);
+        Ok(())
+    }
+
+    fn check_writable(&self) -> Result<(), Fault> {
+        match self.access {
+            Access::Write => Ok(()),
+            Access::Read => Err(Fault::Io(io::ErrorKind::PermissionDenied.into())),
+        }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: this is the mapping's own range, and nothing borrowed from it outlives `self`.
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.length) };
+    }
+}
+
+/// Words copied per step of the loops below: enough for the compiler to keep the processor's load and store units busy.
+const STEP: usize = 8;
+
+impl Memory for Mapped {
+    fn load(&self, at: u64, order: Ordering) -> Result<u64, Fault> {
+        Ok(u64::from_le(self.word(at)?.load(order)))
+    }
+
+    fn store(&self, at: u64, word: u64, order: Ordering) -> Result<(), Fault> {
+        self.check_writable()?;
+        self.word(at)?.store(word.to_le(), order);
+        Ok(())
+    }
+
+    fn fence(&self, order: Ordering) {
+        fence(order);
+    }
+
+    fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Fault> {
+        let from = self.range(at, to.len())?;
+        // SAFETY: `range` checked that the bytes lie within the mapping; `to` is memory of this process alone.
+        unsafe { copy_out(from, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    fn write(&self, at: u64, from: &[u8]) -> Result<(), Fault> {
+        self.check_writable()?;
+        let to = self.range(at, from.len())?;
+        // SAFETY: `range` checked that the bytes lie within the mapping, which is writable.
+        unsafe { copy_in(from.as_ptr(), to, from.len()) };
+        Ok(())
+    }
+
+    fn notify(&self, at: u64) -> Result<(), Fault> {
+        self.check_writable()?;
+        self.half(at)?.fetch_add(1, Ordering::Release);
+        self.wake(at)
+    }
+}
+
+/// Copies shared bytes into private ones, with relaxed atomic loads.
+///
+/// # Safety
+/// `from` must be valid for `length` bytes that are only ever accessed atomically or by other processes, and `to` for
+/// `length` bytes that nobody else accesses.
+pub(crate) unsafe fn copy_out(from: *mut u8, to: *mut u8, length: usize) {
+    let mut at = 0;
+    while at < length && !from.wrapping_add(at).cast::<u64>().is_aligned() {
+        // SAFETY: within `length`.
+        unsafe { *to.add(at) = byte(from.add(at)).load(Ordering::Relaxed) };
+        at += 1;
+    }
+    while length - at >= 8 * STEP {
+        let mut words = [0; STEP];
+        for (i, word) in words.iter_mut().enumerate() {
+            // SAFETY: within `length`, aligned.
+            *word = unsafe { self::word(from.add(at + 8 * i)) }.load(Ordering::Relaxed);
+        }
+        // SAFETY: within `length`; `to` need not be aligned.
+        unsafe { to.add(at).cast::<[u64; STEP]>().write_unaligned(words) };
+        at += 8 * STEP;
+    }
+    while length - at >= 8 {
+        // SAFETY: within `length`, aligned; `to` need not be.
+        unsafe {
+            let word = word(from.add(at)).load(Ordering::Relaxed);
+            to.add(at).cast::<u64>().write_unaligned(word);
+        }
+        at += 8;
+    }
+    while at < length {
+        // SAFETY: within `length`.
+        unsafe { *to.add(at) = byte(from.add(at)).load(Ordering::Relaxed) };
+        at += 1;
+    }
+}
+
+/// Copies private bytes into shared ones, with relaxed atomic stores.
+///
+/// # Safety
+/// As [`copy_out`], with the sides exchanged.
+pub(crate) unsafe fn copy_in(from: *const u8, to: *mut u8, length: usize) {
+    let mut at = 0;
+    while at < length && !to.wrapping_add(at).cast::<u64>().is_aligned() {
+        // SAFETY: within `length`.
+        unsafe { byte(to.add(at)).store(*from.add(at), Ordering::Relaxed) };
+        at += 1;
+    }
+    while length - at >= 8 * STEP {
+        // SAFETY: within `length`; `from` need not be aligned.
+        let words = unsafe { from.add(at).cast::<[u64; STEP]>().read_unaligned() };
+        for (i, word) in words.iter().enumerate() {
+            // SAFETY: within `length`, aligned.
+            unsafe { self::word(to.add(at + 8 * i)) }.store(*word, Ordering::Relaxed);
+        }
+        at += 8 * STEP;
+    }
+    while length - at >= 8 {
+        // SAFETY: within `length`; `to` is aligned, `from` need not be.
+        unsafe {
+            let word = from.add(at).cast::<u64>().read_unaligned();
+            self::word(to.add(at)).store(word, Ordering::Relaxed);
+        }
+        at += 8;
+    }
+    while at < length {
+        // SAFETY: within `length`.
+        unsafe { byte(to.add(at)).store(*from.add(at), Ordering::Relaxed) };
+        at += 1;
+    }
+}
+
+/// # Safety
+/// `at` must be valid and aligned for eight bytes that are only accessed atomically, for as long as the result is used.
+unsafe fn word<'a>(at: *mut u8) -> &'a AtomicU64 {
+    // SAFETY: the caller's promise.
+    unsafe { AtomicU64::from_ptr(at.cast()) }
+}
+
+/// # Safety
+/// As [`word`], for one byte.
+unsafe fn byte<'a>(at: *mut u8) -> &'a AtomicU8 {
+    // SAFETY: the caller's promise.
+    unsafe { AtomicU8::from_ptr(at) }
+}

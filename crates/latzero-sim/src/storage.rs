@@ -1,0 +1,119 @@
+//! Blocks' bytes in the simulated world: plain vectors, with what a server does about them done at once or when told.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
+use latzero_protocol::memory::Access;
+use latzero_protocol::{Code, PoolName, Refusal};
+
+use crate::outbox::Peer;
+use crate::world::PoolHandle;
+
+/// One generation of a block.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// Its version.
+    pub version: u64,
+    /// The fence that a writer has to show.
+    pub fence: u64,
+}
+
+/// All storage of the world, and what is still to be done about it.
+#[derive(Debug, Default)]
+pub struct Storages {
+    pub(crate) stored: BTreeMap<StorageId, Stored>,
+    pub(crate) ledger: Ledger,
+    /// Asked for while a pool was in use.
+    pub(crate) asked: Vec<Job<Peer>>,
+    pub(crate) counted: Vec<(PoolName, u32, i32)>,
+    pub(crate) waiting: VecDeque<(PoolHandle, Job<Peer>)>,
+    /// Jobs wait until they are let go.
+    pub(crate) is_holding: bool,
+    /// Making fails from now on.
+    pub(crate) is_full: bool,
+    /// Records of persistent blocks, as a disk keeps them.
+    pub(crate) records: BTreeMap<StorageId, String>,
+}
+
+impl Storages {
+    /// How many storages there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.stored.len()
+    }
+
+    /// Whether there is no storage, and nothing is counted.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.stored.is_empty() && self.records.is_empty() && self.ledger.is_empty()
+    }
+
+    pub(crate) fn make(&mut self, making: &Making) -> Result<(), Refusal> {
+        if self.is_full {
+            return Err(Refusal::new(Code::Storage, "no memory is left"));
+        }
+        let size = usize::try_from(making.geometry.size).expect("simulated blocks are small");
+        let from = making.from.and_then(|from| self.stored.get(&from));
+        let mut bytes = from.map_or_else(Vec::new, |from| from.bytes.clone());
+        bytes.resize(size, 0);
+        let stored = Stored {
+            bytes,
+            version: from.map_or(0, |from| from.version),
+            fence: 0,
+        };
+        assert!(
+            self.stored.insert(making.storage, stored).is_none(),
+            "storage is made once"
+        );
+        if let Some(record) = &making.record {
+            self.records.insert(making.storage, record.clone());
+        }
+        Ok(())
+    }
+
+    pub(crate) fn drop_storage(&mut self, storage: StorageId) {
+        assert!(
+            self.stored.remove(&storage).is_some(),
+            "storage is dropped once"
+        );
+        self.records.remove(&storage);
+    }
+
+    pub(crate) fn at(&self, storage: StorageId) -> Option<&Stored> {
+        self.stored.get(&storage)
+    }
+
+    pub(crate) fn can_share(&self, storage: StorageId, _access: Access) -> bool {
+        self.stored.contains_key(&storage)
+    }
+
+    /// The range of a write, where the block has it and is of the version expected.
+    pub(crate) fn write_range(
+        &mut self,
+        storage: StorageId,
+        offset: u64,
+        length: usize,
+        if_version: Option<u64>,
+    ) -> Result<(&mut Stored, std::ops::Range<usize>), Refusal> {
+        let stored = self
+            .stored
+            .get_mut(&storage)
+            .expect("a pool names storage that is there");
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let end = start
+            .checked_add(length)
+            .filter(|&end| end <= stored.bytes.len());
+        let Some(end) = end else {
+            return Err(Refusal::new(Code::OutOfRange, "outside the block"));
+        };
+        if if_version.is_some_and(|version| version != stored.version) {
+            return Err(Refusal::new(
+                Code::VersionConflict,
+                format!("the block has version {}", stored.version),
+            ));
+        }
+        Ok((stored, start..end))
+    }
+}
