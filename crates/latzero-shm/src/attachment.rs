@@ -278,18 +278,14 @@ impl Attachment {
     ///
     /// # Errors
     /// [`WriteError::LeaseLost`] where the header shows another fence.
-    pub fn begin(&self, fence: u64) -> Result<Writing<'_>, WriteError> {
+    pub fn begin(self: &Arc<Self>, fence: u64) -> Result<Writing, WriteError> {
         if self.expected.access != Access::Write {
             return Err(WriteError::ReadOnly);
         }
         self.check_lease(fence)?;
-        let geometry = &self.expected.geometry;
-        let draft = match &self.bytes {
-            Bytes::Mapped(memory) => Drafted::Mapped(slots::begin(memory, geometry)?),
-            Bytes::File(memory) => Drafted::File(slots::begin(memory, geometry)?),
-        };
+        let draft = on!(&self.bytes, memory => slots::begin(memory, &self.expected.geometry))?;
         Ok(Writing {
-            attachment: self,
+            attachment: Arc::clone(self),
             draft,
             fence,
         })
@@ -305,31 +301,29 @@ impl Attachment {
     }
 }
 
-#[derive(Debug)]
-enum Drafted<'a> {
-    Mapped(Draft<'a, Mapped>),
-    File(Draft<'a, FileMemory>),
-}
-
 /// A version under way. Dropped, it never was.
 #[derive(Debug)]
 #[must_use]
-pub struct Writing<'a> {
-    attachment: &'a Attachment,
-    draft: Drafted<'a>,
+pub struct Writing {
+    attachment: Arc<Attachment>,
+    draft: Draft,
     fence: u64,
 }
 
-impl Writing<'_> {
+impl Writing {
+    /// The version that this will be.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.draft.version()
+    }
+
     /// Writes bytes from `offset` on.
     ///
     /// # Errors
     /// As [`WriteError`] says.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
-        match &mut self.draft {
-            Drafted::Mapped(draft) => draft.write(offset, bytes),
-            Drafted::File(draft) => draft.write(offset, bytes),
-        }
+        let draft = &mut self.draft;
+        on!(&self.attachment.bytes, memory => draft.write(memory, offset, bytes))
     }
 
     /// Reads bytes of this version: what was written, and else what the one before has.
@@ -337,10 +331,7 @@ impl Writing<'_> {
     /// # Errors
     /// As [`ReadError`] says.
     pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
-        match &self.draft {
-            Drafted::Mapped(draft) => draft.read(offset, to),
-            Drafted::File(draft) => draft.read(offset, to),
-        }
+        on!(&self.attachment.bytes, memory => self.draft.read(memory, offset, to))
     }
 
     /// Lets readers see it, and wakes who waits; returns the version.
@@ -354,10 +345,8 @@ impl Writing<'_> {
             unix_ns: unix_ns(),
             with_checksum: false,
         };
-        let version = match self.draft {
-            Drafted::Mapped(draft) => draft.publish(stamp),
-            Drafted::File(draft) => draft.publish(stamp),
-        };
+        let draft = self.draft;
+        let version = on!(&self.attachment.bytes, memory => draft.publish(memory, stamp));
         Ok(version?)
     }
 }

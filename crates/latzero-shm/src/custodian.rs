@@ -337,8 +337,8 @@ impl Custodian {
 
     fn publish(&self, offset: u64, bytes: &[u8]) -> Result<u64, WriteError> {
         let mut draft = slots::begin(&self.memory, &self.description.geometry)?;
-        draft.write(offset, bytes)?;
-        Ok(draft.publish(self.stamp()?)?)
+        draft.write(&self.memory, offset, bytes)?;
+        Ok(draft.publish(&self.memory, self.stamp()?)?)
     }
 
     fn stamp(&self) -> Result<Stamp, Fault> {
@@ -386,7 +386,7 @@ impl Custodian {
             let n = usize::try_from((size - done).min(piece.len() as u64)).expect("bounded");
             self.memory
                 .read(from.slot(head.slot % from.slots) + done, &mut piece[..n])?;
-            let written = draft.write(done, &piece[..n]);
+            let written = draft.write(&other.memory, done, &piece[..n]);
             written.map_err(|error| match error {
                 WriteError::Fault(fault) => fault,
                 _ => Fault::Corrupt("size"),
@@ -396,7 +396,7 @@ impl Custodian {
         if head.version == 0 {
             return Ok(0);
         }
-        draft.publish_as(head.version, self.stamp()?)
+        draft.publish_as(&other.memory, head.version, self.stamp()?)
     }
 
     /// Looks at the header: that nobody wrote over what never changes, and that the head names a slot.

@@ -47,13 +47,36 @@ pub fn recv_with_fds(
     descriptors: &mut Vec<OwnedFd>,
     max: usize,
 ) -> io::Result<usize> {
+    receive(socket, buffer, descriptors, max, RecvFlags::empty())
+}
+
+/// As [`recv_with_fds`], without waiting.
+///
+/// # Errors
+/// As [`recv_with_fds`]; `WouldBlock` where nothing is there.
+pub fn try_recv_with_fds(
+    socket: impl AsFd,
+    buffer: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+    max: usize,
+) -> io::Result<usize> {
+    receive(socket, buffer, descriptors, max, RecvFlags::DONTWAIT)
+}
+
+fn receive(
+    socket: impl AsFd,
+    buffer: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+    max: usize,
+    flags: RecvFlags,
+) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let got = recvmsg(
         socket,
         &mut [IoSliceMut::new(buffer)],
         &mut control,
-        RecvFlags::CMSG_CLOEXEC,
+        RecvFlags::CMSG_CLOEXEC | flags,
     )?;
     let mut came: Vec<OwnedFd> = Vec::new();
     for message in control.drain() {

@@ -147,10 +147,11 @@ pub fn read<M: Memory>(
     }
 }
 
-/// A version under way. Nobody sees it before it is published; where it is dropped, nobody ever does.
+/// A version under way. Nobody sees it before it is published; where it is dropped, nobody ever does. Each step is given the
+/// memory that the draft was begun on.
 #[derive(Debug)]
-pub struct Draft<'a, M: Memory> {
-    memory: &'a M,
+#[must_use]
+pub struct Draft {
     geometry: Geometry,
     slot: u32,
     sequence: u64,
@@ -163,7 +164,7 @@ pub struct Draft<'a, M: Memory> {
 ///
 /// # Errors
 /// Where the memory or file is not what it should be.
-pub fn begin<'a, M: Memory>(memory: &'a M, geometry: &Geometry) -> Result<Draft<'a, M>, Fault> {
+pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault> {
     let head = head(memory, geometry)?;
     let slot = if head.version == 0 {
         0
@@ -174,7 +175,6 @@ pub fn begin<'a, M: Memory>(memory: &'a M, geometry: &Geometry) -> Result<Draft<
     // A slot left odd by a writer that died is begun again.
     let sequence = memory.load(words + at::SEQUENCE, Relaxed)? & !1;
     let draft = Draft {
-        memory,
         geometry: *geometry,
         slot,
         sequence,
@@ -184,43 +184,37 @@ pub fn begin<'a, M: Memory>(memory: &'a M, geometry: &Geometry) -> Result<Draft<
     if !geometry.is_raw() {
         memory.store(words + at::SEQUENCE, sequence.wrapping_add(1), Relaxed)?;
         memory.fence(Release);
-        draft.catch_up()?;
+        draft.catch_up(memory)?;
     }
     Ok(draft)
 }
 
-impl<M: Memory> Draft<'_, M> {
+impl Draft {
     /// Brings the slot from the version that it holds to the newest one, by copying what was changed in between.
-    fn catch_up(&self) -> Result<(), Fault> {
+    fn catch_up<M: Memory>(&self, memory: &M) -> Result<(), Fault> {
         if self.head.version == 0 {
             // Fresh memory is zeros; what a writer that died left in it is not.
             return match self.sequence {
-                0 if self
-                    .memory
-                    .load(at::slot(self.slot) + at::CHANGED_TO, Relaxed)?
-                    == 0 =>
-                {
-                    Ok(())
-                }
-                _ => self.zero(),
+                0 if memory.load(at::slot(self.slot) + at::CHANGED_TO, Relaxed)? == 0 => Ok(()),
+                _ => self.zero(memory),
             };
         }
-        let (from, to) = self.lag()?;
+        let (from, to) = self.lag(memory)?;
         if from >= to {
             return Ok(());
         }
         let source = self.geometry.slot(self.head.slot);
         let target = self.geometry.slot(self.slot);
-        self.memory.copy(source + from, target + from, to - from)
+        memory.copy(source + from, target + from, to - from)
     }
 
     /// Which bytes of the slot are older than the newest version; all of them where that can't be told.
-    fn lag(&self) -> Result<(u64, u64), Fault> {
+    fn lag<M: Memory>(&self, memory: &M) -> Result<(u64, u64), Fault> {
         let all = (0, self.geometry.size);
         let words = at::slot(self.slot);
         // Marked as unknown while it is written, so that the next one after a writer's death copies all.
-        let holds = self.memory.load(words + at::VERSION, Relaxed)?;
-        self.memory.store(words + at::VERSION, u64::MAX, Relaxed)?;
+        let holds = memory.load(words + at::VERSION, Relaxed)?;
+        memory.store(words + at::VERSION, u64::MAX, Relaxed)?;
         if holds == u64::MAX || holds >= self.head.version {
             return Ok(all);
         }
@@ -234,11 +228,11 @@ impl<M: Memory> Draft<'_, M> {
         let mut version = self.head.version;
         while missing > 0 {
             let words = at::slot(slot);
-            if self.memory.load(words + at::VERSION, Relaxed)? != version {
+            if memory.load(words + at::VERSION, Relaxed)? != version {
                 return Ok(all);
             }
-            let from = self.memory.load(words + at::CHANGED_FROM, Relaxed)?;
-            let to = self.memory.load(words + at::CHANGED_TO, Relaxed)?;
+            let from = memory.load(words + at::CHANGED_FROM, Relaxed)?;
+            let to = memory.load(words + at::CHANGED_TO, Relaxed)?;
             if from > to || to > self.geometry.size {
                 return Ok(all);
             }
@@ -250,14 +244,13 @@ impl<M: Memory> Draft<'_, M> {
         Ok(lag.unwrap_or((0, 0)))
     }
 
-    fn zero(&self) -> Result<(), Fault> {
+    fn zero<M: Memory>(&self, memory: &M) -> Result<(), Fault> {
         let zeros = vec![0; usize::try_from(self.geometry.size.min(64 * 1024)).expect("bounded")];
         let mut done = 0;
         while done < self.geometry.size {
             let n = (self.geometry.size - done).min(zeros.len() as u64);
             let start = self.geometry.slot(self.slot) + done;
-            self.memory
-                .write(start, &zeros[..usize::try_from(n).expect("bounded")])?;
+            memory.write(start, &zeros[..usize::try_from(n).expect("bounded")])?;
             done += n;
         }
         Ok(())
@@ -273,7 +266,12 @@ impl<M: Memory> Draft<'_, M> {
     ///
     /// # Errors
     /// As [`WriteError`] says.
-    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
+    pub fn write<M: Memory>(
+        &mut self,
+        memory: &M,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<(), WriteError> {
         if !self.geometry.contains(offset, bytes.len()) {
             return Err(WriteError::OutOfRange);
         }
@@ -284,12 +282,10 @@ impl<M: Memory> Draft<'_, M> {
         let changed = self.changed.map_or(range, |before| union(before, range));
         if self.changed != Some(changed) && self.head.version == 0 && !self.geometry.is_raw() {
             // So that a first version whose writer dies is known not to be zeros.
-            self.memory
-                .store(at::slot(self.slot) + at::CHANGED_TO, changed.1, Relaxed)?;
+            memory.store(at::slot(self.slot) + at::CHANGED_TO, changed.1, Relaxed)?;
         }
         self.changed = Some(changed);
-        self.memory
-            .write(self.geometry.slot(self.slot) + offset, bytes)?;
+        memory.write(self.geometry.slot(self.slot) + offset, bytes)?;
         Ok(())
     }
 
@@ -297,12 +293,11 @@ impl<M: Memory> Draft<'_, M> {
     ///
     /// # Errors
     /// As [`ReadError`] says.
-    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
+    pub fn read<M: Memory>(&self, memory: &M, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
         if !self.geometry.contains(offset, to.len()) {
             return Err(ReadError::OutOfRange);
         }
-        self.memory
-            .read(self.geometry.slot(self.slot) + offset, to)?;
+        memory.read(self.geometry.slot(self.slot) + offset, to)?;
         Ok(())
     }
 
@@ -310,24 +305,28 @@ impl<M: Memory> Draft<'_, M> {
     ///
     /// # Errors
     /// Where the memory or file is not what it should be.
-    pub fn publish(self, stamp: Stamp) -> Result<u64, Fault> {
+    pub fn publish<M: Memory>(self, memory: &M, stamp: Stamp) -> Result<u64, Fault> {
         let version = self.version();
-        self.publish_as(version, stamp)
+        self.publish_as(memory, version, stamp)
     }
 
     /// As [`Draft::publish`], under a version of one's own choice.
     ///
     /// # Errors
     /// As [`Draft::publish`].
-    pub(crate) fn publish_as(self, version: u64, stamp: Stamp) -> Result<u64, Fault> {
+    pub(crate) fn publish_as<M: Memory>(
+        self,
+        memory: &M,
+        version: u64,
+        stamp: Stamp,
+    ) -> Result<u64, Fault> {
         let words = at::slot(self.slot);
         let (from, to) = self.changed.unwrap_or((0, 0));
         let checksum = if stamp.with_checksum {
-            self.checksum(version)?
+            self.checksum(memory, version)?
         } else {
             0
         };
-        let memory = self.memory;
         for (place, word) in [
             (at::VERSION, version),
             (at::LENGTH, self.geometry.size),
@@ -345,8 +344,8 @@ impl<M: Memory> Draft<'_, M> {
         Ok(version)
     }
 
-    fn checksum(&self, version: u64) -> Result<u32, Fault> {
-        content_checksum(self.memory, &self.geometry, self.slot, version)
+    fn checksum<M: Memory>(&self, memory: &M, version: u64) -> Result<u32, Fault> {
+        content_checksum(memory, &self.geometry, self.slot, version)
     }
 }
 

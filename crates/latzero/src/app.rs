@@ -10,6 +10,7 @@ use latzero_protocol::message::Strategy;
 use latzero_protocol::{Code, InstanceId, Ran, TriggerName};
 use serde_json::{Value, json};
 
+use crate::block::BlockName;
 use crate::builder::{Builder, on_thread};
 use crate::call::{Call, Calling, Emit};
 use crate::core::Core;
@@ -287,6 +288,37 @@ impl App {
         self.asking(message)
     }
 
+    /// The memory block `id`, to be made or attached.
+    pub fn block(&self, id: &str) -> BlockName {
+        BlockName::new(self, id)
+    }
+
+    /// The memory blocks of a pool (the app's only one, where none is named), as the server describes them.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub async fn blocks(&self, pool: Option<&str>) -> Result<Vec<Value>, Error> {
+        let mut blocks: Vec<Value> = Vec::new();
+        loop {
+            let mut request = json!({"action": "memory_list"});
+            if let Some(pool) = pool {
+                request["pool"] = pool.into();
+            }
+            if let Some(last) = blocks.last() {
+                request["after"] = last["block_id"].clone();
+            }
+            let mut page = self.request(&request).await?;
+            let more = page["more"] == true;
+            match page["blocks"].take() {
+                Value::Array(page) if !page.is_empty() => blocks.extend(page),
+                _ => return Ok(blocks),
+            }
+            if !more {
+                return Ok(blocks);
+            }
+        }
+    }
+
     pub(crate) fn note_joined(&self, pool: &str) {
         let mut pools = lock(&self.core().pools);
         if !pools.iter().any(|p| p == pool) {
@@ -512,7 +544,7 @@ pub(crate) fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
 
 impl Core {
     /// Sends what asks for no reply, where there is a connection. Small, and bounded by what was asked for before.
-    fn tell(&self, message: &mut Message) {
+    pub(crate) fn tell(&self, message: &mut Message) {
         if let Some(link) = self.outbox.link() {
             self.outbox.append(link.epoch, |out, link| {
                 out.extend_from_slice(message.finish(None, link.attachments));

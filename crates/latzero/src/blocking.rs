@@ -14,6 +14,8 @@
 //! # }
 //! ```
 
+mod block;
+
 use std::ops::Deref;
 use std::time::{Duration, Instant};
 
@@ -27,6 +29,10 @@ use crate::events::{Emission, Lossy, Presence};
 use crate::message::Message;
 use crate::payload::{self, Bytes, FromPayload, IntoPayload, Reply};
 use crate::stream::ItemOrProgress;
+
+pub use block::{
+    Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, TypedBlock,
+};
 
 /// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to clone; when the last
 /// clone goes, the connection closes and its threads end.
@@ -248,6 +254,16 @@ impl Call {
         window(window: u64);
     }
 
+    /// Gives the handler a memory block of the call's pool to read, for the length of the call.
+    pub fn block(self, block: &Block) -> Self {
+        Call(self.0.block(&block.0))
+    }
+
+    /// As [`Call::block`], to write too.
+    pub fn block_writable(self, block: &Block) -> Self {
+        Call(self.0.block_writable(&block.0))
+    }
+
     /// Sends the call and waits for the answer.
     ///
     /// # Errors
@@ -446,6 +462,14 @@ impl Request {
     #[must_use]
     pub fn app(&self) -> App {
         App(self.0.app())
+    }
+
+    /// A memory block that the caller gave along, for as long as the call lasts.
+    ///
+    /// # Errors
+    /// `no_block` where it gave no such block.
+    pub fn block(&self, id: &str) -> Result<Block, Error> {
+        self.0.block(id).map(Block)
     }
 
     /// Sends one item of a streamed answer, once the caller has room for it.

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::app::App;
+use crate::block::Block;
 use crate::core::Leave;
 use crate::error::Error;
 use crate::message::Message;
@@ -33,6 +34,8 @@ struct Unsent {
     timeout: Duration,
     deadline: Option<Instant>,
     window: Option<u64>,
+    /// Blocks that travel with a call, as JSON.
+    blocks: Vec<Value>,
     failure: Option<Error>,
 }
 
@@ -45,6 +48,7 @@ impl Unsent {
             timeout: app.core().config.call_timeout,
             deadline: None,
             window: None,
+            blocks: Vec::new(),
             failure: None,
         })
     }
@@ -91,6 +95,10 @@ impl Unsent {
         if !self.headers.is_empty() {
             self.headers.push(b'}');
             self.message.json("headers", &self.headers);
+        }
+        if !self.blocks.is_empty() {
+            let blocks = Value::Array(std::mem::take(&mut self.blocks));
+            self.message.json("blocks", blocks.to_string().as_bytes());
         }
     }
 }
@@ -148,6 +156,23 @@ impl Call {
     /// Adds a header, passed to the handler untouched.
     pub fn header(mut self, name: &str, value: &str) -> Self {
         self.unsent.header(name, value);
+        self
+    }
+
+    /// Gives the handler a memory block of the call's pool to read, for the length of the call. In the data it is
+    /// [`Block::reference`].
+    pub fn block(self, block: &Block) -> Self {
+        self.with_block(block, "read")
+    }
+
+    /// As [`Call::block`], to write too.
+    pub fn block_writable(self, block: &Block) -> Self {
+        self.with_block(block, "write")
+    }
+
+    fn with_block(mut self, block: &Block, mode: &str) -> Self {
+        let block = serde_json::json!({"block_id": block.id(), "mode": mode});
+        self.unsent.blocks.push(block);
         self
     }
 
@@ -380,6 +405,14 @@ impl<R> Calling<R> {
             read,
             result: PhantomData,
         }
+    }
+
+    /// With another time for the answer than the app's calls have.
+    pub(crate) fn within(mut self, timeout: Duration) -> Self {
+        if let Outgoing(State::Unsent(unsent)) = &mut self.outgoing {
+            unsent.timeout = timeout;
+        }
+        self
     }
 
     /// Waits for the answer on this thread.

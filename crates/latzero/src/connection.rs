@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use latzero_protocol::frame::{self, Accept};
 use latzero_protocol::limits::{DEFAULT_PORT, FORWARD_SLACK, MAX_FRAME_DEFAULT};
 use latzero_protocol::{Code, Ran};
+use latzero_shm::fds;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, sockopt};
 use serde::Deserialize;
 
@@ -24,6 +25,9 @@ use crate::url::Place;
 /// How long a thread waits in `recv` before it looks at its deadlines.
 pub(crate) const RECV_TIMEOUT: Duration = Duration::from_millis(250);
 
+/// Most descriptors that come with one read.
+const DESCRIPTORS_MAX: usize = fds::DESCRIPTORS_MAX;
+
 /// A connection whose handshake is done.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -32,6 +36,10 @@ pub(crate) struct Link {
     pub(crate) ack: Ack,
     /// Whether attachment frames may travel.
     pub(crate) attachments: bool,
+    /// Whether file descriptors may come.
+    pub(crate) takes_descriptors: bool,
+    /// Descriptors that came right behind the handshake's acknowledgement.
+    pub(crate) early_descriptors: Mutex<Vec<OwnedFd>>,
     /// The largest payload the server takes, in bytes.
     pub(crate) max_frame: usize,
     /// Bytes that came right behind the handshake's acknowledgement.
@@ -92,18 +100,41 @@ impl Link {
         })
     }
 
-    /// Receives what is there; 0 is the end.
-    pub(crate) fn try_recv(&self, buf: &mut [u8]) -> rustix::io::Result<usize> {
-        rustix::io::retry_on_intr(|| {
-            rustix::net::recv(&self.socket, &mut *buf, RecvFlags::DONTWAIT).map(|(n, _)| n)
-        })
+    /// Receives what is there, and the descriptors that came with it; 0 is the end.
+    pub(crate) fn try_recv(
+        &self,
+        buf: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+    ) -> io::Result<usize> {
+        self.receive(buf, descriptors, RecvFlags::DONTWAIT)
     }
 
     /// Waits up to [`RECV_TIMEOUT`] for bytes.
-    pub(crate) fn recv(&self, buf: &mut [u8]) -> rustix::io::Result<usize> {
-        rustix::io::retry_on_intr(|| {
-            rustix::net::recv(&self.socket, &mut *buf, RecvFlags::empty()).map(|(n, _)| n)
-        })
+    pub(crate) fn recv(&self, buf: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> io::Result<usize> {
+        self.receive(buf, descriptors, RecvFlags::empty())
+    }
+
+    fn receive(
+        &self,
+        buf: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+        flags: RecvFlags,
+    ) -> io::Result<usize> {
+        loop {
+            let received = if !self.takes_descriptors {
+                rustix::net::recv(&self.socket, &mut *buf, flags)
+                    .map(|(n, _)| n)
+                    .map_err(io::Error::from)
+            } else if flags.contains(RecvFlags::DONTWAIT) {
+                fds::try_recv_with_fds(&self.socket, buf, descriptors, DESCRIPTORS_MAX)
+            } else {
+                fds::recv_with_fds(&self.socket, buf, descriptors, DESCRIPTORS_MAX)
+            };
+            match received {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
     }
 
     /// Says that nothing more will be sent.
@@ -127,20 +158,22 @@ fn unreachable(place: &str, error: io::Error) -> Error {
     .with_source(error)
 }
 
-fn open(place: &Place, timeout: Duration) -> Result<OwnedFd, Error> {
+/// Opens a socket; true where it is a Unix one.
+fn open(place: &Place, timeout: Duration) -> Result<(OwnedFd, bool), Error> {
+    let by_tcp = |host: &str, port| tcp(host, port, timeout).map(|socket| (socket, false));
     match place {
         Place::Local => {
             let mut sockets = local::sockets().into_iter();
             match sockets.find_map(|path| UnixStream::connect(path).ok()) {
-                Some(stream) => Ok(stream.into()),
-                None => tcp("127.0.0.1", DEFAULT_PORT, timeout),
+                Some(stream) => Ok((stream.into(), true)),
+                None => by_tcp("127.0.0.1", DEFAULT_PORT),
             }
         }
         Place::Socket(path) => match UnixStream::connect(path) {
-            Ok(stream) => Ok(stream.into()),
+            Ok(stream) => Ok((stream.into(), true)),
             Err(e) => Err(unreachable(&path.display().to_string(), e)),
         },
-        Place::Tcp(host, port) => tcp(host, *port, timeout),
+        Place::Tcp(host, port) => by_tcp(host, *port),
     }
 }
 
@@ -167,7 +200,7 @@ fn tcp(host: &str, port: u16, timeout: Duration) -> Result<OwnedFd, Error> {
 /// Connects and says the handshake; blocks for `config.connect_timeout` at most.
 pub(crate) fn connect(config: &Config, handshake: &str, epoch: u32) -> Result<Link, Error> {
     let deadline = Instant::now() + config.connect_timeout;
-    let socket = open(&config.url.place, config.connect_timeout)?;
+    let (socket, is_unix) = open(&config.url.place, config.connect_timeout)?;
     let fault = |e: rustix::io::Errno| {
         Error::new(Code::Disconnected, format!("the handshake failed: {e}"))
             .with_ran(Ran::No)
@@ -178,6 +211,9 @@ pub(crate) fn connect(config: &Config, handshake: &str, epoch: u32) -> Result<Li
         epoch,
         ack: Ack::default(),
         attachments: false,
+        // From the first byte on: what comes right behind the acknowledgement may carry some.
+        takes_descriptors: is_unix,
+        early_descriptors: Mutex::default(),
         max_frame: MAX_FRAME_DEFAULT,
         early: Mutex::default(),
     };
@@ -189,7 +225,7 @@ pub(crate) fn connect(config: &Config, handshake: &str, epoch: u32) -> Result<Li
         let n = rustix::net::send(&link.socket, rest, SendFlags::NOSIGNAL).map_err(fault)?;
         rest = &rest[n..];
     }
-    let (ack, early) = read_ack(&link, deadline)?;
+    let (ack, early, descriptors) = read_ack(&link, deadline)?;
     if ack.status != "ok" {
         let wire = ack.error.as_ref().map_or("", |e| e.get());
         return Err(Error::from_wire(wire).with_ran(Ran::No));
@@ -197,19 +233,22 @@ pub(crate) fn connect(config: &Config, handshake: &str, epoch: u32) -> Result<Li
     sockopt::set_socket_timeout(&link.socket, sockopt::Timeout::Recv, Some(RECV_TIMEOUT))
         .map_err(fault)?;
     link.attachments = ack.features.iter().any(|f| f == "attachments");
+    link.takes_descriptors = ack.features.iter().any(|f| f == "fd_passing");
+    link.early_descriptors = Mutex::new(descriptors);
     link.max_frame = ack.limits.max_frame.unwrap_or(MAX_FRAME_DEFAULT);
     link.ack = ack;
     link.early = Mutex::new(early);
     Ok(link)
 }
 
-fn read_ack(link: &Link, deadline: Instant) -> Result<(Ack, Vec<u8>), Error> {
+fn read_ack(link: &Link, deadline: Instant) -> Result<(Ack, Vec<u8>, Vec<OwnedFd>), Error> {
     let lost = |what: String| Error::new(Code::Disconnected, what).with_ran(Ran::No);
     let accept = Accept {
         max_frame: MAX_FRAME_DEFAULT,
         attachments: false,
     };
     let mut buf = Vec::new();
+    let mut descriptors = Vec::new();
     let mut chunk = [0; 4096];
     loop {
         let decoded = frame::decode(&buf, accept)
@@ -217,7 +256,7 @@ fn read_ack(link: &Link, deadline: Instant) -> Result<(Ack, Vec<u8>), Error> {
         if let Some((frame, used)) = decoded {
             let ack = serde_json::from_slice(frame.json)
                 .map_err(|e| lost(format!("what answers is not a LatZero server: {e}")))?;
-            return Ok((ack, buf.split_off(used)));
+            return Ok((ack, buf.split_off(used), descriptors));
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -228,14 +267,14 @@ fn read_ack(link: &Link, deadline: Instant) -> Result<(Ack, Vec<u8>), Error> {
         let left = left.max(Duration::from_millis(1));
         sockopt::set_socket_timeout(&link.socket, sockopt::Timeout::Recv, Some(left))
             .map_err(|e| lost(format!("the handshake failed: {e}")))?;
-        match link.recv(&mut chunk) {
+        match link.recv(&mut chunk, &mut descriptors) {
             Ok(0) => {
                 return Err(lost(
                     "the server closed the connection during the handshake".into(),
                 ));
             }
             Ok(n) => buf.extend_from_slice(&chunk[..n]),
-            Err(rustix::io::Errno::AGAIN) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => return Err(lost(format!("the handshake failed: {e}"))),
         }
     }

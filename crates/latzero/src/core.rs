@@ -14,6 +14,7 @@ use latzero_protocol::{Code, Ran};
 use serde_json::{Value, json};
 
 use crate::app::Owner;
+use crate::block::Blocks;
 use crate::builder::Config;
 use crate::connection::{self, Ack, Link};
 use crate::driver_thread::Workers;
@@ -62,6 +63,7 @@ pub(crate) struct Core {
     pub(crate) reader: Reader,
     pub(crate) handlers: Handlers,
     pub(crate) watchers: Mutex<Watchers>,
+    pub(crate) blocks: Blocks,
     /// Emits and pushes that the server dropped since somebody was told.
     pub(crate) lost: AtomicU64,
     /// Pools joined, as the server last said or as they were joined and left since.
@@ -100,6 +102,7 @@ impl Core {
             reader: Reader::new(),
             handlers: Handlers::default(),
             watchers: Mutex::default(),
+            blocks: Blocks::default(),
             lost: AtomicU64::new(0),
             pools: Mutex::default(),
             workers: Workers::new(config.handler_threads)?,
@@ -134,6 +137,9 @@ impl Core {
         for pool in lock(&self.watchers).keys() {
             let mut message = Message::new("watch");
             message.string("pool", pool);
+            first.extend_from_slice(message.finish(None, link.attachments));
+        }
+        for mut message in self.blocks.reattach() {
             first.extend_from_slice(message.finish(None, link.attachments));
         }
         (*lock(&self.pools)).clone_from(&link.ack.pools);
@@ -180,7 +186,7 @@ impl Core {
             "id": "h",
             "protocol": latzero_protocol::limits::PROTOCOL_VERSION,
             "app_id": self.config.url.app_id,
-            "features": ["attachments"],
+            "features": ["attachments", "fd_passing"],
         });
         if let Some(meta) = &self.config.meta {
             handshake["meta"] = meta.clone();
@@ -388,6 +394,9 @@ impl Core {
                 .filter_map(Weak::upgrade)
                 .for_each(|queue| queue.close());
         }
+        let mut wake = Vec::new();
+        self.blocks.wake_all(&mut wake);
+        wake.into_iter().for_each(std::task::Waker::wake);
         self.handlers.close();
         self.workers.stop();
         #[cfg(feature = "tokio")]
@@ -421,6 +430,11 @@ impl Core {
     /// The error of whoever still wants something after the last handle went or `close` was called.
     pub(crate) fn closed_error() -> Error {
         Error::new(Code::Disconnected, "the app was closed").with_ran(Ran::No)
+    }
+
+    /// The number of the connection that there is just now.
+    pub(crate) fn epoch_now(&self) -> Option<u32> {
+        self.outbox.link().map(|link| link.epoch)
     }
 
     /// Whether there is a connection just now.

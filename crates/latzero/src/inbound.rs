@@ -1,7 +1,8 @@
 //! Messages from the server: replies find their call, triggers become jobs, the rest is dealt with on the spot.
 
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::task::Waker;
 use std::time::Instant;
 
@@ -11,11 +12,14 @@ use crate::core::Core;
 use crate::error::Error;
 use crate::events::{Emission, Presence};
 use crate::handlers::{Entry, Job};
-use crate::payload::{Payload, Reply};
+use crate::payload::{Beside, Payload, Reply};
 use crate::pending::Key;
 use crate::reader::Input;
 use crate::request::Request;
 use crate::sync::lock;
+
+/// Descriptors that wait for their message, at most: a message whose frame is not whole yet may have some.
+const DESCRIPTORS_KEPT_MAX: usize = 1024;
 
 /// Decodes every whole frame of `input`. What it brings callers is delivered; what it asks of handlers goes to `jobs`.
 ///
@@ -39,13 +43,17 @@ pub(crate) fn process(
         entry: None,
     };
     let accept = link.accept();
+    let mut descriptors = std::mem::take(&mut input.descriptors);
     let result = loop {
         match frame::decode(&input.buf[input.start..input.end], accept) {
             Ok(None) => break Ok(()),
             Err(e) => break Err(format!("it sent what is not a frame: {e}")),
             Ok(Some((frame, used))) => {
                 let message = Envelope::parse(frame).and_then(|envelope| envelope);
-                let handled = message.map(|envelope| batch.message(&envelope));
+                let handled = message.map(|envelope| -> Result<(), String> {
+                    let own = own_descriptors(&envelope, &mut descriptors)?;
+                    batch.message(&envelope, own)
+                });
                 input.start += used;
                 match handled {
                     Ok(Ok(())) => {}
@@ -55,12 +63,33 @@ pub(crate) fn process(
             }
         }
     };
+    let result = match result {
+        Ok(()) if descriptors.len() > DESCRIPTORS_KEPT_MAX => {
+            Err("it sent more file descriptors than its messages name".into())
+        }
+        other => other,
+    };
+    input.descriptors = descriptors;
     let must_flush = batch.must_flush;
     batch.wake.into_iter().for_each(Waker::wake);
     if must_flush {
         core.flush();
     }
     result
+}
+
+/// Takes the descriptors that travel with a message from those that came.
+fn own_descriptors(e: &Envelope<'_>, came: &mut Vec<OwnedFd>) -> Result<Vec<OwnedFd>, String> {
+    let Some(count) = e.descriptors.and_then(Raw::as_u64) else {
+        return Ok(Vec::new());
+    };
+    match usize::try_from(count) {
+        Ok(count) if count <= came.len() => Ok(came.drain(..count).collect()),
+        _ => Err(format!(
+            "a message names {count} file descriptors, and {} came",
+            came.len()
+        )),
+    }
 }
 
 struct Batch<'a> {
@@ -75,16 +104,28 @@ struct Batch<'a> {
     entry: Option<Arc<Entry>>,
 }
 
+/// What comes with few replies besides their payload.
+fn beside(e: &Envelope<'_>, descriptors: Vec<OwnedFd>) -> Option<Box<Beside>> {
+    let json = e.attachment.and(e.response);
+    if json.is_none() && descriptors.is_empty() {
+        return None;
+    }
+    Some(Box::new(Beside {
+        json: json.map_or("", Raw::text).into(),
+        descriptors: Arc::new(Mutex::new(descriptors)),
+    }))
+}
+
 fn is(field: Option<Raw<'_>>, quoted: &str) -> bool {
     field.is_some_and(|raw| raw.text() == quoted)
 }
 
 impl Batch<'_> {
-    fn message(&mut self, e: &Envelope<'_>) -> Result<(), String> {
+    fn message(&mut self, e: &Envelope<'_>, descriptors: Vec<OwnedFd>) -> Result<(), String> {
         let action = e.action.map_or("", Raw::text);
         match action {
-            "\"response\"" => self.response(e),
-            "\"trigger\"" => self.trigger(e),
+            "\"response\"" => self.response(e, descriptors),
+            "\"trigger\"" => self.trigger(e, descriptors),
             "\"emit\"" => self.emit(e),
             "\"ack\"" => {
                 let count = e.count.and_then(Raw::as_u64).unwrap_or(0);
@@ -120,7 +161,7 @@ impl Batch<'_> {
         Ok(())
     }
 
-    fn response(&mut self, e: &Envelope<'_>) {
+    fn response(&mut self, e: &Envelope<'_>, descriptors: Vec<OwnedFd>) {
         let inner = e
             .in_reply_to
             .and_then(|raw| raw.text().strip_prefix('"')?.strip_suffix('"'));
@@ -142,15 +183,20 @@ impl Batch<'_> {
             Ok(Reply {
                 payload: payload(e),
                 headers: e.headers.map(|raw| raw.text().into()),
+                beside: beside(e, descriptors),
+                epoch: self.epoch,
             })
         };
         lock(&self.core.pending).complete(key, result, &mut self.wake);
     }
 
-    fn trigger(&mut self, e: &Envelope<'_>) {
+    fn trigger(&mut self, e: &Envelope<'_>, descriptors: Vec<OwnedFd>) {
         let Some(request) = Request::received(self.core, self.epoch, self.now, e) else {
             return;
         };
+        if e.blocks.is_some() {
+            request.lend(descriptors);
+        }
         if self
             .entry
             .as_ref()
@@ -211,6 +257,11 @@ impl Batch<'_> {
             return;
         }
         let pool = e.pool.and_then(Raw::as_str);
+        if let Some(pool) = &pool
+            && (event.starts_with("block_") || event.starts_with("lock_"))
+        {
+            self.core.blocks.event(&event, pool, e.text, &mut self.wake);
+        }
         let watchers = lock(&self.core.watchers);
         // What names no pool (draining) concerns every watcher.
         let queues: Vec<_> = match &pool {

@@ -28,6 +28,7 @@
 //! protocol; it does not know how a server decides.
 
 mod app;
+mod block;
 pub mod blocking;
 mod builder;
 mod call;
@@ -54,10 +55,15 @@ pub mod testing;
 mod url;
 
 pub use app::{App, Handler};
+pub use block::{
+    Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, TypedBlock,
+    View,
+};
 pub use builder::{Builder, Reconnect};
 pub use call::{Call, Calling, Emit, Emitting};
 pub use error::{Error, HandlerError};
 pub use events::{Emission, Events, Presence};
+pub use latzero_protocol::memory::LockMode;
 pub use latzero_protocol::message::Strategy;
 pub use latzero_protocol::{Code, InstanceId, Ran};
 pub use payload::{Bytes, FromPayload, IntoPayload, Reply};

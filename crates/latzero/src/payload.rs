@@ -1,6 +1,8 @@
 //! What calls, emits and answers carry: JSON values or raw bytes.
 
 use std::borrow::Cow;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -10,6 +12,7 @@ use base64::Engine as _;
 use latzero_protocol::{Code, Envelope, Raw};
 
 use crate::error::Error;
+use crate::sync::lock;
 
 /// Raw bytes as a payload: they travel as they are, beside the JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -217,9 +220,29 @@ pub(crate) fn read_body<T: FromPayload>(body: Body<'_>) -> Result<T, Error> {
 pub struct Reply {
     pub(crate) payload: Payload,
     pub(crate) headers: Option<Box<str>>,
+    /// What came besides, with few replies.
+    pub(crate) beside: Option<Box<Beside>>,
+    /// The connection that it came over.
+    pub(crate) epoch: u32,
+}
+
+/// What comes with few replies besides their payload.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Beside {
+    /// The JSON of the response, where the payload is raw bytes.
+    pub(crate) json: Box<str>,
+    pub(crate) descriptors: Arc<Mutex<Vec<OwnedFd>>>,
 }
 
 impl Reply {
+    /// The file descriptors that came with it; once.
+    pub(crate) fn take_descriptors(&self) -> Vec<OwnedFd> {
+        self.beside
+            .as_ref()
+            .map(|beside| std::mem::take(&mut *lock(&beside.descriptors)))
+            .unwrap_or_default()
+    }
+
     /// The payload as `T`.
     ///
     /// # Errors

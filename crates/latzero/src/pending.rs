@@ -404,6 +404,8 @@ mod tests {
         Ok(Reply {
             payload: Payload::Json(n.to_string()),
             headers: None,
+            beside: None,
+            epoch: 0,
         })
     }
 

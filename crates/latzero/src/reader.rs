@@ -4,7 +4,8 @@
 //! role on when it has its own reply. So a lone blocking caller pays one `recv` per call and no thread hop.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::task::{Context, Poll};
@@ -33,6 +34,8 @@ pub(crate) struct Input {
     pub(crate) buf: Vec<u8>,
     pub(crate) start: usize,
     pub(crate) end: usize,
+    /// Descriptors that came and that no message has taken yet, in order.
+    pub(crate) descriptors: Vec<OwnedFd>,
     /// Whether the buffer holds what came with the handshake and was not decoded yet.
     pub(crate) is_fresh: bool,
 }
@@ -61,6 +64,7 @@ impl Input {
             buf: Vec::new(),
             start: 0,
             end: 0,
+            descriptors: Vec::new(),
             is_fresh: false,
         }
     }
@@ -73,6 +77,7 @@ impl Input {
         self.link = core.outbox.link();
         let Some(link) = &self.link else { return false };
         let early = std::mem::take(&mut *lock(&link.early));
+        self.descriptors = std::mem::take(&mut *lock(&link.early_descriptors));
         self.buf.clear();
         self.buf.resize(BUFFER_BYTES.max(early.len()), 0);
         self.buf[..early.len()].copy_from_slice(&early);
@@ -100,7 +105,7 @@ impl Input {
         }
     }
 
-    fn received(&mut self, result: rustix::io::Result<usize>) -> Received {
+    fn received(&mut self, result: io::Result<usize>) -> Received {
         match result {
             Ok(0) => Received::Lost("the server closed it".into()),
             Ok(n) => {
@@ -109,7 +114,7 @@ impl Input {
                     short: self.end < self.buf.len(),
                 }
             }
-            Err(rustix::io::Errno::AGAIN) => Received::Nothing,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Received::Nothing,
             Err(e) => Received::Lost(e.to_string()),
         }
     }
@@ -123,7 +128,7 @@ impl Input {
         let Some(link) = &self.link else {
             return Received::Nothing;
         };
-        let result = link.try_recv(&mut self.buf[self.end..]);
+        let result = link.try_recv(&mut self.buf[self.end..], &mut self.descriptors);
         self.received(result)
     }
 
@@ -136,7 +141,7 @@ impl Input {
         let Some(link) = &self.link else {
             return Received::Nothing;
         };
-        let result = link.recv(&mut self.buf[self.end..]);
+        let result = link.recv(&mut self.buf[self.end..], &mut self.descriptors);
         self.received(result)
     }
 

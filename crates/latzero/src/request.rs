@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::future::poll_fn;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
@@ -11,8 +12,10 @@ use std::time::{Duration, Instant};
 use latzero_protocol::encode::append_str;
 use latzero_protocol::{Code, Envelope, InstanceId, Raw, Refusal, encode, frame};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::app::App;
+use crate::block::{Block, Current};
 use crate::core::{Core, Leave};
 use crate::error::{Error, HandlerError};
 use crate::message::Message;
@@ -58,6 +61,17 @@ pub(crate) struct Ticket {
     pub(crate) epoch: u32,
     cancelled: AtomicBool,
     state: std::sync::Mutex<TicketState>,
+    /// Blocks that came with the call: each with its name and, until it is used, its description and descriptor.
+    blocks: std::sync::OnceLock<Vec<Lent>>,
+}
+
+/// A block that came with a call.
+#[derive(Debug)]
+struct Lent {
+    id: String,
+    description: Value,
+    descriptor: std::sync::Mutex<Option<OwnedFd>>,
+    block: std::sync::Mutex<Option<Block>>,
 }
 
 #[derive(Debug)]
@@ -212,11 +226,67 @@ impl Request {
                 credits: e.window.and_then(Raw::as_u64),
                 wakers: [None, None],
             }),
+            blocks: std::sync::OnceLock::new(),
         };
         Some(Request {
             ticket: Arc::new(ticket),
             core: core.clone(),
         })
+    }
+
+    /// Takes the blocks that came with the call, with the descriptors of those that can be mapped, in order.
+    pub(crate) fn lend(&self, descriptors: Vec<OwnedFd>) {
+        let message: Value = serde_json::from_str(&self.ticket.text).unwrap_or_default();
+        let mut descriptors = descriptors.into_iter();
+        let lent = message["blocks"].as_array().into_iter().flatten();
+        let lent = lent.map(|description| Lent {
+            id: description["block_id"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned(),
+            descriptor: std::sync::Mutex::new(if description["access"] == "mapped" {
+                descriptors.next()
+            } else {
+                None
+            }),
+            description: description.clone(),
+            block: std::sync::Mutex::new(None),
+        });
+        // It is called once, before anybody else has the request.
+        let _ = self.ticket.blocks.set(lent.collect());
+    }
+
+    /// The names of the memory blocks that the caller gave along.
+    #[must_use]
+    pub fn block_ids(&self) -> Vec<&str> {
+        let lent = self.ticket.blocks.get().into_iter().flatten();
+        lent.map(|lent| lent.id.as_str()).collect()
+    }
+
+    /// A memory block that the caller gave along, for as long as the call lasts.
+    ///
+    /// # Errors
+    /// `no_block` where it gave no such block.
+    pub fn block(&self, id: &str) -> Result<Block, Error> {
+        let lent = self.ticket.blocks.get().into_iter().flatten();
+        let Some(lent) = lent.into_iter().find(|lent| lent.id == id) else {
+            return Err(Error::new(
+                Code::NoBlock,
+                format!(
+                    "the call brought no block '{id}'; it brought {:?}",
+                    self.block_ids()
+                ),
+            ));
+        };
+        let mut place = lock(&lent.block);
+        if let Some(block) = &*place {
+            return Ok(block.clone());
+        }
+        let descriptor = lock(&lent.descriptor).take();
+        let current = Current::new(&lent.description, descriptor, self.ticket.epoch)?;
+        let block = Block::lent(&self.app(), current);
+        *place = Some(block.clone());
+        Ok(block)
     }
 
     fn part(&self, range: &Range<usize>) -> &str {

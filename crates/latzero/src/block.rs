@@ -1,0 +1,860 @@
+//! Memory blocks: mapped where the server passed a descriptor, copied through it where it did not.
+//!
+//! A [`Block`] is a handle on a name. What it stands for may change under it: the app reconnects, the block grows into a new
+//! generation, the server ends. Reading goes on from the mapping as long as there is one; whatever needs the server attaches
+//! anew first where that is needed. Reading a mapped block, waiting for its next version and writing under a lock that is
+//! already held need no server at all.
+
+mod changes;
+mod lock;
+mod shared;
+mod typed;
+mod write;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use latzero_protocol::limits::READ_SLACK;
+use latzero_protocol::memory::{Access, Kind, Lifetime, LockMode};
+use latzero_protocol::{BlockId, Code, Ran};
+use latzero_shm::Attachment;
+use serde_json::{Value, json};
+
+use crate::app::App;
+use crate::builder::on_thread;
+use crate::call::Calling;
+use crate::error::Error;
+use crate::message::Message;
+use crate::payload::{Payload, Reply};
+use crate::sync::lock;
+
+pub use changes::Changes;
+pub use lock::BlockLock;
+pub use typed::TypedBlock;
+pub use write::{BlockWriter, Draft};
+
+pub use latzero_shm::{Element, View};
+pub(crate) use shared::{Blocks, Current, Shared};
+use shared::{Described, Held};
+
+/// How long a request that may move a whole block is waited for.
+const MOVE_TIME: Duration = Duration::from_secs(120);
+
+/// Slices of a wait on another thread, after which it looks whether it is still wanted.
+const WAIT_SLICE: Duration = Duration::from_millis(100);
+
+/// Bytes of one request where a block is copied through the server, at most.
+const CHUNK_BYTES: usize = 4 * 1024 * 1024;
+
+/// A block's name in a pool, before it is made or attached.
+#[derive(Debug, Clone)]
+#[must_use = "nothing happens before `create` or `attach`"]
+pub struct BlockName {
+    app: App,
+    pool: Option<String>,
+    id: String,
+    layout: Option<Value>,
+}
+
+impl BlockName {
+    pub(crate) fn new(app: &App, id: &str) -> Self {
+        BlockName {
+            app: app.clone(),
+            pool: None,
+            id: id.to_owned(),
+            layout: None,
+        }
+    }
+
+    /// In this pool. Needed where the app is in several.
+    pub fn pool(mut self, pool: &str) -> Self {
+        self.pool = Some(pool.to_owned());
+        self
+    }
+
+    /// With this layout, in numpy's notation: `layout("<f4", &[1080, 1920])`. A block that has another is refused.
+    pub fn layout(mut self, dtype: &str, shape: &[u64]) -> Self {
+        self.layout = Some(json!({"dtype": dtype, "shape": shape}));
+        self
+    }
+
+    /// Makes the block, with `size` bytes.
+    pub fn create(self, size: u64) -> CreateBlock {
+        let mut request = json!({"size": size});
+        if let Some(layout) = &self.layout {
+            request["layout"] = layout.clone();
+        }
+        CreateBlock {
+            name: self,
+            request,
+        }
+    }
+
+    /// Takes part in the block, to read it.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `layout_mismatch`, `quota`.
+    pub async fn attach(self) -> Result<Block, Error> {
+        self.attach_as(Access::Read).await
+    }
+
+    /// Takes part in the block, to write it too.
+    ///
+    /// # Errors
+    /// As [`BlockName::attach`].
+    pub async fn attach_writable(self) -> Result<Block, Error> {
+        self.attach_as(Access::Write).await
+    }
+
+    async fn attach_as(self, access: Access) -> Result<Block, Error> {
+        let mut request = json!({"mode": access.as_str()});
+        if let Some(layout) = &self.layout {
+            request["layout"] = layout.clone();
+        }
+        self.open("memory_attach", request, access).await
+    }
+
+    async fn open(self, action: &str, request: Value, access: Access) -> Result<Block, Error> {
+        BlockId::check(&self.id)
+            .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))?;
+        let message = message(action, self.pool.as_deref(), &self.id, &request);
+        let reply = Calling::of_message(&self.app, message, Ok)
+            .within(MOVE_TIME)
+            .await?;
+        let current = Current::of_reply(reply)?;
+        Ok(Block::new(&self.app, access, current))
+    }
+}
+
+/// A block about to be made.
+#[derive(Debug, Clone)]
+#[must_use = "nothing is made before it is sent"]
+pub struct CreateBlock {
+    name: BlockName,
+    request: Value,
+}
+
+impl CreateBlock {
+    /// As a file of the server's data directory, which outlives every process.
+    pub fn persistent(mut self) -> Self {
+        self.request["kind"] = Kind::Persistent.as_str().into();
+        self
+    }
+
+    /// Written in place, without versions of its own: for users who take its lock.
+    pub fn raw(mut self) -> Self {
+        self.request["consistency"] = "raw".into();
+        self
+    }
+
+    /// Room for that many versions, two to four (default two). With three or more a [`View`] stays good for longer.
+    pub fn slots(mut self, slots: u32) -> Self {
+        self.request["slots"] = slots.into();
+        self
+    }
+
+    /// Readable by these apps alone, and by those who may write.
+    pub fn readable_by(mut self, apps: &[&str]) -> Self {
+        self.request["permissions"]["read"] = json!(apps);
+        self
+    }
+
+    /// Writable by these apps alone, and by this one.
+    pub fn writable_by(mut self, apps: &[&str]) -> Self {
+        self.request["permissions"]["write"] = json!(apps);
+        self
+    }
+
+    /// Gone when nobody is attached to it any more.
+    pub fn while_attached(mut self) -> Self {
+        self.request["lifetime"] = Lifetime::Attached.as_str().into();
+        self
+    }
+
+    /// The one that is there, where there is one that is as large and has the layout.
+    pub fn or_attach(mut self) -> Self {
+        self.request["if_exists"] = "attach".into();
+        self
+    }
+
+    /// Makes it, and takes part in it as a writer.
+    ///
+    /// # Errors
+    /// `block_exists`, `quota`, `too_large`, `storage`, `layout_mismatch`.
+    pub async fn send(self) -> Result<Block, Error> {
+        let CreateBlock { name, request } = self;
+        name.open("memory_create", request, Access::Write).await
+    }
+}
+
+/// A block that this app takes part in. Cheap to clone; when the last clone goes, so does the app's part.
+#[derive(Debug, Clone)]
+pub struct Block {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    app: App,
+    access: Access,
+    /// Attached for a call: the server detaches it, and nothing brings it back.
+    is_lent: bool,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let core = self.app.core();
+        if core.blocks.forget(&self.shared) && !self.is_lent {
+            let mut message = self.shared.message("memory_detach", &json!({}));
+            core.tell(&mut message);
+        }
+    }
+}
+
+/// One message about a block.
+fn message(action: &str, pool: Option<&str>, id: &str, more: &Value) -> Message {
+    let mut message = Message::new(action);
+    if let Some(pool) = pool {
+        message.string("pool", pool);
+    }
+    message.string("block_id", id);
+    for (key, value) in more.as_object().into_iter().flatten() {
+        message.json(key, value.to_string().as_bytes());
+    }
+    message
+}
+
+impl Block {
+    fn new(app: &App, access: Access, current: Current) -> Block {
+        Block::make(app, access, current, false)
+    }
+
+    /// A block that came with a call.
+    pub(crate) fn lent(app: &App, current: Current) -> Block {
+        let access = current.described.access;
+        Block::make(app, access, current, true)
+    }
+
+    fn make(app: &App, access: Access, current: Current, is_lent: bool) -> Block {
+        let shared = Arc::new(Shared::new(current));
+        app.core().blocks.add(&shared, access, is_lent);
+        Block {
+            inner: Arc::new(Inner {
+                app: app.clone(),
+                access,
+                is_lent,
+                shared,
+            }),
+        }
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.inner.shared
+    }
+
+    /// The app whose handle this is.
+    #[must_use]
+    pub fn app(&self) -> &App {
+        &self.inner.app
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.shared().id
+    }
+
+    /// Its pool.
+    #[must_use]
+    pub fn pool(&self) -> &str {
+        &self.shared().pool
+    }
+
+    /// Its size in bytes, as it was last heard of.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.described(|d| d.size)
+    }
+
+    /// Its generation, as it was last heard of: one more with each resize.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.described(|d| d.generation)
+    }
+
+    /// Its layout, in numpy's notation.
+    #[must_use]
+    pub fn layout(&self) -> Option<Value> {
+        self.described(|d| d.layout.clone())
+    }
+
+    /// Whether its bytes are mapped into this process, rather than copied through the server.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        lock(&self.shared().current).attachment.is_some()
+    }
+
+    /// Whether the server that has the block is there, and has it. Where it is not, a mapped block can still be read: it shows
+    /// what was written last.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        let held = lock(&self.shared().current);
+        let is_current = self.inner.app.core().epoch_now() == Some(held.epoch);
+        is_current && !self.shared().is_gone.load(Ordering::Acquire)
+    }
+
+    fn described<R>(&self, f: impl FnOnce(&Described) -> R) -> R {
+        f(&lock(&self.shared().current).described)
+    }
+
+    /// Its newest version, as far as it is known without asking: 0 was never written.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        let held = lock(&self.shared().current);
+        match &held.attachment {
+            Some(attachment) => attachment.version(),
+            None => self.shared().newest.load(Ordering::Acquire),
+        }
+    }
+
+    /// What stands for this block in the data of a call; [`crate::Call::block`] sends it along.
+    #[must_use]
+    pub fn reference(&self) -> Value {
+        json!({"$block": self.id(), "pool": self.pool(), "version": self.version()})
+    }
+
+    /// The block's bytes as numbers of type `T`.
+    ///
+    /// # Errors
+    /// `layout_mismatch` where its layout has another element type.
+    pub fn typed<T: Element>(&self) -> Result<TypedBlock<T>, Error> {
+        TypedBlock::of(self)
+    }
+
+    /// All of its newest version, with the version.
+    ///
+    /// # Errors
+    /// `contended` where writers were too busy; what the server says where the block is not mapped.
+    pub async fn read(&self) -> Result<(Vec<u8>, u64), Error> {
+        loop {
+            let held = self.readable().await?;
+            if let Some(attachment) = &held.attachment {
+                return attachment.read().map_err(|e| read_error(self.id(), e));
+            }
+            let size = held.described.size;
+            let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+            let mut version = None;
+            loop {
+                let from = bytes.len() as u64;
+                let to = size.min(from + self.chunk() as u64);
+                match self.fetch(from..to, version).await {
+                    Ok((part, v)) => {
+                        bytes.extend_from_slice(&part);
+                        version = Some(v);
+                        if to == size {
+                            return Ok((bytes, v));
+                        }
+                    }
+                    // There is a newer one, or one of another size: from the begin.
+                    Err(e) if matches!(e.kind(), Code::VersionConflict | Code::OutOfRange) => break,
+                    Err(e) => return Err(e),
+                }
+            }
+            self.shared().must_attach.store(true, Ordering::Release);
+        }
+    }
+
+    /// Bytes of its newest version from `offset` on; returns the version.
+    ///
+    /// # Errors
+    /// `out_of_range`, and as [`Block::read`].
+    pub async fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<u64, Error> {
+        let held = self.readable().await?;
+        if let Some(attachment) = &held.attachment {
+            return attachment
+                .read_into(offset, to)
+                .map_err(|e| read_error(self.id(), e));
+        }
+        loop {
+            let mut version = None;
+            let mut done = 0;
+            while done < to.len() || version.is_none() {
+                let n = (to.len() - done).min(self.chunk());
+                let from = offset + done as u64;
+                match self.fetch(from..from + n as u64, version).await {
+                    Ok((part, v)) => {
+                        to[done..done + n].copy_from_slice(&part);
+                        done += n;
+                        version = Some(v);
+                    }
+                    Err(e) if e.kind() == Code::VersionConflict => break,
+                    Err(e) => return Err(e),
+                }
+            }
+            if let Some(version) = version.filter(|_| done == to.len()) {
+                return Ok(version);
+            }
+        }
+    }
+
+    /// The newest version in place, handed to `f` without a copy. What `f` made of it is only given back if nobody wrote over
+    /// it meanwhile; else `f` runs again, a few times.
+    ///
+    /// # Errors
+    /// `contended` where writers were too busy; `storage` where the block is not mapped: read it by copies then.
+    pub fn view<R>(&self, mut f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
+        let attachment = lock(&self.shared().current).attachment.clone();
+        let Some(attachment) = attachment else {
+            return Err(Error::new(
+                Code::Storage,
+                format!(
+                    "block '{}' is not mapped here; read it by copies",
+                    self.id()
+                ),
+            ));
+        };
+        for _ in 0..64 {
+            let view = attachment.view().map_err(|e| read_error(self.id(), e))?;
+            let result = f(view);
+            if view.is_valid() {
+                return Ok(result);
+            }
+        }
+        Err(contended(self.id()))
+    }
+
+    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for without the server.
+    ///
+    /// # Errors
+    /// `timeout`; `no_block` where it was removed.
+    pub async fn wait_for(&self, beyond: u64, timeout: Duration) -> Result<u64, Error> {
+        let deadline = Instant::now() + timeout;
+        if !self.is_mapped() {
+            let mut changes = self.changes().await?;
+            return changes.beyond(beyond, deadline).await;
+        }
+        // The futex waits on a thread of its own, which ends with this future or soon after.
+        let wanted = Arc::new(());
+        let still_wanted = Arc::downgrade(&wanted);
+        let block = self.clone();
+        let result = on_thread(move || {
+            while still_wanted.strong_count() > 0 {
+                match block.wait_slice(beyond, deadline.min(Instant::now() + WAIT_SLICE))? {
+                    Some(version) => return Ok(Some(version)),
+                    None if Instant::now() >= deadline => break,
+                    None => {}
+                }
+                if block.shared().must_attach.load(Ordering::Acquire) {
+                    return Ok(None);
+                }
+            }
+            Err(timed_out(block.id()))
+        })
+        .await?;
+        drop(wanted);
+        match result {
+            Some(version) => Ok(version),
+            // A new generation: go on with that.
+            None => {
+                self.readable().await?;
+                let left = deadline.saturating_duration_since(Instant::now());
+                Box::pin(self.wait_for(beyond, left)).await
+            }
+        }
+    }
+
+    /// Attaches anew where the block moved; false where it did not.
+    pub(crate) async fn go_on(&self) -> Result<bool, Error> {
+        let moved = self.shared().must_attach.load(Ordering::Acquire);
+        self.readable().await?;
+        Ok(moved)
+    }
+
+    /// Waits on this thread until `deadline` at most, through the mapping alone.
+    pub(crate) fn wait_slice(&self, beyond: u64, deadline: Instant) -> Result<Option<u64>, Error> {
+        use latzero_shm::Waited;
+        let attachment = lock(&self.shared().current).attachment.clone();
+        let Some(attachment) = attachment else {
+            return Ok(None);
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        match attachment.wait(beyond, Some(left)) {
+            Waited::Newer(version) => Ok(Some(version)),
+            Waited::TimedOut => Ok(None),
+            Waited::Superseded => {
+                self.shared().must_attach.store(true, Ordering::Release);
+                Ok(None)
+            }
+            Waited::Closed => {
+                self.shared().is_gone.store(true, Ordering::Release);
+                Err(removed(self.id()))
+            }
+        }
+    }
+
+    /// The versions to come, the newest of those that came since the last look each time.
+    ///
+    /// # Errors
+    /// What the server says.
+    pub async fn changes(&self) -> Result<Changes, Error> {
+        Changes::open(self).await
+    }
+
+    /// Writes bytes through the server, as one version; returns it. Where the app has the block's lock, it is used.
+    ///
+    /// # Errors
+    /// `out_of_range`, `forbidden`, `locked`.
+    pub async fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
+        self.write_through(offset, bytes, None, None).await
+    }
+
+    /// As [`Block::write_at`], where the block has version `version`.
+    ///
+    /// # Errors
+    /// `version_conflict`, and as [`Block::write_at`].
+    pub async fn write_if(&self, version: u64, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
+        self.write_through(offset, bytes, Some(version), None).await
+    }
+
+    /// Writes through the server, in as many requests as it takes.
+    async fn write_through(
+        &self,
+        offset: u64,
+        bytes: &[u8],
+        mut if_version: Option<u64>,
+        fence: Option<u64>,
+    ) -> Result<u64, Error> {
+        let mut done = 0;
+        loop {
+            let n = (bytes.len() - done).min(self.chunk());
+            let mut more = json!({"offset": offset + done as u64});
+            if let Some(version) = if_version {
+                more["if_version"] = version.into();
+            }
+            if let Some(fence) = fence {
+                more["lock"] = fence.to_string().into();
+            }
+            let mut message = self.shared().message("memory_write", &more);
+            self.add_bytes(&mut message, &bytes[done..done + n]);
+            let reply = self.ask_message(message).await?;
+            let version = number(&reply, "version");
+            self.shared().heard(version);
+            done += n;
+            if done >= bytes.len() {
+                return Ok(version);
+            }
+            if_version = if_version.map(|_| version);
+        }
+    }
+
+    /// Writes `bytes` where `expected`, as many bytes, stand; the bytes that stand there otherwise.
+    ///
+    /// # Errors
+    /// `out_of_range`, `forbidden`, `locked`.
+    pub async fn cas(
+        &self,
+        offset: u64,
+        expected: &[u8],
+        bytes: &[u8],
+    ) -> Result<Result<u64, Vec<u8>>, Error> {
+        let more = json!({"offset": offset, "expected": STANDARD.encode(expected)});
+        let mut message = self.shared().message("memory_cas", &more);
+        self.add_bytes(&mut message, bytes);
+        let reply = self.ask_message(message).await?;
+        if reply["swapped"] == true {
+            let version = number(&reply, "version");
+            self.shared().heard(version);
+            return Ok(Ok(version));
+        }
+        let current = reply["current"].as_str().map(|text| STANDARD.decode(text));
+        match current {
+            Some(Ok(current)) => Ok(Err(current)),
+            _ => Err(unreadable()),
+        }
+    }
+
+    /// Begins a new version, under the block's lock: taken now, waited for `wait` at most, and given back with the version's
+    /// end. [`Draft::commit`] lets everybody see it; so does dropping it, whose errors the block's next use tells.
+    ///
+    /// # Errors
+    /// `locked`, `forbidden`.
+    pub async fn write(&self, wait: Duration) -> Result<Draft, Error> {
+        let lock = self.lock(LockMode::Exclusive, wait).await?;
+        Draft::begin(lock).await
+    }
+
+    /// Takes the block's lock for many versions to come: each is then written and published without the server.
+    ///
+    /// # Errors
+    /// `locked`, `forbidden`.
+    pub async fn writer(&self, wait: Duration) -> Result<BlockWriter, Error> {
+        let lock = self.lock(LockMode::Exclusive, wait).await?;
+        BlockWriter::new(lock).await
+    }
+
+    /// Takes the block's lock, waited for `wait` at most. It is given back when the guard goes.
+    ///
+    /// # Errors
+    /// `locked`, `forbidden`.
+    pub async fn lock(&self, mode: LockMode, wait: Duration) -> Result<BlockLock, Error> {
+        BlockLock::take(self, mode, wait, None).await
+    }
+
+    /// As [`Block::lock`], for `lease` at most unless it is renewed.
+    ///
+    /// # Errors
+    /// As [`Block::lock`].
+    pub async fn lock_for(
+        &self,
+        mode: LockMode,
+        wait: Duration,
+        lease: Duration,
+    ) -> Result<BlockLock, Error> {
+        BlockLock::take(self, mode, wait, Some(lease)).await
+    }
+
+    /// Gives the block another size: a new generation, which everybody goes on with. What it has more is zeros.
+    ///
+    /// # Errors
+    /// `forbidden`, `locked`, `quota`, `too_large`, `storage`.
+    pub async fn resize(&self, size: u64) -> Result<(), Error> {
+        self.ask("memory_resize", &json!({"size": size})).await?;
+        self.shared().must_attach.store(true, Ordering::Release);
+        self.readable().await.map(drop)
+    }
+
+    /// Has a persistent block reach the disk; the version that is there then.
+    ///
+    /// # Errors
+    /// `bad_message` where the block is memory; `storage`.
+    pub async fn flush(&self) -> Result<u64, Error> {
+        let reply = self.ask("memory_flush", &json!({})).await?;
+        Ok(number(&reply, "version"))
+    }
+
+    /// Removes the block, under everybody.
+    ///
+    /// # Errors
+    /// `forbidden`, `locked`.
+    pub async fn remove(&self) -> Result<(), Error> {
+        self.ask("memory_remove", &json!({})).await?;
+        self.shared().is_gone.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// All about it, as the server describes it.
+    ///
+    /// # Errors
+    /// `no_block`.
+    pub async fn info(&self) -> Result<Value, Error> {
+        self.ask("memory_info", &json!({})).await
+    }
+
+    /// What was found wrong since the last use, where nobody could be told: a version that could not be published when its
+    /// draft was dropped.
+    fn check_fault(&self) -> Result<(), Error> {
+        lock(&self.shared().fault).take().map_or(Ok(()), Err)
+    }
+
+    /// What can be read from now: attached anew where the block moved or the app reconnected.
+    async fn readable(&self) -> Result<Held, Error> {
+        self.check_fault()?;
+        let held = lock(&self.shared().current).held();
+        let epoch = self.inner.app.core().epoch_now();
+        let is_current = epoch.is_none_or(|epoch| epoch == held.epoch);
+        let must = self.shared().must_attach.load(Ordering::Acquire)
+            || held.attachment.as_deref().is_some_and(is_superseded);
+        if (is_current && !must) || self.inner.is_lent {
+            return Ok(held);
+        }
+        match self.attach_again().await {
+            Ok(fresh) => Ok(fresh),
+            // The mapping shows what was written last, which is better than nothing; `is_live` says so.
+            Err(e) if e.kind() == Code::NoBlock && held.attachment.is_some() => {
+                self.shared().is_gone.store(true, Ordering::Release);
+                if let Some(epoch) = epoch {
+                    lock(&self.shared().current).epoch = epoch;
+                }
+                self.shared().must_attach.store(false, Ordering::Release);
+                Ok(held)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What can be written from now.
+    async fn writable(&self) -> Result<Held, Error> {
+        if self.shared().is_gone.load(Ordering::Acquire) {
+            return Err(removed(self.id()));
+        }
+        self.readable().await
+    }
+
+    async fn attach_again(&self) -> Result<Held, Error> {
+        // Before the request: what moves behind it is seen next time.
+        self.shared().must_attach.store(false, Ordering::Release);
+        let more = json!({"mode": self.inner.access.as_str()});
+        let attached = Calling::of_message(
+            &self.inner.app,
+            self.shared().message("memory_attach", &more),
+            Ok,
+        )
+        .await
+        .and_then(Current::of_reply);
+        match attached {
+            Ok(current) => {
+                let mut place = lock(&self.shared().current);
+                self.shared().restart(current.described.version);
+                *place = current;
+                self.shared().is_gone.store(false, Ordering::Release);
+                Ok(place.held())
+            }
+            Err(e) => {
+                self.shared().must_attach.store(true, Ordering::Release);
+                Err(e)
+            }
+        }
+    }
+
+    async fn fetch(
+        &self,
+        range: Range<u64>,
+        if_version: Option<u64>,
+    ) -> Result<(Vec<u8>, u64), Error> {
+        let mut more = json!({"offset": range.start, "length": range.end - range.start});
+        if let Some(version) = if_version {
+            more["if_version"] = version.into();
+        }
+        let message = self.shared().message("memory_read", &more);
+        let reply = Calling::of_message(&self.inner.app, message, Ok).await?;
+        let (json, bytes) = match (reply.payload, reply.beside) {
+            (Payload::Bytes(bytes), Some(beside)) => (beside.json, bytes),
+            (Payload::Json(json), _) => {
+                let value: Value = serde_json::from_str(&json).unwrap_or_default();
+                let data = value["data"].as_str().map(|text| STANDARD.decode(text));
+                let Some(Ok(bytes)) = data else {
+                    return Err(unreadable());
+                };
+                (json.into(), bytes)
+            }
+            _ => return Err(unreadable()),
+        };
+        let value: Value = serde_json::from_str(&json).unwrap_or_default();
+        let version = number(&value, "version");
+        self.shared().heard(version);
+        if bytes.len() as u64 != range.end - range.start {
+            return Err(unreadable());
+        }
+        Ok((bytes, version))
+    }
+
+    async fn ask(&self, action: &str, more: &Value) -> Result<Value, Error> {
+        self.ask_message(self.shared().message(action, more)).await
+    }
+
+    async fn ask_message(&self, message: Message) -> Result<Value, Error> {
+        self.check_fault()?;
+        Calling::of_message(&self.inner.app, message, Reply::into)
+            .within(MOVE_TIME)
+            .await
+    }
+
+    fn add_bytes(&self, message: &mut Message, bytes: &[u8]) {
+        message.payload("data", Payload::Bytes(bytes.to_vec()));
+    }
+
+    /// Bytes of one request.
+    fn chunk(&self) -> usize {
+        let link = self.inner.app.core().outbox.link();
+        let room = link.map_or(64 * 1024, |link| {
+            let room = link.max_frame.saturating_sub(READ_SLACK).max(1);
+            if link.attachments { room } else { room / 4 * 3 }
+        });
+        room.min(CHUNK_BYTES)
+    }
+}
+
+fn is_superseded(attachment: &Attachment) -> bool {
+    attachment.state() != latzero_shm::State::Live
+}
+
+fn number(value: &Value, name: &str) -> u64 {
+    value[name].as_u64().unwrap_or(0)
+}
+
+fn unreadable() -> Error {
+    Error::new(
+        Code::BadMessage,
+        "the server's reply about a block could not be read",
+    )
+    .with_ran(Ran::Unknown)
+}
+
+fn contended(id: &str) -> Error {
+    Error::new(
+        Code::Contended,
+        format!(
+            "block '{id}' is written so often that no whole version could be had; repeat, or give it more slots"
+        ),
+    )
+}
+
+fn removed(id: &str) -> Error {
+    Error::new(
+        Code::NoBlock,
+        format!("block '{id}' was removed, or went with its server"),
+    )
+}
+
+fn timed_out(id: &str) -> Error {
+    Error::new(
+        Code::Timeout,
+        format!("no new version of block '{id}' came in this time"),
+    )
+}
+
+fn read_error(id: &str, error: latzero_shm::ReadError) -> Error {
+    use latzero_shm::ReadError;
+    match error {
+        ReadError::OutOfRange => Error::new(
+            Code::OutOfRange,
+            format!("these bytes lie outside block '{id}'"),
+        ),
+        ReadError::Contended | ReadError::Version(_) => contended(id),
+        ReadError::Fault(fault) => Error::new(
+            Code::Storage,
+            format!("block '{id}' can't be read: {fault}"),
+        )
+        .with_source(fault),
+    }
+}
+
+fn write_error(id: &str, error: latzero_shm::WriteError) -> Error {
+    use latzero_shm::WriteError;
+    match error {
+        WriteError::OutOfRange => Error::new(
+            Code::OutOfRange,
+            format!("these bytes lie outside block '{id}'; nothing was written"),
+        ),
+        WriteError::LeaseLost => Error::new(
+            Code::LockLost,
+            format!("the lock of block '{id}' is held no longer; nobody saw what was written"),
+        )
+        .with_ran(Ran::No),
+        WriteError::ReadOnly => Error::new(
+            Code::Forbidden,
+            format!("block '{id}' was attached for reading; attach it with `attach_writable`"),
+        ),
+        WriteError::Contended | WriteError::Conflict { .. } => contended(id),
+        WriteError::Fault(fault) => Error::new(
+            Code::Storage,
+            format!("block '{id}' can't be written: {fault}"),
+        )
+        .with_source(fault),
+    }
+}

@@ -1,0 +1,133 @@
+//! New versions of a block, as they come.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures_core::Stream;
+use serde_json::json;
+
+use super::{Block, number, removed, timed_out};
+use crate::error::Error;
+use crate::sync::lock;
+
+/// The versions of a block to come. Where they come faster than they are looked at, the newest stands for all.
+#[derive(Debug)]
+pub struct Changes {
+    block: Block,
+    seen: u64,
+}
+
+impl Changes {
+    pub(super) async fn open(block: &Block) -> Result<Changes, Error> {
+        block.shared().subscribers.fetch_add(1, Ordering::AcqRel);
+        let mut changes = Changes {
+            block: block.clone(),
+            seen: 0,
+        };
+        let reply = block.ask("memory_subscribe", &json!({})).await?;
+        changes.seen = number(&reply, "version");
+        block.shared().heard(changes.seen);
+        Ok(changes)
+    }
+
+    pub(crate) fn app(&self) -> &crate::App {
+        self.block.app()
+    }
+
+    /// The next version; `None` after the block was removed or the app closed.
+    pub async fn recv(&mut self) -> Option<u64> {
+        poll_fn(|cx| self.poll_version(cx)).await
+    }
+
+    pub(crate) fn poll_version(&mut self, cx: &mut Context<'_>) -> Poll<Option<u64>> {
+        let shared = self.block.shared().clone();
+        // Noted before looking, so that what comes in between wakes.
+        {
+            let mut wakers = lock(&shared.wakers);
+            if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
+                wakers.push(cx.waker().clone());
+            }
+        }
+        let newest = shared.newest.load(Ordering::Acquire);
+        if newest != self.seen && newest > 0 {
+            self.seen = newest;
+            return Poll::Ready(Some(newest));
+        }
+        let is_over = shared.is_gone.load(Ordering::Acquire) || self.block.app().core().is_ended();
+        if is_over {
+            return Poll::Ready(None);
+        }
+        Poll::Pending
+    }
+
+    /// The first version beyond `beyond`.
+    pub(super) async fn beyond(&mut self, beyond: u64, deadline: Instant) -> Result<u64, Error> {
+        if self.seen > beyond {
+            return Ok(self.seen);
+        }
+        let mut alarm = Alarm::default();
+        poll_fn(|cx| {
+            loop {
+                match self.poll_version(cx) {
+                    Poll::Ready(Some(version)) if version > beyond => {
+                        return Poll::Ready(Ok(version));
+                    }
+                    Poll::Ready(Some(_)) => {}
+                    Poll::Ready(None) => return Poll::Ready(Err(removed(self.block.id()))),
+                    Poll::Pending if Instant::now() >= deadline => {
+                        return Poll::Ready(Err(timed_out(self.block.id())));
+                    }
+                    Poll::Pending => {
+                        alarm.set(cx, deadline);
+                        return Poll::Pending;
+                    }
+                }
+            }
+        })
+        .await
+    }
+}
+
+/// Wakes a task at a time, from a thread of its own: no runtime is assumed here.
+#[derive(Default)]
+struct Alarm {
+    is_set: bool,
+}
+
+impl Alarm {
+    fn set(&mut self, cx: &Context<'_>, at: Instant) {
+        if std::mem::replace(&mut self.is_set, true) {
+            return;
+        }
+        let waker = cx.waker().clone();
+        let left = at.saturating_duration_since(Instant::now());
+        // Where no thread can be had, the next change ends the wait instead.
+        let _ = std::thread::Builder::new()
+            .name("latzero-alarm".into())
+            .spawn(move || {
+                std::thread::park_timeout(left.max(Duration::from_millis(1)));
+                waker.wake();
+            });
+    }
+}
+
+impl Stream for Changes {
+    type Item = u64;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<u64>> {
+        self.poll_version(cx)
+    }
+}
+
+impl Drop for Changes {
+    fn drop(&mut self) {
+        let shared = self.block.shared();
+        if shared.subscribers.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let mut message = shared.message("memory_unsubscribe", &json!({}));
+            self.block.app().core().tell(&mut message);
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Writing versions: one under a lock of its own, or many under one.
+
+use latzero_protocol::Code;
+use latzero_shm::{Attachment, Writing};
+use serde_json::json;
+use std::sync::Arc;
+
+use super::lock::BlockLock;
+use super::{Block, write_error};
+use crate::error::Error;
+use crate::sync::lock;
+
+/// A version under way, under the block's lock. Nobody sees it before it is committed.
+///
+/// Where the block is mapped, bytes are written in place, into the slot that readers do not look at. Where it is not, they wait
+/// here and travel with the commit, as one version if they fit into one request.
+#[derive(Debug)]
+pub struct Draft {
+    lock: Option<BlockLock>,
+    bytes: Bytes,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    InPlace(Option<Writing>),
+    Waiting(Vec<(u64, Vec<u8>)>),
+}
+
+impl Draft {
+    pub(super) async fn begin(held: BlockLock) -> Result<Draft, Error> {
+        let block = held.block().clone();
+        let attached = block.writable().await?;
+        let bytes = match &attached.attachment {
+            Some(attachment) => Bytes::InPlace(Some(begin(&block, attachment, held.fence())?)),
+            None => Bytes::Waiting(Vec::new()),
+        };
+        Ok(Draft {
+            lock: Some(held),
+            bytes,
+        })
+    }
+
+    fn block(&self) -> &Block {
+        self.lock
+            .as_ref()
+            .expect("it is taken by the end alone")
+            .block()
+    }
+
+    /// Writes bytes from `offset` on.
+    ///
+    /// # Errors
+    /// `out_of_range`: nothing was written.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let block = self.block().clone();
+        match &mut self.bytes {
+            Bytes::InPlace(writing) => writing
+                .as_mut()
+                .expect("it is taken by the end alone")
+                .write(offset, bytes)
+                .map_err(|e| write_error(block.id(), e)),
+            Bytes::Waiting(waiting) => {
+                let end = offset.checked_add(bytes.len() as u64);
+                if end.is_none_or(|end| end > block.size()) {
+                    return Err(write_error(block.id(), latzero_shm::WriteError::OutOfRange));
+                }
+                waiting.push((offset, bytes.to_vec()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Lets everybody see it, and gives the lock back; the version.
+    ///
+    /// # Errors
+    /// `lock_lost` where the lock was lost meanwhile: nobody sees it then.
+    pub async fn commit(mut self) -> Result<u64, Error> {
+        let held = self.lock.take().expect("it is taken by the end alone");
+        held.check()?;
+        let block = held.block().clone();
+        let version = match std::mem::replace(&mut self.bytes, Bytes::Waiting(Vec::new())) {
+            Bytes::InPlace(writing) => {
+                let writing = writing.expect("it is taken by the end alone");
+                let version = writing.publish().map_err(|e| write_error(block.id(), e))?;
+                notify(&block, version);
+                version
+            }
+            Bytes::Waiting(waiting) => {
+                let mut version = block.version();
+                if let Some((offset, bytes)) = one_range(&block, &waiting).await? {
+                    version = block
+                        .write_through(offset, &bytes, None, Some(held.fence()))
+                        .await?;
+                }
+                version
+            }
+        };
+        held.unlock().await?;
+        Ok(version)
+    }
+
+    /// Lets go of it: nobody ever sees it.
+    pub fn abandon(mut self) {
+        self.bytes = Bytes::Waiting(Vec::new());
+        self.lock = None;
+    }
+}
+
+/// What is to be written as one range, so that it is one version: what stands between the pieces is read first.
+async fn one_range(
+    block: &Block,
+    waiting: &[(u64, Vec<u8>)],
+) -> Result<Option<(u64, Vec<u8>)>, Error> {
+    let start = waiting.iter().map(|(offset, _)| *offset).min();
+    let end = waiting
+        .iter()
+        .map(|(at, bytes)| at + bytes.len() as u64)
+        .max();
+    let (Some(start), Some(end)) = (start, end) else {
+        return Ok(None);
+    };
+    if let [(offset, bytes)] = waiting {
+        return Ok(Some((*offset, bytes.clone())));
+    }
+    let length = usize::try_from(end - start).map_err(|_| {
+        Error::new(
+            Code::TooLarge,
+            "the range is larger than this machine's memory",
+        )
+    })?;
+    let mut range = vec![0; length];
+    block.read_into(start, &mut range).await?;
+    for (offset, bytes) in waiting {
+        let at = usize::try_from(offset - start).expect("within the range");
+        range[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    Ok(Some((start, range)))
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        let Some(held) = self.lock.take() else { return };
+        let block = held.block().clone();
+        let result = match &mut self.bytes {
+            Bytes::InPlace(writing) => match writing.take() {
+                Some(writing) => writing
+                    .publish()
+                    .map_err(|e| write_error(block.id(), e))
+                    .map(|version| notify(&block, version)),
+                None => Ok(()),
+            },
+            // A request can't be waited for here.
+            Bytes::Waiting(waiting) if !waiting.is_empty() => Err(Error::new(
+                Code::Cancelled,
+                format!(
+                    "a draft of block '{}' was dropped without `commit`, and is not mapped: nobody saw what was written",
+                    block.id()
+                ),
+            )),
+            Bytes::Waiting(_) => Ok(()),
+        };
+        if let Err(error) = result {
+            *lock(&block.shared().fault) = Some(error);
+        }
+    }
+}
+
+/// Writes many versions under one lock, without the server.
+#[derive(Debug)]
+pub struct BlockWriter {
+    lock: BlockLock,
+    attachment: Option<Arc<Attachment>>,
+    tells_server: bool,
+}
+
+impl BlockWriter {
+    pub(super) async fn new(held: BlockLock) -> Result<BlockWriter, Error> {
+        let attached = held.block().writable().await?;
+        Ok(BlockWriter {
+            lock: held,
+            attachment: attached.attachment,
+            tells_server: true,
+        })
+    }
+
+    /// The lock under which it writes.
+    #[must_use]
+    pub fn lock(&self) -> &BlockLock {
+        &self.lock
+    }
+
+    /// Whether the server is told of each version (default), for those who subscribed and those who can't map the block. Who
+    /// waits for a mapped block is woken in any case.
+    pub fn tell_server(&mut self, tells: bool) {
+        self.tells_server = tells;
+    }
+
+    /// Begins a version, which [`Writing::publish`] of the mapped block or [`BlockWriter::publish`] lets everybody see.
+    ///
+    /// # Errors
+    /// `lock_lost`; `storage` where the block is not mapped: use [`BlockWriter::write`] then.
+    pub fn begin(&self) -> Result<Writing, Error> {
+        let block = self.lock.block();
+        self.lock.check()?;
+        let attachment = self.attachment.as_ref().ok_or_else(|| {
+            Error::new(
+                Code::Storage,
+                format!(
+                    "block '{}' is not mapped here; write it by copies",
+                    block.id()
+                ),
+            )
+        })?;
+        begin(block, attachment, self.lock.fence())
+    }
+
+    /// Lets everybody see a version; its number.
+    ///
+    /// # Errors
+    /// `lock_lost`: nobody sees it then.
+    pub fn publish(&self, writing: Writing) -> Result<u64, Error> {
+        let block = self.lock.block();
+        let version = writing.publish().map_err(|e| write_error(block.id(), e))?;
+        if self.tells_server {
+            notify(block, version);
+        }
+        Ok(version)
+    }
+
+    /// Writes one version that has these bytes from `offset` on.
+    ///
+    /// # Errors
+    /// `out_of_range`, `lock_lost`.
+    pub async fn write(&self, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
+        if self.attachment.is_none() {
+            self.lock.check()?;
+            let block = self.lock.block();
+            return block
+                .write_through(offset, bytes, None, Some(self.lock.fence()))
+                .await;
+        }
+        let mut writing = self.begin()?;
+        let id = self.lock.block().id();
+        writing
+            .write(offset, bytes)
+            .map_err(|e| write_error(id, e))?;
+        self.publish(writing)
+    }
+}
+
+fn begin(block: &Block, attachment: &Arc<Attachment>, fence: u64) -> Result<Writing, Error> {
+    attachment
+        .begin(fence)
+        .map_err(|e| write_error(block.id(), e))
+}
+
+/// Tells the server of a version that was written through the mapping.
+fn notify(block: &Block, version: u64) {
+    let shared = block.shared();
+    shared.heard(version);
+    let mut message = shared.message("memory_notify", &json!({"version": version}));
+    block.app().core().tell(&mut message);
+}

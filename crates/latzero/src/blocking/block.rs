@@ -1,0 +1,447 @@
+//! Memory blocks for people without async.
+
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use latzero_protocol::memory::LockMode;
+use latzero_shm::Element;
+use serde_json::Value;
+
+use super::App;
+use crate::block::View;
+use crate::error::Error;
+
+/// Runs `future`, whose progress is the app's, on this thread.
+fn run<T>(app: &crate::App, future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    app.core()
+        .block_on(None, |cx| future.as_mut().poll(cx))
+        .expect("without a deadline it waits until it is done")
+}
+
+impl App {
+    /// The memory block `id`, to be made or attached.
+    pub fn block(&self, id: &str) -> BlockName {
+        BlockName(self.0.clone(), self.0.block(id))
+    }
+
+    /// The memory blocks of a pool (the app's only one, where none is named), as the server describes them.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn blocks(&self, pool: Option<&str>) -> Result<Vec<Value>, Error> {
+        run(&self.0, self.0.blocks(pool))
+    }
+}
+
+/// A block's name in a pool, before it is made or attached; see [`crate::BlockName`].
+#[derive(Debug, Clone)]
+#[must_use = "nothing happens before `create` or `attach`"]
+pub struct BlockName(crate::App, crate::BlockName);
+
+impl BlockName {
+    /// In this pool. Needed where the app is in several.
+    pub fn pool(self, pool: &str) -> Self {
+        BlockName(self.0, self.1.pool(pool))
+    }
+
+    /// With this layout, in numpy's notation. A block that has another is refused.
+    pub fn layout(self, dtype: &str, shape: &[u64]) -> Self {
+        BlockName(self.0, self.1.layout(dtype, shape))
+    }
+
+    /// Makes the block, with `size` bytes.
+    pub fn create(self, size: u64) -> CreateBlock {
+        CreateBlock(self.0, self.1.create(size))
+    }
+
+    /// Takes part in the block, to read it.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `layout_mismatch`, `quota`.
+    pub fn attach(self) -> Result<Block, Error> {
+        run(&self.0, self.1.attach()).map(Block)
+    }
+
+    /// Takes part in the block, to write it too.
+    ///
+    /// # Errors
+    /// As [`BlockName::attach`].
+    pub fn attach_writable(self) -> Result<Block, Error> {
+        run(&self.0, self.1.attach_writable()).map(Block)
+    }
+}
+
+/// A block about to be made; see [`crate::CreateBlock`].
+#[derive(Debug, Clone)]
+#[must_use = "nothing is made before it is sent"]
+pub struct CreateBlock(crate::App, crate::CreateBlock);
+
+macro_rules! create_methods {
+    ($($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*);)*) => {
+        $($(#[$doc])* pub fn $name(self, $($arg: $type),*) -> Self {
+            CreateBlock(self.0, self.1.$name($($arg),*))
+        })*
+    };
+}
+
+impl CreateBlock {
+    create_methods! {
+        /// As a file of the server's data directory, which outlives every process.
+        persistent();
+        /// Written in place, without versions of its own: for users who take its lock.
+        raw();
+        /// Room for that many versions, two to four (default two).
+        slots(slots: u32);
+        /// Readable by these apps alone, and by those who may write.
+        readable_by(apps: &[&str]);
+        /// Writable by these apps alone, and by this one.
+        writable_by(apps: &[&str]);
+        /// Gone when nobody is attached to it any more.
+        while_attached();
+        /// The one that is there, where there is one that is as large and has the layout.
+        or_attach();
+    }
+
+    /// Makes it, and takes part in it as a writer.
+    ///
+    /// # Errors
+    /// `block_exists`, `quota`, `too_large`, `storage`, `layout_mismatch`.
+    pub fn send(self) -> Result<Block, Error> {
+        run(&self.0, self.1.send()).map(Block)
+    }
+}
+
+/// A block that this app takes part in; see [`crate::Block`], whose other methods it has too.
+#[derive(Debug, Clone)]
+pub struct Block(pub(crate) crate::Block);
+
+impl std::ops::Deref for Block {
+    type Target = crate::Block;
+
+    fn deref(&self) -> &crate::Block {
+        &self.0
+    }
+}
+
+impl Block {
+    fn run<T>(&self, future: impl Future<Output = T>) -> T {
+        run(self.0.app(), future)
+    }
+
+    /// All of its newest version, with the version.
+    ///
+    /// # Errors
+    /// `contended` where writers were too busy; what the server says where the block is not mapped.
+    pub fn read(&self) -> Result<(Vec<u8>, u64), Error> {
+        self.run(self.0.read())
+    }
+
+    /// Bytes of its newest version from `offset` on; returns the version.
+    ///
+    /// # Errors
+    /// `out_of_range`, and as [`Block::read`].
+    pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<u64, Error> {
+        self.run(self.0.read_into(offset, to))
+    }
+
+    /// The newest version in place; see [`crate::Block::view`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn view<R>(&self, f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
+        self.0.view(f)
+    }
+
+    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for on this thread, without the server.
+    ///
+    /// # Errors
+    /// `timeout`; `no_block` where it was removed.
+    pub fn wait_for(&self, beyond: u64, timeout: Duration) -> Result<u64, Error> {
+        let deadline = Instant::now() + timeout;
+        while self.0.is_mapped() {
+            match self.0.wait_slice(beyond, deadline)? {
+                Some(version) => return Ok(version),
+                // It moved, or the time is over.
+                None if self.run(self.0.go_on())? && Instant::now() < deadline => {}
+                None => {
+                    let text = format!("no new version of block '{}' came in this time", self.id());
+                    return Err(Error::new(latzero_protocol::Code::Timeout, text));
+                }
+            }
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.run(self.0.wait_for(beyond, left))
+    }
+
+    /// The versions to come; see [`crate::Changes`].
+    ///
+    /// # Errors
+    /// What the server says.
+    pub fn changes(&self) -> Result<Changes, Error> {
+        self.run(self.0.changes()).map(Changes)
+    }
+
+    /// Writes bytes through the server, as one version; returns it.
+    ///
+    /// # Errors
+    /// `out_of_range`, `forbidden`, `locked`.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
+        self.run(self.0.write_at(offset, bytes))
+    }
+
+    /// As [`Block::write_at`], where the block has version `version`.
+    ///
+    /// # Errors
+    /// `version_conflict`, and as [`Block::write_at`].
+    pub fn write_if(&self, version: u64, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
+        self.run(self.0.write_if(version, offset, bytes))
+    }
+
+    /// Writes `bytes` where `expected`, as many bytes, stand; the bytes that stand there otherwise.
+    ///
+    /// # Errors
+    /// `out_of_range`, `forbidden`, `locked`.
+    pub fn cas(
+        &self,
+        offset: u64,
+        expected: &[u8],
+        bytes: &[u8],
+    ) -> Result<Result<u64, Vec<u8>>, Error> {
+        self.run(self.0.cas(offset, expected, bytes))
+    }
+
+    /// Begins a new version, under the block's lock; see [`crate::Block::write`].
+    ///
+    /// # Errors
+    /// `locked`, `forbidden`.
+    pub fn write(&self, wait: Duration) -> Result<Draft, Error> {
+        let draft = self.run(self.0.write(wait))?;
+        Ok(Draft(self.0.app().clone(), draft))
+    }
+
+    /// Takes the block's lock for many versions to come; see [`crate::BlockWriter`].
+    ///
+    /// # Errors
+    /// `locked`, `forbidden`.
+    pub fn writer(&self, wait: Duration) -> Result<BlockWriter, Error> {
+        self.run(self.0.writer(wait)).map(BlockWriter)
+    }
+
+    /// Takes the block's lock, waited for `wait` at most. It is given back when the guard goes.
+    ///
+    /// # Errors
+    /// `locked`, `forbidden`.
+    pub fn lock(&self, mode: LockMode, wait: Duration) -> Result<BlockLock, Error> {
+        self.run(self.0.lock(mode, wait)).map(BlockLock)
+    }
+
+    /// As [`Block::lock`], for `lease` at most unless it is renewed.
+    ///
+    /// # Errors
+    /// As [`Block::lock`].
+    pub fn lock_for(
+        &self,
+        mode: LockMode,
+        wait: Duration,
+        lease: Duration,
+    ) -> Result<BlockLock, Error> {
+        self.run(self.0.lock_for(mode, wait, lease)).map(BlockLock)
+    }
+
+    /// Gives the block another size: a new generation, which everybody goes on with.
+    ///
+    /// # Errors
+    /// `forbidden`, `locked`, `quota`, `too_large`, `storage`.
+    pub fn resize(&self, size: u64) -> Result<(), Error> {
+        self.run(self.0.resize(size))
+    }
+
+    /// Has a persistent block reach the disk; the version that is there then.
+    ///
+    /// # Errors
+    /// `bad_message` where the block is memory; `storage`.
+    pub fn flush(&self) -> Result<u64, Error> {
+        self.run(self.0.flush())
+    }
+
+    /// Removes the block, under everybody.
+    ///
+    /// # Errors
+    /// `forbidden`, `locked`.
+    pub fn remove(&self) -> Result<(), Error> {
+        self.run(self.0.remove())
+    }
+
+    /// All about it, as the server describes it.
+    ///
+    /// # Errors
+    /// `no_block`.
+    pub fn info(&self) -> Result<Value, Error> {
+        self.run(self.0.info())
+    }
+
+    /// The block's bytes as numbers of type `T`.
+    ///
+    /// # Errors
+    /// `layout_mismatch` where its layout has another element type.
+    pub fn typed<T: Element>(&self) -> Result<TypedBlock<T>, Error> {
+        self.0.typed().map(TypedBlock)
+    }
+}
+
+/// The versions of a block to come, by iterating.
+#[derive(Debug)]
+pub struct Changes(crate::Changes);
+
+impl Changes {
+    /// The next version, waited for `timeout` at most; `None` after the block was removed or the app closed.
+    ///
+    /// # Errors
+    /// `timeout`.
+    pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Option<u64>, Error> {
+        let core = self.0.app().core().clone();
+        let deadline = Some(Instant::now() + timeout);
+        core.block_on(deadline, |cx| self.0.poll_version(cx))
+            .ok_or_else(|| {
+                Error::new(
+                    latzero_protocol::Code::Timeout,
+                    "no new version came in this time",
+                )
+            })
+    }
+}
+
+impl Iterator for Changes {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        let core = self.0.app().core().clone();
+        core.block_on(None, |cx| self.0.poll_version(cx)).flatten()
+    }
+}
+
+/// A version under way; see [`crate::Draft`].
+#[derive(Debug)]
+pub struct Draft(crate::App, crate::Draft);
+
+impl Draft {
+    /// Writes bytes from `offset` on.
+    ///
+    /// # Errors
+    /// `out_of_range`: nothing was written.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.1.write(offset, bytes)
+    }
+
+    /// Lets everybody see it, and gives the lock back; the version.
+    ///
+    /// # Errors
+    /// `lock_lost` where the lock was lost meanwhile: nobody sees it then.
+    pub fn commit(self) -> Result<u64, Error> {
+        run(&self.0, self.1.commit())
+    }
+
+    /// Lets go of it: nobody ever sees it.
+    pub fn abandon(self) {
+        self.1.abandon();
+    }
+}
+
+/// Writes many versions under one lock; see [`crate::BlockWriter`], whose other methods it has too.
+#[derive(Debug)]
+pub struct BlockWriter(crate::BlockWriter);
+
+impl std::ops::Deref for BlockWriter {
+    type Target = crate::BlockWriter;
+
+    fn deref(&self) -> &crate::BlockWriter {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for BlockWriter {
+    fn deref_mut(&mut self) -> &mut crate::BlockWriter {
+        &mut self.0
+    }
+}
+
+impl BlockWriter {
+    /// Writes one version that has these bytes from `offset` on.
+    ///
+    /// # Errors
+    /// `out_of_range`, `lock_lost`.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
+        let app = self.0.lock().block().app().clone();
+        run(&app, self.0.write(offset, bytes))
+    }
+}
+
+/// A block's lock, given back when this goes; see [`crate::BlockLock`], whose other methods it has too.
+#[derive(Debug)]
+pub struct BlockLock(crate::BlockLock);
+
+impl std::ops::Deref for BlockLock {
+    type Target = crate::BlockLock;
+
+    fn deref(&self) -> &crate::BlockLock {
+        &self.0
+    }
+}
+
+impl BlockLock {
+    /// Begins its lease anew; without one it is held as long as the connection.
+    ///
+    /// # Errors
+    /// `lock_lost`.
+    pub fn renew(&self, lease: Option<Duration>) -> Result<(), Error> {
+        run(self.0.block().app(), self.0.renew(lease))
+    }
+
+    /// Gives it back, and waits until the server has it.
+    ///
+    /// # Errors
+    /// `lock_lost` where it was lost before.
+    pub fn unlock(self) -> Result<(), Error> {
+        let app = self.0.block().app().clone();
+        run(&app, self.0.unlock())
+    }
+}
+
+/// A block as an array of numbers; see [`crate::TypedBlock`], whose other methods it has too.
+#[derive(Debug, Clone)]
+pub struct TypedBlock<T>(crate::TypedBlock<T>);
+
+impl<T> std::ops::Deref for TypedBlock<T> {
+    type Target = crate::TypedBlock<T>;
+
+    fn deref(&self) -> &crate::TypedBlock<T> {
+        &self.0
+    }
+}
+
+impl<T: Element> TypedBlock<T> {
+    /// All numbers of the newest version, in row order, with the version.
+    ///
+    /// # Errors
+    /// As [`Block::read`].
+    pub fn read(&self) -> Result<(Vec<T>, u64), Error> {
+        run(self.0.block().app(), self.0.read())
+    }
+
+    /// The number at `index`, in row order.
+    ///
+    /// # Errors
+    /// `out_of_range`, and as [`Block::read`].
+    pub fn load(&self, index: u64) -> Result<T, Error> {
+        run(self.0.block().app(), self.0.load(index))
+    }
+
+    /// Writes numbers from `index` on; see [`crate::TypedBlock::write`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write(&self, index: u64, numbers: &[T], wait: Duration) -> Result<u64, Error> {
+        run(self.0.block().app(), self.0.write(index, numbers, wait))
+    }
+}
