@@ -33,6 +33,9 @@ Calls and events:
   serve       Make any program a handler: JSON on its stdin, JSON from its stdout
   on          Print events as they come
 
+Memory:
+  block       Blocks of memory: list, make, read, write, watch, lock, dump, load
+
 Looking at it:
   apps        The apps that the server knows
   pools       The pools there are
@@ -171,6 +174,18 @@ One JSON line per event: trigger, pool, from, data, and how many were lost befor
     Watch(WatchArgs),
     /// Counts, response times, errors, resources
     Stats(StatsArgs),
+    /// Blocks of memory: list, make, read, write, watch, lock, dump, load
+    #[command(after_help = "\
+Examples:
+  latzero block create alpha/frame 8MiB --dtype '<f4' --shape 1080,1920
+  latzero block ls alpha
+  latzero block write alpha/frame --offset 16 @pixels.bin
+  latzero block read alpha/frame --offset 16 --length 64 | xxd
+  latzero block watch alpha/frame
+  latzero block lock alpha/frame -- ./update.sh
+  latzero block dump alpha/frame frame.npy
+  latzero block load alpha/frame frame.npy")]
+    Block(BlockArgs),
     /// Is every part of the server well
     #[command(
         after_help = "Exit code 0 if every part is well, 4 if one is not, 3 if no server runs."
@@ -531,6 +546,225 @@ pub(crate) struct ShowArgs {
 pub(crate) struct CompletionArgs {
     /// The shell
     pub(crate) shell: Shell,
+}
+
+/// `block` and what it is to do.
+#[derive(Args, Debug)]
+pub(crate) struct BlockArgs {
+    #[command(subcommand)]
+    pub(crate) command: BlockCommand,
+}
+
+/// What can be done about blocks.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BlockCommand {
+    /// The blocks of a pool
+    Ls(BlockListArgs),
+    /// All about one block: sizes, who is attached, who holds its lock
+    Info(BlockOne),
+    /// Make a block
+    Create(BlockCreateArgs),
+    /// Print a block's bytes: as they are, or as hex on a terminal
+    Read(BlockReadArgs),
+    /// Write bytes into a block, as one version
+    Write(BlockWriteArgs),
+    /// Write bytes where others are expected; exit code 4 if they are not there
+    Cas(BlockCasArgs),
+    /// Print each new version as it comes
+    Watch(BlockWatchArgs),
+    /// Run a command while holding the lock of a block
+    #[command(after_help = "\
+The command finds the block in LATZERO_BLOCK and the lock's fence in LATZERO_FENCE.
+The exit code is the command's; 5 where the lock could not be had or was lost meanwhile.")]
+    Lock(BlockLockArgs),
+    /// Give a block another size: a new generation
+    Resize(BlockResizeArgs),
+    /// Remove a block, under everybody
+    Rm(BlockOne),
+    /// Write a block into a file: .npy with its layout, else its bytes
+    Dump(BlockFileArgs),
+    /// Fill a block from a file; it is made where there is none. .npy brings its layout
+    Load(BlockLoadArgs),
+}
+
+/// Which block, and where.
+#[derive(Args, Debug)]
+pub(crate) struct BlockAt {
+    /// The block
+    #[arg(value_name = "[POOL/]BLOCK")]
+    pub(crate) block: String,
+    /// The pool; the whole of BLOCK is then the block's name
+    #[arg(long)]
+    pub(crate) pool: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockListArgs {
+    /// The pool
+    #[arg(default_value = "default")]
+    pub(crate) pool: String,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockOne {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+/// What a block is made as.
+#[derive(Args, Debug)]
+pub(crate) struct BlockKind {
+    /// As a file of the server's data directory, which outlives every process
+    #[arg(long)]
+    pub(crate) persistent: bool,
+    /// Written in place, without snapshots: for users who take its lock
+    #[arg(long, conflicts_with = "slots")]
+    pub(crate) raw: bool,
+    /// Room for that many versions
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=4))]
+    pub(crate) slots: Option<u32>,
+    /// Only these apps may read; may be repeated
+    #[arg(long = "reader", value_name = "APP")]
+    pub(crate) readers: Vec<String>,
+    /// Only these apps may write; may be repeated
+    #[arg(long = "writer", value_name = "APP")]
+    pub(crate) writers: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockCreateArgs {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    /// Its size, like 4096, 64KiB or 1GiB; not needed with --shape
+    #[arg(value_parser = parse::block_size, required_unless_present = "shape")]
+    pub(crate) size: Option<u64>,
+    /// The type of its numbers, in numpy's notation: <f4, |u1, <i8 …
+    #[arg(long, value_name = "DTYPE", requires = "shape")]
+    pub(crate) dtype: Option<String>,
+    /// The length of each dimension, like 1080,1920
+    #[arg(long, value_name = "N,…", value_delimiter = ',', requires = "dtype")]
+    pub(crate) shape: Vec<u64>,
+    /// Take the one that is there, where there is one
+    #[arg(long)]
+    pub(crate) or_attach: bool,
+    #[command(flatten)]
+    pub(crate) kind: BlockKind,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockReadArgs {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    /// The first byte
+    #[arg(long, default_value_t = 0)]
+    pub(crate) offset: u64,
+    /// How many bytes [default: to the end]
+    #[arg(long, value_parser = parse::block_size)]
+    pub(crate) length: Option<u64>,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockWriteArgs {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    /// The bytes: text as it is, - for stdin, @FILE for a file
+    #[arg(value_name = "DATA")]
+    pub(crate) data: String,
+    /// The first byte
+    #[arg(long, default_value_t = 0)]
+    pub(crate) offset: u64,
+    /// Only if the block has this version
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) if_version: Option<u64>,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockCasArgs {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    /// What must be there: text as it is, or @FILE
+    pub(crate) expected: String,
+    /// What takes its place, as many bytes
+    #[arg(value_name = "DATA")]
+    pub(crate) data: String,
+    /// The first byte
+    #[arg(long, default_value_t = 0)]
+    pub(crate) offset: u64,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockWatchArgs {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    /// End after so many versions
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) count: Option<u64>,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockLockArgs {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    /// Beside others who only read
+    #[arg(long)]
+    pub(crate) shared: bool,
+    /// How long to wait for the lock
+    #[arg(long, value_name = "TIME", value_parser = parse::duration, default_value = "10s")]
+    pub(crate) wait: Duration,
+    /// The command
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<std::ffi::OsString>,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockResizeArgs {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    /// The new size
+    #[arg(value_parser = parse::block_size)]
+    pub(crate) size: u64,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockFileArgs {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    /// The file; - for stdout
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BlockLoadArgs {
+    #[command(flatten)]
+    pub(crate) at: BlockAt,
+    /// The file
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) kind: BlockKind,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
 }
 
 #[cfg(test)]

@@ -48,6 +48,7 @@ fn main() -> ExitCode {
         Command::Health(args) => commands::health::run(&args, &output),
         Command::Ping(args) => commands::ping::run(&args, &output),
         Command::Bench(args) => commands::bench::run(&args, &output),
+        Command::Block(args) => commands::block::run(&args.command, &output),
         Command::Doctor(args) => commands::doctor::run(&args, &output),
         Command::Config(args) => commands::config::run(&args, &output),
         Command::Completion(args) => commands::completion::run(&args, &output),

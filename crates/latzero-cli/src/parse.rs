@@ -58,6 +58,47 @@ pub(crate) fn size(text: &str) -> Result<usize, String> {
     }
 }
 
+/// The size of a block in bytes, with or without a unit: `4096`, `64KiB`, `1GiB`.
+pub(crate) fn block_size(text: &str) -> Result<u64, String> {
+    let expected = || format!("expected a size like 4096, 64KiB or 1GiB, not '{text}'");
+    let split = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().map_err(|_| expected())?;
+    let factor = match unit.trim() {
+        "" | "B" => 1,
+        "K" | "KiB" => 1 << 10,
+        "M" | "MiB" => 1 << 20,
+        "G" | "GiB" => 1 << 30,
+        _ => return Err(expected()),
+    };
+    number.checked_mul(factor).ok_or_else(expected)
+}
+
+/// Bytes that an argument stands for: text as it is, `-` for stdin, `@FILE` for a file, of at most `max` bytes.
+pub(crate) fn bytes(argument: &str, max: u64) -> Result<Vec<u8>, Failure> {
+    let source: (Box<dyn std::io::Read>, &str) = match (argument, argument.strip_prefix('@')) {
+        ("-", _) => (Box::new(std::io::stdin()), "stdin"),
+        (_, Some(path)) => {
+            let file = File::open(path).map_err(|error| {
+                Failure::usage(format!("the file '{path}' cannot be read: {error}"))
+            })?;
+            (Box::new(file), path)
+        }
+        _ => return Ok(argument.as_bytes().to_vec()),
+    };
+    let (source, name) = source;
+    let mut bytes = Vec::new();
+    let read = source.take(max + 1).read_to_end(&mut bytes);
+    read.map_err(|error| Failure::usage(format!("{name} cannot be read: {error}")))?;
+    if bytes.len() as u64 > max {
+        let text = format!("{name} has more than the {max} bytes that fit into the block");
+        return Err(Failure::usage(text));
+    }
+    Ok(bytes)
+}
+
 /// `NAME=VALUE`.
 pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {

@@ -519,7 +519,7 @@ pub(crate) fn forget_emissions(app: &App, queue: &Arc<Queue<Emission>>) {
     if !gone.is_empty() {
         let mut message = Message::new("trigger_unregister");
         message.json("triggers", json!(gone).to_string().as_bytes());
-        app.core().tell(&mut message);
+        app.core().tell(message);
     }
 }
 
@@ -538,18 +538,23 @@ pub(crate) fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
     for pool in gone {
         let mut message = Message::new("unwatch");
         message.string("pool", &pool);
-        app.core().tell(&mut message);
+        app.core().tell(message);
     }
 }
 
 impl Core {
     /// Sends what asks for no reply, where there is a connection. Small, and bounded by what was asked for before.
-    pub(crate) fn tell(&self, message: &mut Message) {
+    pub(crate) fn tell(&self, message: Message) {
+        self.append(message);
+        self.flush_soon();
+    }
+
+    /// As [`Core::tell`], to be flushed by the caller.
+    pub(crate) fn append(&self, mut message: Message) {
         if let Some(link) = self.outbox.link() {
             self.outbox.append(link.epoch, |out, link| {
                 out.extend_from_slice(message.finish(None, link.attachments));
             });
-            self.flush_soon();
         }
     }
 

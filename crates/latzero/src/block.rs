@@ -4,6 +4,9 @@
 //! generation, the server ends. Reading goes on from the mapping as long as there is one; whatever needs the server attaches
 //! anew first where that is needed. Reading a mapped block, waiting for its next version and writing under a lock that is
 //! already held need no server at all.
+//!
+//! Bounds: 256 futures of one app wait for mapped blocks at a time ([`Block::wait_for`], else `overloaded`), 64 attempts at a
+//! whole version (else `contended`), and the server's `limits.max_frame` for what is one version of a copied block.
 
 mod changes;
 mod lock;
@@ -18,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use latzero_protocol::limits::READ_SLACK;
+use latzero_protocol::limits::{READ_SLACK, TTL_MAX_MS};
 use latzero_protocol::memory::{Access, Kind, Lifetime, LockMode};
 use latzero_protocol::{BlockId, Code, Ran};
 use latzero_shm::Attachment;
@@ -49,6 +52,9 @@ const WAIT_SLICE: Duration = Duration::from_millis(100);
 
 /// Bytes of one request where a block is copied through the server, at most.
 const CHUNK_BYTES: usize = 4 * 1024 * 1024;
+
+/// How often a whole version is tried to be had, before it is said that writers are too busy.
+const TRIES_MAX: u32 = 64;
 
 /// A block's name in a pool, before it is made or attached.
 #[derive(Debug, Clone)]
@@ -122,6 +128,9 @@ impl BlockName {
         BlockId::check(&self.id)
             .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))?;
         let message = message(action, self.pool.as_deref(), &self.id, &request);
+        let core = self.app.core();
+        // Until the handle is added: what others give up meanwhile is not given up under it.
+        let _opening = core.blocks.open(core, &self.id);
         let reply = Calling::of_message(&self.app, message, Ok)
             .within(MOVE_TIME)
             .await?;
@@ -157,9 +166,15 @@ impl CreateBlock {
         self
     }
 
-    /// Readable by these apps alone, and by those who may write.
+    /// Readable by these apps alone, by this one, and by those whom [`CreateBlock::writable_by`] names; without that, by no
+    /// others.
     pub fn readable_by(mut self, apps: &[&str]) -> Self {
-        self.request["permissions"]["read"] = json!(apps);
+        let permissions = &mut self.request["permissions"];
+        permissions["read"] = json!(apps);
+        // Who may write may read: left out, it would be everybody.
+        if permissions["write"].is_null() {
+            permissions["write"] = json!([]);
+        }
         self
     }
 
@@ -192,6 +207,27 @@ impl CreateBlock {
 }
 
 /// A block that this app takes part in. Cheap to clone; when the last clone goes, so does the app's part.
+///
+/// ```no_run
+/// # async fn example(app: latzero::App) -> Result<(), latzero::Error> {
+/// use std::time::Duration;
+///
+/// let frame = app.block("frame").layout("<f4", &[1080, 1920]).create(1080 * 1920 * 4).send().await?;
+/// let mut draft = frame.write(Duration::from_secs(1)).await?;
+/// draft.write(0, &1.5_f32.to_le_bytes())?;
+/// let version = draft.commit().await?;
+///
+/// // In another process of the pool:
+/// let frame = app.block("frame").attach().await?;
+/// let version = frame.wait_for(version - 1, Duration::from_secs(1)).await?;
+/// let (bytes, version) = frame.read().await?;
+/// let sum = frame.view(|view| (0..100).map(|i| view.load::<f32>(i).unwrap_or(0.0)).sum::<f32>()).await?;
+///
+/// // A gigabyte is an argument like any other: its handler says `request.block("frame")?`.
+/// let call = app.call("brightness", &frame.reference()).block(&frame);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Block {
     inner: Arc<Inner>,
@@ -201,18 +237,15 @@ pub struct Block {
 struct Inner {
     app: App,
     access: Access,
-    /// Attached for a call: the server detaches it, and nothing brings it back.
-    is_lent: bool,
     shared: Arc<Shared>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         let core = self.app.core();
-        if core.blocks.forget(&self.shared) && !self.is_lent {
-            let mut message = self.shared.message("memory_detach", &json!({}));
-            core.tell(&mut message);
-        }
+        // One that came with a call is detached by the server, unless it had to be attached anew.
+        let is_attached = self.shared.is_attached.load(Ordering::Acquire);
+        core.blocks.forget(core, &self.shared, is_attached);
     }
 }
 
@@ -241,13 +274,12 @@ impl Block {
     }
 
     fn make(app: &App, access: Access, current: Current, is_lent: bool) -> Block {
-        let shared = Arc::new(Shared::new(current));
+        let shared = Arc::new(Shared::new(current, !is_lent));
         app.core().blocks.add(&shared, access, is_lent);
         Block {
             inner: Arc::new(Inner {
                 app: app.clone(),
                 access,
-                is_lent,
                 shared,
             }),
         }
@@ -318,7 +350,11 @@ impl Block {
         let held = lock(&self.shared().current);
         match &held.attachment {
             Some(attachment) => attachment.version(),
-            None => self.shared().newest.load(Ordering::Acquire),
+            // Over a new connection nothing was heard yet.
+            None => match self.shared().newest.load(Ordering::Acquire) {
+                0 => held.described.version,
+                newest => newest,
+            },
         }
     }
 
@@ -341,7 +377,7 @@ impl Block {
     /// # Errors
     /// `contended` where writers were too busy; what the server says where the block is not mapped.
     pub async fn read(&self) -> Result<(Vec<u8>, u64), Error> {
-        loop {
+        for _ in 0..TRIES_MAX {
             let held = self.readable().await?;
             if let Some(attachment) = &held.attachment {
                 return attachment.read().map_err(|e| read_error(self.id(), e));
@@ -360,13 +396,18 @@ impl Block {
                             return Ok((bytes, v));
                         }
                     }
-                    // There is a newer one, or one of another size: from the begin.
-                    Err(e) if matches!(e.kind(), Code::VersionConflict | Code::OutOfRange) => break,
+                    // There is a newer version: from the begin.
+                    Err(e) if e.kind() == Code::VersionConflict => break,
+                    // It has another size by now.
+                    Err(e) if e.kind() == Code::OutOfRange => {
+                        self.shared().must_attach.store(true, Ordering::Release);
+                        break;
+                    }
                     Err(e) => return Err(e),
                 }
             }
-            self.shared().must_attach.store(true, Ordering::Release);
         }
+        Err(contended(self.id()))
     }
 
     /// Bytes of its newest version from `offset` on; returns the version.
@@ -380,13 +421,16 @@ impl Block {
                 .read_into(offset, to)
                 .map_err(|e| read_error(self.id(), e));
         }
-        loop {
+        for _ in 0..TRIES_MAX {
             let mut version = None;
             let mut done = 0;
             while done < to.len() || version.is_none() {
                 let n = (to.len() - done).min(self.chunk());
-                let from = offset + done as u64;
-                match self.fetch(from..from + n as u64, version).await {
+                let from = offset.saturating_add(done as u64);
+                match self
+                    .fetch(from..from.saturating_add(n as u64), version)
+                    .await
+                {
                     Ok((part, v)) => {
                         to[done..done + n].copy_from_slice(&part);
                         done += n;
@@ -400,6 +444,7 @@ impl Block {
                 return Ok(version);
             }
         }
+        Err(contended(self.id()))
     }
 
     /// The newest version in place, handed to `f` without a copy. What `f` made of it is only given back if nobody wrote over
@@ -407,9 +452,8 @@ impl Block {
     ///
     /// # Errors
     /// `contended` where writers were too busy; `storage` where the block is not mapped: read it by copies then.
-    pub fn view<R>(&self, mut f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
-        let attachment = lock(&self.shared().current).attachment.clone();
-        let Some(attachment) = attachment else {
+    pub async fn view<R>(&self, mut f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
+        let Some(attachment) = self.readable().await?.attachment else {
             return Err(Error::new(
                 Code::Storage,
                 format!(
@@ -418,7 +462,7 @@ impl Block {
                 ),
             ));
         };
-        for _ in 0..64 {
+        for _ in 0..TRIES_MAX {
             let view = attachment.view().map_err(|e| read_error(self.id(), e))?;
             let result = f(view);
             if view.is_valid() {
@@ -428,68 +472,70 @@ impl Block {
         Err(contended(self.id()))
     }
 
-    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for without the server.
+    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for without the server, on a thread that
+    /// ends with this future or soon after.
     ///
     /// # Errors
-    /// `timeout`; `no_block` where it was removed.
+    /// `timeout`; `no_block` where it was removed; `overloaded` where 256 futures wait already.
     pub async fn wait_for(&self, beyond: u64, timeout: Duration) -> Result<u64, Error> {
-        let deadline = Instant::now() + timeout;
-        if !self.is_mapped() {
-            let mut changes = self.changes().await?;
-            return changes.beyond(beyond, deadline).await;
-        }
-        // The futex waits on a thread of its own, which ends with this future or soon after.
-        let wanted = Arc::new(());
-        let still_wanted = Arc::downgrade(&wanted);
-        let block = self.clone();
-        let result = on_thread(move || {
-            while still_wanted.strong_count() > 0 {
-                match block.wait_slice(beyond, deadline.min(Instant::now() + WAIT_SLICE))? {
-                    Some(version) => return Ok(Some(version)),
-                    None if Instant::now() >= deadline => break,
-                    None => {}
-                }
-                if block.shared().must_attach.load(Ordering::Acquire) {
-                    return Ok(None);
-                }
+        let deadline = deadline(timeout);
+        loop {
+            if self.readable().await?.attachment.is_none() {
+                let mut changes = self.changes().await?;
+                return changes.beyond(beyond, deadline).await;
             }
-            Err(timed_out(block.id()))
-        })
-        .await?;
-        drop(wanted);
-        match result {
-            Some(version) => Ok(version),
-            // A new generation: go on with that.
-            None => {
-                self.readable().await?;
-                let left = deadline.saturating_duration_since(Instant::now());
-                Box::pin(self.wait_for(beyond, left)).await
+            let waiting = Blocks::begin_wait(self.app().core())?;
+            let wanted = Arc::new(());
+            let still_wanted = Arc::downgrade(&wanted);
+            let block = self.clone();
+            let waited = on_thread(move || {
+                let _waiting = waiting;
+                while still_wanted.strong_count() > 0 {
+                    match block.wait_slice(beyond, deadline)? {
+                        Slice::Over if Instant::now() < deadline => {}
+                        slice => return Ok(slice),
+                    }
+                }
+                Ok(Slice::Over)
+            })
+            .await?;
+            drop(wanted);
+            match waited {
+                Slice::Newer(version) => return Ok(version),
+                Slice::Over => return Err(timed_out(self.id())),
+                Slice::Moved => {}
             }
         }
     }
 
-    /// Attaches anew where the block moved; false where it did not.
+    /// Attaches anew where that is needed; whether the block is mapped then.
     pub(crate) async fn go_on(&self) -> Result<bool, Error> {
-        let moved = self.shared().must_attach.load(Ordering::Acquire);
-        self.readable().await?;
-        Ok(moved)
+        Ok(self.readable().await?.attachment.is_some())
     }
 
-    /// Waits on this thread until `deadline` at most, through the mapping alone.
-    pub(crate) fn wait_slice(&self, beyond: u64, deadline: Instant) -> Result<Option<u64>, Error> {
+    /// Waits on this thread for a short while, and until `deadline` at most, through the mapping alone.
+    pub(crate) fn wait_slice(&self, beyond: u64, deadline: Instant) -> Result<Slice, Error> {
         use latzero_shm::Waited;
-        let attachment = lock(&self.shared().current).attachment.clone();
-        let Some(attachment) = attachment else {
-            return Ok(None);
+        let held = lock(&self.shared().current).held();
+        let Some(attachment) = &held.attachment else {
+            return Ok(Slice::Moved);
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        match attachment.wait(beyond, Some(left)) {
-            Waited::Newer(version) => Ok(Some(version)),
-            Waited::TimedOut => Ok(None),
-            Waited::Superseded => {
-                self.shared().must_attach.store(true, Ordering::Release);
-                Ok(None)
+        match attachment.wait(beyond, Some(left.min(WAIT_SLICE))) {
+            Waited::Newer(version) => Ok(Slice::Newer(version)),
+            Waited::Superseded => Ok(match self.app().core().is_connected() {
+                true => Slice::Moved,
+                // The newer generation can't be had now: wait for the connection, not for the futex, which is at rest.
+                false => {
+                    std::thread::sleep(left.min(WAIT_SLICE));
+                    Slice::Over
+                }
+            }),
+            Waited::TimedOut if self.must_move(&held) => Ok(Slice::Moved),
+            Waited::TimedOut if self.shared().is_gone.load(Ordering::Acquire) => {
+                Err(removed(self.id()))
             }
+            Waited::TimedOut => Ok(Slice::Over),
             Waited::Closed => {
                 self.shared().is_gone.store(true, Ordering::Release);
                 Err(removed(self.id()))
@@ -505,7 +551,8 @@ impl Block {
         Changes::open(self).await
     }
 
-    /// Writes bytes through the server, as one version; returns it. Where the app has the block's lock, it is used.
+    /// Writes bytes through the server; returns the version. Where the app has the block's lock, it is used. It is one version
+    /// as long as the bytes fit into one message (`limits.max_frame`); more of them are a version each.
     ///
     /// # Errors
     /// `out_of_range`, `forbidden`, `locked`.
@@ -531,8 +578,8 @@ impl Block {
     ) -> Result<u64, Error> {
         let mut done = 0;
         loop {
-            let n = (bytes.len() - done).min(self.chunk());
-            let mut more = json!({"offset": offset + done as u64});
+            let n = (bytes.len() - done).min(self.room());
+            let mut more = json!({"offset": offset.saturating_add(done as u64)});
             if let Some(version) = if_version {
                 more["if_version"] = version.into();
             }
@@ -579,7 +626,8 @@ impl Block {
     }
 
     /// Begins a new version, under the block's lock: taken now, waited for `wait` at most, and given back with the version's
-    /// end. [`Draft::commit`] lets everybody see it; so does dropping it, whose errors the block's next use tells.
+    /// end. [`Draft::commit`] lets everybody see it; so does dropping it, whose errors the block's next use tells. A draft that
+    /// a panic drops nobody sees.
     ///
     /// # Errors
     /// `locked`, `forbidden`.
@@ -644,6 +692,7 @@ impl Block {
     pub async fn remove(&self) -> Result<(), Error> {
         self.ask("memory_remove", &json!({})).await?;
         self.shared().is_gone.store(true, Ordering::Release);
+        self.shared().wake_waiting();
         Ok(())
     }
 
@@ -661,30 +710,39 @@ impl Block {
         lock(&self.shared().fault).take().map_or(Ok(()), Err)
     }
 
+    /// Whether what is held is not the block as it is now.
+    fn must_move(&self, held: &Held) -> bool {
+        let epoch = self.app().core().epoch_now();
+        self.shared().must_attach.load(Ordering::Acquire)
+            || epoch.is_some_and(|epoch| epoch != held.epoch)
+            || held.attachment.as_deref().is_some_and(is_superseded)
+    }
+
     /// What can be read from now: attached anew where the block moved or the app reconnected.
     async fn readable(&self) -> Result<Held, Error> {
         self.check_fault()?;
         let held = lock(&self.shared().current).held();
-        let epoch = self.inner.app.core().epoch_now();
-        let is_current = epoch.is_none_or(|epoch| epoch == held.epoch);
-        let must = self.shared().must_attach.load(Ordering::Acquire)
-            || held.attachment.as_deref().is_some_and(is_superseded);
-        if (is_current && !must) || self.inner.is_lent {
+        // A mapping shows what was written last, which is better than nothing; `is_live` says so.
+        let can_stay = held.attachment.is_some();
+        let is_gone = self.shared().is_gone.load(Ordering::Acquire);
+        let is_connected = self.app().core().is_connected();
+        if !self.must_move(&held)
+            || (can_stay && !is_connected)
+            || (can_stay && is_gone && self.is_asked(&held))
+        {
             return Ok(held);
         }
-        match self.attach_again().await {
-            Ok(fresh) => Ok(fresh),
-            // The mapping shows what was written last, which is better than nothing; `is_live` says so.
-            Err(e) if e.kind() == Code::NoBlock && held.attachment.is_some() => {
-                self.shared().is_gone.store(true, Ordering::Release);
-                if let Some(epoch) = epoch {
-                    lock(&self.shared().current).epoch = epoch;
-                }
-                self.shared().must_attach.store(false, Ordering::Release);
+        match self.shared().attach(self.app(), self.inner.access).await {
+            Err(e) if can_stay && matches!(e.kind(), Code::NoBlock | Code::Disconnected) => {
                 Ok(held)
             }
-            Err(e) => Err(e),
+            other => other,
         }
+    }
+
+    /// Whether the server of this connection was asked for the block already.
+    fn is_asked(&self, held: &Held) -> bool {
+        self.app().core().epoch_now() == Some(held.epoch)
     }
 
     /// What can be written from now.
@@ -693,32 +751,6 @@ impl Block {
             return Err(removed(self.id()));
         }
         self.readable().await
-    }
-
-    async fn attach_again(&self) -> Result<Held, Error> {
-        // Before the request: what moves behind it is seen next time.
-        self.shared().must_attach.store(false, Ordering::Release);
-        let more = json!({"mode": self.inner.access.as_str()});
-        let attached = Calling::of_message(
-            &self.inner.app,
-            self.shared().message("memory_attach", &more),
-            Ok,
-        )
-        .await
-        .and_then(Current::of_reply);
-        match attached {
-            Ok(current) => {
-                let mut place = lock(&self.shared().current);
-                self.shared().restart(current.described.version);
-                *place = current;
-                self.shared().is_gone.store(false, Ordering::Release);
-                Ok(place.held())
-            }
-            Err(e) => {
-                self.shared().must_attach.store(true, Ordering::Release);
-                Err(e)
-            }
-        }
     }
 
     async fn fetch(
@@ -768,15 +800,35 @@ impl Block {
         message.payload("data", Payload::Bytes(bytes.to_vec()));
     }
 
-    /// Bytes of one request.
-    fn chunk(&self) -> usize {
+    /// Bytes that fit into one message.
+    fn room(&self) -> usize {
         let link = self.inner.app.core().outbox.link();
-        let room = link.map_or(64 * 1024, |link| {
-            let room = link.max_frame.saturating_sub(READ_SLACK).max(1);
-            if link.attachments { room } else { room / 4 * 3 }
-        });
-        room.min(CHUNK_BYTES)
+        link.map_or(64 * 1024, |link| {
+            let room = link.max_frame.saturating_sub(READ_SLACK);
+            if link.attachments { room } else { room / 4 * 3 }.max(1)
+        })
     }
+
+    /// Bytes that are read with one request: more would only wait in buffers.
+    fn chunk(&self) -> usize {
+        self.room().min(CHUNK_BYTES)
+    }
+}
+
+/// How a short wait ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Slice {
+    /// There is a newer version: this one.
+    Newer(u64),
+    /// Nothing came.
+    Over,
+    /// The block is to be attached anew.
+    Moved,
+}
+
+/// When a wait of `timeout` is over. What is longer than a server would wait is as good as for ever.
+pub(crate) fn deadline(timeout: Duration) -> Instant {
+    Instant::now() + timeout.min(Duration::from_millis(TTL_MAX_MS))
 }
 
 fn is_superseded(attachment: &Attachment) -> bool {
@@ -811,7 +863,7 @@ fn removed(id: &str) -> Error {
     )
 }
 
-fn timed_out(id: &str) -> Error {
+pub(crate) fn timed_out(id: &str) -> Error {
     Error::new(
         Code::Timeout,
         format!("no new version of block '{id}' came in this time"),

@@ -20,6 +20,7 @@ use crate::outbox::By;
 use crate::payload::{Bytes, FromPayload, IntoPayload, Reply};
 use crate::pending::Key;
 use crate::stream::Stream;
+use crate::sync::lock;
 
 /// How long the server's own `timeout` is waited for beyond a call's time: half as long again, within these.
 const GRACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
@@ -415,6 +416,26 @@ impl<R> Calling<R> {
         self
     }
 
+    /// As its future does, without the pin.
+    pub(crate) fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Result<R, Error>> {
+        let read = self.read;
+        let reply = self.outgoing.poll_reply(Leave::Soon, cx);
+        reply.map(|reply| reply.and_then(read))
+    }
+
+    /// Tells the server that the answer is not wanted any more, and waits for it all the same; false where it was not asked.
+    pub(crate) fn cancel(&self) -> bool {
+        let Some((app, key)) = self.outgoing.sent() else {
+            return false;
+        };
+        let core = app.core();
+        let epoch = lock(&core.pending).epoch(key);
+        if let Some(epoch) = epoch {
+            core.cancel(key, epoch);
+        }
+        true
+    }
+
     /// Waits for the answer on this thread.
     pub(crate) fn wait(mut self) -> Result<R, Error> {
         let app = self.outgoing.app().cloned().expect("it was not polled yet");
@@ -434,10 +455,7 @@ impl<R> Future for Calling<R> {
     type Output = Result<R, Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let read = self.read;
-        self.outgoing
-            .poll_reply(Leave::Soon, cx)
-            .map(|reply| reply.and_then(read))
+        self.poll_reply(cx)
     }
 }
 

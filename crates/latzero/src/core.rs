@@ -326,17 +326,22 @@ impl Core {
         let in_flight = lock(&self.pending).forget(key, &mut wake);
         wake.into_iter().for_each(std::task::Waker::wake);
         if let Some(epoch) = in_flight {
-            let mut id = Vec::with_capacity(20);
-            key.append(&mut id);
-            self.outbox.append(epoch, |out, _| {
-                latzero_protocol::frame::append(out, |out| {
-                    out.extend_from_slice(b"{\"action\":\"cancel\",\"id\":\"");
-                    out.extend_from_slice(&id);
-                    out.extend_from_slice(b"\"}");
-                });
-            });
-            self.flush_soon();
+            self.cancel(key, epoch);
         }
+    }
+
+    /// Tells the server that the answer to a call is not wanted any more.
+    pub(crate) fn cancel(&self, key: Key, epoch: u32) {
+        let mut id = Vec::with_capacity(20);
+        key.append(&mut id);
+        self.outbox.append(epoch, |out, _| {
+            latzero_protocol::frame::append(out, |out| {
+                out.extend_from_slice(b"{\"action\":\"cancel\",\"id\":\"");
+                out.extend_from_slice(&id);
+                out.extend_from_slice(b"\"}");
+            });
+        });
+        self.flush_soon();
     }
 
     /// The reply to a call.

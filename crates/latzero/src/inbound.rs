@@ -64,7 +64,11 @@ pub(crate) fn process(
         }
     };
     let result = match result {
-        Ok(()) if descriptors.len() > DESCRIPTORS_KEPT_MAX => {
+        // They come with a message's first byte: with nothing left to decode there is none that they could belong to.
+        Ok(())
+            if descriptors.len() > DESCRIPTORS_KEPT_MAX
+                || (!descriptors.is_empty() && input.start == input.end) =>
+        {
             Err("it sent more file descriptors than its messages name".into())
         }
         other => other,
@@ -194,8 +198,8 @@ impl Batch<'_> {
         let Some(request) = Request::received(self.core, self.epoch, self.now, e) else {
             return;
         };
-        if e.blocks.is_some() {
-            request.lend(descriptors);
+        if let Some(blocks) = e.blocks {
+            request.lend(blocks, descriptors);
         }
         if self
             .entry

@@ -155,6 +155,7 @@ impl Input {
         if let Some(why) = lost
             && let Some(link) = self.link.take()
         {
+            self.descriptors.clear();
             core.lost(&link, &why);
         }
     }

@@ -61,6 +61,7 @@ fn reconnect(core: &Arc<Core>) {
                 // An app that ended meanwhile drops the connection.
                 if core.install(link).is_ok() {
                     core.notify_driver();
+                    core.blocks.restore(core);
                 }
                 return;
             }

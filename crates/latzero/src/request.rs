@@ -235,10 +235,10 @@ impl Request {
     }
 
     /// Takes the blocks that came with the call, with the descriptors of those that can be mapped, in order.
-    pub(crate) fn lend(&self, descriptors: Vec<OwnedFd>) {
-        let message: Value = serde_json::from_str(&self.ticket.text).unwrap_or_default();
+    pub(crate) fn lend(&self, blocks: Raw<'_>, descriptors: Vec<OwnedFd>) {
+        let blocks: Vec<Value> = serde_json::from_str(blocks.text()).unwrap_or_default();
         let mut descriptors = descriptors.into_iter();
-        let lent = message["blocks"].as_array().into_iter().flatten();
+        let lent = blocks.into_iter();
         let lent = lent.map(|description| Lent {
             id: description["block_id"]
                 .as_str()
@@ -249,7 +249,7 @@ impl Request {
             } else {
                 None
             }),
-            description: description.clone(),
+            description,
             block: std::sync::Mutex::new(None),
         });
         // It is called once, before anybody else has the request.

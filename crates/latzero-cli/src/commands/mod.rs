@@ -2,6 +2,7 @@
 
 pub(crate) mod apps;
 pub(crate) mod bench;
+pub(crate) mod block;
 pub(crate) mod call;
 pub(crate) mod completion;
 pub(crate) mod config;

@@ -3,15 +3,16 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Instant;
 
 use futures_core::Stream;
 use serde_json::json;
 
-use super::{Block, number, removed, timed_out};
+use super::{Block, Blocks, number, removed, timed_out};
 use crate::error::Error;
-use crate::sync::lock;
+use crate::sync::{lock, set_waker};
 
 /// The versions of a block to come. Where they come faster than they are looked at, the newest stands for all.
 #[derive(Debug)]
@@ -22,7 +23,7 @@ pub struct Changes {
 
 impl Changes {
     pub(super) async fn open(block: &Block) -> Result<Changes, Error> {
-        block.shared().subscribers.fetch_add(1, Ordering::AcqRel);
+        block.app().core().blocks.begin_subscription(block.shared());
         let mut changes = Changes {
             block: block.clone(),
             seen: 0,
@@ -68,8 +69,9 @@ impl Changes {
         if self.seen > beyond {
             return Ok(self.seen);
         }
+        let waiting = Blocks::begin_wait(self.block.app().core())?;
         let mut alarm = Alarm::default();
-        poll_fn(|cx| {
+        let waited = poll_fn(|cx| {
             loop {
                 match self.poll_version(cx) {
                     Poll::Ready(Some(version)) if version > beyond => {
@@ -87,30 +89,68 @@ impl Changes {
                 }
             }
         })
-        .await
+        .await;
+        drop(waiting);
+        waited
     }
 }
 
-/// Wakes a task at a time, from a thread of its own: no runtime is assumed here.
+/// Wakes a task at a time, from a thread of its own: no runtime is assumed here. The thread ends with the alarm.
 #[derive(Default)]
-struct Alarm {
-    is_set: bool,
+struct Alarm(Option<Arc<Bell>>);
+
+#[derive(Default)]
+struct Bell {
+    waker: Mutex<Option<Waker>>,
+    is_off: Condvar,
 }
 
 impl Alarm {
     fn set(&mut self, cx: &Context<'_>, at: Instant) {
-        if std::mem::replace(&mut self.is_set, true) {
+        if let Some(bell) = &self.0 {
+            set_waker(&mut lock(&bell.waker), cx.waker());
             return;
         }
-        let waker = cx.waker().clone();
-        let left = at.saturating_duration_since(Instant::now());
+        let bell = Arc::new(Bell::default());
+        *lock(&bell.waker) = Some(cx.waker().clone());
+        self.0 = Some(bell.clone());
         // Where no thread can be had, the next change ends the wait instead.
         let _ = std::thread::Builder::new()
             .name("latzero-alarm".into())
-            .spawn(move || {
-                std::thread::park_timeout(left.max(Duration::from_millis(1)));
-                waker.wake();
-            });
+            .spawn(move || bell.ring_at(at));
+    }
+}
+
+impl Bell {
+    fn ring_at(&self, at: Instant) {
+        let mut waker = lock(&self.waker);
+        loop {
+            let left = at.saturating_duration_since(Instant::now());
+            if waker.is_none() {
+                return;
+            }
+            if left.is_zero() {
+                break;
+            }
+            waker = self
+                .is_off
+                .wait_timeout(waker, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        let waker = waker.take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if let Some(bell) = &self.0 {
+            *lock(&bell.waker) = None;
+            bell.is_off.notify_all();
+        }
     }
 }
 
@@ -124,10 +164,7 @@ impl Stream for Changes {
 
 impl Drop for Changes {
     fn drop(&mut self) {
-        let shared = self.block.shared();
-        if shared.subscribers.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let mut message = shared.message("memory_unsubscribe", &json!({}));
-            self.block.app().core().tell(&mut message);
-        }
+        let core = self.block.app().core();
+        core.blocks.end_subscription(core, self.block.shared());
     }
 }

@@ -1,7 +1,11 @@
 //! A block's lock, held by a guard.
 
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
+use latzero_protocol::limits::TTL_MAX_MS;
 use latzero_protocol::memory::LockMode;
 use latzero_protocol::{Code, Ran};
 use serde_json::json;
@@ -9,6 +13,7 @@ use serde_json::json;
 use super::{Block, number};
 use crate::call::Calling;
 use crate::error::Error;
+use crate::payload::Reply;
 use crate::sync::lock;
 
 /// How much longer than its wait a request for a lock is given for its answer.
@@ -32,16 +37,21 @@ impl BlockLock {
     ) -> Result<BlockLock, Error> {
         block.check_fault()?;
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let wait_ms = ms(wait).min(latzero_protocol::limits::TTL_MAX_MS);
+        let wait = wait.min(Duration::from_millis(TTL_MAX_MS));
+        let wait_ms = ms(wait);
         let mut more = json!({"mode": mode.as_str(), "wait": wait_ms});
         if let Some(lease) = lease {
-            more["lease"] = ms(lease).max(1).into();
+            more["lease"] = ms(lease).clamp(1, TTL_MAX_MS).into();
         }
         let app = block.app();
         let message = block.shared().message("memory_lock", &more);
-        let reply = Calling::of_message(app, message, Ok)
-            .within(wait + GRACE)
-            .await?;
+        let calling = Calling::of_message(app, message, Ok).within(wait + GRACE);
+        let mut asked = Asked(Some((block.clone(), calling)));
+        let reply = poll_fn(|cx| asked.poll(cx)).await?;
+        BlockLock::granted(block, reply)
+    }
+
+    fn granted(block: &Block, reply: Reply) -> Result<BlockLock, Error> {
         let epoch = reply.epoch;
         let reply: serde_json::Value = reply.into()?;
         Ok(BlockLock {
@@ -93,7 +103,7 @@ impl BlockLock {
         let mut more = json!({"lock": self.fence.to_string()});
         if let Some(lease) = lease {
             let ms = u64::try_from(lease.as_millis()).unwrap_or(u64::MAX);
-            more["lease"] = ms.max(1).into();
+            more["lease"] = ms.clamp(1, TTL_MAX_MS).into();
         }
         self.block.ask("memory_renew", &more).await.map(drop)
     }
@@ -113,8 +123,52 @@ impl Drop for BlockLock {
     fn drop(&mut self) {
         if !self.is_given_back && self.is_held() {
             let more = json!({"lock": self.fence.to_string()});
-            let mut message = self.block.shared().message("memory_unlock", &more);
-            self.block.app().core().tell(&mut message);
+            let message = self.block.shared().message("memory_unlock", &more);
+            self.block.app().core().tell(message);
+        }
+    }
+}
+
+/// A lock that was asked for. If nobody wants it any more, its grant may be on its way all the same: then it is given back.
+struct Asked(Option<(Block, Calling<Reply>)>);
+
+impl Asked {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Reply, Error>> {
+        let (_, calling) = self.0.as_mut().expect("not polled after it ended");
+        let reply = std::task::ready!(calling.poll_reply(cx));
+        self.0 = None;
+        Poll::Ready(reply)
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        let Some((block, calling)) = self.0.take() else {
+            return;
+        };
+        if calling.cancel() {
+            Arc::new(Unwanted(Mutex::new(Some((block, calling))))).wake();
+        }
+    }
+}
+
+/// A lock that nobody wants any more, until the server has said what became of it: its own waker takes the answer.
+struct Unwanted(Mutex<Option<(Block, Calling<Reply>)>>);
+
+impl Wake for Unwanted {
+    fn wake(self: Arc<Self>) {
+        let waker = Waker::from(self.clone());
+        let mut place = lock(&self.0);
+        let Some((block, mut calling)) = place.take() else {
+            return;
+        };
+        match calling.poll_reply(&mut Context::from_waker(&waker)) {
+            Poll::Pending => *place = Some((block, calling)),
+            Poll::Ready(reply) => {
+                drop(place);
+                // Dropped, the guard gives it back.
+                drop(reply.and_then(|reply| BlockLock::granted(&block, reply)));
+            }
         }
     }
 }

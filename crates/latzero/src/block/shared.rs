@@ -1,7 +1,8 @@
 //! What all handles of one block share, and how news from the server finds them.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::Waker;
 
@@ -11,6 +12,9 @@ use latzero_shm::{Attachment, Expected, Geometry};
 use serde_json::{Value, json};
 
 use super::message;
+use crate::app::App;
+use crate::call::Calling;
+use crate::core::Core;
 use crate::error::Error;
 use crate::message::Message;
 use crate::payload::Reply;
@@ -57,7 +61,7 @@ impl Described {
 /// One generation of a block, as it was attached.
 #[derive(Debug)]
 pub(crate) struct Current {
-    pub(crate) described: Described,
+    pub(crate) described: Arc<Described>,
     pub(crate) attachment: Option<Arc<Attachment>>,
     /// Over which connection.
     pub(crate) epoch: u32,
@@ -66,7 +70,7 @@ pub(crate) struct Current {
 /// What a reader or writer goes on with, whatever becomes of the handle meanwhile.
 #[derive(Debug, Clone)]
 pub(super) struct Held {
-    pub(super) described: Described,
+    pub(super) described: Arc<Described>,
     pub(super) attachment: Option<Arc<Attachment>>,
     pub(super) epoch: u32,
 }
@@ -118,7 +122,7 @@ impl Current {
             _ => return Err(super::unreadable()),
         };
         Ok(Current {
-            described,
+            described: Arc::new(described),
             attachment,
             epoch,
         })
@@ -141,6 +145,8 @@ pub(crate) struct Shared {
     pub(super) current: Mutex<Current>,
     /// The newest version that the server told of.
     pub(super) newest: AtomicU64,
+    /// Whether the server has this app attached by its own wish, and not for a call.
+    pub(super) is_attached: AtomicBool,
     /// It moved, or may have: to be attached anew before the next use.
     pub(super) must_attach: AtomicBool,
     /// It was removed, or its server is another one now.
@@ -155,12 +161,16 @@ pub(crate) struct Shared {
     pub(super) fault: Mutex<Option<Error>>,
 }
 
+/// Futures of one app that wait for mapped blocks at a time: each has a thread.
+const WAITS_MAX: usize = 256;
+
 /// Lost locks that are remembered; older ones belong to guards that are long gone.
 const LOST_LOCKS_MAX: usize = 64;
 
 impl Shared {
-    pub(super) fn new(current: Current) -> Shared {
+    pub(super) fn new(current: Current, is_attached: bool) -> Shared {
         Shared {
+            is_attached: AtomicBool::new(is_attached),
             id: current.described.id.clone(),
             pool: current.described.pool.clone(),
             newest: AtomicU64::new(current.described.version),
@@ -182,9 +192,54 @@ impl Shared {
         self.newest.fetch_max(version, Ordering::AcqRel);
     }
 
-    /// A block attached anew may be another one, which begins again.
-    pub(super) fn restart(&self, version: u64) {
-        self.newest.store(version, Ordering::Release);
+    /// It may be another block from here on, whose versions begin again.
+    fn restart(&self) {
+        self.newest.store(0, Ordering::Release);
+    }
+
+    /// Wakes whoever waits for a change.
+    pub(super) fn wake_waiting(&self) {
+        let wakers = std::mem::take(&mut *lock(&self.wakers));
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    fn is_same(&self, other: &Shared) -> bool {
+        self.id == other.id && self.pool == other.pool
+    }
+
+    /// Attaches anew.
+    pub(super) async fn attach(self: &Arc<Self>, app: &App, access: Access) -> Result<Held, Error> {
+        // Before the request: what moves behind it is seen next time.
+        self.must_attach.store(false, Ordering::Release);
+        let more = json!({"mode": access.as_str()});
+        let message = self.message("memory_attach", &more);
+        let attached = Calling::of_message(app, message, Ok)
+            .await
+            .and_then(Current::of_reply);
+        match attached {
+            Ok(current) => {
+                self.is_attached.store(true, Ordering::Release);
+                self.is_gone.store(false, Ordering::Release);
+                self.heard(current.described.version);
+                let held = current.held();
+                *lock(&self.current) = current;
+                self.wake_waiting();
+                Ok(held)
+            }
+            Err(e) if e.kind() == Code::NoBlock => {
+                // Asked again only over another connection.
+                if let Some(epoch) = app.core().epoch_now() {
+                    lock(&self.current).epoch = epoch;
+                }
+                self.is_gone.store(true, Ordering::Release);
+                self.wake_waiting();
+                Err(e)
+            }
+            Err(e) => {
+                self.must_attach.store(true, Ordering::Release);
+                Err(e)
+            }
+        }
     }
 
     fn wake(&self, wake: &mut Vec<Waker>) {
@@ -196,7 +251,10 @@ impl Shared {
         match event {
             "block_changed" => self.heard(super::number(fields, "version")),
             "block_moved" => self.must_attach.store(true, Ordering::Release),
-            "block_removed" => self.is_gone.store(true, Ordering::Release),
+            "block_removed" => {
+                self.is_gone.store(true, Ordering::Release);
+                self.restart();
+            }
             "lock_lost" => {
                 let fence: Option<u64> = fields["lock"].as_str().and_then(|text| text.parse().ok());
                 let mut lost = lock(&self.lost_locks);
@@ -217,42 +275,153 @@ struct Known {
     is_lent: bool,
 }
 
-/// The blocks that an app takes part in.
+/// The blocks that an app takes part in. The server knows one attachment and one subscription for all handles of a block, so
+/// the last one that goes gives them up.
 #[derive(Debug, Default)]
-pub(crate) struct Blocks(Mutex<Vec<Known>>);
+pub(crate) struct Blocks {
+    state: Mutex<State>,
+    /// Threads that wait on a futex for a future.
+    waiting: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    known: Vec<Known>,
+    /// Names of blocks that are being attached: what is given up of them now would be given up under the newcomer.
+    opening: Vec<String>,
+    /// What was not given up for that reason.
+    owed: Vec<(String, String)>,
+}
+
+impl State {
+    fn live(&self) -> impl Iterator<Item = (Arc<Shared>, Access)> {
+        let own = self.known.iter().filter(|k| !k.is_lent);
+        own.filter_map(|k| Some((k.shared.upgrade()?, k.access)))
+    }
+
+    /// Whether a handle stands for the block that the server attached.
+    fn has(&self, pool: &str, id: &str) -> bool {
+        self.live().any(|(s, _)| s.id == id && s.pool == pool)
+    }
+}
+
+/// A block that is being attached.
+#[derive(Debug)]
+pub(super) struct Opening<'a> {
+    core: &'a Core,
+    id: &'a str,
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.core.blocks.state);
+        if let Some(at) = state.opening.iter().position(|id| id == self.id) {
+            state.opening.swap_remove(at);
+        }
+        if state.opening.iter().any(|id| id == self.id) {
+            return;
+        }
+        let (ours, others) = std::mem::take(&mut state.owed)
+            .into_iter()
+            .partition::<Vec<_>, _>(|(_, id)| id == self.id);
+        state.owed = others;
+        for (pool, id) in ours.iter().filter(|(pool, id)| !state.has(pool, id)) {
+            let message = message("memory_detach", Some(pool), id, &json!({}));
+            self.core.append(message);
+        }
+        drop(state);
+        if !ours.is_empty() {
+            self.core.flush_soon();
+        }
+    }
+}
+
+/// One of the threads that wait for futures.
+#[derive(Debug)]
+pub(super) struct Waiting(Arc<Core>);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.blocks.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+}
 
 impl Blocks {
+    /// To be held while a block is attached, until its handle is added.
+    pub(super) fn open<'a>(&self, core: &'a Core, id: &'a str) -> Opening<'a> {
+        lock(&self.state).opening.push(id.to_owned());
+        Opening { core, id }
+    }
+
     pub(super) fn add(&self, shared: &Arc<Shared>, access: Access, is_lent: bool) {
-        lock(&self.0).push(Known {
+        lock(&self.state).known.push(Known {
             shared: Arc::downgrade(shared),
             access,
             is_lent,
         });
     }
 
-    /// Forgets a handle's block; true where no other handle stands for the same one.
-    pub(super) fn forget(&self, gone: &Arc<Shared>) -> bool {
-        let mut known = lock(&self.0);
-        known.retain(|k| !std::ptr::eq(k.shared.as_ptr(), Arc::as_ptr(gone)));
-        !known.iter().any(|k| {
-            !k.is_lent
-                && k.shared
-                    .upgrade()
-                    .is_some_and(|s| s.id == gone.id && s.pool == gone.pool)
-        })
+    /// Forgets a handle's block, and gives the attachment up where no other handle needs it and `is_attached`.
+    pub(super) fn forget(&self, core: &Core, gone: &Arc<Shared>, is_attached: bool) {
+        let mut state = lock(&self.state);
+        state
+            .known
+            .retain(|k| !std::ptr::eq(k.shared.as_ptr(), Arc::as_ptr(gone)));
+        if !is_attached || state.has(&gone.pool, &gone.id) {
+            return;
+        }
+        if state.opening.contains(&gone.id) {
+            state.owed.push((gone.pool.clone(), gone.id.clone()));
+            return;
+        }
+        // Appended under the lock: an attach that comes after it is sent after it.
+        core.append(gone.message("memory_detach", &json!({})));
+        drop(state);
+        core.flush_soon();
     }
 
-    fn all(&self) -> Vec<(Arc<Shared>, Access)> {
-        let known = lock(&self.0);
-        let live = known.iter().filter(|k| !k.is_lent);
-        live.filter_map(|k| Some((k.shared.upgrade()?, k.access)))
-            .collect()
+    /// Notes that somebody wants to be told of changes, before the server is asked.
+    pub(super) fn begin_subscription(&self, shared: &Shared) {
+        let _order = lock(&self.state);
+        shared.subscribers.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// What is said over a new connection, so that the server knows who takes part in what again.
+    /// Notes that somebody does not any more, and gives the subscription up where nobody does.
+    pub(super) fn end_subscription(&self, core: &Core, shared: &Shared) {
+        let state = lock(&self.state);
+        let left = shared.subscribers.fetch_sub(1, Ordering::AcqRel) - 1;
+        let is_wanted = |other: &Known| {
+            let other = other.shared.upgrade();
+            other.is_some_and(|o| o.is_same(shared) && o.subscribers.load(Ordering::Acquire) > 0)
+        };
+        if left > 0 || state.known.iter().any(is_wanted) {
+            return;
+        }
+        core.append(shared.message("memory_unsubscribe", &json!({})));
+        drop(state);
+        core.flush_soon();
+    }
+
+    /// Room for one more thread that waits for a future.
+    pub(super) fn begin_wait(core: &Arc<Core>) -> Result<Waiting, Error> {
+        let guard = Waiting(core.clone());
+        if core.blocks.waiting.fetch_add(1, Ordering::AcqRel) < WAITS_MAX {
+            return Ok(guard);
+        }
+        Err(Error::new(
+            Code::Overloaded,
+            format!(
+                "{WAITS_MAX} futures of this app wait for blocks already; use `changes` for more"
+            ),
+        ))
+    }
+
+    /// What is said first over a new connection, so that the server knows who takes part in what again.
     pub(crate) fn reattach(&self) -> Vec<Message> {
         let mut messages = Vec::new();
-        for (shared, access) in self.all() {
+        let live: Vec<_> = lock(&self.state).live().collect();
+        for (shared, access) in live {
+            shared.restart();
             let more = json!({"mode": access.as_str()});
             messages.push(shared.message("memory_attach", &more));
             if shared.subscribers.load(Ordering::Acquire) > 0 {
@@ -262,9 +431,30 @@ impl Blocks {
         messages
     }
 
+    /// Attaches every block over a new connection, so that mappings, versions and what is gone are known before anybody asks.
+    /// Waits for the server.
+    pub(crate) fn restore(&self, core: &Arc<Core>) {
+        let live: Vec<_> = lock(&self.state).live().collect();
+        if live.is_empty() || core.is_ended() {
+            return;
+        }
+        let app = App::lent(core);
+        for (shared, access) in live {
+            let mut attaching = pin!(shared.attach(&app, access));
+            let attached = core.block_on(None, |cx| attaching.as_mut().poll(cx));
+            if let Some(Err(error)) = attached
+                && error.kind() == Code::Disconnected
+            {
+                // Lost again: whoever reconnects then goes on.
+                return;
+            }
+        }
+    }
+
     /// Takes an event about a block.
     pub(crate) fn event(&self, event: &str, pool: &str, text: &str, wake: &mut Vec<Waker>) {
-        let known: Vec<Arc<Shared>> = lock(&self.0)
+        let known: Vec<Arc<Shared>> = lock(&self.state)
+            .known
             .iter()
             .filter_map(|k| k.shared.upgrade())
             .filter(|s| s.pool == pool)
@@ -282,7 +472,8 @@ impl Blocks {
 
     /// Wakes everybody, at the end of the connection or of the app.
     pub(crate) fn wake_all(&self, wake: &mut Vec<Waker>) {
-        let known: Vec<_> = lock(&self.0)
+        let known: Vec<_> = lock(&self.state)
+            .known
             .iter()
             .filter_map(|k| k.shared.upgrade())
             .collect();

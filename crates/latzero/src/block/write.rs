@@ -95,7 +95,8 @@ impl Draft {
                 version
             }
         };
-        held.unlock().await?;
+        // Everybody sees the version by now, whatever becomes of the lock.
+        let _ = held.unlock().await;
         Ok(version)
     }
 
@@ -140,6 +141,10 @@ async fn one_range(
 impl Drop for Draft {
     fn drop(&mut self) {
         let Some(held) = self.lock.take() else { return };
+        if std::thread::panicking() {
+            // It may be half of what was meant.
+            return;
+        }
         let block = held.block().clone();
         let result = match &mut self.bytes {
             Bytes::InPlace(writing) => match writing.take() {
@@ -169,16 +174,14 @@ impl Drop for Draft {
 #[derive(Debug)]
 pub struct BlockWriter {
     lock: BlockLock,
-    attachment: Option<Arc<Attachment>>,
     tells_server: bool,
 }
 
 impl BlockWriter {
     pub(super) async fn new(held: BlockLock) -> Result<BlockWriter, Error> {
-        let attached = held.block().writable().await?;
+        held.block().writable().await?;
         Ok(BlockWriter {
             lock: held,
-            attachment: attached.attachment,
             tells_server: true,
         })
     }
@@ -202,7 +205,8 @@ impl BlockWriter {
     pub fn begin(&self) -> Result<Writing, Error> {
         let block = self.lock.block();
         self.lock.check()?;
-        let attachment = self.attachment.as_ref().ok_or_else(|| {
+        let attachment = lock(&block.shared().current).attachment.clone();
+        let attachment = attachment.ok_or_else(|| {
             Error::new(
                 Code::Storage,
                 format!(
@@ -211,7 +215,7 @@ impl BlockWriter {
                 ),
             )
         })?;
-        begin(block, attachment, self.lock.fence())
+        begin(block, &attachment, self.lock.fence())
     }
 
     /// Lets everybody see a version; its number.
@@ -232,9 +236,9 @@ impl BlockWriter {
     /// # Errors
     /// `out_of_range`, `lock_lost`.
     pub async fn write(&self, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
-        if self.attachment.is_none() {
-            self.lock.check()?;
-            let block = self.lock.block();
+        self.lock.check()?;
+        let block = self.lock.block();
+        if block.writable().await?.attachment.is_none() {
             return block
                 .write_through(offset, bytes, None, Some(self.lock.fence()))
                 .await;
@@ -258,6 +262,6 @@ fn begin(block: &Block, attachment: &Arc<Attachment>, fence: u64) -> Result<Writ
 fn notify(block: &Block, version: u64) {
     let shared = block.shared();
     shared.heard(version);
-    let mut message = shared.message("memory_notify", &json!({"version": version}));
-    block.app().core().tell(&mut message);
+    let message = shared.message("memory_notify", &json!({"version": version}));
+    block.app().core().tell(message);
 }

@@ -8,7 +8,7 @@ use latzero_shm::Element;
 use serde_json::Value;
 
 use super::App;
-use crate::block::View;
+use crate::block::{Slice, View, deadline, timed_out};
 use crate::error::Error;
 
 /// Runs `future`, whose progress is the app's, on this thread.
@@ -150,7 +150,7 @@ impl Block {
     /// # Errors
     /// As there.
     pub fn view<R>(&self, f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
-        self.0.view(f)
+        self.run(self.0.view(f))
     }
 
     /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for on this thread, without the server.
@@ -158,15 +158,14 @@ impl Block {
     /// # Errors
     /// `timeout`; `no_block` where it was removed.
     pub fn wait_for(&self, beyond: u64, timeout: Duration) -> Result<u64, Error> {
-        let deadline = Instant::now() + timeout;
-        while self.0.is_mapped() {
-            match self.0.wait_slice(beyond, deadline)? {
-                Some(version) => return Ok(version),
-                // It moved, or the time is over.
-                None if self.run(self.0.go_on())? && Instant::now() < deadline => {}
-                None => {
-                    let text = format!("no new version of block '{}' came in this time", self.id());
-                    return Err(Error::new(latzero_protocol::Code::Timeout, text));
+        let deadline = deadline(timeout);
+        while self.run(self.0.go_on())? {
+            loop {
+                match self.0.wait_slice(beyond, deadline)? {
+                    Slice::Newer(version) => return Ok(version),
+                    Slice::Moved => break,
+                    Slice::Over if Instant::now() < deadline => {}
+                    Slice::Over => return Err(timed_out(self.id())),
                 }
             }
         }
@@ -301,7 +300,7 @@ impl Changes {
     /// `timeout`.
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Option<u64>, Error> {
         let core = self.0.app().core().clone();
-        let deadline = Some(Instant::now() + timeout);
+        let deadline = Some(deadline(timeout));
         core.block_on(deadline, |cx| self.0.poll_version(cx))
             .ok_or_else(|| {
                 Error::new(

@@ -9,6 +9,7 @@
 mod fake;
 
 mod blocking;
+mod blocks;
 mod executor;
 mod loss;
 mod tokio_face;

@@ -1,0 +1,746 @@
+//! `block`: blocks of memory, looked at and worked with by hand.
+
+mod npy;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use latzero::LockMode;
+use latzero::blocking::{Block, BlockName};
+use serde_json::{Value, json};
+
+use crate::args::{
+    BlockAt, BlockCasArgs, BlockCommand, BlockCreateArgs, BlockFileArgs, BlockKind, BlockListArgs,
+    BlockLoadArgs, BlockLockArgs, BlockOne, BlockReadArgs, BlockResizeArgs, BlockWatchArgs,
+    BlockWriteArgs,
+};
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Cell, Output, Tone, bytes, toned};
+use crate::parse::{self, Target};
+use crate::reach::{Reach, Reached, Wish};
+
+use super::trigger::enter;
+use npy::Array;
+
+/// Bytes moved at a time, between two looks at the progress.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// Bytes of a block that a terminal shows.
+const SHOWN_BYTES: usize = 256;
+
+/// How long a write waits for the block's lock.
+const LOCK_TIME: Duration = Duration::from_secs(10);
+
+/// How often a dump begins again where the block is written meanwhile.
+const DUMPS_MAX: usize = 10;
+
+pub(crate) fn run(command: &BlockCommand, output: &Output) -> Done {
+    match command {
+        BlockCommand::Ls(args) => list(args, output),
+        BlockCommand::Info(args) => info(args, output),
+        BlockCommand::Create(args) => create(args, output),
+        BlockCommand::Read(args) => read(args, output),
+        BlockCommand::Write(args) => write(args, output),
+        BlockCommand::Cas(args) => cas(args, output),
+        BlockCommand::Watch(args) => watch(args, output),
+        BlockCommand::Lock(args) => lock(args),
+        BlockCommand::Resize(args) => resize(args, output),
+        BlockCommand::Rm(args) => remove(args, output),
+        BlockCommand::Dump(args) => dump(args, output),
+        BlockCommand::Load(args) => load(args, output),
+    }
+}
+
+/// A connection that is in the pool of a block, and the block's name there.
+struct At {
+    reached: Reached,
+    pool: Option<String>,
+    id: String,
+}
+
+impl At {
+    fn find(at: &BlockAt, reach: &Reach, wish: &Wish) -> Result<At, Failure> {
+        let target = At::target(at)?;
+        let reached = reach.connect(wish)?;
+        let pool = enter(&reached, reach, &target)?;
+        Ok(At {
+            reached,
+            pool,
+            id: target.trigger,
+        })
+    }
+
+    fn once(at: &BlockAt, reach: &Reach) -> Result<At, Failure> {
+        At::find(at, reach, &Wish::once("block"))
+    }
+
+    /// As [`At::once`], in a pool that is made where there is none: for a block that is to be made.
+    fn to_make(at: &BlockAt, reach: &Reach) -> Result<At, Failure> {
+        let pool = At::target(at)?.pool;
+        At::find(at, reach, &Wish::once("block").in_pool(pool.as_deref()))
+    }
+
+    fn target(at: &BlockAt) -> Result<Target, Failure> {
+        Target::parse(&at.block, at.pool.as_deref())
+            .map_err(|failure| failure.with_help("write BLOCK, POOL/BLOCK, or --pool POOL BLOCK"))
+    }
+
+    fn name(&self) -> BlockName {
+        let name = self.reached.app.block(&self.id);
+        match &self.pool {
+            Some(pool) => name.pool(pool),
+            None => name,
+        }
+    }
+
+    fn ask(&self, action: &str) -> Result<Value, Failure> {
+        let mut request = json!({"action": action, "block_id": self.id});
+        if let Some(pool) = &self.pool {
+            request["pool"] = pool.as_str().into();
+        }
+        Ok(self.reached.app.request(&request)?)
+    }
+}
+
+fn list(args: &BlockListArgs, output: &Output) -> Done {
+    let reached = args.reach.connect(&Wish::once("block"))?;
+    let target = Target {
+        pool: Some(args.pool.clone()),
+        trigger: String::new(),
+    };
+    let pool = enter(&reached, &args.reach, &target)?;
+    let blocks = reached.app.blocks(pool.as_deref())?;
+    if output.json {
+        output.value(&json!({"blocks": blocks}))?;
+        return Ok(Exit::Ok);
+    }
+    let rows: Vec<Vec<Cell>> = blocks
+        .iter()
+        .map(|block| {
+            let text = |field: &str| block[field].as_str().unwrap_or("-").to_owned();
+            let number = |field: &str| block[field].as_u64().unwrap_or(0);
+            let locked = block["locked"] == true;
+            vec![
+                text("block_id").into(),
+                bytes(number("size")).into(),
+                number("version").into(),
+                text("kind").into(),
+                layout(&block["layout"]).into(),
+                number("attachments").into(),
+                match locked {
+                    true => toned("locked", Tone::Warn),
+                    false => "-".into(),
+                },
+                text("owner").into(),
+            ]
+        })
+        .collect();
+    if rows.is_empty() && output.is_for_people() {
+        output.note(format_args!(
+            "pool {} has no blocks; `latzero block create {}/NAME SIZE` makes one",
+            args.pool, args.pool
+        ));
+        return Ok(Exit::Ok);
+    }
+    let head = [
+        "BLOCK", "SIZE", "VERSION", "KIND", "LAYOUT", "ATTACHED", "LOCK", "OWNER",
+    ];
+    output.table(&head, &rows)?;
+    Ok(Exit::Ok)
+}
+
+/// A layout in a few characters: `<f4 1080×1920`.
+fn layout(layout: &Value) -> String {
+    let Some(dtype) = layout["dtype"].as_str() else {
+        return "-".into();
+    };
+    let shape = layout["shape"].as_array().into_iter().flatten();
+    let shape: Vec<String> = shape.map(Value::to_string).collect();
+    format!("{dtype} {}", shape.join("×"))
+}
+
+fn info(args: &BlockOne, output: &Output) -> Done {
+    let at = At::once(&args.at, &args.reach)?;
+    let block = at.ask("memory_info")?;
+    if output.json || !output.is_terminal {
+        output.value(&block)?;
+        return Ok(Exit::Ok);
+    }
+    let text = |field: &str| block[field].as_str().unwrap_or("-").to_owned();
+    let number = |field: &str| block[field].as_u64().unwrap_or(0);
+    let names = |value: &Value| {
+        let names = value.as_array().into_iter().flatten();
+        let names: Vec<&str> = names.filter_map(Value::as_str).collect();
+        names.join(", ")
+    };
+    let who = |value: &Value| {
+        let text = |name: &str| value[name].as_str().unwrap_or("-").to_owned();
+        format!("{} ({})", text("app_id"), text("instance"))
+    };
+    let mut facts: Vec<(&str, Cell)> = vec![
+        ("block", toned(text("block_id"), Tone::Strong)),
+        ("pool", text("pool").into()),
+        (
+            "size",
+            format!(
+                "{} ({} with its {} slots and header)",
+                bytes(number("size")),
+                bytes(number("bytes")),
+                number("slots")
+            )
+            .into(),
+        ),
+        (
+            "version",
+            format!("{}, generation {}", number("version"), number("generation")).into(),
+        ),
+        (
+            "kind",
+            format!(
+                "{}, {}, stays {}",
+                text("kind"),
+                text("consistency"),
+                match block["lifetime"].as_str() {
+                    Some("attached") => "while somebody is attached",
+                    _ => "until it is removed",
+                }
+            )
+            .into(),
+        ),
+        ("layout", layout(&block["layout"]).into()),
+        ("owner", text("owner").into()),
+        ("readers", names(&block["permissions"]["read"]).into()),
+        ("writers", names(&block["permissions"]["write"]).into()),
+    ];
+    match block["lock"]["holders"].as_array() {
+        Some(holders) => {
+            for holder in holders {
+                let mode = block["lock"]["mode"].as_str().unwrap_or("-");
+                let fence = &holder["fence"];
+                let held = format!("{mode}, held by {}, fence {fence}", who(holder));
+                facts.push(("lock", toned(held, Tone::Warn)));
+            }
+            let waiting = block["lock"]["waiting"].as_u64().unwrap_or(0);
+            facts.push(("waiting", waiting.into()));
+        }
+        None => facts.push(("lock", toned("free", Tone::Good))),
+    }
+    for attached in block["attachments"].as_array().into_iter().flatten() {
+        let mode = attached["mode"].as_str().unwrap_or("-");
+        facts.push(("attached", format!("{} to {mode}", who(attached)).into()));
+    }
+    facts.push(("subscribers", number("subscribers").into()));
+    output.facts(&facts)?;
+    Ok(Exit::Ok)
+}
+
+fn create(args: &BlockCreateArgs, output: &Output) -> Done {
+    let at = At::to_make(&args.at, &args.reach)?;
+    let array = args.dtype.as_ref().map(|dtype| Array {
+        dtype: dtype.clone(),
+        shape: args.shape.clone(),
+    });
+    let size = match (args.size, &array) {
+        (Some(size), _) => size,
+        (None, Some(array)) => array_bytes(array)?,
+        (None, None) => {
+            return Err(Failure::usage(
+                "a block needs a size, or --dtype and --shape",
+            ));
+        }
+    };
+    let block = make(&at, size, array.as_ref(), &args.kind, args.or_attach)?;
+    report(&at, &block, "made", output)
+}
+
+fn make(
+    at: &At,
+    size: u64,
+    array: Option<&Array>,
+    kind: &BlockKind,
+    or_attach: bool,
+) -> Result<Block, Failure> {
+    let mut name = at.name();
+    if let Some(array) = array {
+        name = name.layout(&array.dtype, &array.shape);
+    }
+    let mut create = name.create(size);
+    if kind.persistent {
+        create = create.persistent();
+    }
+    if kind.raw {
+        create = create.raw();
+    }
+    if let Some(slots) = kind.slots {
+        create = create.slots(slots);
+    }
+    if !kind.readers.is_empty() {
+        create = create.readable_by(&texts(&kind.readers));
+    }
+    if !kind.writers.is_empty() {
+        create = create.writable_by(&texts(&kind.writers));
+    }
+    if or_attach {
+        create = create.or_attach();
+    }
+    Ok(create.send()?)
+}
+
+fn texts(names: &[String]) -> Vec<&str> {
+    names.iter().map(String::as_str).collect()
+}
+
+fn array_bytes(array: &Array) -> Result<u64, Failure> {
+    let digits: String = array.dtype.chars().filter(char::is_ascii_digit).collect();
+    let item: u64 = digits.parse().map_err(|_| {
+        Failure::usage(format!("'{}' is no type of numbers", array.dtype))
+            .with_help("write it as numpy does: <f4, |u1, <i8")
+    })?;
+    let bytes = array.shape.iter().try_fold(item, |b, n| b.checked_mul(*n));
+    match bytes {
+        Some(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err(Failure::usage("such an array has no bytes, or too many")),
+    }
+}
+
+/// Says what was done with a block.
+fn report(at: &At, block: &Block, done: &str, output: &Output) -> Done {
+    let version = block.version();
+    if output.json {
+        output.value(&json!({
+            "block_id": block.id(), "pool": block.pool(), "size": block.size(), "version": version,
+            "generation": block.generation(),
+        }))?;
+    } else if output.is_terminal {
+        output.line(format_args!(
+            "{done} {}/{}: {}, version {version}",
+            block.pool(),
+            at.id,
+            bytes(block.size())
+        ))?;
+    } else {
+        output.line(version)?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn read(args: &BlockReadArgs, output: &Output) -> Done {
+    let at = At::once(&args.at, &args.reach)?;
+    let block = at.name().attach()?;
+    let length = args
+        .length
+        .unwrap_or_else(|| block.size().saturating_sub(args.offset));
+    let length = usize::try_from(length).map_err(|_| Failure::usage("so many bytes do not fit"))?;
+    if output.is_terminal || output.json {
+        let mut buffer = vec![0; length.min(if output.json { length } else { SHOWN_BYTES })];
+        let version = block.read_into(args.offset, &mut buffer)?;
+        if output.json {
+            let hex: String = buffer.iter().map(|b| format!("{b:02x}")).collect();
+            output.value(&json!({"version": version, "offset": args.offset, "hex": hex}))?;
+            return Ok(Exit::Ok);
+        }
+        for (n, line) in buffer.chunks(16).enumerate() {
+            output.line(hex_line(args.offset + 16 * n as u64, line))?;
+        }
+        let more = length - buffer.len();
+        if more > 0 {
+            output.note(format_args!(
+                "{} more; > FILE keeps all of it, --offset and --length choose",
+                bytes(more as u64)
+            ));
+        }
+        return Ok(Exit::Ok);
+    }
+    let mut buffer = vec![0; length];
+    block.read_into(args.offset, &mut buffer)?;
+    output.bytes(&buffer)?;
+    Ok(Exit::Ok)
+}
+
+fn hex_line(at: u64, line: &[u8]) -> String {
+    let hex: Vec<String> = line.iter().map(|b| format!("{b:02x}")).collect();
+    let shown = |b: &u8| match *b {
+        b' '..=b'~' => char::from(*b),
+        _ => '.',
+    };
+    let text: String = line.iter().map(shown).collect();
+    format!("{at:08x}  {:47}  {text}", hex.join(" "))
+}
+
+fn write(args: &BlockWriteArgs, output: &Output) -> Done {
+    let at = At::once(&args.at, &args.reach)?;
+    let block = at.name().attach_writable()?;
+    let room = block.size().saturating_sub(args.offset);
+    let data = parse::bytes(&args.data, room)?;
+    match args.if_version {
+        Some(version) => {
+            block.write_if(version, args.offset, &data)?;
+        }
+        None => {
+            let mut draft = block.write(LOCK_TIME)?;
+            if let Err(error) = draft.write(args.offset, &data) {
+                draft.abandon();
+                return Err(error.into());
+            }
+            draft.commit()?;
+        }
+    }
+    report(&at, &block, "wrote", output)
+}
+
+fn cas(args: &BlockCasArgs, output: &Output) -> Done {
+    let at = At::once(&args.at, &args.reach)?;
+    let block = at.name().attach_writable()?;
+    let room = block.size().saturating_sub(args.offset);
+    let expected = parse::bytes(&args.expected, room)?;
+    let data = parse::bytes(&args.data, room)?;
+    if expected.len() != data.len() {
+        return Err(Failure::usage(format!(
+            "{} bytes are expected and {} given; they must be as long as each other",
+            expected.len(),
+            data.len()
+        )));
+    }
+    match block.cas(args.offset, &expected, &data)? {
+        Ok(_) => report(&at, &block, "swapped", output),
+        Err(current) => {
+            let hex: String = current.iter().map(|b| format!("{b:02x}")).collect();
+            if output.json {
+                output.value(&json!({"swapped": false, "current": hex}))?;
+            } else {
+                output.note("other bytes are there; nothing was written");
+                for (n, line) in current.chunks(16).take(SHOWN_BYTES / 16).enumerate() {
+                    output.line(hex_line(args.offset + 16 * n as u64, line))?;
+                }
+            }
+            Ok(Exit::Unhealthy)
+        }
+    }
+}
+
+fn watch(args: &BlockWatchArgs, output: &Output) -> Done {
+    let at = At::find(&args.at, &args.reach, &Wish::lasting("block"))?;
+    let block = at.name().attach()?;
+    let mut changes = block.changes()?;
+    if output.is_for_people() {
+        output.note(format_args!(
+            "watching {}/{} at version {}; Ctrl-C ends it",
+            block.pool(),
+            at.id,
+            block.version()
+        ));
+    }
+    let mut seen = 0;
+    while args.count.is_none_or(|count| seen < count) {
+        let Some(version) = changes.next() else {
+            return Err(Failure::new(
+                Exit::Failure,
+                format!("block '{}' was removed", at.id),
+            ));
+        };
+        seen += 1;
+        match output.json {
+            true => output.line(json!({"block_id": at.id, "version": version}))?,
+            false => output.line(version)?,
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+fn lock(args: &BlockLockArgs) -> Done {
+    let at = At::once(&args.at, &args.reach)?;
+    let block = match args.shared {
+        true => at.name().attach()?,
+        false => at.name().attach_writable()?,
+    };
+    let mode = match args.shared {
+        true => LockMode::Shared,
+        false => LockMode::Exclusive,
+    };
+    let held = block.lock(mode, args.wait)?;
+    let (program, arguments) = args
+        .command
+        .split_first()
+        .ok_or_else(|| Failure::usage("no command is given"))?;
+    let ran = Command::new(program)
+        .args(arguments)
+        .env("LATZERO_BLOCK", format!("{}/{}", block.pool(), at.id))
+        .env("LATZERO_FENCE", held.fence().to_string())
+        .status();
+    let status = ran.map_err(|error| {
+        Failure::new(
+            Exit::Failure,
+            format!("'{}' can't be run: {error}", program.display()),
+        )
+    })?;
+    held.unlock()?;
+    match status.code() {
+        Some(0) => Ok(Exit::Ok),
+        Some(code) => {
+            // The command's own exit code, which the table of this program does not know.
+            std::process::exit(code)
+        }
+        None => Err(Failure::new(
+            Exit::Failure,
+            format!("'{}' was ended by a signal", program.display()),
+        )),
+    }
+}
+
+fn resize(args: &BlockResizeArgs, output: &Output) -> Done {
+    let at = At::once(&args.at, &args.reach)?;
+    let block = at.name().attach_writable()?;
+    block.resize(args.size)?;
+    report(&at, &block, "resized", output)
+}
+
+fn remove(args: &BlockOne, output: &Output) -> Done {
+    let at = At::once(&args.at, &args.reach)?;
+    at.ask("memory_remove")?;
+    if output.json {
+        output.value(&json!({"removed": at.id}))?;
+    } else if output.is_terminal {
+        output.line(format_args!("removed {}", at.id))?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// Progress of much that is moved.
+struct Progress<'a> {
+    output: &'a Output,
+    what: &'static str,
+    total: u64,
+    since: Instant,
+}
+
+impl Progress<'_> {
+    fn show(&self, done: u64) {
+        const CELLS: u64 = 30;
+        let full = done * CELLS / self.total.max(1);
+        let bar: String = (0..CELLS)
+            .map(|n| if n < full { '█' } else { '░' })
+            .collect();
+        let rate = done as f64 / self.since.elapsed().as_secs_f64().max(1e-9);
+        self.output.progress(format_args!(
+            "{} {bar} {:3} %  {} of {}  {}/s",
+            self.what,
+            done * 100 / self.total.max(1),
+            bytes(done),
+            bytes(self.total),
+            bytes(rate as u64)
+        ));
+    }
+}
+
+impl Drop for Progress<'_> {
+    fn drop(&mut self) {
+        self.output.progress_done();
+    }
+}
+
+fn is_npy(file: &Path) -> bool {
+    file.extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("npy"))
+}
+
+fn file_failure(file: &Path, what: &str, error: &std::io::Error) -> Failure {
+    Failure::new(
+        Exit::Failure,
+        format!("the file '{}' cannot be {what}: {error}", file.display()),
+    )
+}
+
+fn dump(args: &BlockFileArgs, output: &Output) -> Done {
+    let at = At::once(&args.at, &args.reach)?;
+    let block = at.name().attach()?;
+    let header = if is_npy(&args.file) {
+        npy_header(&block)?
+    } else {
+        Vec::new()
+    };
+    if args.file.as_os_str() == "-" {
+        output.bytes(&block.read()?.0)?;
+        return Ok(Exit::Ok);
+    }
+    // Beside the file and renamed in the end, so that a half-written one never has its name.
+    let mut name = args.file.file_name().unwrap_or_default().to_owned();
+    name.push(".part");
+    let part = args.file.with_file_name(name);
+    let written = write_out(&block, &header, &part, output);
+    let version = match written {
+        Ok(version) => version,
+        Err(failure) => {
+            let _ = std::fs::remove_file(&part);
+            return Err(failure);
+        }
+    };
+    std::fs::rename(&part, &args.file).map_err(|e| file_failure(&args.file, "written", &e))?;
+    if output.json {
+        output.value(&json!({"file": args.file, "version": version, "bytes": block.size()}))?;
+    } else if output.is_terminal {
+        output.line(format_args!(
+            "wrote {} of {}/{} (version {version}) to {}",
+            bytes(block.size()),
+            block.pool(),
+            at.id,
+            args.file.display()
+        ))?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn npy_header(block: &Block) -> Result<Vec<u8>, Failure> {
+    let Some(layout) = block.layout() else {
+        // Without a layout it is bytes.
+        let array = Array {
+            dtype: "|u1".into(),
+            shape: vec![block.size()],
+        };
+        return Ok(array.header());
+    };
+    let shape = layout["shape"].as_array().into_iter().flatten();
+    let array = Array {
+        dtype: layout["dtype"].as_str().unwrap_or("|u1").to_owned(),
+        shape: shape.filter_map(Value::as_u64).collect(),
+    };
+    Ok(array.header())
+}
+
+/// Writes one version of a block into a file.
+fn write_out(block: &Block, header: &[u8], part: &Path, output: &Output) -> Result<u64, Failure> {
+    let failed = |error: std::io::Error| file_failure(part, "written", &error);
+    let size = match block.layout().filter(|_| !header.is_empty()) {
+        Some(_) => layout_bytes(block),
+        None => block.size(),
+    };
+    for _ in 0..DUMPS_MAX {
+        let mut file = File::create(part).map_err(failed)?;
+        file.write_all(header).map_err(failed)?;
+        let progress = Progress {
+            output,
+            what: "dumping",
+            total: size,
+            since: Instant::now(),
+        };
+        let mut piece = vec![0; PIECE_BYTES];
+        let (mut done, mut first) = (0, None);
+        while done < size {
+            let n = usize::try_from(size - done).map_or(PIECE_BYTES, |left| left.min(PIECE_BYTES));
+            let version = block.read_into(done, &mut piece[..n])?;
+            if *first.get_or_insert(version) != version {
+                break;
+            }
+            file.write_all(&piece[..n]).map_err(failed)?;
+            done += n as u64;
+            progress.show(done);
+        }
+        if done == size {
+            file.flush().map_err(failed)?;
+            return Ok(first.unwrap_or(0));
+        }
+    }
+    // Written all the time: at once, then, whatever memory it takes.
+    let (all, version) = block.read()?;
+    let mut file = File::create(part).map_err(failed)?;
+    file.write_all(header).map_err(failed)?;
+    let size = usize::try_from(size).map_or(all.len(), |size| size.min(all.len()));
+    file.write_all(&all[..size]).map_err(failed)?;
+    Ok(version)
+}
+
+/// Bytes of a block's array; the block may be larger.
+fn layout_bytes(block: &Block) -> u64 {
+    let Some(layout) = block.layout() else {
+        return block.size();
+    };
+    let shape = layout["shape"].as_array().into_iter().flatten();
+    let array = Array {
+        dtype: layout["dtype"].as_str().unwrap_or("|u1").to_owned(),
+        shape: shape.filter_map(Value::as_u64).collect(),
+    };
+    array_bytes(&array).map_or(block.size(), |bytes| bytes.min(block.size()))
+}
+
+fn load(args: &BlockLoadArgs, output: &Output) -> Done {
+    let mut file = File::open(&args.file).map_err(|e| file_failure(&args.file, "read", &e))?;
+    let array = if is_npy(&args.file) {
+        let array = Array::read(&mut file).map_err(|why| {
+            Failure::usage(format!("'{}' can't be loaded: {why}", args.file.display()))
+        })?;
+        Some(array)
+    } else {
+        None
+    };
+    let size = match &array {
+        Some(array) => array_bytes(array)?,
+        None => file
+            .metadata()
+            .map_err(|e| file_failure(&args.file, "read", &e))?
+            .len(),
+    };
+    if size == 0 {
+        return Err(Failure::usage(format!(
+            "'{}' is empty",
+            args.file.display()
+        )));
+    }
+    let at = At::to_make(&args.at, &args.reach)?;
+    let block = make(&at, size, array.as_ref(), &args.kind, true)?;
+    let mut draft = block.write(LOCK_TIME)?;
+    let progress = Progress {
+        output,
+        what: "loading",
+        total: size,
+        since: Instant::now(),
+    };
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut done = 0;
+    while done < size {
+        let n = usize::try_from(size - done).map_or(PIECE_BYTES, |left| left.min(PIECE_BYTES));
+        let step = file
+            .read_exact(&mut piece[..n])
+            .map_err(|e| file_failure(&args.file, "read", &e))
+            .and_then(|()| Ok(draft.write(done, &piece[..n])?));
+        if let Err(failure) = step {
+            draft.abandon();
+            return Err(failure);
+        }
+        done += n as u64;
+        progress.show(done);
+    }
+    draft.commit()?;
+    drop(progress);
+    report(&at, &block, "loaded", output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_shown_as_hex_and_text() {
+        assert_eq!(
+            hex_line(16, b"A\x00z"),
+            "00000010  41 00 7a                                         A.z"
+        );
+    }
+
+    #[test]
+    fn arrays_have_a_size() {
+        let check = |dtype: &str, shape: &[u64], expected: Option<u64>| {
+            let array = Array {
+                dtype: dtype.into(),
+                shape: shape.to_vec(),
+            };
+            assert_eq!(array_bytes(&array).ok(), expected, "{dtype} {shape:?}");
+        };
+        check("<f4", &[2, 3], Some(24));
+        check("|u1", &[], Some(1));
+        check("<f8", &[0], None);
+        check("float", &[2], None);
+        check("<f8", &[u64::MAX, 2], None);
+    }
+}

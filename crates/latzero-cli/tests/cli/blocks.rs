@@ -1,0 +1,214 @@
+//! `block`: blocks of memory by hand, over the Unix socket and over TCP.
+
+use crate::program::{Running, Server, eventually, run, run_with};
+
+#[test]
+fn a_block_is_made_written_read_and_removed() {
+    let server = Server::start();
+    let ok = |args: &[&str]| server.run(&[&["block"], args].concat()).ended_with(0);
+    let made = ok(&[
+        "create", "alpha/f", "--dtype", "<f4", "--shape", "2,3", "--json",
+    ])
+    .json();
+    assert_eq!(
+        (&made["size"], &made["pool"], &made["version"]),
+        (&24.into(), &"alpha".into(), &0.into())
+    );
+    assert_eq!(
+        ok(&["write", "alpha/f", "hello", "--offset", "3"]).out,
+        "1\n"
+    );
+    assert_eq!(
+        ok(&["read", "alpha/f", "--offset", "3", "--length", "5"]).out,
+        "hello"
+    );
+    assert_eq!(
+        ok(&["read", "alpha/f", "--length", "5", "--json"]).json()["hex"],
+        "0000006865"
+    );
+    let wrote = run_with(
+        &mut server.command(&["block", "write", "alpha/f", "-"]),
+        "HEL",
+    );
+    assert_eq!(wrote.ended_with(0).out, "2\n");
+    let listed = ok(&["ls", "alpha", "--json"]).json();
+    assert_eq!(
+        listed["blocks"][0]["layout"]["shape"],
+        serde_json::json!([2, 3])
+    );
+    assert!(
+        ok(&["ls", "alpha"])
+            .out
+            .starts_with("f\t24 B\t2\tshared\t<f4 2×3\t0\t-\t")
+    );
+    assert_eq!(ok(&["info", "alpha/f"]).json()["version"], 2);
+    assert_eq!(ok(&["cas", "alpha/f", "HEL", "hel"]).out, "3\n");
+    server
+        .run(&["block", "cas", "alpha/f", "HEL", "hel"])
+        .ended_with(4)
+        .said("nothing was written");
+    assert_eq!(
+        ok(&["resize", "alpha/f", "4KiB", "--json"]).json()["generation"],
+        2
+    );
+    ok(&["rm", "alpha/f"]);
+    server
+        .run(&["block", "read", "alpha/f"])
+        .ended_with(5)
+        .said("no_pool");
+}
+
+#[test]
+fn mistakes_are_told_with_what_to_do() {
+    let server = Server::start();
+    let fails = |args: &[&str], code: i32, said: &str| {
+        server
+            .run(&[&["block"], args].concat())
+            .ended_with(code)
+            .said(said);
+    };
+    server
+        .run(&["block", "create", "alpha/f", "10"])
+        .ended_with(0);
+    fails(&["read", "alhpa/f"], 5, "did you mean alpha?");
+    fails(&["create", "alpha/f", "10"], 5, "block_exists");
+    fails(&["create", "alpha/g"], 2, "<SIZE>");
+    fails(
+        &["create", "alpha/g", "lots"],
+        2,
+        "expected a size like 4096, 64KiB or 1GiB",
+    );
+    fails(&["create", "alpha/g", "2GiB"], 5, "limits.block_bytes_max");
+    fails(&["create", "alpha/a b", "1"], 5, "invalid_name");
+    fails(
+        &["write", "alpha/f", "more than ten bytes"],
+        5,
+        "out_of_range",
+    );
+    fails(
+        &["write", "alpha/f", "x", "--if-version", "7"],
+        5,
+        "version_conflict",
+    );
+    fails(&["cas", "alpha/f", "ab", "c"], 2, "as long as each other");
+    fails(&["lock", "alpha/f", "--", "./nosuch"], 1, "can't be run");
+    fails(&["load", "alpha/f", "/nosuch"], 1, "cannot be read");
+    fails(&["write", "/f", "x"], 2, "POOL/BLOCK");
+}
+
+#[test]
+fn arrays_go_to_files_and_come_back() {
+    let server = Server::start();
+    let file = server.home().join("array.npy");
+    // As numpy writes arange(6, dtype='<i2').reshape(2, 3).
+    let mut npy = b"\x93NUMPY\x01\x00\x46\x00{'descr': '<i2', 'fortran_order': False, 'shape': (2, 3), }          \n".to_vec();
+    npy.extend((0..6i16).flat_map(i16::to_le_bytes));
+    std::fs::write(&file, &npy).unwrap();
+    let path = file.to_str().unwrap();
+    let port = server.port();
+    for (name, reach) in [
+        ("alpha/mapped", vec![]),
+        ("alpha/copied", vec!["--port", &port]),
+    ] {
+        server
+            .run(&[&["block", "load", name, path][..], &reach].concat())
+            .ended_with(0);
+        let info = server.run(&["block", "info", name]).ended_with(0).json();
+        assert_eq!(
+            info["layout"],
+            serde_json::json!({"dtype": "<i2", "shape": [2, 3]})
+        );
+        let back = server.home().join("back.npy");
+        server
+            .run(&[&["block", "dump", name, back.to_str().unwrap()][..], &reach].concat())
+            .ended_with(0);
+        let back = std::fs::read(back).unwrap();
+        assert!(back.ends_with(&npy[npy.len() - 12..]));
+        assert_eq!(&back[..6], b"\x93NUMPY");
+    }
+    std::fs::write(&file, b"no array").unwrap();
+    server
+        .run(&["block", "load", "alpha/b", path])
+        .ended_with(2)
+        .said("does not begin as a .npy file does");
+    // Whatever does not end in .npy is bytes.
+    let raw = server.home().join("bytes.bin");
+    std::fs::write(&raw, vec![7; 100_000]).unwrap();
+    server
+        .run(&[
+            "block",
+            "load",
+            "alpha/bytes",
+            raw.to_str().unwrap(),
+            "--persistent",
+        ])
+        .ended_with(0);
+    let back = server.home().join("back.bin");
+    server
+        .run(&["block", "dump", "alpha/bytes", back.to_str().unwrap()])
+        .ended_with(0);
+    assert_eq!(std::fs::read(back).unwrap(), vec![7; 100_000]);
+}
+
+#[test]
+fn a_command_runs_under_the_lock() {
+    let server = Server::start();
+    server
+        .run(&["block", "create", "alpha/f", "10"])
+        .ended_with(0);
+    let ran = server
+        .run(&[
+            "block",
+            "lock",
+            "alpha/f",
+            "--",
+            "sh",
+            "-c",
+            "echo $LATZERO_BLOCK $LATZERO_FENCE; exit 7",
+        ])
+        .ended_with(7);
+    assert_eq!(ran.out, "alpha/f 1\n");
+    let held = Running::start(&mut server.command(&[
+        "block",
+        "lock",
+        "alpha/f",
+        "--",
+        "sh",
+        "-c",
+        "echo held; exec sleep 60",
+    ]));
+    assert_eq!(held.line(), "held");
+    server
+        .run(&["block", "lock", "alpha/f", "--wait", "10ms", "--", "true"])
+        .ended_with(5)
+        .said("locked");
+    let info = server.run(&["block", "info", "alpha/f"]).json();
+    assert_eq!(info["lock"]["mode"], "exclusive");
+    // Killed, it holds nothing any more.
+    drop(held);
+    server
+        .run(&["block", "lock", "alpha/f", "--", "true"])
+        .ended_with(0);
+}
+
+#[test]
+fn versions_are_watched_as_they_come() {
+    let server = Server::start();
+    server
+        .run(&["block", "create", "alpha/f", "10"])
+        .ended_with(0);
+    let watching =
+        Running::start(&mut server.command(&["block", "watch", "alpha/f", "--count", "2"]));
+    eventually(|| {
+        let info = run(&mut server.command(&["block", "info", "alpha/f"]));
+        info.json()["subscribers"] == 1
+    });
+    server
+        .run(&["block", "write", "alpha/f", "a"])
+        .ended_with(0);
+    assert_eq!(watching.line(), "1");
+    server
+        .run(&["block", "write", "alpha/f", "b"])
+        .ended_with(0);
+    assert_eq!(watching.line(), "2");
+}

@@ -1,0 +1,626 @@
+//! Memory blocks against a server that keeps one: what it may do wrong with descriptors, and what a client must not forget.
+
+use std::fs::File;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use latzero::blocking::App;
+use latzero::{Code, LockMode, Reconnect};
+use latzero_shm::{Custodian, Description, Geometry, State};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::{Value, json};
+
+use crate::fake::{Fake, Over, Peer, Socket, ack, frame};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn custodian(size: u64, generation: u64) -> Custodian {
+    let description = Description {
+        block_id: [1; 16],
+        pool_id: [2; 16],
+        generation,
+        geometry: Geometry::new(size, 2).unwrap(),
+        is_persistent: false,
+        created_unix_ns: 3,
+    };
+    Custodian::create_shared("lz:test", &description).unwrap()
+}
+
+/// A server that keeps block `b` of pool `alpha`.
+struct Keeper {
+    custodian: Mutex<Arc<Custodian>>,
+    /// Whether descriptors travel.
+    is_mapped: bool,
+    heard: Mutex<Vec<Value>>,
+    peer: Mutex<Option<Peer>>,
+}
+
+/// What a test answers itself; true where it did.
+type Special = dyn Fn(&Keeper, &mut Peer, &Value) -> bool + Send + Sync;
+
+impl Keeper {
+    fn start(is_mapped: bool, size: u64, special: Box<Special>) -> (Fake, Arc<Keeper>) {
+        let keeper = Arc::new(Keeper {
+            custodian: Mutex::new(Arc::new(custodian(size, 1))),
+            is_mapped,
+            heard: Mutex::default(),
+            peer: Mutex::default(),
+        });
+        let served = keeper.clone();
+        let fake = Fake::scripted(Over::Unix, move |_, peer| served.serve(peer, &*special));
+        (fake, keeper)
+    }
+
+    fn serve(&self, mut peer: Peer, special: &Special) {
+        let Some((hello, _)) = peer.read() else {
+            return;
+        };
+        let mut answer = ack(&hello, 1, &json!({"max_frame": 65536}));
+        if self.is_mapped {
+            answer["features"] = json!(["attachments", "fd_passing"]);
+        }
+        if special(self, &mut peer, &hello) {
+            return;
+        }
+        peer.send(&answer);
+        *self.peer.lock().unwrap() = Some(peer.clone());
+        while let Some((message, raw)) = peer.read() {
+            self.heard.lock().unwrap().push(message.clone());
+            if !special(self, &mut peer, &message) {
+                self.answer(&mut peer, &message, raw.as_deref());
+            }
+        }
+    }
+
+    fn block(&self) -> Arc<Custodian> {
+        self.custodian.lock().unwrap().clone()
+    }
+
+    fn describe(&self, mode: &str) -> Value {
+        let block = self.block();
+        let d = block.description();
+        json!({
+            "block_id": "b", "pool": "alpha", "size": d.geometry.size, "kind": "shared", "consistency": "snapshot",
+            "version": block.version().unwrap(), "mode": mode, "generation": d.generation, "header": 1,
+            "slots": d.geometry.slots, "slot_offset": d.geometry.slot_offset, "slot_stride": d.geometry.slot_stride,
+            "owner": "me", "lifetime": "pool", "access": if self.is_mapped { "mapped" } else { "copied" }, "fence": 0,
+        })
+    }
+
+    fn answer(&self, peer: &mut Peer, message: &Value, raw: Option<&[u8]>) {
+        let block = self.block();
+        match message["action"].as_str().unwrap() {
+            "memory_create" | "memory_attach" if !message["id"].is_null() => {
+                let mode = message["mode"].as_str().unwrap_or("write").to_owned();
+                let mut reply = response(message, self.describe(&mode));
+                if self.is_mapped {
+                    reply["descriptors"] = json!(1);
+                    let fd = match mode.as_str() {
+                        "read" => block.read_only().unwrap(),
+                        _ => block.writable(),
+                    };
+                    send(peer, &reply, &[fd.as_fd()]);
+                } else {
+                    peer.send(&reply);
+                }
+            }
+            "memory_read" => {
+                let mut bytes = vec![0; message["length"].as_u64().unwrap() as usize];
+                let from = message["offset"].as_u64().unwrap();
+                let version = block.read(from, &mut bytes, None).unwrap();
+                let reply = response(message, json!({"version": version, "generation": 1}));
+                peer.write(&frame(&reply, Some(&bytes)));
+            }
+            "memory_write" => {
+                let at = message["offset"].as_u64().unwrap();
+                let version = block.write(at, raw.unwrap(), None).unwrap();
+                peer.reply(message, &json!({"version": version}));
+            }
+            "memory_lock" => {
+                block.set_lease(7).unwrap();
+                peer.reply(message, &json!({"lock": "7", "fence": 7}));
+            }
+            "memory_subscribe" => {
+                let version = block.version().unwrap();
+                peer.reply(message, &json!({"version": version, "generation": 1}));
+            }
+            _ if message["id"].is_null() => {}
+            _ => peer.reply(message, &json!({})),
+        }
+    }
+
+    fn tell(&self, event: &Value) {
+        let peer = self.peer.lock().unwrap().as_ref().unwrap().clone();
+        let mut push =
+            json!({"action": "event", "pool": "alpha", "block_id": "b", "generation": 1});
+        for (key, value) in event.as_object().unwrap() {
+            push[key] = value.clone();
+        }
+        { peer }.send(&push);
+    }
+
+    fn count(&self, action: &str) -> usize {
+        let heard = self.heard.lock().unwrap();
+        heard.iter().filter(|m| m["action"] == action).count()
+    }
+
+    /// Waits until it has heard that many messages of an action.
+    fn wait_heard(&self, action: &str, count: usize) {
+        let end = Instant::now() + PATIENCE;
+        while self.count(action) < count {
+            assert!(
+                Instant::now() < end,
+                "{count} {action} are wanted: {:?}",
+                self.heard
+            );
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "json!({…}) reads best as it is"
+)]
+fn response(to: &Value, response: Value) -> Value {
+    json!({"action": "response", "in_reply_to": to["id"], "status": "ok", "response": response})
+}
+
+fn refusal(to: &Value, code: &str) -> Value {
+    json!({"action": "response", "in_reply_to": to["id"], "status": "error",
+        "error": {"code": code, "message": "the keeper says so", "ran": "no"}})
+}
+
+fn send(peer: &Peer, message: &Value, fds: &[BorrowedFd<'_>]) {
+    let Socket::Unix(stream) = &peer.socket else {
+        panic!("only Unix sockets pass descriptors");
+    };
+    let bytes = frame(message, None);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
+    let sent = sendmsg(
+        stream,
+        &[IoSlice::new(&bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    );
+    assert_eq!(sent.unwrap(), bytes.len());
+}
+
+fn as_it_is() -> Box<Special> {
+    Box::new(|_, _, _| false)
+}
+
+fn connect(fake: &Fake) -> App {
+    let reconnect = Reconnect {
+        pause_min: Duration::from_millis(1),
+        pause_max: Duration::from_millis(20),
+        ..Reconnect::default()
+    };
+    App::connect_with(latzero::App::builder(&fake.url("me")).reconnect(reconnect)).unwrap()
+}
+
+/// Attaches `b` where the keeper answers the first attempt with `fds` and says that `announced` come.
+fn attach_with(
+    announced: Option<u64>,
+    fds: impl Fn() -> Vec<OwnedFd> + Send + Sync + 'static,
+) -> (Code, String) {
+    let is_first = AtomicBool::new(true);
+    let special = move |keeper: &Keeper, peer: &mut Peer, message: &Value| {
+        if message["action"] != "memory_attach" || !is_first.swap(false, Ordering::SeqCst) {
+            return false;
+        }
+        let mut reply = response(message, keeper.describe("read"));
+        if let Some(announced) = announced {
+            reply["descriptors"] = json!(announced);
+        }
+        let fds = fds();
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        send(peer, &reply, &fds);
+        true
+    };
+    let (fake, keeper) = Keeper::start(true, 100, Box::new(special));
+    let app = connect(&fake);
+    let before = count_descriptors();
+    let error = app.block("b").attach().unwrap_err();
+    // Whatever was wrong, the next attempt is a fresh one.
+    assert_eq!(app.block("b").attach().unwrap().read().unwrap().0, [0; 100]);
+    assert!(
+        count_descriptors() <= before + DESCRIPTORS_OF_OTHERS,
+        "something is left of it"
+    );
+    drop((app, keeper));
+    (error.kind(), error.message().to_owned())
+}
+
+/// Tests beside this one come and go with theirs.
+const DESCRIPTORS_OF_OTHERS: usize = 60;
+
+fn count_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+fn null() -> OwnedFd {
+    File::open("/dev/null").unwrap().into()
+}
+
+fn unsealed(length: u64) -> OwnedFd {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(length).unwrap();
+    file.into()
+}
+
+#[test]
+fn descriptors_that_do_not_fit_their_message_end_the_connection() {
+    let (kind, text) = attach_with(Some(1), Vec::new);
+    assert_eq!(kind, Code::Disconnected);
+    assert!(
+        text.contains("names 1 file descriptors, and 0 came"),
+        "{text}"
+    );
+    for announced in [None, Some(1)] {
+        let (kind, text) = attach_with(announced, || vec![null(), null()]);
+        assert_eq!(kind, Code::Disconnected, "{text}");
+        assert!(
+            text.contains("more file descriptors than its messages name"),
+            "{text}"
+        );
+    }
+    // More than the control data has room for: the kernel says that it was cut short.
+    let (kind, text) = attach_with(Some(200), || (0..200).map(|_| null()).collect());
+    assert_eq!(kind, Code::Disconnected, "{text}");
+    assert!(text.contains("all of them were closed"), "{text}");
+}
+
+#[test]
+fn descriptors_of_something_else_are_refused_by_name() {
+    let total = Geometry::new(100, 2).unwrap().total();
+    let checks: [(fn(u64) -> OwnedFd, &str); 5] = [
+        (|_| null(), "no regular file"),
+        (
+            |_| std::os::unix::net::UnixStream::pair().unwrap().0.into(),
+            "no regular file",
+        ),
+        (|_| unsealed(5000), "5000 bytes"),
+        (unsealed, "not sealed"),
+        (
+            |_| custodian(100, 2).read_only().unwrap().try_clone().unwrap(),
+            "generation",
+        ),
+    ];
+    for (fd, expected) in checks {
+        let (kind, text) = attach_with(Some(1), move || vec![fd(total)]);
+        assert_eq!(kind, Code::Storage);
+        assert!(
+            text.contains("block 'b' can't be mapped") && text.contains(expected),
+            "{text}"
+        );
+    }
+    // One that allows more than was granted.
+    let (_, text) = attach_with(Some(1), || {
+        vec![custodian(100, 1).writable().try_clone().unwrap()]
+    });
+    assert!(text.contains("access mode"), "{text}");
+    // Announced as mapped, and none came: the reply makes no sense.
+    let (kind, _) = attach_with(None, Vec::new);
+    assert_eq!(kind, Code::BadMessage);
+}
+
+#[test]
+fn a_call_right_behind_the_acknowledgement_brings_its_block() {
+    let special = |keeper: &Keeper, peer: &mut Peer, message: &Value| {
+        if message["action"] != "handshake" || message["triggers"] == json!([]) {
+            return false;
+        }
+        // The reconnect lists the trigger, so the first call may come in one piece with the acknowledgement.
+        let mut hello = ack(message, 1, &json!({}));
+        hello["features"] = json!(["attachments", "fd_passing"]);
+        peer.send(&hello);
+        keeper.block().write(0, b"early", None).unwrap();
+        let call = json!({
+            "action": "trigger", "id": "c1", "process": "t", "pool": "alpha", "origin": {"app_id": "x", "instance": "1"},
+            "blocks": [keeper.describe("read")], "descriptors": 1, "data": null,
+        });
+        send(peer, &call, &[keeper.block().read_only().unwrap().as_fd()]);
+        while let Some((message, _)) = peer.read() {
+            keeper.heard.lock().unwrap().push(message);
+        }
+        true
+    };
+    let (fake, keeper) = Keeper::start(true, 5, Box::new(special));
+    let app = connect(&fake);
+    app.serve("t", |request| {
+        assert_eq!(request.block_ids(), ["b"]);
+        let block = request.block("b")?;
+        assert!(block.is_mapped());
+        assert_eq!(request.block("c").unwrap_err().kind(), Code::NoBlock);
+        Ok(String::from_utf8(block.read()?.0)?)
+    })
+    .unwrap();
+    fake.cut();
+    keeper.wait_heard("response", 1);
+    let heard = keeper.heard.lock().unwrap();
+    let answer = heard.iter().find(|m| m["action"] == "response").unwrap();
+    assert_eq!(answer["response"], "early", "{answer}");
+    // It was lent: there is nothing to detach.
+    assert!(heard.iter().all(|m| m["action"] != "memory_detach"));
+}
+
+#[test]
+fn the_last_handle_of_a_block_detaches_it() {
+    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let app = connect(&fake);
+    let writer = app.block("b").create(10).send().unwrap();
+    let reader = app.block("b").attach().unwrap();
+    let clone = reader.clone();
+    drop((writer, clone));
+    app.ping().unwrap();
+    assert_eq!(keeper.count("memory_detach"), 0);
+    drop(reader);
+    keeper.wait_heard("memory_detach", 1);
+    app.ping().unwrap();
+    assert_eq!(keeper.count("memory_detach"), 1);
+}
+
+#[test]
+fn handles_of_a_block_share_one_subscription() {
+    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let app = connect(&fake);
+    let (one, two) = (
+        app.block("b").attach().unwrap(),
+        app.block("b").attach().unwrap(),
+    );
+    let (first, mut second) = (one.changes().unwrap(), two.changes().unwrap());
+    drop(first);
+    app.ping().unwrap();
+    assert_eq!(keeper.count("memory_unsubscribe"), 0);
+    for version in [3, 4, 9] {
+        keeper.tell(&json!({"event": "block_changed", "version": version}));
+    }
+    while second.recv_timeout(PATIENCE).unwrap() != Some(9) {}
+    drop(second);
+    keeper.wait_heard("memory_unsubscribe", 1);
+    let mut third = one.changes().unwrap();
+    keeper.tell(&json!({"event": "block_removed"}));
+    while third.recv_timeout(PATIENCE).unwrap().is_some() {}
+}
+
+#[test]
+fn readers_alone_are_named_without_letting_everybody_write() {
+    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let app = connect(&fake);
+    app.block("b")
+        .create(10)
+        .readable_by(&["x"])
+        .send()
+        .unwrap();
+    app.block("b")
+        .create(10)
+        .writable_by(&["y"])
+        .readable_by(&["x"])
+        .send()
+        .unwrap();
+    app.block("b")
+        .create(10)
+        .writable_by(&["y"])
+        .send()
+        .unwrap();
+    let heard = keeper.heard.lock().unwrap();
+    let asked: Vec<_> = heard
+        .iter()
+        .filter(|m| m["action"] == "memory_create")
+        .collect();
+    assert_eq!(asked[0]["permissions"], json!({"read": ["x"], "write": []}));
+    assert_eq!(
+        asked[1]["permissions"],
+        json!({"read": ["x"], "write": ["y"]})
+    );
+    assert_eq!(asked[2]["permissions"], json!({"write": ["y"]}));
+}
+
+#[test]
+fn a_block_that_never_holds_still_is_contended() {
+    // Large enough for two reads, of which the second never has the first one's version; or never the size that was told.
+    for code in ["version_conflict", "out_of_range"] {
+        let special = move |_: &Keeper, peer: &mut Peer, message: &Value| {
+            let is_it = message["action"] == "memory_read" && message["offset"] != 0;
+            if is_it {
+                peer.send(&refusal(message, code));
+            }
+            is_it
+        };
+        let (fake, _keeper) = Keeper::start(false, 100_000, Box::new(special));
+        let app = connect(&fake);
+        let block = app.block("b").attach().unwrap();
+        assert!(!block.is_mapped());
+        assert_eq!(block.read().unwrap_err().kind(), Code::Contended);
+    }
+}
+
+#[test]
+fn a_draft_that_a_panic_drops_nobody_sees() {
+    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let app = connect(&fake);
+    let block = app.block("b").create(10).send().unwrap();
+    let panicked = std::thread::scope(|scope| {
+        let handle = scope.spawn(|| {
+            let mut draft = block.write(PATIENCE).unwrap();
+            draft.write(0, b"half").unwrap();
+            panic!("on purpose");
+        });
+        handle.join()
+    });
+    assert!(panicked.is_err());
+    keeper.wait_heard("memory_unlock", 1);
+    assert_eq!((block.version(), keeper.block().version().unwrap()), (0, 0));
+    let mut draft = block.write(PATIENCE).unwrap();
+    draft.write(0, b"whole").unwrap();
+    assert_eq!(draft.commit().unwrap(), 1);
+    assert_eq!(block.read().unwrap().0, b"whole\0\0\0\0\0");
+}
+
+#[test]
+fn times_beyond_counting_are_as_good_as_for_ever() {
+    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let app = connect(&fake);
+    let block = app.block("b").create(10).send().unwrap();
+    let held = block
+        .lock_for(LockMode::Exclusive, Duration::MAX, Duration::MAX)
+        .unwrap();
+    held.renew(Some(Duration::MAX)).unwrap();
+    drop(held);
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| block.wait_for(0, Duration::MAX).unwrap());
+        keeper.block().write(0, b"x", None).unwrap();
+        assert_eq!(waiter.join().unwrap(), 1);
+    });
+}
+
+#[test]
+fn a_wait_goes_on_with_the_block_that_took_its_place() {
+    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let app = connect(&fake);
+    let block = app.block("b").attach().unwrap();
+    let old = keeper.block();
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| block.wait_for(0, PATIENCE).unwrap());
+        // By the word in the header alone: no event is needed.
+        let new = Arc::new(custodian(20, 2));
+        *keeper.custodian.lock().unwrap() = new.clone();
+        old.set_state(State::Superseded).unwrap();
+        new.write(15, b"x", None).unwrap();
+        assert_eq!(waiter.join().unwrap(), 1);
+    });
+    assert_eq!((block.size(), block.generation()), (20, 2));
+    assert_eq!(
+        block.view(|view| view.load::<u8>(15).unwrap()).unwrap(),
+        b'x'
+    );
+}
+
+fn poll<F: Future>(future: Pin<&mut F>) -> Poll<F::Output> {
+    future.poll(&mut Context::from_waker(Waker::noop()))
+}
+
+#[test]
+fn a_lock_that_is_granted_to_nobody_is_given_back() {
+    // The grant crosses the cancellation on its way.
+    let asked = Mutex::new(None);
+    let special =
+        move |_: &Keeper, peer: &mut Peer, message: &Value| match message["action"].as_str() {
+            Some("memory_lock") => {
+                *asked.lock().unwrap() = Some(message.clone());
+                true
+            }
+            Some("cancel") => {
+                let lock = asked.lock().unwrap().take().unwrap();
+                assert_eq!(lock["id"], message["id"]);
+                peer.reply(&lock, &json!({"lock": "7", "fence": 7}));
+                true
+            }
+            _ => false,
+        };
+    let (fake, keeper) = Keeper::start(true, 10, Box::new(special));
+    let app = connect(&fake);
+    let block = app.as_async().block("b");
+    let block = app.block("b").attach().map(|_| block).unwrap();
+    let mut attaching = pin!(block.attach_writable());
+    let block = loop {
+        if let Poll::Ready(block) = poll(attaching.as_mut()) {
+            break block.unwrap();
+        }
+        std::thread::yield_now();
+    };
+    {
+        let mut locking = pin!(block.lock(LockMode::Exclusive, PATIENCE));
+        assert!(poll(locking.as_mut()).is_pending());
+        keeper.wait_heard("memory_lock", 1);
+    }
+    keeper.wait_heard("memory_unlock", 1);
+    let heard = keeper.heard.lock().unwrap();
+    let unlock = heard
+        .iter()
+        .find(|m| m["action"] == "memory_unlock")
+        .unwrap();
+    assert_eq!(unlock["lock"], "7");
+}
+
+#[test]
+fn futures_wait_for_versions_and_see_changes() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    for is_mapped in [true, false] {
+        let (fake, keeper) = Keeper::start(is_mapped, 10, as_it_is());
+        runtime.block_on(async {
+            let app = latzero::App::connect(&fake.url("me")).await.unwrap();
+            let block = app.block("b").attach_writable().await.unwrap();
+            assert_eq!(block.is_mapped(), is_mapped);
+            let error = block
+                .wait_for(0, Duration::from_millis(5))
+                .await
+                .unwrap_err();
+            assert_eq!(error.kind(), Code::Timeout);
+            let (theirs, waiting) = (keeper.clone(), block.clone());
+            let waiter = tokio::spawn(async move { waiting.wait_for(0, PATIENCE).await });
+            let writer = std::thread::spawn(move || {
+                let version = theirs.block().write(0, b"x", None).unwrap();
+                // Subscribed, or about to ask for the version.
+                if !theirs.is_mapped {
+                    theirs.wait_heard("memory_subscribe", 2);
+                    theirs.tell(&json!({"event": "block_changed", "version": version}));
+                }
+            });
+            assert_eq!(waiter.await.unwrap().unwrap(), 1);
+            writer.join().unwrap();
+            let mut changes = block.changes().await.unwrap();
+            keeper.tell(&json!({"event": "block_changed", "version": 5}));
+            assert_eq!(changes.recv().await, Some(5));
+            assert_eq!(block.read().await.unwrap().0[0], b'x');
+            drop(changes);
+            let mut changes = block.changes().await.unwrap();
+            app.close().await.unwrap();
+            while changes.recv().await.is_some() {}
+        });
+    }
+}
+
+#[test]
+fn a_reconnect_brings_versions_and_removals_that_were_missed() {
+    let is_gone = Arc::new(AtomicBool::new(false));
+    let gone = is_gone.clone();
+    let special = move |_: &Keeper, peer: &mut Peer, message: &Value| {
+        let is_it = gone.load(Ordering::SeqCst) && message["action"] == "memory_attach";
+        if is_it && !message["id"].is_null() {
+            peer.send(&refusal(message, "no_block"));
+        }
+        is_it
+    };
+    let (fake, keeper) = Keeper::start(true, 4, Box::new(special));
+    let app = connect(&fake);
+    let block = app.block("b").attach().unwrap();
+    let mut changes = block.changes().unwrap();
+    // Written while nobody could be told.
+    keeper.block().write(0, b"miss", None).unwrap();
+    fake.cut();
+    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), Some(1));
+    assert!(block.is_live());
+    is_gone.store(true, Ordering::SeqCst);
+    fake.cut();
+    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), None);
+    // What was mapped can still be read, and says what it is.
+    assert_eq!(block.read().unwrap(), (b"miss".to_vec(), 1));
+    assert!(!block.is_live());
+    assert_eq!(
+        block.writer(Duration::ZERO).unwrap_err().kind(),
+        Code::NoBlock
+    );
+}
