@@ -23,7 +23,10 @@ pub fn send_with_fds(
 ) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+    // The control buffer may have room for one more, for its alignment; the receiver's may not.
+    let fits = descriptors.len() <= DESCRIPTORS_MAX
+        && (descriptors.is_empty() || control.push(SendAncillaryMessage::ScmRights(descriptors)));
+    if !fits {
         return Err(io::Error::other(format!(
             "more than {DESCRIPTORS_MAX} descriptors can't travel with one message"
         )));

@@ -31,6 +31,23 @@ impl FileMemory {
         self.page.as_ref()
     }
 
+    /// Appends `length` bytes to `to`, without filling its memory twice.
+    pub(crate) fn append(&self, at: u64, length: usize, to: &mut Vec<u8>) -> Result<(), Fault> {
+        to.reserve_exact(length);
+        let (begin, end) = (to.len(), to.len() + length);
+        while to.len() < end {
+            let from = at + (to.len() - begin) as u64;
+            match rustix::io::pread(&self.file, rustix::buffer::spare_capacity(to), from) {
+                Ok(0) => return Err(Fault::Short),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(Fault::Io(error.into())),
+            }
+        }
+        // The allocator may have given more than was asked for.
+        to.truncate(end);
+        Ok(())
+    }
+
     pub(crate) fn load_half(&self, at: u64) -> Result<u32, Fault> {
         let mut bytes = [0; 4];
         self.read(at, &mut bytes)?;

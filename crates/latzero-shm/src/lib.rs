@@ -13,18 +13,32 @@
 )]
 
 mod attachment;
+#[cfg(feature = "bare")]
+pub mod bare;
+mod copy;
+mod create;
 mod custodian;
 mod element;
 pub mod fds;
 mod file;
 mod format;
+mod geometry;
+mod kept;
 mod mapped;
 mod memory;
 pub mod slots;
+mod view;
+mod wait;
+mod writing;
 
-pub use attachment::{AttachError, Attachment, Expected, View, Waited, Writing};
-pub use custodian::{Cas, CreateError, Custodian, OpenError};
+pub use attachment::{AttachError, Attachment, Expected};
+pub use create::{CreateError, OpenError};
+pub use custodian::{Cas, Custodian};
 pub use element::Element;
-pub use format::{Access, Description, Geometry, GeometryError, HEADER_BYTES, HeaderError, State};
+pub use format::{Access, Description, HEADER_BYTES, HeaderError, State};
+pub use geometry::{Geometry, GeometryError};
 pub use memory::{Fault, Memory};
 pub use slots::{ReadError, WriteError};
+pub use view::View;
+pub use wait::Waited;
+pub use writing::Writing;

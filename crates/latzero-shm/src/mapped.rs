@@ -3,12 +3,13 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::thread::futex;
 
+use crate::copy::{copy_in, copy_out};
 use crate::format::Access;
 use crate::memory::{Fault, Memory};
 
@@ -120,6 +121,20 @@ impl Mapped {
         Ok(())
     }
 
+    /// Appends `length` bytes to `to`, without filling its memory twice.
+    pub(crate) fn append(&self, at: u64, length: usize, to: &mut Vec<u8>) -> Result<(), Fault> {
+        let from = self.range(at, length)?;
+        to.reserve_exact(length);
+        let end = to.len();
+        // SAFETY: `range` checked that the source lies within the mapping; `to` has room for `length` bytes behind its end,
+        // nobody else accesses them, and they are all written before they count as part of it.
+        unsafe {
+            copy_out(from, to.as_mut_ptr().add(end), length);
+            to.set_len(end + length);
+        }
+        Ok(())
+    }
+
     fn check_writable(&self) -> Result<(), Fault> {
         match self.access {
             Access::Write => Ok(()),
@@ -134,9 +149,6 @@ impl Drop for Mapped {
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.length) };
     }
 }
-
-/// Words copied per step of the loops below: enough for the compiler to keep the processor's load and store units busy.
-const STEP: usize = 8;
 
 impl Memory for Mapped {
     fn load(&self, at: u64, order: Ordering) -> Result<u64, Fault> {
@@ -168,95 +180,22 @@ impl Memory for Mapped {
         Ok(())
     }
 
+    fn copy(&self, from: u64, to: u64, length: u64) -> Result<(), Fault> {
+        // Through a buffer that stays in the processor's nearest cache, and no allocation for small changes.
+        let mut piece = [0; 4096];
+        let mut done = 0;
+        while done < length {
+            let n = usize::try_from((length - done).min(piece.len() as u64)).expect("bounded");
+            self.read(from + done, &mut piece[..n])?;
+            self.write(to + done, &piece[..n])?;
+            done += n as u64;
+        }
+        Ok(())
+    }
+
     fn notify(&self, at: u64) -> Result<(), Fault> {
         self.check_writable()?;
         self.half(at)?.fetch_add(1, Ordering::Release);
         self.wake(at)
     }
-}
-
-/// Copies shared bytes into private ones, with relaxed atomic loads.
-///
-/// # Safety
-/// `from` must be valid for `length` bytes that are only ever accessed atomically or by other processes, and `to` for
-/// `length` bytes that nobody else accesses.
-pub(crate) unsafe fn copy_out(from: *mut u8, to: *mut u8, length: usize) {
-    let mut at = 0;
-    while at < length && !from.wrapping_add(at).cast::<u64>().is_aligned() {
-        // SAFETY: within `length`.
-        unsafe { *to.add(at) = byte(from.add(at)).load(Ordering::Relaxed) };
-        at += 1;
-    }
-    while length - at >= 8 * STEP {
-        let mut words = [0; STEP];
-        for (i, word) in words.iter_mut().enumerate() {
-            // SAFETY: within `length`, aligned.
-            *word = unsafe { self::word(from.add(at + 8 * i)) }.load(Ordering::Relaxed);
-        }
-        // SAFETY: within `length`; `to` need not be aligned.
-        unsafe { to.add(at).cast::<[u64; STEP]>().write_unaligned(words) };
-        at += 8 * STEP;
-    }
-    while length - at >= 8 {
-        // SAFETY: within `length`, aligned; `to` need not be.
-        unsafe {
-            let word = word(from.add(at)).load(Ordering::Relaxed);
-            to.add(at).cast::<u64>().write_unaligned(word);
-        }
-        at += 8;
-    }
-    while at < length {
-        // SAFETY: within `length`.
-        unsafe { *to.add(at) = byte(from.add(at)).load(Ordering::Relaxed) };
-        at += 1;
-    }
-}
-
-/// Copies private bytes into shared ones, with relaxed atomic stores.
-///
-/// # Safety
-/// As [`copy_out`], with the sides exchanged.
-pub(crate) unsafe fn copy_in(from: *const u8, to: *mut u8, length: usize) {
-    let mut at = 0;
-    while at < length && !to.wrapping_add(at).cast::<u64>().is_aligned() {
-        // SAFETY: within `length`.
-        unsafe { byte(to.add(at)).store(*from.add(at), Ordering::Relaxed) };
-        at += 1;
-    }
-    while length - at >= 8 * STEP {
-        // SAFETY: within `length`; `from` need not be aligned.
-        let words = unsafe { from.add(at).cast::<[u64; STEP]>().read_unaligned() };
-        for (i, word) in words.iter().enumerate() {
-            // SAFETY: within `length`, aligned.
-            unsafe { self::word(to.add(at + 8 * i)) }.store(*word, Ordering::Relaxed);
-        }
-        at += 8 * STEP;
-    }
-    while length - at >= 8 {
-        // SAFETY: within `length`; `to` is aligned, `from` need not be.
-        unsafe {
-            let word = from.add(at).cast::<u64>().read_unaligned();
-            self::word(to.add(at)).store(word, Ordering::Relaxed);
-        }
-        at += 8;
-    }
-    while at < length {
-        // SAFETY: within `length`.
-        unsafe { byte(to.add(at)).store(*from.add(at), Ordering::Relaxed) };
-        at += 1;
-    }
-}
-
-/// # Safety
-/// `at` must be valid and aligned for eight bytes that are only accessed atomically, for as long as the result is used.
-unsafe fn word<'a>(at: *mut u8) -> &'a AtomicU64 {
-    // SAFETY: the caller's promise.
-    unsafe { AtomicU64::from_ptr(at.cast()) }
-}
-
-/// # Safety
-/// As [`word`], for one byte.
-unsafe fn byte<'a>(at: *mut u8) -> &'a AtomicU8 {
-    // SAFETY: the caller's promise.
-    unsafe { AtomicU8::from_ptr(at) }
 }

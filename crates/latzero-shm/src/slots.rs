@@ -2,7 +2,7 @@
 //!
 //! A writer fills the slot after the newest version's, and then points the head at it; a reader copies the slot that the head
 //! points at and looks whether it was touched meanwhile (a sequence lock, as in Boehm, "Can seqlocks get along with
-//! programming language memory models?", MSPC 2012). With two slots or more a writer that dies leaves the newest version as
+//! programming language memory models?", MSPC 2012). A version is there as soon as the head names it, and not before. With two slots or more a writer that dies leaves the newest version as
 //! it was, and the next one begins the slot again. One slot is written in place, and read without looking: its users
 //! take a lock.
 
@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::format::{Geometry, at};
+use crate::format::at;
+use crate::geometry::Geometry;
 use crate::memory::{Fault, Memory};
 
 /// How often, and for how long, a reader begins again before it says that the block is contended.
@@ -20,6 +21,9 @@ const PATIENCE: Duration = Duration::from_millis(50);
 
 /// Versions stay below this: a writer at a million versions a second gets there in two thousand years.
 const VERSION_MAX: u64 = (1 << 56) - 1;
+
+/// What a slot says it holds while its content is that of no version.
+const SPOILT: u64 = u64::MAX;
 
 /// Why a read failed.
 #[derive(Debug, Error)]
@@ -50,8 +54,8 @@ pub enum WriteError {
         /// The version that it has.
         current: u64,
     },
-    /// What stands there could not be read.
-    #[error("the block is written so often that no whole version could be had")]
+    /// Another write is in the way: what stands there could not be read whole, or this attachment has one under way.
+    #[error("another write is in the way; try again when it is done")]
     Contended,
     /// The lock under which this was written is held no longer.
     #[error("the lock under which this was written is held no longer")]
@@ -113,30 +117,39 @@ pub fn read<M: Memory>(
     if !geometry.contains(offset, to.len()) {
         return Err(ReadError::OutOfRange);
     }
+    consistent(memory, geometry, |slot| {
+        match slot {
+            Some(slot) => memory.read(slot + offset, to)?,
+            None => to.fill(0),
+        }
+        Ok(())
+    })
+}
+
+/// Has `copy` take what it wants of the newest version, given where its slot begins, or nothing for a version of zeros; again
+/// and again until nobody wrote meanwhile. Returns the version.
+pub(crate) fn consistent<M: Memory>(
+    memory: &M,
+    geometry: &Geometry,
+    mut copy: impl FnMut(Option<u64>) -> Result<(), Fault>,
+) -> Result<u64, ReadError> {
     let mut tries = 0;
     let mut since = None;
     loop {
         let head = head(memory, geometry)?;
-        if head.version == 0 {
-            to.fill(0);
-            // A raw block is written in place before its first version is there.
-            if geometry.is_raw() {
-                memory.read(geometry.slot(0) + offset, to)?;
-            }
-            return Ok(0);
-        }
         if geometry.is_raw() {
-            memory.read(geometry.slot(0) + offset, to)?;
+            // Written in place, and there even before the first version is.
+            copy(Some(geometry.slot(0)))?;
             return Ok(head.version);
         }
-        let words = at::slot(head.slot);
-        let sequence = memory.load(words + at::SEQUENCE, Acquire)?;
-        if sequence & 1 == 0 {
-            let version = memory.load(words + at::VERSION, Relaxed)?;
-            memory.read(geometry.slot(head.slot) + offset, to)?;
-            memory.fence(Acquire);
-            if memory.load(words + at::SEQUENCE, Relaxed)? == sequence {
-                return Ok(version);
+        if head.version == 0 {
+            copy(None)?;
+            return Ok(0);
+        }
+        if let Some(sequence) = settled(memory, &head)? {
+            copy(Some(geometry.slot(head.slot)))?;
+            if is_untouched(memory, head.slot, sequence)? {
+                return Ok(head.version);
             }
         }
         tries += 1;
@@ -145,6 +158,25 @@ pub fn read<M: Memory>(
         }
         memory.relax(tries);
     }
+}
+
+/// The sequence number of the head's slot, where that is whole and holds the head's version.
+///
+/// A slot that holds a later version is one that the head is about to name, or never will, where its writer died: what stands
+/// there is no version before the head says so.
+pub(crate) fn settled<M: Memory>(memory: &M, head: &Head) -> Result<Option<u64>, Fault> {
+    let words = at::slot(head.slot);
+    let sequence = memory.load(words + at::SEQUENCE, Acquire)?;
+    if sequence & 1 == 1 || memory.load(words + at::VERSION, Relaxed)? != head.version {
+        return Ok(None);
+    }
+    Ok(Some(sequence))
+}
+
+/// Whether nobody began to write over the slot since [`settled`] gave `sequence`, as far as anything read since then goes.
+pub(crate) fn is_untouched<M: Memory>(memory: &M, slot: u32, sequence: u64) -> Result<bool, Fault> {
+    memory.fence(Acquire);
+    Ok(memory.load(at::slot(slot) + at::SEQUENCE, Relaxed)? == sequence)
 }
 
 /// A version under way. Nobody sees it before it is published; where it is dropped, nobody ever does. Each step is given the
@@ -158,6 +190,9 @@ pub struct Draft {
     head: Head,
     /// What was changed against the version before: the first byte and the end.
     changed: Option<(u64, u64)>,
+    /// What of the slot is still older than the version before. It is brought up to date when that turns out to be needed:
+    /// what is written over need not be copied first.
+    lag: Option<(u64, u64)>,
 }
 
 /// Begins the next version, with the content of the newest one. There must be one writer at a time.
@@ -174,86 +209,143 @@ pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault>
     let words = at::slot(slot);
     // A slot left odd by a writer that died is begun again.
     let sequence = memory.load(words + at::SEQUENCE, Relaxed)? & !1;
-    let draft = Draft {
+    let mut draft = Draft {
         geometry: *geometry,
         slot,
         sequence,
         head,
         changed: None,
+        lag: None,
     };
     if !geometry.is_raw() {
         memory.store(words + at::SEQUENCE, sequence.wrapping_add(1), Relaxed)?;
         memory.fence(Release);
-        draft.catch_up(memory)?;
+        let holds = memory.load(words + at::VERSION, Relaxed)?;
+        draft.lag = Some(draft.lag(memory, holds)?).filter(|(from, to)| from < to);
     }
     Ok(draft)
 }
 
 impl Draft {
-    /// Brings the slot from the version that it holds to the newest one, by copying what was changed in between.
-    fn catch_up<M: Memory>(&self, memory: &M) -> Result<(), Fault> {
-        if self.head.version == 0 {
-            // Fresh memory is zeros; what a writer that died left in it is not.
-            return match self.sequence {
-                0 if memory.load(at::slot(self.slot) + at::CHANGED_TO, Relaxed)? == 0 => Ok(()),
-                _ => self.zero(memory),
-            };
-        }
-        let (from, to) = self.lag(memory)?;
-        if from >= to {
+    /// Brings the slot up to the newest version, where it still lags behind.
+    fn catch_up<M: Memory>(&mut self, memory: &M) -> Result<(), Fault> {
+        let Some(range) = self.lag.take() else {
             return Ok(());
+        };
+        if self.changed.is_some() {
+            return self.bring(memory, range);
+        }
+        self.spoil(memory)?;
+        self.bring(memory, range)?;
+        memory.fence(Release);
+        memory.store(
+            at::slot(self.slot) + at::VERSION,
+            self.head.version,
+            Relaxed,
+        )
+    }
+
+    /// Copies a range of the newest version into the slot.
+    fn bring<M: Memory>(&self, memory: &M, (from, to): (u64, u64)) -> Result<(), Fault> {
+        if self.head.version == 0 {
+            return self.put(memory, from, to, 0);
         }
         let source = self.geometry.slot(self.head.slot);
         let target = self.geometry.slot(self.slot);
         memory.copy(source + from, target + from, to - from)
     }
 
-    /// Which bytes of the slot are older than the newest version; all of them where that can't be told.
-    fn lag<M: Memory>(&self, memory: &M) -> Result<(u64, u64), Fault> {
+    /// Takes what is about to be written over from what lags behind.
+    fn make_way<M: Memory>(&mut self, memory: &M, (a, b): (u64, u64)) -> Result<(), Fault> {
+        let Some((from, to)) = self.lag else {
+            return Ok(());
+        };
+        self.lag = match (a <= from, b >= to) {
+            _ if b <= from || a >= to => Some((from, to)),
+            (true, true) => None,
+            (true, false) => Some((b, to)),
+            (false, true) => Some((from, a)),
+            // In its midst: the shorter side is copied now, the longer one may yet be written over.
+            (false, false) if a - from < to - b => {
+                self.bring(memory, (from, a))?;
+                Some((b, to))
+            }
+            (false, false) => {
+                self.bring(memory, (b, to))?;
+                Some((from, a))
+            }
+        };
+        Ok(())
+    }
+
+    /// Notes that the slot's content is that of no version, before it is touched: whoever comes after a writer that died here
+    /// copies all of it.
+    fn spoil<M: Memory>(&self, memory: &M) -> Result<(), Fault> {
+        let holds = at::slot(self.slot) + at::VERSION;
+        memory.store(holds, SPOILT, Relaxed)?;
+        memory.fence(Release);
+        Ok(())
+    }
+
+    /// Which bytes of the slot are older than the newest version; all of them where that can't be told. A slot that was never
+    /// written holds zeros, which is version 0.
+    fn lag<M: Memory>(&self, memory: &M, holds: u64) -> Result<(u64, u64), Fault> {
         let all = (0, self.geometry.size);
-        let words = at::slot(self.slot);
-        // Marked as unknown while it is written, so that the next one after a writer's death copies all.
-        let holds = memory.load(words + at::VERSION, Relaxed)?;
-        memory.store(words + at::VERSION, u64::MAX, Relaxed)?;
-        if holds == u64::MAX || holds >= self.head.version {
+        if holds > self.head.version || self.head.version - holds >= u64::from(self.geometry.slots)
+        {
             return Ok(all);
         }
         let mut lag: Option<(u64, u64)> = None;
-        // A slot that was never written holds zeros, which is version 0.
-        let mut missing = self.head.version - holds;
-        if missing >= u64::from(self.geometry.slots) {
-            return Ok(all);
-        }
         let mut slot = self.head.slot;
-        let mut version = self.head.version;
-        while missing > 0 {
+        for version in (holds + 1..=self.head.version).rev() {
             let words = at::slot(slot);
-            if memory.load(words + at::VERSION, Relaxed)? != version {
-                return Ok(all);
-            }
             let from = memory.load(words + at::CHANGED_FROM, Relaxed)?;
             let to = memory.load(words + at::CHANGED_TO, Relaxed)?;
-            if from > to || to > self.geometry.size {
+            let found = memory.load(words + at::VERSION, Relaxed)?;
+            if found != version || from > to || to > self.geometry.size {
                 return Ok(all);
             }
-            lag = Some(lag.map_or((from, to), |(a, b)| union((a, b), (from, to))));
-            missing -= 1;
-            version -= 1;
+            if from < to {
+                lag = Some(lag.map_or((from, to), |lag| union(lag, (from, to))));
+            }
             slot = (slot + self.geometry.slots - 1) % self.geometry.slots;
         }
         Ok(lag.unwrap_or((0, 0)))
     }
 
-    fn zero<M: Memory>(&self, memory: &M) -> Result<(), Fault> {
-        let zeros = vec![0; usize::try_from(self.geometry.size.min(64 * 1024)).expect("bounded")];
-        let mut done = 0;
-        while done < self.geometry.size {
-            let n = (self.geometry.size - done).min(zeros.len() as u64);
-            let start = self.geometry.slot(self.slot) + done;
-            memory.write(start, &zeros[..usize::try_from(n).expect("bounded")])?;
-            done += n;
+    /// Fills a range with one byte, in pieces.
+    fn put<M: Memory>(&self, memory: &M, from: u64, to: u64, byte: u8) -> Result<(), Fault> {
+        let piece = vec![byte; usize::try_from((to - from).min(64 * 1024)).expect("bounded")];
+        let mut at = from;
+        while at < to {
+            let n = usize::try_from((to - at).min(piece.len() as u64)).expect("bounded");
+            let start = self.geometry.slot(self.slot) + at;
+            memory.write(start, &piece[..n])?;
+            at += n as u64;
         }
         Ok(())
+    }
+
+    /// Notes that bytes are about to be changed; `None` where there are none.
+    fn touch<M: Memory>(
+        &mut self,
+        memory: &M,
+        offset: u64,
+        length: u64,
+    ) -> Result<Option<(u64, u64)>, WriteError> {
+        if !self.geometry.contains_range(offset, length) {
+            return Err(WriteError::OutOfRange);
+        }
+        if length == 0 {
+            return Ok(None);
+        }
+        let range = (offset, offset + length);
+        if self.changed.is_none() && !self.geometry.is_raw() {
+            self.spoil(memory)?;
+        }
+        self.changed = Some(self.changed.map_or(range, |before| union(before, range)));
+        self.make_way(memory, range)?;
+        Ok(Some(range))
     }
 
     /// The version that this will be.
@@ -272,20 +364,26 @@ impl Draft {
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), WriteError> {
-        if !self.geometry.contains(offset, bytes.len()) {
-            return Err(WriteError::OutOfRange);
+        if self.touch(memory, offset, bytes.len() as u64)?.is_some() {
+            memory.write(self.geometry.slot(self.slot) + offset, bytes)?;
         }
-        if bytes.is_empty() {
-            return Ok(());
+        Ok(())
+    }
+
+    /// Writes `byte` over `length` bytes from `offset` on.
+    ///
+    /// # Errors
+    /// As [`WriteError`] says.
+    pub fn fill<M: Memory>(
+        &mut self,
+        memory: &M,
+        offset: u64,
+        length: u64,
+        byte: u8,
+    ) -> Result<(), WriteError> {
+        if let Some((from, to)) = self.touch(memory, offset, length)? {
+            self.put(memory, from, to, byte)?;
         }
-        let range = (offset, offset + bytes.len() as u64);
-        let changed = self.changed.map_or(range, |before| union(before, range));
-        if self.changed != Some(changed) && self.head.version == 0 && !self.geometry.is_raw() {
-            // So that a first version whose writer dies is known not to be zeros.
-            memory.store(at::slot(self.slot) + at::CHANGED_TO, changed.1, Relaxed)?;
-        }
-        self.changed = Some(changed);
-        memory.write(self.geometry.slot(self.slot) + offset, bytes)?;
         Ok(())
     }
 
@@ -298,6 +396,17 @@ impl Draft {
             return Err(ReadError::OutOfRange);
         }
         memory.read(self.geometry.slot(self.slot) + offset, to)?;
+        // What lags behind still stands in the newest version alone.
+        let end = offset + to.len() as u64;
+        let lag = self.lag.map(|(a, b)| (a.max(offset), b.min(end)));
+        if let Some((a, b)) = lag.filter(|(a, b)| a < b) {
+            let index = |at: u64| usize::try_from(at - offset).expect("within the buffer");
+            let part = &mut to[index(a)..index(b)];
+            match self.head.version {
+                0 => part.fill(0),
+                _ => memory.read(self.geometry.slot(self.head.slot) + a, part)?,
+            }
+        }
         Ok(())
     }
 
@@ -315,11 +424,12 @@ impl Draft {
     /// # Errors
     /// As [`Draft::publish`].
     pub(crate) fn publish_as<M: Memory>(
-        self,
+        mut self,
         memory: &M,
         version: u64,
         stamp: Stamp,
     ) -> Result<u64, Fault> {
+        self.catch_up(memory)?;
         let words = at::slot(self.slot);
         let (from, to) = self.changed.unwrap_or((0, 0));
         let checksum = if stamp.with_checksum {
@@ -387,3 +497,8 @@ pub struct Stamp {
 fn union(a: (u64, u64), b: (u64, u64)) -> (u64, u64) {
     (a.0.min(b.0), a.1.max(b.1))
 }
+
+#[cfg(test)]
+mod interleavings;
+#[cfg(test)]
+mod tests;

@@ -130,10 +130,12 @@ impl BlockName {
         let message = message(action, self.pool.as_deref(), &self.id, &request);
         let core = self.app.core();
         // Until the handle is added: what others give up meanwhile is not given up under it.
-        let _opening = core.blocks.open(core, &self.id);
+        let mut opening = core.blocks.open(core, self.pool.as_deref(), &self.id);
         let reply = Calling::of_message(&self.app, message, Ok)
             .within(MOVE_TIME)
-            .await?;
+            .await;
+        opening.is_answered = true;
+        let reply = reply?;
         let current = Current::of_reply(reply)?;
         Ok(Block::new(&self.app, access, current))
     }
@@ -531,7 +533,9 @@ impl Block {
                     Slice::Over
                 }
             }),
-            Waited::TimedOut if self.must_move(&held) => Ok(Slice::Moved),
+            Waited::TimedOut if self.must_move(&held, self.app().core().epoch_now()) => {
+                Ok(Slice::Moved)
+            }
             Waited::TimedOut if self.shared().is_gone.load(Ordering::Acquire) => {
                 Err(removed(self.id()))
             }
@@ -710,9 +714,8 @@ impl Block {
         lock(&self.shared().fault).take().map_or(Ok(()), Err)
     }
 
-    /// Whether what is held is not the block as it is now.
-    fn must_move(&self, held: &Held) -> bool {
-        let epoch = self.app().core().epoch_now();
+    /// Whether what is held is not the block as it is now, over connection `epoch`.
+    fn must_move(&self, held: &Held, epoch: Option<u32>) -> bool {
         self.shared().must_attach.load(Ordering::Acquire)
             || epoch.is_some_and(|epoch| epoch != held.epoch)
             || held.attachment.as_deref().is_some_and(is_superseded)
@@ -722,27 +725,23 @@ impl Block {
     async fn readable(&self) -> Result<Held, Error> {
         self.check_fault()?;
         let held = lock(&self.shared().current).held();
-        // A mapping shows what was written last, which is better than nothing; `is_live` says so.
-        let can_stay = held.attachment.is_some();
-        let is_gone = self.shared().is_gone.load(Ordering::Acquire);
-        let is_connected = self.app().core().is_connected();
-        if !self.must_move(&held)
-            || (can_stay && !is_connected)
-            || (can_stay && is_gone && self.is_asked(&held))
-        {
+        let epoch = self.app().core().epoch_now();
+        if !self.must_move(&held, epoch) {
             return Ok(held);
         }
-        match self.shared().attach(self.app(), self.inner.access).await {
-            Err(e) if can_stay && matches!(e.kind(), Code::NoBlock | Code::Disconnected) => {
+        // A mapping shows what was written last, which is better than nothing; `is_live` says so.
+        let is_mapped = held.attachment.is_some();
+        let is_gone = self.shared().is_gone.load(Ordering::Acquire);
+        if is_mapped && (epoch.is_none() || is_gone && epoch == Some(held.epoch)) {
+            return Ok(held);
+        }
+        let attached = self.shared().attach(self.app(), self.inner.access).await;
+        match attached {
+            Err(e) if is_mapped && matches!(e.kind(), Code::NoBlock | Code::Disconnected) => {
                 Ok(held)
             }
             other => other,
         }
-    }
-
-    /// Whether the server of this connection was asked for the block already.
-    fn is_asked(&self, held: &Held) -> bool {
-        self.app().core().epoch_now() == Some(held.epoch)
     }
 
     /// What can be written from now.

@@ -51,7 +51,8 @@ pub(crate) fn process(
             Ok(Some((frame, used))) => {
                 let message = Envelope::parse(frame).and_then(|envelope| envelope);
                 let handled = message.map(|envelope| -> Result<(), String> {
-                    let own = own_descriptors(&envelope, &mut descriptors)?;
+                    let is_last = input.start + used == input.end;
+                    let own = own_descriptors(&envelope, &mut descriptors, is_last)?;
                     batch.message(&envelope, own)
                 });
                 input.start += used;
@@ -63,16 +64,6 @@ pub(crate) fn process(
             }
         }
     };
-    let result = match result {
-        // They come with a message's first byte: with nothing left to decode there is none that they could belong to.
-        Ok(())
-            if descriptors.len() > DESCRIPTORS_KEPT_MAX
-                || (!descriptors.is_empty() && input.start == input.end) =>
-        {
-            Err("it sent more file descriptors than its messages name".into())
-        }
-        other => other,
-    };
     input.descriptors = descriptors;
     let must_flush = batch.must_flush;
     batch.wake.into_iter().for_each(Waker::wake);
@@ -82,17 +73,29 @@ pub(crate) fn process(
     result
 }
 
-/// Takes the descriptors that travel with a message from those that came.
-fn own_descriptors(e: &Envelope<'_>, came: &mut Vec<OwnedFd>) -> Result<Vec<OwnedFd>, String> {
-    let Some(count) = e.descriptors.and_then(Raw::as_u64) else {
-        return Ok(Vec::new());
+/// Takes the descriptors that travel with a message from those that came. They come with a message's first byte, so behind the
+/// last one that was received none can be left.
+fn own_descriptors(
+    e: &Envelope<'_>,
+    came: &mut Vec<OwnedFd>,
+    is_last: bool,
+) -> Result<Vec<OwnedFd>, String> {
+    let named = match e.descriptors.and_then(Raw::as_u64) {
+        None if came.is_empty() => return Ok(Vec::new()),
+        named => named.unwrap_or(0),
     };
-    match usize::try_from(count) {
-        Ok(count) if count <= came.len() => Ok(came.drain(..count).collect()),
-        _ => Err(format!(
-            "a message names {count} file descriptors, and {} came",
+    let count = usize::try_from(named).unwrap_or(usize::MAX);
+    if count > came.len() || came.len() - count > DESCRIPTORS_KEPT_MAX {
+        let text = format!(
+            "a message names {named} file descriptors, and {} came",
             came.len()
-        )),
+        );
+        return Err(text);
+    }
+    let own = came.drain(..count).collect();
+    match came.is_empty() || !is_last {
+        true => Ok(own),
+        false => Err("it sent more file descriptors than its messages name".into()),
     }
 }
 

@@ -309,7 +309,10 @@ impl State {
 #[derive(Debug)]
 pub(super) struct Opening<'a> {
     core: &'a Core,
+    pool: Option<&'a str>,
     id: &'a str,
+    /// Whether the server has answered: what is dropped before may be attached with nobody to detach it.
+    pub(super) is_answered: bool,
 }
 
 impl Drop for Opening<'_> {
@@ -325,12 +328,24 @@ impl Drop for Opening<'_> {
             .into_iter()
             .partition::<Vec<_>, _>(|(_, id)| id == self.id);
         state.owed = others;
-        for (pool, id) in ours.iter().filter(|(pool, id)| !state.has(pool, id)) {
-            let message = message("memory_detach", Some(pool), id, &json!({}));
+        let mut given_up: Vec<_> = ours
+            .iter()
+            .filter(|(pool, id)| !state.has(pool, id))
+            .map(|(pool, _)| Some(pool.as_str()))
+            .collect();
+        let is_used = |(s, _): (Arc<Shared>, Access)| {
+            s.id == self.id && self.pool.is_none_or(|pool| s.pool == pool)
+        };
+        if !self.is_answered && !given_up.contains(&self.pool) && !state.live().any(is_used) {
+            given_up.push(self.pool);
+        }
+        for pool in &given_up {
+            let message = message("memory_detach", *pool, self.id, &json!({}));
             self.core.append(message);
         }
+        let is_silent = given_up.is_empty();
         drop(state);
-        if !ours.is_empty() {
+        if !is_silent {
             self.core.flush_soon();
         }
     }
@@ -348,9 +363,19 @@ impl Drop for Waiting {
 
 impl Blocks {
     /// To be held while a block is attached, until its handle is added.
-    pub(super) fn open<'a>(&self, core: &'a Core, id: &'a str) -> Opening<'a> {
+    pub(super) fn open<'a>(
+        &self,
+        core: &'a Core,
+        pool: Option<&'a str>,
+        id: &'a str,
+    ) -> Opening<'a> {
         lock(&self.state).opening.push(id.to_owned());
-        Opening { core, id }
+        Opening {
+            core,
+            pool,
+            id,
+            is_answered: false,
+        }
     }
 
     pub(super) fn add(&self, shared: &Arc<Shared>, access: Access, is_lent: bool) {

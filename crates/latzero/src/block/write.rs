@@ -6,7 +6,7 @@ use serde_json::json;
 use std::sync::Arc;
 
 use super::lock::BlockLock;
-use super::{Block, write_error};
+use super::{Block, read_error, write_error};
 use crate::error::Error;
 use crate::sync::lock;
 
@@ -65,6 +65,39 @@ impl Draft {
                     return Err(write_error(block.id(), latzero_shm::WriteError::OutOfRange));
                 }
                 waiting.push((offset, bytes.to_vec()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads bytes of it from `offset` on: what was written, and else what the version before it has.
+    ///
+    /// # Errors
+    /// `out_of_range`, and as [`Block::read`].
+    pub async fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<(), Error> {
+        let block = self.block();
+        match &self.bytes {
+            Bytes::InPlace(writing) => writing
+                .as_ref()
+                .expect("it is taken by the end alone")
+                .read_into(offset, to)
+                .map_err(|e| read_error(block.id(), e)),
+            Bytes::Waiting(waiting) => {
+                // Under the lock nobody else writes, so the version before is still the newest.
+                block.read_into(offset, to).await?;
+                for (at, bytes) in waiting {
+                    let from = offset.max(*at);
+                    let end = (offset + to.len() as u64).min(at + bytes.len() as u64);
+                    if from < end {
+                        let place = |base: u64| {
+                            let index = |at: u64| usize::try_from(at - base);
+                            index(from).and_then(|from| Ok(from..index(end)?))
+                        };
+                        if let (Ok(into), Ok(out)) = (place(offset), place(*at)) {
+                            to[into].copy_from_slice(&bytes[out]);
+                        }
+                    }
+                }
                 Ok(())
             }
         }

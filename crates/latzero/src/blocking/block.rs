@@ -113,6 +113,29 @@ impl CreateBlock {
 }
 
 /// A block that this app takes part in; see [`crate::Block`], whose other methods it has too.
+///
+/// ```no_run
+/// # fn main() -> Result<(), latzero::Error> {
+/// use std::time::Duration;
+///
+/// let app = latzero::blocking::App::connect("latzero://camera?pool=alpha")?;
+/// let frame = app.block("frame").create(1 << 20).or_attach().send()?;
+/// // One lock, many versions: each is published without the server.
+/// let writer = frame.writer(Duration::from_secs(1))?;
+/// for n in 0..100_u64 {
+///     writer.write(0, &n.to_le_bytes())?;
+/// }
+///
+/// let app = latzero::blocking::App::connect("latzero://viewer?pool=alpha")?;
+/// let frame = app.block("frame").attach()?;
+/// let mut seen = 0;
+/// while let Ok(version) = frame.wait_for(seen, Duration::from_secs(1)) {
+///     let (bytes, _) = frame.read()?;
+///     seen = version;
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct Block(pub(crate) crate::Block);
 
@@ -331,6 +354,14 @@ impl Draft {
     /// `out_of_range`: nothing was written.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         self.1.write(offset, bytes)
+    }
+
+    /// Reads bytes of it from `offset` on: what was written, and else what the version before it has.
+    ///
+    /// # Errors
+    /// `out_of_range`, and as [`Block::read`].
+    pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<(), Error> {
+        run(&self.0, self.1.read_into(offset, to))
     }
 
     /// Lets everybody see it, and gives the lock back; the version.

@@ -1,9 +1,10 @@
 //! Memory blocks against a server that keeps one: what it may do wrong with descriptors, and what a client must not forget.
 
 use std::fs::File;
-use std::io::IoSlice;
+use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -228,23 +229,11 @@ fn attach_with(
     };
     let (fake, keeper) = Keeper::start(true, 100, Box::new(special));
     let app = connect(&fake);
-    let before = count_descriptors();
     let error = app.block("b").attach().unwrap_err();
     // Whatever was wrong, the next attempt is a fresh one.
     assert_eq!(app.block("b").attach().unwrap().read().unwrap().0, [0; 100]);
-    assert!(
-        count_descriptors() <= before + DESCRIPTORS_OF_OTHERS,
-        "something is left of it"
-    );
     drop((app, keeper));
     (error.kind(), error.message().to_owned())
-}
-
-/// Tests beside this one come and go with theirs.
-const DESCRIPTORS_OF_OTHERS: usize = 60;
-
-fn count_descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
 fn null() -> OwnedFd {
@@ -282,12 +271,10 @@ fn descriptors_that_do_not_fit_their_message_end_the_connection() {
 #[test]
 fn descriptors_of_something_else_are_refused_by_name() {
     let total = Geometry::new(100, 2).unwrap().total();
-    let checks: [(fn(u64) -> OwnedFd, &str); 5] = [
+    type Make = fn(u64) -> OwnedFd;
+    let checks: [(Make, &str); 5] = [
         (|_| null(), "no regular file"),
-        (
-            |_| std::os::unix::net::UnixStream::pair().unwrap().0.into(),
-            "no regular file",
-        ),
+        (|_| UnixStream::pair().unwrap().0.into(), "no regular file"),
         (|_| unsealed(5000), "5000 bytes"),
         (unsealed, "not sealed"),
         (
@@ -311,6 +298,24 @@ fn descriptors_of_something_else_are_refused_by_name() {
     // Announced as mapped, and none came: the reply makes no sense.
     let (kind, _) = attach_with(None, Vec::new);
     assert_eq!(kind, Code::BadMessage);
+}
+
+#[test]
+fn descriptors_that_are_refused_are_closed() {
+    for announced in [None, Some(1), Some(2), Some(3)] {
+        let (kept, sent): (Vec<_>, Vec<_>) = [(); 2]
+            .map(|()| UnixStream::pair().unwrap())
+            .into_iter()
+            .unzip();
+        let sent = Mutex::new(sent);
+        attach_with(announced, move || {
+            sent.lock().unwrap().drain(..).map(Into::into).collect()
+        });
+        for mut kept in kept {
+            kept.set_read_timeout(Some(PATIENCE)).unwrap();
+            assert_eq!(kept.read(&mut [0]).unwrap(), 0, "{announced:?}");
+        }
+    }
 }
 
 #[test]
@@ -503,6 +508,40 @@ fn a_wait_goes_on_with_the_block_that_took_its_place() {
         block.view(|view| view.load::<u8>(15).unwrap()).unwrap(),
         b'x'
     );
+}
+
+#[test]
+fn a_draft_shows_its_writer_what_it_will_be() {
+    for is_mapped in [true, false] {
+        let (fake, _keeper) = Keeper::start(is_mapped, 10, as_it_is());
+        let app = connect(&fake);
+        let block = app.block("b").create(10).send().unwrap();
+        block.write_at(0, b"0123456789").unwrap();
+        let mut draft = block.write(PATIENCE).unwrap();
+        draft.write(0, b"ab").unwrap();
+        draft.write(7, b"xyz").unwrap();
+        draft.write(8, b"Y").unwrap();
+        for (offset, expected) in [(0, &b"ab23456xYz"[..]), (1, b"b2"), (8, b"Yz"), (3, b"34")] {
+            let mut bytes = vec![0; expected.len()];
+            draft.read_into(offset, &mut bytes).unwrap();
+            assert_eq!(bytes, expected, "{is_mapped} {offset}");
+        }
+        draft.abandon();
+        assert_eq!(block.read().unwrap(), (b"0123456789".to_vec(), 1));
+    }
+}
+
+#[test]
+fn an_attach_that_nobody_waits_for_is_detached() {
+    let special = |_: &Keeper, _: &mut Peer, message: &Value| message["action"] == "memory_attach";
+    let (fake, keeper) = Keeper::start(true, 10, Box::new(special));
+    let app = connect(&fake);
+    {
+        let mut attaching = pin!(app.as_async().block("b").attach());
+        assert!(poll(attaching.as_mut()).is_pending());
+        keeper.wait_heard("memory_attach", 1);
+    }
+    keeper.wait_heard("memory_detach", 1);
 }
 
 fn poll<F: Future>(future: Pin<&mut F>) -> Poll<F::Output> {

@@ -1,0 +1,129 @@
+//! A version in place: pointers and copies of single numbers, with the question afterwards whether they were whole.
+
+use std::io;
+
+use crate::attachment::{Attachment, Bytes};
+use crate::element::Element;
+use crate::geometry::Geometry;
+use crate::mapped::Mapped;
+use crate::memory::{Fault, Memory};
+use crate::slots::{self, ReadError};
+
+/// How often a view is tried before the block counts as contended.
+const TRIES: u32 = 1_000;
+
+impl Attachment {
+    /// The newest version in place, without a copy.
+    ///
+    /// # Errors
+    /// Where the block is no sealed memory (a file could be shortened under a pointer into it), or is contended.
+    pub fn view(&self) -> Result<View<'_>, ReadError> {
+        let Bytes::Mapped(mapped) = &self.bytes else {
+            return Err(ReadError::Fault(Fault::Io(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "a persistent block is read by copies: its file could be shortened under a view",
+            ))));
+        };
+        let geometry = self.expected.geometry;
+        let mut tries = 0;
+        loop {
+            let head = slots::head(mapped, &geometry)?;
+            let (slot, sequence) = if geometry.is_raw() {
+                (0, Some(0))
+            } else if head.version == 0 {
+                // The slot that is written last: zeros still, while the first version may be under way in the first.
+                let slot = geometry.slots - 1;
+                (
+                    slot,
+                    slots::settled(mapped, &slots::Head { version: 0, slot })?,
+                )
+            } else {
+                (head.slot, slots::settled(mapped, &head)?)
+            };
+            if let Some(sequence) = sequence {
+                return Ok(View {
+                    mapped,
+                    geometry,
+                    slot,
+                    sequence,
+                    version: head.version,
+                });
+            }
+            tries += 1;
+            if tries > TRIES {
+                return Err(ReadError::Contended);
+            }
+            mapped.relax(tries);
+        }
+    }
+}
+
+/// A version in place. What is read through it is only to be trusted if [`View::is_valid`] says so afterwards.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    mapped: &'a Mapped,
+    geometry: Geometry,
+    slot: u32,
+    sequence: u64,
+    version: u64,
+}
+
+impl View<'_> {
+    /// Which version it is; 0 reads as zeros.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// Whether nobody has begun to write over it since it was taken. Always true of a raw block, whose users take its lock.
+    #[must_use]
+    pub fn is_valid(&self) -> bool {
+        self.geometry.is_raw()
+            || slots::is_untouched(self.mapped, self.slot, self.sequence).unwrap_or(false)
+    }
+
+    /// Where its first byte lies in this process. The bytes may change at any time, so no reference to them may be made; a
+    /// foreign library that reads through this pointer has to be told [`View::is_valid`] afterwards.
+    #[must_use]
+    pub fn as_ptr(&self) -> *const u8 {
+        let at = usize::try_from(self.geometry.slot(self.slot)).expect("it is mapped");
+        self.mapped.base().as_ptr().wrapping_add(at)
+    }
+
+    /// Bytes of the version.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.geometry.size
+    }
+
+    /// Whether it has no bytes; a block always has some.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Errors
+    /// Where they lie outside the block.
+    pub fn copy_to(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
+        if !self.geometry.contains(offset, to.len()) {
+            return Err(ReadError::OutOfRange);
+        }
+        self.mapped
+            .read(self.geometry.slot(self.slot) + offset, to)?;
+        Ok(())
+    }
+
+    /// The number at `index`, counted in numbers of its type.
+    ///
+    /// # Errors
+    /// Where it lies outside the block.
+    pub fn load<T: Element>(&self, index: u64) -> Result<T, ReadError> {
+        let mut bytes = [0; 16];
+        let bytes = &mut bytes[..T::BYTES];
+        let offset = index.checked_mul(T::BYTES as u64);
+        self.copy_to(offset.ok_or(ReadError::OutOfRange)?, bytes)?;
+        Ok(T::from_le(bytes))
+    }
+}

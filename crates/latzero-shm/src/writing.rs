@@ -1,0 +1,110 @@
+//! A version under way, as a client writes it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release};
+
+use crate::attachment::{Attachment, Bytes, on};
+use crate::custodian::unix_ns;
+use crate::format::{Access, State, at};
+use crate::memory::Memory;
+use crate::slots::{self, Draft, ReadError, Stamp, WriteError};
+
+impl Attachment {
+    /// Begins the next version, under the lock with this fence.
+    ///
+    /// # Errors
+    /// [`WriteError::LeaseLost`] where the header shows another fence, [`WriteError::Contended`] where another thread has a
+    /// write of this attachment under way.
+    pub fn begin(self: &Arc<Self>, fence: u64) -> Result<Writing, WriteError> {
+        if self.expected.access != Access::Write {
+            return Err(WriteError::ReadOnly);
+        }
+        self.check_lease(fence)?;
+        if self.is_writing.swap(true, Acquire) {
+            return Err(WriteError::Contended);
+        }
+        let turn = Turn(Arc::clone(self));
+        let draft = on!(&self.bytes, memory => slots::begin(memory, &self.expected.geometry))?;
+        Ok(Writing { draft, fence, turn })
+    }
+
+    fn check_lease(&self, fence: u64) -> Result<(), WriteError> {
+        let current = on!(&self.bytes, memory => memory.load(at::FENCE, Acquire))?;
+        if current == fence && self.state() == State::Live {
+            Ok(())
+        } else {
+            Err(WriteError::LeaseLost)
+        }
+    }
+}
+
+/// A version under way. Dropped, it never was; of a raw block, which is written in place, what was written stays and no
+/// version tells of it.
+#[derive(Debug)]
+#[must_use]
+pub struct Writing {
+    draft: Draft,
+    fence: u64,
+    turn: Turn,
+}
+
+/// The attachment's turn to write, over when this is dropped.
+#[derive(Debug)]
+struct Turn(Arc<Attachment>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.is_writing.store(false, Release);
+    }
+}
+
+impl Writing {
+    /// Writes bytes from `offset` on.
+    ///
+    /// # Errors
+    /// As [`WriteError`] says.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
+        let draft = &mut self.draft;
+        on!(&self.turn.0.bytes, memory => draft.write(memory, offset, bytes))
+    }
+
+    /// Writes `byte` over `length` bytes from `offset` on.
+    ///
+    /// # Errors
+    /// As [`WriteError`] says.
+    pub fn fill(&mut self, offset: u64, length: u64, byte: u8) -> Result<(), WriteError> {
+        let draft = &mut self.draft;
+        on!(&self.turn.0.bytes, memory => draft.fill(memory, offset, length, byte))
+    }
+
+    /// The version that this will be.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.draft.version()
+    }
+
+    /// Reads bytes of this version: what was written, and else what the one before has.
+    ///
+    /// # Errors
+    /// As [`ReadError`] says.
+    pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
+        let draft = &self.draft;
+        on!(&self.turn.0.bytes, memory => draft.read(memory, offset, to))
+    }
+
+    /// Lets readers see it, and wakes who waits; returns the version.
+    ///
+    /// # Errors
+    /// [`WriteError::LeaseLost`] where the lock is held no longer: nobody sees it then.
+    pub fn publish(self) -> Result<u64, WriteError> {
+        self.turn.0.check_lease(self.fence)?;
+        let stamp = Stamp {
+            fence: self.fence,
+            unix_ns: unix_ns(),
+            with_checksum: false,
+        };
+        let draft = self.draft;
+        let version = on!(&self.turn.0.bytes, memory => draft.publish(memory, stamp));
+        Ok(version?)
+    }
+}
