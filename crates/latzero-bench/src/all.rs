@@ -1,5 +1,6 @@
 //! Every benchmark, one after the other.
 
+use crate::block::{self, BlockArgs};
 use crate::failure::Failure;
 use crate::idle::{self, IdleArgs};
 use crate::lookup::{self, LookupArgs};
@@ -26,18 +27,21 @@ pub(crate) fn run(args: &AllArgs) -> Result<(), Failure> {
     let mut idle = IdleArgs::default();
     let mut lookup = LookupArgs::default();
     let mut slow_reader = SlowReaderArgs::default();
+    let mut block = BlockArgs::default();
     let mut rpc = RpcArgs::default();
     start.quick = quick;
     idle.quick = quick;
     lookup.quick = quick;
     slow_reader.quick = quick;
+    block.quick = quick;
     rpc.quick = quick;
     // The quickest first: what keeps one from running keeps the others too.
-    let benches: [&dyn Fn() -> Result<Results, Failure>; 5] = [
+    let benches: [&dyn Fn() -> Result<Results, Failure>; 6] = [
         &|| start::run(&start),
         &|| idle::run(&idle),
         &|| lookup::run(&lookup),
         &|| slow_reader::run(&slow_reader),
+        &|| block::run(&block),
         &|| rpc::run(&rpc),
     ];
     let mut reports = Vec::new();

@@ -5,6 +5,7 @@
 //! others. Each measurement is a module with its own arguments; this file only dispatches.
 
 mod all;
+mod block;
 mod failure;
 mod frame;
 mod idle;
@@ -49,11 +50,16 @@ enum Bench {
     SlowReader(slow_reader::SlowReaderArgs),
     /// Time from exec to the ready line, and the program's size
     Start(start::StartArgs),
+    /// Memory blocks beside bare mappings, memcpy, bare futexes and Redis
+    Block(block::BlockArgs),
     /// Every benchmark, one after the other
     All(all::AllArgs),
     /// One process of a measurement; the program starts itself with this
     #[command(hide = true)]
     Role(process::RoleArgs),
+    /// One process of the block benchmark
+    #[command(hide = true)]
+    BlockRole(block::RoleArgs),
     /// Becomes another program, which ends with the process that started this one
     #[command(hide = true)]
     Tied(process::TiedArgs),
@@ -66,6 +72,8 @@ fn main() -> ExitCode {
         Bench::Lookup(args) => lookup::run(&args).map(|results| results.print(args.json)),
         Bench::SlowReader(args) => slow_reader::run(&args).map(|results| results.print(args.json)),
         Bench::Start(args) => start::run(&args).map(|results| results.print(args.json)),
+        Bench::Block(args) => block::run(&args).map(|results| results.print(args.json)),
+        Bench::BlockRole(args) => block::play(&args),
         Bench::All(args) => all::run(&args),
         Bench::Role(args) => process::play(&args),
         Bench::Tied(args) => process::exec_tied(&args),

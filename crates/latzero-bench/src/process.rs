@@ -167,7 +167,7 @@ pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
 }
 
 /// Drop kills the children of a run that fails; this is for a run that is killed itself. It outlives an exec.
-fn end_with_parent() -> Result<(), Failure> {
+pub(crate) fn end_with_parent() -> Result<(), Failure> {
     #[cfg(target_os = "linux")]
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .map_err(std::io::Error::from)
@@ -238,7 +238,7 @@ pub(crate) fn run_caller(
     caller.wait_for(CALLER_WAIT, |line| serde_json::from_str(line).ok())
 }
 
-fn own_command() -> Result<Command, Failure> {
+pub(crate) fn own_command() -> Result<Command, Failure> {
     let program = std::env::current_exe().during("find this program's own path")?;
     Ok(Command::new(program))
 }

@@ -30,6 +30,8 @@ pub(crate) enum Unit {
     Millis,
     /// A multiple of another figure of the same run.
     Ratio,
+    /// Gigabytes (10^9) a second.
+    GigabytesPerSecond,
 }
 
 impl Unit {
@@ -41,6 +43,7 @@ impl Unit {
             Self::Micros => "µs",
             Self::Millis => "ms",
             Self::Ratio => "×",
+            Self::GigabytesPerSecond => "GB/s",
         }
     }
 
@@ -48,7 +51,7 @@ impl Unit {
         match self {
             Self::Bytes => 0,
             Self::Mebibytes | Self::Micros | Self::Millis => 1,
-            Self::Megabytes | Self::Ratio => 2,
+            Self::Megabytes | Self::Ratio | Self::GigabytesPerSecond => 2,
         }
     }
 
@@ -65,6 +68,7 @@ pub(crate) struct Finding {
     value: f64,
     unit: Unit,
     at_most: Option<f64>,
+    at_least: Option<f64>,
 }
 
 impl Finding {
@@ -74,6 +78,15 @@ impl Finding {
             value,
             unit,
             at_most: None,
+            at_least: None,
+        }
+    }
+
+    /// Says how small it may be.
+    pub(crate) fn expect_at_least(self, bound: f64) -> Self {
+        Self {
+            at_least: Some(bound),
+            ..self
         }
     }
 
@@ -86,7 +99,8 @@ impl Finding {
     }
 
     fn is_met(&self) -> Option<bool> {
-        self.at_most.map(|bound| self.value <= bound)
+        let most = self.at_most.map(|bound| self.value <= bound);
+        most.or(self.at_least.map(|bound| self.value >= bound))
     }
 
     fn to_json(&self) -> Value {
@@ -95,6 +109,7 @@ impl Finding {
             "value": self.value,
             "unit": self.unit.name(),
             "at_most": self.at_most,
+            "at_least": self.at_least,
             "met": self.is_met(),
         })
     }
@@ -148,19 +163,26 @@ impl Sheet {
         }
         let width = |finding: &Finding| finding.name.chars().count();
         let widest = self.findings.iter().map(width).max().unwrap_or_default();
-        writeln!(text, "\n{:<widest$}{:>14}{:>14}", "", "found", "at most")?;
+        writeln!(text, "\n{:<widest$}{:>14}{:>14}", "", "found", "bound")?;
         for finding in &self.findings {
             let Finding {
                 name, value, unit, ..
             } = finding;
             write!(text, "{name:<widest$}{:>14}", unit.show(*value))?;
-            if let Some(bound) = finding.at_most {
+            let bound = finding.at_most.or(finding.at_least);
+            if let Some(bound) = bound {
                 let verdict = if finding.is_met() == Some(true) {
                     "met"
                 } else {
                     "MISSED"
                 };
-                write!(text, "{:>14}  {verdict}", unit.show(bound))?;
+                let sign = if finding.at_most.is_some() {
+                    "≤"
+                } else {
+                    "≥"
+                };
+                let shown = format!("{sign} {}", unit.show(bound));
+                write!(text, "{shown:>14}  {verdict}")?;
             }
             writeln!(text)?;
         }
@@ -193,7 +215,7 @@ mod tests {
         };
         let Results { table, json } = sheet.to_results();
         assert!(
-            table.contains("a time       50.2 ms       50.0 ms  MISSED\n"),
+            table.contains("a time       50.2 ms     ≤ 50.0 ms  MISSED\n"),
             "{table}"
         );
         assert_eq!(json["findings"][0]["met"], false);

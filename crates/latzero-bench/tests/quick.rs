@@ -153,7 +153,7 @@ fn all_of_them_run_in_turn() {
     if let Some(report) = with_server("all") {
         let benches = report["benches"].as_array().expect("a list of reports");
         let names: Vec<_> = benches.iter().map(|it| it["bench"].as_str()).collect();
-        let expected = ["start", "idle", "lookup", "slow-reader", "rpc"];
+        let expected = ["start", "idle", "lookup", "slow-reader", "block", "rpc"];
         assert_eq!(names, expected.map(Some));
     }
 }

@@ -11,10 +11,13 @@ use latzero_protocol::{Code, Refusal, encode, frame};
 
 use crate::host::IoHost;
 use crate::peer::Peer;
-use crate::socket::User;
+use crate::socket::{Socket, User};
 
 /// Bytes appended to outboxes before a long batch is interrupted to write them.
 const FLUSH_BYTES: usize = 1024 * 1024;
+
+/// From this many bytes on, what was read of a frame is worth not being copied once more.
+const LARGE_BYTES: usize = 64 * 1024;
 
 /// A buffer of this capacity stays with an idle connection; larger ones are let go.
 const IDLE_BYTES_MAX: usize = 2048;
@@ -135,7 +138,18 @@ impl Connection {
         }
         let mut total = 0;
         loop {
-            let n = match self.socket_read(scratch) {
+            // The rest of a large frame goes where its begin is, rather than there by way of the scratch buffer.
+            let is_large = self.inbox.len() >= LARGE_BYTES;
+            let read = if is_large {
+                let mut inbox = std::mem::take(&mut self.inbox);
+                inbox.reserve(scratch.len());
+                let read = self.socket().read_more(&mut inbox);
+                self.inbox = inbox;
+                read
+            } else {
+                self.socket().read(scratch)
+            };
+            let n = match read {
                 Ok(0) => return Turn::Ended,
                 Ok(n) => n,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Idle,
@@ -145,7 +159,9 @@ impl Connection {
             self.last_heard = now;
             self.pinged = None;
             host.fx.batch.bytes_in += n as u64;
-            let stop = if self.inbox.is_empty() {
+            let stop = if is_large {
+                self.run_inbox(now, host)
+            } else if self.inbox.is_empty() {
                 let (used, stop) = self.run(now, &scratch[..n], host);
                 self.inbox.extend_from_slice(&scratch[used..n]);
                 stop
@@ -257,7 +273,7 @@ impl Connection {
 
     fn discard(&mut self, scratch: &mut [u8]) -> Turn {
         loop {
-            match self.socket_read(scratch) {
+            match self.socket().read(scratch) {
                 Ok(0) => return Turn::Ended,
                 Ok(n) => {
                     let Phase::Closing { left, .. } = &mut self.phase else {
@@ -275,12 +291,11 @@ impl Connection {
         }
     }
 
-    fn socket_read(&self, scratch: &mut [u8]) -> io::Result<usize> {
+    fn socket(&self) -> &Socket {
         self.peer
             .socket
             .as_ref()
             .expect("only the built-in app has no socket")
-            .read(scratch)
     }
 
     /// Judges a connection by the clock.

@@ -75,6 +75,16 @@ impl Socket {
         }
     }
 
+    /// Reads what is there behind what `buf` holds, as far as its capacity goes.
+    pub(crate) fn read_more(&self, buf: &mut Vec<u8>) -> io::Result<usize> {
+        let room = rustix::buffer::spare_capacity(buf);
+        let read = match self {
+            Socket::Tcp(stream) => rustix::io::read(stream, room)?,
+            Socket::Unix(stream) => rustix::io::read(stream, room)?,
+        };
+        Ok(read)
+    }
+
     /// Writes what fits.
     pub(crate) fn write(&self, buf: &[u8]) -> io::Result<usize> {
         match self {
