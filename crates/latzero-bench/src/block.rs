@@ -27,6 +27,10 @@ use std::time::{Duration, Instant};
 const MIB: usize = 1 << 20;
 const GIB: u64 = 1 << 30;
 const WAKE_BYTES: usize = 64 * 1024;
+
+/// What is copied over TCP: one version that fits into a frame, as a picture of 1080 by 1920 numbers does.
+const COPIED_BYTES: usize = 8 * MIB;
+
 const WAIT: Duration = Duration::from_secs(20);
 
 /// So long a reader is given to fall asleep before it is woken.
@@ -268,13 +272,13 @@ pub(crate) fn run(args: &BlockArgs) -> Result<Results, Failure> {
 
     eprintln!("copies over TCP");
     let tcp = self::app(&url("copies", Transport::Tcp))?;
-    let bytes = vec![5u8; 32 * MIB];
+    let bytes = vec![5u8; COPIED_BYTES];
     let copied = did(
         "make a block",
         tcp.block("copied").create(bytes.len() as u64).send(),
     )?;
     let (mut write_us, mut read_us) = (Vec::new(), Vec::new());
-    for _ in 0..samples.min(20) {
+    for _ in 0..samples.min(100) {
         let begin = Instant::now();
         did("write by copies", copied.write_at(0, &bytes))?;
         write_us.push(us(begin));
@@ -286,7 +290,7 @@ pub(crate) fn run(args: &BlockArgs) -> Result<Results, Failure> {
         let rate = bytes.len() as f64 / middle(times) / 1e3;
         findings.push(
             Finding::new(
-                format!("copies over TCP, 32 MiB: {name}"),
+                format!("copies over TCP, {}: {name}", size(bytes.len() as u64)),
                 rate,
                 Unit::GigabytesPerSecond,
             )
@@ -358,6 +362,9 @@ fn attach(large: u64, samples: u64) -> Result<Attached, Failure> {
         let mut byte = [0];
         did("read", block.read_into(0, &mut byte))?;
         attach_us.push(us(begin));
+        // Detaching is not attaching: it is done when this is answered.
+        drop(block);
+        did("ping", app.ping())?;
     }
     let grown = server.memory()?.since(before).resident;
     drop(made);

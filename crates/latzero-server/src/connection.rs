@@ -142,6 +142,12 @@ impl Connection {
             let is_large = self.inbox.len() >= LARGE_BYTES;
             let read = if is_large {
                 let mut inbox = std::mem::take(&mut self.inbox);
+                if inbox.len() + scratch.len() > inbox.capacity()
+                    && let Some(mut larger) = host.fx.large()
+                {
+                    larger.extend_from_slice(&inbox);
+                    host.fx.recycle(std::mem::replace(&mut inbox, larger));
+                }
                 inbox.reserve(scratch.len());
                 let read = self.socket().read_more(&mut inbox);
                 self.inbox = inbox;
@@ -189,7 +195,7 @@ impl Connection {
         if used == inbox.len() {
             inbox.clear();
             if inbox.capacity() > IDLE_BYTES_MAX {
-                inbox = Vec::new();
+                host.fx.recycle(std::mem::take(&mut inbox));
             }
         } else if used > 0 {
             inbox.drain(..used);

@@ -21,6 +21,10 @@ use crate::timers::PoolCell;
 const SPARE_MAX: usize = 64;
 const SPARE_BYTES_MAX: usize = 1024 * 1024;
 
+/// Larger buffers that a loop keeps, for frames that need them: fresh memory costs more than the copy into it.
+const LARGE_MAX: usize = 2;
+const LARGE_BYTES_MAX: usize = 32 * 1024 * 1024;
+
 /// Largest buffer for copies of blocks that a loop keeps.
 const READ_BUFFER_BYTES_KEPT: usize = 16 * 1024 * 1024;
 
@@ -40,6 +44,7 @@ pub(crate) struct IoEffects {
     pub(crate) resumed: Vec<Arc<Peer>>,
     pub(crate) batch: Batch,
     spare: Vec<Vec<u8>>,
+    large: Vec<Vec<u8>>,
     /// What pools asked for while they were held: jobs about blocks, and changes in their number.
     jobs: Vec<Job<Arc<Peer>>>,
     counted: Vec<(PoolName, u32, i32)>,
@@ -57,15 +62,26 @@ impl IoEffects {
             resumed: Vec::new(),
             batch: Batch::default(),
             spare: Vec::new(),
+            large: Vec::new(),
             jobs: Vec::new(),
             counted: Vec::new(),
         }
     }
 
-    pub(crate) fn recycle(&mut self, buf: Vec<u8>) {
-        if self.spare.len() < SPARE_MAX && buf.capacity() <= SPARE_BYTES_MAX {
-            self.spare.push(buf);
+    pub(crate) fn recycle(&mut self, mut buf: Vec<u8>) {
+        buf.clear();
+        if buf.capacity() <= SPARE_BYTES_MAX {
+            if self.spare.len() < SPARE_MAX {
+                self.spare.push(buf);
+            }
+        } else if self.large.len() < LARGE_MAX && buf.capacity() <= LARGE_BYTES_MAX {
+            self.large.push(buf);
         }
+    }
+
+    /// A large buffer, where one is kept.
+    pub(crate) fn large(&mut self) -> Option<Vec<u8>> {
+        self.large.pop()
     }
 
     /// Has `peer` read again if its loop stopped and may go on.
@@ -104,7 +120,11 @@ impl IoEffects {
             && before > 0
             && self.shared.stats.outbox_bytes.load(Relaxed) + length > self.shared.outbox_total_max;
         self.is_over_total |= is_over_total;
-        let spare = &mut self.spare;
+        let spare = if length > SPARE_BYTES_MAX {
+            &mut self.large
+        } else {
+            &mut self.spare
+        };
         let carries = !descriptors.is_empty();
         if carries {
             outbox.attach(descriptors);

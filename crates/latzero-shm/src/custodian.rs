@@ -1,7 +1,7 @@
 //! A block as the server has it: it makes and keeps the memory or file, and reads and writes it for those who can't map it.
 //!
-//! The server is not to die of what somebody does to a file. So payloads are only touched by pread and pwrite; what is mapped
-//! is the header of a sealed memfd, which nobody can shorten.
+//! The server is not to die of what somebody does to a file. So files are only touched by pread and pwrite; what is mapped is
+//! memory that is sealed against shrinking: its header for good, and its payload for the time of one large copy.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -26,6 +26,10 @@ impl FileMemory {
         FileMemory { file, page }
     }
 
+    pub(crate) fn descriptor(&self) -> &OwnedFd {
+        &self.file
+    }
+
     /// The page that holds the futex.
     pub(crate) fn page(&self) -> Option<&Mapped> {
         self.page.as_ref()

@@ -1,9 +1,10 @@
-//! What the server side works on: the words of a sealed memfd's header through a mapping, everything else through the file.
+//! What the server side works on: the words of a sealed memfd's header through a mapping, large copies through one of their
+//! own, everything else through the file.
 
 use std::sync::atomic::Ordering;
 
 use crate::file::FileMemory;
-use crate::format::FIXED_BYTES;
+use crate::format::{Access, FIXED_BYTES};
 use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
 
@@ -14,7 +15,31 @@ pub(crate) struct Kept {
     pub(crate) header: Option<Mapped>,
 }
 
+/// From this many bytes on a copy through a mapping is worth making one: a system call copies memory page by page, at about a
+/// third of the speed.
+const WINDOW_BYTES_MIN: u64 = 256 * 1024;
+
+/// Bytes copied from one slot to another at a time, by way of the processor's cache.
+const PIECE_BYTES: u64 = 128 * 1024;
+
+/// The largest page size that systems have.
+const PAGE_BYTES: u64 = 64 * 1024;
+
 impl Kept {
+    /// Maps a range for the time of one copy, where that is safe: of a memfd that is sealed against shrinking, so that no page
+    /// of it can be gone, and whose memory was all set aside when it was made. Says where in the mapping the range begins.
+    fn window(&self, at: u64, length: u64, access: Access) -> Option<(Mapped, u64)> {
+        self.header.as_ref()?;
+        if length < WINDOW_BYTES_MIN {
+            return None;
+        }
+        let start = at / PAGE_BYTES * PAGE_BYTES;
+        let begin = at - start;
+        // Where no more can be mapped, the file does.
+        let window = Mapped::window(self.file.descriptor(), start, begin + length, access).ok()?;
+        Some((window, begin))
+    }
+
     /// The header's first bytes, which never change.
     pub(crate) fn fixed(&self) -> Result<[u8; FIXED_BYTES], Fault> {
         let mut bytes = [0; FIXED_BYTES];
@@ -60,11 +85,41 @@ impl Memory for Kept {
     }
 
     fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Fault> {
-        self.file.read(at, to)
+        match self.window(at, to.len() as u64, Access::Read) {
+            Some((window, begin)) => window.read(begin, to),
+            None => self.file.read(at, to),
+        }
     }
 
     fn write(&self, at: u64, from: &[u8]) -> Result<(), Fault> {
-        self.file.write(at, from)
+        match self.window(at, from.len() as u64, Access::Write) {
+            Some((window, begin)) => window.write(begin, from),
+            None => self.file.write(at, from),
+        }
+    }
+
+    fn copy(&self, from: u64, to: u64, length: u64) -> Result<(), Fault> {
+        let windows = (
+            self.window(from, length, Access::Read),
+            self.window(to, length, Access::Write),
+        );
+        let mut piece = vec![0; usize::try_from(length.min(PIECE_BYTES)).expect("bounded")];
+        let mut done = 0;
+        while done < length {
+            let n = usize::try_from((length - done).min(piece.len() as u64)).expect("bounded");
+            match &windows {
+                (Some((source, a)), Some((target, b))) => {
+                    source.read(a + done, &mut piece[..n])?;
+                    target.write(b + done, &piece[..n])?;
+                }
+                _ => {
+                    self.file.read(from + done, &mut piece[..n])?;
+                    self.file.write(to + done, &piece[..n])?;
+                }
+            }
+            done += n as u64;
+        }
+        Ok(())
     }
 
     fn notify(&self, at: u64) -> Result<(), Fault> {

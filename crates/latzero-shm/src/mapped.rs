@@ -30,22 +30,34 @@ unsafe impl Sync for Mapped {}
 impl Mapped {
     /// Maps the first `length` bytes of `file`, shared with everybody else who does.
     pub(crate) fn new(file: impl AsFd, length: u64, access: Access) -> io::Result<Mapped> {
+        Mapped::at(file, 0, length, access, MapFlags::SHARED)
+    }
+
+    /// Maps a part of `file` for the time of one copy, all of its pages at once. `start` is a multiple of the page size.
+    pub(crate) fn window(
+        file: impl AsFd,
+        start: u64,
+        length: u64,
+        access: Access,
+    ) -> io::Result<Mapped> {
+        let flags = MapFlags::SHARED | MapFlags::POPULATE;
+        Mapped::at(file, start, length, access, flags)
+    }
+
+    fn at(
+        file: impl AsFd,
+        start: u64,
+        length: u64,
+        access: Access,
+        flags: MapFlags,
+    ) -> io::Result<Mapped> {
         let length = usize::try_from(length).map_err(io::Error::other)?;
         let protection = match access {
             Access::Read => ProtFlags::READ,
             Access::Write => ProtFlags::READ | ProtFlags::WRITE,
         };
         // SAFETY: no address is asked for, so nothing that is mapped already is replaced.
-        let base = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                length,
-                protection,
-                MapFlags::SHARED,
-                file,
-                0,
-            )
-        }?;
+        let base = unsafe { mmap(std::ptr::null_mut(), length, protection, flags, file, start) }?;
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Mapped {
             base,

@@ -397,3 +397,18 @@ fn control_data_without_room_closes_all() {
     let too_many = vec![b.as_fd(); DESCRIPTORS_MAX + 1];
     assert!(send_with_fds(&a, b"x", &too_many).is_err());
 }
+
+#[test]
+fn holes_that_a_writer_punches_read_as_zeros() {
+    // Large enough to be copied through a mapping of its own.
+    let (block, _) = common::block(1 << 20, 2, false);
+    block.write(0, &vec![7; 1 << 20], None).unwrap();
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(block.writable(), flags, 4096, 2 << 20).unwrap();
+    let mut bytes = vec![1; 1 << 20];
+    block.read(0, &mut bytes, None).unwrap();
+    assert!(bytes.iter().all(|b| *b == 0));
+    block.write(0, &vec![8; 1 << 20], None).unwrap();
+    block.read(0, &mut bytes, None).unwrap();
+    assert!(bytes.iter().all(|b| *b == 8));
+}

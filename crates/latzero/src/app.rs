@@ -553,7 +553,7 @@ impl Core {
     pub(crate) fn append(&self, mut message: Message) {
         if let Some(link) = self.outbox.link() {
             self.outbox.append(link.epoch, |out, link| {
-                out.extend_from_slice(message.finish(None, link.attachments));
+                message.finish(None, link.attachments, out);
             });
         }
     }

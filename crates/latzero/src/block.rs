@@ -385,12 +385,14 @@ impl Block {
                 return attachment.read().map_err(|e| read_error(self.id(), e));
             }
             let size = held.described.size;
-            let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+            let mut bytes = Vec::new();
             let mut version = None;
             loop {
                 let from = bytes.len() as u64;
                 let to = size.min(from + self.chunk() as u64);
                 match self.fetch(from..to, version).await {
+                    // All of it in one part, which needs no copy of its own.
+                    Ok((part, v)) if from == 0 && to == size => return Ok((part, v)),
                     Ok((part, v)) => {
                         bytes.extend_from_slice(&part);
                         version = Some(v);

@@ -137,10 +137,10 @@ impl Core {
         for pool in lock(&self.watchers).keys() {
             let mut message = Message::new("watch");
             message.string("pool", pool);
-            first.extend_from_slice(message.finish(None, link.attachments));
+            message.finish(None, link.attachments, &mut first);
         }
         for mut message in self.blocks.reattach() {
-            first.extend_from_slice(message.finish(None, link.attachments));
+            message.finish(None, link.attachments, &mut first);
         }
         (*lock(&self.pools)).clone_from(&link.ack.pools);
         lock(&self.ack).clone_from(&link.ack);

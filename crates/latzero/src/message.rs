@@ -153,8 +153,8 @@ impl Message {
         self.text.len() + raw + FINISH_BYTES_MAX
     }
 
-    /// Finishes the message; the frame is what [`Message::frame`] then returns.
-    pub(crate) fn finish(&mut self, id: Option<Key>, attachments: bool) -> &[u8] {
+    /// Finishes the message and appends its frame to `out`. Raw bytes go there straight from where they are.
+    pub(crate) fn finish(&mut self, id: Option<Key>, attachments: bool, out: &mut Vec<u8>) {
         if let Some(id) = id {
             self.text.extend_from_slice(b",\"id\":\"");
             id.append(&mut self.text);
@@ -176,14 +176,15 @@ impl Message {
             None => {
                 let length = prefix(header).to_be_bytes();
                 self.text[PREFIX..2 * PREFIX].copy_from_slice(&length);
-                &self.text[PREFIX..]
+                out.extend_from_slice(&self.text[PREFIX..]);
             }
             Some((_, raw)) => {
-                self.text.extend_from_slice(&raw);
                 let length = prefix(PREFIX + header + raw.len()) | ATTACHMENT_BIT;
                 self.text[..PREFIX].copy_from_slice(&length.to_be_bytes());
                 self.text[PREFIX..2 * PREFIX].copy_from_slice(&prefix(header).to_be_bytes());
-                &self.text
+                out.reserve(self.text.len() + raw.len());
+                out.extend_from_slice(&self.text);
+                out.extend_from_slice(&raw);
             }
         }
     }
@@ -206,8 +207,9 @@ mod tests {
             max_frame: 1000,
             attachments,
         };
-        let bytes = message.finish(Some(id), attachments);
-        let (frame, used) = decode(bytes, accept).unwrap().unwrap();
+        let mut bytes = Vec::new();
+        message.finish(Some(id), attachments, &mut bytes);
+        let (frame, used) = decode(&bytes, accept).unwrap().unwrap();
         assert_eq!(used, bytes.len());
         assert_eq!(std::str::from_utf8(frame.json).unwrap(), json);
         assert_eq!(frame.attachment, raw);

@@ -20,8 +20,9 @@ use crate::sync::lock;
 /// Bytes that may wait to be sent before callers wait too. One message may exceed it.
 pub(crate) const OUTBOX_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// A send buffer above this size in bytes is given back once it is empty.
-const BUFFER_BYTES_KEPT: usize = 256 * 1024;
+/// A send buffer above this size in bytes is given back once it is empty. It holds one message of the largest size that
+/// servers take by default: whoever sends such messages would else pay for fresh memory each time, more than for the copy.
+const BUFFER_BYTES_KEPT: usize = 17 * 1024 * 1024;
 
 /// Whether there is a connection.
 #[derive(Debug, Clone)]
@@ -197,7 +198,7 @@ impl Outbox {
             alone: false,
         };
         match by {
-            By::Any | By::Connection(_) => inner.append(message.finish(None, attachments)),
+            By::Any | By::Connection(_) => inner.append_message(message, None, attachments),
             By::Call { deadline, window } => {
                 let mut pending = lock(pending);
                 std::task::ready!(pending.poll_room(cx));
@@ -209,7 +210,7 @@ impl Outbox {
                     deadline,
                     window,
                 });
-                inner.append(message.finish(Some(key), attachments));
+                inner.append_message(message, Some(key), attachments);
                 pending.set_end(key, inner.appended);
                 submitted.key = Some(key);
             }
@@ -343,6 +344,12 @@ fn gone() -> Error {
 }
 
 impl Inner {
+    fn append_message(&mut self, message: &mut Message, id: Option<Key>, attachments: bool) {
+        let before = self.buf.len();
+        message.finish(id, attachments, &mut self.buf);
+        self.appended += (self.buf.len() - before) as u64;
+    }
+
     fn append(&mut self, frame: &[u8]) {
         self.buf.extend_from_slice(frame);
         self.appended += frame.len() as u64;

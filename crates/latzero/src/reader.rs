@@ -24,8 +24,9 @@ use crate::sync::{lock, thread_waker};
 /// First size of the receive buffer in bytes; it grows with what arrives, not with what is announced.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// A receive buffer above this size in bytes is given back once it is empty.
-const BUFFER_BYTES_KEPT: usize = 1024 * 1024;
+/// A receive buffer above this size in bytes is given back once it is empty. As for the send buffer, it holds one large message,
+/// at the next power of two.
+const BUFFER_BYTES_KEPT: usize = 32 * 1024 * 1024;
 
 /// The receive side, with what arrived and was not decoded yet.
 #[derive(Debug)]

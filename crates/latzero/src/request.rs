@@ -503,7 +503,7 @@ pub(crate) fn answer(core: &Core, ticket: &Ticket, outcome: Outcome) {
             message.string("in_reply_to", id);
             message.string("status", "ok");
             message.payload("response", Payload::Bytes(bytes));
-            out.extend_from_slice(message.finish(None, link.attachments));
+            message.finish(None, link.attachments, out);
         }
         Ok(payload) => frame::append(out, |out| {
             begin(out, "ok");
