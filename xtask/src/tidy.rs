@@ -27,6 +27,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "latzero-fabric",
             "latzero-protocol",
             "latzero-server",
+            "latzero-shm",
             "latzero-sim",
         ],
     ),

@@ -3,6 +3,7 @@
 //! They stand here and not in `fuzz/`, which needs a fuzzer's compiler flags, so that the ordinary tests can replay
 //! the corpus (`fuzz/corpus/<target>/`) on a stable compiler.
 
+mod header;
 mod session;
 
 use std::path::Path;
@@ -13,6 +14,7 @@ use latzero_server::settings;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+pub use header::header;
 pub use session::session;
 
 /// Frames that were decoded, and the error that ended them.

@@ -37,3 +37,8 @@ fn session() {
 fn config() {
     replay("config", latzero_fuzz::config);
 }
+
+#[test]
+fn header() {
+    replay("header", latzero_fuzz::header);
+}

@@ -201,6 +201,10 @@ pub struct Draft {
 /// Where the memory or file is not what it should be.
 pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault> {
     let head = head(memory, geometry)?;
+    if head.version + 1 >= VERSION_MAX {
+        // A writer said so; no block gets there by being written.
+        return Err(Fault::Corrupt("version"));
+    }
     let slot = if head.version == 0 {
         0
     } else {
