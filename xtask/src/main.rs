@@ -61,6 +61,9 @@ fn main() -> ExitCode {
 /// What a step comes to: nothing, or what went wrong.
 type Done = Result<(), String>;
 
+/// Tests that are run with several IO threads too.
+const THREADED: &[&str] = &["bounds", "ends", "blocks", "block_client"];
+
 fn test() -> Done {
     lint()?;
     codegen::check()?;
@@ -70,8 +73,9 @@ fn test() -> Done {
     cargo(&["test", "--workspace"])?;
     // Once more with several IO threads: what loops do to each other shows only there. The vectors are left out, since
     // they take the end of one connection for seen before the next message of another.
-    println!("$ LATZERO_IO_THREADS=4 cargo test --package latzero-tests --test bounds");
-    let threads = ["test", "--package", "latzero-tests", "--test", "bounds"];
+    let mut threads = vec!["test", "--package", "latzero-tests"];
+    threads.extend(THREADED.iter().flat_map(|name| ["--test", name]));
+    println!("$ LATZERO_IO_THREADS=4 cargo {}", threads.join(" "));
     run(Command::new(cargo_program())
         .args(threads)
         .env("LATZERO_IO_THREADS", "4")

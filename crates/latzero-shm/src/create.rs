@@ -137,13 +137,16 @@ impl Custodian {
     }
 
     fn of(file: OwnedFd, header: Option<Mapped>, description: Description) -> Custodian {
-        let read_only = reopened(&file).map(Arc::new);
-        let writable = Arc::new(file);
+        let read_only = reopened(&file, OFlags::RDONLY).map(Arc::new);
+        let own = Arc::new(file);
+        // Clients that are passed a descriptor share its open file, flags and all (fcntl(2)): with O_APPEND, set by one of
+        // them, every pwrite(2) of the server would go to the file's end. So the server has one for itself.
+        let writable = reopened(&own, OFlags::RDWR).map_or_else(|| Arc::clone(&own), Arc::new);
         Custodian {
             description,
             read_only,
             memory: Kept {
-                file: FileMemory::new(Arc::clone(&writable)),
+                file: FileMemory::new(own),
                 header,
             },
             writable,
@@ -224,9 +227,10 @@ fn free_disk(file: &OwnedFd) -> u64 {
     rustix::fs::fstatvfs(file).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// The same file, opened for reading alone: another description, which the kernel lets nobody map writable.
-fn reopened(file: &OwnedFd) -> Option<OwnedFd> {
+/// The same file, opened anew: another open file, with flags and an access mode of its own. What is opened for reading alone
+/// the kernel lets nobody map writable.
+fn reopened(file: &OwnedFd, access: OFlags) -> Option<OwnedFd> {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()
+    rustix::fs::open(path, access | OFlags::CLOEXEC, Mode::empty()).ok()
 }
