@@ -8,7 +8,7 @@ use crate::format::HEADER_BYTES;
 const PAGE: u64 = 4096;
 
 /// Most slots of a block.
-const SLOTS_MAX: u32 = 4;
+pub(crate) const SLOTS_MAX: u32 = 4;
 
 /// Largest version of a block in bytes: 2^40.
 const SIZE_MAX: u64 = 1 << 40;

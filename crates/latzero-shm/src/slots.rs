@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::format::at;
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, SLOTS_MAX};
 use crate::memory::{Fault, Memory};
 
 /// How often, and for how long, a reader begins again before it says that the block is contended.
@@ -179,6 +179,41 @@ pub(crate) fn is_untouched<M: Memory>(memory: &M, slot: u32, sequence: u64) -> R
     Ok(memory.load(at::slot(slot) + at::SEQUENCE, Relaxed)? == sequence)
 }
 
+/// Which bytes of a slot are older than the newest version: a range for each version that it missed, apart from each other. An
+/// empty range is none.
+#[derive(Debug, Clone, Copy, Default)]
+struct Lag([(u64, u64); SLOTS_MAX as usize - 1]);
+
+impl Lag {
+    fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.0.into_iter().filter(|(from, to)| from < to)
+    }
+
+    /// Adds a range; what it touches becomes one with it.
+    fn add(&mut self, range: (u64, u64)) {
+        if range.0 >= range.1 {
+            return;
+        }
+        let mut joined = range;
+        let mut apart = Lag::default();
+        let mut n = 0;
+        for known in self.ranges() {
+            if known.0 <= joined.1 && joined.0 <= known.1 {
+                joined = union(known, joined);
+            } else {
+                apart.0[n] = known;
+                n += 1;
+            }
+        }
+        match apart.0.get_mut(n) {
+            Some(place) => *place = joined,
+            // More than a block can miss; then with the last one.
+            None => apart.0[n - 1] = union(apart.0[n - 1], joined),
+        }
+        *self = apart;
+    }
+}
+
 /// A version under way. Nobody sees it before it is published; where it is dropped, nobody ever does. Each step is given the
 /// memory that the draft was begun on.
 #[derive(Debug)]
@@ -192,7 +227,7 @@ pub struct Draft {
     changed: Option<(u64, u64)>,
     /// What of the slot is still older than the version before. It is brought up to date when that turns out to be needed:
     /// what is written over need not be copied first.
-    lag: Option<(u64, u64)>,
+    lag: Lag,
 }
 
 /// Begins the next version, with the content of the newest one. There must be one writer at a time.
@@ -219,13 +254,13 @@ pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault>
         sequence,
         head,
         changed: None,
-        lag: None,
+        lag: Lag::default(),
     };
     if !geometry.is_raw() {
         memory.store(words + at::SEQUENCE, sequence.wrapping_add(1), Relaxed)?;
         memory.fence(Release);
         let holds = memory.load(words + at::VERSION, Relaxed)?;
-        draft.lag = Some(draft.lag(memory, holds)?).filter(|(from, to)| from < to);
+        draft.lag = draft.lag(memory, holds)?;
     }
     Ok(draft)
 }
@@ -233,14 +268,16 @@ pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault>
 impl Draft {
     /// Brings the slot up to the newest version, where it still lags behind.
     fn catch_up<M: Memory>(&mut self, memory: &M) -> Result<(), Fault> {
-        let Some(range) = self.lag.take() else {
+        let lag = std::mem::take(&mut self.lag);
+        if lag.ranges().next().is_none() {
             return Ok(());
-        };
+        }
         if self.changed.is_some() {
-            return self.bring(memory, range);
+            return lag.ranges().try_for_each(|range| self.bring(memory, range));
         }
         self.spoil(memory)?;
-        self.bring(memory, range)?;
+        lag.ranges()
+            .try_for_each(|range| self.bring(memory, range))?;
         memory.fence(Release);
         memory.store(
             at::slot(self.slot) + at::VERSION,
@@ -261,24 +298,24 @@ impl Draft {
 
     /// Takes what is about to be written over from what lags behind.
     fn make_way<M: Memory>(&mut self, memory: &M, (a, b): (u64, u64)) -> Result<(), Fault> {
-        let Some((from, to)) = self.lag else {
-            return Ok(());
-        };
-        self.lag = match (a <= from, b >= to) {
-            _ if b <= from || a >= to => Some((from, to)),
-            (true, true) => None,
-            (true, false) => Some((b, to)),
-            (false, true) => Some((from, a)),
-            // In its midst: the shorter side is copied now, the longer one may yet be written over.
-            (false, false) if a - from < to - b => {
-                self.bring(memory, (from, a))?;
-                Some((b, to))
-            }
-            (false, false) => {
-                self.bring(memory, (b, to))?;
-                Some((from, a))
-            }
-        };
+        for i in 0..self.lag.0.len() {
+            let (from, to) = self.lag.0[i];
+            self.lag.0[i] = match (a <= from, b >= to) {
+                _ if b <= from || a >= to => (from, to),
+                (true, true) => (0, 0),
+                (true, false) => (b, to),
+                (false, true) => (from, a),
+                // In its midst: the shorter side is copied now, the longer one may yet be written over.
+                (false, false) if a - from < to - b => {
+                    self.bring(memory, (from, a))?;
+                    (b, to)
+                }
+                (false, false) => {
+                    self.bring(memory, (b, to))?;
+                    (from, a)
+                }
+            };
+        }
         Ok(())
     }
 
@@ -293,13 +330,14 @@ impl Draft {
 
     /// Which bytes of the slot are older than the newest version; all of them where that can't be told. A slot that was never
     /// written holds zeros, which is version 0.
-    fn lag<M: Memory>(&self, memory: &M, holds: u64) -> Result<(u64, u64), Fault> {
-        let all = (0, self.geometry.size);
+    fn lag<M: Memory>(&self, memory: &M, holds: u64) -> Result<Lag, Fault> {
+        let mut all = Lag::default();
+        all.add((0, self.geometry.size));
         if holds > self.head.version || self.head.version - holds >= u64::from(self.geometry.slots)
         {
             return Ok(all);
         }
-        let mut lag: Option<(u64, u64)> = None;
+        let mut lag = Lag::default();
         let mut slot = self.head.slot;
         for version in (holds + 1..=self.head.version).rev() {
             let words = at::slot(slot);
@@ -309,12 +347,10 @@ impl Draft {
             if found != version || from > to || to > self.geometry.size {
                 return Ok(all);
             }
-            if from < to {
-                lag = Some(lag.map_or((from, to), |lag| union(lag, (from, to))));
-            }
+            lag.add((from, to));
             slot = (slot + self.geometry.slots - 1) % self.geometry.slots;
         }
-        Ok(lag.unwrap_or((0, 0)))
+        Ok(lag)
     }
 
     /// Fills a range with one byte, in pieces.
@@ -402,8 +438,8 @@ impl Draft {
         memory.read(self.geometry.slot(self.slot) + offset, to)?;
         // What lags behind still stands in the newest version alone.
         let end = offset + to.len() as u64;
-        let lag = self.lag.map(|(a, b)| (a.max(offset), b.min(end)));
-        if let Some((a, b)) = lag.filter(|(a, b)| a < b) {
+        let lag = self.lag.ranges().map(|(a, b)| (a.max(offset), b.min(end)));
+        for (a, b) in lag.filter(|(a, b)| a < b) {
             let index = |at: u64| usize::try_from(at - offset).expect("within the buffer");
             let part = &mut to[index(a)..index(b)];
             match self.head.version {

@@ -196,6 +196,20 @@ fn more_slots_copy_what_lies_between_the_versions_missed() {
 }
 
 #[test]
+fn far_ends_of_a_block_are_apart_from_each_other() {
+    for slots in [2, 3, 4] {
+        let (memory, geometry) = warm(slots);
+        for round in 0..20 {
+            let offset = [0, SIZE - SMALL][round % 2];
+            let count = write(&memory, &geometry, offset, SMALL, 9);
+            if round > 4 {
+                assert!(count.content_read <= 2 * SMALL, "{slots} slots: {count:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn an_empty_version_and_a_read_cost_what_they_are() {
     let (memory, geometry) = warm(2);
     write(&memory, &geometry, 0, SMALL, 3);
