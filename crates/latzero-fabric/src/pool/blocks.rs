@@ -154,6 +154,8 @@ pub(super) struct Blocks {
     by_id: HashMap<BlockId, BlockKey>,
     bytes: u64,
     tickets: u64,
+    /// No lease and no wait ends before this. Kept rather than looked for: the pool is asked after every message.
+    next: Option<Time>,
 }
 
 impl Blocks {
@@ -173,12 +175,22 @@ impl Blocks {
         self.blocks.at_mut(stored(key))
     }
 
+    /// When something is due at the latest; it may be early, never late.
     pub(super) fn next_deadline(&self) -> Option<Time> {
-        // Few blocks have waiters or leases, and few pools have many blocks.
-        self.blocks
-            .iter()
+        self.next
+    }
+
+    /// A block's lock may have a new deadline.
+    fn note_deadline(&mut self, key: BlockKey) {
+        let deadline = self.at(key).and_then(|block| block.lock.next_deadline());
+        self.next = self.next.into_iter().chain(deadline).min();
+    }
+
+    fn look_for_deadline(&mut self) {
+        let deadlines = self.blocks.iter();
+        self.next = deadlines
             .filter_map(|(_, block)| block.lock.next_deadline())
-            .min()
+            .min();
     }
 }
 
@@ -710,7 +722,9 @@ impl<P: Clone> Pool<P> {
             lease_ms: want.lease_ms,
         };
         let block = self.blocks.at_mut(key).expect("just found");
-        match block.lock.claim(now, claim, until) {
+        let claimed = block.lock.claim(now, claim, until);
+        self.blocks.note_deadline(key);
+        match claimed {
             Ok(None) => {
                 self.involve(asking.member, key);
                 Ok(None)
@@ -770,6 +784,7 @@ impl<P: Clone> Pool<P> {
         let (key, _) = self.block(id)?;
         let block = self.blocks.at_mut(key).expect("just found");
         if block.lock.renew(now, member, fence, lease_ms) {
+            self.blocks.note_deadline(key);
             Ok(Some("{}".into()))
         } else {
             Err(lock_lost(id, fence))
@@ -1264,6 +1279,9 @@ impl<P: Clone> Pool<P> {
 
     /// Ends leases and waits whose time is over.
     pub(super) fn handle_block_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+        if self.blocks.next.is_none_or(|next| next > now) {
+            return;
+        }
         let due: Vec<BlockKey> = self
             .blocks
             .blocks
@@ -1294,6 +1312,7 @@ impl<P: Clone> Pool<P> {
             }
             self.grant_waiting(now, key, fx);
         }
+        self.blocks.look_for_deadline();
     }
 
     fn lease_over<E: Effects<Peer = P>>(&mut self, key: BlockKey, held: &Holder, fx: &mut E) {
@@ -1554,6 +1573,7 @@ impl<P: Clone> Pool<P> {
             .at_mut(key)
             .and_then(|block| block.lock.grant_next(now))
         {
+            self.blocks.note_deadline(key);
             self.granted(key, &grant, fx);
             let reply = Ok(Some(grant_json(&grant)));
             self.answer(grant.claim.member, grant.claim.id.as_deref(), reply, fx);
@@ -1678,6 +1698,12 @@ impl<P: Clone> Pool<P> {
             }
         }
         assert_eq!(bytes, self.blocks.bytes);
+        let locks = self.blocks.blocks.iter().map(|(_, block)| &block.lock);
+        let first = locks.filter_map(Lock::next_deadline).min();
+        assert!(
+            first.is_none_or(|first| self.blocks.next.is_some_and(|next| next <= first)),
+            "a deadline would be missed"
+        );
     }
 }
 
