@@ -1,0 +1,273 @@
+//! The locks of a pool's blocks: asked for, granted in turn, given back, broken.
+
+use super::*;
+
+impl<P: Clone> Pool<P> {
+    /// Asks for a block's lock; the reply may come later.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `locked`, `overloaded`.
+    pub fn lock_block<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        asking: Asking<'_>,
+        id: &BlockId,
+        want: LockWish,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let access = match want.mode {
+            LockMode::Exclusive => Access::Write,
+            LockMode::Shared => Access::Read,
+        };
+        let (key, block) = self.allowed(asking.member, id, access)?;
+        let until = (want.wait_ms > 0).then(|| now.after_ms(want.wait_ms));
+        if until.is_some() && block.lock.waiting() >= self.limits.block_waiters_max {
+            return Err(too_many_wait(id, self.limits.block_waiters_max));
+        }
+        let claim = Claim {
+            member: asking.member,
+            id: asking.id(),
+            mode: want.mode,
+            lease_ms: want.lease_ms,
+        };
+        let block = self.blocks.at_mut(key).expect("just found");
+        let claimed = block.lock.claim(now, claim, until);
+        self.blocks.note_deadline(key);
+        match claimed {
+            Ok(None) => {
+                self.involve(asking.member, key);
+                Ok(None)
+            }
+            Ok(Some(grant)) => {
+                self.involve(asking.member, key);
+                self.granted(key, &grant, fx);
+                Ok(Some(grant_json(&grant)))
+            }
+            Err(_) => {
+                let block = self.blocks.at(key).expect("just found");
+                Err(match block.lock.holders().first() {
+                    Some(held) => self.locked(id, held),
+                    None => Refusal::new(
+                        Code::Locked,
+                        format!("block '{id}' is being written or moved; wait for its lock"),
+                    ),
+                })
+            }
+        }
+    }
+
+    /// Gives a block's lock back.
+    ///
+    /// # Errors
+    /// `no_block`, `lock_lost`.
+    pub fn unlock_block<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        member: MemberKey,
+        id: &BlockId,
+        fence: u64,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, _) = self.block(id)?;
+        let block = self.blocks.at_mut(key).expect("just found");
+        let Some(held) = block.lock.release(member, fence) else {
+            return Err(lock_lost(id, fence));
+        };
+        self.note_fence(key, &held, fx);
+        self.grant_waiting(now, key, fx);
+        Ok(Some("{}".into()))
+    }
+
+    /// Begins the lease of a block's lock anew.
+    ///
+    /// # Errors
+    /// `no_block`, `lock_lost`.
+    pub fn renew_lock(
+        &mut self,
+        now: Time,
+        member: MemberKey,
+        id: &BlockId,
+        fence: u64,
+        lease_ms: Option<u64>,
+    ) -> Result<Replied, Refusal> {
+        let (key, _) = self.block(id)?;
+        let block = self.blocks.at_mut(key).expect("just found");
+        if block.lock.renew(now, member, fence, lease_ms) {
+            self.blocks.note_deadline(key);
+            Ok(Some("{}".into()))
+        } else {
+            Err(lock_lost(id, fence))
+        }
+    }
+
+    /// Ends waits of a member that it cancelled by their request's id; false where it has none.
+    pub(in crate::pool) fn cancel_lock<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        member: MemberKey,
+        id: &str,
+        fx: &mut E,
+    ) -> bool {
+        let Some(asker) = self.members.at(place(member)) else {
+            return false;
+        };
+        let keys = asker.blocks.clone();
+        for key in keys {
+            let Some(block) = self.blocks.at_mut(key) else {
+                continue;
+            };
+            if block.lock.cancel(member, id) {
+                let refusal = Refusal::new(Code::Cancelled, "the wait for the lock was cancelled");
+                self.answer(member, Some(id), Err(refusal), fx);
+                self.grant_waiting(now, key, fx);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Ends leases and waits whose time is over.
+    pub(in crate::pool) fn handle_block_timeout<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        fx: &mut E,
+    ) {
+        if self.blocks.next.is_none_or(|next| next > now) {
+            return;
+        }
+        let due: Vec<BlockKey> = self
+            .blocks
+            .blocks
+            .iter()
+            .filter(|(_, block)| block.lock.next_deadline().is_some_and(|at| at <= now))
+            .map(|(key, _)| shown(key))
+            .collect();
+        for key in due {
+            while let Some(expired) = self
+                .blocks
+                .at_mut(key)
+                .and_then(|block| block.lock.pop_due(now))
+            {
+                match expired {
+                    Expired::Wait(claim) => {
+                        let block = self.blocks.at(key).expect("just found");
+                        let refusal = match block.lock.holders().first() {
+                            Some(held) => self.locked(&block.id, held),
+                            None => Refusal::new(
+                                Code::Locked,
+                                format!("block '{}' is being written or moved", block.id),
+                            ),
+                        };
+                        self.answer(claim.member, claim.id.as_deref(), Err(refusal), fx);
+                    }
+                    Expired::Lease(held) => self.lease_over(key, &held, fx),
+                }
+            }
+            self.grant_waiting(now, key, fx);
+        }
+        self.blocks.look_for_deadline();
+    }
+
+    pub(in crate::pool) fn lease_over<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        held: &Holder,
+        fx: &mut E,
+    ) {
+        let more = format!(",\"lock\":\"{}\"", held.fence);
+        let told = self.block_event_json("lock_lost", key, &more);
+        let Some(member) = self.members.at(place(held.member)) else {
+            return;
+        };
+        fx.send(&member.peer, Class::Control, told.len(), |out| {
+            encode::message(out, &told);
+        });
+        if held.mode != LockMode::Exclusive {
+            return;
+        }
+        let could_write = member.takes_descriptors
+            && self.blocks.at(key).is_some_and(|block| {
+                block
+                    .attachment(held.member)
+                    .is_some_and(|a| a.access() == Access::Write)
+            });
+        self.note_fence(key, held, fx);
+        self.tell_broken(key, fx);
+        if could_write {
+            // It lives and may write on: into a generation that nobody reads any more.
+            self.renew_generation(key, None, fx);
+        }
+    }
+
+    pub(in crate::pool) fn granted<E: Effects<Peer = P>>(
+        &self,
+        key: BlockKey,
+        grant: &Grant,
+        fx: &mut E,
+    ) {
+        if grant.claim.mode == LockMode::Exclusive {
+            self.write_fence(key, fx);
+        }
+    }
+
+    pub(in crate::pool) fn grant_waiting<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        key: BlockKey,
+        fx: &mut E,
+    ) {
+        while let Some(grant) = self
+            .blocks
+            .at_mut(key)
+            .and_then(|block| block.lock.grant_next(now))
+        {
+            self.blocks.note_deadline(key);
+            self.granted(key, &grant, fx);
+            let reply = Ok(Some(grant_json(&grant)));
+            self.answer(grant.claim.member, grant.claim.id.as_deref(), reply, fx);
+        }
+    }
+
+    /// The end of an exclusive lock is written where writers look.
+    pub(in crate::pool) fn note_fence<E: Effects<Peer = P>>(
+        &self,
+        key: BlockKey,
+        held: &Holder,
+        fx: &mut E,
+    ) {
+        if held.mode == LockMode::Exclusive {
+            self.write_fence(key, fx);
+        }
+    }
+
+    pub(in crate::pool) fn write_fence<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) {
+        let Some(block) = self.blocks.at(key) else {
+            return;
+        };
+        let fence = block
+            .lock
+            .exclusive()
+            .map_or(block.lock.fence(), |held| held.fence);
+        fx.block_job(Job::Lease {
+            storage: block.storage,
+            fence,
+        });
+    }
+
+    pub(in crate::pool) fn tell_broken<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) {
+        let fence = self.blocks.at(key).map_or(0, |block| block.lock.fence());
+        let told = self.block_event_json("lock_broken", key, &format!(",\"fence\":{fence}"));
+        self.tell_attached(key, &told, fx);
+    }
+
+    pub(in crate::pool) fn locked(&self, id: &BlockId, held: &Holder) -> Refusal {
+        let holder = self
+            .members
+            .at(place(held.member))
+            .map_or("somebody", |m| m.app.as_str());
+        Refusal::new(
+            Code::Locked,
+            format!("block '{id}' is locked by app '{holder}'; wait for its lock with \"wait\""),
+        )
+    }
+}

@@ -1,0 +1,247 @@
+//! Generations of a block: its first one, one of another size, and one that leaves a broken lock's holder behind.
+
+use super::*;
+
+impl<P: Clone> Pool<P> {
+    /// Storage that was asked for is there, or can't be had; `None` where none was needed in the end.
+    pub fn storage_made<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        key: BlockKey,
+        made: Result<Option<StorageId>, Refusal>,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at_mut(key) else {
+            // Removed meanwhile.
+            if let Ok(Some(storage)) = made {
+                fx.block_job(Job::Drop {
+                    storage,
+                    is_superseded: false,
+                });
+            }
+            return;
+        };
+        let phase = std::mem::replace(&mut block.phase, Phase::Live);
+        let waiting = std::mem::take(&mut block.waiting);
+        match (phase, made) {
+            (Phase::Live, _) => unreachable!("storage is made for who waits for it"),
+            (Phase::New, Ok(_)) => {
+                let told = self.block_event_json("block_created", key, "");
+                self.tell(Event::BlockCreated, &told, None, fx);
+                for one in waiting {
+                    let result = match one.attach {
+                        None => Ok(Some(self.describe(key, None, fx).to_string())),
+                        Some(access) => {
+                            let asking = Asking {
+                                member: one.member,
+                                id: one.id.as_deref(),
+                            };
+                            let id = self.blocks.at(key).map(|block| block.id.clone());
+                            match id {
+                                Some(id) => self.attach_block(asking, &id, access, None, fx),
+                                None => Ok(None),
+                            }
+                        }
+                    };
+                    self.answer(one.member, one.id.as_deref(), result, fx);
+                }
+                self.end_if_unused(key, fx);
+            }
+            (Phase::New, Err(refusal)) => {
+                for one in waiting {
+                    self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), fx);
+                }
+                self.forget_block(key, fx);
+            }
+            (
+                Phase::Moving {
+                    to,
+                    geometry,
+                    reason,
+                },
+                made,
+            ) => {
+                block.lock.end_server();
+                let (owner, was, will) = (
+                    block.owner.clone(),
+                    block.total(),
+                    geometry.total().expect("checked when it was asked for"),
+                );
+                match made {
+                    Ok(Some(_)) => {
+                        let old = std::mem::replace(&mut block.storage, to);
+                        block.geometry = geometry;
+                        block.generation += 1;
+                        self.blocks.bytes -= was;
+                        fx.with_ledger(|ledger| ledger.release(&owner, was));
+                        fx.block_job(Job::Drop {
+                            storage: old,
+                            is_superseded: true,
+                        });
+                        let more = format!(",\"reason\":\"{reason}\"");
+                        let told = self.block_event_json("block_moved", key, &more);
+                        self.tell_attached(key, &told, fx);
+                        for one in waiting {
+                            let access = self
+                                .blocks
+                                .at(key)
+                                .and_then(|b| b.attachment(one.member))
+                                .map(Attachment::access);
+                            self.answer_description(key, one.member, one.id.as_deref(), access, fx);
+                        }
+                        self.write_fence(key, fx);
+                        let version = self.version_of(key, fx);
+                        self.tell_change(key, version, fx);
+                    }
+                    other => {
+                        self.blocks.bytes -= will;
+                        fx.with_ledger(|ledger| ledger.release(&owner, will));
+                        let refusal = other.err().unwrap_or_else(|| {
+                            Refusal::new(Code::Storage, "no new generation was needed after all")
+                        });
+                        for one in waiting {
+                            self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), fx);
+                        }
+                    }
+                }
+                self.grant_waiting(now, key, fx);
+                self.end_if_unused(key, fx);
+            }
+        }
+    }
+
+    /// Makes a new generation of another size; the reply comes when it is there.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `locked`, `quota`, `too_large`, `layout_mismatch`.
+    pub fn resize_block<E: Effects<Peer = P>>(
+        &mut self,
+        asking: Asking<'_>,
+        id: &BlockId,
+        size: u64,
+        unix_ms: u64,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, block) = self.allowed(asking.member, id, Access::Write)?;
+        if let Some(held) = block
+            .lock
+            .holders()
+            .iter()
+            .find(|h| h.member != asking.member)
+        {
+            return Err(self.locked(id, held));
+        }
+        if matches!(block.phase, Phase::Moving { .. }) || block.lock.is_held_by_server() {
+            return Err(Refusal::new(
+                Code::Locked,
+                format!("block '{id}' is being written or moved; repeat in a moment"),
+            ));
+        }
+        if size == 0 {
+            return Err(Refusal::new(
+                Code::BadMessage,
+                "field 'size' must be a whole number of bytes, at least 1",
+            ));
+        }
+        if let Some(needed) = block.layout.as_ref().and_then(Layout::bytes)
+            && needed > size
+        {
+            return Err(Refusal::new(
+                Code::LayoutMismatch,
+                format!("the block's layout needs {needed} bytes, more than {size}"),
+            ));
+        }
+        let geometry = Geometry {
+            size,
+            slots: block.geometry.slots,
+        };
+        self.begin_move(key, geometry, "resized", None, unix_ms, fx)?;
+        self.involve(asking.member, key);
+        let block = self.blocks.at_mut(key).expect("just found");
+        block.waiting.push(Waiting {
+            member: asking.member,
+            id: asking.id(),
+            attach: None,
+        });
+        Ok(None)
+    }
+
+    pub(in crate::pool) fn begin_move<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        geometry: Geometry,
+        reason: &'static str,
+        unless_dead: Option<P>,
+        unix_ms: u64,
+        fx: &mut E,
+    ) -> Result<(), Refusal> {
+        let total = self.check_size(geometry)?;
+        // Both generations are there until the new one has the old one's content.
+        check_room(
+            &format!("blocks of pool '{}'", self.name),
+            "memory_bytes_per_pool_max",
+            (
+                self.blocks.bytes,
+                total,
+                self.limits.memory_bytes_per_pool_max,
+            ),
+        )?;
+        let limits = &self.limits;
+        let block = self.blocks.at_mut(key).expect("its caller found it");
+        let to = fx.with_ledger(|ledger| {
+            ledger.reserve(&block.owner, total, limits)?;
+            Ok::<_, Refusal>(ledger.next_storage())
+        })?;
+        block.lock.begin_server();
+        block.phase = Phase::Moving {
+            to,
+            geometry,
+            reason,
+        };
+        let mut record = record(&self.name, block, unix_ms);
+        if let Some(text) = &mut record {
+            // The record of the generation to come.
+            let mut next: Value = serde_json::from_str(text).expect("a record is JSON");
+            next["size"] = geometry.size.into();
+            next["generation"] = (block.generation + 1).into();
+            *text = next.to_string();
+        }
+        let making = Making {
+            storage: to,
+            pool: self.name.clone(),
+            block: block.id.clone(),
+            kind: block.kind,
+            geometry,
+            generation: block.generation + 1,
+            from: Some(block.storage),
+            record,
+        };
+        self.blocks.bytes += total;
+        fx.block_job(Job::Make {
+            key,
+            making,
+            unless_dead,
+        });
+        Ok(())
+    }
+
+    /// Moves a block to a new generation of the same size, so that who lost its lock can't write it any more.
+    pub(in crate::pool) fn renew_generation<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        unless_dead: Option<P>,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at(key) else {
+            return;
+        };
+        if !matches!(block.phase, Phase::Live) {
+            return;
+        }
+        let geometry = block.geometry;
+        if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, 0, fx) {
+            // Without room for a second generation the fence is all that keeps the old writer out.
+            fx.refused(refusal.code);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What a persistent block is known by after a restart.
+
+use super::*;
+
+/// A persistent block that was there before the server was.
+#[derive(Debug)]
+pub struct Found<'a> {
+    /// Its record, as [`Making::record`] gave it.
+    pub record: &'a str,
+}
+
+impl Found<'_> {
+    /// The pool and the block of a record.
+    ///
+    /// # Errors
+    /// Where it makes no sense.
+    pub fn name(&self) -> Result<(PoolName, BlockId), Refusal> {
+        let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
+        let text = |name: &str| record[name].as_str().ok_or_else(senseless);
+        let pool = PoolName::new(text("pool")?)?;
+        Ok((pool, BlockId::new(text("block_id")?)?))
+    }
+
+    pub(super) fn read(&self, now: Time) -> Result<Block, Refusal> {
+        use latzero_protocol::memory::Apps;
+        let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
+        let number = |name: &str| record[name].as_u64().ok_or_else(senseless);
+        let apps = |name: &str| -> Result<Apps, Refusal> {
+            let names = record["permissions"][name].as_array();
+            let names = names.ok_or_else(senseless)?.iter();
+            let names: Vec<&str> = names.filter_map(Value::as_str).collect();
+            if names.contains(&"*") {
+                return Ok(Apps::All);
+            }
+            let apps = names.into_iter().map(|name| Ok(AppId::new(name)?));
+            Ok(Apps::These(apps.collect::<Result<_, Refusal>>()?))
+        };
+        let layout = match &record["layout"] {
+            Value::Null => None,
+            layout => {
+                let text = layout.to_string();
+                let raw = latzero_protocol::Raw::new(&text).map_err(|_| senseless())?;
+                Some(Layout::parse(raw)?)
+            }
+        };
+        let (_, id) = self.name()?;
+        Ok(Block {
+            id,
+            storage: StorageId(0),
+            kind: Kind::Persistent,
+            geometry: Geometry {
+                size: number("size")?.max(1),
+                slots: u32::try_from(number("slots")?)
+                    .ok()
+                    .filter(|slots| (1..=4).contains(slots))
+                    .ok_or_else(senseless)?,
+            },
+            layout,
+            permissions: Permissions {
+                read: apps("read")?,
+                write: apps("write")?,
+            },
+            owner: AppId::new(record["owner"].as_str().ok_or_else(senseless)?)?,
+            lifetime: Lifetime::Pool,
+            generation: number("generation")?,
+            created: now,
+            phase: Phase::Live,
+            attachments: Vec::new(),
+            subscribers: Vec::new(),
+            lock: Lock::default(),
+            waiting: Vec::new(),
+            flushing: Vec::new(),
+        })
+    }
+}
+
+fn senseless() -> Refusal {
+    Refusal::new(
+        Code::Storage,
+        "the record of a persistent block makes no sense",
+    )
+}
+
+pub(super) fn record(pool: &PoolName, block: &Block, unix_ms: u64) -> Option<String> {
+    (block.kind == Kind::Persistent).then(|| {
+        let mut record = json!({
+            "pool": pool, "block_id": block.id, "size": block.geometry.size, "slots": block.geometry.slots,
+            "owner": block.owner, "generation": block.generation, "created": unix_ms,
+            "permissions": {"read": block.permissions.read.names(), "write": block.permissions.write.names()},
+        });
+        if let Some(layout) = &block.layout {
+            record["layout"] = serde_json::from_str(&layout.to_json()).expect("a layout writes JSON");
+        }
+        record.to_string()
+    })
+}
