@@ -126,8 +126,12 @@ pub trait Effects {
     /// A block's version, as far as it is known without waiting.
     fn block_version(&self, storage: StorageId) -> u64;
 
-    /// Somebody says that a block has this version.
-    fn version_noted(&mut self, storage: StorageId, version: u64);
+    /// Somebody says that a block has this version; returns the one that it has, as far as the block itself tells.
+    fn version_noted(&mut self, storage: StorageId, version: u64) -> u64;
+
+    /// Writes the fence of a block's lock where its writers look, at once: who holds the lock may write as soon as it is
+    /// told.
+    fn set_fence(&mut self, storage: StorageId, fence: u64);
 
     /// Whether there is a descriptor of a block's storage for this access.
     fn can_share(&self, storage: StorageId, access: Access) -> bool;

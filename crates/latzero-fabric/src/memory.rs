@@ -118,13 +118,6 @@ pub enum Job<P> {
         /// Whether a newer generation took its place.
         is_superseded: bool,
     },
-    /// Writes the fence of the block's lock where writers look.
-    Lease {
-        /// In which.
-        storage: StorageId,
-        /// The fence.
-        fence: u64,
-    },
     /// Has everything written so far reach the disk; [`crate::Pool::flushed`] hears of it.
     Flush {
         /// For this block.

@@ -919,7 +919,7 @@ impl<P: Clone> Pool<P> {
             handler.in_flight -= 1;
         }
         if let Some(uses) = &call.blocks {
-            self.take_back(call.member, uses, fx);
+            self.take_back(now, call.member, uses, fx);
         }
         let call_id = CallId {
             pool: self.number,

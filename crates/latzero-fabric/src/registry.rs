@@ -394,15 +394,17 @@ impl<H: Host> Registry<H> {
     }
 
     /// The number of blocks in a pool changed. A pool that nobody made on purpose goes with its last member and block.
-    pub fn count_blocks(&mut self, name: &PoolName, number: u32, change: i32) {
+    /// False where the pool is there no longer.
+    pub fn count_blocks(&mut self, name: &PoolName, number: u32, change: i32) -> bool {
         let Some(entry) = self.pools.get_mut(name).filter(|e| e.number == number) else {
-            return;
+            return false;
         };
         entry.blocks = entry
             .blocks
             .checked_add_signed(change as isize)
             .expect("a block ends once, after it began");
         self.drop_if_unused(name);
+        true
     }
 
     fn drop_if_unused(&mut self, name: &PoolName) {

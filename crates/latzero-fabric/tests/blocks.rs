@@ -669,6 +669,179 @@ fn a_call_lends_its_blocks_for_as_long_as_it_lasts() {
     assert!(net.sees(caller).contains("5 failed: handler_gone"));
 }
 
+/// Calls the handler `t` with block `b`, which only the call allows it; returns the call's id at the handler.
+fn lend(net: &mut Net, caller: Peer, handler: Peer, mode: &str) -> String {
+    net.sees(handler);
+    net.say(
+        caller,
+        &format!(
+            r#"{{"action":"trigger","process":"t","id":"{mode}","blocks":[{{"block_id":"b","mode":"{mode}"}}]}}"#
+        ),
+    );
+    let call = net.messages(handler).remove(0).json;
+    call["id"].as_str().unwrap().to_owned()
+}
+
+fn give_back(net: &mut Net, handler: Peer, call: &str) {
+    net.say(
+        handler,
+        &format!(r#"{{"action":"response","in_reply_to":"{call}","status":"ok"}}"#),
+    );
+}
+
+const OWN_ONLY: &str = r#""size":8,"permissions":{"read":["reader"],"write":["reader"]}"#;
+
+#[test]
+fn what_a_call_lends_is_not_kept() {
+    let (mut net, handler, caller) = two();
+    ask(&mut net, caller, "create", OWN_ONLY, &[]);
+    let call = lend(&mut net, caller, handler, "write");
+    // It may look again while the call lasts, lock, and listen; but neither end the block nor pass it on.
+    assert_eq!(
+        ask(
+            &mut net,
+            handler,
+            "attach",
+            r#""mode":"write""#,
+            &["access"]
+        ),
+        "mapped"
+    );
+    assert_eq!(lock(&mut net, handler, ""), "1");
+    assert_eq!(ask(&mut net, handler, "subscribe", "", &["version"]), "0");
+    assert_eq!(ask(&mut net, handler, "remove", "", &[]), "forbidden");
+    assert_eq!(
+        ask(&mut net, handler, "resize", r#""size":9"#, &[]),
+        "forbidden"
+    );
+    net.say(
+        handler,
+        r#"{"action":"trigger","process":"t","id":"on","blocks":["b"]}"#,
+    );
+    assert!(net.sees(handler).contains("on failed: forbidden"));
+    give_back(&mut net, handler, &call);
+    let seen = net.sees(handler);
+    assert!(seen.contains("lock_lost p b"), "{seen}");
+    for action in ["read", "attach", "subscribe", "lock", "flush"] {
+        assert_eq!(
+            ask(&mut net, handler, action, "", &[]),
+            "forbidden",
+            "{action}"
+        );
+    }
+    assert_eq!(
+        ask(&mut net, caller, "info", "", &["lock", "subscribers"]),
+        "null 0"
+    );
+    // It mapped the block and held its lock when the call ended: it writes into a generation of the past.
+    assert_eq!(ask(&mut net, caller, "info", "", &["generation"]), "2");
+    assert_eq!(lock(&mut net, caller, ""), "3");
+}
+
+#[test]
+fn of_two_calls_that_lend_a_block_each_takes_back_its_own() {
+    let (mut net, handler, caller) = two();
+    ask(&mut net, caller, "create", OWN_ONLY, &[]);
+    let reading = lend(&mut net, caller, handler, "read");
+    let writing = lend(&mut net, caller, handler, "write");
+    assert_eq!(lock(&mut net, handler, r#""mode":"shared""#), "1");
+    assert_eq!(lock(&mut net, caller, r#""wait":1000"#), "(waits)");
+    assert_eq!(lock(&mut net, handler, r#""wait":1000"#), "(waits)");
+    give_back(&mut net, handler, &writing);
+    // Its place in line for writing goes, its lock for reading stays.
+    assert_eq!(gist(&mut net, handler, &[]), "cancelled");
+    assert_eq!(
+        ask(&mut net, handler, "write", r#""data":"AA==""#, &[]),
+        "forbidden"
+    );
+    assert_eq!(
+        ask(&mut net, handler, "read", r#""length":1"#, &["version"]),
+        "0"
+    );
+    assert_eq!(gist(&mut net, caller, &[]), "(waits)");
+    give_back(&mut net, handler, &reading);
+    assert_eq!(gist(&mut net, caller, &["fence"]), "3");
+}
+
+#[test]
+fn holders_of_a_shared_lock_are_bounded() {
+    let mut net = Net::with(|limits| limits.block_waiters_max = 3);
+    let writer = net.app("writer", WRITER);
+    ask(&mut net, writer, "create", r#""size":8"#, &[]);
+    for fence in 1..=3 {
+        let taken = lock(&mut net, writer, r#""mode":"shared""#);
+        assert_eq!(taken, fence.to_string());
+    }
+    assert_eq!(lock(&mut net, writer, r#""mode":"shared""#), "overloaded");
+    ask(&mut net, writer, "unlock", r#""lock":"2""#, &[]);
+    assert_eq!(lock(&mut net, writer, r#""mode":"shared""#), "5");
+}
+
+#[test]
+fn who_leaves_a_pool_hears_that_its_waits_are_over() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    assert_eq!(lock(&mut net, a, ""), "1");
+    assert_eq!(lock(&mut net, b, r#""wait":1000"#), "(waits)");
+    net.say(b, r#"{"action":"pool_leave","id":"l","pool":"p"}"#);
+    assert_eq!(gist(&mut net, b, &[]), "cancelled");
+    net.world.hold_jobs(true);
+    let maker = net.app("maker", READER);
+    net.say(
+        maker,
+        r#"{"action":"memory_create","id":"m","block_id":"c","size":8}"#,
+    );
+    assert_eq!(gist(&mut net, maker, &[]), "(waits)");
+    net.say(maker, r#"{"action":"pool_leave","id":"l","pool":"p"}"#);
+    assert_eq!(gist(&mut net, maker, &[]), "cancelled");
+    net.world.hold_jobs(false);
+}
+
+#[test]
+fn readers_who_locked_it_are_not_written_under() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    assert_eq!(lock(&mut net, b, r#""mode":"shared""#), "1");
+    assert_eq!(ask(&mut net, a, "write", r#""data":"AA==""#, &[]), "locked");
+    ask(&mut net, b, "unlock", r#""lock":"1""#, &[]);
+    assert_eq!(
+        ask(&mut net, a, "write", r#""data":"AA==""#, &["version"]),
+        "1"
+    );
+}
+
+#[test]
+fn a_write_beside_a_broken_lock_is_not_lost() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":1"#, &[]);
+    assert_eq!(lock(&mut net, a, r#""lease":100"#), "1");
+    net.world.beside_next_write(|world| world.advance(100));
+    assert_eq!(
+        ask(
+            &mut net,
+            a,
+            "write",
+            r#""data":"Bw==","lock":"1""#,
+            &["version"]
+        ),
+        "1"
+    );
+    assert_eq!(ask(&mut net, b, "info", "", &["generation"]), "2");
+    net.say(b, r#"{"action":"memory_read","id":"r","block_id":"b"}"#);
+    assert_eq!(net.messages(b).remove(0).json["response"]["data"], "Bw==");
+}
+
+#[test]
+fn changes_never_go_back() {
+    let (mut net, a, b) = two();
+    ask(&mut net, a, "create", r#""size":8"#, &[]);
+    ask(&mut net, b, "subscribe", "", &[]);
+    for (told, seen) in [(5, true), (3, false), (5, false), (6, true)] {
+        ask(&mut net, a, "notify", &format!(r#""version":{told}"#), &[]);
+        assert_eq!(net.sees(b).contains("block_changed"), seen, "{told}");
+    }
+}
+
 fn net_instance(net: &mut Net, peer: Peer) -> String {
     net.sees(peer);
     net.say(peer, r#"{"action":"memory_info","id":"i","block_id":"b"}"#);

@@ -30,6 +30,9 @@ use crate::timers::PoolCell;
 /// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a millisecond.
 const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
+/// The highest fence of an earlier run that is gone on from.
+const FENCE_KEPT_MAX: u64 = 1 << 62;
+
 /// Corrupt blocks that `health` names one by one.
 const CORRUPT_SHOWN_MAX: usize = 20;
 
@@ -150,9 +153,24 @@ impl Blocks {
         }
     }
 
-    pub(crate) fn note_version(&self, storage: StorageId, version: u64) {
-        if let Some(stored) = self.at(storage) {
-            stored.heard(version);
+    /// Somebody says that there is a newer version. It is believed as far as the block itself says so: its page was
+    /// written just now, so that looking takes no disk.
+    pub(crate) fn note_version(&self, storage: StorageId, version: u64) -> u64 {
+        let Some(stored) = self.at(storage) else {
+            return 0;
+        };
+        match stored.custodian.version() {
+            Ok(current) => stored.heard(version.min(current)),
+            Err(_) => stored.version.load(Relaxed),
+        }
+    }
+
+    /// Shows the fence of a block's lock to its writers.
+    pub(crate) fn set_fence(&self, storage: StorageId, fence: u64) {
+        if let Some(stored) = self.at(storage)
+            && let Err(error) = stored.custodian.set_lease(fence)
+        {
+            tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be shown to its writers");
         }
     }
 
@@ -194,7 +212,9 @@ impl Blocks {
         let stored = self.found(storage)?;
         let version = stored.custodian.write(offset, data, if_version);
         version
-            .map(|version| stored.heard(version))
+            .inspect(|&version| {
+                stored.heard(version);
+            })
             .map_err(|error| write_error(&stored, error))
     }
 
@@ -207,7 +227,10 @@ impl Blocks {
     ) -> Result<(u64, Option<Vec<u8>>), Refusal> {
         let stored = self.found(storage)?;
         match stored.custodian.cas(offset, expected, data) {
-            Ok(Cas::Swapped { version }) => Ok((stored.heard(version), None)),
+            Ok(Cas::Swapped { version }) => {
+                stored.heard(version);
+                Ok((version, None))
+            }
             Ok(Cas::Differs { current, version }) => Ok((version, Some(current))),
             Err(error) => Err(write_error(&stored, error)),
         }
@@ -225,7 +248,7 @@ impl Blocks {
                     || making.geometry.total().unwrap_or(u64::MAX) > INLINE_BYTES_MAX
             }
             Job::Flush { .. } => true,
-            Job::Drop { .. } | Job::Lease { .. } => false,
+            Job::Drop { .. } => false,
         };
         if takes_long {
             let work = Work::Job(Arc::clone(shared), Arc::clone(pool), job);
@@ -270,14 +293,6 @@ impl Blocks {
                 is_superseded,
             } => {
                 self.drop_storage(storage, is_superseded);
-                None
-            }
-            Job::Lease { storage, fence } => {
-                if let Some(stored) = self.at(storage)
-                    && let Err(error) = stored.custodian.set_lease(fence)
-                {
-                    tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be shown to its writers");
-                }
                 None
             }
             Job::Flush {
@@ -447,11 +462,13 @@ fn adopt(
     record: &str,
 ) -> Result<(), Refusal> {
     let custodian = open.map_err(|error| Refusal::new(Code::Storage, error))?;
-    let found = Found { record };
+    let faulty = |error: latzero_shm::Fault| Refusal::new(Code::Storage, error.to_string());
+    // Who held the lock when the server died may still write: not under any fence of before. A header that shows nonsense
+    // must not use the fences up.
+    let fence = custodian.lease().map_err(faulty)?.min(FENCE_KEPT_MAX) + 1;
+    let found = Found { record, fence };
     let (pool_name, block) = found.name()?;
-    let version = custodian
-        .version()
-        .map_err(|error| Refusal::new(Code::Storage, error.to_string()))?;
+    let version = custodian.version().map_err(faulty)?;
     let (number, pool) =
         host.with_registry(|registry, _| registry.pool_for_blocks(now, &pool_name))?;
     let adopted = host.with_pool(&pool, |pool, fx| pool.adopt_block(now, &found, fx));
@@ -472,8 +489,7 @@ fn adopt(
         version: AtomicU64::new(version),
         names: Some(names.clone()),
     };
-    // A lock that somebody held died with the server.
-    if let Err(error) = stored.custodian.set_lease(0) {
+    if let Err(error) = stored.custodian.set_lease(fence) {
         tracing::warn!(file = %names, %error, "the lock of a persistent block can't be reset");
     }
     host.shared.blocks.insert(storage, stored);

@@ -258,8 +258,12 @@ impl Effects for IoEffects {
         self.shared.blocks.version(storage)
     }
 
-    fn version_noted(&mut self, storage: StorageId, version: u64) {
-        self.shared.blocks.note_version(storage, version);
+    fn version_noted(&mut self, storage: StorageId, version: u64) -> u64 {
+        self.shared.blocks.note_version(storage, version)
+    }
+
+    fn set_fence(&mut self, storage: StorageId, fence: u64) {
+        self.shared.blocks.set_fence(storage, fence);
     }
 
     fn can_share(&self, storage: StorageId, access: Access) -> bool {
@@ -291,7 +295,12 @@ impl IoHost {
     /// whose word comes back through the first loop's mailbox.
     fn see_to_blocks(&mut self, pool: &Arc<PoolCell>) {
         for (name, number, change) in std::mem::take(&mut self.fx.counted) {
-            self.with_registry(|registry, _| registry.count_blocks(&name, number, change));
+            let is_there =
+                self.with_registry(|registry, _| registry.count_blocks(&name, number, change));
+            if !is_there && change > 0 {
+                // The pool went with its last member while the block was on its way into it.
+                self.with_pool(pool, Pool::close_blocks);
+            }
         }
         for job in std::mem::take(&mut self.fx.jobs) {
             if let Some(done) = Blocks::run_or_pass_on(&self.shared, pool, job) {

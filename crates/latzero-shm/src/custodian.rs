@@ -171,6 +171,14 @@ impl Custodian {
         self.memory.store(at::FENCE, fence, Ordering::Release)
     }
 
+    /// The fence that writers are shown.
+    ///
+    /// # Errors
+    /// Where it can't be read.
+    pub fn lease(&self) -> Result<u64, Fault> {
+        self.memory.load(at::FENCE, Ordering::Acquire)
+    }
+
     /// Shows everybody what became of the block, and wakes who waits for it.
     ///
     /// # Errors

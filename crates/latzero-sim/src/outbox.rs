@@ -378,9 +378,18 @@ impl Effects for Outboxes {
         self.storages.at(storage).map_or(0, |stored| stored.version)
     }
 
-    fn version_noted(&mut self, storage: StorageId, version: u64) {
+    fn version_noted(&mut self, storage: StorageId, version: u64) -> u64 {
+        // Nobody maps anything here: what is said to be written is written.
+        let Some(stored) = self.storages.stored.get_mut(&storage) else {
+            return 0;
+        };
+        stored.version = stored.version.max(version);
+        stored.version
+    }
+
+    fn set_fence(&mut self, storage: StorageId, fence: u64) {
         if let Some(stored) = self.storages.stored.get_mut(&storage) {
-            stored.version = stored.version.max(version);
+            stored.fence = fence;
         }
     }
 

@@ -36,6 +36,8 @@ struct Connection {
     received: Vec<u8>,
 }
 
+type Beside = Box<dyn FnOnce(&mut World)>;
+
 /// One message that a client received.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Message {
@@ -54,6 +56,8 @@ pub struct World {
     connections: Vec<Connection>,
     is_draining: bool,
     touched: Vec<PoolHandle>,
+    /// What another thread of a server does while this one writes into a block.
+    beside_write: Option<Beside>,
 }
 
 impl World {
@@ -68,7 +72,13 @@ impl World {
             connections: Vec::new(),
             is_draining: false,
             touched: Vec::new(),
+            beside_write: None,
         }
+    }
+
+    /// Has `f` happen in the middle of the next write into a block, as on a server with several threads.
+    pub fn beside_next_write(&mut self, f: impl FnOnce(&mut World) + 'static) {
+        self.beside_write = Some(Box::new(f));
     }
 
     /// The present moment.
@@ -329,11 +339,6 @@ impl World {
                     });
                 }
                 Job::Drop { storage, .. } => self.fx.storages.drop_storage(storage),
-                Job::Lease { storage, fence } => {
-                    if let Some(stored) = self.fx.storages.stored.get_mut(&storage) {
-                        stored.fence = fence;
-                    }
-                }
                 Job::Flush {
                     key,
                     storage,
@@ -439,7 +444,9 @@ impl Host for World {
         }
         let result = f(&mut pool.borrow_mut(), &mut self.fx);
         for (name, number, change) in std::mem::take(&mut self.fx.storages.counted) {
-            self.registry.count_blocks(&name, number, change);
+            if !self.registry.count_blocks(&name, number, change) && change > 0 {
+                pool.borrow_mut().close_blocks(&mut self.fx);
+            }
         }
         let asked = std::mem::take(&mut self.fx.storages.asked);
         for job in asked {
@@ -506,6 +513,9 @@ impl Host for World {
         data: &[u8],
         if_version: Option<u64>,
     ) -> Result<u64, Refusal> {
+        if let Some(beside) = self.beside_write.take() {
+            beside(self);
+        }
         let (stored, range) =
             self.fx
                 .storages

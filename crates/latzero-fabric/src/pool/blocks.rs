@@ -27,6 +27,7 @@ use crate::memory::{
 use crate::slab::{Key, Slab};
 use crate::time::Time;
 
+use locks::access_for;
 pub use record::Found;
 use record::record;
 
@@ -46,17 +47,30 @@ struct Attachment {
     member: MemberKey,
     /// By its own wish.
     own: Option<Access>,
-    /// For calls that name the block: how many, and the most that any of them allows.
-    calls: u32,
-    call_access: Access,
+    /// For calls that name the block: how many allow reading only, and how many writing too.
+    reading_calls: u32,
+    writing_calls: u32,
 }
 
 impl Attachment {
     fn access(&self) -> Access {
-        match self.own {
-            Some(own) if self.calls > 0 => own.max(self.call_access),
-            Some(own) => own,
-            None => self.call_access,
+        let lent = if self.writing_calls > 0 {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        self.own.map_or(lent, |own| own.max(lent))
+    }
+
+    fn calls(&self) -> u32 {
+        self.reading_calls + self.writing_calls
+    }
+
+    /// The count of calls that allow this.
+    fn lent(&mut self, access: Access) -> &mut u32 {
+        match access {
+            Access::Read => &mut self.reading_calls,
+            Access::Write => &mut self.writing_calls,
         }
     }
 }
@@ -111,6 +125,10 @@ struct Block {
     lock: Lock,
     waiting: Vec<Waiting>,
     flushing: Vec<Flushing>,
+    /// The newest version that was told, and its generation: what is told never goes back.
+    told: (u64, u64),
+    /// A lock was broken while the server itself wrote: a new generation is due as soon as it has.
+    is_move_due: bool,
 }
 
 impl Block {
@@ -122,14 +140,25 @@ impl Block {
         self.attachments.iter().find(|a| a.member == member)
     }
 
-    /// What a member may do, by name or by being attached.
-    fn allows(&self, app: &AppId, member: MemberKey) -> Option<Access> {
-        let by_name = if *app == self.owner || self.permissions.write.contain(app) {
+    /// What an app may do whenever it likes.
+    fn allows_app(&self, app: &AppId) -> Option<Access> {
+        if *app == self.owner || self.permissions.write.contain(app) {
             Some(Access::Write)
         } else {
             self.permissions.read.contain(app).then_some(Access::Read)
-        };
-        by_name.max(self.attachment(member).map(Attachment::access))
+        }
+    }
+
+    /// What a member may do now: by name, or because a call lends it the block.
+    fn allows(&self, app: &AppId, member: MemberKey) -> Option<Access> {
+        let lent = self.attachment(member).map(Attachment::access);
+        self.allows_app(app).max(lent)
+    }
+
+    /// Whether a member is attached in a way in which it writes through its mapping.
+    fn could_write(&self, member: MemberKey) -> bool {
+        self.attachment(member)
+            .is_some_and(|a| a.access() == Access::Write)
     }
 
     fn consistency(&self) -> &'static str {
@@ -281,14 +310,33 @@ impl<P: Clone> Pool<P> {
         if block.allows(&asker.app, member) >= Some(access) {
             return Ok((key, block));
         }
+        Err(self.forbidden(&asker.app, block, access))
+    }
+
+    /// A block that `member`'s app may use so at any time: what a call lends it does not count.
+    fn allowed_by_name(
+        &self,
+        member: MemberKey,
+        id: &BlockId,
+        access: Access,
+    ) -> Result<(BlockKey, &Block), Refusal> {
+        let asker = self.asker(member)?;
+        let (key, block) = self.block(id)?;
+        if block.allows_app(&asker.app) >= Some(access) {
+            return Ok((key, block));
+        }
+        Err(self.forbidden(&asker.app, block, access))
+    }
+
+    fn forbidden(&self, app: &AppId, block: &Block, access: Access) -> Refusal {
         let message = format!(
-            "app '{}' may not {} block '{id}' of pool '{}'; its owner is '{}'",
-            asker.app,
+            "app '{app}' may not {} block '{}' of pool '{}'; its owner is '{}'",
             access.as_str(),
+            block.id,
             self.name,
             block.owner
         );
-        Err(Refusal::new(Code::Forbidden, message))
+        Refusal::new(Code::Forbidden, message)
     }
 
     /// Makes a block, or attaches the one that is there. The reply comes when it can be used.
@@ -385,6 +433,8 @@ impl<P: Clone> Pool<P> {
                 attach: create.attach,
             }],
             flushing: Vec::new(),
+            told: (0, 0),
+            is_move_due: false,
         };
         let making = Making {
             storage,
@@ -481,11 +531,16 @@ impl<P: Clone> Pool<P> {
         }
         let (key, block) = self.allowed(asking.member, id, access)?;
         check_layout(block, layout)?;
+        let app = self.asker(asking.member)?.app.clone();
+        if block.allows_app(&app) < Some(access) {
+            // Lent by a call: it may look again (the block may have moved), and the call's end still ends it.
+            self.answer_description(key, asking.member, asking.id, Some(access), fx);
+            return Ok(None);
+        }
         if block
             .attachment(asking.member)
             .is_none_or(|a| a.own.is_none())
         {
-            let app = self.asker(asking.member)?.app.clone();
             let limits = &self.limits;
             fx.with_ledger(|ledger| ledger.begin(Counted::Attachment, &app, limits))?;
         }
@@ -499,8 +554,8 @@ impl<P: Clone> Pool<P> {
             None => block.attachments.push(Attachment {
                 member: asking.member,
                 own: Some(access),
-                calls: 0,
-                call_access: Access::Read,
+                reading_calls: 0,
+                writing_calls: 0,
             }),
         }
         self.involve(asking.member, key);
@@ -559,14 +614,13 @@ impl<P: Clone> Pool<P> {
         {
             return Err(lock_lost(id, fence));
         }
-        if let Some(held) = exclusive.filter(|held| held.member != member) {
+        // Readers who locked it together count on it as well.
+        let other = block.lock.holders().iter().find(|h| h.member != member);
+        if let Some(held) = other {
             return Err(self.locked(id, held));
         }
         if matches!(block.phase, Phase::Moving { .. }) {
-            return Err(Refusal::new(
-                Code::Locked,
-                format!("block '{id}' is moving to a new generation; repeat in a moment"),
-            ));
+            return Err(moving(id));
         }
         let storage = block.storage;
         self.blocks
@@ -589,6 +643,10 @@ impl<P: Clone> Pool<P> {
             return;
         };
         block.lock.end_server();
+        if block.is_move_due && !block.lock.is_held_by_server() {
+            block.is_move_due = false;
+            self.renew_generation(plan.key, None, fx);
+        }
         if let Some(version) = version {
             self.tell_change(plan.key, version, fx);
         }
@@ -654,7 +712,8 @@ impl<P: Clone> Pool<P> {
         fx: &mut E,
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed(member, id, Access::Write)?;
-        fx.version_noted(block.storage, version);
+        // What the block itself says counts, not what is said of it.
+        let version = fx.version_noted(block.storage, version);
         self.tell_change(key, version, fx);
         Ok(Some("{}".into()))
     }
@@ -662,22 +721,26 @@ impl<P: Clone> Pool<P> {
     /// Has a block reach the disk; the reply comes when it is there.
     ///
     /// # Errors
-    /// `no_block`, `forbidden`, `bad_message` where the block is no file, `overloaded`.
+    /// `no_block`, `forbidden` for who may not write, `bad_message` where the block is no file, `locked`, `overloaded`.
     pub fn flush_block<E: Effects<Peer = P>>(
         &mut self,
         asking: Asking<'_>,
         id: &BlockId,
         fx: &mut E,
     ) -> Result<Replied, Refusal> {
-        let (key, block) = self.allowed(asking.member, id, Access::Read)?;
+        let (key, block) = self.allowed(asking.member, id, Access::Write)?;
         if block.kind != Kind::Persistent {
             let message =
                 format!("block '{id}' is memory; only persistent blocks have a disk to be on");
             return Err(Refusal::new(Code::BadMessage, message));
         }
+        if matches!(block.phase, Phase::Moving { .. }) {
+            return Err(moving(id));
+        }
         if block.flushing.len() >= self.limits.block_waiters_max {
             return Err(too_many_wait(id, self.limits.block_waiters_max));
         }
+        self.involve(asking.member, key);
         self.blocks.tickets += 1;
         let ticket = self.blocks.tickets;
         let block = self.blocks.at_mut(key).expect("just found");
@@ -723,7 +786,7 @@ impl<P: Clone> Pool<P> {
         id: &BlockId,
         fx: &mut E,
     ) -> Result<Replied, Refusal> {
-        let (key, block) = self.allowed(member, id, Access::Write)?;
+        let (key, block) = self.allowed_by_name(member, id, Access::Write)?;
         if let Some(held) = block.lock.exclusive().filter(|held| held.member != member) {
             return Err(self.locked(id, held));
         }
@@ -777,7 +840,7 @@ impl<P: Clone> Pool<P> {
         let attachments = block.attachments.iter().filter_map(|a| {
             let mut shown = who(a.member)?;
             shown["mode"] = a.access().as_str().into();
-            shown["calls"] = a.calls.into();
+            shown["calls"] = a.calls().into();
             Some(shown)
         });
         description["attachments"] = attachments.take(ATTACHMENTS_SHOWN_MAX).collect();
@@ -807,7 +870,7 @@ impl<P: Clone> Pool<P> {
     }
 
     /// A pool that goes takes its blocks along.
-    pub(super) fn close_blocks<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
+    pub fn close_blocks<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
         let keys: Vec<BlockKey> = self
             .blocks
             .blocks
@@ -983,11 +1046,17 @@ impl<P: Clone> Pool<P> {
         }
     }
 
-    /// Tells subscribers and watchers that a block has a new version.
-    fn tell_change<E: Effects<Peer = P>>(&self, key: BlockKey, version: u64, fx: &mut E) {
-        let Some(block) = self.blocks.at(key) else {
+    /// Tells subscribers and watchers that a block has a new version. Of two that cross, the older one is not told.
+    fn tell_change<E: Effects<Peer = P>>(&mut self, key: BlockKey, version: u64, fx: &mut E) {
+        let Some(block) = self.blocks.at_mut(key) else {
             return;
         };
+        let news = (block.generation, version);
+        if news <= block.told {
+            return;
+        }
+        block.told = news;
+        let block = self.blocks.at(key).expect("just found");
         let change = Change {
             topic: (self.number, key.slot),
             pool: &self.name,
@@ -1046,8 +1115,9 @@ impl<P: Clone> Pool<P> {
                 assert!(member.blocks.contains(&shown(key)), "its end would miss it");
             }
             for attachment in &block.attachments {
-                assert!(attachment.own.is_some() || attachment.calls > 0);
+                assert!(attachment.own.is_some() || attachment.calls() > 0);
             }
+            assert!(!block.is_move_due || block.lock.is_held_by_server());
         }
         assert_eq!(bytes, self.blocks.bytes);
         let locks = self.blocks.blocks.iter().map(|(_, block)| &block.lock);
@@ -1096,6 +1166,13 @@ fn no_block(id: &BlockId, pool: &str) -> Refusal {
     Refusal::new(
         Code::NoBlock,
         format!("there is no block '{id}' in pool '{pool}'; memory_list shows what there is"),
+    )
+}
+
+fn moving(id: &BlockId) -> Refusal {
+    Refusal::new(
+        Code::Locked,
+        format!("block '{id}' is moving to a new generation; repeat in a moment"),
     )
 }
 

@@ -54,6 +54,14 @@ pub(super) struct Lock {
 }
 
 impl Lock {
+    /// Nobody holds it, and fences go on from `fence`.
+    pub(super) fn after(fence: u64) -> Lock {
+        Lock {
+            fence,
+            ..Lock::default()
+        }
+    }
+
     /// The newest fence: that of the newest grant, or of its end.
     pub(super) fn fence(&self) -> u64 {
         self.fence
@@ -152,14 +160,26 @@ impl Lock {
         })
     }
 
-    /// Takes `member` out; returns what it held.
-    pub(super) fn leave(&mut self, member: MemberKey) -> Vec<Holder> {
-        self.waiting.retain(|(claim, _)| claim.member != member);
+    /// Takes `member` out but for the modes that it may keep; returns what it held and what it waited for.
+    pub(super) fn leave(
+        &mut self,
+        member: MemberKey,
+        keeps: impl Fn(LockMode) -> bool,
+    ) -> (Vec<Holder>, Vec<Claim>) {
+        let mut waited = Vec::new();
+        self.waiting.retain(|(claim, _)| {
+            let stays = claim.member != member || keeps(claim.mode);
+            if !stays {
+                waited.push(claim.clone());
+            }
+            stays
+        });
+        let goes = |h: &Holder| h.member == member && !keeps(h.mode);
         let mut held = Vec::new();
-        while let Some(at) = self.holders.iter().position(|h| h.member == member) {
+        while let Some(at) = self.holders.iter().position(goes) {
             held.push(self.end(at));
         }
-        held
+        (held, waited)
     }
 
     /// Ends everything; returns who waited.
@@ -288,7 +308,7 @@ mod tests {
         assert!(lock.release(Key::new(1, 0), 9).is_none());
         assert!(lock.release(Key::new(1, 0), 1).is_some());
         assert_eq!(grant_all(&mut lock), [3]);
-        assert_eq!(lock.leave(Key::new(2, 0)).len(), 1);
+        assert_eq!(lock.leave(Key::new(2, 0), |_| false).0.len(), 1);
         assert_eq!(grant_all(&mut lock), [5, 6]);
         assert_eq!(holders(&lock), [3, 4]);
         lock.check();

@@ -11,7 +11,7 @@ impl<P: Clone> Pool<P> {
     ) -> Result<Vec<(BlockKey, Access)>, Refusal> {
         uses.iter()
             .map(|one| {
-                let (key, _) = self.allowed(caller, &one.block, one.mode)?;
+                let (key, _) = self.allowed_by_name(caller, &one.block, one.mode)?;
                 Ok((key, one.mode))
             })
             .collect()
@@ -51,40 +51,79 @@ impl<P: Clone> Pool<P> {
                 continue;
             };
             match block.attachments.iter_mut().find(|a| a.member == handler) {
-                Some(attachment) => {
-                    attachment.calls += 1;
-                    attachment.call_access = attachment.call_access.max(access);
+                Some(attachment) => *attachment.lent(access) += 1,
+                None => {
+                    let mut attachment = Attachment {
+                        member: handler,
+                        own: None,
+                        reading_calls: 0,
+                        writing_calls: 0,
+                    };
+                    *attachment.lent(access) += 1;
+                    block.attachments.push(attachment);
                 }
-                None => block.attachments.push(Attachment {
-                    member: handler,
-                    own: None,
-                    calls: 1,
-                    call_access: access,
-                }),
             }
             self.involve(handler, key);
         }
     }
 
-    /// A call with blocks ended: its handler is attached no longer.
+    /// A call with blocks ended: its handler is attached no longer, and keeps nothing that only the call allowed it.
     pub(in crate::pool) fn take_back<E: Effects<Peer = P>>(
         &mut self,
+        now: Time,
         handler: MemberKey,
         uses: &[(BlockKey, Access)],
         fx: &mut E,
     ) {
-        for &(key, _) in uses {
+        for &(key, access) in uses {
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
             };
+            let could_write = block.could_write(handler);
             if let Some(attachment) = block.attachments.iter_mut().find(|a| a.member == handler) {
-                attachment.calls -= 1;
-                if attachment.calls == 0 {
-                    attachment.call_access = Access::Read;
-                }
+                *attachment.lent(access) -= 1;
             }
-            self.drop_unused_attachment(key, handler, fx);
+            block
+                .attachments
+                .retain(|a| a.member != handler || a.own.is_some() || a.calls() > 0);
+            self.withdraw(now, key, handler, could_write, fx);
+            self.end_if_unused(key, fx);
         }
+    }
+
+    /// Takes from a member what it may no longer have of a block: its lock, its place in line, its subscription.
+    fn withdraw<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        key: BlockKey,
+        member: MemberKey,
+        could_write: bool,
+        fx: &mut E,
+    ) {
+        let Some(was) = self.members.at(place(member)) else {
+            return;
+        };
+        let (app, is_mapping) = (was.app.clone(), was.takes_descriptors);
+        let Some(block) = self.blocks.at_mut(key) else {
+            return;
+        };
+        let allowed = block.allows(&app, member);
+        let kept = |mode: LockMode| allowed >= Some(access_for(mode));
+        let (held, waited) = block.lock.leave(member, kept);
+        if allowed.is_none() && block.subscribers.contains(&member) {
+            block.subscribers.retain(|m| *m != member);
+            fx.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
+        }
+        for claim in waited {
+            let message =
+                "the call that lent you the block is over, and so is the wait for its lock";
+            let refusal = Refusal::new(Code::Cancelled, message);
+            self.answer(member, claim.id.as_deref(), Err(refusal), fx);
+        }
+        for held in &held {
+            self.lease_over(key, held, could_write && is_mapping, fx);
+        }
+        self.grant_waiting(now, key, fx);
     }
 
     /// A member leaves: what it was attached to, locked, or waited for is free again.
@@ -106,23 +145,28 @@ impl<P: Clone> Pool<P> {
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
             };
-            block.waiting.retain(|w| w.member != member);
-            block.flushing.retain(|f| f.member != member);
+            let waits = block.waiting.extract_if(.., |w| w.member == member);
+            let mut waited: Vec<Option<Box<str>>> = waits.map(|w| w.id).collect();
+            let flushes = block.flushing.extract_if(.., |f| f.member == member);
+            waited.extend(flushes.map(|f| f.id));
             if block.subscribers.contains(&member) {
                 block.subscribers.retain(|m| *m != member);
                 fx.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
             }
-            let could_write = is_mapping
-                && block
-                    .attachment(member)
-                    .is_some_and(|a| a.access() == Access::Write);
-            if let Some(attachment) = block.attachments.iter_mut().find(|a| a.member == member) {
-                attachment.calls = 0;
-                if attachment.own.take().is_some() {
+            let could_write = is_mapping && block.could_write(member);
+            if let Some(at) = block.attachments.iter().position(|a| a.member == member) {
+                let attachment = block.attachments.remove(at);
+                if attachment.own.is_some() {
                     fx.with_ledger(|ledger| ledger.end(Counted::Attachment, &app));
                 }
             }
-            let held = block.lock.leave(member);
+            let (held, claims) = block.lock.leave(member, |_| false);
+            waited.extend(claims.into_iter().map(|claim| claim.id));
+            for id in waited {
+                // It may have left the pool only, and still listen.
+                let refusal = Refusal::new(Code::Cancelled, "you left the pool while you waited");
+                self.answer(member, id.as_deref(), Err(refusal), fx);
+            }
             let held = held.iter().find(|h| h.mode == LockMode::Exclusive);
             if let Some(held) = held {
                 self.note_fence(key, held, fx);
@@ -133,7 +177,7 @@ impl<P: Clone> Pool<P> {
                 }
             }
             self.grant_waiting(now, key, fx);
-            self.drop_unused_attachment(key, member, fx);
+            self.end_if_unused(key, fx);
         }
     }
 
@@ -157,7 +201,7 @@ impl<P: Clone> Pool<P> {
         };
         block
             .attachments
-            .retain(|a| a.member != member || a.own.is_some() || a.calls > 0);
+            .retain(|a| a.member != member || a.own.is_some() || a.calls() > 0);
         self.end_if_unused(key, fx);
     }
 

@@ -15,11 +15,16 @@ impl<P: Clone> Pool<P> {
         want: LockWish,
         fx: &mut E,
     ) -> Result<Replied, Refusal> {
-        let access = match want.mode {
-            LockMode::Exclusive => Access::Write,
-            LockMode::Shared => Access::Read,
-        };
-        let (key, block) = self.allowed(asking.member, id, access)?;
+        let (key, block) = self.allowed(asking.member, id, access_for(want.mode))?;
+        if block.lock.holders().len() >= self.limits.block_waiters_max {
+            return Err(Refusal::new(
+                Code::Overloaded,
+                format!(
+                    "{} hold the lock of block '{id}' already (limits.block_waiters_max)",
+                    self.limits.block_waiters_max
+                ),
+            ));
+        }
         let until = (want.wait_ms > 0).then(|| now.after_ms(want.wait_ms));
         if until.is_some() && block.lock.waiting() >= self.limits.block_waiters_max {
             return Err(too_many_wait(id, self.limits.block_waiters_max));
@@ -160,7 +165,14 @@ impl<P: Clone> Pool<P> {
                         };
                         self.answer(claim.member, claim.id.as_deref(), Err(refusal), fx);
                     }
-                    Expired::Lease(held) => self.lease_over(key, &held, fx),
+                    Expired::Lease(held) => {
+                        let could_write = self.blocks.at(key).is_some_and(|block| {
+                            let member = self.members.at(place(held.member));
+                            member.is_some_and(|m| m.takes_descriptors)
+                                && block.could_write(held.member)
+                        });
+                        self.lease_over(key, &held, could_write, fx);
+                    }
                 }
             }
             self.grant_waiting(now, key, fx);
@@ -168,12 +180,15 @@ impl<P: Clone> Pool<P> {
         self.blocks.look_for_deadline();
     }
 
+    /// A lock ended without its holder's wish, who lives on.
     pub(in crate::pool) fn lease_over<E: Effects<Peer = P>>(
         &mut self,
         key: BlockKey,
         held: &Holder,
+        could_write: bool,
         fx: &mut E,
     ) {
+        self.note_fence(key, held, fx);
         let more = format!(",\"lock\":\"{}\"", held.fence);
         let told = self.block_event_json("lock_lost", key, &more);
         let Some(member) = self.members.at(place(held.member)) else {
@@ -185,13 +200,6 @@ impl<P: Clone> Pool<P> {
         if held.mode != LockMode::Exclusive {
             return;
         }
-        let could_write = member.takes_descriptors
-            && self.blocks.at(key).is_some_and(|block| {
-                block
-                    .attachment(held.member)
-                    .is_some_and(|a| a.access() == Access::Write)
-            });
-        self.note_fence(key, held, fx);
         self.tell_broken(key, fx);
         if could_write {
             // It lives and may write on: into a generation that nobody reads any more.
@@ -248,10 +256,7 @@ impl<P: Clone> Pool<P> {
             .lock
             .exclusive()
             .map_or(block.lock.fence(), |held| held.fence);
-        fx.block_job(Job::Lease {
-            storage: block.storage,
-            fence,
-        });
+        fx.set_fence(block.storage, fence);
     }
 
     pub(in crate::pool) fn tell_broken<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) {
@@ -269,5 +274,13 @@ impl<P: Clone> Pool<P> {
             Code::Locked,
             format!("block '{id}' is locked by app '{holder}'; wait for its lock with \"wait\""),
         )
+    }
+}
+
+/// What a lock needs its holder to be allowed.
+pub(in crate::pool) fn access_for(mode: LockMode) -> Access {
+    match mode {
+        LockMode::Exclusive => Access::Write,
+        LockMode::Shared => Access::Read,
     }
 }

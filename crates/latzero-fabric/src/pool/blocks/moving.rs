@@ -78,6 +78,8 @@ impl<P: Clone> Pool<P> {
                             storage: old,
                             is_superseded: true,
                         });
+                        // Before anybody hears of it: who is told may write at once.
+                        self.write_fence(key, fx);
                         let more = format!(",\"reason\":\"{reason}\"");
                         let told = self.block_event_json("block_moved", key, &more);
                         self.tell_attached(key, &told, fx);
@@ -89,7 +91,6 @@ impl<P: Clone> Pool<P> {
                                 .map(Attachment::access);
                             self.answer_description(key, one.member, one.id.as_deref(), access, fx);
                         }
-                        self.write_fence(key, fx);
                         let version = self.version_of(key, fx);
                         self.tell_change(key, version, fx);
                     }
@@ -122,7 +123,7 @@ impl<P: Clone> Pool<P> {
         unix_ms: u64,
         fx: &mut E,
     ) -> Result<Replied, Refusal> {
-        let (key, block) = self.allowed(asking.member, id, Access::Write)?;
+        let (key, block) = self.allowed_by_name(asking.member, id, Access::Write)?;
         if let Some(held) = block
             .lock
             .holders()
@@ -236,6 +237,11 @@ impl<P: Clone> Pool<P> {
             return;
         };
         if !matches!(block.phase, Phase::Live) {
+            return;
+        }
+        if block.lock.is_held_by_server() {
+            // A write through the server is under way: the copy must not miss it.
+            self.blocks.at_mut(key).expect("just found").is_move_due = true;
             return;
         }
         let geometry = block.geometry;

@@ -7,6 +7,8 @@ use super::*;
 pub struct Found<'a> {
     /// Its record, as [`Making::record`] gave it.
     pub record: &'a str,
+    /// Greater than any fence that its lock was held under: fences go on from there.
+    pub fence: u64,
 }
 
 impl Found<'_> {
@@ -67,9 +69,11 @@ impl Found<'_> {
             phase: Phase::Live,
             attachments: Vec::new(),
             subscribers: Vec::new(),
-            lock: Lock::default(),
+            lock: Lock::after(self.fence),
             waiting: Vec::new(),
             flushing: Vec::new(),
+            told: (0, 0),
+            is_move_due: false,
         })
     }
 }
