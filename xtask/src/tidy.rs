@@ -11,9 +11,15 @@ const EDGES: &[(&str, &[&str])] = &[
     ("latzero-fabric", &["latzero-protocol"]),
     (
         "latzero-server",
-        &["latzero-fabric", "latzero-protocol", "latzero-shm"],
+        &[
+            "latzero-fabric",
+            "latzero-protocol",
+            "latzero-shm",
+            "latzero-store",
+        ],
     ),
     ("latzero-shm", &[]),
+    ("latzero-store", &[]),
     ("latzero", &["latzero-protocol", "latzero-shm"]),
     ("latzero-cli", &["latzero", "latzero-server"]),
     ("latzero-sim", &["latzero-fabric", "latzero-protocol"]),

@@ -90,10 +90,12 @@ pub trait Effects {
     fn in_flight(&self, peer: &Self::Peer) -> u32;
 
     /// A call began between two connections.
-    fn call_started(&mut self, caller: &Self::Peer, handler: &Self::Peer);
+    ///
+    /// A parked call has no caller's connection.
+    fn call_started(&mut self, caller: Option<&Self::Peer>, handler: &Self::Peer);
 
     /// A call ended between two connections.
-    fn call_ended(&mut self, caller: &Self::Peer, handler: &Self::Peer, end: CallEnd);
+    fn call_ended(&mut self, caller: Option<&Self::Peer>, handler: &Self::Peer, end: CallEnd);
 
     /// A request was refused with `code` before it became a call.
     fn refused(&mut self, code: Code);
@@ -117,8 +119,20 @@ pub trait Effects {
     /// Something to do about a block's storage, once the pool is free.
     fn block_job(&mut self, job: Job<Self::Peer>);
 
-    /// The number of a pool's blocks changed: the registry is to hear of it ([`crate::Registry::count_blocks`]).
-    fn count_blocks(&mut self, pool: &PoolName, number: u32, change: i32);
+    /// The number of a pool's blocks, parked calls and answers changed: the registry is to hear of it
+    /// ([`crate::Registry::count_held`]).
+    fn count_held(&mut self, pool: &PoolName, number: u32, change: i32);
+
+    /// Has something remembered beyond the server's end. With a promise, the session of that connection hears of it when it
+    /// is on disk, or can't be ([`crate::Session::kept`]), in the order in which it was promised; without one, it is
+    /// tried until it can.
+    fn keep(&mut self, change: crate::keep::Change, promise: Option<&Self::Peer>);
+
+    /// A number for a parked call: greater than any before it, those of earlier runs included.
+    fn next_number(&mut self) -> u64;
+
+    /// `now` as milliseconds since the Unix epoch.
+    fn unix_ms(&self, now: Time) -> u64;
 
     /// Runs `f` with the count of what blocks use.
     fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R;

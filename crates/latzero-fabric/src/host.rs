@@ -117,9 +117,15 @@ pub trait Host: Sized {
         data: &[u8],
     ) -> Result<(u64, Option<Vec<u8>>), Refusal>;
 
-    /// Carries out a request for administrators that is not the core's own; returns the reply's JSON text.
+    /// Carries out a request for administrators that is not the core's own; returns the reply's JSON text, or nothing where
+    /// it takes long and the host itself replies to `asker` under `id`.
     ///
     /// # Errors
     /// Where it can't be done.
-    fn admin(&mut self, action: &AdminAction) -> Result<String, Refusal>;
+    fn admin(
+        &mut self,
+        action: &AdminAction,
+        asker: &Self::Peer,
+        id: Option<&str>,
+    ) -> Result<Option<String>, Refusal>;
 }

@@ -7,10 +7,12 @@
 
 pub mod effects;
 pub mod host;
+pub mod keep;
 pub mod limits;
 pub mod memory;
 pub mod pool;
 mod prng;
+mod registration;
 pub mod registry;
 pub mod session;
 mod slab;

@@ -39,6 +39,12 @@ pub struct Limits {
     pub subscriptions_per_app_max: usize,
     /// Requests that wait for one block: for its lock, its making or its flush; beyond it `overloaded`.
     pub block_waiters_max: usize,
+    /// Parked calls and kept answers of the server; beyond it `overloaded`.
+    pub parked_max: usize,
+    /// Their bytes; beyond it `overloaded`.
+    pub parked_bytes_max: usize,
+    /// How long an answer waits for its caller, in milliseconds; then it is dropped.
+    pub answer_ttl_ms: u64,
 }
 
 impl Default for Limits {
@@ -62,6 +68,9 @@ impl Default for Limits {
             attachments_per_app_max: 256,
             subscriptions_per_app_max: 1024,
             block_waiters_max: 1024,
+            parked_max: 100_000,
+            parked_bytes_max: 256 << 20,
+            answer_ttl_ms: 24 * 60 * 60 * 1000,
         }
     }
 }

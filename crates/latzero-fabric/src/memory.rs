@@ -158,6 +158,9 @@ pub struct Ledger {
     blocks: usize,
     apps: HashMap<AppId, Use>,
     storages: u64,
+    /// Parked calls and kept answers, and their bytes.
+    parked: usize,
+    parked_bytes: usize,
 }
 
 impl Ledger {
@@ -171,6 +174,24 @@ impl Ledger {
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks
+    }
+
+    /// Parked calls and kept answers, and their bytes.
+    #[must_use]
+    pub fn parked(&self) -> (usize, usize) {
+        (self.parked, self.parked_bytes)
+    }
+
+    /// Counts a parked call or a kept answer in.
+    pub fn park(&mut self, bytes: usize) {
+        self.parked += 1;
+        self.parked_bytes += bytes;
+    }
+
+    /// Counts one out.
+    pub fn unpark(&mut self, bytes: usize) {
+        self.parked -= 1;
+        self.parked_bytes -= bytes;
     }
 
     /// A number for new storage.
@@ -279,8 +300,36 @@ impl Ledger {
     /// Whether nothing is counted; for tests.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.bytes == 0 && self.blocks == 0 && self.apps.values().all(Use::is_nothing)
+        self.bytes == 0
+            && self.blocks == 0
+            && self.parked == 0
+            && self.apps.values().all(Use::is_nothing)
     }
+}
+
+/// Counts a call that is about to be parked in, where there is room for it.
+pub(crate) fn check_parked(
+    ledger: &mut Ledger,
+    bytes: usize,
+    limits: &Limits,
+) -> Result<(), Refusal> {
+    if ledger.parked >= limits.parked_max {
+        let message = format!(
+            "{} calls and answers are parked (limits.parked_max); repeat when handlers are back",
+            ledger.parked
+        );
+        return Err(Refusal::new(Code::Overloaded, message));
+    }
+    if ledger.parked_bytes + bytes > limits.parked_bytes_max {
+        let message = format!(
+            "{bytes} bytes are needed and {} of {} are free for parked calls (limits.parked_bytes_max)",
+            limits.parked_bytes_max.saturating_sub(ledger.parked_bytes),
+            limits.parked_bytes_max
+        );
+        return Err(Refusal::new(Code::Overloaded, message));
+    }
+    ledger.park(bytes);
+    Ok(())
 }
 
 /// Whether `needed` bytes more stay within a bound.

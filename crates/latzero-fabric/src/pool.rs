@@ -10,6 +10,7 @@
 mod blocks;
 mod calls;
 mod lock;
+mod park;
 mod pick;
 
 use hashbrown::HashMap;
@@ -27,6 +28,7 @@ use crate::time::Time;
 use blocks::Blocks;
 pub use blocks::{Asking, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan};
 use calls::{Call, Calls};
+use park::{Lasting, ParkedCalls};
 use pick::Offer;
 
 /// Triggers of a pool, and handlers of each, that its description shows one by one.
@@ -41,6 +43,18 @@ pub type MemberKey = Key<Seat>;
 pub enum Seat {}
 
 type HandlerKey = Key<Handler>;
+
+/// The caller of a parked call: whoever it was may be gone.
+const NOBODY: MemberKey = Key::new(u32::MAX, u32::MAX);
+
+/// Who calls.
+#[derive(Debug, Clone, Copy)]
+struct Caller<'a> {
+    /// Absent for a parked call.
+    member: Option<MemberKey>,
+    app: &'a AppId,
+    instance: InstanceId,
+}
 
 /// One instance in the pool.
 struct Member<P> {
@@ -132,6 +146,10 @@ pub struct PoolStats {
     pub blocks: usize,
     /// Bytes of its blocks, slots and headers included.
     pub block_bytes: u64,
+    /// Calls that are parked, those that a handler has included.
+    pub parked_calls: usize,
+    /// Answers that wait for their callers.
+    pub parked_answers: usize,
 }
 
 /// A namespace of triggers, with the calls between its members.
@@ -148,6 +166,7 @@ pub struct Pool<P> {
     calls_total: u64,
     emits_total: u64,
     blocks: Blocks,
+    parked: ParkedCalls,
     /// Members that watch for changes of blocks.
     change_watchers: usize,
     closed: bool,
@@ -180,6 +199,7 @@ impl<P: Clone> Pool<P> {
             calls_total: 0,
             emits_total: 0,
             blocks: Blocks::default(),
+            parked: ParkedCalls::default(),
             change_watchers: 0,
             closed: false,
             scratch: Vec::new(),
@@ -201,6 +221,7 @@ impl<P: Clone> Pool<P> {
     /// The pool in numbers.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
+        let (parked_calls, parked_answers) = self.parked.counts();
         PoolStats {
             members: self.members.len(),
             triggers: self.triggers.len(),
@@ -209,6 +230,8 @@ impl<P: Clone> Pool<P> {
             emits: self.emits_total,
             blocks: self.blocks.len(),
             block_bytes: self.blocks.bytes(),
+            parked_calls,
+            parked_answers,
         }
     }
 
@@ -274,11 +297,19 @@ impl<P: Clone> Pool<P> {
         };
         let told = self.presence_json(Event::AppOffline, &event);
         self.tell(Event::AppOffline, &told, None, fx);
+        self.see_to_orphans(now, fx);
         true
     }
 
-    /// Serves a trigger. Registering it again changes its settings.
-    pub fn serve<E: Effects<Peer = P>>(&mut self, key: MemberKey, spec: &TriggerSpec, fx: &mut E) {
+    /// Serves a trigger: calls that were parked for it are given to the new handler. Registering it again changes its
+    /// settings.
+    pub fn serve<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        key: MemberKey,
+        spec: &TriggerSpec,
+        fx: &mut E,
+    ) {
         if self.member(key).is_none() {
             return;
         }
@@ -305,6 +336,7 @@ impl<P: Clone> Pool<P> {
             .find(|&h| self.handlers.at(h).is_some_and(|h| h.member == key));
         if let Some(handler) = known.and_then(|h| self.handlers.at_mut(h)) {
             handler.concurrency = concurrency;
+            self.give_parked(now, spec.name.as_str(), fx);
             return;
         }
         served.handlers.push(self.handlers.insert(Handler {
@@ -322,6 +354,7 @@ impl<P: Clone> Pool<P> {
         };
         let told = self.presence_json(Event::TriggerAdded, &event);
         self.tell(Event::TriggerAdded, &told, Some(key), fx);
+        self.give_parked(now, spec.name.as_str(), fx);
     }
 
     /// Serves a trigger no longer. Calls under way may still be answered.
@@ -354,7 +387,8 @@ impl<P: Clone> Pool<P> {
         true
     }
 
-    /// Routes a call to one handler.
+    /// Routes a call to one handler. Where none is live and the call may wait for one, it is parked, with a promise to its
+    /// caller: its number is returned.
     ///
     /// # Errors
     /// The refusal that the caller is to be told; nothing was sent then.
@@ -364,21 +398,86 @@ impl<P: Clone> Pool<P> {
         caller: MemberKey,
         trigger: &Trigger<'_>,
         fx: &mut E,
-    ) -> Result<(), CallError> {
+    ) -> Result<Option<u64>, CallError> {
         let Some(member) = self.members.at(place(caller)) else {
             return Err(not_member(&self.name).into());
         };
+        let app = member.app.clone();
+        let from = Caller {
+            member: Some(caller),
+            app: &app,
+            instance: member.instance,
+        };
+        let deadline = now.after_ms(trigger.ttl_ms);
+        if !trigger.park && !trigger.redeliver {
+            self.route(now, from, trigger, (deadline, None), fx)?;
+            return Ok(None);
+        }
+        if !trigger.blocks.is_empty() {
+            let message = "a call that may wait for its handler, or be given to another one, can't take blocks along";
+            return Err(Refusal::new(Code::BadMessage, message).into());
+        }
+        if let Some(id) = &trigger.id
+            && self.has_parked(&app, id)
+        {
+            return Err(id_in_use(id).into());
+        }
+        // Those that wait already come first.
+        let must_wait = trigger.park && self.parked.waits_for(&trigger.process);
+        let attempt = trigger.redeliver.then_some(1);
+        let routed = if must_wait {
+            Err(CallError::UnknownDestination)
+        } else {
+            self.route(now, from, trigger, (deadline, attempt), fx)
+        };
+        match routed {
+            Ok(key) => {
+                if trigger.redeliver {
+                    let call = self.calls.at_mut(key).expect("just begun");
+                    call.lasting = Some(Lasting::new(from, deadline, trigger));
+                }
+                Ok(None)
+            }
+            Err(error) => {
+                let is_nobody_there = match &error {
+                    CallError::UnknownDestination => true,
+                    CallError::Refused(refusal) => refusal.code == Code::NoHandler,
+                };
+                if !trigger.park || !is_nobody_there {
+                    return Err(error);
+                }
+                let peer = self
+                    .members
+                    .at(place(caller))
+                    .expect("found above")
+                    .peer
+                    .clone();
+                let times = (now, fx.unix_ms(now));
+                let number = self.park(times, caller, trigger, Some(&peer), fx)?;
+                if must_wait {
+                    self.give_parked(now, &trigger.process, fx);
+                }
+                Ok(Some(number))
+            }
+        }
+    }
+
+    /// Offers a call to the trigger's handlers, and begins it where one takes it.
+    fn route<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        from: Caller<'_>,
+        trigger: &Trigger<'_>,
+        (deadline, attempt): (Time, Option<u32>),
+        fx: &mut E,
+    ) -> Result<Key<Call>, CallError> {
         let Some(served) = self.triggers.get(&*trigger.process) else {
             return Err(self.no_handler(trigger));
         };
-        if let Some(id) = &trigger.id
+        if let (Some(id), Some(caller)) = (&trigger.id, from.member)
             && self.calls.find(caller, id).is_some()
         {
-            let message = format!(
-                "id '{}' is in use by another call of yours in flight",
-                id.escape_debug()
-            );
-            return Err(Refusal::new(Code::BadMessage, message).into());
+            return Err(id_in_use(id).into());
         }
         if self.calls.len() >= self.limits.pending_max {
             let message = format!(
@@ -387,20 +486,19 @@ impl<P: Clone> Pool<P> {
             );
             return Err(Refusal::new(Code::Overloaded, message).into());
         }
-        let peer = &member.peer;
-        if fx.in_flight(peer) >= self.limits.in_flight_max {
+        let member = from.member.and_then(|m| self.members.at(place(m)));
+        if member.is_some_and(|m| fx.in_flight(&m.peer) >= self.limits.in_flight_max) {
             let message = format!(
                 "{} calls of this connection are in flight (limits.in_flight_max)",
                 self.limits.in_flight_max
             );
             return Err(Refusal::new(Code::Overloaded, message).into());
         }
-        let uses = match &trigger.blocks[..] {
-            [] => Vec::new(),
-            named => self.check_uses(caller, named)?,
+        let uses = match (&trigger.blocks[..], from.member) {
+            ([], _) | (_, None) => Vec::new(),
+            (named, Some(caller)) => self.check_uses(caller, named)?,
         };
-        let member = self.members.at(place(caller)).expect("found above");
-        let sticky = self.sticky(trigger.key.as_deref(), member);
+        let sticky = self.sticky(trigger.key.as_deref(), from.instance);
         let start = pick::start(served, &mut self.prng);
         let key = self.calls.next_key();
         let delivery = encode::Delivery {
@@ -411,8 +509,17 @@ impl<P: Clone> Pool<P> {
             },
             process: served.name.as_str(),
             pool: self.name.as_str(),
-            origin: member.origin(),
-            ttl_ms: trigger.ttl_ms,
+            origin: Origin {
+                app_id: from.app.as_str(),
+                instance: from.instance,
+            },
+            ttl_ms: match attempt {
+                None => trigger.ttl_ms,
+                Some(_) => u64::try_from(deadline.since(now).as_millis())
+                    .unwrap_or(u64::MAX)
+                    .max(1),
+            },
+            attempt,
             window: trigger.window,
             key: trigger.key.as_deref(),
             destination: trigger.destination.as_ref().map(|d| d.raw),
@@ -481,14 +588,20 @@ impl<P: Clone> Pool<P> {
         handler.in_flight += 1;
         let serving = handler.member;
         let call = Call {
-            caller,
-            id: trigger.id.as_deref().map(Into::into),
+            caller: from.member.unwrap_or(NOBODY),
+            // A parked call is found by its number.
+            id: trigger
+                .id
+                .as_deref()
+                .filter(|_| from.member.is_some())
+                .map(Into::into),
             member: serving,
             handler: handler_key,
             started: now,
-            deadline: now.after_ms(trigger.ttl_ms),
+            deadline,
             credit: trigger.window,
             blocks: (!uses.is_empty()).then(|| uses.clone().into()),
+            lasting: None,
         };
         self.calls.insert(key, call);
         if !uses.is_empty() {
@@ -506,10 +619,13 @@ impl<P: Clone> Pool<P> {
             .expect("a handler's member lives");
         to.serving += 1;
         let handler_peer = to.peer.clone();
-        let member = self.members.at_mut(place(caller)).expect("found above");
-        member.calling += 1;
-        fx.call_started(&member.peer, &handler_peer);
-        Ok(())
+        let caller = from.member.map(|caller| {
+            let member = self.members.at_mut(place(caller)).expect("it calls");
+            member.calling += 1;
+            &member.peer
+        });
+        fx.call_started(caller, &handler_peer);
+        Ok(key)
     }
 
     /// Takes a handler's answer and passes it on. An answer to an ended call is dropped and counted.
@@ -535,6 +651,15 @@ impl<P: Clone> Pool<P> {
                 Code::Forbidden,
                 "this call was sent to another instance, which alone may answer it",
             ));
+        }
+        if let Some(number) = call.lasting.as_ref().and_then(|lasting| lasting.number) {
+            // Its caller may be gone: it has one answer, and nothing on the way to it.
+            if response.status.is_final() {
+                let failed = response.status == Status::Error;
+                self.parked_answered(now, number, response, fx);
+                self.end(now, key, End::Answered { failed }, fx);
+            }
+            return Ok(());
         }
         if response.status == Status::Partial {
             match &mut call.credit {
@@ -637,7 +762,8 @@ impl<P: Clone> Pool<P> {
         fx: &mut E,
     ) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
-            return self.cancel_lock(now, caller, id, fx);
+            return self.cancel_parked(now, caller, id, fx)
+                || self.cancel_lock(now, caller, id, fx);
         };
         self.end(now, key, End::Cancelled, fx);
         true
@@ -701,7 +827,7 @@ impl<P: Clone> Pool<P> {
             headers: emit.headers,
             body: emit.body,
         };
-        let sticky = self.sticky(emit.key.as_deref(), sender);
+        let sticky = self.sticky(emit.key.as_deref(), sender.instance);
         let mut delivered = 0;
         // Encoded once for all who take the same form.
         let mut encoded: [Option<std::ops::Range<usize>>; 2] = [None, None];
@@ -772,8 +898,9 @@ impl<P: Clone> Pool<P> {
     /// When the pool wants [`Pool::handle_timeout`] to be called at the latest. It may be early, never late.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Time> {
-        let blocks = self.blocks.next_deadline();
-        self.calls.next_deadline().into_iter().chain(blocks).min()
+        let others = self.blocks.next_deadline().into_iter();
+        let others = others.chain(self.parked.next_deadline());
+        self.calls.next_deadline().into_iter().chain(others).min()
     }
 
     /// Ends the calls whose time to live is over, and the waits and leases of locks.
@@ -782,6 +909,7 @@ impl<P: Clone> Pool<P> {
             self.end(now, key, End::TimedOut, fx);
         }
         self.handle_block_timeout(now, fx);
+        self.handle_parked_timeout(now, fx);
     }
 
     /// Removes the pool under its members: calls end, each member is told, nobody can join again. Returns the members'
@@ -792,6 +920,8 @@ impl<P: Clone> Pool<P> {
         for &key in &keys {
             self.end_calls_of(now, key, fx);
         }
+        self.drop_orphans(fx);
+        self.close_parked(fx);
         self.close_blocks(fx);
         self.change_watchers = 0;
         let told = format!(
@@ -876,8 +1006,17 @@ impl<P: Clone> Pool<P> {
                 assert_eq!(served.handlers.iter().filter(|h| own(h)).count(), 1);
             }
         }
-        // No call without both its sides: nothing reaches a non-member.
-        assert_eq!((calling, serving), (self.calls.len(), self.calls.len()));
+        // No call without both its sides, but for parked ones: nothing reaches a non-member.
+        let parked = self
+            .calls
+            .iter()
+            .filter(|(_, c)| c.caller == NOBODY)
+            .count();
+        assert_eq!(
+            (calling + parked, serving),
+            (self.calls.len(), self.calls.len())
+        );
+        self.parked.check();
         assert!(self.calls.len() <= self.limits.pending_max);
         let handlers: usize = self.triggers.values().map(|t| t.handlers.len()).sum();
         assert_eq!(handlers, self.handlers.len());
@@ -894,10 +1033,10 @@ impl<P: Clone> Pool<P> {
     }
 
     /// What a sticky trigger goes by: the key, else who asks. A call and an emit with one key go to one handler.
-    fn sticky(&self, key: Option<&str>, from: &Member<P>) -> u64 {
+    fn sticky(&self, key: Option<&str>, from: InstanceId) -> u64 {
         match key {
             Some(key) => crate::prng::hash(self.hash_seed, key.as_bytes()),
-            None => crate::prng::hash(self.hash_seed, &from.instance.0.to_le_bytes()),
+            None => crate::prng::hash(self.hash_seed, &from.0.to_le_bytes()),
         }
     }
 
@@ -912,9 +1051,10 @@ impl<P: Clone> Pool<P> {
     /// Ends a call for both sides. A call that already ended is not found: the answer and the deadline may cross on
     /// the way, and the first to reach the pool wins.
     fn end<E: Effects<Peer = P>>(&mut self, now: Time, key: Key<Call>, how: End<'_>, fx: &mut E) {
-        let Some(call) = self.calls.remove(key) else {
+        let Some(mut call) = self.calls.remove(key) else {
             return;
         };
+        self.parked.note_room(now);
         if let Some(handler) = self.handlers.at_mut(call.handler) {
             handler.in_flight -= 1;
         }
@@ -966,11 +1106,46 @@ impl<P: Clone> Pool<P> {
             }
             End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.clone()),
         };
+        let failed = matches!(how, End::Answered { failed: true });
+        let is_orphan = matches!(how, End::HandlerGone)
+            && call
+                .lasting
+                .as_ref()
+                .is_some_and(|lasting| lasting.redeliver);
+        let end = CallEnd {
+            started: call.started,
+            ended: now,
+            code: refusal.as_ref().map(|r| r.code),
+            failed,
+        };
+        if call.caller == NOBODY {
+            let handler = self.members.at(place(call.member));
+            fx.call_ended(
+                None,
+                &handler.expect("it leaves after its calls ended").peer,
+                end,
+            );
+            let lasting = call.lasting.take().expect("a parked call lasts");
+            match (lasting.number, &refusal) {
+                (Some(_), Some(_)) if is_orphan => self.orphan(NOBODY, None, lasting),
+                (Some(number), Some(refusal)) => self.parked_refused(now, number, refusal, fx),
+                _ => {}
+            }
+            return;
+        }
         let caller = self
             .members
             .at_mut(place(call.caller))
             .expect("a call's caller leaves after its calls ended");
         caller.calling -= 1;
+        if is_orphan {
+            let lasting = call.lasting.take().expect("just seen");
+            let peer = caller.peer.clone();
+            let handler = self.members.at(place(call.member));
+            fx.call_ended(Some(&peer), &handler.expect("it is leaving").peer, end);
+            self.orphan(call.caller, call.id.as_deref().map(Into::into), lasting);
+            return;
+        }
         if let (Some(refusal), Some(id)) = (&refusal, &call.id) {
             fx.send(
                 &caller.peer,
@@ -987,18 +1162,7 @@ impl<P: Clone> Pool<P> {
             .members
             .at(place(call.member))
             .map_or_else(|| caller.clone(), |m| m.peer.clone());
-        let failed = matches!(how, End::Answered { failed: true });
-        let code = refusal.map(|r| r.code);
-        fx.call_ended(
-            &caller,
-            &handler,
-            CallEnd {
-                started: call.started,
-                ended: now,
-                code,
-                failed,
-            },
-        );
+        fx.call_ended(Some(&caller), &handler, end);
     }
 
     fn end_calls_of<E: Effects<Peer = P>>(&mut self, now: Time, key: MemberKey, fx: &mut E) {
@@ -1167,6 +1331,14 @@ fn append_unfit(out: &mut Vec<u8>, id: &str, refusal: &Refusal) {
         encode::append_str(out, &refusal.message);
         out.extend_from_slice(b",\"ran\":\"unknown\"}}");
     });
+}
+
+fn id_in_use(id: &str) -> Refusal {
+    let message = format!(
+        "id '{}' is in use by another call of yours in flight",
+        id.escape_debug()
+    );
+    Refusal::new(Code::BadMessage, message)
 }
 
 fn matches<P>(

@@ -5,7 +5,7 @@
 
 mod memory;
 
-use std::borrow::Cow;
+use std::collections::VecDeque;
 
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::frame::{Accept, Frame};
@@ -20,7 +20,7 @@ use serde_json::json;
 use crate::effects::{Class, Count, Effects};
 use crate::host::{Host, Transport};
 use crate::pool::{CallError, Joining};
-use crate::registry::{Instance, Membership, Whereabouts};
+use crate::registry::{Admission, Admitted, Instance, Membership, Whereabouts};
 use crate::time::Time;
 
 /// Whether a connection goes on.
@@ -38,6 +38,71 @@ struct Ready {
     app: AppId,
     instance: InstanceId,
     triggers: Vec<TriggerSpec>,
+}
+
+/// A reply that waits until what it promises is on disk.
+enum Awaited<H: Host> {
+    /// A call that waits for its handler.
+    Parked {
+        id: Option<Box<str>>,
+        pool: H::Pool,
+        number: u64,
+    },
+    /// A handshake, as it came; nothing more is read before it is answered.
+    Handshake { json: Box<[u8]>, rehydrated: bool },
+    /// The reply, and what is to be done where the promise can't be kept.
+    Reply {
+        id: Option<Box<str>>,
+        reply: Box<str>,
+        promise: Promise,
+    },
+}
+
+/// How writing down a handshake went.
+#[derive(Clone, Copy)]
+struct Stored {
+    is_on_disk: bool,
+    /// Whether what the app had is restored, as it was found when the handshake came.
+    rehydrated: bool,
+}
+
+/// What became of a handshake that was not refused.
+enum Entry {
+    In,
+    /// Somebody took over meanwhile.
+    Overtaken,
+    /// It is to be written down first.
+    Later {
+        rehydrated: bool,
+    },
+}
+
+/// What a reply promises to outlive the server.
+enum Promise {
+    /// What the app registered.
+    Registration,
+    /// A pool that was made.
+    Pool(PoolName),
+    /// That something is gone for good.
+    Removal,
+}
+
+/// A reply to a request: at once, or when what it promises is on disk.
+enum Reply {
+    Now(String),
+    Kept(String, Promise),
+    /// The host gives it.
+    Later,
+}
+
+impl Reply {
+    fn kept_if(is_promised: bool, reply: String, promise: Promise) -> Reply {
+        if is_promised {
+            Reply::Kept(reply, promise)
+        } else {
+            Reply::Now(reply)
+        }
+    }
 }
 
 /// What the server offers and knows of a connection when it comes in.
@@ -58,6 +123,8 @@ pub struct Session<H: Host> {
     features: Features,
     ready: Option<Ready>,
     memberships: Vec<Membership<H>>,
+    /// What was promised and is not kept yet, in the order of the promises.
+    awaited: VecDeque<Awaited<H>>,
     /// It was displaced while it joined: nothing more of it is run.
     is_over: bool,
 }
@@ -71,8 +138,100 @@ impl<H: Host> Session<H> {
             features: Features::default(),
             ready: None,
             memberships: Vec::new(),
+            awaited: VecDeque::new(),
             is_over: false,
         }
+    }
+
+    /// Whether nothing may be handed in until [`Session::kept`]: the handshake is being written down.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        matches!(self.awaited.front(), Some(Awaited::Handshake { .. }))
+    }
+
+    /// The first promise that was made to this connection is kept, or can't be.
+    pub fn kept(&mut self, now: Time, result: Result<(), Refusal>, host: &mut H) -> Flow {
+        match self.awaited.pop_front() {
+            None => self.flow(),
+            Some(Awaited::Handshake { json, rehydrated }) => {
+                let frame = Frame {
+                    json: &json,
+                    attachment: None,
+                };
+                let envelope = Envelope::parse(frame).ok().and_then(Result::ok);
+                let envelope = envelope.expect("it was read before");
+                let id = envelope.correlation_id().ok().flatten();
+                let Ok(Request::Handshake(handshake)) = Request::decode(&envelope) else {
+                    unreachable!("it was a handshake before");
+                };
+                if result.is_err() {
+                    host.with_registry(|registry, fx| registry.keep_app(&handshake.app_id, fx));
+                }
+                let stored = Some(Stored {
+                    is_on_disk: result.is_ok(),
+                    rehydrated,
+                });
+                match self.admit(now, id.as_deref(), &handshake, stored, host) {
+                    Ok(_) if self.ready.is_some() => Flow::Continue,
+                    Ok(_) => Flow::Close,
+                    Err(refusal) => {
+                        self.refuse(id.as_deref(), &refusal, host);
+                        Flow::Close
+                    }
+                }
+            }
+            Some(Awaited::Parked { id, pool, number }) => {
+                match result {
+                    Ok(()) => {
+                        // Where its answer came first there is nothing more to say.
+                        let waits = host.with_pool(&pool, |pool, _| pool.is_parked(number));
+                        if let Some(id) = id.filter(|_| waits) {
+                            self.send(Class::Control, 256, host, |out| encode::parked(out, &id));
+                        }
+                    }
+                    Err(refusal) => {
+                        if host.with_pool(&pool, |pool, fx| pool.unpark(number, fx)) {
+                            let message = format!("{}; the call was not parked", refusal.message);
+                            let refusal = Refusal::new(refusal.code, message);
+                            self.refuse(id.as_deref(), &refusal, host);
+                        }
+                    }
+                }
+                self.flow()
+            }
+            Some(Awaited::Reply { id, reply, promise }) => {
+                match result {
+                    Ok(()) => self.reply(id.as_deref(), &reply, host),
+                    Err(refusal) => self.break_promise(id.as_deref(), &promise, &refusal, host),
+                }
+                self.flow()
+            }
+        }
+    }
+
+    /// Something could not be written down: it is undone where nobody could count on it otherwise, and the asker is told.
+    fn break_promise(
+        &mut self,
+        id: Option<&str>,
+        promise: &Promise,
+        refusal: &Refusal,
+        host: &mut H,
+    ) {
+        let holds = match promise {
+            Promise::Registration => {
+                if let Some(ready) = &self.ready {
+                    host.with_registry(|registry, fx| registry.keep_app(&ready.app, fx));
+                }
+                "it is in force, and is stored as soon as the disk takes it"
+            }
+            Promise::Pool(name) => {
+                host.with_registry(|registry, _| registry.release_pool(name));
+                "the pool is not durable and goes with its last member"
+            }
+            Promise::Removal => "it is gone, but may be back after the server's next start",
+        };
+        let message = format!("{}; {holds}", refusal.message);
+        self.refuse(id, &Refusal::new(refusal.code, message), host);
     }
 
     /// What frames are accepted at this point.
@@ -126,7 +285,9 @@ impl<H: Host> Session<H> {
         // What is sent in answer names no request of the sender's; a failed one gets an `error` message.
         let id = id.as_deref();
         match Request::decode(&envelope) {
-            Ok(Request::Handshake(handshake)) => self.handshake(now, id, &handshake, host),
+            Ok(Request::Handshake(handshake)) => {
+                self.handshake(now, id, &handshake, frame.json, host)
+            }
             Ok(_) if self.ready.is_none() => self.not_ready(id, host),
             Ok(Request::Trigger(trigger)) => {
                 if let Err(refusal) = self.call(now, &trigger, host) {
@@ -159,8 +320,14 @@ impl<H: Host> Session<H> {
                 Flow::Continue
             }
             Ok(request) => {
-                match self.request(now, request, host) {
-                    Ok(reply) => self.reply(id, &reply, host),
+                match self.request(now, id, request, host) {
+                    Ok(Reply::Now(reply)) => self.reply(id, &reply, host),
+                    Ok(Reply::Later) => {}
+                    Ok(Reply::Kept(reply, promise)) => self.awaited.push_back(Awaited::Reply {
+                        id: id.map(Into::into),
+                        reply: reply.into(),
+                        promise,
+                    }),
                     Err(refusal) => self.refuse(id, &refusal, host),
                 }
                 Flow::Continue
@@ -206,7 +373,8 @@ impl<H: Host> Session<H> {
         let Some(ready) = self.ready.take() else {
             return;
         };
-        host.with_registry(|registry, _| registry.depart(now, &ready.app, ready.instance));
+        let unix_ms = host.unix_ms(now);
+        host.with_registry(|registry, fx| registry.depart(unix_ms, &ready.app, ready.instance, fx));
         for membership in std::mem::take(&mut self.memberships) {
             leave(now, &membership, host);
         }
@@ -225,6 +393,7 @@ impl<H: Host> Session<H> {
         now: Time,
         id: Option<&str>,
         handshake: &Handshake<'_>,
+        json: &[u8],
         host: &mut H,
     ) -> Flow {
         if self.ready.is_some() {
@@ -235,8 +404,16 @@ impl<H: Host> Session<H> {
             self.refuse(id, &refusal, host);
             return Flow::Continue;
         }
-        match self.admit(now, id, handshake, host) {
-            Ok(flow) => flow,
+        match self.admit(now, id, handshake, None, host) {
+            Ok(Entry::In) => Flow::Continue,
+            Ok(Entry::Overtaken) => Flow::Close,
+            Ok(Entry::Later { rehydrated }) => {
+                self.awaited.push_back(Awaited::Handshake {
+                    json: json.into(),
+                    rehydrated,
+                });
+                Flow::Continue
+            }
             Err(refusal) => {
                 self.refuse(id, &refusal, host);
                 Flow::Close
@@ -244,13 +421,15 @@ impl<H: Host> Session<H> {
         }
     }
 
+    /// Lets an app in. `stored` is absent where nothing was written down yet, else how that went.
     fn admit(
         &mut self,
         now: Time,
         id: Option<&str>,
         handshake: &Handshake<'_>,
+        stored: Option<Stored>,
         host: &mut H,
-    ) -> Result<Flow, Refusal> {
+    ) -> Result<Entry, Refusal> {
         if handshake.protocol != PROTOCOL_VERSION {
             let message = format!(
                 "protocol {} is not spoken here; this server speaks {PROTOCOL_VERSION}",
@@ -265,10 +444,26 @@ impl<H: Host> Session<H> {
             ));
         }
         let (peer, transport) = (self.peer.clone(), self.terms.transport);
-        let admission =
-            host.with_registry(|registry, _| registry.admit(now, &peer, transport, handshake))?;
+        let times = (now, host.unix_ms(now));
+        let kept = stored.map(|stored| stored.rehydrated);
+        let admitted = host.with_registry(|registry, fx| {
+            registry.admit(times, &peer, transport, handshake, kept, fx)
+        })?;
+        let admission = match admitted {
+            Admitted::Now(admission) => admission,
+            Admitted::Later { rehydrated } => return Ok(Entry::Later { rehydrated }),
+        };
+        let Admission {
+            instance,
+            pools,
+            triggers,
+            watches,
+            subscriptions,
+            rehydrated,
+            displaced,
+        } = *admission;
         // Whoever is displaced has left before the newcomer joins, so no call can reach it any more.
-        for instance in &admission.displaced {
+        for instance in &displaced {
             expel(now, instance, "displaced", host);
         }
         self.features = handshake.features.and(Features {
@@ -280,9 +475,9 @@ impl<H: Host> Session<H> {
         let limits = host.limits();
         let (version, node) = host.identity();
         let mut ack = json!({
-            "action": "handshake_ack", "status": "ok", "app_id": handshake.app_id, "instance": admission.instance,
-            "pools": admission.pools.iter().map(|p| &p.name).collect::<Vec<_>>(),
-            "triggers": names(&admission.triggers), "rehydrated": admission.rehydrated,
+            "action": "handshake_ack", "status": "ok", "app_id": handshake.app_id, "instance": instance,
+            "pools": pools.iter().map(|p| &p.name).collect::<Vec<_>>(),
+            "triggers": names(&triggers), "rehydrated": rehydrated,
             "protocol": PROTOCOL_VERSION, "server": {"version": version, "node": node},
             "features": self.features.names(),
             "limits": {
@@ -292,12 +487,16 @@ impl<H: Host> Session<H> {
         if let Some(id) = id {
             ack["in_reply_to"] = id.into();
         }
-        if admission.rehydrated && !admission.watches.is_empty() {
-            ack["watches"] = admission
-                .watches
-                .iter()
-                .map(|(pool, _)| pool.as_str())
-                .collect();
+        if stored.is_some_and(|stored| !stored.is_on_disk) {
+            // An app must be able to work while the disk is full, and to know what that means for it.
+            ack["stored"] = false.into();
+        }
+        if rehydrated && !watches.is_empty() {
+            ack["watches"] = watches.iter().map(|(pool, _)| pool.as_str()).collect();
+        }
+        if rehydrated && !subscriptions.is_empty() {
+            let subscription = |(pool, block)| json!({"pool": pool, "block_id": block});
+            ack["subscriptions"] = subscriptions.iter().cloned().map(subscription).collect();
         }
         let ack = ack.to_string();
         // Before the joins: the acknowledgement is the first thing that a client sees.
@@ -306,27 +505,37 @@ impl<H: Host> Session<H> {
         });
         self.ready = Some(Ready {
             app: handshake.app_id.clone(),
-            instance: admission.instance,
-            triggers: admission.triggers,
+            instance,
+            triggers,
         });
-        for entrance in admission.pools {
-            let watch = admission
-                .watches
+        for entrance in pools {
+            let watch = watches
                 .iter()
                 .find(|(pool, _)| *pool == entrance.name)
                 .map(|(_, events)| *events);
-            self.enter(entrance, watch, host);
+            let name = entrance.name.clone();
+            self.enter(now, entrance, watch, host);
+            let blocks = subscriptions.iter().filter(|(pool, _)| *pool == name);
+            if let Some(m) = self.memberships.last().filter(|m| m.name == name) {
+                for (_, block) in blocks {
+                    // A block that is gone has no changes to tell.
+                    let _ = host.with_pool(&m.pool, |pool, fx| {
+                        pool.subscribe_block(m.member, block, fx)
+                    });
+                }
+            }
         }
-        Ok(if self.settle(host) {
-            Flow::Continue
-        } else {
-            self.overtaken(now, host)
-        })
+        if self.settle(host) {
+            return Ok(Entry::In);
+        }
+        let _ = self.overtaken(now, host);
+        Ok(Entry::Overtaken)
     }
 
     /// Joins a pool that the registry opened.
     fn enter(
         &mut self,
+        now: Time,
         entrance: crate::registry::Entrance<H>,
         watch: Option<EventSet>,
         host: &mut H,
@@ -341,24 +550,32 @@ impl<H: Host> Session<H> {
         };
         let own = |spec: &&TriggerSpec| {
             spec.is_for(&entrance.name)
+                && entrance.may_serve
                 && (entrance.name.as_str() != SYSTEM_POOL
                     || self.terms.transport == Transport::BuiltIn)
         };
         let member = host.with_pool(&entrance.pool, |pool, fx| {
             let member = pool.join(joining, fx)?;
             pool.watch(member, watch);
+            pool.tell_answers(now, &ready.app, fx);
             for spec in ready.triggers.iter().filter(own) {
-                pool.serve(member, spec, fx);
+                pool.serve(now, member, spec, fx);
             }
             Some(member)
         });
-        let crate::registry::Entrance { name, number, pool } = entrance;
+        let crate::registry::Entrance {
+            name,
+            number,
+            pool,
+            may_serve,
+        } = entrance;
         match member {
             Some(member) => self.memberships.push(Membership {
                 name,
                 number,
                 pool,
                 member,
+                may_serve,
             }),
             // Removed between the registry's word and ours: as if it had been removed right after.
             None => {
@@ -444,8 +661,17 @@ impl<H: Host> Session<H> {
         }
         let m = self.current_membership(trigger.pool.as_deref(), host)?;
         match host.with_pool(&m.pool, |pool, fx| pool.call(now, m.member, trigger, fx)) {
-            Ok(()) => Ok(()),
-            Err(CallError::Refused(refusal)) => Err(explain_park(trigger, refusal)),
+            Ok(None) => Ok(()),
+            Ok(Some(number)) => {
+                let pool = m.pool.clone();
+                self.awaited.push_back(Awaited::Parked {
+                    id: trigger.id.as_deref().map(Into::into),
+                    pool,
+                    number,
+                });
+                Ok(())
+            }
+            Err(CallError::Refused(refusal)) => Err(refusal),
             Err(CallError::UnknownDestination) => {
                 let app = trigger.destination.as_ref().map_or("", |d| &d.app_id);
                 let instance = trigger.destination.as_ref().and_then(|d| d.instance);
@@ -469,7 +695,7 @@ impl<H: Host> Session<H> {
                         format!("app '{app}' is known, but no instance of it lives"),
                     ),
                 };
-                Err(explain_park(trigger, refusal))
+                Err(refusal)
             }
         }
     }
@@ -494,36 +720,38 @@ impl<H: Host> Session<H> {
     fn request(
         &mut self,
         now: Time,
+        id: Option<&str>,
         request: Request<'_>,
         host: &mut H,
-    ) -> Result<String, Refusal> {
-        match request {
-            Request::Emit(emit) => self.emit(&emit, host),
-            Request::TriggerRegister(specs) => self.register(&specs, host),
-            Request::TriggerUnregister(specs) => self.unregister(&specs, host),
-            Request::PoolCreate(create) => self.pool_create(now, create, host),
-            Request::PoolJoin(name) => self.pool_join(now, &name, host),
-            Request::PoolLeave(name) => self.pool_leave(now, &name, host),
-            Request::PoolList(page) => {
-                let clock = clock(now, host);
-                Ok(host
-                    .with_registry(|registry, _| registry.list_pools(&page, clock))
-                    .to_string())
-            }
-            Request::PoolInfo(name) => pool_info(now, &name, host),
-            Request::PoolRemove(name, force) => self.pool_remove(now, &name, force, host),
+    ) -> Result<Reply, Refusal> {
+        if self.awaited.len() >= host.limits().in_flight_max as usize {
+            let message = "too many of your requests wait for the disk (limits.in_flight_max)";
+            return Err(Refusal::new(Code::Overloaded, message));
+        }
+        let reply = match request {
+            Request::TriggerRegister(specs) => return self.register(now, &specs, host),
+            Request::TriggerUnregister(specs) => return self.unregister(&specs, host),
+            Request::PoolCreate(create) => return self.pool_create(now, create, host),
+            Request::PoolJoin(name) => return self.pool_join(now, &name, host),
+            Request::PoolLeave(name) => return self.pool_leave(now, &name, host),
+            Request::PoolRemove(name, force) => return self.pool_remove(now, &name, force, host),
+            Request::Watch(pool, events) => return self.watch(&pool, Some(events), host),
+            Request::Unwatch(pool) => return self.watch(&pool, None, host),
+            Request::Admin(admin) => return self.admin(now, id, &admin, host),
+            Request::Emit(emit) => self.emit(&emit, host)?,
+            Request::PoolList(page) => host
+                .with_registry(|registry, _| registry.list_pools(&page))
+                .to_string(),
+            Request::PoolInfo(name) => pool_info(&name, host)?,
             Request::AppList(pool, page) => {
                 let clock = clock(now, host);
                 let apps = host
                     .with_registry(|registry, _| registry.list_apps(pool.as_ref(), &page, clock))?;
-                Ok(apps.to_string())
+                apps.to_string()
             }
-            Request::Watch(pool, events) => self.watch(&pool, Some(events), host),
-            Request::Unwatch(pool) => self.watch(&pool, None, host),
-            Request::Ping => Ok(format!("{{\"time\":{}}}", host.unix_ms(now))),
-            Request::Stats => Ok(host.stats(now)),
-            Request::Health => Ok(host.health(now)),
-            Request::Admin(admin) => self.admin(now, &admin, host),
+            Request::Ping => format!("{{\"time\":{}}}", host.unix_ms(now)),
+            Request::Stats => host.stats(now),
+            Request::Health => host.health(now),
             Request::Handshake(_)
             | Request::Memory(_)
             | Request::Trigger(_)
@@ -532,7 +760,8 @@ impl<H: Host> Session<H> {
             | Request::Ack(..) => {
                 unreachable!("these are handled where the frame came in")
             }
-        }
+        };
+        Ok(Reply::Now(reply))
     }
 
     fn emit(&mut self, emit: &Emit<'_>, host: &mut H) -> Result<String, Refusal> {
@@ -557,7 +786,13 @@ impl<H: Host> Session<H> {
         }
     }
 
-    fn register(&mut self, specs: &[TriggerSpec], host: &mut H) -> Result<String, Refusal> {
+    fn register(
+        &mut self,
+        now: Time,
+        specs: &[TriggerSpec],
+        host: &mut H,
+    ) -> Result<Reply, Refusal> {
+        let peer = self.peer.clone();
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let transport = self.terms.transport;
         let mut triggers = ready.triggers.clone();
@@ -568,26 +803,32 @@ impl<H: Host> Session<H> {
         // What this instance serves counts besides what the app is remembered with: another instance may have
         // replaced that.
         crate::registry::check_triggers(&triggers, host.limits())?;
-        host.with_registry(|registry, _| registry.remember_triggers(&ready.app, specs, transport))?;
+        let is_promised = host.with_registry(|registry, fx| {
+            registry.remember_triggers(&ready.app, specs, transport, &peer, fx)
+        })?;
         ready.triggers = triggers;
         for m in &self.memberships {
-            let reserved = m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn;
+            let reserved =
+                (m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn) || !m.may_serve;
             host.with_pool(&m.pool, |pool, fx| {
                 for spec in specs {
                     if spec.is_for(&m.name) && !reserved {
-                        pool.serve(m.member, spec, fx);
+                        pool.serve(now, m.member, spec, fx);
                     } else {
                         pool.unserve(m.member, &spec.name, fx);
                     }
                 }
             });
         }
-        Ok(self.triggers_json())
+        let reply = self.triggers_json();
+        Ok(Reply::kept_if(is_promised, reply, Promise::Registration))
     }
 
-    fn unregister(&mut self, specs: &[TriggerSpec], host: &mut H) -> Result<String, Refusal> {
+    fn unregister(&mut self, specs: &[TriggerSpec], host: &mut H) -> Result<Reply, Refusal> {
+        let peer = self.peer.clone();
         let ready = self.ready.as_mut().expect("only a ready session gets here");
-        host.with_registry(|registry, _| registry.forget_triggers(&ready.app, specs));
+        let is_promised = host
+            .with_registry(|registry, fx| registry.forget_triggers(&ready.app, specs, &peer, fx));
         ready
             .triggers
             .retain(|known| !specs.iter().any(|spec| spec.name == known.name));
@@ -598,7 +839,8 @@ impl<H: Host> Session<H> {
                     .for_each(|spec| pool.unserve(m.member, &spec.name, fx))
             });
         }
-        Ok(self.triggers_json())
+        let reply = self.triggers_json();
+        Ok(Reply::kept_if(is_promised, reply, Promise::Registration))
     }
 
     fn triggers_json(&self) -> String {
@@ -616,7 +858,7 @@ impl<H: Host> Session<H> {
         now: Time,
         create: PoolCreate<'_>,
         host: &mut H,
-    ) -> Result<String, Refusal> {
+    ) -> Result<Reply, Refusal> {
         let app = self
             .ready
             .as_ref()
@@ -624,15 +866,17 @@ impl<H: Host> Session<H> {
             .app
             .clone();
         let name = create.pool.clone();
-        let properties = create.properties.map(latzero_protocol::Raw::text);
-        host.with_registry(|registry, _| registry.create_pool(now, &app, create.pool, properties))?;
-        pool_info(now, &name, host)
+        let (unix_ms, peer) = (host.unix_ms(now), self.peer.clone());
+        let is_promised = host
+            .with_registry(|registry, fx| registry.create_pool(unix_ms, &app, create, &peer, fx))?;
+        let reply = pool_info(&name, host)?;
+        Ok(Reply::kept_if(is_promised, reply, Promise::Pool(name)))
     }
 
-    fn pool_join(&mut self, now: Time, name: &PoolName, host: &mut H) -> Result<String, Refusal> {
+    fn pool_join(&mut self, now: Time, name: &PoolName, host: &mut H) -> Result<Reply, Refusal> {
         self.forget_removed(host);
         if self.memberships.iter().any(|m| m.name == *name) {
-            return Ok("{}".into());
+            return Ok(Reply::Now("{}".into()));
         }
         crate::registry::check_pools(self.memberships.len() + 1, host.limits())?;
         let app = self
@@ -641,15 +885,21 @@ impl<H: Host> Session<H> {
             .expect("only a ready session gets here")
             .app
             .clone();
-        let entrance = host.with_registry(|registry, _| registry.open(now, &app, name))?;
-        self.enter(entrance, None, host);
+        let (unix_ms, peer) = (host.unix_ms(now), self.peer.clone());
+        let (entrance, is_promised) =
+            host.with_registry(|registry, fx| registry.open(unix_ms, &app, name, &peer, fx))?;
+        self.enter(now, entrance, None, host);
         if !self.settle(host) {
             let _ = self.overtaken(now, host);
         }
-        Ok("{}".into())
+        Ok(Reply::kept_if(
+            is_promised,
+            "{}".into(),
+            Promise::Registration,
+        ))
     }
 
-    fn pool_leave(&mut self, now: Time, name: &PoolName, host: &mut H) -> Result<String, Refusal> {
+    fn pool_leave(&mut self, now: Time, name: &PoolName, host: &mut H) -> Result<Reply, Refusal> {
         let Some(at) = self.memberships.iter().position(|m| m.name == *name) else {
             return Err(Refusal::new(
                 Code::NotMember,
@@ -658,9 +908,15 @@ impl<H: Host> Session<H> {
         };
         let membership = self.memberships.swap_remove(at);
         let ready = self.ready.as_ref().expect("only a ready session gets here");
-        host.with_registry(|registry, _| registry.forget_pool(&ready.app, ready.instance, name));
+        let is_promised = host.with_registry(|registry, fx| {
+            registry.forget_pool(&ready.app, ready.instance, name, &self.peer, fx)
+        });
         leave(now, &membership, host);
-        Ok("{}".into())
+        Ok(Reply::kept_if(
+            is_promised,
+            "{}".into(),
+            Promise::Registration,
+        ))
     }
 
     fn pool_remove(
@@ -669,7 +925,7 @@ impl<H: Host> Session<H> {
         name: &PoolName,
         force: bool,
         host: &mut H,
-    ) -> Result<String, Refusal> {
+    ) -> Result<Reply, Refusal> {
         let app = self
             .ready
             .as_ref()
@@ -677,11 +933,13 @@ impl<H: Host> Session<H> {
             .app
             .clone();
         let is_admin = self.terms.is_admin;
-        let pool =
-            host.with_registry(|registry, _| registry.remove_pool(&app, is_admin, name, force))?;
+        let peer = self.peer.clone();
+        let (pool, is_promised) = host.with_registry(|registry, fx| {
+            registry.remove_pool((&app, is_admin), name, force, &peer, fx)
+        })?;
         host.with_pool(&pool, |pool, fx| pool.close(now, fx));
         self.forget_removed(host);
-        Ok("{}".into())
+        Ok(Reply::kept_if(is_promised, "{}".into(), Promise::Removal))
     }
 
     /// Drops memberships of pools that were removed, so that a new pool of the same name can be joined.
@@ -695,7 +953,7 @@ impl<H: Host> Session<H> {
         name: &PoolName,
         events: Option<EventSet>,
         host: &mut H,
-    ) -> Result<String, Refusal> {
+    ) -> Result<Reply, Refusal> {
         let m = self.membership(Some(name.as_str()))?;
         if !host.with_pool(&m.pool, |pool, _| pool.watch(m.member, events)) {
             return Err(Refusal::new(
@@ -704,11 +962,23 @@ impl<H: Host> Session<H> {
             ));
         }
         let ready = self.ready.as_ref().expect("only a ready session gets here");
-        host.with_registry(|registry, _| registry.remember_watch(&ready.app, name, events));
-        Ok("{}".into())
+        let is_promised = host.with_registry(|registry, fx| {
+            registry.remember_watch(&ready.app, name, events, &self.peer, fx)
+        });
+        Ok(Reply::kept_if(
+            is_promised,
+            "{}".into(),
+            Promise::Registration,
+        ))
     }
 
-    fn admin(&mut self, now: Time, admin: &Admin<'_>, host: &mut H) -> Result<String, Refusal> {
+    fn admin(
+        &mut self,
+        now: Time,
+        id: Option<&str>,
+        admin: &Admin<'_>,
+        host: &mut H,
+    ) -> Result<Reply, Refusal> {
         let by_token = admin
             .token
             .as_ref()
@@ -717,14 +987,26 @@ impl<H: Host> Session<H> {
             let message = "only the server's own user over the Unix socket, or the admin token of the data directory, may do this";
             return Err(Refusal::new(Code::Forbidden, message));
         }
-        let AdminAction::Kick(app, instance) = &admin.action else {
-            return host.admin(&admin.action);
-        };
-        let gone = host.with_registry(|registry, _| registry.evict(now, app, *instance));
-        for instance in &gone {
-            expel(now, instance, "kicked", host);
+        match &admin.action {
+            AdminAction::Kick(app, instance) => {
+                let unix_ms = host.unix_ms(now);
+                let gone =
+                    host.with_registry(|registry, fx| registry.evict(unix_ms, app, *instance, fx));
+                for instance in &gone {
+                    expel(now, instance, "kicked", host);
+                }
+                Ok(Reply::Now(format!("{{\"kicked\":{}}}", gone.len())))
+            }
+            AdminAction::Forget(app) => {
+                let peer = self.peer.clone();
+                host.with_registry(|registry, fx| registry.forget_app(app, &peer, fx))?;
+                Ok(Reply::Kept("{}".into(), Promise::Removal))
+            }
+            action => {
+                let reply = host.admin(action, &self.peer, id)?;
+                Ok(reply.map_or(Reply::Later, Reply::Now))
+            }
         }
-        Ok(format!("{{\"kicked\":{}}}", gone.len()))
     }
 
     fn reply(&self, id: Option<&str>, reply: &str, host: &mut H) {
@@ -748,20 +1030,6 @@ impl<H: Host> Session<H> {
 
     fn send(&self, class: Class, length: usize, host: &mut H, encode: impl FnOnce(&mut Vec<u8>)) {
         host.effects().send(&self.peer, class, length, encode);
-    }
-}
-
-/// A call that asked to wait is told that it did not.
-fn explain_park(trigger: &Trigger<'_>, refusal: Refusal) -> Refusal {
-    match refusal.code {
-        Code::NoHandler | Code::Offline if trigger.park => Refusal {
-            message: Cow::Owned(format!(
-                "{} (this version of the server does not park calls)",
-                refusal.message
-            )),
-            ..refusal
-        },
-        _ => refusal,
     }
 }
 
@@ -791,10 +1059,8 @@ fn tell_departure<H: Host>(peer: &H::Peer, instance: InstanceId, event: &str, ho
         });
 }
 
-fn pool_info<H: Host>(now: Time, name: &PoolName, host: &mut H) -> Result<String, Refusal> {
-    let clock = clock(now, host);
-    let (pool, mut description) =
-        host.with_registry(|registry, _| registry.describe_pool(name, clock))?;
+fn pool_info<H: Host>(name: &PoolName, host: &mut H) -> Result<String, Refusal> {
+    let (pool, mut description) = host.with_registry(|registry, _| registry.describe_pool(name))?;
     let (stats, triggers) = host.with_pool(&pool, |pool, _| (pool.stats(), pool.triggers_json()));
     description["triggers"] = triggers;
     description["triggers_total"] = stats.triggers.into();

@@ -13,7 +13,7 @@ pub struct Key<T> {
 }
 
 impl<T> Key<T> {
-    pub(crate) fn new(slot: u32, generation: u32) -> Self {
+    pub(crate) const fn new(slot: u32, generation: u32) -> Self {
         Key {
             slot,
             generation,

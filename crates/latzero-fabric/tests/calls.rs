@@ -141,24 +141,6 @@ fn refusals_say_why_and_that_nothing_ran() {
 }
 
 #[test]
-fn a_call_that_asks_to_wait_is_told_that_it_does_not() {
-    let mut net = Net::new();
-    let c = net.app("c", "");
-    net.say(
-        c,
-        r#"{"action":"trigger","process":"t","id":"1","park":true}"#,
-    );
-    let error = &net.messages(c)[0].json["error"];
-    assert_eq!(error["code"], "no_handler");
-    assert!(
-        error["message"]
-            .as_str()
-            .expect("a text")
-            .contains("does not park calls")
-    );
-}
-
-#[test]
 fn the_pool_is_the_one_named_or_the_only_one_or_default() {
     let mut net = Net::new();
     let h = net.app("h", r#""pools":["default","p","q"],"triggers":["t"]"#);

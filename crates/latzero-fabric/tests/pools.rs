@@ -181,7 +181,8 @@ fn pools_are_made_joined_left_and_removed() {
     for more in [
         r#","kind":"global""#,
         r#","kind":"odd""#,
-        r#","durable":true"#,
+        r#","encrypted":true"#,
+        r#","policy":[]"#,
         r#","properties":1"#,
     ] {
         assert_eq!(

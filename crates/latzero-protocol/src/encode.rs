@@ -138,6 +138,8 @@ pub struct Delivery<'a> {
     pub origin: Origin<'a>,
     /// What is left of the time to live, in milliseconds.
     pub ttl_ms: u64,
+    /// For a call that may be given out more than once: for the so manieth time.
+    pub attempt: Option<u32>,
     /// The window of a streamed call, in items.
     pub window: Option<u64>,
     /// The caller's `key`.
@@ -166,6 +168,10 @@ pub fn delivery(out: &mut Vec<u8>, d: &Delivery<'_>, attachments: Attachments) {
         d.origin.append(out);
         out.extend_from_slice(b",\"ttl\":");
         append_u64(out, d.ttl_ms);
+        if let Some(attempt) = d.attempt {
+            out.extend_from_slice(b",\"attempt\":");
+            append_u64(out, attempt.into());
+        }
         if let Some(window) = d.window {
             out.extend_from_slice(b",\"window\":");
             append_u64(out, window);
@@ -259,6 +265,15 @@ pub fn answer(out: &mut Vec<u8>, a: &Answer<'_>, attachments: Attachments) {
 /// Appends the server's own reply; `response` is JSON text.
 pub fn reply(out: &mut Vec<u8>, in_reply_to: &str, response: &str) {
     reply_with(out, in_reply_to, response, 0);
+}
+
+/// Appends the word that a call is parked: it is on disk, and its answer comes later.
+pub fn parked(out: &mut Vec<u8>, in_reply_to: &str) {
+    frame::append(out, |out| {
+        out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");
+        append_str(out, in_reply_to);
+        out.extend_from_slice(b",\"status\":\"parked\"}");
+    });
 }
 
 /// Appends the server's own reply, with which `descriptors` file descriptors travel.
@@ -402,6 +417,7 @@ mod tests {
             pool: "alpha",
             origin,
             ttl_ms: 99,
+            attempt: None,
             window: Some(4),
             key: Some("k\""),
             destination: None,

@@ -126,6 +126,7 @@ fields! {
     action b"action", id b"id", process b"process", pool b"pool", data b"data", origin b"origin",
     destination b"destination", ttl b"ttl", in_reply_to b"in_reply_to", status b"status", response b"response",
     error b"error", headers b"headers", key b"key", window b"window", count b"count", deliver b"deliver", park b"park",
+    redeliver b"redeliver",
     encoding b"encoding", event b"event", blocks b"blocks", descriptors b"descriptors",
 }
 

@@ -574,7 +574,8 @@ fn permissions(raw: Option<Raw<'_>>) -> Result<Permissions, Refusal> {
     })
 }
 
-fn apps(fields: &Fields<'_>, name: &str) -> Result<Apps, Refusal> {
+/// Reads a field that lists apps; `"*"` and absence are all.
+pub(crate) fn apps(fields: &Fields<'_>, name: &str) -> Result<Apps, Refusal> {
     let Some(names) = fields.strings(name)? else {
         return Ok(Apps::All);
     };

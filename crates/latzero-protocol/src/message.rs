@@ -8,6 +8,7 @@ use crate::envelope::{Body, Envelope, Raw, id_field, missing, mistyped, shorten}
 use crate::error::{Code, Refusal};
 use crate::id::InstanceId;
 use crate::limits::{KEY_BYTES_MAX, TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX};
+use crate::memory::{Apps, apps};
 use crate::name::{AppId, PoolName, TriggerName};
 use crate::scan;
 
@@ -79,6 +80,8 @@ pub struct Handshake<'a> {
     pub exclusive: bool,
     /// Displace other instances.
     pub takeover: bool,
+    /// Nothing of the app is remembered once its last instance has gone: a tool that comes and goes.
+    pub transient: bool,
 }
 
 /// Optional parts of the protocol, used where both sides named them.
@@ -181,6 +184,15 @@ impl TriggerSpec {
         }
     }
 
+    /// The trigger as an object on the wire.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "name": self.name, "pools": self.pools, "strategy": self.strategy.as_str(),
+            "concurrency": self.concurrency, "doc": self.doc,
+        })
+    }
+
     /// Whether the trigger is served in `pool`.
     #[must_use]
     pub fn is_for(&self, pool: &PoolName) -> bool {
@@ -216,8 +228,10 @@ pub struct Trigger<'a> {
     pub key: Option<Cow<'a, str>>,
     /// Items of a stream that may be under way unacknowledged.
     pub window: Option<u64>,
-    /// Wait for a handler where none is live.
+    /// Wait for a handler where none is live, durably.
     pub park: bool,
+    /// Give the call to the next handler where the first one's connection ended before it answered.
+    pub redeliver: bool,
     /// Blocks that the handler is to have for the length of the call; empty for most calls.
     pub blocks: Vec<crate::memory::BlockUse>,
     /// Headers, passed on.
@@ -332,6 +346,42 @@ pub struct PoolCreate<'a> {
     pub pool: PoolName,
     /// Free properties, kept and shown.
     pub properties: Option<Raw<'a>>,
+    /// It outlives the server's end.
+    pub durable: bool,
+    /// Who may do what in it.
+    pub policy: Policy,
+}
+
+/// Who may do what in a pool. Its owner always may.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Policy {
+    /// Who may be a member.
+    pub join: Apps,
+    /// Who may serve triggers in it.
+    pub serve: Apps,
+}
+
+impl Policy {
+    /// Reads the field `policy`.
+    ///
+    /// # Errors
+    /// `bad_message`, `invalid_name`, `too_large`.
+    pub fn parse(raw: Raw<'_>) -> Result<Policy, Refusal> {
+        if !raw.is_object() {
+            return Err(mistyped("policy", "an object", raw));
+        }
+        let fields = Fields::of(raw.text())?;
+        Ok(Policy {
+            join: apps(&fields, "join")?,
+            serve: apps(&fields, "serve")?,
+        })
+    }
+
+    /// The field as JSON text.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::json!({"join": self.join.names(), "serve": self.serve.names()}).to_string()
+    }
 }
 
 /// Which events a watcher wants.
@@ -379,6 +429,24 @@ impl EventSet {
     pub fn has(self, event: Event) -> bool {
         self.0 & event as u16 != 0
     }
+
+    /// The events' words on the wire.
+    #[must_use]
+    pub fn names(self) -> Vec<&'static str> {
+        let wanted = Event::ALL.iter().filter(|event| self.has(**event));
+        wanted.map(|event| event.as_str()).collect()
+    }
+
+    /// The set of the events that are known among `names`.
+    #[must_use]
+    pub fn of<'a>(names: impl Iterator<Item = &'a str>) -> EventSet {
+        let known = |name: &str| Event::ALL.iter().find(|event| event.as_str() == name);
+        EventSet(
+            names
+                .filter_map(known)
+                .fold(0, |set, event| set | *event as u16),
+        )
+    }
 }
 
 /// A request for administrators alone.
@@ -399,6 +467,12 @@ pub enum AdminAction {
     Reload,
     /// Close an app's connections, or one instance's.
     Kick(AppId, Option<InstanceId>),
+    /// Forget an app that has no instance.
+    Forget(AppId),
+    /// Copy what is stored into one file, at a path of the server's machine or else among its backups.
+    Backup(Option<String>),
+    /// Check the database, thoroughly or in short.
+    CheckDatabase(bool),
 }
 
 impl<'a> Request<'a> {
@@ -447,6 +521,19 @@ impl<'a> Request<'a> {
                 let instance = fields.string("instance")?;
                 let instance = instance.map(|text| instance_id(&text)).transpose()?;
                 admin(e, AdminAction::Kick(app, instance))?
+            }
+            "app_forget" => {
+                let fields = Fields::of(e.text)?;
+                let app = AppId::new(&fields.required_string("app_id")?)?;
+                admin(e, AdminAction::Forget(app))?
+            }
+            "backup" => {
+                let to = Fields::of(e.text)?.string("to")?.map(Cow::into_owned);
+                admin(e, AdminAction::Backup(to))?
+            }
+            "db_check" => {
+                let is_thorough = Fields::of(e.text)?.flag("full")?;
+                admin(e, AdminAction::CheckDatabase(is_thorough))?
             }
             action if action.starts_with("memory_") => {
                 Request::Memory(Box::new(crate::memory::decode(e, action)?))
@@ -497,6 +584,7 @@ fn handshake<'a>(e: &Envelope<'a>) -> Result<Handshake<'a>, Refusal> {
         },
         exclusive: fields.flag("exclusive")?,
         takeover: fields.flag("takeover")?,
+        transient: fields.flag("transient")?,
     })
 }
 
@@ -510,6 +598,7 @@ fn trigger<'a>(e: &Envelope<'a>) -> Result<Trigger<'a>, Refusal> {
         key: key(e)?,
         window: Envelope::number(e.window, "window", 1..=WINDOW_MAX)?,
         park: Envelope::flag(e.park, "park")?,
+        redeliver: Envelope::flag(e.redeliver, "redeliver")?,
         blocks: e.blocks.map_or(Ok(Vec::new()), crate::memory::block_uses)?,
         headers: e.checked_headers()?,
         body: e.body(e.data, "data")?,
@@ -667,17 +756,10 @@ fn pool_create<'a>(e: &Envelope<'a>) -> Result<PoolCreate<'a>, Refusal> {
             ));
         }
     }
-    for (name, what) in [
-        ("durable", "'durable':true"),
-        ("encrypted", "'encrypted':true"),
-    ] {
-        if fields.flag(name)? {
-            return Err(not_here(what));
-        }
+    if fields.flag("encrypted")? {
+        return Err(not_here("'encrypted':true"));
     }
-    if fields.field("policy").is_some() {
-        return Err(not_here("'policy'"));
-    }
+    let policy = fields.field("policy").map(Policy::parse).transpose()?;
     let properties = fields.field("properties");
     if let Some(raw) = properties.filter(|raw| !raw.is_object()) {
         return Err(mistyped("properties", "an object", raw));
@@ -685,6 +767,8 @@ fn pool_create<'a>(e: &Envelope<'a>) -> Result<PoolCreate<'a>, Refusal> {
     Ok(PoolCreate {
         pool: pool_field(e)?,
         properties,
+        durable: fields.flag("durable")?,
+        policy: policy.unwrap_or_default(),
     })
 }
 
@@ -728,7 +812,11 @@ fn triggers_field(e: &Envelope<'_>) -> Result<Vec<TriggerSpec>, Refusal> {
     triggers(raw.ok_or_else(|| missing("triggers", "an array"))?)
 }
 
-fn triggers(raw: Raw<'_>) -> Result<Vec<TriggerSpec>, Refusal> {
+/// Reads a list of triggers, each a name or an object.
+///
+/// # Errors
+/// `bad_message`, `invalid_name`, `too_large`.
+pub fn triggers(raw: Raw<'_>) -> Result<Vec<TriggerSpec>, Refusal> {
     let mut specs = Vec::new();
     items(raw, "triggers", |item| {
         specs.push(trigger_spec(item)?);
@@ -991,8 +1079,8 @@ mod tests {
             "bad_message: field 'code' is missing",
         );
         check(
-            r#"{"action":"pool_create","pool":"a","durable":true}"#,
-            "bad_message: 'durable':true is not available",
+            r#"{"action":"pool_create","pool":"a","encrypted":true}"#,
+            "bad_message: 'encrypted':true is not available",
         );
     }
 }

@@ -6,7 +6,7 @@
 
 mod files;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -33,6 +33,9 @@ const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// The highest fence of an earlier run that is gone on from.
 const FENCE_KEPT_MAX: u64 = 1 << 62;
 
+/// How often a backup begins to read a block anew that is written meanwhile.
+const BACKUP_TRIES: u32 = 100;
+
 /// Corrupt blocks that `health` names one by one.
 const CORRUPT_SHOWN_MAX: usize = 20;
 
@@ -45,9 +48,41 @@ struct Stored {
     /// The newest version heard of; the truth where it can't be read without waiting.
     version: AtomicU64,
     names: Option<Names>,
+    /// Not any more once it is given up. Held while the record of its block is changed on behalf of a generation that is made
+    /// from it, so that a block that was removed does not come back with that.
+    is_wanted: Mutex<bool>,
 }
 
 impl Stored {
+    fn new(
+        custodian: Custodian,
+        pool: PoolName,
+        block: BlockId,
+        version: u64,
+        names: Option<Names>,
+    ) -> Stored {
+        let is_persistent = custodian.description().is_persistent;
+        Stored {
+            custodian,
+            pool,
+            block,
+            kind: if is_persistent {
+                Kind::Persistent
+            } else {
+                Kind::Shared
+            },
+            version: AtomicU64::new(version),
+            names,
+            is_wanted: Mutex::new(true),
+        }
+    }
+
+    fn is_wanted(&self) -> MutexGuard<'_, bool> {
+        self.is_wanted
+            .lock()
+            .expect("nothing panics under this lock")
+    }
+
     fn heard(&self, version: u64) -> u64 {
         self.version.fetch_max(version, Relaxed).max(version)
     }
@@ -76,7 +111,7 @@ enum Work {
 pub(crate) struct Blocks {
     stored: RwLock<HashMap<StorageId, Arc<Stored>>>,
     ledger: Mutex<Ledger>,
-    files: Files,
+    files: Arc<Files>,
     // At most one job of each kind for each block and waiter, which are bounded.
     work: Sender<Work>,
 }
@@ -87,14 +122,16 @@ impl Blocks {
     /// # Errors
     /// Where the directory can't be opened, or no thread be had.
     pub(crate) fn new(directory: &Path) -> std::io::Result<Blocks> {
+        let files = Arc::new(Files::open(directory)?);
         let (work, queue) = channel();
+        let of_thread = Arc::clone(&files);
         std::thread::Builder::new()
             .name("blocks".into())
-            .spawn(move || run(&queue))?;
+            .spawn(move || run(&queue, &of_thread))?;
         Ok(Blocks {
             stored: RwLock::new(HashMap::new()),
             ledger: Mutex::new(Ledger::default()),
-            files: Files::open(directory)?,
+            files,
             work,
         })
     }
@@ -116,8 +153,7 @@ impl Blocks {
 
     fn found(&self, storage: StorageId) -> Result<Arc<Stored>, Refusal> {
         // Between a pool's word and ours another loop may have removed it.
-        self.at(storage)
-            .ok_or_else(|| Refusal::new(Code::NoBlock, "the block was removed just now"))
+        self.at(storage).ok_or_else(removed)
     }
 
     fn all(&self) -> Vec<Arc<Stored>> {
@@ -283,7 +319,9 @@ impl Blocks {
                 } else {
                     self.make(&making).map(|()| Some(making.storage))
                 };
-                if let Err(refusal) = &made {
+                if let Err(refusal) = &made
+                    && refusal.code != Code::NoBlock
+                {
                     tracing::warn!(pool = %making.pool, block = %making.block, error = %refusal, "a block can't be made");
                 }
                 Some(Finished::Made(key, made))
@@ -300,20 +338,31 @@ impl Blocks {
                 storage,
                 ticket,
             } => {
-                let version = self.found(storage).and_then(|stored| {
-                    let version = stored.custodian.sync();
-                    version.map_err(|error| corrupt(&stored, &error))
-                });
+                let version = self.flush(storage);
                 Some(Finished::Flushed(key, ticket, version))
             }
         }
     }
 
+    fn flush(&self, storage: StorageId) -> Result<u64, Refusal> {
+        let stored = self.found(storage)?;
+        let version = stored.custodian.sync();
+        version.map_err(|error| corrupt(&stored, &error))
+    }
+
     fn make(&self, making: &Making) -> Result<(), Refusal> {
         let from = making.from.map(|from| self.found(from)).transpose()?;
+        let stored = self.build(making, from.as_deref())?;
+        self.keep(making, from.as_deref(), &stored)?;
+        self.insert(making.storage, stored);
+        Ok(())
+    }
+
+    /// Makes a generation and gives it its first content. Nothing is left of one that fails.
+    fn build(&self, making: &Making, from: Option<&Stored>) -> Result<Stored, Refusal> {
         let geometry = Geometry::new(making.geometry.size, making.geometry.slots)
             .map_err(|error| Refusal::new(Code::TooLarge, error.to_string()))?;
-        let block_id = match &from {
+        let block_id = match from {
             Some(from) => from.custodian.description().block_id,
             None => random_id(),
         };
@@ -339,42 +388,81 @@ impl Blocks {
                 (custodian, Some(names))
             }
         };
-        let stored = Stored {
-            custodian,
-            pool: making.pool.clone(),
-            block: making.block.clone(),
-            kind: making.kind,
-            version: AtomicU64::new(0),
-            names,
+        let (pool, block) = (making.pool.clone(), making.block.clone());
+        let stored = Stored::new(custodian, pool, block, 0, names);
+        if let Some(from) = from {
+            match from.custodian.copy_to(&stored.custodian) {
+                Ok(version) => stored.heard(version),
+                Err(error) => {
+                    if let Some(names) = &stored.names {
+                        self.files.abandon(names);
+                    }
+                    return Err(corrupt(from, &error));
+                }
+            };
+        }
+        Ok(stored)
+    }
+
+    /// Has a generation be there after a restart, where it is persistent. Nothing is left of one that fails.
+    fn keep(&self, making: &Making, from: Option<&Stored>, stored: &Stored) -> Result<(), Refusal> {
+        let (Some(names), Some(record)) = (&stored.names, &making.record) else {
+            return Ok(());
         };
-        if let Some(from) = &from {
-            let copied = from.custodian.copy_to(&stored.custodian);
-            let version = copied.map_err(|error| corrupt(from, &error))?;
-            stored.heard(version);
+        let kept = match stored.custodian.sync() {
+            Ok(_) => self
+                .keep_record(names, record, from)
+                .unwrap_or_else(|error| {
+                    let block = &making.block;
+                    let message =
+                        format!("the record of block '{block}' can't be written: {error}");
+                    Err(Refusal::new(Code::Storage, message))
+                }),
+            Err(error) => Err(corrupt(stored, &error)),
+        };
+        if kept.is_err() {
+            self.files.abandon(names);
         }
-        if let (Some(names), Some(record)) = (&stored.names, &making.record) {
-            let kept = stored
-                .custodian
-                .sync()
-                .map_err(|error| corrupt(&stored, &error))
-                .and_then(|_| {
-                    self.files.keep(names, record).map_err(|error| {
-                        Refusal::new(
-                            Code::Storage,
-                            format!(
-                                "the record of block '{}' can't be written: {error}",
-                                making.block
-                            ),
-                        )
-                    })
-                });
-            if let Err(refusal) = kept {
-                self.files.abandon(names);
-                return Err(refusal);
-            }
+        kept
+    }
+
+    /// Has a record hold, unless its block was removed since the generation that it comes from was copied.
+    fn keep_record(
+        &self,
+        names: &Names,
+        record: &str,
+        from: Option<&Stored>,
+    ) -> std::io::Result<Result<(), Refusal>> {
+        let before = self.files.record(names)?;
+        self.files.prepare(names, record)?;
+        // Held for the change of a name alone; what waits for the disk is outside of it.
+        if !change_if_wanted(from, || self.files.commit(names))? {
+            return Ok(Err(removed()));
         }
-        self.insert(making.storage, stored);
-        Ok(())
+        let Err(error) = self.files.sync() else {
+            return Ok(Ok(()));
+        };
+        if let Err(error) = self.restore_record(names, before.as_deref(), from) {
+            tracing::error!(file = %names, %error, "the record of a block can't be put back");
+        }
+        Err(error)
+    }
+
+    /// Has the record of the generation from before hold again, which is the one that is used on.
+    fn restore_record(
+        &self,
+        names: &Names,
+        before: Option<&str>,
+        from: Option<&Stored>,
+    ) -> std::io::Result<()> {
+        if let Some(record) = before {
+            self.files.write_new_record(names, record)?;
+        }
+        change_if_wanted(from, || match before {
+            Some(_) => self.files.commit(names),
+            None => self.files.remove_record(names),
+        })?;
+        self.files.sync()
     }
 
     fn drop_storage(&self, storage: StorageId, is_superseded: bool) {
@@ -393,9 +481,11 @@ impl Blocks {
             tracing::debug!(pool = %stored.pool, block = %stored.block, %error, "users of a block can't be told of its end through it");
         }
         if let Some(names) = &stored.names {
+            let mut is_wanted = stored.is_wanted();
+            *is_wanted = false;
             self.files.remove(names, is_superseded);
         }
-        // The kernel takes its time to give back much memory.
+        // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
         let _ = self.work.send(Work::Free(stored));
     }
 
@@ -430,8 +520,62 @@ impl Blocks {
         (total == 0, seen)
     }
 
+    /// Adds the bytes of every persistent block to a backup, each of one version.
+    pub(crate) fn back_up(
+        &self,
+        writer: &mut latzero_store::BackupWriter<'_>,
+    ) -> Result<(), latzero_store::BackupError> {
+        for stored in self.all() {
+            let Some(names) = stored
+                .names
+                .as_ref()
+                .filter(|_| stored.kind == Kind::Persistent)
+            else {
+                continue;
+            };
+            let Ok(Some(record)) = self.files.record(names) else {
+                // Removed, or being made.
+                continue;
+            };
+            let description = stored.custodian.description();
+            for left in (0..BACKUP_TRIES).rev() {
+                let version = match stored.custodian.version() {
+                    Ok(version) => version,
+                    Err(error) => {
+                        tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be read is not in the backup");
+                        break;
+                    }
+                };
+                let head = latzero_store::BlockHead {
+                    pool: stored.pool.as_str().into(),
+                    block_id: stored.block.as_str().into(),
+                    generation: description.generation,
+                    version,
+                    size: description.geometry.size,
+                    slots: description.geometry.slots,
+                    description: record.clone().into_bytes(),
+                };
+                let mut bytes = OneVersion {
+                    custodian: &stored.custodian,
+                    version,
+                    at: 0,
+                };
+                match writer.add_block(&head, &mut bytes) {
+                    Ok(()) => break,
+                    // It was written meanwhile: once more, from its new version on.
+                    Err(_) if left > 0 && stored.custodian.version().ok() != Some(version) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Has every persistent block reach the disk; for the server's end.
     pub(crate) fn sync_all(&self) {
+        if let Err(error) = self.files.sync() {
+            tracing::error!(%error, "the directory of persistent blocks could not be written to disk");
+        }
         for stored in self.all() {
             if stored.kind == Kind::Persistent
                 && let Err(error) = stored.custodian.sync()
@@ -442,15 +586,54 @@ impl Blocks {
     }
 }
 
+/// The bytes of one version of a block, one after the other; an error once there is a newer one.
+struct OneVersion<'a> {
+    custodian: &'a Custodian,
+    version: u64,
+    at: u64,
+}
+
+impl std::io::Read for OneVersion<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let left = self.custodian.description().geometry.size - self.at;
+        let n = usize::try_from(left)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
+        if n == 0 {
+            return Ok(0);
+        }
+        self.custodian
+            .read(self.at, &mut buffer[..n], Some(self.version))
+            .map_err(|error| std::io::Error::other(error.to_string()))?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
 /// Takes in the persistent blocks that an earlier run left.
 pub(crate) fn adopt_all(host: &mut IoHost, now: Time) {
     let shared = Arc::clone(&host.shared);
     for kept in shared.blocks.files.scan() {
         let (names, record) = (&kept.names, &kept.record);
-        if let Err(refusal) = adopt(host, now, kept.open, names, record) {
-            tracing::error!(file = %names, error = %refusal, "a persistent block can't be opened; its file is set aside");
-            shared.blocks.files.set_aside(names);
+        match adopt(host, now, kept.open, names, record) {
+            Ok(()) => {}
+            // With a higher limit it is there again, whole.
+            Err(refusal) if matches!(refusal.code, Code::Quota | Code::TooLarge) => {
+                tracing::warn!(file = %names, error = %refusal, "a limit leaves no room for a persistent block; its file stays where it is, for a start with a higher one");
+            }
+            Err(refusal) => {
+                tracing::error!(file = %names, error = %refusal, "a persistent block can't be opened; its file is set aside");
+                shared.blocks.files.set_aside(names);
+            }
         }
+    }
+    let (files, bytes) = shared.blocks.files.orphans();
+    if files > 0 {
+        tracing::warn!(
+            files,
+            bytes,
+            "files of persistent blocks were set aside under memory/.orphans, now or earlier; the server never removes them"
+        );
     }
 }
 
@@ -469,26 +652,20 @@ fn adopt(
     let found = Found { record, fence };
     let (pool_name, block) = found.name()?;
     let version = custodian.version().map_err(faulty)?;
+    let unix_ms = host.unix_ms(now);
     let (number, pool) =
-        host.with_registry(|registry, _| registry.pool_for_blocks(now, &pool_name))?;
+        host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))?;
     let adopted = host.with_pool(&pool, |pool, fx| pool.adopt_block(now, &found, fx));
     let storage = match adopted {
         Ok(storage) => storage,
         Err(refusal) => {
             // The pool goes again where it was made for this block alone.
-            host.effects().count_blocks(&pool_name, number, 0);
+            host.effects().count_held(&pool_name, number, 0);
             host.with_pool(&pool, |_, _| ());
             return Err(refusal);
         }
     };
-    let stored = Stored {
-        custodian,
-        pool: pool_name,
-        block,
-        kind: Kind::Persistent,
-        version: AtomicU64::new(version),
-        names: Some(names.clone()),
-    };
+    let stored = Stored::new(custodian, pool_name, block, version, Some(names.clone()));
     if let Err(error) = stored.custodian.set_lease(fence) {
         tracing::warn!(file = %names, %error, "the lock of a persistent block can't be reset");
     }
@@ -497,17 +674,75 @@ fn adopt(
 }
 
 /// The blocks' thread: one job after the other, until the server is gone.
-fn run(queue: &Receiver<Work>) {
-    while let Ok(work) = queue.recv() {
+fn run(queue: &Receiver<Work>, files: &Files) {
+    let mut waiting = VecDeque::new();
+    while let Some(work) = waiting.pop_front().or_else(|| queue.recv().ok()) {
         match work {
+            Work::Job(
+                shared,
+                pool,
+                Job::Flush {
+                    key,
+                    storage,
+                    ticket,
+                },
+            ) => {
+                // What came before the flush begins is covered by it.
+                waiting.extend(queue.try_iter());
+                let same = take_where(
+                    &mut waiting,
+                    |work| matches!(work, Work::Job(_, _, Job::Flush { storage: also, .. }) if *also == storage),
+                );
+                let version = shared.blocks.flush(storage);
+                let others = same.into_iter().filter_map(|work| match work {
+                    Work::Job(_, pool, Job::Flush { key, ticket, .. }) => Some((pool, key, ticket)),
+                    _ => None,
+                });
+                for (pool, key, ticket) in std::iter::once((pool, key, ticket)).chain(others) {
+                    let what = Finished::Flushed(key, ticket, version.clone());
+                    shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
+                }
+            }
             Work::Job(shared, pool, job) => {
                 if let Some(what) = shared.blocks.run(job) {
                     shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
                 }
             }
-            Work::Free(stored) => drop(stored),
+            Work::Free(stored) => {
+                if let Some(names) = &stored.names
+                    && let Err(error) = files.sync()
+                {
+                    tracing::warn!(file = %names, %error, "the end of a block's file can't be written to disk");
+                }
+            }
         }
     }
+}
+
+/// Takes out what is so; both keep their order.
+fn take_where<T>(all: &mut VecDeque<T>, is_so: impl Fn(&T) -> bool) -> Vec<T> {
+    let (taken, left) = std::mem::take(all)
+        .into_iter()
+        .partition::<Vec<_>, _>(is_so);
+    *all = left.into();
+    taken
+}
+
+/// Makes a change to a block's names unless the generation that a new one is made from was given up. Says whether it did.
+fn change_if_wanted(
+    from: Option<&Stored>,
+    change: impl FnOnce() -> std::io::Result<()>,
+) -> std::io::Result<bool> {
+    let is_wanted = from.map(Stored::is_wanted);
+    if is_wanted.as_ref().is_some_and(|is_wanted| !**is_wanted) {
+        return Ok(false);
+    }
+    change()?;
+    Ok(true)
+}
+
+fn removed() -> Refusal {
+    Refusal::new(Code::NoBlock, "the block was removed just now")
 }
 
 fn no_storage(making: &Making, error: &CreateError) -> Refusal {
@@ -594,3 +829,6 @@ fn unix_ns() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(0, |now| now.as_nanos() as u64)
 }
+
+#[cfg(test)]
+mod tests;

@@ -197,8 +197,7 @@ fn reply(process: &str, body: Body<'_>, now: Time, host: &mut IoHost) -> Result<
                 after: string("after")?,
                 limit: Page::LIMIT_MAX,
             };
-            let clock = host.shared.clock;
-            host.with_registry(|registry, _| registry.list_pools(&page, |then| clock.unix_ms(then)))
+            host.with_registry(|registry, _| registry.list_pools(&page))
                 .to_string()
         }
         _ => {

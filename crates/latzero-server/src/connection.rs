@@ -208,7 +208,7 @@ impl Connection {
     fn run(&mut self, now: Time, buf: &[u8], host: &mut IoHost) -> (usize, Option<Turn>) {
         let mut used = 0;
         loop {
-            if self.pause(host) {
+            if self.session.is_waiting() || self.pause(host) {
                 return (used, Some(Turn::Paused));
             }
             match frame::decode(&buf[used..], self.session.accept(host)) {
@@ -322,6 +322,8 @@ impl Connection {
                 return Verdict::Remove("closed");
             }
             (Phase::Closing { until, .. }, _) => Some(*until),
+            // Its handshake came, and is being written down.
+            (Phase::Open, false) if self.session.is_waiting() => None,
             (Phase::Open, false) => {
                 let at = self.opened.after_ms(patience.handshake_ms);
                 if at <= now {

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use latzero_fabric::{Class, Effects, Time};
-use latzero_protocol::encode;
+use latzero_fabric::{Class, Effects, Flow, Time};
+use latzero_protocol::{Refusal, encode};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -42,6 +42,9 @@ const ACCEPTS_PER_TURN: usize = 64;
 /// The clock's coarsest step where many connections are watched by time, in milliseconds.
 const LOOK_EVERY_MS: u64 = 100;
 
+/// How often a connection is written to again while too many descriptors are on their way, in milliseconds.
+const CROWDED_EVERY_MS: u64 = 10;
+
 /// While draining: how often to look whether the last call has ended, and over how many looks closes are spread.
 const DRAIN_LOOK_MS: u64 = 20;
 const DRAIN_SPREAD: usize = 100;
@@ -66,11 +69,16 @@ pub(crate) struct EventLoop {
     ready: VecDeque<usize>,
     scratch: Vec<u8>,
     look_at: Option<Time>,
+    /// Connections of this loop to write to again, and when.
+    crowded: Vec<Arc<Peer>>,
+    crowded_at: Option<Time>,
     front: Option<Front>,
     backoff: AcceptBackoff,
     /// Accepting goes on then, after the system refused.
     accept_at: Option<Time>,
     watchdog_at: Option<Time>,
+    /// The store's sign of life, and its backups by schedule.
+    upkeep_at: Option<Time>,
     drain: Option<Drain>,
 }
 
@@ -103,14 +111,18 @@ impl EventLoop {
             ready: VecDeque::new(),
             scratch: vec![0; READ_BYTES],
             look_at: None,
+            crowded: Vec::new(),
+            crowded_at: None,
             front: None,
             backoff: AcceptBackoff::default(),
             accept_at: None,
             watchdog_at: None,
+            upkeep_at: None,
             drain: None,
         };
         if let Some(front) = front {
             let now = shared.clock.now();
+            crate::keeper::take_in(&mut event_loop.host, now);
             crate::blocks::adopt_all(&mut event_loop.host, now);
             let builtin = BuiltIn::start(now, &mut event_loop.host);
             *shared.builtin.lock().expect("nobody else is here yet") = Some(builtin);
@@ -123,6 +135,7 @@ impl EventLoop {
                     Interest::READABLE,
                 )?;
             }
+            event_loop.upkeep_at = Some(now);
             event_loop.watchdog_at = front
                 .watchdog
                 .map(|every| now.after_ms(every.as_millis() as u64 / 2));
@@ -172,8 +185,10 @@ impl EventLoop {
         let next = [
             timers,
             self.look_at,
+            self.crowded_at,
             self.accept_at,
             self.watchdog_at,
+            self.upkeep_at,
             drain,
         ]
         .into_iter()
@@ -197,7 +212,11 @@ impl EventLoop {
                 && let Some(Some(connection)) = self.connections.get(slot)
             {
                 let peer = Arc::clone(&connection.peer);
-                self.host.flush_peer(now, &peer);
+                // A try that fails for descriptors that are on their way makes the kernel say "writable" at once: those go
+                // by the clock.
+                if !self.crowded.iter().any(|known| Arc::ptr_eq(known, &peer)) {
+                    self.host.flush_peer(now, &peer);
+                }
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
@@ -223,6 +242,15 @@ impl EventLoop {
             Command::AwaitWritable(peer) => self.await_writable(&peer),
             Command::Look => {}
             Command::Judge => self.look_by(now),
+            Command::Reply(peer, id, result) => {
+                self.host
+                    .fx
+                    .send(&peer, Class::Control, 512, |out| match &result {
+                        Ok(reply) => encode::reply(out, &id, reply),
+                        Err(refusal) => encode::refusal(out, Some(&id), refusal),
+                    });
+            }
+            Command::Kept(peer, result) => self.kept(now, &peer, result),
             Command::BlockDone(done) => self.host.handle_done(done),
             Command::Watchdog => {
                 if let Some(notifier) = self
@@ -234,6 +262,28 @@ impl EventLoop {
                     tracing::warn!(%error, "the service manager can't be told that the server lives");
                 }
             }
+        }
+    }
+
+    /// Tells a session that what it was promised is on disk, or can't be.
+    fn kept(&mut self, now: Time, peer: &Arc<Peer>, result: Result<(), Refusal>) {
+        let Some(slot) = self.slot_of(peer) else {
+            return;
+        };
+        let Some(mut connection) = self.connections[slot].take() else {
+            return;
+        };
+        if connection.is_closing() {
+            self.connections[slot] = Some(connection);
+            return;
+        }
+        let flow = connection.session.kept(now, result, &mut self.host);
+        self.connections[slot] = Some(connection);
+        if flow == Flow::Close {
+            self.close_peer(now, peer);
+        } else {
+            // What it sent while it waited.
+            self.ready.push_back(slot);
         }
     }
 
@@ -444,6 +494,15 @@ impl EventLoop {
                 self.host.shared.mailboxes[peer.home].send(Command::AwaitWritable(peer));
             }
         }
+        for peer in std::mem::take(&mut self.host.crowded) {
+            if peer.home != self.index {
+                // Its own loop tries again, as soon as it watches it for writing.
+                self.host.shared.mailboxes[peer.home].send(Command::AwaitWritable(peer));
+            } else if !self.crowded.iter().any(|known| Arc::ptr_eq(known, &peer)) {
+                self.crowded.push(peer);
+                self.crowded_at = Some(now.after_ms(CROWDED_EVERY_MS));
+            }
+        }
         for peer in std::mem::take(&mut self.host.fx.resumed) {
             if let Some(slot) = self.slot_of(&peer) {
                 self.ready.push_back(slot);
@@ -472,10 +531,20 @@ impl EventLoop {
                 self.accept(now, index);
             }
         }
+        if self.upkeep_at.is_some_and(|at| at <= now) {
+            self.upkeep_at = Some(now.after_ms(crate::upkeep::LOOK_EVERY_MS));
+            crate::upkeep::look(&self.host.shared, now);
+        }
         if self.watchdog_at.is_some_and(|at| at <= now) {
             let every = self.front.as_ref().and_then(|front| front.watchdog);
             self.watchdog_at = every.map(|every| now.after_ms(every.as_millis() as u64 / 2));
             self.host.shared.mailboxes[self.index].send(Command::Watchdog);
+        }
+        if self.crowded_at.is_some_and(|at| at <= now) {
+            self.crowded_at = None;
+            for peer in std::mem::take(&mut self.crowded) {
+                self.host.flush_peer(now, &peer);
+            }
         }
         if self.look_at.is_some_and(|at| at <= now) {
             self.look(now);

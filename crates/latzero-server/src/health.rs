@@ -45,9 +45,11 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
     );
     let (blocks_ok, blocks) = shared.blocks.health();
     let memory = part(blocks_ok, &blocks);
+    let (store_ok, store) = shared.keeper.health();
+    let store = part(store_ok, &store);
     let lost = (shared.log_lines_lost)();
     let logs = part(lost == 0, &json!({"lines_lost": lost}));
-    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "logs": logs});
+    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs});
     let all_ok = parts
         .as_object()
         .is_some_and(|parts| parts.values().all(|part| part["status"] == "ok"));

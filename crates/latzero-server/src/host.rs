@@ -193,8 +193,10 @@ impl Effects for IoEffects {
     }
 
     #[inline]
-    fn call_started(&mut self, caller: &Arc<Peer>, handler: &Arc<Peer>) {
-        caller.in_flight.fetch_add(1, SeqCst);
+    fn call_started(&mut self, caller: Option<&Arc<Peer>>, handler: &Arc<Peer>) {
+        if let Some(caller) = caller {
+            caller.in_flight.fetch_add(1, SeqCst);
+        }
         handler.owed.fetch_add(1, SeqCst);
         self.shared.stats.calls_in_flight.fetch_add(1, Relaxed);
         // Its answers may be what its own calls wait for.
@@ -202,12 +204,16 @@ impl Effects for IoEffects {
     }
 
     #[inline]
-    fn call_ended(&mut self, caller: &Arc<Peer>, handler: &Arc<Peer>, end: CallEnd) {
-        caller.in_flight.fetch_sub(1, SeqCst);
+    fn call_ended(&mut self, caller: Option<&Arc<Peer>>, handler: &Arc<Peer>, end: CallEnd) {
+        if let Some(caller) = caller {
+            caller.in_flight.fetch_sub(1, SeqCst);
+        }
         handler.owed.fetch_sub(1, SeqCst);
         self.shared.stats.calls_in_flight.fetch_sub(1, Relaxed);
         self.batch.call_ended(end);
-        self.resume(caller);
+        if let Some(caller) = caller {
+            self.resume(caller);
+        }
     }
 
     fn refused(&mut self, code: Code) {
@@ -246,7 +252,19 @@ impl Effects for IoEffects {
         self.jobs.push(job);
     }
 
-    fn count_blocks(&mut self, pool: &PoolName, number: u32, change: i32) {
+    fn keep(&mut self, change: latzero_fabric::keep::Change, promise: Option<&Arc<Peer>>) {
+        self.shared.keeper.keep(change, promise);
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.shared.keeper.next_number()
+    }
+
+    fn unix_ms(&self, now: Time) -> u64 {
+        self.shared.clock.unix_ms(now)
+    }
+
+    fn count_held(&mut self, pool: &PoolName, number: u32, change: i32) {
         self.counted.push((pool.clone(), number, change));
     }
 
@@ -277,6 +295,8 @@ pub(crate) struct IoHost {
     pub(crate) fx: IoEffects,
     /// Connections that the kernel began or ceased to take bytes of.
     pub(crate) changed: Vec<Arc<Peer>>,
+    /// Connections to write to again by the clock: too many descriptors are on their way.
+    pub(crate) crowded: Vec<Arc<Peer>>,
     /// For copies of blocks on their way into an outbox.
     read_buffer: Vec<u8>,
 }
@@ -287,6 +307,7 @@ impl IoHost {
             shared: Arc::clone(shared),
             fx: IoEffects::new(Arc::clone(shared), home),
             changed: Vec::new(),
+            crowded: Vec::new(),
             read_buffer: Vec::new(),
         }
     }
@@ -296,7 +317,7 @@ impl IoHost {
     fn see_to_blocks(&mut self, pool: &Arc<PoolCell>) {
         for (name, number, change) in std::mem::take(&mut self.fx.counted) {
             let is_there =
-                self.with_registry(|registry, _| registry.count_blocks(&name, number, change));
+                self.with_registry(|registry, _| registry.count_held(&name, number, change));
             if !is_there && change > 0 {
                 // The pool went with its last member while the block was on its way into it.
                 self.with_pool(pool, Pool::close_blocks);
@@ -424,6 +445,7 @@ impl Host for IoHost {
         stats["pools"] = json!({"pools": counts.pools, "memberships": members});
         stats["triggers"]["served"] = triggers.into();
         stats["memory"] = self.shared.blocks.to_json(&self.shared.limits);
+        stats["store"] = self.shared.keeper.to_json();
         stats["resources"] = resources();
         stats.to_string()
     }
@@ -488,16 +510,29 @@ impl Host for IoHost {
         self.shared.blocks.swap(storage, offset, expected, data)
     }
 
-    fn admin(&mut self, action: &AdminAction) -> Result<String, Refusal> {
+    fn admin(
+        &mut self,
+        action: &AdminAction,
+        asker: &Arc<Peer>,
+        id: Option<&str>,
+    ) -> Result<Option<String>, Refusal> {
         match action {
             AdminAction::Shutdown => {
                 tracing::info!("stopping, as an administrator asked");
                 self.shared.drain();
-                Ok(json!({"draining": true, "pid": std::process::id()}).to_string())
+                let reply = json!({"draining": true, "pid": std::process::id()});
+                Ok(Some(reply.to_string()))
             }
             AdminAction::Reload => (self.shared.reload)(&self.shared)
+                .map(Some)
                 .map_err(|message| Refusal::new(Code::BadMessage, message)),
-            AdminAction::Kick(..) => unreachable!("the session carries out kicks"),
+            AdminAction::Backup(_) | AdminAction::CheckDatabase(_) => {
+                crate::upkeep::begin(&self.shared, action.clone(), asker, id)?;
+                Ok(None)
+            }
+            AdminAction::Kick(..) | AdminAction::Forget(_) => {
+                unreachable!("the session carries these out")
+            }
         }
     }
 }
@@ -531,7 +566,7 @@ impl IoHost {
                 return;
             };
             let start = taken.head;
-            let mut is_dead = false;
+            let (mut is_dead, mut is_crowded) = (false, false);
             while taken.head < taken.buf.len() {
                 let (bytes, descriptors) = taken.next();
                 match socket.write_with(bytes, descriptors) {
@@ -539,6 +574,7 @@ impl IoHost {
                     Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                     Err(error) => {
                         is_dead = error.kind() != std::io::ErrorKind::WouldBlock;
+                        is_crowded = crate::socket::is_crowded(&error);
                         break;
                     }
                 }
@@ -570,6 +606,9 @@ impl IoHost {
             }
             drop(outbox);
             if is_blocked {
+                if is_crowded {
+                    self.crowded.push(Arc::clone(peer));
+                }
                 return;
             }
             if let Some(buf) = reusable {

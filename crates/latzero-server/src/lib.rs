@@ -12,6 +12,7 @@ pub mod doctor;
 mod event_loop;
 mod health;
 mod host;
+mod keeper;
 mod listener;
 pub mod logging;
 mod outbox;
@@ -23,6 +24,7 @@ mod socket;
 pub mod startup;
 mod stats;
 mod timers;
+pub mod upkeep;
 mod utc;
 
 pub use latzero_protocol::address;

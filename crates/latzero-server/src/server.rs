@@ -10,6 +10,7 @@ use signal_hook::iterator::Signals;
 
 use crate::blocks::Blocks;
 use crate::event_loop::{EventLoop, Front};
+use crate::keeper::Keeper;
 use crate::listener::Listener;
 use crate::logging::{LogError, LogOptions, Logs};
 use crate::settings::{Environment, Override, Resolved, SettingsErrors, load};
@@ -152,6 +153,7 @@ impl Server {
                 source,
             })
         })?;
+        let keeper = Keeper::open(started.data_dir.path(), &settings)?;
         let lost = Arc::clone(&logs);
         let shared = Shared::new(Parts {
             identity,
@@ -163,6 +165,7 @@ impl Server {
                 lost.stderr + lost.file
             }),
             blocks,
+            keeper,
             settings,
         });
         let mut listeners: Vec<Listener> = started.tcp.into_iter().map(Listener::Tcp).collect();
@@ -268,6 +271,7 @@ impl Server {
             result = result.and(ended);
         }
         shared.blocks.sync_all();
+        shared.keeper.close();
         handle.close();
         let _ = watcher.join();
         tracing::info!("stopped");

@@ -19,7 +19,7 @@ use serde::Serialize;
 pub use file::{FILE_BYTES_MAX, FILES_MAX, Layer, load, parse_file};
 pub use reference::default_config;
 pub use table::{Limits, SETTINGS, Setting, Settings, Takes};
-pub use value::{Kind, LogFormat, LogLevel, SocketChoice, Value};
+pub use value::{Kind, LogFormat, LogLevel, SocketChoice, StoreDurability, Value};
 
 /// What every variable of this project begins with.
 const VARIABLE_PREFIX: &str = "LATZERO_";

@@ -9,11 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use latzero_fabric::{Limits, Registry, Time};
+use latzero_protocol::Refusal;
 use mio::Waker;
 
 use crate::blocks::{Blocks, Done};
 use crate::builtin::BuiltIn;
 use crate::host::IoHost;
+use crate::keeper::Keeper;
 use crate::listener::Door;
 use crate::outbox::Bounds;
 use crate::peer::Peer;
@@ -37,6 +39,10 @@ pub(crate) enum Command {
     Look,
     /// Judge every connection by the clock and the bounds, which changed or were reached.
     Judge,
+    /// The reply to a request that took long.
+    Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
+    /// What was promised to a connection is on disk, or can't be.
+    Kept(Arc<Peer>, Result<(), Refusal>),
     /// What was to be done about a block is done.
     BlockDone(Done),
     /// Show the service manager that the loop turns (sd_notify(3), `WATCHDOG=1`).
@@ -71,6 +77,20 @@ impl Mailbox {
         {
             tracing::error!(%error, "a loop can't be woken");
         }
+    }
+
+    /// Sends several commands, and wakes the loop once.
+    pub(crate) fn send_all(&self, mut several: Vec<Command>) {
+        let Some(last) = several.pop() else {
+            return;
+        };
+        let mut commands = self
+            .commands
+            .lock()
+            .expect("no panic happens under the mailbox lock");
+        commands.append(&mut several);
+        drop(commands);
+        self.send(last);
     }
 
     pub(crate) fn take(&self) -> Vec<Command> {
@@ -131,6 +151,7 @@ pub(crate) struct Shared {
     pub(crate) registry: Mutex<Registry<IoHost>>,
     pub(crate) timers: Timers,
     pub(crate) blocks: Blocks,
+    pub(crate) keeper: Keeper,
     pub(crate) stats: Stats,
     pub(crate) clock: Clock,
     pub(crate) started: Time,
@@ -139,6 +160,8 @@ pub(crate) struct Shared {
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) builtin: Mutex<Option<BuiltIn>>,
     pub(crate) is_draining: AtomicBool,
+    /// A backup or a check of the database is under way.
+    pub(crate) is_in_upkeep: AtomicBool,
     /// Set where all loops are to end at once.
     pub(crate) is_over: AtomicBool,
     /// Connections whose sockets do not take what waits for them.
@@ -157,6 +180,7 @@ pub(crate) struct Parts {
     pub(crate) token: AdminToken,
     pub(crate) seed: u64,
     pub(crate) blocks: Blocks,
+    pub(crate) keeper: Keeper,
     pub(crate) reload: Box<Reload>,
     pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
 }
@@ -169,6 +193,7 @@ impl Shared {
             token,
             seed,
             blocks,
+            keeper,
             reload,
             log_lines_lost,
         } = parts;
@@ -178,8 +203,8 @@ impl Shared {
         let mailboxes = (0..settings.io_threads.max(1))
             .map(|_| Mailbox::new())
             .collect();
-        Arc::new(Shared {
-            registry: Mutex::new(Registry::new(started, limits.clone(), seed)),
+        let shared = Arc::new(Shared {
+            registry: Mutex::new(Registry::new(clock.unix_ms(started), limits.clone(), seed)),
             bounds: Bounds {
                 bytes_max: settings.limits.outbox_bytes_max,
                 headroom: settings.limits.outbox_headroom_bytes,
@@ -190,6 +215,7 @@ impl Shared {
             settings: Mutex::new(Arc::new(settings)),
             timers: Timers::default(),
             blocks,
+            keeper,
             stats: Stats::new(),
             clock,
             started,
@@ -198,13 +224,16 @@ impl Shared {
             mailboxes,
             builtin: Mutex::new(None),
             is_draining: AtomicBool::new(false),
+            is_in_upkeep: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
             blocked: Mutex::new(Vec::new()),
             next_peer: AtomicU64::new(0),
             door: Mutex::new(Door::default()),
             reload,
             log_lines_lost,
-        })
+        });
+        shared.keeper.attach(&shared);
+        shared
     }
 
     pub(crate) fn door(&self) -> MutexGuard<'_, Door> {
@@ -274,6 +303,9 @@ pub(crate) fn core_limits(settings: &Settings) -> Limits {
         attachments_per_app_max: l.attachments_per_app_max,
         subscriptions_per_app_max: l.subscriptions_per_app_max,
         block_waiters_max: l.block_waiters_max,
+        parked_max: l.parked_max,
+        parked_bytes_max: l.parked_bytes_max,
+        answer_ttl_ms: settings.answer_ttl.as_millis() as u64,
     }
 }
 

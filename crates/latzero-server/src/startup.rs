@@ -176,6 +176,9 @@ pub enum StartupError {
         /// Why.
         reason: String,
     },
+    /// The database can't be used.
+    #[error(transparent)]
+    Store(latzero_store::OpenError),
     /// Anything else that the system refused.
     #[error("{action} {path}: {source}", path = path.display())]
     System {
@@ -208,6 +211,7 @@ impl StartupError {
             | StartupError::SocketPathTaken { .. }
             | StartupError::BadToken { .. }
             | StartupError::BadActivation { .. }
+            | StartupError::Store(_)
             | StartupError::System { .. } => 1,
         }
     }

@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{fdatasync, fstat};
@@ -16,8 +16,12 @@ use crate::kept::Kept;
 use crate::memory::{Fault, Memory};
 use crate::slots::{self, ReadError, Stamp, WriteError};
 
-/// How often a version is copied or summed up anew because somebody wrote over it without the lock.
+/// How often a version is copied anew because somebody wrote over it without the lock.
 const TRIES: u32 = 16;
+
+/// How often the newest version is summed up for a flush, where it does not stay the newest for that long. Then a block goes to
+/// the disk without a checksum, as it does between two flushes.
+const SUM_TRIES: u32 = 3;
 
 /// What became of a compare-and-swap.
 #[derive(Debug, PartialEq, Eq)]
@@ -238,6 +242,36 @@ impl Custodian {
         ))
     }
 
+    /// Fills a fresh block with what `bytes` yields, as the version that it was: for a block that comes out of a backup.
+    ///
+    /// # Errors
+    /// Where `bytes` fails or yields fewer bytes than the block has, or the block can't be written.
+    pub fn fill(&self, bytes: &mut dyn std::io::Read, version: u64) -> std::io::Result<()> {
+        let _alone = self.alone();
+        let geometry = &self.description.geometry;
+        let failed = |error: Fault| std::io::Error::other(error.to_string());
+        if version == 0 {
+            return Ok(());
+        }
+        let mut draft = slots::begin(&self.memory, geometry).map_err(failed)?;
+        let mut piece = vec![0; usize::try_from(geometry.size.min(1024 * 1024)).expect("bounded")];
+        let mut done = 0;
+        while done < geometry.size {
+            let n =
+                usize::try_from((geometry.size - done).min(piece.len() as u64)).expect("bounded");
+            bytes.read_exact(&mut piece[..n])?;
+            draft
+                .write(&self.memory, done, &piece[..n])
+                .map_err(|error| std::io::Error::other(error.to_string()))?;
+            done += n as u64;
+        }
+        let stamp = self.stamp().map_err(failed)?;
+        draft
+            .publish_as(&self.memory, version, stamp)
+            .map_err(failed)?;
+        self.sync().map(|_| ()).map_err(failed)
+    }
+
     /// Looks at the header: that nobody wrote over what never changes, and that the head names a slot.
     ///
     /// # Errors
@@ -267,34 +301,54 @@ impl Custodian {
         }
     }
 
-    /// Has all that was written so far reach the disk, with a checksum of the newest version; returns that version.
+    /// Has all that was written so far reach the disk, with a checksum of the newest version where nothing newer comes
+    /// meanwhile; returns the newest version from before. Writers do not wait for it.
     ///
     /// # Errors
     /// Where the system refuses.
     pub fn sync(&self) -> Result<u64, Fault> {
-        let _alone = self.alone();
-        let geometry = &self.description.geometry;
-        let mut version = 0;
-        for _ in 0..TRIES {
-            let head = slots::head(&self.memory, geometry)?;
-            version = head.version;
-            if version == 0 {
-                break;
-            }
-            let Some(sequence) = slots::settled(&self.memory, &head)? else {
-                continue;
-            };
-            let words = at::slot(head.slot);
-            let sum = slots::content_checksum(&self.memory, geometry, head.slot, version)?;
-            self.memory
-                .store(words + at::CHECKSUM, u64::from(sum), Ordering::Release)?;
-            // Else somebody began another version there, which this is not the checksum of.
-            if slots::is_untouched(&self.memory, head.slot, sequence)? {
+        let mut version = slots::head(&self.memory, &self.description.geometry)?.version;
+        for _ in 0..SUM_TRIES {
+            let (newest, is_whole) = self.sum_up()?;
+            version = newest;
+            if is_whole {
                 break;
             }
         }
         fdatasync(&self.writable).map_err(io::Error::from)?;
         Ok(version)
+    }
+
+    /// Stores the checksum of the newest version. Returns that version, and whether it still was the newest one then.
+    fn sum_up(&self) -> Result<(u64, bool), Fault> {
+        let geometry = &self.description.geometry;
+        let head = slots::head(&self.memory, geometry)?;
+        if head.version == 0 {
+            return Ok((0, true));
+        }
+        let Some(sequence) = slots::settled(&self.memory, &head)? else {
+            return Ok((head.version, false));
+        };
+        // A pass over all of the content: nobody waits for it.
+        let sum = slots::content_checksum(&self.memory, geometry, head.slot, head.version)?;
+        // Who writes just now makes a newer version.
+        let Some(_alone) = self.try_alone() else {
+            return Ok((head.version, false));
+        };
+        if slots::head(&self.memory, geometry)? != head
+            || !slots::is_untouched(&self.memory, head.slot, sequence)?
+        {
+            return Ok((head.version, false));
+        }
+        let place = at::slot(head.slot) + at::CHECKSUM;
+        self.memory
+            .store(place, u64::from(sum), Ordering::Release)?;
+        if slots::is_untouched(&self.memory, head.slot, sequence)? {
+            return Ok((head.version, true));
+        }
+        // Who has it mapped began another version there, which this is not the checksum of.
+        self.memory.store(place, 0, Ordering::Release)?;
+        Ok((head.version, false))
     }
 
     /// The state that its header shows.
@@ -307,13 +361,94 @@ impl Custodian {
 
     fn alone(&self) -> MutexGuard<'_, ()> {
         // Nothing is kept under this lock that a panic could have left half done: slots are begun again.
-        self.writing
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn try_alone(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.writing.try_lock() {
+            Ok(alone) => Some(alone),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 
 pub(crate) fn unix_ns() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.map_or(0, |now| now.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::geometry::Geometry;
+
+    fn persistent(directory: &tempfile::TempDir, size: u64) -> Custodian {
+        let open = std::fs::File::open(directory.path()).unwrap();
+        let description = Description {
+            block_id: [1; 16],
+            pool_id: [2; 16],
+            generation: 1,
+            geometry: Geometry::new(size, 2).unwrap(),
+            is_persistent: true,
+            created_unix_ns: 1,
+        };
+        Custodian::create_persistent(open.as_fd(), "block", &description).unwrap()
+    }
+
+    fn checksum(block: &Custodian) -> (u64, u64) {
+        let geometry = &block.description.geometry;
+        let head = slots::head(&block.memory, geometry).unwrap();
+        let kept = block
+            .memory
+            .load(at::slot(head.slot) + at::CHECKSUM, Ordering::Acquire)
+            .unwrap();
+        let sum = slots::content_checksum(&block.memory, geometry, head.slot, head.version);
+        (kept, u64::from(sum.unwrap()))
+    }
+
+    #[test]
+    fn a_flush_and_a_write_do_not_wait_for_each_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let block = Arc::new(persistent(&directory, 100_000));
+        block.write(0, b"first", None).unwrap();
+        // A write that is under way for as long as the flush takes.
+        let writing = block.alone();
+        let (tell, told) = std::sync::mpsc::channel();
+        let flushed = Arc::clone(&block);
+        std::thread::spawn(move || tell.send(flushed.sync().unwrap()));
+        let version = told.recv_timeout(std::time::Duration::from_secs(20));
+        assert_eq!(version.expect("a flush takes no lock"), 1);
+        drop(writing);
+        assert_eq!(checksum(&block).0, 0);
+        assert_eq!(block.sync().unwrap(), 1);
+        let (kept, sum) = checksum(&block);
+        assert_eq!(kept, sum);
+    }
+
+    #[test]
+    fn a_checksum_is_that_of_its_version_or_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let block = persistent(&directory, 1 << 20);
+        let is_done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    block.sync().unwrap();
+                }
+                is_done.store(true, Ordering::SeqCst);
+            });
+            while !is_done.load(Ordering::SeqCst) {
+                block.write(5, b"again", None).unwrap();
+            }
+        });
+        let (kept, sum) = checksum(&block);
+        assert!(kept == 0 || kept == sum, "{kept} for {sum}");
+        assert_eq!(block.sync().unwrap(), block.version().unwrap());
+        let (kept, sum) = checksum(&block);
+        assert_eq!(kept, sum);
+    }
 }

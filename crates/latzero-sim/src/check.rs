@@ -8,7 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use base64::Engine as _;
+use latzero_fabric::keep::AppRow;
 use latzero_fabric::{Class, Count, Limits, Time};
+use latzero_protocol::Code;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL, TTL_DEFAULT_MS};
 use serde_json::Value;
 
@@ -28,7 +30,7 @@ macro_rules! ensure {
 }
 
 /// A trigger as it was registered.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 struct Spec {
     pools: Option<Vec<String>>,
     concurrency: Option<u64>,
@@ -164,6 +166,8 @@ struct Current {
     meant: BTreeSet<Peer>,
     lost: Vec<Peer>,
     is_refused: bool,
+    /// It is in force, but could not be stored.
+    is_unstored: bool,
     /// Where the sender was and what it served before.
     presence: Presence,
     /// Who was told of which change.
@@ -184,6 +188,9 @@ pub(crate) struct Checker {
     untagged: u64,
     told: u64,
     delivered: u64,
+    /// The disk takes nothing, and may miss what was done since it did.
+    is_disk_full: bool,
+    may_miss: bool,
 }
 
 impl Checker {
@@ -226,6 +233,13 @@ impl Checker {
                 self.begin(*peer, message, now)
             }
             Event::Rejecting(_) => Ok(()),
+            // What could not be stored is in force all the same.
+            Event::Refused(Code::Storage) => {
+                if let Some(current) = &mut self.current {
+                    current.is_unstored = true;
+                }
+                Ok(())
+            }
             Event::Refused(_) => {
                 if let Some(current) = &mut self.current {
                     current.is_refused = true;
@@ -259,15 +273,56 @@ impl Checker {
                 Ok(())
             }
             Event::Counted(_) => Ok(()),
-            Event::Restarted => {
-                *self = Checker {
-                    now: self.now,
-                    untagged: self.untagged,
-                    ..Checker::default()
-                };
+            Event::DiskFull(is_full) => {
+                self.is_disk_full = *is_full;
+                self.may_miss |= *is_full;
                 Ok(())
             }
+            Event::Restarted(rows) => self.restarted(rows),
         }
+    }
+
+    /// After a kill, everything that was acknowledged is on the disk, unless the disk was full at a time.
+    fn restarted(&mut self, rows: &crate::store::Rows) -> Result<(), Found> {
+        let list = |text: &str| -> Value { serde_json::from_str(text).unwrap_or_default() };
+        let read = |row: &AppRow| Registered {
+            pools: strings(&list(&row.pools)).into_iter().collect(),
+            triggers: specs(&list(&row.triggers)),
+            watches: list(&row.watches)["events"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .map(|pair| (text_of(&pair[0]), Some(strings(&pair[1]))))
+                .collect(),
+        };
+        let stored: BTreeMap<String, Registered> = rows
+            .apps
+            .values()
+            .map(|row| (row.app_id.to_string(), read(row)))
+            .collect();
+        if !self.may_miss {
+            let same = |a: &Registered, b: &Registered| {
+                a.pools == b.pools
+                    && a.triggers == b.triggers
+                    && a.watches.keys().eq(b.watches.keys())
+            };
+            for (app, known) in &self.apps {
+                let row = stored.get(app);
+                ensure!(
+                    row.is_some_and(|row| same(row, known)),
+                    "app '{app}' was acknowledged with {known:?}, and {row:?} is on the disk"
+                );
+            }
+        }
+        *self = Checker {
+            now: self.now,
+            untagged: self.untagged,
+            apps: stored,
+            is_disk_full: self.is_disk_full,
+            may_miss: self.is_disk_full,
+            ..Checker::default()
+        };
+        Ok(())
     }
 
     fn conn(&mut self, peer: Peer) -> &mut Conn {
@@ -292,6 +347,7 @@ impl Checker {
             meant: BTreeSet::new(),
             lost: Vec::new(),
             is_refused: false,
+            is_unstored: false,
             presence: self.conn(peer).presence(),
             told: BTreeSet::new(),
             is_answered: false,
@@ -430,7 +486,7 @@ impl Checker {
         let succeeded = !current.is_refused;
         if let Some(reply) = current.replies.first() {
             ensure!(
-                (reply["status"] == "ok") == succeeded,
+                (reply["status"] == "ok") == (succeeded && !current.is_unstored),
                 "a refusal was not counted: {reply}"
             );
         }
@@ -1185,6 +1241,10 @@ fn specs(list: &Value) -> BTreeMap<String, Spec> {
         }
     };
     list.as_array().into_iter().flatten().map(spec).collect()
+}
+
+fn text_of(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
 }
 
 /// Whether a body arrived as it was sent: as JSON, as raw bytes, or as base64 of them.

@@ -11,9 +11,11 @@ mod outbox;
 mod report;
 mod script;
 mod storage;
+mod store;
 mod world;
 
 pub use outbox::{Bounds, Event, LENGTH_SLACK, Outboxes, Peer, Totals};
 pub use report::{Outcome, Plan, STEPS_DEFAULT, Violation, run};
 pub use storage::{Storages, Stored};
+pub use store::Rows;
 pub use world::{ADMIN_TOKEN, Message, PoolHandle, World, decode, encode_frame};

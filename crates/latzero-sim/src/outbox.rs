@@ -10,6 +10,7 @@ use latzero_protocol::memory::Access;
 use latzero_protocol::{Code, PoolName, encode};
 
 use crate::storage::Storages;
+use crate::store::{Rows, Store};
 
 /// A connection of the simulated world, numbered in the order of coming; numbers are not used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -74,8 +75,10 @@ pub enum Event {
     Refused(Code),
     /// Something was counted.
     Counted(Count),
-    /// The server began again with nothing.
-    Restarted,
+    /// The disk takes nothing from now on, or takes everything again.
+    DiskFull(bool),
+    /// The server began again with what was written.
+    Restarted(Box<Rows>),
 }
 
 #[derive(Debug, Default)]
@@ -120,6 +123,10 @@ pub struct Outboxes {
     hash: u64,
     totals: Totals,
     pub(crate) storages: Storages,
+    pub(crate) store: Store,
+    /// Calls under way that no connection made: parked ones.
+    detached: u32,
+    numbers: u64,
 }
 
 impl Outboxes {
@@ -132,6 +139,9 @@ impl Outboxes {
             hash: 0xcbf2_9ce4_8422_2325,
             totals: Totals::default(),
             storages: Storages::default(),
+            store: Store::default(),
+            detached: 0,
+            numbers: 0,
         }
     }
 
@@ -185,7 +195,10 @@ impl Outboxes {
         }
         self.newly_closed.clear();
         self.totals.calls_ended = self.totals.calls_started;
-        self.note(Event::Restarted);
+        self.store.crash();
+        self.detached = 0;
+        let rows = Box::new(self.store.rows.clone());
+        self.note(Event::Restarted(rows));
     }
 
     pub(crate) fn note(&mut self, event: Event) {
@@ -206,7 +219,8 @@ impl Outboxes {
 
     /// Calls in flight, as the effects count them: each once, at its caller.
     pub(crate) fn calls_in_flight(&self) -> usize {
-        self.outboxes.iter().map(|o| o.in_flight as usize).sum()
+        let attached: usize = self.outboxes.iter().map(|o| o.in_flight as usize).sum();
+        attached + self.detached as usize
     }
 
     pub(crate) fn check(&self, in_flight_max: u32) {
@@ -303,13 +317,19 @@ impl Effects for Outboxes {
         self.outboxes[peer.0 as usize].in_flight
     }
 
-    fn call_started(&mut self, caller: &Peer, _handler: &Peer) {
-        self.outboxes[caller.0 as usize].in_flight += 1;
+    fn call_started(&mut self, caller: Option<&Peer>, _handler: &Peer) {
+        match caller {
+            Some(caller) => self.outboxes[caller.0 as usize].in_flight += 1,
+            None => self.detached += 1,
+        }
         self.totals.calls_started += 1;
     }
 
-    fn call_ended(&mut self, caller: &Peer, _handler: &Peer, end: CallEnd) {
-        let in_flight = &mut self.outboxes[caller.0 as usize].in_flight;
+    fn call_ended(&mut self, caller: Option<&Peer>, _handler: &Peer, end: CallEnd) {
+        let in_flight = match caller {
+            Some(caller) => &mut self.outboxes[caller.0 as usize].in_flight,
+            None => &mut self.detached,
+        };
         *in_flight = in_flight
             .checked_sub(1)
             .expect("a call ends once, after it began");
@@ -366,7 +386,20 @@ impl Effects for Outboxes {
         self.storages.asked.push(job);
     }
 
-    fn count_blocks(&mut self, pool: &PoolName, number: u32, change: i32) {
+    fn keep(&mut self, change: latzero_fabric::keep::Change, promise: Option<&Peer>) {
+        self.store.keep(change, promise.copied());
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    fn unix_ms(&self, now: Time) -> u64 {
+        crate::world::EPOCH_MS + now.0 / 1000
+    }
+
+    fn count_held(&mut self, pool: &PoolName, number: u32, change: i32) {
         self.storages.counted.push((pool.clone(), number, change));
     }
 

@@ -238,7 +238,9 @@ impl Shown {
                 Event::Lost(peer) => format!("< {} (lost: its outbox is full)", peer.0),
                 Event::Closed(peer) => format!("x {} closed", peer.0),
                 Event::Departed(peer) => format!("x {} departed", peer.0),
-                Event::Restarted => "the server restarts".into(),
+                Event::DiskFull(true) => "the disk is full".into(),
+                Event::DiskFull(false) => "the disk has room again".into(),
+                Event::Restarted(_) => "the server restarts".into(),
                 Event::Now(_) | Event::Handled(_) | Event::Refused(_) | Event::Counted(_) => {
                     continue;
                 }

@@ -88,7 +88,11 @@ impl Script {
                 world.drain();
                 return "the server drains".into();
             }
-            2..=4 => {
+            2 => {
+                world.fill_disk(!world.is_disk_full());
+                return "the disk fills, or is emptied".into();
+            }
+            3..=4 => {
                 let ms = 500 + self.prng.below(3000) as u64;
                 world.advance(ms);
                 return format!("{ms} ms pass");
@@ -263,9 +267,6 @@ impl Script {
         }
         if prng.below(3) == 0 {
             message["window"] = (1 + prng.below(3)).into();
-        }
-        if prng.below(10) == 0 {
-            message["park"] = true.into();
         }
         let (body, attachment) = body(prng);
         let wants_attachment = attachment.is_some() && self.clients[at].takes_attachments;

@@ -13,7 +13,7 @@ use latzero_fabric::{
 };
 use latzero_protocol::frame::{self, Accept, Frame};
 use latzero_protocol::message::AdminAction;
-use latzero_protocol::{Refusal, encode};
+use latzero_protocol::{Code, PoolName, Refusal, encode};
 use serde_json::Value;
 
 use crate::outbox::{Bounds, Event, Outboxes, Peer, Totals};
@@ -25,7 +25,7 @@ pub type PoolHandle = Rc<RefCell<Pool<Peer>>>;
 pub const ADMIN_TOKEN: &str = "simulated-admin-token";
 
 /// A moment's wall-clock time at the world's begin, in milliseconds since the Unix epoch.
-const EPOCH_MS: u64 = 1_700_000_000_000;
+pub(crate) const EPOCH_MS: u64 = 1_700_000_000_000;
 
 /// Largest frame before the handshake, in bytes.
 const MAX_FRAME_BEFORE_HANDSHAKE: usize = 64 * 1024;
@@ -66,7 +66,7 @@ impl World {
     pub fn new(seed: u64, limits: Limits, bounds: Bounds) -> Self {
         World {
             now: Time::default(),
-            registry: Registry::new(Time::default(), limits.clone(), seed),
+            registry: Registry::new(EPOCH_MS, limits.clone(), seed),
             limits,
             fx: Outboxes::new(bounds),
             connections: Vec::new(),
@@ -119,6 +119,7 @@ impl World {
         let mut received = std::mem::take(&mut self.connections[peer.0 as usize].received);
         let mut used = 0;
         while self.fx.is_open(peer)
+            && !self.is_waiting(peer)
             && let Some(length) = self.handle_first(peer, &received[used..])
         {
             used += length;
@@ -126,6 +127,17 @@ impl World {
         received.drain(..used);
         self.connections[peer.0 as usize].received = received;
         self.reap();
+    }
+
+    fn pool_for_kept(&mut self, name: &PoolName) -> PoolHandle {
+        let unix_ms = EPOCH_MS + self.now.0 / 1000;
+        let found = self.registry.pool_for_kept(unix_ms, name);
+        found.expect("there was room for it before").1
+    }
+
+    fn is_waiting(&self, peer: Peer) -> bool {
+        let session = self.connections[peer.0 as usize].session.as_ref();
+        session.is_some_and(Session::is_waiting)
     }
 
     /// Handles the first frame of `bytes`; returns its length, or `None` where there is none yet or ever.
@@ -140,7 +152,18 @@ impl World {
                     json: frame.json.to_vec(),
                     attachment: frame.attachment.map(<[u8]>::to_vec),
                 });
-                let flow = session.handle(self.now, frame, self);
+                let mut flow = session.handle(self.now, frame, self);
+                while let Some((promised, went_well)) = self.fx.store.write_next() {
+                    let Some(promised) = promised else {
+                        continue;
+                    };
+                    flow = if promised == peer {
+                        session.kept(self.now, kept(went_well), self)
+                    } else {
+                        self.tell_kept(promised, went_well);
+                        flow
+                    };
+                }
                 self.fx.note(Event::Handled(peer));
                 (flow, Some(used))
             }
@@ -154,6 +177,53 @@ impl World {
             self.fx.close(&peer);
         }
         used
+    }
+
+    /// Tells a session whether what it was promised is on disk.
+    fn tell_kept(&mut self, peer: Peer, went_well: bool) {
+        if let Some(mut session) = self.connections[peer.0 as usize].session.take() {
+            let flow = session.kept(self.now, kept(went_well), self);
+            self.connections[peer.0 as usize].session = Some(session);
+            if flow == Flow::Close {
+                self.fx.close(&peer);
+            }
+        }
+    }
+
+    /// Has what is to be written wait for [`World::hold_disk`]`(false)`.
+    pub fn hold_disk(&mut self, is_holding: bool) {
+        self.fx.store.is_holding = is_holding;
+        self.write_down();
+    }
+
+    /// Has the disk take nothing more, or everything again.
+    pub fn fill_disk(&mut self, is_full: bool) {
+        self.fx.store.is_failing = is_full;
+        self.fx.note(Event::DiskFull(is_full));
+        self.write_down();
+    }
+
+    /// Whether the disk takes nothing.
+    #[must_use]
+    pub fn is_disk_full(&self) -> bool {
+        self.fx.store.is_failing
+    }
+
+    /// What is on the disk.
+    #[must_use]
+    pub fn rows(&self) -> &crate::store::Rows {
+        &self.fx.store.rows
+    }
+
+    fn write_down(&mut self) {
+        while let Some((promised, went_well)) = self.fx.store.write_next() {
+            if let Some(peer) = promised {
+                self.tell_kept(peer, went_well);
+                // What it sent while it waited.
+                self.feed(peer, &[]);
+            }
+        }
+        self.reap();
     }
 
     /// Ends the sessions of connections that were closed, which may close others.
@@ -177,6 +247,7 @@ impl World {
     pub fn hang_up(&mut self, peer: Peer) {
         self.fx.hang_up(peer);
         self.reap();
+        self.write_down();
     }
 
     /// Takes at most `most` bytes that wait for a client.
@@ -240,6 +311,7 @@ impl World {
         }
         self.now = until;
         self.fx.note(Event::Now(until));
+        self.write_down();
     }
 
     /// Takes no new calls from now on, and tells everybody.
@@ -267,7 +339,7 @@ impl World {
         self.is_draining
     }
 
-    /// Begins again with nothing: connections, apps and pools are gone. A store would hand in what it kept here.
+    /// Begins again, as after a kill: connections are gone, apps and pools are as far as they were written down.
     pub fn restart(&mut self, seed: u64) {
         for connection in &mut self.connections {
             connection.session = None;
@@ -277,7 +349,28 @@ impl World {
         self.is_draining = false;
         self.touched.clear();
         self.fx.storages = crate::storage::Storages::default();
-        self.registry = Registry::new(self.now, self.limits.clone(), seed);
+        let unix_ms = EPOCH_MS + self.now.0 / 1000;
+        self.registry = Registry::new(unix_ms, self.limits.clone(), seed);
+        let rows = self.fx.store.rows.clone();
+        for row in rows.pools.into_values() {
+            let restored = self.registry.restore_pool(row);
+            restored.expect("there was room for it before");
+        }
+        let times = (self.now, unix_ms);
+        for row in rows.calls.values() {
+            let pool = self.pool_for_kept(&row.pool);
+            assert!(self.with_pool(&pool, |pool, fx| pool.restore_call(times, row, fx)));
+        }
+        for row in rows.answers.values() {
+            let pool = self.pool_for_kept(&row.pool);
+            assert!(self.with_pool(&pool, |pool, fx| pool.restore_answer(times, row, fx)));
+        }
+        for row in rows.apps.into_values() {
+            assert!(
+                self.registry.restore_app(row, unix_ms),
+                "there was room for it before"
+            );
+        }
     }
 
     /// Takes the log of what happened since it was taken last.
@@ -444,7 +537,7 @@ impl Host for World {
         }
         let result = f(&mut pool.borrow_mut(), &mut self.fx);
         for (name, number, change) in std::mem::take(&mut self.fx.storages.counted) {
-            if !self.registry.count_blocks(&name, number, change) && change > 0 {
+            if !self.registry.count_held(&name, number, change) && change > 0 {
                 pool.borrow_mut().close_blocks(&mut self.fx);
             }
         }
@@ -544,9 +637,21 @@ impl Host for World {
         Ok((stored.version, None))
     }
 
-    fn admin(&mut self, _action: &AdminAction) -> Result<String, Refusal> {
-        Ok("{}".into())
+    fn admin(
+        &mut self,
+        _action: &AdminAction,
+        _asker: &Peer,
+        _id: Option<&str>,
+    ) -> Result<Option<String>, Refusal> {
+        Ok(Some("{}".into()))
     }
+}
+
+fn kept(went_well: bool) -> Result<(), Refusal> {
+    if went_well {
+        return Ok(());
+    }
+    Err(Refusal::new(Code::Storage, "the disk is full"))
 }
 
 /// Takes the first frame of what a server wrote, with its length; `None` where it is not complete.

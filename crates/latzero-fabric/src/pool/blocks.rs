@@ -410,7 +410,7 @@ impl<P: Clone> Pool<P> {
             ledger.begin_block(&app, total, limits)?;
             Ok::<_, Refusal>(ledger.next_storage())
         })?;
-        fx.count_blocks(&self.name, self.number, 1);
+        fx.count_held(&self.name, self.number, 1);
         self.blocks.bytes += total;
         let block = Block {
             id: create.block.clone(),
@@ -478,7 +478,7 @@ impl<P: Clone> Pool<P> {
             ledger.begin_block(&block.owner, total, limits)?;
             Ok::<_, Refusal>(ledger.next_storage())
         })?;
-        fx.count_blocks(&self.name, self.number, 1);
+        fx.count_held(&self.name, self.number, 1);
         self.blocks.bytes += total;
         let id = block.id.clone();
         let key = self.blocks.blocks.insert(Block { storage, ..block });
@@ -946,7 +946,7 @@ impl<P: Clone> Pool<P> {
         for (_, member) in self.members.iter_mut() {
             member.blocks.retain(|known| *known != key);
         }
-        fx.count_blocks(&self.name, self.number, -1);
+        fx.count_held(&self.name, self.number, -1);
     }
 
     fn version_of<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) -> u64 {

@@ -8,6 +8,7 @@ use hashbrown::HashTable;
 
 use latzero_protocol::memory::Access;
 
+use super::park::Lasting;
 use super::{BlockKey, Handler, MemberKey};
 use crate::slab::{Key, Slab};
 use crate::time::Time;
@@ -25,6 +26,8 @@ pub(super) struct Call {
     pub(super) credit: Option<u64>,
     /// Blocks that its handler is attached to for as long as it lasts.
     pub(super) blocks: Option<Box<[(BlockKey, Access)]>>,
+    /// What it takes to give it to another handler.
+    pub(super) lasting: Option<Box<Lasting>>,
 }
 
 pub(super) struct Calls {

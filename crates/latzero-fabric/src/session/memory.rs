@@ -3,7 +3,7 @@
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::limits::{READ_SLACK, SYSTEM_POOL};
 use latzero_protocol::memory::{Action, Memory};
-use latzero_protocol::{BlockId, Code, Refusal};
+use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 
 use super::{Session, clock};
 use crate::effects::{Class, Effects, Sent};
@@ -145,10 +145,18 @@ impl<H: Host> Session<H> {
                 pool.renew_lock(now, member, block, *lock, *lease_ms)
             }),
             Action::Subscribe(block) => {
-                host.with_pool(&pool, |pool, fx| pool.subscribe_block(member, block, fx))
+                let name = m.name.clone();
+                let reply =
+                    host.with_pool(&pool, |pool, fx| pool.subscribe_block(member, block, fx))?;
+                self.remember_subscription(&name, block, true, host);
+                Ok(reply)
             }
             Action::Unsubscribe(block) => {
-                host.with_pool(&pool, |pool, fx| pool.unsubscribe_block(member, block, fx))
+                let name = m.name.clone();
+                let reply =
+                    host.with_pool(&pool, |pool, fx| pool.unsubscribe_block(member, block, fx))?;
+                self.remember_subscription(&name, block, false, host);
+                Ok(reply)
             }
             Action::Notify(block, version) => host.with_pool(&pool, |pool, fx| {
                 pool.notify_block(member, block, *version, fx)
@@ -171,6 +179,15 @@ impl<H: Host> Session<H> {
                     host.with_pool(&pool, |pool, fx| pool.block_json(member, block, clock, fx))?;
                 Ok(Some(all.to_string()))
             }
+        }
+    }
+
+    /// An app that comes back has its subscriptions again.
+    fn remember_subscription(&self, pool: &PoolName, block: &BlockId, is_on: bool, host: &mut H) {
+        if let Some(ready) = &self.ready {
+            host.with_registry(|registry, fx| {
+                registry.remember_subscription(&ready.app, pool, block, is_on, fx);
+            });
         }
     }
 

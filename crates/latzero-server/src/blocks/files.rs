@@ -1,11 +1,14 @@
 //! The files of persistent blocks, and the records that say what they are.
 //!
 //! A block is two files in `memory/`: `ID.GENERATION.lzb` with its bytes, and `ID.json` with its record, which names the
-//! generation. A new file is called `….lzb.new` until its record is written: what has no record yet at a start was never
-//! acknowledged, and goes; what had one and lost it is set aside under `memory/.orphans/`. Names that users gave never
-//! become paths.
+//! generation. Bytes are called `….lzb.new` until they are whole and on the disk. Then they get their name, and only after
+//! that the record that names them takes the place of the one before: at whatever point a server ends, the record names
+//! bytes that are whole. Names that users gave never become paths.
 
-use std::ffi::OsString;
+mod left;
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -15,14 +18,11 @@ use std::path::{Path, PathBuf};
 use latzero_shm::{CreateError, Custodian, Description};
 use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 
-/// Where files go whose record is gone.
-const ORPHANS: &str = ".orphans";
-
 /// Largest record that is read, in bytes.
 const RECORD_BYTES_MAX: u64 = 64 * 1024;
 
 /// What the files of one generation of a block are called.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Names {
     id: String,
     generation: u64,
@@ -48,19 +48,16 @@ impl Names {
     fn record(&self) -> String {
         format!("{}.json", self.id)
     }
+
+    fn new_record(&self) -> String {
+        format!("{}.json.new", self.id)
+    }
 }
 
 impl fmt::Display for Names {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.bytes())
     }
-}
-
-/// A block that an earlier run left.
-pub(super) struct Kept {
-    pub(super) names: Names,
-    pub(super) record: String,
-    pub(super) open: Result<Custodian, String>,
 }
 
 /// The directory of persistent blocks.
@@ -78,46 +75,93 @@ impl Files {
         })
     }
 
-    /// Makes the bytes of a new generation, under the name that says that they have no record yet.
+    /// Makes the bytes of a new generation, under the name that says that they are not whole yet.
     pub(super) fn create(
         &self,
         description: &Description,
     ) -> Result<(Custodian, Names), CreateError> {
         let names = Names::of(description);
+        // One that was left half made belongs to nobody.
+        self.unlink(&names.new_bytes());
         let custodian =
             Custodian::create_persistent(self.directory.as_fd(), &names.new_bytes(), description);
         match custodian {
             Ok(custodian) => Ok((custodian, names)),
             Err(error) => {
-                self.abandon(&names);
+                self.unlink(&names.new_bytes());
                 Err(error)
             }
         }
     }
 
-    /// Writes a generation's record and gives the bytes their name: from here on it is there after a restart.
-    pub(super) fn keep(&self, names: &Names, record: &str) -> io::Result<()> {
-        let new = format!("{}.new", names.record());
-        let flags =
-            OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let mut file = File::from(openat(&self.directory, &new, flags, Mode::from(0o600))?);
-        file.write_all(record.as_bytes())?;
-        file.sync_all()?;
-        renameat(&self.directory, &new, &self.directory, names.record())?;
+    /// Gives the bytes of a generation, which are on the disk, their name, and writes its record beside the one that holds.
+    pub(super) fn prepare(&self, names: &Names, record: &str) -> io::Result<()> {
         renameat(
             &self.directory,
             names.new_bytes(),
             &self.directory,
             names.bytes(),
         )?;
+        // Before any record can name them.
+        self.sync()?;
+        self.write_new_record(names, record)
+    }
+
+    /// Has the prepared record hold, at once. It is there after a restart once [`Files::sync`] has returned.
+    pub(super) fn commit(&self, names: &Names) -> io::Result<()> {
+        renameat(
+            &self.directory,
+            names.new_record(),
+            &self.directory,
+            names.record(),
+        )?;
+        Ok(())
+    }
+
+    /// The record that holds, where there is one.
+    pub(super) fn record(&self, names: &Names) -> io::Result<Option<String>> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = match openat(&self.directory, names.record(), flags, Mode::empty()) {
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            other => File::from(other?),
+        };
+        let mut record = String::new();
+        file.take(RECORD_BYTES_MAX).read_to_string(&mut record)?;
+        Ok(Some(record))
+    }
+
+    /// Writes a record beside the one that holds.
+    pub(super) fn write_new_record(&self, names: &Names, record: &str) -> io::Result<()> {
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let new = openat(
+            &self.directory,
+            names.new_record(),
+            flags,
+            Mode::from(0o600),
+        )?;
+        let mut file = File::from(new);
+        file.write_all(record.as_bytes())?;
+        file.sync_all()
+    }
+
+    /// Has no record hold any more.
+    pub(super) fn remove_record(&self, names: &Names) -> io::Result<()> {
+        unlinkat(&self.directory, names.record(), AtFlags::empty())?;
+        Ok(())
+    }
+
+    /// Has every name that was given or taken away reach the disk.
+    pub(super) fn sync(&self) -> io::Result<()> {
         rustix::fs::fsync(&self.directory)?;
         Ok(())
     }
 
-    /// Removes bytes that never had a record.
+    /// Removes a generation that no record names.
     pub(super) fn abandon(&self, names: &Names) {
+        self.unlink(&names.new_record());
         self.unlink(&names.new_bytes());
-        self.unlink(&format!("{}.new", names.record()));
+        self.unlink(&names.bytes());
     }
 
     /// Removes a generation; its record too, unless a newer generation has taken it over.
@@ -135,108 +179,6 @@ impl Files {
                 let file = self.path.join(name);
                 tracing::warn!(file = %file.display(), %error, "a file of a block can't be removed");
             }
-        }
-    }
-
-    /// What an earlier run left, with what was never finished cleared away.
-    pub(super) fn scan(&self) -> Vec<Kept> {
-        let mut kept = Vec::new();
-        let entries = match std::fs::read_dir(&self.path) {
-            Ok(entries) => entries,
-            Err(error) => {
-                tracing::error!(directory = %self.path.display(), %error, "persistent blocks can't be looked for");
-                return kept;
-            }
-        };
-        let names: Vec<OsString> = entries.flatten().map(|entry| entry.file_name()).collect();
-        let mut known: Vec<String> = Vec::new();
-        for name in &names {
-            let Some(id) = name.to_str().and_then(|name| name.strip_suffix(".json")) else {
-                continue;
-            };
-            match self.read_record(id) {
-                Ok((names, record)) => {
-                    known.push(names.bytes());
-                    // The server ended between the record and the name.
-                    let _ = renameat(
-                        &self.directory,
-                        names.new_bytes(),
-                        &self.directory,
-                        names.bytes(),
-                    );
-                    let open = Custodian::open_persistent(self.directory.as_fd(), &names.bytes());
-                    kept.push(Kept {
-                        open: open.map_err(|error| error.to_string()),
-                        names,
-                        record,
-                    });
-                }
-                Err(error) => {
-                    let file = self.path.join(name);
-                    tracing::error!(file = %file.display(), %error, "the record of a persistent block can't be read");
-                    self.orphan(name.to_str().unwrap_or_default());
-                }
-            }
-        }
-        for name in names.iter().filter_map(|name| name.to_str()) {
-            if name.ends_with(".new") {
-                self.unlink(name);
-            } else if name.ends_with(".lzb") && !known.iter().any(|known| known == name) {
-                let id = name.split('.').next().unwrap_or_default();
-                if known.iter().any(|known| known.starts_with(id)) {
-                    // An older generation, whose successor's record was written just before the end.
-                    self.unlink(name);
-                } else {
-                    tracing::warn!(file = name, "a block without a record is set aside");
-                    self.orphan(name);
-                }
-            }
-        }
-        kept
-    }
-
-    fn read_record(&self, id: &str) -> io::Result<(Names, String)> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let file = File::from(openat(
-            &self.directory,
-            format!("{id}.json"),
-            flags,
-            Mode::empty(),
-        )?);
-        let mut record = String::new();
-        file.take(RECORD_BYTES_MAX).read_to_string(&mut record)?;
-        let value: serde_json::Value = serde_json::from_str(&record)?;
-        let generation = value["generation"]
-            .as_u64()
-            .ok_or_else(|| io::Error::other("it names no generation"))?;
-        let names = Names {
-            id: id.to_owned(),
-            generation,
-        };
-        Ok((names, record))
-    }
-
-    /// Puts a block that can't be used where it harms nobody and is not lost.
-    pub(super) fn set_aside(&self, names: &Names) {
-        self.orphan(&names.bytes());
-        self.orphan(&names.record());
-    }
-
-    fn orphan(&self, name: &str) {
-        let moved = rustix::fs::mkdirat(&self.directory, ORPHANS, Mode::from(0o700));
-        let moved = match moved {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => renameat(
-                &self.directory,
-                name,
-                &self.directory,
-                format!("{ORPHANS}/{name}"),
-            ),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = moved
-            && error != rustix::io::Errno::NOENT
-        {
-            tracing::warn!(file = name, %error, "a file can't be set aside");
         }
     }
 }

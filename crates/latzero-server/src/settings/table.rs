@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::value::{Kind, LogFormat, LogLevel, SocketChoice, Typed, Value};
+use super::value::{Kind, LogFormat, LogLevel, SocketChoice, StoreDurability, Typed, Value};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -148,6 +148,13 @@ settings! {
         cluster_mode: bool = "false", Kind::Bool, Restart;
         /// Threads that read and write connections.
         io_threads: usize = "1", Kind::Integer { min: 1, max: 64 }, Restart;
+        /// What is promised to outlive the server waits for the disk (full), or for the kernel alone (normal): then the
+        /// last moments before a power loss may be missing, never a part of a change.
+        durability: StoreDurability = "full", Kind::Choice(&["full", "normal"]), Restart;
+        /// How often the database and the persistent blocks are copied to backups/; 0 is never.
+        backup_interval: Duration = "24h", Kind::Millis { min: 0, max: 365 * 24 * HOUR }, Live;
+        /// How long the answer of a parked call waits for its caller to come back.
+        answer_ttl: Duration = "24h", Kind::Millis { min: 1000, max: 365 * 24 * HOUR }, Restart;
         /// How long a stopping server waits for running calls.
         drain_timeout: Duration = "10s", Kind::Millis { min: 0, max: HOUR }, Live;
         /// A TCP connection silent for this long is sent a ping.
@@ -222,6 +229,10 @@ settings! {
         subscriptions_per_app_max: usize = "1024", Kind::Integer { min: 1, max: 1_000_000 }, Restart;
         /// Requests that may wait for one memory block: for its lock, its making or its flush.
         block_waiters_max: usize = "1024", Kind::Integer { min: 1, max: 1_000_000 }, Restart;
+        /// Parked calls, and answers that wait for their callers.
+        parked_max: usize = "100000", Kind::Integer { min: 0, max: 16_777_216 }, Restart;
+        /// Bytes of their payloads in memory.
+        parked_bytes_max: usize = "256 MiB", Kind::Bytes { min: 0, max: 64 * GIB }, Restart;
         /// Bytes read from one connection before the others get their turn.
         read_budget_bytes: usize = "256 KiB", Kind::Bytes { min: 4 * KIB, max: GIB }, Restart;
     }

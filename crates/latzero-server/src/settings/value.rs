@@ -298,6 +298,16 @@ pub enum LogFormat {
     Json,
 }
 
+/// What a promise to outlive the server waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreDurability {
+    /// For the disk.
+    Full,
+    /// For the kernel.
+    Normal,
+}
+
 /// Which Unix socket the server listens on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SocketChoice {
@@ -395,6 +405,16 @@ impl Typed for LogLevel {
             "debug" => LogLevel::Debug,
             "trace" => LogLevel::Trace,
             other => unreachable!("the table lists the levels, and {other:?} is none"),
+        }
+    }
+}
+
+impl Typed for StoreDurability {
+    fn typed(value: &Value) -> Self {
+        match text(value) {
+            "full" => StoreDurability::Full,
+            "normal" => StoreDurability::Normal,
+            other => unreachable!("the table bounds this field, and not to '{other}'"),
         }
     }
 }

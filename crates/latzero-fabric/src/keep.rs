@@ -1,0 +1,114 @@
+//! What is to be remembered beyond the server's end: rows as the core hands them out and gets them back.
+//!
+//! The core says what changed ([`Change`]) and where a reply waits for it; a store writes the changes in the order in
+//! which they came and says when they are on disk. Texts in rows are JSON that the core wrote and reads again; a store
+//! does not look into them. Times are milliseconds since the Unix epoch.
+
+use latzero_protocol::{AppId, PoolName};
+
+/// Something to remember, or to forget. Changes are in force in the order in which they were made.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// What an app registered.
+    App(Box<AppRow>),
+    /// When an app was seen last; 0 while it lives.
+    Seen(AppId, u64),
+    /// An app is forgotten.
+    ForgetApp(AppId),
+    /// A pool that stays.
+    Pool(Box<PoolRow>),
+    /// A pool is gone.
+    ForgetPool(PoolName),
+    /// A call that waits for its handler.
+    Call(Box<CallRow>),
+    /// A waiting call was given to a handler for the so manieth time.
+    Attempt(u64, u32),
+    /// A waiting call is over, and its caller knows.
+    EndCall(u64),
+    /// The answer of a waiting call, kept for its caller; the call itself is over.
+    Answer(Box<AnswerRow>),
+    /// An answer that its caller has.
+    EndAnswer(u64),
+}
+
+/// What an app registered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AppRow {
+    /// The AppID.
+    pub app_id: AppId,
+    /// Its pools, as a list of names.
+    pub pools: String,
+    /// Its triggers, as a list of objects.
+    pub triggers: String,
+    /// What it watches and subscribes to.
+    pub watches: String,
+    /// What it tells about itself.
+    pub meta: Option<String>,
+    /// When it was seen first.
+    pub registered: u64,
+    /// When it was seen last; 0 where it lived when this was written.
+    pub last_seen: u64,
+}
+
+/// A pool that outlives the server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolRow {
+    /// Its name.
+    pub name: PoolName,
+    /// Who made it.
+    pub owner: Option<AppId>,
+    /// Who may do what in it.
+    pub policy: String,
+    /// What its owner says of it.
+    pub properties: Option<String>,
+    /// When it was made.
+    pub created: u64,
+}
+
+/// A call that waits for its handler.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CallRow {
+    /// Its number; calls are delivered in the order of their numbers.
+    pub number: u64,
+    /// The pool.
+    pub pool: PoolName,
+    /// The trigger.
+    pub process: String,
+    /// The app that is called, where it is called by name.
+    pub destination: Option<String>,
+    /// Who calls.
+    pub caller: AppId,
+    /// The caller's id of the call; empty where it wants no answer.
+    pub id: String,
+    /// What else the call says, as one object.
+    pub envelope: String,
+    /// Its payload where it is raw bytes.
+    pub attachment: Option<Vec<u8>>,
+    /// By what repeats of it are known.
+    pub idempotency_key: Option<String>,
+    /// When its time to live is over.
+    pub expires: u64,
+    /// How often it was given to a handler.
+    pub attempt: u32,
+    /// When it was parked.
+    pub parked: u64,
+}
+
+/// An answer that waits for its caller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AnswerRow {
+    /// The number of its call.
+    pub number: u64,
+    /// The pool.
+    pub pool: PoolName,
+    /// Who called.
+    pub caller: AppId,
+    /// The caller's id of the call.
+    pub id: String,
+    /// By what repeats of the call are known.
+    pub idempotency_key: Option<String>,
+    /// The answer: the length of its JSON text in four bytes (little-endian), the text, and its raw bytes.
+    pub frame: Vec<u8>,
+    /// When it is given up.
+    pub expires: u64,
+}

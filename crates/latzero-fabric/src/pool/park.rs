@@ -1,0 +1,1007 @@
+//! Calls that outlive a connection: parked until a handler appears, given to the next one when the first one dies, and
+//! their answers kept until the caller is back.
+//!
+//! A parked call is no longer its caller's connection's: it has a number, a row on disk, and a caller by name. It is
+//! delivered in the order of the numbers, to the handler's side like any other call. What ends it (an answer, its
+//! deadline, a cancel) is told to the caller if an instance of it is in the pool, and else kept for it.
+//!
+//! A row goes when the call is over, not when it is delivered: a server that is killed in between gives the call out
+//! again. The attempt's number in the message tells a handler that this may be so.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use hashbrown::HashMap;
+use latzero_protocol::encode::{self, append_str};
+use latzero_protocol::frame::Frame;
+use latzero_protocol::message::{Request, Response, Status, Trigger};
+use latzero_protocol::{AppId, Body, Code, Envelope, InstanceId, Raw, Refusal, TriggerName};
+
+use super::calls::Call;
+use super::{
+    CallError, Caller, Member, MemberKey, Pool, forwarded_length, place, raw_length, too_large,
+};
+use crate::effects::{Class, Effects, Sent};
+use crate::keep::{AnswerRow, CallRow, Change};
+use crate::memory::check_parked;
+use crate::slab::Key;
+use crate::time::Time;
+
+/// Parked calls that are given out at once; the rest follows when the driver calls again.
+const GIVEN_AT_ONCE_MAX: usize = 256;
+
+/// After how long an answer that did not fit into its caller's outbox is tried again, in milliseconds.
+const ANSWER_AGAIN_MS: u64 = 1000;
+
+/// A call that outlives its first attempt.
+pub(super) struct Lasting {
+    /// The call as its caller sent it, but for the fields that only the first attempt needed.
+    message: Box<str>,
+    attachment: Option<Box<[u8]>>,
+    caller: AppId,
+    instance: InstanceId,
+    pub(super) deadline: Time,
+    pub(super) attempt: u32,
+    /// Whether it may be given to another handler after the first one died.
+    pub(super) redeliver: bool,
+    /// Whether it may wait for one.
+    may_park: bool,
+    /// Its number, where it is parked.
+    pub(super) number: Option<u64>,
+}
+
+impl Lasting {
+    pub(super) fn new(from: Caller<'_>, deadline: Time, trigger: &Trigger<'_>) -> Box<Lasting> {
+        Box::new(Lasting {
+            message: message(trigger).into(),
+            attachment: match trigger.body {
+                Body::Bytes(bytes) => Some(bytes.into()),
+                _ => None,
+            },
+            caller: from.app.clone(),
+            instance: from.instance,
+            deadline,
+            attempt: 1,
+            redeliver: trigger.redeliver,
+            may_park: trigger.park,
+            number: None,
+        })
+    }
+
+    fn bytes(&self) -> usize {
+        self.message.len() + self.attachment.as_ref().map_or(0, |bytes| bytes.len()) + 256
+    }
+
+    /// Reads the call and hands it to `f`; `None` where a row makes no sense.
+    fn read<R>(&self, f: impl FnOnce(&Trigger<'_>) -> R) -> Option<R> {
+        let frame = Frame {
+            json: self.message.as_bytes(),
+            attachment: self.attachment.as_deref(),
+        };
+        let envelope = Envelope::parse(frame).ok()?.ok()?;
+        match Request::decode(&envelope).ok()? {
+            Request::Trigger(trigger) => Some(f(&trigger)),
+            _ => None,
+        }
+    }
+}
+
+/// The message of a call, as it is kept: its payload's text is passed on as it came.
+fn message(trigger: &Trigger<'_>) -> String {
+    let mut out = Vec::with_capacity(128 + trigger.body.len());
+    out.extend_from_slice(b"{\"action\":\"trigger\",\"process\":");
+    append_str(&mut out, &trigger.process);
+    if let Some(id) = &trigger.id {
+        out.extend_from_slice(b",\"id\":");
+        append_str(&mut out, id);
+    }
+    if let Some(key) = &trigger.key {
+        out.extend_from_slice(b",\"key\":");
+        append_str(&mut out, key);
+    }
+    let mut raw = |name: &str, raw: Option<Raw<'_>>| {
+        if let Some(raw) = raw {
+            out.extend_from_slice(name.as_bytes());
+            out.extend_from_slice(raw.text().as_bytes());
+        }
+    };
+    raw(
+        ",\"destination\":",
+        trigger.destination.as_ref().map(|d| d.raw),
+    );
+    raw(",\"headers\":", trigger.headers);
+    if let Body::Json(json) = trigger.body {
+        raw(",\"data\":", Some(json));
+    }
+    if trigger.redeliver {
+        out.extend_from_slice(b",\"redeliver\":true");
+    }
+    if trigger.park {
+        out.extend_from_slice(b",\"park\":true");
+    }
+    out.push(b'}');
+    String::from_utf8(out).expect("it was made of texts")
+}
+
+/// A parked call's place among the others.
+struct Parked {
+    /// Absent while a handler has it.
+    waiting: Option<Box<Lasting>>,
+    /// Where it is while a handler has it.
+    given: Option<Key<Call>>,
+    process: TriggerName,
+    caller: AppId,
+    /// Empty where the caller wants no answer.
+    id: Box<str>,
+    deadline: Time,
+    bytes: usize,
+    attempt: u32,
+}
+
+/// An answer that waits for its caller.
+struct Kept {
+    caller: AppId,
+    id: Box<str>,
+    answer: Answered,
+    bytes: usize,
+    expires: Time,
+    /// Tried again then.
+    again: Option<Time>,
+}
+
+/// An answer, in pieces of its own.
+pub(super) struct Answered {
+    status: Status,
+    error: Option<Box<str>>,
+    headers: Option<Box<str>>,
+    json: Option<Box<str>>,
+    raw: Option<Box<[u8]>>,
+}
+
+impl Answered {
+    fn of(response: &Response<'_>) -> Answered {
+        let own = |raw: Option<Raw<'_>>| raw.map(|raw| raw.text().into());
+        Answered {
+            status: response.status,
+            error: own(response.error),
+            headers: own(response.headers),
+            json: match response.body {
+                Body::Json(json) => Some(json.text().into()),
+                _ => None,
+            },
+            raw: match response.body {
+                Body::Bytes(bytes) => Some(bytes.into()),
+                _ => None,
+            },
+        }
+    }
+
+    fn refused(refusal: &Refusal) -> Answered {
+        let error = serde_json::json!({
+            "code": refusal.code.as_str(), "message": refusal.message, "ran": refusal.code.ran().as_str(),
+        });
+        Answered {
+            status: Status::Error,
+            error: Some(error.to_string().into()),
+            headers: None,
+            json: None,
+            raw: None,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let text = |text: &Option<Box<str>>| text.as_ref().map_or(0, |text| text.len());
+        text(&self.error)
+            + text(&self.headers)
+            + text(&self.json)
+            + self.raw.as_ref().map_or(0, |raw| raw.len())
+            + 256
+    }
+
+    fn body(&self) -> Body<'_> {
+        match (&self.json, &self.raw) {
+            (Some(json), _) => Body::Json(checked(json)),
+            (None, Some(raw)) => Body::Bytes(raw),
+            (None, None) => Body::None,
+        }
+    }
+
+    fn frame(&self) -> Vec<u8> {
+        let mut text = format!("{{\"status\":\"{}\"", self.status.as_str());
+        for (name, value) in [
+            ("error", &self.error),
+            ("headers", &self.headers),
+            ("response", &self.json),
+        ] {
+            if let Some(value) = value {
+                text.push_str(&format!(",\"{name}\":{value}"));
+            }
+        }
+        text.push('}');
+        let length = u32::try_from(text.len()).expect("a frame is smaller");
+        let mut frame = length.to_le_bytes().to_vec();
+        frame.extend_from_slice(text.as_bytes());
+        frame.extend_from_slice(self.raw.as_deref().unwrap_or_default());
+        frame
+    }
+
+    /// Reads what [`Answered::frame`] wrote.
+    fn read(frame: &[u8]) -> Option<Answered> {
+        let (length, rest) = frame.split_first_chunk::<4>()?;
+        let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
+        let (json, raw) = rest.split_at_checked(length)?;
+        let envelope = Envelope::parse(Frame {
+            json,
+            attachment: None,
+        });
+        let envelope = envelope.ok()?.ok()?;
+        let own = |raw: Option<Raw<'_>>| raw.map(|raw| raw.text().into());
+        Some(Answered {
+            status: Status::parse(&envelope.status?.as_str()?)?,
+            error: own(envelope.error),
+            headers: own(envelope.headers),
+            json: own(envelope.response),
+            raw: (!raw.is_empty()).then(|| raw.into()),
+        })
+    }
+}
+
+fn checked(text: &str) -> Raw<'_> {
+    Raw::new(text).expect("it was checked when it came in")
+}
+
+/// What a pool keeps of calls that outlive a connection.
+#[derive(Default)]
+pub(super) struct ParkedCalls {
+    calls: BTreeMap<u64, Parked>,
+    /// Waiting calls by trigger, in order.
+    by_process: HashMap<TriggerName, BTreeSet<u64>>,
+    by_id: HashMap<(AppId, Box<str>), u64>,
+    answers: BTreeMap<u64, Kept>,
+    /// When something about a waiting call or an answer is due.
+    deadlines: BTreeSet<(Time, u64)>,
+    /// There is more to give out than was given at once: at the next timeout.
+    pub(super) goes_on: Option<Time>,
+    /// Triggers whose handlers took no more, though calls wait.
+    stalled: BTreeSet<TriggerName>,
+    /// Calls whose handler died, to be given to another once it has left; and the triggers of those that are parked.
+    orphans: Vec<(MemberKey, Option<Box<str>>, Box<Lasting>)>,
+    orphaned: Vec<TriggerName>,
+}
+
+impl ParkedCalls {
+    /// A handler may have room again.
+    pub(super) fn note_room(&mut self, now: Time) {
+        if !self.stalled.is_empty() {
+            self.goes_on = Some(soon(now));
+        }
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Time> {
+        let first = self.deadlines.first().map(|(at, _)| *at);
+        first.into_iter().chain(self.goes_on).min()
+    }
+
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.calls.len(), self.answers.len())
+    }
+
+    /// Whether calls of this trigger wait already: a later one must not overtake them.
+    pub(super) fn waits_for(&self, process: &str) -> bool {
+        !self.by_process.is_empty() && self.by_process.contains_key(process)
+    }
+
+    fn find(&self, caller: &AppId, id: &str) -> Option<u64> {
+        if self.by_id.is_empty() {
+            return None;
+        }
+        self.by_id.get(&(caller.clone(), id.into())).copied()
+    }
+
+    fn insert(&mut self, number: u64, parked: Parked) {
+        self.deadlines.insert((parked.deadline, number));
+        if parked.waiting.is_some() {
+            self.await_handler(number, &parked.process);
+        }
+        if !parked.id.is_empty() {
+            self.by_id
+                .insert((parked.caller.clone(), parked.id.clone()), number);
+        }
+        self.calls.insert(number, parked);
+    }
+
+    fn await_handler(&mut self, number: u64, process: &TriggerName) {
+        self.by_process
+            .entry(process.clone())
+            .or_default()
+            .insert(number);
+    }
+
+    fn await_no_handler(&mut self, number: u64, process: &str) {
+        if let Some(numbers) = self.by_process.get_mut(process) {
+            numbers.remove(&number);
+            if numbers.is_empty() {
+                self.by_process.remove(process);
+            }
+        }
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Parked> {
+        let parked = self.calls.remove(&number)?;
+        self.deadlines.remove(&(parked.deadline, number));
+        self.await_no_handler(number, parked.process.as_str());
+        if !parked.id.is_empty() {
+            self.by_id
+                .remove(&(parked.caller.clone(), parked.id.clone()));
+        }
+        Some(parked)
+    }
+
+    fn remove_answer(&mut self, number: u64) -> Option<Kept> {
+        let kept = self.answers.remove(&number)?;
+        self.deadlines.remove(&(kept.expires, number));
+        if let Some(again) = kept.again {
+            self.deadlines.remove(&(again, number));
+        }
+        Some(kept)
+    }
+
+    pub(super) fn check(&self) {
+        for (number, parked) in &self.calls {
+            assert!(parked.waiting.is_some() != parked.given.is_some());
+            assert!(self.deadlines.contains(&(parked.deadline, *number)));
+            let waits = self
+                .by_process
+                .get(&parked.process)
+                .is_some_and(|numbers| numbers.contains(number));
+            assert_eq!(waits, parked.waiting.is_some());
+        }
+        for (number, kept) in &self.answers {
+            assert!(self.deadlines.contains(&(kept.expires, *number)));
+            assert!(!self.calls.contains_key(number));
+        }
+        let waiting: usize = self.by_process.values().map(BTreeSet::len).sum();
+        let without = self.calls.values().filter(|p| p.waiting.is_some()).count();
+        assert_eq!(waiting, without);
+        assert!(
+            self.orphans.is_empty() && self.orphaned.is_empty(),
+            "nobody sees to them any more"
+        );
+    }
+}
+
+impl<P: Clone> Pool<P> {
+    /// Has a call wait for its handler, durably; returns its number.
+    pub(super) fn park<E: Effects<Peer = P>>(
+        &mut self,
+        (now, unix_ms): (Time, u64),
+        caller: MemberKey,
+        trigger: &Trigger<'_>,
+        promise: Option<&P>,
+        fx: &mut E,
+    ) -> Result<u64, CallError> {
+        let process = TriggerName::new(&trigger.process).map_err(Refusal::from)?;
+        if let Some(destination) = &trigger.destination {
+            AppId::check(&destination.app_id).map_err(Refusal::from)?;
+            if destination.instance.is_some() {
+                let message = "a parked call waits for an app, not for one instance of it: instances do not come back";
+                return Err(Refusal::new(Code::BadMessage, message).into());
+            }
+        }
+        if trigger.window.is_some() {
+            let message = "a parked call has one answer: leave 'window' out";
+            return Err(Refusal::new(Code::BadMessage, message).into());
+        }
+        let member = self.members.at(place(caller)).expect("its caller found it");
+        let app = member.app.clone();
+        let from = Caller {
+            member: None,
+            app: &app,
+            instance: member.instance,
+        };
+        let deadline = now.after_ms(trigger.ttl_ms);
+        let mut lasting = Lasting::new(from, deadline, trigger);
+        let bytes = lasting.bytes();
+        let limits = &self.limits;
+        fx.with_ledger(|ledger| check_parked(ledger, bytes, limits))?;
+        let number = fx.next_number();
+        lasting.number = Some(number);
+        lasting.attempt = 0;
+        let row = CallRow {
+            number,
+            pool: self.name.clone(),
+            process: process.to_string(),
+            destination: trigger.destination.as_ref().map(|d| d.app_id.to_string()),
+            caller: app.clone(),
+            id: trigger.id.as_deref().unwrap_or_default().to_owned(),
+            envelope: format!(
+                "{{\"instance\":\"{}\",\"call\":{}}}",
+                from.instance, lasting.message
+            ),
+            attachment: lasting.attachment.as_deref().map(Into::into),
+            idempotency_key: None,
+            expires: unix_ms + trigger.ttl_ms,
+            attempt: 0,
+            parked: unix_ms,
+        };
+        fx.keep(Change::Call(Box::new(row)), promise);
+        fx.count_held(&self.name, self.number, 1);
+        let parked = Parked {
+            waiting: Some(lasting),
+            given: None,
+            process,
+            caller: app,
+            id: trigger.id.as_deref().unwrap_or_default().into(),
+            deadline,
+            bytes,
+            attempt: 0,
+        };
+        self.parked.insert(number, parked);
+        Ok(number)
+    }
+
+    /// Whether a parked call waits still, or its handler has it.
+    #[must_use]
+    pub fn is_parked(&self, number: u64) -> bool {
+        self.parked.calls.contains_key(&number)
+    }
+
+    /// A call could not be written down: it is as if it had not been parked, unless a handler has it by now.
+    pub fn unpark<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) -> bool {
+        let waits = self.parked.calls.get(&number);
+        if waits.is_none_or(|parked| parked.waiting.is_none()) {
+            return false;
+        }
+        self.forget_parked(number, fx);
+        true
+    }
+
+    /// Takes in a call that an earlier run parked; false where its row makes no sense.
+    pub fn restore_call<E: Effects<Peer = P>>(
+        &mut self,
+        (now, unix_ms): (Time, u64),
+        row: &CallRow,
+        fx: &mut E,
+    ) -> bool {
+        let Some((instance, message)) = split_envelope(&row.envelope) else {
+            return false;
+        };
+        let Ok(process) = TriggerName::new(&row.process) else {
+            return false;
+        };
+        let deadline = now.after_ms(row.expires.saturating_sub(unix_ms));
+        let mut lasting = Box::new(Lasting {
+            message: message.into(),
+            attachment: row.attachment.as_deref().map(Into::into),
+            caller: row.caller.clone(),
+            instance,
+            deadline,
+            attempt: row.attempt,
+            redeliver: false,
+            may_park: true,
+            number: Some(row.number),
+        });
+        let Some(redeliver) = lasting.read(|trigger| trigger.redeliver) else {
+            return false;
+        };
+        lasting.redeliver = redeliver;
+        let bytes = lasting.bytes();
+        fx.with_ledger(|ledger| ledger.park(bytes));
+        fx.count_held(&self.name, self.number, 1);
+        let parked = Parked {
+            waiting: Some(lasting),
+            given: None,
+            process,
+            caller: row.caller.clone(),
+            id: row.id.as_str().into(),
+            deadline,
+            bytes,
+            attempt: row.attempt,
+        };
+        self.parked.insert(row.number, parked);
+        true
+    }
+
+    /// Takes in an answer that an earlier run kept; false where its row makes no sense.
+    pub fn restore_answer<E: Effects<Peer = P>>(
+        &mut self,
+        (now, unix_ms): (Time, u64),
+        row: &AnswerRow,
+        fx: &mut E,
+    ) -> bool {
+        let Some(answer) = Answered::read(&row.frame) else {
+            return false;
+        };
+        let expires = now.after_ms(row.expires.saturating_sub(unix_ms));
+        fx.count_held(&self.name, self.number, 1);
+        self.keep_answer(
+            row.number,
+            (row.caller.clone(), row.id.as_str().into()),
+            answer,
+            expires,
+            fx,
+        );
+        true
+    }
+
+    fn keep_answer<E: Effects<Peer = P>>(
+        &mut self,
+        number: u64,
+        (caller, id): (AppId, Box<str>),
+        answer: Answered,
+        expires: Time,
+        fx: &mut E,
+    ) {
+        let bytes = answer.bytes();
+        fx.with_ledger(|ledger| ledger.park(bytes));
+        self.parked.deadlines.insert((expires, number));
+        let kept = Kept {
+            caller,
+            id,
+            answer,
+            bytes,
+            expires,
+            again: None,
+        };
+        self.parked.answers.insert(number, kept);
+    }
+
+    fn forget_parked<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) -> Option<Parked> {
+        let parked = self.parked.remove(number)?;
+        fx.with_ledger(|ledger| ledger.unpark(parked.bytes));
+        fx.count_held(&self.name, self.number, -1);
+        Some(parked)
+    }
+
+    /// Gives parked calls of a trigger to its handlers, in their order, as far as they take them.
+    pub(super) fn give_parked<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        process: &str,
+        fx: &mut E,
+    ) {
+        let Some(numbers) = self.parked.by_process.get(process) else {
+            return;
+        };
+        let numbers: Vec<u64> = numbers.iter().copied().collect();
+        for (given, number) in numbers.into_iter().enumerate() {
+            if given == GIVEN_AT_ONCE_MAX {
+                // Others want the pool as well.
+                self.parked.goes_on = Some(soon(now));
+                self.stall(process);
+                return;
+            }
+            let Some(lasting) = self
+                .parked
+                .calls
+                .get_mut(&number)
+                .and_then(|parked| parked.waiting.take())
+            else {
+                continue;
+            };
+            match self.give(now, None, lasting, fx) {
+                Ok(key) => {
+                    let parked = self.parked.calls.get_mut(&number).expect("just found");
+                    parked.given = Some(key);
+                    parked.attempt += 1;
+                    fx.keep(Change::Attempt(number, parked.attempt), None);
+                    self.parked.await_no_handler(number, process);
+                }
+                Err((lasting, error)) => {
+                    let parked = self.parked.calls.get_mut(&number).expect("just found");
+                    parked.waiting = Some(lasting);
+                    match error {
+                        // Its destination is not here; the next one's may be.
+                        CallError::UnknownDestination => {}
+                        CallError::Refused(refusal) if refusal.code == Code::NoHandler => {}
+                        // All are busy: the order stays.
+                        CallError::Refused(refusal) if refusal.code == Code::Overloaded => {
+                            self.stall(process);
+                            return;
+                        }
+                        CallError::Refused(refusal) => {
+                            self.finish_parked(now, number, Answered::refused(&refusal), fx);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn stall(&mut self, process: &str) {
+        if let Some((name, _)) = self.parked.by_process.get_key_value(process) {
+            self.parked.stalled.insert(name.clone());
+        }
+    }
+
+    /// Goes on giving out what was left.
+    pub(super) fn give_on<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+        if self.parked.goes_on.is_none_or(|at| at > now) {
+            return;
+        }
+        self.parked.goes_on = None;
+        for process in std::mem::take(&mut self.parked.stalled) {
+            self.give_parked(now, process.as_str(), fx);
+        }
+    }
+
+    /// Offers a lasting call to the handlers once more.
+    fn give<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        caller: Option<MemberKey>,
+        mut lasting: Box<Lasting>,
+        fx: &mut E,
+    ) -> Result<Key<Call>, (Box<Lasting>, CallError)> {
+        lasting.attempt += 1;
+        let (attempt, deadline) = (lasting.attempt, lasting.deadline);
+        let app = lasting.caller.clone();
+        let from = Caller {
+            member: caller,
+            app: &app,
+            instance: lasting.instance,
+        };
+        let given =
+            lasting.read(|trigger| self.route(now, from, trigger, (deadline, Some(attempt)), fx));
+        match given {
+            Some(Ok(key)) => {
+                let call = self.calls.at_mut(key).expect("just begun");
+                call.lasting = Some(lasting);
+                Ok(key)
+            }
+            Some(Err(error)) => {
+                lasting.attempt -= 1;
+                Err((lasting, error))
+            }
+            None => {
+                let refusal =
+                    Refusal::new(Code::Storage, "the call as it was stored makes no sense");
+                Err((lasting, refusal.into()))
+            }
+        }
+    }
+
+    /// The handler of a lasting call died: it is given to another as soon as the dead one has left.
+    pub(super) fn orphan(
+        &mut self,
+        caller: MemberKey,
+        id: Option<Box<str>>,
+        lasting: Box<Lasting>,
+    ) {
+        match lasting.number {
+            Some(number) => {
+                let parked = self.parked.calls.get_mut(&number).expect("it was given");
+                parked.given = None;
+                parked.waiting = Some(lasting);
+                let process = parked.process.clone();
+                self.parked.await_handler(number, &process);
+                self.parked.orphaned.push(process);
+            }
+            None => self.parked.orphans.push((caller, id, lasting)),
+        }
+    }
+
+    /// Sees to calls whose handler died, now that it has left. What can't be given to another is parked where it may be,
+    /// else its caller is told.
+    pub(super) fn see_to_orphans<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+        for (caller, id, lasting) in std::mem::take(&mut self.parked.orphans) {
+            let Some(member) = self.members.at(place(caller)) else {
+                continue;
+            };
+            let peer = member.peer.clone();
+            let Err((lasting, _)) = self.give(now, Some(caller), lasting, fx) else {
+                continue;
+            };
+            let may_park = lasting.may_park;
+            let parked = may_park.then(|| {
+                let unix_ms = fx.unix_ms(now);
+                lasting.read(|trigger| {
+                    let left = lasting.deadline.since(now).as_millis();
+                    let trigger = Trigger {
+                        ttl_ms: u64::try_from(left).unwrap_or(u64::MAX).max(1),
+                        id: trigger.id.clone(),
+                        process: trigger.process.clone(),
+                        pool: None,
+                        destination: trigger.destination.clone(),
+                        key: trigger.key.clone(),
+                        window: None,
+                        park: true,
+                        redeliver: trigger.redeliver,
+                        blocks: Vec::new(),
+                        headers: trigger.headers,
+                        body: trigger.body,
+                    };
+                    self.park((now, unix_ms), caller, &trigger, None, fx)
+                })
+            });
+            match parked.flatten() {
+                Some(Ok(number)) => {
+                    // The next attempt is not the first.
+                    let parked = self.parked.calls.get_mut(&number).expect("just parked");
+                    parked.attempt = lasting.attempt;
+                    if let Some(waiting) = &mut parked.waiting {
+                        waiting.attempt = lasting.attempt;
+                    }
+                    fx.keep(Change::Attempt(number, lasting.attempt), None);
+                }
+                _ => {
+                    let message = "the handler's connection ended before it answered, and no other took the call";
+                    let refusal = Refusal::new(Code::HandlerGone, message);
+                    if let Some(id) = &id {
+                        fx.send(&peer, Class::Control, 256, |out| {
+                            encode::refusal(out, Some(id), &refusal);
+                        });
+                    }
+                }
+            }
+        }
+        for process in std::mem::take(&mut self.parked.orphaned) {
+            self.give_parked(now, process.as_str(), fx);
+        }
+    }
+
+    /// Tells the callers of calls whose handler died that no other gets them: the pool goes.
+    pub(super) fn drop_orphans<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
+        self.parked.orphaned.clear();
+        for (caller, id, _) in std::mem::take(&mut self.parked.orphans) {
+            let Some((member, id)) = self.members.at(place(caller)).zip(id) else {
+                continue;
+            };
+            let refusal = Refusal::new(Code::HandlerGone, "the pool was removed");
+            fx.send(&member.peer, Class::Control, 256, |out| {
+                encode::refusal(out, Some(&id), &refusal);
+            });
+        }
+    }
+
+    /// A handler answered a parked call.
+    pub(super) fn parked_answered<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        number: u64,
+        response: &Response<'_>,
+        fx: &mut E,
+    ) {
+        self.finish_parked(now, number, Answered::of(response), fx);
+    }
+
+    /// A parked call is over without an answer of a handler's.
+    pub(super) fn parked_refused<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        number: u64,
+        refusal: &Refusal,
+        fx: &mut E,
+    ) {
+        self.finish_parked(now, number, Answered::refused(refusal), fx);
+    }
+
+    /// A parked call is over: its caller is told, or its answer kept.
+    fn finish_parked<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        number: u64,
+        answer: Answered,
+        fx: &mut E,
+    ) {
+        let Some(parked) = self.forget_parked(number, fx) else {
+            return;
+        };
+        if parked.id.is_empty() {
+            fx.keep(Change::EndCall(number), None);
+            return;
+        }
+        if self.tell_answer(&parked.caller, &parked.id, &answer, fx) {
+            fx.keep(Change::EndCall(number), None);
+            return;
+        }
+        let ttl_ms = self.limits.answer_ttl_ms;
+        let row = AnswerRow {
+            number,
+            pool: self.name.clone(),
+            caller: parked.caller.clone(),
+            id: parked.id.to_string(),
+            idempotency_key: None,
+            frame: answer.frame(),
+            expires: fx.unix_ms(now) + ttl_ms,
+        };
+        fx.keep(Change::Answer(Box::new(row)), None);
+        fx.count_held(&self.name, self.number, 1);
+        let whose = (parked.caller, parked.id);
+        self.keep_answer(number, whose, answer, now.after_ms(ttl_ms), fx);
+    }
+
+    /// Passes an answer to an instance of its caller, the one that came last; false where there is none that takes it.
+    fn tell_answer<E: Effects<Peer = P>>(
+        &self,
+        caller: &AppId,
+        id: &str,
+        answer: &Answered,
+        fx: &mut E,
+    ) -> bool {
+        let instances = self.members.iter().filter(|(_, m)| m.app == *caller);
+        let mut instances: Vec<&Member<P>> = instances.map(|(_, member)| member).collect();
+        instances.reverse();
+        instances.into_iter().any(|to| {
+            if to.attachments == encode::Attachments::NotTaken
+                && too_large(answer.body(), self.limits.max_frame)
+            {
+                return false;
+            }
+            let message = encode::Answer {
+                in_reply_to: id,
+                status: answer.status,
+                error: answer.error.as_deref().map(checked),
+                headers: answer.headers.as_deref().map(checked),
+                body: answer.body(),
+            };
+            let length = forwarded_length(message.body, to.attachments)
+                + raw_length(message.error)
+                + raw_length(message.headers);
+            let sent = fx.send(&to.peer, Class::Reply, length, |out| {
+                encode::answer(out, &message, to.attachments);
+            });
+            sent == Sent::Queued
+        })
+    }
+
+    /// Tells an app that is back what was answered while it was away.
+    pub fn tell_answers<E: Effects<Peer = P>>(&mut self, now: Time, app: &AppId, fx: &mut E) {
+        let numbers: Vec<u64> = self
+            .parked
+            .answers
+            .iter()
+            .filter(|(_, kept)| kept.caller == *app)
+            .map(|(number, _)| *number)
+            .collect();
+        for number in numbers {
+            self.tell_kept(now, number, fx);
+        }
+    }
+
+    fn tell_kept<E: Effects<Peer = P>>(&mut self, now: Time, number: u64, fx: &mut E) {
+        let Some(kept) = self.parked.answers.get(&number) else {
+            return;
+        };
+        if self.tell_answer(&kept.caller, &kept.id, &kept.answer, fx) {
+            self.drop_answer(number, fx);
+            return;
+        }
+        let is_here = self.members.iter().any(|(_, m)| m.app == kept.caller);
+        if is_here {
+            let again = now.after_ms(ANSWER_AGAIN_MS);
+            let kept = self.parked.answers.get_mut(&number).expect("just found");
+            if let Some(before) = kept.again.replace(again) {
+                self.parked.deadlines.remove(&(before, number));
+            }
+            self.parked.deadlines.insert((again, number));
+        }
+    }
+
+    fn drop_answer<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) {
+        if let Some(kept) = self.parked.remove_answer(number) {
+            fx.with_ledger(|ledger| ledger.unpark(kept.bytes));
+            fx.count_held(&self.name, self.number, -1);
+            fx.keep(Change::EndAnswer(number), None);
+        }
+    }
+
+    /// Ends a parked call at its caller's wish; false where it has none of that id.
+    pub(super) fn cancel_parked<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        caller: MemberKey,
+        id: &str,
+        fx: &mut E,
+    ) -> bool {
+        let Some(member) = self.members.at(place(caller)) else {
+            return false;
+        };
+        let Some(number) = self.parked.find(&member.app, id) else {
+            return false;
+        };
+        let given = self.parked.calls.get(&number).and_then(|p| p.given);
+        match given {
+            Some(key) => self.end(now, key, super::End::Cancelled, fx),
+            None => {
+                let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
+                self.parked_refused(now, number, &refusal, fx);
+            }
+        }
+        true
+    }
+
+    /// Whether an app has a parked call of this id.
+    pub(super) fn has_parked(&self, app: &AppId, id: &str) -> bool {
+        self.parked.find(app, id).is_some()
+    }
+
+    /// Ends waits that are over, and tries what is to be tried again.
+    pub(super) fn handle_parked_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+        while let Some(&(at, number)) = self.parked.deadlines.first() {
+            if at > now {
+                break;
+            }
+            self.parked.deadlines.pop_first();
+            if let Some(parked) = self.parked.calls.get(&number) {
+                if parked.waiting.is_some() {
+                    let message = "no handler came within the call's ttl";
+                    self.parked_refused(now, number, &Refusal::new(Code::Timeout, message), fx);
+                } else if let Some(key) = parked.given {
+                    self.end(now, key, super::End::TimedOut, fx);
+                }
+            } else if let Some(kept) = self.parked.answers.get_mut(&number) {
+                if kept.expires <= now {
+                    self.drop_answer(number, fx);
+                } else {
+                    kept.again = None;
+                    self.tell_kept(now, number, fx);
+                }
+            }
+        }
+        self.give_on(now, fx);
+    }
+
+    /// A pool that goes takes its parked calls along; their callers are told if they are here.
+    pub(super) fn close_parked<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
+        let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
+        let answer = Answered::refused(&refusal);
+        let numbers: Vec<u64> = self.parked.calls.keys().copied().collect();
+        for number in numbers {
+            if let Some(parked) = self.forget_parked(number, fx) {
+                self.tell_answer(&parked.caller, &parked.id, &answer, fx);
+                fx.keep(Change::EndCall(number), None);
+            }
+        }
+        let numbers: Vec<u64> = self.parked.answers.keys().copied().collect();
+        for number in numbers {
+            self.drop_answer(number, fx);
+        }
+    }
+}
+
+/// The next moment: whoever drives the pool sees to what else is due first.
+fn soon(now: Time) -> Time {
+    Time(now.0 + 1)
+}
+
+/// The parts of a row's envelope: the caller's instance, and the call.
+fn split_envelope(envelope: &str) -> Option<(InstanceId, &str)> {
+    let rest = envelope.strip_prefix("{\"instance\":\"")?;
+    let (instance, rest) = rest.split_at_checked(16)?;
+    let call = rest.strip_prefix("\",\"call\":")?.strip_suffix('}')?;
+    Some((InstanceId(u64::from_str_radix(instance, 16).ok()?), call))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_reads_as_it_was_written() {
+        for (json, raw) in [
+            (Some("{\"a\": 1.50}"), None),
+            (None, Some(&[0u8, 255][..])),
+            (None, None),
+        ] {
+            let answer = Answered {
+                status: Status::Ok,
+                error: None,
+                headers: Some("{\"h\":\"v\"}".into()),
+                json: json.map(Into::into),
+                raw: raw.map(Into::into),
+            };
+            let read = Answered::read(&answer.frame()).unwrap();
+            assert_eq!(read.json.as_deref(), json);
+            assert_eq!(read.raw.as_deref(), raw);
+            assert_eq!(read.headers.as_deref(), Some("{\"h\":\"v\"}"));
+        }
+        for senseless in [
+            &b""[..],
+            b"\xff\xff\xff\xff{}",
+            b"\x02\0\0\0{}",
+            b"\x01\0\0\0{",
+        ] {
+            assert!(Answered::read(senseless).is_none());
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! What an app asked for last: restored when it comes back with its AppID alone.
+
+use latzero_protocol::message::{EventSet, TriggerSpec, triggers};
+use latzero_protocol::{AppId, BlockId, PoolName, Raw};
+use serde_json::{Value, json};
+
+use crate::keep::AppRow;
+
+/// What an app asked for last.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Registration {
+    pub(crate) pools: Vec<PoolName>,
+    pub(crate) triggers: Vec<TriggerSpec>,
+    pub(crate) watches: Vec<(PoolName, EventSet)>,
+    /// Blocks whose changes it is told.
+    pub(crate) subscriptions: Vec<(PoolName, BlockId)>,
+    pub(crate) meta: Option<Value>,
+}
+
+/// A registration, read out of its texts when it is first needed: a server that starts with a hundred thousand apps need
+/// not read them all before it listens.
+#[derive(Debug, Clone)]
+pub(crate) enum Remembered {
+    Read(Registration),
+    Text(Box<AppRow>),
+}
+
+impl Remembered {
+    /// The registration, read once more where it was not read for good.
+    pub(crate) fn get(&self) -> std::borrow::Cow<'_, Registration> {
+        match self {
+            Remembered::Read(registration) => std::borrow::Cow::Borrowed(registration),
+            Remembered::Text(row) => std::borrow::Cow::Owned(Registration::read(row)),
+        }
+    }
+
+    /// The registration, read for good.
+    pub(crate) fn get_mut(&mut self) -> &mut Registration {
+        if let Remembered::Text(row) = self {
+            *self = Remembered::Read(Registration::read(row));
+        }
+        match self {
+            Remembered::Read(registration) => registration,
+            Remembered::Text(_) => unreachable!("read just now"),
+        }
+    }
+}
+
+impl Registration {
+    /// Reads a row. What makes no sense in it is left out: an app that registers anew mends it.
+    fn read(row: &AppRow) -> Registration {
+        let list = |text: &str| match serde_json::from_str(text) {
+            Ok(Value::Array(list)) => list,
+            _ => Vec::new(),
+        };
+        let pool = |value: &Value| PoolName::new(value.as_str()?).ok();
+        let events: Value = serde_json::from_str(&row.watches).unwrap_or_default();
+        let pairs = |name: &str| events[name].as_array().cloned().unwrap_or_default();
+        let watch = |pair: &Value| {
+            let names = pair[1].as_array()?;
+            let events = EventSet::of(names.iter().filter_map(Value::as_str));
+            Some((pool(&pair[0])?, events))
+        };
+        let subscription =
+            |pair: &Value| Some((pool(&pair[0])?, BlockId::new(pair[1].as_str()?).ok()?));
+        Registration {
+            pools: list(&row.pools).iter().filter_map(pool).collect(),
+            triggers: Raw::new(&row.triggers)
+                .ok()
+                .and_then(|raw| triggers(raw).ok())
+                .unwrap_or_default(),
+            watches: pairs("events").iter().filter_map(watch).collect(),
+            subscriptions: pairs("blocks").iter().filter_map(subscription).collect(),
+            meta: row
+                .meta
+                .as_deref()
+                .and_then(|meta| serde_json::from_str(meta).ok()),
+        }
+    }
+
+    /// The row of an app that registered this.
+    pub(crate) fn row(&self, app_id: &AppId, registered: u64, last_seen: u64) -> AppRow {
+        let triggers: Vec<Value> = self.triggers.iter().map(TriggerSpec::to_json).collect();
+        let events: Vec<_> = self
+            .watches
+            .iter()
+            .map(|(pool, events)| json!([pool, events.names()]))
+            .collect();
+        AppRow {
+            app_id: app_id.clone(),
+            pools: json!(self.pools).to_string(),
+            triggers: Value::Array(triggers).to_string(),
+            watches: json!({"events": events, "blocks": self.subscriptions}).to_string(),
+            meta: self.meta.as_ref().map(Value::to_string),
+            registered,
+            last_seen,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_reads_as_what_was_written() {
+        let pool = |name: &str| PoolName::new(name).unwrap();
+        let triggers = triggers(
+            Raw::new(r#"["t",{"name":"u","pools":["p"],"strategy":"sticky","concurrency":0,"doc":"d\"q"}]"#)
+                .unwrap(),
+        );
+        let registration = Registration {
+            pools: vec![pool("p"), pool("q")],
+            triggers: triggers.unwrap(),
+            watches: vec![(
+                pool("p"),
+                EventSet::of(["app_online", "pool_removed"].into_iter()),
+            )],
+            subscriptions: vec![(pool("q"), BlockId::new("b").unwrap())],
+            meta: Some(json!({"v": 1})),
+        };
+        let row = registration.row(&AppId::new("a").unwrap(), 5, 0);
+        assert_eq!(Registration::read(&row), registration);
+        let mut remembered = Remembered::Text(Box::new(row));
+        assert_eq!(*remembered.get(), registration);
+        assert_eq!(*remembered.get_mut(), registration);
+    }
+
+    #[test]
+    fn senseless_rows_read_as_little() {
+        let row = AppRow {
+            app_id: AppId::new("a").unwrap(),
+            pools: r#"["p", 7, "no good", "q"]"#.into(),
+            triggers: "[7]".into(),
+            watches: "{".into(),
+            meta: Some("nonsense".into()),
+            registered: 0,
+            last_seen: 0,
+        };
+        let registration = Registration::read(&row);
+        assert_eq!(json!(registration.pools).to_string(), r#"["p","q"]"#);
+        assert_eq!(registration.triggers, []);
+        assert_eq!((registration.watches.len(), registration.meta), (0, None));
+    }
+}

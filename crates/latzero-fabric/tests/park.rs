@@ -1,0 +1,544 @@
+//! Calls that outlive a connection: parked ones, redelivered ones, and their answers.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+mod net;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use latzero_fabric::Prng;
+use latzero_sim::Peer;
+use net::Net;
+use serde_json::Value;
+
+fn park(net: &mut Net, peer: Peer, id: &str, more: &str) -> String {
+    net.ask(
+        peer,
+        &format!(r#"{{"action":"trigger","process":"t","id":"{id}","park":true{more}}}"#),
+    )
+}
+
+/// An app whose first messages are still to be read: calls may come right behind its handshake.
+fn join(net: &mut Net, app: &str, more: &str) -> Peer {
+    let peer = net.connect();
+    let comma = if more.is_empty() { "" } else { "," };
+    net.say(
+        peer,
+        &format!(r#"{{"action":"handshake","app_id":"{app}"{comma}{more}}}"#),
+    );
+    peer
+}
+
+/// Calls that wait for a client: their ids at the handler, and what they carry.
+fn calls(net: &mut Net, peer: Peer) -> Vec<Value> {
+    let messages = net.messages(peer).into_iter().map(|m| m.json);
+    messages.filter(|m| m["action"] == "trigger").collect()
+}
+
+fn answer(net: &mut Net, handler: Peer, call: &Value) {
+    let id = call["id"].as_str().unwrap();
+    net.say(
+        handler,
+        &format!(
+            r#"{{"action":"response","in_reply_to":"{id}","status":"ok","response":{}}}"#,
+            call["data"]
+        ),
+    );
+}
+
+/// What answers a client got, as "id:payload" or "id:code".
+fn answers(net: &mut Net, peer: Peer) -> Vec<String> {
+    let messages = net.messages(peer).into_iter().map(|m| m.json);
+    let answers = messages.filter(|m| m["action"] == "response" && m["status"] != "parked");
+    let shown = answers.map(|m| {
+        let id = m["in_reply_to"].as_str().unwrap();
+        match m["error"]["code"].as_str() {
+            Some(code) => format!("{id}:{code}"),
+            None => format!("{id}:{}", m["response"]),
+        }
+    });
+    shown.collect()
+}
+
+#[test]
+fn a_parked_call_waits_for_its_handler() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    for n in 1..=3 {
+        assert_eq!(
+            park(&mut net, caller, &n.to_string(), &format!(r#","data":{n}"#)),
+            format!("{n} parked: null")
+        );
+    }
+    assert_eq!(net.world.rows().calls.len(), 3);
+    let handler = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let got = calls(&mut net, handler);
+    let seen: Vec<_> = got
+        .iter()
+        .map(|c| {
+            (
+                c["data"].to_string(),
+                c["attempt"].as_u64().unwrap(),
+                c["origin"]["app_id"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    assert_eq!(seen[0], ("1".into(), 1, "caller"));
+    assert_eq!((&seen[1].0[..], &seen[2].0[..]), ("2", "3"));
+    for call in &got {
+        answer(&mut net, handler, call);
+    }
+    assert_eq!(answers(&mut net, caller), ["1:1", "2:2", "3:3"]);
+    assert!(net.world.rows().calls.is_empty() && net.world.rows().answers.is_empty());
+    assert!(net.world.storages().is_empty());
+}
+
+#[test]
+fn it_waits_for_the_app_that_it_names() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    net.app("other", r#""triggers":["t"]"#);
+    assert_eq!(
+        park(&mut net, caller, "1", r#","destination":"late""#),
+        "1 parked: null"
+    );
+    assert_eq!(
+        park(
+            &mut net,
+            caller,
+            "2",
+            r#","destination":{"app_id":"late","instance":"0000000000000001"}"#
+        ),
+        "2 failed: bad_message ran=no"
+    );
+    let late = join(&mut net, "late", "");
+    assert_eq!(calls(&mut net, late), Vec::<Value>::new());
+    net.say(late, r#"{"action":"trigger_register","triggers":["t"]}"#);
+    let got = calls(&mut net, late);
+    answer(&mut net, late, &got[0]);
+    assert_eq!(answers(&mut net, caller), ["1:null"]);
+    // Where a handler is live nothing is parked.
+    assert_eq!(park(&mut net, caller, "3", ""), "");
+    assert!(net.world.rows().calls.is_empty());
+}
+
+#[test]
+fn a_call_is_given_out_again_after_the_server_died() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    park(&mut net, caller, "1", r#","data":7"#);
+    let handler = join(&mut net, "handler", r#""triggers":["t"]"#);
+    assert_eq!(calls(&mut net, handler)[0]["attempt"], 1);
+    net.world.restart(2);
+    let handler = net.connect();
+    net.say(handler, r#"{"action":"handshake","app_id":"handler"}"#);
+    let got = calls(&mut net, handler);
+    assert_eq!(
+        (&got[0]["attempt"], &got[0]["data"]),
+        (&2.into(), &7.into())
+    );
+    answer(&mut net, handler, &got[0]);
+    // Its caller is away; a restart later it is back.
+    assert_eq!(net.world.rows().answers.len(), 1);
+    net.world.restart(3);
+    let caller = net.connect();
+    net.say(caller, r#"{"action":"handshake","app_id":"caller"}"#);
+    let first = net.messages(caller);
+    assert_eq!(first[0].json["action"], "handshake_ack");
+    assert_eq!(
+        (&first[1].json["in_reply_to"], &first[1].json["response"]),
+        (&"1".into(), &7.into())
+    );
+    assert!(net.world.rows().answers.is_empty() && net.world.storages().is_empty());
+}
+
+#[test]
+fn raw_bytes_and_headers_survive() {
+    let mut net = Net::new();
+    let caller = net.app("caller", r#""features":["attachments"]"#);
+    net.say_raw(
+        caller,
+        r#"{"action":"trigger","process":"t","id":"1","park":true,"headers":{"h":"v"},"key":"k"}"#,
+        &[0, 1, 255],
+    );
+    net.world.restart(1);
+    let handler = net.connect();
+    net.say(
+        handler,
+        r#"{"action":"handshake","app_id":"h","triggers":["t"],"features":["attachments"]}"#,
+    );
+    let call = net.messages(handler).remove(1);
+    assert_eq!(call.attachment.as_deref(), Some(&[0, 1, 255][..]));
+    assert_eq!(
+        (&call.json["headers"]["h"], &call.json["key"]),
+        (&"v".into(), &"k".into())
+    );
+    let id = call.json["id"].as_str().unwrap();
+    net.say_raw(
+        handler,
+        &format!(r#"{{"action":"response","in_reply_to":"{id}","status":"ok"}}"#),
+        &[9, 0],
+    );
+    net.world.restart(2);
+    let caller = net.connect();
+    net.say(
+        caller,
+        r#"{"action":"handshake","app_id":"caller","features":["attachments"]}"#,
+    );
+    let answer = net.messages(caller).remove(1);
+    assert_eq!(answer.attachment.as_deref(), Some(&[9, 0][..]));
+}
+
+#[test]
+fn waits_end() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    park(&mut net, caller, "1", r#","ttl":1000"#);
+    park(&mut net, caller, "2", "");
+    assert_eq!(
+        park(&mut net, caller, "2", ""),
+        "2 failed: bad_message ran=no"
+    );
+    net.advance(1000);
+    assert_eq!(answers(&mut net, caller), ["1:timeout"]);
+    net.say(caller, r#"{"action":"cancel","id":"2"}"#);
+    assert_eq!(answers(&mut net, caller), ["2:cancelled"]);
+    // What ends while the caller is away is kept for it, but not for ever.
+    park(&mut net, caller, "3", r#","ttl":1000"#);
+    net.hang_up(caller);
+    net.advance(1000);
+    assert_eq!(net.world.rows().answers.len(), 1);
+    net.advance(24 * 60 * 60 * 1000);
+    assert!(net.world.rows().answers.is_empty());
+    let caller = net.app("caller", "");
+    // Without an id nobody waits for the answer.
+    net.ask(
+        caller,
+        r#"{"action":"trigger","process":"t","park":true,"ttl":1000}"#,
+    );
+    net.advance(1000);
+    assert_eq!(net.sees(caller), "");
+    assert!(net.world.rows().calls.is_empty() && net.world.storages().is_empty());
+}
+
+#[test]
+fn a_handler_that_dies_ends_it_unless_it_may_be_redelivered() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    park(&mut net, caller, "once", "");
+    park(&mut net, caller, "again", r#","redeliver":true"#);
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    assert_eq!(calls(&mut net, first).len(), 2);
+    net.hang_up(first);
+    assert_eq!(answers(&mut net, caller), ["once:handler_gone"]);
+    let second = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let got = calls(&mut net, second);
+    assert_eq!((got.len(), &got[0]["attempt"]), (1, &2.into()));
+    let third = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.hang_up(second);
+    // The next instance has it at once.
+    let got = calls(&mut net, third);
+    assert_eq!(got[0]["attempt"], 3);
+    answer(&mut net, third, &got[0]);
+    assert_eq!(answers(&mut net, caller), ["again:null"]);
+}
+
+#[test]
+fn calls_that_are_not_parked_are_redelivered_too() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let second = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.call(caller, "1", r#""redeliver":true,"data":5"#);
+    let (has, other) = match calls(&mut net, first).len() {
+        1 => (first, second),
+        _ => (second, first),
+    };
+    net.hang_up(has);
+    let got = calls(&mut net, other);
+    assert_eq!(
+        (&got[0]["attempt"], &got[0]["data"]),
+        (&2.into(), &5.into())
+    );
+    net.hang_up(other);
+    assert_eq!(answers(&mut net, caller), ["1:handler_gone"]);
+    // One that may wait as well is parked then.
+    let first = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.call(caller, "2", r#""redeliver":true,"park":true"#);
+    assert!(net.world.rows().calls.is_empty());
+    net.hang_up(first);
+    assert_eq!(net.world.rows().calls.len(), 1);
+    let third = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let got = calls(&mut net, third);
+    assert_eq!(got[0]["attempt"], 2);
+    answer(&mut net, third, &got[0]);
+    assert_eq!(answers(&mut net, caller), ["2:null"]);
+    // A caller that goes takes a call that is not parked along.
+    net.call(caller, "3", r#""redeliver":true"#);
+    net.hang_up(caller);
+    net.hang_up(third);
+    net.world.check();
+}
+
+#[test]
+fn busy_handlers_are_given_parked_calls_in_order_as_they_have_room() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    for n in 0..600 {
+        park(&mut net, caller, &n.to_string(), &format!(r#","data":{n}"#));
+    }
+    let handler = join(
+        &mut net,
+        "handler",
+        r#""triggers":[{"name":"t","concurrency":2}]"#,
+    );
+    let mut next = 0;
+    loop {
+        let got = calls(&mut net, handler);
+        if got.is_empty() {
+            break;
+        }
+        assert!(got.len() <= 2);
+        for call in &got {
+            assert_eq!(call["data"], next);
+            next += 1;
+            answer(&mut net, handler, call);
+        }
+        net.advance(1);
+    }
+    assert_eq!(next, 600);
+    // Without a bound of its own a handler has them all, some at a time.
+    net.hang_up(handler);
+    for n in 600..1200 {
+        park(&mut net, caller, &n.to_string(), "");
+    }
+    let handler = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let at_once = calls(&mut net, handler).len();
+    assert!((1..600).contains(&at_once), "{at_once}");
+    let mut got = at_once;
+    while got < 600 {
+        net.advance(1);
+        let more = calls(&mut net, handler).len();
+        assert!(more > 0);
+        got += more;
+    }
+}
+
+#[test]
+fn what_is_parked_is_bounded() {
+    let mut net = Net::with(|limits| limits.parked_max = 2);
+    let caller = net.app("caller", "");
+    park(&mut net, caller, "1", "");
+    park(&mut net, caller, "2", "");
+    assert_eq!(
+        park(&mut net, caller, "3", ""),
+        "3 failed: overloaded ran=no"
+    );
+    let mut net = Net::with(|limits| limits.parked_bytes_max = 2000);
+    let caller = net.app("caller", "");
+    let data = format!(r#","data":"{}""#, "x".repeat(2000));
+    assert_eq!(
+        park(&mut net, caller, "1", &data),
+        "1 failed: overloaded ran=no"
+    );
+    assert_eq!(park(&mut net, caller, "2", ""), "2 parked: null");
+}
+
+#[test]
+fn parked_is_said_when_it_is_on_disk_and_not_before() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    net.world.hold_disk(true);
+    assert_eq!(park(&mut net, caller, "1", ""), "");
+    // Its handler comes before the disk is done: there is nothing left to say but the answer.
+    let handler = net.connect();
+    net.say(
+        handler,
+        r#"{"action":"handshake","app_id":"h","triggers":["t"],"transient":true}"#,
+    );
+    let got = calls(&mut net, handler);
+    answer(&mut net, handler, &got[0]);
+    net.world.hold_disk(false);
+    assert_eq!(net.sees(caller), "1 ok: null");
+    net.hang_up(handler);
+    // A full disk refuses, and nothing waits.
+    net.world.fill_disk(true);
+    assert_eq!(
+        park(&mut net, caller, "2", ""),
+        "2 failed: storage ran=unknown"
+    );
+    net.world.fill_disk(false);
+    let handler = join(&mut net, "h", r#""triggers":["t"]"#);
+    assert_eq!(calls(&mut net, handler), Vec::<Value>::new());
+    assert!(net.world.rows().calls.is_empty() && net.world.storages().is_empty());
+}
+
+#[test]
+fn a_pool_stays_with_its_parked_calls_and_takes_them_along() {
+    let mut net = Net::new();
+    let caller = net.app("caller", r#""pools":["p"]"#);
+    park(&mut net, caller, "1", "");
+    net.hang_up(caller);
+    assert!(net.world.pool_names().contains(&"p".to_owned()));
+    net.world.restart(1);
+    assert!(net.world.pool_names().contains(&"p".to_owned()));
+    let handler = join(&mut net, "h", r#""pools":["p"],"triggers":["t"]"#);
+    let got = calls(&mut net, handler);
+    answer(&mut net, handler, &got[0]);
+    net.hang_up(handler);
+    assert!(net.world.pool_names().contains(&"p".to_owned()));
+    let caller = net.connect();
+    net.say(caller, r#"{"action":"handshake","app_id":"caller"}"#);
+    assert_eq!(answers(&mut net, caller), ["1:null"]);
+    net.hang_up(caller);
+    assert!(!net.world.pool_names().contains(&"p".to_owned()));
+}
+
+/// Random comings, goings, kills and full disks: every call that was said to be parked is answered exactly once in the
+/// end, and none that was refused is delivered.
+#[test]
+fn nothing_that_was_parked_is_lost() {
+    for seed in 0..300 {
+        let mut prng = Prng::new(seed);
+        let mut net = Net::new();
+        let mut caller = Some(net.app("caller", ""));
+        let mut handler: Option<Peer> = None;
+        let mut open: Vec<Value> = Vec::new();
+        let mut parked = BTreeSet::new();
+        let mut refused = BTreeSet::new();
+        let mut answered: BTreeMap<String, u32> = BTreeMap::new();
+        let mut asked = 0;
+        // A server that dies before the end of a call is written down gives the call out again.
+        let mut may_repeat = false;
+        let mut log = Vec::new();
+        let mut read = |net: &mut Net,
+                        caller: Option<Peer>,
+                        parked: &mut BTreeSet<String>,
+                        refused: &mut BTreeSet<String>| {
+            for message in caller.map(|c| net.messages(c)).unwrap_or_default() {
+                let json = message.json;
+                let Some(id) = json["in_reply_to"].as_str().map(str::to_owned) else {
+                    continue;
+                };
+                if json["status"] == "parked" {
+                    parked.insert(id);
+                } else if json["error"]["code"] == "storage" {
+                    refused.insert(id);
+                } else {
+                    assert!(!refused.contains(&id), "{id} was refused");
+                    *answered.entry(id).or_default() += 1;
+                }
+            }
+            answered.clone()
+        };
+        for _ in 0..60 {
+            let step = prng.below(100);
+            log.push(step);
+            match step {
+                0..=34 => {
+                    if let Some(caller) = caller {
+                        asked += 1;
+                        let redeliver = if prng.below(2) == 0 {
+                            r#","redeliver":true"#
+                        } else {
+                            ""
+                        };
+                        net.say(caller, &format!(r#"{{"action":"trigger","process":"t","id":"c{asked}","park":true,"ttl":86400000{redeliver}}}"#));
+                    }
+                }
+                35..=44 => {
+                    if let Some(peer) = handler.take() {
+                        net.hang_up(peer);
+                        open.clear();
+                    }
+                }
+                45..=59 if handler.is_none() => {
+                    handler = Some(net.connect());
+                    net.say(
+                        handler.unwrap(),
+                        r#"{"action":"handshake","app_id":"handler","triggers":["t"]}"#,
+                    );
+                }
+                60..=74 => {
+                    if let (Some(handler), false) = (handler, open.is_empty()) {
+                        let call = open.remove(prng.below(open.len()));
+                        answer(&mut net, handler, &call);
+                    }
+                }
+                75..=79 => {
+                    if let Some(peer) = caller.take() {
+                        read(&mut net, Some(peer), &mut parked, &mut refused);
+                        net.hang_up(peer);
+                    }
+                }
+                80..=86 if caller.is_none() => {
+                    caller = Some(net.connect());
+                    net.say(
+                        caller.unwrap(),
+                        r#"{"action":"handshake","app_id":"caller"}"#,
+                    );
+                }
+                87..=90 => {
+                    may_repeat = true;
+                    net.world.hold_disk(prng.below(2) == 0);
+                }
+                91..=93 => {
+                    may_repeat = true;
+                    net.world.fill_disk(prng.below(2) == 0);
+                }
+                94..=96 => {
+                    read(&mut net, caller, &mut parked, &mut refused);
+                    net.world.restart(seed);
+                    (caller, handler) = (None, None);
+                    open.clear();
+                }
+                _ => net.advance(prng.below(2000) as u64),
+            }
+            if let Some(peer) = handler {
+                let messages = net.messages(peer).into_iter().map(|m| m.json);
+                open.extend(messages.filter(|m| m["action"] == "trigger"));
+            }
+            read(&mut net, caller, &mut parked, &mut refused);
+            net.world.check();
+        }
+        // In the end everybody is there, and the disk well.
+        net.world.hold_disk(false);
+        net.world.fill_disk(false);
+        if caller.is_none() {
+            caller = Some(net.connect());
+            net.say(
+                caller.unwrap(),
+                r#"{"action":"handshake","app_id":"caller"}"#,
+            );
+        }
+        if handler.is_none() {
+            handler = Some(net.connect());
+            net.say(
+                handler.unwrap(),
+                r#"{"action":"handshake","app_id":"handler","triggers":["t"]}"#,
+            );
+        }
+        let handler = handler.unwrap();
+        for _ in 0..50 {
+            let messages = net.messages(handler).into_iter().map(|m| m.json);
+            open.extend(messages.filter(|m| m["action"] == "trigger"));
+            for call in std::mem::take(&mut open) {
+                answer(&mut net, handler, &call);
+            }
+            net.advance(1100);
+        }
+        let answered = read(&mut net, caller, &mut parked, &mut refused);
+        for id in &parked {
+            let times = answered.get(id).copied().unwrap_or(0);
+            assert!(
+                times == 1 || (times > 1 && may_repeat),
+                "call {id} of seed {seed} was answered {times} times: {log:?}"
+            );
+        }
+        assert!(net.world.rows().calls.is_empty(), "seed {seed}");
+        assert!(net.world.rows().answers.is_empty(), "seed {seed}");
+    }
+}

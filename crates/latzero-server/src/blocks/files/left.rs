@@ -1,0 +1,261 @@
+//! What an earlier run left of persistent blocks: what is whole is taken in again, what was never finished goes, and what
+//! can't be read is set aside under `memory/.orphans/`, from where the server never removes it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::AsFd;
+
+use latzero_shm::Custodian;
+use rustix::fs::{AtFlags, Mode, RenameFlags, mkdirat, renameat, renameat_with, statat};
+use rustix::io::Errno;
+use serde_json::Value;
+
+use super::{Files, Names};
+
+/// Where files go that can't be used.
+const ORPHANS: &str = ".orphans";
+
+/// Files of one name that are set aside; one more is left where it is.
+const SAME_NAME_MAX: u32 = 10_000;
+
+/// A block that an earlier run left.
+pub(in crate::blocks) struct Kept {
+    pub(in crate::blocks) names: Names,
+    pub(in crate::blocks) record: String,
+    pub(in crate::blocks) open: Result<Custodian, String>,
+}
+
+impl Kept {
+    fn created_unix_ns(&self) -> u64 {
+        let custodian = self.open.as_ref();
+        custodian.map_or(0, |custodian| custodian.description().created_unix_ns)
+    }
+}
+
+impl Files {
+    /// What an earlier run left, the newest first, with what was never finished cleared away.
+    pub(in crate::blocks) fn scan(&self) -> Vec<Kept> {
+        let entries = match std::fs::read_dir(&self.path) {
+            Ok(entries) => entries,
+            Err(error) => {
+                tracing::error!(directory = %self.path.display(), %error, "persistent blocks can't be looked for");
+                return Vec::new();
+            }
+        };
+        let names = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok());
+        let mut bytes: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
+        let mut records = Vec::new();
+        for name in names {
+            if name.ends_with(".new") {
+                self.unlink(&name);
+            } else if let Some(id) = name.strip_suffix(".json") {
+                records.push(id.to_owned());
+            } else if let Some((id, generation)) = generation(&name) {
+                bytes.entry(id.to_owned()).or_default().insert(generation);
+            } else if name.ends_with(".lzb") {
+                self.orphan(&name);
+            }
+        }
+        let mut kept = Vec::new();
+        for id in records {
+            match self.read_record(&id) {
+                Ok((names, record)) => {
+                    let generations = bytes.remove(&id).unwrap_or_default();
+                    kept.push(self.take_in(names, record, &generations));
+                }
+                Err(error) => {
+                    let record = format!("{id}.json");
+                    let file = self.path.join(&record);
+                    tracing::error!(file = %file.display(), %error, "the record of a persistent block can't be read");
+                    self.orphan(&record);
+                }
+            }
+        }
+        for (id, generations) in bytes {
+            for generation in generations {
+                let id = id.clone();
+                let name = Names { id, generation }.bytes();
+                tracing::warn!(file = name, "a block without a record is set aside");
+                self.orphan(&name);
+            }
+        }
+        if let Err(error) = self.sync() {
+            tracing::warn!(directory = %self.path.display(), %error, "the directory of persistent blocks can't be written to disk");
+        }
+        // Of two that claim one name, the newer one has been in use.
+        kept.sort_by_key(|kept| std::cmp::Reverse(kept.created_unix_ns()));
+        kept
+    }
+
+    /// Opens the generation that the record names; where that can't be, the newest one that opens, with its record put right.
+    fn take_in(&self, names: Names, record: String, generations: &BTreeSet<u64>) -> Kept {
+        let named = names.generation;
+        let others = generations.iter().rev().filter(|g| **g != named);
+        let others = others.map(|&generation| Names {
+            id: names.id.clone(),
+            generation,
+        });
+        let error = match self.open_bytes(&names, Some(&record)) {
+            Ok(custodian) => {
+                // Older ones were superseded; of a newer one nobody ever heard.
+                others.for_each(|other| self.unlink(&other.bytes()));
+                return Kept {
+                    names,
+                    record,
+                    open: Ok(custodian),
+                };
+            }
+            Err(error) => error,
+        };
+        let mut found: Option<(Names, Custodian)> = None;
+        for other in others {
+            match found {
+                None => match self.open_bytes(&other, None) {
+                    Ok(custodian) => found = Some((other, custodian)),
+                    Err(error) => {
+                        tracing::error!(file = %other, error, "a generation of a persistent block can't be opened; it is set aside");
+                        self.orphan(&other.bytes());
+                    }
+                },
+                Some(_) => self.orphan(&other.bytes()),
+            }
+        }
+        let Some((other, custodian)) = found else {
+            return Kept {
+                names,
+                record,
+                open: Err(error),
+            };
+        };
+        tracing::error!(file = %names, taken = %other, error, "the newest generation of a persistent block can't be opened; it is set aside, and an older one is taken");
+        // First: what stands beside a record's generation at a start goes.
+        self.orphan(&names.bytes());
+        let record = record_of(&record, &custodian);
+        let written = self
+            .write_new_record(&other, &record)
+            .and_then(|()| self.commit(&other));
+        if let Err(error) = written {
+            tracing::warn!(file = %other, %error, "the record of a persistent block can't be put right");
+        }
+        Kept {
+            names: other,
+            record,
+            open: Ok(custodian),
+        }
+    }
+
+    /// Opens the bytes of a generation, which must be what their name and their record say.
+    fn open_bytes(&self, names: &Names, record: Option<&str>) -> Result<Custodian, String> {
+        let custodian = Custodian::open_persistent(self.directory.as_fd(), &names.bytes())
+            .map_err(|error| error.to_string())?;
+        let description = custodian.description();
+        if Names::of(description) != *names {
+            return Err(format!(
+                "its header is that of {}",
+                Names::of(description).bytes()
+            ));
+        }
+        if let Some(record) = record
+            && record_of(record, &custodian) != normal(record)
+        {
+            return Err("its header has another size than its record".into());
+        }
+        Ok(custodian)
+    }
+
+    fn read_record(&self, id: &str) -> io::Result<(Names, String)> {
+        let mut names = Names {
+            id: id.to_owned(),
+            generation: 0,
+        };
+        let record = self.record(&names)?;
+        let record = record.ok_or_else(|| io::Error::other("it was removed"))?;
+        let value: Value = serde_json::from_str(&record)?;
+        names.generation = value["generation"]
+            .as_u64()
+            .ok_or_else(|| io::Error::other("it names no generation"))?;
+        Ok((names, record))
+    }
+
+    /// Puts a block that can't be used where it harms nobody and is not lost.
+    pub(in crate::blocks) fn set_aside(&self, names: &Names) {
+        self.orphan(&names.bytes());
+        self.orphan(&names.record());
+    }
+
+    /// How many files were set aside, by this run and all before it, and their bytes.
+    pub(in crate::blocks) fn orphans(&self) -> (usize, u64) {
+        let Ok(entries) = std::fs::read_dir(self.path.join(ORPHANS)) else {
+            return (0, 0);
+        };
+        let sizes = entries.flatten().filter_map(|entry| entry.metadata().ok());
+        sizes.fold((0, 0), |(files, bytes), file| {
+            (files + 1, bytes + file.len())
+        })
+    }
+
+    fn orphan(&self, name: &str) {
+        match self.move_aside(name) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => tracing::warn!(file = name, %error, "a file can't be set aside"),
+        }
+    }
+
+    /// Moves a file under a name that no file there has.
+    fn move_aside(&self, name: &str) -> Result<(), Errno> {
+        match mkdirat(&self.directory, ORPHANS, Mode::from(0o700)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error),
+        }
+        let directory = &self.directory;
+        for n in 0..SAME_NAME_MAX {
+            let target = match n {
+                0 => format!("{ORPHANS}/{name}"),
+                n => format!("{ORPHANS}/{name}.{n}"),
+            };
+            let flags = RenameFlags::NOREPLACE;
+            match renameat_with(directory, name, directory, &target, flags) {
+                Err(Errno::EXIST) => {}
+                // Not every file system knows the flag (rename(2)). Nobody else moves files here.
+                Err(Errno::INVAL | Errno::NOSYS) => {
+                    match statat(directory, &target, AtFlags::SYMLINK_NOFOLLOW) {
+                        Ok(_) => {}
+                        Err(Errno::NOENT) => return renameat(directory, name, directory, &target),
+                        Err(error) => return Err(error),
+                    }
+                }
+                other => return other,
+            }
+        }
+        Err(Errno::EXIST)
+    }
+}
+
+/// The id and the generation in the name of a file of bytes.
+fn generation(name: &str) -> Option<(&str, u64)> {
+    let (id, generation) = name.strip_suffix(".lzb")?.rsplit_once('.')?;
+    let number = generation.parse().ok()?;
+    // As it is written, so that the name can be had back from it.
+    (generation == u64::to_string(&number)).then_some((id, number))
+}
+
+/// The record, with what the header says of sizes and generation.
+fn record_of(record: &str, custodian: &Custodian) -> String {
+    let mut value: Value = serde_json::from_str(record).unwrap_or_default();
+    let description = custodian.description();
+    if let Some(record) = value.as_object_mut() {
+        record.insert("generation".into(), description.generation.into());
+        record.insert("size".into(), description.geometry.size.into());
+        record.insert("slots".into(), description.geometry.slots.into());
+    }
+    value.to_string()
+}
+
+/// The record as [`record_of`] writes it.
+fn normal(record: &str) -> String {
+    serde_json::from_str::<Value>(record)
+        .unwrap_or_default()
+        .to_string()
+}

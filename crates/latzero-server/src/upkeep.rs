@@ -1,0 +1,134 @@
+//! What is done about the database beside its daily work: backups and checks, asked for or on a schedule. Both take as long
+//! as the disk does, so they run on a thread of their own, one at a time.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::time::{Duration, Instant};
+
+use latzero_protocol::message::AdminAction;
+use latzero_protocol::{Code, Refusal};
+use latzero_store::Policy;
+use serde_json::json;
+
+use crate::peer::Peer;
+use crate::shared::{Command, Shared};
+
+/// How often to leave a sign of life and to look whether a backup is due, in milliseconds.
+pub(crate) const LOOK_EVERY_MS: u64 = 30_000;
+
+/// Leaves a sign of life, and begins the backup that is due.
+pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
+    let unix_ms = shared.clock.unix_ms(now);
+    shared.keeper.note_alive(unix_ms);
+    let interval = shared.settings().backup_interval.as_millis() as u64;
+    if interval == 0 || unix_ms < shared.keeper.last_backup() + interval {
+        return;
+    }
+    // Not again at the next look, whatever becomes of it.
+    shared.keeper.note_backup(unix_ms);
+    let begun = run(shared, |shared| {
+        if let Err(error) = backup(shared, None) {
+            tracing::error!(%error, "no backup was made; the last one stays");
+        }
+    });
+    if let Err(error) = begun {
+        tracing::warn!(%error, "the backup by schedule waits for its next turn");
+    }
+}
+
+/// Begins what an administrator asked for; the reply comes from the thread.
+///
+/// # Errors
+/// `overloaded` where something of the kind is under way.
+pub(crate) fn begin(
+    shared: &Arc<Shared>,
+    action: AdminAction,
+    asker: &Arc<Peer>,
+    id: Option<&str>,
+) -> Result<(), Refusal> {
+    let (asker, id) = (Arc::clone(asker), id.map(Box::from));
+    run(shared, move |shared| {
+        let result = match action {
+            AdminAction::Backup(to) => backup(shared, to.map(PathBuf::from).as_deref()),
+            AdminAction::CheckDatabase(is_thorough) => check(shared, is_thorough),
+            _ => unreachable!("no other action takes long"),
+        };
+        if let Some(id) = id {
+            let home = asker.home;
+            shared.mailboxes[home].send(Command::Reply(asker, id, result));
+        }
+    })
+}
+
+fn run(shared: &Arc<Shared>, work: impl FnOnce(&Shared) + Send + 'static) -> Result<(), Refusal> {
+    if shared.is_in_upkeep.swap(true, Acquire) {
+        let message = "a backup or a check of the database is under way; repeat when it is done";
+        return Err(Refusal::new(Code::Overloaded, message));
+    }
+    let own = Arc::clone(shared);
+    let spawned = std::thread::Builder::new()
+        .name("upkeep".into())
+        .spawn(move || {
+            work(&own);
+            own.is_in_upkeep.store(false, Release);
+        });
+    spawned.map(|_| ()).map_err(|error| {
+        shared.is_in_upkeep.store(false, Release);
+        Refusal::new(
+            Code::Storage,
+            format!("no thread for it can be had: {error}"),
+        )
+    })
+}
+
+fn backup(shared: &Shared, to: Option<&Path>) -> Result<String, Refusal> {
+    let started = Instant::now();
+    if to.is_some_and(|to| !to.is_absolute()) {
+        let message = "field 'to' must be an absolute path on the server's machine";
+        return Err(Refusal::new(Code::BadMessage, message));
+    }
+    let failed = |error: &dyn std::fmt::Display| Refusal::new(Code::Storage, error.to_string());
+    let store = shared.keeper.store();
+    let backup = store
+        .backup_with(to, |writer| shared.blocks.back_up(writer))
+        .map_err(|error| failed(&error))?;
+    let summary = backup.summary().map_err(|error| failed(&error))?;
+    let bytes = std::fs::metadata(backup.path()).map_or(0, |file| file.len());
+    let took = started.elapsed().as_millis() as u64;
+    tracing::info!(file = %backup.path().display(), bytes, took_ms = took, "backup made");
+    if to.is_none() {
+        prune(shared);
+    }
+    Ok(json!({
+        "file": backup.path(), "bytes": bytes, "took_ms": took,
+        "apps": summary.apps, "pools": summary.pools, "calls": summary.calls, "answers": summary.answers,
+        "blocks": summary.blocks, "block_bytes": summary.block_bytes,
+    })
+    .to_string())
+}
+
+/// Removes backups that the policy does not keep.
+fn prune(shared: &Shared) {
+    let now = shared.clock.unix_ms(shared.clock.now());
+    let now = i64::try_from(now).unwrap_or(i64::MAX);
+    match latzero_store::prune(shared.keeper.store().dir(), now, &Policy::default()) {
+        Ok(pruned) => tracing::debug!(?pruned, "old backups removed"),
+        Err(error) => tracing::warn!(%error, "old backups can't be removed"),
+    }
+}
+
+fn check(shared: &Shared, is_thorough: bool) -> Result<String, Refusal> {
+    let started = Instant::now();
+    let findings = shared
+        .keeper
+        .store()
+        .check(is_thorough)
+        .map_err(|error| Refusal::new(Code::Storage, error.to_string()))?;
+    let took: Duration = started.elapsed();
+    Ok(json!({
+        "ok": findings.is_empty(), "findings": findings, "full": is_thorough,
+        "took_ms": took.as_millis() as u64,
+    })
+    .to_string())
+}

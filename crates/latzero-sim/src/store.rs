@@ -1,0 +1,105 @@
+//! The store of the simulated world: rows in maps, written at once, later, or not at all.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Change, PoolRow};
+use latzero_protocol::{AppId, PoolName};
+
+use crate::outbox::Peer;
+
+/// What is on the simulated disk.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rows {
+    /// Apps.
+    pub apps: BTreeMap<AppId, AppRow>,
+    /// Pools that outlive the server.
+    pub pools: BTreeMap<PoolName, PoolRow>,
+    /// Calls that wait for their handlers.
+    pub calls: BTreeMap<u64, CallRow>,
+    /// Answers that wait for their callers.
+    pub answers: BTreeMap<u64, AnswerRow>,
+}
+
+impl Rows {
+    /// Writes one change, as a real store does.
+    pub fn write(&mut self, change: &Change) {
+        match change.clone() {
+            Change::App(row) => {
+                self.apps.insert(row.app_id.clone(), *row);
+            }
+            Change::Seen(app, unix_ms) => {
+                if let Some(row) = self.apps.get_mut(&app) {
+                    row.last_seen = unix_ms;
+                }
+            }
+            Change::ForgetApp(app) => {
+                self.apps.remove(&app);
+            }
+            Change::Pool(row) => {
+                self.pools.insert(row.name.clone(), *row);
+            }
+            Change::ForgetPool(name) => {
+                self.pools.remove(&name);
+            }
+            Change::Call(row) => {
+                self.calls.insert(row.number, *row);
+            }
+            Change::Attempt(number, attempt) => {
+                if let Some(row) = self.calls.get_mut(&number) {
+                    row.attempt = attempt;
+                }
+            }
+            Change::EndCall(number) => {
+                self.calls.remove(&number);
+            }
+            Change::Answer(row) => {
+                self.calls.remove(&row.number);
+                self.answers.insert(row.number, *row);
+            }
+            Change::EndAnswer(number) => {
+                self.answers.remove(&number);
+            }
+        }
+    }
+}
+
+/// The disk, and what is on its way to it.
+#[derive(Debug, Default)]
+pub(crate) struct Store {
+    pub(crate) rows: Rows,
+    waiting: VecDeque<(Change, Option<Peer>)>,
+    pub(crate) is_holding: bool,
+    pub(crate) is_failing: bool,
+}
+
+impl Store {
+    pub(crate) fn keep(&mut self, change: Change, promise: Option<Peer>) {
+        self.waiting.push_back((change, promise));
+    }
+
+    /// Writes the next change, or fails to; returns whom that was promised, and whether it went well. What nobody was
+    /// promised is tried again.
+    pub(crate) fn write_next(&mut self) -> Option<(Option<Peer>, bool)> {
+        if self.is_holding {
+            return None;
+        }
+        let at = match self.is_failing {
+            true => self
+                .waiting
+                .iter()
+                .position(|(_, promise)| promise.is_some())?,
+            false => 0,
+        };
+        let (change, promise) = self.waiting.remove(at)?;
+        if !self.is_failing {
+            self.rows.write(&change);
+        }
+        Some((promise, !self.is_failing))
+    }
+
+    /// What is on its way is lost; what is written stays.
+    pub(crate) fn crash(&mut self) {
+        self.waiting.clear();
+        self.is_holding = false;
+    }
+}

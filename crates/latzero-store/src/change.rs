@@ -1,0 +1,156 @@
+//! A change of one record (or of two that belong together), and the key under which changes supersede each other.
+
+use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, PoolRow};
+
+/// One change. Each may be written twice with the same result as once, so that it can be tried again after a failure whose
+/// outcome is not known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Adds an app or replaces what is known of it.
+    PutApp(AppRow),
+    /// An app was here at `last_seen` (unix ms). The latest word counts; an unknown app is ignored.
+    SeenApp {
+        /// Which app.
+        app_id: String,
+        /// When, in unix ms.
+        last_seen: i64,
+    },
+    /// Removes an app.
+    ForgetApp {
+        /// Which app.
+        app_id: String,
+    },
+    /// Adds or replaces a pool.
+    PutPool(PoolRow),
+    /// Removes a pool; its blocks, calls and answers are the caller's to remove.
+    RemovePool {
+        /// Which pool.
+        name: String,
+    },
+    /// Adds or replaces a block's record.
+    PutBlock(BlockRow),
+    /// Removes a block's record.
+    RemoveBlock {
+        /// The block's pool.
+        pool: String,
+        /// The block's name in its pool.
+        block_id: String,
+    },
+    /// Parks a call.
+    PutCall(CallRow),
+    /// A parked call was handed out for the `attempt`-th time. An unknown call is ignored.
+    NoteAttempt {
+        /// The call's number.
+        number: u64,
+        /// How often it was handed out by now.
+        attempt: u32,
+    },
+    /// Removes a parked call.
+    RemoveCall {
+        /// The call's number.
+        number: u64,
+    },
+    /// Keeps an answer and removes the call that it ends, both or neither.
+    PutAnswer {
+        /// The answer.
+        answer: AnswerRow,
+        /// The parked call that ends with it.
+        ends_call: Option<u64>,
+    },
+    /// Removes an answer.
+    RemoveAnswer {
+        /// The answer's number.
+        number: u64,
+    },
+    /// Sets a server setting.
+    PutSetting {
+        /// Its name.
+        key: String,
+        /// Its value.
+        value: String,
+    },
+}
+
+/// What a change is about. A later eventual change replaces an earlier one of the same key.
+///
+/// The parts of a row that change alone have keys of their own: they follow the row's own change and never replace it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Key {
+    App(String),
+    AppSeen(String),
+    Pool(String),
+    Block(String, String),
+    Call(u64),
+    Attempt(u64),
+    Answer(u64),
+    Setting(String),
+}
+
+/// How readily an eventual change is given up when too many wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Worth {
+    /// A time that the next sight of the app brings again.
+    Seen,
+    /// A count that is only a hint to handlers.
+    Attempt,
+    /// Never given up: the newcomer is refused instead.
+    Kept,
+}
+
+impl Change {
+    pub(crate) fn key(&self) -> Key {
+        match self {
+            Self::PutApp(row) => Key::App(row.app_id.clone()),
+            Self::ForgetApp { app_id } => Key::App(app_id.clone()),
+            Self::SeenApp { app_id, .. } => Key::AppSeen(app_id.clone()),
+            Self::PutPool(row) => Key::Pool(row.name.clone()),
+            Self::RemovePool { name } => Key::Pool(name.clone()),
+            Self::PutBlock(row) => Key::Block(row.pool.clone(), row.block_id.clone()),
+            Self::RemoveBlock { pool, block_id } => Key::Block(pool.clone(), block_id.clone()),
+            Self::PutCall(row) => Key::Call(row.number),
+            Self::RemoveCall { number } => Key::Call(*number),
+            Self::NoteAttempt { number, .. } => Key::Attempt(*number),
+            Self::PutAnswer { answer, .. } => Key::Answer(answer.number),
+            Self::RemoveAnswer { number } => Key::Answer(*number),
+            Self::PutSetting { key, .. } => Key::Setting(key.clone()),
+        }
+    }
+
+    pub(crate) fn worth(&self) -> Worth {
+        match self {
+            Self::SeenApp { .. } => Worth::Seen,
+            Self::NoteAttempt { .. } => Worth::Attempt,
+            _ => Worth::Kept,
+        }
+    }
+
+    /// Whether this must be written although a later change of its key waits: it changes another row as well.
+    pub(crate) fn reaches_further(&self) -> bool {
+        matches!(
+            self,
+            Self::PutAnswer {
+                ends_call: Some(_),
+                ..
+            }
+        )
+    }
+
+    /// For messages: which record, without its contents.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::PutApp(row) => format!("app {}", row.app_id),
+            Self::SeenApp { app_id, .. } | Self::ForgetApp { app_id } => format!("app {app_id}"),
+            Self::PutPool(row) => format!("pool {}", row.name),
+            Self::RemovePool { name } => format!("pool {name}"),
+            Self::PutBlock(row) => format!("block {} of pool {}", row.block_id, row.pool),
+            Self::RemoveBlock { pool, block_id } => format!("block {block_id} of pool {pool}"),
+            Self::PutCall(row) => format!("call {}", row.number),
+            Self::NoteAttempt { number, .. } | Self::RemoveCall { number } => {
+                format!("call {number}")
+            }
+            Self::PutAnswer { answer, .. } => format!("answer {}", answer.number),
+            Self::RemoveAnswer { number } => format!("answer {number}"),
+            Self::PutSetting { key, .. } => format!("setting {key}"),
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! Files and directories, made to last: each change of a name is followed by an fsync of its directory.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags};
+
+use crate::faults::Faults;
+
+/// What belongs to a database besides its own file.
+pub(crate) const COMPANIONS: [&str; 4] = ["", "-wal", "-shm", "-journal"];
+
+/// `path` with `suffix` at its end.
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// Makes sure that `path` is there, and ours alone (0600). Tells whether it had to be made.
+pub(crate) fn private_file(path: &Path) -> io::Result<bool> {
+    match OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+    {
+        Ok(_) => return Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error),
+    }
+    for suffix in COMPANIONS {
+        let path = with_suffix(path, suffix);
+        match fs::metadata(&path) {
+            Ok(metadata) if metadata.permissions().mode() & 0o777 != 0o600 => {
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
+}
+
+/// Makes sure that the directory `path` is there; a new one is ours alone (0700).
+pub(crate) fn private_dir(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+}
+
+pub(crate) fn sync_file(path: &Path, faults: &Faults) -> io::Result<()> {
+    faults.step("fsync of a file")?;
+    File::open(path)?.sync_all()
+}
+
+pub(crate) fn sync_dir(path: &Path, faults: &Faults) -> io::Result<()> {
+    faults.step("fsync of a directory")?;
+    File::open(path)?.sync_all()
+}
+
+/// Renames within a directory or between two of one disk. An existing `to` is never replaced: `AlreadyExists`.
+pub(crate) fn rename_new(from: &Path, to: &Path, faults: &Faults) -> io::Result<()> {
+    faults.step("rename")?;
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // The file system does not know the flag (renameat2(2)): a look before is the best that there is.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+            if fs::symlink_metadata(to).is_ok() {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
+            fs::rename(from, to)
+        }
+        done => Ok(done?),
+    }
+}
+
+/// The directory that a file lies in.
+pub(crate) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Moves a database and its companions aside under `<why>-<unix ms>-<name>`, one time for all of them.
+///
+/// Whoever repeats this after a crash moves what is left; the main file goes first, so what is left is never taken for a whole.
+pub(crate) fn set_aside(
+    database: &Path,
+    why: &str,
+    unix_ms: i64,
+    faults: &Faults,
+) -> io::Result<Vec<PathBuf>> {
+    let name = database
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let dir = parent(database);
+    let target = |at: i64, suffix: &str| dir.join(format!("{why}-{at}-{name}{suffix}"));
+    let is_there = |path: &Path| fs::symlink_metadata(path).is_ok();
+    let is_taken = |at: &i64| {
+        COMPANIONS
+            .iter()
+            .any(|suffix| is_there(&target(*at, suffix)))
+    };
+    let Some(at) = (unix_ms..i64::MAX).find(|at| !is_taken(at)) else {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    };
+    let mut moved = Vec::new();
+    for suffix in COMPANIONS {
+        let from = with_suffix(database, suffix);
+        if is_there(&from) {
+            let to = target(at, suffix);
+            rename_new(&from, &to, faults)?;
+            moved.push(to);
+        }
+    }
+    if !moved.is_empty() {
+        sync_dir(dir, faults)?;
+    }
+    Ok(moved)
+}

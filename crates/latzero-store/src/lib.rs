@@ -1,0 +1,52 @@
+//! What must outlive the server: records in SQLite, on one thread.
+//!
+//! A [`Store`] owns the one connection to `data.db`. Changes are handed in without waiting ([`Store::submit`]) and written in
+//! groups: while one transaction commits, the next one gathers. A change is either a *promise*, whose ticket is told after
+//! COMMIT or with the reason of its failure, or *eventual*: the newest state of a row is kept in memory until the disk takes it.
+//! Everything is read once, at [`open`]; afterwards the caller's memory is the truth and this is its shadow.
+//!
+//! This crate knows neither connections nor routing: registrations, layouts and envelopes are text and bytes to it.
+//!
+//! No other program may open `data.db` while it is in use: the connection holds it exclusively. Unsigned numbers live in
+//! SQLite's signed 64 bits: where order matters, a number above `i64::MAX` is refused; device and inode keep their bits.
+
+mod backup;
+mod blocks_kept;
+mod calendar;
+mod change;
+mod checksum;
+mod error;
+pub mod failpoint;
+mod faults;
+mod files;
+mod open;
+mod options;
+mod queue;
+mod restore;
+mod retention;
+mod rows;
+mod schema;
+mod statements;
+mod store;
+mod writer;
+
+pub use backup::{Backup, BackupWriter, Summary, open_backup};
+pub use blocks_kept::{BlockHead, BlockReader};
+pub use change::Change;
+pub use error::{BackupError, OpenError, StoreError, SubmitError};
+#[doc(hidden)]
+pub use faults::{Faults, Lasts};
+pub use open::{Contents, Opened, Report, open};
+pub use options::{Done, Durability, Options, Ticket};
+#[doc(hidden)]
+pub use restore::restore_with;
+pub use restore::{Restored, restore};
+pub use retention::{Policy, Pruned, prune};
+pub use rows::{AnswerRow, AppRow, BlockRow, CallRow, PoolRow};
+pub use schema::{APPLICATION_ID, SCHEMA_VERSION, library_version};
+pub use store::{Status, Store};
+
+/// The database's name in the data directory.
+pub const DATABASE: &str = "data.db";
+/// The directory of backups in the data directory.
+pub const BACKUPS: &str = "backups";

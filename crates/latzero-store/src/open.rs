@@ -1,0 +1,440 @@
+//! Opening: what must hold before the first record is read, and what happens when it does not.
+//!
+//! A database that was closed cleanly in this boot is trusted. Otherwise it is checked, after another boot in full. A damaged
+//! one is moved aside, never deleted, and the newest backup that verifies takes its place; the report then says so.
+//! Whatever may heal (a full disk, a directory that is not writable) is an error and moves nothing.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex};
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, OpenFlags};
+
+use crate::backup;
+use crate::calendar::{now_ms, stamp};
+use crate::error::{BackupError, OpenError, is_damage};
+use crate::faults::Faults;
+use crate::files::{self, with_suffix};
+use crate::options::{Durability, Options};
+use crate::queue::Queue;
+use crate::restore;
+use crate::retention;
+use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, PoolRow, Record};
+use crate::schema::{self, SCHEMA_VERSION};
+use crate::store::{Shared, State, Store};
+use crate::writer;
+use crate::{BACKUPS, DATABASE};
+
+/// An open store, and what was in it.
+#[derive(Debug)]
+pub struct Opened {
+    /// The handle.
+    pub store: Store,
+    /// All records.
+    pub contents: Contents,
+    /// What opening did.
+    pub report: Report,
+}
+
+/// All records of a database.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Contents {
+    /// The known apps, in no particular order.
+    pub apps: Vec<AppRow>,
+    /// The durable pools, by name.
+    pub pools: Vec<PoolRow>,
+    /// The blocks, by pool and name.
+    pub blocks: Vec<BlockRow>,
+    /// The parked calls, by number.
+    pub calls: Vec<CallRow>,
+    /// The kept answers, by number.
+    pub answers: Vec<AnswerRow>,
+    /// The settings, by name.
+    pub settings: Vec<(String, String)>,
+}
+
+/// What opening did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Something was lost, or may be: a person should read `texts`.
+    pub is_degraded: bool,
+    /// What happened, one sentence each.
+    pub texts: Vec<String>,
+    /// There was no database; this is a new one.
+    pub is_new: bool,
+    /// The check that was made: `none`, `quick` or `full`.
+    pub checked: &'static str,
+    /// The schema before migrating, if it was an older one.
+    pub migrated_from: Option<i64>,
+    /// The backup that took the place of a damaged database.
+    pub restored_from: Option<PathBuf>,
+}
+
+/// Opens the database in `data_dir`, which must exist and be the caller's alone; only one process may do so at a time.
+pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
+    if !schema::library_is_safe(rusqlite::version_number()) {
+        let found = schema::library_version().to_owned();
+        return Err(OpenError::Library { found });
+    }
+    let mut report = Report::default();
+    let (conn, contents) = open_files(data_dir, &options, &mut report)?;
+    for text in &report.texts {
+        tracing::error!("{text}");
+    }
+    let shared = Arc::new(Shared {
+        state: Mutex::new(State {
+            queue: Queue::new(options.queue_max, options.retained_max),
+            requests: Default::default(),
+            is_closing: false,
+            is_abandoned: false,
+            is_asleep: false,
+            failing: None,
+            commits: 0,
+            changes: 0,
+            failures: 0,
+            refused: 0,
+            last_backup: None,
+        }),
+        wake: Condvar::new(),
+        settled: Condvar::new(),
+        dir: data_dir.to_owned(),
+        database: data_dir.join(DATABASE),
+        faults: options.faults.clone(),
+    });
+    let thread = writer::start(conn, Arc::clone(&shared), options)
+        .map_err(|error| OpenError::file("start the thread for", data_dir, error))?;
+    Ok(Opened {
+        store: Store::new(shared, thread),
+        contents,
+        report,
+    })
+}
+
+fn open_files(
+    dir: &Path,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(Connection, Contents), OpenError> {
+    let database = dir.join(DATABASE);
+    let backups = dir.join(BACKUPS);
+    let faults = &options.faults;
+    files::private_dir(&backups).map_err(|e| OpenError::file("make", &backups, e))?;
+    backup::remove_leftovers(&backups).map_err(|e| OpenError::file("tidy", &backups, e))?;
+    if restore::finish_decided(dir, faults)? {
+        report.texts.push(format!(
+            "a restoring that was interrupted was completed; the former database lies beside {}",
+            database.display()
+        ));
+        report.is_degraded = true;
+    }
+    let reason = match try_open(dir, options, report) {
+        Ok(opened) => return Ok(opened),
+        Err(Trouble::Other(error)) => return Err(error),
+        Err(Trouble::Damage(reason)) => reason,
+    };
+
+    report.is_degraded = true;
+    let mut text = format!("{} is damaged ({reason})", database.display());
+    match restore::prepare_newest(dir, faults, &mut report.texts)? {
+        Some(from) => {
+            restore::switch(dir, "corrupt", faults)?;
+            text += &format!("; {} took its place", from.display());
+            report.restored_from = Some(from);
+        }
+        None => {
+            files::set_aside(&database, "corrupt", now_ms(), faults)
+                .map_err(|e| OpenError::file("set aside", &database, e))?;
+            text += "; there is no good backup, so everything starts empty";
+        }
+    }
+    text += "; the damaged files were kept as corrupt-… beside it";
+    report.texts.push(text);
+    match try_open(dir, options, report) {
+        Ok(opened) => Ok(opened),
+        Err(Trouble::Other(error)) => Err(error),
+        Err(Trouble::Damage(reason)) => Err(OpenError::Damaged {
+            path: database,
+            reason,
+        }),
+    }
+}
+
+/// Why a database could not be opened as it is.
+enum Trouble {
+    /// Its contents are at fault.
+    Damage(String),
+    Other(OpenError),
+}
+
+impl From<OpenError> for Trouble {
+    fn from(error: OpenError) -> Self {
+        Self::Other(error)
+    }
+}
+
+fn try_open(
+    dir: &Path,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(Connection, Contents), Trouble> {
+    let database = dir.join(DATABASE);
+    let faults = &options.faults;
+    let failed = |step: &'static str| {
+        let database = database.clone();
+        move |error: rusqlite::Error| {
+            if is_damage(&error) {
+                Trouble::Damage(error.to_string())
+            } else {
+                Trouble::Other(OpenError::sqlite(step, &database, error))
+            }
+        }
+    };
+    let size = fs::metadata(&database).map_or(0, |metadata| metadata.len());
+    if size == 0 {
+        set_stray_log_aside(&database, report, faults)?;
+        note_what_is_missing(dir, report);
+    }
+    let had_log = fs::metadata(with_suffix(&database, "-wal")).is_ok_and(|log| log.len() > 0);
+    let is_made = files::private_file(&database)
+        .map_err(|error| OpenError::file("make", &database, error))?;
+    if is_made {
+        // The name must outlast a power loss before the first commit does.
+        files::sync_dir(dir, faults).map_err(|error| OpenError::file("sync", dir, error))?;
+    }
+    let conn = connect(&database).map_err(failed("open"))?;
+    keep_log(&conn, true).map_err(failed("prepare"))?;
+    prepare(&conn, options.durability).map_err(failed("prepare"))?;
+
+    let application = schema::application_id(&conn).map_err(failed("read"))?;
+    let version = schema::user_version(&conn).map_err(failed("read"))?;
+    let is_blank = schema::is_blank(&conn).map_err(failed("read"))?;
+    report.is_new = is_blank;
+    if application != i64::from(schema::APPLICATION_ID) && !is_blank {
+        return Err(Trouble::Other(OpenError::Foreign {
+            path: database,
+            found: application,
+        }));
+    }
+    if version > SCHEMA_VERSION {
+        return Err(Trouble::Other(OpenError::Newer {
+            path: database,
+            found: version,
+            known: SCHEMA_VERSION,
+        }));
+    }
+    report.checked = "none";
+    if !is_blank && let Some(full) = check_needed(&conn, &options.boot_id, had_log) {
+        report.checked = if full { "full" } else { "quick" };
+        let found = findings(&conn, full).map_err(failed("check"))?;
+        if !found.is_empty() {
+            return Err(Trouble::Damage(found.join("; ")));
+        }
+    }
+    if version < SCHEMA_VERSION {
+        if !is_blank {
+            back_up_before_migration(&conn, dir, version, faults)?;
+            report.migrated_from = Some(version);
+        }
+        schema::migrate(&conn, version, faults).map_err(failed("migrate"))?;
+    }
+    let contents = load(&conn).map_err(failed("read"))?;
+    keep_log(&conn, false).map_err(failed("prepare"))?;
+    Ok((conn, contents))
+}
+
+/// Opens the file without ever making one. A connection stays on one thread at a time, so it needs no lock of its own.
+pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    Connection::open_with_flags(
+        path,
+        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
+    )
+}
+
+fn prepare(conn: &Connection, durability: Durability) -> rusqlite::Result<()> {
+    let synchronous = match durability {
+        Durability::Full => "FULL",
+        Durability::Normal => "NORMAL",
+    };
+    // The exclusive lock comes before the journal's mode: then no other process, with whatever SQLite, can open the file,
+    // and there is no shared index file (https://sqlite.org/wal.html#noshm).
+    conn.execute_batch(&format!(
+        "PRAGMA busy_timeout = 5000;
+         PRAGMA locking_mode = EXCLUSIVE;
+         PRAGMA trusted_schema = OFF;
+         PRAGMA cell_size_check = ON;
+         PRAGMA mmap_size = 0;
+         PRAGMA temp_store = MEMORY;
+         PRAGMA foreign_keys = ON;
+         PRAGMA journal_mode = WAL;
+         PRAGMA synchronous = {synchronous};
+         PRAGMA wal_autocheckpoint = 1000;
+         PRAGMA journal_size_limit = 67108864;"
+    ))
+}
+
+/// Whether closing leaves the log alone: until a database is known to be good, it may be needed to look into the damage.
+fn keep_log(conn: &Connection, keep: bool) -> rusqlite::Result<()> {
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, keep)
+        .map(drop)
+}
+
+/// Which check a start needs: none, quick (`Some(false)`) or full (`Some(true)`).
+fn check_needed(conn: &Connection, boot_id: &str, had_log: bool) -> Option<bool> {
+    let state = |key: &str| -> Option<String> {
+        conn.query_row(
+            "SELECT value FROM store_state WHERE key = ?1",
+            [key],
+            |row| row.get(0),
+        )
+        .ok()
+    };
+    let is_same_boot = !boot_id.is_empty() && state("boot_id").as_deref() == Some(boot_id);
+    let is_clean = !had_log && state("run").as_deref() == Some("clean");
+    match (is_same_boot, is_clean) {
+        (true, true) => None,
+        (true, false) => Some(false),
+        (false, _) => Some(true),
+    }
+}
+
+/// What SQLite finds wrong; empty when all is well.
+pub(crate) fn findings(conn: &Connection, full: bool) -> rusqlite::Result<Vec<String>> {
+    let check = if full {
+        "PRAGMA integrity_check"
+    } else {
+        "PRAGMA quick_check"
+    };
+    let mut found: Vec<String> = conn
+        .prepare(check)?
+        .query_map([], |row| row.get(0))?
+        .collect::<Result<_, _>>()?;
+    found.retain(|line| line != "ok");
+    if full {
+        let mut statement = conn.prepare("PRAGMA foreign_key_check")?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            let table: String = row.get(0)?;
+            found.push(format!("a row of {table} refers to one that is missing"));
+        }
+    }
+    Ok(found)
+}
+
+fn set_stray_log_aside(
+    database: &Path,
+    report: &mut Report,
+    faults: &Faults,
+) -> Result<(), OpenError> {
+    let log = with_suffix(database, "-wal");
+    if !fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
+        return Ok(());
+    }
+    files::set_aside(&log, "corrupt", now_ms(), faults)
+        .map_err(|error| OpenError::file("set aside", &log, error))?;
+    report.is_degraded = true;
+    report.texts.push(format!(
+        "{} was there without its database; it was kept as corrupt-… beside it",
+        log.display()
+    ));
+    Ok(())
+}
+
+/// A data directory with backups and without a database is not a new one: somebody should know.
+fn note_what_is_missing(dir: &Path, report: &mut Report) {
+    if report.is_degraded {
+        return;
+    }
+    if let Some(newest) = retention::list(&dir.join(BACKUPS)).last() {
+        report.is_degraded = true;
+        report.texts.push(format!(
+            "{} is missing although there are backups; everything starts empty; restore {} if that is not intended",
+            dir.join(DATABASE).display(),
+            newest.path.display()
+        ));
+    }
+}
+
+fn back_up_before_migration(
+    conn: &Connection,
+    dir: &Path,
+    version: i64,
+    faults: &Faults,
+) -> Result<(), BackupError> {
+    let backups = dir.join(BACKUPS);
+    let temporary = backup::temporary(&backups);
+    backup::copy(conn, &temporary, i32::MAX, faults, || Ok(()))?;
+    backup::finish(&temporary, faults)?;
+    let name = format!("pre-migration-{version}-{}", stamp(now_ms()));
+    backup::publish(&temporary, &backups, &name, faults).map(drop)
+}
+
+impl From<BackupError> for Trouble {
+    fn from(error: BackupError) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+/// Reads every record.
+pub(crate) fn load(conn: &Connection) -> rusqlite::Result<Contents> {
+    Ok(Contents {
+        apps: all(conn)?,
+        pools: all(conn)?,
+        blocks: all(conn)?,
+        calls: all(conn)?,
+        answers: all(conn)?,
+        settings: conn
+            .prepare("SELECT key, value FROM server_config ORDER BY key")?
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+            .collect::<Result<_, _>>()?,
+    })
+}
+
+fn all<R: Record>(conn: &Connection) -> rusqlite::Result<Vec<R>> {
+    let mut statement = conn.prepare(&R::select())?;
+    let mut rows = statement.query([])?;
+    let mut records = Vec::new();
+    while let Some(row) = rows.next()? {
+        records.push(R::read(row)?);
+    }
+    Ok(records)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_connection_is_set_as_promised() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(DATABASE);
+        files::private_file(&path).unwrap();
+        for (durability, synchronous) in [(Durability::Full, "2"), (Durability::Normal, "1")] {
+            let conn = connect(&path).unwrap();
+            prepare(&conn, durability).unwrap();
+            for (pragma, expected) in [
+                ("journal_mode", "wal"),
+                ("locking_mode", "exclusive"),
+                ("synchronous", synchronous),
+                ("busy_timeout", "5000"),
+                ("trusted_schema", "0"),
+                ("cell_size_check", "1"),
+                ("temp_store", "2"),
+                ("foreign_keys", "1"),
+                ("wal_autocheckpoint", "1000"),
+                ("journal_size_limit", "67108864"),
+                ("mmap_size", "0"),
+            ] {
+                let value: rusqlite::types::Value = conn
+                    .query_row(&format!("PRAGMA {pragma}"), [], |row| row.get(0))
+                    .unwrap();
+                let value = match value {
+                    rusqlite::types::Value::Integer(number) => number.to_string(),
+                    rusqlite::types::Value::Text(text) => text,
+                    other => panic!("{pragma}: {other:?}"),
+                };
+                assert_eq!(value, expected, "{pragma}");
+            }
+        }
+    }
+}

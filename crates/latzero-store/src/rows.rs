@@ -1,0 +1,443 @@
+//! The records, and how each lies in its table.
+//!
+//! A row type names its columns once, in the order of its fields; reading and writing statements are made from that list.
+
+use rusqlite::types::ToSqlOutput;
+use rusqlite::{Row, Statement, ToSql};
+
+/// A row type and its table.
+pub(crate) trait Record: Sized {
+    const TABLE: &'static str;
+    /// How many of the first columns are the primary key.
+    const KEYS: usize;
+    const COLUMNS: &'static [&'static str];
+
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self>;
+    fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize>;
+
+    /// Reads all rows, ordered by primary key.
+    fn select() -> String {
+        format!(
+            "SELECT {} FROM {} ORDER BY {}",
+            Self::COLUMNS.join(", "),
+            Self::TABLE,
+            Self::COLUMNS[..Self::KEYS].join(", ")
+        )
+    }
+
+    /// Adds a row or overwrites the one with its key, in place.
+    fn upsert() -> String {
+        let marks: Vec<_> = (1..=Self::COLUMNS.len()).map(|i| format!("?{i}")).collect();
+        let sets: Vec<_> = Self::COLUMNS[Self::KEYS..]
+            .iter()
+            .map(|column| format!("{column} = excluded.{column}"))
+            .collect();
+        format!(
+            "INSERT INTO {} ({}) VALUES ({}) ON CONFLICT ({}) DO UPDATE SET {}",
+            Self::TABLE,
+            Self::COLUMNS.join(", "),
+            marks.join(", "),
+            Self::COLUMNS[..Self::KEYS].join(", "),
+            sets.join(", ")
+        )
+    }
+}
+
+/// A number whose order matters: refused above `i64::MAX`, the largest that SQLite orders rightly.
+pub(crate) struct Ordered(pub(crate) u64);
+
+impl ToSql for Ordered {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        let value = i64::try_from(self.0).map_err(|_| {
+            let text = format!("{} is above {}, the largest number kept", self.0, i64::MAX);
+            rusqlite::Error::ToSqlConversionFailure(text.into())
+        })?;
+        Ok(value.into())
+    }
+}
+
+fn ordered(row: &Row<'_>, at: usize) -> rusqlite::Result<u64> {
+    let value: i64 = row.get(at)?;
+    u64::try_from(value).map_err(|_| rusqlite::Error::IntegralValueOutOfRange(at, value))
+}
+
+/// An app that the server knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AppRow {
+    /// Its id.
+    pub app_id: String,
+    /// The pools it is in, as JSON.
+    pub pools: String,
+    /// Its triggers, as JSON.
+    pub triggers: String,
+    /// What it watches and subscribed to, as JSON.
+    pub watches: String,
+    /// What it said about itself, as JSON.
+    pub meta: Option<String>,
+    /// The protocol it spoke last.
+    pub protocol_version: u32,
+    /// When it first came, unix ms.
+    pub registered: i64,
+    /// When it was last here, unix ms.
+    pub last_seen: i64,
+}
+
+impl Record for AppRow {
+    const TABLE: &'static str = "app_registry";
+    const KEYS: usize = 1;
+    const COLUMNS: &'static [&'static str] = &[
+        "app_id",
+        "pools",
+        "triggers",
+        "watches",
+        "meta",
+        "protocol_version",
+        "registered",
+        "last_seen",
+    ];
+
+    /// In the order of the file: sorting 100,000 names would cost more than reading them.
+    fn select() -> String {
+        format!("SELECT {} FROM {}", Self::COLUMNS.join(", "), Self::TABLE)
+    }
+
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            app_id: row.get(0)?,
+            pools: row.get(1)?,
+            triggers: row.get(2)?,
+            watches: row.get(3)?,
+            meta: row.get(4)?,
+            protocol_version: row.get(5)?,
+            registered: row.get(6)?,
+            last_seen: row.get(7)?,
+        })
+    }
+
+    fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize> {
+        statement.execute((
+            &self.app_id,
+            &self.pools,
+            &self.triggers,
+            &self.watches,
+            &self.meta,
+            self.protocol_version,
+            self.registered,
+            self.last_seen,
+        ))
+    }
+}
+
+/// A durable pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolRow {
+    /// Its name.
+    pub name: String,
+    /// Its kind, in the protocol's word.
+    pub kind: String,
+    /// Whether its traffic is encrypted.
+    pub encrypted: bool,
+    /// The app that owns it.
+    pub owner: Option<String>,
+    /// Its rules, as JSON.
+    pub policy: Option<String>,
+    /// Its properties, as JSON.
+    pub properties: Option<String>,
+    /// Its key descriptor.
+    pub descriptor: Option<Vec<u8>>,
+    /// When it was made, unix ms.
+    pub created: i64,
+    /// When it was last changed, unix ms.
+    pub updated: i64,
+}
+
+impl Record for PoolRow {
+    const TABLE: &'static str = "pool_metadata";
+    const KEYS: usize = 1;
+    const COLUMNS: &'static [&'static str] = &[
+        "name",
+        "kind",
+        "encrypted",
+        "owner",
+        "policy",
+        "properties",
+        "descriptor",
+        "created",
+        "updated",
+    ];
+
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            name: row.get(0)?,
+            kind: row.get(1)?,
+            encrypted: row.get(2)?,
+            owner: row.get(3)?,
+            policy: row.get(4)?,
+            properties: row.get(5)?,
+            descriptor: row.get(6)?,
+            created: row.get(7)?,
+            updated: row.get(8)?,
+        })
+    }
+
+    fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize> {
+        statement.execute((
+            &self.name,
+            &self.kind,
+            self.encrypted,
+            &self.owner,
+            &self.policy,
+            &self.properties,
+            &self.descriptor,
+            self.created,
+            self.updated,
+        ))
+    }
+}
+
+/// A memory block's record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockRow {
+    /// The block's pool.
+    pub pool: String,
+    /// Its name in the pool.
+    pub block_id: String,
+    /// `shared` or `persistent`.
+    pub kind: String,
+    /// Bytes of its contents.
+    pub size: u64,
+    /// Its slots.
+    pub slots: u32,
+    /// Its layout, as text.
+    pub layout: Option<String>,
+    /// Who may do what, as JSON.
+    pub permissions: String,
+    /// The app that owns it.
+    pub owner: String,
+    /// How long it lives, in the protocol's word.
+    pub lifetime: String,
+    /// Its generation.
+    pub generation: u64,
+    /// Its newest version that is known here.
+    pub version: u64,
+    /// The newest fence of its lock.
+    pub fence: u64,
+    /// In which boot its file was made; for shared blocks.
+    pub boot_id: Option<String>,
+    /// The device of its file; all 64 bits are kept.
+    pub dev: Option<u64>,
+    /// The inode of its file; all 64 bits are kept.
+    pub ino: Option<u64>,
+    /// When it was made, unix ms.
+    pub created: i64,
+    /// When its record was last changed, unix ms.
+    pub updated: i64,
+}
+
+impl Record for BlockRow {
+    const TABLE: &'static str = "memory_blocks";
+    const KEYS: usize = 2;
+    const COLUMNS: &'static [&'static str] = &[
+        "pool",
+        "block_id",
+        "kind",
+        "size",
+        "slots",
+        "layout",
+        "permissions",
+        "owner",
+        "lifetime",
+        "generation",
+        "version",
+        "fence",
+        "boot_id",
+        "dev",
+        "ino",
+        "created",
+        "updated",
+    ];
+
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            pool: row.get(0)?,
+            block_id: row.get(1)?,
+            kind: row.get(2)?,
+            size: ordered(row, 3)?,
+            slots: row.get(4)?,
+            layout: row.get(5)?,
+            permissions: row.get(6)?,
+            owner: row.get(7)?,
+            lifetime: row.get(8)?,
+            generation: ordered(row, 9)?,
+            version: ordered(row, 10)?,
+            fence: ordered(row, 11)?,
+            boot_id: row.get(12)?,
+            dev: row.get::<_, Option<i64>>(13)?.map(i64::cast_unsigned),
+            ino: row.get::<_, Option<i64>>(14)?.map(i64::cast_unsigned),
+            created: row.get(15)?,
+            updated: row.get(16)?,
+        })
+    }
+
+    fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize> {
+        let values: [&dyn ToSql; 17] = [
+            &self.pool,
+            &self.block_id,
+            &self.kind,
+            &Ordered(self.size),
+            &self.slots,
+            &self.layout,
+            &self.permissions,
+            &self.owner,
+            &self.lifetime,
+            &Ordered(self.generation),
+            &Ordered(self.version),
+            &Ordered(self.fence),
+            &self.boot_id,
+            &self.dev.map(u64::cast_signed),
+            &self.ino.map(u64::cast_signed),
+            &self.created,
+            &self.updated,
+        ];
+        statement.execute(&values[..])
+    }
+}
+
+/// A call that waits for a handler.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CallRow {
+    /// Its number; calls are delivered in this order. At most `i64::MAX`.
+    pub number: u64,
+    /// The pool it was made in.
+    pub pool: String,
+    /// What it asks for.
+    pub process: String,
+    /// The app it is for; without one, any handler.
+    pub destination: Option<String>,
+    /// The app that made it.
+    pub caller: String,
+    /// The id that the caller gave it.
+    pub call_id: String,
+    /// The call itself, as JSON.
+    pub envelope: String,
+    /// Bytes that came with it.
+    pub attachment: Option<Vec<u8>>,
+    /// The key by which a repeat is known.
+    pub idempotency_key: Option<String>,
+    /// When it ends unanswered, unix ms.
+    pub expires: i64,
+    /// How often it was handed out.
+    pub attempt: u32,
+    /// When it was parked, unix ms.
+    pub parked: i64,
+}
+
+impl Record for CallRow {
+    const TABLE: &'static str = "parked_calls";
+    const KEYS: usize = 1;
+    const COLUMNS: &'static [&'static str] = &[
+        "number",
+        "pool",
+        "process",
+        "destination",
+        "caller",
+        "call_id",
+        "envelope",
+        "attachment",
+        "idempotency_key",
+        "expires",
+        "attempt",
+        "parked",
+    ];
+
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            number: ordered(row, 0)?,
+            pool: row.get(1)?,
+            process: row.get(2)?,
+            destination: row.get(3)?,
+            caller: row.get(4)?,
+            call_id: row.get(5)?,
+            envelope: row.get(6)?,
+            attachment: row.get(7)?,
+            idempotency_key: row.get(8)?,
+            expires: row.get(9)?,
+            attempt: row.get(10)?,
+            parked: row.get(11)?,
+        })
+    }
+
+    fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize> {
+        statement.execute((
+            Ordered(self.number),
+            &self.pool,
+            &self.process,
+            &self.destination,
+            &self.caller,
+            &self.call_id,
+            &self.envelope,
+            &self.attachment,
+            &self.idempotency_key,
+            self.expires,
+            self.attempt,
+            self.parked,
+        ))
+    }
+}
+
+/// An answer that waits for its caller, or for a repeat of its call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AnswerRow {
+    /// Its number. At most `i64::MAX`.
+    pub number: u64,
+    /// The app that it is for.
+    pub caller: String,
+    /// The id that the caller gave the call.
+    pub call_id: String,
+    /// The pool of the call.
+    pub pool: String,
+    /// The key by which a repeat of the call is known.
+    pub idempotency_key: Option<String>,
+    /// The answer's bytes.
+    pub frame: Vec<u8>,
+    /// When it is no longer kept, unix ms.
+    pub expires: i64,
+}
+
+impl Record for AnswerRow {
+    const TABLE: &'static str = "parked_answers";
+    const KEYS: usize = 1;
+    const COLUMNS: &'static [&'static str] = &[
+        "number",
+        "caller",
+        "call_id",
+        "pool",
+        "idempotency_key",
+        "frame",
+        "expires",
+    ];
+
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            number: ordered(row, 0)?,
+            caller: row.get(1)?,
+            call_id: row.get(2)?,
+            pool: row.get(3)?,
+            idempotency_key: row.get(4)?,
+            frame: row.get(5)?,
+            expires: row.get(6)?,
+        })
+    }
+
+    fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize> {
+        statement.execute((
+            Ordered(self.number),
+            &self.caller,
+            &self.call_id,
+            &self.pool,
+            &self.idempotency_key,
+            &self.frame,
+            self.expires,
+        ))
+    }
+}

@@ -1,0 +1,186 @@
+//! The prepared statements of the writer, made at first use and kept.
+
+use rusqlite::{Connection, Statement};
+
+use crate::calendar::now_ms;
+use crate::change::Change;
+use crate::faults::Faults;
+use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, Ordered, PoolRow, Record};
+
+/// What the writer says to SQLite.
+#[derive(Debug, Clone, Copy)]
+enum Sql {
+    Begin,
+    Commit,
+    Savepoint,
+    Release,
+    RollbackTo,
+    MarkRun,
+    PutApp,
+    SeenApp,
+    ForgetApp,
+    PutPool,
+    RemovePool,
+    PutBlock,
+    RemoveBlock,
+    PutCall,
+    NoteAttempt,
+    RemoveCall,
+    PutAnswer,
+    RemoveAnswer,
+    PutSetting,
+}
+
+const COUNT: usize = Sql::PutSetting as usize + 1;
+
+impl Sql {
+    fn text(self) -> String {
+        match self {
+            Self::Begin => "BEGIN IMMEDIATE".into(),
+            Self::Commit => "COMMIT".into(),
+            Self::Savepoint => "SAVEPOINT job".into(),
+            Self::Release => "RELEASE job".into(),
+            Self::RollbackTo => "ROLLBACK TO job".into(),
+            Self::MarkRun => "INSERT OR REPLACE INTO store_state (key, value) VALUES \
+                              ('run', ?1), ('boot_id', ?2)"
+                .into(),
+            Self::PutApp => AppRow::upsert(),
+            Self::SeenApp => "UPDATE app_registry SET last_seen = ?2 WHERE app_id = ?1".into(),
+            Self::ForgetApp => "DELETE FROM app_registry WHERE app_id = ?1".into(),
+            Self::PutPool => PoolRow::upsert(),
+            Self::RemovePool => "DELETE FROM pool_metadata WHERE name = ?1".into(),
+            Self::PutBlock => BlockRow::upsert(),
+            Self::RemoveBlock => {
+                "DELETE FROM memory_blocks WHERE pool = ?1 AND block_id = ?2".into()
+            }
+            Self::PutCall => CallRow::upsert(),
+            Self::NoteAttempt => "UPDATE parked_calls SET attempt = ?2 WHERE number = ?1".into(),
+            Self::RemoveCall => "DELETE FROM parked_calls WHERE number = ?1".into(),
+            Self::PutAnswer => AnswerRow::upsert(),
+            Self::RemoveAnswer => "DELETE FROM parked_answers WHERE number = ?1".into(),
+            Self::PutSetting => {
+                "INSERT INTO server_config (key, value, updated) VALUES (?1, ?2, ?3) \
+                                 ON CONFLICT (key) DO UPDATE SET value = excluded.value, \
+                                 updated = excluded.updated"
+                    .into()
+            }
+        }
+    }
+}
+
+/// How the run stands, for the next start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Run {
+    Open,
+    Clean,
+}
+
+pub(crate) struct Statements<'c> {
+    conn: &'c Connection,
+    prepared: [Option<Statement<'c>>; COUNT],
+    faults: Faults,
+}
+
+impl<'c> Statements<'c> {
+    pub(crate) fn new(conn: &'c Connection, faults: Faults) -> Self {
+        Self {
+            conn,
+            prepared: [const { None }; COUNT],
+            faults,
+        }
+    }
+
+    pub(crate) fn begin(&mut self) -> rusqlite::Result<()> {
+        self.faults.step("begin")?;
+        if !self.conn.is_autocommit() {
+            // A rollback failed before; nothing may begin inside what it left.
+            self.conn.execute_batch("ROLLBACK")?;
+        }
+        self.get(Sql::Begin)?.execute([]).map(drop)
+    }
+
+    pub(crate) fn commit(&mut self) -> rusqlite::Result<()> {
+        self.faults.step("commit")?;
+        self.get(Sql::Commit)?.execute([]).map(drop)
+    }
+
+    /// Ends the transaction without a trace, if SQLite has not done so itself.
+    pub(crate) fn rollback(&mut self) {
+        if !self.conn.is_autocommit() && self.faults.step("rollback").is_ok() {
+            let _ = self.conn.execute_batch("ROLLBACK");
+        }
+    }
+
+    pub(crate) fn savepoint(&mut self) -> rusqlite::Result<()> {
+        self.get(Sql::Savepoint)?.execute([]).map(drop)
+    }
+
+    pub(crate) fn release(&mut self) -> rusqlite::Result<()> {
+        self.get(Sql::Release)?.execute([]).map(drop)
+    }
+
+    pub(crate) fn rollback_to(&mut self) -> rusqlite::Result<()> {
+        self.get(Sql::RollbackTo)?.execute([])?;
+        self.release()
+    }
+
+    pub(crate) fn mark(&mut self, run: Run, boot_id: &str) -> rusqlite::Result<()> {
+        let run = match run {
+            Run::Open => "open",
+            Run::Clean => "clean",
+        };
+        self.step(Sql::MarkRun)?.execute((run, boot_id)).map(drop)
+    }
+
+    /// Carries out `change` inside the open transaction. Several statements need a savepoint around them.
+    pub(crate) fn apply(&mut self, change: &Change) -> rusqlite::Result<()> {
+        match change {
+            Change::PutApp(row) => row.write(self.step(Sql::PutApp)?),
+            Change::SeenApp { app_id, last_seen } => {
+                self.step(Sql::SeenApp)?.execute((app_id, last_seen))
+            }
+            Change::ForgetApp { app_id } => self.step(Sql::ForgetApp)?.execute([app_id]),
+            Change::PutPool(row) => row.write(self.step(Sql::PutPool)?),
+            Change::RemovePool { name } => self.step(Sql::RemovePool)?.execute([name]),
+            Change::PutBlock(row) => row.write(self.step(Sql::PutBlock)?),
+            Change::RemoveBlock { pool, block_id } => {
+                self.step(Sql::RemoveBlock)?.execute((pool, block_id))
+            }
+            Change::PutCall(row) => row.write(self.step(Sql::PutCall)?),
+            Change::NoteAttempt { number, attempt } => self
+                .step(Sql::NoteAttempt)?
+                .execute((Ordered(*number), attempt)),
+            Change::RemoveCall { number } => {
+                self.step(Sql::RemoveCall)?.execute([Ordered(*number)])
+            }
+            Change::PutAnswer { answer, ends_call } => {
+                answer.write(self.step(Sql::PutAnswer)?)?;
+                match ends_call {
+                    Some(call) => self.step(Sql::RemoveCall)?.execute([Ordered(*call)]),
+                    None => Ok(0),
+                }
+            }
+            Change::RemoveAnswer { number } => {
+                self.step(Sql::RemoveAnswer)?.execute([Ordered(*number)])
+            }
+            Change::PutSetting { key, value } => {
+                self.step(Sql::PutSetting)?.execute((key, value, now_ms()))
+            }
+        }
+        .map(drop)
+    }
+
+    /// A statement that counts as a step of its own.
+    fn step(&mut self, sql: Sql) -> rusqlite::Result<&mut Statement<'c>> {
+        self.faults.step("statement")?;
+        self.get(sql)
+    }
+
+    fn get(&mut self, sql: Sql) -> rusqlite::Result<&mut Statement<'c>> {
+        let place = &mut self.prepared[sql as usize];
+        match place {
+            Some(statement) => Ok(statement),
+            None => Ok(place.insert(self.conn.prepare(&sql.text())?)),
+        }
+    }
+}

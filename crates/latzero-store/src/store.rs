@@ -1,0 +1,313 @@
+//! The handle: changes and requests go in, the thread carries them out.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::change::Change;
+use crate::error::{BackupError, StoreError, SubmitError};
+use crate::faults::Faults;
+use crate::files::with_suffix;
+use crate::options::Ticket;
+use crate::queue::{Changes, Queue, Teller};
+
+/// Requests (backups, checks) that may wait for the thread.
+const REQUESTS_MAX: usize = 64;
+
+/// The store. Clones are handles of the same one.
+///
+/// When the last handle goes without [`Store::close`], what waits is written if the disk takes it, and the next start checks
+/// the database.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+/// How the store is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    /// Why the last transaction failed. None when the disk takes what comes.
+    pub failing: Option<String>,
+    /// Since when it fails, unix ms.
+    pub failing_since: Option<i64>,
+    /// Promised changes that wait for a transaction.
+    pub waiting: usize,
+    /// Eventual changes that are not on disk yet.
+    pub retained: usize,
+    /// Transactions since opening.
+    pub commits: u64,
+    /// Changes in them.
+    pub changes: u64,
+    /// Transactions that failed.
+    pub failures: u64,
+    /// Eventual changes given up: no room, or refused by the database.
+    pub dropped: u64,
+    /// When the newest backup of this run was finished, unix ms.
+    pub last_backup: Option<i64>,
+    /// Bytes of the database file.
+    pub db_bytes: u64,
+    /// Bytes of the write-ahead log.
+    pub wal_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Inner {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the handles and the thread have in common.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) state: Mutex<State>,
+    pub(crate) wake: Condvar,
+    /// Told after each transaction.
+    pub(crate) settled: Condvar,
+    /// The data directory.
+    pub(crate) dir: PathBuf,
+    pub(crate) database: PathBuf,
+    pub(crate) faults: Faults,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) queue: Queue,
+    pub(crate) requests: VecDeque<Request>,
+    /// Nothing more is taken in.
+    pub(crate) is_closing: bool,
+    /// The last handle is gone.
+    pub(crate) is_abandoned: bool,
+    /// The thread waits and must be woken.
+    pub(crate) is_asleep: bool,
+    pub(crate) failing: Option<Failing>,
+    pub(crate) commits: u64,
+    pub(crate) changes: u64,
+    pub(crate) failures: u64,
+    pub(crate) refused: u64,
+    pub(crate) last_backup: Option<i64>,
+}
+
+/// The disk refuses.
+#[derive(Debug)]
+pub(crate) struct Failing {
+    pub(crate) reason: String,
+    /// Unix ms.
+    pub(crate) since: i64,
+    pub(crate) next_try: Instant,
+    pub(crate) back_off: Duration,
+}
+
+/// What the thread does besides writing.
+#[derive(Debug)]
+pub(crate) enum Request {
+    /// Copies the database into a new file.
+    Copy {
+        to: PathBuf,
+        reply: SyncSender<Result<(), BackupError>>,
+    },
+    Check {
+        full: bool,
+        reply: SyncSender<Result<Vec<String>, StoreError>>,
+    },
+    Close {
+        reply: SyncSender<Result<(), StoreError>>,
+    },
+}
+
+impl Store {
+    pub(crate) fn new(shared: Arc<Shared>, thread: JoinHandle<()>) -> Self {
+        let thread = Mutex::new(Some(thread));
+        Self {
+            inner: Arc::new(Inner { shared, thread }),
+        }
+    }
+
+    /// Hands in one change: a promise with a ticket, else an eventual change. Never waits and never does IO.
+    ///
+    /// A promise is told to `on_done` once it is on disk, or once it failed and is gone. An eventual change is retried until
+    /// the disk takes it; a later one of the same row replaces it.
+    pub fn submit(&self, change: Change, ticket: Option<Ticket>) -> Result<(), SubmitError> {
+        let mut state = self.open_state()?;
+        match ticket {
+            Some(ticket) => state
+                .queue
+                .promise(Changes::One(change), Teller::Ticket(ticket))?,
+            None => state.queue.eventual(change)?,
+        }
+        self.inner.shared.wake(state);
+        Ok(())
+    }
+
+    /// Writes `changes`, all or none, and waits for the commit. For worker threads; never from `on_done`.
+    pub fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
+        let (reply, told) = sync_channel(1);
+        let mut state = self.open_state()?;
+        state
+            .queue
+            .promise(Changes::Together(changes), Teller::Waiter(reply))?;
+        self.inner.shared.wake(state);
+        wait(&told)?
+    }
+
+    /// Waits until all that was handed in is on disk or was told as failed, and the disk takes what comes. False if that
+    /// was not so within `patience`, or the store was closed meanwhile. For worker threads.
+    #[must_use]
+    pub fn wait_settled(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let mut state = self.inner.shared.lock();
+        loop {
+            let waiting = state.queue.promised() + state.queue.retained();
+            if waiting == 0 && state.failing.is_none() {
+                return true;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || state.is_closing {
+                return false;
+            }
+            state = match self.inner.shared.settled.wait_timeout(state, left) {
+                Ok((state, _)) => state,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// Looks for damage: `full` reads everything (`integrity_check`, `foreign_key_check`), else `quick_check`. No findings
+    /// mean that all is well. Writing waits meanwhile.
+    pub fn check(&self, full: bool) -> Result<Vec<String>, StoreError> {
+        let (reply, told) = sync_channel(1);
+        self.request(Request::Check { full, reply })?;
+        wait(&told)?
+    }
+
+    /// How the store is.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let bytes = |suffix| {
+            let path = with_suffix(&self.inner.shared.database, suffix);
+            fs::metadata(path).map_or(0, |metadata| metadata.len())
+        };
+        let (db_bytes, wal_bytes) = (bytes(""), bytes("-wal"));
+        let state = self.inner.shared.lock();
+        Status {
+            failing: state.failing.as_ref().map(|failing| failing.reason.clone()),
+            failing_since: state.failing.as_ref().map(|failing| failing.since),
+            waiting: state.queue.promised(),
+            retained: state.queue.retained(),
+            commits: state.commits,
+            changes: state.changes,
+            failures: state.failures,
+            dropped: state.queue.dropped() + state.refused,
+            last_backup: state.last_backup,
+            db_bytes,
+            wal_bytes,
+        }
+    }
+
+    /// Writes what waits, moves the log into the database, marks it clean, and ends the thread. Other handles find the
+    /// store closed. An error says what did not get to the disk; what was told before is there all the same.
+    pub fn close(self) -> Result<(), StoreError> {
+        let (reply, told) = sync_channel(1);
+        let mut state = self.open_state()?;
+        state.is_closing = true;
+        state.requests.push_back(Request::Close { reply });
+        self.inner.shared.wake(state);
+        let outcome = wait(&told);
+        self.inner.join();
+        outcome?
+    }
+
+    /// The data directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.inner.shared.dir
+    }
+
+    pub(crate) fn faults(&self) -> &Faults {
+        &self.inner.shared.faults
+    }
+
+    pub(crate) fn note_backup(&self, unix_ms: i64) {
+        self.inner.shared.lock().last_backup = Some(unix_ms);
+    }
+
+    /// Copies the database to `to`, which must not exist, and waits for it.
+    pub(crate) fn copy_to(&self, to: PathBuf) -> Result<(), BackupError> {
+        let (reply, told) = sync_channel(1);
+        self.request(Request::Copy { to, reply })
+            .map_err(|error| BackupError::Store(error.into()))?;
+        wait(&told).map_err(BackupError::Store)?
+    }
+
+    fn request(&self, request: Request) -> Result<(), SubmitError> {
+        let mut state = self.open_state()?;
+        if state.requests.len() >= REQUESTS_MAX {
+            return Err(SubmitError::Full {
+                what: "administrative",
+                max: REQUESTS_MAX,
+            });
+        }
+        state.requests.push_back(request);
+        self.inner.shared.wake(state);
+        Ok(())
+    }
+
+    fn open_state(&self) -> Result<MutexGuard<'_, State>, SubmitError> {
+        let state = self.inner.shared.lock();
+        if state.is_closing {
+            return Err(SubmitError::Closed);
+        }
+        Ok(state)
+    }
+}
+
+impl Shared {
+    /// The state is whole at every step, so a panic of another thread does not spoil it.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes the thread if it sleeps, after the lock is free: it would only run into it.
+    fn wake(&self, mut state: MutexGuard<'_, State>) {
+        let was_asleep = std::mem::take(&mut state.is_asleep);
+        drop(state);
+        if was_asleep {
+            self.wake.notify_one();
+        }
+    }
+}
+
+impl Inner {
+    fn join(&self) {
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread
+            && thread.thread().id() != std::thread::current().id()
+        {
+            // A panic of the thread was reported where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.is_closing = true;
+        state.is_abandoned = true;
+        self.shared.wake(state);
+        self.join();
+    }
+}
+
+/// Waits for the thread's word. Without one the thread is gone.
+fn wait<T>(told: &Receiver<T>) -> Result<T, StoreError> {
+    told.recv()
+        .map_err(|_| StoreError::Submit(SubmitError::Closed))
+}

@@ -1,0 +1,334 @@
+//! Backups: made while the store works, read back, restored, pruned.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{app, block, call, contents, options, reopen, set};
+use latzero_store::{
+    BACKUPS, BackupError, BlockHead, Change, DATABASE, OpenError, Options, Policy, StoreError,
+    open, open_backup, prune, restore,
+};
+
+fn head(name: &str, size: u64) -> BlockHead {
+    BlockHead {
+        pool: "p".into(),
+        block_id: name.into(),
+        generation: 2,
+        version: 7,
+        size,
+        slots: 1,
+        description: vec![9, 8, 7],
+    }
+}
+
+fn pattern(size: u64) -> Vec<u8> {
+    (0..size).map(|i| (i * 31 % 251) as u8).collect()
+}
+
+fn no_blocks(_: BlockHead, _: &mut dyn Read) -> io::Result<()> {
+    Ok(())
+}
+
+#[test]
+fn a_backup_is_taken_while_changes_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _told) = options();
+    let options = Options {
+        backup_step_pages: 1,
+        ..options
+    };
+    let store = open(dir.path(), options).unwrap().store;
+    store
+        .commit((0..500).map(|n| Change::PutCall(call(n))).collect())
+        .unwrap();
+    let is_done = AtomicBool::new(false);
+    let (backup, written) = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut number = 1_000;
+            while !is_done.load(Ordering::Relaxed) {
+                store.commit(vec![Change::PutCall(call(number))]).unwrap();
+                number += 1;
+            }
+            number
+        });
+        let backup = store.backup(None).unwrap();
+        is_done.store(true, Ordering::Relaxed);
+        (backup, writer.join().unwrap())
+    });
+    backup.verify().unwrap();
+    // The copy is the database of one moment: no call is there without all that came before.
+    let numbers: Vec<_> = backup
+        .contents()
+        .unwrap()
+        .calls
+        .iter()
+        .map(|c| c.number)
+        .collect();
+    assert_eq!(numbers[..500], (0..500).collect::<Vec<_>>());
+    let later = &numbers[500..];
+    assert_eq!(
+        later,
+        (1_000..1_000 + later.len() as u64).collect::<Vec<_>>()
+    );
+    assert!(written > 1_000);
+    assert!(store.status().last_backup.is_some());
+    store.close().unwrap();
+    let names: Vec<_> = fs::read_dir(dir.path().join(BACKUPS)).unwrap().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+}
+
+#[test]
+fn blocks_go_in_and_come_out_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = reopen(dir.path()).store;
+    store
+        .commit(vec![
+            Change::PutBlock(block("p", "b")),
+            Change::PutApp(app("a")),
+        ])
+        .unwrap();
+    let to = dir.path().join("elsewhere.db");
+    let sizes = [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3_000_000];
+    let backup = store
+        .backup_with(Some(&to), |writer| {
+            assert_eq!(writer.block_rows()?, [block("p", "b")]);
+            for size in sizes {
+                writer.add_block(&head(&format!("b{size}"), size), &mut &pattern(size)[..])?;
+            }
+            // Neither too few nor too many bytes are a block, and a failed one leaves nothing.
+            for size in [2_000_000_u64, 2_000_002] {
+                let error = writer
+                    .add_block(&head("odd", size), &mut &pattern(2_000_001)[..])
+                    .unwrap_err();
+                assert!(matches!(error, BackupError::BlockLength { .. }), "{error}");
+            }
+            Ok(())
+        })
+        .unwrap();
+    backup.verify().unwrap();
+    let summary = backup.summary().unwrap();
+    assert_eq!(
+        (summary.apps, summary.blocks, summary.block_files),
+        (1, 1, 6)
+    );
+    assert_eq!(summary.block_bytes, sizes.iter().sum::<u64>());
+    let error = store.backup(Some(&to)).unwrap_err();
+    assert!(error.to_string().contains("exists already"), "{error}");
+    store.close().unwrap();
+
+    let fresh = tempfile::tempdir().unwrap();
+    let mut blocks = BTreeMap::new();
+    let restored = restore(&to, fresh.path(), |head, bytes| {
+        let mut all = Vec::new();
+        bytes.read_to_end(&mut all)?;
+        blocks.insert(head.size, (head, all));
+        Ok(())
+    })
+    .unwrap();
+    assert!(restored.set_aside.is_empty());
+    for size in sizes {
+        let (found, bytes) = &blocks[&size];
+        assert_eq!(*found, head(&format!("b{size}"), size));
+        assert!(*bytes == pattern(size));
+    }
+    let opened = reopen(fresh.path());
+    assert_eq!(opened.report.checked, "quick");
+    assert_eq!(opened.contents.blocks, [block("p", "b")]);
+    // What only backups have is not in the database, so it is small.
+    assert!(opened.store.status().db_bytes < 200_000);
+}
+
+#[test]
+fn a_spoilt_backup_is_never_restored() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = reopen(dir.path()).store;
+    store.commit(vec![Change::PutApp(app("a"))]).unwrap();
+    let backup = store
+        .backup_with(None, |writer| {
+            writer.add_block(&head("b", 50_000), &mut &pattern(50_000)[..])
+        })
+        .unwrap();
+    store.close().unwrap();
+    let good = fs::read(backup.path()).unwrap();
+    let spoilt = dir.path().join("spoilt.db");
+    let pages = good.len() / 4_096;
+    let mut noticed = 0;
+    for at in (0..pages).map(|page| page * 4_096 + 4_000) {
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x10;
+        fs::write(&spoilt, &bytes).unwrap();
+        let verified = open_backup(&spoilt).and_then(|backup| backup.verify());
+        noticed += usize::from(verified.is_err());
+        if verified.is_ok() {
+            // Bytes that belong to nothing may change: what is read is still the same.
+            let backup = open_backup(&spoilt).unwrap();
+            assert_eq!(backup.contents().unwrap().apps, [app("a")]);
+        } else {
+            let result = restore(&spoilt, dir.path(), no_blocks);
+            assert!(matches!(result, Err(OpenError::Backup(_))), "{result:?}");
+        }
+    }
+    // The block's bytes alone fill twelve pages.
+    assert!(noticed >= 12, "{noticed} of {pages}");
+    fs::write(&spoilt, &good[..good.len() - 4_096]).unwrap();
+    assert!(
+        open_backup(&spoilt)
+            .and_then(|backup| backup.verify())
+            .is_err()
+    );
+    assert_eq!(contents(dir.path()).apps, [app("a")]);
+}
+
+#[test]
+fn restoring_keeps_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = reopen(dir.path()).store;
+    store.commit(vec![set("k", "old")]).unwrap();
+    let backup = store.backup(None).unwrap();
+    store.commit(vec![set("k", "new")]).unwrap();
+    let error = restore(backup.path(), dir.path(), no_blocks).unwrap_err();
+    assert!(matches!(error, OpenError::InUse { .. }), "{error}");
+    store.close().unwrap();
+
+    let refuse = |_: BlockHead, _: &mut dyn Read| Err(io::Error::other("no room"));
+    let with_block = reopen(dir.path()).store;
+    let other = with_block
+        .backup_with(None, |writer| {
+            writer.add_block(&head("b", 3), &mut &[1, 2, 3][..])
+        })
+        .unwrap();
+    with_block.close().unwrap();
+    let error = restore(other.path(), dir.path(), refuse).unwrap_err();
+    assert!(error.to_string().contains("no room"), "{error}");
+    assert_eq!(contents(dir.path()).settings[0].1, "new");
+
+    let restored = restore(backup.path(), dir.path(), no_blocks).unwrap();
+    assert_eq!(restored.set_aside.len(), 1);
+    let name = restored.set_aside[0]
+        .file_name()
+        .unwrap()
+        .to_string_lossy()
+        .into_owned();
+    assert!(
+        name.starts_with("replaced-") && name.ends_with("-data.db"),
+        "{name}"
+    );
+    assert_eq!(contents(dir.path()).settings[0].1, "old");
+    assert!(!dir.path().join("data.db.next").exists());
+}
+
+#[test]
+fn a_restoring_that_was_decided_is_completed_at_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = reopen(dir.path()).store;
+    store.commit(vec![set("k", "new")]).unwrap();
+    store.close().unwrap();
+    let other = tempfile::tempdir().unwrap();
+    let store = reopen(other.path()).store;
+    store.commit(vec![set("k", "restored")]).unwrap();
+    store.close().unwrap();
+    fs::copy(other.path().join(DATABASE), dir.path().join("data.db.next")).unwrap();
+    let opened = reopen(dir.path());
+    assert!(opened.report.is_degraded);
+    assert_eq!(opened.contents.settings[0].1, "restored");
+}
+
+#[test]
+fn a_failing_writer_leaves_no_backup() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = reopen(dir.path()).store;
+    let error = store
+        .backup_with(None, |writer| {
+            let error = io::Error::other("the block's file is gone");
+            writer.add_block(&head("b", 1), &mut Failing(Some(error)))
+        })
+        .unwrap_err();
+    assert!(matches!(error, StoreError::Backup(_)));
+    assert!(
+        error.to_string().contains("the block's file is gone"),
+        "{error}"
+    );
+    assert_eq!(fs::read_dir(dir.path().join(BACKUPS)).unwrap().count(), 0);
+    assert_eq!(store.status().last_backup, None);
+}
+
+struct Failing(Option<io::Error>);
+
+impl Read for Failing {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(self
+            .0
+            .take()
+            .unwrap_or_else(|| io::Error::other("read again")))
+    }
+}
+
+fn names(paths: &[std::path::PathBuf]) -> Vec<String> {
+    paths
+        .iter()
+        .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
+        .collect()
+}
+
+#[test]
+fn pruning_never_takes_the_newest_good_backup() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = reopen(dir.path()).store;
+    let made = store.backup(None).unwrap().path().to_owned();
+    let backups = dir.path().join(BACKUPS);
+    let place = |name: &str| fs::copy(&made, backups.join(name)).unwrap();
+    place("latzero-20200101-000000.db");
+    place("latzero-20200102-000000.db");
+    fs::write(backups.join("latzero-20200103-000000.db"), "spoilt").unwrap();
+    fs::write(backups.join("mine.txt"), "not a backup").unwrap();
+    fs::remove_file(&made).unwrap();
+    // Ten years later all are too old.
+    let now = 1_900_000_000_000;
+    let pruned = prune(
+        dir.path(),
+        now,
+        &Policy {
+            min_free_bytes: 0,
+            ..Policy::default()
+        },
+    )
+    .unwrap();
+    assert_eq!(names(&pruned.kept), ["latzero-20200102-000000.db"]);
+    assert_eq!(pruned.removed.len(), 2);
+    assert!(backups.join("mine.txt").exists());
+
+    place_new(
+        &backups,
+        &[
+            "pre-migration-1-20200101-000000.db",
+            "latzero-20300101-000000.db",
+        ],
+    );
+    let full = Policy {
+        min_free_bytes: u64::MAX,
+        ..Policy::default()
+    };
+    let pruned = prune(dir.path(), now, &full).unwrap();
+    assert_eq!(names(&pruned.kept), ["latzero-20300101-000000.db"]);
+
+    fs::write(backups.join("latzero-20300101-000000.db"), "spoilt").unwrap();
+    let pruned = prune(dir.path(), now, &full).unwrap();
+    assert!(pruned.removed.is_empty() && pruned.kept.len() == 1);
+}
+
+fn place_new(backups: &Path, names: &[&str]) {
+    for name in names {
+        fs::copy(
+            backups.join("latzero-20200102-000000.db"),
+            backups.join(name),
+        )
+        .unwrap();
+    }
+}

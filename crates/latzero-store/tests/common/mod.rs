@@ -1,0 +1,141 @@
+//! What the tests of the store share: rows, and a store whose tickets are heard.
+#![allow(dead_code, reason = "no test uses all of it")]
+
+use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use latzero_store::{
+    AnswerRow, AppRow, BlockRow, CallRow, Change, Contents, Opened, Options, PoolRow, Store,
+    StoreError, Ticket, open,
+};
+
+pub(crate) type Told = (Ticket, Result<(), StoreError>);
+
+/// Longer than anything here takes; a test that waits for it fails.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(crate) const BOOT: &str = "00000000-0000-4000-8000-000000000001";
+
+/// Options whose tickets come out of the channel.
+pub(crate) fn options() -> (Options, Receiver<Told>) {
+    let (tell, told) = channel();
+    let options = Options {
+        boot_id: BOOT.into(),
+        retry_first: Duration::from_millis(1),
+        retry_max: Duration::from_millis(4),
+        on_done: Box::new(move |done| {
+            for one in done.drain(..) {
+                let _ = tell.send(one);
+            }
+        }),
+        ..Options::default()
+    };
+    (options, told)
+}
+
+pub(crate) fn reopen(dir: &Path) -> Opened {
+    open(dir, options().0).expect("the store opens")
+}
+
+/// What is in the database of `dir`, which stays closed.
+pub(crate) fn contents(dir: &Path) -> Contents {
+    let opened = reopen(dir);
+    assert!(!opened.report.is_degraded, "{:?}", opened.report.texts);
+    assert_eq!(
+        opened.store.check(true).expect("a check"),
+        Vec::<String>::new()
+    );
+    opened.store.close().expect("a clean end");
+    opened.contents
+}
+
+/// Waits until nothing eventual waits any more: a commit after it in the one order of the queue.
+pub(crate) fn settle(store: &Store) {
+    store.commit(Vec::new()).expect("the store settles");
+}
+
+pub(crate) fn app(name: &str) -> AppRow {
+    AppRow {
+        app_id: name.into(),
+        pools: r#"["demo"]"#.into(),
+        triggers: r#"[{"process":"add","pool":"demo"}]"#.into(),
+        watches: "[]".into(),
+        meta: Some(r#"{"language":"rust","note":"naïve ☃"}"#.into()),
+        protocol_version: 1,
+        registered: 1_700_000_000_000,
+        last_seen: 1_700_000_000_001,
+    }
+}
+
+pub(crate) fn pool(name: &str) -> PoolRow {
+    PoolRow {
+        name: name.into(),
+        kind: "durable".into(),
+        encrypted: true,
+        owner: Some("app".into()),
+        policy: Some("{}".into()),
+        properties: None,
+        descriptor: Some(vec![0, 1, 255]),
+        created: 1,
+        updated: 2,
+    }
+}
+
+pub(crate) fn block(pool: &str, name: &str) -> BlockRow {
+    BlockRow {
+        pool: pool.into(),
+        block_id: name.into(),
+        kind: "shared".into(),
+        size: i64::MAX as u64,
+        slots: u32::MAX,
+        layout: Some("f32[4]".into()),
+        permissions: "{}".into(),
+        owner: "app".into(),
+        lifetime: "pool".into(),
+        generation: 3,
+        version: 4,
+        fence: 5,
+        boot_id: Some(BOOT.into()),
+        dev: Some(u64::MAX),
+        ino: Some(1 << 63),
+        created: -1,
+        updated: i64::MAX,
+    }
+}
+
+pub(crate) fn call(number: u64) -> CallRow {
+    CallRow {
+        number,
+        pool: "demo".into(),
+        process: "add".into(),
+        destination: None,
+        caller: "app".into(),
+        call_id: format!("call-{number}"),
+        envelope: r#"{"process":"add"}"#.into(),
+        attachment: Some(vec![7; 33]),
+        idempotency_key: Some("once".into()),
+        expires: 9,
+        attempt: 0,
+        parked: 8,
+    }
+}
+
+pub(crate) fn answer(number: u64) -> AnswerRow {
+    AnswerRow {
+        number,
+        caller: "app".into(),
+        call_id: format!("call-{number}"),
+        pool: "demo".into(),
+        idempotency_key: None,
+        frame: vec![1, 2, 3],
+        expires: 10,
+    }
+}
+
+pub(crate) fn set(key: &str, value: &str) -> Change {
+    Change::PutSetting {
+        key: key.into(),
+        value: value.into(),
+    }
+}

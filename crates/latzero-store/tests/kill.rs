@@ -1,0 +1,241 @@
+//! The process is killed, at named places and at random moments: every change that was told as written is there.
+//!
+//! The test binary runs itself as the process that dies, and reads what it told from a pipe.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::{answer, app, call, options, reopen, set};
+use latzero_store::{BACKUPS, Change, Contents, failpoint, open, open_backup, restore};
+
+const DIR: &str = "LATZERO_STORE_KILL_DIR";
+const MODE: &str = "LATZERO_STORE_KILL_MODE";
+
+/// The process that dies. As a test of its own it does nothing.
+#[test]
+fn child() {
+    let Some(dir) = std::env::var_os(DIR) else {
+        return;
+    };
+    let dir = Path::new(&dir);
+    match std::env::var(MODE).as_deref() {
+        Ok("restore") => {
+            let backup = dir.join("backup.db");
+            restore(&backup, dir, |_, _| Ok(())).unwrap();
+            tell("restored");
+        }
+        _ => work(dir),
+    }
+}
+
+/// Tells with one write, so that a line is whole or absent.
+fn tell(line: &str) {
+    let mut out = std::io::stdout().lock();
+    out.write_all(format!("\nack {line}\n").as_bytes()).unwrap();
+    out.flush().unwrap();
+}
+
+fn work(dir: &Path) {
+    let (mut options, _) = options();
+    options.on_done = Box::new(|done| {
+        for (ticket, outcome) in done.drain(..) {
+            if outcome.is_ok() {
+                tell(&ticket.to_string());
+            }
+        }
+    });
+    let opened = open(dir, options).unwrap();
+    let first = 1 + opened
+        .contents
+        .settings
+        .iter()
+        .find(|(key, _)| key == "next")
+        .map_or(0, |(_, value)| value.parse().unwrap());
+    for n in first..first + 40 {
+        let name = format!("app-{n:06}");
+        opened
+            .store
+            .submit(Change::PutApp(app(&name)), Some(n))
+            .unwrap();
+        let seen = Change::SeenApp {
+            app_id: name,
+            last_seen: 1_800_000_000_000,
+        };
+        opened.store.submit(seen, None).unwrap();
+        // Both or none: the pair (answer n, no call n) is made in one transaction from (call n).
+        opened
+            .store
+            .commit(vec![Change::PutCall(call(n)), set("next", &n.to_string())])
+            .unwrap();
+        tell(&format!("call {n}"));
+        let answered = Change::PutAnswer {
+            answer: answer(n),
+            ends_call: Some(n),
+        };
+        opened.store.submit(answered, None).unwrap();
+        if n % 16 == 0 {
+            let backup = opened.store.backup(None).unwrap();
+            tell(&format!("backup {}", backup.path().display()));
+        }
+    }
+    opened.store.close().unwrap();
+    tell("closed");
+}
+
+/// Runs the child until it dies or ends, killing it after `lines` of its lines. Gives what it told.
+fn run(dir: &Path, mode: &str, place: Option<(&str, u64)>, lines: usize) -> Vec<String> {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", "child", "--nocapture", "--test-threads=1"])
+        .env(DIR, dir)
+        .env(MODE, mode)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    if let Some((name, pass)) = place {
+        command.env("LATZERO_FAILPOINT", format!("{name}:{pass}"));
+    }
+    let mut child = command.spawn().unwrap();
+    let mut told = Vec::new();
+    for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+        let line = line.unwrap();
+        if let Some(line) = line.strip_prefix("ack ") {
+            told.push(line.to_owned());
+        }
+        if told.len() == lines {
+            // Lines that it wrote until it is dead are read all the same.
+            child.kill().unwrap();
+        }
+    }
+    let status = child.wait().unwrap();
+    // It dies of the signal or ends well; a failed assertion in it is neither.
+    assert!(
+        status.success() || status.signal() == Some(9),
+        "{status}, {told:?}"
+    );
+    told
+}
+
+fn check(contents: &Contents, told: &[String], what: &str) {
+    for line in told {
+        let words: Vec<_> = line.split(' ').collect();
+        match words[..] {
+            ["call", n] => {
+                let n: u64 = n.parse().unwrap();
+                let has_call = contents.calls.iter().any(|call| call.number == n);
+                let has_answer = contents.answers.iter().any(|answer| answer.number == n);
+                assert!(has_call ^ has_answer, "{what}: call {n}");
+            }
+            ["backup", path] => {
+                open_backup(Path::new(path))
+                    .and_then(|backup| backup.verify())
+                    .unwrap();
+            }
+            ["closed" | "restored"] => {}
+            [ticket] => {
+                let name = format!("app-{:06}", ticket.parse::<u64>().unwrap());
+                assert!(
+                    contents.apps.iter().any(|app| app.app_id == name),
+                    "{what}: {name}"
+                );
+            }
+            _ => panic!("{what}: {line}"),
+        }
+    }
+}
+
+/// Opens what the dead left, and checks all that was ever told.
+fn reopened(dir: &Path, told: &[String], what: &str) {
+    let opened = reopen(dir);
+    assert!(
+        !opened.report.is_degraded,
+        "{what}: {:?}",
+        opened.report.texts
+    );
+    assert_eq!(
+        opened.store.check(true).unwrap(),
+        Vec::<String>::new(),
+        "{what}"
+    );
+    check(&opened.contents, told, what);
+    for entry in std::fs::read_dir(dir.join(BACKUPS)).unwrap() {
+        let name = entry.unwrap().file_name().to_string_lossy().into_owned();
+        assert!(
+            name.ends_with(".db") && !name.starts_with('.'),
+            "{what}: {name} is left"
+        );
+    }
+    drop(opened);
+}
+
+#[test]
+fn at_every_named_place() {
+    let is_crash = cfg!(debug_assertions);
+    for name in failpoint::names()
+        .iter()
+        .filter(|name| !name.starts_with("restore."))
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let mut told = Vec::new();
+        for pass in [1, 2, 7] {
+            let before = told.len();
+            told.extend(run(dir.path(), "work", Some((name, pass)), usize::MAX));
+            let is_once = ["checkpoint", "migrate"]
+                .iter()
+                .any(|part| name.contains(part));
+            let is_rare = is_once && pass > 1 || name.starts_with("backup") && pass > 2;
+            if is_crash && !is_rare {
+                let ended = told[before..].iter().any(|line| line == "closed");
+                assert!(!ended, "{name}:{pass} is passed");
+            }
+            reopened(dir.path(), &told, &format!("{name}:{pass}"));
+        }
+    }
+}
+
+#[test]
+fn at_random_moments() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut told = Vec::new();
+    let mut seed = u64::from(std::process::id()) | 1 << 40;
+    for round in 0..24 {
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let lines = 1 + (seed >> 33) as usize % 60;
+        told.extend(run(dir.path(), "work", None, lines));
+        reopened(dir.path(), &told, &format!("round {round}, {lines} lines"));
+    }
+    assert!(told.len() > 24);
+}
+
+#[test]
+fn while_restoring() {
+    for name in failpoint::names()
+        .iter()
+        .filter(|name| name.starts_with("restore."))
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let store = reopen(dir.path()).store;
+        store.commit(vec![set("k", "restored")]).unwrap();
+        store.backup(Some(&dir.path().join("backup.db"))).unwrap();
+        store.commit(vec![set("k", "old")]).unwrap();
+        store.close().unwrap();
+        let told = run(dir.path(), "restore", Some((name, 1)), usize::MAX);
+        assert_eq!(told.is_empty(), cfg!(debug_assertions), "{name}");
+        let opened = reopen(dir.path());
+        let expected = if told.is_empty() && *name == "restore.built" {
+            "old"
+        } else {
+            "restored"
+        };
+        assert_eq!(opened.contents.settings[0].1, expected, "{name}");
+        assert_eq!(opened.store.check(true).unwrap(), Vec::<String>::new());
+        assert!(!dir.path().join("data.db.next").exists());
+    }
+}

@@ -1,0 +1,138 @@
+//! Any order of changes ends in what plain maps say, whatever is promised, eventual, grouped, closed or only dropped.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::{PATIENCE, answer, app, call, options, set};
+use latzero_store::{AnswerRow, AppRow, CallRow, Change, Faults, Lasts, Options, open};
+use proptest::prelude::*;
+
+#[derive(Debug, Default)]
+struct Model {
+    apps: BTreeMap<String, AppRow>,
+    calls: BTreeMap<u64, CallRow>,
+    answers: BTreeMap<u64, AnswerRow>,
+    settings: BTreeMap<String, String>,
+}
+
+impl Model {
+    fn apply(&mut self, change: &Change) {
+        match change {
+            Change::PutApp(row) => drop(self.apps.insert(row.app_id.clone(), row.clone())),
+            Change::SeenApp { app_id, last_seen } => {
+                if let Some(row) = self.apps.get_mut(app_id) {
+                    row.last_seen = *last_seen;
+                }
+            }
+            Change::ForgetApp { app_id } => drop(self.apps.remove(app_id)),
+            Change::PutCall(row) => drop(self.calls.insert(row.number, row.clone())),
+            Change::NoteAttempt { number, attempt } => {
+                if let Some(row) = self.calls.get_mut(number) {
+                    row.attempt = *attempt;
+                }
+            }
+            Change::RemoveCall { number } => drop(self.calls.remove(number)),
+            Change::PutAnswer { answer, ends_call } => {
+                self.answers.insert(answer.number, answer.clone());
+                ends_call.map(|number| self.calls.remove(&number));
+            }
+            Change::RemoveAnswer { number } => drop(self.answers.remove(number)),
+            Change::PutSetting { key, value } => {
+                self.settings.insert(key.clone(), value.clone());
+            }
+            other => panic!("{other:?} is not in the script"),
+        }
+    }
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let name = || (0..3_u8).prop_map(|n| format!("app-{n}"));
+    let number = || 0..4_u64;
+    prop_oneof![
+        (name(), 0..9_i64).prop_map(|(name, seen)| {
+            let mut row = app(&name);
+            row.last_seen = seen;
+            Change::PutApp(row)
+        }),
+        (name(), 0..9_i64).prop_map(|(app_id, last_seen)| Change::SeenApp { app_id, last_seen }),
+        name().prop_map(|app_id| Change::ForgetApp { app_id }),
+        number().prop_map(|number| Change::PutCall(call(number))),
+        (number(), 0..9_u32).prop_map(|(number, attempt)| Change::NoteAttempt { number, attempt }),
+        number().prop_map(|number| Change::RemoveCall { number }),
+        (number(), proptest::option::of(number())).prop_map(|(number, ends_call)| {
+            let answer = answer(number);
+            Change::PutAnswer { answer, ends_call }
+        }),
+        number().prop_map(|number| Change::RemoveAnswer { number }),
+        (name(), 0..9_u8).prop_map(|(key, value)| set(&key, &value.to_string())),
+    ]
+}
+
+#[derive(Debug, Clone, Copy)]
+enum How {
+    Promised,
+    Eventual,
+}
+
+fn how() -> impl Strategy<Value = How> {
+    prop_oneof![Just(How::Promised), Just(How::Eventual)]
+}
+
+fn run(script: &[(Change, How)], group_max: usize, fails_at: Option<u64>) {
+    let dir = tempfile::tempdir().unwrap();
+    drop(open(dir.path(), options().0).unwrap());
+    let (options, _told) = options();
+    let options = Options {
+        group_max,
+        faults: fails_at.map_or(Faults::none(), |at| Faults::at(at, Lasts::Once)),
+        ..options
+    };
+    let mut model = Model::default();
+    let store = open(dir.path(), options).unwrap().store;
+    for (ticket, (change, how)) in (0..).zip(script) {
+        model.apply(change);
+        let ticket = matches!(how, How::Promised).then_some(ticket);
+        store.submit(change.clone(), ticket).unwrap();
+    }
+    assert!(store.wait_settled(PATIENCE));
+    drop(store);
+    let kept = open(dir.path(), common::options().0).unwrap().contents;
+    let mut apps = kept.apps;
+    apps.sort_by(|a, b| a.app_id.cmp(&b.app_id));
+    assert_eq!(apps, model.apps.into_values().collect::<Vec<_>>());
+    assert_eq!(kept.calls, model.calls.into_values().collect::<Vec<_>>());
+    assert_eq!(
+        kept.answers,
+        model.answers.into_values().collect::<Vec<_>>()
+    );
+    assert_eq!(
+        kept.settings,
+        model.settings.into_iter().collect::<Vec<_>>()
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_script_ends_as_the_model_says(
+        script in proptest::collection::vec((change(), how()), 0..40),
+        group_max in 1..6_usize,
+    ) {
+        run(&script, group_max, None);
+    }
+
+    /// Without promises nothing is lost to a failure either: the newest state of each row gets there.
+    #[test]
+    fn eventual_changes_end_as_the_model_says_though_the_disk_failed(
+        script in proptest::collection::vec(change(), 0..40),
+        group_max in 1..6_usize,
+        fails_at in 1..60_u64,
+    ) {
+        let script: Vec<_> = script.into_iter().map(|change| (change, How::Eventual)).collect();
+        run(&script, group_max, Some(fails_at));
+    }
+}

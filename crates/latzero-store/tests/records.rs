@@ -1,0 +1,147 @@
+//! Changes become records, and records come back as they were.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use common::{PATIENCE, answer, app, block, call, contents, options, pool, reopen, set, settle};
+use latzero_store::{Change, StoreError, SubmitError, open};
+
+#[test]
+fn every_kind_of_record_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, told) = options();
+    let opened = open(dir.path(), options).unwrap();
+    assert!(opened.report.is_new && !opened.report.is_degraded);
+    let changes = [
+        Change::PutApp(app("a")),
+        Change::PutPool(pool("p")),
+        Change::PutBlock(block("p", "b")),
+        Change::PutCall(call(2)),
+        Change::PutCall(call(1)),
+        Change::PutAnswer {
+            answer: answer(5),
+            ends_call: Some(2),
+        },
+        set("k", "v"),
+    ];
+    for (ticket, change) in (1..).zip(changes) {
+        opened.store.submit(change, Some(ticket)).unwrap();
+    }
+    for ticket in 1..=7 {
+        assert_eq!(told.recv_timeout(PATIENCE).unwrap(), (ticket, Ok(())));
+    }
+    opened.store.close().unwrap();
+
+    let kept = contents(dir.path());
+    assert_eq!(kept.apps, [app("a")]);
+    assert_eq!(kept.pools, [pool("p")]);
+    assert_eq!(kept.blocks, [block("p", "b")]);
+    assert_eq!(kept.calls, [call(1)]);
+    assert_eq!(kept.answers, [answer(5)]);
+    assert_eq!(kept.settings, [("k".to_owned(), "v".to_owned())]);
+
+    let opened = reopen(dir.path());
+    let seen = |last_seen| Change::SeenApp {
+        app_id: "a".into(),
+        last_seen,
+    };
+    for change in [
+        seen(1_800_000_000_000),
+        Change::NoteAttempt {
+            number: 1,
+            attempt: 2,
+        },
+        Change::RemovePool { name: "p".into() },
+        Change::RemoveBlock {
+            pool: "p".into(),
+            block_id: "b".into(),
+        },
+        Change::RemoveAnswer { number: 5 },
+        set("k", "w"),
+    ] {
+        opened.store.submit(change, None).unwrap();
+    }
+    settle(&opened.store);
+    opened.store.close().unwrap();
+
+    let kept = contents(dir.path());
+    assert_eq!(kept.apps[0].last_seen, 1_800_000_000_000);
+    assert_eq!(kept.calls[0].attempt, 2);
+    assert!(kept.pools.is_empty() && kept.blocks.is_empty() && kept.answers.is_empty());
+    assert_eq!(kept.settings, [("k".to_owned(), "w".to_owned())]);
+}
+
+#[test]
+fn a_change_that_cannot_be_stored_does_not_hold_up_its_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, told) = options();
+    let opened = open(dir.path(), options).unwrap();
+    let mut odd = block("p", "odd");
+    odd.kind = "other".into();
+    let mut large = block("p", "large");
+    large.version = 1 << 63;
+    let promises = [
+        Change::PutApp(app("a")),
+        Change::PutBlock(odd),
+        Change::PutBlock(large),
+        Change::PutAnswer {
+            answer: answer(1),
+            ends_call: Some(u64::MAX),
+        },
+        Change::PutApp(app("b")),
+    ];
+    for (ticket, change) in (1..).zip(promises) {
+        opened.store.submit(change, Some(ticket)).unwrap();
+    }
+    for ticket in 1..=5 {
+        let (number, outcome) = told.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(number, ticket);
+        match ticket {
+            1 | 5 => outcome.unwrap(),
+            _ => assert!(
+                matches!(outcome, Err(StoreError::Refused { .. })),
+                "{outcome:?}"
+            ),
+        }
+    }
+    let together = vec![
+        Change::PutApp(app("c")),
+        Change::RemoveCall { number: u64::MAX },
+    ];
+    let error = opened.store.commit(together).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("call 18446744073709551615 cannot be stored"),
+        "{error}"
+    );
+    opened.store.close().unwrap();
+    let kept = contents(dir.path());
+    assert_eq!(kept.apps, [app("a"), app("b")]);
+    assert!(kept.blocks.is_empty() && kept.answers.is_empty());
+}
+
+#[test]
+fn a_closed_store_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let opened = reopen(dir.path());
+    let other = opened.store.clone();
+    opened.store.close().unwrap();
+    assert_eq!(other.submit(set("k", "v"), None), Err(SubmitError::Closed));
+    let closed = StoreError::Submit(SubmitError::Closed);
+    assert_eq!(other.commit(Vec::new()), Err(closed.clone()));
+    assert_eq!(other.check(false), Err(closed.clone()));
+    assert_eq!(other.close(), Err(closed));
+}
+
+#[test]
+fn a_store_that_is_dropped_writes_what_waits() {
+    let dir = tempfile::tempdir().unwrap();
+    let opened = reopen(dir.path());
+    opened.store.submit(set("k", "v"), None).unwrap();
+    drop(opened.store);
+    let opened = reopen(dir.path());
+    assert_eq!(opened.report.checked, "quick");
+    assert_eq!(opened.contents.settings, [("k".to_owned(), "v".to_owned())]);
+}
