@@ -43,6 +43,12 @@ pub struct Limits {
     pub parked_max: usize,
     /// Their bytes; beyond it `overloaded`.
     pub parked_bytes_max: usize,
+    /// Calls of one pool whose idempotency key is known; beyond it the oldest answer goes, else `overloaded`.
+    pub repeats_max: usize,
+    /// Bytes of the answers that one pool keeps for repeats; beyond it the oldest go.
+    pub repeats_bytes_max: usize,
+    /// How long an answer is kept for repeats, in milliseconds.
+    pub repeats_ttl_ms: u64,
     /// How long an answer waits for its caller, in milliseconds; then it is dropped.
     pub answer_ttl_ms: u64,
 }
@@ -70,6 +76,9 @@ impl Default for Limits {
             block_waiters_max: 1024,
             parked_max: 100_000,
             parked_bytes_max: 256 << 20,
+            repeats_max: 10_000,
+            repeats_bytes_max: 16 << 20,
+            repeats_ttl_ms: 10 * 60 * 1000,
             answer_ttl_ms: 24 * 60 * 60 * 1000,
         }
     }

@@ -7,11 +7,13 @@
 //! Every call ends exactly once: by its handler's answer, its deadline, its caller's cancel, or the end of either side.
 //! [`Pool::end`] is the only place where that happens.
 
+mod answer;
 mod blocks;
 mod calls;
 mod lock;
 mod park;
 mod pick;
+mod repeats;
 
 use hashbrown::HashMap;
 use latzero_protocol::encode::{self, Attachments, Origin};
@@ -25,11 +27,13 @@ use crate::limits::Limits;
 use crate::prng::Prng;
 use crate::slab::{Key, Slab};
 use crate::time::Time;
+use answer::Answered;
 use blocks::Blocks;
 pub use blocks::{Asking, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan};
 use calls::{Call, Calls};
 use park::{Lasting, ParkedCalls};
 use pick::Offer;
+use repeats::{Repeats, Seen};
 
 /// Triggers of a pool, and handlers of each, that its description shows one by one.
 const TRIGGERS_SHOWN_MAX: usize = 1000;
@@ -44,7 +48,7 @@ pub enum Seat {}
 
 type HandlerKey = Key<Handler>;
 
-/// The caller of a parked call: whoever it was may be gone.
+/// The caller of a call that is nobody's connection's: a parked one, or one whose caller may ask for its answer again.
 const NOBODY: MemberKey = Key::new(u32::MAX, u32::MAX);
 
 /// Who calls.
@@ -167,6 +171,7 @@ pub struct Pool<P> {
     emits_total: u64,
     blocks: Blocks,
     parked: ParkedCalls,
+    repeats: Repeats,
     /// Members that watch for changes of blocks.
     change_watchers: usize,
     closed: bool,
@@ -200,6 +205,7 @@ impl<P: Clone> Pool<P> {
             emits_total: 0,
             blocks: Blocks::default(),
             parked: ParkedCalls::default(),
+            repeats: Repeats::default(),
             change_watchers: 0,
             closed: false,
             scratch: Vec::new(),
@@ -408,17 +414,39 @@ impl<P: Clone> Pool<P> {
             app: &app,
             instance: member.instance,
         };
+        let Some(key) = trigger.idempotency_key.as_deref() else {
+            return self.call_once(now, caller, from, trigger, fx);
+        };
+        if let Seen::Repeat = self.look_up_repeat(caller, trigger.id.as_deref(), key, fx)? {
+            return Ok(None);
+        }
+        let called = self.call_once(now, caller, from, trigger, fx);
+        if called.is_err() {
+            self.repeats_dropped(&app, key, fx);
+        }
+        called
+    }
+
+    fn call_once<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        caller: MemberKey,
+        from: Caller<'_>,
+        trigger: &Trigger<'_>,
+        fx: &mut E,
+    ) -> Result<Option<u64>, CallError> {
         let deadline = now.after_ms(trigger.ttl_ms);
         if !trigger.park && !trigger.redeliver {
             self.route(now, from, trigger, (deadline, None), fx)?;
             return Ok(None);
         }
+        let app = from.app;
         if !trigger.blocks.is_empty() {
             let message = "a call that may wait for its handler, or be given to another one, can't take blocks along";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
         if let Some(id) = &trigger.id
-            && self.has_parked(&app, id)
+            && self.has_parked(app, id)
         {
             return Err(id_in_use(id).into());
         }
@@ -602,6 +630,10 @@ impl<P: Clone> Pool<P> {
             credit: trigger.window,
             blocks: (!uses.is_empty()).then(|| uses.clone().into()),
             lasting: None,
+            repeat: match (&trigger.idempotency_key, from.member) {
+                (Some(key), Some(_)) => Some(Box::new((from.app.clone(), (&**key).into()))),
+                _ => None,
+            },
         };
         self.calls.insert(key, call);
         if !uses.is_empty() {
@@ -661,6 +693,19 @@ impl<P: Clone> Pool<P> {
             }
             return Ok(());
         }
+        if response.status.is_final()
+            && let Some(repeat) = call.repeat.take()
+        {
+            let (app, repeated) = *repeat;
+            let is_detached = call.caller == NOBODY;
+            self.repeats_answered(now, &app, &repeated, &Answered::of(response), fx);
+            if is_detached {
+                let failed = response.status == Status::Error;
+                self.end(now, key, End::Answered { failed }, fx);
+                return Ok(());
+            }
+        }
+        let call = self.calls.at_mut(key).expect("found above");
         if response.status == Status::Partial {
             match &mut call.credit {
                 Some(0) => {
@@ -899,7 +944,9 @@ impl<P: Clone> Pool<P> {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Time> {
         let others = self.blocks.next_deadline().into_iter();
-        let others = others.chain(self.parked.next_deadline());
+        let others = others
+            .chain(self.parked.next_deadline())
+            .chain(self.repeats.next_deadline());
         self.calls.next_deadline().into_iter().chain(others).min()
     }
 
@@ -910,6 +957,7 @@ impl<P: Clone> Pool<P> {
         }
         self.handle_block_timeout(now, fx);
         self.handle_parked_timeout(now, fx);
+        self.handle_repeats_timeout(now);
     }
 
     /// Removes the pool under its members: calls end, each member is told, nobody can join again. Returns the members'
@@ -1017,6 +1065,7 @@ impl<P: Clone> Pool<P> {
             (self.calls.len(), self.calls.len())
         );
         self.parked.check();
+        self.repeats.check();
         assert!(self.calls.len() <= self.limits.pending_max);
         let handlers: usize = self.triggers.values().map(|t| t.handlers.len()).sum();
         assert_eq!(handlers, self.handlers.len());
@@ -1125,10 +1174,17 @@ impl<P: Clone> Pool<P> {
                 &handler.expect("it leaves after its calls ended").peer,
                 end,
             );
-            let lasting = call.lasting.take().expect("a parked call lasts");
+            let Some(lasting) = call.lasting.take() else {
+                // Its caller went; a repeat may ask for the answer until it is clear that none comes.
+                if let Some(repeat) = call.repeat {
+                    self.repeats_dropped(&repeat.0, &repeat.1, fx);
+                }
+                return;
+            };
             match (lasting.number, &refusal) {
                 (Some(_), Some(_)) if is_orphan => self.orphan(NOBODY, None, lasting),
                 (Some(number), Some(refusal)) => self.parked_refused(now, number, refusal, fx),
+                (None, Some(_)) => self.drop_repeats_of(&lasting, fx),
                 _ => {}
             }
             return;
@@ -1138,6 +1194,13 @@ impl<P: Clone> Pool<P> {
             .at_mut(place(call.caller))
             .expect("a call's caller leaves after its calls ended");
         caller.calling -= 1;
+        if let Some(repeat) = call.repeat.take().filter(|_| !is_orphan) {
+            self.repeats_dropped(&repeat.0, &repeat.1, fx);
+        }
+        let caller = self
+            .members
+            .at_mut(place(call.caller))
+            .expect("found above");
         if is_orphan {
             let lasting = call.lasting.take().expect("just seen");
             let peer = caller.peer.clone();
@@ -1176,6 +1239,9 @@ impl<P: Clone> Pool<P> {
             };
             let how = if call.member == key {
                 Some(End::HandlerGone)
+            } else if call.caller == key && call.repeat.is_some() {
+                self.detach(now, call_key, fx);
+                None
             } else {
                 (call.caller == key).then_some(End::CallerGone)
             };
@@ -1184,6 +1250,25 @@ impl<P: Clone> Pool<P> {
             }
             slot = call_key.slot + 1;
         }
+    }
+
+    /// The caller of a call with an idempotency key has gone, and may come back for the answer: its handler goes on.
+    fn detach<E: Effects<Peer = P>>(&mut self, now: Time, key: Key<Call>, fx: &mut E) {
+        let call = self.calls.at_mut(key).expect("its caller found it");
+        let (started, caller, handler) = (call.started, call.caller, call.member);
+        self.calls.detach(key);
+        let member = self.members.at_mut(place(caller)).expect("it is leaving");
+        member.calling -= 1;
+        let peer = member.peer.clone();
+        let handler = self.members.at(place(handler)).expect("it serves");
+        let end = CallEnd {
+            started,
+            ended: now,
+            code: Some(Code::Cancelled),
+            failed: false,
+        };
+        fx.call_ended(Some(&peer), &handler.peer, end);
+        fx.call_started(None, &handler.peer);
     }
 
     fn drop_handler<E: Effects<Peer = P>>(

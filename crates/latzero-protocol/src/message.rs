@@ -232,6 +232,8 @@ pub struct Trigger<'a> {
     pub park: bool,
     /// Give the call to the next handler where the first one's connection ended before it answered.
     pub redeliver: bool,
+    /// By what repeats of the call are known: the header `idempotency-key`.
+    pub idempotency_key: Option<Cow<'a, str>>,
     /// Blocks that the handler is to have for the length of the call; empty for most calls.
     pub blocks: Vec<crate::memory::BlockUse>,
     /// Headers, passed on.
@@ -588,7 +590,25 @@ fn handshake<'a>(e: &Envelope<'a>) -> Result<Handshake<'a>, Refusal> {
     })
 }
 
+/// The header by which repeats of a call are known.
+pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
+fn idempotency_key<'a>(headers: Option<Raw<'a>>) -> Result<Option<Cow<'a, str>>, Refusal> {
+    let Some(headers) = headers.filter(|raw| raw.text().contains(IDEMPOTENCY_KEY)) else {
+        return Ok(None);
+    };
+    let key = Fields::of(headers.text())?.string(IDEMPOTENCY_KEY)?;
+    match &key {
+        Some(key) if key.is_empty() || key.len() > KEY_BYTES_MAX => Err(Refusal::new(
+            Code::BadMessage,
+            format!("header '{IDEMPOTENCY_KEY}' must have 1 to {KEY_BYTES_MAX} bytes"),
+        )),
+        _ => Ok(key),
+    }
+}
+
 fn trigger<'a>(e: &Envelope<'a>) -> Result<Trigger<'a>, Refusal> {
+    let headers = e.checked_headers()?;
     Ok(Trigger {
         id: e.correlation_id()?,
         process: Envelope::required_string(e.process, "process")?,
@@ -599,8 +619,9 @@ fn trigger<'a>(e: &Envelope<'a>) -> Result<Trigger<'a>, Refusal> {
         window: Envelope::number(e.window, "window", 1..=WINDOW_MAX)?,
         park: Envelope::flag(e.park, "park")?,
         redeliver: Envelope::flag(e.redeliver, "redeliver")?,
+        idempotency_key: idempotency_key(headers)?,
         blocks: e.blocks.map_or(Ok(Vec::new()), crate::memory::block_uses)?,
-        headers: e.checked_headers()?,
+        headers,
         body: e.body(e.data, "data")?,
     })
 }

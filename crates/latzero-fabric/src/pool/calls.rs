@@ -6,10 +6,11 @@ use std::collections::{BTreeSet, BinaryHeap};
 use compact_str::CompactString;
 use hashbrown::HashTable;
 
+use latzero_protocol::AppId;
 use latzero_protocol::memory::Access;
 
 use super::park::Lasting;
-use super::{BlockKey, Handler, MemberKey};
+use super::{BlockKey, Handler, MemberKey, NOBODY};
 use crate::slab::{Key, Slab};
 use crate::time::Time;
 
@@ -28,6 +29,8 @@ pub(super) struct Call {
     pub(super) blocks: Option<Box<[(BlockKey, Access)]>>,
     /// What it takes to give it to another handler.
     pub(super) lasting: Option<Box<Lasting>>,
+    /// Its caller and its idempotency key.
+    pub(super) repeat: Option<Box<(AppId, Box<str>)>>,
 }
 
 pub(super) struct Calls {
@@ -90,6 +93,22 @@ impl Calls {
             }
         }
         Some(call)
+    }
+
+    /// Takes a call from its caller, who has gone: it is found by its id no longer.
+    pub(super) fn detach(&mut self, key: Key<Call>) {
+        let Some(call) = self.calls.at(key) else {
+            return;
+        };
+        if let Some(id) = &call.id {
+            let hash = self.hash(call.caller, id);
+            if let Ok(entry) = self.by_id.find_entry(hash, |&slot| slot == key.slot) {
+                entry.remove();
+            }
+        }
+        let call = self.calls.at_mut(key).expect("just found");
+        call.id = None;
+        call.caller = NOBODY;
     }
 
     #[inline]

@@ -13,9 +13,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use hashbrown::HashMap;
 use latzero_protocol::encode::{self, append_str};
 use latzero_protocol::frame::Frame;
-use latzero_protocol::message::{Request, Response, Status, Trigger};
+use latzero_protocol::message::{Request, Response, Trigger};
 use latzero_protocol::{AppId, Body, Code, Envelope, InstanceId, Raw, Refusal, TriggerName};
 
+use super::answer::{Answered, checked};
 use super::calls::Call;
 use super::{
     CallError, Caller, Member, MemberKey, Pool, forwarded_length, place, raw_length, too_large,
@@ -45,6 +46,7 @@ pub(super) struct Lasting {
     pub(super) redeliver: bool,
     /// Whether it may wait for one.
     may_park: bool,
+    idempotency_key: Option<Box<str>>,
     /// Its number, where it is parked.
     pub(super) number: Option<u64>,
 }
@@ -63,6 +65,7 @@ impl Lasting {
             attempt: 1,
             redeliver: trigger.redeliver,
             may_park: trigger.park,
+            idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
             number: None,
         })
     }
@@ -135,6 +138,7 @@ struct Parked {
     deadline: Time,
     bytes: usize,
     attempt: u32,
+    idempotency_key: Option<Box<str>>,
 }
 
 /// An answer that waits for its caller.
@@ -146,107 +150,6 @@ struct Kept {
     expires: Time,
     /// Tried again then.
     again: Option<Time>,
-}
-
-/// An answer, in pieces of its own.
-pub(super) struct Answered {
-    status: Status,
-    error: Option<Box<str>>,
-    headers: Option<Box<str>>,
-    json: Option<Box<str>>,
-    raw: Option<Box<[u8]>>,
-}
-
-impl Answered {
-    fn of(response: &Response<'_>) -> Answered {
-        let own = |raw: Option<Raw<'_>>| raw.map(|raw| raw.text().into());
-        Answered {
-            status: response.status,
-            error: own(response.error),
-            headers: own(response.headers),
-            json: match response.body {
-                Body::Json(json) => Some(json.text().into()),
-                _ => None,
-            },
-            raw: match response.body {
-                Body::Bytes(bytes) => Some(bytes.into()),
-                _ => None,
-            },
-        }
-    }
-
-    fn refused(refusal: &Refusal) -> Answered {
-        let error = serde_json::json!({
-            "code": refusal.code.as_str(), "message": refusal.message, "ran": refusal.code.ran().as_str(),
-        });
-        Answered {
-            status: Status::Error,
-            error: Some(error.to_string().into()),
-            headers: None,
-            json: None,
-            raw: None,
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        let text = |text: &Option<Box<str>>| text.as_ref().map_or(0, |text| text.len());
-        text(&self.error)
-            + text(&self.headers)
-            + text(&self.json)
-            + self.raw.as_ref().map_or(0, |raw| raw.len())
-            + 256
-    }
-
-    fn body(&self) -> Body<'_> {
-        match (&self.json, &self.raw) {
-            (Some(json), _) => Body::Json(checked(json)),
-            (None, Some(raw)) => Body::Bytes(raw),
-            (None, None) => Body::None,
-        }
-    }
-
-    fn frame(&self) -> Vec<u8> {
-        let mut text = format!("{{\"status\":\"{}\"", self.status.as_str());
-        for (name, value) in [
-            ("error", &self.error),
-            ("headers", &self.headers),
-            ("response", &self.json),
-        ] {
-            if let Some(value) = value {
-                text.push_str(&format!(",\"{name}\":{value}"));
-            }
-        }
-        text.push('}');
-        let length = u32::try_from(text.len()).expect("a frame is smaller");
-        let mut frame = length.to_le_bytes().to_vec();
-        frame.extend_from_slice(text.as_bytes());
-        frame.extend_from_slice(self.raw.as_deref().unwrap_or_default());
-        frame
-    }
-
-    /// Reads what [`Answered::frame`] wrote.
-    fn read(frame: &[u8]) -> Option<Answered> {
-        let (length, rest) = frame.split_first_chunk::<4>()?;
-        let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
-        let (json, raw) = rest.split_at_checked(length)?;
-        let envelope = Envelope::parse(Frame {
-            json,
-            attachment: None,
-        });
-        let envelope = envelope.ok()?.ok()?;
-        let own = |raw: Option<Raw<'_>>| raw.map(|raw| raw.text().into());
-        Some(Answered {
-            status: Status::parse(&envelope.status?.as_str()?)?,
-            error: own(envelope.error),
-            headers: own(envelope.headers),
-            json: own(envelope.response),
-            raw: (!raw.is_empty()).then(|| raw.into()),
-        })
-    }
-}
-
-fn checked(text: &str) -> Raw<'_> {
-    Raw::new(text).expect("it was checked when it came in")
 }
 
 /// What a pool keeps of calls that outlive a connection.
@@ -418,7 +321,7 @@ impl<P: Clone> Pool<P> {
                 from.instance, lasting.message
             ),
             attachment: lasting.attachment.as_deref().map(Into::into),
-            idempotency_key: None,
+            idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
             expires: unix_ms + trigger.ttl_ms,
             attempt: 0,
             parked: unix_ms,
@@ -434,6 +337,7 @@ impl<P: Clone> Pool<P> {
             deadline,
             bytes,
             attempt: 0,
+            idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
         };
         self.parked.insert(number, parked);
         Ok(number)
@@ -451,7 +355,11 @@ impl<P: Clone> Pool<P> {
         if waits.is_none_or(|parked| parked.waiting.is_none()) {
             return false;
         }
-        self.forget_parked(number, fx);
+        if let Some(parked) = self.forget_parked(number, fx)
+            && let Some(key) = &parked.idempotency_key
+        {
+            self.repeats_dropped(&parked.caller, key, fx);
+        }
         true
     }
 
@@ -478,6 +386,7 @@ impl<P: Clone> Pool<P> {
             attempt: row.attempt,
             redeliver: false,
             may_park: true,
+            idempotency_key: None,
             number: Some(row.number),
         });
         let Some(redeliver) = lasting.read(|trigger| trigger.redeliver) else {
@@ -496,7 +405,11 @@ impl<P: Clone> Pool<P> {
             deadline,
             bytes,
             attempt: row.attempt,
+            idempotency_key: row.idempotency_key.as_deref().map(Into::into),
         };
+        if let Some(key) = &parked.idempotency_key {
+            self.repeats.restore(&row.caller, key);
+        }
         self.parked.insert(row.number, parked);
         true
     }
@@ -685,6 +598,7 @@ impl<P: Clone> Pool<P> {
     pub(super) fn see_to_orphans<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
         for (caller, id, lasting) in std::mem::take(&mut self.parked.orphans) {
             let Some(member) = self.members.at(place(caller)) else {
+                self.drop_repeats_of(&lasting, fx);
                 continue;
             };
             let peer = member.peer.clone();
@@ -706,6 +620,7 @@ impl<P: Clone> Pool<P> {
                         window: None,
                         park: true,
                         redeliver: trigger.redeliver,
+                        idempotency_key: trigger.idempotency_key.clone(),
                         blocks: Vec::new(),
                         headers: trigger.headers,
                         body: trigger.body,
@@ -724,6 +639,7 @@ impl<P: Clone> Pool<P> {
                     fx.keep(Change::Attempt(number, lasting.attempt), None);
                 }
                 _ => {
+                    self.drop_repeats_of(&lasting, fx);
                     let message = "the handler's connection ended before it answered, and no other took the call";
                     let refusal = Refusal::new(Code::HandlerGone, message);
                     if let Some(id) = &id {
@@ -739,10 +655,18 @@ impl<P: Clone> Pool<P> {
         }
     }
 
+    /// A lasting call is over without an answer: so are those that repeat it.
+    pub(super) fn drop_repeats_of<E: Effects<Peer = P>>(&mut self, lasting: &Lasting, fx: &mut E) {
+        if let Some(key) = &lasting.idempotency_key {
+            self.repeats_dropped(&lasting.caller, key, fx);
+        }
+    }
+
     /// Tells the callers of calls whose handler died that no other gets them: the pool goes.
     pub(super) fn drop_orphans<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
         self.parked.orphaned.clear();
-        for (caller, id, _) in std::mem::take(&mut self.parked.orphans) {
+        for (caller, id, lasting) in std::mem::take(&mut self.parked.orphans) {
+            self.drop_repeats_of(&lasting, fx);
             let Some((member, id)) = self.members.at(place(caller)).zip(id) else {
                 continue;
             };
@@ -786,6 +710,9 @@ impl<P: Clone> Pool<P> {
         let Some(parked) = self.forget_parked(number, fx) else {
             return;
         };
+        if let Some(key) = &parked.idempotency_key {
+            self.repeats_answered(now, &parked.caller, key, &answer, fx);
+        }
         if parked.id.is_empty() {
             fx.keep(Change::EndCall(number), None);
             return;
@@ -800,7 +727,7 @@ impl<P: Clone> Pool<P> {
             pool: self.name.clone(),
             caller: parked.caller.clone(),
             id: parked.id.to_string(),
-            idempotency_key: None,
+            idempotency_key: parked.idempotency_key.as_deref().map(Into::into),
             frame: answer.frame(),
             expires: fx.unix_ms(now) + ttl_ms,
         };
@@ -811,7 +738,7 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Passes an answer to an instance of its caller, the one that came last; false where there is none that takes it.
-    fn tell_answer<E: Effects<Peer = P>>(
+    pub(super) fn tell_answer<E: Effects<Peer = P>>(
         &self,
         caller: &AppId,
         id: &str,
@@ -821,26 +748,36 @@ impl<P: Clone> Pool<P> {
         let instances = self.members.iter().filter(|(_, m)| m.app == *caller);
         let mut instances: Vec<&Member<P>> = instances.map(|(_, member)| member).collect();
         instances.reverse();
-        instances.into_iter().any(|to| {
-            if to.attachments == encode::Attachments::NotTaken
-                && too_large(answer.body(), self.limits.max_frame)
-            {
-                return false;
-            }
-            let message = encode::Answer {
-                in_reply_to: id,
-                status: answer.status,
-                error: answer.error.as_deref().map(checked),
-                headers: answer.headers.as_deref().map(checked),
-                body: answer.body(),
-            };
-            let length = forwarded_length(message.body, to.attachments)
-                + raw_length(message.error)
-                + raw_length(message.headers);
-            let sent = fx.send(&to.peer, Class::Reply, length, |out| {
-                encode::answer(out, &message, to.attachments);
-            });
-            sent == Sent::Queued
+        instances
+            .into_iter()
+            .any(|to| self.send_answer(to, id, answer, fx) == Sent::Queued)
+    }
+
+    /// Sends an answer that was kept.
+    pub(super) fn send_answer<E: Effects<Peer = P>>(
+        &self,
+        to: &Member<P>,
+        id: &str,
+        answer: &Answered,
+        fx: &mut E,
+    ) -> Sent {
+        if to.attachments == encode::Attachments::NotTaken
+            && too_large(answer.body(), self.limits.max_frame)
+        {
+            return Sent::Full;
+        }
+        let message = encode::Answer {
+            in_reply_to: id,
+            status: answer.status,
+            error: answer.error.as_deref().map(checked),
+            headers: answer.headers.as_deref().map(checked),
+            body: answer.body(),
+        };
+        let length = forwarded_length(message.body, to.attachments)
+            + raw_length(message.error)
+            + raw_length(message.headers);
+        fx.send(&to.peer, Class::Reply, length, |out| {
+            encode::answer(out, &message, to.attachments);
         })
     }
 
@@ -970,38 +907,4 @@ fn split_envelope(envelope: &str) -> Option<(InstanceId, &str)> {
     let (instance, rest) = rest.split_at_checked(16)?;
     let call = rest.strip_prefix("\",\"call\":")?.strip_suffix('}')?;
     Some((InstanceId(u64::from_str_radix(instance, 16).ok()?), call))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_answer_reads_as_it_was_written() {
-        for (json, raw) in [
-            (Some("{\"a\": 1.50}"), None),
-            (None, Some(&[0u8, 255][..])),
-            (None, None),
-        ] {
-            let answer = Answered {
-                status: Status::Ok,
-                error: None,
-                headers: Some("{\"h\":\"v\"}".into()),
-                json: json.map(Into::into),
-                raw: raw.map(Into::into),
-            };
-            let read = Answered::read(&answer.frame()).unwrap();
-            assert_eq!(read.json.as_deref(), json);
-            assert_eq!(read.raw.as_deref(), raw);
-            assert_eq!(read.headers.as_deref(), Some("{\"h\":\"v\"}"));
-        }
-        for senseless in [
-            &b""[..],
-            b"\xff\xff\xff\xff{}",
-            b"\x02\0\0\0{}",
-            b"\x01\0\0\0{",
-        ] {
-            assert!(Answered::read(senseless).is_none());
-        }
-    }
 }

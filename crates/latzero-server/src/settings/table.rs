@@ -155,6 +155,8 @@ settings! {
         backup_interval: Duration = "24h", Kind::Millis { min: 0, max: 365 * 24 * HOUR }, Live;
         /// How long the answer of a parked call waits for its caller to come back.
         answer_ttl: Duration = "24h", Kind::Millis { min: 1000, max: 365 * 24 * HOUR }, Restart;
+        /// How long the answer of a call with an idempotency key is kept for its repeats.
+        idempotency_ttl: Duration = "10m", Kind::Millis { min: 1000, max: 24 * HOUR }, Restart;
         /// How long a stopping server waits for running calls.
         drain_timeout: Duration = "10s", Kind::Millis { min: 0, max: HOUR }, Live;
         /// A TCP connection silent for this long is sent a ping.
@@ -233,6 +235,10 @@ settings! {
         parked_max: usize = "100000", Kind::Integer { min: 0, max: 16_777_216 }, Restart;
         /// Bytes of their payloads in memory.
         parked_bytes_max: usize = "256 MiB", Kind::Bytes { min: 0, max: 64 * GIB }, Restart;
+        /// Calls of one pool whose idempotency keys are known.
+        repeats_max: usize = "10000", Kind::Integer { min: 1, max: 1_000_000 }, Restart;
+        /// Bytes of the answers that one pool keeps for them.
+        repeats_bytes_max: usize = "16 MiB", Kind::Bytes { min: KIB, max: GIB }, Restart;
         /// Bytes read from one connection before the others get their turn.
         read_budget_bytes: usize = "256 KiB", Kind::Bytes { min: 4 * KIB, max: GIB }, Restart;
     }

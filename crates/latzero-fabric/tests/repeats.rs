@@ -1,0 +1,199 @@
+//! Idempotency keys: a repeat of a call gets the first one's answer, and the handler runs once.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+mod net;
+
+use latzero_sim::Peer;
+use net::Net;
+
+const HANDLER: &str = r#""triggers":["t"]"#;
+
+fn call(net: &mut Net, peer: Peer, id: &str, key: &str, more: &str) -> String {
+    net.ask(
+        peer,
+        &format!(
+            r#"{{"action":"trigger","process":"t","id":"{id}","headers":{{"idempotency-key":"{key}","h":"v"}}{more}}}"#
+        ),
+    )
+}
+
+fn two() -> (Net, Peer, Peer) {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let handler = net.app("handler", HANDLER);
+    (net, caller, handler)
+}
+
+#[test]
+fn a_repeat_gets_the_first_answer() {
+    let (mut net, caller, handler) = two();
+    assert_eq!(call(&mut net, caller, "1", "k", ""), "");
+    // While it is under way, repeats wait with it.
+    assert_eq!(call(&mut net, caller, "2", "k", ""), "");
+    let other = net.app("caller", "");
+    assert_eq!(call(&mut net, other, "1", "k", ""), "");
+    assert_eq!(net.sees(handler), "call t from caller: null");
+    // Another key, or another app, is another call.
+    assert_eq!(call(&mut net, caller, "3", "l", ""), "");
+    let stranger = net.app("stranger", "");
+    assert_eq!(call(&mut net, stranger, "1", "k", ""), "");
+    let seen = net.sees(handler);
+    assert_eq!(seen, "call t from caller: null; call t from stranger: null");
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let handler = net.app("handler", HANDLER);
+    call(&mut net, caller, "1", "k", "");
+    call(&mut net, caller, "2", "k", "");
+    net.answer(handler, r#""status":"ok","response":7"#);
+    assert_eq!(net.sees(caller), "2 ok: 7; 1 ok: 7");
+    // And afterwards, for a time; errors of the handler's too.
+    assert_eq!(call(&mut net, caller, "3", "k", ""), "3 ok: 7");
+    net.advance(10 * 60 * 1000);
+    assert_eq!(call(&mut net, caller, "4", "k", ""), "");
+    assert_eq!(net.sees(handler), "call t from caller: null");
+}
+
+#[test]
+fn a_caller_that_lost_its_connection_asks_again() {
+    let (mut net, caller, handler) = two();
+    call(&mut net, caller, "1", "k", "");
+    net.messages(handler);
+    call(&mut net, caller, "plain", "", "");
+    net.sees(caller);
+    net.hang_up(caller);
+    // The handler is not told to stop: its answer is still wanted.
+    let seen = net.sees(handler);
+    assert!(!seen.contains("cancel"), "{seen}");
+    let caller = net.app("caller", "");
+    assert_eq!(call(&mut net, caller, "1", "k", ""), "");
+    assert_eq!(net.sees(handler), "");
+    net.world.check();
+}
+
+#[test]
+fn answers_reach_repeats_after_their_caller_went() {
+    let (mut net, caller, handler) = two();
+    call(&mut net, caller, "1", "k", "");
+    let id = net.last_call(handler);
+    net.hang_up(caller);
+    net.answer_to(handler, &id, r#""status":"ok","response":5"#);
+    let caller = net.app("caller", "");
+    assert_eq!(call(&mut net, caller, "9", "k", ""), "9 ok: 5");
+    // Its time ends it though nobody waits, and a repeat is a call of its own then.
+    call(&mut net, caller, "1", "late", r#","ttl":100"#);
+    net.hang_up(caller);
+    net.advance(100);
+    net.world.check();
+    let caller = net.app("caller", "");
+    net.sees(handler);
+    assert_eq!(call(&mut net, caller, "1", "late", ""), "");
+    assert_eq!(net.sees(handler), "call t from caller: null");
+}
+
+#[test]
+fn a_call_without_an_answer_is_forgotten() {
+    let (mut net, caller, handler) = two();
+    call(&mut net, caller, "1", "k", "");
+    call(&mut net, caller, "2", "k", "");
+    net.hang_up(handler);
+    assert_eq!(
+        net.sees(caller),
+        "2 failed: handler_gone ran=unknown; 1 failed: handler_gone ran=unknown"
+    );
+    assert_eq!(
+        call(&mut net, caller, "3", "k", ""),
+        "3 failed: no_handler ran=no"
+    );
+    let handler = net.app("handler", HANDLER);
+    assert_eq!(call(&mut net, caller, "4", "k", ""), "");
+    assert_eq!(net.sees(handler), "call t from caller: null");
+    // With redelivery the next handler answers them all.
+    let second = net.app("handler", HANDLER);
+    call(&mut net, caller, "5", "r", r#","redeliver":true"#);
+    let (has, other) = match net.sees(handler).is_empty() {
+        true => (second, handler),
+        false => (handler, second),
+    };
+    call(&mut net, caller, "6", "r", r#","redeliver":true"#);
+    net.hang_up(has);
+    net.sees(caller);
+    let id = net.last_call(other);
+    net.answer_to(other, &id, r#""status":"ok","response":1"#);
+    assert_eq!(net.sees(caller), "6 ok: 1; 5 ok: 1");
+}
+
+#[test]
+fn parked_calls_are_repeated_across_restarts() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    assert_eq!(
+        call(&mut net, caller, "1", "k", r#","park":true"#),
+        "1 parked: null"
+    );
+    net.world.restart(1);
+    let caller = net.app("caller", "");
+    assert_eq!(call(&mut net, caller, "2", "k", r#","park":true"#), "");
+    let handler = net.connect();
+    net.say(
+        handler,
+        r#"{"action":"handshake","app_id":"handler","triggers":["t"]}"#,
+    );
+    let calls = net.messages(handler);
+    assert_eq!(
+        calls
+            .iter()
+            .filter(|m| m.json["action"] == "trigger")
+            .count(),
+        1
+    );
+    let id = calls.last().unwrap().json["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    net.answer_to(handler, &id, r#""status":"ok","response":3"#);
+    assert_eq!(net.sees(caller), "2 ok: 3; 1 ok: 3");
+    assert_eq!(call(&mut net, caller, "3", "k", ""), "3 ok: 3");
+}
+
+#[test]
+fn keys_are_checked_and_bounded() {
+    let mut net = Net::with(|limits| {
+        limits.repeats_max = 2;
+        limits.repeats_bytes_max = 2000;
+    });
+    let caller = net.app("caller", "");
+    let handler = net.app("handler", HANDLER);
+    let long = "x".repeat(latzero_protocol::limits::KEY_BYTES_MAX + 1);
+    for key in ["", &long] {
+        assert_eq!(
+            call(&mut net, caller, "1", key, ""),
+            "1 failed: bad_message ran=no"
+        );
+    }
+    for n in 1..=2 {
+        call(&mut net, caller, &n.to_string(), &n.to_string(), "");
+    }
+    assert_eq!(
+        call(&mut net, caller, "3", "3", ""),
+        "3 failed: overloaded ran=no"
+    );
+    // An answer makes room by being forgotten.
+    net.answer(handler, r#""status":"ok","response":1"#);
+    net.sees(caller);
+    assert_eq!(call(&mut net, caller, "3", "3", ""), "");
+    let (mut net, caller, handler) = two();
+    call(&mut net, caller, "first", "k", "");
+    for n in 0..16 {
+        assert_eq!(call(&mut net, caller, &n.to_string(), "k", ""), "");
+    }
+    assert_eq!(
+        call(&mut net, caller, "more", "k", ""),
+        "more failed: overloaded ran=no"
+    );
+    net.answer(handler, r#""status":"ok""#);
+    assert_eq!(net.messages(caller).len(), 17);
+}
