@@ -69,6 +69,19 @@ impl Count {
     pub const KINDS: usize = 6;
 }
 
+/// Something that the audit log tells.
+#[derive(Debug, Clone)]
+pub struct Audit<'a> {
+    /// What happened, as one word.
+    pub event: &'static str,
+    /// The app, where the connection has said which it is.
+    pub app: Option<&'a latzero_protocol::AppId>,
+    /// Its instance.
+    pub instance: Option<latzero_protocol::InstanceId>,
+    /// What else there is to say, as an object.
+    pub detail: serde_json::Value,
+}
+
 /// Carries out what the core decided. Called while a pool or the registry is held, so nothing here may wait.
 pub trait Effects {
     /// A connection, as the driver knows it.
@@ -133,6 +146,9 @@ pub trait Effects {
 
     /// `now` as milliseconds since the Unix epoch.
     fn unix_ms(&self, now: Time) -> u64;
+
+    /// Notes in the audit log what a connection did.
+    fn audit(&mut self, by: &Self::Peer, audit: &Audit<'_>);
 
     /// Runs `f` with the count of what blocks use.
     fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R;

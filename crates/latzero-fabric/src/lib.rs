@@ -18,7 +18,7 @@ pub mod session;
 mod slab;
 pub mod time;
 
-pub use effects::{CallEnd, Class, Count, Effects, Sent};
+pub use effects::{Audit, CallEnd, Class, Count, Effects, Sent};
 pub use host::{Host, Transport};
 pub use limits::Limits;
 pub use pool::{BlockKey, MemberKey, Pool};

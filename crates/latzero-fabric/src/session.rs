@@ -17,7 +17,7 @@ use latzero_protocol::message::{
 use latzero_protocol::{AppId, CallId, Code, Envelope, InstanceId, PoolName, Refusal};
 use serde_json::json;
 
-use crate::effects::{Class, Count, Effects};
+use crate::effects::{Audit, Class, Count, Effects};
 use crate::host::{Host, Transport};
 use crate::pool::{CallError, Joining};
 use crate::registry::{Admission, Admitted, Instance, Membership, Whereabouts};
@@ -462,6 +462,18 @@ impl<H: Host> Session<H> {
             rehydrated,
             displaced,
         } = *admission;
+        let names = |list: &[TriggerSpec]| list.iter().map(|t| t.name.clone()).collect::<Vec<_>>();
+        self.audit(
+            "joined",
+            (&handshake.app_id, instance),
+            json!({"pools": pools.iter().map(|p| &p.name).collect::<Vec<_>>(), "triggers": names(&triggers),
+                "rehydrated": rehydrated}),
+            host,
+        );
+        for displaced in &displaced {
+            let by = (&handshake.app_id, instance);
+            self.audit("took_over", by, json!({"displaced": displaced.id}), host);
+        }
         // Whoever is displaced has left before the newcomer joins, so no call can reach it any more.
         for instance in &displaced {
             expel(now, instance, "displaced", host);
@@ -471,7 +483,6 @@ impl<H: Host> Session<H> {
             // Descriptors only travel over Unix sockets, and what they replace travels as attachments.
             fd_passing: transport == Transport::Unix && handshake.features.attachments,
         });
-        let names = |list: &[TriggerSpec]| list.iter().map(|t| t.name.clone()).collect::<Vec<_>>();
         let limits = host.limits();
         let (version, node) = host.identity();
         let mut ack = json!({
@@ -807,6 +818,14 @@ impl<H: Host> Session<H> {
             registry.remember_triggers(&ready.app, specs, transport, &peer, fx)
         })?;
         ready.triggers = triggers;
+        let names: Vec<_> = specs.iter().map(|spec| &spec.name).collect();
+        let audit = Audit {
+            event: "registered",
+            app: Some(&ready.app),
+            instance: Some(ready.instance),
+            detail: json!({"triggers": names}),
+        };
+        host.effects().audit(&peer, &audit);
         for m in &self.memberships {
             let reserved =
                 (m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn) || !m.may_serve;
@@ -987,6 +1006,19 @@ impl<H: Host> Session<H> {
             let message = "only the server's own user over the Unix socket, or the admin token of the data directory, may do this";
             return Err(Refusal::new(Code::Forbidden, message));
         }
+        if let Some(ready) = &self.ready {
+            let what = match &admin.action {
+                AdminAction::Shutdown => json!({"action": "shutdown"}),
+                AdminAction::Reload => json!({"action": "reload"}),
+                AdminAction::Kick(app, instance) => {
+                    json!({"action": "kick", "of": app, "of_instance": instance})
+                }
+                AdminAction::Forget(app) => json!({"action": "app_forget", "of": app}),
+                AdminAction::Backup(to) => json!({"action": "backup", "to": to}),
+                AdminAction::CheckDatabase(full) => json!({"action": "db_check", "full": full}),
+            };
+            self.audit("administered", (&ready.app, ready.instance), what, host);
+        }
         match &admin.action {
             AdminAction::Kick(app, instance) => {
                 let unix_ms = host.unix_ms(now);
@@ -1017,8 +1049,34 @@ impl<H: Host> Session<H> {
         }
     }
 
+    fn audit(
+        &self,
+        event: &'static str,
+        (app, instance): (&AppId, InstanceId),
+        detail: serde_json::Value,
+        host: &mut H,
+    ) {
+        let audit = Audit {
+            event,
+            app: Some(app),
+            instance: Some(instance),
+            detail,
+        };
+        host.effects().audit(&self.peer, &audit);
+    }
+
     fn refuse(&self, id: Option<&str>, refusal: &Refusal, host: &mut H) {
         host.effects().refused(refusal.code);
+        // What somebody wanted who may not.
+        if matches!(refusal.code, Code::Forbidden | Code::AppInUse) {
+            let audit = Audit {
+                event: "refused",
+                app: self.ready.as_ref().map(|ready| &ready.app),
+                instance: self.ready.as_ref().map(|ready| ready.instance),
+                detail: json!({"code": refusal.code.as_str(), "message": refusal.message}),
+            };
+            host.effects().audit(&self.peer, &audit);
+        }
         self.tell_refusal(id, refusal, host);
     }
 

@@ -321,3 +321,29 @@ fn apps_say_since_when_they_are_offline() {
     );
     assert_eq!(seen(&net), listed["last_seen"].as_u64().unwrap());
 }
+
+#[test]
+fn the_audit_log_tells_who_came_took_over_was_refused_and_administered() {
+    let mut net = Net::new();
+    let a = net.app("a", r#""pools":["p"],"triggers":["t"]"#);
+    net.ask(a, r#"{"action":"trigger_register","triggers":["u"]}"#);
+    net.ask(a, r#"{"action":"reload","id":"1"}"#);
+    net.hello("a", r#""takeover":true"#);
+    let seen = net.world.take_audit().join("\n");
+    for part in [
+        r#"joined {"pools":["p"],"rehydrated":false,"triggers":["t"]}"#,
+        r#"registered {"triggers":["u"]}"#,
+        r#"refused {"code":"forbidden""#,
+        r#"took_over {"displaced":"#,
+    ] {
+        assert!(seen.contains(part), "{part} is not in:\n{seen}");
+    }
+    let admin = net.world.connect(Transport::BuiltIn);
+    net.say(admin, r#"{"action":"handshake","app_id":"latzero"}"#);
+    net.say(admin, r#"{"action":"kick","id":"1","app_id":"a"}"#);
+    let seen = net.world.take_audit().join("\n");
+    assert!(
+        seen.contains(r#"administered {"action":"kick","of":"a""#),
+        "{seen}"
+    );
+}

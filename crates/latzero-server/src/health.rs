@@ -47,7 +47,7 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
     let memory = part(blocks_ok, &blocks);
     let (store_ok, store) = shared.keeper.health();
     let store = part(store_ok, &store);
-    let lost = (shared.log_lines_lost)();
+    let lost = (shared.log_lines_lost)() + shared.audit_log.lost();
     let logs = part(lost == 0, &json!({"lines_lost": lost}));
     let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs});
     let all_ok = parts

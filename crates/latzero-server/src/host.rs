@@ -256,6 +256,13 @@ impl Effects for IoEffects {
         self.shared.keeper.keep(change, promise);
     }
 
+    fn audit(&mut self, by: &Arc<Peer>, audit: &latzero_fabric::Audit<'_>) {
+        // The server's own doings are in its log.
+        if by.socket.is_some() {
+            self.shared.audit_log.note(by, audit);
+        }
+    }
+
     fn next_number(&mut self) -> u64 {
         self.shared.keeper.next_number()
     }

@@ -193,6 +193,42 @@ impl Logs {
     }
 }
 
+/// A file of lines beside the log, written by a thread of its own and put aside by size.
+#[derive(Debug)]
+pub(crate) struct LineFile(Sink);
+
+impl LineFile {
+    /// Opens the file, to append to what is there.
+    ///
+    /// # Errors
+    /// Where it can't be opened, or no thread be had.
+    pub(crate) fn open(
+        path: &Path,
+        bytes_max: u64,
+        files_max: usize,
+    ) -> Result<LineFile, LogError> {
+        let rotating = RotatingFile::open(path, bytes_max, files_max);
+        let rotating = rotating.map_err(|source| LogError::File {
+            path: path.display().to_string(),
+            source,
+        })?;
+        let writer = Shared(Arc::new(Mutex::new(rotating)));
+        let sink = Sink::spawn("lines", writer).map_err(LogError::Thread)?;
+        Ok(LineFile(sink))
+    }
+
+    /// Appends one line, which has no end of its own. Never waits.
+    pub(crate) fn write(&self, line: &str) {
+        // Its writer takes every line, or counts it.
+        let _ = io::Write::write(&mut self.0.writer(), format!("{line}\n").as_bytes());
+    }
+
+    /// Lines that were not written.
+    pub(crate) fn lost(&self) -> u64 {
+        self.0.lost()
+    }
+}
+
 fn filter(level: LogLevel) -> LevelFilter {
     match level {
         LogLevel::Error => LevelFilter::ERROR,

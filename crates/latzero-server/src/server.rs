@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::audit::AuditLog;
 use crate::blocks::Blocks;
 use crate::event_loop::{EventLoop, Front};
 use crate::keeper::Keeper;
@@ -153,6 +154,7 @@ impl Server {
                 source,
             })
         })?;
+        let audit_log = AuditLog::open(&started.data_dir.logs(), &settings)?;
         let keeper = Keeper::open(started.data_dir.path(), &settings)?;
         let lost = Arc::clone(&logs);
         let shared = Shared::new(Parts {
@@ -166,6 +168,7 @@ impl Server {
             }),
             blocks,
             keeper,
+            audit_log,
             settings,
         });
         let mut listeners: Vec<Listener> = started.tcp.into_iter().map(Listener::Tcp).collect();

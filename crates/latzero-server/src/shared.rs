@@ -12,6 +12,7 @@ use latzero_fabric::{Limits, Registry, Time};
 use latzero_protocol::Refusal;
 use mio::Waker;
 
+use crate::audit::AuditLog;
 use crate::blocks::{Blocks, Done};
 use crate::builtin::BuiltIn;
 use crate::host::IoHost;
@@ -152,6 +153,7 @@ pub(crate) struct Shared {
     pub(crate) timers: Timers,
     pub(crate) blocks: Blocks,
     pub(crate) keeper: Keeper,
+    pub(crate) audit_log: AuditLog,
     pub(crate) stats: Stats,
     pub(crate) clock: Clock,
     pub(crate) started: Time,
@@ -181,6 +183,7 @@ pub(crate) struct Parts {
     pub(crate) seed: u64,
     pub(crate) blocks: Blocks,
     pub(crate) keeper: Keeper,
+    pub(crate) audit_log: AuditLog,
     pub(crate) reload: Box<Reload>,
     pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
 }
@@ -194,6 +197,7 @@ impl Shared {
             seed,
             blocks,
             keeper,
+            audit_log,
             reload,
             log_lines_lost,
         } = parts;
@@ -216,6 +220,7 @@ impl Shared {
             timers: Timers::default(),
             blocks,
             keeper,
+            audit_log,
             stats: Stats::new(),
             clock,
             started,

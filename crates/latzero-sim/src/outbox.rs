@@ -127,6 +127,8 @@ pub struct Outboxes {
     /// Calls under way that no connection made: parked ones.
     detached: u32,
     numbers: u64,
+    /// What the audit log would tell.
+    pub(crate) audited: Vec<String>,
 }
 
 impl Outboxes {
@@ -141,6 +143,7 @@ impl Outboxes {
             storages: Storages::default(),
             store: Store::default(),
             detached: 0,
+            audited: Vec::new(),
             numbers: 0,
         }
     }
@@ -388,6 +391,11 @@ impl Effects for Outboxes {
 
     fn keep(&mut self, change: latzero_fabric::keep::Change, promise: Option<&Peer>) {
         self.store.keep(change, promise.copied());
+    }
+
+    fn audit(&mut self, _by: &Peer, audit: &latzero_fabric::Audit<'_>) {
+        self.audited
+            .push(format!("{} {}", audit.event, audit.detail));
     }
 
     fn next_number(&mut self) -> u64 {

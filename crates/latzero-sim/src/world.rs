@@ -209,6 +209,11 @@ impl World {
         self.fx.store.is_failing
     }
 
+    /// Takes what the audit log would tell: what happened, and its details as JSON.
+    pub fn take_audit(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.fx.audited)
+    }
+
     /// What is on the disk.
     #[must_use]
     pub fn rows(&self) -> &crate::store::Rows {
