@@ -1,7 +1,7 @@
 //! What a session needs around it: exclusive access to the registry and to pools, and what only a server knows.
 
-use latzero_protocol::Refusal;
 use latzero_protocol::message::AdminAction;
+use latzero_protocol::{BlockId, PoolName, Refusal};
 
 use crate::effects::Effects;
 use crate::limits::Limits;
@@ -88,6 +88,19 @@ pub trait Host: Sized {
     /// # Errors
     /// `storage`, where it is corrupt.
     fn check_block(&mut self, storage: StorageId) -> Result<(), Refusal>;
+
+    /// Takes the memory of a block back whose descriptor came with the message that is being handled, where it is the one
+    /// that an earlier run made; the block is in `pool` then ([`Pool::adopt_block`]).
+    ///
+    /// # Errors
+    /// `no_block`, `bad_message`, `block_exists`, and as [`Pool::adopt_block`].
+    fn take_back(
+        &mut self,
+        now: Time,
+        pool: &Self::Pool,
+        name: &PoolName,
+        block: &BlockId,
+    ) -> Result<(), Refusal>;
 
     /// Takes a buffer back.
     fn recycle(&mut self, buffer: Vec<u8>);

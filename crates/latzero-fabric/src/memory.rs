@@ -95,8 +95,8 @@ pub struct Making {
     pub generation: u64,
     /// Where its first content comes from.
     pub from: Option<StorageId>,
-    /// What a persistent block is known by after a restart, as JSON text.
-    pub record: Option<String>,
+    /// What the block is known by after a restart, as JSON text.
+    pub record: String,
 }
 
 /// Something about a block that the driver does once the pool is free, in the order in which it was asked for.

@@ -92,6 +92,8 @@ pub enum Action<'a> {
     Unsubscribe(BlockId),
     /// Its version after a write through a mapping.
     Notify(BlockId, u64),
+    /// Offers the memory of a block that the server lost by its end, with a descriptor of it.
+    Reoffer(BlockId),
     /// Another size.
     Resize(BlockId, u64),
     /// To have it on disk.
@@ -478,6 +480,7 @@ pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Memory<'a>, R
         "memory_subscribe" => Action::Subscribe(block()?),
         "memory_unsubscribe" => Action::Unsubscribe(block()?),
         "memory_notify" => Action::Notify(block()?, required("version")?),
+        "memory_reoffer" => Action::Reoffer(block()?),
         "memory_resize" => Action::Resize(block()?, required("size")?),
         "memory_flush" => Action::Flush(block()?),
         "memory_remove" => Action::Remove(block()?),

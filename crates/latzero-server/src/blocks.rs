@@ -5,6 +5,7 @@
 //! run on a thread of their own, so that no connection waits for them.
 
 mod files;
+mod rows;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
@@ -19,9 +20,11 @@ use latzero_fabric::{BlockKey, Effects as _, Host as _, Limits, Time};
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use latzero_shm::{Cas, CreateError, Custodian, Description, Geometry, State};
+use latzero_store::BlockRow;
 use serde_json::{Value, json};
 
 use self::files::{Files, Names};
+pub(crate) use self::rows::Rows;
 use crate::host::IoHost;
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
@@ -112,6 +115,7 @@ pub(crate) struct Blocks {
     stored: RwLock<HashMap<StorageId, Arc<Stored>>>,
     ledger: Mutex<Ledger>,
     files: Arc<Files>,
+    rows: Rows,
     // At most one job of each kind for each block and waiter, which are bounded.
     work: Sender<Work>,
 }
@@ -121,7 +125,7 @@ impl Blocks {
     ///
     /// # Errors
     /// Where the directory can't be opened, or no thread be had.
-    pub(crate) fn new(directory: &Path) -> std::io::Result<Blocks> {
+    pub(crate) fn new(directory: &Path, rows: Rows) -> std::io::Result<Blocks> {
         let files = Arc::new(Files::open(directory)?);
         let (work, queue) = channel();
         let of_thread = Arc::clone(&files);
@@ -132,6 +136,7 @@ impl Blocks {
             stored: RwLock::new(HashMap::new()),
             ledger: Mutex::new(Ledger::default()),
             files,
+            rows,
             work,
         })
     }
@@ -354,6 +359,7 @@ impl Blocks {
         let from = making.from.map(|from| self.found(from)).transpose()?;
         let stored = self.build(making, from.as_deref())?;
         self.keep(making, from.as_deref(), &stored)?;
+        self.rows.note(&stored, &making.record);
         self.insert(making.storage, stored);
         Ok(())
     }
@@ -406,9 +412,10 @@ impl Blocks {
 
     /// Has a generation be there after a restart, where it is persistent. Nothing is left of one that fails.
     fn keep(&self, making: &Making, from: Option<&Stored>, stored: &Stored) -> Result<(), Refusal> {
-        let (Some(names), Some(record)) = (&stored.names, &making.record) else {
+        let Some(names) = &stored.names else {
             return Ok(());
         };
+        let record = &making.record;
         let kept = match stored.custodian.sync() {
             Ok(_) => self
                 .keep_record(names, record, from)
@@ -485,8 +492,32 @@ impl Blocks {
             *is_wanted = false;
             self.files.remove(names, is_superseded);
         }
+        if !is_superseded {
+            self.rows.forget(&stored.pool, &stored.block);
+        }
         // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
         let _ = self.work.send(Work::Free(stored));
+    }
+
+    /// Whether shared blocks of an earlier run wait for a client that holds them.
+    pub(crate) fn is_awaiting(&self) -> bool {
+        self.rows.is_awaiting()
+    }
+
+    /// The row of a block whose memory is awaited.
+    ///
+    /// # Errors
+    /// `no_block` where it is not.
+    pub(crate) fn awaited_row(
+        &self,
+        pool: &PoolName,
+        block: &BlockId,
+    ) -> Result<BlockRow, Refusal> {
+        let row = self.rows.awaited_row(pool, block);
+        row.ok_or_else(|| {
+            let message = format!("block '{block}' of pool '{pool}' is not awaited (any more)");
+            Refusal::new(Code::NoBlock, message)
+        })
     }
 
     /// What `stats` says of blocks.
@@ -610,13 +641,28 @@ impl std::io::Read for OneVersion<'_> {
     }
 }
 
-/// Takes in the persistent blocks that an earlier run left.
-pub(crate) fn adopt_all(host: &mut IoHost, now: Time) {
+/// Takes in the blocks that an earlier run left: persistent ones from their files; shared ones are awaited. After a power
+/// loss, what is in a file is what its checksums say.
+pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
-    for kept in shared.blocks.files.scan() {
+    let mut missing: HashMap<(String, String), BlockRow> = shared
+        .blocks
+        .rows
+        .take_in(rows)
+        .into_iter()
+        .map(|row| ((row.pool.clone(), row.block_id.clone()), row))
+        .collect();
+    for mut kept in shared.blocks.files.scan() {
+        if let (Ok(custodian), false) = (&kept.open, is_same_boot)
+            && let Err(error) = custodian.recover()
+        {
+            kept.open = Err(error.to_string());
+        }
         let (names, record) = (&kept.names, &kept.record);
         match adopt(host, now, kept.open, names, record) {
-            Ok(()) => {}
+            Ok((pool, block)) => {
+                missing.remove(&(pool.as_str().into(), block.as_str().into()));
+            }
             // With a higher limit it is there again, whole.
             Err(refusal) if matches!(refusal.code, Code::Quota | Code::TooLarge) => {
                 tracing::warn!(file = %names, error = %refusal, "a limit leaves no room for a persistent block; its file stays where it is, for a start with a higher one");
@@ -625,6 +671,20 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time) {
                 tracing::error!(file = %names, error = %refusal, "a persistent block can't be opened; its file is set aside");
                 shared.blocks.files.set_aside(names);
             }
+        }
+    }
+    for row in missing.into_values() {
+        let left = Found {
+            record: &rows::record(&row),
+            fence: 0,
+        };
+        tracing::error!(
+            pool = row.pool,
+            block = row.block_id,
+            "the file of a persistent block is gone; the block is lost"
+        );
+        if let Ok((pool, block)) = left.name() {
+            shared.blocks.rows.forget(&pool, &block);
         }
     }
     let (files, bytes) = shared.blocks.files.orphans();
@@ -643,34 +703,96 @@ fn adopt(
     open: Result<Custodian, String>,
     names: &Names,
     record: &str,
-) -> Result<(), Refusal> {
+) -> Result<(PoolName, BlockId), Refusal> {
     let custodian = open.map_err(|error| Refusal::new(Code::Storage, error))?;
+    let (pool_name, block) = Found { record, fence: 0 }.name()?;
+    let unix_ms = host.unix_ms(now);
+    let (number, pool) =
+        host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))?;
+    let name = (pool_name.clone(), block.clone());
+    let taken = take(host, &pool, custodian, name, record, Some(names.clone()));
+    if taken.is_err() {
+        // The pool goes again where it was made for this block alone.
+        host.effects().count_held(&pool_name, number, 0);
+        host.with_pool(&pool, |_, _| ());
+    }
+    taken.map(|()| (pool_name, block))
+}
+
+/// Has a block of an earlier run be in its pool again.
+fn take(
+    host: &mut IoHost,
+    pool: &Arc<PoolCell>,
+    custodian: Custodian,
+    (pool_name, block): (PoolName, BlockId),
+    record: &str,
+    names: Option<Names>,
+) -> Result<(), Refusal> {
     let faulty = |error: latzero_shm::Fault| Refusal::new(Code::Storage, error.to_string());
     // Who held the lock when the server died may still write: not under any fence of before. A header that shows nonsense
     // must not use the fences up.
     let fence = custodian.lease().map_err(faulty)?.min(FENCE_KEPT_MAX) + 1;
-    let found = Found { record, fence };
-    let (pool_name, block) = found.name()?;
     let version = custodian.version().map_err(faulty)?;
-    let unix_ms = host.unix_ms(now);
-    let (number, pool) =
-        host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))?;
-    let adopted = host.with_pool(&pool, |pool, fx| pool.adopt_block(now, &found, fx));
-    let storage = match adopted {
-        Ok(storage) => storage,
-        Err(refusal) => {
-            // The pool goes again where it was made for this block alone.
-            host.effects().count_held(&pool_name, number, 0);
-            host.with_pool(&pool, |_, _| ());
-            return Err(refusal);
-        }
-    };
-    let stored = Stored::new(custodian, pool_name, block, version, Some(names.clone()));
+    let found = Found { record, fence };
+    let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, fx))?;
+    let stored = Stored::new(custodian, pool_name, block, version, names);
     if let Err(error) = stored.custodian.set_lease(fence) {
-        tracing::warn!(file = %names, %error, "the lock of a persistent block can't be reset");
+        tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be reset");
     }
+    host.shared.blocks.rows.note(&stored, record);
     host.shared.blocks.insert(storage, stored);
     Ok(())
+}
+
+/// Takes memory back that a client offers for a block of an earlier run.
+///
+/// # Errors
+/// `forbidden` where the memory is another's; and as the pool says.
+pub(crate) fn take_back(
+    host: &mut IoHost,
+    pool: &Arc<PoolCell>,
+    (pool_name, block): (&PoolName, &BlockId),
+    row: &BlockRow,
+    offered: &OwnedFd,
+) -> Result<(), Refusal> {
+    let another = |why: String| {
+        let message = format!("what was offered for block '{block}' is not its memory: {why}");
+        Refusal::new(Code::Forbidden, message)
+    };
+    let custodian = Custodian::take_back(offered).map_err(|error| another(error.to_string()))?;
+    let identity = custodian
+        .identity()
+        .map_err(|error| another(error.to_string()))?;
+    let description = custodian.description();
+    let is_it = (Some(identity.0), Some(identity.1)) == (row.dev, row.ino)
+        && description.generation == row.generation
+        && (description.geometry.size, description.geometry.slots) == (row.size, row.slots);
+    if !is_it {
+        return Err(another(
+            "it is another generation's, or another block's".into(),
+        ));
+    }
+    // It says of itself that it was removed: the server died before that was written down.
+    if custodian.state().is_ok_and(|state| state != State::Live) {
+        host.shared.blocks.rows.forget(pool_name, block);
+        let message = format!("block '{block}' of pool '{pool_name}' was removed");
+        return Err(Refusal::new(Code::NoBlock, message));
+    }
+    let name = (pool_name.clone(), block.clone());
+    take(host, pool, custodian, name, &rows::record(row), None)?;
+    tracing::info!(pool = %pool_name, %block, "a shared block is back: a client held it");
+    Ok(())
+}
+
+/// Gives up the blocks of an earlier run that nobody offered in time.
+pub(crate) fn end_grace(shared: &Shared, now: Time) {
+    let gone = shared.blocks.rows.end_grace(shared.started, now);
+    if gone > 0 {
+        tracing::info!(
+            blocks = gone,
+            "nobody held these shared blocks of an earlier run; they are gone"
+        );
+    }
 }
 
 /// The blocks' thread: one job after the other, until the server is gone.

@@ -1,7 +1,9 @@
 //! One connection as its own loop sees it: the socket, what was read and not yet run, and its session.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
@@ -18,6 +20,9 @@ const FLUSH_BYTES: usize = 1024 * 1024;
 
 /// From this many bytes on, what was read of a frame is worth not being copied once more.
 const LARGE_BYTES: usize = 64 * 1024;
+
+/// Descriptors that one connection may have sent ahead of the messages that offer them.
+const OFFERS_MAX: usize = 64;
 
 /// A buffer of this capacity stays with an idle connection; larger ones are let go.
 const IDLE_BYTES_MAX: usize = 2048;
@@ -59,6 +64,8 @@ pub(crate) struct Connection {
     pub(crate) session: Session<IoHost>,
     /// Read and not yet run: the start of a frame, or frames left while paused.
     inbox: Vec<u8>,
+    /// Descriptors that came and were not taken yet.
+    offers: VecDeque<OwnedFd>,
     phase: Phase,
     transport: Transport,
     opened: Time,
@@ -109,6 +116,7 @@ impl Connection {
             peer,
             user,
             inbox: Vec::new(),
+            offers: VecDeque::new(),
             phase: Phase::Open,
             transport,
             opened: now,
@@ -153,7 +161,11 @@ impl Connection {
                 self.inbox = inbox;
                 read
             } else {
-                self.socket().read(scratch)
+                if self.takes_offers(host) {
+                    self.read_offers(scratch)
+                } else {
+                    self.socket().read(scratch)
+                }
             };
             let n = match read {
                 Ok(0) => return Turn::Ended,
@@ -189,6 +201,21 @@ impl Connection {
         }
     }
 
+    /// Whether descriptors are taken from this client: while blocks of an earlier run are awaited.
+    fn takes_offers(&self, host: &IoHost) -> bool {
+        self.transport == Transport::Unix
+            && self.session.is_ready()
+            && host.shared.blocks.is_awaiting()
+    }
+
+    fn read_offers(&mut self, scratch: &mut [u8]) -> io::Result<usize> {
+        let mut came = Vec::new();
+        let room = OFFERS_MAX - self.offers.len();
+        let n = self.socket().read_with(scratch, &mut came, room)?;
+        self.offers.extend(came);
+        Ok(n)
+    }
+
     fn run_inbox(&mut self, now: Time, host: &mut IoHost) -> Option<Turn> {
         let mut inbox = std::mem::take(&mut self.inbox);
         let (used, stop) = self.run(now, &inbox, host);
@@ -215,7 +242,16 @@ impl Connection {
                 Ok(Some((frame, length))) => {
                     used += length;
                     host.fx.batch.frames_in += 1;
-                    if self.session.handle(now, frame, host) == Flow::Close {
+                    // A message that brings no descriptor has none to take, so the queue is as good as the message's own.
+                    let flow = if self.offers.is_empty() {
+                        self.session.handle(now, frame, host)
+                    } else {
+                        std::mem::swap(&mut self.offers, &mut host.offers);
+                        let flow = self.session.handle(now, frame, host);
+                        std::mem::swap(&mut self.offers, &mut host.offers);
+                        flow
+                    };
+                    if flow == Flow::Close {
                         return (used, Some(Turn::Close));
                     }
                 }
@@ -252,6 +288,7 @@ impl Connection {
             return;
         }
         self.session.closed(now, host);
+        self.offers = VecDeque::new();
         self.inbox = Vec::new();
         self.phase = Phase::Closing {
             until: now.after_ms(LINGER_MS),

@@ -122,8 +122,8 @@ impl EventLoop {
         };
         if let Some(front) = front {
             let now = shared.clock.now();
-            crate::keeper::take_in(&mut event_loop.host, now);
-            crate::blocks::adopt_all(&mut event_loop.host, now);
+            let (rows, is_same_boot) = crate::keeper::take_in(&mut event_loop.host, now);
+            crate::blocks::adopt_all(&mut event_loop.host, now, rows, is_same_boot);
             let builtin = BuiltIn::start(now, &mut event_loop.host);
             *shared.builtin.lock().expect("nobody else is here yet") = Some(builtin);
             event_loop.host.flush(now);

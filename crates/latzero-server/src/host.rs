@@ -1,5 +1,6 @@
 //! The fabric's host: its pools and registry behind mutexes, its effects as bytes in outboxes.
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -8,7 +9,7 @@ use latzero_fabric::memory::{Change, Descriptor, Job, Ledger, StorageId};
 use latzero_fabric::{CallEnd, Class, Count, Effects, Host, Limits, Pool, Registry, Sent, Time};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
-use latzero_protocol::{Code, PoolName, Refusal};
+use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use serde_json::json;
 
 use crate::blocks::{Blocks, Done, Finished};
@@ -306,6 +307,8 @@ pub(crate) struct IoHost {
     pub(crate) crowded: Vec<Arc<Peer>>,
     /// For copies of blocks on their way into an outbox.
     read_buffer: Vec<u8>,
+    /// Descriptors that came with what is being run.
+    pub(crate) offers: VecDeque<OwnedFd>,
 }
 
 impl IoHost {
@@ -316,6 +319,7 @@ impl IoHost {
             changed: Vec::new(),
             crowded: Vec::new(),
             read_buffer: Vec::new(),
+            offers: VecDeque::new(),
         }
     }
 
@@ -485,6 +489,22 @@ impl Host for IoHost {
                 Err(refusal)
             }
         }
+    }
+
+    fn take_back(
+        &mut self,
+        _now: Time,
+        pool: &Arc<PoolCell>,
+        name: &PoolName,
+        block: &BlockId,
+    ) -> Result<(), Refusal> {
+        let offered = self.offers.pop_front();
+        let row = self.shared.blocks.awaited_row(name, block)?;
+        let Some(offered) = offered else {
+            let message = "no descriptor came with it; it travels with the message's first byte, over the Unix socket";
+            return Err(Refusal::new(Code::BadMessage, message));
+        };
+        crate::blocks::take_back(self, pool, (name, block), &row, &offered)
     }
 
     fn recycle(&mut self, buffer: Vec<u8>) {

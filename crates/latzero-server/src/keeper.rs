@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Change, PoolRow};
 use latzero_fabric::{Host as _, Time};
 use latzero_protocol::{AppId, Code, PoolName, Refusal};
-use latzero_store::{Contents, Durability, Opened, Options, Report, Store, StoreError, Ticket};
+use latzero_store::{
+    BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError, Ticket,
+};
 use serde_json::{Value, json};
 
 use crate::host::IoHost;
@@ -25,6 +27,9 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The name under which the time of the last sign of life is stored, in milliseconds since the Unix epoch.
 const ALIVE: &str = "alive";
+
+/// The name under which the kernel's name for the run of the machine is stored.
+const BOOT: &str = "boot";
 
 /// Who was promised what, and whom to tell.
 #[derive(Default)]
@@ -67,6 +72,7 @@ pub(crate) struct Keeper {
     next_ticket: AtomicU64,
     next_number: AtomicU64,
     report: Report,
+    boot_id: String,
     /// When the last backup by schedule began, in milliseconds since the Unix epoch; at first the newest one's time.
     last_backup: AtomicU64,
     /// Taken when the earlier run's contents are taken in.
@@ -91,7 +97,7 @@ impl Keeper {
                 StoreDurability::Full => Durability::Full,
                 StoreDurability::Normal => Durability::Normal,
             },
-            boot_id,
+            boot_id: boot_id.clone(),
             on_done: Box::new(move |done| told.tell(done)),
             ..Options::default()
         };
@@ -109,6 +115,7 @@ impl Keeper {
             next_ticket: AtomicU64::new(0),
             next_number: AtomicU64::new(last + 1),
             report,
+            boot_id,
             last_backup: AtomicU64::new(newest_backup(directory)),
             contents: Mutex::new(Some(contents)),
         })
@@ -162,13 +169,22 @@ impl Keeper {
 
     /// Leaves a sign of life: after a kill it says until when apps were seen at least.
     pub(crate) fn note_alive(&self, unix_ms: u64) {
+        self.set(ALIVE, &unix_ms.to_string());
+    }
+
+    fn set(&self, key: &str, value: &str) {
         let change = latzero_store::Change::PutSetting {
-            key: ALIVE.into(),
-            value: unix_ms.to_string(),
+            key: key.into(),
+            value: value.into(),
         };
         if let Err(error) = self.store.submit(change, None) {
-            tracing::debug!(%error, "no sign of life was left");
+            tracing::debug!(key, %error, "a setting can't be stored");
         }
+    }
+
+    /// The kernel's name for this run of the machine; empty where it has none.
+    pub(crate) fn boot_id(&self) -> &str {
+        &self.boot_id
     }
 
     /// The store as `health` and `stats` show it.
@@ -219,8 +235,9 @@ fn newest_backup(directory: &std::path::Path) -> u64 {
     since.map_or(0, |since| since.as_millis() as u64)
 }
 
-/// Takes in what an earlier run left: pools first, then what waits in them, then apps.
-pub(crate) fn take_in(host: &mut IoHost, now: Time) {
+/// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the rows of blocks, and
+/// whether the machine was not started anew since.
+pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
     let keeper = &shared.keeper;
     let contents = keeper
@@ -229,7 +246,7 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) {
         .expect("nothing panics under this lock")
         .take();
     let Some(contents) = contents else {
-        return;
+        return (Vec::new(), true);
     };
     let unix_ms = host.unix_ms(now);
     let alive = contents.settings.iter().find(|(key, _)| key == ALIVE);
@@ -292,6 +309,10 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) {
         tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
     }
     keeper.note_alive(unix_ms);
+    let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
+    let is_same_boot = boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
+    keeper.set(BOOT, &keeper.boot_id);
+    (contents.blocks, is_same_boot)
 }
 
 fn senseless() -> Refusal {

@@ -9,7 +9,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::audit::AuditLog;
-use crate::blocks::Blocks;
+use crate::blocks::{Blocks, Rows};
 use crate::event_loop::{EventLoop, Front};
 use crate::keeper::Keeper;
 use crate::listener::Listener;
@@ -146,8 +146,10 @@ impl Server {
                 "the server can be reached from other machines, without TLS; every AppID is open to whoever connects"
             );
         }
+        let keeper = Keeper::open(started.data_dir.path(), &settings)?;
         let directory = started.data_dir.path().join("memory");
-        let blocks = Blocks::new(&directory).map_err(|source| {
+        let rows = Rows::new(keeper.store().clone(), keeper.boot_id());
+        let blocks = Blocks::new(&directory, rows).map_err(|source| {
             ServerError::Startup(StartupError::System {
                 action: "opening",
                 path: directory,
@@ -155,7 +157,6 @@ impl Server {
             })
         })?;
         let audit_log = AuditLog::open(&started.data_dir.logs(), &settings)?;
-        let keeper = Keeper::open(started.data_dir.path(), &settings)?;
         let lost = Arc::clone(&logs);
         let shared = Shared::new(Parts {
             identity,

@@ -99,6 +99,22 @@ impl Socket {
         }
     }
 
+    /// Reads what is there, and takes the descriptors that came with it, `most` of them; where there are more, all of them are
+    /// closed and the read fails.
+    pub(crate) fn read_with(
+        &self,
+        buf: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+        most: usize,
+    ) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(_) => self.read(buf),
+            Socket::Unix(stream) => {
+                latzero_shm::fds::try_recv_with_fds(stream, buf, descriptors, most)
+            }
+        }
+    }
+
     /// Reads what is there behind what `buf` holds, as far as its capacity goes.
     pub(crate) fn read_more(&self, buf: &mut Vec<u8>) -> io::Result<usize> {
         let room = rustix::buffer::spare_capacity(buf);
@@ -166,7 +182,8 @@ fn has_ended(pid: Pid) -> bool {
             Seen::Ended => return true,
             Seen::Alive => return false,
             // Perhaps the others are ending too, and are gone in a moment.
-            Seen::Headless => std::thread::yield_now(),
+            Seen::Headless(threads) if are_all_without_memory(pid, threads) => return true,
+            Seen::Headless(_) => std::thread::yield_now(),
         }
     }
     false
@@ -176,8 +193,8 @@ fn has_ended(pid: Pid) -> bool {
 #[derive(Debug, PartialEq, Eq)]
 enum Seen {
     Ended,
-    /// Its first thread has ended, and there are others.
-    Headless,
+    /// Its first thread has ended, and there are others: so many in all.
+    Headless(usize),
     /// Or nobody knows.
     Alive,
 }
@@ -198,6 +215,21 @@ fn look(pid: Pid) -> Seen {
     judge(read("statm").as_deref(), read("stat").as_deref())
 }
 
+/// Whether each of a process's `threads` has given its address space up. A listing may miss some while others end, so it counts
+/// only where it is of as many as there were before.
+fn are_all_without_memory(pid: Pid, threads: usize) -> bool {
+    let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
+    let Ok(tasks) = std::fs::read_dir(tasks) else {
+        return false;
+    };
+    let has_none = |task: std::fs::DirEntry| {
+        let statm = std::fs::read_to_string(task.path().join("statm"));
+        statm.is_ok_and(|statm| statm.starts_with("0 "))
+    };
+    let listed: Vec<bool> = tasks.flatten().map(has_none).collect();
+    listed.len() == threads && listed.into_iter().all(|has_none| has_none)
+}
+
 /// What `/proc/PID/statm` and then `/proc/PID/stat` say of a process that is there (proc_pid_stat(5)).
 fn judge(statm: Option<&str>, stat: Option<&str>) -> Seen {
     let (Some(statm), Some(stat)) = (statm, stat) else {
@@ -209,9 +241,9 @@ fn judge(statm: Option<&str>, stat: Option<&str>) -> Seen {
     // Its name stands in parentheses, and may have such itself. Behind it the state is field 3, and the number of threads 20.
     let behind = stat.rsplit_once(") ").map(|(_, behind)| behind);
     let threads = behind.and_then(|fields| fields.split(' ').nth(17));
-    match threads.and_then(|threads| threads.parse::<u32>().ok()) {
+    match threads.and_then(|threads| threads.parse::<usize>().ok()) {
         Some(1) => Seen::Ended,
-        Some(2..) => Seen::Headless,
+        Some(threads @ 2..) => Seen::Headless(threads),
         // It just became none.
         Some(0) | None => Seen::Alive,
     }
@@ -289,7 +321,7 @@ mod tests {
         let (none, some) = ("0 0 0 0 0 0 0\n", "2048 400 300 5 0 100 0\n");
         for (statm, stat, expected) in [
             (Some(none), Some(stat("1")), Seen::Ended),
-            (Some(none), Some(stat("2")), Seen::Headless),
+            (Some(none), Some(stat("2")), Seen::Headless(2)),
             (Some(none), Some(stat("0")), Seen::Alive),
             (Some(none), Some("7 (a".into()), Seen::Alive),
             (Some(none), None, Seen::Alive),

@@ -136,7 +136,7 @@ impl Custodian {
         Ok(Custodian::of(file, None, description))
     }
 
-    fn of(file: OwnedFd, header: Option<Mapped>, description: Description) -> Custodian {
+    pub(crate) fn of(file: OwnedFd, header: Option<Mapped>, description: Description) -> Custodian {
         let read_only = reopened(&file, OFlags::RDONLY).map(Arc::new);
         let own = Arc::new(file);
         // Clients that are passed a descriptor share its open file, flags and all (fcntl(2)): with O_APPEND, set by one of
@@ -229,7 +229,7 @@ fn free_disk(file: &OwnedFd) -> u64 {
 
 /// The same file, opened anew: another open file, with flags and an access mode of its own. What is opened for reading alone
 /// the kernel lets nobody map writable.
-fn reopened(file: &OwnedFd, access: OFlags) -> Option<OwnedFd> {
+pub(crate) fn reopened(file: &OwnedFd, access: OFlags) -> Option<OwnedFd> {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     rustix::fs::open(path, access | OFlags::CLOEXEC, Mode::empty()).ok()

@@ -26,6 +26,7 @@ mod geometry;
 mod kept;
 mod mapped;
 mod memory;
+mod recover;
 pub mod slots;
 mod view;
 mod wait;

@@ -20,7 +20,7 @@ const TRIES: u32 = 64;
 const PATIENCE: Duration = Duration::from_millis(50);
 
 /// Versions stay below this: a writer at a million versions a second gets there in two thousand years.
-const VERSION_MAX: u64 = (1 << 56) - 1;
+pub(crate) const VERSION_MAX: u64 = (1 << 56) - 1;
 
 /// What a slot says it holds while its content is that of no version.
 const SPOILT: u64 = u64::MAX;

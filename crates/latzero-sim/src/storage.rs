@@ -67,8 +67,8 @@ impl Storages {
             self.stored.insert(making.storage, stored).is_none(),
             "storage is made once"
         );
-        if let Some(record) = &making.record {
-            self.records.insert(making.storage, record.clone());
+        if making.kind == latzero_protocol::memory::Kind::Persistent {
+            self.records.insert(making.storage, making.record.clone());
         }
         Ok(())
     }

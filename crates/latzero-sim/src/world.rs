@@ -602,6 +602,20 @@ impl Host for World {
         Ok(())
     }
 
+    fn take_back(
+        &mut self,
+        _now: Time,
+        _pool: &PoolHandle,
+        _name: &PoolName,
+        block: &latzero_protocol::BlockId,
+    ) -> Result<(), Refusal> {
+        // Nobody holds anything here.
+        Err(Refusal::new(
+            Code::NoBlock,
+            format!("block '{block}' is not awaited"),
+        ))
+    }
+
     fn recycle(&mut self, _buffer: Vec<u8>) {}
 
     fn write_block(

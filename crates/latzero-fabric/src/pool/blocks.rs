@@ -118,7 +118,8 @@ struct Block {
     owner: AppId,
     lifetime: Lifetime,
     generation: u64,
-    created: Time,
+    /// When it was made, in milliseconds since the Unix epoch.
+    created: u64,
     phase: Phase,
     attachments: Vec<Attachment>,
     subscribers: Vec<MemberKey>,
@@ -345,7 +346,6 @@ impl<P: Clone> Pool<P> {
     /// `block_exists`, `quota`, `too_large`, `layout_mismatch`, `forbidden`.
     pub fn create_block<E: Effects<Peer = P>>(
         &mut self,
-        now: Time,
         asking: Asking<'_>,
         create: &Create,
         unix_ms: u64,
@@ -422,7 +422,7 @@ impl<P: Clone> Pool<P> {
             owner: app,
             lifetime: create.lifetime,
             generation: 1,
-            created: now,
+            created: unix_ms,
             phase: Phase::New,
             attachments: Vec::new(),
             subscribers: Vec::new(),
@@ -444,7 +444,7 @@ impl<P: Clone> Pool<P> {
             geometry,
             generation: 1,
             from: None,
-            record: record(&self.name, &block, unix_ms),
+            record: record(&self.name, &block).to_string(),
         };
         let key = shown(self.blocks.blocks.insert(block));
         self.blocks.by_id.insert(create.block.clone(), key);
@@ -457,17 +457,16 @@ impl<P: Clone> Pool<P> {
         Ok(None)
     }
 
-    /// Takes in a persistent block that was there before the server was.
+    /// Takes in a block that was there before the server was.
     ///
     /// # Errors
     /// Where its record makes no sense, its name is taken, or there is no room for it.
     pub fn adopt_block<E: Effects<Peer = P>>(
         &mut self,
-        now: Time,
         found: &Found<'_>,
         fx: &mut E,
     ) -> Result<StorageId, Refusal> {
-        let block = found.read(now)?;
+        let block = found.read()?;
         if self.blocks.by_id.contains_key(&block.id) {
             let message = format!("block '{}' stands twice in pool '{}'", block.id, self.name);
             return Err(Refusal::new(Code::BlockExists, message));
@@ -826,7 +825,6 @@ impl<P: Clone> Pool<P> {
         &self,
         member: MemberKey,
         id: &BlockId,
-        unix_ms: impl Fn(Time) -> u64,
         fx: &mut E,
     ) -> Result<Value, Refusal> {
         self.asker(member)?;
@@ -862,7 +860,7 @@ impl<P: Clone> Pool<P> {
         }
         description["subscribers"] = block.subscribers.len().into();
         description["bytes"] = block.total().into();
-        description["created"] = unix_ms(block.created).into();
+        description["created"] = block.created.into();
         description["permissions"] = json!({
             "read": block.permissions.read.names(), "write": block.permissions.write.names(),
         });

@@ -5,7 +5,7 @@ use latzero_protocol::limits::{READ_SLACK, SYSTEM_POOL};
 use latzero_protocol::memory::{Action, Memory};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 
-use super::{Session, clock};
+use super::Session;
 use crate::effects::{Class, Effects, Sent};
 use crate::host::Host;
 use crate::pool::{Asking, LockWish, MemberKey, ReadPlan, Replied};
@@ -20,7 +20,6 @@ impl<H: Host> Session<H> {
         host: &mut H,
     ) -> Result<Replied, Refusal> {
         let unix_ms = host.unix_ms(now);
-        let clock = clock(now, host);
         let m = self.current_membership(memory.pool.as_deref(), host)?;
         let (pool, member) = (m.pool.clone(), m.member);
         let is_system = m.name.as_str() == SYSTEM_POOL;
@@ -35,7 +34,7 @@ impl<H: Host> Session<H> {
                     check(&pool, member, &create.block, host)?;
                 }
                 host.with_pool(&pool, |pool, fx| {
-                    pool.create_block(now, asking, create, unix_ms, fx)
+                    pool.create_block(asking, create, unix_ms, fx)
                 })
             }
             Action::Attach {
@@ -161,8 +160,13 @@ impl<H: Host> Session<H> {
             Action::Notify(block, version) => host.with_pool(&pool, |pool, fx| {
                 pool.notify_block(member, block, *version, fx)
             }),
+            Action::Reoffer(block) => {
+                let name = m.name.clone();
+                host.take_back(now, &pool, &name, block)?;
+                Ok(Some("{}".into()))
+            }
             Action::Resize(block, size) => host.with_pool(&pool, |pool, fx| {
-                pool.resize_block(asking, block, *size, unix_ms, fx)
+                pool.resize_block(asking, block, *size, fx)
             }),
             Action::Flush(block) => {
                 host.with_pool(&pool, |pool, fx| pool.flush_block(asking, block, fx))
@@ -175,8 +179,7 @@ impl<H: Host> Session<H> {
                 Ok(Some(blocks.to_string()))
             }
             Action::Info(block) => {
-                let all =
-                    host.with_pool(&pool, |pool, fx| pool.block_json(member, block, clock, fx))?;
+                let all = host.with_pool(&pool, |pool, fx| pool.block_json(member, block, fx))?;
                 Ok(Some(all.to_string()))
             }
         }

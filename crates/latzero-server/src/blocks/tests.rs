@@ -11,7 +11,10 @@ use super::*;
 
 fn blocks() -> (Blocks, TempDir) {
     let directory = tempfile::tempdir().unwrap();
-    (Blocks::new(directory.path()).unwrap(), directory)
+    (
+        Blocks::new(directory.path(), Rows::default()).unwrap(),
+        directory,
+    )
 }
 
 fn making(generation: u64, from: Option<u64>) -> Making {
@@ -25,7 +28,7 @@ fn making(generation: u64, from: Option<u64>) -> Making {
         geometry: latzero_fabric::memory::Geometry { size, slots: 2 },
         generation,
         from: from.map(StorageId),
-        record: Some(record.to_string()),
+        record: record.to_string(),
     }
 }
 
@@ -64,7 +67,7 @@ fn a_move_leaves_the_new_generation_and_its_record() {
     let [bytes, record] = <[String; 2]>::try_from(files(&directory)).unwrap();
     assert!(bytes.ends_with(".2.lzb"), "{bytes}");
     let record = std::fs::read_to_string(directory.path().join(record)).unwrap();
-    assert_eq!(record, making(2, None).record.unwrap());
+    assert_eq!(record, making(2, None).record);
     let mut content = [0; 6];
     blocks.read(StorageId(2), 0, &mut content, Some(1)).unwrap();
     assert_eq!(&content, b"bytes\0");
@@ -109,7 +112,7 @@ fn the_record_from_before_holds_again_where_the_new_one_may_not_last() {
     let to = making(2, Some(1));
     let stored = blocks.build(&to, Some(&from)).unwrap();
     let names = stored.names.clone().unwrap();
-    let kept = blocks.keep_record(&names, to.record.as_ref().unwrap(), Some(&from));
+    let kept = blocks.keep_record(&names, &to.record, Some(&from));
     kept.unwrap().unwrap();
     assert_ne!(read(), before);
     blocks

@@ -120,7 +120,6 @@ impl<P: Clone> Pool<P> {
         asking: Asking<'_>,
         id: &BlockId,
         size: u64,
-        unix_ms: u64,
         fx: &mut E,
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed_by_name(asking.member, id, Access::Write)?;
@@ -156,7 +155,7 @@ impl<P: Clone> Pool<P> {
             size,
             slots: block.geometry.slots,
         };
-        self.begin_move(key, geometry, "resized", None, unix_ms, fx)?;
+        self.begin_move(key, geometry, "resized", None, fx)?;
         self.involve(asking.member, key);
         let block = self.blocks.at_mut(key).expect("just found");
         block.waiting.push(Waiting {
@@ -173,7 +172,6 @@ impl<P: Clone> Pool<P> {
         geometry: Geometry,
         reason: &'static str,
         unless_dead: Option<P>,
-        unix_ms: u64,
         fx: &mut E,
     ) -> Result<(), Refusal> {
         let total = self.check_size(geometry)?;
@@ -199,14 +197,10 @@ impl<P: Clone> Pool<P> {
             geometry,
             reason,
         };
-        let mut record = record(&self.name, block, unix_ms);
-        if let Some(text) = &mut record {
-            // The record of the generation to come.
-            let mut next: Value = serde_json::from_str(text).expect("a record is JSON");
-            next["size"] = geometry.size.into();
-            next["generation"] = (block.generation + 1).into();
-            *text = next.to_string();
-        }
+        // The record of the generation to come.
+        let mut record = record(&self.name, block);
+        record["size"] = geometry.size.into();
+        record["generation"] = (block.generation + 1).into();
         let making = Making {
             storage: to,
             pool: self.name.clone(),
@@ -215,7 +209,7 @@ impl<P: Clone> Pool<P> {
             geometry,
             generation: block.generation + 1,
             from: Some(block.storage),
-            record,
+            record: record.to_string(),
         };
         self.blocks.bytes += total;
         fx.block_job(Job::Make {
@@ -245,7 +239,7 @@ impl<P: Clone> Pool<P> {
             return;
         }
         let geometry = block.geometry;
-        if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, 0, fx) {
+        if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, fx) {
             // Without room for a second generation the fence is all that keeps the old writer out.
             fx.refused(refusal.code);
         }

@@ -1,8 +1,8 @@
-//! What a persistent block is known by after a restart.
+//! What a block is known by after a restart.
 
 use super::*;
 
-/// A persistent block that was there before the server was.
+/// A block that was there before the server was: a file, or memory that a client held on to.
 #[derive(Debug)]
 pub struct Found<'a> {
     /// Its record, as [`Making::record`] gave it.
@@ -23,10 +23,11 @@ impl Found<'_> {
         Ok((pool, BlockId::new(text("block_id")?)?))
     }
 
-    pub(super) fn read(&self, now: Time) -> Result<Block, Refusal> {
+    pub(super) fn read(&self) -> Result<Block, Refusal> {
         use latzero_protocol::memory::Apps;
         let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
         let number = |name: &str| record[name].as_u64().ok_or_else(senseless);
+        let word = |name: &str| record[name].as_str();
         let apps = |name: &str| -> Result<Apps, Refusal> {
             let names = record["permissions"][name].as_array();
             let names = names.ok_or_else(senseless)?.iter();
@@ -49,7 +50,9 @@ impl Found<'_> {
         Ok(Block {
             id,
             storage: StorageId(0),
-            kind: Kind::Persistent,
+            kind: word("kind")
+                .map_or(Some(Kind::Persistent), Kind::parse)
+                .ok_or_else(senseless)?,
             geometry: Geometry {
                 size: number("size")?.max(1),
                 slots: u32::try_from(number("slots")?)
@@ -63,9 +66,10 @@ impl Found<'_> {
                 write: apps("write")?,
             },
             owner: AppId::new(record["owner"].as_str().ok_or_else(senseless)?)?,
+            // Who is attached is yet to come: one that goes with them would go at once.
             lifetime: Lifetime::Pool,
             generation: number("generation")?,
-            created: now,
+            created: record["created"].as_u64().unwrap_or(0),
             phase: Phase::Live,
             attachments: Vec::new(),
             subscribers: Vec::new(),
@@ -79,22 +83,18 @@ impl Found<'_> {
 }
 
 fn senseless() -> Refusal {
-    Refusal::new(
-        Code::Storage,
-        "the record of a persistent block makes no sense",
-    )
+    Refusal::new(Code::Storage, "the record of a block makes no sense")
 }
 
-pub(super) fn record(pool: &PoolName, block: &Block, unix_ms: u64) -> Option<String> {
-    (block.kind == Kind::Persistent).then(|| {
-        let mut record = json!({
-            "pool": pool, "block_id": block.id, "size": block.geometry.size, "slots": block.geometry.slots,
-            "owner": block.owner, "generation": block.generation, "created": unix_ms,
-            "permissions": {"read": block.permissions.read.names(), "write": block.permissions.write.names()},
-        });
-        if let Some(layout) = &block.layout {
-            record["layout"] = serde_json::from_str(&layout.to_json()).expect("a layout writes JSON");
-        }
-        record.to_string()
-    })
+pub(super) fn record(pool: &PoolName, block: &Block) -> Value {
+    let mut record = json!({
+        "pool": pool, "block_id": block.id, "kind": block.kind.as_str(), "size": block.geometry.size,
+        "slots": block.geometry.slots, "owner": block.owner, "generation": block.generation, "created": block.created,
+        "lifetime": block.lifetime.as_str(),
+        "permissions": {"read": block.permissions.read.names(), "write": block.permissions.write.names()},
+    });
+    if let Some(layout) = &block.layout {
+        record["layout"] = serde_json::from_str(&layout.to_json()).expect("a layout writes JSON");
+    }
+    record
 }

@@ -1,0 +1,181 @@
+//! The rows of blocks in the store: by them memory is known again that clients still hold when the server comes back, and a
+//! file is known to be missing.
+//!
+//! A shared block is memory without a name. When the server dies, clients that have it mapped keep it alive; at the server's
+//! return they offer their descriptors (`memory_reoffer`), and one that is of this boot, device and inode is the block that
+//! the row tells of. For a time after the start blocks are awaited so; then their rows go.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use latzero_fabric::Time;
+use latzero_protocol::memory::Kind;
+use latzero_protocol::{BlockId, PoolName};
+use latzero_store::{BlockRow, Change, Store};
+use serde_json::Value;
+
+use super::Stored;
+
+/// How long clients have to offer what they hold, in milliseconds.
+pub(super) const GRACE_MS: u64 = 30_000;
+
+type Name = (PoolName, BlockId);
+
+/// The rows, and which of them wait for their memory.
+#[derive(Default)]
+pub(crate) struct Rows {
+    /// Absent in tests of blocks alone.
+    store: Option<Store>,
+    boot_id: String,
+    awaited: Mutex<HashMap<Name, BlockRow>>,
+    is_awaiting: AtomicBool,
+}
+
+impl Rows {
+    pub(crate) fn new(store: Store, boot_id: &str) -> Rows {
+        Rows {
+            store: Some(store),
+            boot_id: boot_id.to_owned(),
+            ..Rows::default()
+        }
+    }
+
+    /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others' rows go, but those of
+    /// persistent ones, which are returned.
+    pub(super) fn take_in(&self, rows: Vec<BlockRow>) -> Vec<BlockRow> {
+        let mut persistent = Vec::new();
+        for row in rows {
+            let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));
+            match (row.kind.as_str(), name) {
+                ("persistent", (Ok(_), Ok(_))) => persistent.push(row),
+                ("shared", (Ok(pool), Ok(block)))
+                    if row.boot_id.as_deref() == Some(&self.boot_id)
+                        && !self.boot_id.is_empty() =>
+                {
+                    self.awaited().insert((pool, block), row);
+                }
+                _ => self.submit(Change::RemoveBlock {
+                    pool: row.pool,
+                    block_id: row.block_id,
+                }),
+            }
+        }
+        let count = self.awaited().len();
+        if count > 0 {
+            tracing::info!(
+                blocks = count,
+                "shared blocks of an earlier run wait for a client that holds them"
+            );
+        }
+        self.is_awaiting.store(count > 0, Relaxed);
+        persistent
+    }
+
+    fn awaited(&self) -> std::sync::MutexGuard<'_, HashMap<Name, BlockRow>> {
+        self.awaited.lock().expect("nothing panics under this lock")
+    }
+
+    /// Whether any block waits for its memory.
+    pub(crate) fn is_awaiting(&self) -> bool {
+        self.is_awaiting.load(Relaxed)
+    }
+
+    /// The row of a block whose memory is awaited.
+    pub(super) fn awaited_row(&self, pool: &PoolName, block: &BlockId) -> Option<BlockRow> {
+        self.awaited().get(&(pool.clone(), block.clone())).cloned()
+    }
+
+    /// A block is there, or is there no longer: it is awaited no more.
+    fn settle(&self, pool: &PoolName, block: &BlockId) {
+        if !self.is_awaiting() {
+            return;
+        }
+        let mut awaited = self.awaited();
+        awaited.remove(&(pool.clone(), block.clone()));
+        self.is_awaiting.store(!awaited.is_empty(), Relaxed);
+    }
+
+    /// Gives up what nobody offered; returns how many blocks that were.
+    pub(super) fn end_grace(&self, since_start: Time, now: Time) -> usize {
+        if !self.is_awaiting() || now < since_start.after_ms(GRACE_MS) {
+            return 0;
+        }
+        let gone = std::mem::take(&mut *self.awaited());
+        self.is_awaiting.store(false, Relaxed);
+        for (pool, block) in gone.keys() {
+            self.forget(pool, block);
+        }
+        gone.len()
+    }
+
+    /// Notes a block as it is now, by its record.
+    pub(super) fn note(&self, stored: &Stored, record: &str) {
+        self.settle(&stored.pool, &stored.block);
+        let Some(row) = self.row(stored, record) else {
+            tracing::warn!(pool = %stored.pool, block = %stored.block, "the row of a block can't be written");
+            return;
+        };
+        self.submit(Change::PutBlock(row));
+    }
+
+    fn row(&self, stored: &Stored, record: &str) -> Option<BlockRow> {
+        let record: Value = serde_json::from_str(record).ok()?;
+        let description = stored.custodian.description();
+        let (dev, ino) = stored.custodian.identity().ok()?;
+        let is_shared = stored.kind == Kind::Shared;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now = now.map_or(0, |now| i64::try_from(now.as_millis()).unwrap_or(i64::MAX));
+        Some(BlockRow {
+            pool: stored.pool.as_str().into(),
+            block_id: stored.block.as_str().into(),
+            kind: stored.kind.as_str().into(),
+            size: description.geometry.size,
+            slots: description.geometry.slots,
+            layout: record.get("layout").map(Value::to_string),
+            permissions: record["permissions"].to_string(),
+            owner: record["owner"].as_str()?.into(),
+            lifetime: record["lifetime"].as_str().unwrap_or("pool").into(),
+            generation: description.generation,
+            // Both are in the block's own header, where they stay true.
+            version: 0,
+            fence: 0,
+            boot_id: is_shared.then(|| self.boot_id.clone()),
+            dev: is_shared.then_some(dev),
+            ino: is_shared.then_some(ino),
+            created: record["created"].as_i64().unwrap_or(now),
+            updated: now,
+        })
+    }
+
+    /// A block is gone.
+    pub(super) fn forget(&self, pool: &PoolName, block: &BlockId) {
+        self.settle(pool, block);
+        self.submit(Change::RemoveBlock {
+            pool: pool.as_str().into(),
+            block_id: block.as_str().into(),
+        });
+    }
+
+    fn submit(&self, change: Change) {
+        if let Some(store) = &self.store
+            && let Err(error) = store.submit(change, None)
+        {
+            tracing::warn!(%error, "what is known of a block can't be stored");
+        }
+    }
+}
+
+/// The record that a row was made of.
+pub(super) fn record(row: &BlockRow) -> String {
+    let json = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
+    let mut record = serde_json::json!({
+        "pool": row.pool, "block_id": row.block_id, "kind": row.kind, "size": row.size, "slots": row.slots,
+        "owner": row.owner, "generation": row.generation, "created": row.created, "lifetime": row.lifetime,
+        "permissions": json(&row.permissions),
+    });
+    if let Some(layout) = &row.layout {
+        record["layout"] = json(layout);
+    }
+    record.to_string()
+}
