@@ -10,6 +10,7 @@ use latzero_protocol::message::Strategy;
 use latzero_protocol::{Code, InstanceId, Ran, TriggerName};
 use serde_json::{Value, json};
 
+use crate::answers::Answers;
 use crate::block::BlockName;
 use crate::builder::{Builder, on_thread};
 use crate::call::{Call, Calling, Emit};
@@ -103,6 +104,13 @@ impl App {
     #[must_use]
     pub fn is_rehydrated(&self) -> bool {
         lock(&self.core().ack).rehydrated
+    }
+
+    /// Whether the server has on disk what the app registered. False where its last acknowledgement said that the disk
+    /// takes nothing: pools and triggers are in force, and may be forgotten if the server stops before it could write.
+    #[must_use]
+    pub fn is_stored(&self) -> bool {
+        lock(&self.core().ack).stored != Some(false)
     }
 
     /// The triggers that the server listed in its last acknowledgement.
@@ -260,6 +268,36 @@ impl App {
             },
             self.asking(message),
         )
+    }
+
+    /// The answers to parked calls that nobody in this process waits for: those of an earlier life of the process,
+    /// which the server sends as soon as the app is back, and those whose [`Parked`](crate::Parked) was dropped. A call
+    /// that is to be told by its answer is given an id of its own by [`Call::id`].
+    ///
+    /// They are kept from the moment of connecting, so none is missed before this is called: the newest
+    /// [`ANSWERS_MAX`](crate::ANSWERS_MAX) of them, of [`ANSWERS_BYTES_MAX`](crate::ANSWERS_BYTES_MAX) bytes at most.
+    /// Beyond that the oldest are dropped, and [`Answer::lost`](crate::Answer::lost) of the next one says how many.
+    /// There is one taker: a further call of this ends what the one before gave.
+    ///
+    /// Where several instances of the app live, the server sends an answer to one of them, mostly the newest.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), latzero::Error> {
+    /// let app = latzero::App::connect("latzero://shop?pool=alpha").await?;
+    /// let mut answers = app.answers();
+    /// while let Some(answer) = answers.next().await {
+    ///     let id = answer.id().to_owned();
+    ///     match answer.into::<serde_json::Value>() {
+    ///         Ok(receipt) => println!("{id}: {receipt}"),
+    ///         Err(error) => println!("{id} failed: {error}"),
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn answers(&self) -> Answers {
+        Answers::new(self)
     }
 
     /// Joins a pool.

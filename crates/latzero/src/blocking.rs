@@ -23,6 +23,7 @@ use latzero_protocol::message::Strategy;
 use latzero_protocol::{Code, InstanceId};
 use serde_json::{Value, json};
 
+use crate::answers::Answer;
 use crate::builder;
 use crate::error::{Error, HandlerError};
 use crate::events::{Emission, Lossy, Presence};
@@ -151,6 +152,19 @@ impl App {
         Ok(Events(events))
     }
 
+    /// The answers to parked calls that nobody in this process waits for, those of an earlier life of it among them; see
+    /// [`crate::App::answers`].
+    #[must_use]
+    pub fn answers(&self) -> Answers {
+        Answers(self.0.answers())
+    }
+
+    /// Whether the server has on disk what the app registered; see [`crate::App::is_stored`].
+    #[must_use]
+    pub fn is_stored(&self) -> bool {
+        self.0.is_stored()
+    }
+
     /// Joins a pool.
     ///
     /// # Errors
@@ -246,8 +260,15 @@ impl Call {
         key(key: &str);
         /// Adds a header, passed to the handler untouched.
         header(name: &str, value: &str);
-        /// Where no handler is live, wait for one until the time is over.
+        /// Where no handler is live, has the server keep the call on disk until one comes; see [`crate::Call::park`].
         park();
+        /// Where the handler's connection ends before it answered, gives the call to the next one: it may run more than
+        /// once. The handler reads which attempt it is from [`crate::Request::attempt`].
+        redeliver();
+        /// By what the server knows repeats of the call; see [`crate::Call::idempotency_key`].
+        idempotency_key(key: &str);
+        /// Gives the call an id of the caller's own, 1 to 128 bytes; see [`crate::Call::id`].
+        id(id: &str);
         /// Sends these bytes instead of the data, beside the JSON and as they are.
         raw_bytes(bytes: Vec<u8>);
         /// Items of a streamed answer that may be under way (default 64).
@@ -272,6 +293,27 @@ impl Call {
         self.0.send().wait()
     }
 
+    /// Sends the call to be kept by the server until it is answered, and waits until it is on disk, or answered where a
+    /// handler is live; see [`crate::Call::send_parked`].
+    ///
+    /// ```no_run
+    /// use latzero::blocking::App;
+    ///
+    /// # fn main() -> Result<(), latzero::Error> {
+    /// let app = App::connect("latzero://shop?pool=alpha")?;
+    /// let parked = app.call("ship", &"order 17").id("order-17").send_parked()?;
+    /// let receipt: String = parked.answer()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// `storage` where the disk takes nothing, `overloaded` where the server keeps too many already, else what the
+    /// handler or the server answered.
+    pub fn send_parked(self) -> Result<Parked, Error> {
+        self.0.send_parked().wait().map(Parked)
+    }
+
     /// Sends the call and waits for the answer as it comes, with its headers.
     ///
     /// # Errors
@@ -291,6 +333,76 @@ impl Call {
     /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers the whole stream.
     pub fn stream<R: FromPayload>(self) -> Stream<R> {
         Stream(self.0.stream())
+    }
+}
+
+/// A call that the server keeps until it is answered, or that is answered already. Dropping it lets the call go on: its
+/// answer then goes to [`App::answers`].
+#[derive(Debug)]
+pub struct Parked(crate::Parked);
+
+impl Parked {
+    /// The call's id, by which [`App::answers`] knows it, in a later life of the process too.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        self.0.id()
+    }
+
+    /// Waits for the answer. A lost connection does not end the wait; that the app is closed does.
+    ///
+    /// # Errors
+    /// What the handler or the server answered; `timeout` where the call's time ended before; `bad_message` where the
+    /// answer is not an `R`.
+    pub fn answer<R: FromPayload>(self) -> Result<R, Error> {
+        self.0.answer().wait()
+    }
+
+    /// As [`Parked::answer`], the answer as it comes, with its headers.
+    ///
+    /// # Errors
+    /// What the handler or the server answered.
+    pub fn reply(self) -> Result<Reply, Error> {
+        self.0.reply().wait()
+    }
+
+    /// Ends the call; see [`crate::Parked::cancel`].
+    pub fn cancel(self) {
+        self.0.cancel();
+    }
+}
+
+/// Answers to calls that nobody here waits for, by iterating, until the app is closed; [`App::answers`] gives it.
+#[derive(Debug)]
+pub struct Answers(crate::Answers);
+
+impl Answers {
+    /// The next answer; `None` after the app was closed, or [`App::answers`] was asked again.
+    pub fn recv(&mut self) -> Option<Answer> {
+        let core = self.0.app.core().clone();
+        core.block_on(None, |cx| self.0.poll_next_answer(cx))
+            .flatten()
+    }
+
+    /// The next answer, waited for `timeout` at most.
+    ///
+    /// # Errors
+    /// `timeout` where none came; `disconnected` after the app was closed, or [`App::answers`] was asked again.
+    pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Answer, Error> {
+        let core = self.0.app.core().clone();
+        let deadline = Some(Instant::now() + timeout);
+        match core.block_on(deadline, |cx| self.0.poll_next_answer(cx)) {
+            Some(Some(answer)) => Ok(answer),
+            Some(None) => Err(crate::core::Core::closed_error()),
+            None => Err(Error::new(Code::Timeout, "no answer came in this time")),
+        }
+    }
+}
+
+impl Iterator for Answers {
+    type Item = Answer;
+
+    fn next(&mut self) -> Option<Answer> {
+        self.recv()
     }
 }
 

@@ -45,6 +45,7 @@ pub(crate) struct Config {
     pub(crate) exclusive: bool,
     pub(crate) takeover: bool,
     pub(crate) rehydrate: bool,
+    pub(crate) transient: bool,
     pub(crate) meta: Option<Value>,
     pub(crate) reconnect: Reconnect,
     pub(crate) handler_threads: usize,
@@ -66,6 +67,7 @@ impl Builder {
                 exclusive: false,
                 takeover: false,
                 rehydrate: false,
+                transient: false,
                 meta: None,
                 reconnect: Reconnect::default(),
                 handler_threads: HANDLER_THREADS,
@@ -99,6 +101,12 @@ impl Builder {
     #[must_use]
     pub fn rehydrate(self, rehydrate: bool) -> Self {
         self.with(|config| config.rehydrate = rehydrate)
+    }
+
+    /// Have the server remember nothing of the app once its last instance has gone: for tools that come and go.
+    #[must_use]
+    pub fn transient(self, transient: bool) -> Self {
+        self.with(|config| config.transient = transient)
     }
 
     /// What the app tells about itself, shown to whoever lists apps: a JSON object.

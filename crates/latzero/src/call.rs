@@ -7,6 +7,8 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use latzero_protocol::encode::append_str;
+use latzero_protocol::limits::ID_BYTES_MAX;
+use latzero_protocol::message::IDEMPOTENCY_KEY;
 use latzero_protocol::{Code, InstanceId, Ran};
 use serde::Deserialize;
 use serde_json::Value;
@@ -18,7 +20,7 @@ use crate::error::Error;
 use crate::message::Message;
 use crate::outbox::By;
 use crate::payload::{Bytes, FromPayload, IntoPayload, Reply};
-use crate::pending::Key;
+use crate::pending::{Id, Key, Name, silence};
 use crate::stream::Stream;
 use crate::sync::lock;
 
@@ -37,7 +39,42 @@ struct Unsent {
     window: Option<u64>,
     /// Blocks that travel with a call, as JSON.
     blocks: Vec<Value>,
+    lasting: Lasting,
     failure: Option<Error>,
+}
+
+/// What is asked for a call that may outlive an attempt at it.
+#[derive(Debug, Default)]
+struct Lasting {
+    park: bool,
+    redeliver: bool,
+    idempotency_key: Option<String>,
+    id: Option<Box<str>>,
+}
+
+impl Lasting {
+    fn name(&self) -> Name<'_> {
+        match &self.id {
+            Some(id) => Name::Chosen(id),
+            None if self.park => Name::Lasting,
+            None => Name::Place,
+        }
+    }
+}
+
+/// Checks an id that a caller chose.
+fn check_id(id: &str) -> Result<(), Error> {
+    let text = if id.is_empty() || id.len() > ID_BYTES_MAX {
+        format!(
+            "a call's id must have 1 to {ID_BYTES_MAX} bytes; this one has {}",
+            id.len()
+        )
+    } else if Id::parse(id).is_some() {
+        format!("id '{id}' has the form of those that calls get by themselves; choose another")
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(Code::BadMessage, text))
 }
 
 impl Unsent {
@@ -50,6 +87,7 @@ impl Unsent {
             deadline: None,
             window: None,
             blocks: Vec::new(),
+            lasting: Lasting::default(),
             failure: None,
         })
     }
@@ -177,9 +215,41 @@ impl Call {
         self
     }
 
-    /// Where no handler is live, wait for one until the time is over.
+    /// Where no handler is live, has the server keep the call on disk until one comes, for as long as
+    /// [`Call::timeout`] says (24 hours at most). From then on it outlives the handlers, the server and this
+    /// connection: a loss does not fail it, and the answer that is given meanwhile comes right after the reconnect.
+    ///
+    /// Such a call has one answer and takes no blocks along. Dropping its future cancels it all the same;
+    /// [`Call::send_parked`] gives a handle that may be dropped, and tells when the call is on disk. Until it is, a loss
+    /// fails it as it does any other call: [`Call::idempotency_key`] makes it safe to repeat.
+    ///
+    /// Fails with `storage` where the disk takes nothing, and `overloaded` where the server keeps too many already.
     pub fn park(mut self) -> Self {
-        self.unsent.message.json("park", b"true");
+        self.unsent.lasting.park = true;
+        self
+    }
+
+    /// Where the handler's connection ends before it answered, gives the call to the next one: it may run more than
+    /// once. The handler reads which attempt it is from [`Request::attempt`](crate::Request::attempt).
+    pub fn redeliver(mut self) -> Self {
+        self.unsent.lasting.redeliver = true;
+        self
+    }
+
+    /// By what the server knows repeats of the call: for a bounded time (a setting of the server), calls of this app
+    /// with the same key (1 to 1024 bytes) get the first one's answer. It travels as the header `idempotency-key`, beside
+    /// others.
+    pub fn idempotency_key(mut self, key: &str) -> Self {
+        self.unsent.lasting.idempotency_key = Some(key.to_owned());
+        self
+    }
+
+    /// Gives the call an id of the caller's own, 1 to 128 bytes, by which its answer is known even after the process was
+    /// started again; see [`App::answers`]. Without it a call gets an id by itself.
+    ///
+    /// Fails with `bad_message` where another call of the app in flight has the id.
+    pub fn id(mut self, id: &str) -> Self {
+        self.unsent.lasting.id = Some(id.into());
         self
     }
 
@@ -202,6 +272,30 @@ impl Call {
             read: Reply::into,
             result: PhantomData,
         }
+    }
+
+    /// Sends the call to be kept by the server until it is answered, as [`Call::park`] has it. The future is done once
+    /// the call is on disk, or answered where a handler is live; dropping it before cancels the call. The handle that it
+    /// gives may be dropped: the call goes on, and its answer goes to [`App::answers`], in a later life of the process
+    /// too.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), latzero::Error> {
+    /// use std::time::Duration;
+    ///
+    /// let app = latzero::App::connect("latzero://shop?pool=alpha").await?;
+    /// let parked = app
+    ///     .call("ship", &"order 17")
+    ///     .id("order-17")
+    ///     .timeout(Duration::from_secs(3600))
+    ///     .send_parked()
+    ///     .await?;
+    /// let receipt: String = parked.answer().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn send_parked(self) -> Parking {
+        Parking(Outgoing::of_call(self.park(), None))
     }
 
     /// Sends the call; the future gives the answer as it came, with its headers.
@@ -246,14 +340,49 @@ pub(crate) struct Outgoing(State);
 #[derive(Debug)]
 enum State {
     Unsent(Box<Unsent>),
-    Sent(App, Key),
+    Sent(Sent),
     Done,
+}
+
+/// A request that was sent.
+#[derive(Debug)]
+struct Sent {
+    app: App,
+    key: Key,
+    /// When to give up, where the server does not.
+    deadline: Instant,
+    /// The id that its caller chose.
+    chosen: Option<Box<str>>,
+    at_drop: AtDrop,
+}
+
+/// What becomes of a request whose owner goes.
+#[derive(Debug)]
+enum AtDrop {
+    /// The server is told that the answer is not wanted.
+    Cancel,
+    /// The request of this id goes on.
+    Leave(Box<str>),
 }
 
 impl Outgoing {
     fn of_call(call: Call, window: Option<u64>) -> Self {
         let mut unsent = call.unsent;
         unsent.window = window;
+        let lasting = &mut unsent.lasting;
+        if lasting.park {
+            unsent.message.json("park", b"true");
+        }
+        if lasting.redeliver {
+            unsent.message.json("redeliver", b"true");
+        }
+        if let Some(id) = &lasting.id {
+            unsent.message.string("id", id);
+            unsent.failure = unsent.failure.or_else(|| check_id(id).err());
+        }
+        if let Some(key) = lasting.idempotency_key.take() {
+            unsent.header(IDEMPOTENCY_KEY, &key);
+        }
         unsent.finish();
         let ttl = u64::try_from(unsent.timeout.as_millis()).unwrap_or(u64::MAX);
         let ttl = ttl.clamp(1, latzero_protocol::limits::TTL_MAX_MS);
@@ -269,7 +398,7 @@ impl Outgoing {
     /// The app and the key of a request that was sent and has not ended.
     pub(crate) fn sent(&self) -> Option<(&App, Key)> {
         match &self.0 {
-            State::Sent(app, key) => Some((app, *key)),
+            State::Sent(sent) => Some((&sent.app, sent.key)),
             _ => None,
         }
     }
@@ -277,7 +406,7 @@ impl Outgoing {
     pub(crate) fn app(&self) -> Option<&App> {
         match &self.0 {
             State::Unsent(unsent) => Some(&unsent.app),
-            State::Sent(app, _) => Some(app),
+            State::Sent(sent) => Some(&sent.app),
             State::Done => None,
         }
     }
@@ -286,7 +415,8 @@ impl Outgoing {
     pub(crate) fn patience(&self) -> Option<Instant> {
         match &self.0 {
             State::Unsent(unsent) => Some(Instant::now() + unsent.timeout + grace(unsent.timeout)),
-            _ => None,
+            State::Sent(sent) => Some(sent.deadline),
+            State::Done => None,
         }
     }
 
@@ -302,7 +432,7 @@ impl Outgoing {
         cx: &mut Context<'_>,
     ) -> Poll<Result<Key, Error>> {
         let unsent = match &mut self.0 {
-            State::Sent(_, key) => return Poll::Ready(Ok(*key)),
+            State::Sent(sent) => return Poll::Ready(Ok(sent.key)),
             State::Done => panic!("polled after it ended"),
             State::Unsent(unsent) => unsent,
         };
@@ -312,9 +442,11 @@ impl Outgoing {
         }
         let now = Instant::now();
         let deadline = *unsent.deadline.get_or_insert(now + unsent.timeout);
+        let given_up = deadline + grace(unsent.timeout);
         let by = By::Call {
-            deadline: deadline + grace(unsent.timeout),
+            deadline: given_up,
             window: unsent.window,
+            name: unsent.lasting.name(),
         };
         let core = unsent.app.core();
         let submitted = match core.poll_submit(&mut unsent.message, by, leave, cx) {
@@ -337,7 +469,13 @@ impl Outgoing {
         let State::Unsent(unsent) = std::mem::replace(&mut self.0, State::Done) else {
             unreachable!("it was just seen");
         };
-        self.0 = State::Sent(unsent.app, key);
+        self.0 = State::Sent(Sent {
+            app: unsent.app,
+            key,
+            deadline: given_up,
+            chosen: unsent.lasting.id,
+            at_drop: AtDrop::Cancel,
+        });
         Poll::Ready(Ok(key))
     }
 
@@ -351,19 +489,51 @@ impl Outgoing {
             Ok(key) => key,
             Err(error) => return Poll::Ready(Err(error)),
         };
-        let State::Sent(app, _) = &self.0 else {
+        let State::Sent(sent) = &self.0 else {
             unreachable!("it was just sent")
         };
-        let reply = std::task::ready!(app.core().poll_reply(key, cx));
+        let reply = std::task::ready!(sent.app.core().poll_reply(key, cx));
         self.0 = State::Done;
         Poll::Ready(reply)
+    }
+
+    /// Sends the request and waits until the server keeps it, or it is answered.
+    fn poll_parked(&mut self, leave: Leave, cx: &mut Context<'_>) -> Poll<Result<Parked, Error>> {
+        let key = match std::task::ready!(self.poll_sent(leave, cx)) {
+            Ok(key) => key,
+            Err(error) => return Poll::Ready(Err(error)),
+        };
+        let State::Sent(sent) = &mut self.0 else {
+            unreachable!("it was just sent")
+        };
+        let core = sent.app.core();
+        let parked = lock(&core.pending).poll_parked(key, cx);
+        if let Err(error) = std::task::ready!(parked) {
+            self.0 = State::Done;
+            return Poll::Ready(Err(error));
+        }
+        // Nobody may be waiting while the time runs out.
+        core.arm_tick();
+        let id = match sent.chosen.take() {
+            Some(id) => id,
+            None => {
+                let life = Some(lock(&core.pending).life);
+                Id { key, life }.text()
+            }
+        };
+        sent.at_drop = AtDrop::Leave(id.clone());
+        let outgoing = Outgoing(std::mem::replace(&mut self.0, State::Done));
+        Poll::Ready(Ok(Parked { outgoing, id }))
     }
 }
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        if let State::Sent(app, key) = &self.0 {
-            app.core().forget(*key);
+        if let State::Sent(sent) = &self.0 {
+            match &sent.at_drop {
+                AtDrop::Cancel => sent.app.core().forget(sent.key),
+                AtDrop::Leave(id) => sent.app.core().leave(sent.key, id),
+            }
         }
     }
 }
@@ -386,7 +556,7 @@ fn too_late(is_connected: bool) -> Error {
     error.with_ran(Ran::No)
 }
 
-/// A call whose answer is awaited. Dropping it cancels the call.
+/// A call whose answer is awaited. Dropping it cancels the call; but that of a [`Parked`] goes on.
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Calling<R> {
@@ -429,9 +599,9 @@ impl<R> Calling<R> {
             return false;
         };
         let core = app.core();
-        let epoch = lock(&core.pending).epoch(key);
-        if let Some(epoch) = epoch {
-            core.cancel(key, epoch);
+        let in_flight = lock(&core.pending).in_flight(key);
+        if let Some(call) = in_flight {
+            core.cancel(&call);
         }
         true
     }
@@ -443,10 +613,7 @@ impl<R> Calling<R> {
         let poll = |cx: &mut Context<'_>| self.outgoing.poll_reply(Leave::Now, cx);
         match app.core().block_on(patience, poll) {
             Some(reply) => reply.and_then(self.read),
-            None => Err(Error::new(
-                Code::Timeout,
-                "no answer came, not even the server's own; is it stuck?",
-            )),
+            None => Err(silence()),
         }
     }
 }
@@ -456,6 +623,82 @@ impl<R> Future for Calling<R> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         self.poll_reply(cx)
+    }
+}
+
+/// A call that is sent to be kept by the server. Dropping it cancels the call.
+#[derive(Debug)]
+#[must_use = "a call is sent when it is awaited"]
+pub struct Parking(Outgoing);
+
+impl Parking {
+    /// Waits on this thread until the call is on disk, or answered.
+    pub(crate) fn wait(mut self) -> Result<Parked, Error> {
+        let app = self.0.app().cloned().expect("it was not polled yet");
+        let patience = self.0.patience();
+        app.core()
+            .block_on(patience, |cx| self.0.poll_parked(Leave::Now, cx))
+            .unwrap_or_else(|| Err(silence()))
+    }
+}
+
+impl Future for Parking {
+    type Output = Result<Parked, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.poll_parked(Leave::Soon, cx)
+    }
+}
+
+/// A call that the server keeps until it is answered, or that is answered already. Dropping it, or the wait for its
+/// answer, lets the call go on: its answer then goes to [`App::answers`].
+#[derive(Debug)]
+pub struct Parked {
+    outgoing: Outgoing,
+    id: Box<str>,
+}
+
+impl Parked {
+    /// The call's id, by which [`App::answers`] knows it, in a later life of the process too.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The answer as `R`, once it is there. A lost connection does not end the wait; that the app is closed, or the
+    /// call's time is over, does.
+    pub fn answer<R: FromPayload>(self) -> Calling<R> {
+        Calling {
+            outgoing: self.outgoing,
+            read: Reply::into,
+            result: PhantomData,
+        }
+    }
+
+    /// As [`Parked::answer`], the answer as it came, with its headers.
+    pub fn reply(self) -> Calling<Reply> {
+        Calling {
+            outgoing: self.outgoing,
+            read: Ok,
+            result: PhantomData,
+        }
+    }
+
+    /// Ends the call: the server forgets it, or cancels the handler that is at it. Where there is no connection, that
+    /// is said at the next one.
+    pub fn cancel(mut self) {
+        if let State::Sent(sent) = &mut self.outgoing.0 {
+            sent.at_drop = AtDrop::Cancel;
+        }
+    }
+}
+
+impl IntoFuture for Parked {
+    type Output = Result<Value, Error>;
+    type IntoFuture = Calling<Value>;
+
+    fn into_future(self) -> Calling<Value> {
+        self.answer()
     }
 }
 

@@ -55,6 +55,8 @@ pub(crate) struct Ack {
     pub(crate) pools: Vec<String>,
     pub(crate) triggers: Vec<serde_json::Value>,
     pub(crate) rehydrated: bool,
+    /// Absent where what was registered is written down.
+    pub(crate) stored: Option<bool>,
     features: Vec<String>,
     pub(crate) limits: AckLimits,
     error: Option<Box<serde_json::value::RawValue>>,

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use latzero_protocol::{Code, Ran};
 use serde_json::{Value, json};
 
+use crate::answers::{Answer, Unclaimed};
 use crate::app::Owner;
 use crate::block::Blocks;
 use crate::builder::Config;
@@ -26,7 +27,7 @@ use crate::handlers::{Handlers, Job};
 use crate::message::Message;
 use crate::outbox::{By, Flushed, Outbox, Phase, Submitted};
 use crate::payload::Reply;
-use crate::pending::{Key, Pending};
+use crate::pending::{InFlight, Key, Pending};
 use crate::reader::Reader;
 use crate::sync::lock;
 
@@ -60,6 +61,8 @@ pub(crate) struct Core {
     pub(crate) config: Config,
     pub(crate) outbox: Outbox,
     pub(crate) pending: Mutex<Pending>,
+    /// Answers to calls that nobody here waits for.
+    pub(crate) answers: Unclaimed,
     pub(crate) reader: Reader,
     pub(crate) handlers: Handlers,
     pub(crate) watchers: Mutex<Watchers>,
@@ -99,6 +102,7 @@ impl Core {
         let core = Core {
             outbox: Outbox::new(),
             pending: Mutex::new(Pending::new()),
+            answers: Unclaimed::default(),
             reader: Reader::new(),
             handlers: Handlers::default(),
             watchers: Mutex::default(),
@@ -151,6 +155,9 @@ impl Core {
             .unwrap_or(crate::pending::IN_FLIGHT_MAX);
         lock(&self.pending).in_flight_max = max.clamp(1, crate::pending::IN_FLIGHT_MAX);
         self.outbox.up(Arc::new(link), &first)?;
+        // Behind that, so that whoever wants an answer no longer from here on finds the connection by itself.
+        let unwanted = lock(&self.pending).unwanted();
+        unwanted.iter().for_each(|call| self.append_cancel(call));
         self.outbox.flush();
         self.outbox.wake_waiting();
         Ok(())
@@ -190,6 +197,9 @@ impl Core {
         });
         if let Some(meta) = &self.config.meta {
             handshake["meta"] = meta.clone();
+        }
+        if self.config.transient {
+            handshake["transient"] = json!(true);
         }
         handshake
     }
@@ -255,7 +265,7 @@ impl Core {
     pub(crate) fn poll_submit(
         &self,
         message: &mut Message,
-        by: By,
+        by: By<'_>,
         leave: Leave,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Submitted, Error>> {
@@ -325,23 +335,40 @@ impl Core {
         let mut wake = Vec::new();
         let in_flight = lock(&self.pending).forget(key, &mut wake);
         wake.into_iter().for_each(std::task::Waker::wake);
-        if let Some(epoch) = in_flight {
-            self.cancel(key, epoch);
+        if let Some(call) = in_flight {
+            // What the server keeps may be over only at its deadline.
+            self.arm_tick();
+            self.cancel(&call);
         }
     }
 
+    /// Lets a parked call go on for whoever asks for [`App::answers`](crate::App::answers).
+    pub(crate) fn leave(&self, key: Key, id: &str) {
+        let mut wake = Vec::new();
+        let answer = lock(&self.pending).leave(key, &mut wake);
+        if let Some(result) = answer {
+            wake.extend(self.answers.push(Answer::new(id, None, result)));
+        }
+        wake.into_iter().for_each(std::task::Waker::wake);
+    }
+
     /// Tells the server that the answer to a call is not wanted any more.
-    pub(crate) fn cancel(&self, key: Key, epoch: u32) {
-        let mut id = Vec::with_capacity(20);
-        key.append(&mut id);
+    pub(crate) fn cancel(&self, call: &InFlight) {
+        self.append_cancel(call);
+        self.flush_soon();
+    }
+
+    fn append_cancel(&self, call: &InFlight) {
+        let Some(epoch) = call.epoch.or_else(|| self.epoch_now()) else {
+            return;
+        };
         self.outbox.append(epoch, |out, _| {
             latzero_protocol::frame::append(out, |out| {
-                out.extend_from_slice(b"{\"action\":\"cancel\",\"id\":\"");
-                out.extend_from_slice(&id);
-                out.extend_from_slice(b"\"}");
+                out.extend_from_slice(b"{\"action\":\"cancel\",\"id\":");
+                out.extend_from_slice(&call.id);
+                out.push(b'}');
             });
         });
-        self.flush_soon();
     }
 
     /// The reply to a call.
@@ -349,7 +376,7 @@ impl Core {
         lock(&self.pending).poll(key, cx)
     }
 
-    /// A connection was lost: its calls end, and another one is made.
+    /// A connection was lost: its calls end but for those that the server keeps, and another one is made.
     pub(crate) fn lost(self: &Arc<Self>, link: &Link, why: &str) {
         let Some(attempted) = self.outbox.down(link.epoch) else {
             return;
@@ -393,6 +420,10 @@ impl Core {
             link.end();
             self.end_calls(link.epoch, attempted, error);
         }
+        let mut wake = Vec::new();
+        lock(&self.pending).end_parked(error, &mut wake);
+        wake.extend(self.answers.close());
+        wake.into_iter().for_each(std::task::Waker::wake);
         for queues in lock(&self.watchers).values() {
             queues
                 .iter()

@@ -8,12 +8,13 @@ use std::time::Instant;
 
 use latzero_protocol::{Code, Envelope, Ran, Raw, Refusal, encode, frame};
 
+use crate::answers::Answer;
 use crate::core::Core;
 use crate::error::Error;
 use crate::events::{Emission, Presence};
 use crate::handlers::{Entry, Job};
 use crate::payload::{Beside, Payload, Reply};
-use crate::pending::Key;
+use crate::pending::{Key, Pending};
 use crate::reader::Input;
 use crate::request::Request;
 use crate::sync::lock;
@@ -123,6 +124,15 @@ fn beside(e: &Envelope<'_>, descriptors: Vec<OwnedFd>) -> Option<Box<Beside>> {
     }))
 }
 
+/// What a response says of its call.
+enum Word {
+    Item(Payload),
+    Progress(Payload),
+    /// The server keeps it; the answer comes when a handler has run.
+    Parked,
+    End(Result<Reply, Error>),
+}
+
 fn is(field: Option<Raw<'_>>, quoted: &str) -> bool {
     field.is_some_and(|raw| raw.text() == quoted)
 }
@@ -169,32 +179,59 @@ impl Batch<'_> {
     }
 
     fn response(&mut self, e: &Envelope<'_>, descriptors: Vec<OwnedFd>) {
-        let inner = e
-            .in_reply_to
-            .and_then(|raw| raw.text().strip_prefix('"')?.strip_suffix('"'));
-        let Some(key) = inner.and_then(Key::parse) else {
-            return;
-        };
-        let payload = |e: &Envelope<'_>| Payload::received(e, e.response);
-        if is(e.status, "\"partial\"") {
-            lock(&self.core.pending).item(key, payload(e), &mut self.wake);
-            return;
-        }
-        if is(e.status, "\"progress\"") {
-            lock(&self.core.pending).progress(key, payload(e), &mut self.wake);
-            return;
-        }
-        let result = if is(e.status, "\"error\"") {
-            Err(Error::from_wire(e.error.map_or("", Raw::text)))
+        let Some(id) = e.in_reply_to else { return };
+        let inner = id
+            .text()
+            .strip_prefix('"')
+            .and_then(|t| t.strip_suffix('"'));
+        let place = inner.and_then(Key::parse);
+        let payload = || Payload::received(e, e.response);
+        let word = if is(e.status, "\"partial\"") {
+            Word::Item(payload())
+        } else if is(e.status, "\"progress\"") {
+            Word::Progress(payload())
+        } else if is(e.status, "\"parked\"") {
+            Word::Parked
+        } else if is(e.status, "\"error\"") {
+            Word::End(Err(Error::from_wire(e.error.map_or("", Raw::text))))
         } else {
-            Ok(Reply {
-                payload: payload(e),
+            Word::End(Ok(Reply {
+                payload: payload(),
                 headers: e.headers.map(|raw| raw.text().into()),
                 beside: beside(e, descriptors),
                 epoch: self.epoch,
-            })
+            }))
         };
-        lock(&self.core.pending).complete(key, result, &mut self.wake);
+        // An id that is no place is a chosen one, or one of a call that may be of an earlier life.
+        let Some(key) = place else {
+            return self.lasting(e, id, word);
+        };
+        self.tell(&mut lock(&self.core.pending), key, word);
+    }
+
+    fn lasting(&mut self, e: &Envelope<'_>, id: Raw<'_>, word: Word) {
+        let Some(id) = id.as_str() else { return };
+        let mut pending = lock(&self.core.pending);
+        // Under one lock: whoever leaves a call alone does so before or after, and the answer is not lost between.
+        if let Some(key) = pending.find_lasting(&id) {
+            self.tell(&mut pending, key, word);
+            return;
+        }
+        drop(pending);
+        if let Word::End(result) = word {
+            let pool = e.pool.and_then(Raw::as_str);
+            let answer = Answer::new(&id, pool.as_deref(), result);
+            self.wake.extend(self.core.answers.push(answer));
+        }
+    }
+
+    fn tell(&mut self, pending: &mut Pending, key: Key, word: Word) {
+        match word {
+            Word::Item(item) => pending.item(key, item, &mut self.wake),
+            Word::Progress(report) => pending.progress(key, report, &mut self.wake),
+            Word::Parked => pending.parked(key, &mut self.wake),
+            Word::End(result) => pending.complete(key, result, &mut self.wake),
+        }
     }
 
     fn trigger(&mut self, e: &Envelope<'_>, descriptors: Vec<OwnedFd>) {

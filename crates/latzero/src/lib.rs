@@ -22,11 +22,29 @@
 //! Without async, [`blocking::App`] does the same. A handle is a cheap clone; when the last one drops, its socket
 //! closes and its threads end.
 //!
+//! A call may wait for a handler that is not there yet, and outlive connections, servers and the process itself:
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), latzero::Error> {
+//! # let app = latzero::App::connect("latzero://me?pool=alpha").await?;
+//! let parked = app.call("ship", &17).id("order-17").redeliver().send_parked().await?;
+//! drop(parked); // It is on the server's disk; this process may end here.
+//!
+//! let mut answers = app.answers(); // Of this life of the process and of earlier ones.
+//! if let Some(answer) = answers.next().await {
+//!     assert_eq!(answer.id(), "order-17");
+//!     let receipt: String = answer.into()?;
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Nothing stands between a call and the socket: the caller's own thread writes its frame, a blocking caller that is
 //! alone reads its own reply, and the async face runs on the caller's tokio runtime where there is one, else beside
 //! any executor on one background thread. No runtime's types are in the public face. This crate knows the wire
 //! protocol; it does not know how a server decides.
 
+mod answers;
 mod app;
 mod block;
 pub mod blocking;
@@ -54,13 +72,14 @@ mod sync;
 pub mod testing;
 mod url;
 
+pub use answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer, Answers};
 pub use app::{App, Handler};
 pub use block::{
     Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, TypedBlock,
     View,
 };
 pub use builder::{Builder, Reconnect};
-pub use call::{Call, Calling, Emit, Emitting};
+pub use call::{Call, Calling, Emit, Emitting, Parked, Parking};
 pub use error::{Error, HandlerError};
 pub use events::{Emission, Events, Presence};
 pub use latzero_protocol::memory::LockMode;

@@ -9,7 +9,7 @@ use latzero_protocol::frame::{ATTACHMENT_BIT, PREFIX};
 
 use crate::error::Error;
 use crate::payload::{self, IntoPayload, Payload};
-use crate::pending::Key;
+use crate::pending::Id;
 
 /// A message that is not sent yet: an object still open, so that its id can be added last.
 ///
@@ -154,7 +154,7 @@ impl Message {
     }
 
     /// Finishes the message and appends its frame to `out`. Raw bytes go there straight from where they are.
-    pub(crate) fn finish(&mut self, id: Option<Key>, attachments: bool, out: &mut Vec<u8>) {
+    pub(crate) fn finish(&mut self, id: Option<Id>, attachments: bool, out: &mut Vec<u8>) {
         if let Some(id) = id {
             self.text.extend_from_slice(b",\"id\":\"");
             id.append(&mut self.text);
@@ -199,10 +199,7 @@ mod tests {
         let mut message = Message::new("trigger");
         message.string("process", "fo\"o");
         message.payload("data", payload);
-        let id = Key {
-            slot: 0x1f,
-            generation: 3,
-        };
+        let id = Id::parse("1f.3").unwrap();
         let accept = Accept {
             max_frame: 1000,
             attachments,

@@ -14,7 +14,7 @@ use latzero_protocol::{Code, Ran};
 use crate::connection::Link;
 use crate::error::Error;
 use crate::message::Message;
-use crate::pending::{Key, Pending, Sent};
+use crate::pending::{Id, Key, Name, Pending, Sent};
 use crate::sync::lock;
 
 /// Bytes that may wait to be sent before callers wait too. One message may exceed it.
@@ -46,7 +46,7 @@ pub(crate) enum Flushed {
 
 /// By which connection a message may leave, and what for.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum By {
+pub(crate) enum By<'a> {
     /// Any: it asks for no reply.
     Any,
     /// That one alone: it belongs to a call that came by it.
@@ -57,6 +57,8 @@ pub(crate) enum By {
         deadline: Instant,
         /// How many items of a stream are kept, where it is one.
         window: Option<u64>,
+        /// How it is named on the wire.
+        name: Name<'a>,
     },
 }
 
@@ -163,7 +165,7 @@ impl Outbox {
         &self,
         pending: &Mutex<Pending>,
         message: &mut Message,
-        by: By,
+        by: By<'_>,
         flush: impl FnOnce(&Submitted) -> bool,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(Submitted, Flushed), Error>> {
@@ -199,18 +201,28 @@ impl Outbox {
         };
         match by {
             By::Any | By::Connection(_) => inner.append_message(message, None, attachments),
-            By::Call { deadline, window } => {
+            By::Call {
+                deadline,
+                window,
+                name,
+            } => {
                 let mut pending = lock(pending);
+                if let Name::Chosen(id) = name
+                    && pending.has_chosen(id)
+                {
+                    return Poll::Ready(Err(in_use(id)));
+                }
                 std::task::ready!(pending.poll_room(cx));
                 submitted.alone = pending.waiting() == 0;
-                let key = pending.insert(Sent {
+                let sent = Sent {
                     epoch,
                     // Known once the frame is finished with its id, below.
                     end: u64::MAX,
                     deadline,
                     window,
-                });
-                inner.append_message(message, Some(key), attachments);
+                };
+                let key = pending.insert(sent, name);
+                inner.append_message(message, pending.id(key, name), attachments);
                 pending.set_end(key, inner.appended);
                 submitted.key = Some(key);
             }
@@ -343,8 +355,15 @@ fn gone() -> Error {
     )
 }
 
+fn in_use(id: &str) -> Error {
+    let text = format!(
+        "id '{id}' is in use by another call of this app in flight; wait for its answer, or choose another"
+    );
+    Error::new(Code::BadMessage, text).with_ran(Ran::No)
+}
+
 impl Inner {
-    fn append_message(&mut self, message: &mut Message, id: Option<Key>, attachments: bool) {
+    fn append_message(&mut self, message: &mut Message, id: Option<Id>, attachments: bool) {
         let before = self.buf.len();
         message.finish(id, attachments, &mut self.buf);
         self.appended += (self.buf.len() - before) as u64;

@@ -1,11 +1,18 @@
 //! Calls that wait for their reply: a slab whose places are the ids on the wire, so a reply finds its call without a
 //! search, and a reply to an ended call finds nothing.
+//!
+//! A call that may be parked outlives its connection, and the process too. Its id says which process gave it, or its
+//! caller chose it, so that the answers of an earlier life reach no call of this one.
 
 use std::collections::VecDeque;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
+use hashbrown::HashMap;
 use latzero_protocol::Code;
+use latzero_protocol::encode::append_str;
 
 use crate::error::Error;
 use crate::payload::{Payload, Reply};
@@ -60,6 +67,68 @@ fn append_hex(out: &mut Vec<u8>, n: u32) {
     }
 }
 
+/// Digits of a life on the wire.
+const LIFE_DIGITS: usize = 16;
+
+/// The id of a call that did not choose one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Id {
+    pub(crate) key: Key,
+    /// Which run of which process gave it, where the call may outlive that.
+    pub(crate) life: Option<u64>,
+}
+
+impl Id {
+    /// Appends the wire form: that of the key and, where there is one, a dot and sixteen hex digits.
+    pub(crate) fn append(self, out: &mut Vec<u8>) {
+        self.key.append(out);
+        if let Some(life) = self.life {
+            out.push(b'.');
+            for i in (0..LIFE_DIGITS).rev() {
+                out.push(b"0123456789abcdef"[(life >> (4 * i) & 0xf) as usize]);
+            }
+        }
+    }
+
+    /// Reads the wire form.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        if let Some(key) = Key::parse(text) {
+            return Some(Id { key, life: None });
+        }
+        let (key, life) = text.rsplit_once('.')?;
+        let key = Key::parse(key)?;
+        if life.len() != LIFE_DIGITS {
+            return None;
+        }
+        let (high, low) = life.as_bytes().split_at(LIFE_DIGITS / 2);
+        let life = u64::from(hex(high)?) << 32 | u64::from(hex(low)?);
+        Some(Id {
+            key,
+            life: Some(life),
+        })
+    }
+
+    /// The wire form.
+    pub(crate) fn text(self) -> Box<str> {
+        let mut out = Vec::with_capacity(2 * LIFE_DIGITS + 2);
+        self.append(&mut out);
+        String::from_utf8(out)
+            .expect("it is of digits and dots")
+            .into()
+    }
+}
+
+/// How a call is named on the wire.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Name<'a> {
+    /// By its place: it ends with its connection at the latest.
+    Place,
+    /// By its place and this life: it may be parked.
+    Lasting,
+    /// As its caller chose; the id stands in its message already.
+    Chosen(&'a str),
+}
+
 /// What is known of a call when its frame is appended.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sent {
@@ -78,6 +147,38 @@ struct Waiting {
     sent: Sent,
     waker: Option<Waker>,
     stream: Option<Box<Items>>,
+    /// Of calls that are not named by their place alone.
+    lasting: Option<Box<Lasting>>,
+}
+
+impl Waiting {
+    fn is_parked(&self) -> bool {
+        self.lasting.as_ref().is_some_and(|l| l.is_parked)
+    }
+
+    fn is_unwanted(&self) -> bool {
+        self.lasting.as_ref().is_some_and(|l| l.is_unwanted)
+    }
+}
+
+/// What is known of a call that may outlive its connection, or whose id was chosen.
+#[derive(Debug, Default)]
+struct Lasting {
+    chosen: Option<Box<str>>,
+    /// The server said that it keeps the call, whatever becomes of the connection.
+    is_parked: bool,
+    /// Its owner wants no answer. Its place is kept until the server is through with it, so that the answer is known
+    /// as this call's and its id is given to no other.
+    is_unwanted: bool,
+}
+
+/// A call in flight, as the server knows it.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    /// The connection that carries it; a parked call is heard of by any.
+    pub(crate) epoch: Option<u32>,
+    /// Its id, as JSON.
+    pub(crate) id: Vec<u8>,
 }
 
 /// What a streamed call received and its owner has not taken.
@@ -118,6 +219,10 @@ pub(crate) struct Pending {
     pub(crate) in_flight_max: usize,
     /// Calls that wait for another to end.
     queue: VecDeque<Waker>,
+    /// Told apart from every other run of every process of the app.
+    pub(crate) life: u64,
+    /// Calls in flight whose ids were chosen.
+    chosen: HashMap<Box<str>, Key>,
 }
 
 const NONE: u32 = u32::MAX;
@@ -130,7 +235,35 @@ impl Pending {
             waiting: 0,
             in_flight_max: IN_FLIGHT_MAX,
             queue: VecDeque::new(),
+            // The standard library's hasher keys are the one source of randomness it has.
+            life: RandomState::new().build_hasher().finish(),
+            chosen: HashMap::new(),
         }
+    }
+
+    /// The id of a call that did not choose one.
+    pub(crate) fn id(&self, key: Key, name: Name<'_>) -> Option<Id> {
+        let life = match name {
+            Name::Place => None,
+            Name::Lasting => Some(self.life),
+            Name::Chosen(_) => return None,
+        };
+        Some(Id { key, life })
+    }
+
+    /// Whether another call in flight has this id.
+    pub(crate) fn has_chosen(&self, id: &str) -> bool {
+        self.chosen.contains_key(id)
+    }
+
+    /// The call in flight that has this id, where it is not named by its place alone.
+    pub(crate) fn find_lasting(&mut self, id: &str) -> Option<Key> {
+        let key = match Id::parse(id) {
+            Some(Id { key, life }) if life == Some(self.life) => key,
+            _ => *self.chosen.get(id)?,
+        };
+        matches!(&self.find(key)?.state, State::Waiting(waiting) if waiting.lasting.is_some())
+            .then_some(key)
     }
 
     /// Calls that wait for their reply.
@@ -147,12 +280,30 @@ impl Pending {
         Poll::Pending
     }
 
-    pub(crate) fn insert(&mut self, sent: Sent) -> Key {
+    pub(crate) fn insert(&mut self, sent: Sent, name: Name<'_>) -> Key {
+        let chosen = match name {
+            Name::Place => return self.insert_with(sent, None),
+            Name::Lasting => None,
+            Name::Chosen(id) => Some(Box::<str>::from(id)),
+        };
+        let lasting = Lasting {
+            chosen: chosen.clone(),
+            ..Lasting::default()
+        };
+        let key = self.insert_with(sent, Some(Box::new(lasting)));
+        if let Some(id) = chosen {
+            self.chosen.insert(id, key);
+        }
+        key
+    }
+
+    fn insert_with(&mut self, sent: Sent, lasting: Option<Box<Lasting>>) -> Key {
         self.waiting += 1;
         let state = State::Waiting(Waiting {
             sent,
             waker: None,
             stream: sent.window.map(|_| Box::default()),
+            lasting,
         });
         if self.free == NONE {
             let slot = u32::try_from(self.slots.len()).expect("in_flight_max is far below 2^32");
@@ -177,11 +328,80 @@ impl Pending {
         }
     }
 
-    /// The connection that carries a call, while it waits for its reply.
-    pub(crate) fn epoch(&mut self, key: Key) -> Option<u32> {
-        match self.find(key).map(|slot| &slot.state) {
-            Some(State::Waiting(waiting)) => Some(waiting.sent.epoch),
-            _ => None,
+    /// How the server knows a call, while it waits for its reply.
+    pub(crate) fn in_flight(&mut self, key: Key) -> Option<InFlight> {
+        let life = self.life;
+        let State::Waiting(waiting) = &self.find(key)?.state else {
+            return None;
+        };
+        let mut id = Vec::with_capacity(64);
+        match &waiting.lasting {
+            Some(lasting) if let Some(chosen) = &lasting.chosen => append_str(&mut id, chosen),
+            lasting => {
+                let life = lasting.as_ref().map(|_| life);
+                id.push(b'"');
+                Id { key, life }.append(&mut id);
+                id.push(b'"');
+            }
+        }
+        let epoch = (!waiting.is_parked()).then_some(waiting.sent.epoch);
+        Some(InFlight { epoch, id })
+    }
+
+    /// The calls that a server may still keep though nobody wants their answers.
+    pub(crate) fn unwanted(&mut self) -> Vec<InFlight> {
+        let keys: Vec<Key> = (0_u32..)
+            .zip(&self.slots)
+            .filter(|(_, place)| matches!(&place.state, State::Waiting(w) if w.is_unwanted()))
+            .map(|(slot, place)| Key {
+                slot,
+                generation: place.generation,
+            })
+            .collect();
+        keys.into_iter()
+            .filter_map(|key| self.in_flight(key))
+            .collect()
+    }
+
+    /// Notes that the server keeps a call until it is answered.
+    pub(crate) fn parked(&mut self, key: Key, wake: &mut Vec<Waker>) {
+        let Some(State::Waiting(waiting)) = self.find(key).map(|slot| &mut slot.state) else {
+            return;
+        };
+        if let Some(lasting) = &mut waiting.lasting {
+            lasting.is_parked = true;
+            wake.extend(waiting.waker.take());
+        }
+    }
+
+    /// Whether a call is parked or answered already; a failure is its end.
+    pub(crate) fn poll_parked(
+        &mut self,
+        key: Key,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Error>> {
+        match self.find(key).map(|slot| &mut slot.state) {
+            Some(State::Waiting(waiting)) if waiting.is_parked() => Poll::Ready(Ok(())),
+            Some(State::Done(Ok(_))) => Poll::Ready(Ok(())),
+            _ => self.poll(key, cx).map(|result| result.map(drop)),
+        }
+    }
+
+    /// Lets a call go on without its owner. Returns its answer where that is there; a later one finds no call.
+    pub(crate) fn leave(
+        &mut self,
+        key: Key,
+        wake: &mut Vec<Waker>,
+    ) -> Option<Result<Reply, Error>> {
+        self.find(key)?;
+        match self.release(key) {
+            State::Waiting(_) => {
+                self.waiting -= 1;
+                wake.extend(self.queue.pop_front());
+                None
+            }
+            State::Done(result) => Some(result),
+            State::Free { .. } => None,
         }
     }
 
@@ -208,6 +428,11 @@ impl Pending {
         place.generation = place.generation.wrapping_add(1);
         let state = std::mem::replace(&mut place.state, State::Free { next: self.free });
         self.free = key.slot;
+        if let State::Waiting(waiting) = &state
+            && let Some(chosen) = waiting.lasting.as_ref().and_then(|l| l.chosen.as_ref())
+        {
+            self.chosen.remove(chosen);
+        }
         state
     }
 
@@ -257,18 +482,24 @@ impl Pending {
         }
     }
 
-    /// Forgets a call; whether it was still in flight, and on which connection.
-    pub(crate) fn forget(&mut self, key: Key, wake: &mut Vec<Waker>) -> Option<u32> {
-        self.find(key)?;
-        match self.release(key) {
-            State::Waiting(waiting) => {
-                self.waiting -= 1;
-                wake.extend(self.queue.pop_front());
-                let ended = waiting.stream.is_some_and(|items| items.end.is_some());
-                (!ended).then_some(waiting.sent.epoch)
+    /// Forgets a call; how the server knows it, where it is still in flight.
+    pub(crate) fn forget(&mut self, key: Key, wake: &mut Vec<Waker>) -> Option<InFlight> {
+        let in_flight = self.in_flight(key);
+        if let State::Waiting(waiting) = &mut self.find(key)?.state {
+            let stream = waiting.stream.take();
+            let has_ended = stream.is_some_and(|items| items.end.is_some());
+            match &mut waiting.lasting {
+                Some(lasting) if !has_ended => lasting.is_unwanted = true,
+                _ => {
+                    self.release(key);
+                    self.waiting -= 1;
+                    wake.extend(self.queue.pop_front());
+                }
             }
-            _ => None,
+            return in_flight.filter(|_| !has_ended);
         }
+        self.release(key);
+        None
     }
 
     /// Ends a call. A call that already ended is left as it is.
@@ -283,6 +514,14 @@ impl Pending {
             return;
         };
         wake.extend(waiting.waker.take());
+        if waiting.is_unwanted() {
+            self.release(key);
+            self.waiting -= 1;
+            wake.extend(self.queue.pop_front());
+            return;
+        }
+        // The id is free for another call once the answer is there.
+        let chosen = waiting.lasting.as_mut().and_then(|l| l.chosen.take());
         if let Some(items) = waiting
             .stream
             .as_deref_mut()
@@ -292,11 +531,14 @@ impl Pending {
             if items.end.is_none() {
                 items.end = Some(result);
             }
-            return;
+        } else {
+            slot.state = State::Done(result);
+            self.waiting -= 1;
+            wake.extend(self.queue.pop_front());
         }
-        slot.state = State::Done(result);
-        self.waiting -= 1;
-        wake.extend(self.queue.pop_front());
+        if let Some(chosen) = chosen {
+            self.chosen.remove(&chosen);
+        }
     }
 
     /// Keeps an item of a streamed call. Items of other calls, and items beyond the window, are dropped.
@@ -334,12 +576,12 @@ impl Pending {
         wake.extend(waiting.waker.take());
     }
 
-    fn end_where(&mut self, wake: &mut Vec<Waker>, mut end: impl FnMut(&Sent) -> Option<Error>) {
+    fn end_where(&mut self, wake: &mut Vec<Waker>, mut end: impl FnMut(&Waiting) -> Option<Error>) {
         for slot in 0..self.slots.len() {
             let State::Waiting(waiting) = &self.slots[slot].state else {
                 continue;
             };
-            if let Some(error) = end(&waiting.sent) {
+            if let Some(error) = end(waiting) {
                 let generation = self.slots[slot].generation;
                 let key = Key {
                     slot: slot as u32,
@@ -351,8 +593,8 @@ impl Pending {
         wake.extend(self.queue.drain(..));
     }
 
-    /// Ends every call of a connection. `attempted` is how much of its bytes the kernel may have taken: a frame that
-    /// ends beyond was never whole on its way, so its handler certainly did not run.
+    /// Ends every call of a connection but those that the server keeps. `attempted` is how much of its bytes the kernel
+    /// may have taken: a frame that ends beyond was never whole on its way, so its handler certainly did not run.
     pub(crate) fn end_connection(
         &mut self,
         epoch: u32,
@@ -361,27 +603,39 @@ impl Pending {
         wake: &mut Vec<Waker>,
     ) {
         use latzero_protocol::Ran;
-        self.end_where(wake, |sent| {
+        self.end_where(wake, |waiting| {
+            let sent = &waiting.sent;
             let ran = if sent.end > attempted {
                 Ran::No
             } else {
                 Ran::Unknown
             };
-            (sent.epoch == epoch).then(|| error.clone().with_ran(ran))
+            (sent.epoch == epoch && !waiting.is_parked()).then(|| error.clone().with_ran(ran))
+        });
+    }
+
+    /// Ends every call that the server keeps, as far as this process goes.
+    pub(crate) fn end_parked(&mut self, error: &Error, wake: &mut Vec<Waker>) {
+        use latzero_protocol::Ran;
+        self.end_where(wake, |waiting| {
+            waiting
+                .is_parked()
+                .then(|| error.clone().with_ran(Ran::Unknown))
         });
     }
 
     /// Ends every call whose deadline passed without a word of the server.
     pub(crate) fn expire(&mut self, now: Instant, wake: &mut Vec<Waker>) {
-        self.end_where(wake, |sent| {
-            (sent.deadline <= now).then(|| {
-                Error::new(
-                    Code::Timeout,
-                    "no answer came, not even the server's own; is it stuck?",
-                )
-            })
-        });
+        self.end_where(wake, |waiting| (waiting.sent.deadline <= now).then(silence));
     }
+}
+
+/// The error of a call whose deadline passed without a word of the server.
+pub(crate) fn silence() -> Error {
+    Error::new(
+        Code::Timeout,
+        "no answer came, not even the server's own; is it stuck?",
+    )
 }
 
 #[cfg(test)]
@@ -442,7 +696,10 @@ mod tests {
     #[test]
     fn replies_come_in_any_order_and_late_ones_find_nothing() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
-        let (a, b) = (p.insert(sent(1, None)), p.insert(sent(2, None)));
+        let (a, b) = (
+            p.insert(sent(1, None), Name::Place),
+            p.insert(sent(2, None), Name::Place),
+        );
         assert!(poll(&mut p, a).is_none() && poll(&mut p, b).is_none());
         p.complete(b, reply(2), &mut wake);
         assert_eq!(wake.len(), 1);
@@ -450,11 +707,11 @@ mod tests {
             poll(&mut p, b).unwrap().unwrap().payload,
             Payload::Json("2".into())
         );
-        let c = p.insert(sent(3, None));
+        let c = p.insert(sent(3, None), Name::Place);
         assert_eq!((c.slot, c.generation), (b.slot, 1));
         p.complete(b, reply(9), &mut wake);
         assert!(poll(&mut p, c).is_none());
-        assert_eq!(p.forget(a, &mut wake), Some(1));
+        assert_eq!(p.forget(a, &mut wake).unwrap().epoch, Some(1));
         p.complete(a, reply(9), &mut wake);
         assert_eq!(p.waiting(), 1);
     }
@@ -462,7 +719,10 @@ mod tests {
     #[test]
     fn a_loss_says_what_may_have_run() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
-        let (a, b) = (p.insert(sent(100, None)), p.insert(sent(200, None)));
+        let (a, b) = (
+            p.insert(sent(100, None), Name::Place),
+            p.insert(sent(200, None), Name::Place),
+        );
         p.end_connection(1, 150, &Error::new(Code::Disconnected, "gone"), &mut wake);
         assert_eq!(
             poll(&mut p, a).unwrap().unwrap_err().ran(),
@@ -475,7 +735,7 @@ mod tests {
     #[test]
     fn items_come_before_the_end_and_never_beyond_the_window() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
-        let a = p.insert(sent(1, Some(2)));
+        let a = p.insert(sent(1, Some(2)), Name::Place);
         for n in 0..5 {
             p.item(a, Payload::Json(n.to_string()), &mut wake);
         }
@@ -494,10 +754,77 @@ mod tests {
         p.in_flight_max = 1;
         let cx = &mut Context::from_waker(Waker::noop());
         assert!(p.poll_room(cx).is_ready());
-        let a = p.insert(sent(1, None));
+        let a = p.insert(sent(1, None), Name::Place);
         assert!(p.poll_room(cx).is_pending());
         p.complete(a, reply(1), &mut wake);
         assert_eq!(wake.len(), 1);
         assert!(p.poll_room(cx).is_ready());
+    }
+
+    #[test]
+    fn ids_read_back() {
+        let key = Key {
+            slot: 0x1f,
+            generation: 3,
+        };
+        for (life, text) in [
+            (None, "1f.3"),
+            (Some(0xabc), "1f.3.0000000000000abc"),
+            (Some(u64::MAX), "1f.3.ffffffffffffffff"),
+        ] {
+            let id = Id { key, life };
+            assert_eq!(&*id.text(), text);
+            assert_eq!(Id::parse(text), Some(id));
+        }
+        for text in ["1f.3.abc", "order-17", "1f..0000000000000abc", ""] {
+            assert_eq!(Id::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_parked_outlives_its_connection() {
+        let (mut p, mut wake) = (Pending::new(), Vec::new());
+        let error = Error::new(Code::Disconnected, "gone");
+        let (a, b) = (
+            p.insert(sent(1, None), Name::Lasting),
+            p.insert(sent(2, None), Name::Chosen("order-17")),
+        );
+        assert!(p.has_chosen("order-17"));
+        let cx = &mut Context::from_waker(Waker::noop());
+        assert!(p.poll_parked(a, cx).is_pending());
+        p.parked(a, &mut wake);
+        assert_eq!(wake.len(), 1);
+        assert!(matches!(p.poll_parked(a, cx), Poll::Ready(Ok(()))));
+        p.end_connection(1, 9, &error, &mut wake);
+        assert!(poll(&mut p, b).unwrap().is_err());
+        assert!(!p.has_chosen("order-17"));
+        let id = p.id(a, Name::Lasting).unwrap().text();
+        assert_eq!(p.find_lasting(&id), Some(a));
+        p.complete(a, reply(1), &mut wake);
+        assert_eq!(p.find_lasting(&id), None);
+        assert!(poll(&mut p, a).unwrap().is_ok());
+    }
+
+    #[test]
+    fn a_parked_call_that_nobody_wants_keeps_its_id_until_its_end() {
+        let (mut p, mut wake) = (Pending::new(), Vec::new());
+        let a = p.insert(sent(1, None), Name::Chosen("a\"b"));
+        p.parked(a, &mut wake);
+        let in_flight = p.forget(a, &mut wake).unwrap();
+        assert_eq!(
+            (in_flight.epoch, &in_flight.id[..]),
+            (None, &br#""a\"b""#[..])
+        );
+        assert_eq!(p.unwanted().len(), 1);
+        assert!(p.has_chosen("a\"b") && p.waiting() == 1);
+        p.complete(a, reply(1), &mut wake);
+        assert!(!p.has_chosen("a\"b") && p.waiting() == 0 && p.unwanted().is_empty());
+        // Who leaves a call alone takes what is there already, and frees its place.
+        let b = p.insert(sent(1, None), Name::Lasting);
+        assert!(p.leave(b, &mut wake).is_none());
+        let c = p.insert(sent(1, None), Name::Lasting);
+        p.complete(c, reply(1), &mut wake);
+        assert!(p.leave(c, &mut wake).is_some());
+        assert_eq!((c.slot, p.waiting()), (b.slot, 0));
     }
 }

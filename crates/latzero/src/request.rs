@@ -337,6 +337,24 @@ impl Request {
         serde_json::from_str(self.part(&self.ticket.key)).ok()
     }
 
+    /// Which attempt at the call this is. More than 1 says that a handler may have run before and died, or that the server
+    /// was restarted in between: only calls that are parked or may be redelivered are given out again. What must happen
+    /// once is then looked up by an id of the caller's own, such as one in the data.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        #[derive(Deserialize)]
+        struct Attempt {
+            #[serde(default = "first")]
+            attempt: u32,
+        }
+        fn first() -> u32 {
+            1
+        }
+        // Read when it is asked for: most handlers do not. What may stand behind the message is left alone.
+        let mut text = serde_json::Deserializer::from_str(&self.ticket.text);
+        Attempt::deserialize(&mut text).map_or(1, |read| read.attempt.max(1))
+    }
+
     /// What is left of the call's time to live; `None` for an emit.
     #[must_use]
     pub fn time_left(&self) -> Option<Duration> {

@@ -127,14 +127,16 @@ impl<R: FromPayload> Stream<R> {
             return;
         };
         let core = app.core();
-        let Some(epoch) = lock(&core.pending).epoch(key) else {
+        let Some(call) = lock(&core.pending).in_flight(key) else {
             return;
         };
+        // A parked call has no items.
+        let Some(epoch) = call.epoch else { return };
         core.outbox.append(epoch, |out, _| {
             frame::append(out, |out| {
-                out.extend_from_slice(b"{\"action\":\"ack\",\"id\":\"");
-                key.append(out);
-                out.extend_from_slice(b"\",\"count\":");
+                out.extend_from_slice(b"{\"action\":\"ack\",\"id\":");
+                out.extend_from_slice(&call.id);
+                out.extend_from_slice(b",\"count\":");
                 append_u64(out, count);
                 out.push(b'}');
             });

@@ -12,5 +12,6 @@ mod blocking;
 mod blocks;
 mod executor;
 mod loss;
+mod parked;
 mod tokio_face;
 mod wire;
