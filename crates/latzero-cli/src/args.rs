@@ -27,8 +27,14 @@ The server:
   config      Show the settings, each with where it comes from
   kick        Close the connections of an app
 
+What is kept:
+  backup      Copy the database and the persistent blocks into one file
+  restore     Make a backup the database; the server must be stopped
+  db          Look for damage in the database
+
 Calls and events:
   call        Call a trigger and print the answer
+  answers     Print the answers to parked calls that came while nobody waited
   emit        Send an event to whoever handles it
   serve       Make any program a handler: JSON on its stdin, JSON from its stdout
   on          Print events as they come
@@ -37,7 +43,7 @@ Memory:
   block       Blocks of memory: list, make, read, write, watch, lock, dump, load
 
 Looking at it:
-  apps        The apps that the server knows
+  apps        The apps that the server knows, live or offline
   pools       The pools there are
   watch       Print who comes and goes in a pool
   stats       Counts, response times, errors, resources
@@ -126,6 +132,38 @@ Examples:
   latzero kick worker
   latzero kick worker --instance 00000000000000ff   `latzero apps --json` lists instances")]
     Kick(KickArgs),
+    /// Copy the database and the persistent blocks into one file
+    #[command(
+        args_conflicts_with_subcommands = true,
+        after_help = "\
+Examples:
+  latzero backup                      a file of its own in DIR/backups; old ones are thinned out
+  latzero backup --to /mnt/lz.db      a file there, on the server's machine; it stays
+  latzero backup ls --verify          are they still good
+
+The server goes on meanwhile. The copy is checked before it gets its name."
+    )]
+    Backup(BackupArgs),
+    /// Make a backup the database; the server must be stopped
+    #[command(after_help = "\
+Examples:
+  latzero stop && latzero restore ~/.latzero/backups/latzero-20260102-030405.db && latzero start
+  latzero restore lz.db --data-dir /var/lib/latzero --yes
+
+The whole backup is verified before anything changes. The former database is kept as replaced-…
+beside the new one, and blocks that are replaced are kept under memory/.orphans. Where it is
+interrupted, restore again. On a terminal it asks first.
+Exit code 75 while a server runs on the directory, 4 if the backup is not good.")]
+    Restore(RestoreArgs),
+    /// Look for damage in the database
+    #[command(after_help = "\
+Examples:
+  latzero db check          structure; a moment
+  latzero db check --full   every record and reference too
+
+Exit code 0 if all is well, 4 if something was found. A running server is asked; without one the
+files are looked at, and nothing is changed.")]
+    Db(DbArgs),
     /// Call a trigger and print the answer
     #[command(after_help = "\
 Examples:
@@ -134,10 +172,25 @@ Examples:
   date +%s | latzero call alpha/at -               the payload from stdin
   latzero call --pool alpha files/list '\"/tmp\"'    the trigger `files/list` in the pool alpha
   latzero call alpha/tail '{}' --stream            items as they come, one line each
+  latzero call jobs/run '{}' --park --ttl 1h       wait until somebody handles it
+  latzero call jobs/run '{}' --park --no-wait      leave it there; `latzero answers` gets the answer
 
+With --park the pool is made where there is none, and the call outlives the server and this command:
+Ctrl-C leaves it parked. Unless --app says otherwise it is sent under an AppID of its own, which is
+told, so that no other command gets its answer.
 The part before the first / is the pool, unless --pool names it; with neither, it is `default`.
 Exit code 5 if the call is answered with an error, 6 if there is no answer in time.")]
     Call(CallArgs),
+    /// Print the answers to parked calls that came while nobody waited
+    #[command(after_help = "\
+Examples:
+  latzero answers --app shop
+  latzero answers --app shop --pool orders --wait 1h --count 1     wait for one
+
+One JSON line per answer: id, pool, and data or error. The app joins every pool that has one, or
+those that --pool names; an answer that was printed is not kept any more.
+Exit code 6 if --wait was given and not enough came.")]
+    Answers(AnswersArgs),
     /// Send an event to whoever handles it
     #[command(after_help = "\
 Examples:
@@ -166,7 +219,17 @@ Examples:
 
 One JSON line per event: trigger, pool, from, data, and how many were lost before it, if any.")]
     On(OnArgs),
-    /// The apps that the server knows
+    /// The apps that the server knows, live or offline
+    #[command(
+        args_conflicts_with_subcommands = true,
+        after_help = "\
+Examples:
+  latzero apps
+  latzero apps --offline           known, and not here
+  latzero apps forget worker       what it registered is given up
+
+An app that is offline has its pools and triggers again when it comes back; parked calls wait for it."
+    )]
     Apps(AppsArgs),
     /// The pools there are
     Pools(PoolsArgs),
@@ -293,6 +356,9 @@ impl SettingsArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct StartArgs {
+    /// Take over from the server that runs on the data directory: its sockets and blocks go over, clients reconnect
+    #[arg(long)]
+    pub(crate) takeover: bool,
     #[command(flatten)]
     pub(crate) settings: SettingsArgs,
     /// Print help
@@ -347,21 +413,54 @@ pub(crate) struct CallArgs {
     /// The app to call, whoever else serves the trigger
     #[arg(long, value_name = "APP")]
     pub(crate) to: Option<String>,
-    /// How long the answer may take
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse::duration)]
-    pub(crate) timeout: Duration,
+    /// How long the answer may take [default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) timeout: Option<Duration>,
     /// What a sticky trigger goes by
     #[arg(long)]
     pub(crate) key: Option<String>,
     /// A header for the handler; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse::pair)]
     pub(crate) header: Vec<(String, String)>,
+    /// Where nobody handles it, have it wait on the server's disk until somebody does
+    #[arg(long, conflicts_with = "stream")]
+    pub(crate) park: bool,
+    /// How long it may wait and run in all [default: 24h]
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration, requires = "park", conflicts_with = "timeout")]
+    pub(crate) ttl: Option<Duration>,
+    /// Print where it is parked, and leave the answer to `latzero answers`
+    #[arg(long, requires = "park")]
+    pub(crate) no_wait: bool,
+    /// Where its handler dies, give it to the next one: it may run more than once
+    #[arg(long)]
+    pub(crate) redeliver: bool,
+    /// A repeat with the same key gets the first one's answer, and the handler runs once
+    #[arg(long, value_name = "KEY")]
+    pub(crate) idempotency_key: Option<String>,
+    /// The call's id, by which `latzero answers` names it
+    #[arg(long, value_name = "ID")]
+    pub(crate) id: Option<String>,
     /// Print items of the answer as they come, one JSON line each; progress on stderr
     #[arg(long)]
     pub(crate) stream: bool,
     /// Print a text without its quotes, and bytes as they are
     #[arg(long, conflicts_with = "json")]
     pub(crate) raw: bool,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct AnswersArgs {
+    /// Calls in this pool; may be repeated [default: every pool]
+    #[arg(long)]
+    pub(crate) pool: Vec<String>,
+    /// Wait that long for answers that are not there yet
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) wait: Option<Duration>,
+    /// End after so many
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) count: Option<u64>,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
@@ -434,12 +533,114 @@ pub(crate) struct OnArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct AppsArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<AppsCommand>,
     /// Those in this pool alone
     #[arg(long)]
     pub(crate) pool: Option<String>,
     /// Those that are connected alone
     #[arg(long)]
     pub(crate) live: bool,
+    /// Those that are known and not connected alone
+    #[arg(long, conflicts_with = "live")]
+    pub(crate) offline: bool,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+/// What else can be done about apps.
+#[derive(Debug, Subcommand)]
+pub(crate) enum AppsCommand {
+    /// Give up what an app that is offline registered
+    Forget(ForgetArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ForgetArgs {
+    /// The AppID
+    #[arg(value_name = "APP")]
+    pub(crate) forgotten: String,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+/// A data directory, for what is done without its server.
+#[derive(Args, Debug)]
+pub(crate) struct DataDir {
+    /// The data directory, ~/.latzero unless told otherwise [env: LATZERO_DATA_DIR]
+    #[arg(short, long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+impl DataDir {
+    /// The directory that is meant.
+    pub(crate) fn path(&self) -> PathBuf {
+        let reach = Reach {
+            data_dir: self.data_dir.clone(),
+            ..Reach::default()
+        };
+        reach.data_dir().0
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BackupArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<BackupCommand>,
+    /// The file to make; it must not be there yet [default: one in DIR/backups]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) to: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+/// What else can be done about backups.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BackupCommand {
+    /// The backups in the data directory, newest first; exit code 4 if one is not good
+    Ls(BackupListArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BackupListArgs {
+    /// Read each of them whole
+    #[arg(long)]
+    pub(crate) verify: bool,
+    #[command(flatten)]
+    pub(crate) dir: DataDir,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RestoreArgs {
+    /// The backup
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    #[command(flatten)]
+    pub(crate) dir: DataDir,
+}
+
+/// `db` and what it is to do.
+#[derive(Args, Debug)]
+pub(crate) struct DbArgs {
+    #[command(subcommand)]
+    pub(crate) command: DbCommand,
+}
+
+/// What can be done about the database.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DbCommand {
+    /// Look for damage; exit code 4 if there is any
+    Check(DbCheckArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DbCheckArgs {
+    /// Read every record and follow every reference
+    #[arg(long)]
+    pub(crate) full: bool,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }

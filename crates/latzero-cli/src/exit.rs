@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use latzero::{Code, Error};
 use latzero_server::ServerError;
 use latzero_server::settings::SettingsErrors;
+use latzero_server::upkeep::{BackupError, OpenError, UpkeepError};
 use serde_json::{Value, json};
 
 macro_rules! exits {
@@ -55,7 +56,7 @@ exits! {
     Usage = 2, "usage";
     /// no server answers
     NotRunning = 3, "not_running";
-    /// something is not well: `health`, `doctor`
+    /// something is not well: `health`, `doctor`, `db check`, a backup
     Unhealthy = 4, "unhealthy";
     /// the call was answered with an error
     Answered = 5, "answered";
@@ -203,6 +204,18 @@ impl From<ServerError> for Failure {
                 }
             }
         }
+    }
+}
+
+impl From<UpkeepError> for Failure {
+    fn from(error: UpkeepError) -> Failure {
+        let exit = match &error {
+            UpkeepError::Startup(error) => Exit::of_library(error.exit_code()),
+            UpkeepError::Backup(BackupError::Bad { .. }) => Exit::Unhealthy,
+            UpkeepError::Store(OpenError::InUse { .. }) => Exit::InUse,
+            _ => Exit::Failure,
+        };
+        Failure::of_message(exit, &error.to_string())
     }
 }
 

@@ -5,7 +5,8 @@
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write};
-use std::time::Duration;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
@@ -21,6 +22,9 @@ pub(crate) enum Color {
     /// Never
     Never,
 }
+
+/// How often progress is shown.
+const TICK: Duration = Duration::from_millis(250);
 
 /// What a word means, which is what its colour says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,6 +210,51 @@ impl Output {
         self.progress("");
     }
 
+    /// Does `work`, and shows on stderr that it goes on where it takes longer than a moment.
+    pub(crate) fn while_working<T: Send>(
+        &self,
+        doing: impl Display,
+        work: impl FnOnce() -> T + Send,
+    ) -> T {
+        if !self.shows_progress() {
+            return work();
+        }
+        let started = Instant::now();
+        let (tell, told) = channel();
+        std::thread::scope(|scope| {
+            let working = scope.spawn(move || {
+                // Dropped at the work's end, however it ends.
+                let _tell: std::sync::mpsc::Sender<()> = tell;
+                work()
+            });
+            while told.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+                let seconds = started.elapsed().as_secs();
+                if seconds > 0 {
+                    self.progress(format_args!("{doing} … {seconds} s"));
+                }
+            }
+            if started.elapsed() >= Duration::from_secs(1) {
+                self.progress_done();
+            }
+            working
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Asks a question that is answered with yes or no; no where nothing is typed.
+    pub(crate) fn asks(&self, question: impl Display) -> io::Result<bool> {
+        let mut err = io::stderr().lock();
+        write!(err, "{question} [y/N] ")?;
+        err.flush()?;
+        let mut answer = String::new();
+        io::stdin().read_line(&mut answer)?;
+        Ok(matches!(
+            answer.trim().to_ascii_lowercase().as_str(),
+            "y" | "yes"
+        ))
+    }
+
     /// Says on stderr why the command failed.
     pub(crate) fn failure(&self, failure: &Failure) -> Exit {
         if failure.is_quiet {
@@ -318,6 +367,25 @@ pub(crate) fn time(duration: Duration) -> String {
     }
 }
 
+/// How long ago a time was, by this machine's clock; in milliseconds since the Unix epoch.
+pub(crate) fn ago(unix_ms: u64) -> String {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |now| now.as_millis() as u64);
+    since(now.saturating_sub(unix_ms))
+}
+
+fn since(ms: u64) -> String {
+    let s = ms / 1000;
+    match s {
+        0..5 => "just now".to_owned(),
+        5..60 => format!("{s} s ago"),
+        60..3_600 => format!("{} min ago", s / 60),
+        3_600..86_400 => format!("{} h ago", s / 3_600),
+        _ => format!("{} d ago", s / 86_400),
+    }
+}
+
 /// How long something has lasted.
 pub(crate) fn uptime(ms: u64) -> String {
     let s = ms / 1000;
@@ -401,6 +469,10 @@ mod tests {
         assert_eq!(uptime(59_999), "59 s");
         assert_eq!(uptime(61_000), "1 min 1 s");
         assert_eq!(uptime(90_000_000), "1 d 1 h");
+        assert_eq!(since(4_999), "just now");
+        assert_eq!(since(59_999), "59 s ago");
+        assert_eq!(since(12 * 60_000), "12 min ago");
+        assert_eq!(since(36 * 3_600_000), "1 d ago");
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(count(1, "app"), "1 app");
         assert_eq!(count(0, "app"), "0 apps");

@@ -3,6 +3,7 @@
 //! What is typed wins over the environment, and that over the defaults. A directory stands for the server that runs on
 //! it: its Unix socket by the rule of [`latzero_server::address`], else wherever the lock file says that it listens.
 
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,9 @@ const PORT_DEFAULT: u16 = 45227;
 
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long requests may take that read or write whole files on the server's side.
+const PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
 /// Which server, and as whom.
 #[derive(Args, Clone, Debug, Default)]
@@ -110,17 +114,29 @@ pub(crate) enum Loss {
     Reconnects,
 }
 
+/// What the server remembers of the app once the command is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leaves {
+    /// Nothing, unless somebody gave a command that lasts an AppID of its own.
+    Nothing,
+    /// What it served, and where.
+    Registration,
+}
+
 /// What a command wants of its connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Wish {
     pub(crate) command: &'static str,
     pub(crate) loss: Loss,
+    pub(crate) leaves: Leaves,
     /// Pools to join; what does not exist is created.
     pub(crate) pools: Vec<String>,
     /// The AppID, where the command has one of its own and none was typed.
     pub(crate) app_id: Option<String>,
     /// Threads for handlers.
     pub(crate) handler_threads: Option<usize>,
+    /// How long the server may take for a request, where that is longer than for others.
+    pub(crate) request_time: Option<Duration>,
 }
 
 impl Wish {
@@ -128,10 +144,18 @@ impl Wish {
         Wish {
             command,
             loss: Loss::Ends,
+            leaves: Leaves::Nothing,
             pools: Vec::new(),
             app_id: None,
             handler_threads: None,
+            request_time: None,
         }
+    }
+
+    /// For what takes the server as long as its disk does.
+    pub(crate) fn patient(mut self) -> Wish {
+        self.request_time = Some(PATIENCE);
+        self
     }
 
     pub(crate) fn lasting(command: &'static str) -> Wish {
@@ -255,11 +279,23 @@ impl Reach {
         Ok(places)
     }
 
-    /// The AppID to connect as. One per user, not one per call: a server remembers every app that it saw.
+    /// The AppID to connect as.
     fn app_id(&self) -> String {
         self.app
             .clone()
             .unwrap_or_else(|| format!("cli-{}", rustix::process::geteuid().as_raw()))
+    }
+
+    /// An AppID that no other command has, and another one for each `key`: for what must find its way back to one command.
+    pub(crate) fn own_app_id(&self, key: Option<&str>) -> String {
+        let number = match key {
+            // FNV-1a: the same for the same key, whoever asks.
+            Some(key) => key.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+            }),
+            None => RandomState::new().build_hasher().finish(),
+        };
+        format!("{}-{number:016x}", self.app_id())
     }
 
     /// Connects.
@@ -276,6 +312,7 @@ impl Reach {
         for place in places {
             let mut builder = latzero::App::builder(&place.url(&app_id))
                 .pools(&wish.pools)
+                .transient(self.is_transient(wish))
                 .connect_timeout(CONNECT_TIMEOUT)
                 .reconnect(Reconnect {
                     enabled: wish.loss == Loss::Reconnects,
@@ -284,6 +321,9 @@ impl Reach {
                 .meta(json!({"program": "latzero", "command": wish.command, "pid": std::process::id()}));
             if let Some(threads) = wish.handler_threads {
                 builder = builder.handler_threads(threads);
+            }
+            if let Some(time) = wish.request_time {
+                builder = builder.call_timeout(time);
             }
             match App::connect_with(builder) {
                 Ok(app) => {
@@ -294,6 +334,12 @@ impl Reach {
             }
         }
         Err(self.not_running(&tried))
+    }
+
+    /// A tool's visit leaves nothing behind, and takes nothing from an app whose name it uses.
+    fn is_transient(&self, wish: &Wish) -> bool {
+        let is_named = self.app.is_some() || self.url.is_some();
+        wish.leaves == Leaves::Nothing && (wish.loss == Loss::Ends || !is_named)
     }
 
     fn token(&self, place: &Place) -> Option<String> {
@@ -335,6 +381,20 @@ impl Reach {
                 "start it with `{command}`, or name another one with --data-dir, --port or --url"
             )),
         }
+    }
+
+    /// Whether the server is named by something else than its data directory.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        let is_typed = self.url.is_some()
+            || self.host.is_some()
+            || self.port.is_some()
+            || self.socket.is_some();
+        let is_set = || {
+            ["LATZERO_URL", "LATZERO_SOCKET"]
+                .into_iter()
+                .any(|name| variable(name).is_some())
+        };
+        is_typed || self.data_dir.is_none() && is_set()
     }
 
     /// Whether the address itself names pools, so that a trigger without one means those.

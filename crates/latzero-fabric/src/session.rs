@@ -1010,6 +1010,7 @@ impl<H: Host> Session<H> {
             let what = match &admin.action {
                 AdminAction::Shutdown => json!({"action": "shutdown"}),
                 AdminAction::Reload => json!({"action": "reload"}),
+                AdminAction::HandOver => json!({"action": "hand_over"}),
                 AdminAction::Kick(app, instance) => {
                     json!({"action": "kick", "of": app, "of_instance": instance})
                 }
@@ -1033,6 +1034,10 @@ impl<H: Host> Session<H> {
                 let peer = self.peer.clone();
                 host.with_registry(|registry, fx| registry.forget_app(app, &peer, fx))?;
                 Ok(Reply::Kept("{}".into(), Promise::Removal))
+            }
+            AdminAction::HandOver if !self.features.fd_passing => {
+                let message = "sockets go over the Unix socket, with the features 'attachments' and 'fd_passing'";
+                Err(Refusal::new(Code::BadMessage, message))
             }
             action => {
                 let reply = host.admin(action, &self.peer, id)?;

@@ -156,6 +156,22 @@ fn a_call_is_given_out_again_after_the_server_died() {
 }
 
 #[test]
+fn of_several_instances_the_one_that_called_is_answered() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    park(&mut net, caller, "1", "");
+    park(&mut net, caller, "2", "");
+    let newer = net.app("caller", "");
+    let handler = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let got = calls(&mut net, handler);
+    answer(&mut net, handler, &got[0]);
+    assert_eq!(answers(&mut net, caller), ["1:null"]);
+    net.hang_up(caller);
+    answer(&mut net, handler, &got[1]);
+    assert_eq!(answers(&mut net, newer), ["2:null"]);
+}
+
+#[test]
 fn raw_bytes_and_headers_survive() {
     let mut net = Net::new();
     let caller = net.app("caller", r#""features":["attachments"]"#);

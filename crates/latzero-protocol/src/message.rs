@@ -473,6 +473,8 @@ pub enum AdminAction {
     Forget(AppId),
     /// Copy what is stored into one file, at a path of the server's machine or else among its backups.
     Backup(Option<String>),
+    /// Give sockets and blocks to a server that takes over, and stop.
+    HandOver,
     /// Check the database, thoroughly or in short.
     CheckDatabase(bool),
 }
@@ -517,6 +519,7 @@ impl<'a> Request<'a> {
             "health" => Request::Health,
             "shutdown" => admin(e, AdminAction::Shutdown)?,
             "reload" => admin(e, AdminAction::Reload)?,
+            "hand_over" => admin(e, AdminAction::HandOver)?,
             "kick" => {
                 let fields = Fields::of(e.text)?;
                 let app = AppId::new(&fields.required_string("app_id")?)?;

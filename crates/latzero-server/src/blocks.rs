@@ -5,6 +5,7 @@
 //! run on a thread of their own, so that no connection waits for them.
 
 mod files;
+pub(crate) mod restore;
 mod rows;
 
 use std::collections::{HashMap, VecDeque};
@@ -499,6 +500,18 @@ impl Blocks {
         let _ = self.work.send(Work::Free(stored));
     }
 
+    /// The shared blocks that there are, with a descriptor of each.
+    pub(crate) fn shared(&self) -> Vec<(PoolName, BlockId, Arc<OwnedFd>)> {
+        let all = self.all();
+        let shared = all.iter().filter(|stored| stored.kind == Kind::Shared);
+        shared
+            .map(|stored| {
+                let fd = Arc::clone(stored.custodian.writable());
+                (stored.pool.clone(), stored.block.clone(), fd)
+            })
+            .collect()
+    }
+
     /// Whether shared blocks of an earlier run wait for a client that holds them.
     pub(crate) fn is_awaiting(&self) -> bool {
         self.rows.is_awaiting()
@@ -782,6 +795,28 @@ pub(crate) fn take_back(
     take(host, pool, custodian, name, &rows::record(row), None)?;
     tracing::info!(pool = %pool_name, %block, "a shared block is back: a client held it");
     Ok(())
+}
+
+/// Takes the shared blocks that the server from before handed over.
+pub(crate) fn take_over(host: &mut IoHost, now: Time, blocks: Vec<(PoolName, BlockId, OwnedFd)>) {
+    for (pool_name, block, offered) in blocks {
+        let unix_ms = host.unix_ms(now);
+        let taken = host
+            .with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))
+            .and_then(|(number, pool)| {
+                let row = host.shared.blocks.awaited_row(&pool_name, &block);
+                let taken = row
+                    .and_then(|row| take_back(host, &pool, (&pool_name, &block), &row, &offered));
+                if taken.is_err() {
+                    host.effects().count_held(&pool_name, number, 0);
+                    host.with_pool(&pool, |_, _| ());
+                }
+                taken
+            });
+        if let Err(error) = taken {
+            tracing::warn!(pool = %pool_name, %block, %error, "a block that was handed over can't be taken");
+        }
+    }
 }
 
 /// Gives up the blocks of an earlier run that nobody offered in time.

@@ -8,19 +8,21 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use latzero_fabric::{Class, Effects, Flow, Time};
-use latzero_protocol::{Refusal, encode};
+use latzero_protocol::{BlockId, PoolName, Refusal, encode};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
+use serde_json::json;
 
 use crate::builtin::BuiltIn;
 use crate::connection::{Connection, Patience, Turn, Verdict};
+use crate::handover;
 use crate::host::IoHost;
 use crate::listener::{Accepted, Listener, accept, count_out};
 use crate::peer::Peer;
@@ -250,6 +252,7 @@ impl EventLoop {
                         Err(refusal) => encode::refusal(out, Some(&id), refusal),
                     });
             }
+            Command::HandOver(peer, id) => self.hand_over(&peer, id.as_deref()),
             Command::Kept(peer, result) => self.kept(now, &peer, result),
             Command::BlockDone(done) => self.host.handle_done(done),
             Command::Watchdog => {
@@ -263,6 +266,56 @@ impl EventLoop {
                 }
             }
         }
+    }
+
+    /// Gives the listening sockets and the shared blocks to who asks, and begins to stop.
+    fn hand_over(&mut self, to: &Arc<Peer>, id: Option<&str>) {
+        let listeners = self
+            .front
+            .as_ref()
+            .map_or(&[][..], |front| &front.listeners);
+        let (listed, descriptors) = match handover::listeners(listeners) {
+            Ok(given) => given,
+            Err(error) => {
+                tracing::error!(%error, "the sockets can't be handed over");
+                return;
+            }
+        };
+        let shared = Arc::clone(&self.host.shared);
+        let blocks = shared.blocks.shared();
+        let count = descriptors.len();
+        let reply = json!({"pid": std::process::id(), "listeners": listed, "blocks": blocks.len()});
+        let reply = reply.to_string();
+        self.host
+            .fx
+            .append(to, Class::Control, reply.len() + 256, descriptors, |out| {
+                encode::reply_with(out, id.unwrap_or_default(), &reply, count);
+            });
+        for some in blocks.chunks(handover::BLOCKS_AT_ONCE) {
+            let listed: Vec<_> = some
+                .iter()
+                .map(|(pool, block, _)| json!({"pool": pool, "block_id": block}))
+                .collect();
+            let told = json!({
+                "action": "event", "event": "handed_over", "descriptors": some.len(), "blocks": listed,
+            });
+            let told = told.to_string();
+            let descriptors = some.iter().map(|(.., fd)| Arc::clone(fd)).collect();
+            self.host
+                .fx
+                .append(to, Class::Control, told.len(), descriptors, |out| {
+                    encode::message(out, &told);
+                });
+        }
+        tracing::info!(blocks = blocks.len(), "handing over to another server");
+        shared.is_handed_over.store(true, Relaxed);
+        shared.drain();
+    }
+
+    /// Takes what the server from before handed over.
+    pub(crate) fn take_over(&mut self, blocks: Vec<(PoolName, BlockId, OwnedFd)>) {
+        let now = self.host.shared.clock.now();
+        crate::blocks::take_over(&mut self.host, now, blocks);
     }
 
     /// Tells a session that what it was promised is on disk, or can't be.

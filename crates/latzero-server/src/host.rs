@@ -105,7 +105,7 @@ impl IoEffects {
 
 impl IoEffects {
     #[inline]
-    fn append(
+    pub(crate) fn append(
         &mut self,
         to: &Arc<Peer>,
         class: Class,
@@ -553,6 +553,11 @@ impl Host for IoHost {
             AdminAction::Reload => (self.shared.reload)(&self.shared)
                 .map(Some)
                 .map_err(|message| Refusal::new(Code::BadMessage, message)),
+            AdminAction::HandOver => {
+                let command = Command::HandOver(Arc::clone(asker), id.map(Into::into));
+                self.shared.mailboxes[0].send(command);
+                Ok(None)
+            }
             AdminAction::Backup(_) | AdminAction::CheckDatabase(_) => {
                 crate::upkeep::begin(&self.shared, action.clone(), asker, id)?;
                 Ok(None)

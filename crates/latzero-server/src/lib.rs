@@ -11,6 +11,7 @@ mod builtin;
 mod connection;
 pub mod doctor;
 mod event_loop;
+mod handover;
 mod health;
 mod host;
 mod keeper;

@@ -11,6 +11,7 @@ use signal_hook::iterator::Signals;
 use crate::audit::AuditLog;
 use crate::blocks::{Blocks, Rows};
 use crate::event_loop::{EventLoop, Front};
+use crate::handover;
 use crate::keeper::Keeper;
 use crate::listener::Listener;
 use crate::logging::{LogError, LogOptions, Logs};
@@ -31,6 +32,8 @@ pub struct Origins {
     pub overrides: Vec<Override>,
     /// The file that the command line names in place of those in the data directory.
     pub file: Option<PathBuf>,
+    /// Take over from the server that runs on the data directory, where one does.
+    pub takes_over: bool,
 }
 
 impl Origins {
@@ -80,7 +83,7 @@ pub struct Server {
     signals: Signals,
     logs: Arc<Logs>,
     // Dropped last, in this order: the sockets' files, then the lock that guards them.
-    _files: Vec<SocketFile>,
+    files: Vec<SocketFile>,
     _data_dir: DataDir,
     _lock: InstanceLock,
 }
@@ -95,7 +98,15 @@ impl Server {
         resolved.check_available()?;
         let settings = resolved.settings.clone();
         let environment = origins.environment.clone();
-        let activation = Activation::of_process(&environment)?;
+        let mut activation = Activation::of_process(&environment)?;
+        let mut inherited = None;
+        if origins.takes_over {
+            inherited = handover::ask(&settings, &environment)?;
+        }
+        if let Some(inherited) = &mut inherited {
+            activation.tcp.append(&mut inherited.sockets.tcp);
+            activation.unix.append(&mut inherited.sockets.unix);
+        }
         let started = prepare(&settings, &environment, activation)?;
         let logs = Arc::new(Logs::begin(
             &LogOptions::new(&settings, &environment),
@@ -185,6 +196,9 @@ impl Server {
             watchdog: watchdog_interval(&environment),
         };
         let mut loops = vec![EventLoop::new(&shared, 0, Some(front)).map_err(ServerError::Loop)?];
+        if let Some(inherited) = inherited {
+            loops[0].take_over(inherited.blocks);
+        }
         for index in 1..shared.mailboxes.len() {
             loops.push(EventLoop::new(&shared, index, None).map_err(ServerError::Loop)?);
         }
@@ -194,7 +208,7 @@ impl Server {
             notifier: notifier(),
             signals,
             logs,
-            _files: files,
+            files,
             _data_dir: started.data_dir,
             _lock: started.lock,
         })
@@ -276,6 +290,10 @@ impl Server {
         }
         shared.blocks.sync_all();
         shared.keeper.close();
+        if shared.is_handed_over.load(Relaxed) {
+            // They are in use.
+            std::mem::forget(std::mem::take(&mut self.files));
+        }
         handle.close();
         let _ = watcher.join();
         tracing::info!("stopped");

@@ -40,6 +40,8 @@ pub(crate) enum Command {
     Look,
     /// Judge every connection by the clock and the bounds, which changed or were reached.
     Judge,
+    /// Hand the sockets and blocks over to who asks, under that id, and stop.
+    HandOver(Arc<Peer>, Option<Box<str>>),
     /// The reply to a request that took long.
     Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
     /// What was promised to a connection is on disk, or can't be.
@@ -162,6 +164,8 @@ pub(crate) struct Shared {
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) builtin: Mutex<Option<BuiltIn>>,
     pub(crate) is_draining: AtomicBool,
+    /// The sockets are another server's now.
+    pub(crate) is_handed_over: AtomicBool,
     /// A backup or a check of the database is under way.
     pub(crate) is_in_upkeep: AtomicBool,
     /// Set where all loops are to end at once.
@@ -229,6 +233,7 @@ impl Shared {
             mailboxes,
             builtin: Mutex::new(None),
             is_draining: AtomicBool::new(false),
+            is_handed_over: AtomicBool::new(false),
             is_in_upkeep: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
             blocked: Mutex::new(Vec::new()),

@@ -176,6 +176,14 @@ pub enum StartupError {
         /// Why.
         reason: String,
     },
+    /// The server that runs does not hand over.
+    #[error("the server of {path} does not hand over: {reason}", path = data_dir.display())]
+    TakeOver {
+        /// The directory.
+        data_dir: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The database can't be used.
     #[error(transparent)]
     Store(latzero_store::OpenError),
@@ -212,6 +220,7 @@ impl StartupError {
             | StartupError::BadToken { .. }
             | StartupError::BadActivation { .. }
             | StartupError::Store(_)
+            | StartupError::TakeOver { .. }
             | StartupError::System { .. } => 1,
         }
     }

@@ -1,5 +1,12 @@
 //! What is done about the database beside its daily work: backups and checks, asked for or on a schedule. Both take as long
-//! as the disk does, so they run on a thread of their own, one at a time.
+//! as the disk does, so they run on a thread of their own, one at a time. Without a server the same is done by [`Offline`].
+
+mod backups;
+mod offline;
+
+pub use backups::{Listed, Look, files, list_one, look_at};
+pub use latzero_store::{BackupError, OpenError, Summary};
+pub use offline::{Offline, Restored, UpkeepError};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -104,7 +111,7 @@ fn backup(shared: &Shared, to: Option<&Path>) -> Result<String, Refusal> {
     Ok(json!({
         "file": backup.path(), "bytes": bytes, "took_ms": took,
         "apps": summary.apps, "pools": summary.pools, "calls": summary.calls, "answers": summary.answers,
-        "blocks": summary.blocks, "block_bytes": summary.block_bytes,
+        "blocks": summary.blocks, "block_files": summary.block_files, "block_bytes": summary.block_bytes,
     })
     .to_string())
 }

@@ -2,6 +2,8 @@
 //!
 //! These connections know nothing of any client library, so a test can send what no library would.
 
+pub mod site;
+
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -142,8 +144,7 @@ impl Stream {
             Stream::Tcp(s) => s.read(buf),
             Stream::Unix(s) => {
                 let mut got = Vec::new();
-                let n = latzero_shm::fds::recv_with_fds(&*s, buf, &mut got, DESCRIPTORS_MAX)
-                    .map_err(io::Error::other)?;
+                let n = latzero_shm::fds::recv_with_fds(&*s, buf, &mut got, DESCRIPTORS_MAX)?;
                 descriptors.extend(got);
                 Ok(n)
             }
@@ -181,6 +182,14 @@ impl Wire {
         Wire::new(Stream::Unix(
             UnixStream::connect(path).expect("the server listens"),
         ))
+    }
+
+    /// Opens a connection to the Unix socket at `path`, where somebody listens.
+    ///
+    /// # Errors
+    /// Where nobody does.
+    pub fn try_unix(path: &Path) -> io::Result<Wire> {
+        UnixStream::connect(path).map(|stream| Wire::new(Stream::Unix(stream)))
     }
 
     /// The descriptors that came and were not taken yet.
@@ -292,9 +301,21 @@ impl Wire {
                 Ok(0) => return Ok(None),
                 Ok(n) => self.received.extend_from_slice(&buf[..n]),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+                // A wait with a bound is not taken up again by itself (signal(7)).
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Whether something can be received, or the end seen, within `patience`.
+    #[must_use]
+    pub fn has_more(&self, patience: Duration) -> bool {
+        !self.received.is_empty()
+            || match &self.stream {
+                Stream::Tcp(s) => site::readable(s, patience),
+                Stream::Unix(s) => site::readable(s, patience),
+            }
     }
 
     /// Waits until the server closes the connection, over whatever it still sends.

@@ -1,24 +1,28 @@
-//! `apps`: the apps that the server knows, and what they serve.
+//! `apps`: the apps that the server knows, what they serve, and since when those are away that are.
 
 use serde_json::{Value, json};
 
-use crate::args::AppsArgs;
-use crate::exit::{Done, Exit};
-use crate::output::{Cell, Output, Tone, toned};
+use crate::args::{AppsArgs, AppsCommand, ForgetArgs};
+use crate::exit::{Done, Exit, Failure};
+use crate::names::{did_you_mean, nearest};
+use crate::output::{Cell, Output, Tone, ago, toned};
 use crate::reach::{Listed, Wish, list};
 
 /// Names of one kind that a row of the table shows; `--json` shows all.
 const NAMES_MAX: usize = 8;
 
 pub(crate) fn run(args: &AppsArgs, output: &Output) -> Done {
+    if let Some(AppsCommand::Forget(args)) = &args.command {
+        return forget(args, output);
+    }
     let reached = args.reach.connect(&Wish::once("apps"))?;
     let mut request = json!({"action": "app_list"});
     if let Some(pool) = &args.pool {
         request["pool"] = json!(pool);
     }
     let mut apps = list(&reached.app, &request, Listed::Apps)?;
-    if args.live {
-        apps.retain(|app| app["live"] == true);
+    if args.live || args.offline {
+        apps.retain(|app| app["live"] == args.live);
     }
     if output.json {
         output.value(&json!({"apps": apps}))?;
@@ -28,19 +32,25 @@ pub(crate) fn run(args: &AppsArgs, output: &Output) -> Done {
     let own = reached.app.app_id();
     let is_own = |app: &Value| app["app_id"] == own && app["instances_total"] == 1;
     let rows: Vec<Vec<Cell>> = apps.iter().filter(|app| !is_own(app)).map(row).collect();
-    output.table(&["APP", "INSTANCES", "POOLS", "TRIGGERS"], &rows)?;
+    output.table(&["APP", "INSTANCES", "SEEN", "POOLS", "TRIGGERS"], &rows)?;
     Ok(Exit::Ok)
 }
 
 fn row(app: &Value) -> Vec<Cell> {
-    let instances = app["instances_total"].as_u64().unwrap_or(0);
-    let instances = match instances {
-        0 => toned("offline", Tone::Dim),
-        n => toned(n, Tone::Good),
+    let (instances, seen) = match app["instances_total"].as_u64().unwrap_or(0) {
+        0 => {
+            let last_seen = app["last_seen"].as_u64().unwrap_or(0);
+            (
+                toned("offline", Tone::Dim),
+                toned(ago(last_seen), Tone::Dim),
+            )
+        }
+        n => (toned(n, Tone::Good), "now".into()),
     };
     vec![
         app["app_id"].as_str().unwrap_or("").into(),
         instances,
+        seen,
         names(app["pools"].as_array(), Value::as_str).into(),
         names(app["triggers"].as_array(), |trigger| {
             trigger["name"].as_str()
@@ -56,4 +66,38 @@ fn names(values: Option<&Vec<Value>>, name: impl Fn(&Value) -> Option<&str>) -> 
         n if n > NAMES_MAX => format!("{} and {} more", all[..NAMES_MAX].join(" "), n - NAMES_MAX),
         _ => all.join(" "),
     }
+}
+
+fn forget(args: &ForgetArgs, output: &Output) -> Done {
+    let reached = args.reach.connect(&Wish::once("apps forget"))?;
+    let app_id = &args.forgotten;
+    let request = json!({"action": "app_forget", "app_id": app_id});
+    let mut failure = match reached.administer(&request) {
+        Ok(_) => {
+            match output.json {
+                true => output.value(&json!({"forgotten": app_id}))?,
+                false => output.line(format_args!("forgot {app_id}"))?,
+            }
+            return Ok(Exit::Ok);
+        }
+        Err(failure) => failure,
+    };
+    let code = failure.wire.as_ref().and_then(|wire| wire["code"].as_str());
+    let hint = match code {
+        Some("no_app") => {
+            // Without a list there is no suggestion, and the error is told all the same.
+            let all = list(&reached.app, &json!({"action": "app_list"}), Listed::Apps);
+            let all = all.unwrap_or_default();
+            let offline = all.iter().filter(|app| app["live"] == false);
+            let names: Vec<&str> = offline.filter_map(|app| app["app_id"].as_str()).collect();
+            let near = did_you_mean(&nearest(app_id, names));
+            near.unwrap_or_else(|| "`latzero apps --offline` lists those that can be".to_owned())
+        }
+        Some("app_in_use") => format!(
+            "end it first: stop its program, or close its connections with `latzero kick {app_id}`"
+        ),
+        _ => return Err(failure),
+    };
+    failure.help = Some(hint);
+    Err::<Exit, Failure>(failure)
 }

@@ -1,38 +1,77 @@
 //! `call`: calls a trigger and prints the answer.
 
+use std::future::{Future as _, poll_fn};
+use std::pin::Pin;
+use std::time::Duration;
+
 use latzero::blocking::Call;
-use latzero::{ItemOrProgress, Reply};
+use latzero::{ItemOrProgress, Parked, Reply};
+use serde_json::json;
 use serde_json::value::RawValue;
 
 use crate::args::CallArgs;
+use crate::executor::block_on;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, bytes};
 use crate::parse::{Target, payload};
-use crate::reach::Wish;
+use crate::reach::{Reached, Wish};
 
-use super::trigger::{enter, explain};
+use super::answers;
+use super::trigger::{enter, enter_or_make, explain};
+
+/// How long an answer may take, unless told otherwise.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a call stays parked, unless told otherwise: the most that there is.
+const TTL: Duration = Duration::from_secs(24 * 3600);
+
+/// Gives a call what was typed for it, the blocking one or the other.
+macro_rules! dressed {
+    ($call:expr, $args:expr, $pool:expr) => {{
+        let (mut call, args) = ($call, $args);
+        if let Some(pool) = $pool {
+            call = call.pool(pool);
+        }
+        if let Some(app) = &args.to {
+            call = call.to(app);
+        }
+        if let Some(key) = &args.key {
+            call = call.key(key);
+        }
+        for (name, value) in &args.header {
+            call = call.header(name, value);
+        }
+        if args.redeliver {
+            call = call.redeliver();
+        }
+        if let Some(key) = &args.idempotency_key {
+            call = call.idempotency_key(key);
+        }
+        if let Some(id) = &args.id {
+            call = call.id(id);
+        }
+        call
+    }};
+}
 
 pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
     let target = Target::parse(&args.target, args.pool.as_deref())?;
     let data = payload(args.data.as_deref())?;
-    let reached = args.reach.connect(&Wish::once("call"))?;
-    let pool = enter(&reached, &args.reach, &target)?;
-    let mut call = reached
-        .app
-        .call(&target.trigger, &data)
-        .timeout(args.timeout);
-    if let Some(pool) = &pool {
-        call = call.pool(pool);
+    let mut wish = match args.park {
+        // Who waits for a parked call does so across a restart of the server.
+        true => Wish::lasting("call"),
+        false => Wish::once("call"),
+    };
+    let key = args.idempotency_key.as_deref();
+    if args.park || key.is_some() {
+        wish.app_id = Some(args.reach.own_app_id(key));
     }
-    if let Some(app) = &args.to {
-        call = call.to(app);
-    }
-    if let Some(key) = &args.key {
-        call = call.key(key);
-    }
-    for (name, value) in &args.header {
-        call = call.header(name, value);
-    }
+    let reached = args.reach.connect(&wish)?;
+    let pool = match args.park {
+        // Whoever is to handle it may not have been there yet.
+        true => enter_or_make(&reached, &args.reach, &target)?,
+        false => enter(&reached, &args.reach, &target)?,
+    };
     let explained = |error| {
         explain(
             &reached,
@@ -42,6 +81,23 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
             error,
         )
     };
+    if args.park {
+        let call = reached.app.as_async().call(&target.trigger, &data);
+        let call = call.timeout(args.ttl.or(args.timeout).unwrap_or(TTL));
+        let parking = dressed!(call, args, &pool).send_parked();
+        let parked = block_on(parking).map_err(explained)?;
+        return match args.no_wait {
+            true => leave(parked, &reached, args, output),
+            false => {
+                let reply = wait(parked, &reached, output).map_err(explained)?;
+                print(&reply, args, output)?;
+                Ok(Exit::Ok)
+            }
+        };
+    }
+    let call = reached.app.call(&target.trigger, &data);
+    let call = call.timeout(args.timeout.unwrap_or(TIMEOUT));
+    let call = dressed!(call, args, &pool);
     match args.stream {
         true => stream(call, args, output, explained),
         false => {
@@ -50,6 +106,53 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
             Ok(Exit::Ok)
         }
     }
+}
+
+/// Waits for the answer of a parked call, and says so where somebody looks on.
+fn wait(parked: Parked, reached: &Reached, output: &Output) -> Result<Reply, latzero::Error> {
+    let (id, app_id) = (parked.id().to_owned(), reached.app.app_id().to_owned());
+    let mut reply = parked.reply();
+    let mut is_told = !output.shows_progress();
+    block_on(poll_fn(|cx| {
+        let polled = Pin::new(&mut reply).poll(cx);
+        if polled.is_pending() && !std::mem::replace(&mut is_told, true) {
+            output.note(format_args!(
+                "parked as {id}; waiting … Ctrl-C leaves it: `latzero answers --app {app_id}` has the answer later"
+            ));
+        }
+        polled
+    }))
+}
+
+/// Leaves a parked call to itself. An answer that is there already is printed all the same: nobody would get it later.
+fn leave(parked: Parked, reached: &Reached, args: &CallArgs, output: &Output) -> Done {
+    let id = parked.id().to_owned();
+    drop(parked);
+    let app_id = reached.app.app_id();
+    let mut is_answered = false;
+    // Under an AppID that others have used, their answers may have come along.
+    while let Ok(answer) = reached.app.answers().recv_timeout(Duration::ZERO) {
+        if answer.id() == id {
+            is_answered = true;
+            print(&answer.into_reply()?, args, output)?;
+        } else {
+            output.note(answers::line(&answer));
+        }
+    }
+    if is_answered {
+        return Ok(Exit::Ok);
+    }
+    if output.json {
+        output.value(&json!({"parked": true, "id": id, "app_id": app_id}))?;
+        return Ok(Exit::Ok);
+    }
+    output.facts(&[("parked", (&id).into()), ("app", app_id.into())])?;
+    if output.is_for_people() {
+        output.note(format_args!(
+            "`latzero answers --app {app_id}` has the answer later"
+        ));
+    }
+    Ok(Exit::Ok)
 }
 
 fn stream(

@@ -1,18 +1,28 @@
 //! `doctor`: what stands between this machine and a server that runs well.
 
-use latzero_server::doctor::{self, Status};
-use latzero_server::settings::{Environment, load};
+use latzero_server::doctor::{self, Finding, Status};
+use latzero_server::settings::{Environment, Settings, load};
+use latzero_server::startup::lock;
+use latzero_server::upkeep::{self, Look};
 use serde_json::json;
 
 use crate::args::DoctorArgs;
 use crate::exit::{Done, Exit};
 use crate::output::{Output, Tone, toned};
+use crate::parse::shell;
+use crate::reach::{Reach, Wish};
+
+use super::store::{made, sentences};
 
 pub(crate) fn run(args: &DoctorArgs, output: &Output) -> Done {
     let environment = Environment::of_process();
     let overrides = args.settings.overrides();
     let resolved = load(&environment, &overrides, args.settings.config.as_deref());
-    let findings = doctor::examine(&resolved, &environment);
+    let mut findings = doctor::examine(&resolved, &environment);
+    if let Ok(resolved) = &resolved {
+        findings.extend(store(&resolved.settings));
+        findings.extend(backups(&resolved.settings));
+    }
     let worst = findings.iter().map(|finding| finding.status).max();
     let exit = match worst {
         Some(Status::Fail) => Exit::Unhealthy,
@@ -52,4 +62,79 @@ pub(crate) fn run(args: &DoctorArgs, output: &Output) -> Done {
     }
     output.table(&["", "", ""], &rows)?;
     Ok(exit)
+}
+
+/// What the server that runs on the directory says of its store; nothing where none does.
+fn store(settings: &Settings) -> Option<Finding> {
+    let dir = settings.data_dir.canonicalize().ok()?;
+    lock::holder(&dir)?;
+    let reach = Reach {
+        data_dir: Some(dir.clone()),
+        ..Reach::default()
+    };
+    // One that does not answer is what other findings are about.
+    let reached = reach.connect(&Wish::once("doctor")).ok()?;
+    let health = reached.app.request(&json!({"action": "health"})).ok()?;
+    let part = &health["components"]["store"];
+    let shown = shell(&dir.to_string_lossy());
+    let (status, command) = match (part["status"] == "ok", part["seen"]["failing"].as_str()) {
+        (true, _) => (Status::Ok, None),
+        (false, Some(_)) => (Status::Fail, Some(format!("df -h {shown}"))),
+        (false, None) => (
+            Status::Warn,
+            Some(format!("latzero backup ls --verify --data-dir {shown}")),
+        ),
+    };
+    Some(Finding {
+        name: "store",
+        status,
+        what: sentences(&part["seen"]).join("; "),
+        command,
+    })
+}
+
+/// Whether there is something to restore when it is needed.
+fn backups(settings: &Settings) -> Option<Finding> {
+    let dir = &settings.data_dir;
+    if !dir.join("data.db").exists() {
+        return None;
+    }
+    let shown = shell(&dir.to_string_lossy());
+    let files = upkeep::files(dir).ok()?;
+    let total = files.len();
+    let newest = files.into_iter().next();
+    let (status, what, command) = match newest.map(|file| upkeep::list_one(file, Look::Glance)) {
+        None if settings.backup_interval.is_zero() => (
+            Status::Warn,
+            "there is none, and `backup_interval` is 0".to_owned(),
+            Some(format!("latzero backup --data-dir {shown}")),
+        ),
+        None => (
+            Status::Ok,
+            "none yet; a server makes one each `backup_interval`".to_owned(),
+            None,
+        ),
+        Some(upkeep::Listed {
+            summary: Ok(summary),
+            ..
+        }) => (
+            Status::Ok,
+            format!("{total}, the newest made {}", made(&summary)),
+            None,
+        ),
+        Some(upkeep::Listed {
+            summary: Err(error),
+            ..
+        }) => (
+            Status::Fail,
+            format!("the newest is not good: {error}"),
+            Some(format!("latzero backup --data-dir {shown}")),
+        ),
+    };
+    Some(Finding {
+        name: "backups",
+        status,
+        what,
+        command,
+    })
 }

@@ -7,6 +7,8 @@ use crate::exit::{Done, Exit};
 use crate::output::{Output, Tone, toned};
 use crate::reach::Wish;
 
+use super::store::sentences;
+
 pub(crate) fn run(args: &HealthArgs, output: &Output) -> Done {
     let reached = args.reach.connect(&Wish::once("health"))?;
     let health = reached.app.request(&json!({"action": "health"}))?;
@@ -33,11 +35,21 @@ pub(crate) fn run(args: &HealthArgs, output: &Output) -> Done {
     ]];
     for (name, part) in health["components"].as_object().into_iter().flatten() {
         let status = part["status"].as_str().unwrap_or("unknown");
-        rows.push(vec![
-            name.into(),
-            toned(status, tone(status)),
-            seen(&part["seen"]).into(),
-        ]);
+        let seen = match name.as_str() {
+            "store" => sentences(&part["seen"]),
+            _ => vec![seen(&part["seen"])],
+        };
+        // A line each for people; one for all of them for scripts.
+        let lines = match output.is_terminal {
+            true => seen,
+            false => vec![seen.join("; ")],
+        };
+        for (index, line) in lines.into_iter().enumerate() {
+            rows.push(match index {
+                0 => vec![name.into(), toned(status, tone(status)), line.into()],
+                _ => vec!["".into(), "".into(), line.into()],
+            });
+        }
     }
     output.table(&["PART", "STATUS", "SEEN"], &rows)?;
     Ok(exit)

@@ -20,7 +20,7 @@ use crate::executor::block_on;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::Output;
 use crate::parse::{Target, shell};
-use crate::reach::Wish;
+use crate::reach::{Leaves, Wish};
 
 use self::program::Recipe;
 use self::queue::{QUEUED_MAX, Queue};
@@ -30,6 +30,8 @@ use super::watch::over;
 pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     let names_pools = args.reach.names_pools();
     let mut wish = Wish::lasting("serve");
+    // Parked calls wait for it, and others are told that it is offline.
+    wish.leaves = Leaves::Registration;
     wish.app_id = Some(app_id(&args.command[0]));
     let mut targets = Vec::new();
     for target in &args.targets {

@@ -21,6 +21,7 @@ pub(crate) fn run(args: &StartArgs, output: &Output) -> Done {
         environment: environment.clone(),
         overrides: args.settings.overrides(),
         file: args.settings.config.clone(),
+        takes_over: args.takeover,
     };
     let server = Server::bind(origins)?;
     let ready = Ready {

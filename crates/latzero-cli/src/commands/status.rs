@@ -8,6 +8,8 @@ use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, Tone, count, toned, uptime};
 use crate::reach::Wish;
 
+use super::store::sentences;
+
 pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
     let reached = match args.reach.connect(&Wish::once("status")) {
         Ok(reached) => reached,
@@ -24,6 +26,7 @@ pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
             "running": true,
             "reached": reached.place(),
             "health": health["status"],
+            "store": health["components"]["store"],
             "version": server["version"],
             "pid": server["pid"],
             "uptime_ms": server["uptime_ms"],
@@ -50,7 +53,18 @@ pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
         "ok" => Tone::Good,
         _ => Tone::Warn,
     };
-    output.facts(&[
+    let store = &health["components"]["store"];
+    let store_tone = match store["status"] == "ok" {
+        true => Tone::Plain,
+        false => Tone::Warn,
+    };
+    let store = sentences(&store["seen"]);
+    // A line each for people; one for all of them for scripts.
+    let store = match output.is_terminal {
+        true => store,
+        false => vec![store.join("; ")],
+    };
+    let mut facts = vec![
         ("status", toned(format!("running, {status}"), tone)),
         ("pid", number(&server["pid"]).into()),
         ("uptime", uptime(number(&server["uptime_ms"])).into()),
@@ -84,7 +98,12 @@ pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
             )
             .into(),
         ),
-    ])?;
+    ];
+    for (index, sentence) in store.into_iter().enumerate() {
+        let name = if index == 0 { "store" } else { "" };
+        facts.push((name, toned(sentence, store_tone)));
+    }
+    output.facts(&facts)?;
     Ok(Exit::Ok)
 }
 

@@ -19,10 +19,8 @@ pub(crate) fn enter(
     reach: &Reach,
     target: &Target,
 ) -> Result<Option<String>, Failure> {
-    let pool = match &target.pool {
-        Some(pool) => pool.as_str(),
-        None if reach.names_pools() => return Ok(None),
-        None => POOL_DEFAULT,
+    let Some(pool) = pool_of(reach, target) else {
+        return Ok(None);
     };
     let app = &reached.app;
     if !app.joined().iter().any(|joined| joined == pool) {
@@ -41,6 +39,30 @@ pub(crate) fn enter(
         }
     }
     Ok(Some(pool.to_owned()))
+}
+
+/// As [`enter`], in a pool that is made where there is none.
+pub(crate) fn enter_or_make(
+    reached: &Reached,
+    reach: &Reach,
+    target: &Target,
+) -> Result<Option<String>, Failure> {
+    let Some(pool) = pool_of(reach, target) else {
+        return Ok(None);
+    };
+    if !reached.app.joined().iter().any(|joined| joined == pool) {
+        reached.app.join(pool)?;
+    }
+    Ok(Some(pool.to_owned()))
+}
+
+/// The pool that is meant; none where the address names the pools.
+fn pool_of<'a>(reach: &Reach, target: &'a Target) -> Option<&'a str> {
+    match &target.pool {
+        Some(pool) => Some(pool.as_str()),
+        None if reach.names_pools() => None,
+        None => Some(POOL_DEFAULT),
+    }
 }
 
 /// What went wrong with a call or an emit, with the names that may have been meant.

@@ -27,7 +27,7 @@ fn what_a_script_reads_is_json() {
         .json();
     assert_eq!(inside["apps"].as_array().unwrap().len(), 1, "{inside}");
     let text = server.run(&["apps"]).ended_with(0).out;
-    assert!(text.contains("calc\t1\talpha\tdouble\n"), "{text}");
+    assert!(text.contains("calc\t1\tnow\talpha\tdouble\n"), "{text}");
 
     let pools = server.run(&["pools", "--json"]).ended_with(0).json();
     assert!(

@@ -4,7 +4,9 @@
 mod blocks;
 mod calls;
 mod config;
+mod kept;
 mod look;
+mod parked;
 mod program;
 mod serve;
 mod server;

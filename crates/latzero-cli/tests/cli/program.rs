@@ -220,6 +220,13 @@ impl Server {
         self.home
     }
 
+    /// Stops it as people do; what it keeps stays.
+    pub(crate) fn stop(mut self) -> tempfile::TempDir {
+        self.run(&["stop"]).ended_with(0);
+        assert_eq!(self.running.exit_code(), 0);
+        self.home
+    }
+
     pub(crate) fn home(&self) -> &Path {
         self.home.path()
     }

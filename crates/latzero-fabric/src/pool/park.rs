@@ -133,6 +133,8 @@ struct Parked {
     given: Option<Key<Call>>,
     process: TriggerName,
     caller: AppId,
+    /// The instance that called: it is told first, if it is still there.
+    instance: InstanceId,
     /// Empty where the caller wants no answer.
     id: Box<str>,
     deadline: Time,
@@ -301,6 +303,7 @@ impl<P: Clone> Pool<P> {
             app: &app,
             instance: member.instance,
         };
+        let from_instance = from.instance;
         let deadline = now.after_ms(trigger.ttl_ms);
         let mut lasting = Lasting::new(from, deadline, trigger);
         let bytes = lasting.bytes();
@@ -333,6 +336,7 @@ impl<P: Clone> Pool<P> {
             given: None,
             process,
             caller: app,
+            instance: from_instance,
             id: trigger.id.as_deref().unwrap_or_default().into(),
             deadline,
             bytes,
@@ -401,6 +405,7 @@ impl<P: Clone> Pool<P> {
             given: None,
             process,
             caller: row.caller.clone(),
+            instance,
             id: row.id.as_str().into(),
             deadline,
             bytes,
@@ -717,7 +722,8 @@ impl<P: Clone> Pool<P> {
             fx.keep(Change::EndCall(number), None);
             return;
         }
-        if self.tell_answer(&parked.caller, &parked.id, &answer, fx) {
+        let whom = (&parked.caller, Some(parked.instance));
+        if self.tell_answer(whom, &parked.id, &answer, fx) {
             fx.keep(Change::EndCall(number), None);
             return;
         }
@@ -737,10 +743,11 @@ impl<P: Clone> Pool<P> {
         self.keep_answer(number, whose, answer, now.after_ms(ttl_ms), fx);
     }
 
-    /// Passes an answer to an instance of its caller, the one that came last; false where there is none that takes it.
+    /// Passes an answer to the instance that called, else to the one of its app that came last; false where there is none
+    /// that takes it.
     pub(super) fn tell_answer<E: Effects<Peer = P>>(
         &self,
-        caller: &AppId,
+        (caller, instance): (&AppId, Option<InstanceId>),
         id: &str,
         answer: &Answered,
         fx: &mut E,
@@ -748,6 +755,7 @@ impl<P: Clone> Pool<P> {
         let instances = self.members.iter().filter(|(_, m)| m.app == *caller);
         let mut instances: Vec<&Member<P>> = instances.map(|(_, member)| member).collect();
         instances.reverse();
+        instances.sort_by_key(|member| Some(member.instance) != instance);
         instances
             .into_iter()
             .any(|to| self.send_answer(to, id, answer, fx) == Sent::Queued)
@@ -799,7 +807,7 @@ impl<P: Clone> Pool<P> {
         let Some(kept) = self.parked.answers.get(&number) else {
             return;
         };
-        if self.tell_answer(&kept.caller, &kept.id, &kept.answer, fx) {
+        if self.tell_answer((&kept.caller, None), &kept.id, &kept.answer, fx) {
             self.drop_answer(number, fx);
             return;
         }
@@ -885,7 +893,8 @@ impl<P: Clone> Pool<P> {
         let numbers: Vec<u64> = self.parked.calls.keys().copied().collect();
         for number in numbers {
             if let Some(parked) = self.forget_parked(number, fx) {
-                self.tell_answer(&parked.caller, &parked.id, &answer, fx);
+                let whom = (&parked.caller, Some(parked.instance));
+                self.tell_answer(whom, &parked.id, &answer, fx);
                 fx.keep(Change::EndCall(number), None);
             }
         }

@@ -21,6 +21,9 @@ pub const LOCK_NAME: &str = "lock";
 /// The most that is read of a lock file, in bytes.
 const RECORD_BYTES_MAX: u64 = 16 << 10;
 
+/// How often a holder is looked for that must be there.
+const LOOKS_MAX: u32 = 10;
+
 /// What the holder writes into the lock file, as one line of JSON.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -70,7 +73,9 @@ impl InstanceLock {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                let holder = holder(data_dir).unwrap_or_default();
+                // The kernel's list is read in parts, and a part may miss a lock while others come and go.
+                let holder = (0..LOOKS_MAX).find_map(|_| holder(data_dir));
+                let holder = holder.unwrap_or_default();
                 return Err(StartupError::AnotherServer {
                     data_dir: data_dir.to_owned(),
                     holder,

@@ -46,6 +46,12 @@ impl SocketFile {
         }
     }
 
+    /// The file of a socket that another server has handed over; from here on it is removed by this one.
+    pub(crate) fn taken_over(path: PathBuf) -> SocketFile {
+        let identity = identity(&path).ok();
+        SocketFile { path, identity }
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -1,0 +1,120 @@
+//! `answers`: the answers to parked calls that came while nobody waited for them, one JSON line each.
+
+use std::time::{Duration, Instant};
+
+use latzero::{Answer, Code};
+use serde_json::{Map, Value, json};
+
+use crate::args::AnswersArgs;
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Output, compact, count};
+use crate::reach::{Listed, Reached, Wish, list};
+
+pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
+    if args.reach.app.is_none() && args.reach.url.is_none() {
+        return Err(Failure::usage("whose answers? Name the app with --app")
+            .with_help("`latzero call --park` says which one it was sent as"));
+    }
+    let reached = args.reach.connect(&Wish::once("answers"))?;
+    let deadline = args.wait.map(|wait| Instant::now() + wait);
+    join(&reached, args, output)?;
+    // What was kept was sent before this is answered.
+    reached.app.ping()?;
+    let mut answers = reached.app.answers();
+    let mut seen = 0;
+    while args.count.is_none_or(|count| seen < count) {
+        let left = deadline.map_or(Duration::ZERO, |deadline| {
+            deadline.saturating_duration_since(Instant::now())
+        });
+        match answers.recv_timeout(left) {
+            Ok(answer) => {
+                seen += 1;
+                if answer.lost() > 0 {
+                    let lost = count(answer.lost(), "answer");
+                    output.note(format_args!("{lost} before the next one had no room here"));
+                }
+                output.line(line(&answer))?;
+            }
+            Err(error) if error.kind() == Code::Timeout => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let app_id = reached.app.app_id();
+    match args.wait {
+        Some(_) if seen < args.count.unwrap_or(1) => {
+            let text = format!("{} for {app_id} came in this time", count(seen, "answer"));
+            Err(Failure::new(Exit::Timeout, text))
+        }
+        _ => {
+            if seen == 0 && output.is_for_people() {
+                output.note(format_args!("no answers wait for {app_id}"));
+            }
+            Ok(Exit::Ok)
+        }
+    }
+}
+
+/// Joins the pools whose answers are wanted: being there is what has the server send them.
+fn join(reached: &Reached, args: &AnswersArgs, output: &Output) -> Result<(), Failure> {
+    let app = &reached.app;
+    for pool in &args.pool {
+        app.join(pool)?;
+    }
+    if !args.pool.is_empty() {
+        return Ok(());
+    }
+    let pools = list(app, &json!({"action": "pool_list"}), Listed::Pools)?;
+    let joined = app.joined();
+    let names = pools.iter().filter_map(|pool| pool["pool"].as_str());
+    let mut refused = Vec::new();
+    for name in names.filter(|name| *name != "system" && !joined.iter().any(|j| j == name)) {
+        match app.join(name) {
+            // It went meanwhile, and nothing was kept in it.
+            Ok(()) => {}
+            Err(error) if error.kind() == Code::NoPool => {}
+            Err(error) => refused.push(format!("{name}: {}", error.message())),
+        }
+    }
+    for why in refused {
+        output.note(format_args!("not asked in pool {why}"));
+    }
+    Ok(())
+}
+
+/// An answer on one line, its payload's own text: nothing of it is reordered or rounded.
+pub(crate) fn line(answer: &Answer) -> String {
+    let mut head = json!({"id": answer.id()});
+    if let Some(pool) = answer.pool() {
+        head["pool"] = json!(pool);
+    }
+    let (name, text) = match answer.result() {
+        Err(error) => {
+            let mut told = json!({"code": error.code(), "message": error.message()});
+            if let Some(data) = error.data() {
+                told["data"] = data.clone();
+            }
+            ("error", told.to_string())
+        }
+        Ok(reply) => {
+            let headers: Map<String, Value> = reply
+                .headers()
+                .into_iter()
+                .map(|(name, value)| (name, Value::String(value)))
+                .collect();
+            if !headers.is_empty() {
+                head["headers"] = Value::Object(headers);
+            }
+            match reply.bytes() {
+                Some(bytes) => {
+                    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                    ("hex", format!("\"{hex}\""))
+                }
+                None => ("data", compact(reply.json().unwrap_or("null"))),
+            }
+        }
+    };
+    let mut line = head.to_string();
+    line.pop();
+    line.push_str(&format!(",\"{name}\":{text}}}"));
+    line
+}

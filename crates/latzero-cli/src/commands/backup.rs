@@ -1,0 +1,138 @@
+//! `backup`: has the server copy what it keeps into one file, and lists such files.
+
+use latzero_server::upkeep::{self, Look};
+use serde_json::{Value, json};
+
+use crate::args::{BackupArgs, BackupCommand, BackupListArgs};
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Cell, Output, Tone, bytes, toned};
+use crate::reach::Wish;
+
+use super::store::{contents, made, to_json, took};
+
+pub(crate) fn run(args: &BackupArgs, output: &Output) -> Done {
+    if let Some(BackupCommand::Ls(args)) = &args.command {
+        return list(args, output);
+    }
+    let mut request = json!({"action": "backup"});
+    if let Some(to) = &args.to {
+        // The server has another working directory.
+        let to = std::path::absolute(to)
+            .map_err(|error| Failure::usage(format!("--to {}: {error}", to.display())))?;
+        let Some(to) = to.to_str() else {
+            let text = format!(
+                "--to {}: a path that is not UTF-8 can't be sent",
+                to.display()
+            );
+            return Err(Failure::usage(text));
+        };
+        request["to"] = json!(to);
+    }
+    let reached = args.reach.connect(&Wish::once("backup").patient())?;
+    let done = output.while_working("making a backup", || reached.administer(&request));
+    let done = done.map_err(explained)?;
+    if output.json {
+        output.value(&done)?;
+        return Ok(Exit::Ok);
+    }
+    let number = |field: &str| done[field].as_u64().unwrap_or(0);
+    output.facts(&[
+        ("backup", done["file"].as_str().unwrap_or("").into()),
+        ("size", bytes(number("bytes")).into()),
+        ("holds", contents(&done).into()),
+        ("took", took(&done).into()),
+    ])?;
+    Ok(Exit::Ok)
+}
+
+/// The store's own words end with what to do, behind a semicolon; what `storage` means in general helps less.
+fn explained(mut failure: Failure) -> Failure {
+    let wire = failure.wire.as_ref();
+    let message = wire.and_then(|wire| wire["message"].as_str()).unwrap_or("");
+    if let Some((what, remedy)) = message.split_once("; ") {
+        failure.errors = vec![what.to_owned()];
+        failure.help = Some(remedy.to_owned());
+    }
+    failure
+}
+
+fn list(args: &BackupListArgs, output: &Output) -> Done {
+    let dir = args.dir.path();
+    let files = upkeep::files(&dir).map_err(|error| {
+        let text = format!("the backups of {} can't be listed: {error}", dir.display());
+        Failure::new(Exit::Failure, text)
+    })?;
+    let look = match args.verify {
+        true => Look::Whole,
+        false => Look::Glance,
+    };
+    let mut listed = Vec::new();
+    for file in files {
+        let doing = format!("verifying {}", file.display());
+        listed.push(output.while_working(doing, move || upkeep::list_one(file, look)));
+    }
+    let exit = match listed.iter().all(|backup| backup.summary.is_ok()) {
+        true => Exit::Ok,
+        false => Exit::Unhealthy,
+    };
+    if output.json {
+        let backups: Vec<Value> = listed
+            .iter()
+            .map(|listed| listed_json(listed, look))
+            .collect();
+        output.value(&json!({"backups": backups}))?;
+        return Ok(exit);
+    }
+    if listed.is_empty() && output.is_for_people() {
+        output.note(format_args!(
+            "no backups in {}; `latzero backup` makes one",
+            dir.join("backups").display()
+        ));
+    }
+    let rows: Vec<Vec<Cell>> = listed.iter().map(|listed| row(listed, look)).collect();
+    output.table(&["FILE", "MADE", "SIZE", "STATE", "HOLDS"], &rows)?;
+    Ok(exit)
+}
+
+fn row(listed: &upkeep::Listed, look: Look) -> Vec<Cell> {
+    let file = listed.file.display();
+    let size = bytes(listed.bytes);
+    match &listed.summary {
+        Ok(summary) => vec![
+            file.into(),
+            made(summary).into(),
+            size.into(),
+            match look {
+                Look::Whole => toned("verified", Tone::Good),
+                Look::Glance => toned("not verified", Tone::Dim),
+            },
+            contents(&to_json(summary)).into(),
+        ],
+        Err(error) => vec![
+            file.into(),
+            "-".into(),
+            size.into(),
+            toned("not good", Tone::Bad),
+            error.to_string().into(),
+        ],
+    }
+}
+
+fn listed_json(listed: &upkeep::Listed, look: Look) -> Value {
+    let mut backup = json!({"file": listed.file, "bytes": listed.bytes});
+    match &listed.summary {
+        Ok(summary) => {
+            backup["ok"] = true.into();
+            backup["verified"] = (look == Look::Whole).into();
+            let fields = to_json(summary);
+            for (name, value) in fields.as_object().into_iter().flatten() {
+                backup[name] = value.clone();
+            }
+        }
+        Err(error) => {
+            backup["ok"] = false.into();
+            backup["error"] = error.to_string().into();
+        }
+    }
+    backup
+}

@@ -1,0 +1,104 @@
+//! `restore`: makes a backup the database of a directory that no server runs on.
+
+use std::io::IsTerminal as _;
+use std::path::Path;
+
+use latzero_server::startup::lock;
+use latzero_server::startup::{StartupError, private_umask};
+use latzero_server::upkeep::{self, Look, Offline, Summary};
+use serde_json::json;
+
+use crate::args::RestoreArgs;
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Cell, Output, count};
+
+use super::store::{contents, made, to_json};
+
+pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
+    // What is made here is read by a server later, and by nobody else.
+    private_umask();
+    let file = &args.file;
+    if let Err(error) = std::fs::File::open(file) {
+        let text = format!("the backup '{}' can't be opened: {error}", file.display());
+        return Err(
+            Failure::usage(text).with_help("`latzero backup ls` lists those of a data directory")
+        );
+    }
+    // Said before anything is read: who has a server running wants to know that first.
+    let dir = args.dir.path();
+    refuse_running(&dir)?;
+    let summary = upkeep::look_at(file, Look::Glance).map_err(upkeep::UpkeepError::from)?;
+    let offline = Offline::take(&dir)?;
+    if !args.yes && std::io::stdin().is_terminal() && !is_wanted(file, &summary, &offline, output)?
+    {
+        return Err(Failure::new(
+            Exit::Failure,
+            "not restored, and nothing was changed",
+        ));
+    }
+    let doing = format!("restoring {}", file.display());
+    let restored = output.while_working(doing, || offline.restore(file))?;
+    let dir = offline.path().display().to_string();
+    if output.json {
+        output.value(&json!({
+            "restored": file, "data_dir": dir, "holds": to_json(&restored.summary),
+            "set_aside": restored.set_aside, "blocks_set_aside": restored.blocks_set_aside,
+        }))?;
+        return Ok(Exit::Ok);
+    }
+    let mut facts: Vec<(&str, Cell)> = vec![
+        ("restored", file.display().into()),
+        ("into", dir.into()),
+        ("made", made(&restored.summary).into()),
+        ("holds", contents(&to_json(&restored.summary)).into()),
+    ];
+    if let Some(former) = restored.set_aside.first() {
+        facts.push(("kept", former.display().into()));
+    }
+    let blocks = restored.blocks_set_aside as u64;
+    if blocks > 0 {
+        let place = offline.path().join("memory/.orphans");
+        let kept = format!(
+            "{} of before, in {}",
+            count(blocks, "block"),
+            place.display()
+        );
+        facts.push(("kept", kept.into()));
+    }
+    output.facts(&facts)?;
+    Ok(Exit::Ok)
+}
+
+fn refuse_running(dir: &Path) -> Result<(), Failure> {
+    let Ok(data_dir) = dir.canonicalize() else {
+        return Ok(());
+    };
+    match lock::holder(&data_dir) {
+        Some(holder) => {
+            Err(upkeep::UpkeepError::from(StartupError::AnotherServer { data_dir, holder }).into())
+        }
+        None => Ok(()),
+    }
+}
+
+fn is_wanted(
+    file: &Path,
+    summary: &Summary,
+    offline: &Offline,
+    output: &Output,
+) -> Result<bool, Failure> {
+    output.note(format_args!(
+        "{}, made {}: {}",
+        file.display(),
+        made(summary),
+        contents(&to_json(summary))
+    ));
+    let dir = offline.path().display();
+    output.note(match offline.has_database() {
+        true => format!(
+            "It takes the place of the database in {dir}, which is kept beside it as replaced-…"
+        ),
+        false => format!("There is no database in {dir} yet."),
+    });
+    Ok(output.asks("Restore it?")?)
+}

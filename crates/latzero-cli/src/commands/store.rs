@@ -1,0 +1,99 @@
+//! The store in words: what `health`, `status` and `doctor` say of it, and what a backup holds.
+
+use std::time::Duration;
+
+use latzero_server::upkeep::Summary;
+use serde_json::{Value, json};
+
+use crate::output::{ago, bytes, count, time};
+
+/// What a backup holds, as the server says it too.
+pub(crate) fn to_json(summary: &Summary) -> Value {
+    json!({
+        "made": summary.made, "schema": summary.schema, "apps": summary.apps, "pools": summary.pools,
+        "calls": summary.calls, "answers": summary.answers, "blocks": summary.blocks,
+        "block_files": summary.block_files, "block_bytes": summary.block_bytes,
+    })
+}
+
+/// What a backup holds, in words.
+pub(crate) fn contents(holds: &Value) -> String {
+    let number = |field: &str| holds[field].as_u64().unwrap_or(0);
+    let mut parts = vec![
+        count(number("apps"), "app"),
+        count(number("pools"), "durable pool"),
+        count(number("calls"), "parked call"),
+    ];
+    if number("answers") > 0 {
+        parts.push(count(number("answers"), "kept answer"));
+    }
+    let blocks = count(number("block_files"), "persistent block");
+    parts.push(match number("block_files") {
+        0 => blocks,
+        _ => format!("{blocks} ({})", bytes(number("block_bytes"))),
+    });
+    parts.join(", ")
+}
+
+/// When a backup was made.
+pub(crate) fn made(summary: &Summary) -> String {
+    ago(u64::try_from(summary.made).unwrap_or(0))
+}
+
+/// How long something took, as the server counts it.
+pub(crate) fn took(done: &Value) -> String {
+    match done["took_ms"].as_u64().unwrap_or(0) {
+        0 => "less than 1 ms".to_owned(),
+        ms => time(Duration::from_millis(ms)),
+    }
+}
+
+/// What `health` saw of the store, the worst first; one sentence each.
+pub(crate) fn sentences(seen: &Value) -> Vec<String> {
+    let mut sentences = Vec::new();
+    let waiting = seen["retained"].as_u64().unwrap_or(0);
+    if let Some(reason) = seen["failing"].as_str() {
+        let since = seen["failing_since"].as_u64().map(ago);
+        let since = since.unwrap_or_else(|| "just now".to_owned());
+        sentences.push(format!("failing since {since}: {reason}"));
+        // Where the disk takes what comes, some are always on their way.
+        sentences.push(format!("{} not on disk yet", count(waiting, "change")));
+    }
+    let texts = seen["at_start"].as_array().into_iter().flatten();
+    sentences.extend(
+        texts
+            .filter_map(Value::as_str)
+            .map(|text| format!("at the start: {text}")),
+    );
+    sentences.push(match seen["last_backup"].as_u64() {
+        Some(unix_ms) => format!("last backup {}", ago(unix_ms)),
+        None => "no backup since the start".to_owned(),
+    });
+    sentences
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_comes_first() {
+        let check = |seen: Value, expected: &[&str]| assert_eq!(sentences(&seen), expected);
+        check(
+            json!({"retained": 3, "last_backup": null}),
+            &["no backup since the start"],
+        );
+        check(
+            json!({
+                "retained": 2, "last_backup": 0, "failing": "disk full", "failing_since": u64::MAX,
+                "at_start": ["it was damaged"],
+            }),
+            &[
+                "failing since just now: disk full",
+                "2 changes not on disk yet",
+                "at the start: it was damaged",
+                &format!("last backup {}", ago(0)),
+            ],
+        );
+    }
+}

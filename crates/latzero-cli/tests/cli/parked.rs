@@ -1,0 +1,174 @@
+//! Calls that wait on the server's disk, and their answers.
+
+use serde_json::{Value, json};
+
+use crate::program::{Running, Server, eventually};
+
+/// Parks a call and leaves it there.
+fn park(server: &Server, app: &str, id: &str, data: &str) {
+    let args = [
+        "call",
+        "alpha/job",
+        data,
+        "--park",
+        "--no-wait",
+        "--app",
+        app,
+        "--id",
+        id,
+    ];
+    let parked = server
+        .run(&[&args[..], &["--json"]].concat())
+        .ended_with(0)
+        .json();
+    assert_eq!(parked, json!({"parked": true, "id": id, "app_id": app}));
+}
+
+/// How many calls the store keeps, by way of a backup.
+fn parked(server: &Server) -> Value {
+    server.run(&["backup", "--json"]).ended_with(0).json()["calls"].clone()
+}
+
+#[test]
+fn a_parked_call_is_answered_when_somebody_comes() {
+    let server = Server::start();
+    let mut calling = Running::start(&mut server.command(&["call", "alpha/job", "[1]", "--park"]));
+    eventually(|| parked(&server) == 1);
+    let serving = server.serve(&["alpha/job", "--app", "worker", "--", "cat"]);
+    assert_eq!(calling.line(), "[1]");
+    assert_eq!(calling.exit_code(), 0);
+    // Where somebody is there it is a call like any other.
+    for args in [&["--park"][..], &["--park", "--no-wait"], &["--redeliver"]] {
+        let ran = server.run(&[&["call", "alpha/job", "[2]"], args].concat());
+        assert_eq!(ran.ended_with(0).out, "[2]\n", "{args:?}");
+    }
+    drop(serving);
+}
+
+#[test]
+fn who_waits_for_a_parked_call_waits_across_a_restart() {
+    let server = Server::start();
+    let mut calling = Running::start(&mut server.command(&["call", "alpha/job", "[1]", "--park"]));
+    eventually(|| parked(&server) == 1);
+    let server = Server::in_home(server.crash(), &[]);
+    let _serving = server.serve(&["alpha/job", "--app", "worker", "--", "cat"]);
+    assert_eq!(calling.line(), "[1]");
+    assert_eq!(calling.exit_code(), 0);
+}
+
+#[test]
+fn answers_wait_for_who_left_a_call() {
+    let server = Server::start();
+    park(&server, "shop", "one", "{\"b\": 1.50}");
+    park(&server, "shop", "two", "2");
+    park(&server, "other", "three", "3");
+    assert_eq!(
+        server.run(&["answers", "--app", "shop"]).ended_with(0).out,
+        ""
+    );
+    let server = Server::in_home(server.stop(), &[]);
+    // It fails for the call that says so.
+    let script = "read x; [ \"$x\" != 2 ] || exit 7; printf '%s\\n' \"$x\"";
+    let serving = server.serve(&["alpha/job", "--app", "worker", "--", "sh", "-c", script]);
+    let args = ["answers", "--app", "shop", "--wait", "30s", "--count", "2"];
+    let mut lines: Vec<String> = server
+        .run(&args)
+        .ended_with(0)
+        .out
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    lines.sort();
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    assert!(
+        lines[0].starts_with("{\"id\":\"one\"") && lines[0].ends_with("\"data\":{\"b\":1.50}}"),
+        "{lines:?}"
+    );
+    let failed: Value = serde_json::from_str(&lines[1]).unwrap();
+    assert_eq!(
+        (&failed["id"], &failed["error"]["code"]),
+        (&json!("two"), &json!("handler_error"))
+    );
+    // What was printed is not kept, and another app's answers are its own.
+    let none = ["answers", "--app", "shop", "--wait", "1ms"];
+    server.run(&none).ended_with(6).said("0 answers for shop");
+    drop(serving);
+    let server = Server::in_home(server.stop(), &[]);
+    let args = [
+        "answers", "--app", "other", "--pool", "alpha", "--wait", "30s", "--count", "1",
+    ];
+    assert_eq!(server.run(&args).ended_with(0).json()["id"], "three");
+    server.run(&["answers"]).ended_with(2).said("--app");
+}
+
+#[test]
+fn a_parked_call_has_an_app_of_its_own() {
+    let server = Server::start();
+    let args = ["call", "alpha/job", "1", "--park", "--no-wait", "--json"];
+    let left = server.run(&args).ended_with(0).json();
+    let app = left["app_id"].as_str().unwrap();
+    let text = server.run(&args[..5]).ended_with(0).out;
+    assert!(
+        text.starts_with("parked\t") && text.contains("\napp\tcli-"),
+        "{text}"
+    );
+    assert!(!text.contains(app), "{text}");
+    let _serving = server.serve(&["alpha/job", "--app", "worker", "--", "cat"]);
+    // Another command of the same user takes nothing away.
+    server.run(&["call", "alpha/job", "2"]).ended_with(0);
+    let args = ["answers", "--app", app, "--wait", "30s", "--count", "1"];
+    let answer = server.run(&args).ended_with(0).json();
+    assert_eq!((&answer["id"], &answer["data"]), (&left["id"], &json!(1)));
+}
+
+#[test]
+fn a_repeat_gets_the_first_answer() {
+    let server = Server::start();
+    let count = server.home().join("count");
+    let script = "cat; echo >> \"$0\"";
+    let script = ["--", "sh", "-c", script, count.to_str().unwrap()];
+    let _serving = server.serve(&[&["alpha/job", "--app", "worker"][..], &script].concat());
+    let call = |key: &str, data: &str, more: &[&str]| {
+        let args = ["call", "alpha/job", data, "--idempotency-key", key];
+        server.run(&[&args[..], more].concat()).ended_with(0).out
+    };
+    assert_eq!(call("k", "1", &[]), "1\n");
+    assert_eq!(call("k", "2", &[]), "1\n");
+    assert_eq!(call("k", "3", &["--park"]), "1\n");
+    assert_eq!(call("other", "4", &[]), "4\n");
+    assert_eq!(std::fs::read_to_string(&count).unwrap(), "\n\n");
+}
+
+#[test]
+fn a_call_goes_to_the_next_handler_when_its_first_one_dies() {
+    let server = Server::start();
+    let script = "echo running >&2; exec sleep 1000";
+    let first = server.serve(&["alpha/job", "--app", "worker", "--", "sh", "-c", script]);
+    let mut command = server.command(&["call", "alpha/job", "[1]", "--park", "--redeliver"]);
+    let mut calling = Running::start(&mut command);
+    first.line_with("running");
+    drop(first);
+    let _second = server.serve(&["alpha/job", "--app", "worker", "--", "cat"]);
+    assert_eq!(calling.line(), "[1]");
+    assert_eq!(calling.exit_code(), 0);
+}
+
+#[test]
+fn what_does_not_go_together_is_refused() {
+    let server = Server::start();
+    let check = |args: &[&str], said: &str| {
+        let ran = server.run(&[&["call", "alpha/job", "1"], args].concat());
+        ran.ended_with(2).said(said);
+    };
+    check(&["--ttl", "1h"], "--park");
+    check(&["--no-wait"], "--park");
+    check(&["--park", "--stream"], "cannot be used with");
+    check(
+        &["--park", "--ttl", "1h", "--timeout", "1s"],
+        "cannot be used with",
+    );
+    let ran = server
+        .run(&["call", "alpha/job", "--park", "--ttl", "1ms"])
+        .ended_with(6);
+    ran.said("timeout");
+}

@@ -1,0 +1,318 @@
+//! Persistent blocks out of a backup: made beside those that are there, and taking their places once all are whole.
+//!
+//! Until [`Restoring::commit`] nothing that is there changes. What a restored block takes the place of is set aside under
+//! `.orphans/`, never removed.
+
+use std::io::{self, Read};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use latzero_fabric::pool::Found;
+use latzero_protocol::{BlockId, PoolName};
+use latzero_shm::{Custodian, Description, Geometry};
+use latzero_store::BlockHead;
+use serde_json::Value;
+
+use super::files::{Files, Names};
+use super::{FENCE_KEPT_MAX, pool_id, random_id, unix_ns};
+
+/// Bytes that are copied at a time into a block that is written in place.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// Blocks on their way out of a backup. What is not committed goes when this is dropped.
+pub(crate) struct Restoring {
+    files: Files,
+    present: Vec<Present>,
+    made: Vec<Made>,
+}
+
+/// A block that is there.
+struct Present {
+    pool: PoolName,
+    block: BlockId,
+    names: Names,
+    generation: u64,
+    fence: u64,
+}
+
+/// A block that is whole, and has not got its name yet.
+struct Made {
+    pool: PoolName,
+    block: BlockId,
+    names: Names,
+    record: String,
+}
+
+impl Restoring {
+    /// Looks at the blocks in `directory`, which no server may be using, as a start does. What was written since the machine
+    /// started is flushed: to the start that follows, the database is of another run of the machine, and then what was not
+    /// flushed counts for nothing.
+    ///
+    /// # Errors
+    /// Where the directory can't be opened.
+    pub(crate) fn begin(directory: &Path) -> io::Result<Restoring> {
+        let files = Files::open(directory)?;
+        let booted = booted();
+        let present = files.scan().into_iter().filter_map(|kept| {
+            if let Ok(custodian) = &kept.open
+                && is_written_since(&directory.join(kept.names.to_string()), booted)
+                && let Err(error) = custodian.sync()
+            {
+                tracing::warn!(file = %kept.names, %error, "a block can't be flushed");
+            }
+            let record = &kept.record;
+            let (pool, block) = Found { record, fence: 0 }.name().ok()?;
+            let record: Value = serde_json::from_str(record).ok()?;
+            let lease = kept.open.as_ref().ok().map(Custodian::lease);
+            Some(Present {
+                pool,
+                block,
+                generation: record["generation"].as_u64().unwrap_or(0),
+                fence: lease.and_then(Result::ok).unwrap_or(0),
+                names: kept.names,
+            })
+        });
+        Ok(Restoring {
+            present: present.collect(),
+            made: Vec::new(),
+            files,
+        })
+    }
+
+    /// Makes a block as a backup has it, under a name that no start takes in.
+    ///
+    /// # Errors
+    /// Where the backup's record of it makes no sense, its bytes can't be read, or the disk has no room.
+    pub(crate) fn put(&mut self, head: &BlockHead, bytes: &mut dyn Read) -> io::Result<()> {
+        let senseless = |why: String| {
+            let text = format!("block '{}' of pool '{}': {why}", head.block_id, head.pool);
+            io::Error::new(io::ErrorKind::InvalidData, text)
+        };
+        let record =
+            std::str::from_utf8(&head.description).map_err(|error| senseless(error.to_string()))?;
+        let name = Found { record, fence: 0 }.name();
+        let (pool, block) = name.map_err(|error| senseless(error.to_string()))?;
+        let mut record: Value = serde_json::from_str(record)?;
+        let before = || {
+            let present = self.present.iter();
+            present.filter(|present| present.pool == pool && present.block == block)
+        };
+        // Who still has the former block mapped must not take this one for the same.
+        let generation = before()
+            .map(|present| present.generation + 1)
+            .fold(head.generation, u64::max);
+        let fence = before().map(|present| present.fence).max().unwrap_or(0);
+        record["generation"] = generation.into();
+        let geometry =
+            Geometry::new(head.size, head.slots).map_err(|error| senseless(error.to_string()))?;
+        let description = Description {
+            block_id: random_id(),
+            pool_id: pool_id(&pool),
+            generation,
+            geometry,
+            is_persistent: true,
+            created_unix_ns: unix_ns(),
+        };
+        let created = self.files.create(&description);
+        let (custodian, names) =
+            created.map_err(|error| io::Error::other(senseless(error.to_string())))?;
+        // From here on it is among those that go again.
+        self.made.push(Made {
+            pool,
+            block,
+            names,
+            record: record.to_string(),
+        });
+        fill(&custodian, head.version, bytes)?;
+        custodian
+            .set_lease(fence.min(FENCE_KEPT_MAX))
+            .and_then(|()| custodian.sync())
+            .map_err(|error| senseless(error.to_string()))?;
+        Ok(())
+    }
+
+    /// Has every block that was made take its place. Returns how many others were set aside for them.
+    ///
+    /// # Errors
+    /// The first that fails; those before it stay, and the others are as they were.
+    pub(crate) fn commit(mut self) -> io::Result<usize> {
+        let mut set_aside = 0;
+        while let Some(made) = self.made.last() {
+            let failed = |error: io::Error| {
+                let (block, pool) = (&made.block, &made.pool);
+                io::Error::new(
+                    error.kind(),
+                    format!("block '{block}' of pool '{pool}': {error}"),
+                )
+            };
+            let committed = self.files.prepare(&made.names, &made.record);
+            committed
+                .and_then(|()| self.files.commit(&made.names))
+                .map_err(failed)?;
+            // After it: of two that have one name, a start takes the newer one.
+            let is_same =
+                |present: &Present| present.pool == made.pool && present.block == made.block;
+            for present in self.present.iter().filter(|present| is_same(present)) {
+                self.files.set_aside(&present.names);
+                set_aside += 1;
+            }
+            self.made.pop();
+        }
+        self.files.sync()?;
+        Ok(set_aside)
+    }
+}
+
+impl Drop for Restoring {
+    fn drop(&mut self) {
+        for made in &self.made {
+            self.files.abandon(&made.names);
+        }
+    }
+}
+
+/// When the machine started; none where the kernel does not say (proc_uptime(5)).
+fn booted() -> Option<SystemTime> {
+    let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
+    let seconds = uptime.split_ascii_whitespace().next()?.parse().ok()?;
+    SystemTime::now().checked_sub(Duration::try_from_secs_f64(seconds).ok()?)
+}
+
+/// What was last written before that may have been torn by a loss of power, and a checksum made now would hide it.
+fn is_written_since(file: &Path, booted: Option<SystemTime>) -> bool {
+    let modified = std::fs::metadata(file).and_then(|file| file.modified());
+    booted.is_some_and(|booted| modified.is_ok_and(|modified| modified > booted))
+}
+
+/// Gives a fresh block the bytes of a version.
+fn fill(custodian: &Custodian, version: u64, bytes: &mut dyn Read) -> io::Result<()> {
+    let geometry = &custodian.description().geometry;
+    if version > 0 || !geometry.is_raw() {
+        return custodian.fill(bytes, version);
+    }
+    // What is written in place is there even before the first version is.
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut at = 0;
+    while at < geometry.size {
+        let left = usize::try_from(geometry.size - at).unwrap_or(usize::MAX);
+        let piece = &mut piece[..left.min(PIECE_BYTES)];
+        bytes.read_exact(piece)?;
+        custodian
+            .write(at, piece, None)
+            .map_err(|error| io::Error::other(error.to_string()))?;
+        at += piece.len() as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn head(generation: u64, version: u64, slots: u32, size: u64) -> BlockHead {
+        let record = json!({
+            "pool": "p", "block_id": "b", "size": size, "slots": slots, "generation": generation,
+            "owner": "a", "permissions": {"read": ["*"], "write": ["*"]},
+        });
+        BlockHead {
+            pool: "p".into(),
+            block_id: "b".into(),
+            generation,
+            version,
+            size,
+            slots,
+            description: record.to_string().into_bytes(),
+        }
+    }
+
+    fn restore(directory: &TempDir, head: &BlockHead, bytes: &[u8]) -> usize {
+        let mut restoring = Restoring::begin(directory.path()).unwrap();
+        restoring.put(head, &mut &bytes[..]).unwrap();
+        restoring.commit().unwrap()
+    }
+
+    /// What a start finds: generation, version, fence, bytes.
+    fn found(directory: &TempDir) -> (u64, u64, u64, Vec<u8>) {
+        let mut kept = Files::open(directory.path()).unwrap().scan();
+        assert_eq!(kept.len(), 1);
+        let custodian = kept.remove(0).open.unwrap();
+        let description = custodian.description();
+        let mut bytes = vec![0; usize::try_from(description.geometry.size).unwrap()];
+        let version = custodian.read(0, &mut bytes, None).unwrap();
+        (
+            description.generation,
+            version,
+            custodian.lease().unwrap(),
+            bytes,
+        )
+    }
+
+    #[test]
+    fn a_block_takes_the_place_of_the_one_that_is_there() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(restore(&directory, &head(3, 7, 2, 5), b"first"), 0);
+        assert_eq!(found(&directory), (3, 7, 0, b"first".to_vec()));
+        let files = Files::open(directory.path()).unwrap();
+        let kept = files.scan().remove(0);
+        kept.open.unwrap().set_lease(9).unwrap();
+        assert_eq!(restore(&directory, &head(1, 2, 2, 5), b"older"), 1);
+        // Generations and fences only grow; the version is the backup's.
+        assert_eq!(found(&directory), (4, 2, 9, b"older".to_vec()));
+        assert_eq!(files.orphans().0, 2);
+    }
+
+    #[test]
+    fn what_was_not_flushed_counts_all_the_same() {
+        let directory = tempfile::tempdir().unwrap();
+        restore(&directory, &head(1, 1, 2, 5), b"first");
+        let open = || {
+            let kept = Files::open(directory.path()).unwrap().scan().remove(0);
+            kept.open.unwrap()
+        };
+        assert_eq!(open().write(0, b"later", None).unwrap(), 2);
+        drop(Restoring::begin(directory.path()).unwrap());
+        assert_eq!(open().recover().unwrap(), 2);
+        // What the machine may have lost stays as it is.
+        let bytes = std::fs::read_dir(directory.path()).unwrap();
+        let mut bytes = bytes.map(|entry| entry.unwrap().path());
+        let file = bytes.find(|path| path.extension().is_some_and(|e| e == "lzb"));
+        assert_eq!(open().write(0, b"newer", None).unwrap(), 3);
+        let file = std::fs::File::options().write(true).open(file.unwrap());
+        file.unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        drop(Restoring::begin(directory.path()).unwrap());
+        assert_eq!(open().recover().unwrap(), 2);
+    }
+
+    #[test]
+    fn what_is_not_committed_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        restore(&directory, &head(1, 1, 2, 5), b"first");
+        let names = || {
+            let entries = std::fs::read_dir(directory.path()).unwrap();
+            let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        let before = names();
+        let mut restoring = Restoring::begin(directory.path()).unwrap();
+        restoring
+            .put(&head(2, 5, 2, 5), &mut &b"other"[..])
+            .unwrap();
+        assert!(restoring.put(&head(2, 5, 2, 5), &mut &b"shor"[..]).is_err());
+        drop(restoring);
+        assert_eq!(names(), before);
+        assert_eq!(found(&directory).3, b"first");
+    }
+
+    #[test]
+    fn what_was_written_in_place_comes_back_without_a_version_too() {
+        let directory = tempfile::tempdir().unwrap();
+        restore(&directory, &head(1, 0, 1, 5), b"bytes");
+        assert_eq!(found(&directory).3, b"bytes");
+        restore(&directory, &head(1, 0, 2, 5), &[0; 5]);
+        assert_eq!((found(&directory).1, found(&directory).3), (0, vec![0; 5]));
+    }
+}

@@ -1,0 +1,80 @@
+//! The backups of a data directory, as they lie there.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use latzero_store::{BACKUPS, BackupError, Summary, open_backup};
+
+/// How closely a backup is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// What it says of itself.
+    Glance,
+    /// Every byte, against its checksums.
+    Whole,
+}
+
+/// A file in the directory of backups.
+#[derive(Debug)]
+pub struct Listed {
+    /// Its path.
+    pub file: PathBuf,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// What it holds, or why it can't be used.
+    pub summary: Result<Summary, BackupError>,
+}
+
+/// The files that may be backups, newest first; those that can't be read come last. A directory that is not there has none.
+///
+/// # Errors
+/// Where the directory can't be read.
+pub fn files(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(data_dir.join(BACKUPS)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        // What begins with a dot is being made.
+        let is_hidden = path
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        if !is_hidden && path.extension().is_some_and(|extension| extension == "db") {
+            files.push(path);
+        }
+    }
+    // Names end with the time.
+    files.sort_by_key(|path| std::cmp::Reverse(modified(path)));
+    Ok(files)
+}
+
+fn modified(path: &Path) -> Option<std::time::SystemTime> {
+    fs::metadata(path).and_then(|file| file.modified()).ok()
+}
+
+/// Looks at a backup, wherever it lies.
+///
+/// # Errors
+/// Why it can't be used.
+pub fn look_at(file: &Path, look: Look) -> Result<Summary, BackupError> {
+    let backup = open_backup(file)?;
+    let summary = backup.summary();
+    // Where it is no backup at all, that says what it is.
+    if look == Look::Whole || summary.is_err() {
+        backup.verify()?;
+    }
+    summary
+}
+
+/// A file of the directory of backups, looked at.
+#[must_use]
+pub fn list_one(file: PathBuf, look: Look) -> Listed {
+    Listed {
+        bytes: fs::metadata(&file).map_or(0, |metadata| metadata.len()),
+        summary: look_at(&file, look),
+        file,
+    }
+}

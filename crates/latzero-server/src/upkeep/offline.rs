@@ -1,0 +1,290 @@
+//! What is done about a data directory that no server runs on: restoring a backup, and looking for damage.
+//!
+//! The directory is taken as a server takes it, lock and all, so that neither ever meets the other.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use latzero_store::{BackupError, DATABASE, OpenError, Options, Summary};
+use thiserror::Error;
+
+use crate::blocks::restore::Restoring;
+use crate::startup::data_dir::DataDir;
+use crate::startup::lock::InstanceLock;
+use crate::startup::{StartupError, descriptors};
+
+/// Where a database is copied to, so that looking for damage changes nothing.
+const COPY: &str = ".check";
+
+/// A data directory that is held against servers until this is dropped.
+#[derive(Debug)]
+pub struct Offline {
+    data_dir: DataDir,
+    _lock: InstanceLock,
+}
+
+/// What restoring did.
+#[derive(Debug)]
+pub struct Restored {
+    /// What the backup held.
+    pub summary: Summary,
+    /// Where the former database's files are now.
+    pub set_aside: Vec<PathBuf>,
+    /// How many blocks were set aside under `memory/.orphans/`, since the backup has them too.
+    pub blocks_set_aside: usize,
+}
+
+/// Why upkeep of a directory without a server failed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum UpkeepError {
+    /// The directory can't be had.
+    #[error(transparent)]
+    Startup(#[from] StartupError),
+    /// The backup can't be used.
+    #[error(transparent)]
+    Backup(#[from] BackupError),
+    /// The database can't be replaced or opened.
+    #[error(transparent)]
+    Store(OpenError),
+    /// The database is restored, and not every block is.
+    #[error(
+        "the database was restored, but not every persistent block: {0}; restore the same backup again"
+    )]
+    Blocks(#[source] io::Error),
+    /// The system refused something else.
+    #[error("{action} {}: {source}", path.display())]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl From<OpenError> for UpkeepError {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Backup(error) => UpkeepError::Backup(error),
+            error => UpkeepError::Store(error),
+        }
+    }
+}
+
+impl Offline {
+    /// Takes a data directory, which is made where there is none.
+    ///
+    /// # Errors
+    /// [`StartupError::AnotherServer`] where a server runs on it; and whatever would keep one from starting on it.
+    pub fn take(path: &Path) -> Result<Offline, UpkeepError> {
+        let data_dir = DataDir::prepare(path)?;
+        let lock = InstanceLock::acquire(data_dir.path())?;
+        // Each block that is looked at takes a few.
+        descriptors::raise_limit();
+        Ok(Offline {
+            data_dir,
+            _lock: lock,
+        })
+    }
+
+    /// The directory's canonical path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.data_dir.path()
+    }
+
+    /// Whether there is a database to look at, or to take the place of.
+    #[must_use]
+    pub fn has_database(&self) -> bool {
+        fs::metadata(self.path().join(DATABASE)).is_ok_and(|file| file.len() > 0)
+    }
+
+    /// Makes a backup the database, and puts its persistent blocks back. The whole backup is verified first; what it takes
+    /// the place of is set aside.
+    ///
+    /// # Errors
+    /// Where the backup is not good, or the disk refuses: then nothing has changed, but for [`UpkeepError::Blocks`].
+    pub fn restore(&self, backup: &Path) -> Result<Restored, UpkeepError> {
+        let memory = self.path().join("memory");
+        // Where a backup turns out bad, not even what a start does about blocks was done.
+        let mut restoring: Option<Restoring> = None;
+        let restored = latzero_store::restore(backup, self.path(), |head, bytes| {
+            let restoring = match &mut restoring {
+                Some(restoring) => restoring,
+                None => restoring.insert(Restoring::begin(&memory)?),
+            };
+            restoring.put(&head, bytes)
+        })?;
+        let blocks_set_aside = restoring
+            .map_or_else(|| Restoring::begin(&memory), Ok)
+            .and_then(Restoring::commit)
+            .map_err(UpkeepError::Blocks)?;
+        Ok(Restored {
+            summary: restored.summary,
+            set_aside: restored.set_aside,
+            blocks_set_aside,
+        })
+    }
+
+    /// Looks for damage in a copy of the database; `is_thorough` reads everything. No findings mean that all is well.
+    ///
+    /// # Errors
+    /// Where it can't be looked at.
+    pub fn check(&self, is_thorough: bool) -> Result<Vec<String>, UpkeepError> {
+        let copy = Copy::of_database(self.path())?;
+        let opened = match latzero_store::open(&copy.directory, Options::default()) {
+            Ok(opened) => opened,
+            Err(
+                error @ (OpenError::Newer { .. }
+                | OpenError::Foreign { .. }
+                | OpenError::Damaged { .. }),
+            ) => return Ok(vec![copy.in_words_of_the_original(&error.to_string())]),
+            Err(error) => return Err(error.into()),
+        };
+        let mut findings: Vec<String> = if opened.report.is_degraded {
+            let texts = opened.report.texts.iter();
+            texts
+                .map(|text| copy.in_words_of_the_original(text))
+                .collect()
+        } else {
+            Vec::new()
+        };
+        let found = opened.store.check(is_thorough);
+        findings.extend(found.unwrap_or_else(|error| vec![error.to_string()]));
+        drop(opened);
+        Ok(findings)
+    }
+}
+
+/// A copy of the database in a directory of its own: opening one mends what it finds, and a look must not. Goes when
+/// dropped.
+struct Copy {
+    directory: PathBuf,
+    original: PathBuf,
+}
+
+impl Copy {
+    fn of_database(data_dir: &Path) -> Result<Copy, UpkeepError> {
+        let copy = Copy {
+            directory: data_dir.join(COPY),
+            original: data_dir.to_owned(),
+        };
+        // One that a look left which was killed is nobody's: the directory's lock is held.
+        copy.remove();
+        let failed = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| UpkeepError::System {
+                action,
+                path,
+                source,
+            }
+        };
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&copy.directory)
+            .map_err(failed("creating", &copy.directory))?;
+        // What is committed lies in both until the log is moved into the database (https://sqlite.org/wal.html).
+        for name in [DATABASE.to_owned(), format!("{DATABASE}-wal")] {
+            let from = data_dir.join(&name);
+            match fs::copy(&from, copy.directory.join(&name)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                done => drop(done.map_err(failed("copying", &from))?),
+            }
+        }
+        Ok(copy)
+    }
+
+    /// What opening the copy said, as it holds for the original. What it did about the copy is of no interest.
+    fn in_words_of_the_original(&self, text: &str) -> String {
+        let copy = self.directory.display().to_string();
+        let text = text.replace(&copy, &self.original.display().to_string());
+        match text.split_once("; there is no good backup") {
+            Some((damage, _)) => damage.to_owned(),
+            None => text,
+        }
+    }
+
+    fn remove(&self) {
+        // What can't be removed is found by the next look.
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+
+    fn with_database() -> (tempfile::TempDir, PathBuf) {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("data");
+        let offline = Offline::take(&path).unwrap();
+        let opened = latzero_store::open(offline.path(), Options::default()).unwrap();
+        opened.store.close().unwrap();
+        (home, path)
+    }
+
+    /// Every file of a directory with its bytes.
+    fn contents(path: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+        let entries = fs::read_dir(path)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let mut files: Vec<_> = entries
+            .filter(|path| path.is_file() && !path.ends_with("lock"))
+            .map(|path| (path.clone(), fs::read(path).unwrap()))
+            .collect();
+        files.sort();
+        files
+    }
+
+    #[test]
+    fn a_look_finds_damage_and_changes_nothing() {
+        let (_home, path) = with_database();
+        let offline = Offline::take(&path).unwrap();
+        assert!(offline.has_database());
+        for is_thorough in [false, true] {
+            assert_eq!(offline.check(is_thorough).unwrap(), [""; 0]);
+        }
+        let file = fs::OpenOptions::new().write(true).open(path.join(DATABASE));
+        // The second page and all that follow.
+        let length = fs::metadata(path.join(DATABASE)).unwrap().len();
+        let junk = vec![0xa5; usize::try_from(length - 4096).unwrap()];
+        file.unwrap().write_all_at(&junk, 4096).unwrap();
+        let before = contents(&path);
+        let findings = offline.check(true).unwrap();
+        let database = offline.path().join(DATABASE);
+        let start = format!("{} is damaged (", database.display());
+        assert!(findings[0].starts_with(&start), "{findings:?}");
+        assert!(
+            !findings.concat().contains("everything starts empty"),
+            "{findings:?}"
+        );
+        assert_eq!(contents(&path), before);
+        assert!(!path.join(COPY).exists());
+    }
+
+    #[test]
+    fn a_directory_is_had_by_one() {
+        let (_home, path) = with_database();
+        let _one = Offline::take(&path).unwrap();
+        let error = Offline::take(&path).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                UpkeepError::Startup(StartupError::AnotherServer { .. })
+            ),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,50 @@
+//! A client that is a process, for tests to kill: sends each line that it reads as a message to the Unix socket of its
+//! first argument, and prints each message that it receives as a line.
+
+use std::io::{BufRead, Read, Write};
+use std::os::unix::net::UnixStream;
+
+use latzero_protocol::frame::{self, Accept};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let socket = std::env::args()
+        .nth(1)
+        .ok_or("the first argument is a socket")?;
+    let mut stream = UnixStream::connect(socket)?;
+    let reading = stream.try_clone()?;
+    std::thread::spawn(move || {
+        // Where the server ends, or nobody listens to this, the process is of no more use.
+        let _ = print_messages(reading);
+        std::process::exit(0);
+    });
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        let mut out = Vec::new();
+        frame::append(&mut out, |out| out.extend_from_slice(line.as_bytes()));
+        stream.write_all(&out)?;
+    }
+    Ok(())
+}
+
+fn print_messages(mut stream: UnixStream) -> std::io::Result<()> {
+    let accept = Accept {
+        max_frame: 1 << 30,
+        attachments: true,
+    };
+    let (mut received, mut buf) = (Vec::new(), [0; 65536]);
+    let mut out = std::io::stdout();
+    loop {
+        while let Some((frame, used)) =
+            frame::decode(&received, accept).map_err(std::io::Error::other)?
+        {
+            out.write_all(frame.json)?;
+            out.write_all(b"\n")?;
+            out.flush()?;
+            received.drain(..used);
+        }
+        match stream.read(&mut buf)? {
+            0 => return Ok(()),
+            n => received.extend_from_slice(&buf[..n]),
+        }
+    }
+}

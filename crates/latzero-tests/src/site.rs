@@ -1,0 +1,642 @@
+//! A data directory that outlives its servers, for tests that kill them; and processes that clients are, to be killed too.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, prlimit, waitpid};
+use serde_json::Value;
+
+use crate::{PATIENCE, Wire};
+
+/// A data directory of one's own. Its servers come and go; it is removed when this is dropped.
+pub struct Site {
+    root: PathBuf,
+    /// Where the servers see the directory, if not where this process does.
+    inside: Option<Namespace>,
+}
+
+/// A file system that only the servers of one site have mounted, and who holds it.
+struct Namespace {
+    holder: Child,
+    at: PathBuf,
+}
+
+/// How a server is started.
+#[derive(Debug, Default, Clone)]
+pub struct Start {
+    /// Settings, each `name=value`.
+    pub settings: Vec<String>,
+    /// The failpoint at which it kills itself, as `NAME:N`.
+    pub failpoint: Option<String>,
+    /// It goes on where a file can't grow further, as most programs do that are told to (`SIGXFSZ`, setrlimit(2)).
+    pub outgrows: bool,
+    /// It takes over from the one that runs.
+    pub takes_over: bool,
+}
+
+/// Why a server did not get ready.
+#[derive(Debug)]
+pub struct Refused {
+    /// How its process ended.
+    pub status: ExitStatus,
+    /// What it said on standard error.
+    pub said: String,
+}
+
+impl Site {
+    /// An empty directory.
+    ///
+    /// # Panics
+    /// Where none can be made.
+    #[must_use]
+    pub fn new() -> Site {
+        use std::os::unix::fs::DirBuilderExt;
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("latzero-site-{}-{n}", std::process::id());
+        let root = std::env::temp_dir().join(name);
+        let mut builder = std::fs::DirBuilder::new();
+        builder.mode(0o700);
+        builder.create(&root).expect("a new directory can be made");
+        builder
+            .create(root.join("data"))
+            .expect("a new directory can be made");
+        Site { root, inside: None }
+    }
+
+    /// An empty directory on a file system of `bytes`, in memory, which nobody else sees.
+    ///
+    /// # Errors
+    /// Where this user may not mount one; the text says why.
+    pub fn on_small_disk(bytes: u64) -> Result<Site, String> {
+        let mut site = Site::new();
+        let data = site.root.join("data");
+        let script = format!(
+            "mount -t tmpfs -o size={bytes},mode=700 none \"$0\" && echo mounted && exec cat"
+        );
+        let mut holder = Command::new("unshare")
+            .args(["--user", "--map-root-user", "--mount", "sh", "-c", &script])
+            .arg(&data)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|error| format!("unshare: {error}"))?;
+        let stdout = holder.stdout.take().expect("it was asked for");
+        let said = Lines::new(stdout).next(PATIENCE);
+        if said.as_deref() != Ok("mounted") {
+            let mut why = String::new();
+            if let Some(stderr) = &mut holder.stderr {
+                stderr.read_to_string(&mut why).unwrap_or_default();
+            }
+            end(&mut holder);
+            return Err(format!("no small disk: {}", why.trim()));
+        }
+        let at = PathBuf::from(format!("/proc/{}/root", holder.id()));
+        let at = at.join(data.strip_prefix("/").unwrap_or(&data));
+        site.inside = Some(Namespace { holder, at });
+        Ok(site)
+    }
+
+    /// A second site with a copy of the files under `data`; nobody should be changing them.
+    ///
+    /// # Panics
+    /// Where they can't be copied.
+    #[must_use]
+    pub fn copied(&self) -> Site {
+        let copy = Site::new();
+        copy_files(&self.data_dir(), &copy.data_dir()).expect("the files can be copied");
+        copy
+    }
+
+    /// The data directory, as this process sees it.
+    #[must_use]
+    pub fn data_dir(&self) -> PathBuf {
+        match &self.inside {
+            Some(inside) => inside.at.clone(),
+            None => self.root.join("data"),
+        }
+    }
+
+    /// What the servers wrote on standard error, all of them.
+    #[must_use]
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(self.root.join("stderr")).unwrap_or_default()
+    }
+
+    /// Starts a server that gets ready.
+    ///
+    /// # Panics
+    /// Where it does not.
+    #[must_use]
+    pub fn start(&self) -> Daemon {
+        self.start_with(&Start::default())
+            .unwrap_or_else(|refused| panic!("the server does not start: {refused:?}"))
+    }
+
+    /// Starts a server, and waits until it is ready.
+    ///
+    /// # Errors
+    /// Where it ends before.
+    pub fn start_with(&self, start: &Start) -> Result<Daemon, Refused> {
+        let before = self.said().len();
+        let stderr = File::options()
+            .create(true)
+            .append(true)
+            .open(self.root.join("stderr"))
+            .expect("the site's directory takes files");
+        let mut child = self
+            .command(start)
+            .stderr(stderr)
+            .spawn()
+            .expect("the program is built (`cargo build`)");
+        let stdout = child.stdout.take().expect("it was asked for");
+        let mut lines = Lines::new(stdout);
+        match lines.next(PATIENCE) {
+            Ok(line) if line.starts_with("latzero ready") => {
+                let tcp = line
+                    .split_whitespace()
+                    .find_map(|word| word.strip_prefix("tcp://"))
+                    .expect("the ready line names its address")
+                    .to_owned();
+                Ok(Daemon {
+                    child,
+                    tcp,
+                    socket: self.data_dir().join("latzero.sock"),
+                    _lines: lines,
+                })
+            }
+            _ => {
+                // It ended, or says nothing in time.
+                if matches!(lines.next(Duration::from_millis(1)), Err(Silence::Waiting)) {
+                    let _ = child.kill();
+                }
+                let status = child.wait().expect("one's own child can be waited for");
+                let said = self.said();
+                Err(Refused {
+                    status,
+                    said: said.get(before..).unwrap_or_default().to_owned(),
+                })
+            }
+        }
+    }
+
+    /// Starts many servers at the same time; each gets ready or ends.
+    #[must_use]
+    pub fn race(&self, many: usize) -> Vec<Result<Daemon, Refused>> {
+        let barrier = std::sync::Barrier::new(many);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..many)
+                .map(|n| {
+                    let barrier = &barrier;
+                    scope.spawn(move || {
+                        let path = self.root.join(format!("stderr-{n}"));
+                        let stderr = File::create(&path).expect("the directory takes files");
+                        barrier.wait();
+                        let mut child = self
+                            .command(&Start::default())
+                            .stderr(stderr)
+                            .spawn()
+                            .expect("the program is built (`cargo build`)");
+                        let mut lines = Lines::new(child.stdout.take().expect("asked for"));
+                        match lines.next(PATIENCE) {
+                            Ok(_) => Ok(Daemon {
+                                child,
+                                tcp: String::new(),
+                                socket: self.data_dir().join("latzero.sock"),
+                                _lines: lines,
+                            }),
+                            Err(_) => {
+                                let _ = child.kill();
+                                Err(Refused {
+                                    status: child.wait().expect("a child can be waited for"),
+                                    said: std::fs::read_to_string(&path).unwrap_or_default(),
+                                })
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let ended = threads.into_iter().map(std::thread::ScopedJoinHandle::join);
+            ended
+                .map(|outcome| outcome.expect("it panics for no reason of its own"))
+                .collect()
+        })
+    }
+
+    fn command(&self, start: &Start) -> Command {
+        let program = program();
+        let mut command = match &self.inside {
+            Some(inside) => {
+                let mut command = Command::new("nsenter");
+                let holder = inside.holder.id().to_string();
+                command
+                    .args(["--target", &holder, "--user", "--preserve-credentials"])
+                    .arg("--mount")
+                    .arg(program);
+                command
+            }
+            None if start.outgrows => {
+                let mut command = Command::new("sh");
+                command
+                    .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""])
+                    .arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        command
+            .args(["start", "--port", "0", "--log-level", "warn", "--data-dir"])
+            .arg(self.root.join("data"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .env_remove("LATZERO_FAILPOINT");
+        if start.takes_over {
+            command.arg("--takeover");
+        }
+        for setting in &start.settings {
+            command.args(["--set", setting]);
+        }
+        if let Some(failpoint) = &start.failpoint {
+            command.env("LATZERO_FAILPOINT", failpoint);
+        }
+        command
+    }
+}
+
+impl Default for Site {
+    fn default() -> Site {
+        Site::new()
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if let Some(inside) = &mut self.inside {
+            end(&mut inside.holder);
+        }
+        if !std::thread::panicking() {
+            let _ = std::fs::remove_dir_all(&self.root);
+            return;
+        }
+        eprintln!("the files are kept in {}", self.root.display());
+    }
+}
+
+/// A server on a [`Site`]. It is killed when this is dropped.
+pub struct Daemon {
+    child: Child,
+    tcp: String,
+    socket: PathBuf,
+    /// Held open: what it prints later goes nowhere, but does not fail.
+    _lines: Lines,
+}
+
+impl Daemon {
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The path of its socket, as this process sees it.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its TCP address.
+    #[must_use]
+    pub fn tcp(&self) -> &str {
+        &self.tcp
+    }
+
+    /// Kills it, and waits until it is gone.
+    pub fn kill(mut self) {
+        end(&mut self.child);
+    }
+
+    /// Sends it SIGKILL, and does not wait.
+    pub fn strike(&self) {
+        // One that ended by itself is as dead.
+        let _ = kill_process(self.id(), Signal::KILL);
+    }
+
+    /// Asks it to stop, and waits for that; returns how it ended.
+    ///
+    /// # Panics
+    /// Where it does not end in time.
+    pub fn stop(mut self) -> ExitStatus {
+        kill_process(self.id(), Signal::TERM).expect("one's own child takes signals");
+        wait(&mut self.child, PATIENCE).expect("it ends in time")
+    }
+
+    /// Waits until it ended by itself.
+    ///
+    /// # Panics
+    /// Where it does not in time.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait(&mut self.child, PATIENCE).expect("it ends in time")
+    }
+
+    /// Stops all of its threads where they are, and lets them go on after `look`.
+    ///
+    /// # Panics
+    /// Where the system refuses.
+    pub fn while_stopped<R>(&self, look: impl FnOnce() -> R) -> R {
+        kill_process(self.id(), Signal::STOP).expect("one's own child takes signals");
+        // A stop is told once every thread has come to it.
+        waitpid(Some(self.id()), WaitOptions::UNTRACED).expect("one's own child is waited for");
+        let seen = look();
+        kill_process(self.id(), Signal::CONT).expect("one's own child takes signals");
+        seen
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Lets it write no file further than `bytes`, or as far as it likes.
+    ///
+    /// # Panics
+    /// Where the system refuses.
+    pub fn limit_files(&self, bytes: Option<u64>) {
+        let limit = Rlimit {
+            current: bytes,
+            maximum: rustix::process::getrlimit(Resource::Fsize).maximum,
+        };
+        prlimit(Some(self.id()), Resource::Fsize, limit)
+            .expect("the limit of one's own child can be set");
+    }
+
+    /// A connection over the Unix socket, without a handshake.
+    ///
+    /// # Errors
+    /// Where nobody listens any more.
+    pub fn connect(&self) -> io::Result<Wire> {
+        Wire::try_unix(&self.socket)
+    }
+
+    /// Opens a connection and shakes hands; `None` where the server ended meanwhile.
+    ///
+    /// # Errors
+    /// Where nothing comes in time.
+    pub fn try_app(&self, mut handshake: Value) -> io::Result<Option<(Wire, Value)>> {
+        handshake["action"] = "handshake".into();
+        let Ok(mut wire) = self.connect() else {
+            return Ok(None);
+        };
+        if wire.try_send(&handshake).is_err() {
+            return Ok(None);
+        }
+        Ok(wire.try_receive()?.map(|(ack, _)| (wire, ack)))
+    }
+
+    /// Opens a connection and shakes hands; returns the acknowledgement too.
+    ///
+    /// # Panics
+    /// Where the server refuses.
+    #[must_use]
+    pub fn app(&self, handshake: Value) -> (Wire, Value) {
+        let (wire, ack) = self
+            .try_app(handshake)
+            .expect("an answer comes in time")
+            .expect("the server listens");
+        assert_eq!(ack["status"], "ok", "{ack}");
+        (wire, ack)
+    }
+
+    fn id(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+/// A client that is a process of its own, to be killed: it passes on what it is told, line by line.
+pub struct Puppet {
+    child: Child,
+    to: Option<ChildStdin>,
+    from: Lines,
+}
+
+impl Puppet {
+    /// Starts `program`, the binary `latzero-test-client`, with its arguments.
+    ///
+    /// # Panics
+    /// Where it can't be started.
+    #[must_use]
+    pub fn start(program: &str, args: &[&str]) -> Puppet {
+        let mut child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the client is built with the tests");
+        Puppet {
+            to: child.stdin.take(),
+            from: Lines::new(child.stdout.take().expect("it was asked for")),
+            child,
+        }
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Has it send a message.
+    ///
+    /// # Panics
+    /// Where it has ended.
+    pub fn send(&mut self, message: &Value) {
+        let to = self.to.as_mut().expect("it was not told to end");
+        writeln!(to, "{message}").expect("it reads what it is told");
+    }
+
+    /// Has it send a message, unless it has ended.
+    pub fn try_send(&mut self, message: &Value) -> bool {
+        self.to
+            .as_mut()
+            .is_some_and(|to| writeln!(to, "{message}").is_ok())
+    }
+
+    /// The next message that it received.
+    ///
+    /// # Panics
+    /// Where none comes in time.
+    pub fn receive(&mut self) -> Value {
+        let line = self.from.next(PATIENCE).expect("a message comes in time");
+        serde_json::from_str(&line).unwrap_or_else(|_| panic!("it said: {line}"))
+    }
+
+    /// The next line that it printed; `None` at its end.
+    ///
+    /// # Panics
+    /// Where none comes in time.
+    pub fn line(&mut self) -> Option<String> {
+        match self.from.next(PATIENCE) {
+            Ok(line) => Some(line),
+            Err(Silence::End) => None,
+            Err(Silence::Waiting) => panic!("process {} says nothing", self.pid()),
+        }
+    }
+
+    /// The next line that it has printed already.
+    pub fn line_so_far(&mut self) -> Option<String> {
+        self.from.next(Duration::ZERO).ok()
+    }
+
+    /// Kills it, and waits until it is gone.
+    pub fn kill(&mut self) {
+        end(&mut self.child);
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        // One that ended by itself gets none.
+        let _ = kill_process(Pid::from_child(&self.child), signal);
+    }
+
+    /// Tells it that nothing more will come.
+    pub fn shut(&mut self) {
+        self.to = None;
+    }
+
+    /// Waits for its end, over what it still prints.
+    ///
+    /// # Panics
+    /// Where it does not end in time.
+    pub fn wait(&mut self) -> (ExitStatus, Vec<String>) {
+        let mut lines = Vec::new();
+        while let Some(line) = self.line() {
+            lines.push(line);
+        }
+        let status = wait(&mut self.child, PATIENCE).expect("it ends in time");
+        (status, lines)
+    }
+}
+
+impl Drop for Puppet {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+/// Why no line came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Silence {
+    End,
+    Waiting,
+}
+
+/// Lines of a process, each waited for so long and no longer.
+struct Lines {
+    reader: BufReader<ChildStdout>,
+    line: String,
+    bytes: Vec<u8>,
+}
+
+impl Lines {
+    fn new(stdout: ChildStdout) -> Lines {
+        Lines {
+            reader: BufReader::new(stdout),
+            line: String::new(),
+            bytes: Vec::new(),
+        }
+    }
+
+    fn next(&mut self, patience: Duration) -> Result<String, Silence> {
+        let end = Instant::now() + patience;
+        loop {
+            if let Some(at) = self.bytes.iter().position(|byte| *byte == b'\n') {
+                let rest = self.bytes.split_off(at + 1);
+                let line = std::mem::replace(&mut self.bytes, rest);
+                self.line = String::from_utf8_lossy(&line[..at]).into_owned();
+                return Ok(std::mem::take(&mut self.line));
+            }
+            if !readable(
+                self.reader.get_ref(),
+                end.saturating_duration_since(Instant::now()),
+            ) {
+                return Err(Silence::Waiting);
+            }
+            let got = self.reader.fill_buf().map_err(|_| Silence::End)?;
+            if got.is_empty() {
+                return Err(Silence::End);
+            }
+            let n = got.len();
+            self.bytes.extend_from_slice(got);
+            self.reader.consume(n);
+        }
+    }
+}
+
+/// Whether there is something to read, or the end, within `patience`.
+pub(crate) fn readable(from: impl AsFd, patience: Duration) -> bool {
+    let timeout = Timespec::try_from(patience).ok();
+    let mut fds = [PollFd::new(&from, PollFlags::IN)];
+    loop {
+        match poll(&mut fds, timeout.as_ref()) {
+            Err(rustix::io::Errno::INTR) => {}
+            ready => return ready.is_ok_and(|n| n > 0),
+        }
+    }
+}
+
+/// Kills a child and waits until it is gone.
+fn end(child: &mut Child) {
+    // One that ended by itself is as dead.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// Waits for a child's end, so long and no longer.
+fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+    let pid = Pid::from_child(child);
+    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
+    match pidfd {
+        Ok(pidfd) if readable(&pidfd, patience) => child.wait().ok(),
+        // It is gone already.
+        _ => child.try_wait().ok().flatten(),
+    }
+}
+
+fn copy_files(from: &Path, to: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        let (kind, target) = (entry.file_type()?, to.join(entry.file_name()));
+        if kind.is_dir() {
+            std::fs::create_dir_all(&target)?;
+            let mode = entry.metadata()?.permissions();
+            std::fs::set_permissions(&target, mode)?;
+            copy_files(&entry.path(), &target)?;
+        } else if kind.is_file() {
+            std::fs::copy(entry.path(), &target)?;
+        }
+    }
+    Ok(())
+}
+
+/// The program that is tested: the one that `LATZERO_BIN` names, else the one beside the tests.
+fn program() -> PathBuf {
+    if let Some(named) = std::env::var_os("LATZERO_BIN").filter(|named| !named.is_empty()) {
+        return named.into();
+    }
+    let here = std::env::current_exe().unwrap_or_default();
+    let near = here.ancestors().skip(1).take(3);
+    let found = near.map(|dir| dir.join("latzero")).find(|p| p.is_file());
+    found.unwrap_or_else(|| "latzero".into())
+}

@@ -1,0 +1,971 @@
+//! What outlives the processes: registrations, durable pools, parked calls and their answers, over kills of the server, of
+//! callers and of handlers; and what full and damaged disks do to it.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use latzero_tests::site::{Daemon, Puppet, Site, Start};
+use latzero_tests::{PATIENCE, Wire};
+use serde_json::{Value, json};
+
+/// The client that is a process.
+const CLIENT: &str = env!("CARGO_BIN_EXE_latzero-test-client");
+
+fn ok(reply: &Value) -> &Value {
+    assert_eq!(reply["status"], "ok", "{reply}");
+    &reply["response"]
+}
+
+fn code(reply: &Value) -> &str {
+    reply["error"]["code"]
+        .as_str()
+        .unwrap_or_else(|| panic!("no error: {reply}"))
+}
+
+fn join(server: &Daemon, handshake: Value) -> Wire {
+    server.app(handshake).0
+}
+
+/// The next message that `wanted` holds for, over whatever comes first.
+fn until(wire: &mut Wire, wanted: impl Fn(&Value) -> bool) -> Value {
+    loop {
+        let message = wire.receive();
+        if wanted(&message) {
+            return message;
+        }
+    }
+}
+
+fn event(wire: &mut Wire, name: &str) -> Value {
+    until(wire, |message| message["event"] == name)
+}
+
+/// Looks until it is there.
+fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_there() {
+        assert!(Instant::now() < end, "{what} does not happen");
+        std::thread::yield_now();
+    }
+}
+
+/// What the server says of an app.
+fn listed(wire: &mut Wire, app: &str) -> Option<Value> {
+    let reply = wire.request(json!({"action": "app_list"}));
+    let apps = ok(&reply)["apps"].as_array().unwrap();
+    apps.iter().find(|a| a["app_id"] == app).cloned()
+}
+
+/// Waits until no instance of an app lives.
+fn wait_offline(wire: &mut Wire, app: &str) {
+    wait_for("the app's end", || {
+        listed(wire, app).is_none_or(|app| app["live"] == false)
+    });
+}
+
+fn unix_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_millis() as u64
+}
+
+/// Has everything that the server decided so far reach the disk: what is promised comes behind what is not.
+fn settle(wire: &mut Wire, name: &str) {
+    let reply = wire.request(json!({"action": "trigger_register", "triggers": [name]}));
+    ok(&reply);
+}
+
+#[test]
+fn an_app_comes_back_with_its_name_alone() {
+    let site = Site::new();
+    let server = site.start();
+    let mut a = join(
+        &server,
+        json!({"app_id": "a", "pools": ["p", "q"], "meta": {"version": "7"}, "triggers":
+            ["t", "gone", {"name": "u", "pools": ["q"], "strategy": "least_busy", "concurrency": 4, "doc": "of u"}]}),
+    );
+    for message in [
+        json!({"action": "watch", "pool": "p", "events": ["app_online"]}),
+        json!({"action": "watch", "pool": "q"}),
+        json!({"action": "unwatch", "pool": "q"}),
+        json!({"action": "memory_create", "pool": "p", "block_id": "b", "size": 4, "kind": "persistent"}),
+        json!({"action": "memory_subscribe", "pool": "p", "block_id": "b"}),
+        json!({"action": "trigger_register", "triggers": ["v"]}),
+        json!({"action": "trigger_unregister", "triggers": ["gone"]}),
+        json!({"action": "pool_join", "pool": "r"}),
+    ] {
+        ok(&a.request(message));
+    }
+    server.kill();
+
+    let server = site.start();
+    let (mut a, ack) = server.app(json!({"app_id": "a"}));
+    assert_eq!(ack["rehydrated"], true, "{ack}");
+    assert_eq!(ack["pools"], json!(["p", "q", "r"]));
+    let triggers: BTreeSet<&str> = ack["triggers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|t| t.as_str().unwrap())
+        .collect();
+    assert_eq!(triggers, BTreeSet::from(["t", "u", "v"]));
+    assert_eq!(ack["watches"], json!(["p"]));
+    assert_eq!(
+        ack["subscriptions"],
+        json!([{"pool": "p", "block_id": "b"}])
+    );
+    let shown = listed(&mut a, "a").unwrap();
+    assert_eq!(shown["meta"], json!({"version": "7"}), "{shown}");
+    let u = shown["triggers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|t| t["name"] == "u")
+        .unwrap();
+    for (field, value) in [
+        ("pools", json!(["q"])),
+        ("strategy", json!("least_busy")),
+        ("concurrency", json!(4)),
+        ("doc", json!("of u")),
+    ] {
+        assert_eq!(u[field], value, "{u}");
+    }
+
+    // All of it works, and what was given up does not.
+    let mut b = join(&server, json!({"app_id": "b", "pools": ["p", "q"]}));
+    let online = event(&mut a, "app_online");
+    assert_eq!(
+        (&online["pool"], &online["app_id"]),
+        (&json!("p"), &json!("b"))
+    );
+    ok(&b.request(json!({"action": "memory_write", "pool": "p", "block_id": "b", "data": "AQI="})));
+    let changed = event(&mut a, "block_changed");
+    assert_eq!(
+        (&changed["block_id"], &changed["version"]),
+        (&json!("b"), &json!(1))
+    );
+    for (pool, process) in [("p", "t"), ("q", "u"), ("p", "v")] {
+        b.send(&json!({"action": "trigger", "id": "c", "pool": pool, "process": process}));
+        let call = until(&mut a, |m| m["action"] == "trigger");
+        assert_eq!(call["process"], process);
+        a.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok"}));
+        assert_eq!(b.receive()["status"], "ok");
+    }
+    for (pool, process) in [("p", "u"), ("p", "gone")] {
+        let reply = b.request(json!({"action": "trigger", "pool": pool, "process": process}));
+        assert_eq!(code(&reply), "no_handler");
+    }
+    // Whoever names something replaces what was remembered.
+    drop(a);
+    wait_offline(&mut b, "a");
+    join(&server, json!({"app_id": "a", "pools": ["q"]}));
+    server.kill();
+    let server = site.start();
+    let (_, ack) = server.app(json!({"app_id": "a"}));
+    assert_eq!(
+        (&ack["pools"], &ack["triggers"]),
+        (&json!(["q"]), &json!([]))
+    );
+}
+
+/// Which processes end before the others come back.
+#[derive(Debug, Clone, Copy)]
+enum Ends {
+    ServerFirst,
+    AppFirst,
+    AppFirstAndSeen,
+    HalfOfTheInstances,
+    ServerTwice,
+}
+
+#[test]
+fn the_order_in_which_they_come_back_does_not_matter() {
+    let who = json!({"app_id": "a", "pools": ["p"], "triggers": ["t"]});
+    for ends in [
+        Ends::ServerFirst,
+        Ends::AppFirst,
+        Ends::AppFirstAndSeen,
+        Ends::HalfOfTheInstances,
+        Ends::ServerTwice,
+    ] {
+        let site = Site::new();
+        let mut server = site.start();
+        let mut caller = join(&server, json!({"app_id": "caller", "pools": ["p"]}));
+        let mut instances: Vec<Puppet> = (0..2).map(|_| puppet(&server, who.clone())).collect();
+        match ends {
+            Ends::ServerFirst => {
+                server.kill();
+                instances.iter_mut().for_each(Puppet::kill);
+            }
+            Ends::AppFirst => {
+                instances.iter_mut().for_each(Puppet::kill);
+                server.kill();
+            }
+            Ends::AppFirstAndSeen => {
+                instances.iter_mut().for_each(Puppet::kill);
+                wait_offline(&mut caller, "a");
+                server.kill();
+            }
+            Ends::HalfOfTheInstances => {
+                instances[0].kill();
+                wait_for("the instance's end", || {
+                    listed(&mut caller, "a").unwrap()["instances_total"] == 1
+                });
+                server.kill();
+            }
+            Ends::ServerTwice => {
+                server.kill();
+                site.start().kill();
+            }
+        }
+        drop(instances);
+        server = site.start();
+        let mut caller = join(&server, json!({"app_id": "caller"}));
+        let reply =
+            caller.request(json!({"action": "trigger", "process": "t", "destination": "a"}));
+        assert_eq!(code(&reply), "offline", "{ends:?}");
+        // Each instance by its name alone, and calls reach those that are back.
+        let mut back = Vec::new();
+        for _ in 0..2 {
+            let (wire, ack) = server.app(json!({"app_id": "a"}));
+            let restored = (&ack["rehydrated"], &ack["pools"], &ack["triggers"]);
+            assert_eq!(
+                restored,
+                (&json!(true), &json!(["p"]), &json!(["t"])),
+                "{ends:?}"
+            );
+            back.push(wire);
+            for n in 0..back.len() {
+                let id = format!("c{n}");
+                caller.send(&json!({"action": "trigger", "id": id, "process": "t"}));
+            }
+            for handler in &mut back {
+                let call = until(handler, |m| m["action"] == "trigger");
+                handler.send(
+                    &json!({"action": "response", "in_reply_to": call["id"], "status": "ok"}),
+                );
+            }
+            for _ in 0..back.len() {
+                assert_eq!(caller.receive()["status"], "ok", "{ends:?}");
+            }
+        }
+    }
+}
+
+/// An app that is a process of its own.
+fn puppet(server: &Daemon, mut handshake: Value) -> Puppet {
+    let mut puppet = Puppet::start(CLIENT, &[server.socket().to_str().unwrap()]);
+    handshake["action"] = "handshake".into();
+    puppet.send(&handshake);
+    let ack = puppet.receive();
+    assert_eq!(ack["status"], "ok", "{ack}");
+    puppet
+}
+
+#[test]
+fn apps_that_are_offline_are_listed_with_the_time_and_can_be_forgotten() {
+    let site = Site::new();
+    let before = unix_ms();
+    let server = site.start();
+    let mut watch = join(&server, json!({"app_id": "watch"}));
+    join(&server, json!({"app_id": "gone", "pools": ["p"]}));
+    let _live = join(&server, json!({"app_id": "live", "pools": ["p"]}));
+    join(
+        &server,
+        json!({"app_id": "tool", "pools": ["p"], "transient": true}),
+    );
+    for app in ["gone", "tool"] {
+        wait_offline(&mut watch, app);
+    }
+    let seen = listed(&mut watch, "gone").unwrap()["last_seen"]
+        .as_u64()
+        .unwrap();
+    assert!((before..=unix_ms()).contains(&seen), "{seen}");
+    settle(&mut watch, "w");
+    server.kill();
+    let killed = unix_ms();
+
+    let server = site.start();
+    let mut admin = join(&server, json!({"app_id": "watch"}));
+    let gone = listed(&mut admin, "gone").unwrap();
+    assert_eq!(
+        (&gone["live"], &gone["last_seen"]),
+        (&json!(false), &json!(seen))
+    );
+    // Nobody saw this one go: the last that is known of it is from before the kill.
+    let live = listed(&mut admin, "live").unwrap();
+    assert_eq!(live["live"], false);
+    let last_seen = live["last_seen"].as_u64().unwrap();
+    assert!(
+        (before..=killed).contains(&last_seen),
+        "{last_seen} of {before}..={killed}"
+    );
+    assert_eq!(listed(&mut admin, "tool"), None);
+
+    let forget = json!({"action": "app_forget", "app_id": "gone"});
+    ok(&admin.request(forget.clone()));
+    assert_eq!(code(&admin.request(forget.clone())), "no_app");
+    let own = json!({"action": "app_forget", "app_id": "watch"});
+    assert_eq!(code(&admin.request(own)), "app_in_use");
+    server.kill();
+    let server = site.start();
+    let (mut back, ack) = server.app(json!({"app_id": "gone"}));
+    assert_eq!(
+        (&ack["rehydrated"], &ack["pools"]),
+        (&json!(false), &json!(["default"]))
+    );
+    assert!(listed(&mut back, "live").is_some());
+}
+
+#[test]
+fn durable_pools_stay_with_their_rules_and_others_leave_nothing() {
+    let site = Site::new();
+    let server = site.start();
+    let mut a = join(&server, json!({"app_id": "a", "pools": ["passing"]}));
+    let make = |pool: &str| {
+        json!({"action": "pool_create", "pool": pool, "durable": true, "properties": {"k": [1, "ü"]},
+            "policy": {"join": ["b"], "serve": ["a"]}})
+    };
+    ok(&a.request(make("kept")));
+    ok(&a.request(make("removed")));
+    ok(&a.request(json!({"action": "pool_create", "pool": "ephemeral"})));
+    ok(&a.request(json!({"action": "pool_remove", "pool": "removed"})));
+    server.kill();
+
+    let server = site.start();
+    let mut b = join(
+        &server,
+        json!({"app_id": "b", "pools": ["kept"], "triggers": ["t"]}),
+    );
+    let reply = b.request(json!({"action": "pool_list"}));
+    let pools: Vec<&str> = ok(&reply)["pools"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| p["pool"].as_str().unwrap())
+        .collect();
+    assert_eq!(pools, ["default", "kept", "system"]);
+    let reply = b.request(json!({"action": "pool_info", "pool": "kept"}));
+    let info = ok(&reply);
+    for (field, value) in [
+        ("durable", json!(true)),
+        ("owner", json!("a")),
+        ("properties", json!({"k": [1, "ü"]})),
+        ("policy", json!({"join": ["b"], "serve": ["a"]})),
+    ] {
+        assert_eq!(info[field], value, "{info}");
+    }
+    // Its rules hold: who may join, who may serve, who may remove.
+    let (_, refused) = server
+        .try_app(json!({"action": "", "app_id": "c", "pools": ["kept"]}))
+        .unwrap()
+        .unwrap();
+    assert_eq!(code(&refused), "forbidden");
+    let mut a = join(&server, json!({"app_id": "a", "pools": ["kept"]}));
+    let call = json!({"action": "trigger", "process": "t", "pool": "kept"});
+    assert_eq!(code(&a.request(call)), "no_handler");
+    let remove = json!({"action": "pool_remove", "pool": "kept", "force": true});
+    let mut c = join(&server, json!({"app_id": "c"}));
+    assert_eq!(code(&c.request(make("kept"))), "pool_exists");
+    ok(&a.request(remove));
+    server.kill();
+    let server = site.start();
+    let mut a = join(&server, json!({"app_id": "a"}));
+    assert_eq!(
+        code(&a.request(json!({"action": "pool_info", "pool": "kept"}))),
+        "no_pool"
+    );
+}
+
+/// Parks calls `from..to`, each with its number, every other one to be redelivered.
+fn park(caller: &mut Puppet, from: usize, to: usize) {
+    for n in from..to {
+        caller.send(&json!({"action": "trigger", "id": format!("c{n}"), "process": "t", "park": true, "data": n,
+            "ttl": 3_600_000, "redeliver": n % 2 == 0}));
+        let reply = caller.receive();
+        assert_eq!(
+            (&reply["status"], &reply["in_reply_to"]),
+            (&json!("parked"), &json!(format!("c{n}")))
+        );
+    }
+}
+
+fn answer(handler: &mut Puppet, call: &Value) {
+    handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": call["data"]}));
+}
+
+/// The next `count` calls: their numbers and attempts.
+fn take_calls(handler: &mut Puppet, count: usize) -> (Vec<Value>, Vec<(u64, u64)>) {
+    let calls: Vec<Value> = (0..count).map(|_| handler.receive()).collect();
+    let seen = calls
+        .iter()
+        .map(|call| {
+            assert_eq!(call["action"], "trigger", "{call}");
+            (
+                call["data"].as_u64().unwrap(),
+                call["attempt"].as_u64().unwrap(),
+            )
+        })
+        .collect();
+    (calls, seen)
+}
+
+/// The next `count` answers, as "id:payload" or "id:code".
+fn take_answers(caller: &mut Puppet, count: usize) -> Vec<String> {
+    (0..count)
+        .map(|_| {
+            let reply = caller.receive();
+            let id = reply["in_reply_to"]
+                .as_str()
+                .unwrap_or_else(|| panic!("{reply}"));
+            match reply["error"]["code"].as_str() {
+                Some(code) => format!("{id}:{code}"),
+                None => format!("{id}:{}", reply["response"]),
+            }
+        })
+        .collect()
+}
+
+const CALLER: &str = "caller";
+
+/// Every set of those three that may die, while calls wait for a handler and while a handler has them.
+#[test]
+fn parked_calls_outlive_any_of_server_caller_and_handler() {
+    const CALLS: usize = 6;
+    for dies in 1..8u32 {
+        let [server_dies, caller_dies, handler_dies] = [1, 2, 4].map(|bit| dies & bit != 0);
+        let case = format!("server {server_dies}, caller {caller_dies}, handler {handler_dies}");
+        let site = Site::new();
+        let mut server = site.start();
+        let mut control = join(&server, json!({"app_id": "control"}));
+        let mut caller = puppet(&server, json!({"app_id": CALLER}));
+        park(&mut caller, 0, CALLS);
+        // First while nobody has them. A server's end ends its connections too.
+        if server_dies {
+            server.kill();
+            server = site.start();
+            control = join(&server, json!({"app_id": "control"}));
+        }
+        if caller_dies {
+            caller.kill();
+        }
+        if server_dies || caller_dies {
+            caller = puppet(&server, json!({"app_id": CALLER}));
+        }
+        let mut handler = puppet(&server, json!({"app_id": "handler", "triggers": ["t"]}));
+        let (calls, seen) = take_calls(&mut handler, CALLS);
+        let first: Vec<_> = (0..CALLS as u64).map(|n| (n, 1)).collect();
+        assert_eq!(seen, first, "{case}");
+        // The first two are answered; the others are under way when it happens.
+        for call in &calls[..2] {
+            answer(&mut handler, call);
+        }
+        assert_eq!(take_answers(&mut caller, 2), ["c0:0", "c1:1"], "{case}");
+        settle(&mut control, "settled");
+        if server_dies {
+            server.kill();
+            server = site.start();
+            control = join(&server, json!({"app_id": "control"}));
+        }
+        if caller_dies {
+            caller.kill();
+            wait_offline(&mut control, CALLER);
+        }
+        if handler_dies {
+            handler.kill();
+            wait_offline(&mut control, "handler");
+        }
+        // The caller is away while the answers are given, where it died.
+        if server_dies && !caller_dies {
+            caller = puppet(&server, json!({"app_id": CALLER}));
+        }
+        let mut expected: Vec<String> = Vec::new();
+        if server_dies || handler_dies {
+            handler = puppet(&server, json!({"app_id": "handler"}));
+            // A server that died knows of no handler's end: all that was not answered is given out again.
+            let again: Vec<u64> = (2..CALLS as u64)
+                .filter(|n| server_dies || n % 2 == 0)
+                .collect();
+            let (calls, seen) = take_calls(&mut handler, again.len());
+            let wanted: Vec<_> = again.iter().map(|n| (*n, 2)).collect();
+            assert_eq!(seen, wanted, "{case}");
+            if !server_dies {
+                expected.extend(
+                    (2..CALLS)
+                        .filter(|n| n % 2 == 1)
+                        .map(|n| format!("c{n}:handler_gone")),
+                );
+            }
+            calls.iter().for_each(|call| answer(&mut handler, call));
+            expected.extend(again.iter().map(|n| format!("c{n}:{n}")));
+        } else {
+            calls[2..]
+                .iter()
+                .for_each(|call| answer(&mut handler, call));
+            expected.extend((2..CALLS).map(|n| format!("c{n}:{n}")));
+        }
+        if caller_dies {
+            // A parked call behind them comes last, so the answers were taken when it came.
+            ping(&mut handler);
+            settle(&mut control, "answered");
+            if server_dies {
+                server.kill();
+                server = site.start();
+            }
+            caller = puppet(&server, json!({"app_id": CALLER}));
+        }
+        let mut answers = take_answers(&mut caller, expected.len());
+        if !caller_dies {
+            expected.sort();
+            answers.sort();
+        }
+        let as_set = |list: &[String]| list.iter().cloned().collect::<BTreeSet<_>>();
+        assert_eq!(as_set(&answers), as_set(&expected), "{case}");
+        // Nothing of them is left.
+        ping(&mut caller);
+        let mut control = join(&server, json!({"app_id": "control"}));
+        settle(&mut control, "all");
+        server.kill();
+        let server = site.start();
+        for app in [CALLER, "handler"] {
+            let mut puppet = puppet(&server, json!({"app_id": app}));
+            ping(&mut puppet);
+        }
+    }
+}
+
+/// The next thing that it receives is the answer to this.
+fn ping(puppet: &mut Puppet) {
+    puppet.send(&json!({"action": "ping", "id": "ping"}));
+    let reply = puppet.receive();
+    assert_eq!(reply["in_reply_to"], "ping", "{reply}");
+}
+
+#[test]
+fn a_redelivered_call_tells_its_attempts_over_every_kind_of_end() {
+    let site = Site::new();
+    let mut server = site.start();
+    let mut caller = puppet(&server, json!({"app_id": CALLER}));
+    caller.send(&json!({"action": "trigger", "id": "c", "process": "t", "park": true, "redeliver": true, "data": 5}));
+    assert_eq!(caller.receive()["status"], "parked");
+    for attempt in 1..=6u64 {
+        let mut handler = puppet(&server, json!({"app_id": "handler", "triggers": ["t"]}));
+        let (calls, seen) = take_calls(&mut handler, 1);
+        assert_eq!(seen, [(5, attempt)]);
+        let mut control = join(&server, json!({"app_id": "control"}));
+        match attempt {
+            1 | 4 => {
+                handler.kill();
+                wait_offline(&mut control, "handler");
+            }
+            2 | 3 | 5 => {
+                // The attempt's number is on the disk before the server ends.
+                settle(&mut control, &format!("settled{attempt}"));
+                server.kill();
+                server = site.start();
+                caller = puppet(&server, json!({"app_id": CALLER}));
+            }
+            _ => {
+                answer(&mut handler, &calls[0]);
+                assert_eq!(take_answers(&mut caller, 1), ["c:5"]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_while_calls_go_on_and_heals() {
+    let start = Start {
+        takes_over: false,
+        settings: Vec::new(),
+        failpoint: None,
+        outgrows: false,
+    };
+    let site = match Site::on_small_disk(8 << 20) {
+        Ok(site) => site,
+        Err(why) => {
+            eprintln!("left to the test with a limit on files: {why}");
+            return;
+        }
+    };
+    let fill = site.data_dir().join("fill");
+    check_full_disk(&site, &start, |_, is_full| {
+        if is_full {
+            fill_up(&fill);
+        } else {
+            std::fs::remove_file(&fill).unwrap();
+        }
+    });
+}
+
+/// Writes until nothing more fits.
+fn fill_up(path: &Path) {
+    use std::io::Write;
+    let mut file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(path)
+        .unwrap();
+    for size in [65536, 4096, 1] {
+        loop {
+            match file.write_all(&vec![0; size]) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::StorageFull => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_takes_no_more_is_told_while_calls_go_on_and_heals() {
+    let start = Start {
+        takes_over: false,
+        outgrows: true,
+        ..Start::default()
+    };
+    let site = Site::new();
+    let log = site.data_dir().join("data.db-wal");
+    check_full_disk(&site, &start, |server, is_full| {
+        // Nothing grows beyond what the database's log has now; blocks are smaller than that.
+        let limit = std::fs::metadata(&log).unwrap().len();
+        server.limit_files(is_full.then_some(limit));
+    });
+}
+
+fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, bool)) {
+    let server = site.start_with(start).unwrap();
+    let mut a = join(&server, json!({"app_id": "a", "triggers": ["t"]}));
+    let mut b = join(&server, json!({"app_id": "b"}));
+    let mut admin = join(&server, json!({"app_id": "admin"}));
+    ok(&a.request(
+        json!({"action": "memory_create", "block_id": "kept", "size": 8, "kind": "persistent"}),
+    ));
+    ok(&a.request(json!({"action": "pool_create", "pool": "before", "durable": true})));
+    fill(&server, true);
+
+    // Every promise is refused for what it is. A write that still fits into the log's last page may be kept.
+    let mut refused = 0;
+    let end = Instant::now() + PATIENCE;
+    let mut n = 0;
+    while refused < 3 {
+        assert!(Instant::now() < end, "the disk never gets full");
+        n += 1;
+        let make = json!({"action": "pool_create", "pool": format!("full{n}"), "durable": true,
+            "properties": {"x": "x".repeat(4000)}});
+        let reply = a.request(make);
+        if reply["status"] != "ok" {
+            assert_eq!(code(&reply), "storage", "{reply}");
+            refused += 1;
+        }
+    }
+    let mut register = a.request(json!({"action": "trigger_register", "triggers": ["late"]}));
+    assert_eq!(code(&register), "storage", "{register}");
+    let parked =
+        json!({"action": "trigger", "process": "nobody", "park": true, "data": "x".repeat(8000)});
+    assert_eq!(code(&b.request(parked)), "storage");
+    let create = json!({"action": "memory_create", "block_id": "big", "size": 64 << 20, "kind": "persistent"});
+    assert_eq!(code(&a.request(create)), "storage");
+    // Calls, blocks in memory and blocks that are there go on.
+    for _ in 0..100 {
+        b.send(&json!({"action": "trigger", "id": "c", "process": "t", "data": 1}));
+        let call = until(&mut a, |m| m["action"] == "trigger");
+        a.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": 2}));
+        assert_eq!(ok(&b.receive()), 2);
+    }
+    ok(&a.request(json!({"action": "memory_write", "block_id": "kept", "data": "AQI="})));
+    // Who comes new is told that it is not written down.
+    let (_new, ack) = server.app(json!({"app_id": "new", "pools": ["p"]}));
+    assert_eq!(ack["stored"], false, "{ack}");
+    let reply = admin.request(json!({"action": "health"}));
+    let health = ok(&reply);
+    assert_eq!(health["status"], "degraded", "{health}");
+    assert!(
+        health["components"]["store"]["seen"]["failing"].is_string(),
+        "{health}"
+    );
+
+    fill(&server, false);
+    register = a.request(json!({"action": "trigger_register", "triggers": ["after"]}));
+    ok(&register);
+    ok(&a.request(json!({"action": "pool_create", "pool": "healed", "durable": true})));
+    let reply = admin.request(json!({"action": "health"}));
+    assert_eq!(ok(&reply)["components"]["store"]["status"], "ok", "{reply}");
+    let reply = admin.request(json!({"action": "db_check", "full": true}));
+    assert_eq!(ok(&reply)["ok"], true, "{reply}");
+    server.kill();
+
+    let server = site.start();
+    let (mut a, ack) = server.app(json!({"app_id": "a"}));
+    let triggers = ack["triggers"].as_array().unwrap();
+    assert!(
+        triggers.contains(&json!("t")) && triggers.contains(&json!("after")),
+        "{ack}"
+    );
+    // What was only in memory while the disk was full was written down when it was well.
+    let (_, ack) = server.app(json!({"app_id": "new"}));
+    assert_eq!(ack["rehydrated"], true, "{ack}");
+    for pool in ["before", "healed"] {
+        ok(&a.request(json!({"action": "pool_info", "pool": pool})));
+    }
+    let reply = a.request(json!({"action": "memory_info", "block_id": "kept"}));
+    assert_eq!(ok(&reply)["version"], 1);
+}
+
+/// Overwrites all of the database but its first bytes, which say what it is.
+fn damage(file: &Path) {
+    let mut bytes = std::fs::read(file).unwrap();
+    for byte in bytes.iter_mut().skip(100) {
+        *byte = 0x5a;
+    }
+    std::fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn a_damaged_database_is_set_aside_and_the_newest_good_backup_taken() {
+    let site = Site::new();
+    let data = site.data_dir();
+    let server = site.start();
+    let mut admin = join(&server, json!({"app_id": "admin"}));
+    let mut backups = Vec::new();
+    for app in ["one", "two", "three"] {
+        join(
+            &server,
+            json!({"app_id": app, "pools": ["p"], "triggers": ["t"]}),
+        );
+        if app != "three" {
+            let reply = admin.request(json!({"action": "backup"}));
+            backups.push(PathBuf::from(ok(&reply)["file"].as_str().unwrap()));
+        }
+        if app == "one" {
+            // Of each day the newest one stays; this is one of another day.
+            let older = data.join("backups/latzero-20200101-000000.db");
+            let kept = data.join("older");
+            std::fs::rename(&backups[0], &kept).unwrap();
+            backups[0] = older;
+        }
+    }
+    server.kill();
+    std::fs::rename(data.join("older"), &backups[0]).unwrap();
+
+    // The newest backup that is good: first the second, then, that one being damaged too, the first.
+    for (is_newest_good, has_two) in [(true, true), (false, false)] {
+        damage(&data.join("data.db"));
+        let _ = std::fs::remove_file(data.join("data.db-wal"));
+        if !is_newest_good {
+            damage(&backups[1]);
+        }
+        let taken = &backups[usize::from(is_newest_good)];
+        let server = site.start();
+        let mut admin = join(&server, json!({"app_id": "admin"}));
+        let reply = admin.request(json!({"action": "health"}));
+        let health = ok(&reply);
+        assert_eq!(health["status"], "degraded", "{health}");
+        let told = health["components"]["store"]["seen"]["at_start"].to_string();
+        let name = taken.file_name().unwrap().to_str().unwrap();
+        assert!(told.contains("is damaged") && told.contains(name), "{told}");
+        wait_for("the line in the log", || site.said().contains("is damaged"));
+        let set_aside = std::fs::read_dir(&data).unwrap().flatten();
+        let set_aside =
+            set_aside.filter(|e| e.file_name().to_string_lossy().starts_with("corrupt-"));
+        assert!(set_aside.count() >= 1);
+        for (app, is_there) in [("one", true), ("two", has_two), ("three", false)] {
+            assert_eq!(listed(&mut admin, app).is_some(), is_there, "{app}");
+        }
+        let (_, ack) = server.app(json!({"app_id": "one"}));
+        assert_eq!(ack["rehydrated"], true);
+        server.kill();
+    }
+    // The next start has nothing to complain of.
+    let server = site.start();
+    let mut admin = join(&server, json!({"app_id": "admin"}));
+    assert_eq!(
+        ok(&admin.request(json!({"action": "health"})))["status"],
+        "ok"
+    );
+}
+
+#[test]
+fn one_of_twenty_servers_wins_and_the_others_name_it() {
+    let site = Site::new();
+    for _ in 0..2 {
+        let (winners, losers): (Vec<_>, Vec<_>) =
+            site.race(20).into_iter().partition(Result::is_ok);
+        assert_eq!(winners.len(), 1);
+        let winner = winners.into_iter().next().unwrap().unwrap();
+        for loser in losers {
+            let Err(refused) = loser else { unreachable!() };
+            assert_eq!(refused.status.code(), Some(75), "{refused:?}");
+            let named = format!("pid {}", winner.pid());
+            assert!(
+                refused.said.contains("another server uses") && refused.said.contains(&named),
+                "{named}: {refused:?}"
+            );
+        }
+        // It is not disturbed, and a late one is refused the same way.
+        let Err(refused) = site.start_with(&Start::default()) else {
+            panic!("two servers have one directory")
+        };
+        assert!(
+            refused.said.contains(&format!("pid {}", winner.pid())),
+            "{refused:?}"
+        );
+        let mut app = join(&winner, json!({"app_id": "a"}));
+        ok(&app.request(json!({"action": "ping"})));
+        winner.kill();
+    }
+    let server = site.start();
+    assert!(server.stop().success());
+    assert!(!site.data_dir().join("latzero.sock").exists());
+}
+
+/// Where a power loss may leave the directory: everything that was acknowledged is on the disk, and of what was written
+/// after it any part. The kernel's name for the boot can't be another one here, so the server takes the copy for what a
+/// kill left; what it does in another boot, `latzero-store` and `latzero-shm` test for themselves.
+#[test]
+fn a_copy_of_the_directory_at_any_acknowledged_step_holds_what_was_acknowledged() {
+    let site = Site::new();
+    let server = site.start();
+    let mut app = join(&server, json!({"app_id": "a"}));
+    let steps = [
+        json!({"action": "trigger_register", "triggers": ["t1"]}),
+        json!({"action": "pool_create", "pool": "d", "durable": true, "properties": {"k": 1}}),
+        json!({"action": "memory_create", "block_id": "b", "size": 8192, "kind": "persistent"}),
+        json!({"action": "memory_write", "block_id": "b", "data": "AQEBAQ=="}),
+        json!({"action": "memory_flush", "block_id": "b"}),
+        json!({"action": "trigger", "process": "nobody", "park": true, "ttl": 3_600_000}),
+        json!({"action": "memory_resize", "block_id": "b", "size": 16384}),
+        json!({"action": "pool_remove", "pool": "d"}),
+        json!({"action": "trigger_unregister", "triggers": ["t1"]}),
+        json!({"action": "memory_write", "block_id": "b", "data": "AgICAg=="}),
+        json!({"action": "memory_flush", "block_id": "b"}),
+        json!({"action": "memory_remove", "block_id": "b"}),
+    ];
+    let log = site.data_dir().join("data.db-wal");
+    let length = || std::fs::metadata(&log).map_or(0, |log| log.len());
+    for (done, step) in steps.iter().enumerate() {
+        let synced = length();
+        // The next step is under way when the power fails: the copy has any part of it.
+        let mut message = step.clone();
+        message["id"] = "step".into();
+        app.send(&message);
+        let during = server.while_stopped(|| site.copied());
+        let reply = until(&mut app, |m| m["in_reply_to"] == "step");
+        assert!(
+            reply["status"] == "ok" || reply["status"] == "parked",
+            "{step}: {reply}"
+        );
+        let after = server.while_stopped(|| site.copied());
+        check_copy(&during, done, done + 1);
+        check_copy(&after, done + 1, done + 1);
+        // What was not synced is cut off, torn, or zeros.
+        let now = length();
+        if now > synced {
+            for (kept, is_zeros) in [
+                (0, false),
+                ((now - synced) / 2, false),
+                (now - synced - 1, true),
+            ] {
+                let torn = server.while_stopped(|| site.copied());
+                let copy = torn.data_dir().join("data.db-wal");
+                let file = std::fs::File::options().write(true).open(copy).unwrap();
+                file.set_len(synced + kept).unwrap();
+                if is_zeros {
+                    file.set_len(now + 4096).unwrap();
+                }
+                check_copy_of_records(&torn, done, done + 1);
+            }
+        }
+    }
+    server.kill();
+}
+
+/// Starts a server on the copy: at least the first `done` steps are there, and no more than `begun`.
+fn check_copy(copy: &Site, done: usize, begun: usize) {
+    let server = check_copy_of_records(copy, done, begun);
+    let mut app = join(&server, json!({"app_id": "a"}));
+    let info = app.request(json!({"action": "memory_info", "block_id": "b"}));
+    let there = info["status"] == "ok";
+    assert!(
+        there || done < 3 || begun >= 12,
+        "after step {done}: {info}"
+    );
+    assert!(!there || begun >= 3, "after step {done}: {info}");
+    if there {
+        let block = ok(&info);
+        let least = if done >= 10 { 2 } else { u64::from(done >= 4) };
+        let most = if begun >= 10 {
+            2
+        } else {
+            u64::from(begun >= 4)
+        };
+        let version = block["version"].as_u64().unwrap();
+        assert!(
+            (least..=most).contains(&version),
+            "after step {done}: {info}"
+        );
+        let size = block["size"].as_u64().unwrap();
+        assert!(
+            size == 8192 && done < 7 || size == 16384 && begun >= 7,
+            "after step {done}: {info}"
+        );
+        let read = app.request(json!({"action": "memory_read", "block_id": "b", "length": 4}));
+        let content = ["AAAAAA==", "AQEBAQ==", "AgICAg=="][version as usize];
+        assert_eq!(ok(&read)["data"], content, "after step {done}");
+    }
+    let health = app.request(json!({"action": "health"}));
+    assert_eq!(
+        ok(&health)["components"]["memory"]["status"],
+        "ok",
+        "{health}"
+    );
+}
+
+/// As [`check_copy`], but for blocks.
+fn check_copy_of_records(copy: &Site, done: usize, begun: usize) -> Daemon {
+    let server = copy.start();
+    let mut app = join(&server, json!({"app_id": "checker"}));
+    let check = app.request(json!({"action": "db_check", "full": true}));
+    assert_eq!(ok(&check)["ok"], true, "after step {done}: {check}");
+    let health = app.request(json!({"action": "health"}));
+    assert_eq!(
+        ok(&health)["components"]["store"]["status"],
+        "ok",
+        "after step {done}: {health}"
+    );
+    let is_there = |is: bool, from: usize, to: usize| {
+        assert!(
+            is || done < from || begun >= to,
+            "step {from} is lost after {done}"
+        );
+        assert!(
+            !is || (begun >= from && done < to),
+            "step {from} is there after {done}"
+        );
+    };
+    let known = listed(&mut app, "a").unwrap();
+    let serves = known["triggers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|t| t["name"] == "t1");
+    is_there(serves, 1, 9);
+    let pool = app.request(json!({"action": "pool_info", "pool": "d"}));
+    is_there(pool["status"] == "ok", 2, 8);
+    if pool["status"] == "ok" {
+        assert_eq!(ok(&pool)["properties"], json!({"k": 1}));
+    }
+    let mut handler = join(&server, json!({"app_id": "late", "triggers": ["nobody"]}));
+    handler.send(&json!({"action": "ping", "id": "ping"}));
+    let first = handler.receive();
+    is_there(first["action"] == "trigger", 6, usize::MAX);
+    server
+}
