@@ -53,11 +53,19 @@ const NOBODY: MemberKey = Key::new(u32::MAX, u32::MAX);
 
 /// Who calls.
 #[derive(Debug, Clone, Copy)]
-struct Caller<'a> {
-    /// Absent for a parked call.
-    member: Option<MemberKey>,
-    app: &'a AppId,
-    instance: InstanceId,
+enum Caller<'a> {
+    Member(MemberKey),
+    /// Of a parked call: whoever it was may be gone.
+    Absent(&'a AppId, InstanceId),
+}
+
+impl Caller<'_> {
+    fn member(self) -> Option<MemberKey> {
+        match self {
+            Caller::Member(member) => Some(member),
+            Caller::Absent(..) => None,
+        }
+    }
 }
 
 /// One instance in the pool.
@@ -408,19 +416,14 @@ impl<P: Clone> Pool<P> {
         let Some(member) = self.members.at(place(caller)) else {
             return Err(not_member(&self.name).into());
         };
-        let app = member.app.clone();
-        let from = Caller {
-            member: Some(caller),
-            app: &app,
-            instance: member.instance,
-        };
         let Some(key) = trigger.idempotency_key.as_deref() else {
-            return self.call_once(now, caller, from, trigger, fx);
+            return self.call_once(now, caller, trigger, fx);
         };
+        let app = member.app.clone();
         if let Seen::Repeat = self.look_up_repeat(caller, trigger.id.as_deref(), key, fx)? {
             return Ok(None);
         }
-        let called = self.call_once(now, caller, from, trigger, fx);
+        let called = self.call_once(now, caller, trigger, fx);
         if called.is_err() {
             self.repeats_dropped(&app, key, fx);
         }
@@ -431,16 +434,17 @@ impl<P: Clone> Pool<P> {
         &mut self,
         now: Time,
         caller: MemberKey,
-        from: Caller<'_>,
         trigger: &Trigger<'_>,
         fx: &mut E,
     ) -> Result<Option<u64>, CallError> {
         let deadline = now.after_ms(trigger.ttl_ms);
+        let from = Caller::Member(caller);
         if !trigger.park && !trigger.redeliver {
             self.route(now, from, trigger, (deadline, None), fx)?;
             return Ok(None);
         }
-        let app = from.app;
+        let member = self.members.at(place(caller)).expect("its caller found it");
+        let (app, instance) = (&member.app.clone(), member.instance);
         if !trigger.blocks.is_empty() {
             let message = "a call that may wait for its handler, or be given to another one, can't take blocks along";
             return Err(Refusal::new(Code::BadMessage, message).into());
@@ -462,7 +466,7 @@ impl<P: Clone> Pool<P> {
             Ok(key) => {
                 if trigger.redeliver {
                     let call = self.calls.at_mut(key).expect("just begun");
-                    call.lasting = Some(Lasting::new(from, deadline, trigger));
+                    call.lasting = Some(Lasting::new((app, instance), deadline, trigger));
                 }
                 Ok(None)
             }
@@ -502,7 +506,7 @@ impl<P: Clone> Pool<P> {
         let Some(served) = self.triggers.get(&*trigger.process) else {
             return Err(self.no_handler(trigger));
         };
-        if let (Some(id), Some(caller)) = (&trigger.id, from.member)
+        if let (Some(id), Some(caller)) = (&trigger.id, from.member())
             && self.calls.find(caller, id).is_some()
         {
             return Err(id_in_use(id).into());
@@ -514,7 +518,12 @@ impl<P: Clone> Pool<P> {
             );
             return Err(Refusal::new(Code::Overloaded, message).into());
         }
-        let member = from.member.and_then(|m| self.members.at(place(m)));
+        let member = from.member().and_then(|m| self.members.at(place(m)));
+        let (app, instance) = match (from, member) {
+            (Caller::Absent(app, instance), _) => (app, instance),
+            (Caller::Member(_), Some(member)) => (&member.app, member.instance),
+            (Caller::Member(_), None) => return Err(not_member(&self.name).into()),
+        };
         if member.is_some_and(|m| fx.in_flight(&m.peer) >= self.limits.in_flight_max) {
             let message = format!(
                 "{} calls of this connection are in flight (limits.in_flight_max)",
@@ -522,11 +531,11 @@ impl<P: Clone> Pool<P> {
             );
             return Err(Refusal::new(Code::Overloaded, message).into());
         }
-        let uses = match (&trigger.blocks[..], from.member) {
+        let uses = match (&trigger.blocks[..], from.member()) {
             ([], _) | (_, None) => Vec::new(),
             (named, Some(caller)) => self.check_uses(caller, named)?,
         };
-        let sticky = self.sticky(trigger.key.as_deref(), from.instance);
+        let sticky = self.sticky(trigger.key.as_deref(), instance);
         let start = pick::start(served, &mut self.prng);
         let key = self.calls.next_key();
         let delivery = encode::Delivery {
@@ -538,8 +547,8 @@ impl<P: Clone> Pool<P> {
             process: served.name.as_str(),
             pool: self.name.as_str(),
             origin: Origin {
-                app_id: from.app.as_str(),
-                instance: from.instance,
+                app_id: app.as_str(),
+                instance,
             },
             ttl_ms: match attempt {
                 None => trigger.ttl_ms,
@@ -616,12 +625,12 @@ impl<P: Clone> Pool<P> {
         handler.in_flight += 1;
         let serving = handler.member;
         let call = Call {
-            caller: from.member.unwrap_or(NOBODY),
+            caller: from.member().unwrap_or(NOBODY),
             // A parked call is found by its number.
             id: trigger
                 .id
                 .as_deref()
-                .filter(|_| from.member.is_some())
+                .filter(|_| from.member().is_some())
                 .map(Into::into),
             member: serving,
             handler: handler_key,
@@ -630,8 +639,8 @@ impl<P: Clone> Pool<P> {
             credit: trigger.window,
             blocks: (!uses.is_empty()).then(|| uses.clone().into()),
             lasting: None,
-            repeat: match (&trigger.idempotency_key, from.member) {
-                (Some(key), Some(_)) => Some(Box::new((from.app.clone(), (&**key).into()))),
+            repeat: match (&trigger.idempotency_key, from) {
+                (Some(key), Caller::Member(_)) => Some(Box::new((app.clone(), (&**key).into()))),
                 _ => None,
             },
         };
@@ -651,7 +660,7 @@ impl<P: Clone> Pool<P> {
             .expect("a handler's member lives");
         to.serving += 1;
         let handler_peer = to.peer.clone();
-        let caller = from.member.map(|caller| {
+        let caller = from.member().map(|caller| {
             let member = self.members.at_mut(place(caller)).expect("it calls");
             member.calling += 1;
             &member.peer

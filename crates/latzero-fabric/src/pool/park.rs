@@ -52,15 +52,19 @@ pub(super) struct Lasting {
 }
 
 impl Lasting {
-    pub(super) fn new(from: Caller<'_>, deadline: Time, trigger: &Trigger<'_>) -> Box<Lasting> {
+    pub(super) fn new(
+        (caller, instance): (&AppId, InstanceId),
+        deadline: Time,
+        trigger: &Trigger<'_>,
+    ) -> Box<Lasting> {
         Box::new(Lasting {
             message: message(trigger).into(),
             attachment: match trigger.body {
                 Body::Bytes(bytes) => Some(bytes.into()),
                 _ => None,
             },
-            caller: from.app.clone(),
-            instance: from.instance,
+            caller: caller.clone(),
+            instance,
             deadline,
             attempt: 1,
             redeliver: trigger.redeliver,
@@ -298,14 +302,9 @@ impl<P: Clone> Pool<P> {
         }
         let member = self.members.at(place(caller)).expect("its caller found it");
         let app = member.app.clone();
-        let from = Caller {
-            member: None,
-            app: &app,
-            instance: member.instance,
-        };
-        let from_instance = from.instance;
+        let from_instance = member.instance;
         let deadline = now.after_ms(trigger.ttl_ms);
-        let mut lasting = Lasting::new(from, deadline, trigger);
+        let mut lasting = Lasting::new((&app, from_instance), deadline, trigger);
         let bytes = lasting.bytes();
         let limits = &self.limits;
         fx.with_ledger(|ledger| check_parked(ledger, bytes, limits))?;
@@ -321,7 +320,7 @@ impl<P: Clone> Pool<P> {
             id: trigger.id.as_deref().unwrap_or_default().to_owned(),
             envelope: format!(
                 "{{\"instance\":\"{}\",\"call\":{}}}",
-                from.instance, lasting.message
+                from_instance, lasting.message
             ),
             attachment: lasting.attachment.as_deref().map(Into::into),
             idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
@@ -553,11 +552,7 @@ impl<P: Clone> Pool<P> {
         lasting.attempt += 1;
         let (attempt, deadline) = (lasting.attempt, lasting.deadline);
         let app = lasting.caller.clone();
-        let from = Caller {
-            member: caller,
-            app: &app,
-            instance: lasting.instance,
-        };
+        let from = caller.map_or(Caller::Absent(&app, lasting.instance), Caller::Member);
         let given =
             lasting.read(|trigger| self.route(now, from, trigger, (deadline, Some(attempt)), fx));
         match given {
