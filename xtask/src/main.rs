@@ -1,6 +1,7 @@
 //! Everything that is done with this repository, one command each: `cargo xtask help`.
 
 mod codegen;
+mod crash;
 mod dev;
 mod tidy;
 mod vectors;
@@ -20,6 +21,7 @@ cargo xtask COMMAND
   dev [ARGS]           the server, restarted when a source file changes; ARGS go to `latzero start`
   codegen [--check]    write generated files (docs/errors.md, conformance vectors), or check that they are current
   sim ARGS             the simulator: --seed N, or --seeds A..B
+  crash [ARGS]         kills, restarts and a look at what is left: --rounds N, --seed S
   bench NAME [ARGS]    a benchmark: rpc, and what `cargo xtask bench --help` lists
   fuzz TARGET [ARGS]   search for inputs that break a parser (needs cargo-fuzz)
 ";
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         ["codegen"] => codegen::write(),
         ["codegen", "--check"] => codegen::check(),
         ["sim", rest @ ..] => sim(rest),
+        ["crash", rest @ ..] => crash::crash(rest),
         ["bench", rest @ ..] => bench(rest),
         ["fuzz", rest @ ..] => fuzz(rest),
         ["help" | "--help" | "-h"] => {

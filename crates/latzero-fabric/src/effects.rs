@@ -160,8 +160,8 @@ pub trait Effects {
     fn version_noted(&mut self, storage: StorageId, version: u64) -> u64;
 
     /// Writes the fence of a block's lock where its writers look, at once: who holds the lock may write as soon as it is
-    /// told.
-    fn set_fence(&mut self, storage: StorageId, fence: u64);
+    /// told. With it goes whether anybody holds it alone.
+    fn set_fence(&mut self, storage: StorageId, fence: u64, is_held: bool);
 
     /// Whether there is a descriptor of a block's storage for this access.
     fn can_share(&self, storage: StorageId, access: Access) -> bool;

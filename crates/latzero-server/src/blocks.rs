@@ -208,9 +208,9 @@ impl Blocks {
     }
 
     /// Shows the fence of a block's lock to its writers.
-    pub(crate) fn set_fence(&self, storage: StorageId, fence: u64) {
+    pub(crate) fn set_fence(&self, storage: StorageId, fence: u64, is_held: bool) {
         if let Some(stored) = self.at(storage)
-            && let Err(error) = stored.custodian.set_lease(fence)
+            && let Err(error) = stored.custodian.set_lease(fence, is_held)
         {
             tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be shown to its writers");
         }
@@ -398,7 +398,10 @@ impl Blocks {
         let (pool, block) = (making.pool.clone(), making.block.clone());
         let stored = Stored::new(custodian, pool, block, 0, names);
         if let Some(from) = from {
-            match from.custodian.copy_to(&stored.custodian) {
+            // From the moment that its record holds, a restart goes on from the fence in its header.
+            let leased = from.custodian.lease();
+            let leased = leased.and_then(|fence| stored.custodian.set_lease(fence, false));
+            match leased.and_then(|()| from.custodian.copy_to(&stored.custodian)) {
                 Ok(version) => stored.heard(version),
                 Err(error) => {
                     if let Some(names) = &stored.names {
@@ -569,6 +572,8 @@ impl Blocks {
         &self,
         writer: &mut latzero_store::BackupWriter<'_>,
     ) -> Result<(), latzero_store::BackupError> {
+        // While a block moves, two generations of it are there.
+        let mut added = std::collections::HashSet::new();
         for stored in self.all() {
             let Some(names) = stored
                 .names
@@ -577,6 +582,9 @@ impl Blocks {
             else {
                 continue;
             };
+            if added.contains(&(stored.pool.clone(), stored.block.clone())) {
+                continue;
+            }
             let Ok(Some(record)) = self.files.record(names) else {
                 // Removed, or being made.
                 continue;
@@ -605,7 +613,10 @@ impl Blocks {
                     at: 0,
                 };
                 match writer.add_block(&head, &mut bytes) {
-                    Ok(()) => break,
+                    Ok(()) => {
+                        added.insert((stored.pool.clone(), stored.block.clone()));
+                        break;
+                    }
                     // It was written meanwhile: once more, from its new version on.
                     Err(_) if left > 0 && stored.custodian.version().ok() != Some(version) => {}
                     Err(error) => return Err(error),
@@ -672,7 +683,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
             kept.open = Err(error.to_string());
         }
         let (names, record) = (&kept.names, &kept.record);
-        match adopt(host, now, kept.open, names, record) {
+        match adopt(host, now, kept.open, names, record, is_same_boot) {
             Ok((pool, block)) => {
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
@@ -716,6 +727,7 @@ fn adopt(
     open: Result<Custodian, String>,
     names: &Names,
     record: &str,
+    is_same_boot: bool,
 ) -> Result<(PoolName, BlockId), Refusal> {
     let custodian = open.map_err(|error| Refusal::new(Code::Storage, error))?;
     let (pool_name, block) = Found { record, fence: 0 }.name()?;
@@ -723,7 +735,15 @@ fn adopt(
     let (number, pool) =
         host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))?;
     let name = (pool_name.clone(), block.clone());
-    let taken = take(host, &pool, custodian, name, record, Some(names.clone()));
+    let taken = take(
+        host,
+        &pool,
+        custodian,
+        name,
+        record,
+        Some(names.clone()),
+        is_same_boot,
+    );
     if taken.is_err() {
         // The pool goes again where it was made for this block alone.
         host.effects().count_held(&pool_name, number, 0);
@@ -740,20 +760,26 @@ fn take(
     (pool_name, block): (PoolName, BlockId),
     record: &str,
     names: Option<Names>,
+    may_have_writer: bool,
 ) -> Result<(), Refusal> {
     let faulty = |error: latzero_shm::Fault| Refusal::new(Code::Storage, error.to_string());
     // Who held the lock when the server died may still write: not under any fence of before. A header that shows nonsense
     // must not use the fences up.
     let fence = custodian.lease().map_err(faulty)?.min(FENCE_KEPT_MAX) + 1;
     let version = custodian.version().map_err(faulty)?;
+    // Nor into a version that somebody else begins: the block moves, and until it has, says on that it has to.
+    let has_writer = may_have_writer && custodian.is_lease_held().map_err(faulty)?;
     let found = Found { record, fence };
     let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, fx))?;
-    let stored = Stored::new(custodian, pool_name, block, version, names);
-    if let Err(error) = stored.custodian.set_lease(fence) {
+    let stored = Stored::new(custodian, pool_name, block.clone(), version, names);
+    if let Err(error) = stored.custodian.set_lease(fence, has_writer) {
         tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be reset");
     }
     host.shared.blocks.rows.note(&stored, record);
     host.shared.blocks.insert(storage, stored);
+    if has_writer {
+        host.with_pool(pool, |pool, fx| pool.leave_writer_behind(&block, fx));
+    }
     Ok(())
 }
 
@@ -792,7 +818,7 @@ pub(crate) fn take_back(
         return Err(Refusal::new(Code::NoBlock, message));
     }
     let name = (pool_name.clone(), block.clone());
-    take(host, pool, custodian, name, &rows::record(row), None)?;
+    take(host, pool, custodian, name, &rows::record(row), None, true)?;
     tracing::info!(pool = %pool_name, %block, "a shared block is back: a client held it");
     Ok(())
 }

@@ -288,8 +288,8 @@ impl Effects for IoEffects {
         self.shared.blocks.note_version(storage, version)
     }
 
-    fn set_fence(&mut self, storage: StorageId, fence: u64) {
-        self.shared.blocks.set_fence(storage, fence);
+    fn set_fence(&mut self, storage: StorageId, fence: u64, is_held: bool) {
+        self.shared.blocks.set_fence(storage, fence, is_held);
     }
 
     fn can_share(&self, storage: StorageId, access: Access) -> bool {

@@ -24,7 +24,7 @@ pub use value::{Kind, LogFormat, LogLevel, SocketChoice, StoreDurability, Value}
 /// What every variable of this project begins with.
 const VARIABLE_PREFIX: &str = "LATZERO_";
 
-/// Variables that are no settings: clients read them, and handlers that `latzero serve` runs.
+/// Variables that are no settings: clients read them, handlers that `latzero serve` runs, and crash tests.
 pub const OTHER_VARIABLES: &[&str] = &[
     "LATZERO_URL",
     "LATZERO_ADMIN_TOKEN",
@@ -33,6 +33,7 @@ pub const OTHER_VARIABLES: &[&str] = &[
     "LATZERO_POOL",
     "LATZERO_CALLER",
     "LATZERO_ID",
+    "LATZERO_FAILPOINT",
 ];
 
 /// The exit code of a program that was given bad settings: usage, as for a bad flag.

@@ -167,12 +167,29 @@ impl Custodian {
         })
     }
 
-    /// Shows writers the fence of the exclusive lock.
+    /// Shows writers the fence of the exclusive lock; and who takes the block in after the server's end, whether somebody held
+    /// it and may be in the middle of a version.
     ///
     /// # Errors
     /// Where it can't be written.
-    pub fn set_lease(&self, fence: u64) -> Result<(), Fault> {
-        self.memory.store(at::FENCE, fence, Ordering::Release)
+    pub fn set_lease(&self, fence: u64, is_held: bool) -> Result<(), Fault> {
+        // Held for a moment too long rather than too short, wherever the server ends.
+        if is_held {
+            self.memory.store(at::HELD, 1, Ordering::Release)?;
+        }
+        self.memory.store(at::FENCE, fence, Ordering::Release)?;
+        if !is_held {
+            self.memory.store(at::HELD, 0, Ordering::Release)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the exclusive lock is held, as far as the block itself says.
+    ///
+    /// # Errors
+    /// Where it can't be read.
+    pub fn is_lease_held(&self) -> Result<bool, Fault> {
+        Ok(self.memory.load(at::HELD, Ordering::Acquire)? != 0)
     }
 
     /// The fence that writers are shown.

@@ -25,6 +25,8 @@ pub(crate) mod at {
     pub(crate) const STATE: u64 = 260;
     /// The fence of the exclusive lock.
     pub(crate) const FENCE: u64 = 384;
+    /// 1 while the exclusive lock is held.
+    pub(crate) const HELD: u64 = 392;
     const SLOTS: u64 = 512;
     /// The words of slot `slot`.
     pub(crate) fn slot(slot: u32) -> u64 {

@@ -118,7 +118,7 @@ mod tests {
     fn memory_that_somebody_holds_is_taken_back_with_all_that_is_in_it() {
         let first = Custodian::create_shared("t", &description(false)).unwrap();
         first.write(10, b"kept", None).unwrap();
-        first.set_lease(7).unwrap();
+        first.set_lease(7, true).unwrap();
         let identity = first.identity().unwrap();
         // A reader's descriptor is enough.
         let held = first.read_only().unwrap().try_clone().unwrap();

@@ -193,7 +193,7 @@ fn a_head_written_over_harms_that_block_alone() {
     for is_persistent in [false, true] {
         let (block, _directory) = common::block(10, 2, is_persistent);
         let client = common::attach(&block, Access::Write);
-        block.set_lease(1).unwrap();
+        block.set_lease(1, true).unwrap();
         block.write(0, &[1], None).unwrap();
         rustix::io::pwrite(block.writable(), &[0xff; 8], 128).unwrap();
         assert!(block.check().is_err());
@@ -210,7 +210,7 @@ fn a_shortened_file_is_an_error_and_no_signal() {
     let (block, _directory) = common::block(10_000, 2, true);
     let client = common::attach(&block, Access::Write);
     let reader = common::attach(&block, Access::Read);
-    block.set_lease(1).unwrap();
+    block.set_lease(1, true).unwrap();
     block.write(0, &[1; 10_000], None).unwrap();
     for length in [20_000, 9_000, 4096, 100, 0] {
         let writing = client.begin(1);
@@ -245,7 +245,7 @@ fn a_shortened_file_is_an_error_and_no_signal() {
         let _ = (
             reader.wait(0, timeout),
             block.sync(),
-            block.set_lease(1),
+            block.set_lease(1, true),
             reader.view().is_ok(),
         );
     }

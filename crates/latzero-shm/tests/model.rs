@@ -77,7 +77,7 @@ proptest! {
         let (block, _directory) = common::block(size, slots, is_persistent);
         let writer = common::attach(&block, Access::Write);
         let reader = common::attach(&block, Access::Read);
-        block.set_lease(5).unwrap();
+        block.set_lease(5, true).unwrap();
         let mut model = vec![0; size as usize];
         let mut version = 0;
         let slice = |offset: u64, length: usize| {

@@ -149,7 +149,7 @@ impl Drop for Killed {
 fn run(slots: u32, reads: u64, kills: u64) {
     let description = common::description(SIZE, slots, false);
     let block = Custodian::create_shared("lz:torn", &description).expect("there is memory");
-    block.set_lease(FENCE).expect("it is mapped");
+    block.set_lease(FENCE, true).expect("it is mapped");
     let own = common::attach(&block, Access::Read);
     let mut readers: Vec<Killed> = (0..READERS)
         .map(|_| Killed(start("reader", &block, slots)))

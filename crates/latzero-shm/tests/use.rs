@@ -15,10 +15,10 @@ fn who_lost_the_lock_publishes_nothing() {
         let (block, _directory) = common::block(100, 2, is_persistent);
         let client = common::attach(&block, Access::Write);
         assert!(matches!(client.begin(4), Err(WriteError::LeaseLost)));
-        block.set_lease(4).unwrap();
+        block.set_lease(4, true).unwrap();
         let mut writing = client.begin(4).unwrap();
         writing.write(0, &[1; 100]).unwrap();
-        block.set_lease(5).unwrap();
+        block.set_lease(5, true).unwrap();
         assert!(matches!(writing.publish(), Err(WriteError::LeaseLost)));
         assert_eq!(client.read().unwrap(), (vec![0; 100], 0));
         let mut writing = client.begin(5).unwrap();
@@ -34,7 +34,7 @@ fn who_lost_the_lock_publishes_nothing() {
 fn a_dropped_draft_leaves_the_block() {
     let (block, _) = common::block(100, 2, false);
     let client = common::attach(&block, Access::Write);
-    block.set_lease(1).unwrap();
+    block.set_lease(1, true).unwrap();
     block.write(0, &[1; 100], None).unwrap();
     let mut writing = client.begin(1).unwrap();
     writing.write(10, &[2; 50]).unwrap();

@@ -428,7 +428,7 @@ impl Effects for Outboxes {
         stored.version
     }
 
-    fn set_fence(&mut self, storage: StorageId, fence: u64) {
+    fn set_fence(&mut self, storage: StorageId, fence: u64, _is_held: bool) {
         if let Some(stored) = self.storages.stored.get_mut(&storage) {
             stored.fence = fence;
         }

@@ -377,15 +377,28 @@ pub(crate) fn finish(temporary: &Path, faults: &Faults) -> Result<(), BackupErro
     files::sync_file(temporary, faults).map_err(|e| BackupError::file("sync", temporary, e))
 }
 
-/// Gives a finished backup the name `name.db` in `dir`, or `name-1.db`, … if that is taken.
+/// Gives a finished backup the name `name.db` in `dir`, or `name-1.db`, … if that is taken: behind all of that name, since
+/// the newest is told by its name, and an older one may be gone.
 pub(crate) fn publish(
     temporary: &Path,
     dir: &Path,
     name: &str,
     faults: &Faults,
 ) -> Result<PathBuf, BackupError> {
-    let mut path = dir.join(format!("{name}.db"));
-    let mut n = 0_u64;
+    let taken = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let numbers = taken.filter_map(|entry| {
+        let file = entry.file_name().into_string().ok()?;
+        let rest = file.strip_suffix(".db")?.strip_prefix(name)?;
+        match rest.strip_prefix('-') {
+            Some(number) => number.parse::<u64>().ok(),
+            None => rest.is_empty().then_some(0),
+        }
+    });
+    let mut n = numbers.max().map_or(0, |newest| newest + 1);
+    let mut path = match n {
+        0 => dir.join(format!("{name}.db")),
+        n => dir.join(format!("{name}-{n}.db")),
+    };
     loop {
         match publish_as(temporary, &path, faults) {
             Err(BackupError::Exists { .. }) => {

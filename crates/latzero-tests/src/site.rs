@@ -256,7 +256,10 @@ impl Site {
             .arg(self.root.join("data"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .env_remove("LATZERO_FAILPOINT");
+            .env_remove("LATZERO_FAILPOINT")
+            // The tests' own: to a server they would be settings that it does not know.
+            .env_remove("LATZERO_CRASH_ROUNDS")
+            .env_remove("LATZERO_CRASH_SEED");
         if start.takes_over {
             command.arg("--takeover");
         }
@@ -326,6 +329,12 @@ impl Daemon {
     pub fn strike(&self) {
         // One that ended by itself is as dead.
         let _ = kill_process(self.id(), Signal::KILL);
+    }
+
+    /// Asks it to stop.
+    pub fn ask_to_stop(&self) {
+        // One that ended by itself is as well.
+        let _ = kill_process(self.id(), Signal::TERM);
     }
 
     /// Asks it to stop, and waits for that; returns how it ended.

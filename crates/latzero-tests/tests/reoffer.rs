@@ -52,7 +52,8 @@ fn offer(wire: &mut Wire, held: &OwnedFd) -> String {
     }
 }
 
-/// A server with block `b` of 100 bytes at version 2; who holds its lock, and a descriptor of it for reading.
+/// A server with block `b` of 100 bytes at version 2, whose lock was held once; its maker, and a descriptor of it for
+/// reading.
 fn server_with_block() -> (Server, Wire, OwnedFd) {
     let server = Server::start();
     let mut maker = mapping(&server, "maker");
@@ -64,7 +65,8 @@ fn server_with_block() -> (Server, Wire, OwnedFd) {
     for text in ["Zmlyc3Q=", "c2Vjb25k"] {
         ok(ask(&mut maker, "write", json!({"data": text})));
     }
-    ok(ask(&mut maker, "lock", json!({})));
+    let lock = ok(ask(&mut maker, "lock", json!({})));
+    ok(ask(&mut maker, "unlock", json!({"lock": lock["lock"]})));
     let mut reader = mapping(&server, "reader");
     ok(ask(&mut reader, "attach", json!({"mode": "read"})));
     let held = reader.take(1).remove(0);
@@ -74,7 +76,7 @@ fn server_with_block() -> (Server, Wire, OwnedFd) {
 
 #[test]
 fn a_block_that_a_client_holds_is_back_after_a_kill() {
-    let (mut server, _locker, held) = server_with_block();
+    let (mut server, _maker, held) = server_with_block();
     server.kill();
     server.restart();
     let mut reader = server.app(
@@ -134,7 +136,7 @@ fn a_block_that_a_client_holds_is_back_after_a_kill() {
 
 #[test]
 fn only_the_block_itself_is_taken_back() {
-    let (mut server, _locker, held) = server_with_block();
+    let (mut server, _maker, held) = server_with_block();
     let mut other = mapping(&server, "other");
     ok(other.request(json!({"action": "memory_create", "block_id": "c", "size": 100})));
     let of_another = other.take(1).remove(0);

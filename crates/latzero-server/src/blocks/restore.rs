@@ -125,7 +125,7 @@ impl Restoring {
         });
         fill(&custodian, head.version, bytes)?;
         custodian
-            .set_lease(fence.min(FENCE_KEPT_MAX))
+            .set_lease(fence.min(FENCE_KEPT_MAX), false)
             .and_then(|()| custodian.sync())
             .map_err(|error| senseless(error.to_string()))?;
         Ok(())
@@ -257,7 +257,7 @@ mod tests {
         assert_eq!(found(&directory), (3, 7, 0, b"first".to_vec()));
         let files = Files::open(directory.path()).unwrap();
         let kept = files.scan().remove(0);
-        kept.open.unwrap().set_lease(9).unwrap();
+        kept.open.unwrap().set_lease(9, false).unwrap();
         assert_eq!(restore(&directory, &head(1, 2, 2, 5), b"older"), 1);
         // Generations and fences only grow; the version is the backup's.
         assert_eq!(found(&directory), (4, 2, 9, b"older".to_vec()));

@@ -10,7 +10,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let socket = std::env::args()
         .nth(1)
         .ok_or("the first argument is a socket")?;
-    let mut stream = UnixStream::connect(socket)?;
+    let Ok(mut stream) = UnixStream::connect(socket) else {
+        // A server that was just killed: there is nothing to do.
+        return Ok(());
+    };
     let reading = stream.try_clone()?;
     std::thread::spawn(move || {
         // Where the server ends, or nobody listens to this, the process is of no more use.
@@ -21,7 +24,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let line = line?;
         let mut out = Vec::new();
         frame::append(&mut out, |out| out.extend_from_slice(line.as_bytes()));
-        stream.write_all(&out)?;
+        if stream.write_all(&out).is_err() {
+            // What the server said until its end is still to be printed.
+            std::thread::park();
+        }
     }
     Ok(())
 }

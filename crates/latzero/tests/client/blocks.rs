@@ -124,7 +124,7 @@ impl Keeper {
                 peer.reply(message, &json!({"version": version}));
             }
             "memory_lock" => {
-                block.set_lease(7).unwrap();
+                block.set_lease(7, true).unwrap();
                 peer.reply(message, &json!({"lock": "7", "fence": 7}));
             }
             "memory_subscribe" => {

@@ -252,11 +252,9 @@ impl<P: Clone> Pool<P> {
         let Some(block) = self.blocks.at(key) else {
             return;
         };
-        let fence = block
-            .lock
-            .exclusive()
-            .map_or(block.lock.fence(), |held| held.fence);
-        fx.set_fence(block.storage, fence);
+        let held = block.lock.exclusive();
+        let fence = held.map_or(block.lock.fence(), |held| held.fence);
+        fx.set_fence(block.storage, fence, held.is_some());
     }
 
     pub(in crate::pool) fn tell_broken<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) {

@@ -220,6 +220,14 @@ impl<P: Clone> Pool<P> {
         Ok(())
     }
 
+    /// Moves a block of an earlier run to a new generation: somebody held its lock when the server ended, and may be in the
+    /// middle of a version.
+    pub fn leave_writer_behind<E: Effects<Peer = P>>(&mut self, id: &BlockId, fx: &mut E) {
+        if let Ok((key, _)) = self.block(id) {
+            self.renew_generation(key, None, fx);
+        }
+    }
+
     /// Moves a block to a new generation of the same size, so that who lost its lock can't write it any more.
     pub(in crate::pool) fn renew_generation<E: Effects<Peer = P>>(
         &mut self,

@@ -1,0 +1,291 @@
+//! Parked calls between a caller and a handler that are processes, and the book of what was acknowledged and answered.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use latzero_tests::site::{Daemon, Puppet};
+use serde_json::{Value, json};
+
+use crate::random::Random;
+use crate::round::Round;
+
+/// The client that is a process.
+const CLIENT: &str = env!("CARGO_BIN_EXE_latzero-test-client");
+
+/// Calls in one life of the server.
+const CALLS: u64 = 20;
+
+/// What is known of one call.
+#[derive(Debug, Default, Clone)]
+struct Call {
+    is_acknowledged: bool,
+    is_refused: bool,
+    /// In which lives of the server it was answered.
+    answered: Vec<u64>,
+    /// Its answer may have gone to a caller that was killed.
+    may_be_lost: bool,
+}
+
+/// Every call, over all lives of the server.
+#[derive(Default)]
+pub(crate) struct Calls {
+    book: Mutex<BTreeMap<u64, Call>>,
+    life: u64,
+}
+
+impl Calls {
+    fn with<R>(&self, n: u64, look: impl FnOnce(&mut Call) -> R) -> R {
+        let mut book = self
+            .book
+            .lock()
+            .unwrap_or_else(|_| panic!("the other side failed"));
+        look(book.entry(n).or_default())
+    }
+
+    /// Another server begins.
+    pub(crate) fn new_life(&mut self) {
+        self.life += 1;
+    }
+
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let book = self
+            .book
+            .lock()
+            .unwrap_or_else(|_| panic!("the other side failed"));
+        let acknowledged = book.values().filter(|call| call.is_acknowledged).count();
+        (
+            acknowledged,
+            book.values().map(|call| call.answered.len()).sum(),
+        )
+    }
+
+    /// What the caller received.
+    fn note(&self, line: &str) {
+        let message: Value =
+            serde_json::from_str(line).unwrap_or_else(|_| panic!("not a message: {line}"));
+        let id = message["in_reply_to"].as_str().unwrap_or_default();
+        let Some(n) = id.strip_prefix('c').and_then(|n| n.parse().ok()) else {
+            return;
+        };
+        let life = self.life;
+        self.with(n, |call| {
+            assert!(!call.is_refused, "call {n} was refused, and now: {message}");
+            let code = message["error"]["code"].as_str();
+            if message["status"] == "parked" {
+                assert!(!call.is_acknowledged, "call {n} is parked twice");
+                call.is_acknowledged = true;
+            } else if matches!(
+                code,
+                Some("storage" | "overloaded" | "bad_message" | "draining")
+            ) {
+                call.is_refused = true;
+                assert!(
+                    !call.is_acknowledged,
+                    "call {n} was parked, and now: {message}"
+                );
+            } else {
+                let is_expected = message["status"] == "ok" && message["response"] == n
+                    || code == Some("handler_gone");
+                assert!(is_expected, "call {n}: {message}");
+                assert!(
+                    call.answered.last() != Some(&life),
+                    "call {n} is answered twice: {call:?}"
+                );
+                call.answered.push(life);
+            }
+        });
+    }
+
+    /// Parks calls; now and then the caller is killed and comes back.
+    pub(crate) fn call(&self, round: &Round<'_>, mut random: Random) {
+        let Some(mut caller) = come(
+            round.server,
+            &json!({"app_id": "caller", "pools": ["base"]}),
+        ) else {
+            return;
+        };
+        let mut is_over = false;
+        for n in self.life * 1000..self.life * 1000 + CALLS {
+            round.step();
+            if random.one_in(12) {
+                caller.kill();
+                self.take_all(&mut caller);
+                let mut book = self
+                    .book
+                    .lock()
+                    .unwrap_or_else(|_| panic!("the other side failed"));
+                book.values_mut().for_each(|call| call.may_be_lost = true);
+                drop(book);
+                match come(round.server, &json!({"app_id": "caller"})) {
+                    Some(puppet) => caller = puppet,
+                    None => return,
+                }
+            }
+            self.with(n, |_| ());
+            let trigger = json!({"action": "trigger", "id": format!("c{n}"), "process": "job", "pool": "base", "park": true,
+                "ttl": 3_600_000, "redeliver": random.one_in(2), "data": n});
+            if !caller.try_send(&trigger) {
+                is_over = true;
+                break;
+            }
+            while let Some(line) = caller.line_so_far() {
+                self.note(&line);
+            }
+        }
+        if !is_over {
+            round.done();
+        }
+        self.take_all(&mut caller);
+    }
+
+    fn take_all(&self, caller: &mut Puppet) {
+        while let Some(line) = caller.line() {
+            self.note(&line);
+        }
+    }
+
+    /// Answers calls, or not; now and then the handler is killed and another one comes.
+    pub(crate) fn handle(&self, round: &Round<'_>, mut random: Random) {
+        let handshake = json!({"app_id": "handler", "pools": ["base"], "triggers": ["job"]});
+        loop {
+            let Some(mut handler) = come(round.server, &handshake) else {
+                return;
+            };
+            let mut held = Vec::new();
+            let mut newest = None;
+            loop {
+                let Some(line) = handler.line() else {
+                    return;
+                };
+                let call = self.given(&line, &mut newest);
+                if call["action"] != "trigger" {
+                    continue;
+                }
+                match random.below(10) {
+                    0..=5 => answer(&mut handler, &call),
+                    6 | 7 => held.push(call),
+                    8 => held.drain(..).for_each(|call| answer(&mut handler, &call)),
+                    _ => {
+                        handler.kill();
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the handler received: nothing that was refused, and first attempts in the order of asking.
+    fn given(&self, line: &str, newest: &mut Option<u64>) -> Value {
+        let message: Value =
+            serde_json::from_str(line).unwrap_or_else(|_| panic!("not a message: {line}"));
+        if message["action"] == "trigger" {
+            let n = message["data"]
+                .as_u64()
+                .unwrap_or_else(|| panic!("{message}"));
+            let is_refused = self.with(n, |call| call.is_refused);
+            assert!(!is_refused, "call {n} was refused and is given out");
+            if message["attempt"] == 1 {
+                assert!(
+                    newest.is_none_or(|newest| newest < n),
+                    "call {n} comes after {newest:?}"
+                );
+                *newest = Some(n);
+            }
+        }
+        message
+    }
+
+    /// In the end everybody is there: every call that was acknowledged has an answer.
+    pub(crate) fn settle(&self, server: &Daemon) {
+        let left = || {
+            let book = self
+                .book
+                .lock()
+                .unwrap_or_else(|_| panic!("the other side failed"));
+            let open = book.iter().filter(|(_, call)| {
+                call.is_acknowledged && call.answered.is_empty() && !call.may_be_lost
+            });
+            open.map(|(n, _)| *n).collect::<Vec<_>>()
+        };
+        let here = || panic!("the server listens");
+        let mut caller =
+            come(server, &json!({"app_id": "caller", "pools": ["base"]})).unwrap_or_else(here);
+        let handshake = json!({"app_id": "handler", "pools": ["base"], "triggers": ["job"]});
+        let mut handler = come(server, &handshake).unwrap_or_else(here);
+        std::thread::scope(|scope| {
+            let pid = handler.pid();
+            let handling = scope.spawn(move || {
+                let mut newest = None;
+                while let Some(line) = handler.line() {
+                    let call = self.given(&line, &mut newest);
+                    if call["action"] == "trigger" {
+                        answer(&mut handler, &call);
+                    }
+                    if call["in_reply_to"] == "end" {
+                        break;
+                    }
+                }
+                pid
+            });
+            // A call behind all the others: with its answer the others' are there.
+            let mut n = self.life * 1000 + 900;
+            loop {
+                caller.send(&json!({"action": "trigger", "id": format!("c{n}"), "process": "job", "pool": "base", "park": true, "data": n}));
+                while self.with(n, |call| call.answered.is_empty()) {
+                    let line = caller
+                        .line()
+                        .unwrap_or_else(|| panic!("calls {:?} have no answer", left()));
+                    self.note(&line);
+                }
+                n += 1;
+                // Given out in batches, the rest with the next turn; a call that is lost never comes.
+                if left().is_empty() || n % 100 > 50 {
+                    break;
+                }
+            }
+            assert!(
+                left().is_empty(),
+                "calls {:?} have no answer: {:?}",
+                left(),
+                self.book
+            );
+            // Ends the handler's thread: its process ends with the connection.
+            let (mut admin, _) = server.app(json!({"app_id": "admin"}));
+            let kicked = admin.request(json!({"action": "kick", "app_id": "handler"}));
+            assert_eq!(kicked["status"], "ok", "{kicked}");
+            handling
+                .join()
+                .unwrap_or_else(|_| panic!("the handler failed"));
+        });
+    }
+
+    /// Nothing of any call is left at a server that comes after [`Calls::settle`].
+    pub(crate) fn none_left(&self, server: &Daemon) {
+        for handshake in [
+            json!({"app_id": "caller", "pools": ["base"]}),
+            json!({"app_id": "handler", "pools": ["base"], "triggers": ["job"]}),
+        ] {
+            let mut puppet =
+                come(server, &handshake).unwrap_or_else(|| panic!("the server listens"));
+            puppet.send(&json!({"action": "ping", "id": "p"}));
+            let first = puppet.receive();
+            assert_eq!(first["in_reply_to"], "p", "it is left: {first}");
+        }
+    }
+}
+
+/// An app that is a process; `None` where the server is gone.
+fn come(server: &Daemon, handshake: &Value) -> Option<Puppet> {
+    let socket = server.socket().to_str().unwrap_or_default();
+    let mut puppet = Puppet::start(CLIENT, &[socket]);
+    let mut handshake = handshake.clone();
+    handshake["action"] = "handshake".into();
+    puppet.try_send(&handshake);
+    let ack: Value = serde_json::from_str(&puppet.line()?).ok()?;
+    assert_eq!(ack["status"], "ok", "{ack}");
+    Some(puppet)
+}
+
+fn answer(handler: &mut Puppet, call: &Value) {
+    handler.try_send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": call["data"]}));
+}

@@ -1,0 +1,324 @@
+//! The crash test: random operations of many clients, kills of the server and of clients at random moments and at named
+//! places, restarts, and a look whether everything that was acknowledged is there and nothing else is left.
+//!
+//! `LATZERO_CRASH_ROUNDS` says how many lives of a server (50), `LATZERO_CRASH_SEED` which ones; `cargo xtask crash` sets both.
+//! A seed decides what is asked and when the server is to die, in steps of all clients together; the system decides how the
+//! clients' steps fall between each other, so a seed that failed may need several tries.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+mod actor;
+mod calls;
+mod files;
+mod left_behind;
+mod mapped;
+mod random;
+mod round;
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::panic::AssertUnwindSafe;
+use std::time::Instant;
+
+use latzero_tests::site::{Daemon, Site, Start};
+use serde_json::{Value, json};
+
+use actor::Actor;
+use calls::Calls;
+use mapped::Mapped;
+use random::Random;
+use round::{Round, ok};
+
+const ROUNDS: u64 = 50;
+const SEED: u64 = 1;
+
+/// Lives of servers on one directory.
+const LIVES: u64 = 10;
+
+const ACTORS: u64 = 3;
+
+/// Named places that a server passes while it works, and how often at most before one lets it die there.
+const WORKING: &[(&str, u64)] = &[
+    ("store.begin", 12),
+    ("store.before_commit", 12),
+    ("store.after_commit", 12),
+    ("store.before_tell", 12),
+    ("backup.step", 2),
+    ("backup.copied", 1),
+    ("backup.before_rename", 1),
+    ("backup.after_rename", 1),
+];
+
+/// Those that it passes when it stops.
+const STOPPING: &[&str] = &["store.before_checkpoint", "store.after_checkpoint"];
+
+/// Those that it passes when it starts for the first time.
+const FIRST: &[&str] = &["migrate.before_commit", "migrate.after_commit"];
+
+/// Those that it passes when it takes a backup in a damaged database's place.
+const RESTORING: &[&str] = &[
+    "restore.built",
+    "restore.decided",
+    "restore.set_aside",
+    "restore.renamed",
+];
+
+fn number(name: &str, default: u64) -> u64 {
+    let set = std::env::var(name).ok();
+    set.map_or(default, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is no number"))
+    })
+}
+
+/// What happened, for whoever looks at the numbers.
+#[derive(Default)]
+struct Tally {
+    lives: u64,
+    steps: u64,
+    reads: u64,
+    parked: usize,
+    answers: usize,
+    failpoints: BTreeMap<&'static str, u64>,
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_and_nothing_is_left() {
+    let rounds = number("LATZERO_CRASH_ROUNDS", ROUNDS);
+    let first = number("LATZERO_CRASH_SEED", SEED);
+    let begun = Instant::now();
+    let mut tally = Tally::default();
+    for site in 0..rounds.div_ceil(LIVES) {
+        let lives = LIVES.min(rounds - site * LIVES);
+        let seed = first + site;
+        let run = std::panic::catch_unwind(AssertUnwindSafe(|| one_site(seed, lives, &mut tally)));
+        if let Err(panic) = run {
+            eprintln!("seed {seed} failed: cargo xtask crash --rounds {lives} --seed {seed}");
+            std::panic::resume_unwind(panic);
+        }
+    }
+    println!(
+        "{} lives, {} steps, {} calls parked, {} answers, {} reads of a mapped block, {:.1} s; failpoints: {:?}",
+        tally.lives,
+        tally.steps,
+        tally.parked,
+        tally.answers,
+        tally.reads,
+        begun.elapsed().as_secs_f64(),
+        tally.failpoints
+    );
+}
+
+fn at_failpoint(name: &str, pass: u64) -> Start {
+    Start {
+        failpoint: Some(format!("{name}:{pass}")),
+        ..settings()
+    }
+}
+
+fn settings() -> Start {
+    Start {
+        // A handler that owes an answer holds up no end.
+        settings: vec!["drain_timeout=1ms".into()],
+        ..Start::default()
+    }
+}
+
+fn one_site(seed: u64, lives: u64, tally: &mut Tally) {
+    let mut random = Random::new(seed);
+    let site = Site::new();
+    let mut world = World {
+        actors: (0..ACTORS)
+            .map(|n| Actor::new(n, random.branch(n)))
+            .collect(),
+        calls: Calls::default(),
+        mapped: Mapped::new(random.pick(&["shared", "persistent"])),
+    };
+    if random.one_in(2) {
+        let name = random.pick(FIRST);
+        die_at_start(&site, name, tally);
+    }
+    {
+        let server = site.start_with(&settings()).unwrap();
+        let (mut admin, _) = server.app(json!({"app_id": "admin"}));
+        let made = admin.request(json!({"action": "pool_create", "pool": "base", "durable": true}));
+        ok("base", &made);
+        server.kill();
+    }
+    for _ in 0..lives {
+        world.live(&site, &mut random, tally);
+        tally.lives += 1;
+    }
+    world.end(&site, &mut random, tally);
+    (tally.parked, tally.answers) = {
+        let (parked, answers) = world.calls.counts();
+        (tally.parked + parked, tally.answers + answers)
+    };
+    tally.reads += world.mapped.reads;
+}
+
+/// Starts a server that dies before it is ready.
+fn die_at_start(site: &Site, name: &'static str, tally: &mut Tally) {
+    let Err(refused) = site.start_with(&at_failpoint(name, 1)) else {
+        panic!("{name} is not passed at the start")
+    };
+    assert_eq!(refused.status.signal(), Some(9), "{name}: {refused:?}");
+    *tally.failpoints.entry(name).or_default() += 1;
+}
+
+struct World {
+    actors: Vec<Actor>,
+    calls: Calls,
+    mapped: Mapped,
+}
+
+impl World {
+    /// One life: look for what was acknowledged, work, die.
+    fn live(&mut self, site: &Site, random: &mut Random, tally: &mut Tally) {
+        let mut server = site.start_with(&settings()).unwrap();
+        self.verify(&server);
+        let named = random.one_in(2).then(|| random.pick(WORKING));
+        let stops = named.is_none() && random.one_in(6);
+        let has_backup =
+            named.is_some_and(|(name, _)| name.starts_with("backup.")) || random.one_in(8);
+        if let Some((name, passes)) = named {
+            server.kill();
+            let start = at_failpoint(name, 1 + random.below(passes));
+            server = match site.start_with(&start) {
+                Ok(server) => server,
+                // It wrote something at its start already.
+                Err(refused) => {
+                    assert_eq!(refused.status.signal(), Some(9), "{name}: {refused:?}");
+                    *tally.failpoints.entry(name).or_default() += 1;
+                    return;
+                }
+            };
+        } else if stops && random.one_in(2) {
+            let name = random.pick(STOPPING);
+            server.kill();
+            server = site.start_with(&at_failpoint(name, 1)).unwrap();
+            let mut status = server;
+            status.ask_to_stop();
+            let ended = status.wait();
+            assert_eq!(ended.signal(), Some(9), "{name}: {ended}");
+            *tally.failpoints.entry(name).or_default() += 1;
+            return;
+        } else if stops {
+            let ended = server.stop();
+            assert!(ended.success(), "{ended}");
+            return;
+        }
+        self.calls.new_life();
+        let strike_at = match random.below(4) {
+            0 => u64::MAX,
+            _ => 1 + random.below(90),
+        };
+        let round = Round::new(&server, strike_at, self.actors.len() + 1);
+        // Without one, every call waits for another life.
+        let has_handler = random.one_in(2);
+        let (calling, handling, mapping) = (random.branch(1), random.branch(2), random.branch(3));
+        let World {
+            actors,
+            calls,
+            mapped,
+        } = self;
+        let (calls, round) = (&*calls, &round);
+        std::thread::scope(|scope| {
+            for actor in actors {
+                scope.spawn(move || actor.run(round));
+            }
+            scope.spawn(move || calls.call(round, calling));
+            if has_handler {
+                scope.spawn(move || calls.handle(round, handling));
+            }
+            scope.spawn(move || mapped.run(round, mapping));
+            if has_backup {
+                scope.spawn(move || backup(round));
+            }
+        });
+        tally.steps += round.steps();
+        if let Some((name, _)) = named.filter(|_| !round.has_struck()) {
+            *tally.failpoints.entry(name).or_default() += 1;
+        }
+        let ended = server.wait();
+        assert_eq!(ended.signal(), Some(9), "the server ended with {ended}");
+    }
+
+    fn verify(&mut self, server: &Daemon) {
+        let (mut admin, _) = server.app(json!({"app_id": "admin"}));
+        check(&mut admin, "ok");
+        for actor in &mut self.actors {
+            actor.verify(server);
+        }
+        self.mapped.verify(server);
+    }
+
+    /// Everything ends well: nothing waits, and no file is left that should not be.
+    fn end(&mut self, site: &Site, random: &mut Random, tally: &mut Tally) {
+        self.calls.new_life();
+        let server = site.start_with(&settings()).unwrap();
+        self.verify(&server);
+        self.calls.settle(&server);
+        let (mut admin, _) = server.app(json!({"app_id": "admin"}));
+        // The ends of calls are not waited for; what is comes behind them.
+        let register = json!({"action": "trigger_register", "triggers": ["end"]});
+        ok("end", &admin.request(register));
+        ok("backup", &admin.request(json!({"action": "backup"})));
+        server.kill();
+        if random.one_in(2) {
+            // The backup has everything, so nothing is lost with the database.
+            damage(site);
+            let name = random.pick(RESTORING);
+            die_at_start(site, name, tally);
+            let server = site.start_with(&settings()).unwrap();
+            let (mut admin, _) = server.app(json!({"app_id": "admin"}));
+            // At the last place all is done, and nothing of it is seen any more.
+            let is_told = name != "restore.renamed";
+            check(&mut admin, if is_told { "degraded" } else { "ok" });
+            server.kill();
+        }
+        let server = site.start_with(&settings()).unwrap();
+        self.verify(&server);
+        self.calls.none_left(&server);
+        let (mut overseer, _) = server.app(json!({"app_id": "overseer", "pools": ["base"]}));
+        let mut blocks: usize = self.actors.iter().map(Actor::blocks).sum();
+        let listed = overseer.request(json!({"action": "memory_info", "block_id": "m"}));
+        blocks += usize::from(listed["response"]["kind"] == "persistent");
+        assert!(server.stop().success());
+        files::check(&site.data_dir(), blocks);
+        // The lock is free.
+        assert!(site.start_with(&settings()).unwrap().stop().success());
+    }
+}
+
+/// The database is whole, and the server says how it is.
+fn check(admin: &mut latzero_tests::Wire, store: &str) {
+    let checked = admin.request(json!({"action": "db_check", "full": true}));
+    assert_eq!(ok("db_check", &checked)["ok"], true, "{checked}");
+    let health = admin.request(json!({"action": "health"}));
+    let parts = &ok("health", &health)["components"];
+    let seen: [&Value; 2] = [&parts["store"]["status"], &parts["memory"]["status"]];
+    assert_eq!(seen, [&json!(store), &json!("ok")], "{health}");
+}
+
+/// Has a backup made while everybody works.
+fn backup(round: &Round<'_>) {
+    let came = round.server.try_app(json!({"app_id": "admin"})).unwrap();
+    if let Some((mut admin, _)) = came
+        && let Ok(reply) = round::ask(&mut admin, json!({"action": "backup"}))
+    {
+        ok("backup", &reply);
+    }
+}
+
+/// Spoils the database, all but its first bytes.
+fn damage(site: &Site) {
+    let path = site.data_dir().join("data.db");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes.iter_mut().skip(100).for_each(|byte| *byte = 0x5a);
+    std::fs::write(&path, bytes).unwrap();
+    let _ = std::fs::remove_file(site.data_dir().join("data.db-wal"));
+}

@@ -1,0 +1,87 @@
+//! One life of the server, and what ends it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+
+use latzero_tests::Wire;
+use latzero_tests::site::Daemon;
+use serde_json::Value;
+
+/// The server went away before it answered.
+pub(crate) struct Gone;
+
+/// One life of the server.
+pub(crate) struct Round<'a> {
+    pub(crate) server: &'a Daemon,
+    /// After how many steps of all clients together it is killed; where they do fewer, at their end.
+    strike_at: u64,
+    steps: AtomicU64,
+    /// Clients that still do steps.
+    active: AtomicUsize,
+    has_struck: AtomicBool,
+}
+
+impl<'a> Round<'a> {
+    pub(crate) fn new(server: &'a Daemon, strike_at: u64, active: usize) -> Round<'a> {
+        Round {
+            server,
+            strike_at,
+            steps: AtomicU64::new(0),
+            active: AtomicUsize::new(active),
+            has_struck: AtomicBool::new(false),
+        }
+    }
+
+    /// A client did something.
+    pub(crate) fn step(&self) {
+        if self.steps.fetch_add(1, SeqCst) + 1 == self.strike_at {
+            self.strike();
+        }
+    }
+
+    /// A client does nothing more. The last one ends the life.
+    pub(crate) fn done(&self) {
+        if self.active.fetch_sub(1, SeqCst) == 1 {
+            self.strike();
+        }
+    }
+
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps.load(SeqCst)
+    }
+
+    /// Whether it was killed, and did not kill itself at a failpoint.
+    pub(crate) fn has_struck(&self) -> bool {
+        self.has_struck.load(SeqCst)
+    }
+
+    fn strike(&self) {
+        self.has_struck.store(true, SeqCst);
+        self.server.strike();
+    }
+}
+
+/// Asks, and waits for the reply over whatever comes first.
+pub(crate) fn ask(wire: &mut Wire, mut message: Value) -> Result<Value, Gone> {
+    message["id"] = "r".into();
+    wire.try_send(&message).map_err(|_| Gone)?;
+    reply(wire, &message)
+}
+
+/// Waits for the reply to the request with id `r`.
+pub(crate) fn reply(wire: &mut Wire, asked: &Value) -> Result<Value, Gone> {
+    loop {
+        let got = wire.try_receive();
+        let (message, _) = got
+            .unwrap_or_else(|error| panic!("no reply to {asked}: {error}"))
+            .ok_or(Gone)?;
+        if message["in_reply_to"] == "r" {
+            return Ok(message);
+        }
+    }
+}
+
+/// The response of a request that can't be refused.
+pub(crate) fn ok<'v>(asked: &str, reply: &'v Value) -> &'v Value {
+    assert_eq!(reply["status"], "ok", "{asked}: {reply}");
+    &reply["response"]
+}
