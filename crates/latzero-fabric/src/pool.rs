@@ -220,6 +220,12 @@ impl<P: Clone> Pool<P> {
         }
     }
 
+    /// Whether anything in it may come due: it has members, or calls or answers that wait for some.
+    #[must_use]
+    pub fn is_due_to_wake(&self) -> bool {
+        self.members.len() > 0 || self.parked.counts() != (0, 0)
+    }
+
     /// The pool's number.
     #[must_use]
     pub fn number(&self) -> u32 {

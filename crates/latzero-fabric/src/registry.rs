@@ -294,6 +294,11 @@ impl<H: Host> Registry<H> {
             // A pool that closed itself to the app meanwhile is not asked for.
             let is_open = |name: &PoolName| self.pools.get(name).is_none_or(|p| p.admits(app_id));
             registration.pools.retain(is_open);
+            // Nor a trigger where it may no longer be served.
+            registration.triggers.retain(|spec| {
+                self.check_service(app_id, std::slice::from_ref(spec))
+                    .is_ok()
+            });
         }
         if registration.pools.is_empty() {
             registration
@@ -358,10 +363,11 @@ impl<H: Host> Registry<H> {
         if !is_known {
             self.offline.insert((app.last_seen, app_id.clone()));
         }
+        let becomes_lasting = is_lasting && !app.is_lasting;
         // A tool's visit under an app's name does not make the app less lasting, and an app may follow a tool.
         app.is_lasting |= is_lasting;
         app.registration = Remembered::Read(registration.clone());
-        if !is_same && !is_kept && app.keep(app_id, Some(peer), fx) {
+        if (!is_same || becomes_lasting) && !is_kept && app.keep(app_id, Some(peer), fx) {
             return Ok(Admitted::Later { rehydrated });
         }
 

@@ -888,7 +888,8 @@ impl<H: Host> Session<H> {
         let (unix_ms, peer) = (host.unix_ms(now), self.peer.clone());
         let is_promised = host
             .with_registry(|registry, fx| registry.create_pool(unix_ms, &app, create, &peer, fx))?;
-        let reply = pool_info(&name, host)?;
+        // It may be removed by now; what was promised is told all the same.
+        let reply = pool_info(&name, host).unwrap_or_else(|_| "{}".into());
         Ok(Reply::kept_if(is_promised, reply, Promise::Pool(name)))
     }
 

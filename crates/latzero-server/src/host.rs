@@ -326,12 +326,20 @@ impl IoHost {
     /// Does what a pool asked for about its blocks, now that it is free. What takes long goes to the blocks' own thread,
     /// whose word comes back through the first loop's mailbox.
     fn see_to_blocks(&mut self, pool: &Arc<PoolCell>) {
+        // What went and came of one pool is told at once: in between it might seem to hold nothing.
+        let mut counted: Vec<(PoolName, u32, i32)> = Vec::new();
         for (name, number, change) in std::mem::take(&mut self.fx.counted) {
+            match counted.iter_mut().find(|(_, known, _)| *known == number) {
+                Some((.., sum)) => *sum += change,
+                None => counted.push((name, number, change)),
+            }
+        }
+        for (name, number, change) in counted {
             let is_there =
                 self.with_registry(|registry, _| registry.count_held(&name, number, change));
             if !is_there && change > 0 {
                 // The pool went with its last member while the block was on its way into it.
-                self.with_pool(pool, Pool::close_blocks);
+                self.with_pool(pool, Pool::close_held);
             }
         }
         for job in std::mem::take(&mut self.fx.jobs) {
@@ -390,8 +398,8 @@ impl Host for IoHost {
             .expect("a panic under a pool's lock ends the server");
         let result = f(&mut guard, &mut self.fx);
         let is_first = match guard.next_deadline() {
-            Some(deadline) if guard.stats().members > 0 => self.shared.timers.arm(pool, deadline),
-            // Without members there are no calls; a pool that goes should not wait for its last deadline.
+            Some(deadline) if guard.is_due_to_wake() => self.shared.timers.arm(pool, deadline),
+            // Without members and what waits there are no calls; a pool that goes should not wait for its last deadline.
             _ => {
                 self.shared.timers.disarm(pool);
                 false

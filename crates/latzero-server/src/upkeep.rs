@@ -39,6 +39,7 @@ pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
         if let Err(error) = backup(shared, None) {
             tracing::error!(%error, "no backup was made; the last one stays");
         }
+        None
     });
     if let Err(error) = begun {
         tracing::warn!(%error, "the backup by schedule waits for its next turn");
@@ -62,14 +63,17 @@ pub(crate) fn begin(
             AdminAction::CheckDatabase(is_thorough) => check(shared, is_thorough),
             _ => unreachable!("no other action takes long"),
         };
-        if let Some(id) = id {
-            let home = asker.home;
-            shared.mailboxes[home].send(Command::Reply(asker, id, result));
-        }
+        id.map(|id| (asker, id, result))
     })
 }
 
-fn run(shared: &Arc<Shared>, work: impl FnOnce(&Shared) + Send + 'static) -> Result<(), Refusal> {
+/// A reply, and for whom.
+type Answered = (Arc<Peer>, Box<str>, Result<String, Refusal>);
+
+fn run(
+    shared: &Arc<Shared>,
+    work: impl FnOnce(&Shared) -> Option<Answered> + Send + 'static,
+) -> Result<(), Refusal> {
     if shared.is_in_upkeep.swap(true, Acquire) {
         let message = "a backup or a check of the database is under way; repeat when it is done";
         return Err(Refusal::new(Code::Overloaded, message));
@@ -78,8 +82,13 @@ fn run(shared: &Arc<Shared>, work: impl FnOnce(&Shared) + Send + 'static) -> Res
     let spawned = std::thread::Builder::new()
         .name("upkeep".into())
         .spawn(move || {
-            work(&own);
+            let answered = work(&own);
+            // Before the reply: who has it may ask for the next one.
             own.is_in_upkeep.store(false, Release);
+            if let Some((asker, id, result)) = answered {
+                let home = asker.home;
+                own.mailboxes[home].send(Command::Reply(asker, id, result));
+            }
         });
     spawned.map(|_| ()).map_err(|error| {
         shared.is_in_upkeep.store(false, Release);

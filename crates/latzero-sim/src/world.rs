@@ -292,7 +292,11 @@ impl World {
     pub fn advance(&mut self, ms: u64) {
         let until = self.now.after_ms(ms);
         loop {
-            let due = |pool: &PoolHandle| Some((pool.borrow().next_deadline()?, pool.clone()));
+            let due = |pool: &PoolHandle| {
+                let wakes = pool.borrow().is_due_to_wake();
+                let deadline = pool.borrow().next_deadline().filter(|_| wakes)?;
+                Some((deadline, pool.clone()))
+            };
             let next = self
                 .registry
                 .pools()
@@ -541,9 +545,11 @@ impl Host for World {
             self.touched.push(pool.clone());
         }
         let result = f(&mut pool.borrow_mut(), &mut self.fx);
-        for (name, number, change) in std::mem::take(&mut self.fx.storages.counted) {
+        let counted = std::mem::take(&mut self.fx.storages.counted);
+        if let Some((name, number, _)) = counted.first().cloned() {
+            let change: i32 = counted.iter().map(|(.., change)| change).sum();
             if !self.registry.count_held(&name, number, change) && change > 0 {
-                pool.borrow_mut().close_blocks(&mut self.fx);
+                pool.borrow_mut().close_held(&mut self.fx);
             }
         }
         let asked = std::mem::take(&mut self.fx.storages.asked);

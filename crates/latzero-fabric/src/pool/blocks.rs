@@ -867,8 +867,14 @@ impl<P: Clone> Pool<P> {
         Ok(description)
     }
 
+    /// A pool that nobody can reach any more lets go of what it holds.
+    pub fn close_held<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
+        self.close_parked(fx);
+        self.close_blocks(fx);
+    }
+
     /// A pool that goes takes its blocks along.
-    pub fn close_blocks<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
+    pub(super) fn close_blocks<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
         let keys: Vec<BlockKey> = self
             .blocks
             .blocks

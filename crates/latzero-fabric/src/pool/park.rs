@@ -30,6 +30,10 @@ use crate::time::Time;
 /// Parked calls that are given out at once; the rest follows when the driver calls again.
 const GIVEN_AT_ONCE_MAX: usize = 256;
 
+/// After how long parked calls are offered again to handlers that were busy, in milliseconds: a call that ends has it happen
+/// at once.
+const GIVE_AGAIN_MS: u64 = 1000;
+
 /// After how long an answer that did not fit into its caller's outbox is tried again, in milliseconds.
 const ANSWER_AGAIN_MS: u64 = 1000;
 
@@ -170,8 +174,8 @@ pub(super) struct ParkedCalls {
     deadlines: BTreeSet<(Time, u64)>,
     /// There is more to give out than was given at once: at the next timeout.
     pub(super) goes_on: Option<Time>,
-    /// Triggers whose handlers took no more, though calls wait.
-    stalled: BTreeSet<TriggerName>,
+    /// Triggers whose handlers took no more, though calls wait; and behind which number those stand.
+    stalled: BTreeMap<TriggerName, u64>,
     /// Calls whose handler died, to be given to another once it has left; and the triggers of those that are parked.
     orphans: Vec<(MemberKey, Option<Box<str>>, Box<Lasting>)>,
     orphaned: Vec<TriggerName>,
@@ -476,23 +480,38 @@ impl<P: Clone> Pool<P> {
         process: &str,
         fx: &mut E,
     ) {
+        self.give_parked_after(now, process, 0, fx);
+    }
+
+    /// As [`Pool::give_parked`], for those with a greater number than `after`: nobody is there for the others.
+    fn give_parked_after<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        process: &str,
+        after: u64,
+        fx: &mut E,
+    ) {
+        self.parked.stalled.remove(process);
         let Some(numbers) = self.parked.by_process.get(process) else {
             return;
         };
-        let numbers: Vec<u64> = numbers.iter().copied().collect();
-        for (given, number) in numbers.into_iter().enumerate() {
-            if given == GIVEN_AT_ONCE_MAX {
+        let numbers = numbers.range(after.saturating_add(1)..);
+        let numbers: Vec<u64> = numbers.take(GIVEN_AT_ONCE_MAX + 1).copied().collect();
+        for (seen, &number) in numbers.iter().enumerate() {
+            if seen == GIVEN_AT_ONCE_MAX {
                 // Others want the pool as well.
                 self.parked.goes_on = Some(soon(now));
-                self.stall(process);
+                self.stall(process, numbers[seen - 1]);
                 return;
             }
-            let Some(lasting) = self
-                .parked
-                .calls
-                .get_mut(&number)
-                .and_then(|parked| parked.waiting.take())
-            else {
+            let Some(parked) = self.parked.calls.get_mut(&number) else {
+                continue;
+            };
+            if parked.deadline <= now {
+                self.parked_refused(now, number, &too_late(), fx);
+                continue;
+            }
+            let Some(lasting) = parked.waiting.take() else {
                 continue;
             };
             match self.give(now, None, lasting, fx) {
@@ -507,16 +526,20 @@ impl<P: Clone> Pool<P> {
                     let parked = self.parked.calls.get_mut(&number).expect("just found");
                     parked.waiting = Some(lasting);
                     match error {
-                        // Its destination is not here; the next one's may be.
+                        // Its destination is not here, or can't take it; the next one's may be.
                         CallError::UnknownDestination => {}
-                        CallError::Refused(refusal) if refusal.code == Code::NoHandler => {}
-                        // All are busy: the order stays.
+                        CallError::Refused(refusal)
+                            if matches!(refusal.code, Code::NoHandler | Code::TooLarge) => {}
+                        // All are busy: the order stays. A full outbox empties without a word to the pool.
                         CallError::Refused(refusal) if refusal.code == Code::Overloaded => {
-                            self.stall(process);
+                            self.stall(process, number - 1);
+                            let again = now.after_ms(GIVE_AGAIN_MS);
+                            let goes_on = self.parked.goes_on.map_or(again, |at| at.min(again));
+                            self.parked.goes_on = Some(goes_on);
                             return;
                         }
                         CallError::Refused(refusal) => {
-                            self.finish_parked(now, number, Answered::refused(&refusal), fx);
+                            self.parked_refused(now, number, &refusal, fx);
                         }
                     }
                 }
@@ -524,9 +547,10 @@ impl<P: Clone> Pool<P> {
         }
     }
 
-    fn stall(&mut self, process: &str) {
+    /// Calls of a trigger wait that may be given out later: those with a greater number than `after`.
+    fn stall(&mut self, process: &str, after: u64) {
         if let Some((name, _)) = self.parked.by_process.get_key_value(process) {
-            self.parked.stalled.insert(name.clone());
+            self.parked.stalled.insert(name.clone(), after);
         }
     }
 
@@ -536,8 +560,8 @@ impl<P: Clone> Pool<P> {
             return;
         }
         self.parked.goes_on = None;
-        for process in std::mem::take(&mut self.parked.stalled) {
-            self.give_parked(now, process.as_str(), fx);
+        for (process, after) in std::mem::take(&mut self.parked.stalled) {
+            self.give_parked_after(now, process.as_str(), after, fx);
         }
     }
 
@@ -637,6 +661,9 @@ impl<P: Clone> Pool<P> {
                         waiting.attempt = lasting.attempt;
                     }
                     fx.keep(Change::Attempt(number, lasting.attempt), None);
+                    // Others may serve it, and be busy just now.
+                    let process = parked.process.clone();
+                    self.parked.orphaned.push(process);
                 }
                 _ => {
                     self.drop_repeats_of(&lasting, fx);
@@ -685,7 +712,7 @@ impl<P: Clone> Pool<P> {
         response: &Response<'_>,
         fx: &mut E,
     ) {
-        self.finish_parked(now, number, Answered::of(response), fx);
+        self.finish_parked(now, number, (Answered::of(response), true), fx);
     }
 
     /// A parked call is over without an answer of a handler's.
@@ -696,7 +723,7 @@ impl<P: Clone> Pool<P> {
         refusal: &Refusal,
         fx: &mut E,
     ) {
-        self.finish_parked(now, number, Answered::refused(refusal), fx);
+        self.finish_parked(now, number, (Answered::refused(refusal), false), fx);
     }
 
     /// A parked call is over: its caller is told, or its answer kept.
@@ -704,14 +731,18 @@ impl<P: Clone> Pool<P> {
         &mut self,
         now: Time,
         number: u64,
-        answer: Answered,
+        (mut answer, is_answered): (Answered, bool),
         fx: &mut E,
     ) {
         let Some(parked) = self.forget_parked(number, fx) else {
             return;
         };
-        if let Some(key) = &parked.idempotency_key {
-            self.repeats_answered(now, &parked.caller, key, &answer, fx);
+        match &parked.idempotency_key {
+            Some(key) if is_answered => {
+                self.repeats_answered(now, &parked.caller, key, &answer, fx);
+            }
+            Some(key) => self.repeats_dropped(&parked.caller, key, fx),
+            None => {}
         }
         if parked.id.is_empty() {
             fx.keep(Change::EndCall(number), None);
@@ -721,6 +752,17 @@ impl<P: Clone> Pool<P> {
         if self.tell_answer(whom, &parked.id, &answer, fx) {
             fx.keep(Change::EndCall(number), None);
             return;
+        }
+        let (bytes, limits) = (answer.bytes(), &self.limits);
+        if let Err(refusal) = fx.with_ledger(|ledger| check_parked(ledger, bytes, limits)) {
+            // Its caller is told at least that there was an answer.
+            let refusal = Refusal::new(
+                Code::HandlerGone,
+                format!("the answer could not be kept: {}", refusal.message),
+            );
+            answer = Answered::refused(&refusal);
+        } else {
+            fx.with_ledger(|ledger| ledger.unpark(bytes));
         }
         let ttl_ms = self.limits.answer_ttl_ms;
         let row = AnswerRow {
@@ -864,8 +906,7 @@ impl<P: Clone> Pool<P> {
             self.parked.deadlines.pop_first();
             if let Some(parked) = self.parked.calls.get(&number) {
                 if parked.waiting.is_some() {
-                    let message = "no handler came within the call's ttl";
-                    self.parked_refused(now, number, &Refusal::new(Code::Timeout, message), fx);
+                    self.parked_refused(now, number, &too_late(), fx);
                 } else if let Some(key) = parked.given {
                     self.end(now, key, super::End::TimedOut, fx);
                 }
@@ -890,6 +931,9 @@ impl<P: Clone> Pool<P> {
             if let Some(parked) = self.forget_parked(number, fx) {
                 let whom = (&parked.caller, Some(parked.instance));
                 self.tell_answer(whom, &parked.id, &answer, fx);
+                if let Some(key) = &parked.idempotency_key {
+                    self.repeats_dropped(&parked.caller, key, fx);
+                }
                 fx.keep(Change::EndCall(number), None);
             }
         }
@@ -898,6 +942,11 @@ impl<P: Clone> Pool<P> {
             self.drop_answer(number, fx);
         }
     }
+}
+
+/// Nobody came in time.
+fn too_late() -> Refusal {
+    Refusal::new(Code::Timeout, "no handler came within the call's ttl")
 }
 
 /// The next moment: whoever drives the pool sees to what else is due first.

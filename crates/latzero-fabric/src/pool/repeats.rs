@@ -89,7 +89,10 @@ impl<P: Clone> Pool<P> {
     ) -> Result<Seen, Refusal> {
         let member = self.members.at(place(caller)).expect("it calls");
         let known = (member.app.clone(), Box::from(key));
+        // The very call that is parked, said again by a caller that came back: it waits by itself.
+        let is_itself = id.is_some_and(|id| self.has_parked(&known.0, id));
         match self.repeats.known.get_mut(&known) {
+            Some(Repeat::Running(_)) if is_itself => Ok(Seen::Repeat),
             None => {
                 let limits = &self.limits;
                 while self.repeats.known.len() >= limits.repeats_max {
@@ -107,6 +110,8 @@ impl<P: Clone> Pool<P> {
                 Ok(Seen::First)
             }
             Some(Repeat::Running(waiting)) => {
+                // Those whose connection ended wait no more.
+                waiting.retain(|(member, _)| self.members.at(place(*member)).is_some());
                 if waiting.len() >= WAITING_MAX {
                     let message = format!("{WAITING_MAX} repeats of this call wait for its answer");
                     return Err(Refusal::new(Code::Overloaded, message));
@@ -145,8 +150,14 @@ impl<P: Clone> Pool<P> {
             return;
         };
         for (member, id) in waiting {
-            if let Some(to) = self.members.at(place(member)) {
-                self.send_answer(to, &id, answer, fx);
+            if let Some(to) = self.members.at(place(member))
+                && self.send_answer(to, &id, answer, fx) == Sent::Full
+            {
+                let message = "the answer did not fit into your outbox (limits.outbox_bytes_max): read faster, and repeat the call";
+                let refusal = Refusal::new(Code::HandlerGone, message);
+                fx.send(&to.peer, Class::Control, 256, |out| {
+                    encode::refusal(out, Some(&id), &refusal);
+                });
             }
         }
         let bytes = answer.bytes();

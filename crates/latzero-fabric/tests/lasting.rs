@@ -1,0 +1,258 @@
+//! Calls that outlive a connection, where things go wrong in turn: full outboxes, dead handlers, pools that close.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+mod net;
+
+use latzero_fabric::Limits;
+use latzero_sim::{Bounds, Peer};
+use net::Net;
+
+const H: &str = r#""triggers":["t"]"#;
+
+fn keyed(net: &mut Net, peer: Peer, id: &str, more: &str) -> String {
+    net.ask(
+        peer,
+        &format!(
+            r#"{{"action":"trigger","process":"t","id":"{id}","headers":{{"idempotency-key":"k"}}{more}}}"#
+        ),
+    )
+}
+
+#[test]
+fn calls_for_who_is_away_are_not_in_the_way_of_others() {
+    let mut net = Net::new();
+    let handler = net.app("handler", H);
+    let caller = net.app("caller", "");
+    for n in 0..600 {
+        net.call(
+            caller,
+            &n.to_string(),
+            r#""park":true,"destination":"away""#,
+        );
+    }
+    net.call(caller, "x", r#""park":true"#);
+    net.advance(1);
+    assert_eq!(net.sees(handler), "call t from caller: null");
+    // And when all were looked at, there is nothing to do until something happens.
+    net.world.take_log();
+    net.advance(100_000 - 60_000);
+    let log = net.world.take_log();
+    assert!(log.len() < 10_000, "{} things happened", log.len());
+}
+
+#[test]
+fn a_call_whose_handler_died_goes_to_the_one_that_has_room() {
+    let mut net = Net::new();
+    let c1 = r#""triggers":[{"name":"t","concurrency":1}]"#;
+    let a = net.app("a", c1);
+    let b = net.app("b", c1);
+    let caller = net.app("caller", "");
+    net.call(caller, "1", r#""park":true,"redeliver":true"#);
+    net.call(caller, "2", r#""park":true,"redeliver":true"#);
+    assert_ne!(net.sees(a), "");
+    let id = net.last_call(b);
+    net.hang_up(a);
+    net.answer_to(b, &id, r#""status":"ok","response":1"#);
+    net.advance(1000);
+    assert_eq!(
+        net.sees(b),
+        "call t from caller: null",
+        "b is free and gets the call of a"
+    );
+}
+
+#[test]
+fn a_call_that_nobody_answered_is_no_answer_for_its_repeats() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    keyed(&mut net, caller, "1", r#","park":true,"ttl":100"#);
+    net.advance(200);
+    assert_eq!(net.sees(caller), "1 failed: timeout ran=unknown");
+    let handler = net.app("handler", H);
+    assert_eq!(keyed(&mut net, caller, "2", ""), "");
+    assert_eq!(net.sees(handler), "call t from caller: null");
+}
+
+#[test]
+fn repeats_end_with_their_pool() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    net.ask(caller, r#"{"action":"pool_create","id":"p","pool":"p"}"#);
+    net.ask(caller, r#"{"action":"pool_join","id":"j","pool":"p"}"#);
+    keyed(&mut net, caller, "1", r#","park":true,"pool":"p""#);
+    keyed(&mut net, caller, "2", r#","park":true,"pool":"p""#);
+    let seen = net.ask(
+        caller,
+        r#"{"action":"pool_remove","id":"r","pool":"p","force":true}"#,
+    );
+    net.advance(60000);
+    let seen = seen + &net.sees(caller);
+    assert!(seen.contains("2 failed"), "{seen}");
+}
+
+#[test]
+fn repeats_of_who_left_do_not_count() {
+    let mut net = Net::new();
+    let _handler = net.app("handler", H);
+    for n in 0..18 {
+        let caller = net.app("caller", "");
+        assert_eq!(keyed(&mut net, caller, "1", ""), "", "at {n}");
+        net.hang_up(caller);
+    }
+}
+
+#[test]
+fn a_parked_call_that_is_said_again_is_answered_once() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    keyed(&mut net, caller, "1", r#","park":true"#);
+    net.hang_up(caller);
+    let caller = net.app("caller", "");
+    keyed(&mut net, caller, "1", r#","park":true"#);
+    let handler = net.connect();
+    net.say(
+        handler,
+        r#"{"action":"handshake","app_id":"handler","triggers":["t"]}"#,
+    );
+    net.answer(handler, r#""status":"ok","response":1"#);
+    assert_eq!(net.sees(caller), "1 ok: 1");
+}
+
+#[test]
+fn an_app_that_follows_a_tool_is_written_down() {
+    let mut net = Net::new();
+    let _tool = net.app("a", r#""pools":["p"],"triggers":["t"],"transient":true"#);
+    assert_eq!(net.world.rows().apps.len(), 0);
+    let _app = net.app("a", r#""pools":["p"],"triggers":["t"]"#);
+    assert_eq!(net.world.rows().apps.len(), 1, "acknowledged, and on disk");
+}
+
+#[test]
+fn who_comes_back_serves_no_more_where_it_may_not() {
+    let mut net = Net::new();
+    let a = net.app(
+        "a",
+        r#""pools":["default","p"],"triggers":[{"name":"t","pools":["p"]}]"#,
+    );
+    net.hang_up(a);
+    let e = net.app("evil", "");
+    net.ask(
+        e,
+        r#"{"action":"pool_create","id":"p","pool":"p","policy":{"serve":["evil"]}}"#,
+    );
+    let (_, seen) = net.hello("a", "");
+    assert!(seen.starts_with("hello"), "{seen}");
+}
+
+#[test]
+fn kept_answers_are_bounded() {
+    let mut net = Net::with(|l| l.parked_bytes_max = 10_000);
+    let caller = net.app("caller", "");
+    for n in 0..10 {
+        net.call(caller, &n.to_string(), r#""park":true"#);
+    }
+    net.hang_up(caller);
+    let h = net.connect();
+    net.say(h, r#"{"action":"handshake","app_id":"h","triggers":["t"]}"#);
+    let ids: Vec<_> = net
+        .messages(h)
+        .iter()
+        .filter(|m| m.json["action"] == "trigger")
+        .map(|m| m.json["id"].as_str().unwrap().to_owned())
+        .collect();
+    for id in ids {
+        net.answer_to(
+            h,
+            &id,
+            &format!(r#""status":"ok","response":"{}""#, "x".repeat(500_000)),
+        );
+    }
+    let bytes: usize = net
+        .world
+        .rows()
+        .answers
+        .values()
+        .map(|r| r.frame.len())
+        .sum();
+    assert!(
+        bytes < 20_000,
+        "{bytes} bytes are kept, limits.parked_bytes_max is 10000"
+    );
+}
+
+#[test]
+fn parked_calls_are_offered_again_to_who_was_full() {
+    let mut net = Net::bounded(
+        Limits::default(),
+        Bounds {
+            outbox_bytes: 20_000,
+            ..Bounds::default()
+        },
+    );
+    let h = net.app("h", r#""triggers":["e"]"#);
+    let caller = net.app("caller", "");
+    net.call(caller, "1", r#""park":true"#);
+    for _ in 0..400 {
+        net.world.feed(
+            caller,
+            &latzero_sim::encode_frame(
+                &format!(
+                    r#"{{"action":"emit","process":"e","data":"{}"}}"#,
+                    "x".repeat(100)
+                ),
+                None,
+            ),
+        );
+    }
+    net.say(
+        h,
+        r#"{"action":"trigger_register","id":"r","triggers":["t"]}"#,
+    );
+    // it reads everything now
+    let first = net.sees(h);
+    assert!(!first.contains("call t"));
+    net.advance(10_000);
+    assert_eq!(net.sees(h), "call t from caller: null");
+}
+
+#[test]
+fn a_repeat_that_can_not_be_answered_is_told_so() {
+    let mut net = Net::bounded(
+        Limits::default(),
+        Bounds {
+            outbox_bytes: 20_000,
+            ..Bounds::default()
+        },
+    );
+    let h = net.app("h", r#""triggers":["t"]"#);
+    let c1 = net.app("caller", r#""triggers":["e"]"#);
+    let c2 = net.app("caller", r#""triggers":["e"]"#);
+    for (c, i) in [(c1, "1"), (c2, "2")] {
+        net.ask(c, &format!(r#"{{"action":"trigger","process":"t","id":"{i}","headers":{{"idempotency-key":"k"}}}}"#));
+    }
+    for _ in 0..400 {
+        net.world.feed(
+            h,
+            &latzero_sim::encode_frame(
+                &format!(
+                    r#"{{"action":"emit","process":"e","data":"{}"}}"#,
+                    "x".repeat(100)
+                ),
+                None,
+            ),
+        );
+    }
+    net.answer(h, r#""status":"ok","response":1"#);
+    let seen = net.sees(c2);
+    net.advance(60_000);
+    let seen = seen + &net.sees(c2);
+    assert!(
+        seen.contains("2 failed") || seen.contains("2 ok"),
+        "{}",
+        &seen[seen.len() - 60..]
+    );
+}
