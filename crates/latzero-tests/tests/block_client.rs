@@ -9,7 +9,7 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use latzero::blocking::App;
+use latzero::blocking::{App, Block};
 use latzero::{Code, LockMode, testing};
 use latzero_tests::PATIENCE;
 use rustix::process::{Pid, Signal, kill_process};
@@ -385,6 +385,90 @@ fn a_mapping_outlives_the_server_and_says_so() {
     }
     assert_eq!(block.read().unwrap(), (b"still".to_vec(), 1));
     assert_eq!(block.wait_for(0, WAIT).unwrap(), 1);
+}
+
+/// Has the server crash and start anew, which the handle's app notices in between.
+fn crash(server: &mut testing::Server, handle: &Block) {
+    server.kill();
+    let end = Instant::now() + PATIENCE;
+    while handle.is_live() {
+        assert!(Instant::now() < end, "it is not noticed");
+        std::thread::yield_now();
+    }
+    server.restart().unwrap();
+}
+
+fn wait_live(handle: &Block) {
+    let end = Instant::now() + PATIENCE;
+    while !handle.is_live() {
+        assert!(Instant::now() < end, "it does not come back");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn mapped_handles_go_on_after_a_crash_of_the_server() {
+    for is_locked in [false, true] {
+        let mut server = start();
+        let a = app(&server, Via::Mapped, "a");
+        let block = a.block("b").create(5).send().unwrap();
+        // Answered once it is written down, and with it the block.
+        let b = app(&server, Via::Mapped, "b");
+        let reader = b.block("b").attach().unwrap();
+        block.write_at(0, b"first").unwrap();
+        block.write_at(0, b"still").unwrap();
+        let mut changes = reader.changes().unwrap();
+        let held = is_locked.then(|| block.writer(WAIT).unwrap());
+        crash(&mut server, &block);
+        // Asked for before the reconnect, and given once the block is back.
+        let mut draft = block.write(WAIT).unwrap();
+        assert_eq!(block.read().unwrap(), (b"still".to_vec(), 2));
+        if let Some(held) = held {
+            assert!(!held.lock().is_held());
+            assert_eq!(kind(held.write(0, b"never")), Code::LockLost);
+        }
+        draft.write(0, b"again").unwrap();
+        assert_eq!(draft.commit().unwrap(), 3);
+        assert!(block.is_live());
+        assert_eq!(reader.wait_for(2, WAIT).unwrap(), 3);
+        assert_eq!(reader.read().unwrap(), (b"again".to_vec(), 3));
+        while changes.recv_timeout(WAIT).unwrap().unwrap() < 3 {}
+        wait_live(&reader);
+        assert_eq!(block.generation(), if is_locked { 2 } else { 1 });
+        // The subscription came back with the block: what is written through the server is told.
+        let c = app(&server, Via::Copied, "c");
+        let other = c.block("b").attach_writable().unwrap();
+        assert_eq!(other.write_at(0, b"final").unwrap(), 4);
+        while changes.recv_timeout(WAIT).unwrap().unwrap() < 4 {}
+        assert_eq!(reader.read().unwrap(), (b"final".to_vec(), 4));
+    }
+}
+
+#[test]
+fn a_reader_alone_keeps_a_block_over_a_crash() {
+    let mut server = start();
+    let a = app(&server, Via::Mapped, "a");
+    let block = a.block("b").create(5).send().unwrap();
+    block.write_at(0, b"still").unwrap();
+    let b = app(&server, Via::Mapped, "b");
+    let reader = b.block("b").attach().unwrap();
+    drop((block, a));
+    crash(&mut server, &reader);
+    // The first request over the new connection has it given back.
+    assert_eq!(reader.info().unwrap()["version"], 1);
+    wait_live(&reader);
+    assert_eq!(reader.read().unwrap().1, 1);
+    let maker = app(&server, Via::Mapped, "a");
+    let block = maker.block("b").attach_writable().unwrap();
+    assert_eq!(block.read().unwrap(), reader.read().unwrap());
+    assert_eq!(block.write_at(0, &[7; 5]).unwrap(), 2);
+    assert_eq!(reader.wait_for(1, WAIT).unwrap(), 2);
+    assert_eq!(reader.read().unwrap().0, [7; 5]);
+    // What nobody has mapped is gone.
+    drop((block, reader, b));
+    server.restart().unwrap();
+    let c = app(&server, Via::Mapped, "c");
+    assert_eq!(kind(c.block("b").attach()), Code::NoBlock);
 }
 
 #[test]

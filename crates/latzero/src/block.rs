@@ -5,6 +5,10 @@
 //! anew first where that is needed. Reading a mapped block, waiting for its next version and writing under a lock that is
 //! already held need no server at all.
 //!
+//! A server that is started anew after a crash has no shared memory; whoever has it mapped gives it back with the attach that
+//! follows the reconnect, so that the same handles go on. For this each mapped shared block keeps its file descriptor, one per
+//! attachment; where the process may open no more (getrlimit(2), `RLIMIT_NOFILE`), the block works and can't be given back.
+//!
 //! Bounds: 256 futures of one app wait for mapped blocks at a time ([`Block::wait_for`], else `overloaded`), 64 attempts at a
 //! whole version (else `contended`), and the server's `limits.max_frame` for what is one version of a copied block.
 
@@ -585,6 +589,7 @@ impl Block {
         let mut done = 0;
         loop {
             let n = (bytes.len() - done).min(self.room());
+            let part = &bytes[done..done + n];
             let mut more = json!({"offset": offset.saturating_add(done as u64)});
             if let Some(version) = if_version {
                 more["if_version"] = version.into();
@@ -592,9 +597,7 @@ impl Block {
             if let Some(fence) = fence {
                 more["lock"] = fence.to_string().into();
             }
-            let mut message = self.shared().message("memory_write", &more);
-            self.add_bytes(&mut message, &bytes[done..done + n]);
-            let reply = self.ask_message(message).await?;
+            let reply = self.ask_with("memory_write", &more, Some(part)).await?;
             let version = number(&reply, "version");
             self.shared().heard(version);
             done += n;
@@ -616,9 +619,7 @@ impl Block {
         bytes: &[u8],
     ) -> Result<Result<u64, Vec<u8>>, Error> {
         let more = json!({"offset": offset, "expected": STANDARD.encode(expected)});
-        let mut message = self.shared().message("memory_cas", &more);
-        self.add_bytes(&mut message, bytes);
-        let reply = self.ask_message(message).await?;
+        let reply = self.ask_with("memory_cas", &more, Some(bytes)).await?;
         if reply["swapped"] == true {
             let version = number(&reply, "version");
             self.shared().heard(version);
@@ -787,18 +788,37 @@ impl Block {
     }
 
     async fn ask(&self, action: &str, more: &Value) -> Result<Value, Error> {
-        self.ask_message(self.shared().message(action, more)).await
+        self.ask_with(action, more, None).await
     }
 
-    async fn ask_message(&self, message: Message) -> Result<Value, Error> {
+    async fn ask_with(
+        &self,
+        action: &str,
+        more: &Value,
+        bytes: Option<&[u8]>,
+    ) -> Result<Value, Error> {
         self.check_fault()?;
-        Calling::of_message(&self.inner.app, message, Reply::into)
-            .within(MOVE_TIME)
-            .await
+        let ask = || {
+            let mut message = self.shared().message(action, more);
+            if let Some(bytes) = bytes {
+                message.payload("data", Payload::Bytes(bytes.to_vec()));
+            }
+            Calling::of_message(&self.inner.app, message, Reply::into).within(MOVE_TIME)
+        };
+        let known = lock(&self.shared().current).held();
+        match ask().await {
+            Err(e) if e.kind() == Code::NoBlock && self.is_back(&known).await => ask().await,
+            answer => answer,
+        }
     }
 
-    fn add_bytes(&self, message: &mut Message, bytes: &[u8]) {
-        message.payload("data", Payload::Bytes(bytes.to_vec()));
+    /// Whether the server has the block after all, of which it knew nothing when it was asked: what was `known` of it before
+    /// is of an earlier connection, and it was given back over this one.
+    async fn is_back(&self, known: &Held) -> bool {
+        known.attachment.is_some()
+            && self.app().core().epoch_now() != Some(known.epoch)
+            && self.readable().await.is_ok()
+            && self.is_live()
     }
 
     /// Bytes that fit into one message.

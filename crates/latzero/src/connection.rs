@@ -3,7 +3,8 @@
 //! Non-blocking attempts say so per call (`MSG_DONTWAIT`, recv(2)), so one thread can simply wait in `recv` while
 //! others try to write. A receive time-out lets such a thread look at its deadlines: one system call per wake.
 
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -14,7 +15,9 @@ use latzero_protocol::frame::{self, Accept};
 use latzero_protocol::limits::{DEFAULT_PORT, FORWARD_SLACK, MAX_FRAME_DEFAULT};
 use latzero_protocol::{Code, Ran};
 use latzero_shm::fds;
-use rustix::net::{RecvFlags, SendFlags, Shutdown, sockopt};
+use rustix::net::{
+    RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, sendmsg, sockopt,
+};
 use serde::Deserialize;
 
 use crate::builder::Config;
@@ -36,7 +39,7 @@ pub(crate) struct Link {
     pub(crate) ack: Ack,
     /// Whether attachment frames may travel.
     pub(crate) attachments: bool,
-    /// Whether file descriptors may come.
+    /// Whether file descriptors may travel, either way.
     pub(crate) takes_descriptors: bool,
     /// Descriptors that came right behind the handshake's acknowledgement.
     pub(crate) early_descriptors: Mutex<Vec<OwnedFd>>,
@@ -97,6 +100,27 @@ impl Link {
             rustix::net::send(
                 &self.socket,
                 bytes,
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            )
+        })
+    }
+
+    /// Sends what the kernel takes at once, with a descriptor that travels with the first byte (unix(7), `SCM_RIGHTS`).
+    pub(crate) fn try_send_with(
+        &self,
+        bytes: &[u8],
+        descriptor: &OwnedFd,
+    ) -> rustix::io::Result<usize> {
+        let descriptors = [descriptor.as_fd()];
+        rustix::io::retry_on_intr(|| {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let has_room = control.push(SendAncillaryMessage::ScmRights(&descriptors));
+            debug_assert!(has_room, "the space is for one");
+            sendmsg(
+                &self.socket,
+                &[IoSlice::new(bytes)],
+                &mut control,
                 SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
             )
         })

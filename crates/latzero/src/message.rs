@@ -2,6 +2,8 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use base64::Engine as _;
 use latzero_protocol::encode::{append_str, append_u64};
@@ -21,6 +23,8 @@ pub(crate) struct Message {
     raw: Option<(&'static str, Vec<u8>)>,
     /// Where the field of [`Message::body`] stands.
     body: Range<usize>,
+    /// What travels with its first byte; it leaves only over a connection that passes descriptors.
+    pub(crate) descriptor: Option<Arc<OwnedFd>>,
 }
 
 /// Bytes that the id, its key and the closing brace may need, and the `encoding` field.
@@ -72,6 +76,7 @@ impl Message {
             text,
             raw: None,
             body: 0..0,
+            descriptor: None,
         }
     }
 
@@ -85,6 +90,7 @@ impl Message {
             text,
             raw: None,
             body: 0..0,
+            descriptor: None,
         }
     }
 
@@ -102,6 +108,12 @@ impl Message {
     pub(crate) fn number(&mut self, key: &str, value: u64) {
         self.key(key);
         append_u64(&mut self.text, value);
+    }
+
+    /// Has a descriptor travel with the message.
+    pub(crate) fn carry(&mut self, descriptor: Arc<OwnedFd>) {
+        self.number("descriptors", 1);
+        self.descriptor = Some(descriptor);
     }
 
     /// Adds a field whose value is JSON text.

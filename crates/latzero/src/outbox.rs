@@ -4,6 +4,8 @@
 //! their bytes ride along when it comes back. What the kernel does not take stays here until the socket is writable,
 //! and above a bound nobody may append before some of it is gone.
 
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
@@ -71,12 +73,22 @@ pub(crate) struct Submitted {
     pub(crate) alone: bool,
 }
 
+/// A descriptor on its way.
+#[derive(Debug)]
+struct Carried {
+    /// Where in the buffer the first byte of its message is.
+    at: usize,
+    descriptor: Arc<OwnedFd>,
+}
+
 #[derive(Debug)]
 struct Inner {
     phase: Phase,
     buf: Vec<u8>,
     /// What of `buf` was sent already.
     head: usize,
+    /// What travels with bytes of `buf` that were not sent yet, in their order.
+    carried: VecDeque<Carried>,
     spare: Vec<u8>,
     writing: bool,
     /// Bytes appended on this connection so far.
@@ -107,6 +119,7 @@ impl Outbox {
                 phase: Phase::Down,
                 buf: Vec::new(),
                 head: 0,
+                carried: VecDeque::new(),
                 spare: Vec::new(),
                 writing: false,
                 appended: 0,
@@ -194,6 +207,10 @@ impl Outbox {
             );
             return Poll::Ready(Err(Error::new(Code::TooLarge, text)));
         }
+        if message.descriptor.is_some() && !link.takes_descriptors {
+            let text = "this connection passes no file descriptors; the server's Unix socket does";
+            return Poll::Ready(Err(Error::new(Code::BadMessage, text).with_ran(Ran::No)));
+        }
         let (attachments, epoch) = (link.attachments, link.epoch);
         let mut submitted = Submitted {
             key: None,
@@ -266,10 +283,11 @@ impl Outbox {
             let spare = std::mem::take(&mut inner.spare);
             let mut chunk = std::mem::replace(&mut inner.buf, spare);
             let mut at = std::mem::take(&mut inner.head);
+            let mut carried = std::mem::take(&mut inner.carried);
             inner.attempted += (chunk.len() - at) as u64;
             drop(inner);
             let blocked = loop {
-                match link.try_send(&chunk[at..]) {
+                match send(&link, &chunk, at, &mut carried) {
                     Ok(n) => at += n,
                     Err(rustix::io::Errno::AGAIN) => break true,
                     // The reader will find out, after it has read what the server still said.
@@ -286,6 +304,11 @@ impl Outbox {
                 inner.attempted -= (chunk.len() - at) as u64;
             }
             if blocked && is_same {
+                for mut later in inner.carried.drain(..) {
+                    later.at += chunk.len();
+                    carried.push_back(later);
+                }
+                inner.carried = carried;
                 chunk.extend_from_slice(&inner.buf);
                 inner.buf = chunk;
                 inner.head = at;
@@ -348,6 +371,30 @@ impl Outbox {
     }
 }
 
+/// Sends from `chunk[at]` on, up to where a descriptor is to travel next: bytes before its message carry none.
+fn send(
+    link: &Link,
+    chunk: &[u8],
+    at: usize,
+    carried: &mut VecDeque<Carried>,
+) -> rustix::io::Result<usize> {
+    let Some(next) = carried.front() else {
+        return link.try_send(&chunk[at..]);
+    };
+    if at < next.at {
+        return link.try_send(&chunk[at..next.at]);
+    }
+    let end = carried.get(1).map_or(chunk.len(), |after| after.at);
+    let sent = match link.try_send_with(&chunk[at..end], &next.descriptor) {
+        // Too many of this user's are on their way (unix(7)), and nobody says when they are not: the server refuses a
+        // message that comes without what it names, and everything behind it goes on.
+        Err(rustix::io::Errno::TOOMANYREFS) => link.try_send(&chunk[at..end]),
+        sent => sent,
+    }?;
+    carried.pop_front();
+    Ok(sent)
+}
+
 fn gone() -> Error {
     Error::new(
         Code::Disconnected,
@@ -365,6 +412,12 @@ fn in_use(id: &str) -> Error {
 impl Inner {
     fn append_message(&mut self, message: &mut Message, id: Option<Id>, attachments: bool) {
         let before = self.buf.len();
+        if let Some(descriptor) = message.descriptor.take() {
+            self.carried.push_back(Carried {
+                at: before,
+                descriptor,
+            });
+        }
         message.finish(id, attachments, &mut self.buf);
         self.appended += (self.buf.len() - before) as u64;
     }
@@ -378,6 +431,7 @@ impl Inner {
         self.phase = phase;
         self.buf = Vec::new();
         self.head = 0;
+        self.carried = VecDeque::new();
         self.attempted
     }
 }

@@ -44,10 +44,17 @@ impl BlockLock {
             more["lease"] = ms(lease).clamp(1, TTL_MAX_MS).into();
         }
         let app = block.app();
-        let message = block.shared().message("memory_lock", &more);
-        let calling = Calling::of_message(app, message, Ok).within(wait + GRACE);
-        let mut asked = Asked(Some((block.clone(), calling)));
-        let reply = poll_fn(|cx| asked.poll(cx)).await?;
+        let ask = async || {
+            let message = block.shared().message("memory_lock", &more);
+            let calling = Calling::of_message(app, message, Ok).within(wait + GRACE);
+            let mut asked = Asked(Some((block.clone(), calling)));
+            poll_fn(|cx| asked.poll(cx)).await
+        };
+        let known = lock(&block.shared().current).held();
+        let reply = match ask().await {
+            Err(e) if e.kind() == Code::NoBlock && block.is_back(&known).await => ask().await,
+            reply => reply,
+        }?;
         BlockLock::granted(block, reply)
     }
 

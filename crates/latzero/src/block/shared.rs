@@ -63,6 +63,8 @@ impl Described {
 pub(crate) struct Current {
     pub(crate) described: Arc<Described>,
     pub(crate) attachment: Option<Arc<Attachment>>,
+    /// The shared memory that is mapped, for a server that comes back without it.
+    memory: Option<Arc<OwnedFd>>,
     /// Over which connection.
     pub(crate) epoch: u32,
 }
@@ -91,6 +93,11 @@ impl Current {
         epoch: u32,
     ) -> Result<Current, Error> {
         let described = Described::of(value).ok_or_else(super::unreadable)?;
+        let memory = match (&descriptor, described.kind) {
+            // Where this process may open no more, the block is like any other, but for a server that comes back.
+            (Some(descriptor), Kind::Shared) => descriptor.try_clone().ok().map(Arc::new),
+            _ => None,
+        };
         let attachment = match (described.is_mapped, descriptor) {
             (true, Some(descriptor)) => {
                 let geometry = Geometry::new(described.size, described.slots);
@@ -124,6 +131,7 @@ impl Current {
         Ok(Current {
             described: Arc::new(described),
             attachment,
+            memory,
             epoch,
         })
     }
@@ -159,6 +167,12 @@ pub(crate) struct Shared {
     pub(super) lost_locks: Mutex<Vec<u64>>,
     /// What went wrong where nobody could be told.
     pub(super) fault: Mutex<Option<Error>>,
+}
+
+/// Whether there is a later connection than `epoch`, and it passes descriptors: what came over `epoch` can be offered.
+fn passes_descriptors_since(app: &App, epoch: u32) -> bool {
+    let link = app.core().outbox.link();
+    link.is_some_and(|link| link.epoch != epoch && link.takes_descriptors)
 }
 
 /// Futures of one app that wait for mapped blocks at a time: each has a thread.
@@ -211,18 +225,30 @@ impl Shared {
     pub(super) async fn attach(self: &Arc<Self>, app: &App, access: Access) -> Result<Held, Error> {
         // Before the request: what moves behind it is seen next time.
         self.must_attach.store(false, Ordering::Release);
-        let more = json!({"mode": access.as_str()});
-        let message = self.message("memory_attach", &more);
-        let attached = Calling::of_message(app, message, Ok)
-            .await
-            .and_then(Current::of_reply);
+        // Before the answer: another attach of this handle may put the block's return in its place.
+        let (memory, epoch) = {
+            let current = lock(&self.current);
+            (current.memory.clone(), current.epoch)
+        };
+        let mut attached = self.ask_attach(app, access).await;
+        if attached.as_ref().is_err_and(|e| e.kind() == Code::NoBlock)
+            && let Some(memory) = memory
+            && passes_descriptors_since(app, epoch)
+        {
+            // Whatever comes of it: somebody else may have been faster.
+            self.offer(app, memory).await;
+            attached = self.ask_attach(app, access).await;
+        }
         match attached {
             Ok(current) => {
                 self.is_attached.store(true, Ordering::Release);
                 self.is_gone.store(false, Ordering::Release);
-                self.heard(current.described.version);
                 let held = current.held();
-                *lock(&self.current) = current;
+                let old = std::mem::replace(&mut *lock(&self.current), current);
+                self.heard(held.described.version);
+                if old.memory.is_some() && old.epoch != held.epoch {
+                    self.subscribe_again(app).await;
+                }
                 self.wake_waiting();
                 Ok(held)
             }
@@ -240,6 +266,38 @@ impl Shared {
                 Err(e)
             }
         }
+    }
+
+    async fn ask_attach(&self, app: &App, access: Access) -> Result<Current, Error> {
+        let more = json!({"mode": access.as_str()});
+        let message = self.message("memory_attach", &more);
+        Calling::of_message(app, message, Ok)
+            .await
+            .and_then(Current::of_reply)
+    }
+
+    /// Gives the server its memory back, where it is one that was started anew and awaits it.
+    async fn offer(&self, app: &App, memory: Arc<OwnedFd>) {
+        let mut message = self.message("memory_reoffer", &json!({}));
+        message.carry(memory);
+        // Refused where it is not awaited: then the attach that follows says what there is.
+        let _ = Calling::of_message(app, message, Ok).await;
+    }
+
+    /// Asks again to be told of changes, where anybody wants to be: what was said first over a new connection may have come
+    /// before somebody gave the block back.
+    async fn subscribe_again(&self, app: &App) {
+        if self.subscribers.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let message = self.message("memory_subscribe", &json!({}));
+        let subscribed = Calling::of_message(app, message, Reply::into::<Value>).await;
+        if let Ok(reply) = subscribed {
+            self.heard(super::number(&reply, "version"));
+        }
+        // Who wanted it may have gone meanwhile.
+        let core = app.core();
+        core.blocks.settle_subscription(core, self);
     }
 
     fn wake(&self, wake: &mut Vec<Waker>) {
@@ -413,13 +471,19 @@ impl Blocks {
 
     /// Notes that somebody does not any more, and gives the subscription up where nobody does.
     pub(super) fn end_subscription(&self, core: &Core, shared: &Shared) {
+        shared.subscribers.fetch_sub(1, Ordering::AcqRel);
+        self.settle_subscription(core, shared);
+    }
+
+    /// Gives the subscription up where nobody wants it.
+    fn settle_subscription(&self, core: &Core, shared: &Shared) {
         let state = lock(&self.state);
-        let left = shared.subscribers.fetch_sub(1, Ordering::AcqRel) - 1;
         let is_wanted = |other: &Known| {
             let other = other.shared.upgrade();
             other.is_some_and(|o| o.is_same(shared) && o.subscribers.load(Ordering::Acquire) > 0)
         };
-        if left > 0 || state.known.iter().any(is_wanted) {
+        let has_own = shared.subscribers.load(Ordering::Acquire) > 0;
+        if has_own || state.known.iter().any(is_wanted) {
             return;
         }
         core.append(shared.message("memory_unsubscribe", &json!({})));

@@ -6,13 +6,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use latzero::blocking::App;
 use latzero::{Code, LockMode, Reconnect};
+use latzero_shm::fds::recv_with_fds;
 use latzero_shm::{Custodian, Description, Geometry, State};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
@@ -662,4 +663,163 @@ fn a_reconnect_brings_versions_and_removals_that_were_missed() {
         block.writer(Duration::ZERO).unwrap_err().kind(),
         Code::NoBlock
     );
+    // Offered once, to the server that did not have it.
+    assert_eq!(keeper.count("memory_reoffer"), 1);
+}
+
+/// Reads a message, and how many descriptors came with its first byte.
+fn read_with(stream: &UnixStream) -> Option<(Value, Vec<OwnedFd>)> {
+    fn fill(stream: &UnixStream, mut to: &mut [u8], fds: &mut Vec<OwnedFd>) -> Option<()> {
+        while !to.is_empty() {
+            match recv_with_fds(stream, to, fds, 8).ok()? {
+                0 => return None,
+                n => to = &mut to[n..],
+            }
+        }
+        Some(())
+    }
+    let (mut fds, mut others) = (Vec::new(), Vec::new());
+    let mut prefix = [0; 4];
+    fill(stream, &mut prefix[..1], &mut fds)?;
+    fill(stream, &mut prefix[1..], &mut others)?;
+    let mut text = vec![0; u32::from_be_bytes(prefix) as usize];
+    fill(stream, &mut text, &mut others)?;
+    assert!(
+        others.is_empty(),
+        "a descriptor came within a message, not with its begin"
+    );
+    Some((serde_json::from_slice(&text).unwrap(), fds))
+}
+
+/// Emits that wait in front of the offer, far more than a socket takes.
+const EMITS: u64 = 500;
+
+/// A keeper whose second life knows nothing of its block until it is offered. It says in `asked` that it was asked for the
+/// block, and reads on when `go_on` says so.
+fn forgetful(
+    asked: mpsc::Sender<()>,
+    go_on: mpsc::Receiver<()>,
+    features: Value,
+) -> (Fake, Arc<Keeper>) {
+    let lives = AtomicUsize::new(0);
+    let gate = Mutex::new((asked, go_on));
+    let special = move |keeper: &Keeper, peer: &mut Peer, message: &Value| {
+        if message["action"] != "handshake" || lives.fetch_add(1, Ordering::SeqCst) == 0 {
+            return false;
+        }
+        let mut hello = ack(message, 1, &json!({}));
+        hello["features"] = features.clone();
+        peer.send(&hello);
+        let Socket::Unix(stream) = peer.clone().socket else {
+            panic!("it listens on a Unix socket");
+        };
+        let (mut is_there, mut emits) = (false, 0);
+        while let Some((message, fds)) = read_with(&stream) {
+            keeper.heard.lock().unwrap().push(message.clone());
+            let action = message["action"].as_str().unwrap();
+            assert_eq!(fds.len(), usize::from(action == "memory_reoffer"));
+            match action {
+                "memory_attach" if !message["id"].is_null() && !is_there => {
+                    let (asked, go_on) = &*gate.lock().unwrap();
+                    asked.send(()).unwrap();
+                    go_on.recv().unwrap();
+                    peer.send(&refusal(&message, "no_block"));
+                }
+                "memory_reoffer" => {
+                    let id = |fd: BorrowedFd<'_>| {
+                        let stat = rustix::fs::fstat(fd).unwrap();
+                        (stat.st_dev, stat.st_ino)
+                    };
+                    let block = keeper.block();
+                    assert_eq!(id(fds[0].as_fd()), id(block.writable().as_fd()));
+                    assert_eq!((&message["descriptors"], emits), (&json!(1), EMITS));
+                    is_there = true;
+                    peer.reply(&message, &json!({}));
+                }
+                "emit" => {
+                    assert_eq!(message["data"]["n"], emits);
+                    emits += 1;
+                }
+                _ => keeper.answer(peer, &message, None),
+            }
+        }
+        true
+    };
+    Keeper::start(true, 100, Box::new(special))
+}
+
+fn bulk(n: u64) -> Value {
+    json!({"n": n, "text": "x".repeat(8000)})
+}
+
+#[test]
+fn memory_goes_back_to_a_server_that_was_started_anew() {
+    let (asked, was_asked) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel();
+    let (fake, keeper) = forgetful(asked, may_go_on, json!(["attachments", "fd_passing"]));
+    let app = connect(&fake);
+    let block = app.block("b").attach().unwrap();
+    let mut changes = block.changes().unwrap();
+    keeper.block().write(0, b"kept", None).unwrap();
+    fake.cut();
+    was_asked.recv_timeout(PATIENCE).unwrap();
+    for n in 0..EMITS {
+        app.emit("news", &bulk(n)).send().unwrap();
+    }
+    go_on.send(()).unwrap();
+    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), Some(1));
+    assert!(block.is_live());
+    assert_eq!(&block.read().unwrap().0[..4], b"kept");
+    // It is told of changes again, which could not be asked for before the block was there: first, with its handle's first
+    // connection, then blindly, then for good.
+    keeper.wait_heard("memory_subscribe", 3);
+    app.emit("news", &bulk(EMITS)).send().unwrap();
+    keeper.wait_heard("emit", EMITS as usize + 1);
+    assert_eq!(keeper.count("memory_reoffer"), 1);
+}
+
+#[test]
+fn memory_goes_back_on_a_runtime_too() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (asked, was_asked) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel();
+    let (fake, keeper) = forgetful(asked, may_go_on, json!(["attachments", "fd_passing"]));
+    runtime.block_on(async {
+        let app = latzero::App::connect(&fake.url("me")).await.unwrap();
+        let block = app.block("b").attach_writable().await.unwrap();
+        let mut changes = block.changes().await.unwrap();
+        keeper.block().write(0, b"kept", None).unwrap();
+        fake.cut();
+        was_asked.recv_timeout(PATIENCE).unwrap();
+        for n in 0..EMITS {
+            app.emit("news", &bulk(n)).await.unwrap();
+        }
+        go_on.send(()).unwrap();
+        assert_eq!(changes.recv().await, Some(1));
+        assert_eq!(&block.read().await.unwrap().0[..4], b"kept");
+        app.emit("news", &bulk(EMITS)).await.unwrap();
+        keeper.wait_heard("emit", EMITS as usize + 1);
+        assert_eq!(keeper.count("memory_reoffer"), 1);
+    });
+}
+
+#[test]
+fn memory_is_not_offered_where_no_descriptors_travel() {
+    let (asked, was_asked) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel();
+    let (fake, keeper) = forgetful(asked, may_go_on, json!(["attachments"]));
+    let app = connect(&fake);
+    let block = app.block("b").attach().unwrap();
+    let mut changes = block.changes().unwrap();
+    fake.cut();
+    was_asked.recv_timeout(PATIENCE).unwrap();
+    go_on.send(()).unwrap();
+    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), None);
+    assert!(!block.is_live());
+    assert_eq!(block.read().unwrap(), (vec![0; 100], 0));
+    assert_eq!(keeper.count("memory_reoffer"), 0);
 }
