@@ -493,7 +493,7 @@ impl<P: Clone> Pool<P> {
                 let times = (now, fx.unix_ms(now));
                 let number = self.park(times, caller, trigger, Some(&peer), fx)?;
                 if must_wait {
-                    self.give_parked(now, &trigger.process, fx);
+                    self.give_newcomer(now, &trigger.process, number, fx);
                 }
                 Ok(Some(number))
             }

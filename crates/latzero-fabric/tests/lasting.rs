@@ -45,6 +45,22 @@ fn calls_for_who_is_away_are_not_in_the_way_of_others() {
 }
 
 #[test]
+fn a_call_is_given_out_at_once_behind_others_that_wait_for_who_is_away() {
+    let mut net = Net::new();
+    let handler = net.app("handler", H);
+    let caller = net.app("caller", "");
+    for n in 0..600 {
+        net.call(
+            caller,
+            &n.to_string(),
+            r#""park":true,"destination":"away""#,
+        );
+    }
+    net.call(caller, "x", r#""park":true"#);
+    assert_eq!(net.sees(handler), "call t from caller: null");
+}
+
+#[test]
 fn a_call_whose_handler_died_goes_to_the_one_that_has_room() {
     let mut net = Net::new();
     let c1 = r#""triggers":[{"name":"t","concurrency":1}]"#;

@@ -483,6 +483,20 @@ impl<P: Clone> Pool<P> {
         self.give_parked_after(now, process, 0, fx);
     }
 
+    /// Gives a call that was parked just now to a handler, if those before it wait for others: nobody is there for them, or
+    /// they would be stalled, and it stood behind them. So each that is parked is looked at once, not with all before it.
+    pub(super) fn give_newcomer<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        process: &str,
+        number: u64,
+        fx: &mut E,
+    ) {
+        if !self.parked.stalled.contains_key(process) && self.triggers.contains_key(process) {
+            self.give_parked_after(now, process, number - 1, fx);
+        }
+    }
+
     /// As [`Pool::give_parked`], for those with a greater number than `after`: nobody is there for the others.
     fn give_parked_after<E: Effects<Peer = P>>(
         &mut self,
