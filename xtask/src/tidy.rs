@@ -25,7 +25,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ("latzero-sim", &["latzero-fabric", "latzero-protocol"]),
     (
         "latzero-bench",
-        &["latzero", "latzero-protocol", "latzero-shm"],
+        &[
+            "latzero",
+            "latzero-protocol",
+            "latzero-shm",
+            "latzero-store",
+        ],
     ),
     (
         "latzero-fuzz",

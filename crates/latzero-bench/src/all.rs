@@ -1,6 +1,7 @@
 //! Every benchmark, one after the other.
 
 use crate::block::{self, BlockArgs};
+use crate::durable::{self, DurableArgs};
 use crate::failure::Failure;
 use crate::idle::{self, IdleArgs};
 use crate::lookup::{self, LookupArgs};
@@ -28,20 +29,23 @@ pub(crate) fn run(args: &AllArgs) -> Result<(), Failure> {
     let mut lookup = LookupArgs::default();
     let mut slow_reader = SlowReaderArgs::default();
     let mut block = BlockArgs::default();
+    let mut durable = DurableArgs::default();
     let mut rpc = RpcArgs::default();
     start.quick = quick;
     idle.quick = quick;
     lookup.quick = quick;
     slow_reader.quick = quick;
     block.quick = quick;
+    durable.quick = quick;
     rpc.quick = quick;
     // The quickest first: what keeps one from running keeps the others too.
-    let benches: [&dyn Fn() -> Result<Results, Failure>; 6] = [
+    let benches: [&dyn Fn() -> Result<Results, Failure>; 7] = [
         &|| start::run(&start),
         &|| idle::run(&idle),
         &|| lookup::run(&lookup),
         &|| slow_reader::run(&slow_reader),
         &|| block::run(&block),
+        &|| durable::run(&durable),
         &|| rpc::run(&rpc),
     ];
     let mut reports = Vec::new();

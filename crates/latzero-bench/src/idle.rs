@@ -128,7 +128,7 @@ fn measure(
 }
 
 /// Lets this process, and those it starts, have `wanted` descriptors each (`RLIMIT_NOFILE`, `getrlimit(2)`).
-fn raise_descriptors(wanted: u64) -> Result<(), Failure> {
+pub(crate) fn raise_descriptors(wanted: u64) -> Result<(), Failure> {
     let limit = getrlimit(Resource::Nofile);
     // No limit at all is `None`.
     if limit.maximum.is_some_and(|maximum| maximum < wanted) {

@@ -6,6 +6,7 @@
 
 mod all;
 mod block;
+mod durable;
 mod failure;
 mod frame;
 mod idle;
@@ -52,6 +53,8 @@ enum Bench {
     Start(start::StartArgs),
     /// Memory blocks beside bare mappings, memcpy, bare futexes and Redis
     Block(block::BlockArgs),
+    /// Parked calls, starts and returns with many known apps, and calls beside those of another server
+    Durable(durable::DurableArgs),
     /// Every benchmark, one after the other
     All(all::AllArgs),
     /// One process of a measurement; the program starts itself with this
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Bench::SlowReader(args) => slow_reader::run(&args).map(|results| results.print(args.json)),
         Bench::Start(args) => start::run(&args).map(|results| results.print(args.json)),
         Bench::Block(args) => block::run(&args).map(|results| results.print(args.json)),
+        Bench::Durable(args) => durable::run(&args).map(|results| results.print(args.json)),
         Bench::BlockRole(args) => block::play(&args),
         Bench::All(args) => all::run(&args),
         Bench::Role(args) => process::play(&args),

@@ -86,6 +86,32 @@ impl Process {
         }
     }
 
+    /// Asks the child to end (SIGTERM), and returns when it has.
+    pub(crate) fn end_orderly(mut self) -> Result<(), Failure> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)
+            .map_err(std::io::Error::from)
+            .during(format!("end {}", self.what))?;
+        // Its standard output ends with it.
+        let deadline = Instant::now() + READY_WAIT;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(_) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(Failure::said(format!(
+                        "{} does not end within {} s",
+                        self.what,
+                        READY_WAIT.as_secs()
+                    )));
+                }
+            }
+        }
+        let what = format!("wait for {}", self.what);
+        self.child.wait().map(drop).during(what)
+    }
+
     /// The address with which it announced itself; see [`announce`].
     pub(crate) fn wait_until_ready(&self) -> Result<String, Failure> {
         self.wait_for(READY_WAIT, |line| {

@@ -30,6 +30,8 @@ pub(crate) enum Unit {
     Millis,
     /// A multiple of another figure of the same run.
     Ratio,
+    /// So many a second.
+    PerSecond,
     /// Gigabytes (10^9) a second.
     GigabytesPerSecond,
 }
@@ -43,13 +45,14 @@ impl Unit {
             Self::Micros => "µs",
             Self::Millis => "ms",
             Self::Ratio => "×",
+            Self::PerSecond => "/s",
             Self::GigabytesPerSecond => "GB/s",
         }
     }
 
     fn digits(self) -> usize {
         match self {
-            Self::Bytes => 0,
+            Self::Bytes | Self::PerSecond => 0,
             Self::Mebibytes | Self::Micros | Self::Millis => 1,
             Self::Megabytes | Self::Ratio | Self::GigabytesPerSecond => 2,
         }

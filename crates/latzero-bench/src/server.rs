@@ -37,10 +37,15 @@ pub(crate) fn check_program() -> Result<(), Failure> {
     )))
 }
 
+/// Where the data directory of a server is that was started with its files under `scratch`.
+pub(crate) fn data_dir(scratch: &Path) -> PathBuf {
+    scratch.join("data")
+}
+
 /// Appends the arguments with which every server here is started: quiet, and with its files under `scratch`.
 pub(crate) fn append_start_args(command: &mut Command, scratch: &Path) {
     command.args(["start", "--port", "0", "--log-level", "warn", "--data-dir"]);
-    command.arg(scratch.join("data"));
+    command.arg(data_dir(scratch));
 }
 
 /// What the server's ready line says.
@@ -69,21 +74,39 @@ impl Ready {
     }
 }
 
-/// A running server; it ends, and its files go, when this is dropped.
+/// A running server; it is killed, and the files of its own go, when this is dropped.
 pub(crate) struct Running {
     process: Process,
     ready: Ready,
     /// Dropped after the process, which may write there until it ends.
-    _scratch: TempDir,
+    _scratch: Option<TempDir>,
 }
 
 impl Running {
     /// Starts a server with `settings`, each `NAME=VALUE`.
     pub(crate) fn start(settings: &[String]) -> Result<Self, Failure> {
-        check_program()?;
         let scratch = tempfile::tempdir().during("make a directory for the server")?;
-        let mut command = process::tied_command(&program())?;
-        append_start_args(&mut command, scratch.path());
+        let running = Self::start_in(scratch.path(), settings)?;
+        Ok(Self {
+            _scratch: Some(scratch),
+            ..running
+        })
+    }
+
+    /// As [`Running::start`], with files under `scratch`, which outlives the server.
+    pub(crate) fn start_in(scratch: &Path, settings: &[String]) -> Result<Self, Failure> {
+        check_program()?;
+        Self::start_program(&program(), scratch, settings)
+    }
+
+    /// As [`Running::start_in`], of another program than the usual one.
+    pub(crate) fn start_program(
+        program: &Path,
+        scratch: &Path,
+        settings: &[String],
+    ) -> Result<Self, Failure> {
+        let mut command = process::tied_command(program)?;
+        append_start_args(&mut command, scratch);
         for setting in settings {
             command.arg("--set").arg(setting);
         }
@@ -93,8 +116,17 @@ impl Running {
         Ok(Self {
             process,
             ready,
-            _scratch: scratch,
+            _scratch: None,
         })
+    }
+
+    /// Asks the server to end, and returns when it has. Dropped, it is killed.
+    pub(crate) fn end_orderly(self) -> Result<(), Failure> {
+        self.process.end_orderly()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
     }
 
     pub(crate) fn address(&self, transport: Transport) -> &str {

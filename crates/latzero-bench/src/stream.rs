@@ -5,6 +5,7 @@ use crate::frame::Input;
 use crate::plan::{Load, Outcome, Plan, RateClock, time_each};
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -41,6 +42,24 @@ impl Stream {
             Self::Unix(stream) => stream.set_read_timeout(timeout),
         }
         .during("bound the wait for an answer")
+    }
+
+    /// Whether reads and writes that would have to wait fail instead, with `WouldBlock`.
+    pub(crate) fn set_nonblocking(&self, nonblocking: bool) -> Result<(), Failure> {
+        match self {
+            Self::Tcp(stream) => stream.set_nonblocking(nonblocking),
+            Self::Unix(stream) => stream.set_nonblocking(nonblocking),
+        }
+        .during("choose whether a socket waits")
+    }
+}
+
+impl AsRawFd for Stream {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Tcp(stream) => stream.as_raw_fd(),
+            Self::Unix(stream) => stream.as_raw_fd(),
+        }
     }
 }
 

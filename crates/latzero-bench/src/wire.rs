@@ -7,7 +7,9 @@ use latzero_protocol::frame::{self, Accept};
 use latzero_protocol::limits::MAX_FRAME_DEFAULT;
 use serde::Deserialize;
 use serde_json::Value;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
 /// How long the server may take to answer.
@@ -24,71 +26,130 @@ pub(crate) struct Wire {
     used: usize,
 }
 
+/// What one read came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fill {
+    Some,
+    /// There is nothing to read yet.
+    Nothing,
+    /// The server closed the connection.
+    End,
+}
+
+impl AsRawFd for Wire {
+    fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+}
+
 impl Wire {
     /// Connects and introduces itself with `handshake`, which needs `app_id` at least.
     pub(crate) fn connect(
         server: &Running,
         transport: Transport,
-        mut handshake: Value,
+        handshake: Value,
     ) -> Result<Self, Failure> {
+        let mut wire = Self::open(server, transport)?;
+        wire.introduce(handshake)?;
+        Ok(wire)
+    }
+
+    /// Connects and says nothing yet.
+    pub(crate) fn open(server: &Running, transport: Transport) -> Result<Self, Failure> {
         let stream = Stream::connect(transport, server.address(transport))?;
         stream.set_read_timeout(Some(ANSWER_WAIT))?;
-        let mut wire = Self {
+        Ok(Self {
             stream,
             out: Vec::new(),
             input: Vec::new(),
             used: 0,
-        };
-        handshake["action"] = "handshake".into();
-        handshake["id"] = "h".into();
-        let ack = wire.ask(&handshake.to_string())?;
+        })
+    }
+
+    /// Has its handshake, and returns the acknowledgement.
+    pub(crate) fn introduce(&mut self, handshake: Value) -> Result<Value, Failure> {
+        let ack = self.ask(&handshake_json(handshake))?;
         if ack["status"] != "ok" {
             return Err(Failure::said(format!("the handshake was refused: {ack}")));
         }
         // Thousands of these wait side by side.
-        wire.out = Vec::new();
-        wire.input = wire.input.split_off(wire.used);
-        wire.used = 0;
-        Ok(wire)
+        self.out = Vec::new();
+        self.input = self.input.split_off(self.used);
+        self.used = 0;
+        Ok(ack)
+    }
+
+    /// From now on nothing here waits: see [`Wire::fill`].
+    pub(crate) fn set_nonblocking(&self) -> Result<(), Failure> {
+        self.stream.set_nonblocking(true)
     }
 
     /// Sends the message `json`.
     pub(crate) fn send(&mut self, json: &str) -> Result<(), Failure> {
-        self.out.clear();
+        self.append(json);
+        self.flush()
+    }
+
+    /// Puts the message `json` behind those that [`Wire::flush`] sends.
+    pub(crate) fn append(&mut self, json: &str) {
         frame::append(&mut self.out, |out| out.extend_from_slice(json.as_bytes()));
-        self.stream
-            .write_all(&self.out)
-            .during("write to the server")
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<(), Failure> {
+        let written = self.stream.write_all(&self.out);
+        self.out.clear();
+        written.during("write to the server")
     }
 
     /// The next message.
     pub(crate) fn receive(&mut self) -> Result<&[u8], Failure> {
+        loop {
+            if let Some(range) = self.next_received()? {
+                return Ok(&self.input[range]);
+            }
+            match self.fill()? {
+                Fill::Some => {}
+                Fill::Nothing => return Err(Failure::said("the server does not answer")),
+                Fill::End => return Err(Failure::said("the server closed the connection")),
+            }
+        }
+    }
+
+    /// The next message, if the whole of it has been read.
+    pub(crate) fn received(&mut self) -> Result<Option<&[u8]>, Failure> {
+        Ok(self.next_received()?.map(|range| &self.input[range]))
+    }
+
+    fn next_received(&mut self) -> Result<Option<Range<usize>>, Failure> {
         let accept = Accept {
             max_frame: MAX_FRAME_DEFAULT,
             attachments: false,
         };
-        let length = loop {
-            let unused = &self.input[self.used..];
-            if let Some((_, length)) =
-                frame::decode(unused, accept).map_err(|error| Failure::said(error.to_string()))?
-            {
-                break length;
-            }
-            self.input.drain(..self.used);
-            self.used = 0;
-            let mut bytes = [0; READ_BYTES];
-            match self
-                .stream
-                .read(&mut bytes)
-                .during("read from the server")?
-            {
-                0 => return Err(Failure::said("the server closed the connection")),
-                n => self.input.extend_from_slice(&bytes[..n]),
-            }
+        let decoded = frame::decode(&self.input[self.used..], accept)
+            .map_err(|error| Failure::said(error.to_string()))?;
+        let Some((_, length)) = decoded else {
+            return Ok(None);
         };
         let start = self.used + frame::PREFIX;
         self.used += length;
-        Ok(&self.input[start..self.used])
+        Ok(Some(start..self.used))
+    }
+
+    /// Reads once; what was returned before is thrown away.
+    pub(crate) fn fill(&mut self) -> Result<Fill, Failure> {
+        self.input.drain(..self.used);
+        self.used = 0;
+        let mut bytes = [0; READ_BYTES];
+        match self.stream.read(&mut bytes) {
+            Ok(0) => Ok(Fill::End),
+            Ok(n) => {
+                self.input.extend_from_slice(&bytes[..n]);
+                Ok(Fill::Some)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Fill::Nothing),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Fill::End),
+            Err(error) => Err(error).during("read from the server"),
+        }
     }
 
     /// Sends `json`, and returns the next message that replies to anything.
@@ -152,7 +213,14 @@ impl Wire {
     }
 }
 
-fn parse<'a, T: Deserialize<'a>>(message: &'a [u8]) -> Result<T, Failure> {
+/// The message of `handshake`, which needs `app_id` at least.
+pub(crate) fn handshake_json(mut handshake: Value) -> String {
+    handshake["action"] = "handshake".into();
+    handshake["id"] = "h".into();
+    handshake.to_string()
+}
+
+pub(crate) fn parse<'a, T: Deserialize<'a>>(message: &'a [u8]) -> Result<T, Failure> {
     serde_json::from_slice(message).map_err(|error| {
         Failure::said(format!(
             "{error}, in the server's {}",

@@ -78,10 +78,20 @@ fn an_unknown_contestant_is_named_with_those_there_are() {
     );
 }
 
+/// The server, where there is one.
+fn program() -> PathBuf {
+    let beside = Path::new(env!("CARGO_BIN_EXE_latzero-bench")).with_file_name("latzero");
+    std::env::var_os("LATZERO_BIN").map_or(beside, PathBuf::from)
+}
+
 /// Runs `bench --quick --json`, or returns `None`, with a message, where there is no server to run it with.
 fn with_server(bench_name: &str) -> Option<Value> {
-    let beside = Path::new(env!("CARGO_BIN_EXE_latzero-bench")).with_file_name("latzero");
-    let program = std::env::var_os("LATZERO_BIN").map_or(beside, PathBuf::from);
+    with_server_and(bench_name, &[])
+}
+
+/// As [`with_server`], with more arguments.
+fn with_server_and(bench_name: &str, more: &[&str]) -> Option<Value> {
+    let program = program();
     if !program.is_file() {
         eprintln!(
             "skipped `{bench_name}`: {} is not built (`cargo build -p latzero-cli`, or name the \
@@ -90,7 +100,7 @@ fn with_server(bench_name: &str) -> Option<Value> {
         );
         return None;
     }
-    let output = bench(&[bench_name, "--quick", "--json"]);
+    let output = bench(&[&[bench_name, "--quick", "--json"], more].concat());
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
     Some(serde_json::from_slice(&output.stdout).expect("JSON on stdout"))
@@ -102,9 +112,10 @@ fn check_findings(report: &Value, count: usize, bounded: usize, least: f64) {
     assert_eq!(findings.len(), count, "{findings:?}");
     for finding in findings {
         assert!(finding["value"].as_f64() >= Some(least), "{finding}");
-        assert_eq!(finding["met"].is_boolean(), finding["at_most"].is_f64());
+        let has_bound = finding["at_most"].is_f64() || finding["at_least"].is_f64();
+        assert_eq!(finding["met"].is_boolean(), has_bound);
     }
-    let with_bound = findings.iter().filter(|it| it["at_most"].is_f64());
+    let with_bound = findings.iter().filter(|it| it["met"].is_boolean());
     assert_eq!(with_bound.count(), bounded);
 }
 
@@ -149,11 +160,49 @@ fn starts_are_timed() {
 
 #[test]
 #[cfg(target_os = "linux")]
+fn what_is_durable_is_measured() {
+    if let Some(report) = with_server("durable") {
+        // A few apps may fit into memory that the server has in any case.
+        check_findings(&report, 25, 7, 0.0);
+        let parts = &report["rounds"];
+        assert_eq!(parts["known"]["rounds"]["known"], 500);
+        assert_eq!(parts["back"]["rounds"]["apps"], 100);
+        for crowd in parts["parked"]["rounds"]["crowds"]
+            .as_array()
+            .expect("a list of crowds")
+        {
+            assert!(crowd["turns"][0]["parked"].as_u64() > Some(0), "{crowd}");
+        }
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn calls_are_compared_with_another_servers() {
+    let program = program();
+    let before = program.to_str().expect("the path is UTF-8");
+    if let Some(report) = with_server_and("durable", &["--part", "calls", "--before", before]) {
+        check_findings(&report, 12, 1, f64::MIN_POSITIVE);
+        let pair = &report["rounds"]["calls"]["rounds"][0]["pairs"][0];
+        assert!(pair["now"]["p50"].as_f64() > Some(0.0), "{pair}");
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
 fn all_of_them_run_in_turn() {
     if let Some(report) = with_server("all") {
         let benches = report["benches"].as_array().expect("a list of reports");
         let names: Vec<_> = benches.iter().map(|it| it["bench"].as_str()).collect();
-        let expected = ["start", "idle", "lookup", "slow-reader", "block", "rpc"];
+        let expected = [
+            "start",
+            "idle",
+            "lookup",
+            "slow-reader",
+            "block",
+            "durable",
+            "rpc",
+        ];
         assert_eq!(names, expected.map(Some));
     }
 }
