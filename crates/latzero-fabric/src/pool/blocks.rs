@@ -4,17 +4,19 @@
 //! [`Job`] for the driver, whose end comes back as an input; a request that waits for it is answered then. Reading and
 //! writing through the server is asked of the pool first, done by the driver outside of it, and told to it afterwards.
 
+mod content;
 mod lending;
 mod locks;
 mod moving;
 mod record;
+mod telling;
 
 use hashbrown::HashMap;
 use latzero_protocol::encode;
 use latzero_protocol::memory::{
     Access, BlockUse, Create, Kind, Layout, Lifetime, LockMode, Permissions,
 };
-use latzero_protocol::message::{Event, Page};
+use latzero_protocol::message::Event;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::{Value, json};
 
@@ -22,11 +24,12 @@ use super::lock::{Claim, Expired, Grant, Holder, Lock};
 use super::{Member, MemberKey, Pool, not_member, place};
 use crate::effects::{Class, Effects};
 use crate::memory::{
-    Change, Counted, Descriptor, Geometry, HEADER_BYTES, Job, Making, StorageId, check_room,
+    Counted, Descriptor, Geometry, HEADER_BYTES, Job, Making, StorageId, check_room,
 };
 use crate::slab::{Key, Slab};
 use crate::time::Time;
 
+pub use content::{ReadPlan, WritePlan};
 use locks::access_for;
 pub use record::Found;
 use record::record;
@@ -238,27 +241,6 @@ fn stored(key: BlockKey) -> Key<Block> {
 
 fn shown(key: Key<Block>) -> BlockKey {
     Key::new(key.slot, key.generation)
-}
-
-/// Where a block's bytes are to be read, as [`Pool::read_block`] allows it.
-#[derive(Debug, Clone, Copy)]
-pub struct ReadPlan {
-    /// In which storage.
-    pub storage: StorageId,
-    /// The block's size in bytes.
-    pub size: u64,
-    /// The block's generation.
-    pub generation: u64,
-}
-
-/// Where bytes are to be written, as [`Pool::begin_write`] allows it. [`Pool::end_write`] must follow.
-#[derive(Debug, Clone, Copy)]
-#[must_use]
-pub struct WritePlan {
-    /// The block.
-    pub key: BlockKey,
-    /// In which storage.
-    pub storage: StorageId,
 }
 
 /// What became of a request: its reply's JSON text, or nothing where the reply was sent or comes later.
@@ -583,198 +565,6 @@ impl<P: Clone> Pool<P> {
         Ok(Some("{}".into()))
     }
 
-    /// Where a member may read a block.
-    ///
-    /// # Errors
-    /// `no_block`, `forbidden`.
-    pub fn read_block(&self, member: MemberKey, id: &BlockId) -> Result<ReadPlan, Refusal> {
-        let (_, block) = self.allowed(member, id, Access::Read)?;
-        Ok(ReadPlan {
-            storage: block.storage,
-            size: block.geometry.size,
-            generation: block.generation,
-        })
-    }
-
-    /// Where a member may write a block through the server. Until [`Pool::end_write`] nobody else gets its lock.
-    ///
-    /// # Errors
-    /// `no_block`, `forbidden`, `locked`, `lock_lost`.
-    pub fn begin_write(
-        &mut self,
-        member: MemberKey,
-        id: &BlockId,
-        lock: Option<u64>,
-    ) -> Result<WritePlan, Refusal> {
-        let (key, block) = self.allowed(member, id, Access::Write)?;
-        let exclusive = block.lock.exclusive();
-        if let Some(fence) = lock
-            && !exclusive.is_some_and(|held| held.member == member && held.fence == fence)
-        {
-            return Err(lock_lost(id, fence));
-        }
-        // Readers who locked it together count on it as well.
-        let other = block.lock.holders().iter().find(|h| h.member != member);
-        if let Some(held) = other {
-            return Err(self.locked(id, held));
-        }
-        if matches!(block.phase, Phase::Moving { .. }) {
-            return Err(moving(id));
-        }
-        let storage = block.storage;
-        self.blocks
-            .at_mut(key)
-            .expect("just found")
-            .lock
-            .begin_server();
-        Ok(WritePlan { key, storage })
-    }
-
-    /// A write through the server is over; `version` is the block's new one, where it has one.
-    pub fn end_write<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        plan: WritePlan,
-        version: Option<u64>,
-        fx: &mut E,
-    ) {
-        let Some(block) = self.blocks.at_mut(plan.key) else {
-            return;
-        };
-        block.lock.end_server();
-        if block.is_move_due && !block.lock.is_held_by_server() {
-            block.is_move_due = false;
-            self.renew_generation(plan.key, None, fx);
-        }
-        if let Some(version) = version {
-            self.tell_change(plan.key, version, fx);
-        }
-        self.grant_waiting(now, plan.key, fx);
-    }
-
-    /// Tells a member of each new version from now on.
-    ///
-    /// # Errors
-    /// `no_block`, `forbidden`, `quota`.
-    pub fn subscribe_block<E: Effects<Peer = P>>(
-        &mut self,
-        member: MemberKey,
-        id: &BlockId,
-        fx: &mut E,
-    ) -> Result<Replied, Refusal> {
-        let (key, block) = self.allowed(member, id, Access::Read)?;
-        if !block.subscribers.contains(&member) {
-            let app = self.asker(member)?.app.clone();
-            let limits = &self.limits;
-            fx.with_ledger(|ledger| ledger.begin(Counted::Subscription, &app, limits))?;
-            let block = self.blocks.at_mut(key).expect("just found");
-            block.subscribers.push(member);
-            self.involve(member, key);
-        }
-        let version = self.version_of(key, fx);
-        let generation = self.blocks.at(key).map_or(0, |b| b.generation);
-        Ok(Some(format!(
-            "{{\"version\":{version},\"generation\":{generation}}}"
-        )))
-    }
-
-    /// Tells a member no more of them.
-    ///
-    /// # Errors
-    /// `no_block`, `not_member`.
-    pub fn unsubscribe_block<E: Effects<Peer = P>>(
-        &mut self,
-        member: MemberKey,
-        id: &BlockId,
-        fx: &mut E,
-    ) -> Result<Replied, Refusal> {
-        let app = self.asker(member)?.app.clone();
-        let (key, _) = self.block(id)?;
-        let block = self.blocks.at_mut(key).expect("just found");
-        let before = block.subscribers.len();
-        block.subscribers.retain(|m| *m != member);
-        if block.subscribers.len() < before {
-            fx.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
-        }
-        Ok(Some("{}".into()))
-    }
-
-    /// A member has written through its mapping.
-    ///
-    /// # Errors
-    /// `no_block`, `forbidden`.
-    pub fn notify_block<E: Effects<Peer = P>>(
-        &mut self,
-        member: MemberKey,
-        id: &BlockId,
-        version: u64,
-        fx: &mut E,
-    ) -> Result<Replied, Refusal> {
-        let (key, block) = self.allowed(member, id, Access::Write)?;
-        // What the block itself says counts, not what is said of it.
-        let version = fx.version_noted(block.storage, version);
-        self.tell_change(key, version, fx);
-        Ok(Some("{}".into()))
-    }
-
-    /// Has a block reach the disk; the reply comes when it is there.
-    ///
-    /// # Errors
-    /// `no_block`, `forbidden` for who may not write, `bad_message` where the block is no file, `locked`, `overloaded`.
-    pub fn flush_block<E: Effects<Peer = P>>(
-        &mut self,
-        asking: Asking<'_>,
-        id: &BlockId,
-        fx: &mut E,
-    ) -> Result<Replied, Refusal> {
-        let (key, block) = self.allowed(asking.member, id, Access::Write)?;
-        if block.kind != Kind::Persistent {
-            let message =
-                format!("block '{id}' is memory; only persistent blocks have a disk to be on");
-            return Err(Refusal::new(Code::BadMessage, message));
-        }
-        if matches!(block.phase, Phase::Moving { .. }) {
-            return Err(moving(id));
-        }
-        if block.flushing.len() >= self.limits.block_waiters_max {
-            return Err(too_many_wait(id, self.limits.block_waiters_max));
-        }
-        self.involve(asking.member, key);
-        self.blocks.tickets += 1;
-        let ticket = self.blocks.tickets;
-        let block = self.blocks.at_mut(key).expect("just found");
-        block.flushing.push(Flushing {
-            ticket,
-            member: asking.member,
-            id: asking.id(),
-        });
-        let storage = block.storage;
-        fx.block_job(Job::Flush {
-            key,
-            storage,
-            ticket,
-        });
-        Ok(None)
-    }
-
-    /// A flush is done: the version that is on disk, or why none is.
-    pub fn flushed<E: Effects<Peer = P>>(
-        &mut self,
-        key: BlockKey,
-        ticket: u64,
-        version: Result<u64, Refusal>,
-        fx: &mut E,
-    ) {
-        let Some(block) = self.blocks.at_mut(key) else {
-            return;
-        };
-        if let Some(at) = block.flushing.iter().position(|f| f.ticket == ticket) {
-            let one = block.flushing.swap_remove(at);
-            let result = version.map(|version| Some(format!("{{\"version\":{version}}}")));
-            self.answer(one.member, one.id.as_deref(), result, fx);
-        }
-    }
-
     /// Removes a block under everybody.
     ///
     /// # Errors
@@ -791,80 +581,6 @@ impl<P: Clone> Pool<P> {
         }
         self.end_block(key, fx);
         Ok(Some("{}".into()))
-    }
-
-    /// The pool's blocks, in the order of their names.
-    pub fn blocks_json<E: Effects<Peer = P>>(&self, page: &Page<'_>, fx: &mut E) -> Value {
-        let after = page.after.as_deref();
-        let mut found: Vec<_> = self
-            .blocks
-            .blocks
-            .iter()
-            .filter(|(_, block)| !matches!(block.phase, Phase::New))
-            .filter(|(_, block)| after.is_none_or(|after| block.id.as_str() > after))
-            .collect();
-        found.sort_by(|a, b| a.1.id.cmp(&b.1.id));
-        let is_more = found.len() > page.limit;
-        let describe = |(_, block): &(Key<Block>, &Block)| {
-            let version = fx.block_version(block.storage);
-            let mut description = block.description(self.name.as_str(), version);
-            description["attachments"] = block.attachments.len().into();
-            description["bytes"] = block.total().into();
-            description["locked"] = (!block.lock.holders().is_empty()).into();
-            description
-        };
-        let blocks: Vec<Value> = found.iter().take(page.limit).map(describe).collect();
-        json!({"blocks": blocks, "more": is_more})
-    }
-
-    /// All about one block.
-    ///
-    /// # Errors
-    /// `no_block`, `not_member`.
-    pub fn block_json<E: Effects<Peer = P>>(
-        &self,
-        member: MemberKey,
-        id: &BlockId,
-        fx: &mut E,
-    ) -> Result<Value, Refusal> {
-        self.asker(member)?;
-        let (_, block) = self.block(id)?;
-        let version = fx.block_version(block.storage);
-        let mut description = block.description(self.name.as_str(), version);
-        let who = |member: MemberKey| {
-            let member = self.members.at(place(member));
-            member.map(|m| json!({"app_id": m.app, "instance": m.instance}))
-        };
-        let attachments = block.attachments.iter().filter_map(|a| {
-            let mut shown = who(a.member)?;
-            shown["mode"] = a.access().as_str().into();
-            shown["calls"] = a.calls().into();
-            Some(shown)
-        });
-        description["attachments"] = attachments.take(ATTACHMENTS_SHOWN_MAX).collect();
-        description["attachments_total"] = block.attachments.len().into();
-        let holders: Vec<Value> = block
-            .lock
-            .holders()
-            .iter()
-            .filter_map(|held| {
-                let mut shown = who(held.member)?;
-                shown["fence"] = held.fence.into();
-                Some(shown)
-            })
-            .collect();
-        if let Some(first) = block.lock.holders().first() {
-            description["lock"] = json!({
-                "mode": first.mode.as_str(), "holders": holders, "waiting": block.lock.waiting(),
-            });
-        }
-        description["subscribers"] = block.subscribers.len().into();
-        description["bytes"] = block.total().into();
-        description["created"] = block.created.into();
-        description["permissions"] = json!({
-            "read": block.permissions.read.names(), "write": block.permissions.write.names(),
-        });
-        Ok(description)
     }
 
     /// A pool that nobody can reach any more lets go of what it holds.
@@ -951,147 +667,6 @@ impl<P: Clone> Pool<P> {
             member.blocks.retain(|known| *known != key);
         }
         fx.count_held(&self.name, self.number, -1);
-    }
-
-    fn version_of<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) -> u64 {
-        self.blocks
-            .at(key)
-            .map_or(0, |block| fx.block_version(block.storage))
-    }
-
-    fn describe<E: Effects<Peer = P>>(
-        &self,
-        key: BlockKey,
-        mode: Option<(Access, bool)>,
-        fx: &mut E,
-    ) -> Value {
-        let version = self.version_of(key, fx);
-        let block = self.blocks.at(key).expect("its caller found it");
-        let mut description = block.description(self.name.as_str(), version);
-        if let Some((access, is_mapped)) = mode {
-            description["mode"] = access.as_str().into();
-            description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
-        }
-        description
-    }
-
-    /// Replies with a block's description, and its descriptor where the member is attached and takes them.
-    fn answer_description<E: Effects<Peer = P>>(
-        &self,
-        key: BlockKey,
-        member: MemberKey,
-        id: Option<&str>,
-        access: Option<Access>,
-        fx: &mut E,
-    ) {
-        let (Some(to), Some(id)) = (self.members.at(place(member)), id) else {
-            return;
-        };
-        let storage = self.blocks.at(key).expect("its caller found it").storage;
-        let is_mapped =
-            access.is_some_and(|access| to.takes_descriptors && fx.can_share(storage, access));
-        let mode = access.map(|access| (access, is_mapped));
-        let description = self.describe(key, mode, fx).to_string();
-        let descriptors = match access {
-            Some(access) if is_mapped => vec![Descriptor { storage, access }],
-            _ => vec![],
-        };
-        fx.send_with(
-            &to.peer,
-            Class::Control,
-            description.len() + 256,
-            &descriptors,
-            |out| encode::reply_with(out, id, &description, descriptors.len()),
-        );
-    }
-
-    /// Answers a request whose reply was put off.
-    fn answer<E: Effects<Peer = P>>(
-        &self,
-        member: MemberKey,
-        id: Option<&str>,
-        result: Result<Replied, Refusal>,
-        fx: &mut E,
-    ) {
-        if let Err(refusal) = &result {
-            fx.refused(refusal.code);
-        }
-        let (Some(to), Some(id)) = (self.members.at(place(member)), id) else {
-            return;
-        };
-        match result {
-            Ok(None) => {}
-            Ok(Some(reply)) => {
-                fx.send(&to.peer, Class::Control, reply.len() + 256, |out| {
-                    encode::reply(out, id, &reply);
-                });
-            }
-            Err(refusal) => {
-                fx.send(
-                    &to.peer,
-                    Class::Control,
-                    refusal.message.len() + 256,
-                    |out| encode::refusal(out, Some(id), &refusal),
-                );
-            }
-        }
-    }
-
-    fn tell_attached<E: Effects<Peer = P>>(&self, key: BlockKey, told: &str, fx: &mut E) {
-        let Some(block) = self.blocks.at(key) else {
-            return;
-        };
-        for attachment in &block.attachments {
-            if let Some(member) = self.members.at(place(attachment.member)) {
-                fx.send(&member.peer, Class::Control, told.len(), |out| {
-                    encode::message(out, told);
-                });
-            }
-        }
-    }
-
-    /// Tells subscribers and watchers that a block has a new version. Of two that cross, the older one is not told.
-    fn tell_change<E: Effects<Peer = P>>(&mut self, key: BlockKey, version: u64, fx: &mut E) {
-        let Some(block) = self.blocks.at_mut(key) else {
-            return;
-        };
-        let news = (block.generation, version);
-        if news <= block.told {
-            return;
-        }
-        block.told = news;
-        let block = self.blocks.at(key).expect("just found");
-        let change = Change {
-            topic: (self.number, key.slot),
-            pool: &self.name,
-            block: &block.id,
-            version,
-            generation: block.generation,
-        };
-        for &subscriber in &block.subscribers {
-            if let Some(member) = self.members.at(place(subscriber)) {
-                fx.block_changed(&member.peer, &change);
-            }
-        }
-        if self.change_watchers == 0 {
-            return;
-        }
-        for (key, member) in self.members.iter() {
-            let watches = member.watch.is_some_and(|set| set.has(Event::BlockChanged));
-            if watches && !block.subscribers.contains(&super::seat(key)) {
-                fx.block_changed(&member.peer, &change);
-            }
-        }
-    }
-
-    fn block_event_json(&self, event: &str, key: BlockKey, more: &str) -> String {
-        let Some(block) = self.blocks.at(key) else {
-            return String::new();
-        };
-        format!(
-            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\"generation\":{}{more}}}",
-            self.name, block.id, block.generation
-        )
     }
 
     /// Checks what must hold of blocks between any two inputs; for the simulator and tests.

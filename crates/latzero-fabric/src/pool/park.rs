@@ -8,24 +8,27 @@
 //! A row goes when the call is over, not when it is delivered: a server that is killed in between gives the call out
 //! again. The attempt's number in the message tells a handler that this may be so.
 
+mod answers;
+mod lasting;
+mod orphans;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use hashbrown::HashMap;
-use latzero_protocol::encode::{self, append_str};
-use latzero_protocol::frame::Frame;
-use latzero_protocol::message::{Request, Response, Trigger};
-use latzero_protocol::{AppId, Body, Code, Envelope, InstanceId, Raw, Refusal, TriggerName};
+use latzero_protocol::message::Trigger;
+use latzero_protocol::{AppId, Code, InstanceId, Refusal, TriggerName};
 
-use super::answer::{Answered, checked};
+use super::answer::Answered;
 use super::calls::Call;
-use super::{
-    CallError, Caller, Member, MemberKey, Pool, forwarded_length, place, raw_length, too_large,
-};
-use crate::effects::{Class, Effects, Sent};
-use crate::keep::{AnswerRow, CallRow, Change};
+use super::ending::End;
+use super::{CallError, Caller, MemberKey, Pool, place};
+use crate::effects::Effects;
+use crate::keep::{CallRow, Change};
 use crate::memory::check_parked;
 use crate::slab::Key;
 use crate::time::Time;
+pub(super) use lasting::Lasting;
+use lasting::split_envelope;
 
 /// Parked calls that are given out at once; the rest follows when the driver calls again.
 const GIVEN_AT_ONCE_MAX: usize = 256;
@@ -36,102 +39,6 @@ const GIVE_AGAIN_MS: u64 = 1000;
 
 /// After how long an answer that did not fit into its caller's outbox is tried again, in milliseconds.
 const ANSWER_AGAIN_MS: u64 = 1000;
-
-/// A call that outlives its first attempt.
-pub(super) struct Lasting {
-    /// The call as its caller sent it, but for the fields that only the first attempt needed.
-    message: Box<str>,
-    attachment: Option<Box<[u8]>>,
-    caller: AppId,
-    instance: InstanceId,
-    pub(super) deadline: Time,
-    pub(super) attempt: u32,
-    /// Whether it may be given to another handler after the first one died.
-    pub(super) redeliver: bool,
-    /// Whether it may wait for one.
-    may_park: bool,
-    idempotency_key: Option<Box<str>>,
-    /// Its number, where it is parked.
-    pub(super) number: Option<u64>,
-}
-
-impl Lasting {
-    pub(super) fn new(
-        (caller, instance): (&AppId, InstanceId),
-        deadline: Time,
-        trigger: &Trigger<'_>,
-    ) -> Box<Lasting> {
-        Box::new(Lasting {
-            message: message(trigger).into(),
-            attachment: match trigger.body {
-                Body::Bytes(bytes) => Some(bytes.into()),
-                _ => None,
-            },
-            caller: caller.clone(),
-            instance,
-            deadline,
-            attempt: 1,
-            redeliver: trigger.redeliver,
-            may_park: trigger.park,
-            idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
-            number: None,
-        })
-    }
-
-    fn bytes(&self) -> usize {
-        self.message.len() + self.attachment.as_ref().map_or(0, |bytes| bytes.len()) + 256
-    }
-
-    /// Reads the call and hands it to `f`; `None` where a row makes no sense.
-    fn read<R>(&self, f: impl FnOnce(&Trigger<'_>) -> R) -> Option<R> {
-        let frame = Frame {
-            json: self.message.as_bytes(),
-            attachment: self.attachment.as_deref(),
-        };
-        let envelope = Envelope::parse(frame).ok()?.ok()?;
-        match Request::decode(&envelope).ok()? {
-            Request::Trigger(trigger) => Some(f(&trigger)),
-            _ => None,
-        }
-    }
-}
-
-/// The message of a call, as it is kept: its payload's text is passed on as it came.
-fn message(trigger: &Trigger<'_>) -> String {
-    let mut out = Vec::with_capacity(128 + trigger.body.len());
-    out.extend_from_slice(b"{\"action\":\"trigger\",\"process\":");
-    append_str(&mut out, &trigger.process);
-    if let Some(id) = &trigger.id {
-        out.extend_from_slice(b",\"id\":");
-        append_str(&mut out, id);
-    }
-    if let Some(key) = &trigger.key {
-        out.extend_from_slice(b",\"key\":");
-        append_str(&mut out, key);
-    }
-    let mut raw = |name: &str, raw: Option<Raw<'_>>| {
-        if let Some(raw) = raw {
-            out.extend_from_slice(name.as_bytes());
-            out.extend_from_slice(raw.text().as_bytes());
-        }
-    };
-    raw(
-        ",\"destination\":",
-        trigger.destination.as_ref().map(|d| d.raw),
-    );
-    raw(",\"headers\":", trigger.headers);
-    if let Body::Json(json) = trigger.body {
-        raw(",\"data\":", Some(json));
-    }
-    if trigger.redeliver {
-        out.extend_from_slice(b",\"redeliver\":true");
-    }
-    if trigger.park {
-        out.extend_from_slice(b",\"park\":true");
-    }
-    out.push(b'}');
-    String::from_utf8(out).expect("it was made of texts")
-}
 
 /// A parked call's place among the others.
 struct Parked {
@@ -422,50 +329,6 @@ impl<P: Clone> Pool<P> {
         true
     }
 
-    /// Takes in an answer that an earlier run kept; false where its row makes no sense.
-    pub fn restore_answer<E: Effects<Peer = P>>(
-        &mut self,
-        (now, unix_ms): (Time, u64),
-        row: &AnswerRow,
-        fx: &mut E,
-    ) -> bool {
-        let Some(answer) = Answered::read(&row.frame) else {
-            return false;
-        };
-        let expires = now.after_ms(row.expires.saturating_sub(unix_ms));
-        fx.count_held(&self.name, self.number, 1);
-        self.keep_answer(
-            row.number,
-            (row.caller.clone(), row.id.as_str().into()),
-            answer,
-            expires,
-            fx,
-        );
-        true
-    }
-
-    fn keep_answer<E: Effects<Peer = P>>(
-        &mut self,
-        number: u64,
-        (caller, id): (AppId, Box<str>),
-        answer: Answered,
-        expires: Time,
-        fx: &mut E,
-    ) {
-        let bytes = answer.bytes();
-        fx.with_ledger(|ledger| ledger.park(bytes));
-        self.parked.deadlines.insert((expires, number));
-        let kept = Kept {
-            caller,
-            id,
-            answer,
-            bytes,
-            expires,
-            again: None,
-        };
-        self.parked.answers.insert(number, kept);
-    }
-
     fn forget_parked<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) -> Option<Parked> {
         let parked = self.parked.remove(number)?;
         fx.with_ledger(|ledger| ledger.unpark(parked.bytes));
@@ -611,276 +474,6 @@ impl<P: Clone> Pool<P> {
         }
     }
 
-    /// The handler of a lasting call died: it is given to another as soon as the dead one has left.
-    pub(super) fn orphan(
-        &mut self,
-        caller: MemberKey,
-        id: Option<Box<str>>,
-        lasting: Box<Lasting>,
-    ) {
-        match lasting.number {
-            Some(number) => {
-                let parked = self.parked.calls.get_mut(&number).expect("it was given");
-                parked.given = None;
-                parked.waiting = Some(lasting);
-                let process = parked.process.clone();
-                self.parked.await_handler(number, &process);
-                self.parked.orphaned.push(process);
-            }
-            None => self.parked.orphans.push((caller, id, lasting)),
-        }
-    }
-
-    /// Sees to calls whose handler died, now that it has left. What can't be given to another is parked where it may be,
-    /// else its caller is told.
-    pub(super) fn see_to_orphans<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
-        for (caller, id, lasting) in std::mem::take(&mut self.parked.orphans) {
-            let Some(member) = self.members.at(place(caller)) else {
-                self.drop_repeats_of(&lasting, fx);
-                continue;
-            };
-            let peer = member.peer.clone();
-            let Err((lasting, _)) = self.give(now, Some(caller), lasting, fx) else {
-                continue;
-            };
-            let may_park = lasting.may_park;
-            let parked = may_park.then(|| {
-                let unix_ms = fx.unix_ms(now);
-                lasting.read(|trigger| {
-                    let left = lasting.deadline.since(now).as_millis();
-                    let trigger = Trigger {
-                        ttl_ms: u64::try_from(left).unwrap_or(u64::MAX).max(1),
-                        id: trigger.id.clone(),
-                        process: trigger.process.clone(),
-                        pool: None,
-                        destination: trigger.destination.clone(),
-                        key: trigger.key.clone(),
-                        window: None,
-                        park: true,
-                        redeliver: trigger.redeliver,
-                        idempotency_key: trigger.idempotency_key.clone(),
-                        blocks: Vec::new(),
-                        headers: trigger.headers,
-                        body: trigger.body,
-                    };
-                    self.park((now, unix_ms), caller, &trigger, None, fx)
-                })
-            });
-            match parked.flatten() {
-                Some(Ok(number)) => {
-                    // The next attempt is not the first.
-                    let parked = self.parked.calls.get_mut(&number).expect("just parked");
-                    parked.attempt = lasting.attempt;
-                    if let Some(waiting) = &mut parked.waiting {
-                        waiting.attempt = lasting.attempt;
-                    }
-                    fx.keep(Change::Attempt(number, lasting.attempt), None);
-                    // Others may serve it, and be busy just now.
-                    let process = parked.process.clone();
-                    self.parked.orphaned.push(process);
-                }
-                _ => {
-                    self.drop_repeats_of(&lasting, fx);
-                    let message = "the handler's connection ended before it answered, and no other took the call";
-                    let refusal = Refusal::new(Code::HandlerGone, message);
-                    if let Some(id) = &id {
-                        fx.send(&peer, Class::Control, 256, |out| {
-                            encode::refusal(out, Some(id), &refusal);
-                        });
-                    }
-                }
-            }
-        }
-        for process in std::mem::take(&mut self.parked.orphaned) {
-            self.give_parked(now, process.as_str(), fx);
-        }
-    }
-
-    /// A lasting call is over without an answer: so are those that repeat it.
-    pub(super) fn drop_repeats_of<E: Effects<Peer = P>>(&mut self, lasting: &Lasting, fx: &mut E) {
-        if let Some(key) = &lasting.idempotency_key {
-            self.repeats_dropped(&lasting.caller, key, fx);
-        }
-    }
-
-    /// Tells the callers of calls whose handler died that no other gets them: the pool goes.
-    pub(super) fn drop_orphans<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
-        self.parked.orphaned.clear();
-        for (caller, id, lasting) in std::mem::take(&mut self.parked.orphans) {
-            self.drop_repeats_of(&lasting, fx);
-            let Some((member, id)) = self.members.at(place(caller)).zip(id) else {
-                continue;
-            };
-            let refusal = Refusal::new(Code::HandlerGone, "the pool was removed");
-            fx.send(&member.peer, Class::Control, 256, |out| {
-                encode::refusal(out, Some(&id), &refusal);
-            });
-        }
-    }
-
-    /// A handler answered a parked call.
-    pub(super) fn parked_answered<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        number: u64,
-        response: &Response<'_>,
-        fx: &mut E,
-    ) {
-        self.finish_parked(now, number, (Answered::of(response), true), fx);
-    }
-
-    /// A parked call is over without an answer of a handler's.
-    pub(super) fn parked_refused<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        number: u64,
-        refusal: &Refusal,
-        fx: &mut E,
-    ) {
-        self.finish_parked(now, number, (Answered::refused(refusal), false), fx);
-    }
-
-    /// A parked call is over: its caller is told, or its answer kept.
-    fn finish_parked<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        number: u64,
-        (mut answer, is_answered): (Answered, bool),
-        fx: &mut E,
-    ) {
-        let Some(parked) = self.forget_parked(number, fx) else {
-            return;
-        };
-        match &parked.idempotency_key {
-            Some(key) if is_answered => {
-                self.repeats_answered(now, &parked.caller, key, &answer, fx);
-            }
-            Some(key) => self.repeats_dropped(&parked.caller, key, fx),
-            None => {}
-        }
-        if parked.id.is_empty() {
-            fx.keep(Change::EndCall(number), None);
-            return;
-        }
-        let whom = (&parked.caller, Some(parked.instance));
-        if self.tell_answer(whom, &parked.id, &answer, fx) {
-            fx.keep(Change::EndCall(number), None);
-            return;
-        }
-        let (bytes, limits) = (answer.bytes(), &self.limits);
-        if let Err(refusal) = fx.with_ledger(|ledger| check_parked(ledger, bytes, limits)) {
-            // Its caller is told at least that there was an answer.
-            let refusal = Refusal::new(
-                Code::HandlerGone,
-                format!("the answer could not be kept: {}", refusal.message),
-            );
-            answer = Answered::refused(&refusal);
-        } else {
-            fx.with_ledger(|ledger| ledger.unpark(bytes));
-        }
-        let ttl_ms = self.limits.answer_ttl_ms;
-        let row = AnswerRow {
-            number,
-            pool: self.name.clone(),
-            caller: parked.caller.clone(),
-            id: parked.id.to_string(),
-            idempotency_key: parked.idempotency_key.as_deref().map(Into::into),
-            frame: answer.frame(),
-            expires: fx.unix_ms(now) + ttl_ms,
-        };
-        fx.keep(Change::Answer(Box::new(row)), None);
-        fx.count_held(&self.name, self.number, 1);
-        let whose = (parked.caller, parked.id);
-        self.keep_answer(number, whose, answer, now.after_ms(ttl_ms), fx);
-    }
-
-    /// Passes an answer to the instance that called, else to the one of its app that came last; false where there is none
-    /// that takes it.
-    pub(super) fn tell_answer<E: Effects<Peer = P>>(
-        &self,
-        (caller, instance): (&AppId, Option<InstanceId>),
-        id: &str,
-        answer: &Answered,
-        fx: &mut E,
-    ) -> bool {
-        let instances = self.members.iter().filter(|(_, m)| m.app == *caller);
-        let mut instances: Vec<&Member<P>> = instances.map(|(_, member)| member).collect();
-        instances.reverse();
-        instances.sort_by_key(|member| Some(member.instance) != instance);
-        instances
-            .into_iter()
-            .any(|to| self.send_answer(to, id, answer, fx) == Sent::Queued)
-    }
-
-    /// Sends an answer that was kept.
-    pub(super) fn send_answer<E: Effects<Peer = P>>(
-        &self,
-        to: &Member<P>,
-        id: &str,
-        answer: &Answered,
-        fx: &mut E,
-    ) -> Sent {
-        if to.attachments == encode::Attachments::NotTaken
-            && too_large(answer.body(), self.limits.max_frame)
-        {
-            return Sent::Full;
-        }
-        let message = encode::Answer {
-            in_reply_to: id,
-            status: answer.status,
-            error: answer.error.as_deref().map(checked),
-            headers: answer.headers.as_deref().map(checked),
-            body: answer.body(),
-        };
-        let length = forwarded_length(message.body, to.attachments)
-            + raw_length(message.error)
-            + raw_length(message.headers);
-        fx.send(&to.peer, Class::Reply, length, |out| {
-            encode::answer(out, &message, to.attachments);
-        })
-    }
-
-    /// Tells an app that is back what was answered while it was away.
-    pub fn tell_answers<E: Effects<Peer = P>>(&mut self, now: Time, app: &AppId, fx: &mut E) {
-        let numbers: Vec<u64> = self
-            .parked
-            .answers
-            .iter()
-            .filter(|(_, kept)| kept.caller == *app)
-            .map(|(number, _)| *number)
-            .collect();
-        for number in numbers {
-            self.tell_kept(now, number, fx);
-        }
-    }
-
-    fn tell_kept<E: Effects<Peer = P>>(&mut self, now: Time, number: u64, fx: &mut E) {
-        let Some(kept) = self.parked.answers.get(&number) else {
-            return;
-        };
-        if self.tell_answer((&kept.caller, None), &kept.id, &kept.answer, fx) {
-            self.drop_answer(number, fx);
-            return;
-        }
-        let is_here = self.members.iter().any(|(_, m)| m.app == kept.caller);
-        if is_here {
-            let again = now.after_ms(ANSWER_AGAIN_MS);
-            let kept = self.parked.answers.get_mut(&number).expect("just found");
-            if let Some(before) = kept.again.replace(again) {
-                self.parked.deadlines.remove(&(before, number));
-            }
-            self.parked.deadlines.insert((again, number));
-        }
-    }
-
-    fn drop_answer<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) {
-        if let Some(kept) = self.parked.remove_answer(number) {
-            fx.with_ledger(|ledger| ledger.unpark(kept.bytes));
-            fx.count_held(&self.name, self.number, -1);
-            fx.keep(Change::EndAnswer(number), None);
-        }
-    }
-
     /// Ends a parked call at its caller's wish; false where it has none of that id.
     pub(super) fn cancel_parked<E: Effects<Peer = P>>(
         &mut self,
@@ -897,7 +490,7 @@ impl<P: Clone> Pool<P> {
         };
         let given = self.parked.calls.get(&number).and_then(|p| p.given);
         match given {
-            Some(key) => self.end(now, key, super::End::Cancelled, fx),
+            Some(key) => self.end(now, key, End::Cancelled, fx),
             None => {
                 let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
                 self.parked_refused(now, number, &refusal, fx);
@@ -922,7 +515,7 @@ impl<P: Clone> Pool<P> {
                 if parked.waiting.is_some() {
                     self.parked_refused(now, number, &too_late(), fx);
                 } else if let Some(key) = parked.given {
-                    self.end(now, key, super::End::TimedOut, fx);
+                    self.end(now, key, End::TimedOut, fx);
                 }
             } else if let Some(kept) = self.parked.answers.get_mut(&number) {
                 if kept.expires <= now {
@@ -966,12 +559,4 @@ fn too_late() -> Refusal {
 /// The next moment: whoever drives the pool sees to what else is due first.
 fn soon(now: Time) -> Time {
     Time(now.0 + 1)
-}
-
-/// The parts of a row's envelope: the caller's instance, and the call.
-fn split_envelope(envelope: &str) -> Option<(InstanceId, &str)> {
-    let rest = envelope.strip_prefix("{\"instance\":\"")?;
-    let (instance, rest) = rest.split_at_checked(16)?;
-    let call = rest.strip_prefix("\",\"call\":")?.strip_suffix('}')?;
-    Some((InstanceId(u64::from_str_radix(instance, 16).ok()?), call))
 }

@@ -1,0 +1,225 @@
+//! Reads, writes, flushes and news of a block's content: what is allowed and in which order; the bytes are the driver's.
+
+use latzero_protocol::memory::{Access, Kind};
+use latzero_protocol::{BlockId, Code, Refusal};
+
+use super::super::{MemberKey, Pool};
+use super::{Asking, BlockKey, Flushing, Phase, Replied, lock_lost, moving, too_many_wait};
+use crate::effects::Effects;
+use crate::memory::{Counted, Job, StorageId};
+use crate::time::Time;
+
+/// Where a block's bytes are to be read, as [`Pool::read_block`] allows it.
+#[derive(Debug, Clone, Copy)]
+pub struct ReadPlan {
+    /// In which storage.
+    pub storage: StorageId,
+    /// The block's size in bytes.
+    pub size: u64,
+    /// The block's generation.
+    pub generation: u64,
+}
+
+/// Where bytes are to be written, as [`Pool::begin_write`] allows it. [`Pool::end_write`] must follow.
+#[derive(Debug, Clone, Copy)]
+#[must_use]
+pub struct WritePlan {
+    /// The block.
+    pub key: BlockKey,
+    /// In which storage.
+    pub storage: StorageId,
+}
+
+impl<P: Clone> Pool<P> {
+    /// Where a member may read a block.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`.
+    pub fn read_block(&self, member: MemberKey, id: &BlockId) -> Result<ReadPlan, Refusal> {
+        let (_, block) = self.allowed(member, id, Access::Read)?;
+        Ok(ReadPlan {
+            storage: block.storage,
+            size: block.geometry.size,
+            generation: block.generation,
+        })
+    }
+
+    /// Where a member may write a block through the server. Until [`Pool::end_write`] nobody else gets its lock.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `locked`, `lock_lost`.
+    pub fn begin_write(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        lock: Option<u64>,
+    ) -> Result<WritePlan, Refusal> {
+        let (key, block) = self.allowed(member, id, Access::Write)?;
+        let exclusive = block.lock.exclusive();
+        if let Some(fence) = lock
+            && !exclusive.is_some_and(|held| held.member == member && held.fence == fence)
+        {
+            return Err(lock_lost(id, fence));
+        }
+        // Readers who locked it together count on it as well.
+        let other = block.lock.holders().iter().find(|h| h.member != member);
+        if let Some(held) = other {
+            return Err(self.locked(id, held));
+        }
+        if matches!(block.phase, Phase::Moving { .. }) {
+            return Err(moving(id));
+        }
+        let storage = block.storage;
+        self.blocks
+            .at_mut(key)
+            .expect("just found")
+            .lock
+            .begin_server();
+        Ok(WritePlan { key, storage })
+    }
+
+    /// A write through the server is over; `version` is the block's new one, where it has one.
+    pub fn end_write<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        plan: WritePlan,
+        version: Option<u64>,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at_mut(plan.key) else {
+            return;
+        };
+        block.lock.end_server();
+        if block.is_move_due && !block.lock.is_held_by_server() {
+            block.is_move_due = false;
+            self.renew_generation(plan.key, None, fx);
+        }
+        if let Some(version) = version {
+            self.tell_change(plan.key, version, fx);
+        }
+        self.grant_waiting(now, plan.key, fx);
+    }
+
+    /// Tells a member of each new version from now on.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`, `quota`.
+    pub fn subscribe_block<E: Effects<Peer = P>>(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, block) = self.allowed(member, id, Access::Read)?;
+        if !block.subscribers.contains(&member) {
+            let app = self.asker(member)?.app.clone();
+            let limits = &self.limits;
+            fx.with_ledger(|ledger| ledger.begin(Counted::Subscription, &app, limits))?;
+            let block = self.blocks.at_mut(key).expect("just found");
+            block.subscribers.push(member);
+            self.involve(member, key);
+        }
+        let version = self.version_of(key, fx);
+        let generation = self.blocks.at(key).map_or(0, |b| b.generation);
+        Ok(Some(format!(
+            "{{\"version\":{version},\"generation\":{generation}}}"
+        )))
+    }
+
+    /// Tells a member no more of them.
+    ///
+    /// # Errors
+    /// `no_block`, `not_member`.
+    pub fn unsubscribe_block<E: Effects<Peer = P>>(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let app = self.asker(member)?.app.clone();
+        let (key, _) = self.block(id)?;
+        let block = self.blocks.at_mut(key).expect("just found");
+        let before = block.subscribers.len();
+        block.subscribers.retain(|m| *m != member);
+        if block.subscribers.len() < before {
+            fx.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
+        }
+        Ok(Some("{}".into()))
+    }
+
+    /// A member has written through its mapping.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden`.
+    pub fn notify_block<E: Effects<Peer = P>>(
+        &mut self,
+        member: MemberKey,
+        id: &BlockId,
+        version: u64,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, block) = self.allowed(member, id, Access::Write)?;
+        // What the block itself says counts, not what is said of it.
+        let version = fx.version_noted(block.storage, version);
+        self.tell_change(key, version, fx);
+        Ok(Some("{}".into()))
+    }
+
+    /// Has a block reach the disk; the reply comes when it is there.
+    ///
+    /// # Errors
+    /// `no_block`, `forbidden` for who may not write, `bad_message` where the block is no file, `locked`, `overloaded`.
+    pub fn flush_block<E: Effects<Peer = P>>(
+        &mut self,
+        asking: Asking<'_>,
+        id: &BlockId,
+        fx: &mut E,
+    ) -> Result<Replied, Refusal> {
+        let (key, block) = self.allowed(asking.member, id, Access::Write)?;
+        if block.kind != Kind::Persistent {
+            let message =
+                format!("block '{id}' is memory; only persistent blocks have a disk to be on");
+            return Err(Refusal::new(Code::BadMessage, message));
+        }
+        if matches!(block.phase, Phase::Moving { .. }) {
+            return Err(moving(id));
+        }
+        if block.flushing.len() >= self.limits.block_waiters_max {
+            return Err(too_many_wait(id, self.limits.block_waiters_max));
+        }
+        self.involve(asking.member, key);
+        self.blocks.tickets += 1;
+        let ticket = self.blocks.tickets;
+        let block = self.blocks.at_mut(key).expect("just found");
+        block.flushing.push(Flushing {
+            ticket,
+            member: asking.member,
+            id: asking.id(),
+        });
+        let storage = block.storage;
+        fx.block_job(Job::Flush {
+            key,
+            storage,
+            ticket,
+        });
+        Ok(None)
+    }
+
+    /// A flush is done: the version that is on disk, or why none is.
+    pub fn flushed<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        ticket: u64,
+        version: Result<u64, Refusal>,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at_mut(key) else {
+            return;
+        };
+        if let Some(at) = block.flushing.iter().position(|f| f.ticket == ticket) {
+            let one = block.flushing.swap_remove(at);
+            let result = version.map(|version| Some(format!("{{\"version\":{version}}}")));
+            self.answer(one.member, one.id.as_deref(), result, fx);
+        }
+    }
+}

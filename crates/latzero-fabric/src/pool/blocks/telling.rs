@@ -1,0 +1,249 @@
+//! What members are told of blocks: listings, descriptions, events.
+
+use latzero_protocol::encode;
+use latzero_protocol::memory::Access;
+use latzero_protocol::message::{Event, Page};
+use latzero_protocol::{BlockId, Refusal};
+use serde_json::{Value, json};
+
+use super::super::{MemberKey, Pool, place, seat};
+use super::{ATTACHMENTS_SHOWN_MAX, Block, BlockKey, Phase, Replied};
+use crate::effects::{Class, Effects};
+use crate::memory::{Change, Descriptor};
+use crate::slab::Key;
+
+impl<P: Clone> Pool<P> {
+    /// The pool's blocks, in the order of their names.
+    pub fn blocks_json<E: Effects<Peer = P>>(&self, page: &Page<'_>, fx: &mut E) -> Value {
+        let after = page.after.as_deref();
+        let mut found: Vec<_> = self
+            .blocks
+            .blocks
+            .iter()
+            .filter(|(_, block)| !matches!(block.phase, Phase::New))
+            .filter(|(_, block)| after.is_none_or(|after| block.id.as_str() > after))
+            .collect();
+        found.sort_by(|a, b| a.1.id.cmp(&b.1.id));
+        let is_more = found.len() > page.limit;
+        let describe = |(_, block): &(Key<Block>, &Block)| {
+            let version = fx.block_version(block.storage);
+            let mut description = block.description(self.name.as_str(), version);
+            description["attachments"] = block.attachments.len().into();
+            description["bytes"] = block.total().into();
+            description["locked"] = (!block.lock.holders().is_empty()).into();
+            description
+        };
+        let blocks: Vec<Value> = found.iter().take(page.limit).map(describe).collect();
+        json!({"blocks": blocks, "more": is_more})
+    }
+
+    /// All about one block.
+    ///
+    /// # Errors
+    /// `no_block`, `not_member`.
+    pub fn block_json<E: Effects<Peer = P>>(
+        &self,
+        member: MemberKey,
+        id: &BlockId,
+        fx: &mut E,
+    ) -> Result<Value, Refusal> {
+        self.asker(member)?;
+        let (_, block) = self.block(id)?;
+        let version = fx.block_version(block.storage);
+        let mut description = block.description(self.name.as_str(), version);
+        let who = |member: MemberKey| {
+            let member = self.members.at(place(member));
+            member.map(|m| json!({"app_id": m.app, "instance": m.instance}))
+        };
+        let attachments = block.attachments.iter().filter_map(|a| {
+            let mut shown = who(a.member)?;
+            shown["mode"] = a.access().as_str().into();
+            shown["calls"] = a.calls().into();
+            Some(shown)
+        });
+        description["attachments"] = attachments.take(ATTACHMENTS_SHOWN_MAX).collect();
+        description["attachments_total"] = block.attachments.len().into();
+        let holders: Vec<Value> = block
+            .lock
+            .holders()
+            .iter()
+            .filter_map(|held| {
+                let mut shown = who(held.member)?;
+                shown["fence"] = held.fence.into();
+                Some(shown)
+            })
+            .collect();
+        if let Some(first) = block.lock.holders().first() {
+            description["lock"] = json!({
+                "mode": first.mode.as_str(), "holders": holders, "waiting": block.lock.waiting(),
+            });
+        }
+        description["subscribers"] = block.subscribers.len().into();
+        description["bytes"] = block.total().into();
+        description["created"] = block.created.into();
+        description["permissions"] = json!({
+            "read": block.permissions.read.names(), "write": block.permissions.write.names(),
+        });
+        Ok(description)
+    }
+
+    pub(in crate::pool) fn version_of<E: Effects<Peer = P>>(
+        &self,
+        key: BlockKey,
+        fx: &mut E,
+    ) -> u64 {
+        self.blocks
+            .at(key)
+            .map_or(0, |block| fx.block_version(block.storage))
+    }
+
+    pub(in crate::pool) fn describe<E: Effects<Peer = P>>(
+        &self,
+        key: BlockKey,
+        mode: Option<(Access, bool)>,
+        fx: &mut E,
+    ) -> Value {
+        let version = self.version_of(key, fx);
+        let block = self.blocks.at(key).expect("its caller found it");
+        let mut description = block.description(self.name.as_str(), version);
+        if let Some((access, is_mapped)) = mode {
+            description["mode"] = access.as_str().into();
+            description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
+        }
+        description
+    }
+
+    /// Replies with a block's description, and its descriptor where the member is attached and takes them.
+    pub(in crate::pool) fn answer_description<E: Effects<Peer = P>>(
+        &self,
+        key: BlockKey,
+        member: MemberKey,
+        id: Option<&str>,
+        access: Option<Access>,
+        fx: &mut E,
+    ) {
+        let (Some(to), Some(id)) = (self.members.at(place(member)), id) else {
+            return;
+        };
+        let storage = self.blocks.at(key).expect("its caller found it").storage;
+        let is_mapped =
+            access.is_some_and(|access| to.takes_descriptors && fx.can_share(storage, access));
+        let mode = access.map(|access| (access, is_mapped));
+        let description = self.describe(key, mode, fx).to_string();
+        let descriptors = match access {
+            Some(access) if is_mapped => vec![Descriptor { storage, access }],
+            _ => vec![],
+        };
+        fx.send_with(
+            &to.peer,
+            Class::Control,
+            description.len() + 256,
+            &descriptors,
+            |out| encode::reply_with(out, id, &description, descriptors.len()),
+        );
+    }
+
+    /// Answers a request whose reply was put off.
+    pub(in crate::pool) fn answer<E: Effects<Peer = P>>(
+        &self,
+        member: MemberKey,
+        id: Option<&str>,
+        result: Result<Replied, Refusal>,
+        fx: &mut E,
+    ) {
+        if let Err(refusal) = &result {
+            fx.refused(refusal.code);
+        }
+        let (Some(to), Some(id)) = (self.members.at(place(member)), id) else {
+            return;
+        };
+        match result {
+            Ok(None) => {}
+            Ok(Some(reply)) => {
+                fx.send(&to.peer, Class::Control, reply.len() + 256, |out| {
+                    encode::reply(out, id, &reply);
+                });
+            }
+            Err(refusal) => {
+                fx.send(
+                    &to.peer,
+                    Class::Control,
+                    refusal.message.len() + 256,
+                    |out| encode::refusal(out, Some(id), &refusal),
+                );
+            }
+        }
+    }
+
+    pub(in crate::pool) fn tell_attached<E: Effects<Peer = P>>(
+        &self,
+        key: BlockKey,
+        told: &str,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at(key) else {
+            return;
+        };
+        for attachment in &block.attachments {
+            if let Some(member) = self.members.at(place(attachment.member)) {
+                fx.send(&member.peer, Class::Control, told.len(), |out| {
+                    encode::message(out, told);
+                });
+            }
+        }
+    }
+
+    /// Tells subscribers and watchers that a block has a new version. Of two that cross, the older one is not told.
+    pub(in crate::pool) fn tell_change<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        version: u64,
+        fx: &mut E,
+    ) {
+        let Some(block) = self.blocks.at_mut(key) else {
+            return;
+        };
+        let news = (block.generation, version);
+        if news <= block.told {
+            return;
+        }
+        block.told = news;
+        let block = self.blocks.at(key).expect("just found");
+        let change = Change {
+            topic: (self.number, key.slot),
+            pool: &self.name,
+            block: &block.id,
+            version,
+            generation: block.generation,
+        };
+        for &subscriber in &block.subscribers {
+            if let Some(member) = self.members.at(place(subscriber)) {
+                fx.block_changed(&member.peer, &change);
+            }
+        }
+        if self.change_watchers == 0 {
+            return;
+        }
+        for (key, member) in self.members.iter() {
+            let watches = member.watch.is_some_and(|set| set.has(Event::BlockChanged));
+            if watches && !block.subscribers.contains(&seat(key)) {
+                fx.block_changed(&member.peer, &change);
+            }
+        }
+    }
+
+    pub(in crate::pool) fn block_event_json(
+        &self,
+        event: &str,
+        key: BlockKey,
+        more: &str,
+    ) -> String {
+        let Some(block) = self.blocks.at(key) else {
+            return String::new();
+        };
+        format!(
+            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\"generation\":{}{more}}}",
+            self.name, block.id, block.generation
+        )
+    }
+}

@@ -1,0 +1,423 @@
+//! How calls go on and end.
+//!
+//! Every call ends exactly once: by its handler's answer, its deadline, its caller's cancel, or the end of either side.
+//! [`Pool::end`] is the only place where that happens.
+
+use latzero_protocol::encode::{self, Attachments};
+use latzero_protocol::message::{Response, Status};
+use latzero_protocol::{CallId, Code, Refusal};
+
+use super::answer::Answered;
+use super::calls::Call;
+use super::routing::{forwarded_length, raw_length, too_large};
+use super::{MemberKey, NOBODY, Pool, place};
+use crate::effects::{CallEnd, Class, Count, Effects, Sent};
+use crate::slab::Key;
+use crate::time::Time;
+
+/// How a call ends.
+#[derive(Clone, Copy)]
+pub(super) enum End<'a> {
+    /// Its handler answered; the answer is already on its way.
+    Answered { failed: bool },
+    /// Its handler's connection or membership ended.
+    HandlerGone,
+    /// Its caller's connection or membership ended.
+    CallerGone,
+    /// Its caller ended it.
+    Cancelled,
+    /// Its time to live is over.
+    TimedOut,
+    /// The server ended it.
+    Refused(&'a Refusal),
+    /// Its answer could not be passed on: the handler has run all the same.
+    Unfit {
+        refusal: &'a Refusal,
+        is_final: bool,
+    },
+}
+
+impl<P: Clone> Pool<P> {
+    /// Takes a handler's answer and passes it on. An answer to an ended call is dropped and counted.
+    ///
+    /// # Errors
+    /// Where the call was sent to somebody else.
+    pub fn respond<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        from: MemberKey,
+        id: CallId,
+        response: &Response<'_>,
+        fx: &mut E,
+    ) -> Result<(), Refusal> {
+        let key = Key::new(id.slot, id.generation);
+        let Some(call) = self.calls.at_mut(key) else {
+            fx.count(Count::LateResponse);
+            return Ok(());
+        };
+        if call.member != from {
+            fx.count(Count::ForeignResponse);
+            return Err(Refusal::new(
+                Code::Forbidden,
+                "this call was sent to another instance, which alone may answer it",
+            ));
+        }
+        if let Some(number) = call.lasting.as_ref().and_then(|lasting| lasting.number) {
+            // Its caller may be gone: it has one answer, and nothing on the way to it.
+            if response.status.is_final() {
+                let failed = response.status == Status::Error;
+                self.parked_answered(now, number, response, fx);
+                self.end(now, key, End::Answered { failed }, fx);
+            }
+            return Ok(());
+        }
+        if response.status.is_final()
+            && let Some(repeat) = call.repeat.take()
+        {
+            let (app, repeated) = *repeat;
+            let is_detached = call.caller == NOBODY;
+            self.repeats_answered(now, &app, &repeated, &Answered::of(response), fx);
+            if is_detached {
+                let failed = response.status == Status::Error;
+                self.end(now, key, End::Answered { failed }, fx);
+                return Ok(());
+            }
+        }
+        let call = self.calls.at_mut(key).expect("found above");
+        if response.status == Status::Partial {
+            match &mut call.credit {
+                Some(0) => {
+                    let message = "the handler sent more items than the stream's window allows";
+                    self.end(
+                        now,
+                        key,
+                        End::Refused(&Refusal::new(Code::HandlerError, message)),
+                        fx,
+                    );
+                    return Ok(());
+                }
+                Some(left) => *left -= 1,
+                None => {}
+            }
+        }
+        let Some(caller) = self.members.at(place(call.caller)) else {
+            return Ok(());
+        };
+        let Some(caller_id) = call.id.as_deref() else {
+            // Without an id the caller wants no answer.
+            if response.status.is_final() {
+                self.end(
+                    now,
+                    key,
+                    End::Answered {
+                        failed: response.status == Status::Error,
+                    },
+                    fx,
+                );
+            }
+            return Ok(());
+        };
+        let answer = encode::Answer {
+            in_reply_to: caller_id,
+            status: response.status,
+            error: response.error,
+            headers: response.headers,
+            body: response.body,
+        };
+        let length = forwarded_length(response.body, caller.attachments)
+            + raw_length(response.error)
+            + raw_length(response.headers);
+        if caller.attachments == Attachments::NotTaken
+            && too_large(response.body, self.limits.max_frame)
+        {
+            let message = "the answer's raw bytes are too large for a caller without the feature 'attachments'";
+            self.end(
+                now,
+                key,
+                End::Unfit {
+                    refusal: &Refusal::new(Code::TooLarge, message),
+                    is_final: response.status.is_final(),
+                },
+                fx,
+            );
+            return Ok(());
+        }
+        let sent = fx.send(&caller.peer, Class::Reply, length, |out| {
+            encode::answer(out, &answer, caller.attachments)
+        });
+        match (sent, response.status.is_final()) {
+            (Sent::Queued, true) => {
+                self.end(
+                    now,
+                    key,
+                    End::Answered {
+                        failed: response.status == Status::Error,
+                    },
+                    fx,
+                );
+            }
+            (Sent::Queued, false) => fx.count(Count::Partial),
+            (Sent::Full, is_final) => {
+                // Never dropped silently: a short error takes the place of what did not fit.
+                let message = "the answer did not fit into the caller's outbox (limits.outbox_bytes_max): read faster";
+                self.end(
+                    now,
+                    key,
+                    End::Unfit {
+                        refusal: &Refusal::new(Code::Overloaded, message),
+                        is_final,
+                    },
+                    fx,
+                );
+            }
+            // The caller's connection has ended; its leaving ends the call.
+            (Sent::Gone, _) => {}
+        }
+        Ok(())
+    }
+
+    /// Ends a call at its caller's wish; false where the caller has no such call here.
+    pub fn cancel<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        caller: MemberKey,
+        id: &str,
+        fx: &mut E,
+    ) -> bool {
+        let Some(key) = self.calls.find(caller, id) else {
+            return self.cancel_parked(now, caller, id, fx)
+                || self.cancel_lock(now, caller, id, fx);
+        };
+        self.end(now, key, End::Cancelled, fx);
+        true
+    }
+
+    /// Grants `count` further items of a stream; false where the caller has no such call here.
+    pub fn ack<E: Effects<Peer = P>>(
+        &mut self,
+        caller: MemberKey,
+        id: &str,
+        count: u64,
+        fx: &mut E,
+    ) -> bool {
+        let Some(key) = self.calls.find(caller, id) else {
+            return false;
+        };
+        let call = self.calls.at_mut(key).expect("just found");
+        let Some(credit) = &mut call.credit else {
+            return true;
+        };
+        *credit = credit
+            .saturating_add(count)
+            .min(latzero_protocol::limits::WINDOW_MAX);
+        let call_id = CallId {
+            pool: self.number,
+            slot: key.slot,
+            generation: key.generation,
+        };
+        if let Some(member) = self.members.at(place(call.member)) {
+            fx.send(&member.peer, Class::Control, 64, |out| {
+                encode::ack(out, call_id, count)
+            });
+        }
+        true
+    }
+
+    /// Ends a call for both sides. A call that already ended is not found: the answer and the deadline may cross on
+    /// the way, and the first to reach the pool wins.
+    pub(super) fn end<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        key: Key<Call>,
+        how: End<'_>,
+        fx: &mut E,
+    ) {
+        let Some(mut call) = self.calls.remove(key) else {
+            return;
+        };
+        self.parked.note_room(now);
+        if let Some(handler) = self.handlers.at_mut(call.handler) {
+            handler.in_flight -= 1;
+        }
+        if let Some(uses) = &call.blocks {
+            self.take_back(now, call.member, uses, fx);
+        }
+        let call_id = CallId {
+            pool: self.number,
+            slot: key.slot,
+            generation: key.generation,
+        };
+        if let Some(handler) = self.members.at_mut(place(call.member)) {
+            handler.serving -= 1;
+            let reason = match how {
+                // A handler that has answered for good has nothing to stop.
+                End::Answered { .. } | End::HandlerGone | End::Unfit { is_final: true, .. } => None,
+                End::Cancelled => Some("cancelled"),
+                End::CallerGone => Some("caller_gone"),
+                End::TimedOut => Some("timeout"),
+                End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.code.as_str()),
+            };
+            if let Some(reason) = reason {
+                fx.send(&handler.peer, Class::Control, 96, |out| {
+                    encode::cancel(out, call_id, reason)
+                });
+            }
+        }
+        let refusal = match how {
+            End::Answered { .. } => None,
+            // One that left its pool but not the server still waits.
+            End::CallerGone => Some(Refusal::new(
+                Code::Cancelled,
+                "the caller is in the call's pool no longer",
+            )),
+            End::HandlerGone => {
+                let message = "the handler's connection ended before it answered; repeat the call if it may run twice";
+                Some(Refusal::new(Code::HandlerGone, message))
+            }
+            End::Cancelled => Some(Refusal::new(
+                Code::Cancelled,
+                "the caller cancelled the call",
+            )),
+            End::TimedOut => {
+                let ms = call.deadline.since(call.started).as_millis();
+                Some(Refusal::new(
+                    Code::Timeout,
+                    format!("no answer within the call's ttl of {ms} ms"),
+                ))
+            }
+            End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.clone()),
+        };
+        let failed = matches!(how, End::Answered { failed: true });
+        let is_orphan = matches!(how, End::HandlerGone)
+            && call
+                .lasting
+                .as_ref()
+                .is_some_and(|lasting| lasting.redeliver);
+        let end = CallEnd {
+            started: call.started,
+            ended: now,
+            code: refusal.as_ref().map(|r| r.code),
+            failed,
+        };
+        if call.caller == NOBODY {
+            let handler = self.members.at(place(call.member));
+            fx.call_ended(
+                None,
+                &handler.expect("it leaves after its calls ended").peer,
+                end,
+            );
+            let Some(lasting) = call.lasting.take() else {
+                // Its caller went; a repeat may ask for the answer until it is clear that none comes.
+                if let Some(repeat) = call.repeat {
+                    self.repeats_dropped(&repeat.0, &repeat.1, fx);
+                }
+                return;
+            };
+            match (lasting.number, &refusal) {
+                (Some(_), Some(_)) if is_orphan => self.orphan(NOBODY, None, lasting),
+                (Some(number), Some(refusal)) => self.parked_refused(now, number, refusal, fx),
+                (None, Some(_)) => self.drop_repeats_of(&lasting, fx),
+                _ => {}
+            }
+            return;
+        }
+        let caller = self
+            .members
+            .at_mut(place(call.caller))
+            .expect("a call's caller leaves after its calls ended");
+        caller.calling -= 1;
+        if let Some(repeat) = call.repeat.take().filter(|_| !is_orphan) {
+            self.repeats_dropped(&repeat.0, &repeat.1, fx);
+        }
+        let caller = self
+            .members
+            .at_mut(place(call.caller))
+            .expect("found above");
+        if is_orphan {
+            let lasting = call.lasting.take().expect("just seen");
+            let peer = caller.peer.clone();
+            let handler = self.members.at(place(call.member));
+            fx.call_ended(Some(&peer), &handler.expect("it is leaving").peer, end);
+            self.orphan(call.caller, call.id.as_deref().map(Into::into), lasting);
+            return;
+        }
+        if let (Some(refusal), Some(id)) = (&refusal, &call.id) {
+            fx.send(
+                &caller.peer,
+                Class::Control,
+                refusal.message.len() + 256,
+                |out| match how {
+                    End::Unfit { refusal, .. } => append_unfit(out, id, refusal),
+                    _ => encode::refusal(out, Some(id), refusal),
+                },
+            );
+        }
+        let caller = caller.peer.clone();
+        let handler = self
+            .members
+            .at(place(call.member))
+            .map_or_else(|| caller.clone(), |m| m.peer.clone());
+        fx.call_ended(Some(&caller), &handler, end);
+    }
+
+    pub(super) fn end_calls_of<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        key: MemberKey,
+        fx: &mut E,
+    ) {
+        let mut slot = 0;
+        // Stops as soon as the member has none left: most have few, and many leave with none.
+        while let Some(member) = self.member(key)
+            && member.calling + member.serving > 0
+        {
+            let Some((call_key, call)) = self.calls.from(slot) else {
+                break;
+            };
+            let how = if call.member == key {
+                Some(End::HandlerGone)
+            } else if call.caller == key && call.repeat.is_some() {
+                self.detach(now, call_key, fx);
+                None
+            } else {
+                (call.caller == key).then_some(End::CallerGone)
+            };
+            if let Some(how) = how {
+                self.end(now, call_key, how, fx);
+            }
+            slot = call_key.slot + 1;
+        }
+    }
+
+    /// The caller of a call with an idempotency key has gone, and may come back for the answer: its handler goes on.
+    pub(super) fn detach<E: Effects<Peer = P>>(&mut self, now: Time, key: Key<Call>, fx: &mut E) {
+        let call = self.calls.at_mut(key).expect("its caller found it");
+        let (started, caller, handler) = (call.started, call.caller, call.member);
+        self.calls.detach(key);
+        let member = self.members.at_mut(place(caller)).expect("it is leaving");
+        member.calling -= 1;
+        let peer = member.peer.clone();
+        let handler = self.members.at(place(handler)).expect("it serves");
+        let end = CallEnd {
+            started,
+            ended: now,
+            code: Some(Code::Cancelled),
+            failed: false,
+        };
+        fx.call_ended(Some(&peer), &handler.peer, end);
+        fx.call_started(None, &handler.peer);
+    }
+}
+
+/// `overloaded` and `too_large` mean "did not run" everywhere but here, where only the answer was lost.
+pub(super) fn append_unfit(out: &mut Vec<u8>, id: &str, refusal: &Refusal) {
+    latzero_protocol::frame::append(out, |out| {
+        out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");
+        encode::append_str(out, id);
+        out.extend_from_slice(b",\"status\":\"error\",\"error\":{\"code\":\"");
+        out.extend_from_slice(refusal.code.as_str().as_bytes());
+        out.extend_from_slice(b"\",\"message\":");
+        encode::append_str(out, &refusal.message);
+        out.extend_from_slice(b",\"ran\":\"unknown\"}}");
+    });
+}

@@ -1,0 +1,112 @@
+//! A call as it is kept: its caller's words, and what was decided about it.
+
+use latzero_protocol::encode::append_str;
+use latzero_protocol::frame::Frame;
+use latzero_protocol::message::{Request, Trigger};
+use latzero_protocol::{AppId, Body, Envelope, InstanceId, Raw};
+
+use crate::time::Time;
+
+/// A call that outlives its first attempt.
+pub(in crate::pool) struct Lasting {
+    /// The call as its caller sent it, but for the fields that only the first attempt needed.
+    pub(super) message: Box<str>,
+    pub(super) attachment: Option<Box<[u8]>>,
+    pub(super) caller: AppId,
+    pub(super) instance: InstanceId,
+    pub(super) deadline: Time,
+    pub(super) attempt: u32,
+    /// Whether it may be given to another handler after the first one died.
+    pub(in crate::pool) redeliver: bool,
+    /// Whether it may wait for one.
+    pub(super) may_park: bool,
+    pub(super) idempotency_key: Option<Box<str>>,
+    /// Its number, where it is parked.
+    pub(in crate::pool) number: Option<u64>,
+}
+
+impl Lasting {
+    pub(in crate::pool) fn new(
+        (caller, instance): (&AppId, InstanceId),
+        deadline: Time,
+        trigger: &Trigger<'_>,
+    ) -> Box<Lasting> {
+        Box::new(Lasting {
+            message: message(trigger).into(),
+            attachment: match trigger.body {
+                Body::Bytes(bytes) => Some(bytes.into()),
+                _ => None,
+            },
+            caller: caller.clone(),
+            instance,
+            deadline,
+            attempt: 1,
+            redeliver: trigger.redeliver,
+            may_park: trigger.park,
+            idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
+            number: None,
+        })
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.message.len() + self.attachment.as_ref().map_or(0, |bytes| bytes.len()) + 256
+    }
+
+    /// Reads the call and hands it to `f`; `None` where a row makes no sense.
+    pub(super) fn read<R>(&self, f: impl FnOnce(&Trigger<'_>) -> R) -> Option<R> {
+        let frame = Frame {
+            json: self.message.as_bytes(),
+            attachment: self.attachment.as_deref(),
+        };
+        let envelope = Envelope::parse(frame).ok()?.ok()?;
+        match Request::decode(&envelope).ok()? {
+            Request::Trigger(trigger) => Some(f(&trigger)),
+            _ => None,
+        }
+    }
+}
+
+/// The message of a call, as it is kept: its payload's text is passed on as it came.
+fn message(trigger: &Trigger<'_>) -> String {
+    let mut out = Vec::with_capacity(128 + trigger.body.len());
+    out.extend_from_slice(b"{\"action\":\"trigger\",\"process\":");
+    append_str(&mut out, &trigger.process);
+    if let Some(id) = &trigger.id {
+        out.extend_from_slice(b",\"id\":");
+        append_str(&mut out, id);
+    }
+    if let Some(key) = &trigger.key {
+        out.extend_from_slice(b",\"key\":");
+        append_str(&mut out, key);
+    }
+    let mut raw = |name: &str, raw: Option<Raw<'_>>| {
+        if let Some(raw) = raw {
+            out.extend_from_slice(name.as_bytes());
+            out.extend_from_slice(raw.text().as_bytes());
+        }
+    };
+    raw(
+        ",\"destination\":",
+        trigger.destination.as_ref().map(|d| d.raw),
+    );
+    raw(",\"headers\":", trigger.headers);
+    if let Body::Json(json) = trigger.body {
+        raw(",\"data\":", Some(json));
+    }
+    if trigger.redeliver {
+        out.extend_from_slice(b",\"redeliver\":true");
+    }
+    if trigger.park {
+        out.extend_from_slice(b",\"park\":true");
+    }
+    out.push(b'}');
+    String::from_utf8(out).expect("it was made of texts")
+}
+
+/// The parts of a row's envelope: the caller's instance, and the call.
+pub(super) fn split_envelope(envelope: &str) -> Option<(InstanceId, &str)> {
+    let rest = envelope.strip_prefix("{\"instance\":\"")?;
+    let (instance, rest) = rest.split_at_checked(16)?;
+    let call = rest.strip_prefix("\",\"call\":")?.strip_suffix('}')?;
+    Some((InstanceId(u64::from_str_radix(instance, 16).ok()?), call))
+}

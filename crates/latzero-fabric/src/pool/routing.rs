@@ -1,0 +1,481 @@
+//! Calls and emits on their way to handlers.
+//!
+//! A call goes to one handler, which [`super::pick`] chooses; where none is there it may be parked. What a receiver does not
+//! take is refused here and now, and nothing was sent then.
+
+use latzero_protocol::encode::{self, Attachments, Origin};
+use latzero_protocol::message::{Emit, Trigger};
+use latzero_protocol::{Body, CallId, Code, InstanceId, PoolName, Refusal, TriggerName};
+
+use super::calls::Call;
+use super::park::Lasting;
+use super::pick::{self, Offer};
+use super::repeats::Seen;
+use super::{CallError, Caller, Member, MemberKey, NOBODY, Pool, place};
+use crate::effects::{Class, Count, Effects, Sent};
+use crate::slab::Key;
+use crate::time::Time;
+
+impl<P: Clone> Pool<P> {
+    /// Routes a call to one handler. Where none is live and the call may wait for one, it is parked, with a promise to its
+    /// caller: its number is returned.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to be told; nothing was sent then.
+    pub fn call<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        caller: MemberKey,
+        trigger: &Trigger<'_>,
+        fx: &mut E,
+    ) -> Result<Option<u64>, CallError> {
+        let Some(member) = self.members.at(place(caller)) else {
+            return Err(not_member(&self.name).into());
+        };
+        let Some(key) = trigger.idempotency_key.as_deref() else {
+            return self.call_once(now, caller, trigger, fx);
+        };
+        let app = member.app.clone();
+        if let Seen::Repeat = self.look_up_repeat(caller, trigger.id.as_deref(), key, fx)? {
+            return Ok(None);
+        }
+        let called = self.call_once(now, caller, trigger, fx);
+        if called.is_err() {
+            self.repeats_dropped(&app, key, fx);
+        }
+        called
+    }
+
+    pub(super) fn call_once<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        caller: MemberKey,
+        trigger: &Trigger<'_>,
+        fx: &mut E,
+    ) -> Result<Option<u64>, CallError> {
+        let deadline = now.after_ms(trigger.ttl_ms);
+        let from = Caller::Member(caller);
+        if !trigger.park && !trigger.redeliver {
+            self.route(now, from, trigger, (deadline, None), fx)?;
+            return Ok(None);
+        }
+        let member = self.members.at(place(caller)).expect("its caller found it");
+        let (app, instance) = (&member.app.clone(), member.instance);
+        if !trigger.blocks.is_empty() {
+            let message = "a call that may wait for its handler, or be given to another one, can't take blocks along";
+            return Err(Refusal::new(Code::BadMessage, message).into());
+        }
+        if let Some(id) = &trigger.id
+            && self.has_parked(app, id)
+        {
+            return Err(id_in_use(id).into());
+        }
+        // Those that wait already come first.
+        let must_wait = trigger.park && self.parked.waits_for(&trigger.process);
+        let attempt = trigger.redeliver.then_some(1);
+        let routed = if must_wait {
+            Err(CallError::UnknownDestination)
+        } else {
+            self.route(now, from, trigger, (deadline, attempt), fx)
+        };
+        match routed {
+            Ok(key) => {
+                if trigger.redeliver {
+                    let call = self.calls.at_mut(key).expect("just begun");
+                    call.lasting = Some(Lasting::new((app, instance), deadline, trigger));
+                }
+                Ok(None)
+            }
+            Err(error) => {
+                let is_nobody_there = match &error {
+                    CallError::UnknownDestination => true,
+                    CallError::Refused(refusal) => refusal.code == Code::NoHandler,
+                };
+                if !trigger.park || !is_nobody_there {
+                    return Err(error);
+                }
+                let peer = self
+                    .members
+                    .at(place(caller))
+                    .expect("found above")
+                    .peer
+                    .clone();
+                let times = (now, fx.unix_ms(now));
+                let number = self.park(times, caller, trigger, Some(&peer), fx)?;
+                if must_wait {
+                    self.give_newcomer(now, &trigger.process, number, fx);
+                }
+                Ok(Some(number))
+            }
+        }
+    }
+
+    /// Offers a call to the trigger's handlers, and begins it where one takes it.
+    pub(super) fn route<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        from: Caller<'_>,
+        trigger: &Trigger<'_>,
+        (deadline, attempt): (Time, Option<u32>),
+        fx: &mut E,
+    ) -> Result<Key<Call>, CallError> {
+        let Some(served) = self.triggers.get(&*trigger.process) else {
+            return Err(self.no_handler(trigger));
+        };
+        if let (Some(id), Some(caller)) = (&trigger.id, from.member())
+            && self.calls.find(caller, id).is_some()
+        {
+            return Err(id_in_use(id).into());
+        }
+        if self.calls.len() >= self.limits.pending_max {
+            let message = format!(
+                "pool '{}' holds {} calls (limits.pending_max)",
+                self.name, self.limits.pending_max
+            );
+            return Err(Refusal::new(Code::Overloaded, message).into());
+        }
+        let member = from.member().and_then(|m| self.members.at(place(m)));
+        let (app, instance) = match (from, member) {
+            (Caller::Absent(app, instance), _) => (app, instance),
+            (Caller::Member(_), Some(member)) => (&member.app, member.instance),
+            (Caller::Member(_), None) => return Err(not_member(&self.name).into()),
+        };
+        if member.is_some_and(|m| fx.in_flight(&m.peer) >= self.limits.in_flight_max) {
+            let message = format!(
+                "{} calls of this connection are in flight (limits.in_flight_max)",
+                self.limits.in_flight_max
+            );
+            return Err(Refusal::new(Code::Overloaded, message).into());
+        }
+        let uses = match (&trigger.blocks[..], from.member()) {
+            ([], _) | (_, None) => Vec::new(),
+            (named, Some(caller)) => self.check_uses(caller, named)?,
+        };
+        let sticky = self.sticky(trigger.key.as_deref(), instance);
+        let start = pick::start(served, &mut self.prng);
+        let key = self.calls.next_key();
+        let delivery = encode::Delivery {
+            call: CallId {
+                pool: self.number,
+                slot: key.slot,
+                generation: key.generation,
+            },
+            process: served.name.as_str(),
+            pool: self.name.as_str(),
+            origin: Origin {
+                app_id: app.as_str(),
+                instance,
+            },
+            ttl_ms: match attempt {
+                None => trigger.ttl_ms,
+                Some(_) => u64::try_from(deadline.since(now).as_millis())
+                    .unwrap_or(u64::MAX)
+                    .max(1),
+            },
+            attempt,
+            window: trigger.window,
+            key: trigger.key.as_deref(),
+            destination: trigger.destination.as_ref().map(|d| d.raw),
+            blocks: None,
+            headers: trigger.headers,
+            body: trigger.body,
+        };
+        let around = trigger.key.as_ref().map_or(0, |key| key.len())
+            + raw_length(delivery.destination)
+            + raw_length(trigger.headers);
+        let mut seen = pick::Seen::default();
+        let chosen = pick::each(
+            served,
+            &self.handlers,
+            &self.members,
+            start,
+            sticky,
+            |handler, to| {
+                if !matches(trigger.destination.as_ref(), to) {
+                    return Offer::NotMeant;
+                }
+                // It listens to emits, and is no handler of calls.
+                if handler.concurrency == 0 {
+                    return Offer::NotMeant;
+                }
+                seen.matching = true;
+                if handler.in_flight >= handler.concurrency {
+                    return Offer::Busy;
+                }
+                if to.attachments == Attachments::NotTaken
+                    && too_large(trigger.body, self.limits.max_frame)
+                {
+                    seen.too_large = true;
+                    return Offer::Busy;
+                }
+                let length = around + forwarded_length(trigger.body, to.attachments);
+                if !uses.is_empty() {
+                    let (blocks, descriptors) = self.describe_uses(&uses, to.takes_descriptors, fx);
+                    let delivery = encode::Delivery {
+                        blocks: Some((&blocks, descriptors.len())),
+                        ..delivery
+                    };
+                    let length = length + blocks.len();
+                    return match fx.send_with(&to.peer, Class::Call, length, &descriptors, |out| {
+                        encode::delivery(out, &delivery, to.attachments)
+                    }) {
+                        Sent::Queued => Offer::Taken,
+                        Sent::Full | Sent::Gone => Offer::Busy,
+                    };
+                }
+                match fx.send(&to.peer, Class::Call, length, |out| {
+                    encode::delivery(out, &delivery, to.attachments)
+                }) {
+                    Sent::Queued => Offer::Taken,
+                    Sent::Full | Sent::Gone => Offer::Busy,
+                }
+            },
+        );
+        let Some((position, handler_key)) = chosen else {
+            return Err(self.none_taken(trigger, seen));
+        };
+        let handler = self
+            .handlers
+            .at_mut(handler_key)
+            .expect("it was just picked");
+        handler.in_flight += 1;
+        let serving = handler.member;
+        let call = Call {
+            caller: from.member().unwrap_or(NOBODY),
+            // A parked call is found by its number.
+            id: trigger
+                .id
+                .as_deref()
+                .filter(|_| from.member().is_some())
+                .map(Into::into),
+            member: serving,
+            handler: handler_key,
+            started: now,
+            deadline,
+            credit: trigger.window,
+            blocks: (!uses.is_empty()).then(|| uses.clone().into()),
+            lasting: None,
+            repeat: match (&trigger.idempotency_key, from) {
+                (Some(key), Caller::Member(_)) => Some(Box::new((app.clone(), (&**key).into()))),
+                _ => None,
+            },
+        };
+        self.calls.insert(key, call);
+        if !uses.is_empty() {
+            self.lend(serving, &uses);
+        }
+        self.calls_total += 1;
+        let served = self
+            .triggers
+            .get_mut(&*trigger.process)
+            .expect("found above");
+        served.turn = position + 1;
+        let to = self
+            .members
+            .at_mut(place(serving))
+            .expect("a handler's member lives");
+        to.serving += 1;
+        let handler_peer = to.peer.clone();
+        let caller = from.member().map(|caller| {
+            let member = self.members.at_mut(place(caller)).expect("it calls");
+            member.calling += 1;
+            &member.peer
+        });
+        fx.call_started(caller, &handler_peer);
+        Ok(key)
+    }
+
+    /// Passes an emit to the trigger's handlers; returns how many it was appended for.
+    ///
+    /// # Errors
+    /// Where the sender is no member, or the name is none.
+    pub fn emit<E: Effects<Peer = P>>(
+        &mut self,
+        from: MemberKey,
+        emit: &Emit<'_>,
+        fx: &mut E,
+    ) -> Result<usize, Refusal> {
+        let Some(sender) = self.members.at(place(from)) else {
+            return Err(not_member(&self.name));
+        };
+        fx.count(Count::Emit);
+        self.emits_total += 1;
+        let Some(served) = self.triggers.get(&*emit.process) else {
+            TriggerName::check(&emit.process)?;
+            return Ok(0);
+        };
+        let notice = encode::Notice {
+            process: served.name.as_str(),
+            pool: self.name.as_str(),
+            origin: sender.origin(),
+            destination: emit.destination.as_ref().map(|d| d.raw),
+            headers: emit.headers,
+            body: emit.body,
+        };
+        let sticky = self.sticky(emit.key.as_deref(), sender.instance);
+        let mut delivered = 0;
+        // Encoded once for all who take the same form.
+        let mut encoded: [Option<std::ops::Range<usize>>; 2] = [None, None];
+        let scratch = &mut self.scratch;
+        scratch.clear();
+        let max_frame = self.limits.max_frame;
+        let mut deliver = |to: &Member<P>| {
+            if !matches(emit.destination.as_ref(), to)
+                || (to.attachments == Attachments::NotTaken && too_large(emit.body, max_frame))
+            {
+                return Offer::NotMeant;
+            }
+            let form = usize::from(to.attachments == Attachments::Taken);
+            let range = encoded[form].get_or_insert_with(|| {
+                let start = scratch.len();
+                encode::notice(scratch, &notice, to.attachments);
+                start..scratch.len()
+            });
+            let bytes = &scratch[range.clone()];
+            let sent = fx.send(&to.peer, Class::Emit, bytes.len(), |out| {
+                out.extend_from_slice(bytes)
+            });
+            delivered += usize::from(sent == Sent::Queued);
+            if sent == Sent::Queued {
+                Offer::Taken
+            } else {
+                Offer::Busy
+            }
+        };
+        if emit.one {
+            let start = pick::start(served, &mut self.prng);
+            let chosen = pick::each(
+                served,
+                &self.handlers,
+                &self.members,
+                start,
+                sticky,
+                |_, to| deliver(to),
+            );
+            if let Some((position, _)) = chosen {
+                self.triggers
+                    .get_mut(&*emit.process)
+                    .expect("found above")
+                    .turn = position + 1;
+            }
+        } else {
+            for &handler in &served.handlers {
+                let handler = self
+                    .handlers
+                    .at(handler)
+                    .expect("a trigger's handlers exist");
+                deliver(
+                    self.members
+                        .at(place(handler.member))
+                        .expect("a handler's member lives"),
+                );
+            }
+        }
+        for _ in 0..delivered {
+            fx.count(Count::Delivered);
+        }
+        if self.scratch.capacity() > 64 * 1024 {
+            self.scratch = Vec::new();
+        }
+        Ok(delivered)
+    }
+
+    /// What a sticky trigger goes by: the key, else who asks. A call and an emit with one key go to one handler.
+    pub(super) fn sticky(&self, key: Option<&str>, from: InstanceId) -> u64 {
+        match key {
+            Some(key) => crate::prng::hash(self.hash_seed, key.as_bytes()),
+            None => crate::prng::hash(self.hash_seed, &from.0.to_le_bytes()),
+        }
+    }
+
+    pub(super) fn no_handler(&self, trigger: &Trigger<'_>) -> CallError {
+        if let Err(error) = TriggerName::check(&trigger.process) {
+            return Refusal::from(error).into();
+        }
+        if let Some(destination) = &trigger.destination {
+            let present = self
+                .members
+                .iter()
+                .any(|(_, m)| matches(Some(destination), m));
+            if !present {
+                return CallError::UnknownDestination;
+            }
+            let message = format!(
+                "app '{}' does not serve trigger '{}' in pool '{}'",
+                destination.app_id, trigger.process, self.name
+            );
+            return Refusal::new(Code::NoHandler, message).into();
+        }
+        let message = format!(
+            "no app serves trigger '{}' in pool '{}'",
+            trigger.process, self.name
+        );
+        Refusal::new(Code::NoHandler, message).into()
+    }
+
+    /// Why none of a trigger's handlers took a call.
+    pub(super) fn none_taken(&self, trigger: &Trigger<'_>, seen: pick::Seen) -> CallError {
+        if seen.too_large {
+            let message = "the payload is too large as base64 for a handler without the feature 'attachments'";
+            return Refusal::new(Code::TooLarge, message).into();
+        }
+        if !seen.matching {
+            return self.no_handler(trigger);
+        }
+        let message = format!(
+            "every handler of trigger '{}' in pool '{}' is at its concurrency or has a full outbox; \
+             wait and repeat, or add handlers",
+            trigger.process, self.name
+        );
+        Refusal::new(Code::Overloaded, message).into()
+    }
+}
+
+pub(super) fn id_in_use(id: &str) -> Refusal {
+    let message = format!(
+        "id '{}' is in use by another call of yours in flight",
+        id.escape_debug()
+    );
+    Refusal::new(Code::BadMessage, message)
+}
+
+pub(super) fn matches<P>(
+    destination: Option<&latzero_protocol::message::Destination<'_>>,
+    member: &Member<P>,
+) -> bool {
+    destination.is_none_or(|d| {
+        d.app_id == member.app.as_str()
+            && d.instance
+                .is_none_or(|instance| instance == member.instance)
+    })
+}
+
+pub(super) fn not_member(pool: &PoolName) -> Refusal {
+    Refusal::new(
+        Code::NotMember,
+        format!("this app is not in pool '{pool}'; name it in the handshake or send pool_join"),
+    )
+}
+
+/// About how many bytes a forwarded message takes: the body in the form that its receiver takes, and what always
+/// stands around it.
+pub(super) fn forwarded_length(body: Body<'_>, attachments: Attachments) -> usize {
+    let body = match (body, attachments) {
+        (Body::Bytes(bytes), Attachments::NotTaken) => base64_length(bytes),
+        _ => body.len(),
+    };
+    body + 512
+}
+
+pub(super) fn raw_length(field: Option<latzero_protocol::Raw<'_>>) -> usize {
+    field.map_or(0, |raw| raw.text().len())
+}
+
+pub(super) fn base64_length(bytes: &[u8]) -> usize {
+    bytes.len().div_ceil(3) * 4
+}
+
+/// Whether raw bytes would pass the frame limit once they are base64.
+pub(super) fn too_large(body: Body<'_>, max_frame: usize) -> bool {
+    matches!(body, Body::Bytes(bytes) if base64_length(bytes) > max_frame)
+}

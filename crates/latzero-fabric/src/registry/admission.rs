@@ -1,0 +1,344 @@
+//! Handshakes: who is let in, and with what.
+//!
+//! What an app registers anew is handed out to be kept first; it is in when that is on disk.
+
+use std::collections::BTreeSet;
+
+use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_APP, SYSTEM_POOL};
+use latzero_protocol::message::{Handshake, TriggerSpec};
+use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal};
+use serde_json::Value;
+
+use super::{Admission, Admitted, App, Instance, Registry, not_admitted};
+use crate::effects::Effects;
+use crate::host::{Host, Transport};
+use crate::keep::Change;
+use crate::limits::Limits;
+use crate::registration::{Registration, Remembered};
+use crate::time::Time;
+
+impl<H: Host> Registry<H> {
+    /// Admits an app's instance, or says why not. Where the handshake changes what the app registered, that is handed out
+    /// to be kept first, with a promise to `peer`; the handshake is to be asked again when it is, with `kept` as [`Admitted::Later`] said.
+    ///
+    /// # Errors
+    /// `forbidden`, `app_in_use`, `quota`, `too_large`: nothing changed then.
+    #[allow(
+        clippy::too_many_lines,
+        reason = "one decision after the other, none of which can be moved"
+    )]
+    pub fn admit(
+        &mut self,
+        (now, unix_ms): (Time, u64),
+        peer: &H::Peer,
+        transport: Transport,
+        handshake: &Handshake<'_>,
+        kept: Option<bool>,
+        fx: &mut H::Effects,
+    ) -> Result<Admitted<H>, Refusal> {
+        let app_id = &handshake.app_id;
+        if app_id.as_str() == SYSTEM_APP && transport != Transport::BuiltIn {
+            return Err(Refusal::new(
+                Code::Forbidden,
+                format!("AppID '{SYSTEM_APP}' is the server's own; choose another"),
+            ));
+        }
+        let known = self.apps.get(app_id);
+        let remembered = known.map(|app| app.registration.get());
+        let is_kept = kept.is_some();
+        let wants_back =
+            handshake.pools.is_none() && handshake.triggers.is_none() && remembered.is_some();
+        // What was kept just now is not what the app had.
+        let rehydrated = kept.unwrap_or(wants_back);
+        let mut registration = match &remembered {
+            Some(remembered) if wants_back => Registration::clone(remembered),
+            _ => Registration {
+                pools: handshake.pools.clone().unwrap_or_default(),
+                triggers: handshake.triggers.clone().unwrap_or_default(),
+                ..Registration::default()
+            },
+        };
+        if wants_back {
+            // A pool that closed itself to the app meanwhile is not asked for.
+            let is_open = |name: &PoolName| self.pools.get(name).is_none_or(|p| p.admits(app_id));
+            registration.pools.retain(is_open);
+            // Nor a trigger where it may no longer be served.
+            registration.triggers.retain(|spec| {
+                self.check_service(app_id, std::slice::from_ref(spec))
+                    .is_ok()
+            });
+        }
+        if registration.pools.is_empty() {
+            registration
+                .pools
+                .push(PoolName::new(DEFAULT_POOL).expect("a built-in name is valid"));
+        }
+        dedup_pools(&mut registration.pools);
+        dedup_triggers(&mut registration.triggers);
+        self.check_quota(&registration.pools, &registration.triggers)?;
+        if transport != Transport::BuiltIn {
+            check_reserved(&registration.triggers)?;
+        }
+        self.check_policies(app_id, &registration)?;
+        if let Some(meta) = handshake.meta {
+            registration.meta = Some(self.free_json("meta", meta.text())?);
+        }
+        let is_same = remembered.as_ref().is_some_and(|remembered| {
+            let meta = registration.meta.clone();
+            // What an app tells about itself is worth no wait.
+            let remembered = Registration {
+                meta,
+                ..Registration::clone(remembered)
+            };
+            remembered == registration
+        });
+        let is_told = remembered.is_none_or(|remembered| remembered.meta != registration.meta);
+        if let Some(app) = known {
+            let alone = handshake.exclusive || app.instances.iter().any(|i| i.exclusive);
+            if alone && !app.instances.is_empty() && !handshake.takeover {
+                let message = format!(
+                    "app '{app_id}' already has a live instance and one of the two wants to be alone; \
+                     stop it, or send \"takeover\":true"
+                );
+                return Err(Refusal::new(Code::AppInUse, message));
+            }
+            if app.instances.len() >= self.limits.instances_per_app_max && !handshake.takeover {
+                let max = self.limits.instances_per_app_max;
+                let message =
+                    format!("app '{app_id}' has {max} instances (limits.instances_per_app_max)");
+                return Err(Refusal::new(Code::Quota, message));
+            }
+        }
+        let is_known = known.is_some();
+        let new_pools = registration
+            .pools
+            .iter()
+            .filter(|name| !self.pools.contains_key(*name))
+            .count();
+        self.check_room_for_pools(new_pools)?;
+        // The last that can fail: from here on things change.
+        if !is_known {
+            self.make_room(fx)?;
+        }
+        let is_lasting = transport != Transport::BuiltIn && !handshake.transient;
+        let app = self.apps.entry(app_id.clone()).or_insert_with(|| App {
+            registration: Remembered::Read(Registration::default()),
+            instances: Vec::new(),
+            registered: unix_ms,
+            last_seen: unix_ms,
+            is_lasting,
+        });
+        if !is_known {
+            self.offline.insert((app.last_seen, app_id.clone()));
+        }
+        let becomes_lasting = is_lasting && !app.is_lasting;
+        // A tool's visit under an app's name does not make the app less lasting, and an app may follow a tool.
+        app.is_lasting |= is_lasting;
+        app.registration = Remembered::Read(registration.clone());
+        if (!is_same || becomes_lasting) && !is_kept && app.keep(app_id, Some(peer), fx) {
+            return Ok(Admitted::Later { rehydrated });
+        }
+
+        let instance = InstanceId(self.prng.next_u64());
+        let pools = registration
+            .pools
+            .clone()
+            .into_iter()
+            .map(|name| self.enter(unix_ms, app_id, name))
+            .collect();
+        let triggers = registration.triggers.clone();
+        // Another instance may watch a pool that is not among those that are restored.
+        let watches = registration
+            .watches
+            .iter()
+            .filter(|(pool, _)| registration.pools.contains(pool))
+            .cloned()
+            .collect();
+        let app = self.apps.get_mut(app_id).expect("it was made above");
+        self.offline.remove(&(app.last_seen, app_id.clone()));
+        let was_offline = app.instances.is_empty();
+        app.last_seen = unix_ms;
+        let displaced = if handshake.takeover {
+            std::mem::take(&mut app.instances)
+        } else {
+            Vec::new()
+        };
+        app.instances.push(Instance {
+            id: instance,
+            peer: peer.clone(),
+            memberships: Vec::new(),
+            exclusive: handshake.exclusive,
+            since: now,
+        });
+        self.instances = self.instances + 1 - displaced.len();
+        if is_told || (is_kept && !is_same) {
+            app.keep(app_id, None, fx);
+        } else if was_offline && app.is_lasting {
+            fx.keep(Change::Seen(app_id.clone(), 0), None);
+        }
+        Ok(Admitted::Now(Box::new(Admission {
+            instance,
+            pools,
+            triggers,
+            watches,
+            subscriptions: registration.subscriptions,
+            rehydrated,
+            displaced,
+        })))
+    }
+
+    /// Forgets the app that was offline longest where there is no room for another.
+    pub(super) fn make_room(&mut self, fx: &mut H::Effects) -> Result<(), Refusal> {
+        if self.apps.len() < self.limits.apps_max {
+            return Ok(());
+        }
+        let Some((_, longest_gone)) = self.offline.pop_first() else {
+            let message = format!("{} apps live (limits.apps_max)", self.apps.len());
+            return Err(Refusal::new(Code::Quota, message));
+        };
+        self.apps.remove(&longest_gone);
+        fx.keep(Change::ForgetApp(longest_gone), None);
+        Ok(())
+    }
+
+    /// Whether the pools' rules let an app in, and serve where it says that it does.
+    pub(super) fn check_policies(
+        &self,
+        app_id: &AppId,
+        registration: &Registration,
+    ) -> Result<(), Refusal> {
+        for name in &registration.pools {
+            if let Some(entry) = self.pools.get(name).filter(|entry| !entry.admits(app_id)) {
+                return Err(not_admitted(app_id, name, entry));
+            }
+        }
+        self.check_service(app_id, &registration.triggers)
+    }
+
+    pub(super) fn check_service(
+        &self,
+        app_id: &AppId,
+        triggers: &[TriggerSpec],
+    ) -> Result<(), Refusal> {
+        for name in triggers.iter().flat_map(|spec| spec.pools.iter().flatten()) {
+            if self
+                .pools
+                .get(name)
+                .is_some_and(|entry| !entry.may_serve(app_id))
+            {
+                return Err(Refusal::new(
+                    Code::Forbidden,
+                    format!(
+                        "app '{app_id}' may not serve triggers in pool '{name}' (its policy's \"serve\")"
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_quota(
+        &self,
+        pools: &[PoolName],
+        triggers: &[TriggerSpec],
+    ) -> Result<(), Refusal> {
+        check_pools(pools.len(), &self.limits)?;
+        check_triggers(triggers, &self.limits)?;
+        let pool_bytes =
+            |pools: &[PoolName]| pools.iter().map(|name| name.as_str().len()).sum::<usize>();
+        let trigger_bytes = |spec: &TriggerSpec| {
+            spec.name.as_str().len()
+                + spec.doc.as_ref().map_or(0, String::len)
+                + spec.pools.as_deref().map_or(0, pool_bytes)
+        };
+        let bytes = pool_bytes(pools) + triggers.iter().map(trigger_bytes).sum::<usize>();
+        if bytes > self.limits.registration_bytes_max {
+            let max = self.limits.registration_bytes_max;
+            let message = format!(
+                "an app may register {max} bytes of names, pools and docs (limits.registration_bytes_max)"
+            );
+            return Err(Refusal::new(Code::Quota, message));
+        }
+        Ok(())
+    }
+
+    /// JSON that an app may say freely, within its size.
+    pub(super) fn free_json(&self, field: &str, text: &str) -> Result<Value, Refusal> {
+        if text.len() > self.limits.meta_bytes_max {
+            let message = format!(
+                "field '{field}' has {} bytes, at most {} are kept (limits.meta_bytes_max)",
+                text.len(),
+                self.limits.meta_bytes_max
+            );
+            return Err(Refusal::new(Code::TooLarge, message));
+        }
+        serde_json::from_str(text).map_err(|error| {
+            Refusal::new(
+                Code::BadMessage,
+                format!("field '{field}' can't be kept: {error}"),
+            )
+        })
+    }
+}
+
+pub(super) fn dedup_pools(pools: &mut Vec<PoolName>) {
+    let mut seen = BTreeSet::new();
+    pools.retain(|name| seen.insert(name.clone()));
+}
+
+/// Of triggers named twice the last counts.
+pub(super) fn dedup_triggers(triggers: &mut Vec<TriggerSpec>) {
+    let mut seen = BTreeSet::new();
+    triggers.reverse();
+    triggers.retain(|spec| seen.insert(spec.name.clone()));
+    triggers.reverse();
+}
+
+pub(super) fn check_reserved(triggers: &[TriggerSpec]) -> Result<(), Refusal> {
+    let names_system = |spec: &&TriggerSpec| {
+        spec.pools
+            .as_ref()
+            .is_some_and(|pools| pools.iter().any(|p| p.as_str() == SYSTEM_POOL))
+    };
+    match triggers.iter().find(names_system) {
+        Some(spec) => {
+            let message = format!(
+                "trigger '{}' can't be served in pool '{SYSTEM_POOL}', which is the server's own",
+                spec.name
+            );
+            Err(Refusal::new(Code::Forbidden, message))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Whether an app, or one instance of it, may be in that many pools.
+pub(crate) fn check_pools(pools: usize, limits: &Limits) -> Result<(), Refusal> {
+    if pools > limits.pools_per_app_max {
+        return Err(too_many(
+            "pools",
+            limits.pools_per_app_max,
+            "limits.pools_per_app_max",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether an app, or one instance of it, may serve these triggers.
+pub(crate) fn check_triggers(triggers: &[TriggerSpec], limits: &Limits) -> Result<(), Refusal> {
+    if triggers.len() > limits.triggers_per_app_max {
+        return Err(too_many(
+            "triggers",
+            limits.triggers_per_app_max,
+            "limits.triggers_per_app_max",
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn too_many(what: &str, max: usize, limit: &str) -> Refusal {
+    Refusal::new(
+        Code::Quota,
+        format!("an app may have {max} {what} ({limit})"),
+    )
+}

@@ -1,0 +1,266 @@
+//! The pools: made on purpose or by being named, kept while anything needs them.
+
+use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
+use latzero_protocol::message::{Policy, PoolCreate};
+use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
+use serde_json::Value;
+
+use super::{Entrance, PoolEntry, Registry, no_pool};
+use crate::effects::Effects;
+use crate::host::Host;
+use crate::keep::{Change, PoolRow};
+use crate::pool::Pool;
+use crate::prng::Prng;
+use crate::registration::{Registration, Remembered};
+
+impl<H: Host> Registry<H> {
+    /// Takes in a pool of an earlier run.
+    ///
+    /// # Errors
+    /// `quota`, or where its policy makes no sense: a pool that lets in whoever it should not is worse than none.
+    pub fn restore_pool(&mut self, row: PoolRow) -> Result<(), Refusal> {
+        let policy = Raw::new(&row.policy).map_err(|_| {
+            Refusal::new(
+                Code::Storage,
+                format!("the policy of pool '{}' makes no sense", row.name),
+            )
+        })?;
+        let policy = Policy::parse(policy)?;
+        self.check_room_for_pools(1)?;
+        let entry = self.insert_pool(row.created, row.name, true);
+        entry.durable = true;
+        entry.owner = row.owner;
+        entry.policy = policy;
+        entry.properties = row
+            .properties
+            .and_then(|properties| serde_json::from_str(&properties).ok());
+        Ok(())
+    }
+
+    /// Notes that a member has left a pool (or could not join it after all). A pool that nobody asked to keep goes with
+    /// its last member.
+    pub fn left(&mut self, name: &PoolName, number: u32) {
+        let Some(entry) = self.pools.get_mut(name) else {
+            return;
+        };
+        if entry.number != number {
+            return;
+        }
+        entry.members -= 1;
+        self.drop_if_unused(name);
+    }
+
+    /// The number of blocks, parked calls and answers in a pool changed. A pool that nobody made on purpose goes with the
+    /// last of them and its last member.
+    /// False where the pool is there no longer.
+    pub fn count_held(&mut self, name: &PoolName, number: u32, change: i32) -> bool {
+        let Some(entry) = self.pools.get_mut(name).filter(|e| e.number == number) else {
+            return false;
+        };
+        entry.held = entry
+            .held
+            .checked_add_signed(change as isize)
+            .expect("what ends began, and ends once");
+        self.drop_if_unused(name);
+        true
+    }
+
+    pub(super) fn drop_if_unused(&mut self, name: &PoolName) {
+        let is_unused = |e: &PoolEntry<H>| e.members == 0 && e.held == 0 && !e.kept;
+        if self.pools.get(name).is_some_and(is_unused) {
+            self.pools.remove(name);
+        }
+    }
+
+    /// The pool that a block or a call of an earlier run belongs to; made where there is none. Where nothing comes into it,
+    /// zero is to be counted with [`Registry::count_held`].
+    ///
+    /// # Errors
+    /// `quota`.
+    pub fn pool_for_kept(
+        &mut self,
+        unix_ms: u64,
+        name: &PoolName,
+    ) -> Result<(u32, H::Pool), Refusal> {
+        if !self.pools.contains_key(name) {
+            self.check_room_for_pools(1)?;
+            self.insert_pool(unix_ms, name.clone(), false);
+        }
+        let entry = &self.pools[name];
+        Ok((entry.number, entry.pool.clone()))
+    }
+
+    /// Makes a pool that stays until it is removed; says whether there is a promise that it is kept.
+    ///
+    /// # Errors
+    /// `pool_exists`, `quota`, `too_large`.
+    pub fn create_pool(
+        &mut self,
+        unix_ms: u64,
+        owner: &AppId,
+        create: PoolCreate<'_>,
+        promise: &H::Peer,
+        fx: &mut H::Effects,
+    ) -> Result<bool, Refusal> {
+        let PoolCreate {
+            pool: name,
+            properties,
+            durable,
+            policy,
+        } = create;
+        if self.pools.contains_key(&name) {
+            return Err(Refusal::new(
+                Code::PoolExists,
+                format!("pool '{name}' exists; join it, or choose another name"),
+            ));
+        }
+        self.check_room_for_pools(1)?;
+        let properties = properties
+            .map(|raw| self.free_json("properties", raw.text()))
+            .transpose()?;
+        if durable {
+            let row = PoolRow {
+                name: name.clone(),
+                owner: Some(owner.clone()),
+                policy: policy.to_json(),
+                properties: properties.as_ref().map(Value::to_string),
+                created: unix_ms,
+            };
+            fx.keep(Change::Pool(Box::new(row)), Some(promise));
+        }
+        let entry = self.insert_pool(unix_ms, name, true);
+        entry.owner = Some(owner.clone());
+        entry.durable = durable;
+        entry.policy = policy;
+        entry.properties = properties;
+        Ok(durable)
+    }
+
+    /// A pool that was to outlive the server could not be kept: it goes with its last member.
+    pub fn release_pool(&mut self, name: &PoolName) {
+        if let Some(entry) = self.pools.get_mut(name).filter(|entry| entry.durable) {
+            entry.durable = false;
+            entry.kept = false;
+            self.drop_if_unused(name);
+        }
+    }
+
+    /// Takes a pool out of the registry; its handle is to be closed. Says whether there is a promise that this is kept.
+    ///
+    /// # Errors
+    /// `no_pool`, `forbidden`.
+    pub fn remove_pool(
+        &mut self,
+        (who, is_admin): (&AppId, bool),
+        name: &PoolName,
+        force: bool,
+        promise: &H::Peer,
+        fx: &mut H::Effects,
+    ) -> Result<(H::Pool, bool), Refusal> {
+        let Some(entry) = self.pools.get(name) else {
+            return Err(no_pool(name));
+        };
+        if matches!(name.as_str(), DEFAULT_POOL | SYSTEM_POOL) {
+            return Err(Refusal::new(
+                Code::Forbidden,
+                format!("pool '{name}' is built in and stays"),
+            ));
+        }
+        if entry.owner.as_ref() != Some(who) && !is_admin {
+            let owner = entry
+                .owner
+                .as_ref()
+                .map_or("nobody (it goes with its last member)", AppId::as_str);
+            return Err(Refusal::new(
+                Code::Forbidden,
+                format!("pool '{name}' is owned by {owner}, who alone may remove it"),
+            ));
+        }
+        if entry.members > 0 && !force {
+            let message = format!(
+                "pool '{name}' has {} members; add \"force\":true to remove it under them",
+                entry.members
+            );
+            return Err(Refusal::new(Code::Forbidden, message));
+        }
+        let entry = self.pools.remove(name).expect("found above");
+        let quoted = format!("\"{name}\"");
+        for (app_id, app) in &mut self.apps {
+            for instance in &mut app.instances {
+                instance.memberships.retain(|m| m.number != entry.number);
+            }
+            if matches!(&app.registration, Remembered::Text(row) if !row.pools.contains(&quoted)) {
+                continue;
+            }
+            let registration = app.registration.get_mut();
+            if registration.pools.contains(name) {
+                forget_pool(registration, name);
+                app.keep(app_id, None, fx);
+            }
+        }
+        if entry.durable {
+            fx.keep(Change::ForgetPool(name.clone()), Some(promise));
+        }
+        Ok((entry.pool, entry.durable))
+    }
+
+    pub(super) fn enter(&mut self, unix_ms: u64, app: &AppId, name: PoolName) -> Entrance<H> {
+        if !self.pools.contains_key(&name) {
+            self.insert_pool(unix_ms, name.clone(), false);
+        }
+        let entry = self
+            .pools
+            .get_mut(&name)
+            .expect("made above where it was missing");
+        entry.members += 1;
+        Entrance {
+            number: entry.number,
+            pool: entry.pool.clone(),
+            may_serve: entry.may_serve(app),
+            name,
+        }
+    }
+
+    pub(super) fn insert_pool(
+        &mut self,
+        created: u64,
+        name: PoolName,
+        kept: bool,
+    ) -> &mut PoolEntry<H> {
+        let number = self.next_number;
+        self.next_number += 1;
+        let pool = Pool::new(
+            number,
+            name.clone(),
+            self.limits.clone(),
+            Prng::new(self.prng.next_u64()),
+        );
+        let entry = PoolEntry {
+            number,
+            pool: H::new_pool(pool),
+            members: 0,
+            held: 0,
+            kept,
+            durable: false,
+            owner: None,
+            policy: Policy::default(),
+            properties: None,
+            created,
+        };
+        self.pools.entry(name).or_insert(entry)
+    }
+
+    pub(super) fn check_room_for_pools(&self, more: usize) -> Result<(), Refusal> {
+        if self.pools.len() + more > self.limits.pools_max {
+            let message = format!("there are {} pools (limits.pools_max)", self.pools.len());
+            return Err(Refusal::new(Code::Quota, message));
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn forget_pool(registration: &mut Registration, name: &PoolName) {
+    registration.pools.retain(|pool| pool != name);
+    registration.watches.retain(|(pool, _)| pool != name);
+    registration.subscriptions.retain(|(pool, _)| pool != name);
+}

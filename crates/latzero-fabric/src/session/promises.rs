@@ -1,0 +1,145 @@
+//! Replies that wait until what they promise is on disk.
+
+use latzero_protocol::encode;
+use latzero_protocol::frame::Frame;
+use latzero_protocol::message::Request;
+use latzero_protocol::{Envelope, PoolName, Refusal};
+
+use super::entry::Stored;
+use super::{Flow, Session};
+use crate::effects::Class;
+use crate::host::Host;
+use crate::time::Time;
+
+/// A reply that waits until what it promises is on disk.
+pub(super) enum Awaited<H: Host> {
+    /// A call that waits for its handler.
+    Parked {
+        id: Option<Box<str>>,
+        pool: H::Pool,
+        number: u64,
+    },
+    /// A handshake, as it came; nothing more is read before it is answered.
+    Handshake { json: Box<[u8]>, rehydrated: bool },
+    /// The reply, and what is to be done where the promise can't be kept.
+    Reply {
+        id: Option<Box<str>>,
+        reply: Box<str>,
+        promise: Promise,
+    },
+}
+
+/// What a reply promises to outlive the server.
+pub(super) enum Promise {
+    /// What the app registered.
+    Registration,
+    /// A pool that was made.
+    Pool(PoolName),
+    /// That something is gone for good.
+    Removal,
+}
+
+/// A reply to a request: at once, or when what it promises is on disk.
+pub(super) enum Reply {
+    Now(String),
+    Kept(String, Promise),
+    /// The host gives it.
+    Later,
+}
+
+impl Reply {
+    pub(super) fn kept_if(is_promised: bool, reply: String, promise: Promise) -> Reply {
+        if is_promised {
+            Reply::Kept(reply, promise)
+        } else {
+            Reply::Now(reply)
+        }
+    }
+}
+
+impl<H: Host> Session<H> {
+    /// The first promise that was made to this connection is kept, or can't be.
+    pub fn kept(&mut self, now: Time, result: Result<(), Refusal>, host: &mut H) -> Flow {
+        match self.awaited.pop_front() {
+            None => self.flow(),
+            Some(Awaited::Handshake { json, rehydrated }) => {
+                let frame = Frame {
+                    json: &json,
+                    attachment: None,
+                };
+                let envelope = Envelope::parse(frame).ok().and_then(Result::ok);
+                let envelope = envelope.expect("it was read before");
+                let id = envelope.correlation_id().ok().flatten();
+                let Ok(Request::Handshake(handshake)) = Request::decode(&envelope) else {
+                    unreachable!("it was a handshake before");
+                };
+                if result.is_err() {
+                    host.with_registry(|registry, fx| registry.keep_app(&handshake.app_id, fx));
+                }
+                let stored = Some(Stored {
+                    is_on_disk: result.is_ok(),
+                    rehydrated,
+                });
+                match self.admit(now, id.as_deref(), &handshake, stored, host) {
+                    Ok(_) if self.ready.is_some() => Flow::Continue,
+                    Ok(_) => Flow::Close,
+                    Err(refusal) => {
+                        self.refuse(id.as_deref(), &refusal, host);
+                        Flow::Close
+                    }
+                }
+            }
+            Some(Awaited::Parked { id, pool, number }) => {
+                match result {
+                    Ok(()) => {
+                        // Where its answer came first there is nothing more to say.
+                        let waits = host.with_pool(&pool, |pool, _| pool.is_parked(number));
+                        if let Some(id) = id.filter(|_| waits) {
+                            self.send(Class::Control, 256, host, |out| encode::parked(out, &id));
+                        }
+                    }
+                    Err(refusal) => {
+                        if host.with_pool(&pool, |pool, fx| pool.unpark(number, fx)) {
+                            let message = format!("{}; the call was not parked", refusal.message);
+                            let refusal = Refusal::new(refusal.code, message);
+                            self.refuse(id.as_deref(), &refusal, host);
+                        }
+                    }
+                }
+                self.flow()
+            }
+            Some(Awaited::Reply { id, reply, promise }) => {
+                match result {
+                    Ok(()) => self.reply(id.as_deref(), &reply, host),
+                    Err(refusal) => self.break_promise(id.as_deref(), &promise, &refusal, host),
+                }
+                self.flow()
+            }
+        }
+    }
+
+    /// Something could not be written down: it is undone where nobody could count on it otherwise, and the asker is told.
+    pub(super) fn break_promise(
+        &mut self,
+        id: Option<&str>,
+        promise: &Promise,
+        refusal: &Refusal,
+        host: &mut H,
+    ) {
+        let holds = match promise {
+            Promise::Registration => {
+                if let Some(ready) = &self.ready {
+                    host.with_registry(|registry, fx| registry.keep_app(&ready.app, fx));
+                }
+                "it is in force, and is stored as soon as the disk takes it"
+            }
+            Promise::Pool(name) => {
+                host.with_registry(|registry, _| registry.release_pool(name));
+                "the pool is not durable and goes with its last member"
+            }
+            Promise::Removal => "it is gone, but may be back after the server's next start",
+        };
+        let message = format!("{}; {holds}", refusal.message);
+        self.refuse(id, &Refusal::new(refusal.code, message), host);
+    }
+}
