@@ -43,6 +43,10 @@ pub struct Limits {
     pub parked_max: usize,
     /// Their bytes; beyond it `overloaded`.
     pub parked_bytes_max: usize,
+    /// Parked calls and kept answers of one app; beyond it `overloaded`.
+    pub parked_per_app_max: usize,
+    /// Their bytes; beyond it `overloaded`.
+    pub parked_bytes_per_app_max: usize,
     /// Calls of one pool whose idempotency key is known; beyond it the oldest answer goes, else `overloaded`.
     pub repeats_max: usize,
     /// Bytes of the answers that one pool keeps for repeats; beyond it the oldest go.
@@ -76,6 +80,8 @@ impl Default for Limits {
             block_waiters_max: 1024,
             parked_max: 100_000,
             parked_bytes_max: 256 << 20,
+            parked_per_app_max: 50_000,
+            parked_bytes_per_app_max: 128 << 20,
             repeats_max: 10_000,
             repeats_bytes_max: 16 << 20,
             repeats_ttl_ms: 10 * 60 * 1000,

@@ -134,11 +134,13 @@ struct Use {
     bytes: u64,
     attachments: usize,
     subscriptions: usize,
+    parked: usize,
+    parked_bytes: usize,
 }
 
 impl Use {
     fn is_nothing(&self) -> bool {
-        self.bytes == 0 && self.attachments == 0 && self.subscriptions == 0
+        self.bytes == 0 && self.attachments == 0 && self.subscriptions == 0 && self.parked == 0
     }
 }
 
@@ -182,14 +184,21 @@ impl Ledger {
         (self.parked, self.parked_bytes)
     }
 
-    /// Counts a parked call or a kept answer in.
-    pub fn park(&mut self, bytes: usize) {
+    /// Counts a parked call or a kept answer of an app's in.
+    pub fn park(&mut self, app: &AppId, bytes: usize) {
+        let used = self.apps.entry_ref(app).or_default();
+        used.parked += 1;
+        used.parked_bytes += bytes;
         self.parked += 1;
         self.parked_bytes += bytes;
     }
 
     /// Counts one out.
-    pub fn unpark(&mut self, bytes: usize) {
+    pub fn unpark(&mut self, app: &AppId, bytes: usize) {
+        self.change(app, |used| {
+            used.parked -= 1;
+            used.parked_bytes -= bytes;
+        });
         self.parked -= 1;
         self.parked_bytes -= bytes;
     }
@@ -307,9 +316,10 @@ impl Ledger {
     }
 }
 
-/// Counts a call that is about to be parked in, where there is room for it.
+/// Counts a call of an app's that is about to be parked in, where there is room for it.
 pub(crate) fn check_parked(
     ledger: &mut Ledger,
+    app: &AppId,
     bytes: usize,
     limits: &Limits,
 ) -> Result<(), Refusal> {
@@ -328,7 +338,26 @@ pub(crate) fn check_parked(
         );
         return Err(Refusal::new(Code::Overloaded, message));
     }
-    ledger.park(bytes);
+    // One app whose handlers are away leaves room for the others.
+    let used = ledger.apps.get(app).copied().unwrap_or_default();
+    if used.parked >= limits.parked_per_app_max {
+        let message = format!(
+            "{} calls and answers of app '{app}' are parked (limits.parked_per_app_max); repeat when handlers are back",
+            used.parked
+        );
+        return Err(Refusal::new(Code::Overloaded, message));
+    }
+    if used.parked_bytes + bytes > limits.parked_bytes_per_app_max {
+        let message = format!(
+            "{bytes} bytes are needed and {} of {} are free for parked calls of app '{app}' (limits.parked_bytes_per_app_max)",
+            limits
+                .parked_bytes_per_app_max
+                .saturating_sub(used.parked_bytes),
+            limits.parked_bytes_per_app_max
+        );
+        return Err(Refusal::new(Code::Overloaded, message));
+    }
+    ledger.park(app, bytes);
     Ok(())
 }
 

@@ -20,7 +20,7 @@ mod routing;
 use hashbrown::HashMap;
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet, Strategy, TriggerSpec};
-use latzero_protocol::{AppId, InstanceId, PoolName, Refusal, TriggerName};
+use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal, TriggerName};
 
 use crate::effects::{Class, Effects};
 use crate::limits::Limits;
@@ -183,6 +183,8 @@ pub struct Pool<P> {
     /// Members that watch for changes of blocks.
     change_watchers: usize,
     closed: bool,
+    /// Whether what is in it may outlive the server: its rules do as well, or it has none.
+    outlives: bool,
     scratch: Vec<u8>,
 }
 
@@ -216,6 +218,7 @@ impl<P: Clone> Pool<P> {
             repeats: Repeats::default(),
             change_watchers: 0,
             closed: false,
+            outlives: true,
             scratch: Vec::new(),
         }
     }
@@ -224,6 +227,24 @@ impl<P: Clone> Pool<P> {
     #[must_use]
     pub fn is_due_to_wake(&self) -> bool {
         self.members.len() > 0 || self.parked.counts() != (0, 0)
+    }
+
+    /// Says whether what is in it may outlive the server. Where its rules do not, calls and blocks must not either: they
+    /// would be open to everybody then.
+    pub fn set_outlives(&mut self, outlives: bool) {
+        self.outlives = outlives;
+    }
+
+    /// Refuses what is to outlive the server where the pool's rules do not.
+    fn check_outlives(&self, what: &str) -> Result<(), Refusal> {
+        if self.outlives {
+            return Ok(());
+        }
+        let message = format!(
+            "{what} would outlive the rules of pool '{}': make the pool with \"durable\":true",
+            self.name
+        );
+        Err(Refusal::new(Code::BadMessage, message))
     }
 
     /// The pool's number.
@@ -300,6 +321,7 @@ impl<P: Clone> Pool<P> {
             return false;
         }
         self.end_calls_of(now, key, fx);
+        self.repeats.leave(key);
         self.leave_blocks(now, key, fx);
         self.watch(key, None);
         let names = self
@@ -424,7 +446,7 @@ impl<P: Clone> Pool<P> {
         }
         self.handle_block_timeout(now, fx);
         self.handle_parked_timeout(now, fx);
-        self.handle_repeats_timeout(now);
+        self.handle_repeats_timeout(now, fx);
     }
 
     /// Removes the pool under its members: calls end, each member is told, nobody can join again. Returns the members'

@@ -201,7 +201,7 @@ impl<H: Host> Registry<H> {
         };
         for name in [DEFAULT_POOL, SYSTEM_POOL] {
             let name = PoolName::new(name).expect("a built-in name is valid");
-            registry.insert_pool(unix_ms, name, true);
+            registry.insert_pool(unix_ms, name, (true, true));
         }
         registry
     }
@@ -539,8 +539,11 @@ impl<H: Host> Registry<H> {
             .map(|(id, app)| (app.last_seen, id.clone()))
             .collect();
         assert_eq!(offline, self.offline);
+        // Those of an earlier run are all taken in.
+        let durable = self.pools.values().filter(|entry| entry.durable).count();
         assert!(
-            self.apps.len() <= self.limits.apps_max && self.pools.len() <= self.limits.pools_max
+            self.apps.len() <= self.limits.apps_max
+                && self.pools.len() <= self.limits.pools_max.max(durable + 2)
         );
         for (name, entry) in &self.pools {
             let members = self

@@ -287,6 +287,9 @@ impl<H: Host> Session<H> {
                 "the server is about to stop and takes no new calls",
             ));
         }
+        if trigger.park {
+            self.check_awaited(host)?;
+        }
         let m = self.current_membership(trigger.pool.as_deref(), host)?;
         match host.with_pool(&m.pool, |pool, fx| pool.call(now, m.member, trigger, fx)) {
             Ok(None) => Ok(()),
@@ -345,6 +348,17 @@ impl<H: Host> Session<H> {
         })
     }
 
+    /// Whether there may be one more promise that is not kept yet.
+    fn check_awaited(&self, host: &H) -> Result<(), Refusal> {
+        let max = host.limits().in_flight_max;
+        if self.awaited.len() >= max as usize {
+            let message =
+                format!("{max} of your requests wait for the disk (limits.in_flight_max)");
+            return Err(Refusal::new(Code::Overloaded, message));
+        }
+        Ok(())
+    }
+
     fn request(
         &mut self,
         now: Time,
@@ -352,9 +366,18 @@ impl<H: Host> Session<H> {
         request: Request<'_>,
         host: &mut H,
     ) -> Result<Reply, Refusal> {
-        if self.awaited.len() >= host.limits().in_flight_max as usize {
-            let message = "too many of your requests wait for the disk (limits.in_flight_max)";
-            return Err(Refusal::new(Code::Overloaded, message));
+        let promises_nothing = matches!(
+            request,
+            Request::Emit(_)
+                | Request::PoolList(_)
+                | Request::PoolInfo(_)
+                | Request::AppList(..)
+                | Request::Ping
+                | Request::Stats
+                | Request::Health
+        );
+        if !promises_nothing {
+            self.check_awaited(host)?;
         }
         let reply = match request {
             Request::TriggerRegister(specs) => return self.register(now, &specs, host),

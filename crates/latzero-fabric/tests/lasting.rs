@@ -272,3 +272,204 @@ fn a_repeat_that_can_not_be_answered_is_told_so() {
         &seen[seen.len() - 60..]
     );
 }
+
+fn small_outboxes() -> Net {
+    Net::bounded(
+        Limits::default(),
+        Bounds {
+            outbox_bytes: 20_000,
+            ..Bounds::default()
+        },
+    )
+}
+
+/// Fills the outboxes of those who serve `e` and do not read.
+fn fill(net: &mut Net, from: Peer) {
+    let emit = format!(
+        r#"{{"action":"emit","process":"e","data":"{}"}}"#,
+        "x".repeat(100)
+    );
+    let emit = latzero_sim::encode_frame(&emit, None);
+    for _ in 0..400 {
+        net.world.feed(from, &emit);
+    }
+}
+
+/// What a client sees, without emits and news of emits that were lost.
+fn sees(net: &mut Net, peer: Peer) -> String {
+    let seen = net.sees(peer);
+    let others = seen
+        .split("; ")
+        .filter(|gist| gist.contains(" ok") || gist.contains(" failed") || gist.contains("parked"));
+    others.collect::<Vec<_>>().join("; ")
+}
+
+#[test]
+fn a_stream_goes_on_with_what_its_window_has_left() {
+    let mut net = Net::new();
+    let first = net.app("first", H);
+    let caller = net.app("caller", "");
+    net.call(caller, "1", r#""redeliver":true,"window":2"#);
+    net.answer(first, r#""status":"partial","response":1"#);
+    let second = net.app("second", H);
+    net.hang_up(first);
+    let given = net.messages(second);
+    let given = given.iter().find(|m| m.json["action"] == "trigger");
+    let given = &given.unwrap().json;
+    assert_eq!(
+        (&given["window"], &given["attempt"]),
+        (&1.into(), &2.into())
+    );
+    net.answer(second, r#""status":"partial","response":2"#);
+    assert_eq!(net.sees(caller), "1 partial: 1; 1 partial: 2");
+    // Where nothing is left it begins with what the caller grants.
+    let third = net.app("third", H);
+    net.hang_up(second);
+    let id = net.last_call(third);
+    net.say(caller, r#"{"action":"ack","id":"1","count":1}"#);
+    net.answer_to(third, &id, r#""status":"partial","response":3"#);
+    assert_eq!(net.sees(caller), "1 partial: 3");
+    net.answer_to(third, &id, r#""status":"partial","response":4"#);
+    assert_eq!(net.sees(caller), "1 failed: handler_error ran=unknown");
+}
+
+#[test]
+fn what_is_in_a_pool_does_not_outlive_its_rules() {
+    let rules = r#""policy":{"join":["caller","good"],"serve":["good"]}"#;
+    for (durable, expected) in [
+        ("", "failed: bad_message ran=no"),
+        (r#","durable":true"#, "parked: null"),
+    ] {
+        let mut net = Net::new();
+        let caller = net.app("caller", "");
+        let create = format!(r#"{{"action":"pool_create","id":"p","pool":"p",{rules}{durable}}}"#);
+        assert!(net.ask(caller, &create).starts_with("p ok"));
+        net.ask(caller, r#"{"action":"pool_join","id":"j","pool":"p"}"#);
+        let seen = net.call(caller, "1", r#""park":true,"pool":"p","data":"secret""#);
+        assert_eq!(seen, format!("1 {expected}"));
+        net.world.restart(3);
+        let (evil, seen) = net.hello("evil", r#""pools":["p"],"triggers":["t"]"#);
+        assert_eq!(seen.starts_with("hello"), durable.is_empty(), "{seen}");
+        assert_eq!(net.sees(evil).contains("call"), false);
+        // Without rules there is nothing to lose.
+        let caller = net.app("caller", r#""pools":["q"]"#);
+        assert_eq!(net.call(caller, "2", r#""park":true"#), "2 parked: null");
+    }
+}
+
+#[test]
+fn a_pool_whose_promise_was_broken_holds_nothing_that_stays() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    net.world.fill_disk(true);
+    let create = r#"{"action":"pool_create","id":"p","pool":"p","durable":true,"policy":{"join":["caller"]}}"#;
+    assert!(net.ask(caller, create).starts_with("p failed: storage"));
+    // Until then it was there, and lives as long as its members.
+    net.world.fill_disk(false);
+    net.ask(caller, r#"{"action":"pool_join","id":"j","pool":"p"}"#);
+    assert_eq!(
+        net.call(caller, "1", r#""park":true,"pool":"p""#),
+        "1 parked: null"
+    );
+}
+
+#[test]
+fn one_app_leaves_room_for_the_others() {
+    for bytes in [false, true] {
+        let mut net = Net::with(|l| {
+            if bytes {
+                l.parked_bytes_per_app_max = 3 * 512;
+            } else {
+                l.parked_per_app_max = 3;
+            }
+        });
+        let caller = net.app("caller", "");
+        let mut n = 0;
+        while net
+            .call(caller, &format!("{n}"), r#""park":true"#)
+            .contains("parked")
+        {
+            n += 1;
+            assert!(n < 10);
+        }
+        assert!(n >= 3);
+        let seen = net.call(caller, "more", r#""park":true"#);
+        assert_eq!(seen, "more failed: overloaded ran=no");
+        let other = net.app("other", "");
+        assert_eq!(net.call(other, "1", r#""park":true"#), "1 parked: null");
+        // There is room again when it has its answers.
+        net.hang_up(caller);
+        net.hang_up(other);
+        let handler = net.app("handler", H);
+        for call in net.calls_of(handler) {
+            net.answer_to(handler, &call, r#""status":"ok","response":1"#);
+        }
+        net.hang_up(handler);
+        assert_eq!(net.world.rows().answers.len(), n + 1);
+        let caller = net.app("caller", "");
+        assert_eq!(net.world.rows().answers.len(), 1);
+        assert_eq!(
+            net.call(caller, "again", r#""park":true"#),
+            "again parked: null"
+        );
+    }
+}
+
+#[test]
+fn answers_wait_for_the_instance_that_called_and_keep_their_order() {
+    let mut net = small_outboxes();
+    let caller = net.app("caller", r#""triggers":["e"]"#);
+    let other = net.app("caller", r#""triggers":["x"]"#);
+    for id in ["1", "2", "3"] {
+        assert_eq!(sees(&mut net, caller), "");
+        net.call(caller, id, r#""park":true"#);
+    }
+    let emitter = net.app("emitter", "");
+    fill(&mut net, emitter);
+    let (handler, _) = net.hello("handler", H);
+    let calls = net.calls_of(handler);
+    assert_eq!(calls.len(), 3);
+    for (n, call) in calls.iter().enumerate() {
+        if n == 2 {
+            // There is room by now, and others come first.
+            sees(&mut net, caller);
+        }
+        net.answer_to(handler, call, &format!(r#""status":"ok","response":{n}"#));
+    }
+    assert_eq!(net.world.rows().answers.len(), 3);
+    net.advance(1000);
+    assert_eq!(sees(&mut net, caller), "1 ok: 0; 2 ok: 1; 3 ok: 2");
+    assert_eq!(sees(&mut net, other), "");
+    assert_eq!(net.world.rows().answers.len(), 0);
+}
+
+#[test]
+fn promises_that_wait_for_the_disk_are_bounded() {
+    let mut net = Net::with(|l| l.in_flight_max = 3);
+    let caller = net.app("caller", "");
+    let handler = net.app("handler", r#""triggers":["u"]"#);
+    net.world.hold_disk(true);
+    for id in ["1", "2", "3"] {
+        assert_eq!(net.call(caller, id, r#""park":true"#), "");
+    }
+    let seen = net.call(caller, "4", r#""park":true"#);
+    assert_eq!(seen, "4 failed: overloaded ran=no");
+    let seen = net.ask(
+        caller,
+        r#"{"action":"pool_create","id":"5","pool":"p","durable":true}"#,
+    );
+    assert_eq!(seen, "5 failed: overloaded ran=no");
+    // What promises nothing goes on.
+    assert!(
+        net.ask(caller, r#"{"action":"ping","id":"6"}"#)
+            .starts_with("6 ok")
+    );
+    net.say(caller, r#"{"action":"emit","process":"u"}"#);
+    assert_ne!(net.sees(handler), "");
+    net.world.hold_disk(false);
+    assert_eq!(
+        net.sees(caller),
+        "1 parked: null; 2 parked: null; 3 parked: null"
+    );
+    assert_eq!(net.call(caller, "7", r#""park":true"#), "7 parked: null");
+}

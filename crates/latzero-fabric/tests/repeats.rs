@@ -197,3 +197,35 @@ fn keys_are_checked_and_bounded() {
     net.answer(handler, r#""status":"ok""#);
     assert_eq!(net.messages(caller).len(), 17);
 }
+
+#[test]
+fn a_repeat_ends_by_itself_and_the_first_call_goes_on() {
+    let (mut net, caller, handler) = two();
+    call(&mut net, caller, "1", "k", "");
+    assert_eq!(call(&mut net, caller, "2", "k", r#","ttl":100"#), "");
+    assert_eq!(call(&mut net, caller, "3", "k", r#","ttl":9000"#), "");
+    // An id belongs to one at a time: of a repeat, of its first call, of another call.
+    for id in ["1", "2"] {
+        let seen = call(&mut net, caller, id, "k", "");
+        assert_eq!(seen, format!("{id} failed: bad_message ran=no"));
+    }
+    assert_eq!(net.call(caller, "3", ""), "3 failed: bad_message ran=no");
+    net.advance(100);
+    assert_eq!(net.sees(caller), "2 failed: timeout ran=unknown");
+    let seen = net.ask(caller, r#"{"action":"cancel","id":"3"}"#);
+    assert_eq!(seen, "3 failed: cancelled ran=unknown");
+    // Whoever leaves its pool waits no more, and the ids are free again.
+    let other = net.app("caller", "");
+    assert_eq!(call(&mut net, other, "4", "k", ""), "");
+    net.ask(
+        other,
+        r#"{"action":"pool_leave","id":"l","pool":"default"}"#,
+    );
+    assert_eq!(call(&mut net, caller, "2", "k", ""), "");
+    net.world.check();
+    net.answer(handler, r#""status":"ok","response":7"#);
+    assert_eq!(net.sees(caller), "2 ok: 7; 1 ok: 7");
+    assert_eq!(net.sees(other), "");
+    net.advance(9000);
+    assert_eq!(net.sees(caller), "");
+}

@@ -4,23 +4,25 @@
 //! ticket, and the store's word about it goes to the mailbox of the connection's loop, whose session then answers. What an
 //! earlier run left is taken in before the server listens.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+mod promises;
+mod rows;
 
-use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Change, PoolRow};
-use latzero_fabric::{Host as _, Time};
-use latzero_protocol::{AppId, Code, PoolName, Refusal};
-use latzero_store::{
-    BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError, Ticket,
-};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+
+use latzero_fabric::keep::Change;
+use latzero_fabric::{Host as _, Pool, Time};
+use latzero_protocol::{Code, PoolName, Refusal};
+use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError};
 use serde_json::{Value, json};
 
-use crate::host::IoHost;
+use crate::host::{IoEffects, IoHost};
 use crate::peer::Peer;
 use crate::settings::{Settings, StoreDurability};
-use crate::shared::{Command, Shared};
+use crate::shared::Shared;
 use crate::startup::StartupError;
+use promises::Promises;
+use rows::{answer_of, app_of, call_of, pool_of, row};
 
 /// The kernel's name for this run of the machine (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -30,40 +32,6 @@ const ALIVE: &str = "alive";
 
 /// The name under which the kernel's name for the run of the machine is stored.
 const BOOT: &str = "boot";
-
-/// Who was promised what, and whom to tell.
-#[derive(Default)]
-struct Promises {
-    tickets: Mutex<HashMap<Ticket, Arc<Peer>>>,
-    shared: OnceLock<Weak<Shared>>,
-}
-
-impl Promises {
-    fn take(&self, ticket: Ticket) -> Option<Arc<Peer>> {
-        self.tickets
-            .lock()
-            .expect("nothing panics under this lock")
-            .remove(&ticket)
-    }
-
-    /// Tells the loops what became of promises, each loop once.
-    fn tell(&self, done: &mut Vec<(Ticket, Result<(), StoreError>)>) {
-        let Some(shared) = self.shared.get().and_then(Weak::upgrade) else {
-            return;
-        };
-        let mut told: Vec<Vec<Command>> = Vec::new();
-        told.resize_with(shared.mailboxes.len(), Vec::new);
-        for (ticket, result) in done.drain(..) {
-            if let Some(peer) = self.take(ticket) {
-                let result = result.map_err(|error| Refusal::new(Code::Storage, error.to_string()));
-                told[peer.home].push(Command::Kept(peer, result));
-            }
-        }
-        for (mailbox, commands) in shared.mailboxes.iter().zip(told) {
-            mailbox.send_all(commands);
-        }
-    }
-}
 
 /// The store and its promises.
 pub(crate) struct Keeper {
@@ -98,7 +66,7 @@ impl Keeper {
                 StoreDurability::Normal => Durability::Normal,
             },
             boot_id: boot_id.clone(),
-            on_done: Box::new(move |done| told.tell(done)),
+            on_done: Box::new(move |done| told.done(done)),
             ..Options::default()
         };
         let Opened {
@@ -112,7 +80,7 @@ impl Keeper {
         Ok(Keeper {
             store,
             promises,
-            next_ticket: AtomicU64::new(0),
+            next_ticket: AtomicU64::new(1),
             next_number: AtomicU64::new(last + 1),
             report,
             boot_id,
@@ -147,23 +115,20 @@ impl Keeper {
 
     /// Hands a change to the store, with a promise or without.
     pub(crate) fn keep(&self, change: Change, promise: Option<&Arc<Peer>>) {
-        let ticket = promise.map(|peer| {
-            let ticket = self.next_ticket.fetch_add(1, Relaxed);
-            let mut tickets = self.promises.tickets.lock();
-            let tickets = tickets.as_mut().expect("nothing panics under this lock");
-            tickets.insert(ticket, Arc::clone(peer));
-            ticket
-        });
-        if let Err(error) = self.store.submit(row(change), ticket) {
-            match ticket {
-                Some(ticket) => {
-                    let full = StoreError::from(error);
-                    self.promises.tell(&mut vec![(ticket, Err(full))]);
-                }
-                None => {
-                    tracing::warn!(%error, "something can't be stored; it is lost at the next restart")
-                }
+        let Some(peer) = promise else {
+            if let Err(error) = self.store.submit(row(change), None) {
+                tracing::warn!(%error, "something can't be stored; it is lost at the next restart");
             }
+            return;
+        };
+        let ticket = self.next_ticket.fetch_add(1, Relaxed);
+        // Before the store can have an answer.
+        let before = self.promises.line().promise(ticket, peer);
+        if let Err(error) = self.store.submit(row(change), Some(ticket)) {
+            let full = Refusal::new(Code::Storage, StoreError::from(error).to_string());
+            let mut line = self.promises.line();
+            let word = line.refused((ticket, before), full);
+            self.promises.tell(&line, word.into_iter().collect());
         }
     }
 
@@ -259,38 +224,34 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => pools += 1,
             Err(error) => {
-                tracing::error!(pool = %name, %error, "a pool of an earlier run can't be taken in; it stays in the database")
+                tracing::error!(pool = %name, %error, "a pool of an earlier run is closed to all but its owner; remove it, or restore a backup")
             }
         }
     }
     for row in contents.calls {
         let number = row.number;
-        match call_of(row).map(|row| {
-            let pool =
-                host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, &row.pool))?;
-            let taken = host.with_pool(&pool.1, |pool, fx| {
+        let taken = call_of(row).and_then(|row| {
+            take_in_waiting(host, unix_ms, &row.pool, |pool, fx| {
                 pool.restore_call((now, unix_ms), &row, fx)
-            });
-            taken.then_some(()).ok_or_else(senseless)
-        }) {
-            Ok(Ok(())) => calls += 1,
-            Ok(Err(error)) | Err(error) => {
+            })
+        });
+        match taken {
+            Ok(()) => calls += 1,
+            Err(error) => {
                 tracing::error!(number, %error, "a parked call can't be taken in; it stays in the database")
             }
         }
     }
     for row in contents.answers {
         let number = row.number;
-        match answer_of(row).map(|row| {
-            let pool =
-                host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, &row.pool))?;
-            let taken = host.with_pool(&pool.1, |pool, fx| {
+        let taken = answer_of(row).and_then(|row| {
+            take_in_waiting(host, unix_ms, &row.pool, |pool, fx| {
                 pool.restore_answer((now, unix_ms), &row, fx)
-            });
-            taken.then_some(()).ok_or_else(senseless)
-        }) {
-            Ok(Ok(())) => answers += 1,
-            Ok(Err(error)) | Err(error) => {
+            })
+        });
+        match taken {
+            Ok(()) => answers += 1,
+            Err(error) => {
                 tracing::error!(number, %error, "an answer can't be taken in; it stays in the database")
             }
         }
@@ -315,134 +276,22 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     (contents.blocks, is_same_boot)
 }
 
+/// Has a pool take in a call or an answer that waits in it.
+fn take_in_waiting(
+    host: &mut IoHost,
+    unix_ms: u64,
+    name: &PoolName,
+    restore: impl FnOnce(&mut Pool<Arc<Peer>>, &mut IoEffects) -> bool,
+) -> Result<(), Refusal> {
+    let (number, pool) = host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, name))?;
+    if host.with_pool(&pool, restore) {
+        return Ok(());
+    }
+    // A pool that was made for it goes again.
+    host.with_registry(|registry, _| registry.count_held(name, number, 0));
+    Err(senseless())
+}
+
 fn senseless() -> Refusal {
     Refusal::new(Code::Storage, "its row makes no sense")
-}
-
-fn ms(unix_ms: i64) -> u64 {
-    u64::try_from(unix_ms).unwrap_or(0)
-}
-
-fn time(unix_ms: u64) -> i64 {
-    i64::try_from(unix_ms).unwrap_or(i64::MAX)
-}
-
-fn app_of(row: latzero_store::AppRow) -> Option<AppRow> {
-    Some(AppRow {
-        app_id: AppId::new(&row.app_id).ok()?,
-        pools: row.pools,
-        triggers: row.triggers,
-        watches: row.watches,
-        meta: row.meta,
-        registered: ms(row.registered),
-        last_seen: ms(row.last_seen),
-    })
-}
-
-fn pool_of(row: latzero_store::PoolRow) -> Result<PoolRow, Refusal> {
-    Ok(PoolRow {
-        name: PoolName::new(&row.name)?,
-        owner: row.owner.map(|owner| AppId::new(&owner)).transpose()?,
-        policy: row.policy.unwrap_or_else(|| "{}".into()),
-        properties: row.properties,
-        created: ms(row.created),
-    })
-}
-
-fn call_of(row: latzero_store::CallRow) -> Result<CallRow, Refusal> {
-    Ok(CallRow {
-        number: row.number,
-        pool: PoolName::new(&row.pool)?,
-        process: row.process,
-        destination: row.destination,
-        caller: AppId::new(&row.caller)?,
-        id: row.call_id,
-        envelope: row.envelope,
-        attachment: row.attachment,
-        idempotency_key: row.idempotency_key,
-        expires: ms(row.expires),
-        attempt: row.attempt,
-        parked: ms(row.parked),
-    })
-}
-
-fn answer_of(row: latzero_store::AnswerRow) -> Result<AnswerRow, Refusal> {
-    Ok(AnswerRow {
-        number: row.number,
-        pool: PoolName::new(&row.pool)?,
-        caller: AppId::new(&row.caller)?,
-        id: row.call_id,
-        idempotency_key: row.idempotency_key,
-        frame: row.frame,
-        expires: ms(row.expires),
-    })
-}
-
-/// A change as the store has it.
-fn row(change: Change) -> latzero_store::Change {
-    use latzero_store::Change as Stored;
-    match change {
-        Change::App(row) => Stored::PutApp(latzero_store::AppRow {
-            app_id: row.app_id.as_str().into(),
-            pools: row.pools,
-            triggers: row.triggers,
-            watches: row.watches,
-            meta: row.meta,
-            protocol_version: latzero_protocol::limits::PROTOCOL_VERSION
-                .try_into()
-                .unwrap_or(u32::MAX),
-            registered: time(row.registered),
-            last_seen: time(row.last_seen),
-        }),
-        Change::Seen(app, unix_ms) => Stored::SeenApp {
-            app_id: app.as_str().into(),
-            last_seen: time(unix_ms),
-        },
-        Change::ForgetApp(app) => Stored::ForgetApp {
-            app_id: app.as_str().into(),
-        },
-        Change::Pool(row) => Stored::PutPool(latzero_store::PoolRow {
-            name: row.name.as_str().into(),
-            kind: "local".into(),
-            encrypted: false,
-            owner: row.owner.map(|owner| owner.as_str().into()),
-            policy: Some(row.policy),
-            properties: row.properties,
-            descriptor: None,
-            created: time(row.created),
-            updated: time(row.created),
-        }),
-        Change::ForgetPool(name) => Stored::RemovePool {
-            name: name.as_str().into(),
-        },
-        Change::Call(row) => Stored::PutCall(latzero_store::CallRow {
-            number: row.number,
-            pool: row.pool.as_str().into(),
-            process: row.process,
-            destination: row.destination,
-            caller: row.caller.as_str().into(),
-            call_id: row.id,
-            envelope: row.envelope,
-            attachment: row.attachment,
-            idempotency_key: row.idempotency_key,
-            expires: time(row.expires),
-            attempt: row.attempt,
-            parked: time(row.parked),
-        }),
-        Change::Attempt(number, attempt) => Stored::NoteAttempt { number, attempt },
-        Change::EndCall(number) => Stored::RemoveCall { number },
-        Change::Answer(row) => Stored::PutAnswer {
-            ends_call: Some(row.number),
-            answer: latzero_store::AnswerRow {
-                number: row.number,
-                caller: row.caller.as_str().into(),
-                call_id: row.id,
-                pool: row.pool.as_str().into(),
-                idempotency_key: row.idempotency_key,
-                frame: row.frame,
-                expires: time(row.expires),
-            },
-        },
-        Change::EndAnswer(number) => Stored::RemoveAnswer { number },
-    }
 }

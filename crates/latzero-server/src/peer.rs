@@ -25,6 +25,8 @@ pub(crate) struct Peer {
     pub(crate) is_paused: AtomicBool,
     /// Its other end takes nothing more, for good.
     pub(crate) is_deaf: AtomicBool,
+    /// The ticket of what was promised to it last; see [`crate::keeper`].
+    pub(crate) last_promise: AtomicU64,
     /// When the kernel first took nothing more, in microseconds of the server's clock; 0 while it does.
     pub(crate) stalled_since: AtomicU64,
 }
@@ -40,6 +42,7 @@ impl Peer {
             owed: AtomicU32::new(0),
             is_paused: AtomicBool::new(false),
             is_deaf: AtomicBool::new(false),
+            last_promise: AtomicU64::new(0),
             stalled_since: AtomicU64::new(0),
         })
     }

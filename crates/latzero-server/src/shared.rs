@@ -315,6 +315,8 @@ pub(crate) fn core_limits(settings: &Settings) -> Limits {
         block_waiters_max: l.block_waiters_max,
         parked_max: l.parked_max,
         parked_bytes_max: l.parked_bytes_max,
+        parked_per_app_max: l.parked_per_app_max,
+        parked_bytes_per_app_max: l.parked_bytes_per_app_max,
         repeats_max: l.repeats_max,
         repeats_bytes_max: l.repeats_bytes_max,
         repeats_ttl_ms: settings.idempotency_ttl.as_millis() as u64,

@@ -373,6 +373,9 @@ impl<P: Clone> Pool<P> {
                 "a block with \"lifetime\":\"attached\" goes at once unless its maker attaches it";
             return Err(Refusal::new(Code::BadMessage, message));
         }
+        if create.kind == Kind::Persistent {
+            self.check_outlives("a persistent block")?;
+        }
         let geometry = Geometry {
             size: create.size,
             slots: create.slots,
@@ -426,7 +429,7 @@ impl<P: Clone> Pool<P> {
             geometry,
             generation: 1,
             from: None,
-            record: record(&self.name, &block).to_string(),
+            record: record(&self.name, &block, self.outlives).to_string(),
         };
         let key = shown(self.blocks.blocks.insert(block));
         self.blocks.by_id.insert(create.block.clone(), key);

@@ -185,7 +185,8 @@ impl<P: Clone> Pool<P> {
         fx: &mut E,
     ) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
-            return self.cancel_parked(now, caller, id, fx)
+            return self.cancel_repeat(caller, id, fx)
+                || self.cancel_parked(now, caller, id, fx)
                 || self.cancel_lock(now, caller, id, fx);
         };
         self.end(now, key, End::Cancelled, fx);
@@ -334,7 +335,9 @@ impl<P: Clone> Pool<P> {
             .at_mut(place(call.caller))
             .expect("found above");
         if is_orphan {
-            let lasting = call.lasting.take().expect("just seen");
+            let mut lasting = call.lasting.take().expect("just seen");
+            // The caller counts the items of all attempts together.
+            lasting.window = call.credit;
             let peer = caller.peer.clone();
             let handler = self.members.at(place(call.member));
             fx.call_ended(Some(&peer), &handler.expect("it is leaving").peer, end);

@@ -16,17 +16,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use hashbrown::HashMap;
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{AppId, Code, InstanceId, Refusal, TriggerName};
+use latzero_protocol::{AppId, Code, Refusal, TriggerName};
 
 use super::answer::Answered;
 use super::calls::Call;
 use super::ending::End;
-use super::{CallError, Caller, MemberKey, Pool, place};
+use super::{CallError, Caller, MemberKey, NOBODY, Pool, place};
 use crate::effects::Effects;
 use crate::keep::{CallRow, Change};
 use crate::memory::check_parked;
 use crate::slab::Key;
 use crate::time::Time;
+use answers::KeptAnswers;
 pub(super) use lasting::Lasting;
 use lasting::split_envelope;
 
@@ -37,9 +38,6 @@ const GIVEN_AT_ONCE_MAX: usize = 256;
 /// at once.
 const GIVE_AGAIN_MS: u64 = 1000;
 
-/// After how long an answer that did not fit into its caller's outbox is tried again, in milliseconds.
-const ANSWER_AGAIN_MS: u64 = 1000;
-
 /// A parked call's place among the others.
 struct Parked {
     /// Absent while a handler has it.
@@ -48,25 +46,14 @@ struct Parked {
     given: Option<Key<Call>>,
     process: TriggerName,
     caller: AppId,
-    /// The instance that called: it is told first, if it is still there.
-    instance: InstanceId,
+    /// Who called: it is told first, if it is still there.
+    from: MemberKey,
     /// Empty where the caller wants no answer.
     id: Box<str>,
     deadline: Time,
     bytes: usize,
     attempt: u32,
     idempotency_key: Option<Box<str>>,
-}
-
-/// An answer that waits for its caller.
-struct Kept {
-    caller: AppId,
-    id: Box<str>,
-    answer: Answered,
-    bytes: usize,
-    expires: Time,
-    /// Tried again then.
-    again: Option<Time>,
 }
 
 /// What a pool keeps of calls that outlive a connection.
@@ -76,8 +63,8 @@ pub(super) struct ParkedCalls {
     /// Waiting calls by trigger, in order.
     by_process: HashMap<TriggerName, BTreeSet<u64>>,
     by_id: HashMap<(AppId, Box<str>), u64>,
-    answers: BTreeMap<u64, Kept>,
-    /// When something about a waiting call or an answer is due.
+    answers: KeptAnswers,
+    /// When the time of a call is over.
     deadlines: BTreeSet<(Time, u64)>,
     /// There is more to give out than was given at once: at the next timeout.
     pub(super) goes_on: Option<Time>,
@@ -98,7 +85,8 @@ impl ParkedCalls {
 
     pub(super) fn next_deadline(&self) -> Option<Time> {
         let first = self.deadlines.first().map(|(at, _)| *at);
-        first.into_iter().chain(self.goes_on).min()
+        let others = self.goes_on.into_iter().chain(self.answers.next_deadline());
+        first.into_iter().chain(others).min()
     }
 
     pub(super) fn counts(&self) -> (usize, usize) {
@@ -156,15 +144,6 @@ impl ParkedCalls {
         Some(parked)
     }
 
-    fn remove_answer(&mut self, number: u64) -> Option<Kept> {
-        let kept = self.answers.remove(&number)?;
-        self.deadlines.remove(&(kept.expires, number));
-        if let Some(again) = kept.again {
-            self.deadlines.remove(&(again, number));
-        }
-        Some(kept)
-    }
-
     pub(super) fn check(&self) {
         for (number, parked) in &self.calls {
             assert!(parked.waiting.is_some() != parked.given.is_some());
@@ -175,10 +154,8 @@ impl ParkedCalls {
                 .is_some_and(|numbers| numbers.contains(number));
             assert_eq!(waits, parked.waiting.is_some());
         }
-        for (number, kept) in &self.answers {
-            assert!(self.deadlines.contains(&(kept.expires, *number)));
-            assert!(!self.calls.contains_key(number));
-        }
+        assert_eq!(self.deadlines.len(), self.calls.len());
+        self.answers.check();
         let waiting: usize = self.by_process.values().map(BTreeSet::len).sum();
         let without = self.calls.values().filter(|p| p.waiting.is_some()).count();
         assert_eq!(waiting, without);
@@ -200,6 +177,7 @@ impl<P: Clone> Pool<P> {
         fx: &mut E,
     ) -> Result<u64, CallError> {
         let process = TriggerName::new(&trigger.process).map_err(Refusal::from)?;
+        self.check_outlives("a parked call")?;
         if let Some(destination) = &trigger.destination {
             AppId::check(&destination.app_id).map_err(Refusal::from)?;
             if destination.instance.is_some() {
@@ -218,7 +196,7 @@ impl<P: Clone> Pool<P> {
         let mut lasting = Lasting::new((&app, from_instance), deadline, trigger);
         let bytes = lasting.bytes();
         let limits = &self.limits;
-        fx.with_ledger(|ledger| check_parked(ledger, bytes, limits))?;
+        fx.with_ledger(|ledger| check_parked(ledger, &app, bytes, limits))?;
         let number = fx.next_number();
         lasting.number = Some(number);
         lasting.attempt = 0;
@@ -246,7 +224,7 @@ impl<P: Clone> Pool<P> {
             given: None,
             process,
             caller: app,
-            instance: from_instance,
+            from: caller,
             id: trigger.id.as_deref().unwrap_or_default().into(),
             deadline,
             bytes,
@@ -298,6 +276,7 @@ impl<P: Clone> Pool<P> {
             instance,
             deadline,
             attempt: row.attempt,
+            window: None,
             redeliver: false,
             may_park: true,
             idempotency_key: None,
@@ -308,14 +287,14 @@ impl<P: Clone> Pool<P> {
         };
         lasting.redeliver = redeliver;
         let bytes = lasting.bytes();
-        fx.with_ledger(|ledger| ledger.park(bytes));
+        fx.with_ledger(|ledger| ledger.park(&row.caller, bytes));
         fx.count_held(&self.name, self.number, 1);
         let parked = Parked {
             waiting: Some(lasting),
             given: None,
             process,
             caller: row.caller.clone(),
-            instance,
+            from: NOBODY,
             id: row.id.as_str().into(),
             deadline,
             bytes,
@@ -331,7 +310,7 @@ impl<P: Clone> Pool<P> {
 
     fn forget_parked<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) -> Option<Parked> {
         let parked = self.parked.remove(number)?;
-        fx.with_ledger(|ledger| ledger.unpark(parked.bytes));
+        fx.with_ledger(|ledger| ledger.unpark(&parked.caller, parked.bytes));
         fx.count_held(&self.name, self.number, -1);
         Some(parked)
     }
@@ -517,15 +496,9 @@ impl<P: Clone> Pool<P> {
                 } else if let Some(key) = parked.given {
                     self.end(now, key, End::TimedOut, fx);
                 }
-            } else if let Some(kept) = self.parked.answers.get_mut(&number) {
-                if kept.expires <= now {
-                    self.drop_answer(number, fx);
-                } else {
-                    kept.again = None;
-                    self.tell_kept(now, number, fx);
-                }
             }
         }
+        self.handle_answers_timeout(now, fx);
         self.give_on(now, fx);
     }
 
@@ -536,7 +509,7 @@ impl<P: Clone> Pool<P> {
         let numbers: Vec<u64> = self.parked.calls.keys().copied().collect();
         for number in numbers {
             if let Some(parked) = self.forget_parked(number, fx) {
-                let whom = (&parked.caller, Some(parked.instance));
+                let whom = (&parked.caller, parked.from);
                 self.tell_answer(whom, &parked.id, &answer, fx);
                 if let Some(key) = &parked.idempotency_key {
                     self.repeats_dropped(&parked.caller, key, fx);
@@ -544,8 +517,7 @@ impl<P: Clone> Pool<P> {
                 fx.keep(Change::EndCall(number), None);
             }
         }
-        let numbers: Vec<u64> = self.parked.answers.keys().copied().collect();
-        for number in numbers {
+        for number in self.parked.answers.numbers() {
             self.drop_answer(number, fx);
         }
     }

@@ -1,17 +1,19 @@
 //! Repeats of a call, known by their caller and its idempotency key: they get the first one's answer, and the handler runs
 //! once.
 //!
-//! While the first call is under way its repeats wait with it. Its answer is kept for a time, so that a caller that lost its
+//! While the first call is under way its repeats wait with it, each for as long as its own ttl; a repeat that is cancelled or
+//! comes to the end of its time leaves the first call as it is. The answer is kept for a time, so that a caller that lost its
 //! connection may ask again. A call that ends without an answer (its time was over, its handler died) is forgotten: a repeat
 //! is then a call of its own, and may be the second that the handler sees.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use hashbrown::HashMap;
 use latzero_protocol::encode;
 use latzero_protocol::{AppId, Code, Refusal};
 
 use super::answer::Answered;
+use super::routing::id_in_use;
 use super::{MemberKey, Pool, place};
 use crate::effects::{Class, Effects, Sent};
 use crate::time::Time;
@@ -22,9 +24,22 @@ const WAITING_MAX: usize = 16;
 /// Who calls, and its key.
 type Known = (AppId, Box<str>);
 
+/// A member's place in an order, and the id of its repeat.
+type Waiter = ((u32, u32), Box<str>);
+
+fn waiter(member: MemberKey, id: &str) -> Waiter {
+    ((member.slot, member.generation), id.into())
+}
+
 enum Repeat {
     Running(Vec<(MemberKey, Box<str>)>),
     Answered { answer: Answered, expires: Time },
+}
+
+/// A repeat that waits with the first call.
+struct Wait {
+    known: Known,
+    deadline: Time,
 }
 
 /// Calls with an idempotency key: those under way, and the answers of others.
@@ -34,6 +49,10 @@ pub(super) struct Repeats {
     /// When answers are given up.
     expires: BTreeSet<(Time, Known)>,
     bytes: usize,
+    /// The repeats that wait, by who does.
+    waits: BTreeMap<Waiter, Wait>,
+    /// When they have waited long enough.
+    wait_deadlines: BTreeSet<(Time, Waiter)>,
 }
 
 /// What a call is in view of its key.
@@ -45,7 +64,67 @@ pub(super) enum Seen {
 
 impl Repeats {
     pub(super) fn next_deadline(&self) -> Option<Time> {
-        self.expires.first().map(|(at, _)| *at)
+        let answer = self.expires.first().map(|(at, _)| *at);
+        let wait = self.wait_deadlines.first().map(|(at, _)| *at);
+        answer.into_iter().chain(wait).min()
+    }
+
+    /// Whether a repeat of this id waits.
+    pub(super) fn awaits(&self, member: MemberKey, id: &str) -> bool {
+        !self.waits.is_empty() && self.waits.contains_key(&waiter(member, id))
+    }
+
+    fn wait(&mut self, known: Known, (member, id): (MemberKey, &str), deadline: Time) {
+        let waiter = waiter(member, id);
+        self.wait_deadlines.insert((deadline, waiter.clone()));
+        self.waits.insert(waiter, Wait { known, deadline });
+    }
+
+    /// A repeat waits no more; the call that it repeats goes on.
+    fn give_up(&mut self, waiter: &Waiter) -> bool {
+        let Some(wait) = self.forget_wait(waiter) else {
+            return false;
+        };
+        if let Some(Repeat::Running(waiting)) = self.known.get_mut(&wait.known) {
+            let is_it = |(m, id): &(MemberKey, Box<str>)| {
+                (m.slot, m.generation) == waiter.0 && *id == waiter.1
+            };
+            waiting.retain(|entry| !is_it(entry));
+        }
+        true
+    }
+
+    fn forget_wait(&mut self, waiter: &Waiter) -> Option<Wait> {
+        let wait = self.waits.remove(waiter)?;
+        self.wait_deadlines.remove(&(wait.deadline, waiter.clone()));
+        Some(wait)
+    }
+
+    /// Ends a call that is under way; returns who waits with it.
+    fn take_running(&mut self, known: &Known) -> Option<Vec<(MemberKey, Box<str>)>> {
+        let Some(Repeat::Running(_)) = self.known.get(known) else {
+            return None;
+        };
+        let Some(Repeat::Running(waiting)) = self.known.remove(known) else {
+            unreachable!("just seen");
+        };
+        for (member, id) in &waiting {
+            self.forget_wait(&waiter(*member, id));
+        }
+        Some(waiting)
+    }
+
+    /// A member leaves: it waits for nothing any more.
+    pub(super) fn leave(&mut self, member: MemberKey) {
+        let first = waiter(member, "");
+        let own = self.waits.range(first.clone()..);
+        let own: Vec<Waiter> = own
+            .map(|(waiter, _)| waiter.clone())
+            .take_while(|waiter| waiter.0 == first.0)
+            .collect();
+        for waiter in own {
+            self.give_up(&waiter);
+        }
     }
 
     /// A call that an earlier run parked waits on.
@@ -67,13 +146,24 @@ impl Repeats {
     pub(super) fn check(&self) {
         let mut bytes = 0;
         let mut answered = 0;
+        let mut waiting = 0;
         for (known, repeat) in &self.known {
-            if let Repeat::Answered { answer, expires } = repeat {
-                bytes += answer.bytes();
-                answered += 1;
-                assert!(self.expires.contains(&(*expires, known.clone())));
+            match repeat {
+                Repeat::Answered { answer, expires } => {
+                    bytes += answer.bytes();
+                    answered += 1;
+                    assert!(self.expires.contains(&(*expires, known.clone())));
+                }
+                Repeat::Running(with) => {
+                    waiting += with.len();
+                    for (member, id) in with {
+                        assert_eq!(self.waits[&waiter(*member, id)].known, *known);
+                    }
+                }
             }
         }
+        assert_eq!(waiting, self.waits.len());
+        assert_eq!(waiting, self.wait_deadlines.len());
         assert_eq!((bytes, answered), (self.bytes, self.expires.len()));
     }
 }
@@ -83,7 +173,7 @@ impl<P: Clone> Pool<P> {
     pub(super) fn look_up_repeat<E: Effects<Peer = P>>(
         &mut self,
         caller: MemberKey,
-        id: Option<&str>,
+        (id, deadline): (Option<&str>, Time),
         key: &str,
         fx: &mut E,
     ) -> Result<Seen, Refusal> {
@@ -110,15 +200,25 @@ impl<P: Clone> Pool<P> {
                 Ok(Seen::First)
             }
             Some(Repeat::Running(waiting)) => {
-                // Those whose connection ended wait no more.
-                waiting.retain(|(member, _)| self.members.at(place(*member)).is_some());
                 if waiting.len() >= WAITING_MAX {
                     let message = format!("{WAITING_MAX} repeats of this call wait for its answer");
                     return Err(Refusal::new(Code::Overloaded, message));
                 }
-                if let Some(id) = id {
-                    waiting.push((caller, id.into()));
+                let Some(id) = id else {
+                    return Ok(Seen::Repeat);
+                };
+                if self.calls.find(caller, id).is_some() {
+                    return Err(id_in_use(id));
                 }
+                if self.repeats.waits.len() >= self.limits.repeats_max {
+                    let message = format!(
+                        "{} repeats of calls wait for their answers (limits.repeats_max)",
+                        self.limits.repeats_max
+                    );
+                    return Err(Refusal::new(Code::Overloaded, message));
+                }
+                waiting.push((caller, id.into()));
+                self.repeats.wait(known, (caller, id), deadline);
                 Ok(Seen::Repeat)
             }
             Some(Repeat::Answered { .. }) => {
@@ -126,7 +226,9 @@ impl<P: Clone> Pool<P> {
                     unreachable!("just seen");
                 };
                 if let Some(id) = id
-                    && self.send_answer(member, id, answer, fx) == Sent::Full
+                    && self
+                        .send_answer(member, id, answer, fx)
+                        .is_none_or(|sent| sent == Sent::Full)
                 {
                     let message = "the answer did not fit into your outbox (limits.outbox_bytes_max): read faster";
                     return Err(Refusal::new(Code::Overloaded, message));
@@ -146,12 +248,14 @@ impl<P: Clone> Pool<P> {
         fx: &mut E,
     ) {
         let known = (caller.clone(), Box::from(key));
-        let Some(Repeat::Running(waiting)) = self.repeats.known.remove(&known) else {
+        let Some(waiting) = self.repeats.take_running(&known) else {
             return;
         };
         for (member, id) in waiting {
             if let Some(to) = self.members.at(place(member))
-                && self.send_answer(to, &id, answer, fx) == Sent::Full
+                && self
+                    .send_answer(to, &id, answer, fx)
+                    .is_none_or(|sent| sent == Sent::Full)
             {
                 let message = "the answer did not fit into your outbox (limits.outbox_bytes_max): read faster, and repeat the call";
                 let refusal = Refusal::new(Code::HandlerGone, message);
@@ -184,7 +288,7 @@ impl<P: Clone> Pool<P> {
         fx: &mut E,
     ) {
         let known = (caller.clone(), Box::from(key));
-        let Some(Repeat::Running(waiting)) = self.repeats.known.remove(&known) else {
+        let Some(waiting) = self.repeats.take_running(&known) else {
             return;
         };
         let message =
@@ -199,10 +303,46 @@ impl<P: Clone> Pool<P> {
         }
     }
 
-    /// Gives up answers whose time is over.
-    pub(super) fn handle_repeats_timeout(&mut self, now: Time) {
-        while self.repeats.next_deadline().is_some_and(|at| at <= now) {
+    /// Ends a repeat's wait at its caller's wish; false where it has none of that id.
+    pub(super) fn cancel_repeat<E: Effects<Peer = P>>(
+        &mut self,
+        caller: MemberKey,
+        id: &str,
+        fx: &mut E,
+    ) -> bool {
+        let gave_up = self.repeats.give_up(&waiter(caller, id));
+        if let Some(to) = self.members.at(place(caller)).filter(|_| gave_up) {
+            let message = "the caller cancelled the repeat; the call that it repeats goes on";
+            let refusal = Refusal::new(Code::Cancelled, message);
+            fx.send(&to.peer, Class::Control, 256, |out| {
+                encode::refusal(out, Some(id), &refusal);
+            });
+        }
+        gave_up
+    }
+
+    /// Gives up answers whose time is over, and ends waits that are.
+    pub(super) fn handle_repeats_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+        while self
+            .repeats
+            .expires
+            .first()
+            .is_some_and(|(at, _)| *at <= now)
+        {
             self.repeats.forget_oldest();
+        }
+        while let Some((_, waiter)) = self.repeats.wait_deadlines.first().filter(|w| w.0 <= now) {
+            let waiter = waiter.clone();
+            self.repeats.give_up(&waiter);
+            let ((slot, generation), id) = waiter;
+            let Some(to) = self.members.at(place(MemberKey::new(slot, generation))) else {
+                continue;
+            };
+            let message = "no answer within the repeat's ttl; the call that it repeats goes on";
+            let refusal = Refusal::new(Code::Timeout, message);
+            fx.send(&to.peer, Class::Control, 256, |out| {
+                encode::refusal(out, Some(&id), &refusal);
+            });
         }
     }
 }

@@ -32,11 +32,19 @@ impl<P: Clone> Pool<P> {
         let Some(member) = self.members.at(place(caller)) else {
             return Err(not_member(&self.name).into());
         };
+        if let Some(id) = &trigger.id
+            && self.repeats.awaits(caller, id)
+        {
+            return Err(id_in_use(id).into());
+        }
         let Some(key) = trigger.idempotency_key.as_deref() else {
             return self.call_once(now, caller, trigger, fx);
         };
         let app = member.app.clone();
-        if let Seen::Repeat = self.look_up_repeat(caller, trigger.id.as_deref(), key, fx)? {
+        let deadline = now.after_ms(trigger.ttl_ms);
+        if let Seen::Repeat =
+            self.look_up_repeat(caller, (trigger.id.as_deref(), deadline), key, fx)?
+        {
             return Ok(None);
         }
         let called = self.call_once(now, caller, trigger, fx);

@@ -1,6 +1,7 @@
 //! The pools: made on purpose or by being named, kept while anything needs them.
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
+use latzero_protocol::memory::Apps;
 use latzero_protocol::message::{Policy, PoolCreate};
 use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
@@ -14,27 +15,32 @@ use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
 
 impl<H: Host> Registry<H> {
-    /// Takes in a pool of an earlier run.
+    /// Takes in a pool of an earlier run, whatever the bound on pools is by now.
     ///
     /// # Errors
-    /// `quota`, or where its policy makes no sense: a pool that lets in whoever it should not is worse than none.
+    /// `storage` where its policy makes no sense. The pool is there then, and closed to all but its owner: one that lets in
+    /// whoever it should not is worse than none.
     pub fn restore_pool(&mut self, row: PoolRow) -> Result<(), Refusal> {
-        let policy = Raw::new(&row.policy).map_err(|_| {
+        let policy = Raw::new(&row.policy).ok();
+        let policy = policy.and_then(|policy| Policy::parse(policy).ok());
+        let closed = policy.is_none().then(|| {
             Refusal::new(
                 Code::Storage,
                 format!("the policy of pool '{}' makes no sense", row.name),
             )
-        })?;
-        let policy = Policy::parse(policy)?;
-        self.check_room_for_pools(1)?;
-        let entry = self.insert_pool(row.created, row.name, true);
+        });
+        let policy = policy.unwrap_or(Policy {
+            join: Apps::These(Vec::new()),
+            serve: Apps::These(Vec::new()),
+        });
+        let entry = self.insert_pool(row.created, row.name, (true, true));
         entry.durable = true;
         entry.owner = row.owner;
         entry.policy = policy;
         entry.properties = row
             .properties
             .and_then(|properties| serde_json::from_str(&properties).ok());
-        Ok(())
+        closed.map_or(Ok(()), Err)
     }
 
     /// Notes that a member has left a pool (or could not join it after all). A pool that nobody asked to keep goes with
@@ -84,7 +90,7 @@ impl<H: Host> Registry<H> {
     ) -> Result<(u32, H::Pool), Refusal> {
         if !self.pools.contains_key(name) {
             self.check_room_for_pools(1)?;
-            self.insert_pool(unix_ms, name.clone(), false);
+            self.insert_pool(unix_ms, name.clone(), (false, true));
         }
         let entry = &self.pools[name];
         Ok((entry.number, entry.pool.clone()))
@@ -128,7 +134,8 @@ impl<H: Host> Registry<H> {
             };
             fx.keep(Change::Pool(Box::new(row)), Some(promise));
         }
-        let entry = self.insert_pool(unix_ms, name, true);
+        let outlives = durable || policy == Policy::default();
+        let entry = self.insert_pool(unix_ms, name, (true, outlives));
         entry.owner = Some(owner.clone());
         entry.durable = durable;
         entry.policy = policy;
@@ -136,13 +143,16 @@ impl<H: Host> Registry<H> {
         Ok(durable)
     }
 
-    /// A pool that was to outlive the server could not be kept: it goes with its last member.
-    pub fn release_pool(&mut self, name: &PoolName) {
-        if let Some(entry) = self.pools.get_mut(name).filter(|entry| entry.durable) {
-            entry.durable = false;
-            entry.kept = false;
-            self.drop_if_unused(name);
-        }
+    /// A pool that was to outlive the server could not be kept: it goes with its last member. Returned where it has rules,
+    /// which what is in it must not outlive now ([`Pool::set_outlives`]).
+    pub fn release_pool(&mut self, name: &PoolName) -> Option<H::Pool> {
+        let entry = self.pools.get_mut(name).filter(|entry| entry.durable)?;
+        entry.durable = false;
+        entry.kept = false;
+        let has_rules = entry.policy != Policy::default();
+        let pool = has_rules.then(|| entry.pool.clone());
+        self.drop_if_unused(name);
+        pool
     }
 
     /// Takes a pool out of the registry; its handle is to be closed. Says whether there is a promise that this is kept.
@@ -206,7 +216,7 @@ impl<H: Host> Registry<H> {
 
     pub(super) fn enter(&mut self, unix_ms: u64, app: &AppId, name: PoolName) -> Entrance<H> {
         if !self.pools.contains_key(&name) {
-            self.insert_pool(unix_ms, name.clone(), false);
+            self.insert_pool(unix_ms, name.clone(), (false, true));
         }
         let entry = self
             .pools
@@ -225,16 +235,18 @@ impl<H: Host> Registry<H> {
         &mut self,
         created: u64,
         name: PoolName,
-        kept: bool,
+        (kept, outlives): (bool, bool),
     ) -> &mut PoolEntry<H> {
         let number = self.next_number;
         self.next_number += 1;
-        let pool = Pool::new(
+        let mut pool = Pool::new(
             number,
             name.clone(),
             self.limits.clone(),
             Prng::new(self.prng.next_u64()),
         );
+        // Before anybody can reach it.
+        pool.set_outlives(outlives);
         let entry = PoolEntry {
             number,
             pool: H::new_pool(pool),

@@ -134,7 +134,9 @@ impl<H: Host> Session<H> {
                 "it is in force, and is stored as soon as the disk takes it"
             }
             Promise::Pool(name) => {
-                host.with_registry(|registry, _| registry.release_pool(name));
+                if let Some(pool) = host.with_registry(|registry, _| registry.release_pool(name)) {
+                    host.with_pool(&pool, |pool, _| pool.set_outlives(false));
+                }
                 "the pool is not durable and goes with its last member"
             }
             Promise::Removal => "it is gone, but may be back after the server's next start",

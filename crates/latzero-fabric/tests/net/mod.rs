@@ -101,6 +101,12 @@ impl Net {
         calls.last().expect("it was called").clone()
     }
 
+    /// The ids of all calls that a client was given.
+    pub(crate) fn calls_of(&mut self, peer: Peer) -> Vec<String> {
+        self.sees(peer);
+        self.calls.get(&peer).cloned().unwrap_or_default()
+    }
+
     pub(crate) fn messages(&mut self, peer: Peer) -> Vec<Message> {
         let messages = self.world.messages(peer);
         for message in &messages {

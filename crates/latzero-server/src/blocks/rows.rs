@@ -112,15 +112,21 @@ impl Rows {
     /// Notes a block as it is now, by its record.
     pub(super) fn note(&self, stored: &Stored, record: &str) {
         self.settle(&stored.pool, &stored.block);
-        let Some(row) = self.row(stored, record) else {
+        let Ok(record) = serde_json::from_str::<Value>(record) else {
+            return;
+        };
+        // It goes with the server, as its pool's rules do.
+        if record["outlives"] == false {
+            return;
+        }
+        let Some(row) = self.row(stored, &record) else {
             tracing::warn!(pool = %stored.pool, block = %stored.block, "the row of a block can't be written");
             return;
         };
         self.submit(Change::PutBlock(row));
     }
 
-    fn row(&self, stored: &Stored, record: &str) -> Option<BlockRow> {
-        let record: Value = serde_json::from_str(record).ok()?;
+    fn row(&self, stored: &Stored, record: &Value) -> Option<BlockRow> {
         let description = stored.custodian.description();
         let (dev, ino) = stored.custodian.identity().ok()?;
         let is_shared = stored.kind == Kind::Shared;

@@ -235,6 +235,10 @@ settings! {
         parked_max: usize = "100000", Kind::Integer { min: 0, max: 16_777_216 }, Restart;
         /// Bytes of their payloads in memory.
         parked_bytes_max: usize = "256 MiB", Kind::Bytes { min: 0, max: 64 * GIB }, Restart;
+        /// Parked calls and waiting answers of one app.
+        parked_per_app_max: usize = "50000", Kind::Integer { min: 0, max: 16_777_216 }, Restart;
+        /// Bytes of their payloads in memory.
+        parked_bytes_per_app_max: usize = "128 MiB", Kind::Bytes { min: 0, max: 64 * GIB }, Restart;
         /// Calls of one pool whose idempotency keys are known.
         repeats_max: usize = "10000", Kind::Integer { min: 1, max: 1_000_000 }, Restart;
         /// Bytes of the answers that one pool keeps for them.

@@ -198,7 +198,7 @@ impl<P: Clone> Pool<P> {
             reason,
         };
         // The record of the generation to come.
-        let mut record = record(&self.name, block);
+        let mut record = record(&self.name, block, self.outlives);
         record["size"] = geometry.size.into();
         record["generation"] = (block.generation + 1).into();
         let making = Making {

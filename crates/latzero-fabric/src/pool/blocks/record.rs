@@ -86,13 +86,17 @@ fn senseless() -> Refusal {
     Refusal::new(Code::Storage, "the record of a block makes no sense")
 }
 
-pub(super) fn record(pool: &PoolName, block: &Block) -> Value {
+/// The record of a block, and whether it is for more than this run.
+pub(super) fn record(pool: &PoolName, block: &Block, outlives: bool) -> Value {
     let mut record = json!({
         "pool": pool, "block_id": block.id, "kind": block.kind.as_str(), "size": block.geometry.size,
         "slots": block.geometry.slots, "owner": block.owner, "generation": block.generation, "created": block.created,
         "lifetime": block.lifetime.as_str(),
         "permissions": {"read": block.permissions.read.names(), "write": block.permissions.write.names()},
     });
+    if !outlives {
+        record["outlives"] = false.into();
+    }
     if let Some(layout) = &block.layout {
         record["layout"] = serde_json::from_str(&layout.to_json()).expect("a layout writes JSON");
     }

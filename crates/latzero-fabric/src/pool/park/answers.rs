@@ -1,17 +1,133 @@
 //! What becomes of a parked call's answer: its caller is told, or it is kept for it.
+//!
+//! The instance that called is told as long as it lives, and else whichever of its app's instances takes it. Answers of one
+//! app are told in the order of their calls; one that does not fit into an outbox holds up those behind it for a while.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use hashbrown::HashMap;
 
 use latzero_protocol::encode;
 use latzero_protocol::message::Response;
-use latzero_protocol::{AppId, Code, InstanceId, Refusal};
+use latzero_protocol::{AppId, Code, Refusal};
 
 use super::super::answer::{Answered, checked};
 use super::super::routing::{forwarded_length, raw_length, too_large};
-use super::super::{Member, Pool};
-use super::{ANSWER_AGAIN_MS, Kept};
+use super::super::{Member, MemberKey, NOBODY, Pool, place};
+use super::{GIVEN_AT_ONCE_MAX, soon};
 use crate::effects::{Class, Effects, Sent};
 use crate::keep::{AnswerRow, Change};
 use crate::memory::check_parked;
 use crate::time::Time;
+
+/// After how long answers that did not fit into their caller's outbox are tried again, in milliseconds.
+const ANSWER_AGAIN_MS: u64 = 1000;
+
+/// An answer that waits for its caller.
+struct Kept {
+    caller: AppId,
+    /// Who called: told first, if it is still there.
+    from: MemberKey,
+    id: Box<str>,
+    answer: Answered,
+    bytes: usize,
+    expires: Time,
+}
+
+/// What waits for one app.
+#[derive(Default)]
+struct Waiting {
+    numbers: BTreeSet<u64>,
+    /// Tried again then.
+    again: Option<Time>,
+}
+
+/// The answers that a pool keeps.
+#[derive(Default)]
+pub(super) struct KeptAnswers {
+    answers: BTreeMap<u64, Kept>,
+    by_app: HashMap<AppId, Waiting>,
+    expires: BTreeSet<(Time, u64)>,
+    agains: BTreeSet<(Time, AppId)>,
+}
+
+impl KeptAnswers {
+    pub(super) fn len(&self) -> usize {
+        self.answers.len()
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Time> {
+        let expires = self.expires.first().map(|(at, _)| *at);
+        let again = self.agains.first().map(|(at, _)| *at);
+        expires.into_iter().chain(again).min()
+    }
+
+    pub(super) fn numbers(&self) -> Vec<u64> {
+        self.answers.keys().copied().collect()
+    }
+
+    fn insert(&mut self, number: u64, kept: Kept) {
+        self.expires.insert((kept.expires, number));
+        let waiting = self.by_app.entry(kept.caller.clone()).or_default();
+        waiting.numbers.insert(number);
+        self.answers.insert(number, kept);
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Kept> {
+        let kept = self.answers.remove(&number)?;
+        self.expires.remove(&(kept.expires, number));
+        if let Some(waiting) = self.by_app.get_mut(&kept.caller) {
+            waiting.numbers.remove(&number);
+            if waiting.numbers.is_empty() {
+                self.try_again(&kept.caller, None);
+                self.by_app.remove(&kept.caller);
+            }
+        }
+        Some(kept)
+    }
+
+    /// Has an app's answers tried again then, or not before it asks.
+    fn try_again(&mut self, app: &AppId, at: Option<Time>) {
+        let Some(waiting) = self.by_app.get_mut(app) else {
+            return;
+        };
+        if let Some(before) = std::mem::replace(&mut waiting.again, at) {
+            self.agains.remove(&(before, app.clone()));
+        }
+        if let Some(at) = at {
+            self.agains.insert((at, app.clone()));
+        }
+    }
+
+    fn is_due_again(&self, app: &AppId) -> bool {
+        !self.agains.is_empty() && self.by_app.get(app).is_some_and(|w| w.again.is_some())
+    }
+
+    pub(super) fn check(&self) {
+        let waiting: usize = self.by_app.values().map(|w| w.numbers.len()).sum();
+        assert_eq!(
+            (waiting, self.expires.len()),
+            (self.answers.len(), self.answers.len())
+        );
+        for (number, kept) in &self.answers {
+            assert!(self.expires.contains(&(kept.expires, *number)));
+            assert!(self.by_app[&kept.caller].numbers.contains(number));
+        }
+        let agains = self.by_app.values().filter(|w| w.again.is_some()).count();
+        assert_eq!(agains, self.agains.len());
+    }
+}
+
+/// What became of an answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::pool) enum Told {
+    /// It is on its way to its caller.
+    Yes,
+    /// Its caller has no room for it just now.
+    NotNow,
+    /// Nobody is there who could take it.
+    Nobody,
+}
 
 impl<P: Clone> Pool<P> {
     /// Takes in an answer that an earlier run kept; false where its row makes no sense.
@@ -28,7 +144,7 @@ impl<P: Clone> Pool<P> {
         fx.count_held(&self.name, self.number, 1);
         self.keep_answer(
             row.number,
-            (row.caller.clone(), row.id.as_str().into()),
+            (row.caller.clone(), NOBODY, row.id.as_str().into()),
             answer,
             expires,
             fx,
@@ -39,21 +155,20 @@ impl<P: Clone> Pool<P> {
     pub(in crate::pool) fn keep_answer<E: Effects<Peer = P>>(
         &mut self,
         number: u64,
-        (caller, id): (AppId, Box<str>),
+        (caller, from, id): (AppId, MemberKey, Box<str>),
         answer: Answered,
         expires: Time,
         fx: &mut E,
     ) {
         let bytes = answer.bytes();
-        fx.with_ledger(|ledger| ledger.park(bytes));
-        self.parked.deadlines.insert((expires, number));
+        fx.with_ledger(|ledger| ledger.park(&caller, bytes));
         let kept = Kept {
             caller,
+            from,
             id,
             answer,
             bytes,
             expires,
-            again: None,
         };
         self.parked.answers.insert(number, kept);
     }
@@ -102,13 +217,21 @@ impl<P: Clone> Pool<P> {
             fx.keep(Change::EndCall(number), None);
             return;
         }
-        let whom = (&parked.caller, Some(parked.instance));
-        if self.tell_answer(whom, &parked.id, &answer, fx) {
+        // Those that wait until there is room in the caller's outbox come first.
+        let is_behind = self.parked.answers.is_due_again(&parked.caller);
+        let told = if is_behind {
+            Told::NotNow
+        } else {
+            let whom = (&parked.caller, parked.from);
+            self.tell_answer(whom, &parked.id, &answer, fx)
+        };
+        if told == Told::Yes {
             fx.keep(Change::EndCall(number), None);
             return;
         }
         let (bytes, limits) = (answer.bytes(), &self.limits);
-        if let Err(refusal) = fx.with_ledger(|ledger| check_parked(ledger, bytes, limits)) {
+        let caller = &parked.caller;
+        if let Err(refusal) = fx.with_ledger(|ledger| check_parked(ledger, caller, bytes, limits)) {
             // Its caller is told at least that there was an answer.
             let refusal = Refusal::new(
                 Code::HandlerGone,
@@ -116,7 +239,7 @@ impl<P: Clone> Pool<P> {
             );
             answer = Answered::refused(&refusal);
         } else {
-            fx.with_ledger(|ledger| ledger.unpark(bytes));
+            fx.with_ledger(|ledger| ledger.unpark(caller, bytes));
         }
         let ttl_ms = self.limits.answer_ttl_ms;
         let row = AnswerRow {
@@ -130,40 +253,55 @@ impl<P: Clone> Pool<P> {
         };
         fx.keep(Change::Answer(Box::new(row)), None);
         fx.count_held(&self.name, self.number, 1);
-        let whose = (parked.caller, parked.id);
+        let whose = (parked.caller.clone(), parked.from, parked.id);
         self.keep_answer(number, whose, answer, now.after_ms(ttl_ms), fx);
+        if told == Told::NotNow && !is_behind {
+            let again = now.after_ms(ANSWER_AGAIN_MS);
+            self.parked.answers.try_again(&parked.caller, Some(again));
+        }
     }
 
-    /// Passes an answer to the instance that called, else to the one of its app that came last; false where there is none
-    /// that takes it.
-    pub(super) fn tell_answer<E: Effects<Peer = P>>(
+    /// Passes an answer to the member that called while it is there, else to the instance of its app that came last and
+    /// takes it.
+    pub(in crate::pool) fn tell_answer<E: Effects<Peer = P>>(
         &self,
-        (caller, instance): (&AppId, Option<InstanceId>),
+        (caller, from): (&AppId, MemberKey),
         id: &str,
         answer: &Answered,
         fx: &mut E,
-    ) -> bool {
+    ) -> Told {
+        if let Some(member) = self.members.at(place(from)) {
+            match self.send_answer(member, id, answer, fx) {
+                Some(Sent::Queued) => return Told::Yes,
+                Some(Sent::Full) => return Told::NotNow,
+                Some(Sent::Gone) | None => {}
+            }
+        }
         let instances = self.members.iter().filter(|(_, m)| m.app == *caller);
-        let mut instances: Vec<&Member<P>> = instances.map(|(_, member)| member).collect();
-        instances.reverse();
-        instances.sort_by_key(|member| Some(member.instance) != instance);
-        instances
-            .into_iter()
-            .any(|to| self.send_answer(to, id, answer, fx) == Sent::Queued)
+        let instances: Vec<&Member<P>> = instances.map(|(_, member)| member).collect();
+        let mut told = Told::Nobody;
+        for to in instances.into_iter().rev() {
+            match self.send_answer(to, id, answer, fx) {
+                Some(Sent::Queued) => return Told::Yes,
+                Some(Sent::Full) => told = Told::NotNow,
+                Some(Sent::Gone) | None => {}
+            }
+        }
+        told
     }
 
-    /// Sends an answer that was kept.
+    /// Sends an answer that was kept; `None` where the receiver can never take it.
     pub(in crate::pool) fn send_answer<E: Effects<Peer = P>>(
         &self,
         to: &Member<P>,
         id: &str,
         answer: &Answered,
         fx: &mut E,
-    ) -> Sent {
+    ) -> Option<Sent> {
         if to.attachments == encode::Attachments::NotTaken
             && too_large(answer.body(), self.limits.max_frame)
         {
-            return Sent::Full;
+            return None;
         }
         let message = encode::Answer {
             in_reply_to: id,
@@ -175,52 +313,54 @@ impl<P: Clone> Pool<P> {
         let length = forwarded_length(message.body, to.attachments)
             + raw_length(message.error)
             + raw_length(message.headers);
-        fx.send(&to.peer, Class::Reply, length, |out| {
+        let sent = fx.send(&to.peer, Class::Reply, length, |out| {
             encode::answer(out, &message, to.attachments);
-        })
+        });
+        Some(sent)
     }
 
     /// Tells an app that is back what was answered while it was away.
     pub fn tell_answers<E: Effects<Peer = P>>(&mut self, now: Time, app: &AppId, fx: &mut E) {
-        let numbers: Vec<u64> = self
-            .parked
-            .answers
-            .iter()
-            .filter(|(_, kept)| kept.caller == *app)
-            .map(|(number, _)| *number)
-            .collect();
-        for number in numbers {
-            self.tell_kept(now, number, fx);
-        }
-    }
-
-    pub(in crate::pool) fn tell_kept<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        number: u64,
-        fx: &mut E,
-    ) {
-        let Some(kept) = self.parked.answers.get(&number) else {
+        let Some(waiting) = self.parked.answers.by_app.get(app) else {
             return;
         };
-        if self.tell_answer((&kept.caller, None), &kept.id, &kept.answer, fx) {
-            self.drop_answer(number, fx);
-            return;
-        }
-        let is_here = self.members.iter().any(|(_, m)| m.app == kept.caller);
-        if is_here {
-            let again = now.after_ms(ANSWER_AGAIN_MS);
-            let kept = self.parked.answers.get_mut(&number).expect("just found");
-            if let Some(before) = kept.again.replace(again) {
-                self.parked.deadlines.remove(&(before, number));
+        let numbers = waiting.numbers.iter().take(GIVEN_AT_ONCE_MAX + 1);
+        let numbers: Vec<u64> = numbers.copied().collect();
+        let mut again = None;
+        for (seen, &number) in numbers.iter().enumerate() {
+            if seen == GIVEN_AT_ONCE_MAX {
+                // Others want the pool as well.
+                again = Some(soon(now));
+                break;
             }
-            self.parked.deadlines.insert((again, number));
+            let kept = &self.parked.answers.answers[&number];
+            match self.tell_answer((app, kept.from), &kept.id, &kept.answer, fx) {
+                Told::Yes => self.drop_answer(number, fx),
+                Told::NotNow => {
+                    again = Some(now.after_ms(ANSWER_AGAIN_MS));
+                    break;
+                }
+                // Another instance may take it.
+                Told::Nobody => {}
+            }
+        }
+        self.parked.answers.try_again(app, again);
+    }
+
+    /// Tries again what did not fit, and gives up what waited long enough.
+    pub(super) fn handle_answers_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+        while let Some(&(_, number)) = self.parked.answers.expires.first().filter(|e| e.0 <= now) {
+            self.drop_answer(number, fx);
+        }
+        while let Some((_, app)) = self.parked.answers.agains.first().filter(|a| a.0 <= now) {
+            let app = app.clone();
+            self.tell_answers(now, &app, fx);
         }
     }
 
     pub(in crate::pool) fn drop_answer<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) {
-        if let Some(kept) = self.parked.remove_answer(number) {
-            fx.with_ledger(|ledger| ledger.unpark(kept.bytes));
+        if let Some(kept) = self.parked.answers.remove(number) {
+            fx.with_ledger(|ledger| ledger.unpark(&kept.caller, kept.bytes));
             fx.count_held(&self.name, self.number, -1);
             fx.keep(Change::EndAnswer(number), None);
         }

@@ -16,6 +16,8 @@ pub(in crate::pool) struct Lasting {
     pub(super) instance: InstanceId,
     pub(super) deadline: Time,
     pub(super) attempt: u32,
+    /// Items that the next handler may send, where the caller set a window: what the ones before it left.
+    pub(in crate::pool) window: Option<u64>,
     /// Whether it may be given to another handler after the first one died.
     pub(in crate::pool) redeliver: bool,
     /// Whether it may wait for one.
@@ -41,6 +43,7 @@ impl Lasting {
             instance,
             deadline,
             attempt: 1,
+            window: trigger.window,
             redeliver: trigger.redeliver,
             may_park: trigger.park,
             idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
@@ -60,7 +63,10 @@ impl Lasting {
         };
         let envelope = Envelope::parse(frame).ok()?.ok()?;
         match Request::decode(&envelope).ok()? {
-            Request::Trigger(trigger) => Some(f(&trigger)),
+            Request::Trigger(mut trigger) => {
+                trigger.window = self.window;
+                Some(f(&trigger))
+            }
             _ => None,
         }
     }

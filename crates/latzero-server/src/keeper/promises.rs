@@ -1,0 +1,144 @@
+//! Who waits for the store's word, and in which order it is told.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+
+use latzero_protocol::{Code, Refusal};
+use latzero_store::{StoreError, Ticket};
+
+use crate::peer::Peer;
+use crate::shared::{Command, Shared};
+
+/// A promise that the store has not answered yet.
+struct Promised {
+    peer: Arc<Peer>,
+    /// Promises to the same connection that the store refused at once: their word comes after this one's.
+    behind: Vec<Refusal>,
+}
+
+/// A word for a connection.
+pub(super) type Word = (Arc<Peer>, Result<(), Refusal>);
+
+/// Who was promised what. Each connection hears of its promises in the order in which they were made.
+#[derive(Default)]
+pub(super) struct Line(HashMap<Ticket, Promised>);
+
+impl Line {
+    pub(super) fn promise(&mut self, ticket: Ticket, peer: &Arc<Peer>) -> Option<Ticket> {
+        let promised = Promised {
+            peer: Arc::clone(peer),
+            behind: Vec::new(),
+        };
+        self.0.insert(ticket, promised);
+        Some(peer.last_promise.swap(ticket, Relaxed)).filter(|&before| before != 0)
+    }
+
+    /// The store did not take the promise; `before` is the one before it.
+    pub(super) fn refused(
+        &mut self,
+        (ticket, before): (Ticket, Option<Ticket>),
+        refusal: Refusal,
+    ) -> Option<Word> {
+        let Promised { peer, .. } = self.0.remove(&ticket)?;
+        peer.last_promise.store(before.unwrap_or(0), Relaxed);
+        match before.and_then(|before| self.0.get_mut(&before)) {
+            Some(first) => {
+                first.behind.push(refusal);
+                None
+            }
+            None => Some((peer, Err(refusal))),
+        }
+    }
+
+    fn done(&mut self, ticket: Ticket, result: Result<(), Refusal>, words: &mut Vec<Word>) {
+        if let Some(Promised { peer, behind }) = self.0.remove(&ticket) {
+            words.push((Arc::clone(&peer), result));
+            let behind = behind
+                .into_iter()
+                .map(|refusal| (Arc::clone(&peer), Err(refusal)));
+            words.extend(behind);
+        }
+    }
+}
+
+/// The promises, and whom to tell.
+#[derive(Default)]
+pub(super) struct Promises {
+    line: Mutex<Line>,
+    pub(super) shared: OnceLock<Weak<Shared>>,
+}
+
+impl Promises {
+    pub(super) fn line(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().expect("nothing panics under this lock")
+    }
+
+    /// Tells the loops what became of promises, each loop once.
+    pub(super) fn done(&self, done: &mut Vec<(Ticket, Result<(), StoreError>)>) {
+        let mut words = Vec::with_capacity(done.len());
+        let mut line = self.line();
+        for (ticket, result) in done.drain(..) {
+            let result = result.map_err(|error| Refusal::new(Code::Storage, error.to_string()));
+            line.done(ticket, result, &mut words);
+        }
+        self.tell(&line, words);
+    }
+
+    /// Under the lock, so that no later word overtakes these.
+    pub(super) fn tell(&self, _line: &Line, words: Vec<Word>) {
+        let Some(shared) = self.shared.get().and_then(Weak::upgrade) else {
+            return;
+        };
+        let mut told: Vec<Vec<Command>> = Vec::new();
+        told.resize_with(shared.mailboxes.len(), Vec::new);
+        for (peer, result) in words {
+            told[peer.home].push(Command::Kept(peer, result));
+        }
+        for (mailbox, commands) in shared.mailboxes.iter().zip(told) {
+            mailbox.send_all(commands);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal() -> Refusal {
+        Refusal::new(Code::Storage, "full")
+    }
+
+    #[test]
+    fn words_come_in_the_order_of_the_promises() {
+        let mut line = Line::default();
+        let (a, b) = (Peer::new(0, None), Peer::new(0, None));
+        let mut words = Vec::new();
+        // Nothing before it: it is told at once.
+        let before = line.promise(1, &a);
+        let word = line.refused((1, before), refusal()).unwrap();
+        assert!(Arc::ptr_eq(&word.0, &a) && word.1.is_err());
+        // Behind what is still being written its word waits, and so do those that follow.
+        assert_eq!(line.promise(2, &a), None);
+        assert_eq!(line.promise(3, &b), None);
+        for ticket in [4, 5] {
+            let before = line.promise(ticket, &a);
+            assert_eq!(before, Some(2));
+            assert!(line.refused((ticket, before), refusal()).is_none());
+        }
+        assert_eq!(line.promise(6, &a), Some(2));
+        line.done(3, Ok(()), &mut words);
+        assert!(words.len() == 1 && Arc::ptr_eq(&words[0].0, &b));
+        words.clear();
+        line.done(2, Ok(()), &mut words);
+        line.done(6, Ok(()), &mut words);
+        assert!(words.iter().all(|(peer, _)| Arc::ptr_eq(peer, &a)));
+        let results: Vec<bool> = words.iter().map(|(_, result)| result.is_ok()).collect();
+        assert_eq!(results, [true, false, false, true]);
+        // What was told already holds up nothing.
+        let before = line.promise(7, &a);
+        assert_eq!(before, Some(6));
+        assert!(line.refused((7, before), refusal()).is_some());
+        assert!(line.0.is_empty());
+    }
+}

@@ -1,0 +1,135 @@
+//! Rows as the core has them, and as the store has them.
+
+use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Change, PoolRow};
+use latzero_protocol::{AppId, PoolName, Refusal};
+
+fn ms(unix_ms: i64) -> u64 {
+    u64::try_from(unix_ms).unwrap_or(0)
+}
+
+fn time(unix_ms: u64) -> i64 {
+    i64::try_from(unix_ms).unwrap_or(i64::MAX)
+}
+
+pub(super) fn app_of(row: latzero_store::AppRow) -> Option<AppRow> {
+    Some(AppRow {
+        app_id: AppId::new(&row.app_id).ok()?,
+        pools: row.pools,
+        triggers: row.triggers,
+        watches: row.watches,
+        meta: row.meta,
+        registered: ms(row.registered),
+        last_seen: ms(row.last_seen),
+    })
+}
+
+pub(super) fn pool_of(row: latzero_store::PoolRow) -> Result<PoolRow, Refusal> {
+    let owner = row.owner.map(|owner| AppId::new(&owner)).transpose();
+    let policy = row.policy.unwrap_or_else(|| "{}".into());
+    Ok(PoolRow {
+        name: PoolName::new(&row.name)?,
+        // Without the owner that it had its rules are not those that it had.
+        policy: if owner.is_ok() { policy } else { String::new() },
+        owner: owner.unwrap_or(None),
+        properties: row.properties,
+        created: ms(row.created),
+    })
+}
+
+pub(super) fn call_of(row: latzero_store::CallRow) -> Result<CallRow, Refusal> {
+    Ok(CallRow {
+        number: row.number,
+        pool: PoolName::new(&row.pool)?,
+        process: row.process,
+        destination: row.destination,
+        caller: AppId::new(&row.caller)?,
+        id: row.call_id,
+        envelope: row.envelope,
+        attachment: row.attachment,
+        idempotency_key: row.idempotency_key,
+        expires: ms(row.expires),
+        attempt: row.attempt,
+        parked: ms(row.parked),
+    })
+}
+
+pub(super) fn answer_of(row: latzero_store::AnswerRow) -> Result<AnswerRow, Refusal> {
+    Ok(AnswerRow {
+        number: row.number,
+        pool: PoolName::new(&row.pool)?,
+        caller: AppId::new(&row.caller)?,
+        id: row.call_id,
+        idempotency_key: row.idempotency_key,
+        frame: row.frame,
+        expires: ms(row.expires),
+    })
+}
+
+/// A change as the store has it.
+pub(super) fn row(change: Change) -> latzero_store::Change {
+    use latzero_store::Change as Stored;
+    match change {
+        Change::App(row) => Stored::PutApp(latzero_store::AppRow {
+            app_id: row.app_id.as_str().into(),
+            pools: row.pools,
+            triggers: row.triggers,
+            watches: row.watches,
+            meta: row.meta,
+            protocol_version: latzero_protocol::limits::PROTOCOL_VERSION
+                .try_into()
+                .unwrap_or(u32::MAX),
+            registered: time(row.registered),
+            last_seen: time(row.last_seen),
+        }),
+        Change::Seen(app, unix_ms) => Stored::SeenApp {
+            app_id: app.as_str().into(),
+            last_seen: time(unix_ms),
+        },
+        Change::ForgetApp(app) => Stored::ForgetApp {
+            app_id: app.as_str().into(),
+        },
+        Change::Pool(row) => Stored::PutPool(latzero_store::PoolRow {
+            name: row.name.as_str().into(),
+            kind: "local".into(),
+            encrypted: false,
+            owner: row.owner.map(|owner| owner.as_str().into()),
+            policy: Some(row.policy),
+            properties: row.properties,
+            descriptor: None,
+            created: time(row.created),
+            updated: time(row.created),
+        }),
+        Change::ForgetPool(name) => Stored::RemovePool {
+            name: name.as_str().into(),
+        },
+        Change::Call(row) => Stored::PutCall(latzero_store::CallRow {
+            number: row.number,
+            pool: row.pool.as_str().into(),
+            process: row.process,
+            destination: row.destination,
+            caller: row.caller.as_str().into(),
+            call_id: row.id,
+            envelope: row.envelope,
+            attachment: row.attachment,
+            idempotency_key: row.idempotency_key,
+            expires: time(row.expires),
+            attempt: row.attempt,
+            parked: time(row.parked),
+        }),
+        Change::Attempt(number, attempt) => Stored::NoteAttempt { number, attempt },
+        Change::EndCall(number) => Stored::RemoveCall { number },
+        Change::Answer(row) => Stored::PutAnswer {
+            ends_call: Some(row.number),
+            answer: latzero_store::AnswerRow {
+                number: row.number,
+                caller: row.caller.as_str().into(),
+                call_id: row.id,
+                pool: row.pool.as_str().into(),
+                idempotency_key: row.idempotency_key,
+                frame: row.frame,
+                expires: time(row.expires),
+            },
+        },
+        Change::EndAnswer(number) => Stored::RemoveAnswer { number },
+    }
+}
