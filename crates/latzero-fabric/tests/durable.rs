@@ -331,13 +331,25 @@ fn the_audit_log_tells_who_came_took_over_was_refused_and_administered() {
     net.hello("a", r#""takeover":true"#);
     let seen = net.world.take_audit().join("\n");
     for part in [
-        r#"joined {"pools":["p"],"rehydrated":false,"triggers":["t"]}"#,
-        r#"registered {"triggers":["u"]}"#,
+        r#"joined {"pools":["p"],"rehydrated":false,"triggers":["t"],"triggers_total":1}"#,
+        r#"registered {"triggers":["u"],"triggers_total":1}"#,
         r#"refused {"code":"forbidden""#,
         r#"took_over {"displaced":"#,
     ] {
         assert!(seen.contains(part), "{part} is not in:\n{seen}");
     }
+    // What changes nothing is no news, and of many names the first are told.
+    let b = net.app("b", r#""triggers":["t"]"#);
+    net.ask(b, r#"{"action":"trigger_register","triggers":["t"]}"#);
+    assert!(!net.world.take_audit().join("\n").contains("registered"));
+    let many: Vec<String> = (0..100).map(|n| format!("\"n{n}\"")).collect();
+    let many = many.join(",");
+    net.ask(
+        b,
+        &format!(r#"{{"action":"trigger_register","triggers":[{many}]}}"#),
+    );
+    let seen = net.world.take_audit().join("\n");
+    assert!(seen.contains("n31\"],\"triggers_total\":100"), "{seen}");
     let admin = net.world.connect(Transport::BuiltIn);
     net.say(admin, r#"{"action":"handshake","app_id":"latzero"}"#);
     net.say(admin, r#"{"action":"kick","id":"1","app_id":"a"}"#);

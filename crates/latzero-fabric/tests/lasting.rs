@@ -350,7 +350,7 @@ fn what_is_in_a_pool_does_not_outlive_its_rules() {
         net.world.restart(3);
         let (evil, seen) = net.hello("evil", r#""pools":["p"],"triggers":["t"]"#);
         assert_eq!(seen.starts_with("hello"), durable.is_empty(), "{seen}");
-        assert_eq!(net.sees(evil).contains("call"), false);
+        assert!(!net.sees(evil).contains("call"));
         // Without rules there is nothing to lose.
         let caller = net.app("caller", r#""pools":["q"]"#);
         assert_eq!(net.call(caller, "2", r#""park":true"#), "2 parked: null");

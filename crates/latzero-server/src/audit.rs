@@ -1,11 +1,14 @@
 //! The audit log: who registered what, who took over, what was refused, what administrators did.
 //!
 //! One JSON object a line in `logs/audit.log`, put aside by size as the server's log is. Lines are written by a thread of
-//! their own; what does not fit into its queue is counted with the other log lines that were lost.
+//! their own; what does not fit into its queue is counted with the other log lines that were lost. Whoever does something over
+//! and over can't push out what others did: each user has so many lines at once and so many a second, and what was left out
+//! is told with that user's next line.
 
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex};
+use std::time::{Instant, SystemTime};
 
 use latzero_fabric::Audit;
 use serde_json::{Value, json};
@@ -19,8 +22,76 @@ use crate::utc::rfc3339;
 /// The file's name in the directory of logs.
 const NAME: &str = "audit.log";
 
+/// Lines that one user may have at once: more apps than come back after a start.
+const BURST: u32 = 10_000;
+
+/// Lines that each user gets back per second.
+const LINES_PER_SECOND: u32 = 100;
+
+/// Users whose lines are counted one by one; all others share a count.
+const USERS_MAX: usize = 1024;
+
 /// The audit log.
-pub(crate) struct AuditLog(LineFile);
+pub(crate) struct AuditLog {
+    file: LineFile,
+    shares: Mutex<Shares>,
+}
+
+/// What a user has left.
+struct Share {
+    lines: u32,
+    since: Instant,
+    left_out: u64,
+}
+
+/// What each user has left, by where its connections come from.
+#[derive(Default)]
+struct Shares(HashMap<String, Share>);
+
+impl Shares {
+    /// Takes a line of a user's share; returns how many were left out before it, or nothing where this one is.
+    fn take(&mut self, from: &str, now: Instant) -> Option<u64> {
+        let whole = |share: &Share| share.refilled(now).0 == BURST && share.left_out == 0;
+        if self.0.len() >= USERS_MAX && !self.0.contains_key(from) {
+            // Those that have all their lines are as new.
+            self.0.retain(|_, share| !whole(share));
+        }
+        let from = if self.0.len() < USERS_MAX || self.0.contains_key(from) {
+            from
+        } else {
+            ""
+        };
+        let share = match self.0.get_mut(from) {
+            Some(share) => share,
+            None => self.0.entry(from.to_owned()).or_insert(Share {
+                lines: BURST,
+                since: now,
+                left_out: 0,
+            }),
+        };
+        (share.lines, share.since) = share.refilled(now);
+        if share.lines == 0 {
+            share.left_out += 1;
+            return None;
+        }
+        share.lines -= 1;
+        Some(std::mem::take(&mut share.left_out))
+    }
+}
+
+impl Share {
+    fn refilled(&self, now: Instant) -> (u32, Instant) {
+        let per_line = std::time::Duration::from_secs(1) / LINES_PER_SECOND;
+        let passed = now.saturating_duration_since(self.since).as_nanos() / per_line.as_nanos();
+        let lines = u32::try_from(passed)
+            .unwrap_or(BURST)
+            .min(BURST - self.lines);
+        if self.lines + lines == BURST {
+            return (BURST, now);
+        }
+        (self.lines + lines, self.since + per_line * lines)
+    }
+}
 
 impl AuditLog {
     /// Opens the log, to append to what is there.
@@ -29,7 +100,11 @@ impl AuditLog {
     /// Where the file can't be opened, or no thread be had.
     pub(crate) fn open(directory: &Path, settings: &Settings) -> Result<AuditLog, LogError> {
         let (bytes_max, files_max) = (settings.log_file_bytes_max, settings.log_files_max);
-        LineFile::open(&directory.join(NAME), bytes_max, files_max).map(AuditLog)
+        let file = LineFile::open(&directory.join(NAME), bytes_max, files_max)?;
+        Ok(AuditLog {
+            file,
+            shares: Mutex::default(),
+        })
     }
 
     /// Notes what a connection did. Never waits.
@@ -38,6 +113,13 @@ impl AuditLog {
             .socket
             .as_ref()
             .map_or_else(|| "the server".to_owned(), origin);
+        let user = from.rsplit_once(':').map_or(&*from, |(address, _)| address);
+        let shares = self.shares.lock();
+        let mut shares = shares.expect("nothing panics under this lock");
+        let Some(left_out) = shares.take(user, Instant::now()) else {
+            return;
+        };
+        drop(shares);
         let mut line = json!({
             "time": rfc3339(SystemTime::now()), "event": audit.event, "app_id": audit.app, "from": from,
         });
@@ -47,12 +129,15 @@ impl AuditLog {
         if let (Some(line), Value::Object(detail)) = (line.as_object_mut(), &audit.detail) {
             line.extend(detail.clone());
         }
-        self.0.write(&line.to_string());
+        if left_out > 0 {
+            line["left_out_before"] = left_out.into();
+        }
+        self.file.write(&line.to_string());
     }
 
     /// Lines lost so far.
     pub(crate) fn lost(&self) -> u64 {
-        self.0.lost()
+        self.file.lost()
     }
 }
 
@@ -65,5 +150,46 @@ fn origin(socket: &Socket) -> String {
             Err(_) => "tcp".to_owned(),
         },
         _ => "unix".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn each_user_has_its_share_and_hears_of_what_was_left_out() {
+        let mut shares = Shares::default();
+        let start = Instant::now();
+        for _ in 0..BURST {
+            assert_eq!(shares.take("unix uid 1", start), Some(0));
+        }
+        for _ in 0..3 {
+            assert_eq!(shares.take("unix uid 1", start), None);
+        }
+        assert_eq!(shares.take("unix uid 2", start), Some(0));
+        let later = start + Duration::from_millis(25);
+        assert_eq!(shares.take("unix uid 1", later), Some(3));
+        assert_eq!(shares.take("unix uid 1", later), Some(0));
+        assert_eq!(shares.take("unix uid 1", later), None);
+        // The rest of the time between two lines is not lost.
+        let later = start + Duration::from_millis(31);
+        assert_eq!(shares.take("unix uid 1", later), Some(1));
+        assert_eq!(shares.take("unix uid 1", later), None);
+    }
+
+    #[test]
+    fn users_are_counted_up_to_a_bound() {
+        let mut shares = Shares::default();
+        let start = Instant::now();
+        for n in 0..3 * USERS_MAX {
+            assert_eq!(shares.take(&format!("tcp 127.0.0.{n}"), start), Some(0));
+        }
+        assert!(shares.0.len() <= USERS_MAX + 1);
+        // Those that have been quiet make room.
+        let later = start + Duration::from_secs(1);
+        assert_eq!(shares.take("another", later), Some(0));
+        assert!(shares.0.len() <= 2);
     }
 }

@@ -6,6 +6,7 @@ use latzero_protocol::message::{EventSet, Features, Handshake, TriggerSpec};
 use latzero_protocol::{Code, Refusal};
 use serde_json::json;
 
+use super::pools::{NAMES_SHOWN_MAX, shown};
 use super::promises::Awaited;
 use super::{Flow, Ready, Session, expel, leave, tell_departure};
 use crate::effects::Class;
@@ -112,7 +113,8 @@ impl<H: Host> Session<H> {
         self.audit(
             "joined",
             (&handshake.app_id, instance),
-            json!({"pools": pools.iter().map(|p| &p.name).collect::<Vec<_>>(), "triggers": names(&triggers),
+            json!({"pools": pools.iter().map(|p| &p.name).take(NAMES_SHOWN_MAX).collect::<Vec<_>>(),
+                "triggers": shown(&triggers), "triggers_total": triggers.len(),
                 "rehydrated": rehydrated}),
             host,
         );

@@ -2,7 +2,7 @@
 
 use latzero_protocol::limits::SYSTEM_POOL;
 use latzero_protocol::message::{EventSet, PoolCreate, TriggerSpec};
-use latzero_protocol::{Code, PoolName, Refusal};
+use latzero_protocol::{Code, PoolName, Refusal, TriggerName};
 use serde_json::json;
 
 use super::promises::{Promise, Reply};
@@ -32,15 +32,17 @@ impl<H: Host> Session<H> {
         let is_promised = host.with_registry(|registry, fx| {
             registry.remember_triggers(&ready.app, specs, transport, &peer, fx)
         })?;
+        let is_news = specs.iter().any(|spec| !ready.triggers.contains(spec));
         ready.triggers = triggers;
-        let names: Vec<_> = specs.iter().map(|spec| &spec.name).collect();
-        let audit = Audit {
-            event: "registered",
-            app: Some(&ready.app),
-            instance: Some(ready.instance),
-            detail: json!({"triggers": names}),
-        };
-        host.effects().audit(&peer, &audit);
+        if is_news {
+            let audit = Audit {
+                event: "registered",
+                app: Some(&ready.app),
+                instance: Some(ready.instance),
+                detail: json!({"triggers": shown(specs), "triggers_total": specs.len()}),
+            };
+            host.effects().audit(&peer, &audit);
+        }
         for m in &self.memberships {
             let reserved =
                 (m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn) || !m.may_serve;
@@ -233,4 +235,13 @@ pub(super) fn pool_info<H: Host>(name: &PoolName, host: &mut H) -> Result<String
     description["calls"] = stats.calls.into();
     description["emits"] = stats.emits.into();
     Ok(description.to_string())
+}
+
+/// Names that the audit log tells one by one.
+pub(super) const NAMES_SHOWN_MAX: usize = 32;
+
+/// The names of triggers, as far as the audit log tells them.
+pub(super) fn shown(specs: &[TriggerSpec]) -> Vec<&TriggerName> {
+    let names = specs.iter().map(|spec| &spec.name);
+    names.take(NAMES_SHOWN_MAX).collect()
 }
