@@ -425,8 +425,8 @@ pub(crate) struct CallArgs {
     /// Where nobody handles it, have it wait on the server's disk until somebody does
     #[arg(long, conflicts_with = "stream")]
     pub(crate) park: bool,
-    /// How long it may wait and run in all [default: 24h]
-    #[arg(long, value_name = "DURATION", value_parser = parse::duration, requires = "park", conflicts_with = "timeout")]
+    /// How long it may wait and run in all, 30d at most [default: 24h]
+    #[arg(long, value_name = "DURATION", value_parser = parse::long_duration, requires = "park", conflicts_with = "timeout")]
     pub(crate) ttl: Option<Duration>,
     /// Print where it is parked, and leave the answer to `latzero answers`
     #[arg(long, requires = "park")]
@@ -456,7 +456,7 @@ pub(crate) struct AnswersArgs {
     #[arg(long)]
     pub(crate) pool: Vec<String>,
     /// Wait that long for answers that are not there yet
-    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    #[arg(long, value_name = "DURATION", value_parser = parse::long_duration)]
     pub(crate) wait: Option<Duration>,
     /// End after so many
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]

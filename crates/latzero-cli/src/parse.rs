@@ -11,13 +11,25 @@ use crate::exit::Failure;
 /// The longest time that an argument may give: that of a call's ttl.
 const DURATION_MAX: Duration = Duration::from_secs(24 * 3600);
 
+/// The longest time for which a call may be parked.
+const LONG_DURATION_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+
 /// The most that is read of a file or of stdin for a payload, in bytes: more than any server takes by default.
 pub(crate) const INPUT_BYTES_MAX: u64 = 16 << 20;
 
-/// A duration with its unit: `500ms`, `5s`, `2m`, `1h`.
+/// A duration with its unit, up to a day: `500ms`, `5s`, `2m`, `1h`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    duration_up_to(text, DURATION_MAX)
+}
+
+/// A duration with its unit, up to 30 days: `90s`, `12h`, `7d`.
+pub(crate) fn long_duration(text: &str) -> Result<Duration, String> {
+    duration_up_to(text, LONG_DURATION_MAX)
+}
+
+fn duration_up_to(text: &str, max: Duration) -> Result<Duration, String> {
     let expected =
-        || format!("expected a duration with its unit, like 500ms, 5s or 2m, not '{text}'");
+        || format!("expected a duration with its unit, like 500ms, 5s, 2m or 1h, not '{text}'");
     let split = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
         .ok_or_else(expected)?;
@@ -29,11 +41,15 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         "s" => number,
         "m" => number * 60.0,
         "h" => number * 3600.0,
+        "d" => number * 86_400.0,
         _ => return Err(expected()),
     };
     match Duration::try_from_secs_f64(seconds) {
-        Ok(duration) if duration > Duration::ZERO && duration <= DURATION_MAX => Ok(duration),
-        _ => Err("must be more than 0 and at most 24h".to_owned()),
+        Ok(duration) if duration > Duration::ZERO && duration <= max => Ok(duration),
+        _ => Err(format!(
+            "must be more than 0 and at most {}h",
+            max.as_secs() / 3600
+        )),
     }
 }
 
@@ -206,6 +222,8 @@ mod tests {
         check("1.5s", 1_500);
         check("2m", 120_000);
         check("24h", 86_400_000);
+        assert_eq!(long_duration("30d"), Ok(LONG_DURATION_MAX));
+        assert!(long_duration("721h").is_err());
         for bad in ["5", "s", "", "5 weeks", "0s", "25h", "-5s", "1e9s"] {
             assert!(duration(bad).is_err(), "{bad}");
         }

@@ -222,6 +222,15 @@ fn waits_end() {
     assert_eq!(answers(&mut net, caller), ["1:timeout"]);
     net.say(caller, r#"{"action":"cancel","id":"2"}"#);
     assert_eq!(answers(&mut net, caller), ["2:cancelled"]);
+    // A handler may be away for longer than any other call takes.
+    let month: u64 = 30 * 24 * 3600 * 1000;
+    park(&mut net, caller, "4", &format!(r#","ttl":{month}"#));
+    net.advance(month - 1);
+    assert!(answers(&mut net, caller).is_empty());
+    net.advance(1);
+    assert_eq!(answers(&mut net, caller), ["4:timeout"]);
+    let longer = park(&mut net, caller, "5", &format!(r#","ttl":{}"#, month + 1));
+    assert_eq!(longer, "5 failed: bad_message ran=no");
     // What ends while the caller is away is kept for it, but not for ever.
     park(&mut net, caller, "3", r#","ttl":1000"#);
     net.hang_up(caller);

@@ -34,6 +34,9 @@ pub const TTL_DEFAULT_MS: u64 = 30_000;
 /// The longest time to live of a call in milliseconds: 24 hours.
 pub const TTL_MAX_MS: u64 = 24 * 60 * 60 * 1000;
 
+/// The longest time to live of a call that may be parked, in milliseconds: 30 days, for a handler that is away over holidays.
+pub const PARKED_TTL_MAX_MS: u64 = 30 * 24 * 60 * 60 * 1000;
+
 /// The largest window of a streamed call, in items.
 pub const WINDOW_MAX: u64 = 1_000_000;
 

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use crate::envelope::{Body, Envelope, Raw, id_field, missing, mistyped, shorten};
 use crate::error::{Code, Refusal};
 use crate::id::InstanceId;
-use crate::limits::{KEY_BYTES_MAX, TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX};
+use crate::limits::{KEY_BYTES_MAX, PARKED_TTL_MAX_MS, TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX};
 use crate::memory::{Apps, apps};
 use crate::name::{AppId, PoolName, TriggerName};
 use crate::scan;
@@ -612,15 +612,17 @@ fn idempotency_key<'a>(headers: Option<Raw<'a>>) -> Result<Option<Cow<'a, str>>,
 
 fn trigger<'a>(e: &Envelope<'a>) -> Result<Trigger<'a>, Refusal> {
     let headers = e.checked_headers()?;
+    let park = Envelope::flag(e.park, "park")?;
+    let ttl_max = if park { PARKED_TTL_MAX_MS } else { TTL_MAX_MS };
     Ok(Trigger {
         id: e.correlation_id()?,
         process: Envelope::required_string(e.process, "process")?,
         pool: Envelope::string(e.pool, "pool")?,
         destination: destination(e)?,
-        ttl_ms: Envelope::number(e.ttl, "ttl", 1..=TTL_MAX_MS)?.unwrap_or(TTL_DEFAULT_MS),
+        ttl_ms: Envelope::number(e.ttl, "ttl", 1..=ttl_max)?.unwrap_or(TTL_DEFAULT_MS),
         key: key(e)?,
         window: Envelope::number(e.window, "window", 1..=WINDOW_MAX)?,
-        park: Envelope::flag(e.park, "park")?,
+        park,
         redeliver: Envelope::flag(e.redeliver, "redeliver")?,
         idempotency_key: idempotency_key(headers)?,
         blocks: e.blocks.map_or(Ok(Vec::new()), crate::memory::block_uses)?,

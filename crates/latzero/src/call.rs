@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use latzero_protocol::encode::append_str;
-use latzero_protocol::limits::ID_BYTES_MAX;
+use latzero_protocol::limits::{ID_BYTES_MAX, PARKED_TTL_MAX_MS, TTL_MAX_MS};
 use latzero_protocol::message::IDEMPOTENCY_KEY;
 use latzero_protocol::{Code, InstanceId, Ran};
 use serde::Deserialize;
@@ -162,7 +162,7 @@ impl Call {
         }
     }
 
-    /// How long the answer may take, from now on.
+    /// How long the answer may take, from now on: 24 hours at most, and 30 days for a call that may be parked.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.unsent.timeout = timeout;
         self
@@ -385,7 +385,12 @@ impl Outgoing {
         }
         unsent.finish();
         let ttl = u64::try_from(unsent.timeout.as_millis()).unwrap_or(u64::MAX);
-        let ttl = ttl.clamp(1, latzero_protocol::limits::TTL_MAX_MS);
+        let ttl_max = if unsent.lasting.park {
+            PARKED_TTL_MAX_MS
+        } else {
+            TTL_MAX_MS
+        };
+        let ttl = ttl.clamp(1, ttl_max);
         unsent.message.number("ttl", ttl);
         unsent.failure = unsent.failure.map(|error| error.with_ran(Ran::No));
         Outgoing(State::Unsent(unsent))

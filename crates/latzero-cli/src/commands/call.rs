@@ -22,7 +22,7 @@ use super::trigger::{enter, enter_or_make, explain};
 /// How long an answer may take, unless told otherwise.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a call stays parked, unless told otherwise: the most that there is.
+/// How long a call stays parked, unless told otherwise.
 const TTL: Duration = Duration::from_secs(24 * 3600);
 
 /// Gives a call what was typed for it, the blocking one or the other.
