@@ -166,8 +166,8 @@ impl Actor {
             }
         }
         for (block, known) in &mut self.blocks {
-            let found = read_block(wire, block)?;
-            if let Some(found) = &found {
+            let mut found = read_block(wire, block)?;
+            if let Some(found) = &mut found {
                 let fence = self.fences.get(block).copied().unwrap_or(0);
                 let now = lock(wire, block)?;
                 assert!(
@@ -176,6 +176,9 @@ impl Actor {
                     found.version
                 );
                 self.fences.insert(block.clone(), now);
+                // A block whose lock was held at the kill moves, and is locked only after that.
+                let moved = read_block(wire, block)?;
+                *found = moved.unwrap_or_else(|| panic!("{block} is gone"));
             } else {
                 self.fences.remove(block);
             }
@@ -389,7 +392,11 @@ impl Actor {
             }
             13 | 14 => {
                 let fence = self.fences.get(block).copied().unwrap_or(0);
+                // Held at a kill, it has the block move.
+                then.generation += 1;
+                known.is_asked(Some(then));
                 let now = lock(wire, block)?;
+                known.perhaps = None;
                 assert!(now > fence, "fence {now} of {block} after {fence}");
                 self.fences.insert(block.clone(), now);
             }
