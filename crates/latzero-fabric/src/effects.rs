@@ -141,6 +141,10 @@ pub trait Effects {
     /// tried until it can.
     fn keep(&mut self, change: crate::keep::Change, promise: Option<&Self::Peer>);
 
+    /// Something that is kept until its receiver is told was appended to `to`'s outbox last. [`crate::Pool::told`] is to be
+    /// called with `number` once that has left for the receiver, and never where its connection ends before.
+    fn note_told(&mut self, to: &Self::Peer, number: u64);
+
     /// A number for a parked call: greater than any before it, those of earlier runs included.
     fn next_number(&mut self) -> u64;
 

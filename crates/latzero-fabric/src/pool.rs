@@ -339,6 +339,7 @@ impl<P: Clone> Pool<P> {
         };
         let told = self.presence_json(Event::AppOffline, &event);
         self.tell(Event::AppOffline, &told, None, fx);
+        self.take_answers_back(now, (key, &member.app), fx);
         self.see_to_orphans(now, fx);
         true
     }

@@ -473,3 +473,46 @@ fn promises_that_wait_for_the_disk_are_bounded() {
     );
     assert_eq!(net.call(caller, "7", r#""park":true"#), "7 parked: null");
 }
+
+#[test]
+fn an_answer_is_told_when_it_has_left_the_server() {
+    let started = || {
+        let mut net = Net::new();
+        let caller = net.app("caller", "");
+        net.call(caller, "1", r#""park":true"#);
+        let handler = net.app("handler", H);
+        net.world.hold_told(true);
+        net.answer(handler, r#""status":"ok","response":1"#);
+        let rows = net.world.rows();
+        assert_eq!((rows.calls.len(), rows.answers.len()), (1, 0));
+        (net, caller, handler)
+    };
+    let (mut net, caller, _) = started();
+    net.world.hold_told(false);
+    assert_eq!(net.world.rows().calls.len(), 0);
+    assert_eq!(net.sees(caller), "1 ok: 1");
+    // The server dies before: the call is given out again.
+    let (mut net, ..) = started();
+    net.world.restart(3);
+    net.world.hold_told(false);
+    let handler = net.app("handler", H);
+    let caller = net.app("caller", "");
+    net.answer(handler, r#""status":"ok","response":2"#);
+    assert_eq!(net.sees(caller), "1 ok: 2");
+    // The connection ends before: the answer waits, for another instance or until there is one.
+    for is_other_there in [false, true] {
+        let (mut net, caller, _) = started();
+        let other = is_other_there.then(|| net.app("caller", ""));
+        net.hang_up(caller);
+        assert_eq!(net.world.rows().answers.len(), 1);
+        net.world.hold_told(false);
+        let (_, seen) = match other {
+            Some(other) => (other, net.sees(other)),
+            None => net.hello("caller", ""),
+        };
+        assert!(seen.ends_with("1 ok: 1"), "{seen}");
+        let rows = net.world.rows();
+        assert_eq!((rows.calls.len(), rows.answers.len()), (0, 0));
+        net.world.check();
+    }
+}

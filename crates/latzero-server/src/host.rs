@@ -49,6 +49,8 @@ pub(crate) struct IoEffects {
     /// What pools asked for while they were held: jobs about blocks, and changes in their number.
     jobs: Vec<Job<Arc<Peer>>>,
     counted: Vec<(PoolName, u32, i32)>,
+    /// What was appended that a pool wants to know of when it has left.
+    told: Vec<(Arc<Peer>, u64)>,
 }
 
 impl IoEffects {
@@ -66,6 +68,7 @@ impl IoEffects {
             large: Vec::new(),
             jobs: Vec::new(),
             counted: Vec::new(),
+            told: Vec::new(),
         }
     }
 
@@ -257,6 +260,10 @@ impl Effects for IoEffects {
         self.shared.keeper.keep(change, promise);
     }
 
+    fn note_told(&mut self, to: &Arc<Peer>, number: u64) {
+        self.told.push((Arc::clone(to), number));
+    }
+
     fn audit(&mut self, by: &Arc<Peer>, audit: &latzero_fabric::Audit<'_>) {
         // The server's own doings are in its log.
         if by.socket.is_some() {
@@ -303,6 +310,8 @@ pub(crate) struct IoHost {
     pub(crate) fx: IoEffects,
     /// Connections that the kernel began or ceased to take bytes of.
     pub(crate) changed: Vec<Arc<Peer>>,
+    /// What pools are to be told has left for its receiver.
+    left: Vec<(Arc<PoolCell>, u64)>,
     /// Connections to write to again by the clock: too many descriptors are on their way.
     pub(crate) crowded: Vec<Arc<Peer>>,
     /// For copies of blocks on their way into an outbox.
@@ -317,6 +326,7 @@ impl IoHost {
             shared: Arc::clone(shared),
             fx: IoEffects::new(Arc::clone(shared), home),
             changed: Vec::new(),
+            left: Vec::new(),
             crowded: Vec::new(),
             read_buffer: Vec::new(),
             offers: VecDeque::new(),
@@ -408,6 +418,11 @@ impl Host for IoHost {
         drop(guard);
         if is_first && self.fx.home != 0 {
             self.shared.mailboxes[0].send(Command::Look);
+        }
+        for (peer, number) in std::mem::take(&mut self.fx.told) {
+            if peer.outbox().note_leaving(pool, number) {
+                self.left.push((Arc::clone(pool), number));
+            }
         }
         if !self.fx.jobs.is_empty() || !self.fx.counted.is_empty() {
             self.see_to_blocks(pool);
@@ -588,8 +603,24 @@ impl IoHost {
         }
     }
 
-    /// Writes what waits for one connection, as far as its socket takes it.
+    /// Writes what waits for one connection, as far as its socket takes it, and tells pools what they wait for of it.
     pub(crate) fn flush_peer(&mut self, now: Time, peer: &Arc<Peer>) {
+        self.write_to(now, peer);
+        while !self.left.is_empty() {
+            let mut left = std::mem::take(&mut self.left).into_iter().peekable();
+            while let Some((pool, number)) = left.next() {
+                let mut numbers = vec![number];
+                while let Some((_, number)) = left.next_if(|(next, _)| Arc::ptr_eq(next, &pool)) {
+                    numbers.push(number);
+                }
+                self.with_pool(&pool, |pool, fx| {
+                    numbers.iter().for_each(|&number| pool.told(number, fx));
+                });
+            }
+        }
+    }
+
+    fn write_to(&mut self, now: Time, peer: &Arc<Peer>) {
         let Some(socket) = &peer.socket else {
             let shared = Arc::clone(&self.shared);
             let mut builtin = shared
@@ -636,6 +667,9 @@ impl IoHost {
                 peer.is_deaf.store(true, Relaxed);
                 self.fx.read_again(peer);
                 return;
+            }
+            while let Some(left) = outbox.take_left() {
+                self.left.push(left);
             }
             let is_blocked = outbox.is_blocked();
             if is_blocked && (written > 0 || !was_blocked) {

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use latzero_fabric::{Class, Sent};
 use latzero_protocol::encode;
 
+use crate::timers::PoolCell;
+
 /// How much an outbox holds.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
@@ -44,6 +46,16 @@ pub(crate) struct Outbox {
     descriptors: VecDeque<Travelling>,
     /// Newest versions of blocks that the reader is still to be told, by topic.
     changes: Vec<((u32, u32), String)>,
+    /// Whom to tell that everything up to a place has left, in the order of the places.
+    leaving: VecDeque<Leaving>,
+}
+
+/// What a pool waits for: that everything before a byte, counted since the connection began, has left.
+#[derive(Debug)]
+struct Leaving {
+    at: u64,
+    pool: Arc<PoolCell>,
+    number: u64,
 }
 
 /// Descriptors on their way, and the byte that they travel with, counted since the connection began.
@@ -167,6 +179,29 @@ impl Outbox {
                 !self.is_blocked
             }
         }
+    }
+
+    /// Has a pool told when all that was appended has left; true where it has already.
+    pub(crate) fn note_leaving(&mut self, pool: &Arc<PoolCell>, number: u64) -> bool {
+        let at = self.start + self.buf.len() as u64;
+        if self.is_closed {
+            return false;
+        }
+        if !self.is_writing && self.buf.len() == self.head {
+            return true;
+        }
+        let pool = Arc::clone(pool);
+        self.leaving.push_back(Leaving { at, pool, number });
+        false
+    }
+
+    /// Takes the next of those whose bytes have left.
+    pub(crate) fn take_left(&mut self) -> Option<(Arc<PoolCell>, u64)> {
+        let left = self.start + self.head as u64;
+        let is_due = |next: &Leaving| !self.is_writing && next.at <= left;
+        self.leaving.front().filter(|next| is_due(next))?;
+        let Leaving { pool, number, .. } = self.leaving.pop_front()?;
+        Some((pool, number))
     }
 
     /// Leaves out a message for which there is no room; the reader is told how many emits and events it lost.
@@ -307,6 +342,49 @@ mod tests {
             text.contains("\"event\":\"lost\",\"count\":2}") && text.ends_with("x"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn pools_hear_when_what_they_wait_for_has_left() {
+        let name = latzero_protocol::PoolName::new("p").unwrap();
+        let pool = latzero_fabric::Pool::new(
+            0,
+            name,
+            latzero_fabric::Limits::default(),
+            latzero_fabric::Prng::new(1),
+        );
+        let pool = PoolCell::new(pool);
+        let left = |outbox: &mut Outbox| -> Vec<u64> {
+            std::iter::from_fn(|| outbox.take_left().map(|(_, number)| number)).collect()
+        };
+        let mut outbox = Outbox::default();
+        // Nothing waits: it has left.
+        assert!(outbox.note_leaving(&pool, 1));
+        append(&mut outbox, Class::Reply, 10);
+        assert!(!outbox.note_leaving(&pool, 2));
+        append(&mut outbox, Class::Reply, 10);
+        assert!(!outbox.note_leaving(&pool, 3));
+        let mut taken = outbox.take().unwrap();
+        append(&mut outbox, Class::Reply, 5);
+        assert!(!outbox.note_leaving(&pool, 4));
+        assert!(left(&mut outbox).is_empty(), "it is being written");
+        taken.advance(9);
+        outbox.put_back(taken);
+        assert!(left(&mut outbox).is_empty());
+        let mut taken = outbox.take().unwrap();
+        taken.advance(1);
+        outbox.put_back(taken);
+        assert_eq!(left(&mut outbox), [2]);
+        let mut taken = outbox.take().unwrap();
+        taken.advance(15);
+        assert!(outbox.put_back(taken).is_some());
+        assert_eq!(left(&mut outbox), [3, 4]);
+        // What is left at the end goes nowhere.
+        append(&mut outbox, Class::Reply, 10);
+        assert!(!outbox.note_leaving(&pool, 5));
+        outbox.close();
+        assert!(left(&mut outbox).is_empty());
+        assert!(!outbox.note_leaving(&pool, 6));
     }
 
     #[test]

@@ -16,6 +16,14 @@ pub(crate) struct PoolCell {
     armed: AtomicU64,
 }
 
+impl std::fmt::Debug for PoolCell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PoolCell")
+            .field("number", &self.number)
+            .finish_non_exhaustive()
+    }
+}
+
 impl PoolCell {
     pub(crate) fn new(pool: Pool<Arc<Peer>>) -> Arc<PoolCell> {
         Arc::new(PoolCell {

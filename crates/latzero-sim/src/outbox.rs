@@ -129,6 +129,8 @@ pub struct Outboxes {
     numbers: u64,
     /// What the audit log would tell.
     pub(crate) audited: Vec<String>,
+    /// What was told just now, and to whom.
+    pub(crate) told: Vec<(Peer, u64)>,
 }
 
 impl Outboxes {
@@ -144,6 +146,7 @@ impl Outboxes {
             store: Store::default(),
             detached: 0,
             audited: Vec::new(),
+            told: Vec::new(),
             numbers: 0,
         }
     }
@@ -391,6 +394,10 @@ impl Effects for Outboxes {
 
     fn keep(&mut self, change: latzero_fabric::keep::Change, promise: Option<&Peer>) {
         self.store.keep(change, promise.copied());
+    }
+
+    fn note_told(&mut self, to: &Peer, number: u64) {
+        self.told.push((*to, number));
     }
 
     fn audit(&mut self, _by: &Peer, audit: &latzero_fabric::Audit<'_>) {

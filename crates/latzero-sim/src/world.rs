@@ -56,6 +56,8 @@ pub struct World {
     connections: Vec<Connection>,
     is_draining: bool,
     touched: Vec<PoolHandle>,
+    is_holding_told: bool,
+    told_later: Vec<(PoolHandle, Peer, u64)>,
     /// What another thread of a server does while this one writes into a block.
     beside_write: Option<Beside>,
 }
@@ -72,6 +74,8 @@ impl World {
             connections: Vec::new(),
             is_draining: false,
             touched: Vec::new(),
+            is_holding_told: false,
+            told_later: Vec::new(),
             beside_write: None,
         }
     }
@@ -355,6 +359,7 @@ impl World {
             connection.received = Vec::new();
         }
         self.fx.crash();
+        self.told_later.clear();
         self.is_draining = false;
         self.touched.clear();
         self.fx.storages = crate::storage::Storages::default();
@@ -412,6 +417,21 @@ impl World {
     pub fn hold_jobs(&mut self, is_holding: bool) {
         self.fx.storages.is_holding = is_holding;
         self.run_jobs();
+    }
+
+    /// Has what is appended to outboxes stay in the server, as far as it is told when it leaves. What was held up for
+    /// connections that are gone by then was never told.
+    pub fn hold_told(&mut self, is_holding: bool) {
+        self.is_holding_told = is_holding;
+        if is_holding {
+            return;
+        }
+        for (pool, peer, number) in std::mem::take(&mut self.told_later) {
+            if self.is_open(peer) {
+                self.with_pool(&pool, |pool, fx| pool.told(number, fx));
+            }
+        }
+        self.write_down();
     }
 
     /// Has no memory left for new blocks.
@@ -545,6 +565,13 @@ impl Host for World {
             self.touched.push(pool.clone());
         }
         let result = f(&mut pool.borrow_mut(), &mut self.fx);
+        for (peer, number) in std::mem::take(&mut self.fx.told) {
+            if self.is_holding_told {
+                self.told_later.push((pool.clone(), peer, number));
+            } else {
+                pool.borrow_mut().told(number, &mut self.fx);
+            }
+        }
         let counted = std::mem::take(&mut self.fx.storages.counted);
         if let Some((name, number, _)) = counted.first().cloned() {
             let change: i32 = counted.iter().map(|(.., change)| change).sum();

@@ -309,9 +309,15 @@ impl<P: Clone> Pool<P> {
     }
 
     fn forget_parked<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) -> Option<Parked> {
+        let parked = self.take_parked(number, fx)?;
+        fx.count_held(&self.name, self.number, -1);
+        Some(parked)
+    }
+
+    /// As [`Pool::forget_parked`], where an answer takes the call's place.
+    fn take_parked<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) -> Option<Parked> {
         let parked = self.parked.remove(number)?;
         fx.with_ledger(|ledger| ledger.unpark(&parked.caller, parked.bytes));
-        fx.count_held(&self.name, self.number, -1);
         Some(parked)
     }
 

@@ -1,7 +1,9 @@
-//! What becomes of a parked call's answer: its caller is told, or it is kept for it.
+//! What becomes of a parked call's answer: it is kept until its caller is told.
 //!
 //! The instance that called is told as long as it lives, and else whichever of its app's instances takes it. Answers of one
-//! app are told in the order of their calls; one that does not fit into an outbox holds up those behind it for a while.
+//! app are told in the order of their calls; one that does not fit into an outbox holds up those behind it for a while. Told is
+//! what the kernel has taken: until then an answer is on its way, and waits again if the connection ends. A server that dies
+//! before that has the call, or the answer, on disk.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +15,7 @@ use latzero_protocol::{AppId, Code, Refusal};
 
 use super::super::answer::{Answered, checked};
 use super::super::routing::{forwarded_length, raw_length, too_large};
-use super::super::{Member, MemberKey, NOBODY, Pool, place};
+use super::super::{Member, MemberKey, NOBODY, Pool, place, seat};
 use super::{GIVEN_AT_ONCE_MAX, soon};
 use crate::effects::{Class, Effects, Sent};
 use crate::keep::{AnswerRow, Change};
@@ -29,9 +31,21 @@ struct Kept {
     /// Who called: told first, if it is still there.
     from: MemberKey,
     id: Box<str>,
+    key: Option<Box<str>>,
     answer: Answered,
     bytes: usize,
     expires: Time,
+    /// Whether it is on disk, in the place of its call.
+    is_row: bool,
+    /// In whose outbox it is.
+    on_way: Option<Seated>,
+}
+
+/// A member's place in an order.
+type Seated = (u32, u32);
+
+fn seated(member: MemberKey) -> Seated {
+    (member.slot, member.generation)
 }
 
 /// What waits for one app.
@@ -49,6 +63,7 @@ pub(super) struct KeptAnswers {
     by_app: HashMap<AppId, Waiting>,
     expires: BTreeSet<(Time, u64)>,
     agains: BTreeSet<(Time, AppId)>,
+    on_way: HashMap<Seated, BTreeSet<u64>>,
 }
 
 impl KeptAnswers {
@@ -68,22 +83,62 @@ impl KeptAnswers {
 
     fn insert(&mut self, number: u64, kept: Kept) {
         self.expires.insert((kept.expires, number));
-        let waiting = self.by_app.entry(kept.caller.clone()).or_default();
-        waiting.numbers.insert(number);
+        self.place(number, &kept);
         self.answers.insert(number, kept);
     }
 
     fn remove(&mut self, number: u64) -> Option<Kept> {
         let kept = self.answers.remove(&number)?;
         self.expires.remove(&(kept.expires, number));
-        if let Some(waiting) = self.by_app.get_mut(&kept.caller) {
+        self.displace(number, &kept);
+        Some(kept)
+    }
+
+    /// Notes an answer where it is: on its way, or waiting for its app.
+    fn place(&mut self, number: u64, kept: &Kept) {
+        match kept.on_way {
+            Some(to) => self.on_way.entry(to).or_default().insert(number),
+            None => {
+                let waiting = self.by_app.entry(kept.caller.clone()).or_default();
+                waiting.numbers.insert(number)
+            }
+        };
+    }
+
+    fn displace(&mut self, number: u64, kept: &Kept) {
+        if let Some(to) = kept.on_way {
+            if let Some(numbers) = self.on_way.get_mut(&to) {
+                numbers.remove(&number);
+                if numbers.is_empty() {
+                    self.on_way.remove(&to);
+                }
+            }
+        } else if let Some(waiting) = self.by_app.get_mut(&kept.caller) {
             waiting.numbers.remove(&number);
             if waiting.numbers.is_empty() {
                 self.try_again(&kept.caller, None);
                 self.by_app.remove(&kept.caller);
             }
         }
-        Some(kept)
+    }
+
+    /// An answer is in a member's outbox now, or in nobody's.
+    fn move_to(&mut self, number: u64, on_way: Option<MemberKey>) {
+        if let Some(mut kept) = self.answers.remove(&number) {
+            self.displace(number, &kept);
+            kept.on_way = on_way.map(seated);
+            self.place(number, &kept);
+            self.answers.insert(number, kept);
+        }
+    }
+
+    /// What was on its way to a member.
+    fn on_way_to(&self, member: MemberKey) -> Vec<u64> {
+        if self.on_way.is_empty() {
+            return Vec::new();
+        }
+        let numbers = self.on_way.get(&seated(member));
+        numbers.into_iter().flatten().copied().collect()
     }
 
     /// Has an app's answers tried again then, or not before it asks.
@@ -105,13 +160,18 @@ impl KeptAnswers {
 
     pub(super) fn check(&self) {
         let waiting: usize = self.by_app.values().map(|w| w.numbers.len()).sum();
+        let on_way: usize = self.on_way.values().map(BTreeSet::len).sum();
         assert_eq!(
-            (waiting, self.expires.len()),
+            (waiting + on_way, self.expires.len()),
             (self.answers.len(), self.answers.len())
         );
         for (number, kept) in &self.answers {
             assert!(self.expires.contains(&(kept.expires, *number)));
-            assert!(self.by_app[&kept.caller].numbers.contains(number));
+            let numbers = match &kept.on_way {
+                Some(to) => &self.on_way[to],
+                None => &self.by_app[&kept.caller].numbers,
+            };
+            assert!(numbers.contains(number));
         }
         let agains = self.by_app.values().filter(|w| w.again.is_some()).count();
         assert_eq!(agains, self.agains.len());
@@ -121,8 +181,8 @@ impl KeptAnswers {
 /// What became of an answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::pool) enum Told {
-    /// It is on its way to its caller.
-    Yes,
+    /// It is on its way to this instance.
+    Yes(MemberKey),
     /// Its caller has no room for it just now.
     NotNow,
     /// Nobody is there who could take it.
@@ -142,35 +202,20 @@ impl<P: Clone> Pool<P> {
         };
         let expires = now.after_ms(row.expires.saturating_sub(unix_ms));
         fx.count_held(&self.name, self.number, 1);
-        self.keep_answer(
-            row.number,
-            (row.caller.clone(), NOBODY, row.id.as_str().into()),
-            answer,
-            expires,
-            fx,
-        );
-        true
-    }
-
-    pub(in crate::pool) fn keep_answer<E: Effects<Peer = P>>(
-        &mut self,
-        number: u64,
-        (caller, from, id): (AppId, MemberKey, Box<str>),
-        answer: Answered,
-        expires: Time,
-        fx: &mut E,
-    ) {
-        let bytes = answer.bytes();
-        fx.with_ledger(|ledger| ledger.park(&caller, bytes));
         let kept = Kept {
-            caller,
-            from,
-            id,
+            caller: row.caller.clone(),
+            from: NOBODY,
+            id: row.id.as_str().into(),
+            key: row.idempotency_key.as_deref().map(Into::into),
+            bytes: answer.bytes(),
             answer,
-            bytes,
             expires,
+            is_row: true,
+            on_way: None,
         };
-        self.parked.answers.insert(number, kept);
+        fx.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
+        self.parked.answers.insert(row.number, kept);
+        true
     }
 
     /// A handler answered a parked call.
@@ -203,7 +248,7 @@ impl<P: Clone> Pool<P> {
         (mut answer, is_answered): (Answered, bool),
         fx: &mut E,
     ) {
-        let Some(parked) = self.forget_parked(number, fx) else {
+        let Some(parked) = self.take_parked(number, fx) else {
             return;
         };
         match &parked.idempotency_key {
@@ -214,6 +259,7 @@ impl<P: Clone> Pool<P> {
             None => {}
         }
         if parked.id.is_empty() {
+            fx.count_held(&self.name, self.number, -1);
             fx.keep(Change::EndCall(number), None);
             return;
         }
@@ -225,39 +271,95 @@ impl<P: Clone> Pool<P> {
             let whom = (&parked.caller, parked.from);
             self.tell_answer(whom, &parked.id, &answer, fx)
         };
-        if told == Told::Yes {
-            fx.keep(Change::EndCall(number), None);
+        if !matches!(told, Told::Yes(_)) {
+            let (bytes, limits, caller) = (answer.bytes(), &self.limits, &parked.caller);
+            match fx.with_ledger(|ledger| check_parked(ledger, caller, bytes, limits)) {
+                Ok(()) => fx.with_ledger(|ledger| ledger.unpark(caller, bytes)),
+                Err(refusal) => {
+                    // Its caller is told at least that there was an answer.
+                    let message = format!("the answer could not be kept: {}", refusal.message);
+                    answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
+                }
+            }
+        }
+        let kept = Kept {
+            caller: parked.caller.clone(),
+            from: parked.from,
+            id: parked.id,
+            key: parked.idempotency_key,
+            bytes: answer.bytes(),
+            answer,
+            expires: now.after_ms(self.limits.answer_ttl_ms),
+            is_row: false,
+            on_way: None,
+        };
+        fx.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
+        self.parked.answers.insert(number, kept);
+        match told {
+            Told::Yes(member) => self.send_on_way(number, member, fx),
+            Told::NotNow if !is_behind => {
+                let again = now.after_ms(ANSWER_AGAIN_MS);
+                self.parked.answers.try_again(&parked.caller, Some(again));
+                self.write_answer(now, number, fx);
+            }
+            Told::NotNow | Told::Nobody => self.write_answer(now, number, fx),
+        }
+    }
+
+    /// An answer stands in a member's outbox; the driver says when it has left.
+    fn send_on_way<E: Effects<Peer = P>>(&mut self, number: u64, member: MemberKey, fx: &mut E) {
+        self.parked.answers.move_to(number, Some(member));
+        if let Some(to) = self.members.at(place(member)) {
+            fx.note_told(&to.peer, number);
+        }
+    }
+
+    /// Writes an answer down in the place of its call, where that was not done before.
+    fn write_answer<E: Effects<Peer = P>>(&mut self, now: Time, number: u64, fx: &mut E) {
+        let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
+            return;
+        };
+        if std::mem::replace(&mut kept.is_row, true) {
             return;
         }
-        let (bytes, limits) = (answer.bytes(), &self.limits);
-        let caller = &parked.caller;
-        if let Err(refusal) = fx.with_ledger(|ledger| check_parked(ledger, caller, bytes, limits)) {
-            // Its caller is told at least that there was an answer.
-            let refusal = Refusal::new(
-                Code::HandlerGone,
-                format!("the answer could not be kept: {}", refusal.message),
-            );
-            answer = Answered::refused(&refusal);
-        } else {
-            fx.with_ledger(|ledger| ledger.unpark(caller, bytes));
-        }
-        let ttl_ms = self.limits.answer_ttl_ms;
+        let left = u64::try_from(kept.expires.since(now).as_millis()).unwrap_or(u64::MAX);
         let row = AnswerRow {
             number,
             pool: self.name.clone(),
-            caller: parked.caller.clone(),
-            id: parked.id.to_string(),
-            idempotency_key: parked.idempotency_key.as_deref().map(Into::into),
-            frame: answer.frame(),
-            expires: fx.unix_ms(now) + ttl_ms,
+            caller: kept.caller.clone(),
+            id: kept.id.to_string(),
+            idempotency_key: kept.key.as_deref().map(Into::into),
+            frame: kept.answer.frame(),
+            expires: fx.unix_ms(now).saturating_add(left),
         };
         fx.keep(Change::Answer(Box::new(row)), None);
-        fx.count_held(&self.name, self.number, 1);
-        let whose = (parked.caller.clone(), parked.from, parked.id);
-        self.keep_answer(number, whose, answer, now.after_ms(ttl_ms), fx);
-        if told == Told::NotNow && !is_behind {
-            let again = now.after_ms(ANSWER_AGAIN_MS);
-            self.parked.answers.try_again(&parked.caller, Some(again));
+    }
+
+    /// An answer has left with everything that was appended before it ([`Effects::note_told`]).
+    pub fn told<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) {
+        let answers = &self.parked.answers.answers;
+        if answers
+            .get(&number)
+            .is_some_and(|kept| kept.on_way.is_some())
+        {
+            self.drop_answer(number, fx);
+        }
+    }
+
+    /// A member has left with answers in its outbox: they wait again.
+    pub(in crate::pool) fn take_answers_back<E: Effects<Peer = P>>(
+        &mut self,
+        now: Time,
+        (key, app): (MemberKey, &AppId),
+        fx: &mut E,
+    ) {
+        let numbers = self.parked.answers.on_way_to(key);
+        for &number in &numbers {
+            self.parked.answers.move_to(number, None);
+            self.write_answer(now, number, fx);
+        }
+        if !numbers.is_empty() {
+            self.tell_answers(now, app, fx);
         }
     }
 
@@ -272,17 +374,20 @@ impl<P: Clone> Pool<P> {
     ) -> Told {
         if let Some(member) = self.members.at(place(from)) {
             match self.send_answer(member, id, answer, fx) {
-                Some(Sent::Queued) => return Told::Yes,
+                Some(Sent::Queued) => return Told::Yes(from),
                 Some(Sent::Full) => return Told::NotNow,
                 Some(Sent::Gone) | None => {}
             }
         }
-        let instances = self.members.iter().filter(|(_, m)| m.app == *caller);
-        let instances: Vec<&Member<P>> = instances.map(|(_, member)| member).collect();
+        let instances: Vec<_> = self
+            .members
+            .iter()
+            .filter(|(_, m)| m.app == *caller)
+            .collect();
         let mut told = Told::Nobody;
-        for to in instances.into_iter().rev() {
+        for (key, to) in instances.into_iter().rev() {
             match self.send_answer(to, id, answer, fx) {
-                Some(Sent::Queued) => return Told::Yes,
+                Some(Sent::Queued) => return Told::Yes(seat(key)),
                 Some(Sent::Full) => told = Told::NotNow,
                 Some(Sent::Gone) | None => {}
             }
@@ -335,7 +440,7 @@ impl<P: Clone> Pool<P> {
             }
             let kept = &self.parked.answers.answers[&number];
             match self.tell_answer((app, kept.from), &kept.id, &kept.answer, fx) {
-                Told::Yes => self.drop_answer(number, fx),
+                Told::Yes(member) => self.send_on_way(number, member, fx),
                 Told::NotNow => {
                     again = Some(now.after_ms(ANSWER_AGAIN_MS));
                     break;
@@ -362,7 +467,12 @@ impl<P: Clone> Pool<P> {
         if let Some(kept) = self.parked.answers.remove(number) {
             fx.with_ledger(|ledger| ledger.unpark(&kept.caller, kept.bytes));
             fx.count_held(&self.name, self.number, -1);
-            fx.keep(Change::EndAnswer(number), None);
+            let end = if kept.is_row {
+                Change::EndAnswer(number)
+            } else {
+                Change::EndCall(number)
+            };
+            fx.keep(end, None);
         }
     }
 }
