@@ -456,7 +456,7 @@ impl<H: Host> Session<H> {
             let what = match &admin.action {
                 AdminAction::Shutdown => json!({"action": "shutdown"}),
                 AdminAction::Reload => json!({"action": "reload"}),
-                AdminAction::HandOver => json!({"action": "hand_over"}),
+                AdminAction::HandOver { taken } => json!({"action": "hand_over", "taken": taken}),
                 AdminAction::Kick(app, instance) => {
                     json!({"action": "kick", "of": app, "of_instance": instance})
                 }
@@ -481,7 +481,7 @@ impl<H: Host> Session<H> {
                 host.with_registry(|registry, fx| registry.forget_app(app, &peer, fx))?;
                 Ok(Reply::Kept("{}".into(), Promise::Removal))
             }
-            AdminAction::HandOver if !self.features.fd_passing => {
+            AdminAction::HandOver { .. } if !self.features.fd_passing => {
                 let message = "sockets go over the Unix socket, with the features 'attachments' and 'fd_passing'";
                 Err(Refusal::new(Code::BadMessage, message))
             }

@@ -473,8 +473,11 @@ pub enum AdminAction {
     Forget(AppId),
     /// Copy what is stored into one file, at a path of the server's machine or else among its backups.
     Backup(Option<String>),
-    /// Give sockets and blocks to a server that takes over, and stop.
-    HandOver,
+    /// Give sockets and blocks to a server that takes over; or, once it has taken them, stop.
+    HandOver {
+        /// Whether it has.
+        taken: bool,
+    },
     /// Check the database, thoroughly or in short.
     CheckDatabase(bool),
 }
@@ -519,7 +522,10 @@ impl<'a> Request<'a> {
             "health" => Request::Health,
             "shutdown" => admin(e, AdminAction::Shutdown)?,
             "reload" => admin(e, AdminAction::Reload)?,
-            "hand_over" => admin(e, AdminAction::HandOver)?,
+            "hand_over" => {
+                let taken = Fields::of(e.text)?.flag("taken")?;
+                admin(e, AdminAction::HandOver { taken })?
+            }
             "kick" => {
                 let fields = Fields::of(e.text)?;
                 let app = AppId::new(&fields.required_string("app_id")?)?;

@@ -9,20 +9,19 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use latzero_fabric::{Class, Effects, Flow, Time};
-use latzero_protocol::{BlockId, PoolName, Refusal, encode};
+use latzero_fabric::{Class, Effects, Flow, Sent, Time};
+use latzero_protocol::{BlockId, Code, PoolName, Refusal, encode};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
-use serde_json::json;
 
 use crate::builtin::BuiltIn;
 use crate::connection::{Connection, Patience, Turn, Verdict};
-use crate::handover;
+use crate::handover::{self, Given, Step};
 use crate::host::IoHost;
 use crate::listener::{Accepted, Listener, accept, count_out};
 use crate::peer::Peer;
@@ -81,6 +80,8 @@ pub(crate) struct EventLoop {
     watchdog_at: Option<Time>,
     /// The store's sign of life, and its backups by schedule.
     upkeep_at: Option<Time>,
+    /// Who was given everything, and has not said yet that it has it.
+    giving_to: Option<Weak<Peer>>,
     drain: Option<Drain>,
 }
 
@@ -120,6 +121,7 @@ impl EventLoop {
             accept_at: None,
             watchdog_at: None,
             upkeep_at: None,
+            giving_to: None,
             drain: None,
         };
         if let Some(front) = front {
@@ -252,7 +254,7 @@ impl EventLoop {
                         Err(refusal) => encode::refusal(out, Some(&id), refusal),
                     });
             }
-            Command::HandOver(peer, id) => self.hand_over(&peer, id.as_deref()),
+            Command::HandOver(peer, id, step) => self.hand_over(&peer, id.as_deref(), step),
             Command::Kept(peer, result) => self.kept(now, &peer, result),
             Command::BlockDone(done) => self.host.handle_done(done),
             Command::Watchdog => {
@@ -268,48 +270,69 @@ impl EventLoop {
         }
     }
 
-    /// Gives the listening sockets and the shared blocks to who asks, and begins to stop.
-    fn hand_over(&mut self, to: &Arc<Peer>, id: Option<&str>) {
-        let listeners = self
-            .front
-            .as_ref()
-            .map_or(&[][..], |front| &front.listeners);
-        let (listed, descriptors) = match handover::listeners(listeners) {
-            Ok(given) => given,
-            Err(error) => {
-                tracing::error!(%error, "the sockets can't be handed over");
-                return;
-            }
+    /// Gives the listening sockets and the shared blocks to a server that takes over, and begins to stop when that says that
+    /// it has them all: one that dies before leaves this one as it was.
+    fn hand_over(&mut self, to: &Arc<Peer>, id: Option<&str>, step: Step) {
+        let done = match step {
+            Step::Give => self.give(to, id),
+            Step::Taken => self.taken(to, id),
         };
-        let shared = Arc::clone(&self.host.shared);
-        let blocks = shared.blocks.shared();
-        let count = descriptors.len();
-        let reply = json!({"pid": std::process::id(), "listeners": listed, "blocks": blocks.len()});
-        let reply = reply.to_string();
-        self.host
-            .fx
-            .append(to, Class::Control, reply.len() + 256, descriptors, |out| {
-                encode::reply_with(out, id.unwrap_or_default(), &reply, count);
+        if let Err(refusal) = done {
+            tracing::warn!(reason = %refusal.message, "this server does not hand over");
+            let length = refusal.message.len() + 256;
+            self.host.fx.send(to, Class::Control, length, |out| {
+                encode::refusal(out, id, &refusal);
             });
-        for some in blocks.chunks(handover::BLOCKS_AT_ONCE) {
-            let listed: Vec<_> = some
-                .iter()
-                .map(|(pool, block, _)| json!({"pool": pool, "block_id": block}))
-                .collect();
-            let told = json!({
-                "action": "event", "event": "handed_over", "descriptors": some.len(), "blocks": listed,
-            });
-            let told = told.to_string();
-            let descriptors = some.iter().map(|(.., fd)| Arc::clone(fd)).collect();
-            self.host
-                .fx
-                .append(to, Class::Control, told.len(), descriptors, |out| {
-                    encode::message(out, &told);
-                });
         }
-        tracing::info!(blocks = blocks.len(), "handing over to another server");
+    }
+
+    fn give(&mut self, to: &Arc<Peer>, id: Option<&str>) -> Result<(), Refusal> {
+        let shared = Arc::clone(&self.host.shared);
+        if shared.is_draining.load(Relaxed) {
+            let message = "this server stops already; start another one when it has";
+            return Err(Refusal::new(Code::Draining, message));
+        }
+        let failed = |why: &str| Refusal::new(Code::Storage, format!("the sockets: {why}"));
+        let front = self.front.as_ref();
+        let listeners = front.map_or(&[][..], |front| &front.listeners);
+        let given = handover::give(listeners, &shared);
+        let given = given.map_err(|error| failed(&error.to_string()))?;
+        for (at, Given { json, descriptors }) in given.into_iter().enumerate() {
+            let (count, length) = (descriptors.len(), json.len() + 256);
+            let fx = &mut self.host.fx;
+            let sent = fx.append(to, Class::Control, length, descriptors, |out| match at {
+                0 => encode::reply_with(out, id.unwrap_or_default(), &json, count),
+                _ => encode::message(out, &json),
+            });
+            if sent != Sent::Queued {
+                return Err(failed("they do not fit into your connection's outbox"));
+            }
+        }
+        self.giving_to = Some(Arc::downgrade(to));
+        Ok(())
+    }
+
+    fn taken(&mut self, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refusal> {
+        let shared = Arc::clone(&self.host.shared);
+        let is_given = self
+            .giving_to
+            .as_ref()
+            .and_then(Weak::upgrade)
+            .is_some_and(|to| Arc::ptr_eq(&to, by));
+        if !is_given || shared.is_draining.load(Relaxed) {
+            let message =
+                "nothing was handed over to this connection, or this server stops already";
+            return Err(Refusal::new(Code::Draining, message));
+        }
+        if let Some(id) = id {
+            self.host.fx.send(by, Class::Control, 256, |out| {
+                encode::reply(out, id, "{\"draining\":true}");
+            });
+        }
+        tracing::info!("handing over to another server");
         shared.is_handed_over.store(true, Relaxed);
         shared.drain();
+        Ok(())
     }
 
     /// Takes what the server from before handed over.

@@ -13,6 +13,7 @@ use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use serde_json::json;
 
 use crate::blocks::{Blocks, Done, Finished};
+use crate::handover::Step;
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
 use crate::stats::{Batch, resources};
@@ -576,8 +577,9 @@ impl Host for IoHost {
             AdminAction::Reload => (self.shared.reload)(&self.shared)
                 .map(Some)
                 .map_err(|message| Refusal::new(Code::BadMessage, message)),
-            AdminAction::HandOver => {
-                let command = Command::HandOver(Arc::clone(asker), id.map(Into::into));
+            AdminAction::HandOver { taken } => {
+                let step = if *taken { Step::Taken } else { Step::Give };
+                let command = Command::HandOver(Arc::clone(asker), id.map(Into::into), step);
                 self.shared.mailboxes[0].send(command);
                 Ok(None)
             }

@@ -41,7 +41,7 @@ pub(crate) enum Command {
     /// Judge every connection by the clock and the bounds, which changed or were reached.
     Judge,
     /// Hand the sockets and blocks over to who asks, under that id, and stop.
-    HandOver(Arc<Peer>, Option<Box<str>>),
+    HandOver(Arc<Peer>, Option<Box<str>>, crate::handover::Step),
     /// The reply to a request that took long.
     Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
     /// What was promised to a connection is on disk, or can't be.

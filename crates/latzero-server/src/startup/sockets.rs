@@ -14,7 +14,7 @@ use super::StartupError;
 use crate::address;
 
 /// Connections that may wait to be accepted. The system caps it at `net.core.somaxconn`.
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// The most descriptors of other processes that are looked at to find who listens on a port.
 const DESCRIPTORS_LOOKED_AT_MAX: usize = 200_000;
