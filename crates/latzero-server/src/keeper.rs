@@ -22,7 +22,7 @@ use crate::settings::{Settings, StoreDurability};
 use crate::shared::Shared;
 use crate::startup::StartupError;
 use promises::Promises;
-use rows::{answer_of, app_of, call_of, pool_of, row};
+use rows::{answer_of, app_of, call_of, ms, pool_of, row};
 
 /// The kernel's name for this run of the machine (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -77,6 +77,12 @@ impl Keeper {
         let calls = contents.calls.iter().map(|row| row.number);
         let answers = contents.answers.iter().map(|row| row.number);
         let last = calls.chain(answers).max().unwrap_or(0);
+        // A server that was just set up begins with its work, not with a backup.
+        let now = || {
+            let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            since.map_or(0, |since| since.as_millis() as u64)
+        };
+        let last_backup = store.status().last_backup.map_or_else(now, ms);
         Ok(Keeper {
             store,
             promises,
@@ -84,7 +90,7 @@ impl Keeper {
             next_number: AtomicU64::new(last + 1),
             report,
             boot_id,
-            last_backup: AtomicU64::new(newest_backup(directory)),
+            last_backup: AtomicU64::new(last_backup),
             contents: Mutex::new(Some(contents)),
         })
     }
@@ -185,19 +191,6 @@ impl Keeper {
             tracing::error!(%error, "the database could not be closed cleanly");
         }
     }
-}
-
-/// When the newest backup was made; now where there is none, so that a server that was just set up begins with its work.
-fn newest_backup(directory: &std::path::Path) -> u64 {
-    let files = std::fs::read_dir(directory.join(latzero_store::BACKUPS));
-    let times = files
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|file| file.metadata().ok()?.modified().ok());
-    let newest = times.max().unwrap_or_else(std::time::SystemTime::now);
-    let since = newest.duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the rows of blocks, and

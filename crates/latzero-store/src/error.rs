@@ -163,7 +163,20 @@ pub enum OpenError {
         source: std::io::Error,
     },
     /// The backup before a migration failed, so nothing was migrated.
-    #[error("no backup before the migration: {0}")]
+    #[error(
+        "{} has schema {found} and stays as it is: it is migrated only after a backup, and that failed: {reason}",
+        path.display()
+    )]
+    Migration {
+        /// The database.
+        path: PathBuf,
+        /// Its schema.
+        found: i64,
+        /// Why there is no backup.
+        reason: BackupError,
+    },
+    /// A backup can't be read or restored.
+    #[error("{0}")]
     Backup(#[from] BackupError),
     /// The database was damaged, and so is what was restored.
     #[error("{} is still damaged after restoring: {reason}; check the disk, then restore a backup by hand", path.display())]

@@ -94,7 +94,10 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
             changes: 0,
             failures: 0,
             refused: 0,
-            last_backup: None,
+            last_backup: retention::list(&data_dir.join(BACKUPS))
+                .iter()
+                .map(|found| found.at * 1000)
+                .max(),
         }),
         wake: Condvar::new(),
         settled: Condvar::new(),
@@ -224,6 +227,17 @@ fn try_open(
         }));
     }
     report.checked = "none";
+    let run = state(&conn, "run");
+    if run.as_deref() == Some(restore::BY_ITSELF)
+        && report.restored_from.is_none()
+        && report.texts.is_empty()
+    {
+        report.texts.push(format!(
+            "{} was damaged at an earlier start, which did not come to its end; a backup took its place, and the damaged files were kept as corrupt-… beside it",
+            database.display()
+        ));
+        report.is_degraded = true;
+    }
     if !is_blank && let Some(full) = check_needed(&conn, &options.boot_id, had_log) {
         report.checked = if full { "full" } else { "quick" };
         let found = findings(&conn, full).map_err(failed("check"))?;
@@ -279,18 +293,20 @@ fn keep_log(conn: &Connection, keep: bool) -> rusqlite::Result<()> {
         .map(drop)
 }
 
+/// What the last run left about itself.
+fn state(conn: &Connection, key: &str) -> Option<String> {
+    conn.query_row(
+        "SELECT value FROM store_state WHERE key = ?1",
+        [key],
+        |row| row.get(0),
+    )
+    .ok()
+}
+
 /// Which check a start needs: none, quick (`Some(false)`) or full (`Some(true)`).
 fn check_needed(conn: &Connection, boot_id: &str, had_log: bool) -> Option<bool> {
-    let state = |key: &str| -> Option<String> {
-        conn.query_row(
-            "SELECT value FROM store_state WHERE key = ?1",
-            [key],
-            |row| row.get(0),
-        )
-        .ok()
-    };
-    let is_same_boot = !boot_id.is_empty() && state("boot_id").as_deref() == Some(boot_id);
-    let is_clean = !had_log && state("run").as_deref() == Some("clean");
+    let is_same_boot = !boot_id.is_empty() && state(conn, "boot_id").as_deref() == Some(boot_id);
+    let is_clean = !had_log && state(conn, "run").as_deref() == Some("clean");
     match (is_same_boot, is_clean) {
         (true, true) => None,
         (true, false) => Some(false),
@@ -360,19 +376,20 @@ fn back_up_before_migration(
     dir: &Path,
     version: i64,
     faults: &Faults,
-) -> Result<(), BackupError> {
+) -> Result<(), OpenError> {
     let backups = dir.join(BACKUPS);
     let temporary = backup::temporary(&backups);
-    backup::copy(conn, &temporary, i32::MAX, faults, || Ok(()))?;
-    backup::finish(&temporary, faults)?;
-    let name = format!("pre-migration-{version}-{}", stamp(now_ms()));
-    backup::publish(&temporary, &backups, &name, faults).map(drop)
-}
-
-impl From<BackupError> for Trouble {
-    fn from(error: BackupError) -> Self {
-        Self::Other(error.into())
-    }
+    let back_up = || -> Result<(), BackupError> {
+        backup::copy(conn, &temporary, i32::MAX, faults, || Ok(()))?;
+        backup::finish(&temporary, faults)?;
+        let name = format!("pre-migration-{version}-{}", stamp(now_ms()));
+        backup::publish(&temporary, &backups, &name, faults).map(drop)
+    };
+    back_up().map_err(|reason| OpenError::Migration {
+        path: dir.join(DATABASE),
+        found: version,
+        reason,
+    })
 }
 
 /// Reads every record.

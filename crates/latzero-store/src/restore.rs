@@ -23,6 +23,12 @@ use crate::{BACKUPS, DATABASE};
 
 const NEXT: &str = "data.db.next";
 
+/// How a run ended, as a database says that a person had restored.
+const BY_HAND: &str = "restored";
+
+/// As [`BY_HAND`], of one that took a damaged one's place at a start. Until a run begins on it, starts tell of it.
+pub(crate) const BY_ITSELF: &str = "recovered";
+
 /// What restoring did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restored {
@@ -56,7 +62,7 @@ pub fn restore_with(
     let backup = open_backup(backup)?;
     backup.verify()?;
     finish_decided(data_dir, faults)?;
-    let temporary = build(&backup, data_dir, faults)?;
+    let temporary = build(&backup, data_dir, BY_HAND, faults)?;
     let mut put_all = || -> Result<(), BackupError> {
         for head in backup.blocks()? {
             let shown = backup.path();
@@ -91,7 +97,7 @@ pub(crate) fn prepare_newest(
         });
         match backup {
             Ok(backup) => {
-                let temporary = build(&backup, dir, faults)?;
+                let temporary = build(&backup, dir, BY_ITSELF, faults)?;
                 decide(&temporary, dir, faults)?;
                 return Ok(Some(found.path));
             }
@@ -136,16 +142,21 @@ fn decide(temporary: &Path, dir: &Path, faults: &Faults) -> Result<(), OpenError
 }
 
 /// Makes a database with the backup's records, without what only backups have, under a temporary name.
-fn build(backup: &Backup, dir: &Path, faults: &Faults) -> Result<PathBuf, BackupError> {
+fn build(backup: &Backup, dir: &Path, how: &str, faults: &Faults) -> Result<PathBuf, BackupError> {
     let temporary = backup::temporary(dir);
-    let built = build_at(&temporary, backup, faults);
+    let built = build_at(&temporary, backup, how, faults);
     if built.is_err() {
         backup::remove_temporary(&temporary);
     }
     built.map(|()| temporary)
 }
 
-fn build_at(temporary: &Path, backup: &Backup, faults: &Faults) -> Result<(), BackupError> {
+fn build_at(
+    temporary: &Path,
+    backup: &Backup,
+    how: &str,
+    faults: &Faults,
+) -> Result<(), BackupError> {
     files::private_file(temporary).map_err(|e| BackupError::file("make", temporary, e))?;
     let failed = |step| move |error| BackupError::sqlite(step, temporary, error);
     let conn = connect(temporary).map_err(failed("open"))?;
@@ -161,7 +172,7 @@ fn build_at(temporary: &Path, backup: &Backup, faults: &Faults) -> Result<(), Ba
         conn.execute_batch("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")?;
         conn.execute("ATTACH ?1 AS source", [source])?;
         faults.step("restore: copy")?;
-        copy_records(&conn)?;
+        copy_records(&conn, how)?;
         conn.execute_batch("DETACH source")?;
         faults.step("restore: check")?;
         findings(&conn, true)
@@ -178,7 +189,7 @@ fn build_at(temporary: &Path, backup: &Backup, faults: &Faults) -> Result<(), Ba
     files::sync_file(temporary, faults).map_err(|e| BackupError::file("sync", temporary, e))
 }
 
-fn copy_records(conn: &Connection) -> rusqlite::Result<()> {
+fn copy_records(conn: &Connection, how: &str) -> rusqlite::Result<()> {
     // Tables come before what is built upon them.
     let made: Vec<(String, String, String)> = conn
         .prepare(
@@ -202,7 +213,7 @@ fn copy_records(conn: &Connection) -> rusqlite::Result<()> {
     }
     let version: i64 = conn.query_row("PRAGMA source.user_version", [], |row| row.get(0))?;
     conn.execute_batch(&format!(
-        "UPDATE store_state SET value = 'restored' WHERE key = 'run';
+        "UPDATE store_state SET value = '{how}' WHERE key = 'run';
          PRAGMA main.application_id = {};
          PRAGMA main.user_version = {version};
          COMMIT",

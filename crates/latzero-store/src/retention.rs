@@ -51,7 +51,7 @@ pub struct Pruned {
 pub(crate) struct Found {
     pub(crate) path: PathBuf,
     /// Unix seconds.
-    at: i64,
+    pub(crate) at: i64,
     n: u64,
     is_pre_migration: bool,
 }

@@ -257,6 +257,13 @@ fn a_failing_writer_leaves_no_backup() {
     );
     assert_eq!(fs::read_dir(dir.path().join(BACKUPS)).unwrap().count(), 0);
     assert_eq!(store.status().last_backup, None);
+    // The next run knows of the last one's.
+    store.backup(None).unwrap();
+    let made = store.status().last_backup.unwrap();
+    store.close().unwrap();
+    let known = reopen(dir.path()).store.status().last_backup.unwrap();
+    // A name has whole seconds.
+    assert_eq!(known, made - made % 1000);
 }
 
 struct Failing(Option<io::Error>);

@@ -67,7 +67,7 @@ pub(crate) fn sentences(seen: &Value) -> Vec<String> {
     );
     sentences.push(match seen["last_backup"].as_u64() {
         Some(unix_ms) => format!("last backup {}", ago(unix_ms)),
-        None => "no backup since the start".to_owned(),
+        None => "no backup yet".to_owned(),
     });
     sentences
 }
@@ -81,7 +81,7 @@ mod tests {
         let check = |seen: Value, expected: &[&str]| assert_eq!(sentences(&seen), expected);
         check(
             json!({"retained": 3, "last_backup": null}),
-            &["no backup since the start"],
+            &["no backup yet"],
         );
         check(
             json!({

@@ -3,7 +3,7 @@
 use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Change, PoolRow};
 use latzero_protocol::{AppId, PoolName, Refusal};
 
-fn ms(unix_ms: i64) -> u64 {
+pub(super) fn ms(unix_ms: i64) -> u64 {
     u64::try_from(unix_ms).unwrap_or(0)
 }
 

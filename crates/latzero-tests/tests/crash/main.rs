@@ -275,9 +275,7 @@ impl World {
             die_at_start(site, name, tally);
             let server = site.start_with(&settings()).unwrap();
             let (mut admin, _) = server.app(json!({"app_id": "admin"}));
-            // At the last place all is done, and nothing of it is seen any more.
-            let is_told = name != "restore.renamed";
-            check(&mut admin, if is_told { "degraded" } else { "ok" });
+            check(&mut admin, "degraded");
             server.kill();
         }
         let server = site.start_with(&settings()).unwrap();
