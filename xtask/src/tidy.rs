@@ -44,7 +44,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     (
         "latzero-tests",
-        &["latzero", "latzero-protocol", "latzero-shm"],
+        &[
+            "latzero",
+            "latzero-protocol",
+            "latzero-shm",
+            "latzero-store",
+        ],
     ),
 ];
 

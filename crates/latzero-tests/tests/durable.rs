@@ -969,3 +969,115 @@ fn check_copy_of_records(copy: &Site, done: usize, begun: usize) -> Daemon {
     is_there(first["action"] == "trigger", 6, usize::MAX);
     server
 }
+
+/// Writes rows that no server would write.
+fn spoil(site: &Site) {
+    use latzero_store::{AnswerRow, AppRow, CallRow, Change, PoolRow};
+    let options = latzero_store::Options::default();
+    let store = latzero_store::open(&site.data_dir(), options)
+        .unwrap()
+        .store;
+    let pool = |name: &str, owner: &str, policy: &str| {
+        Change::PutPool(PoolRow {
+            name: name.into(),
+            kind: "local".into(),
+            encrypted: false,
+            owner: Some(owner.into()),
+            policy: Some(policy.into()),
+            properties: Some("{".into()),
+            descriptor: None,
+            created: 1,
+            updated: 1,
+        })
+    };
+    let call = |number, pool: &str, envelope: &str| {
+        Change::PutCall(CallRow {
+            number,
+            pool: pool.into(),
+            process: "t".into(),
+            destination: None,
+            caller: "a".into(),
+            call_id: "c".into(),
+            envelope: envelope.into(),
+            attachment: None,
+            idempotency_key: None,
+            expires: i64::MAX,
+            attempt: 0,
+            parked: 1,
+        })
+    };
+    for change in [
+        pool("closed", "owner", "no rules at all"),
+        pool("orphaned", "no such/app", "{}"),
+        pool("no such/pool", "owner", "{}"),
+        call(101, "ghost", "{"),
+        call(102, "no such/pool", "{}"),
+        Change::PutAnswer {
+            answer: AnswerRow {
+                number: 103,
+                caller: "a".into(),
+                call_id: "c".into(),
+                pool: "ghost".into(),
+                idempotency_key: None,
+                frame: vec![255; 4],
+                expires: i64::MAX,
+            },
+            ends_call: None,
+        },
+        Change::PutApp(AppRow {
+            app_id: "a".into(),
+            pools: "{".into(),
+            triggers: "7".into(),
+            watches: "x".into(),
+            meta: Some("]".into()),
+            protocol_version: 1,
+            registered: -1,
+            last_seen: i64::MAX,
+        }),
+    ] {
+        store.commit(vec![change]).unwrap();
+    }
+    store.close().unwrap();
+}
+
+#[test]
+fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
+    let site = Site::new();
+    let server = site.start();
+    let mut good = join(&server, json!({"app_id": "good", "pools": ["p"]}));
+    let parked = json!({"action": "trigger", "id": "1", "process": "t", "pool": "p", "park": true});
+    assert_eq!(good.request(parked)["status"], "parked");
+    assert!(server.stop().success());
+    spoil(&site);
+    let server = site.start();
+    // A pool whose rules can't be read lets nobody in but its owner, and nobody takes its name.
+    for pool in ["closed", "orphaned"] {
+        let refused = server
+            .connect()
+            .unwrap()
+            .request(json!({"action": "handshake", "app_id": "evil", "pools": [pool]}));
+        assert_eq!(code(&refused), "forbidden", "{pool}: {refused}");
+    }
+    let mut owner = join(&server, json!({"app_id": "owner", "pools": ["closed"]}));
+    ok(&owner.request(json!({"action": "pool_remove", "pool": "closed", "force": true})));
+    // What waited in a pool of its own left none behind, and an app whose registration is lost is a new one.
+    let pools = owner.request(json!({"action": "pool_list"}));
+    assert!(!pools.to_string().contains("ghost"), "{pools}");
+    let (_, ack) = server.app(json!({"app_id": "a", "triggers": ["u"]}));
+    assert_eq!(
+        (&ack["status"], &ack["triggers"]),
+        (&json!("ok"), &json!(["u"]))
+    );
+    let mut handler = join(
+        &server,
+        json!({"app_id": "h", "pools": ["p"], "triggers": ["t"]}),
+    );
+    assert_eq!(
+        until(&mut handler, |m| m["action"] == "trigger")["process"],
+        "t"
+    );
+    let said = site.said();
+    for row in ["closed", "orphaned", "number=101", "number=102", "number=103"] {
+        assert!(said.contains(row), "{row} is not in:\n{said}");
+    }
+}
