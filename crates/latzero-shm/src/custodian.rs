@@ -267,7 +267,8 @@ impl Custodian {
         let _alone = self.alone();
         let geometry = &self.description.geometry;
         let failed = |error: Fault| std::io::Error::other(error.to_string());
-        if version == 0 {
+        // A block of slots has nothing before its first version; a raw one is written in place.
+        if version == 0 && !geometry.is_raw() {
             return Ok(());
         }
         let mut draft = slots::begin(&self.memory, geometry).map_err(failed)?;
@@ -281,6 +282,9 @@ impl Custodian {
                 .write(&self.memory, done, &piece[..n])
                 .map_err(|error| std::io::Error::other(error.to_string()))?;
             done += n as u64;
+        }
+        if version == 0 {
+            return self.sync().map(|_| ()).map_err(failed);
         }
         let stamp = self.stamp().map_err(failed)?;
         draft

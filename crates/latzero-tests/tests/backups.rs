@@ -5,9 +5,10 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
-use std::fs::File;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::process::Command;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use latzero_tests::site::{Site, Start};
 use latzero_tests::{PATIENCE, Wire};
@@ -66,40 +67,61 @@ fn a_backup_has_everything_and_goes_where_it_is_asked_to() {
     );
 }
 
+/// The name that a backup of so many days ago has.
+fn name_of(days_ago: u64) -> String {
+    let then = SystemTime::now() - Duration::from_secs(days_ago * 24 * 3600);
+    let seconds = then.duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let date = Command::new("date")
+        .args(["-u", "-d", &format!("@{seconds}"), "+%Y%m%d-%H%M%S"])
+        .output()
+        .unwrap();
+    let stamp = String::from_utf8(date.stdout).unwrap();
+    format!("latzero-{}.db", stamp.trim())
+}
+
 #[test]
-fn a_backup_is_made_when_the_last_one_is_old() {
+fn a_backup_is_made_when_the_last_one_is_old_and_those_that_are_too_many_go() {
     let site = Site::new();
     let server = site.start();
     let (mut wire, _) = server.app(json!({"app_id": "a"}));
     backup(&mut wire, None);
     assert!(server.stop().success());
     let first = backups(&site).remove(0);
-    let two_days_ago = SystemTime::now() - Duration::from_secs(48 * 3600);
-    File::options()
-        .write(true)
-        .open(&first)
-        .unwrap()
-        .set_modified(two_days_ago)
-        .unwrap();
+    let named = |name: &str| first.with_file_name(name);
+    let (old, older) = (named(&name_of(2)), named(&name_of(3)));
+    let ancient = named(&name_of(400));
+    let migrated = named("pre-migration-1-20200101-000000.db");
+    for copy in [&older, &ancient, &migrated] {
+        std::fs::copy(&first, copy).unwrap();
+    }
+    std::fs::rename(&first, &old).unwrap();
+    let before: BTreeSet<PathBuf> = [&old, &older, &ancient, &migrated].map(Clone::clone).into();
     // Not where nobody wants one.
     let never = Start {
         settings: vec!["backup_interval=0".into()],
         ..Start::default()
     };
     let server = site.start_with(&never).unwrap();
-    server
-        .app(json!({"app_id": "b"}))
-        .0
-        .request(json!({"action": "ping"}));
+    let (mut wire, _) = server.app(json!({"app_id": "b"}));
+    let mut last_backup = || {
+        let stats = wire.request(json!({"action": "stats"}));
+        stats["response"]["store"]["last_backup"].as_u64().unwrap()
+    };
+    let known = last_backup();
     assert!(server.stop().success());
-    assert_eq!(backups(&site).len(), 1);
+    assert_eq!(BTreeSet::from_iter(backups(&site)), before);
     let server = site.start();
     let begin = Instant::now();
     let (mut wire, _) = server.app(json!({"app_id": "c"}));
-    while wire.request(json!({"action": "stats"}))["response"]["store"]["last_backup"].is_null() {
+    let mut last_backup = || {
+        let stats = wire.request(json!({"action": "stats"}));
+        stats["response"]["store"]["last_backup"].as_u64().unwrap()
+    };
+    while last_backup() == known || ancient.exists() {
         assert!(begin.elapsed() < PATIENCE, "no backup was made");
     }
     assert!(server.stop().success());
-    let after = backups(&site);
-    assert!(after.iter().any(|file| *file != first), "{after:?}");
+    let after = BTreeSet::from_iter(backups(&site));
+    let gone: Vec<_> = before.difference(&after).collect();
+    assert_eq!((gone, after.len()), (vec![&ancient], 4));
 }

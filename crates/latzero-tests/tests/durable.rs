@@ -1077,7 +1077,13 @@ fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
         "t"
     );
     let said = site.said();
-    for row in ["closed", "orphaned", "number=101", "number=102", "number=103"] {
+    for row in [
+        "closed",
+        "orphaned",
+        "number=101",
+        "number=102",
+        "number=103",
+    ] {
         assert!(said.contains(row), "{row} is not in:\n{said}");
     }
 }

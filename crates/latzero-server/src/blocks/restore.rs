@@ -16,9 +16,6 @@ use serde_json::Value;
 use super::files::{Files, Names};
 use super::{FENCE_KEPT_MAX, pool_id, random_id, unix_ns};
 
-/// Bytes that are copied at a time into a block that is written in place.
-const PIECE_BYTES: usize = 1 << 20;
-
 /// Blocks on their way out of a backup. What is not committed goes when this is dropped.
 pub(crate) struct Restoring {
     files: Files,
@@ -123,7 +120,7 @@ impl Restoring {
             names,
             record: record.to_string(),
         });
-        fill(&custodian, head.version, bytes)?;
+        custodian.fill(bytes, head.version)?;
         custodian
             .set_lease(fence.min(FENCE_KEPT_MAX), false)
             .and_then(|()| custodian.sync())
@@ -182,27 +179,6 @@ fn booted() -> Option<SystemTime> {
 fn is_written_since(file: &Path, booted: Option<SystemTime>) -> bool {
     let modified = std::fs::metadata(file).and_then(|file| file.modified());
     booted.is_some_and(|booted| modified.is_ok_and(|modified| modified > booted))
-}
-
-/// Gives a fresh block the bytes of a version.
-fn fill(custodian: &Custodian, version: u64, bytes: &mut dyn Read) -> io::Result<()> {
-    let geometry = &custodian.description().geometry;
-    if version > 0 || !geometry.is_raw() {
-        return custodian.fill(bytes, version);
-    }
-    // What is written in place is there even before the first version is.
-    let mut piece = vec![0; PIECE_BYTES];
-    let mut at = 0;
-    while at < geometry.size {
-        let left = usize::try_from(geometry.size - at).unwrap_or(usize::MAX);
-        let piece = &mut piece[..left.min(PIECE_BYTES)];
-        bytes.read_exact(piece)?;
-        custodian
-            .write(at, piece, None)
-            .map_err(|error| io::Error::other(error.to_string()))?;
-        at += piece.len() as u64;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
