@@ -516,3 +516,18 @@ fn an_answer_is_told_when_it_has_left_the_server() {
         net.world.check();
     }
 }
+
+#[test]
+fn a_call_that_was_cancelled_is_not_run_after_a_kill() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    net.call(caller, "1", r#""park":true"#);
+    net.world.hold_told(true);
+    net.ask(caller, r#"{"action":"cancel","id":"1"}"#);
+    net.world.restart(3);
+    net.world.hold_told(false);
+    let handler = net.app("handler", H);
+    assert_eq!(net.calls_of(handler), [""; 0]);
+    let (_, seen) = net.hello("caller", "");
+    assert!(seen.ends_with("1 failed: cancelled ran=unknown"), "{seen}");
+}

@@ -295,6 +295,10 @@ impl<P: Clone> Pool<P> {
         };
         fx.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
         self.parked.answers.insert(number, kept);
+        if !is_answered {
+            // A call that was cancelled or ran out of time is not run again, even if the server dies before that is told.
+            self.write_answer(now, number, fx);
+        }
         match told {
             Told::Yes(member) => self.send_on_way(number, member, fx),
             Told::NotNow if !is_behind => {
