@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode};
 const HELP: &str = "\
 cargo xtask COMMAND
 
-  test                 everything: format, lints, generated files, tidiness, all tests, 200 simulated seeds
+  test                 everything: format, lints, generated files, tidiness, all tests, 2200 simulated seeds
   test --unit          unit tests alone
   test --integration   integration tests alone
   lint                 format and lint checks
@@ -20,7 +20,7 @@ cargo xtask COMMAND
   coverage             line coverage of all tests (needs cargo-llvm-cov)
   dev [ARGS]           the server, restarted when a source file changes; ARGS go to `latzero start`
   codegen [--check]    write generated files (docs/errors.md, conformance vectors), or check that they are current
-  sim ARGS             the simulator: --seed N, or --seeds A..B
+  sim ARGS             the simulator: --seed N, or --seeds A..B; --lasting for calls that outlive connections
   crash [ARGS]         kills, restarts and a look at what is left: --rounds N, --seed S
   bench NAME [ARGS]    a benchmark: rpc, and what `cargo xtask bench --help` lists
   fuzz TARGET [ARGS]   search for inputs that break a parser (needs cargo-fuzz)
@@ -84,6 +84,7 @@ fn test() -> Done {
         .env("LATZERO_IO_THREADS", "4")
         .current_dir(root()))?;
     sim(&["--seeds", "0..200"])?;
+    sim(&["--lasting", "--seeds", "0..2000"])?;
     println!("\nall checks passed");
     Ok(())
 }

@@ -7,6 +7,7 @@
 
 mod check;
 mod client;
+mod lasting;
 mod outbox;
 mod report;
 mod script;
@@ -15,7 +16,7 @@ mod store;
 mod world;
 
 pub use outbox::{Bounds, Event, LENGTH_SLACK, Outboxes, Peer, Totals};
-pub use report::{Outcome, Plan, STEPS_DEFAULT, Violation, run};
+pub use report::{Outcome, Plan, STEPS_DEFAULT, Theme, Violation, run};
 pub use storage::{Storages, Stored};
 pub use store::Rows;
 pub use world::{ADMIN_TOKEN, Message, PoolHandle, World, decode, encode_frame};

@@ -2,13 +2,15 @@
 
 use std::process::ExitCode;
 
-use latzero_sim::{Plan, STEPS_DEFAULT, run};
+use latzero_sim::{Plan, run};
 
-const USAGE: &str = "usage: latzero-sim [--seed N | --seeds A..B] [--steps N] [--json]";
+const USAGE: &str = "usage: latzero-sim [--seed N | --seeds A..B] [--lasting] [--steps N] [--json]";
 
 struct Options {
     seeds: std::ops::Range<u64>,
-    steps: u32,
+    is_lasting: bool,
+    /// As many as usual where it is absent.
+    steps: Option<u32>,
     json: bool,
 }
 
@@ -20,12 +22,15 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let (mut runs, mut calls, mut frames) = (0_u64, 0, 0);
+    let (mut runs, mut steps, mut calls, mut frames) = (0_u64, 0, 0, 0);
     for seed in options.seeds {
-        let plan = Plan {
-            steps: options.steps,
-            ..Plan::new(seed)
+        let mut plan = if options.is_lasting {
+            Plan::lasting(seed)
+        } else {
+            Plan::new(seed)
         };
+        plan.steps = options.steps.unwrap_or(plan.steps);
+        steps += u64::from(plan.steps);
         match run(&plan) {
             Ok(outcome) => {
                 runs += 1;
@@ -46,10 +51,7 @@ fn main() -> ExitCode {
         }
     }
     if !options.json {
-        println!(
-            "{runs} runs of {} steps: {calls} calls, {frames} frames, nothing broke",
-            options.steps
-        );
+        println!("{runs} runs, {steps} steps: {calls} calls, {frames} frames, nothing broke");
     }
     ExitCode::SUCCESS
 }
@@ -57,13 +59,15 @@ fn main() -> ExitCode {
 fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
     let mut options = Options {
         seeds: 0..1,
-        steps: STEPS_DEFAULT,
+        is_lasting: false,
+        steps: None,
         json: false,
     };
     while let Some(flag) = args.next() {
         let mut value = || args.next().ok_or(format!("{flag} needs a value"));
         match flag.as_str() {
             "--json" => options.json = true,
+            "--lasting" => options.is_lasting = true,
             "--seed" => {
                 let seed = number(&flag, &value()?)?;
                 options.seeds = seed..seed.saturating_add(1);
@@ -76,8 +80,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
                 options.seeds = number(&flag, from)?..number(&flag, to)?;
             }
             "--steps" => {
-                options.steps = u32::try_from(number(&flag, &value()?)?)
-                    .map_err(|_| "--steps takes at most 4294967295".to_owned())?;
+                let steps = u32::try_from(number(&flag, &value()?)?);
+                let steps = steps.map_err(|_| "--steps takes at most 4294967295")?;
+                options.steps = Some(steps);
             }
             _ => return Err(format!("unknown argument '{flag}'")),
         }

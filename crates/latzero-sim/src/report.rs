@@ -7,15 +7,42 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use latzero_fabric::Limits;
 
 use crate::check::Checker;
+use crate::lasting::Lasting;
 use crate::outbox::{Bounds, Event, Totals};
 use crate::script::Script;
 use crate::world::World;
+
+/// What the clients of a run are about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Theme {
+    /// Calls, emits, pools and presence, by rude clients.
+    Calls,
+    /// Calls that outlive connections and servers, by clients that come and go.
+    Lasting,
+}
+
+/// Clients with a script, and a model of what they may expect.
+pub(crate) trait Scenario {
+    /// Does one thing; returns what it was.
+    fn step(&mut self, world: &mut World) -> String;
+
+    /// Holds what happened against the model.
+    fn check(&mut self, log: &[Event], world: &World) -> Result<(), String>;
+
+    /// Does the `at`-th thing after the last step; nothing where all is done.
+    fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String>;
+
+    /// Whether what is left then is as it should be.
+    fn at_end(&self, world: &World) -> Result<(), String>;
+}
 
 /// What a run is made of.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// What decides everything.
     pub seed: u64,
+    /// What it is about.
+    pub theme: Theme,
     /// How many steps.
     pub steps: u32,
     /// How many clients.
@@ -29,6 +56,9 @@ pub struct Plan {
 /// Steps of a run unless told otherwise.
 pub const STEPS_DEFAULT: u32 = 2000;
 
+/// Steps of a run about calls that last, each of which takes longer.
+const LASTING_STEPS: u32 = 300;
+
 /// Clients of a run.
 const CLIENTS: usize = 20;
 
@@ -36,11 +66,33 @@ const CLIENTS: usize = 20;
 const SHOWN: usize = 30;
 
 impl Plan {
+    /// A run of `seed` about calls that outlive connections and servers.
+    #[must_use]
+    pub fn lasting(seed: u64) -> Self {
+        Plan {
+            theme: Theme::Lasting,
+            steps: LASTING_STEPS,
+            limits: Limits {
+                in_flight_max: [1024, 6][(seed % 2) as usize],
+                parked_max: [100_000, 25][(seed / 2 % 2) as usize],
+                parked_per_app_max: [50_000, 8][(seed / 4 % 2) as usize],
+                repeats_max: [10_000, 4][(seed / 8 % 2) as usize],
+                ..Limits::default()
+            },
+            bounds: Bounds {
+                outbox_bytes: [1024, 64][(seed % 3 / 2) as usize] * 1024,
+                headroom_bytes: 64 * 1024,
+            },
+            ..Plan::new(seed)
+        }
+    }
+
     /// The usual run of `seed`.
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Plan {
             seed,
+            theme: Theme::Calls,
             steps: STEPS_DEFAULT,
             clients: CLIENTS,
             limits: Limits {
@@ -87,6 +139,8 @@ impl Outcome {
 pub struct Violation {
     /// The seed.
     pub seed: u64,
+    /// What the run was about.
+    pub theme: Theme,
     /// The step at which it showed.
     pub step: u32,
     /// What did not hold.
@@ -101,7 +155,15 @@ impl fmt::Display for Violation {
             writeln!(f, "{line}")?;
         }
         writeln!(f, "seed {}, step {}: {}", self.seed, self.step, self.what)?;
-        write!(f, "replay with: cargo xtask sim --seed {}", self.seed)
+        let lasting = match self.theme {
+            Theme::Calls => "",
+            Theme::Lasting => " --lasting",
+        };
+        write!(
+            f,
+            "replay with: cargo xtask sim{lasting} --seed {}",
+            self.seed
+        )
     }
 }
 
@@ -112,10 +174,13 @@ impl std::error::Error for Violation {}
 /// # Errors
 /// The first thing that did not hold.
 pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
+    let scenario: Box<dyn Scenario> = match plan.theme {
+        Theme::Calls => Box::new(Calls::new(plan.seed, plan.clients)),
+        Theme::Lasting => Box::new(Lasting::new(plan.seed)),
+    };
     let mut run = Run {
         world: World::new(plan.seed, plan.limits.clone(), plan.bounds),
-        script: Script::new(plan.seed ^ 0x5eed, plan.clients),
-        checker: Checker::default(),
+        scenario,
         recent: VecDeque::new(),
     };
     let mut step = 0;
@@ -149,6 +214,7 @@ pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
     }
     Err(Violation {
         seed: plan.seed,
+        theme: plan.theme,
         step,
         what,
         trace: run.recent.iter().flat_map(Shown::lines).collect(),
@@ -157,28 +223,56 @@ pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
 
 struct Run {
     world: World,
-    script: Script,
-    checker: Checker,
+    scenario: Box<dyn Scenario>,
     recent: VecDeque<Shown>,
 }
 
-impl Run {
-    fn step(&mut self) -> Result<(), String> {
-        let what = self.script.step(&mut self.world);
-        self.check(what)
+/// Rude clients, and a model of every message.
+struct Calls {
+    script: Script,
+    checker: Checker,
+}
+
+impl Calls {
+    fn new(seed: u64, clients: usize) -> Calls {
+        Calls {
+            script: Script::new(seed ^ 0x5eed, clients),
+            checker: Checker::default(),
+        }
+    }
+}
+
+impl Scenario for Calls {
+    fn step(&mut self, world: &mut World) -> String {
+        self.script.step(world)
     }
 
-    /// Quiet falls: calls end, then everybody leaves, and nothing may be left.
-    fn finish(&mut self) -> Result<(), String> {
-        self.script.settle(&mut self.world);
-        self.check("all write out, and time passes".into())?;
-        if self.world.calls_in_flight() > 0 {
-            return Err("calls are left after the longest ttl".into());
-        }
-        self.script.leave(&mut self.world);
-        self.check("all hang up".into())?;
+    fn check(&mut self, log: &[Event], world: &World) -> Result<(), String> {
+        self.checker.step(log, world)
+    }
+
+    /// Quiet falls: calls end, then everybody leaves.
+    fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String> {
+        Ok(match at {
+            0 => {
+                self.script.settle(world);
+                Some("all write out, and time passes".into())
+            }
+            1 if world.calls_in_flight() > 0 => {
+                return Err("calls are left after the longest ttl".into());
+            }
+            1 => {
+                self.script.leave(world);
+                Some("all hang up".into())
+            }
+            _ => None,
+        })
+    }
+
+    /// Nothing may be left.
+    fn at_end(&self, world: &World) -> Result<(), String> {
         self.checker.at_end()?;
-        if self.world.counts().instances > 0 {
+        if world.counts().instances > 0 {
             return Err("instances are left".into());
         }
         let kept = |name: &String| {
@@ -187,15 +281,31 @@ impl Run {
                 "default" | "system" | "gamma" | "delta" | "made"
             )
         };
-        match self.world.pool_names().iter().find(|name| !kept(name)) {
+        match world.pool_names().iter().find(|name| !kept(name)) {
             Some(name) => Err(format!("pool '{name}' was left by all and is still there")),
             None => Ok(()),
         }
     }
+}
+
+impl Run {
+    fn step(&mut self) -> Result<(), String> {
+        let what = self.scenario.step(&mut self.world);
+        self.check(what)
+    }
+
+    fn finish(&mut self) -> Result<(), String> {
+        let mut at = 0;
+        while let Some(what) = self.scenario.end(at, &mut self.world)? {
+            self.check(what)?;
+            at += 1;
+        }
+        self.scenario.at_end(&self.world)
+    }
 
     fn check(&mut self, what: String) -> Result<(), String> {
         let log = self.world.take_log();
-        let held = self.checker.step(&log, &self.world);
+        let held = self.scenario.check(&log, &self.world);
         self.remember(what, log);
         held?;
         self.world.check();

@@ -56,6 +56,8 @@ pub struct World {
     connections: Vec<Connection>,
     is_draining: bool,
     touched: Vec<PoolHandle>,
+    /// Whose promises were told of while another's message was handled.
+    woken: Vec<Peer>,
     is_holding_told: bool,
     told_later: Vec<(PoolHandle, Peer, u64)>,
     /// What another thread of a server does while this one writes into a block.
@@ -74,6 +76,7 @@ impl World {
             connections: Vec::new(),
             is_draining: false,
             touched: Vec::new(),
+            woken: Vec::new(),
             is_holding_told: false,
             told_later: Vec::new(),
             beside_write: None,
@@ -131,6 +134,10 @@ impl World {
         received.drain(..used);
         self.connections[peer.0 as usize].received = received;
         self.reap();
+        // What others sent while they waited.
+        for peer in std::mem::take(&mut self.woken) {
+            self.feed(peer, &[]);
+        }
     }
 
     fn pool_for_kept(&mut self, name: &PoolName) -> PoolHandle {
@@ -165,6 +172,7 @@ impl World {
                         session.kept(self.now, kept(went_well), self)
                     } else {
                         self.tell_kept(promised, went_well);
+                        self.woken.push(promised);
                         flow
                     };
                 }

@@ -4,10 +4,12 @@ use latzero_sim::{Plan, run};
 
 #[test]
 fn a_seed_replays_to_the_same_bytes() {
-    for seed in 0..4 {
-        let first = run(&Plan::new(seed)).unwrap();
-        assert_eq!(first, run(&Plan::new(seed)).unwrap());
-        assert_ne!(first.hash, run(&Plan::new(seed + 100)).unwrap().hash);
+    for plan in [Plan::new, Plan::lasting] {
+        for seed in 0..4 {
+            let first = run(&plan(seed)).unwrap();
+            assert_eq!(first, run(&plan(seed)).unwrap());
+            assert_ne!(first.hash, run(&plan(seed + 100)).unwrap().hash);
+        }
     }
 }
 

@@ -1,0 +1,589 @@
+//! Calls that outlive connections, servers and the moods of disks: a script of their own, and a model of what was promised.
+//!
+//! Callers park calls, ask for redelivery, repeat calls under a key, go and come back; handlers come, answer, or die with
+//! calls in their hands; the disk is slow or full, what was sent stays in the server for a while, and the server is killed.
+//! The model learns from what clients see alone. It holds: what was acknowledged ends with an answer, once on each
+//! connection; what was refused is never run; first deliveries keep the order of asking; attempts are counted; of calls
+//! under one key one runs at a time.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use latzero_fabric::{Prng, Time, Transport};
+use serde_json::{Value, json};
+
+use crate::outbox::{Event, Peer};
+use crate::report::Scenario;
+use crate::world::{World, encode_frame};
+
+const CALLERS: [&str; 3] = ["ann", "bob", "cyd"];
+const HANDLERS: [&str; 2] = ["hal", "ida"];
+const TRIGGERS: [&str; 2] = ["t", "u"];
+
+/// An app that never comes.
+const AWAY: &str = "away";
+
+/// Instances of one app at a time.
+const INSTANCES: usize = 2;
+
+/// The longest time to live of a call whose handler may never come, in milliseconds.
+const SHORT_TTL_MS: u64 = 3000;
+
+/// What a call that can wait for its handler asks for at most, in milliseconds: longer than any run.
+const LONG_TTL_MS: u64 = 24 * 3600 * 1000;
+
+/// Turns of answering everything, after which nothing may be left: their time is longer than every wait in the core.
+const LAST_TURNS: u32 = 16;
+
+/// A connection, and what it was given to do.
+struct Conn {
+    app: &'static str,
+    peer: Peer,
+    jobs: Vec<Job>,
+    is_ready: bool,
+    is_slow: bool,
+}
+
+/// A trigger, and the app that is to handle it: what keeps its order.
+type Queue = (&'static str, Option<&'static str>);
+
+/// A call in a handler's hands.
+struct Job {
+    handle: String,
+    n: u64,
+}
+
+/// A call, and what became of it.
+#[derive(Debug)]
+struct Call {
+    app: &'static str,
+    asked_on: Peer,
+    /// It wants an answer.
+    has_id: bool,
+    park: bool,
+    redeliver: bool,
+    key: Option<u64>,
+    window: Option<u64>,
+    queue: Queue,
+    /// Absent where it waits behind a handshake: its time begins when it is read.
+    deadline: Option<Time>,
+    is_parked: bool,
+    is_refused: bool,
+    /// Items that its handlers sent, and that it was told of.
+    sent: u64,
+    items: u64,
+    answers: u64,
+    answered_on: BTreeSet<Peer>,
+    /// Answers beyond the first that kills and lost connections may have brought about.
+    may_repeat: u64,
+    /// The attempt that was given out last, and in which life of the server.
+    attempt: Option<(u64, u64)>,
+}
+
+/// The clients, the dice, and the model.
+pub(crate) struct Lasting {
+    prng: Prng,
+    conns: Vec<Conn>,
+    calls: BTreeMap<u64, Call>,
+    asked: u64,
+    life: u64,
+    /// The newest call of each queue that a handler was given for the first time, by who asked on which connection.
+    newest: BTreeMap<(Peer, Peer, Queue), u64>,
+    is_held: bool,
+    /// When everybody has read what had come till then.
+    heard_at: Time,
+    found: Result<(), String>,
+}
+
+impl Lasting {
+    pub(crate) fn new(seed: u64) -> Self {
+        Lasting {
+            prng: Prng::new(seed ^ 0x1a57),
+            conns: Vec::new(),
+            calls: BTreeMap::new(),
+            asked: 0,
+            life: 0,
+            newest: BTreeMap::new(),
+            is_held: false,
+            heard_at: Time::default(),
+            found: Ok(()),
+        }
+    }
+
+    fn of(&self, apps: &[&'static str]) -> Vec<usize> {
+        let is_one = |conn: &Conn| apps.contains(&conn.app);
+        (0..self.conns.len())
+            .filter(|&at| is_one(&self.conns[at]))
+            .collect()
+    }
+
+    fn one_of(&mut self, apps: &[&'static str]) -> Option<usize> {
+        let all = self.of(apps);
+        (!all.is_empty()).then(|| all[self.prng.below(all.len())])
+    }
+
+    fn say(&self, at: usize, message: &Value, world: &mut World) {
+        world.feed(
+            self.conns[at].peer,
+            &encode_frame(&message.to_string(), None),
+        );
+    }
+
+    fn act(&mut self, world: &mut World) -> String {
+        match self.prng.below(100) {
+            0..=29 => self.call(world),
+            30..=52 => self.answer(world),
+            53..=64 => self.come(world),
+            65..=71 => self.go(world),
+            72..=75 => self.cancel(world),
+            76..=78 => {
+                let is_holding = self.prng.below(2) == 0;
+                world.hold_disk(is_holding);
+                format!("the disk is slow: {is_holding}")
+            }
+            79..=80 => {
+                let is_full = self.prng.below(3) == 0;
+                world.fill_disk(is_full);
+                format!("the disk is full: {is_full}")
+            }
+            81..=83 => {
+                self.is_held = self.prng.below(2) == 0;
+                world.hold_told(self.is_held);
+                format!("what is sent stays in the server: {}", self.is_held)
+            }
+            84..=85 => self.kill(world),
+            _ => {
+                let ms = self.prng.below(900) as u64;
+                world.advance(ms);
+                format!("{ms} ms pass")
+            }
+        }
+    }
+
+    fn call(&mut self, world: &mut World) -> String {
+        let Some(at) = self.one_of(&CALLERS) else {
+            return "nobody is there to call".into();
+        };
+        self.asked += 1;
+        let (n, prng) = (self.asked, &mut self.prng);
+        let trigger = TRIGGERS[prng.below(2)];
+        let destination = match prng.below(8) {
+            0 => Some(HANDLERS[prng.below(2)]),
+            1 => Some(AWAY),
+            _ => None,
+        };
+        let park = prng.below(3) > 0;
+        let redeliver = prng.below(2) == 0;
+        let window = (!park && redeliver && prng.below(3) == 0).then(|| 1 + prng.below(3) as u64);
+        let key = (prng.below(4) == 0).then(|| prng.below(3) as u64);
+        let is_patient = park && destination != Some(AWAY) && prng.below(2) == 0;
+        let ttl = if is_patient {
+            LONG_TTL_MS
+        } else {
+            1 + prng.below(SHORT_TTL_MS as usize) as u64
+        };
+        let has_id = prng.below(12) > 0;
+        let mut message = json!({"action": "trigger", "process": trigger, "ttl": ttl, "data": n});
+        for (name, is_set) in [("park", park), ("redeliver", redeliver)] {
+            if is_set {
+                message[name] = true.into();
+            }
+        }
+        if has_id {
+            message["id"] = format!("c{n}").into();
+        }
+        if let Some(destination) = destination {
+            message["destination"] = destination.into();
+        }
+        if let Some(window) = window {
+            message["window"] = window.into();
+        }
+        if let Some(key) = key {
+            message["headers"] = json!({"idempotency-key": format!("k{key}")});
+        }
+        let conn = &self.conns[at];
+        let call = Call {
+            app: conn.app,
+            asked_on: conn.peer,
+            has_id,
+            park,
+            redeliver,
+            key,
+            window,
+            queue: (trigger, destination),
+            deadline: conn.is_ready.then(|| world.now().after_ms(ttl)),
+            is_parked: false,
+            is_refused: false,
+            sent: 0,
+            items: 0,
+            answers: 0,
+            answered_on: BTreeSet::new(),
+            may_repeat: 0,
+            attempt: None,
+        };
+        self.calls.insert(n, call);
+        self.say(at, &message, world);
+        format!("{} calls {message}", self.conns[at].app)
+    }
+
+    fn answer(&mut self, world: &mut World) -> String {
+        let busy: Vec<usize> = (0..self.conns.len())
+            .filter(|&at| !self.conns[at].jobs.is_empty())
+            .collect();
+        if busy.is_empty() {
+            return "nobody has anything to answer".into();
+        }
+        let at = busy[self.prng.below(busy.len())];
+        let job = self.prng.below(self.conns[at].jobs.len());
+        let status = ["ok", "ok", "ok", "error", "partial"][self.prng.below(5)];
+        self.respond(at, job, status, world)
+    }
+
+    fn respond(&mut self, at: usize, job: usize, status: &str, world: &mut World) -> String {
+        let Job { handle, n } = &self.conns[at].jobs[job];
+        let mut message = json!({"action": "response", "in_reply_to": handle, "status": status});
+        if status == "error" {
+            message["error"] = json!({"code": "custom", "message": n.to_string()});
+        } else {
+            message["response"] = (*n).into();
+        }
+        if status == "partial" {
+            let call = self.calls.get_mut(n).expect("it was asked for");
+            call.sent += 1;
+        } else {
+            self.conns[at].jobs.remove(job);
+        }
+        self.say(at, &message, world);
+        format!("{} answers {message}", self.conns[at].app)
+    }
+
+    fn come(&mut self, world: &mut World) -> String {
+        let at = self.prng.below(CALLERS.len() + HANDLERS.len());
+        let app = CALLERS.iter().chain(&HANDLERS).nth(at).expect("it is one");
+        if self.of(&[app]).len() == INSTANCES {
+            return format!("{app} is there already");
+        }
+        let concurrency = match self.prng.below(3) {
+            0 => json!(1 + self.prng.below(2)),
+            _ => Value::Null,
+        };
+        let triggers = match self.prng.below(3) {
+            0 => &TRIGGERS[..1],
+            1 => &TRIGGERS[1..],
+            _ => &TRIGGERS[..],
+        };
+        self.join(app, triggers, &concurrency, world)
+    }
+
+    fn join(
+        &mut self,
+        app: &'static str,
+        triggers: &[&str],
+        concurrency: &Value,
+        world: &mut World,
+    ) -> String {
+        let mut message = json!({"action": "handshake", "app_id": app});
+        if HANDLERS.contains(&app) {
+            let spec = |name: &&str| match concurrency {
+                Value::Null => json!(name),
+                concurrency => json!({"name": name, "concurrency": concurrency}),
+            };
+            message["triggers"] = triggers.iter().map(spec).collect();
+        }
+        let peer = world.connect(Transport::Unix);
+        self.conns.push(Conn {
+            app,
+            peer,
+            jobs: Vec::new(),
+            is_ready: false,
+            is_slow: false,
+        });
+        self.say(self.conns.len() - 1, &message, world);
+        format!("{message}")
+    }
+
+    fn go(&mut self, world: &mut World) -> String {
+        if self.conns.is_empty() {
+            return "nobody is there to go".into();
+        }
+        let at = self.prng.below(self.conns.len());
+        // It has read what was sent to it.
+        self.conns[at].is_slow = false;
+        self.listen(world);
+        if at >= self.conns.len() {
+            return "it is gone already".into();
+        }
+        let conn = self.conns.remove(at);
+        if self.is_held {
+            // What it has read may count as unread, and is told again.
+            self.allow_repeats(|call| call.app == conn.app);
+        }
+        world.hang_up(conn.peer);
+        format!("{} hangs up", conn.app)
+    }
+
+    fn allow_repeats(&mut self, of: impl Fn(&Call) -> bool) {
+        let calls = self.calls.values_mut().filter(|call| of(call));
+        calls.for_each(|call| call.may_repeat += 1);
+    }
+
+    fn cancel(&mut self, world: &mut World) -> String {
+        let Some(at) = self.one_of(&CALLERS) else {
+            return "nobody is there to cancel".into();
+        };
+        let app = self.conns[at].app;
+        let own = self.calls.iter().filter(|(_, call)| call.app == app);
+        let own: Vec<u64> = own.map(|(n, _)| *n).rev().take(8).collect();
+        if own.is_empty() {
+            return "has nothing to cancel".into();
+        }
+        let message =
+            json!({"action": "cancel", "id": format!("c{}", own[self.prng.below(own.len())])});
+        self.say(at, &message, world);
+        format!("{app} says {message}")
+    }
+
+    fn kill(&mut self, world: &mut World) -> String {
+        self.conns.iter_mut().for_each(|conn| conn.is_slow = false);
+        self.listen(world);
+        self.allow_repeats(|_| true);
+        world.restart(self.prng.next_u64());
+        self.conns.clear();
+        self.life += 1;
+        "the server is killed and starts".into()
+    }
+
+    /// Everybody reads what came, but for those who are slow.
+    fn listen(&mut self, world: &mut World) {
+        let mut found = Ok(());
+        for at in 0..self.conns.len() {
+            let conn = &self.conns[at];
+            if conn.is_slow && world.is_open(conn.peer) {
+                continue;
+            }
+            for message in world.messages(conn.peer) {
+                found = found.and_then(|()| self.hear(at, &message.json));
+            }
+        }
+        self.heard_at = world.now();
+        self.conns.retain(|conn| world.is_open(conn.peer));
+        let found = found.and_then(|()| self.check_keys());
+        if self.found.is_ok() {
+            self.found = found;
+        }
+    }
+
+    fn hear(&mut self, at: usize, message: &Value) -> Result<(), String> {
+        match message["action"].as_str() {
+            Some("handshake_ack") => {
+                self.conns[at].is_ready = true;
+                Ok(())
+            }
+            Some("trigger") => self.given(at, message),
+            Some("cancel") => {
+                let handle = &message["id"];
+                self.conns[at].jobs.retain(|job| job.handle != *handle);
+                Ok(())
+            }
+            Some("response") => self.told(at, message),
+            _ => Ok(()),
+        }
+    }
+
+    /// A handler is given a call.
+    fn given(&mut self, at: usize, message: &Value) -> Result<(), String> {
+        let n = message["data"].as_u64().ok_or("a call that nobody made")?;
+        let (life, to, heard_at) = (self.life, self.conns[at].peer, self.heard_at);
+        let call = self.calls.get_mut(&n).ok_or("a call that nobody made")?;
+        let attempt = message["attempt"].as_u64();
+        let fault = |what: &str| Err(format!("call {n} {what}: {call:?}, now {message}"));
+        if call.is_refused {
+            return fault("was refused and is given out");
+        }
+        if call.deadline.is_some_and(|deadline| heard_at >= deadline) {
+            return fault("is given out after its time");
+        }
+        // Of one that may only be parked it is told where it was.
+        if attempt.is_some() != call.redeliver && !call.park {
+            return fault("has an attempt without need, or none");
+        }
+        let left = call.window.map(|window| window.saturating_sub(call.sent));
+        if message["window"].as_u64() != left {
+            return fault("has another window than what is left of it");
+        }
+        match call.attempt {
+            None => {}
+            Some((before, then)) if then == life => {
+                if !call.redeliver || attempt != Some(before + 1) {
+                    return fault("is given out again, or its attempts are miscounted");
+                }
+            }
+            Some((before, _)) => {
+                if !call.park || attempt.is_some_and(|attempt| attempt > before + 1) {
+                    return fault(
+                        "is given out again after a kill, or its attempts are miscounted",
+                    );
+                }
+            }
+        }
+        if call.attempt.is_none() && call.park {
+            let newest = self
+                .newest
+                .entry((to, call.asked_on, call.queue))
+                .or_default();
+            if *newest > n {
+                return fault("comes after one that was asked for later");
+            }
+            *newest = n;
+        }
+        call.attempt = Some((attempt.unwrap_or(1), life));
+        let handle = message["id"].as_str().unwrap_or_default().to_owned();
+        self.conns[at].jobs.push(Job { handle, n });
+        Ok(())
+    }
+
+    /// A caller is told something about a call.
+    fn told(&mut self, at: usize, message: &Value) -> Result<(), String> {
+        let id = message["in_reply_to"].as_str().unwrap_or_default();
+        let Some(n) = id.strip_prefix('c').and_then(|n| n.parse::<u64>().ok()) else {
+            return Ok(());
+        };
+        let conn = &self.conns[at];
+        let app = conn.app;
+        let peer = conn.peer;
+        let key = self.calls.get(&n).and_then(|call| call.key);
+        let is_answer_of = |n: &Value| {
+            let n = n.as_u64().or_else(|| n.as_str()?.parse().ok());
+            let of = n.and_then(|n| self.calls.get(&n));
+            of.is_some_and(|of| of.app == app && key.is_some() && of.key == key)
+        };
+        let shown = &message["response"];
+        let is_own = *shown == n || message["error"]["message"] == n.to_string();
+        let is_right = is_own || is_answer_of(shown) || is_answer_of(&message["error"]["message"]);
+        let call = self.calls.get_mut(&n).ok_or("an answer to no call")?;
+        let fault = if call.app != app {
+            Some("is another app's")
+        } else if call.is_refused {
+            Some("was refused, and more is said of it")
+        } else {
+            match message["status"].as_str() {
+                Some("parked") => {
+                    let may = call.park && !call.is_parked && call.answers == 0;
+                    call.is_parked = true;
+                    (!may).then_some("is said to be parked, when it is not")
+                }
+                Some("partial") => {
+                    call.items += 1;
+                    let may = !call.is_parked && call.window.is_none_or(|most| call.items <= most);
+                    (!may).then_some("sends more items than it may")
+                }
+                Some("error") if message["error"]["ran"] == "no" => {
+                    call.is_refused = true;
+                    let was_accepted = call.is_parked || call.answers > 0;
+                    was_accepted.then_some("was accepted, and is refused now")
+                }
+                Some("ok" | "error") => {
+                    let is_server_s = message["error"]["code"] != "custom" && !shown.is_u64();
+                    call.answers += 1;
+                    let is_first = call.answered_on.insert(peer);
+                    if !is_right && !is_server_s {
+                        Some("has the answer of another")
+                    } else if !is_first || call.answers > 1 + call.may_repeat {
+                        Some("is answered twice")
+                    } else {
+                        None
+                    }
+                }
+                _ => Some("is told something unheard of"),
+            }
+        };
+        match fault {
+            None => Ok(()),
+            Some(what) => Err(format!("call {n} {what}: {call:?}, now {message}")),
+        }
+    }
+
+    /// Of calls of one app under one key one is in a handler's hands at a time.
+    fn check_keys(&self) -> Result<(), String> {
+        let mut running = BTreeMap::new();
+        for job in self.conns.iter().flat_map(|conn| &conn.jobs) {
+            let call = &self.calls[&job.n];
+            if let Some(key) = call.key
+                && let Some(other) = running.insert((call.app, key), job.n)
+            {
+                let n = job.n;
+                return Err(format!("calls {other} and {n} run at once under one key"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Scenario for Lasting {
+    fn step(&mut self, world: &mut World) -> String {
+        let what = self.act(world);
+        for conn in &mut self.conns {
+            conn.is_slow = CALLERS.contains(&conn.app) && self.prng.below(4) == 0;
+        }
+        self.listen(world);
+        what
+    }
+
+    fn check(&mut self, _log: &[Event], _world: &World) -> Result<(), String> {
+        std::mem::replace(&mut self.found, Ok(()))
+    }
+
+    /// Everybody comes, the disk is well, and every call is answered, until nothing is left to do.
+    fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String> {
+        if at == 0 {
+            world.hold_disk(false);
+            world.fill_disk(false);
+            self.is_held = false;
+            world.hold_told(false);
+            for app in CALLERS.iter().chain(&HANDLERS) {
+                while self.of(&[app]).len() < INSTANCES {
+                    self.join(app, &TRIGGERS, &Value::Null, world);
+                }
+            }
+            for at in self.of(&HANDLERS) {
+                let message = json!({"action": "trigger_register", "triggers": TRIGGERS});
+                self.say(at, &message, world);
+            }
+        } else if at > LAST_TURNS {
+            return Ok(None);
+        } else {
+            for at in 0..self.conns.len() {
+                while !self.conns[at].jobs.is_empty() {
+                    self.respond(at, 0, "ok", world);
+                }
+            }
+            world.advance(1100);
+        }
+        self.conns.iter_mut().for_each(|conn| conn.is_slow = false);
+        self.listen(world);
+        Ok(Some("everybody is there and answers".into()))
+    }
+
+    fn at_end(&self, world: &World) -> Result<(), String> {
+        for (n, call) in &self.calls {
+            let is_there = self.conns.iter().any(|conn| conn.peer == call.asked_on);
+            let is_owed = call.has_id && !call.is_refused && (call.is_parked || is_there);
+            if is_owed && call.answers == 0 {
+                return Err(format!("call {n} has no answer: {call:?}"));
+            }
+        }
+        let rows = world.rows();
+        if !rows.calls.is_empty() || !rows.answers.is_empty() {
+            let (calls, answers) = (rows.calls.len(), rows.answers.len());
+            return Err(format!(
+                "{calls} calls and {answers} answers are left on disk"
+            ));
+        }
+        if world.calls_in_flight() > 0 {
+            return Err("calls are left in flight".into());
+        }
+        if !world.storages().is_empty() {
+            return Err("something is counted that is there no longer".into());
+        }
+        Ok(())
+    }
+}
