@@ -46,6 +46,12 @@ struct Conn {
 /// A trigger, and the app that is to handle it: what keeps its order.
 type Queue = (&'static str, Option<&'static str>);
 
+impl Conn {
+    fn is_caller(&self) -> bool {
+        CALLERS.contains(&self.app)
+    }
+}
+
 /// A call in a handler's hands.
 struct Job {
     handle: String,
@@ -146,6 +152,11 @@ impl Lasting {
                 format!("the disk is full: {is_full}")
             }
             81..=83 => {
+                if !self.is_held {
+                    // What came before has left the server.
+                    self.conns.iter_mut().for_each(|conn| conn.is_slow = false);
+                    self.listen(world);
+                }
                 self.is_held = self.prng.below(2) == 0;
                 world.hold_told(self.is_held);
                 format!("what is sent stays in the server: {}", self.is_held)
@@ -173,7 +184,7 @@ impl Lasting {
         };
         let park = prng.below(3) > 0;
         let redeliver = prng.below(2) == 0;
-        let window = (!park && redeliver && prng.below(3) == 0).then(|| 1 + prng.below(3) as u64);
+        let window = (!park && redeliver && prng.below(2) == 0).then(|| 1 + prng.below(3) as u64);
         let key = (prng.below(4) == 0).then(|| prng.below(3) as u64);
         let is_patient = park && destination != Some(AWAY) && prng.below(2) == 0;
         let ttl = if is_patient {
@@ -234,7 +245,13 @@ impl Lasting {
         }
         let at = busy[self.prng.below(busy.len())];
         let job = self.prng.below(self.conns[at].jobs.len());
-        let status = ["ok", "ok", "ok", "error", "partial"][self.prng.below(5)];
+        let is_stream = self.calls[&self.conns[at].jobs[job].n].window.is_some();
+        let status = match self.prng.below(5) {
+            0 => "error",
+            1 => "partial",
+            2..=3 if is_stream => "partial",
+            _ => "ok",
+        };
         self.respond(at, job, status, world)
     }
 
@@ -306,24 +323,15 @@ impl Lasting {
             return "nobody is there to go".into();
         }
         let at = self.prng.below(self.conns.len());
-        // It has read what was sent to it.
-        self.conns[at].is_slow = false;
+        // It has read what has left the server.
+        self.conns[at].is_slow = self.is_held && self.conns[at].is_caller();
         self.listen(world);
         if at >= self.conns.len() {
             return "it is gone already".into();
         }
         let conn = self.conns.remove(at);
-        if self.is_held {
-            // What it has read may count as unread, and is told again.
-            self.allow_repeats(|call| call.app == conn.app);
-        }
         world.hang_up(conn.peer);
         format!("{} hangs up", conn.app)
-    }
-
-    fn allow_repeats(&mut self, of: impl Fn(&Call) -> bool) {
-        let calls = self.calls.values_mut().filter(|call| of(call));
-        calls.for_each(|call| call.may_repeat += 1);
     }
 
     fn cancel(&mut self, world: &mut World) -> String {
@@ -343,9 +351,14 @@ impl Lasting {
     }
 
     fn kill(&mut self, world: &mut World) -> String {
-        self.conns.iter_mut().for_each(|conn| conn.is_slow = false);
+        for conn in &mut self.conns {
+            conn.is_slow = self.is_held && conn.is_caller();
+        }
         self.listen(world);
-        self.allow_repeats(|_| true);
+        // What was answered may not have been written down.
+        self.calls
+            .values_mut()
+            .for_each(|call| call.may_repeat += 1);
         world.restart(self.prng.next_u64());
         self.conns.clear();
         self.life += 1;
@@ -522,7 +535,7 @@ impl Scenario for Lasting {
     fn step(&mut self, world: &mut World) -> String {
         let what = self.act(world);
         for conn in &mut self.conns {
-            conn.is_slow = CALLERS.contains(&conn.app) && self.prng.below(4) == 0;
+            conn.is_slow = conn.is_caller() && (self.is_held || self.prng.below(4) == 0);
         }
         self.listen(world);
         what
