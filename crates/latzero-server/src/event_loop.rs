@@ -9,19 +9,20 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use latzero_fabric::{Class, Effects, Flow, Sent, Time};
-use latzero_protocol::{BlockId, Code, PoolName, Refusal, encode};
+use latzero_fabric::{Class, Effects, Flow, Time};
+use latzero_protocol::{BlockId, PoolName, Refusal, encode};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::builtin::BuiltIn;
 use crate::connection::{Connection, Patience, Turn, Verdict};
-use crate::handover::{self, Given, Step};
+use crate::handover;
 use crate::host::IoHost;
 use crate::listener::{Accepted, Listener, accept, count_out};
 use crate::peer::Peer;
@@ -53,6 +54,8 @@ const DRAIN_SPREAD: usize = 100;
 /// What only the first loop has.
 pub(crate) struct Front {
     pub(crate) listeners: Vec<Listener>,
+    /// Paths of those that a service manager made.
+    pub(crate) passed: Vec<PathBuf>,
     pub(crate) spare: SpareDescriptor,
     pub(crate) notifier: Option<Notifier>,
     pub(crate) watchdog: Option<Duration>,
@@ -80,8 +83,6 @@ pub(crate) struct EventLoop {
     watchdog_at: Option<Time>,
     /// The store's sign of life, and its backups by schedule.
     upkeep_at: Option<Time>,
-    /// Who was given everything, and has not said yet that it has it.
-    giving_to: Option<Weak<Peer>>,
     drain: Option<Drain>,
 }
 
@@ -89,6 +90,8 @@ pub(crate) struct EventLoop {
 struct Drain {
     deadline: Time,
     is_closing: bool,
+    /// Nothing more is run here, but for a server that takes over.
+    is_quiet: bool,
     per_look: usize,
     gone_by: Option<Time>,
     /// The next connections are closed then.
@@ -121,7 +124,6 @@ impl EventLoop {
             accept_at: None,
             watchdog_at: None,
             upkeep_at: None,
-            giving_to: None,
             drain: None,
         };
         if let Some(front) = front {
@@ -254,7 +256,12 @@ impl EventLoop {
                         Err(refusal) => encode::refusal(out, Some(&id), refusal),
                     });
             }
-            Command::HandOver(peer, id, step) => self.hand_over(&peer, id.as_deref(), step),
+            Command::HandOver(peer, id, step) => {
+                let front = self.front.as_ref();
+                let sockets = front.map(|front| (&front.listeners[..], &front.passed[..]));
+                let sockets = sockets.unwrap_or_default();
+                handover::hand_over(&mut self.host, sockets, (&peer, id.as_deref()), step);
+            }
             Command::Kept(peer, result) => self.kept(now, &peer, result),
             Command::BlockDone(done) => self.host.handle_done(done),
             Command::Watchdog => {
@@ -268,71 +275,6 @@ impl EventLoop {
                 }
             }
         }
-    }
-
-    /// Gives the listening sockets and the shared blocks to a server that takes over, and begins to stop when that says that
-    /// it has them all: one that dies before leaves this one as it was.
-    fn hand_over(&mut self, to: &Arc<Peer>, id: Option<&str>, step: Step) {
-        let done = match step {
-            Step::Give => self.give(to, id),
-            Step::Taken => self.taken(to, id),
-        };
-        if let Err(refusal) = done {
-            tracing::warn!(reason = %refusal.message, "this server does not hand over");
-            let length = refusal.message.len() + 256;
-            self.host.fx.send(to, Class::Control, length, |out| {
-                encode::refusal(out, id, &refusal);
-            });
-        }
-    }
-
-    fn give(&mut self, to: &Arc<Peer>, id: Option<&str>) -> Result<(), Refusal> {
-        let shared = Arc::clone(&self.host.shared);
-        if shared.is_draining.load(Relaxed) {
-            let message = "this server stops already; start another one when it has";
-            return Err(Refusal::new(Code::Draining, message));
-        }
-        let failed = |why: &str| Refusal::new(Code::Storage, format!("the sockets: {why}"));
-        let front = self.front.as_ref();
-        let listeners = front.map_or(&[][..], |front| &front.listeners);
-        let given = handover::give(listeners, &shared);
-        let given = given.map_err(|error| failed(&error.to_string()))?;
-        for (at, Given { json, descriptors }) in given.into_iter().enumerate() {
-            let (count, length) = (descriptors.len(), json.len() + 256);
-            let fx = &mut self.host.fx;
-            let sent = fx.append(to, Class::Control, length, descriptors, |out| match at {
-                0 => encode::reply_with(out, id.unwrap_or_default(), &json, count),
-                _ => encode::message(out, &json),
-            });
-            if sent != Sent::Queued {
-                return Err(failed("they do not fit into your connection's outbox"));
-            }
-        }
-        self.giving_to = Some(Arc::downgrade(to));
-        Ok(())
-    }
-
-    fn taken(&mut self, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refusal> {
-        let shared = Arc::clone(&self.host.shared);
-        let is_given = self
-            .giving_to
-            .as_ref()
-            .and_then(Weak::upgrade)
-            .is_some_and(|to| Arc::ptr_eq(&to, by));
-        if !is_given || shared.is_draining.load(Relaxed) {
-            let message =
-                "nothing was handed over to this connection, or this server stops already";
-            return Err(Refusal::new(Code::Draining, message));
-        }
-        if let Some(id) = id {
-            self.host.fx.send(by, Class::Control, 256, |out| {
-                encode::reply(out, id, "{\"draining\":true}");
-            });
-        }
-        tracing::info!("handing over to another server");
-        shared.is_handed_over.store(true, Relaxed);
-        shared.drain();
-        Ok(())
     }
 
     /// Takes what the server from before handed over.
@@ -751,6 +693,7 @@ impl EventLoop {
             self.drain = Some(Drain {
                 deadline,
                 is_closing: false,
+                is_quiet: false,
                 per_look: 0,
                 gone_by: None,
                 next_at: now,
@@ -773,21 +716,44 @@ impl EventLoop {
             return false;
         }
         let (per_look, gone_by) = (drain.per_look, drain.gone_by);
-        if now < drain.next_at {
-            return live == 0 || gone_by.is_some_and(|at| at <= now);
-        }
-        drain.next_at = now.after_ms(DRAIN_LOOK_MS);
-        let open = self
-            .connections
-            .iter()
-            .flatten()
-            .filter(|c| !c.is_closing());
-        let peers: Vec<_> = open.take(per_look).map(|c| Arc::clone(&c.peer)).collect();
-        for peer in peers {
-            self.close_peer(now, &peer);
+        if drain.next_at <= now {
+            drain.next_at = now.after_ms(DRAIN_LOOK_MS);
+            self.close_some(now, per_look);
         }
         // What came in after the listeners were closed is not waited for.
         self.live == 0 || gone_by.is_some_and(|at| at <= now)
+    }
+
+    /// Closes so many connections; that of a server that takes over last of all, as it is to be told how things are at the end.
+    fn close_some(&mut self, now: Time, many: usize) {
+        let shared = Arc::clone(&self.host.shared);
+        let taker = shared.giving.taker();
+        let is_taker = |peer: &Arc<Peer>| taker.as_ref().is_some_and(|t| Arc::ptr_eq(t, peer));
+        let open = self.connections.iter().flatten();
+        let mut open = open
+            .filter(|c| !c.is_closing() && !is_taker(&c.peer))
+            .map(|c| Arc::clone(&c.peer));
+        let peers: Vec<_> = open.by_ref().take(many).collect();
+        let is_quiet = open.next().is_none();
+        for peer in peers {
+            self.close_peer(now, &peer);
+        }
+        let Some(drain) = &mut self.drain else { return };
+        if is_quiet && !drain.is_quiet {
+            drain.is_quiet = true;
+            shared.giving.note_quiet();
+        }
+        let Some(taker) = taker.filter(|taker| taker.home == self.index) else {
+            return;
+        };
+        let slot = self.slot_of(&taker);
+        let taker_is_open = slot
+            .and_then(|slot| self.connections[slot].as_ref())
+            .is_some_and(|connection| !connection.is_closing());
+        if taker_is_open && shared.giving.is_quiet(shared.mailboxes.len()) {
+            handover::give_rest(&mut self.host, &taker);
+            self.close_peer(now, &taker);
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use serde_json::json;
 
 use crate::blocks::{Blocks, Done, Finished};
-use crate::handover::Step;
+use crate::handover::{self, Step};
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
 use crate::stats::{Batch, resources};
@@ -578,6 +578,7 @@ impl Host for IoHost {
                 .map(Some)
                 .map_err(|message| Refusal::new(Code::BadMessage, message)),
             AdminAction::HandOver { taken } => {
+                handover::check_asker(asker)?;
                 let step = if *taken { Step::Taken } else { Step::Give };
                 let command = Command::HandOver(Arc::clone(asker), id.map(Into::into), step);
                 self.shared.mailboxes[0].send(command);

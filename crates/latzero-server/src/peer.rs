@@ -54,6 +54,11 @@ impl Peer {
             .expect("no panic happens under the outbox lock")
     }
 
+    /// Whether the other end of its Unix socket has closed, though what it sent before may still be unread.
+    pub(crate) fn has_hung_up(&self) -> bool {
+        self.socket.as_ref().is_some_and(Socket::has_hung_up)
+    }
+
     /// Whether its loop should leave further messages unread: it has all the calls in flight that it may have. One that
     /// owes answers is read on, since its answers may be what its own calls wait for.
     pub(crate) fn should_pause(&self, in_flight_max: u32) -> bool {

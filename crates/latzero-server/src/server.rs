@@ -11,7 +11,7 @@ use signal_hook::iterator::Signals;
 use crate::audit::AuditLog;
 use crate::blocks::{Blocks, Rows};
 use crate::event_loop::{EventLoop, Front};
-use crate::handover;
+use crate::handover::{self, Inherited};
 use crate::keeper::Keeper;
 use crate::listener::Listener;
 use crate::logging::{LogError, LogOptions, Logs};
@@ -98,20 +98,24 @@ impl Server {
         resolved.check_available()?;
         let settings = resolved.settings.clone();
         let environment = origins.environment.clone();
-        let mut activation = Activation::of_process(&environment)?;
-        let mut inherited = None;
-        if origins.takes_over {
-            inherited = handover::ask(&settings, &environment)?;
-        }
-        if let Some(inherited) = &mut inherited {
-            activation.tcp.append(&mut inherited.sockets.tcp);
-            activation.unix.append(&mut inherited.sockets.unix);
-        }
-        let started = prepare(&settings, &environment, activation)?;
+        let activation = Activation::of_process(&environment)?;
+        let inherited = if origins.takes_over {
+            handover::ask(&settings, &environment, activation)?
+        } else {
+            Inherited::nothing(activation)
+        };
+        let Inherited {
+            sockets,
+            blocks: given_blocks,
+            lock,
+            before,
+        } = inherited;
+        let started = prepare(&settings, &environment, sockets, lock)?;
         let logs = Arc::new(Logs::begin(
             &LogOptions::new(&settings, &environment),
             &started.data_dir.logs(),
         )?);
+        before.log();
         let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(ServerError::Loop)?;
         let notifier = || match Notifier::new(&environment) {
             Ok(notifier) => notifier,
@@ -184,21 +188,23 @@ impl Server {
             settings,
         });
         let mut listeners: Vec<Listener> = started.tcp.into_iter().map(Listener::Tcp).collect();
-        let mut files = Vec::new();
+        let (mut files, mut passed) = (Vec::new(), Vec::new());
         for bound in started.unix {
             listeners.push(Listener::Unix(bound.listener));
+            if bound.file.is_foreign() {
+                passed.push(bound.file.path().to_owned());
+            }
             files.push(bound.file);
         }
         let front = Front {
             listeners,
+            passed,
             spare: started.spare,
             notifier: notifier(),
             watchdog: watchdog_interval(&environment),
         };
         let mut loops = vec![EventLoop::new(&shared, 0, Some(front)).map_err(ServerError::Loop)?];
-        if let Some(inherited) = inherited {
-            loops[0].take_over(inherited.blocks);
-        }
+        loops[0].take_over(given_blocks);
         for index in 1..shared.mailboxes.len() {
             loops.push(EventLoop::new(&shared, index, None).map_err(ServerError::Loop)?);
         }
@@ -290,7 +296,7 @@ impl Server {
         }
         shared.blocks.sync_all();
         shared.keeper.close();
-        if shared.is_handed_over.load(Relaxed) {
+        if shared.giving.is_taken() {
             // They are in use.
             std::mem::forget(std::mem::take(&mut self.files));
         }

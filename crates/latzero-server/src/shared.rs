@@ -1,7 +1,7 @@
 //! What the loops share: the registry, the pools' deadlines, the counts, and a way to reach each other.
 //!
-//! Lock order: built-in app, registry, pool, outbox; the timers, the statistics and the blocks' table and ledger are
-//! leaves. Nothing here waits for
+//! Lock order: built-in app, registry, pool, outbox; the timers, the statistics, what is given away and the blocks' table and
+//! ledger are leaves. Nothing here waits for
 //! IO while it is held.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -15,6 +15,7 @@ use mio::Waker;
 use crate::audit::AuditLog;
 use crate::blocks::{Blocks, Done};
 use crate::builtin::BuiltIn;
+use crate::handover::{Giving, Step};
 use crate::host::IoHost;
 use crate::keeper::Keeper;
 use crate::listener::Door;
@@ -41,7 +42,7 @@ pub(crate) enum Command {
     /// Judge every connection by the clock and the bounds, which changed or were reached.
     Judge,
     /// Hand the sockets and blocks over to who asks, under that id, and stop.
-    HandOver(Arc<Peer>, Option<Box<str>>, crate::handover::Step),
+    HandOver(Arc<Peer>, Option<Box<str>>, Step),
     /// The reply to a request that took long.
     Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
     /// What was promised to a connection is on disk, or can't be.
@@ -164,8 +165,8 @@ pub(crate) struct Shared {
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) builtin: Mutex<Option<BuiltIn>>,
     pub(crate) is_draining: AtomicBool,
-    /// The sockets are another server's now.
-    pub(crate) is_handed_over: AtomicBool,
+    /// What is given to a server that takes over.
+    pub(crate) giving: Giving,
     /// A backup or a check of the database is under way.
     pub(crate) is_in_upkeep: AtomicBool,
     /// Set where all loops are to end at once.
@@ -233,7 +234,7 @@ impl Shared {
             mailboxes,
             builtin: Mutex::new(None),
             is_draining: AtomicBool::new(false),
-            is_handed_over: AtomicBool::new(false),
+            giving: Giving::default(),
             is_in_upkeep: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
             blocked: Mutex::new(Vec::new()),
@@ -268,11 +269,13 @@ impl Shared {
         Peer::new(home, socket)
     }
 
-    /// Begins to drain: no new calls and connections; the loops end when the last call has.
-    pub(crate) fn drain(&self) {
-        if !self.is_draining.swap(true, Relaxed) {
+    /// Begins to drain: no new calls and connections; the loops end when the last call has. False where that has begun before.
+    pub(crate) fn drain(&self) -> bool {
+        let is_first = !self.is_draining.swap(true, Relaxed);
+        if is_first {
             self.wake_all();
         }
+        is_first
     }
 
     pub(crate) fn wake_all(&self) {

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use latzero_fabric::Transport;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 
@@ -160,6 +161,17 @@ impl Socket {
         };
         // One that can't be seen from here has no id, and is not known to be dead.
         rustix::net::sockopt::socket_peercred(stream).is_ok_and(|cred| has_ended(cred.pid))
+    }
+
+    /// Whether the other end has closed, though what it sent before may still be unread (poll(2), `POLLHUP`).
+    pub(crate) fn has_hung_up(&self) -> bool {
+        let none = PollFlags::empty();
+        let mut look = match self {
+            Socket::Tcp(stream) => [PollFd::new(stream, none)],
+            Socket::Unix(stream) => [PollFd::new(stream, none)],
+        };
+        let now = Timespec::default();
+        poll(&mut look, Some(&now)).is_ok() && look[0].revents().contains(PollFlags::HUP)
     }
 
     pub(crate) fn shutdown(&self, how: Shutdown) {

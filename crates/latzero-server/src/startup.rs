@@ -309,6 +309,7 @@ impl Started {
 
 /// Every step but the umask and what the store needs: directory, lock, token, descriptors, sockets.
 /// Connections that arrive from here on wait in the listeners' queues until the caller accepts.
+/// `lock` is the lock of the data directory where the caller has it already.
 ///
 /// # Errors
 /// The first step that fails. What was created before it stays; the lock and the sockets are
@@ -317,9 +318,13 @@ pub fn prepare(
     settings: &Settings,
     environment: &Environment,
     activation: Activation,
+    lock: Option<InstanceLock>,
 ) -> Result<Started, StartupError> {
     let data_dir = DataDir::prepare(&settings.data_dir)?;
-    let lock = InstanceLock::acquire(data_dir.path())?;
+    let lock = match lock {
+        Some(lock) => lock,
+        None => InstanceLock::acquire(data_dir.path())?,
+    };
     let token = token::AdminToken::load_or_create(data_dir.path())?;
     let descriptors_max = descriptors::raise_limit();
     let spare = SpareDescriptor::new()
@@ -388,7 +393,12 @@ mod tests {
     }
 
     fn start(settings: &Settings) -> Result<Started, StartupError> {
-        prepare(settings, &Environment::default(), Activation::default())
+        prepare(
+            settings,
+            &Environment::default(),
+            Activation::default(),
+            None,
+        )
     }
 
     #[test]

@@ -5,11 +5,14 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use latzero_tests::Wire;
 use latzero_tests::site::{Daemon, Site, Start};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::{Value, json};
 
 fn takes_over() -> Start {
@@ -231,6 +234,321 @@ fn one_that_has_no_unix_socket_is_not_taken_over() {
     assert_eq!(refused.status.code(), Some(1));
     let expected = format!("one runs (pid {}), but not on a Unix socket", old.pid());
     assert!(refused.said.contains(&expected), "{}", refused.said);
+}
+
+/// Starts a new one that is to be refused; what it said.
+fn refused(site: &Site, settings: &[&str]) -> String {
+    let start = Start {
+        settings: settings.iter().map(|&s| s.to_owned()).collect(),
+        ..takes_over()
+    };
+    let refused = site.start_with(&start).err().unwrap();
+    assert!(!refused.status.success());
+    refused.said
+}
+
+/// The process that whoever connects is told to have reached (unix(7), SO_PEERCRED).
+fn reached(server: &Daemon) -> u32 {
+    let stream = UnixStream::connect(server.socket()).unwrap();
+    let pid = socket_peercred(&stream).unwrap().pid;
+    pid.as_raw_nonzero().get().unsigned_abs()
+}
+
+#[test]
+fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
+    let site = Site::new();
+    let mut old = site.start();
+    let (mut app, _) = old.app(json!({"app_id": "a"}));
+    std::fs::write(site.data_dir().join("file"), "precious").unwrap();
+    let taken = format!("socket={}", site.data_dir().join("file").display());
+    let other = site.data_dir().join("other.sock");
+    let moved = format!("socket={}", other.display());
+    // An address for documentation (RFC 5737), a path where something else is, and both another path and no address.
+    let said = refused(&site, &["host=192.0.2.1"]);
+    assert!(said.contains("cannot listen on 192.0.2.1"), "{said}");
+    let said = refused(&site, &[&taken]);
+    assert!(said.contains("is in the way of the socket"), "{said}");
+    refused(&site, &["host=192.0.2.1", &moved]);
+    assert!(!other.exists());
+    assert!(old.is_running());
+    assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
+    // Who comes finds it as before.
+    assert_eq!(reached(&old), old.pid());
+    let (_, ack) = old.app(json!({"app_id": "b"}));
+    assert_eq!(ack["status"], "ok");
+    let new = site.start_with(&takes_over()).unwrap();
+    assert_eq!(reached(&new), new.pid());
+    assert!(old.wait().success());
+}
+
+#[test]
+fn an_address_that_the_old_one_is_in_the_way_of_is_bound_after_it() {
+    let site = Site::new();
+    let start = Start {
+        settings: vec!["host=0.0.0.0".into()],
+        ..Start::default()
+    };
+    let mut old = site.start_with(&start).unwrap();
+    let port = old.tcp().rsplit_once(':').unwrap().1.to_owned();
+    let start = Start {
+        settings: vec!["host=127.0.0.1".into(), format!("port={port}")],
+        ..takes_over()
+    };
+    let new = site.start_with(&start).unwrap();
+    assert!(old.wait().success());
+    assert_eq!(new.tcp(), format!("127.0.0.1:{port}"));
+    // A name stands for its addresses: nothing is bound anew.
+    let waiting = TcpStream::connect(new.tcp()).unwrap();
+    let start = Start {
+        settings: vec!["host=localhost".into(), format!("port={port}")],
+        ..takes_over()
+    };
+    let named = site.start_with(&start).unwrap();
+    assert_eq!(named.tcp(), format!("127.0.0.1:{port}"));
+    drop(waiting);
+}
+
+#[test]
+fn one_of_another_directory_is_left_alone() {
+    let (site, other) = (Site::new(), Site::new());
+    let mut running = other.start();
+    let (mut app, _) = running.app(json!({"app_id": "a"}));
+    let said = refused(&site, &[&format!("socket={}", running.socket().display())]);
+    let directory = other.data_dir().canonicalize().unwrap();
+    assert!(said.contains(&directory.display().to_string()), "{said}");
+    assert!(running.is_running());
+    assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
+    assert_eq!(running.app(json!({"app_id": "b"})).1["status"], "ok");
+}
+
+#[test]
+fn the_word_of_one_that_died_does_not_end_the_old_one() {
+    let site = Site::new();
+    let mut old = site.start();
+    let (mut app, _) = old.app(json!({"app_id": "a"}));
+    let (mut new, _) = ask(&old);
+    // It says that it has everything, and is gone before that is read.
+    old.while_stopped(|| {
+        new.send(&json!({"action": "hand_over", "id": "2", "taken": true}));
+        drop(new);
+    });
+    let (mut admin, _) = old.app(json!({"app_id": "b"}));
+    // All that came before this has been run.
+    let stats = admin.request(json!({"action": "stats"}));
+    assert_eq!(stats["response"]["server"]["draining"], false, "{stats}");
+    assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
+    let _new = site.start_with(&takes_over()).unwrap();
+    assert!(old.wait().success());
+}
+
+#[test]
+fn without_descriptors_to_spare_it_refuses_and_goes_on() {
+    let site = Site::new();
+    let mut old = site.start();
+    let (mut app, _) = old.app(json!({"app_id": "a"}));
+    let features = json!(["attachments", "fd_passing"]);
+    let (mut new, _) = old.app(json!({"app_id": "new", "features": features}));
+    let pid = Pid::from_raw(i32::try_from(old.pid()).unwrap());
+    let limit = |current| {
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        prlimit(pid, Resource::Nofile, Rlimit { current, maximum }).unwrap()
+    };
+    let before = limit(Some(4));
+    let reply = new.request(json!({"action": "hand_over"}));
+    assert_eq!(reply["error"]["code"], "storage", "{reply}");
+    let reply = new.request(json!({"action": "hand_over", "taken": true}));
+    assert_eq!(reply["error"]["code"], "draining", "{reply}");
+    assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
+    limit(before.current);
+    let _new = site.start_with(&takes_over()).unwrap();
+    assert!(old.wait().success());
+}
+
+#[test]
+fn the_old_one_says_how_long_it_may_take() {
+    let site = Site::new();
+    let start = Start {
+        settings: vec!["drain_timeout=12345ms".into()],
+        ..Start::default()
+    };
+    let old = site.start_with(&start).unwrap();
+    let (_new, reply) = ask(&old);
+    assert_eq!(reply["response"]["drain_timeout"], 12345);
+}
+
+#[test]
+fn what_is_made_while_the_old_one_drains_goes_over_too() {
+    made_while_draining(1);
+    // Each loop closes its own connections in its own time.
+    made_while_draining(3);
+}
+
+fn made_while_draining(io_threads: usize) {
+    let site = Site::new();
+    let start = Start {
+        settings: vec![format!("io_threads={io_threads}")],
+        ..Start::default()
+    };
+    let mut old = site.start_with(&start).unwrap();
+    let (mut handler, _) = old.app(json!({"app_id": "h", "triggers": ["slow"]}));
+    let (mut caller, _) = old.app(json!({"app_id": "c"}));
+    let make = |name: &str, size: u64| {
+        json!({
+            "action": "memory_create", "block_id": name, "size": size, "attach": false,
+        })
+    };
+    caller.request(make("grown", 10));
+    caller.request(make("again", 10));
+    caller.send(&json!({"action": "trigger", "id": "1", "process": "slow"}));
+    let call = handler.receive();
+    std::thread::scope(|scope| {
+        let new = scope.spawn(|| site.start_with(&takes_over()).unwrap());
+        assert_eq!(handler.receive()["event"], "draining");
+        // It has what there was by now, and none of this is held by anybody.
+        caller.request(make("made", 10));
+        for ask in [
+            json!({"action": "memory_resize", "block_id": "grown", "size": 20}),
+            json!({"action": "memory_remove", "block_id": "again"}),
+            make("again", 30),
+        ] {
+            let reply = caller.request(ask);
+            assert_eq!(reply["status"], "ok", "{reply}");
+        }
+        handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok"}));
+        assert!(old.wait().success());
+        let new = new.join().unwrap();
+        let (mut app, _) = new.app(json!({"app_id": "c"}));
+        for (name, size) in [("made", 10), ("grown", 20), ("again", 30)] {
+            let info = app.request(json!({"action": "memory_info", "block_id": name}));
+            assert_eq!(info["response"]["size"], size, "{name}: {info}");
+        }
+    });
+}
+
+#[test]
+fn a_stop_that_comes_in_between_is_a_stop() {
+    let site = Site::new();
+    let mut old = site.start();
+    let (mut handler, _) = old.app(json!({"app_id": "h", "triggers": ["slow"]}));
+    let (mut caller, _) = old.app(json!({"app_id": "c"}));
+    caller.send(&json!({"action": "trigger", "id": "1", "process": "slow"}));
+    let call = handler.receive();
+    let (mut new, _) = ask(&old);
+    old.ask_to_stop();
+    assert_eq!(handler.receive()["event"], "draining");
+    let reply = new.request(json!({"action": "hand_over", "taken": true}));
+    assert_eq!(reply["error"]["code"], "draining", "{reply}");
+    handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok"}));
+    assert!(old.wait().success());
+    // It is nobody's now.
+    assert!(!old.socket().exists());
+}
+
+#[test]
+fn what_does_not_fit_into_the_outbox_ends_nothing() {
+    let site = Site::new();
+    let start = Start {
+        settings: vec![
+            "limits.outbox_bytes_max=16KiB".into(),
+            "limits.outbox_headroom_bytes=4KiB".into(),
+        ],
+        ..Start::default()
+    };
+    let mut old = site.start_with(&start).unwrap();
+    let (mut app, _) = old.app(json!({"app_id": "a"}));
+    for n in 0..200 {
+        let name = format!("{n:0>100}");
+        let make = json!({"action": "memory_create", "block_id": name, "size": 1, "attach": false});
+        assert_eq!(app.request(make)["status"], "ok");
+    }
+    let said = refused(&site, &[]);
+    assert!(said.contains("does not hand over"), "{said}");
+    assert!(old.is_running());
+    assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
+    assert_eq!(old.app(json!({"app_id": "b"})).1["status"], "ok");
+}
+
+#[test]
+fn two_that_take_over_at_once() {
+    let site = Site::new();
+    let old = site.start();
+    let _ = old.app(json!({"app_id": "a"}));
+    let started: Vec<_> = std::thread::scope(|scope| {
+        let both = [(); 2].map(|()| scope.spawn(|| site.start_with(&takes_over())));
+        both.map(|thread| thread.join().unwrap()).into()
+    });
+    // One of them, or one after the other.
+    let refused: Vec<_> = started.iter().filter_map(|s| s.as_ref().err()).collect();
+    assert!(refused.len() < 2, "{refused:?}");
+    let (mut app, ack) = old.app(json!({"app_id": "a"}));
+    assert_eq!(ack["rehydrated"], true);
+    assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
+}
+
+/// Stands in for an old server: answers the handshake, and then each message as `answer` says; where that is nothing, it is
+/// gone, as if killed.
+fn stand_in(
+    site: &Site,
+    mut answer: impl FnMut(&Value) -> Option<Value> + Send + 'static,
+) -> std::thread::JoinHandle<()> {
+    let path = site.data_dir().join("latzero.sock");
+    let listener = UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        drop(listener);
+        loop {
+            let mut length = [0; 4];
+            if stream.read_exact(&mut length).is_err() {
+                return;
+            }
+            let mut json = vec![0; u32::from_be_bytes(length) as usize];
+            stream.read_exact(&mut json).unwrap();
+            let asked: Value = serde_json::from_slice(&json).unwrap();
+            let mut reply = match asked["action"].as_str() {
+                Some("handshake") => json!({"action": "handshake_ack", "status": "ok"}),
+                _ => match answer(&asked) {
+                    Some(reply) => reply,
+                    None => return,
+                },
+            };
+            reply["in_reply_to"] = asked["id"].clone();
+            let json = reply.to_string();
+            let mut frame = u32::try_from(json.len()).unwrap().to_be_bytes().to_vec();
+            frame.extend_from_slice(json.as_bytes());
+            stream.write_all(&frame).unwrap();
+        }
+    })
+}
+
+#[test]
+fn one_that_dies_meanwhile_is_followed_by_an_ordinary_start() {
+    for until_taken in [false, true] {
+        let site = Site::new();
+        let directory = site.data_dir().canonicalize().unwrap();
+        let old = stand_in(&site, move |asked| {
+            let response = json!({
+                "data_dir": directory, "listeners": [], "blocks": 0, "drain_timeout": 0,
+            });
+            let reply = json!({"action": "response", "status": "ok", "response": response});
+            (until_taken && asked["taken"] != true).then_some(reply)
+        });
+        let new = site.start_with(&takes_over()).unwrap();
+        old.join().unwrap();
+        assert_eq!(new.app(json!({"app_id": "a"})).1["status"], "ok");
+    }
+}
+
+#[test]
+fn one_that_is_too_old_is_named() {
+    let site = Site::new();
+    let old = stand_in(&site, |_| {
+        let error = json!({"code": "unknown_action", "message": "unknown action 'hand_over'"});
+        Some(json!({"action": "response", "status": "error", "error": error}))
+    });
+    let said = refused(&site, &[]);
+    assert!(said.contains("of a version that can't hand over"), "{said}");
+    assert!(said.contains("latzero stop"), "{said}");
+    old.join().unwrap();
 }
 
 #[test]

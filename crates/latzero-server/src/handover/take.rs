@@ -1,130 +1,295 @@
 //! The new server's side: asks the old one, takes what it gives, waits for its end.
+//!
+//! What can be found out to be wrong is found out before the old one is told to end: until then an error here leaves it as it
+//! was, its sockets' files included.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Write as _};
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs as _};
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use latzero_protocol::frame::{self, Accept};
-use latzero_protocol::{BlockId, PoolName, address};
-use rustix::event::{PollFd, PollFlags, poll};
+use latzero_protocol::{BlockId, Code, PoolName};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
-use super::DESCRIPTORS_MAX;
-use crate::settings::{Environment, Settings, SocketChoice};
+use super::sockets::{GivenUnix, bind_unix, candidates, settle_tcp};
+use super::{DESCRIPTORS_MAX, is_trusted};
+use crate::settings::{Environment, Settings};
 use crate::startup::StartupError;
+use crate::startup::data_dir::DataDir;
 use crate::startup::descriptors::raise_limit;
-use crate::startup::lock::holder;
-use crate::startup::sockets::{BACKLOG, BoundSocket, SocketFile};
+use crate::startup::lock::{InstanceLock, holder};
 use crate::startup::systemd::Activation;
 
 /// How long the old server may take to give everything; and how long for its end, beyond what it gives running calls.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long the lock of a server that died may take to fall.
+const FALL: Duration = Duration::from_secs(1);
+
+/// How often the lock is tried.
+const TRY_EVERY: Duration = Duration::from_millis(10);
+
+/// The most that is believed of how long the old server gives running calls: what the setting allows.
+const DRAIN_MAX: Duration = Duration::from_secs(3600);
+
 /// The AppID under which a new server asks.
 const APP: &str = "latzero-takeover";
 
-/// What a new server got from the old one.
-#[derive(Default)]
+/// What a new server begins with.
 pub(crate) struct Inherited {
     /// Listening sockets that take the place of those that would be bound.
     pub(crate) sockets: Activation,
     /// Shared blocks, with a descriptor of each.
     pub(crate) blocks: Vec<(PoolName, BlockId, OwnedFd)>,
-    /// Files of sockets that this server does not want: gone when this is dropped.
-    unwanted: Vec<SocketFile>,
+    /// The lock of the data directory, where a server had it before.
+    pub(crate) lock: Option<InstanceLock>,
+    pub(crate) before: Before,
 }
 
-/// Asks the server of the data directory to hand over, and waits until it has ended; nothing where none runs.
+impl Inherited {
+    /// Nothing but what a service manager passed.
+    pub(crate) fn nothing(sockets: Activation) -> Inherited {
+        Inherited {
+            sockets,
+            blocks: Vec::new(),
+            lock: None,
+            before: Before::Nobody,
+        }
+    }
+}
+
+/// Who served before, to be logged as soon as there is a log.
+pub(crate) enum Before {
+    Nobody,
+    /// One that ended in order, with so many blocks.
+    HandedOver {
+        pid: i32,
+        blocks: usize,
+    },
+    /// One that ended while it was asked.
+    Died(io::Error),
+}
+
+impl Before {
+    pub(crate) fn log(&self) {
+        match self {
+            Before::Nobody => {}
+            Before::HandedOver { pid, blocks } => {
+                tracing::info!(pid, blocks, "the server that ran has handed over");
+            }
+            Before::Died(error) => {
+                tracing::warn!(%error, "the server that ran died while it was asked to hand over; this one starts as after its crash");
+            }
+        }
+    }
+}
+
+/// Asks the server of the data directory to hand over, and waits until it has ended; where none runs, nothing is inherited but
+/// what a service manager `passed`.
 ///
 /// # Errors
-/// Where it refuses, does not understand, or does not end in time.
+/// Where it refuses, does not understand, or does not end in time; and where this server could not listen. Unless it has told
+/// the old one to end by then, that one goes on as before.
 pub(crate) fn ask(
     settings: &Settings,
     environment: &Environment,
-) -> Result<Option<Inherited>, StartupError> {
+    passed: Activation,
+) -> Result<Inherited, StartupError> {
     let failed = |reason: String| StartupError::TakeOver {
         data_dir: settings.data_dir.clone(),
         reason,
     };
     let candidates = candidates(settings, environment);
+    let deadline = Instant::now() + PATIENCE;
+    let Some(stream) = reach(settings, &candidates).map_err(&failed)? else {
+        return Ok(Inherited::nothing(passed));
+    };
+    // It may have more blocks than a process usually has descriptors.
+    raise_limit();
+    let data_dir = DataDir::prepare(&settings.data_dir)?;
+    let mut old = Old {
+        stream,
+        received: Vec::new(),
+        descriptors: VecDeque::new(),
+        deadline,
+    };
+    old.check_user().map_err(&failed)?;
+    let offer = match old.ask(data_dir.path()) {
+        Ok(offer) => offer,
+        Err(Failure::Refuses(reason)) => return Err(failed(reason)),
+        Err(Failure::Gone(error)) => {
+            let lock = fallen(data_dir.path(), &error).map_err(&failed)?;
+            return Ok(Inherited {
+                lock: Some(lock),
+                before: Before::Died(error),
+                ..Inherited::nothing(passed)
+            });
+        }
+    };
+    let Offer {
+        pid,
+        process,
+        drain_timeout,
+        tcp,
+        unix,
+        mut blocks,
+    } = offer;
+    let (taken, left) = unix
+        .into_iter()
+        .partition::<Vec<_>, _>(|socket| passed.unix.is_empty() && socket.is_one_of(&candidates));
+    let mut sockets = passed;
+    if taken.is_empty() && sockets.unix.is_empty() {
+        sockets
+            .unix
+            .extend(bind_unix(settings, environment, &data_dir)?);
+    }
+    settle_tcp(tcp, settings, &mut sockets.tcp)?;
+    let (lock, before) = match old.tell_taken() {
+        Ok(()) => {
+            let patience = drain_timeout + PATIENCE;
+            let end = Instant::now() + patience;
+            let is_over = old.await_end(&mut blocks, process.as_ref(), end);
+            if !is_over {
+                return Err(failed(format!(
+                    "it has not ended {} s after it handed over; see its log, or stop it with `latzero stop`",
+                    patience.as_secs()
+                )));
+            }
+            let lock = lock_by(data_dir.path(), end.max(Instant::now() + PATIENCE))?;
+            let blocks = blocks.len();
+            (lock, Before::HandedOver { pid, blocks })
+        }
+        Err(Failure::Refuses(reason)) => return Err(failed(reason)),
+        Err(Failure::Gone(error)) => {
+            let lock = fallen(data_dir.path(), &error).map_err(&failed)?;
+            (lock, Before::Died(error))
+        }
+    };
+    // Their files were the old one's until now.
+    sockets
+        .unix
+        .extend(taken.into_iter().filter_map(GivenUnix::inherit));
+    left.into_iter().for_each(GivenUnix::remove);
+    Ok(Inherited {
+        sockets,
+        blocks,
+        lock: Some(lock),
+        before,
+    })
+}
+
+/// A connection to the server of the data directory; `None` where none runs.
+fn reach(settings: &Settings, candidates: &[PathBuf]) -> Result<Option<UnixStream>, String> {
     let holder = holder(&settings.data_dir);
     // It may have been started with other settings than this one.
     let recorded = holder.as_ref().and_then(|holder| holder.record.as_ref());
     let recorded = recorded.into_iter().flat_map(|record| &record.addresses);
     let recorded = recorded.filter_map(|address| address.strip_prefix("unix:"));
-    let stream = candidates
-        .iter()
-        .map(PathBuf::as_path)
-        .chain(recorded.map(Path::new))
-        .find_map(|path| UnixStream::connect(path).ok());
-    let Some(stream) = stream else {
-        let Some(holder) = &holder else {
-            return Ok(None);
-        };
-        let pid = holder
-            .pid
-            .map_or_else(String::new, |pid| format!(" (pid {pid})"));
-        return Err(failed(format!(
-            "one runs{pid}, but not on a Unix socket, over which alone it could; stop it with `latzero stop`, and start without --takeover"
-        )));
-    };
-    // It may have more blocks than a process usually has descriptors.
-    raise_limit();
-    let mut old = Old {
-        stream,
-        received: Vec::new(),
-        descriptors: VecDeque::new(),
-        deadline: Instant::now() + PATIENCE,
-    };
-    old.check_user()
-        .map_err(|error| failed(error.to_string()))?;
-    let given = old
-        .ask(settings, &candidates)
-        .map_err(|error| failed(error.to_string()))?;
-    tracing::info!(
-        pid = given.pid,
-        blocks = given.inherited.blocks.len(),
-        "the server that ran hands over"
-    );
-    // It gives running calls their time, and then some to close its database.
-    let patience = given.drain_timeout + PATIENCE;
-    if !old.wait_for_end(given.process.as_ref(), patience) {
-        return Err(failed(format!(
-            "it has not ended {} s after it handed over; see its log, or stop it with `latzero stop`",
-            patience.as_secs()
-        )));
+    let paths = recorded
+        .map(Path::new)
+        .chain(candidates.iter().map(PathBuf::as_path));
+    for path in paths {
+        match connect_within(path, PATIENCE) {
+            Ok(stream) => return Ok(Some(stream)),
+            Err(rustix::io::Errno::AGAIN) => {
+                let waited = PATIENCE.as_secs();
+                return Err(format!("it has not taken a connection within {waited} s"));
+            }
+            Err(_) => {}
+        }
     }
-    Ok(Some(given.inherited))
+    let Some(holder) = &holder else {
+        return Ok(None);
+    };
+    let pid = holder
+        .pid
+        .map_or_else(String::new, |pid| format!(" (pid {pid})"));
+    Err(format!(
+        "one runs{pid}, but not on a Unix socket, over which alone it could; stop it with `latzero stop`, and start without --takeover"
+    ))
 }
 
-/// Where the old server may listen.
-fn candidates(settings: &Settings, environment: &Environment) -> Vec<PathBuf> {
-    match &settings.socket {
-        SocketChoice::Off => Vec::new(),
-        SocketChoice::Path(path) => vec![path.clone()],
-        SocketChoice::Auto => {
-            let Ok(directory) = settings.data_dir.canonicalize() else {
-                return Vec::new();
-            };
-            let runtime = environment.var("XDG_RUNTIME_DIR").map(Path::new);
-            let uid = rustix::process::geteuid().as_raw();
-            address::socket_candidates(&directory, runtime, uid)
+/// Connects, and waits so long where the queue of who listens is full (`SO_SNDTIMEO` in socket(7)); `EAGAIN` after that.
+fn connect_within(path: &Path, patience: Duration) -> rustix::io::Result<UnixStream> {
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(UnixStream::from(socket))
+}
+
+/// The lock of a server that seems to have died while it was asked, of which `error` was the sign.
+fn fallen(data_dir: &Path, error: &io::Error) -> Result<InstanceLock, String> {
+    lock_by(data_dir, Instant::now() + FALL)
+        .map_err(|_| format!("it ended the connection, and runs on ({error}); see its log"))
+}
+
+/// Takes the lock of the data directory as soon as it is free. Another server, which a service manager may start at just this
+/// moment, can be first; but as it does not have the sockets, it ends again.
+fn lock_by(data_dir: &Path, end: Instant) -> Result<InstanceLock, StartupError> {
+    loop {
+        match InstanceLock::acquire(data_dir) {
+            Err(StartupError::AnotherServer { .. }) if Instant::now() < end => {
+                std::thread::sleep(TRY_EVERY);
+            }
+            done => return done,
         }
     }
 }
 
-/// What came of asking.
-struct Given {
-    inherited: Inherited,
+/// What the old server offers.
+struct Offer {
     pid: i32,
     /// Absent where it ended meanwhile, or is of another pid namespace (pid_namespaces(7)).
     process: Option<OwnedFd>,
     drain_timeout: Duration,
+    tcp: Vec<TcpListener>,
+    unix: Vec<GivenUnix>,
+    blocks: Vec<(PoolName, BlockId, OwnedFd)>,
+}
+
+/// Why nothing was handed over.
+#[derive(Debug)]
+enum Failure {
+    /// It ended the connection, perhaps as it has died.
+    Gone(io::Error),
+    /// Anything else; the text says what.
+    Refuses(String),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        match error.kind() {
+            BrokenPipe | ConnectionReset | UnexpectedEof => Failure::Gone(error),
+            _ => Failure::Refuses(error.to_string()),
+        }
+    }
+}
+
+impl Failure {
+    fn refused(message: &Value) -> Failure {
+        let error = &message["error"];
+        if error["code"] == Code::UnknownAction.as_str() {
+            return Failure::Refuses(
+                "it is of a version that can't hand over; stop it with `latzero stop`, and start without --takeover".into(),
+            );
+        }
+        let why = error["message"].as_str();
+        Failure::Refuses(why.unwrap_or("it refuses").to_owned())
+    }
 }
 
 /// The connection to the old server.
@@ -132,100 +297,144 @@ struct Old {
     stream: UnixStream,
     received: Vec<u8>,
     descriptors: VecDeque<OwnedFd>,
-    /// It is to have given everything by then.
+    /// Nothing is waited for any longer.
     deadline: Instant,
 }
 
 impl Old {
     /// Whoever listens here must be this user, or root: it is given nothing, but what it gives is trusted.
-    fn check_user(&self) -> io::Result<()> {
-        let uid = rustix::net::sockopt::socket_peercred(&self.stream)?.uid;
-        if uid == rustix::process::geteuid() || uid.is_root() {
+    fn check_user(&self) -> Result<(), String> {
+        let uid = socket_peercred(&self.stream).map_err(|error| error.to_string())?;
+        let uid = uid.uid.as_raw();
+        if is_trusted(uid) {
             return Ok(());
         }
-        let text = format!(
-            "it is another user's (uid {}), from whom nothing is taken over",
-            uid.as_raw()
-        );
-        Err(io::Error::other(text))
+        Err(format!(
+            "it is another user's (uid {uid}), from whom nothing is taken over"
+        ))
     }
 
-    fn ask(&mut self, settings: &Settings, candidates: &[PathBuf]) -> io::Result<Given> {
+    /// Takes what it has to give. It goes on as before.
+    fn ask(&mut self, data_dir: &Path) -> Result<Offer, Failure> {
         let features = ["attachments", "fd_passing"];
         self.send(
             &json!({"action": "handshake", "app_id": APP, "transient": true, "features": features}),
         )?;
         let ack = self.receive()?;
         if ack["status"] != "ok" {
-            return Err(refused(&ack));
+            return Err(Failure::refused(&ack));
         }
         self.send(&json!({"action": "hand_over", "id": "1"}))?;
         let reply = self.next(|message| message["in_reply_to"] == "1")?;
         if reply["status"] != "ok" {
-            return Err(refused(&reply));
+            return Err(Failure::refused(&reply));
         }
         let response = &reply["response"];
-        let pid = response["pid"]
-            .as_i64()
-            .and_then(|pid| i32::try_from(pid).ok());
+        let theirs = response["data_dir"].as_str().unwrap_or_default();
+        if theirs != data_dir.display().to_string() {
+            let listens = "the server that listens there";
+            return Err(Failure::Refuses(format!("{listens} is that of {theirs}")));
+        }
+        let pid = response["pid"].as_i64();
+        let pid = pid
+            .and_then(|pid| i32::try_from(pid).ok())
+            .unwrap_or(0)
+            .max(0);
         // Before it is told to end: its number is its own until then.
-        let process = pid
-            .and_then(Pid::from_raw)
-            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        let drain_timeout = response["drain_timeout"]
-            .as_u64()
-            .map(Duration::from_millis);
-        let mut inherited = Inherited::default();
-        let wanted = wanted_addresses(settings);
-        let listed = response["listeners"].as_array().cloned();
-        for listener in listed.unwrap_or_default() {
+        let process = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        let drain_timeout = response["drain_timeout"].as_u64();
+        let mut offer = Offer {
+            pid,
+            process,
+            drain_timeout: drain_timeout
+                .map_or(DRAIN_MAX, Duration::from_millis)
+                .min(DRAIN_MAX),
+            tcp: Vec::new(),
+            unix: Vec::new(),
+            blocks: Vec::new(),
+        };
+        for listed in response["listeners"].as_array().into_iter().flatten() {
             let fd = self.descriptor()?;
-            take_listener(&listener, fd, &wanted, candidates, &mut inherited)?;
+            match listed["kind"].as_str() {
+                Some("tcp") => offer.tcp.push(TcpListener::from(fd)),
+                Some("unix") => {
+                    let is_passed = listed["passed"] == true;
+                    offer.unix.push(GivenUnix::new(fd, is_passed)?);
+                }
+                // Of a later version: closed.
+                _ => {}
+            }
         }
         let total = response["blocks"].as_u64().unwrap_or(0);
         let mut taken = 0;
         while taken < total {
             let message = self.next(|message| message["event"] == "handed_over")?;
-            for block in message["blocks"].as_array().into_iter().flatten() {
-                let fd = self.descriptor()?;
-                let text = |name: &str| block[name].as_str().unwrap_or_default();
-                if let (Ok(pool), Ok(id)) =
-                    (PoolName::new(text("pool")), BlockId::new(text("block_id")))
-                {
-                    inherited.blocks.push((pool, id, fd));
-                }
-                taken += 1;
-            }
+            taken += self.take_blocks(&message, &mut offer.blocks)?;
         }
+        Ok(offer)
+    }
+
+    /// Takes the blocks of a message, and says how many they are.
+    fn take_blocks(
+        &mut self,
+        message: &Value,
+        blocks: &mut Vec<(PoolName, BlockId, OwnedFd)>,
+    ) -> io::Result<u64> {
+        let mut taken = 0;
+        for block in message["blocks"].as_array().into_iter().flatten() {
+            let fd = self.descriptor()?;
+            let text = |name: &str| block[name].as_str().unwrap_or_default();
+            if let (Ok(pool), Ok(id)) =
+                (PoolName::new(text("pool")), BlockId::new(text("block_id")))
+            {
+                blocks.push((pool, id, fd));
+            }
+            taken += 1;
+        }
+        Ok(taken)
+    }
+
+    /// Tells it that this server has everything: from here on it drains.
+    fn tell_taken(&mut self) -> Result<(), Failure> {
         self.send(&json!({"action": "hand_over", "id": "2", "taken": true}))?;
         let reply = self.next(|message| message["in_reply_to"] == "2")?;
         if reply["status"] != "ok" {
-            return Err(refused(&reply));
+            return Err(Failure::refused(&reply));
         }
-        Ok(Given {
-            inherited,
-            pid: pid.unwrap_or_default(),
-            process,
-            drain_timeout: drain_timeout.unwrap_or(settings.drain_timeout),
-        })
+        Ok(())
     }
 
-    /// Whether it has ended in time. Without its process, the end of the connection has to do: the lock of the data directory
-    /// tells the rest.
-    fn wait_for_end(self, process: Option<&OwnedFd>, patience: Duration) -> bool {
-        let limit = rustix::time::Timespec {
-            tv_sec: i64::try_from(patience.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: 0,
+    /// Takes what it still has to say, and waits for its end. False where it has not ended in time. Without its process, the
+    /// end of the connection has to do: the lock of the data directory tells the rest.
+    fn await_end(
+        mut self,
+        blocks: &mut Vec<(PoolName, BlockId, OwnedFd)>,
+        process: Option<&OwnedFd>,
+        end: Instant,
+    ) -> bool {
+        self.deadline = end;
+        let mut last = Vec::new();
+        while let Ok(message) = self.receive() {
+            if message["event"] == "handed_over" && self.take_blocks(&message, &mut last).is_err() {
+                break;
+            }
+        }
+        // Its last word about a block counts.
+        let renewed: BTreeSet<_> = last.iter().map(|(pool, id, _)| (pool, id)).collect();
+        blocks.retain(|(pool, id, _)| !renewed.contains(&(pool, id)));
+        blocks.append(&mut last);
+        drop(self);
+        let Some(process) = process else {
+            return Instant::now() < end;
         };
-        let mut wait = match process {
-            Some(process) => [PollFd::new(process, PollFlags::IN)],
-            None => [PollFd::new(&self.stream, PollFlags::RDHUP)],
-        };
-        // Interrupted by a signal it is asked again, at most for as long once more.
-        matches!(
-            poll(&mut wait, Some(&limit)).or_else(|_| poll(&mut wait, Some(&limit))),
-            Ok(1..)
-        )
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let limit = Timespec::try_from(left).ok();
+            match poll(&mut [PollFd::new(process, PollFlags::IN)], limit.as_ref()) {
+                Err(rustix::io::Errno::INTR) => {}
+                ended => return matches!(ended, Ok(1..)),
+            }
+        }
     }
 
     fn send(&mut self, message: &Value) -> io::Result<()> {
@@ -252,6 +461,10 @@ impl Old {
             attachments: true,
         };
         loop {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(too_slow());
+            }
             let decoded = frame::decode(&self.received, accept)
                 .map_err(|_| io::Error::other("it does not speak as a server does"))?;
             if let Some((frame, used)) = decoded {
@@ -259,28 +472,32 @@ impl Old {
                 self.received.drain(..used);
                 return Ok(message);
             }
-            let left = self.deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(too_slow());
-            }
             self.stream.set_read_timeout(Some(left))?;
             let mut buffer = [0; 64 * 1024];
             let mut came = Vec::new();
-            let n = latzero_shm::fds::recv_with_fds(
+            let got = latzero_shm::fds::recv_with_fds(
                 &self.stream,
                 &mut buffer,
                 &mut came,
                 DESCRIPTORS_MAX,
-            )
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::WouldBlock => too_slow(),
-                _ => error,
-            })?;
-            if n == 0 {
-                return Err(io::Error::other("it ended before it had handed over"));
+            );
+            match got {
+                Ok(0) => {
+                    let text = "it ended before it had handed over";
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
+                }
+                Ok(n) => {
+                    self.descriptors.extend(came);
+                    self.received.extend_from_slice(&buffer[..n]);
+                }
+                // A wait with a bound is not taken up again by itself (signal(7)); the deadline is looked at above.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) => {}
+                Err(error) => return Err(error),
             }
-            self.descriptors.extend(came);
-            self.received.extend_from_slice(&buffer[..n]);
         }
     }
 
@@ -291,67 +508,70 @@ impl Old {
     }
 }
 
-fn refused(message: &Value) -> io::Error {
-    let why = message["error"]["message"].as_str();
-    io::Error::other(why.unwrap_or("it refuses").to_owned())
-}
-
 fn too_slow() -> io::Error {
-    let text = format!(
+    io::Error::other(format!(
         "it has not given everything within {} s",
         PATIENCE.as_secs()
-    );
-    io::Error::other(text)
+    ))
 }
 
-/// The addresses that the settings name; with port 0 any port does.
-fn wanted_addresses(settings: &Settings) -> Vec<SocketAddr> {
-    let host = settings.host.trim_start_matches('[').trim_end_matches(']');
-    let addresses = (host, settings.port).to_socket_addrs();
-    addresses.map_or_else(|_| Vec::new(), Iterator::collect)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Takes a listening socket over where the new settings want one there too. What they do not want is closed, by both.
-fn take_listener(
-    listed: &Value,
-    fd: OwnedFd,
-    wanted: &[SocketAddr],
-    candidates: &[PathBuf],
-    inherited: &mut Inherited,
-) -> io::Result<()> {
-    match listed["kind"].as_str() {
-        Some("tcp") => {
-            let listener = TcpListener::from(fd);
-            let address = listener.local_addr()?;
-            let is_it = |wanted: &SocketAddr| {
-                wanted.ip() == address.ip()
-                    && (wanted.port() == 0 || wanted.port() == address.port())
-            };
-            if wanted.iter().any(is_it) {
-                inherited.sockets.tcp.push(listener);
-            }
+    fn old(stream: UnixStream, patience: Duration) -> Old {
+        Old {
+            stream,
+            received: Vec::new(),
+            descriptors: VecDeque::new(),
+            deadline: Instant::now() + patience,
         }
-        Some("unix") => {
-            let path = PathBuf::from(listed["path"].as_str().unwrap_or_default());
-            // The same file may be named in several ways.
-            let place = |path: &Path| path.canonicalize().ok();
-            let is_wanted = place(&path).is_some()
-                && candidates
-                    .iter()
-                    .any(|wanted| place(wanted) == place(&path));
-            let file = SocketFile::taken_over(path);
-            if !is_wanted {
-                inherited.unwanted.push(file);
-                return Ok(());
-            }
-            // Who connects is told the credentials of who listened last (unix(7)).
-            rustix::net::listen(&fd, BACKLOG)?;
-            inherited.sockets.unix.push(BoundSocket {
-                listener: UnixListener::from(fd),
-                file,
-            });
-        }
-        _ => {}
     }
-    Ok(())
+
+    #[test]
+    fn one_that_talks_of_other_things_for_ever_is_not_listened_to_for_ever() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let talker = std::thread::spawn(move || {
+            let mut out = Vec::new();
+            frame::append(&mut out, |out| {
+                out.extend_from_slice(b"{\"action\":\"ping\",\"status\":\"ok\"}");
+            });
+            while theirs.write_all(&out).is_ok() {}
+        });
+        let asked = old(ours, Duration::from_millis(100)).ask(Path::new("/"));
+        let Err(Failure::Refuses(why)) = asked else {
+            panic!("it has given nothing");
+        };
+        assert!(why.contains("has not given everything"), "{why}");
+        talker.join().unwrap();
+    }
+
+    #[test]
+    fn one_that_is_gone_is_told_from_one_that_refuses() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let asked = old(ours, PATIENCE).ask(Path::new("/"));
+        assert!(matches!(asked, Err(Failure::Gone(_))));
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut out = Vec::new();
+        frame::append(&mut out, |out| {
+            out.extend_from_slice(b"{\"error\":{\"code\":\"draining\",\"message\":\"why\"}}");
+        });
+        theirs.write_all(&out).unwrap();
+        let asked = old(ours, PATIENCE).ask(Path::new("/"));
+        assert!(matches!(asked, Err(Failure::Refuses(why)) if why == "why"));
+    }
+
+    #[test]
+    fn the_lock_is_taken_when_another_that_was_first_lets_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = InstanceLock::acquire(dir.path()).unwrap();
+        let late = lock_by(dir.path(), Instant::now());
+        assert!(matches!(late, Err(StartupError::AnotherServer { .. })));
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| lock_by(dir.path(), Instant::now() + PATIENCE));
+            drop(first);
+            assert!(second.join().unwrap().is_ok());
+        });
+    }
 }

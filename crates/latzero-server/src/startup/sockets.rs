@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use super::StartupError;
 use crate::address;
 
 /// Connections that may wait to be accepted. The system caps it at `net.core.somaxconn`.
-pub(crate) const BACKLOG: i32 = 4096;
+const BACKLOG: i32 = 4096;
 
 /// The most descriptors of other processes that are looked at to find who listens on a port.
 const DESCRIPTORS_LOOKED_AT_MAX: usize = 200_000;
@@ -39,17 +39,25 @@ pub struct SocketFile {
 
 impl SocketFile {
     /// A file that somebody else made and removes.
-    pub(super) fn foreign(path: PathBuf) -> SocketFile {
+    pub(crate) fn foreign(path: PathBuf) -> SocketFile {
         SocketFile {
             path,
             identity: None,
         }
     }
 
-    /// The file of a socket that another server has handed over; from here on it is removed by this one.
-    pub(crate) fn taken_over(path: PathBuf) -> SocketFile {
-        let identity = identity(&path).ok();
-        SocketFile { path, identity }
+    /// The file of a socket that another server has handed over; from here on it is removed by this one, if it still is that
+    /// of `identity`.
+    pub(crate) fn taken_over(path: PathBuf, identity: (u64, u64)) -> SocketFile {
+        SocketFile {
+            path,
+            identity: Some(identity),
+        }
+    }
+
+    /// Whether somebody else made it and removes it.
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.identity.is_none()
     }
 
     /// Where it is.
@@ -67,7 +75,8 @@ impl Drop for SocketFile {
     }
 }
 
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
+/// Device and inode of a socket's file, by which it is known again.
+pub(crate) fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
@@ -184,6 +193,35 @@ fn answers(path: &Path) -> bool {
     )
 }
 
+/// Has an inherited socket name this process to who connects, as it is told who listened last (unix(7), SO_PEERCRED).
+///
+/// # Errors
+/// As listen(2).
+pub(crate) fn listen_again(listener: &UnixListener) -> io::Result<()> {
+    rustix::net::listen(listener, BACKLOG)?;
+    listener.set_nonblocking(true)
+}
+
+/// The addresses that a host stands for: itself, in brackets or not, or what its name is resolved to.
+fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    let bare = host
+        .strip_prefix('[')
+        .and_then(|h| h.strip_suffix(']'))
+        .unwrap_or(host);
+    (bare, port).to_socket_addrs().map(Iterator::collect)
+}
+
+/// Whether a socket listens where [`bind_tcp`] might have bound it: on one of the host's addresses and the port, or any where
+/// that is 0. Nowhere, for a host that can't be resolved.
+pub(crate) fn is_bound_to(listener: &TcpListener, host: &str, port: u16) -> bool {
+    let (Ok(wanted), Ok(bound)) = (resolve(host, port), listener.local_addr()) else {
+        return false;
+    };
+    let is_it =
+        |wanted: &SocketAddr| wanted.ip() == bound.ip() && (port == 0 || port == bound.port());
+    wanted.iter().any(is_it)
+}
+
 /// Binds the TCP port, non-blocking; port 0 lets the system choose. The standard library sets
 /// `SO_REUSEADDR`, and `SO_REUSEPORT` is never set: it would let another process of this user share
 /// the port.
@@ -191,10 +229,6 @@ fn answers(path: &Path) -> bool {
 /// # Errors
 /// Where the port is taken (with who listens there), needs a privilege, or the host is not ours.
 pub fn bind_tcp(host: &str, port: u16) -> Result<TcpListener, StartupError> {
-    let bare = host
-        .strip_prefix('[')
-        .and_then(|h| h.strip_suffix(']'))
-        .unwrap_or(host);
     let refused = |source: io::Error| match source.kind() {
         io::ErrorKind::AddrInUse => StartupError::PortInUse {
             host: host.to_owned(),
@@ -209,7 +243,8 @@ pub fn bind_tcp(host: &str, port: u16) -> Result<TcpListener, StartupError> {
             source,
         },
     };
-    let listener = TcpListener::bind((bare, port)).map_err(refused)?;
+    let addresses = resolve(host, port).map_err(refused)?;
+    let listener = TcpListener::bind(&addresses[..]).map_err(refused)?;
     rustix::net::listen(&listener, BACKLOG).map_err(|cause| refused(cause.into()))?;
     listener.set_nonblocking(true).map_err(refused)?;
     Ok(listener)
@@ -408,6 +443,24 @@ mod tests {
         };
         assert_eq!(found.pid, std::process::id());
         assert!(!found.command.is_empty());
+    }
+
+    #[test]
+    fn a_socket_is_known_by_its_whole_address() {
+        let listener = bind_tcp("127.0.0.1", 0).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        for host in ["127.0.0.1", "localhost"] {
+            assert!(is_bound_to(&listener, host, port), "{host}");
+            assert!(is_bound_to(&listener, host, 0), "{host}");
+            assert!(!is_bound_to(&listener, host, port ^ 1), "{host}");
+        }
+        for host in ["127.0.0.2", "0.0.0.0", "::1", "[::1]", "no such host"] {
+            assert!(!is_bound_to(&listener, host, port), "{host}");
+            assert!(!is_bound_to(&listener, host, 0), "{host}");
+        }
+        let wide = bind_tcp("0.0.0.0", 0).unwrap();
+        assert!(is_bound_to(&wide, "0.0.0.0", 0));
+        assert!(!is_bound_to(&wide, "127.0.0.1", 0));
     }
 
     #[test]

@@ -1,0 +1,281 @@
+//! The old server's side: gives what it has, and ends on the new one's word.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use latzero_fabric::{Class, Effects as _, Sent};
+use latzero_protocol::{BlockId, Code, PoolName, Refusal, encode};
+use serde_json::{Value, json};
+
+use super::{BLOCKS_AT_ONCE, DESCRIPTORS_MAX, is_trusted};
+use crate::host::{IoEffects, IoHost};
+use crate::listener::Listener;
+use crate::peer::Peer;
+use crate::shared::Shared;
+use crate::socket::User;
+
+/// A shared block and its memory.
+type Block = (PoolName, BlockId, Arc<OwnedFd>);
+
+/// Where a hand-over is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Step {
+    /// The new server asks for everything.
+    Give,
+    /// It has everything.
+    Taken,
+}
+
+/// What was given, to whom, and whether that one has it.
+#[derive(Debug, Default)]
+pub(crate) struct Giving {
+    state: Mutex<State>,
+    /// Loops that run nothing more of anybody but the new server.
+    quiet_loops: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    to: Weak<Peer>,
+    /// The memory of each block as it was given. Not held, so that a block that goes gives its memory back.
+    blocks: BTreeMap<(PoolName, BlockId), Weak<OwnedFd>>,
+    is_taken: bool,
+}
+
+impl Giving {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic happens under this lock")
+    }
+
+    /// Whether the sockets are another server's now.
+    pub(crate) fn is_taken(&self) -> bool {
+        self.state().is_taken
+    }
+
+    /// The connection of the server that takes over, once it has everything and for as long as it lives.
+    pub(crate) fn taker(&self) -> Option<Arc<Peer>> {
+        let state = self.state();
+        state.is_taken.then(|| state.to.upgrade()).flatten()
+    }
+
+    /// Notes that one more loop runs nothing for anybody but the taker.
+    pub(crate) fn note_quiet(&self) {
+        self.quiet_loops.fetch_add(1, SeqCst);
+    }
+
+    /// Whether nothing changes any more in any of so many loops.
+    pub(crate) fn is_quiet(&self, loops: usize) -> bool {
+        self.quiet_loops.load(SeqCst) >= loops
+    }
+}
+
+/// Whether who asks may have the server: a process of this user, or root's, whatever token it knows.
+///
+/// # Errors
+/// `forbidden` where it is another's.
+pub(crate) fn check_asker(asker: &Peer) -> Result<(), Refusal> {
+    match asker.socket.as_ref().map(crate::socket::Socket::user) {
+        Some(User::Uid(uid)) if is_trusted(uid) => Ok(()),
+        _ => {
+            let message = "only a process of the server's own user, or root's, may take over";
+            Err(Refusal::new(Code::Forbidden, message))
+        }
+    }
+}
+
+/// Gives the listening sockets and the shared blocks to a server that takes over, and begins to stop when that says that it has
+/// them all: one that dies before leaves this one as it was. `passed` are the paths of sockets that a service manager made.
+pub(crate) fn hand_over(
+    host: &mut IoHost,
+    (listeners, passed): (&[Listener], &[PathBuf]),
+    (to, id): (&Arc<Peer>, Option<&str>),
+    step: Step,
+) {
+    let done = match step {
+        Step::Give => give(host, listeners, passed, to, id),
+        Step::Taken => taken(host, to, id),
+    };
+    if let Err(refusal) = done {
+        tracing::warn!(reason = %refusal.message, "this server does not hand over");
+        let length = refusal.message.len() + 256;
+        host.fx.refused(refusal.code);
+        host.fx.send(to, Class::Control, length, |out| {
+            encode::refusal(out, id, &refusal);
+        });
+    }
+}
+
+fn give(
+    host: &mut IoHost,
+    listeners: &[Listener],
+    passed: &[PathBuf],
+    to: &Arc<Peer>,
+    id: Option<&str>,
+) -> Result<(), Refusal> {
+    let shared = Arc::clone(&host.shared);
+    if shared.is_draining.load(Relaxed) {
+        let message = "this server stops already; start another one when it has";
+        return Err(Refusal::new(Code::Draining, message));
+    }
+    let failed = |why: &str| Refusal::new(Code::Storage, format!("the sockets: {why}"));
+    let (listed, descriptors) =
+        sockets(listeners, passed).map_err(|error| failed(&error.to_string()))?;
+    let blocks = shared.blocks.shared();
+    let reply = reply(&shared, &listed, blocks.len());
+    let (count, length) = (descriptors.len(), reply.len() + 256);
+    let sent = host
+        .fx
+        .append(to, Class::Control, length, descriptors, |out| {
+            encode::reply_with(out, id.unwrap_or_default(), &reply, count);
+        });
+    if sent != Sent::Queued || !send_blocks(&mut host.fx, to, &blocks) {
+        return Err(failed("they do not fit into your connection's outbox"));
+    }
+    let known = blocks
+        .into_iter()
+        .map(|(pool, block, fd)| ((pool, block), Arc::downgrade(&fd)));
+    *shared.giving.state() = State {
+        to: Arc::downgrade(to),
+        blocks: known.collect(),
+        is_taken: false,
+    };
+    Ok(())
+}
+
+fn reply(shared: &Shared, listed: &Value, blocks: usize) -> String {
+    let drain_ms = u64::try_from(shared.settings().drain_timeout.as_millis()).unwrap_or(u64::MAX);
+    let reply = json!({
+        "pid": std::process::id(), "data_dir": shared.identity.data_dir, "listeners": listed, "blocks": blocks,
+        "drain_timeout": drain_ms,
+    });
+    reply.to_string()
+}
+
+/// The listening sockets as the reply lists them, with a descriptor of each. Their addresses are in the sockets themselves.
+fn sockets(listeners: &[Listener], passed: &[PathBuf]) -> io::Result<(Value, Vec<Arc<OwnedFd>>)> {
+    if listeners.len() > DESCRIPTORS_MAX {
+        let text = format!("more than {DESCRIPTORS_MAX} can't go over; stop this server instead");
+        return Err(io::Error::other(text));
+    }
+    let mut listed = Vec::new();
+    let mut descriptors = Vec::new();
+    for listener in listeners {
+        let (what, fd) = match listener {
+            Listener::Tcp(tcp) => (json!({"kind": "tcp"}), tcp.as_fd()),
+            Listener::Unix(unix) => {
+                let address = unix.local_addr()?;
+                let path = address.as_pathname();
+                let is_passed = path.is_some_and(|path| passed.iter().any(|known| known == path));
+                (json!({"kind": "unix", "passed": is_passed}), unix.as_fd())
+            }
+        };
+        listed.push(what);
+        descriptors.push(Arc::new(fd.try_clone_to_owned()?));
+    }
+    Ok((Value::Array(listed), descriptors))
+}
+
+/// Whether all of them are on their way.
+fn send_blocks(fx: &mut IoEffects, to: &Arc<Peer>, blocks: &[Block]) -> bool {
+    blocks.chunks(BLOCKS_AT_ONCE).all(|some| {
+        let listed: Vec<_> = some
+            .iter()
+            .map(|(pool, block, _)| json!({"pool": pool, "block_id": block}))
+            .collect();
+        let told = json!({
+            "action": "event", "event": "handed_over", "descriptors": some.len(), "blocks": listed,
+        });
+        let told = told.to_string();
+        let descriptors = some.iter().map(|(.., fd)| Arc::clone(fd)).collect();
+        let sent = fx.append(to, Class::Control, told.len(), descriptors, |out| {
+            encode::message(out, &told);
+        });
+        sent == Sent::Queued
+    })
+}
+
+fn taken(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refusal> {
+    let shared = Arc::clone(&host.shared);
+    let is_given = {
+        let state = shared.giving.state();
+        let is_it = state.to.upgrade().is_some_and(|to| Arc::ptr_eq(&to, by));
+        is_it && !state.is_taken
+    };
+    let refusal = |message: &'static str| Err(Refusal::new(Code::Draining, message));
+    if !is_given {
+        return refusal("nothing was handed over to this connection, or to another one since");
+    }
+    if by.has_hung_up() {
+        // It died after its word: nobody would serve.
+        *shared.giving.state() = State::default();
+        return refusal("the server that was to take over has ended");
+    }
+    // Before the drain: its connection may be another loop's, which would close it among the first.
+    shared.giving.state().is_taken = true;
+    // Not where a stop was asked for in between: nobody is to serve then.
+    if !shared.drain() {
+        shared.giving.state().is_taken = false;
+        return refusal("this server stops already; start another one when it has");
+    }
+    tracing::info!("handing over to another server");
+    if let Some(id) = id {
+        host.fx.send(by, Class::Control, 256, |out| {
+            encode::reply(out, id, "{\"draining\":true}");
+        });
+    }
+    Ok(())
+}
+
+/// Gives the blocks that were made since, or have other memory. Nothing changes any more.
+pub(crate) fn give_rest(host: &mut IoHost, to: &Arc<Peer>) {
+    let shared = Arc::clone(&host.shared);
+    let mut blocks = shared.blocks.shared();
+    let given = std::mem::take(&mut shared.giving.state().blocks);
+    blocks.retain(|(pool, block, fd)| {
+        let known = given.get(&(pool.clone(), block.clone()));
+        known.is_none_or(|known| !Weak::ptr_eq(known, &Arc::downgrade(fd)))
+    });
+    if !send_blocks(&mut host.fx, to, &blocks) {
+        tracing::warn!(
+            blocks = blocks.len(),
+            "the server that takes over can't be given the blocks that were made last"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_whose_path_is_no_text_goes_over_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(OsStr::from_bytes(b"\xff.sock"));
+        let ours = Listener::Unix(UnixListener::bind(&path).unwrap());
+        let passed = dir.path().join("passed");
+        let theirs = Listener::Unix(UnixListener::bind(&passed).unwrap());
+        let (listed, descriptors) = sockets(&[ours, theirs], &[passed]).unwrap();
+        let expected = json!([
+            {"kind": "unix", "passed": false}, {"kind": "unix", "passed": true},
+        ]);
+        assert_eq!((listed, descriptors.len()), (expected, 2));
+    }
+
+    #[test]
+    fn who_is_not_there_has_not_taken() {
+        let giving = Giving::default();
+        assert!(!giving.is_taken() && giving.taker().is_none());
+        assert!(giving.is_quiet(0) && !giving.is_quiet(1));
+        giving.note_quiet();
+        assert!(giving.is_quiet(1) && !giving.is_quiet(2));
+    }
+}

@@ -1,0 +1,164 @@
+//! Sockets that change hands: which of the old server's the new one wants, and those that it binds itself.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use latzero_protocol::address;
+
+use crate::settings::{Environment, Settings, SocketChoice};
+use crate::startup::StartupError;
+use crate::startup::data_dir::DataDir;
+use crate::startup::sockets::{self, BoundSocket, SocketFile};
+
+/// Where the new settings have the Unix socket, and so where the old one most likely listens.
+pub(super) fn candidates(settings: &Settings, environment: &Environment) -> Vec<PathBuf> {
+    match &settings.socket {
+        SocketChoice::Off => Vec::new(),
+        SocketChoice::Path(path) => vec![path.clone()],
+        SocketChoice::Auto => {
+            let Ok(directory) = settings.data_dir.canonicalize() else {
+                return Vec::new();
+            };
+            let runtime = environment.var("XDG_RUNTIME_DIR").map(Path::new);
+            let uid = rustix::process::geteuid().as_raw();
+            address::socket_candidates(&directory, runtime, uid)
+        }
+    }
+}
+
+/// Binds the Unix socket that the settings want, where that is not one of the old server's. As only one server at a time is
+/// given everything, this is as safe as under the lock of the data directory.
+pub(super) fn bind_unix(
+    settings: &Settings,
+    environment: &Environment,
+    data_dir: &DataDir,
+) -> Result<Option<BoundSocket>, StartupError> {
+    match &settings.socket {
+        SocketChoice::Off => Ok(None),
+        SocketChoice::Auto => {
+            let runtime = environment.var("XDG_RUNTIME_DIR").map(Path::new);
+            sockets::bind_unix_auto(data_dir.path(), runtime).map(Some)
+        }
+        SocketChoice::Path(path) => sockets::bind_unix(path).map(Some),
+    }
+}
+
+/// Takes the old server's TCP sockets where the settings want them, or binds what they want. What they don't want is closed.
+pub(super) fn settle_tcp(
+    given: Vec<TcpListener>,
+    settings: &Settings,
+    tcp: &mut Vec<TcpListener>,
+) -> Result<(), StartupError> {
+    if !tcp.is_empty() {
+        return Ok(());
+    }
+    let (host, port) = (&settings.host, settings.port);
+    let (taken, left): (Vec<_>, Vec<_>) = given
+        .into_iter()
+        .partition(|listener| sockets::is_bound_to(listener, host, port));
+    let is_on_it = |left: &TcpListener| left.local_addr().is_ok_and(|a| a.port() == port);
+    tcp.extend(taken);
+    if tcp.is_empty() {
+        match sockets::bind_tcp(host, port) {
+            Ok(listener) => tcp.push(listener),
+            // By the old server, and until its end: it is bound after that.
+            Err(StartupError::PortInUse { .. }) if left.iter().any(is_on_it) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// A Unix socket of the old server, whose file is not to be touched until that has ended.
+pub(super) struct GivenUnix {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Its file's; absent where that is gone, so that nobody finds it.
+    identity: Option<(u64, u64)>,
+    /// A service manager made it.
+    is_passed: bool,
+}
+
+impl GivenUnix {
+    pub(super) fn new(fd: OwnedFd, is_passed: bool) -> io::Result<GivenUnix> {
+        let listener = UnixListener::from(fd);
+        let address = listener.local_addr()?;
+        let path = address.as_pathname().map(Path::to_owned);
+        let path = path.ok_or_else(|| io::Error::other("a socket without a path came"))?;
+        Ok(GivenUnix {
+            identity: sockets::identity(&path).ok(),
+            listener,
+            path,
+            is_passed,
+        })
+    }
+
+    /// The same file may be named in several ways.
+    pub(super) fn is_one_of(&self, candidates: &[PathBuf]) -> bool {
+        self.identity.is_some()
+            && candidates
+                .iter()
+                .any(|path| sockets::identity(path).ok() == self.identity)
+    }
+
+    /// Makes it this server's; nothing where its file is another's by now, or gone.
+    pub(super) fn inherit(self) -> Option<BoundSocket> {
+        let identity = self
+            .identity
+            .filter(|known| sockets::identity(&self.path).ok() == Some(*known))?;
+        let listens = sockets::listen_again(&self.listener);
+        let file = if self.is_passed {
+            SocketFile::foreign(self.path)
+        } else {
+            SocketFile::taken_over(self.path, identity)
+        };
+        listens.is_ok().then_some(BoundSocket {
+            listener: self.listener,
+            file,
+        })
+    }
+
+    /// Removes its file, as the old server, which gave it away, does not.
+    pub(super) fn remove(self) {
+        if let Some(identity) = self.identity.filter(|_| !self.is_passed) {
+            drop(SocketFile::taken_over(self.path, identity));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_the_old_one_stays_until_it_is_inherited() {
+        let dir = tempfile::tempdir().unwrap();
+        let given = |name: &str, is_passed| {
+            let path = dir.path().join(name);
+            let listener = UnixListener::bind(&path).unwrap();
+            (GivenUnix::new(listener.into(), is_passed).unwrap(), path)
+        };
+        let (socket, path) = given("dropped", false);
+        drop(socket);
+        assert!(path.exists());
+        let (socket, path) = given("wanted", false);
+        assert!(socket.is_one_of(&[dir.path().join("."), dir.path().join("./wanted")]));
+        assert!(!socket.is_one_of(&[dir.path().join("dropped")]));
+        drop(socket.inherit().unwrap());
+        assert!(!path.exists(), "it was this one's to remove");
+        let (socket, path) = given("unwanted", false);
+        socket.remove();
+        assert!(!path.exists());
+        // A service manager's stay.
+        let (socket, path) = given("passed", true);
+        drop(socket.inherit().unwrap());
+        assert!(path.exists());
+        // One whose file has gone can't be found by anybody.
+        let (socket, path) = given("gone", false);
+        std::fs::remove_file(&path).unwrap();
+        assert!(socket.inherit().is_none());
+    }
+}
