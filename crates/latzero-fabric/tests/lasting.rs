@@ -531,3 +531,22 @@ fn a_call_that_was_cancelled_is_not_run_after_a_kill() {
     let (_, seen) = net.hello("caller", "");
     assert!(seen.ends_with("1 failed: cancelled ran=unknown"), "{seen}");
 }
+
+#[test]
+fn what_was_to_run_once_is_not_run_again_after_a_kill() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    keyed(&mut net, caller, "1", r#","park":true"#);
+    let handler = net.app("handler", H);
+    net.world.hold_told(true);
+    net.answer(handler, r#""status":"ok","response":1"#);
+    net.world.restart(3);
+    net.world.hold_told(false);
+    let handler = net.app("handler", H);
+    assert_eq!(net.calls_of(handler), [""; 0]);
+    let (caller, seen) = net.hello("caller", "");
+    assert!(seen.ends_with("1 ok: 1"), "{seen}");
+    // A repeat that comes after the restart has it too.
+    assert_eq!(keyed(&mut net, caller, "2", ""), "2 ok: 1");
+    assert_eq!(net.calls_of(handler), [""; 0]);
+}

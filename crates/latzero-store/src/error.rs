@@ -173,7 +173,7 @@ pub enum OpenError {
         /// Its schema.
         found: i64,
         /// Why there is no backup.
-        reason: BackupError,
+        reason: Box<BackupError>,
     },
     /// A backup can't be read or restored.
     #[error("{0}")]

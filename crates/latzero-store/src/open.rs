@@ -388,7 +388,7 @@ fn back_up_before_migration(
     back_up().map_err(|reason| OpenError::Migration {
         path: dir.join(DATABASE),
         found: version,
-        reason,
+        reason: Box::new(reason),
     })
 }
 

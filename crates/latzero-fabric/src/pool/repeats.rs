@@ -16,6 +16,7 @@ use super::answer::Answered;
 use super::routing::id_in_use;
 use super::{MemberKey, Pool, place};
 use crate::effects::{Class, Effects, Sent};
+use crate::limits::Limits;
 use crate::time::Time;
 
 /// Repeats that wait for the answer of one call.
@@ -131,6 +132,17 @@ impl Repeats {
     pub(super) fn restore(&mut self, caller: &AppId, key: &str) {
         let known = (caller.clone(), key.into());
         self.known.insert(known, Repeat::Running(Vec::new()));
+    }
+
+    /// As [`Repeats::restore`], of one that has its answer, which is to be told next. False where there is no room for it, or
+    /// it is known.
+    pub(super) fn restore_answered(&mut self, caller: &AppId, key: &str, limits: &Limits) -> bool {
+        let is_known = self.known.contains_key(&(caller.clone(), key.into()));
+        let has_room = !is_known && self.known.len() < limits.repeats_max;
+        if has_room {
+            self.restore(caller, key);
+        }
+        has_room
     }
 
     fn forget_oldest(&mut self) -> bool {

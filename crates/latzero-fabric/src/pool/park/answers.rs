@@ -214,6 +214,13 @@ impl<P: Clone> Pool<P> {
             on_way: None,
         };
         fx.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
+        if let Some(key) = &kept.key
+            && self
+                .repeats
+                .restore_answered(&kept.caller, key, &self.limits)
+        {
+            self.repeats_answered(now, &kept.caller, key, &kept.answer, fx);
+        }
         self.parked.answers.insert(row.number, kept);
         true
     }
@@ -282,6 +289,7 @@ impl<P: Clone> Pool<P> {
                 }
             }
         }
+        let is_repeatable = parked.idempotency_key.is_some();
         let kept = Kept {
             caller: parked.caller.clone(),
             from: parked.from,
@@ -295,8 +303,9 @@ impl<P: Clone> Pool<P> {
         };
         fx.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
         self.parked.answers.insert(number, kept);
-        if !is_answered {
-            // A call that was cancelled or ran out of time is not run again, even if the server dies before that is told.
+        if !is_answered || is_repeatable {
+            // Nothing that was cancelled or ran out of time is run again, even if the server dies before that is told; nor
+            // what was to run once.
             self.write_answer(now, number, fx);
         }
         match told {
