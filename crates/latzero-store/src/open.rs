@@ -82,6 +82,11 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
     for text in &report.texts {
         tracing::error!("{text}");
     }
+    // It is told; the next start has nothing to say of it. A disk that is full has it told again.
+    let told = "UPDATE store_state SET value = 'open' WHERE key = 'run' AND value = ?1";
+    if let Err(error) = conn.execute(told, [restore::BY_ITSELF]) {
+        tracing::warn!(%error, "the next start will tell this again");
+    }
     let shared = Arc::new(Shared {
         state: Mutex::new(State {
             queue: Queue::new(options.queue_max, options.retained_max),
