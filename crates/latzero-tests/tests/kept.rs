@@ -84,18 +84,26 @@ fn a_block_that_a_limit_leaves_no_room_for_stays_where_it_is() {
 fn what_was_set_aside_is_counted_at_each_start() {
     let mut server = Server::start();
     let memory = server.0.data_dir().join("memory");
-    for content in [&b"once"[..], b"again"] {
+    let log = server.0.data_dir().join("logs/server.log");
+    let told = || -> Vec<String> {
+        let log = std::fs::read_to_string(&log).unwrap();
+        let told = log.lines().filter(|l| l.contains("set aside under"));
+        told.map(str::to_owned).collect()
+    };
+    for (starts, content) in [(1, &b"once"[..]), (2, b"again")] {
         server.kill();
         std::fs::write(memory.join("11.1.lzb"), content).unwrap();
         server.restart();
+        // A thread of its own writes it.
+        let end = Instant::now() + PATIENCE;
+        while told().len() < starts {
+            assert!(Instant::now() < end, "start {starts} tells nothing");
+            std::thread::yield_now();
+        }
     }
     assert_eq!(files(&memory.join(".orphans")), ["11.1.lzb", "11.1.lzb.1"]);
-    let log = std::fs::read_to_string(server.0.data_dir().join("logs/server.log")).unwrap();
-    let told: Vec<&str> = log
-        .lines()
-        .filter(|l| l.contains("set aside under"))
-        .collect();
-    assert_eq!(told.len(), 2, "{log}");
+    let told = told();
+    assert_eq!(told.len(), 2, "{told:?}");
     assert!(
         told[0].contains("\"files\":1") && told[0].contains("\"bytes\":4"),
         "{told:?}"
