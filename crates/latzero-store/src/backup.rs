@@ -19,7 +19,8 @@ use crate::error::{BackupError, StoreError};
 use crate::failpoint;
 use crate::faults::Faults;
 use crate::files;
-use crate::open::{connect, findings, load};
+use crate::open::{connect, findings, load, try_reading};
+use crate::restore;
 use crate::rows::BlockRow;
 use crate::schema::{self, SCHEMA_VERSION};
 use crate::store::Store;
@@ -190,6 +191,7 @@ impl Backup {
             .find_faults(true)
             .unwrap_or_else(|error| vec![error.to_string()]);
         self.judge(&found)?;
+        self.summary()?;
         for head in self.blocks()? {
             self.read_block(&head)
                 .and_then(|mut reader| io::copy(&mut reader, &mut io::sink()))
@@ -255,6 +257,12 @@ impl Backup {
             return Ok(vec![format!(
                 "it has schema {version}, this program knows 1 to {SCHEMA_VERSION}"
             )]);
+        }
+        if full {
+            restore::try_schema(&self.conn)?;
+            if version == SCHEMA_VERSION {
+                try_reading(&self.conn)?;
+            }
         }
         let found = findings(&self.conn, full)?;
         if !found.is_empty() {

@@ -397,6 +397,23 @@ fn back_up_before_migration(
     })
 }
 
+/// Whether the tables have what is read of them.
+pub(crate) fn try_reading(conn: &Connection) -> rusqlite::Result<()> {
+    for select in [
+        AppRow::select(),
+        PoolRow::select(),
+        BlockRow::select(),
+        CallRow::select(),
+        AnswerRow::select(),
+    ] {
+        conn.prepare(&select)?;
+    }
+    conn.prepare(
+        "SELECT key, value FROM server_config UNION ALL SELECT key, value FROM store_state",
+    )
+    .map(drop)
+}
+
 /// Reads every record.
 pub(crate) fn load(conn: &Connection) -> rusqlite::Result<Contents> {
     Ok(Contents {

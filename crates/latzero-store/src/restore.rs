@@ -61,6 +61,8 @@ pub fn restore_with(
     refuse_in_use(&data_dir.join(DATABASE))?;
     let backup = open_backup(backup)?;
     backup.verify()?;
+    // Nothing that can fail comes after the switch but the switch itself.
+    let summary = backup.summary()?;
     finish_decided(data_dir, faults)?;
     let temporary = build(&backup, data_dir, BY_HAND, faults)?;
     let mut put_all = || -> Result<(), BackupError> {
@@ -78,10 +80,7 @@ pub fn restore_with(
     }
     decide(&temporary, data_dir, faults)?;
     let set_aside = switch(data_dir, "replaced", faults)?;
-    Ok(Restored {
-        summary: backup.summary()?,
-        set_aside,
-    })
+    Ok(Restored { summary, set_aside })
 }
 
 /// Builds the next database from the newest backup that verifies, and decides for it. Tells which one it was.
@@ -189,21 +188,33 @@ fn build_at(
     files::sync_file(temporary, faults).map_err(|e| BackupError::file("sync", temporary, e))
 }
 
-fn copy_records(conn: &Connection, how: &str) -> rusqlite::Result<()> {
-    // Tables come before what is built upon them.
-    let made: Vec<(String, String, String)> = conn
-        .prepare(
-            "SELECT type, name, sql FROM source.sqlite_schema
+/// Kind, name and text of what a backup's records lie in, tables before what is built upon them.
+fn schema_of(conn: &Connection, schema: &str) -> rusqlite::Result<Vec<(String, String, String)>> {
+    let mut made: Vec<(String, String, String)> = conn
+        .prepare(&format!(
+            "SELECT type, name, sql FROM {schema}.sqlite_schema
              WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'
-             ORDER BY type <> 'table', rowid",
-        )?
+             ORDER BY type <> 'table', rowid"
+        ))?
         .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
         .collect::<Result<_, _>>()?;
+    made.retain(|(_, name, _)| !OWN_TABLES.contains(&name.as_str()));
+    Ok(made)
+}
+
+/// Whether the text of a backup's schema makes a database: no checksum of SQLite's is over it.
+pub(crate) fn try_schema(conn: &Connection) -> rusqlite::Result<()> {
+    let scratch = Connection::open_in_memory()?;
+    for (_, _, sql) in schema_of(conn, "main")? {
+        scratch.execute_batch(&sql)?;
+    }
+    Ok(())
+}
+
+fn copy_records(conn: &Connection, how: &str) -> rusqlite::Result<()> {
+    let made = schema_of(conn, "source")?;
     conn.execute_batch("BEGIN")?;
     for (kind, name, sql) in &made {
-        if OWN_TABLES.contains(&name.as_str()) {
-            continue;
-        }
         conn.execute_batch(sql)?;
         if kind == "table" {
             conn.execute_batch(&format!(
