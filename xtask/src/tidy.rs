@@ -40,6 +40,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "latzero-server",
             "latzero-shm",
             "latzero-sim",
+            "latzero-store",
         ],
     ),
     (

@@ -3,7 +3,9 @@
 //! They stand here and not in `fuzz/`, which needs a fuzzer's compiler flags, so that the ordinary tests can replay
 //! the corpus (`fuzz/corpus/<target>/`) on a stable compiler.
 
+mod backup;
 mod header;
+mod rows;
 mod session;
 
 use std::path::Path;
@@ -14,7 +16,9 @@ use latzero_server::settings;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+pub use backup::backup;
 pub use header::header;
+pub use rows::rows;
 pub use session::session;
 
 /// Frames that were decoded, and the error that ended them.

@@ -42,3 +42,13 @@ fn config() {
 fn header() {
     replay("header", latzero_fuzz::header);
 }
+
+#[test]
+fn rows() {
+    replay("rows", latzero_fuzz::rows);
+}
+
+#[test]
+fn backup() {
+    replay("backup", latzero_fuzz::backup);
+}

@@ -140,12 +140,6 @@ impl World {
         }
     }
 
-    fn pool_for_kept(&mut self, name: &PoolName) -> PoolHandle {
-        let unix_ms = EPOCH_MS + self.now.0 / 1000;
-        let found = self.registry.pool_for_kept(unix_ms, name);
-        found.expect("there was room for it before").1
-    }
-
     fn is_waiting(&self, peer: Peer) -> bool {
         let session = self.connections[peer.0 as usize].session.as_ref();
         session.is_some_and(Session::is_waiting)
@@ -361,7 +355,21 @@ impl World {
     }
 
     /// Begins again, as after a kill: connections are gone, apps and pools are as far as they were written down.
+    ///
+    /// # Panics
+    /// Where a row that was written can't be taken in.
     pub fn restart(&mut self, seed: u64) {
+        let left = self.begin_again(seed);
+        assert_eq!(left, 0, "every row was written by the core itself");
+    }
+
+    /// Begins again with rows that anybody may have written; returns how many make no sense.
+    pub fn restart_with(&mut self, seed: u64, rows: crate::store::Rows) -> usize {
+        self.fx.store.rows = rows;
+        self.begin_again(seed)
+    }
+
+    fn begin_again(&mut self, seed: u64) -> usize {
         for connection in &mut self.connections {
             connection.session = None;
             connection.received = Vec::new();
@@ -374,25 +382,40 @@ impl World {
         let unix_ms = EPOCH_MS + self.now.0 / 1000;
         self.registry = Registry::new(unix_ms, self.limits.clone(), seed);
         let rows = self.fx.store.rows.clone();
+        let mut left = 0;
         for row in rows.pools.into_values() {
-            let restored = self.registry.restore_pool(row);
-            restored.expect("there was room for it before");
+            left += usize::from(self.registry.restore_pool(row).is_err());
         }
         let times = (self.now, unix_ms);
         for row in rows.calls.values() {
-            let pool = self.pool_for_kept(&row.pool);
-            assert!(self.with_pool(&pool, |pool, fx| pool.restore_call(times, row, fx)));
+            let taken = self.take_in(&row.pool, |pool, fx| pool.restore_call(times, row, fx));
+            left += usize::from(!taken);
         }
         for row in rows.answers.values() {
-            let pool = self.pool_for_kept(&row.pool);
-            assert!(self.with_pool(&pool, |pool, fx| pool.restore_answer(times, row, fx)));
+            let taken = self.take_in(&row.pool, |pool, fx| pool.restore_answer(times, row, fx));
+            left += usize::from(!taken);
         }
         for row in rows.apps.into_values() {
-            assert!(
-                self.registry.restore_app(row, unix_ms),
-                "there was room for it before"
-            );
+            left += usize::from(!self.registry.restore_app(row, unix_ms));
         }
+        left
+    }
+
+    /// Has a pool take something in; one that was made for it goes again where it makes no sense.
+    fn take_in(
+        &mut self,
+        name: &PoolName,
+        restore: impl FnOnce(&mut Pool<Peer>, &mut Outboxes) -> bool,
+    ) -> bool {
+        let unix_ms = EPOCH_MS + self.now.0 / 1000;
+        let Ok((number, pool)) = self.registry.pool_for_kept(unix_ms, name) else {
+            return false;
+        };
+        let taken = self.with_pool(&pool, restore);
+        if !taken {
+            self.registry.count_held(name, number, 0);
+        }
+        taken
     }
 
     /// Takes the log of what happened since it was taken last.

@@ -1,0 +1,125 @@
+//! Rows of a database that anybody may have written: what is taken in of them, and what clients see of it then.
+
+use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, PoolRow};
+use latzero_fabric::{Limits, Transport};
+use latzero_protocol::{AppId, PoolName};
+use latzero_sim::{Bounds, Rows, World, encode_frame};
+use serde_json::Value;
+
+/// A start with rows, each a line of JSON with the field `table`: `app`, `pool`, `call` or `answer`. Then apps come that the
+/// rows may be about; what they are given they answer.
+///
+/// # Panics
+/// Where an invariant breaks, or something is left when all have gone.
+pub fn rows(data: &[u8]) {
+    let mut rows = Rows::default();
+    for line in data.split(|&b| b == b'\n').take(50) {
+        if let Ok(row) = serde_json::from_slice::<Value>(line) {
+            put(&mut rows, &row);
+        }
+    }
+    let limits = Limits {
+        apps_max: 8,
+        pools_max: 8,
+        repeats_max: 4,
+        ..Limits::default()
+    };
+    let mut world = World::new(1, limits, Bounds::default());
+    let all = rows.apps.len() + rows.pools.len() + rows.calls.len() + rows.answers.len();
+    assert!(world.restart_with(1, rows) <= all);
+    world.check();
+    let mut peers = Vec::new();
+    for hello in [
+        r#"{"action":"handshake","app_id":"h","pools":["default","p"],"triggers":["t"]}"#,
+        r#"{"action":"handshake","app_id":"a"}"#,
+        r#"{"action":"handshake","app_id":"b","pools":["p"]}"#,
+    ] {
+        let peer = world.connect(Transport::Unix);
+        world.feed(peer, &encode_frame(hello, None));
+        peers.push(peer);
+        world.check();
+    }
+    for message in world.messages(peers[0]) {
+        if message.json["action"] == "trigger" {
+            let answer = serde_json::json!({
+                "action": "response", "in_reply_to": message.json["id"], "status": "ok", "response": 1,
+            });
+            world.feed(peers[0], &encode_frame(&answer.to_string(), None));
+            world.check();
+        }
+    }
+    // Beyond every time that a row may name.
+    for _ in 0..3 {
+        world.advance(latzero_protocol::limits::PARKED_TTL_MAX_MS);
+        world.check();
+    }
+    for peer in peers {
+        world.hang_up(peer);
+    }
+    world.check();
+    assert_eq!(world.counts().instances, 0);
+}
+
+fn put(rows: &mut Rows, row: &Value) {
+    let text = |name: &str| row[name].as_str().unwrap_or_default().to_owned();
+    let some = |name: &str| row[name].as_str().map(str::to_owned);
+    let number = |name: &str| row[name].as_u64().unwrap_or(0);
+    let pool = PoolName::new(&text("pool"));
+    let app = |name: &str| AppId::new(&text(name));
+    match (row["table"].as_str(), pool, app("app")) {
+        (Some("app"), _, Ok(app_id)) => {
+            let row = AppRow {
+                app_id: app_id.clone(),
+                pools: text("pools"),
+                triggers: text("triggers"),
+                watches: text("watches"),
+                meta: some("meta"),
+                registered: number("registered"),
+                last_seen: number("last_seen"),
+            };
+            rows.apps.insert(app_id, row);
+        }
+        (Some("pool"), Ok(name), owner) => {
+            let row = PoolRow {
+                name: name.clone(),
+                owner: owner.ok(),
+                policy: text("policy"),
+                properties: some("properties"),
+                created: number("created"),
+            };
+            rows.pools.insert(name, row);
+        }
+        (Some("call"), Ok(pool), Ok(caller)) => {
+            let row = CallRow {
+                number: number("number"),
+                pool,
+                process: text("process"),
+                destination: some("destination"),
+                caller,
+                id: text("id"),
+                envelope: text("envelope"),
+                attachment: some("attachment").map(String::into_bytes),
+                idempotency_key: some("key"),
+                expires: number("expires"),
+                attempt: u32::try_from(number("attempt")).unwrap_or(u32::MAX),
+                parked: number("parked"),
+            };
+            rows.calls.insert(row.number, row);
+        }
+        (Some("answer"), Ok(pool), Ok(caller)) => {
+            let row = AnswerRow {
+                number: number("number"),
+                pool,
+                caller,
+                id: text("id"),
+                idempotency_key: some("key"),
+                frame: text("frame").chars().map(|c| c as u8).collect(),
+                expires: number("expires"),
+            };
+            // A call and its answer are never both there.
+            rows.calls.remove(&row.number);
+            rows.answers.insert(row.number, row);
+        }
+        _ => {}
+    }
+}
