@@ -37,6 +37,11 @@ impl Names {
         }
     }
 
+    /// What the names of its record and of all its generations begin with.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
     fn bytes(&self) -> String {
         format!("{}.{}.lzb", self.id, self.generation)
     }
