@@ -45,8 +45,8 @@ pub(crate) struct Keeper {
     next_number: AtomicU64,
     losses: Arc<Losses>,
     boot_id: String,
-    /// When the last backup by schedule began, in milliseconds since the Unix epoch; at first the newest one's time.
-    last_backup: AtomicU64,
+    /// When the last backup by schedule began.
+    last_backup: Mutex<LastBackup>,
     /// Taken when the earlier run's contents are taken in.
     contents: Mutex<Option<Contents>>,
 }
@@ -81,12 +81,7 @@ impl Keeper {
         let calls = contents.calls.iter().map(|row| row.number);
         let answers = contents.answers.iter().map(|row| row.number);
         let last = calls.chain(answers).max().unwrap_or(0);
-        // A server that was just set up begins with its work, not with a backup.
-        let now = || {
-            let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            since.map_or(0, |since| since.as_millis() as u64)
-        };
-        let last_backup = store.status().last_backup.map_or_else(now, ms);
+        let last_backup = Mutex::new(LastBackup::before(store.status().last_backup, now_ms()));
         let losses = Arc::new(Losses::default());
         if let Some((_, earlier)) = contents.settings.iter().find(|(key, _)| key == LOSSES) {
             losses.take_in(earlier);
@@ -99,7 +94,7 @@ impl Keeper {
             next_number: AtomicU64::new(last + 1),
             losses,
             boot_id,
-            last_backup: AtomicU64::new(last_backup),
+            last_backup,
             contents: Mutex::new(Some(contents)),
         })
     }
@@ -116,12 +111,18 @@ impl Keeper {
         self.next_number.fetch_add(1, Relaxed)
     }
 
-    pub(crate) fn last_backup(&self) -> u64 {
-        self.last_backup.load(Relaxed)
-    }
-
-    pub(crate) fn note_backup(&self, unix_ms: u64) {
-        self.last_backup.store(unix_ms, Relaxed);
+    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins now.
+    pub(crate) fn is_backup_due(&self, now: Time, interval_ms: u64) -> bool {
+        let last = self.last_backup.lock();
+        let mut last = last.expect("nothing panics under this lock");
+        let is_due = interval_ms > 0 && last.age_ms(now) >= interval_ms;
+        if is_due {
+            *last = LastBackup {
+                age_ms: 0,
+                at: Some(now),
+            };
+        }
+        is_due
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -198,7 +199,11 @@ impl Keeper {
             seen["failing"] = reason.as_str().into();
             seen["failing_since"] = status.failing_since.into();
         }
-        (status.failing.is_none() && status.dropped == 0, seen)
+        if let Some(reason) = status.misplaced {
+            seen["misplaced"] = reason.into();
+        }
+        let writes = status.failing.is_none() && status.misplaced.is_none();
+        (writes && status.dropped == 0, seen)
     }
 
     /// Writes what waits and closes the database cleanly; for the server's end.
@@ -223,6 +228,39 @@ fn note_report(losses: &Losses, report: &Report) {
             remedy,
         ));
     }
+}
+
+/// When the last backup was made, by a clock that only goes on: the one on the wall may jump.
+struct LastBackup {
+    /// Its age, in milliseconds, …
+    age_ms: u64,
+    /// … at this time; at the first look where there is none yet.
+    at: Option<Time>,
+}
+
+impl LastBackup {
+    /// Of the newest backup that is there at the start. A server that was just set up begins with its work, not with a backup.
+    fn before(newest: Option<i64>, now: i64) -> LastBackup {
+        let age_ms = match newest {
+            None => 0,
+            // From a clock that was ahead: how old it is, nobody knows.
+            Some(newest) if newest > now => u64::MAX / 2,
+            Some(newest) => ms(now - newest),
+        };
+        LastBackup { age_ms, at: None }
+    }
+
+    fn age_ms(&mut self, now: Time) -> u64 {
+        let at = *self.at.get_or_insert(now);
+        self.age_ms + now.since(at).as_millis() as u64
+    }
+}
+
+fn now_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| {
+        i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+    })
 }
 
 /// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the rows of blocks, and
@@ -320,4 +358,31 @@ fn take_in_waiting(
 
 fn senseless() -> Refusal {
     Refusal::new(Code::Storage, "its row makes no sense")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY_MS: u64 = 24 * 60 * 60 * 1000;
+
+    fn age(newest: Option<i64>, now: i64) -> u64 {
+        LastBackup::before(newest, now).age_ms(Time(7))
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_does_not_stop_the_schedule() {
+        let now = 1_700_000_000_000;
+        let day = i64::try_from(DAY_MS).unwrap();
+        assert_eq!(age(None, now), 0);
+        assert_eq!(age(Some(now - 2 * day), now), 2 * DAY_MS);
+        assert!(age(Some(now + 365 * day), now) >= DAY_MS);
+    }
+
+    #[test]
+    fn the_age_grows_by_the_clock_that_only_goes_on() {
+        let mut last = LastBackup::before(None, 0);
+        assert_eq!(last.age_ms(Time(1_000_000)), 0);
+        assert_eq!(last.age_ms(Time(5_000_000)), 4_000);
+    }
 }

@@ -29,6 +29,7 @@ mod stats;
 mod timers;
 pub mod upkeep;
 mod utc;
+mod watch;
 
 pub use latzero_protocol::address;
 pub use server::{Origins, Server, ServerError};
