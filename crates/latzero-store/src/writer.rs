@@ -108,6 +108,8 @@ struct Writer<'c> {
     mark_file: MarkFile,
     /// The log holds what the database may no longer have.
     is_log_filled: bool,
+    /// Since when files of the database are missing.
+    gone_since: Option<Instant>,
     /// The database says that it is in use. It need not before the first transaction: until then nothing differs.
     is_marked: bool,
     /// A request was the last thing done, so waiting changes come first now.
@@ -138,6 +140,7 @@ impl<'c> Writer<'c> {
             mark,
             mark_file,
             is_log_filled: false,
+            gone_since: None,
             is_marked: false,
             batch_first: true,
             jobs,
@@ -349,8 +352,13 @@ impl<'c> Writer<'c> {
     /// Makes the database's files anew where they were removed or moved, from the open connection, which still has them. None
     /// where nothing is gone, or nothing can be made.
     fn rebuild_where_gone(&mut self) -> Option<Connection> {
-        let gone = self.shared.guard().check().err()?;
-        if gone == Missing::Directory {
+        let gone = self.shared.guard().check().err();
+        let Some(gone) = gone.filter(|gone| *gone != Missing::Directory) else {
+            self.gone_since = None;
+            return None;
+        };
+        let since = *self.gone_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < self.options.rebuild_after {
             return None;
         }
         match self.rebuild() {

@@ -77,7 +77,7 @@ impl Files {
             let error = match (read, rows.get(&id)) {
                 (Ok((names, record)), row) if row.is_none_or(|row| is_same(row, &record)) => {
                     let generations = bytes.remove(&id).unwrap_or_default();
-                    kept.push(self.take_in(names, record, &generations));
+                    kept.push(self.take_in(names, record, &generations, lost));
                     continue;
                 }
                 (Ok(_), _) => "it is not the one that the database has".to_owned(),
@@ -91,7 +91,7 @@ impl Files {
                         "its record was lost or damaged ({error}); it was made again from the database"
                     );
                     lost(name_of(row), happened);
-                    kept.push(self.take_in_by_row(id, row, &generations));
+                    kept.push(self.take_in_by_row(id, row, &generations, lost));
                 }
                 None => {
                     for generation in generations {
@@ -114,7 +114,13 @@ impl Files {
     }
 
     /// Takes a block in whose record is lost: the database has it too. Sizes are what the bytes' own header says.
-    fn take_in_by_row(&self, id: String, row: &str, generations: &BTreeSet<u64>) -> Kept {
+    fn take_in_by_row(
+        &self,
+        id: String,
+        row: &str,
+        generations: &BTreeSet<u64>,
+        lost: &mut dyn FnMut(String, String),
+    ) -> Kept {
         let value: Value = serde_json::from_str(row).unwrap_or_default();
         let named = value["generation"].as_u64().unwrap_or(0);
         let generation = match generations.contains(&named) {
@@ -132,11 +138,17 @@ impl Files {
                 tracing::warn!(file = %names, %error, "the record of a persistent block can't be put right");
             }
         }
-        self.take_in(names, record, generations)
+        self.take_in(names, record, generations, lost)
     }
 
     /// Opens the generation that the record names; where that can't be, the newest one that opens, with its record put right.
-    fn take_in(&self, names: Names, record: String, generations: &BTreeSet<u64>) -> Kept {
+    fn take_in(
+        &self,
+        names: Names,
+        record: String,
+        generations: &BTreeSet<u64>,
+        lost: &mut dyn FnMut(String, String),
+    ) -> Kept {
         let named = names.generation;
         let others = generations.iter().rev().filter(|g| **g != named);
         let others = others.map(|&generation| Names {
@@ -175,7 +187,10 @@ impl Files {
                 open: Err(error),
             };
         };
-        tracing::error!(file = %names, taken = %other, error, "the newest generation of a persistent block can't be opened; it is set aside, and an older one is taken");
+        let happened = format!(
+            "its newest generation {names} can't be opened ({error}) and was set aside under memory/{ORPHANS}; the older one {other} was taken"
+        );
+        lost(name_of(&record), happened);
         // First: what stands beside a record's generation at a start goes.
         self.orphan(&names.bytes());
         let record = record_of(&record, &custodian);
