@@ -17,7 +17,6 @@ mod host;
 mod keeper;
 mod listener;
 pub mod logging;
-mod outbox;
 mod peer;
 pub mod server;
 pub mod settings;

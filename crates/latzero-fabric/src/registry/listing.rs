@@ -5,8 +5,8 @@ use latzero_protocol::{AppId, PoolName, Refusal};
 use serde_json::{Value, json};
 
 use super::{App, Instance, PoolEntry, Registry, no_pool};
-use crate::host::Host;
-use crate::time::Time;
+use crate::driver::Driver;
+use crate::now::Time;
 
 /// Bytes of a listing after which it goes on on the next page: far below what a frame may have.
 const PAGE_BYTES_MAX: usize = 1024 * 1024;
@@ -27,12 +27,12 @@ pub struct Counts {
     pub pools: usize,
 }
 
-impl<H: Host> Registry<H> {
+impl<D: Driver> Registry<D> {
     /// A pool's handle and what the registry knows of it.
     ///
     /// # Errors
     /// `no_pool`.
-    pub fn describe_pool(&self, name: &PoolName) -> Result<(H::Pool, Value), Refusal> {
+    pub fn describe_pool(&self, name: &PoolName) -> Result<(D::Pool, Value), Refusal> {
         let entry = self.pools.get(name).ok_or_else(|| no_pool(name))?;
         Ok((entry.pool.clone(), pool_json(name, entry)))
     }
@@ -62,7 +62,7 @@ impl<H: Host> Registry<H> {
         if let Some(name) = pool.filter(|name| !self.pools.contains_key(*name)) {
             return Err(no_pool(name));
         }
-        let is_in = |app: &App<H>| {
+        let is_in = |app: &App<D>| {
             pool.is_none_or(|pool| {
                 app.registration.get().pools.contains(pool)
                     || app
@@ -110,7 +110,7 @@ fn is_after(name: &str, page: &Page<'_>) -> bool {
     page.after.as_deref().is_none_or(|after| name > after)
 }
 
-fn pool_json<H: Host>(name: &PoolName, entry: &PoolEntry<H>) -> Value {
+fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>) -> Value {
     json!({
         "pool": name, "kind": "local", "durable": entry.durable, "encrypted": false, "owner": entry.owner,
         "policy": {"join": entry.policy.join.names(), "serve": entry.policy.serve.names()},
@@ -118,8 +118,8 @@ fn pool_json<H: Host>(name: &PoolName, entry: &PoolEntry<H>) -> Value {
     })
 }
 
-fn app_json<H: Host>(id: &AppId, app: &App<H>, unix_ms: impl Fn(Time) -> u64) -> Value {
-    let instance = |i: &Instance<H>| {
+fn app_json<D: Driver>(id: &AppId, app: &App<D>, unix_ms: impl Fn(Time) -> u64) -> Value {
+    let instance = |i: &Instance<D>| {
         let pools: Vec<_> = i.memberships.iter().map(|m| &m.name).collect();
         json!({"instance": i.id, "pools": pools, "since": unix_ms(i.since)})
     };
