@@ -390,15 +390,11 @@ impl<H: Host> Session<H> {
             Request::Unwatch(pool) => return self.watch(&pool, None, host),
             Request::Admin(admin) => return self.admin(now, id, &admin, host),
             Request::Emit(emit) => self.emit(&emit, host)?,
-            Request::PoolList(page) => host
-                .with_registry(|registry, _| registry.list_pools(&page))
-                .to_string(),
+            Request::PoolList(page) => host.with_registry(|registry, _| registry.list_pools(&page)),
             Request::PoolInfo(name) => pool_info(&name, host)?,
             Request::AppList(pool, page) => {
                 let clock = clock(now, host);
-                let apps = host
-                    .with_registry(|registry, _| registry.list_apps(pool.as_ref(), &page, clock))?;
-                apps.to_string()
+                host.with_registry(|registry, _| registry.list_apps(pool.as_ref(), &page, clock))?
             }
             Request::Ping => format!("{{\"time\":{}}}", host.unix_ms(now)),
             Request::Stats => host.stats(now),

@@ -190,7 +190,6 @@ fn reply(process: &str, body: Body<'_>, now: Time, host: &mut IoHost) -> Result<
             host.with_registry(|registry, _| {
                 registry.list_apps(pool.as_ref(), &page, |then| clock.unix_ms(then))
             })?
-            .to_string()
         }
         "pools" => {
             let page = Page {
@@ -198,7 +197,6 @@ fn reply(process: &str, body: Body<'_>, now: Time, host: &mut IoHost) -> Result<
                 limit: Page::LIMIT_MAX,
             };
             host.with_registry(|registry, _| registry.list_pools(&page))
-                .to_string()
         }
         _ => {
             return Err(Refusal::new(

@@ -176,7 +176,7 @@ impl<H: Host> Session<H> {
             }
             Action::List(page) => {
                 let blocks = host.with_pool(&pool, |pool, fx| pool.blocks_json(page, fx));
-                Ok(Some(blocks.to_string()))
+                Ok(Some(blocks))
             }
             Action::Info(block) => {
                 let all = host.with_pool(&pool, |pool, fx| pool.block_json(member, block, fx))?;
