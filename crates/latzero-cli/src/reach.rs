@@ -489,21 +489,21 @@ fn judge(place: &Place, error: Error) -> Result<String, Failure> {
 /// # Errors
 /// What the server answers.
 pub(crate) fn list(app: &App, request: &Value, kind: Listed) -> Result<Vec<Value>, Error> {
-    let (field, name) = match kind {
-        Listed::Apps => ("apps", "app_id"),
-        Listed::Pools => ("pools", "pool"),
+    let field = match kind {
+        Listed::Apps => "apps",
+        Listed::Pools => "pools",
     };
     let mut all = Vec::new();
     let mut request = request.clone();
     loop {
         let mut page = app.request(&request)?;
-        let more = page["more"] == true;
         if let Some(items) = page[field].as_array_mut() {
             all.append(items);
         }
-        match all.last().filter(|_| more) {
-            Some(last) => request["after"] = last[name].clone(),
-            None => return Ok(all),
+        // A page may be empty and yet not the last: it ends where enough was looked at.
+        match page["after"].take() {
+            after @ Value::String(_) => request["after"] = after,
+            _ => return Ok(all),
         }
     }
 }

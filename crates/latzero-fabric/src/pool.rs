@@ -39,6 +39,8 @@ use routing::not_member;
 
 /// Triggers of a pool, and handlers of each, that its description shows one by one.
 const TRIGGERS_SHOWN_MAX: usize = 1000;
+/// Leaves room on a page for the rest of the description.
+const TRIGGERS_SHOWN_BYTES_MAX: usize = crate::registry::PAGE_BYTES_MAX / 2;
 const HANDLERS_SHOWN_MAX: usize = 20;
 
 /// A member's place in its pool.
@@ -477,6 +479,10 @@ impl<D: Driver> Pool<D> {
     #[must_use]
     pub fn triggers_json(&self) -> serde_json::Value {
         let mut names: Vec<&Served> = self.triggers.values().collect();
+        if names.len() > TRIGGERS_SHOWN_MAX {
+            names.select_nth_unstable_by(TRIGGERS_SHOWN_MAX, |a, b| a.name.cmp(&b.name));
+            names.truncate(TRIGGERS_SHOWN_MAX);
+        }
         names.sort_by(|a, b| a.name.cmp(&b.name));
         let trigger = |served: &Served| {
             let handlers: Vec<_> = served
@@ -494,11 +500,12 @@ impl<D: Driver> Pool<D> {
                 "handlers_total": served.handlers.len(),
             })
         };
-        names
-            .into_iter()
-            .take(TRIGGERS_SHOWN_MAX)
-            .map(trigger)
-            .collect()
+        let mut bytes = 0;
+        let fits = |trigger: &serde_json::Value| {
+            bytes += trigger.to_string().len();
+            bytes <= TRIGGERS_SHOWN_BYTES_MAX
+        };
+        names.into_iter().map(trigger).take_while(fits).collect()
     }
 
     /// Checks what must hold between any two inputs; for the simulator and tests.

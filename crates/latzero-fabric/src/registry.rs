@@ -27,6 +27,7 @@ use crate::turn::Turn;
 pub(crate) use admission::{check_pools, check_triggers};
 use admission::{check_reserved, too_many};
 pub use listing::Counts;
+pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use pools::forget_pool;
 
 struct App<D: Driver> {

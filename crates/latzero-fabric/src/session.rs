@@ -388,16 +388,13 @@ impl<D: Driver> Session<D> {
             Request::Unwatch(pool) => return self.watch(&pool, None, turn),
             Request::Admin(admin) => return self.admin(id, &admin, turn),
             Request::Emit(emit) => self.emit(&emit, turn)?,
-            Request::PoolList(page) => turn
-                .with_registry(|registry, _| registry.list_pools(&page))
-                .to_string(),
+            Request::PoolList(page) => turn.with_registry(|registry, _| registry.list_pools(&page)),
             Request::PoolInfo(name) => pool_info(&name, turn)?,
             Request::AppList(pool, page) => {
                 let now = turn.now;
-                let apps = turn.with_registry(|registry, _| {
+                turn.with_registry(|registry, _| {
                     registry.list_apps(pool.as_ref(), &page, |then| now.unix_ms_at(then))
-                })?;
-                apps.to_string()
+                })?
             }
             Request::Ping => format!("{{\"time\":{}}}", turn.unix_ms()),
             Request::Stats => D::report(turn, Report::Stats),

@@ -189,7 +189,6 @@ fn reply(process: &str, body: Body<'_>, host: &mut IoHost) -> Result<Reply, Refu
             host.with_registry(|registry, _| {
                 registry.list_apps(pool.as_ref(), &page, |then| clock.unix_ms(then))
             })?
-            .to_string()
         }
         "pools" => {
             let page = Page {
@@ -197,7 +196,6 @@ fn reply(process: &str, body: Body<'_>, host: &mut IoHost) -> Result<Reply, Refu
                 limit: Page::LIMIT_MAX,
             };
             host.with_registry(|registry, _| registry.list_pools(&page))
-                .to_string()
         }
         _ => {
             return Err(Refusal::new(

@@ -17,8 +17,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 pub use file::{FILE_BYTES_MAX, FILES_MAX, Layer, load, parse_file};
+pub use latzero_fabric::limits::{Limits, Takes};
 pub use reference::default_config;
-pub use table::{Limits, SETTINGS, Setting, Settings, Takes};
+pub use table::{SETTINGS, Setting, Settings};
 pub use value::{Kind, LogFormat, LogLevel, SocketChoice, StoreDurability, Value};
 
 /// What every variable of this project begins with.
@@ -402,7 +403,7 @@ impl Resolved {
                 value: entry.value.clone(),
                 unit: setting.kind.unit(),
                 source: entry.source.to_string(),
-                default: setting.kind.render(&setting.default_value()),
+                default: setting.kind.render(&setting.default),
                 variable: setting.variable(),
                 live: setting.takes == Takes::Live,
                 doc: setting.doc(),
@@ -474,7 +475,7 @@ pub fn resolve(inputs: &Inputs) -> Result<Resolved, SettingsErrors> {
     let mut entries: Vec<Entry> = SETTINGS
         .iter()
         .map(|setting| Entry {
-            value: setting.default_value(),
+            value: setting.default.clone(),
             source: Source::Default,
             at: None,
         })
@@ -757,8 +758,9 @@ mod tests {
 
     #[test]
     fn every_setting_has_a_variable_and_a_flag() {
-        for setting in SETTINGS {
-            let env = [(setting.variable(), setting.default.to_owned())];
+        for setting in SETTINGS.iter() {
+            let default = setting.kind.render(&setting.default);
+            let env = [(setting.variable(), default.clone())];
             let resolved = resolve(&Inputs {
                 environment: env
                     .into_iter()
@@ -768,7 +770,7 @@ mod tests {
             })
             .unwrap();
             assert!(source_of(&resolved, setting.name).starts_with("environment LATZERO_"));
-            let resolved = resolve(&inputs(&[], &[], &[(setting.name, setting.default)])).unwrap();
+            let resolved = resolve(&inputs(&[], &[], &[(setting.name, &default)])).unwrap();
             assert!(source_of(&resolved, setting.name).starts_with("command line --"));
         }
     }

@@ -300,39 +300,9 @@ impl Shared {
     }
 }
 
-/// The core's bounds, from the settings.
+/// The limits in force: as they were set, and for the rest as the memory allows.
 pub(crate) fn core_limits(settings: &Settings) -> Limits {
-    let l = &settings.limits;
-    let memory_bytes_max = l.block_bytes_total(memory_bytes());
-    let or_all = |max: u64| if max == 0 { memory_bytes_max } else { max };
-    Limits {
-        max_frame: l.max_frame,
-        in_flight_max: u32::try_from(l.in_flight_max).unwrap_or(u32::MAX),
-        pending_max: l.pending_max,
-        apps_max: l.apps_max,
-        pools_max: l.pools_max,
-        pools_per_app_max: l.pools_per_app_max,
-        triggers_per_app_max: l.triggers_per_app_max,
-        instances_per_app_max: l.instances_per_app_max,
-        registration_bytes_max: l.registration_bytes_max,
-        meta_bytes_max: l.meta_bytes_max,
-        block_bytes_max: l.block_bytes_max,
-        blocks_max: l.blocks_max,
-        memory_bytes_max,
-        memory_bytes_per_pool_max: or_all(l.memory_bytes_per_pool_max),
-        memory_bytes_per_app_max: or_all(l.memory_bytes_per_app_max),
-        attachments_per_app_max: l.attachments_per_app_max,
-        subscriptions_per_app_max: l.subscriptions_per_app_max,
-        block_waiters_max: l.block_waiters_max,
-        parked_max: l.parked_max,
-        parked_bytes_max: l.parked_bytes_max,
-        parked_per_app_max: l.parked_per_app_max,
-        parked_bytes_per_app_max: l.parked_bytes_per_app_max,
-        repeats_max: l.repeats_max,
-        repeats_bytes_max: l.repeats_bytes_max,
-        repeats_ttl_ms: settings.idempotency_ttl.as_millis() as u64,
-        answer_ttl_ms: settings.answer_ttl.as_millis() as u64,
-    }
+    settings.limits.clone().within(memory_bytes())
 }
 
 /// The machine's memory in bytes.

@@ -189,7 +189,7 @@ impl<D: Driver> Session<D> {
             }
             Action::List(page) => {
                 let blocks = turn.with_pool(&pool, |pool, turn| pool.blocks_json(page, turn));
-                Ok(Some(blocks.to_string()))
+                Ok(Some(blocks))
             }
             Action::Info(block) => {
                 let all =

@@ -10,33 +10,44 @@ use super::super::{MemberKey, Pool};
 use super::{ATTACHMENTS_SHOWN_MAX, Block, BlockKey, Phase, Replied};
 use crate::driver::Driver;
 use crate::memory::{Change, Descriptor};
+use crate::registry::{PageText, append};
+
 use crate::outbox::Class;
-use crate::slab::Key;
 use crate::turn::Turn;
 
 impl<D: Driver> Pool<D> {
-    /// The pool's blocks, in the order of their names.
-    pub fn blocks_json(&self, page: &Page<'_>, turn: &mut Turn<'_, D>) -> Value {
+    /// The pool's blocks in the order of their names, a page of them as JSON text.
+    pub fn blocks_json(&self, page: &Page<'_>, turn: &mut Turn<'_, D>) -> String {
         let after = page.after.as_deref();
-        let mut found: Vec<_> = self
+        let mut found: Vec<&Block> = self
             .blocks
             .blocks
             .iter()
-            .filter(|(_, block)| !matches!(block.phase, Phase::New))
-            .filter(|(_, block)| after.is_none_or(|after| block.id.as_str() > after))
+            .map(|(_, block)| block)
+            .filter(|block| !matches!(block.phase, Phase::New))
+            .filter(|block| after.is_none_or(|after| block.id.as_str() > after))
             .collect();
-        found.sort_by(|a, b| a.1.id.cmp(&b.1.id));
-        let is_more = found.len() > page.limit;
-        let describe = |(_, block): &(Key<Block>, &Block)| {
-            let version = turn.block_version(block.storage);
-            let mut description = block.description(self.name.as_str(), version);
-            description["attachments"] = block.attachments.len().into();
-            description["bytes"] = block.total().into();
-            description["locked"] = (!block.lock.holders().is_empty()).into();
-            description
-        };
-        let blocks: Vec<Value> = found.iter().take(page.limit).map(describe).collect();
-        json!({"blocks": blocks, "more": is_more})
+        // One more than the page takes, so that it knows whether there are more.
+        if found.len() > page.limit + 1 {
+            found.select_nth_unstable_by(page.limit, |a, b| a.id.cmp(&b.id));
+            found.truncate(page.limit + 1);
+        }
+        found.sort_by(|a, b| a.id.cmp(&b.id));
+        let mut text = PageText::new("blocks", page.limit);
+        for block in found {
+            let write = |out: &mut String| {
+                let version = turn.block_version(block.storage);
+                let mut description = block.description(self.name.as_str(), version);
+                description["attachments"] = block.attachments.len().into();
+                description["bytes"] = block.total().into();
+                description["locked"] = (!block.lock.holders().is_empty()).into();
+                append(out, &description);
+            };
+            if !text.add(block.id.as_str(), write) {
+                break;
+            }
+        }
+        text.finish()
     }
 
     /// All about one block.
