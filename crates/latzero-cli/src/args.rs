@@ -872,6 +872,14 @@ pub(crate) struct BlockReadArgs {
     pub(crate) reach: Reach,
 }
 
+/// Whether empty input is meant.
+#[derive(Args, Debug)]
+pub(crate) struct AllowEmpty {
+    /// Accept empty input, which is refused otherwise
+    #[arg(long)]
+    pub(crate) allow_empty: bool,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct BlockWriteArgs {
     #[command(flatten)]
@@ -885,6 +893,8 @@ pub(crate) struct BlockWriteArgs {
     /// Only if the block has this version
     #[arg(long, value_name = "VERSION")]
     pub(crate) if_version: Option<u64>,
+    #[command(flatten)]
+    pub(crate) empty: AllowEmpty,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
@@ -959,9 +969,14 @@ pub(crate) struct BlockFileArgs {
 pub(crate) struct BlockLoadArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// The file
+    /// The file; - for stdin
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
+    /// Write a part of the block, from this byte on, instead of replacing its content
+    #[arg(long, value_name = "BYTE")]
+    pub(crate) offset: Option<u64>,
+    #[command(flatten)]
+    pub(crate) empty: AllowEmpty,
     #[command(flatten)]
     pub(crate) kind: BlockKind,
     #[command(flatten)]

@@ -8,6 +8,7 @@ mod args;
 mod commands;
 mod executor;
 mod exit;
+mod launch;
 mod names;
 mod output;
 mod parse;
@@ -22,6 +23,9 @@ use crate::exit::Exit;
 use crate::output::Output;
 
 fn main() -> ExitCode {
+    if let Some(code) = launch::run_internal() {
+        std::process::exit(code);
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -3,6 +3,7 @@
 //! What is typed wins over the environment, and that over the defaults. A directory stands for the server that runs on
 //! it: its Unix socket by the rule of [`latzero_server::address`], else wherever the lock file says that it listens.
 
+use std::ffi::OsString;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -277,6 +278,23 @@ impl Reach {
             }
         }
         Ok(places)
+    }
+
+    /// What programs that this one starts find the same server by: the flags, as variables. A flag
+    /// wins over every variable, so the variables that would compete are emptied.
+    pub(crate) fn environment(&self) -> Vec<(&'static str, OsString)> {
+        let named = [
+            ("LATZERO_URL", self.url.clone().map(OsString::from)),
+            ("LATZERO_SOCKET", self.socket.clone().map(OsString::from)),
+            ("LATZERO_HOST", self.host.clone().map(OsString::from)),
+            ("LATZERO_PORT", self.port.map(|port| port.to_string().into())),
+            ("LATZERO_DATA_DIR", self.data_dir.clone().map(OsString::from)),
+        ];
+        if named.iter().all(|(_, value)| value.is_none()) {
+            return Vec::new();
+        }
+        let value = |(name, value): (_, Option<OsString>)| (name, value.unwrap_or_default());
+        named.into_iter().map(value).collect()
     }
 
     /// The AppID to connect as.

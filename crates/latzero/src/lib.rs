@@ -75,7 +75,8 @@ mod url;
 pub use answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer, Answers};
 pub use app::{App, Handler};
 pub use block::{
-    Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, TypedBlock,
+    Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, LOCKS_VARIABLE,
+    TypedBlock,
     View,
 };
 pub use builder::{Builder, Reconnect};
