@@ -15,7 +15,7 @@ use crate::args::{
     BlockWriteArgs,
 };
 use crate::exit::{Done, Exit, Failure};
-use crate::output::{Cell, Output, Tone, bytes, toned};
+use crate::output::{Cell, Output, Tone, bytes, hex, toned};
 use crate::parse::{self, Target};
 use crate::reach::{Reach, Reached, Wish};
 
@@ -323,18 +323,18 @@ fn read(args: &BlockReadArgs, output: &Output) -> Done {
     let block = at.name().attach()?;
     let length = args
         .length
-        .unwrap_or_else(|| block.size().saturating_sub(args.offset));
+        .unwrap_or_else(|| block.size().saturating_sub(args.from.offset));
     let length = usize::try_from(length).map_err(|_| Failure::usage("so many bytes do not fit"))?;
     if output.is_terminal || output.json {
         let mut buffer = vec![0; length.min(if output.json { length } else { SHOWN_BYTES })];
-        let version = block.read_into(args.offset, &mut buffer)?;
+        let version = block.read_into(args.from.offset, &mut buffer)?;
         if output.json {
-            let hex: String = buffer.iter().map(|b| format!("{b:02x}")).collect();
-            output.value(&json!({"version": version, "offset": args.offset, "hex": hex}))?;
+            let digits = hex(&buffer);
+            output.value(&json!({"version": version, "offset": args.from.offset, "hex": digits}))?;
             return Ok(Exit::Ok);
         }
         for (n, line) in buffer.chunks(16).enumerate() {
-            output.line(hex_line(args.offset + 16 * n as u64, line))?;
+            output.line(hex_line(args.from.offset + 16 * n as u64, line))?;
         }
         let more = length - buffer.len();
         if more > 0 {
@@ -346,25 +346,25 @@ fn read(args: &BlockReadArgs, output: &Output) -> Done {
         return Ok(Exit::Ok);
     }
     let mut buffer = vec![0; length];
-    block.read_into(args.offset, &mut buffer)?;
+    block.read_into(args.from.offset, &mut buffer)?;
     output.bytes(&buffer)?;
     Ok(Exit::Ok)
 }
 
 fn hex_line(at: u64, line: &[u8]) -> String {
-    let hex: Vec<String> = line.iter().map(|b| format!("{b:02x}")).collect();
+    let digits: Vec<String> = line.iter().map(|b| format!("{b:02x}")).collect();
     let shown = |b: &u8| match *b {
         b' '..=b'~' => char::from(*b),
         _ => '.',
     };
     let text: String = line.iter().map(shown).collect();
-    format!("{at:08x}  {:47}  {text}", hex.join(" "))
+    format!("{at:08x}  {:47}  {text}", digits.join(" "))
 }
 
 fn write(args: &BlockWriteArgs, output: &Output) -> Done {
     let at = At::once(&args.at, &args.reach)?;
     let block = at.name().attach_writable()?;
-    let room = block.size().saturating_sub(args.offset);
+    let room = block.size().saturating_sub(args.from.offset);
     let data = parse::bytes(&args.data, room)?;
     if data.is_empty() && !args.empty.allow_empty {
         return Err(Failure::usage("there is nothing to write: the data is empty")
@@ -372,11 +372,11 @@ fn write(args: &BlockWriteArgs, output: &Output) -> Done {
     }
     match args.if_version {
         Some(version) => {
-            block.write_if(version, args.offset, &data)?;
+            block.write_if(version, args.from.offset, &data)?;
         }
         None => {
             let mut draft = block.write(LOCK_TIME)?;
-            if let Err(error) = draft.write(args.offset, &data) {
+            if let Err(error) = draft.write(args.from.offset, &data) {
                 draft.abandon();
                 return Err(error.into());
             }
@@ -389,7 +389,7 @@ fn write(args: &BlockWriteArgs, output: &Output) -> Done {
 fn cas(args: &BlockCasArgs, output: &Output) -> Done {
     let at = At::once(&args.at, &args.reach)?;
     let block = at.name().attach_writable()?;
-    let room = block.size().saturating_sub(args.offset);
+    let room = block.size().saturating_sub(args.from.offset);
     let expected = parse::bytes(&args.expected, room)?;
     let data = parse::bytes(&args.data, room)?;
     if expected.len() != data.len() {
@@ -399,16 +399,16 @@ fn cas(args: &BlockCasArgs, output: &Output) -> Done {
             data.len()
         )));
     }
-    match block.cas(args.offset, &expected, &data)? {
+    match block.cas(args.from.offset, &expected, &data)? {
         Ok(_) => report(&at, &block, "swapped", output),
         Err(current) => {
-            let hex: String = current.iter().map(|b| format!("{b:02x}")).collect();
+            let digits = hex(&current);
             if output.json {
-                output.value(&json!({"swapped": false, "current": hex}))?;
+                output.value(&json!({"swapped": false, "current": digits}))?;
             } else {
                 output.note("other bytes are there; nothing was written");
                 for (n, line) in current.chunks(16).take(SHOWN_BYTES / 16).enumerate() {
-                    output.line(hex_line(args.offset + 16 * n as u64, line))?;
+                    output.line(hex_line(args.from.offset + 16 * n as u64, line))?;
                 }
             }
             Ok(Exit::Unhealthy)
@@ -429,7 +429,7 @@ fn watch(args: &BlockWatchArgs, output: &Output) -> Done {
         ));
     }
     let mut seen = 0;
-    while args.count.is_none_or(|count| seen < count) {
+    while args.limit.wants_more(seen) {
         let Some(version) = changes.next() else {
             return Err(Failure::new(
                 Exit::Failure,
