@@ -3,6 +3,7 @@
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{BlockId, Code, Refusal};
 
+use super::super::lock::Holder;
 use super::super::{MemberKey, Pool};
 use super::{Asking, BlockKey, Flushing, Phase, Replied, lock_lost, moving, too_many_wait};
 use crate::driver::Driver;
@@ -57,12 +58,14 @@ impl<D: Driver> Pool<D> {
         let (key, block) = self.allowed(member, id, Access::Write)?;
         let exclusive = block.lock.exclusive();
         if let Some(fence) = lock
-            && !exclusive.is_some_and(|held| held.member == member && held.fence == fence)
+            && !exclusive.is_some_and(|held| held.fence == fence)
         {
             return Err(lock_lost(id, fence));
         }
-        // Readers who locked it together count on it as well.
-        let other = block.lock.holders().iter().find(|h| h.member != member);
+        // Readers who locked it together count on it as well. The fence is a token: the holder may
+        // pass it to the programs that it starts, and they write under its lock.
+        let is_other = |h: &&Holder| h.member != member && Some(h.fence) != lock;
+        let other = block.lock.holders().iter().find(is_other);
         if let Some(held) = other {
             return Err(self.locked(id, held));
         }
