@@ -692,7 +692,12 @@ pub(crate) struct ServeArgs {
     )]
     pub(crate) stream: Option<Framing>,
     /// What the program prints: auto, json, text, bytes
-    #[arg(long, value_name = "KIND", default_value = "auto", hide_possible_values = true)]
+    #[arg(
+        long,
+        value_name = "KIND",
+        default_value = "auto",
+        hide_possible_values = true
+    )]
     pub(crate) output: Printed,
     /// What the triggers do, shown to people who list them
     #[arg(long, value_name = "TEXT")]

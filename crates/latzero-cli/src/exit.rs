@@ -140,13 +140,22 @@ impl Failure {
     pub(crate) fn of_json(json: &Value) -> Option<Failure> {
         let error = json.get("error")?;
         let code = json["exit_code"].as_u64()?;
-        let exit = Exit::ALL.iter().find(|exit| u64::from(exit.code()) == code)?;
+        let exit = Exit::ALL
+            .iter()
+            .find(|exit| u64::from(exit.code()) == code)?;
         let texts = |value: &Value| -> Vec<String> {
             let values = value.as_array().into_iter().flatten();
-            values.filter_map(Value::as_str).map(str::to_owned).collect()
+            values
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect()
         };
         Some(Failure {
-            errors: error["message"].as_str()?.lines().map(str::to_owned).collect(),
+            errors: error["message"]
+                .as_str()?
+                .lines()
+                .map(str::to_owned)
+                .collect(),
             details: texts(&error["details"]),
             help: error["help"].as_str().map(str::to_owned),
             ..Failure::new(*exit, "")
@@ -281,15 +290,21 @@ fn remedy(code: Code) -> &'static str {
         Code::Timeout => "allow more time with --timeout, or find out why the handler is slow",
         Code::Cancelled => "the call was cancelled; repeat it if that was not meant",
         Code::Draining => "the server is stopping; repeat it once another one runs",
-        Code::NoBlock => "check the name with `latzero block ls`, or make it with `latzero block create`",
+        Code::NoBlock => {
+            "check the name with `latzero block ls`, or make it with `latzero block create`"
+        }
         Code::BlockExists => "use it as it is with --or-attach, or choose another name",
         Code::OutOfRange => "keep --offset plus the length within the size that `block info` shows",
         Code::VersionConflict => "read the block again and repeat the change",
         Code::LayoutMismatch => "use the layout that `latzero block info` shows",
         Code::Contended => "repeat it, or make the block anew with more --slots",
-        Code::Locked => "`latzero block info` shows who holds the lock; wait for it with `block lock --wait`",
+        Code::Locked => {
+            "`latzero block info` shows who holds the lock; wait for it with `block lock --wait`"
+        }
         Code::LockLost => "take the lock again and check what was written",
-        Code::Disconnected => "check `latzero status`; the call may have run, so repeat it if that is safe",
+        Code::Disconnected => {
+            "check `latzero status`; the call may have run, so repeat it if that is safe"
+        }
         Code::BadMessage => "correct what the message names",
         other => other.remedy(),
     }

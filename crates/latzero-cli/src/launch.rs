@@ -15,9 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::process::{
-    Pid, Signal, getppid, kill_process_group, set_parent_process_death_signal,
-};
+use rustix::process::{Pid, Signal, getppid, kill_process_group, set_parent_process_death_signal};
 
 use crate::exit::Failure;
 
@@ -65,7 +63,10 @@ fn exec(mut args: impl Iterator<Item = OsString>) -> i32 {
         return CANNOT_RUN;
     }
     let error = Command::new(&program).args(args).exec();
-    eprintln!("latzero: '{}' cannot be started: {error}", program.display());
+    eprintln!(
+        "latzero: '{}' cannot be started: {error}",
+        program.display()
+    );
     CANNOT_RUN
 }
 
@@ -139,7 +140,8 @@ fn supervise(input: impl io::BufRead) -> i32 {
 pub(crate) fn check(program: &OsStr) -> Result<(), Failure> {
     let refused = |why: String| {
         let text = format!("'{}' cannot be started: {why}", program.display());
-        Failure::usage(text).with_help("name a program on the PATH, or the path of an executable file")
+        Failure::usage(text)
+            .with_help("name a program on the PATH, or the path of an executable file")
     };
     if program.as_bytes().contains(&b'/') {
         return match is_executable(Path::new(program)) {

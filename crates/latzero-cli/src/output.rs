@@ -193,7 +193,9 @@ impl Output {
             .collect();
         if !self.is_terminal {
             for row in &rows {
-                let cells = row.iter().map(|cell| paint(&cell.0, cell.1, self.colors_out));
+                let cells = row
+                    .iter()
+                    .map(|cell| paint(&cell.0, cell.1, self.colors_out));
                 writeln!(out, "{}", cells.collect::<Vec<String>>().join("\t"))?;
             }
             return Ok(());
@@ -518,7 +520,11 @@ mod tests {
         };
         check("a\n\té", "a\n\té", "a\n\té");
         check("\u{1b}[31m", "\\u{1b}[31m", "\\u001b[31m");
-        check("\u{9b}\u{7f}\r", "\\u{9b}\\u{7f}\\u{d}", "\\u009b\\u007f\\u000d");
+        check(
+            "\u{9b}\u{7f}\r",
+            "\\u{9b}\\u{7f}\\u{d}",
+            "\\u009b\\u007f\\u000d",
+        );
         check("\u{202e}\u{2066}", "\\u{202e}\\u{2066}", "\\u202e\\u2066");
         check("\u{200f}\u{2028}", "\\u{200f}\\u{2028}", "\\u200f\\u2028");
     }

@@ -98,7 +98,8 @@ impl Place {
         match address.rsplit_once(':') {
             Some((host, port)) if !port.ends_with(']') => {
                 let host = host.trim_matches(['[', ']']).to_owned();
-                port.parse().map_or_else(|_| self.clone(), |port| Place::Tcp(host, port))
+                port.parse()
+                    .map_or_else(|_| self.clone(), |port| Place::Tcp(host, port))
             }
             _ => Place::Tcp(address.trim_matches(['[', ']']).to_owned(), PORT_DEFAULT),
         }
@@ -314,8 +315,14 @@ impl Reach {
             ("LATZERO_URL", self.url.clone().map(OsString::from)),
             ("LATZERO_SOCKET", self.socket.clone().map(OsString::from)),
             ("LATZERO_HOST", self.host.clone().map(OsString::from)),
-            ("LATZERO_PORT", self.port.map(|port| port.to_string().into())),
-            ("LATZERO_DATA_DIR", self.data_dir.clone().map(OsString::from)),
+            (
+                "LATZERO_PORT",
+                self.port.map(|port| port.to_string().into()),
+            ),
+            (
+                "LATZERO_DATA_DIR",
+                self.data_dir.clone().map(OsString::from),
+            ),
         ];
         if named.iter().all(|(_, value)| value.is_none()) {
             return Vec::new();
@@ -356,7 +363,9 @@ impl Reach {
         let places = self.places()?;
         let mut tried = Vec::new();
         for place in places {
-            let left = wish.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let left = wish
+                .deadline
+                .map(|at| at.saturating_duration_since(Instant::now()));
             let mut builder = latzero::App::builder(&place.url(&app_id))
                 .pools(&wish.pools)
                 .transient(self.is_transient(wish))
@@ -440,7 +449,9 @@ impl Reach {
                 }
                 _ => String::new(),
             };
-            return failure.with_help(format!("correct the address, or start a server there{start}"));
+            return failure.with_help(format!(
+                "correct the address, or start a server there{start}"
+            ));
         }
         let mut failure = Failure::new(Exit::NotRunning, "the server is not running");
         let looked = tried
@@ -513,10 +524,17 @@ impl Reach {
             || self.port.is_some()
             || self.socket.is_some();
         let is_set = || {
-            let names = ["LATZERO_URL", "LATZERO_SOCKET", "LATZERO_HOST", "LATZERO_PORT"];
+            let names = [
+                "LATZERO_URL",
+                "LATZERO_SOCKET",
+                "LATZERO_HOST",
+                "LATZERO_PORT",
+            ];
             let is_set = |name| variable(name).is_some_and(|v| v != "auto" && v != "off");
             let is_nearer = variable("LATZERO_DATA_DIR").is_some();
-            names[..if is_nearer { 2 } else { 4 }].iter().any(|name| is_set(name))
+            names[..if is_nearer { 2 } else { 4 }]
+                .iter()
+                .any(|name| is_set(name))
         };
         is_typed || self.data_dir.is_none() && is_set()
     }

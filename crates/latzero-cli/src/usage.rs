@@ -100,7 +100,9 @@ fn failure(error: &clap::Error) -> Failure {
         _ => message.join(" "),
     };
     let help = match tips.is_empty() {
-        true => "`latzero help` lists the commands, and `latzero COMMAND --help` its arguments".into(),
+        true => {
+            "`latzero help` lists the commands, and `latzero COMMAND --help` its arguments".into()
+        }
         false => tips.join("; "),
     };
     Failure::usage(message).with_help(help)
@@ -116,8 +118,12 @@ fn is_bare_host(args: &[OsString]) -> bool {
 }
 
 fn explain_host(wishes: &Wishes) -> ExitCode {
-    let failure = Failure::usage("-h needs a value here: for `start` it is the address to listen on")
-        .with_help("`latzero start -h 127.0.0.1` sets it; `latzero start --help` prints the whole help");
+    let failure = Failure::usage(
+        "-h needs a value here: for `start` it is the address to listen on",
+    )
+    .with_help(
+        "`latzero start -h 127.0.0.1` sets it; `latzero start --help` prints the whole help",
+    );
     let output = Output::new(wishes.json, wishes.color);
     if !wishes.json {
         let mut command = Cli::command();
@@ -179,7 +185,11 @@ mod tests {
             Some("a similar argument exists: '--json'")
         );
         let missing = failure("latzero call");
-        assert!(missing.errors[0].contains("[POOL/]TRIGGER"), "{:?}", missing.errors);
+        assert!(
+            missing.errors[0].contains("[POOL/]TRIGGER"),
+            "{:?}",
+            missing.errors
+        );
         assert_eq!(failure("latzero").errors, ["a command is missing"]);
     }
 }

@@ -175,7 +175,9 @@ pub fn look(settings: &Settings, environment: &Environment) -> Facts {
         },
         descriptors_max: descriptors::hard_limit(),
         connections_max: settings.limits.connections_max as u64,
-        refusal: startup::check(settings).err().map(|error| error.to_string()),
+        refusal: startup::check(settings)
+            .err()
+            .map(|error| error.to_string()),
         place,
         data_dir,
     }
@@ -227,7 +229,9 @@ pub fn diagnose(facts: &Facts) -> Vec<Finding> {
         descriptor_limit(facts),
     ];
     // The findings say more, so the refusal is shown where none of them explains it.
-    let is_explained = findings.iter().any(|finding| finding.status == Status::Fail);
+    let is_explained = findings
+        .iter()
+        .any(|finding| finding.status == Status::Fail);
     if let Some(refusal) = facts.refusal.as_ref().filter(|_| !is_explained) {
         // It replaces a finding of the directory that says that all is well.
         findings[0] = Finding::fail(

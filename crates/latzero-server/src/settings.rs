@@ -558,7 +558,9 @@ pub fn unknown_variables(environment: &Environment) -> Vec<String> {
     let is_unknown = |variable: &&String| {
         variable.starts_with(VARIABLE_PREFIX)
             && !OTHER_VARIABLES.contains(&variable.as_str())
-            && !SETTINGS.iter().any(|setting| setting.variable() == **variable)
+            && !SETTINGS
+                .iter()
+                .any(|setting| setting.variable() == **variable)
     };
     let warning = |variable: &String| {
         let near = nearest_variable(variable);
@@ -568,7 +570,12 @@ pub fn unknown_variables(environment: &Environment) -> Vec<String> {
             value::quote(variable)
         )
     };
-    environment.0.keys().filter(is_unknown).map(warning).collect()
+    environment
+        .0
+        .keys()
+        .filter(is_unknown)
+        .map(warning)
+        .collect()
 }
 
 fn apply_text(
@@ -810,14 +817,20 @@ mod tests {
         let check = |name: &str, expected: &[&str]| {
             let environment = Environment::from_iter([(name.to_owned(), OsString::from("1"))]);
             assert_eq!(unknown_variables(&environment), expected);
-            resolve(&Inputs { environment, ..Inputs::default() }).unwrap();
+            resolve(&Inputs {
+                environment,
+                ..Inputs::default()
+            })
+            .unwrap();
         };
         check("LATZERO_LOCKS", &[]);
         check("OTHER_PORT", &[]);
         check(
             "LATZERO_PROT",
-            &["environment variable `LATZERO_PROT` is not a setting and is ignored; \
-               the nearest is `LATZERO_PORT`"],
+            &[
+                "environment variable `LATZERO_PROT` is not a setting and is ignored; \
+               the nearest is `LATZERO_PORT`",
+            ],
         );
         check(
             "LATZERO_XYZ",

@@ -341,6 +341,10 @@ pub fn prepare(
     activation: Activation,
     lock: Option<InstanceLock>,
 ) -> Result<Started, StartupError> {
+    if lock.is_none() {
+        // Before a directory is made in the place of one that was moved away.
+        lock::refuse_held(&settings.data_dir)?;
+    }
     let data_dir = DataDir::prepare(&settings.data_dir)?;
     let lock = match lock {
         Some(lock) => lock,

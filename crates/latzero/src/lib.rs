@@ -79,8 +79,8 @@ pub use block::{
     TypedBlock, View,
 };
 pub use builder::{Builder, Reconnect};
-pub use connection::HandshakeTimeout;
 pub use call::{Call, Calling, Emit, Emitting, Parked, Parking};
+pub use connection::HandshakeTimeout;
 pub use error::{Error, HandlerError};
 pub use events::{Emission, Events, Presence};
 pub use latzero_protocol::memory::LockMode;

@@ -12,8 +12,10 @@ use crate::reach::{Listed, Reached, Wish, list};
 
 pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
     if args.reach.app.is_none() && args.reach.url.is_none() {
-        return Err(Failure::usage("name the app whose answers are wanted with --app")
-            .with_help("`latzero call --park` prints the app that it was sent as"));
+        return Err(
+            Failure::usage("name the app whose answers are wanted with --app")
+                .with_help("`latzero call --park` prints the app that it was sent as"),
+        );
     }
     let reached = args.reach.connect(&Wish::once("answers"))?;
     let deadline = args.wait.map(|wait| Instant::now() + wait);
@@ -31,7 +33,9 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
                 seen += 1;
                 if answer.lost() > 0 {
                     let lost = count(answer.lost(), "answer");
-                    output.note(format_args!("{lost} before the next one did not fit and were dropped here"));
+                    output.note(format_args!(
+                        "{lost} before the next one did not fit and were dropped here"
+                    ));
                 }
                 output.json_line(&line(&answer))?;
             }
@@ -105,9 +109,7 @@ pub(crate) fn line(answer: &Answer) -> String {
                 head["headers"] = Value::Object(headers);
             }
             match reply.bytes() {
-                Some(bytes) => {
-                    ("hex", format!("\"{}\"", hex(bytes)))
-                }
+                Some(bytes) => ("hex", format!("\"{}\"", hex(bytes))),
                 None => ("data", compact(reply.json().unwrap_or("null"))),
             }
         }

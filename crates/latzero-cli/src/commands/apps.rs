@@ -118,7 +118,9 @@ fn offline(reached: &Reached) -> Result<Vec<Value>, latzero::Error> {
 
 /// Forgets every app that has been offline for longer than `older`.
 fn forget_offline(older: Duration, reached: &Reached, output: &Output) -> Done {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     let mut forgotten = Vec::new();
     for app in offline(reached)? {
         let last_seen = Duration::from_millis(app["last_seen"].as_u64().unwrap_or(u64::MAX));

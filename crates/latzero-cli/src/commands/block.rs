@@ -10,9 +10,8 @@ use latzero::blocking::{Block, BlockName};
 use serde_json::{Value, json};
 
 use crate::args::{
-    BlockAt, BlockCasArgs, BlockCommand, BlockCreateArgs, BlockKind, BlockListArgs,
-    BlockOne, BlockReadArgs, BlockResizeArgs, BlockWatchArgs,
-    BlockWriteArgs,
+    BlockAt, BlockCasArgs, BlockCommand, BlockCreateArgs, BlockKind, BlockListArgs, BlockOne,
+    BlockReadArgs, BlockResizeArgs, BlockWatchArgs, BlockWriteArgs,
 };
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Cell, Output, Tone, bytes, hex, toned};
@@ -330,7 +329,8 @@ fn read(args: &BlockReadArgs, output: &Output) -> Done {
         let version = block.read_into(args.from.offset, &mut buffer)?;
         if output.json {
             let digits = hex(&buffer);
-            output.value(&json!({"version": version, "offset": args.from.offset, "hex": digits}))?;
+            output
+                .value(&json!({"version": version, "offset": args.from.offset, "hex": digits}))?;
             return Ok(Exit::Ok);
         }
         for (n, line) in buffer.chunks(16).enumerate() {
@@ -367,8 +367,11 @@ fn write(args: &BlockWriteArgs, output: &Output) -> Done {
     let room = block.size().saturating_sub(args.from.offset);
     let data = parse::bytes(&args.data, room)?;
     if data.is_empty() && !args.empty.allow_empty {
-        return Err(Failure::usage("there is nothing to write: the data is empty")
-            .with_help("check what should have written it; --allow-empty writes a version all the same"));
+        return Err(
+            Failure::usage("there is nothing to write: the data is empty").with_help(
+                "check what should have written it; --allow-empty writes a version all the same",
+            ),
+        );
     }
     match args.if_version {
         Some(version) => {

@@ -65,7 +65,10 @@ fn unreadable(path: &Path, error: &io::Error) -> Failure {
         io::ErrorKind::PermissionDenied => Exit::Denied,
         _ => Exit::Failure,
     };
-    Failure::new(exit, format!("the log {} cannot be read: {error}", path.display()))
+    Failure::new(
+        exit,
+        format!("the log {} cannot be read: {error}", path.display()),
+    )
 }
 
 /// Where the last `lines` lines begin.
@@ -169,7 +172,14 @@ fn for_people(entry: &Value) -> (String, Tone, String) {
     for (name, value) in flat.chain(nested) {
         let is_shown_above = matches!(
             name.as_str(),
-            "timestamp" | "level" | "message" | "fields" | "target" | "threadName" | "span" | "spans"
+            "timestamp"
+                | "level"
+                | "message"
+                | "fields"
+                | "target"
+                | "threadName"
+                | "span"
+                | "spans"
         );
         if !is_shown_above {
             match value.as_str() {

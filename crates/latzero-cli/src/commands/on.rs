@@ -135,7 +135,12 @@ fn report_lost(listening: &mut [Listening], waiting: Waiting) {
 
 /// Starts a thread that ends the command at a signal, after a report of what was lost.
 fn report_at_signal(listening: &Arc<Mutex<Vec<Listening>>>) -> Result<(), Failure> {
-    let failed = |error| Failure::new(Exit::Failure, format!("signals cannot be received: {error}"));
+    let failed = |error| {
+        Failure::new(
+            Exit::Failure,
+            format!("signals cannot be received: {error}"),
+        )
+    };
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
     let listening = Arc::clone(listening);
     let report = move || {

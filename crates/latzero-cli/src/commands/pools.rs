@@ -57,7 +57,12 @@ fn create(args: &PoolCreateArgs, output: &Output) -> Done {
     }
     if !args.property.is_empty() {
         let property = |(name, value): &(String, String)| (name.clone(), json!(value));
-        request["properties"] = args.property.iter().map(property).collect::<Map<_, _>>().into();
+        request["properties"] = args
+            .property
+            .iter()
+            .map(property)
+            .collect::<Map<_, _>>()
+            .into();
     }
     let reached = args.pool.reach.connect(&Wish::once("pools create"))?;
     let pool = reached.app.request(&request)?;
@@ -75,9 +80,15 @@ fn policy(rights: &[(String, String)]) -> Result<Option<Value>, Failure> {
             let text = format!("there is no right '{right}' in a policy");
             return Err(Failure::usage(text).with_help("write join=APP,… or serve=APP,…"));
         }
-        let apps = apps.split(',').filter(|app| !app.is_empty()).map(Value::from);
+        let apps = apps
+            .split(',')
+            .filter(|app| !app.is_empty())
+            .map(Value::from);
         let entry = policy.entry(right.clone()).or_insert_with(|| json!([]));
-        entry.as_array_mut().into_iter().for_each(|all| all.extend(apps.clone()));
+        entry
+            .as_array_mut()
+            .into_iter()
+            .for_each(|all| all.extend(apps.clone()));
     }
     Ok((!policy.is_empty()).then(|| policy.into()))
 }

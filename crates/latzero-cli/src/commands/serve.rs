@@ -38,7 +38,11 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         if target.pool.is_none() && !names_pools {
             target.pool = Some(POOL_DEFAULT.to_owned());
         }
-        if let Some(pool) = target.pool.clone().filter(|pool| !wish.pools.contains(pool)) {
+        if let Some(pool) = target
+            .pool
+            .clone()
+            .filter(|pool| !wish.pools.contains(pool))
+        {
             wish.pools.push(pool);
         }
     }
@@ -69,7 +73,10 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         printed: args.output,
     };
     let queue = Queue::start(recipe, workers).map_err(|error| {
-        Failure::new(Exit::Failure, format!("the system starts no thread or process: {error}"))
+        Failure::new(
+            Exit::Failure,
+            format!("the system starts no thread or process: {error}"),
+        )
     })?;
     // Ends when the connection is over for good; watching costs the server one event when an app comes or goes.
     let pool = reached.app.joined().into_iter().next();

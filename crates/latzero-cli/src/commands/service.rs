@@ -139,7 +139,10 @@ fn install(settings: &SettingsArgs, output: &Output) -> Done {
     let failed = |error: std::io::Error| {
         Failure::new(
             Exit::Failure,
-            format!("the unit file {} cannot be written: {error}", path.display()),
+            format!(
+                "the unit file {} cannot be written: {error}",
+                path.display()
+            ),
         )
     };
     let dir = path.parent().expect("its name was joined to one");
@@ -166,7 +169,10 @@ fn uninstall(output: &Output) -> Done {
     let mut steps = Steps::new(output);
     steps.systemctl(&["disable", "--now", UNIT])?;
     std::fs::remove_file(&path).map_err(|error| {
-        let text = format!("the unit file {} cannot be removed: {error}", path.display());
+        let text = format!(
+            "the unit file {} cannot be removed: {error}",
+            path.display()
+        );
         Failure::new(Exit::Failure, text)
     })?;
     steps.add(format!("removed {}", path.display()))?;

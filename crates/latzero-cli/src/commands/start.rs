@@ -48,7 +48,11 @@ fn detach(output: &Output) -> Done {
     let failed = |error| Failure::new(Exit::Failure, format!("no process can be started: {error}"));
     let is_kept = |arg: &OsString| arg != "--detach";
     let mut child = Command::new("/proc/self/exe")
-        .arg0(std::env::args_os().next().unwrap_or_else(|| "latzero".into()))
+        .arg0(
+            std::env::args_os()
+                .next()
+                .unwrap_or_else(|| "latzero".into()),
+        )
         .args(std::env::args_os().skip(1).filter(is_kept))
         .arg("--background")
         .stdin(Stdio::null())
@@ -62,8 +66,9 @@ fn detach(output: &Output) -> Done {
     let Some(first) = lines.next() else {
         let ended = child.wait().map_err(failed)?;
         let text = format!("the server ended before it was ready: {ended}");
-        return Err(Failure::new(Exit::Failure, text)
-            .with_help("start it without --detach to see why"));
+        return Err(
+            Failure::new(Exit::Failure, text).with_help("start it without --detach to see why")
+        );
     };
     if let Ok(error) = serde_json::from_str::<Value>(&first)
         && let Some(failure) = Failure::of_json(&error)
@@ -114,8 +119,11 @@ fn serve(args: &StartArgs, output: &Output) -> Done {
         false => output.line(ready.text()),
     };
     server.run().map_err(|error| {
-        Failure::new(Exit::Failure, format!("the server's event loop failed: {error}"))
-            .with_help("see `latzero logs`; `latzero start --log-level debug` logs more")
+        Failure::new(
+            Exit::Failure,
+            format!("the server's event loop failed: {error}"),
+        )
+        .with_help("see `latzero logs`; `latzero start --log-level debug` logs more")
     })?;
     Ok(Exit::Ok)
 }

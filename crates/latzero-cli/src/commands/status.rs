@@ -7,7 +7,7 @@ use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, Tone, count, toned, uptime};
 use crate::reach::{Reach, Wish};
 
-use super::store::sentences;
+use super::store::{further_losses, losses, sentences};
 
 pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
     let reached = match reach.connect(&Wish::once("status")) {
@@ -26,6 +26,8 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
             "reached": reached.place(),
             "health": health["status"],
             "store": health["components"]["store"],
+            "losses": health["losses"],
+            "losses_total": health["losses_total"],
             "version": server["version"],
             "pid": server["pid"],
             "uptime_ms": server["uptime_ms"],
@@ -102,6 +104,10 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
         let name = if index == 0 { "store" } else { "" };
         facts.push((name, toned(sentence, store_tone)));
     }
+    let lost = losses(&health, None).into_iter();
+    for loss in lost.chain(further_losses(&health)) {
+        facts.push(("lost", toned(loss, Tone::Bad)));
+    }
     output.facts(&facts)?;
     Ok(Exit::Ok)
 }
@@ -134,8 +140,7 @@ fn not_running(reach: &Reach, mut failure: Failure, output: &Output) -> Done {
         failure
             .details
             .push(format!("{} is in use by a process, {pid}", dir.display()));
-        failure.help =
-            Some("look at `latzero logs`; end that process if it hangs".to_owned());
+        failure.help = Some("look at `latzero logs`; end that process if it hangs".to_owned());
     }
     Err(failure)
 }

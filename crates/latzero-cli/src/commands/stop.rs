@@ -18,7 +18,9 @@ const TICK: Duration = Duration::from_millis(250);
 pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
     let started = Instant::now();
     let deadline = started + args.timeout;
-    let reached = args.reach.connect(&Wish::once("stop").within(args.timeout))?;
+    let reached = args
+        .reach
+        .connect(&Wish::once("stop").within(args.timeout))?;
     let stats = reached.app.request(&json!({"action": "stats"}))?;
     let pid = stats["server"]["pid"].as_u64().unwrap_or(0);
     let data_dir = stats["server"]["data_dir"]

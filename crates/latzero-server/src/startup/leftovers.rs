@@ -58,7 +58,12 @@ impl Leftovers {
                 };
             }
         }
-        for path in self.directories.iter().rev().filter(|p| **p != self.data_dir) {
+        for path in self
+            .directories
+            .iter()
+            .rev()
+            .filter(|p| **p != self.data_dir)
+        {
             let _ = fs::remove_dir(path);
         }
     }

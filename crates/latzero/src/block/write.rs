@@ -31,7 +31,9 @@ impl Draft {
         let block = held.block().clone();
         let attached = block.writable().await?;
         let bytes = match &attached.attachment {
-            Some(attachment) if !held.is_inherited() => Bytes::InPlace(Some(begin(&block, attachment, held.fence())?)),
+            Some(attachment) if !held.is_inherited() => {
+                Bytes::InPlace(Some(begin(&block, attachment, held.fence())?))
+            }
             _ => Bytes::Waiting(Vec::new()),
         };
         Ok(Draft {

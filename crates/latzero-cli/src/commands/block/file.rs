@@ -102,10 +102,11 @@ impl Sink {
                 let real = file.canonicalize().map_err(failed)?;
                 Ok(Sink::Replace(real, Some(metadata)))
             }
-            Ok(metadata) if metadata.is_dir() => {
-                Err(Failure::usage(format!("'{}' is a directory", file.display()))
-                    .with_help("name a file in it"))
-            }
+            Ok(metadata) if metadata.is_dir() => Err(Failure::usage(format!(
+                "'{}' is a directory",
+                file.display()
+            ))
+            .with_help("name a file in it")),
             Ok(_) => Ok(Sink::Through(file.to_owned())),
             // A link whose target is not there: the target is made.
             Err(e) if e.kind() == io::ErrorKind::NotFound && file.is_symlink() => {
@@ -340,12 +341,17 @@ impl Source {
 pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> Done {
     let mut source = Source::open(&args.file)?;
     if source.size == 0 && !args.empty.allow_empty {
-        return Err(Failure::usage(format!("'{}' is empty", args.file.display()))
-            .with_help("check what should have written it; --allow-empty loads it all the same"));
+        return Err(
+            Failure::usage(format!("'{}' is empty", args.file.display())).with_help(
+                "check what should have written it; --allow-empty loads it all the same",
+            ),
+        );
     }
     if args.offset.is_some() && source.array.is_some() {
-        return Err(Failure::usage("--offset and a .npy file do not go together")
-            .with_help("a .npy file holds a whole array; load it without --offset"));
+        return Err(
+            Failure::usage("--offset and a .npy file do not go together")
+                .with_help("a .npy file holds a whole array; load it without --offset"),
+        );
     }
     let (at, block) = match args.offset {
         // A part of what is there.
@@ -366,8 +372,9 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> Done {
                 source.size,
                 block.size().saturating_sub(offset)
             );
-            return Err(Failure::usage(text)
-                .with_help("choose another --offset, or make it larger with `latzero block resize`"));
+            return Err(Failure::usage(text).with_help(
+                "choose another --offset, or make it larger with `latzero block resize`",
+            ));
         }
         // Nothing of the former content stays behind the new one.
         None if source.array.is_none() && source.size > 0 && block.size() != source.size => {

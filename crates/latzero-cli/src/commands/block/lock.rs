@@ -87,7 +87,10 @@ fn check_inherited(block: &Block, fence: u64) -> Result<(), Failure> {
 
 fn is_lost(error: &latzero::Error) -> bool {
     use latzero::Code;
-    matches!(error.kind(), Code::LockLost | Code::Disconnected | Code::NoBlock)
+    matches!(
+        error.kind(),
+        Code::LockLost | Code::Disconnected | Code::NoBlock
+    )
 }
 
 fn lost(program: &OsString, block: &str) -> Failure {
@@ -113,9 +116,8 @@ fn wait_for(
     program: &OsString,
     held: &BlockLock,
 ) -> Result<ExitStatus, Failure> {
-    let failed = |what: &str, error: std::io::Error| {
-        Failure::new(Exit::Failure, format!("{what}: {error}"))
-    };
+    let failed =
+        |what: &str, error: std::io::Error| Failure::new(Exit::Failure, format!("{what}: {error}"));
     let mut signals = Signals::new([SIGTERM, SIGHUP, SIGINT, SIGQUIT])
         .map_err(|error| failed("signals cannot be received", error))?;
     let mut child = command
@@ -127,7 +129,11 @@ fn wait_for(
     let of_signals = sender.clone();
     thread::spawn(move || {
         let send = |signal| of_signals.send(Event::Signal(signal));
-        signals.forever().map(send).take_while(Result::is_ok).count()
+        signals
+            .forever()
+            .map(send)
+            .take_while(Result::is_ok)
+            .count()
     });
     thread::spawn(move || sender.send(Event::Ended(child.wait())));
     let mut lost_at: Option<Instant> = None;

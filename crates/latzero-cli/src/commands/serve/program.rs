@@ -93,7 +93,10 @@ impl Recipe {
             )
             .stderr(Stdio::piped());
         if let Some(left) = request.time_left() {
-            let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + left;
+            let at = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default()
+                + left;
             command.env("LATZERO_DEADLINE", at.as_millis().to_string());
         }
         let mut program = registry.start(request, || self.start(command))?;

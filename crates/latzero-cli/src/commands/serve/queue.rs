@@ -10,9 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 
+use crate::launch::Supervisor;
 use latzero::{Data, HandlerError, Request};
 use rustix::process::{Pid, Signal, kill_process_group};
-use crate::launch::Supervisor;
 
 use super::program::{Program, Recipe};
 
