@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
 use latzero_fabric::pool::Found;
-use latzero_fabric::{BlockKey, Effects as _, Host as _, Limits, Time};
+use latzero_fabric::{BlockKey, Limits, Time};
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use latzero_shm::{Cas, CreateError, Custodian, Description, Geometry, State};
@@ -675,7 +675,7 @@ impl std::io::Read for OneVersion<'_> {
 
 /// Takes in the blocks that an earlier run left: persistent ones from their files; shared ones are awaited. After a power
 /// loss, what is in a file is what its checksums say.
-pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_same_boot: bool) {
+pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
     let mut missing: HashMap<(String, String), BlockRow> = shared
         .blocks
@@ -702,7 +702,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
             kept.open = Err(error.to_string());
         }
         let (names, record) = (&kept.names, &kept.record);
-        match adopt(host, now, kept.open, names, record, is_same_boot) {
+        match adopt(host, kept.open, names, record, is_same_boot) {
             Ok((pool, block)) => {
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
@@ -751,7 +751,6 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
 
 fn adopt(
     host: &mut IoHost,
-    now: Time,
     open: Result<Custodian, String>,
     names: &Names,
     record: &str,
@@ -759,7 +758,7 @@ fn adopt(
 ) -> Result<(PoolName, BlockId), Refusal> {
     let custodian = open.map_err(|error| Refusal::new(Code::Storage, error))?;
     let (pool_name, block) = Found { record, fence: 0 }.name()?;
-    let unix_ms = host.unix_ms(now);
+    let unix_ms = host.now.unix_ms;
     let (number, pool) =
         host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))?;
     let name = (pool_name.clone(), block.clone());
@@ -774,7 +773,7 @@ fn adopt(
     );
     if taken.is_err() {
         // The pool goes again where it was made for this block alone.
-        host.effects().count_held(&pool_name, number, 0);
+        host.effects.held.push((pool_name.clone(), number, 0));
         host.with_pool(&pool, |_, _| ());
     }
     taken.map(|()| (pool_name, block))
@@ -852,9 +851,9 @@ pub(crate) fn take_back(
 }
 
 /// Takes the shared blocks that the server from before handed over.
-pub(crate) fn take_over(host: &mut IoHost, now: Time, blocks: Vec<(PoolName, BlockId, OwnedFd)>) {
+pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, OwnedFd)>) {
     for (pool_name, block, offered) in blocks {
-        let unix_ms = host.unix_ms(now);
+        let unix_ms = host.now.unix_ms;
         let taken = host
             .with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))
             .and_then(|(number, pool)| {
@@ -862,7 +861,7 @@ pub(crate) fn take_over(host: &mut IoHost, now: Time, blocks: Vec<(PoolName, Blo
                 let taken = row
                     .and_then(|row| take_back(host, &pool, (&pool_name, &block), &row, &offered));
                 if taken.is_err() {
-                    host.effects().count_held(&pool_name, number, 0);
+                    host.effects.held.push((pool_name.clone(), number, 0));
                     host.with_pool(&pool, |_, _| ());
                 }
                 taken

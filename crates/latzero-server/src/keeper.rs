@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use latzero_fabric::keep::Change;
-use latzero_fabric::{Host as _, Pool, Time};
+use latzero_fabric::{Driver as _, Pool, Time, Turn};
 use latzero_protocol::{Code, PoolName, Refusal};
 use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError};
 use serde_json::{Value, json};
 
-use crate::host::{IoEffects, IoHost};
+use crate::host::IoHost;
 use crate::losses::{Loss, Losses, Part};
 use crate::peer::Peer;
 use crate::settings::{Settings, StoreDurability};
@@ -42,7 +42,8 @@ pub(crate) struct Keeper {
     store: Store,
     promises: Arc<Promises>,
     next_ticket: AtomicU64,
-    next_number: AtomicU64,
+    /// The greatest number of a parked call or an answer of earlier runs.
+    pub(crate) last_number: u64,
     losses: Arc<Losses>,
     boot_id: String,
     /// When the last backup by schedule began.
@@ -91,7 +92,7 @@ impl Keeper {
             store,
             promises,
             next_ticket: AtomicU64::new(1),
-            next_number: AtomicU64::new(last + 1),
+            last_number: last,
             losses,
             boot_id,
             last_backup,
@@ -105,10 +106,6 @@ impl Keeper {
             self.promises.shared.set(Arc::downgrade(shared)).is_ok(),
             "a keeper is attached once"
         );
-    }
-
-    pub(crate) fn next_number(&self) -> u64 {
-        self.next_number.fetch_add(1, Relaxed)
     }
 
     /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins now.
@@ -265,7 +262,7 @@ fn now_ms() -> i64 {
 
 /// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the rows of blocks, and
 /// whether the machine was not started anew since.
-pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
+pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
     let keeper = &shared.keeper;
     let contents = keeper
@@ -276,7 +273,8 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     let Some(contents) = contents else {
         return (Vec::new(), true);
     };
-    let unix_ms = host.unix_ms(now);
+    host.with_ledger(|ledger| ledger.count_on_after(keeper.last_number));
+    let unix_ms = host.now.unix_ms;
     let alive = contents.settings.iter().find(|(key, _)| key == ALIVE);
     let alive_until = alive.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
     let (mut apps, mut pools, mut calls, mut answers) = (0, 0, 0, 0);
@@ -294,8 +292,8 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     for row in contents.calls {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
-            take_in_waiting(host, unix_ms, &row.pool, |pool, fx| {
-                pool.restore_call((now, unix_ms), &row, fx)
+            take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
+                pool.restore_call(&row, turn)
             })
         });
         match taken {
@@ -308,8 +306,8 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     for row in contents.answers {
         let number = row.number;
         let taken = answer_of(row).and_then(|row| {
-            take_in_waiting(host, unix_ms, &row.pool, |pool, fx| {
-                pool.restore_answer((now, unix_ms), &row, fx)
+            take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
+                pool.restore_answer(&row, turn)
             })
         });
         match taken {
@@ -345,7 +343,7 @@ fn take_in_waiting(
     host: &mut IoHost,
     unix_ms: u64,
     name: &PoolName,
-    restore: impl FnOnce(&mut Pool<Arc<Peer>>, &mut IoEffects) -> bool,
+    restore: impl FnOnce(&mut Pool<IoHost>, &mut Turn<'_, IoHost>) -> bool,
 ) -> Result<(), Refusal> {
     let (number, pool) = host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, name))?;
     if host.with_pool(&pool, restore) {

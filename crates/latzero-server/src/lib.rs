@@ -18,7 +18,6 @@ mod keeper;
 mod listener;
 pub mod logging;
 mod losses;
-mod outbox;
 mod peer;
 pub mod server;
 pub mod settings;
