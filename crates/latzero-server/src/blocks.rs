@@ -39,6 +39,9 @@ const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// The highest fence of an earlier run that is gone on from.
 const FENCE_KEPT_MAX: u64 = 1 << 62;
 
+/// Bytes of a block that a backup holds in memory, so that it reads them at once.
+const WHOLE_BYTES_MAX: u64 = 256 * 1024 * 1024;
+
 /// How often a backup begins to read a block anew that is written meanwhile.
 const BACKUP_TRIES: u32 = 100;
 
@@ -596,8 +599,19 @@ impl Blocks {
             };
             let description = stored.custodian.description();
             for left in (0..BACKUP_TRIES).rev() {
-                let version = match stored.custodian.version() {
+                // Read at once where it fits, so that a writer has little time to be in the way.
+                let size = description.geometry.size;
+                let mut whole = match usize::try_from(size) {
+                    Ok(bytes) if size <= WHOLE_BYTES_MAX => Some(vec![0; bytes]),
+                    _ => None,
+                };
+                let version = match &mut whole {
+                    Some(whole) => stored.custodian.read(0, whole, None),
+                    None => stored.custodian.version().map_err(Into::into),
+                };
+                let version = match version {
                     Ok(version) => version,
+                    Err(latzero_shm::ReadError::Contended) if left > 0 => continue,
                     Err(error) => {
                         tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be read is not in the backup");
                         break;
@@ -608,16 +622,20 @@ impl Blocks {
                     block_id: stored.block.as_str().into(),
                     generation: description.generation,
                     version,
-                    size: description.geometry.size,
+                    size,
                     slots: description.geometry.slots,
                     description: record.clone().into_bytes(),
                 };
-                let mut bytes = OneVersion {
+                let mut by_piece = OneVersion {
                     custodian: &stored.custodian,
                     version,
                     at: 0,
                 };
-                match writer.add_block(&head, &mut bytes) {
+                let added_block = match &whole {
+                    Some(whole) => writer.add_block(&head, &mut &whole[..]),
+                    None => writer.add_block(&head, &mut by_piece),
+                };
+                match added_block {
                     Ok(()) => {
                         added.insert((stored.pool.clone(), stored.block.clone()));
                         break;
