@@ -757,6 +757,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
             shared.blocks.rows.forget(&pool, &block);
         }
     }
+    shared.keeper.keep_losses();
     let (files, bytes) = shared.blocks.files.orphans();
     if files > 0 {
         tracing::warn!(

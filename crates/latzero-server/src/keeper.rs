@@ -331,7 +331,16 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
     }
     keeper.note_alive(unix_ms);
-    keeper.keep_losses();
+    // Before anybody is served: a crash must not hide what this start found.
+    if let Some(losses) = keeper.losses.changed() {
+        let change = latzero_store::Change::PutSetting {
+            key: LOSSES.into(),
+            value: losses,
+        };
+        if let Err(error) = keeper.store.commit(vec![change]) {
+            tracing::warn!(%error, "the losses that this start found can't be stored");
+        }
+    }
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
     let is_same_boot = boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);
