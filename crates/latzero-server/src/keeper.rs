@@ -108,7 +108,8 @@ impl Keeper {
         );
     }
 
-    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins now.
+    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins
+    /// now.
     pub(crate) fn is_backup_due(&self, now: Time, interval_ms: u64) -> bool {
         let last = self.last_backup.lock();
         let mut last = last.expect("nothing panics under this lock");
@@ -236,7 +237,8 @@ struct LastBackup {
 }
 
 impl LastBackup {
-    /// Of the newest backup that is there at the start. A server that was just set up begins with its work, not with a backup.
+    /// Of the newest backup that is there at the start. A server that was just set up begins with
+    /// its work, not with a backup.
     fn before(newest: Option<i64>, now: i64) -> LastBackup {
         let age_ms = match newest {
             None => 0,

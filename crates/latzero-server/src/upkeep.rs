@@ -73,8 +73,8 @@ pub(crate) fn begin(
     })
 }
 
-/// Whether who asks may choose a file for the server to write: the server's own user, or root, may do so anyway. Whoever got
-/// hold of the token may not.
+/// Whether who asks may choose a file for the server to write: the server's own user, or root, may
+/// do so anyway. Whoever got hold of the token may not.
 fn check_may_write(asker: &Peer) -> Result<(), Refusal> {
     let user = asker.socket.as_ref().map(crate::socket::Socket::user);
     let own = rustix::process::geteuid().as_raw();

@@ -1,7 +1,9 @@
-//! Looks whether the data directory and what is in it are still where they were, and makes anew what can be.
+//! Looks whether the data directory and what is in it are still where they were, and makes anew
+//! what can be.
 //!
-//! The kernel keeps a file for who has it open, whatever becomes of its name. A server whose directory was removed or moved
-//! would go on as if nothing had happened, and lose everything at its end.
+//! The kernel keeps a file for who has it open, whatever becomes of its name. A server whose
+//! directory was removed or moved would go on as if nothing had happened, and lose everything at
+//! its end.
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -23,7 +25,8 @@ const EVERY: Duration = Duration::from_secs(1);
 /// How many looks go by between two at the files of blocks, of which there may be thousands.
 const LOOKS_PER_BLOCKS: u32 = 4;
 
-/// How many looks in a row something is missing before it is made anew: who removes the whole directory needs a moment.
+/// How many looks in a row something is missing before it is made anew: who removes the whole
+/// directory needs a moment.
 const LOOKS_BEFORE_MAKING: u32 = 3;
 
 /// What may be lost in a directory that is there.
@@ -157,7 +160,8 @@ impl Looks {
                 continue;
             }
             if name == "memory" {
-                // Blocks are made through a descriptor of theirs, which a new directory does not have.
+                // Blocks are made through a descriptor of theirs, which a new directory does not
+                // have.
                 self.losses().note(Loss::new(
                     Part::Memory,
                     MEMORY,

@@ -36,7 +36,8 @@ pub struct Options {
     pub retry_first: Duration,
     /// … up to this time. A new promise is tried at once, and heals the store for all.
     pub retry_max: Duration,
-    /// How long files of the database are missing before they are made anew: who removes the whole directory needs a moment.
+    /// How long files of the database are missing before they are made anew: who removes the whole
+    /// directory needs a moment.
     pub rebuild_after: Duration,
     /// Pages (4 KiB) that a backup copies between two transactions.
     pub backup_step_pages: i32,

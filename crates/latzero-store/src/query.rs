@@ -1,5 +1,5 @@
-//! Looking into a database: questions in SQL, and all of it as text. Both work on a copy, so that nothing waits for them and
-//! nothing can be changed.
+//! Looking into a database: questions in SQL, and all of it as text. Both work on a copy, so that
+//! nothing waits for them and nothing can be changed.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -73,7 +73,8 @@ pub struct Answer {
 }
 
 impl Store {
-    /// Answers one SELECT about the database as it is now. Changes go on meanwhile. For worker threads.
+    /// Answers one SELECT about the database as it is now. Changes go on meanwhile. For worker
+    /// threads.
     pub fn query(&self, sql: &str, limits: &QueryLimits) -> Result<Answer, StoreError> {
         let copy = backup::temporary(&self.dir().join(crate::BACKUPS));
         let answer = self
@@ -226,7 +227,8 @@ fn dump_rows(
     Ok(Ok(()))
 }
 
-/// Opens a file that nobody else uses, with its log where it has one, so that nothing of it can be changed by SQL.
+/// Opens a file that nobody else uses, with its log where it has one, so that nothing of it can be
+/// changed by SQL.
 fn open(path: &Path) -> Result<Connection, BackupError> {
     files::check_regular(path).map_err(|error| BackupError::file("open", path, error))?;
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;

@@ -85,7 +85,8 @@ enum Ended {
     /// It was asked to; who asked is told.
     Closed(Closing),
     Abandoned,
-    /// The database's files were gone and are there again, behind this connection. Some changes are not written yet.
+    /// The database's files were gone and are there again, behind this connection. Some changes are
+    /// not written yet.
     Rebuilt(Connection, Vec<Job>),
 }
 
@@ -349,8 +350,8 @@ impl<'c> Writer<'c> {
         checked.map_err(StoreError::missing)
     }
 
-    /// Makes the database's files anew where they were removed or moved, from the open connection, which still has them. None
-    /// where nothing is gone, or nothing can be made.
+    /// Makes the database's files anew where they were removed or moved, from the open connection,
+    /// which still has them. None where nothing is gone, or nothing can be made.
     fn rebuild_where_gone(&mut self) -> Option<Connection> {
         let gone = self.shared.guard().check().err();
         let Some(gone) = gone.filter(|gone| *gone != Missing::Directory) else {
@@ -514,7 +515,8 @@ fn is_due(state: &State, now: Instant) -> bool {
     }
 }
 
-/// Gives a copy of the database its name. What lies there, such as a log without its database, is set aside.
+/// Gives a copy of the database its name. What lies there, such as a log without its database, is
+/// set aside.
 fn put_in_place(temporary: &Path, database: &Path, faults: &Faults) -> Result<(), BackupError> {
     let failed = |error| BackupError::file("make", database, error);
     files::sync_file(temporary, faults).map_err(failed)?;

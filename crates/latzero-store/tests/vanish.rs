@@ -1,4 +1,5 @@
-//! Files that vanish under a running store, or between two runs; and what others put in their place.
+//! Files that vanish under a running store, or between two runs; and what others put in their
+//! place.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

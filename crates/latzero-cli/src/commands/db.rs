@@ -123,7 +123,8 @@ fn dump(args: &DbDumpArgs, output: &Output) -> Done {
         Ok(reached) => {
             let stats = reached.app.request(&json!({"action": "stats"}))?;
             let dir = stats["server"]["data_dir"].as_str().unwrap_or_default();
-            // A name that no start takes for a backup, and that the next one removes if this program can't.
+            // A name that no start takes for a backup, and that the next one removes if this
+            // program can't.
             let copy = Path::new(dir).join(format!("backups/.tmp-dump-{}.db", std::process::id()));
             let request = json!({"action": "backup", "to": copy, "without_blocks": true});
             output.while_working("copying the database", || reached.administer(&request))?;
@@ -140,7 +141,8 @@ fn dump(args: &DbDumpArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-/// The directory that no server runs on, as `not_running` says; that stays the answer where there is no database.
+/// The directory that no server runs on, as `not_running` says; that stays the answer where there
+/// is no database.
 fn take_offline(reach: &Reach, not_running: Failure) -> Result<Offline, Failure> {
     let dir = reach.data_dir().0;
     if !dir.join("data.db").exists() {

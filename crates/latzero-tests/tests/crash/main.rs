@@ -121,8 +121,9 @@ fn at_failpoint(name: &str, pass: u64) -> Start {
 
 fn settings() -> Start {
     Start {
-        // A handler that owes an answer holds up no end.
-        settings: vec!["drain_timeout=1ms".into()],
+        // A handler that owes an answer holds up no end. No backup is made but those that are asked
+        // for.
+        settings: vec!["drain_timeout=1ms".into(), "backup_interval=0".into()],
         ..Start::default()
     }
 }
@@ -319,7 +320,8 @@ fn backup(round: &Round<'_>) {
     }
 }
 
-/// Moves the directory away under a server and back. While it is away nothing is promised, and nothing is lost.
+/// Moves the directory away under a server and back. While it is away nothing is promised, and
+/// nothing is lost.
 fn move_directory(site: &Site) {
     let server = site.start_with(&settings()).unwrap();
     let (mut admin, _) = server.app(json!({"app_id": "admin"}));
@@ -347,7 +349,8 @@ fn remove_database(site: &Site) {
     }
 }
 
-/// Makes a backup, and dates it years ahead, as a clock does that jumps: later ones are newer all the same.
+/// Makes a backup, and dates it years ahead, as a clock does that jumps: later ones are newer all
+/// the same.
 fn let_clock_jump(site: &Site) {
     let server = site.start_with(&settings()).unwrap();
     let (mut admin, _) = server.app(json!({"app_id": "admin"}));

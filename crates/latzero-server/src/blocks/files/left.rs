@@ -1,7 +1,7 @@
 //! What an earlier run left of persistent blocks: what is whole is taken in again, what was never finished goes, and what
 //! can't be read is set aside under `memory/.orphans/`, from where the server never removes it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::os::fd::AsFd;
 
@@ -35,22 +35,23 @@ impl Kept {
 impl Files {
     /// [`Files::scan_with`], where nothing is known of the blocks but their files.
     pub(in crate::blocks) fn scan(&self) -> Vec<Kept> {
-        self.scan_with(&HashMap::new(), &mut |_, _| ())
+        self.scan_with(&HashMap::new(), &mut |_, _| ()).0
     }
 
-    /// What an earlier run left, the newest first, with what was never finished cleared away. `rows` are the records as the
-    /// database has them, by the id of their files. `lost` hears what is affected and what happened to it.
+    /// What an earlier run left, the newest first, with what was never finished cleared away.
+    /// `rows` are the records as the database has them, by the id of their files. `lost` hears what
+    /// is affected and what happened to it.
     pub(in crate::blocks) fn scan_with(
         &self,
         rows: &HashMap<String, String>,
         lost: &mut dyn FnMut(String, String),
-    ) -> Vec<Kept> {
+    ) -> (Vec<Kept>, HashSet<String>) {
         let entries = match std::fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(error) => {
                 let directory = format!("directory {}", self.path.display());
                 lost(directory, format!("it can't be read: {error}"));
-                return Vec::new();
+                return (Vec::new(), HashSet::new());
             }
         };
         let names = entries
@@ -58,9 +59,12 @@ impl Files {
             .filter_map(|entry| entry.file_name().into_string().ok());
         let mut bytes: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
         let mut records = Vec::new();
+        let mut removed = HashSet::new();
         for name in names {
             if name.ends_with(".new") {
                 self.unlink(&name);
+            } else if let Some(id) = name.strip_suffix(".gone") {
+                removed.insert(id.to_owned());
             } else if let Some(id) = name.strip_suffix(".json") {
                 records.push(id.to_owned());
             } else if let Some((id, generation)) = generation(&name) {
@@ -69,6 +73,15 @@ impl Files {
                 self.orphan(&name);
             }
         }
+        // The server ended while it removed these.
+        bytes.retain(|id, generations| {
+            let is_removed = removed.contains(id) && !records.contains(id);
+            for &generation in generations.iter().filter(|_| is_removed) {
+                let id = id.clone();
+                self.unlink(&Names { id, generation }.bytes());
+            }
+            !is_removed
+        });
         let mut kept = Vec::new();
         let unrecorded = bytes.keys().filter(|id| !records.contains(id));
         let unrecorded: Vec<String> = unrecorded.cloned().collect();
@@ -110,10 +123,11 @@ impl Files {
         }
         // Of two that claim one name, the newer one has been in use.
         kept.sort_by_key(|kept| std::cmp::Reverse(kept.created_unix_ns()));
-        kept
+        (kept, removed)
     }
 
-    /// Takes a block in whose record is lost: the database has it too. Sizes are what the bytes' own header says.
+    /// Takes a block in whose record is lost: the database has it too. Sizes are what the bytes'
+    /// own header says.
     fn take_in_by_row(
         &self,
         id: String,
@@ -314,8 +328,8 @@ fn record_of(record: &str, custodian: &Custodian) -> String {
     value.to_string()
 }
 
-/// Whether a record says what the database says of the same generation. What is of another generation was written when the
-/// server ended, and is right.
+/// Whether a record says what the database says of the same generation. What is of another
+/// generation was written when the server ended, and is right.
 fn is_same(row: &str, record: &str) -> bool {
     let parse = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
     let (row, record) = (parse(row), parse(record));
