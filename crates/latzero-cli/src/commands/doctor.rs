@@ -12,7 +12,7 @@ use crate::output::{Output, Tone, toned};
 use crate::parse::shell;
 use crate::reach::{Reach, Wish};
 
-use super::store::{made, sentences};
+use super::store::{losses, made, sentences};
 
 pub(crate) fn run(args: &SettingsArgs, output: &Output) -> Done {
     let environment = Environment::of_process();
@@ -76,6 +76,8 @@ fn store(settings: &Settings) -> Option<Finding> {
     let reached = reach.connect(&Wish::once("doctor")).ok()?;
     let health = reached.app.request(&json!({"action": "health"})).ok()?;
     let part = &health["components"]["store"];
+    let mut what = losses(&health, Some("store"));
+    what.extend(sentences(&part["seen"]));
     let shown = shell(&dir.to_string_lossy());
     let (status, command) = match (part["status"] == "ok", part["seen"]["failing"].as_str()) {
         (true, _) => (Status::Ok, None),
@@ -88,7 +90,7 @@ fn store(settings: &Settings) -> Option<Finding> {
     Some(Finding {
         name: "store",
         status,
-        what: sentences(&part["seen"]).join("; "),
+        what: what.join("; "),
         command,
     })
 }
