@@ -4,6 +4,8 @@
 //! reads its settings by this list and hands them to the core; the commented default file and the table in
 //! `docs/operations.md` are made from it.
 
+use latzero_protocol::limits::ListBounds;
+
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -222,6 +224,16 @@ limits! {
 }
 
 impl Limits {
+    /// The bounds on the lists of a message.
+    #[must_use]
+    pub fn lists(&self) -> ListBounds {
+        ListBounds {
+            pools_max: self.pools_per_app_max,
+            triggers_max: self.triggers_per_app_max,
+            bytes_max: self.registration_bytes_max,
+        }
+    }
+
     /// Fills in what was left to follow from `memory`, the bytes that the server may use.
     #[must_use]
     pub fn within(mut self, memory: u64) -> Limits {

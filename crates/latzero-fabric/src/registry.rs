@@ -12,7 +12,7 @@ mod pools;
 use std::collections::{BTreeMap, BTreeSet};
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
-use latzero_protocol::message::{EventSet, Policy, TriggerSpec};
+use latzero_protocol::message::{EventSet, Policy, TriggerSpec, too_many};
 use latzero_protocol::{AppId, BlockId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
@@ -24,8 +24,8 @@ use crate::pool::MemberKey;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
 use crate::time::Time;
-pub(crate) use admission::{check_pools, check_triggers};
-use admission::{check_reserved, too_many};
+use admission::check_reserved;
+pub(crate) use admission::{check_pools, check_triggers, dedup_triggers, remove_triggers};
 pub use listing::Counts;
 pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use pools::forget_pool;
@@ -359,11 +359,7 @@ impl<H: Host> Registry<H> {
             return Err(not_admitted(app_id, name, entry));
         }
         if !pools.contains(name) && pools.len() >= self.limits.pools_per_app_max {
-            return Err(too_many(
-                "pools",
-                self.limits.pools_per_app_max,
-                "limits.pools_per_app_max",
-            ));
+            return Err(too_many("pools", self.limits.pools_per_app_max));
         }
         drop(registered);
         if !self.pools.contains_key(name) {
@@ -443,10 +439,8 @@ impl<H: Host> Registry<H> {
             return Ok(false);
         };
         let mut triggers = app.registration.get().triggers.clone();
-        for spec in add {
-            triggers.retain(|known| known.name != spec.name);
-            triggers.push(spec.clone());
-        }
+        triggers.extend_from_slice(add);
+        dedup_triggers(&mut triggers);
         self.check_quota(&[], &triggers)?;
         Ok(self.remember(app_id, Some(promise), fx, |registration| {
             registration.triggers = triggers;
@@ -462,8 +456,7 @@ impl<H: Host> Registry<H> {
         fx: &mut H::Effects,
     ) -> bool {
         self.remember(app_id, Some(promise), fx, |registration| {
-            let stays = |known: &TriggerSpec| !gone.iter().any(|spec| spec.name == known.name);
-            registration.triggers.retain(stays);
+            remove_triggers(&mut registration.triggers, gone);
         })
     }
 

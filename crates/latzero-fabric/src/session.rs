@@ -137,7 +137,8 @@ impl<H: Host> Session<H> {
         };
         // What is sent in answer names no request of the sender's; a failed one gets an `error` message.
         let id = id.as_deref();
-        match Request::decode(&envelope) {
+        let bounds = host.limits().lists();
+        match Request::decode(&envelope, &bounds) {
             Ok(Request::Handshake(handshake)) => {
                 self.handshake(now, id, &handshake, frame.json, host)
             }

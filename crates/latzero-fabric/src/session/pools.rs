@@ -1,5 +1,7 @@
 //! What a connection asks about its registration and about pools: joined, left, made, removed, watched, served.
 
+use std::collections::BTreeMap;
+
 use latzero_protocol::limits::SYSTEM_POOL;
 use latzero_protocol::message::{EventSet, PoolCreate, TriggerSpec};
 use latzero_protocol::{Code, PoolName, Refusal, TriggerName};
@@ -9,6 +11,7 @@ use super::promises::{Promise, Reply};
 use super::{Session, leave};
 use crate::effects::{Audit, Effects};
 use crate::host::{Host, Transport};
+use crate::registry::{dedup_triggers, remove_triggers};
 use crate::time::Time;
 
 impl<H: Host> Session<H> {
@@ -22,17 +25,18 @@ impl<H: Host> Session<H> {
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let transport = self.terms.transport;
         let mut triggers = ready.triggers.clone();
-        for spec in specs {
-            triggers.retain(|known| known.name != spec.name);
-            triggers.push(spec.clone());
-        }
+        triggers.extend_from_slice(specs);
+        dedup_triggers(&mut triggers);
         // What this instance serves counts besides what the app is remembered with: another instance may have
         // replaced that.
         crate::registry::check_triggers(&triggers, host.limits())?;
         let is_promised = host.with_registry(|registry, fx| {
             registry.remember_triggers(&ready.app, specs, transport, &peer, fx)
         })?;
-        let is_news = specs.iter().any(|spec| !ready.triggers.contains(spec));
+        let known: BTreeMap<_, _> = ready.triggers.iter().map(|t| (&t.name, t)).collect();
+        let is_news = specs
+            .iter()
+            .any(|spec| known.get(&spec.name) != Some(&spec));
         ready.triggers = triggers;
         if is_news {
             let audit = Audit {
@@ -69,9 +73,7 @@ impl<H: Host> Session<H> {
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let is_promised = host
             .with_registry(|registry, fx| registry.forget_triggers(&ready.app, specs, &peer, fx));
-        ready
-            .triggers
-            .retain(|known| !specs.iter().any(|spec| spec.name == known.name));
+        remove_triggers(&mut ready.triggers, specs);
         for m in &self.memberships {
             host.with_pool(&m.pool, |pool, fx| {
                 specs
