@@ -3,9 +3,10 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_fabric::Time;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::shared::Shared;
+use crate::surroundings::Derived;
 
 /// Looks at every part.
 pub(crate) fn report(shared: &Shared, now: Time) -> Value {
@@ -16,9 +17,10 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         .lock()
         .expect("no panic happens under this lock")
         .len();
+    let connections_max = shared.surroundings.shares(&settings.limits).connections;
     let transport = part(
-        connections < settings.limits.connections_max,
-        &json!({"connections": connections, "connections_max": settings.limits.connections_max, "slow_readers": blocked}),
+        connections < connections_max,
+        &json!({"connections": connections, "connections_max": connections_max, "slow_readers": blocked}),
     );
     let counts = shared
         .registry
@@ -49,7 +51,20 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
     let store = part(store_ok, &store);
     let lost = (shared.log_lines_lost)() + shared.audit_log.lost();
     let logs = part(lost == 0, &json!({"lines_lost": lost}));
-    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs});
+    let mut limits: Map<String, Value> = (shared.surroundings.facts().into_iter())
+        .map(|(name, text)| (name.to_owned(), text.into()))
+        .collect();
+    for Derived {
+        setting,
+        text,
+        from,
+        ..
+    } in &shared.derived
+    {
+        limits.insert((*setting).to_owned(), format!("{text}, from {from}").into());
+    }
+    let limits = part(true, &limits.into());
+    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs, "limits": limits});
     let all_ok = parts
         .as_object()
         .is_some_and(|parts| parts.values().all(|part| part["status"] == "ok"));

@@ -481,7 +481,7 @@ impl Host for IoHost {
         stats["triggers"]["served"] = triggers.into();
         stats["memory"] = self.shared.blocks.to_json(&self.shared.limits);
         stats["store"] = self.shared.keeper.to_json();
-        stats["resources"] = resources();
+        stats["resources"] = resources(&self.shared.surroundings);
         stats.to_string()
     }
 

@@ -55,17 +55,24 @@ impl Door {
         let full = |what: &str, limit: &str, max: usize| {
             Refusal::new(
                 Code::Overloaded,
-                format!("{max} connections {what} (limits.{limit}); wait and try again"),
+                format!("{max} connections {what} ({limit}); wait and try again"),
             )
         };
-        if shared.stats.connections.load(Relaxed) >= limits.connections_max {
-            return Err(full("are open", "connections_max", limits.connections_max));
+        // Live with a reload, and never more than there are descriptors for.
+        let max = shared.surroundings.shares(limits).connections;
+        if shared.stats.connections.load(Relaxed) >= max {
+            let limit = if max < limits.connections_max {
+                "the limit on descriptors, RLIMIT_NOFILE"
+            } else {
+                "limits.connections_max"
+            };
+            return Err(full("are open", limit, max));
         }
         if self.total >= limits.connections_unauthenticated_max {
             let max = limits.connections_unauthenticated_max;
             return Err(full(
                 "await their handshake",
-                "connections_unauthenticated_max",
+                "limits.connections_unauthenticated_max",
                 max,
             ));
         }
@@ -74,7 +81,7 @@ impl Door {
             let max = limits.connections_unauthenticated_per_user_max;
             return Err(full(
                 "of one user await their handshake",
-                "connections_unauthenticated_per_user_max",
+                "limits.connections_unauthenticated_per_user_max",
                 max,
             ));
         }

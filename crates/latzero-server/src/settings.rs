@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::surroundings::{Derived, Surroundings};
+
 pub use file::{FILE_BYTES_MAX, FILES_MAX, Layer, load, parse_file};
 pub use latzero_fabric::limits::{Limits, Takes};
 pub use reference::default_config;
@@ -351,6 +353,9 @@ pub struct Shown {
     pub variable: String,
     /// Whether `reload` may change it.
     pub live: bool,
+    /// The value in force here, where the surroundings decide it rather than the setting.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_force: Option<Derived>,
     /// What it does.
     pub doc: String,
 }
@@ -391,9 +396,10 @@ impl Resolved {
         })
     }
 
-    /// What `config show` prints, in the order of the table.
+    /// What `config show` prints, in the order of the table, for a server with these `surroundings`.
     #[must_use]
-    pub fn show(&self) -> Vec<Shown> {
+    pub fn show(&self, surroundings: &Surroundings) -> Vec<Shown> {
+        let derived = surroundings.in_force(&self.settings.limits).derived;
         SETTINGS
             .iter()
             .zip(&self.entries)
@@ -406,6 +412,10 @@ impl Resolved {
                 default: setting.kind.render(&setting.default),
                 variable: setting.variable(),
                 live: setting.takes == Takes::Live,
+                in_force: derived
+                    .iter()
+                    .find(|derived| derived.setting == setting.name)
+                    .cloned(),
                 doc: setting.doc(),
             })
             .collect()
@@ -651,6 +661,8 @@ pub fn config_dir(data_dir: &Path) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use crate::surroundings::{Bound, Origin};
+
     use super::*;
 
     fn environment(pairs: &[(&str, &str)]) -> Environment {
@@ -691,9 +703,19 @@ mod tests {
         assert_eq!(errors.to_string(), expected);
     }
 
+    fn show(resolved: &Resolved) -> Vec<Shown> {
+        resolved.show(&Surroundings {
+            memory: Bound {
+                max: 1 << 30,
+                from: Origin::Machine,
+            },
+            descriptors: None,
+            file_size: None,
+        })
+    }
+
     fn source_of(resolved: &Resolved, name: &str) -> String {
-        resolved
-            .show()
+        show(resolved)
             .into_iter()
             .find(|shown| shown.name == name)
             .unwrap()
@@ -1004,12 +1026,20 @@ mod tests {
 
     #[test]
     fn shown_as_json() {
-        let shown = resolve(&inputs(&[], &[], &[])).unwrap().show();
+        let shown = show(&resolve(&inputs(&[], &[], &[])).unwrap());
         assert_eq!(shown.len(), SETTINGS.len());
         let json = serde_json::to_value(&shown[0]).unwrap();
         assert_eq!(json["name"], "port");
         assert_eq!(json["value"], 45227);
         assert_eq!(json["source"], "default");
+        assert!(json.get("in_force").is_none());
+        let memory = shown.iter().find(|s| s.name == "limits.memory_max");
+        let json = serde_json::to_value(memory).unwrap();
+        assert_eq!(
+            (&json["value"], &json["in_force"]["text"]),
+            (&0.into(), &"512 MiB".into())
+        );
+        assert_eq!(json["in_force"]["from"], "1 GiB of memory (machine)");
         let frame = shown.iter().find(|s| s.name == "limits.max_frame").unwrap();
         assert_eq!((frame.text.as_str(), frame.unit), ("16 MiB", "bytes"));
     }

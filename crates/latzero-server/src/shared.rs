@@ -25,6 +25,7 @@ use crate::settings::Settings;
 use crate::socket::{Socket, User};
 use crate::startup::token::AdminToken;
 use crate::stats::Stats;
+use crate::surroundings::{Derived, InForce, Surroundings};
 use crate::timers::Timers;
 
 /// Something for a loop to do.
@@ -149,6 +150,9 @@ pub(crate) type Reload = dyn Fn(&Shared) -> Result<String, String> + Send + Sync
 pub(crate) struct Shared {
     pub(crate) settings: Mutex<Arc<Settings>>,
     pub(crate) limits: Limits,
+    pub(crate) surroundings: Surroundings,
+    /// Limits whose value in force is not the one that was set.
+    pub(crate) derived: Vec<Derived>,
     pub(crate) bounds: Bounds,
     pub(crate) outbox_total_max: usize,
     pub(crate) read_budget: usize,
@@ -208,7 +212,18 @@ impl Shared {
         } = parts;
         let clock = Clock::new();
         let started = clock.now();
-        let limits = core_limits(&settings);
+        let surroundings = Surroundings::of_process();
+        let InForce { limits, derived } = surroundings.in_force(&settings.limits);
+        if limits.connections_max < settings.limits.connections_max
+            || limits.blocks_max < settings.limits.blocks_max
+        {
+            tracing::warn!(
+                connections_max = limits.connections_max,
+                blocks_max = limits.blocks_max,
+                "the limit on descriptors has room for fewer connections or blocks than the settings \
+                 allow; raise it with `ulimit -n`"
+            );
+        }
         let mailboxes = (0..settings.io_threads.max(1))
             .map(|_| Mailbox::new())
             .collect();
@@ -221,6 +236,8 @@ impl Shared {
             outbox_total_max: limits.outbox_total_bytes_max,
             read_budget: settings.limits.read_budget_bytes,
             limits,
+            surroundings,
+            derived,
             settings: Mutex::new(Arc::new(settings)),
             timers: Timers::default(),
             blocks,
@@ -290,19 +307,4 @@ impl Shared {
             mailbox.send(Command::Judge);
         }
     }
-}
-
-/// The limits in force: as they were set, and for the rest as the memory allows.
-pub(crate) fn core_limits(settings: &Settings) -> Limits {
-    settings.limits.clone().within(memory_bytes())
-}
-
-/// The machine's memory in bytes.
-#[allow(
-    clippy::useless_conversion,
-    reason = "the field is 32 bits wide on 32-bit systems"
-)]
-fn memory_bytes() -> u64 {
-    let info = rustix::system::sysinfo();
-    u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit))
 }
