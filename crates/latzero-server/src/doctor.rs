@@ -13,7 +13,9 @@ use latzero_fabric::limits::{Limits, Unit};
 use serde::Serialize;
 
 use crate::address;
+use crate::settings::unknown_variables;
 use crate::settings::{Environment, Resolved, Settings, SettingsErrors, SocketChoice};
+use crate::startup;
 use crate::startup::data_dir::{file_system_magic, refused_file_system};
 use crate::startup::descriptors::Shares;
 use crate::startup::lock::{self, Holder};
@@ -107,6 +109,8 @@ pub struct Facts {
     pub data_dir: PathBuf,
     /// What is there.
     pub place: Place,
+    /// Why a start would refuse, by its own checks.
+    pub refusal: Option<String>,
     /// The magic number of its file system, or of the nearest directory above that is there.
     pub file_system: Option<u32>,
     /// Free space there for this user, in bytes.
@@ -169,6 +173,9 @@ pub fn look(settings: &Settings, environment: &Environment) -> Facts {
         },
         surroundings: Surroundings::of_process(),
         limits: settings.limits.clone(),
+        refusal: startup::check(settings)
+            .err()
+            .map(|error| error.to_string()),
         place,
         data_dir,
     }
@@ -182,6 +189,8 @@ pub fn examine(
     environment: &Environment,
 ) -> Vec<Finding> {
     let mut findings = judge_settings(resolved);
+    let unknown = unknown_variables(environment).into_iter();
+    findings.extend(unknown.map(|what| Finding::warn("settings", what, "latzero config show")));
     if let Ok(resolved) = resolved {
         findings.extend(diagnose(&look(&resolved.settings, environment)));
     }
@@ -208,7 +217,7 @@ pub fn judge_settings(resolved: &Result<Resolved, SettingsErrors>) -> Vec<Findin
 /// Judges the facts.
 #[must_use]
 pub fn diagnose(facts: &Facts) -> Vec<Finding> {
-    vec![
+    let mut findings = vec![
         data_directory(facts),
         file_system(facts),
         free_space(facts),
@@ -218,7 +227,20 @@ pub fn diagnose(facts: &Facts) -> Vec<Finding> {
         memory(facts),
         descriptor_limit(facts),
         file_size(facts),
-    ]
+    ];
+    // The findings say more, so the refusal is shown where none of them explains it.
+    let is_explained = findings
+        .iter()
+        .any(|finding| finding.status == Status::Fail);
+    if let Some(refusal) = facts.refusal.as_ref().filter(|_| !is_explained) {
+        // It replaces a finding of the directory that says that all is well.
+        findings[0] = Finding::fail(
+            "data directory",
+            refusal,
+            format!("ls -ld {}", facts.data_dir.display()),
+        );
+    }
+    findings
 }
 
 fn data_directory(facts: &Facts) -> Finding {
@@ -454,6 +476,7 @@ mod tests {
                 owner: 1000,
                 mode: 0o700,
             },
+            refusal: None,
             file_system: Some(0xef53),
             free_bytes: Some(10 << 30),
             holder: None,

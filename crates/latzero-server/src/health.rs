@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use latzero_fabric::Time;
 use serde_json::{Map, Value, json};
 
+use crate::losses::Part;
 use crate::shared::Shared;
 use crate::surroundings::Derived;
 
@@ -12,11 +13,7 @@ use crate::surroundings::Derived;
 pub(crate) fn report(shared: &Shared, now: Time) -> Value {
     let settings = shared.settings();
     let connections = shared.stats.connections.load(Relaxed);
-    let blocked = shared
-        .blocked
-        .lock()
-        .expect("no panic happens under this lock")
-        .len();
+    let blocked = shared.stats.slow_readers.load(Relaxed);
     let connections_max = shared.surroundings.shares(&settings.limits).connections;
     let transport = part(
         connections < connections_max,
@@ -28,11 +25,11 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         .expect("a panic under the registry's lock ends the server")
         .counts();
     let apps = part(
-        counts.apps_known < shared.limits.apps_max,
+        counts.apps_known < shared.site.limits.apps_max,
         &json!({"known": counts.apps_known, "live": counts.apps_live}),
     );
     let pools = part(
-        counts.pools < shared.limits.pools_max,
+        counts.pools < shared.site.limits.pools_max,
         &json!({"pools": counts.pools}),
     );
     let in_flight = shared.stats.calls_in_flight.load(Relaxed);
@@ -46,11 +43,13 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late}),
     );
     let (blocks_ok, blocks) = shared.blocks.health();
-    let memory = part(blocks_ok, &blocks);
+    let losses = shared.keeper.losses();
+    let memory = part(blocks_ok && losses.is_none_of(Part::Memory), &blocks);
     let (store_ok, store) = shared.keeper.health();
-    let store = part(store_ok, &store);
+    let store = part(store_ok && losses.is_none_of(Part::Store), &store);
     let lost = (shared.log_lines_lost)() + shared.audit_log.lost();
-    let logs = part(lost == 0, &json!({"lines_lost": lost}));
+    let logs_ok = lost == 0 && losses.is_none_of(Part::Logs);
+    let logs = part(logs_ok, &json!({"lines_lost": lost}));
     let mut limits: Map<String, Value> = (shared.surroundings.facts().into_iter())
         .map(|(name, text)| (name.to_owned(), text.into()))
         .collect();
@@ -73,7 +72,8 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         (false, true) => "ok",
         (false, false) => "degraded",
     };
-    json!({"status": status, "components": parts})
+    let (losses, losses_total) = losses.to_json();
+    json!({"status": status, "components": parts, "losses": losses, "losses_total": losses_total})
 }
 
 fn part(is_ok: bool, seen: &Value) -> Value {

@@ -22,7 +22,7 @@ pub use file::{FILE_BYTES_MAX, FILES_MAX, Layer, load, parse_file};
 pub use inputs::{ConfigFile, Environment, Found, Inputs, OTHER_VARIABLES, Override};
 pub use latzero_fabric::limits::{Limits, Takes};
 pub use reference::default_config;
-pub use resolve::resolve;
+pub use resolve::{resolve, unknown_variables};
 pub use resolved::{Change, Reload, Resolved, Shown};
 pub use table::{SETTINGS, Setting, Settings};
 pub use value::{Kind, LogFormat, LogLevel, SocketChoice, StoreDurability, Value};

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use latzero_fabric::{Limits, Registry, Time};
+use latzero_fabric::driver::Site;
+use latzero_fabric::outbox::Bounds;
+use latzero_fabric::{Now, Registry, Time};
 use latzero_protocol::Refusal;
 use mio::Waker;
 
@@ -19,7 +21,6 @@ use crate::handover::{Giving, Step};
 use crate::host::IoHost;
 use crate::keeper::Keeper;
 use crate::listener::Door;
-use crate::outbox::Bounds;
 use crate::peer::Peer;
 use crate::settings::Settings;
 use crate::socket::{Socket, User};
@@ -127,6 +128,15 @@ impl Clock {
         Time(self.start.elapsed().as_micros() as u64)
     }
 
+    /// The present, on both clocks.
+    pub(crate) fn read(self) -> Now {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+        Now {
+            monotonic: self.now(),
+            unix_ms: since_epoch.map_or(0, |since| since.as_millis() as u64),
+        }
+    }
+
     pub(crate) fn unix_ms(self, then: Time) -> u64 {
         let wall = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -149,12 +159,10 @@ pub(crate) type Reload = dyn Fn(&Shared) -> Result<String, String> + Send + Sync
 /// What the loops share.
 pub(crate) struct Shared {
     pub(crate) settings: Mutex<Arc<Settings>>,
-    pub(crate) limits: Limits,
     pub(crate) surroundings: Surroundings,
     /// Limits whose value in force is not the one that was set.
     pub(crate) derived: Vec<Derived>,
-    pub(crate) bounds: Bounds,
-    pub(crate) outbox_total_max: usize,
+    pub(crate) site: Arc<Site>,
     pub(crate) read_budget: usize,
     pub(crate) registry: Mutex<Registry<IoHost>>,
     pub(crate) timers: Timers,
@@ -175,8 +183,6 @@ pub(crate) struct Shared {
     pub(crate) is_in_upkeep: AtomicBool,
     /// Set where all loops are to end at once.
     pub(crate) is_over: AtomicBool,
-    /// Connections whose sockets do not take what waits for them.
-    pub(crate) blocked: Mutex<Vec<Arc<Peer>>>,
     pub(crate) next_peer: AtomicU64,
     /// Who has come in and not said who it is yet, on any loop.
     door: Mutex<Door>,
@@ -229,15 +235,18 @@ impl Shared {
             .collect();
         let shared = Arc::new(Shared {
             registry: Mutex::new(Registry::new(clock.unix_ms(started), limits.clone(), seed)),
-            bounds: Bounds {
-                bytes_max: settings.limits.outbox_bytes_max,
-                headroom: settings.limits.outbox_headroom_bytes,
-            },
-            outbox_total_max: limits.outbox_total_bytes_max,
             read_budget: settings.limits.read_budget_bytes,
-            limits,
             surroundings,
             derived,
+            site: Arc::new(Site {
+                limits,
+                outbox: Bounds {
+                    bytes_max: settings.limits.outbox_bytes_max,
+                    headroom: settings.limits.outbox_headroom_bytes,
+                },
+                version: env!("CARGO_PKG_VERSION"),
+                node: identity.node.clone(),
+            }),
             settings: Mutex::new(Arc::new(settings)),
             timers: Timers::default(),
             blocks,
@@ -254,7 +263,6 @@ impl Shared {
             giving: Giving::default(),
             is_in_upkeep: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
-            blocked: Mutex::new(Vec::new()),
             next_peer: AtomicU64::new(0),
             door: Mutex::new(Door::default()),
             reload,

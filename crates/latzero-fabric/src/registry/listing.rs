@@ -10,9 +10,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{App, Instance, PoolEntry, Registry, no_pool};
-use crate::host::Host;
+use crate::driver::Driver;
+use crate::now::Time;
 use crate::registration::Remembered;
-use crate::time::Time;
 
 /// Bytes of the entries on one page.
 pub(crate) const PAGE_BYTES_MAX: usize = 128 * 1024;
@@ -44,12 +44,12 @@ pub struct Counts {
     pub pools: usize,
 }
 
-impl<H: Host> Registry<H> {
+impl<D: Driver> Registry<D> {
     /// A pool's handle and what the registry knows of it.
     ///
     /// # Errors
     /// `no_pool`.
-    pub fn describe_pool(&self, name: &PoolName) -> Result<(H::Pool, Value), Refusal> {
+    pub fn describe_pool(&self, name: &PoolName) -> Result<(D::Pool, Value), Refusal> {
         let entry = self.pools.get(name).ok_or_else(|| no_pool(name))?;
         Ok((entry.pool.clone(), pool_json(name, entry)))
     }
@@ -124,7 +124,7 @@ impl<H: Host> Registry<H> {
     }
 }
 
-impl<H: Host> App<H> {
+impl<D: Driver> App<D> {
     /// Whether the app registered for a pool or is in it, and how much was looked at to find that out.
     fn is_in(&self, pool: &PoolName) -> (bool, usize) {
         let (registered, mut cost) = match &self.registration {
@@ -229,7 +229,7 @@ pub(crate) fn append(out: &mut String, value: &impl Serialize) {
     out.push_str(&text);
 }
 
-fn pool_json<H: Host>(name: &PoolName, entry: &PoolEntry<H>) -> Value {
+fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>) -> Value {
     json!({
         "pool": name, "kind": "local", "durable": entry.durable, "encrypted": false, "owner": entry.owner,
         "policy": {"join": entry.policy.join.names(), "serve": entry.policy.serve.names()},
@@ -238,7 +238,7 @@ fn pool_json<H: Host>(name: &PoolName, entry: &PoolEntry<H>) -> Value {
 }
 
 /// Appends the entry of one app. What is too long is cut, and the entry says so.
-fn app_json<H: Host>(out: &mut String, id: &AppId, app: &App<H>, unix_ms: impl Fn(Time) -> u64) {
+fn app_json<D: Driver>(out: &mut String, id: &AppId, app: &App<D>, unix_ms: impl Fn(Time) -> u64) {
     let registration = app.registration.get();
     let start = out.len();
     let mut is_cut = false;
@@ -262,7 +262,7 @@ fn app_json<H: Host>(out: &mut String, id: &AppId, app: &App<H>, unix_ms: impl F
     out.push_str(",\"pools\":");
     is_cut |= array(out, start + POOLS_END, registration.pools.iter());
     out.push_str(",\"instances\":");
-    let instance = |i: &Instance<H>| {
+    let instance = |i: &Instance<D>| {
         let pools: Vec<_> = i.memberships.iter().map(|m| &m.name).collect();
         json!({"instance": i.id, "pools": pools, "since": unix_ms(i.since)})
     };

@@ -61,35 +61,54 @@ fn apply_environment(
             continue;
         }
         let source = Source::Environment(variable.clone());
-        match SETTINGS
+        // Any other variable may belong to another program: see `unknown_variables`.
+        let Some(index) = SETTINGS
             .iter()
             .position(|setting| setting.variable() == *variable)
-        {
-            Some(index) => {
-                let Some(text) = value.to_str() else {
-                    errors.push(SettingsError {
-                        source,
-                        at: None,
-                        problem: Problem::BadValue {
-                            key: SETTINGS[index].name,
-                            expected: SETTINGS[index].kind.expected(),
-                            found: "bytes that are not UTF-8".to_owned(),
-                        },
-                    });
-                    continue;
-                };
-                apply_text(index, text, source, entries, errors);
-            }
-            None => errors.push(SettingsError {
+        else {
+            continue;
+        };
+        let Some(text) = value.to_str() else {
+            errors.push(SettingsError {
                 source,
                 at: None,
-                problem: Problem::UnknownKey {
-                    key: value::quote(variable),
-                    nearest: nearest_variable(variable),
+                problem: Problem::BadValue {
+                    key: SETTINGS[index].name,
+                    expected: SETTINGS[index].kind.expected(),
+                    found: "bytes that are not UTF-8".to_owned(),
                 },
-            }),
-        }
+            });
+            continue;
+        };
+        apply_text(index, text, source, entries, errors);
     }
+}
+
+/// A warning for each variable that begins as settings do and is none. It may be a typing error, or
+/// belong to another program, so it is ignored.
+#[must_use]
+pub fn unknown_variables(environment: &Environment) -> Vec<String> {
+    let is_unknown = |variable: &&String| {
+        variable.starts_with(VARIABLE_PREFIX)
+            && !OTHER_VARIABLES.contains(&variable.as_str())
+            && !SETTINGS
+                .iter()
+                .any(|setting| setting.variable() == **variable)
+    };
+    let warning = |variable: &String| {
+        let near = nearest_variable(variable);
+        let near = near.map_or_else(String::new, |near| format!("; the nearest is `{near}`"));
+        format!(
+            "environment variable {} is not a setting and is ignored{near}",
+            value::quote(variable)
+        )
+    };
+    environment
+        .0
+        .keys()
+        .filter(is_unknown)
+        .map(warning)
+        .collect()
 }
 
 fn apply_text(

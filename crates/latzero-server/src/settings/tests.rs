@@ -151,17 +151,33 @@ fn variables_of_others_are_left_alone() {
 }
 
 #[test]
+fn unknown_variables_are_warnings() {
+    let check = |name: &str, expected: &[&str]| {
+        let environment = Environment::from_iter([(name.to_owned(), OsString::from("1"))]);
+        assert_eq!(unknown_variables(&environment), expected);
+        resolve(&Inputs {
+            environment,
+            ..Inputs::default()
+        })
+        .unwrap();
+    };
+    check("LATZERO_LOCKS", &[]);
+    check("OTHER_PORT", &[]);
+    check(
+        "LATZERO_PROT",
+        &[
+            "environment variable `LATZERO_PROT` is not a setting and is ignored; \
+           the nearest is `LATZERO_PORT`",
+        ],
+    );
+    check(
+        "LATZERO_XYZ",
+        &["environment variable `LATZERO_XYZ` is not a setting and is ignored"],
+    );
+}
+
+#[test]
 fn errors_of_variables() {
-    check_error(
-        &inputs(&[], &[("LATZERO_PROT", "1")], &[]),
-        "environment variable LATZERO_PROT: there is no setting `LATZERO_PROT`; \
-         the nearest is `LATZERO_PORT`",
-    );
-    check_error(
-        &inputs(&[], &[("LATZERO_LIMIT_MAX_FRAMES", "1")], &[]),
-        "environment variable LATZERO_LIMIT_MAX_FRAMES: there is no setting \
-         `LATZERO_LIMIT_MAX_FRAMES`; the nearest is `LATZERO_LIMITS_MAX_FRAME`",
-    );
     check_error(
         &inputs(&[], &[("LATZERO_PORT", "70000")], &[]),
         "environment variable LATZERO_PORT: `port` must be an integer from 0 to 65535, \
