@@ -1,4 +1,4 @@
-//! `db`: looks for damage in the database, by way of the server where one runs.
+//! `db`: checks the database for damage, with the server if one runs.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::args::{DbCheckArgs, DbCommand};
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, Tone, toned};
-use crate::reach::Wish;
+use crate::reach::ConnectOptions;
 
 use super::store::took;
 
@@ -24,10 +24,13 @@ pub(crate) fn run(command: &DbCommand, output: &Output) -> Done {
 }
 
 fn check(args: &DbCheckArgs, output: &Output) -> Done {
-    let (mut done, by) = match args.reach.connect(&Wish::once("db check").patient()) {
-        Ok(reached) => {
+    let (mut done, by) = match args
+        .reach
+        .connect(&ConnectOptions::once("db check").patient())
+    {
+        Ok(connection) => {
             let request = json!({"action": "db_check", "full": args.full});
-            let asked = output.while_working("checking", || reached.administer(&request))?;
+            let asked = output.while_working("checking", || connection.administer(&request))?;
             (asked, SERVER)
         }
         // Files are looked at where a directory is meant, not where a server somewhere is.
