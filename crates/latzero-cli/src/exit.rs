@@ -266,8 +266,12 @@ impl From<Error> for Failure {
         }
         // Nobody here knows what helps against a handler's own code.
         let help = (!is_own && error.kind() != Code::HandlerError).then(|| remedy(error.kind()));
-        let shown = match plain(error.kind(), error.message()) {
-            Some(message) => format!("{}: {message}", error.code()),
+        let shown = match plain(error.kind(), error.message()).filter(|_| !is_own) {
+            Some(message) => {
+                let shown = format!("{}: {message}", error.code());
+                wire["message"] = message.into();
+                shown
+            }
             None => error.to_string(),
         };
         Failure {

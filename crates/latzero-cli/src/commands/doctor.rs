@@ -12,7 +12,7 @@ use crate::output::{Output, Tone, toned};
 use crate::parse::shell;
 use crate::reach::{ConnectOptions, Reach};
 
-use super::store::{made, sentences};
+use super::store::{losses, made, sentences};
 
 pub(crate) fn run(args: &SettingsArgs, output: &Output) -> Done {
     let environment = Environment::of_process();
@@ -85,10 +85,12 @@ fn store(settings: &Settings) -> Option<Finding> {
             Some(format!("latzero backup ls --verify --data-dir {shown}")),
         ),
     };
+    let mut what = losses(&health, Some("store"));
+    what.extend(sentences(&part["seen"]));
     Some(Finding {
         name: "store",
         status,
-        what: sentences(&part["seen"]).join("; "),
+        what: what.join("; "),
         command,
     })
 }
