@@ -141,7 +141,8 @@ impl<D: Driver> Session<D> {
         };
         // What is sent in answer names no request of the sender's; a failed one gets an `error` message.
         let id = id.as_deref();
-        match Request::decode(&envelope) {
+        let bounds = turn.limits().lists();
+        match Request::decode(&envelope, &bounds) {
             Ok(Request::Handshake(handshake)) => self.handshake(id, &handshake, frame.json, turn),
             Ok(_) if self.ready.is_none() => self.not_ready(id, turn),
             Ok(Request::Trigger(trigger)) => {
