@@ -510,6 +510,9 @@ impl Blocks {
         }
         // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
         let store = self.rows.store().filter(|_| !is_superseded).cloned();
+        if let (Some(names), None) = (&stored.names, self.rows.store()) {
+            self.files.forget(names.id());
+        }
         let _ = self.work.send(Work::Free(stored, store));
     }
 
