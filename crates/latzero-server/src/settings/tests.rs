@@ -153,7 +153,7 @@ fn variables_of_others_are_left_alone() {
 #[test]
 fn unknown_variables_are_warnings() {
     let check = |name: &str, expected: &[&str]| {
-        let environment = Environment::from_iter([(name.to_owned(), OsString::from("1"))]);
+        let environment = environment(&[(name, "1")]);
         assert_eq!(unknown_variables(&environment), expected);
         resolve(&Inputs {
             environment,
@@ -297,7 +297,7 @@ fn errors_of_files() {
 fn all_errors_are_told_at_once() {
     let errors = resolve(&inputs(
         &["prot = 1\nhost = 3", "port = 'x'"],
-        &[("LATZERO_PORTS", "1")],
+        &[("LATZERO_PORT", "x")],
         &[("host", "")],
     ))
     .unwrap_err();
