@@ -9,6 +9,7 @@ mod pools;
 mod promises;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::frame::{Accept, Frame};
@@ -18,6 +19,7 @@ use latzero_protocol::message::{
 use latzero_protocol::{AppId, CallId, Code, Envelope, InstanceId, PoolName, Refusal};
 use serde_json::json;
 
+use crate::books::Account;
 use crate::driver::{Driver, Report, Transport};
 use crate::effects::{Audit, Count};
 use crate::limits::Limits;
@@ -46,8 +48,10 @@ struct Ready {
 }
 
 /// What the server offers and knows of a connection when it comes in.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Terms {
+    /// The account of its user.
+    pub user: Arc<Account>,
     /// How it came in.
     pub transport: Transport,
     /// Whether it may do what administrators may.
@@ -457,8 +461,9 @@ impl<D: Driver> Session<D> {
                     json!({"action": "kick", "of": app, "of_instance": instance})
                 }
                 AdminAction::Forget(app) => json!({"action": "app_forget", "of": app}),
-                AdminAction::Backup(to) => json!({"action": "backup", "to": to}),
+                AdminAction::Backup { to, .. } => json!({"action": "backup", "to": to}),
                 AdminAction::CheckDatabase(full) => json!({"action": "db_check", "full": full}),
+                AdminAction::QueryDatabase(_) => json!({"action": "db_query"}),
             };
             self.audit("administered", (&ready.app, ready.instance), what, turn);
         }

@@ -10,9 +10,10 @@ mod rows;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
+use latzero_fabric::books::Account;
 use latzero_fabric::keep::Change;
 use latzero_fabric::{Driver as _, Pool, Time, Turn};
-use latzero_protocol::{Code, PoolName, Refusal};
+use latzero_protocol::{AppId, Code, PoolName, Refusal};
 use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError};
 use serde_json::{Value, json};
 
@@ -108,7 +109,8 @@ impl Keeper {
         );
     }
 
-    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins now.
+    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins
+    /// now.
     pub(crate) fn is_backup_due(&self, now: Time, interval_ms: u64) -> bool {
         let last = self.last_backup.lock();
         let mut last = last.expect("nothing panics under this lock");
@@ -236,7 +238,8 @@ struct LastBackup {
 }
 
 impl LastBackup {
-    /// Of the newest backup that is there at the start. A server that was just set up begins with its work, not with a backup.
+    /// Of the newest backup that is there at the start. A server that was just set up begins with
+    /// its work, not with a backup.
     fn before(newest: Option<i64>, now: i64) -> LastBackup {
         let age_ms = match newest {
             None => 0,
@@ -289,11 +292,14 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             }
         }
     }
+    // Of which user it was is not known any more.
+    let user = shared.site.books.user(true);
     for row in contents.calls {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
+            let account = account_of(host, &row.caller, &user);
             take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
-                pool.restore_call(&row, turn)
+                pool.restore_call(&row, &account, turn)
             })
         });
         match taken {
@@ -306,8 +312,9 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     for row in contents.answers {
         let number = row.number;
         let taken = answer_of(row).and_then(|row| {
+            let account = account_of(host, &row.caller, &user);
             take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
-                pool.restore_answer(&row, turn)
+                pool.restore_answer(&row, &account, turn)
             })
         });
         match taken {
@@ -322,7 +329,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             let Some(row) = app_of(row) else {
                 continue;
             };
-            if registry.restore_app(row, alive_until) {
+            if registry.restore_app(row, alive_until, &shared.site.books) {
                 apps += 1;
             }
         }
@@ -331,11 +338,24 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
     }
     keeper.note_alive(unix_ms);
-    keeper.keep_losses();
+    // Before anybody is served: a crash must not hide what this start found.
+    if let Some(losses) = keeper.losses.changed() {
+        let change = latzero_store::Change::PutSetting {
+            key: LOSSES.into(),
+            value: losses,
+        };
+        if let Err(error) = keeper.store.commit(vec![change]) {
+            tracing::warn!(%error, "the losses that this start found can't be stored");
+        }
+    }
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
     let is_same_boot = boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);
     (contents.blocks, is_same_boot)
+}
+
+fn account_of(host: &mut IoHost, app: &AppId, user: &Arc<Account>) -> Arc<Account> {
+    host.with_registry(|registry, turn| registry.account(app, user, turn))
 }
 
 /// Has a pool take in a call or an answer that waits in it.
