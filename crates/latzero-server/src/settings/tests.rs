@@ -166,13 +166,13 @@ fn unknown_variables_are_warnings() {
     check(
         "LATZERO_PROT",
         &[
-            "environment variable `LATZERO_PROT` is not a setting and is ignored; \
+            "environment variable LATZERO_PROT is not a setting and is ignored; \
            the nearest is `LATZERO_PORT`",
         ],
     );
     check(
         "LATZERO_XYZ",
-        &["environment variable `LATZERO_XYZ` is not a setting and is ignored"],
+        &["environment variable LATZERO_XYZ is not a setting and is ignored"],
     );
 }
 
