@@ -447,6 +447,31 @@ impl<D: Driver> Registry<D> {
         is_changed && app.keep(app_id, promise, turn)
     }
 
+    /// As [`Registry::remember`], of what the app watches and subscribes to: that part of its row alone is written.
+    fn remember_watches(
+        &mut self,
+        app_id: &AppId,
+        promise: Option<&D::Peer>,
+        turn: &mut Turn<'_, D>,
+        change: impl FnOnce(&mut Registration),
+    ) -> bool {
+        let Some(app) = self.apps.get_mut(app_id) else {
+            return false;
+        };
+        let registration = app.registration.get_mut();
+        let before = registration.watches_json();
+        change(registration);
+        let after = registration.watches_json();
+        if after == before {
+            return false;
+        }
+        app.held.force(app.bytes());
+        if app.is_lasting {
+            turn.keep(Change::Watches(app_id.clone(), after), promise);
+        }
+        app.is_lasting
+    }
+
     /// Forgets that an app is in a pool: it left on purpose. Says whether there is a promise that it is kept.
     pub fn forget_pool(
         &mut self,
@@ -535,7 +560,7 @@ impl<D: Driver> Registry<D> {
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> bool {
-        self.remember(app_id, Some(promise), turn, |registration| {
+        self.remember_watches(app_id, Some(promise), turn, |registration| {
             registration.watches.retain(|(name, _)| name != pool);
             if let Some(events) = events {
                 registration.watches.push((pool.clone(), events));
@@ -553,7 +578,7 @@ impl<D: Driver> Registry<D> {
         turn: &mut Turn<'_, D>,
     ) {
         let max = self.limits.subscriptions_per_app_max;
-        self.remember(app_id, None, turn, |registration| {
+        self.remember_watches(app_id, None, turn, |registration| {
             let known = &mut registration.subscriptions;
             known.retain(|(p, b)| (p, b) != (pool, block));
             if is_on {

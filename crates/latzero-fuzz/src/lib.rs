@@ -4,6 +4,7 @@
 //! the corpus (`fuzz/corpus/<target>/`) on a stable compiler.
 
 mod backup;
+mod crypto;
 mod header;
 mod rows;
 mod session;
@@ -18,6 +19,7 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 pub use backup::backup;
+pub use crypto::{descriptor, envelope, manifest, proof, tokens};
 pub use header::header;
 pub use rows::rows;
 pub use session::session;

@@ -106,6 +106,17 @@ pub enum Action<'a> {
     Info(BlockId),
 }
 
+impl Action<'_> {
+    /// Whether it has no effect but its reply.
+    #[must_use]
+    pub fn is_question(&self) -> bool {
+        matches!(
+            self,
+            Action::Read { .. } | Action::List(_) | Action::Info(_)
+        )
+    }
+}
+
 /// New bytes for a block.
 #[derive(Debug)]
 pub struct Write<'a> {

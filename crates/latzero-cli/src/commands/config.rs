@@ -1,4 +1,4 @@
-//! `config`: the settings in force, each with where it comes from, and the commented default file.
+//! `config`: the settings in force and where each one comes from, and the commented default file.
 
 use latzero_server::settings::{self, Environment, Shown, load};
 use latzero_server::surroundings::Surroundings;
