@@ -656,9 +656,11 @@ fn bytes<'a>(e: &Envelope<'a>) -> Result<Cow<'a, [u8]>, Refusal> {
     }
 }
 
-/// Whether base64 text is too long for a compare-and-swap, however it is written: seen before it is decoded.
+/// Whether base64 text is too long for a compare-and-swap, however it is written: seen before it is
+/// decoded.
 fn is_beyond_cas(raw: Raw<'_>) -> bool {
-    /// Bytes of the longest escape of one character, times the characters of four thirds of the bytes, and quotes.
+    /// Bytes of the longest escape of one character, times the characters of four thirds of the
+    /// bytes, and quotes.
     const TEXT_BYTES_MAX: usize = 6 * (CAS_BYTES_MAX / 3 * 4 + 4) + 2;
     raw.text().len() > TEXT_BYTES_MAX
 }
