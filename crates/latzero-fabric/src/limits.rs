@@ -4,6 +4,8 @@
 //! reads its settings by this list and hands them to the core; the commented default file and the table in
 //! `docs/operations.md` are made from it.
 
+use latzero_protocol::limits::ListBounds;
+
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -225,16 +227,34 @@ limits! {
 }
 
 impl Limits {
+    /// The bounds on the lists of a message.
+    #[must_use]
+    pub fn lists(&self) -> ListBounds {
+        ListBounds {
+            pools_max: self.pools_per_app_max,
+            triggers_max: self.triggers_per_app_max,
+            bytes_max: self.registration_bytes_max,
+        }
+    }
+
     /// Fills in what was left to follow from `memory`, the bytes that the server may use.
     #[must_use]
     pub fn within(mut self, memory: u64) -> Limits {
         let or = |set: u64, otherwise: u64| if set == 0 { otherwise } else { set };
-        self.memory_max = or(self.memory_max, memory / 2);
-        self.memory_bytes_max = or(self.memory_bytes_max, self.memory_max / 2);
+        // In whole MiB, so that people can read it.
+        let whole = |bytes: u64| {
+            if bytes > MIB {
+                bytes / MIB * MIB
+            } else {
+                bytes
+            }
+        };
+        self.memory_max = or(self.memory_max, whole(memory / 2));
+        self.memory_bytes_max = or(self.memory_bytes_max, whole(self.memory_max / 2));
         self.memory_bytes_per_pool_max = or(self.memory_bytes_per_pool_max, self.memory_bytes_max);
         self.memory_bytes_per_app_max = or(self.memory_bytes_per_app_max, self.memory_bytes_max);
         if self.outbox_total_bytes_max == 0 {
-            let total = (self.memory_max / 10).min(OUTBOX_TOTAL_BYTES_MAX);
+            let total = whole(self.memory_max / 10).min(OUTBOX_TOTAL_BYTES_MAX);
             self.outbox_total_bytes_max = usize::try_from(total).unwrap_or(usize::MAX);
         }
         self
@@ -297,10 +317,10 @@ mod tests {
             ];
             assert_eq!(got, expected);
         };
-        check(&|_| (), GIB, [GIB / 2, GIB / 4, GIB / 4, GIB / 20]);
+        check(&|_| (), GIB, [GIB / 2, GIB / 4, GIB / 4, 51 * MIB]);
         check(&|_| (), 64 * GIB, [32 * GIB, 16 * GIB, 16 * GIB, 256 * MIB]);
         let set = |l: &mut Limits| l.memory_max = 64 * MIB;
-        check(&set, GIB, [64 * MIB, 32 * MIB, 32 * MIB, 64 * MIB / 10]);
+        check(&set, GIB, [64 * MIB, 32 * MIB, 32 * MIB, 6 * MIB]);
         let set = |l: &mut Limits| (l.memory_bytes_max, l.outbox_total_bytes_max) = (MIB, 12_345);
         check(&set, GIB, [GIB / 2, MIB, MIB, 12_345]);
     }

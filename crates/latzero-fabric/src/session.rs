@@ -141,7 +141,8 @@ impl<D: Driver> Session<D> {
         };
         // What is sent in answer names no request of the sender's; a failed one gets an `error` message.
         let id = id.as_deref();
-        match Request::decode(&envelope) {
+        let bounds = turn.limits().lists();
+        match Request::decode(&envelope, &bounds) {
             Ok(Request::Handshake(handshake)) => self.handshake(id, &handshake, frame.json, turn),
             Ok(_) if self.ready.is_none() => self.not_ready(id, turn),
             Ok(Request::Trigger(trigger)) => {
@@ -460,8 +461,9 @@ impl<D: Driver> Session<D> {
                     json!({"action": "kick", "of": app, "of_instance": instance})
                 }
                 AdminAction::Forget(app) => json!({"action": "app_forget", "of": app}),
-                AdminAction::Backup(to) => json!({"action": "backup", "to": to}),
+                AdminAction::Backup { to, .. } => json!({"action": "backup", "to": to}),
                 AdminAction::CheckDatabase(full) => json!({"action": "db_check", "full": full}),
+                AdminAction::QueryDatabase(_) => json!({"action": "db_query"}),
             };
             self.audit("administered", (&ready.app, ready.instance), what, turn);
         }
