@@ -5,17 +5,14 @@ use std::sync::atomic::Ordering::Relaxed;
 use latzero_fabric::Time;
 use serde_json::{Value, json};
 
+use crate::losses::Part;
 use crate::shared::Shared;
 
 /// Looks at every part.
 pub(crate) fn report(shared: &Shared, now: Time) -> Value {
     let settings = shared.settings();
     let connections = shared.stats.connections.load(Relaxed);
-    let blocked = shared
-        .blocked
-        .lock()
-        .expect("no panic happens under this lock")
-        .len();
+    let blocked = shared.stats.slow_readers.load(Relaxed);
     let transport = part(
         connections < settings.limits.connections_max,
         &json!({"connections": connections, "connections_max": settings.limits.connections_max, "slow_readers": blocked}),
@@ -26,11 +23,11 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         .expect("a panic under the registry's lock ends the server")
         .counts();
     let apps = part(
-        counts.apps_known < shared.limits.apps_max,
+        counts.apps_known < shared.site.limits.apps_max,
         &json!({"known": counts.apps_known, "live": counts.apps_live}),
     );
     let pools = part(
-        counts.pools < shared.limits.pools_max,
+        counts.pools < shared.site.limits.pools_max,
         &json!({"pools": counts.pools}),
     );
     let in_flight = shared.stats.calls_in_flight.load(Relaxed);
@@ -44,11 +41,13 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late}),
     );
     let (blocks_ok, blocks) = shared.blocks.health();
-    let memory = part(blocks_ok, &blocks);
+    let losses = shared.keeper.losses();
+    let memory = part(blocks_ok && losses.is_none_of(Part::Memory), &blocks);
     let (store_ok, store) = shared.keeper.health();
-    let store = part(store_ok, &store);
+    let store = part(store_ok && losses.is_none_of(Part::Store), &store);
     let lost = (shared.log_lines_lost)() + shared.audit_log.lost();
-    let logs = part(lost == 0, &json!({"lines_lost": lost}));
+    let logs_ok = lost == 0 && losses.is_none_of(Part::Logs);
+    let logs = part(logs_ok, &json!({"lines_lost": lost}));
     let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs});
     let all_ok = parts
         .as_object()
@@ -58,7 +57,8 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         (false, true) => "ok",
         (false, false) => "degraded",
     };
-    json!({"status": status, "components": parts})
+    let (losses, losses_total) = losses.to_json();
+    json!({"status": status, "components": parts, "losses": losses, "losses_total": losses_total})
 }
 
 fn part(is_ok: bool, seen: &Value) -> Value {

@@ -10,13 +10,15 @@ mod rows;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
+use latzero_fabric::books::Account;
 use latzero_fabric::keep::Change;
-use latzero_fabric::{Host as _, Pool, Time};
-use latzero_protocol::{Code, PoolName, Refusal};
+use latzero_fabric::{Driver as _, Pool, Time, Turn};
+use latzero_protocol::{AppId, Code, PoolName, Refusal};
 use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError};
 use serde_json::{Value, json};
 
-use crate::host::{IoEffects, IoHost};
+use crate::host::IoHost;
+use crate::losses::{Loss, Losses, Part};
 use crate::peer::Peer;
 use crate::settings::{Settings, StoreDurability};
 use crate::shared::Shared;
@@ -33,16 +35,20 @@ const ALIVE: &str = "alive";
 /// The name under which the kernel's name for the run of the machine is stored.
 const BOOT: &str = "boot";
 
+/// The name under which losses are stored that nobody has made good yet.
+const LOSSES: &str = "losses";
+
 /// The store and its promises.
 pub(crate) struct Keeper {
     store: Store,
     promises: Arc<Promises>,
     next_ticket: AtomicU64,
-    next_number: AtomicU64,
-    report: Report,
+    /// The greatest number of a parked call or an answer of earlier runs.
+    pub(crate) last_number: u64,
+    losses: Arc<Losses>,
     boot_id: String,
-    /// When the last backup by schedule began, in milliseconds since the Unix epoch; at first the newest one's time.
-    last_backup: AtomicU64,
+    /// When the last backup by schedule began.
+    last_backup: Mutex<LastBackup>,
     /// Taken when the earlier run's contents are taken in.
     contents: Mutex<Option<Contents>>,
 }
@@ -77,20 +83,20 @@ impl Keeper {
         let calls = contents.calls.iter().map(|row| row.number);
         let answers = contents.answers.iter().map(|row| row.number);
         let last = calls.chain(answers).max().unwrap_or(0);
-        // A server that was just set up begins with its work, not with a backup.
-        let now = || {
-            let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            since.map_or(0, |since| since.as_millis() as u64)
-        };
-        let last_backup = store.status().last_backup.map_or_else(now, ms);
+        let last_backup = Mutex::new(LastBackup::before(store.status().last_backup, now_ms()));
+        let losses = Arc::new(Losses::default());
+        if let Some((_, earlier)) = contents.settings.iter().find(|(key, _)| key == LOSSES) {
+            losses.take_in(earlier);
+        }
+        note_report(&losses, &report);
         Ok(Keeper {
             store,
             promises,
             next_ticket: AtomicU64::new(1),
-            next_number: AtomicU64::new(last + 1),
-            report,
+            last_number: last,
+            losses,
             boot_id,
-            last_backup: AtomicU64::new(last_backup),
+            last_backup,
             contents: Mutex::new(Some(contents)),
         })
     }
@@ -103,20 +109,34 @@ impl Keeper {
         );
     }
 
-    pub(crate) fn next_number(&self) -> u64 {
-        self.next_number.fetch_add(1, Relaxed)
-    }
-
-    pub(crate) fn last_backup(&self) -> u64 {
-        self.last_backup.load(Relaxed)
-    }
-
-    pub(crate) fn note_backup(&self, unix_ms: u64) {
-        self.last_backup.store(unix_ms, Relaxed);
+    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins now.
+    pub(crate) fn is_backup_due(&self, now: Time, interval_ms: u64) -> bool {
+        let last = self.last_backup.lock();
+        let mut last = last.expect("nothing panics under this lock");
+        let is_due = interval_ms > 0 && last.age_ms(now) >= interval_ms;
+        if is_due {
+            *last = LastBackup {
+                age_ms: 0,
+                at: Some(now),
+            };
+        }
+        is_due
     }
 
     pub(crate) fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// What was lost, for whoever finds a loss.
+    pub(crate) fn losses(&self) -> &Arc<Losses> {
+        &self.losses
+    }
+
+    /// Stores what is lost, so that a crash does not hide it.
+    pub(crate) fn keep_losses(&self) {
+        if let Some(losses) = self.losses.changed() {
+            self.set(LOSSES, &losses);
+        }
     }
 
     /// Hands a change to the store, with a promise or without.
@@ -177,25 +197,73 @@ impl Keeper {
             seen["failing"] = reason.as_str().into();
             seen["failing_since"] = status.failing_since.into();
         }
-        if self.report.is_degraded {
-            // What was lost does not come back by itself; the next clean start no longer says it.
-            seen["at_start"] = self.report.texts.clone().into();
+        if let Some(reason) = status.misplaced {
+            seen["misplaced"] = reason.into();
         }
-        let is_ok = status.failing.is_none() && status.dropped == 0 && !self.report.is_degraded;
-        (is_ok, seen)
+        let writes = status.failing.is_none() && status.misplaced.is_none();
+        (writes && status.dropped == 0, seen)
     }
 
     /// Writes what waits and closes the database cleanly; for the server's end.
     pub(crate) fn close(&self) {
+        // An orderly end: what was lost was there to be seen.
+        self.set(LOSSES, "[]");
         if let Err(error) = self.store.clone().close() {
             tracing::error!(%error, "the database could not be closed cleanly");
         }
     }
 }
 
+/// What opening the database found.
+fn note_report(losses: &Losses, report: &Report) {
+    if report.is_degraded {
+        let remedy =
+            "look at what is kept beside it; `latzero backup ls --verify` lists the backups";
+        losses.note(Loss::new(
+            Part::Store,
+            "data.db",
+            report.texts.join("; "),
+            remedy,
+        ));
+    }
+}
+
+/// When the last backup was made, by a clock that only goes on: the one on the wall may jump.
+struct LastBackup {
+    /// Its age, in milliseconds, …
+    age_ms: u64,
+    /// … at this time; at the first look where there is none yet.
+    at: Option<Time>,
+}
+
+impl LastBackup {
+    /// Of the newest backup that is there at the start. A server that was just set up begins with its work, not with a backup.
+    fn before(newest: Option<i64>, now: i64) -> LastBackup {
+        let age_ms = match newest {
+            None => 0,
+            // From a clock that was ahead: how old it is, nobody knows.
+            Some(newest) if newest > now => u64::MAX / 2,
+            Some(newest) => ms(now - newest),
+        };
+        LastBackup { age_ms, at: None }
+    }
+
+    fn age_ms(&mut self, now: Time) -> u64 {
+        let at = *self.at.get_or_insert(now);
+        self.age_ms + now.since(at).as_millis() as u64
+    }
+}
+
+fn now_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| {
+        i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+    })
+}
+
 /// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the rows of blocks, and
 /// whether the machine was not started anew since.
-pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
+pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
     let keeper = &shared.keeper;
     let contents = keeper
@@ -206,7 +274,8 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     let Some(contents) = contents else {
         return (Vec::new(), true);
     };
-    let unix_ms = host.unix_ms(now);
+    host.with_ledger(|ledger| ledger.count_on_after(keeper.last_number));
+    let unix_ms = host.now.unix_ms;
     let alive = contents.settings.iter().find(|(key, _)| key == ALIVE);
     let alive_until = alive.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
     let (mut apps, mut pools, mut calls, mut answers) = (0, 0, 0, 0);
@@ -221,11 +290,14 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
             }
         }
     }
+    // Of which user it was is not known any more.
+    let user = shared.site.books.user(true);
     for row in contents.calls {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
-            take_in_waiting(host, unix_ms, &row.pool, |pool, fx| {
-                pool.restore_call((now, unix_ms), &row, fx)
+            let account = account_of(host, &row.caller, &user);
+            take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
+                pool.restore_call(&row, &account, turn)
             })
         });
         match taken {
@@ -238,8 +310,9 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     for row in contents.answers {
         let number = row.number;
         let taken = answer_of(row).and_then(|row| {
-            take_in_waiting(host, unix_ms, &row.pool, |pool, fx| {
-                pool.restore_answer((now, unix_ms), &row, fx)
+            let account = account_of(host, &row.caller, &user);
+            take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
+                pool.restore_answer(&row, &account, turn)
             })
         });
         match taken {
@@ -254,7 +327,7 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
             let Some(row) = app_of(row) else {
                 continue;
             };
-            if registry.restore_app(row, alive_until) {
+            if registry.restore_app(row, alive_until, &shared.site.books) {
                 apps += 1;
             }
         }
@@ -263,10 +336,15 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
         tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
     }
     keeper.note_alive(unix_ms);
+    keeper.keep_losses();
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
     let is_same_boot = boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);
     (contents.blocks, is_same_boot)
+}
+
+fn account_of(host: &mut IoHost, app: &AppId, user: &Arc<Account>) -> Arc<Account> {
+    host.with_registry(|registry, turn| registry.account(app, user, turn))
 }
 
 /// Has a pool take in a call or an answer that waits in it.
@@ -274,7 +352,7 @@ fn take_in_waiting(
     host: &mut IoHost,
     unix_ms: u64,
     name: &PoolName,
-    restore: impl FnOnce(&mut Pool<Arc<Peer>>, &mut IoEffects) -> bool,
+    restore: impl FnOnce(&mut Pool<IoHost>, &mut Turn<'_, IoHost>) -> bool,
 ) -> Result<(), Refusal> {
     let (number, pool) = host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, name))?;
     if host.with_pool(&pool, restore) {
@@ -287,4 +365,31 @@ fn take_in_waiting(
 
 fn senseless() -> Refusal {
     Refusal::new(Code::Storage, "its row makes no sense")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY_MS: u64 = 24 * 60 * 60 * 1000;
+
+    fn age(newest: Option<i64>, now: i64) -> u64 {
+        LastBackup::before(newest, now).age_ms(Time(7))
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_does_not_stop_the_schedule() {
+        let now = 1_700_000_000_000;
+        let day = i64::try_from(DAY_MS).unwrap();
+        assert_eq!(age(None, now), 0);
+        assert_eq!(age(Some(now - 2 * day), now), 2 * DAY_MS);
+        assert!(age(Some(now + 365 * day), now) >= DAY_MS);
+    }
+
+    #[test]
+    fn the_age_grows_by_the_clock_that_only_goes_on() {
+        let mut last = LastBackup::before(None, 0);
+        assert_eq!(last.age_ms(Time(1_000_000)), 0);
+        assert_eq!(last.age_ms(Time(5_000_000)), 4_000);
+    }
 }

@@ -17,7 +17,7 @@ mod host;
 mod keeper;
 mod listener;
 pub mod logging;
-mod outbox;
+mod losses;
 mod peer;
 pub mod server;
 pub mod settings;
@@ -28,6 +28,7 @@ mod stats;
 mod timers;
 pub mod upkeep;
 mod utc;
+mod watch;
 
 pub use latzero_protocol::address;
 pub use server::{Origins, Server, ServerError};

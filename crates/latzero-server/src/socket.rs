@@ -3,12 +3,14 @@
 //! Everything that only Unix can do with a socket stands here; elsewhere the server knows bytes and errors.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use latzero_fabric::Transport;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
@@ -53,6 +55,26 @@ pub(crate) enum User {
     Unknown,
 }
 
+impl User {
+    /// Whether it is the server's own user, or the machine's administrator.
+    pub(crate) fn is_trusted(self) -> bool {
+        matches!(self, User::Uid(uid) if uid == 0 || uid == rustix::process::geteuid().as_raw())
+    }
+
+    /// A user at an address. All addresses of this machine are one user.
+    fn at(address: IpAddr) -> User {
+        let address = address.to_canonical();
+        if address.is_loopback() {
+            return User::Address(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        }
+        User::Address(match address {
+            IpAddr::V4(_) => address,
+            // Whoever has one address of a /64 has all of them (RFC 6177).
+            IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
+        })
+    }
+}
+
 impl Socket {
     pub(crate) fn tcp(stream: TcpStream) -> io::Result<Socket> {
         stream.set_nonblocking(true)?;
@@ -77,9 +99,9 @@ impl Socket {
         match self {
             Socket::Tcp(stream) => stream
                 .peer_addr()
-                .map_or(User::Unknown, |a| User::Address(a.ip())),
-            Socket::Unix(stream) => match rustix::net::sockopt::socket_peercred(stream) {
-                Ok(cred) => User::Uid(cred.uid.as_raw()),
+                .map_or(User::Unknown, |a| User::at(a.ip())),
+            Socket::Unix(stream) => match credentials(stream) {
+                Ok((_, uid)) => User::Uid(uid),
                 Err(_) => User::Unknown,
             },
         }
@@ -160,7 +182,10 @@ impl Socket {
             return true;
         };
         // One that can't be seen from here has no id, and is not known to be dead.
-        rustix::net::sockopt::socket_peercred(stream).is_ok_and(|cred| has_ended(cred.pid))
+        let pid = credentials(stream)
+            .ok()
+            .and_then(|(pid, _)| Pid::from_raw(pid));
+        pid.is_some_and(has_ended)
     }
 
     /// Whether the other end has closed, though what it sent before may still be unread (poll(2), `POLLHUP`).
@@ -181,6 +206,13 @@ impl Socket {
             Socket::Unix(stream) => stream.shutdown(how),
         };
     }
+}
+
+/// The process and the user at the other end of a Unix socket (unix(7), SO_PEERCRED). The pid is 0 where that process is of a
+/// PID namespace that can't be seen from here; its user is known all the same.
+pub(crate) fn credentials(socket: &impl AsFd) -> io::Result<(i32, u32)> {
+    let found = getsockopt(socket, PeerCredentials)?;
+    Ok((found.pid(), found.uid()))
 }
 
 /// Whether the process `pid`, an id of this process's own namespace, has surely ended: all its threads.

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use latzero_fabric::{Prng, Time, Transport};
 use serde_json::{Value, json};
 
-use crate::outbox::{Event, Peer};
+use crate::line::{Event, Peer};
 use crate::report::Scenario;
 use crate::world::{World, encode_frame};
 
@@ -158,7 +158,9 @@ impl Lasting {
                     self.listen(world);
                 }
                 self.is_held = self.prng.below(2) == 0;
-                world.hold_told(self.is_held);
+                for conn in self.conns.iter().filter(|conn| conn.is_caller()) {
+                    world.hold_writes_of(conn.peer, self.is_held);
+                }
                 format!("what is sent stays in the server: {}", self.is_held)
             }
             84..=85 => self.kill(world),
@@ -377,7 +379,9 @@ impl Lasting {
                 found = found.and_then(|()| self.hear(at, &message.json));
             }
         }
-        self.heard_at = world.now();
+        if !self.is_held {
+            self.heard_at = world.now();
+        }
         self.conns.retain(|conn| world.is_open(conn.peer));
         let found = found.and_then(|()| self.check_keys());
         if self.found.is_ok() {
@@ -462,11 +466,14 @@ impl Lasting {
         let conn = &self.conns[at];
         let app = conn.app;
         let peer = conn.peer;
-        let key = self.calls.get(&n).and_then(|call| call.key);
+        let call = self.calls.get(&n);
+        let (key, queue) = call.map_or((None, None), |call| (call.key, Some(call.queue)));
         let is_answer_of = |n: &Value| {
             let n = n.as_u64().or_else(|| n.as_str()?.parse().ok());
             let of = n.and_then(|n| self.calls.get(&n));
-            of.is_some_and(|of| of.app == app && key.is_some() && of.key == key)
+            of.is_some_and(|of| {
+                of.app == app && key.is_some() && of.key == key && Some(of.queue) == queue
+            })
         };
         let shown = &message["response"];
         let is_own = *shown == n || message["error"]["message"].as_str() == Some(&n.to_string());
@@ -514,13 +521,13 @@ impl Lasting {
         }
     }
 
-    /// Of calls of one app under one key one is in a handler's hands at a time.
+    /// Of calls of one app, trigger and destination under one key one is in a handler's hands at a time.
     fn check_keys(&self) -> Result<(), String> {
         let mut running = BTreeMap::new();
         for job in self.conns.iter().flat_map(|conn| &conn.jobs) {
             let call = &self.calls[&job.n];
             if let Some(key) = call.key
-                && let Some(other) = running.insert((call.app, key), job.n)
+                && let Some(other) = running.insert((call.app, key, call.queue), job.n)
             {
                 let n = job.n;
                 return Err(format!("calls {other} and {n} run at once under one key"));
@@ -550,7 +557,7 @@ impl Scenario for Lasting {
             world.hold_disk(false);
             world.fill_disk(false);
             self.is_held = false;
-            world.hold_told(false);
+            world.hold_writes(false);
             for app in CALLERS.iter().chain(&HANDLERS) {
                 while self.of(&[app]).len() < INSTANCES {
                     self.join(app, &TRIGGERS, &Value::Null, world);

@@ -7,14 +7,15 @@ use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
 
 use super::{Entrance, PoolEntry, Registry, no_pool};
-use crate::effects::Effects;
-use crate::host::Host;
+use crate::books::{Hold, Resource};
+use crate::driver::{Driver, Peer};
 use crate::keep::{Change, PoolRow};
 use crate::pool::Pool;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
+use crate::turn::Turn;
 
-impl<H: Host> Registry<H> {
+impl<D: Driver> Registry<D> {
     /// Takes in a pool of an earlier run, whatever the bound on pools is by now.
     ///
     /// # Errors
@@ -33,7 +34,7 @@ impl<H: Host> Registry<H> {
             join: Apps::These(Vec::new()),
             serve: Apps::These(Vec::new()),
         });
-        let entry = self.insert_pool(row.created, row.name, (true, true));
+        let entry = self.insert_pool(row.created, row.name, (true, true), None);
         entry.durable = true;
         entry.owner = row.owner;
         entry.policy = policy;
@@ -72,7 +73,7 @@ impl<H: Host> Registry<H> {
     }
 
     pub(super) fn drop_if_unused(&mut self, name: &PoolName) {
-        let is_unused = |e: &PoolEntry<H>| e.members == 0 && e.held == 0 && !e.kept;
+        let is_unused = |e: &PoolEntry<D>| e.members == 0 && e.held == 0 && !e.kept;
         if self.pools.get(name).is_some_and(is_unused) {
             self.pools.remove(name);
         }
@@ -87,10 +88,10 @@ impl<H: Host> Registry<H> {
         &mut self,
         unix_ms: u64,
         name: &PoolName,
-    ) -> Result<(u32, H::Pool), Refusal> {
+    ) -> Result<(u32, D::Pool), Refusal> {
         if !self.pools.contains_key(name) {
             self.check_room_for_pools(1)?;
-            self.insert_pool(unix_ms, name.clone(), (false, true));
+            self.insert_pool(unix_ms, name.clone(), (false, true), None);
         }
         let entry = &self.pools[name];
         Ok((entry.number, entry.pool.clone()))
@@ -102,12 +103,12 @@ impl<H: Host> Registry<H> {
     /// `pool_exists`, `quota`, `too_large`.
     pub fn create_pool(
         &mut self,
-        unix_ms: u64,
         owner: &AppId,
         create: PoolCreate<'_>,
-        promise: &H::Peer,
-        fx: &mut H::Effects,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
     ) -> Result<bool, Refusal> {
+        let unix_ms = turn.unix_ms();
         let PoolCreate {
             pool: name,
             properties,
@@ -121,6 +122,8 @@ impl<H: Host> Registry<H> {
             ));
         }
         self.check_room_for_pools(1)?;
+        let place = promise.link().account().reserve(Resource::Pools, 1);
+        let place = place.map_err(Refusal::from)?;
         let properties = properties
             .map(|raw| self.free_json("properties", raw.text()))
             .transpose()?;
@@ -132,10 +135,10 @@ impl<H: Host> Registry<H> {
                 properties: properties.as_ref().map(Value::to_string),
                 created: unix_ms,
             };
-            fx.keep(Change::Pool(Box::new(row)), Some(promise));
+            turn.keep(Change::Pool(Box::new(row)), Some(promise));
         }
         let outlives = durable || policy == Policy::default();
-        let entry = self.insert_pool(unix_ms, name, (true, outlives));
+        let entry = self.insert_pool(unix_ms, name, (true, outlives), Some(place));
         entry.owner = Some(owner.clone());
         entry.durable = durable;
         entry.policy = policy;
@@ -145,7 +148,7 @@ impl<H: Host> Registry<H> {
 
     /// A pool that was to outlive the server could not be kept: it goes with its last member. Returned where it has rules,
     /// which what is in it must not outlive now ([`Pool::set_outlives`]).
-    pub fn release_pool(&mut self, name: &PoolName) -> Option<H::Pool> {
+    pub fn release_pool(&mut self, name: &PoolName) -> Option<D::Pool> {
         let entry = self.pools.get_mut(name).filter(|entry| entry.durable)?;
         entry.durable = false;
         entry.kept = false;
@@ -164,9 +167,9 @@ impl<H: Host> Registry<H> {
         (who, is_admin): (&AppId, bool),
         name: &PoolName,
         force: bool,
-        promise: &H::Peer,
-        fx: &mut H::Effects,
-    ) -> Result<(H::Pool, bool), Refusal> {
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<(D::Pool, bool), Refusal> {
         let Some(entry) = self.pools.get(name) else {
             return Err(no_pool(name));
         };
@@ -205,18 +208,25 @@ impl<H: Host> Registry<H> {
             let registration = app.registration.get_mut();
             if registration.pools.contains(name) {
                 forget_pool(registration, name);
-                app.keep(app_id, None, fx);
+                app.held.force(app.bytes());
+                app.keep(app_id, None, turn);
             }
         }
         if entry.durable {
-            fx.keep(Change::ForgetPool(name.clone()), Some(promise));
+            turn.keep(Change::ForgetPool(name.clone()), Some(promise));
         }
         Ok((entry.pool, entry.durable))
     }
 
-    pub(super) fn enter(&mut self, unix_ms: u64, app: &AppId, name: PoolName) -> Entrance<H> {
+    pub(super) fn enter(
+        &mut self,
+        unix_ms: u64,
+        app: &AppId,
+        name: PoolName,
+        places: &mut Vec<Hold>,
+    ) -> Entrance<D> {
         if !self.pools.contains_key(&name) {
-            self.insert_pool(unix_ms, name.clone(), (false, true));
+            self.insert_pool(unix_ms, name.clone(), (false, true), places.pop());
         }
         let entry = self
             .pools
@@ -236,7 +246,8 @@ impl<H: Host> Registry<H> {
         created: u64,
         name: PoolName,
         (kept, outlives): (bool, bool),
-    ) -> &mut PoolEntry<H> {
+        place: Option<Hold>,
+    ) -> &mut PoolEntry<D> {
         let number = self.next_number;
         self.next_number += 1;
         let mut pool = Pool::new(
@@ -249,7 +260,7 @@ impl<H: Host> Registry<H> {
         pool.set_outlives(outlives);
         let entry = PoolEntry {
             number,
-            pool: H::new_pool(pool),
+            pool: D::new_pool(pool),
             members: 0,
             held: 0,
             kept,
@@ -258,6 +269,7 @@ impl<H: Host> Registry<H> {
             policy: Policy::default(),
             properties: None,
             created,
+            _place: place,
         };
         self.pools.entry(name).or_insert(entry)
     }

@@ -1,0 +1,185 @@
+//! What the core keeps of one connection: its outbox, and the calls that it has under way.
+
+use std::sync::Arc;
+
+use crate::books::{Account, Books, Hold, Resource};
+use crate::driver::Driver;
+use crate::now::Time;
+use crate::outbox::{Bounds, Class, Outbox, Sent, Taken};
+
+/// Whoever wants to know that a message was written: a number for [`crate::Pool::told`] of that pool.
+#[derive(Debug, Clone)]
+pub struct Notice<H> {
+    /// The pool.
+    pub pool: H,
+    /// The number.
+    pub number: u64,
+}
+
+/// One connection, as the core sees it.
+pub struct Link<D: Driver> {
+    /// What waits to be written.
+    pub outbox: Outbox<D::Fd, Notice<D::Pool>>,
+    /// The account of the connection.
+    account: Arc<Account>,
+    /// What waits while its socket takes nothing.
+    held: Hold,
+    /// When its socket last took something, or began to take nothing.
+    progress: Time,
+    /// Calls it made that are under way.
+    in_flight: u32,
+    /// Calls it serves that are under way.
+    owed: u32,
+    /// Its driver stopped reading, because of its calls under way.
+    is_paused: bool,
+}
+
+/// From this many bytes on, a message is counted before it is copied. What is smaller is counted where it can't be written
+/// at once.
+const LARGE_BYTES: usize = 64 * 1024;
+
+impl<D: Driver> Link<D> {
+    /// A connection without anything under way.
+    #[must_use]
+    pub fn new(account: Arc<Account>) -> Self {
+        Link {
+            outbox: Outbox::default(),
+            held: account.hold(Resource::Outbox),
+            account,
+            progress: Time::default(),
+            in_flight: 0,
+            owed: 0,
+            is_paused: false,
+        }
+    }
+
+    /// The account of the connection.
+    #[must_use]
+    pub fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
+    /// Counts what is held from now on in another account: the app behind the connection is known.
+    pub(crate) fn set_account(&mut self, account: Arc<Account>) {
+        let mut held = account.hold(Resource::Outbox);
+        held.force(self.held.amount());
+        self.held = held;
+        self.account = account;
+    }
+
+    /// Whether a message of `length` bytes has room; `own` are those of them that no other outbox holds. What is new work is
+    /// refused where memory is short; what ends work may use the last of it.
+    #[inline]
+    pub(crate) fn admit(
+        &mut self,
+        class: Class,
+        (length, own): (usize, usize),
+        bounds: Bounds,
+        books: &Books,
+    ) -> Sent {
+        let sent = self.outbox.admit(class, length, bounds);
+        if sent != Sent::Queued || !(self.outbox.is_blocked() || own >= LARGE_BYTES) {
+            return sent;
+        }
+        let amount = (self.outbox.own() + own) as u64;
+        let has_room = match class {
+            Class::Control => {
+                self.held.force(amount);
+                true
+            }
+            Class::Reply => self.held.resize(amount).is_ok(),
+            Class::Call | Class::Emit | Class::Event => {
+                !books.is_short() && self.held.resize(amount).is_ok()
+            }
+        };
+        if has_room {
+            Sent::Queued
+        } else {
+            self.outbox.refuse(class)
+        }
+    }
+
+    /// Puts back what a writer did not write, and counts it. Returns a buffer to reuse.
+    pub fn put_back(&mut self, now: Time, taken: Taken<D::Fd>, written: usize) -> Option<Vec<u8>> {
+        let was_blocked = self.outbox.is_blocked();
+        let spare = self.outbox.put_back(taken);
+        let is_blocked = self.outbox.is_blocked();
+        self.held.force(if is_blocked {
+            self.outbox.own() as u64
+        } else {
+            0
+        });
+        if written > 0 || !was_blocked {
+            self.progress = now;
+        }
+        spare
+    }
+
+    /// Takes nothing more, and drops what waits.
+    pub fn close(&mut self) {
+        self.outbox.close();
+        self.held.force(0);
+    }
+
+    /// What it holds on its way out, and when it last moved.
+    #[must_use]
+    pub fn holding(&self) -> (u64, Time) {
+        (self.outbox.queued() as u64, self.progress)
+    }
+
+    /// Since when its socket takes nothing, where something waits for it.
+    #[must_use]
+    pub fn stalled_since(&self) -> Option<Time> {
+        self.outbox.is_blocked().then_some(self.progress)
+    }
+
+    /// Calls it made that are under way.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// Whether its driver stopped reading.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.is_paused
+    }
+
+    /// Reads on, whatever is under way: the connection ends.
+    pub fn resume(&mut self) {
+        self.is_paused = false;
+    }
+
+    /// Whether its driver is to leave further messages unread, since it has all the calls under way that it may have. One
+    /// that owes answers is read on: its answers may be what its own calls wait for. [`crate::Effects::resumed`] says when it
+    /// is read again.
+    pub fn pause(&mut self, in_flight_max: u32) -> bool {
+        self.is_paused = self.must_pause(in_flight_max);
+        self.is_paused
+    }
+
+    fn must_pause(&self, in_flight_max: u32) -> bool {
+        self.in_flight >= in_flight_max && self.owed == 0
+    }
+
+    pub(crate) fn change_in_flight(&mut self, by: i32) {
+        self.in_flight = self
+            .in_flight
+            .checked_add_signed(by)
+            .expect("a call ends once, after it began");
+    }
+
+    pub(crate) fn change_owed(&mut self, by: i32) {
+        self.owed = self
+            .owed
+            .checked_add_signed(by)
+            .expect("a call ends once, after it began");
+    }
+
+    /// Whether it was paused and may be read again.
+    pub(crate) fn try_resume(&mut self, in_flight_max: u32) -> bool {
+        let may = self.is_paused && !self.must_pause(in_flight_max);
+        self.is_paused &= !may;
+        may
+    }
+}
