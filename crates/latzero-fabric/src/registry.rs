@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
-use latzero_protocol::message::{EventSet, Policy, TriggerSpec};
+use latzero_protocol::message::{EventSet, Policy, TriggerSpec, too_many};
 use latzero_protocol::{AppId, BlockId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
@@ -27,8 +27,8 @@ use crate::pool::MemberKey;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
 use crate::turn::Turn;
-pub(crate) use admission::{check_pools, check_triggers};
-use admission::{check_reserved, too_many};
+use admission::check_reserved;
+pub(crate) use admission::{check_pools, check_triggers, dedup_triggers, remove_triggers};
 pub use listing::Counts;
 pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use offline::Offline;
@@ -406,11 +406,7 @@ impl<D: Driver> Registry<D> {
             return Err(not_admitted(app_id, name, entry));
         }
         if !pools.contains(name) && pools.len() >= self.limits.pools_per_app_max {
-            return Err(too_many(
-                "pools",
-                self.limits.pools_per_app_max,
-                "limits.pools_per_app_max",
-            ));
+            return Err(too_many("pools", self.limits.pools_per_app_max));
         }
         drop(registered);
         let place = if self.pools.contains_key(name) {
@@ -449,6 +445,31 @@ impl<D: Driver> Registry<D> {
             app.held.force(app.bytes());
         }
         is_changed && app.keep(app_id, promise, turn)
+    }
+
+    /// As [`Registry::remember`], of what the app watches and subscribes to: that part of its row alone is written.
+    fn remember_watches(
+        &mut self,
+        app_id: &AppId,
+        promise: Option<&D::Peer>,
+        turn: &mut Turn<'_, D>,
+        change: impl FnOnce(&mut Registration),
+    ) -> bool {
+        let Some(app) = self.apps.get_mut(app_id) else {
+            return false;
+        };
+        let registration = app.registration.get_mut();
+        let before = registration.watches_json();
+        change(registration);
+        let after = registration.watches_json();
+        if after == before {
+            return false;
+        }
+        app.held.force(app.bytes());
+        if app.is_lasting {
+            turn.keep(Change::Watches(app_id.clone(), after), promise);
+        }
+        app.is_lasting
     }
 
     /// Forgets that an app is in a pool: it left on purpose. Says whether there is a promise that it is kept.
@@ -499,10 +520,8 @@ impl<D: Driver> Registry<D> {
             return Ok(false);
         };
         let mut triggers = app.registration.get().triggers.clone();
-        for spec in add {
-            triggers.retain(|known| known.name != spec.name);
-            triggers.push(spec.clone());
-        }
+        triggers.extend_from_slice(add);
+        dedup_triggers(&mut triggers);
         let registration = Registration {
             triggers,
             ..Registration::clone(&app.registration.get())
@@ -528,8 +547,7 @@ impl<D: Driver> Registry<D> {
         turn: &mut Turn<'_, D>,
     ) -> bool {
         self.remember(app_id, Some(promise), turn, |registration| {
-            let stays = |known: &TriggerSpec| !gone.iter().any(|spec| spec.name == known.name);
-            registration.triggers.retain(stays);
+            remove_triggers(&mut registration.triggers, gone);
         })
     }
 
@@ -542,7 +560,7 @@ impl<D: Driver> Registry<D> {
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> bool {
-        self.remember(app_id, Some(promise), turn, |registration| {
+        self.remember_watches(app_id, Some(promise), turn, |registration| {
             registration.watches.retain(|(name, _)| name != pool);
             if let Some(events) = events {
                 registration.watches.push((pool.clone(), events));
@@ -560,7 +578,7 @@ impl<D: Driver> Registry<D> {
         turn: &mut Turn<'_, D>,
     ) {
         let max = self.limits.subscriptions_per_app_max;
-        self.remember(app_id, None, turn, |registration| {
+        self.remember_watches(app_id, None, turn, |registration| {
             let known = &mut registration.subscriptions;
             known.retain(|(p, b)| (p, b) != (pool, block));
             if is_on {

@@ -11,6 +11,7 @@ mod session;
 
 use std::path::Path;
 
+use latzero_fabric::Limits;
 use latzero_protocol::frame::{self, Accept};
 use latzero_protocol::{Envelope, Frame, FrameError, Request, scan};
 use latzero_server::settings;
@@ -80,7 +81,7 @@ pub fn message(data: &[u8]) {
         match envelope {
             Ok(Ok(envelope)) => {
                 let _ = envelope.correlation_id();
-                if let Err(refusal) = Request::decode(&envelope) {
+                if let Err(refusal) = Request::decode(&envelope, &Limits::default().lists()) {
                     assert!(!refusal.message.is_empty());
                 }
             }

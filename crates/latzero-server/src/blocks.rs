@@ -22,7 +22,7 @@ use latzero_fabric::{BlockKey, Limits, Time};
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use latzero_shm::{Cas, CreateError, Custodian, Description, Geometry, State};
-use latzero_store::BlockRow;
+use latzero_store::{BlockRow, Store};
 use serde_json::{Value, json};
 
 use self::files::{Files, Names};
@@ -38,6 +38,9 @@ const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// The highest fence of an earlier run that is gone on from.
 const FENCE_KEPT_MAX: u64 = 1 << 62;
+
+/// Bytes of a block that a backup holds in memory, so that it reads them at once.
+const WHOLE_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// How often a backup begins to read a block anew that is written meanwhile.
 const BACKUP_TRIES: u32 = 100;
@@ -110,7 +113,8 @@ pub(crate) enum Finished {
 enum Work {
     Job(Arc<Shared>, Arc<PoolCell>, Job<Arc<Peer>>),
     /// Storage whose memory is given back by letting go of it.
-    Free(Arc<Stored>),
+    /// Where it is the end of a block, its row goes from this store.
+    Free(Arc<Stored>, Option<Store>),
 }
 
 /// Storage of all blocks.
@@ -505,7 +509,8 @@ impl Blocks {
             self.rows.forget(&stored.pool, &stored.block);
         }
         // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
-        let _ = self.work.send(Work::Free(stored));
+        let store = self.rows.store().filter(|_| !is_superseded).cloned();
+        let _ = self.work.send(Work::Free(stored, store));
     }
 
     /// The shared blocks that there are, with a descriptor of each.
@@ -596,8 +601,19 @@ impl Blocks {
             };
             let description = stored.custodian.description();
             for left in (0..BACKUP_TRIES).rev() {
-                let version = match stored.custodian.version() {
+                // Read at once where it fits, so that a writer has little time to be in the way.
+                let size = description.geometry.size;
+                let mut whole = match usize::try_from(size) {
+                    Ok(bytes) if size <= WHOLE_BYTES_MAX => Some(vec![0; bytes]),
+                    _ => None,
+                };
+                let version = match &mut whole {
+                    Some(whole) => stored.custodian.read(0, whole, None),
+                    None => stored.custodian.version().map_err(Into::into),
+                };
+                let version = match version {
                     Ok(version) => version,
+                    Err(latzero_shm::ReadError::Contended) if left > 0 => continue,
                     Err(error) => {
                         tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be read is not in the backup");
                         break;
@@ -608,16 +624,20 @@ impl Blocks {
                     block_id: stored.block.as_str().into(),
                     generation: description.generation,
                     version,
-                    size: description.geometry.size,
+                    size,
                     slots: description.geometry.slots,
                     description: record.clone().into_bytes(),
                 };
-                let mut bytes = OneVersion {
+                let mut by_piece = OneVersion {
                     custodian: &stored.custodian,
                     version,
                     at: 0,
                 };
-                match writer.add_block(&head, &mut bytes) {
+                let added_block = match &whole {
+                    Some(whole) => writer.add_block(&head, &mut &whole[..]),
+                    None => writer.add_block(&head, &mut by_piece),
+                };
+                match added_block {
                     Ok(()) => {
                         added.insert((stored.pool.clone(), stored.block.clone()));
                         break;
@@ -631,7 +651,8 @@ impl Blocks {
         Ok(())
     }
 
-    /// Has every persistent block reach the disk. `progress` hears how many of how many have, before each.
+    /// Has every persistent block reach the disk. `progress` hears how many of how many have,
+    /// before each.
     pub(crate) fn sync_all(&self, mut progress: impl FnMut(usize, usize)) {
         if let Err(error) = self.files.sync() {
             tracing::error!(%error, "the directory of persistent blocks could not be written to disk");
@@ -695,7 +716,8 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
-    for mut kept in shared.blocks.files.scan_with(&records, &mut lost) {
+    let (kept, removed) = shared.blocks.files.scan_with(&records, &mut lost);
+    for mut kept in kept {
         if let (Ok(custodian), false) = (&kept.open, is_same_boot)
             && let Err(error) = custodian.recover()
         {
@@ -733,12 +755,21 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
             record: &rows::record(&row),
             fence: 0,
         };
-        let affected = format!("block '{}' of pool '{}'", row.block_id, row.pool);
-        lost(affected, "its file is gone, and the block with it".into());
+        // Not where the last run removed it, and ended before its row was gone.
+        if !row.file.as_ref().is_some_and(|file| removed.contains(file)) {
+            let affected = format!("block '{}' of pool '{}'", row.block_id, row.pool);
+            lost(affected, "its file is gone, and the block with it".into());
+        }
         if let Ok((pool, block)) = left.name() {
             shared.blocks.rows.forget(&pool, &block);
         }
     }
+    // As at the end of a block: its mark goes after its row.
+    let store = shared.keeper.store();
+    if !removed.is_empty() && store.commit(Vec::new()).is_ok() {
+        removed.iter().for_each(|id| shared.blocks.files.forget(id));
+    }
+    shared.keeper.keep_losses();
     let (files, bytes) = shared.blocks.files.orphans();
     if files > 0 {
         tracing::warn!(
@@ -918,11 +949,15 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                     shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
                 }
             }
-            Work::Free(stored) => {
-                if let Some(names) = &stored.names
-                    && let Err(error) = files.sync()
-                {
+            Work::Free(stored, store) => {
+                let Some(names) = &stored.names else { continue };
+                if let Err(error) = files.sync() {
                     tracing::warn!(file = %names, %error, "the end of a block's file can't be written to disk");
+                }
+                // Nothing more: what was handed in before is written then, its row's end too. Where
+                // the disk refuses, the next start removes the mark.
+                if store.is_some_and(|store| store.commit(Vec::new()).is_ok()) {
+                    files.forget(names.id());
                 }
             }
         }

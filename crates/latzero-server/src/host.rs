@@ -168,7 +168,7 @@ impl IoHost {
         stats["triggers"]["served"] = triggers.into();
         stats["memory"] = self.shared.blocks.to_json(&self.shared.site.limits);
         stats["store"] = self.shared.keeper.to_json();
-        stats["resources"] = resources();
+        stats["resources"] = resources(&self.shared.surroundings);
         stats.to_string()
     }
 }
@@ -366,7 +366,9 @@ impl Driver for IoHost {
                 self.shared.mailboxes[0].send(command);
                 Ok(None)
             }
-            AdminAction::Backup(_) | AdminAction::CheckDatabase(_) => {
+            AdminAction::Backup { .. }
+            | AdminAction::CheckDatabase(_)
+            | AdminAction::QueryDatabase(_) => {
                 crate::upkeep::begin(&self.shared, action.clone(), asker, id)?;
                 Ok(None)
             }

@@ -109,7 +109,8 @@ impl Keeper {
         );
     }
 
-    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins now.
+    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins
+    /// now.
     pub(crate) fn is_backup_due(&self, now: Time, interval_ms: u64) -> bool {
         let last = self.last_backup.lock();
         let mut last = last.expect("nothing panics under this lock");
@@ -237,7 +238,8 @@ struct LastBackup {
 }
 
 impl LastBackup {
-    /// Of the newest backup that is there at the start. A server that was just set up begins with its work, not with a backup.
+    /// Of the newest backup that is there at the start. A server that was just set up begins with
+    /// its work, not with a backup.
     fn before(newest: Option<i64>, now: i64) -> LastBackup {
         let age_ms = match newest {
             None => 0,
@@ -336,7 +338,16 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
     }
     keeper.note_alive(unix_ms);
-    keeper.keep_losses();
+    // Before anybody is served: a crash must not hide what this start found.
+    if let Some(losses) = keeper.losses.changed() {
+        let change = latzero_store::Change::PutSetting {
+            key: LOSSES.into(),
+            value: losses,
+        };
+        if let Err(error) = keeper.store.commit(vec![change]) {
+            tracing::warn!(%error, "the losses that this start found can't be stored");
+        }
+    }
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
     let is_same_boot = boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);

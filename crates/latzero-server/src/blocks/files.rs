@@ -55,6 +55,10 @@ impl Names {
         format!("{}.json", self.id)
     }
 
+    fn gone(&self) -> String {
+        format!("{}.gone", self.id)
+    }
+
     fn new_record(&self) -> String {
         format!("{}.json.new", self.id)
     }
@@ -91,7 +95,8 @@ pub(super) struct Files {
 
 impl Files {
     pub(super) fn open(path: &Path) -> io::Result<Files> {
-        // A link to a directory on another disk is followed: it lies in a directory that is this user's alone.
+        // A link to a directory on another disk is followed: it lies in a directory that is this
+        // user's alone.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Files {
             directory: rustix::fs::open(path, flags, Mode::empty())?,
@@ -180,8 +185,8 @@ impl Files {
         self.path.join(names.bytes())
     }
 
-    /// Writes the bytes of an open file under their name, which is gone. Its record is made again at the next start, from the
-    /// database.
+    /// Writes the bytes of an open file under their name, which is gone. Its record is made again
+    /// at the next start, from the database.
     pub(super) fn put_back(&self, names: &Names, bytes: &OwnedFd) -> io::Result<()> {
         let flags = OFlags::WRONLY
             | OFlags::CREATE
@@ -220,12 +225,22 @@ impl Files {
         self.unlink(&names.bytes());
     }
 
-    /// Removes a generation; its record too, unless a newer generation has taken it over.
+    /// Removes a generation; its record too, unless a newer generation has taken it over. A mark
+    /// stays of a block that is gone, until its row is gone from the database too: see
+    /// [`Files::forget`].
     pub(super) fn remove(&self, names: &Names, is_superseded: bool) {
         if !is_superseded {
-            self.unlink(&names.record());
+            let directory = &self.directory;
+            if renameat(directory, names.record(), directory, names.gone()).is_err() {
+                self.unlink(&names.record());
+            }
         }
         self.unlink(&names.bytes());
+    }
+
+    /// Removes the mark of a block that was removed, by its id.
+    pub(super) fn forget(&self, id: &str) {
+        self.unlink(&format!("{id}.gone"));
     }
 
     fn unlink(&self, name: &str) {

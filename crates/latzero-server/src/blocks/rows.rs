@@ -96,6 +96,11 @@ impl Rows {
         self.is_awaiting.store(!awaited.is_empty(), Relaxed);
     }
 
+    /// Where the rows are.
+    pub(super) fn store(&self) -> Option<&Store> {
+        self.store.as_ref()
+    }
+
     /// Gives up what nobody offered; returns how many blocks that were.
     pub(super) fn end_grace(&self, since_start: Time, now: Time) -> usize {
         if !self.is_awaiting() || now < since_start.after_ms(GRACE_MS) {

@@ -7,13 +7,15 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use latzero_store::{BackupError, DATABASE, OpenError, Options, Summary};
+use latzero_store::{BackupError, DATABASE, OpenError, Options, QueryLimits, Summary};
+use serde_json::Value;
 use thiserror::Error;
 
 use crate::blocks::restore::Restoring;
 use crate::startup::data_dir::DataDir;
 use crate::startup::lock::InstanceLock;
 use crate::startup::{StartupError, descriptors, lock};
+use crate::surroundings::survive_file_size_limit;
 
 /// Where a database is copied to, so that looking for damage changes nothing.
 const COPY: &str = ".check";
@@ -86,6 +88,8 @@ impl Offline {
         let lock = InstanceLock::acquire(data_dir.path())?;
         // Each block that is looked at takes a few.
         descriptors::raise_limit();
+        // Without it, a write beyond the limit fails all the same, and ends the process.
+        let _ = survive_file_size_limit();
         Ok(Offline {
             data_dir,
             _lock: lock,
@@ -159,6 +163,36 @@ impl Offline {
         drop(opened);
         Ok(findings)
     }
+}
+
+impl Offline {
+    /// Answers one SELECT about the database, of which nothing changes.
+    ///
+    /// # Errors
+    /// Where it can't be looked at, or the question is none.
+    pub fn query(&self, sql: &str) -> Result<Value, UpkeepError> {
+        let copy = Copy::of_database(self.path())?;
+        let path = copy.directory.join(DATABASE);
+        let answer = latzero_store::query(&path, sql, &QueryLimits::default())?;
+        Ok(super::answer_json(&answer))
+    }
+
+    /// Writes the database as SQL that makes it again.
+    ///
+    /// # Errors
+    /// Where it can't be read, or the text not be written.
+    pub fn dump(&self, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
+        let copy = Copy::of_database(self.path())?;
+        Ok(latzero_store::dump(&copy.directory.join(DATABASE), out)?)
+    }
+}
+
+/// Writes a backup's records as SQL that makes them again.
+///
+/// # Errors
+/// Where it can't be read, or the text not be written.
+pub fn dump_backup(file: &Path, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
+    Ok(latzero_store::dump(file, out)?)
 }
 
 /// A copy of the database in a directory of its own: opening one mends what it finds, and a look must not. Goes when

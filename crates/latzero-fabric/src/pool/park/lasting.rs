@@ -2,6 +2,7 @@
 
 use latzero_protocol::encode::append_str;
 use latzero_protocol::frame::Frame;
+use latzero_protocol::limits::ListBounds;
 use latzero_protocol::message::{Request, Trigger};
 use latzero_protocol::{AppId, Body, Envelope, InstanceId, Raw};
 
@@ -69,7 +70,7 @@ impl Lasting {
             attachment: self.attachment.as_deref(),
         };
         let envelope = Envelope::parse(frame).ok()?.ok()?;
-        match Request::decode(&envelope).ok()? {
+        match Request::decode(&envelope, &ListBounds::NONE).ok()? {
             Request::Trigger(mut trigger) => {
                 trigger.window = self.window;
                 Some(f(&trigger))
