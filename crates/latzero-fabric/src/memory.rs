@@ -13,6 +13,10 @@ pub const HEADER_BYTES: u64 = 4096;
 /// Slots begin at multiples of this many bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
+/// Slots that the file of a persistent block has besides: for the version that is on the disk for certain, and for the one
+/// that a flush is at.
+pub const SPARE_SLOTS: u32 = 2;
+
 /// How a block's bytes lie in its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
@@ -20,9 +24,25 @@ pub struct Geometry {
     pub size: u64,
     /// How many versions there is room for.
     pub slots: u32,
+    /// Slots besides: [`SPARE_SLOTS`] of a persistent block, none of a shared one or of a file that an older server made.
+    pub spares: u32,
 }
 
 impl Geometry {
+    /// The geometry of a block of this kind.
+    #[must_use]
+    pub fn new(kind: Kind, size: u64, slots: u32) -> Geometry {
+        let spares = match kind {
+            Kind::Shared => 0,
+            Kind::Persistent => SPARE_SLOTS,
+        };
+        Geometry {
+            size,
+            slots,
+            spares,
+        }
+    }
+
     /// From one slot's first byte to the next one's.
     #[must_use]
     pub fn stride(self) -> u64 {
@@ -34,7 +54,7 @@ impl Geometry {
     pub fn total(self) -> Option<u64> {
         let stride = self.size.checked_next_multiple_of(PAGE_BYTES)?;
         stride
-            .checked_mul(u64::from(self.slots))?
+            .checked_mul(u64::from(self.slots) + u64::from(self.spares))?
             .checked_add(HEADER_BYTES)
     }
 }
@@ -417,7 +437,10 @@ mod tests {
 
     #[test]
     fn sizes() {
-        let g = |size, slots| Geometry { size, slots };
+        let g = |size, slots| Geometry::new(Kind::Shared, size, slots);
+        let persistent = Geometry::new(Kind::Persistent, 1, 2);
+        assert_eq!(persistent.total(), Some(5 * 4096));
+        assert_eq!(g(0, 2).total(), Some(4096));
         assert_eq!(g(1, 2).total(), Some(3 * 4096));
         assert_eq!(g(4096, 1).total(), Some(2 * 4096));
         assert_eq!(g(u64::MAX, 1).total(), None);

@@ -367,8 +367,12 @@ impl Blocks {
 
     /// Makes a generation and gives it its first content. Nothing is left of one that fails.
     fn build(&self, making: &Making, from: Option<&Stored>) -> Result<Stored, Refusal> {
-        let geometry = Geometry::new(making.geometry.size, making.geometry.slots)
-            .map_err(|error| Refusal::new(Code::TooLarge, error.to_string()))?;
+        let asked = making.geometry;
+        let geometry = match asked.spares {
+            0 => Geometry::new(asked.size, asked.slots),
+            _ => Geometry::with_spares(asked.size, asked.slots),
+        };
+        let geometry = geometry.map_err(|error| Refusal::new(Code::TooLarge, error.to_string()))?;
         let block_id = match from {
             Some(from) => from.custodian.description().block_id,
             None => random_id(),
@@ -395,6 +399,11 @@ impl Blocks {
                 (custodian, Some(names))
             }
         };
+        if let Some(boot) = self.rows.boot()
+            && let Err(error) = custodian.set_boot(boot)
+        {
+            tracing::warn!(pool = %making.pool, block = %making.block, %error, "a block can't note the run of the machine");
+        }
         let (pool, block) = (making.pool.clone(), making.block.clone());
         let stored = Stored::new(custodian, pool, block, 0, names);
         if let Some(from) = from {
@@ -677,13 +686,15 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
         .map(|row| ((row.pool.clone(), row.block_id.clone()), row))
         .collect();
     for mut kept in shared.blocks.files.scan() {
-        if let (Ok(custodian), false) = (&kept.open, is_same_boot)
-            && let Err(error) = custodian.recover()
-        {
-            kept.open = Err(error.to_string());
+        let mut may_have_writer = false;
+        if let Ok(custodian) = &kept.open {
+            match resume(custodian, shared.blocks.rows.boot(), is_same_boot) {
+                Ok(is_same_boot) => may_have_writer = is_same_boot,
+                Err(error) => kept.open = Err(error.to_string()),
+            }
         }
         let (names, record) = (&kept.names, &kept.record);
-        match adopt(host, now, kept.open, names, record, is_same_boot) {
+        match adopt(host, now, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
@@ -721,13 +732,41 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
     }
 }
 
+/// Makes what a file holds safe to use. Within one run of the machine that is what its header says; else what its checksums
+/// say. Returns whether it is the same run. `is_same_boot` is asked about files that do not know.
+fn resume(
+    custodian: &Custodian,
+    boot: Option<u64>,
+    is_same_boot: bool,
+) -> Result<bool, latzero_shm::Fault> {
+    let is_same_boot = match (custodian.boot()?, boot) {
+        (_, None) => false,
+        (0, Some(_)) => is_same_boot,
+        (noted, Some(boot)) => noted == boot,
+    };
+    if is_same_boot {
+        custodian.forget_flush()?;
+    } else {
+        let version = custodian.recover()?;
+        let description = custodian.description();
+        tracing::debug!(
+            version,
+            generation = description.generation,
+            "a block is back after the end of the machine"
+        );
+    }
+    // Only now: a start that is interrupted is followed by one that recovers once more.
+    custodian.set_boot(boot.unwrap_or(0))?;
+    Ok(is_same_boot)
+}
+
 fn adopt(
     host: &mut IoHost,
     now: Time,
     open: Result<Custodian, String>,
     names: &Names,
     record: &str,
-    is_same_boot: bool,
+    may_have_writer: bool,
 ) -> Result<(PoolName, BlockId), Refusal> {
     let custodian = open.map_err(|error| Refusal::new(Code::Storage, error))?;
     let (pool_name, block) = Found { record, fence: 0 }.name()?;
@@ -742,7 +781,7 @@ fn adopt(
         name,
         record,
         Some(names.clone()),
-        is_same_boot,
+        may_have_writer,
     );
     if taken.is_err() {
         // The pool goes again where it was made for this block alone.
@@ -777,9 +816,12 @@ fn take(
     }
     host.shared.blocks.rows.note(&stored, record);
     host.shared.blocks.insert(storage, stored);
-    if has_writer {
-        host.with_pool(pool, |pool, fx| pool.leave_writer_behind(&block, fx));
-    }
+    host.with_pool(pool, |pool, fx| {
+        if has_writer {
+            pool.leave_writer_behind(&block, fx);
+        }
+        pool.add_spares(&block, fx);
+    });
     Ok(())
 }
 

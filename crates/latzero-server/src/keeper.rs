@@ -264,7 +264,9 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     }
     keeper.note_alive(unix_ms);
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
-    let is_same_boot = boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
+    // A system that hides it may have been started anew.
+    let is_same_boot =
+        !keeper.boot_id.is_empty() && boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);
     (contents.blocks, is_same_boot)
 }

@@ -32,6 +32,14 @@ pub enum CreateError {
         /// Bytes that the memory or the disk has left.
         free: u64,
     },
+    /// Files may not become that large.
+    #[error(
+        "{needed} bytes are needed, and the limit on file sizes is lower; raise it (ulimit -f, or LimitFSIZE= of a service)"
+    )]
+    FileLimit {
+        /// Bytes of the block, its header and slots included.
+        needed: u64,
+    },
     /// The system refused.
     #[error("{action} failed: {source}")]
     System {
@@ -151,6 +159,7 @@ impl Custodian {
             },
             writable,
             writing: Mutex::new(()),
+            flushing: Mutex::default(),
         }
     }
 }
@@ -178,7 +187,8 @@ fn prepare(
     });
     match allocated {
         Ok(()) => {}
-        Err(Errno::NOSPC | Errno::NOMEM | Errno::DQUOT | Errno::FBIG) => {
+        Err(Errno::FBIG) => return Err(CreateError::FileLimit { needed }),
+        Err(Errno::NOSPC | Errno::NOMEM | Errno::DQUOT) => {
             let free = free(file);
             return Err(CreateError::NoSpace { needed, free });
         }

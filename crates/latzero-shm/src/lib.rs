@@ -37,7 +37,7 @@ pub use create::{CreateError, OpenError};
 pub use custodian::{Cas, Custodian};
 pub use element::Element;
 pub use format::{Access, Description, HEADER_BYTES, HeaderError, State};
-pub use geometry::{Geometry, GeometryError};
+pub use geometry::{Geometry, GeometryError, SPARES};
 pub use memory::{Fault, Memory};
 pub use slots::{ReadError, WriteError};
 pub use view::View;

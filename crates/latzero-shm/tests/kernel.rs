@@ -183,12 +183,12 @@ fn headers_that_are_whole_and_wrong_are_refused() {
     Attachment::new(write(&|_| {}), &expected).unwrap();
     let cases: [(usize, u8, HeaderError); 11] = [
         (7, b'2', HeaderError::Magic),
-        (8, 2, HeaderError::Version(2)),
+        (8, 3, HeaderError::Version(3)),
         (13, 0x20, HeaderError::Field("length")),
         (48, 0, HeaderError::Field("generation")),
         (48, 4, HeaderError::Unexpected("generation")),
         (57, 0x11, HeaderError::Field("total length")),
-        (64, 0, HeaderError::Field("size")),
+        (64, 0, HeaderError::Field("total length")),
         (64, 11, HeaderError::Unexpected("geometry")),
         (72, 1, HeaderError::Field("slot offset")),
         (80, 1, HeaderError::Field("slot stride")),

@@ -176,10 +176,14 @@ impl Block {
     fn description(&self, pool: &str, version: u64) -> Value {
         let mut description = json!({
             "block_id": self.id, "pool": pool, "size": self.geometry.size, "kind": self.kind.as_str(),
-            "consistency": self.consistency(), "version": version, "generation": self.generation, "header": 1,
+            "consistency": self.consistency(), "version": version, "generation": self.generation,
+            "header": if self.geometry.spares == 0 { 1 } else { 2 },
             "slots": self.geometry.slots, "slot_offset": HEADER_BYTES, "slot_stride": self.geometry.stride(),
             "owner": self.owner, "lifetime": self.lifetime.as_str(), "fence": self.lock.fence(),
         });
+        if self.geometry.spares > 0 {
+            description["spare_slots"] = self.geometry.spares.into();
+        }
         if let Some(layout) = &self.layout {
             description["layout"] =
                 serde_json::from_str(&layout.to_json()).expect("a layout writes JSON");
@@ -376,10 +380,7 @@ impl<P: Clone> Pool<P> {
         if create.kind == Kind::Persistent {
             self.check_outlives("a persistent block")?;
         }
-        let geometry = Geometry {
-            size: create.size,
-            slots: create.slots,
-        };
+        let geometry = Geometry::new(create.kind, create.size, create.slots);
         let total = self.check_size(geometry)?;
         check_room(
             &format!("blocks of pool '{}'", self.name),

@@ -100,8 +100,9 @@ impl Restoring {
             .fold(head.generation, u64::max);
         let fence = before().map(|present| present.fence).max().unwrap_or(0);
         record["generation"] = generation.into();
-        let geometry =
-            Geometry::new(head.size, head.slots).map_err(|error| senseless(error.to_string()))?;
+        record["spares"] = latzero_shm::SPARES.into();
+        let geometry = Geometry::with_spares(head.size, head.slots)
+            .map_err(|error| senseless(error.to_string()))?;
         let description = Description {
             block_id: random_id(),
             pool_id: pool_id(&pool),

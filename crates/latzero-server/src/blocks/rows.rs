@@ -41,6 +41,16 @@ impl Rows {
         }
     }
 
+    /// This run of the machine as a number that is not 0; none where the system does not tell it: then no two are the same.
+    pub(super) fn boot(&self) -> Option<u64> {
+        let bytes = self.boot_id.bytes();
+        // FNV-1a.
+        let hash = bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        (!self.boot_id.is_empty()).then_some(hash | 1)
+    }
+
     /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others' rows go, but those of
     /// persistent ones, which are returned.
     pub(super) fn take_in(&self, rows: Vec<BlockRow>) -> Vec<BlockRow> {

@@ -19,7 +19,11 @@ pub(crate) fn description(size: u64, slots: u32, is_persistent: bool) -> Descrip
         block_id: [7; 16],
         pool_id: [9; 16],
         generation: 3,
-        geometry: Geometry::new(size, slots).unwrap(),
+        geometry: if is_persistent {
+            Geometry::with_spares(size, slots).unwrap()
+        } else {
+            Geometry::new(size, slots).unwrap()
+        },
         is_persistent,
         created_unix_ns: 1_800_000_000_000_000_000,
     }

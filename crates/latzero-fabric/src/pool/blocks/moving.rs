@@ -137,12 +137,6 @@ impl<P: Clone> Pool<P> {
                 format!("block '{id}' is being written or moved; repeat in a moment"),
             ));
         }
-        if size == 0 {
-            return Err(Refusal::new(
-                Code::BadMessage,
-                "field 'size' must be a whole number of bytes, at least 1",
-            ));
-        }
         if let Some(needed) = block.layout.as_ref().and_then(Layout::bytes)
             && needed > size
         {
@@ -151,10 +145,7 @@ impl<P: Clone> Pool<P> {
                 format!("the block's layout needs {needed} bytes, more than {size}"),
             ));
         }
-        let geometry = Geometry {
-            size,
-            slots: block.geometry.slots,
-        };
+        let geometry = Geometry::new(block.kind, size, block.geometry.slots);
         self.begin_move(key, geometry, "resized", None, fx)?;
         self.involve(asking.member, key);
         let block = self.blocks.at_mut(key).expect("just found");
@@ -200,6 +191,9 @@ impl<P: Clone> Pool<P> {
         // The record of the generation to come.
         let mut record = record(&self.name, block, self.outlives);
         record["size"] = geometry.size.into();
+        if geometry.spares > 0 {
+            record["spares"] = geometry.spares.into();
+        }
         record["generation"] = (block.generation + 1).into();
         let making = Making {
             storage: to,
@@ -228,6 +222,21 @@ impl<P: Clone> Pool<P> {
         }
     }
 
+    /// Moves a block of an earlier run whose file an older server made to one with spare slots: until then a version that was
+    /// flushed may be written over. Without room for both it stays as it is.
+    pub fn add_spares<E: Effects<Peer = P>>(&mut self, id: &BlockId, fx: &mut E) {
+        let Ok((key, block)) = self.block(id) else {
+            return;
+        };
+        let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
+        let is_due = geometry != block.geometry
+            && matches!(block.phase, Phase::Live)
+            && !block.lock.is_held_by_server();
+        if is_due && let Err(refusal) = self.begin_move(key, geometry, "upgraded", None, fx) {
+            fx.refused(refusal.code);
+        }
+    }
+
     /// Moves a block to a new generation of the same size, so that who lost its lock can't write it any more.
     pub(in crate::pool) fn renew_generation<E: Effects<Peer = P>>(
         &mut self,
@@ -246,7 +255,7 @@ impl<P: Clone> Pool<P> {
             self.blocks.at_mut(key).expect("just found").is_move_due = true;
             return;
         }
-        let geometry = block.geometry;
+        let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
         if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, fx) {
             // Without room for a second generation the fence is all that keeps the old writer out.
             fx.refused(refusal.code);
