@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use latzero_fabric::Time;
 use serde_json::{Value, json};
 
+use crate::losses::Part;
 use crate::shared::Shared;
 
 /// Looks at every part.
@@ -44,11 +45,13 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late}),
     );
     let (blocks_ok, blocks) = shared.blocks.health();
-    let memory = part(blocks_ok, &blocks);
+    let losses = shared.keeper.losses();
+    let memory = part(blocks_ok && losses.is_none_of(Part::Memory), &blocks);
     let (store_ok, store) = shared.keeper.health();
-    let store = part(store_ok, &store);
+    let store = part(store_ok && losses.is_none_of(Part::Store), &store);
     let lost = (shared.log_lines_lost)() + shared.audit_log.lost();
-    let logs = part(lost == 0, &json!({"lines_lost": lost}));
+    let logs_ok = lost == 0 && losses.is_none_of(Part::Logs);
+    let logs = part(logs_ok, &json!({"lines_lost": lost}));
     let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs});
     let all_ok = parts
         .as_object()
@@ -58,7 +61,8 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         (false, true) => "ok",
         (false, false) => "degraded",
     };
-    json!({"status": status, "components": parts})
+    let (losses, losses_total) = losses.to_json();
+    json!({"status": status, "components": parts, "losses": losses, "losses_total": losses_total})
 }
 
 fn part(is_ok: bool, seen: &Value) -> Value {

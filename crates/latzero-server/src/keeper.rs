@@ -17,6 +17,7 @@ use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Sto
 use serde_json::{Value, json};
 
 use crate::host::{IoEffects, IoHost};
+use crate::losses::{Loss, Losses, Part};
 use crate::peer::Peer;
 use crate::settings::{Settings, StoreDurability};
 use crate::shared::Shared;
@@ -33,13 +34,16 @@ const ALIVE: &str = "alive";
 /// The name under which the kernel's name for the run of the machine is stored.
 const BOOT: &str = "boot";
 
+/// The name under which losses are stored that nobody has made good yet.
+const LOSSES: &str = "losses";
+
 /// The store and its promises.
 pub(crate) struct Keeper {
     store: Store,
     promises: Arc<Promises>,
     next_ticket: AtomicU64,
     next_number: AtomicU64,
-    report: Report,
+    losses: Arc<Losses>,
     boot_id: String,
     /// When the last backup by schedule began, in milliseconds since the Unix epoch; at first the newest one's time.
     last_backup: AtomicU64,
@@ -83,12 +87,17 @@ impl Keeper {
             since.map_or(0, |since| since.as_millis() as u64)
         };
         let last_backup = store.status().last_backup.map_or_else(now, ms);
+        let losses = Arc::new(Losses::default());
+        if let Some((_, earlier)) = contents.settings.iter().find(|(key, _)| key == LOSSES) {
+            losses.take_in(earlier);
+        }
+        note_report(&losses, &report);
         Ok(Keeper {
             store,
             promises,
             next_ticket: AtomicU64::new(1),
             next_number: AtomicU64::new(last + 1),
-            report,
+            losses,
             boot_id,
             last_backup: AtomicU64::new(last_backup),
             contents: Mutex::new(Some(contents)),
@@ -117,6 +126,18 @@ impl Keeper {
 
     pub(crate) fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// What was lost, for whoever finds a loss.
+    pub(crate) fn losses(&self) -> &Arc<Losses> {
+        &self.losses
+    }
+
+    /// Stores what is lost, so that a crash does not hide it.
+    pub(crate) fn keep_losses(&self) {
+        if let Some(losses) = self.losses.changed() {
+            self.set(LOSSES, &losses);
+        }
     }
 
     /// Hands a change to the store, with a promise or without.
@@ -177,19 +198,30 @@ impl Keeper {
             seen["failing"] = reason.as_str().into();
             seen["failing_since"] = status.failing_since.into();
         }
-        if self.report.is_degraded {
-            // What was lost does not come back by itself; the next clean start no longer says it.
-            seen["at_start"] = self.report.texts.clone().into();
-        }
-        let is_ok = status.failing.is_none() && status.dropped == 0 && !self.report.is_degraded;
-        (is_ok, seen)
+        (status.failing.is_none() && status.dropped == 0, seen)
     }
 
     /// Writes what waits and closes the database cleanly; for the server's end.
     pub(crate) fn close(&self) {
+        // An orderly end: what was lost was there to be seen.
+        self.set(LOSSES, "[]");
         if let Err(error) = self.store.clone().close() {
             tracing::error!(%error, "the database could not be closed cleanly");
         }
+    }
+}
+
+/// What opening the database found.
+fn note_report(losses: &Losses, report: &Report) {
+    if report.is_degraded {
+        let remedy =
+            "look at what is kept beside it; `latzero backup ls --verify` lists the backups";
+        losses.note(Loss::new(
+            Part::Store,
+            "data.db",
+            report.texts.join("; "),
+            remedy,
+        ));
     }
 }
 
@@ -263,6 +295,7 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
         tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
     }
     keeper.note_alive(unix_ms);
+    keeper.keep_losses();
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
     // A system that hides it may have been started anew.
     let is_same_boot =

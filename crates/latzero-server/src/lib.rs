@@ -17,6 +17,7 @@ mod host;
 mod keeper;
 mod listener;
 pub mod logging;
+mod losses;
 mod outbox;
 mod peer;
 pub mod server;

@@ -29,6 +29,7 @@ pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
     let unix_ms = shared.clock.unix_ms(now);
     shared.keeper.note_alive(unix_ms);
     crate::blocks::end_grace(shared, now);
+    shared.keeper.keep_losses();
     let interval = shared.settings().backup_interval.as_millis() as u64;
     if interval == 0 || unix_ms < shared.keeper.last_backup() + interval {
         return;

@@ -79,9 +79,6 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
     }
     let mut report = Report::default();
     let (conn, contents) = open_files(data_dir, &options, &mut report)?;
-    for text in &report.texts {
-        tracing::error!("{text}");
-    }
     // It is told; the next start has nothing to say of it. A disk that is full has it told again.
     let told = "UPDATE store_state SET value = 'open' WHERE key = 'run' AND value = ?1";
     if let Err(error) = conn.execute(told, [restore::BY_ITSELF]) {

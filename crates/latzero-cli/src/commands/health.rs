@@ -7,7 +7,7 @@ use crate::exit::{Done, Exit};
 use crate::output::{Output, Tone, toned};
 use crate::reach::Wish;
 
-use super::store::sentences;
+use super::store::{further_losses, losses, sentences};
 
 pub(crate) fn run(args: &HealthArgs, output: &Output) -> Done {
     let reached = args.reach.connect(&Wish::once("health"))?;
@@ -35,14 +35,15 @@ pub(crate) fn run(args: &HealthArgs, output: &Output) -> Done {
     ]];
     for (name, part) in health["components"].as_object().into_iter().flatten() {
         let status = part["status"].as_str().unwrap_or("unknown");
-        let seen = match name.as_str() {
-            "store" => sentences(&part["seen"]),
-            _ => vec![seen(&part["seen"])],
-        };
+        let mut lines = losses(&health, Some(name));
+        match name.as_str() {
+            "store" => lines.extend(sentences(&part["seen"])),
+            _ => lines.push(seen(&part["seen"])),
+        }
         // A line each for people; one for all of them for scripts.
         let lines = match output.is_terminal {
-            true => seen,
-            false => vec![seen.join("; ")],
+            true => lines,
+            false => vec![lines.join("; ")],
         };
         for (index, line) in lines.into_iter().enumerate() {
             rows.push(match index {
@@ -50,6 +51,13 @@ pub(crate) fn run(args: &HealthArgs, output: &Output) -> Done {
                 _ => vec!["".into(), "".into(), line.into()],
             });
         }
+    }
+    if let Some(further) = further_losses(&health) {
+        rows.push(vec![
+            "losses".into(),
+            toned("degraded", Tone::Bad),
+            further.into(),
+        ]);
     }
     output.table(&["PART", "STATUS", "SEEN"], &rows)?;
     Ok(exit)

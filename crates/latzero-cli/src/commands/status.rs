@@ -8,7 +8,7 @@ use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, Tone, count, toned, uptime};
 use crate::reach::Wish;
 
-use super::store::sentences;
+use super::store::{further_losses, losses, sentences};
 
 pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
     let reached = match args.reach.connect(&Wish::once("status")) {
@@ -27,6 +27,8 @@ pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
             "reached": reached.place(),
             "health": health["status"],
             "store": health["components"]["store"],
+            "losses": health["losses"],
+            "losses_total": health["losses_total"],
             "version": server["version"],
             "pid": server["pid"],
             "uptime_ms": server["uptime_ms"],
@@ -102,6 +104,10 @@ pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
     for (index, sentence) in store.into_iter().enumerate() {
         let name = if index == 0 { "store" } else { "" };
         facts.push((name, toned(sentence, store_tone)));
+    }
+    let lost = losses(&health, None).into_iter();
+    for loss in lost.chain(further_losses(&health)) {
+        facts.push(("lost", toned(loss, Tone::Bad)));
     }
     output.facts(&facts)?;
     Ok(Exit::Ok)

@@ -59,17 +59,38 @@ pub(crate) fn sentences(seen: &Value) -> Vec<String> {
         // Where the disk takes what comes, some are always on their way.
         sentences.push(format!("{} not on disk yet", count(waiting, "change")));
     }
-    let texts = seen["at_start"].as_array().into_iter().flatten();
-    sentences.extend(
-        texts
-            .filter_map(Value::as_str)
-            .map(|text| format!("at the start: {text}")),
-    );
     sentences.push(match seen["last_backup"].as_u64() {
         Some(unix_ms) => format!("last backup {}", ago(unix_ms)),
         None => "no backup yet".to_owned(),
     });
     sentences
+}
+
+/// What `health` says was lost of one part of the server, or of all of them; one sentence each.
+pub(crate) fn losses(health: &Value, of: Option<&str>) -> Vec<String> {
+    let shown = health["losses"].as_array().into_iter().flatten();
+    let shown = shown.filter(|loss| of.is_none_or(|part| loss["component"] == part));
+    let text = |loss: &Value, field: &str| loss[field].as_str().unwrap_or("").to_owned();
+    shown
+        .map(|loss| {
+            format!(
+                "{}: {}; {}",
+                text(loss, "affected"),
+                text(loss, "happened"),
+                text(loss, "remedy")
+            )
+        })
+        .collect()
+}
+
+/// How many losses `health` counts beyond those that it names.
+pub(crate) fn further_losses(health: &Value) -> Option<String> {
+    let named = health["losses"].as_array().map_or(0, Vec::len) as u64;
+    let further = health["losses_total"]
+        .as_u64()
+        .unwrap_or(0)
+        .saturating_sub(named);
+    (further > 0).then(|| format!("and {further} more; the log names them"))
 }
 
 #[cfg(test)]
@@ -86,14 +107,30 @@ mod tests {
         check(
             json!({
                 "retained": 2, "last_backup": 0, "failing": "disk full", "failing_since": u64::MAX,
-                "at_start": ["it was damaged"],
             }),
             &[
                 "failing since just now: disk full",
                 "2 changes not on disk yet",
-                "at the start: it was damaged",
                 &format!("last backup {}", ago(0)),
             ],
         );
+    }
+
+    #[test]
+    fn losses_say_what_happened_and_what_to_do() {
+        let health = json!({"losses_total": 3, "losses": [
+            {"component": "memory", "affected": "block 'b'", "happened": "it is gone", "remedy": "restore a backup"},
+            {"component": "store", "affected": "data.db", "happened": "it was damaged", "remedy": "look"},
+        ]});
+        assert_eq!(
+            losses(&health, Some("memory")),
+            ["block 'b': it is gone; restore a backup"]
+        );
+        assert_eq!(losses(&health, None).len(), 2);
+        assert_eq!(
+            further_losses(&health).unwrap(),
+            "and 1 more; the log names them"
+        );
+        assert_eq!(further_losses(&json!({})), None);
     }
 }
