@@ -173,6 +173,9 @@ pub enum Counted {
     Subscription,
 }
 
+/// Ended blocks whose last generation is remembered one by one.
+const ENDED_MAX: usize = 4096;
+
 /// The server's count of what blocks use.
 #[derive(Debug, Default)]
 pub struct Ledger {
@@ -180,6 +183,10 @@ pub struct Ledger {
     blocks: usize,
     apps: HashMap<AppId, Use>,
     storages: u64,
+    /// The last generation of each block that ended, as many as [`ENDED_MAX`]; and what no ended block was beyond of those that
+    /// are not among them.
+    ended: HashMap<(PoolName, BlockId), u64>,
+    ended_floor: u64,
     /// Parked calls and kept answers, and their bytes.
     parked: usize,
     parked_bytes: usize,
@@ -227,6 +234,30 @@ impl Ledger {
     pub fn next_storage(&mut self) -> StorageId {
         self.storages += 1;
         StorageId(self.storages)
+    }
+
+    /// The generation that a new block begins with: whoever saw an earlier block of that name must not take it for that one.
+    #[must_use]
+    pub fn first_generation(&self, pool: &PoolName, block: &BlockId) -> u64 {
+        let name = (pool.clone(), block.clone());
+        let ended = self.ended.get(&name).copied().unwrap_or(0);
+        ended.max(self.ended_floor) + 1
+    }
+
+    /// Remembers that a block ended in this generation.
+    pub fn note_end(&mut self, pool: &PoolName, block: &BlockId, generation: u64) {
+        if self.ended.len() >= ENDED_MAX {
+            let newest = self.ended.drain().map(|(_, generation)| generation).max();
+            self.ended_floor = self.ended_floor.max(newest.unwrap_or(0));
+        }
+        let ended = self.ended.entry((pool.clone(), block.clone()));
+        let ended = ended.or_default();
+        *ended = generation.max(*ended);
+    }
+
+    /// No block of an earlier run ended in a generation beyond this one.
+    pub fn set_ended_floor(&mut self, generation: u64) {
+        self.ended_floor = self.ended_floor.max(generation);
     }
 
     /// Counts a new block in.
@@ -433,6 +464,24 @@ mod tests {
         ledger.end_block(&app("b"), 40);
         ledger.end_block(&app("a"), 60);
         assert!(ledger.is_empty());
+    }
+
+    #[test]
+    fn a_name_is_used_anew_in_a_later_generation() {
+        let mut ledger = Ledger::default();
+        let (p, b) = (PoolName::new("p").unwrap(), |n: usize| {
+            BlockId::new(&format!("b{n}")).unwrap()
+        });
+        assert_eq!(ledger.first_generation(&p, &b(0)), 1);
+        ledger.note_end(&p, &b(0), 3);
+        assert_eq!(ledger.first_generation(&p, &b(0)), 4);
+        assert_eq!(ledger.first_generation(&p, &b(1)), 1);
+        // However many there are.
+        (1..=ENDED_MAX).for_each(|n| ledger.note_end(&p, &b(n), 1));
+        assert!(ledger.ended.len() <= ENDED_MAX);
+        assert_eq!(ledger.first_generation(&p, &b(0)), 4);
+        ledger.set_ended_floor(9);
+        assert_eq!(ledger.first_generation(&p, &b(7)), 10);
     }
 
     #[test]

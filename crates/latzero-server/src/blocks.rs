@@ -25,8 +25,9 @@ use latzero_store::BlockRow;
 use serde_json::{Value, json};
 
 use self::files::{Files, Names};
-pub(crate) use self::rows::Rows;
+pub(crate) use self::rows::{ENDED, Rows};
 use crate::host::IoHost;
+use crate::losses::{Loss, Part};
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
 use crate::timers::PoolCell;
@@ -144,6 +145,16 @@ impl Blocks {
 
     pub(crate) fn with_ledger<R>(&self, f: impl FnOnce(&mut Ledger) -> R) -> R {
         f(&mut self.ledger())
+    }
+
+    /// Takes in what an earlier run noted of the generations of its ended blocks.
+    pub(crate) fn take_in_ended(&self, noted: &str) {
+        let Ok(generation) = noted.parse() else {
+            tracing::warn!(noted, "a note of the generations of blocks makes no sense");
+            return;
+        };
+        self.rows.set_ended(generation);
+        self.ledger().set_ended_floor(generation);
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -506,6 +517,8 @@ impl Blocks {
             self.files.remove(names, is_superseded);
         }
         if !is_superseded {
+            let generation = stored.custodian.description().generation;
+            self.rows.note_end(generation);
             self.rows.forget(&stored.pool, &stored.block);
         }
         // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
@@ -678,6 +691,14 @@ impl std::io::Read for OneVersion<'_> {
 /// loss, what is in a file is what its checksums say.
 pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
+    shared.blocks.with_ledger(|ledger| {
+        for row in &rows {
+            let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));
+            if let (Ok(pool), Ok(block)) = name {
+                ledger.note_end(&pool, &block, row.generation);
+            }
+        }
+    });
     let mut missing: HashMap<(String, String), BlockRow> = shared
         .blocks
         .rows
@@ -696,11 +717,25 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
         let (names, record) = (&kept.names, &kept.record);
         match adopt(host, now, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
+                let losses = shared.keeper.losses();
+                losses.settle(Part::Memory, &affected(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
             // With a higher limit it is there again, whole.
-            Err(refusal) if matches!(refusal.code, Code::Quota | Code::TooLarge) => {
-                tracing::warn!(file = %names, error = %refusal, "a limit leaves no room for a persistent block; its file stays where it is, for a start with a higher one");
+            Err(refusal) if is_limit(&refusal) => {
+                let name = Found { record, fence: 0 }.name();
+                let affected = match &name {
+                    Ok((pool, block)) => {
+                        missing.remove(&(pool.as_str().into(), block.as_str().into()));
+                        affected(pool, block)
+                    }
+                    Err(_) => format!("memory/{names}"),
+                };
+                let happened = format!("a limit left it out: {}", refusal.message);
+                let remedy = "raise the limit and start the server again; the file and the name of \
+                              the block are kept until then";
+                let losses = shared.keeper.losses();
+                losses.note(Loss::new(Part::Memory, affected, happened, remedy));
             }
             Err(refusal) => {
                 tracing::error!(file = %names, error = %refusal, "a persistent block can't be opened; its file is set aside");
@@ -783,12 +818,28 @@ fn adopt(
         Some(names.clone()),
         may_have_writer,
     );
+    if let Err(refusal) = &taken
+        && is_limit(refusal)
+    {
+        let why = refusal.message.as_ref();
+        host.with_pool(&pool, |pool, fx| pool.leave_out(&block, why, fx));
+    }
     if taken.is_err() {
         // The pool goes again where it was made for this block alone.
         host.effects().count_held(&pool_name, number, 0);
         host.with_pool(&pool, |_, _| ());
     }
     taken.map(|()| (pool_name, block))
+}
+
+/// Whether there is no room for a block, rather than anything wrong with it.
+fn is_limit(refusal: &Refusal) -> bool {
+    matches!(refusal.code, Code::Quota | Code::TooLarge)
+}
+
+/// A block as losses name it.
+fn affected(pool: &PoolName, block: &BlockId) -> String {
+    format!("block '{block}' of pool '{pool}'")
 }
 
 /// Has a block of an earlier run be in its pool again.

@@ -16,6 +16,7 @@ use latzero_protocol::{Code, PoolName, Refusal};
 use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError};
 use serde_json::{Value, json};
 
+use crate::blocks::ENDED;
 use crate::host::{IoEffects, IoHost};
 use crate::losses::{Loss, Losses, Part};
 use crate::peer::Peer;
@@ -295,6 +296,9 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
         tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
     }
     keeper.note_alive(unix_ms);
+    if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
+        shared.blocks.take_in_ended(ended);
+    }
     keeper.keep_losses();
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
     // A system that hides it may have been started anew.

@@ -431,7 +431,10 @@ impl Effects for Outboxes {
         let Some(stored) = self.storages.stored.get_mut(&storage) else {
             return 0;
         };
-        stored.version = stored.version.max(version);
+        // The largest number says that nothing was said, and asks the block itself.
+        if version < u64::MAX {
+            stored.version = stored.version.max(version);
+        }
         stored.version
     }
 

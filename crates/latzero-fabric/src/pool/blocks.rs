@@ -197,6 +197,8 @@ impl Block {
 pub(super) struct Blocks {
     blocks: Slab<Block>,
     by_id: HashMap<BlockId, BlockKey>,
+    /// Blocks of an earlier run that a limit left out, and why. Nobody else gets their names.
+    left_out: HashMap<BlockId, Box<str>>,
     bytes: u64,
     tickets: u64,
     /// No lease and no wait ends before this. Kept rather than looked for: the pool is asked after every message.
@@ -272,6 +274,30 @@ impl<P: Clone> Pool<P> {
             .ok_or_else(|| not_member(&self.name))
     }
 
+    /// A block of an earlier run is not taken in, for the reason `why`: its name is kept for it, and the pool with the name.
+    pub fn leave_out<E: Effects<Peer = P>>(&mut self, id: &BlockId, why: &str, fx: &mut E) {
+        if self
+            .blocks
+            .left_out
+            .insert(id.clone(), why.into())
+            .is_none()
+        {
+            fx.count_held(&self.name, self.number, 1);
+        }
+    }
+
+    fn check_left_out(&self, id: &BlockId) -> Result<(), Refusal> {
+        let Some(why) = self.blocks.left_out.get(id) else {
+            return Ok(());
+        };
+        let message = format!(
+            "block '{id}' of pool '{}' is on the disk, and a limit left it out when the server started: {why}; \
+             start the server with a higher limit",
+            self.name
+        );
+        Err(Refusal::new(Code::Quota, message))
+    }
+
     /// A block that is there.
     fn block(&self, id: &BlockId) -> Result<(BlockKey, &Block), Refusal> {
         let found = self
@@ -281,7 +307,10 @@ impl<P: Clone> Pool<P> {
             .and_then(|&key| Some((key, self.blocks.at(key)?)));
         match found {
             Some((key, block)) if !matches!(block.phase, Phase::New) => Ok((key, block)),
-            _ => Err(no_block(id, self.name.as_str())),
+            _ => {
+                self.check_left_out(id)?;
+                Err(no_block(id, self.name.as_str()))
+            }
         }
     }
 
@@ -372,6 +401,7 @@ impl<P: Clone> Pool<P> {
             };
             return self.attach_block(asking, &create.block, access, create.layout.as_ref(), fx);
         }
+        self.check_left_out(&create.block)?;
         if create.lifetime == Lifetime::Attached && create.attach.is_none() {
             let message =
                 "a block with \"lifetime\":\"attached\" goes at once unless its maker attaches it";
@@ -392,9 +422,10 @@ impl<P: Clone> Pool<P> {
             ),
         )?;
         let limits = &self.limits;
-        let storage = fx.with_ledger(|ledger| {
+        let (storage, generation) = fx.with_ledger(|ledger| {
             ledger.begin_block(&app, total, limits)?;
-            Ok::<_, Refusal>(ledger.next_storage())
+            let generation = ledger.first_generation(&self.name, &create.block);
+            Ok::<_, Refusal>((ledger.next_storage(), generation))
         })?;
         fx.count_held(&self.name, self.number, 1);
         self.blocks.bytes += total;
@@ -407,7 +438,7 @@ impl<P: Clone> Pool<P> {
             permissions: create.permissions.clone(),
             owner: app,
             lifetime: create.lifetime,
-            generation: 1,
+            generation,
             created: unix_ms,
             phase: Phase::New,
             attachments: Vec::new(),
@@ -428,7 +459,7 @@ impl<P: Clone> Pool<P> {
             block: block.id.clone(),
             kind: block.kind,
             geometry,
-            generation: 1,
+            generation,
             from: None,
             record: record(&self.name, &block, self.outlives).to_string(),
         };
@@ -569,17 +600,23 @@ impl<P: Clone> Pool<P> {
         Ok(Some("{}".into()))
     }
 
-    /// Removes a block under everybody.
+    /// Removes a block under everybody. An administrator needs no permission for it.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`.
     pub fn remove_block<E: Effects<Peer = P>>(
         &mut self,
         member: MemberKey,
+        is_admin: bool,
         id: &BlockId,
         fx: &mut E,
     ) -> Result<Replied, Refusal> {
-        let (key, block) = self.allowed_by_name(member, id, Access::Write)?;
+        let (key, block) = if is_admin {
+            self.asker(member)?;
+            self.block(id)?
+        } else {
+            self.allowed_by_name(member, id, Access::Write)?
+        };
         if let Some(held) = block.lock.exclusive().filter(|held| held.member != member) {
             return Err(self.locked(id, held));
         }
@@ -603,6 +640,14 @@ impl<P: Clone> Pool<P> {
             .collect();
         for key in keys {
             self.end_block(key, fx);
+        }
+        let left_out = std::mem::take(&mut self.blocks.left_out).len();
+        if left_out > 0 {
+            fx.count_held(
+                &self.name,
+                self.number,
+                -i32::try_from(left_out).unwrap_or(i32::MAX),
+            );
         }
     }
 
@@ -655,7 +700,10 @@ impl<P: Clone> Pool<P> {
             self.blocks.bytes -= more;
             fx.with_ledger(|ledger| ledger.release(&block.owner, more));
         }
-        fx.with_ledger(|ledger| ledger.end_block(&block.owner, block.total()));
+        fx.with_ledger(|ledger| {
+            ledger.note_end(&self.name, &block.id, block.generation);
+            ledger.end_block(&block.owner, block.total());
+        });
         let app_of = |member: MemberKey| self.members.at(place(member)).map(|m| &m.app);
         for attachment in block.attachments.iter().filter(|a| a.own.is_some()) {
             if let Some(app) = app_of(attachment.member) {

@@ -172,7 +172,10 @@ impl<H: Host> Session<H> {
                 host.with_pool(&pool, |pool, fx| pool.flush_block(asking, block, fx))
             }
             Action::Remove(block) => {
-                host.with_pool(&pool, |pool, fx| pool.remove_block(member, block, fx))
+                let is_admin = self.terms.is_admin;
+                host.with_pool(&pool, |pool, fx| {
+                    pool.remove_block(member, is_admin, block, fx)
+                })
             }
             Action::List(page) => {
                 let blocks = host.with_pool(&pool, |pool, fx| pool.blocks_json(page, fx));

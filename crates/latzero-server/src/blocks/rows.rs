@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use latzero_fabric::Time;
 use latzero_protocol::memory::Kind;
@@ -30,7 +30,12 @@ pub(crate) struct Rows {
     boot_id: String,
     awaited: Mutex<HashMap<Name, BlockRow>>,
     is_awaiting: AtomicBool,
+    /// No block that ended was of a generation beyond this one.
+    ended: AtomicU64,
 }
+
+/// The setting that tells the next run of it.
+pub(crate) const ENDED: &str = "block_generations_ended";
 
 impl Rows {
     pub(crate) fn new(store: Store, boot_id: &str) -> Rows {
@@ -113,7 +118,8 @@ impl Rows {
         }
         let gone = std::mem::take(&mut *self.awaited());
         self.is_awaiting.store(false, Relaxed);
-        for (pool, block) in gone.keys() {
+        for ((pool, block), row) in &gone {
+            self.note_end(row.generation);
             self.forget(pool, block);
         }
         gone.len()
@@ -162,6 +168,20 @@ impl Rows {
             created: record["created"].as_i64().unwrap_or(now),
             updated: now,
         })
+    }
+
+    /// A block ended in this generation: one of its name that a later run makes begins beyond it.
+    pub(super) fn note_end(&self, generation: u64) {
+        if self.ended.fetch_max(generation, Relaxed) < generation {
+            self.submit(Change::PutSetting {
+                key: ENDED.into(),
+                value: generation.to_string(),
+            });
+        }
+    }
+
+    pub(super) fn set_ended(&self, generation: u64) {
+        self.ended.fetch_max(generation, Relaxed);
     }
 
     /// A block is gone.

@@ -78,6 +78,7 @@ fn number(name: &str, default: u64) -> u64 {
 #[derive(Default)]
 struct Tally {
     lives: u64,
+    power_losses: u64,
     steps: u64,
     reads: u64,
     parked: usize,
@@ -101,8 +102,9 @@ fn nothing_acknowledged_is_lost_and_nothing_is_left() {
         }
     }
     println!(
-        "{} lives, {} steps, {} calls parked, {} answers, {} reads of a mapped block, {:.1} s; failpoints: {:?}",
+        "{} lives, {} ends of the machine, {} steps, {} calls parked, {} answers, {} reads of a mapped block, {:.1} s; failpoints: {:?}",
         tally.lives,
+        tally.power_losses,
         tally.steps,
         tally.parked,
         tally.answers,
@@ -136,6 +138,7 @@ fn one_site(seed: u64, lives: u64, tally: &mut Tally) {
             .collect(),
         calls: Calls::default(),
         mapped: Mapped::new(random.pick(&["shared", "persistent"])),
+        store: "ok",
     };
     if random.one_in(2) {
         let name = random.pick(FIRST);
@@ -173,11 +176,19 @@ struct World {
     actors: Vec<Actor>,
     calls: Calls,
     mapped: Mapped,
+    /// What health says of the database. That a backup took its place is told until an orderly stop.
+    store: &'static str,
 }
 
 impl World {
     /// One life: look for what was acknowledged, work, die.
     fn live(&mut self, site: &Site, random: &mut Random, tally: &mut Tally) {
+        if random.one_in(3) {
+            site.lose_power().unwrap();
+            self.actors.iter_mut().for_each(Actor::lose_power);
+            self.mapped.has_lost_power = true;
+            tally.power_losses += 1;
+        }
         let mut server = site.start_with(&settings()).unwrap();
         self.verify(&server);
         let named = random.one_in(2).then(|| random.pick(WORKING));
@@ -224,6 +235,7 @@ impl World {
             actors,
             calls,
             mapped,
+            ..
         } = self;
         let (calls, round) = (&*calls, &round);
         std::thread::scope(|scope| {
@@ -249,7 +261,7 @@ impl World {
 
     fn verify(&mut self, server: &Daemon) {
         let (mut admin, _) = server.app(json!({"app_id": "admin"}));
-        check(&mut admin, "ok");
+        check(&mut admin, self.store);
         for actor in &mut self.actors {
             actor.verify(server);
         }
@@ -275,7 +287,8 @@ impl World {
             die_at_start(site, name, tally);
             let server = site.start_with(&settings()).unwrap();
             let (mut admin, _) = server.app(json!({"app_id": "admin"}));
-            check(&mut admin, "degraded");
+            self.store = "degraded";
+            check(&mut admin, self.store);
             server.kill();
         }
         let server = site.start_with(&settings()).unwrap();

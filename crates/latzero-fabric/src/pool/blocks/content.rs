@@ -165,6 +165,18 @@ impl<P: Clone> Pool<P> {
         Ok(Some("{}".into()))
     }
 
+    /// Tells of a version that nobody told of, because its writer ended.
+    pub(in crate::pool) fn look_for_news<E: Effects<Peer = P>>(
+        &mut self,
+        key: BlockKey,
+        fx: &mut E,
+    ) {
+        if let Some(block) = self.blocks.at(key) {
+            let version = fx.version_noted(block.storage, u64::MAX);
+            self.tell_change(key, version, fx);
+        }
+    }
+
     /// Has a block reach the disk; the reply comes when it is there.
     ///
     /// # Errors

@@ -80,6 +80,12 @@ impl<P: Clone> Pool<P> {
                 continue;
             };
             let could_write = block.could_write(handler);
+            if could_write {
+                self.look_for_news(key, fx);
+            }
+            let Some(block) = self.blocks.at_mut(key) else {
+                continue;
+            };
             if let Some(attachment) = block.attachments.iter_mut().find(|a| a.member == handler) {
                 *attachment.lent(access) -= 1;
             }
@@ -142,6 +148,11 @@ impl<P: Clone> Pool<P> {
             leaver.takes_descriptors,
         );
         for key in std::mem::take(&mut leaver.blocks) {
+            let wrote = is_mapping && self.blocks.at(key).is_some_and(|b| b.could_write(member));
+            if wrote {
+                // It may have gone between a version and the word of it.
+                self.look_for_news(key, fx);
+            }
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
             };
