@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use latzero_fabric::limits::LIMITS;
 use latzero_protocol::error::RaisedBy;
 use latzero_protocol::{Code, Ran};
 
@@ -46,7 +47,12 @@ pub(crate) fn check() -> Done {
 }
 
 fn files() -> Result<BTreeMap<PathBuf, String>, String> {
-    let mut files = BTreeMap::from([(PathBuf::from("docs/errors.md"), errors_page())]);
+    let operations = PathBuf::from("docs/operations.md");
+    let with_limits = with_limits(&read(&root().join(&operations))?)?;
+    let mut files = BTreeMap::from([
+        (PathBuf::from("docs/errors.md"), errors_page()),
+        (operations, with_limits),
+    ]);
     for vector in vectors::of_document(&read(&root().join("docs/protocol.md"))?)? {
         let path = PathBuf::from(format!("conformance/vectors/{}.json", vector.file_name()));
         if files.insert(path, vector.to_json()).is_some() {
@@ -68,6 +74,30 @@ fn strays(files: &BTreeMap<PathBuf, String>) -> Result<Vec<PathBuf>, String> {
         .map(|entry| entry.path())
         .filter(is_stray)
         .collect())
+}
+
+/// The page with its table of limits written anew.
+fn with_limits(page: &str) -> Result<String, String> {
+    const BEGIN: &str =
+        "<!-- From crates/latzero-fabric/src/limits.rs by `cargo xtask codegen` -->\n";
+    const END: &str = "<!-- End of the generated table -->\n";
+    let parts = page
+        .split_once(BEGIN)
+        .and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
+    let (before, after) =
+        parts.ok_or("docs/operations.md: the marks around the table of limits are gone")?;
+    let mut table =
+        String::from("| limit | default | bounds | at the limit |\n|---|---|---|---|\n");
+    for limit in LIMITS {
+        let (name, default) = (limit.setting, limit.unit.show(limit.default));
+        let _ = writeln!(
+            table,
+            "| `{name}` | {default} | {} | {} |",
+            limit.doc.trim(),
+            limit.answer
+        );
+    }
+    Ok(format!("{before}{BEGIN}{table}{END}{after}"))
 }
 
 fn errors_page() -> String {

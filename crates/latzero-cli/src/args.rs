@@ -1,5 +1,6 @@
 //! Everything that can be typed.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,53 +8,55 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use latzero_server::settings::Override;
 
-use crate::exit;
+use crate::exit::{self, Failure};
 use crate::output::Color;
-use crate::parse;
+use crate::parse::{self, Target};
 use crate::reach::Reach;
 
-/// The commands by what they are for; clap itself would list them in one heap.
+/// The commands in groups, which clap cannot do by itself.
 const HELP: &str = "\
 {about}
 
 {usage-heading} {usage}
 
-The server:
+Server:
   start       Start the server
-  status      Is it running, where, and how busy is it
-  stop        Stop it: running calls are finished first
-  reload      Have it read its settings again
-  doctor      What stands in the way of a start, and what mends it
-  config      Show the settings, each with where it comes from
-  kick        Close the connections of an app
-
-What is kept:
-  backup      Copy the database and the persistent blocks into one file
-  restore     Make a backup the database; the server must be stopped
-  db          Look for damage in the database
+  status      Show whether the server is running, where, and how busy it is
+  stop        Stop the server once its running calls are finished
+  reload      Reload the settings
+  logs        Print the server's log
+  service     Run the server as a systemd user service
+  doctor      Diagnose why the server cannot start, and how to fix it
+  config      Show the settings and where each one comes from
+  kick        Close an app's connections
 
 Calls and events:
   call        Call a trigger and print the answer
-  answers     Print the answers to parked calls that came while nobody waited
-  emit        Send an event to whoever handles it
-  serve       Make any program a handler: JSON on its stdin, JSON from its stdout
-  on          Print events as they come
+  answers     Print the answers to parked calls
+  emit        Send an event to the apps that handle it
+  serve       Run a program for each call of a trigger
+  on          Print events as they arrive
 
 Memory:
-  block       Blocks of memory: list, make, read, write, watch, lock, dump, load
+  block       Work with memory blocks: create, read, write, watch, lock, dump, load
 
-Looking at it:
-  apps        The apps that the server knows, live or offline
-  pools       The pools there are
-  watch       Print who comes and goes in a pool
-  stats       Counts, response times, errors, resources
-  health      Is every part well
-  ping        How long an answer takes
-  bench       How many calls or events a second
+Storage:
+  backup      Back up the database and the persistent blocks
+  restore     Restore a backup; the server must be stopped
+  db          Check the database for damage
+
+Inspect:
+  apps        List the apps that the server knows, and forget offline ones
+  pools       List, create, inspect and remove pools
+  watch       Print the presence events of a pool
+  stats       Show counters, response times, errors and resource usage
+  health      Check the health of every component
+  ping        Measure the server's response time
+  bench       Measure calls or events per second
 
 Other:
   completion  Print a completion script for a shell
-  help        Help on a command
+  help        Show the help of a command
 
 Options:
 {options}
@@ -61,35 +64,36 @@ Options:
 {after-help}";
 
 const ABOUT: &str =
-    "LatZero: call functions of other programs, send them events, be called by them";
+    "LatZero: call functions of other programs, send them events, and share memory with them";
 
 const AFTER_HELP: &str = "\
 Try it:
-  latzero start
+  latzero start --detach
   latzero call system/echo '{\"x\":42}'
 
-Each command has its own help with examples: latzero call --help";
+Each command has its own help with examples: latzero call --help
+
+On a terminal, characters in text from other programs that could disturb it are escaped.";
 
 #[derive(Debug, Parser)]
 #[command(
-    name = "latzero", version, about = ABOUT, propagate_version = false, arg_required_else_help = true,
-    help_template = HELP, after_help = format!("{AFTER_HELP}\n\n{}", exit::TABLE),
-    max_term_width = 100,
+    name = "latzero", version, about = ABOUT, propagate_version = false,
+    arg_required_else_help = true, help_template = HELP,
+    after_help = format!("{AFTER_HELP}\n\n{}", exit::TABLE), max_term_width = 100,
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
-    /// Print JSON, for scripts; errors too, on stderr
+    /// Print JSON, for scripts; errors as well, on stderr
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// When to colour
+    /// When to use colours: auto, always, never
     #[arg(
         long,
         global = true,
         value_name = "WHEN",
         default_value = "auto",
-        hide_possible_values = true,
-        help = "When to colour: auto, always, never"
+        hide_possible_values = true
     )]
     pub(crate) color: Color,
 }
@@ -101,143 +105,202 @@ pub(crate) enum Command {
     #[command(disable_help_flag = true, mut_arg("host", |arg| arg.short('h')), after_help = "\
 Examples:
   latzero start
-  latzero start --port 0 --data-dir /tmp/lz   a port the system chooses, files of its own
+  latzero start --detach                      in the background; returns once it is ready
+  latzero start --port 0 --data-dir /tmp/lz   a free port, and a directory of its own
   latzero start --set limits.max_frame=4MiB   any setting; `latzero config show` lists them
-  latzero start --log-level debug             say more
+  latzero start --log-level debug             log more
 
-It prints `latzero ready` with its addresses once it listens, and runs until `latzero stop`,
-SIGTERM or Ctrl-C; a second signal ends it at once. SIGHUP reads the settings again.
-Logs go to stderr and to DIR/logs/server.log.")]
+Once the server listens, it prints `latzero ready` with its addresses. It runs until
+`latzero stop`, SIGTERM or Ctrl-C; a second signal ends it at once. SIGHUP reloads the settings.
+It logs to stderr and to DIR/logs/server.log; `latzero logs` prints the latter.")]
     Start(StartArgs),
-    /// Is the server running, where, and how busy is it
+    /// Show whether the server is running, where, and how busy it is
     #[command(after_help = "\
 Examples:
   latzero status
   latzero status --json | jq .pid
 
-Exit code 0 if it runs, 3 if not.")]
-    Status(StatusArgs),
-    /// Stop the server: running calls are finished first
+Exit code 0 if it is running, 3 if not, 6 if it does not respond.")]
+    Status(Reach),
+    /// Stop the server once its running calls are finished
     #[command(after_help = "\
 Examples:
   latzero stop
-  latzero stop --timeout 5s   wait no longer; the server still stops when its calls are done")]
+  latzero stop --timeout 5s   wait no longer; the server still stops when its calls are finished")]
     Stop(StopArgs),
-    /// Have the server read its settings again
-    #[command(after_help = "What needs a restart to take effect is listed, and stays as it was.")]
-    Reload(ReloadArgs),
-    /// Close the connections of an app
+    /// Reload the settings
+    #[command(after_help = "\
+Settings that need a restart are listed and keep their current value.")]
+    Reload(Reach),
+    /// Print the server's log
+    #[command(after_help = "\
+Examples:
+  latzero logs               the last 20 lines
+  latzero logs -n 100 -f     the last 100, and new ones as they are written
+  latzero logs --json | jq 'select(.level == \"WARN\")'
+
+It reads DIR/logs/server.log, so it works while the server is down. --json prints the lines as they
+are in the file.")]
+    Logs(LogsArgs),
+    /// Run the server as a systemd user service
+    #[command(after_help = "\
+Examples:
+  latzero service show                    print the unit file
+  latzero service install                 write it, enable it and start the server
+  latzero service install --port 45228 --set log_level=debug
+  latzero service uninstall               stop the server and remove the unit file
+
+Every step is printed. The service runs as long as you are logged in; to keep it running:
+loginctl enable-linger")]
+    Service(ServiceArgs),
+    /// Close an app's connections
     #[command(after_help = "\
 Examples:
   latzero kick worker
-  latzero kick worker --instance 00000000000000ff   `latzero apps --json` lists instances")]
+  latzero kick worker --instance 00000000000000ff   `latzero apps --json` lists instances
+
+Exit code 5 if the app has no such connection.")]
     Kick(KickArgs),
-    /// Copy the database and the persistent blocks into one file
+    /// Back up the database and the persistent blocks
     #[command(
         args_conflicts_with_subcommands = true,
         after_help = "\
 Examples:
-  latzero backup                      a file of its own in DIR/backups; old ones are thinned out
-  latzero backup --to /mnt/lz.db      a file there, on the server's machine; it stays
-  latzero backup ls --verify          are they still good
+  latzero backup                      into DIR/backups, where old backups are thinned out
+  latzero backup --to /mnt/lz.db      into this file on the server's machine
+  latzero backup ls --verify          list the backups and check them
 
-The server goes on meanwhile. The copy is checked before it gets its name."
+The server keeps running. The backup is verified before it gets its name."
     )]
     Backup(BackupArgs),
-    /// Make a backup the database; the server must be stopped
+    /// Restore a backup; the server must be stopped
     #[command(after_help = "\
 Examples:
   latzero stop && latzero restore ~/.latzero/backups/latzero-20260102-030405.db && latzero start
   latzero restore lz.db --data-dir /var/lib/latzero --yes
 
-The whole backup is verified before anything changes. The former database is kept as replaced-…
-beside the new one, and blocks that are replaced are kept under memory/.orphans. Where it is
-interrupted, restore again. On a terminal it asks first.
-Exit code 75 while a server runs on the directory, 4 if the backup is not good.")]
+The whole backup is verified before anything changes. The former database is kept beside the new
+one as replaced-…, and replaced blocks are kept under memory/.orphans. If a restore is interrupted,
+run it again. On a terminal it asks for confirmation.
+Exit code 75 while a server runs on the directory, 4 if the backup is damaged.")]
     Restore(RestoreArgs),
-    /// Look for damage in the database
+    /// Check the database for damage
     #[command(after_help = "\
 Examples:
-  latzero db check          structure; a moment
-  latzero db check --full   every record and reference too
+  latzero db check          the structure; quick
+  latzero db check --full   every record and reference as well
 
-Exit code 0 if all is well, 4 if something was found. A running server is asked; without one the
-files are looked at, and nothing is changed.")]
+Exit code 0 if no damage was found, 4 otherwise. A running server does the check; without one, the
+files are checked, and nothing is changed.")]
     Db(DbArgs),
     /// Call a trigger and print the answer
     #[command(after_help = "\
 Examples:
   latzero call system/echo '{\"x\":42}'
-  latzero call alpha/resize @request.json          the payload from a file
-  date +%s | latzero call alpha/at -               the payload from stdin
+  latzero call alpha/resize @request.json          payload from a file
+  date +%s | latzero call alpha/at -               payload from stdin
+  latzero call alpha/store --bytes @photo.jpg      raw bytes instead of JSON
   latzero call --pool alpha files/list '\"/tmp\"'    the trigger `files/list` in the pool alpha
-  latzero call alpha/tail '{}' --stream            items as they come, one line each
-  latzero call jobs/run '{}' --park --ttl 1h       wait until somebody handles it
-  latzero call jobs/run '{}' --park --no-wait      leave it there; `latzero answers` gets the answer
+  latzero call alpha/tail '{}' --stream            items as they arrive, one line each
+  latzero call jobs/run '{}' --park --ttl 1h       wait until a handler takes it
+  latzero call jobs/run '{}' --park --no-wait      return at once; see `latzero answers`
 
-With --park the pool is made where there is none, and the call outlives the server and this command:
-Ctrl-C leaves it parked. Unless --app says otherwise it is sent under an AppID of its own, which is
-told, so that no other command gets its answer.
 The part before the first / is the pool, unless --pool names it; with neither, it is `default`.
-Exit code 5 if the call is answered with an error, 6 if there is no answer in time.")]
+An answer of raw bytes is printed as it is, unless stdout is a terminal; with --json it is
+{\"hex\":\"…\"}. With --stream, items are lines on stdout, and the final answer, if it is not null, is
+a line on stderr; with --json each line is {\"item\":…}, {\"progress\":…} or {\"end\":…}.
+With --park the pool is created if necessary, and the call survives a restart of the server and the
+end of this command: Ctrl-C leaves it parked. It is sent under an AppID of its own unless --app
+names one, so that no other command receives its answer.
+Exit code 5 if the answer is an error, 6 if there is no answer in time.")]
     Call(CallArgs),
-    /// Print the answers to parked calls that came while nobody waited
+    /// Print the answers to parked calls
     #[command(after_help = "\
 Examples:
   latzero answers --app shop
   latzero answers --app shop --pool orders --wait 1h --count 1     wait for one
 
-One JSON line per answer: id, pool, and data or error. The app joins every pool that has one, or
-those that --pool names; an answer that was printed is not kept any more.
-Exit code 6 if --wait was given and not enough came.")]
+One JSON line per answer: id, pool, and data or error. Without --pool, the app joins every pool that
+has answers for it. An answer that was printed is not kept.
+Exit code 6 if --wait was given and too few answers arrived.")]
     Answers(AnswersArgs),
-    /// Send an event to whoever handles it
+    /// Send an event to the apps that handle it
     #[command(after_help = "\
 Examples:
   latzero emit alpha/saved '{\"id\":7}'     to one handler of each app that handles `saved`
-  latzero emit alpha/saved '{}' --one     to one handler alone
+  latzero emit alpha/saved '{}' --one     to a single handler
 
 The part before the first / is the pool, unless --pool names it; with neither, it is `default`.")]
     Emit(EmitArgs),
-    /// Make any program a handler: JSON on its stdin, JSON from its stdout
+    /// Run a program for each call of a trigger
     #[command(after_help = "\
 Examples:
-  latzero serve alpha/upper -- tr a-z A-Z          each call runs `tr`
-  latzero serve sum avg --pool alpha -- ./math.sh  $LATZERO_TRIGGER says which
-  latzero serve alpha/infer --lines -- ./model.py  one process for all calls, a JSON line each way
+  latzero serve alpha/upper -- tr a-z A-Z              run `tr` for each call
+  latzero serve sum avg --pool alpha -- ./math.sh      $LATZERO_TRIGGER says which
+  latzero serve alpha/infer --lines -- ./model.py      one process for all calls
+  latzero serve alpha/tail --stream -- tail -n 5 log   each line is an item of the answer
 
-The program sees LATZERO_TRIGGER, LATZERO_POOL, LATZERO_CALLER and LATZERO_ID. What it prints is the
-answer: as it is where it is JSON, else as a JSON string. An exit code other than 0 is the error
-`handler_error` with the code and the end of its stderr. A call that is cancelled or out of time
-ends the program, and what it started. Runs until Ctrl-C; calls that run are finished.")]
+Input: the program reads the payload from stdin: JSON text, or raw bytes if bytes were sent.
+Output: what it prints is the answer. JSON stays JSON, other UTF-8 text becomes a JSON string
+without its last line break, and anything else is sent as raw bytes. --output says it instead.
+With --stream each line is an item of its own; with --stream=length each item has its length before
+it, four bytes, most significant first. With --lines the program gets each payload as a line on
+stdin and prints one line for it.
+An exit code other than 0 is the error `handler_error`, with the code and the end of its stderr.
+A call that is cancelled or out of time ends the program and what it started in its process group;
+so does the end of this command, also by SIGKILL.
+Environment: LATZERO_TRIGGER, LATZERO_POOL, LATZERO_CALLER (AppID), LATZERO_CALLER_INSTANCE,
+LATZERO_HEADERS (a JSON object), LATZERO_DEADLINE (Unix time in ms), LATZERO_ATTEMPT, LATZERO_ID.
+LATZERO_ variables with TOKEN, KEY, SECRET or PASS in their names are not passed on.
+Nothing is remembered of it unless --app names it. Ctrl-C finishes the running calls and ends.")]
     Serve(ServeArgs),
-    /// Print events as they come
+    /// Print events as they arrive
     #[command(after_help = "\
 Examples:
   latzero on alpha/saved
   latzero on alpha/saved --count 1 | jq .data     wait for one
 
-One JSON line per event: trigger, pool, from, data, and how many were lost before it, if any.")]
+One JSON line per event: trigger, pool, from, data, and lost, if events before it were lost. If
+events were lost and none follows, a line says {\"trigger\":…,\"lost\":N}.")]
     On(OnArgs),
-    /// The apps that the server knows, live or offline
+    /// List the apps that the server knows, and forget offline ones
     #[command(
         args_conflicts_with_subcommands = true,
         after_help = "\
 Examples:
   latzero apps
-  latzero apps --offline           known, and not here
-  latzero apps forget worker       what it registered is given up
+  latzero apps --offline                      known and not connected
+  latzero apps forget worker                  delete its registration
+  latzero apps forget --offline --older 7d    of every app that has been offline for a week
 
-An app that is offline has its pools and triggers again when it comes back; parked calls wait for it."
+An offline app gets its pools and triggers back when it returns, and parked calls wait for it."
     )]
     Apps(AppsArgs),
-    /// The pools there are
+    /// List, create, inspect and remove pools
+    #[command(
+        args_conflicts_with_subcommands = true,
+        after_help = "\
+Examples:
+  latzero pools
+  latzero pools create lab --durable
+  latzero pools create lab --policy join=alice,bob --policy serve=alice
+  latzero pools info lab
+  latzero pools remove lab
+
+A policy names the apps that may do something; `*` means every app. Without one, every app may."
+    )]
     Pools(PoolsArgs),
-    /// Print who comes and goes in a pool
+    /// Print the presence events of a pool
+    #[command(after_help = "\
+Examples:
+  latzero watch alpha
+  latzero watch alpha --count 1 --json
+
+Apps that come and go, triggers that are added and removed, and changes of blocks.")]
     Watch(WatchArgs),
-    /// Counts, response times, errors, resources
-    Stats(StatsArgs),
-    /// Blocks of memory: list, make, read, write, watch, lock, dump, load
+    /// Show counters, response times, errors and resource usage
+    Stats(Reach),
+    /// Work with memory blocks: create, read, write, watch, lock, dump, load
     #[command(after_help = "\
 Examples:
   latzero block create alpha/frame 8MiB --dtype '<f4' --shape 1080,1920
@@ -249,36 +312,36 @@ Examples:
   latzero block dump alpha/frame frame.npy
   latzero block load alpha/frame frame.npy")]
     Block(BlockArgs),
-    /// Is every part of the server well
+    /// Check the health of every component
     #[command(
-        after_help = "Exit code 0 if every part is well, 4 if one is not, 3 if no server runs."
+        after_help = "Exit code 0 if every component is healthy, 4 otherwise, 3 if no server runs."
     )]
-    Health(HealthArgs),
-    /// How long an answer of the server takes
+    Health(Reach),
+    /// Measure the server's response time
     Ping(PingArgs),
-    /// How many calls or events a second this machine does
+    /// Measure calls or events per second
     #[command(after_help = "\
 Examples:
   latzero bench call                        one at a time, to a handler in this program
-  latzero bench call --in-flight 64         64 under way at a time
-  latzero bench call --to system/echo       to the server's own echo: no handler's process
+  latzero bench call --in-flight 64         64 at a time
+  latzero bench call --to system/echo       to the server's own echo, without a handler's process
   latzero bench emit --in-flight 64 --size 1KiB
 
-For figures that compare with other systems, see `cargo xtask bench`.")]
+To compare with other systems, see `cargo xtask bench`.")]
     Bench(BenchArgs),
-    /// What stands in the way of a start, and what mends it
+    /// Diagnose why the server cannot start, and how to fix it
     #[command(after_help = "\
-It looks and changes nothing. The options are those of `start`: give the same.
-Exit code 4 if something would keep the server from starting or from running well.")]
-    Doctor(DoctorArgs),
-    /// Show the settings, each with where it comes from
+It changes nothing. It takes the options of `start`: pass the same ones.
+Exit code 4 if something keeps the server from starting or from running well.")]
+    Doctor(SettingsArgs),
+    /// Show the settings and where each one comes from
     #[command(after_help = "\
 Examples:
   latzero config show
-  latzero config show --changed      what is not at its default
+  latzero config show --changed      settings that are not at their default
   latzero config default > ~/.latzero/config/mine.toml
 
-The command line beats the environment, that beats files, and those beat the defaults.")]
+Flags override environment variables, which override files, which override the defaults.")]
     Config(ConfigArgs),
     /// Print a completion script for a shell
     #[command(after_help = "\
@@ -289,7 +352,7 @@ Examples:
     Completion(CompletionArgs),
 }
 
-/// What the server is told.
+/// The settings that can be typed.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct SettingsArgs {
     /// TCP port; 0 lets the system choose [default: 45227]
@@ -298,7 +361,7 @@ pub(crate) struct SettingsArgs {
     /// Address to listen on [default: 127.0.0.1]
     #[arg(long)]
     host: Option<String>,
-    /// Where the server keeps its files [default: ~/.latzero]
+    /// Directory of the server's files [default: ~/.latzero]
     #[arg(short, long, value_name = "DIR")]
     data_dir: Option<String>,
     /// Unix socket: a path, auto or off [default: auto]
@@ -325,7 +388,8 @@ pub(crate) struct SettingsArgs {
 }
 
 impl SettingsArgs {
-    /// The settings that were typed. Their values are judged with those of files and variables, in one place.
+    /// The settings that were typed. Their values are checked with those of files and variables, in
+    /// one place.
     pub(crate) fn overrides(&self) -> Vec<Override> {
         let texts = [
             ("port", &self.port, "--port"),
@@ -356,7 +420,13 @@ impl SettingsArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct StartArgs {
-    /// Take over from the server that runs on the data directory: its sockets and blocks go over, clients reconnect
+    /// Run in the background; return once the server is ready
+    #[arg(long, conflicts_with = "takeover")]
+    pub(crate) detach: bool,
+    /// This process is the background of `--detach`
+    #[arg(long, hide = true)]
+    pub(crate) background: bool,
+    /// Replace the server that runs on the data directory: it hands over its sockets and blocks
     #[arg(long)]
     pub(crate) takeover: bool,
     #[command(flatten)]
@@ -364,12 +434,6 @@ pub(crate) struct StartArgs {
     /// Print help
     #[arg(long, action = ArgAction::Help)]
     help: Option<bool>,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct StatusArgs {
-    #[command(flatten)]
-    pub(crate) reach: Reach,
 }
 
 #[derive(Args, Debug)]
@@ -382,9 +446,31 @@ pub(crate) struct StopArgs {
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct ReloadArgs {
+pub(crate) struct LogsArgs {
+    /// How many lines of the end
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    pub(crate) lines: u32,
+    /// Keep printing lines as they are written
+    #[arg(short, long)]
+    pub(crate) follow: bool,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) dir: DataDir,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ServiceArgs {
+    #[command(subcommand)]
+    pub(crate) command: ServiceCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServiceCommand {
+    /// Write the unit file, enable the service and start it
+    Install(SettingsArgs),
+    /// Stop the service and remove the unit file
+    Uninstall,
+    /// Print the unit file that `install` writes
+    Show(SettingsArgs),
 }
 
 #[derive(Args, Debug)]
@@ -392,58 +478,139 @@ pub(crate) struct KickArgs {
     /// The AppID
     #[arg(value_name = "APP")]
     pub(crate) kicked: String,
-    /// This instance alone
+    /// Only this instance
     #[arg(long, value_name = "INSTANCE")]
     pub(crate) instance: Option<String>,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
 
+/// A trigger and its pool.
 #[derive(Args, Debug)]
-pub(crate) struct CallArgs {
+pub(crate) struct TargetArgs {
     /// The trigger
     #[arg(value_name = "[POOL/]TRIGGER")]
-    pub(crate) target: String,
-    /// The payload: JSON, - for stdin, @FILE for a file [default: null]
-    #[arg(value_name = "JSON", allow_negative_numbers = true)]
-    pub(crate) data: Option<String>,
-    /// The pool; the whole of TRIGGER is then the trigger's name
+    target: String,
+    /// The pool; TRIGGER is then the whole name of the trigger
     #[arg(long)]
-    pub(crate) pool: Option<String>,
-    /// The app to call, whoever else serves the trigger
+    pool: Option<String>,
+}
+
+impl TargetArgs {
+    pub(crate) fn parse(&self) -> Result<Target, Failure> {
+        Target::parse(&self.target, self.pool.as_deref())
+    }
+}
+
+/// Several triggers, in one pool if it is named.
+#[derive(Args, Debug)]
+pub(crate) struct TargetsArgs {
+    /// The triggers
+    #[arg(value_name = "[POOL/]TRIGGER", required = true)]
+    targets: Vec<String>,
+    /// The pool; each TRIGGER is then the whole name of a trigger
+    #[arg(long)]
+    pool: Option<String>,
+}
+
+impl TargetsArgs {
+    pub(crate) fn parse(&self) -> Result<Vec<Target>, Failure> {
+        let parse = |target: &String| Target::parse(target, self.pool.as_deref());
+        self.targets.iter().map(parse).collect()
+    }
+}
+
+/// Where a message goes, and what goes with it.
+#[derive(Args, Debug)]
+pub(crate) struct DeliveryArgs {
+    /// Only this app, whoever else handles the trigger
     #[arg(long, value_name = "APP")]
     pub(crate) to: Option<String>,
-    /// How long the answer may take [default: 30s]
-    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
-    pub(crate) timeout: Option<Duration>,
-    /// What a sticky trigger goes by
+    /// The key by which a sticky trigger chooses a handler
     #[arg(long)]
     pub(crate) key: Option<String>,
     /// A header for the handler; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse::pair)]
     pub(crate) header: Vec<(String, String)>,
-    /// Where nobody handles it, have it wait on the server's disk until somebody does
+}
+
+/// The payload of a call or an event.
+#[derive(Args, Debug)]
+pub(crate) struct PayloadArgs {
+    /// The payload: JSON, - for stdin, @FILE for a file [default: null]
+    #[arg(value_name = "JSON", allow_negative_numbers = true)]
+    data: Option<String>,
+    /// Send the payload as raw bytes: text, - for stdin, @FILE for a file
+    #[arg(long, requires = "data")]
+    bytes: bool,
+}
+
+impl PayloadArgs {
+    pub(crate) fn read(&self) -> Result<latzero::Data, Failure> {
+        match (&self.data, self.bytes) {
+            (Some(data), true) => {
+                let bytes = parse::bytes(data, parse::INPUT_BYTES_MAX)?;
+                Ok(latzero::Data::Bytes(latzero::Bytes(bytes)))
+            }
+            (data, _) => Ok(latzero::Data::Json(parse::payload(data.as_deref())?)),
+        }
+    }
+}
+
+/// When a command that prints as things happen is done.
+#[derive(Args, Debug)]
+pub(crate) struct CountArgs {
+    /// Stop after this many
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) count: Option<u64>,
+}
+
+impl CountArgs {
+    /// Whether more are wanted than were `seen`.
+    pub(crate) fn wants_more(&self, seen: u64) -> bool {
+        self.count.is_none_or(|count| seen < count)
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CallArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    #[command(flatten)]
+    pub(crate) payload: PayloadArgs,
+    #[command(flatten)]
+    pub(crate) delivery: DeliveryArgs,
+    /// How long to wait for the answer, connecting included [default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) timeout: Option<Duration>,
+    /// If no handler can take it now, keep it on the server's disk until one can
     #[arg(long, conflicts_with = "stream")]
     pub(crate) park: bool,
-    /// How long it may wait and run in all, 30d at most [default: 24h]
-    #[arg(long, value_name = "DURATION", value_parser = parse::long_duration, requires = "park", conflicts_with = "timeout")]
+    /// How long it may wait and run in total, at most 30d [default: 24h]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        value_parser = parse::long_duration,
+        requires = "park",
+        conflicts_with = "timeout"
+    )]
     pub(crate) ttl: Option<Duration>,
-    /// Print where it is parked, and leave the answer to `latzero answers`
+    /// Print where it is parked and return; `latzero answers` gets the answer
     #[arg(long, requires = "park")]
     pub(crate) no_wait: bool,
-    /// Where its handler dies, give it to the next one: it may run more than once
+    /// If its handler dies, give the call to another one: it may run more than once
     #[arg(long)]
     pub(crate) redeliver: bool,
-    /// A repeat with the same key gets the first one's answer, and the handler runs once
+    /// A second call with the same key gets the first one's answer, and the handler runs once
     #[arg(long, value_name = "KEY")]
     pub(crate) idempotency_key: Option<String>,
-    /// The call's id, by which `latzero answers` names it
+    /// The call's id, under which `latzero answers` lists it
     #[arg(long, value_name = "ID")]
     pub(crate) id: Option<String>,
-    /// Print items of the answer as they come, one JSON line each; progress on stderr
+    /// Print the items of a streamed answer as they arrive, one line each; progress on stderr
     #[arg(long)]
     pub(crate) stream: bool,
-    /// Print a text without its quotes, and bytes as they are
+    /// Print a string without quotes, and bytes as they are; on a terminal nothing is escaped then
     #[arg(long, conflicts_with = "json")]
     pub(crate) raw: bool,
     #[command(flatten)]
@@ -455,61 +622,84 @@ pub(crate) struct AnswersArgs {
     /// Calls in this pool; may be repeated [default: every pool]
     #[arg(long)]
     pub(crate) pool: Vec<String>,
-    /// Wait that long for answers that are not there yet
+    /// How long to wait for answers that are not there yet
     #[arg(long, value_name = "DURATION", value_parser = parse::long_duration)]
     pub(crate) wait: Option<Duration>,
-    /// End after so many
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) count: Option<u64>,
+    #[command(flatten)]
+    pub(crate) limit: CountArgs,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct EmitArgs {
-    /// The trigger
-    #[arg(value_name = "[POOL/]TRIGGER")]
-    pub(crate) target: String,
-    /// The payload: JSON, - for stdin, @FILE for a file [default: null]
-    #[arg(value_name = "JSON", allow_negative_numbers = true)]
-    pub(crate) data: Option<String>,
-    /// The pool; the whole of TRIGGER is then the trigger's name
-    #[arg(long)]
-    pub(crate) pool: Option<String>,
-    /// To this app alone
-    #[arg(long, value_name = "APP")]
-    pub(crate) to: Option<String>,
-    /// To one handler rather than to all
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    #[command(flatten)]
+    pub(crate) payload: PayloadArgs,
+    #[command(flatten)]
+    pub(crate) delivery: DeliveryArgs,
+    /// To a single handler, instead of one of each app
     #[arg(long)]
     pub(crate) one: bool,
-    /// What a sticky trigger goes by, with --one
-    #[arg(long)]
-    pub(crate) key: Option<String>,
-    /// A header for the handlers; may be repeated
-    #[arg(long, value_name = "NAME=VALUE", value_parser = parse::pair)]
-    pub(crate) header: Vec<(String, String)>,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
 
+/// How the items of a streamed answer are told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Framing {
+    /// Each line is one
+    Lines,
+    /// Its length in four bytes, most significant first, and then the item
+    Length,
+}
+
+/// What a program prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Printed {
+    /// JSON if it is JSON, text if it is UTF-8, raw bytes otherwise
+    Auto,
+    /// JSON; anything else is an error
+    Json,
+    /// Text, also if it looks like JSON
+    Text,
+    /// Raw bytes
+    Bytes,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct ServeArgs {
-    /// The triggers
-    #[arg(value_name = "[POOL/]TRIGGER", required = true)]
-    pub(crate) targets: Vec<String>,
+    #[command(flatten)]
+    pub(crate) targets: TargetsArgs,
     /// The program and its arguments
     #[arg(value_name = "COMMAND", last = true, required = true)]
-    pub(crate) command: Vec<String>,
-    /// The pool; the whole of each TRIGGER is then the trigger's name
-    #[arg(long)]
-    pub(crate) pool: Option<String>,
-    /// Programs that run at a time [default: one per core]
+    pub(crate) command: Vec<OsString>,
+    /// How many programs run at a time [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) concurrency: Option<u16>,
-    /// Keep one process, and exchange a JSON line per call with it
-    #[arg(long, conflicts_with = "concurrency")]
+    /// Keep one process, and exchange a line per call with it
+    #[arg(long, conflicts_with_all = ["concurrency", "stream"])]
     pub(crate) lines: bool,
-    /// What the triggers do, for people who list them
+    /// Send each item that the program prints as it is printed: lines, or length
+    #[arg(
+        long,
+        value_name = "FRAMING",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "lines",
+        hide_possible_values = true
+    )]
+    pub(crate) stream: Option<Framing>,
+    /// What the program prints: auto, json, text, bytes
+    #[arg(
+        long,
+        value_name = "KIND",
+        default_value = "auto",
+        hide_possible_values = true
+    )]
+    pub(crate) output: Printed,
+    /// What the triggers do, shown to people who list them
     #[arg(long, value_name = "TEXT")]
     pub(crate) doc: Option<String>,
     #[command(flatten)]
@@ -518,15 +708,10 @@ pub(crate) struct ServeArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct OnArgs {
-    /// The events
-    #[arg(value_name = "[POOL/]TRIGGER", required = true)]
-    pub(crate) targets: Vec<String>,
-    /// The pool; the whole of each TRIGGER is then the event's name
-    #[arg(long)]
-    pub(crate) pool: Option<String>,
-    /// End after so many
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) count: Option<u64>,
+    #[command(flatten)]
+    pub(crate) targets: TargetsArgs,
+    #[command(flatten)]
+    pub(crate) limit: CountArgs,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
@@ -535,39 +720,49 @@ pub(crate) struct OnArgs {
 pub(crate) struct AppsArgs {
     #[command(subcommand)]
     pub(crate) command: Option<AppsCommand>,
-    /// Those in this pool alone
+    /// Only apps in this pool
     #[arg(long)]
     pub(crate) pool: Option<String>,
-    /// Those that are connected alone
+    /// Only apps that are connected
     #[arg(long)]
     pub(crate) live: bool,
-    /// Those that are known and not connected alone
+    /// Only apps that are known and not connected
     #[arg(long, conflicts_with = "live")]
     pub(crate) offline: bool,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
 
-/// What else can be done about apps.
 #[derive(Debug, Subcommand)]
 pub(crate) enum AppsCommand {
-    /// Give up what an app that is offline registered
+    /// Delete an offline app's registration
     Forget(ForgetArgs),
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct ForgetArgs {
     /// The AppID
-    #[arg(value_name = "APP")]
-    pub(crate) forgotten: String,
+    #[arg(value_name = "APP", required_unless_present = "offline")]
+    pub(crate) forgotten: Option<String>,
+    /// Every app that is offline
+    #[arg(long, conflicts_with = "forgotten")]
+    pub(crate) offline: bool,
+    /// Only those that have been offline for longer than this
+    #[arg(
+        long,
+        value_name = "DURATION",
+        value_parser = parse::age,
+        requires = "offline"
+    )]
+    pub(crate) older: Option<Duration>,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
 
-/// A data directory, for what is done without its server.
+/// A data directory, for commands that need no server.
 #[derive(Args, Debug)]
 pub(crate) struct DataDir {
-    /// The data directory, ~/.latzero unless told otherwise [env: LATZERO_DATA_DIR]
+    /// The data directory [env: LATZERO_DATA_DIR] [default: ~/.latzero]
     #[arg(short, long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
 }
@@ -587,23 +782,22 @@ impl DataDir {
 pub(crate) struct BackupArgs {
     #[command(subcommand)]
     pub(crate) command: Option<BackupCommand>,
-    /// The file to make; it must not be there yet [default: one in DIR/backups]
+    /// The file to make, which must not exist [default: a new one in DIR/backups]
     #[arg(long, value_name = "FILE")]
     pub(crate) to: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
 
-/// What else can be done about backups.
 #[derive(Debug, Subcommand)]
 pub(crate) enum BackupCommand {
-    /// The backups in the data directory, newest first; exit code 4 if one is not good
+    /// List the backups of the data directory, newest first; exit code 4 if one is damaged
     Ls(BackupListArgs),
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct BackupListArgs {
-    /// Read each of them whole
+    /// Read each backup completely
     #[arg(long)]
     pub(crate) verify: bool,
     #[command(flatten)]
@@ -615,24 +809,22 @@ pub(crate) struct RestoreArgs {
     /// The backup
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(short, long)]
     pub(crate) yes: bool,
     #[command(flatten)]
     pub(crate) dir: DataDir,
 }
 
-/// `db` and what it is to do.
 #[derive(Args, Debug)]
 pub(crate) struct DbArgs {
     #[command(subcommand)]
     pub(crate) command: DbCommand,
 }
 
-/// What can be done about the database.
 #[derive(Debug, Subcommand)]
 pub(crate) enum DbCommand {
-    /// Look for damage; exit code 4 if there is any
+    /// Check for damage; exit code 4 if there is any
     Check(DbCheckArgs),
 }
 
@@ -647,8 +839,53 @@ pub(crate) struct DbCheckArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct PoolsArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<PoolsCommand>,
     #[command(flatten)]
     pub(crate) reach: Reach,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PoolsCommand {
+    /// Create a pool that stays until it is removed
+    Create(PoolCreateArgs),
+    /// Show a pool with its members and triggers
+    Info(PoolArgs),
+    /// Remove a pool
+    Remove(PoolRemoveArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PoolArgs {
+    /// The pool
+    #[arg(value_name = "POOL")]
+    pub(crate) pool: String,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PoolCreateArgs {
+    #[command(flatten)]
+    pub(crate) pool: PoolArgs,
+    /// Keep it on disk: it survives a restart of the server
+    #[arg(long)]
+    pub(crate) durable: bool,
+    /// Who may do what, like join=alice,bob; may be repeated
+    #[arg(long, value_name = "RIGHT=APP,…", value_parser = parse::pair)]
+    pub(crate) policy: Vec<(String, String)>,
+    /// A property, shown to everybody who asks for the pool; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse::pair)]
+    pub(crate) property: Vec<(String, String)>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PoolRemoveArgs {
+    #[command(flatten)]
+    pub(crate) pool: PoolArgs,
+    /// Remove it although it has members
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Args, Debug)]
@@ -656,21 +893,8 @@ pub(crate) struct WatchArgs {
     /// The pool
     #[arg(default_value = "default")]
     pub(crate) pool: String,
-    /// End after so many events
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) count: Option<u64>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct StatsArgs {
-    #[command(flatten)]
-    pub(crate) reach: Reach,
-}
-
-#[derive(Args, Debug)]
-pub(crate) struct HealthArgs {
+    pub(crate) limit: CountArgs,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
@@ -678,7 +902,13 @@ pub(crate) struct HealthArgs {
 #[derive(Args, Debug)]
 pub(crate) struct PingArgs {
     /// How many times
-    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        default_value_t = 5,
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+    )]
     pub(crate) count: u32,
     #[command(flatten)]
     pub(crate) reach: Reach,
@@ -689,7 +919,7 @@ pub(crate) struct PingArgs {
 pub(crate) enum Measured {
     /// Calls, each with its answer
     Call,
-    /// Events, each with the server's word on how many handlers it went to
+    /// Events, each with the server's count of the handlers it was sent to
     Emit,
 }
 
@@ -698,11 +928,21 @@ pub(crate) struct BenchArgs {
     /// What to measure
     #[arg(value_enum)]
     pub(crate) measured: Measured,
-    /// How many in all
-    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    /// How many in total
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 20_000,
+        value_parser = clap::value_parser!(u64).range(1..=1_000_000_000)
+    )]
     pub(crate) calls: u64,
-    /// How many under way at a time
-    #[arg(long, value_name = "W", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    /// How many at a time
+    #[arg(
+        long,
+        value_name = "W",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=1024)
+    )]
     pub(crate) in_flight: u16,
     /// Size of each payload
     #[arg(long, value_name = "BYTES", default_value = "64", value_parser = parse::size)]
@@ -715,12 +955,6 @@ pub(crate) struct BenchArgs {
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct DoctorArgs {
-    #[command(flatten)]
-    pub(crate) settings: SettingsArgs,
-}
-
-#[derive(Args, Debug)]
 pub(crate) struct ConfigArgs {
     #[command(subcommand)]
     pub(crate) what: ConfigCommand,
@@ -728,15 +962,15 @@ pub(crate) struct ConfigArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
-    /// The settings in force, each with where it comes from
+    /// Show the settings in force and where each one comes from
     Show(Box<ShowArgs>),
-    /// A settings file with every setting at its default, explained
+    /// Print a settings file with every setting at its default, explained
     Default,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct ShowArgs {
-    /// Those that are not at their default alone
+    /// Only settings that are not at their default
     #[arg(long)]
     pub(crate) changed: bool,
     #[command(flatten)]
@@ -749,52 +983,72 @@ pub(crate) struct CompletionArgs {
     pub(crate) shell: Shell,
 }
 
-/// `block` and what it is to do.
 #[derive(Args, Debug)]
 pub(crate) struct BlockArgs {
     #[command(subcommand)]
     pub(crate) command: BlockCommand,
 }
 
-/// What can be done about blocks.
 #[derive(Debug, Subcommand)]
 pub(crate) enum BlockCommand {
-    /// The blocks of a pool
+    /// List the blocks of a pool
     Ls(BlockListArgs),
-    /// All about one block: sizes, who is attached, who holds its lock
+    /// Show a block's sizes, who is attached, and who holds its lock
     Info(BlockOne),
-    /// Make a block
+    /// Create a block
     Create(BlockCreateArgs),
     /// Print a block's bytes: as they are, or as hex on a terminal
     Read(BlockReadArgs),
     /// Write bytes into a block, as one version
     Write(BlockWriteArgs),
-    /// Write bytes where others are expected; exit code 4 if they are not there
+    /// Compare and swap: write bytes if others are there now; exit code 4 if they are not
     Cas(BlockCasArgs),
-    /// Print each new version as it comes
+    /// Print each new version's number as it appears
     Watch(BlockWatchArgs),
     /// Run a command while holding the lock of a block
     #[command(after_help = "\
-The command finds the block in LATZERO_BLOCK and the lock's fence in LATZERO_FENCE.
-The exit code is the command's; 5 where the lock could not be had or was lost meanwhile.")]
+Examples:
+  latzero block lock alpha/frame -- ./update.sh
+  latzero block lock alpha/frame -- latzero block write alpha/frame hello
+
+The command and the programs that it starts write the block under the lock: the LatZero client finds
+the lock in LATZERO_LOCKS. LATZERO_BLOCK and LATZERO_FENCE name the block and the lock's fence.
+The lock is held until the command ends. Signals are passed on to it; if this program is killed
+with SIGKILL, the command is killed too. If the lock is lost, the command is ended, with SIGTERM and
+after 5 s with SIGKILL.
+The exit code is the command's, or 128 and the signal's number; 5 if the lock was not obtained in
+time or was lost, 2 if there is no such command.")]
     Lock(BlockLockArgs),
-    /// Give a block another size: a new generation
+    /// Change the size of a block; it gets a new generation
     Resize(BlockResizeArgs),
-    /// Remove a block, under everybody
+    /// Remove a block, even if others are attached
     Rm(BlockOne),
-    /// Write a block into a file: .npy with its layout, else its bytes
+    /// Write a block to a file; a .npy file gets the layout as well
+    #[command(after_help = "\
+Examples:
+  latzero block dump alpha/frame frame.npy
+  latzero block dump alpha/frame - | sha256sum
+
+A regular file is replaced at once, when it is complete; its mode is kept, and links to it are
+followed. Devices and pipes are written to.")]
     Dump(BlockFileArgs),
-    /// Fill a block from a file; it is made where there is none. .npy brings its layout
+    /// Replace a block's content with a file's; the block is created if necessary
+    #[command(after_help = "\
+Examples:
+  latzero block load alpha/frame frame.npy
+  latzero block load alpha/frame part.bin --offset 4096     write a part
+
+The block gets the size of the file, unless --offset is given. A .npy file brings its layout.")]
     Load(BlockLoadArgs),
 }
 
-/// Which block, and where.
+/// A block and its pool.
 #[derive(Args, Debug)]
 pub(crate) struct BlockAt {
     /// The block
     #[arg(value_name = "[POOL/]BLOCK")]
     pub(crate) block: String,
-    /// The pool; the whole of BLOCK is then the block's name
+    /// The pool; BLOCK is then the whole name of the block
     #[arg(long)]
     pub(crate) pool: Option<String>,
 }
@@ -816,16 +1070,16 @@ pub(crate) struct BlockOne {
     pub(crate) reach: Reach,
 }
 
-/// What a block is made as.
+/// How a block is created.
 #[derive(Args, Debug)]
 pub(crate) struct BlockKind {
-    /// As a file of the server's data directory, which outlives every process
+    /// Keep it in a file of the server's data directory, so that it survives every process
     #[arg(long)]
     pub(crate) persistent: bool,
-    /// Written in place, without snapshots: for users who take its lock
+    /// Write it in place, without snapshots: for users who take its lock
     #[arg(long, conflicts_with = "slots")]
     pub(crate) raw: bool,
-    /// Room for that many versions
+    /// Room for this many versions
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=4))]
     pub(crate) slots: Option<u32>,
     /// Only these apps may read; may be repeated
@@ -849,7 +1103,7 @@ pub(crate) struct BlockCreateArgs {
     /// The length of each dimension, like 1080,1920
     #[arg(long, value_name = "N,…", value_delimiter = ',', requires = "dtype")]
     pub(crate) shape: Vec<u64>,
-    /// Take the one that is there, where there is one
+    /// Use the existing block, if there is one
     #[arg(long)]
     pub(crate) or_attach: bool,
     #[command(flatten)]
@@ -858,13 +1112,20 @@ pub(crate) struct BlockCreateArgs {
     pub(crate) reach: Reach,
 }
 
+/// Where in a block.
+#[derive(Args, Debug)]
+pub(crate) struct OffsetArgs {
+    /// The first byte
+    #[arg(long, value_name = "BYTE", default_value_t = 0)]
+    pub(crate) offset: u64,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct BlockReadArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// The first byte
-    #[arg(long, default_value_t = 0)]
-    pub(crate) offset: u64,
+    #[command(flatten)]
+    pub(crate) from: OffsetArgs,
     /// How many bytes [default: to the end]
     #[arg(long, value_parser = parse::block_size)]
     pub(crate) length: Option<u64>,
@@ -872,19 +1133,28 @@ pub(crate) struct BlockReadArgs {
     pub(crate) reach: Reach,
 }
 
+/// Whether empty input is intended.
+#[derive(Args, Debug)]
+pub(crate) struct AllowEmpty {
+    /// Accept empty input, which is refused otherwise
+    #[arg(long)]
+    pub(crate) allow_empty: bool,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct BlockWriteArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// The bytes: text as it is, - for stdin, @FILE for a file
+    /// The bytes: text, - for stdin, @FILE for a file
     #[arg(value_name = "DATA")]
     pub(crate) data: String,
-    /// The first byte
-    #[arg(long, default_value_t = 0)]
-    pub(crate) offset: u64,
+    #[command(flatten)]
+    pub(crate) from: OffsetArgs,
     /// Only if the block has this version
     #[arg(long, value_name = "VERSION")]
     pub(crate) if_version: Option<u64>,
+    #[command(flatten)]
+    pub(crate) empty: AllowEmpty,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
@@ -893,14 +1163,13 @@ pub(crate) struct BlockWriteArgs {
 pub(crate) struct BlockCasArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// What must be there: text as it is, or @FILE
+    /// The bytes that must be there: text, or @FILE
     pub(crate) expected: String,
-    /// What takes its place, as many bytes
+    /// The bytes that replace them, of the same length
     #[arg(value_name = "DATA")]
     pub(crate) data: String,
-    /// The first byte
-    #[arg(long, default_value_t = 0)]
-    pub(crate) offset: u64,
+    #[command(flatten)]
+    pub(crate) from: OffsetArgs,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
@@ -909,9 +1178,8 @@ pub(crate) struct BlockCasArgs {
 pub(crate) struct BlockWatchArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// End after so many versions
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) count: Option<u64>,
+    #[command(flatten)]
+    pub(crate) limit: CountArgs,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
@@ -920,15 +1188,15 @@ pub(crate) struct BlockWatchArgs {
 pub(crate) struct BlockLockArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// Beside others who only read
+    /// Share the lock with other readers; the command cannot write then
     #[arg(long)]
     pub(crate) shared: bool,
     /// How long to wait for the lock
-    #[arg(long, value_name = "TIME", value_parser = parse::duration, default_value = "10s")]
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration, default_value = "10s")]
     pub(crate) wait: Duration,
-    /// The command
+    /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
-    pub(crate) command: Vec<std::ffi::OsString>,
+    pub(crate) command: Vec<OsString>,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
@@ -959,9 +1227,14 @@ pub(crate) struct BlockFileArgs {
 pub(crate) struct BlockLoadArgs {
     #[command(flatten)]
     pub(crate) at: BlockAt,
-    /// The file
+    /// The file; - for stdin
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
+    /// Write a part of the block, from this byte on, instead of replacing its content
+    #[arg(long, value_name = "BYTE")]
+    pub(crate) offset: Option<u64>,
+    #[command(flatten)]
+    pub(crate) empty: AllowEmpty,
     #[command(flatten)]
     pub(crate) kind: BlockKind,
     #[command(flatten)]

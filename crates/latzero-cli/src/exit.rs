@@ -1,4 +1,4 @@
-//! How the program ends: one table of exit codes, and what is said where something went wrong.
+//! How the program ends: one table of exit codes, and the message when something goes wrong.
 
 use std::fmt;
 use std::io;
@@ -19,7 +19,6 @@ macro_rules! exits {
         }
 
         impl Exit {
-            #[cfg(test)]
             const ALL: &[Exit] = &[$(Exit::$name),*];
 
             /// The exit code.
@@ -56,9 +55,9 @@ exits! {
     Usage = 2, "usage";
     /// no server answers
     NotRunning = 3, "not_running";
-    /// something is not well: `health`, `doctor`, `db check`, a backup
+    /// a problem was found: `health`, `doctor`, `db check`, `backup ls`, `block cas`
     Unhealthy = 4, "unhealthy";
-    /// the call was answered with an error
+    /// the server or the handler answered with an error
     Answered = 5, "answered";
     /// no answer in time
     Timeout = 6, "timeout";
@@ -88,23 +87,23 @@ impl Exit {
     }
 }
 
-/// Why a command did not do what it was asked for.
+/// Why a command failed.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) exit: Exit,
     /// What happened, one line each.
     pub(crate) errors: Vec<String>,
-    /// What was seen, one line each.
+    /// More about it, one line each.
     pub(crate) details: Vec<String>,
     /// What to do about it.
     pub(crate) help: Option<String>,
     /// The error of a call, as the wire has it.
     pub(crate) wire: Option<Value>,
-    /// Nothing is to be said: whoever read the output closed it.
+    /// No message is printed: whoever read the output closed it.
     pub(crate) is_quiet: bool,
 }
 
-/// What a command comes to.
+/// The result of a command.
 pub(crate) type Done = Result<Exit, Failure>;
 
 impl Failure {
@@ -135,6 +134,32 @@ impl Failure {
             Some((what, help)) => Failure::new(exit, what).with_help(help),
             None => Failure::new(exit, message),
         }
+    }
+
+    /// The failure that another process of this program printed with `--json`.
+    pub(crate) fn of_json(json: &Value) -> Option<Failure> {
+        let error = json.get("error")?;
+        let code = json["exit_code"].as_u64()?;
+        let exit = Exit::ALL
+            .iter()
+            .find(|exit| u64::from(exit.code()) == code)?;
+        let texts = |value: &Value| -> Vec<String> {
+            let values = value.as_array().into_iter().flatten();
+            values
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect()
+        };
+        Some(Failure {
+            errors: error["message"]
+                .as_str()?
+                .lines()
+                .map(str::to_owned)
+                .collect(),
+            details: texts(&error["details"]),
+            help: error["help"].as_str().map(str::to_owned),
+            ..Failure::new(*exit, "")
+        })
     }
 
     /// The failure as `--json` prints it.
@@ -198,8 +223,8 @@ impl From<ServerError> for Failure {
                 match failure.help {
                     Some(_) => failure,
                     None => failure.with_help(
-                        "`latzero doctor` looks for what is in the way; \
-                         `latzero start --log-level debug` says more",
+                        "`latzero doctor` looks for the cause; \
+                         `latzero start --log-level debug` logs more",
                     ),
                 }
             }
@@ -222,10 +247,14 @@ impl From<UpkeepError> for Failure {
 impl From<Error> for Failure {
     /// What a request or a call was answered with.
     fn from(error: Error) -> Failure {
+        let is_own = Code::parse(error.code()).is_none();
         let exit = match error.kind() {
+            // A handler's own code says nothing about this program.
+            _ if is_own => Exit::Answered,
             Code::Disconnected => Exit::NotRunning,
             Code::Timeout => Exit::Timeout,
-            Code::Forbidden => Exit::Denied,
+            Code::Forbidden | Code::Unauthenticated => Exit::Denied,
+            Code::InvalidName => Exit::Usage,
             _ => Exit::Answered,
         };
         let mut wire = json!({"code": error.code(), "message": error.message()});
@@ -235,14 +264,60 @@ impl From<Error> for Failure {
         if let Some(data) = error.data() {
             wire["data"] = data.clone();
         }
-        let is_own = Code::parse(error.code()).is_none();
+        // Nobody here knows what helps against a handler's own code.
+        let help = (!is_own && error.kind() != Code::HandlerError)
+            .then(|| remedy(error.kind()).to_owned());
+        let shown = match plain(error.kind(), error.message()) {
+            Some(message) => format!("{}: {message}", error.code()),
+            None => error.to_string(),
+        };
         Failure {
             wire: Some(wire),
-            // A handler's own code has no remedy that anybody here could know.
-            help: (!is_own && error.kind() != Code::HandlerError)
-                .then(|| error.kind().remedy().to_owned()),
-            ..Failure::new(exit, &error)
+            help,
+            ..Failure::new(exit, shown)
         }
+    }
+}
+
+/// What to do about an error, in terms of this program's flags and commands.
+fn remedy(code: Code) -> &'static str {
+    match code {
+        Code::AppInUse => "stop the other instance, or connect as another app with --app",
+        Code::NotMember => "name a pool that the app is in; `latzero pools` lists them",
+        Code::Unauthenticated | Code::Forbidden => {
+            "use the Unix socket as the user that the server runs as, or that user's admin.token"
+        }
+        Code::Timeout => "allow more time with --timeout, or find out why the handler is slow",
+        Code::Cancelled => "the call was cancelled; repeat it if that was not meant",
+        Code::Draining => "the server is stopping; repeat it once another one runs",
+        Code::NoBlock => {
+            "check the name with `latzero block ls`, or make it with `latzero block create`"
+        }
+        Code::BlockExists => "use it as it is with --or-attach, or choose another name",
+        Code::OutOfRange => "keep --offset plus the length within the size that `block info` shows",
+        Code::VersionConflict => "read the block again and repeat the change",
+        Code::LayoutMismatch => "use the layout that `latzero block info` shows",
+        Code::Contended => "repeat it, or make the block anew with more --slots",
+        Code::Locked => {
+            "`latzero block info` shows who holds the lock; wait for it with `block lock --wait`"
+        }
+        Code::LockLost => "take the lock again and check what was written",
+        Code::Disconnected => {
+            "check `latzero status`; the call may have run, so repeat it if that is safe"
+        }
+        Code::BadMessage => "correct what the message names",
+        other => other.remedy(),
+    }
+}
+
+/// The message in terms of this program, where the server's names fields of its protocol.
+fn plain(code: Code, message: &str) -> Option<String> {
+    let cut = |at: &str| message.split(at).next().map(str::to_owned);
+    match code {
+        Code::BlockExists => cut("; attach it"),
+        Code::Locked => cut("; wait for its lock"),
+        Code::AppInUse | Code::NotMember => cut("; "),
+        _ => None,
     }
 }
 

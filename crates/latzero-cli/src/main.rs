@@ -1,34 +1,33 @@
 //! The program `latzero`: starts a server, talks to one, and makes any program a handler.
 //!
-//! It knows nothing that the server and the client do not: every command is a few calls into one of the two, and
-//! words for people around them. `args` says what can be typed, each file in `commands` does one of it, `reach` finds
-//! the server, `output` and `exit` say how it went.
+//! It knows nothing that the server and the client do not: every command is a few calls into one of
+//! the two, and text for people. `args` defines the command line, `usage` explains mistakes in it,
+//! each file in `commands` is a command, `reach` finds the server, `launch` starts other programs,
+//! and `output` and `exit` report the result.
 
 mod args;
 mod commands;
 mod executor;
 mod exit;
+mod launch;
 mod names;
 mod output;
 mod parse;
 mod reach;
+mod usage;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-
-use crate::args::{Cli, Command};
-use crate::exit::Exit;
+use crate::args::Command;
 use crate::output::Output;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    if let Some(code) = launch::run_internal() {
+        std::process::exit(code);
+    }
+    let cli = match usage::parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help and version come this way too. Whoever closed the pipe has read enough.
-            let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage.code()));
-        }
+        Err(exit) => return exit,
     };
     let output = Output::new(cli.json, cli.color);
     let done = match cli.command {
@@ -36,6 +35,8 @@ fn main() -> ExitCode {
         Command::Status(args) => commands::status::run(&args, &output),
         Command::Stop(args) => commands::stop::run(&args, &output),
         Command::Reload(args) => commands::reload::run(&args, &output),
+        Command::Logs(args) => commands::logs::run(&args, &output),
+        Command::Service(args) => commands::service::run(&args, &output),
         Command::Kick(args) => commands::kick::run(&args, &output),
         Command::Backup(args) => commands::backup::run(&args, &output),
         Command::Restore(args) => commands::restore::run(&args, &output),

@@ -1,7 +1,11 @@
-//! What people and scripts see: tables and colours on a terminal, tab-separated lines or JSON elsewhere.
+//! What people and scripts see: tables and colours on a terminal, tab-separated lines or JSON
+//! elsewhere.
 //!
-//! Tables are drawn here, in forty lines: a table crate would bring borders, wrapping and a Unicode width table that
-//! names of this protocol, all ASCII, do not need.
+//! Text that came from other programs is escaped before it reaches a terminal, which would obey
+//! some of it. Only [`Output::bytes`] and [`Output::raw_line`] print text as it is.
+//!
+//! Tables are drawn here, in forty lines: a table crate would bring borders, wrapping and a Unicode
+//! width table that the protocol's names, all ASCII, do not need.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write};
@@ -15,7 +19,7 @@ use crate::exit::{Exit, Failure};
 /// When to colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Color {
-    /// On a terminal, unless NO_COLOR is set
+    /// On a terminal, unless NO_COLOR is set or TERM is dumb
     Auto,
     /// Always
     Always,
@@ -26,7 +30,7 @@ pub(crate) enum Color {
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(250);
 
-/// What a word means, which is what its colour says.
+/// What a word means; its colour shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tone {
     Plain,
@@ -74,6 +78,7 @@ pub(crate) struct Output {
     /// Whether stdout is a terminal.
     pub(crate) is_terminal: bool,
     is_err_terminal: bool,
+    can_move: bool,
     colors_out: bool,
     colors_err: bool,
 }
@@ -82,9 +87,11 @@ impl Output {
     pub(crate) fn new(json: bool, color: Color) -> Output {
         let is_terminal = io::stdout().is_terminal();
         let is_err_terminal = io::stderr().is_terminal();
-        let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        // A terminal that says nothing of itself, or that it can do nothing, gets plain lines.
+        let is_capable = is_set("TERM") && std::env::var_os("TERM").is_some_and(|t| t != "dumb");
         let colors = |is_terminal| match color {
-            Color::Auto => is_terminal && !no_color,
+            Color::Auto => is_terminal && is_capable && !is_set("NO_COLOR"),
             Color::Always => true,
             Color::Never => false,
         };
@@ -92,6 +99,7 @@ impl Output {
             json,
             is_terminal,
             is_err_terminal,
+            can_move: is_capable,
             colors_out: colors(is_terminal),
             colors_err: colors(is_err_terminal),
         }
@@ -104,12 +112,28 @@ impl Output {
 
     /// Whether progress may be shown on stderr.
     pub(crate) fn shows_progress(&self) -> bool {
-        self.is_err_terminal && !self.json
+        self.is_err_terminal && self.can_move && !self.json
     }
 
-    /// One line on stdout.
+    /// One line on stdout, escaped on a terminal.
     pub(crate) fn line(&self, line: impl Display) -> io::Result<()> {
+        match self.is_terminal {
+            true => self.raw_line(escaped(&line.to_string())),
+            false => self.raw_line(line),
+        }
+    }
+
+    /// One line on stdout, as it is.
+    pub(crate) fn raw_line(&self, line: impl Display) -> io::Result<()> {
         writeln!(io::stdout().lock(), "{line}")
+    }
+
+    /// A line of JSON that is valid JSON on a terminal too.
+    fn json_out(&self, json: &str) -> io::Result<()> {
+        match self.is_terminal {
+            true => self.raw_line(escaped_json(json)),
+            false => self.raw_line(json),
+        }
     }
 
     /// Bytes on stdout as they are.
@@ -122,8 +146,8 @@ impl Output {
     /// A JSON value: over several lines for people, on one for scripts.
     pub(crate) fn value(&self, value: &Value) -> io::Result<()> {
         match self.is_for_people() {
-            true => self.line(format_args!("{value:#}")),
-            false => self.line(value),
+            true => self.json_out(&format!("{value:#}")),
+            false => self.json_out(&value.to_string()),
         }
     }
 
@@ -131,28 +155,48 @@ impl Output {
     /// on one line for scripts.
     pub(crate) fn json_text(&self, json: &str) -> io::Result<()> {
         match self.is_for_people() {
-            true => self.line(pretty(json)),
+            true => self.json_out(&pretty(json)),
             false => self.json_line(json),
         }
     }
 
     /// JSON text on one line.
     pub(crate) fn json_line(&self, json: &str) -> io::Result<()> {
-        self.line(compact(json))
+        self.json_out(&compact(json))
     }
 
-    /// Text in a tone, for stdout.
-    pub(crate) fn paint(&self, text: impl Display, tone: Tone) -> String {
-        paint(text, tone, self.colors_out)
+    /// One line on stdout whose first words have a tone.
+    pub(crate) fn toned_line(
+        &self,
+        first: impl Display,
+        tone: Tone,
+        rest: impl Display,
+    ) -> io::Result<()> {
+        let first = paint(escaped(&first.to_string()), tone, self.colors_out);
+        self.raw_line(format_args!("{first}{}", escaped(&rest.to_string())))
     }
 
     /// A table on a terminal; elsewhere a line of tab-separated cells per row, without the head.
     pub(crate) fn table(&self, head: &[&str], rows: &[Vec<Cell>]) -> io::Result<()> {
         let mut out = io::stdout().lock();
+        // A cell has one line and no tab, whatever is in it.
+        let one_line = |cell: &Cell| {
+            let text = cell.0.replace('\n', "\\n").replace('\t', "\\t");
+            match self.is_terminal {
+                true => Cell(escaped(&text), cell.1),
+                false => Cell(text, cell.1),
+            }
+        };
+        let rows: Vec<Vec<Cell>> = rows
+            .iter()
+            .map(|row| row.iter().map(one_line).collect())
+            .collect();
         if !self.is_terminal {
-            for row in rows {
-                let cells: Vec<&str> = row.iter().map(|cell| cell.0.as_str()).collect();
-                writeln!(out, "{}", cells.join("\t"))?;
+            for row in &rows {
+                let cells = row
+                    .iter()
+                    .map(|cell| paint(&cell.0, cell.1, self.colors_out));
+                writeln!(out, "{}", cells.collect::<Vec<String>>().join("\t"))?;
             }
             return Ok(());
         }
@@ -166,7 +210,7 @@ impl Output {
             .collect();
         let head: Vec<Cell> = head.iter().map(|name| toned(name, Tone::Dim)).collect();
         let has_head = head.iter().any(|cell| !cell.0.is_empty());
-        for row in has_head.then_some(&head).into_iter().chain(rows) {
+        for row in has_head.then_some(&head).into_iter().chain(&rows) {
             let mut line = String::new();
             for (index, (cell, &widest)) in row.iter().zip(&widths).enumerate() {
                 line.push_str(&paint(&cell.0, cell.1, self.colors_out));
@@ -192,25 +236,30 @@ impl Output {
 
     /// A note on stderr, for people.
     pub(crate) fn note(&self, text: impl Display) {
-        // Where stderr is gone, nobody misses it.
+        self.raw_note(escaped(&text.to_string()));
+    }
+
+    fn raw_note(&self, text: impl Display) {
+        // Nobody misses a note when stderr is closed.
         let _ = writeln!(io::stderr().lock(), "{text}");
     }
 
-    /// Progress on stderr, each over the last; nothing where stderr is no terminal.
+    /// Progress on stderr, each over the last; nothing unless stderr is a terminal.
     pub(crate) fn progress(&self, text: impl Display) {
         if self.shows_progress() {
             let mut err = io::stderr().lock();
-            // EL (ECMA-48) erases what the last one left.
+            let text = escaped(&text.to_string()).replace('\n', " ");
+            // EL (ECMA-48) erases the rest of the line.
             let _ = write!(err, "\r{text}\x1b[K").and_then(|()| err.flush());
         }
     }
 
-    /// Takes the progress away.
+    /// Erases the progress.
     pub(crate) fn progress_done(&self) {
         self.progress("");
     }
 
-    /// Does `work`, and shows on stderr that it goes on where it takes longer than a moment.
+    /// Does `work`, and shows progress on stderr when it takes longer than a second.
     pub(crate) fn while_working<T: Send>(
         &self,
         doing: impl Display,
@@ -220,14 +269,14 @@ impl Output {
             return work();
         }
         let started = Instant::now();
-        let (tell, told) = channel();
+        let (working, ended) = channel();
         std::thread::scope(|scope| {
-            let working = scope.spawn(move || {
+            let worker = scope.spawn(move || {
                 // Dropped at the work's end, however it ends.
-                let _tell: std::sync::mpsc::Sender<()> = tell;
+                let _working: std::sync::mpsc::Sender<()> = working;
                 work()
             });
-            while told.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+            while ended.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
                 let seconds = started.elapsed().as_secs();
                 if seconds > 0 {
                     self.progress(format_args!("{doing} … {seconds} s"));
@@ -236,16 +285,16 @@ impl Output {
             if started.elapsed() >= Duration::from_secs(1) {
                 self.progress_done();
             }
-            working
+            worker
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 
-    /// Asks a question that is answered with yes or no; no where nothing is typed.
+    /// Asks a question; anything but yes is no.
     pub(crate) fn asks(&self, question: impl Display) -> io::Result<bool> {
         let mut err = io::stderr().lock();
-        write!(err, "{question} [y/N] ")?;
+        write!(err, "{} [y/N] ", escaped(&question.to_string()))?;
         err.flush()?;
         let mut answer = String::new();
         io::stdin().read_line(&mut answer)?;
@@ -261,25 +310,25 @@ impl Output {
             return failure.exit;
         }
         if self.json {
-            self.note(failure.to_json());
+            let json = failure.to_json().to_string();
+            self.raw_note(escaped_json(&json));
             return failure.exit;
         }
+        let label = |text: &str, tone| paint(text, tone, self.colors_err);
         for error in &failure.errors {
-            let label = paint("error:", Tone::Bad, self.colors_err);
-            self.note(format_args!("{label} {}", harmless(&error.to_string())));
+            let error = escaped(error);
+            self.raw_note(format_args!("{} {error}", label("error:", Tone::Bad)));
         }
         for detail in &failure.details {
-            self.note(format_args!("  {}", harmless(&detail.to_string())));
+            self.note(format_args!("  {detail}"));
         }
         if let Some(data) = failure.wire.as_ref().and_then(|wire| wire.get("data")) {
-            self.note(format_args!(
-                "{} {data}",
-                paint("data:", Tone::Dim, self.colors_err)
-            ));
+            let data = escaped_json(&data.to_string());
+            self.raw_note(format_args!("{} {data}", label("data:", Tone::Dim)));
         }
         if let Some(help) = &failure.help {
-            let label = paint("help:", Tone::Good, self.colors_err);
-            self.note(format_args!("{label} {help}"));
+            let help = escaped(help);
+            self.raw_note(format_args!("{} {help}", label("help:", Tone::Good)));
         }
         failure.exit
     }
@@ -407,6 +456,11 @@ pub(crate) fn bytes(n: u64) -> String {
     }
 }
 
+/// Bytes as hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// A count with its noun.
 pub(crate) fn count(n: u64, noun: &str) -> String {
     match n {
@@ -415,14 +469,43 @@ pub(crate) fn count(n: u64, noun: &str) -> String {
     }
 }
 
-/// Text from elsewhere with nothing in it that a terminal would obey.
-fn harmless(text: &str) -> String {
-    let shown = |c: char| match c {
-        '\n' | '\t' => c.to_string(),
-        c if c.is_control() => c.escape_default().to_string(),
-        c => c.to_string(),
-    };
-    text.chars().map(shown).collect()
+/// Whether a terminal obeys a character, or shows others in another order because of it: controls
+/// of both sets and DEL, line and paragraph separators, and the marks of bidirectional text
+/// (Unicode Standard Annex 9).
+fn is_obeyed(c: char) -> bool {
+    c.is_control()
+        || matches!(
+            c,
+            '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+        )
+}
+
+/// Text with nothing in it that a terminal obeys, but for the ends of lines and tabs.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' | '\t' => out.push(c),
+            c if is_obeyed(c) => out.extend(c.escape_unicode()),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// JSON text with nothing in it that a terminal obeys. Such characters are valid in strings alone,
+/// where an escape says the same; the rest is white space.
+fn escaped_json(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        match c {
+            '\n' | '\t' => out.push(c),
+            // Each of them is in the basic plane, so one escape is enough.
+            c if is_obeyed(c) => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -430,11 +513,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn terminals_are_told_nothing_by_strangers() {
-        assert_eq!(
-            harmless("a\u{1b}[31mb\u{7}\n\té"),
-            "a\\u{1b}[31mb\\u{7}\n\té"
+    fn a_terminal_obeys_nothing_that_came_from_outside() {
+        let check = |text: &str, shown: &str, json: &str| {
+            assert_eq!(escaped(text), shown);
+            assert_eq!(escaped_json(text), json);
+        };
+        check("a\n\té", "a\n\té", "a\n\té");
+        check("\u{1b}[31m", "\\u{1b}[31m", "\\u001b[31m");
+        check(
+            "\u{9b}\u{7f}\r",
+            "\\u{9b}\\u{7f}\\u{d}",
+            "\\u009b\\u007f\\u000d",
         );
+        check("\u{202e}\u{2066}", "\\u{202e}\\u{2066}", "\\u202e\\u2066");
+        check("\u{200f}\u{2028}", "\\u{200f}\\u{2028}", "\\u200f\\u2028");
     }
 
     #[test]

@@ -14,6 +14,9 @@ const DURATION_MAX: Duration = Duration::from_secs(24 * 3600);
 /// The longest time for which a call may be parked.
 const LONG_DURATION_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
+/// The longest age, a century.
+const AGE_MAX: Duration = Duration::from_secs(36_525 * 24 * 3600);
+
 /// The most that is read of a file or of stdin for a payload, in bytes: more than any server takes by default.
 pub(crate) const INPUT_BYTES_MAX: u64 = 16 << 20;
 
@@ -25,6 +28,11 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 /// A duration with its unit, up to 30 days: `90s`, `12h`, `7d`.
 pub(crate) fn long_duration(text: &str) -> Result<Duration, String> {
     duration_up_to(text, LONG_DURATION_MAX)
+}
+
+/// An age: a duration without an upper limit that anybody would reach.
+pub(crate) fn age(text: &str) -> Result<Duration, String> {
+    duration_up_to(text, AGE_MAX)
 }
 
 fn duration_up_to(text: &str, max: Duration) -> Result<Duration, String> {

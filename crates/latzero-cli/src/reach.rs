@@ -1,16 +1,20 @@
 //! Where the server is, and a connection to it.
 //!
-//! What is typed wins over the environment, and that over the defaults. A directory stands for the server that runs on
-//! it: its Unix socket by the rule of [`latzero_server::address`], else wherever the lock file says that it listens.
+//! Flags win over the environment, and that over the defaults. The first of these that is set counts:
+//! a flag, `LATZERO_URL`, `LATZERO_SOCKET`, `LATZERO_DATA_DIR`, `LATZERO_HOST` and `LATZERO_PORT`,
+//! `~/.latzero`, and then 127.0.0.1:45227. A variable with a bad value is refused, also where another
+//! one counts. A directory stands for the server that runs on it: its Unix socket by the rule of
+//! [`latzero_server::address`], else wherever the lock file says that it listens.
 
+use std::ffi::OsString;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
-use latzero::{Code, Error, Reconnect, blocking::App};
+use latzero::{Code, Error, HandshakeTimeout, Reconnect, blocking::App};
 use latzero_server::address;
 use latzero_server::startup::lock;
 use serde_json::{Value, json};
@@ -18,7 +22,7 @@ use serde_json::{Value, json};
 use crate::exit::{Exit, Failure};
 use crate::parse::{self, shell};
 
-/// Where servers listen unless told otherwise.
+/// Where servers listen by default.
 const HOST_DEFAULT: &str = "127.0.0.1";
 const PORT_DEFAULT: u16 = 45227;
 
@@ -26,13 +30,13 @@ const PORT_DEFAULT: u16 = 45227;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long requests may take that read or write whole files on the server's side.
-const PATIENCE: Duration = Duration::from_secs(24 * 3600);
+const FILE_REQUEST_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// Which server, and as whom.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Which server")]
 pub(crate) struct Reach {
-    /// By its data directory, ~/.latzero unless told otherwise [env: LATZERO_DATA_DIR]
+    /// By its data directory [env: LATZERO_DATA_DIR] [default: ~/.latzero]
     #[arg(short, long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
     /// By its Unix socket [env: LATZERO_SOCKET]
@@ -47,7 +51,7 @@ pub(crate) struct Reach {
     /// By an app's address, latzero://APP_ID@HOST:PORT?pool=NAME [env: LATZERO_URL]
     #[arg(long, value_name = "URL", conflicts_with_all = ["data_dir", "socket", "host", "port", "app"])]
     pub(crate) url: Option<String>,
-    /// The AppID to connect as [default: cli-UID; for serve the program's name]
+    /// The AppID to connect as [default: cli-UID; for `serve` the program's name]
     #[arg(long, value_name = "ID")]
     pub(crate) app: Option<String>,
 }
@@ -83,6 +87,24 @@ impl Place {
         }
     }
 
+    /// The place without what a URL says besides.
+    fn as_tcp(&self) -> Place {
+        let Place::Url(url) = self else {
+            return self.clone();
+        };
+        let rest = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);
+        let rest = rest.split(['/', '?']).next().unwrap_or(rest);
+        let address = rest.rsplit_once('@').map_or(rest, |(_, address)| address);
+        match address.rsplit_once(':') {
+            Some((host, port)) if !port.ends_with(']') => {
+                let host = host.trim_matches(['[', ']']).to_owned();
+                port.parse()
+                    .map_or_else(|_| self.clone(), |port| Place::Tcp(host, port))
+            }
+            _ => Place::Tcp(address.trim_matches(['[', ']']).to_owned(), PORT_DEFAULT),
+        }
+    }
+
     /// Whether the server knows the user by the connection alone.
     fn is_trusted(&self) -> bool {
         match self {
@@ -114,29 +136,21 @@ pub(crate) enum Loss {
     Reconnects,
 }
 
-/// What the server remembers of the app once the command is over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Leaves {
-    /// Nothing, unless somebody gave a command that lasts an AppID of its own.
-    Nothing,
-    /// What it served, and where.
-    Registration,
-}
-
 /// What a command wants of its connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Wish {
     pub(crate) command: &'static str,
     pub(crate) loss: Loss,
-    pub(crate) leaves: Leaves,
     /// Pools to join; what does not exist is created.
     pub(crate) pools: Vec<String>,
     /// The AppID, where the command has one of its own and none was typed.
     pub(crate) app_id: Option<String>,
     /// Threads for handlers.
     pub(crate) handler_threads: Option<usize>,
-    /// How long the server may take for a request, where that is longer than for others.
+    /// How long the server may take for a request, where that differs from other commands.
     pub(crate) request_time: Option<Duration>,
+    /// When the command gives up, connecting included.
+    pub(crate) deadline: Option<Instant>,
 }
 
 impl Wish {
@@ -144,17 +158,24 @@ impl Wish {
         Wish {
             command,
             loss: Loss::Ends,
-            leaves: Leaves::Nothing,
             pools: Vec::new(),
             app_id: None,
             handler_threads: None,
             request_time: None,
+            deadline: None,
         }
     }
 
-    /// For what takes the server as long as its disk does.
+    /// Gives up after `timeout`, whatever it waits for.
+    pub(crate) fn within(mut self, timeout: Duration) -> Wish {
+        self.deadline = Some(Instant::now() + timeout);
+        self.request_time = Some(timeout);
+        self
+    }
+
+    /// For requests that take the server as long as its disk does.
     pub(crate) fn patient(mut self) -> Wish {
-        self.request_time = Some(PATIENCE);
+        self.request_time = Some(FILE_REQUEST_TIMEOUT);
         self
     }
 
@@ -176,8 +197,10 @@ impl Wish {
 pub(crate) struct Reached {
     pub(crate) app: App,
     place: Place,
-    /// The admin token, where the connection itself does not prove the right and the token could be read.
+    /// The admin token, for a connection that does not prove the right by itself.
     token: Option<String>,
+    /// Whether there is a token that this server must not see.
+    is_token_withheld: bool,
 }
 
 impl Reached {
@@ -186,7 +209,7 @@ impl Reached {
         self.place.to_string()
     }
 
-    /// Asks for what administrators alone may ask for.
+    /// Sends a request that only administrators may send.
     pub(crate) fn administer(&self, request: &Value) -> Result<Value, Failure> {
         let mut request = request.clone();
         if let Some(token) = &self.token {
@@ -194,21 +217,27 @@ impl Reached {
         }
         self.app.request(&request).map_err(|error| {
             let mut failure = Failure::from(error);
-            // One may have reached another server than one thought.
+            // It may be another server than the one that was meant.
             failure
                 .details
                 .push(format!("asked the server at {}", self.place));
+            if self.is_token_withheld {
+                failure.details.push(
+                    "the admin token was not sent: this is not the server of that data directory"
+                        .to_owned(),
+                );
+            }
             failure
         })
     }
 }
 
-fn variable(name: &str) -> Option<String> {
+pub(crate) fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// A path whose leading `~` is the home directory, as in settings.
-fn expand_home(path: &str) -> PathBuf {
+pub(crate) fn expand_home(path: &str) -> PathBuf {
     match (path.strip_prefix('~'), variable("HOME")) {
         (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => {
             PathBuf::from(format!("{}{rest}", home.trim_end_matches('/')))
@@ -232,36 +261,30 @@ impl Reach {
 
     /// Where to look, in this order.
     fn places(&self) -> Result<Vec<Place>, Failure> {
+        let tcp_variables = tcp_variables()?;
         if let Some(url) = &self.url {
             return Ok(vec![Place::Url(url.clone())]);
         }
         if let Some(socket) = &self.socket {
             return Ok(vec![Place::Socket(socket.clone())]);
         }
-        let tcp = || -> Result<Place, Failure> {
-            let host = self.host.clone().or_else(|| variable("LATZERO_HOST"));
-            let port = match (self.port, variable("LATZERO_PORT")) {
-                (Some(port), _) => port,
-                (None, Some(text)) => text.parse().map_err(|_| {
-                    Failure::usage(format!("LATZERO_PORT must be a port number, not '{text}'"))
-                })?,
-                (None, None) => PORT_DEFAULT,
-            };
+        let tcp = |host: Option<&str>, port: Option<u16>| {
             // A server on every address of this machine is reached by the nearest of them.
-            let host = match host.as_deref() {
-                None | Some("0.0.0.0" | "::") => HOST_DEFAULT.to_owned(),
-                Some(host) => host.trim_matches(['[', ']']).to_owned(),
+            let host = match host {
+                None | Some("0.0.0.0" | "::" | "[::]") => HOST_DEFAULT,
+                Some(host) => host.trim_matches(['[', ']']),
             };
-            Ok(Place::Tcp(host, port))
+            Place::Tcp(host.to_owned(), port.unwrap_or(PORT_DEFAULT))
         };
         if self.host.is_some() || self.port.is_some() {
-            return Ok(vec![tcp()?]);
+            let host = self.host.as_deref().or(tcp_variables.0.as_deref());
+            return Ok(vec![tcp(host, self.port.or(tcp_variables.1))]);
         }
         if self.data_dir.is_none() {
             if let Some(url) = variable("LATZERO_URL") {
                 return Ok(vec![Place::Url(url)]);
             }
-            // The variable is the server's setting too, which may say that there is no path.
+            // The variable is a setting of the server too, which allows two words for a path.
             let socket = variable("LATZERO_SOCKET").filter(|s| s != "auto" && s != "off");
             if let Some(socket) = socket {
                 return Ok(vec![Place::Socket(expand_home(&socket))]);
@@ -269,14 +292,43 @@ impl Reach {
         }
         let (dir, named) = self.data_dir();
         let mut places = of_data_dir(&dir);
-        // Another server's port is no substitute for the directory that was asked for.
-        if named == Named::No {
-            let tcp = tcp()?;
-            if !places.contains(&tcp) {
-                places.push(tcp);
-            }
+        // Another server's port is no substitute for the directory that was named.
+        if named == Named::Yes {
+            return Ok(places);
+        }
+        let by_tcp = tcp(tcp_variables.0.as_deref(), tcp_variables.1);
+        let is_set = tcp_variables != (None, None);
+        if is_set && !places.contains(&by_tcp) {
+            // The server of the default directory listens elsewhere, so another one is meant.
+            return Ok(vec![by_tcp]);
+        }
+        if !places.contains(&by_tcp) {
+            places.push(by_tcp);
         }
         Ok(places)
+    }
+
+    /// What programs that this one starts find the same server by: the flags, as variables. A flag
+    /// wins over every variable, so the variables that would compete are emptied.
+    pub(crate) fn environment(&self) -> Vec<(&'static str, OsString)> {
+        let named = [
+            ("LATZERO_URL", self.url.clone().map(OsString::from)),
+            ("LATZERO_SOCKET", self.socket.clone().map(OsString::from)),
+            ("LATZERO_HOST", self.host.clone().map(OsString::from)),
+            (
+                "LATZERO_PORT",
+                self.port.map(|port| port.to_string().into()),
+            ),
+            (
+                "LATZERO_DATA_DIR",
+                self.data_dir.clone().map(OsString::from),
+            ),
+        ];
+        if named.iter().all(|(_, value)| value.is_none()) {
+            return Vec::new();
+        }
+        let value = |(name, value): (_, Option<OsString>)| (name, value.unwrap_or_default());
+        named.into_iter().map(value).collect()
     }
 
     /// The AppID to connect as.
@@ -301,7 +353,8 @@ impl Reach {
     /// Connects.
     ///
     /// # Errors
-    /// Exit 3 where no server answers, with every place that was tried.
+    /// Exit 3 where no server answers, with every place that was tried; 6 where something accepts
+    /// the connection and then says nothing.
     pub(crate) fn connect(&self, wish: &Wish) -> Result<Reached, Failure> {
         let app_id = match (&self.app, &wish.app_id) {
             (None, Some(own)) => own.clone(),
@@ -310,10 +363,13 @@ impl Reach {
         let places = self.places()?;
         let mut tried = Vec::new();
         for place in places {
+            let left = wish
+                .deadline
+                .map(|at| at.saturating_duration_since(Instant::now()));
             let mut builder = latzero::App::builder(&place.url(&app_id))
                 .pools(&wish.pools)
                 .transient(self.is_transient(wish))
-                .connect_timeout(CONNECT_TIMEOUT)
+                .connect_timeout(left.map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT)))
                 .reconnect(Reconnect {
                     enabled: wish.loss == Loss::Reconnects,
                     ..Reconnect::default()
@@ -322,64 +378,142 @@ impl Reach {
             if let Some(threads) = wish.handler_threads {
                 builder = builder.handler_threads(threads);
             }
-            if let Some(time) = wish.request_time {
-                builder = builder.call_timeout(time);
+            if let Some(time) = left.or(wish.request_time) {
+                builder = builder.call_timeout(time.max(Duration::from_millis(1)));
             }
             match App::connect_with(builder) {
                 Ok(app) => {
-                    let token = self.token(&place);
-                    return Ok(Reached { app, place, token });
+                    let (token, is_token_withheld) = self.token(&place);
+                    return Ok(Reached {
+                        app,
+                        place,
+                        token,
+                        is_token_withheld,
+                    });
                 }
-                Err(error) => tried.push((place.to_string(), judge(&place, error)?)),
+                Err(error) => tried.push((place.to_string(), self.judge(&place, error)?)),
             }
         }
         Err(self.not_running(&tried))
     }
 
-    /// A tool's visit leaves nothing behind, and takes nothing from an app whose name it uses.
+    /// A command leaves nothing behind, and takes nothing from an app whose name it uses, unless it
+    /// keeps running under a name that was given.
     fn is_transient(&self, wish: &Wish) -> bool {
         let is_named = self.app.is_some() || self.url.is_some();
-        wish.leaves == Leaves::Nothing && (wish.loss == Loss::Ends || !is_named)
+        wish.loss == Loss::Ends || !is_named
     }
 
-    fn token(&self, place: &Place) -> Option<String> {
+    /// The admin token for a server, and whether there is one that it must not see. A token that
+    /// was set is sent where the user says. The token of the data directory goes to the server that
+    /// runs on that directory alone: whoever took its port while it is down gets nothing.
+    fn token(&self, place: &Place) -> (Option<String>, bool) {
         if place.is_trusted() {
-            return None;
+            return (None, false);
         }
-        variable("LATZERO_ADMIN_TOKEN").or_else(|| {
-            let path = self.data_dir().0.join("admin.token");
-            let text = std::fs::read_to_string(path).ok()?;
-            Some(text.trim().to_owned())
-        })
+        if let Some(token) = variable("LATZERO_ADMIN_TOKEN") {
+            return (Some(token), false);
+        }
+        let (dir, _) = self.data_dir();
+        let text = std::fs::read_to_string(dir.join("admin.token"));
+        let token = text.ok().map(|text| text.trim().to_owned());
+        match of_data_dir(&dir).contains(&place.as_tcp()) {
+            true => (token, false),
+            false => (None, token.is_some()),
+        }
     }
 
     fn not_running(&self, tried: &[(String, String)]) -> Failure {
+        let (dir, named) = self.data_dir();
+        let shown_dir = dir.display();
+        if self.is_elsewhere() {
+            let mut failure = match tried {
+                [(place, why)] => {
+                    let text = format!("no server answers at {place}: {why}");
+                    Failure::new(Exit::NotRunning, text)
+                }
+                _ => Failure::new(Exit::NotRunning, "no server answers"),
+            };
+            // A typing error is likelier than a server that is down.
+            if let Some((pid, addresses)) = running_on(&dir) {
+                failure.details.push(format!(
+                    "the server of {shown_dir}, pid {pid}, listens at {}",
+                    addresses.join(" and ")
+                ));
+            }
+            let start = match (self.port, &self.socket) {
+                (Some(port), _) => format!(" with `latzero start --port {port}`"),
+                (_, Some(socket)) => {
+                    let socket = shell(&socket.to_string_lossy());
+                    format!(" with `latzero start --socket {socket}`")
+                }
+                _ => String::new(),
+            };
+            return failure.with_help(format!(
+                "correct the address, or start a server there{start}"
+            ));
+        }
         let mut failure = Failure::new(Exit::NotRunning, "the server is not running");
         let looked = tried
             .iter()
             .map(|(place, why)| format!("nothing answers at {place}: {why}"));
         failure.details.extend(looked);
-        let (dir, named) = self.data_dir();
         if tried.is_empty() {
             failure
                 .details
-                .push(format!("no server has ever run on {}", dir.display()));
+                .push(format!("no server has run on {shown_dir} yet"));
         }
-        let is_elsewhere = self.url.is_some() || self.host.is_some() || self.socket.is_some();
         let mut command = "latzero start".to_owned();
-        if let Some(port) = self.port {
-            command.push_str(&format!(" --port {port}"));
-        }
         if named == Named::Yes {
             command.push_str(&format!(" --data-dir {}", shell(&dir.to_string_lossy())));
         }
-        match is_elsewhere {
-            true => {
-                failure.with_help("start it there with `latzero start`, or correct the address")
+        failure.with_help(format!(
+            "start it with `{command}`, or name another one with --data-dir, --socket, --port or --url"
+        ))
+    }
+
+    /// Tells where nothing answers, which may be tried elsewhere, from everything else.
+    fn judge(&self, place: &Place, error: Error) -> Result<String, Failure> {
+        let source = std::error::Error::source(&error).and_then(|e| e.downcast_ref::<io::Error>());
+        let is_silent = |cause: &io::Error| {
+            cause
+                .get_ref()
+                .is_some_and(|inner| inner.is::<HandshakeTimeout>())
+        };
+        match source {
+            Some(cause) if is_silent(cause) => {
+                let text = format!("the server at {place} accepts connections and does not answer");
+                let mut failure = Failure::new(Exit::Timeout, text);
+                let (dir, _) = self.data_dir();
+                let is_its_own = of_data_dir(&dir).contains(place);
+                if let Some((pid, _)) = running_on(&dir).filter(|_| is_its_own) {
+                    failure.details.push(format!("its pid is {pid}"));
+                }
+                Err(failure.with_help(
+                    "it may be suspended or overloaded; look at `latzero logs`, and try again",
+                ))
             }
-            false => failure.with_help(format!(
-                "start it with `{command}`, or name another one with --data-dir, --port or --url"
-            )),
+            Some(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
+                let text = format!("permission denied: {place}");
+                let help =
+                    "run as the user that the server runs as, or reach it over TCP with --port";
+                Err(Failure::new(Exit::Denied, text).with_help(help))
+            }
+            Some(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                Ok("there is no such socket".to_owned())
+            }
+            // Its own text would end with "(os error 111)".
+            Some(cause) if cause.raw_os_error().is_some() => Ok(cause.kind().to_string()),
+            Some(cause) => Ok(cause.to_string()),
+            None if error.kind() == Code::Disconnected => {
+                let text = format!("{place}: {}", error.message());
+                let help = "check what listens there, or name another server with --port";
+                Err(Failure::new(Exit::NotRunning, text).with_help(help))
+            }
+            None if matches!(error.kind(), Code::BadMessage | Code::InvalidName) => {
+                Err(Failure::usage(error.message()))
+            }
+            None => Err(error.into()),
         }
     }
 
@@ -390,9 +524,17 @@ impl Reach {
             || self.port.is_some()
             || self.socket.is_some();
         let is_set = || {
-            ["LATZERO_URL", "LATZERO_SOCKET"]
-                .into_iter()
-                .any(|name| variable(name).is_some())
+            let names = [
+                "LATZERO_URL",
+                "LATZERO_SOCKET",
+                "LATZERO_HOST",
+                "LATZERO_PORT",
+            ];
+            let is_set = |name| variable(name).is_some_and(|v| v != "auto" && v != "off");
+            let is_nearer = variable("LATZERO_DATA_DIR").is_some();
+            names[..if is_nearer { 2 } else { 4 }]
+                .iter()
+                .any(|name| is_set(name))
         };
         is_typed || self.data_dir.is_none() && is_set()
     }
@@ -457,31 +599,27 @@ fn is_private(dir: Option<&Path>, uid: u32) -> bool {
         .is_some_and(|m| m.is_dir() && m.uid() == uid && m.mode() & 0o777 == 0o700)
 }
 
-/// Tells where nothing answers, which may be tried elsewhere, from everything else.
-fn judge(place: &Place, error: Error) -> Result<String, Failure> {
-    let source = std::error::Error::source(&error).and_then(|e| e.downcast_ref::<io::Error>());
-    match source {
-        Some(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
-            let text = format!("permission denied: {place}");
-            let help = "run as the user that the server runs as, or reach it over TCP with --port";
-            Err(Failure::new(Exit::Denied, text).with_help(help))
-        }
-        Some(cause) if cause.kind() == io::ErrorKind::NotFound => {
-            Ok("there is no such socket".to_owned())
-        }
-        // Its own text would end with "(os error 111)".
-        Some(cause) if cause.raw_os_error().is_some() => Ok(cause.kind().to_string()),
-        Some(cause) => Ok(cause.to_string()),
-        None if error.kind() == Code::Disconnected => {
-            let text = format!("{place}: {}", error.message());
-            let help = "find out what listens there, or name another place with --port";
-            Err(Failure::new(Exit::NotRunning, text).with_help(help))
-        }
-        None if matches!(error.kind(), Code::BadMessage | Code::InvalidName) => {
-            Err(Failure::usage(error.message()))
-        }
-        None => Err(error.into()),
-    }
+/// The host and the port that the environment names.
+fn tcp_variables() -> Result<(Option<String>, Option<u16>), Failure> {
+    let port = match variable("LATZERO_PORT") {
+        None => None,
+        Some(text) => match text.parse::<u16>() {
+            Ok(port) => Some(port),
+            Err(_) => {
+                let text = format!("LATZERO_PORT must be a number from 0 to 65535, not '{text}'");
+                return Err(Failure::usage(text).with_help("correct the variable, or unset it"));
+            }
+        },
+    };
+    // For a server, 0 is any port: it says nothing about where to find one.
+    Ok((variable("LATZERO_HOST"), port.filter(|&port| port != 0)))
+}
+
+/// The server that runs on a directory: its pid and where it listens.
+fn running_on(dir: &Path) -> Option<(u32, Vec<String>)> {
+    let holder = lock::holder(&dir.canonicalize().ok()?)?;
+    let addresses = holder.record.map(|record| record.addresses);
+    Some((holder.pid?, addresses.filter(|all| !all.is_empty())?))
 }
 
 /// The apps or pools of a server, every page of them.
@@ -489,21 +627,21 @@ fn judge(place: &Place, error: Error) -> Result<String, Failure> {
 /// # Errors
 /// What the server answers.
 pub(crate) fn list(app: &App, request: &Value, kind: Listed) -> Result<Vec<Value>, Error> {
-    let (field, name) = match kind {
-        Listed::Apps => ("apps", "app_id"),
-        Listed::Pools => ("pools", "pool"),
+    let field = match kind {
+        Listed::Apps => "apps",
+        Listed::Pools => "pools",
     };
     let mut all = Vec::new();
     let mut request = request.clone();
     loop {
         let mut page = app.request(&request)?;
-        let more = page["more"] == true;
         if let Some(items) = page[field].as_array_mut() {
             all.append(items);
         }
-        match all.last().filter(|_| more) {
-            Some(last) => request["after"] = last[name].clone(),
-            None => return Ok(all),
+        // A page may be empty and yet not the last: it ends where enough was looked at.
+        match page["after"].take() {
+            after @ Value::String(_) => request["after"] = after,
+            _ => return Ok(all),
         }
     }
 }

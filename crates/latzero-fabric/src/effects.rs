@@ -1,37 +1,12 @@
-//! What the core asks of its driver.
+//! What the core decided and its driver still has to do, and what it counts.
+//!
+//! Everything here waits until the pool or the registry is released; nothing of it is answered.
 
-use latzero_protocol::memory::Access;
 use latzero_protocol::{Code, PoolName};
 
-use crate::memory::{Change, Descriptor, Job, Ledger, StorageId};
-use crate::time::Time;
-
-/// What a message is, which decides what becomes of it when its receiver does not read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Class {
-    /// A call for a handler: refused with [`Sent::Full`], the caller is told `overloaded`.
-    Call,
-    /// An answer for a caller: refused with [`Sent::Full`], a short error takes its place.
-    Reply,
-    /// An emit: dropped and counted, the receiver is told how many it lost.
-    Emit,
-    /// A push to a watcher: as an emit.
-    Event,
-    /// What must arrive (errors, cancels, ends): may use the outbox's headroom; where even that is full the
-    /// connection is closed.
-    Control,
-}
-
-/// What became of a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sent {
-    /// It stands in the receiver's outbox.
-    Queued,
-    /// The outbox is full; nothing was appended.
-    Full,
-    /// The receiver's connection has ended.
-    Gone,
-}
+use crate::driver::Driver;
+use crate::memory::Job;
+use crate::now::Time;
 
 /// A call that ended.
 #[derive(Debug, Clone, Copy)]
@@ -82,91 +57,99 @@ pub struct Audit<'a> {
     pub detail: serde_json::Value,
 }
 
-/// Carries out what the core decided. Called while a pool or the registry is held, so nothing here may wait.
-pub trait Effects {
-    /// A connection, as the driver knows it.
-    type Peer: Clone;
+/// What the driver does once the pool is released: in the order of the fields, each list in its own order.
+pub struct Effects<D: Driver> {
+    /// Connections with something to write, each once.
+    pub touched: Vec<D::Peer>,
+    /// Connections to close once their outbox is written.
+    pub closing: Vec<D::Peer>,
+    /// Connections that may be read again.
+    pub resumed: Vec<D::Peer>,
+    /// What to do about blocks' storage.
+    pub jobs: Vec<Job<D::Peer>>,
+    /// How the number of a pool's blocks, parked calls and answers changed, for [`crate::Registry::count_held`].
+    pub held: Vec<(PoolName, u32, i32)>,
+    /// [`crate::Pool::told`] wants to hear, by number, when everything appended for a connection so far is written.
+    pub told: Vec<(D::Peer, u64)>,
+    /// Bytes appended since the last write, about.
+    pub appended: usize,
+    /// What happened, in numbers.
+    pub tally: Tally,
+    /// Buffers to reuse.
+    pub buffers: Buffers,
+}
 
-    /// Appends one frame to `to`'s outbox: `encode` writes about `len` bytes, and is not called unless there is room.
-    fn send(
-        &mut self,
-        to: &Self::Peer,
-        class: Class,
-        len: usize,
-        encode: impl FnOnce(&mut Vec<u8>),
-    ) -> Sent;
+impl<D: Driver> Default for Effects<D> {
+    fn default() -> Self {
+        Effects {
+            touched: Vec::new(),
+            closing: Vec::new(),
+            resumed: Vec::new(),
+            jobs: Vec::new(),
+            held: Vec::new(),
+            told: Vec::new(),
+            appended: 0,
+            tally: Tally::default(),
+            buffers: Buffers::default(),
+        }
+    }
+}
 
-    /// Closes `peer` once its outbox is written.
-    fn close(&mut self, peer: &Self::Peer);
+/// What happened since the driver took the numbers last.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Calls that began.
+    pub started: u64,
+    /// Calls that ended.
+    pub ended: Vec<CallEnd>,
+    /// Requests that were refused.
+    pub refused: Vec<Code>,
+    /// Events by [`Count`].
+    pub counts: [u64; Count::KINDS],
+}
 
-    /// How many calls of `peer`'s are in flight.
-    fn in_flight(&self, peer: &Self::Peer) -> u32;
+/// Spare buffers that a loop keeps, and the largest that it keeps.
+const SPARE_MAX: usize = 64;
+const SPARE_BYTES_MAX: usize = 1024 * 1024;
 
-    /// A call began between two connections.
-    ///
-    /// A parked call has no caller's connection.
-    fn call_started(&mut self, caller: Option<&Self::Peer>, handler: &Self::Peer);
+/// Larger buffers that a loop keeps, for frames that need them: fresh memory costs more than the copy into it.
+const LARGE_MAX: usize = 2;
+const LARGE_BYTES_MAX: usize = 32 * 1024 * 1024;
 
-    /// A call ended between two connections.
-    fn call_ended(&mut self, caller: Option<&Self::Peer>, handler: &Self::Peer, end: CallEnd);
+/// Buffers that were used and will be used again.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    spare: Vec<Vec<u8>>,
+    large: Vec<Vec<u8>>,
+}
 
-    /// A request was refused with `code` before it became a call.
-    fn refused(&mut self, code: Code);
+impl Buffers {
+    /// An empty buffer for about `length` bytes.
+    #[must_use]
+    pub fn take(&mut self, length: usize) -> Vec<u8> {
+        let kept = if length > SPARE_BYTES_MAX {
+            &mut self.large
+        } else {
+            &mut self.spare
+        };
+        kept.pop().unwrap_or_default()
+    }
 
-    /// Something happened that is only counted.
-    fn count(&mut self, what: Count);
+    /// A large buffer, where one is kept.
+    #[must_use]
+    pub fn take_large(&mut self) -> Option<Vec<u8>> {
+        self.large.pop()
+    }
 
-    /// As [`Effects::send`], with descriptors that travel with the frame's first byte.
-    fn send_with(
-        &mut self,
-        to: &Self::Peer,
-        class: Class,
-        len: usize,
-        descriptors: &[Descriptor],
-        encode: impl FnOnce(&mut Vec<u8>),
-    ) -> Sent;
-
-    /// Tells `to` of a block's new version. Until it is told, a newer one takes its place; it is never lost.
-    fn block_changed(&mut self, to: &Self::Peer, change: &Change<'_>);
-
-    /// Something to do about a block's storage, once the pool is free.
-    fn block_job(&mut self, job: Job<Self::Peer>);
-
-    /// The number of a pool's blocks, parked calls and answers changed: the registry is to hear of it
-    /// ([`crate::Registry::count_held`]).
-    fn count_held(&mut self, pool: &PoolName, number: u32, change: i32);
-
-    /// Has something remembered beyond the server's end. With a promise, the session of that connection hears of it when it
-    /// is on disk, or can't be ([`crate::Session::kept`]), in the order in which it was promised; without one, it is
-    /// tried until it can.
-    fn keep(&mut self, change: crate::keep::Change, promise: Option<&Self::Peer>);
-
-    /// Something that is kept until its receiver is told was appended to `to`'s outbox last. [`crate::Pool::told`] is to be
-    /// called with `number` once that has left for the receiver, and never where its connection ends before.
-    fn note_told(&mut self, to: &Self::Peer, number: u64);
-
-    /// A number for a parked call: greater than any before it, those of earlier runs included.
-    fn next_number(&mut self) -> u64;
-
-    /// `now` as milliseconds since the Unix epoch.
-    fn unix_ms(&self, now: Time) -> u64;
-
-    /// Notes in the audit log what a connection did.
-    fn audit(&mut self, by: &Self::Peer, audit: &Audit<'_>);
-
-    /// Runs `f` with the count of what blocks use.
-    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R;
-
-    /// A block's version, as far as it is known without waiting.
-    fn block_version(&self, storage: StorageId) -> u64;
-
-    /// Somebody says that a block has this version; returns the one that it has, as far as the block itself tells.
-    fn version_noted(&mut self, storage: StorageId, version: u64) -> u64;
-
-    /// Writes the fence of a block's lock where its writers look, at once: who holds the lock may write as soon as it is
-    /// told. With it goes whether anybody holds it alone.
-    fn set_fence(&mut self, storage: StorageId, fence: u64, is_held: bool);
-
-    /// Whether there is a descriptor of a block's storage for this access.
-    fn can_share(&self, storage: StorageId, access: Access) -> bool;
+    /// Takes a buffer back.
+    pub fn give_back(&mut self, mut buf: Vec<u8>) {
+        buf.clear();
+        if buf.capacity() <= SPARE_BYTES_MAX {
+            if self.spare.len() < SPARE_MAX && buf.capacity() > 0 {
+                self.spare.push(buf);
+            }
+        } else if self.large.len() < LARGE_MAX && buf.capacity() <= LARGE_BYTES_MAX {
+            self.large.push(buf);
+        }
+    }
 }

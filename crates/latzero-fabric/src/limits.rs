@@ -1,91 +1,304 @@
-//! Bounds that the core keeps. Each is a setting of the server, by the same name.
+//! The one list of limits.
+//!
+//! Each has a name, a default, a unit with bounds, a documentation, and an answer for when it is reached. The server
+//! reads its settings by this list and hands them to the core; the commented default file and the table in
+//! `docs/operations.md` are made from it.
 
-/// The core's bounds.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    /// Largest payload of a frame in bytes; announced in the handshake acknowledgement.
-    pub max_frame: usize,
-    /// Calls that one connection may have in flight; beyond it they are refused with `overloaded`.
-    pub in_flight_max: u32,
-    /// Calls that one pool holds; beyond it they are refused with `overloaded`.
-    pub pending_max: usize,
-    /// Apps that are remembered; the one offline longest makes room for a new one, else `quota`.
-    pub apps_max: usize,
-    /// Pools; beyond it `quota`.
-    pub pools_max: usize,
-    /// Pools that one app may be in; beyond it `quota`.
-    pub pools_per_app_max: usize,
-    /// Triggers that one app may serve; beyond it `quota`.
-    pub triggers_per_app_max: usize,
-    /// Live instances of one app; beyond it `quota`.
-    pub instances_per_app_max: usize,
-    /// Size of what one app registers, its names, pools and docs together, in bytes; beyond it `quota`.
-    pub registration_bytes_max: usize,
-    /// Size of an app's `meta` or a pool's `properties` in bytes; beyond it `too_large`.
-    pub meta_bytes_max: usize,
-    /// Largest block in bytes; beyond it `too_large`.
-    pub block_bytes_max: u64,
-    /// Blocks of the server; beyond it `quota`.
-    pub blocks_max: usize,
-    /// Bytes of all blocks, slots and headers included; beyond it `quota`.
-    pub memory_bytes_max: u64,
-    /// Bytes of one pool's blocks; beyond it `quota`.
-    pub memory_bytes_per_pool_max: u64,
-    /// Bytes of the blocks that one app made; beyond it `quota`.
-    pub memory_bytes_per_app_max: u64,
-    /// Blocks that one app is attached to, over all its instances; beyond it `quota`.
-    pub attachments_per_app_max: usize,
-    /// Blocks whose changes one app is told, over all its instances; beyond it `quota`.
-    pub subscriptions_per_app_max: usize,
-    /// Requests that wait for one block: for its lock, its making or its flush; beyond it `overloaded`.
-    pub block_waiters_max: usize,
-    /// Parked calls and kept answers of the server; beyond it `overloaded`.
-    pub parked_max: usize,
-    /// Their bytes; beyond it `overloaded`.
-    pub parked_bytes_max: usize,
-    /// Parked calls and kept answers of one app; beyond it `overloaded`.
-    pub parked_per_app_max: usize,
-    /// Their bytes; beyond it `overloaded`.
-    pub parked_bytes_per_app_max: usize,
-    /// Calls of one pool whose idempotency key is known; beyond it the oldest answer goes, else `overloaded`.
-    pub repeats_max: usize,
-    /// Bytes of the answers that one pool keeps for repeats; beyond it the oldest go.
-    pub repeats_bytes_max: usize,
-    /// How long an answer is kept for repeats, in milliseconds.
-    pub repeats_ttl_ms: u64,
-    /// How long an answer waits for its caller, in milliseconds; then it is dropped.
-    pub answer_ttl_ms: u64,
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const HOUR: u64 = 3_600_000;
+
+/// The memory of the machine that [`Limits::default`] is for.
+const MEMORY_ASSUMED: u64 = 16 * GIB;
+
+/// Most bytes that wait to be written to all connections together, where no setting says otherwise.
+const OUTBOX_TOTAL_BYTES_MAX: u64 = 256 * MIB;
+
+/// What a limit counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Things.
+    Count,
+    /// Bytes.
+    Bytes,
+    /// Milliseconds.
+    Millis,
+}
+
+impl Unit {
+    /// A number of this unit as people read and write it: `16 MiB`, `10s`, `4096`.
+    #[must_use]
+    pub fn show(self, number: u64) -> String {
+        let units: &[(u64, &str)] = match self {
+            Unit::Count => &[],
+            Unit::Bytes => &[(GIB, " GiB"), (MIB, " MiB"), (KIB, " KiB")],
+            Unit::Millis => &[(HOUR, "h"), (60_000, "m"), (1000, "s"), (1, "ms")],
+        };
+        let fits = |(size, _): &&(u64, &str)| number >= *size && number.is_multiple_of(*size);
+        match units.iter().find(fits) {
+            Some((size, unit)) => format!("{}{unit}", number / size),
+            None => number.to_string(),
+        }
+    }
+}
+
+/// When a new value of a setting takes effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Takes {
+    /// At once, with `reload`.
+    Live,
+    /// At the next start.
+    Restart,
+}
+
+/// One line of the list.
+#[derive(Debug)]
+pub struct Limit {
+    /// The setting: `limits.max_frame`.
+    pub setting: &'static str,
+    /// The default; 0 where it follows from something else, as the documentation says.
+    pub default: u64,
+    /// What it counts.
+    pub unit: Unit,
+    /// The least value that it may be set to.
+    pub min: u64,
+    /// The greatest.
+    pub max: u64,
+    /// When a new value takes effect.
+    pub takes: Takes,
+    /// What it bounds.
+    pub doc: &'static str,
+    /// What happens when it is reached.
+    pub answer: &'static str,
+}
+
+macro_rules! limits {
+    (@setting $field:ident) => { concat!("limits.", stringify!($field)) };
+    (@setting $field:ident $setting:literal) => { $setting };
+    ($(
+        $(#[doc = $doc:literal])+
+        $field:ident $(as $setting:literal)?: $type:ty = $default:expr,
+            $unit:ident($min:expr, $max:expr), $takes:ident, $answer:literal;
+    )+) => {
+        /// The limits in force: one field for each line of [`LIMITS`].
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        pub struct Limits {
+            $( $(#[doc = $doc])+ pub $field: $type, )+
+        }
+
+        /// Every limit there is, in the order in which people read them.
+        pub const LIMITS: &[Limit] = &[
+            $( Limit {
+                setting: limits!(@setting $field $($setting)?),
+                default: $default,
+                unit: Unit::$unit,
+                min: $min,
+                max: $max,
+                takes: Takes::$takes,
+                doc: concat!($($doc),+),
+                answer: $answer,
+            }, )+
+        ];
+
+        impl Limits {
+            /// Limits as they were set: one value for each line of [`LIMITS`], in its order. What is 0 because it follows
+            /// from something else is filled in by [`Limits::within`].
+            ///
+            /// # Panics
+            /// Where there are fewer values than limits.
+            #[must_use]
+            pub fn from_values(values: impl IntoIterator<Item = u64>) -> Limits {
+                let mut values = values.into_iter();
+                let mut next = || values.next().expect("the caller gives one value per limit");
+                // On a 32-bit machine a bound beyond the address space is the address space.
+                Limits { $( $field: <$type>::try_from(next()).unwrap_or(<$type>::MAX), )+ }
+            }
+
+            /// One value for each line of [`LIMITS`], in its order.
+            pub fn values(&self) -> impl Iterator<Item = u64> {
+                [$( u64::try_from(self.$field).unwrap_or(u64::MAX), )+].into_iter()
+            }
+        }
+    };
+}
+
+limits! {
+    /// How long the answer of a parked call waits for its caller to come back.
+    answer_ttl_ms as "answer_ttl": u64 = 24 * HOUR, Millis(1000, 365 * 24 * HOUR), Restart,
+        "the answer is dropped";
+    /// How long the answer of a call with an idempotency key is kept for its repeats.
+    repeats_ttl_ms as "idempotency_ttl": u64 = HOUR / 6, Millis(1000, 24 * HOUR), Restart,
+        "the answer is forgotten: a repeat is a new call";
+    /// All that clients can make the server hold, memory blocks included; 0 is half of the memory that
+    /// the server may use.
+    memory_max: u64 = 0, Bytes(0, 1024 * GIB), Restart,
+        "`overloaded` or `quota`; then the connections that hold most are closed";
+    /// Largest payload of a frame. The handshake tells it to clients.
+    max_frame: usize = 16 * MIB, Bytes(4 * KIB, GIB), Restart,
+        "`frame_too_large`; the connection is closed before anything is buffered";
+    /// Largest payload of a frame before the handshake is done.
+    max_frame_before_handshake: usize = 64 * KIB, Bytes(KIB, GIB), Live,
+        "`frame_too_large`; the connection is closed before anything is buffered";
+    /// Connections at a time.
+    connections_max: usize = 4096, Count(1, 1_000_000), Live,
+        "`overloaded`; the connection is closed";
+    /// Connections at a time that have not done their handshake.
+    connections_unauthenticated_max: usize = 256, Count(1, 1_000_000), Live,
+        "`overloaded`; the connection is closed";
+    /// Connections at a time of one user of the machine that have not done their handshake.
+    connections_unauthenticated_per_user_max: usize = 64, Count(1, 1_000_000), Live,
+        "`overloaded`; the connection is closed";
+    /// Calls in flight on one connection.
+    in_flight_max: u32 = 1024, Count(1, 1_000_000), Restart,
+        "the server stops reading from the connection until a call ends; `overloaded` where the \
+         connection owes answers itself";
+    /// Calls in flight in one pool.
+    pending_max: usize = 65_536, Count(1, 16_777_216), Restart, "`overloaded`";
+    /// Bytes waiting to be written to one connection.
+    outbox_bytes_max: usize = 8 * MIB, Bytes(16 * KIB, 4 * GIB), Restart,
+        "emits and pushes are dropped and counted, calls are refused with `overloaded`, answers \
+         are replaced by `overloaded`";
+    /// Room in an outbox that only errors, cancels and life-cycle messages (draining, displaced, ping)
+    /// may use.
+    outbox_headroom_bytes: usize = MIB, Bytes(4 * KIB, GIB), Restart,
+        "the connection is closed";
+    /// Bytes waiting to be written to all connections together; 0 is a tenth of `limits.memory_max`, at
+    /// most 256 MiB.
+    outbox_total_bytes_max: usize = 0, Bytes(0, 1024 * GIB), Restart,
+        "the connection with the largest outbox is closed";
+    /// Apps that the server knows, live or not.
+    apps_max: usize = 100_000, Count(1, 16_777_216), Restart,
+        "the app that was offline longest is forgotten; if all live, `quota`";
+    /// Pools.
+    pools_max: usize = 10_000, Count(1, 16_777_216), Restart, "`quota`";
+    /// Pools that one app may be in, and that one of its triggers may name.
+    pools_per_app_max: usize = 256, Count(1, 65_536), Restart, "`quota`";
+    /// Triggers that one app may serve.
+    triggers_per_app_max: usize = 1024, Count(1, 65_536), Restart, "`quota`";
+    /// Instances of one app at a time.
+    instances_per_app_max: usize = 1024, Count(1, 65_536), Restart, "`quota`";
+    /// What one app registers: names, pools and docs together.
+    registration_bytes_max: usize = 256 * KIB, Bytes(KIB, GIB), Restart, "`quota`";
+    /// Size of an app's `meta` or a pool's `properties`.
+    meta_bytes_max: usize = 8 * KIB, Bytes(2, MIB), Restart, "`too_large`";
+    /// Largest memory block.
+    block_bytes_max: u64 = GIB, Bytes(4 * KIB, 1024 * GIB), Restart, "`too_large`";
+    /// Memory blocks of the server.
+    blocks_max: usize = 4096, Count(1, 1_000_000), Restart, "`quota`";
+    /// Bytes of all memory blocks together, their slots and headers included; 0 is half of
+    /// `limits.memory_max`, so a quarter of the memory that the server may use.
+    memory_bytes_max: u64 = 0, Bytes(0, 1024 * GIB), Restart,
+        "`quota`, with what is needed and what is free; nothing is allocated";
+    /// Bytes of the memory blocks of one pool; 0 is as much as for all.
+    memory_bytes_per_pool_max: u64 = 0, Bytes(0, 1024 * GIB), Restart,
+        "`quota`, with what is needed and what is free; nothing is allocated";
+    /// Bytes of the memory blocks that one app made; 0 is as much as for all.
+    memory_bytes_per_app_max: u64 = 0, Bytes(0, 1024 * GIB), Restart,
+        "`quota`, with what is needed and what is free; nothing is allocated";
+    /// Memory blocks that one app may be attached to, over all its instances.
+    attachments_per_app_max: usize = 256, Count(1, 1_000_000), Restart, "`quota`";
+    /// Memory blocks whose changes one app may subscribe to, over all its instances.
+    subscriptions_per_app_max: usize = 1024, Count(1, 1_000_000), Restart, "`quota`";
+    /// Requests that may wait for one memory block (for its lock, its making or its flush), and holders
+    /// of its lock.
+    block_waiters_max: usize = 1024, Count(1, 1_000_000), Restart, "`overloaded`";
+    /// Parked calls, and answers that wait for their callers.
+    parked_max: usize = 100_000, Count(0, 16_777_216), Restart, "`overloaded`";
+    /// Bytes in memory of all parked calls and waiting answers.
+    parked_bytes_max: usize = 256 * MIB, Bytes(0, 64 * GIB), Restart, "`overloaded`";
+    /// Parked calls and waiting answers of one app.
+    parked_per_app_max: usize = 50_000, Count(0, 16_777_216), Restart, "`overloaded`";
+    /// Bytes in memory of the parked calls and waiting answers of one app.
+    parked_bytes_per_app_max: usize = 128 * MIB, Bytes(0, 64 * GIB), Restart, "`overloaded`";
+    /// Calls of one pool whose idempotency keys are known.
+    repeats_max: usize = 10_000, Count(1, 1_000_000), Restart,
+        "the oldest answer is forgotten; if all are under way, `overloaded`";
+    /// Bytes of the answers that one pool keeps for repeats.
+    repeats_bytes_max: usize = 16 * MIB, Bytes(KIB, GIB), Restart,
+        "the oldest answers are forgotten";
+    /// Bytes read from one connection before the others get their turn.
+    read_budget_bytes: usize = 256 * KIB, Bytes(4 * KIB, GIB), Restart, "the others get their turn";
+}
+
+impl Limits {
+    /// Fills in what was left to follow from `memory`, the bytes that the server may use.
+    #[must_use]
+    pub fn within(mut self, memory: u64) -> Limits {
+        let or = |set: u64, otherwise: u64| if set == 0 { otherwise } else { set };
+        self.memory_max = or(self.memory_max, memory / 2);
+        self.memory_bytes_max = or(self.memory_bytes_max, self.memory_max / 2);
+        self.memory_bytes_per_pool_max = or(self.memory_bytes_per_pool_max, self.memory_bytes_max);
+        self.memory_bytes_per_app_max = or(self.memory_bytes_per_app_max, self.memory_bytes_max);
+        if self.outbox_total_bytes_max == 0 {
+            let total = (self.memory_max / 10).min(OUTBOX_TOTAL_BYTES_MAX);
+            self.outbox_total_bytes_max = usize::try_from(total).unwrap_or(usize::MAX);
+        }
+        self
+    }
 }
 
 impl Default for Limits {
+    /// The limits of a server that was told nothing, on a machine of 16 GiB.
     fn default() -> Self {
-        Limits {
-            max_frame: latzero_protocol::limits::MAX_FRAME_DEFAULT,
-            in_flight_max: 1024,
-            pending_max: 65_536,
-            apps_max: 100_000,
-            pools_max: 10_000,
-            pools_per_app_max: 256,
-            triggers_per_app_max: 1024,
-            instances_per_app_max: 1024,
-            registration_bytes_max: 256 * 1024,
-            meta_bytes_max: 8192,
-            block_bytes_max: 1 << 30,
-            blocks_max: 4096,
-            memory_bytes_max: 4 << 30,
-            memory_bytes_per_pool_max: u64::MAX,
-            memory_bytes_per_app_max: u64::MAX,
-            attachments_per_app_max: 256,
-            subscriptions_per_app_max: 1024,
-            block_waiters_max: 1024,
-            parked_max: 100_000,
-            parked_bytes_max: 256 << 20,
-            parked_per_app_max: 50_000,
-            parked_bytes_per_app_max: 128 << 20,
-            repeats_max: 10_000,
-            repeats_bytes_max: 16 << 20,
-            repeats_ttl_ms: 10 * 60 * 1000,
-            answer_ttl_ms: 24 * 60 * 60 * 1000,
+        Limits::from_values(LIMITS.iter().map(|limit| limit.default)).within(MEMORY_ASSUMED)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_default_is_within_its_bounds() {
+        for limit in LIMITS {
+            assert!(
+                (limit.min..=limit.max).contains(&limit.default),
+                "{}",
+                limit.setting
+            );
         }
+        let defaults: Vec<u64> = LIMITS.iter().map(|limit| limit.default).collect();
+        let limits = Limits::from_values(defaults.iter().copied());
+        assert_eq!(limits.values().collect::<Vec<_>>(), defaults);
+        assert_eq!(
+            (limits.max_frame, limits.in_flight_max),
+            (latzero_protocol::limits::MAX_FRAME_DEFAULT, 1024)
+        );
+    }
+
+    #[test]
+    fn numbers_are_shown_in_the_largest_unit_that_fits() {
+        let check = |unit: Unit, number, expected: &str| assert_eq!(unit.show(number), expected);
+        check(Unit::Count, 4096, "4096");
+        check(Unit::Bytes, 4096, "4 KiB");
+        check(Unit::Bytes, 3 * GIB + 1, "3221225473");
+        check(Unit::Bytes, 0, "0");
+        check(Unit::Millis, 90_000, "90s");
+        check(Unit::Millis, 24 * HOUR, "24h");
+        check(Unit::Millis, 250, "250ms");
+        check(Unit::Millis, 0, "0");
+    }
+
+    #[test]
+    fn what_is_not_set_follows_from_the_memory() {
+        let check = |change: &dyn Fn(&mut Limits), memory: u64, expected: [u64; 4]| {
+            let mut limits = Limits::from_values(LIMITS.iter().map(|limit| limit.default));
+            change(&mut limits);
+            let limits = limits.within(memory);
+            let got = [
+                limits.memory_max,
+                limits.memory_bytes_max,
+                limits.memory_bytes_per_pool_max,
+                limits.outbox_total_bytes_max as u64,
+            ];
+            assert_eq!(got, expected);
+        };
+        check(&|_| (), GIB, [GIB / 2, GIB / 4, GIB / 4, GIB / 20]);
+        check(&|_| (), 64 * GIB, [32 * GIB, 16 * GIB, 16 * GIB, 256 * MIB]);
+        let set = |l: &mut Limits| l.memory_max = 64 * MIB;
+        check(&set, GIB, [64 * MIB, 32 * MIB, 32 * MIB, 64 * MIB / 10]);
+        let set = |l: &mut Limits| (l.memory_bytes_max, l.outbox_total_bytes_max) = (MIB, 12_345);
+        check(&set, GIB, [GIB / 2, MIB, MIB, 12_345]);
     }
 }

@@ -187,6 +187,7 @@ pub struct Ledger {
     /// are not among them.
     ended: HashMap<(PoolName, BlockId), u64>,
     ended_floor: u64,
+    numbers: u64,
     /// Parked calls and kept answers, and their bytes.
     parked: usize,
     parked_bytes: usize,
@@ -228,6 +229,17 @@ impl Ledger {
         });
         self.parked -= 1;
         self.parked_bytes -= bytes;
+    }
+
+    /// A number for a parked call, greater than any before it.
+    pub fn next_number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    /// Counts on after `number`, which an earlier run gave.
+    pub fn count_on_after(&mut self, number: u64) {
+        self.numbers = self.numbers.max(number);
     }
 
     /// A number for new storage.

@@ -22,11 +22,13 @@ use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet, Strategy, TriggerSpec};
 use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal, TriggerName};
 
-use crate::effects::{Class, Effects};
+use crate::driver::Driver;
 use crate::limits::Limits;
+use crate::now::Time;
+use crate::outbox::Class;
 use crate::prng::Prng;
 use crate::slab::{Key, Slab};
-use crate::time::Time;
+use crate::turn::Turn;
 use blocks::Blocks;
 pub use blocks::{Asking, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan};
 use calls::Calls;
@@ -37,6 +39,8 @@ use routing::not_member;
 
 /// Triggers of a pool, and handlers of each, that its description shows one by one.
 const TRIGGERS_SHOWN_MAX: usize = 1000;
+/// Leaves room on a page for the rest of the description.
+const TRIGGERS_SHOWN_BYTES_MAX: usize = crate::registry::PAGE_BYTES_MAX / 2;
 const HANDLERS_SHOWN_MAX: usize = 20;
 
 /// A member's place in its pool.
@@ -69,8 +73,8 @@ impl Caller<'_> {
 }
 
 /// One instance in the pool.
-struct Member<P> {
-    peer: P,
+struct Member<D: Driver> {
+    peer: D::Peer,
     app: AppId,
     instance: InstanceId,
     attachments: Attachments,
@@ -85,7 +89,7 @@ struct Member<P> {
     blocks: Vec<BlockKey>,
 }
 
-impl<P> Member<P> {
+impl<D: Driver> Member<D> {
     fn origin(&self) -> Origin<'_> {
         Origin {
             app_id: self.app.as_str(),
@@ -113,9 +117,9 @@ struct Served {
 
 /// Who joins a pool.
 #[derive(Debug, Clone)]
-pub struct Joining<P> {
+pub struct Joining<D: Driver> {
     /// The connection.
-    pub peer: P,
+    pub peer: D::Peer,
     /// The app.
     pub app: AppId,
     /// The instance.
@@ -165,13 +169,13 @@ pub struct PoolStats {
 }
 
 /// A namespace of triggers, with the calls between its members.
-pub struct Pool<P> {
+pub struct Pool<D: Driver> {
     number: u32,
     name: PoolName,
     limits: Limits,
     prng: Prng,
     hash_seed: u64,
-    members: Slab<Member<P>>,
+    members: Slab<Member<D>, Seat>,
     triggers: HashMap<TriggerName, Served>,
     handlers: Slab<Handler>,
     calls: Calls,
@@ -188,7 +192,7 @@ pub struct Pool<P> {
     scratch: Vec<u8>,
 }
 
-impl<P> std::fmt::Debug for Pool<P> {
+impl<D: Driver> std::fmt::Debug for Pool<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Pool")
             .field("name", &self.name)
@@ -196,7 +200,7 @@ impl<P> std::fmt::Debug for Pool<P> {
     }
 }
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// An empty pool. `number` is what the ids of its calls begin with; no two pools of a server share one.
     #[must_use]
     pub fn new(number: u32, name: PoolName, limits: Limits, mut prng: Prng) -> Self {
@@ -277,11 +281,7 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Takes a member in and tells the watchers; `None` where the pool was removed meanwhile.
-    pub fn join<E: Effects<Peer = P>>(
-        &mut self,
-        joining: Joining<P>,
-        fx: &mut E,
-    ) -> Option<MemberKey> {
+    pub fn join(&mut self, joining: Joining<D>, turn: &mut Turn<'_, D>) -> Option<MemberKey> {
         if self.closed {
             return None;
         }
@@ -310,49 +310,43 @@ impl<P: Clone> Pool<P> {
             takes_descriptors,
             blocks: Vec::new(),
         };
-        let key = seat(self.members.insert(member));
-        self.tell(Event::AppOnline, &told, Some(key), fx);
+        let key = self.members.insert(member);
+        self.tell(Event::AppOnline, &told, Some(key), turn);
         Some(key)
     }
 
     /// Ends a membership: its calls end, its triggers go, the watchers are told. False where it had ended before.
-    pub fn leave<E: Effects<Peer = P>>(&mut self, now: Time, key: MemberKey, fx: &mut E) -> bool {
+    pub fn leave(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) -> bool {
         if self.member(key).is_none() {
             return false;
         }
-        self.end_calls_of(now, key, fx);
+        self.end_calls_of(key, turn);
         self.repeats.leave(key);
-        self.leave_blocks(now, key, fx);
+        self.leave_blocks(key, turn);
         self.watch(key, None);
         let names = self
             .member_mut(key)
             .map(|m| std::mem::take(&mut m.triggers))
             .unwrap_or_default();
         for name in names {
-            self.drop_handler(key, &name, fx);
+            self.drop_handler(key, &name, turn);
         }
-        let member = self.members.remove(place(key)).expect("checked above");
+        let member = self.members.remove(key).expect("checked above");
         let event = Presence {
             app: &member.app,
             instance: member.instance,
             trigger: None,
         };
         let told = self.presence_json(Event::AppOffline, &event);
-        self.tell(Event::AppOffline, &told, None, fx);
-        self.take_answers_back(now, (key, &member.app), fx);
-        self.see_to_orphans(now, fx);
+        self.tell(Event::AppOffline, &told, None, turn);
+        self.take_answers_back((key, &member.app), turn);
+        self.see_to_orphans(turn);
         true
     }
 
     /// Serves a trigger: calls that were parked for it are given to the new handler. Registering it again changes its
     /// settings.
-    pub fn serve<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        key: MemberKey,
-        spec: &TriggerSpec,
-        fx: &mut E,
-    ) {
+    pub fn serve(&mut self, key: MemberKey, spec: &TriggerSpec, turn: &mut Turn<'_, D>) {
         if self.member(key).is_none() {
             return;
         }
@@ -379,7 +373,7 @@ impl<P: Clone> Pool<P> {
             .find(|&h| self.handlers.at(h).is_some_and(|h| h.member == key));
         if let Some(handler) = known.and_then(|h| self.handlers.at_mut(h)) {
             handler.concurrency = concurrency;
-            self.give_parked(now, spec.name.as_str(), fx);
+            self.give_parked(spec.name.as_str(), turn);
             return;
         }
         served.handlers.push(self.handlers.insert(Handler {
@@ -387,7 +381,7 @@ impl<P: Clone> Pool<P> {
             in_flight: 0,
             concurrency,
         }));
-        let member = self.members.at_mut(place(key)).expect("checked above");
+        let member = self.members.at_mut(key).expect("checked above");
         member.triggers.push(spec.name.clone());
         let (app, instance) = (member.app.clone(), member.instance);
         let event = Presence {
@@ -396,17 +390,12 @@ impl<P: Clone> Pool<P> {
             trigger: Some(&spec.name),
         };
         let told = self.presence_json(Event::TriggerAdded, &event);
-        self.tell(Event::TriggerAdded, &told, Some(key), fx);
-        self.give_parked(now, spec.name.as_str(), fx);
+        self.tell(Event::TriggerAdded, &told, Some(key), turn);
+        self.give_parked(spec.name.as_str(), turn);
     }
 
     /// Serves a trigger no longer. Calls under way may still be answered.
-    pub fn unserve<E: Effects<Peer = P>>(
-        &mut self,
-        key: MemberKey,
-        name: &TriggerName,
-        fx: &mut E,
-    ) {
+    pub fn unserve(&mut self, key: MemberKey, name: &TriggerName, turn: &mut Turn<'_, D>) {
         let Some(member) = self.member_mut(key) else {
             return;
         };
@@ -414,7 +403,7 @@ impl<P: Clone> Pool<P> {
             return;
         };
         member.triggers.swap_remove(at);
-        self.drop_handler(key, name, fx);
+        self.drop_handler(key, name, turn);
     }
 
     /// Sends the pool's events to a member; `None` stops them. False where the membership has ended.
@@ -441,26 +430,27 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Ends the calls whose time to live is over, and the waits and leases of locks.
-    pub fn handle_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+    pub fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         while let Some(key) = self.calls.pop_due(now) {
-            self.end(now, key, End::TimedOut, fx);
+            self.end(key, End::TimedOut, turn);
         }
-        self.handle_block_timeout(now, fx);
-        self.handle_parked_timeout(now, fx);
-        self.handle_repeats_timeout(now, fx);
+        self.handle_block_timeout(turn);
+        self.handle_parked_timeout(turn);
+        self.handle_repeats_timeout(turn);
     }
 
     /// Removes the pool under its members: calls end, each member is told, nobody can join again. Returns the members'
     /// instances.
-    pub fn close<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) -> Vec<InstanceId> {
+    pub fn close(&mut self, turn: &mut Turn<'_, D>) -> Vec<InstanceId> {
         self.closed = true;
-        let keys: Vec<MemberKey> = self.members.iter().map(|(key, _)| seat(key)).collect();
+        let keys: Vec<MemberKey> = self.members.iter().map(|(key, _)| key).collect();
         for &key in &keys {
-            self.end_calls_of(now, key, fx);
+            self.end_calls_of(key, turn);
         }
-        self.drop_orphans(fx);
-        self.close_parked(fx);
-        self.close_blocks(fx);
+        self.drop_orphans(turn);
+        self.close_parked(turn);
+        self.close_blocks(turn);
         self.change_watchers = 0;
         let told = format!(
             "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
@@ -470,8 +460,8 @@ impl<P: Clone> Pool<P> {
         self.triggers.clear();
         self.handlers = Slab::default();
         for key in keys {
-            let member = self.members.remove(place(key)).expect("listed above");
-            fx.send(&member.peer, Class::Control, told.len(), |out| {
+            let member = self.members.remove(key).expect("listed above");
+            turn.send(&member.peer, Class::Control, told.len(), |out| {
                 encode::message(out, &told)
             });
             instances.push(member.instance);
@@ -489,13 +479,17 @@ impl<P: Clone> Pool<P> {
     #[must_use]
     pub fn triggers_json(&self) -> serde_json::Value {
         let mut names: Vec<&Served> = self.triggers.values().collect();
+        if names.len() > TRIGGERS_SHOWN_MAX {
+            names.select_nth_unstable_by(TRIGGERS_SHOWN_MAX, |a, b| a.name.cmp(&b.name));
+            names.truncate(TRIGGERS_SHOWN_MAX);
+        }
         names.sort_by(|a, b| a.name.cmp(&b.name));
         let trigger = |served: &Served| {
             let handlers: Vec<_> = served
                 .handlers
                 .iter()
                 .filter_map(|&h| self.handlers.at(h))
-                .filter_map(|h| Some((h, self.members.at(place(h.member))?)))
+                .filter_map(|h| Some((h, self.members.at(h.member)?)))
                 .take(HANDLERS_SHOWN_MAX)
                 .map(|(h, member)| {
                     serde_json::json!({"app_id": member.app, "instance": member.instance, "in_flight": h.in_flight})
@@ -506,11 +500,12 @@ impl<P: Clone> Pool<P> {
                 "handlers_total": served.handlers.len(),
             })
         };
-        names
-            .into_iter()
-            .take(TRIGGERS_SHOWN_MAX)
-            .map(trigger)
-            .collect()
+        let mut bytes = 0;
+        let fits = |trigger: &serde_json::Value| {
+            bytes += trigger.to_string().len();
+            bytes <= TRIGGERS_SHOWN_BYTES_MAX
+        };
+        names.into_iter().map(trigger).take_while(fits).collect()
     }
 
     /// Checks what must hold between any two inputs; for the simulator and tests.
@@ -520,7 +515,7 @@ impl<P: Clone> Pool<P> {
     pub fn check(&self) {
         let (mut calling, mut serving) = (0, 0);
         for (key, member) in self.members.iter() {
-            let key = seat(key);
+            let key = key;
             let made = self.calls.iter().filter(|(_, c)| c.caller == key).count();
             let served = self.calls.iter().filter(|(_, c)| c.member == key).count();
             assert_eq!(
@@ -566,25 +561,20 @@ impl<P: Clone> Pool<P> {
         }
         self.calls.check();
         self.check_blocks();
-        let watches = |m: &Member<P>| m.watch.is_some_and(|set| set.has(Event::BlockChanged));
+        let watches = |m: &Member<D>| m.watch.is_some_and(|set| set.has(Event::BlockChanged));
         let watching = self.members.iter().filter(|(_, m)| watches(m)).count();
         assert_eq!(watching, self.change_watchers);
     }
 
-    fn member(&self, key: MemberKey) -> Option<&Member<P>> {
-        self.members.at(place(key))
+    fn member(&self, key: MemberKey) -> Option<&Member<D>> {
+        self.members.at(key)
     }
 
-    fn member_mut(&mut self, key: MemberKey) -> Option<&mut Member<P>> {
-        self.members.at_mut(place(key))
+    fn member_mut(&mut self, key: MemberKey) -> Option<&mut Member<D>> {
+        self.members.at_mut(key)
     }
 
-    fn drop_handler<E: Effects<Peer = P>>(
-        &mut self,
-        key: MemberKey,
-        name: &TriggerName,
-        fx: &mut E,
-    ) {
+    fn drop_handler(&mut self, key: MemberKey, name: &TriggerName, turn: &mut Turn<'_, D>) {
         let Some(served) = self.triggers.get_mut(name) else {
             return;
         };
@@ -609,20 +599,14 @@ impl<P: Clone> Pool<P> {
             trigger: Some(name),
         };
         let told = self.presence_json(Event::TriggerRemoved, &event);
-        self.tell(Event::TriggerRemoved, &told, Some(key), fx);
+        self.tell(Event::TriggerRemoved, &told, Some(key), turn);
     }
 
     /// Tells the watchers, all but the member that the event is about.
-    fn tell<E: Effects<Peer = P>>(
-        &self,
-        event: Event,
-        json: &str,
-        about: Option<MemberKey>,
-        fx: &mut E,
-    ) {
+    fn tell(&self, event: Event, json: &str, about: Option<MemberKey>, turn: &mut Turn<'_, D>) {
         for (key, member) in self.members.iter() {
-            if Some(seat(key)) != about && member.watch.is_some_and(|set| set.has(event)) {
-                fx.send(&member.peer, Class::Event, json.len(), |out| {
+            if Some(key) != about && member.watch.is_some_and(|set| set.has(event)) {
+                turn.send(&member.peer, Class::Event, json.len(), |out| {
                     encode::message(out, json)
                 });
             }
@@ -647,12 +631,4 @@ struct Presence<'a> {
     app: &'a AppId,
     instance: InstanceId,
     trigger: Option<&'a TriggerName>,
-}
-
-fn seat<P>(key: Key<Member<P>>) -> MemberKey {
-    Key::new(key.slot, key.generation)
-}
-
-fn place<P>(key: MemberKey) -> Key<Member<P>> {
-    Key::new(key.slot, key.generation)
 }

@@ -16,22 +16,23 @@ use latzero_protocol::message::{EventSet, Policy, TriggerSpec};
 use latzero_protocol::{AppId, BlockId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
-use crate::effects::Effects;
-use crate::host::{Host, Transport};
+use crate::driver::{Driver, Transport};
 use crate::keep::{AppRow, Change};
 use crate::limits::Limits;
+use crate::now::Time;
 use crate::pool::MemberKey;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
-use crate::time::Time;
+use crate::turn::Turn;
 pub(crate) use admission::{check_pools, check_triggers};
 use admission::{check_reserved, too_many};
 pub use listing::Counts;
+pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use pools::forget_pool;
 
-struct App<H: Host> {
+struct App<D: Driver> {
     registration: Remembered,
-    instances: Vec<Instance<H>>,
+    instances: Vec<Instance<D>>,
     /// When it was seen first and last, in milliseconds since the Unix epoch.
     registered: u64,
     last_seen: u64,
@@ -39,9 +40,9 @@ struct App<H: Host> {
     is_lasting: bool,
 }
 
-impl<H: Host> App<H> {
+impl<D: Driver> App<D> {
     /// Hands out the row to keep; false where nothing of the app is kept.
-    fn keep(&self, app_id: &AppId, promise: Option<&H::Peer>, fx: &mut H::Effects) -> bool {
+    fn keep(&self, app_id: &AppId, promise: Option<&D::Peer>, turn: &mut Turn<'_, D>) -> bool {
         if self.is_lasting {
             let last_seen = if self.instances.is_empty() {
                 self.last_seen
@@ -50,39 +51,39 @@ impl<H: Host> App<H> {
             };
             let registration = self.registration.get();
             let row = registration.row(app_id, self.registered, last_seen);
-            fx.keep(Change::App(Box::new(row)), promise);
+            turn.keep(Change::App(Box::new(row)), promise);
         }
         self.is_lasting
     }
 }
 
 /// One live connection of an app.
-pub struct Instance<H: Host> {
+pub struct Instance<D: Driver> {
     /// Its id.
     pub id: InstanceId,
     /// Its connection.
-    pub peer: H::Peer,
+    pub peer: D::Peer,
     /// The pools it is in, with its place in each.
-    pub memberships: Vec<Membership<H>>,
+    pub memberships: Vec<Membership<D>>,
     exclusive: bool,
     since: Time,
 }
 
 /// An instance's place in one pool.
-pub struct Membership<H: Host> {
+pub struct Membership<D: Driver> {
     /// The pool's name.
     pub name: PoolName,
     /// The pool's number, which the ids of its calls begin with.
     pub number: u32,
     /// The pool's handle.
-    pub pool: H::Pool,
+    pub pool: D::Pool,
     /// The place.
     pub member: MemberKey,
     /// Whether the app may serve triggers in it.
     pub may_serve: bool,
 }
 
-impl<H: Host> Clone for Membership<H> {
+impl<D: Driver> Clone for Membership<D> {
     fn clone(&self) -> Self {
         Membership {
             name: self.name.clone(),
@@ -95,20 +96,20 @@ impl<H: Host> Clone for Membership<H> {
 }
 
 /// A pool to be joined.
-pub struct Entrance<H: Host> {
+pub struct Entrance<D: Driver> {
     /// Its name.
     pub name: PoolName,
     /// Its number.
     pub number: u32,
     /// Its handle.
-    pub pool: H::Pool,
+    pub pool: D::Pool,
     /// Whether the app may serve triggers in it.
     pub may_serve: bool,
 }
 
-struct PoolEntry<H: Host> {
+struct PoolEntry<D: Driver> {
     number: u32,
-    pool: H::Pool,
+    pool: D::Pool,
     members: usize,
     /// Blocks of memory, parked calls and kept answers in it; a pool with any stays.
     held: usize,
@@ -123,7 +124,7 @@ struct PoolEntry<H: Host> {
     created: u64,
 }
 
-impl<H: Host> PoolEntry<H> {
+impl<D: Driver> PoolEntry<D> {
     fn admits(&self, app: &AppId) -> bool {
         self.policy.join.contain(app) || self.owner.as_ref() == Some(app)
     }
@@ -134,7 +135,7 @@ impl<H: Host> PoolEntry<H> {
 }
 
 /// What becomes of a handshake.
-pub enum Admitted<H: Host> {
+pub enum Admitted<D: Driver> {
     /// It was accepted, and what the app registers is on its way to the disk: ask again when it is there, and hand in
     /// whether it was restored.
     Later {
@@ -142,15 +143,15 @@ pub enum Admitted<H: Host> {
         rehydrated: bool,
     },
     /// It was granted.
-    Now(Box<Admission<H>>),
+    Now(Box<Admission<D>>),
 }
 
 /// What a handshake was granted.
-pub struct Admission<H: Host> {
+pub struct Admission<D: Driver> {
     /// The new instance's id.
     pub instance: InstanceId,
     /// The pools to join.
-    pub pools: Vec<Entrance<H>>,
+    pub pools: Vec<Entrance<D>>,
     /// The triggers to serve.
     pub triggers: Vec<TriggerSpec>,
     /// The pools to watch.
@@ -160,7 +161,7 @@ pub struct Admission<H: Host> {
     /// Whether what the app had was restored.
     pub rehydrated: bool,
     /// Instances that must go first.
-    pub displaced: Vec<Instance<H>>,
+    pub displaced: Vec<Instance<D>>,
 }
 
 /// What the registry knows of an app that a pool does not.
@@ -175,18 +176,18 @@ pub enum Whereabouts {
 }
 
 /// Every app that was seen and every pool there is.
-pub struct Registry<H: Host> {
-    apps: BTreeMap<AppId, App<H>>,
+pub struct Registry<D: Driver> {
+    apps: BTreeMap<AppId, App<D>>,
     /// Apps without an instance, the longest gone first: who makes room for a new one.
     offline: BTreeSet<(u64, AppId)>,
-    pools: BTreeMap<PoolName, PoolEntry<H>>,
+    pools: BTreeMap<PoolName, PoolEntry<D>>,
     next_number: u32,
     instances: usize,
     limits: Limits,
     prng: Prng,
 }
 
-impl<H: Host> Registry<H> {
+impl<D: Driver> Registry<D> {
     /// A registry with the pools `default` and `system`. `seed` is all the randomness there is.
     #[must_use]
     pub fn new(unix_ms: u64, limits: Limits, seed: u64) -> Self {
@@ -230,9 +231,9 @@ impl<H: Host> Registry<H> {
     }
 
     /// Hands what an app registered out once more: it could not be kept when it was to be.
-    pub fn keep_app(&self, app_id: &AppId, fx: &mut H::Effects) {
+    pub fn keep_app(&self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         if let Some(app) = self.apps.get(app_id) {
-            app.keep(app_id, None, fx);
+            app.keep(app_id, None, turn);
         }
     }
 
@@ -243,8 +244,8 @@ impl<H: Host> Registry<H> {
     pub fn forget_app(
         &mut self,
         app_id: &AppId,
-        promise: &H::Peer,
-        fx: &mut H::Effects,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
         match self.apps.get(app_id) {
             None => Err(Refusal::new(
@@ -258,7 +259,7 @@ impl<H: Host> Registry<H> {
             Some(app) => {
                 self.offline.remove(&(app.last_seen, app_id.clone()));
                 self.apps.remove(app_id);
-                fx.keep(Change::ForgetApp(app_id.clone()), Some(promise));
+                turn.keep(Change::ForgetApp(app_id.clone()), Some(promise));
                 Ok(())
             }
         }
@@ -269,7 +270,7 @@ impl<H: Host> Registry<H> {
         &mut self,
         app: &AppId,
         instance: InstanceId,
-        memberships: &[Membership<H>],
+        memberships: &[Membership<D>],
     ) -> bool {
         let Some(instance) = self.instance_mut(app, instance) else {
             return false;
@@ -281,11 +282,10 @@ impl<H: Host> Registry<H> {
     /// Forgets an instance, but not what its app registered; returns the pools that it is still in.
     pub fn depart(
         &mut self,
-        unix_ms: u64,
         app_id: &AppId,
         instance: InstanceId,
-        fx: &mut H::Effects,
-    ) -> Vec<Membership<H>> {
+        turn: &mut Turn<'_, D>,
+    ) -> Vec<Membership<D>> {
         let Some(app) = self.apps.get_mut(app_id) else {
             return Vec::new();
         };
@@ -294,12 +294,13 @@ impl<H: Host> Registry<H> {
         };
         let gone = app.instances.swap_remove(at);
         self.instances -= 1;
-        self.note_gone(unix_ms, app_id, fx);
+        self.note_gone(app_id, turn);
         gone.memberships
     }
 
     /// Notes that an instance of an app has gone.
-    fn note_gone(&mut self, unix_ms: u64, app_id: &AppId, fx: &mut H::Effects) {
+    fn note_gone(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
+        let unix_ms = turn.unix_ms();
         let Some(app) = self.apps.get_mut(app_id) else {
             return;
         };
@@ -309,7 +310,7 @@ impl<H: Host> Registry<H> {
         }
         if app.is_lasting {
             self.offline.insert((unix_ms, app_id.clone()));
-            fx.keep(Change::Seen(app_id.clone(), unix_ms), None);
+            turn.keep(Change::Seen(app_id.clone(), unix_ms), None);
         } else {
             self.apps.remove(app_id);
         }
@@ -318,24 +319,23 @@ impl<H: Host> Registry<H> {
     /// Takes instances of an app away from it, as `kick` asks; they are to be told, and to leave their pools.
     pub fn evict(
         &mut self,
-        unix_ms: u64,
         app_id: &AppId,
         instance: Option<InstanceId>,
-        fx: &mut H::Effects,
-    ) -> Vec<Instance<H>> {
+        turn: &mut Turn<'_, D>,
+    ) -> Vec<Instance<D>> {
         let Some(app) = self.apps.get_mut(app_id) else {
             return Vec::new();
         };
         let (gone, stay) = std::mem::take(&mut app.instances)
             .into_iter()
             .partition(|i| instance.is_none_or(|id| id == i.id));
-        let gone: Vec<Instance<H>> = gone;
+        let gone: Vec<Instance<D>> = gone;
         app.instances = stay;
         if gone.is_empty() {
             return gone;
         }
         self.instances -= gone.len();
-        self.note_gone(unix_ms, app_id, fx);
+        self.note_gone(app_id, turn);
         gone
     }
 
@@ -346,12 +346,12 @@ impl<H: Host> Registry<H> {
     /// `quota`, `forbidden`.
     pub fn open(
         &mut self,
-        unix_ms: u64,
         app_id: &AppId,
         name: &PoolName,
-        promise: &H::Peer,
-        fx: &mut H::Effects,
-    ) -> Result<(Entrance<H>, bool), Refusal> {
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<(Entrance<D>, bool), Refusal> {
+        let unix_ms = turn.unix_ms();
         let registered = self.apps.get(app_id).map(|app| app.registration.get());
         let pools = registered.as_ref().map_or(&[][..], |r| &r.pools);
         if let Some(entry) = self.pools.get(name).filter(|entry| !entry.admits(app_id)) {
@@ -369,7 +369,7 @@ impl<H: Host> Registry<H> {
             self.check_room_for_pools(1)?;
         }
         let entrance = self.enter(unix_ms, app_id, name.clone());
-        let is_promised = self.remember(app_id, Some(promise), fx, |registration| {
+        let is_promised = self.remember(app_id, Some(promise), turn, |registration| {
             if !registration.pools.contains(name) {
                 registration.pools.push(name.clone());
             }
@@ -381,8 +381,8 @@ impl<H: Host> Registry<H> {
     fn remember(
         &mut self,
         app_id: &AppId,
-        promise: Option<&H::Peer>,
-        fx: &mut H::Effects,
+        promise: Option<&D::Peer>,
+        turn: &mut Turn<'_, D>,
         change: impl FnOnce(&mut Registration),
     ) -> bool {
         let Some(app) = self.apps.get_mut(app_id) else {
@@ -391,7 +391,7 @@ impl<H: Host> Registry<H> {
         let registration = app.registration.get_mut();
         let before = registration.clone();
         change(registration);
-        *registration != before && app.keep(app_id, promise, fx)
+        *registration != before && app.keep(app_id, promise, turn)
     }
 
     /// Forgets that an app is in a pool: it left on purpose. Says whether there is a promise that it is kept.
@@ -400,8 +400,8 @@ impl<H: Host> Registry<H> {
         app_id: &AppId,
         instance: InstanceId,
         name: &PoolName,
-        promise: &H::Peer,
-        fx: &mut H::Effects,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
     ) -> bool {
         let Some(app) = self.apps.get_mut(app_id) else {
             return false;
@@ -417,7 +417,7 @@ impl<H: Host> Registry<H> {
         {
             return false;
         }
-        self.remember(app_id, Some(promise), fx, |registration| {
+        self.remember(app_id, Some(promise), turn, |registration| {
             forget_pool(registration, name);
         })
     }
@@ -431,8 +431,8 @@ impl<H: Host> Registry<H> {
         app_id: &AppId,
         add: &[TriggerSpec],
         transport: Transport,
-        promise: &H::Peer,
-        fx: &mut H::Effects,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
     ) -> Result<bool, Refusal> {
         if transport != Transport::BuiltIn {
             check_reserved(add)?;
@@ -447,7 +447,7 @@ impl<H: Host> Registry<H> {
             triggers.push(spec.clone());
         }
         self.check_quota(&[], &triggers)?;
-        Ok(self.remember(app_id, Some(promise), fx, |registration| {
+        Ok(self.remember(app_id, Some(promise), turn, |registration| {
             registration.triggers = triggers;
         }))
     }
@@ -457,10 +457,10 @@ impl<H: Host> Registry<H> {
         &mut self,
         app_id: &AppId,
         gone: &[TriggerSpec],
-        promise: &H::Peer,
-        fx: &mut H::Effects,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
     ) -> bool {
-        self.remember(app_id, Some(promise), fx, |registration| {
+        self.remember(app_id, Some(promise), turn, |registration| {
             let stays = |known: &TriggerSpec| !gone.iter().any(|spec| spec.name == known.name);
             registration.triggers.retain(stays);
         })
@@ -472,10 +472,10 @@ impl<H: Host> Registry<H> {
         app_id: &AppId,
         pool: &PoolName,
         events: Option<EventSet>,
-        promise: &H::Peer,
-        fx: &mut H::Effects,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
     ) -> bool {
-        self.remember(app_id, Some(promise), fx, |registration| {
+        self.remember(app_id, Some(promise), turn, |registration| {
             registration.watches.retain(|(name, _)| name != pool);
             if let Some(events) = events {
                 registration.watches.push((pool.clone(), events));
@@ -490,10 +490,10 @@ impl<H: Host> Registry<H> {
         pool: &PoolName,
         block: &BlockId,
         is_on: bool,
-        fx: &mut H::Effects,
+        turn: &mut Turn<'_, D>,
     ) {
         let max = self.limits.subscriptions_per_app_max;
-        self.remember(app_id, None, fx, |registration| {
+        self.remember(app_id, None, turn, |registration| {
             let known = &mut registration.subscriptions;
             known.retain(|(p, b)| (p, b) != (pool, block));
             if is_on {
@@ -521,7 +521,7 @@ impl<H: Host> Registry<H> {
     }
 
     /// The handles of all pools.
-    pub fn pools(&self) -> impl Iterator<Item = (&PoolName, &H::Pool)> {
+    pub fn pools(&self) -> impl Iterator<Item = (&PoolName, &D::Pool)> {
         self.pools.iter().map(|(name, entry)| (name, &entry.pool))
     }
 
@@ -560,7 +560,7 @@ impl<H: Host> Registry<H> {
         }
     }
 
-    fn instance_mut(&mut self, app: &AppId, instance: InstanceId) -> Option<&mut Instance<H>> {
+    fn instance_mut(&mut self, app: &AppId, instance: InstanceId) -> Option<&mut Instance<D>> {
         self.apps
             .get_mut(app)?
             .instances
@@ -569,7 +569,7 @@ impl<H: Host> Registry<H> {
     }
 }
 
-fn not_admitted<H: Host>(app_id: &AppId, name: &PoolName, entry: &PoolEntry<H>) -> Refusal {
+fn not_admitted<D: Driver>(app_id: &AppId, name: &PoolName, entry: &PoolEntry<D>) -> Refusal {
     let owner = entry.owner.as_ref().map_or("nobody", AppId::as_str);
     Refusal::new(
         Code::Forbidden,

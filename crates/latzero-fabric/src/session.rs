@@ -18,11 +18,13 @@ use latzero_protocol::message::{
 use latzero_protocol::{AppId, CallId, Code, Envelope, InstanceId, PoolName, Refusal};
 use serde_json::json;
 
-use crate::effects::{Audit, Class, Count, Effects};
-use crate::host::{Host, Transport};
+use crate::driver::{Driver, Report, Transport};
+use crate::effects::{Audit, Count};
+use crate::limits::Limits;
+use crate::outbox::Class;
 use crate::pool::CallError;
 use crate::registry::{Instance, Membership, Whereabouts};
-use crate::time::Time;
+use crate::turn::Turn;
 use pools::pool_info;
 use promises::{Awaited, Promise, Reply};
 
@@ -55,21 +57,21 @@ pub struct Terms {
 }
 
 /// One connection.
-pub struct Session<H: Host> {
-    peer: H::Peer,
+pub struct Session<D: Driver> {
+    peer: D::Peer,
     terms: Terms,
     features: Features,
     ready: Option<Ready>,
-    memberships: Vec<Membership<H>>,
+    memberships: Vec<Membership<D>>,
     /// What was promised and is not kept yet, in the order of the promises.
-    awaited: VecDeque<Awaited<H>>,
+    awaited: VecDeque<Awaited<D>>,
     /// It was displaced while it joined: nothing more of it is run.
     is_over: bool,
 }
 
-impl<H: Host> Session<H> {
+impl<D: Driver> Session<D> {
     /// A connection that has said nothing yet.
-    pub fn new(peer: H::Peer, terms: Terms) -> Self {
+    pub fn new(peer: D::Peer, terms: Terms) -> Self {
         Session {
             peer,
             terms,
@@ -88,14 +90,12 @@ impl<H: Host> Session<H> {
     }
 
     /// What frames are accepted at this point.
-    pub fn accept(&self, host: &H) -> Accept {
+    pub fn accept(&self, limits: &Limits) -> Accept {
         Accept {
             max_frame: if self.ready.is_some() {
-                host.limits().max_frame
+                limits.max_frame
             } else {
-                self.terms
-                    .max_frame_before_handshake
-                    .min(host.limits().max_frame)
+                self.terms.max_frame_before_handshake.min(limits.max_frame)
             },
             attachments: self.features.attachments,
         }
@@ -116,72 +116,72 @@ impl<H: Host> Session<H> {
     }
 
     /// Handles one frame.
-    pub fn handle(&mut self, now: Time, frame: Frame<'_>, host: &mut H) -> Flow {
+    pub fn handle(&mut self, frame: Frame<'_>, turn: &mut Turn<'_, D>) -> Flow {
         if self.is_over {
             return Flow::Close;
         }
         let envelope = match Envelope::parse(frame) {
             Ok(Ok(envelope)) => envelope,
             Ok(Err(refusal)) => {
-                self.refuse(None, &refusal, host);
+                self.refuse(None, &refusal, turn);
                 return Flow::Continue;
             }
-            Err(refusal) => return self.reject(&refusal, host),
+            Err(refusal) => return self.reject(&refusal, turn),
         };
         let id = match envelope.correlation_id() {
             Ok(id) => id,
             Err(refusal) => {
-                self.refuse(None, &refusal, host);
+                self.refuse(None, &refusal, turn);
                 return self.flow();
             }
         };
         // What is sent in answer names no request of the sender's; a failed one gets an `error` message.
         let id = id.as_deref();
         match Request::decode(&envelope) {
-            Ok(Request::Handshake(handshake)) => {
-                self.handshake(now, id, &handshake, frame.json, host)
-            }
-            Ok(_) if self.ready.is_none() => self.not_ready(id, host),
+            Ok(Request::Handshake(handshake)) => self.handshake(id, &handshake, frame.json, turn),
+            Ok(_) if self.ready.is_none() => self.not_ready(id, turn),
             Ok(Request::Trigger(trigger)) => {
-                if let Err(refusal) = self.call(now, &trigger, host) {
-                    host.effects().refused(refusal.code);
-                    self.tell_refusal(id, &refusal, host);
+                if let Err(refusal) = self.call(&trigger, turn) {
+                    turn.refused(refusal.code);
+                    self.tell_refusal(id, &refusal, turn);
                 }
                 Flow::Continue
             }
             Ok(Request::Response(response)) => {
-                if let Err(refusal) = self.respond(now, &response, host) {
-                    self.refuse(None, &refusal, host);
+                if let Err(refusal) = self.respond(&response, turn) {
+                    self.refuse(None, &refusal, turn);
                 }
                 Flow::Continue
             }
             Ok(Request::Cancel(call)) => {
                 // Its id is the call's, whose own end answers it.
-                self.each_membership(&call, host, |pool, m, id, fx| pool.cancel(now, m, id, fx));
+                self.each_membership(&call, turn, |pool, m, id, turn| pool.cancel(m, id, turn));
                 Flow::Continue
             }
             Ok(Request::Ack(call, count)) => {
-                self.each_membership(&call, host, |pool, m, id, fx| pool.ack(m, id, count, fx));
+                self.each_membership(&call, turn, |pool, m, id, turn| {
+                    pool.ack(m, id, count, turn)
+                });
                 Flow::Continue
             }
             Ok(Request::Memory(memory)) => {
-                match self.memory(now, id, &memory, host) {
-                    Ok(Some(reply)) => self.reply(id, &reply, host),
+                match self.memory(id, &memory, turn) {
+                    Ok(Some(reply)) => self.reply(id, &reply, turn),
                     Ok(None) => {}
-                    Err(refusal) => self.refuse(id, &refusal, host),
+                    Err(refusal) => self.refuse(id, &refusal, turn),
                 }
                 Flow::Continue
             }
             Ok(request) => {
-                match self.request(now, id, request, host) {
-                    Ok(Reply::Now(reply)) => self.reply(id, &reply, host),
+                match self.request(id, request, turn) {
+                    Ok(Reply::Now(reply)) => self.reply(id, &reply, turn),
                     Ok(Reply::Later) => {}
                     Ok(Reply::Kept(reply, promise)) => self.awaited.push_back(Awaited::Reply {
                         id: id.map(Into::into),
                         reply: reply.into(),
                         promise,
                     }),
-                    Err(refusal) => self.refuse(id, &refusal, host),
+                    Err(refusal) => self.refuse(id, &refusal, turn),
                 }
                 Flow::Continue
             }
@@ -190,17 +190,17 @@ impl<H: Host> Session<H> {
                 match (action.as_deref(), self.ready.is_some()) {
                     // A handshake that fails ends the connection; anything else that fails is answered.
                     (Some("handshake"), false) => {
-                        self.refuse(id, &refusal, host);
+                        self.refuse(id, &refusal, turn);
                         Flow::Close
                     }
-                    (_, false) => self.not_ready(id, host),
+                    (_, false) => self.not_ready(id, turn),
                     // Their id is a call's, which is not over because they are wrong.
                     (Some("cancel" | "ack"), true) => {
-                        self.refuse(None, &refusal, host);
+                        self.refuse(None, &refusal, turn);
                         Flow::Continue
                     }
                     (_, true) => {
-                        self.refuse(id, &refusal, host);
+                        self.refuse(id, &refusal, turn);
                         Flow::Continue
                     }
                 }
@@ -208,28 +208,27 @@ impl<H: Host> Session<H> {
         }
     }
 
-    fn not_ready(&self, id: Option<&str>, host: &mut H) -> Flow {
+    fn not_ready(&self, id: Option<&str>, turn: &mut Turn<'_, D>) -> Flow {
         let message =
             "the first message must be a handshake: {\"action\":\"handshake\",\"app_id\":\"…\"}";
-        self.refuse(id, &Refusal::new(Code::NotReady, message), host);
+        self.refuse(id, &Refusal::new(Code::NotReady, message), turn);
         Flow::Continue
     }
 
     /// Answers bytes that are no frame; nothing more is read from the connection.
-    pub fn reject(&mut self, refusal: &Refusal, host: &mut H) -> Flow {
-        self.refuse(None, refusal, host);
+    pub fn reject(&mut self, refusal: &Refusal, turn: &mut Turn<'_, D>) -> Flow {
+        self.refuse(None, refusal, turn);
         Flow::Close
     }
 
     /// The connection has ended: its calls end, and its app is remembered.
-    pub fn closed(&mut self, now: Time, host: &mut H) {
+    pub fn closed(&mut self, turn: &mut Turn<'_, D>) {
         let Some(ready) = self.ready.take() else {
             return;
         };
-        let unix_ms = host.unix_ms(now);
-        host.with_registry(|registry, fx| registry.depart(unix_ms, &ready.app, ready.instance, fx));
+        turn.with_registry(|registry, turn| registry.depart(&ready.app, ready.instance, turn));
         for membership in std::mem::take(&mut self.memberships) {
-            leave(now, &membership, host);
+            leave(&membership, turn);
         }
     }
 
@@ -255,16 +254,16 @@ impl<H: Host> Session<H> {
     fn current_membership(
         &mut self,
         pool: Option<&str>,
-        host: &mut H,
-    ) -> Result<&Membership<H>, Refusal> {
+        turn: &mut Turn<'_, D>,
+    ) -> Result<&Membership<D>, Refusal> {
         if pool.is_none() && self.membership(None).is_err() {
-            self.forget_removed(host);
+            self.forget_removed(turn);
         }
         self.membership(pool)
     }
 
     /// The membership that a message is about: the pool it names, else the only one, else `default`.
-    fn membership(&self, pool: Option<&str>) -> Result<&Membership<H>, Refusal> {
+    fn membership(&self, pool: Option<&str>) -> Result<&Membership<D>, Refusal> {
         let name = match (pool, &self.memberships[..]) {
             (Some(name), _) => name,
             (None, [only]) => return Ok(only),
@@ -280,18 +279,18 @@ impl<H: Host> Session<H> {
     }
 
     #[inline]
-    fn call(&mut self, now: Time, trigger: &Trigger<'_>, host: &mut H) -> Result<(), Refusal> {
-        if host.is_draining() {
+    fn call(&mut self, trigger: &Trigger<'_>, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
+        if turn.driver.is_draining() {
             return Err(Refusal::new(
                 Code::Draining,
                 "the server is about to stop and takes no new calls",
             ));
         }
         if trigger.park {
-            self.check_awaited(host)?;
+            self.check_awaited(turn)?;
         }
-        let m = self.current_membership(trigger.pool.as_deref(), host)?;
-        match host.with_pool(&m.pool, |pool, fx| pool.call(now, m.member, trigger, fx)) {
+        let m = self.current_membership(trigger.pool.as_deref(), turn)?;
+        match turn.with_pool(&m.pool, |pool, turn| pool.call(m.member, trigger, turn)) {
             Ok(None) => Ok(()),
             Ok(Some(number)) => {
                 let pool = m.pool.clone();
@@ -308,7 +307,7 @@ impl<H: Host> Session<H> {
                 let instance = trigger.destination.as_ref().and_then(|d| d.instance);
                 AppId::check(app)?;
                 let whereabouts =
-                    host.with_registry(|registry, _| registry.whereabouts(app, &m.name));
+                    turn.with_registry(|registry, _| registry.whereabouts(app, &m.name));
                 let refusal = match whereabouts {
                     Whereabouts::Unknown => {
                         Refusal::new(Code::NoApp, format!("no app '{app}' was ever seen here"))
@@ -332,25 +331,25 @@ impl<H: Host> Session<H> {
     }
 
     #[inline]
-    fn respond(&mut self, now: Time, response: &Response<'_>, host: &mut H) -> Result<(), Refusal> {
+    fn respond(&mut self, response: &Response<'_>, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
         let id = CallId::parse(&response.in_reply_to);
         let Some((id, m)) =
             id.and_then(|id| Some((id, self.memberships.iter().find(|m| m.number == id.pool)?)))
         else {
             // The answer to a ping, which has done its work by arriving, or to a call of a pool that was left.
             if id.is_some() {
-                host.effects().count(Count::LateResponse);
+                turn.count(Count::LateResponse);
             }
             return Ok(());
         };
-        host.with_pool(&m.pool, |pool, fx| {
-            pool.respond(now, m.member, id, response, fx)
+        turn.with_pool(&m.pool, |pool, turn| {
+            pool.respond(m.member, id, response, turn)
         })
     }
 
     /// Whether there may be one more promise that is not kept yet.
-    fn check_awaited(&self, host: &H) -> Result<(), Refusal> {
-        let max = host.limits().in_flight_max;
+    fn check_awaited(&self, turn: &Turn<'_, D>) -> Result<(), Refusal> {
+        let max = turn.limits().in_flight_max;
         if self.awaited.len() >= max as usize {
             let message =
                 format!("{max} of your requests wait for the disk (limits.in_flight_max)");
@@ -361,10 +360,9 @@ impl<H: Host> Session<H> {
 
     fn request(
         &mut self,
-        now: Time,
         id: Option<&str>,
         request: Request<'_>,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let promises_nothing = matches!(
             request,
@@ -377,32 +375,30 @@ impl<H: Host> Session<H> {
                 | Request::Health
         );
         if !promises_nothing {
-            self.check_awaited(host)?;
+            self.check_awaited(turn)?;
         }
         let reply = match request {
-            Request::TriggerRegister(specs) => return self.register(now, &specs, host),
-            Request::TriggerUnregister(specs) => return self.unregister(&specs, host),
-            Request::PoolCreate(create) => return self.pool_create(now, create, host),
-            Request::PoolJoin(name) => return self.pool_join(now, &name, host),
-            Request::PoolLeave(name) => return self.pool_leave(now, &name, host),
-            Request::PoolRemove(name, force) => return self.pool_remove(now, &name, force, host),
-            Request::Watch(pool, events) => return self.watch(&pool, Some(events), host),
-            Request::Unwatch(pool) => return self.watch(&pool, None, host),
-            Request::Admin(admin) => return self.admin(now, id, &admin, host),
-            Request::Emit(emit) => self.emit(&emit, host)?,
-            Request::PoolList(page) => host
-                .with_registry(|registry, _| registry.list_pools(&page))
-                .to_string(),
-            Request::PoolInfo(name) => pool_info(&name, host)?,
+            Request::TriggerRegister(specs) => return self.register(&specs, turn),
+            Request::TriggerUnregister(specs) => return self.unregister(&specs, turn),
+            Request::PoolCreate(create) => return self.pool_create(create, turn),
+            Request::PoolJoin(name) => return self.pool_join(&name, turn),
+            Request::PoolLeave(name) => return self.pool_leave(&name, turn),
+            Request::PoolRemove(name, force) => return self.pool_remove(&name, force, turn),
+            Request::Watch(pool, events) => return self.watch(&pool, Some(events), turn),
+            Request::Unwatch(pool) => return self.watch(&pool, None, turn),
+            Request::Admin(admin) => return self.admin(id, &admin, turn),
+            Request::Emit(emit) => self.emit(&emit, turn)?,
+            Request::PoolList(page) => turn.with_registry(|registry, _| registry.list_pools(&page)),
+            Request::PoolInfo(name) => pool_info(&name, turn)?,
             Request::AppList(pool, page) => {
-                let clock = clock(now, host);
-                let apps = host
-                    .with_registry(|registry, _| registry.list_apps(pool.as_ref(), &page, clock))?;
-                apps.to_string()
+                let now = turn.now;
+                turn.with_registry(|registry, _| {
+                    registry.list_apps(pool.as_ref(), &page, |then| now.unix_ms_at(then))
+                })?
             }
-            Request::Ping => format!("{{\"time\":{}}}", host.unix_ms(now)),
-            Request::Stats => host.stats(now),
-            Request::Health => host.health(now),
+            Request::Ping => format!("{{\"time\":{}}}", turn.unix_ms()),
+            Request::Stats => D::report(turn, Report::Stats),
+            Request::Health => D::report(turn, Report::Health),
             Request::Handshake(_)
             | Request::Memory(_)
             | Request::Trigger(_)
@@ -415,9 +411,9 @@ impl<H: Host> Session<H> {
         Ok(Reply::Now(reply))
     }
 
-    fn emit(&mut self, emit: &Emit<'_>, host: &mut H) -> Result<String, Refusal> {
-        let m = self.current_membership(emit.pool.as_deref(), host)?;
-        let delivered = host.with_pool(&m.pool, |pool, fx| pool.emit(m.member, emit, fx))?;
+    fn emit(&mut self, emit: &Emit<'_>, turn: &mut Turn<'_, D>) -> Result<String, Refusal> {
+        let m = self.current_membership(emit.pool.as_deref(), turn)?;
+        let delivered = turn.with_pool(&m.pool, |pool, turn| pool.emit(m.member, emit, turn))?;
         Ok(format!("{{\"delivered\":{delivered}}}"))
     }
 
@@ -425,29 +421,28 @@ impl<H: Host> Session<H> {
     fn each_membership(
         &self,
         call: &CallRef<'_>,
-        host: &mut H,
-        mut ask: impl FnMut(&mut crate::Pool<H::Peer>, crate::MemberKey, &str, &mut H::Effects) -> bool,
+        turn: &mut Turn<'_, D>,
+        mut ask: impl FnMut(&mut crate::Pool<D>, crate::MemberKey, &str, &mut Turn<'_, D>) -> bool,
     ) {
         let mut found = false;
         for m in &self.memberships {
-            found |= host.with_pool(&m.pool, |pool, fx| ask(pool, m.member, &call.id, fx));
+            found |= turn.with_pool(&m.pool, |pool, turn| ask(pool, m.member, &call.id, turn));
         }
         if !found {
-            host.effects().count(Count::StrayReference);
+            turn.count(Count::StrayReference);
         }
     }
 
     fn admin(
         &mut self,
-        now: Time,
         id: Option<&str>,
         admin: &Admin<'_>,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let by_token = admin
             .token
             .as_ref()
-            .is_some_and(|token| host.is_admin_token(token));
+            .is_some_and(|token| turn.driver.is_admin_token(token));
         if !self.terms.is_admin && !by_token {
             let message = "only the server's own user over the Unix socket, or the admin token of the data directory, may do this";
             return Err(Refusal::new(Code::Forbidden, message));
@@ -464,21 +459,20 @@ impl<H: Host> Session<H> {
                 AdminAction::Backup(to) => json!({"action": "backup", "to": to}),
                 AdminAction::CheckDatabase(full) => json!({"action": "db_check", "full": full}),
             };
-            self.audit("administered", (&ready.app, ready.instance), what, host);
+            self.audit("administered", (&ready.app, ready.instance), what, turn);
         }
         match &admin.action {
             AdminAction::Kick(app, instance) => {
-                let unix_ms = host.unix_ms(now);
                 let gone =
-                    host.with_registry(|registry, fx| registry.evict(unix_ms, app, *instance, fx));
+                    turn.with_registry(|registry, turn| registry.evict(app, *instance, turn));
                 for instance in &gone {
-                    expel(now, instance, "kicked", host);
+                    expel(instance, "kicked", turn);
                 }
                 Ok(Reply::Now(format!("{{\"kicked\":{}}}", gone.len())))
             }
             AdminAction::Forget(app) => {
                 let peer = self.peer.clone();
-                host.with_registry(|registry, fx| registry.forget_app(app, &peer, fx))?;
+                turn.with_registry(|registry, turn| registry.forget_app(app, &peer, turn))?;
                 Ok(Reply::Kept("{}".into(), Promise::Removal))
             }
             AdminAction::HandOver { .. } if !self.features.fd_passing => {
@@ -486,15 +480,15 @@ impl<H: Host> Session<H> {
                 Err(Refusal::new(Code::BadMessage, message))
             }
             action => {
-                let reply = host.admin(action, &self.peer, id)?;
+                let reply = turn.driver.admin(action, &self.peer, id)?;
                 Ok(reply.map_or(Reply::Later, Reply::Now))
             }
         }
     }
 
-    fn reply(&self, id: Option<&str>, reply: &str, host: &mut H) {
+    fn reply(&self, id: Option<&str>, reply: &str, turn: &mut Turn<'_, D>) {
         if let Some(id) = id {
-            self.send(Class::Control, reply.len() + 256, host, |out| {
+            self.send(Class::Control, reply.len() + 256, turn, |out| {
                 encode::reply(out, id, reply)
             });
         }
@@ -505,7 +499,7 @@ impl<H: Host> Session<H> {
         event: &'static str,
         (app, instance): (&AppId, InstanceId),
         detail: serde_json::Value,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) {
         let audit = Audit {
             event,
@@ -513,11 +507,11 @@ impl<H: Host> Session<H> {
             instance: Some(instance),
             detail,
         };
-        host.effects().audit(&self.peer, &audit);
+        turn.audit(&self.peer, &audit);
     }
 
-    fn refuse(&self, id: Option<&str>, refusal: &Refusal, host: &mut H) {
-        host.effects().refused(refusal.code);
+    fn refuse(&self, id: Option<&str>, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+        turn.refused(refusal.code);
         // What somebody wanted who may not.
         if matches!(refusal.code, Code::Forbidden | Code::AppInUse) {
             let audit = Audit {
@@ -526,50 +520,54 @@ impl<H: Host> Session<H> {
                 instance: self.ready.as_ref().map(|ready| ready.instance),
                 detail: json!({"code": refusal.code.as_str(), "message": refusal.message}),
             };
-            host.effects().audit(&self.peer, &audit);
+            turn.audit(&self.peer, &audit);
         }
-        self.tell_refusal(id, refusal, host);
+        self.tell_refusal(id, refusal, turn);
     }
 
-    fn tell_refusal(&self, id: Option<&str>, refusal: &Refusal, host: &mut H) {
-        self.send(Class::Control, refusal.message.len() + 256, host, |out| {
+    fn tell_refusal(&self, id: Option<&str>, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+        self.send(Class::Control, refusal.message.len() + 256, turn, |out| {
             encode::refusal(out, id, refusal)
         });
     }
 
-    fn send(&self, class: Class, length: usize, host: &mut H, encode: impl FnOnce(&mut Vec<u8>)) {
-        host.effects().send(&self.peer, class, length, encode);
+    fn send(
+        &self,
+        class: Class,
+        length: usize,
+        turn: &mut Turn<'_, D>,
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) {
+        turn.send(&self.peer, class, length, encode);
     }
 }
 
 /// Ends a membership in its pool, then in the registry. One that somebody else ended is left alone, so that it is
 /// counted out once.
-fn leave<H: Host>(now: Time, m: &Membership<H>, host: &mut H) {
-    if host.with_pool(&m.pool, |pool, fx| pool.leave(now, m.member, fx)) {
-        host.with_registry(|registry, _| registry.left(&m.name, m.number));
+fn leave<D: Driver>(m: &Membership<D>, turn: &mut Turn<'_, D>) {
+    if turn.with_pool(&m.pool, |pool, turn| pool.leave(m.member, turn)) {
+        turn.with_registry(|registry, _| registry.left(&m.name, m.number));
     }
 }
 
 /// Tells an instance that it must go, takes it out of its pools and closes its connection.
-fn expel<H: Host>(now: Time, instance: &Instance<H>, event: &str, host: &mut H) {
-    tell_departure(&instance.peer, instance.id, event, host);
+fn expel<D: Driver>(instance: &Instance<D>, event: &str, turn: &mut Turn<'_, D>) {
+    tell_departure(&instance.peer, instance.id, event, turn);
     for membership in &instance.memberships {
-        leave(now, membership, host);
+        leave(membership, turn);
     }
-    host.effects().close(&instance.peer);
+    turn.close(&instance.peer);
 }
 
-fn tell_departure<H: Host>(peer: &H::Peer, instance: InstanceId, event: &str, host: &mut H) {
+fn tell_departure<D: Driver>(
+    peer: &D::Peer,
+    instance: InstanceId,
+    event: &str,
+    turn: &mut Turn<'_, D>,
+) {
     let told =
         format!("{{\"action\":\"event\",\"event\":\"{event}\",\"instance\":\"{instance}\"}}");
-    host.effects()
-        .send(peer, Class::Control, told.len(), |out| {
-            encode::message(out, &told)
-        });
-}
-
-/// Turns the core's times into wall-clock milliseconds, while the host itself is in use.
-fn clock<H: Host>(now: Time, host: &H) -> impl Fn(Time) -> u64 + use<H> {
-    let wall = host.unix_ms(now);
-    move |then| wall.saturating_sub(now.since(then).as_millis() as u64)
+    turn.send(peer, Class::Control, told.len(), |out| {
+        encode::message(out, &told)
+    });
 }

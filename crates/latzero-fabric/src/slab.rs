@@ -50,26 +50,29 @@ struct Place<T> {
 }
 
 /// Values in places that are found by key in constant time and walked in the order of their places.
-pub(crate) struct Slab<T> {
+/// The keys of a table are of kind `K`: of the values themselves, or of a marker where the values are generic.
+pub(crate) struct Slab<T, K = T> {
     places: Vec<Place<T>>,
     free: Vec<u32>,
+    kind: PhantomData<fn() -> K>,
 }
 
-impl<T> Default for Slab<T> {
+impl<T, K> Default for Slab<T, K> {
     fn default() -> Self {
         Slab {
             places: Vec::new(),
             free: Vec::new(),
+            kind: PhantomData,
         }
     }
 }
 
-impl<T> Slab<T> {
+impl<T, K> Slab<T, K> {
     pub(crate) fn len(&self) -> usize {
         self.places.len() - self.free.len()
     }
 
-    pub(crate) fn insert(&mut self, value: T) -> Key<T> {
+    pub(crate) fn insert(&mut self, value: T) -> Key<K> {
         if let Some(slot) = self.free.pop() {
             let place = &mut self.places[slot as usize];
             place.value = Some(value);
@@ -84,7 +87,7 @@ impl<T> Slab<T> {
     }
 
     /// The key that the next insertion gets.
-    pub(crate) fn next_key(&self) -> Key<T> {
+    pub(crate) fn next_key(&self) -> Key<K> {
         match self.free.last() {
             Some(&slot) => Key::new(slot, self.places[slot as usize].generation),
             None => Key::new(
@@ -94,7 +97,7 @@ impl<T> Slab<T> {
         }
     }
 
-    pub(crate) fn remove(&mut self, key: Key<T>) -> Option<T> {
+    pub(crate) fn remove(&mut self, key: Key<K>) -> Option<T> {
         let place = self.places.get_mut(key.slot as usize)?;
         if place.generation != key.generation {
             return None;
@@ -106,7 +109,7 @@ impl<T> Slab<T> {
     }
 
     #[inline]
-    pub(crate) fn at(&self, key: Key<T>) -> Option<&T> {
+    pub(crate) fn at(&self, key: Key<K>) -> Option<&T> {
         let place = self.places.get(key.slot as usize)?;
         if place.generation == key.generation {
             place.value.as_ref()
@@ -116,7 +119,7 @@ impl<T> Slab<T> {
     }
 
     #[inline]
-    pub(crate) fn at_mut(&mut self, key: Key<T>) -> Option<&mut T> {
+    pub(crate) fn at_mut(&mut self, key: Key<K>) -> Option<&mut T> {
         let place = self.places.get_mut(key.slot as usize)?;
         if place.generation == key.generation {
             place.value.as_mut()
@@ -127,16 +130,16 @@ impl<T> Slab<T> {
 
     /// The value in a place, whatever its generation.
     #[inline]
-    pub(crate) fn in_slot(&self, slot: u32) -> Option<(Key<T>, &T)> {
+    pub(crate) fn in_slot(&self, slot: u32) -> Option<(Key<K>, &T)> {
         let place = self.places.get(slot as usize)?;
         Some((Key::new(slot, place.generation), place.value.as_ref()?))
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (Key<T>, &T)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Key<K>, &T)> {
         (0..self.places.len() as u32).filter_map(|slot| self.in_slot(slot))
     }
 
-    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Key<T>, &mut T)> {
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Key<K>, &mut T)> {
         let places = self.places.iter_mut().zip(0..);
         places.filter_map(|(place, slot)| {
             Some((Key::new(slot, place.generation), place.value.as_mut()?))
@@ -144,7 +147,7 @@ impl<T> Slab<T> {
     }
 
     /// The first value from `slot` on, so that a walk can go on while values are removed.
-    pub(crate) fn from(&self, slot: u32) -> Option<(Key<T>, &T)> {
+    pub(crate) fn from(&self, slot: u32) -> Option<(Key<K>, &T)> {
         (slot..self.places.len() as u32).find_map(|slot| self.in_slot(slot))
     }
 }
@@ -155,7 +158,7 @@ mod tests {
 
     #[test]
     fn keys_go_stale() {
-        let mut slab = Slab::default();
+        let mut slab: Slab<char> = Slab::default();
         let (a, b) = (slab.insert('a'), slab.insert('b'));
         assert_eq!((slab.remove(a), slab.remove(a)), (Some('a'), None));
         let c = slab.insert('c');

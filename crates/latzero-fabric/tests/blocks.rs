@@ -374,12 +374,14 @@ fn changes_are_told_once_and_newest() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":8"#, &[]);
     assert_eq!(ask(&mut net, b, "subscribe", "", &["version"]), "0");
+    net.world.hold_writes(true);
     for _ in 0..3 {
         net.say(
             a,
             r#"{"action":"memory_write","block_id":"b","data":"AA=="}"#,
         );
     }
+    net.world.hold_writes(false);
     assert_eq!(net.sees(b), "block_changed p b 3");
     net.say(
         a,

@@ -206,6 +206,7 @@ fn parked_calls_are_offered_again_to_who_was_full() {
         Limits::default(),
         Bounds {
             outbox_bytes: 20_000,
+            socket_bytes: 0,
             ..Bounds::default()
         },
     );
@@ -241,6 +242,7 @@ fn a_repeat_that_can_not_be_answered_is_told_so() {
         Limits::default(),
         Bounds {
             outbox_bytes: 20_000,
+            socket_bytes: 0,
             ..Bounds::default()
         },
     );
@@ -278,6 +280,7 @@ fn small_outboxes() -> Net {
         Limits::default(),
         Bounds {
             outbox_bytes: 20_000,
+            socket_bytes: 0,
             ..Bounds::default()
         },
     )
@@ -481,20 +484,20 @@ fn an_answer_is_told_when_it_has_left_the_server() {
         let caller = net.app("caller", "");
         net.call(caller, "1", r#""park":true"#);
         let handler = net.app("handler", H);
-        net.world.hold_told(true);
+        net.world.hold_writes(true);
         net.answer(handler, r#""status":"ok","response":1"#);
         let rows = net.world.rows();
         assert_eq!((rows.calls.len(), rows.answers.len()), (1, 0));
         (net, caller, handler)
     };
     let (mut net, caller, _) = started();
-    net.world.hold_told(false);
+    net.world.hold_writes(false);
     assert_eq!(net.world.rows().calls.len(), 0);
     assert_eq!(net.sees(caller), "1 ok: 1");
     // The server dies before: the call is given out again.
     let (mut net, ..) = started();
     net.world.restart(3);
-    net.world.hold_told(false);
+    net.world.hold_writes(false);
     let handler = net.app("handler", H);
     let caller = net.app("caller", "");
     net.answer(handler, r#""status":"ok","response":2"#);
@@ -503,9 +506,10 @@ fn an_answer_is_told_when_it_has_left_the_server() {
     for is_other_there in [false, true] {
         let (mut net, caller, _) = started();
         let other = is_other_there.then(|| net.app("caller", ""));
+        net.world.hold_writes(true);
         net.hang_up(caller);
         assert_eq!(net.world.rows().answers.len(), 1);
-        net.world.hold_told(false);
+        net.world.hold_writes(false);
         let (_, seen) = match other {
             Some(other) => (other, net.sees(other)),
             None => net.hello("caller", ""),
@@ -522,10 +526,10 @@ fn a_call_that_was_cancelled_is_not_run_after_a_kill() {
     let mut net = Net::new();
     let caller = net.app("caller", "");
     net.call(caller, "1", r#""park":true"#);
-    net.world.hold_told(true);
-    net.ask(caller, r#"{"action":"cancel","id":"1"}"#);
+    net.world.hold_writes(true);
+    net.say(caller, r#"{"action":"cancel","id":"1"}"#);
     net.world.restart(3);
-    net.world.hold_told(false);
+    net.world.hold_writes(false);
     let handler = net.app("handler", H);
     assert_eq!(net.calls_of(handler), [""; 0]);
     let (_, seen) = net.hello("caller", "");
@@ -538,10 +542,10 @@ fn what_was_to_run_once_is_not_run_again_after_a_kill() {
     let caller = net.app("caller", "");
     keyed(&mut net, caller, "1", r#","park":true"#);
     let handler = net.app("handler", H);
-    net.world.hold_told(true);
+    net.world.hold_writes(true);
     net.answer(handler, r#""status":"ok","response":1"#);
     net.world.restart(3);
-    net.world.hold_told(false);
+    net.world.hold_writes(false);
     let handler = net.app("handler", H);
     assert_eq!(net.calls_of(handler), [""; 0]);
     let (caller, seen) = net.hello("caller", "");

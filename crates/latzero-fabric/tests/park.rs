@@ -9,8 +9,8 @@ mod net;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use latzero_fabric::Prng;
-use latzero_sim::Peer;
+use latzero_fabric::{Limits, Prng};
+use latzero_sim::{Bounds, Peer};
 use net::Net;
 use serde_json::Value;
 
@@ -428,7 +428,12 @@ fn a_pool_stays_with_its_parked_calls_and_takes_them_along() {
 fn nothing_that_was_parked_is_lost() {
     for seed in 0..300 {
         let mut prng = Prng::new(seed);
-        let mut net = Net::new();
+        // What is in a socket's buffer when a client dies is lost to it.
+        let bounds = Bounds {
+            socket_bytes: 0,
+            ..Bounds::default()
+        };
+        let mut net = Net::bounded(Limits::default(), bounds);
         let mut caller = Some(net.app("caller", ""));
         let mut handler: Option<Peer> = None;
         let mut open: Vec<Value> = Vec::new();

@@ -23,6 +23,7 @@ pub fn session(data: &[u8]) {
     let bounds = Bounds {
         outbox_bytes: 64 * 1024,
         headroom_bytes: 64 * 1024,
+        socket_bytes: 4096,
     };
     let mut scene = Scene::new(World::new(1, limits, bounds));
     match data.split_first() {

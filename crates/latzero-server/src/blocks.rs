@@ -5,6 +5,7 @@
 //! run on a thread of their own, so that no connection waits for them.
 
 mod files;
+mod places;
 pub(crate) mod restore;
 mod rows;
 
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
 use latzero_fabric::pool::Found;
-use latzero_fabric::{BlockKey, Effects as _, Host as _, Limits, Time};
+use latzero_fabric::{BlockKey, Limits, Time};
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use latzero_shm::{Cas, CreateError, Custodian, Description, Geometry, State};
@@ -364,13 +365,16 @@ impl Blocks {
     fn flush(&self, storage: StorageId) -> Result<u64, Refusal> {
         let stored = self.found(storage)?;
         let version = stored.custodian.sync();
-        version.map_err(|error| corrupt(&stored, &error))
+        let version = version.map_err(|error| corrupt(&stored, &error))?;
+        self.check_place(&stored)?;
+        Ok(version)
     }
 
     fn make(&self, making: &Making) -> Result<(), Refusal> {
         let from = making.from.map(|from| self.found(from)).transpose()?;
         let stored = self.build(making, from.as_deref())?;
         self.keep(making, from.as_deref(), &stored)?;
+        self.check_place(&stored)?;
         self.rows.note(&stored, &making.record);
         self.insert(making.storage, stored);
         Ok(())
@@ -648,16 +652,19 @@ impl Blocks {
         Ok(())
     }
 
-    /// Has every persistent block reach the disk; for the server's end.
-    pub(crate) fn sync_all(&self) {
+    /// Has every persistent block reach the disk. `progress` hears how many of how many have, before each.
+    pub(crate) fn sync_all(&self, mut progress: impl FnMut(usize, usize)) {
         if let Err(error) = self.files.sync() {
             tracing::error!(%error, "the directory of persistent blocks could not be written to disk");
         }
-        for stored in self.all() {
-            if stored.kind == Kind::Persistent
-                && let Err(error) = stored.custodian.sync()
-            {
-                tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a persistent block could not be written to disk");
+        let mut persistent = self.all();
+        persistent.retain(|stored| stored.kind == Kind::Persistent);
+        for (done, stored) in persistent.iter().enumerate() {
+            progress(done, persistent.len());
+            let synced = stored.custodian.sync().map_err(|error| error.to_string());
+            let kept = synced.and_then(|_| self.put_back(stored).map_err(|e| e.to_string()));
+            if let Err(error) = kept {
+                tracing::error!(pool = %stored.pool, block = %stored.block, error, "a persistent block could not be written to disk");
             }
         }
     }
@@ -689,7 +696,7 @@ impl std::io::Read for OneVersion<'_> {
 
 /// Takes in the blocks that an earlier run left: persistent ones from their files; shared ones are awaited. After a power
 /// loss, what is in a file is what its checksums say.
-pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_same_boot: bool) {
+pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
     shared.blocks.with_ledger(|ledger| {
         for row in &rows {
@@ -706,7 +713,18 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
         .into_iter()
         .map(|row| ((row.pool.clone(), row.block_id.clone()), row))
         .collect();
-    for mut kept in shared.blocks.files.scan() {
+    let losses = Arc::clone(shared.keeper.losses());
+    let records = missing.values().filter_map(|row| {
+        let file = row.file.clone()?;
+        Some((file, rows::record(row)))
+    });
+    let records: HashMap<String, String> = records.collect();
+    let remedy =
+        "`latzero restore` brings blocks back from a backup; what was set aside is never removed";
+    let mut lost = |affected: String, happened: String| {
+        losses.note(Loss::new(Part::Memory, affected, happened, remedy));
+    };
+    for mut kept in shared.blocks.files.scan_with(&records, &mut lost) {
         let mut may_have_writer = false;
         if let Ok(custodian) = &kept.open {
             match resume(custodian, shared.blocks.rows.boot(), is_same_boot) {
@@ -715,7 +733,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
             }
         }
         let (names, record) = (&kept.names, &kept.record);
-        match adopt(host, now, kept.open, names, record, may_have_writer) {
+        match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
                 let losses = shared.keeper.losses();
                 losses.settle(Part::Memory, &affected(&pool, &block));
@@ -738,7 +756,19 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
                 losses.note(Loss::new(Part::Memory, affected, happened, remedy));
             }
             Err(refusal) => {
-                tracing::error!(file = %names, error = %refusal, "a persistent block can't be opened; its file is set aside");
+                let affected = match (Found { record, fence: 0 }).name() {
+                    Ok((pool, block)) => {
+                        missing.remove(&(pool.as_str().into(), block.as_str().into()));
+                        shared.blocks.rows.forget(&pool, &block);
+                        format!("block '{block}' of pool '{pool}'")
+                    }
+                    Err(_) => format!("memory/{names}"),
+                };
+                let happened = format!(
+                    "it can't be used ({}); its file {names} was set aside under memory/.orphans",
+                    refusal.message
+                );
+                lost(affected, happened);
                 shared.blocks.files.set_aside(names);
             }
         }
@@ -748,11 +778,8 @@ pub(crate) fn adopt_all(host: &mut IoHost, now: Time, rows: Vec<BlockRow>, is_sa
             record: &rows::record(&row),
             fence: 0,
         };
-        tracing::error!(
-            pool = row.pool,
-            block = row.block_id,
-            "the file of a persistent block is gone; the block is lost"
-        );
+        let affected = format!("block '{}' of pool '{}'", row.block_id, row.pool);
+        lost(affected, "its file is gone, and the block with it".into());
         if let Ok((pool, block)) = left.name() {
             shared.blocks.rows.forget(&pool, &block);
         }
@@ -797,7 +824,6 @@ fn resume(
 
 fn adopt(
     host: &mut IoHost,
-    now: Time,
     open: Result<Custodian, String>,
     names: &Names,
     record: &str,
@@ -805,7 +831,7 @@ fn adopt(
 ) -> Result<(PoolName, BlockId), Refusal> {
     let custodian = open.map_err(|error| Refusal::new(Code::Storage, error))?;
     let (pool_name, block) = Found { record, fence: 0 }.name()?;
-    let unix_ms = host.unix_ms(now);
+    let unix_ms = host.now.unix_ms;
     let (number, pool) =
         host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))?;
     let name = (pool_name.clone(), block.clone());
@@ -826,7 +852,7 @@ fn adopt(
     }
     if taken.is_err() {
         // The pool goes again where it was made for this block alone.
-        host.effects().count_held(&pool_name, number, 0);
+        host.effects.held.push((pool_name.clone(), number, 0));
         host.with_pool(&pool, |_, _| ());
     }
     taken.map(|()| (pool_name, block))
@@ -917,9 +943,9 @@ pub(crate) fn take_back(
 }
 
 /// Takes the shared blocks that the server from before handed over.
-pub(crate) fn take_over(host: &mut IoHost, now: Time, blocks: Vec<(PoolName, BlockId, OwnedFd)>) {
+pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, OwnedFd)>) {
     for (pool_name, block, offered) in blocks {
-        let unix_ms = host.unix_ms(now);
+        let unix_ms = host.now.unix_ms;
         let taken = host
             .with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))
             .and_then(|(number, pool)| {
@@ -927,7 +953,7 @@ pub(crate) fn take_over(host: &mut IoHost, now: Time, blocks: Vec<(PoolName, Blo
                 let taken = row
                     .and_then(|row| take_back(host, &pool, (&pool_name, &block), &row, &offered));
                 if taken.is_err() {
-                    host.effects().count_held(&pool_name, number, 0);
+                    host.effects.held.push((pool_name.clone(), number, 0));
                     host.with_pool(&pool, |_, _| ());
                 }
                 taken
@@ -1028,12 +1054,40 @@ fn no_storage(making: &Making, error: &CreateError) -> Refusal {
     )
 }
 
-fn corrupt(stored: &Stored, error: &dyn std::fmt::Display) -> Refusal {
+/// What is at fault: the disk, which may heal, or the block.
+trait Blame: std::fmt::Display {
+    fn is_of_disk(&self) -> bool;
+}
+
+impl Blame for latzero_shm::Fault {
+    fn is_of_disk(&self) -> bool {
+        matches!(self, latzero_shm::Fault::Io(_))
+    }
+}
+
+impl Blame for latzero_shm::HeaderError {
+    fn is_of_disk(&self) -> bool {
+        matches!(self, latzero_shm::HeaderError::Unreadable(_))
+    }
+}
+
+impl Blame for latzero_shm::WriteError {
+    fn is_of_disk(&self) -> bool {
+        matches!(self, latzero_shm::WriteError::Fault(fault) if fault.is_of_disk())
+    }
+}
+
+fn corrupt(stored: &Stored, error: &impl Blame) -> Refusal {
     tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block can't be used");
+    // Advice that loses nothing: what can't be read now may be whole on the disk.
+    let advice = match error.is_of_disk() {
+        true => "look at the disk and the kernel's log, and restart the server when the disk works",
+        false => "restore it from a backup, or remove it and make it anew",
+    };
     Refusal::new(
         Code::Storage,
         format!(
-            "block '{}' of pool '{}' can't be used: {error}; remove it and make it anew",
+            "block '{}' of pool '{}' can't be used: {error}; {advice}",
             stored.block, stored.pool
         ),
     )

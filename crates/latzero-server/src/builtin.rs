@@ -4,10 +4,13 @@
 //! special case, and every server has something to call.
 
 use std::borrow::Cow;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use latzero_fabric::driver::{Driver as _, Report};
+use latzero_fabric::outbox::Taken;
 use latzero_fabric::session::Terms;
-use latzero_fabric::{Host, Session, Time, Transport};
+use latzero_fabric::{Session, Transport};
 use latzero_protocol::frame::{self, Accept, Frame};
 use latzero_protocol::limits::{SYSTEM_APP, SYSTEM_POOL};
 use latzero_protocol::message::Page;
@@ -15,7 +18,6 @@ use latzero_protocol::{Body, Code, Envelope, Refusal, encode};
 use serde_json::json;
 
 use crate::host::IoHost;
-use crate::outbox::Taken;
 use crate::peer::Peer;
 
 /// The built-in app.
@@ -43,7 +45,7 @@ const TRIGGERS: [(&str, &str); 5] = [
 
 impl BuiltIn {
     /// Brings the app in.
-    pub(crate) fn start(now: Time, host: &mut IoHost) -> BuiltIn {
+    pub(crate) fn start(host: &mut IoHost) -> BuiltIn {
         let peer = host.shared.new_peer(None);
         let terms = Terms {
             transport: Transport::BuiltIn,
@@ -64,12 +66,11 @@ impl BuiltIn {
         });
         let handshake = handshake.to_string();
         let _ = builtin.session.handle(
-            now,
             Frame {
                 json: handshake.as_bytes(),
                 attachment: None,
             },
-            host,
+            &mut host.turn(),
         );
         assert!(
             builtin.session.is_ready(),
@@ -83,42 +84,45 @@ impl BuiltIn {
     }
 
     /// Reads what was appended for it, and answers.
-    pub(crate) fn turn(&mut self, now: Time, host: &mut IoHost) {
+    pub(crate) fn turn(&mut self, host: &mut IoHost) {
         // What others append meanwhile is read too: they leave it to whoever is at it.
         loop {
-            let Some(taken) = self.peer.outbox().take() else {
+            let Some(taken) = self.peer.link().outbox.take() else {
                 return;
             };
-            self.answer(taken, now, host);
+            self.answer(taken, host);
         }
     }
 
-    fn answer(&mut self, mut taken: Taken, now: Time, host: &mut IoHost) {
+    fn answer(&mut self, mut taken: Taken<Arc<OwnedFd>>, host: &mut IoHost) {
         let accept = Accept {
             max_frame: usize::MAX,
             attachments: true,
         };
         let mut answer = Vec::new();
-        while let Ok(Some((frame, used))) = frame::decode(&taken.buf[taken.head..], accept) {
+        // Frames are appended whole; one that is shared with other receivers is a piece of its own.
+        while !taken.is_done() {
+            let (bytes, _) = taken.next();
+            let Ok(Some((frame, used))) = frame::decode(bytes, accept) else {
+                unreachable!("the core writes whole frames");
+            };
             answer.clear();
             if let Ok(Ok(envelope)) = Envelope::parse(frame) {
-                answer_to(&envelope, now, host, &mut answer);
+                answer_to(&envelope, host, &mut answer);
             }
+            taken.advance(used);
             if let Ok(Some((frame, _))) = frame::decode(&answer, accept) {
-                let _ = self.session.handle(now, frame, host);
+                let _ = self.session.handle(frame, &mut host.turn());
             }
-            taken.head += used;
         }
-        // Frames are appended whole, so nothing is left.
-        taken.head = taken.buf.len();
-        if let Some(buf) = self.peer.outbox().put_back(taken) {
-            host.fx.recycle(buf);
+        if let Some(buf) = self.peer.link().outbox.put_back(taken) {
+            host.effects.buffers.give_back(buf);
         }
     }
 }
 
 /// Appends the answer to a call; other messages get none.
-fn answer_to(e: &Envelope<'_>, now: Time, host: &mut IoHost, out: &mut Vec<u8>) {
+fn answer_to(e: &Envelope<'_>, host: &mut IoHost, out: &mut Vec<u8>) {
     let text = |field: Option<latzero_protocol::Raw<'_>>| {
         field.and_then(|raw| raw.as_str().map(Cow::into_owned))
     };
@@ -127,12 +131,7 @@ fn answer_to(e: &Envelope<'_>, now: Time, host: &mut IoHost, out: &mut Vec<u8>) 
     }
     let Some(id) = text(e.id) else { return };
     let body = e.body(e.data, "data").unwrap_or(Body::None);
-    match reply(
-        text(e.process).as_deref().unwrap_or_default(),
-        body,
-        now,
-        host,
-    ) {
+    match reply(text(e.process).as_deref().unwrap_or_default(), body, host) {
         Ok(Reply::Echo) => {
             let body = if body == Body::None {
                 Body::Json(latzero_protocol::Raw::NULL)
@@ -159,7 +158,7 @@ enum Reply {
     Json(String),
 }
 
-fn reply(process: &str, body: Body<'_>, now: Time, host: &mut IoHost) -> Result<Reply, Refusal> {
+fn reply(process: &str, body: Body<'_>, host: &mut IoHost) -> Result<Reply, Refusal> {
     let fields = match body {
         Body::Json(raw) if raw.is_object() && process != "echo" => {
             Some(latzero_protocol::message::Fields::of(raw.text())?)
@@ -174,10 +173,10 @@ fn reply(process: &str, body: Body<'_>, now: Time, host: &mut IoHost) -> Result<
     let json = match process {
         "echo" => return Ok(Reply::Echo),
         "time" => {
-            let uptime = now.since(host.shared.started).as_millis() as u64;
-            json!({"unix_ms": host.unix_ms(now), "uptime_ms": uptime}).to_string()
+            let uptime = host.now.monotonic.since(host.shared.started).as_millis() as u64;
+            json!({"unix_ms": host.now.unix_ms, "uptime_ms": uptime}).to_string()
         }
-        "stats" => host.stats(now),
+        "stats" => IoHost::report(&mut host.turn(), Report::Stats),
         "apps" => {
             let pool = string("pool")?
                 .map(|name| latzero_protocol::PoolName::new(&name))
@@ -190,7 +189,6 @@ fn reply(process: &str, body: Body<'_>, now: Time, host: &mut IoHost) -> Result<
             host.with_registry(|registry, _| {
                 registry.list_apps(pool.as_ref(), &page, |then| clock.unix_ms(then))
             })?
-            .to_string()
         }
         "pools" => {
             let page = Page {
@@ -198,7 +196,6 @@ fn reply(process: &str, body: Body<'_>, now: Time, host: &mut IoHost) -> Result<
                 limit: Page::LIMIT_MAX,
             };
             host.with_registry(|registry, _| registry.list_pools(&page))
-                .to_string()
         }
         _ => {
             return Err(Refusal::new(

@@ -5,10 +5,10 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_fabric::session::Terms;
-use latzero_fabric::{Class, Effects, Flow, Host, Session, Time, Transport};
+use latzero_fabric::{Class, Driver as _, Flow, Session, Time, Transport};
 use latzero_protocol::{Code, Refusal, encode, frame};
 
 use crate::host::IoHost;
@@ -140,7 +140,7 @@ impl Connection {
         }
         if !self.inbox.is_empty() {
             // Frames that were left when reading stopped.
-            if let Some(turn) = self.run_inbox(now, host) {
+            if let Some(turn) = self.run_inbox(host) {
                 return turn;
             }
         }
@@ -151,10 +151,12 @@ impl Connection {
             let read = if is_large {
                 let mut inbox = std::mem::take(&mut self.inbox);
                 if inbox.len() + scratch.len() > inbox.capacity()
-                    && let Some(mut larger) = host.fx.large()
+                    && let Some(mut larger) = host.effects.buffers.take_large()
                 {
                     larger.extend_from_slice(&inbox);
-                    host.fx.recycle(std::mem::replace(&mut inbox, larger));
+                    host.effects
+                        .buffers
+                        .give_back(std::mem::replace(&mut inbox, larger));
                 }
                 inbox.reserve(scratch.len());
                 let read = self.socket().read_more(&mut inbox);
@@ -176,16 +178,16 @@ impl Connection {
             };
             self.last_heard = now;
             self.pinged = None;
-            host.fx.batch.bytes_in += n as u64;
+            host.traffic.bytes_in += n as u64;
             let stop = if is_large {
-                self.run_inbox(now, host)
+                self.run_inbox(host)
             } else if self.inbox.is_empty() {
-                let (used, stop) = self.run(now, &scratch[..n], host);
+                let (used, stop) = self.run(&scratch[..n], host);
                 self.inbox.extend_from_slice(&scratch[used..n]);
                 stop
             } else {
                 self.inbox.extend_from_slice(&scratch[..n]);
-                self.run_inbox(now, host)
+                self.run_inbox(host)
             };
             if let Some(turn) = stop {
                 return turn;
@@ -216,13 +218,13 @@ impl Connection {
         Ok(n)
     }
 
-    fn run_inbox(&mut self, now: Time, host: &mut IoHost) -> Option<Turn> {
+    fn run_inbox(&mut self, host: &mut IoHost) -> Option<Turn> {
         let mut inbox = std::mem::take(&mut self.inbox);
-        let (used, stop) = self.run(now, &inbox, host);
+        let (used, stop) = self.run(&inbox, host);
         if used == inbox.len() {
             inbox.clear();
             if inbox.capacity() > IDLE_BYTES_MAX {
-                host.fx.recycle(std::mem::take(&mut inbox));
+                host.effects.buffers.give_back(std::mem::take(&mut inbox));
             }
         } else if used > 0 {
             inbox.drain(..used);
@@ -232,22 +234,22 @@ impl Connection {
     }
 
     /// Runs the whole frames in `buf`; returns how many bytes they were, and why it stopped early.
-    fn run(&mut self, now: Time, buf: &[u8], host: &mut IoHost) -> (usize, Option<Turn>) {
+    fn run(&mut self, buf: &[u8], host: &mut IoHost) -> (usize, Option<Turn>) {
         let mut used = 0;
         loop {
             if self.session.is_waiting() || self.pause(host) {
                 return (used, Some(Turn::Paused));
             }
-            match frame::decode(&buf[used..], self.session.accept(host)) {
+            match frame::decode(&buf[used..], self.session.accept(&host.site().limits)) {
                 Ok(Some((frame, length))) => {
                     used += length;
-                    host.fx.batch.frames_in += 1;
+                    host.traffic.frames_in += 1;
                     // A message that brings no descriptor has none to take, so the queue is as good as the message's own.
                     let flow = if self.offers.is_empty() {
-                        self.session.handle(now, frame, host)
+                        self.session.handle(frame, &mut host.turn())
                     } else {
                         std::mem::swap(&mut self.offers, &mut host.offers);
-                        let flow = self.session.handle(now, frame, host);
+                        let flow = self.session.handle(frame, &mut host.turn());
                         std::mem::swap(&mut self.offers, &mut host.offers);
                         flow
                     };
@@ -257,29 +259,20 @@ impl Connection {
                 }
                 Ok(None) => return (used, None),
                 Err(error) => {
-                    let _ = self.session.reject(&error.into(), host);
+                    let _ = self.session.reject(&error.into(), &mut host.turn());
                     return (used, Some(Turn::Close));
                 }
             }
-            if host.fx.appended > FLUSH_BYTES {
-                host.flush(now);
+            if host.effects.appended > FLUSH_BYTES {
+                host.flush();
             }
         }
     }
 
     /// Stops reading where the connection has all the calls in flight that it may have.
     fn pause(&self, host: &IoHost) -> bool {
-        let max = host.limits().in_flight_max;
-        if self.is_ending || !self.peer.should_pause(max) {
-            return false;
-        }
-        self.peer.is_paused.store(true, SeqCst);
-        // A call may have ended on another loop in between: either it sees the pause, or its end is seen here.
-        if !self.peer.should_pause(max) {
-            self.peer.is_paused.store(false, SeqCst);
-            return false;
-        }
-        true
+        let max = host.site().limits.in_flight_max;
+        !self.is_ending && self.peer.link().pause(max)
     }
 
     /// Ends the session and writes what is left; the connection is removed when that is done.
@@ -287,7 +280,7 @@ impl Connection {
         if matches!(self.phase, Phase::Closing { .. }) {
             return;
         }
-        self.session.closed(now, host);
+        self.session.closed(&mut host.turn());
         self.offers = VecDeque::new();
         self.inbox = Vec::new();
         self.phase = Phase::Closing {
@@ -306,7 +299,7 @@ impl Connection {
         let Phase::Closing { is_shut, .. } = &mut self.phase else {
             return;
         };
-        if !*is_shut && self.peer.outbox().queued() == 0 {
+        if !*is_shut && self.peer.link().outbox.queued() == 0 {
             *is_shut = true;
             if let Some(socket) = &self.peer.socket {
                 socket.shutdown(Shutdown::Write);
@@ -343,7 +336,7 @@ impl Connection {
 
     /// Judges a connection by the clock.
     pub(crate) fn judge(&mut self, now: Time, patience: &Patience) -> Verdict {
-        if self.peer.is_paused.load(Relaxed) {
+        if self.peer.link().is_paused() {
             // Its answers to pings are among what is left unread.
             self.last_heard = now;
             self.pinged = None;
@@ -387,7 +380,7 @@ impl Connection {
     /// Asks the other end whether it lives.
     pub(crate) fn ping(&mut self, now: Time, host: &mut IoHost) {
         self.pinged = Some(now);
-        host.fx.send(&self.peer, Class::Control, 48, |out| {
+        host.turn().send(&self.peer, Class::Control, 48, |out| {
             encode::message(out, "{\"action\":\"ping\",\"id\":\"ping\"}");
         });
     }
@@ -397,6 +390,6 @@ impl Connection {
         let message = "no handshake came in time (handshake_timeout)";
         let _ = self
             .session
-            .reject(&Refusal::new(Code::NotReady, message), host);
+            .reject(&Refusal::new(Code::NotReady, message), &mut host.turn());
     }
 }

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::address;
+use crate::settings::unknown_variables;
 use crate::settings::{Environment, Resolved, Settings, SettingsErrors, SocketChoice};
+use crate::startup;
 use crate::startup::data_dir::{file_system_magic, refused_file_system};
 use crate::startup::descriptors;
 use crate::startup::lock::{self, Holder};
@@ -109,6 +111,8 @@ pub struct Facts {
     pub data_dir: PathBuf,
     /// What is there.
     pub place: Place,
+    /// Why a start would refuse, by its own checks.
+    pub refusal: Option<String>,
     /// The magic number of its file system, or of the nearest directory above that is there.
     pub file_system: Option<u32>,
     /// Free space there for this user, in bytes.
@@ -171,6 +175,9 @@ pub fn look(settings: &Settings, environment: &Environment) -> Facts {
         },
         descriptors_max: descriptors::hard_limit(),
         connections_max: settings.limits.connections_max as u64,
+        refusal: startup::check(settings)
+            .err()
+            .map(|error| error.to_string()),
         place,
         data_dir,
     }
@@ -184,6 +191,8 @@ pub fn examine(
     environment: &Environment,
 ) -> Vec<Finding> {
     let mut findings = judge_settings(resolved);
+    let unknown = unknown_variables(environment).into_iter();
+    findings.extend(unknown.map(|what| Finding::warn("settings", what, "latzero config show")));
     if let Ok(resolved) = resolved {
         findings.extend(diagnose(&look(&resolved.settings, environment)));
     }
@@ -210,7 +219,7 @@ pub fn judge_settings(resolved: &Result<Resolved, SettingsErrors>) -> Vec<Findin
 /// Judges the facts.
 #[must_use]
 pub fn diagnose(facts: &Facts) -> Vec<Finding> {
-    vec![
+    let mut findings = vec![
         data_directory(facts),
         file_system(facts),
         free_space(facts),
@@ -218,7 +227,20 @@ pub fn diagnose(facts: &Facts) -> Vec<Finding> {
         port(facts),
         socket(facts),
         descriptor_limit(facts),
-    ]
+    ];
+    // The findings say more, so the refusal is shown where none of them explains it.
+    let is_explained = findings
+        .iter()
+        .any(|finding| finding.status == Status::Fail);
+    if let Some(refusal) = facts.refusal.as_ref().filter(|_| !is_explained) {
+        // It replaces a finding of the directory that says that all is well.
+        findings[0] = Finding::fail(
+            "data directory",
+            refusal,
+            format!("ls -ld {}", facts.data_dir.display()),
+        );
+    }
+    findings
 }
 
 fn data_directory(facts: &Facts) -> Finding {
@@ -407,6 +429,7 @@ mod tests {
                 owner: 1000,
                 mode: 0o700,
             },
+            refusal: None,
             file_system: Some(0xef53),
             free_bytes: Some(10 << 30),
             holder: None,

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use latzero_fabric::{Class, Effects, Flow, Time};
+use latzero_fabric::{Class, Flow, Time};
 use latzero_protocol::{BlockId, PoolName, Refusal, encode};
 use mio::event::Event;
 use mio::unix::SourceFd;
@@ -128,11 +128,11 @@ impl EventLoop {
         };
         if let Some(front) = front {
             let now = shared.clock.now();
-            let (rows, is_same_boot) = crate::keeper::take_in(&mut event_loop.host, now);
-            crate::blocks::adopt_all(&mut event_loop.host, now, rows, is_same_boot);
-            let builtin = BuiltIn::start(now, &mut event_loop.host);
+            let (rows, is_same_boot) = crate::keeper::take_in(&mut event_loop.host);
+            crate::blocks::adopt_all(&mut event_loop.host, rows, is_same_boot);
+            let builtin = BuiltIn::start(&mut event_loop.host);
             *shared.builtin.lock().expect("nobody else is here yet") = Some(builtin);
-            event_loop.host.flush(now);
+            event_loop.host.flush();
             for (i, listener) in front.listeners.iter().enumerate() {
                 let token = Token(FIRST_LISTENER + i);
                 event_loop.poll.registry().register(
@@ -163,7 +163,8 @@ impl EventLoop {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => other?,
             }
-            let now = shared.clock.now();
+            self.host.now = shared.clock.read();
+            let now = self.host.now.monotonic;
             for event in &events {
                 self.handle_event(now, event);
             }
@@ -221,14 +222,14 @@ impl EventLoop {
                 // A try that fails for descriptors that are on their way makes the kernel say "writable" at once: those go
                 // by the clock.
                 if !self.crowded.iter().any(|known| Arc::ptr_eq(known, &peer)) {
-                    self.host.flush_peer(now, &peer);
+                    self.host.flush_peer(&peer);
                 }
             }
             if event.is_readable() || event.is_read_closed() || event.is_error() {
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_ending |= event.is_read_closed() || event.is_error();
                     if connection.is_ending {
-                        connection.peer.is_paused.store(false, Relaxed);
+                        connection.peer.link().resume();
                     }
                 }
                 self.read(now, slot);
@@ -250,7 +251,7 @@ impl EventLoop {
             Command::Judge => self.look_by(now),
             Command::Reply(peer, id, result) => {
                 self.host
-                    .fx
+                    .turn()
                     .send(&peer, Class::Control, 512, |out| match &result {
                         Ok(reply) => encode::reply(out, &id, reply),
                         Err(refusal) => encode::refusal(out, Some(&id), refusal),
@@ -279,8 +280,7 @@ impl EventLoop {
 
     /// Takes what the server from before handed over.
     pub(crate) fn take_over(&mut self, blocks: Vec<(PoolName, BlockId, OwnedFd)>) {
-        let now = self.host.shared.clock.now();
-        crate::blocks::take_over(&mut self.host, now, blocks);
+        crate::blocks::take_over(&mut self.host, blocks);
     }
 
     /// Tells a session that what it was promised is on disk, or can't be.
@@ -295,7 +295,7 @@ impl EventLoop {
             self.connections[slot] = Some(connection);
             return;
         }
-        let flow = connection.session.kept(now, result, &mut self.host);
+        let flow = connection.session.kept(result, &mut self.host.turn());
         self.connections[slot] = Some(connection);
         if flow == Flow::Close {
             self.close_peer(now, peer);
@@ -380,7 +380,7 @@ impl EventLoop {
         // Where nothing can be told it any more, what it sent is read to the end, and that is its end.
         let is_deaf = connection.peer.is_deaf.load(Relaxed);
         connection.is_ending |= is_deaf;
-        if connection.peer.is_paused.load(Relaxed) && !is_deaf {
+        if connection.peer.link().is_paused() && !is_deaf {
             self.connections[slot] = Some(connection);
             return;
         }
@@ -406,9 +406,9 @@ impl EventLoop {
                 self.close_peer(now, &peer);
             }
             Turn::Ended => {
-                connection.session.closed(now, &mut self.host);
+                connection.session.closed(&mut self.host.turn());
                 // Answers to what came just before the end still go out, as far as the socket takes them.
-                self.host.flush(now);
+                self.host.flush();
                 self.remove(slot, *connection);
             }
         }
@@ -422,8 +422,7 @@ impl EventLoop {
         if connection.is_at_door {
             self.host.shared.door().leave(connection.user);
         }
-        let now = self.host.shared.clock.now();
-        connection.session.closed(now, &mut self.host);
+        connection.session.closed(&mut self.host.turn());
         let peer = &connection.peer;
         if let Err(error) = self
             .poll
@@ -432,22 +431,17 @@ impl EventLoop {
         {
             tracing::debug!(%error, "a connection was not watched any more");
         }
-        let stats = &self.host.shared.stats;
-        let mut outbox = peer.outbox();
-        let accounted = outbox.close();
-        stats.outbox_bytes.fetch_sub(accounted, Relaxed);
-        drop(outbox);
+        let mut link = peer.link();
+        if link.outbox.is_blocked() {
+            self.host.shared.stats.slow_readers.fetch_sub(1, Relaxed);
+        }
+        link.outbox.close();
+        drop(link);
         count_out(connection.user, &self.host.shared);
         if let Some(socket) = &peer.socket {
             // Others may hold the socket a moment longer; the other end should not have to wait for them.
             socket.shutdown(std::net::Shutdown::Both);
         }
-        self.host
-            .shared
-            .blocked
-            .lock()
-            .expect("no panic happens under this lock")
-            .retain(|p| !Arc::ptr_eq(p, peer));
         self.live -= 1;
         self.free.push(slot);
     }
@@ -464,9 +458,9 @@ impl EventLoop {
             return;
         };
         connection.close(now, &mut self.host);
-        connection.peer.is_paused.store(false, Relaxed);
+        connection.peer.link().resume();
         self.connections[slot] = Some(connection);
-        self.host.flush(now);
+        self.host.flush();
         if let Some(Some(connection)) = self.connections.get_mut(slot) {
             connection.shut_when_written();
         }
@@ -478,7 +472,7 @@ impl EventLoop {
         let Some(slot) = self.slot_of(peer) else {
             return;
         };
-        let interest = if peer.outbox().is_blocked() {
+        let interest = if peer.link().outbox.is_blocked() {
             Interest::READABLE | Interest::WRITABLE
         } else {
             Interest::READABLE
@@ -496,8 +490,8 @@ impl EventLoop {
 
     /// Writes what was appended and closes what is to be closed.
     fn finish_turn(&mut self, now: Time) {
-        self.host.flush(now);
-        while let Some(peer) = self.host.fx.closing.pop() {
+        self.host.flush();
+        while let Some(peer) = self.host.effects.closing.pop() {
             self.close_peer(now, &peer);
         }
         for peer in std::mem::take(&mut self.host.changed) {
@@ -521,26 +515,19 @@ impl EventLoop {
                 self.crowded_at = Some(now.after_ms(CROWDED_EVERY_MS));
             }
         }
-        for peer in std::mem::take(&mut self.host.fx.resumed) {
+        for peer in std::mem::take(&mut self.host.effects.resumed) {
             if let Some(slot) = self.slot_of(&peer) {
                 self.ready.push_back(slot);
             }
         }
-        if std::mem::take(&mut self.host.fx.is_over_total)
-            && let Some(largest) = self.largest_outbox()
-        {
-            // Its own loop closes it.
-            self.host.shared.mailboxes[largest.home].send(Command::Judge);
-        }
-        let shared = Arc::clone(&self.host.shared);
-        shared.stats.add(now, &mut self.host.fx.batch);
+        self.host.count();
     }
 
     fn handle_deadlines(&mut self, now: Time) {
         if self.index == 0 {
             let shared = Arc::clone(&self.host.shared);
             while let Some(pool) = shared.timers.pop_due(now) {
-                self.host.handle_timeout(now, &pool);
+                self.host.handle_timeout(&pool);
             }
         }
         if self.accept_at.is_some_and(|at| at <= now) {
@@ -561,7 +548,7 @@ impl EventLoop {
         if self.crowded_at.is_some_and(|at| at <= now) {
             self.crowded_at = None;
             for peer in std::mem::take(&mut self.crowded) {
-                self.host.flush_peer(now, &peer);
+                self.host.flush_peer(&peer);
             }
         }
         if self.look_at.is_some_and(|at| at <= now) {
@@ -582,18 +569,12 @@ impl EventLoop {
             ping_timeout_ms: settings.ping_timeout.as_millis() as u64,
             write_stall_ms: settings.write_stall_timeout.as_millis() as u64,
         };
-        let largest = self.largest_outbox();
         let mut next: Option<Time> = None;
         for slot in 0..self.connections.len() {
             let Some(connection) = &mut self.connections[slot] else {
                 continue;
             };
-            let verdict = match &largest {
-                Some(peer) if Arc::ptr_eq(peer, &connection.peer) => {
-                    Verdict::Remove("all outboxes are full, its own most")
-                }
-                _ => connection.judge(now, &patience),
-            };
+            let verdict = connection.judge(now, &patience);
             // Another loop may have written the last of it.
             connection.shut_when_written();
             match verdict {
@@ -608,7 +589,7 @@ impl EventLoop {
                 Verdict::NoHandshake => {
                     connection.refuse_silence(&mut self.host);
                     let peer = Arc::clone(&connection.peer);
-                    self.host.fx.closing.push(peer);
+                    self.host.effects.closing.push(peer);
                 }
                 Verdict::Remove(why) => {
                     let connection = self.connections[slot]
@@ -637,25 +618,9 @@ impl EventLoop {
         tracing::warn!(
             app,
             why,
-            lost = connection.peer.outbox().lost_total(),
+            lost = connection.peer.link().outbox.lost_total(),
             "connection closed"
         );
-    }
-
-    fn largest_outbox(&self) -> Option<Arc<Peer>> {
-        let shared = &self.host.shared;
-        if shared.stats.outbox_bytes.load(Relaxed) + READ_BYTES < shared.outbox_total_max {
-            return None;
-        }
-        // Copied: it is locked with an outbox held elsewhere, so no outbox is locked under it here.
-        let blocked = shared
-            .blocked
-            .lock()
-            .expect("no panic happens under this lock")
-            .clone();
-        blocked
-            .into_iter()
-            .max_by_key(|peer| peer.outbox().queued())
     }
 
     /// Goes on with a drain; true once this loop has nothing left.
@@ -684,7 +649,7 @@ impl EventLoop {
                 .filter(|c| c.session.is_ready())
             {
                 self.host
-                    .fx
+                    .turn()
                     .send(&connection.peer, Class::Control, told.len(), |out| {
                         encode::message(out, told)
                     });
@@ -698,7 +663,7 @@ impl EventLoop {
                 gone_by: None,
                 next_at: now,
             });
-            self.host.flush(now);
+            self.host.flush();
         }
         let live = self.live;
         let Some(drain) = &mut self.drain else {

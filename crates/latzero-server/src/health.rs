@@ -12,11 +12,7 @@ use crate::shared::Shared;
 pub(crate) fn report(shared: &Shared, now: Time) -> Value {
     let settings = shared.settings();
     let connections = shared.stats.connections.load(Relaxed);
-    let blocked = shared
-        .blocked
-        .lock()
-        .expect("no panic happens under this lock")
-        .len();
+    let blocked = shared.stats.slow_readers.load(Relaxed);
     let transport = part(
         connections < settings.limits.connections_max,
         &json!({"connections": connections, "connections_max": settings.limits.connections_max, "slow_readers": blocked}),
@@ -27,11 +23,11 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         .expect("a panic under the registry's lock ends the server")
         .counts();
     let apps = part(
-        counts.apps_known < shared.limits.apps_max,
+        counts.apps_known < shared.site.limits.apps_max,
         &json!({"known": counts.apps_known, "live": counts.apps_live}),
     );
     let pools = part(
-        counts.pools < shared.limits.pools_max,
+        counts.pools < shared.site.limits.pools_max,
         &json!({"pools": counts.pools}),
     );
     let in_flight = shared.stats.calls_in_flight.load(Relaxed);

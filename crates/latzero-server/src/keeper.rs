@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use latzero_fabric::keep::Change;
-use latzero_fabric::{Host as _, Pool, Time};
+use latzero_fabric::{Driver as _, Pool, Time, Turn};
 use latzero_protocol::{Code, PoolName, Refusal};
 use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError};
 use serde_json::{Value, json};
 
 use crate::blocks::ENDED;
-use crate::host::{IoEffects, IoHost};
+use crate::host::IoHost;
 use crate::losses::{Loss, Losses, Part};
 use crate::peer::Peer;
 use crate::settings::{Settings, StoreDurability};
@@ -43,11 +43,12 @@ pub(crate) struct Keeper {
     store: Store,
     promises: Arc<Promises>,
     next_ticket: AtomicU64,
-    next_number: AtomicU64,
+    /// The greatest number of a parked call or an answer of earlier runs.
+    pub(crate) last_number: u64,
     losses: Arc<Losses>,
     boot_id: String,
-    /// When the last backup by schedule began, in milliseconds since the Unix epoch; at first the newest one's time.
-    last_backup: AtomicU64,
+    /// When the last backup by schedule began.
+    last_backup: Mutex<LastBackup>,
     /// Taken when the earlier run's contents are taken in.
     contents: Mutex<Option<Contents>>,
 }
@@ -82,12 +83,7 @@ impl Keeper {
         let calls = contents.calls.iter().map(|row| row.number);
         let answers = contents.answers.iter().map(|row| row.number);
         let last = calls.chain(answers).max().unwrap_or(0);
-        // A server that was just set up begins with its work, not with a backup.
-        let now = || {
-            let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            since.map_or(0, |since| since.as_millis() as u64)
-        };
-        let last_backup = store.status().last_backup.map_or_else(now, ms);
+        let last_backup = Mutex::new(LastBackup::before(store.status().last_backup, now_ms()));
         let losses = Arc::new(Losses::default());
         if let Some((_, earlier)) = contents.settings.iter().find(|(key, _)| key == LOSSES) {
             losses.take_in(earlier);
@@ -97,10 +93,10 @@ impl Keeper {
             store,
             promises,
             next_ticket: AtomicU64::new(1),
-            next_number: AtomicU64::new(last + 1),
+            last_number: last,
             losses,
             boot_id,
-            last_backup: AtomicU64::new(last_backup),
+            last_backup,
             contents: Mutex::new(Some(contents)),
         })
     }
@@ -113,16 +109,18 @@ impl Keeper {
         );
     }
 
-    pub(crate) fn next_number(&self) -> u64 {
-        self.next_number.fetch_add(1, Relaxed)
-    }
-
-    pub(crate) fn last_backup(&self) -> u64 {
-        self.last_backup.load(Relaxed)
-    }
-
-    pub(crate) fn note_backup(&self, unix_ms: u64) {
-        self.last_backup.store(unix_ms, Relaxed);
+    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins now.
+    pub(crate) fn is_backup_due(&self, now: Time, interval_ms: u64) -> bool {
+        let last = self.last_backup.lock();
+        let mut last = last.expect("nothing panics under this lock");
+        let is_due = interval_ms > 0 && last.age_ms(now) >= interval_ms;
+        if is_due {
+            *last = LastBackup {
+                age_ms: 0,
+                at: Some(now),
+            };
+        }
+        is_due
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -199,7 +197,11 @@ impl Keeper {
             seen["failing"] = reason.as_str().into();
             seen["failing_since"] = status.failing_since.into();
         }
-        (status.failing.is_none() && status.dropped == 0, seen)
+        if let Some(reason) = status.misplaced {
+            seen["misplaced"] = reason.into();
+        }
+        let writes = status.failing.is_none() && status.misplaced.is_none();
+        (writes && status.dropped == 0, seen)
     }
 
     /// Writes what waits and closes the database cleanly; for the server's end.
@@ -226,9 +228,42 @@ fn note_report(losses: &Losses, report: &Report) {
     }
 }
 
+/// When the last backup was made, by a clock that only goes on: the one on the wall may jump.
+struct LastBackup {
+    /// Its age, in milliseconds, …
+    age_ms: u64,
+    /// … at this time; at the first look where there is none yet.
+    at: Option<Time>,
+}
+
+impl LastBackup {
+    /// Of the newest backup that is there at the start. A server that was just set up begins with its work, not with a backup.
+    fn before(newest: Option<i64>, now: i64) -> LastBackup {
+        let age_ms = match newest {
+            None => 0,
+            // From a clock that was ahead: how old it is, nobody knows.
+            Some(newest) if newest > now => u64::MAX / 2,
+            Some(newest) => ms(now - newest),
+        };
+        LastBackup { age_ms, at: None }
+    }
+
+    fn age_ms(&mut self, now: Time) -> u64 {
+        let at = *self.at.get_or_insert(now);
+        self.age_ms + now.since(at).as_millis() as u64
+    }
+}
+
+fn now_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| {
+        i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+    })
+}
+
 /// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the rows of blocks, and
 /// whether the machine was not started anew since.
-pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
+pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
     let keeper = &shared.keeper;
     let contents = keeper
@@ -239,7 +274,8 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     let Some(contents) = contents else {
         return (Vec::new(), true);
     };
-    let unix_ms = host.unix_ms(now);
+    host.with_ledger(|ledger| ledger.count_on_after(keeper.last_number));
+    let unix_ms = host.now.unix_ms;
     let alive = contents.settings.iter().find(|(key, _)| key == ALIVE);
     let alive_until = alive.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
     let (mut apps, mut pools, mut calls, mut answers) = (0, 0, 0, 0);
@@ -257,8 +293,8 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     for row in contents.calls {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
-            take_in_waiting(host, unix_ms, &row.pool, |pool, fx| {
-                pool.restore_call((now, unix_ms), &row, fx)
+            take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
+                pool.restore_call(&row, turn)
             })
         });
         match taken {
@@ -271,8 +307,8 @@ pub(crate) fn take_in(host: &mut IoHost, now: Time) -> (Vec<BlockRow>, bool) {
     for row in contents.answers {
         let number = row.number;
         let taken = answer_of(row).and_then(|row| {
-            take_in_waiting(host, unix_ms, &row.pool, |pool, fx| {
-                pool.restore_answer((now, unix_ms), &row, fx)
+            take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
+                pool.restore_answer(&row, turn)
             })
         });
         match taken {
@@ -313,7 +349,7 @@ fn take_in_waiting(
     host: &mut IoHost,
     unix_ms: u64,
     name: &PoolName,
-    restore: impl FnOnce(&mut Pool<Arc<Peer>>, &mut IoEffects) -> bool,
+    restore: impl FnOnce(&mut Pool<IoHost>, &mut Turn<'_, IoHost>) -> bool,
 ) -> Result<(), Refusal> {
     let (number, pool) = host.with_registry(|registry, _| registry.pool_for_kept(unix_ms, name))?;
     if host.with_pool(&pool, restore) {
@@ -326,4 +362,31 @@ fn take_in_waiting(
 
 fn senseless() -> Refusal {
     Refusal::new(Code::Storage, "its row makes no sense")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY_MS: u64 = 24 * 60 * 60 * 1000;
+
+    fn age(newest: Option<i64>, now: i64) -> u64 {
+        LastBackup::before(newest, now).age_ms(Time(7))
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_does_not_stop_the_schedule() {
+        let now = 1_700_000_000_000;
+        let day = i64::try_from(DAY_MS).unwrap();
+        assert_eq!(age(None, now), 0);
+        assert_eq!(age(Some(now - 2 * day), now), 2 * DAY_MS);
+        assert!(age(Some(now + 365 * day), now) >= DAY_MS);
+    }
+
+    #[test]
+    fn the_age_grows_by_the_clock_that_only_goes_on() {
+        let mut last = LastBackup::before(None, 0);
+        assert_eq!(last.age_ms(Time(1_000_000)), 0);
+        assert_eq!(last.age_ms(Time(5_000_000)), 4_000);
+    }
 }

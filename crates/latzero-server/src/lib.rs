@@ -18,7 +18,6 @@ mod keeper;
 mod listener;
 pub mod logging;
 mod losses;
-mod outbox;
 mod peer;
 pub mod server;
 pub mod settings;
@@ -29,6 +28,7 @@ mod stats;
 mod timers;
 pub mod upkeep;
 mod utc;
+mod watch;
 
 pub use latzero_protocol::address;
 pub use server::{Origins, Server, ServerError};

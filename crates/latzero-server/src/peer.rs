@@ -1,13 +1,15 @@
 //! A connection as everyone but its own loop sees it: where to append, and what it owes and is owed.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::ops::DerefMut;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::outbox::Outbox;
+use latzero_fabric::Link;
+
+use crate::host::IoHost;
 use crate::socket::Socket;
 
 /// One connection, shared between its loop and whoever sends to it.
-#[derive(Debug)]
 pub(crate) struct Peer {
     /// The loop that reads it.
     pub(crate) home: usize,
@@ -15,14 +17,7 @@ pub(crate) struct Peer {
     pub(crate) token: AtomicU32,
     /// Where bytes go; the built-in app has none.
     pub(crate) socket: Option<Socket>,
-    outbox: Mutex<Outbox>,
-    /// Calls it made that are under way.
-    pub(crate) in_flight: AtomicU32,
-    /// Calls it serves that are under way.
-    pub(crate) owed: AtomicU32,
-    /// Its loop stopped reading because of its calls in flight. In one order with the two counts above: who ends a call
-    /// on another loop sees the pause, or the pause sees the end.
-    pub(crate) is_paused: AtomicBool,
+    link: Mutex<Link<IoHost>>,
     /// Its other end takes nothing more, for good.
     pub(crate) is_deaf: AtomicBool,
     /// The ticket of what was promised to it last; see [`crate::keeper`].
@@ -37,31 +32,45 @@ impl Peer {
             home,
             token: AtomicU32::new(u32::MAX),
             socket,
-            outbox: Mutex::new(Outbox::default()),
-            in_flight: AtomicU32::new(0),
-            owed: AtomicU32::new(0),
-            is_paused: AtomicBool::new(false),
+            link: Mutex::new(Link::default()),
             is_deaf: AtomicBool::new(false),
             last_promise: AtomicU64::new(0),
             stalled_since: AtomicU64::new(0),
         })
     }
 
-    pub(crate) fn outbox(&self) -> MutexGuard<'_, Outbox> {
+    pub(crate) fn link(&self) -> MutexGuard<'_, Link<IoHost>> {
         // A panic while appending is a bug that stops the server; nothing is to be saved from a poisoned lock.
-        self.outbox
+        self.link
             .lock()
-            .expect("no panic happens under the outbox lock")
+            .expect("no panic happens under a link's lock")
     }
 
     /// Whether the other end of its Unix socket has closed, though what it sent before may still be unread.
     pub(crate) fn has_hung_up(&self) -> bool {
         self.socket.as_ref().is_some_and(Socket::has_hung_up)
     }
+}
 
-    /// Whether its loop should leave further messages unread: it has all the calls in flight that it may have. One that
-    /// owes answers is read on, since its answers may be what its own calls wait for.
-    pub(crate) fn should_pause(&self, in_flight_max: u32) -> bool {
-        self.in_flight.load(SeqCst) >= in_flight_max && self.owed.load(SeqCst) == 0
+impl latzero_fabric::Peer<IoHost> for Arc<Peer> {
+    fn link(&self) -> impl DerefMut<Target = Link<IoHost>> {
+        Peer::link(self)
+    }
+}
+
+impl PartialEq for Peer {
+    fn eq(&self, other: &Peer) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
+impl Eq for Peer {}
+
+impl std::fmt::Debug for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Peer")
+            .field("home", &self.home)
+            .field("socket", &self.socket)
+            .finish_non_exhaustive()
     }
 }

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
@@ -22,6 +23,13 @@ use crate::startup::lock::InstanceLock;
 use crate::startup::sockets::SocketFile;
 use crate::startup::systemd::{Activation, Notifier, watchdog_interval};
 use crate::startup::{StartupError, prepare};
+use crate::watch::Watch;
+
+/// How often to tell how far the blocks are on their way to the disk.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// How long the service manager is asked to wait on, each time that there is progress.
+const EXTENSION: Duration = Duration::from_secs(30);
 
 /// Where a server's settings come from, so that it can read them again.
 #[derive(Debug, Clone, Default)]
@@ -85,7 +93,9 @@ pub struct Server {
     // Dropped last, in this order: the sockets' files, then the lock that guards them.
     files: Vec<SocketFile>,
     _data_dir: DataDir,
-    _lock: InstanceLock,
+    lock: Arc<Mutex<InstanceLock>>,
+    /// A server from before left its blocks to be written to disk.
+    takes_over: bool,
 }
 
 impl Server {
@@ -119,6 +129,7 @@ impl Server {
             &started.data_dir.logs(),
         )?);
         before.log();
+        let takes_over = before.is_handed_over();
         let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(ServerError::Loop)?;
         let notifier = || match Notifier::new(&environment) {
             Ok(notifier) => notifier,
@@ -219,7 +230,8 @@ impl Server {
             logs,
             files,
             _data_dir: started.data_dir,
-            _lock: started.lock,
+            lock: Arc::new(Mutex::new(started.lock)),
+            takes_over,
         })
     }
 
@@ -274,6 +286,13 @@ impl Server {
             tracing::warn!(%error, "the service manager can't be told that the server is ready");
         }
         tracing::info!(addresses = ?shared.identity.addresses, version = env!("CARGO_PKG_VERSION"), "ready");
+        let watch = Watch::begin(&shared, &self.lock)?;
+        if self.takes_over {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name("flush".into())
+                .spawn(move || shared.blocks.sync_all(Progress::new(None).told()))?;
+        }
         let first = self.loops.remove(0);
         let mut others = Vec::new();
         for (i, event_loop) in self.loops.drain(..).enumerate() {
@@ -297,7 +316,13 @@ impl Server {
                 .unwrap_or_else(|_| Err(io::Error::other("a loop panicked")));
             result = result.and(ended);
         }
-        shared.blocks.sync_all();
+        drop(watch);
+        // The server that takes over has the same files, and writes them to disk itself: nobody is to wait for that.
+        if !shared.giving.is_taken() {
+            shared
+                .blocks
+                .sync_all(Progress::new(self.notifier.as_ref()).told());
+        }
         shared.keeper.close();
         if shared.giving.is_taken() {
             // They are in use.
@@ -308,6 +333,43 @@ impl Server {
         tracing::info!("stopped");
         self.logs.flush();
         result
+    }
+}
+
+/// Tells how far the blocks are on their way to the disk, where that takes long.
+struct Progress<'n> {
+    notifier: Option<&'n Notifier>,
+    since: Instant,
+    told: Instant,
+}
+
+impl<'n> Progress<'n> {
+    fn new(notifier: Option<&'n Notifier>) -> Progress<'n> {
+        let now = Instant::now();
+        Progress {
+            notifier,
+            since: now,
+            told: now,
+        }
+    }
+
+    fn told(mut self) -> impl FnMut(usize, usize) {
+        move |done, of| {
+            if self.told.elapsed() < TELL_EVERY {
+                return;
+            }
+            self.told = Instant::now();
+            let seconds = self.since.elapsed().as_secs();
+            tracing::info!(done, of, seconds, "writing persistent blocks to disk");
+            if let Some(notifier) = self.notifier {
+                // The service manager waits on for as long as there is progress (sd_notify(3)).
+                let state = format!(
+                    "STATUS=Writing blocks to disk: {done} of {of}\nEXTEND_TIMEOUT_USEC={}",
+                    EXTENSION.as_micros()
+                );
+                let _ = notifier.notify(&state);
+            }
+        }
     }
 }
 

@@ -17,8 +17,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 pub use file::{FILE_BYTES_MAX, FILES_MAX, Layer, load, parse_file};
+pub use latzero_fabric::limits::{Limits, Takes};
 pub use reference::default_config;
-pub use table::{Limits, SETTINGS, Setting, Settings, Takes};
+pub use table::{SETTINGS, Setting, Settings};
 pub use value::{Kind, LogFormat, LogLevel, SocketChoice, StoreDurability, Value};
 
 /// What every variable of this project begins with.
@@ -32,7 +33,14 @@ pub const OTHER_VARIABLES: &[&str] = &[
     "LATZERO_TRIGGER",
     "LATZERO_POOL",
     "LATZERO_CALLER",
+    "LATZERO_CALLER_INSTANCE",
+    "LATZERO_HEADERS",
+    "LATZERO_DEADLINE",
+    "LATZERO_ATTEMPT",
     "LATZERO_ID",
+    "LATZERO_BLOCK",
+    "LATZERO_FENCE",
+    "LATZERO_LOCKS",
     "LATZERO_FAILPOINT",
 ];
 
@@ -402,7 +410,7 @@ impl Resolved {
                 value: entry.value.clone(),
                 unit: setting.kind.unit(),
                 source: entry.source.to_string(),
-                default: setting.kind.render(&setting.default_value()),
+                default: setting.kind.render(&setting.default),
                 variable: setting.variable(),
                 live: setting.takes == Takes::Live,
                 doc: setting.doc(),
@@ -474,7 +482,7 @@ pub fn resolve(inputs: &Inputs) -> Result<Resolved, SettingsErrors> {
     let mut entries: Vec<Entry> = SETTINGS
         .iter()
         .map(|setting| Entry {
-            value: setting.default_value(),
+            value: setting.default.clone(),
             source: Source::Default,
             at: None,
         })
@@ -520,35 +528,54 @@ fn apply_environment(
             continue;
         }
         let source = Source::Environment(variable.clone());
-        match SETTINGS
+        // Any other variable may belong to another program: see `unknown_variables`.
+        let Some(index) = SETTINGS
             .iter()
             .position(|setting| setting.variable() == *variable)
-        {
-            Some(index) => {
-                let Some(text) = value.to_str() else {
-                    errors.push(SettingsError {
-                        source,
-                        at: None,
-                        problem: Problem::BadValue {
-                            key: SETTINGS[index].name,
-                            expected: SETTINGS[index].kind.expected(),
-                            found: "bytes that are not UTF-8".to_owned(),
-                        },
-                    });
-                    continue;
-                };
-                apply_text(index, text, source, entries, errors);
-            }
-            None => errors.push(SettingsError {
+        else {
+            continue;
+        };
+        let Some(text) = value.to_str() else {
+            errors.push(SettingsError {
                 source,
                 at: None,
-                problem: Problem::UnknownKey {
-                    key: value::quote(variable),
-                    nearest: nearest_variable(variable),
+                problem: Problem::BadValue {
+                    key: SETTINGS[index].name,
+                    expected: SETTINGS[index].kind.expected(),
+                    found: "bytes that are not UTF-8".to_owned(),
                 },
-            }),
-        }
+            });
+            continue;
+        };
+        apply_text(index, text, source, entries, errors);
     }
+}
+
+/// A warning for each variable that begins as settings do and is none. It may be a typing error, or
+/// belong to another program, so it is ignored.
+#[must_use]
+pub fn unknown_variables(environment: &Environment) -> Vec<String> {
+    let is_unknown = |variable: &&String| {
+        variable.starts_with(VARIABLE_PREFIX)
+            && !OTHER_VARIABLES.contains(&variable.as_str())
+            && !SETTINGS
+                .iter()
+                .any(|setting| setting.variable() == **variable)
+    };
+    let warning = |variable: &String| {
+        let near = nearest_variable(variable);
+        let near = near.map_or_else(String::new, |near| format!("; the nearest is `{near}`"));
+        format!(
+            "environment variable {} is not a setting and is ignored{near}",
+            value::quote(variable)
+        )
+    };
+    environment
+        .0
+        .keys()
+        .filter(is_unknown)
+        .map(warning)
+        .collect()
 }
 
 fn apply_text(
@@ -757,8 +784,9 @@ mod tests {
 
     #[test]
     fn every_setting_has_a_variable_and_a_flag() {
-        for setting in SETTINGS {
-            let env = [(setting.variable(), setting.default.to_owned())];
+        for setting in SETTINGS.iter() {
+            let default = setting.kind.render(&setting.default);
+            let env = [(setting.variable(), default.clone())];
             let resolved = resolve(&Inputs {
                 environment: env
                     .into_iter()
@@ -768,7 +796,7 @@ mod tests {
             })
             .unwrap();
             assert!(source_of(&resolved, setting.name).starts_with("environment LATZERO_"));
-            let resolved = resolve(&inputs(&[], &[], &[(setting.name, setting.default)])).unwrap();
+            let resolved = resolve(&inputs(&[], &[], &[(setting.name, &default)])).unwrap();
             assert!(source_of(&resolved, setting.name).starts_with("command line --"));
         }
     }
@@ -785,17 +813,33 @@ mod tests {
     }
 
     #[test]
+    fn unknown_variables_are_warnings() {
+        let check = |name: &str, expected: &[&str]| {
+            let environment = Environment::from_iter([(name.to_owned(), OsString::from("1"))]);
+            assert_eq!(unknown_variables(&environment), expected);
+            resolve(&Inputs {
+                environment,
+                ..Inputs::default()
+            })
+            .unwrap();
+        };
+        check("LATZERO_LOCKS", &[]);
+        check("OTHER_PORT", &[]);
+        check(
+            "LATZERO_PROT",
+            &[
+                "environment variable `LATZERO_PROT` is not a setting and is ignored; \
+               the nearest is `LATZERO_PORT`",
+            ],
+        );
+        check(
+            "LATZERO_XYZ",
+            &["environment variable `LATZERO_XYZ` is not a setting and is ignored"],
+        );
+    }
+
+    #[test]
     fn errors_of_variables() {
-        check_error(
-            &inputs(&[], &[("LATZERO_PROT", "1")], &[]),
-            "environment variable LATZERO_PROT: there is no setting `LATZERO_PROT`; \
-             the nearest is `LATZERO_PORT`",
-        );
-        check_error(
-            &inputs(&[], &[("LATZERO_LIMIT_MAX_FRAMES", "1")], &[]),
-            "environment variable LATZERO_LIMIT_MAX_FRAMES: there is no setting \
-             `LATZERO_LIMIT_MAX_FRAMES`; the nearest is `LATZERO_LIMITS_MAX_FRAME`",
-        );
         check_error(
             &inputs(&[], &[("LATZERO_PORT", "70000")], &[]),
             "environment variable LATZERO_PORT: `port` must be an integer from 0 to 65535, \

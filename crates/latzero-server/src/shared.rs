@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use latzero_fabric::{Limits, Registry, Time};
+use latzero_fabric::driver::Site;
+use latzero_fabric::outbox::Bounds;
+use latzero_fabric::{Limits, Now, Registry, Time};
 use latzero_protocol::Refusal;
 use mio::Waker;
 
@@ -19,7 +21,6 @@ use crate::handover::{Giving, Step};
 use crate::host::IoHost;
 use crate::keeper::Keeper;
 use crate::listener::Door;
-use crate::outbox::Bounds;
 use crate::peer::Peer;
 use crate::settings::Settings;
 use crate::socket::{Socket, User};
@@ -126,6 +127,15 @@ impl Clock {
         Time(self.start.elapsed().as_micros() as u64)
     }
 
+    /// The present, on both clocks.
+    pub(crate) fn read(self) -> Now {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+        Now {
+            monotonic: self.now(),
+            unix_ms: since_epoch.map_or(0, |since| since.as_millis() as u64),
+        }
+    }
+
     pub(crate) fn unix_ms(self, then: Time) -> u64 {
         let wall = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -148,9 +158,7 @@ pub(crate) type Reload = dyn Fn(&Shared) -> Result<String, String> + Send + Sync
 /// What the loops share.
 pub(crate) struct Shared {
     pub(crate) settings: Mutex<Arc<Settings>>,
-    pub(crate) limits: Limits,
-    pub(crate) bounds: Bounds,
-    pub(crate) outbox_total_max: usize,
+    pub(crate) site: Arc<Site>,
     pub(crate) read_budget: usize,
     pub(crate) registry: Mutex<Registry<IoHost>>,
     pub(crate) timers: Timers,
@@ -171,8 +179,6 @@ pub(crate) struct Shared {
     pub(crate) is_in_upkeep: AtomicBool,
     /// Set where all loops are to end at once.
     pub(crate) is_over: AtomicBool,
-    /// Connections whose sockets do not take what waits for them.
-    pub(crate) blocked: Mutex<Vec<Arc<Peer>>>,
     pub(crate) next_peer: AtomicU64,
     /// Who has come in and not said who it is yet, on any loop.
     door: Mutex<Door>,
@@ -214,13 +220,16 @@ impl Shared {
             .collect();
         let shared = Arc::new(Shared {
             registry: Mutex::new(Registry::new(clock.unix_ms(started), limits.clone(), seed)),
-            bounds: Bounds {
-                bytes_max: settings.limits.outbox_bytes_max,
-                headroom: settings.limits.outbox_headroom_bytes,
-            },
-            outbox_total_max: settings.limits.outbox_total_bytes(memory_bytes()),
             read_budget: settings.limits.read_budget_bytes,
-            limits,
+            site: Arc::new(Site {
+                limits,
+                outbox: Bounds {
+                    bytes_max: settings.limits.outbox_bytes_max,
+                    headroom: settings.limits.outbox_headroom_bytes,
+                },
+                version: env!("CARGO_PKG_VERSION"),
+                node: identity.node.clone(),
+            }),
             settings: Mutex::new(Arc::new(settings)),
             timers: Timers::default(),
             blocks,
@@ -237,7 +246,6 @@ impl Shared {
             giving: Giving::default(),
             is_in_upkeep: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
-            blocked: Mutex::new(Vec::new()),
             next_peer: AtomicU64::new(0),
             door: Mutex::new(Door::default()),
             reload,
@@ -292,39 +300,9 @@ impl Shared {
     }
 }
 
-/// The core's bounds, from the settings.
+/// The limits in force: as they were set, and for the rest as the memory allows.
 pub(crate) fn core_limits(settings: &Settings) -> Limits {
-    let l = &settings.limits;
-    let memory_bytes_max = l.block_bytes_total(memory_bytes());
-    let or_all = |max: u64| if max == 0 { memory_bytes_max } else { max };
-    Limits {
-        max_frame: l.max_frame,
-        in_flight_max: u32::try_from(l.in_flight_max).unwrap_or(u32::MAX),
-        pending_max: l.pending_max,
-        apps_max: l.apps_max,
-        pools_max: l.pools_max,
-        pools_per_app_max: l.pools_per_app_max,
-        triggers_per_app_max: l.triggers_per_app_max,
-        instances_per_app_max: l.instances_per_app_max,
-        registration_bytes_max: l.registration_bytes_max,
-        meta_bytes_max: l.meta_bytes_max,
-        block_bytes_max: l.block_bytes_max,
-        blocks_max: l.blocks_max,
-        memory_bytes_max,
-        memory_bytes_per_pool_max: or_all(l.memory_bytes_per_pool_max),
-        memory_bytes_per_app_max: or_all(l.memory_bytes_per_app_max),
-        attachments_per_app_max: l.attachments_per_app_max,
-        subscriptions_per_app_max: l.subscriptions_per_app_max,
-        block_waiters_max: l.block_waiters_max,
-        parked_max: l.parked_max,
-        parked_bytes_max: l.parked_bytes_max,
-        parked_per_app_max: l.parked_per_app_max,
-        parked_bytes_per_app_max: l.parked_bytes_per_app_max,
-        repeats_max: l.repeats_max,
-        repeats_bytes_max: l.repeats_bytes_max,
-        repeats_ttl_ms: settings.idempotency_ttl.as_millis() as u64,
-        answer_ttl_ms: settings.answer_ttl.as_millis() as u64,
-    }
+    settings.limits.clone().within(memory_bytes())
 }
 
 /// The machine's memory in bytes.

@@ -9,6 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use latzero_fabric::Transport;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
@@ -78,8 +80,8 @@ impl Socket {
             Socket::Tcp(stream) => stream
                 .peer_addr()
                 .map_or(User::Unknown, |a| User::Address(a.ip())),
-            Socket::Unix(stream) => match rustix::net::sockopt::socket_peercred(stream) {
-                Ok(cred) => User::Uid(cred.uid.as_raw()),
+            Socket::Unix(stream) => match credentials(stream) {
+                Ok((_, uid)) => User::Uid(uid),
                 Err(_) => User::Unknown,
             },
         }
@@ -160,7 +162,10 @@ impl Socket {
             return true;
         };
         // One that can't be seen from here has no id, and is not known to be dead.
-        rustix::net::sockopt::socket_peercred(stream).is_ok_and(|cred| has_ended(cred.pid))
+        let pid = credentials(stream)
+            .ok()
+            .and_then(|(pid, _)| Pid::from_raw(pid));
+        pid.is_some_and(has_ended)
     }
 
     /// Whether the other end has closed, though what it sent before may still be unread (poll(2), `POLLHUP`).
@@ -181,6 +186,13 @@ impl Socket {
             Socket::Unix(stream) => stream.shutdown(how),
         };
     }
+}
+
+/// The process and the user at the other end of a Unix socket (unix(7), SO_PEERCRED). The pid is 0 where that process is of a
+/// PID namespace that can't be seen from here; its user is known all the same.
+pub(crate) fn credentials(socket: &impl AsFd) -> io::Result<(i32, u32)> {
+    let found = getsockopt(socket, PeerCredentials)?;
+    Ok((found.pid(), found.uid()))
 }
 
 /// Whether the process `pid`, an id of this process's own namespace, has surely ended: all its threads.

@@ -8,6 +8,7 @@
 
 pub mod data_dir;
 pub mod descriptors;
+pub mod leftovers;
 pub mod lock;
 pub mod sockets;
 pub mod systemd;
@@ -307,6 +308,26 @@ impl Started {
     }
 }
 
+/// The checks of a start that change nothing, for `doctor`: directory, token, socket, address.
+///
+/// # Errors
+/// The first one that fails.
+pub fn check(settings: &Settings) -> Result<(), StartupError> {
+    data_dir::check(&settings.data_dir)?;
+    if let Ok(dir) = settings.data_dir.canonicalize() {
+        token::AdminToken::load(&dir)?;
+    }
+    if let SocketChoice::Path(path) = &settings.socket {
+        sockets::check_path(path)?;
+        // The server that runs on the directory has its socket.
+        if lock::holder(&settings.data_dir).is_none() {
+            sockets::check_unused(path)?;
+        }
+    }
+    // Any port of the address will do: whether it is one of this machine.
+    sockets::bind_tcp(&settings.host, 0).map(drop)
+}
+
 /// Every step but the umask and what the store needs: directory, lock, token, descriptors, sockets.
 /// Connections that arrive from here on wait in the listeners' queues until the caller accepts.
 /// `lock` is the lock of the data directory where the caller has it already.
@@ -320,6 +341,10 @@ pub fn prepare(
     activation: Activation,
     lock: Option<InstanceLock>,
 ) -> Result<Started, StartupError> {
+    if lock.is_none() {
+        // Before a directory is made in the place of one that was moved away.
+        lock::refuse_held(&settings.data_dir)?;
+    }
     let data_dir = DataDir::prepare(&settings.data_dir)?;
     let lock = match lock {
         Some(lock) => lock,

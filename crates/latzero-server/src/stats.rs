@@ -7,49 +7,20 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use hdrhistogram::Histogram;
-use latzero_fabric::{CallEnd, Count, Time};
+use latzero_fabric::effects::Tally;
+use latzero_fabric::{Count, Time};
 use latzero_protocol::Code;
 use serde_json::{Map, Value, json};
 
 /// Seconds over which a rate is an average.
 const RATE_SECONDS: u64 = 10;
 
-/// Counts of one batch.
+/// Bytes and frames of one batch.
 #[derive(Debug, Default)]
-pub(crate) struct Batch {
-    counts: [u64; Count::KINDS],
-    ended: u64,
-    failed: u64,
-    codes: Vec<Code>,
-    latencies_us: Vec<u64>,
+pub(crate) struct Traffic {
     pub(crate) frames_in: u64,
     pub(crate) bytes_in: u64,
     pub(crate) bytes_out: u64,
-}
-
-impl Batch {
-    pub(crate) fn count(&mut self, what: Count) {
-        self.counts[what as usize] += 1;
-    }
-
-    pub(crate) fn refused(&mut self, code: Code) {
-        self.codes.push(code);
-    }
-
-    pub(crate) fn call_ended(&mut self, end: CallEnd) {
-        self.ended += 1;
-        match end.code {
-            Some(code) => self.codes.push(code),
-            None => self
-                .latencies_us
-                .push(end.ended.since(end.started).as_micros() as u64),
-        }
-        self.failed += u64::from(end.failed);
-    }
-
-    fn is_empty(&self) -> bool {
-        self.frames_in == 0 && self.bytes_out == 0 && self.ended == 0 && self.codes.is_empty()
-    }
 }
 
 struct Totals {
@@ -77,7 +48,8 @@ pub(crate) struct Stats {
     pub(crate) connections_stalled: AtomicU64,
     pub(crate) connections_silent: AtomicU64,
     pub(crate) messages_lost: AtomicU64,
-    pub(crate) outbox_bytes: AtomicUsize,
+    /// Connections whose sockets do not take what waits for them.
+    pub(crate) slow_readers: AtomicUsize,
 }
 
 impl Stats {
@@ -106,39 +78,50 @@ impl Stats {
             connections_stalled: AtomicU64::new(0),
             connections_silent: AtomicU64::new(0),
             messages_lost: AtomicU64::new(0),
-            outbox_bytes: AtomicUsize::new(0),
+            slow_readers: AtomicUsize::new(0),
         }
     }
 
     /// Takes over what a loop has counted.
-    pub(crate) fn add(&self, now: Time, batch: &mut Batch) {
-        if batch.is_empty() {
+    pub(crate) fn add(&self, now: Time, tally: &mut Tally, traffic: &mut Traffic) {
+        let is_empty = traffic.frames_in == 0 && traffic.bytes_out == 0;
+        if is_empty && tally.ended.is_empty() && tally.refused.is_empty() && tally.started == 0 {
             return;
         }
         let mut totals = self
             .totals
             .lock()
             .expect("no panic happens under the statistics' lock");
-        for (total, count) in totals.counts.iter_mut().zip(&mut batch.counts) {
+        for (total, count) in totals.counts.iter_mut().zip(&mut tally.counts) {
             *total += std::mem::take(count);
-        }
-        for code in batch.codes.drain(..) {
-            totals.codes[code as usize] += 1;
-        }
-        for us in batch.latencies_us.drain(..) {
-            totals.response_times.saturating_record(us.max(1));
         }
         let second = now.0 / 1_000_000;
         let slot = &mut totals.per_second[(second % (RATE_SECONDS + 1)) as usize];
         if slot.0 != second {
             *slot = (second, 0);
         }
-        slot.1 += batch.ended;
-        totals.ended += std::mem::take(&mut batch.ended);
-        totals.failed += std::mem::take(&mut batch.failed);
-        totals.frames_in += std::mem::take(&mut batch.frames_in);
-        totals.bytes_in += std::mem::take(&mut batch.bytes_in);
-        totals.bytes_out += std::mem::take(&mut batch.bytes_out);
+        let ended = tally.ended.len() as u64;
+        slot.1 += ended;
+        totals.ended += ended;
+        let started = std::mem::take(&mut tally.started);
+        self.calls_in_flight.fetch_add(started, Relaxed);
+        self.calls_in_flight.fetch_sub(ended, Relaxed);
+        for end in tally.ended.drain(..) {
+            totals.failed += u64::from(end.failed);
+            match end.code {
+                Some(code) => totals.codes[code as usize] += 1,
+                None => {
+                    let us = end.ended.since(end.started).as_micros() as u64;
+                    totals.response_times.saturating_record(us.max(1));
+                }
+            }
+        }
+        for code in tally.refused.drain(..) {
+            totals.codes[code as usize] += 1;
+        }
+        totals.frames_in += std::mem::take(&mut traffic.frames_in);
+        totals.bytes_in += std::mem::take(&mut traffic.bytes_in);
+        totals.bytes_out += std::mem::take(&mut traffic.bytes_out);
     }
 
     /// The parts `transport` and `triggers`, and `errors`, as JSON.
@@ -175,7 +158,7 @@ impl Stats {
                 "frames_in": totals.frames_in,
                 "bytes_in": totals.bytes_in,
                 "bytes_out": totals.bytes_out,
-                "outbox_bytes": self.outbox_bytes.load(Relaxed),
+                "slow_readers": self.slow_readers.load(Relaxed),
                 "messages_lost": self.messages_lost.load(Relaxed),
             },
             "triggers": {

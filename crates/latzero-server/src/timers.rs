@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use latzero_fabric::{Pool, Time};
 
-use crate::peer::Peer;
+use crate::host::IoHost;
 
 /// A pool behind its lock, with the deadline that the timers hold for it.
 pub(crate) struct PoolCell {
-    pub(crate) pool: Mutex<Pool<Arc<Peer>>>,
+    pub(crate) pool: Mutex<Pool<IoHost>>,
     number: u32,
     /// The earliest deadline armed; `u64::MAX` where there is none.
     armed: AtomicU64,
@@ -25,7 +25,7 @@ impl std::fmt::Debug for PoolCell {
 }
 
 impl PoolCell {
-    pub(crate) fn new(pool: Pool<Arc<Peer>>) -> Arc<PoolCell> {
+    pub(crate) fn new(pool: Pool<IoHost>) -> Arc<PoolCell> {
         Arc::new(PoolCell {
             number: pool.number(),
             pool: Mutex::new(pool),

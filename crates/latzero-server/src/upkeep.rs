@@ -31,11 +31,9 @@ pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
     crate::blocks::end_grace(shared, now);
     shared.keeper.keep_losses();
     let interval = shared.settings().backup_interval.as_millis() as u64;
-    if interval == 0 || unix_ms < shared.keeper.last_backup() + interval {
+    if !shared.keeper.is_backup_due(now, interval) {
         return;
     }
-    // Not again at the next look, whatever becomes of it.
-    shared.keeper.note_backup(unix_ms);
     let begun = run(shared, |shared| {
         if let Err(error) = backup(shared, None) {
             tracing::error!(%error, "no backup was made; the last one stays");
@@ -128,9 +126,7 @@ fn backup(shared: &Shared, to: Option<&Path>) -> Result<String, Refusal> {
 
 /// Removes backups that the policy does not keep.
 fn prune(shared: &Shared) {
-    let now = shared.clock.unix_ms(shared.clock.now());
-    let now = i64::try_from(now).unwrap_or(i64::MAX);
-    match latzero_store::prune(shared.keeper.store().dir(), now, &Policy::default()) {
+    match latzero_store::prune(shared.keeper.store().dir(), &Policy::default()) {
         Ok(pruned) => tracing::debug!(?pruned, "old backups removed"),
         Err(error) => tracing::warn!(%error, "old backups can't be removed"),
     }

@@ -25,7 +25,7 @@ use latzero_protocol::limits::SYSTEM_POOL;
 use serde_json::Value;
 
 use crate::client::strings;
-use crate::outbox::{Event, Peer};
+use crate::line::{Event, Peer};
 use crate::world::{self, Message, World};
 
 /// What a checker found wrong.

@@ -6,7 +6,7 @@
 use latzero_fabric::Prng;
 use serde_json::{Value, json};
 
-use crate::outbox::Peer;
+use crate::line::Peer;
 use crate::world::{self, Message, World};
 
 /// A call that was sent to this client.

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use latzero_fabric::{Prng, Time, Transport};
 use serde_json::{Value, json};
 
-use crate::outbox::{Event, Peer};
+use crate::line::{Event, Peer};
 use crate::report::Scenario;
 use crate::world::{World, encode_frame};
 
@@ -158,7 +158,9 @@ impl Lasting {
                     self.listen(world);
                 }
                 self.is_held = self.prng.below(2) == 0;
-                world.hold_told(self.is_held);
+                for conn in self.conns.iter().filter(|conn| conn.is_caller()) {
+                    world.hold_writes_of(conn.peer, self.is_held);
+                }
                 format!("what is sent stays in the server: {}", self.is_held)
             }
             84..=85 => self.kill(world),
@@ -377,7 +379,9 @@ impl Lasting {
                 found = found.and_then(|()| self.hear(at, &message.json));
             }
         }
-        self.heard_at = world.now();
+        if !self.is_held {
+            self.heard_at = world.now();
+        }
         self.conns.retain(|conn| world.is_open(conn.peer));
         let found = found.and_then(|()| self.check_keys());
         if self.found.is_ok() {
@@ -550,7 +554,7 @@ impl Scenario for Lasting {
             world.hold_disk(false);
             world.fill_disk(false);
             self.is_held = false;
-            world.hold_told(false);
+            world.hold_writes(false);
             for app in CALLERS.iter().chain(&HANDLERS) {
                 while self.of(&[app]).len() < INSTANCES {
                     self.join(app, &TRIGGERS, &Value::Null, world);

@@ -8,14 +8,14 @@
 mod check;
 mod client;
 mod lasting;
-mod outbox;
+mod line;
 mod report;
 mod script;
 mod storage;
 mod store;
 mod world;
 
-pub use outbox::{Bounds, Event, LENGTH_SLACK, Outboxes, Peer, Totals};
+pub use line::{Bounds, Event, LENGTH_SLACK, Line, Peer, Totals};
 pub use report::{Outcome, Plan, STEPS_DEFAULT, Theme, Violation, run};
 pub use storage::{Storages, Stored};
 pub use store::Rows;

@@ -8,7 +8,7 @@ use latzero_fabric::Limits;
 
 use crate::check::Checker;
 use crate::lasting::Lasting;
-use crate::outbox::{Bounds, Event, Totals};
+use crate::line::{Bounds, Event, Totals};
 use crate::script::Script;
 use crate::world::World;
 
@@ -82,6 +82,8 @@ impl Plan {
             bounds: Bounds {
                 outbox_bytes: [1024, 64][(seed % 3 / 2) as usize] * 1024,
                 headroom_bytes: 64 * 1024,
+                // What is in a socket's buffer when a client dies is lost to it; the checker knows of no such loss.
+                socket_bytes: 0,
             },
             ..Plan::new(seed)
         }
@@ -103,6 +105,7 @@ impl Plan {
             bounds: Bounds {
                 outbox_bytes: [2, 4, 16][(seed % 3) as usize] * 1024,
                 headroom_bytes: [3, 6][(seed % 2) as usize] * 1024,
+                socket_bytes: [0, 512, 4096][(seed / 6 % 3) as usize],
             },
         }
     }

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
+use latzero_fabric::memory::{Descriptor, Job, Ledger, Making, StorageId};
 use latzero_protocol::memory::Access;
-use latzero_protocol::{Code, PoolName, Refusal};
+use latzero_protocol::{Code, Refusal};
 
-use crate::outbox::Peer;
+use crate::line::Line;
 use crate::world::PoolHandle;
 
 /// One generation of a block.
@@ -25,10 +25,7 @@ pub struct Stored {
 pub struct Storages {
     pub(crate) stored: BTreeMap<StorageId, Stored>,
     pub(crate) ledger: Ledger,
-    /// Asked for while a pool was in use.
-    pub(crate) asked: Vec<Job<Peer>>,
-    pub(crate) counted: Vec<(PoolName, u32, i32)>,
-    pub(crate) waiting: VecDeque<(PoolHandle, Job<Peer>)>,
+    pub(crate) waiting: VecDeque<(PoolHandle, Job<Line>)>,
     /// Jobs wait until they are let go.
     pub(crate) is_holding: bool,
     /// Making fails from now on.
@@ -81,12 +78,9 @@ impl Storages {
         self.records.remove(&storage);
     }
 
-    pub(crate) fn at(&self, storage: StorageId) -> Option<&Stored> {
-        self.stored.get(&storage)
-    }
-
-    pub(crate) fn can_share(&self, storage: StorageId, _access: Access) -> bool {
-        self.stored.contains_key(&storage)
+    pub(crate) fn descriptor(&self, storage: StorageId, access: Access) -> Option<Descriptor> {
+        let is_there = self.stored.contains_key(&storage);
+        is_there.then_some(Descriptor { storage, access })
     }
 
     /// The range of a write, where the block has it and is of the version expected.

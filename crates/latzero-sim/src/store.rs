@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Change, PoolRow};
 use latzero_protocol::{AppId, PoolName};
 
-use crate::outbox::Peer;
+use crate::line::Peer;
 
 /// What is on the simulated disk.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -4,22 +4,30 @@
 //! still until [`World::advance`] moves it, and deadlines on the way fire at their very moment.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use latzero_fabric::memory::{Job, StorageId};
+use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
+use latzero_fabric::keep::Change;
+use latzero_fabric::link::Notice;
+use latzero_fabric::memory::{Descriptor, Job, Ledger, StorageId};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
-    Class, Effects as _, Flow, Host, Limits, Pool, Registry, Session, Time, Transport,
+    Class, Driver, Effects, Flow, Limits, Now, Pool, Registry, Session, Time, Transport, Turn,
 };
 use latzero_protocol::frame::{self, Accept, Frame};
+use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
 use latzero_protocol::{Code, PoolName, Refusal, encode};
 use serde_json::Value;
 
-use crate::outbox::{Bounds, Event, Outboxes, Peer, Totals};
+use crate::line::{Bounds, Event, LENGTH_SLACK, Line, Observer, Peer, Totals};
+use crate::storage::Storages;
+use crate::store::Store;
 
 /// A pool of the world.
-pub type PoolHandle = Rc<RefCell<Pool<Peer>>>;
+pub type PoolHandle = Rc<RefCell<Pool<World>>>;
 
 /// The token that every simulated server takes for its administrator's.
 pub const ADMIN_TOKEN: &str = "simulated-admin-token";
@@ -31,9 +39,17 @@ pub(crate) const EPOCH_MS: u64 = 1_700_000_000_000;
 const MAX_FRAME_BEFORE_HANDSHAKE: usize = 64 * 1024;
 
 struct Connection {
+    line: Line,
     /// Taken out while it handles a frame, and gone when the connection has ended.
     session: Option<Session<World>>,
     received: Vec<u8>,
+    /// Written by the server, and not read by the client.
+    socket: VecDeque<u8>,
+    /// Descriptors that were written.
+    descriptors: u64,
+    /// The socket takes nothing.
+    is_held: bool,
+    is_open: bool,
 }
 
 type Beside = Box<dyn FnOnce(&mut World)>;
@@ -50,16 +66,18 @@ pub struct Message {
 /// The simulated server, with the connections to it.
 pub struct World {
     now: Time,
-    limits: Limits,
-    registry: Registry<World>,
-    fx: Outboxes,
+    site: Arc<Site>,
+    socket_bytes: usize,
+    registry: Rc<RefCell<Registry<World>>>,
+    effects: Effects<World>,
+    observer: Observer,
+    storages: Storages,
+    store: Store,
     connections: Vec<Connection>,
     is_draining: bool,
     touched: Vec<PoolHandle>,
     /// Whose promises were told of while another's message was handled.
     woken: Vec<Peer>,
-    is_holding_told: bool,
-    told_later: Vec<(PoolHandle, Peer, u64)>,
     /// What another thread of a server does while this one writes into a block.
     beside_write: Option<Beside>,
 }
@@ -70,15 +88,25 @@ impl World {
     pub fn new(seed: u64, limits: Limits, bounds: Bounds) -> Self {
         World {
             now: Time::default(),
-            registry: Registry::new(EPOCH_MS, limits.clone(), seed),
-            limits,
-            fx: Outboxes::new(bounds),
+            registry: Rc::new(RefCell::new(Registry::new(EPOCH_MS, limits.clone(), seed))),
+            site: Arc::new(Site {
+                limits,
+                outbox: latzero_fabric::outbox::Bounds {
+                    bytes_max: bounds.outbox_bytes,
+                    headroom: bounds.headroom_bytes,
+                },
+                version: "0.0.0",
+                node: "simulated".into(),
+            }),
+            socket_bytes: bounds.socket_bytes,
+            effects: Effects::default(),
+            observer: Observer::default(),
+            storages: Storages::default(),
+            store: Store::default(),
             connections: Vec::new(),
             is_draining: false,
             touched: Vec::new(),
             woken: Vec::new(),
-            is_holding_told: false,
-            told_later: Vec::new(),
             beside_write: None,
         }
     }
@@ -97,27 +125,33 @@ impl World {
     /// The bounds in force.
     #[must_use]
     pub fn bounds_of_core(&self) -> &Limits {
-        &self.limits
+        &self.site.limits
     }
 
     /// A new connection over `transport`.
     pub fn connect(&mut self, transport: Transport) -> Peer {
-        let peer = self.fx.open();
+        let peer = Peer(u32::try_from(self.connections.len()).expect("runs are short"));
+        let line = Line::new(peer);
         let terms = Terms {
             transport,
             is_admin: transport == Transport::BuiltIn,
             max_frame_before_handshake: MAX_FRAME_BEFORE_HANDSHAKE,
         };
         self.connections.push(Connection {
-            session: Some(Session::new(peer, terms)),
+            session: Some(Session::new(line.clone(), terms)),
+            line,
             received: Vec::new(),
+            socket: VecDeque::new(),
+            descriptors: 0,
+            is_held: false,
+            is_open: true,
         });
         peer
     }
 
     /// Hands bytes of a client to the server, which handles every whole frame that it has by now.
     pub fn feed(&mut self, peer: Peer, bytes: &[u8]) {
-        if !self.fx.is_open(peer) {
+        if !self.is_open(peer) {
             return;
         }
         self.connections[peer.0 as usize]
@@ -125,7 +159,7 @@ impl World {
             .extend_from_slice(bytes);
         let mut received = std::mem::take(&mut self.connections[peer.0 as usize].received);
         let mut used = 0;
-        while self.fx.is_open(peer)
+        while self.is_open(peer)
             && !self.is_waiting(peer)
             && let Some(length) = self.handle_first(peer, &received[used..])
         {
@@ -148,39 +182,39 @@ impl World {
     /// Handles the first frame of `bytes`; returns its length, or `None` where there is none yet or ever.
     fn handle_first(&mut self, peer: Peer, bytes: &[u8]) -> Option<usize> {
         let mut session = self.connections[peer.0 as usize].session.take()?;
-        let decoded = frame::decode(bytes, session.accept(self));
+        let decoded = frame::decode(bytes, session.accept(&self.site.limits));
         let (flow, used) = match decoded {
             Ok(None) => (Flow::Continue, None),
             Ok(Some((frame, used))) => {
-                self.fx.note(Event::Handling {
+                self.observer.note(Event::Handling {
                     peer,
                     json: frame.json.to_vec(),
                     attachment: frame.attachment.map(<[u8]>::to_vec),
                 });
-                let mut flow = session.handle(self.now, frame, self);
-                while let Some((promised, went_well)) = self.fx.store.write_next() {
+                let mut flow = session.handle(frame, &mut self.turn());
+                while let Some((promised, went_well)) = self.store.write_next() {
                     let Some(promised) = promised else {
                         continue;
                     };
                     flow = if promised == peer {
-                        session.kept(self.now, kept(went_well), self)
+                        session.kept(kept(went_well), &mut self.turn())
                     } else {
                         self.tell_kept(promised, went_well);
                         self.woken.push(promised);
                         flow
                     };
                 }
-                self.fx.note(Event::Handled(peer));
+                self.observer.note(Event::Handled(peer));
                 (flow, Some(used))
             }
             Err(error) => {
-                self.fx.note(Event::Rejecting(peer));
-                (session.reject(&error.into(), self), None)
+                self.observer.note(Event::Rejecting(peer));
+                (session.reject(&error.into(), &mut self.turn()), None)
             }
         };
         self.connections[peer.0 as usize].session = Some(session);
         if flow == Flow::Close {
-            self.fx.close(&peer);
+            self.close(peer);
         }
         used
     }
@@ -188,46 +222,46 @@ impl World {
     /// Tells a session whether what it was promised is on disk.
     fn tell_kept(&mut self, peer: Peer, went_well: bool) {
         if let Some(mut session) = self.connections[peer.0 as usize].session.take() {
-            let flow = session.kept(self.now, kept(went_well), self);
+            let flow = session.kept(kept(went_well), &mut self.turn());
             self.connections[peer.0 as usize].session = Some(session);
             if flow == Flow::Close {
-                self.fx.close(&peer);
+                self.close(peer);
             }
         }
     }
 
     /// Has what is to be written wait for [`World::hold_disk`]`(false)`.
     pub fn hold_disk(&mut self, is_holding: bool) {
-        self.fx.store.is_holding = is_holding;
+        self.store.is_holding = is_holding;
         self.write_down();
     }
 
     /// Has the disk take nothing more, or everything again.
     pub fn fill_disk(&mut self, is_full: bool) {
-        self.fx.store.is_failing = is_full;
-        self.fx.note(Event::DiskFull(is_full));
+        self.store.is_failing = is_full;
+        self.observer.note(Event::DiskFull(is_full));
         self.write_down();
     }
 
     /// Whether the disk takes nothing.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
-        self.fx.store.is_failing
+        self.store.is_failing
     }
 
     /// Takes what the audit log would tell: what happened, and its details as JSON.
     pub fn take_audit(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.fx.audited)
+        std::mem::take(&mut self.observer.audited)
     }
 
     /// What is on the disk.
     #[must_use]
     pub fn rows(&self) -> &crate::store::Rows {
-        &self.fx.store.rows
+        &self.store.rows
     }
 
     fn write_down(&mut self) {
-        while let Some((promised, went_well)) = self.fx.store.write_next() {
+        while let Some((promised, went_well)) = self.store.write_next() {
             if let Some(peer) = promised {
                 self.tell_kept(peer, went_well);
                 // What it sent while it waited.
@@ -237,39 +271,117 @@ impl World {
         self.reap();
     }
 
-    /// Ends the sessions of connections that were closed, which may close others.
+    fn turn(&mut self) -> Turn<'_, World> {
+        let now = Now {
+            monotonic: self.now,
+            unix_ms: EPOCH_MS + self.now.0 / 1000,
+        };
+        Turn::new(now, self)
+    }
+
+    fn line(&self, peer: Peer) -> &Line {
+        &self.connections[peer.0 as usize].line
+    }
+
+    fn close(&mut self, peer: Peer) {
+        let line = self.line(peer).clone();
+        self.turn().close(&line);
+    }
+
+    /// Carries out what was decided: writes to sockets, then ends the connections that are to be closed, which may close
+    /// others.
     fn reap(&mut self) {
         loop {
-            let closed = self.fx.take_newly_closed();
-            if closed.is_empty() {
-                return;
+            let tally = std::mem::take(&mut self.effects.tally);
+            self.observer.count(tally);
+            self.effects.resumed.clear();
+            self.effects.appended = 0;
+            for line in std::mem::take(&mut self.effects.touched) {
+                self.write(line.id, 0);
             }
-            for peer in closed {
-                if let Some(mut session) = self.connections[peer.0 as usize].session.take() {
-                    session.closed(self.now, self);
-                    self.fx.note(Event::Departed(peer));
+            let Some(line) = self.effects.closing.pop() else {
+                if self.effects.touched.is_empty() {
+                    return;
                 }
-                self.connections[peer.0 as usize].received = Vec::new();
+                continue;
+            };
+            let connection = &mut self.connections[line.id.0 as usize];
+            connection.received = Vec::new();
+            let session = connection.session.take();
+            if let Some(mut session) = session {
+                session.closed(&mut self.turn());
+                self.observer.note(Event::Departed(line.id));
             }
         }
     }
 
-    /// The client ends its connection.
+    /// Writes what waits in an outbox, as far as the socket takes it: up to its size, or `wanted` bytes where its client reads
+    /// as many.
+    fn write(&mut self, peer: Peer, wanted: usize) {
+        let at = peer.0 as usize;
+        loop {
+            if self.connections[at].is_held {
+                return;
+            }
+            let line = self.line(peer).clone();
+            let Some(mut taken) = line.link().outbox.take() else {
+                return;
+            };
+            let connection = &mut self.connections[at];
+            while !taken.is_done() {
+                let (bytes, descriptors) = taken.next();
+                let room = wanted.max(self.socket_bytes);
+                let n = room
+                    .saturating_sub(connection.socket.len())
+                    .min(bytes.len());
+                if n == 0 {
+                    break;
+                }
+                connection.descriptors += descriptors.len() as u64;
+                connection.socket.extend(&bytes[..n]);
+                taken.advance(n);
+            }
+            let mut link = line.link();
+            link.outbox.put_back(taken);
+            let is_blocked = link.outbox.is_blocked();
+            let notices: Vec<_> = std::iter::from_fn(|| link.outbox.take_notice()).collect();
+            drop(link);
+            for Notice { pool, number } in notices {
+                self.turn()
+                    .with_pool(&pool, |pool, turn| pool.told(number, turn));
+            }
+            if is_blocked {
+                return;
+            }
+        }
+    }
+
+    /// The client ends its connection: what it has not read is lost.
     pub fn hang_up(&mut self, peer: Peer) {
-        self.fx.hang_up(peer);
+        self.line(peer).link().outbox.close();
+        self.connections[peer.0 as usize].socket.clear();
+        self.close(peer);
         self.reap();
         self.write_down();
     }
 
     /// Takes at most `most` bytes that wait for a client.
     pub fn read(&mut self, peer: Peer, most: usize) -> Vec<u8> {
-        self.fx.read(peer, most)
+        self.write(peer, most);
+        let socket = &mut self.connections[peer.0 as usize].socket;
+        let most = most.min(socket.len());
+        let bytes = socket.drain(..most).collect();
+        self.write(peer, 0);
+        self.reap();
+        self.write_down();
+        bytes
     }
 
     /// How many bytes wait for a client.
     #[must_use]
     pub fn waiting(&self, peer: Peer) -> usize {
-        self.fx.waiting(peer)
+        let connection = &self.connections[peer.0 as usize];
+        connection.socket.len() + connection.line.link().outbox.queued()
     }
 
     /// Takes every message that waits for a client.
@@ -277,7 +389,7 @@ impl World {
     /// # Panics
     /// Where what waits is not a row of whole frames with one JSON object each.
     pub fn messages(&mut self, peer: Peer) -> Vec<Message> {
-        let bytes = self.fx.read(peer, usize::MAX);
+        let bytes = self.read(peer, usize::MAX);
         let mut rest = &bytes[..];
         let mut messages = Vec::new();
         while !rest.is_empty() {
@@ -291,7 +403,7 @@ impl World {
     /// Whether the connection is open.
     #[must_use]
     pub fn is_open(&self, peer: Peer) -> bool {
-        self.fx.is_open(peer)
+        self.connections[peer.0 as usize].is_open
     }
 
     /// Moves time `ms` milliseconds on.
@@ -305,6 +417,7 @@ impl World {
             };
             let next = self
                 .registry
+                .borrow()
                 .pools()
                 .filter_map(|(_, pool)| due(pool))
                 .min_by_key(|(deadline, _)| *deadline);
@@ -312,8 +425,8 @@ impl World {
                 Some((deadline, pool)) if deadline <= until => {
                     self.now = self.now.max(deadline);
                     let now = self.now;
-                    self.fx.note(Event::Now(now));
-                    self.with_pool(&pool, |pool, fx| pool.handle_timeout(now, fx));
+                    self.observer.note(Event::Now(now));
+                    self.turn().with_pool(&pool, Pool::handle_timeout);
                     let later = pool.borrow().next_deadline();
                     assert!(
                         later.is_none_or(|later| later > now),
@@ -325,7 +438,7 @@ impl World {
             }
         }
         self.now = until;
-        self.fx.note(Event::Now(until));
+        self.observer.note(Event::Now(until));
         self.write_down();
     }
 
@@ -339,8 +452,8 @@ impl World {
                 .as_ref()
                 .is_some_and(Session::is_ready);
             if is_ready {
-                let peer = Peer(at as u32);
-                self.fx.send(&peer, Class::Control, told.len(), |out| {
+                let line = self.connections[at].line.clone();
+                self.turn().send(&line, Class::Control, told.len(), |out| {
                     encode::message(out, told);
                 });
             }
@@ -365,38 +478,51 @@ impl World {
 
     /// Begins again with rows that anybody may have written; returns how many make no sense.
     pub fn restart_with(&mut self, seed: u64, rows: crate::store::Rows) -> usize {
-        self.fx.store.rows = rows;
+        self.store.rows = rows;
         self.begin_again(seed)
     }
 
     fn begin_again(&mut self, seed: u64) -> usize {
         for connection in &mut self.connections {
-            connection.session = None;
-            connection.received = Vec::new();
+            let line = Line::new(connection.line.id);
+            line.link().outbox.close();
+            *connection = Connection {
+                line,
+                session: None,
+                received: Vec::new(),
+                socket: VecDeque::new(),
+                descriptors: 0,
+                is_held: false,
+                is_open: false,
+            };
         }
-        self.fx.crash();
-        self.told_later.clear();
+        self.effects = Effects::default();
+        self.store.crash();
+        self.observer.crash(&self.store.rows);
         self.is_draining = false;
         self.touched.clear();
-        self.fx.storages = crate::storage::Storages::default();
+        self.storages = Storages::default();
         let unix_ms = EPOCH_MS + self.now.0 / 1000;
-        self.registry = Registry::new(unix_ms, self.limits.clone(), seed);
-        let rows = self.fx.store.rows.clone();
+        let registry = Registry::new(unix_ms, self.site.limits.clone(), seed);
+        self.registry = Rc::new(RefCell::new(registry));
+        let rows = self.store.rows.clone();
+        let numbers = rows.calls.keys().chain(rows.answers.keys());
+        let last = numbers.max().copied().unwrap_or(0);
+        self.storages.ledger.count_on_after(last);
         let mut left = 0;
         for row in rows.pools.into_values() {
-            left += usize::from(self.registry.restore_pool(row).is_err());
+            left += usize::from(self.registry.borrow_mut().restore_pool(row).is_err());
         }
-        let times = (self.now, unix_ms);
         for row in rows.calls.values() {
-            let taken = self.take_in(&row.pool, |pool, fx| pool.restore_call(times, row, fx));
+            let taken = self.take_in(&row.pool, |pool, turn| pool.restore_call(row, turn));
             left += usize::from(!taken);
         }
         for row in rows.answers.values() {
-            let taken = self.take_in(&row.pool, |pool, fx| pool.restore_answer(times, row, fx));
+            let taken = self.take_in(&row.pool, |pool, turn| pool.restore_answer(row, turn));
             left += usize::from(!taken);
         }
         for row in rows.apps.into_values() {
-            left += usize::from(!self.registry.restore_app(row, unix_ms));
+            left += usize::from(!self.registry.borrow_mut().restore_app(row, unix_ms));
         }
         left
     }
@@ -405,74 +531,76 @@ impl World {
     fn take_in(
         &mut self,
         name: &PoolName,
-        restore: impl FnOnce(&mut Pool<Peer>, &mut Outboxes) -> bool,
+        restore: impl FnOnce(&mut Pool<World>, &mut Turn<'_, World>) -> bool,
     ) -> bool {
         let unix_ms = EPOCH_MS + self.now.0 / 1000;
-        let Ok((number, pool)) = self.registry.pool_for_kept(unix_ms, name) else {
+        let made = self.registry.borrow_mut().pool_for_kept(unix_ms, name);
+        let Ok((number, pool)) = made else {
             return false;
         };
-        let taken = self.with_pool(&pool, restore);
+        let taken = self.turn().with_pool(&pool, restore);
         if !taken {
-            self.registry.count_held(name, number, 0);
+            self.registry.borrow_mut().count_held(name, number, 0);
         }
         taken
     }
 
     /// Takes the log of what happened since it was taken last.
     pub fn take_log(&mut self) -> Vec<Event> {
-        self.fx.take_log()
+        self.observer.take_log()
     }
 
     /// A hash of everything that was sent so far.
     #[must_use]
     pub fn hash(&self) -> u64 {
-        self.fx.hash()
+        self.observer.hash()
     }
 
     /// Totals so far.
     #[must_use]
     pub fn totals(&self) -> Totals {
-        self.fx.totals()
+        self.observer.totals
     }
 
     /// Calls under way in all pools.
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
-        let pools = self.registry.pools();
-        pools
+        let registry = self.registry.borrow();
+        registry
+            .pools()
             .map(|(_, pool)| pool.borrow().stats().calls_in_flight)
             .sum()
     }
 
     /// Has what is to be done about blocks wait for [`World::run_jobs`], as large blocks do on a server.
     pub fn hold_jobs(&mut self, is_holding: bool) {
-        self.fx.storages.is_holding = is_holding;
+        self.storages.is_holding = is_holding;
         self.run_jobs();
     }
 
-    /// Has what is appended to outboxes stay in the server, as far as it is told when it leaves. What was held up for
-    /// connections that are gone by then was never told.
-    pub fn hold_told(&mut self, is_holding: bool) {
-        self.is_holding_told = is_holding;
-        if is_holding {
-            return;
+    /// The sockets of all connections there are take nothing more, or everything again.
+    pub fn hold_writes(&mut self, is_holding: bool) {
+        for at in 0..self.connections.len() {
+            self.hold_writes_of(Peer(at as u32), is_holding);
         }
-        for (pool, peer, number) in std::mem::take(&mut self.told_later) {
-            if self.is_open(peer) {
-                self.with_pool(&pool, |pool, fx| pool.told(number, fx));
-            }
-        }
+    }
+
+    /// The socket of a connection takes nothing more, or everything again.
+    pub fn hold_writes_of(&mut self, peer: Peer, is_holding: bool) {
+        self.connections[peer.0 as usize].is_held = is_holding;
+        self.write(peer, 0);
+        self.reap();
         self.write_down();
     }
 
     /// Has no memory left for new blocks.
     pub fn fill_memory(&mut self, is_full: bool) {
-        self.fx.storages.is_full = is_full;
+        self.storages.is_full = is_full;
     }
 
     /// Does what is to be done about blocks.
     pub fn run_jobs(&mut self) {
-        while let Some((pool, job)) = self.fx.storages.waiting.pop_front() {
+        while let Some((pool, job)) = self.storages.waiting.pop_front() {
             match job {
                 Job::Make {
                     key,
@@ -483,23 +611,21 @@ impl World {
                     let made = if unless_dead.is_some() {
                         Ok(None)
                     } else {
-                        let made = self.fx.storages.make(&making);
+                        let made = self.storages.make(&making);
                         made.map(|()| Some(making.storage))
                     };
-                    let now = self.now;
-                    self.with_pool(&pool, |pool, fx| {
-                        pool.storage_made(now, key, made, fx);
-                    });
+                    self.turn()
+                        .with_pool(&pool, |pool, turn| pool.storage_made(key, made, turn));
                 }
-                Job::Drop { storage, .. } => self.fx.storages.drop_storage(storage),
+                Job::Drop { storage, .. } => self.storages.drop_storage(storage),
                 Job::Flush {
                     key,
                     storage,
                     ticket,
                 } => {
-                    let version = latzero_fabric::Effects::block_version(&self.fx, storage);
-                    self.with_pool(&pool, |pool, fx| {
-                        pool.flushed(key, ticket, Ok(version), fx);
+                    let version = self.block_version(storage, None);
+                    self.turn().with_pool(&pool, |pool, turn| {
+                        pool.flushed(key, ticket, Ok(version), turn);
                     });
                 }
             }
@@ -509,22 +635,20 @@ impl World {
     /// How many storages there are, and what is counted of blocks.
     #[must_use]
     pub fn storages(&self) -> &crate::storage::Storages {
-        &self.fx.storages
+        &self.storages
     }
 
     /// How many descriptors were sent to a client.
     #[must_use]
     pub fn descriptors(&self, peer: Peer) -> u64 {
-        self.fx.descriptors(peer)
+        self.connections[peer.0 as usize].descriptors
     }
 
     /// The names of the pools there are, in order.
     #[must_use]
     pub fn pool_names(&self) -> Vec<String> {
-        self.registry
-            .pools()
-            .map(|(name, _)| name.to_string())
-            .collect()
+        let registry = self.registry.borrow();
+        registry.pools().map(|(name, _)| name.to_string()).collect()
     }
 
     /// Checks the invariants of the registry, of every pool touched since the last check, and of the outboxes.
@@ -532,30 +656,37 @@ impl World {
     /// # Panics
     /// Where one is broken.
     pub fn check(&mut self) {
-        self.registry.check();
-        self.fx.check(self.limits.in_flight_max);
+        self.registry.borrow().check();
         for pool in std::mem::take(&mut self.touched) {
             pool.borrow().check();
         }
-        assert_eq!(
-            self.calls_in_flight(),
-            self.fx.calls_in_flight(),
-            "calls in pools and calls at callers"
-        );
-        let (blocks, bytes) = self
-            .registry
-            .pools()
-            .fold((0, 0), |(blocks, bytes), (_, pool)| {
-                let stats = pool.borrow().stats();
-                (blocks + stats.blocks, bytes + stats.block_bytes)
-            });
-        let ledger = &self.fx.storages.ledger;
+        let (bounds, in_flight_max) = (self.site.outbox, self.site.limits.in_flight_max);
+        let most = bounds.bytes_max + bounds.headroom + LENGTH_SLACK;
+        for connection in &self.connections {
+            let (link, id) = (connection.line.link(), connection.line.id);
+            let held = link.outbox.queued();
+            assert!(held <= most, "{id:?} holds {held} bytes of {most}");
+            let in_flight = link.in_flight();
+            assert!(
+                in_flight <= in_flight_max,
+                "{id:?} has {in_flight} calls in flight of {in_flight_max}"
+            );
+        }
+        let (blocks, bytes) =
+            self.registry
+                .borrow()
+                .pools()
+                .fold((0, 0), |(blocks, bytes), (_, pool)| {
+                    let stats = pool.borrow().stats();
+                    (blocks + stats.blocks, bytes + stats.block_bytes)
+                });
+        let ledger = &self.storages.ledger;
         assert_eq!(
             (ledger.blocks(), ledger.bytes()),
             (blocks, bytes),
             "blocks in pools and in the books"
         );
-        let totals = self.fx.totals();
+        let totals = self.observer.totals;
         assert_eq!(
             totals.calls_started - totals.calls_ended,
             self.calls_in_flight() as u64,
@@ -566,86 +697,108 @@ impl World {
     /// What the registry holds, in numbers.
     #[must_use]
     pub fn counts(&self) -> latzero_fabric::registry::Counts {
-        self.registry.counts()
+        self.registry.borrow().counts()
     }
 }
 
-impl Host for World {
-    type Peer = Peer;
+impl Driver for World {
+    type Peer = Line;
     type Pool = PoolHandle;
-    type Effects = Outboxes;
+    type Fd = Descriptor;
 
-    fn limits(&self) -> &Limits {
-        &self.limits
+    fn effects(&mut self) -> &mut Effects<World> {
+        &mut self.effects
     }
 
-    fn effects(&mut self) -> &mut Outboxes {
-        &mut self.fx
-    }
-
-    fn with_registry<R>(&mut self, f: impl FnOnce(&mut Registry<Self>, &mut Outboxes) -> R) -> R {
-        f(&mut self.registry, &mut self.fx)
-    }
-
-    fn with_pool<R>(
-        &mut self,
-        pool: &PoolHandle,
-        f: impl FnOnce(&mut Pool<Peer>, &mut Outboxes) -> R,
-    ) -> R {
-        if !self.touched.iter().any(|known| Rc::ptr_eq(known, pool)) {
-            self.touched.push(pool.clone());
-        }
-        let result = f(&mut pool.borrow_mut(), &mut self.fx);
-        for (peer, number) in std::mem::take(&mut self.fx.told) {
-            if self.is_holding_told {
-                self.told_later.push((pool.clone(), peer, number));
-            } else {
-                pool.borrow_mut().told(number, &mut self.fx);
-            }
-        }
-        let counted = std::mem::take(&mut self.fx.storages.counted);
-        if let Some((name, number, _)) = counted.first().cloned() {
-            let change: i32 = counted.iter().map(|(.., change)| change).sum();
-            if !self.registry.count_held(&name, number, change) && change > 0 {
-                pool.borrow_mut().close_held(&mut self.fx);
-            }
-        }
-        let asked = std::mem::take(&mut self.fx.storages.asked);
-        for job in asked {
-            self.fx.storages.waiting.push_back((pool.clone(), job));
-        }
-        if !self.fx.storages.is_holding {
-            self.run_jobs();
-        }
-        result
-    }
-
-    fn new_pool(pool: Pool<Peer>) -> PoolHandle {
-        Rc::new(RefCell::new(pool))
-    }
-
-    fn unix_ms(&self, now: Time) -> u64 {
-        EPOCH_MS + now.0 / 1000
-    }
-
-    fn identity(&self) -> (&str, &str) {
-        ("0.0.0", "simulated")
+    fn site(&self) -> &Arc<Site> {
+        &self.site
     }
 
     fn is_draining(&self) -> bool {
         self.is_draining
     }
 
-    fn stats(&mut self, _now: Time) -> String {
-        "{}".into()
+    fn new_pool(pool: Pool<World>) -> PoolHandle {
+        Rc::new(RefCell::new(pool))
     }
 
-    fn health(&mut self, _now: Time) -> String {
-        r#"{"status":"ok"}"#.into()
+    fn with_registry<R>(
+        turn: &mut Turn<'_, Self>,
+        f: impl FnOnce(&mut Registry<Self>, &mut Turn<'_, Self>) -> R,
+    ) -> R {
+        let registry = Rc::clone(&turn.driver.registry);
+        f(&mut registry.borrow_mut(), turn)
     }
 
-    fn is_admin_token(&self, token: &str) -> bool {
-        token == ADMIN_TOKEN
+    fn with_pool<R>(
+        turn: &mut Turn<'_, Self>,
+        pool: &PoolHandle,
+        f: impl FnOnce(&mut Pool<Self>, &mut Turn<'_, Self>) -> R,
+    ) -> R {
+        let touched = &mut turn.driver.touched;
+        if !touched.iter().any(|known| Rc::ptr_eq(known, pool)) {
+            touched.push(pool.clone());
+        }
+        let result = f(&mut pool.borrow_mut(), turn);
+        for (line, number) in std::mem::take(&mut turn.driver.effects.told) {
+            let pool = pool.clone();
+            let due = line
+                .link()
+                .outbox
+                .notify_when_written(Notice { pool, number });
+            if let Some(Notice { pool, number }) = due {
+                pool.borrow_mut().told(number, turn);
+            }
+        }
+        let held = std::mem::take(&mut turn.driver.effects.held);
+        if let Some((name, number, _)) = held.first().cloned() {
+            let change: i32 = held.iter().map(|(.., change)| change).sum();
+            let is_there = turn
+                .driver
+                .registry
+                .borrow_mut()
+                .count_held(&name, number, change);
+            if !is_there && change > 0 {
+                pool.borrow_mut().close_held(turn);
+            }
+        }
+        let world = &mut *turn.driver;
+        for job in std::mem::take(&mut world.effects.jobs) {
+            world.storages.waiting.push_back((pool.clone(), job));
+        }
+        if !world.storages.is_holding {
+            world.run_jobs();
+        }
+        result
+    }
+
+    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
+        f(&mut self.storages.ledger)
+    }
+
+    fn keep(&mut self, change: Change, promise: Option<&Line>) {
+        self.store.keep(change, promise.map(|line| line.id));
+    }
+
+    fn descriptor(&self, storage: StorageId, access: Access) -> Option<Descriptor> {
+        self.storages.descriptor(storage, access)
+    }
+
+    fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64 {
+        // Nobody maps anything here: what is said to be written is written.
+        let Some(stored) = self.storages.stored.get_mut(&storage) else {
+            return 0;
+        };
+        // The largest number says that nobody said anything: the block itself is asked.
+        let noted = noted.filter(|version| *version < u64::MAX);
+        stored.version = stored.version.max(noted.unwrap_or(0));
+        stored.version
+    }
+
+    fn set_fence(&mut self, storage: StorageId, fence: u64, _is_held: bool) {
+        if let Some(stored) = self.storages.stored.get_mut(&storage) {
+            stored.fence = fence;
+        }
     }
 
     fn read_block(
@@ -656,19 +809,35 @@ impl Host for World {
     ) -> Result<(Vec<u8>, u64), Refusal> {
         let length = usize::try_from(range.end - range.start).expect("checked by the core");
         let (stored, range) =
-            self.fx
-                .storages
+            self.storages
                 .write_range(storage, range.start, length, if_version)?;
         Ok((stored.bytes[range].to_vec(), stored.version))
     }
 
-    fn check_block(&mut self, _storage: StorageId) -> Result<(), Refusal> {
-        Ok(())
+    fn write_block(
+        &mut self,
+        storage: StorageId,
+        write: &BlockWrite<'_>,
+    ) -> Result<Written, Refusal> {
+        if write.expected.is_none()
+            && let Some(beside) = self.beside_write.take()
+        {
+            beside(self);
+        }
+        let (stored, range) =
+            self.storages
+                .write_range(storage, write.offset, write.data.len(), write.if_version)?;
+        let current = &mut stored.bytes[range];
+        if write.expected.is_some_and(|expected| expected != current) {
+            return Ok(Written::Differs(stored.version, current.to_vec()));
+        }
+        current.copy_from_slice(write.data);
+        stored.version += 1;
+        Ok(Written::Version(stored.version))
     }
 
     fn take_back(
-        &mut self,
-        _now: Time,
+        _turn: &mut Turn<'_, Self>,
         _pool: &PoolHandle,
         _name: &PoolName,
         block: &latzero_protocol::BlockId,
@@ -680,53 +849,44 @@ impl Host for World {
         ))
     }
 
-    fn recycle(&mut self, _buffer: Vec<u8>) {}
-
-    fn write_block(
-        &mut self,
-        storage: StorageId,
-        offset: u64,
-        data: &[u8],
-        if_version: Option<u64>,
-    ) -> Result<u64, Refusal> {
-        if let Some(beside) = self.beside_write.take() {
-            beside(self);
+    fn report(_turn: &mut Turn<'_, Self>, what: Report) -> String {
+        match what {
+            Report::Stats => "{}".into(),
+            Report::Health => r#"{"status":"ok"}"#.into(),
         }
-        let (stored, range) =
-            self.fx
-                .storages
-                .write_range(storage, offset, data.len(), if_version)?;
-        stored.bytes[range].copy_from_slice(data);
-        stored.version += 1;
-        Ok(stored.version)
     }
 
-    fn swap_block(
-        &mut self,
-        storage: StorageId,
-        offset: u64,
-        expected: &[u8],
-        data: &[u8],
-    ) -> Result<(u64, Option<Vec<u8>>), Refusal> {
-        let (stored, range) = self
-            .fx
-            .storages
-            .write_range(storage, offset, data.len(), None)?;
-        if stored.bytes[range.clone()] != *expected {
-            return Ok((stored.version, Some(stored.bytes[range].to_vec())));
-        }
-        stored.bytes[range].copy_from_slice(data);
-        stored.version += 1;
-        Ok((stored.version, None))
+    fn is_admin_token(&self, token: &str) -> bool {
+        token == ADMIN_TOKEN
     }
 
     fn admin(
         &mut self,
         _action: &AdminAction,
-        _asker: &Peer,
+        _asker: &Line,
         _id: Option<&str>,
     ) -> Result<Option<String>, Refusal> {
         Ok(Some("{}".into()))
+    }
+
+    fn observe(&mut self, what: Observed<'_, Self>) {
+        match what {
+            Observed::Message(to, class, sent, frame) => {
+                self.observer.message(to.id, class, sent, frame);
+            }
+            Observed::Closing(line) => {
+                let connection = &mut self.connections[line.id.0 as usize];
+                if std::mem::take(&mut connection.is_open) {
+                    self.observer.note(Event::Closed(line.id));
+                }
+            }
+            Observed::Refused(code) => self.observer.note(Event::Refused(code)),
+            Observed::Counted(what) => self.observer.note(Event::Counted(what)),
+            Observed::Audit(_, audit) => {
+                let text = format!("{} {}", audit.event, audit.detail);
+                self.observer.audited.push(text);
+            }
+        }
     }
 }
 

@@ -80,6 +80,7 @@ fn changes() -> Vec<Change> {
             boot_id: Some("the boot of the fixture".into()),
             dev: Some(1),
             ino: Some(u64::MAX),
+            file: None,
             created: 1_700_000_000_000,
             updated: 1_700_000_000_000,
         }),

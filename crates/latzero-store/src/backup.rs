@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,7 +21,7 @@ use crate::failpoint;
 use crate::faults::Faults;
 use crate::files;
 use crate::open::{connect, findings, load, try_reading};
-use crate::restore;
+use crate::retention;
 use crate::rows::BlockRow;
 use crate::schema::{self, SCHEMA_VERSION};
 use crate::store::Store;
@@ -93,12 +94,7 @@ impl Store {
         }
         let temporary = temporary(dir);
         let made = self.fill(&temporary, add).and_then(|()| match to {
-            None => publish(
-                &temporary,
-                dir,
-                &format!("latzero-{}", stamp(now_ms())),
-                self.faults(),
-            ),
+            None => publish(&temporary, dir, "latzero", self.faults()),
             Some(to) => publish_as(&temporary, to, self.faults()).map(|()| to.to_owned()),
         });
         if made.is_err() {
@@ -115,6 +111,7 @@ impl Store {
         add: impl FnOnce(&mut BackupWriter<'_>) -> Result<(), BackupError>,
     ) -> Result<(), BackupError> {
         self.copy_to(temporary.to_owned())?;
+        compact(temporary)?;
         failpoint::reached("backup.copied");
         let failed = |step| move |error| BackupError::sqlite(step, temporary, error);
         let conn = connect(temporary).map_err(failed("open"))?;
@@ -167,10 +164,28 @@ impl BackupWriter<'_> {
     }
 }
 
+/// A backup's name for SQLite, so that what lies beside it (a log, a journal) is not read: a backup is one file.
+pub(crate) fn alone(path: &Path) -> Result<String, BackupError> {
+    let absolute = std::path::absolute(path).map_err(|e| BackupError::file("find", path, e))?;
+    // As in a URI (https://sqlite.org/uri.html): every byte that could mean something else there.
+    let mut uri = "file:".to_owned();
+    for &byte in absolute.as_os_str().as_bytes() {
+        match byte {
+            b'/' | b'.' | b'-' | b'_' => uri.push(char::from(byte)),
+            byte if byte.is_ascii_alphanumeric() => uri.push(char::from(byte)),
+            byte => uri.push_str(&format!("%{byte:02x}")),
+        }
+    }
+    Ok(uri + "?immutable=1")
+}
+
 /// Opens a backup for reading; [`Backup::verify`] tells whether it is good.
 pub fn open_backup(path: &Path) -> Result<Backup, BackupError> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let conn = Connection::open_with_flags(path, flags)
+    files::check_regular(path).map_err(|error| BackupError::file("open", path, error))?;
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX
+        | OpenFlags::SQLITE_OPEN_URI;
+    let conn = Connection::open_with_flags(alone(path)?, flags)
         .map_err(|error| BackupError::sqlite("open", path, error))?;
     conn.execute_batch("PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON")
         .map_err(|error| BackupError::sqlite("open", path, error))?;
@@ -188,7 +203,7 @@ impl Backup {
     /// Reads the whole file: structure, checksums of records and of blocks.
     pub fn verify(&self) -> Result<(), BackupError> {
         let found = self
-            .find_faults(true)
+            .find_faults()
             .unwrap_or_else(|error| vec![error.to_string()]);
         self.judge(&found)?;
         self.summary()?;
@@ -198,14 +213,6 @@ impl Backup {
                 .map_err(|error| self.bad(error.to_string()))?;
         }
         Ok(())
-    }
-
-    /// Looks at the structure and the records alone, for backups that were verified when they were made.
-    pub(crate) fn verify_quickly(&self) -> Result<(), BackupError> {
-        let found = self
-            .find_faults(false)
-            .unwrap_or_else(|error| vec![error.to_string()]);
-        self.judge(&found)
     }
 
     /// The blocks in it, by pool and name.
@@ -248,7 +255,7 @@ impl Backup {
         load(&self.conn).map_err(|error| self.bad(error.to_string()))
     }
 
-    fn find_faults(&self, full: bool) -> rusqlite::Result<Vec<String>> {
+    fn find_faults(&self) -> rusqlite::Result<Vec<String>> {
         if schema::application_id(&self.conn)? != i64::from(schema::APPLICATION_ID) {
             return Ok(vec!["it is not a database of this program".into()]);
         }
@@ -258,13 +265,13 @@ impl Backup {
                 "it has schema {version}, this program knows 1 to {SCHEMA_VERSION}"
             )]);
         }
-        if full {
-            restore::try_schema(&self.conn)?;
-            if version == SCHEMA_VERSION {
-                try_reading(&self.conn)?;
-            }
+        if let Some(finding) = self.find_foreign(version)? {
+            return Ok(vec![finding]);
         }
-        let found = findings(&self.conn, full)?;
+        if version == SCHEMA_VERSION {
+            try_reading(&self.conn)?;
+        }
+        let found = findings(&self.conn, true)?;
         if !found.is_empty() {
             return Ok(found);
         }
@@ -272,6 +279,24 @@ impl Backup {
             return Ok(vec!["the checksum of its records differs".into()]);
         }
         Ok(found)
+    }
+
+    /// What is in it that is in no backup of this program: before anything of it is used.
+    fn find_foreign(&self, version: i64) -> rusqlite::Result<Option<String>> {
+        let own = OWN_TABLES.map(|name| ("table".to_owned(), name.to_owned()));
+        let known = schema::objects_of(version)?;
+        let found = schema::objects(&self.conn)?;
+        let missing = known.difference(&found).next();
+        let foreign = found
+            .iter()
+            .find(|&object| !known.contains(object) && !own.contains(object));
+        Ok(match (foreign, missing) {
+            (Some((kind, name)), _) => Some(format!(
+                "it has a {kind} '{name}', which no backup of this program has"
+            )),
+            (None, Some((kind, name))) => Some(format!("its {kind} '{name}' is missing")),
+            (None, None) => None,
+        })
     }
 
     fn judge(&self, found: &[String]) -> Result<(), BackupError> {
@@ -350,6 +375,32 @@ pub(crate) fn copy(
         .map_err(|(_, error)| BackupError::sqlite("close", to, error))
 }
 
+/// Writes the copy anew without free pages: what was deleted is not in a backup.
+pub(crate) fn compact(copied: &Path) -> Result<(), BackupError> {
+    let failed = |error| BackupError::sqlite("compact", copied, error);
+    let mut name = copied.as_os_str().to_owned();
+    name.push(".compact");
+    let compact = PathBuf::from(name);
+    let vacuum = || -> rusqlite::Result<()> {
+        let conn = connect(copied)?;
+        let target = compact
+            .to_str()
+            .ok_or(rusqlite::Error::InvalidPath(compact.clone()))?;
+        conn.execute_batch("PRAGMA journal_mode = DELETE")?;
+        conn.execute("VACUUM INTO ?1", [target]).map(drop)
+    };
+    let made = files::private_file(&compact)
+        .map_err(|error| BackupError::file("make", &compact, error))
+        .and_then(|_| vacuum().map_err(failed))
+        .and_then(|()| {
+            fs::rename(&compact, copied).map_err(|e| BackupError::file("name", copied, e))
+        });
+    if made.is_err() {
+        let _ = fs::remove_file(&compact);
+    }
+    made
+}
+
 /// Makes the copy a file that stands alone: a copy of a database in WAL mode would otherwise want a log beside it.
 fn unshare(conn: &Connection) -> rusqlite::Result<()> {
     conn.execute_batch(
@@ -385,34 +436,19 @@ pub(crate) fn finish(temporary: &Path, faults: &Faults) -> Result<(), BackupErro
     files::sync_file(temporary, faults).map_err(|e| BackupError::file("sync", temporary, e))
 }
 
-/// Gives a finished backup the name `name.db` in `dir`, or `name-1.db`, … if that is taken: behind all of that name, since
-/// the newest is told by its name, and an older one may be gone.
+/// Gives a finished backup the name `KIND-NUMBER-DATE-TIME.db` in `dir`, with the number after the highest there. Numbers say
+/// which backup is the newest; dates are for people, since a clock may be wrong.
 pub(crate) fn publish(
     temporary: &Path,
     dir: &Path,
-    name: &str,
+    kind: &str,
     faults: &Faults,
 ) -> Result<PathBuf, BackupError> {
-    let taken = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let numbers = taken.filter_map(|entry| {
-        let file = entry.file_name().into_string().ok()?;
-        let rest = file.strip_suffix(".db")?.strip_prefix(name)?;
-        match rest.strip_prefix('-') {
-            Some(number) => number.parse::<u64>().ok(),
-            None => rest.is_empty().then_some(0),
-        }
-    });
-    let mut n = numbers.max().map_or(0, |newest| newest + 1);
-    let mut path = match n {
-        0 => dir.join(format!("{name}.db")),
-        n => dir.join(format!("{name}-{n}.db")),
-    };
+    let mut number = retention::next_number(dir);
     loop {
+        let path = dir.join(format!("{kind}-{number:06}-{}.db", stamp(now_ms())));
         match publish_as(temporary, &path, faults) {
-            Err(BackupError::Exists { .. }) => {
-                n += 1;
-                path = dir.join(format!("{name}-{n}.db"));
-            }
+            Err(BackupError::Exists { .. }) => number += 1,
             outcome => return outcome.map(|()| path),
         }
     }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use rusqlite::ErrorCode;
 
+use crate::place::Missing;
+
 /// Why a change, a backup or a check did not happen. Cheap to clone: one reason is told to many tickets.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
@@ -189,6 +191,17 @@ pub enum OpenError {
 }
 
 impl StoreError {
+    pub(crate) fn missing(missing: Missing) -> Self {
+        Self::Disk {
+            step: "keep a change",
+            reason: missing.reason().into(),
+            advice: match missing {
+                Missing::Directory => "move the data directory back, or stop the server",
+                Missing::Database | Missing::Log => "it is made anew from memory; try again",
+            },
+        }
+    }
+
     pub(crate) fn disk(step: &'static str, error: &rusqlite::Error) -> Self {
         Self::Disk {
             step,

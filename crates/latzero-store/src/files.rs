@@ -45,6 +45,19 @@ pub(crate) fn private_file(path: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
+/// Refuses what is there and no file: a pipe would be waited for, a device do whatever it does.
+pub(crate) fn check_regular(path: &Path) -> io::Result<()> {
+    match fs::metadata(path) {
+        Ok(found) if found.is_file() => Ok(()),
+        Ok(_) => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is not a regular file; move it away",
+        )),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Makes sure that the directory `path` is there; a new one is ours alone (0700).
 pub(crate) fn private_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new()

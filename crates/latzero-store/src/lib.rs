@@ -21,6 +21,7 @@ mod faults;
 mod files;
 mod open;
 mod options;
+mod place;
 mod queue;
 mod restore;
 mod retention;
@@ -41,7 +42,7 @@ pub use options::{Done, Durability, Options, Ticket};
 #[doc(hidden)]
 pub use restore::restore_with;
 pub use restore::{Restored, restore};
-pub use retention::{Policy, Pruned, prune};
+pub use retention::{Policy, Pruned, backups, prune};
 pub use rows::{AnswerRow, AppRow, BlockRow, CallRow, PoolRow};
 pub use schema::{APPLICATION_ID, SCHEMA_VERSION, library_version};
 pub use store::{Status, Store};

@@ -12,11 +12,12 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
 use crate::backup;
-use crate::calendar::{now_ms, stamp};
+use crate::calendar::now_ms;
 use crate::error::{BackupError, OpenError, is_damage};
 use crate::faults::Faults;
 use crate::files::{self, with_suffix};
 use crate::options::{Durability, Options};
+use crate::place::{Guard, Mark, Place};
 use crate::queue::Queue;
 use crate::restore;
 use crate::retention;
@@ -78,7 +79,11 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
         return Err(OpenError::Library { found });
     }
     let mut report = Report::default();
-    let (conn, contents) = open_files(data_dir, &options, &mut report)?;
+    let place = Place::of(data_dir)
+        .map_err(|error| OpenError::file("follow the link", &data_dir.join(DATABASE), error))?;
+    let (conn, contents) = open_files(&place, &options, &mut report)?;
+    let guard = Guard::new(place)
+        .map_err(|error| OpenError::file("look at", &data_dir.join(DATABASE), error))?;
     // It is told; the next start has nothing to say of it. A disk that is full has it told again.
     let told = "UPDATE store_state SET value = 'open' WHERE key = 'run' AND value = ?1";
     if let Err(error) = conn.execute(told, [restore::BY_ITSELF]) {
@@ -96,15 +101,17 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
             changes: 0,
             failures: 0,
             refused: 0,
+            rebuilt: 0,
+            is_probed: false,
+            // The last one made, whatever the clock said at that time.
             last_backup: retention::list(&data_dir.join(BACKUPS))
-                .iter()
-                .map(|found| found.at * 1000)
-                .max(),
+                .last()
+                .map(|found| found.at * 1000),
         }),
+        guard: Mutex::new(guard),
         wake: Condvar::new(),
         settled: Condvar::new(),
         dir: data_dir.to_owned(),
-        database: data_dir.join(DATABASE),
         faults: options.faults.clone(),
     });
     let thread = writer::start(conn, Arc::clone(&shared), options)
@@ -117,23 +124,23 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
 }
 
 fn open_files(
-    dir: &Path,
+    place: &Place,
     options: &Options,
     report: &mut Report,
 ) -> Result<(Connection, Contents), OpenError> {
-    let database = dir.join(DATABASE);
-    let backups = dir.join(BACKUPS);
+    let database = place.database();
+    let backups = place.backups();
     let faults = &options.faults;
     files::private_dir(&backups).map_err(|e| OpenError::file("make", &backups, e))?;
     backup::remove_leftovers(&backups).map_err(|e| OpenError::file("tidy", &backups, e))?;
-    if restore::finish_decided(dir, faults)? {
+    if restore::finish_decided(place, faults)? {
         report.texts.push(format!(
             "a restoring that was interrupted was completed; the former database lies beside {}",
             database.display()
         ));
         report.is_degraded = true;
     }
-    let reason = match try_open(dir, options, report) {
+    let reason = match try_open(place, options, report) {
         Ok(opened) => return Ok(opened),
         Err(Trouble::Other(error)) => return Err(error),
         Err(Trouble::Damage(reason)) => reason,
@@ -141,25 +148,26 @@ fn open_files(
 
     report.is_degraded = true;
     let mut text = format!("{} is damaged ({reason})", database.display());
-    match restore::prepare_newest(dir, faults, &mut report.texts)? {
+    match restore::prepare_newest(place, faults, &mut report.texts)? {
         Some(from) => {
-            restore::switch(dir, "corrupt", faults)?;
+            restore::switch(place, "corrupt", faults)?;
             text += &format!("; {} took its place", from.display());
             report.restored_from = Some(from);
         }
         None => {
-            files::set_aside(&database, "corrupt", now_ms(), faults)
-                .map_err(|e| OpenError::file("set aside", &database, e))?;
+            files::set_aside(database, "corrupt", now_ms(), faults)
+                .map_err(|e| OpenError::file("set aside", database, e))?;
+            let _ = fs::remove_file(place.mark());
             text += "; there is no good backup, so everything starts empty";
         }
     }
     text += "; the damaged files were kept as corrupt-… beside it";
     report.texts.push(text);
-    match try_open(dir, options, report) {
+    match try_open(place, options, report) {
         Ok(opened) => Ok(opened),
         Err(Trouble::Other(error)) => Err(error),
         Err(Trouble::Damage(reason)) => Err(OpenError::Damaged {
-            path: database,
+            path: database.to_owned(),
             reason,
         }),
     }
@@ -179,11 +187,11 @@ impl From<OpenError> for Trouble {
 }
 
 fn try_open(
-    dir: &Path,
+    place: &Place,
     options: &Options,
     report: &mut Report,
 ) -> Result<(Connection, Contents), Trouble> {
-    let database = dir.join(DATABASE);
+    let (dir, database) = (place.home(), place.database().to_owned());
     let faults = &options.faults;
     let failed = |step: &'static str| {
         let database = database.clone();
@@ -195,10 +203,14 @@ fn try_open(
             }
         }
     };
+    for suffix in files::COMPANIONS {
+        let path = with_suffix(&database, suffix);
+        files::check_regular(&path).map_err(|error| OpenError::file("open", &path, error))?;
+    }
     let size = fs::metadata(&database).map_or(0, |metadata| metadata.len());
     if size == 0 {
         set_stray_log_aside(&database, report, faults)?;
-        note_what_is_missing(dir, report);
+        note_what_is_missing(place, report);
     }
     let had_log = fs::metadata(with_suffix(&database, "-wal")).is_ok_and(|log| log.len() > 0);
     let is_made = files::private_file(&database)
@@ -240,19 +252,42 @@ fn try_open(
         ));
         report.is_degraded = true;
     }
-    if !is_blank && let Some(full) = check_needed(&conn, &options.boot_id, had_log) {
+    let missing = missing_commits(&conn, place, is_blank);
+    let check = match missing {
+        // Without the log that belongs to it, a database may be half of one.
+        Some(_) => Some(true),
+        None => check_needed(&conn, &options.boot_id, had_log),
+    };
+    if !is_blank && let Some(full) = check {
         report.checked = if full { "full" } else { "quick" };
         let found = findings(&conn, full).map_err(failed("check"))?;
         if !found.is_empty() {
             return Err(Trouble::Damage(found.join("; ")));
         }
     }
+    if let Some(text) = missing {
+        report.texts.push(format!("{}: {text}", database.display()));
+        report.is_degraded = true;
+    }
+    for name in schema::drop_foreign(&conn).map_err(failed("clean"))? {
+        report.texts.push(format!(
+            "{} had a {name} that this program did not make; it was removed",
+            database.display()
+        ));
+        report.is_degraded = true;
+    }
     if version < SCHEMA_VERSION {
         if !is_blank {
-            back_up_before_migration(&conn, dir, version, faults)?;
+            back_up_before_migration(&conn, place, version, faults)?;
             report.migrated_from = Some(version);
         }
         schema::migrate(&conn, version, faults).map_err(failed("migrate"))?;
+        if !is_blank {
+            // What was deleted before `secure_delete` is still in free pages.
+            if let Err(error) = conn.execute_batch("VACUUM") {
+                tracing::warn!(%error, "free pages of data.db may still hold what was deleted");
+            }
+        }
     }
     let contents = load(&conn).map_err(failed("read"))?;
     keep_log(&conn, false).map_err(failed("prepare"))?;
@@ -267,7 +302,7 @@ pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     )
 }
 
-fn prepare(conn: &Connection, durability: Durability) -> rusqlite::Result<()> {
+pub(crate) fn prepare(conn: &Connection, durability: Durability) -> rusqlite::Result<()> {
     let synchronous = match durability {
         Durability::Full => "FULL",
         Durability::Normal => "NORMAL",
@@ -279,6 +314,7 @@ fn prepare(conn: &Connection, durability: Durability) -> rusqlite::Result<()> {
          PRAGMA locking_mode = EXCLUSIVE;
          PRAGMA trusted_schema = OFF;
          PRAGMA cell_size_check = ON;
+         PRAGMA secure_delete = ON;
          PRAGMA mmap_size = 0;
          PRAGMA temp_store = MEMORY;
          PRAGMA foreign_keys = ON;
@@ -290,19 +326,41 @@ fn prepare(conn: &Connection, durability: Durability) -> rusqlite::Result<()> {
 }
 
 /// Whether closing leaves the log alone: until a database is known to be good, it may be needed to look into the damage.
-fn keep_log(conn: &Connection, keep: bool) -> rusqlite::Result<()> {
+pub(crate) fn keep_log(conn: &Connection, keep: bool) -> rusqlite::Result<()> {
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, keep)
         .map(drop)
 }
 
 /// What the last run left about itself.
-fn state(conn: &Connection, key: &str) -> Option<String> {
+pub(crate) fn state(conn: &Connection, key: &str) -> Option<String> {
     conn.query_row(
         "SELECT value FROM store_state WHERE key = ?1",
         [key],
         |row| row.get(0),
     )
     .ok()
+}
+
+/// What is missing from the database, where it has had fewer commits than the last run counted.
+fn missing_commits(conn: &Connection, place: &Place, is_blank: bool) -> Option<String> {
+    let mark = Mark::read(&place.mark())?;
+    if is_blank {
+        return Some(format!(
+            "all {} changes of the earlier runs are missing; the database or its log data.db-wal was removed or damaged",
+            mark.commits
+        ));
+    }
+    let id = state(conn, "id");
+    if id.is_some_and(|id| id != mark.id) {
+        return Some("it is another database than the one of the last run".into());
+    }
+    let commits = state(conn, "commits").and_then(|commits| commits.parse().ok());
+    let missing = mark.commits.checked_sub(commits.unwrap_or(0))?;
+    (missing > 0).then(|| {
+        format!(
+            "the last {missing} changes of the earlier run are missing; the log data.db-wal was lost or damaged, or the machine stopped before they were on disk"
+        )
+    })
 }
 
 /// Which check a start needs: none, quick (`Some(false)`) or full (`Some(true)`).
@@ -359,15 +417,15 @@ fn set_stray_log_aside(
 }
 
 /// A data directory with backups and without a database is not a new one: somebody should know.
-fn note_what_is_missing(dir: &Path, report: &mut Report) {
+fn note_what_is_missing(place: &Place, report: &mut Report) {
     if report.is_degraded {
         return;
     }
-    if let Some(newest) = retention::list(&dir.join(BACKUPS)).last() {
+    if let Some(newest) = retention::list(&place.backups()).last() {
         report.is_degraded = true;
         report.texts.push(format!(
             "{} is missing although there are backups; everything starts empty; restore {} if that is not intended",
-            dir.join(DATABASE).display(),
+            place.database().display(),
             newest.path.display()
         ));
     }
@@ -375,20 +433,21 @@ fn note_what_is_missing(dir: &Path, report: &mut Report) {
 
 fn back_up_before_migration(
     conn: &Connection,
-    dir: &Path,
+    place: &Place,
     version: i64,
     faults: &Faults,
 ) -> Result<(), OpenError> {
-    let backups = dir.join(BACKUPS);
+    let backups = place.backups();
     let temporary = backup::temporary(&backups);
     let back_up = || -> Result<(), BackupError> {
         backup::copy(conn, &temporary, i32::MAX, faults, || Ok(()))?;
+        backup::compact(&temporary)?;
         backup::finish(&temporary, faults)?;
-        let name = format!("pre-migration-{version}-{}", stamp(now_ms()));
-        backup::publish(&temporary, &backups, &name, faults).map(drop)
+        let kind = format!("pre-migration-{version}");
+        backup::publish(&temporary, &backups, &kind, faults).map(drop)
     };
     back_up().map_err(|reason| OpenError::Migration {
-        path: dir.join(DATABASE),
+        path: place.database().to_owned(),
         found: version,
         reason: Box::new(reason),
     })
@@ -455,6 +514,7 @@ mod tests {
                 ("busy_timeout", "5000"),
                 ("trusted_schema", "0"),
                 ("cell_size_check", "1"),
+                ("secure_delete", "1"),
                 ("temp_store", "2"),
                 ("foreign_keys", "1"),
                 ("wal_autocheckpoint", "1000"),

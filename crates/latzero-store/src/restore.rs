@@ -7,9 +7,10 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use crate::backup::{self, Backup, OWN_TABLES, Summary, open_backup};
+use crate::DATABASE;
+use crate::backup::{self, Backup, Summary, open_backup};
 use crate::blocks_kept::BlockHead;
 use crate::calendar::now_ms;
 use crate::error::{BackupError, OpenError};
@@ -17,11 +18,12 @@ use crate::failpoint;
 use crate::faults::Faults;
 use crate::files;
 use crate::open::{connect, findings};
+use crate::place::Place;
 use crate::retention;
 use crate::schema;
-use crate::{BACKUPS, DATABASE};
 
-const NEXT: &str = "data.db.next";
+/// What is behind the database's name in the name of the one that was decided for.
+const NEXT: &str = ".next";
 
 /// How a run ended, as a database says that a person had restored.
 const BY_HAND: &str = "restored";
@@ -58,13 +60,15 @@ pub fn restore_with(
     mut put_block: impl FnMut(BlockHead, &mut dyn Read) -> io::Result<()>,
     faults: &Faults,
 ) -> Result<Restored, OpenError> {
-    refuse_in_use(&data_dir.join(DATABASE))?;
+    let place = Place::of(data_dir)
+        .map_err(|error| OpenError::file("follow the link", &data_dir.join(DATABASE), error))?;
+    refuse_in_use(place.database())?;
     let backup = open_backup(backup)?;
     backup.verify()?;
     // Nothing that can fail comes after the switch but the switch itself.
     let summary = backup.summary()?;
-    finish_decided(data_dir, faults)?;
-    let temporary = build(&backup, data_dir, BY_HAND, faults)?;
+    finish_decided(&place, faults)?;
+    let temporary = build(&backup, place.home(), BY_HAND, faults)?;
     let mut put_all = || -> Result<(), BackupError> {
         for head in backup.blocks()? {
             let shown = backup.path();
@@ -78,26 +82,26 @@ pub fn restore_with(
         backup::remove_temporary(&temporary);
         return Err(error.into());
     }
-    decide(&temporary, data_dir, faults)?;
-    let set_aside = switch(data_dir, "replaced", faults)?;
+    decide(&temporary, &place, faults)?;
+    let set_aside = switch(&place, "replaced", faults)?;
     Ok(Restored { summary, set_aside })
 }
 
 /// Builds the next database from the newest backup that verifies, and decides for it. Tells which one it was.
 pub(crate) fn prepare_newest(
-    dir: &Path,
+    place: &Place,
     faults: &Faults,
     texts: &mut Vec<String>,
 ) -> Result<Option<PathBuf>, OpenError> {
-    for found in retention::list(&dir.join(BACKUPS)).into_iter().rev() {
+    for found in retention::list(&place.backups()).into_iter().rev() {
         let backup = open_backup(&found.path).and_then(|backup| {
             backup.verify()?;
             Ok(backup)
         });
         match backup {
             Ok(backup) => {
-                let temporary = build(&backup, dir, BY_ITSELF, faults)?;
-                decide(&temporary, dir, faults)?;
+                let temporary = build(&backup, place.home(), BY_ITSELF, faults)?;
+                decide(&temporary, place, faults)?;
                 return Ok(Some(found.path));
             }
             Err(error) => texts.push(error.to_string()),
@@ -107,32 +111,40 @@ pub(crate) fn prepare_newest(
 }
 
 /// Goes on with a restoring that was decided before a crash. Tells whether there was one.
-pub(crate) fn finish_decided(dir: &Path, faults: &Faults) -> Result<bool, OpenError> {
+pub(crate) fn finish_decided(place: &Place, faults: &Faults) -> Result<bool, OpenError> {
+    let dir = place.home();
     backup::remove_leftovers(dir).map_err(|error| OpenError::file("tidy", dir, error))?;
-    if fs::symlink_metadata(dir.join(NEXT)).is_err() {
+    if fs::symlink_metadata(next(place)).is_err() {
         return Ok(false);
     }
-    switch(dir, "replaced", faults)?;
+    switch(place, "replaced", faults)?;
     Ok(true)
 }
 
 /// Sets the old database aside and gives the next one its name.
-pub(crate) fn switch(dir: &Path, why: &str, faults: &Faults) -> Result<Vec<PathBuf>, OpenError> {
-    let database = dir.join(DATABASE);
-    let next = dir.join(NEXT);
-    let moved = files::set_aside(&database, why, now_ms(), faults)
-        .map_err(|error| OpenError::file("set aside", &database, error))?;
+pub(crate) fn switch(place: &Place, why: &str, faults: &Faults) -> Result<Vec<PathBuf>, OpenError> {
+    let (dir, database) = (place.home(), place.database());
+    let next = next(place);
+    let moved = files::set_aside(database, why, now_ms(), faults)
+        .map_err(|error| OpenError::file("set aside", database, error))?;
+    // It counts the commits of the one before.
+    let _ = fs::remove_file(place.mark());
     failpoint::reached("restore.set_aside");
-    files::rename_new(&next, &database, faults)
+    files::rename_new(&next, database, faults)
         .map_err(|error| OpenError::file("rename", &next, error))?;
     failpoint::reached("restore.renamed");
     files::sync_dir(dir, faults).map_err(|error| OpenError::file("sync", dir, error))?;
     Ok(moved)
 }
 
-fn decide(temporary: &Path, dir: &Path, faults: &Faults) -> Result<(), OpenError> {
+/// The database that was decided for.
+fn next(place: &Place) -> PathBuf {
+    files::with_suffix(place.database(), NEXT)
+}
+
+fn decide(temporary: &Path, place: &Place, faults: &Faults) -> Result<(), OpenError> {
     failpoint::reached("restore.built");
-    let next = dir.join(NEXT);
+    let (dir, next) = (place.home(), next(place));
     files::rename_new(temporary, &next, faults)
         .map_err(|error| OpenError::file("rename", temporary, error))?;
     files::sync_dir(dir, faults).map_err(|error| OpenError::file("sync", dir, error))?;
@@ -158,15 +170,11 @@ fn build_at(
 ) -> Result<(), BackupError> {
     files::private_file(temporary).map_err(|e| BackupError::file("make", temporary, e))?;
     let failed = |step| move |error| BackupError::sqlite(step, temporary, error);
-    let conn = connect(temporary).map_err(failed("open"))?;
-    let source = std::path::absolute(backup.path())
-        .map_err(|error| BackupError::file("find", backup.path(), error))?;
-    let Some(source) = source.to_str() else {
-        return Err(BackupError::Bad {
-            path: backup.path().to_owned(),
-            findings: "its path is not UTF-8: move it".into(),
-        });
-    };
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX
+        | OpenFlags::SQLITE_OPEN_URI;
+    let conn = Connection::open_with_flags(temporary, flags).map_err(failed("open"))?;
+    let source = backup::alone(backup.path())?;
     let fill = || -> rusqlite::Result<Vec<String>> {
         conn.execute_batch("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")?;
         conn.execute("ATTACH ?1 AS source", [source])?;
@@ -188,48 +196,35 @@ fn build_at(
     files::sync_file(temporary, faults).map_err(|e| BackupError::file("sync", temporary, e))
 }
 
-/// Kind, name and text of what a backup's records lie in, tables before what is built upon them.
-fn schema_of(conn: &Connection, schema: &str) -> rusqlite::Result<Vec<(String, String, String)>> {
-    let mut made: Vec<(String, String, String)> = conn
-        .prepare(&format!(
-            "SELECT type, name, sql FROM {schema}.sqlite_schema
-             WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'
-             ORDER BY type <> 'table', rowid"
-        ))?
-        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
-        .collect::<Result<_, _>>()?;
-    made.retain(|(_, name, _)| !OWN_TABLES.contains(&name.as_str()));
-    Ok(made)
-}
-
-/// Whether the text of a backup's schema makes a database: no checksum of SQLite's is over it.
-pub(crate) fn try_schema(conn: &Connection) -> rusqlite::Result<()> {
-    let scratch = Connection::open_in_memory()?;
-    for (_, _, sql) in schema_of(conn, "main")? {
-        scratch.execute_batch(&sql)?;
-    }
-    Ok(())
-}
-
 fn copy_records(conn: &Connection, how: &str) -> rusqlite::Result<()> {
-    let made = schema_of(conn, "source")?;
-    conn.execute_batch("BEGIN")?;
-    for (kind, name, sql) in &made {
-        conn.execute_batch(sql)?;
-        if kind == "table" {
-            conn.execute_batch(&format!(
-                "INSERT INTO main.\"{name}\" SELECT * FROM source.\"{name}\" ORDER BY rowid"
-            ))?;
-        }
-    }
     let version: i64 = conn.query_row("PRAGMA source.user_version", [], |row| row.get(0))?;
+    conn.execute_batch("PRAGMA trusted_schema = OFF; BEGIN")?;
+    // The tables are this program's own; of the backup only its records count.
+    schema::make(conn, version)?;
+    for (_, name) in schema::objects_of(version)? {
+        let columns = columns_of(conn, &name)?;
+        conn.execute_batch(&format!(
+            "INSERT INTO main.\"{name}\" ({columns})
+             SELECT {columns} FROM source.\"{name}\" ORDER BY rowid"
+        ))?;
+    }
     conn.execute_batch(&format!(
-        "UPDATE store_state SET value = '{how}' WHERE key = 'run';
+        "UPDATE main.store_state SET value = '{how}' WHERE key = 'run';
+         DELETE FROM main.store_state WHERE key IN ('id', 'commits');
          PRAGMA main.application_id = {};
          PRAGMA main.user_version = {version};
          COMMIT",
         schema::APPLICATION_ID
     ))
+}
+
+/// The columns of one of this program's tables, for SQL.
+fn columns_of(conn: &Connection, table: &str) -> rusqlite::Result<String> {
+    let columns: Vec<String> = conn
+        .prepare("SELECT name FROM pragma_table_info(?1, 'main')")?
+        .query_map([table], |row| row.get(0))?
+        .collect::<Result<_, _>>()?;
+    Ok(columns.join(", "))
 }
 
 /// A server that has the database open holds its lock.

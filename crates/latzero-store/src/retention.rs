@@ -1,6 +1,7 @@
-//! Which backups stay: the newest of each recent day and week, and the last ones before a migration.
+//! Which backups stay: the newest of each of the last days and weeks that have any, and the last ones before a migration.
 //!
-//! The newest good backup always stays, whatever the rules and the free space say.
+//! Which one is newer is told by the number in its name; its date may come from a clock that was wrong. The newest backup that
+//! verifies always stays, whatever the rules and the free space say.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,13 +14,16 @@ use crate::calendar::{day_of, parse_stamp, week_of};
 use crate::faults::Faults;
 use crate::files;
 
+/// Digits of a number in a name. One with more is no backup's, so that none comes so high that none can follow it.
+const NUMBER_DIGITS_MAX: usize = 15;
+
 /// How many backups stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// Days of which the newest backup stays, counted back from today.
-    pub daily: i64,
-    /// Weeks (from Monday, UTC) of which the newest backup stays, counted back from this one.
-    pub weekly: i64,
+    /// Days of which the newest backup stays: the last ones that have any.
+    pub daily: usize,
+    /// Weeks (from Monday, UTC) of which the newest backup stays: the last ones that have any.
+    pub weekly: usize,
     /// Backups before a migration that stay.
     pub pre_migration: usize,
     /// Bytes that should be free on the disk; below it the oldest go, all but the newest good one.
@@ -50,19 +54,30 @@ pub struct Pruned {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Found {
     pub(crate) path: PathBuf,
-    /// Unix seconds.
+    /// Counted up in the directory; 0 in names of earlier versions, which had none.
+    number: u64,
+    /// Unix seconds, by the clock of that time.
     pub(crate) at: i64,
+    /// Behind the date in names of earlier versions.
     n: u64,
     is_pre_migration: bool,
 }
 
-/// Removes the backups of `data_dir` that `policy` does not keep; `now` in unix ms. Other files are left alone.
-pub fn prune(data_dir: &Path, now: i64, policy: &Policy) -> io::Result<Pruned> {
+/// Removes the backups of `data_dir` that `policy` does not keep. Other files are left alone.
+pub fn prune(data_dir: &Path, policy: &Policy) -> io::Result<Pruned> {
     let dir = data_dir.join(BACKUPS);
     let found = list(&dir);
-    let is_good = |found: &&Found| {
-        open_backup(&found.path).is_ok_and(|backup| backup.verify_quickly().is_ok())
-    };
+    let stays = choose(&found, policy);
+    if stays.iter().all(|stays| *stays) && free_bytes(&dir)? >= policy.min_free_bytes {
+        let kept = found.into_iter().map(|found| found.path).collect();
+        return Ok(Pruned {
+            kept,
+            ..Pruned::default()
+        });
+    }
+    // Read whole: what is removed must not turn out to have been the last good one.
+    let is_good =
+        |found: &&Found| open_backup(&found.path).is_ok_and(|backup| backup.verify().is_ok());
     let Some(newest_good) = found.iter().rev().find(is_good) else {
         // Nothing here is known to be good, so nothing here is known to be useless.
         let kept = found.into_iter().map(|found| found.path).collect();
@@ -71,7 +86,6 @@ pub fn prune(data_dir: &Path, now: i64, policy: &Policy) -> io::Result<Pruned> {
             ..Pruned::default()
         });
     };
-    let stays = choose(&found, now, policy);
     let mut pruned = Pruned::default();
     for (found, stays) in found.iter().zip(stays) {
         if stays || found == newest_good {
@@ -103,11 +117,25 @@ pub fn prune(data_dir: &Path, now: i64, policy: &Policy) -> io::Result<Pruned> {
 pub(crate) fn list(dir: &Path) -> Vec<Found> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let mut found: Vec<_> = entries.filter_map(|entry| parse(&entry.path())).collect();
-    found.sort_by_key(|found| (found.at, found.is_pre_migration, found.n));
+    found.sort_by_key(|found| (found.number, found.at, found.is_pre_migration, found.n));
     found
 }
 
-/// `latzero-STAMP[-n].db` or `pre-migration-VERSION-STAMP[-n].db`.
+/// The number of the next backup in `dir`.
+pub(crate) fn next_number(dir: &Path) -> u64 {
+    let highest = list(dir).last().map_or(0, |found| found.number);
+    highest.saturating_add(1)
+}
+
+/// The paths of the backups of `data_dir`, the newest first.
+#[must_use]
+pub fn backups(data_dir: &Path) -> Vec<PathBuf> {
+    let found = list(&data_dir.join(BACKUPS)).into_iter().rev();
+    found.map(|found| found.path).collect()
+}
+
+/// `latzero-NUMBER-STAMP.db` or `pre-migration-VERSION-NUMBER-STAMP.db`; of earlier versions `latzero-STAMP[-n].db` or
+/// `pre-migration-VERSION-STAMP[-n].db`.
 fn parse(path: &Path) -> Option<Found> {
     let name = path.file_name()?.to_str()?.strip_suffix(".db")?;
     let (rest, is_pre_migration) = match name.strip_prefix("latzero-") {
@@ -118,23 +146,34 @@ fn parse(path: &Path) -> Option<Found> {
             (rest, true)
         }
     };
-    let at = parse_stamp(rest.get(..15)?)?;
-    let n = match &rest[15..] {
-        "" => 0,
-        n => n.strip_prefix('-')?.parse().ok()?,
-    };
+    let path = path.to_owned();
+    if let Some(at) = rest.get(..15).and_then(parse_stamp) {
+        let n = match &rest[15..] {
+            "" => 0,
+            n => n.strip_prefix('-')?.parse().ok()?,
+        };
+        return Some(Found {
+            path,
+            number: 0,
+            at,
+            n,
+            is_pre_migration,
+        });
+    }
+    let (number, stamp) = rest.split_once('-')?;
+    let is_number = (1..=NUMBER_DIGITS_MAX).contains(&number.len())
+        && number.bytes().all(|digit| digit.is_ascii_digit());
     Some(Found {
-        path: path.to_owned(),
-        at,
-        n,
+        path,
+        number: is_number.then(|| number.parse().ok())??,
+        at: parse_stamp(stamp)?,
+        n: 0,
         is_pre_migration,
     })
 }
 
 /// For each backup, oldest first, whether the rules keep it.
-fn choose(found: &[Found], now: i64, policy: &Policy) -> Vec<bool> {
-    let today = day_of(now.div_euclid(1_000));
-    let this_week = week_of(now.div_euclid(1_000));
+fn choose(found: &[Found], policy: &Policy) -> Vec<bool> {
     let mut days = BTreeSet::new();
     let mut weeks = BTreeSet::new();
     let mut before_migrations = 0;
@@ -146,10 +185,9 @@ fn choose(found: &[Found], now: i64, policy: &Policy) -> Vec<bool> {
                 before_migrations += 1;
                 return before_migrations <= policy.pre_migration;
             }
-            let (day, week) = (day_of(found.at), week_of(found.at));
-            // A backup of the future (the clock was set back) counts as one of its own day.
-            let of_day = days.insert(day) && day > today - policy.daily;
-            let of_week = weeks.insert(week) && week > this_week - policy.weekly;
+            // Counted by days that have backups, not from today: a clock that jumps makes none of them old.
+            let of_day = days.len() < policy.daily && days.insert(day_of(found.at));
+            let of_week = weeks.len() < policy.weekly && weeks.insert(week_of(found.at));
             of_day || of_week
         })
         .collect();
@@ -170,11 +208,13 @@ mod tests {
         parse(Path::new(name)).expect(name)
     }
 
-    /// At `now`, of `names` (oldest first), those with a `+` stay.
-    fn check(now: &str, names: &[&str]) {
-        let now = parse_stamp(now).unwrap() * 1_000;
+    /// Of `names` (oldest first), those with a `+` stay.
+    fn check(names: &[&str]) {
         let all: Vec<_> = names.iter().map(|name| found(&name[1..])).collect();
-        let stays = choose(&all, now, &Policy::default());
+        let mut sorted = all.clone();
+        sorted.sort_by_key(|found| (found.number, found.at, found.is_pre_migration, found.n));
+        assert_eq!(sorted, all);
+        let stays = choose(&all, &Policy::default());
         for (name, stays) in names.iter().zip(stays) {
             assert_eq!(name.starts_with('+'), stays, "{name}");
         }
@@ -182,57 +222,79 @@ mod tests {
 
     #[test]
     fn the_newest_of_a_day_stays() {
-        check(
-            "20240110-120000",
-            &[
-                " latzero-20240109-000000.db",
-                "+latzero-20240109-230000.db",
-                " latzero-20240110-080000.db",
-                " latzero-20240110-090000.db",
-                "+latzero-20240110-090000-1.db",
-            ],
-        );
+        check(&[
+            " latzero-20240109-000000.db",
+            "+latzero-20240109-230000.db",
+            " latzero-20240110-080000.db",
+            " latzero-20240110-090000.db",
+            " latzero-20240110-090000-1.db",
+            " latzero-000001-20240110-080000.db",
+            "+latzero-000002-20240110-070000.db",
+        ]);
     }
 
     /// 2024-01-10 is a Wednesday.
     #[test]
     fn older_days_leave_the_newest_of_their_week() {
-        check(
-            "20240110-120000",
-            &[
-                " latzero-20231210-000000.db",
-                " latzero-20231217-235959.db",
-                " latzero-20231218-000000.db",
-                "+latzero-20231224-000000.db",
-                " latzero-20231226-000000.db",
-                "+latzero-20231230-000000.db",
-                " latzero-20240101-000000.db",
-                " latzero-20240103-000000.db",
-                "+latzero-20240104-000000.db",
-                "+latzero-20240105-000000.db",
-                "+latzero-20240108-000000.db",
-                "+latzero-20240110-000000.db",
-            ],
-        );
+        check(&[
+            " latzero-000001-20231210-000000.db",
+            " latzero-000002-20231217-235959.db",
+            " latzero-000003-20231218-000000.db",
+            "+latzero-000004-20231224-000000.db",
+            " latzero-000005-20231226-000000.db",
+            "+latzero-000006-20231230-000000.db",
+            "+latzero-000007-20240101-000000.db",
+            "+latzero-000008-20240103-000000.db",
+            "+latzero-000009-20240104-000000.db",
+            "+latzero-000010-20240105-000000.db",
+            "+latzero-000011-20240108-000000.db",
+            "+latzero-000012-20240110-000000.db",
+        ]);
     }
 
     #[test]
     fn three_from_before_migrations_stay_whatever_their_age() {
-        check(
-            "20240110-120000",
-            &[
-                " pre-migration-1-20200101-000000.db",
-                "+pre-migration-2-20210101-000000.db",
-                "+pre-migration-3-20220101-000000.db",
-                "+pre-migration-3-20220101-000000-1.db",
-                "+latzero-20240110-000000.db",
-            ],
-        );
+        check(&[
+            " pre-migration-1-20200101-000000.db",
+            " pre-migration-2-20210101-000000.db",
+            "+pre-migration-3-20220101-000000.db",
+            "+pre-migration-3-20220101-000000-1.db",
+            "+pre-migration-1-000001-20200101-000000.db",
+            "+latzero-000002-20240110-000000.db",
+        ]);
     }
 
     #[test]
-    fn a_clock_that_was_set_back_removes_nothing_newer() {
-        check("20240110-120000", &["+latzero-20250101-000000.db"]);
+    fn a_clock_that_jumps_makes_no_backup_old_or_new() {
+        check(&[
+            "+latzero-000001-20240104-000000.db",
+            "+latzero-000002-20240105-000000.db",
+            "+latzero-000003-20240106-000000.db",
+            "+latzero-000004-20240107-000000.db",
+            "+latzero-000005-20240108-000000.db",
+            "+latzero-000006-20250101-000000.db",
+            "+latzero-000007-20240109-000000.db",
+        ]);
+        // Of a version without numbers, and a year ahead: behind all that have one.
+        check(&[
+            "+latzero-20250101-000000.db",
+            "+latzero-000001-20240109-000000.db",
+        ]);
+    }
+
+    #[test]
+    fn the_next_number_is_behind_all_that_are_there() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(next_number(dir.path()), 1);
+        for name in [
+            "latzero-20250101-000000.db",
+            "latzero-000041-20240110-000000.db",
+            "pre-migration-1-000007-20240110-000000.db",
+            "latzero-9999999999999999-20240110-000000.db",
+        ] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        assert_eq!(next_number(dir.path()), 42);
     }
 
     #[test]
@@ -243,6 +305,9 @@ mod tests {
             "latzero-20240110-000000",
             "latzero-20240110-000000-x.db",
             "latzero-20240110-0000001.db",
+            "latzero-1-20240110.db",
+            "latzero-+1-20240110-000000.db",
+            "latzero--20240110-000000.db",
             "pre-migration-x-20240110-000000.db",
             "pre-migration-20240110-000000.db",
             ".tmp-1-1.db",

@@ -228,6 +228,8 @@ pub struct BlockRow {
     pub dev: Option<u64>,
     /// The inode of its file; all 64 bits are kept.
     pub ino: Option<u64>,
+    /// The name of its file's record without the ending; for persistent blocks.
+    pub file: Option<String>,
     /// When it was made, unix ms.
     pub created: i64,
     /// When its record was last changed, unix ms.
@@ -253,6 +255,7 @@ impl Record for BlockRow {
         "boot_id",
         "dev",
         "ino",
+        "file",
         "created",
         "updated",
     ];
@@ -274,13 +277,14 @@ impl Record for BlockRow {
             boot_id: row.get(12)?,
             dev: row.get::<_, Option<i64>>(13)?.map(i64::cast_unsigned),
             ino: row.get::<_, Option<i64>>(14)?.map(i64::cast_unsigned),
-            created: row.get(15)?,
-            updated: row.get(16)?,
+            file: row.get(15)?,
+            created: row.get(16)?,
+            updated: row.get(17)?,
         })
     }
 
     fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize> {
-        let values: [&dyn ToSql; 17] = [
+        let values: [&dyn ToSql; 18] = [
             &self.pool,
             &self.block_id,
             &self.kind,
@@ -296,6 +300,7 @@ impl Record for BlockRow {
             &self.boot_id,
             &self.dev.map(u64::cast_signed),
             &self.ino.map(u64::cast_signed),
+            &self.file,
             &self.created,
             &self.updated,
         ];

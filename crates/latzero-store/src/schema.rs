@@ -3,6 +3,8 @@
 //! `user_version` says which schema a database has. Each migration is one transaction, and the database is copied to
 //! `backups/` before the first. A migration that was released never changes.
 
+use std::collections::BTreeSet;
+
 use rusqlite::Connection;
 
 use crate::failpoint;
@@ -18,7 +20,7 @@ pub const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 const LIBRARY_MIN: i32 = 3_051_003;
 
 /// The n-th entry leads from schema n to schema n + 1.
-const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql"), include_str!("schema/2.sql")];
 
 /// The version of the SQLite library in use.
 #[must_use]
@@ -46,6 +48,49 @@ pub(crate) fn is_blank(conn: &Connection) -> rusqlite::Result<bool> {
     conn.query_row("SELECT count(*) FROM sqlite_schema", [], |row| {
         row.get::<_, i64>(0).map(|tables| tables == 0)
     })
+}
+
+/// Kind and name of everything that a database of schema `version` consists of.
+pub(crate) fn objects_of(version: i64) -> rusqlite::Result<BTreeSet<(String, String)>> {
+    let scratch = Connection::open_in_memory()?;
+    make(&scratch, version)?;
+    objects(&scratch)
+}
+
+/// Makes the tables of schema `version`.
+pub(crate) fn make(conn: &Connection, version: i64) -> rusqlite::Result<()> {
+    let scripts = MIGRATIONS
+        .iter()
+        .take(usize::try_from(version).unwrap_or(0));
+    scripts
+        .into_iter()
+        .try_for_each(|script| conn.execute_batch(script))
+}
+
+/// Kind and name of everything in a database that SQLite did not make by itself.
+pub(crate) fn objects(conn: &Connection) -> rusqlite::Result<BTreeSet<(String, String)>> {
+    conn.prepare(
+        "SELECT type, name FROM sqlite_schema WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'",
+    )?
+    .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+    .collect()
+}
+
+/// Removes triggers, views and indexes, of which no schema has any: whoever had the file before may have added them, and a
+/// trigger acts with every write. Tells what they were.
+pub(crate) fn drop_foreign(conn: &Connection) -> rusqlite::Result<Vec<String>> {
+    let found = objects(conn)?;
+    // Triggers first: a view's go with it.
+    let foreign = ["trigger", "view", "index"].into_iter().flat_map(|kind| {
+        let of_kind = found.iter().filter(move |(found, _)| found == kind);
+        of_kind.map(|(kind, name)| (kind, name.replace('"', "\"\"")))
+    });
+    let mut dropped = Vec::new();
+    for (kind, name) in foreign {
+        conn.execute_batch(&format!("DROP {kind} IF EXISTS \"{name}\""))?;
+        dropped.push(format!("{kind} '{name}'"));
+    }
+    Ok(dropped)
 }
 
 /// Brings the database from schema `from` to the current one.

@@ -16,6 +16,7 @@ enum Sql {
     Release,
     RollbackTo,
     MarkRun,
+    Count,
     PutApp,
     SeenApp,
     ForgetApp,
@@ -42,7 +43,10 @@ impl Sql {
             Self::Release => "RELEASE job".into(),
             Self::RollbackTo => "ROLLBACK TO job".into(),
             Self::MarkRun => "INSERT OR REPLACE INTO store_state (key, value) VALUES \
-                              ('run', ?1), ('boot_id', ?2)"
+                              ('run', ?1), ('boot_id', ?2), ('id', ?3)"
+                .into(),
+            Self::Count => "INSERT OR REPLACE INTO store_state (key, value) \
+                            VALUES ('commits', ?1)"
                 .into(),
             Self::PutApp => AppRow::upsert(),
             Self::SeenApp => "UPDATE app_registry SET last_seen = ?2 WHERE app_id = ?1".into(),
@@ -124,12 +128,20 @@ impl<'c> Statements<'c> {
         self.release()
     }
 
-    pub(crate) fn mark(&mut self, run: Run, boot_id: &str) -> rusqlite::Result<()> {
+    /// Notes how many commits there are with this one.
+    pub(crate) fn count(&mut self, commits: u64) -> rusqlite::Result<()> {
+        let commits = commits.to_string();
+        self.get(Sql::Count)?.execute([commits]).map(drop)
+    }
+
+    pub(crate) fn mark(&mut self, run: Run, boot_id: &str, id: &str) -> rusqlite::Result<()> {
         let run = match run {
             Run::Open => "open",
             Run::Clean => "clean",
         };
-        self.step(Sql::MarkRun)?.execute((run, boot_id)).map(drop)
+        self.step(Sql::MarkRun)?
+            .execute((run, boot_id, id))
+            .map(drop)
     }
 
     /// Carries out `change` inside the open transaction. Several statements need a savepoint around them.

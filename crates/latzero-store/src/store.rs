@@ -13,6 +13,7 @@ use crate::error::{BackupError, StoreError, SubmitError};
 use crate::faults::Faults;
 use crate::files::with_suffix;
 use crate::options::Ticket;
+use crate::place::{Guard, Missing};
 use crate::queue::{Changes, Queue, Teller};
 
 /// Requests (backups, checks) that may wait for the thread.
@@ -30,6 +31,10 @@ pub struct Store {
 /// How the store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Status {
+    /// Why nothing can be kept: the database's files are not where they were.
+    pub misplaced: Option<&'static str>,
+    /// How often the files were removed and made again.
+    pub rebuilt: u64,
     /// Why the last transaction failed. None when the disk takes what comes.
     pub failing: Option<String>,
     /// Since when it fails, unix ms.
@@ -69,7 +74,8 @@ pub(crate) struct Shared {
     pub(crate) settled: Condvar,
     /// The data directory.
     pub(crate) dir: PathBuf,
-    pub(crate) database: PathBuf,
+    /// Taken after the state, or alone.
+    pub(crate) guard: Mutex<Guard>,
     pub(crate) faults: Faults,
 }
 
@@ -88,6 +94,9 @@ pub(crate) struct State {
     pub(crate) changes: u64,
     pub(crate) failures: u64,
     pub(crate) refused: u64,
+    pub(crate) rebuilt: u64,
+    /// A transaction is to be tried, though nothing waits.
+    pub(crate) is_probed: bool,
     pub(crate) last_backup: Option<i64>,
 }
 
@@ -186,13 +195,20 @@ impl Store {
     /// How the store is.
     #[must_use]
     pub fn status(&self) -> Status {
+        let (misplaced, database) = {
+            let guard = self.inner.shared.guard();
+            let misplaced = guard.check().err().map(Missing::reason);
+            (misplaced, guard.place().database().to_owned())
+        };
         let bytes = |suffix| {
-            let path = with_suffix(&self.inner.shared.database, suffix);
+            let path = with_suffix(&database, suffix);
             fs::metadata(path).map_or(0, |metadata| metadata.len())
         };
         let (db_bytes, wal_bytes) = (bytes(""), bytes("-wal"));
         let state = self.inner.shared.lock();
         Status {
+            misplaced,
+            rebuilt: state.rebuilt,
             failing: state.failing.as_ref().map(|failing| failing.reason.clone()),
             failing_since: state.failing.as_ref().map(|failing| failing.since),
             waiting: state.queue.promised(),
@@ -205,6 +221,17 @@ impl Store {
             db_bytes,
             wal_bytes,
         }
+    }
+
+    /// Looks whether the database's files are where they were. Where they are not, a transaction is tried, which makes them
+    /// anew or says why that can't be.
+    pub fn look(&self) {
+        if self.inner.shared.guard().check().is_ok() {
+            return;
+        }
+        let mut state = self.inner.shared.lock();
+        state.is_probed = true;
+        self.inner.shared.wake(state);
     }
 
     /// Writes what waits, moves the log into the database, marks it clean, and ends the thread. Other handles find the
@@ -268,6 +295,10 @@ impl Shared {
     /// The state is whole at every step, so a panic of another thread does not spoil it.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn guard(&self) -> MutexGuard<'_, Guard> {
+        self.guard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Wakes the thread if it sleeps, after the lock is free: it would only run into it.

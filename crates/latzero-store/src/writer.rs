@@ -5,8 +5,8 @@
 //! every promise that waits is told, and eventual changes are tried again: at the next promise, or after a pause that doubles.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
@@ -16,20 +16,50 @@ use crate::calendar::now_ms;
 use crate::error::{BackupError, StoreError, SubmitError, is_of_the_change};
 use crate::failpoint;
 use crate::faults::Faults;
-use crate::open::findings;
-use crate::options::{Done, Options, Ticket};
+use crate::files;
+use crate::open::{connect, findings, keep_log, prepare, state};
+use crate::options::{Options, Ticket};
+use crate::place::{Guard, Mark, MarkFile, Missing};
 use crate::queue::{Changes, Job, Teller};
+use crate::schema;
 use crate::statements::{Run, Statements};
 use crate::store::{Failing, Request, Shared, State};
 
+/// How long the log may hold what was changed or deleted since, while nothing is written.
+const LOG_KEPT: Duration = Duration::from_secs(60);
+
 /// Runs until the store is closed or abandoned.
-pub(crate) fn run(conn: Connection, shared: Arc<Shared>, options: Options) {
+pub(crate) fn run(mut conn: Connection, shared: Arc<Shared>, mut options: Options) {
     let end = End(shared);
-    let closing = Writer::new(&conn, &end.0, options).run();
+    let mut jobs = Vec::new();
+    let closing = loop {
+        let writer = Writer::new(&conn, &end.0, &mut options, std::mem::take(&mut jobs));
+        match writer.run() {
+            Ended::Closed(closing) => break Some(closing),
+            Ended::Abandoned => break None,
+            Ended::Rebuilt(fresh, waiting) => {
+                jobs = waiting;
+                let old = std::mem::replace(&mut conn, fresh);
+                // Closing it must not remove by name what belongs to the new one.
+                if let Err(error) = keep_log(&old, true) {
+                    tracing::error!(%error, "the old data.db stays open");
+                    std::mem::forget(old);
+                }
+            }
+        }
+    };
     // Closing moves the log into the database and removes it.
-    let closed = conn
-        .close()
-        .map_err(|(_, error)| StoreError::disk("close data.db", &error));
+    let is_in_place = end.0.guard().check().is_ok();
+    let kept = if is_in_place {
+        Ok(())
+    } else {
+        keep_log(&conn, true)
+    };
+    let closed = kept.map_err(|error| StoreError::disk("close data.db", &error));
+    let closed = closed.and_then(|()| {
+        conn.close()
+            .map_err(|(_, error)| StoreError::disk("close data.db", &error))
+    });
     if let Some((reply, outcome)) = closing {
         let _ = reply.send(outcome.and(closed));
     }
@@ -50,11 +80,22 @@ impl Drop for End {
     }
 }
 
+/// Why a writer ended.
+enum Ended {
+    /// It was asked to; who asked is told.
+    Closed(Closing),
+    Abandoned,
+    /// The database's files were gone and are there again, behind this connection. Some changes are not written yet.
+    Rebuilt(Connection, Vec<Job>),
+}
+
 type Closing = (SyncSender<Result<(), StoreError>>, Result<(), StoreError>);
 
 enum Work {
     Batch,
     Request(Request),
+    /// Nothing was written for a while.
+    EmptyLog,
     Stop,
 }
 
@@ -62,13 +103,11 @@ struct Writer<'c> {
     conn: &'c Connection,
     shared: &'c Shared,
     statements: Statements<'c>,
-    on_done: Done,
-    boot_id: String,
-    group_max: usize,
-    retry_first: Duration,
-    retry_max: Duration,
-    backup_step_pages: i32,
-    faults: Faults,
+    options: &'c mut Options,
+    mark: Mark,
+    mark_file: MarkFile,
+    /// The log holds what the database may no longer have.
+    is_log_filled: bool,
     /// The database says that it is in use. It need not before the first transaction: until then nothing differs.
     is_marked: bool,
     /// A request was the last thing done, so waiting changes come first now.
@@ -79,30 +118,47 @@ struct Writer<'c> {
 }
 
 impl<'c> Writer<'c> {
-    fn new(conn: &'c Connection, shared: &'c Shared, options: Options) -> Self {
+    fn new(
+        conn: &'c Connection,
+        shared: &'c Shared,
+        options: &'c mut Options,
+        jobs: Vec<Job>,
+    ) -> Self {
+        let commits = state(conn, "commits").and_then(|commits| commits.parse().ok());
+        let mark = Mark {
+            id: state(conn, "id").unwrap_or_else(random_id),
+            commits: commits.unwrap_or(0),
+        };
+        let mark_file = MarkFile::open(&shared.guard().place().mark());
         Self {
             conn,
             shared,
             statements: Statements::new(conn, options.faults.clone()),
-            on_done: options.on_done,
-            boot_id: options.boot_id,
-            group_max: options.group_max.max(1),
-            retry_first: options.retry_first,
-            retry_max: options.retry_max,
-            backup_step_pages: options.backup_step_pages.max(1),
-            faults: options.faults,
+            options,
+            mark,
+            mark_file,
+            is_log_filled: false,
             is_marked: false,
             batch_first: true,
-            jobs: Vec::new(),
+            jobs,
             refusals: Vec::new(),
             told: Vec::new(),
         }
     }
 
-    fn run(mut self) -> Option<Closing> {
+    fn run(mut self) -> Ended {
+        if !self.jobs.is_empty() {
+            drop(self.write_batch());
+        }
         loop {
             match self.next() {
-                Work::Batch => drop(self.write_batch()),
+                Work::Batch => {
+                    if let Some(conn) = self.rebuild_where_gone() {
+                        return Ended::Rebuilt(conn, self.jobs);
+                    }
+                    drop(self.write_batch());
+                }
+                Work::EmptyLog => self.empty_log(),
                 Work::Request(Request::Copy { to, reply }) => {
                     let outcome = self.copy(&to);
                     let _ = reply.send(outcome);
@@ -113,10 +169,15 @@ impl<'c> Writer<'c> {
                     let _ = reply.send(outcome);
                 }
                 Work::Request(Request::Close { reply }) => {
+                    if let Some(conn) = self.rebuild_where_gone() {
+                        let again = Request::Close { reply };
+                        self.shared.lock().requests.push_front(again);
+                        return Ended::Rebuilt(conn, self.jobs);
+                    }
                     let outcome = self.finish();
-                    return Some((reply, outcome));
+                    return Ended::Closed((reply, outcome));
                 }
-                Work::Stop => return None,
+                Work::Stop => return Ended::Abandoned,
             }
         }
     }
@@ -129,7 +190,10 @@ impl<'c> Writer<'c> {
             let is_due = is_due(&state, now);
             if is_due && (self.batch_first || state.requests.is_empty()) {
                 self.batch_first = false;
-                state.queue.take(self.group_max, &mut self.jobs);
+                state.is_probed = false;
+                state
+                    .queue
+                    .take(self.options.group_max.max(1), &mut self.jobs);
                 return Work::Batch;
             }
             self.batch_first = true;
@@ -142,15 +206,22 @@ impl<'c> Writer<'c> {
             if state.is_abandoned && (state.queue.is_empty() || state.failing.is_some()) {
                 return Work::Stop;
             }
-            let pause = state.failing.as_ref().map_or(Duration::MAX, |failing| {
+            let idle = if self.is_log_filled {
+                LOG_KEPT
+            } else {
+                Duration::MAX
+            };
+            let pause = state.failing.as_ref().map_or(idle, |failing| {
                 failing.next_try.saturating_duration_since(now)
             });
             state.is_asleep = true;
-            state = match self.shared.wake.wait_timeout(state, pause) {
-                Ok((state, _)) => state,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
+            let waited = self.shared.wake.wait_timeout(state, pause);
+            let (woken, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            state = woken;
             state.is_asleep = false;
+            if timeout.timed_out() && state.failing.is_none() {
+                return Work::EmptyLog;
+            }
         }
     }
 
@@ -158,7 +229,9 @@ impl<'c> Writer<'c> {
     fn write_waiting(&mut self) {
         let mut state = self.shared.lock();
         if is_due(&state, Instant::now()) {
-            state.queue.take(self.group_max, &mut self.jobs);
+            state
+                .queue
+                .take(self.options.group_max.max(1), &mut self.jobs);
             drop(state);
             drop(self.write_batch());
         }
@@ -203,7 +276,7 @@ impl<'c> Writer<'c> {
         let now = Instant::now();
         match &mut state.failing {
             Some(failing) => {
-                failing.back_off = (failing.back_off * 2).min(self.retry_max);
+                failing.back_off = (failing.back_off * 2).min(self.options.retry_max);
                 failing.next_try = now + failing.back_off;
                 failing.reason = reason;
             }
@@ -212,8 +285,8 @@ impl<'c> Writer<'c> {
                 state.failing = Some(Failing {
                     reason,
                     since: now_ms(),
-                    next_try: now + self.retry_first,
-                    back_off: self.retry_first,
+                    next_try: now + self.options.retry_first,
+                    back_off: self.options.retry_first,
                 });
             }
         }
@@ -234,6 +307,7 @@ impl<'c> Writer<'c> {
     }
 
     fn transact_jobs(&mut self, jobs: &[Job]) -> Result<(), StoreError> {
+        self.check_place()?;
         let failed = |step| move |error: rusqlite::Error| StoreError::disk(step, &error);
         self.statements
             .begin()
@@ -241,9 +315,12 @@ impl<'c> Writer<'c> {
         failpoint::reached("store.begin");
         if !self.is_marked {
             self.statements
-                .mark(Run::Open, &self.boot_id)
+                .mark(Run::Open, &self.options.boot_id, &self.mark.id)
                 .map_err(failed("mark data.db as in use"))?;
         }
+        let commits = self.mark.commits + 1;
+        let counted = self.statements.count(commits);
+        counted.map_err(failed("count the commits of data.db"))?;
         for job in jobs {
             let refusal = self.write(&job.changes).map_err(failed("write a change"))?;
             self.refusals.push(refusal);
@@ -252,7 +329,76 @@ impl<'c> Writer<'c> {
         self.statements.commit().map_err(failed("commit"))?;
         failpoint::reached("store.after_commit");
         self.is_marked = true;
-        Ok(())
+        self.note_commit();
+        // What is promised is under its name, not in a file that was removed meanwhile.
+        self.check_place()
+    }
+
+    fn note_commit(&mut self) {
+        self.mark.commits += 1;
+        self.mark_file.write(&self.mark);
+        self.is_log_filled = true;
+        self.shared.guard().note_log();
+    }
+
+    fn check_place(&self) -> Result<(), StoreError> {
+        let checked = self.shared.guard().check();
+        checked.map_err(StoreError::missing)
+    }
+
+    /// Makes the database's files anew where they were removed or moved, from the open connection, which still has them. None
+    /// where nothing is gone, or nothing can be made.
+    fn rebuild_where_gone(&mut self) -> Option<Connection> {
+        let gone = self.shared.guard().check().err()?;
+        if gone == Missing::Directory {
+            return None;
+        }
+        match self.rebuild() {
+            Ok(conn) => {
+                self.shared.lock().rebuilt += 1;
+                let reason = gone.reason();
+                tracing::warn!("{reason}; it was made anew from memory, and nothing is lost");
+                Some(conn)
+            }
+            Err(error) => {
+                tracing::error!(%error, "data.db can't be made anew; it is tried again");
+                None
+            }
+        }
+    }
+
+    fn rebuild(&mut self) -> Result<Connection, BackupError> {
+        let place = self.shared.guard().place().clone();
+        let (database, faults) = (place.database(), &self.options.faults);
+        let temporary = backup::temporary(place.home());
+        let made = backup::copy(self.conn, &temporary, i32::MAX, faults, || Ok(()))
+            .and_then(|()| put_in_place(&temporary, database, faults))
+            .and_then(|()| {
+                let failed = |error| BackupError::sqlite("open", database, error);
+                let conn = connect(database).map_err(failed)?;
+                prepare(&conn, self.options.durability).map_err(failed)?;
+                // The first that is read takes the lock.
+                schema::user_version(&conn).map_err(failed)?;
+                let guard = Guard::new(place.clone());
+                let guard = guard.map_err(|error| BackupError::file("look at", database, error))?;
+                *self.shared.guard() = guard;
+                Ok(conn)
+            });
+        if made.is_err() {
+            backup::remove_temporary(&temporary);
+        }
+        made
+    }
+
+    /// Nothing of what was deleted stays in the log for long.
+    fn empty_log(&mut self) {
+        self.is_log_filled = false;
+        let emptied = self
+            .conn
+            .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
+        if let Err(error) = emptied {
+            tracing::debug!(%error, "the log of data.db can't be emptied");
+        }
     }
 
     /// Writes one job; `Some` says why it alone was refused.
@@ -295,14 +441,15 @@ impl<'c> Writer<'c> {
             }
         }
         if !self.told.is_empty() {
-            (self.on_done)(&mut self.told);
+            (self.options.on_done)(&mut self.told);
             self.told.clear();
         }
     }
 
     /// Copies the database page by page into `to`; changes are written in between and appear in the copy.
     fn copy(&mut self, to: &Path) -> Result<(), BackupError> {
-        let (conn, pages, faults) = (self.conn, self.backup_step_pages, self.faults.clone());
+        let (conn, faults) = (self.conn, self.options.faults.clone());
+        let pages = self.options.backup_step_pages.max(1);
         backup::copy(conn, to, pages, &faults, || {
             if self.shared.lock().is_closing {
                 return Err(BackupError::Store(SubmitError::Closed.into()));
@@ -318,24 +465,28 @@ impl<'c> Writer<'c> {
             self.shared
                 .lock()
                 .queue
-                .take(self.group_max, &mut self.jobs);
+                .take(self.options.group_max.max(1), &mut self.jobs);
             if self.jobs.is_empty() {
                 break;
             }
             self.write_batch()?;
         }
+        self.check_place()?;
         let mut mark = || -> rusqlite::Result<()> {
             self.statements.begin()?;
-            self.statements.mark(Run::Clean, &self.boot_id)?;
+            let (boot_id, id) = (&self.options.boot_id, &self.mark.id);
+            self.statements.mark(Run::Clean, boot_id, id)?;
+            self.statements.count(self.mark.commits + 1)?;
             self.statements.commit()
         };
         if let Err(error) = mark() {
             self.statements.rollback();
             return Err(StoreError::disk("mark data.db as clean", &error));
         }
+        self.note_commit();
         failpoint::reached("store.before_checkpoint");
         let checkpoint = || -> rusqlite::Result<()> {
-            self.faults.step("checkpoint")?;
+            self.options.faults.step("checkpoint")?;
             self.conn
                 .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
         };
@@ -349,9 +500,30 @@ impl<'c> Writer<'c> {
 /// anybody learn that it is well again?
 fn is_due(state: &State, now: Instant) -> bool {
     match &state.failing {
+        _ if state.is_probed => true,
         Some(failing) => state.queue.has_promises() || now >= failing.next_try,
         None => !state.queue.is_empty(),
     }
+}
+
+/// Gives a copy of the database its name. What lies there, such as a log without its database, is set aside.
+fn put_in_place(temporary: &Path, database: &Path, faults: &Faults) -> Result<(), BackupError> {
+    let failed = |error| BackupError::file("make", database, error);
+    files::sync_file(temporary, faults).map_err(failed)?;
+    files::set_aside(database, "replaced", now_ms(), faults).map_err(failed)?;
+    files::rename_new(temporary, database, faults).map_err(failed)?;
+    files::sync_dir(files::parent(database), faults).map_err(failed)
+}
+
+/// A name for a database that no other has.
+fn random_id() -> String {
+    let mut id = [0_u8; 16];
+    if rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::NONBLOCK).is_err() {
+        // Early after the boot. A time and a process are one of a kind too.
+        id[..8].copy_from_slice(&now_ms().to_le_bytes());
+        id[8..12].copy_from_slice(&std::process::id().to_le_bytes());
+    }
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The refusal of one record, or the error that concerns all.

@@ -296,19 +296,19 @@ fn pruning_never_takes_the_newest_good_backup() {
     fs::write(backups.join("latzero-20200103-000000.db"), "spoilt").unwrap();
     fs::write(backups.join("mine.txt"), "not a backup").unwrap();
     fs::remove_file(&made).unwrap();
-    // Ten years later all are too old.
-    let now = 1_900_000_000_000;
-    let pruned = prune(
-        dir.path(),
-        now,
-        &Policy {
-            min_free_bytes: 0,
-            ..Policy::default()
-        },
-    )
-    .unwrap();
-    assert_eq!(names(&pruned.kept), ["latzero-20200102-000000.db"]);
-    assert_eq!(pruned.removed.len(), 2);
+    let last_day = Policy {
+        daily: 1,
+        weekly: 1,
+        min_free_bytes: 0,
+        ..Policy::default()
+    };
+    let pruned = prune(dir.path(), &last_day).unwrap();
+    // The newest by the rule, which is spoilt, and the newest that is good.
+    assert_eq!(
+        names(&pruned.kept),
+        ["latzero-20200102-000000.db", "latzero-20200103-000000.db"]
+    );
+    assert_eq!(names(&pruned.removed), ["latzero-20200101-000000.db"]);
     assert!(backups.join("mine.txt").exists());
 
     place_new(
@@ -322,11 +322,11 @@ fn pruning_never_takes_the_newest_good_backup() {
         min_free_bytes: u64::MAX,
         ..Policy::default()
     };
-    let pruned = prune(dir.path(), now, &full).unwrap();
+    let pruned = prune(dir.path(), &full).unwrap();
     assert_eq!(names(&pruned.kept), ["latzero-20300101-000000.db"]);
 
     fs::write(backups.join("latzero-20300101-000000.db"), "spoilt").unwrap();
-    let pruned = prune(dir.path(), now, &full).unwrap();
+    let pruned = prune(dir.path(), &full).unwrap();
     assert!(pruned.removed.is_empty() && pruned.kept.len() == 1);
 }
 

@@ -40,7 +40,7 @@ use crate::payload::{Payload, Reply};
 use crate::sync::lock;
 
 pub use changes::Changes;
-pub use lock::BlockLock;
+pub use lock::{BlockLock, LOCKS_VARIABLE};
 pub use typed::TypedBlock;
 pub use write::{BlockWriter, Draft};
 
@@ -578,6 +578,10 @@ impl Block {
         self.write_through(offset, bytes, Some(version), None).await
     }
 
+    fn inherited_fence(&self) -> Option<u64> {
+        lock::inherited_fence(self.pool(), self.id())
+    }
+
     /// Writes through the server, in as many requests as it takes.
     async fn write_through(
         &self,
@@ -594,7 +598,7 @@ impl Block {
             if let Some(version) = if_version {
                 more["if_version"] = version.into();
             }
-            if let Some(fence) = fence {
+            if let Some(fence) = fence.or_else(|| self.inherited_fence()) {
                 more["lock"] = fence.to_string().into();
             }
             let reply = self.ask_with("memory_write", &more, Some(part)).await?;
@@ -618,7 +622,10 @@ impl Block {
         expected: &[u8],
         bytes: &[u8],
     ) -> Result<Result<u64, Vec<u8>>, Error> {
-        let more = json!({"offset": offset, "expected": STANDARD.encode(expected)});
+        let mut more = json!({"offset": offset, "expected": STANDARD.encode(expected)});
+        if let Some(fence) = self.inherited_fence() {
+            more["lock"] = fence.to_string().into();
+        }
         let reply = self.ask_with("memory_cas", &more, Some(bytes)).await?;
         if reply["swapped"] == true {
             let version = number(&reply, "version");

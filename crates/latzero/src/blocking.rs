@@ -497,6 +497,11 @@ impl<T: Lossy> Events<T> {
             .flatten()
     }
 
+    /// How many events were dropped and no event tells of; see [`crate::Events::take_lost`].
+    pub fn take_lost(&mut self) -> u64 {
+        self.0.take_lost()
+    }
+
     /// The next event, waited for `timeout` at most.
     ///
     /// # Errors

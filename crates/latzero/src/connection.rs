@@ -7,7 +7,7 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -184,19 +184,58 @@ fn unreachable(place: &str, error: io::Error) -> Error {
     .with_source(error)
 }
 
+/// The source of an error: something accepted the connection and did not answer the handshake in
+/// time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HandshakeTimeout;
+
+impl std::fmt::Display for HandshakeTimeout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the server did not answer the handshake in time")
+    }
+}
+
+impl std::error::Error for HandshakeTimeout {}
+
+/// Connects to a Unix socket. A server that accepts nothing has a full queue at some point; connect
+/// would wait for it without end.
+fn unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let address = SocketAddrUnix::new(path)?;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) if Instant::now() < deadline => {
+                // Nothing tells when there is room again.
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(rustix::io::Errno::AGAIN) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, HandshakeTimeout));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    rustix::io::ioctl_fionbio(&socket, false)?;
+    Ok(socket)
+}
+
 /// Opens a socket; true where it is a Unix one.
 fn open(place: &Place, timeout: Duration) -> Result<(OwnedFd, bool), Error> {
+    let deadline = Instant::now() + timeout;
     let by_tcp = |host: &str, port| tcp(host, port, timeout).map(|socket| (socket, false));
     match place {
         Place::Local => {
             let mut sockets = local::sockets().into_iter();
-            match sockets.find_map(|path| UnixStream::connect(path).ok()) {
-                Some(stream) => Ok((stream.into(), true)),
+            match sockets.find_map(|path| unix(&path, deadline).ok()) {
+                Some(socket) => Ok((socket, true)),
                 None => by_tcp("127.0.0.1", DEFAULT_PORT),
             }
         }
-        Place::Socket(path) => match UnixStream::connect(path) {
-            Ok(stream) => Ok((stream.into(), true)),
+        Place::Socket(path) => match unix(path, deadline) {
+            Ok(socket) => Ok((socket, true)),
             Err(e) => Err(unreachable(&path.display().to_string(), e)),
         },
         Place::Tcp(host, port) => by_tcp(host, *port),
@@ -286,9 +325,8 @@ fn read_ack(link: &Link, deadline: Instant) -> Result<(Ack, Vec<u8>, Vec<OwnedFd
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(lost(
-                "the server did not answer the handshake in time".into(),
-            ));
+            let late = io::Error::new(io::ErrorKind::TimedOut, HandshakeTimeout);
+            return Err(lost(HandshakeTimeout.to_string()).with_source(late));
         }
         let left = left.max(Duration::from_millis(1));
         sockopt::set_socket_timeout(&link.socket, sockopt::Timeout::Recv, Some(left))

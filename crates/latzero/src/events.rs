@@ -197,6 +197,15 @@ impl<T: Lossy> Queue<T> {
         inner.waker.take()
     }
 
+    /// What was lost and no item tells of, once all items are taken.
+    pub(crate) fn take_lost(&self) -> u64 {
+        let mut inner = lock(&self.0);
+        match inner.items.is_empty() {
+            true => std::mem::take(&mut inner.lost),
+            false => 0,
+        }
+    }
+
     pub(crate) fn close(&self) {
         let waker = {
             let mut inner = lock(&self.0);
@@ -223,7 +232,8 @@ impl<T: Lossy> Queue<T> {
 
 /// Events as they arrive, until the app is closed. Dropping it stops listening.
 ///
-/// At most 1024 wait to be taken; beyond them the newest are dropped, and the next event says how many.
+/// At most 1024 wait to be taken; beyond them the newest are dropped, and the next event says how many, or
+/// [`Events::take_lost`] where none follows.
 #[derive(Debug)]
 #[allow(
     private_bounds,
@@ -247,6 +257,12 @@ impl<T: Lossy> Events<T> {
     /// As [`futures_core::Stream::poll_next`], without the pin.
     pub fn poll_next_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<T>> {
         self.queue.poll_next(cx)
+    }
+
+    /// How many events were dropped here behind the last one that was taken, where no other event
+    /// waits that would say so. They are reported once: here, or by the next event.
+    pub fn take_lost(&mut self) -> u64 {
+        self.queue.take_lost()
     }
 
     /// The app that listens.

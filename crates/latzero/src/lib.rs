@@ -75,16 +75,17 @@ mod url;
 pub use answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer, Answers};
 pub use app::{App, Handler};
 pub use block::{
-    Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, TypedBlock,
-    View,
+    Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, LOCKS_VARIABLE,
+    TypedBlock, View,
 };
 pub use builder::{Builder, Reconnect};
 pub use call::{Call, Calling, Emit, Emitting, Parked, Parking};
+pub use connection::HandshakeTimeout;
 pub use error::{Error, HandlerError};
 pub use events::{Emission, Events, Presence};
 pub use latzero_protocol::memory::LockMode;
 pub use latzero_protocol::message::Strategy;
 pub use latzero_protocol::{Code, InstanceId, Ran};
-pub use payload::{Bytes, FromPayload, IntoPayload, Reply};
+pub use payload::{Bytes, Data, FromPayload, IntoPayload, Reply, check_json};
 pub use request::{Origin, Request};
 pub use stream::{ItemOrProgress, Stream};

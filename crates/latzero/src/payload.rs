@@ -9,7 +9,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use base64::Engine as _;
-use latzero_protocol::{Code, Envelope, Raw};
+use latzero_protocol::limits::JSON_DEPTH_MAX;
+use latzero_protocol::{Code, Envelope, Ran, Raw, scan};
 
 use crate::error::Error;
 use crate::sync::lock;
@@ -17,6 +18,15 @@ use crate::sync::lock;
 /// Raw bytes as a payload: they travel as they are, beside the JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Bytes(pub Vec<u8>);
+
+/// A payload of either kind, where only the value itself says which: JSON text, or raw bytes.
+#[derive(Debug, Clone)]
+pub enum Data {
+    /// One JSON value, sent as it is written.
+    Json(Box<serde_json::value::RawValue>),
+    /// Raw bytes.
+    Bytes(Bytes),
+}
 
 /// A payload on its way.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -155,6 +165,24 @@ impl<T: DeserializeOwned> sealed::Read for T {
     }
 }
 
+impl IntoPayload for Data {}
+impl sealed::Write for Data {
+    #[allow(private_interfaces, reason = "sealed: no one else can name it")]
+    fn write(&self) -> Result<Payload, serde_json::Error> {
+        match self {
+            Data::Json(json) => sealed::Write::write(json),
+            Data::Bytes(bytes) => sealed::Write::write(bytes),
+        }
+    }
+
+    fn append(&self, out: &mut Vec<u8>) -> Result<Option<Vec<u8>>, serde_json::Error> {
+        match self {
+            Data::Json(json) => sealed::Write::append(json, out),
+            Data::Bytes(bytes) => sealed::Write::append(bytes, out),
+        }
+    }
+}
+
 impl FromPayload for Bytes {}
 impl sealed::Read for Bytes {
     #[allow(private_interfaces, reason = "sealed: no one else can name it")]
@@ -171,7 +199,11 @@ impl sealed::Read for Bytes {
 
 /// Writes `value` as a payload.
 pub(crate) fn write<T: IntoPayload + ?Sized>(value: &T) -> Result<Payload, Error> {
-    sealed::Write::write(value).map_err(not_written)
+    let payload = sealed::Write::write(value).map_err(not_written)?;
+    if let Payload::Json(json) = &payload {
+        check_json(json)?;
+    }
+    Ok(payload)
 }
 
 /// Appends `value` to `out` as JSON; raw bytes are returned instead.
@@ -179,7 +211,40 @@ pub(crate) fn append<T: IntoPayload + ?Sized>(
     value: &T,
     out: &mut Vec<u8>,
 ) -> Result<Option<Vec<u8>>, Error> {
-    sealed::Write::append(value, out).map_err(not_written)
+    let start = out.len();
+    let bytes = sealed::Write::append(value, out).map_err(not_written)?;
+    if bytes.is_none() {
+        let text = std::str::from_utf8(&out[start..]);
+        let checked = text.map_err(|e| not_sent(&e)).and_then(check_json);
+        if checked.is_err() {
+            out.truncate(start);
+        }
+        checked?;
+    }
+    Ok(bytes)
+}
+
+/// Checks JSON by the rules of the protocol, which are narrower than those of a JSON library: sent
+/// all the same, it would fail at the server, and other messages with it.
+///
+/// # Errors
+/// `bad_message`, with what is wrong and where.
+pub fn check_json(text: &str) -> Result<(), Error> {
+    scan::value(text).map_err(|e| not_sent(&e))?;
+    let is_bracket = |b: &&u8| matches!(b, b'{' | b'[');
+    if text.as_bytes().iter().filter(is_bracket).count() >= JSON_DEPTH_MAX as usize {
+        // It may be as deep as is allowed, and the message around it adds a level.
+        scan::value(&format!("[{text}]")).map_err(|e| not_sent(&e))?;
+    }
+    Ok(())
+}
+
+fn not_sent(why: &impl std::fmt::Display) -> Error {
+    Error::new(
+        Code::BadMessage,
+        format!("the payload is not JSON that LatZero can send: {why}"),
+    )
+    .with_ran(Ran::No)
 }
 
 fn not_written(e: serde_json::Error) -> Error {

@@ -1,4 +1,4 @@
-//! `answers`: the answers to parked calls that came while nobody waited for them, one JSON line each.
+//! `answers`: prints the answers to parked calls that arrived while nobody waited, one JSON line each.
 
 use std::time::{Duration, Instant};
 
@@ -7,13 +7,15 @@ use serde_json::{Map, Value, json};
 
 use crate::args::AnswersArgs;
 use crate::exit::{Done, Exit, Failure};
-use crate::output::{Output, compact, count};
+use crate::output::{Output, compact, count, hex};
 use crate::reach::{Listed, Reached, Wish, list};
 
 pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
     if args.reach.app.is_none() && args.reach.url.is_none() {
-        return Err(Failure::usage("whose answers? Name the app with --app")
-            .with_help("`latzero call --park` says which one it was sent as"));
+        return Err(
+            Failure::usage("name the app whose answers are wanted with --app")
+                .with_help("`latzero call --park` prints the app that it was sent as"),
+        );
     }
     let reached = args.reach.connect(&Wish::once("answers"))?;
     let deadline = args.wait.map(|wait| Instant::now() + wait);
@@ -22,7 +24,7 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
     reached.app.ping()?;
     let mut answers = reached.app.answers();
     let mut seen = 0;
-    while args.count.is_none_or(|count| seen < count) {
+    while args.limit.wants_more(seen) {
         let left = deadline.map_or(Duration::ZERO, |deadline| {
             deadline.saturating_duration_since(Instant::now())
         });
@@ -31,9 +33,11 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
                 seen += 1;
                 if answer.lost() > 0 {
                     let lost = count(answer.lost(), "answer");
-                    output.note(format_args!("{lost} before the next one had no room here"));
+                    output.note(format_args!(
+                        "{lost} before the next one did not fit and were dropped here"
+                    ));
                 }
-                output.line(line(&answer))?;
+                output.json_line(&line(&answer))?;
             }
             Err(error) if error.kind() == Code::Timeout => break,
             Err(error) => return Err(error.into()),
@@ -41,8 +45,8 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
     }
     let app_id = reached.app.app_id();
     match args.wait {
-        Some(_) if seen < args.count.unwrap_or(1) => {
-            let text = format!("{} for {app_id} came in this time", count(seen, "answer"));
+        Some(_) if seen < args.limit.count.unwrap_or(1) => {
+            let text = format!("{} for {app_id} arrived in time", count(seen, "answer"));
             Err(Failure::new(Exit::Timeout, text))
         }
         _ => {
@@ -54,7 +58,7 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
     }
 }
 
-/// Joins the pools whose answers are wanted: being there is what has the server send them.
+/// Joins the pools whose answers are wanted: the server sends them to members.
 fn join(reached: &Reached, args: &AnswersArgs, output: &Output) -> Result<(), Failure> {
     let app = &reached.app;
     for pool in &args.pool {
@@ -69,14 +73,14 @@ fn join(reached: &Reached, args: &AnswersArgs, output: &Output) -> Result<(), Fa
     let mut refused = Vec::new();
     for name in names.filter(|name| *name != "system" && !joined.iter().any(|j| j == name)) {
         match app.join(name) {
-            // It went meanwhile, and nothing was kept in it.
             Ok(()) => {}
+            // It was removed meanwhile, with its answers.
             Err(error) if error.kind() == Code::NoPool => {}
             Err(error) => refused.push(format!("{name}: {}", error.message())),
         }
     }
     for why in refused {
-        output.note(format_args!("not asked in pool {why}"));
+        output.note(format_args!("pool {why}: not asked"));
     }
     Ok(())
 }
@@ -105,10 +109,7 @@ pub(crate) fn line(answer: &Answer) -> String {
                 head["headers"] = Value::Object(headers);
             }
             match reply.bytes() {
-                Some(bytes) => {
-                    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-                    ("hex", format!("\"{hex}\""))
-                }
+                Some(bytes) => ("hex", format!("\"{}\"", hex(bytes))),
                 None => ("data", compact(reply.json().unwrap_or("null"))),
             }
         }

@@ -1,4 +1,6 @@
-//! `apps`: the apps that the server knows, what they serve, and since when those are away that are.
+//! `apps`: lists the apps that the server knows, and forgets offline ones.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -6,7 +8,7 @@ use crate::args::{AppsArgs, AppsCommand, ForgetArgs};
 use crate::exit::{Done, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Cell, Output, Tone, ago, toned};
-use crate::reach::{Listed, Wish, list};
+use crate::reach::{Listed, Reached, Wish, list};
 
 /// Names of one kind that a row of the table shows; `--json` shows all.
 const NAMES_MAX: usize = 8;
@@ -70,9 +72,10 @@ fn names(values: Option<&Vec<Value>>, name: impl Fn(&Value) -> Option<&str>) -> 
 
 fn forget(args: &ForgetArgs, output: &Output) -> Done {
     let reached = args.reach.connect(&Wish::once("apps forget"))?;
-    let app_id = &args.forgotten;
-    let request = json!({"action": "app_forget", "app_id": app_id});
-    let mut failure = match reached.administer(&request) {
+    let Some(app_id) = &args.forgotten else {
+        return forget_offline(args.older.unwrap_or_default(), &reached, output);
+    };
+    let mut failure = match reached.administer(&forgetting(app_id)) {
         Ok(_) => {
             match output.json {
                 true => output.value(&json!({"forgotten": app_id}))?,
@@ -82,16 +85,13 @@ fn forget(args: &ForgetArgs, output: &Output) -> Done {
         }
         Err(failure) => failure,
     };
-    let code = failure.wire.as_ref().and_then(|wire| wire["code"].as_str());
-    let hint = match code {
+    let hint = match code(&failure) {
         Some("no_app") => {
-            // Without a list there is no suggestion, and the error is told all the same.
-            let all = list(&reached.app, &json!({"action": "app_list"}), Listed::Apps);
-            let all = all.unwrap_or_default();
-            let offline = all.iter().filter(|app| app["live"] == false);
-            let names: Vec<&str> = offline.filter_map(|app| app["app_id"].as_str()).collect();
+            // Without the list there is no suggestion, and the error is reported all the same.
+            let offline = offline(&reached).unwrap_or_default();
+            let names = offline.iter().filter_map(|app| app["app_id"].as_str());
             let near = did_you_mean(&nearest(app_id, names));
-            near.unwrap_or_else(|| "`latzero apps --offline` lists those that can be".to_owned())
+            near.unwrap_or_else(|| "`latzero apps --offline` lists the offline apps".to_owned())
         }
         Some("app_in_use") => format!(
             "end it first: stop its program, or close its connections with `latzero kick {app_id}`"
@@ -100,4 +100,52 @@ fn forget(args: &ForgetArgs, output: &Output) -> Done {
     };
     failure.help = Some(hint);
     Err::<Exit, Failure>(failure)
+}
+
+fn forgetting(app_id: &str) -> Value {
+    json!({"action": "app_forget", "app_id": app_id})
+}
+
+fn code(failure: &Failure) -> Option<&str> {
+    failure.wire.as_ref().and_then(|wire| wire["code"].as_str())
+}
+
+fn offline(reached: &Reached) -> Result<Vec<Value>, latzero::Error> {
+    let mut apps = list(&reached.app, &json!({"action": "app_list"}), Listed::Apps)?;
+    apps.retain(|app| app["live"] == false);
+    Ok(apps)
+}
+
+/// Forgets every app that has been offline for longer than `older`.
+fn forget_offline(older: Duration, reached: &Reached, output: &Output) -> Done {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let mut forgotten = Vec::new();
+    for app in offline(reached)? {
+        let last_seen = Duration::from_millis(app["last_seen"].as_u64().unwrap_or(u64::MAX));
+        if now.saturating_sub(last_seen) < older {
+            continue;
+        }
+        let Some(app_id) = app["app_id"].as_str() else {
+            continue;
+        };
+        match reached.administer(&forgetting(app_id)) {
+            Ok(_) => forgotten.push(app_id.to_owned()),
+            // It came back, or somebody else was faster.
+            Err(failure) if matches!(code(&failure), Some("no_app" | "app_in_use")) => {}
+            Err(failure) => return Err(failure),
+        }
+    }
+    if output.json {
+        output.value(&json!({"forgotten": forgotten}))?;
+        return Ok(Exit::Ok);
+    }
+    for app_id in &forgotten {
+        output.line(format_args!("forgot {app_id}"))?;
+    }
+    if forgotten.is_empty() {
+        output.note("no app has been offline for so long");
+    }
+    Ok(Exit::Ok)
 }

@@ -1,41 +1,31 @@
 //! `block`: blocks of memory, looked at and worked with by hand.
 
+mod file;
+mod lock;
 mod npy;
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::path::Path;
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use latzero::LockMode;
 use latzero::blocking::{Block, BlockName};
 use serde_json::{Value, json};
 
 use crate::args::{
-    BlockAt, BlockCasArgs, BlockCommand, BlockCreateArgs, BlockFileArgs, BlockKind, BlockListArgs,
-    BlockLoadArgs, BlockLockArgs, BlockOne, BlockReadArgs, BlockResizeArgs, BlockWatchArgs,
-    BlockWriteArgs,
+    BlockAt, BlockCasArgs, BlockCommand, BlockCreateArgs, BlockKind, BlockListArgs, BlockOne,
+    BlockReadArgs, BlockResizeArgs, BlockWatchArgs, BlockWriteArgs,
 };
 use crate::exit::{Done, Exit, Failure};
-use crate::output::{Cell, Output, Tone, bytes, toned};
+use crate::output::{Cell, Output, Tone, bytes, hex, toned};
 use crate::parse::{self, Target};
 use crate::reach::{Reach, Reached, Wish};
 
 use super::trigger::enter;
 use npy::Array;
 
-/// Bytes moved at a time, between two looks at the progress.
-const PIECE_BYTES: usize = 4 << 20;
-
 /// Bytes of a block that a terminal shows.
 const SHOWN_BYTES: usize = 256;
 
 /// How long a write waits for the block's lock.
 const LOCK_TIME: Duration = Duration::from_secs(10);
-
-/// How often a dump begins again where the block is written meanwhile.
-const DUMPS_MAX: usize = 10;
 
 pub(crate) fn run(command: &BlockCommand, output: &Output) -> Done {
     match command {
@@ -46,11 +36,11 @@ pub(crate) fn run(command: &BlockCommand, output: &Output) -> Done {
         BlockCommand::Write(args) => write(args, output),
         BlockCommand::Cas(args) => cas(args, output),
         BlockCommand::Watch(args) => watch(args, output),
-        BlockCommand::Lock(args) => lock(args),
+        BlockCommand::Lock(args) => lock::run(args),
         BlockCommand::Resize(args) => resize(args, output),
         BlockCommand::Rm(args) => remove(args, output),
-        BlockCommand::Dump(args) => dump(args, output),
-        BlockCommand::Load(args) => load(args, output),
+        BlockCommand::Dump(args) => file::dump(args, output),
+        BlockCommand::Load(args) => file::load(args, output),
     }
 }
 
@@ -332,18 +322,19 @@ fn read(args: &BlockReadArgs, output: &Output) -> Done {
     let block = at.name().attach()?;
     let length = args
         .length
-        .unwrap_or_else(|| block.size().saturating_sub(args.offset));
+        .unwrap_or_else(|| block.size().saturating_sub(args.from.offset));
     let length = usize::try_from(length).map_err(|_| Failure::usage("so many bytes do not fit"))?;
     if output.is_terminal || output.json {
         let mut buffer = vec![0; length.min(if output.json { length } else { SHOWN_BYTES })];
-        let version = block.read_into(args.offset, &mut buffer)?;
+        let version = block.read_into(args.from.offset, &mut buffer)?;
         if output.json {
-            let hex: String = buffer.iter().map(|b| format!("{b:02x}")).collect();
-            output.value(&json!({"version": version, "offset": args.offset, "hex": hex}))?;
+            let digits = hex(&buffer);
+            output
+                .value(&json!({"version": version, "offset": args.from.offset, "hex": digits}))?;
             return Ok(Exit::Ok);
         }
         for (n, line) in buffer.chunks(16).enumerate() {
-            output.line(hex_line(args.offset + 16 * n as u64, line))?;
+            output.line(hex_line(args.from.offset + 16 * n as u64, line))?;
         }
         let more = length - buffer.len();
         if more > 0 {
@@ -355,33 +346,40 @@ fn read(args: &BlockReadArgs, output: &Output) -> Done {
         return Ok(Exit::Ok);
     }
     let mut buffer = vec![0; length];
-    block.read_into(args.offset, &mut buffer)?;
+    block.read_into(args.from.offset, &mut buffer)?;
     output.bytes(&buffer)?;
     Ok(Exit::Ok)
 }
 
 fn hex_line(at: u64, line: &[u8]) -> String {
-    let hex: Vec<String> = line.iter().map(|b| format!("{b:02x}")).collect();
+    let digits: Vec<String> = line.iter().map(|b| format!("{b:02x}")).collect();
     let shown = |b: &u8| match *b {
         b' '..=b'~' => char::from(*b),
         _ => '.',
     };
     let text: String = line.iter().map(shown).collect();
-    format!("{at:08x}  {:47}  {text}", hex.join(" "))
+    format!("{at:08x}  {:47}  {text}", digits.join(" "))
 }
 
 fn write(args: &BlockWriteArgs, output: &Output) -> Done {
     let at = At::once(&args.at, &args.reach)?;
     let block = at.name().attach_writable()?;
-    let room = block.size().saturating_sub(args.offset);
+    let room = block.size().saturating_sub(args.from.offset);
     let data = parse::bytes(&args.data, room)?;
+    if data.is_empty() && !args.empty.allow_empty {
+        return Err(
+            Failure::usage("there is nothing to write: the data is empty").with_help(
+                "check what should have written it; --allow-empty writes a version all the same",
+            ),
+        );
+    }
     match args.if_version {
         Some(version) => {
-            block.write_if(version, args.offset, &data)?;
+            block.write_if(version, args.from.offset, &data)?;
         }
         None => {
             let mut draft = block.write(LOCK_TIME)?;
-            if let Err(error) = draft.write(args.offset, &data) {
+            if let Err(error) = draft.write(args.from.offset, &data) {
                 draft.abandon();
                 return Err(error.into());
             }
@@ -394,7 +392,7 @@ fn write(args: &BlockWriteArgs, output: &Output) -> Done {
 fn cas(args: &BlockCasArgs, output: &Output) -> Done {
     let at = At::once(&args.at, &args.reach)?;
     let block = at.name().attach_writable()?;
-    let room = block.size().saturating_sub(args.offset);
+    let room = block.size().saturating_sub(args.from.offset);
     let expected = parse::bytes(&args.expected, room)?;
     let data = parse::bytes(&args.data, room)?;
     if expected.len() != data.len() {
@@ -404,16 +402,16 @@ fn cas(args: &BlockCasArgs, output: &Output) -> Done {
             data.len()
         )));
     }
-    match block.cas(args.offset, &expected, &data)? {
+    match block.cas(args.from.offset, &expected, &data)? {
         Ok(_) => report(&at, &block, "swapped", output),
         Err(current) => {
-            let hex: String = current.iter().map(|b| format!("{b:02x}")).collect();
+            let digits = hex(&current);
             if output.json {
-                output.value(&json!({"swapped": false, "current": hex}))?;
+                output.value(&json!({"swapped": false, "current": digits}))?;
             } else {
                 output.note("other bytes are there; nothing was written");
                 for (n, line) in current.chunks(16).take(SHOWN_BYTES / 16).enumerate() {
-                    output.line(hex_line(args.offset + 16 * n as u64, line))?;
+                    output.line(hex_line(args.from.offset + 16 * n as u64, line))?;
                 }
             }
             Ok(Exit::Unhealthy)
@@ -434,7 +432,7 @@ fn watch(args: &BlockWatchArgs, output: &Output) -> Done {
         ));
     }
     let mut seen = 0;
-    while args.count.is_none_or(|count| seen < count) {
+    while args.limit.wants_more(seen) {
         let Some(version) = changes.next() else {
             return Err(Failure::new(
                 Exit::Failure,
@@ -448,46 +446,6 @@ fn watch(args: &BlockWatchArgs, output: &Output) -> Done {
         }
     }
     Ok(Exit::Ok)
-}
-
-fn lock(args: &BlockLockArgs) -> Done {
-    let at = At::once(&args.at, &args.reach)?;
-    let block = match args.shared {
-        true => at.name().attach()?,
-        false => at.name().attach_writable()?,
-    };
-    let mode = match args.shared {
-        true => LockMode::Shared,
-        false => LockMode::Exclusive,
-    };
-    let held = block.lock(mode, args.wait)?;
-    let (program, arguments) = args
-        .command
-        .split_first()
-        .ok_or_else(|| Failure::usage("no command is given"))?;
-    let ran = Command::new(program)
-        .args(arguments)
-        .env("LATZERO_BLOCK", format!("{}/{}", block.pool(), at.id))
-        .env("LATZERO_FENCE", held.fence().to_string())
-        .status();
-    let status = ran.map_err(|error| {
-        Failure::new(
-            Exit::Failure,
-            format!("'{}' can't be run: {error}", program.display()),
-        )
-    })?;
-    held.unlock()?;
-    match status.code() {
-        Some(0) => Ok(Exit::Ok),
-        Some(code) => {
-            // The command's own exit code, which the table of this program does not know.
-            std::process::exit(code)
-        }
-        None => Err(Failure::new(
-            Exit::Failure,
-            format!("'{}' was ended by a signal", program.display()),
-        )),
-    }
 }
 
 fn resize(args: &BlockResizeArgs, output: &Output) -> Done {
@@ -506,208 +464,6 @@ fn remove(args: &BlockOne, output: &Output) -> Done {
         output.line(format_args!("removed {}", at.id))?;
     }
     Ok(Exit::Ok)
-}
-
-/// Progress of much that is moved.
-struct Progress<'a> {
-    output: &'a Output,
-    what: &'static str,
-    total: u64,
-    since: Instant,
-}
-
-impl Progress<'_> {
-    fn show(&self, done: u64) {
-        const CELLS: u64 = 30;
-        let full = done * CELLS / self.total.max(1);
-        let bar: String = (0..CELLS)
-            .map(|n| if n < full { '█' } else { '░' })
-            .collect();
-        let rate = done as f64 / self.since.elapsed().as_secs_f64().max(1e-9);
-        self.output.progress(format_args!(
-            "{} {bar} {:3} %  {} of {}  {}/s",
-            self.what,
-            done * 100 / self.total.max(1),
-            bytes(done),
-            bytes(self.total),
-            bytes(rate as u64)
-        ));
-    }
-}
-
-impl Drop for Progress<'_> {
-    fn drop(&mut self) {
-        self.output.progress_done();
-    }
-}
-
-fn is_npy(file: &Path) -> bool {
-    file.extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("npy"))
-}
-
-fn file_failure(file: &Path, what: &str, error: &std::io::Error) -> Failure {
-    Failure::new(
-        Exit::Failure,
-        format!("the file '{}' cannot be {what}: {error}", file.display()),
-    )
-}
-
-fn dump(args: &BlockFileArgs, output: &Output) -> Done {
-    let at = At::once(&args.at, &args.reach)?;
-    let block = at.name().attach()?;
-    let header = if is_npy(&args.file) {
-        npy_header(&block)?
-    } else {
-        Vec::new()
-    };
-    if args.file.as_os_str() == "-" {
-        output.bytes(&block.read()?.0)?;
-        return Ok(Exit::Ok);
-    }
-    // Beside the file and renamed in the end, so that a half-written one never has its name.
-    let mut name = args.file.file_name().unwrap_or_default().to_owned();
-    name.push(".part");
-    let part = args.file.with_file_name(name);
-    let written = write_out(&block, &header, &part, output);
-    let version = match written {
-        Ok(version) => version,
-        Err(failure) => {
-            let _ = std::fs::remove_file(&part);
-            return Err(failure);
-        }
-    };
-    std::fs::rename(&part, &args.file).map_err(|e| file_failure(&args.file, "written", &e))?;
-    if output.json {
-        output.value(&json!({"file": args.file, "version": version, "bytes": block.size()}))?;
-    } else if output.is_terminal {
-        output.line(format_args!(
-            "wrote {} of {}/{} (version {version}) to {}",
-            bytes(block.size()),
-            block.pool(),
-            at.id,
-            args.file.display()
-        ))?;
-    }
-    Ok(Exit::Ok)
-}
-
-fn npy_header(block: &Block) -> Result<Vec<u8>, Failure> {
-    let Some(layout) = block.layout() else {
-        // Without a layout it is bytes.
-        let array = Array {
-            dtype: "|u1".into(),
-            shape: vec![block.size()],
-        };
-        return Ok(array.header());
-    };
-    let shape = layout["shape"].as_array().into_iter().flatten();
-    let array = Array {
-        dtype: layout["dtype"].as_str().unwrap_or("|u1").to_owned(),
-        shape: shape.filter_map(Value::as_u64).collect(),
-    };
-    Ok(array.header())
-}
-
-/// Writes one version of a block into a file.
-fn write_out(block: &Block, header: &[u8], part: &Path, output: &Output) -> Result<u64, Failure> {
-    let failed = |error: std::io::Error| file_failure(part, "written", &error);
-    let size = match block.layout().filter(|_| !header.is_empty()) {
-        Some(_) => layout_bytes(block),
-        None => block.size(),
-    };
-    for _ in 0..DUMPS_MAX {
-        let mut file = File::create(part).map_err(failed)?;
-        file.write_all(header).map_err(failed)?;
-        let progress = Progress {
-            output,
-            what: "dumping",
-            total: size,
-            since: Instant::now(),
-        };
-        let mut piece = vec![0; PIECE_BYTES];
-        let (mut done, mut first) = (0, None);
-        while done < size {
-            let n = usize::try_from(size - done).map_or(PIECE_BYTES, |left| left.min(PIECE_BYTES));
-            let version = block.read_into(done, &mut piece[..n])?;
-            if *first.get_or_insert(version) != version {
-                break;
-            }
-            file.write_all(&piece[..n]).map_err(failed)?;
-            done += n as u64;
-            progress.show(done);
-        }
-        if done == size {
-            file.flush().map_err(failed)?;
-            return Ok(first.unwrap_or(0));
-        }
-    }
-    // Written all the time: at once, then, whatever memory it takes.
-    let (all, version) = block.read()?;
-    let mut file = File::create(part).map_err(failed)?;
-    file.write_all(header).map_err(failed)?;
-    let size = usize::try_from(size).map_or(all.len(), |size| size.min(all.len()));
-    file.write_all(&all[..size]).map_err(failed)?;
-    Ok(version)
-}
-
-/// Bytes of a block's array; the block may be larger.
-fn layout_bytes(block: &Block) -> u64 {
-    let Some(layout) = block.layout() else {
-        return block.size();
-    };
-    let shape = layout["shape"].as_array().into_iter().flatten();
-    let array = Array {
-        dtype: layout["dtype"].as_str().unwrap_or("|u1").to_owned(),
-        shape: shape.filter_map(Value::as_u64).collect(),
-    };
-    array_bytes(&array).map_or(block.size(), |bytes| bytes.min(block.size()))
-}
-
-fn load(args: &BlockLoadArgs, output: &Output) -> Done {
-    let mut file = File::open(&args.file).map_err(|e| file_failure(&args.file, "read", &e))?;
-    let array = if is_npy(&args.file) {
-        let array = Array::read(&mut file).map_err(|why| {
-            Failure::usage(format!("'{}' can't be loaded: {why}", args.file.display()))
-        })?;
-        Some(array)
-    } else {
-        None
-    };
-    let size = match &array {
-        Some(array) => array_bytes(array)?,
-        None => file
-            .metadata()
-            .map_err(|e| file_failure(&args.file, "read", &e))?
-            .len(),
-    };
-    let at = At::to_make(&args.at, &args.reach)?;
-    let block = make(&at, size, array.as_ref(), &args.kind, true)?;
-    let mut draft = block.write(LOCK_TIME)?;
-    let progress = Progress {
-        output,
-        what: "loading",
-        total: size,
-        since: Instant::now(),
-    };
-    let mut piece = vec![0; PIECE_BYTES];
-    let mut done = 0;
-    while done < size {
-        let n = usize::try_from(size - done).map_or(PIECE_BYTES, |left| left.min(PIECE_BYTES));
-        let step = file
-            .read_exact(&mut piece[..n])
-            .map_err(|e| file_failure(&args.file, "read", &e))
-            .and_then(|()| Ok(draft.write(done, &piece[..n])?));
-        if let Err(failure) = step {
-            draft.abandon();
-            return Err(failure);
-        }
-        done += n as u64;
-        progress.show(done);
-    }
-    draft.commit()?;
-    drop(progress);
-    report(&at, &block, "loaded", output)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::future::{Future as _, poll_fn};
 use std::pin::Pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use latzero::blocking::Call;
 use latzero::{ItemOrProgress, Parked, Reply};
@@ -12,33 +12,33 @@ use serde_json::value::RawValue;
 use crate::args::CallArgs;
 use crate::executor::block_on;
 use crate::exit::{Done, Exit, Failure};
-use crate::output::{Output, bytes};
-use crate::parse::{Target, payload};
+use crate::output::{Output, bytes, compact, hex};
+use crate::parse::Target;
 use crate::reach::{Reached, Wish};
 
 use super::answers;
 use super::trigger::{enter, enter_or_make, explain};
 
-/// How long an answer may take, unless told otherwise.
+/// How long an answer may take by default.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a call stays parked, unless told otherwise.
+/// How long a call stays parked by default.
 const TTL: Duration = Duration::from_secs(24 * 3600);
 
-/// Gives a call what was typed for it, the blocking one or the other.
-macro_rules! dressed {
+/// Adds the flags to a call, a blocking one or an async one.
+macro_rules! with_flags {
     ($call:expr, $args:expr, $pool:expr) => {{
         let (mut call, args) = ($call, $args);
         if let Some(pool) = $pool {
             call = call.pool(pool);
         }
-        if let Some(app) = &args.to {
+        if let Some(app) = &args.delivery.to {
             call = call.to(app);
         }
-        if let Some(key) = &args.key {
+        if let Some(key) = &args.delivery.key {
             call = call.key(key);
         }
-        for (name, value) in &args.header {
+        for (name, value) in &args.delivery.header {
             call = call.header(name, value);
         }
         if args.redeliver {
@@ -55,12 +55,14 @@ macro_rules! dressed {
 }
 
 pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
-    let target = Target::parse(&args.target, args.pool.as_deref())?;
-    let data = payload(args.data.as_deref())?;
+    let target: Target = args.target.parse()?;
+    let data = args.payload.read()?;
+    let timeout = args.timeout.unwrap_or(TIMEOUT);
+    let started = Instant::now();
     let mut wish = match args.park {
-        // Who waits for a parked call does so across a restart of the server.
+        // A restart of the server does not end the wait for a parked call.
         true => Wish::lasting("call"),
-        false => Wish::once("call"),
+        false => Wish::once("call").within(timeout),
     };
     let key = args.idempotency_key.as_deref();
     if args.park || key.is_some() {
@@ -68,7 +70,7 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
     }
     let reached = args.reach.connect(&wish)?;
     let pool = match args.park {
-        // Whoever is to handle it may not have been there yet.
+        // Its handler may never have been there yet.
         true => enter_or_make(&reached, &args.reach, &target)?,
         false => enter(&reached, &args.reach, &target)?,
     };
@@ -77,14 +79,14 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
             &reached,
             &target,
             pool.as_deref(),
-            args.to.as_deref(),
+            args.delivery.to.as_deref(),
             error,
         )
     };
     if args.park {
         let call = reached.app.as_async().call(&target.trigger, &data);
         let call = call.timeout(args.ttl.or(args.timeout).unwrap_or(TTL));
-        let parking = dressed!(call, args, &pool).send_parked();
+        let parking = with_flags!(call, args, &pool).send_parked();
         let parked = block_on(parking).map_err(explained)?;
         return match args.no_wait {
             true => leave(parked, &reached, args, output),
@@ -96,8 +98,9 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
         };
     }
     let call = reached.app.call(&target.trigger, &data);
-    let call = call.timeout(args.timeout.unwrap_or(TIMEOUT));
-    let call = dressed!(call, args, &pool);
+    let left = timeout.saturating_sub(started.elapsed());
+    let call = call.timeout(left.max(Duration::from_millis(1)));
+    let call = with_flags!(call, args, &pool);
     match args.stream {
         true => stream(call, args, output, explained),
         false => {
@@ -108,23 +111,25 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
     }
 }
 
-/// Waits for the answer of a parked call, and says so where somebody looks on.
+/// Waits for the answer of a parked call, and says so on a terminal.
 fn wait(parked: Parked, reached: &Reached, output: &Output) -> Result<Reply, latzero::Error> {
     let (id, app_id) = (parked.id().to_owned(), reached.app.app_id().to_owned());
     let mut reply = parked.reply();
-    let mut is_told = !output.shows_progress();
+    let mut is_announced = !output.shows_progress();
     block_on(poll_fn(|cx| {
         let polled = Pin::new(&mut reply).poll(cx);
-        if polled.is_pending() && !std::mem::replace(&mut is_told, true) {
+        if polled.is_pending() && !std::mem::replace(&mut is_announced, true) {
             output.note(format_args!(
-                "parked as {id}; waiting … Ctrl-C leaves it: `latzero answers --app {app_id}` has the answer later"
+                "parked as {id}; waiting … Ctrl-C leaves it parked: \
+                 `latzero answers --app {app_id}` prints the answer later"
             ));
         }
         polled
     }))
 }
 
-/// Leaves a parked call to itself. An answer that is there already is printed all the same: nobody would get it later.
+/// Returns without waiting for a parked call. If its answer is there already, it is printed: nobody
+/// would get it later.
 fn leave(parked: Parked, reached: &Reached, args: &CallArgs, output: &Output) -> Done {
     let id = parked.id().to_owned();
     drop(parked);
@@ -149,7 +154,7 @@ fn leave(parked: Parked, reached: &Reached, args: &CallArgs, output: &Output) ->
     output.facts(&[("parked", (&id).into()), ("app", app_id.into())])?;
     if output.is_for_people() {
         output.note(format_args!(
-            "`latzero answers --app {app_id}` has the answer later"
+            "`latzero answers --app {app_id}` prints the answer later"
         ));
     }
     Ok(Exit::Ok)
@@ -168,6 +173,9 @@ fn stream(
                 output.progress_done();
                 item_line(item.get(), args, output)?;
             }
+            Ok(ItemOrProgress::Progress(report)) if output.json => {
+                output.json_line(&format!("{{\"progress\":{report}}}"))?;
+            }
             Ok(ItemOrProgress::Progress(report)) if output.shows_progress() => {
                 output.progress(format_args!("progress: {report}"));
             }
@@ -179,30 +187,33 @@ fn stream(
         }
     }
     output.progress_done();
-    // What the handler answers behind the last item is often nothing; where it is something, it is the last line.
-    if let Some(end) = stream
-        .end()
-        .and_then(Reply::json)
-        .filter(|end| *end != "null")
-    {
-        item_line(end, args, output)?;
+    // The final answer is no item.
+    let end = stream.end().and_then(Reply::json).unwrap_or("null");
+    if output.json {
+        output.json_line(&format!("{{\"end\":{end}}}"))?;
+    } else if end != "null" {
+        output.note(format_args!("end: {}", compact(end)));
     }
     Ok(Exit::Ok)
 }
 
 fn item_line(json: &str, args: &CallArgs, output: &Output) -> std::io::Result<()> {
     match text_of(json).filter(|_| args.raw) {
-        Some(text) => output.line(text),
+        Some(text) => output.raw_line(text),
+        None if output.json => output.json_line(&format!("{{\"item\":{json}}}")),
         None => output.json_line(json),
     }
 }
 
 fn print(reply: &Reply, args: &CallArgs, output: &Output) -> Result<(), Failure> {
     if let Some(raw) = reply.bytes() {
+        if output.json {
+            return Ok(output.value(&json!({"hex": hex(raw)}))?);
+        }
         if output.is_terminal && !args.raw {
             let size = bytes(raw.len() as u64);
             output.note(format_args!(
-                "the answer is {size} of raw bytes; --raw prints them, > FILE keeps them"
+                "the answer is {size} of raw bytes; print them with --raw, or redirect stdout to a file"
             ));
             return Ok(());
         }
@@ -210,7 +221,7 @@ fn print(reply: &Reply, args: &CallArgs, output: &Output) -> Result<(), Failure>
     }
     let json = reply.json().unwrap_or("null");
     match text_of(json).filter(|_| args.raw) {
-        Some(text) => output.line(text)?,
+        Some(text) => output.raw_line(text)?,
         None => output.json_text(json)?,
     }
     Ok(())

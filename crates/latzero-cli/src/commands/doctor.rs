@@ -6,7 +6,7 @@ use latzero_server::startup::lock;
 use latzero_server::upkeep::{self, Look};
 use serde_json::json;
 
-use crate::args::DoctorArgs;
+use crate::args::SettingsArgs;
 use crate::exit::{Done, Exit};
 use crate::output::{Output, Tone, toned};
 use crate::parse::shell;
@@ -14,10 +14,10 @@ use crate::reach::{Reach, Wish};
 
 use super::store::{made, sentences};
 
-pub(crate) fn run(args: &DoctorArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &SettingsArgs, output: &Output) -> Done {
     let environment = Environment::of_process();
-    let overrides = args.settings.overrides();
-    let resolved = load(&environment, &overrides, args.settings.config.as_deref());
+    let overrides = args.overrides();
+    let resolved = load(&environment, &overrides, args.config.as_deref());
     let mut findings = doctor::examine(&resolved, &environment);
     if let Ok(resolved) = &resolved {
         findings.extend(store(&resolved.settings));

@@ -5,30 +5,29 @@ use serde_json::json;
 use crate::args::EmitArgs;
 use crate::exit::{Done, Exit};
 use crate::output::{Output, count};
-use crate::parse::{Target, payload};
 use crate::reach::Wish;
 
 use super::trigger::{enter, explain};
 
 pub(crate) fn run(args: &EmitArgs, output: &Output) -> Done {
-    let target = Target::parse(&args.target, args.pool.as_deref())?;
-    let data = payload(args.data.as_deref())?;
+    let target = args.target.parse()?;
+    let data = args.payload.read()?;
     let reached = args.reach.connect(&Wish::once("emit"))?;
     let pool = enter(&reached, &args.reach, &target)?;
     let mut emit = reached.app.emit(&target.trigger, &data);
     if let Some(pool) = &pool {
         emit = emit.pool(pool);
     }
-    if let Some(app) = &args.to {
+    if let Some(app) = &args.delivery.to {
         emit = emit.to(app);
     }
     if args.one {
         emit = emit.one();
     }
-    if let Some(key) = &args.key {
+    if let Some(key) = &args.delivery.key {
         emit = emit.key(key);
     }
-    for (name, value) in &args.header {
+    for (name, value) in &args.delivery.header {
         emit = emit.header(name, value);
     }
     let delivered = emit.counted().map_err(|error| {
@@ -36,7 +35,7 @@ pub(crate) fn run(args: &EmitArgs, output: &Output) -> Done {
             &reached,
             &target,
             pool.as_deref(),
-            args.to.as_deref(),
+            args.delivery.to.as_deref(),
             error,
         )
     })?;

@@ -2,15 +2,14 @@
 
 use serde_json::{Value, json};
 
-use crate::args::HealthArgs;
 use crate::exit::{Done, Exit};
 use crate::output::{Output, Tone, toned};
-use crate::reach::Wish;
+use crate::reach::{Reach, Wish};
 
 use super::store::{further_losses, losses, sentences};
 
-pub(crate) fn run(args: &HealthArgs, output: &Output) -> Done {
-    let reached = args.reach.connect(&Wish::once("health"))?;
+pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
+    let reached = reach.connect(&Wish::once("health"))?;
     let health = reached.app.request(&json!({"action": "health"}))?;
     let exit = match health["status"] == "ok" {
         true => Exit::Ok,

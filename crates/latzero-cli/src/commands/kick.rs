@@ -1,11 +1,12 @@
 //! `kick`: closes the connections of an app.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::KickArgs;
-use crate::exit::{Done, Exit};
+use crate::exit::{Done, Exit, Failure};
+use crate::names::{did_you_mean, nearest};
 use crate::output::{Output, count};
-use crate::reach::Wish;
+use crate::reach::{Listed, Reached, Wish, list};
 
 pub(crate) fn run(args: &KickArgs, output: &Output) -> Done {
     let reached = args.reach.connect(&Wish::once("kick"))?;
@@ -14,6 +15,9 @@ pub(crate) fn run(args: &KickArgs, output: &Output) -> Done {
         request["instance"] = json!(instance);
     }
     let done = reached.administer(&request)?;
+    if done["kicked"] == 0 {
+        return Err(none_found(args, &reached));
+    }
     match output.json {
         true => output.value(&done)?,
         false => {
@@ -26,4 +30,22 @@ pub(crate) fn run(args: &KickArgs, output: &Output) -> Done {
         }
     }
     Ok(Exit::Ok)
+}
+
+fn none_found(args: &KickArgs, reached: &Reached) -> Failure {
+    let text = match &args.instance {
+        Some(instance) => format!("app '{}' has no instance {instance}", args.kicked),
+        None => format!("app '{}' is not connected", args.kicked),
+    };
+    // Without the list there is no suggestion, and the error is reported all the same.
+    let apps = list(&reached.app, &json!({"action": "app_list"}), Listed::Apps);
+    let apps = apps.unwrap_or_default();
+    let live = apps.iter().filter(|app| app["live"] == true);
+    let names = live.filter_map(|app| app["app_id"].as_str());
+    let names: Vec<&str> = names.filter(|name| *name != args.kicked).collect();
+    let near = did_you_mean(&nearest(&args.kicked, names));
+    let help = near.unwrap_or_else(|| "`latzero apps --live` lists the connected apps".to_owned());
+    let mut failure = Failure::new(Exit::Answered, &text).with_help(help);
+    failure.wire = Some::<Value>(json!({"code": "no_app", "message": text}));
+    failure
 }

@@ -1,4 +1,4 @@
-//! What each command does, one file each.
+//! The commands, one file each.
 
 pub(crate) mod answers;
 pub(crate) mod apps;
@@ -13,12 +13,14 @@ pub(crate) mod doctor;
 pub(crate) mod emit;
 pub(crate) mod health;
 pub(crate) mod kick;
+pub(crate) mod logs;
 pub(crate) mod on;
 pub(crate) mod ping;
 pub(crate) mod pools;
 pub(crate) mod reload;
 pub(crate) mod restore;
 pub(crate) mod serve;
+pub(crate) mod service;
 pub(crate) mod start;
 pub(crate) mod stats;
 pub(crate) mod status;

@@ -1,39 +1,60 @@
-//! `on`: prints events as they come, one JSON line each.
+//! `on`: prints events as they arrive, one JSON line each.
 
 use std::future::poll_fn;
-use std::task::Poll;
+use std::io::Write as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::thread;
 
 use latzero::{Emission, Events};
 use serde_json::{Map, Value, json};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::args::OnArgs;
 use crate::executor::block_on;
-use crate::exit::{Done, Exit};
-use crate::output::{Output, compact};
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Output, compact, count};
 use crate::parse::Target;
 use crate::reach::Wish;
 
 use super::trigger::POOL_DEFAULT;
 use super::watch::over;
 
+/// Events of one trigger.
+struct Listening {
+    target: Target,
+    events: Events<Emission>,
+}
+
+/// What [`next`] found.
+enum Next {
+    Event(Emission),
+    /// So many events of a trigger were dropped, and none follows that would say so.
+    Lost(Target, u64),
+    /// The connection is over.
+    End,
+}
+
 pub(crate) fn run(args: &OnArgs, output: &Output) -> Done {
     let names_pools = args.reach.names_pools();
     let mut wish = Wish::lasting("on");
-    let mut targets = Vec::new();
-    for target in &args.targets {
-        let mut target = Target::parse(target, args.pool.as_deref())?;
+    let mut targets = args.targets.parse()?;
+    for target in &mut targets {
         if target.pool.is_none() && !names_pools {
             target.pool = Some(POOL_DEFAULT.to_owned());
         }
         wish = wish.in_pool(target.pool.as_deref());
-        targets.push(target);
     }
     let reached = args.reach.connect(&wish)?;
-    let mut listening: Vec<(Target, Events<Emission>)> = Vec::new();
+    let mut listening = Vec::new();
     for target in targets {
         let events = block_on(reached.app.as_async().on(&target.trigger))?;
-        listening.push((target, events));
+        listening.push(Listening { target, events });
     }
+    // Shared with the thread that reports losses when a signal ends the command.
+    let listening = Arc::new(Mutex::new(listening));
+    report_at_signal(&listening)?;
     if output.is_for_people() {
         output.note(format_args!(
             "listening at {}; Ctrl-C ends it",
@@ -41,37 +62,95 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> Done {
         ));
     }
     let mut seen = 0;
-    while args.count.is_none_or(|count| seen < count) {
-        let Some(emission) = block_on(next(&mut listening)) else {
-            return Err(over());
-        };
-        seen += 1;
-        output.line(line(&emission))?;
+    while args.limit.wants_more(seen) {
+        match block_on(next(&listening)) {
+            Next::Event(emission) => {
+                seen += 1;
+                output.json_line(&line(&emission))?;
+            }
+            Next::Lost(target, lost) => {
+                let lost = json!({"trigger": target.trigger, "pool": target.pool, "lost": lost});
+                output.json_line(&lost.to_string())?;
+            }
+            Next::End => return Err(over()),
+        }
     }
+    report_lost(&mut lock(&listening), Waiting::AreDropped);
     Ok(Exit::Ok)
 }
 
-/// The next event of any; none once the connection is over.
-async fn next(listening: &mut [(Target, Events<Emission>)]) -> Option<Emission> {
+fn lock(listening: &Mutex<Vec<Listening>>) -> MutexGuard<'_, Vec<Listening>> {
+    listening.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The next event of any, or what was lost behind the last one.
+async fn next(listening: &Mutex<Vec<Listening>>) -> Next {
     poll_fn(|cx| {
-        for (target, events) in listening.iter_mut() {
+        for Listening { target, events } in lock(listening).iter_mut() {
             while let Poll::Ready(emission) = events.poll_next_event(cx) {
-                // The app hears the name in every pool that it is in, and it may be in more than this one's.
-                let is_meant = |emission: &Emission| {
-                    target
-                        .pool
-                        .as_deref()
-                        .is_none_or(|pool| pool == emission.pool())
+                let Some(emission) = emission else {
+                    return Poll::Ready(Next::End);
                 };
-                match emission {
-                    Some(emission) if !is_meant(&emission) => {}
-                    ended_or_meant => return Poll::Ready(ended_or_meant),
+                // The app hears the name in every pool that it is in, also in those of other targets.
+                let pool = target.pool.as_deref();
+                if pool.is_none_or(|pool| pool == emission.pool()) {
+                    return Poll::Ready(Next::Event(emission));
                 }
+            }
+            let lost = events.take_lost();
+            if lost > 0 {
+                return Poll::Ready(Next::Lost(target.clone(), lost));
             }
         }
         Poll::Pending
     })
     .await
+}
+
+/// What happens to events that arrived and were not printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waiting {
+    /// They were not asked for.
+    AreDropped,
+    /// They count as lost.
+    AreLost,
+}
+
+/// Says on stderr what was lost and not reported yet.
+fn report_lost(listening: &mut [Listening], waiting: Waiting) {
+    for Listening { target, events } in listening {
+        let mut lost = 0;
+        let cx = &mut Context::from_waker(Waker::noop());
+        while let Poll::Ready(Some(emission)) = events.poll_next_event(cx) {
+            lost += emission.lost() + u64::from(waiting == Waiting::AreLost);
+        }
+        lost += events.take_lost();
+        if lost > 0 {
+            // Nobody misses a note when stderr is closed.
+            let lost = count(lost, "event");
+            let _ = writeln!(std::io::stderr(), "lost {lost} of {}", target.trigger);
+        }
+    }
+}
+
+/// Starts a thread that ends the command at a signal, after a report of what was lost.
+fn report_at_signal(listening: &Arc<Mutex<Vec<Listening>>>) -> Result<(), Failure> {
+    let failed = |error| {
+        Failure::new(
+            Exit::Failure,
+            format!("signals cannot be received: {error}"),
+        )
+    };
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+    let listening = Arc::clone(listening);
+    let report = move || {
+        if let Some(signal) = signals.forever().next() {
+            report_lost(&mut lock(&listening), Waiting::AreLost);
+            std::process::exit(128 + signal);
+        }
+    };
+    let spawned = thread::Builder::new().name("signals".into()).spawn(report);
+    spawned.map(drop).map_err(failed)
 }
 
 fn line(emission: &Emission) -> String {
@@ -94,7 +173,7 @@ fn line(emission: &Emission) -> String {
     }
     let mut line = head.to_string();
     line.pop();
-    // The payload's own text: nothing of it is reordered or rounded.
+    // The payload's own text: its fields keep their order and its numbers their digits.
     let data = emission.json().map_or_else(|| "null".to_owned(), compact);
     line.push_str(&format!(",\"data\":{data}}}"));
     line

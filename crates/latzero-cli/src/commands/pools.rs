@@ -1,15 +1,28 @@
-//! `pools`: the pools there are.
+//! `pools`: lists, creates, shows and removes pools.
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
-use crate::args::PoolsArgs;
-use crate::exit::{Done, Exit};
-use crate::output::Output;
-use crate::reach::{Listed, Wish, list};
+use crate::args::{PoolArgs, PoolCreateArgs, PoolRemoveArgs, PoolsArgs, PoolsCommand};
+use crate::exit::{Done, Exit, Failure};
+use crate::names::{did_you_mean, nearest};
+use crate::output::{Cell, Output, Tone, toned};
+use crate::reach::{Listed, Reached, Wish, list};
+
+/// What a policy may say.
+const RIGHTS: [&str; 2] = ["join", "serve"];
 
 pub(crate) fn run(args: &PoolsArgs, output: &Output) -> Done {
+    match &args.command {
+        None => list_all(args, output),
+        Some(PoolsCommand::Create(args)) => create(args, output),
+        Some(PoolsCommand::Info(args)) => info(args, output),
+        Some(PoolsCommand::Remove(args)) => remove(args, output),
+    }
+}
+
+fn list_all(args: &PoolsArgs, output: &Output) -> Done {
     let reached = args.reach.connect(&Wish::once("pools"))?;
-    let pools = list(&reached.app, &json!({"action": "pool_list"}), Listed::Pools)?;
+    let pools = all(&reached)?;
     if output.json {
         output.value(&json!({"pools": pools}))?;
         return Ok(Exit::Ok);
@@ -28,4 +41,139 @@ pub(crate) fn run(args: &PoolsArgs, output: &Output) -> Done {
         .collect();
     output.table(&["POOL", "MEMBERS", "KIND", "OWNER"], &rows)?;
     Ok(Exit::Ok)
+}
+
+fn all(reached: &Reached) -> Result<Vec<Value>, latzero::Error> {
+    list(&reached.app, &json!({"action": "pool_list"}), Listed::Pools)
+}
+
+fn create(args: &PoolCreateArgs, output: &Output) -> Done {
+    let mut request = json!({"action": "pool_create", "pool": args.pool.pool});
+    if args.durable {
+        request["durable"] = true.into();
+    }
+    if let Some(policy) = policy(&args.policy)? {
+        request["policy"] = policy;
+    }
+    if !args.property.is_empty() {
+        let property = |(name, value): &(String, String)| (name.clone(), json!(value));
+        request["properties"] = args
+            .property
+            .iter()
+            .map(property)
+            .collect::<Map<_, _>>()
+            .into();
+    }
+    let reached = args.pool.reach.connect(&Wish::once("pools create"))?;
+    let pool = reached.app.request(&request)?;
+    match output.json {
+        true => output.value(&pool)?,
+        false => output.line(format_args!("created pool {}", args.pool.pool))?,
+    }
+    Ok(Exit::Ok)
+}
+
+fn policy(rights: &[(String, String)]) -> Result<Option<Value>, Failure> {
+    let mut policy: Map<String, Value> = Map::new();
+    for (right, apps) in rights {
+        if !RIGHTS.contains(&right.as_str()) {
+            let text = format!("there is no right '{right}' in a policy");
+            return Err(Failure::usage(text).with_help("write join=APP,… or serve=APP,…"));
+        }
+        let apps = apps
+            .split(',')
+            .filter(|app| !app.is_empty())
+            .map(Value::from);
+        let entry = policy.entry(right.clone()).or_insert_with(|| json!([]));
+        entry
+            .as_array_mut()
+            .into_iter()
+            .for_each(|all| all.extend(apps.clone()));
+    }
+    Ok((!policy.is_empty()).then(|| policy.into()))
+}
+
+fn info(args: &PoolArgs, output: &Output) -> Done {
+    let reached = args.reach.connect(&Wish::once("pools info"))?;
+    let request = json!({"action": "pool_info", "pool": args.pool});
+    let pool = reached.app.request(&request);
+    let pool = pool.map_err(|error| with_suggestion(error.into(), &args.pool, &reached))?;
+    if output.json {
+        output.value(&pool)?;
+        return Ok(Exit::Ok);
+    }
+    let mut facts: Vec<(&str, Cell)> = vec![("pool", toned(&args.pool, Tone::Strong))];
+    for name in ["owner", "kind", "members", "durable"] {
+        if let Some(value) = pool.get(name) {
+            facts.push((name, plain(value).into()));
+        }
+    }
+    for (right, apps) in pool["policy"].as_object().into_iter().flatten() {
+        facts.push(("policy", format!("{right}: {}", plain(apps)).into()));
+    }
+    for (name, value) in pool["properties"].as_object().into_iter().flatten() {
+        facts.push(("property", format!("{name}: {}", plain(value)).into()));
+    }
+    for trigger in pool["triggers"].as_array().into_iter().flatten() {
+        let handlers = trigger["handlers_total"].as_u64().unwrap_or(0);
+        let name = trigger["name"].as_str().unwrap_or("-");
+        facts.push(("trigger", format!("{name}, handlers: {handlers}").into()));
+    }
+    output.facts(&facts)?;
+    Ok(Exit::Ok)
+}
+
+/// A value without the marks of JSON, where it needs none.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}
+
+fn remove(args: &PoolRemoveArgs, output: &Output) -> Done {
+    let name = &args.pool.pool;
+    let reached = args.pool.reach.connect(&Wish::once("pools remove"))?;
+    let mut request = json!({"action": "pool_remove", "pool": name});
+    if args.force {
+        request["force"] = true.into();
+    }
+    let removed = reached.administer(&request);
+    removed.map_err(|failure| with_suggestion(failure, name, &reached))?;
+    match output.json {
+        true => output.value(&json!({"removed": name}))?,
+        false => output.line(format_args!("removed pool {name}"))?,
+    }
+    Ok(Exit::Ok)
+}
+
+fn with_suggestion(mut failure: Failure, name: &str, reached: &Reached) -> Failure {
+    let code = failure.wire.as_ref().and_then(|wire| wire["code"].as_str());
+    if code == Some("no_pool") {
+        // Without the list there is no suggestion, and the error is reported all the same.
+        let pools = all(reached).unwrap_or_default();
+        let known = pools.iter().filter_map(|pool| pool["pool"].as_str());
+        if let Some(hint) = did_you_mean(&nearest(name, known)) {
+            failure.help = Some(hint);
+        }
+    }
+    failure
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_are_read() {
+        let read = |rights: &[(&str, &str)]| {
+            let rights: Vec<_> = rights.iter().map(|&(a, b)| (a.into(), b.into())).collect();
+            policy(&rights)
+        };
+        assert_eq!(read(&[]).unwrap(), None);
+        let both = read(&[("join", "a,b"), ("serve", "a"), ("join", "c")]).unwrap();
+        assert_eq!(both, Some(json!({"join": ["a", "b", "c"], "serve": ["a"]})));
+        assert_eq!(read(&[("rule", "a")]).unwrap_err().exit, Exit::Usage);
+    }
 }

@@ -2,13 +2,12 @@
 
 use serde_json::{Value, json};
 
-use crate::args::ReloadArgs;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, Tone, toned};
-use crate::reach::Wish;
+use crate::reach::{Reach, Wish};
 
-pub(crate) fn run(args: &ReloadArgs, output: &Output) -> Done {
-    let reached = args.reach.connect(&Wish::once("reload"))?;
+pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
+    let reached = reach.connect(&Wish::once("reload"))?;
     let done = match reached.administer(&json!({"action": "reload"})) {
         Ok(done) => done,
         // The settings are wrong, not the message.

@@ -1,8 +1,8 @@
 //! `serve`: makes any program a handler.
 //!
-//! Calls wait in a bounded queue; a few threads take them, each running one program at a time. Whoever waits for an
-//! answer owns its program: where the caller gives up or the time is over, the client drops the future that waits, and
-//! that ends the program.
+//! Calls wait in a bounded queue; a few threads take them, each running one program at a time. The
+//! future that waits for an answer owns its program: when the caller gives up or its time is over,
+//! the client drops the future, and that ends the program.
 
 mod program;
 mod queue;
@@ -18,24 +18,23 @@ use signal_hook::iterator::Signals;
 use crate::args::ServeArgs;
 use crate::executor::block_on;
 use crate::exit::{Done, Exit, Failure};
-use crate::output::Output;
-use crate::parse::{Target, shell};
-use crate::reach::{Leaves, Wish};
+use crate::launch;
+use crate::output::{Output, count};
+use crate::parse::Target;
+use crate::reach::Wish;
 
 use self::program::Recipe;
-use self::queue::{QUEUED_MAX, Queue};
+use self::queue::Queue;
 use super::trigger::POOL_DEFAULT;
 use super::watch::over;
 
 pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     let names_pools = args.reach.names_pools();
+    launch::check(&args.command[0])?;
     let mut wish = Wish::lasting("serve");
-    // Parked calls wait for it, and others are told that it is offline.
-    wish.leaves = Leaves::Registration;
-    wish.app_id = Some(app_id(&args.command[0]));
-    let mut targets = Vec::new();
-    for target in &args.targets {
-        let mut target = Target::parse(target, args.pool.as_deref())?;
+    wish.app_id = Some(app_id(&args.command[0].to_string_lossy()));
+    let mut targets = args.targets.parse()?;
+    for target in &mut targets {
         if target.pool.is_none() && !names_pools {
             target.pool = Some(POOL_DEFAULT.to_owned());
         }
@@ -46,11 +45,10 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         {
             wish.pools.push(pool);
         }
-        targets.push(target);
     }
     if args.lines && targets.len() > 1 {
         return Err(Failure::usage(
-            "--lines takes one trigger: its program could not tell several apart",
+            "--lines takes one trigger: the program could not tell several apart",
         )
         .with_help("start one `latzero serve --lines` for each"));
     }
@@ -69,15 +67,21 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     })?;
     let recipe = Recipe {
         command: args.command,
+        environment: args.reach.environment(),
         lines: args.lines.then(|| targets[0].clone()),
+        stream: args.stream,
+        printed: args.output,
     };
     let queue = Queue::start(recipe, workers).map_err(|error| {
-        Failure::new(Exit::Failure, format!("no thread can be started: {error}"))
+        Failure::new(
+            Exit::Failure,
+            format!("the system starts no thread or process: {error}"),
+        )
     })?;
     // Ends when the connection is over for good; watching costs the server one event when an app comes or goes.
     let pool = reached.app.joined().into_iter().next();
     let mut events = match &pool {
-        Some(pool) => Some(reached.app.watch(pool)?),
+        Some(pool) => Some(block_on(reached.app.as_async().watch(pool))?),
         None => None,
     };
     for target in &targets {
@@ -87,8 +91,8 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
             .as_async()
             .handler(&target.trigger)
             .strategy(Strategy::LeastBusy)
-            // What waits here can go nowhere else any more, so the server is told when to look elsewhere.
-            .concurrency(u32::try_from(workers + QUEUED_MAX).unwrap_or(u32::MAX))
+            // A call that waits here cannot go to another handler that is idle.
+            .concurrency(u32::try_from(workers).unwrap_or(u32::MAX))
             .pools(target.pool.clone());
         if let Some(doc) = &args.doc {
             handler = handler.doc(doc);
@@ -110,12 +114,15 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         reached.app.app_id(),
         reached.place()
     ));
-    while events
-        .as_mut()
-        .and_then(latzero::blocking::Events::recv)
-        .is_some()
-    {}
+    // Not a blocking call of the client, which would read the socket here as well.
+    if let Some(events) = &mut events {
+        while block_on(events.next()).is_some() {}
+    }
     queue.end();
+    let dropped = queue.events_dropped();
+    if dropped > 0 {
+        output.note(format_args!("dropped {}", count(dropped, "event")));
+    }
     match asked.load(Ordering::Acquire) {
         0 => Err(over()),
         SIGINT => Ok(Exit::Interrupted),
@@ -182,7 +189,6 @@ fn app_id(command: &str) -> String {
 /// What a program's end says, for people.
 fn how_it_ended(command: &str, status: std::process::ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt as _;
-    let command = shell(command);
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("{command} ended with exit code {code}"),
         (None, Some(signal)) => format!("{command} was ended by signal {signal}"),

@@ -1,11 +1,17 @@
-//! `start`: the server, in this process, until a signal or `latzero stop` ends it.
+//! `start`: runs the server, in this process or in the background, until a signal or `latzero stop`
+//! ends it.
 
+use std::ffi::OsString;
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use latzero_server::settings::Environment;
+use latzero_server::settings::{Environment, load, unknown_variables};
+use latzero_server::startup::leftovers::Leftovers;
 use latzero_server::startup::private_umask;
 use latzero_server::{Origins, Server};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::StartArgs;
 use crate::exit::{Done, Exit, Failure};
@@ -14,6 +20,72 @@ use crate::parse::shell;
 use crate::reach::try_line;
 
 pub(crate) fn run(args: &StartArgs, output: &Output) -> Done {
+    if args.detach {
+        warn(&Environment::of_process(), output);
+        return detach(output);
+    }
+    if !args.background {
+        return serve(args, output);
+    }
+    // A session of its own: no terminal ends it. It leads no group yet, so this cannot fail.
+    let _ = rustix::process::setsid();
+    serve(args, output).or_else(|failure| {
+        // Whoever started it reads this, and prints it in its own form.
+        output.raw_line(failure.to_json())?;
+        Ok(failure.exit)
+    })
+}
+
+/// Says which variables look like settings and are none.
+fn warn(environment: &Environment, output: &Output) {
+    for warning in unknown_variables(environment) {
+        output.note(format_args!("warning: {warning}"));
+    }
+}
+
+/// Starts the server in a process of its own, and waits until it is ready or has failed.
+fn detach(output: &Output) -> Done {
+    let failed = |error| Failure::new(Exit::Failure, format!("no process can be started: {error}"));
+    let is_kept = |arg: &OsString| arg != "--detach";
+    let mut child = Command::new("/proc/self/exe")
+        .arg0(
+            std::env::args_os()
+                .next()
+                .unwrap_or_else(|| "latzero".into()),
+        )
+        .args(std::env::args_os().skip(1).filter(is_kept))
+        .arg("--background")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        // What it logs is in its log file.
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(failed)?;
+    let stdout = child.stdout.take().expect("it was asked for");
+    let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
+    let Some(first) = lines.next() else {
+        let ended = child.wait().map_err(failed)?;
+        let text = format!("the server ended before it was ready: {ended}");
+        return Err(
+            Failure::new(Exit::Failure, text).with_help("start it without --detach to see why")
+        );
+    };
+    if let Ok(error) = serde_json::from_str::<Value>(&first)
+        && let Some(failure) = Failure::of_json(&error)
+    {
+        let _ = child.wait();
+        return Err(failure);
+    }
+    output.line(first)?;
+    if !output.json
+        && let Some(second) = lines.next()
+    {
+        output.line(second)?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn serve(args: &StartArgs, output: &Output) -> Done {
     // The first step: from here on nothing is created that others could read.
     private_umask();
     let environment = Environment::of_process();
@@ -23,21 +95,35 @@ pub(crate) fn run(args: &StartArgs, output: &Output) -> Done {
         file: args.settings.config.clone(),
         takes_over: args.takeover,
     };
-    let server = Server::bind(origins)?;
+    if !args.background {
+        warn(&environment, output);
+    }
+    let settings = load(&environment, &origins.overrides, origins.file.as_deref());
+    let leftovers = settings.map(|resolved| Leftovers::before(&resolved.settings.data_dir));
+    let bound = Server::bind(origins);
+    if bound.is_err()
+        && let Ok(leftovers) = leftovers
+    {
+        leftovers.remove();
+    }
+    let server = bound?;
     let ready = Ready {
         addresses: server.addresses(),
         data_dir: server.data_dir(),
         program: program(),
         home: environment.var("HOME").map(PathBuf::from),
     };
-    // A server whose output nobody reads is a server all the same.
+    // The server runs on also if nobody reads its output.
     let _ = match output.json {
         true => output.line(ready.to_json()),
         false => output.line(ready.text()),
     };
     server.run().map_err(|error| {
-        Failure::new(Exit::Failure, format!("the server's loop failed: {error}"))
-            .with_help("its log says more; `latzero start --log-level debug` the most")
+        Failure::new(
+            Exit::Failure,
+            format!("the server's event loop failed: {error}"),
+        )
+        .with_help("see `latzero logs`; `latzero start --log-level debug` logs more")
     })?;
     Ok(Exit::Ok)
 }
@@ -102,7 +188,7 @@ impl Ready<'_> {
     }
 }
 
-/// How the program is started from where it was started: `latzero` where a shell finds it, else the path that was used.
+/// How to start this program again: `latzero` if a shell finds it, otherwise the path that was used.
 fn program() -> String {
     const NAME: &str = "latzero";
     let this = std::env::current_exe().and_then(|path| path.canonicalize());

@@ -2,10 +2,9 @@
 
 use serde_json::{Value, json};
 
-use crate::args::StatsArgs;
 use crate::exit::{Done, Exit};
 use crate::output::{Cell, Output, Tone, bytes, toned, uptime};
-use crate::reach::Wish;
+use crate::reach::{Reach, Wish};
 
 /// The parts, in the order in which people read them; parts that this program does not know follow.
 const PARTS: [&str; 7] = [
@@ -18,8 +17,8 @@ const PARTS: [&str; 7] = [
     "errors",
 ];
 
-pub(crate) fn run(args: &StatsArgs, output: &Output) -> Done {
-    let reached = args.reach.connect(&Wish::once("stats"))?;
+pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
+    let reached = reach.connect(&Wish::once("stats"))?;
     let stats = reached.app.request(&json!({"action": "stats"}))?;
     if output.json {
         output.value(&stats)?;

@@ -1,20 +1,19 @@
-//! `status`: is the server running, where, and how busy is it.
+//! `status`: whether the server is running, where, and how busy it is.
 
 use latzero_server::startup::lock;
 use serde_json::json;
 
-use crate::args::StatusArgs;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, Tone, count, toned, uptime};
-use crate::reach::Wish;
+use crate::reach::{Reach, Wish};
 
 use super::store::{further_losses, losses, sentences};
 
-pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
-    let reached = match args.reach.connect(&Wish::once("status")) {
+pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
+    let reached = match reach.connect(&Wish::once("status")) {
         Ok(reached) => reached,
-        Err(failure) if failure.exit == Exit::NotRunning => {
-            return not_running(args, failure, output);
+        Err(failure) if matches!(failure.exit, Exit::NotRunning | Exit::Timeout) => {
+            return not_running(reach, failure, output);
         }
         Err(failure) => return Err(failure),
     };
@@ -113,23 +112,26 @@ pub(crate) fn run(args: &StatusArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-/// Nothing answers. A process may have the directory all the same: one that starts, hangs, or listens elsewhere.
-fn not_running(args: &StatusArgs, mut failure: Failure, output: &Output) -> Done {
-    let dir = args.reach.data_dir().0;
+/// No server answers. A process may use the directory all the same: one that starts, hangs, or
+/// listens elsewhere.
+fn not_running(reach: &Reach, mut failure: Failure, output: &Output) -> Done {
+    let dir = reach.data_dir().0;
     let dir = dir.canonicalize().unwrap_or(dir);
-    let holder = lock::holder(&dir);
+    // The server of the directory has nothing to do with an address that was named.
+    let holder = lock::holder(&dir).filter(|_| !reach.is_elsewhere());
     let pid = holder.as_ref().and_then(|holder| holder.pid);
     if output.json {
         output.value(&json!({
-            "running": false,
+            "running": failure.exit == Exit::Timeout,
+            "error": failure.errors.join("\n"),
             "data_dir": dir.display().to_string(),
             "lock_held": holder.is_some(),
             "lock_pid": pid,
             "looked": failure.details,
         }))?;
-        return Ok(Exit::NotRunning);
+        return Ok(failure.exit);
     }
-    if holder.is_some() {
+    if holder.is_some() && failure.exit == Exit::NotRunning {
         let pid = pid.map_or_else(
             || "whose pid is not known".to_owned(),
             |pid| format!("pid {pid}"),
@@ -138,8 +140,7 @@ fn not_running(args: &StatusArgs, mut failure: Failure, output: &Output) -> Done
         failure
             .details
             .push(format!("{} is in use by a process, {pid}", dir.display()));
-        failure.help =
-            Some("look at logs/server.log there; end that process if it hangs".to_owned());
+        failure.help = Some("look at `latzero logs`; end that process if it hangs".to_owned());
     }
     Err(failure)
 }

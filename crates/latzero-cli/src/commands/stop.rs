@@ -18,7 +18,9 @@ const TICK: Duration = Duration::from_millis(250);
 pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
     let started = Instant::now();
     let deadline = started + args.timeout;
-    let reached = args.reach.connect(&Wish::once("stop"))?;
+    let reached = args
+        .reach
+        .connect(&Wish::once("stop").within(args.timeout))?;
     let stats = reached.app.request(&json!({"action": "stats"}))?;
     let pid = stats["server"]["pid"].as_u64().unwrap_or(0);
     let data_dir = stats["server"]["data_dir"]
@@ -34,7 +36,7 @@ pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
         output.line(match output.json {
             true => json!({"stopping": true, "pid": pid}).to_string(),
             false => format!(
-                "asked {place} to stop; it is on another machine, so nobody here sees it end"
+                "asked {place} to stop; it is not on this machine, so its end cannot be seen here"
             ),
         })?;
         return Ok(Exit::Ok);
@@ -51,7 +53,7 @@ pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
                 args.timeout
             );
             return Err(Failure::new(Exit::Timeout, text).with_help(format!(
-                "it stops by itself after its drain_timeout; to end it at once: kill -9 {pid}"
+                "it stops by itself after its setting `drain_timeout`; to end it at once: kill -9 {pid}"
             )));
         }
         let seconds = started.elapsed().as_secs();

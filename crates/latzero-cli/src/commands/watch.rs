@@ -19,7 +19,7 @@ pub(crate) fn run(args: &WatchArgs, output: &Output) -> Done {
         ));
     }
     let mut seen = 0;
-    while args.count.is_none_or(|count| seen < count) {
+    while args.limit.wants_more(seen) {
         let Some(event) = events.recv() else {
             return Err(over());
         };
@@ -35,10 +35,7 @@ pub(crate) fn run(args: &WatchArgs, output: &Output) -> Done {
             "app_offline" | "trigger_removed" => Tone::Warn,
             _ => Tone::Strong,
         };
-        output.line(format_args!(
-            "{}  {about}",
-            output.paint(format_args!("{name:15}"), tone)
-        ))?;
+        output.toned_line(format_args!("{name:15}  "), tone, about)?;
         if event.lost() > 0 {
             output.note(format_args!("{} events before it were lost", event.lost()));
         }

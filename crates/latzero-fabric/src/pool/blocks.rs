@@ -21,13 +21,15 @@ use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::{Value, json};
 
 use super::lock::{Claim, Expired, Grant, Holder, Lock};
-use super::{Member, MemberKey, Pool, not_member, place};
-use crate::effects::{Class, Effects};
+use super::{Member, MemberKey, Pool, not_member};
+use crate::driver::Driver;
 use crate::memory::{
     Counted, Descriptor, Geometry, HEADER_BYTES, Job, Making, StorageId, check_room,
 };
+use crate::now::Time;
+use crate::outbox::Class;
 use crate::slab::{Key, Slab};
-use crate::time::Time;
+use crate::turn::Turn;
 
 pub use content::{ReadPlan, WritePlan};
 use locks::access_for;
@@ -267,22 +269,22 @@ impl Asking<'_> {
     }
 }
 
-impl<P: Clone> Pool<P> {
-    fn asker(&self, member: MemberKey) -> Result<&Member<P>, Refusal> {
+impl<D: Driver> Pool<D> {
+    fn asker(&self, member: MemberKey) -> Result<&Member<D>, Refusal> {
         self.members
-            .at(place(member))
+            .at(member)
             .ok_or_else(|| not_member(&self.name))
     }
 
     /// A block of an earlier run is not taken in, for the reason `why`: its name is kept for it, and the pool with the name.
-    pub fn leave_out<E: Effects<Peer = P>>(&mut self, id: &BlockId, why: &str, fx: &mut E) {
+    pub fn leave_out(&mut self, id: &BlockId, why: &str, turn: &mut Turn<'_, D>) {
         if self
             .blocks
             .left_out
             .insert(id.clone(), why.into())
             .is_none()
         {
-            fx.count_held(&self.name, self.number, 1);
+            turn.count_held(&self.name, self.number, 1);
         }
     }
 
@@ -359,13 +361,13 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// `block_exists`, `quota`, `too_large`, `layout_mismatch`, `forbidden`.
-    pub fn create_block<E: Effects<Peer = P>>(
+    pub fn create_block(
         &mut self,
         asking: Asking<'_>,
         create: &Create,
-        unix_ms: u64,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
+        let unix_ms = turn.unix_ms();
         let app = self.asker(asking.member)?.app.clone();
         if let Some(&key) = self.blocks.by_id.get(&create.block) {
             if !create.or_attach {
@@ -397,9 +399,9 @@ impl<P: Clone> Pool<P> {
                 return Ok(None);
             }
             let Some(access) = create.attach else {
-                return Ok(Some(self.describe(key, None, fx).to_string()));
+                return Ok(Some(self.describe(key, None, turn).to_string()));
             };
-            return self.attach_block(asking, &create.block, access, create.layout.as_ref(), fx);
+            return self.attach_block(asking, &create.block, access, create.layout.as_ref(), turn);
         }
         self.check_left_out(&create.block)?;
         if create.lifetime == Lifetime::Attached && create.attach.is_none() {
@@ -422,12 +424,12 @@ impl<P: Clone> Pool<P> {
             ),
         )?;
         let limits = &self.limits;
-        let (storage, generation) = fx.with_ledger(|ledger| {
+        let (storage, generation) = turn.with_ledger(|ledger| {
             ledger.begin_block(&app, total, limits)?;
             let generation = ledger.first_generation(&self.name, &create.block);
             Ok::<_, Refusal>((ledger.next_storage(), generation))
         })?;
-        fx.count_held(&self.name, self.number, 1);
+        turn.count_held(&self.name, self.number, 1);
         self.blocks.bytes += total;
         let block = Block {
             id: create.block.clone(),
@@ -466,7 +468,7 @@ impl<P: Clone> Pool<P> {
         let key = shown(self.blocks.blocks.insert(block));
         self.blocks.by_id.insert(create.block.clone(), key);
         self.involve(asking.member, key);
-        fx.block_job(Job::Make {
+        turn.block_job(Job::Make {
             key,
             making,
             unless_dead: None,
@@ -478,10 +480,10 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// Where its record makes no sense, its name is taken, or there is no room for it.
-    pub fn adopt_block<E: Effects<Peer = P>>(
+    pub fn adopt_block(
         &mut self,
         found: &Found<'_>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<StorageId, Refusal> {
         let block = found.read()?;
         if self.blocks.by_id.contains_key(&block.id) {
@@ -490,11 +492,11 @@ impl<P: Clone> Pool<P> {
         }
         let total = self.check_size(block.geometry)?;
         let limits = &self.limits;
-        let storage = fx.with_ledger(|ledger| {
+        let storage = turn.with_ledger(|ledger| {
             ledger.begin_block(&block.owner, total, limits)?;
             Ok::<_, Refusal>(ledger.next_storage())
         })?;
-        fx.count_held(&self.name, self.number, 1);
+        turn.count_held(&self.name, self.number, 1);
         self.blocks.bytes += total;
         let id = block.id.clone();
         let key = self.blocks.blocks.insert(Block { storage, ..block });
@@ -520,13 +522,13 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `layout_mismatch`, `quota`.
-    pub fn attach_block<E: Effects<Peer = P>>(
+    pub fn attach_block(
         &mut self,
         asking: Asking<'_>,
         id: &BlockId,
         access: Access,
         layout: Option<&Layout>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         if let Some(key) = self.blocks.by_id.get(id).copied()
             && let Some(block) = self.blocks.at_mut(key)
@@ -550,7 +552,7 @@ impl<P: Clone> Pool<P> {
         let app = self.asker(asking.member)?.app.clone();
         if block.allows_app(&app) < Some(access) {
             // Lent by a call: it may look again (the block may have moved), and the call's end still ends it.
-            self.answer_description(key, asking.member, asking.id, Some(access), fx);
+            self.answer_description(key, asking.member, asking.id, Some(access), turn);
             return Ok(None);
         }
         if block
@@ -558,7 +560,7 @@ impl<P: Clone> Pool<P> {
             .is_none_or(|a| a.own.is_none())
         {
             let limits = &self.limits;
-            fx.with_ledger(|ledger| ledger.begin(Counted::Attachment, &app, limits))?;
+            turn.with_ledger(|ledger| ledger.begin(Counted::Attachment, &app, limits))?;
         }
         let block = self.blocks.at_mut(key).expect("just found");
         match block
@@ -575,7 +577,7 @@ impl<P: Clone> Pool<P> {
             }),
         }
         self.involve(asking.member, key);
-        self.answer_description(key, asking.member, asking.id, Some(access), fx);
+        self.answer_description(key, asking.member, asking.id, Some(access), turn);
         Ok(None)
     }
 
@@ -583,20 +585,20 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// `no_block`, `not_member`.
-    pub fn detach_block<E: Effects<Peer = P>>(
+    pub fn detach_block(
         &mut self,
         member: MemberKey,
         id: &BlockId,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let app = self.asker(member)?.app.clone();
         let (key, _) = self.block(id)?;
         let block = self.blocks.at_mut(key).expect("just found");
         let attachment = block.attachments.iter_mut().find(|a| a.member == member);
         if attachment.is_some_and(|a| a.own.take().is_some()) {
-            fx.with_ledger(|ledger| ledger.end(Counted::Attachment, &app));
+            turn.with_ledger(|ledger| ledger.end(Counted::Attachment, &app));
         }
-        self.drop_unused_attachment(key, member, fx);
+        self.drop_unused_attachment(key, member, turn);
         Ok(Some("{}".into()))
     }
 
@@ -604,12 +606,12 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`.
-    pub fn remove_block<E: Effects<Peer = P>>(
+    pub fn remove_block(
         &mut self,
         member: MemberKey,
         is_admin: bool,
         id: &BlockId,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, block) = if is_admin {
             self.asker(member)?;
@@ -620,18 +622,18 @@ impl<P: Clone> Pool<P> {
         if let Some(held) = block.lock.exclusive().filter(|held| held.member != member) {
             return Err(self.locked(id, held));
         }
-        self.end_block(key, fx);
+        self.end_block(key, turn);
         Ok(Some("{}".into()))
     }
 
     /// A pool that nobody can reach any more lets go of what it holds.
-    pub fn close_held<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
-        self.close_parked(fx);
-        self.close_blocks(fx);
+    pub fn close_held(&mut self, turn: &mut Turn<'_, D>) {
+        self.close_parked(turn);
+        self.close_blocks(turn);
     }
 
     /// A pool that goes takes its blocks along.
-    pub(super) fn close_blocks<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
+    pub(super) fn close_blocks(&mut self, turn: &mut Turn<'_, D>) {
         let keys: Vec<BlockKey> = self
             .blocks
             .blocks
@@ -639,11 +641,11 @@ impl<P: Clone> Pool<P> {
             .map(|(key, _)| shown(key))
             .collect();
         for key in keys {
-            self.end_block(key, fx);
+            self.end_block(key, turn);
         }
         let left_out = std::mem::take(&mut self.blocks.left_out).len();
         if left_out > 0 {
-            fx.count_held(
+            turn.count_held(
                 &self.name,
                 self.number,
                 -i32::try_from(left_out).unwrap_or(i32::MAX),
@@ -652,10 +654,10 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Ends a block: everybody is told, its storage goes.
-    fn end_block<E: Effects<Peer = P>>(&mut self, key: BlockKey, fx: &mut E) {
+    fn end_block(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let told = self.block_event_json("block_removed", key, "");
-        self.tell_attached(key, &told, fx);
-        self.tell(Event::BlockRemoved, &told, None, fx);
+        self.tell_attached(key, &told, turn);
+        self.tell(Event::BlockRemoved, &told, None, turn);
         let Some(block) = self.blocks.at_mut(key) else {
             return;
         };
@@ -673,12 +675,12 @@ impl<P: Clone> Pool<P> {
         let refusal = no_block(&block.id, self.name.as_str());
         let is_new = matches!(block.phase, Phase::New);
         for (member, id) in waiting {
-            self.answer(member, id.as_deref(), Err(refusal.clone()), fx);
+            self.answer(member, id.as_deref(), Err(refusal.clone()), turn);
         }
-        self.forget_block(key, fx);
+        self.forget_block(key, turn);
         // What is still being made is dropped when it is there.
         if !is_new {
-            fx.block_job(Job::Drop {
+            turn.block_job(Job::Drop {
                 storage,
                 is_superseded: false,
             });
@@ -686,7 +688,7 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Takes a block out of the books.
-    fn forget_block<E: Effects<Peer = P>>(&mut self, key: BlockKey, fx: &mut E) {
+    fn forget_block(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let Some(block) = self.blocks.blocks.remove(stored(key)) else {
             return;
         };
@@ -698,27 +700,27 @@ impl<P: Clone> Pool<P> {
         };
         if let Some(more) = moving {
             self.blocks.bytes -= more;
-            fx.with_ledger(|ledger| ledger.release(&block.owner, more));
+            turn.with_ledger(|ledger| ledger.release(&block.owner, more));
         }
-        fx.with_ledger(|ledger| {
+        turn.with_ledger(|ledger| {
             ledger.note_end(&self.name, &block.id, block.generation);
             ledger.end_block(&block.owner, block.total());
         });
-        let app_of = |member: MemberKey| self.members.at(place(member)).map(|m| &m.app);
+        let app_of = |member: MemberKey| self.members.at(member).map(|m| &m.app);
         for attachment in block.attachments.iter().filter(|a| a.own.is_some()) {
             if let Some(app) = app_of(attachment.member) {
-                fx.with_ledger(|ledger| ledger.end(Counted::Attachment, app));
+                turn.with_ledger(|ledger| ledger.end(Counted::Attachment, app));
             }
         }
         for &member in &block.subscribers {
             if let Some(app) = app_of(member) {
-                fx.with_ledger(|ledger| ledger.end(Counted::Subscription, app));
+                turn.with_ledger(|ledger| ledger.end(Counted::Subscription, app));
             }
         }
         for (_, member) in self.members.iter_mut() {
             member.blocks.retain(|known| *known != key);
         }
-        fx.count_held(&self.name, self.number, -1);
+        turn.count_held(&self.name, self.number, -1);
     }
 
     /// Checks what must hold of blocks between any two inputs; for the simulator and tests.
@@ -741,7 +743,7 @@ impl<P: Clone> Pool<P> {
             for member in involved {
                 let member = self
                     .members
-                    .at(place(member))
+                    .at(member)
                     .expect("nobody has a block who is not in the pool");
                 assert!(member.blocks.contains(&shown(key)), "its end would miss it");
             }

@@ -11,8 +11,8 @@ use latzero_protocol::memory::Access;
 
 use super::park::Lasting;
 use super::{BlockKey, Handler, MemberKey, NOBODY};
+use crate::now::Time;
 use crate::slab::{Key, Slab};
-use crate::time::Time;
 
 /// One call under way.
 pub(super) struct Call {

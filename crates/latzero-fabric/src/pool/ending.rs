@@ -10,10 +10,12 @@ use latzero_protocol::{CallId, Code, Refusal};
 use super::answer::Answered;
 use super::calls::Call;
 use super::routing::{forwarded_length, raw_length, too_large};
-use super::{MemberKey, NOBODY, Pool, place};
-use crate::effects::{CallEnd, Class, Count, Effects, Sent};
+use super::{MemberKey, NOBODY, Pool};
+use crate::driver::Driver;
+use crate::effects::{CallEnd, Count};
+use crate::outbox::{Class, Sent};
 use crate::slab::Key;
-use crate::time::Time;
+use crate::turn::Turn;
 
 /// How a call ends.
 #[derive(Clone, Copy)]
@@ -37,26 +39,25 @@ pub(super) enum End<'a> {
     },
 }
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// Takes a handler's answer and passes it on. An answer to an ended call is dropped and counted.
     ///
     /// # Errors
     /// Where the call was sent to somebody else.
-    pub fn respond<E: Effects<Peer = P>>(
+    pub fn respond(
         &mut self,
-        now: Time,
         from: MemberKey,
         id: CallId,
         response: &Response<'_>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
         let key = Key::new(id.slot, id.generation);
         let Some(call) = self.calls.at_mut(key) else {
-            fx.count(Count::LateResponse);
+            turn.count(Count::LateResponse);
             return Ok(());
         };
         if call.member != from {
-            fx.count(Count::ForeignResponse);
+            turn.count(Count::ForeignResponse);
             return Err(Refusal::new(
                 Code::Forbidden,
                 "this call was sent to another instance, which alone may answer it",
@@ -66,8 +67,8 @@ impl<P: Clone> Pool<P> {
             // Its caller may be gone: it has one answer, and nothing on the way to it.
             if response.status.is_final() {
                 let failed = response.status == Status::Error;
-                self.parked_answered(now, number, response, fx);
-                self.end(now, key, End::Answered { failed }, fx);
+                self.parked_answered(number, response, turn);
+                self.end(key, End::Answered { failed }, turn);
             }
             return Ok(());
         }
@@ -76,10 +77,10 @@ impl<P: Clone> Pool<P> {
         {
             let (app, repeated) = *repeat;
             let is_detached = call.caller == NOBODY;
-            self.repeats_answered(now, &app, &repeated, &Answered::of(response), fx);
+            self.repeats_answered(&app, &repeated, &Answered::of(response), turn);
             if is_detached {
                 let failed = response.status == Status::Error;
-                self.end(now, key, End::Answered { failed }, fx);
+                self.end(key, End::Answered { failed }, turn);
                 return Ok(());
             }
         }
@@ -89,10 +90,9 @@ impl<P: Clone> Pool<P> {
                 Some(0) => {
                     let message = "the handler sent more items than the stream's window allows";
                     self.end(
-                        now,
                         key,
                         End::Refused(&Refusal::new(Code::HandlerError, message)),
-                        fx,
+                        turn,
                     );
                     return Ok(());
                 }
@@ -100,19 +100,18 @@ impl<P: Clone> Pool<P> {
                 None => {}
             }
         }
-        let Some(caller) = self.members.at(place(call.caller)) else {
+        let Some(caller) = self.members.at(call.caller) else {
             return Ok(());
         };
         let Some(caller_id) = call.id.as_deref() else {
             // Without an id the caller wants no answer.
             if response.status.is_final() {
                 self.end(
-                    now,
                     key,
                     End::Answered {
                         failed: response.status == Status::Error,
                     },
-                    fx,
+                    turn,
                 );
             }
             return Ok(());
@@ -132,42 +131,39 @@ impl<P: Clone> Pool<P> {
         {
             let message = "the answer's raw bytes are too large for a caller without the feature 'attachments'";
             self.end(
-                now,
                 key,
                 End::Unfit {
                     refusal: &Refusal::new(Code::TooLarge, message),
                     is_final: response.status.is_final(),
                 },
-                fx,
+                turn,
             );
             return Ok(());
         }
-        let sent = fx.send(&caller.peer, Class::Reply, length, |out| {
+        let sent = turn.send(&caller.peer, Class::Reply, length, |out| {
             encode::answer(out, &answer, caller.attachments)
         });
         match (sent, response.status.is_final()) {
             (Sent::Queued, true) => {
                 self.end(
-                    now,
                     key,
                     End::Answered {
                         failed: response.status == Status::Error,
                     },
-                    fx,
+                    turn,
                 );
             }
-            (Sent::Queued, false) => fx.count(Count::Partial),
+            (Sent::Queued, false) => turn.count(Count::Partial),
             (Sent::Full, is_final) => {
                 // Never dropped silently: a short error takes the place of what did not fit.
                 let message = "the answer did not fit into the caller's outbox (limits.outbox_bytes_max): read faster";
                 self.end(
-                    now,
                     key,
                     End::Unfit {
                         refusal: &Refusal::new(Code::Overloaded, message),
                         is_final,
                     },
-                    fx,
+                    turn,
                 );
             }
             // The caller's connection has ended; its leaving ends the call.
@@ -177,30 +173,18 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Ends a call at its caller's wish; false where the caller has no such call here.
-    pub fn cancel<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        caller: MemberKey,
-        id: &str,
-        fx: &mut E,
-    ) -> bool {
+    pub fn cancel(&mut self, caller: MemberKey, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
-            return self.cancel_repeat(caller, id, fx)
-                || self.cancel_parked(now, caller, id, fx)
-                || self.cancel_lock(now, caller, id, fx);
+            return self.cancel_repeat(caller, id, turn)
+                || self.cancel_parked(caller, id, turn)
+                || self.cancel_lock(caller, id, turn);
         };
-        self.end(now, key, End::Cancelled, fx);
+        self.end(key, End::Cancelled, turn);
         true
     }
 
     /// Grants `count` further items of a stream; false where the caller has no such call here.
-    pub fn ack<E: Effects<Peer = P>>(
-        &mut self,
-        caller: MemberKey,
-        id: &str,
-        count: u64,
-        fx: &mut E,
-    ) -> bool {
+    pub fn ack(&mut self, caller: MemberKey, id: &str, count: u64, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
             return false;
         };
@@ -216,8 +200,8 @@ impl<P: Clone> Pool<P> {
             slot: key.slot,
             generation: key.generation,
         };
-        if let Some(member) = self.members.at(place(call.member)) {
-            fx.send(&member.peer, Class::Control, 64, |out| {
+        if let Some(member) = self.members.at(call.member) {
+            turn.send(&member.peer, Class::Control, 64, |out| {
                 encode::ack(out, call_id, count)
             });
         }
@@ -226,13 +210,8 @@ impl<P: Clone> Pool<P> {
 
     /// Ends a call for both sides. A call that already ended is not found: the answer and the deadline may cross on
     /// the way, and the first to reach the pool wins.
-    pub(super) fn end<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        key: Key<Call>,
-        how: End<'_>,
-        fx: &mut E,
-    ) {
+    pub(super) fn end(&mut self, key: Key<Call>, how: End<'_>, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         let Some(mut call) = self.calls.remove(key) else {
             return;
         };
@@ -241,14 +220,14 @@ impl<P: Clone> Pool<P> {
             handler.in_flight -= 1;
         }
         if let Some(uses) = &call.blocks {
-            self.take_back(now, call.member, uses, fx);
+            self.take_back(call.member, uses, turn);
         }
         let call_id = CallId {
             pool: self.number,
             slot: key.slot,
             generation: key.generation,
         };
-        if let Some(handler) = self.members.at_mut(place(call.member)) {
+        if let Some(handler) = self.members.at_mut(call.member) {
             handler.serving -= 1;
             let reason = match how {
                 // A handler that has answered for good has nothing to stop.
@@ -259,7 +238,7 @@ impl<P: Clone> Pool<P> {
                 End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.code.as_str()),
             };
             if let Some(reason) = reason {
-                fx.send(&handler.peer, Class::Control, 96, |out| {
+                turn.send(&handler.peer, Class::Control, 96, |out| {
                     encode::cancel(out, call_id, reason)
                 });
             }
@@ -301,8 +280,8 @@ impl<P: Clone> Pool<P> {
             failed,
         };
         if call.caller == NOBODY {
-            let handler = self.members.at(place(call.member));
-            fx.call_ended(
+            let handler = self.members.at(call.member);
+            turn.call_ended(
                 None,
                 &handler.expect("it leaves after its calls ended").peer,
                 end,
@@ -310,42 +289,39 @@ impl<P: Clone> Pool<P> {
             let Some(lasting) = call.lasting.take() else {
                 // Its caller went; a repeat may ask for the answer until it is clear that none comes.
                 if let Some(repeat) = call.repeat {
-                    self.repeats_dropped(&repeat.0, &repeat.1, fx);
+                    self.repeats_dropped(&repeat.0, &repeat.1, turn);
                 }
                 return;
             };
             match (lasting.number, &refusal) {
                 (Some(_), Some(_)) if is_orphan => self.orphan(NOBODY, None, lasting),
-                (Some(number), Some(refusal)) => self.parked_refused(now, number, refusal, fx),
-                (None, Some(_)) => self.drop_repeats_of(&lasting, fx),
+                (Some(number), Some(refusal)) => self.parked_refused(number, refusal, turn),
+                (None, Some(_)) => self.drop_repeats_of(&lasting, turn),
                 _ => {}
             }
             return;
         }
         let caller = self
             .members
-            .at_mut(place(call.caller))
+            .at_mut(call.caller)
             .expect("a call's caller leaves after its calls ended");
         caller.calling -= 1;
         if let Some(repeat) = call.repeat.take().filter(|_| !is_orphan) {
-            self.repeats_dropped(&repeat.0, &repeat.1, fx);
+            self.repeats_dropped(&repeat.0, &repeat.1, turn);
         }
-        let caller = self
-            .members
-            .at_mut(place(call.caller))
-            .expect("found above");
+        let caller = self.members.at_mut(call.caller).expect("found above");
         if is_orphan {
             let mut lasting = call.lasting.take().expect("just seen");
             // The caller counts the items of all attempts together.
             lasting.window = call.credit;
             let peer = caller.peer.clone();
-            let handler = self.members.at(place(call.member));
-            fx.call_ended(Some(&peer), &handler.expect("it is leaving").peer, end);
+            let handler = self.members.at(call.member);
+            turn.call_ended(Some(&peer), &handler.expect("it is leaving").peer, end);
             self.orphan(call.caller, call.id.as_deref().map(Into::into), lasting);
             return;
         }
         if let (Some(refusal), Some(id)) = (&refusal, &call.id) {
-            fx.send(
+            turn.send(
                 &caller.peer,
                 Class::Control,
                 refusal.message.len() + 256,
@@ -358,17 +334,12 @@ impl<P: Clone> Pool<P> {
         let caller = caller.peer.clone();
         let handler = self
             .members
-            .at(place(call.member))
+            .at(call.member)
             .map_or_else(|| caller.clone(), |m| m.peer.clone());
-        fx.call_ended(Some(&caller), &handler, end);
+        turn.call_ended(Some(&caller), &handler, end);
     }
 
-    pub(super) fn end_calls_of<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        key: MemberKey,
-        fx: &mut E,
-    ) {
+    pub(super) fn end_calls_of(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) {
         let mut slot = 0;
         // Stops as soon as the member has none left: most have few, and many leave with none.
         while let Some(member) = self.member(key)
@@ -380,35 +351,36 @@ impl<P: Clone> Pool<P> {
             let how = if call.member == key {
                 Some(End::HandlerGone)
             } else if call.caller == key && call.repeat.is_some() {
-                self.detach(now, call_key, fx);
+                self.detach(call_key, turn);
                 None
             } else {
                 (call.caller == key).then_some(End::CallerGone)
             };
             if let Some(how) = how {
-                self.end(now, call_key, how, fx);
+                self.end(call_key, how, turn);
             }
             slot = call_key.slot + 1;
         }
     }
 
     /// The caller of a call with an idempotency key has gone, and may come back for the answer: its handler goes on.
-    pub(super) fn detach<E: Effects<Peer = P>>(&mut self, now: Time, key: Key<Call>, fx: &mut E) {
+    pub(super) fn detach(&mut self, key: Key<Call>, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         let call = self.calls.at_mut(key).expect("its caller found it");
         let (started, caller, handler) = (call.started, call.caller, call.member);
         self.calls.detach(key);
-        let member = self.members.at_mut(place(caller)).expect("it is leaving");
+        let member = self.members.at_mut(caller).expect("it is leaving");
         member.calling -= 1;
         let peer = member.peer.clone();
-        let handler = self.members.at(place(handler)).expect("it serves");
+        let handler = self.members.at(handler).expect("it serves");
         let end = CallEnd {
             started,
             ended: now,
             code: Some(Code::Cancelled),
             failed: false,
         };
-        fx.call_ended(Some(&peer), &handler.peer, end);
-        fx.call_started(None, &handler.peer);
+        turn.call_ended(Some(&peer), &handler.peer, end);
+        turn.call_started(None, &handler.peer);
     }
 }
 

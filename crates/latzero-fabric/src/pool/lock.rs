@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use latzero_protocol::memory::LockMode;
 
 use super::MemberKey;
-use crate::time::Time;
+use crate::now::Time;
 
 /// Who asks for a lock.
 #[derive(Debug, Clone)]

@@ -21,12 +21,13 @@ use latzero_protocol::{AppId, Code, Refusal, TriggerName};
 use super::answer::Answered;
 use super::calls::Call;
 use super::ending::End;
-use super::{CallError, Caller, MemberKey, NOBODY, Pool, place};
-use crate::effects::Effects;
+use super::{CallError, Caller, MemberKey, NOBODY, Pool};
+use crate::driver::Driver;
 use crate::keep::{CallRow, Change};
 use crate::memory::check_parked;
+use crate::now::Time;
 use crate::slab::Key;
-use crate::time::Time;
+use crate::turn::Turn;
 use answers::KeptAnswers;
 pub(super) use lasting::Lasting;
 use lasting::split_envelope;
@@ -166,16 +167,17 @@ impl ParkedCalls {
     }
 }
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// Has a call wait for its handler, durably; returns its number.
-    pub(super) fn park<E: Effects<Peer = P>>(
+    pub(super) fn park(
         &mut self,
-        (now, unix_ms): (Time, u64),
         caller: MemberKey,
         trigger: &Trigger<'_>,
-        promise: Option<&P>,
-        fx: &mut E,
+        promise: Option<&D::Peer>,
+        turn: &mut Turn<'_, D>,
     ) -> Result<u64, CallError> {
+        let now = turn.time();
+        let unix_ms = turn.unix_ms();
         let process = TriggerName::new(&trigger.process).map_err(Refusal::from)?;
         self.check_outlives("a parked call")?;
         if let Some(destination) = &trigger.destination {
@@ -189,15 +191,15 @@ impl<P: Clone> Pool<P> {
             let message = "a parked call has one answer: leave 'window' out";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
-        let member = self.members.at(place(caller)).expect("its caller found it");
+        let member = self.members.at(caller).expect("its caller found it");
         let app = member.app.clone();
         let from_instance = member.instance;
         let deadline = now.after_ms(trigger.ttl_ms);
         let mut lasting = Lasting::new((&app, from_instance), deadline, trigger);
         let bytes = lasting.bytes();
         let limits = &self.limits;
-        fx.with_ledger(|ledger| check_parked(ledger, &app, bytes, limits))?;
-        let number = fx.next_number();
+        turn.with_ledger(|ledger| check_parked(ledger, &app, bytes, limits))?;
+        let number = turn.next_number();
         lasting.number = Some(number);
         lasting.attempt = 0;
         let row = CallRow {
@@ -217,8 +219,8 @@ impl<P: Clone> Pool<P> {
             attempt: 0,
             parked: unix_ms,
         };
-        fx.keep(Change::Call(Box::new(row)), promise);
-        fx.count_held(&self.name, self.number, 1);
+        turn.keep(Change::Call(Box::new(row)), promise);
+        turn.count_held(&self.name, self.number, 1);
         let parked = Parked {
             waiting: Some(lasting),
             given: None,
@@ -242,26 +244,23 @@ impl<P: Clone> Pool<P> {
     }
 
     /// A call could not be written down: it is as if it had not been parked, unless a handler has it by now.
-    pub fn unpark<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) -> bool {
+    pub fn unpark(&mut self, number: u64, turn: &mut Turn<'_, D>) -> bool {
         let waits = self.parked.calls.get(&number);
         if waits.is_none_or(|parked| parked.waiting.is_none()) {
             return false;
         }
-        if let Some(parked) = self.forget_parked(number, fx)
+        if let Some(parked) = self.forget_parked(number, turn)
             && let Some(key) = &parked.idempotency_key
         {
-            self.repeats_dropped(&parked.caller, key, fx);
+            self.repeats_dropped(&parked.caller, key, turn);
         }
         true
     }
 
     /// Takes in a call that an earlier run parked; false where its row makes no sense.
-    pub fn restore_call<E: Effects<Peer = P>>(
-        &mut self,
-        (now, unix_ms): (Time, u64),
-        row: &CallRow,
-        fx: &mut E,
-    ) -> bool {
+    pub fn restore_call(&mut self, row: &CallRow, turn: &mut Turn<'_, D>) -> bool {
+        let now = turn.time();
+        let unix_ms = turn.unix_ms();
         let Some((instance, message)) = split_envelope(&row.envelope) else {
             return false;
         };
@@ -287,8 +286,8 @@ impl<P: Clone> Pool<P> {
         };
         lasting.redeliver = redeliver;
         let bytes = lasting.bytes();
-        fx.with_ledger(|ledger| ledger.park(&row.caller, bytes));
-        fx.count_held(&self.name, self.number, 1);
+        turn.with_ledger(|ledger| ledger.park(&row.caller, bytes));
+        turn.count_held(&self.name, self.number, 1);
         let parked = Parked {
             waiting: Some(lasting),
             given: None,
@@ -308,51 +307,35 @@ impl<P: Clone> Pool<P> {
         true
     }
 
-    fn forget_parked<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) -> Option<Parked> {
-        let parked = self.take_parked(number, fx)?;
-        fx.count_held(&self.name, self.number, -1);
+    fn forget_parked(&mut self, number: u64, turn: &mut Turn<'_, D>) -> Option<Parked> {
+        let parked = self.take_parked(number, turn)?;
+        turn.count_held(&self.name, self.number, -1);
         Some(parked)
     }
 
     /// As [`Pool::forget_parked`], where an answer takes the call's place.
-    fn take_parked<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) -> Option<Parked> {
+    fn take_parked(&mut self, number: u64, turn: &mut Turn<'_, D>) -> Option<Parked> {
         let parked = self.parked.remove(number)?;
-        fx.with_ledger(|ledger| ledger.unpark(&parked.caller, parked.bytes));
+        turn.with_ledger(|ledger| ledger.unpark(&parked.caller, parked.bytes));
         Some(parked)
     }
 
     /// Gives parked calls of a trigger to its handlers, in their order, as far as they take them.
-    pub(super) fn give_parked<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        process: &str,
-        fx: &mut E,
-    ) {
-        self.give_parked_after(now, process, 0, fx);
+    pub(super) fn give_parked(&mut self, process: &str, turn: &mut Turn<'_, D>) {
+        self.give_parked_after(process, 0, turn);
     }
 
     /// Gives a call that was parked just now to a handler, if those before it wait for others: nobody is there for them, or
     /// they would be stalled, and it stood behind them. So each that is parked is looked at once, not with all before it.
-    pub(super) fn give_newcomer<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        process: &str,
-        number: u64,
-        fx: &mut E,
-    ) {
+    pub(super) fn give_newcomer(&mut self, process: &str, number: u64, turn: &mut Turn<'_, D>) {
         if !self.parked.stalled.contains_key(process) && self.triggers.contains_key(process) {
-            self.give_parked_after(now, process, number - 1, fx);
+            self.give_parked_after(process, number - 1, turn);
         }
     }
 
     /// As [`Pool::give_parked`], for those with a greater number than `after`: nobody is there for the others.
-    fn give_parked_after<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        process: &str,
-        after: u64,
-        fx: &mut E,
-    ) {
+    fn give_parked_after(&mut self, process: &str, after: u64, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         self.parked.stalled.remove(process);
         let Some(numbers) = self.parked.by_process.get(process) else {
             return;
@@ -370,18 +353,18 @@ impl<P: Clone> Pool<P> {
                 continue;
             };
             if parked.deadline <= now {
-                self.parked_refused(now, number, &too_late(), fx);
+                self.parked_refused(number, &too_late(), turn);
                 continue;
             }
             let Some(lasting) = parked.waiting.take() else {
                 continue;
             };
-            match self.give(now, None, lasting, fx) {
+            match self.give(None, lasting, turn) {
                 Ok(key) => {
                     let parked = self.parked.calls.get_mut(&number).expect("just found");
                     parked.given = Some(key);
                     parked.attempt += 1;
-                    fx.keep(Change::Attempt(number, parked.attempt), None);
+                    turn.keep(Change::Attempt(number, parked.attempt), None);
                     self.parked.await_no_handler(number, process);
                 }
                 Err((lasting, error)) => {
@@ -401,7 +384,7 @@ impl<P: Clone> Pool<P> {
                             return;
                         }
                         CallError::Refused(refusal) => {
-                            self.parked_refused(now, number, &refusal, fx);
+                            self.parked_refused(number, &refusal, turn);
                         }
                     }
                 }
@@ -417,30 +400,30 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Goes on giving out what was left.
-    pub(super) fn give_on<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+    pub(super) fn give_on(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         if self.parked.goes_on.is_none_or(|at| at > now) {
             return;
         }
         self.parked.goes_on = None;
         for (process, after) in std::mem::take(&mut self.parked.stalled) {
-            self.give_parked_after(now, process.as_str(), after, fx);
+            self.give_parked_after(process.as_str(), after, turn);
         }
     }
 
     /// Offers a lasting call to the handlers once more.
-    fn give<E: Effects<Peer = P>>(
+    fn give(
         &mut self,
-        now: Time,
         caller: Option<MemberKey>,
         mut lasting: Box<Lasting>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Key<Call>, (Box<Lasting>, CallError)> {
         lasting.attempt += 1;
         let (attempt, deadline) = (lasting.attempt, lasting.deadline);
         let app = lasting.caller.clone();
         let from = caller.map_or(Caller::Absent(&app, lasting.instance), Caller::Member);
         let given =
-            lasting.read(|trigger| self.route(now, from, trigger, (deadline, Some(attempt)), fx));
+            lasting.read(|trigger| self.route(from, trigger, (deadline, Some(attempt)), turn));
         match given {
             Some(Ok(key)) => {
                 let call = self.calls.at_mut(key).expect("just begun");
@@ -460,14 +443,13 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Ends a parked call at its caller's wish; false where it has none of that id.
-    pub(super) fn cancel_parked<E: Effects<Peer = P>>(
+    pub(super) fn cancel_parked(
         &mut self,
-        now: Time,
         caller: MemberKey,
         id: &str,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> bool {
-        let Some(member) = self.members.at(place(caller)) else {
+        let Some(member) = self.members.at(caller) else {
             return false;
         };
         let Some(number) = self.parked.find(&member.app, id) else {
@@ -475,10 +457,10 @@ impl<P: Clone> Pool<P> {
         };
         let given = self.parked.calls.get(&number).and_then(|p| p.given);
         match given {
-            Some(key) => self.end(now, key, End::Cancelled, fx),
+            Some(key) => self.end(key, End::Cancelled, turn),
             None => {
                 let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
-                self.parked_refused(now, number, &refusal, fx);
+                self.parked_refused(number, &refusal, turn);
             }
         }
         true
@@ -490,7 +472,8 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Ends waits that are over, and tries what is to be tried again.
-    pub(super) fn handle_parked_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+    pub(super) fn handle_parked_timeout(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         while let Some(&(at, number)) = self.parked.deadlines.first() {
             if at > now {
                 break;
@@ -498,33 +481,33 @@ impl<P: Clone> Pool<P> {
             self.parked.deadlines.pop_first();
             if let Some(parked) = self.parked.calls.get(&number) {
                 if parked.waiting.is_some() {
-                    self.parked_refused(now, number, &too_late(), fx);
+                    self.parked_refused(number, &too_late(), turn);
                 } else if let Some(key) = parked.given {
-                    self.end(now, key, End::TimedOut, fx);
+                    self.end(key, End::TimedOut, turn);
                 }
             }
         }
-        self.handle_answers_timeout(now, fx);
-        self.give_on(now, fx);
+        self.handle_answers_timeout(turn);
+        self.give_on(turn);
     }
 
     /// A pool that goes takes its parked calls along; their callers are told if they are here.
-    pub(super) fn close_parked<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
+    pub(super) fn close_parked(&mut self, turn: &mut Turn<'_, D>) {
         let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
         let answer = Answered::refused(&refusal);
         let numbers: Vec<u64> = self.parked.calls.keys().copied().collect();
         for number in numbers {
-            if let Some(parked) = self.forget_parked(number, fx) {
+            if let Some(parked) = self.forget_parked(number, turn) {
                 let whom = (&parked.caller, parked.from);
-                self.tell_answer(whom, &parked.id, &answer, fx);
+                self.tell_answer(whom, &parked.id, &answer, turn);
                 if let Some(key) = &parked.idempotency_key {
-                    self.repeats_dropped(&parked.caller, key, fx);
+                    self.repeats_dropped(&parked.caller, key, turn);
                 }
-                fx.keep(Change::EndCall(number), None);
+                turn.keep(Change::EndCall(number), None);
             }
         }
         for number in self.parked.answers.numbers() {
-            self.drop_answer(number, fx);
+            self.drop_answer(number, turn);
         }
     }
 }

@@ -4,7 +4,8 @@ use std::cmp::Reverse;
 
 use latzero_protocol::message::Strategy;
 
-use super::{Handler, HandlerKey, Member, Served, place};
+use super::{Handler, HandlerKey, Member, Seat, Served};
+use crate::driver::Driver;
 use crate::prng::{Prng, mix};
 use crate::slab::Slab;
 
@@ -37,13 +38,13 @@ pub(super) fn start(served: &Served, prng: &mut Prng) -> usize {
 }
 
 /// Offers the handlers to `offer`, in the order of the strategy, until one takes the call; returns its position and key.
-pub(super) fn each<P>(
+pub(super) fn each<D: Driver>(
     served: &Served,
     handlers: &Slab<Handler>,
-    members: &Slab<Member<P>>,
+    members: &Slab<Member<D>, Seat>,
     start: usize,
     sticky: u64,
-    mut offer: impl FnMut(&Handler, &Member<P>) -> Offer,
+    mut offer: impl FnMut(&Handler, &Member<D>) -> Offer,
 ) -> Option<(usize, HandlerKey)> {
     let n = served.handlers.len();
     let in_turn = || {
@@ -52,7 +53,7 @@ pub(super) fn each<P>(
             let key = served.handlers[position];
             let handler = handlers.at(key).expect("a trigger's handlers exist");
             let member = members
-                .at(place(handler.member))
+                .at(handler.member)
                 .expect("a handler's member lives");
             (position, key, handler, member)
         })

@@ -14,10 +14,12 @@ use latzero_protocol::{AppId, Code, Refusal};
 
 use super::answer::Answered;
 use super::routing::id_in_use;
-use super::{MemberKey, Pool, place};
-use crate::effects::{Class, Effects, Sent};
+use super::{MemberKey, Pool};
+use crate::driver::Driver;
 use crate::limits::Limits;
-use crate::time::Time;
+use crate::now::Time;
+use crate::outbox::{Class, Sent};
+use crate::turn::Turn;
 
 /// Repeats that wait for the answer of one call.
 const WAITING_MAX: usize = 16;
@@ -180,16 +182,16 @@ impl Repeats {
     }
 }
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// Looks a call with a key up; a repeat is answered, or waits for the first one's answer.
-    pub(super) fn look_up_repeat<E: Effects<Peer = P>>(
+    pub(super) fn look_up_repeat(
         &mut self,
         caller: MemberKey,
         (id, deadline): (Option<&str>, Time),
         key: &str,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Seen, Refusal> {
-        let member = self.members.at(place(caller)).expect("it calls");
+        let member = self.members.at(caller).expect("it calls");
         let known = (member.app.clone(), Box::from(key));
         // The very call that is parked, said again by a caller that came back: it waits by itself.
         let is_itself = id.is_some_and(|id| self.has_parked(&known.0, id));
@@ -239,7 +241,7 @@ impl<P: Clone> Pool<P> {
                 };
                 if let Some(id) = id
                     && self
-                        .send_answer(member, id, answer, fx)
+                        .send_answer(member, id, answer, turn)
                         .is_none_or(|sent| sent == Sent::Full)
                 {
                     let message = "the answer did not fit into your outbox (limits.outbox_bytes_max): read faster";
@@ -251,27 +253,27 @@ impl<P: Clone> Pool<P> {
     }
 
     /// The first call is answered: so are those that wait with it, and for a time those that come.
-    pub(super) fn repeats_answered<E: Effects<Peer = P>>(
+    pub(super) fn repeats_answered(
         &mut self,
-        now: Time,
         caller: &AppId,
         key: &str,
         answer: &Answered,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
+        let now = turn.time();
         let known = (caller.clone(), Box::from(key));
         let Some(waiting) = self.repeats.take_running(&known) else {
             return;
         };
         for (member, id) in waiting {
-            if let Some(to) = self.members.at(place(member))
+            if let Some(to) = self.members.at(member)
                 && self
-                    .send_answer(to, &id, answer, fx)
+                    .send_answer(to, &id, answer, turn)
                     .is_none_or(|sent| sent == Sent::Full)
             {
                 let message = "the answer did not fit into your outbox (limits.outbox_bytes_max): read faster, and repeat the call";
                 let refusal = Refusal::new(Code::HandlerGone, message);
-                fx.send(&to.peer, Class::Control, 256, |out| {
+                turn.send(&to.peer, Class::Control, 256, |out| {
                     encode::refusal(out, Some(&id), &refusal);
                 });
             }
@@ -293,12 +295,7 @@ impl<P: Clone> Pool<P> {
     }
 
     /// The first call ended without an answer: those that wait with it are told, and the next one is a call of its own.
-    pub(super) fn repeats_dropped<E: Effects<Peer = P>>(
-        &mut self,
-        caller: &AppId,
-        key: &str,
-        fx: &mut E,
-    ) {
+    pub(super) fn repeats_dropped(&mut self, caller: &AppId, key: &str, turn: &mut Turn<'_, D>) {
         let known = (caller.clone(), Box::from(key));
         let Some(waiting) = self.repeats.take_running(&known) else {
             return;
@@ -307,8 +304,8 @@ impl<P: Clone> Pool<P> {
             "the call that this one repeats ended without an answer; repeat it if it may run twice";
         let refusal = Refusal::new(Code::HandlerGone, message);
         for (member, id) in waiting {
-            if let Some(to) = self.members.at(place(member)) {
-                fx.send(&to.peer, Class::Control, 256, |out| {
+            if let Some(to) = self.members.at(member) {
+                turn.send(&to.peer, Class::Control, 256, |out| {
                     encode::refusal(out, Some(&id), &refusal);
                 });
             }
@@ -316,17 +313,17 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Ends a repeat's wait at its caller's wish; false where it has none of that id.
-    pub(super) fn cancel_repeat<E: Effects<Peer = P>>(
+    pub(super) fn cancel_repeat(
         &mut self,
         caller: MemberKey,
         id: &str,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> bool {
         let gave_up = self.repeats.give_up(&waiter(caller, id));
-        if let Some(to) = self.members.at(place(caller)).filter(|_| gave_up) {
+        if let Some(to) = self.members.at(caller).filter(|_| gave_up) {
             let message = "the caller cancelled the repeat; the call that it repeats goes on";
             let refusal = Refusal::new(Code::Cancelled, message);
-            fx.send(&to.peer, Class::Control, 256, |out| {
+            turn.send(&to.peer, Class::Control, 256, |out| {
                 encode::refusal(out, Some(id), &refusal);
             });
         }
@@ -334,7 +331,8 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Gives up answers whose time is over, and ends waits that are.
-    pub(super) fn handle_repeats_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+    pub(super) fn handle_repeats_timeout(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         while self
             .repeats
             .expires
@@ -347,12 +345,12 @@ impl<P: Clone> Pool<P> {
             let waiter = waiter.clone();
             self.repeats.give_up(&waiter);
             let ((slot, generation), id) = waiter;
-            let Some(to) = self.members.at(place(MemberKey::new(slot, generation))) else {
+            let Some(to) = self.members.at(MemberKey::new(slot, generation)) else {
                 continue;
             };
             let message = "no answer within the repeat's ttl; the call that it repeats goes on";
             let refusal = Refusal::new(Code::Timeout, message);
-            fx.send(&to.peer, Class::Control, 256, |out| {
+            turn.send(&to.peer, Class::Control, 256, |out| {
                 encode::refusal(out, Some(&id), &refusal);
             });
         }

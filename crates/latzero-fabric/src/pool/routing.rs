@@ -11,25 +11,28 @@ use super::calls::Call;
 use super::park::Lasting;
 use super::pick::{self, Offer};
 use super::repeats::Seen;
-use super::{CallError, Caller, Member, MemberKey, NOBODY, Pool, place};
-use crate::effects::{Class, Count, Effects, Sent};
+use super::{CallError, Caller, Member, MemberKey, NOBODY, Pool};
+use crate::driver::Driver;
+use crate::effects::Count;
+use crate::now::Time;
+use crate::outbox::{Class, Sent};
 use crate::slab::Key;
-use crate::time::Time;
+use crate::turn::Turn;
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// Routes a call to one handler. Where none is live and the call may wait for one, it is parked, with a promise to its
     /// caller: its number is returned.
     ///
     /// # Errors
     /// The refusal that the caller is to be told; nothing was sent then.
-    pub fn call<E: Effects<Peer = P>>(
+    pub fn call(
         &mut self,
-        now: Time,
         caller: MemberKey,
         trigger: &Trigger<'_>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Option<u64>, CallError> {
-        let Some(member) = self.members.at(place(caller)) else {
+        let now = turn.time();
+        let Some(member) = self.members.at(caller) else {
             return Err(not_member(&self.name).into());
         };
         if let Some(id) = &trigger.id
@@ -38,36 +41,36 @@ impl<P: Clone> Pool<P> {
             return Err(id_in_use(id).into());
         }
         let Some(key) = trigger.idempotency_key.as_deref() else {
-            return self.call_once(now, caller, trigger, fx);
+            return self.call_once(caller, trigger, turn);
         };
         let app = member.app.clone();
         let deadline = now.after_ms(trigger.ttl_ms);
         if let Seen::Repeat =
-            self.look_up_repeat(caller, (trigger.id.as_deref(), deadline), key, fx)?
+            self.look_up_repeat(caller, (trigger.id.as_deref(), deadline), key, turn)?
         {
             return Ok(None);
         }
-        let called = self.call_once(now, caller, trigger, fx);
+        let called = self.call_once(caller, trigger, turn);
         if called.is_err() {
-            self.repeats_dropped(&app, key, fx);
+            self.repeats_dropped(&app, key, turn);
         }
         called
     }
 
-    pub(super) fn call_once<E: Effects<Peer = P>>(
+    pub(super) fn call_once(
         &mut self,
-        now: Time,
         caller: MemberKey,
         trigger: &Trigger<'_>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Option<u64>, CallError> {
+        let now = turn.time();
         let deadline = now.after_ms(trigger.ttl_ms);
         let from = Caller::Member(caller);
         if !trigger.park && !trigger.redeliver {
-            self.route(now, from, trigger, (deadline, None), fx)?;
+            self.route(from, trigger, (deadline, None), turn)?;
             return Ok(None);
         }
-        let member = self.members.at(place(caller)).expect("its caller found it");
+        let member = self.members.at(caller).expect("its caller found it");
         let (app, instance) = (&member.app.clone(), member.instance);
         if !trigger.blocks.is_empty() {
             let message = "a call that may wait for its handler, or be given to another one, can't take blocks along";
@@ -84,7 +87,7 @@ impl<P: Clone> Pool<P> {
         let routed = if must_wait {
             Err(CallError::UnknownDestination)
         } else {
-            self.route(now, from, trigger, (deadline, attempt), fx)
+            self.route(from, trigger, (deadline, attempt), turn)
         };
         match routed {
             Ok(key) => {
@@ -102,16 +105,10 @@ impl<P: Clone> Pool<P> {
                 if !trigger.park || !is_nobody_there {
                     return Err(error);
                 }
-                let peer = self
-                    .members
-                    .at(place(caller))
-                    .expect("found above")
-                    .peer
-                    .clone();
-                let times = (now, fx.unix_ms(now));
-                let number = self.park(times, caller, trigger, Some(&peer), fx)?;
+                let peer = self.members.at(caller).expect("found above").peer.clone();
+                let number = self.park(caller, trigger, Some(&peer), turn)?;
                 if must_wait {
-                    self.give_newcomer(now, &trigger.process, number, fx);
+                    self.give_newcomer(&trigger.process, number, turn);
                 }
                 Ok(Some(number))
             }
@@ -119,14 +116,14 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Offers a call to the trigger's handlers, and begins it where one takes it.
-    pub(super) fn route<E: Effects<Peer = P>>(
+    pub(super) fn route(
         &mut self,
-        now: Time,
         from: Caller<'_>,
         trigger: &Trigger<'_>,
         (deadline, attempt): (Time, Option<u32>),
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Key<Call>, CallError> {
+        let now = turn.time();
         let Some(served) = self.triggers.get(&*trigger.process) else {
             return Err(self.no_handler(trigger));
         };
@@ -142,13 +139,13 @@ impl<P: Clone> Pool<P> {
             );
             return Err(Refusal::new(Code::Overloaded, message).into());
         }
-        let member = from.member().and_then(|m| self.members.at(place(m)));
+        let member = from.member().and_then(|m| self.members.at(m));
         let (app, instance) = match (from, member) {
             (Caller::Absent(app, instance), _) => (app, instance),
             (Caller::Member(_), Some(member)) => (&member.app, member.instance),
             (Caller::Member(_), None) => return Err(not_member(&self.name).into()),
         };
-        if member.is_some_and(|m| fx.in_flight(&m.peer) >= self.limits.in_flight_max) {
+        if member.is_some_and(|m| turn.in_flight(&m.peer) >= self.limits.in_flight_max) {
             let message = format!(
                 "{} calls of this connection are in flight (limits.in_flight_max)",
                 self.limits.in_flight_max
@@ -218,20 +215,25 @@ impl<P: Clone> Pool<P> {
                 }
                 let length = around + forwarded_length(trigger.body, to.attachments);
                 if !uses.is_empty() {
-                    let (blocks, descriptors) = self.describe_uses(&uses, to.takes_descriptors, fx);
+                    let (blocks, descriptors) =
+                        self.describe_uses(&uses, to.takes_descriptors, turn);
                     let delivery = encode::Delivery {
                         blocks: Some((&blocks, descriptors.len())),
                         ..delivery
                     };
                     let length = length + blocks.len();
-                    return match fx.send_with(&to.peer, Class::Call, length, &descriptors, |out| {
-                        encode::delivery(out, &delivery, to.attachments)
-                    }) {
+                    return match turn.send_with(
+                        &to.peer,
+                        Class::Call,
+                        length,
+                        &descriptors,
+                        |out| encode::delivery(out, &delivery, to.attachments),
+                    ) {
                         Sent::Queued => Offer::Taken,
                         Sent::Full | Sent::Gone => Offer::Busy,
                     };
                 }
-                match fx.send(&to.peer, Class::Call, length, |out| {
+                match turn.send(&to.peer, Class::Call, length, |out| {
                     encode::delivery(out, &delivery, to.attachments)
                 }) {
                     Sent::Queued => Offer::Taken,
@@ -280,16 +282,16 @@ impl<P: Clone> Pool<P> {
         served.turn = position + 1;
         let to = self
             .members
-            .at_mut(place(serving))
+            .at_mut(serving)
             .expect("a handler's member lives");
         to.serving += 1;
         let handler_peer = to.peer.clone();
         let caller = from.member().map(|caller| {
-            let member = self.members.at_mut(place(caller)).expect("it calls");
+            let member = self.members.at_mut(caller).expect("it calls");
             member.calling += 1;
             &member.peer
         });
-        fx.call_started(caller, &handler_peer);
+        turn.call_started(caller, &handler_peer);
         Ok(key)
     }
 
@@ -297,16 +299,16 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// Where the sender is no member, or the name is none.
-    pub fn emit<E: Effects<Peer = P>>(
+    pub fn emit(
         &mut self,
         from: MemberKey,
         emit: &Emit<'_>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<usize, Refusal> {
-        let Some(sender) = self.members.at(place(from)) else {
+        let Some(sender) = self.members.at(from) else {
             return Err(not_member(&self.name));
         };
-        fx.count(Count::Emit);
+        turn.count(Count::Emit);
         self.emits_total += 1;
         let Some(served) = self.triggers.get(&*emit.process) else {
             TriggerName::check(&emit.process)?;
@@ -327,7 +329,7 @@ impl<P: Clone> Pool<P> {
         let scratch = &mut self.scratch;
         scratch.clear();
         let max_frame = self.limits.max_frame;
-        let mut deliver = |to: &Member<P>| {
+        let mut deliver = |to: &Member<D>| {
             if !matches(emit.destination.as_ref(), to)
                 || (to.attachments == Attachments::NotTaken && too_large(emit.body, max_frame))
             {
@@ -340,7 +342,7 @@ impl<P: Clone> Pool<P> {
                 start..scratch.len()
             });
             let bytes = &scratch[range.clone()];
-            let sent = fx.send(&to.peer, Class::Emit, bytes.len(), |out| {
+            let sent = turn.send(&to.peer, Class::Emit, bytes.len(), |out| {
                 out.extend_from_slice(bytes)
             });
             delivered += usize::from(sent == Sent::Queued);
@@ -374,13 +376,13 @@ impl<P: Clone> Pool<P> {
                     .expect("a trigger's handlers exist");
                 deliver(
                     self.members
-                        .at(place(handler.member))
+                        .at(handler.member)
                         .expect("a handler's member lives"),
                 );
             }
         }
         for _ in 0..delivered {
-            fx.count(Count::Delivered);
+            turn.count(Count::Delivered);
         }
         if self.scratch.capacity() > 64 * 1024 {
             self.scratch = Vec::new();
@@ -447,9 +449,9 @@ pub(super) fn id_in_use(id: &str) -> Refusal {
     Refusal::new(Code::BadMessage, message)
 }
 
-pub(super) fn matches<P>(
+pub(super) fn matches<D: Driver>(
     destination: Option<&latzero_protocol::message::Destination<'_>>,
-    member: &Member<P>,
+    member: &Member<D>,
 ) -> bool {
     destination.is_none_or(|d| {
         d.app_id == member.app.as_str()

@@ -10,14 +10,13 @@ use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
 use super::{Admission, Admitted, App, Instance, Registry, not_admitted};
-use crate::effects::Effects;
-use crate::host::{Host, Transport};
+use crate::driver::{Driver, Transport};
 use crate::keep::Change;
 use crate::limits::Limits;
 use crate::registration::{Registration, Remembered};
-use crate::time::Time;
+use crate::turn::Turn;
 
-impl<H: Host> Registry<H> {
+impl<D: Driver> Registry<D> {
     /// Admits an app's instance, or says why not. Where the handshake changes what the app registered, that is handed out
     /// to be kept first, with a promise to `peer`; the handshake is to be asked again when it is, with `kept` as [`Admitted::Later`] said.
     ///
@@ -29,13 +28,14 @@ impl<H: Host> Registry<H> {
     )]
     pub fn admit(
         &mut self,
-        (now, unix_ms): (Time, u64),
-        peer: &H::Peer,
+        peer: &D::Peer,
         transport: Transport,
         handshake: &Handshake<'_>,
         kept: Option<bool>,
-        fx: &mut H::Effects,
-    ) -> Result<Admitted<H>, Refusal> {
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Admitted<D>, Refusal> {
+        let now = turn.time();
+        let unix_ms = turn.unix_ms();
         let app_id = &handshake.app_id;
         if app_id.as_str() == SYSTEM_APP && transport != Transport::BuiltIn {
             return Err(Refusal::new(
@@ -118,7 +118,7 @@ impl<H: Host> Registry<H> {
         self.check_room_for_pools(new_pools)?;
         // The last that can fail: from here on things change.
         if !is_known {
-            self.make_room(fx)?;
+            self.make_room(turn)?;
         }
         let is_lasting = transport != Transport::BuiltIn && !handshake.transient;
         let app = self.apps.entry(app_id.clone()).or_insert_with(|| App {
@@ -135,7 +135,7 @@ impl<H: Host> Registry<H> {
         // A tool's visit under an app's name does not make the app less lasting, and an app may follow a tool.
         app.is_lasting |= is_lasting;
         app.registration = Remembered::Read(registration.clone());
-        if (!is_same || becomes_lasting) && !is_kept && app.keep(app_id, Some(peer), fx) {
+        if (!is_same || becomes_lasting) && !is_kept && app.keep(app_id, Some(peer), turn) {
             return Ok(Admitted::Later { rehydrated });
         }
 
@@ -172,9 +172,9 @@ impl<H: Host> Registry<H> {
         });
         self.instances = self.instances + 1 - displaced.len();
         if is_told || (is_kept && !is_same) {
-            app.keep(app_id, None, fx);
+            app.keep(app_id, None, turn);
         } else if was_offline && app.is_lasting {
-            fx.keep(Change::Seen(app_id.clone(), 0), None);
+            turn.keep(Change::Seen(app_id.clone(), 0), None);
         }
         Ok(Admitted::Now(Box::new(Admission {
             instance,
@@ -188,7 +188,7 @@ impl<H: Host> Registry<H> {
     }
 
     /// Forgets the app that was offline longest where there is no room for another.
-    pub(super) fn make_room(&mut self, fx: &mut H::Effects) -> Result<(), Refusal> {
+    pub(super) fn make_room(&mut self, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
         if self.apps.len() < self.limits.apps_max {
             return Ok(());
         }
@@ -197,7 +197,7 @@ impl<H: Host> Registry<H> {
             return Err(Refusal::new(Code::Quota, message));
         };
         self.apps.remove(&longest_gone);
-        fx.keep(Change::ForgetApp(longest_gone), None);
+        turn.keep(Change::ForgetApp(longest_gone), None);
         Ok(())
     }
 

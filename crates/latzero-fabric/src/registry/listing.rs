@@ -1,18 +1,35 @@
 //! What the registry tells of itself: apps and pools, in pages.
+//!
+//! A page is bounded in entries, in bytes and in what is looked at to fill it, so that a listing never holds up others.
+
+use std::ops::Bound;
 
 use latzero_protocol::message::{Page, TriggerSpec};
 use latzero_protocol::{AppId, PoolName, Refusal};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{App, Instance, PoolEntry, Registry, no_pool};
-use crate::host::Host;
-use crate::time::Time;
+use crate::driver::Driver;
+use crate::now::Time;
+use crate::registration::Remembered;
 
-/// Bytes of a listing after which it goes on on the next page: far below what a frame may have.
-const PAGE_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes of the entries on one page.
+pub(crate) const PAGE_BYTES_MAX: usize = 128 * 1024;
+
+/// Memberships that are looked at for one page. A page that reaches this ends early, and says where to go on.
+const LOOKED_AT_MAX: usize = 10_000;
 
 /// Instances of one app that a listing shows one by one.
 const INSTANCES_SHOWN_MAX: usize = 100;
+
+/// Bytes of one entry, so that each fits on a page.
+const ENTRY_BYTES_MAX: usize = PAGE_BYTES_MAX - 1024;
+
+/// Where the first parts of an app's entry end, in bytes from its beginning: each leaves room for the next.
+const META_END: usize = 24 * 1024;
+const POOLS_END: usize = 48 * 1024;
+const INSTANCES_END: usize = 80 * 1024;
 
 /// What the registry holds, in numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -27,29 +44,40 @@ pub struct Counts {
     pub pools: usize,
 }
 
-impl<H: Host> Registry<H> {
+impl<D: Driver> Registry<D> {
     /// A pool's handle and what the registry knows of it.
     ///
     /// # Errors
     /// `no_pool`.
-    pub fn describe_pool(&self, name: &PoolName) -> Result<(H::Pool, Value), Refusal> {
+    pub fn describe_pool(&self, name: &PoolName) -> Result<(D::Pool, Value), Refusal> {
         let entry = self.pools.get(name).ok_or_else(|| no_pool(name))?;
         Ok((entry.pool.clone(), pool_json(name, entry)))
     }
 
-    /// The pools, a page of them.
+    /// The pools, a page of them as JSON text.
     #[must_use]
-    pub fn list_pools(&self, page: &Page<'_>) -> Value {
-        let rest = self
-            .pools
-            .iter()
-            .filter(|(name, _)| is_after(name.as_str(), page))
-            .map(|(name, entry)| pool_json(name, entry));
-        let (pools, more) = fill_page(rest, page.limit);
-        json!({"pools": pools, "more": more})
+    pub fn list_pools(&self, page: &Page<'_>) -> String {
+        let mut text = PageText::new("pools", page.limit);
+        for (name, entry) in self.pools.range::<str, _>(behind(page)) {
+            let write = |out: &mut String| {
+                let mut pool = pool_json(name, entry);
+                let text = pool.to_string();
+                if text.len() <= ENTRY_BYTES_MAX {
+                    out.push_str(&text);
+                } else {
+                    pool["properties"] = Value::Null;
+                    pool["shortened"] = true.into();
+                    append(out, &pool);
+                }
+            };
+            if !text.add(name.as_str(), write) {
+                break;
+            }
+        }
+        text.finish()
     }
 
-    /// The apps, a page of them: of one pool, or all.
+    /// The apps, a page of them as JSON text: of one pool, or all.
     ///
     /// # Errors
     /// `no_pool`.
@@ -58,26 +86,30 @@ impl<H: Host> Registry<H> {
         pool: Option<&PoolName>,
         page: &Page<'_>,
         unix_ms: impl Fn(Time) -> u64,
-    ) -> Result<Value, Refusal> {
+    ) -> Result<String, Refusal> {
         if let Some(name) = pool.filter(|name| !self.pools.contains_key(*name)) {
             return Err(no_pool(name));
         }
-        let is_in = |app: &App<H>| {
-            pool.is_none_or(|pool| {
-                app.registration.get().pools.contains(pool)
-                    || app
-                        .instances
-                        .iter()
-                        .any(|i| i.memberships.iter().any(|m| m.name == *pool))
-            })
-        };
-        let rest = self
-            .apps
-            .iter()
-            .filter(|(id, app)| is_after(id.as_str(), page) && is_in(app))
-            .map(|(id, app)| app_json(id, app, &unix_ms));
-        let (apps, more) = fill_page(rest, page.limit);
-        Ok(json!({"apps": apps, "more": more}))
+        let mut text = PageText::new("apps", page.limit);
+        let mut looked_at = 0;
+        for (id, app) in self.apps.range::<str, _>(behind(page)) {
+            if looked_at >= LOOKED_AT_MAX {
+                text.is_more = true;
+                break;
+            }
+            if let Some(pool) = pool {
+                let (is_in, cost) = app.is_in(pool);
+                looked_at += cost;
+                if !is_in {
+                    text.passed(id.as_str());
+                    continue;
+                }
+            }
+            if !text.add(id.as_str(), |out| app_json(out, id, app, &unix_ms)) {
+                break;
+            }
+        }
+        Ok(text.finish())
     }
 
     /// How many apps are known, how many of them live, and how many instances and pools there are.
@@ -92,25 +124,112 @@ impl<H: Host> Registry<H> {
     }
 }
 
-/// Takes entries until there are `limit` of them or they fill a reply; says whether there are more.
-fn fill_page(mut rest: impl Iterator<Item = Value>, limit: usize) -> (Vec<Value>, bool) {
-    let mut page = Vec::new();
-    let mut bytes = 0;
-    for entry in rest.by_ref() {
-        bytes += entry.to_string().len();
-        page.push(entry);
-        if page.len() == limit || bytes >= PAGE_BYTES_MAX {
-            break;
+impl<D: Driver> App<D> {
+    /// Whether the app registered for a pool or is in it, and how much was looked at to find that out.
+    fn is_in(&self, pool: &PoolName) -> (bool, usize) {
+        let (registered, mut cost) = match &self.registration {
+            Remembered::Read(registration) => (
+                registration.pools.contains(pool),
+                1 + registration.pools.len(),
+            ),
+            // Names need no escapes in JSON, so a quoted name in the text of a list is an entry of the list.
+            Remembered::Text(row) => {
+                let is_in = row.pools.contains(&format!("\"{pool}\""));
+                (is_in, 1 + row.pools.len() / 64)
+            }
+        };
+        if registered {
+            return (true, cost);
+        }
+        for instance in &self.instances {
+            cost += instance.memberships.len();
+            if instance.memberships.iter().any(|m| m.name == *pool) {
+                return (true, cost);
+            }
+        }
+        (false, cost)
+    }
+}
+
+/// A page of a listing while it is written: entries until there are enough of them or it is full.
+pub(crate) struct PageText {
+    text: String,
+    entries: usize,
+    limit: usize,
+    is_more: bool,
+    /// The last name that the page covers, shown or passed over.
+    last: String,
+}
+
+impl PageText {
+    /// A page of the list `field` with at most `limit` entries.
+    pub(crate) fn new(field: &str, limit: usize) -> PageText {
+        PageText {
+            text: format!("{{\"{field}\":["),
+            entries: 0,
+            limit,
+            is_more: false,
+            last: String::new(),
         }
     }
-    (page, rest.next().is_some())
+
+    /// Appends the entry `name`, which `write` writes; false where the page has no room for it. A first entry always has
+    /// room: whoever writes entries keeps each smaller than a page.
+    pub(crate) fn add(&mut self, name: &str, write: impl FnOnce(&mut String)) -> bool {
+        let before = self.text.len();
+        if self.entries < self.limit {
+            if self.entries > 0 {
+                self.text.push(',');
+            }
+            write(&mut self.text);
+            if self.entries == 0 || self.text.len() <= PAGE_BYTES_MAX {
+                self.entries += 1;
+                self.passed(name);
+                return true;
+            }
+        }
+        self.text.truncate(before);
+        self.is_more = true;
+        false
+    }
+
+    /// Goes past an entry that is not listed.
+    fn passed(&mut self, name: &str) {
+        self.last.clear();
+        self.last.push_str(name);
+    }
+
+    /// The page, and where the next one begins: behind `after`.
+    pub(crate) fn finish(self) -> String {
+        let mut text = self.text;
+        text.push(']');
+        if self.is_more {
+            text.push_str(",\"more\":true,\"after\":");
+            append(&mut text, &self.last);
+        } else {
+            text.push_str(",\"more\":false");
+        }
+        text.push('}');
+        text
+    }
 }
 
-fn is_after(name: &str, page: &Page<'_>) -> bool {
-    page.after.as_deref().is_none_or(|after| name > after)
+/// The names behind the one that a page goes on after.
+fn behind<'p>(page: &'p Page<'_>) -> (Bound<&'p str>, Bound<&'p str>) {
+    let start = page
+        .after
+        .as_deref()
+        .map_or(Bound::Unbounded, Bound::Excluded);
+    (start, Bound::Unbounded)
 }
 
-fn pool_json<H: Host>(name: &PoolName, entry: &PoolEntry<H>) -> Value {
+/// Appends a value as JSON text.
+pub(crate) fn append(out: &mut String, value: &impl Serialize) {
+    let text = serde_json::to_string(value).expect("what is listed has string keys alone");
+    out.push_str(&text);
+}
+
+fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>) -> Value {
     json!({
         "pool": name, "kind": "local", "durable": entry.durable, "encrypted": false, "owner": entry.owner,
         "policy": {"join": entry.policy.join.names(), "serve": entry.policy.serve.names()},
@@ -118,21 +237,62 @@ fn pool_json<H: Host>(name: &PoolName, entry: &PoolEntry<H>) -> Value {
     })
 }
 
-fn app_json<H: Host>(id: &AppId, app: &App<H>, unix_ms: impl Fn(Time) -> u64) -> Value {
-    let instance = |i: &Instance<H>| {
+/// Appends the entry of one app. What is too long is cut, and the entry says so.
+fn app_json<D: Driver>(out: &mut String, id: &AppId, app: &App<D>, unix_ms: impl Fn(Time) -> u64) {
+    let registration = app.registration.get();
+    let start = out.len();
+    let mut is_cut = false;
+    let head = json!({
+        "app_id": id,
+        "live": !app.instances.is_empty(),
+        "instances_total": app.instances.len(),
+        "registered": app.registered,
+        "last_seen": app.last_seen,
+    });
+    append(out, &head);
+    out.pop();
+    out.push_str(",\"meta\":");
+    let before = out.len();
+    append(out, &registration.meta);
+    if out.len() - start > META_END {
+        out.truncate(before);
+        out.push_str("null");
+        is_cut = true;
+    }
+    out.push_str(",\"pools\":");
+    is_cut |= array(out, start + POOLS_END, registration.pools.iter());
+    out.push_str(",\"instances\":");
+    let instance = |i: &Instance<D>| {
         let pools: Vec<_> = i.memberships.iter().map(|m| &m.name).collect();
         json!({"instance": i.id, "pools": pools, "since": unix_ms(i.since)})
     };
-    let registration = app.registration.get();
-    json!({
-        "app_id": id,
-        "live": !app.instances.is_empty(),
-        "instances": app.instances.iter().take(INSTANCES_SHOWN_MAX).map(instance).collect::<Vec<_>>(),
-        "instances_total": app.instances.len(),
-        "pools": registration.pools,
-        "triggers": registration.triggers.iter().map(TriggerSpec::to_json).collect::<Vec<_>>(),
-        "meta": registration.meta,
-        "registered": app.registered,
-        "last_seen": app.last_seen,
-    })
+    let shown = app.instances.iter().take(INSTANCES_SHOWN_MAX);
+    is_cut |= array(out, start + INSTANCES_END, shown.map(instance));
+    out.push_str(",\"triggers\":");
+    let triggers = registration.triggers.iter().map(TriggerSpec::to_json);
+    is_cut |= array(out, start + ENTRY_BYTES_MAX, triggers);
+    if is_cut {
+        out.push_str(",\"shortened\":true");
+    }
+    out.push('}');
+}
+
+/// Appends an array of those entries that end before `end`; true where some are left out.
+fn array(out: &mut String, end: usize, entries: impl Iterator<Item = impl Serialize>) -> bool {
+    out.push('[');
+    let mut is_cut = false;
+    for (index, entry) in entries.enumerate() {
+        let before = out.len();
+        if index > 0 {
+            out.push(',');
+        }
+        append(out, &entry);
+        if out.len() > end {
+            out.truncate(before);
+            is_cut = true;
+            break;
+        }
+    }
+    out.push(']');
+    is_cut
 }

@@ -7,14 +7,14 @@ use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
 
 use super::{Entrance, PoolEntry, Registry, no_pool};
-use crate::effects::Effects;
-use crate::host::Host;
+use crate::driver::Driver;
 use crate::keep::{Change, PoolRow};
 use crate::pool::Pool;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
+use crate::turn::Turn;
 
-impl<H: Host> Registry<H> {
+impl<D: Driver> Registry<D> {
     /// Takes in a pool of an earlier run, whatever the bound on pools is by now.
     ///
     /// # Errors
@@ -72,7 +72,7 @@ impl<H: Host> Registry<H> {
     }
 
     pub(super) fn drop_if_unused(&mut self, name: &PoolName) {
-        let is_unused = |e: &PoolEntry<H>| e.members == 0 && e.held == 0 && !e.kept;
+        let is_unused = |e: &PoolEntry<D>| e.members == 0 && e.held == 0 && !e.kept;
         if self.pools.get(name).is_some_and(is_unused) {
             self.pools.remove(name);
         }
@@ -87,7 +87,7 @@ impl<H: Host> Registry<H> {
         &mut self,
         unix_ms: u64,
         name: &PoolName,
-    ) -> Result<(u32, H::Pool), Refusal> {
+    ) -> Result<(u32, D::Pool), Refusal> {
         if !self.pools.contains_key(name) {
             self.check_room_for_pools(1)?;
             self.insert_pool(unix_ms, name.clone(), (false, true));
@@ -102,12 +102,12 @@ impl<H: Host> Registry<H> {
     /// `pool_exists`, `quota`, `too_large`.
     pub fn create_pool(
         &mut self,
-        unix_ms: u64,
         owner: &AppId,
         create: PoolCreate<'_>,
-        promise: &H::Peer,
-        fx: &mut H::Effects,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
     ) -> Result<bool, Refusal> {
+        let unix_ms = turn.unix_ms();
         let PoolCreate {
             pool: name,
             properties,
@@ -132,7 +132,7 @@ impl<H: Host> Registry<H> {
                 properties: properties.as_ref().map(Value::to_string),
                 created: unix_ms,
             };
-            fx.keep(Change::Pool(Box::new(row)), Some(promise));
+            turn.keep(Change::Pool(Box::new(row)), Some(promise));
         }
         let outlives = durable || policy == Policy::default();
         let entry = self.insert_pool(unix_ms, name, (true, outlives));
@@ -145,7 +145,7 @@ impl<H: Host> Registry<H> {
 
     /// A pool that was to outlive the server could not be kept: it goes with its last member. Returned where it has rules,
     /// which what is in it must not outlive now ([`Pool::set_outlives`]).
-    pub fn release_pool(&mut self, name: &PoolName) -> Option<H::Pool> {
+    pub fn release_pool(&mut self, name: &PoolName) -> Option<D::Pool> {
         let entry = self.pools.get_mut(name).filter(|entry| entry.durable)?;
         entry.durable = false;
         entry.kept = false;
@@ -164,9 +164,9 @@ impl<H: Host> Registry<H> {
         (who, is_admin): (&AppId, bool),
         name: &PoolName,
         force: bool,
-        promise: &H::Peer,
-        fx: &mut H::Effects,
-    ) -> Result<(H::Pool, bool), Refusal> {
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<(D::Pool, bool), Refusal> {
         let Some(entry) = self.pools.get(name) else {
             return Err(no_pool(name));
         };
@@ -205,16 +205,16 @@ impl<H: Host> Registry<H> {
             let registration = app.registration.get_mut();
             if registration.pools.contains(name) {
                 forget_pool(registration, name);
-                app.keep(app_id, None, fx);
+                app.keep(app_id, None, turn);
             }
         }
         if entry.durable {
-            fx.keep(Change::ForgetPool(name.clone()), Some(promise));
+            turn.keep(Change::ForgetPool(name.clone()), Some(promise));
         }
         Ok((entry.pool, entry.durable))
     }
 
-    pub(super) fn enter(&mut self, unix_ms: u64, app: &AppId, name: PoolName) -> Entrance<H> {
+    pub(super) fn enter(&mut self, unix_ms: u64, app: &AppId, name: PoolName) -> Entrance<D> {
         if !self.pools.contains_key(&name) {
             self.insert_pool(unix_ms, name.clone(), (false, true));
         }
@@ -236,7 +236,7 @@ impl<H: Host> Registry<H> {
         created: u64,
         name: PoolName,
         (kept, outlives): (bool, bool),
-    ) -> &mut PoolEntry<H> {
+    ) -> &mut PoolEntry<D> {
         let number = self.next_number;
         self.next_number += 1;
         let mut pool = Pool::new(
@@ -249,7 +249,7 @@ impl<H: Host> Registry<H> {
         pool.set_outlives(outlives);
         let entry = PoolEntry {
             number,
-            pool: H::new_pool(pool),
+            pool: D::new_pool(pool),
             members: 0,
             held: 0,
             kept,

@@ -9,11 +9,11 @@ use serde_json::json;
 use super::pools::{NAMES_SHOWN_MAX, shown};
 use super::promises::Awaited;
 use super::{Flow, Ready, Session, expel, leave, tell_departure};
-use crate::effects::Class;
-use crate::host::{Host, Transport};
+use crate::driver::{Driver, Transport};
+use crate::outbox::Class;
 use crate::pool::Joining;
 use crate::registry::{Admission, Admitted, Membership};
-use crate::time::Time;
+use crate::turn::Turn;
 
 /// How writing down a handshake went.
 #[derive(Clone, Copy)]
@@ -34,24 +34,23 @@ pub(super) enum Entry {
     },
 }
 
-impl<H: Host> Session<H> {
+impl<D: Driver> Session<D> {
     pub(super) fn handshake(
         &mut self,
-        now: Time,
         id: Option<&str>,
         handshake: &Handshake<'_>,
         json: &[u8],
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Flow {
         if self.ready.is_some() {
             let refusal = Refusal::new(
                 Code::AlreadyReady,
                 "this connection had its handshake; open another for another app",
             );
-            self.refuse(id, &refusal, host);
+            self.refuse(id, &refusal, turn);
             return Flow::Continue;
         }
-        match self.admit(now, id, handshake, None, host) {
+        match self.admit(id, handshake, None, turn) {
             Ok(Entry::In) => Flow::Continue,
             Ok(Entry::Overtaken) => Flow::Close,
             Ok(Entry::Later { rehydrated }) => {
@@ -62,7 +61,7 @@ impl<H: Host> Session<H> {
                 Flow::Continue
             }
             Err(refusal) => {
-                self.refuse(id, &refusal, host);
+                self.refuse(id, &refusal, turn);
                 Flow::Close
             }
         }
@@ -71,11 +70,10 @@ impl<H: Host> Session<H> {
     /// Lets an app in. `stored` is absent where nothing was written down yet, else how that went.
     pub(super) fn admit(
         &mut self,
-        now: Time,
         id: Option<&str>,
         handshake: &Handshake<'_>,
         stored: Option<Stored>,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Entry, Refusal> {
         if handshake.protocol != PROTOCOL_VERSION {
             let message = format!(
@@ -84,17 +82,16 @@ impl<H: Host> Session<H> {
             );
             return Err(Refusal::new(Code::UnsupportedProtocol, message));
         }
-        if host.is_draining() {
+        if turn.driver.is_draining() {
             return Err(Refusal::new(
                 Code::Draining,
                 "the server is about to stop; reconnect in a moment",
             ));
         }
         let (peer, transport) = (self.peer.clone(), self.terms.transport);
-        let times = (now, host.unix_ms(now));
         let kept = stored.map(|stored| stored.rehydrated);
-        let admitted = host.with_registry(|registry, fx| {
-            registry.admit(times, &peer, transport, handshake, kept, fx)
+        let admitted = turn.with_registry(|registry, turn| {
+            registry.admit(&peer, transport, handshake, kept, turn)
         })?;
         let admission = match admitted {
             Admitted::Now(admission) => admission,
@@ -116,28 +113,28 @@ impl<H: Host> Session<H> {
             json!({"pools": pools.iter().map(|p| &p.name).take(NAMES_SHOWN_MAX).collect::<Vec<_>>(),
                 "triggers": shown(&triggers), "triggers_total": triggers.len(),
                 "rehydrated": rehydrated}),
-            host,
+            turn,
         );
         for displaced in &displaced {
             let by = (&handshake.app_id, instance);
-            self.audit("took_over", by, json!({"displaced": displaced.id}), host);
+            self.audit("took_over", by, json!({"displaced": displaced.id}), turn);
         }
         // Whoever is displaced has left before the newcomer joins, so no call can reach it any more.
         for instance in &displaced {
-            expel(now, instance, "displaced", host);
+            expel(instance, "displaced", turn);
         }
         self.features = handshake.features.and(Features {
             attachments: true,
             // Descriptors only travel over Unix sockets, and what they replace travels as attachments.
             fd_passing: transport == Transport::Unix && handshake.features.attachments,
         });
-        let limits = host.limits();
-        let (version, node) = host.identity();
+        let site = std::sync::Arc::clone(turn.driver.site());
+        let limits = &site.limits;
         let mut ack = json!({
             "action": "handshake_ack", "status": "ok", "app_id": handshake.app_id, "instance": instance,
             "pools": pools.iter().map(|p| &p.name).collect::<Vec<_>>(),
             "triggers": names(&triggers), "rehydrated": rehydrated,
-            "protocol": PROTOCOL_VERSION, "server": {"version": version, "node": node},
+            "protocol": PROTOCOL_VERSION, "server": {"version": site.version, "node": site.node},
             "features": self.features.names(),
             "limits": {
                 "max_frame": limits.max_frame, "max_in_flight": limits.in_flight_max, "max_block": limits.block_bytes_max,
@@ -159,7 +156,7 @@ impl<H: Host> Session<H> {
         }
         let ack = ack.to_string();
         // Before the joins: the acknowledgement is the first thing that a client sees.
-        self.send(Class::Control, ack.len(), host, |out| {
+        self.send(Class::Control, ack.len(), turn, |out| {
             encode::message(out, &ack)
         });
         self.ready = Some(Ready {
@@ -173,31 +170,30 @@ impl<H: Host> Session<H> {
                 .find(|(pool, _)| *pool == entrance.name)
                 .map(|(_, events)| *events);
             let name = entrance.name.clone();
-            self.enter(now, entrance, watch, host);
+            self.enter(entrance, watch, turn);
             let blocks = subscriptions.iter().filter(|(pool, _)| *pool == name);
             if let Some(m) = self.memberships.last().filter(|m| m.name == name) {
                 for (_, block) in blocks {
                     // A block that is gone has no changes to tell.
-                    let _ = host.with_pool(&m.pool, |pool, fx| {
-                        pool.subscribe_block(m.member, block, fx)
+                    let _ = turn.with_pool(&m.pool, |pool, turn| {
+                        pool.subscribe_block(m.member, block, turn)
                     });
                 }
             }
         }
-        if self.settle(host) {
+        if self.settle(turn) {
             return Ok(Entry::In);
         }
-        let _ = self.overtaken(now, host);
+        let _ = self.overtaken(turn);
         Ok(Entry::Overtaken)
     }
 
     /// Joins a pool that the registry opened.
     pub(super) fn enter(
         &mut self,
-        now: Time,
-        entrance: crate::registry::Entrance<H>,
+        entrance: crate::registry::Entrance<D>,
         watch: Option<EventSet>,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) {
         let ready = self.ready.as_ref().expect("only a ready session joins");
         let joining = Joining {
@@ -213,12 +209,12 @@ impl<H: Host> Session<H> {
                 && (entrance.name.as_str() != SYSTEM_POOL
                     || self.terms.transport == Transport::BuiltIn)
         };
-        let member = host.with_pool(&entrance.pool, |pool, fx| {
-            let member = pool.join(joining, fx)?;
+        let member = turn.with_pool(&entrance.pool, |pool, turn| {
+            let member = pool.join(joining, turn)?;
             pool.watch(member, watch);
-            pool.tell_answers(now, &ready.app, fx);
+            pool.tell_answers(&ready.app, turn);
             for spec in ready.triggers.iter().filter(own) {
-                pool.serve(now, member, spec, fx);
+                pool.serve(member, spec, turn);
             }
             Some(member)
         });
@@ -241,7 +237,7 @@ impl<H: Host> Session<H> {
                 let told = format!(
                     "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{name}\"}}"
                 );
-                self.send(Class::Control, told.len(), host, |out| {
+                self.send(Class::Control, told.len(), turn, |out| {
                     encode::message(out, &told)
                 });
             }
@@ -249,23 +245,23 @@ impl<H: Host> Session<H> {
     }
 
     /// Tells the registry where this session is; false where it was displaced meanwhile.
-    pub(super) fn settle(&self, host: &mut H) -> bool {
+    pub(super) fn settle(&self, turn: &mut Turn<'_, D>) -> bool {
         let Some(ready) = &self.ready else {
             return false;
         };
-        host.with_registry(|registry, _| {
+        turn.with_registry(|registry, _| {
             registry.settle(&ready.app, ready.instance, &self.memberships)
         })
     }
 
     /// Somebody took over while this session was still joining: it leaves again. It is told here: whoever took over may
     /// find its connection closed already.
-    pub(super) fn overtaken(&mut self, now: Time, host: &mut H) -> Flow {
+    pub(super) fn overtaken(&mut self, turn: &mut Turn<'_, D>) -> Flow {
         if let Some(ready) = &self.ready {
-            tell_departure(&self.peer, ready.instance, "displaced", host);
+            tell_departure(&self.peer, ready.instance, "displaced", turn);
         }
         for membership in std::mem::take(&mut self.memberships) {
-            leave(now, &membership, host);
+            leave(&membership, turn);
         }
         self.ready = None;
         self.is_over = true;

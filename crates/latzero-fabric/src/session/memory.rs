@@ -6,21 +6,20 @@ use latzero_protocol::memory::{Action, Memory};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 
 use super::Session;
-use crate::effects::{Class, Effects, Sent};
-use crate::host::Host;
+use crate::driver::{BlockWrite, Driver, Written};
+use crate::outbox::{Class, Sent};
 use crate::pool::{Asking, LockWish, MemberKey, ReadPlan, Replied};
-use crate::time::Time;
+use crate::turn::Turn;
 
-impl<H: Host> Session<H> {
+impl<D: Driver> Session<D> {
     pub(super) fn memory(
         &mut self,
-        now: Time,
         id: Option<&str>,
         memory: &Memory<'_>,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
-        let unix_ms = host.unix_ms(now);
-        let m = self.current_membership(memory.pool.as_deref(), host)?;
+        let now = turn.time();
+        let m = self.current_membership(memory.pool.as_deref(), turn)?;
         let (pool, member) = (m.pool.clone(), m.member);
         let is_system = m.name.as_str() == SYSTEM_POOL;
         let asking = Asking { member, id };
@@ -31,24 +30,22 @@ impl<H: Host> Session<H> {
             )),
             Action::Create(create) => {
                 if create.or_attach {
-                    check(&pool, member, &create.block, host)?;
+                    check(&pool, member, &create.block, turn)?;
                 }
-                host.with_pool(&pool, |pool, fx| {
-                    pool.create_block(asking, create, unix_ms, fx)
-                })
+                turn.with_pool(&pool, |pool, turn| pool.create_block(asking, create, turn))
             }
             Action::Attach {
                 block,
                 mode,
                 layout,
             } => {
-                check(&pool, member, block, host)?;
-                host.with_pool(&pool, |pool, fx| {
-                    pool.attach_block(asking, block, *mode, layout.as_ref(), fx)
+                check(&pool, member, block, turn)?;
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.attach_block(asking, block, *mode, layout.as_ref(), turn)
                 })
             }
             Action::Detach(block) => {
-                host.with_pool(&pool, |pool, fx| pool.detach_block(member, block, fx))
+                turn.with_pool(&pool, |pool, turn| pool.detach_block(member, block, turn))
             }
             Action::Read {
                 block,
@@ -56,23 +53,22 @@ impl<H: Host> Session<H> {
                 length,
                 if_version,
             } => {
-                let plan = host.with_pool(&pool, |pool, _| pool.read_block(member, block))?;
+                let plan = turn.with_pool(&pool, |pool, _| pool.read_block(member, block))?;
                 let range = range(block, plan, *offset, *length)?;
-                self.check_fits(range.end - range.start, host)?;
-                let (bytes, version) = host.read_block(plan.storage, range, *if_version)?;
+                self.check_fits(range.end - range.start, turn)?;
+                let (bytes, version) = turn.driver.read_block(plan.storage, range, *if_version)?;
                 let sent = id.map_or(Sent::Queued, |id| {
                     let attachments = self.attachments();
                     let length = match attachments {
                         Attachments::Taken => bytes.len(),
                         Attachments::NotTaken => bytes.len().div_ceil(3) * 4,
                     };
-                    host.effects()
-                        .send(&self.peer, Class::Reply, length + 256, |out| {
-                            let stamp = (version, plan.generation);
-                            encode::block_bytes(out, id, stamp, &bytes, attachments);
-                        })
+                    turn.send(&self.peer, Class::Reply, length + 256, |out| {
+                        let stamp = (version, plan.generation);
+                        encode::block_bytes(out, id, stamp, &bytes, attachments);
+                    })
                 });
-                host.recycle(bytes);
+                turn.driver.effects().buffers.give_back(bytes);
                 match sent {
                     Sent::Full => Err(Refusal::new(
                         Code::Overloaded,
@@ -82,14 +78,22 @@ impl<H: Host> Session<H> {
                 }
             }
             Action::Write(write) => {
-                let plan = host.with_pool(&pool, |pool, _| {
+                let plan = turn.with_pool(&pool, |pool, _| {
                     pool.begin_write(member, &write.block, write.lock)
                 })?;
-                let written =
-                    host.write_block(plan.storage, write.offset, &write.data, write.if_version);
-                let version = written.as_ref().ok().copied();
-                host.with_pool(&pool, |pool, fx| pool.end_write(now, plan, version, fx));
-                written.map(|version| Some(format!("{{\"version\":{version}}}")))
+                let written = turn.driver.write_block(
+                    plan.storage,
+                    &BlockWrite {
+                        offset: write.offset,
+                        data: &write.data,
+                        if_version: write.if_version,
+                        expected: None,
+                    },
+                );
+                let version = written.as_ref().ok().and_then(Written::version);
+                turn.with_pool(&pool, |pool, turn| pool.end_write(plan, version, turn));
+                let (Written::Version(version) | Written::Differs(version, _)) = written?;
+                Ok(Some(format!("{{\"version\":{version}}}")))
             }
             Action::Cas {
                 block,
@@ -99,16 +103,23 @@ impl<H: Host> Session<H> {
                 lock,
             } => {
                 let plan =
-                    host.with_pool(&pool, |pool, _| pool.begin_write(member, block, *lock))?;
-                let swapped = host.swap_block(plan.storage, *offset, expected, data);
-                let version = match &swapped {
-                    Ok((version, None)) => Some(*version),
-                    _ => None,
-                };
-                host.with_pool(&pool, |pool, fx| pool.end_write(now, plan, version, fx));
+                    turn.with_pool(&pool, |pool, _| pool.begin_write(member, block, *lock))?;
+                let swapped = turn.driver.write_block(
+                    plan.storage,
+                    &BlockWrite {
+                        offset: *offset,
+                        data,
+                        if_version: None,
+                        expected: Some(expected),
+                    },
+                );
+                let version = swapped.as_ref().ok().and_then(Written::version);
+                turn.with_pool(&pool, |pool, turn| pool.end_write(plan, version, turn));
                 Ok(Some(match swapped? {
-                    (version, None) => format!("{{\"swapped\":true,\"version\":{version}}}"),
-                    (version, Some(current)) => {
+                    Written::Version(version) => {
+                        format!("{{\"swapped\":true,\"version\":{version}}}")
+                    }
+                    Written::Differs(version, current) => {
                         let mut text =
                             format!("{{\"swapped\":false,\"version\":{version},\"current\":")
                                 .into_bytes();
@@ -129,77 +140,86 @@ impl<H: Host> Session<H> {
                     wait_ms: *wait_ms,
                     lease_ms: *lease_ms,
                 };
-                host.with_pool(&pool, |pool, fx| {
-                    pool.lock_block(now, asking, block, want, fx)
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.lock_block(asking, block, want, turn)
                 })
             }
-            Action::Unlock(block, fence) => host.with_pool(&pool, |pool, fx| {
-                pool.unlock_block(now, member, block, *fence, fx)
+            Action::Unlock(block, fence) => turn.with_pool(&pool, |pool, turn| {
+                pool.unlock_block(member, block, *fence, turn)
             }),
             Action::Renew {
                 block,
                 lock,
                 lease_ms,
-            } => host.with_pool(&pool, |pool, _| {
+            } => turn.with_pool(&pool, |pool, _| {
                 pool.renew_lock(now, member, block, *lock, *lease_ms)
             }),
             Action::Subscribe(block) => {
                 let name = m.name.clone();
-                let reply =
-                    host.with_pool(&pool, |pool, fx| pool.subscribe_block(member, block, fx))?;
-                self.remember_subscription(&name, block, true, host);
+                let reply = turn.with_pool(&pool, |pool, turn| {
+                    pool.subscribe_block(member, block, turn)
+                })?;
+                self.remember_subscription(&name, block, true, turn);
                 Ok(reply)
             }
             Action::Unsubscribe(block) => {
                 let name = m.name.clone();
-                let reply =
-                    host.with_pool(&pool, |pool, fx| pool.unsubscribe_block(member, block, fx))?;
-                self.remember_subscription(&name, block, false, host);
+                let reply = turn.with_pool(&pool, |pool, turn| {
+                    pool.unsubscribe_block(member, block, turn)
+                })?;
+                self.remember_subscription(&name, block, false, turn);
                 Ok(reply)
             }
-            Action::Notify(block, version) => host.with_pool(&pool, |pool, fx| {
-                pool.notify_block(member, block, *version, fx)
+            Action::Notify(block, version) => turn.with_pool(&pool, |pool, turn| {
+                pool.notify_block(member, block, *version, turn)
             }),
             Action::Reoffer(block) => {
                 let name = m.name.clone();
-                host.take_back(now, &pool, &name, block)?;
+                D::take_back(turn, &pool, &name, block)?;
                 Ok(Some("{}".into()))
             }
-            Action::Resize(block, size) => host.with_pool(&pool, |pool, fx| {
-                pool.resize_block(asking, block, *size, fx)
+            Action::Resize(block, size) => turn.with_pool(&pool, |pool, turn| {
+                pool.resize_block(asking, block, *size, turn)
             }),
             Action::Flush(block) => {
-                host.with_pool(&pool, |pool, fx| pool.flush_block(asking, block, fx))
+                turn.with_pool(&pool, |pool, turn| pool.flush_block(asking, block, turn))
             }
             Action::Remove(block) => {
                 let is_admin = self.terms.is_admin;
-                host.with_pool(&pool, |pool, fx| {
-                    pool.remove_block(member, is_admin, block, fx)
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.remove_block(member, is_admin, block, turn)
                 })
             }
             Action::List(page) => {
-                let blocks = host.with_pool(&pool, |pool, fx| pool.blocks_json(page, fx));
-                Ok(Some(blocks.to_string()))
+                let blocks = turn.with_pool(&pool, |pool, turn| pool.blocks_json(page, turn));
+                Ok(Some(blocks))
             }
             Action::Info(block) => {
-                let all = host.with_pool(&pool, |pool, fx| pool.block_json(member, block, fx))?;
+                let all =
+                    turn.with_pool(&pool, |pool, turn| pool.block_json(member, block, turn))?;
                 Ok(Some(all.to_string()))
             }
         }
     }
 
     /// An app that comes back has its subscriptions again.
-    fn remember_subscription(&self, pool: &PoolName, block: &BlockId, is_on: bool, host: &mut H) {
+    fn remember_subscription(
+        &self,
+        pool: &PoolName,
+        block: &BlockId,
+        is_on: bool,
+        turn: &mut Turn<'_, D>,
+    ) {
         if let Some(ready) = &self.ready {
-            host.with_registry(|registry, fx| {
-                registry.remember_subscription(&ready.app, pool, block, is_on, fx);
+            turn.with_registry(|registry, turn| {
+                registry.remember_subscription(&ready.app, pool, block, is_on, turn);
             });
         }
     }
 
     /// A reply is one frame; a larger block is read in parts.
-    fn check_fits(&self, length: u64, host: &H) -> Result<(), Refusal> {
-        let room = (host.limits().max_frame as u64).saturating_sub(READ_SLACK as u64);
+    fn check_fits(&self, length: u64, turn: &Turn<'_, D>) -> Result<(), Refusal> {
+        let room = (turn.limits().max_frame as u64).saturating_sub(READ_SLACK as u64);
         let max = match self.attachments() {
             Attachments::Taken => room,
             Attachments::NotTaken => room / 4 * 3,
@@ -215,14 +235,14 @@ impl<H: Host> Session<H> {
 }
 
 /// Refuses a block whose storage is corrupt; what else there is against it the pool says.
-fn check<H: Host>(
-    pool: &H::Pool,
+fn check<D: Driver>(
+    pool: &D::Pool,
     member: MemberKey,
     block: &BlockId,
-    host: &mut H,
+    turn: &mut Turn<'_, D>,
 ) -> Result<(), Refusal> {
-    match host.with_pool(pool, |pool, _| pool.read_block(member, block)) {
-        Ok(plan) => host.check_block(plan.storage),
+    match turn.with_pool(pool, |pool, _| pool.read_block(member, block)) {
+        Ok(plan) => turn.driver.read_block(plan.storage, 0..0, None).map(|_| ()),
         Err(_) => Ok(()),
     }
 }

@@ -7,16 +7,15 @@ use serde_json::json;
 
 use super::promises::{Promise, Reply};
 use super::{Session, leave};
-use crate::effects::{Audit, Effects};
-use crate::host::{Host, Transport};
-use crate::time::Time;
+use crate::driver::{Driver, Transport};
+use crate::effects::Audit;
+use crate::turn::Turn;
 
-impl<H: Host> Session<H> {
+impl<D: Driver> Session<D> {
     pub(super) fn register(
         &mut self,
-        now: Time,
         specs: &[TriggerSpec],
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let peer = self.peer.clone();
         let ready = self.ready.as_mut().expect("only a ready session gets here");
@@ -28,9 +27,9 @@ impl<H: Host> Session<H> {
         }
         // What this instance serves counts besides what the app is remembered with: another instance may have
         // replaced that.
-        crate::registry::check_triggers(&triggers, host.limits())?;
-        let is_promised = host.with_registry(|registry, fx| {
-            registry.remember_triggers(&ready.app, specs, transport, &peer, fx)
+        crate::registry::check_triggers(&triggers, turn.limits())?;
+        let is_promised = turn.with_registry(|registry, turn| {
+            registry.remember_triggers(&ready.app, specs, transport, &peer, turn)
         })?;
         let is_news = specs.iter().any(|spec| !ready.triggers.contains(spec));
         ready.triggers = triggers;
@@ -41,17 +40,17 @@ impl<H: Host> Session<H> {
                 instance: Some(ready.instance),
                 detail: json!({"triggers": shown(specs), "triggers_total": specs.len()}),
             };
-            host.effects().audit(&peer, &audit);
+            turn.audit(&peer, &audit);
         }
         for m in &self.memberships {
             let reserved =
                 (m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn) || !m.may_serve;
-            host.with_pool(&m.pool, |pool, fx| {
+            turn.with_pool(&m.pool, |pool, turn| {
                 for spec in specs {
                     if spec.is_for(&m.name) && !reserved {
-                        pool.serve(now, m.member, spec, fx);
+                        pool.serve(m.member, spec, turn);
                     } else {
-                        pool.unserve(m.member, &spec.name, fx);
+                        pool.unserve(m.member, &spec.name, turn);
                     }
                 }
             });
@@ -63,20 +62,21 @@ impl<H: Host> Session<H> {
     pub(super) fn unregister(
         &mut self,
         specs: &[TriggerSpec],
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let peer = self.peer.clone();
         let ready = self.ready.as_mut().expect("only a ready session gets here");
-        let is_promised = host
-            .with_registry(|registry, fx| registry.forget_triggers(&ready.app, specs, &peer, fx));
+        let is_promised = turn.with_registry(|registry, turn| {
+            registry.forget_triggers(&ready.app, specs, &peer, turn)
+        });
         ready
             .triggers
             .retain(|known| !specs.iter().any(|spec| spec.name == known.name));
         for m in &self.memberships {
-            host.with_pool(&m.pool, |pool, fx| {
+            turn.with_pool(&m.pool, |pool, turn| {
                 specs
                     .iter()
-                    .for_each(|spec| pool.unserve(m.member, &spec.name, fx))
+                    .for_each(|spec| pool.unserve(m.member, &spec.name, turn))
             });
         }
         let reply = self.triggers_json();
@@ -95,9 +95,8 @@ impl<H: Host> Session<H> {
 
     pub(super) fn pool_create(
         &mut self,
-        now: Time,
         create: PoolCreate<'_>,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let app = self
             .ready
@@ -106,37 +105,36 @@ impl<H: Host> Session<H> {
             .app
             .clone();
         let name = create.pool.clone();
-        let (unix_ms, peer) = (host.unix_ms(now), self.peer.clone());
-        let is_promised = host
-            .with_registry(|registry, fx| registry.create_pool(unix_ms, &app, create, &peer, fx))?;
+        let peer = self.peer.clone();
+        let is_promised =
+            turn.with_registry(|registry, turn| registry.create_pool(&app, create, &peer, turn))?;
         // It may be removed by now; what was promised is told all the same.
-        let reply = pool_info(&name, host).unwrap_or_else(|_| "{}".into());
+        let reply = pool_info(&name, turn).unwrap_or_else(|_| "{}".into());
         Ok(Reply::kept_if(is_promised, reply, Promise::Pool(name)))
     }
 
     pub(super) fn pool_join(
         &mut self,
-        now: Time,
         name: &PoolName,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        self.forget_removed(host);
+        self.forget_removed(turn);
         if self.memberships.iter().any(|m| m.name == *name) {
             return Ok(Reply::Now("{}".into()));
         }
-        crate::registry::check_pools(self.memberships.len() + 1, host.limits())?;
+        crate::registry::check_pools(self.memberships.len() + 1, turn.limits())?;
         let app = self
             .ready
             .as_ref()
             .expect("only a ready session gets here")
             .app
             .clone();
-        let (unix_ms, peer) = (host.unix_ms(now), self.peer.clone());
+        let peer = self.peer.clone();
         let (entrance, is_promised) =
-            host.with_registry(|registry, fx| registry.open(unix_ms, &app, name, &peer, fx))?;
-        self.enter(now, entrance, None, host);
-        if !self.settle(host) {
-            let _ = self.overtaken(now, host);
+            turn.with_registry(|registry, turn| registry.open(&app, name, &peer, turn))?;
+        self.enter(entrance, None, turn);
+        if !self.settle(turn) {
+            let _ = self.overtaken(turn);
         }
         Ok(Reply::kept_if(
             is_promised,
@@ -147,9 +145,8 @@ impl<H: Host> Session<H> {
 
     pub(super) fn pool_leave(
         &mut self,
-        now: Time,
         name: &PoolName,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let Some(at) = self.memberships.iter().position(|m| m.name == *name) else {
             return Err(Refusal::new(
@@ -159,10 +156,10 @@ impl<H: Host> Session<H> {
         };
         let membership = self.memberships.swap_remove(at);
         let ready = self.ready.as_ref().expect("only a ready session gets here");
-        let is_promised = host.with_registry(|registry, fx| {
-            registry.forget_pool(&ready.app, ready.instance, name, &self.peer, fx)
+        let is_promised = turn.with_registry(|registry, turn| {
+            registry.forget_pool(&ready.app, ready.instance, name, &self.peer, turn)
         });
-        leave(now, &membership, host);
+        leave(&membership, turn);
         Ok(Reply::kept_if(
             is_promised,
             "{}".into(),
@@ -172,10 +169,9 @@ impl<H: Host> Session<H> {
 
     pub(super) fn pool_remove(
         &mut self,
-        now: Time,
         name: &PoolName,
         force: bool,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let app = self
             .ready
@@ -185,36 +181,36 @@ impl<H: Host> Session<H> {
             .clone();
         let is_admin = self.terms.is_admin;
         let peer = self.peer.clone();
-        let (pool, is_promised) = host.with_registry(|registry, fx| {
-            registry.remove_pool((&app, is_admin), name, force, &peer, fx)
+        let (pool, is_promised) = turn.with_registry(|registry, turn| {
+            registry.remove_pool((&app, is_admin), name, force, &peer, turn)
         })?;
-        host.with_pool(&pool, |pool, fx| pool.close(now, fx));
-        self.forget_removed(host);
+        turn.with_pool(&pool, |pool, turn| pool.close(turn));
+        self.forget_removed(turn);
         Ok(Reply::kept_if(is_promised, "{}".into(), Promise::Removal))
     }
 
     /// Drops memberships of pools that were removed, so that a new pool of the same name can be joined.
-    pub(super) fn forget_removed(&mut self, host: &mut H) {
+    pub(super) fn forget_removed(&mut self, turn: &mut Turn<'_, D>) {
         self.memberships
-            .retain(|m| !host.with_pool(&m.pool, |pool, _| pool.is_closed()));
+            .retain(|m| !turn.with_pool(&m.pool, |pool, _| pool.is_closed()));
     }
 
     pub(super) fn watch(
         &mut self,
         name: &PoolName,
         events: Option<EventSet>,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         let m = self.membership(Some(name.as_str()))?;
-        if !host.with_pool(&m.pool, |pool, _| pool.watch(m.member, events)) {
+        if !turn.with_pool(&m.pool, |pool, _| pool.watch(m.member, events)) {
             return Err(Refusal::new(
                 Code::NotMember,
                 format!("pool '{name}' was removed; join it again with pool_join"),
             ));
         }
         let ready = self.ready.as_ref().expect("only a ready session gets here");
-        let is_promised = host.with_registry(|registry, fx| {
-            registry.remember_watch(&ready.app, name, events, &self.peer, fx)
+        let is_promised = turn.with_registry(|registry, turn| {
+            registry.remember_watch(&ready.app, name, events, &self.peer, turn)
         });
         Ok(Reply::kept_if(
             is_promised,
@@ -224,9 +220,12 @@ impl<H: Host> Session<H> {
     }
 }
 
-pub(super) fn pool_info<H: Host>(name: &PoolName, host: &mut H) -> Result<String, Refusal> {
-    let (pool, mut description) = host.with_registry(|registry, _| registry.describe_pool(name))?;
-    let (stats, triggers) = host.with_pool(&pool, |pool, _| (pool.stats(), pool.triggers_json()));
+pub(super) fn pool_info<D: Driver>(
+    name: &PoolName,
+    turn: &mut Turn<'_, D>,
+) -> Result<String, Refusal> {
+    let (pool, mut description) = turn.with_registry(|registry, _| registry.describe_pool(name))?;
+    let (stats, triggers) = turn.with_pool(&pool, |pool, _| (pool.stats(), pool.triggers_json()));
     description["triggers"] = triggers;
     description["triggers_total"] = stats.triggers.into();
     description["calls_in_flight"] = stats.calls_in_flight.into();

@@ -7,16 +7,16 @@ use latzero_protocol::{Envelope, PoolName, Refusal};
 
 use super::entry::Stored;
 use super::{Flow, Session};
-use crate::effects::Class;
-use crate::host::Host;
-use crate::time::Time;
+use crate::driver::Driver;
+use crate::outbox::Class;
+use crate::turn::Turn;
 
 /// A reply that waits until what it promises is on disk.
-pub(super) enum Awaited<H: Host> {
+pub(super) enum Awaited<D: Driver> {
     /// A call that waits for its handler.
     Parked {
         id: Option<Box<str>>,
-        pool: H::Pool,
+        pool: D::Pool,
         number: u64,
     },
     /// A handshake, as it came; nothing more is read before it is answered.
@@ -43,7 +43,7 @@ pub(super) enum Promise {
 pub(super) enum Reply {
     Now(String),
     Kept(String, Promise),
-    /// The host gives it.
+    /// The turn gives it.
     Later,
 }
 
@@ -57,9 +57,9 @@ impl Reply {
     }
 }
 
-impl<H: Host> Session<H> {
+impl<D: Driver> Session<D> {
     /// The first promise that was made to this connection is kept, or can't be.
-    pub fn kept(&mut self, now: Time, result: Result<(), Refusal>, host: &mut H) -> Flow {
+    pub fn kept(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
         match self.awaited.pop_front() {
             None => self.flow(),
             Some(Awaited::Handshake { json, rehydrated }) => {
@@ -74,17 +74,17 @@ impl<H: Host> Session<H> {
                     unreachable!("it was a handshake before");
                 };
                 if result.is_err() {
-                    host.with_registry(|registry, fx| registry.keep_app(&handshake.app_id, fx));
+                    turn.with_registry(|registry, turn| registry.keep_app(&handshake.app_id, turn));
                 }
                 let stored = Some(Stored {
                     is_on_disk: result.is_ok(),
                     rehydrated,
                 });
-                match self.admit(now, id.as_deref(), &handshake, stored, host) {
+                match self.admit(id.as_deref(), &handshake, stored, turn) {
                     Ok(_) if self.ready.is_some() => Flow::Continue,
                     Ok(_) => Flow::Close,
                     Err(refusal) => {
-                        self.refuse(id.as_deref(), &refusal, host);
+                        self.refuse(id.as_deref(), &refusal, turn);
                         Flow::Close
                     }
                 }
@@ -93,16 +93,16 @@ impl<H: Host> Session<H> {
                 match result {
                     Ok(()) => {
                         // Where its answer came first there is nothing more to say.
-                        let waits = host.with_pool(&pool, |pool, _| pool.is_parked(number));
+                        let waits = turn.with_pool(&pool, |pool, _| pool.is_parked(number));
                         if let Some(id) = id.filter(|_| waits) {
-                            self.send(Class::Control, 256, host, |out| encode::parked(out, &id));
+                            self.send(Class::Control, 256, turn, |out| encode::parked(out, &id));
                         }
                     }
                     Err(refusal) => {
-                        if host.with_pool(&pool, |pool, fx| pool.unpark(number, fx)) {
+                        if turn.with_pool(&pool, |pool, turn| pool.unpark(number, turn)) {
                             let message = format!("{}; the call was not parked", refusal.message);
                             let refusal = Refusal::new(refusal.code, message);
-                            self.refuse(id.as_deref(), &refusal, host);
+                            self.refuse(id.as_deref(), &refusal, turn);
                         }
                     }
                 }
@@ -110,8 +110,8 @@ impl<H: Host> Session<H> {
             }
             Some(Awaited::Reply { id, reply, promise }) => {
                 match result {
-                    Ok(()) => self.reply(id.as_deref(), &reply, host),
-                    Err(refusal) => self.break_promise(id.as_deref(), &promise, &refusal, host),
+                    Ok(()) => self.reply(id.as_deref(), &reply, turn),
+                    Err(refusal) => self.break_promise(id.as_deref(), &promise, &refusal, turn),
                 }
                 self.flow()
             }
@@ -124,24 +124,24 @@ impl<H: Host> Session<H> {
         id: Option<&str>,
         promise: &Promise,
         refusal: &Refusal,
-        host: &mut H,
+        turn: &mut Turn<'_, D>,
     ) {
         let holds = match promise {
             Promise::Registration => {
                 if let Some(ready) = &self.ready {
-                    host.with_registry(|registry, fx| registry.keep_app(&ready.app, fx));
+                    turn.with_registry(|registry, turn| registry.keep_app(&ready.app, turn));
                 }
                 "it is in force, and is stored as soon as the disk takes it"
             }
             Promise::Pool(name) => {
-                if let Some(pool) = host.with_registry(|registry, _| registry.release_pool(name)) {
-                    host.with_pool(&pool, |pool, _| pool.set_outlives(false));
+                if let Some(pool) = turn.with_registry(|registry, _| registry.release_pool(name)) {
+                    turn.with_pool(&pool, |pool, _| pool.set_outlives(false));
                 }
                 "the pool is not durable and goes with its last member"
             }
             Promise::Removal => "it is gone, but may be back after the server's next start",
         };
         let message = format!("{}; {holds}", refusal.message);
-        self.refuse(id, &Refusal::new(refusal.code, message), host);
+        self.refuse(id, &Refusal::new(refusal.code, message), turn);
     }
 }

@@ -13,6 +13,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use latzero_shm::{CreateError, Custodian, Description};
@@ -35,6 +36,11 @@ impl Names {
             id: id.collect(),
             generation: description.generation,
         }
+    }
+
+    /// What the names of its record and of all its generations begin with.
+    pub(super) fn id(&self) -> &str {
+        &self.id
     }
 
     fn bytes(&self) -> String {
@@ -60,6 +66,23 @@ impl fmt::Display for Names {
     }
 }
 
+/// Reads a file from its start, wherever others who have it open are.
+struct FromStart {
+    bytes: File,
+    at: u64,
+    length: u64,
+}
+
+impl Read for FromStart {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.length - self.at).unwrap_or(usize::MAX);
+        let n = left.min(buffer.len());
+        let read = self.bytes.read_at(&mut buffer[..n], self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
 /// The directory of persistent blocks.
 pub(super) struct Files {
     directory: OwnedFd,
@@ -68,7 +91,8 @@ pub(super) struct Files {
 
 impl Files {
     pub(super) fn open(path: &Path) -> io::Result<Files> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        // A link to a directory on another disk is followed: it lies in a directory that is this user's alone.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Files {
             directory: rustix::fs::open(path, flags, Mode::empty())?,
             path: path.to_owned(),
@@ -149,6 +173,38 @@ impl Files {
     pub(super) fn remove_record(&self, names: &Names) -> io::Result<()> {
         unlinkat(&self.directory, names.record(), AtFlags::empty())?;
         Ok(())
+    }
+
+    /// Where the bytes of a generation lie.
+    pub(super) fn path_of(&self, names: &Names) -> PathBuf {
+        self.path.join(names.bytes())
+    }
+
+    /// Writes the bytes of an open file under their name, which is gone. Its record is made again at the next start, from the
+    /// database.
+    pub(super) fn put_back(&self, names: &Names, bytes: &OwnedFd) -> io::Result<()> {
+        let flags = OFlags::WRONLY
+            | OFlags::CREATE
+            | OFlags::TRUNC
+            | OFlags::CLOEXEC
+            | OFlags::NOFOLLOW
+            | OFlags::NONBLOCK;
+        let mode = Mode::from(0o600);
+        let mut new = File::from(openat(&self.directory, names.new_bytes(), flags, mode)?);
+        let bytes = File::from(bytes.try_clone()?);
+        let length = bytes.metadata()?.len();
+        io::copy(
+            &mut FromStart {
+                bytes,
+                at: 0,
+                length,
+            },
+            &mut new,
+        )?;
+        new.sync_all()?;
+        let directory = &self.directory;
+        renameat(directory, names.new_bytes(), directory, names.bytes())?;
+        self.sync()
     }
 
     /// Has every name that was given or taken away reach the disk.

@@ -165,6 +165,7 @@ impl Rows {
             boot_id: is_shared.then(|| self.boot_id.clone()),
             dev: is_shared.then_some(dev),
             ino: is_shared.then_some(ino),
+            file: stored.names.as_ref().map(|names| names.id().to_owned()),
             created: record["created"].as_i64().unwrap_or(now),
             updated: now,
         })

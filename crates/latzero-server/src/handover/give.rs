@@ -8,12 +8,12 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use latzero_fabric::{Class, Effects as _, Sent};
+use latzero_fabric::{Class, Sent};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal, encode};
 use serde_json::{Value, json};
 
 use super::{BLOCKS_AT_ONCE, DESCRIPTORS_MAX, is_trusted};
-use crate::host::{IoEffects, IoHost};
+use crate::host::IoHost;
 use crate::listener::Listener;
 use crate::peer::Peer;
 use crate::shared::Shared;
@@ -103,8 +103,7 @@ pub(crate) fn hand_over(
     if let Err(refusal) = done {
         tracing::warn!(reason = %refusal.message, "this server does not hand over");
         let length = refusal.message.len() + 256;
-        host.fx.refused(refusal.code);
-        host.fx.send(to, Class::Control, length, |out| {
+        host.turn().send(to, Class::Control, length, |out| {
             encode::refusal(out, id, &refusal);
         });
     }
@@ -129,11 +128,11 @@ fn give(
     let reply = reply(&shared, &listed, blocks.len());
     let (count, length) = (descriptors.len(), reply.len() + 256);
     let sent = host
-        .fx
-        .append(to, Class::Control, length, descriptors, |out| {
+        .turn()
+        .send_descriptors(to, Class::Control, length, descriptors, |out| {
             encode::reply_with(out, id.unwrap_or_default(), &reply, count);
         });
-    if sent != Sent::Queued || !send_blocks(&mut host.fx, to, &blocks) {
+    if sent != Sent::Queued || !send_blocks(host, to, &blocks) {
         return Err(failed("they do not fit into your connection's outbox"));
     }
     let known = blocks
@@ -181,7 +180,7 @@ fn sockets(listeners: &[Listener], passed: &[PathBuf]) -> io::Result<(Value, Vec
 }
 
 /// Whether all of them are on their way.
-fn send_blocks(fx: &mut IoEffects, to: &Arc<Peer>, blocks: &[Block]) -> bool {
+fn send_blocks(host: &mut IoHost, to: &Arc<Peer>, blocks: &[Block]) -> bool {
     blocks.chunks(BLOCKS_AT_ONCE).all(|some| {
         let listed: Vec<_> = some
             .iter()
@@ -192,9 +191,11 @@ fn send_blocks(fx: &mut IoEffects, to: &Arc<Peer>, blocks: &[Block]) -> bool {
         });
         let told = told.to_string();
         let descriptors = some.iter().map(|(.., fd)| Arc::clone(fd)).collect();
-        let sent = fx.append(to, Class::Control, told.len(), descriptors, |out| {
-            encode::message(out, &told);
-        });
+        let sent =
+            host.turn()
+                .send_descriptors(to, Class::Control, told.len(), descriptors, |out| {
+                    encode::message(out, &told);
+                });
         sent == Sent::Queued
     })
 }
@@ -224,7 +225,7 @@ fn taken(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refu
     }
     tracing::info!("handing over to another server");
     if let Some(id) = id {
-        host.fx.send(by, Class::Control, 256, |out| {
+        host.turn().send(by, Class::Control, 256, |out| {
             encode::reply(out, id, "{\"draining\":true}");
         });
     }
@@ -240,7 +241,7 @@ pub(crate) fn give_rest(host: &mut IoHost, to: &Arc<Peer>) {
         let known = given.get(&(pool.clone(), block.clone()));
         known.is_none_or(|known| !Weak::ptr_eq(known, &Arc::downgrade(fd)))
     });
-    if !send_blocks(&mut host.fx, to, &blocks) {
+    if !send_blocks(host, to, &blocks) {
         tracing::warn!(
             blocks = blocks.len(),
             "the server that takes over can't be given the blocks that were made last"

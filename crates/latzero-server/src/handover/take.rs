@@ -14,14 +14,15 @@ use std::time::{Duration, Instant};
 use latzero_protocol::frame::{self, Accept};
 use latzero_protocol::{BlockId, Code, PoolName};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
 use super::sockets::{GivenUnix, bind_unix, candidates, settle_tcp};
 use super::{DESCRIPTORS_MAX, is_trusted};
 use crate::settings::{Environment, Settings};
+use crate::socket::credentials;
 use crate::startup::StartupError;
 use crate::startup::data_dir::DataDir;
 use crate::startup::descriptors::raise_limit;
@@ -79,6 +80,11 @@ pub(crate) enum Before {
 }
 
 impl Before {
+    /// Whether there was a server that ended in order.
+    pub(crate) fn is_handed_over(&self) -> bool {
+        matches!(self, Before::HandedOver { .. })
+    }
+
     pub(crate) fn log(&self) {
         match self {
             Before::Nobody => {}
@@ -157,13 +163,11 @@ pub(crate) fn ask(
             let patience = drain_timeout + PATIENCE;
             let end = Instant::now() + patience;
             let is_over = old.await_end(&mut blocks, process.as_ref(), end);
+            // From here on nobody serves but this server: giving up is no way out.
             if !is_over {
-                return Err(failed(format!(
-                    "it has not ended {} s after it handed over; see its log, or stop it with `latzero stop`",
-                    patience.as_secs()
-                )));
+                insist(pid, process.as_ref(), patience);
             }
-            let lock = lock_by(data_dir.path(), end.max(Instant::now() + PATIENCE))?;
+            let lock = lock_after(data_dir.path(), pid)?;
             let blocks = blocks.len();
             (lock, Before::HandedOver { pid, blocks })
         }
@@ -249,6 +253,47 @@ fn lock_by(data_dir: &Path, end: Instant) -> Result<InstanceLock, StartupError> 
     }
 }
 
+/// Ends a server that has handed over and does not end by itself. What it promised is on disk, and memory of blocks is in files
+/// and descriptors that outlive it: this loses no more than a crash does, which is nothing.
+fn insist(pid: i32, process: Option<&OwnedFd>, waited: Duration) {
+    let waited = waited.as_secs();
+    say(&format!(
+        "the server that hands over (pid {pid}) has not ended within {waited} s; it is killed"
+    ));
+    if let Some(process) = process
+        && let Err(error) = pidfd_send_signal(process, Signal::KILL)
+    {
+        say(&format!("it can't be killed: {error}"));
+    }
+}
+
+/// Takes the lock of a server that has handed over, however long the disk holds that one up. Another server, which a service
+/// manager may have started at just this moment, ends again, as it does not have the sockets.
+fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
+    let since = Instant::now();
+    loop {
+        match lock_by(data_dir, Instant::now() + PATIENCE) {
+            Err(StartupError::AnotherServer { holder, .. })
+                if holder
+                    .pid
+                    .is_none_or(|holder| i64::from(holder) == i64::from(pid)) =>
+            {
+                let waited = since.elapsed().as_secs();
+                say(&format!(
+                    "waiting for the end of the server that hands over (pid {pid}): {waited} s"
+                ));
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Tells who started this server how it goes, before there is a log.
+fn say(text: &str) {
+    // Nobody may be listening.
+    let _ = writeln!(io::stderr(), "latzero: {text}");
+}
+
 /// What the old server offers.
 struct Offer {
     pid: i32,
@@ -304,8 +349,7 @@ struct Old {
 impl Old {
     /// Whoever listens here must be this user, or root: it is given nothing, but what it gives is trusted.
     fn check_user(&self) -> Result<(), String> {
-        let uid = socket_peercred(&self.stream).map_err(|error| error.to_string())?;
-        let uid = uid.uid.as_raw();
+        let (_, uid) = credentials(&self.stream).map_err(|error| error.to_string())?;
         if is_trusted(uid) {
             return Ok(());
         }

@@ -58,6 +58,10 @@ impl RotatingFile {
     }
 
     fn reopen(&mut self) -> io::Result<()> {
+        // A pipe would be waited for.
+        if fs::metadata(&self.path).is_ok_and(|found| !found.is_file()) {
+            return Err(io::Error::other("it is not a regular file; move it away"));
+        }
         let file = OpenOptions::new()
             .append(true)
             .create(true)

@@ -239,6 +239,10 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>, SettingsError> {
 
 fn read(path: &Path, found: Found) -> Result<ConfigFile, SettingsError> {
     let mut text = String::new();
+    if fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        let cause = io::Error::other("it is not a regular file; move it away");
+        return Err(unreadable(path, &cause));
+    }
     let file = fs::File::open(path).map_err(|cause| unreadable(path, &cause))?;
     file.take(FILE_BYTES_MAX + 1)
         .read_to_string(&mut text)

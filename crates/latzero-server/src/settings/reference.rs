@@ -28,7 +28,7 @@ pub fn default_config() -> String {
     }
     text.truncate(text.len() - "#\n".len());
     let mut table = "";
-    for setting in SETTINGS {
+    for setting in SETTINGS.iter() {
         let (place, key) = setting.name.rsplit_once('.').unwrap_or(("", setting.name));
         if place != table {
             // Uncommented, so that a key below it can be uncommented alone.
@@ -37,8 +37,11 @@ pub fn default_config() -> String {
         }
         text.push('\n');
         comment(&mut text, &setting.doc());
+        if let Some(answer) = setting.answer {
+            comment(&mut text, &format!("At the limit: {answer}."));
+        }
         comment(&mut text, &facts(setting));
-        let value = setting.kind.render_toml(&setting.default_value());
+        let value = setting.kind.render_toml(&setting.default);
         writeln!(text, "#{key} = {value}").expect("writing to a string succeeds");
     }
     text

@@ -7,6 +7,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use latzero_fabric::limits::Unit;
 use serde::Serialize;
 use toml::de::DeValue;
 
@@ -115,14 +116,14 @@ impl Kind {
             Kind::Bytes { min, max } => format!(
                 "a size from {} to {}: a number of bytes, or text such as \"512 KiB\", \"16 MiB\", \
                  \"1 GiB\"",
-                format_bytes(min),
-                format_bytes(max)
+                Unit::Bytes.show(min),
+                Unit::Bytes.show(max)
             ),
             Kind::Millis { min, max } => format!(
                 "a duration from {} to {}: a number of milliseconds, or text such as \"500ms\", \
                  \"10s\", \"2m\"",
-                format_millis(min),
-                format_millis(max)
+                Unit::Millis.show(min),
+                Unit::Millis.show(max)
             ),
             Kind::Bool => "true or false".to_owned(),
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
@@ -146,8 +147,8 @@ impl Kind {
     #[must_use]
     pub fn render(self, value: &Value) -> String {
         match (self, value) {
-            (Kind::Bytes { .. }, Value::Integer(bytes)) => format_bytes(*bytes),
-            (Kind::Millis { .. }, Value::Integer(ms)) => format_millis(*ms),
+            (Kind::Bytes { .. }, Value::Integer(bytes)) => Unit::Bytes.show(*bytes),
+            (Kind::Millis { .. }, Value::Integer(ms)) => Unit::Millis.show(*ms),
             (_, Value::Integer(number)) => number.to_string(),
             (_, Value::Bool(on)) => on.to_string(),
             (_, Value::Text(text)) => text.clone(),
@@ -226,28 +227,6 @@ fn parse_millis(text: &str) -> Option<u64> {
         _ => return None,
     };
     number.checked_mul(factor)
-}
-
-fn format_bytes(bytes: u64) -> String {
-    for (factor, unit) in [(GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")] {
-        if bytes >= factor && bytes.is_multiple_of(factor) {
-            return format!("{} {unit}", bytes / factor);
-        }
-    }
-    bytes.to_string()
-}
-
-fn format_millis(ms: u64) -> String {
-    for (factor, unit) in [(3_600_000, "h"), (60_000, "m"), (1_000, "s")] {
-        if ms >= factor && ms.is_multiple_of(factor) {
-            return format!("{}{unit}", ms / factor);
-        }
-    }
-    if ms == 0 {
-        "0".to_owned()
-    } else {
-        format!("{ms}ms")
-    }
 }
 
 /// How much the log tells.

@@ -26,6 +26,15 @@ const REFUSED_FILE_SYSTEMS: [(u32, &str); 8] = [
     (0x00c3_6400, "Ceph"),
 ];
 
+/// File systems in which the kernel shows itself: no file can be made there.
+const KERNEL_FILE_SYSTEMS: [u32; 5] = [
+    0x0000_9fa0, // proc
+    0x6265_6572, // sysfs
+    0x6367_7270, // cgroup2
+    0x0027_e0eb, // cgroup
+    0x6462_6720, // debugfs
+];
+
 /// A data directory that was checked.
 #[derive(Clone, Debug)]
 pub struct DataDir {
@@ -40,18 +49,16 @@ impl DataDir {
     /// Where it cannot be created or read, belongs to another user, can be written by others, or is
     /// on a network file system.
     pub fn prepare(path: &Path) -> Result<DataDir, StartupError> {
+        check(path)?;
         create(path)?;
         let path = path
             .canonicalize()
             .map_err(|cause| StartupError::of_io("resolving", path, cause))?;
-        let euid = rustix::process::geteuid().as_raw();
-        check_directory(&path, euid)?;
-        check_file_system(&path)?;
         for name in SUBDIRECTORIES {
-            let inner = path.join(name);
-            create(&inner)?;
-            check_directory(&inner, euid)?;
+            create(&path.join(name))?;
         }
+        // Again, for what is there only now.
+        check(&path)?;
         Ok(DataDir { path })
     }
 
@@ -66,6 +73,68 @@ impl DataDir {
     pub fn logs(&self) -> PathBuf {
         self.path.join("logs")
     }
+}
+
+/// What keeps a directory from being a data directory, found without changing anything: the checks
+/// of a start, for `doctor` too.
+///
+/// # Errors
+/// As [`DataDir::prepare`].
+pub fn check(path: &Path) -> Result<(), StartupError> {
+    let shown = path;
+    let path = std::path::absolute(path)
+        .map_err(|cause| StartupError::of_io("resolving", shown, cause))?;
+    for above in path.ancestors() {
+        match above.symlink_metadata() {
+            Ok(_) if above == path => return check_existing(above),
+            Ok(_) => return check_parent(above),
+            Err(cause)
+                if matches!(
+                    cause.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) => {}
+            Err(cause) => return Err(StartupError::of_io("reading it", above, cause)),
+        }
+    }
+    Ok(())
+}
+
+fn check_existing(path: &Path) -> Result<(), StartupError> {
+    let path = path
+        .canonicalize()
+        .map_err(|cause| StartupError::of_io("resolving", path, cause))?;
+    let uid = rustix::process::geteuid().as_raw();
+    check_directory(&path, uid)?;
+    check_file_system(&path)?;
+    check_writable(&path)?;
+    for name in SUBDIRECTORIES {
+        let inner = path.join(name);
+        if inner.symlink_metadata().is_ok() {
+            check_directory(&inner, uid)?;
+            check_writable(&inner)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a directory can be created in the nearest one above that is there.
+fn check_parent(path: &Path) -> Result<(), StartupError> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => {
+            check_file_system(path)?;
+            check_writable(path)
+        }
+        Ok(_) => Err(StartupError::NotADirectory {
+            path: path.to_owned(),
+        }),
+        Err(cause) => Err(StartupError::of_io("resolving", path, cause)),
+    }
+}
+
+fn check_writable(path: &Path) -> Result<(), StartupError> {
+    use rustix::fs::Access;
+    rustix::fs::access(path, Access::WRITE_OK | Access::EXEC_OK)
+        .map_err(|cause| StartupError::of_io("writing in", path, cause.into()))
 }
 
 fn create(path: &Path) -> Result<(), StartupError> {
@@ -110,6 +179,14 @@ pub(super) fn check_directory(path: &Path, uid: u32) -> Result<(), StartupError>
 fn check_file_system(path: &Path) -> Result<(), StartupError> {
     let magic = file_system_magic(path)
         .map_err(|cause| StartupError::of_io("reading the file system of", path, cause))?;
+    if KERNEL_FILE_SYSTEMS.contains(&magic) {
+        let cause = io::Error::new(
+            io::ErrorKind::Unsupported,
+            "it is in a file system of the kernel, which holds no files; \
+             choose another directory with --data-dir",
+        );
+        return Err(StartupError::of_io("writing in", path, cause));
+    }
     match refused_file_system(magic) {
         Some(kind) => Err(StartupError::NetworkFileSystem {
             path: path.to_owned(),

@@ -5,11 +5,15 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde::{Deserialize, Serialize};
 
 use super::StartupError;
@@ -20,6 +24,9 @@ pub const LOCK_NAME: &str = "lock";
 
 /// The most that is read of a lock file, in bytes.
 const RECORD_BYTES_MAX: u64 = 16 << 10;
+
+/// Bytes of a directory's name that go into a socket's name, which has 107 (unix(7)).
+const NAME_BYTES_MAX: usize = 32;
 
 /// How often a holder is looked for that must be there.
 const LOOKS_MAX: u32 = 10;
@@ -51,6 +58,8 @@ pub struct Holder {
 pub struct InstanceLock {
     file: File,
     started: String,
+    /// Bound, so that nobody else starts on this path while its directory is away. None where the kernel has no such names.
+    path: Option<UnixListener>,
 }
 
 impl InstanceLock {
@@ -59,17 +68,10 @@ impl InstanceLock {
     /// # Errors
     /// [`StartupError::AnotherServer`] where it is taken.
     pub fn acquire(data_dir: &Path) -> Result<InstanceLock, StartupError> {
+        let by_path = PathName::of(data_dir).map(|name| name.take(data_dir));
+        let by_path = by_path.transpose()?.flatten();
         let path = data_dir.join(LOCK_NAME);
-        // The standard library opens with O_CLOEXEC, so that no child keeps the lock.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
-            .open(&path)
-            .map_err(|cause| StartupError::of_io("opening", &path, cause))?;
+        let file = open(&path).map_err(|cause| StartupError::of_io("opening", &path, cause))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -86,6 +88,7 @@ impl InstanceLock {
         let lock = InstanceLock {
             file,
             started: rfc3339(SystemTime::now()),
+            path: by_path,
         };
         lock.record(&[]);
         Ok(lock)
@@ -104,6 +107,34 @@ impl InstanceLock {
         self.overwrite(&line);
     }
 
+    /// Whether the lock's file is still the one in `data_dir`.
+    pub(crate) fn is_in(&self, data_dir: &Path) -> bool {
+        let identity = |found: fs::Metadata| (found.dev(), found.ino());
+        let held = self.file.metadata().map(identity);
+        let found = fs::symlink_metadata(data_dir.join(LOCK_NAME)).map(identity);
+        matches!((held, found), (Ok(held), Ok(found)) if held == found)
+    }
+
+    /// Takes the lock's name again in a directory that lost it. False where another server was first, or the disk refuses.
+    pub(crate) fn renew(&mut self, data_dir: &Path, addresses: &[String]) -> bool {
+        let Ok(file) = open(&data_dir.join(LOCK_NAME)) else {
+            return false;
+        };
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return false;
+        }
+        self.file = file;
+        self.record(addresses);
+        true
+    }
+
+    /// Answers those who looked whether the path is in use: with the end of their connections.
+    pub(crate) fn answer(&self) {
+        if let Some(listener) = &self.path {
+            while listener.accept().is_ok() {}
+        }
+    }
+
     fn overwrite(&self, bytes: &[u8]) {
         use std::io::{Seek, SeekFrom};
         let mut file = &self.file;
@@ -119,6 +150,114 @@ impl Drop for InstanceLock {
     fn drop(&mut self) {
         // Emptied while still held, so that nobody reads of a server that is gone.
         self.overwrite(b"");
+    }
+}
+
+fn open(path: &Path) -> std::io::Result<File> {
+    // The standard library opens with O_CLOEXEC, so that no child keeps the lock. A pipe is not waited for.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(flags.bits().cast_signed())
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::other("it is not a regular file; remove it"));
+    }
+    Ok(file)
+}
+
+/// The name of a data directory's path among the kernel's abstract sockets (unix(7)). A directory that is moved away takes the
+/// file with the lock along; this name stays, and falls with the process. Each network namespace has names of its own, so this
+/// comes beside the lock in the file and not in its place.
+struct PathName(SocketAddr);
+
+impl PathName {
+    /// By the directory that the path lies in and by its last part. None where that can't be found out.
+    fn of(data_dir: &Path) -> Option<PathName> {
+        let path = match data_dir.canonicalize() {
+            Ok(path) => path,
+            // Of one that is not there (any more).
+            Err(_) => {
+                let parent = std::path::absolute(data_dir).ok()?;
+                parent
+                    .parent()?
+                    .canonicalize()
+                    .ok()?
+                    .join(data_dir.file_name()?)
+            }
+        };
+        let parent = fs::metadata(path.parent()?).ok()?;
+        let mut name = format!(
+            "latzero/{}/{:x}.{:x}/",
+            rustix::process::geteuid().as_raw(),
+            parent.dev(),
+            parent.ino()
+        )
+        .into_bytes();
+        let last = path.file_name()?.as_bytes();
+        match last.len() <= NAME_BYTES_MAX {
+            true => name.extend_from_slice(last),
+            // Longer than a socket's name may be: its end, and a number for all of it (FNV-1a).
+            false => {
+                let hash = last.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+                    (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+                });
+                name.extend_from_slice(format!("{hash:016x}").as_bytes());
+                name.extend_from_slice(&last[last.len() - NAME_BYTES_MAX / 2..]);
+            }
+        }
+        SocketAddr::from_abstract_name(name).ok().map(PathName)
+    }
+
+    /// Binds the name for as long as the listener lives.
+    fn take(&self, data_dir: &Path) -> Result<Option<UnixListener>, StartupError> {
+        match UnixListener::bind_addr(&self.0) {
+            Ok(listener) => Ok(listener.set_nonblocking(true).is_ok().then_some(listener)),
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                match self.holder() {
+                    Some(pid) => Err(another(data_dir, pid)),
+                    // Another user's, who may not keep this one from starting.
+                    None => Ok(None),
+                }
+            }
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// The pid of this user's, or root's, process that has the name; 0 where it is of another pid namespace.
+    fn holder(&self) -> Option<i32> {
+        let kind = SocketType::STREAM;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, kind, flags, None).ok()?;
+        let address = SocketAddrUnix::new_abstract_name(self.0.as_abstract_name()?).ok()?;
+        connect(&socket, &address).ok()?;
+        let (pid, uid) = crate::socket::credentials(&socket).ok()?;
+        (uid == 0 || uid == rustix::process::geteuid().as_raw()).then_some(pid)
+    }
+}
+
+fn another(data_dir: &Path, pid: i32) -> StartupError {
+    // What the lock's file says of it, where the directory is there.
+    let known = holder(data_dir);
+    let pid = u32::try_from(pid).ok().filter(|&pid| pid != 0);
+    StartupError::AnotherServer {
+        data_dir: data_dir.to_owned(),
+        holder: known.unwrap_or(Holder { pid, record: None }),
+    }
+}
+
+/// Refuses a path whose server runs, though its directory may have been moved away: before another one is made there.
+///
+/// # Errors
+/// [`StartupError::AnotherServer`] where one runs.
+pub(crate) fn refuse_held(data_dir: &Path) -> Result<(), StartupError> {
+    match PathName::of(data_dir).and_then(|name| name.holder()) {
+        Some(pid) => Err(another(data_dir, pid)),
+        None => Ok(()),
     }
 }
 
@@ -152,8 +291,9 @@ pub fn holder(data_dir: &Path) -> Option<Holder> {
 
 fn read_record(path: &PathBuf) -> Option<Record> {
     let mut text = String::new();
-    File::open(path)
-        .ok()?
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    file.ok()?
         .take(RECORD_BYTES_MAX)
         .read_to_string(&mut text)
         .ok()?;

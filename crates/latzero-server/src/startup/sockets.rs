@@ -160,6 +160,41 @@ pub fn bind_unix(path: &Path) -> Result<BoundSocket, StartupError> {
     Ok(BoundSocket { listener, file })
 }
 
+/// What keeps a socket from being bound at `path`, found without changing anything. Whether somebody
+/// listens there is another question.
+pub(super) fn check_path(path: &Path) -> Result<(), StartupError> {
+    if !address::fits(path) {
+        return Err(StartupError::SocketPathTooLong {
+            path: path.to_owned(),
+        });
+    }
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => Ok(()),
+        Ok(_) => Err(StartupError::SocketPathTaken {
+            path: path.to_owned(),
+        }),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+            let dir = dir.unwrap_or(Path::new("."));
+            let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+            rustix::fs::access(dir, access)
+                .map_err(|cause| StartupError::of_io("binding the socket", path, cause.into()))
+        }
+        Err(cause) => Err(StartupError::of_io("reading", path, cause)),
+    }
+}
+
+/// Whether another program listens at `path`.
+pub(super) fn check_unused(path: &Path) -> Result<(), StartupError> {
+    let is_used = path.symlink_metadata().is_ok() && answers(path);
+    match is_used {
+        true => Err(StartupError::SocketInUse {
+            path: path.to_owned(),
+        }),
+        false => Ok(()),
+    }
+}
+
 fn remove_stale(path: &Path) -> Result<(), StartupError> {
     match fs::symlink_metadata(path) {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -49,7 +49,7 @@ impl AdminToken {
         let path = data_dir.join(TOKEN_NAME);
         let file = match OpenOptions::new()
             .read(true)
-            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+            .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
             .open(&path)
         {
             Ok(file) => file,
@@ -61,7 +61,11 @@ impl AdminToken {
             path: path.clone(),
             reason,
         };
-        if file.metadata().map_err(unreadable)?.mode() & 0o077 != 0 {
+        let metadata = file.metadata().map_err(unreadable)?;
+        if !metadata.is_file() {
+            return Err(bad("is not a regular file"));
+        }
+        if metadata.mode() & 0o077 != 0 {
             return Err(bad("can be read by other users, who may know it by now"));
         }
         let mut bytes = Vec::new();
@@ -80,6 +84,13 @@ impl AdminToken {
         let path = data_dir.join(TOKEN_NAME);
         let token = AdminToken::random()
             .map_err(|cause| StartupError::of_io("reading random bytes for", &path, cause))?;
+        token.write(data_dir)?;
+        Ok(token)
+    }
+
+    /// Writes the token to its file.
+    pub(crate) fn write(&self, data_dir: &Path) -> Result<(), StartupError> {
+        let path = data_dir.join(TOKEN_NAME);
         // Written beside and renamed, so that a crash leaves a whole token or none.
         let beside = data_dir.join(".admin.token.new");
         let write = || -> io::Result<()> {
@@ -92,13 +103,12 @@ impl AdminToken {
                 .create_new(true)
                 .mode(0o600)
                 .open(&beside)?;
-            file.write_all(token.0.as_bytes())?;
+            file.write_all(self.0.as_bytes())?;
             file.write_all(b"\n")?;
             file.sync_all()?;
             fs::rename(&beside, &path)
         };
-        write().map_err(|cause| StartupError::of_io("writing", &path, cause))?;
-        Ok(token)
+        write().map_err(|cause| StartupError::of_io("writing", &path, cause))
     }
 
     fn random() -> io::Result<AdminToken> {

@@ -26,7 +26,7 @@ pub struct Listed {
     pub summary: Result<Summary, BackupError>,
 }
 
-/// The files that may be backups, newest first; those that can't be read come last. A directory that is not there has none.
+/// The files that may be backups, newest first; those with names of their own come last. A directory that is not there has none.
 ///
 /// # Errors
 /// Where the directory can't be read.
@@ -46,13 +46,11 @@ pub fn files(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
             files.push(path);
         }
     }
-    // Names end with the time.
-    files.sort_by_key(|path| std::cmp::Reverse(modified(path)));
+    // By their numbers; what has another name comes last.
+    let known = latzero_store::backups(data_dir);
+    let place = |path: &PathBuf| known.iter().position(|known| known == path);
+    files.sort_by_cached_key(|path| (place(path).unwrap_or(known.len()), path.clone()));
     Ok(files)
-}
-
-fn modified(path: &Path) -> Option<std::time::SystemTime> {
-    fs::metadata(path).and_then(|file| file.modified()).ok()
 }
 
 /// Looks at a backup, wherever it lies.

@@ -13,7 +13,7 @@ use thiserror::Error;
 use crate::blocks::restore::Restoring;
 use crate::startup::data_dir::DataDir;
 use crate::startup::lock::InstanceLock;
-use crate::startup::{StartupError, descriptors};
+use crate::startup::{StartupError, descriptors, lock};
 
 /// Where a database is copied to, so that looking for damage changes nothing.
 const COPY: &str = ".check";
@@ -81,6 +81,7 @@ impl Offline {
     /// # Errors
     /// [`StartupError::AnotherServer`] where a server runs on it; and whatever would keep one from starting on it.
     pub fn take(path: &Path) -> Result<Offline, UpkeepError> {
+        lock::refuse_held(path)?;
         let data_dir = DataDir::prepare(path)?;
         let lock = InstanceLock::acquire(data_dir.path())?;
         // Each block that is looked at takes a few.

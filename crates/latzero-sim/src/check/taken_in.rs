@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{Call, Checker, Conn, Current, Found, is_for, is_last, specs, tag, text};
 use crate::client::strings;
-use crate::outbox::Peer;
+use crate::line::Peer;
 use crate::world::Message;
 
 impl Checker {

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{Checker, Found, Registered, is_last, specs, tag, text};
 use crate::client::strings;
-use crate::outbox::Peer;
+use crate::line::Peer;
 use crate::world::Message;
 
 impl Checker {

@@ -99,6 +99,7 @@ pub(crate) fn block(pool: &str, name: &str) -> BlockRow {
         boot_id: Some(BOOT.into()),
         dev: Some(u64::MAX),
         ino: Some(1 << 63),
+        file: Some("0f".repeat(16)),
         created: -1,
         updated: i64::MAX,
     }

@@ -26,6 +26,36 @@ pub struct BlockLock {
     fence: u64,
     epoch: u32,
     is_given_back: bool,
+    source: Source,
+}
+
+/// Whose lock it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// This connection took it.
+    Taken,
+    /// The program that started this one holds it, and gives it back.
+    Inherited,
+}
+
+/// The environment variable with which a program passes the exclusive locks that it holds to the
+/// programs that it starts: `POOL/BLOCK=FENCE`, separated by blanks. A block's name has neither a
+/// blank nor `=`.
+pub const LOCKS_VARIABLE: &str = "LATZERO_LOCKS";
+
+/// The fence under which the program that started this one holds the lock of a block.
+pub(super) fn inherited_fence(pool: &str, id: &str) -> Option<u64> {
+    fence_in(&std::env::var(LOCKS_VARIABLE).ok()?, pool, id)
+}
+
+/// The last one counts: it belongs to the lock that was taken last.
+fn fence_in(locks: &str, pool: &str, id: &str) -> Option<u64> {
+    let of_block = |entry: &str| {
+        let (block, fence) = entry.rsplit_once('=')?;
+        let is_meant = block.split_once('/') == Some((pool, id));
+        fence.parse().ok().filter(|_| is_meant)
+    };
+    locks.split_ascii_whitespace().rev().find_map(of_block)
 }
 
 impl BlockLock {
@@ -36,6 +66,16 @@ impl BlockLock {
         lease: Option<Duration>,
     ) -> Result<BlockLock, Error> {
         block.check_fault()?;
+        if let Some(fence) = inherited_fence(block.pool(), block.id()) {
+            let epoch = block.app().core().epoch_now().unwrap_or_default();
+            return Ok(BlockLock {
+                block: block.clone(),
+                fence,
+                epoch,
+                is_given_back: true,
+                source: Source::Inherited,
+            });
+        }
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let wait = wait.min(Duration::from_millis(TTL_MAX_MS));
         let wait_ms = ms(wait);
@@ -66,6 +106,7 @@ impl BlockLock {
             fence: number(&reply, "fence"),
             epoch,
             is_given_back: false,
+            source: Source::Taken,
         })
     }
 
@@ -81,9 +122,21 @@ impl BlockLock {
         self.fence
     }
 
-    /// Whether it is still held, as far as is known here.
+    /// Whether the program that started this one holds it: see [`LOCKS_VARIABLE`]. Writes under such
+    /// a lock go through the server, which checks the fence of each, so programs that share a lock
+    /// cannot damage the block. It is neither renewed nor given back here.
+    #[must_use]
+    pub fn is_inherited(&self) -> bool {
+        self.source == Source::Inherited
+    }
+
+    /// Whether it is still held, as far as is known here. The server decides about one that is
+    /// inherited, at each write.
     #[must_use]
     pub fn is_held(&self) -> bool {
+        if self.is_inherited() {
+            return true;
+        }
         let is_lost = lock(&self.block.shared().lost_locks).contains(&self.fence);
         self.block.app().core().epoch_now() == Some(self.epoch) && !is_lost
     }
@@ -107,6 +160,9 @@ impl BlockLock {
     /// # Errors
     /// `lock_lost`.
     pub async fn renew(&self, lease: Option<Duration>) -> Result<(), Error> {
+        if self.is_inherited() {
+            return Ok(());
+        }
         let mut more = json!({"lock": self.fence.to_string()});
         if let Some(lease) = lease {
             let ms = u64::try_from(lease.as_millis()).unwrap_or(u64::MAX);
@@ -120,6 +176,9 @@ impl BlockLock {
     /// # Errors
     /// `lock_lost` where it was lost before.
     pub async fn unlock(mut self) -> Result<(), Error> {
+        if self.is_inherited() {
+            return Ok(());
+        }
         self.is_given_back = true;
         let more = json!({"lock": self.fence.to_string()});
         self.block.ask("memory_unlock", &more).await.map(drop)
@@ -177,5 +236,21 @@ impl Wake for Unwanted {
                 drop(reply.and_then(|reply| BlockLock::granted(&block, reply)));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fence_in;
+
+    #[test]
+    fn inherited_locks_are_found_by_pool_and_name() {
+        let check = |locks: &str, expected: Option<u64>| {
+            assert_eq!(fence_in(locks, "lab", "a/frame"), expected, "{locks}");
+        };
+        check("", None);
+        check("lab/a/frame=7", Some(7));
+        check("lab/b=1 lab/a/frame=7 lab/a/frame=9", Some(9));
+        check("lab/frame=7 other/a/frame=8 lab/a/frame=x =", None);
     }
 }

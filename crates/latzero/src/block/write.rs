@@ -31,8 +31,10 @@ impl Draft {
         let block = held.block().clone();
         let attached = block.writable().await?;
         let bytes = match &attached.attachment {
-            Some(attachment) => Bytes::InPlace(Some(begin(&block, attachment, held.fence())?)),
-            None => Bytes::Waiting(Vec::new()),
+            Some(attachment) if !held.is_inherited() => {
+                Bytes::InPlace(Some(begin(&block, attachment, held.fence())?))
+            }
+            _ => Bytes::Waiting(Vec::new()),
         };
         Ok(Draft {
             lock: Some(held),
@@ -239,6 +241,7 @@ impl BlockWriter {
         let block = self.lock.block();
         self.lock.check()?;
         let attachment = lock(&block.shared().current).attachment.clone();
+        let attachment = attachment.filter(|_| !self.lock.is_inherited());
         let attachment = attachment.ok_or_else(|| {
             Error::new(
                 Code::Storage,
@@ -249,6 +252,15 @@ impl BlockWriter {
             )
         })?;
         begin(block, &attachment, self.lock.fence())
+    }
+
+    /// Begins one last version, and gives the lock back with its end.
+    ///
+    /// # Errors
+    /// `lock_lost`, and as [`Block::read`].
+    pub async fn into_draft(self) -> Result<Draft, Error> {
+        self.lock.check()?;
+        Draft::begin(self.lock).await
     }
 
     /// Lets everybody see a version; its number.
@@ -271,7 +283,8 @@ impl BlockWriter {
     pub async fn write(&self, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
         self.lock.check()?;
         let block = self.lock.block();
-        if block.writable().await?.attachment.is_none() {
+        let is_mapped = block.writable().await?.attachment.is_some();
+        if !is_mapped || self.lock.is_inherited() {
             return block
                 .write_through(offset, bytes, None, Some(self.lock.fence()))
                 .await;

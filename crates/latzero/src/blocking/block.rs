@@ -397,6 +397,16 @@ impl std::ops::DerefMut for BlockWriter {
 }
 
 impl BlockWriter {
+    /// Begins one last version, and gives the lock back with its end.
+    ///
+    /// # Errors
+    /// `lock_lost`, and as [`Block::read`].
+    pub fn into_draft(self) -> Result<Draft, Error> {
+        let app = self.0.lock().block().app().clone();
+        let draft = run(&app, self.0.into_draft())?;
+        Ok(Draft(app, draft))
+    }
+
     /// Writes one version that has these bytes from `offset` on.
     ///
     /// # Errors

@@ -3,19 +3,24 @@
 //! One thread does all of it, with poll(2) over the program's pipes and a descriptor of the process itself: so a
 //! program that neither reads nor ends, or leaves children behind that hold its pipes, keeps nobody waiting.
 
+use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use latzero::HandlerError;
+use latzero::{Bytes, Data, HandlerError, Request};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
-use serde_json::json;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
 
+use crate::args::{Framing, Printed};
+use crate::executor::block_on;
+use crate::launch;
 use crate::output::compact;
-use crate::parse::Target;
+use crate::parse::{Target, shell};
 
 use super::how_it_ended;
 use super::queue::{Job, Outcome, Registry};
@@ -26,12 +31,22 @@ const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// How much of the end of a program's stderr goes with its error, in bytes.
 const STDERR_BYTES_MAX: usize = 4 << 10;
 
+/// Bytes of the length before each item with `--stream=length`, most significant first, as before
+/// each frame of the protocol.
+const LENGTH_BYTES: usize = 4;
+
 /// How to run the program.
 pub(super) struct Recipe {
     /// The program and its arguments.
-    pub(super) command: Vec<String>,
+    pub(super) command: Vec<OsString>,
+    /// What finds the server that the program's calls came from.
+    pub(super) environment: Vec<(&'static str, OsString)>,
     /// With `--lines`: the trigger of the one program for all calls.
     pub(super) lines: Option<Target>,
+    /// With `--stream`: how the items are told apart.
+    pub(super) stream: Option<Framing>,
+    /// What the output is.
+    pub(super) printed: Printed,
 }
 
 fn failed(message: impl Into<String>) -> HandlerError {
@@ -39,7 +54,7 @@ fn failed(message: impl Into<String>) -> HandlerError {
 }
 
 impl Recipe {
-    /// Has a program answer one call. With `--lines`, `kept` is the program that answered the last.
+    /// Runs a program for one call. With `--lines`, `kept` is the program that answered the last.
     pub(super) fn run(
         &self,
         job: &Job,
@@ -58,31 +73,69 @@ impl Recipe {
             Some(bytes) => bytes.to_vec(),
             None => request.json().unwrap_or("null").as_bytes().to_vec(),
         };
+        let origin = request.origin();
+        let headers: Map<String, Value> = request
+            .headers()
+            .into_iter()
+            .map(|(name, value)| (name, Value::String(value)))
+            .collect();
         let mut command = self.command();
         command
             .env("LATZERO_TRIGGER", request.name())
             .env("LATZERO_POOL", request.pool())
-            .env("LATZERO_CALLER", request.origin().app_id)
+            .env("LATZERO_CALLER", origin.app_id)
+            .env("LATZERO_CALLER_INSTANCE", origin.instance)
+            .env("LATZERO_HEADERS", Value::Object(headers).to_string())
+            .env("LATZERO_ATTEMPT", request.attempt().to_string())
             .env(
                 "LATZERO_ID",
                 format!("{}-{}", std::process::id(), job.number),
             )
             .stderr(Stdio::piped());
+        if let Some(left) = request.time_left() {
+            let at = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default()
+                + left;
+            command.env("LATZERO_DEADLINE", at.as_millis().to_string());
+        }
         let mut program = registry.start(request, || self.start(command))?;
-        let end = program.turn(&input, Until::End);
+        let mut refused = None;
+        let mut send = |item: &[u8]| {
+            let sent = self.item(request, item);
+            refused = sent.err();
+            refused.is_none()
+        };
+        let end = match self.stream {
+            Some(framing) => program.turn(&input, &mut Until::Items(framing, &mut send)),
+            None => program.turn(&input, &mut Until::End),
+        };
         if !matches!(end, Ok(End::Exited)) {
             program.kill();
         }
-        // It ended, or is about to: nothing outlives the kill above.
+        // It has ended, or is about to: nothing survives the signal above.
         let status = registry.reap(&mut program);
+        if let Some(error) = refused {
+            return Err(error);
+        }
         match (end, status) {
             (Ok(End::TooLong), _) => Err(too_long()),
-            (Err(error), _) | (_, Err(error)) => {
-                Err(failed(format!("{}: {error}", self.command[0])))
-            }
-            (_, Ok(status)) if status.success() => Ok(answer(&program.received)),
+            (Err(error), _) | (_, Err(error)) => Err(failed(format!("{}: {error}", self.name()))),
+            (_, Ok(status)) if status.success() => match self.stream {
+                Some(_) => Ok(Data::Json(RawValue::NULL.to_owned())),
+                None => self.printed.payload(&program.received),
+            },
             (_, Ok(status)) => Err(self.ended(status, &program.errors)),
         }
+    }
+
+    /// Sends an item of a streamed answer, once the caller has room for it.
+    fn item(&self, request: &Request, item: &[u8]) -> Result<(), HandlerError> {
+        let data = self.printed.payload(item)?;
+        if request.is_emit() {
+            return Ok(());
+        }
+        block_on(request.partial(&data)).map_err(HandlerError::from)
     }
 
     fn run_line(
@@ -124,11 +177,11 @@ impl Recipe {
                 registry.start(request, || self.start(command))?
             }
         };
-        match program.turn(&line, Until::Line) {
+        match program.turn(&line, &mut Until::Line) {
             Ok(End::Line(line)) => {
                 registry.release(program.pid);
                 *kept = Some(program);
-                Ok(answer(&line))
+                self.printed.payload(&line)
             }
             end => {
                 program.kill();
@@ -137,7 +190,7 @@ impl Recipe {
                     (Ok(End::TooLong), _) => Err(too_long()),
                     (Ok(_), Ok(status)) => Err(self.ended(status, &program.errors)),
                     (Err(error), _) | (_, Err(error)) => {
-                        Err(failed(format!("{}: {error}", self.command[0])))
+                        Err(failed(format!("{}: {error}", self.name())))
                     }
                 }
             }
@@ -145,12 +198,16 @@ impl Recipe {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(&self.command[0]);
+        let mut command = launch::command(&self.command);
+        let is_secret = |name: &OsString| name.to_str().is_some_and(is_secret);
+        for (name, _) in std::env::vars_os().filter(|(name, _)| is_secret(name)) {
+            command.env_remove(name);
+        }
         command
-            .args(&self.command[1..])
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // A group of its own: what it starts ends with it, and a Ctrl-C here is not one there.
+            // A group of its own: what it starts ends with it, and a Ctrl-C does not reach it.
             .process_group(0);
         command
     }
@@ -158,12 +215,16 @@ impl Recipe {
     fn start(&self, mut command: Command) -> Result<Program, HandlerError> {
         let child = command
             .spawn()
-            .map_err(|error| failed(format!("{} cannot be started: {error}", self.command[0])))?;
-        Program::new(child).map_err(|error| failed(format!("{}: {error}", self.command[0])))
+            .map_err(|error| failed(format!("{} cannot be started: {error}", self.name())))?;
+        Program::new(child).map_err(|error| failed(format!("{}: {error}", self.name())))
+    }
+
+    fn name(&self) -> String {
+        shell(&self.command[0].to_string_lossy())
     }
 
     fn ended(&self, status: ExitStatus, errors: &[u8]) -> HandlerError {
-        failed(how_it_ended(&self.command[0], status)).with_data(json!({
+        failed(how_it_ended(&self.name(), status)).with_data(json!({
             "exit_code": status.code(),
             "stderr": String::from_utf8_lossy(errors),
         }))
@@ -176,34 +237,83 @@ fn too_long() -> HandlerError {
     ))
 }
 
-/// What a program printed, as JSON: as it is where it is JSON, else its text.
-fn answer(printed: &[u8]) -> Box<RawValue> {
-    let text = String::from_utf8_lossy(printed);
-    let trimmed = text.trim();
-    let json = match trimmed.is_empty() {
-        true => "null".to_owned(),
-        false => trimmed.to_owned(),
+/// Whether a variable holds what gives rights. A program that answers strangers does not see it.
+fn is_secret(name: &str) -> bool {
+    let marks = ["TOKEN", "KEY", "SECRET", "PASS"];
+    name.starts_with("LATZERO_") && marks.iter().any(|mark| name.contains(mark))
+}
+
+impl Printed {
+    /// What a program printed, as a payload.
+    fn payload(self, printed: &[u8]) -> Outcome {
+        let bytes = || Ok(Data::Bytes(Bytes(printed.to_vec())));
+        let text = match std::str::from_utf8(printed) {
+            _ if self == Printed::Bytes => return bytes(),
+            Ok(text) => text,
+            Err(_) if self == Printed::Auto => return bytes(),
+            Err(error) => {
+                let text = format!("the program's output is not UTF-8 text: {error}");
+                return Err(failed(text));
+            }
+        };
+        let as_text = || {
+            let text = text.strip_suffix('\n').unwrap_or(text);
+            serde_json::value::to_raw_value(text).expect("a text is JSON")
+        };
+        if self == Printed::Text {
+            return Ok(Data::Json(as_text()));
+        }
+        let trimmed = text.trim();
+        let json = match trimmed.is_empty() {
+            true => RawValue::from_string("null".to_owned()),
+            false => RawValue::from_string(trimmed.to_owned()),
+        };
+        match json {
+            Ok(json) => match latzero::check_json(json.get()) {
+                Ok(()) => Ok(Data::Json(json)),
+                Err(error) => Err(failed(format!("the program's output: {}", error.message()))),
+            },
+            Err(_) if self == Printed::Auto => Ok(Data::Json(as_text())),
+            Err(error) => Err(failed(format!("the program's output is not JSON: {error}"))),
+        }
+    }
+}
+
+/// Takes the next whole item from what was received.
+fn next_item(received: &mut Vec<u8>, framing: Framing) -> Option<Vec<u8>> {
+    let (skip, end) = match framing {
+        Framing::Lines => (0, received.iter().position(|&byte| byte == b'\n')? + 1),
+        Framing::Length => {
+            let length = received.first_chunk::<LENGTH_BYTES>()?;
+            let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+            (LENGTH_BYTES, LENGTH_BYTES + length)
+        }
     };
-    RawValue::from_string(json).unwrap_or_else(|_| {
-        let text = text.strip_suffix('\n').unwrap_or(&text);
-        serde_json::value::to_raw_value(text).expect("a text is JSON")
-    })
+    if received.len() < end {
+        return None;
+    }
+    let after = received.split_off(end);
+    let mut item = std::mem::replace(received, after);
+    item.drain(..skip);
+    Some(item)
 }
 
 /// When a turn of a program is over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Until {
+enum Until<'a> {
     /// When it printed a line.
     Line,
     /// When it ended.
     End,
+    /// When it ended. Its items are handed over as they come; false where nobody wants them.
+    Items(Framing, &'a mut dyn FnMut(&[u8]) -> bool),
 }
 
-/// How a turn of a program was over.
+/// How a turn of a program ended.
 enum End {
     Line(Vec<u8>),
     Exited,
     TooLong,
+    Unwanted,
 }
 
 /// A program that runs.
@@ -283,10 +393,11 @@ impl Program {
     }
 
     /// Feeds it `input` and takes what it prints, until it printed a line or ended.
-    fn turn(&mut self, input: &[u8], until: Until) -> io::Result<End> {
+    fn turn(&mut self, input: &[u8], until: &mut Until<'_>) -> io::Result<End> {
+        let is_line = matches!(until, Until::Line);
         let mut rest = input;
         loop {
-            if rest.is_empty() && until == Until::End {
+            if rest.is_empty() && !is_line {
                 // The end of its input.
                 self.stdin = None;
             }
@@ -295,7 +406,7 @@ impl Program {
                 match self.stdin.as_mut().map(|stdin| stdin.write(rest)) {
                     Some(Ok(n)) => rest = &rest[n..],
                     Some(Err(error)) if is_for_later(&error) => {}
-                    // It does not want its input, which is its own affair.
+                    // A program may leave its input unread.
                     Some(Err(_)) | None => {
                         rest = &[];
                         self.stdin = None;
@@ -308,19 +419,45 @@ impl Program {
             if can_read || has_ended {
                 self.take_output()?;
             }
+            if let Until::Items(framing, send) = until
+                && !self.hand_over(*framing, has_ended, send)?
+            {
+                return Ok(End::Unwanted);
+            }
             if self.received.len() > ANSWER_BYTES_MAX {
                 return Ok(End::TooLong);
             }
-            if until == Until::Line
-                && let Some(at) = self.received.iter().position(|&byte| byte == b'\n')
-            {
-                let after = self.received.split_off(at + 1);
-                return Ok(End::Line(std::mem::replace(&mut self.received, after)));
+            if is_line && let Some(line) = next_item(&mut self.received, Framing::Lines) {
+                return Ok(End::Line(line));
             }
-            // Everything that it printed itself is in the pipe by now; children that it left may print on, unheard.
-            if has_ended || (until == Until::Line && self.stdout.is_none()) {
+            // All that it printed itself is read by now; children that it left may print on, unheard.
+            if has_ended || (is_line && self.stdout.is_none()) {
                 return Ok(End::Exited);
             }
+        }
+    }
+
+    /// Hands over the items that are whole; at the program's end the last line too.
+    fn hand_over(
+        &mut self,
+        framing: Framing,
+        has_ended: bool,
+        send: &mut dyn FnMut(&[u8]) -> bool,
+    ) -> io::Result<bool> {
+        while let Some(item) = next_item(&mut self.received, framing) {
+            if !send(&item) {
+                return Ok(false);
+            }
+        }
+        if !has_ended || self.received.is_empty() {
+            return Ok(true);
+        }
+        match framing {
+            Framing::Lines => Ok(send(&std::mem::take(&mut self.received))),
+            Framing::Length => Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "it ended within an item",
+            )),
         }
     }
 
@@ -410,12 +547,65 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_printed_becomes_json() {
-        let check = |printed: &str, json: &str| assert_eq!(answer(printed.as_bytes()).get(), json);
-        check(" {\"a\": 1}\n", "{\"a\": 1}");
-        check("5\n", "5");
-        check("", "null");
-        check("hello\n", "\"hello\"");
-        check("two\nlines\n", "\"two\\nlines\"");
+    fn output_is_json_text_or_bytes() {
+        let check = |printed: &[u8], expected: Result<&str, &[u8]>| match (
+            Printed::Auto.payload(printed).unwrap(),
+            expected,
+        ) {
+            (Data::Json(json), Ok(expected)) => assert_eq!(json.get(), expected),
+            (Data::Bytes(bytes), Err(expected)) => assert_eq!(bytes.0, expected),
+            (data, _) => panic!("{data:?}"),
+        };
+        check(b" {\"a\": 1}\n", Ok("{\"a\": 1}"));
+        check(b"5\n", Ok("5"));
+        check(b"", Ok("null"));
+        check(b"hello\n", Ok("\"hello\""));
+        check(b"two\nlines\n", Ok("\"two\\nlines\""));
+        check(b"NaN", Ok("\"NaN\""));
+        check(b"a\xff\n", Err(b"a\xff\n"));
+    }
+
+    #[test]
+    fn output_can_be_declared() {
+        let json = |printed: Printed, text: &[u8]| match printed.payload(text) {
+            Ok(Data::Json(json)) => json.get().to_owned(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(json(Printed::Text, b"5\n"), "\"5\"");
+        assert_eq!(json(Printed::Json, b"5\n"), "5");
+        assert!(Printed::Json.payload(b"hello").is_err());
+        assert!(Printed::Text.payload(b"\xff").is_err());
+        assert!(matches!(Printed::Bytes.payload(b"5"), Ok(Data::Bytes(_))));
+    }
+
+    #[test]
+    fn what_cannot_be_sent_is_an_error_of_the_program() {
+        let deep = "[".repeat(100) + &"]".repeat(100);
+        let error = Printed::Auto.payload(deep.as_bytes()).unwrap_err();
+        assert_eq!(error.code(), "handler_error");
+    }
+
+    #[test]
+    fn items_are_told_apart() {
+        let items = |bytes: &[u8], framing| {
+            let mut received = bytes.to_vec();
+            let items: Vec<Vec<u8>> =
+                std::iter::from_fn(|| next_item(&mut received, framing)).collect();
+            (items, received)
+        };
+        let (lines, rest) = items(b"a\nbc\nd", Framing::Lines);
+        assert_eq!(lines, [&b"a\n"[..], b"bc\n"]);
+        assert_eq!(rest, b"d");
+        let (counted, rest) = items(b"\0\0\0\x02ab\0\0\0\0\0\0\0\x09x", Framing::Length);
+        assert_eq!(counted, [&b"ab"[..], b""]);
+        assert_eq!(rest, b"\0\0\0\x09x");
+    }
+
+    #[test]
+    fn secrets_are_known_by_their_names() {
+        assert!(is_secret("LATZERO_ADMIN_TOKEN"));
+        assert!(is_secret("LATZERO_APP_KEY"));
+        assert!(!is_secret("LATZERO_DATA_DIR"));
+        assert!(!is_secret("MY_TOKEN"));
     }
 }

@@ -10,9 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 
-use latzero::{HandlerError, Request};
+use crate::launch::Supervisor;
+use latzero::{Data, HandlerError, Request};
 use rustix::process::{Pid, Signal, kill_process_group};
-use serde_json::value::RawValue;
 
 use super::program::{Program, Recipe};
 
@@ -20,7 +20,7 @@ use super::program::{Program, Recipe};
 pub(super) const QUEUED_MAX: usize = 256;
 
 /// What a handler answers.
-pub(super) type Outcome = Result<Box<RawValue>, HandlerError>;
+pub(super) type Outcome = Result<Data, HandlerError>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -53,17 +53,19 @@ struct Running {
     has_ended: bool,
 }
 
-/// The programs, and a bell for whoever waits until none is being started.
-#[derive(Default)]
+/// The programs, and a signal for whoever waits until none is being started.
 struct Programs {
     running: Mutex<Running>,
     settled: Condvar,
+    /// Ends them, should this process end without doing so.
+    supervisor: Supervisor,
 }
 
 /// The calls that wait, and the programs that run.
 pub(super) struct Queue {
     sender: SyncSender<Job>,
     numbers: AtomicU64,
+    events_dropped: AtomicU64,
     programs: Arc<Programs>,
 }
 
@@ -76,7 +78,11 @@ impl Queue {
         let (sender, receiver) = sync_channel(QUEUED_MAX);
         let receiver = Arc::new(Mutex::new(receiver));
         let recipe = Arc::new(recipe);
-        let programs = Arc::new(Programs::default());
+        let programs = Arc::new(Programs {
+            running: Mutex::default(),
+            settled: Condvar::new(),
+            supervisor: Supervisor::start()?,
+        });
         for worker in 0..workers {
             let worker = thread::Builder::new().name(format!("program-{worker}"));
             let (receiver, recipe) = (Arc::clone(&receiver), Arc::clone(&recipe));
@@ -86,8 +92,14 @@ impl Queue {
         Ok(Arc::new(Queue {
             sender,
             numbers: AtomicU64::new(1),
+            events_dropped: AtomicU64::new(0),
             programs,
         }))
+    }
+
+    /// Events that nobody was told of, since nobody waits for an answer to one.
+    pub(super) fn events_dropped(&self) -> u64 {
+        self.events_dropped.load(Ordering::Relaxed)
     }
 
     /// Puts a call in; the future ends with the answer.
@@ -97,6 +109,7 @@ impl Queue {
     pub(super) fn push(&self, request: Request) -> Result<Waiting, HandlerError> {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let place = Arc::new(Mutex::new(Place::default()));
+        let is_emit = request.is_emit();
         let job = Job {
             number,
             request,
@@ -108,12 +121,16 @@ impl Queue {
                 place,
                 programs: Arc::clone(&self.programs),
             }),
-            Err(TrySendError::Full(_)) => Err(HandlerError::new(
-                "overloaded",
-                format!(
-                    "{QUEUED_MAX} calls wait for a program already; raise --concurrency or serve it twice"
-                ),
-            )),
+            Err(TrySendError::Full(_)) => {
+                if is_emit && self.events_dropped.fetch_add(1, Ordering::Relaxed) == 0 {
+                    eprintln!("events come faster than the program takes them; some are dropped");
+                }
+                let text = format!(
+                    "{QUEUED_MAX} calls wait for a program already; \
+                     raise --concurrency or serve it twice"
+                );
+                Err(HandlerError::new("overloaded", text))
+            }
             Err(TrySendError::Disconnected(_)) => Err(HandlerError::new(
                 "handler_error",
                 "the programs' threads are gone",
@@ -230,6 +247,7 @@ impl Registry<'_> {
         let mut running = lock(&self.programs.running);
         running.starting -= 1;
         if let Ok(program) = &started {
+            self.programs.supervisor.add(program.pid);
             running.programs.insert(self.number, program.pid);
             if running.has_ended || request.is_cancelled() {
                 kill(program.pid);
@@ -262,6 +280,9 @@ impl Registry<'_> {
         let mut running = lock(&self.programs.running);
         running.programs.remove(&self.number);
         running.idle = None;
-        program.wait()
+        let status = program.wait();
+        // What it left behind stays: it ended by itself, or was killed with its group.
+        self.programs.supervisor.remove(program.pid);
+        status
     }
 }

@@ -3,11 +3,12 @@
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{BlockId, Code, Refusal};
 
+use super::super::lock::Holder;
 use super::super::{MemberKey, Pool};
 use super::{Asking, BlockKey, Flushing, Phase, Replied, lock_lost, moving, too_many_wait};
-use crate::effects::Effects;
+use crate::driver::Driver;
 use crate::memory::{Counted, Job, StorageId};
-use crate::time::Time;
+use crate::turn::Turn;
 
 /// Where a block's bytes are to be read, as [`Pool::read_block`] allows it.
 #[derive(Debug, Clone, Copy)]
@@ -30,7 +31,7 @@ pub struct WritePlan {
     pub storage: StorageId,
 }
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// Where a member may read a block.
     ///
     /// # Errors
@@ -57,12 +58,14 @@ impl<P: Clone> Pool<P> {
         let (key, block) = self.allowed(member, id, Access::Write)?;
         let exclusive = block.lock.exclusive();
         if let Some(fence) = lock
-            && !exclusive.is_some_and(|held| held.member == member && held.fence == fence)
+            && !exclusive.is_some_and(|held| held.fence == fence)
         {
             return Err(lock_lost(id, fence));
         }
-        // Readers who locked it together count on it as well.
-        let other = block.lock.holders().iter().find(|h| h.member != member);
+        // Readers who locked it together count on it as well. The fence is a token: the holder may
+        // pass it to the programs that it starts, and they write under its lock.
+        let is_other = |h: &&Holder| h.member != member && Some(h.fence) != lock;
+        let other = block.lock.holders().iter().find(is_other);
         if let Some(held) = other {
             return Err(self.locked(id, held));
         }
@@ -79,47 +82,41 @@ impl<P: Clone> Pool<P> {
     }
 
     /// A write through the server is over; `version` is the block's new one, where it has one.
-    pub fn end_write<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        plan: WritePlan,
-        version: Option<u64>,
-        fx: &mut E,
-    ) {
+    pub fn end_write(&mut self, plan: WritePlan, version: Option<u64>, turn: &mut Turn<'_, D>) {
         let Some(block) = self.blocks.at_mut(plan.key) else {
             return;
         };
         block.lock.end_server();
         if block.is_move_due && !block.lock.is_held_by_server() {
             block.is_move_due = false;
-            self.renew_generation(plan.key, None, fx);
+            self.renew_generation(plan.key, None, turn);
         }
         if let Some(version) = version {
-            self.tell_change(plan.key, version, fx);
+            self.tell_change(plan.key, version, turn);
         }
-        self.grant_waiting(now, plan.key, fx);
+        self.grant_waiting(plan.key, turn);
     }
 
     /// Tells a member of each new version from now on.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `quota`.
-    pub fn subscribe_block<E: Effects<Peer = P>>(
+    pub fn subscribe_block(
         &mut self,
         member: MemberKey,
         id: &BlockId,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed(member, id, Access::Read)?;
         if !block.subscribers.contains(&member) {
             let app = self.asker(member)?.app.clone();
             let limits = &self.limits;
-            fx.with_ledger(|ledger| ledger.begin(Counted::Subscription, &app, limits))?;
+            turn.with_ledger(|ledger| ledger.begin(Counted::Subscription, &app, limits))?;
             let block = self.blocks.at_mut(key).expect("just found");
             block.subscribers.push(member);
             self.involve(member, key);
         }
-        let version = self.version_of(key, fx);
+        let version = self.version_of(key, turn);
         let generation = self.blocks.at(key).map_or(0, |b| b.generation);
         Ok(Some(format!(
             "{{\"version\":{version},\"generation\":{generation}}}"
@@ -130,11 +127,11 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// `no_block`, `not_member`.
-    pub fn unsubscribe_block<E: Effects<Peer = P>>(
+    pub fn unsubscribe_block(
         &mut self,
         member: MemberKey,
         id: &BlockId,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let app = self.asker(member)?.app.clone();
         let (key, _) = self.block(id)?;
@@ -142,7 +139,7 @@ impl<P: Clone> Pool<P> {
         let before = block.subscribers.len();
         block.subscribers.retain(|m| *m != member);
         if block.subscribers.len() < before {
-            fx.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
+            turn.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
         }
         Ok(Some("{}".into()))
     }
@@ -151,29 +148,25 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// `no_block`, `forbidden`.
-    pub fn notify_block<E: Effects<Peer = P>>(
+    pub fn notify_block(
         &mut self,
         member: MemberKey,
         id: &BlockId,
         version: u64,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed(member, id, Access::Write)?;
         // What the block itself says counts, not what is said of it.
-        let version = fx.version_noted(block.storage, version);
-        self.tell_change(key, version, fx);
+        let version = turn.version_noted(block.storage, version);
+        self.tell_change(key, version, turn);
         Ok(Some("{}".into()))
     }
 
     /// Tells of a version that nobody told of, because its writer ended.
-    pub(in crate::pool) fn look_for_news<E: Effects<Peer = P>>(
-        &mut self,
-        key: BlockKey,
-        fx: &mut E,
-    ) {
+    pub(in crate::pool) fn look_for_news(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         if let Some(block) = self.blocks.at(key) {
-            let version = fx.version_noted(block.storage, u64::MAX);
-            self.tell_change(key, version, fx);
+            let version = turn.version_noted(block.storage, u64::MAX);
+            self.tell_change(key, version, turn);
         }
     }
 
@@ -181,11 +174,11 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// `no_block`, `forbidden` for who may not write, `bad_message` where the block is no file, `locked`, `overloaded`.
-    pub fn flush_block<E: Effects<Peer = P>>(
+    pub fn flush_block(
         &mut self,
         asking: Asking<'_>,
         id: &BlockId,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed(asking.member, id, Access::Write)?;
         if block.kind != Kind::Persistent {
@@ -209,7 +202,7 @@ impl<P: Clone> Pool<P> {
             id: asking.id(),
         });
         let storage = block.storage;
-        fx.block_job(Job::Flush {
+        turn.block_job(Job::Flush {
             key,
             storage,
             ticket,
@@ -218,12 +211,12 @@ impl<P: Clone> Pool<P> {
     }
 
     /// A flush is done: the version that is on disk, or why none is.
-    pub fn flushed<E: Effects<Peer = P>>(
+    pub fn flushed(
         &mut self,
         key: BlockKey,
         ticket: u64,
         version: Result<u64, Refusal>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
         let Some(block) = self.blocks.at_mut(key) else {
             return;
@@ -231,7 +224,7 @@ impl<P: Clone> Pool<P> {
         if let Some(at) = block.flushing.iter().position(|f| f.ticket == ticket) {
             let one = block.flushing.swap_remove(at);
             let result = version.map(|version| Some(format!("{{\"version\":{version}}}")));
-            self.answer(one.member, one.id.as_deref(), result, fx);
+            self.answer(one.member, one.id.as_deref(), result, turn);
         }
     }
 }

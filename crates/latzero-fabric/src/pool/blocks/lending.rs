@@ -2,7 +2,7 @@
 
 use super::*;
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// The blocks that a call names, as its caller may give them; for [`Pool::call`].
     pub(in crate::pool) fn check_uses(
         &self,
@@ -18,20 +18,20 @@ impl<P: Clone> Pool<P> {
     }
 
     /// The descriptions of a call's blocks for its handler, and the descriptors that travel with them.
-    pub(in crate::pool) fn describe_uses<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn describe_uses(
         &self,
         uses: &[(BlockKey, Access)],
         is_mapped: bool,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> (String, Vec<Descriptor>) {
         let mut descriptions = Vec::new();
         let mut descriptors = Vec::new();
         for &(key, access) in uses {
             let block = self.blocks.at(key).expect("checked for this call");
-            let version = fx.block_version(block.storage);
+            let version = turn.block_version(block.storage);
             let mut description = block.description(self.name.as_str(), version);
             description["mode"] = access.as_str().into();
-            let is_mapped = is_mapped && fx.can_share(block.storage, access);
+            let is_mapped = is_mapped && turn.can_share(block.storage, access);
             description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
             if is_mapped {
                 descriptors.push(Descriptor {
@@ -68,12 +68,11 @@ impl<P: Clone> Pool<P> {
     }
 
     /// A call with blocks ended: its handler is attached no longer, and keeps nothing that only the call allowed it.
-    pub(in crate::pool) fn take_back<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn take_back(
         &mut self,
-        now: Time,
         handler: MemberKey,
         uses: &[(BlockKey, Access)],
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
         for &(key, access) in uses {
             let Some(block) = self.blocks.at_mut(key) else {
@@ -81,7 +80,7 @@ impl<P: Clone> Pool<P> {
             };
             let could_write = block.could_write(handler);
             if could_write {
-                self.look_for_news(key, fx);
+                self.look_for_news(key, turn);
             }
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
@@ -92,21 +91,20 @@ impl<P: Clone> Pool<P> {
             block
                 .attachments
                 .retain(|a| a.member != handler || a.own.is_some() || a.calls() > 0);
-            self.withdraw(now, key, handler, could_write, fx);
-            self.end_if_unused(key, fx);
+            self.withdraw(key, handler, could_write, turn);
+            self.end_if_unused(key, turn);
         }
     }
 
     /// Takes from a member what it may no longer have of a block: its lock, its place in line, its subscription.
-    fn withdraw<E: Effects<Peer = P>>(
+    fn withdraw(
         &mut self,
-        now: Time,
         key: BlockKey,
         member: MemberKey,
         could_write: bool,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
-        let Some(was) = self.members.at(place(member)) else {
+        let Some(was) = self.members.at(member) else {
             return;
         };
         let (app, is_mapping) = (was.app.clone(), was.takes_descriptors);
@@ -118,28 +116,23 @@ impl<P: Clone> Pool<P> {
         let (held, waited) = block.lock.leave(member, kept);
         if allowed.is_none() && block.subscribers.contains(&member) {
             block.subscribers.retain(|m| *m != member);
-            fx.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
+            turn.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
         }
         for claim in waited {
             let message =
                 "the call that lent you the block is over, and so is the wait for its lock";
             let refusal = Refusal::new(Code::Cancelled, message);
-            self.answer(member, claim.id.as_deref(), Err(refusal), fx);
+            self.answer(member, claim.id.as_deref(), Err(refusal), turn);
         }
         for held in &held {
-            self.lease_over(key, held, could_write && is_mapping, fx);
+            self.lease_over(key, held, could_write && is_mapping, turn);
         }
-        self.grant_waiting(now, key, fx);
+        self.grant_waiting(key, turn);
     }
 
     /// A member leaves: what it was attached to, locked, or waited for is free again.
-    pub(in crate::pool) fn leave_blocks<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        member: MemberKey,
-        fx: &mut E,
-    ) {
-        let Some(leaver) = self.members.at_mut(place(member)) else {
+    pub(in crate::pool) fn leave_blocks(&mut self, member: MemberKey, turn: &mut Turn<'_, D>) {
+        let Some(leaver) = self.members.at_mut(member) else {
             return;
         };
         let (app, peer, is_mapping) = (
@@ -151,7 +144,7 @@ impl<P: Clone> Pool<P> {
             let wrote = is_mapping && self.blocks.at(key).is_some_and(|b| b.could_write(member));
             if wrote {
                 // It may have gone between a version and the word of it.
-                self.look_for_news(key, fx);
+                self.look_for_news(key, turn);
             }
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
@@ -162,13 +155,13 @@ impl<P: Clone> Pool<P> {
             waited.extend(flushes.map(|f| f.id));
             if block.subscribers.contains(&member) {
                 block.subscribers.retain(|m| *m != member);
-                fx.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
+                turn.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
             }
             let could_write = is_mapping && block.could_write(member);
             if let Some(at) = block.attachments.iter().position(|a| a.member == member) {
                 let attachment = block.attachments.remove(at);
                 if attachment.own.is_some() {
-                    fx.with_ledger(|ledger| ledger.end(Counted::Attachment, &app));
+                    turn.with_ledger(|ledger| ledger.end(Counted::Attachment, &app));
                 }
             }
             let (held, claims) = block.lock.leave(member, |_| false);
@@ -176,36 +169,36 @@ impl<P: Clone> Pool<P> {
             for id in waited {
                 // It may have left the pool only, and still listen.
                 let refusal = Refusal::new(Code::Cancelled, "you left the pool while you waited");
-                self.answer(member, id.as_deref(), Err(refusal), fx);
+                self.answer(member, id.as_deref(), Err(refusal), turn);
             }
             let held = held.iter().find(|h| h.mode == LockMode::Exclusive);
             if let Some(held) = held {
-                self.note_fence(key, held, fx);
-                self.tell_broken(key, fx);
+                self.note_fence(key, held, turn);
+                self.tell_broken(key, turn);
                 if could_write {
                     // It may have gone in the middle of a write, and only its death says that it writes no more.
-                    self.renew_generation(key, Some(peer.clone()), fx);
+                    self.renew_generation(key, Some(peer.clone()), turn);
                 }
             }
-            self.grant_waiting(now, key, fx);
-            self.end_if_unused(key, fx);
+            self.grant_waiting(key, turn);
+            self.end_if_unused(key, turn);
         }
     }
 
     /// Notes that a member has to do with a block, so that its end finds it.
     pub(in crate::pool) fn involve(&mut self, member: MemberKey, key: BlockKey) {
-        if let Some(member) = self.members.at_mut(place(member))
+        if let Some(member) = self.members.at_mut(member)
             && !member.blocks.contains(&key)
         {
             member.blocks.push(key);
         }
     }
 
-    pub(in crate::pool) fn drop_unused_attachment<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn drop_unused_attachment(
         &mut self,
         key: BlockKey,
         member: MemberKey,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
         let Some(block) = self.blocks.at_mut(key) else {
             return;
@@ -213,14 +206,10 @@ impl<P: Clone> Pool<P> {
         block
             .attachments
             .retain(|a| a.member != member || a.own.is_some() || a.calls() > 0);
-        self.end_if_unused(key, fx);
+        self.end_if_unused(key, turn);
     }
 
-    pub(in crate::pool) fn end_if_unused<E: Effects<Peer = P>>(
-        &mut self,
-        key: BlockKey,
-        fx: &mut E,
-    ) {
+    pub(in crate::pool) fn end_if_unused(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let is_over = self.blocks.at(key).is_some_and(|block| {
             block.lifetime == Lifetime::Attached
                 && block.attachments.is_empty()
@@ -228,7 +217,7 @@ impl<P: Clone> Pool<P> {
                 && matches!(block.phase, Phase::Live)
         });
         if is_over {
-            self.end_block(key, fx);
+            self.end_block(key, turn);
         }
     }
 }

@@ -2,19 +2,19 @@
 
 use super::*;
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// Asks for a block's lock; the reply may come later.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`, `overloaded`.
-    pub fn lock_block<E: Effects<Peer = P>>(
+    pub fn lock_block(
         &mut self,
-        now: Time,
         asking: Asking<'_>,
         id: &BlockId,
         want: LockWish,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
+        let now = turn.time();
         let (key, block) = self.allowed(asking.member, id, access_for(want.mode))?;
         if block.lock.holders().len() >= self.limits.block_waiters_max {
             return Err(Refusal::new(
@@ -45,7 +45,7 @@ impl<P: Clone> Pool<P> {
             }
             Ok(Some(grant)) => {
                 self.involve(asking.member, key);
-                self.granted(key, &grant, fx);
+                self.granted(key, &grant, turn);
                 Ok(Some(grant_json(&grant)))
             }
             Err(_) => {
@@ -65,21 +65,20 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// `no_block`, `lock_lost`.
-    pub fn unlock_block<E: Effects<Peer = P>>(
+    pub fn unlock_block(
         &mut self,
-        now: Time,
         member: MemberKey,
         id: &BlockId,
         fence: u64,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, _) = self.block(id)?;
         let block = self.blocks.at_mut(key).expect("just found");
         let Some(held) = block.lock.release(member, fence) else {
             return Err(lock_lost(id, fence));
         };
-        self.note_fence(key, &held, fx);
-        self.grant_waiting(now, key, fx);
+        self.note_fence(key, &held, turn);
+        self.grant_waiting(key, turn);
         Ok(Some("{}".into()))
     }
 
@@ -106,14 +105,13 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Ends waits of a member that it cancelled by their request's id; false where it has none.
-    pub(in crate::pool) fn cancel_lock<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn cancel_lock(
         &mut self,
-        now: Time,
         member: MemberKey,
         id: &str,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> bool {
-        let Some(asker) = self.members.at(place(member)) else {
+        let Some(asker) = self.members.at(member) else {
             return false;
         };
         let keys = asker.blocks.clone();
@@ -123,8 +121,8 @@ impl<P: Clone> Pool<P> {
             };
             if block.lock.cancel(member, id) {
                 let refusal = Refusal::new(Code::Cancelled, "the wait for the lock was cancelled");
-                self.answer(member, Some(id), Err(refusal), fx);
-                self.grant_waiting(now, key, fx);
+                self.answer(member, Some(id), Err(refusal), turn);
+                self.grant_waiting(key, turn);
                 return true;
             }
         }
@@ -132,11 +130,8 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Ends leases and waits whose time is over.
-    pub(in crate::pool) fn handle_block_timeout<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        fx: &mut E,
-    ) {
+    pub(in crate::pool) fn handle_block_timeout(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         if self.blocks.next.is_none_or(|next| next > now) {
             return;
         }
@@ -163,110 +158,96 @@ impl<P: Clone> Pool<P> {
                                 format!("block '{}' is being written or moved", block.id),
                             ),
                         };
-                        self.answer(claim.member, claim.id.as_deref(), Err(refusal), fx);
+                        self.answer(claim.member, claim.id.as_deref(), Err(refusal), turn);
                     }
                     Expired::Lease(held) => {
                         let could_write = self.blocks.at(key).is_some_and(|block| {
-                            let member = self.members.at(place(held.member));
+                            let member = self.members.at(held.member);
                             member.is_some_and(|m| m.takes_descriptors)
                                 && block.could_write(held.member)
                         });
-                        self.lease_over(key, &held, could_write, fx);
+                        self.lease_over(key, &held, could_write, turn);
                     }
                 }
             }
-            self.grant_waiting(now, key, fx);
+            self.grant_waiting(key, turn);
         }
         self.blocks.look_for_deadline();
     }
 
     /// A lock ended without its holder's wish, who lives on.
-    pub(in crate::pool) fn lease_over<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn lease_over(
         &mut self,
         key: BlockKey,
         held: &Holder,
         could_write: bool,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
-        self.note_fence(key, held, fx);
+        self.note_fence(key, held, turn);
         let more = format!(",\"lock\":\"{}\"", held.fence);
         let told = self.block_event_json("lock_lost", key, &more);
-        let Some(member) = self.members.at(place(held.member)) else {
+        let Some(member) = self.members.at(held.member) else {
             return;
         };
-        fx.send(&member.peer, Class::Control, told.len(), |out| {
+        turn.send(&member.peer, Class::Control, told.len(), |out| {
             encode::message(out, &told);
         });
         if held.mode != LockMode::Exclusive {
             return;
         }
-        self.tell_broken(key, fx);
+        self.tell_broken(key, turn);
         if could_write {
             // It lives and may write on: into a generation that nobody reads any more.
-            self.renew_generation(key, None, fx);
+            self.renew_generation(key, None, turn);
         }
     }
 
-    pub(in crate::pool) fn granted<E: Effects<Peer = P>>(
-        &self,
-        key: BlockKey,
-        grant: &Grant,
-        fx: &mut E,
-    ) {
+    pub(in crate::pool) fn granted(&self, key: BlockKey, grant: &Grant, turn: &mut Turn<'_, D>) {
         if grant.claim.mode == LockMode::Exclusive {
-            self.write_fence(key, fx);
+            self.write_fence(key, turn);
         }
     }
 
-    pub(in crate::pool) fn grant_waiting<E: Effects<Peer = P>>(
-        &mut self,
-        now: Time,
-        key: BlockKey,
-        fx: &mut E,
-    ) {
+    pub(in crate::pool) fn grant_waiting(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         while let Some(grant) = self
             .blocks
             .at_mut(key)
             .and_then(|block| block.lock.grant_next(now))
         {
             self.blocks.note_deadline(key);
-            self.granted(key, &grant, fx);
+            self.granted(key, &grant, turn);
             let reply = Ok(Some(grant_json(&grant)));
-            self.answer(grant.claim.member, grant.claim.id.as_deref(), reply, fx);
+            self.answer(grant.claim.member, grant.claim.id.as_deref(), reply, turn);
         }
     }
 
     /// The end of an exclusive lock is written where writers look.
-    pub(in crate::pool) fn note_fence<E: Effects<Peer = P>>(
-        &self,
-        key: BlockKey,
-        held: &Holder,
-        fx: &mut E,
-    ) {
+    pub(in crate::pool) fn note_fence(&self, key: BlockKey, held: &Holder, turn: &mut Turn<'_, D>) {
         if held.mode == LockMode::Exclusive {
-            self.write_fence(key, fx);
+            self.write_fence(key, turn);
         }
     }
 
-    pub(in crate::pool) fn write_fence<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) {
+    pub(in crate::pool) fn write_fence(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let Some(block) = self.blocks.at(key) else {
             return;
         };
         let held = block.lock.exclusive();
         let fence = held.map_or(block.lock.fence(), |held| held.fence);
-        fx.set_fence(block.storage, fence, held.is_some());
+        turn.driver.set_fence(block.storage, fence, held.is_some());
     }
 
-    pub(in crate::pool) fn tell_broken<E: Effects<Peer = P>>(&self, key: BlockKey, fx: &mut E) {
+    pub(in crate::pool) fn tell_broken(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let fence = self.blocks.at(key).map_or(0, |block| block.lock.fence());
         let told = self.block_event_json("lock_broken", key, &format!(",\"fence\":{fence}"));
-        self.tell_attached(key, &told, fx);
+        self.tell_attached(key, &told, turn);
     }
 
     pub(in crate::pool) fn locked(&self, id: &BlockId, held: &Holder) -> Refusal {
         let holder = self
             .members
-            .at(place(held.member))
+            .at(held.member)
             .map_or("somebody", |m| m.app.as_str());
         Refusal::new(
             Code::Locked,

@@ -2,19 +2,18 @@
 
 use super::*;
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// Storage that was asked for is there, or can't be had; `None` where none was needed in the end.
-    pub fn storage_made<E: Effects<Peer = P>>(
+    pub fn storage_made(
         &mut self,
-        now: Time,
         key: BlockKey,
         made: Result<Option<StorageId>, Refusal>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
         let Some(block) = self.blocks.at_mut(key) else {
             // Removed meanwhile.
             if let Ok(Some(storage)) = made {
-                fx.block_job(Job::Drop {
+                turn.block_job(Job::Drop {
                     storage,
                     is_superseded: false,
                 });
@@ -27,10 +26,10 @@ impl<P: Clone> Pool<P> {
             (Phase::Live, _) => unreachable!("storage is made for who waits for it"),
             (Phase::New, Ok(_)) => {
                 let told = self.block_event_json("block_created", key, "");
-                self.tell(Event::BlockCreated, &told, None, fx);
+                self.tell(Event::BlockCreated, &told, None, turn);
                 for one in waiting {
                     let result = match one.attach {
-                        None => Ok(Some(self.describe(key, None, fx).to_string())),
+                        None => Ok(Some(self.describe(key, None, turn).to_string())),
                         Some(access) => {
                             let asking = Asking {
                                 member: one.member,
@@ -38,20 +37,20 @@ impl<P: Clone> Pool<P> {
                             };
                             let id = self.blocks.at(key).map(|block| block.id.clone());
                             match id {
-                                Some(id) => self.attach_block(asking, &id, access, None, fx),
+                                Some(id) => self.attach_block(asking, &id, access, None, turn),
                                 None => Ok(None),
                             }
                         }
                     };
-                    self.answer(one.member, one.id.as_deref(), result, fx);
+                    self.answer(one.member, one.id.as_deref(), result, turn);
                 }
-                self.end_if_unused(key, fx);
+                self.end_if_unused(key, turn);
             }
             (Phase::New, Err(refusal)) => {
                 for one in waiting {
-                    self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), fx);
+                    self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), turn);
                 }
-                self.forget_block(key, fx);
+                self.forget_block(key, turn);
             }
             (
                 Phase::Moving {
@@ -73,40 +72,46 @@ impl<P: Clone> Pool<P> {
                         block.geometry = geometry;
                         block.generation += 1;
                         self.blocks.bytes -= was;
-                        fx.with_ledger(|ledger| ledger.release(&owner, was));
-                        fx.block_job(Job::Drop {
+                        turn.with_ledger(|ledger| ledger.release(&owner, was));
+                        turn.block_job(Job::Drop {
                             storage: old,
                             is_superseded: true,
                         });
                         // Before anybody hears of it: who is told may write at once.
-                        self.write_fence(key, fx);
+                        self.write_fence(key, turn);
                         let more = format!(",\"reason\":\"{reason}\"");
                         let told = self.block_event_json("block_moved", key, &more);
-                        self.tell_attached(key, &told, fx);
+                        self.tell_attached(key, &told, turn);
                         for one in waiting {
                             let access = self
                                 .blocks
                                 .at(key)
                                 .and_then(|b| b.attachment(one.member))
                                 .map(Attachment::access);
-                            self.answer_description(key, one.member, one.id.as_deref(), access, fx);
+                            self.answer_description(
+                                key,
+                                one.member,
+                                one.id.as_deref(),
+                                access,
+                                turn,
+                            );
                         }
-                        let version = self.version_of(key, fx);
-                        self.tell_change(key, version, fx);
+                        let version = self.version_of(key, turn);
+                        self.tell_change(key, version, turn);
                     }
                     other => {
                         self.blocks.bytes -= will;
-                        fx.with_ledger(|ledger| ledger.release(&owner, will));
+                        turn.with_ledger(|ledger| ledger.release(&owner, will));
                         let refusal = other.err().unwrap_or_else(|| {
                             Refusal::new(Code::Storage, "no new generation was needed after all")
                         });
                         for one in waiting {
-                            self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), fx);
+                            self.answer(one.member, one.id.as_deref(), Err(refusal.clone()), turn);
                         }
                     }
                 }
-                self.grant_waiting(now, key, fx);
-                self.end_if_unused(key, fx);
+                self.grant_waiting(key, turn);
+                self.end_if_unused(key, turn);
             }
         }
     }
@@ -115,12 +120,12 @@ impl<P: Clone> Pool<P> {
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`, `quota`, `too_large`, `layout_mismatch`.
-    pub fn resize_block<E: Effects<Peer = P>>(
+    pub fn resize_block(
         &mut self,
         asking: Asking<'_>,
         id: &BlockId,
         size: u64,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed_by_name(asking.member, id, Access::Write)?;
         if let Some(held) = block
@@ -146,7 +151,7 @@ impl<P: Clone> Pool<P> {
             ));
         }
         let geometry = Geometry::new(block.kind, size, block.geometry.slots);
-        self.begin_move(key, geometry, "resized", None, fx)?;
+        self.begin_move(key, geometry, "resized", None, turn)?;
         self.involve(asking.member, key);
         let block = self.blocks.at_mut(key).expect("just found");
         block.waiting.push(Waiting {
@@ -157,13 +162,13 @@ impl<P: Clone> Pool<P> {
         Ok(None)
     }
 
-    pub(in crate::pool) fn begin_move<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn begin_move(
         &mut self,
         key: BlockKey,
         geometry: Geometry,
         reason: &'static str,
-        unless_dead: Option<P>,
-        fx: &mut E,
+        unless_dead: Option<D::Peer>,
+        turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
         let total = self.check_size(geometry)?;
         // Both generations are there until the new one has the old one's content.
@@ -178,7 +183,7 @@ impl<P: Clone> Pool<P> {
         )?;
         let limits = &self.limits;
         let block = self.blocks.at_mut(key).expect("its caller found it");
-        let to = fx.with_ledger(|ledger| {
+        let to = turn.with_ledger(|ledger| {
             ledger.reserve(&block.owner, total, limits)?;
             Ok::<_, Refusal>(ledger.next_storage())
         })?;
@@ -206,7 +211,7 @@ impl<P: Clone> Pool<P> {
             record: record.to_string(),
         };
         self.blocks.bytes += total;
-        fx.block_job(Job::Make {
+        turn.block_job(Job::Make {
             key,
             making,
             unless_dead,
@@ -216,15 +221,15 @@ impl<P: Clone> Pool<P> {
 
     /// Moves a block of an earlier run to a new generation: somebody held its lock when the server ended, and may be in the
     /// middle of a version.
-    pub fn leave_writer_behind<E: Effects<Peer = P>>(&mut self, id: &BlockId, fx: &mut E) {
+    pub fn leave_writer_behind(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
         if let Ok((key, _)) = self.block(id) {
-            self.renew_generation(key, None, fx);
+            self.renew_generation(key, None, turn);
         }
     }
 
     /// Moves a block of an earlier run whose file an older server made to one with spare slots: until then a version that was
     /// flushed may be written over. Without room for both it stays as it is.
-    pub fn add_spares<E: Effects<Peer = P>>(&mut self, id: &BlockId, fx: &mut E) {
+    pub fn add_spares(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
         let Ok((key, block)) = self.block(id) else {
             return;
         };
@@ -232,17 +237,17 @@ impl<P: Clone> Pool<P> {
         let is_due = geometry != block.geometry
             && matches!(block.phase, Phase::Live)
             && !block.lock.is_held_by_server();
-        if is_due && let Err(refusal) = self.begin_move(key, geometry, "upgraded", None, fx) {
-            fx.refused(refusal.code);
+        if is_due && let Err(refusal) = self.begin_move(key, geometry, "upgraded", None, turn) {
+            turn.refused(refusal.code);
         }
     }
 
     /// Moves a block to a new generation of the same size, so that who lost its lock can't write it any more.
-    pub(in crate::pool) fn renew_generation<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn renew_generation(
         &mut self,
         key: BlockKey,
-        unless_dead: Option<P>,
-        fx: &mut E,
+        unless_dead: Option<D::Peer>,
+        turn: &mut Turn<'_, D>,
     ) {
         let Some(block) = self.blocks.at(key) else {
             return;
@@ -256,9 +261,9 @@ impl<P: Clone> Pool<P> {
             return;
         }
         let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
-        if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, fx) {
+        if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, turn) {
             // Without room for a second generation the fence is all that keeps the old writer out.
-            fx.refused(refusal.code);
+            turn.refused(refusal.code);
         }
     }
 }

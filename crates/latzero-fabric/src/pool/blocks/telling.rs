@@ -6,53 +6,66 @@ use latzero_protocol::message::{Event, Page};
 use latzero_protocol::{BlockId, Refusal};
 use serde_json::{Value, json};
 
-use super::super::{MemberKey, Pool, place, seat};
+use super::super::{MemberKey, Pool};
 use super::{ATTACHMENTS_SHOWN_MAX, Block, BlockKey, Phase, Replied};
-use crate::effects::{Class, Effects};
+use crate::driver::Driver;
 use crate::memory::{Change, Descriptor};
-use crate::slab::Key;
+use crate::registry::{PageText, append};
 
-impl<P: Clone> Pool<P> {
-    /// The pool's blocks, in the order of their names.
-    pub fn blocks_json<E: Effects<Peer = P>>(&self, page: &Page<'_>, fx: &mut E) -> Value {
+use crate::outbox::Class;
+use crate::turn::Turn;
+
+impl<D: Driver> Pool<D> {
+    /// The pool's blocks in the order of their names, a page of them as JSON text.
+    pub fn blocks_json(&self, page: &Page<'_>, turn: &mut Turn<'_, D>) -> String {
         let after = page.after.as_deref();
-        let mut found: Vec<_> = self
+        let mut found: Vec<&Block> = self
             .blocks
             .blocks
             .iter()
-            .filter(|(_, block)| !matches!(block.phase, Phase::New))
-            .filter(|(_, block)| after.is_none_or(|after| block.id.as_str() > after))
+            .map(|(_, block)| block)
+            .filter(|block| !matches!(block.phase, Phase::New))
+            .filter(|block| after.is_none_or(|after| block.id.as_str() > after))
             .collect();
-        found.sort_by(|a, b| a.1.id.cmp(&b.1.id));
-        let is_more = found.len() > page.limit;
-        let describe = |(_, block): &(Key<Block>, &Block)| {
-            let version = fx.block_version(block.storage);
-            let mut description = block.description(self.name.as_str(), version);
-            description["attachments"] = block.attachments.len().into();
-            description["bytes"] = block.total().into();
-            description["locked"] = (!block.lock.holders().is_empty()).into();
-            description
-        };
-        let blocks: Vec<Value> = found.iter().take(page.limit).map(describe).collect();
-        json!({"blocks": blocks, "more": is_more})
+        // One more than the page takes, so that it knows whether there are more.
+        if found.len() > page.limit + 1 {
+            found.select_nth_unstable_by(page.limit, |a, b| a.id.cmp(&b.id));
+            found.truncate(page.limit + 1);
+        }
+        found.sort_by(|a, b| a.id.cmp(&b.id));
+        let mut text = PageText::new("blocks", page.limit);
+        for block in found {
+            let write = |out: &mut String| {
+                let version = turn.block_version(block.storage);
+                let mut description = block.description(self.name.as_str(), version);
+                description["attachments"] = block.attachments.len().into();
+                description["bytes"] = block.total().into();
+                description["locked"] = (!block.lock.holders().is_empty()).into();
+                append(out, &description);
+            };
+            if !text.add(block.id.as_str(), write) {
+                break;
+            }
+        }
+        text.finish()
     }
 
     /// All about one block.
     ///
     /// # Errors
     /// `no_block`, `not_member`.
-    pub fn block_json<E: Effects<Peer = P>>(
+    pub fn block_json(
         &self,
         member: MemberKey,
         id: &BlockId,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Result<Value, Refusal> {
         self.asker(member)?;
         let (_, block) = self.block(id)?;
-        let version = fx.block_version(block.storage);
+        let version = turn.block_version(block.storage);
         let mut description = block.description(self.name.as_str(), version);
         let who = |member: MemberKey| {
-            let member = self.members.at(place(member));
+            let member = self.members.at(member);
             member.map(|m| json!({"app_id": m.app, "instance": m.instance}))
         };
         let attachments = block.attachments.iter().filter_map(|a| {
@@ -87,23 +100,19 @@ impl<P: Clone> Pool<P> {
         Ok(description)
     }
 
-    pub(in crate::pool) fn version_of<E: Effects<Peer = P>>(
-        &self,
-        key: BlockKey,
-        fx: &mut E,
-    ) -> u64 {
+    pub(in crate::pool) fn version_of(&self, key: BlockKey, turn: &mut Turn<'_, D>) -> u64 {
         self.blocks
             .at(key)
-            .map_or(0, |block| fx.block_version(block.storage))
+            .map_or(0, |block| turn.block_version(block.storage))
     }
 
-    pub(in crate::pool) fn describe<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn describe(
         &self,
         key: BlockKey,
         mode: Option<(Access, bool)>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Value {
-        let version = self.version_of(key, fx);
+        let version = self.version_of(key, turn);
         let block = self.blocks.at(key).expect("its caller found it");
         let mut description = block.description(self.name.as_str(), version);
         if let Some((access, is_mapped)) = mode {
@@ -114,27 +123,27 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Replies with a block's description, and its descriptor where the member is attached and takes them.
-    pub(in crate::pool) fn answer_description<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn answer_description(
         &self,
         key: BlockKey,
         member: MemberKey,
         id: Option<&str>,
         access: Option<Access>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
-        let (Some(to), Some(id)) = (self.members.at(place(member)), id) else {
+        let (Some(to), Some(id)) = (self.members.at(member), id) else {
             return;
         };
         let storage = self.blocks.at(key).expect("its caller found it").storage;
         let is_mapped =
-            access.is_some_and(|access| to.takes_descriptors && fx.can_share(storage, access));
+            access.is_some_and(|access| to.takes_descriptors && turn.can_share(storage, access));
         let mode = access.map(|access| (access, is_mapped));
-        let description = self.describe(key, mode, fx).to_string();
+        let description = self.describe(key, mode, turn).to_string();
         let descriptors = match access {
             Some(access) if is_mapped => vec![Descriptor { storage, access }],
             _ => vec![],
         };
-        fx.send_with(
+        turn.send_with(
             &to.peer,
             Class::Control,
             description.len() + 256,
@@ -144,28 +153,28 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Answers a request whose reply was put off.
-    pub(in crate::pool) fn answer<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn answer(
         &self,
         member: MemberKey,
         id: Option<&str>,
         result: Result<Replied, Refusal>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
         if let Err(refusal) = &result {
-            fx.refused(refusal.code);
+            turn.refused(refusal.code);
         }
-        let (Some(to), Some(id)) = (self.members.at(place(member)), id) else {
+        let (Some(to), Some(id)) = (self.members.at(member), id) else {
             return;
         };
         match result {
             Ok(None) => {}
             Ok(Some(reply)) => {
-                fx.send(&to.peer, Class::Control, reply.len() + 256, |out| {
+                turn.send(&to.peer, Class::Control, reply.len() + 256, |out| {
                     encode::reply(out, id, &reply);
                 });
             }
             Err(refusal) => {
-                fx.send(
+                turn.send(
                     &to.peer,
                     Class::Control,
                     refusal.message.len() + 256,
@@ -175,18 +184,13 @@ impl<P: Clone> Pool<P> {
         }
     }
 
-    pub(in crate::pool) fn tell_attached<E: Effects<Peer = P>>(
-        &self,
-        key: BlockKey,
-        told: &str,
-        fx: &mut E,
-    ) {
+    pub(in crate::pool) fn tell_attached(&self, key: BlockKey, told: &str, turn: &mut Turn<'_, D>) {
         let Some(block) = self.blocks.at(key) else {
             return;
         };
         for attachment in &block.attachments {
-            if let Some(member) = self.members.at(place(attachment.member)) {
-                fx.send(&member.peer, Class::Control, told.len(), |out| {
+            if let Some(member) = self.members.at(attachment.member) {
+                turn.send(&member.peer, Class::Control, told.len(), |out| {
                     encode::message(out, told);
                 });
             }
@@ -194,11 +198,11 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Tells subscribers and watchers that a block has a new version. Of two that cross, the older one is not told.
-    pub(in crate::pool) fn tell_change<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn tell_change(
         &mut self,
         key: BlockKey,
         version: u64,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
         let Some(block) = self.blocks.at_mut(key) else {
             return;
@@ -217,8 +221,8 @@ impl<P: Clone> Pool<P> {
             generation: block.generation,
         };
         for &subscriber in &block.subscribers {
-            if let Some(member) = self.members.at(place(subscriber)) {
-                fx.block_changed(&member.peer, &change);
+            if let Some(member) = self.members.at(subscriber) {
+                turn.block_changed(&member.peer, &change);
             }
         }
         if self.change_watchers == 0 {
@@ -226,8 +230,8 @@ impl<P: Clone> Pool<P> {
         }
         for (key, member) in self.members.iter() {
             let watches = member.watch.is_some_and(|set| set.has(Event::BlockChanged));
-            if watches && !block.subscribers.contains(&seat(key)) {
-                fx.block_changed(&member.peer, &change);
+            if watches && !block.subscribers.contains(&key) {
+                turn.block_changed(&member.peer, &change);
             }
         }
     }

@@ -15,12 +15,14 @@ use latzero_protocol::{AppId, Code, Refusal};
 
 use super::super::answer::{Answered, checked};
 use super::super::routing::{forwarded_length, raw_length, too_large};
-use super::super::{Member, MemberKey, NOBODY, Pool, place, seat};
+use super::super::{Member, MemberKey, NOBODY, Pool};
 use super::{GIVEN_AT_ONCE_MAX, soon};
-use crate::effects::{Class, Effects, Sent};
+use crate::driver::Driver;
 use crate::keep::{AnswerRow, Change};
 use crate::memory::check_parked;
-use crate::time::Time;
+use crate::now::Time;
+use crate::outbox::{Class, Sent};
+use crate::turn::Turn;
 
 /// After how long answers that did not fit into their caller's outbox are tried again, in milliseconds.
 const ANSWER_AGAIN_MS: u64 = 1000;
@@ -189,19 +191,16 @@ pub(in crate::pool) enum Told {
     Nobody,
 }
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// Takes in an answer that an earlier run kept; false where its row makes no sense.
-    pub fn restore_answer<E: Effects<Peer = P>>(
-        &mut self,
-        (now, unix_ms): (Time, u64),
-        row: &AnswerRow,
-        fx: &mut E,
-    ) -> bool {
+    pub fn restore_answer(&mut self, row: &AnswerRow, turn: &mut Turn<'_, D>) -> bool {
+        let now = turn.time();
+        let unix_ms = turn.unix_ms();
         let Some(answer) = Answered::read(&row.frame) else {
             return false;
         };
         let expires = now.after_ms(row.expires.saturating_sub(unix_ms));
-        fx.count_held(&self.name, self.number, 1);
+        turn.count_held(&self.name, self.number, 1);
         let kept = Kept {
             caller: row.caller.clone(),
             from: NOBODY,
@@ -213,61 +212,59 @@ impl<P: Clone> Pool<P> {
             is_row: true,
             on_way: None,
         };
-        fx.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
+        turn.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
         if let Some(key) = &kept.key
             && self
                 .repeats
                 .restore_answered(&kept.caller, key, &self.limits)
         {
-            self.repeats_answered(now, &kept.caller, key, &kept.answer, fx);
+            self.repeats_answered(&kept.caller, key, &kept.answer, turn);
         }
         self.parked.answers.insert(row.number, kept);
         true
     }
 
     /// A handler answered a parked call.
-    pub(in crate::pool) fn parked_answered<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn parked_answered(
         &mut self,
-        now: Time,
         number: u64,
         response: &Response<'_>,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
-        self.finish_parked(now, number, (Answered::of(response), true), fx);
+        self.finish_parked(number, (Answered::of(response), true), turn);
     }
 
     /// A parked call is over without an answer of a handler's.
-    pub(in crate::pool) fn parked_refused<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn parked_refused(
         &mut self,
-        now: Time,
         number: u64,
         refusal: &Refusal,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
-        self.finish_parked(now, number, (Answered::refused(refusal), false), fx);
+        self.finish_parked(number, (Answered::refused(refusal), false), turn);
     }
 
     /// A parked call is over: its caller is told, or its answer kept.
-    pub(in crate::pool) fn finish_parked<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn finish_parked(
         &mut self,
-        now: Time,
         number: u64,
         (mut answer, is_answered): (Answered, bool),
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
-        let Some(parked) = self.take_parked(number, fx) else {
+        let now = turn.time();
+        let Some(parked) = self.take_parked(number, turn) else {
             return;
         };
         match &parked.idempotency_key {
             Some(key) if is_answered => {
-                self.repeats_answered(now, &parked.caller, key, &answer, fx);
+                self.repeats_answered(&parked.caller, key, &answer, turn);
             }
-            Some(key) => self.repeats_dropped(&parked.caller, key, fx),
+            Some(key) => self.repeats_dropped(&parked.caller, key, turn),
             None => {}
         }
         if parked.id.is_empty() {
-            fx.count_held(&self.name, self.number, -1);
-            fx.keep(Change::EndCall(number), None);
+            turn.count_held(&self.name, self.number, -1);
+            turn.keep(Change::EndCall(number), None);
             return;
         }
         // Those that wait until there is room in the caller's outbox come first.
@@ -276,12 +273,12 @@ impl<P: Clone> Pool<P> {
             Told::NotNow
         } else {
             let whom = (&parked.caller, parked.from);
-            self.tell_answer(whom, &parked.id, &answer, fx)
+            self.tell_answer(whom, &parked.id, &answer, turn)
         };
         if !matches!(told, Told::Yes(_)) {
             let (bytes, limits, caller) = (answer.bytes(), &self.limits, &parked.caller);
-            match fx.with_ledger(|ledger| check_parked(ledger, caller, bytes, limits)) {
-                Ok(()) => fx.with_ledger(|ledger| ledger.unpark(caller, bytes)),
+            match turn.with_ledger(|ledger| check_parked(ledger, caller, bytes, limits)) {
+                Ok(()) => turn.with_ledger(|ledger| ledger.unpark(caller, bytes)),
                 Err(refusal) => {
                     // Its caller is told at least that there was an answer.
                     let message = format!("the answer could not be kept: {}", refusal.message);
@@ -301,34 +298,35 @@ impl<P: Clone> Pool<P> {
             is_row: false,
             on_way: None,
         };
-        fx.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
+        turn.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
         self.parked.answers.insert(number, kept);
         if !is_answered || is_repeatable {
             // Nothing that was cancelled or ran out of time is run again, even if the server dies before that is told; nor
             // what was to run once.
-            self.write_answer(now, number, fx);
+            self.write_answer(number, turn);
         }
         match told {
-            Told::Yes(member) => self.send_on_way(number, member, fx),
+            Told::Yes(member) => self.send_on_way(number, member, turn),
             Told::NotNow if !is_behind => {
                 let again = now.after_ms(ANSWER_AGAIN_MS);
                 self.parked.answers.try_again(&parked.caller, Some(again));
-                self.write_answer(now, number, fx);
+                self.write_answer(number, turn);
             }
-            Told::NotNow | Told::Nobody => self.write_answer(now, number, fx),
+            Told::NotNow | Told::Nobody => self.write_answer(number, turn),
         }
     }
 
     /// An answer stands in a member's outbox; the driver says when it has left.
-    fn send_on_way<E: Effects<Peer = P>>(&mut self, number: u64, member: MemberKey, fx: &mut E) {
+    fn send_on_way(&mut self, number: u64, member: MemberKey, turn: &mut Turn<'_, D>) {
         self.parked.answers.move_to(number, Some(member));
-        if let Some(to) = self.members.at(place(member)) {
-            fx.note_told(&to.peer, number);
+        if let Some(to) = self.members.at(member) {
+            turn.note_told(&to.peer, number);
         }
     }
 
     /// Writes an answer down in the place of its call, where that was not done before.
-    fn write_answer<E: Effects<Peer = P>>(&mut self, now: Time, number: u64, fx: &mut E) {
+    fn write_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
             return;
         };
@@ -343,50 +341,49 @@ impl<P: Clone> Pool<P> {
             id: kept.id.to_string(),
             idempotency_key: kept.key.as_deref().map(Into::into),
             frame: kept.answer.frame(),
-            expires: fx.unix_ms(now).saturating_add(left),
+            expires: turn.unix_ms().saturating_add(left),
         };
-        fx.keep(Change::Answer(Box::new(row)), None);
+        turn.keep(Change::Answer(Box::new(row)), None);
     }
 
     /// An answer has left with everything that was appended before it ([`Effects::note_told`]).
-    pub fn told<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) {
+    pub fn told(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let answers = &self.parked.answers.answers;
         if answers
             .get(&number)
             .is_some_and(|kept| kept.on_way.is_some())
         {
-            self.drop_answer(number, fx);
+            self.drop_answer(number, turn);
         }
     }
 
     /// A member has left with answers in its outbox: they wait again.
-    pub(in crate::pool) fn take_answers_back<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn take_answers_back(
         &mut self,
-        now: Time,
         (key, app): (MemberKey, &AppId),
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) {
         let numbers = self.parked.answers.on_way_to(key);
         for &number in &numbers {
             self.parked.answers.move_to(number, None);
-            self.write_answer(now, number, fx);
+            self.write_answer(number, turn);
         }
         if !numbers.is_empty() {
-            self.tell_answers(now, app, fx);
+            self.tell_answers(app, turn);
         }
     }
 
     /// Passes an answer to the member that called while it is there, else to the instance of its app that came last and
     /// takes it.
-    pub(in crate::pool) fn tell_answer<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn tell_answer(
         &self,
         (caller, from): (&AppId, MemberKey),
         id: &str,
         answer: &Answered,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Told {
-        if let Some(member) = self.members.at(place(from)) {
-            match self.send_answer(member, id, answer, fx) {
+        if let Some(member) = self.members.at(from) {
+            match self.send_answer(member, id, answer, turn) {
                 Some(Sent::Queued) => return Told::Yes(from),
                 Some(Sent::Full) => return Told::NotNow,
                 Some(Sent::Gone) | None => {}
@@ -399,8 +396,8 @@ impl<P: Clone> Pool<P> {
             .collect();
         let mut told = Told::Nobody;
         for (key, to) in instances.into_iter().rev() {
-            match self.send_answer(to, id, answer, fx) {
-                Some(Sent::Queued) => return Told::Yes(seat(key)),
+            match self.send_answer(to, id, answer, turn) {
+                Some(Sent::Queued) => return Told::Yes(key),
                 Some(Sent::Full) => told = Told::NotNow,
                 Some(Sent::Gone) | None => {}
             }
@@ -409,12 +406,12 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Sends an answer that was kept; `None` where the receiver can never take it.
-    pub(in crate::pool) fn send_answer<E: Effects<Peer = P>>(
+    pub(in crate::pool) fn send_answer(
         &self,
-        to: &Member<P>,
+        to: &Member<D>,
         id: &str,
         answer: &Answered,
-        fx: &mut E,
+        turn: &mut Turn<'_, D>,
     ) -> Option<Sent> {
         if to.attachments == encode::Attachments::NotTaken
             && too_large(answer.body(), self.limits.max_frame)
@@ -431,14 +428,15 @@ impl<P: Clone> Pool<P> {
         let length = forwarded_length(message.body, to.attachments)
             + raw_length(message.error)
             + raw_length(message.headers);
-        let sent = fx.send(&to.peer, Class::Reply, length, |out| {
+        let sent = turn.send(&to.peer, Class::Reply, length, |out| {
             encode::answer(out, &message, to.attachments);
         });
         Some(sent)
     }
 
     /// Tells an app that is back what was answered while it was away.
-    pub fn tell_answers<E: Effects<Peer = P>>(&mut self, now: Time, app: &AppId, fx: &mut E) {
+    pub fn tell_answers(&mut self, app: &AppId, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         let Some(waiting) = self.parked.answers.by_app.get(app) else {
             return;
         };
@@ -452,8 +450,8 @@ impl<P: Clone> Pool<P> {
                 break;
             }
             let kept = &self.parked.answers.answers[&number];
-            match self.tell_answer((app, kept.from), &kept.id, &kept.answer, fx) {
-                Told::Yes(member) => self.send_on_way(number, member, fx),
+            match self.tell_answer((app, kept.from), &kept.id, &kept.answer, turn) {
+                Told::Yes(member) => self.send_on_way(number, member, turn),
                 Told::NotNow => {
                     again = Some(now.after_ms(ANSWER_AGAIN_MS));
                     break;
@@ -466,26 +464,27 @@ impl<P: Clone> Pool<P> {
     }
 
     /// Tries again what did not fit, and gives up what waited long enough.
-    pub(super) fn handle_answers_timeout<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+    pub(super) fn handle_answers_timeout(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         while let Some(&(_, number)) = self.parked.answers.expires.first().filter(|e| e.0 <= now) {
-            self.drop_answer(number, fx);
+            self.drop_answer(number, turn);
         }
         while let Some((_, app)) = self.parked.answers.agains.first().filter(|a| a.0 <= now) {
             let app = app.clone();
-            self.tell_answers(now, &app, fx);
+            self.tell_answers(&app, turn);
         }
     }
 
-    pub(in crate::pool) fn drop_answer<E: Effects<Peer = P>>(&mut self, number: u64, fx: &mut E) {
+    pub(in crate::pool) fn drop_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         if let Some(kept) = self.parked.answers.remove(number) {
-            fx.with_ledger(|ledger| ledger.unpark(&kept.caller, kept.bytes));
-            fx.count_held(&self.name, self.number, -1);
+            turn.with_ledger(|ledger| ledger.unpark(&kept.caller, kept.bytes));
+            turn.count_held(&self.name, self.number, -1);
             let end = if kept.is_row {
                 Change::EndAnswer(number)
             } else {
                 Change::EndCall(number)
             };
-            fx.keep(end, None);
+            turn.keep(end, None);
         }
     }
 }

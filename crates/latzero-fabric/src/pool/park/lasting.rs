@@ -5,7 +5,7 @@ use latzero_protocol::frame::Frame;
 use latzero_protocol::message::{Request, Trigger};
 use latzero_protocol::{AppId, Body, Envelope, InstanceId, Raw};
 
-use crate::time::Time;
+use crate::now::Time;
 
 /// A call that outlives its first attempt.
 pub(in crate::pool) struct Lasting {

@@ -4,13 +4,14 @@ use latzero_protocol::encode;
 use latzero_protocol::message::Trigger;
 use latzero_protocol::{Code, Refusal};
 
-use super::super::{MemberKey, Pool, place};
+use super::super::{MemberKey, Pool};
 use super::lasting::Lasting;
-use crate::effects::{Class, Effects};
+use crate::driver::Driver;
 use crate::keep::Change;
-use crate::time::Time;
+use crate::outbox::Class;
+use crate::turn::Turn;
 
-impl<P: Clone> Pool<P> {
+impl<D: Driver> Pool<D> {
     /// The handler of a lasting call died: it is given to another as soon as the dead one has left.
     pub(in crate::pool) fn orphan(
         &mut self,
@@ -33,21 +34,20 @@ impl<P: Clone> Pool<P> {
 
     /// Sees to calls whose handler died, now that it has left. What can't be given to another is parked where it may be,
     /// else its caller is told.
-    pub(in crate::pool) fn see_to_orphans<E: Effects<Peer = P>>(&mut self, now: Time, fx: &mut E) {
+    pub(in crate::pool) fn see_to_orphans(&mut self, turn: &mut Turn<'_, D>) {
         for (caller, id, lasting) in std::mem::take(&mut self.parked.orphans) {
-            let Some(member) = self.members.at(place(caller)) else {
-                self.drop_repeats_of(&lasting, fx);
+            let Some(member) = self.members.at(caller) else {
+                self.drop_repeats_of(&lasting, turn);
                 continue;
             };
             let peer = member.peer.clone();
-            let Err((lasting, _)) = self.give(now, Some(caller), lasting, fx) else {
+            let Err((lasting, _)) = self.give(Some(caller), lasting, turn) else {
                 continue;
             };
             let may_park = lasting.may_park;
             let parked = may_park.then(|| {
-                let unix_ms = fx.unix_ms(now);
                 lasting.read(|trigger| {
-                    let left = lasting.deadline.since(now).as_millis();
+                    let left = lasting.deadline.since(turn.time()).as_millis();
                     let trigger = Trigger {
                         ttl_ms: u64::try_from(left).unwrap_or(u64::MAX).max(1),
                         id: trigger.id.clone(),
@@ -63,7 +63,7 @@ impl<P: Clone> Pool<P> {
                         headers: trigger.headers,
                         body: trigger.body,
                     };
-                    self.park((now, unix_ms), caller, &trigger, None, fx)
+                    self.park(caller, &trigger, None, turn)
                 })
             });
             match parked.flatten() {
@@ -74,17 +74,17 @@ impl<P: Clone> Pool<P> {
                     if let Some(waiting) = &mut parked.waiting {
                         waiting.attempt = lasting.attempt;
                     }
-                    fx.keep(Change::Attempt(number, lasting.attempt), None);
+                    turn.keep(Change::Attempt(number, lasting.attempt), None);
                     // Others may serve it, and be busy just now.
                     let process = parked.process.clone();
                     self.parked.orphaned.push(process);
                 }
                 _ => {
-                    self.drop_repeats_of(&lasting, fx);
+                    self.drop_repeats_of(&lasting, turn);
                     let message = "the handler's connection ended before it answered, and no other took the call";
                     let refusal = Refusal::new(Code::HandlerGone, message);
                     if let Some(id) = &id {
-                        fx.send(&peer, Class::Control, 256, |out| {
+                        turn.send(&peer, Class::Control, 256, |out| {
                             encode::refusal(out, Some(id), &refusal);
                         });
                     }
@@ -92,31 +92,27 @@ impl<P: Clone> Pool<P> {
             }
         }
         for process in std::mem::take(&mut self.parked.orphaned) {
-            self.give_parked(now, process.as_str(), fx);
+            self.give_parked(process.as_str(), turn);
         }
     }
 
     /// A lasting call is over without an answer: so are those that repeat it.
-    pub(in crate::pool) fn drop_repeats_of<E: Effects<Peer = P>>(
-        &mut self,
-        lasting: &Lasting,
-        fx: &mut E,
-    ) {
+    pub(in crate::pool) fn drop_repeats_of(&mut self, lasting: &Lasting, turn: &mut Turn<'_, D>) {
         if let Some(key) = &lasting.idempotency_key {
-            self.repeats_dropped(&lasting.caller, key, fx);
+            self.repeats_dropped(&lasting.caller, key, turn);
         }
     }
 
     /// Tells the callers of calls whose handler died that no other gets them: the pool goes.
-    pub(in crate::pool) fn drop_orphans<E: Effects<Peer = P>>(&mut self, fx: &mut E) {
+    pub(in crate::pool) fn drop_orphans(&mut self, turn: &mut Turn<'_, D>) {
         self.parked.orphaned.clear();
         for (caller, id, lasting) in std::mem::take(&mut self.parked.orphans) {
-            self.drop_repeats_of(&lasting, fx);
-            let Some((member, id)) = self.members.at(place(caller)).zip(id) else {
+            self.drop_repeats_of(&lasting, turn);
+            let Some((member, id)) = self.members.at(caller).zip(id) else {
                 continue;
             };
             let refusal = Refusal::new(Code::HandlerGone, "the pool was removed");
-            fx.send(&member.peer, Class::Control, 256, |out| {
+            turn.send(&member.peer, Class::Control, 256, |out| {
                 encode::refusal(out, Some(&id), &refusal);
             });
         }

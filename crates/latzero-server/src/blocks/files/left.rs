@@ -1,7 +1,7 @@
 //! What an earlier run left of persistent blocks: what is whole is taken in again, what was never finished goes, and what
 //! can't be read is set aside under `memory/.orphans/`, from where the server never removes it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::os::fd::AsFd;
 
@@ -33,12 +33,23 @@ impl Kept {
 }
 
 impl Files {
-    /// What an earlier run left, the newest first, with what was never finished cleared away.
+    /// [`Files::scan_with`], where nothing is known of the blocks but their files.
     pub(in crate::blocks) fn scan(&self) -> Vec<Kept> {
+        self.scan_with(&HashMap::new(), &mut |_, _| ())
+    }
+
+    /// What an earlier run left, the newest first, with what was never finished cleared away. `rows` are the records as the
+    /// database has them, by the id of their files. `lost` hears what is affected and what happened to it.
+    pub(in crate::blocks) fn scan_with(
+        &self,
+        rows: &HashMap<String, String>,
+        lost: &mut dyn FnMut(String, String),
+    ) -> Vec<Kept> {
         let entries = match std::fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(error) => {
-                tracing::error!(directory = %self.path.display(), %error, "persistent blocks can't be looked for");
+                let directory = format!("directory {}", self.path.display());
+                lost(directory, format!("it can't be read: {error}"));
                 return Vec::new();
             }
         };
@@ -59,26 +70,39 @@ impl Files {
             }
         }
         let mut kept = Vec::new();
-        for id in records {
-            match self.read_record(&id) {
-                Ok((names, record)) => {
+        let unrecorded = bytes.keys().filter(|id| !records.contains(id));
+        let unrecorded: Vec<String> = unrecorded.cloned().collect();
+        for id in records.into_iter().chain(unrecorded) {
+            let read = self.read_record(&id);
+            let error = match (read, rows.get(&id)) {
+                (Ok((names, record)), row) if row.is_none_or(|row| is_same(row, &record)) => {
                     let generations = bytes.remove(&id).unwrap_or_default();
                     kept.push(self.take_in(names, record, &generations));
+                    continue;
                 }
-                Err(error) => {
-                    let record = format!("{id}.json");
-                    let file = self.path.join(&record);
-                    tracing::error!(file = %file.display(), %error, "the record of a persistent block can't be read");
-                    self.orphan(&record);
+                (Ok(_), _) => "it is not the one that the database has".to_owned(),
+                (Err(error), _) => error.to_string(),
+            };
+            let generations = bytes.remove(&id).unwrap_or_default();
+            self.orphan(&format!("{id}.json"));
+            match rows.get(&id) {
+                Some(row) => {
+                    let happened = format!(
+                        "its record was lost or damaged ({error}); it was made again from the database"
+                    );
+                    lost(name_of(row), happened);
+                    kept.push(self.take_in_by_row(id, row, &generations));
                 }
-            }
-        }
-        for (id, generations) in bytes {
-            for generation in generations {
-                let id = id.clone();
-                let name = Names { id, generation }.bytes();
-                tracing::warn!(file = name, "a block without a record is set aside");
-                self.orphan(&name);
+                None => {
+                    for generation in generations {
+                        let id = id.clone();
+                        self.orphan(&Names { id, generation }.bytes());
+                    }
+                    let happened = format!(
+                        "the record of this block can't be read ({error}), nor does the database know it; its files were set aside under memory/{ORPHANS}"
+                    );
+                    lost(format!("memory/{id}"), happened);
+                }
             }
         }
         if let Err(error) = self.sync() {
@@ -87,6 +111,28 @@ impl Files {
         // Of two that claim one name, the newer one has been in use.
         kept.sort_by_key(|kept| std::cmp::Reverse(kept.created_unix_ns()));
         kept
+    }
+
+    /// Takes a block in whose record is lost: the database has it too. Sizes are what the bytes' own header says.
+    fn take_in_by_row(&self, id: String, row: &str, generations: &BTreeSet<u64>) -> Kept {
+        let value: Value = serde_json::from_str(row).unwrap_or_default();
+        let named = value["generation"].as_u64().unwrap_or(0);
+        let generation = match generations.contains(&named) {
+            true => named,
+            false => generations.last().copied().unwrap_or(named),
+        };
+        let names = Names { id, generation };
+        let mut record = row.to_owned();
+        if let Ok(custodian) = self.open_bytes(&names, None) {
+            record = record_of(&record, &custodian);
+            let written = self
+                .write_new_record(&names, &record)
+                .and_then(|()| self.commit(&names));
+            if let Err(error) = written {
+                tracing::warn!(file = %names, %error, "the record of a persistent block can't be put right");
+            }
+        }
+        self.take_in(names, record, generations)
     }
 
     /// Opens the generation that the record names; where that can't be, the newest one that opens, with its record put right.
@@ -255,6 +301,23 @@ fn record_of(record: &str, custodian: &Custodian) -> String {
         };
     }
     value.to_string()
+}
+
+/// Whether a record says what the database says of the same generation. What is of another generation was written when the
+/// server ended, and is right.
+fn is_same(row: &str, record: &str) -> bool {
+    let parse = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
+    let (row, record) = (parse(row), parse(record));
+    let fields = ["pool", "block_id", "owner", "permissions", "layout"];
+    row["generation"] != record["generation"]
+        || fields.into_iter().all(|field| row[field] == record[field])
+}
+
+/// What a block is called, by its record.
+fn name_of(record: &str) -> String {
+    let record: Value = serde_json::from_str(record).unwrap_or_default();
+    let text = |field: &str| record[field].as_str().unwrap_or("?").to_owned();
+    format!("block '{}' of pool '{}'", text("block_id"), text("pool"))
 }
 
 /// The record as [`record_of`] writes it.

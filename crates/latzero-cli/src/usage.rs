@@ -1,0 +1,195 @@
+//! Mistakes in the command line, explained: as text, or as JSON where it was asked for.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{ColorChoice, CommandFactory as _, FromArgMatches as _};
+
+use crate::args::Cli;
+use crate::exit::{Exit, Failure};
+use crate::output::{Color, Output};
+
+/// Lines of the help of `start` that are shown where `-h` may have been meant as help.
+const HELP_LINES: usize = 12;
+
+/// Reads the command line; what to exit with where it cannot be run.
+pub(crate) fn parse() -> Result<Cli, ExitCode> {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let wishes = Wishes::of(&args);
+    let command = Cli::command().color(match wishes.color {
+        Color::Auto => ColorChoice::Auto,
+        Color::Always => ColorChoice::Always,
+        Color::Never => ColorChoice::Never,
+    });
+    let parsed = command
+        .try_get_matches_from(&args)
+        .and_then(|matches| Cli::from_arg_matches(&matches));
+    let error = match parsed {
+        Ok(cli) => return Ok(cli),
+        Err(error) => error,
+    };
+    let is_help = matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    );
+    if is_help {
+        // Whoever closed the pipe has read enough.
+        let _ = error.print();
+        return Err(Exit::Ok.into());
+    }
+    if is_bare_host(&args) {
+        return Err(explain_host(&wishes));
+    }
+    if wishes.json {
+        let output = Output::new(true, wishes.color);
+        return Err(output.failure(&failure(&error)).into());
+    }
+    let _ = error.print();
+    Err(Exit::Usage.into())
+}
+
+/// The global flags, as far as they can be seen in a command line that is wrong.
+struct Wishes {
+    json: bool,
+    color: Color,
+}
+
+impl Wishes {
+    fn of(args: &[OsString]) -> Wishes {
+        let own = args.iter().skip(1).take_while(|arg| *arg != "--");
+        let words: Vec<&str> = own.filter_map(|arg| arg.to_str()).collect();
+        let color = |word: &str| match word {
+            "always" => Some(Color::Always),
+            "never" => Some(Color::Never),
+            _ => None,
+        };
+        let colors = words.iter().enumerate().filter_map(|(at, word)| {
+            let value = match word.strip_prefix("--color") {
+                Some("") => words.get(at + 1)?,
+                Some(rest) => rest.strip_prefix('=')?,
+                None => return None,
+            };
+            color(value)
+        });
+        Wishes {
+            json: words.contains(&"--json"),
+            color: colors.last().unwrap_or(Color::Auto),
+        }
+    }
+}
+
+/// The parts of a message of clap: what is wrong, and tips.
+fn failure(error: &clap::Error) -> Failure {
+    let text = error.render().to_string();
+    let mut message = Vec::new();
+    let mut tips = Vec::new();
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        if line.starts_with("Usage:") || line.starts_with("For more information") {
+            break;
+        }
+        match (line.strip_prefix("error: "), line.strip_prefix("tip: ")) {
+            (Some(what), _) => message.push(what),
+            (None, Some(tip)) => tips.push(tip),
+            (None, None) => message.push(line),
+        }
+    }
+    // Without arguments it prints the help, which is no message.
+    let message = match error.kind() {
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing".to_owned(),
+        _ => message.join(" "),
+    };
+    let help = match tips.is_empty() {
+        true => {
+            "`latzero help` lists the commands, and `latzero COMMAND --help` its arguments".into()
+        }
+        false => tips.join("; "),
+    };
+    Failure::usage(message).with_help(help)
+}
+
+/// Whether `-h` stands without a value behind `start`, where it is the host.
+fn is_bare_host(args: &[OsString]) -> bool {
+    let words: Vec<&str> = args.iter().skip(1).filter_map(|arg| arg.to_str()).collect();
+    let command = words.iter().find(|word| !word.starts_with('-'));
+    let at = words.iter().position(|word| *word == "-h");
+    let value = at.and_then(|at| words.get(at + 1));
+    command == Some(&"start") && at.is_some() && value.is_none_or(|value| value.starts_with('-'))
+}
+
+fn explain_host(wishes: &Wishes) -> ExitCode {
+    let failure = Failure::usage(
+        "-h needs a value here: for `start` it is the address to listen on",
+    )
+    .with_help(
+        "`latzero start -h 127.0.0.1` sets it; `latzero start --help` prints the whole help",
+    );
+    let output = Output::new(wishes.json, wishes.color);
+    if !wishes.json {
+        let mut command = Cli::command();
+        command.build();
+        let help = command
+            .find_subcommand_mut("start")
+            .map(|start| start.render_help().to_string());
+        let lines: Vec<String> = help
+            .iter()
+            .flat_map(|help| help.lines())
+            .take(HELP_LINES)
+            .map(str::to_owned)
+            .collect();
+        output.note(lines.join("\n"));
+        output.note("  …");
+    }
+    output.failure(&failure).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<OsString> {
+        text.split(' ').map(OsString::from).collect()
+    }
+
+    #[test]
+    fn a_host_without_a_value_is_seen() {
+        let check = |text: &str, expected: bool| {
+            assert_eq!(is_bare_host(&words(text)), expected, "{text}");
+        };
+        check("latzero start -h", true);
+        check("latzero --json start -h -p 0", true);
+        check("latzero start -h ::1", false);
+        check("latzero start", false);
+        check("latzero call -h", false);
+    }
+
+    #[test]
+    fn global_flags_are_seen_in_a_wrong_command_line() {
+        let check = |text: &str, json: bool, color: Color| {
+            let wishes = Wishes::of(&words(text));
+            assert_eq!((wishes.json, wishes.color), (json, color), "{text}");
+        };
+        check("latzero nonsense --json --color never", true, Color::Never);
+        check("latzero --color=always x -- --json", false, Color::Always);
+        check("latzero --color", false, Color::Auto);
+    }
+
+    #[test]
+    fn mistakes_have_a_message_and_a_tip() {
+        use clap::Parser as _;
+        let failure = |text: &str| failure(&Cli::try_parse_from(words(text)).unwrap_err());
+        let unknown = failure("latzero status --jsn");
+        assert_eq!(unknown.errors, ["unexpected argument '--jsn' found"]);
+        assert_eq!(
+            unknown.help.as_deref(),
+            Some("a similar argument exists: '--json'")
+        );
+        let missing = failure("latzero call");
+        assert!(
+            missing.errors[0].contains("[POOL/]TRIGGER"),
+            "{:?}",
+            missing.errors
+        );
+        assert_eq!(failure("latzero").errors, ["a command is missing"]);
+    }
+}

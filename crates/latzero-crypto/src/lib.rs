@@ -1,0 +1,102 @@
+//! Keys, proofs and sealing of encrypted pools, to the byte.
+//!
+//! Everything here is a function of its arguments: no IO, no clock, no randomness, no threads. Nonces, secrets and the
+//! time come from the caller, so a server that only checks proofs, a client, a tool and a simulator share one
+//! implementation, and a test can replay it. It knows nothing of sockets, messages, or who asks.
+//!
+//! - [`keys`]: the keys of a pool, their tokens and what is derived from them
+//! - [`descriptor`]: what everybody may know of a pool, signed; creation, rotation and acceptance
+//! - [`proof`]: joining a pool, app keys, and the mutual proof of administrators
+//! - [`block`]: blocks in chunks under a signed manifest
+//! - [`envelope`]: one sealed event, call or answer
+//! - [`events`]: what a sender and a receiver remember, against replay and re-routing
+//! - [`xaes`] and [`backend`]: the cipher, and the two libraries that can provide it
+//!
+//! Secrets wipe themselves, and no type that holds one can be printed. Errors never quote their input.
+
+pub mod app_key;
+pub mod backend;
+pub mod block;
+mod bytes;
+pub mod descriptor;
+pub mod envelope;
+pub mod epochs;
+pub mod events;
+pub mod keys;
+pub mod meta;
+pub mod passphrase;
+pub mod proof;
+pub mod sign;
+pub mod text;
+pub mod xaes;
+
+/// Wipes its content when it is dropped.
+pub use zeroize::Zeroizing;
+
+use bytes::Bytes;
+
+/// How blocks and events of a pool are protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Suite {
+    /// Blocks and events are sealed.
+    Sealed = 0x0001,
+    /// Events are sealed; blocks are plain, and the keys decide who gets their memory.
+    Gated = 0x0101,
+}
+
+impl Suite {
+    /// Reads a suite's number. Another number than these two is a downgrade, or a newer version.
+    #[must_use]
+    pub fn from_number(number: u16) -> Option<Self> {
+        match number {
+            0x0001 => Some(Suite::Sealed),
+            0x0101 => Some(Suite::Gated),
+            _ => None,
+        }
+    }
+
+    /// The number on the wire.
+    #[must_use]
+    pub fn number(self) -> u16 {
+        self as u16
+    }
+}
+
+/// The protocol version that proofs are bound to.
+pub const PROTO: u16 = 1;
+
+/// The longest name in bytes.
+pub const NAME_BYTES_MAX: usize = 255;
+
+/// Whether `name` is 1 to 255 bytes without control characters.
+///
+/// Names are compared byte by byte: normalisation differs between implementations of Unicode.
+#[must_use]
+pub fn is_name(name: &str) -> bool {
+    (1..=NAME_BYTES_MAX).contains(&name.len()) && !name.chars().any(char::is_control)
+}
+
+/// Extract and expand: 32 bytes of HKDF-SHA256.
+fn derive(salt: &[u8; 32], ikm: &[u8], info: &[u8]) -> Zeroizing<[u8; 32]> {
+    let mut out = Zeroizing::new([0; 32]);
+    hkdf::Hkdf::<sha2::Sha256>::new(Some(salt), ikm)
+        .expand(info, &mut *out)
+        .expect("32 bytes are within HKDF's limit");
+    out
+}
+
+/// Expand alone: 32 bytes from a key that is uniform already.
+fn expand(key: &[u8; 32], info: &[u8]) -> Zeroizing<[u8; 32]> {
+    let mut out = Zeroizing::new([0; 32]);
+    hkdf::Hkdf::<sha2::Sha256>::from_prk(key)
+        .expect("a key has the length of a hash")
+        .expand(info, &mut *out)
+        .expect("32 bytes are within HKDF's limit");
+    out
+}
+
+/// SHA-256 of what was written.
+fn hash(bytes: &Bytes) -> [u8; 32] {
+    backend::preferred().sha256(&[bytes.as_slice()])
+}

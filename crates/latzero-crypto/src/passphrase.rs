@@ -1,0 +1,50 @@
+//! Keys from passphrases, for people who must type them. Whoever steals the server's data can guess them offline.
+
+use zeroize::Zeroizing;
+
+use crate::bytes::Bytes;
+use crate::hash;
+use crate::keys::{Kind, Secret};
+
+/// Memory of one derivation in KiB. The parameters belong to the version of the label: no server chooses them.
+const MEMORY_KIB: u32 = 65_536;
+const PASSES: u32 = 3;
+const LANES: u32 = 4;
+
+/// What must be said wherever a passphrase is used.
+pub const WARNING: &str =
+    "keys from a passphrase can be guessed by whoever has a copy of the server's data directory";
+
+/// The salt of a key: the same everywhere, so that the passphrase alone is needed.
+#[must_use]
+pub fn salt(kind: Kind, pool: &str) -> [u8; 16] {
+    let hash = hash(
+        &Bytes::label("passphrase")
+            .u8(kind as u8)
+            .prefixed(pool.as_bytes()),
+    );
+    hash[..16].try_into().expect("half of a hash")
+}
+
+/// Derives a key with Argon2id, in 64 MiB of memory and the better part of a second.
+///
+/// # Errors
+/// Where the memory is not there.
+pub fn key(kind: Kind, pool: &str, passphrase: &[u8]) -> Result<Secret, OutOfMemory> {
+    let params = argon2::Params::new(MEMORY_KIB, PASSES, LANES, Some(32)).expect("constants");
+    let mut blocks: Vec<argon2::Block> = Vec::new();
+    blocks
+        .try_reserve_exact(params.block_count())
+        .map_err(|_| OutOfMemory)?;
+    blocks.resize(params.block_count(), argon2::Block::default());
+    let mut key = Zeroizing::new([0; 32]);
+    argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params)
+        .hash_password_into_with_memory(passphrase, &salt(kind, pool), &mut *key, &mut blocks)
+        .map_err(|_| OutOfMemory)?;
+    Ok(key)
+}
+
+/// There is not enough memory for the derivation, or the passphrase has 4 GiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("64 MiB of memory are needed to derive a key from a passphrase")]
+pub struct OutOfMemory;

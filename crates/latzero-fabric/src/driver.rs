@@ -1,0 +1,214 @@
+//! What the core needs of its surroundings.
+
+use std::ops::DerefMut;
+use std::sync::Arc;
+
+use latzero_protocol::memory::Access;
+use latzero_protocol::message::AdminAction;
+use latzero_protocol::{BlockId, Code, PoolName, Refusal};
+
+use crate::effects::{Audit, Count, Effects};
+use crate::keep::Change;
+use crate::limits::Limits;
+use crate::link::Link;
+use crate::memory::{Ledger, StorageId};
+use crate::outbox::{Bounds, Class, Sent};
+use crate::pool::Pool;
+use crate::registry::Registry;
+use crate::turn::Turn;
+
+/// How a connection came in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// The Unix socket.
+    Unix,
+    /// Inside the server: the built-in app.
+    BuiltIn,
+}
+
+/// What the core knows of the server that it is part of.
+#[derive(Debug)]
+pub struct Site {
+    /// The bounds.
+    pub limits: Limits,
+    /// The bounds of each outbox.
+    pub outbox: Bounds,
+    /// The server's version.
+    pub version: &'static str,
+    /// The node's name.
+    pub node: String,
+}
+
+/// A report for people, as JSON text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Report {
+    /// The reply to `stats`.
+    Stats,
+    /// The reply to `health`.
+    Health,
+}
+
+/// Bytes to write into a block.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockWrite<'a> {
+    /// Where they begin.
+    pub offset: u64,
+    /// The bytes.
+    pub data: &'a [u8],
+    /// The version that the block must have.
+    pub if_version: Option<u64>,
+    /// The bytes that must be there now, as many as `data`.
+    pub expected: Option<&'a [u8]>,
+}
+
+/// What became of a [`BlockWrite`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Written {
+    /// The block's new version.
+    Version(u64),
+    /// The block has other bytes than expected; they, and its version.
+    Differs(u64, Vec<u8>),
+}
+
+impl Written {
+    pub(crate) fn version(&self) -> Option<u64> {
+        match self {
+            Written::Version(version) => Some(*version),
+            Written::Differs(..) => None,
+        }
+    }
+}
+
+/// A connection's handle. Two handles are equal where they are of the same connection.
+pub trait Peer<D: Driver>: Clone + Eq {
+    /// What the core keeps of the connection, for this caller alone and for a moment.
+    fn link(&self) -> impl DerefMut<Target = Link<D>>;
+}
+
+/// The surroundings of the core: access to registry and pools, bytes of blocks, rows to keep, and what only a server knows.
+/// Called while a pool or the registry is locked, so nothing here may wait, but for [`Driver::read_block`] and
+/// [`Driver::write_block`], which are called with nothing locked.
+///
+/// The server keeps pools behind mutexes and the simulator keeps them in a table. The core holds one of them at a time, and
+/// never the registry together with a pool.
+pub trait Driver: Sized {
+    /// A connection.
+    type Peer: Peer<Self>;
+    /// A pool's handle.
+    type Pool: Clone;
+    /// A descriptor of a block's storage.
+    type Fd;
+
+    /// What was decided and is still to be done.
+    fn effects(&mut self) -> &mut Effects<Self>;
+
+    /// What the core knows of its server.
+    fn site(&self) -> &Arc<Site>;
+
+    /// Whether the server is about to stop and takes no new calls.
+    fn is_draining(&self) -> bool;
+
+    /// A handle of a new pool. Called while the registry is held.
+    fn new_pool(pool: Pool<Self>) -> Self::Pool;
+
+    /// Runs `f` with the registry.
+    fn with_registry<R>(
+        turn: &mut Turn<'_, Self>,
+        f: impl FnOnce(&mut Registry<Self>, &mut Turn<'_, Self>) -> R,
+    ) -> R;
+
+    /// Runs `f` with one pool, then arms its deadline and carries out what it asked for about blocks.
+    fn with_pool<R>(
+        turn: &mut Turn<'_, Self>,
+        pool: &Self::Pool,
+        f: impl FnOnce(&mut Pool<Self>, &mut Turn<'_, Self>) -> R,
+    ) -> R;
+
+    /// Runs `f` with the count of what blocks use.
+    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R;
+
+    /// Keeps a row beyond the server's end. With a promise, the session of that connection hears when it is on disk or
+    /// can't be ([`crate::Session::kept`]), in the order of the promises; without one, it is retried until it is.
+    fn keep(&mut self, change: Change, promise: Option<&Self::Peer>);
+
+    /// A descriptor of a block's storage with this access, where there is one.
+    fn descriptor(&self, storage: StorageId, access: Access) -> Option<Self::Fd>;
+
+    /// A block's version, as far as it is known without waiting; at least `noted`, which somebody says it has, where the
+    /// block itself agrees.
+    fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64;
+
+    /// Writes the fence of a block's lock where its writers look, and whether anybody holds it alone.
+    fn set_fence(&mut self, storage: StorageId, fence: u64, is_held: bool);
+
+    /// A copy of a block's bytes in a range that it has, of one version, which is returned. The buffer goes back to
+    /// [`Effects::buffers`]. An empty range only checks that the storage is sound.
+    ///
+    /// # Errors
+    /// `version_conflict`, `contended`, `storage`.
+    fn read_block(
+        &mut self,
+        storage: StorageId,
+        range: std::ops::Range<u64>,
+        if_version: Option<u64>,
+    ) -> Result<(Vec<u8>, u64), Refusal>;
+
+    /// Writes bytes into a block.
+    ///
+    /// # Errors
+    /// `out_of_range`, `version_conflict`, `contended`, `storage`: nothing was written then.
+    fn write_block(
+        &mut self,
+        storage: StorageId,
+        write: &BlockWrite<'_>,
+    ) -> Result<Written, Refusal>;
+
+    /// Takes back the memory of a block that an earlier run made, whose descriptor came with the message that is being
+    /// handled; the block is in `pool` then ([`Pool::adopt_block`]).
+    ///
+    /// # Errors
+    /// `no_block`, `bad_message`, `block_exists`, and as [`Pool::adopt_block`].
+    fn take_back(
+        turn: &mut Turn<'_, Self>,
+        pool: &Self::Pool,
+        name: &PoolName,
+        block: &BlockId,
+    ) -> Result<(), Refusal>;
+
+    /// A report about the server.
+    fn report(turn: &mut Turn<'_, Self>, what: Report) -> String;
+
+    /// Whether `token` is the admin token. Takes the same time whatever the answer.
+    fn is_admin_token(&self, token: &str) -> bool;
+
+    /// Carries out a request of an administrator that is not the core's own; returns the reply's JSON text, or nothing where
+    /// it is slow and the driver itself replies to `asker` under `id`.
+    ///
+    /// # Errors
+    /// Where it can't be done.
+    fn admin(
+        &mut self,
+        action: &AdminAction,
+        asker: &Self::Peer,
+        id: Option<&str>,
+    ) -> Result<Option<String>, Refusal>;
+
+    /// Shows an observer what happens: the audit log of a server, the checker of the simulator.
+    fn observe(&mut self, what: Observed<'_, Self>);
+}
+
+/// Something to be seen from outside.
+pub enum Observed<'a, D: Driver> {
+    /// A message for a connection, and what happened to it: its whole frame where it was appended, else nothing.
+    Message(&'a D::Peer, Class, Sent, &'a [u8]),
+    /// A connection will be closed.
+    Closing(&'a D::Peer),
+    /// A request was refused.
+    Refused(Code),
+    /// Something was counted.
+    Counted(Count),
+    /// Something for the audit log.
+    Audit(&'a D::Peer, &'a Audit<'a>),
+}

@@ -1,0 +1,39 @@
+//! Time as the core knows it: handed in with every input, never read from a clock.
+
+use std::time::Duration;
+
+/// A moment on a clock that only moves forward, in microseconds since a start that the driver chose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Time(pub u64);
+
+impl Time {
+    /// The moment `ms` milliseconds later.
+    #[must_use]
+    pub fn after_ms(self, ms: u64) -> Time {
+        Time(self.0.saturating_add(ms.saturating_mul(1000)))
+    }
+
+    /// How long ago `earlier` was; zero where it is still to come.
+    #[must_use]
+    pub fn since(self, earlier: Time) -> Duration {
+        Duration::from_micros(self.0.saturating_sub(earlier.0))
+    }
+}
+
+/// The present, on both clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Now {
+    /// For deadlines and intervals: it only moves forward.
+    pub monotonic: Time,
+    /// For people, and for what outlives the server: milliseconds since the Unix epoch. It may jump.
+    pub unix_ms: u64,
+}
+
+impl Now {
+    /// An earlier moment as milliseconds since the Unix epoch, by today's wall clock.
+    #[must_use]
+    pub fn unix_ms_at(&self, then: Time) -> u64 {
+        let ago = self.monotonic.since(then).as_millis();
+        self.unix_ms.saturating_sub(ago as u64)
+    }
+}

@@ -1,0 +1,261 @@
+//! The context of every decision: when it is taken, and what it can reach.
+
+use latzero_protocol::{Code, PoolName};
+
+use crate::driver::{Driver, Observed, Peer};
+use crate::effects::{Audit, Buffers, CallEnd, Count};
+use crate::keep::Change;
+use crate::limits::Limits;
+use crate::link::{Link, Notice};
+use crate::memory::{Descriptor, Job, Ledger, StorageId};
+use crate::now::{Now, Time};
+use crate::outbox::{Class, Outbox, Sent, Shared};
+use crate::pool::Pool;
+use crate::registry::Registry;
+
+/// One step of the core: something happened at a moment, and decisions follow from it.
+pub struct Turn<'a, D: Driver> {
+    /// When it happened.
+    pub now: Now,
+    /// The surroundings.
+    pub driver: &'a mut D,
+}
+
+impl<D: Driver> Turn<'_, D> {
+    /// Begins a step.
+    pub fn new(now: Now, driver: &mut D) -> Turn<'_, D> {
+        Turn { now, driver }
+    }
+
+    /// The moment, on the clock that only moves forward.
+    #[inline]
+    pub(crate) fn time(&self) -> Time {
+        self.now.monotonic
+    }
+
+    pub(crate) fn unix_ms(&self) -> u64 {
+        self.now.unix_ms
+    }
+
+    /// The bounds.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.driver.site().limits
+    }
+
+    /// Runs `f` with the registry.
+    pub fn with_registry<R>(
+        &mut self,
+        f: impl FnOnce(&mut Registry<D>, &mut Turn<'_, D>) -> R,
+    ) -> R {
+        D::with_registry(self, f)
+    }
+
+    /// Runs `f` with one pool.
+    #[inline]
+    pub fn with_pool<R>(
+        &mut self,
+        pool: &D::Pool,
+        f: impl FnOnce(&mut Pool<D>, &mut Turn<'_, D>) -> R,
+    ) -> R {
+        D::with_pool(self, pool, f)
+    }
+
+    pub(crate) fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
+        self.driver.with_ledger(f)
+    }
+
+    /// Appends one frame to `to`'s outbox: `encode` writes about `length` bytes, and is not called unless there is room.
+    #[inline]
+    pub fn send(
+        &mut self,
+        to: &D::Peer,
+        class: Class,
+        length: usize,
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Sent {
+        self.append(to, class, length, |outbox, buffers| {
+            outbox.append(class, Vec::new(), || buffers.take(length), encode)
+        })
+    }
+
+    /// As [`Turn::send`], with descriptors that travel with the frame's first byte.
+    pub(crate) fn send_with(
+        &mut self,
+        to: &D::Peer,
+        class: Class,
+        length: usize,
+        descriptors: &[Descriptor],
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Sent {
+        let descriptors = descriptors.iter().map(|d| {
+            self.driver
+                .descriptor(d.storage, d.access)
+                .expect("the pool asked whether it can be shared")
+        });
+        let descriptors = descriptors.collect();
+        self.send_descriptors(to, class, length, descriptors, encode)
+    }
+
+    /// As [`Turn::send`], with descriptors of the driver's own.
+    pub fn send_descriptors(
+        &mut self,
+        to: &D::Peer,
+        class: Class,
+        length: usize,
+        descriptors: Vec<D::Fd>,
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Sent {
+        self.append(to, class, length, |outbox, buffers| {
+            outbox.append(class, descriptors, || buffers.take(length), encode)
+        })
+    }
+
+    /// Appends a frame that is held once for all its receivers.
+    pub(crate) fn send_shared(&mut self, to: &D::Peer, class: Class, frame: &Shared) -> Sent {
+        self.append(to, class, frame.len(), |outbox, _| {
+            outbox.append_shared(class, frame.clone())
+        })
+    }
+
+    #[inline]
+    fn append(
+        &mut self,
+        to: &D::Peer,
+        class: Class,
+        length: usize,
+        append: impl for<'l> FnOnce(&'l mut Outbox<D::Fd, Notice<D::Pool>>, &mut Buffers) -> &'l [u8],
+    ) -> Sent {
+        let bounds = self.driver.site().outbox;
+        let mut link = to.link();
+        let sent = link.outbox.admit(class, length, bounds);
+        if sent == Sent::Queued {
+            let is_idle = link.outbox.queued() == 0 && !link.outbox.is_blocked();
+            let effects = self.driver.effects();
+            let before = link.outbox.queued();
+            let frame = append(&mut link.outbox, &mut effects.buffers);
+            self.driver
+                .observe(Observed::Message(to, class, sent, frame));
+            let effects = self.driver.effects();
+            effects.appended += link.outbox.queued() - before;
+            if is_idle {
+                effects.touched.push(to.clone());
+            }
+        } else {
+            drop(link);
+            self.driver.observe(Observed::Message(to, class, sent, &[]));
+            if sent == Sent::Full && class == Class::Control {
+                // Not even its end could be told.
+                self.close(to);
+            }
+        }
+        sent
+    }
+
+    /// Closes `peer` once its outbox is written.
+    pub fn close(&mut self, peer: &D::Peer) {
+        peer.link().outbox.seal();
+        self.driver.observe(Observed::Closing(peer));
+        self.driver.effects().closing.push(peer.clone());
+    }
+
+    /// Tells `to` of a block's new version. A newer one replaces it until it is written; the last one is never lost.
+    pub(crate) fn block_changed(&mut self, to: &D::Peer, change: &crate::memory::Change<'_>) {
+        let is_new = to.link().outbox.note_change(change.topic, change.to_json());
+        if is_new {
+            self.driver.effects().touched.push(to.clone());
+        }
+    }
+
+    /// How many calls of `peer`'s are in flight.
+    #[inline]
+    pub(crate) fn in_flight(&self, peer: &D::Peer) -> u32 {
+        peer.link().in_flight()
+    }
+
+    /// A call began between two connections. A parked call has no caller's connection.
+    #[inline]
+    pub(crate) fn call_started(&mut self, caller: Option<&D::Peer>, handler: &D::Peer) {
+        if let Some(caller) = caller {
+            caller.link().change_in_flight(1);
+        }
+        self.driver.effects().tally.started += 1;
+        // Its answers may be what its own calls wait for.
+        self.change(handler, |link| link.change_owed(1));
+    }
+
+    /// A call ended between two connections.
+    #[inline]
+    pub(crate) fn call_ended(&mut self, caller: Option<&D::Peer>, handler: &D::Peer, end: CallEnd) {
+        handler.link().change_owed(-1);
+        self.driver.effects().tally.ended.push(end);
+        if let Some(caller) = caller {
+            self.change(caller, |link| link.change_in_flight(-1));
+        }
+    }
+
+    /// Changes what a connection has under way; it is read again where it may be now.
+    fn change(&mut self, peer: &D::Peer, change: impl FnOnce(&mut Link<D>)) {
+        let max = self.driver.site().limits.in_flight_max;
+        let mut link = peer.link();
+        change(&mut link);
+        if link.try_resume(max) {
+            drop(link);
+            self.driver.effects().resumed.push(peer.clone());
+        }
+    }
+
+    /// A request was refused before it became a call.
+    pub(crate) fn refused(&mut self, code: Code) {
+        self.driver.effects().tally.refused.push(code);
+        self.driver.observe(Observed::Refused(code));
+    }
+
+    pub(crate) fn count(&mut self, what: Count) {
+        self.driver.effects().tally.counts[what as usize] += 1;
+        self.driver.observe(Observed::Counted(what));
+    }
+
+    pub(crate) fn block_job(&mut self, job: Job<D::Peer>) {
+        self.driver.effects().jobs.push(job);
+    }
+
+    pub(crate) fn count_held(&mut self, pool: &PoolName, number: u32, change: i32) {
+        self.driver
+            .effects()
+            .held
+            .push((pool.clone(), number, change));
+    }
+
+    pub(crate) fn keep(&mut self, change: Change, promise: Option<&D::Peer>) {
+        self.driver.keep(change, promise);
+    }
+
+    /// [`Pool::told`] wants to hear when what was appended for `to` last is written.
+    pub(crate) fn note_told(&mut self, to: &D::Peer, number: u64) {
+        self.driver.effects().told.push((to.clone(), number));
+    }
+
+    pub(crate) fn audit(&mut self, by: &D::Peer, audit: &Audit<'_>) {
+        self.driver.observe(Observed::Audit(by, audit));
+    }
+
+    pub(crate) fn next_number(&mut self) -> u64 {
+        self.with_ledger(Ledger::next_number)
+    }
+
+    pub(crate) fn block_version(&mut self, storage: StorageId) -> u64 {
+        self.driver.block_version(storage, None)
+    }
+
+    pub(crate) fn version_noted(&mut self, storage: StorageId, version: u64) -> u64 {
+        self.driver.block_version(storage, Some(version))
+    }
+
+    pub(crate) fn can_share(
+        &self,
+        storage: StorageId,
+        access: latzero_protocol::memory::Access,
+    ) -> bool {
+        self.driver.descriptor(storage, access).is_some()
+    }
+}

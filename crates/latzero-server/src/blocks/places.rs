@@ -1,0 +1,59 @@
+//! Whether the files of persistent blocks are where their names say.
+
+use std::os::unix::fs::MetadataExt;
+
+use latzero_protocol::{Code, Refusal};
+
+use super::{Blocks, Stored};
+
+impl Blocks {
+    /// The file of each persistent block, and whether it is where its name says.
+    pub(crate) fn places(&self) -> Vec<(String, bool)> {
+        let all = self.all();
+        let persistent = all.iter().filter(|stored| stored.names.is_some());
+        persistent
+            .map(|stored| {
+                let name = format!("file of block '{}' of pool '{}'", stored.block, stored.pool);
+                (name, self.is_in_place(stored))
+            })
+            .collect()
+    }
+
+    /// Refuses to promise that a block is on disk whose file nobody finds at the next start.
+    pub(super) fn check_place(&self, stored: &Stored) -> Result<(), Refusal> {
+        if stored.names.is_none() || self.is_in_place(stored) {
+            return Ok(());
+        }
+        let message = format!(
+            "the file of block '{}' of pool '{}' was moved or removed while the server runs; its content is still there: read it, or put the file back",
+            stored.block, stored.pool
+        );
+        Err(Refusal::new(Code::Storage, message))
+    }
+
+    fn is_in_place(&self, stored: &Stored) -> bool {
+        let Some(names) = &stored.names else {
+            return true;
+        };
+        // One that is being made has its name only once it is whole; one that was given up needs none.
+        if !*stored.is_wanted() {
+            return true;
+        }
+        let found = std::fs::symlink_metadata(self.files.path_of(names));
+        let known = stored.custodian.identity();
+        matches!((found, known), (Ok(found), Ok(known)) if (found.dev(), found.ino()) == known)
+    }
+
+    /// Writes a block's file anew whose name is gone, so that the next start finds it; for the server's end.
+    pub(super) fn put_back(&self, stored: &Stored) -> std::io::Result<()> {
+        let Some(names) = &stored.names else {
+            return Ok(());
+        };
+        if self.is_in_place(stored) {
+            return Ok(());
+        }
+        self.files.put_back(names, stored.custodian.writable())?;
+        tracing::warn!(pool = %stored.pool, block = %stored.block, "the file of a block was gone; it was written anew");
+        Ok(())
+    }
+}

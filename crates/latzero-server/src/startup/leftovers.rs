@@ -1,0 +1,112 @@
+//! What a start that fails has made, so that nothing of it stays.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::data_dir::SUBDIRECTORIES;
+use super::lock::{self, LOCK_NAME};
+use super::token::TOKEN_NAME;
+
+/// The paths of a data directory that are not there before a start.
+#[derive(Debug)]
+pub struct Leftovers {
+    data_dir: PathBuf,
+    /// Missing directories above and the data directory itself, the outermost first.
+    directories: Vec<PathBuf>,
+    /// What is missing inside, where the directory itself is there.
+    inside: Vec<PathBuf>,
+}
+
+impl Leftovers {
+    /// Notes what is missing.
+    #[must_use]
+    pub fn before(data_dir: &Path) -> Leftovers {
+        let data_dir = std::path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
+        let is_missing = |path: &Path| path.symlink_metadata().is_err();
+        let mut directories: Vec<PathBuf> = data_dir
+            .ancestors()
+            .take_while(|path| is_missing(path))
+            .map(Path::to_owned)
+            .collect();
+        directories.reverse();
+        let names = SUBDIRECTORIES.into_iter().chain([LOCK_NAME, TOKEN_NAME]);
+        let inside = names
+            .map(|name| data_dir.join(name))
+            .filter(|path| is_missing(path))
+            .collect();
+        Leftovers {
+            data_dir,
+            directories,
+            inside,
+        }
+    }
+
+    /// Removes what was missing, unless somebody else uses the directory by now. What cannot be
+    /// removed stays: the start has failed for a reason of its own, which is reported.
+    pub fn remove(self) {
+        if lock::holder(&self.data_dir).is_some() {
+            return;
+        }
+        if self.directories.contains(&self.data_dir) {
+            let _ = fs::remove_dir_all(&self.data_dir);
+        } else {
+            for path in &self.inside {
+                // A directory that somebody put something in is not empty, and stays.
+                let _ = match path.is_dir() {
+                    true => fs::remove_dir(path),
+                    false => fs::remove_file(path),
+                };
+            }
+        }
+        for path in self
+            .directories
+            .iter()
+            .rev()
+            .filter(|p| **p != self.data_dir)
+        {
+            let _ = fs::remove_dir(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::startup::data_dir::DataDir;
+
+    #[test]
+    fn what_a_start_made_is_removed() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("a/b/data");
+        let leftovers = Leftovers::before(&dir);
+        DataDir::prepare(&dir).unwrap();
+        fs::write(dir.join(LOCK_NAME), "").unwrap();
+        leftovers.remove();
+        assert!(!home.path().join("a").exists());
+    }
+
+    #[test]
+    fn what_was_there_before_stays() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("data");
+        DataDir::prepare(&dir).unwrap();
+        fs::remove_dir(dir.join("logs")).unwrap();
+        fs::write(dir.join(TOKEN_NAME), "x").unwrap();
+        let leftovers = Leftovers::before(&dir);
+        DataDir::prepare(&dir).unwrap();
+        leftovers.remove();
+        assert!(dir.join(TOKEN_NAME).exists() && dir.join("config").exists());
+        assert!(!dir.join("logs").exists());
+    }
+
+    #[test]
+    fn a_directory_that_is_in_use_stays() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("data");
+        let leftovers = Leftovers::before(&dir);
+        DataDir::prepare(&dir).unwrap();
+        let _lock = lock::InstanceLock::acquire(&dir).unwrap();
+        leftovers.remove();
+        assert!(dir.join("logs").exists());
+    }
+}

@@ -1,0 +1,172 @@
+//! Looks whether the data directory and what is in it are still where they were, and makes anew what can be.
+//!
+//! The kernel keeps a file for who has it open, whatever becomes of its name. A server whose directory was removed or moved
+//! would go on as if nothing had happened, and lose everything at its end.
+
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::losses::{Loss, Losses, Part};
+use crate::shared::Shared;
+use crate::startup::data_dir::SUBDIRECTORIES;
+use crate::startup::lock::InstanceLock;
+use crate::startup::token::TOKEN_NAME;
+
+/// How often to look.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// How many looks go by between two at the files of blocks, of which there may be thousands.
+const LOOKS_PER_BLOCKS: u32 = 4;
+
+/// A thread that looks until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    /// Begins to look after the directory of `shared`, whose lock is `lock`.
+    ///
+    /// # Errors
+    /// Where no thread can be started, or the directory is away already.
+    pub(crate) fn begin(
+        shared: &Arc<Shared>,
+        lock: &Arc<Mutex<InstanceLock>>,
+    ) -> std::io::Result<Watch> {
+        let mut looks = Looks {
+            data_dir: PathBuf::from(&shared.identity.data_dir),
+            identity: identity(Path::new(&shared.identity.data_dir))?,
+            shared: Arc::clone(shared),
+            lock: Arc::clone(lock),
+            count: 0,
+        };
+        let (stop, stopped) = channel();
+        let thread = std::thread::Builder::new()
+            .name("watch".into())
+            .spawn(move || {
+                while stopped.recv_timeout(EVERY) == Err(RecvTimeoutError::Timeout) {
+                    looks.look();
+                }
+            })?;
+        Ok(Watch {
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread was reported where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Looks {
+    data_dir: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
+    shared: Arc<Shared>,
+    lock: Arc<Mutex<InstanceLock>>,
+    count: u32,
+}
+
+impl Looks {
+    fn look(&mut self) {
+        let lock = Arc::clone(&self.lock);
+        let mut lock = lock.lock().expect("nothing panics under this lock");
+        lock.answer();
+        let name = format!("data directory {}", self.data_dir.display());
+        let is_here = identity(&self.data_dir).is_ok_and(|found| found == self.identity);
+        if is_here {
+            self.losses().settle(Part::Store, &name);
+            self.look_inside(&mut lock);
+        } else {
+            self.losses().note(Loss::new(
+                Part::Store,
+                &name,
+                "it was moved or removed while the server runs, and nothing is kept",
+                "move it back, or stop the server and start it where the directory is now",
+            ));
+        }
+        let store = self.shared.keeper.store();
+        store.look();
+        self.note_or_settle(
+            Part::Store,
+            "files of data.db",
+            store.status().misplaced,
+            "the log says why they can't be made anew",
+        );
+        self.count = self.count.wrapping_add(1);
+        if self.count.is_multiple_of(LOOKS_PER_BLOCKS) {
+            self.look_at_blocks(is_here);
+        }
+        self.shared.keeper.keep_losses();
+    }
+
+    /// What is in a directory that is where it was.
+    fn look_inside(&self, lock: &mut InstanceLock) {
+        if !lock.is_in(&self.data_dir) {
+            let renewed = lock.renew(&self.data_dir, &self.shared.identity.addresses);
+            let missing = (!renewed).then_some("its file was removed and can't be made anew");
+            self.note_or_settle(
+                Part::Store,
+                "lock of the data directory",
+                missing,
+                "stop the other server that uses the directory",
+            );
+        }
+        for name in SUBDIRECTORIES {
+            let path = self.data_dir.join(name);
+            // Blocks are made through a descriptor of theirs, which a new directory does not have.
+            if name != "memory" && fs::symlink_metadata(&path).is_err() {
+                let made = fs::DirBuilder::new().mode(0o700).create(&path);
+                tracing::warn!(directory = %path.display(), ?made, "a directory was removed; it is made anew");
+            }
+        }
+        if fs::symlink_metadata(self.data_dir.join(TOKEN_NAME)).is_err() {
+            match self.shared.token.write(&self.data_dir) {
+                Ok(()) => tracing::warn!("{TOKEN_NAME} was removed; it is made anew"),
+                Err(error) => tracing::warn!(%error, "{TOKEN_NAME} was removed"),
+            }
+        }
+    }
+
+    fn look_at_blocks(&self, is_here: bool) {
+        for (name, is_in_place) in self.shared.blocks.places() {
+            let missing = (!is_in_place).then_some(match is_here {
+                true => "its file was moved or removed while the server runs; it can't be flushed",
+                false => "its file is away with the data directory",
+            });
+            let remedy = "its content is still there: save it with `latzero block dump`, or stop the server, which writes it anew";
+            self.note_or_settle(Part::Memory, &name, missing, remedy);
+        }
+    }
+
+    fn note_or_settle(&self, part: Part, affected: &str, missing: Option<&str>, remedy: &str) {
+        match missing {
+            Some(happened) => self
+                .losses()
+                .note(Loss::new(part, affected, happened, remedy)),
+            None => self.losses().settle(part, affected),
+        }
+    }
+
+    fn losses(&self) -> &Losses {
+        self.shared.keeper.losses()
+    }
+}
+
+fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
+    let found = fs::metadata(path)?;
+    Ok((found.dev(), found.ino()))
+}

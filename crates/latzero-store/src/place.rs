@@ -1,0 +1,277 @@
+//! Where the database lies, whether it still lies there, and how many commits it has had.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+
+use crate::files::{self, with_suffix};
+use crate::{BACKUPS, DATABASE};
+
+/// What is behind the database's name in the name of its mark.
+const MARK: &str = ".mark";
+
+/// Most bytes of a mark that are read: more than a whole one has.
+const MARK_BYTES_MAX: u64 = 256;
+
+/// The paths of a store. Where `data.db` is a symbolic link, everything about the database happens where it leads: the log
+/// lies there too, and files are renamed within one directory.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    dir: PathBuf,
+    database: PathBuf,
+}
+
+impl Place {
+    pub(crate) fn of(dir: &Path) -> io::Result<Self> {
+        let named = dir.join(DATABASE);
+        let is_link = fs::symlink_metadata(&named).is_ok_and(|named| named.is_symlink());
+        let database = match is_link {
+            // Where it leads nowhere, this is an error: a database elsewhere is not to be made by guess.
+            true => fs::canonicalize(&named)?,
+            false => named,
+        };
+        Ok(Self {
+            dir: dir.to_owned(),
+            database,
+        })
+    }
+
+    pub(crate) fn database(&self) -> &Path {
+        &self.database
+    }
+
+    /// The directory that the database lies in.
+    pub(crate) fn home(&self) -> &Path {
+        files::parent(&self.database)
+    }
+
+    pub(crate) fn backups(&self) -> PathBuf {
+        self.dir.join(BACKUPS)
+    }
+
+    pub(crate) fn mark(&self) -> PathBuf {
+        with_suffix(&self.database, MARK)
+    }
+}
+
+/// What a name in the file system leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    dev: u64,
+    ino: u64,
+}
+
+impl Identity {
+    fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        Ok(Self {
+            dev: metadata.dev(),
+            ino: metadata.ino(),
+        })
+    }
+}
+
+/// What is no longer where it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// The directory. It may have been moved, or its disk unmounted: making another one would hide it.
+    Directory,
+    /// The database or its log, in a directory that is there. Both can be made anew.
+    Database,
+    Log,
+}
+
+impl Missing {
+    pub(crate) fn reason(self) -> &'static str {
+        match self {
+            Missing::Directory => "its directory was moved or removed while the server runs",
+            Missing::Database => "data.db was moved or removed while the server runs",
+            Missing::Log => "data.db-wal was moved or removed while the server runs",
+        }
+    }
+}
+
+/// Knows the files of an open database again. A commit to a file without its name is lost at the next start.
+#[derive(Debug)]
+pub(crate) struct Guard {
+    place: Place,
+    dir: Identity,
+    database: Identity,
+    /// Known from the first commit on.
+    log: Option<Identity>,
+}
+
+impl Guard {
+    /// Of a database that was opened just now.
+    pub(crate) fn new(place: Place) -> io::Result<Self> {
+        Ok(Self {
+            dir: Identity::of(place.home())?,
+            database: Identity::of(place.database())?,
+            log: None,
+            place,
+        })
+    }
+
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Something was committed just now, so that there is a log.
+    pub(crate) fn note_log(&mut self) {
+        if self.log.is_none() {
+            self.log = Identity::of(&with_suffix(self.place.database(), "-wal")).ok();
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Missing> {
+        let is_there = |path: &Path, known| Identity::of(path).is_ok_and(|found| found == known);
+        if !is_there(self.place.home(), self.dir) {
+            return Err(Missing::Directory);
+        }
+        if !is_there(self.place.database(), self.database) {
+            return Err(Missing::Database);
+        }
+        match self.log {
+            Some(log) if !is_there(&with_suffix(self.place.database(), "-wal"), log) => {
+                Err(Missing::Log)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// How many commits a database has had, beside it: a database that has had fewer lost some. Written after each commit without
+/// an fsync, so that it costs nothing; after a loss of power it may be older than the database, which says nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mark {
+    /// Which database.
+    pub(crate) id: String,
+    pub(crate) commits: u64,
+}
+
+impl Mark {
+    /// The mark that the last run left, if it left one that makes sense.
+    pub(crate) fn read(path: &Path) -> Option<Self> {
+        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path);
+        let mut text = String::new();
+        file.ok()?
+            .take(MARK_BYTES_MAX)
+            .read_to_string(&mut text)
+            .ok()?;
+        let (id, commits) = text.strip_suffix('\n')?.split_once(' ')?;
+        Some(Self {
+            id: id.to_owned(),
+            commits: commits.parse().ok()?,
+        })
+    }
+
+    fn encode(&self) -> String {
+        // As long as any other, so that one write replaces it whole.
+        format!("{} {:020}\n", self.id, self.commits)
+    }
+}
+
+/// The file that marks are written to.
+#[derive(Debug)]
+pub(crate) struct MarkFile(Option<File>);
+
+impl MarkFile {
+    /// Opens it, over whatever lay there. A disk that refuses leaves the database without a mark.
+    pub(crate) fn open(path: &Path) -> Self {
+        let is_file = fs::symlink_metadata(path).is_ok_and(|found| found.is_file());
+        if !is_file {
+            let _ = fs::remove_file(path);
+        }
+        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(flags)
+            .open(path);
+        Self(file.ok())
+    }
+
+    pub(crate) fn write(&self, mark: &Mark) {
+        if let Some(file) = &self.0
+            && let Err(error) = file.write_all_at(mark.encode().as_bytes(), 0)
+        {
+            tracing::debug!(%error, "the count of commits beside data.db can't be written");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mark");
+        assert_eq!(Mark::read(&path), None);
+        let file = MarkFile::open(&path);
+        for commits in [u64::MAX, 0, 7] {
+            let id = "00ff".to_owned();
+            let mark = Mark { id, commits };
+            file.write(&mark);
+            assert_eq!(Mark::read(&path), Some(mark));
+        }
+        for text in ["", "x", "x y\n", "x 1"] {
+            fs::write(&path, text).unwrap();
+            assert_eq!(Mark::read(&path), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_guard_tells_what_is_gone() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("data");
+        fs::create_dir(&dir).unwrap();
+        let (database, log) = (dir.join(DATABASE), dir.join("data.db-wal"));
+        fs::write(&database, "a").unwrap();
+        fs::write(&log, "b").unwrap();
+        let mut guard = Guard::new(Place::of(&dir).unwrap()).unwrap();
+        guard.note_log();
+        assert_eq!(guard.check(), Ok(()));
+        let aside = dir.join("aside");
+        fs::rename(&log, &aside).unwrap();
+        assert_eq!(guard.check(), Err(Missing::Log));
+        fs::write(&log, "another").unwrap();
+        assert_eq!(guard.check(), Err(Missing::Log));
+        fs::rename(&aside, &log).unwrap();
+        fs::rename(&database, &aside).unwrap();
+        assert_eq!(guard.check(), Err(Missing::Database));
+        fs::rename(&aside, &database).unwrap();
+        let moved = home.path().join("moved");
+        fs::rename(&dir, &moved).unwrap();
+        assert_eq!(guard.check(), Err(Missing::Directory));
+        fs::create_dir(&dir).unwrap();
+        assert_eq!(guard.check(), Err(Missing::Directory));
+        fs::remove_dir(&dir).unwrap();
+        fs::rename(&moved, &dir).unwrap();
+        assert_eq!(guard.check(), Ok(()));
+    }
+
+    #[test]
+    fn a_link_is_followed_where_it_leads() {
+        let home = tempfile::tempdir().unwrap();
+        let disk = home.path().join("disk");
+        fs::create_dir(&disk).unwrap();
+        let target = disk.join("lz.db");
+        fs::write(&target, "").unwrap();
+        std::os::unix::fs::symlink(&target, home.path().join(DATABASE)).unwrap();
+        let place = Place::of(home.path()).unwrap();
+        let disk = disk.canonicalize().unwrap();
+        assert_eq!(place.database(), disk.join("lz.db"));
+        assert_eq!(place.home(), disk);
+        assert_eq!(place.backups(), home.path().join(BACKUPS));
+        fs::remove_file(&target).unwrap();
+        assert!(Place::of(home.path()).is_err());
+    }
+}
