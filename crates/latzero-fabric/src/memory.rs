@@ -1,7 +1,7 @@
 //! What blocks of memory cost: counted by app and in all, before anything is allocated.
 
 use hashbrown::HashMap;
-use latzero_protocol::memory::{Access, Kind};
+use latzero_protocol::memory::Kind;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 
 use crate::limits::Limits;
@@ -62,15 +62,6 @@ impl Geometry {
 /// The memory or file of one generation of a block, as the driver knows it. No two share a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StorageId(pub u64);
-
-/// A descriptor that travels with a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Descriptor {
-    /// Of what.
-    pub storage: StorageId,
-    /// Whether its receiver may write through it.
-    pub access: Access,
-}
 
 /// A new version of a block, for somebody who wants to hear of it. A newer one takes its place while it waits.
 #[derive(Debug, Clone, Copy)]

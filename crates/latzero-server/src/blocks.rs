@@ -10,11 +10,12 @@ pub(crate) mod restore;
 mod rows;
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::time::Duration;
 
 use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
 use latzero_fabric::pool::Found;
@@ -22,10 +23,10 @@ use latzero_fabric::{BlockKey, Limits, Time};
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use latzero_shm::{Cas, CreateError, Custodian, Description, Geometry, State};
-use latzero_store::BlockRow;
+use latzero_store::{BlockRow, Store};
 use serde_json::{Value, json};
 
-use self::files::{Files, Names};
+use self::files::{Files, Names, Note};
 pub(crate) use self::rows::{ENDED, Rows};
 use crate::host::IoHost;
 use crate::losses::{Loss, Part};
@@ -36,8 +37,19 @@ use crate::timers::PoolCell;
 /// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a millisecond.
 const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
+/// Removed blocks that wait until the database knows of them, and how long they do once they are that many.
+const REMOVED_MAX: usize = 256;
+const SETTLED_EVERY: Duration = Duration::from_millis(50);
+const SETTLED_MAX: Duration = Duration::from_secs(1);
+
+/// Storage of as many bytes in all has a thread for itself.
+const LARGE_BYTES_MIN: u64 = 32 * 1024 * 1024;
+
 /// The highest fence of an earlier run that is gone on from.
 const FENCE_KEPT_MAX: u64 = 1 << 62;
+
+/// Descriptors that blocks leave to everything else.
+const DESCRIPTORS_LEFT_MIN: u64 = 32;
 
 /// How often a backup begins to read a block anew that is written meanwhile.
 const BACKUP_TRIES: u32 = 100;
@@ -109,8 +121,26 @@ pub(crate) enum Finished {
 /// What the blocks' thread is given.
 enum Work {
     Job(Arc<Shared>, Arc<PoolCell>, Job<Arc<Peer>>),
-    /// Storage whose memory is given back by letting go of it.
-    Free(Arc<Stored>),
+    /// Storage whose memory is given back by letting go of it; and the database that is to know of its removal, if it is one.
+    Free(Arc<Stored>, Option<Store>),
+}
+
+/// The threads that do what takes long: small blocks do not wait for large ones.
+struct Workers {
+    small: Sender<Work>,
+    large: Sender<Work>,
+}
+
+impl Workers {
+    fn send(&self, bytes: u64, work: Work) {
+        let worker = match bytes {
+            0..LARGE_BYTES_MIN => &self.small,
+            _ => &self.large,
+        };
+        worker
+            .send(work)
+            .expect("the blocks' threads live as long as the server");
+    }
 }
 
 /// Storage of all blocks.
@@ -120,7 +150,7 @@ pub(crate) struct Blocks {
     files: Arc<Files>,
     rows: Rows,
     // At most one job of each kind for each block and waiter, which are bounded.
-    work: Sender<Work>,
+    work: Workers,
 }
 
 impl Blocks {
@@ -130,11 +160,17 @@ impl Blocks {
     /// Where the directory can't be opened, or no thread be had.
     pub(crate) fn new(directory: &Path, rows: Rows) -> std::io::Result<Blocks> {
         let files = Arc::new(Files::open(directory)?);
-        let (work, queue) = channel();
-        let of_thread = Arc::clone(&files);
-        std::thread::Builder::new()
-            .name("blocks".into())
-            .spawn(move || run(&queue, &of_thread))?;
+        let worker = |name: &str| {
+            let (work, queue) = channel();
+            let files = Arc::clone(&files);
+            let thread = std::thread::Builder::new().name(name.into());
+            thread.spawn(move || run(&queue, &files))?;
+            std::io::Result::Ok(work)
+        };
+        let work = Workers {
+            small: worker("blocks")?,
+            large: worker("large-blocks")?,
+        };
         Ok(Blocks {
             stored: RwLock::new(HashMap::new()),
             ledger: Mutex::new(Ledger::default()),
@@ -189,10 +225,10 @@ impl Blocks {
     /// The descriptor that is passed for `access`, where there is one.
     pub(crate) fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
         let stored = self.at(storage)?;
-        match access {
-            Access::Write => Some(Arc::clone(stored.custodian.writable())),
-            Access::Read => stored.custodian.read_only().map(Arc::clone),
-        }
+        stored.custodian.lend(match access {
+            Access::Write => latzero_shm::Access::Write,
+            Access::Read => latzero_shm::Access::Read,
+        })
     }
 
     /// The newest version that is known without waiting.
@@ -296,6 +332,13 @@ impl Blocks {
         pool: &Arc<PoolCell>,
         job: Job<Arc<Peer>>,
     ) -> Option<Done> {
+        let bytes = match &job {
+            Job::Make { making, .. } => making.geometry.total().unwrap_or(u64::MAX),
+            Job::Flush { storage, .. } | Job::Drop { storage, .. } => {
+                let stored = shared.blocks.at(*storage);
+                stored.map_or(0, |stored| stored.custodian.description().geometry.total())
+            }
+        };
         let takes_long = match &job {
             Job::Make { making, .. } => {
                 making.kind == Kind::Persistent
@@ -306,11 +349,7 @@ impl Blocks {
         };
         if takes_long {
             let work = Work::Job(Arc::clone(shared), Arc::clone(pool), job);
-            shared
-                .blocks
-                .work
-                .send(work)
-                .expect("the blocks' thread lives as long as the server");
+            shared.blocks.work.send(bytes, work);
             return None;
         }
         let what = shared.blocks.run(job)?;
@@ -419,6 +458,12 @@ impl Blocks {
         {
             tracing::warn!(pool = %making.pool, block = %making.block, %error, "a block can't note the run of the machine");
         }
+        if let Err(refusal) = check_descriptor(making, &custodian) {
+            if let Some(names) = &names {
+                self.files.abandon(names);
+            }
+            return Err(refusal);
+        }
         let (pool, block) = (making.pool.clone(), making.block.clone());
         let stored = Stored::new(custodian, pool, block, 0, names);
         if let Some(from) = from {
@@ -518,7 +563,11 @@ impl Blocks {
         if let Some(names) = &stored.names {
             let mut is_wanted = stored.is_wanted();
             *is_wanted = false;
-            self.files.remove(names, is_superseded);
+            let note = match self.rows.store() {
+                Some(_) if !is_superseded => Note::Kept,
+                _ => Note::None,
+            };
+            self.files.remove(names, is_superseded, note);
         }
         if !is_superseded {
             let generation = stored.custodian.description().generation;
@@ -526,7 +575,9 @@ impl Blocks {
             self.rows.forget(&stored.pool, &stored.block);
         }
         // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
-        let _ = self.work.send(Work::Free(stored));
+        let bytes = stored.custodian.description().geometry.total();
+        let store = (!is_superseded).then(|| self.rows.store()).flatten();
+        self.work.send(bytes, Work::Free(stored, store));
     }
 
     /// The shared blocks that there are, with a descriptor of each.
@@ -534,9 +585,9 @@ impl Blocks {
         let all = self.all();
         let shared = all.iter().filter(|stored| stored.kind == Kind::Shared);
         shared
-            .map(|stored| {
-                let fd = Arc::clone(stored.custodian.writable());
-                (stored.pool.clone(), stored.block.clone(), fd)
+            .filter_map(|stored| {
+                let fd = stored.custodian.lend(latzero_shm::Access::Write)?;
+                Some((stored.pool.clone(), stored.block.clone(), fd))
             })
             .collect()
     }
@@ -616,6 +667,31 @@ impl Blocks {
                 continue;
             };
             let description = stored.custodian.description();
+            let head = |version| latzero_store::BlockHead {
+                pool: stored.pool.as_str().into(),
+                block_id: stored.block.as_str().into(),
+                generation: description.generation,
+                version,
+                size: description.geometry.size,
+                slots: description.geometry.slots,
+                description: record.clone().into_bytes(),
+            };
+            let is_added = match stored.custodian.hold() {
+                Ok(Some(held)) => {
+                    let left = description.geometry.size;
+                    writer.add_block(&head(held.version()), &mut Holding { held, at: 0, left })?;
+                    true
+                }
+                Ok(None) => false,
+                Err(error) => {
+                    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be flushed is not in the backup");
+                    continue;
+                }
+            };
+            if is_added {
+                added.insert((stored.pool.clone(), stored.block.clone()));
+                continue;
+            }
             for left in (0..BACKUP_TRIES).rev() {
                 let version = match stored.custodian.version() {
                     Ok(version) => version,
@@ -624,21 +700,12 @@ impl Blocks {
                         break;
                     }
                 };
-                let head = latzero_store::BlockHead {
-                    pool: stored.pool.as_str().into(),
-                    block_id: stored.block.as_str().into(),
-                    generation: description.generation,
-                    version,
-                    size: description.geometry.size,
-                    slots: description.geometry.slots,
-                    description: record.clone().into_bytes(),
-                };
                 let mut bytes = OneVersion {
                     custodian: &stored.custodian,
                     version,
                     at: 0,
                 };
-                match writer.add_block(&head, &mut bytes) {
+                match writer.add_block(&head(version), &mut bytes) {
                     Ok(()) => {
                         added.insert((stored.pool.clone(), stored.block.clone()));
                         break;
@@ -667,6 +734,26 @@ impl Blocks {
                 tracing::error!(pool = %stored.pool, block = %stored.block, error, "a persistent block could not be written to disk");
             }
         }
+    }
+}
+
+/// The bytes of a version that is held, one after the other.
+struct Holding<'a> {
+    held: latzero_shm::Held<'a>,
+    at: u64,
+    left: u64,
+}
+
+impl std::io::Read for Holding<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = usize::try_from(self.left).unwrap_or(usize::MAX);
+        let n = n.min(buffer.len());
+        self.held
+            .read(self.at, &mut buffer[..n])
+            .map_err(|error| std::io::Error::other(error.to_string()))?;
+        self.at += n as u64;
+        self.left -= n as u64;
+        Ok(n)
     }
 }
 
@@ -721,6 +808,19 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let records: HashMap<String, String> = records.collect();
     let remedy =
         "`latzero restore` brings blocks back from a backup; what was set aside is never removed";
+    for id in shared.blocks.files.removed() {
+        let is_it = |row: &BlockRow| row.file.as_deref() == Some(&id);
+        let known = missing.iter().find(|(_, row)| is_it(row));
+        let Some(name) = known.map(|(name, _)| name.clone()) else {
+            shared.blocks.files.forget_removed(&id);
+            continue;
+        };
+        // The server was killed before the database heard of it.
+        missing.remove(&name);
+        if let (Ok(pool), Ok(block)) = (PoolName::new(&name.0), BlockId::new(&name.1)) {
+            shared.blocks.rows.forget(&pool, &block);
+        }
+    }
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
@@ -975,10 +1075,55 @@ pub(crate) fn end_grace(shared: &Shared, now: Time) {
     }
 }
 
-/// The blocks' thread: one job after the other, until the server is gone.
+/// Blocks that were removed, whose notes go once the database knows of it.
+#[derive(Default)]
+struct Removed {
+    ids: Vec<String>,
+    store: Option<Store>,
+}
+
+impl Removed {
+    fn add(&mut self, id: &str, store: Store, files: &Files) {
+        self.ids.push(id.to_owned());
+        self.store = Some(store);
+        if self.ids.len() >= REMOVED_MAX {
+            self.settle(SETTLED_MAX, files);
+            // Where the database takes longer, the next start removes them.
+            self.ids.clear();
+        }
+    }
+
+    fn settle(&mut self, patience: Duration, files: &Files) {
+        let is_settled = self
+            .store
+            .as_ref()
+            .is_some_and(|s| s.wait_settled(patience));
+        if is_settled {
+            self.ids.drain(..).for_each(|id| files.forget_removed(&id));
+        }
+    }
+
+    /// The next job; meanwhile, notes that are not needed any more go.
+    fn next_job(&mut self, queue: &Receiver<Work>, files: &Files) -> Option<Work> {
+        while !self.ids.is_empty() {
+            match queue.recv_timeout(SETTLED_EVERY) {
+                Ok(work) => return Some(work),
+                Err(RecvTimeoutError::Timeout) => self.settle(Duration::ZERO, files),
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+        queue.recv().ok()
+    }
+}
+
+/// A thread of blocks: one job after the other, until the server is gone.
 fn run(queue: &Receiver<Work>, files: &Files) {
     let mut waiting = VecDeque::new();
-    while let Some(work) = waiting.pop_front().or_else(|| queue.recv().ok()) {
+    let mut removed = Removed::default();
+    while let Some(work) = waiting
+        .pop_front()
+        .or_else(|| removed.next_job(queue, files))
+    {
         match work {
             Work::Job(
                 shared,
@@ -1010,11 +1155,13 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                     shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
                 }
             }
-            Work::Free(stored) => {
-                if let Some(names) = &stored.names
-                    && let Err(error) = files.sync()
-                {
+            Work::Free(stored, store) => {
+                let Some(names) = &stored.names else { continue };
+                if let Err(error) = files.sync() {
                     tracing::warn!(file = %names, %error, "the end of a block's file can't be written to disk");
+                }
+                if let Some(store) = store {
+                    removed.add(names.id(), store, files);
                 }
             }
         }
@@ -1045,6 +1192,23 @@ fn change_if_wanted(
 
 fn removed() -> Refusal {
     Refusal::new(Code::NoBlock, "the block was removed just now")
+}
+
+/// Blocks leave some descriptors to connections and administrators. The kernel gives the lowest number that is free
+/// (open(2)), so the number tells how many are in use.
+fn check_descriptor(making: &Making, custodian: &Custodian) -> Result<(), Refusal> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let number = u64::try_from(custodian.file().as_raw_fd()).unwrap_or(0);
+    if limit.is_none_or(|limit| number < limit.saturating_sub(DESCRIPTORS_LEFT_MIN)) {
+        return Ok(());
+    }
+    let message = format!(
+        "block '{}' can't be made: the server may have {} descriptors, and the last {DESCRIPTORS_LEFT_MIN} are left to \
+         connections; raise the limit (ulimit -n, or LimitNOFILE= of a service)",
+        making.block,
+        limit.unwrap_or(0)
+    );
+    Err(Refusal::new(Code::Quota, message))
 }
 
 fn no_storage(making: &Making, error: &CreateError) -> Refusal {

@@ -145,19 +145,13 @@ impl Custodian {
     }
 
     pub(crate) fn of(file: OwnedFd, header: Option<Mapped>, description: Description) -> Custodian {
-        let read_only = reopened(&file, OFlags::RDONLY).map(Arc::new);
-        let own = Arc::new(file);
-        // Clients that are passed a descriptor share its open file, flags and all (fcntl(2)): with O_APPEND, set by one of
-        // them, every pwrite(2) of the server would go to the file's end. So the server has one for itself.
-        let writable = reopened(&own, OFlags::RDWR).map_or_else(|| Arc::clone(&own), Arc::new);
         Custodian {
             description,
-            read_only,
+            lent: Mutex::default(),
             memory: Kept {
-                file: FileMemory::new(own),
+                file: FileMemory::new(Arc::new(file)),
                 header,
             },
-            writable,
             writing: Mutex::new(()),
             flushing: Mutex::default(),
         }

@@ -6,12 +6,13 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{fdatasync, fstat};
+use rustix::fs::{OFlags, fdatasync, fstat};
 
-use crate::format::{Description, HeaderError, State, at};
+use crate::create::reopened;
+use crate::format::{Access, Description, HeaderError, State, at};
 use crate::kept::Kept;
 use crate::memory::{Fault, Memory};
 use crate::slots::{self, Head, Patience, ReadError, Stamp, WriteError, spares};
@@ -44,12 +45,45 @@ pub enum Cas {
     },
 }
 
+/// A version that stays as it is for as long as this is there.
+#[derive(Debug)]
+pub struct Held<'a> {
+    custodian: &'a Custodian,
+    head: Head,
+    _flushes: MutexGuard<'a, Flushes>,
+}
+
+impl Held<'_> {
+    /// Which version it is.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.head.version
+    }
+
+    /// Copies bytes of it out.
+    ///
+    /// # Errors
+    /// Where they lie outside the block, or can't be read.
+    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
+        let geometry = &self.custodian.description.geometry;
+        if !geometry.contains(offset, to.len()) {
+            return Err(ReadError::OutOfRange);
+        }
+        if self.head == Head::NONE {
+            to.fill(0);
+            return Ok(());
+        }
+        let at = geometry.slot(self.head.slot) + offset;
+        Ok(self.custodian.memory.read(at, to)?)
+    }
+}
+
 /// One generation of a block, as the server keeps it.
 #[derive(Debug)]
 pub struct Custodian {
     pub(crate) description: Description,
-    pub(crate) writable: Arc<OwnedFd>,
-    pub(crate) read_only: Option<Arc<OwnedFd>>,
+    /// Descriptors that are on their way to clients: for reading, and for writing.
+    pub(crate) lent: Mutex<[Weak<OwnedFd>; 2]>,
     pub(crate) memory: Kept,
     /// One writer at a time on this side; on the other side the block's lock sees to it.
     pub(crate) writing: Mutex<()>,
@@ -65,16 +99,30 @@ pub(crate) struct Flushes {
 }
 
 impl Custodian {
-    /// The descriptor for writers.
+    /// The server's own descriptor, the only one that stays open.
     #[must_use]
-    pub fn writable(&self) -> &Arc<OwnedFd> {
-        &self.writable
+    pub fn file(&self) -> &OwnedFd {
+        self.memory.file.descriptor()
     }
 
-    /// The descriptor for readers, opened for reading alone; none where the system has no `/proc`.
+    /// A descriptor to pass to a client. One for reading can't be used to write; there is none where the system has no `/proc`,
+    /// or no descriptor left.
+    ///
+    /// Clients that are passed a descriptor share its open file, flags and all (fcntl(2)): with O_APPEND, set by one of them,
+    /// every pwrite(2) of the server would go to the file's end. So they get one of their own.
     #[must_use]
-    pub fn read_only(&self) -> Option<&Arc<OwnedFd>> {
-        self.read_only.as_ref()
+    pub fn lend(&self, access: Access) -> Option<Arc<OwnedFd>> {
+        let mut lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
+        let (place, flags) = match access {
+            Access::Read => (&mut lent[0], OFlags::RDONLY),
+            Access::Write => (&mut lent[1], OFlags::RDWR),
+        };
+        if let Some(lent) = place.upgrade() {
+            return Some(lent);
+        }
+        let opened = Arc::new(reopened(self.file(), flags)?);
+        *place = Arc::downgrade(&opened);
+        Some(opened)
     }
 
     /// Device and inode of the file, by which it is known again.
@@ -82,7 +130,7 @@ impl Custodian {
     /// # Errors
     /// Where the system does not say.
     pub fn identity(&self) -> io::Result<(u64, u64)> {
-        let stat = fstat(&self.writable)?;
+        let stat = fstat(self.file())?;
         Ok((stat.st_dev, stat.st_ino))
     }
 
@@ -320,7 +368,7 @@ impl Custodian {
         let geometry = &self.description.geometry;
         slots::head(&self.memory, geometry).map_err(|_| HeaderError::Field("head"))?;
         let length =
-            fstat(&self.writable).map_err(|error| HeaderError::Unreadable(error.to_string()))?;
+            fstat(self.file()).map_err(|error| HeaderError::Unreadable(error.to_string()))?;
         if (length.st_size as u64) < geometry.total() {
             return Err(HeaderError::Unreadable("the file was shortened".into()));
         }
@@ -342,7 +390,41 @@ impl Custodian {
     /// # Errors
     /// Where the system refuses, or the newest version is written over again and again.
     pub fn sync(&self) -> Result<u64, Fault> {
-        let mut flushes = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.sync_in_turn(&mut self.flushes())
+    }
+
+    fn flushes(&self) -> MutexGuard<'_, Flushes> {
+        let flushes = self.flushing.lock();
+        flushes.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Flushes the block, and holds on to that version: it can be read in parts, however long that takes, beside writers. Other
+    /// flushes wait until it is let go. `None` of a block without spare slots.
+    ///
+    /// # Errors
+    /// As [`Custodian::sync`].
+    pub fn hold(&self) -> Result<Option<Held<'_>>, Fault> {
+        let geometry = &self.description.geometry;
+        if geometry.spares == 0 {
+            return Ok(None);
+        }
+        let mut flushes = self.flushes();
+        let version = self.sync_in_turn(&mut flushes)?;
+        let head = match version {
+            0 if !geometry.is_raw() => Head::NONE,
+            _ => spares::named(&self.memory, at::FLUSHED)?,
+        };
+        if head.version != version || head.slot >= geometry.all_slots() {
+            return Err(Fault::Corrupt("note of what is on the disk"));
+        }
+        Ok(Some(Held {
+            custodian: self,
+            head,
+            _flushes: flushes,
+        }))
+    }
+
+    fn sync_in_turn(&self, flushes: &mut Flushes) -> Result<u64, Fault> {
         let geometry = &self.description.geometry;
         let synced = if geometry.spares == 0 {
             self.sync_all_slots()
@@ -365,7 +447,7 @@ impl Custodian {
                 break;
             }
         }
-        fdatasync(&self.writable).map_err(io::Error::from)?;
+        fdatasync(self.file()).map_err(io::Error::from)?;
         Ok(version)
     }
 
@@ -445,7 +527,7 @@ impl Custodian {
     }
 
     fn to_disk(&self) -> Result<(), Fault> {
-        Ok(fdatasync(&self.writable).map_err(io::Error::from)?)
+        Ok(fdatasync(self.file()).map_err(io::Error::from)?)
     }
 
     /// Notes which run of the machine the block is used in, as a number that is not 0: what it says under another one may be

@@ -34,7 +34,7 @@ mod writing;
 
 pub use attachment::{AttachError, Attachment, Expected};
 pub use create::{CreateError, OpenError};
-pub use custodian::{Cas, Custodian};
+pub use custodian::{Cas, Custodian, Held};
 pub use element::Element;
 pub use format::{Access, Description, HEADER_BYTES, HeaderError, State};
 pub use geometry::{Geometry, GeometryError, SPARES};

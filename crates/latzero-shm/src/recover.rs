@@ -190,7 +190,7 @@ mod tests {
         first.set_lease(7, true).unwrap();
         let identity = first.identity().unwrap();
         // A reader's descriptor is enough.
-        let held = first.read_only().unwrap().try_clone().unwrap();
+        let held = first.lend(Access::Read).unwrap().try_clone().unwrap();
         drop(first);
         let back = Custodian::take_back(&held).unwrap();
         assert_eq!(back.identity().unwrap(), identity);
@@ -206,7 +206,7 @@ mod tests {
         let (_home, directory) = directory();
         let file =
             Custodian::create_persistent(directory.as_fd(), "f", &description(true)).unwrap();
-        let offered = file.writable().try_clone().unwrap();
+        let offered = file.file().try_clone().unwrap();
         assert!(Custodian::take_back(&offered).is_err());
         let bare = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
         assert!(Custodian::take_back(&bare).is_err());
@@ -241,7 +241,7 @@ mod tests {
     /// Spoils what a slot holds, as a loss of power in the middle of a write does.
     fn tear(block: &Custodian, slot: u32) {
         let place = block.description().geometry.slot(slot) + 100;
-        rustix::io::pwrite(block.writable(), b"torn", place).unwrap();
+        rustix::io::pwrite(block.file(), b"torn", place).unwrap();
     }
 
     #[test]

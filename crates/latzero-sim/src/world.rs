@@ -11,7 +11,7 @@ use std::sync::Arc;
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
-use latzero_fabric::memory::{Descriptor, Job, Ledger, StorageId};
+use latzero_fabric::memory::{Job, Ledger, StorageId};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
     Class, Driver, Effects, Flow, Limits, Now, Pool, Registry, Session, Time, Transport, Turn,
@@ -23,7 +23,7 @@ use latzero_protocol::{Code, PoolName, Refusal, encode};
 use serde_json::Value;
 
 use crate::line::{Bounds, Event, LENGTH_SLACK, Line, Observer, Peer, Totals};
-use crate::storage::Storages;
+use crate::storage::{Descriptor, Storages};
 use crate::store::Store;
 
 /// A pool of the world.

@@ -326,6 +326,8 @@ fn a_name_is_used_anew_in_a_later_generation() {
     }
     // Also by the next server; and where a shared block went with the one before.
     make(&mut wire, "shared");
+    // Its reply waits for the database, which has what came before by then.
+    ok(&wire.request(json!({"action": "trigger_register", "triggers": ["t"]})));
     drop(wire);
     server.kill();
     let server = site.start();

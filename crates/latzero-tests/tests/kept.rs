@@ -70,7 +70,7 @@ fn a_block_that_a_limit_leaves_no_room_for_stays_where_it_is() {
         let log = std::fs::read_to_string(server.0.data_dir().join("logs/server.log")).unwrap();
         assert!(
             log.lines()
-                .any(|line| line.contains(name) && line.contains("stays where it is")),
+                .any(|line| line.contains(name) && line.contains("a limit left it out")),
             "{log}"
         );
     }
@@ -87,7 +87,7 @@ fn what_was_set_aside_is_counted_at_each_start() {
     let log = server.0.data_dir().join("logs/server.log");
     let told = || -> Vec<String> {
         let log = std::fs::read_to_string(&log).unwrap();
-        let told = log.lines().filter(|l| l.contains("set aside under"));
+        let told = log.lines().filter(|l| l.contains("now or earlier"));
         told.map(str::to_owned).collect()
     };
     for (starts, content) in [(1, &b"once"[..]), (2, b"again")] {

@@ -23,9 +23,7 @@ use serde_json::{Value, json};
 use super::lock::{Claim, Expired, Grant, Holder, Lock};
 use super::{Member, MemberKey, Pool, not_member};
 use crate::driver::Driver;
-use crate::memory::{
-    Counted, Descriptor, Geometry, HEADER_BYTES, Job, Making, StorageId, check_room,
-};
+use crate::memory::{Counted, Geometry, HEADER_BYTES, Job, Making, StorageId, check_room};
 use crate::now::Time;
 use crate::outbox::Class;
 use crate::slab::{Key, Slab};

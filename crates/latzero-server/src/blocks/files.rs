@@ -22,6 +22,20 @@ use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 /// Largest record that is read, in bytes.
 const RECORD_BYTES_MAX: u64 = 64 * 1024;
 
+/// Whether a note is kept of a block that is removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Note {
+    Kept,
+    None,
+}
+
+/// How the record of a block that was removed is called until the database knows of it.
+const REMOVED: &str = ".removed";
+
+fn removed(id: &str) -> String {
+    format!("{id}{REMOVED}")
+}
+
 /// What the files of one generation of a block are called.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Names {
@@ -220,12 +234,32 @@ impl Files {
         self.unlink(&names.bytes());
     }
 
-    /// Removes a generation; its record too, unless a newer generation has taken it over.
-    pub(super) fn remove(&self, names: &Names, is_superseded: bool) {
+    /// Removes a generation; its record too, unless a newer generation has taken it over. A note is there until
+    /// [`Files::forget_removed`]: by it a start that still finds the block in the database knows that it is not lost.
+    pub(super) fn remove(&self, names: &Names, is_superseded: bool, note: Note) {
         if !is_superseded {
-            self.unlink(&names.record());
+            let directory = &self.directory;
+            let is_noted = note == Note::Kept
+                && renameat(directory, names.record(), directory, removed(names.id())).is_ok();
+            if !is_noted {
+                self.unlink(&names.record());
+            }
         }
         self.unlink(&names.bytes());
+    }
+
+    /// The ids of blocks that were removed, which the database may not know yet.
+    pub(super) fn removed(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(&self.path).into_iter().flatten();
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        names
+            .filter_map(|name| name.strip_suffix(REMOVED).map(str::to_owned))
+            .collect()
+    }
+
+    /// The database knows that a block was removed.
+    pub(super) fn forget_removed(&self, id: &str) {
+        self.unlink(&removed(id));
     }
 
     fn unlink(&self, name: &str) {

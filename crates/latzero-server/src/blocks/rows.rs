@@ -91,6 +91,11 @@ impl Rows {
         self.awaited.lock().expect("nothing panics under this lock")
     }
 
+    /// The database that the rows are in.
+    pub(super) fn store(&self) -> Option<Store> {
+        self.store.clone()
+    }
+
     /// Whether any block waits for its memory.
     pub(crate) fn is_awaiting(&self) -> bool {
         self.is_awaiting.load(Relaxed)

@@ -59,8 +59,8 @@ pub(crate) fn expected(block: &Custodian, access: Access) -> Expected {
 /// The descriptor that a client gets.
 pub(crate) fn descriptor(block: &Custodian, access: Access) -> OwnedFd {
     match access {
-        Access::Write => block.writable().try_clone().unwrap(),
-        Access::Read => block.read_only().unwrap().try_clone().unwrap(),
+        Access::Write => block.lend(Access::Write).unwrap().try_clone().unwrap(),
+        Access::Read => block.lend(Access::Read).unwrap().try_clone().unwrap(),
     }
 }
 

@@ -192,6 +192,12 @@ impl Actor {
             } else {
                 self.fences.remove(block);
             }
+            // Which generation a new block began with was not heard.
+            if let (None, Some(Some(perhaps)), Some(found)) =
+                (&known.sure, &mut known.perhaps, &found)
+            {
+                perhaps.generation = found.generation;
+            }
             let may_be = self.since_flush.entry(block.clone()).or_default();
             if let (true, Some(found)) = (self.has_lost_power, &found) {
                 may_be.extend(known.sure.take());

@@ -23,7 +23,7 @@ impl<D: Driver> Pool<D> {
         uses: &[(BlockKey, Access)],
         is_mapped: bool,
         turn: &mut Turn<'_, D>,
-    ) -> (String, Vec<Descriptor>) {
+    ) -> (String, Vec<D::Fd>) {
         let mut descriptions = Vec::new();
         let mut descriptors = Vec::new();
         for &(key, access) in uses {
@@ -31,14 +31,16 @@ impl<D: Driver> Pool<D> {
             let version = turn.block_version(block.storage);
             let mut description = block.description(self.name.as_str(), version);
             description["mode"] = access.as_str().into();
-            let is_mapped = is_mapped && turn.can_share(block.storage, access);
-            description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
-            if is_mapped {
-                descriptors.push(Descriptor {
-                    storage: block.storage,
-                    access,
-                });
-            }
+            let descriptor = match is_mapped {
+                true => turn.driver.descriptor(block.storage, access),
+                false => None,
+            };
+            let how = match &descriptor {
+                Some(_) => "mapped",
+                None => "copied",
+            };
+            description["access"] = how.into();
+            descriptors.extend(descriptor);
             descriptions.push(description);
         }
         (Value::Array(descriptions).to_string(), descriptors)
