@@ -7,6 +7,7 @@ use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 
+use crate::books::Books;
 use crate::effects::{Audit, Count, Effects};
 use crate::keep::Change;
 use crate::limits::Limits;
@@ -33,6 +34,8 @@ pub enum Transport {
 pub struct Site {
     /// The bounds.
     pub limits: Limits,
+    /// What clients make the server hold.
+    pub books: Books,
     /// The bounds of each outbox.
     pub outbox: Bounds,
     /// The server's version.

@@ -71,6 +71,8 @@ pub struct Effects<D: Driver> {
     pub held: Vec<(PoolName, u32, i32)>,
     /// [`crate::Pool::told`] wants to hear, by number, when everything appended for a connection so far is written.
     pub told: Vec<(D::Peer, u64)>,
+    /// More answers are kept for repeats than there may be.
+    pub(crate) is_over_repeats: bool,
     /// Bytes appended since the last write, about.
     pub appended: usize,
     /// What happened, in numbers.
@@ -88,6 +90,7 @@ impl<D: Driver> Default for Effects<D> {
             jobs: Vec::new(),
             held: Vec::new(),
             told: Vec::new(),
+            is_over_repeats: false,
             appended: 0,
             tally: Tally::default(),
             buffers: Buffers::default(),
@@ -139,6 +142,17 @@ impl Buffers {
     #[must_use]
     pub fn take_large(&mut self) -> Option<Vec<u8>> {
         self.large.pop()
+    }
+
+    /// Whether a large buffer is kept.
+    #[must_use]
+    pub fn has_large(&self) -> bool {
+        !self.large.is_empty()
+    }
+
+    /// Frees the large buffers.
+    pub fn free_large(&mut self) {
+        self.large.clear();
     }
 
     /// Takes a buffer back.

@@ -5,6 +5,7 @@
 //! [`Effects`]; a [`Driver`] (the server's event loop, or the simulator) carries those out. A [`Turn`] is one such step. There is no IO, clock,
 //! randomness, thread or lock in this crate, so a run is a function of its inputs.
 
+pub mod books;
 pub mod driver;
 pub mod effects;
 pub mod keep;

@@ -176,6 +176,9 @@ limits! {
     pools_per_app_max: usize = 256, Count(1, 65_536), Restart, "`quota`";
     /// Triggers that one app may serve.
     triggers_per_app_max: usize = 1024, Count(1, 65_536), Restart, "`quota`";
+    /// Handlers that one app has in all pools together: its triggers times the pools that it serves them
+    /// in.
+    served_per_app_max: usize = 4096, Count(1, 1_000_000), Restart, "`quota`";
     /// Instances of one app at a time.
     instances_per_app_max: usize = 1024, Count(1, 65_536), Restart, "`quota`";
     /// What one app registers: names, pools and docs together.

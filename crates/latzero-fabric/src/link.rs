@@ -1,7 +1,11 @@
 //! What the core keeps of one connection: its outbox, and the calls that it has under way.
 
+use std::sync::Arc;
+
+use crate::books::{Account, Books, Hold, Resource};
 use crate::driver::Driver;
-use crate::outbox::Outbox;
+use crate::now::Time;
+use crate::outbox::{Bounds, Class, Outbox, Sent, Taken};
 
 /// Whoever wants to know that a message was written: a number for [`crate::Pool::told`] of that pool.
 #[derive(Debug, Clone)]
@@ -16,6 +20,12 @@ pub struct Notice<H> {
 pub struct Link<D: Driver> {
     /// What waits to be written.
     pub outbox: Outbox<D::Fd, Notice<D::Pool>>,
+    /// The account of the connection.
+    account: Arc<Account>,
+    /// What waits while its socket takes nothing.
+    held: Hold,
+    /// When its socket last took something, or began to take nothing.
+    progress: Time,
     /// Calls it made that are under way.
     in_flight: u32,
     /// Calls it serves that are under way.
@@ -24,18 +34,105 @@ pub struct Link<D: Driver> {
     is_paused: bool,
 }
 
-impl<D: Driver> Default for Link<D> {
-    fn default() -> Self {
+/// From this many bytes on, a message is counted before it is copied. What is smaller is counted where it can't be written
+/// at once.
+const LARGE_BYTES: usize = 64 * 1024;
+
+impl<D: Driver> Link<D> {
+    /// A connection without anything under way.
+    #[must_use]
+    pub fn new(account: Arc<Account>) -> Self {
         Link {
             outbox: Outbox::default(),
+            held: account.hold(Resource::Outbox),
+            account,
+            progress: Time::default(),
             in_flight: 0,
             owed: 0,
             is_paused: false,
         }
     }
-}
 
-impl<D: Driver> Link<D> {
+    /// The account of the connection.
+    #[must_use]
+    pub fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
+    /// Counts what is held from now on in another account: the app behind the connection is known.
+    pub(crate) fn set_account(&mut self, account: Arc<Account>) {
+        let mut held = account.hold(Resource::Outbox);
+        held.force(self.held.amount());
+        self.held = held;
+        self.account = account;
+    }
+
+    /// Whether a message of `length` bytes has room; `own` are those of them that no other outbox holds. What is new work is
+    /// refused where memory is short; what ends work may use the last of it.
+    #[inline]
+    pub(crate) fn admit(
+        &mut self,
+        class: Class,
+        (length, own): (usize, usize),
+        bounds: Bounds,
+        books: &Books,
+    ) -> Sent {
+        let sent = self.outbox.admit(class, length, bounds);
+        if sent != Sent::Queued || !(self.outbox.is_blocked() || own >= LARGE_BYTES) {
+            return sent;
+        }
+        let amount = (self.outbox.own() + own) as u64;
+        let has_room = match class {
+            Class::Control => {
+                self.held.force(amount);
+                true
+            }
+            Class::Reply => self.held.resize(amount).is_ok(),
+            Class::Call | Class::Emit | Class::Event => {
+                !books.is_short() && self.held.resize(amount).is_ok()
+            }
+        };
+        if has_room {
+            Sent::Queued
+        } else {
+            self.outbox.refuse(class)
+        }
+    }
+
+    /// Puts back what a writer did not write, and counts it. Returns a buffer to reuse.
+    pub fn put_back(&mut self, now: Time, taken: Taken<D::Fd>, written: usize) -> Option<Vec<u8>> {
+        let was_blocked = self.outbox.is_blocked();
+        let spare = self.outbox.put_back(taken);
+        let is_blocked = self.outbox.is_blocked();
+        self.held.force(if is_blocked {
+            self.outbox.own() as u64
+        } else {
+            0
+        });
+        if written > 0 || !was_blocked {
+            self.progress = now;
+        }
+        spare
+    }
+
+    /// Takes nothing more, and drops what waits.
+    pub fn close(&mut self) {
+        self.outbox.close();
+        self.held.force(0);
+    }
+
+    /// What it holds on its way out, and when it last moved.
+    #[must_use]
+    pub fn holding(&self) -> (u64, Time) {
+        (self.outbox.queued() as u64, self.progress)
+    }
+
+    /// Since when its socket takes nothing, where something waits for it.
+    #[must_use]
+    pub fn stalled_since(&self) -> Option<Time> {
+        self.outbox.is_blocked().then_some(self.progress)
+    }
+
     /// Calls it made that are under way.
     #[must_use]
     pub fn in_flight(&self) -> u32 {

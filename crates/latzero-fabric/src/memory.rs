@@ -145,13 +145,11 @@ struct Use {
     bytes: u64,
     attachments: usize,
     subscriptions: usize,
-    parked: usize,
-    parked_bytes: usize,
 }
 
 impl Use {
     fn is_nothing(&self) -> bool {
-        self.bytes == 0 && self.attachments == 0 && self.subscriptions == 0 && self.parked == 0
+        self.bytes == 0 && self.attachments == 0 && self.subscriptions == 0
     }
 }
 
@@ -179,9 +177,6 @@ pub struct Ledger {
     ended: HashMap<(PoolName, BlockId), u64>,
     ended_floor: u64,
     numbers: u64,
-    /// Parked calls and kept answers, and their bytes.
-    parked: usize,
-    parked_bytes: usize,
 }
 
 impl Ledger {
@@ -195,31 +190,6 @@ impl Ledger {
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.blocks
-    }
-
-    /// Parked calls and kept answers, and their bytes.
-    #[must_use]
-    pub fn parked(&self) -> (usize, usize) {
-        (self.parked, self.parked_bytes)
-    }
-
-    /// Counts a parked call or a kept answer of an app's in.
-    pub fn park(&mut self, app: &AppId, bytes: usize) {
-        let used = self.apps.entry_ref(app).or_default();
-        used.parked += 1;
-        used.parked_bytes += bytes;
-        self.parked += 1;
-        self.parked_bytes += bytes;
-    }
-
-    /// Counts one out.
-    pub fn unpark(&mut self, app: &AppId, bytes: usize) {
-        self.change(app, |used| {
-            used.parked -= 1;
-            used.parked_bytes -= bytes;
-        });
-        self.parked -= 1;
-        self.parked_bytes -= bytes;
     }
 
     /// A number for a parked call, greater than any before it.
@@ -363,56 +333,8 @@ impl Ledger {
     /// Whether nothing is counted; for tests.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.bytes == 0
-            && self.blocks == 0
-            && self.parked == 0
-            && self.apps.values().all(Use::is_nothing)
+        self.bytes == 0 && self.blocks == 0 && self.apps.values().all(Use::is_nothing)
     }
-}
-
-/// Counts a call of an app's that is about to be parked in, where there is room for it.
-pub(crate) fn check_parked(
-    ledger: &mut Ledger,
-    app: &AppId,
-    bytes: usize,
-    limits: &Limits,
-) -> Result<(), Refusal> {
-    if ledger.parked >= limits.parked_max {
-        let message = format!(
-            "{} calls and answers are parked (limits.parked_max); repeat when handlers are back",
-            ledger.parked
-        );
-        return Err(Refusal::new(Code::Overloaded, message));
-    }
-    if ledger.parked_bytes + bytes > limits.parked_bytes_max {
-        let message = format!(
-            "{bytes} bytes are needed and {} of {} are free for parked calls (limits.parked_bytes_max)",
-            limits.parked_bytes_max.saturating_sub(ledger.parked_bytes),
-            limits.parked_bytes_max
-        );
-        return Err(Refusal::new(Code::Overloaded, message));
-    }
-    // One app whose handlers are away leaves room for the others.
-    let used = ledger.apps.get(app).copied().unwrap_or_default();
-    if used.parked >= limits.parked_per_app_max {
-        let message = format!(
-            "{} calls and answers of app '{app}' are parked (limits.parked_per_app_max); repeat when handlers are back",
-            used.parked
-        );
-        return Err(Refusal::new(Code::Overloaded, message));
-    }
-    if used.parked_bytes + bytes > limits.parked_bytes_per_app_max {
-        let message = format!(
-            "{bytes} bytes are needed and {} of {} are free for parked calls of app '{app}' (limits.parked_bytes_per_app_max)",
-            limits
-                .parked_bytes_per_app_max
-                .saturating_sub(used.parked_bytes),
-            limits.parked_bytes_per_app_max
-        );
-        return Err(Refusal::new(Code::Overloaded, message));
-    }
-    ledger.park(app, bytes);
-    Ok(())
 }
 
 /// Whether `needed` bytes more stay within a bound.

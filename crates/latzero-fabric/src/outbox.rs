@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use latzero_protocol::encode;
 
+use crate::books::{Account, Full, Hold, Resource};
+
 /// The kind of a message, which decides what happens when its receiver does not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Class {
@@ -46,15 +48,18 @@ pub struct Bounds {
     pub headroom: usize,
 }
 
-/// A frame that several outboxes hold together. Cloning it copies nothing.
+/// A frame that several outboxes hold together, and its place in the books. Cloning it copies nothing.
 #[derive(Debug, Clone)]
-pub struct Shared(Arc<[u8]>);
+pub struct Shared(Arc<(Box<[u8]>, Hold)>);
 
 impl Shared {
-    /// Shares `frame`, which is copied once.
-    #[must_use]
-    pub fn new(frame: &[u8]) -> Self {
-        Shared(frame.into())
+    /// Shares `frame`, which is copied once and counted in `account`.
+    ///
+    /// # Errors
+    /// Where there is no room for it.
+    pub fn new(frame: &[u8], account: &Arc<Account>) -> Result<Self, Full> {
+        let hold = account.reserve(Resource::Outbox, frame.len() as u64)?;
+        Ok(Shared(Arc::new((frame.into(), hold))))
     }
 }
 
@@ -62,7 +67,7 @@ impl std::ops::Deref for Shared {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.0
+        &self.0.0
     }
 }
 
@@ -89,6 +94,8 @@ pub struct Outbox<F, N> {
     chunks: VecDeque<Chunk>,
     /// Bytes of all chunks.
     length: usize,
+    /// Those of them that no other outbox holds.
+    own: usize,
     /// Bytes of the first chunk that are written already.
     head: usize,
     /// Bytes that a writer has taken out.
@@ -117,6 +124,7 @@ impl<F, N> Default for Outbox<F, N> {
         Outbox {
             chunks: VecDeque::new(),
             length: 0,
+            own: 0,
             head: 0,
             writing: 0,
             is_writing: false,
@@ -145,6 +153,7 @@ struct Travelling<F> {
 pub struct Taken<F> {
     chunks: VecDeque<Chunk>,
     length: usize,
+    own: usize,
     head: usize,
     start: u64,
     descriptors: VecDeque<Travelling<F>>,
@@ -188,6 +197,9 @@ impl<F> Taken<F> {
         self.start += n as u64;
         self.head += n;
         self.length -= n;
+        if matches!(self.chunks.front(), Some(Chunk::Own(_))) {
+            self.own -= n;
+        }
         if let Some(chunk) = self.chunks.front()
             && self.head == chunk.bytes().len()
         {
@@ -203,14 +215,20 @@ impl<F> Taken<F> {
 /// From this many bytes on, a frame for several readers is shared rather than copied.
 pub const SHARE_BYTES: usize = 4096;
 
-/// Written bytes at the front of a chunk are dropped from this many on.
-const COMPACT_BYTES: usize = 64 * 1024;
+/// A chunk of this many bytes is followed by another one, rather than grown.
+const CHUNK_BYTES: usize = 256 * 1024;
 
 impl<F, N> Outbox<F, N> {
     /// Bytes that wait, those included that a writer has taken out.
     #[must_use]
     pub fn queued(&self) -> usize {
         self.length + self.writing
+    }
+
+    /// Those of them that no other outbox holds.
+    #[must_use]
+    pub fn own(&self) -> usize {
+        self.own
     }
 
     /// Whether the kernel took less than it was offered.
@@ -263,7 +281,8 @@ impl<F, N> Outbox<F, N> {
             self.tell_lost();
         }
         self.attach(descriptors);
-        if !matches!(self.chunks.back(), Some(Chunk::Own(_))) {
+        let has_room = |chunk: &Chunk| matches!(chunk, Chunk::Own(buf) if buf.len() < CHUNK_BYTES);
+        if !self.chunks.back().is_some_and(has_room) {
             self.chunks.push_back(Chunk::Own(spare()));
         }
         let Some(Chunk::Own(buf)) = self.chunks.back_mut() else {
@@ -272,6 +291,7 @@ impl<F, N> Outbox<F, N> {
         let before = buf.len();
         encode(buf);
         self.length += buf.len() - before;
+        self.own += buf.len() - before;
         &buf[before..]
     }
 
@@ -364,6 +384,7 @@ impl<F, N> Outbox<F, N> {
         Some(Taken {
             chunks: std::mem::take(&mut self.chunks),
             length: self.writing,
+            own: std::mem::take(&mut self.own),
             head: std::mem::take(&mut self.head),
             start,
             descriptors: std::mem::take(&mut self.descriptors),
@@ -379,6 +400,7 @@ impl<F, N> Outbox<F, N> {
         let Taken {
             mut chunks,
             length,
+            own,
             head,
             start,
             mut descriptors,
@@ -393,11 +415,11 @@ impl<F, N> Outbox<F, N> {
             chunks.append(&mut self.chunks);
             self.chunks = chunks;
             self.length += length;
+            self.own += own;
             self.head = head;
             self.start = start;
             descriptors.append(&mut self.descriptors);
             self.descriptors = descriptors;
-            self.compact();
         } else {
             if self.chunks.is_empty() {
                 // Its allocation serves the next messages.
@@ -406,18 +428,6 @@ impl<F, N> Outbox<F, N> {
             self.tell_lost();
         }
         spare
-    }
-
-    /// Drops the written part of a large first chunk.
-    fn compact(&mut self) {
-        if let Some(Chunk::Own(buf)) = self.chunks.front_mut()
-            && self.head > COMPACT_BYTES
-            && self.head > buf.len() / 2
-        {
-            buf.drain(..self.head);
-            buf.shrink_to_fit();
-            self.head = 0;
-        }
     }
 
     /// Takes nothing more; what waits is still written.
@@ -441,6 +451,8 @@ impl<F, N> Outbox<F, N> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::books::Books;
+    use crate::limits::Limits;
 
     const BOUNDS: Bounds = Bounds {
         bytes_max: 100,
@@ -511,7 +523,8 @@ mod tests {
 
     #[test]
     fn a_shared_frame_stays_in_its_place() {
-        let frame = Shared::new(b"-shared-");
+        let books = Books::new(&Limits::default());
+        let frame = Shared::new(b"-shared-", &books.user(true)).unwrap();
         let (mut a, mut b) = (TestOutbox::default(), TestOutbox::default());
         append(&mut a, Class::Call, 3);
         for outbox in [&mut a, &mut b] {
@@ -522,10 +535,11 @@ mod tests {
         assert_eq!(write(&mut a, 5), b"xxx-s");
         assert_eq!(write(&mut a, 100), b"hared-xx");
         assert_eq!(write(&mut b, 100), b"-shared-");
-        assert_eq!(
-            Arc::strong_count(&frame.0),
-            1,
-            "it is held once, and let go"
+        assert_eq!((a.own(), books.all().used(Resource::Outbox)), (0, 8));
+        drop(frame);
+        assert!(
+            books.is_empty(),
+            "it is counted once, for as long as it waits"
         );
     }
 

@@ -251,6 +251,15 @@ impl<D: Driver> Pool<D> {
         Err(Refusal::new(Code::BadMessage, message))
     }
 
+    /// When the oldest answer that is kept for repeats is given up.
+    pub(crate) fn oldest_repeat(&self) -> Option<Time> {
+        self.repeats.oldest()
+    }
+
+    pub(crate) fn forget_oldest_repeat(&mut self) {
+        self.repeats.forget_oldest();
+    }
+
     /// The pool's number.
     #[must_use]
     pub fn number(&self) -> u32 {

@@ -34,6 +34,18 @@ impl Remembered {
         }
     }
 
+    /// About how many bytes of memory it takes.
+    pub(crate) fn bytes(&self) -> u64 {
+        let text = match self {
+            Remembered::Read(registration) => registration.bytes(),
+            Remembered::Text(row) => {
+                let meta = row.meta.as_deref().map_or(0, str::len);
+                row.pools.len() + row.triggers.len() + row.watches.len() + meta
+            }
+        };
+        (text + APP_BYTES) as u64
+    }
+
     /// The registration, read for good.
     pub(crate) fn get_mut(&mut self) -> &mut Registration {
         if let Remembered::Text(row) = self {
@@ -46,7 +58,50 @@ impl Remembered {
     }
 }
 
+/// What an app takes besides what it registered, in bytes.
+const APP_BYTES: usize = 768;
+
+/// What each name of a registration takes besides its text, and each trigger of a live instance in a pool, and each pool.
+const NAME_BYTES: usize = 96;
+const SERVED_BYTES: u64 = 400;
+const MEMBER_BYTES: u64 = 512;
+
 impl Registration {
+    /// About how many bytes of memory it takes.
+    fn bytes(&self) -> usize {
+        let name = |text: &str| text.len() + NAME_BYTES;
+        let pools = |pools: &[PoolName]| pools.iter().map(|p| name(p.as_str())).sum::<usize>();
+        let trigger = |spec: &TriggerSpec| {
+            name(spec.name.as_str())
+                + spec.doc.as_ref().map_or(0, String::len)
+                + spec.pools.as_deref().map_or(0, pools)
+        };
+        let blocks = self.subscriptions.iter();
+        let meta = self
+            .meta
+            .as_ref()
+            .map_or(0, |meta| 2 * meta.to_string().len());
+        pools(&self.pools)
+            + self.triggers.iter().map(trigger).sum::<usize>()
+            + blocks
+                .map(|(pool, block)| name(pool.as_str()) + name(block.as_str()))
+                .sum::<usize>()
+            + self.watches.len() * NAME_BYTES
+            + meta
+    }
+
+    /// In how many pools it serves how many triggers, as one sum.
+    pub(crate) fn served(&self) -> usize {
+        let everywhere = self.triggers.iter().filter(|spec| spec.pools.is_none());
+        let named = self.triggers.iter().filter_map(|spec| spec.pools.as_ref());
+        everywhere.count() * self.pools.len() + named.map(Vec::len).sum::<usize>()
+    }
+
+    /// About how many bytes a live instance takes in the pools.
+    pub(crate) fn live(&self) -> u64 {
+        self.served() as u64 * SERVED_BYTES + self.pools.len() as u64 * MEMBER_BYTES
+    }
+
     /// Reads a row. What makes no sense in it is left out: an app that registers anew mends it.
     fn read(row: &AppRow) -> Registration {
         let list = |text: &str| match serde_json::from_str(text) {

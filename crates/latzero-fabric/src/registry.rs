@@ -7,16 +7,19 @@
 
 mod admission;
 mod listing;
+mod offline;
 mod pools;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Weak};
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::message::{EventSet, Policy, TriggerSpec};
 use latzero_protocol::{AppId, BlockId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
-use crate::driver::{Driver, Transport};
+use crate::books::{Account, Books, Hold, Resource};
+use crate::driver::{Driver, Peer, Transport};
 use crate::keep::{AppRow, Change};
 use crate::limits::Limits;
 use crate::now::Time;
@@ -28,10 +31,15 @@ pub(crate) use admission::{check_pools, check_triggers};
 use admission::{check_reserved, too_many};
 pub use listing::Counts;
 pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
+use offline::Offline;
 use pools::forget_pool;
 
 struct App<D: Driver> {
     registration: Remembered,
+    /// What it takes in memory, with its instances.
+    held: Hold,
+    /// The user that it is of.
+    user: u64,
     instances: Vec<Instance<D>>,
     /// When it was seen first and last, in milliseconds since the Unix epoch.
     registered: u64,
@@ -41,6 +49,15 @@ struct App<D: Driver> {
 }
 
 impl<D: Driver> App<D> {
+    /// What it takes in memory: what it registered, and what its live instances take in the pools.
+    fn bytes(&self) -> u64 {
+        let live = match &self.registration {
+            Remembered::Read(registration) if !self.instances.is_empty() => registration.live(),
+            _ => 0,
+        };
+        self.registration.bytes() + live * self.instances.len() as u64
+    }
+
     /// Hands out the row to keep; false where nothing of the app is kept.
     fn keep(&self, app_id: &AppId, promise: Option<&D::Peer>, turn: &mut Turn<'_, D>) -> bool {
         if self.is_lasting {
@@ -122,6 +139,8 @@ struct PoolEntry<D: Driver> {
     properties: Option<Value>,
     /// When it was made, in milliseconds since the Unix epoch.
     created: u64,
+    /// Its place in the books, where a client made it.
+    _place: Option<Hold>,
 }
 
 impl<D: Driver> PoolEntry<D> {
@@ -178,13 +197,15 @@ pub enum Whereabouts {
 /// Every app that was seen and every pool there is.
 pub struct Registry<D: Driver> {
     apps: BTreeMap<AppId, App<D>>,
-    /// Apps without an instance, the longest gone first: who makes room for a new one.
-    offline: BTreeSet<(u64, AppId)>,
+    /// Apps without an instance: who makes room for a new one.
+    offline: Offline,
     pools: BTreeMap<PoolName, PoolEntry<D>>,
     next_number: u32,
     instances: usize,
     limits: Limits,
     prng: Prng,
+    /// The accounts of apps that hold something or have a connection.
+    accounts: BTreeMap<AppId, Weak<Account>>,
 }
 
 impl<D: Driver> Registry<D> {
@@ -193,23 +214,24 @@ impl<D: Driver> Registry<D> {
     pub fn new(unix_ms: u64, limits: Limits, seed: u64) -> Self {
         let mut registry = Registry {
             apps: BTreeMap::new(),
-            offline: BTreeSet::new(),
+            offline: Offline::default(),
             pools: BTreeMap::new(),
             next_number: 0,
             instances: 0,
             limits,
             prng: Prng::new(seed),
+            accounts: BTreeMap::new(),
         };
         for name in [DEFAULT_POOL, SYSTEM_POOL] {
             let name = PoolName::new(name).expect("a built-in name is valid");
-            registry.insert_pool(unix_ms, name, (true, true));
+            registry.insert_pool(unix_ms, name, (true, true), None);
         }
         registry
     }
 
     /// Takes in an app of an earlier run. `alive_until` is when that run ended, as far as is known: for apps that lived
     /// then. False where there is no room for it.
-    pub fn restore_app(&mut self, row: AppRow, alive_until: u64) -> bool {
+    pub fn restore_app(&mut self, row: AppRow, alive_until: u64, books: &Books) -> bool {
         if self.apps.len() >= self.limits.apps_max {
             return false;
         }
@@ -217,17 +239,42 @@ impl<D: Driver> Registry<D> {
             0 => alive_until.max(row.registered),
             seen => seen,
         };
-        let app_id = row.app_id.clone();
+        let (app_id, registered) = (row.app_id.clone(), row.registered);
+        let registration = Remembered::Text(Box::new(row));
+        let mut held = books.all().hold(Resource::Registrations);
+        held.force(registration.bytes());
         let app = App {
-            registered: row.registered,
+            held,
+            user: books.all().id(),
+            registered,
             last_seen,
-            registration: Remembered::Text(Box::new(row)),
+            registration,
             instances: Vec::new(),
             is_lasting: true,
         };
-        self.offline.insert((last_seen, app_id.clone()));
+        self.offline.insert(app.user, last_seen, app_id.clone());
         self.apps.insert(app_id, app);
         true
+    }
+
+    /// The account of an app of a user.
+    pub fn account(
+        &mut self,
+        app: &AppId,
+        user: &Arc<Account>,
+        turn: &mut Turn<'_, D>,
+    ) -> Arc<Account> {
+        let known = self.accounts.get(app).and_then(Weak::upgrade);
+        if let Some(known) = known.filter(|account| account.is_under(user)) {
+            return known;
+        }
+        if self.accounts.len() > 2 * self.apps.len() + 64 {
+            self.accounts
+                .retain(|_, account| account.strong_count() > 0);
+        }
+        let account = turn.driver.site().books.app(user);
+        self.accounts.insert(app.clone(), Arc::downgrade(&account));
+        account
     }
 
     /// Hands what an app registered out once more: it could not be kept when it was to be.
@@ -257,7 +304,7 @@ impl<D: Driver> Registry<D> {
                 format!("app '{app_id}' lives; stop it first, or `latzero kick {app_id}`"),
             )),
             Some(app) => {
-                self.offline.remove(&(app.last_seen, app_id.clone()));
+                self.offline.remove(app.user, app.last_seen, app_id);
                 self.apps.remove(app_id);
                 turn.keep(Change::ForgetApp(app_id.clone()), Some(promise));
                 Ok(())
@@ -305,11 +352,12 @@ impl<D: Driver> Registry<D> {
             return;
         };
         app.last_seen = unix_ms;
+        app.held.force(app.bytes());
         if !app.instances.is_empty() {
             return;
         }
         if app.is_lasting {
-            self.offline.insert((unix_ms, app_id.clone()));
+            self.offline.insert(app.user, unix_ms, app_id.clone());
             turn.keep(Change::Seen(app_id.clone(), unix_ms), None);
         } else {
             self.apps.remove(app_id);
@@ -365,10 +413,15 @@ impl<D: Driver> Registry<D> {
             ));
         }
         drop(registered);
-        if !self.pools.contains_key(name) {
+        let place = if self.pools.contains_key(name) {
+            None
+        } else {
             self.check_room_for_pools(1)?;
-        }
-        let entrance = self.enter(unix_ms, app_id, name.clone());
+            let place = promise.link().account().reserve(Resource::Pools, 1);
+            Some(place.map_err(Refusal::from)?)
+        };
+        let mut places = Vec::from_iter(place);
+        let entrance = self.enter(unix_ms, app_id, name.clone(), &mut places);
         let is_promised = self.remember(app_id, Some(promise), turn, |registration| {
             if !registration.pools.contains(name) {
                 registration.pools.push(name.clone());
@@ -391,7 +444,11 @@ impl<D: Driver> Registry<D> {
         let registration = app.registration.get_mut();
         let before = registration.clone();
         change(registration);
-        *registration != before && app.keep(app_id, promise, turn)
+        let is_changed = *registration != before;
+        if is_changed {
+            app.held.force(app.bytes());
+        }
+        is_changed && app.keep(app_id, promise, turn)
     }
 
     /// Forgets that an app is in a pool: it left on purpose. Says whether there is a promise that it is kept.
@@ -446,9 +503,19 @@ impl<D: Driver> Registry<D> {
             triggers.retain(|known| known.name != spec.name);
             triggers.push(spec.clone());
         }
-        self.check_quota(&[], &triggers)?;
-        Ok(self.remember(app_id, Some(promise), turn, |registration| {
-            registration.triggers = triggers;
+        let registration = Registration {
+            triggers,
+            ..Registration::clone(&app.registration.get())
+        };
+        self.check_quota(&registration)?;
+        let (had, instances) = (app.held.amount(), app.instances.len() as u64);
+        let needed =
+            Remembered::Read(registration.clone()).bytes() + registration.live() * instances;
+        let account = promise.link().account().user().clone();
+        let more = account.reserve(Resource::Registrations, needed.saturating_sub(had));
+        drop(more.map_err(Refusal::from)?);
+        Ok(self.remember(app_id, Some(promise), turn, |known| {
+            known.triggers = registration.triggers;
         }))
     }
 
@@ -536,9 +603,15 @@ impl<D: Driver> Registry<D> {
             .apps
             .iter()
             .filter(|(_, app)| app.instances.is_empty())
-            .map(|(id, app)| (app.last_seen, id.clone()))
+            .map(|(id, app)| (app.user, (app.last_seen, id.clone())))
             .collect();
-        assert_eq!(offline, self.offline);
+        let listed = self.offline.iter();
+        let listed: BTreeSet<_> = listed.map(|(user, entry)| (user, entry.clone())).collect();
+        assert_eq!(offline, listed);
+        assert_eq!(offline.len(), self.offline.len());
+        for (id, app) in &self.apps {
+            assert_eq!(app.held.amount(), app.bytes(), "what app '{id}' takes");
+        }
         // Those of an earlier run are all taken in.
         let durable = self.pools.values().filter(|entry| entry.durable).count();
         assert!(

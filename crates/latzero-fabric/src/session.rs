@@ -9,6 +9,7 @@ mod pools;
 mod promises;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::frame::{Accept, Frame};
@@ -18,6 +19,7 @@ use latzero_protocol::message::{
 use latzero_protocol::{AppId, CallId, Code, Envelope, InstanceId, PoolName, Refusal};
 use serde_json::json;
 
+use crate::books::Account;
 use crate::driver::{Driver, Report, Transport};
 use crate::effects::{Audit, Count};
 use crate::limits::Limits;
@@ -46,8 +48,10 @@ struct Ready {
 }
 
 /// What the server offers and knows of a connection when it comes in.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Terms {
+    /// The account of its user.
+    pub user: Arc<Account>,
     /// How it came in.
     pub transport: Transport,
     /// Whether it may do what administrators may.

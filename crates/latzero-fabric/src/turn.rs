@@ -57,7 +57,39 @@ impl<D: Driver> Turn<'_, D> {
         pool: &D::Pool,
         f: impl FnOnce(&mut Pool<D>, &mut Turn<'_, D>) -> R,
     ) -> R {
-        D::with_pool(self, pool, f)
+        let result = D::with_pool(self, pool, f);
+        if std::mem::take(&mut self.driver.effects().is_over_repeats) {
+            self.forget_repeats();
+        }
+        result
+    }
+
+    /// Forgets the oldest answers that are kept for repeats, in whatever pool they are, until there is room.
+    fn forget_repeats(&mut self) {
+        while self.driver.site().books.is_over_repeats() {
+            let pools = self.with_registry(|registry, _| {
+                let handles = registry.pools().map(|(_, pool)| pool.clone());
+                handles.collect::<Vec<_>>()
+            });
+            let mut oldest: Vec<_> = pools
+                .into_iter()
+                .filter_map(|pool| {
+                    let at = D::with_pool(self, &pool, |pool, _| pool.oldest_repeat())?;
+                    Some((at, pool))
+                })
+                .collect();
+            if oldest.is_empty() {
+                return;
+            }
+            // Some at once: finding them costs a look into every pool.
+            oldest.sort_by_key(|(at, _)| *at);
+            for (_, pool) in oldest.iter().take(8) {
+                D::with_pool(self, pool, |pool, _| pool.forget_oldest_repeat());
+                if !self.driver.site().books.is_over_repeats() {
+                    return;
+                }
+            }
+        }
     }
 
     pub(crate) fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
@@ -73,7 +105,7 @@ impl<D: Driver> Turn<'_, D> {
         length: usize,
         encode: impl FnOnce(&mut Vec<u8>),
     ) -> Sent {
-        self.append(to, class, length, |outbox, buffers| {
+        self.append(to, class, (length, length), |outbox, buffers| {
             outbox.append(class, Vec::new(), || buffers.take(length), encode)
         })
     }
@@ -87,14 +119,14 @@ impl<D: Driver> Turn<'_, D> {
         descriptors: Vec<D::Fd>,
         encode: impl FnOnce(&mut Vec<u8>),
     ) -> Sent {
-        self.append(to, class, length, |outbox, buffers| {
+        self.append(to, class, (length, length), |outbox, buffers| {
             outbox.append(class, descriptors, || buffers.take(length), encode)
         })
     }
 
     /// Appends a frame that is held once for all its receivers.
     pub(crate) fn send_shared(&mut self, to: &D::Peer, class: Class, frame: &Shared) -> Sent {
-        self.append(to, class, frame.len(), |outbox, _| {
+        self.append(to, class, (frame.len(), 0), |outbox, _| {
             outbox.append_shared(class, frame.clone())
         })
     }
@@ -104,12 +136,12 @@ impl<D: Driver> Turn<'_, D> {
         &mut self,
         to: &D::Peer,
         class: Class,
-        length: usize,
+        lengths: (usize, usize),
         append: impl for<'l> FnOnce(&'l mut Outbox<D::Fd, Notice<D::Pool>>, &mut Buffers) -> &'l [u8],
     ) -> Sent {
-        let bounds = self.driver.site().outbox;
+        let site = self.driver.site();
         let mut link = to.link();
-        let sent = link.outbox.admit(class, length, bounds);
+        let sent = link.admit(class, lengths, site.outbox, &site.books);
         if sent == Sent::Queued {
             let is_idle = link.outbox.queued() == 0 && !link.outbox.is_blocked();
             let effects = self.driver.effects();

@@ -381,7 +381,7 @@ fn one_app_leaves_room_for_the_others() {
     for bytes in [false, true] {
         let mut net = Net::with(|l| {
             if bytes {
-                l.parked_bytes_per_app_max = 3 * 512;
+                l.parked_bytes_per_app_max = 3 * 1024;
             } else {
                 l.parked_per_app_max = 3;
             }

@@ -67,7 +67,10 @@ fn a_page_is_bounded_in_bytes() {
 
 #[test]
 fn an_entry_that_is_too_long_is_shortened() {
-    let mut net = Net::with(|limits| limits.meta_bytes_max = 1 << 20);
+    let mut net = Net::with(|limits| {
+        limits.meta_bytes_max = 1 << 20;
+        limits.served_per_app_max = 1 << 20;
+    });
     let me = net.app("me", "");
     let doc = "d".repeat(1000);
     let triggers: Vec<String> = (0..250)

@@ -46,10 +46,12 @@ const TRIGGERS: [(&str, &str); 5] = [
 impl BuiltIn {
     /// Brings the app in.
     pub(crate) fn start(host: &mut IoHost) -> BuiltIn {
-        let peer = host.shared.new_peer(None);
+        let user = host.shared.site.books.user(true);
+        let peer = host.shared.new_peer(None, &user);
         let terms = Terms {
             transport: Transport::BuiltIn,
             is_admin: false,
+            user,
             max_frame_before_handshake: usize::MAX,
         };
         let mut builtin = BuiltIn {

@@ -5,15 +5,24 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
+use latzero_fabric::books::{Hold, Holding, Resource};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Class, Driver as _, Flow, Session, Time, Transport};
 use latzero_protocol::{Code, Refusal, encode, frame};
 
 use crate::host::IoHost;
+use crate::listener::Origin;
 use crate::peer::Peer;
 use crate::socket::{Socket, User};
+
+/// How long one connection is served before the others get their turn, and after how many frames the clock is read.
+const TIME_BUDGET: Duration = Duration::from_millis(1);
+const FRAMES_PER_LOOK: u32 = 16;
+
+/// Where memory is short, this much is read at once.
+const SMALL_BYTES: usize = 16 * 1024;
 
 /// Bytes appended to outboxes before a long batch is interrupted to write them.
 const FLUSH_BYTES: usize = 1024 * 1024;
@@ -41,6 +50,8 @@ pub(crate) enum Turn {
     More,
     /// Not read on until calls end.
     Paused,
+    /// Not read on until there is memory for more.
+    Starved,
     /// To be closed once its outbox is written.
     Close,
     /// The other end is gone.
@@ -64,6 +75,12 @@ pub(crate) struct Connection {
     pub(crate) session: Session<IoHost>,
     /// Read and not yet run: the start of a frame, or frames left while paused.
     inbox: Vec<u8>,
+    /// What the inbox takes.
+    inbound: Hold,
+    /// It was not read for want of memory.
+    pub(crate) is_starved: bool,
+    /// It is in the loop's list of those to read.
+    pub(crate) is_queued: bool,
     /// Descriptors that came and were not taken yet.
     offers: VecDeque<OwnedFd>,
     phase: Phase,
@@ -99,19 +116,24 @@ pub(crate) enum Verdict {
 }
 
 impl Connection {
-    pub(crate) fn new(now: Time, peer: Arc<Peer>, user: User, host: &IoHost) -> Connection {
+    pub(crate) fn new(now: Time, peer: Arc<Peer>, origin: Origin, host: &IoHost) -> Connection {
+        let Origin { user, account } = origin;
         let socket = peer
             .socket
             .as_ref()
             .expect("only the built-in app has no socket");
         let transport = socket.transport();
-        let own = rustix::process::geteuid().as_raw();
         let terms = Terms {
             transport,
-            is_admin: matches!(user, User::Uid(uid) if uid == own || uid == 0),
+            is_admin: user.is_trusted(),
+            user: account,
             max_frame_before_handshake: host.shared.settings().limits.max_frame_before_handshake,
         };
+        let inbound = peer.link().account().hold(Resource::Inbound);
         Connection {
+            inbound,
+            is_starved: false,
+            is_queued: false,
             session: Session::new(Arc::clone(&peer), terms),
             peer,
             user,
@@ -144,30 +166,24 @@ impl Connection {
                 return turn;
             }
         }
-        let mut total = 0;
+        let (mut total, started) = (0, Instant::now());
         loop {
             // The rest of a large frame goes where its begin is, rather than there by way of the scratch buffer.
             let is_large = self.inbox.len() >= LARGE_BYTES;
+            let Some(room) = self.reserve(is_large, scratch.len(), host) else {
+                self.is_starved = true;
+                return Turn::Starved;
+            };
+            let scratch = &mut scratch[..room];
             let read = if is_large {
                 let mut inbox = std::mem::take(&mut self.inbox);
-                if inbox.len() + scratch.len() > inbox.capacity()
-                    && let Some(mut larger) = host.effects.buffers.take_large()
-                {
-                    larger.extend_from_slice(&inbox);
-                    host.effects
-                        .buffers
-                        .give_back(std::mem::replace(&mut inbox, larger));
-                }
-                inbox.reserve(scratch.len());
                 let read = self.socket().read_more(&mut inbox);
                 self.inbox = inbox;
                 read
+            } else if self.takes_offers(host) {
+                self.read_offers(scratch)
             } else {
-                if self.takes_offers(host) {
-                    self.read_offers(scratch)
-                } else {
-                    self.socket().read(scratch)
-                }
+                self.socket().read(scratch)
             };
             let n = match read {
                 Ok(0) => return Turn::Ended,
@@ -189,6 +205,7 @@ impl Connection {
                 self.inbox.extend_from_slice(&scratch[..n]);
                 self.run_inbox(host)
             };
+            self.inbound.force(self.inbox.capacity() as u64);
             if let Some(turn) = stop {
                 return turn;
             }
@@ -197,9 +214,68 @@ impl Connection {
             if n < scratch.len() && !self.is_ending {
                 return Turn::Idle;
             }
-            if total >= budget {
+            if total >= budget || started.elapsed() >= TIME_BUDGET {
                 return Turn::More;
             }
+        }
+    }
+
+    /// Makes room for what is read next, and returns how much that may be; `None` where there is no memory for it. What
+    /// continues no frame is always read, in small pieces: it may be what frees memory, or an administrator's.
+    fn reserve(&mut self, is_large: bool, most: usize, host: &mut IoHost) -> Option<usize> {
+        let (length, capacity) = (self.inbox.len(), self.inbox.capacity());
+        if !is_large {
+            if self
+                .inbound
+                .resize((length + most).max(capacity) as u64)
+                .is_ok()
+            {
+                return Some(most);
+            }
+            return (length < SMALL_BYTES).then_some(SMALL_BYTES.min(most));
+        }
+        if length + most <= capacity {
+            return Some(most);
+        }
+        let limits = &host.site().limits;
+        let whole = limits.max_frame + latzero_protocol::limits::FORWARD_SLACK;
+        let grown = (2 * capacity).min(whole).max(length + most);
+        self.inbound.resize(grown as u64).ok()?;
+        match host.effects.buffers.take_large() {
+            Some(mut larger) if larger.capacity() >= length + most => {
+                larger.extend_from_slice(&self.inbox);
+                let smaller = std::mem::replace(&mut self.inbox, larger);
+                host.effects.buffers.give_back(smaller);
+            }
+            kept => {
+                kept.into_iter()
+                    .for_each(|buffer| host.effects.buffers.give_back(buffer));
+                self.inbox.reserve_exact(grown - length);
+            }
+        }
+        Some(most)
+    }
+
+    /// The app behind the connection is known: what is read from now on counts in its account.
+    pub(crate) fn count_for_app(&mut self) {
+        let mut inbound = self.peer.link().account().hold(Resource::Inbound);
+        inbound.force(self.inbound.amount());
+        self.inbound = inbound;
+    }
+
+    /// What it holds on its way in and out, and when it last moved.
+    pub(crate) fn holding<K>(&self, key: K) -> Holding<K> {
+        let (outbound, written) = self.peer.link().holding();
+        let inbound = self.inbound.amount();
+        let since = match (outbound, inbound) {
+            (0, _) => self.last_heard,
+            (_, 0) => written,
+            _ => written.max(self.last_heard),
+        };
+        Holding {
+            key,
+            bytes: outbound + inbound,
+            since,
         }
     }
 
@@ -230,12 +306,13 @@ impl Connection {
             inbox.drain(..used);
         }
         self.inbox = inbox;
+        self.inbound.force(self.inbox.capacity() as u64);
         stop
     }
 
     /// Runs the whole frames in `buf`; returns how many bytes they were, and why it stopped early.
     fn run(&mut self, buf: &[u8], host: &mut IoHost) -> (usize, Option<Turn>) {
-        let mut used = 0;
+        let (mut used, mut frames, started) = (0, 0u32, Instant::now());
         loop {
             if self.session.is_waiting() || self.pause(host) {
                 return (used, Some(Turn::Paused));
@@ -266,6 +343,10 @@ impl Connection {
             if host.effects.appended > FLUSH_BYTES {
                 host.flush();
             }
+            frames += 1;
+            if frames.is_multiple_of(FRAMES_PER_LOOK) && started.elapsed() >= TIME_BUDGET {
+                return (used, Some(Turn::More));
+            }
         }
     }
 
@@ -283,6 +364,7 @@ impl Connection {
         self.session.closed(&mut host.turn());
         self.offers = VecDeque::new();
         self.inbox = Vec::new();
+        self.inbound.force(0);
         self.phase = Phase::Closing {
             until: now.after_ms(LINGER_MS),
             left: LINGER_BYTES,
@@ -341,9 +423,8 @@ impl Connection {
             self.last_heard = now;
             self.pinged = None;
         }
-        let stalled_since = self.peer.stalled_since.load(Relaxed);
-        let stall =
-            (stalled_since > 0).then(|| Time(stalled_since).after_ms(patience.write_stall_ms));
+        let stalled_since = self.peer.link().stalled_since();
+        let stall = stalled_since.map(|since| since.after_ms(patience.write_stall_ms));
         if stall.is_some_and(|at| at <= now) {
             return Verdict::Remove("it reads nothing");
         }

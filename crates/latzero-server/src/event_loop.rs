@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use latzero_fabric::{Class, Flow, Time};
+use latzero_fabric::{Class, Flow, Time, books};
 use latzero_protocol::{BlockId, PoolName, Refusal, encode};
 use mio::event::Event;
 use mio::unix::SourceFd;
@@ -24,10 +24,9 @@ use crate::builtin::BuiltIn;
 use crate::connection::{Connection, Patience, Turn, Verdict};
 use crate::handover;
 use crate::host::IoHost;
-use crate::listener::{Accepted, Listener, accept, count_out};
+use crate::listener::{Accepted, Listener, Origin, accept, count_out};
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
-use crate::socket::User;
 use crate::startup::descriptors::{AcceptBackoff, SpareDescriptor};
 use crate::startup::systemd::Notifier;
 
@@ -43,6 +42,9 @@ const ACCEPTS_PER_TURN: usize = 64;
 
 /// The clock's coarsest step where many connections are watched by time, in milliseconds.
 const LOOK_EVERY_MS: u64 = 100;
+
+/// How long large buffers are kept for the next large frames, in milliseconds.
+const LARGE_KEPT_MS: u64 = 1000;
 
 /// How often a connection is written to again while too many descriptors are on their way, in milliseconds.
 const CROWDED_EVERY_MS: u64 = 10;
@@ -169,6 +171,9 @@ impl EventLoop {
                 self.handle_event(now, event);
             }
             for slot in std::mem::take(&mut self.ready) {
+                if let Some(Some(connection)) = self.connections.get_mut(slot) {
+                    connection.is_queued = false;
+                }
                 self.read(now, slot);
             }
             self.handle_deadlines(now);
@@ -239,10 +244,10 @@ impl EventLoop {
 
     fn handle_command(&mut self, now: Time, command: Command) {
         match command {
-            Command::Adopt(peer, user) => self.adopt(now, peer, user),
+            Command::Adopt(peer, origin) => self.adopt(now, peer, origin),
             Command::Resume(peer) => {
                 if let Some(slot) = self.slot_of(&peer) {
-                    self.ready.push_back(slot);
+                    self.read_later(slot);
                 }
             }
             Command::Close(peer) => self.close_peer(now, &peer),
@@ -301,7 +306,7 @@ impl EventLoop {
             self.close_peer(now, peer);
         } else {
             // What it sent while it waited.
-            self.ready.push_back(slot);
+            self.read_later(slot);
         }
     }
 
@@ -319,12 +324,12 @@ impl EventLoop {
                 return;
             };
             match accept(listener, &mut front.spare, &shared) {
-                Accepted::Peer(peer, user) => {
+                Accepted::Peer(peer, origin) => {
                     self.backoff.succeeded();
                     if peer.home == self.index {
-                        self.adopt(now, peer, user);
+                        self.adopt(now, peer, origin);
                     } else {
-                        shared.mailboxes[peer.home].send(Command::Adopt(peer, user));
+                        shared.mailboxes[peer.home].send(Command::Adopt(peer, origin));
                     }
                 }
                 Accepted::Refused => {}
@@ -341,7 +346,7 @@ impl EventLoop {
         self.accept_at = Some(now);
     }
 
-    fn adopt(&mut self, now: Time, peer: Arc<Peer>, user: User) {
+    fn adopt(&mut self, now: Time, peer: Arc<Peer>, origin: Origin) {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);
             self.connections.len() - 1
@@ -359,18 +364,27 @@ impl EventLoop {
         {
             tracing::warn!(%error, "a connection can't be watched");
             self.free.push(slot);
-            self.host.shared.door().leave(user);
-            count_out(user, &self.host.shared);
+            self.host.shared.door().leave(origin.user);
+            count_out(origin.user, &self.host.shared);
             return;
         }
-        let connection = Connection::new(now, peer, user, &self.host);
+        let connection = Connection::new(now, peer, origin, &self.host);
         self.connections[slot] = Some(Box::new(connection));
         self.live += 1;
         self.look_by(
             now.after_ms(self.host.shared.settings().handshake_timeout.as_millis() as u64),
         );
         // What came with the connection is read at once.
-        self.ready.push_back(slot);
+        self.read_later(slot);
+    }
+
+    /// Reads a connection in the next turn: it is in the list once, however often somebody asks.
+    fn read_later(&mut self, slot: usize) {
+        if let Some(Some(connection)) = self.connections.get_mut(slot)
+            && !std::mem::replace(&mut connection.is_queued, true)
+        {
+            self.ready.push_back(slot);
+        }
     }
 
     fn read(&mut self, now: Time, slot: usize) {
@@ -391,13 +405,18 @@ impl EventLoop {
         };
         if connection.is_at_door && (connection.session.is_ready() || turn == Turn::Ended) {
             connection.is_at_door = false;
+            connection.count_for_app();
             self.host.shared.door().leave(connection.user);
         }
         match turn {
             Turn::Idle | Turn::Paused => self.connections[slot] = Some(connection),
+            Turn::Starved => {
+                self.connections[slot] = Some(connection);
+                self.look_by(now.after_ms(LOOK_EVERY_MS));
+            }
             Turn::More => {
                 self.connections[slot] = Some(connection);
-                self.ready.push_back(slot);
+                self.read_later(slot);
             }
             Turn::Close => {
                 let peer = Arc::clone(&connection.peer);
@@ -435,7 +454,7 @@ impl EventLoop {
         if link.outbox.is_blocked() {
             self.host.shared.stats.slow_readers.fetch_sub(1, Relaxed);
         }
-        link.outbox.close();
+        link.close();
         drop(link);
         count_out(connection.user, &self.host.shared);
         if let Some(socket) = &peer.socket {
@@ -465,7 +484,7 @@ impl EventLoop {
             connection.shut_when_written();
         }
         self.look_by(now.after_ms(LOOK_EVERY_MS));
-        self.ready.push_back(slot);
+        self.read_later(slot);
     }
 
     fn await_writable(&mut self, peer: &Arc<Peer>) {
@@ -517,10 +536,16 @@ impl EventLoop {
         }
         for peer in std::mem::take(&mut self.host.effects.resumed) {
             if let Some(slot) = self.slot_of(&peer) {
-                self.ready.push_back(slot);
+                self.read_later(slot);
             }
         }
         self.host.count();
+        if self.host.shared.site.books.must_shed() {
+            self.look_by(now.after_ms(LOOK_EVERY_MS));
+        }
+        if self.host.effects.buffers.has_large() {
+            self.look_by(now.after_ms(LARGE_KEPT_MS));
+        }
     }
 
     fn handle_deadlines(&mut self, now: Time) {
@@ -560,7 +585,7 @@ impl EventLoop {
         self.look_at = Some(self.look_at.map_or(at, |earlier| earlier.min(at)));
     }
 
-    /// Judges every connection by the clock, and sheds the largest outbox where all together are over their bound.
+    /// Judges every connection by the clock, and makes room where memory is short.
     fn look(&mut self, now: Time) {
         let settings = self.host.shared.settings();
         let patience = Patience {
@@ -569,6 +594,8 @@ impl EventLoop {
             ping_timeout_ms: settings.ping_timeout.as_millis() as u64,
             write_stall_ms: settings.write_stall_timeout.as_millis() as u64,
         };
+        self.shed(now);
+        self.host.effects.buffers.free_large();
         let mut next: Option<Time> = None;
         for slot in 0..self.connections.len() {
             let Some(connection) = &mut self.connections[slot] else {
@@ -601,6 +628,31 @@ impl EventLoop {
             }
         }
         self.look_at = next.map(|at| at.max(now.after_ms(LOOK_EVERY_MS)));
+    }
+
+    /// Closes connections while memory is short of what waits for them, and reads those again that were not read for it.
+    fn shed(&mut self, now: Time) {
+        let shared = Arc::clone(&self.host.shared);
+        while shared.site.books.must_shed() {
+            let connections = self.connections.iter().enumerate();
+            let holdings = connections.filter_map(|(slot, c)| c.as_ref().map(|c| c.holding(slot)));
+            let Some(slot) = books::victim(now, holdings) else {
+                break;
+            };
+            let connection = self.connections[slot].take().expect("it was just seen");
+            self.note_removal(
+                &connection,
+                "memory is short, and it holds most of it for longest",
+            );
+            self.remove(slot, *connection);
+        }
+        for slot in 0..self.connections.len() {
+            if let Some(Some(connection)) = self.connections.get_mut(slot)
+                && std::mem::take(&mut connection.is_starved)
+            {
+                self.read_later(slot);
+            }
+        }
     }
 
     fn note_removal(&self, connection: &Connection, why: &'static str) {

@@ -162,6 +162,7 @@ impl IoHost {
             "io_threads": self.shared.mailboxes.len(),
             "log_lines_lost": (self.shared.log_lines_lost)(),
         });
+        stats["ledger"] = self.shared.site.books.to_json();
         stats["apps"] = json!(counts);
         stats["pools"] = json!({"pools": counts.pools, "memberships": members});
         stats["triggers"]["served"] = triggers.into();
@@ -456,34 +457,28 @@ impl IoHost {
             }
             self.traffic.bytes_out += written as u64;
             let mut link = peer.link();
-            let outbox = &mut link.outbox;
-            let was_blocked = outbox.is_blocked();
-            let reusable = outbox.put_back(taken);
+            let was_blocked = link.outbox.is_blocked();
+            let reusable = link.put_back(self.now.monotonic, taken, written);
             if is_dead {
                 if was_blocked {
                     self.shared.stats.slow_readers.fetch_sub(1, Relaxed);
                 }
-                outbox.close();
+                link.close();
                 drop(link);
                 // What it sent before is still run, then its own loop ends it.
                 peer.is_deaf.store(true, Relaxed);
                 self.read_again(peer);
                 return;
             }
-            while let Some(notice) = outbox.take_notice() {
+            while let Some(notice) = link.outbox.take_notice() {
                 self.noticed.push(notice);
             }
-            let is_blocked = outbox.is_blocked();
-            if is_blocked && (written > 0 || !was_blocked) {
-                peer.stalled_since
-                    .store(self.now.monotonic.0.max(1), Relaxed);
-            }
+            let is_blocked = link.outbox.is_blocked();
             if is_blocked != was_blocked {
                 if is_blocked {
                     self.shared.stats.slow_readers.fetch_add(1, Relaxed);
                 } else {
                     self.shared.stats.slow_readers.fetch_sub(1, Relaxed);
-                    peer.stalled_since.store(0, Relaxed);
                 }
                 self.changed.push(Arc::clone(peer));
             }

@@ -10,9 +10,10 @@ mod rows;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
+use latzero_fabric::books::Account;
 use latzero_fabric::keep::Change;
 use latzero_fabric::{Driver as _, Pool, Time, Turn};
-use latzero_protocol::{Code, PoolName, Refusal};
+use latzero_protocol::{AppId, Code, PoolName, Refusal};
 use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError};
 use serde_json::{Value, json};
 
@@ -290,11 +291,14 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             }
         }
     }
+    // Of which user it was is not known any more.
+    let user = shared.site.books.user(true);
     for row in contents.calls {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
+            let account = account_of(host, &row.caller, &user);
             take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
-                pool.restore_call(&row, turn)
+                pool.restore_call(&row, &account, turn)
             })
         });
         match taken {
@@ -307,8 +311,9 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     for row in contents.answers {
         let number = row.number;
         let taken = answer_of(row).and_then(|row| {
+            let account = account_of(host, &row.caller, &user);
             take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
-                pool.restore_answer(&row, turn)
+                pool.restore_answer(&row, &account, turn)
             })
         });
         match taken {
@@ -323,7 +328,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             let Some(row) = app_of(row) else {
                 continue;
             };
-            if registry.restore_app(row, alive_until) {
+            if registry.restore_app(row, alive_until, &shared.site.books) {
                 apps += 1;
             }
         }
@@ -342,6 +347,10 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         !keeper.boot_id.is_empty() && boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);
     (contents.blocks, is_same_boot)
+}
+
+fn account_of(host: &mut IoHost, app: &AppId, user: &Arc<Account>) -> Arc<Account> {
+    host.with_registry(|registry, turn| registry.account(app, user, turn))
 }
 
 /// Has a pool take in a call or an answer that waits in it.

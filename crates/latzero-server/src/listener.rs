@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use latzero_fabric::books::{Account, Users};
 use latzero_protocol::{Code, Refusal, encode};
 
 use crate::peer::Peer;
@@ -42,63 +43,101 @@ impl Listener {
     }
 }
 
+/// Where a connection comes from.
+#[derive(Debug)]
+pub(crate) struct Origin {
+    pub(crate) user: User,
+    pub(crate) account: Arc<Account>,
+}
+
+/// This part of the connections is for the server's own user and administrators, and this part of the rest is not for one
+/// stranger alone.
+const RESERVED_PART: usize = 8;
+
+/// Most connections that are kept for the server's own user and administrators.
+const RESERVED_MAX: usize = 64;
+
 /// Connections that have not had their handshake yet, by user: the crowd at the door is bounded.
 #[derive(Debug, Default)]
 pub(crate) struct Door {
     waiting: HashMap<User, usize>,
     total: usize,
+    /// Connections of each user, after the handshake as before.
+    open: HashMap<User, usize>,
+    users: Users<User>,
 }
 
 impl Door {
+    /// Counts a connection in, or says why it may not come. Strangers leave places free for the server's own user and
+    /// administrators, and one stranger leaves places for the others.
     fn enter(&mut self, user: User, shared: &Shared) -> Result<(), Refusal> {
-        let limits = &shared.settings().limits;
-        let full = |what: &str, limit: &str, max: usize| {
-            Refusal::new(
-                Code::Overloaded,
-                format!("{max} connections {what} (limits.{limit}); wait and try again"),
-            )
+        let limits = shared.settings().limits.clone();
+        let refuse = |count: usize, what: &str, limit: &str| {
+            let message = format!("{count} connections {what} (limits.{limit}); wait and repeat");
+            Err(Refusal::new(Code::Overloaded, message))
         };
-        if shared.stats.connections.load(Relaxed) >= limits.connections_max {
-            return Err(full("are open", "connections_max", limits.connections_max));
+        let places = |max: usize| match user.is_trusted() {
+            true => (max, max),
+            false => {
+                let all = max - (max / RESERVED_PART).clamp(1, RESERVED_MAX).min(max - 1);
+                (all, all - all / RESERVED_PART)
+            }
+        };
+        let of_user = |of: &HashMap<User, usize>| of.get(&user).copied().unwrap_or(0);
+        let (all, own) = places(limits.connections_max);
+        let open = shared.stats.connections.load(Relaxed);
+        if open >= all {
+            return refuse(open, "are open", "connections_max");
         }
-        if self.total >= limits.connections_unauthenticated_max {
-            let max = limits.connections_unauthenticated_max;
-            return Err(full(
-                "await their handshake",
-                "connections_unauthenticated_max",
-                max,
-            ));
+        let open = of_user(&self.open);
+        if open >= own {
+            return refuse(open, "of your user are open", "connections_max");
         }
-        let waiting = self.waiting.entry(user).or_default();
-        if *waiting >= limits.connections_unauthenticated_per_user_max {
-            let max = limits.connections_unauthenticated_per_user_max;
-            return Err(full(
-                "of one user await their handshake",
-                "connections_unauthenticated_per_user_max",
-                max,
-            ));
+        let (all, _) = places(limits.connections_unauthenticated_max);
+        if self.total >= all {
+            let limit = "connections_unauthenticated_max";
+            return refuse(self.total, "have not done their handshake", limit);
         }
-        *waiting += 1;
+        let waiting = of_user(&self.waiting);
+        if waiting >= limits.connections_unauthenticated_per_user_max {
+            let limit = "connections_unauthenticated_per_user_max";
+            return refuse(waiting, "of your user have not done their handshake", limit);
+        }
+        *self.waiting.entry(user).or_default() += 1;
+        *self.open.entry(user).or_default() += 1;
         self.total += 1;
         Ok(())
     }
 
     /// A connection had its handshake, or ended without one.
     pub(crate) fn leave(&mut self, user: User) {
-        if let Some(waiting) = self.waiting.get_mut(&user) {
-            *waiting -= 1;
-            if *waiting == 0 {
-                self.waiting.remove(&user);
-            }
+        if count_down(&mut self.waiting, user) {
             self.total -= 1;
         }
     }
+
+    /// A connection ended.
+    fn close(&mut self, user: User) {
+        count_down(&mut self.open, user);
+    }
+}
+
+/// One fewer of a user's; false where there was none.
+fn count_down(of: &mut HashMap<User, usize>, user: User) -> bool {
+    let Some(count) = of.get_mut(&user) else {
+        return false;
+    };
+    *count -= 1;
+    if *count == 0 {
+        of.remove(&user);
+    }
+    true
 }
 
 /// What came of one attempt to accept.
 pub(crate) enum Accepted {
     /// A connection.
-    Peer(Arc<Peer>, User),
+    Peer(Arc<Peer>, Origin),
     /// Somebody who was told to come later.
     Refused,
     /// Nobody waits.
@@ -109,6 +148,7 @@ pub(crate) enum Accepted {
 
 /// Counts a connection out that was accepted.
 pub(crate) fn count_out(user: User, shared: &Shared) {
+    shared.door().close(user);
     shared.stats.connections.fetch_sub(1, Relaxed);
     match user {
         User::Uid(_) => shared.stats.connections_unix.fetch_sub(1, Relaxed),
@@ -142,7 +182,10 @@ pub(crate) fn accept(
         User::Uid(_) => shared.stats.connections_unix.fetch_add(1, Relaxed),
         _ => shared.stats.connections_tcp.fetch_add(1, Relaxed),
     };
-    Accepted::Peer(shared.new_peer(Some(socket)), user)
+    let books = &shared.site.books;
+    let account = shared.door().users.account(user, user.is_trusted(), books);
+    let peer = shared.new_peer(Some(socket), &account);
+    Accepted::Peer(peer, Origin { user, account })
 }
 
 fn failed(

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use latzero_fabric::Link;
+use latzero_fabric::books::Account;
 
 use crate::host::IoHost;
 use crate::socket::Socket;
@@ -22,20 +23,17 @@ pub(crate) struct Peer {
     pub(crate) is_deaf: AtomicBool,
     /// The ticket of what was promised to it last; see [`crate::keeper`].
     pub(crate) last_promise: AtomicU64,
-    /// When the kernel first took nothing more, in microseconds of the server's clock; 0 while it does.
-    pub(crate) stalled_since: AtomicU64,
 }
 
 impl Peer {
-    pub(crate) fn new(home: usize, socket: Option<Socket>) -> Arc<Peer> {
+    pub(crate) fn new(home: usize, socket: Option<Socket>, account: Arc<Account>) -> Arc<Peer> {
         Arc::new(Peer {
             home,
             token: AtomicU32::new(u32::MAX),
             socket,
-            link: Mutex::new(Link::default()),
+            link: Mutex::new(Link::new(account)),
             is_deaf: AtomicBool::new(false),
             last_promise: AtomicU64::new(0),
-            stalled_since: AtomicU64::new(0),
         })
     }
 

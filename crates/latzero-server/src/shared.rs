@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use latzero_fabric::books::{Account, Books};
 use latzero_fabric::driver::Site;
 use latzero_fabric::outbox::Bounds;
 use latzero_fabric::{Limits, Now, Registry, Time};
@@ -20,10 +21,10 @@ use crate::builtin::BuiltIn;
 use crate::handover::{Giving, Step};
 use crate::host::IoHost;
 use crate::keeper::Keeper;
-use crate::listener::Door;
+use crate::listener::{Door, Origin};
 use crate::peer::Peer;
 use crate::settings::Settings;
-use crate::socket::{Socket, User};
+use crate::socket::Socket;
 use crate::startup::token::AdminToken;
 use crate::stats::Stats;
 use crate::timers::Timers;
@@ -31,7 +32,7 @@ use crate::timers::Timers;
 /// Something for a loop to do.
 pub(crate) enum Command {
     /// A connection of its own from now on.
-    Adopt(Arc<Peer>, User),
+    Adopt(Arc<Peer>, Origin),
     /// A connection that may be read again.
     Resume(Arc<Peer>),
     /// A connection to close once its outbox is written.
@@ -222,6 +223,7 @@ impl Shared {
             registry: Mutex::new(Registry::new(clock.unix_ms(started), limits.clone(), seed)),
             read_budget: settings.limits.read_budget_bytes,
             site: Arc::new(Site {
+                books: Books::new(&limits),
                 limits,
                 outbox: Bounds {
                     bytes_max: settings.limits.outbox_bytes_max,
@@ -268,13 +270,14 @@ impl Shared {
         )
     }
 
-    pub(crate) fn new_peer(&self, socket: Option<Socket>) -> Arc<Peer> {
+    /// A connection of a user, whose account that is.
+    pub(crate) fn new_peer(&self, socket: Option<Socket>, user: &Arc<Account>) -> Arc<Peer> {
         let id = self.next_peer.fetch_add(1, Relaxed);
         let home = match socket {
             Some(_) => usize::try_from(id).unwrap_or(0) % self.mailboxes.len(),
             None => 0,
         };
-        Peer::new(home, socket)
+        Peer::new(home, socket, self.site.books.connection(user))
     }
 
     /// Begins to drain: no new calls and connections; the loops end when the last call has. False where that has begun before.

@@ -3,7 +3,7 @@
 //! Everything that only Unix can do with a socket stands here; elsewhere the server knows bytes and errors.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -55,6 +55,26 @@ pub(crate) enum User {
     Unknown,
 }
 
+impl User {
+    /// Whether it is the server's own user, or the machine's administrator.
+    pub(crate) fn is_trusted(self) -> bool {
+        matches!(self, User::Uid(uid) if uid == 0 || uid == rustix::process::geteuid().as_raw())
+    }
+
+    /// A user at an address. All addresses of this machine are one user.
+    fn at(address: IpAddr) -> User {
+        let address = address.to_canonical();
+        if address.is_loopback() {
+            return User::Address(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        }
+        User::Address(match address {
+            IpAddr::V4(_) => address,
+            // Whoever has one address of a /64 has all of them (RFC 6177).
+            IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
+        })
+    }
+}
+
 impl Socket {
     pub(crate) fn tcp(stream: TcpStream) -> io::Result<Socket> {
         stream.set_nonblocking(true)?;
@@ -79,7 +99,7 @@ impl Socket {
         match self {
             Socket::Tcp(stream) => stream
                 .peer_addr()
-                .map_or(User::Unknown, |a| User::Address(a.ip())),
+                .map_or(User::Unknown, |a| User::at(a.ip())),
             Socket::Unix(stream) => match credentials(stream) {
                 Ok((_, uid)) => User::Uid(uid),
                 Err(_) => User::Unknown,

@@ -466,11 +466,14 @@ impl Lasting {
         let conn = &self.conns[at];
         let app = conn.app;
         let peer = conn.peer;
-        let key = self.calls.get(&n).and_then(|call| call.key);
+        let call = self.calls.get(&n);
+        let (key, queue) = call.map_or((None, None), |call| (call.key, Some(call.queue)));
         let is_answer_of = |n: &Value| {
             let n = n.as_u64().or_else(|| n.as_str()?.parse().ok());
             let of = n.and_then(|n| self.calls.get(&n));
-            of.is_some_and(|of| of.app == app && key.is_some() && of.key == key)
+            of.is_some_and(|of| {
+                of.app == app && key.is_some() && of.key == key && Some(of.queue) == queue
+            })
         };
         let shown = &message["response"];
         let is_own = *shown == n || message["error"]["message"].as_str() == Some(&n.to_string());
@@ -518,13 +521,13 @@ impl Lasting {
         }
     }
 
-    /// Of calls of one app under one key one is in a handler's hands at a time.
+    /// Of calls of one app, trigger and destination under one key one is in a handler's hands at a time.
     fn check_keys(&self) -> Result<(), String> {
         let mut running = BTreeMap::new();
         for job in self.conns.iter().flat_map(|conn| &conn.jobs) {
             let call = &self.calls[&job.n];
             if let Some(key) = call.key
-                && let Some(other) = running.insert((call.app, key), job.n)
+                && let Some(other) = running.insert((call.app, key, call.queue), job.n)
             {
                 let n = job.n;
                 return Err(format!("calls {other} and {n} run at once under one key"));

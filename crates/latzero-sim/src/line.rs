@@ -6,7 +6,9 @@
 use std::cell::RefCell;
 use std::ops::DerefMut;
 use std::rc::Rc;
+use std::sync::Arc;
 
+use latzero_fabric::books::Account;
 use latzero_fabric::effects::Tally;
 use latzero_fabric::{Class, Count, Link, Sent, Time};
 use latzero_protocol::Code;
@@ -27,10 +29,10 @@ pub struct Line {
 }
 
 impl Line {
-    pub(crate) fn new(id: Peer) -> Self {
+    pub(crate) fn new(id: Peer, account: Arc<Account>) -> Self {
         Line {
             id,
-            link: Rc::default(),
+            link: Rc::new(RefCell::new(Link::new(account))),
         }
     }
 

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use latzero_fabric::books::{Books, Users};
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
@@ -19,7 +20,7 @@ use latzero_fabric::{
 use latzero_protocol::frame::{self, Accept, Frame};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
-use latzero_protocol::{Code, PoolName, Refusal, encode};
+use latzero_protocol::{AppId, Code, PoolName, Refusal, encode};
 use serde_json::Value;
 
 use crate::line::{Bounds, Event, LENGTH_SLACK, Line, Observer, Peer, Totals};
@@ -73,6 +74,8 @@ pub struct World {
     observer: Observer,
     storages: Storages,
     store: Store,
+    /// All who come over TCP are one user, a stranger; the others are the server's own.
+    users: Users<bool>,
     connections: Vec<Connection>,
     is_draining: bool,
     touched: Vec<PoolHandle>,
@@ -90,6 +93,7 @@ impl World {
             now: Time::default(),
             registry: Rc::new(RefCell::new(Registry::new(EPOCH_MS, limits.clone(), seed))),
             site: Arc::new(Site {
+                books: Books::new(&limits),
                 limits,
                 outbox: latzero_fabric::outbox::Bounds {
                     bytes_max: bounds.outbox_bytes,
@@ -103,6 +107,7 @@ impl World {
             observer: Observer::default(),
             storages: Storages::default(),
             store: Store::default(),
+            users: Users::default(),
             connections: Vec::new(),
             is_draining: false,
             touched: Vec::new(),
@@ -131,10 +136,14 @@ impl World {
     /// A new connection over `transport`.
     pub fn connect(&mut self, transport: Transport) -> Peer {
         let peer = Peer(u32::try_from(self.connections.len()).expect("runs are short"));
-        let line = Line::new(peer);
+        let is_trusted = transport != Transport::Tcp;
+        let books = &self.site.books;
+        let user = self.users.account(is_trusted, is_trusted, books);
+        let line = Line::new(peer, books.connection(&user));
         let terms = Terms {
             transport,
             is_admin: transport == Transport::BuiltIn,
+            user,
             max_frame_before_handshake: MAX_FRAME_BEFORE_HANDSHAKE,
         };
         self.connections.push(Connection {
@@ -328,6 +337,7 @@ impl World {
                 return;
             };
             let connection = &mut self.connections[at];
+            let mut written = 0;
             while !taken.is_done() {
                 let (bytes, descriptors) = taken.next();
                 let room = wanted.max(self.socket_bytes);
@@ -340,9 +350,10 @@ impl World {
                 connection.descriptors += descriptors.len() as u64;
                 connection.socket.extend(&bytes[..n]);
                 taken.advance(n);
+                written += n;
             }
             let mut link = line.link();
-            link.outbox.put_back(taken);
+            link.put_back(self.now, taken, written);
             let is_blocked = link.outbox.is_blocked();
             let notices: Vec<_> = std::iter::from_fn(|| link.outbox.take_notice()).collect();
             drop(link);
@@ -358,7 +369,7 @@ impl World {
 
     /// The client ends its connection: what it has not read is lost.
     pub fn hang_up(&mut self, peer: Peer) {
-        self.line(peer).link().outbox.close();
+        self.line(peer).link().close();
         self.connections[peer.0 as usize].socket.clear();
         self.close(peer);
         self.reap();
@@ -484,8 +495,9 @@ impl World {
 
     fn begin_again(&mut self, seed: u64) -> usize {
         for connection in &mut self.connections {
-            let line = Line::new(connection.line.id);
-            line.link().outbox.close();
+            let account = Arc::clone(connection.line.link().account());
+            let line = Line::new(connection.line.id, account);
+            line.link().close();
             *connection = Connection {
                 line,
                 session: None,
@@ -513,16 +525,29 @@ impl World {
         for row in rows.pools.into_values() {
             left += usize::from(self.registry.borrow_mut().restore_pool(row).is_err());
         }
+        let user = self.site.books.user(true);
+        let account = |world: &mut World, app: &AppId| {
+            let mut turn = world.turn();
+            turn.with_registry(|registry, turn| registry.account(app, &user, turn))
+        };
         for row in rows.calls.values() {
-            let taken = self.take_in(&row.pool, |pool, turn| pool.restore_call(row, turn));
+            let account = account(self, &row.caller);
+            let taken = self.take_in(&row.pool, |pool, turn| {
+                pool.restore_call(row, &account, turn)
+            });
             left += usize::from(!taken);
         }
         for row in rows.answers.values() {
-            let taken = self.take_in(&row.pool, |pool, turn| pool.restore_answer(row, turn));
+            let account = account(self, &row.caller);
+            let taken = self.take_in(&row.pool, |pool, turn| {
+                pool.restore_answer(row, &account, turn)
+            });
             left += usize::from(!taken);
         }
         for row in rows.apps.into_values() {
-            left += usize::from(!self.registry.borrow_mut().restore_app(row, unix_ms));
+            let books = &self.site.books;
+            let taken = self.registry.borrow_mut().restore_app(row, unix_ms, books);
+            left += usize::from(!taken);
         }
         left
     }

@@ -13,6 +13,7 @@ mod lasting;
 mod orphans;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use hashbrown::HashMap;
 use latzero_protocol::message::Trigger;
@@ -21,16 +22,17 @@ use latzero_protocol::{AppId, Code, Refusal, TriggerName};
 use super::answer::Answered;
 use super::calls::Call;
 use super::ending::End;
+use super::repeats::{scoped, scoped_key};
 use super::{CallError, Caller, MemberKey, NOBODY, Pool};
-use crate::driver::Driver;
+use crate::books::{Account, Full, Hold, Resource};
+use crate::driver::{Driver, Peer};
 use crate::keep::{CallRow, Change};
-use crate::memory::check_parked;
 use crate::now::Time;
 use crate::slab::Key;
 use crate::turn::Turn;
 use answers::KeptAnswers;
-pub(super) use lasting::Lasting;
 use lasting::split_envelope;
+pub(super) use lasting::{Lasting, bytes};
 
 /// Parked calls that are given out at once; the rest follows when the driver calls again.
 const GIVEN_AT_ONCE_MAX: usize = 256;
@@ -38,6 +40,35 @@ const GIVEN_AT_ONCE_MAX: usize = 256;
 /// After how long parked calls are offered again to handlers that were busy, in milliseconds: a call that ends has it happen
 /// at once.
 const GIVE_AGAIN_MS: u64 = 1000;
+
+/// The place of a parked call, and of its answer, in the books.
+struct Held {
+    bytes: Hold,
+    _count: Hold,
+}
+
+impl Held {
+    /// Reserves room for a call.
+    fn new(account: &Arc<Account>, bytes: usize) -> Result<Held, Full> {
+        Ok(Held {
+            _count: account.reserve(Resource::ParkedCalls, 1)?,
+            bytes: account.reserve(Resource::Parked, bytes as u64)?,
+        })
+    }
+
+    /// Room for what an earlier run kept, whatever the limits are now.
+    fn restored(account: &Arc<Account>, bytes: usize) -> Held {
+        let forced = |what: Resource, amount: u64| {
+            let mut hold = account.hold(what);
+            hold.force(amount);
+            hold
+        };
+        Held {
+            _count: forced(Resource::ParkedCalls, 1),
+            bytes: forced(Resource::Parked, bytes as u64),
+        }
+    }
+}
 
 /// A parked call's place among the others.
 struct Parked {
@@ -52,7 +83,7 @@ struct Parked {
     /// Empty where the caller wants no answer.
     id: Box<str>,
     deadline: Time,
-    bytes: usize,
+    held: Held,
     attempt: u32,
     idempotency_key: Option<Box<str>>,
 }
@@ -195,10 +226,9 @@ impl<D: Driver> Pool<D> {
         let app = member.app.clone();
         let from_instance = member.instance;
         let deadline = now.after_ms(trigger.ttl_ms);
-        let mut lasting = Lasting::new((&app, from_instance), deadline, trigger);
-        let bytes = lasting.bytes();
-        let limits = &self.limits;
-        turn.with_ledger(|ledger| check_parked(ledger, &app, bytes, limits))?;
+        let account = Arc::clone(member.peer.link().account());
+        let held = Held::new(&account, lasting::bytes(trigger)).map_err(Refusal::from)?;
+        let mut lasting = Lasting::new((&app, from_instance), deadline, trigger, None);
         let number = turn.next_number();
         lasting.number = Some(number);
         lasting.attempt = 0;
@@ -229,9 +259,9 @@ impl<D: Driver> Pool<D> {
             from: caller,
             id: trigger.id.as_deref().unwrap_or_default().into(),
             deadline,
-            bytes,
+            held,
             attempt: 0,
-            idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
+            idempotency_key: scoped_key(trigger),
         };
         self.parked.insert(number, parked);
         Ok(number)
@@ -258,7 +288,12 @@ impl<D: Driver> Pool<D> {
     }
 
     /// Takes in a call that an earlier run parked; false where its row makes no sense.
-    pub fn restore_call(&mut self, row: &CallRow, turn: &mut Turn<'_, D>) -> bool {
+    pub fn restore_call(
+        &mut self,
+        row: &CallRow,
+        account: &Arc<Account>,
+        turn: &mut Turn<'_, D>,
+    ) -> bool {
         let now = turn.time();
         let unix_ms = turn.unix_ms();
         let Some((instance, message)) = split_envelope(&row.envelope) else {
@@ -280,13 +315,13 @@ impl<D: Driver> Pool<D> {
             may_park: true,
             idempotency_key: None,
             number: Some(row.number),
+            _held: None,
         });
         let Some(redeliver) = lasting.read(|trigger| trigger.redeliver) else {
             return false;
         };
         lasting.redeliver = redeliver;
-        let bytes = lasting.bytes();
-        turn.with_ledger(|ledger| ledger.park(&row.caller, bytes));
+        let held = Held::restored(account, lasting.bytes());
         turn.count_held(&self.name, self.number, 1);
         let parked = Parked {
             waiting: Some(lasting),
@@ -296,27 +331,23 @@ impl<D: Driver> Pool<D> {
             from: NOBODY,
             id: row.id.as_str().into(),
             deadline,
-            bytes,
+            held,
             attempt: row.attempt,
-            idempotency_key: row.idempotency_key.as_deref().map(Into::into),
+            idempotency_key: row
+                .idempotency_key
+                .as_deref()
+                .map(|key| scoped(&row.process, row.destination.as_deref(), key)),
         };
         if let Some(key) = &parked.idempotency_key {
-            self.repeats.restore(&row.caller, key);
+            self.repeats.restore(&row.caller, key, account);
         }
         self.parked.insert(row.number, parked);
         true
     }
 
     fn forget_parked(&mut self, number: u64, turn: &mut Turn<'_, D>) -> Option<Parked> {
-        let parked = self.take_parked(number, turn)?;
-        turn.count_held(&self.name, self.number, -1);
-        Some(parked)
-    }
-
-    /// As [`Pool::forget_parked`], where an answer takes the call's place.
-    fn take_parked(&mut self, number: u64, turn: &mut Turn<'_, D>) -> Option<Parked> {
         let parked = self.parked.remove(number)?;
-        turn.with_ledger(|ledger| ledger.unpark(&parked.caller, parked.bytes));
+        turn.count_held(&self.name, self.number, -1);
         Some(parked)
     }
 

@@ -7,15 +7,18 @@
 //! is then a call of its own, and may be the second that the handler sees.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use hashbrown::HashMap;
 use latzero_protocol::encode;
+use latzero_protocol::message::Trigger;
 use latzero_protocol::{AppId, Code, Refusal};
 
 use super::answer::Answered;
 use super::routing::id_in_use;
 use super::{MemberKey, Pool};
-use crate::driver::Driver;
+use crate::books::{Account, Hold, Resource};
+use crate::driver::{Driver, Peer};
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::{Class, Sent};
@@ -24,8 +27,22 @@ use crate::turn::Turn;
 /// Repeats that wait for the answer of one call.
 const WAITING_MAX: usize = 16;
 
-/// Who calls, and its key.
+/// Who calls, and its key as [`scoped`] has it.
 type Known = (AppId, Box<str>);
+
+/// A key belongs to the trigger and the destination that it was used for: one order may be billed and shipped under one
+/// number.
+pub(super) fn scoped(process: &str, destination: Option<&str>, key: &str) -> Box<str> {
+    // No name has a line break.
+    format!("{process}\n{}\n{key}", destination.unwrap_or_default()).into()
+}
+
+/// As [`scoped`], of a call.
+pub(super) fn scoped_key(trigger: &Trigger<'_>) -> Option<Box<str>> {
+    let key = trigger.idempotency_key.as_deref()?;
+    let destination = trigger.destination.as_ref().map(|d| &*d.app_id);
+    Some(scoped(&trigger.process, destination, key))
+}
 
 /// A member's place in an order, and the id of its repeat.
 type Waiter = ((u32, u32), Box<str>);
@@ -35,8 +52,18 @@ fn waiter(member: MemberKey, id: &str) -> Waiter {
 }
 
 enum Repeat {
-    Running(Vec<(MemberKey, Box<str>)>),
-    Answered { answer: Answered, expires: Time },
+    Running {
+        /// Repeats that wait for the answer.
+        waiting: Vec<(MemberKey, Box<str>)>,
+        /// Where the answer will count.
+        account: Arc<Account>,
+    },
+    Answered {
+        answer: Answered,
+        expires: Time,
+        /// Its place in the books.
+        held: Hold,
+    },
 }
 
 /// A repeat that waits with the first call.
@@ -88,7 +115,7 @@ impl Repeats {
         let Some(wait) = self.forget_wait(waiter) else {
             return false;
         };
-        if let Some(Repeat::Running(waiting)) = self.known.get_mut(&wait.known) {
+        if let Some(Repeat::Running { waiting, .. }) = self.known.get_mut(&wait.known) {
             let is_it = |(m, id): &(MemberKey, Box<str>)| {
                 (m.slot, m.generation) == waiter.0 && *id == waiter.1
             };
@@ -104,17 +131,20 @@ impl Repeats {
     }
 
     /// Ends a call that is under way; returns who waits with it.
-    fn take_running(&mut self, known: &Known) -> Option<Vec<(MemberKey, Box<str>)>> {
-        let Some(Repeat::Running(_)) = self.known.get(known) else {
+    fn take_running(
+        &mut self,
+        known: &Known,
+    ) -> Option<(Vec<(MemberKey, Box<str>)>, Arc<Account>)> {
+        let Some(Repeat::Running { .. }) = self.known.get(known) else {
             return None;
         };
-        let Some(Repeat::Running(waiting)) = self.known.remove(known) else {
+        let Some(Repeat::Running { waiting, account }) = self.known.remove(known) else {
             unreachable!("just seen");
         };
         for (member, id) in &waiting {
             self.forget_wait(&waiter(*member, id));
         }
-        Some(waiting)
+        Some((waiting, account))
     }
 
     /// A member leaves: it waits for nothing any more.
@@ -131,23 +161,41 @@ impl Repeats {
     }
 
     /// A call that an earlier run parked waits on.
-    pub(super) fn restore(&mut self, caller: &AppId, key: &str) {
+    pub(super) fn restore(&mut self, caller: &AppId, key: &str, account: &Arc<Account>) {
         let known = (caller.clone(), key.into());
-        self.known.insert(known, Repeat::Running(Vec::new()));
+        self.begin(known, account);
+    }
+
+    fn begin(&mut self, known: Known, account: &Arc<Account>) {
+        let account = Arc::clone(account);
+        let waiting = Vec::new();
+        self.known
+            .insert(known, Repeat::Running { waiting, account });
     }
 
     /// As [`Repeats::restore`], of one that has its answer, which is to be told next. False where there is no room for it, or
     /// it is known.
-    pub(super) fn restore_answered(&mut self, caller: &AppId, key: &str, limits: &Limits) -> bool {
+    pub(super) fn restore_answered(
+        &mut self,
+        caller: &AppId,
+        key: &str,
+        account: &Arc<Account>,
+        limits: &Limits,
+    ) -> bool {
         let is_known = self.known.contains_key(&(caller.clone(), key.into()));
         let has_room = !is_known && self.known.len() < limits.repeats_max;
         if has_room {
-            self.restore(caller, key);
+            self.restore(caller, key, account);
         }
         has_room
     }
 
-    fn forget_oldest(&mut self) -> bool {
+    /// When the oldest answer is given up.
+    pub(super) fn oldest(&self) -> Option<Time> {
+        self.expires.first().map(|(expires, _)| *expires)
+    }
+
+    pub(super) fn forget_oldest(&mut self) -> bool {
         let Some((_, known)) = self.expires.pop_first() else {
             return false;
         };
@@ -163,12 +211,17 @@ impl Repeats {
         let mut waiting = 0;
         for (known, repeat) in &self.known {
             match repeat {
-                Repeat::Answered { answer, expires } => {
+                Repeat::Answered {
+                    answer,
+                    expires,
+                    held,
+                } => {
+                    assert_eq!(held.amount(), answer.bytes() as u64);
                     bytes += answer.bytes();
                     answered += 1;
                     assert!(self.expires.contains(&(*expires, known.clone())));
                 }
-                Repeat::Running(with) => {
+                Repeat::Running { waiting: with, .. } => {
                     waiting += with.len();
                     for (member, id) in with {
                         assert_eq!(self.waits[&waiter(*member, id)].known, *known);
@@ -192,11 +245,21 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Seen, Refusal> {
         let member = self.members.at(caller).expect("it calls");
-        let known = (member.app.clone(), Box::from(key));
+        let account = Arc::clone(member.peer.link().account());
+        let mut known = (member.app.clone(), Box::from(key));
+        // Of a server that knew no scopes: its answers are under the bare key.
+        if let Some((_, bare)) = key.rsplit_once('\n')
+            && !self.repeats.known.contains_key(&known)
+        {
+            let unscoped = (known.0.clone(), Box::from(bare));
+            if self.repeats.known.contains_key(&unscoped) {
+                known = unscoped;
+            }
+        }
         // The very call that is parked, said again by a caller that came back: it waits by itself.
         let is_itself = id.is_some_and(|id| self.has_parked(&known.0, id));
         match self.repeats.known.get_mut(&known) {
-            Some(Repeat::Running(_)) if is_itself => Ok(Seen::Repeat),
+            Some(Repeat::Running { .. }) if is_itself => Ok(Seen::Repeat),
             None => {
                 let limits = &self.limits;
                 while self.repeats.known.len() >= limits.repeats_max {
@@ -208,12 +271,10 @@ impl<D: Driver> Pool<D> {
                         return Err(Refusal::new(Code::Overloaded, message));
                     }
                 }
-                self.repeats
-                    .known
-                    .insert(known, Repeat::Running(Vec::new()));
+                self.repeats.begin(known, &account);
                 Ok(Seen::First)
             }
-            Some(Repeat::Running(waiting)) => {
+            Some(Repeat::Running { waiting, .. }) => {
                 if waiting.len() >= WAITING_MAX {
                     let message = format!("{WAITING_MAX} repeats of this call wait for its answer");
                     return Err(Refusal::new(Code::Overloaded, message));
@@ -262,7 +323,7 @@ impl<D: Driver> Pool<D> {
     ) {
         let now = turn.time();
         let known = (caller.clone(), Box::from(key));
-        let Some(waiting) = self.repeats.take_running(&known) else {
+        let Some((waiting, account)) = self.repeats.take_running(&known) else {
             return;
         };
         for (member, id) in waiting {
@@ -285,19 +346,34 @@ impl<D: Driver> Pool<D> {
         while self.repeats.bytes + bytes > self.limits.repeats_bytes_max {
             self.repeats.forget_oldest();
         }
+        let mut held = account.hold(Resource::Repeats);
+        while let Err(full) = held.resize(bytes as u64) {
+            if full.is_of_server() {
+                // The oldest answers of all pools are forgotten, once this pool is released.
+                held.force(bytes as u64);
+                turn.driver.effects().is_over_repeats = true;
+            } else if !self.repeats.forget_oldest() {
+                return;
+            }
+        }
         let expires = now.after_ms(self.limits.repeats_ttl_ms);
         self.repeats.bytes += bytes;
         self.repeats.expires.insert((expires, known.clone()));
         let answer = answer.clone();
-        self.repeats
-            .known
-            .insert(known, Repeat::Answered { answer, expires });
+        self.repeats.known.insert(
+            known,
+            Repeat::Answered {
+                answer,
+                expires,
+                held,
+            },
+        );
     }
 
     /// The first call ended without an answer: those that wait with it are told, and the next one is a call of its own.
     pub(super) fn repeats_dropped(&mut self, caller: &AppId, key: &str, turn: &mut Turn<'_, D>) {
         let known = (caller.clone(), Box::from(key));
-        let Some(waiting) = self.repeats.take_running(&known) else {
+        let Some((waiting, _)) = self.repeats.take_running(&known) else {
             return;
         };
         let message =

@@ -3,6 +3,8 @@
 //! A call goes to one handler, which [`super::pick`] chooses; where none is there it may be parked. What a receiver does not
 //! take is refused here and now, and nothing was sent then.
 
+use std::sync::Arc;
+
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Emit, Trigger};
 use latzero_protocol::{Body, CallId, Code, InstanceId, PoolName, Refusal, TriggerName};
@@ -10,14 +12,24 @@ use latzero_protocol::{Body, CallId, Code, InstanceId, PoolName, Refusal, Trigge
 use super::calls::Call;
 use super::park::Lasting;
 use super::pick::{self, Offer};
-use super::repeats::Seen;
+use super::repeats::{Seen, scoped_key};
 use super::{CallError, Caller, Member, MemberKey, NOBODY, Pool};
-use crate::driver::Driver;
+use crate::books::{Full, Resource};
+use crate::driver::{Driver, Peer};
 use crate::effects::Count;
 use crate::now::Time;
-use crate::outbox::{Class, Sent};
+use crate::outbox::{Class, SHARE_BYTES, Sent, Shared};
 use crate::slab::Key;
 use crate::turn::Turn;
+
+/// An emit as it is sent to all who take the same form.
+enum Encoded {
+    /// In the pool's scratch buffer.
+    Here(std::ops::Range<usize>),
+    Shared(Shared),
+    /// There is no memory for it.
+    Refused(Full),
+}
 
 impl<D: Driver> Pool<D> {
     /// Routes a call to one handler. Where none is live and the call may wait for one, it is parked, with a promise to its
@@ -40,7 +52,7 @@ impl<D: Driver> Pool<D> {
         {
             return Err(id_in_use(id).into());
         }
-        let Some(key) = trigger.idempotency_key.as_deref() else {
+        let Some(key) = &scoped_key(trigger) else {
             return self.call_once(caller, trigger, turn);
         };
         let app = member.app.clone();
@@ -84,6 +96,14 @@ impl<D: Driver> Pool<D> {
         // Those that wait already come first.
         let must_wait = trigger.park && self.parked.waits_for(&trigger.process);
         let attempt = trigger.redeliver.then_some(1);
+        let held = if trigger.redeliver && !must_wait {
+            let account = Arc::clone(member.peer.link().account());
+            let bytes = super::park::bytes(trigger) as u64;
+            let hold = account.reserve(Resource::Redelivery, bytes);
+            Some(hold.map_err(Refusal::from)?)
+        } else {
+            None
+        };
         let routed = if must_wait {
             Err(CallError::UnknownDestination)
         } else {
@@ -93,7 +113,8 @@ impl<D: Driver> Pool<D> {
             Ok(key) => {
                 if trigger.redeliver {
                     let call = self.calls.at_mut(key).expect("just begun");
-                    call.lasting = Some(Lasting::new((app, instance), deadline, trigger));
+                    let lasting = Lasting::new((app, instance), deadline, trigger, held);
+                    call.lasting = Some(lasting);
                 }
                 Ok(None)
             }
@@ -265,8 +286,8 @@ impl<D: Driver> Pool<D> {
             credit: trigger.window,
             blocks: (!uses.is_empty()).then(|| uses.clone().into()),
             lasting: None,
-            repeat: match (&trigger.idempotency_key, from) {
-                (Some(key), Caller::Member(_)) => Some(Box::new((app.clone(), (&**key).into()))),
+            repeat: match (scoped_key(trigger), from) {
+                (Some(key), Caller::Member(_)) => Some(Box::new((app.clone(), key))),
                 _ => None,
             },
         };
@@ -324,8 +345,11 @@ impl<D: Driver> Pool<D> {
         };
         let sticky = self.sticky(emit.key.as_deref(), sender.instance);
         let mut delivered = 0;
-        // Encoded once for all who take the same form.
-        let mut encoded: [Option<std::ops::Range<usize>>; 2] = [None, None];
+        // Encoded once for all who take the same form, and held once where it is large.
+        let mut encoded: [Option<Encoded>; 2] = [None, None];
+        let account = Arc::clone(sender.peer.link().account());
+        let is_shared = served.handlers.len() > 1 && emit.body.len() >= SHARE_BYTES;
+        let mut refused = None;
         let scratch = &mut self.scratch;
         scratch.clear();
         let max_frame = self.limits.max_frame;
@@ -336,15 +360,30 @@ impl<D: Driver> Pool<D> {
                 return Offer::NotMeant;
             }
             let form = usize::from(to.attachments == Attachments::Taken);
-            let range = encoded[form].get_or_insert_with(|| {
+            let frame = encoded[form].get_or_insert_with(|| {
                 let start = scratch.len();
                 encode::notice(scratch, &notice, to.attachments);
-                start..scratch.len()
+                let range = start..scratch.len();
+                if !is_shared {
+                    return Encoded::Here(range);
+                }
+                let shared = Shared::new(&scratch[range.clone()], &account);
+                scratch.truncate(start);
+                shared.map_or_else(Encoded::Refused, Encoded::Shared)
             });
-            let bytes = &scratch[range.clone()];
-            let sent = turn.send(&to.peer, Class::Emit, bytes.len(), |out| {
-                out.extend_from_slice(bytes)
-            });
+            let sent = match frame {
+                Encoded::Here(range) => {
+                    let bytes = &scratch[range.clone()];
+                    turn.send(&to.peer, Class::Emit, bytes.len(), |out| {
+                        out.extend_from_slice(bytes)
+                    })
+                }
+                Encoded::Shared(frame) => turn.send_shared(&to.peer, Class::Emit, frame),
+                Encoded::Refused(full) => {
+                    refused = Some(*full);
+                    Sent::Full
+                }
+            };
             delivered += usize::from(sent == Sent::Queued);
             if sent == Sent::Queued {
                 Offer::Taken
@@ -383,6 +422,9 @@ impl<D: Driver> Pool<D> {
         }
         for _ in 0..delivered {
             turn.count(Count::Delivered);
+        }
+        if let Some(full) = refused.filter(|_| delivered == 0) {
+            return Err(full.into());
         }
         if self.scratch.capacity() > 64 * 1024 {
             self.scratch = Vec::new();

@@ -3,6 +3,7 @@
 //! What an app registers anew is handed out to be kept first; it is in when that is on disk.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_APP, SYSTEM_POOL};
 use latzero_protocol::message::{Handshake, TriggerSpec};
@@ -10,7 +11,8 @@ use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
 use super::{Admission, Admitted, App, Instance, Registry, not_admitted};
-use crate::driver::{Driver, Transport};
+use crate::books::{Account, Hold, Resource};
+use crate::driver::{Driver, Peer, Transport};
 use crate::keep::Change;
 use crate::limits::Limits;
 use crate::registration::{Registration, Remembered};
@@ -75,7 +77,7 @@ impl<D: Driver> Registry<D> {
         }
         dedup_pools(&mut registration.pools);
         dedup_triggers(&mut registration.triggers);
-        self.check_quota(&registration.pools, &registration.triggers)?;
+        self.check_quota(&registration)?;
         if transport != Transport::BuiltIn {
             check_reserved(&registration.triggers)?;
         }
@@ -116,12 +118,21 @@ impl<D: Driver> Registry<D> {
             .filter(|name| !self.pools.contains_key(*name))
             .count();
         self.check_room_for_pools(new_pools)?;
+        let account = Arc::clone(peer.link().account());
+        let user = Arc::clone(account.user());
+        let held = self.reserve_app(app_id, &registration, &user, turn)?;
+        let mut places = Vec::new();
+        for _ in 0..new_pools {
+            places.push(account.reserve(Resource::Pools, 1).map_err(Refusal::from)?);
+        }
         // The last that can fail: from here on things change.
         if !is_known {
-            self.make_room(turn)?;
+            self.make_room(&user, turn)?;
         }
         let is_lasting = transport != Transport::BuiltIn && !handshake.transient;
         let app = self.apps.entry(app_id.clone()).or_insert_with(|| App {
+            held: user.hold(Resource::Registrations),
+            user: user.id(),
             registration: Remembered::Read(Registration::default()),
             instances: Vec::new(),
             registered: unix_ms,
@@ -129,12 +140,13 @@ impl<D: Driver> Registry<D> {
             is_lasting,
         });
         if !is_known {
-            self.offline.insert((app.last_seen, app_id.clone()));
+            self.offline.insert(app.user, app.last_seen, app_id.clone());
         }
         let becomes_lasting = is_lasting && !app.is_lasting;
         // A tool's visit under an app's name does not make the app less lasting, and an app may follow a tool.
         app.is_lasting |= is_lasting;
         app.registration = Remembered::Read(registration.clone());
+        app.held.force(app.bytes());
         if (!is_same || becomes_lasting) && !is_kept && app.keep(app_id, Some(peer), turn) {
             return Ok(Admitted::Later { rehydrated });
         }
@@ -144,7 +156,7 @@ impl<D: Driver> Registry<D> {
             .pools
             .clone()
             .into_iter()
-            .map(|name| self.enter(unix_ms, app_id, name))
+            .map(|name| self.enter(unix_ms, app_id, name, &mut places))
             .collect();
         let triggers = registration.triggers.clone();
         // Another instance may watch a pool that is not among those that are restored.
@@ -155,7 +167,7 @@ impl<D: Driver> Registry<D> {
             .cloned()
             .collect();
         let app = self.apps.get_mut(app_id).expect("it was made above");
-        self.offline.remove(&(app.last_seen, app_id.clone()));
+        self.offline.remove(app.user, app.last_seen, app_id);
         let was_offline = app.instances.is_empty();
         app.last_seen = unix_ms;
         let displaced = if handshake.takeover {
@@ -170,6 +182,10 @@ impl<D: Driver> Registry<D> {
             exclusive: handshake.exclusive,
             since: now,
         });
+        // From now on it is its newest user's.
+        app.user = user.id();
+        app.held = held;
+        app.held.force(app.bytes());
         self.instances = self.instances + 1 - displaced.len();
         if is_told || (is_kept && !is_same) {
             app.keep(app_id, None, turn);
@@ -187,18 +203,70 @@ impl<D: Driver> Registry<D> {
         })))
     }
 
-    /// Forgets the app that was offline longest where there is no room for another.
-    pub(super) fn make_room(&mut self, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
+    /// Forgets an app that was offline for long where there is no room for another. A stranger's new names push out its own
+    /// first.
+    fn make_room(&mut self, user: &Arc<Account>, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
         if self.apps.len() < self.limits.apps_max {
             return Ok(());
         }
-        let Some((_, longest_gone)) = self.offline.pop_first() else {
+        if !self.forget_offline(user, user.is_stranger(), turn) && !self.forget_any(turn) {
             let message = format!("{} apps live (limits.apps_max)", self.apps.len());
             return Err(Refusal::new(Code::Quota, message));
-        };
-        self.apps.remove(&longest_gone);
-        turn.keep(Change::ForgetApp(longest_gone), None);
+        }
         Ok(())
+    }
+
+    fn forget_offline(
+        &mut self,
+        user: &Arc<Account>,
+        is_own_first: bool,
+        turn: &mut Turn<'_, D>,
+    ) -> bool {
+        let gone = is_own_first
+            .then(|| self.offline.pop_of(user.id()))
+            .flatten();
+        gone.is_some_and(|gone| self.forget_gone(gone, turn))
+    }
+
+    fn forget_any(&mut self, turn: &mut Turn<'_, D>) -> bool {
+        let gone = self.offline.pop();
+        gone.is_some_and(|gone| self.forget_gone(gone, turn))
+    }
+
+    fn forget_gone(&mut self, gone: AppId, turn: &mut Turn<'_, D>) -> bool {
+        self.apps.remove(&gone);
+        turn.keep(Change::ForgetApp(gone), None);
+        true
+    }
+
+    /// Reserves memory for what an app registers and one more instance of it. Apps that were offline for long make room.
+    fn reserve_app(
+        &mut self,
+        app_id: &AppId,
+        registration: &Registration,
+        user: &Arc<Account>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Hold, Refusal> {
+        let registered = Remembered::Read(registration.clone()).bytes();
+        let (had, instances) = self.apps.get(app_id).map_or((0, 0), |app| {
+            (app.held.amount(), app.instances.len() as u64)
+        });
+        let needed = registered + registration.live() * (instances + 1);
+        let mut held = user.hold(Resource::Registrations);
+        loop {
+            // What it has now goes when it is replaced.
+            let more = needed.saturating_sub(had);
+            let Err(full) = held.resize(more) else {
+                held.force(needed);
+                return Ok(held);
+            };
+            let is_own = !full.is_of_server();
+            if !self.forget_offline(user, is_own || user.is_stranger(), turn)
+                && (is_own || !self.forget_any(turn))
+            {
+                return Err(full.into());
+            }
+        }
     }
 
     /// Whether the pools' rules let an app in, and serve where it says that it does.
@@ -237,11 +305,8 @@ impl<D: Driver> Registry<D> {
         Ok(())
     }
 
-    pub(super) fn check_quota(
-        &self,
-        pools: &[PoolName],
-        triggers: &[TriggerSpec],
-    ) -> Result<(), Refusal> {
+    pub(super) fn check_quota(&self, registration: &Registration) -> Result<(), Refusal> {
+        let (pools, triggers) = (&registration.pools[..], &registration.triggers[..]);
         check_pools(pools.len(), &self.limits)?;
         check_triggers(triggers, &self.limits)?;
         let pool_bytes =
@@ -256,6 +321,16 @@ impl<D: Driver> Registry<D> {
             let max = self.limits.registration_bytes_max;
             let message = format!(
                 "an app may register {max} bytes of names, pools and docs (limits.registration_bytes_max)"
+            );
+            return Err(Refusal::new(Code::Quota, message));
+        }
+        let (served, max) = (registration.served(), self.limits.served_per_app_max);
+        if served > max {
+            let message = format!(
+                "{} triggers in {} pools are {served} handlers, and an app may have {max} \
+                 (limits.served_per_app_max); say in which pools a trigger is served",
+                triggers.len(),
+                pools.len()
             );
             return Err(Refusal::new(Code::Quota, message));
         }

@@ -7,7 +7,8 @@ use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
 
 use super::{Entrance, PoolEntry, Registry, no_pool};
-use crate::driver::Driver;
+use crate::books::{Hold, Resource};
+use crate::driver::{Driver, Peer};
 use crate::keep::{Change, PoolRow};
 use crate::pool::Pool;
 use crate::prng::Prng;
@@ -33,7 +34,7 @@ impl<D: Driver> Registry<D> {
             join: Apps::These(Vec::new()),
             serve: Apps::These(Vec::new()),
         });
-        let entry = self.insert_pool(row.created, row.name, (true, true));
+        let entry = self.insert_pool(row.created, row.name, (true, true), None);
         entry.durable = true;
         entry.owner = row.owner;
         entry.policy = policy;
@@ -90,7 +91,7 @@ impl<D: Driver> Registry<D> {
     ) -> Result<(u32, D::Pool), Refusal> {
         if !self.pools.contains_key(name) {
             self.check_room_for_pools(1)?;
-            self.insert_pool(unix_ms, name.clone(), (false, true));
+            self.insert_pool(unix_ms, name.clone(), (false, true), None);
         }
         let entry = &self.pools[name];
         Ok((entry.number, entry.pool.clone()))
@@ -121,6 +122,8 @@ impl<D: Driver> Registry<D> {
             ));
         }
         self.check_room_for_pools(1)?;
+        let place = promise.link().account().reserve(Resource::Pools, 1);
+        let place = place.map_err(Refusal::from)?;
         let properties = properties
             .map(|raw| self.free_json("properties", raw.text()))
             .transpose()?;
@@ -135,7 +138,7 @@ impl<D: Driver> Registry<D> {
             turn.keep(Change::Pool(Box::new(row)), Some(promise));
         }
         let outlives = durable || policy == Policy::default();
-        let entry = self.insert_pool(unix_ms, name, (true, outlives));
+        let entry = self.insert_pool(unix_ms, name, (true, outlives), Some(place));
         entry.owner = Some(owner.clone());
         entry.durable = durable;
         entry.policy = policy;
@@ -205,6 +208,7 @@ impl<D: Driver> Registry<D> {
             let registration = app.registration.get_mut();
             if registration.pools.contains(name) {
                 forget_pool(registration, name);
+                app.held.force(app.bytes());
                 app.keep(app_id, None, turn);
             }
         }
@@ -214,9 +218,15 @@ impl<D: Driver> Registry<D> {
         Ok((entry.pool, entry.durable))
     }
 
-    pub(super) fn enter(&mut self, unix_ms: u64, app: &AppId, name: PoolName) -> Entrance<D> {
+    pub(super) fn enter(
+        &mut self,
+        unix_ms: u64,
+        app: &AppId,
+        name: PoolName,
+        places: &mut Vec<Hold>,
+    ) -> Entrance<D> {
         if !self.pools.contains_key(&name) {
-            self.insert_pool(unix_ms, name.clone(), (false, true));
+            self.insert_pool(unix_ms, name.clone(), (false, true), places.pop());
         }
         let entry = self
             .pools
@@ -236,6 +246,7 @@ impl<D: Driver> Registry<D> {
         created: u64,
         name: PoolName,
         (kept, outlives): (bool, bool),
+        place: Option<Hold>,
     ) -> &mut PoolEntry<D> {
         let number = self.next_number;
         self.next_number += 1;
@@ -258,6 +269,7 @@ impl<D: Driver> Registry<D> {
             policy: Policy::default(),
             properties: None,
             created,
+            _place: place,
         };
         self.pools.entry(name).or_insert(entry)
     }

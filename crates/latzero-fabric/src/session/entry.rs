@@ -1,5 +1,7 @@
 //! The handshake, from its words to the memberships it grants.
 
+use std::sync::Arc;
+
 use latzero_protocol::encode;
 use latzero_protocol::limits::{PROTOCOL_VERSION, SYSTEM_POOL};
 use latzero_protocol::message::{EventSet, Features, Handshake, TriggerSpec};
@@ -9,7 +11,7 @@ use serde_json::json;
 use super::pools::{NAMES_SHOWN_MAX, shown};
 use super::promises::Awaited;
 use super::{Flow, Ready, Session, expel, leave, tell_departure};
-use crate::driver::{Driver, Transport};
+use crate::driver::{Driver, Peer, Transport};
 use crate::outbox::Class;
 use crate::pool::Joining;
 use crate::registry::{Admission, Admitted, Membership};
@@ -159,6 +161,11 @@ impl<D: Driver> Session<D> {
         self.send(Class::Control, ack.len(), turn, |out| {
             encode::message(out, &ack)
         });
+        let user = Arc::clone(&self.terms.user);
+        let app =
+            turn.with_registry(|registry, turn| registry.account(&handshake.app_id, &user, turn));
+        let account = turn.driver.site().books.connection(&app);
+        self.peer.link().set_account(account);
         self.ready = Some(Ready {
             app: handshake.app_id.clone(),
             instance,

@@ -112,7 +112,9 @@ mod tests {
     #[test]
     fn words_come_in_the_order_of_the_promises() {
         let mut line = Line::default();
-        let (a, b) = (Peer::new(0, None), Peer::new(0, None));
+        let books = latzero_fabric::books::Books::new(&latzero_fabric::Limits::default());
+        let peer = || Peer::new(0, None, books.connection(&books.user(true)));
+        let (a, b) = (peer(), peer());
         let mut words = Vec::new();
         // Nothing before it: it is told at once.
         let before = line.promise(1, &a);

@@ -6,6 +6,7 @@
 //! before that has the call, or the answer, on disk.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use hashbrown::HashMap;
 
@@ -16,10 +17,11 @@ use latzero_protocol::{AppId, Code, Refusal};
 use super::super::answer::{Answered, checked};
 use super::super::routing::{forwarded_length, raw_length, too_large};
 use super::super::{Member, MemberKey, NOBODY, Pool};
+use super::Held;
 use super::{GIVEN_AT_ONCE_MAX, soon};
+use crate::books::Account;
 use crate::driver::Driver;
 use crate::keep::{AnswerRow, Change};
-use crate::memory::check_parked;
 use crate::now::Time;
 use crate::outbox::{Class, Sent};
 use crate::turn::Turn;
@@ -35,7 +37,7 @@ struct Kept {
     id: Box<str>,
     key: Option<Box<str>>,
     answer: Answered,
-    bytes: usize,
+    _held: Held,
     expires: Time,
     /// Whether it is on disk, in the place of its call.
     is_row: bool,
@@ -193,7 +195,12 @@ pub(in crate::pool) enum Told {
 
 impl<D: Driver> Pool<D> {
     /// Takes in an answer that an earlier run kept; false where its row makes no sense.
-    pub fn restore_answer(&mut self, row: &AnswerRow, turn: &mut Turn<'_, D>) -> bool {
+    pub fn restore_answer(
+        &mut self,
+        row: &AnswerRow,
+        account: &Arc<Account>,
+        turn: &mut Turn<'_, D>,
+    ) -> bool {
         let now = turn.time();
         let unix_ms = turn.unix_ms();
         let Some(answer) = Answered::read(&row.frame) else {
@@ -206,17 +213,16 @@ impl<D: Driver> Pool<D> {
             from: NOBODY,
             id: row.id.as_str().into(),
             key: row.idempotency_key.as_deref().map(Into::into),
-            bytes: answer.bytes(),
+            _held: Held::restored(account, answer.bytes()),
             answer,
             expires,
             is_row: true,
             on_way: None,
         };
-        turn.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
         if let Some(key) = &kept.key
             && self
                 .repeats
-                .restore_answered(&kept.caller, key, &self.limits)
+                .restore_answered(&kept.caller, key, account, &self.limits)
         {
             self.repeats_answered(&kept.caller, key, &kept.answer, turn);
         }
@@ -252,7 +258,7 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) {
         let now = turn.time();
-        let Some(parked) = self.take_parked(number, turn) else {
+        let Some(mut parked) = self.parked.remove(number) else {
             return;
         };
         match &parked.idempotency_key {
@@ -276,29 +282,28 @@ impl<D: Driver> Pool<D> {
             self.tell_answer(whom, &parked.id, &answer, turn)
         };
         if !matches!(told, Told::Yes(_)) {
-            let (bytes, limits, caller) = (answer.bytes(), &self.limits, &parked.caller);
-            match turn.with_ledger(|ledger| check_parked(ledger, caller, bytes, limits)) {
-                Ok(()) => turn.with_ledger(|ledger| ledger.unpark(caller, bytes)),
-                Err(refusal) => {
-                    // Its caller is told at least that there was an answer.
-                    let message = format!("the answer could not be kept: {}", refusal.message);
-                    answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
-                }
+            if let Err(full) = parked.held.bytes.resize(answer.bytes() as u64) {
+                // Its caller is told at least that there was an answer.
+                let message = format!(
+                    "the answer could not be kept: {}",
+                    Refusal::from(full).message
+                );
+                answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
             }
         }
+        parked.held.bytes.force(answer.bytes() as u64);
         let is_repeatable = parked.idempotency_key.is_some();
         let kept = Kept {
             caller: parked.caller.clone(),
             from: parked.from,
             id: parked.id,
             key: parked.idempotency_key,
-            bytes: answer.bytes(),
+            _held: parked.held,
             answer,
             expires: now.after_ms(self.limits.answer_ttl_ms),
             is_row: false,
             on_way: None,
         };
-        turn.with_ledger(|ledger| ledger.park(&kept.caller, kept.bytes));
         self.parked.answers.insert(number, kept);
         if !is_answered || is_repeatable {
             // Nothing that was cancelled or ran out of time is run again, even if the server dies before that is told; nor
@@ -477,7 +482,6 @@ impl<D: Driver> Pool<D> {
 
     pub(in crate::pool) fn drop_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         if let Some(kept) = self.parked.answers.remove(number) {
-            turn.with_ledger(|ledger| ledger.unpark(&kept.caller, kept.bytes));
             turn.count_held(&self.name, self.number, -1);
             let end = if kept.is_row {
                 Change::EndAnswer(number)

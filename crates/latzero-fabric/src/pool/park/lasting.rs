@@ -5,6 +5,8 @@ use latzero_protocol::frame::Frame;
 use latzero_protocol::message::{Request, Trigger};
 use latzero_protocol::{AppId, Body, Envelope, InstanceId, Raw};
 
+use super::super::repeats::scoped_key;
+use crate::books::Hold;
 use crate::now::Time;
 
 /// A call that outlives its first attempt.
@@ -22,9 +24,12 @@ pub(in crate::pool) struct Lasting {
     pub(in crate::pool) redeliver: bool,
     /// Whether it may wait for one.
     pub(super) may_park: bool,
+    /// As [`scoped_key`] has it.
     pub(super) idempotency_key: Option<Box<str>>,
     /// Its number, where it is parked.
     pub(in crate::pool) number: Option<u64>,
+    /// Its place in the books, where it is not parked.
+    pub(super) _held: Option<Hold>,
 }
 
 impl Lasting {
@@ -32,6 +37,7 @@ impl Lasting {
         (caller, instance): (&AppId, InstanceId),
         deadline: Time,
         trigger: &Trigger<'_>,
+        held: Option<Hold>,
     ) -> Box<Lasting> {
         Box::new(Lasting {
             message: message(trigger).into(),
@@ -46,13 +52,14 @@ impl Lasting {
             window: trigger.window,
             redeliver: trigger.redeliver,
             may_park: trigger.park,
-            idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
+            idempotency_key: scoped_key(trigger),
             number: None,
+            _held: held,
         })
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.message.len() + self.attachment.as_ref().map_or(0, |bytes| bytes.len()) + 256
+        self.message.len() + self.attachment.as_ref().map_or(0, |bytes| bytes.len()) + OVERHEAD
     }
 
     /// Reads the call and hands it to `f`; `None` where a row makes no sense.
@@ -71,6 +78,22 @@ impl Lasting {
         }
     }
 }
+
+/// About how many bytes a call takes that is kept.
+pub(in crate::pool) fn bytes(trigger: &Trigger<'_>) -> usize {
+    let raw = |raw: Option<Raw<'_>>| raw.map_or(0, |raw| raw.text().len());
+    let text = |text: &Option<std::borrow::Cow<'_, str>>| text.as_ref().map_or(0, |t| t.len());
+    let destination = trigger.destination.as_ref().map(|d| d.raw);
+    trigger.body.len()
+        + raw(trigger.headers)
+        + raw(destination)
+        + text(&trigger.id)
+        + text(&trigger.key)
+        + OVERHEAD
+}
+
+/// What a kept call takes besides its words.
+const OVERHEAD: usize = 640;
 
 /// The message of a call, as it is kept: its payload's text is passed on as it came.
 fn message(trigger: &Trigger<'_>) -> String {

@@ -1,0 +1,696 @@
+//! One ledger of everything that clients make the server hold.
+//!
+//! Each resource is reserved before anything is copied, in the account of whoever asks for it, and a [`Hold`] gives it back
+//! when it is dropped. Accounts form a tree: the server, its users, their apps, and the connections of those. A reservation
+//! counts in each of them up to the root, and each has a bound: so a stranger, whatever names it invents and however many
+//! connections it opens, leaves room for everybody else. Counters are atomic, since several event loops share them; nothing
+//! here waits.
+
+use std::hash::Hash;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
+
+use hashbrown::HashMap;
+use latzero_protocol::{Code, Refusal};
+use serde_json::{Map, Value};
+
+use crate::limits::Limits;
+use crate::now::Time;
+
+/// What is counted: bytes of memory first, then numbers of things.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Resource {
+    /// Bytes of frames that have not arrived in full.
+    Inbound,
+    /// Bytes that wait to be written.
+    Outbox,
+    /// Bytes of parked calls, and of answers that wait for their callers.
+    Parked,
+    /// Bytes of answers that are kept for repeats.
+    Repeats,
+    /// Bytes of calls that may be given to another handler.
+    Redelivery,
+    /// Bytes of what apps registered.
+    Registrations,
+    /// Calls in flight, by what one takes.
+    Calls,
+    /// Bytes of memory blocks.
+    Blocks,
+    /// Parked calls and waiting answers.
+    ParkedCalls,
+    /// Pools.
+    Pools,
+    /// Memory blocks.
+    BlockCount,
+}
+
+/// Resources that are bytes of memory.
+const BYTES: usize = 8;
+
+/// How many resources there are.
+const RESOURCES: usize = 11;
+
+/// The place of all memory together in an account.
+const MEMORY: usize = RESOURCES;
+
+impl Resource {
+    const ALL: [Resource; RESOURCES] = [
+        Resource::Inbound,
+        Resource::Outbox,
+        Resource::Parked,
+        Resource::Repeats,
+        Resource::Redelivery,
+        Resource::Registrations,
+        Resource::Calls,
+        Resource::Blocks,
+        Resource::ParkedCalls,
+        Resource::Pools,
+        Resource::BlockCount,
+    ];
+
+    fn is_memory(self) -> bool {
+        (self as usize) < BYTES
+    }
+
+    /// Its name in `stats`.
+    fn name(self) -> &'static str {
+        match self {
+            Resource::Inbound => "inbound_bytes",
+            Resource::Outbox => "outbox_bytes",
+            Resource::Parked => "parked_bytes",
+            Resource::Repeats => "repeats_bytes",
+            Resource::Redelivery => "redelivery_bytes",
+            Resource::Registrations => "registration_bytes",
+            Resource::Calls => "call_bytes",
+            Resource::Blocks => "block_bytes",
+            Resource::ParkedCalls => "parked",
+            Resource::Pools => "pools",
+            Resource::BlockCount => "blocks",
+        }
+    }
+
+    /// What people call it, and the setting that bounds it.
+    fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Resource::Inbound => ("bytes of unfinished frames", "memory_max"),
+            Resource::Outbox => ("bytes that wait to be written", "outbox_total_bytes_max"),
+            Resource::Parked => ("bytes of parked calls", "parked_bytes_max"),
+            Resource::Repeats => ("bytes of answers kept for repeats", "memory_max"),
+            Resource::Redelivery => ("bytes of calls kept for redelivery", "memory_max"),
+            Resource::Registrations => ("bytes of registrations", "memory_max"),
+            Resource::Calls => ("bytes of calls in flight", "memory_max"),
+            Resource::Blocks => ("bytes of memory blocks", "memory_bytes_max"),
+            Resource::ParkedCalls => ("parked calls and answers", "parked_max"),
+            Resource::Pools => ("pools", "pools_max"),
+            Resource::BlockCount => ("memory blocks", "blocks_max"),
+        }
+    }
+
+    /// What a request is answered with that needs more than there is: what frees itself in time is worth a repeat.
+    fn code(self) -> Code {
+        match self {
+            Resource::Registrations | Resource::Blocks | Resource::Pools | Resource::BlockCount => {
+                Code::Quota
+            }
+            _ => Code::Overloaded,
+        }
+    }
+}
+
+/// Whose account it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Server,
+    User,
+    App,
+    Connection,
+}
+
+impl Owner {
+    fn words(self) -> &'static str {
+        match self {
+            Owner::Server => "this server",
+            Owner::User => "your user",
+            Owner::App => "this app",
+            Owner::Connection => "this connection",
+        }
+    }
+}
+
+/// The most of each resource, and of memory, that an account of a kind may hold.
+#[derive(Debug)]
+struct Bounds {
+    owner: Owner,
+    max: [u64; RESOURCES + 1],
+}
+
+/// The bounds of every kind of account.
+#[derive(Debug)]
+struct Plan {
+    trusted: Arc<Bounds>,
+    stranger: Arc<Bounds>,
+    app: Arc<Bounds>,
+    connection: Arc<Bounds>,
+}
+
+/// What one owner holds.
+#[derive(Debug)]
+pub struct Account {
+    /// No two accounts share it; the server's own is 0.
+    id: u64,
+    bounds: Arc<Bounds>,
+    parent: Option<Arc<Account>>,
+    used: [AtomicU64; RESOURCES + 1],
+}
+
+/// More was asked for than there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Full {
+    what: Resource,
+    owner: Owner,
+    is_memory: bool,
+    needed: u64,
+    free: u64,
+    max: u64,
+}
+
+impl Full {
+    /// Whether the server as a whole has no more, rather than one user, app or connection.
+    #[must_use]
+    pub fn is_of_server(&self) -> bool {
+        self.owner == Owner::Server
+    }
+}
+
+impl From<Full> for Refusal {
+    fn from(full: Full) -> Refusal {
+        let Full {
+            what,
+            owner,
+            is_memory,
+            needed,
+            free,
+            max,
+        } = full;
+        let (words, limit) = what.words();
+        let limit = if is_memory { "memory_max" } else { limit };
+        let remedy = match what.code() {
+            Code::Quota => "remove what is not needed, or raise the limit",
+            _ => "wait and repeat, or raise the limit",
+        };
+        let whose = owner.words();
+        let message = format!(
+            "{needed} {words} are needed, and {free} of {max} are free for {whose} \
+             (limits.{limit}); {remedy}"
+        );
+        Refusal::new(what.code(), message)
+    }
+}
+
+impl Account {
+    fn new(id: u64, bounds: &Arc<Bounds>, parent: Option<&Arc<Account>>) -> Arc<Account> {
+        Arc::new(Account {
+            id,
+            bounds: Arc::clone(bounds),
+            parent: parent.map(Arc::clone),
+            used: Default::default(),
+        })
+    }
+
+    /// How much of a resource its owner holds.
+    #[must_use]
+    pub fn used(&self, what: Resource) -> u64 {
+        self.used[what as usize].load(Relaxed)
+    }
+
+    /// How much memory its owner holds.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        self.used[MEMORY].load(Relaxed)
+    }
+
+    /// The account of the user that it is of, or the server's own.
+    #[must_use]
+    pub fn user(self: &Arc<Self>) -> &Arc<Account> {
+        let mut account = self;
+        while let Owner::App | Owner::Connection = account.bounds.owner {
+            let Some(parent) = &account.parent else { break };
+            account = parent;
+        }
+        account
+    }
+
+    /// Its number, which no other account has.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Whether a user may hold a part of all there is only.
+    #[must_use]
+    pub fn is_stranger(&self) -> bool {
+        self.bounds.owner == Owner::User && self.bounds.max[MEMORY] < self.root_max()
+    }
+
+    fn root_max(&self) -> u64 {
+        self.parent
+            .as_ref()
+            .map_or(self.bounds.max[MEMORY], |parent| parent.root_max())
+    }
+
+    /// Whether it is of that parent.
+    pub(crate) fn is_under(&self, parent: &Arc<Account>) -> bool {
+        self.parent
+            .as_ref()
+            .is_some_and(|own| Arc::ptr_eq(own, parent))
+    }
+
+    /// Reserves an amount of a resource.
+    ///
+    /// # Errors
+    /// Where this account or one above it has no room; nothing is reserved then.
+    pub fn reserve(self: &Arc<Self>, what: Resource, amount: u64) -> Result<Hold, Full> {
+        let mut hold = self.hold(what);
+        hold.resize(amount)?;
+        Ok(hold)
+    }
+
+    /// A hold of nothing yet.
+    #[must_use]
+    pub fn hold(self: &Arc<Self>, what: Resource) -> Hold {
+        Hold {
+            account: Arc::clone(self),
+            what,
+            amount: 0,
+        }
+    }
+
+    /// Whether `amount` of a resource would have room.
+    #[must_use]
+    pub fn has_room(&self, what: Resource, amount: u64) -> bool {
+        let mut account = Some(self);
+        while let Some(at) = account {
+            if at.lacks(what, amount).is_some() {
+                return false;
+            }
+            account = at.parent.as_deref();
+        }
+        true
+    }
+
+    /// Why there is no room here for that much more.
+    fn lacks(&self, what: Resource, amount: u64) -> Option<Full> {
+        let places = [what as usize, MEMORY];
+        let places = &places[..1 + usize::from(what.is_memory())];
+        places.iter().find_map(|&place| {
+            let (used, max) = (self.used[place].load(Relaxed), self.bounds.max[place]);
+            let free = max.saturating_sub(used);
+            (amount > free).then_some(Full {
+                what,
+                owner: self.bounds.owner,
+                is_memory: place == MEMORY,
+                needed: amount,
+                free,
+                max,
+            })
+        })
+    }
+
+    fn add(&self, what: Resource, amount: u64) {
+        let mut account = Some(self);
+        while let Some(at) = account {
+            at.used[what as usize].fetch_add(amount, Relaxed);
+            if what.is_memory() {
+                at.used[MEMORY].fetch_add(amount, Relaxed);
+            }
+            account = at.parent.as_deref();
+        }
+    }
+
+    fn subtract(&self, what: Resource, amount: u64) {
+        let mut account = Some(self);
+        while let Some(at) = account {
+            at.used[what as usize].fetch_sub(amount, Relaxed);
+            if what.is_memory() {
+                at.used[MEMORY].fetch_sub(amount, Relaxed);
+            }
+            account = at.parent.as_deref();
+        }
+    }
+}
+
+/// An amount of a resource that is reserved for as long as this lives.
+#[derive(Debug)]
+pub struct Hold {
+    account: Arc<Account>,
+    what: Resource,
+    amount: u64,
+}
+
+impl Hold {
+    /// How much is held.
+    #[must_use]
+    pub fn amount(&self) -> u64 {
+        self.amount
+    }
+
+    /// Holds another amount instead.
+    ///
+    /// # Errors
+    /// Where there is no room for the difference; the amount is as before then.
+    #[inline]
+    pub fn resize(&mut self, amount: u64) -> Result<(), Full> {
+        if amount > self.amount {
+            let more = amount - self.amount;
+            let mut account = Some(&*self.account);
+            while let Some(at) = account {
+                if let Some(full) = at.lacks(self.what, more) {
+                    return Err(full);
+                }
+                account = at.parent.as_deref();
+            }
+        }
+        self.force(amount);
+        Ok(())
+    }
+
+    /// Holds another amount instead, whether there is room or not: for what exists already.
+    #[inline]
+    pub fn force(&mut self, amount: u64) {
+        match amount.checked_sub(self.amount) {
+            Some(0) => {}
+            Some(more) => self.account.add(self.what, more),
+            None => self.account.subtract(self.what, self.amount - amount),
+        }
+        self.amount = amount;
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.force(0);
+    }
+}
+
+/// The server's ledger.
+#[derive(Debug)]
+pub struct Books {
+    root: Arc<Account>,
+    plan: Plan,
+    accounts: AtomicU64,
+}
+
+/// A connection may hold this part of all memory, and at least room for two frames, one on the way in and one out.
+const CONNECTION_PART: u64 = 4;
+
+/// A stranger may hold this part of every resource: others have the rest.
+const STRANGER_PART: u64 = 2;
+
+/// This part of memory is for what is under way already, answers and errors; new work is refused before.
+const RESERVED_PART: u64 = 16;
+
+impl Books {
+    /// Empty books with these bounds.
+    #[must_use]
+    pub fn new(limits: &Limits) -> Books {
+        let max = |what: Resource| match what {
+            Resource::Outbox => limits.outbox_total_bytes_max as u64,
+            Resource::Parked => limits.parked_bytes_max as u64,
+            Resource::Repeats => limits.memory_max / 4,
+            Resource::Registrations => limits.memory_max / 2,
+            Resource::Blocks => limits.memory_bytes_max,
+            Resource::ParkedCalls => limits.parked_max as u64,
+            // The built-in pools are there anyway.
+            Resource::Pools => limits.pools_max as u64,
+            Resource::BlockCount => limits.blocks_max as u64,
+            Resource::Inbound | Resource::Redelivery | Resource::Calls => limits.memory_max,
+        };
+        let bounds = |owner: Owner, max: &dyn Fn(Resource) -> u64, memory: u64| {
+            let mut all = [memory; RESOURCES + 1];
+            for what in Resource::ALL {
+                all[what as usize] = max(what);
+            }
+            Arc::new(Bounds { owner, max: all })
+        };
+        let part = |what: Resource| max(what).div_ceil(STRANGER_PART);
+        let per_app = |what: Resource| match what {
+            Resource::ParkedCalls => limits.parked_per_app_max as u64,
+            Resource::Parked => limits.parked_bytes_per_app_max as u64,
+            Resource::Blocks => limits.memory_bytes_per_app_max,
+            _ => u64::MAX,
+        };
+        let per_connection = |what: Resource| match what {
+            Resource::Outbox => limits.outbox_total_bytes_max as u64 / 4 * 3,
+            _ => u64::MAX,
+        };
+        let frames = 2 * limits.max_frame as u64 + (1 << 20);
+        let connection = (limits.memory_max / CONNECTION_PART).max(frames);
+        let all = limits.memory_max;
+        let server = bounds(Owner::Server, &max, all);
+        Books {
+            root: Account::new(0, &server, None),
+            accounts: AtomicU64::new(1),
+            plan: Plan {
+                trusted: bounds(Owner::User, &max, all),
+                stranger: bounds(Owner::User, &part, all / STRANGER_PART),
+                app: bounds(Owner::App, &per_app, u64::MAX),
+                connection: bounds(Owner::Connection, &per_connection, connection),
+            },
+        }
+    }
+
+    /// The account of the whole server.
+    #[must_use]
+    pub fn all(&self) -> &Arc<Account> {
+        &self.root
+    }
+
+    /// An account for a user. One that is trusted may hold all there is, a stranger a part of it.
+    #[must_use]
+    pub fn user(&self, is_trusted: bool) -> Arc<Account> {
+        let bounds = if is_trusted {
+            &self.plan.trusted
+        } else {
+            &self.plan.stranger
+        };
+        self.open(bounds, &self.root)
+    }
+
+    /// An account for an app of a user.
+    #[must_use]
+    pub fn app(&self, user: &Arc<Account>) -> Arc<Account> {
+        self.open(&self.plan.app, user)
+    }
+
+    /// An account for a connection of a user or of an app.
+    #[must_use]
+    pub fn connection(&self, of: &Arc<Account>) -> Arc<Account> {
+        self.open(&self.plan.connection, of)
+    }
+
+    fn open(&self, bounds: &Arc<Bounds>, parent: &Arc<Account>) -> Arc<Account> {
+        let id = self.accounts.fetch_add(1, Relaxed);
+        Account::new(id, bounds, Some(parent))
+    }
+
+    /// Whether there are more answers kept for repeats than there may be.
+    pub(crate) fn is_over_repeats(&self) -> bool {
+        let what = Resource::Repeats;
+        self.root.used(what) > self.root.bounds.max[what as usize]
+            || self.root.memory() > self.root.bounds.max[MEMORY]
+    }
+
+    /// Whether memory is so short that new work is refused, and connections that hold much are closed.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        let short = |place: usize| {
+            let (used, max) = (
+                self.root.used[place].load(Relaxed),
+                self.root.bounds.max[place],
+            );
+            used >= max - max / RESERVED_PART
+        };
+        short(MEMORY) || short(Resource::Outbox as usize)
+    }
+
+    /// Whether connections must be closed to make room: what waits on the way in and out of them is what memory is short of.
+    #[must_use]
+    pub fn must_shed(&self) -> bool {
+        let on_way = self.root.used(Resource::Inbound) + self.root.used(Resource::Outbox);
+        self.is_short() && on_way >= self.root.bounds.max[Resource::Outbox as usize] / 4
+    }
+
+    /// What is held, by resource, with the bound on memory.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let mut all = Map::new();
+        for what in Resource::ALL {
+            all.insert(what.name().into(), self.root.used(what).into());
+        }
+        all.insert("memory_bytes".into(), self.root.memory().into());
+        all.insert("memory_max".into(), self.root.bounds.max[MEMORY].into());
+        Value::Object(all)
+    }
+
+    /// Whether nothing is held.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.root.used.iter().all(|used| used.load(Relaxed) == 0)
+    }
+}
+
+/// What a connection holds on its way in and out.
+#[derive(Debug, Clone, Copy)]
+pub struct Holding<K> {
+    /// Which connection.
+    pub key: K,
+    /// How many bytes.
+    pub bytes: u64,
+    /// When it last took or sent something.
+    pub since: Time,
+}
+
+/// Less than this is not worth closing a connection for, in bytes.
+const SHED_BYTES_MIN: u64 = 64 * 1024;
+
+/// A connection that moved within this time is not closed, in milliseconds: a large fresh answer is on its way.
+const SHED_AGE_MIN_MS: u64 = 1000;
+
+/// The connection to close where memory is short: the one that holds most, for longest.
+pub fn victim<K>(now: Time, holdings: impl Iterator<Item = Holding<K>>) -> Option<K> {
+    let age = |holding: &Holding<K>| now.since(holding.since).as_millis() as u64;
+    holdings
+        .filter(|holding| holding.bytes >= SHED_BYTES_MIN && age(holding) >= SHED_AGE_MIN_MS)
+        .max_by_key(|holding| holding.bytes.saturating_mul(age(holding)))
+        .map(|holding| holding.key)
+}
+
+/// The accounts of users that hold something or have a connection. `K` is who they are.
+#[derive(Debug)]
+pub struct Users<K> {
+    accounts: HashMap<K, Weak<Account>>,
+}
+
+impl<K> Default for Users<K> {
+    fn default() -> Self {
+        Users {
+            accounts: HashMap::new(),
+        }
+    }
+}
+
+impl<K: Hash + Eq> Users<K> {
+    /// A user's account.
+    pub fn account(&mut self, user: K, is_trusted: bool, books: &Books) -> Arc<Account> {
+        if let Some(account) = self.accounts.get(&user).and_then(Weak::upgrade) {
+            return account;
+        }
+        if self.accounts.len() == self.accounts.capacity() {
+            self.accounts
+                .retain(|_, account| account.strong_count() > 0);
+        }
+        let account = books.user(is_trusted);
+        self.accounts.insert(user, Arc::downgrade(&account));
+        account
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn books() -> Books {
+        Books::new(&Limits {
+            memory_max: 1000,
+            max_frame: 0,
+            outbox_total_bytes_max: 400,
+            parked_max: 10,
+            parked_per_app_max: 4,
+            ..Limits::default()
+        })
+    }
+
+    #[test]
+    fn a_hold_gives_back_what_it_reserved() {
+        let books = books();
+        let user = books.user(true);
+        let connection = books.connection(&books.app(&user));
+        let mut hold = connection.reserve(Resource::Inbound, 300).unwrap();
+        hold.resize(100).unwrap();
+        hold.resize(200).unwrap();
+        assert_eq!((user.memory(), books.all().memory()), (200, 200));
+        assert!(hold.resize(2000).is_err());
+        assert_eq!(hold.amount(), 200);
+        drop(hold);
+        assert!(books.is_empty());
+    }
+
+    #[test]
+    fn a_stranger_leaves_half_of_everything() {
+        let books = books();
+        let (stranger, own) = (books.user(false), books.user(true));
+        let mut held: Vec<Hold> = Vec::new();
+        // However many names and connections it has.
+        let full = loop {
+            let app = books.app(&stranger);
+            match app.reserve(Resource::ParkedCalls, 1) {
+                Ok(hold) => held.push(hold),
+                Err(full) => break full,
+            }
+        };
+        assert_eq!(held.len(), 5);
+        let refusal = Refusal::from(full);
+        assert_eq!(refusal.code, Code::Overloaded);
+        assert!(
+            refusal
+                .message
+                .contains("0 of 5 are free for your user (limits.parked_max)"),
+            "{refusal}"
+        );
+        let app = books.app(&own);
+        let fits = (0..10).take_while(|_| {
+            let hold = app.reserve(Resource::ParkedCalls, 1);
+            hold.map(|hold| held.push(hold)).is_ok()
+        });
+        assert_eq!(fits.count(), 4, "the bound of one app");
+    }
+
+    #[test]
+    fn who_holds_most_for_longest_is_closed_and_a_fresh_answer_never() {
+        let now = Time(100_000_000);
+        let check = |holdings: &[(u64, u64)], expected: Option<usize>| {
+            let holdings = holdings.iter().enumerate();
+            let holdings = holdings.map(|(key, &(mib, age_ms))| Holding {
+                key,
+                bytes: mib << 20,
+                since: Time(now.0 - age_ms * 1000),
+            });
+            assert_eq!(victim(now, holdings), expected);
+        };
+        check(&[(16, 900), (4, 5000), (4, 6000)], Some(2));
+        check(&[(16, 5000), (4, 5000)], Some(0));
+        check(&[(16, 900), (0, 60_000)], None);
+    }
+
+    #[test]
+    fn memory_is_one_sum_of_its_kinds() {
+        let books = books();
+        let user = books.user(true);
+        let held = [
+            user.reserve(Resource::Outbox, 400).unwrap(),
+            user.reserve(Resource::Redelivery, 500).unwrap(),
+        ];
+        assert!(!user.has_room(Resource::Inbound, 101));
+        assert!(user.has_room(Resource::Inbound, 100));
+        assert!(books.is_short(), "the outboxes are full");
+        let full = user.reserve(Resource::Redelivery, 101).unwrap_err();
+        assert!(Refusal::from(full).message.contains("limits.memory_max"));
+        // What exists already is counted, bound or not.
+        let mut forced = user.hold(Resource::Outbox);
+        forced.force(300);
+        assert_eq!(books.all().memory(), 1200);
+        drop((held, forced));
+        assert!(books.is_empty());
+    }
+}
