@@ -826,6 +826,25 @@ pub(crate) struct DbArgs {
 pub(crate) enum DbCommand {
     /// Check for damage; exit code 4 if there is any
     Check(DbCheckArgs),
+    /// Answer one SELECT, about a copy of the database: at most 10000 rows, 1 MiB and 5 s
+    Query(DbQueryArgs),
+    /// Write the database as SQL text to stdout, which `sqlite3` makes it of again
+    Dump(DbDumpArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DbQueryArgs {
+    /// The question, such as "SELECT name FROM sqlite_schema"
+    #[arg(value_name = "SQL")]
+    pub(crate) sql: String,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DbDumpArgs {
+    #[command(flatten)]
+    pub(crate) reach: Reach,
 }
 
 #[derive(Args, Debug)]

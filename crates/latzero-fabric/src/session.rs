@@ -460,8 +460,9 @@ impl<D: Driver> Session<D> {
                     json!({"action": "kick", "of": app, "of_instance": instance})
                 }
                 AdminAction::Forget(app) => json!({"action": "app_forget", "of": app}),
-                AdminAction::Backup(to) => json!({"action": "backup", "to": to}),
+                AdminAction::Backup { to, .. } => json!({"action": "backup", "to": to}),
                 AdminAction::CheckDatabase(full) => json!({"action": "db_check", "full": full}),
+                AdminAction::QueryDatabase(_) => json!({"action": "db_query"}),
             };
             self.audit("administered", (&ready.app, ready.instance), what, turn);
         }

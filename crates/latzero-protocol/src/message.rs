@@ -471,8 +471,13 @@ pub enum AdminAction {
     Kick(AppId, Option<InstanceId>),
     /// Forget an app that has no instance.
     Forget(AppId),
-    /// Copy what is stored into one file, at a path of the server's machine or else among its backups.
-    Backup(Option<String>),
+    /// Copy what is stored into one file.
+    Backup {
+        /// A path of the server's machine; else it comes among its backups.
+        to: Option<String>,
+        /// Leave the bytes of blocks out.
+        without_blocks: bool,
+    },
     /// Give sockets and blocks to a server that takes over; or, once it has taken them, stop.
     HandOver {
         /// Whether it has.
@@ -480,6 +485,8 @@ pub enum AdminAction {
     },
     /// Check the database, thoroughly or in short.
     CheckDatabase(bool),
+    /// Answer a question about the database, in SQL.
+    QueryDatabase(String),
 }
 
 impl<'a> Request<'a> {
@@ -539,12 +546,18 @@ impl<'a> Request<'a> {
                 admin(e, AdminAction::Forget(app))?
             }
             "backup" => {
-                let to = Fields::of(e.text)?.string("to")?.map(Cow::into_owned);
-                admin(e, AdminAction::Backup(to))?
+                let fields = Fields::of(e.text)?;
+                let to = fields.string("to")?.map(Cow::into_owned);
+                let without_blocks = fields.flag("without_blocks")?;
+                admin(e, AdminAction::Backup { to, without_blocks })?
             }
             "db_check" => {
                 let is_thorough = Fields::of(e.text)?.flag("full")?;
                 admin(e, AdminAction::CheckDatabase(is_thorough))?
+            }
+            "db_query" => {
+                let sql = Fields::of(e.text)?.required_string("sql")?.into_owned();
+                admin(e, AdminAction::QueryDatabase(sql))?
             }
             action if action.starts_with("memory_") => {
                 Request::Memory(Box::new(crate::memory::decode(e, action)?))

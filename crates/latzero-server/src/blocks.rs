@@ -13,9 +13,8 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
-use std::time::Duration;
 
 use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
 use latzero_fabric::pool::Found;
@@ -26,7 +25,7 @@ use latzero_shm::{Cas, CreateError, Custodian, Description, Geometry, State};
 use latzero_store::{BlockRow, Store};
 use serde_json::{Value, json};
 
-use self::files::{Files, Names, Note};
+use self::files::{Files, Names};
 pub(crate) use self::rows::{ENDED, Rows};
 use crate::host::IoHost;
 use crate::losses::{Loss, Part};
@@ -37,11 +36,6 @@ use crate::timers::PoolCell;
 /// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a millisecond.
 const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-/// Removed blocks that wait until the database knows of them, and how long they do once they are that many.
-const REMOVED_MAX: usize = 256;
-const SETTLED_EVERY: Duration = Duration::from_millis(50);
-const SETTLED_MAX: Duration = Duration::from_secs(1);
-
 /// Storage of as many bytes in all has a thread for itself.
 const LARGE_BYTES_MIN: u64 = 32 * 1024 * 1024;
 
@@ -50,6 +44,9 @@ const FENCE_KEPT_MAX: u64 = 1 << 62;
 
 /// Descriptors that blocks leave to everything else.
 const DESCRIPTORS_LEFT_MIN: u64 = 32;
+
+/// Bytes of a block that a backup holds in memory, so that it reads them at once.
+const WHOLE_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// How often a backup begins to read a block anew that is written meanwhile.
 const BACKUP_TRIES: u32 = 100;
@@ -563,11 +560,7 @@ impl Blocks {
         if let Some(names) = &stored.names {
             let mut is_wanted = stored.is_wanted();
             *is_wanted = false;
-            let note = match self.rows.store() {
-                Some(_) if !is_superseded => Note::Kept,
-                _ => Note::None,
-            };
-            self.files.remove(names, is_superseded, note);
+            self.files.remove(names, is_superseded);
         }
         if !is_superseded {
             let generation = stored.custodian.description().generation;
@@ -576,7 +569,7 @@ impl Blocks {
         }
         // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
         let bytes = stored.custodian.description().geometry.total();
-        let store = (!is_superseded).then(|| self.rows.store()).flatten();
+        let store = self.rows.store().filter(|_| !is_superseded).cloned();
         self.work.send(bytes, Work::Free(stored, store));
     }
 
@@ -693,19 +686,34 @@ impl Blocks {
                 continue;
             }
             for left in (0..BACKUP_TRIES).rev() {
-                let version = match stored.custodian.version() {
+                // Read at once where it fits, so that a writer has little time to be in the way.
+                let size = description.geometry.size;
+                let mut whole = match usize::try_from(size) {
+                    Ok(bytes) if size <= WHOLE_BYTES_MAX => Some(vec![0; bytes]),
+                    _ => None,
+                };
+                let version = match &mut whole {
+                    Some(whole) => stored.custodian.read(0, whole, None),
+                    None => stored.custodian.version().map_err(Into::into),
+                };
+                let version = match version {
                     Ok(version) => version,
+                    Err(latzero_shm::ReadError::Contended) if left > 0 => continue,
                     Err(error) => {
                         tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be read is not in the backup");
                         break;
                     }
                 };
-                let mut bytes = OneVersion {
+                let mut by_piece = OneVersion {
                     custodian: &stored.custodian,
                     version,
                     at: 0,
                 };
-                match writer.add_block(&head(version), &mut bytes) {
+                let added_block = match &whole {
+                    Some(whole) => writer.add_block(&head(version), &mut &whole[..]),
+                    None => writer.add_block(&head(version), &mut by_piece),
+                };
+                match added_block {
                     Ok(()) => {
                         added.insert((stored.pool.clone(), stored.block.clone()));
                         break;
@@ -719,7 +727,8 @@ impl Blocks {
         Ok(())
     }
 
-    /// Has every persistent block reach the disk. `progress` hears how many of how many have, before each.
+    /// Has every persistent block reach the disk. `progress` hears how many of how many have,
+    /// before each.
     pub(crate) fn sync_all(&self, mut progress: impl FnMut(usize, usize)) {
         if let Err(error) = self.files.sync() {
             tracing::error!(%error, "the directory of persistent blocks could not be written to disk");
@@ -808,23 +817,11 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let records: HashMap<String, String> = records.collect();
     let remedy =
         "`latzero restore` brings blocks back from a backup; what was set aside is never removed";
-    for id in shared.blocks.files.removed() {
-        let is_it = |row: &BlockRow| row.file.as_deref() == Some(&id);
-        let known = missing.iter().find(|(_, row)| is_it(row));
-        let Some(name) = known.map(|(name, _)| name.clone()) else {
-            shared.blocks.files.forget_removed(&id);
-            continue;
-        };
-        // The server was killed before the database heard of it.
-        missing.remove(&name);
-        if let (Ok(pool), Ok(block)) = (PoolName::new(&name.0), BlockId::new(&name.1)) {
-            shared.blocks.rows.forget(&pool, &block);
-        }
-    }
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
-    for mut kept in shared.blocks.files.scan_with(&records, &mut lost) {
+    let (kept, removed) = shared.blocks.files.scan_with(&records, &mut lost);
+    for mut kept in kept {
         let mut may_have_writer = false;
         if let Ok(custodian) = &kept.open {
             match resume(custodian, shared.blocks.rows.boot(), is_same_boot) {
@@ -878,12 +875,21 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
             record: &rows::record(&row),
             fence: 0,
         };
-        let affected = format!("block '{}' of pool '{}'", row.block_id, row.pool);
-        lost(affected, "its file is gone, and the block with it".into());
+        // Not where the last run removed it, and ended before its row was gone.
+        if !row.file.as_ref().is_some_and(|file| removed.contains(file)) {
+            let affected = format!("block '{}' of pool '{}'", row.block_id, row.pool);
+            lost(affected, "its file is gone, and the block with it".into());
+        }
         if let Ok((pool, block)) = left.name() {
             shared.blocks.rows.forget(&pool, &block);
         }
     }
+    // As at the end of a block: its mark goes after its row.
+    let store = shared.keeper.store();
+    if !removed.is_empty() && store.commit(Vec::new()).is_ok() {
+        removed.iter().for_each(|id| shared.blocks.files.forget(id));
+    }
+    shared.keeper.keep_losses();
     let (files, bytes) = shared.blocks.files.orphans();
     if files > 0 {
         tracing::warn!(
@@ -1075,55 +1081,10 @@ pub(crate) fn end_grace(shared: &Shared, now: Time) {
     }
 }
 
-/// Blocks that were removed, whose notes go once the database knows of it.
-#[derive(Default)]
-struct Removed {
-    ids: Vec<String>,
-    store: Option<Store>,
-}
-
-impl Removed {
-    fn add(&mut self, id: &str, store: Store, files: &Files) {
-        self.ids.push(id.to_owned());
-        self.store = Some(store);
-        if self.ids.len() >= REMOVED_MAX {
-            self.settle(SETTLED_MAX, files);
-            // Where the database takes longer, the next start removes them.
-            self.ids.clear();
-        }
-    }
-
-    fn settle(&mut self, patience: Duration, files: &Files) {
-        let is_settled = self
-            .store
-            .as_ref()
-            .is_some_and(|s| s.wait_settled(patience));
-        if is_settled {
-            self.ids.drain(..).for_each(|id| files.forget_removed(&id));
-        }
-    }
-
-    /// The next job; meanwhile, notes that are not needed any more go.
-    fn next_job(&mut self, queue: &Receiver<Work>, files: &Files) -> Option<Work> {
-        while !self.ids.is_empty() {
-            match queue.recv_timeout(SETTLED_EVERY) {
-                Ok(work) => return Some(work),
-                Err(RecvTimeoutError::Timeout) => self.settle(Duration::ZERO, files),
-                Err(RecvTimeoutError::Disconnected) => return None,
-            }
-        }
-        queue.recv().ok()
-    }
-}
-
 /// A thread of blocks: one job after the other, until the server is gone.
 fn run(queue: &Receiver<Work>, files: &Files) {
     let mut waiting = VecDeque::new();
-    let mut removed = Removed::default();
-    while let Some(work) = waiting
-        .pop_front()
-        .or_else(|| removed.next_job(queue, files))
-    {
+    while let Some(work) = waiting.pop_front().or_else(|| queue.recv().ok()) {
         match work {
             Work::Job(
                 shared,
@@ -1160,8 +1121,10 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                 if let Err(error) = files.sync() {
                     tracing::warn!(file = %names, %error, "the end of a block's file can't be written to disk");
                 }
-                if let Some(store) = store {
-                    removed.add(names.id(), store, files);
+                // Nothing more: what was handed in before is written then, its row's end too. Where
+                // the disk refuses, the next start removes the mark.
+                if store.is_some_and(|store| store.commit(Vec::new()).is_ok()) {
+                    files.forget(names.id());
                 }
             }
         }

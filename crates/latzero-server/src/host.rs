@@ -366,7 +366,9 @@ impl Driver for IoHost {
                 self.shared.mailboxes[0].send(command);
                 Ok(None)
             }
-            AdminAction::Backup(_) | AdminAction::CheckDatabase(_) => {
+            AdminAction::Backup { .. }
+            | AdminAction::CheckDatabase(_)
+            | AdminAction::QueryDatabase(_) => {
                 crate::upkeep::begin(&self.shared, action.clone(), asker, id)?;
                 Ok(None)
             }

@@ -110,7 +110,8 @@ impl Keeper {
         );
     }
 
-    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins now.
+    /// Whether the last backup by schedule is older than `interval_ms`; then the next one begins
+    /// now.
     pub(crate) fn is_backup_due(&self, now: Time, interval_ms: u64) -> bool {
         let last = self.last_backup.lock();
         let mut last = last.expect("nothing panics under this lock");
@@ -238,7 +239,8 @@ struct LastBackup {
 }
 
 impl LastBackup {
-    /// Of the newest backup that is there at the start. A server that was just set up begins with its work, not with a backup.
+    /// Of the newest backup that is there at the start. A server that was just set up begins with
+    /// its work, not with a backup.
     fn before(newest: Option<i64>, now: i64) -> LastBackup {
         let age_ms = match newest {
             None => 0,
@@ -340,7 +342,16 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
         shared.blocks.take_in_ended(ended);
     }
-    keeper.keep_losses();
+    // Before anybody is served: a crash must not hide what this start found.
+    if let Some(losses) = keeper.losses.changed() {
+        let change = latzero_store::Change::PutSetting {
+            key: LOSSES.into(),
+            value: losses,
+        };
+        if let Err(error) = keeper.store.commit(vec![change]) {
+            tracing::warn!(%error, "the losses that this start found can't be stored");
+        }
+    }
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
     // A system that hides it may have been started anew.
     let is_same_boot =

@@ -1,7 +1,9 @@
-//! What was lost or does not work as promised, by name: the one list behind `health`, `status` and the log.
+//! What was lost or does not work as promised, by name: the one list behind `health`, `status` and
+//! the log.
 //!
-//! A part that finds a loss calls [`Losses::note`] once and goes on. The loss is logged, shown by `health`, and kept over a
-//! crash of the server, until it is [settled](Losses::settle) or an orderly stop shows that somebody looks after the server.
+//! A part that finds a loss calls [`Losses::note`] once and goes on. The loss is logged, shown by
+//! `health`, and kept over a crash of the server, until it is [settled](Losses::settle) or an
+//! orderly stop shows that somebody looks after the server.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
@@ -42,7 +44,8 @@ impl Part {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Loss {
     pub(crate) part: Part,
-    /// What it is about, such as `block 'samples' of pool 'lab'`. A later loss of the same part and name replaces this one.
+    /// What it is about, such as `block 'samples' of pool 'lab'`. A later loss of the same part and
+    /// name replaces this one.
     pub(crate) affected: String,
     /// What happened, in one clause.
     pub(crate) happened: String,

@@ -317,7 +317,8 @@ impl Server {
             result = result.and(ended);
         }
         drop(watch);
-        // The server that takes over has the same files, and writes them to disk itself: nobody is to wait for that.
+        // The server that takes over has the same files, and writes them to disk itself: nobody is
+        // to wait for that.
         if !shared.giving.is_taken() {
             shared
                 .blocks

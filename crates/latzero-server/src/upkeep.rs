@@ -6,7 +6,7 @@ mod offline;
 
 pub use backups::{Listed, Look, files, list_one, look_at};
 pub use latzero_store::{BackupError, OpenError, Summary};
-pub use offline::{Offline, Restored, UpkeepError};
+pub use offline::{Offline, Restored, UpkeepError, dump_backup};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,11 +15,12 @@ use std::time::{Duration, Instant};
 
 use latzero_protocol::message::AdminAction;
 use latzero_protocol::{Code, Refusal};
-use latzero_store::Policy;
-use serde_json::json;
+use latzero_store::{Answer, Policy, QueryLimits, Value as Cell};
+use serde_json::{Value, json};
 
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
+use crate::socket::User;
 
 /// How often to leave a sign of life and to look whether a backup is due, in milliseconds.
 pub(crate) const LOOK_EVERY_MS: u64 = 30_000;
@@ -35,7 +36,7 @@ pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
         return;
     }
     let begun = run(shared, |shared| {
-        if let Err(error) = backup(shared, None) {
+        if let Err(error) = backup(shared, None, false) {
             tracing::error!(%error, "no backup was made; the last one stays");
         }
         None
@@ -55,15 +56,35 @@ pub(crate) fn begin(
     asker: &Arc<Peer>,
     id: Option<&str>,
 ) -> Result<(), Refusal> {
+    if let AdminAction::Backup { to: Some(_), .. } = &action {
+        check_may_write(asker)?;
+    }
     let (asker, id) = (Arc::clone(asker), id.map(Box::from));
     run(shared, move |shared| {
         let result = match action {
-            AdminAction::Backup(to) => backup(shared, to.map(PathBuf::from).as_deref()),
+            AdminAction::Backup { to, without_blocks } => {
+                backup(shared, to.map(PathBuf::from).as_deref(), without_blocks)
+            }
+            AdminAction::QueryDatabase(sql) => query(shared, &sql),
             AdminAction::CheckDatabase(is_thorough) => check(shared, is_thorough),
             _ => unreachable!("no other action takes long"),
         };
         id.map(|id| (asker, id, result))
     })
+}
+
+/// Whether who asks may choose a file for the server to write: the server's own user, or root, may
+/// do so anyway. Whoever got hold of the token may not.
+fn check_may_write(asker: &Peer) -> Result<(), Refusal> {
+    let user = asker.socket.as_ref().map(crate::socket::Socket::user);
+    let own = rustix::process::geteuid().as_raw();
+    match user {
+        Some(User::Uid(uid)) if uid == own || uid == 0 => Ok(()),
+        _ => {
+            let message = "a file for the backup can be chosen over the Unix socket alone, by the server's own user; without `to` the backup is made in the data directory";
+            Err(Refusal::new(Code::Forbidden, message))
+        }
+    }
 }
 
 /// A reply, and for whom.
@@ -98,7 +119,7 @@ fn run(
     })
 }
 
-fn backup(shared: &Shared, to: Option<&Path>) -> Result<String, Refusal> {
+fn backup(shared: &Shared, to: Option<&Path>, without_blocks: bool) -> Result<String, Refusal> {
     let started = Instant::now();
     if to.is_some_and(|to| !to.is_absolute()) {
         let message = "field 'to' must be an absolute path on the server's machine";
@@ -107,7 +128,10 @@ fn backup(shared: &Shared, to: Option<&Path>) -> Result<String, Refusal> {
     let failed = |error: &dyn std::fmt::Display| Refusal::new(Code::Storage, error.to_string());
     let store = shared.keeper.store();
     let backup = store
-        .backup_with(to, |writer| shared.blocks.back_up(writer))
+        .backup_with(to, |writer| match without_blocks {
+            true => Ok(()),
+            false => shared.blocks.back_up(writer),
+        })
         .map_err(|error| failed(&error))?;
     let summary = backup.summary().map_err(|error| failed(&error))?;
     let bytes = std::fs::metadata(backup.path()).map_or(0, |file| file.len());
@@ -130,6 +154,32 @@ fn prune(shared: &Shared) {
         Ok(pruned) => tracing::debug!(?pruned, "old backups removed"),
         Err(error) => tracing::warn!(%error, "old backups can't be removed"),
     }
+}
+
+fn query(shared: &Shared, sql: &str) -> Result<String, Refusal> {
+    let store = shared.keeper.store();
+    let answer = store.query(sql, &QueryLimits::default());
+    let answer = answer.map_err(|error| Refusal::new(Code::BadMessage, error.to_string()))?;
+    Ok(answer_json(&answer).to_string())
+}
+
+/// An answer as JSON; bytes are written as SQL does.
+pub fn answer_json(answer: &Answer) -> Value {
+    let rows = answer.rows.iter().map(|row| {
+        let values = row.iter().map(|value| match value {
+            Cell::Null => Value::Null,
+            Cell::Integer(number) => json!(number),
+            Cell::Real(number) => json!(number),
+            Cell::Text(text) => json!(text),
+            Cell::Blob(bytes) => {
+                let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                json!(format!("x'{digits}'"))
+            }
+        });
+        Value::Array(values.collect())
+    });
+    let rows: Vec<Value> = rows.collect();
+    json!({"columns": answer.columns, "rows": rows, "cut": answer.is_cut})
 }
 
 fn check(shared: &Shared, is_thorough: bool) -> Result<String, Refusal> {

@@ -1,7 +1,9 @@
-//! Looks whether the data directory and what is in it are still where they were, and makes anew what can be.
+//! Looks whether the data directory and what is in it are still where they were, and makes anew
+//! what can be.
 //!
-//! The kernel keeps a file for who has it open, whatever becomes of its name. A server whose directory was removed or moved
-//! would go on as if nothing had happened, and lose everything at its end.
+//! The kernel keeps a file for who has it open, whatever becomes of its name. A server whose
+//! directory was removed or moved would go on as if nothing had happened, and lose everything at
+//! its end.
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -22,6 +24,14 @@ const EVERY: Duration = Duration::from_secs(1);
 
 /// How many looks go by between two at the files of blocks, of which there may be thousands.
 const LOOKS_PER_BLOCKS: u32 = 4;
+
+/// How many looks in a row something is missing before it is made anew: who removes the whole
+/// directory needs a moment.
+const LOOKS_BEFORE_MAKING: u32 = 3;
+
+/// What may be lost in a directory that is there.
+const LOCK: &str = "lock of the data directory";
+const MEMORY: &str = "directory memory";
 
 /// A thread that looks until this is dropped.
 #[derive(Debug)]
@@ -45,6 +55,7 @@ impl Watch {
             shared: Arc::clone(shared),
             lock: Arc::clone(lock),
             count: 0,
+            incomplete: 0,
         };
         let (stop, stopped) = channel();
         let thread = std::thread::Builder::new()
@@ -78,6 +89,8 @@ struct Looks {
     shared: Arc<Shared>,
     lock: Arc<Mutex<InstanceLock>>,
     count: u32,
+    /// For how many looks something in the directory has been missing.
+    incomplete: u32,
 }
 
 impl Looks {
@@ -91,6 +104,7 @@ impl Looks {
             self.losses().settle(Part::Store, &name);
             self.look_inside(&mut lock);
         } else {
+            self.incomplete = 0;
             self.losses().note(Loss::new(
                 Part::Store,
                 &name,
@@ -114,21 +128,47 @@ impl Looks {
     }
 
     /// What is in a directory that is where it was.
-    fn look_inside(&self, lock: &mut InstanceLock) {
+    fn look_inside(&mut self, lock: &mut InstanceLock) {
+        let names = SUBDIRECTORIES.into_iter().chain([TOKEN_NAME]);
+        let is_complete = lock.is_in(&self.data_dir)
+            && names
+                .map(|name| self.data_dir.join(name))
+                .all(|path| fs::symlink_metadata(path).is_ok());
+        if is_complete {
+            self.incomplete = 0;
+            self.losses().settle(Part::Store, LOCK);
+            self.losses().settle(Part::Memory, MEMORY);
+            return;
+        }
+        self.incomplete += 1;
+        if self.incomplete < LOOKS_BEFORE_MAKING {
+            return;
+        }
         if !lock.is_in(&self.data_dir) {
             let renewed = lock.renew(&self.data_dir, &self.shared.identity.addresses);
             let missing = (!renewed).then_some("its file was removed and can't be made anew");
             self.note_or_settle(
                 Part::Store,
-                "lock of the data directory",
+                LOCK,
                 missing,
                 "stop the other server that uses the directory",
             );
         }
         for name in SUBDIRECTORIES {
             let path = self.data_dir.join(name);
-            // Blocks are made through a descriptor of theirs, which a new directory does not have.
-            if name != "memory" && fs::symlink_metadata(&path).is_err() {
+            if fs::symlink_metadata(&path).is_ok() {
+                continue;
+            }
+            if name == "memory" {
+                // Blocks are made through a descriptor of theirs, which a new directory does not
+                // have.
+                self.losses().note(Loss::new(
+                    Part::Memory,
+                    MEMORY,
+                    "it was moved or removed while the server runs; no persistent block can be made or flushed",
+                    "move it back, or save blocks with `latzero block dump` and restart the server",
+                ));
+            } else {
                 let made = fs::DirBuilder::new().mode(0o700).create(&path);
                 tracing::warn!(directory = %path.display(), ?made, "a directory was removed; it is made anew");
             }

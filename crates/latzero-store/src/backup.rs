@@ -164,7 +164,8 @@ impl BackupWriter<'_> {
     }
 }
 
-/// A backup's name for SQLite, so that what lies beside it (a log, a journal) is not read: a backup is one file.
+/// A backup's name for SQLite, so that what lies beside it (a log, a journal) is not read: a backup
+/// is one file.
 pub(crate) fn alone(path: &Path) -> Result<String, BackupError> {
     let absolute = std::path::absolute(path).map_err(|e| BackupError::file("find", path, e))?;
     // As in a URI (https://sqlite.org/uri.html): every byte that could mean something else there.
@@ -436,8 +437,9 @@ pub(crate) fn finish(temporary: &Path, faults: &Faults) -> Result<(), BackupErro
     files::sync_file(temporary, faults).map_err(|e| BackupError::file("sync", temporary, e))
 }
 
-/// Gives a finished backup the name `KIND-NUMBER-DATE-TIME.db` in `dir`, with the number after the highest there. Numbers say
-/// which backup is the newest; dates are for people, since a clock may be wrong.
+/// Gives a finished backup the name `KIND-NUMBER-DATE-TIME.db` in `dir`, with the number after the
+/// highest there. Numbers say which backup is the newest; dates are for people, since a clock may
+/// be wrong.
 pub(crate) fn publish(
     temporary: &Path,
     dir: &Path,

@@ -103,6 +103,9 @@ pub enum BackupError {
         /// Bytes read; one more than announced stands for "more".
         found: u64,
     },
+    /// A question in SQL can't be answered.
+    #[error("the query can't be answered: {0}; one SELECT within the bounds is")]
+    Query(String),
     /// The store stopped meanwhile.
     #[error("{0}")]
     Store(StoreError),

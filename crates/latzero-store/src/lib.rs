@@ -22,6 +22,7 @@ mod files;
 mod open;
 mod options;
 mod place;
+mod query;
 mod queue;
 mod restore;
 mod retention;
@@ -39,6 +40,7 @@ pub use error::{BackupError, OpenError, StoreError, SubmitError};
 pub use faults::{Faults, Lasts};
 pub use open::{Contents, Opened, Report, open};
 pub use options::{Done, Durability, Options, Ticket};
+pub use query::{Answer, QueryLimits, Value, dump, query};
 #[doc(hidden)]
 pub use restore::restore_with;
 pub use restore::{Restored, restore};

@@ -36,6 +36,9 @@ pub struct Options {
     pub retry_first: Duration,
     /// … up to this time. A new promise is tried at once, and heals the store for all.
     pub retry_max: Duration,
+    /// How long files of the database are missing before they are made anew: who removes the whole
+    /// directory needs a moment.
+    pub rebuild_after: Duration,
     /// Pages (4 KiB) that a backup copies between two transactions.
     pub backup_step_pages: i32,
     /// This boot of the machine: the contents of `/proc/sys/kernel/random/boot_id`.
@@ -56,6 +59,7 @@ impl Default for Options {
             retained_max: 65_536,
             retry_first: Duration::from_millis(100),
             retry_max: Duration::from_secs(5),
+            rebuild_after: Duration::from_secs(3),
             backup_step_pages: 100,
             boot_id: String::new(),
             on_done: Box::new(|_| {}),

@@ -16,8 +16,8 @@ const MARK: &str = ".mark";
 /// Most bytes of a mark that are read: more than a whole one has.
 const MARK_BYTES_MAX: u64 = 256;
 
-/// The paths of a store. Where `data.db` is a symbolic link, everything about the database happens where it leads: the log
-/// lies there too, and files are renamed within one directory.
+/// The paths of a store. Where `data.db` is a symbolic link, everything about the database happens
+/// where it leads: the log lies there too, and files are renamed within one directory.
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
     dir: PathBuf,
@@ -29,7 +29,8 @@ impl Place {
         let named = dir.join(DATABASE);
         let is_link = fs::symlink_metadata(&named).is_ok_and(|named| named.is_symlink());
         let database = match is_link {
-            // Where it leads nowhere, this is an error: a database elsewhere is not to be made by guess.
+            // Where it leads nowhere, this is an error: a database elsewhere is not to be made by
+            // guess.
             true => fs::canonicalize(&named)?,
             false => named,
         };
@@ -77,7 +78,8 @@ impl Identity {
 /// What is no longer where it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Missing {
-    /// The directory. It may have been moved, or its disk unmounted: making another one would hide it.
+    /// The directory. It may have been moved, or its disk unmounted: making another one would hide
+    /// it.
     Directory,
     /// The database or its log, in a directory that is there. Both can be made anew.
     Database,
@@ -94,7 +96,8 @@ impl Missing {
     }
 }
 
-/// Knows the files of an open database again. A commit to a file without its name is lost at the next start.
+/// Knows the files of an open database again. A commit to a file without its name is lost at the
+/// next start.
 #[derive(Debug)]
 pub(crate) struct Guard {
     place: Place,
@@ -143,8 +146,9 @@ impl Guard {
     }
 }
 
-/// How many commits a database has had, beside it: a database that has had fewer lost some. Written after each commit without
-/// an fsync, so that it costs nothing; after a loss of power it may be older than the database, which says nothing.
+/// How many commits a database has had, beside it: a database that has had fewer lost some. Written
+/// after each commit without an fsync, so that it costs nothing; after a loss of power it may be
+/// older than the database, which says nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mark {
     /// Which database.

@@ -1,7 +1,8 @@
-//! Which backups stay: the newest of each of the last days and weeks that have any, and the last ones before a migration.
+//! Which backups stay: the newest of each of the last days and weeks that have any, and the last
+//! ones before a migration.
 //!
-//! Which one is newer is told by the number in its name; its date may come from a clock that was wrong. The newest backup that
-//! verifies always stays, whatever the rules and the free space say.
+//! Which one is newer is told by the number in its name; its date may come from a clock that was
+//! wrong. The newest backup that verifies always stays, whatever the rules and the free space say.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,7 +15,8 @@ use crate::calendar::{day_of, parse_stamp, week_of};
 use crate::faults::Faults;
 use crate::files;
 
-/// Digits of a number in a name. One with more is no backup's, so that none comes so high that none can follow it.
+/// Digits of a number in a name. One with more is no backup's, so that none comes so high that none
+/// can follow it.
 const NUMBER_DIGITS_MAX: usize = 15;
 
 /// How many backups stay.
@@ -134,8 +136,8 @@ pub fn backups(data_dir: &Path) -> Vec<PathBuf> {
     found.map(|found| found.path).collect()
 }
 
-/// `latzero-NUMBER-STAMP.db` or `pre-migration-VERSION-NUMBER-STAMP.db`; of earlier versions `latzero-STAMP[-n].db` or
-/// `pre-migration-VERSION-STAMP[-n].db`.
+/// `latzero-NUMBER-STAMP.db` or `pre-migration-VERSION-NUMBER-STAMP.db`; of earlier versions
+/// `latzero-STAMP[-n].db` or `pre-migration-VERSION-STAMP[-n].db`.
 fn parse(path: &Path) -> Option<Found> {
     let name = path.file_name()?.to_str()?.strip_suffix(".db")?;
     let (rest, is_pre_migration) = match name.strip_prefix("latzero-") {
@@ -185,7 +187,8 @@ fn choose(found: &[Found], policy: &Policy) -> Vec<bool> {
                 before_migrations += 1;
                 return before_migrations <= policy.pre_migration;
             }
-            // Counted by days that have backups, not from today: a clock that jumps makes none of them old.
+            // Counted by days that have backups, not from today: a clock that jumps makes none of
+            // them old.
             let of_day = days.len() < policy.daily && days.insert(day_of(found.at));
             let of_week = weeks.len() < policy.weekly && weeks.insert(week_of(found.at));
             of_day || of_week

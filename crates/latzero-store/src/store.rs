@@ -223,8 +223,8 @@ impl Store {
         }
     }
 
-    /// Looks whether the database's files are where they were. Where they are not, a transaction is tried, which makes them
-    /// anew or says why that can't be.
+    /// Looks whether the database's files are where they were. Where they are not, a transaction is
+    /// tried, which makes them anew or says why that can't be.
     pub fn look(&self) {
         if self.inner.shared.guard().check().is_ok() {
             return;

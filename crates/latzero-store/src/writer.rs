@@ -85,7 +85,8 @@ enum Ended {
     /// It was asked to; who asked is told.
     Closed(Closing),
     Abandoned,
-    /// The database's files were gone and are there again, behind this connection. Some changes are not written yet.
+    /// The database's files were gone and are there again, behind this connection. Some changes are
+    /// not written yet.
     Rebuilt(Connection, Vec<Job>),
 }
 
@@ -108,6 +109,8 @@ struct Writer<'c> {
     mark_file: MarkFile,
     /// The log holds what the database may no longer have.
     is_log_filled: bool,
+    /// Since when files of the database are missing.
+    gone_since: Option<Instant>,
     /// The database says that it is in use. It need not before the first transaction: until then nothing differs.
     is_marked: bool,
     /// A request was the last thing done, so waiting changes come first now.
@@ -138,6 +141,7 @@ impl<'c> Writer<'c> {
             mark,
             mark_file,
             is_log_filled: false,
+            gone_since: None,
             is_marked: false,
             batch_first: true,
             jobs,
@@ -346,11 +350,16 @@ impl<'c> Writer<'c> {
         checked.map_err(StoreError::missing)
     }
 
-    /// Makes the database's files anew where they were removed or moved, from the open connection, which still has them. None
-    /// where nothing is gone, or nothing can be made.
+    /// Makes the database's files anew where they were removed or moved, from the open connection,
+    /// which still has them. None where nothing is gone, or nothing can be made.
     fn rebuild_where_gone(&mut self) -> Option<Connection> {
-        let gone = self.shared.guard().check().err()?;
-        if gone == Missing::Directory {
+        let gone = self.shared.guard().check().err();
+        let Some(gone) = gone.filter(|gone| *gone != Missing::Directory) else {
+            self.gone_since = None;
+            return None;
+        };
+        let since = *self.gone_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < self.options.rebuild_after {
             return None;
         }
         match self.rebuild() {
@@ -506,7 +515,8 @@ fn is_due(state: &State, now: Instant) -> bool {
     }
 }
 
-/// Gives a copy of the database its name. What lies there, such as a log without its database, is set aside.
+/// Gives a copy of the database its name. What lies there, such as a log without its database, is
+/// set aside.
 fn put_in_place(temporary: &Path, database: &Path, faults: &Faults) -> Result<(), BackupError> {
     let failed = |error| BackupError::file("make", database, error);
     files::sync_file(temporary, faults).map_err(failed)?;

@@ -657,6 +657,11 @@ fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
 }
 
 fn copy_files(from: &Path, to: &Path) -> io::Result<()> {
+    // Before the database: a copy of one moment has no more commits counted than it holds.
+    let mark = "data.db.mark";
+    if from.join(mark).is_file() {
+        std::fs::copy(from.join(mark), to.join(mark))?;
+    }
     for entry in std::fs::read_dir(from)? {
         let entry = entry?;
         let (kind, target) = (entry.file_type()?, to.join(entry.file_name()));
@@ -665,7 +670,7 @@ fn copy_files(from: &Path, to: &Path) -> io::Result<()> {
             let mode = entry.metadata()?.permissions();
             std::fs::set_permissions(&target, mode)?;
             copy_files(&entry.path(), &target)?;
-        } else if kind.is_file() {
+        } else if kind.is_file() && entry.file_name() != mark {
             std::fs::copy(entry.path(), &target)?;
         }
     }

@@ -67,12 +67,18 @@ fn a_block_that_a_limit_leaves_no_room_for_stays_where_it_is() {
         server.restart();
         assert_eq!(blocks(&mut app(&server)).len(), left, "{limit}");
         assert_eq!(files(&memory), before, "{limit}");
-        let log = std::fs::read_to_string(server.0.data_dir().join("logs/server.log")).unwrap();
-        assert!(
-            log.lines()
-                .any(|line| line.contains(name) && line.contains("a limit left it out")),
-            "{log}"
-        );
+        // A thread of its own writes it.
+        let log = server.0.data_dir().join("logs/server.log");
+        let is_told = || {
+            let log = std::fs::read_to_string(&log).unwrap();
+            let mut lines = log.lines();
+            lines.any(|line| line.contains(name) && line.contains("a limit left it out"))
+        };
+        let end = Instant::now() + PATIENCE;
+        while !is_told() {
+            assert!(Instant::now() < end, "{limit} is not told");
+            std::thread::yield_now();
+        }
     }
     server.kill();
     std::fs::remove_file(&settings).unwrap();

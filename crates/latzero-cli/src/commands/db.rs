@@ -1,15 +1,16 @@
-//! `db`: looks for damage in the database, by way of the server where one runs.
+//! `db`: looks into the database and for damage in it, by way of the server where one runs.
 
+use std::path::Path;
 use std::time::Instant;
 
 use latzero_server::startup::private_umask;
-use latzero_server::upkeep::Offline;
+use latzero_server::upkeep::{self, Offline};
 use serde_json::{Value, json};
 
-use crate::args::{DbCheckArgs, DbCommand};
+use crate::args::{DbCheckArgs, DbCommand, DbDumpArgs, DbQueryArgs};
 use crate::exit::{Done, Exit, Failure};
-use crate::output::{Output, Tone, toned};
-use crate::reach::Wish;
+use crate::output::{Cell, Output, Tone, toned};
+use crate::reach::{Reach, Wish};
 
 use super::store::took;
 
@@ -20,6 +21,8 @@ const FILES: &str = "the files, as no server runs";
 pub(crate) fn run(command: &DbCommand, output: &Output) -> Done {
     match command {
         DbCommand::Check(args) => check(args, output),
+        DbCommand::Query(args) => query(args, output),
+        DbCommand::Dump(args) => dump(args, output),
     }
 }
 
@@ -75,15 +78,83 @@ fn check(args: &DbCheckArgs, output: &Output) -> Done {
     Ok(exit)
 }
 
-fn check_files(args: &DbCheckArgs, failure: Failure, output: &Output) -> Result<Value, Failure> {
-    let dir = args.reach.data_dir().0;
+fn query(args: &DbQueryArgs, output: &Output) -> Done {
+    let answer = match args.reach.connect(&Wish::once("db query").patient()) {
+        Ok(reached) => {
+            let request = json!({"action": "db_query", "sql": args.sql});
+            output.while_working("asking", || reached.administer(&request))?
+        }
+        Err(failure) if failure.exit == Exit::NotRunning && !args.reach.is_elsewhere() => {
+            let offline = take_offline(&args.reach, failure)?;
+            output.while_working("asking", || offline.query(&args.sql))?
+        }
+        Err(failure) => return Err(failure),
+    };
+    if output.json {
+        output.value(&answer)?;
+        return Ok(Exit::Ok);
+    }
+    let texts = |values: &Value| -> Vec<String> {
+        let values = values.as_array().into_iter().flatten();
+        values
+            .map(|value| match value {
+                Value::String(text) => text.clone(),
+                Value::Null => String::new(),
+                other => other.to_string(),
+            })
+            .collect()
+    };
+    let head = texts(&answer["columns"]);
+    let head: Vec<&str> = head.iter().map(String::as_str).collect();
+    let rows = answer["rows"].as_array().into_iter().flatten();
+    let rows: Vec<Vec<Cell>> = rows
+        .map(|row| texts(row).into_iter().map(Cell::from).collect())
+        .collect();
+    output.table(&head, &rows)?;
+    if answer["cut"] == true {
+        output.note("there are more rows than one answer holds; ask with LIMIT and OFFSET");
+    }
+    Ok(Exit::Ok)
+}
+
+fn dump(args: &DbDumpArgs, output: &Output) -> Done {
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    match args.reach.connect(&Wish::once("db dump").patient()) {
+        Ok(reached) => {
+            let stats = reached.app.request(&json!({"action": "stats"}))?;
+            let dir = stats["server"]["data_dir"].as_str().unwrap_or_default();
+            // A name that no start takes for a backup, and that the next one removes if this
+            // program can't.
+            let copy = Path::new(dir).join(format!("backups/.tmp-dump-{}.db", std::process::id()));
+            let request = json!({"action": "backup", "to": copy, "without_blocks": true});
+            output.while_working("copying the database", || reached.administer(&request))?;
+            let dumped = upkeep::dump_backup(&copy, &mut out);
+            let _ = std::fs::remove_file(&copy);
+            dumped?;
+        }
+        Err(failure) if failure.exit == Exit::NotRunning && !args.reach.is_elsewhere() => {
+            take_offline(&args.reach, failure)?.dump(&mut out)?;
+        }
+        Err(failure) => return Err(failure),
+    }
+    std::io::Write::flush(&mut out)?;
+    Ok(Exit::Ok)
+}
+
+/// The directory that no server runs on, as `not_running` says; that stays the answer where there
+/// is no database.
+fn take_offline(reach: &Reach, not_running: Failure) -> Result<Offline, Failure> {
+    let dir = reach.data_dir().0;
     if !dir.join("data.db").exists() {
-        // Not one is made for the look.
-        return Err(failure);
+        return Err(not_running);
     }
     private_umask();
+    Ok(Offline::take(&dir)?)
+}
+
+fn check_files(args: &DbCheckArgs, failure: Failure, output: &Output) -> Result<Value, Failure> {
     let started = Instant::now();
-    let offline = Offline::take(&dir)?;
+    let offline = take_offline(&args.reach, failure)?;
     let findings = output.while_working("checking", || offline.check(args.full))?;
     Ok(json!({
         "ok": findings.is_empty(), "findings": findings, "full": args.full,

@@ -367,3 +367,44 @@ fn damage_is_found_with_a_server_and_without_one() {
     let status = server.run(&["status"]).ended_with(0).out;
     assert!(status.contains("last backup just now"), "{status}");
 }
+
+#[test]
+fn the_database_can_be_looked_into_with_a_server_and_without() {
+    let server = Server::start();
+    drop(server.serve(&["alpha/x", "--app", "worker", "--", "cat"]));
+    let ask = [
+        "db",
+        "query",
+        "SELECT app_id, 1 + 1 AS two FROM app_registry",
+    ];
+    let rows = |ran: Value| -> Vec<Value> { ran["rows"].as_array().unwrap().clone() };
+    let asked = server
+        .run(&[&ask[..], &["--json"]].concat())
+        .ended_with(0)
+        .json();
+    assert_eq!(asked["columns"], json!(["app_id", "two"]));
+    assert!(rows(asked).contains(&json!(["worker", 2])));
+    server
+        .run(&["db", "query", "DELETE FROM app_registry"])
+        .ended_with(5)
+        .said("SELECT");
+    let text = server.run(&["db", "dump"]).ended_with(0).out;
+    assert!(
+        text.contains("INSERT INTO \"app_registry\" VALUES('worker'"),
+        "{text}"
+    );
+    let left = starting(&server.data_dir().join("backups"), ".tmp-");
+    assert!(left.is_empty(), "{left:?}");
+    let home = server.stop();
+    let offline = |args: &[&str]| run(&mut latzero(home.path(), args));
+    let asked = offline(&[&ask[..], &["--json"]].concat())
+        .ended_with(0)
+        .json();
+    assert!(rows(asked).contains(&json!(["worker", 2])));
+    assert!(
+        offline(&["db", "dump"])
+            .ended_with(0)
+            .out
+            .contains("'worker'")
+    );
+}

@@ -22,20 +22,6 @@ use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 /// Largest record that is read, in bytes.
 const RECORD_BYTES_MAX: u64 = 64 * 1024;
 
-/// Whether a note is kept of a block that is removed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Note {
-    Kept,
-    None,
-}
-
-/// How the record of a block that was removed is called until the database knows of it.
-const REMOVED: &str = ".removed";
-
-fn removed(id: &str) -> String {
-    format!("{id}{REMOVED}")
-}
-
 /// What the files of one generation of a block are called.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Names {
@@ -67,6 +53,10 @@ impl Names {
 
     fn record(&self) -> String {
         format!("{}.json", self.id)
+    }
+
+    fn gone(&self) -> String {
+        format!("{}.gone", self.id)
     }
 
     fn new_record(&self) -> String {
@@ -105,7 +95,8 @@ pub(super) struct Files {
 
 impl Files {
     pub(super) fn open(path: &Path) -> io::Result<Files> {
-        // A link to a directory on another disk is followed: it lies in a directory that is this user's alone.
+        // A link to a directory on another disk is followed: it lies in a directory that is this
+        // user's alone.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Files {
             directory: rustix::fs::open(path, flags, Mode::empty())?,
@@ -194,8 +185,8 @@ impl Files {
         self.path.join(names.bytes())
     }
 
-    /// Writes the bytes of an open file under their name, which is gone. Its record is made again at the next start, from the
-    /// database.
+    /// Writes the bytes of an open file under their name, which is gone. Its record is made again
+    /// at the next start, from the database.
     pub(super) fn put_back(&self, names: &Names, bytes: &OwnedFd) -> io::Result<()> {
         let flags = OFlags::WRONLY
             | OFlags::CREATE
@@ -234,32 +225,22 @@ impl Files {
         self.unlink(&names.bytes());
     }
 
-    /// Removes a generation; its record too, unless a newer generation has taken it over. A note is there until
-    /// [`Files::forget_removed`]: by it a start that still finds the block in the database knows that it is not lost.
-    pub(super) fn remove(&self, names: &Names, is_superseded: bool, note: Note) {
+    /// Removes a generation; its record too, unless a newer generation has taken it over. A mark
+    /// stays of a block that is gone, until its row is gone from the database too: see
+    /// [`Files::forget`].
+    pub(super) fn remove(&self, names: &Names, is_superseded: bool) {
         if !is_superseded {
             let directory = &self.directory;
-            let is_noted = note == Note::Kept
-                && renameat(directory, names.record(), directory, removed(names.id())).is_ok();
-            if !is_noted {
+            if renameat(directory, names.record(), directory, names.gone()).is_err() {
                 self.unlink(&names.record());
             }
         }
         self.unlink(&names.bytes());
     }
 
-    /// The ids of blocks that were removed, which the database may not know yet.
-    pub(super) fn removed(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(&self.path).into_iter().flatten();
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        names
-            .filter_map(|name| name.strip_suffix(REMOVED).map(str::to_owned))
-            .collect()
-    }
-
-    /// The database knows that a block was removed.
-    pub(super) fn forget_removed(&self, id: &str) {
-        self.unlink(&removed(id));
+    /// Removes the mark of a block that was removed, by its id.
+    pub(super) fn forget(&self, id: &str) {
+        self.unlink(&format!("{id}.gone"));
     }
 
     fn unlink(&self, name: &str) {

@@ -35,7 +35,8 @@ impl Blocks {
         let Some(names) = &stored.names else {
             return true;
         };
-        // One that is being made has its name only once it is whole; one that was given up needs none.
+        // One that is being made has its name only once it is whole; one that was given up needs
+        // none.
         if !*stored.is_wanted() {
             return true;
         }
@@ -44,7 +45,8 @@ impl Blocks {
         matches!((found, known), (Ok(found), Ok(known)) if (found.dev(), found.ino()) == known)
     }
 
-    /// Writes a block's file anew whose name is gone, so that the next start finds it; for the server's end.
+    /// Writes a block's file anew whose name is gone, so that the next start finds it; for the
+    /// server's end.
     pub(super) fn put_back(&self, stored: &Stored) -> std::io::Result<()> {
         let Some(names) = &stored.names else {
             return Ok(());

@@ -91,11 +91,6 @@ impl Rows {
         self.awaited.lock().expect("nothing panics under this lock")
     }
 
-    /// The database that the rows are in.
-    pub(super) fn store(&self) -> Option<Store> {
-        self.store.clone()
-    }
-
     /// Whether any block waits for its memory.
     pub(crate) fn is_awaiting(&self) -> bool {
         self.is_awaiting.load(Relaxed)
@@ -114,6 +109,11 @@ impl Rows {
         let mut awaited = self.awaited();
         awaited.remove(&(pool.clone(), block.clone()));
         self.is_awaiting.store(!awaited.is_empty(), Relaxed);
+    }
+
+    /// Where the rows are.
+    pub(super) fn store(&self) -> Option<&Store> {
+        self.store.as_ref()
     }
 
     /// Gives up what nobody offered; returns how many blocks that were.

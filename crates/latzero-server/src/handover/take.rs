@@ -253,8 +253,9 @@ fn lock_by(data_dir: &Path, end: Instant) -> Result<InstanceLock, StartupError> 
     }
 }
 
-/// Ends a server that has handed over and does not end by itself. What it promised is on disk, and memory of blocks is in files
-/// and descriptors that outlive it: this loses no more than a crash does, which is nothing.
+/// Ends a server that has handed over and does not end by itself. What it promised is on disk, and
+/// memory of blocks is in files and descriptors that outlive it: this loses no more than a crash
+/// does, which is nothing.
 fn insist(pid: i32, process: Option<&OwnedFd>, waited: Duration) {
     let waited = waited.as_secs();
     say(&format!(
@@ -267,8 +268,9 @@ fn insist(pid: i32, process: Option<&OwnedFd>, waited: Duration) {
     }
 }
 
-/// Takes the lock of a server that has handed over, however long the disk holds that one up. Another server, which a service
-/// manager may have started at just this moment, ends again, as it does not have the sockets.
+/// Takes the lock of a server that has handed over, however long the disk holds that one up.
+/// Another server, which a service manager may have started at just this moment, ends again, as it
+/// does not have the sockets.
 fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
     let since = Instant::now();
     loop {

@@ -58,7 +58,8 @@ pub struct Holder {
 pub struct InstanceLock {
     file: File,
     started: String,
-    /// Bound, so that nobody else starts on this path while its directory is away. None where the kernel has no such names.
+    /// Bound, so that nobody else starts on this path while its directory is away. None where the
+    /// kernel has no such names.
     path: Option<UnixListener>,
 }
 
@@ -115,7 +116,8 @@ impl InstanceLock {
         matches!((held, found), (Ok(held), Ok(found)) if held == found)
     }
 
-    /// Takes the lock's name again in a directory that lost it. False where another server was first, or the disk refuses.
+    /// Takes the lock's name again in a directory that lost it. False where another server was
+    /// first, or the disk refuses.
     pub(crate) fn renew(&mut self, data_dir: &Path, addresses: &[String]) -> bool {
         let Ok(file) = open(&data_dir.join(LOCK_NAME)) else {
             return false;
@@ -154,7 +156,8 @@ impl Drop for InstanceLock {
 }
 
 fn open(path: &Path) -> std::io::Result<File> {
-    // The standard library opens with O_CLOEXEC, so that no child keeps the lock. A pipe is not waited for.
+    // The standard library opens with O_CLOEXEC, so that no child keeps the lock. A pipe is not
+    // waited for.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = OpenOptions::new()
         .read(true)
@@ -170,13 +173,15 @@ fn open(path: &Path) -> std::io::Result<File> {
     Ok(file)
 }
 
-/// The name of a data directory's path among the kernel's abstract sockets (unix(7)). A directory that is moved away takes the
-/// file with the lock along; this name stays, and falls with the process. Each network namespace has names of its own, so this
-/// comes beside the lock in the file and not in its place.
+/// The name of a data directory's path among the kernel's abstract sockets (unix(7)). A directory
+/// that is moved away takes the file with the lock along; this name stays, and falls with the
+/// process. Each network namespace has names of its own, so this comes beside the lock in the file
+/// and not in its place.
 struct PathName(SocketAddr);
 
 impl PathName {
-    /// By the directory that the path lies in and by its last part. None where that can't be found out.
+    /// By the directory that the path lies in and by its last part. None where that can't be found
+    /// out.
     fn of(data_dir: &Path) -> Option<PathName> {
         let path = match data_dir.canonicalize() {
             Ok(path) => path,
@@ -228,7 +233,8 @@ impl PathName {
         }
     }
 
-    /// The pid of this user's, or root's, process that has the name; 0 where it is of another pid namespace.
+    /// The pid of this user's, or root's, process that has the name; 0 where it is of another pid
+    /// namespace.
     fn holder(&self) -> Option<i32> {
         let kind = SocketType::STREAM;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -250,7 +256,8 @@ fn another(data_dir: &Path, pid: i32) -> StartupError {
     }
 }
 
-/// Refuses a path whose server runs, though its directory may have been moved away: before another one is made there.
+/// Refuses a path whose server runs, though its directory may have been moved away: before another
+/// one is made there.
 ///
 /// # Errors
 /// [`StartupError::AnotherServer`] where one runs.

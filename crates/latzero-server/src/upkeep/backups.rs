@@ -26,7 +26,8 @@ pub struct Listed {
     pub summary: Result<Summary, BackupError>,
 }
 
-/// The files that may be backups, newest first; those with names of their own come last. A directory that is not there has none.
+/// The files that may be backups, newest first; those with names of their own come last. A
+/// directory that is not there has none.
 ///
 /// # Errors
 /// Where the directory can't be read.

@@ -7,7 +7,8 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use latzero_store::{BackupError, DATABASE, OpenError, Options, Summary};
+use latzero_store::{BackupError, DATABASE, OpenError, Options, QueryLimits, Summary};
+use serde_json::Value;
 use thiserror::Error;
 
 use crate::blocks::restore::Restoring;
@@ -159,6 +160,36 @@ impl Offline {
         drop(opened);
         Ok(findings)
     }
+}
+
+impl Offline {
+    /// Answers one SELECT about the database, of which nothing changes.
+    ///
+    /// # Errors
+    /// Where it can't be looked at, or the question is none.
+    pub fn query(&self, sql: &str) -> Result<Value, UpkeepError> {
+        let copy = Copy::of_database(self.path())?;
+        let path = copy.directory.join(DATABASE);
+        let answer = latzero_store::query(&path, sql, &QueryLimits::default())?;
+        Ok(super::answer_json(&answer))
+    }
+
+    /// Writes the database as SQL that makes it again.
+    ///
+    /// # Errors
+    /// Where it can't be read, or the text not be written.
+    pub fn dump(&self, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
+        let copy = Copy::of_database(self.path())?;
+        Ok(latzero_store::dump(&copy.directory.join(DATABASE), out)?)
+    }
+}
+
+/// Writes a backup's records as SQL that makes them again.
+///
+/// # Errors
+/// Where it can't be read, or the text not be written.
+pub fn dump_backup(file: &Path, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
+    Ok(latzero_store::dump(file, out)?)
 }
 
 /// A copy of the database in a directory of its own: opening one mends what it finds, and a look must not. Goes when

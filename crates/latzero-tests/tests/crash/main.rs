@@ -123,8 +123,9 @@ fn at_failpoint(name: &str, pass: u64) -> Start {
 
 fn settings() -> Start {
     Start {
-        // A handler that owes an answer holds up no end.
-        settings: vec!["drain_timeout=1ms".into()],
+        // A handler that owes an answer holds up no end. No backup is made but those that are asked
+        // for.
+        settings: vec!["drain_timeout=1ms".into(), "backup_interval=0".into()],
         ..Start::default()
     }
 }
@@ -138,7 +139,6 @@ fn one_site(seed: u64, lives: u64, tally: &mut Tally) {
             .collect(),
         calls: Calls::default(),
         mapped: Mapped::new(random.pick(&["shared", "persistent"])),
-        store: "ok",
     };
     if random.one_in(2) {
         let name = random.pick(FIRST);
@@ -154,6 +154,12 @@ fn one_site(seed: u64, lives: u64, tally: &mut Tally) {
     for _ in 0..lives {
         world.live(&site, &mut random, tally);
         tally.lives += 1;
+        match random.below(8) {
+            0 => move_directory(&site),
+            1 => remove_database(&site),
+            2 => let_clock_jump(&site),
+            _ => {}
+        }
     }
     world.end(&site, &mut random, tally);
     (tally.parked, tally.answers) = {
@@ -176,8 +182,6 @@ struct World {
     actors: Vec<Actor>,
     calls: Calls,
     mapped: Mapped,
-    /// What health says of the database. That a backup took its place is told until an orderly stop.
-    store: &'static str,
 }
 
 impl World {
@@ -235,7 +239,6 @@ impl World {
             actors,
             calls,
             mapped,
-            ..
         } = self;
         let (calls, round) = (&*calls, &round);
         std::thread::scope(|scope| {
@@ -261,7 +264,7 @@ impl World {
 
     fn verify(&mut self, server: &Daemon) {
         let (mut admin, _) = server.app(json!({"app_id": "admin"}));
-        check(&mut admin, self.store);
+        check(&mut admin, "ok");
         for actor in &mut self.actors {
             actor.verify(server);
         }
@@ -287,9 +290,9 @@ impl World {
             die_at_start(site, name, tally);
             let server = site.start_with(&settings()).unwrap();
             let (mut admin, _) = server.app(json!({"app_id": "admin"}));
-            self.store = "degraded";
-            check(&mut admin, self.store);
-            server.kill();
+            check(&mut admin, "degraded");
+            // A kill would leave it so.
+            assert!(server.stop().success());
         }
         let server = site.start_with(&settings()).unwrap();
         self.verify(&server);
@@ -323,6 +326,61 @@ fn backup(round: &Round<'_>) {
     {
         ok("backup", &reply);
     }
+}
+
+/// Moves the directory away under a server and back. While it is away nothing is promised, and
+/// nothing is lost.
+fn move_directory(site: &Site) {
+    let server = site.start_with(&settings()).unwrap();
+    let (mut admin, _) = server.app(json!({"app_id": "admin"}));
+    let (data, moved) = (site.data_dir(), site.data_dir().with_file_name("moved"));
+    std::fs::rename(&data, &moved).unwrap();
+    let register = json!({"action": "trigger_register", "triggers": ["away"]});
+    let refused = admin.request(register);
+    assert_eq!(refused["error"]["code"], "storage", "{refused}");
+    assert!(site.start_with(&settings()).is_err(), "a second server");
+    std::fs::rename(&moved, &data).unwrap();
+    until_ok(&mut admin);
+    server.kill();
+}
+
+/// Removes the database under a server, which makes it anew.
+fn remove_database(site: &Site) {
+    let server = site.start_with(&settings()).unwrap();
+    let (mut admin, _) = server.app(json!({"app_id": "admin"}));
+    std::fs::remove_file(site.data_dir().join("data.db")).unwrap();
+    until_ok(&mut admin);
+    server.kill();
+    let left = std::fs::read_dir(site.data_dir()).unwrap().flatten();
+    for left in left.filter(|left| left.file_name().to_string_lossy().starts_with("replaced-")) {
+        std::fs::remove_file(left.path()).unwrap();
+    }
+}
+
+/// Makes a backup, and dates it years ahead, as a clock does that jumps: later ones are newer all
+/// the same.
+fn let_clock_jump(site: &Site) {
+    let server = site.start_with(&settings()).unwrap();
+    let (mut admin, _) = server.app(json!({"app_id": "admin"}));
+    let made = admin.request(json!({"action": "backup"}));
+    let made = std::path::PathBuf::from(ok("backup", &made)["file"].as_str().unwrap());
+    let name = made.file_name().unwrap().to_str().unwrap();
+    let number = name.split('-').nth(1).unwrap();
+    let ahead = format!("latzero-{number}-20990101-000000.db");
+    std::fs::rename(&made, made.with_file_name(ahead)).unwrap();
+    server.kill();
+}
+
+/// Waits until the server keeps what it promises.
+fn until_ok(admin: &mut latzero_tests::Wire) {
+    let end = Instant::now() + std::time::Duration::from_secs(30);
+    let register = json!({"action": "trigger_register", "triggers": ["back"]});
+    while admin.request(register.clone())["status"] != "ok" {
+        assert!(Instant::now() < end, "the store does not write again");
+        std::thread::yield_now();
+    }
+    let forget = json!({"action": "trigger_unregister", "triggers": ["back"]});
+    ok("unregister", &admin.request(forget));
 }
 
 /// Spoils the database, all but its first bytes.

@@ -1,7 +1,7 @@
 //! What an earlier run left of persistent blocks: what is whole is taken in again, what was never finished goes, and what
 //! can't be read is set aside under `memory/.orphans/`, from where the server never removes it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::os::fd::AsFd;
 
@@ -35,22 +35,23 @@ impl Kept {
 impl Files {
     /// [`Files::scan_with`], where nothing is known of the blocks but their files.
     pub(in crate::blocks) fn scan(&self) -> Vec<Kept> {
-        self.scan_with(&HashMap::new(), &mut |_, _| ())
+        self.scan_with(&HashMap::new(), &mut |_, _| ()).0
     }
 
-    /// What an earlier run left, the newest first, with what was never finished cleared away. `rows` are the records as the
-    /// database has them, by the id of their files. `lost` hears what is affected and what happened to it.
+    /// What an earlier run left, the newest first, with what was never finished cleared away.
+    /// `rows` are the records as the database has them, by the id of their files. `lost` hears what
+    /// is affected and what happened to it.
     pub(in crate::blocks) fn scan_with(
         &self,
         rows: &HashMap<String, String>,
         lost: &mut dyn FnMut(String, String),
-    ) -> Vec<Kept> {
+    ) -> (Vec<Kept>, HashSet<String>) {
         let entries = match std::fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(error) => {
                 let directory = format!("directory {}", self.path.display());
                 lost(directory, format!("it can't be read: {error}"));
-                return Vec::new();
+                return (Vec::new(), HashSet::new());
             }
         };
         let names = entries
@@ -58,9 +59,12 @@ impl Files {
             .filter_map(|entry| entry.file_name().into_string().ok());
         let mut bytes: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
         let mut records = Vec::new();
+        let mut removed = HashSet::new();
         for name in names {
             if name.ends_with(".new") {
                 self.unlink(&name);
+            } else if let Some(id) = name.strip_suffix(".gone") {
+                removed.insert(id.to_owned());
             } else if let Some(id) = name.strip_suffix(".json") {
                 records.push(id.to_owned());
             } else if let Some((id, generation)) = generation(&name) {
@@ -69,6 +73,15 @@ impl Files {
                 self.orphan(&name);
             }
         }
+        // The server ended while it removed these.
+        bytes.retain(|id, generations| {
+            let is_removed = removed.contains(id) && !records.contains(id);
+            for &generation in generations.iter().filter(|_| is_removed) {
+                let id = id.clone();
+                self.unlink(&Names { id, generation }.bytes());
+            }
+            !is_removed
+        });
         let mut kept = Vec::new();
         let unrecorded = bytes.keys().filter(|id| !records.contains(id));
         let unrecorded: Vec<String> = unrecorded.cloned().collect();
@@ -77,7 +90,7 @@ impl Files {
             let error = match (read, rows.get(&id)) {
                 (Ok((names, record)), row) if row.is_none_or(|row| is_same(row, &record)) => {
                     let generations = bytes.remove(&id).unwrap_or_default();
-                    kept.push(self.take_in(names, record, &generations));
+                    kept.push(self.take_in(names, record, &generations, lost));
                     continue;
                 }
                 (Ok(_), _) => "it is not the one that the database has".to_owned(),
@@ -91,7 +104,7 @@ impl Files {
                         "its record was lost or damaged ({error}); it was made again from the database"
                     );
                     lost(name_of(row), happened);
-                    kept.push(self.take_in_by_row(id, row, &generations));
+                    kept.push(self.take_in_by_row(id, row, &generations, lost));
                 }
                 None => {
                     for generation in generations {
@@ -110,11 +123,18 @@ impl Files {
         }
         // Of two that claim one name, the newer one has been in use.
         kept.sort_by_key(|kept| std::cmp::Reverse(kept.created_unix_ns()));
-        kept
+        (kept, removed)
     }
 
-    /// Takes a block in whose record is lost: the database has it too. Sizes are what the bytes' own header says.
-    fn take_in_by_row(&self, id: String, row: &str, generations: &BTreeSet<u64>) -> Kept {
+    /// Takes a block in whose record is lost: the database has it too. Sizes are what the bytes'
+    /// own header says.
+    fn take_in_by_row(
+        &self,
+        id: String,
+        row: &str,
+        generations: &BTreeSet<u64>,
+        lost: &mut dyn FnMut(String, String),
+    ) -> Kept {
         let value: Value = serde_json::from_str(row).unwrap_or_default();
         let named = value["generation"].as_u64().unwrap_or(0);
         let generation = match generations.contains(&named) {
@@ -132,11 +152,17 @@ impl Files {
                 tracing::warn!(file = %names, %error, "the record of a persistent block can't be put right");
             }
         }
-        self.take_in(names, record, generations)
+        self.take_in(names, record, generations, lost)
     }
 
     /// Opens the generation that the record names; where that can't be, the newest one that opens, with its record put right.
-    fn take_in(&self, names: Names, record: String, generations: &BTreeSet<u64>) -> Kept {
+    fn take_in(
+        &self,
+        names: Names,
+        record: String,
+        generations: &BTreeSet<u64>,
+        lost: &mut dyn FnMut(String, String),
+    ) -> Kept {
         let named = names.generation;
         let others = generations.iter().rev().filter(|g| **g != named);
         let others = others.map(|&generation| Names {
@@ -175,7 +201,10 @@ impl Files {
                 open: Err(error),
             };
         };
-        tracing::error!(file = %names, taken = %other, error, "the newest generation of a persistent block can't be opened; it is set aside, and an older one is taken");
+        let happened = format!(
+            "its newest generation {names} can't be opened ({error}) and was set aside under memory/{ORPHANS}; the older one {other} was taken"
+        );
+        lost(name_of(&record), happened);
         // First: what stands beside a record's generation at a start goes.
         self.orphan(&names.bytes());
         let record = record_of(&record, &custodian);
@@ -303,8 +332,8 @@ fn record_of(record: &str, custodian: &Custodian) -> String {
     value.to_string()
 }
 
-/// Whether a record says what the database says of the same generation. What is of another generation was written when the
-/// server ended, and is right.
+/// Whether a record says what the database says of the same generation. What is of another
+/// generation was written when the server ended, and is right.
 fn is_same(row: &str, record: &str) -> bool {
     let parse = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
     let (row, record) = (parse(row), parse(record));
