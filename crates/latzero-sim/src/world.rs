@@ -12,7 +12,7 @@ use latzero_fabric::books::{self, Books, Hold, Holding, Resource, Users};
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
-use latzero_fabric::memory::{Descriptor, Job, Ledger, StorageId};
+use latzero_fabric::memory::{Job, Ledger, StorageId};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
     Class, Driver, Effects, Flow, Limits, Now, Pool, Registry, Session, Time, Transport, Turn,
@@ -24,7 +24,7 @@ use latzero_protocol::{AppId, Code, PoolName, Refusal, encode};
 use serde_json::Value;
 
 use crate::line::{Bounds, Event, LENGTH_SLACK, Line, Observer, Peer, Totals};
-use crate::storage::Storages;
+use crate::storage::{Descriptor, Storages};
 use crate::store::Store;
 
 /// A pool of the world.
@@ -881,6 +881,8 @@ impl Driver for World {
         let Some(stored) = self.storages.stored.get_mut(&storage) else {
             return 0;
         };
+        // The largest number says that nobody said anything: the block itself is asked.
+        let noted = noted.filter(|version| *version < u64::MAX);
         stored.version = stored.version.max(noted.unwrap_or(0));
         stored.version
     }
