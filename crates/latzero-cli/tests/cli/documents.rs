@@ -1,6 +1,8 @@
 //! The documents' examples, as printed: every console block of the README and of docs/ runs in one
 //! shell on one terminal, and prints what is printed there, but for numbers and times.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;

@@ -4,6 +4,8 @@
 //! After a change that is meant, `INSTA_UPDATE=always cargo test -p latzero-cli table` writes them
 //! anew; read the difference as a user would.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;

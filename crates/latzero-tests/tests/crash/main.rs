@@ -78,6 +78,7 @@ fn number(name: &str, default: u64) -> u64 {
 #[derive(Default)]
 struct Tally {
     lives: u64,
+    power_losses: u64,
     steps: u64,
     reads: u64,
     parked: usize,
@@ -101,8 +102,9 @@ fn nothing_acknowledged_is_lost_and_nothing_is_left() {
         }
     }
     println!(
-        "{} lives, {} steps, {} calls parked, {} answers, {} reads of a mapped block, {:.1} s; failpoints: {:?}",
+        "{} lives, {} ends of the machine, {} steps, {} calls parked, {} answers, {} reads of a mapped block, {:.1} s; failpoints: {:?}",
         tally.lives,
+        tally.power_losses,
         tally.steps,
         tally.parked,
         tally.answers,
@@ -185,6 +187,12 @@ struct World {
 impl World {
     /// One life: look for what was acknowledged, work, die.
     fn live(&mut self, site: &Site, random: &mut Random, tally: &mut Tally) {
+        if random.one_in(3) {
+            site.lose_power().unwrap();
+            self.actors.iter_mut().for_each(Actor::lose_power);
+            self.mapped.has_lost_power = true;
+            tally.power_losses += 1;
+        }
         let mut server = site.start_with(&settings()).unwrap();
         self.verify(&server);
         let named = random.one_in(2).then(|| random.pick(WORKING));

@@ -332,6 +332,10 @@ fn record_of(record: &str, custodian: &Custodian) -> String {
         record.insert("generation".into(), description.generation.into());
         record.insert("size".into(), description.geometry.size.into());
         record.insert("slots".into(), description.geometry.slots.into());
+        match description.geometry.spares {
+            0 => record.remove("spares"),
+            spares => record.insert("spares".into(), spares.into()),
+        };
     }
     value.to_string()
 }
