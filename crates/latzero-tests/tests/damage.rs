@@ -63,6 +63,9 @@ fn filled() -> Site {
         ok(&wires[0].request(write));
         ok(&wires[0].request(json!({"action": "memory_flush", "block_id": block})));
     }
+    // The rows of blocks are promised to nobody; this is, and comes behind them.
+    let register = json!({"action": "trigger_register", "triggers": ["last"]});
+    ok(&wires[0].request(register));
     server.kill();
     site
 }
