@@ -835,8 +835,6 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         let (names, record) = (&kept.names, &kept.record);
         match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
-                let losses = shared.keeper.losses();
-                losses.settle(Part::Memory, &affected(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
             // With a higher limit it is there again, whole.
@@ -853,7 +851,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                 let remedy = "raise the limit and start the server again; the file and the name of \
                               the block are kept until then";
                 let losses = shared.keeper.losses();
-                losses.note(Loss::new(Part::Memory, affected, happened, remedy));
+                losses.note(Loss::new(Part::Memory, affected, happened, remedy).passing());
             }
             Err(refusal) => {
                 let affected = match (Found { record, fence: 0 }).name() {

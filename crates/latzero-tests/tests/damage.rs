@@ -220,9 +220,14 @@ fn a_directory_that_is_moved_away_keeps_its_server_and_its_path() {
     });
     assert!(losses.contains("moved or removed"), "{losses}");
     fs::rename(&moved, &data).unwrap();
-    until("it is well again", || {
-        (health(&mut wire)["status"] == "ok").then_some(())
-    });
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let health = health(&mut wire);
+        if health["status"] == "ok" {
+            break;
+        }
+        assert!(Instant::now() < end, "it is not well again: {health}");
+    }
     let again = json!({"action": "trigger_register", "triggers": ["after"]});
     ok(&wire.request(again));
     server.kill();
