@@ -153,6 +153,8 @@ fn normal(line: &str, homes: &[&Path]) -> String {
     for home in homes {
         line = line.replace(home.canonicalize().unwrap().to_str().unwrap(), "/home/me");
     }
+    // Progress is shown where something takes a second, and erased.
+    line = line.replace("\u{1b}[K", "");
     let line = without_instances(&line).replace('\u{1b}', "^[");
     let line = line.replace(
         &format!("cli-{}", rustix::process::geteuid().as_raw()),
