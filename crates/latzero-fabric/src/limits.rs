@@ -152,9 +152,13 @@ limits! {
     connections_unauthenticated_per_user_max: usize = 64, Count(1, 1_000_000), Live,
         "`overloaded`; the connection is closed";
     /// Calls in flight on one connection.
-    in_flight_max: u32 = 1024, Count(1, 1_000_000), Restart,
+    in_flight_max: u32 = 2048, Count(1, 1_000_000), Restart,
         "the server stops reading from the connection until a call ends; `overloaded` where the \
          connection owes answers itself";
+    /// Calls in flight from one connection to one handler: one that does not answer leaves room for calls
+    /// to others.
+    in_flight_per_handler_max: u32 = 1024, Count(1, 1_000_000), Restart,
+        "the call goes to another handler, else `overloaded`";
     /// Calls in flight in one pool.
     pending_max: usize = 65_536, Count(1, 16_777_216), Restart, "`overloaded`";
     /// Bytes waiting to be written to one connection.
@@ -286,7 +290,7 @@ mod tests {
         assert_eq!(limits.values().collect::<Vec<_>>(), defaults);
         assert_eq!(
             (limits.max_frame, limits.in_flight_max),
-            (latzero_protocol::limits::MAX_FRAME_DEFAULT, 1024)
+            (latzero_protocol::limits::MAX_FRAME_DEFAULT, 2048)
         );
     }
 

@@ -140,7 +140,7 @@ struct PoolEntry<D: Driver> {
     /// When it was made, in milliseconds since the Unix epoch.
     created: u64,
     /// Its place in the books, where a client made it.
-    _place: Option<Hold>,
+    place: Option<Hold>,
 }
 
 impl<D: Driver> PoolEntry<D> {
@@ -255,6 +255,14 @@ impl<D: Driver> Registry<D> {
         self.offline.insert(app.user, last_seen, app_id.clone());
         self.apps.insert(app_id, app);
         true
+    }
+
+    /// Bytes of what apps registered, and pools that clients made.
+    #[must_use]
+    pub fn held(&self) -> (u64, u64) {
+        let registered = self.apps.values().map(|app| app.held.amount()).sum();
+        let made = self.pools.values().filter(|entry| entry.place.is_some());
+        (registered, made.count() as u64)
     }
 
     /// The account of an app of a user.
@@ -447,6 +455,31 @@ impl<D: Driver> Registry<D> {
         is_changed && app.keep(app_id, promise, turn)
     }
 
+    /// As [`Registry::remember`], of what the app watches and subscribes to: that part of its row alone is written.
+    fn remember_watches(
+        &mut self,
+        app_id: &AppId,
+        promise: Option<&D::Peer>,
+        turn: &mut Turn<'_, D>,
+        change: impl FnOnce(&mut Registration),
+    ) -> bool {
+        let Some(app) = self.apps.get_mut(app_id) else {
+            return false;
+        };
+        let registration = app.registration.get_mut();
+        let before = registration.watches_json();
+        change(registration);
+        let after = registration.watches_json();
+        if after == before {
+            return false;
+        }
+        app.held.force(app.bytes());
+        if app.is_lasting {
+            turn.keep(Change::Watches(app_id.clone(), after), promise);
+        }
+        app.is_lasting
+    }
+
     /// Forgets that an app is in a pool: it left on purpose. Says whether there is a promise that it is kept.
     pub fn forget_pool(
         &mut self,
@@ -535,7 +568,7 @@ impl<D: Driver> Registry<D> {
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> bool {
-        self.remember(app_id, Some(promise), turn, |registration| {
+        self.remember_watches(app_id, Some(promise), turn, |registration| {
             registration.watches.retain(|(name, _)| name != pool);
             if let Some(events) = events {
                 registration.watches.push((pool.clone(), events));
@@ -553,7 +586,7 @@ impl<D: Driver> Registry<D> {
         turn: &mut Turn<'_, D>,
     ) {
         let max = self.limits.subscriptions_per_app_max;
-        self.remember(app_id, None, turn, |registration| {
+        self.remember_watches(app_id, None, turn, |registration| {
             let known = &mut registration.subscriptions;
             known.retain(|(p, b)| (p, b) != (pool, block));
             if is_on {

@@ -177,6 +177,8 @@ impl<D: Driver> Session<D> {
                 }
                 Flow::Continue
             }
+            // It has no effect but its reply, which nobody would get.
+            Ok(request) if id.is_none() && request.is_question() => Flow::Continue,
             Ok(request) => {
                 match self.request(id, request, turn) {
                     Ok(Reply::Now(reply)) => self.reply(id, &reply, turn),
@@ -369,16 +371,7 @@ impl<D: Driver> Session<D> {
         request: Request<'_>,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        let promises_nothing = matches!(
-            request,
-            Request::Emit(_)
-                | Request::PoolList(_)
-                | Request::PoolInfo(_)
-                | Request::AppList(..)
-                | Request::Ping
-                | Request::Stats
-                | Request::Health
-        );
+        let promises_nothing = request.is_question() || matches!(request, Request::Emit(_));
         if !promises_nothing {
             self.check_awaited(turn)?;
         }

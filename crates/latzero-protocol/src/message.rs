@@ -503,7 +503,22 @@ pub enum AdminAction {
 }
 
 impl<'a> Request<'a> {
-    /// Decodes a message. Its lists are bounded while they are read, so that no message costs more than its bytes.
+    /// Whether it has no effect but its reply.
+    #[must_use]
+    pub fn is_question(&self) -> bool {
+        matches!(
+            self,
+            Request::PoolList(_)
+                | Request::PoolInfo(_)
+                | Request::AppList(..)
+                | Request::Ping
+                | Request::Stats
+                | Request::Health
+        )
+    }
+
+    /// Decodes a message. Its lists are bounded while they are read, so that no message costs more
+    /// than its bytes.
     ///
     /// # Errors
     /// `bad_message`, `invalid_name`, `unknown_action`, `too_large`, `quota` or `unsupported_protocol`, with the field

@@ -22,6 +22,9 @@ impl<D: Driver> Session<D> {
         let m = self.current_membership(memory.pool.as_deref(), turn)?;
         let (pool, member) = (m.pool.clone(), m.member);
         let is_system = m.name.as_str() == SYSTEM_POOL;
+        if id.is_none() && memory.action.is_question() {
+            return Ok(None);
+        }
         let asking = Asking { member, id };
         match &memory.action {
             Action::Create(_) if is_system => Err(Refusal::new(
@@ -185,7 +188,10 @@ impl<D: Driver> Session<D> {
                 turn.with_pool(&pool, |pool, turn| pool.flush_block(asking, block, turn))
             }
             Action::Remove(block) => {
-                turn.with_pool(&pool, |pool, turn| pool.remove_block(member, block, turn))
+                let is_admin = self.terms.is_admin;
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.remove_block(member, is_admin, block, turn)
+                })
             }
             Action::List(page) => {
                 let blocks = turn.with_pool(&pool, |pool, turn| pool.blocks_json(page, turn));

@@ -162,6 +162,14 @@ impl<D: Driver> Pool<D> {
         Ok(Some("{}".into()))
     }
 
+    /// Tells of a version that nobody told of, because its writer ended.
+    pub(in crate::pool) fn look_for_news(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+        if let Some(block) = self.blocks.at(key) {
+            let version = turn.version_noted(block.storage, u64::MAX);
+            self.tell_change(key, version, turn);
+        }
+    }
+
     /// Has a block reach the disk; the reply comes when it is there.
     ///
     /// # Errors
