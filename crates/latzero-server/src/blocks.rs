@@ -820,7 +820,13 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
-    let (kept, removed) = shared.blocks.files.scan_with(&records, &mut lost);
+    // What this start found is told, also of blocks that are there all the same.
+    let mut fresh = Vec::new();
+    let mut note = |affected: String, happened: String| {
+        fresh.push(affected.clone());
+        lost(affected, happened);
+    };
+    let (kept, removed) = shared.blocks.files.scan_with(&records, &mut note);
     for mut kept in kept {
         let mut may_have_writer = false;
         if let Ok(custodian) = &kept.open {
@@ -833,7 +839,10 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
                 let losses = shared.keeper.losses();
-                losses.settle(Part::Memory, &affected(&pool, &block));
+                let affected = affected(&pool, &block);
+                if !fresh.contains(&affected) {
+                    losses.settle(Part::Memory, &affected);
+                }
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
             // With a higher limit it is there again, whole.
