@@ -570,9 +570,6 @@ impl Blocks {
         // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
         let bytes = stored.custodian.description().geometry.total();
         let store = self.rows.store().filter(|_| !is_superseded).cloned();
-        if let (Some(names), None) = (&stored.names, self.rows.store()) {
-            self.files.forget(names.id());
-        }
         self.work.send(bytes, Work::Free(stored, store));
     }
 
@@ -823,7 +820,13 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
-    let (kept, removed) = shared.blocks.files.scan_with(&records, &mut lost);
+    // What this start found is told, also of blocks that are there all the same.
+    let mut fresh = Vec::new();
+    let mut note = |affected: String, happened: String| {
+        fresh.push(affected.clone());
+        lost(affected, happened);
+    };
+    let (kept, removed) = shared.blocks.files.scan_with(&records, &mut note);
     for mut kept in kept {
         let mut may_have_writer = false;
         if let Ok(custodian) = &kept.open {
@@ -835,6 +838,11 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         let (names, record) = (&kept.names, &kept.record);
         match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
+                let losses = shared.keeper.losses();
+                let affected = affected(&pool, &block);
+                if !fresh.contains(&affected) {
+                    losses.settle(Part::Memory, &affected);
+                }
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
             // With a higher limit it is there again, whole.
@@ -851,7 +859,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                 let remedy = "raise the limit and start the server again; the file and the name of \
                               the block are kept until then";
                 let losses = shared.keeper.losses();
-                losses.note(Loss::new(Part::Memory, affected, happened, remedy).passing());
+                losses.note(Loss::new(Part::Memory, affected, happened, remedy));
             }
             Err(refusal) => {
                 let affected = match (Found { record, fence: 0 }).name() {
