@@ -817,7 +817,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let records: HashMap<String, String> = records.collect();
     let remedy =
         "`latzero restore` brings blocks back from a backup; what was set aside is never removed";
-    let mut lost = |affected: String, happened: String| {
+    let lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
     // What this start found is told, also of blocks that are there all the same.
