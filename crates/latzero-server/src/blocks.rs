@@ -833,7 +833,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
                 let losses = shared.keeper.losses();
-                losses.settle(Part::Memory, &affected(&pool, &block));
+                losses.settle(Part::Memory, &room_for(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
             // With a higher limit it is there again, whole.
@@ -842,7 +842,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                 let affected = match &name {
                     Ok((pool, block)) => {
                         missing.remove(&(pool.as_str().into(), block.as_str().into()));
-                        affected(pool, block)
+                        room_for(pool, block)
                     }
                     Err(_) => format!("memory/{names}"),
                 };
@@ -969,9 +969,9 @@ fn is_limit(refusal: &Refusal) -> bool {
     matches!(refusal.code, Code::Quota | Code::TooLarge)
 }
 
-/// A block as losses name it.
-fn affected(pool: &PoolName, block: &BlockId) -> String {
-    format!("block '{block}' of pool '{pool}'")
+/// What lacks where a limit leaves a block out, as losses name it.
+fn room_for(pool: &PoolName, block: &BlockId) -> String {
+    format!("room for block '{block}' of pool '{pool}'")
 }
 
 /// Has a block of an earlier run be in its pool again.
