@@ -207,8 +207,9 @@ Examples:
 
 The part before the first / is the pool, unless --pool names it; with neither, it is `default`.
 An answer of raw bytes is printed as it is, unless stdout is a terminal; with --json it is
-{\"hex\":\"…\"}. With --stream, items are lines on stdout, and the final answer, if it is not null, is
-a line on stderr; with --json each line is {\"item\":…}, {\"progress\":…} or {\"end\":…}.
+{\"hex\":\"…\"}. With --stream, items are lines on stdout. The final answer is a line on stderr if it
+is not null; without items it is printed as usual. With --json each line is {\"item\":…},
+{\"progress\":…} or {\"end\":…}.
 With --park the pool is created if necessary, and the call survives a restart of the server and the
 end of this command: Ctrl-C leaves it parked. It is sent under an AppID of its own unless --app
 names one, so that no other command receives its answer.
@@ -675,7 +676,8 @@ pub(crate) struct ServeArgs {
     /// The program and its arguments
     #[arg(value_name = "COMMAND", last = true, required = true)]
     pub(crate) command: Vec<OsString>,
-    /// How many programs run at a time [default: one per core]
+    /// How many programs run at a time; further calls go to other handlers, wait if they are parked,
+    /// or are refused as overloaded [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) concurrency: Option<u16>,
     /// Keep one process, and exchange a line per call with it
@@ -828,13 +830,13 @@ pub(crate) enum DbCommand {
     Check(DbCheckArgs),
     /// Answer one SELECT, about a copy of the database: at most 10000 rows, 1 MiB and 5 s
     Query(DbQueryArgs),
-    /// Write the database as SQL text to stdout, which `sqlite3` makes it of again
+    /// Write the database to stdout as SQL text that `sqlite3` can load
     Dump(DbDumpArgs),
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct DbQueryArgs {
-    /// The question, such as "SELECT name FROM sqlite_schema"
+    /// The query, such as "SELECT name FROM sqlite_schema"
     #[arg(value_name = "SQL")]
     pub(crate) sql: String,
     #[command(flatten)]

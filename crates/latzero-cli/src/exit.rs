@@ -265,10 +265,13 @@ impl From<Error> for Failure {
             wire["data"] = data.clone();
         }
         // Nobody here knows what helps against a handler's own code.
-        let help = (!is_own && error.kind() != Code::HandlerError)
-            .then(|| remedy(error.kind()).to_owned());
-        let shown = match plain(error.kind(), error.message()) {
-            Some(message) => format!("{}: {message}", error.code()),
+        let help = (!is_own && error.kind() != Code::HandlerError).then(|| remedy(error.kind()));
+        let shown = match plain(error.kind(), error.message()).filter(|_| !is_own) {
+            Some(message) => {
+                let shown = format!("{}: {message}", error.code());
+                wire["message"] = message.into();
+                shown
+            }
             None => error.to_string(),
         };
         Failure {
@@ -280,8 +283,8 @@ impl From<Error> for Failure {
 }
 
 /// What to do about an error, in terms of this program's flags and commands.
-fn remedy(code: Code) -> &'static str {
-    match code {
+fn remedy(code: Code) -> String {
+    let text = match code {
         Code::AppInUse => "stop the other instance, or connect as another app with --app",
         Code::NotMember => "name a pool that the app is in; `latzero pools` lists them",
         Code::Unauthenticated | Code::Forbidden => {
@@ -306,8 +309,19 @@ fn remedy(code: Code) -> &'static str {
             "check `latzero status`; the call may have run, so repeat it if that is safe"
         }
         Code::BadMessage => "correct what the message names",
-        other => other.remedy(),
-    }
+        // As the others here: a clause, not a sentence.
+        other => {
+            let text = other.remedy().trim_end_matches('.');
+            // Not "appIDs".
+            return match text.chars().nth(1) {
+                Some(second) if second.is_lowercase() && !text.starts_with("AppID") => {
+                    text[..1].to_lowercase() + &text[1..]
+                }
+                _ => text.to_owned(),
+            };
+        }
+    };
+    text.to_owned()
 }
 
 /// The message in terms of this program, where the server's names fields of its protocol.

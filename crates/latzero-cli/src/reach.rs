@@ -58,38 +58,38 @@ pub(crate) struct Reach {
 
 /// One place where the server may be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Place {
+enum Address {
     Url(String),
     Socket(PathBuf),
     Tcp(String, u16),
 }
 
-impl std::fmt::Display for Place {
+impl std::fmt::Display for Address {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Place::Url(url) => f.write_str(url),
-            Place::Socket(path) => write!(f, "unix:{}", path.display()),
-            Place::Tcp(host, port) if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
-            Place::Tcp(host, port) => write!(f, "tcp://{host}:{port}"),
+            Address::Url(url) => f.write_str(url),
+            Address::Socket(path) => write!(f, "unix:{}", path.display()),
+            Address::Tcp(host, port) if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
+            Address::Tcp(host, port) => write!(f, "tcp://{host}:{port}"),
         }
     }
 }
 
-impl Place {
+impl Address {
     fn url(&self, app_id: &str) -> String {
         match self {
-            Place::Url(url) => url.clone(),
-            Place::Socket(path) => format!("latzero://{app_id}?socket={}", escape(path)),
-            Place::Tcp(host, port) if host.contains(':') => {
+            Address::Url(url) => url.clone(),
+            Address::Socket(path) => format!("latzero://{app_id}?socket={}", escape(path)),
+            Address::Tcp(host, port) if host.contains(':') => {
                 format!("latzero://{app_id}@[{host}]:{port}")
             }
-            Place::Tcp(host, port) => format!("latzero://{app_id}@{host}:{port}"),
+            Address::Tcp(host, port) => format!("latzero://{app_id}@{host}:{port}"),
         }
     }
 
     /// The place without what a URL says besides.
-    fn as_tcp(&self) -> Place {
-        let Place::Url(url) = self else {
+    fn as_tcp(&self) -> Address {
+        let Address::Url(url) = self else {
             return self.clone();
         };
         let rest = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);
@@ -99,18 +99,18 @@ impl Place {
             Some((host, port)) if !port.ends_with(']') => {
                 let host = host.trim_matches(['[', ']']).to_owned();
                 port.parse()
-                    .map_or_else(|_| self.clone(), |port| Place::Tcp(host, port))
+                    .map_or_else(|_| self.clone(), |port| Address::Tcp(host, port))
             }
-            _ => Place::Tcp(address.trim_matches(['[', ']']).to_owned(), PORT_DEFAULT),
+            _ => Address::Tcp(address.trim_matches(['[', ']']).to_owned(), PORT_DEFAULT),
         }
     }
 
     /// Whether the server knows the user by the connection alone.
     fn is_trusted(&self) -> bool {
         match self {
-            Place::Url(url) => !url.contains('@'),
-            Place::Socket(_) => true,
-            Place::Tcp(..) => false,
+            Address::Url(url) => !url.contains('@'),
+            Address::Socket(_) => true,
+            Address::Tcp(..) => false,
         }
     }
 }
@@ -136,9 +136,9 @@ pub(crate) enum Loss {
     Reconnects,
 }
 
-/// What a command wants of its connection.
+/// The options of a connection.
 #[derive(Clone, Debug)]
-pub(crate) struct Wish {
+pub(crate) struct ConnectOptions {
     pub(crate) command: &'static str,
     pub(crate) loss: Loss,
     /// Pools to join; what does not exist is created.
@@ -153,9 +153,9 @@ pub(crate) struct Wish {
     pub(crate) deadline: Option<Instant>,
 }
 
-impl Wish {
-    pub(crate) fn once(command: &'static str) -> Wish {
-        Wish {
+impl ConnectOptions {
+    pub(crate) fn once(command: &'static str) -> ConnectOptions {
+        ConnectOptions {
             command,
             loss: Loss::Ends,
             pools: Vec::new(),
@@ -167,26 +167,26 @@ impl Wish {
     }
 
     /// Gives up after `timeout`, whatever it waits for.
-    pub(crate) fn within(mut self, timeout: Duration) -> Wish {
+    pub(crate) fn within(mut self, timeout: Duration) -> ConnectOptions {
         self.deadline = Some(Instant::now() + timeout);
         self.request_time = Some(timeout);
         self
     }
 
     /// For requests that take the server as long as its disk does.
-    pub(crate) fn patient(mut self) -> Wish {
+    pub(crate) fn patient(mut self) -> ConnectOptions {
         self.request_time = Some(FILE_REQUEST_TIMEOUT);
         self
     }
 
-    pub(crate) fn lasting(command: &'static str) -> Wish {
-        Wish {
+    pub(crate) fn lasting(command: &'static str) -> ConnectOptions {
+        ConnectOptions {
             loss: Loss::Reconnects,
-            ..Wish::once(command)
+            ..ConnectOptions::once(command)
         }
     }
 
-    pub(crate) fn in_pool(mut self, pool: Option<&str>) -> Wish {
+    pub(crate) fn in_pool(mut self, pool: Option<&str>) -> ConnectOptions {
         self.pools.extend(pool.map(str::to_owned));
         self
     }
@@ -194,16 +194,16 @@ impl Wish {
 
 /// A connection, and where it goes.
 #[derive(Debug)]
-pub(crate) struct Reached {
+pub(crate) struct Connection {
     pub(crate) app: App,
-    place: Place,
+    place: Address,
     /// The admin token, for a connection that does not prove the right by itself.
     token: Option<String>,
     /// Whether there is a token that this server must not see.
     is_token_withheld: bool,
 }
 
-impl Reached {
+impl Connection {
     /// Where the connection goes, for people.
     pub(crate) fn place(&self) -> String {
         self.place.to_string()
@@ -260,21 +260,21 @@ impl Reach {
     }
 
     /// Where to look, in this order.
-    fn places(&self) -> Result<Vec<Place>, Failure> {
+    fn places(&self) -> Result<Vec<Address>, Failure> {
         let tcp_variables = tcp_variables()?;
         if let Some(url) = &self.url {
-            return Ok(vec![Place::Url(url.clone())]);
+            return Ok(vec![Address::Url(url.clone())]);
         }
         if let Some(socket) = &self.socket {
-            return Ok(vec![Place::Socket(socket.clone())]);
+            return Ok(vec![Address::Socket(socket.clone())]);
         }
         let tcp = |host: Option<&str>, port: Option<u16>| {
-            // A server on every address of this machine is reached by the nearest of them.
+            // A server on every address of this machine is reached at the nearest of them.
             let host = match host {
                 None | Some("0.0.0.0" | "::" | "[::]") => HOST_DEFAULT,
                 Some(host) => host.trim_matches(['[', ']']),
             };
-            Place::Tcp(host.to_owned(), port.unwrap_or(PORT_DEFAULT))
+            Address::Tcp(host.to_owned(), port.unwrap_or(PORT_DEFAULT))
         };
         if self.host.is_some() || self.port.is_some() {
             let host = self.host.as_deref().or(tcp_variables.0.as_deref());
@@ -282,12 +282,12 @@ impl Reach {
         }
         if self.data_dir.is_none() {
             if let Some(url) = variable("LATZERO_URL") {
-                return Ok(vec![Place::Url(url)]);
+                return Ok(vec![Address::Url(url)]);
             }
             // The variable is a setting of the server too, which allows two words for a path.
             let socket = variable("LATZERO_SOCKET").filter(|s| s != "auto" && s != "off");
             if let Some(socket) = socket {
-                return Ok(vec![Place::Socket(expand_home(&socket))]);
+                return Ok(vec![Address::Socket(expand_home(&socket))]);
             }
         }
         let (dir, named) = self.data_dir();
@@ -355,36 +355,36 @@ impl Reach {
     /// # Errors
     /// Exit 3 where no server answers, with every place that was tried; 6 where something accepts
     /// the connection and then says nothing.
-    pub(crate) fn connect(&self, wish: &Wish) -> Result<Reached, Failure> {
-        let app_id = match (&self.app, &wish.app_id) {
+    pub(crate) fn connect(&self, options: &ConnectOptions) -> Result<Connection, Failure> {
+        let app_id = match (&self.app, &options.app_id) {
             (None, Some(own)) => own.clone(),
             _ => self.app_id(),
         };
         let places = self.places()?;
         let mut tried = Vec::new();
         for place in places {
-            let left = wish
+            let left = options
                 .deadline
                 .map(|at| at.saturating_duration_since(Instant::now()));
             let mut builder = latzero::App::builder(&place.url(&app_id))
-                .pools(&wish.pools)
-                .transient(self.is_transient(wish))
+                .pools(&options.pools)
+                .transient(self.is_transient(options))
                 .connect_timeout(left.map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT)))
                 .reconnect(Reconnect {
-                    enabled: wish.loss == Loss::Reconnects,
+                    enabled: options.loss == Loss::Reconnects,
                     ..Reconnect::default()
                 })
-                .meta(json!({"program": "latzero", "command": wish.command, "pid": std::process::id()}));
-            if let Some(threads) = wish.handler_threads {
+                .meta(json!({"program": "latzero", "command": options.command, "pid": std::process::id()}));
+            if let Some(threads) = options.handler_threads {
                 builder = builder.handler_threads(threads);
             }
-            if let Some(time) = left.or(wish.request_time) {
+            if let Some(time) = left.or(options.request_time) {
                 builder = builder.call_timeout(time.max(Duration::from_millis(1)));
             }
             match App::connect_with(builder) {
                 Ok(app) => {
                     let (token, is_token_withheld) = self.token(&place);
-                    return Ok(Reached {
+                    return Ok(Connection {
                         app,
                         place,
                         token,
@@ -399,15 +399,15 @@ impl Reach {
 
     /// A command leaves nothing behind, and takes nothing from an app whose name it uses, unless it
     /// keeps running under a name that was given.
-    fn is_transient(&self, wish: &Wish) -> bool {
+    fn is_transient(&self, options: &ConnectOptions) -> bool {
         let is_named = self.app.is_some() || self.url.is_some();
-        wish.loss == Loss::Ends || !is_named
+        options.loss == Loss::Ends || !is_named
     }
 
     /// The admin token for a server, and whether there is one that it must not see. A token that
     /// was set is sent where the user says. The token of the data directory goes to the server that
     /// runs on that directory alone: whoever took its port while it is down gets nothing.
-    fn token(&self, place: &Place) -> (Option<String>, bool) {
+    fn token(&self, place: &Address) -> (Option<String>, bool) {
         if place.is_trusted() {
             return (None, false);
         }
@@ -473,12 +473,13 @@ impl Reach {
     }
 
     /// Tells where nothing answers, which may be tried elsewhere, from everything else.
-    fn judge(&self, place: &Place, error: Error) -> Result<String, Failure> {
+    fn judge(&self, place: &Address, error: Error) -> Result<String, Failure> {
         let source = std::error::Error::source(&error).and_then(|e| e.downcast_ref::<io::Error>());
         let is_silent = |cause: &io::Error| {
             cause
                 .get_ref()
-                .is_some_and(|inner| inner.is::<HandshakeTimeout>())
+                .and_then(|inner| inner.downcast_ref::<HandshakeTimeout>())
+                .is_some()
         };
         match source {
             Some(cause) if is_silent(cause) => {
@@ -543,7 +544,7 @@ impl Reach {
     pub(crate) fn names_pools(&self) -> bool {
         let url = self.url.clone().or_else(|| match self.places() {
             Ok(places) => places.into_iter().find_map(|place| match place {
-                Place::Url(url) => Some(url),
+                Address::Url(url) => Some(url),
                 _ => None,
             }),
             Err(_) => None,
@@ -560,17 +561,17 @@ pub(crate) enum Named {
 }
 
 /// Where the server of a data directory listens.
-fn of_data_dir(dir: &Path) -> Vec<Place> {
+fn of_data_dir(dir: &Path) -> Vec<Address> {
     // A server would have created the directory.
     let Ok(dir) = dir.canonicalize() else {
         return Vec::new();
     };
     let uid = rustix::process::geteuid().as_raw();
     let runtime_dir = variable("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let mut places: Vec<Place> = address::socket_candidates(&dir, runtime_dir.as_deref(), uid)
+    let mut places: Vec<Address> = address::socket_candidates(&dir, runtime_dir.as_deref(), uid)
         .into_iter()
         .filter(|socket| socket.parent() == Some(&dir) || is_private(socket.parent(), uid))
-        .map(Place::Socket)
+        .map(Address::Socket)
         .collect();
     let recorded = lock::holder(&dir).and_then(|holder| holder.record);
     for address in recorded.into_iter().flat_map(|record| record.addresses) {
@@ -578,13 +579,13 @@ fn of_data_dir(dir: &Path) -> Vec<Place> {
             address.strip_prefix("unix:"),
             address.strip_prefix("tcp://"),
         ) {
-            (Some(path), _) => Some(Place::Socket(PathBuf::from(path))),
+            (Some(path), _) => Some(Address::Socket(PathBuf::from(path))),
             (None, Some(tcp)) => tcp.rsplit_once(':').and_then(|(host, port)| {
                 let host = match host.trim_matches(['[', ']']) {
                     "0.0.0.0" | "::" => HOST_DEFAULT,
                     host => host,
                 };
-                Some(Place::Tcp(host.to_owned(), port.parse().ok()?))
+                Some(Address::Tcp(host.to_owned(), port.parse().ok()?))
             }),
             (None, None) => None,
         };
@@ -668,26 +669,26 @@ mod tests {
 
     #[test]
     fn places_are_addresses() {
-        let check = |place: Place, url: &str, shown: &str| {
+        let check = |place: Address, url: &str, shown: &str| {
             assert_eq!(place.url("me"), url);
             assert_eq!(place.to_string(), shown);
         };
         check(
-            Place::Socket("/a b/s".into()),
+            Address::Socket("/a b/s".into()),
             "latzero://me?socket=/a%20b/s",
             "unix:/a b/s",
         );
         check(
-            Place::Tcp("::1".into(), 5),
+            Address::Tcp("::1".into(), 5),
             "latzero://me@[::1]:5",
             "tcp://[::1]:5",
         );
-        check(Place::Tcp("h".into(), 5), "latzero://me@h:5", "tcp://h:5");
+        check(Address::Tcp("h".into(), 5), "latzero://me@h:5", "tcp://h:5");
     }
 
     #[test]
     fn what_is_typed_wins() {
-        let check = |reach: Reach, expected: &[Place]| {
+        let check = |reach: Reach, expected: &[Address]| {
             assert_eq!(reach.places().unwrap(), expected);
         };
         let reach = Reach::default();
@@ -696,21 +697,21 @@ mod tests {
                 port: Some(5),
                 ..reach.clone()
             },
-            &[Place::Tcp("127.0.0.1".into(), 5)],
+            &[Address::Tcp("127.0.0.1".into(), 5)],
         );
         check(
             Reach {
                 socket: Some("/s".into()),
                 ..reach.clone()
             },
-            &[Place::Socket("/s".into())],
+            &[Address::Socket("/s".into())],
         );
         check(
             Reach {
                 url: Some("latzero://x".into()),
                 ..reach.clone()
             },
-            &[Place::Url("latzero://x".into())],
+            &[Address::Url("latzero://x".into())],
         );
         // A directory that is named and has no server is not replaced by another server.
         check(

@@ -16,8 +16,8 @@ const HELP_LINES: usize = 12;
 /// Reads the command line; what to exit with where it cannot be run.
 pub(crate) fn parse() -> Result<Cli, ExitCode> {
     let args: Vec<OsString> = std::env::args_os().collect();
-    let wishes = Wishes::of(&args);
-    let command = Cli::command().color(match wishes.color {
+    let flags = GlobalFlags::of(&args);
+    let command = Cli::command().color(match flags.color {
         Color::Auto => ColorChoice::Auto,
         Color::Always => ColorChoice::Always,
         Color::Never => ColorChoice::Never,
@@ -39,10 +39,10 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
         return Err(Exit::Ok.into());
     }
     if is_bare_host(&args) {
-        return Err(explain_host(&wishes));
+        return Err(explain_host(&flags));
     }
-    if wishes.json {
-        let output = Output::new(true, wishes.color);
+    if flags.json {
+        let output = Output::new(true, flags.color);
         return Err(output.failure(&failure(&error)).into());
     }
     let _ = error.print();
@@ -50,13 +50,13 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
 }
 
 /// The global flags, as far as they can be seen in a command line that is wrong.
-struct Wishes {
+struct GlobalFlags {
     json: bool,
     color: Color,
 }
 
-impl Wishes {
-    fn of(args: &[OsString]) -> Wishes {
+impl GlobalFlags {
+    fn of(args: &[OsString]) -> GlobalFlags {
         let own = args.iter().skip(1).take_while(|arg| *arg != "--");
         let words: Vec<&str> = own.filter_map(|arg| arg.to_str()).collect();
         let color = |word: &str| match word {
@@ -72,9 +72,12 @@ impl Wishes {
             };
             color(value)
         });
-        Wishes {
+        GlobalFlags {
             json: words.contains(&"--json"),
-            color: colors.last().unwrap_or(Color::Auto),
+            // The last one counts, as it does for clap.
+            color: colors
+                .fold(None, |_, color| Some(color))
+                .unwrap_or(Color::Auto),
         }
     }
 }
@@ -117,15 +120,15 @@ fn is_bare_host(args: &[OsString]) -> bool {
     command == Some(&"start") && at.is_some() && value.is_none_or(|value| value.starts_with('-'))
 }
 
-fn explain_host(wishes: &Wishes) -> ExitCode {
+fn explain_host(flags: &GlobalFlags) -> ExitCode {
     let failure = Failure::usage(
         "-h needs a value here: for `start` it is the address to listen on",
     )
     .with_help(
         "`latzero start -h 127.0.0.1` sets it; `latzero start --help` prints the whole help",
     );
-    let output = Output::new(wishes.json, wishes.color);
-    if !wishes.json {
+    let output = Output::new(flags.json, flags.color);
+    if !flags.json {
         let mut command = Cli::command();
         command.build();
         let help = command
@@ -166,8 +169,8 @@ mod tests {
     #[test]
     fn global_flags_are_seen_in_a_wrong_command_line() {
         let check = |text: &str, json: bool, color: Color| {
-            let wishes = Wishes::of(&words(text));
-            assert_eq!((wishes.json, wishes.color), (json, color), "{text}");
+            let flags = GlobalFlags::of(&words(text));
+            assert_eq!((flags.json, flags.color), (json, color), "{text}");
         };
         check("latzero nonsense --json --color never", true, Color::Never);
         check("latzero --color=always x -- --json", false, Color::Always);

@@ -32,9 +32,7 @@ impl AppKey {
         if !bool::from(checksum(PREFIX, seed).ct_eq(check)) {
             return Err(KeyError::Checksum);
         }
-        let mut key = Zeroizing::new([0; 32]);
-        key.copy_from_slice(seed);
-        Ok(AppKey(key))
+        Ok(AppKey(Secret::copied(seed)))
     }
 
     /// The line of an app-key file, without a line end.

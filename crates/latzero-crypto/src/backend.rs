@@ -1,7 +1,7 @@
 //! The two libraries that can do the heavy work, behind one trait.
 //!
-//! Both give the same bytes; the tests run every vector on each. Signatures, key derivation and the subkeys of
-//! XAES-256-GCM are the same code on both.
+//! Both give the same bytes; the tests run every vector on each. Signatures, key derivation and the
+//! subkeys of XAES-256-GCM are the same code on both.
 
 #[cfg(feature = "aws-lc")]
 mod aws_lc;
@@ -28,8 +28,8 @@ pub trait Backend: Sync {
         data: &mut [u8],
     ) -> [u8; TAG_BYTES];
 
-    /// Decrypts `sealed`, ciphertext and then tag, in place. On success the plaintext stands before the tag's place;
-    /// otherwise the content of `sealed` is unspecified and must not be used.
+    /// Decrypts `sealed`, ciphertext and then tag, in place. On success the plaintext stands before
+    /// the tag's place; otherwise the content of `sealed` is unspecified and must not be used.
     #[must_use]
     fn open(&self, key: &[u8; 32], nonce: &[u8; 12], aad: &[u8], sealed: &mut [u8]) -> bool;
 

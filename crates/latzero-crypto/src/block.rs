@@ -1,7 +1,9 @@
-//! Sealed blocks: chunks of ciphertext, a table of their hashes, and a manifest that signs the table's root.
+//! Sealed blocks: chunks of ciphertext, a table of their hashes, and a manifest that signs the
+//! table's root.
 //!
-//! A slot of the block's memory holds `manifest ‖ table ‖ padding ‖ chunks`. Nothing here reads shared memory: callers
-//! copy first and verify the copy, so that nobody can change bytes between the check and their use.
+//! A slot of the block's memory holds `manifest ‖ table ‖ padding ‖ chunks`. Nothing here reads
+//! shared memory: callers copy first and verify the copy, so that nobody can change bytes between
+//! the check and their use.
 
 use crate::backend::TAG_BYTES;
 use crate::bytes::{Bytes, Cursor};
@@ -37,7 +39,8 @@ pub enum BlockError {
     Downgrade(&'static str),
     /// `stale_epoch`.
     #[error(
-        "the block is of epoch {0}, whose content is not accepted any more; a writer must publish it again"
+        "the block is of epoch {0}, whose content is not accepted any more; \
+         a writer must publish it again"
     )]
     StaleEpoch(u32),
     /// `rollback`.
@@ -429,11 +432,13 @@ pub struct Verified {
 }
 
 impl Verified {
-    /// Verifies manifest and table. `head` is a private copy of the slot's beginning, `slot_version` the slot's own
-    /// number. `seal_of` gives the key that signed content in an epoch.
+    /// Verifies manifest and table. `head` is a private copy of the slot's beginning,
+    /// `slot_version` the slot's own number. `seal_of` gives the key that signed content in an
+    /// epoch.
     ///
     /// # Errors
-    /// The first check that fails. Where the slot changed in the meantime, it was a torn read: try again.
+    /// The first check that fails. Where the slot changed in the meantime, it was a torn read: try
+    /// again.
     pub fn new(
         head: &[u8],
         slot_version: u64,
@@ -560,8 +565,8 @@ impl Checks<'_> {
         Ok(manifest)
     }
 
-    /// What the server checks of a slot that a client writes, without any key of the pool but the public one.
-    /// `version` is the block's current one, 0 before the first.
+    /// What the server checks of a slot that a client writes, without any key of the pool but the
+    /// public one. `version` is the block's current one, 0 before the first.
     ///
     /// # Errors
     /// The first check that fails.
@@ -623,8 +628,9 @@ impl Next<'_> {
         base.checked_add(1).ok_or(PublishError::Versions)
     }
 
-    /// Signs the version. `base` is the current one, verified: what it has and `changed` does not replace is signed
-    /// again unseen, so it must be good. `changed` are chunks that were sealed for this version.
+    /// Signs the version. `base` is the current one, verified: what it has and `changed` does not
+    /// replace is signed again unseen, so it must be good. `changed` are chunks that were sealed
+    /// for this version.
     ///
     /// # Errors
     /// Where a chunk is missing or of another version. A new epoch needs all of them.

@@ -6,7 +6,8 @@ use zeroize::Zeroize as _;
 pub(crate) struct Bytes(Vec<u8>);
 
 impl Bytes {
-    /// Begins with nothing, and with room for most, so that growing leaves no copy of a secret behind.
+    /// Begins with nothing, and with room for most, so that growing leaves no copy of a secret
+    /// behind.
     pub(crate) fn new() -> Self {
         Bytes(Vec::with_capacity(512))
     }

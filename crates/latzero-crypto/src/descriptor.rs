@@ -27,7 +27,8 @@ pub enum DescriptorError {
     /// It does not verify: `integrity`.
     #[error("the pool's descriptor does not verify: {0}")]
     Invalid(&'static str),
-    /// A descriptor between what is stored and this one is needed: `integrity`, after it was asked for in vain.
+    /// A descriptor between what is stored and this one is needed: `integrity`, after it was asked
+    /// for in vain.
     #[error("the pool's descriptor does not verify: the descriptor of epoch {0} is missing")]
     Missing(u32),
     /// Another version or suite: `downgrade`.
@@ -280,10 +281,11 @@ impl Descriptor {
             && self.min_content_epoch >= previous.min_content_epoch
     }
 
-    /// Decides whether a client with `keys` takes this descriptor, and gives the epoch's pool key if it may read.
+    /// Decides whether a client with `keys` takes this descriptor, and gives the epoch's pool key
+    /// if it may read.
     ///
-    /// `chain` are descriptors before it in ascending order, as the server sent them; `stored` is the newest one
-    /// that was accepted before. On success the caller stores this one in its place.
+    /// `chain` are descriptors before it in ascending order, as the server sent them; `stored` is
+    /// the newest one that was accepted before. On success the caller stores this one in its place.
     ///
     /// # Errors
     /// The first check that fails.
@@ -417,7 +419,8 @@ impl Descriptor {
 
     /// The pool key of the epoch before; `None` where the history was cut.
     ///
-    /// `previous` is taken by hash and signature alone: it may be older than anything that was accepted.
+    /// `previous` is taken by hash and signature alone: it may be older than anything that was
+    /// accepted.
     ///
     /// # Errors
     /// Where `previous` is not the one that this descriptor names, or its key does not open.
@@ -608,7 +611,8 @@ impl Descriptor {
         draft.sign(keys, None)
     }
 
-    /// Makes the descriptor of the next epoch. `old` are the keys of this epoch, `new` those of the next.
+    /// Makes the descriptor of the next epoch. `old` are the keys of this epoch, `new` those of the
+    /// next.
     ///
     /// # Errors
     /// Where keys are missing, or `old` are not the owner's of this epoch.

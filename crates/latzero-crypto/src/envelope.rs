@@ -1,4 +1,5 @@
-//! One sealed message: a header that everybody can read and nobody can change, and a body that readers open.
+//! One sealed message: a header that everybody can read and nobody can change, and a body that
+//! readers open.
 
 use zeroize::Zeroizing;
 
@@ -146,8 +147,8 @@ pub enum SealError {
     NoReader,
 }
 
-/// Seals a message. `seal` signs it: required for privileged kinds, allowed for answers and deferred kinds, and left
-/// out of account for others.
+/// Seals a message. `seal` signs it: required for privileged kinds, allowed for answers and
+/// deferred kinds, and left out of account for others.
 ///
 /// # Errors
 /// Where a limit is passed, or the key for a privileged message is missing.
@@ -224,7 +225,8 @@ fn is_short_name(name: &str) -> bool {
 }
 
 fn signed_message(header: &[u8], nonce: &Nonce, sealed: &[u8]) -> Bytes {
-    // The hash of the ciphertext rather than its tag: whoever has the key can make other bytes with the same tag.
+    // The hash of the ciphertext rather than its tag: whoever has the key can make other bytes with
+    // the same tag.
     let digest = backend::preferred().sha256(&[sealed]);
     Bytes::label("event-sig")
         .raw(header)

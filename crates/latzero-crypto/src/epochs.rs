@@ -1,4 +1,5 @@
-//! The epochs of a pool as a member knows them: the one that was accepted last, and those before it.
+//! The epochs of a pool as a member knows them: the one that was accepted last, and those before
+//! it.
 
 use std::collections::VecDeque;
 
@@ -67,8 +68,8 @@ impl Epochs {
         &self.known[0]
     }
 
-    /// Goes on to an epoch that was accepted. Epochs between it and the current one are unknown; where they matter
-    /// they count as another membership.
+    /// Goes on to an epoch that was accepted. Epochs between it and the current one are unknown;
+    /// where they matter they count as another membership.
     pub fn advance(&mut self, descriptor: Descriptor, key: PoolKey, now_ms: u64) {
         if descriptor.epoch() <= self.current().descriptor.epoch() {
             return;
@@ -78,8 +79,8 @@ impl Epochs {
         self.accepted_ms = now_ms;
     }
 
-    /// Adds the epoch before the oldest one, for old content. Gives `false` where the history was cut there, or
-    /// [`EPOCHS_MAX`] are known.
+    /// Adds the epoch before the oldest one, for old content. Gives `false` where the history was
+    /// cut there, or [`EPOCHS_MAX`] are known.
     ///
     /// # Errors
     /// Where the descriptor is not the one that the oldest one names.

@@ -1,8 +1,8 @@
-//! What senders and receivers of sealed messages remember, so that the server cannot repeat, re-route, delay or
-//! exchange one without notice.
+//! What senders and receivers of sealed messages remember, so that the server cannot repeat,
+//! re-route, delay or exchange one without notice.
 //!
-//! A message that fails a rule is dropped and counted. The order of the rules is that of the cost: nothing is
-//! remembered of a message before its signature and its seal were good.
+//! A message that fails a rule is dropped and counted. The order of the rules is that of the cost:
+//! nothing is remembered of a message before its signature and its seal were good.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -80,7 +80,8 @@ pub enum Dropped {
     /// An answer that nobody waits for, or to another call.
     #[error("nobody waits for it")]
     NotAwaited,
-    /// An item of a stream out of order. A final answer with another count ends its call with `integrity`.
+    /// An item of a stream out of order. A final answer with another count ends its call with
+    /// `integrity`.
     #[error("items of its stream are missing")]
     Index,
 }
@@ -221,7 +222,8 @@ impl Sender {
         Ok(sealed)
     }
 
-    /// Seals an answer to a call that was received. A signed call gets a signed answer, for which `seal` is needed.
+    /// Seals an answer to a call that was received. A signed call gets a signed answer, for which
+    /// `seal` is needed.
     ///
     /// # Errors
     /// Where a limit is passed, or the key is missing.
@@ -426,7 +428,8 @@ impl Window {
 
     fn put(&mut self, seq: u64, now_ms: u64) {
         if seq > self.highest {
-            // Numbers that were passed over are not seen yet, and their bits are those of older ones.
+            // Numbers that were passed over are not seen yet, and their bits are those of older
+            // ones.
             if seq - self.highest >= WINDOW {
                 self.seen = [0; (WINDOW / 64) as usize];
             } else {
@@ -641,8 +644,8 @@ impl Receiver {
             .put(header.seq, now_ms);
     }
 
-    /// The final answer of a deferred call was given to the connection: it does not run again. Gives what the caller
-    /// keeps on disk until then: the id and the time of its expiry.
+    /// The final answer of a deferred call was given to the connection: it does not run again.
+    /// Gives what the caller keeps on disk until then: the id and the time of its expiry.
     pub fn finish(&mut self, call: &ReplyTo) -> Option<(Id, u64)> {
         if !self.under_way.remove(&call.msg_id) {
             return None;
@@ -664,7 +667,8 @@ impl Receiver {
         self.finished.extend(unexpired.take(DEFERRED_MAX));
     }
 
-    /// Waits for the answers to a call. Gives `false` where [`WAITING_MAX`] calls wait: the call must not be sent.
+    /// Waits for the answers to a call. Gives `false` where [`WAITING_MAX`] calls wait: the call
+    /// must not be sent.
     #[must_use]
     pub fn wait(&mut self, msg_id: Id, waiting: Waiting) -> bool {
         let room = self.waiting.len() < WAITING_MAX;
@@ -682,8 +686,8 @@ impl Receiver {
     /// Takes an answer. A final one ends the wait.
     ///
     /// # Errors
-    /// Where a rule fails. It was counted; the answer is dropped, and the call goes on waiting. After
-    /// [`Dropped::Index`] of a final answer it does not: it ends with `integrity`.
+    /// Where a rule fails. It was counted; the answer is dropped, and the call goes on waiting.
+    /// After [`Dropped::Index`] of a final answer it does not: it ends with `integrity`.
     pub fn receive_answer(
         &mut self,
         epochs: &Epochs,
@@ -718,7 +722,8 @@ impl Receiver {
             && waiting.destination.as_deref().is_none_or(|app| app == header.sender)
             && waiting.deferred == header.kind.is_deferred()
             && (!waiting.signed || envelope.is_signed())
-            // The answer to a repeat may be the first call's: then the key must be the same, as is checked below.
+            // The answer to a repeat may be the first call's: then the key must be the same, as is
+            // checked below.
             && (header.in_reply_to == frame.call || waiting.idempotency_key.is_some());
         if !awaited {
             return Err(Dropped::NotAwaited);

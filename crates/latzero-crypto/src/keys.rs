@@ -1,7 +1,8 @@
-//! The keys of a pool: SigilKey joins, CipherShard reads, OblivionSeal writes; an owner key may decide rotations.
+//! The keys of a pool: SigilKey joins, CipherShard reads, OblivionSeal writes; an owner key may
+//! decide rotations.
 //!
-//! A key travels as a token, which names what it is for, carries the pin of the pool's owner and notices typing
-//! errors. Everything else is derived here, with a label for each use.
+//! A key travels as a token, which names what it is for, carries the pin of the pool's owner and
+//! notices typing errors. Everything else is derived here, with a label for each use.
 
 use std::fmt::Write as _;
 
@@ -15,8 +16,46 @@ use crate::text;
 use crate::xaes::Xaes;
 use crate::{derive, expand, hash};
 
-/// A secret of 32 bytes, which wipes itself.
-pub type Secret = Zeroizing<[u8; 32]>;
+/// A secret of 32 bytes. It wipes itself, and is neither printed nor copied by chance.
+pub struct Secret(Zeroizing<[u8; 32]>);
+
+impl Secret {
+    /// Takes a secret. The caller wipes its own copy.
+    #[must_use]
+    pub fn new(bytes: [u8; 32]) -> Self {
+        Secret(Zeroizing::new(bytes))
+    }
+
+    /// Fills a secret in place, say with random bytes.
+    ///
+    /// # Errors
+    /// What `fill` gives.
+    pub fn filled<E>(fill: impl FnOnce(&mut [u8]) -> Result<(), E>) -> Result<Self, E> {
+        let mut secret = Secret::new([0; 32]);
+        fill(&mut secret.0[..])?;
+        Ok(secret)
+    }
+
+    /// A secret of bytes that are known to be 32.
+    pub(crate) fn copied(bytes: &[u8]) -> Self {
+        let mut secret = Secret::new([0; 32]);
+        secret.0.copy_from_slice(bytes);
+        secret
+    }
+
+    /// A second copy.
+    pub(crate) fn again(&self) -> Self {
+        Secret::copied(&self.0[..])
+    }
+}
+
+impl std::ops::Deref for Secret {
+    type Target = [u8; 32];
+
+    fn deref(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
 
 /// Whose signature a pool's descriptor must carry: a short hash of the owner's public key.
 pub type Pin = [u8; 16];
@@ -158,7 +197,7 @@ pub fn raw_key(bytes: &[u8]) -> Result<Secret, KeyError> {
     if key.iter().all(|byte| (0x20..=0x7e).contains(byte)) {
         return Err(KeyError::Passphrase);
     }
-    Ok(Zeroizing::new(*key))
+    Ok(Secret::copied(key))
 }
 
 /// A token, read.
@@ -190,13 +229,24 @@ impl Token {
             return Err(KeyError::Checksum);
         }
         let (secret, pin) = body.split_at(32);
-        let mut key = Zeroizing::new([0; 32]);
-        key.copy_from_slice(secret);
         Ok(Token {
             kind,
-            secret: key,
+            secret: Secret::copied(secret),
             pin: pin.try_into().expect("16 of 48 bytes"),
         })
+    }
+
+    /// Reads a token where one of this kind belongs.
+    ///
+    /// # Errors
+    /// Where the text is not one, or one of another kind.
+    pub fn parse_as(kind: Kind, token: &str) -> Result<Self, KeyError> {
+        let token = Token::parse(token)?;
+        if token.kind == kind {
+            Ok(token)
+        } else {
+            Err(KeyError::WrongKind(kind))
+        }
     }
 
     /// Writes the token.
@@ -291,7 +341,8 @@ impl KeySet {
         Ok(set)
     }
 
-    /// Reads the text of a key file: one token a line; empty lines and lines that begin with `#` do not count.
+    /// Reads the text of a key file: one token a line; empty lines and lines that begin with `#` do
+    /// not count.
     ///
     /// # Errors
     /// Where it is no text, has another line, or its tokens do not belong together.
@@ -371,7 +422,7 @@ impl KeySet {
     pub fn token(&self, kind: Kind) -> Option<Zeroizing<String>> {
         let token = Token {
             kind,
-            secret: self.keys[kind as usize - 1].clone()?,
+            secret: self.keys[kind as usize - 1].as_ref()?.again(),
             pin: self.pin?,
         };
         Some(token.to_text())
@@ -429,7 +480,8 @@ impl KeySet {
         self.signing(Kind::Seal, "sig/seal")
     }
 
-    /// Signs descriptors: the owner key's where there is one, otherwise one that all three keys make.
+    /// Signs descriptors: the owner key's where there is one, otherwise one that all three keys
+    /// make.
     #[must_use]
     pub fn owner_key(&self) -> Option<SigningKey> {
         if let Some(key) = self.signing(Kind::Owner, "sig/owner") {
@@ -512,9 +564,7 @@ impl PoolKey {
     }
 
     pub(crate) fn unwrapped(mut key: Vec<u8>, backend: &'static dyn Backend) -> Option<Self> {
-        let taken = <[u8; 32]>::try_from(key.as_slice())
-            .ok()
-            .map(Zeroizing::new);
+        let taken = (key.len() == 32).then(|| Secret::copied(&key));
         key.zeroize();
         Some(PoolKey::new(taken?, backend))
     }
@@ -525,7 +575,8 @@ impl PoolKey {
             .expect("a key and a tag")
     }
 
-    /// The key check value, which is public: whoever unwraps a key sees whether it is the right one.
+    /// The key check value, which is public: whoever unwraps a key sees whether it is the right
+    /// one.
     #[must_use]
     pub fn check_value(&self) -> [u8; 32] {
         *expand(&self.key, Bytes::label("key-check").as_slice())

@@ -1,8 +1,9 @@
 //! Keys, proofs and sealing of encrypted pools, to the byte.
 //!
-//! Everything here is a function of its arguments: no IO, no clock, no randomness, no threads. Nonces, secrets and the
-//! time come from the caller, so a server that only checks proofs, a client, a tool and a simulator share one
-//! implementation, and a test can replay it. It knows nothing of sockets, messages, or who asks.
+//! Everything here is a function of its arguments: no IO, no clock, no randomness, no threads.
+//! Nonces, secrets and the time come from the caller, so a server that only checks proofs, a
+//! client, a tool and a simulator share one implementation, and a test can replay it. It knows
+//! nothing of sockets, messages, or who asks.
 //!
 //! - [`keys`]: the keys of a pool, their tokens and what is derived from them
 //! - [`descriptor`]: what everybody may know of a pool, signed; creation, rotation and acceptance
@@ -12,7 +13,8 @@
 //! - [`events`]: what a sender and a receiver remember, against replay and re-routing
 //! - [`xaes`] and [`backend`]: the cipher, and the two libraries that can provide it
 //!
-//! Secrets wipe themselves, and no type that holds one can be printed. Errors never quote their input.
+//! Secrets wipe themselves, and no type that holds a key can be printed, but for the text of a
+//! token, which is made to be. Errors never quote their input.
 
 pub mod app_key;
 pub mod backend;
@@ -34,6 +36,7 @@ pub mod xaes;
 pub use zeroize::Zeroizing;
 
 use bytes::Bytes;
+use keys::Secret;
 
 /// How blocks and events of a pool are protected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -78,22 +81,19 @@ pub fn is_name(name: &str) -> bool {
 }
 
 /// Extract and expand: 32 bytes of HKDF-SHA256.
-fn derive(salt: &[u8; 32], ikm: &[u8], info: &[u8]) -> Zeroizing<[u8; 32]> {
-    let mut out = Zeroizing::new([0; 32]);
-    hkdf::Hkdf::<sha2::Sha256>::new(Some(salt), ikm)
-        .expand(info, &mut *out)
-        .expect("32 bytes are within HKDF's limit");
-    out
+fn derive(salt: &[u8; 32], ikm: &[u8], info: &[u8]) -> Secret {
+    expand_by(&hkdf::Hkdf::new(Some(salt), ikm), info)
 }
 
 /// Expand alone: 32 bytes from a key that is uniform already.
-fn expand(key: &[u8; 32], info: &[u8]) -> Zeroizing<[u8; 32]> {
-    let mut out = Zeroizing::new([0; 32]);
-    hkdf::Hkdf::<sha2::Sha256>::from_prk(key)
-        .expect("a key has the length of a hash")
-        .expand(info, &mut *out)
-        .expect("32 bytes are within HKDF's limit");
-    out
+fn expand(key: &[u8; 32], info: &[u8]) -> Secret {
+    let key = hkdf::Hkdf::from_prk(key).expect("a key has the length of a hash");
+    expand_by(&key, info)
+}
+
+fn expand_by(key: &hkdf::Hkdf<sha2::Sha256>, info: &[u8]) -> Secret {
+    let expanded = Secret::filled(|out| key.expand(info, out));
+    expanded.expect("32 bytes are within HKDF's limit")
 }
 
 /// SHA-256 of what was written.

@@ -1,12 +1,14 @@
-//! Keys from passphrases, for people who must type them. Whoever steals the server's data can guess them offline.
+//! Keys from passphrases, for people who must type them. Whoever steals the server's data can guess
+//! them offline.
 
-use zeroize::Zeroizing;
+use zeroize::Zeroize as _;
 
 use crate::bytes::Bytes;
 use crate::hash;
 use crate::keys::{Kind, Secret};
 
-/// Memory of one derivation in KiB. The parameters belong to the version of the label: no server chooses them.
+/// Memory of one derivation in KiB. The parameters belong to the version of the label: no server
+/// chooses them.
 const MEMORY_KIB: u32 = 65_536;
 const PASSES: u32 = 3;
 const LANES: u32 = 4;
@@ -37,11 +39,14 @@ pub fn key(kind: Kind, pool: &str, passphrase: &[u8]) -> Result<Secret, OutOfMem
         .try_reserve_exact(params.block_count())
         .map_err(|_| OutOfMemory)?;
     blocks.resize(params.block_count(), argon2::Block::default());
-    let mut key = Zeroizing::new([0; 32]);
-    argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params)
-        .hash_password_into_with_memory(passphrase, &salt(kind, pool), &mut *key, &mut blocks)
-        .map_err(|_| OutOfMemory)?;
-    Ok(key)
+    let argon2 = argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params);
+    let salt = salt(kind, pool);
+    let key = Secret::filled(|key| {
+        argon2.hash_password_into_with_memory(passphrase, &salt, key, &mut blocks)
+    });
+    // The passphrase cannot be read from the blocks, but it could be guessed from them.
+    blocks.zeroize();
+    key.map_err(|_| OutOfMemory)
 }
 
 /// There is not enough memory for the derivation, or the passphrase has 4 GiB.

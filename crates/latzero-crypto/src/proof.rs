@@ -1,5 +1,5 @@
-//! Proofs: joining a pool, being an app, being an administrator. Each is bound to both nonces, to the server's
-//! instance and to the channel, so that nobody can carry it elsewhere.
+//! Proofs: joining a pool, being an app, being an administrator. Each is bound to both nonces, to
+//! the server's instance and to the channel, so that nobody can carry it elsewhere.
 
 use std::collections::VecDeque;
 use std::sync::LazyLock;
@@ -160,8 +160,9 @@ impl Joining<'_> {
         })
     }
 
-    /// Whether `signatures` prove their roles in a pool with these public keys. All of them are verified always; for a
-    /// name that is unknown (`None`) against keys that nobody has, so that it takes as long.
+    /// Whether `signatures` prove their roles in a pool with these public keys. All of them are
+    /// verified always; for a name that is unknown (`None`) against keys that nobody has, so that
+    /// it takes as long.
     #[must_use]
     pub fn verify(&self, signatures: &Signatures, keys: Option<&PublicKeys>) -> bool {
         let [join, read, write] = keys.map_or(*NOBODYS, |keys| [keys.join, keys.read, keys.write]);
@@ -201,8 +202,8 @@ pub struct Asked<'a> {
     pub current: Option<&'a Descriptor>,
 }
 
-/// Decides on a proof. `challenge` is what [`Challenges::take`] gave. The caller learns whether it is accepted and
-/// not why it is refused, and so nobody else learns it.
+/// Decides on a proof. `challenge` is what [`Challenges::take`] gave. The caller learns whether it
+/// is accepted and not why it is refused, and so nobody else learns it.
 #[must_use]
 pub fn verify_join(
     proof: &JoinProof,
@@ -227,7 +228,8 @@ pub fn verify_join(
         },
     };
     let good = joining.verify(&proof.signatures, asked.current.map(Descriptor::keys));
-    // A pool that was rotated, or removed and made anew, in between is another than the one that was proved.
+    // A pool that was rotated, or removed and made anew, in between is another than the one that
+    // was proved.
     let unchanged = asked.current.is_some_and(|now| {
         (now.pool_id(), now.epoch(), now.suite().number())
             == (challenge.pool_id, challenge.epoch, challenge.suite)
@@ -241,7 +243,8 @@ static NOBODYS: LazyLock<[PublicKey; 3]> = LazyLock::new(|| {
     std::array::from_fn(|_| points.next().expect("every second hash is a point"))
 });
 
-/// What `pool_challenge` says of a pool that is not there, or is a plain one: the same at each asking.
+/// What `pool_challenge` says of a pool that is not there, or is a plain one: the same at each
+/// asking.
 #[must_use]
 pub fn decoy_pool_id(server_secret: &[u8; 32], name: &str) -> [u8; 16] {
     let message = Bytes::label("no-pool").prefixed(name.as_bytes());
@@ -395,7 +398,8 @@ pub struct Challenge {
 pub struct Challenges(VecDeque<(String, u64, Challenge)>);
 
 impl Challenges {
-    /// Takes down a challenge that is about to be sent. A newer one for the same name takes its place.
+    /// Takes down a challenge that is about to be sent. A newer one for the same name takes its
+    /// place.
     pub fn put(&mut self, pool: &str, challenge: Challenge, now_ms: u64) {
         self.0.retain(|(name, ..)| name != pool);
         if self.0.len() == CHALLENGES_MAX {
@@ -434,7 +438,8 @@ pub fn app_transcript(app_id: &str, app_key: &[u8; 32], exchange: &Exchange) -> 
     exchange.append(head).into_vec()
 }
 
-/// Whether `signature` proves the app. `app_key` comes from the message; whether it is the app's, the caller knows.
+/// Whether `signature` proves the app. `app_key` comes from the message; whether it is the app's,
+/// the caller knows.
 #[must_use]
 pub fn verify_app(
     app_id: &str,

@@ -51,8 +51,8 @@ impl PublicKey {
         self.0.to_bytes()
     }
 
-    /// Whether `signature` is this key's of `message`. A malleated one is not, nor one whose point is of small order
-    /// or in another encoding than its own.
+    /// Whether `signature` is this key's of `message`. A malleated one is not, nor one whose point
+    /// is of small order or in another encoding than its own.
     #[must_use]
     pub fn verify(&self, message: &[u8], signature: &SignatureBytes) -> bool {
         let signature = Signature::from_bytes(signature);

@@ -10,8 +10,8 @@ pub fn encode(bytes: &[u8]) -> String {
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
-/// Reads text of exactly `N` bytes. Padding, other characters, unused bits that are not 0 and other lengths are
-/// refused. The length is looked at first, so nothing large is decoded.
+/// Reads text of exactly `N` bytes. Padding, other characters, unused bits that are not 0 and other
+/// lengths are refused. The length is looked at first, so nothing large is decoded.
 #[must_use]
 pub fn decode<const N: usize>(text: &str) -> Option<[u8; N]> {
     decode_secret(text).map(|bytes| *bytes)

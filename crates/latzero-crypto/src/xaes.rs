@@ -1,7 +1,8 @@
-//! XAES-256-GCM as the C2SP specifies it: AES-256-GCM under a key of its own for each random 24-byte nonce.
+//! XAES-256-GCM as the C2SP specifies it: AES-256-GCM under a key of its own for each random
+//! 24-byte nonce.
 //!
-//! Random nonces need no state, so forked workers and restored snapshots cannot repeat one, and many writers share a
-//! key without a counter.
+//! Random nonces need no state, so forked workers and restored snapshots cannot repeat one, and
+//! many writers share a key without a counter.
 
 use aes::Aes256Enc;
 use aes::cipher::{BlockCipherEncrypt as _, KeyInit as _};
@@ -52,8 +53,8 @@ impl Xaes {
         sealed
     }
 
-    /// The plaintext of `sealed`, which is taken so that nobody can change it between check and use. Nothing comes
-    /// out where the tag does not fit.
+    /// The plaintext of `sealed`, which is taken so that nobody can change it between check and
+    /// use. Nothing comes out where the tag does not fit.
     #[must_use]
     pub fn open(&self, nonce: &Nonce, aad: &[u8], mut sealed: Vec<u8>) -> Option<Vec<u8>> {
         let length = sealed.len().checked_sub(TAG_BYTES)?;
@@ -121,7 +122,10 @@ mod tests {
     proptest! {
         #[test]
         fn back_ends_agree(
-            key: [u8; 32], nonce: [u8; 24], aad: Vec<u8>, plain in prop::collection::vec(any::<u8>(), 0..3000),
+            key: [u8; 32],
+            nonce: [u8; 24],
+            aad: Vec<u8>,
+            plain in prop::collection::vec(any::<u8>(), 0..3000),
         ) {
             let sealed: Vec<_> = backend::all()
                 .iter()
@@ -132,7 +136,8 @@ mod tests {
                     let opened = Xaes::new(&key, backend).open(&nonce, &aad, sealed.clone());
                     prop_assert_eq!(opened.as_ref(), Some(&plain));
                 }
-                prop_assert_eq!(backend.sha256(&[&aad, &plain]), backend::preferred().sha256(&[&aad, &plain]));
+                let parts: [&[u8]; 2] = [&aad, &plain];
+                prop_assert_eq!(backend.sha256(&parts), backend::preferred().sha256(&parts));
             }
         }
     }

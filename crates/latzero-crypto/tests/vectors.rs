@@ -7,7 +7,7 @@ use latzero_crypto::app_key::AppKey;
 use latzero_crypto::block::{CHUNK_BYTES, ChunkKey, Geometry, Next, Seen, Verified};
 use latzero_crypto::descriptor::{Descriptor, check_creation, check_rotation};
 use latzero_crypto::envelope::{self, Body, Envelope, Header};
-use latzero_crypto::keys::{KeySet, Kind, Roles};
+use latzero_crypto::keys::{KeySet, Kind, Roles, Secret};
 use latzero_crypto::proof::{self, ChannelBinding, Side};
 use latzero_crypto::xaes::Xaes;
 use latzero_crypto::{Suite, passphrase};
@@ -228,7 +228,7 @@ fn proofs() {
 #[test]
 fn app_keys() {
     let seed = array("/proofs/app/given/seed");
-    let key = AppKey::new(latzero_crypto::Zeroizing::new(seed));
+    let key = AppKey::new(Secret::new(seed));
     assert_eq!(key.to_text().as_str(), text("/proofs/app/expect/text"));
     let read = AppKey::parse(text("/proofs/app/expect/text")).expect("an app key");
     let public = read.signing_key().public().to_bytes();

@@ -286,6 +286,32 @@ impl Account {
         }
     }
 
+    /// The account, this one or one above it, that has no room for that much of a resource.
+    #[must_use]
+    pub fn lacking(self: &Arc<Self>, what: Resource, amount: u64) -> Option<&Arc<Account>> {
+        let mut account = Some(self);
+        while let Some(at) = account {
+            if at.lacks(what, amount).is_some() {
+                return Some(at);
+            }
+            account = at.parent.as_ref();
+        }
+        None
+    }
+
+    /// Whether it is that account, or below it.
+    #[must_use]
+    pub fn is_of(self: &Arc<Self>, other: &Arc<Account>) -> bool {
+        let mut account = Some(self);
+        while let Some(at) = account {
+            if Arc::ptr_eq(at, other) {
+                return true;
+            }
+            account = at.parent.as_ref();
+        }
+        false
+    }
+
     /// Whether `amount` of a resource would have room.
     #[must_use]
     pub fn has_room(&self, what: Resource, amount: u64) -> bool {

@@ -11,6 +11,8 @@ use latzero_protocol::{AppId, PoolName};
 pub enum Change {
     /// What an app registered.
     App(Box<AppRow>),
+    /// What an app watches and subscribes to, where nothing else of its row changed.
+    Watches(AppId, String),
     /// When an app was seen last; 0 while it lives.
     Seen(AppId, u64),
     /// An app is forgotten.

@@ -4,6 +4,8 @@
 //! reads its settings by this list and hands them to the core; the commented default file and the table in
 //! `docs/operations.md` are made from it.
 
+use latzero_protocol::limits::ListBounds;
+
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -150,9 +152,13 @@ limits! {
     connections_unauthenticated_per_user_max: usize = 64, Count(1, 1_000_000), Live,
         "`overloaded`; the connection is closed";
     /// Calls in flight on one connection.
-    in_flight_max: u32 = 1024, Count(1, 1_000_000), Restart,
+    in_flight_max: u32 = 2048, Count(1, 1_000_000), Restart,
         "the server stops reading from the connection until a call ends; `overloaded` where the \
          connection owes answers itself";
+    /// Calls in flight from one connection to one handler: one that does not answer leaves room for calls
+    /// to others.
+    in_flight_per_handler_max: u32 = 1024, Count(1, 1_000_000), Restart,
+        "the call goes to another handler, else `overloaded`";
     /// Calls in flight in one pool.
     pending_max: usize = 65_536, Count(1, 16_777_216), Restart, "`overloaded`";
     /// Bytes waiting to be written to one connection.
@@ -225,16 +231,34 @@ limits! {
 }
 
 impl Limits {
+    /// The bounds on the lists of a message.
+    #[must_use]
+    pub fn lists(&self) -> ListBounds {
+        ListBounds {
+            pools_max: self.pools_per_app_max,
+            triggers_max: self.triggers_per_app_max,
+            bytes_max: self.registration_bytes_max,
+        }
+    }
+
     /// Fills in what was left to follow from `memory`, the bytes that the server may use.
     #[must_use]
     pub fn within(mut self, memory: u64) -> Limits {
         let or = |set: u64, otherwise: u64| if set == 0 { otherwise } else { set };
-        self.memory_max = or(self.memory_max, memory / 2);
-        self.memory_bytes_max = or(self.memory_bytes_max, self.memory_max / 2);
+        // In whole MiB, so that people can read it.
+        let whole = |bytes: u64| {
+            if bytes > MIB {
+                bytes / MIB * MIB
+            } else {
+                bytes
+            }
+        };
+        self.memory_max = or(self.memory_max, whole(memory / 2));
+        self.memory_bytes_max = or(self.memory_bytes_max, whole(self.memory_max / 2));
         self.memory_bytes_per_pool_max = or(self.memory_bytes_per_pool_max, self.memory_bytes_max);
         self.memory_bytes_per_app_max = or(self.memory_bytes_per_app_max, self.memory_bytes_max);
         if self.outbox_total_bytes_max == 0 {
-            let total = (self.memory_max / 10).min(OUTBOX_TOTAL_BYTES_MAX);
+            let total = whole(self.memory_max / 10).min(OUTBOX_TOTAL_BYTES_MAX);
             self.outbox_total_bytes_max = usize::try_from(total).unwrap_or(usize::MAX);
         }
         self
@@ -266,7 +290,7 @@ mod tests {
         assert_eq!(limits.values().collect::<Vec<_>>(), defaults);
         assert_eq!(
             (limits.max_frame, limits.in_flight_max),
-            (latzero_protocol::limits::MAX_FRAME_DEFAULT, 1024)
+            (latzero_protocol::limits::MAX_FRAME_DEFAULT, 2048)
         );
     }
 
@@ -297,10 +321,10 @@ mod tests {
             ];
             assert_eq!(got, expected);
         };
-        check(&|_| (), GIB, [GIB / 2, GIB / 4, GIB / 4, GIB / 20]);
+        check(&|_| (), GIB, [GIB / 2, GIB / 4, GIB / 4, 51 * MIB]);
         check(&|_| (), 64 * GIB, [32 * GIB, 16 * GIB, 16 * GIB, 256 * MIB]);
         let set = |l: &mut Limits| l.memory_max = 64 * MIB;
-        check(&set, GIB, [64 * MIB, 32 * MIB, 32 * MIB, 64 * MIB / 10]);
+        check(&set, GIB, [64 * MIB, 32 * MIB, 32 * MIB, 6 * MIB]);
         let set = |l: &mut Limits| (l.memory_bytes_max, l.outbox_total_bytes_max) = (MIB, 12_345);
         check(&set, GIB, [GIB / 2, MIB, MIB, 12_345]);
     }

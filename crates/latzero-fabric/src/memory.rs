@@ -240,7 +240,8 @@ impl Ledger {
     pub fn begin_block(&mut self, app: &AppId, bytes: u64, limits: &Limits) -> Result<(), Refusal> {
         if self.blocks >= limits.blocks_max {
             let message = format!(
-                "there are {} blocks (limits.blocks_max); remove what is not needed",
+                "there are {} blocks, as many as limits.blocks_max and the limit on descriptors \
+                 (RLIMIT_NOFILE) allow; remove what is not needed",
                 limits.blocks_max
             );
             return Err(Refusal::new(Code::Quota, message));

@@ -22,7 +22,7 @@ use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet, Strategy, TriggerSpec};
 use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal, TriggerName};
 
-use crate::driver::Driver;
+use crate::driver::{Driver, Peer};
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::Class;
@@ -77,6 +77,9 @@ struct Member<D: Driver> {
     peer: D::Peer,
     app: AppId,
     instance: InstanceId,
+    /// The user that its connection is of, and whether that is a stranger.
+    user: u64,
+    is_stranger: bool,
     attachments: Attachments,
     watch: Option<EventSet>,
     triggers: Vec<TriggerName>,
@@ -166,6 +169,12 @@ pub struct PoolStats {
     pub parked_calls: usize,
     /// Answers that wait for their callers.
     pub parked_answers: usize,
+    /// Bytes of parked calls and of these answers.
+    pub parked_bytes: u64,
+    /// Bytes of answers that are kept for repeats.
+    pub repeats_bytes: u64,
+    /// Bytes of calls that are kept for redelivery.
+    pub redelivery_bytes: u64,
 }
 
 /// A namespace of triggers, with the calls between its members.
@@ -286,6 +295,9 @@ impl<D: Driver> Pool<D> {
             block_bytes: self.blocks.bytes(),
             parked_calls,
             parked_answers,
+            parked_bytes: self.parked.bytes(),
+            repeats_bytes: self.repeats.bytes(),
+            redelivery_bytes: self.redelivery_bytes(),
         }
     }
 
@@ -307,8 +319,15 @@ impl<D: Driver> Pool<D> {
             trigger: None,
         };
         let told = self.presence_json(Event::AppOnline, &event);
+        let (user, is_stranger) = {
+            let link = peer.link();
+            let user = link.account().user();
+            (user.id(), user.is_stranger())
+        };
         let member = Member {
             peer,
+            user,
+            is_stranger,
             app,
             instance,
             attachments,

@@ -133,19 +133,24 @@ impl Registration {
         }
     }
 
-    /// The row of an app that registered this.
-    pub(crate) fn row(&self, app_id: &AppId, registered: u64, last_seen: u64) -> AppRow {
-        let triggers: Vec<Value> = self.triggers.iter().map(TriggerSpec::to_json).collect();
+    /// What the app watches and subscribes to, as its row has it.
+    pub(crate) fn watches_json(&self) -> String {
         let events: Vec<_> = self
             .watches
             .iter()
             .map(|(pool, events)| json!([pool, events.names()]))
             .collect();
+        json!({"events": events, "blocks": self.subscriptions}).to_string()
+    }
+
+    /// The row of an app that registered this.
+    pub(crate) fn row(&self, app_id: &AppId, registered: u64, last_seen: u64) -> AppRow {
+        let triggers: Vec<Value> = self.triggers.iter().map(TriggerSpec::to_json).collect();
         AppRow {
             app_id: app_id.clone(),
             pools: json!(self.pools).to_string(),
             triggers: Value::Array(triggers).to_string(),
-            watches: json!({"events": events, "blocks": self.subscriptions}).to_string(),
+            watches: self.watches_json(),
             meta: self.meta.as_ref().map(Value::to_string),
             registered,
             last_seen,

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
-use latzero_protocol::message::{EventSet, Policy, TriggerSpec};
+use latzero_protocol::message::{EventSet, Policy, TriggerSpec, too_many};
 use latzero_protocol::{AppId, BlockId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
@@ -27,8 +27,8 @@ use crate::pool::MemberKey;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
 use crate::turn::Turn;
-pub(crate) use admission::{check_pools, check_triggers};
-use admission::{check_reserved, too_many};
+use admission::check_reserved;
+pub(crate) use admission::{check_pools, check_triggers, dedup_triggers, remove_triggers};
 pub use listing::Counts;
 pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use offline::Offline;
@@ -140,7 +140,7 @@ struct PoolEntry<D: Driver> {
     /// When it was made, in milliseconds since the Unix epoch.
     created: u64,
     /// Its place in the books, where a client made it.
-    _place: Option<Hold>,
+    place: Option<Hold>,
 }
 
 impl<D: Driver> PoolEntry<D> {
@@ -255,6 +255,14 @@ impl<D: Driver> Registry<D> {
         self.offline.insert(app.user, last_seen, app_id.clone());
         self.apps.insert(app_id, app);
         true
+    }
+
+    /// Bytes of what apps registered, and pools that clients made.
+    #[must_use]
+    pub fn held(&self) -> (u64, u64) {
+        let registered = self.apps.values().map(|app| app.held.amount()).sum();
+        let made = self.pools.values().filter(|entry| entry.place.is_some());
+        (registered, made.count() as u64)
     }
 
     /// The account of an app of a user.
@@ -406,11 +414,7 @@ impl<D: Driver> Registry<D> {
             return Err(not_admitted(app_id, name, entry));
         }
         if !pools.contains(name) && pools.len() >= self.limits.pools_per_app_max {
-            return Err(too_many(
-                "pools",
-                self.limits.pools_per_app_max,
-                "limits.pools_per_app_max",
-            ));
+            return Err(too_many("pools", self.limits.pools_per_app_max));
         }
         drop(registered);
         let place = if self.pools.contains_key(name) {
@@ -449,6 +453,31 @@ impl<D: Driver> Registry<D> {
             app.held.force(app.bytes());
         }
         is_changed && app.keep(app_id, promise, turn)
+    }
+
+    /// As [`Registry::remember`], of what the app watches and subscribes to: that part of its row alone is written.
+    fn remember_watches(
+        &mut self,
+        app_id: &AppId,
+        promise: Option<&D::Peer>,
+        turn: &mut Turn<'_, D>,
+        change: impl FnOnce(&mut Registration),
+    ) -> bool {
+        let Some(app) = self.apps.get_mut(app_id) else {
+            return false;
+        };
+        let registration = app.registration.get_mut();
+        let before = registration.watches_json();
+        change(registration);
+        let after = registration.watches_json();
+        if after == before {
+            return false;
+        }
+        app.held.force(app.bytes());
+        if app.is_lasting {
+            turn.keep(Change::Watches(app_id.clone(), after), promise);
+        }
+        app.is_lasting
     }
 
     /// Forgets that an app is in a pool: it left on purpose. Says whether there is a promise that it is kept.
@@ -499,10 +528,8 @@ impl<D: Driver> Registry<D> {
             return Ok(false);
         };
         let mut triggers = app.registration.get().triggers.clone();
-        for spec in add {
-            triggers.retain(|known| known.name != spec.name);
-            triggers.push(spec.clone());
-        }
+        triggers.extend_from_slice(add);
+        dedup_triggers(&mut triggers);
         let registration = Registration {
             triggers,
             ..Registration::clone(&app.registration.get())
@@ -528,8 +555,7 @@ impl<D: Driver> Registry<D> {
         turn: &mut Turn<'_, D>,
     ) -> bool {
         self.remember(app_id, Some(promise), turn, |registration| {
-            let stays = |known: &TriggerSpec| !gone.iter().any(|spec| spec.name == known.name);
-            registration.triggers.retain(stays);
+            remove_triggers(&mut registration.triggers, gone);
         })
     }
 
@@ -542,7 +568,7 @@ impl<D: Driver> Registry<D> {
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> bool {
-        self.remember(app_id, Some(promise), turn, |registration| {
+        self.remember_watches(app_id, Some(promise), turn, |registration| {
             registration.watches.retain(|(name, _)| name != pool);
             if let Some(events) = events {
                 registration.watches.push((pool.clone(), events));
@@ -560,7 +586,7 @@ impl<D: Driver> Registry<D> {
         turn: &mut Turn<'_, D>,
     ) {
         let max = self.limits.subscriptions_per_app_max;
-        self.remember(app_id, None, turn, |registration| {
+        self.remember_watches(app_id, None, turn, |registration| {
             let known = &mut registration.subscriptions;
             known.retain(|(p, b)| (p, b) != (pool, block));
             if is_on {

@@ -141,7 +141,8 @@ impl<D: Driver> Session<D> {
         };
         // What is sent in answer names no request of the sender's; a failed one gets an `error` message.
         let id = id.as_deref();
-        match Request::decode(&envelope) {
+        let bounds = turn.limits().lists();
+        match Request::decode(&envelope, &bounds) {
             Ok(Request::Handshake(handshake)) => self.handshake(id, &handshake, frame.json, turn),
             Ok(_) if self.ready.is_none() => self.not_ready(id, turn),
             Ok(Request::Trigger(trigger)) => {
@@ -176,6 +177,8 @@ impl<D: Driver> Session<D> {
                 }
                 Flow::Continue
             }
+            // It has no effect but its reply, which nobody would get.
+            Ok(request) if id.is_none() && request.is_question() => Flow::Continue,
             Ok(request) => {
                 match self.request(id, request, turn) {
                     Ok(Reply::Now(reply)) => self.reply(id, &reply, turn),
@@ -368,16 +371,7 @@ impl<D: Driver> Session<D> {
         request: Request<'_>,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        let promises_nothing = matches!(
-            request,
-            Request::Emit(_)
-                | Request::PoolList(_)
-                | Request::PoolInfo(_)
-                | Request::AppList(..)
-                | Request::Ping
-                | Request::Stats
-                | Request::Health
-        );
+        let promises_nothing = request.is_question() || matches!(request, Request::Emit(_));
         if !promises_nothing {
             self.check_awaited(turn)?;
         }

@@ -4,12 +4,14 @@
 //! the corpus (`fuzz/corpus/<target>/`) on a stable compiler.
 
 mod backup;
+mod crypto;
 mod header;
 mod rows;
 mod session;
 
 use std::path::Path;
 
+use latzero_fabric::Limits;
 use latzero_protocol::frame::{self, Accept};
 use latzero_protocol::{Envelope, Frame, FrameError, Request, scan};
 use latzero_server::settings;
@@ -17,6 +19,7 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 pub use backup::backup;
+pub use crypto::{descriptor, envelope, manifest, proof, tokens};
 pub use header::header;
 pub use rows::rows;
 pub use session::session;
@@ -78,7 +81,7 @@ pub fn message(data: &[u8]) {
         match envelope {
             Ok(Ok(envelope)) => {
                 let _ = envelope.correlation_id();
-                if let Err(refusal) = Request::decode(&envelope) {
+                if let Err(refusal) = Request::decode(&envelope, &Limits::default().lists()) {
                     assert!(!refusal.message.is_empty());
                 }
             }

@@ -52,3 +52,28 @@ fn rows() {
 fn backup() {
     replay("backup", latzero_fuzz::backup);
 }
+
+#[test]
+fn tokens() {
+    replay("tokens", latzero_fuzz::tokens);
+}
+
+#[test]
+fn descriptor() {
+    replay("descriptor", latzero_fuzz::descriptor);
+}
+
+#[test]
+fn manifest() {
+    replay("manifest", latzero_fuzz::manifest);
+}
+
+#[test]
+fn envelope() {
+    replay("envelope", latzero_fuzz::envelope);
+}
+
+#[test]
+fn proof() {
+    replay("proof", latzero_fuzz::proof);
+}

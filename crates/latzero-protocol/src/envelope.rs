@@ -4,7 +4,9 @@ use std::borrow::Cow;
 
 use crate::error::{Code, Refusal};
 use crate::frame::Frame;
-use crate::limits::{ENVELOPE_FIELDS_MAX, HEADERS_BYTES_MAX, ID_BYTES_MAX};
+use crate::limits::{
+    ENVELOPE_FIELDS_MAX, FIELD_NAME_BYTES_MAX, HEADERS_BYTES_MAX, ID_BYTES_MAX, STRING_BYTES_MAX,
+};
 use crate::scan::{self, ScanError, Spelling};
 
 /// The text of one JSON value, already checked to be JSON.
@@ -23,6 +25,11 @@ impl<'a> Raw<'a> {
         scan::value(text).map(|()| Raw(text))
     }
 
+    /// Takes the text of a value that the scanner found, which has checked it.
+    pub(crate) fn scanned(text: &'a str) -> Self {
+        Raw(text)
+    }
+
     /// The JSON text.
     #[must_use]
     pub fn text(self) -> &'a str {
@@ -34,6 +41,15 @@ impl<'a> Raw<'a> {
     pub fn as_str(self) -> Option<Cow<'a, str>> {
         let inner = self.0.strip_prefix('"')?.strip_suffix('"')?;
         Some(unescape(inner))
+    }
+
+    /// The value as a string of at most [`STRING_BYTES_MAX`]: longer ones are not copied.
+    pub(crate) fn as_short_str(self) -> Option<Cow<'a, str>> {
+        if self.is_long() { None } else { self.as_str() }
+    }
+
+    fn is_long(self) -> bool {
+        self.0.len() > STRING_BYTES_MAX
     }
 
     /// The value as a whole number.
@@ -68,6 +84,18 @@ pub(crate) fn unescape(inner: &str) -> Cow<'_, str> {
     }
     let quoted = format!("\"{inner}\"");
     Cow::Owned(serde_json::from_str(&quoted).expect("the scanner accepted this string"))
+}
+
+/// The name of a field, with its escapes undone.
+pub(crate) fn field_name(inner: &str) -> Result<Cow<'_, str>, Refusal> {
+    if inner.len() > FIELD_NAME_BYTES_MAX {
+        let message = format!(
+            "the name of a field has at most {FIELD_NAME_BYTES_MAX} bytes, '{}' has more",
+            shorten(inner)
+        );
+        return Err(Refusal::new(Code::BadMessage, message));
+    }
+    Ok(unescape(inner))
 }
 
 /// The body of a message: what its sender wants carried, untouched.
@@ -170,7 +198,7 @@ impl<'a> Envelope<'a> {
                 *slot = Some(Raw(value));
                 return Ok(());
             }
-            let key = unescape(key.text());
+            let key = field_name(key.text()).map_err(Malformed::Message)?;
             match envelope.slot(key.as_bytes()) {
                 Some(slot) if slot.is_none() => *slot = Some(Raw(value)),
                 Some(_) => return Err(Malformed::Message(duplicate(&key))),
@@ -205,12 +233,18 @@ impl<'a> Envelope<'a> {
     /// An optional string field.
     ///
     /// # Errors
-    /// `bad_message` where it is there and not a string.
+    /// `bad_message` where it is there and not a string, `too_large` where it is too long.
     #[inline]
     pub fn string(field: Option<Raw<'a>>, name: &str) -> Result<Option<Cow<'a, str>>, Refusal> {
         let Some(raw) = present(field) else {
             return Ok(None);
         };
+        if raw.0.starts_with('"') && raw.is_long() {
+            return Err(Refusal::new(
+                Code::TooLarge,
+                format!("field '{name}' has more than {STRING_BYTES_MAX} bytes"),
+            ));
+        }
         raw.as_str()
             .map(Some)
             .ok_or_else(|| mistyped(name, "a string", raw))

@@ -19,11 +19,21 @@ pub const JSON_DEPTH_MAX: u32 = 64;
 /// Most fields in one message's envelope.
 pub const ENVELOPE_FIELDS_MAX: usize = 64;
 
+/// Longest name of a field in bytes, as it stands in the message.
+pub const FIELD_NAME_BYTES_MAX: usize = 256;
+
+/// Longest string in a field that the server reads, in bytes as it stands in the message. Payloads
+/// are not read.
+pub const STRING_BYTES_MAX: usize = 8 * 1024;
+
 /// Longest correlation id in bytes.
 pub const ID_BYTES_MAX: usize = 128;
 
 /// Largest `headers` object in bytes, as JSON text.
 pub const HEADERS_BYTES_MAX: usize = 8 * 1024;
+
+/// Longest `doc` of a trigger in bytes.
+pub const DOC_BYTES_MAX: usize = 1024;
 
 /// Longest `key` of a sticky call in bytes.
 pub const KEY_BYTES_MAX: usize = 1024;
@@ -66,3 +76,23 @@ pub const SYSTEM_POOL: &str = "system";
 
 /// The AppID of the server's built-in app.
 pub const SYSTEM_APP: &str = "latzero";
+
+/// Bounds on the lists of a message, kept while they are read. They are settings of a server.
+#[derive(Debug, Clone, Copy)]
+pub struct ListBounds {
+    /// Pools in one list: of a handshake, or of a trigger.
+    pub pools_max: usize,
+    /// Triggers in one list.
+    pub triggers_max: usize,
+    /// Bytes of one list of triggers: names, pools and docs.
+    pub bytes_max: usize,
+}
+
+impl ListBounds {
+    /// For lists that were bounded when they came in.
+    pub const NONE: ListBounds = ListBounds {
+        pools_max: usize::MAX,
+        triggers_max: usize::MAX,
+        bytes_max: usize::MAX,
+    };
+}

@@ -106,6 +106,17 @@ pub enum Action<'a> {
     Info(BlockId),
 }
 
+impl Action<'_> {
+    /// Whether it has no effect but its reply.
+    #[must_use]
+    pub fn is_question(&self) -> bool {
+        matches!(
+            self,
+            Action::Read { .. } | Action::List(_) | Action::Info(_)
+        )
+    }
+}
+
 /// New bytes for a block.
 #[derive(Debug)]
 pub struct Write<'a> {
@@ -168,7 +179,7 @@ macro_rules! words {
             /// A field that holds one of the words; absent is the default.
             fn field(fields: &Fields<'_>, name: &str) -> Result<Self, Refusal> {
                 let Some(raw) = fields.field(name) else { return Ok(Self::default()) };
-                let word = raw.as_str();
+                let word = raw.as_short_str();
                 word.as_deref().and_then(Self::parse).ok_or_else(|| {
                     mistyped(name, concat!("one of", $(" \"", $word, "\"",)*), raw)
                 })
@@ -305,11 +316,15 @@ impl Layout {
                 Ok(())
             })?;
         }
-        let names = fields.strings("fields")?.unwrap_or_default();
+        let mut names = Vec::new();
+        fields.each_string("fields", |name| {
+            names.push(name.to_owned());
+            Ok(())
+        })?;
         let layout = Layout {
             dtype,
             shape,
-            fields: names.into_iter().map(Cow::into_owned).collect(),
+            fields: names,
         };
         if layout.bytes().is_none() {
             return Err(Refusal::new(
@@ -392,10 +407,10 @@ pub(crate) fn block_uses(raw: Raw<'_>) -> Result<Vec<BlockUse>, Refusal> {
                 format!("field 'blocks' names more than {CALL_BLOCKS_MAX} blocks"),
             ));
         }
-        let (block, mode) = match item.as_str() {
+        let (block, mode) = match item.as_short_str() {
             Some(name) => (BlockId::new(&name)?, Access::Read),
             None if item.is_object() => {
-                let fields = Fields::of(item.text())?;
+                let fields = Fields::of_item(item)?;
                 let block = BlockId::new(&fields.required_string("block_id")?)?;
                 (block, Access::field(&fields, "mode")?)
             }
@@ -445,6 +460,13 @@ pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Memory<'a>, R
             let expected = fields
                 .field("expected")
                 .ok_or_else(|| missing("expected", "base64 text"))?;
+            if [Some(expected), e.data]
+                .into_iter()
+                .flatten()
+                .any(is_beyond_cas)
+            {
+                return Err(too_much_for_cas());
+            }
             let expected = base64("expected", expected)?;
             let data = bytes(e)?;
             if expected.len() != data.len() {
@@ -456,10 +478,7 @@ pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Memory<'a>, R
                 return Err(Refusal::new(Code::BadMessage, message));
             }
             if data.len() > CAS_BYTES_MAX {
-                return Err(Refusal::new(
-                    Code::TooLarge,
-                    format!("at most {CAS_BYTES_MAX} bytes are compared and swapped at once"),
-                ));
+                return Err(too_much_for_cas());
             }
             Action::Cas {
                 block: block()?,
@@ -583,20 +602,26 @@ fn permissions(raw: Option<Raw<'_>>) -> Result<Permissions, Refusal> {
 
 /// Reads a field that lists apps; `"*"` and absence are all.
 pub(crate) fn apps(fields: &Fields<'_>, name: &str) -> Result<Apps, Refusal> {
-    let Some(names) = fields.strings(name)? else {
-        return Ok(Apps::All);
-    };
-    if names.iter().any(|name| name == "*") {
-        return Ok(Apps::All);
-    }
-    if names.len() > PERMISSION_APPS_MAX {
-        return Err(Refusal::new(
-            Code::TooLarge,
-            format!("field '{name}' names more than {PERMISSION_APPS_MAX} apps; use \"*\""),
-        ));
-    }
-    let apps = names.iter().map(|name| Ok(AppId::new(name)?));
-    Ok(Apps::These(apps.collect::<Result<_, Refusal>>()?))
+    let (mut apps, mut is_all) = (Vec::new(), false);
+    let is_there = fields.each_string(name, |app| {
+        is_all |= app == "*";
+        if is_all {
+            return Ok(());
+        }
+        if apps.len() == PERMISSION_APPS_MAX {
+            return Err(Refusal::new(
+                Code::TooLarge,
+                format!("field '{name}' names more than {PERMISSION_APPS_MAX} apps; use \"*\""),
+            ));
+        }
+        apps.push(AppId::new(app)?);
+        Ok(())
+    })?;
+    Ok(if is_all || !is_there {
+        Apps::All
+    } else {
+        Apps::These(apps)
+    })
 }
 
 fn layout(fields: &Fields<'_>) -> Result<Option<Layout>, Refusal> {
@@ -611,7 +636,7 @@ fn lock(fields: &Fields<'_>) -> Result<Option<u64>, Refusal> {
     let Some(raw) = fields.field("lock") else {
         return Ok(None);
     };
-    let fence = raw.as_str().and_then(|text| text.parse().ok());
+    let fence = raw.as_short_str().and_then(|text| text.parse().ok());
     match fence {
         Some(fence) => Ok(Some(fence)),
         None => Err(mistyped("lock", "what memory_lock replied", raw)),
@@ -635,6 +660,22 @@ fn bytes<'a>(e: &Envelope<'a>) -> Result<Cow<'a, [u8]>, Refusal> {
     }
 }
 
+/// Whether base64 text is too long for a compare-and-swap, however it is written: seen before it is
+/// decoded.
+fn is_beyond_cas(raw: Raw<'_>) -> bool {
+    /// Bytes of the longest escape of one character, times the characters of four thirds of the
+    /// bytes, and quotes.
+    const TEXT_BYTES_MAX: usize = 6 * (CAS_BYTES_MAX / 3 * 4 + 4) + 2;
+    raw.text().len() > TEXT_BYTES_MAX
+}
+
+fn too_much_for_cas() -> Refusal {
+    Refusal::new(
+        Code::TooLarge,
+        format!("at most {CAS_BYTES_MAX} bytes are compared and swapped at once"),
+    )
+}
+
 fn base64(name: &str, raw: Raw<'_>) -> Result<Vec<u8>, Refusal> {
     let text = raw.as_str();
     text.and_then(|text| STANDARD.decode(text.as_bytes()).ok())
@@ -650,6 +691,7 @@ fn base64(name: &str, raw: Raw<'_>) -> Result<Vec<u8>, Refusal> {
 mod tests {
     use super::*;
     use crate::frame::Frame;
+    use crate::limits::ListBounds;
     use crate::message::Request;
 
     fn check(json: &str, expected: &str) {
@@ -658,7 +700,7 @@ mod tests {
             attachment: None,
         };
         let envelope = Envelope::parse(frame).unwrap().unwrap();
-        let got = match Request::decode(&envelope) {
+        let got = match Request::decode(&envelope, &ListBounds::NONE) {
             Ok(request) => format!("{request:?}"),
             Err(refusal) => refusal.to_string(),
         };

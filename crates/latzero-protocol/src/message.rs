@@ -3,11 +3,17 @@
 //! Every field is checked here, so that what decides (the fabric) only ever sees messages that make sense.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 
-use crate::envelope::{Body, Envelope, Raw, id_field, missing, mistyped, shorten};
+use crate::envelope::{
+    Body, Envelope, Raw, field_name, id_field, missing, mistyped, shorten, unescape,
+};
 use crate::error::{Code, Refusal};
 use crate::id::InstanceId;
-use crate::limits::{KEY_BYTES_MAX, PARKED_TTL_MAX_MS, TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX};
+use crate::limits::{
+    DOC_BYTES_MAX, KEY_BYTES_MAX, ListBounds, PARKED_TTL_MAX_MS, TTL_DEFAULT_MS, TTL_MAX_MS,
+    WINDOW_MAX,
+};
 use crate::memory::{Apps, apps};
 use crate::name::{AppId, PoolName, TriggerName};
 use crate::scan;
@@ -191,6 +197,13 @@ impl TriggerSpec {
             "name": self.name, "pools": self.pools, "strategy": self.strategy.as_str(),
             "concurrency": self.concurrency, "doc": self.doc,
         })
+    }
+
+    /// What it counts for against the bytes that an app may register: name, pools and doc.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let pools = self.pools.iter().flatten().map(|name| name.as_str().len());
+        self.name.as_str().len() + self.doc.as_ref().map_or(0, String::len) + pools.sum::<usize>()
     }
 
     /// Whether the trigger is served in `pool`.
@@ -490,12 +503,28 @@ pub enum AdminAction {
 }
 
 impl<'a> Request<'a> {
-    /// Decodes a message.
+    /// Whether it has no effect but its reply.
+    #[must_use]
+    pub fn is_question(&self) -> bool {
+        matches!(
+            self,
+            Request::PoolList(_)
+                | Request::PoolInfo(_)
+                | Request::AppList(..)
+                | Request::Ping
+                | Request::Stats
+                | Request::Health
+        )
+    }
+
+    /// Decodes a message. Its lists are bounded while they are read, so that no message costs more
+    /// than its bytes.
     ///
     /// # Errors
-    /// `bad_message`, `invalid_name`, `unknown_action`, `too_large` or `unsupported_protocol`, with the field named.
+    /// `bad_message`, `invalid_name`, `unknown_action`, `too_large`, `quota` or `unsupported_protocol`, with the field
+    /// or the limit named.
     #[inline]
-    pub fn decode(e: &Envelope<'a>) -> Result<Self, Refusal> {
+    pub fn decode(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Self, Refusal> {
         let action = Envelope::required_string(e.action, "action")?;
         Ok(match &*action {
             "trigger" => Request::Trigger(trigger(e)?),
@@ -509,9 +538,9 @@ impl<'a> Request<'a> {
                 )
             }
             "cancel" => Request::Cancel(call_ref(e)?),
-            "handshake" => Request::Handshake(Box::new(handshake(e)?)),
-            "trigger_register" => Request::TriggerRegister(triggers_field(e)?),
-            "trigger_unregister" => Request::TriggerUnregister(triggers_field(e)?),
+            "handshake" => Request::Handshake(Box::new(handshake(e, bounds)?)),
+            "trigger_register" => Request::TriggerRegister(triggers_field(e, bounds)?),
+            "trigger_unregister" => Request::TriggerUnregister(triggers_field(e, bounds)?),
             "pool_create" => Request::PoolCreate(pool_create(e)?),
             "pool_join" => Request::PoolJoin(pool_field(e)?),
             "pool_leave" => Request::PoolLeave(pool_field(e)?),
@@ -576,12 +605,18 @@ pub(crate) fn unknown(action: &str) -> Refusal {
     )
 }
 
-fn handshake<'a>(e: &Envelope<'a>) -> Result<Handshake<'a>, Refusal> {
+fn handshake<'a>(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Handshake<'a>, Refusal> {
     let fields = Fields::of(e.text)?;
-    let features = fields.strings("features")?.unwrap_or_default();
-    let has = |name: &str| features.iter().any(|f| f == name);
-    let pools = fields.strings("pools")?;
-    let triggers = fields.field("triggers").map(triggers).transpose()?;
+    let mut features = Features::default();
+    fields.each_string("features", |name| {
+        features.attachments |= name == "attachments";
+        features.fd_passing |= name == "fd_passing";
+        Ok(())
+    })?;
+    let triggers = fields.field("triggers");
+    let triggers = triggers
+        .map(|raw| triggers_within(raw, bounds))
+        .transpose()?;
     let meta = fields.field("meta");
     if let Some(meta) = meta.filter(|meta| !meta.is_object()) {
         return Err(mistyped("meta", "an object", meta));
@@ -591,21 +626,11 @@ fn handshake<'a>(e: &Envelope<'a>) -> Result<Handshake<'a>, Refusal> {
     })?;
     Ok(Handshake {
         app_id: AppId::new(&fields.required_string("app_id")?)?,
-        pools: pools
-            .map(|names| {
-                names
-                    .iter()
-                    .map(|n| Ok(PoolName::new(n)?))
-                    .collect::<Result<_, Refusal>>()
-            })
-            .transpose()?,
+        pools: pools(&fields, bounds)?,
         triggers,
         meta,
         protocol: protocol.unwrap_or(1),
-        features: Features {
-            attachments: has("attachments"),
-            fd_passing: has("fd_passing"),
-        },
+        features,
         exclusive: fields.flag("exclusive")?,
         takeover: fields.flag("takeover")?,
         transient: fields.flag("transient")?,
@@ -619,7 +644,15 @@ fn idempotency_key<'a>(headers: Option<Raw<'a>>) -> Result<Option<Cow<'a, str>>,
     let Some(headers) = headers.filter(|raw| raw.text().contains(IDEMPOTENCY_KEY)) else {
         return Ok(None);
     };
-    let key = Fields::of(headers.text())?.string(IDEMPOTENCY_KEY)?;
+    // Headers were bounded in bytes, not in number.
+    let mut found = None;
+    let _ = scan::object::<scan::ScanError>(headers.text(), |name, value| {
+        if unescape(name) == IDEMPOTENCY_KEY {
+            found = Some(Raw::scanned(value));
+        }
+        Ok(())
+    });
+    let key = Envelope::string(found, IDEMPOTENCY_KEY)?;
     match &key {
         Some(key) if key.is_empty() || key.len() > KEY_BYTES_MAX => Err(Refusal::new(
             Code::BadMessage,
@@ -710,7 +743,7 @@ fn destination<'a>(e: &Envelope<'a>) -> Result<Option<Destination<'a>>, Refusal>
     let Some(raw) = e.destination.filter(|raw| !raw.is_null()) else {
         return Ok(None);
     };
-    if let Some(app_id) = raw.as_str() {
+    if let Some(app_id) = raw.as_short_str() {
         return Ok(Some(Destination {
             app_id,
             instance: None,
@@ -724,7 +757,7 @@ fn destination<'a>(e: &Envelope<'a>) -> Result<Option<Destination<'a>>, Refusal>
             raw,
         ));
     }
-    let fields = Fields::of(raw.text())?;
+    let fields = Fields::of_item(raw)?;
     let app_id = fields.required_string("app_id")?;
     let instance = fields
         .string("instance")?
@@ -825,10 +858,8 @@ fn not_here(what: &str) -> Refusal {
 }
 
 fn events(fields: &Fields<'_>) -> Result<EventSet, Refusal> {
-    let Some(names) = fields.strings("events")? else {
-        return Ok(EventSet::ALL);
-    };
-    names.iter().try_fold(EventSet(0), |set, name| {
+    let mut set = EventSet(0);
+    let is_there = fields.each_string("events", |name| {
         let event = Event::ALL.iter().find(|event| event.as_str() == name);
         let event = event.ok_or_else(|| {
             let known: Vec<_> = Event::ALL.iter().map(|e| e.as_str()).collect();
@@ -841,8 +872,10 @@ fn events(fields: &Fields<'_>) -> Result<EventSet, Refusal> {
                 ),
             )
         })?;
-        Ok(EventSet(set.0 | *event as u16))
-    })
+        set.0 |= *event as u16;
+        Ok(())
+    })?;
+    Ok(if is_there { set } else { EventSet::ALL })
 }
 
 fn admin<'a>(e: &Envelope<'a>, action: AdminAction) -> Result<Request<'a>, Refusal> {
@@ -852,32 +885,84 @@ fn admin<'a>(e: &Envelope<'a>, action: AdminAction) -> Result<Request<'a>, Refus
     }))
 }
 
-fn triggers_field(e: &Envelope<'_>) -> Result<Vec<TriggerSpec>, Refusal> {
+fn triggers_field(e: &Envelope<'_>, bounds: &ListBounds) -> Result<Vec<TriggerSpec>, Refusal> {
     let raw = Fields::of(e.text)?.field("triggers");
-    triggers(raw.ok_or_else(|| missing("triggers", "an array"))?)
+    triggers_within(raw.ok_or_else(|| missing("triggers", "an array"))?, bounds)
 }
 
-/// Reads a list of triggers, each a name or an object.
+/// Reads a list of triggers that was bounded when it came in, each a name or an object.
 ///
 /// # Errors
 /// `bad_message`, `invalid_name`, `too_large`.
 pub fn triggers(raw: Raw<'_>) -> Result<Vec<TriggerSpec>, Refusal> {
+    triggers_within(raw, &ListBounds::NONE)
+}
+
+fn triggers_within(raw: Raw<'_>, bounds: &ListBounds) -> Result<Vec<TriggerSpec>, Refusal> {
     let mut specs = Vec::new();
+    let mut bytes = 0;
     items(raw, "triggers", |item| {
-        specs.push(trigger_spec(item)?);
+        if specs.len() == bounds.triggers_max {
+            return Err(too_many("triggers", bounds.triggers_max));
+        }
+        let spec = trigger_spec(item, bounds)?;
+        bytes += spec.bytes();
+        if bytes > bounds.bytes_max {
+            return Err(too_many_bytes(bounds.bytes_max));
+        }
+        specs.push(spec);
         Ok(())
     })?;
     Ok(specs)
 }
 
-fn trigger_spec(raw: Raw<'_>) -> Result<TriggerSpec, Refusal> {
-    if let Some(name) = raw.as_str() {
+/// An app would have more pools or triggers than it may.
+#[must_use]
+pub fn too_many(what: &str, max: usize) -> Refusal {
+    Refusal::new(
+        Code::Quota,
+        format!("an app may have {max} {what} (limits.{what}_per_app_max)"),
+    )
+}
+
+/// What an app registers would be longer than it may.
+#[must_use]
+pub fn too_many_bytes(max: usize) -> Refusal {
+    Refusal::new(
+        Code::Quota,
+        format!(
+            "an app may register {max} bytes of names, pools and docs \
+             (limits.registration_bytes_max)"
+        ),
+    )
+}
+
+/// The field `pools`: each named once, however often it stands there.
+fn pools(fields: &Fields<'_>, bounds: &ListBounds) -> Result<Option<Vec<PoolName>>, Refusal> {
+    let (mut names, mut seen) = (Vec::new(), BTreeSet::new());
+    let is_there = fields.each_string("pools", |name| {
+        PoolName::check(name)?;
+        if !seen.contains(name) {
+            if names.len() == bounds.pools_max {
+                return Err(too_many("pools", bounds.pools_max));
+            }
+            let name = PoolName::new(name)?;
+            seen.insert(name.clone());
+            names.push(name);
+        }
+        Ok(())
+    })?;
+    Ok(is_there.then_some(names))
+}
+
+fn trigger_spec(raw: Raw<'_>, bounds: &ListBounds) -> Result<TriggerSpec, Refusal> {
+    if let Some(name) = raw.as_short_str() {
         return Ok(TriggerSpec::new(TriggerName::new(&name)?));
     }
     if !raw.is_object() {
         return Err(mistyped("triggers", "an array of names or objects", raw));
     }
-    let fields = Fields::of(raw.text())?;
+    let fields = Fields::of_item(raw)?;
     let strategy = match fields.string("strategy")? {
         None => Strategy::default(),
         Some(word) => Strategy::parse(&word).ok_or_else(|| {
@@ -889,29 +974,21 @@ fn trigger_spec(raw: Raw<'_>) -> Result<TriggerSpec, Refusal> {
             )
         })?,
     };
-    let pools = fields.strings("pools")?;
     let concurrency = Envelope::number(
         fields.field("concurrency"),
         "concurrency",
         0..=u64::from(u32::MAX),
     )?;
     let doc = fields.string("doc")?.map(Cow::into_owned);
-    if doc.as_ref().is_some_and(|doc| doc.len() > 1024) {
+    if doc.as_ref().is_some_and(|doc| doc.len() > DOC_BYTES_MAX) {
         return Err(Refusal::new(
             Code::TooLarge,
-            "field 'doc' has more than 1024 bytes",
+            format!("field 'doc' has more than {DOC_BYTES_MAX} bytes"),
         ));
     }
     Ok(TriggerSpec {
         name: TriggerName::new(&fields.required_string("name")?)?,
-        pools: pools
-            .map(|names| {
-                names
-                    .iter()
-                    .map(|n| Ok(PoolName::new(n)?))
-                    .collect::<Result<_, Refusal>>()
-            })
-            .transpose()?,
+        pools: pools(&fields, bounds)?,
         strategy,
         concurrency: concurrency.and_then(|n| u32::try_from(n).ok()),
         doc,
@@ -932,8 +1009,7 @@ pub(crate) fn items<'a>(
     }
     let mut on_item = on_item;
     scan::array(raw.text(), |item| {
-        let item = Raw::new(item).map_err(|_| Failed(None))?;
-        on_item(item).map_err(|refusal| Failed(Some(refusal)))
+        on_item(Raw::scanned(item)).map_err(|refusal| Failed(Some(refusal)))
     })
     .map_err(|failed| failed.0.unwrap_or_else(|| mistyped(name, "an array", raw)))
 }
@@ -942,14 +1018,26 @@ pub(crate) fn items<'a>(
 pub struct Fields<'a>(Vec<(Cow<'a, str>, Raw<'a>)>);
 
 impl<'a> Fields<'a> {
-    /// Most fields of one object.
+    /// Most fields of one object: duplicates are looked for one by one.
     const MAX: usize = 256;
+
+    /// Most fields of an object that is an item of a list or a field of a message.
+    const OF_ITEM_MAX: usize = 32;
 
     /// Reads the fields of the object `text`.
     ///
     /// # Errors
     /// `bad_message` where it is not an object, or has duplicate or too many fields.
     pub fn of(text: &'a str) -> Result<Self, Refusal> {
+        Self::at_most(Self::MAX, text)
+    }
+
+    /// Reads the fields of an object that is part of a message, of which there may be many.
+    pub(crate) fn of_item(raw: Raw<'a>) -> Result<Self, Refusal> {
+        Self::at_most(Self::OF_ITEM_MAX, raw.text())
+    }
+
+    fn at_most(max: usize, text: &'a str) -> Result<Self, Refusal> {
         struct Failed(Refusal);
         impl From<scan::ScanError> for Failed {
             fn from(error: scan::ScanError) -> Self {
@@ -958,20 +1046,20 @@ impl<'a> Fields<'a> {
         }
         let mut fields: Vec<(Cow<'a, str>, Raw<'a>)> = Vec::new();
         scan::object(text, |key, value| {
-            let key = crate::envelope::unescape(key);
+            let key = field_name(key).map_err(Failed)?;
             if fields.iter().any(|(known, _)| *known == key) {
                 return Err(Failed(Refusal::new(
                     Code::BadMessage,
                     format!("field '{}' stands twice", shorten(&key)),
                 )));
             }
-            if fields.len() == Self::MAX {
+            if fields.len() == max {
                 return Err(Failed(Refusal::new(
                     Code::BadMessage,
-                    "an object has at most 256 fields here",
+                    format!("an object has at most {max} fields here"),
                 )));
             }
-            fields.push((key, Raw::new(value)?));
+            fields.push((key, Raw::scanned(value)));
             Ok(())
         })
         .map_err(|Failed(refusal)| refusal)?;
@@ -1011,23 +1099,23 @@ impl<'a> Fields<'a> {
         Envelope::flag(self.field(name), name)
     }
 
-    /// An optional array of strings.
+    /// Calls `on_string` with each string of an optional array; false where it is absent.
     ///
     /// # Errors
-    /// `bad_message` where it is there and not an array of strings.
-    pub fn strings(&self, name: &str) -> Result<Option<Vec<Cow<'a, str>>>, Refusal> {
+    /// `bad_message` where it is there and not an array of strings, or what `on_string` returned.
+    pub(crate) fn each_string(
+        &self,
+        name: &str,
+        mut on_string: impl FnMut(&str) -> Result<(), Refusal>,
+    ) -> Result<bool, Refusal> {
         let Some(raw) = self.field(name) else {
-            return Ok(None);
+            return Ok(false);
         };
-        let mut strings = Vec::new();
         items(raw, name, |item| {
-            strings.push(
-                item.as_str()
-                    .ok_or_else(|| mistyped(name, "an array of strings", item))?,
-            );
-            Ok(())
+            let text = item.as_short_str();
+            on_string(&text.ok_or_else(|| mistyped(name, "an array of strings", item))?)
         })?;
-        Ok(Some(strings))
+        Ok(true)
     }
 }
 
@@ -1036,13 +1124,19 @@ mod tests {
     use super::*;
     use crate::frame::Frame;
 
+    const BOUNDS: ListBounds = ListBounds {
+        pools_max: 3,
+        triggers_max: 4,
+        bytes_max: 100,
+    };
+
     fn check(json: &str, expected: &str) {
         let frame = Frame {
             json: json.as_bytes(),
             attachment: None,
         };
         let envelope = Envelope::parse(frame).unwrap().unwrap();
-        let got = match Request::decode(&envelope) {
+        let got = match Request::decode(&envelope, &BOUNDS) {
             Ok(request) => format!("{request:?}"),
             Err(refusal) => refusal.to_string(),
         };
@@ -1070,6 +1164,80 @@ mod tests {
         check(
             r#"{"action":"ack","id":"1","count":3}"#,
             "Ack(CallRef { id: \"1\" }, 3)",
+        );
+    }
+
+    #[test]
+    fn lists_are_bounded_while_they_are_read() {
+        // What stands behind the bound is not looked at: it is no trigger.
+        check(
+            r#"{"action":"trigger_register","triggers":["a","b","c","d","e",7]}"#,
+            "quota: an app may have 4 triggers (limits.triggers_per_app_max)",
+        );
+        check(
+            r#"{"action":"trigger_unregister","triggers":["a","b","c","d","e",7]}"#,
+            "quota: an app may have 4 triggers",
+        );
+        check(
+            r#"{"action":"handshake","app_id":"a","pools":["a","b","c","d",7]}"#,
+            "quota: an app may have 3 pools (limits.pools_per_app_max)",
+        );
+        check(
+            r#"{"action":"trigger_register","triggers":[{"name":"t","pools":["a","b","c","d",7]}]}"#,
+            "quota: an app may have 3 pools (limits.pools_per_app_max)",
+        );
+        check(
+            r#"{"action":"handshake","app_id":"a","pools":["a","b","a","a","b","c"]}"#,
+            "Handshake(Handshake { app_id: \"a\", pools: Some([\"a\", \"b\", \"c\"])",
+        );
+        let long = "x".repeat(60);
+        check(
+            &format!(r#"{{"action":"trigger_register","triggers":["{long}","{long}",7]}}"#),
+            "quota: an app may register 100 bytes of names, pools and docs",
+        );
+        let apps = |last: &str| {
+            let names: Vec<String> = (0..64).map(|n| format!("\"a{n}\"")).collect();
+            let names = names.join(",");
+            format!(
+                r#"{{"action":"pool_create","pool":"p","policy":{{"join":[{names},"{last}",7]}}}}"#
+            )
+        };
+        check(
+            &apps("a64"),
+            "too_large: field 'join' names more than 64 apps; use \"*\"",
+        );
+    }
+
+    #[test]
+    fn what_is_too_long_is_refused_before_it_is_copied() {
+        let long = "\\n".repeat(5000);
+        let named = r#","process":"t""#;
+        for (field, more) in [
+            ("id", named),
+            ("process", ""),
+            ("pool", named),
+            ("key", named),
+        ] {
+            let json = format!(r#"{{"action":"trigger"{more},"{field}":"{long}"}}"#);
+            let expected = format!("too_large: field '{field}' has more than 8192 bytes");
+            check(&json, &expected);
+        }
+        let name = "n".repeat(257);
+        check(
+            &format!(r#"{{"action":"watch","pool":"p","events":[{{"{name}":1}}]}}"#),
+            "bad_message: field 'events' must be an array of strings",
+        );
+        check(
+            &format!(r#"{{"action":"trigger_register","triggers":[{{"{name}":1}}]}}"#),
+            "bad_message: the name of a field has at most 256 bytes, 'nnnn",
+        );
+        let fields: Vec<String> = (0..33).map(|n| format!("\"f{n}\":1")).collect();
+        check(
+            &format!(
+                r#"{{"action":"trigger_register","triggers":[{{{}}}]}}"#,
+                fields.join(",")
+            ),
+            "bad_message: an object has at most 32 fields here",
         );
     }
 

@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use latzero_fabric::limits::{Limits, Unit};
 use serde::Serialize;
 
 use crate::address;
@@ -16,19 +17,16 @@ use crate::settings::unknown_variables;
 use crate::settings::{Environment, Resolved, Settings, SettingsErrors, SocketChoice};
 use crate::startup;
 use crate::startup::data_dir::{file_system_magic, refused_file_system};
-use crate::startup::descriptors;
+use crate::startup::descriptors::Shares;
 use crate::startup::lock::{self, Holder};
 use crate::startup::sockets::{self, Listening};
+use crate::surroundings::{Bound, Surroundings, about};
 
 /// Below this much free space, in bytes, metadata can no longer be relied upon to be written.
 const FREE_BYTES_FAIL: u64 = 64 << 20;
 
 /// Below this much free space, in bytes, it is time to look.
 const FREE_BYTES_WARN: u64 = 1 << 30;
-
-/// Descriptors that a server needs besides one for each connection: listeners, logs, files, the
-/// spare.
-const DESCRIPTORS_BESIDES_CONNECTIONS: u64 = 64;
 
 /// How a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -127,10 +125,10 @@ pub struct Facts {
     pub listener: Option<Listening>,
     /// The Unix socket that a server would bind; `None` where it is off.
     pub socket: Option<PathBuf>,
-    /// The hard limit on descriptors.
-    pub descriptors_max: u64,
-    /// The setting `limits.connections_max`.
-    pub connections_max: u64,
+    /// What a server may use of the machine.
+    pub surroundings: Surroundings,
+    /// The limits as they are set.
+    pub limits: Limits,
 }
 
 /// Collects the facts.
@@ -173,8 +171,8 @@ pub fn look(settings: &Settings, environment: &Environment) -> Facts {
             SocketChoice::Auto => Some(address::socket_path(&data_dir, runtime_dir, uid)),
             SocketChoice::Path(path) => Some(path.clone()),
         },
-        descriptors_max: descriptors::hard_limit(),
-        connections_max: settings.limits.connections_max as u64,
+        surroundings: Surroundings::of_process(),
+        limits: settings.limits.clone(),
         refusal: startup::check(settings)
             .err()
             .map(|error| error.to_string()),
@@ -226,7 +224,9 @@ pub fn diagnose(facts: &Facts) -> Vec<Finding> {
         instance(facts),
         port(facts),
         socket(facts),
+        memory(facts),
         descriptor_limit(facts),
+        file_size(facts),
     ];
     // The findings say more, so the refusal is shown where none of them explains it.
     let is_explained = findings
@@ -388,27 +388,73 @@ fn socket(facts: &Facts) -> Finding {
     }
 }
 
+fn memory(facts: &Facts) -> Finding {
+    const NAME: &str = "memory";
+    let Bound { max, from } = &facts.surroundings.memory;
+    let may = about(*max);
+    let limits = facts.surroundings.in_force(&facts.limits).limits;
+    for (setting, set) in [
+        ("memory_max", limits.memory_max),
+        ("memory_bytes_max", limits.memory_bytes_max),
+    ] {
+        if set > *max {
+            let set = Unit::Bytes.show(set);
+            return Finding::warn(
+                NAME,
+                format!("limits.{setting} is {set}, and a server may use {may} ({from})"),
+                format!("latzero start --set limits.{setting}=0"),
+            );
+        }
+    }
+    let (all, blocks) = (limits.memory_max, limits.memory_bytes_max);
+    Finding::ok(
+        NAME,
+        format!(
+            "a server may use {may} ({from}); clients get {} of it, memory blocks {}",
+            Unit::Bytes.show(all),
+            Unit::Bytes.show(blocks)
+        ),
+    )
+}
+
 fn descriptor_limit(facts: &Facts) -> Finding {
     const NAME: &str = "descriptors";
-    let needed = facts
-        .connections_max
-        .saturating_add(DESCRIPTORS_BESIDES_CONNECTIONS);
-    let limit = facts.descriptors_max;
-    if limit == u64::MAX {
+    let Some(bound) = &facts.surroundings.descriptors else {
         return Finding::ok(NAME, "without a limit");
-    }
+    };
+    let (limits, shares) = (&facts.limits, facts.surroundings.shares(&facts.limits));
     let what = format!(
-        "the limit is {limit}, and {} connections need {needed}",
-        facts.connections_max
+        "the limit is {bound}, with room for {} connections and {} memory blocks",
+        shares.connections, shares.blocks
     );
-    if limit < needed {
+    if shares.connections < limits.connections_max || shares.blocks < limits.blocks_max {
+        let needed = Shares::needed(limits.connections_max, limits.blocks_max);
         Finding::warn(
             NAME,
-            what,
+            format!(
+                "{what}, of {} and {} that the settings allow",
+                limits.connections_max, limits.blocks_max
+            ),
             format!("sudo prlimit --pid $$ --nofile={needed}:{needed}"),
         )
     } else {
         Finding::ok(NAME, what)
+    }
+}
+
+fn file_size(facts: &Facts) -> Finding {
+    const NAME: &str = "file size";
+    match &facts.surroundings.file_size {
+        None => Finding::ok(NAME, "without a limit"),
+        Some(Bound { max, from }) => Finding::warn(
+            NAME,
+            format!(
+                "a file may have {} ({from}); larger blocks and a larger database are refused \
+                 with `storage`",
+                about(*max)
+            ),
+            "ulimit -f unlimited",
+        ),
     }
 }
 
@@ -418,6 +464,7 @@ mod tests {
 
     use crate::settings::{Inputs, Override, resolve};
     use crate::startup::lock::InstanceLock;
+    use crate::surroundings::Origin;
 
     use super::*;
 
@@ -437,9 +484,20 @@ mod tests {
             port_taken: false,
             listener: None,
             socket: Some(PathBuf::from("/d/latzero.sock")),
-            descriptors_max: 1_048_576,
-            connections_max: 4096,
+            surroundings: Surroundings {
+                memory: bound(8 << 30, Origin::Machine),
+                descriptors: Some(bound(1 << 20, Origin::Rlimit("RLIMIT_NOFILE"))),
+                file_size: None,
+            },
+            limits: Resolved::defaults(&[("HOME", "/h")].into_iter().collect())
+                .unwrap()
+                .settings
+                .limits,
         }
+    }
+
+    fn bound(max: u64, from: Origin) -> Bound {
+        Bound { max, from }
     }
 
     /// Checks that exactly one thing is wrong with these facts.
@@ -478,7 +536,10 @@ mod tests {
             );
         }
         let unlimited = Facts {
-            descriptors_max: u64::MAX,
+            surroundings: Surroundings {
+                descriptors: None,
+                ..healthy().surroundings
+            },
             place: Place::Missing,
             port: 0,
             ..healthy()
@@ -598,11 +659,32 @@ mod tests {
             "LATZERO_SOCKET=auto latzero start",
         );
         check(
-            |f| f.descriptors_max = 1024,
+            |f| {
+                let limit = bound(1024, Origin::Rlimit("RLIMIT_NOFILE"));
+                f.surroundings.descriptors = Some(limit);
+            },
             "descriptors",
             Warn,
-            "the limit is 1024, and 4096 connections need 4160",
-            "sudo prlimit --pid $$ --nofile=4160:4160",
+            "the limit is 1024 (rlimit RLIMIT_NOFILE), with room for 472 connections and 157 memory \
+             blocks, of 4096 and 4096",
+            "sudo prlimit --pid $$ --nofile=16464:16464",
+        );
+        check(
+            |f| {
+                f.surroundings.memory = bound(300 << 20, Origin::Cgroup("/g/memory.max".into()));
+                f.limits.memory_max = 1 << 30;
+            },
+            "memory",
+            Warn,
+            "limits.memory_max is 1 GiB, and a server may use 300 MiB (cgroup /g/memory.max)",
+            "latzero start --set limits.memory_max=0",
+        );
+        check(
+            |f| f.surroundings.file_size = Some(bound(8 << 20, Origin::Rlimit("RLIMIT_FSIZE"))),
+            "file size",
+            Warn,
+            "a file may have 8 MiB (rlimit RLIMIT_FSIZE)",
+            "ulimit -f unlimited",
         );
     }
 

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use latzero_fabric::books::{Account, Resource};
 use latzero_fabric::{Class, Flow, Time, books};
 use latzero_protocol::{BlockId, PoolName, Refusal, encode};
 use mio::event::Event;
@@ -650,8 +651,26 @@ impl EventLoop {
             if let Some(Some(connection)) = self.connections.get_mut(slot)
                 && std::mem::take(&mut connection.is_starved)
             {
+                let account = Arc::clone(connection.peer.link().account());
+                if let Some(lacking) = account.lacking(Resource::Inbound, READ_BYTES as u64) {
+                    self.make_room(now, slot, lacking);
+                }
                 self.read_later(slot);
             }
+        }
+    }
+
+    /// Closes the connection that holds most for longest among those that count in an account, for one that can't be read.
+    fn make_room(&mut self, now: Time, for_slot: usize, lacking: &Arc<Account>) {
+        let connections = self.connections.iter().enumerate();
+        let others = connections.filter_map(|(slot, c)| Some((slot, c.as_ref()?)));
+        let holdings = others
+            .filter(|(slot, c)| *slot != for_slot && c.peer.link().account().is_of(lacking))
+            .map(|(slot, c)| c.holding(slot));
+        if let Some(slot) = books::victim(now, holdings) {
+            let connection = self.connections[slot].take().expect("it was just seen");
+            self.note_removal(&connection, "it holds memory that others wait for");
+            self.remove(slot, *connection);
         }
     }
 

@@ -3,19 +3,21 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_fabric::Time;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::losses::Part;
 use crate::shared::Shared;
+use crate::surroundings::Derived;
 
 /// Looks at every part.
 pub(crate) fn report(shared: &Shared, now: Time) -> Value {
     let settings = shared.settings();
     let connections = shared.stats.connections.load(Relaxed);
     let blocked = shared.stats.slow_readers.load(Relaxed);
+    let connections_max = shared.surroundings.shares(&settings.limits).connections;
     let transport = part(
-        connections < settings.limits.connections_max,
-        &json!({"connections": connections, "connections_max": settings.limits.connections_max, "slow_readers": blocked}),
+        connections < connections_max,
+        &json!({"connections": connections, "connections_max": connections_max, "slow_readers": blocked}),
     );
     let counts = shared
         .registry
@@ -48,7 +50,20 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
     let lost = (shared.log_lines_lost)() + shared.audit_log.lost();
     let logs_ok = lost == 0 && losses.is_none_of(Part::Logs);
     let logs = part(logs_ok, &json!({"lines_lost": lost}));
-    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs});
+    let mut limits: Map<String, Value> = (shared.surroundings.facts().into_iter())
+        .map(|(name, text)| (name.to_owned(), text.into()))
+        .collect();
+    for Derived {
+        setting,
+        text,
+        from,
+        ..
+    } in &shared.derived
+    {
+        limits.insert((*setting).to_owned(), format!("{text}, from {from}").into());
+    }
+    let limits = part(true, &limits.into());
+    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs, "limits": limits});
     let all_ok = parts
         .as_object()
         .is_some_and(|parts| parts.values().all(|part| part["status"] == "ok"));

@@ -168,7 +168,7 @@ impl IoHost {
         stats["triggers"]["served"] = triggers.into();
         stats["memory"] = self.shared.blocks.to_json(&self.shared.site.limits);
         stats["store"] = self.shared.keeper.to_json();
-        stats["resources"] = resources();
+        stats["resources"] = resources(&self.shared.surroundings);
         stats.to_string()
     }
 }

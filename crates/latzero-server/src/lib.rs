@@ -25,6 +25,7 @@ mod shared;
 mod socket;
 pub mod startup;
 mod stats;
+pub mod surroundings;
 mod timers;
 pub mod upkeep;
 mod utc;

@@ -73,7 +73,7 @@ impl Door {
     fn enter(&mut self, user: User, shared: &Shared) -> Result<(), Refusal> {
         let limits = shared.settings().limits.clone();
         let refuse = |count: usize, what: &str, limit: &str| {
-            let message = format!("{count} connections {what} (limits.{limit}); wait and repeat");
+            let message = format!("{count} connections {what} ({limit}); wait and repeat");
             Err(Refusal::new(Code::Overloaded, message))
         };
         let places = |max: usize| match user.is_trusted() {
@@ -84,23 +84,30 @@ impl Door {
             }
         };
         let of_user = |of: &HashMap<User, usize>| of.get(&user).copied().unwrap_or(0);
-        let (all, own) = places(limits.connections_max);
+        // Live with a reload, and never more than there are descriptors for.
+        let max = shared.surroundings.shares(&limits).connections;
+        let limit = if max < limits.connections_max {
+            "the limit on descriptors, RLIMIT_NOFILE"
+        } else {
+            "limits.connections_max"
+        };
+        let (all, own) = places(max);
         let open = shared.stats.connections.load(Relaxed);
         if open >= all {
-            return refuse(open, "are open", "connections_max");
+            return refuse(open, "are open", limit);
         }
         let open = of_user(&self.open);
         if open >= own {
-            return refuse(open, "of your user are open", "connections_max");
+            return refuse(open, "of your user are open", limit);
         }
         let (all, _) = places(limits.connections_unauthenticated_max);
         if self.total >= all {
-            let limit = "connections_unauthenticated_max";
+            let limit = "limits.connections_unauthenticated_max";
             return refuse(self.total, "have not done their handshake", limit);
         }
         let waiting = of_user(&self.waiting);
         if waiting >= limits.connections_unauthenticated_per_user_max {
-            let limit = "connections_unauthenticated_per_user_max";
+            let limit = "limits.connections_unauthenticated_per_user_max";
             return refuse(waiting, "of your user have not done their handshake", limit);
         }
         *self.waiting.entry(user).or_default() += 1;

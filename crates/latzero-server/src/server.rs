@@ -23,6 +23,7 @@ use crate::startup::lock::InstanceLock;
 use crate::startup::sockets::SocketFile;
 use crate::startup::systemd::{Activation, Notifier, watchdog_interval};
 use crate::startup::{StartupError, prepare};
+use crate::surroundings::survive_file_size_limit;
 use crate::watch::Watch;
 
 /// How often to tell how far the blocks are on their way to the disk.
@@ -104,6 +105,7 @@ impl Server {
     /// # Errors
     /// The first step that fails; what was taken is given back.
     pub fn bind(origins: Origins) -> Result<Server, ServerError> {
+        survive_file_size_limit().map_err(ServerError::Loop)?;
         let resolved = origins.load()?;
         resolved.check_available()?;
         let settings = resolved.settings.clone();
@@ -159,13 +161,6 @@ impl Server {
             addresses,
             data_dir: started.data_dir.path().display().to_string(),
         };
-        if started.descriptors_max < settings.limits.connections_max as u64 + 64 {
-            tracing::warn!(
-                descriptors_max = started.descriptors_max,
-                connections_max = settings.limits.connections_max,
-                "the system allows fewer descriptors than connections; raise it with `ulimit -n`"
-            );
-        }
         if started
             .tcp_addresses()
             .iter()

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use latzero_fabric::books::{Account, Books};
 use latzero_fabric::driver::Site;
 use latzero_fabric::outbox::Bounds;
-use latzero_fabric::{Limits, Now, Registry, Time};
+use latzero_fabric::{Now, Registry, Time};
 use latzero_protocol::Refusal;
 use mio::Waker;
 
@@ -27,6 +27,7 @@ use crate::settings::Settings;
 use crate::socket::Socket;
 use crate::startup::token::AdminToken;
 use crate::stats::Stats;
+use crate::surroundings::{Derived, InForce, Surroundings};
 use crate::timers::Timers;
 
 /// Something for a loop to do.
@@ -159,6 +160,9 @@ pub(crate) type Reload = dyn Fn(&Shared) -> Result<String, String> + Send + Sync
 /// What the loops share.
 pub(crate) struct Shared {
     pub(crate) settings: Mutex<Arc<Settings>>,
+    pub(crate) surroundings: Surroundings,
+    /// Limits whose value in force is not the one that was set.
+    pub(crate) derived: Vec<Derived>,
     pub(crate) site: Arc<Site>,
     pub(crate) read_budget: usize,
     pub(crate) registry: Mutex<Registry<IoHost>>,
@@ -215,13 +219,26 @@ impl Shared {
         } = parts;
         let clock = Clock::new();
         let started = clock.now();
-        let limits = core_limits(&settings);
+        let surroundings = Surroundings::of_process();
+        let InForce { limits, derived } = surroundings.in_force(&settings.limits);
+        if limits.connections_max < settings.limits.connections_max
+            || limits.blocks_max < settings.limits.blocks_max
+        {
+            tracing::warn!(
+                connections_max = limits.connections_max,
+                blocks_max = limits.blocks_max,
+                "the limit on descriptors has room for fewer connections or blocks than the settings \
+                 allow; raise it with `ulimit -n`"
+            );
+        }
         let mailboxes = (0..settings.io_threads.max(1))
             .map(|_| Mailbox::new())
             .collect();
         let shared = Arc::new(Shared {
             registry: Mutex::new(Registry::new(clock.unix_ms(started), limits.clone(), seed)),
             read_budget: settings.limits.read_budget_bytes,
+            surroundings,
+            derived,
             site: Arc::new(Site {
                 books: Books::new(&limits),
                 limits,
@@ -301,19 +318,4 @@ impl Shared {
             mailbox.send(Command::Judge);
         }
     }
-}
-
-/// The limits in force: as they were set, and for the rest as the memory allows.
-pub(crate) fn core_limits(settings: &Settings) -> Limits {
-    settings.limits.clone().within(memory_bytes())
-}
-
-/// The machine's memory in bytes.
-#[allow(
-    clippy::useless_conversion,
-    reason = "the field is 32 bits wide on 32-bit systems"
-)]
-fn memory_bytes() -> u64 {
-    let info = rustix::system::sysinfo();
-    u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit))
 }

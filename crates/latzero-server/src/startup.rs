@@ -286,8 +286,6 @@ pub struct Started {
     pub unix: Vec<BoundSocket>,
     /// Held back for the day when descriptors run out.
     pub spare: SpareDescriptor,
-    /// The soft limit on descriptors after raising it.
-    pub descriptors_max: u64,
     /// What proves an administrator.
     pub token: token::AdminToken,
     /// The data directory. After the sockets: fields are dropped in order, and the lock must
@@ -351,7 +349,7 @@ pub fn prepare(
         None => InstanceLock::acquire(data_dir.path())?,
     };
     let token = token::AdminToken::load_or_create(data_dir.path())?;
-    let descriptors_max = descriptors::raise_limit();
+    descriptors::raise_limit();
     let spare = SpareDescriptor::new()
         .map_err(|source| StartupError::of_io("opening", Path::new("/dev/null"), source))?;
 
@@ -375,7 +373,6 @@ pub fn prepare(
         tcp,
         unix,
         spare,
-        descriptors_max,
         token,
         data_dir,
         lock,

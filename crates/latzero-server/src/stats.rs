@@ -12,6 +12,8 @@ use latzero_fabric::{Count, Time};
 use latzero_protocol::Code;
 use serde_json::{Map, Value, json};
 
+use crate::surroundings::Surroundings;
+
 /// Seconds over which a rate is an average.
 const RATE_SECONDS: u64 = 10;
 
@@ -187,8 +189,9 @@ impl Stats {
     }
 }
 
-/// What this process uses, from proc(5); absent where the system has no such files.
-pub(crate) fn resources() -> Value {
+/// What this process uses, from proc(5), and what it may use; absent where the system has no such
+/// files.
+pub(crate) fn resources(surroundings: &Surroundings) -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let status = read("/proc/self/status");
     let field = |name: &str| {
@@ -212,6 +215,8 @@ pub(crate) fn resources() -> Value {
     let per_second = rustix::param::clock_ticks_per_second().max(1);
     json!({
         "memory_bytes": field("VmRSS").map(|kib| kib * 1024),
+        "memory_bytes_max": surroundings.memory.max,
+        "memory_max_from": surroundings.memory.from,
         "threads": field("Threads"),
         "descriptors": descriptors,
         "cpu_seconds": (ticks.len() == 2).then(|| (ticks[0] + ticks[1]) as f64 / per_second as f64),

@@ -34,7 +34,7 @@ pub(crate) type Found = String;
 /// A trigger as it was registered.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Spec {
-    pools: Option<Vec<String>>,
+    pools: Option<BTreeSet<String>>,
     concurrency: Option<u64>,
 }
 
@@ -440,7 +440,9 @@ fn specs(list: &Value) -> BTreeMap<String, Spec> {
     let spec = |item: &Value| match item.as_str() {
         Some(name) => (name.to_owned(), Spec::default()),
         None => {
-            let pools = item["pools"].is_array().then(|| strings(&item["pools"]));
+            // A pool that is named twice counts once.
+            let named = || strings(&item["pools"]).into_iter().collect();
+            let pools = item["pools"].is_array().then(named);
             let concurrency = item["concurrency"].as_u64();
             (text(item, "name"), Spec { pools, concurrency })
         }

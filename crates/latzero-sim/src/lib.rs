@@ -7,6 +7,7 @@
 
 mod check;
 mod client;
+mod hostile;
 mod lasting;
 mod line;
 mod report;

@@ -27,6 +27,11 @@ impl Rows {
             Change::App(row) => {
                 self.apps.insert(row.app_id.clone(), *row);
             }
+            Change::Watches(app, watches) => {
+                if let Some(row) = self.apps.get_mut(&app) {
+                    row.watches = watches;
+                }
+            }
             Change::Seen(app, unix_ms) => {
                 if let Some(row) = self.apps.get_mut(&app) {
                     row.last_seen = unix_ms;

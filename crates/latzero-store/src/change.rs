@@ -8,6 +8,13 @@ use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, PoolRow};
 pub enum Change {
     /// Adds an app or replaces what is known of it.
     PutApp(AppRow),
+    /// What an app watches and subscribes to; an unknown app is ignored.
+    AppWatches {
+        /// Which app.
+        app_id: String,
+        /// What, as the row has it.
+        watches: String,
+    },
     /// An app was here at `last_seen` (unix ms). The latest word counts; an unknown app is ignored.
     SeenApp {
         /// Which app.
@@ -77,6 +84,7 @@ pub enum Change {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Key {
     App(String),
+    AppWatches(String),
     AppSeen(String),
     Pool(String),
     Block(String, String),
@@ -102,6 +110,7 @@ impl Change {
         match self {
             Self::PutApp(row) => Key::App(row.app_id.clone()),
             Self::ForgetApp { app_id } => Key::App(app_id.clone()),
+            Self::AppWatches { app_id, .. } => Key::AppWatches(app_id.clone()),
             Self::SeenApp { app_id, .. } => Key::AppSeen(app_id.clone()),
             Self::PutPool(row) => Key::Pool(row.name.clone()),
             Self::RemovePool { name } => Key::Pool(name.clone()),
@@ -139,7 +148,9 @@ impl Change {
     pub(crate) fn name(&self) -> String {
         match self {
             Self::PutApp(row) => format!("app {}", row.app_id),
-            Self::SeenApp { app_id, .. } | Self::ForgetApp { app_id } => format!("app {app_id}"),
+            Self::AppWatches { app_id, .. }
+            | Self::SeenApp { app_id, .. }
+            | Self::ForgetApp { app_id } => format!("app {app_id}"),
             Self::PutPool(row) => format!("pool {}", row.name),
             Self::RemovePool { name } => format!("pool {name}"),
             Self::PutBlock(row) => format!("block {} of pool {}", row.block_id, row.pool),

@@ -18,6 +18,7 @@ enum Sql {
     MarkRun,
     Count,
     PutApp,
+    AppWatches,
     SeenApp,
     ForgetApp,
     PutPool,
@@ -49,6 +50,7 @@ impl Sql {
                             VALUES ('commits', ?1)"
                 .into(),
             Self::PutApp => AppRow::upsert(),
+            Self::AppWatches => "UPDATE app_registry SET watches = ?2 WHERE app_id = ?1".into(),
             Self::SeenApp => "UPDATE app_registry SET last_seen = ?2 WHERE app_id = ?1".into(),
             Self::ForgetApp => "DELETE FROM app_registry WHERE app_id = ?1".into(),
             Self::PutPool => PoolRow::upsert(),
@@ -148,6 +150,9 @@ impl<'c> Statements<'c> {
     pub(crate) fn apply(&mut self, change: &Change) -> rusqlite::Result<()> {
         match change {
             Change::PutApp(row) => row.write(self.step(Sql::PutApp)?),
+            Change::AppWatches { app_id, watches } => {
+                self.step(Sql::AppWatches)?.execute((app_id, watches))
+            }
             Change::SeenApp { app_id, last_seen } => {
                 self.step(Sql::SeenApp)?.execute((app_id, last_seen))
             }

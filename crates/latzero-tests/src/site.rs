@@ -34,8 +34,8 @@ pub struct Start {
     pub settings: Vec<String>,
     /// The failpoint at which it kills itself, as `NAME:N`.
     pub failpoint: Option<String>,
-    /// It goes on where a file can't grow further, as most programs do that are told to (`SIGXFSZ`, setrlimit(2)).
-    pub outgrows: bool,
+    /// How many descriptors it may have at a time, soft and hard limit alike.
+    pub descriptors: Option<u64>,
     /// It takes over from the one that runs.
     pub takes_over: bool,
 }
@@ -265,8 +265,8 @@ impl Site {
 
     fn command(&self, start: &Start) -> Command {
         let program = program();
-        let mut command = match &self.inside {
-            Some(inside) => {
+        let mut command = match (&self.inside, start.descriptors) {
+            (Some(inside), _) => {
                 let mut command = Command::new("nsenter");
                 let holder = inside.holder.id().to_string();
                 command
@@ -275,14 +275,13 @@ impl Site {
                     .arg(program);
                 command
             }
-            None if start.outgrows => {
+            (None, Some(max)) => {
                 let mut command = Command::new("sh");
-                command
-                    .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""])
-                    .arg(program);
+                let script = format!("ulimit -n {max} && exec \"$0\" \"$@\"");
+                command.args(["-c", &script]).arg(program);
                 command
             }
-            None => Command::new(program),
+            (None, None) => Command::new(program),
         };
         command
             .args(["start", "--port", "0", "--log-level", "warn", "--data-dir"])

@@ -583,12 +583,7 @@ fn a_redelivered_call_tells_its_attempts_over_every_kind_of_end() {
 
 #[test]
 fn a_full_disk_is_told_while_calls_go_on_and_heals() {
-    let start = Start {
-        takes_over: false,
-        settings: Vec::new(),
-        failpoint: None,
-        outgrows: false,
-    };
+    let start = Start::default();
     let site = match Site::on_small_disk(8 << 20) {
         Ok(site) => site,
         Err(why) => {
@@ -627,11 +622,7 @@ fn fill_up(path: &Path) {
 
 #[test]
 fn a_disk_that_takes_no_more_is_told_while_calls_go_on_and_heals() {
-    let start = Start {
-        takes_over: false,
-        outgrows: true,
-        ..Start::default()
-    };
+    let start = Start::default();
     let site = Site::new();
     let log = site.data_dir().join("data.db-wal");
     check_full_disk(&site, &start, |server, is_full| {

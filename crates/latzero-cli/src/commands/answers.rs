@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::args::AnswersArgs;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, compact, count, hex};
-use crate::reach::{Listed, Reached, Wish, list};
+use crate::reach::{ConnectOptions, Connection, Listed, list};
 
 pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
     if args.reach.app.is_none() && args.reach.url.is_none() {
@@ -17,12 +17,12 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
                 .with_help("`latzero call --park` prints the app that it was sent as"),
         );
     }
-    let reached = args.reach.connect(&Wish::once("answers"))?;
+    let connection = args.reach.connect(&ConnectOptions::once("answers"))?;
     let deadline = args.wait.map(|wait| Instant::now() + wait);
-    join(&reached, args, output)?;
+    join(&connection, args, output)?;
     // What was kept was sent before this is answered.
-    reached.app.ping()?;
-    let mut answers = reached.app.answers();
+    connection.app.ping()?;
+    let mut answers = connection.app.answers();
     let mut seen = 0;
     while args.limit.wants_more(seen) {
         let left = deadline.map_or(Duration::ZERO, |deadline| {
@@ -43,7 +43,7 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
             Err(error) => return Err(error.into()),
         }
     }
-    let app_id = reached.app.app_id();
+    let app_id = connection.app.app_id();
     match args.wait {
         Some(_) if seen < args.limit.count.unwrap_or(1) => {
             let text = format!("{} for {app_id} arrived in time", count(seen, "answer"));
@@ -59,8 +59,8 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
 }
 
 /// Joins the pools whose answers are wanted: the server sends them to members.
-fn join(reached: &Reached, args: &AnswersArgs, output: &Output) -> Result<(), Failure> {
-    let app = &reached.app;
+fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<(), Failure> {
+    let app = &connection.app;
     for pool in &args.pool {
         app.join(pool)?;
     }

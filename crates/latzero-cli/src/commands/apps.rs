@@ -8,7 +8,7 @@ use crate::args::{AppsArgs, AppsCommand, ForgetArgs};
 use crate::exit::{Done, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Cell, Output, Tone, ago, toned};
-use crate::reach::{Listed, Reached, Wish, list};
+use crate::reach::{ConnectOptions, Connection, Listed, list};
 
 /// Names of one kind that a row of the table shows; `--json` shows all.
 const NAMES_MAX: usize = 8;
@@ -17,12 +17,12 @@ pub(crate) fn run(args: &AppsArgs, output: &Output) -> Done {
     if let Some(AppsCommand::Forget(args)) = &args.command {
         return forget(args, output);
     }
-    let reached = args.reach.connect(&Wish::once("apps"))?;
+    let connection = args.reach.connect(&ConnectOptions::once("apps"))?;
     let mut request = json!({"action": "app_list"});
     if let Some(pool) = &args.pool {
         request["pool"] = json!(pool);
     }
-    let mut apps = list(&reached.app, &request, Listed::Apps)?;
+    let mut apps = list(&connection.app, &request, Listed::Apps)?;
     if args.live || args.offline {
         apps.retain(|app| app["live"] == args.live);
     }
@@ -31,7 +31,7 @@ pub(crate) fn run(args: &AppsArgs, output: &Output) -> Done {
         return Ok(Exit::Ok);
     }
     // This command's own connection is not what people look for.
-    let own = reached.app.app_id();
+    let own = connection.app.app_id();
     let is_own = |app: &Value| app["app_id"] == own && app["instances_total"] == 1;
     let rows: Vec<Vec<Cell>> = apps.iter().filter(|app| !is_own(app)).map(row).collect();
     output.table(&["APP", "INSTANCES", "SEEN", "POOLS", "TRIGGERS"], &rows)?;
@@ -71,11 +71,11 @@ fn names(values: Option<&Vec<Value>>, name: impl Fn(&Value) -> Option<&str>) -> 
 }
 
 fn forget(args: &ForgetArgs, output: &Output) -> Done {
-    let reached = args.reach.connect(&Wish::once("apps forget"))?;
+    let connection = args.reach.connect(&ConnectOptions::once("apps forget"))?;
     let Some(app_id) = &args.forgotten else {
-        return forget_offline(args.older.unwrap_or_default(), &reached, output);
+        return forget_offline(args.older.unwrap_or_default(), &connection, output);
     };
-    let mut failure = match reached.administer(&forgetting(app_id)) {
+    let mut failure = match connection.administer(&forgetting(app_id)) {
         Ok(_) => {
             match output.json {
                 true => output.value(&json!({"forgotten": app_id}))?,
@@ -88,7 +88,7 @@ fn forget(args: &ForgetArgs, output: &Output) -> Done {
     let hint = match code(&failure) {
         Some("no_app") => {
             // Without the list there is no suggestion, and the error is reported all the same.
-            let offline = offline(&reached).unwrap_or_default();
+            let offline = offline(&connection).unwrap_or_default();
             let names = offline.iter().filter_map(|app| app["app_id"].as_str());
             let near = did_you_mean(&nearest(app_id, names));
             near.unwrap_or_else(|| "`latzero apps --offline` lists the offline apps".to_owned())
@@ -110,19 +110,23 @@ fn code(failure: &Failure) -> Option<&str> {
     failure.wire.as_ref().and_then(|wire| wire["code"].as_str())
 }
 
-fn offline(reached: &Reached) -> Result<Vec<Value>, latzero::Error> {
-    let mut apps = list(&reached.app, &json!({"action": "app_list"}), Listed::Apps)?;
+fn offline(connection: &Connection) -> Result<Vec<Value>, latzero::Error> {
+    let mut apps = list(
+        &connection.app,
+        &json!({"action": "app_list"}),
+        Listed::Apps,
+    )?;
     apps.retain(|app| app["live"] == false);
     Ok(apps)
 }
 
 /// Forgets every app that has been offline for longer than `older`.
-fn forget_offline(older: Duration, reached: &Reached, output: &Output) -> Done {
+fn forget_offline(older: Duration, connection: &Connection, output: &Output) -> Done {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     let mut forgotten = Vec::new();
-    for app in offline(reached)? {
+    for app in offline(connection)? {
         let last_seen = Duration::from_millis(app["last_seen"].as_u64().unwrap_or(u64::MAX));
         if now.saturating_sub(last_seen) < older {
             continue;
@@ -130,7 +134,7 @@ fn forget_offline(older: Duration, reached: &Reached, output: &Output) -> Done {
         let Some(app_id) = app["app_id"].as_str() else {
             continue;
         };
-        match reached.administer(&forgetting(app_id)) {
+        match connection.administer(&forgetting(app_id)) {
             Ok(_) => forgotten.push(app_id.to_owned()),
             // It came back, or somebody else was faster.
             Err(failure) if matches!(code(&failure), Some("no_app" | "app_in_use")) => {}

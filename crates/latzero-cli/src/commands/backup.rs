@@ -1,4 +1,4 @@
-//! `backup`: has the server copy what it keeps into one file, and lists such files.
+//! `backup`: makes a backup with the server, and lists the backups of a directory.
 
 use latzero_server::upkeep::{self, Look};
 use serde_json::{Value, json};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::args::{BackupArgs, BackupCommand, BackupListArgs};
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Cell, Output, Tone, bytes, toned};
-use crate::reach::Wish;
+use crate::reach::ConnectOptions;
 
 use super::store::{contents, made, to_json, took};
 
@@ -28,8 +28,10 @@ pub(crate) fn run(args: &BackupArgs, output: &Output) -> Done {
         };
         request["to"] = json!(to);
     }
-    let reached = args.reach.connect(&Wish::once("backup").patient())?;
-    let done = output.while_working("making a backup", || reached.administer(&request));
+    let connection = args
+        .reach
+        .connect(&ConnectOptions::once("backup").patient())?;
+    let done = output.while_working("making a backup", || connection.administer(&request));
     let done = done.map_err(explained)?;
     if output.json {
         output.value(&done)?;

@@ -18,7 +18,7 @@ use crate::executor::run_many;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, count, time};
 use crate::parse::Target;
-use crate::reach::{Reached, Wish};
+use crate::reach::{ConnectOptions, Connection};
 
 use super::trigger::{enter, explain};
 
@@ -86,8 +86,8 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
         Some(_) => None,
         None => Some(own_handler(args, own_pool)?),
     };
-    let reached = args.reach.connect(&Wish::once("bench"))?;
-    let pool = enter(&reached, &args.reach, &target)?;
+    let connection = args.reach.connect(&ConnectOptions::once("bench"))?;
+    let pool = enter(&connection, &args.reach, &target)?;
     let payload = RawValue::from_string(format!("\"{}\"", "x".repeat(args.size.saturating_sub(2))))
         .expect("a JSON string of one letter is JSON");
 
@@ -109,7 +109,13 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
         while left.get() > 0 {
             left.set(left.get() - 1);
             let begun = Instant::now();
-            let result = send_and_wait(&reached, args.measured, &target, pool.as_deref(), &payload);
+            let result = send_and_wait(
+                &connection,
+                args.measured,
+                &target,
+                pool.as_deref(),
+                &payload,
+            );
             stop_if_lost(&result, &left);
             record.add(begun.elapsed(), result);
             tick(&record);
@@ -118,7 +124,13 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
         let next = || {
             left.set(left.get().checked_sub(1)?);
             let begun = Instant::now();
-            let sent = send(&reached, args.measured, &target, pool.as_deref(), &payload);
+            let sent = send(
+                &connection,
+                args.measured,
+                &target,
+                pool.as_deref(),
+                &payload,
+            );
             Some(async move {
                 let result = sent.await;
                 (begun.elapsed(), result)
@@ -135,9 +147,9 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
     drop(handler);
     if let Some(error) = record.first_error.take() {
         output.note(format_args!("{} of {} failed", record.failed, record.done));
-        return Err(explain(&reached, &target, pool.as_deref(), None, error));
+        return Err(explain(&connection, &target, pool.as_deref(), None, error));
     }
-    print(args, &reached, &record, took, output)
+    print(args, &connection, &record, took, output)
 }
 
 /// Nothing more is sent once the server is gone: everything would fail at once, for as many as were asked for.
@@ -147,36 +159,36 @@ fn stop_if_lost(result: &Result<u64, Error>, left: &Cell<u64>) {
     }
 }
 
-fn own_handler(args: &BenchArgs, pool: String) -> Result<(Reached, Arc<AtomicU64>), Failure> {
-    let wish = Wish {
+fn own_handler(args: &BenchArgs, pool: String) -> Result<(Connection, Arc<AtomicU64>), Failure> {
+    let options = ConnectOptions {
         app_id: Some("bench-handler".to_owned()),
         pools: vec![pool],
-        ..Wish::once("bench")
+        ..ConnectOptions::once("bench")
     };
     // Two connections: both ends of the way are measured, as with two programs.
     let mut reach = args.reach.clone();
     reach.app = None;
-    let reached = reach.connect(&wish)?;
+    let connection = reach.connect(&options)?;
     let events = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&events);
-    reached.app.serve(TRIGGER, move |request| {
+    connection.app.serve(TRIGGER, move |request| {
         if request.is_emit() {
             counted.fetch_add(1, Ordering::Relaxed);
         }
         request.data::<Box<RawValue>>()
     })?;
-    Ok((reached, events))
+    Ok((connection, events))
 }
 
-/// Sends one, without waiting; the future ends with how many handlers it reached.
+/// Sends one, without waiting; the future ends with how many handlers it connection.
 fn send(
-    reached: &Reached,
+    connection: &Connection,
     measured: Measured,
     target: &Target,
     pool: Option<&str>,
     payload: &RawValue,
 ) -> impl Future<Output = Result<u64, Error>> + use<> {
-    let app = reached.app.as_async();
+    let app = connection.app.as_async();
     let sent = match measured {
         Measured::Call => {
             let mut call = app.call(&target.trigger, payload);
@@ -204,7 +216,7 @@ fn send(
 
 /// Sends one and waits, on this thread.
 fn send_and_wait(
-    reached: &Reached,
+    connection: &Connection,
     measured: Measured,
     target: &Target,
     pool: Option<&str>,
@@ -212,14 +224,14 @@ fn send_and_wait(
 ) -> Result<u64, Error> {
     match measured {
         Measured::Call => {
-            let mut call = reached.app.call(&target.trigger, payload);
+            let mut call = connection.app.call(&target.trigger, payload);
             if let Some(pool) = pool {
                 call = call.pool(pool);
             }
             call.reply().map(|_| 1)
         }
         Measured::Emit => {
-            let mut emit = reached.app.emit(&target.trigger, payload);
+            let mut emit = connection.app.emit(&target.trigger, payload);
             if let Some(pool) = pool {
                 emit = emit.pool(pool);
             }
@@ -230,7 +242,7 @@ fn send_and_wait(
 
 fn print(
     args: &BenchArgs,
-    reached: &Reached,
+    connection: &Connection,
     record: &Record,
     took: Duration,
     output: &Output,
@@ -243,7 +255,7 @@ fn print(
     let us = |quantile: f64| record.times.value_at_quantile(quantile) as f64 / 10.0;
     if output.json {
         output.value(&json!({
-            "measured": noun, "place": reached.place(), "count": record.done, "in_flight": args.in_flight,
+            "measured": noun, "place": connection.place(), "count": record.done, "in_flight": args.in_flight,
             "payload_bytes": args.size, "seconds": took.as_secs_f64(), "per_second": rate.round(),
             "delivered": record.delivered,
             "p50_us": us(0.5), "p90_us": us(0.9), "p99_us": us(0.99), "max_us": us(1.0),
@@ -260,7 +272,7 @@ fn print(
             "under way",
             format!("{} at a time, {} bytes each", args.in_flight, args.size).into(),
         ),
-        ("over", reached.place().into()),
+        ("over", connection.place().into()),
         (
             "time each",
             format!(

@@ -1,4 +1,4 @@
-//! `block`: blocks of memory, looked at and worked with by hand.
+//! `block`: memory blocks, inspected and changed from the command line.
 
 mod file;
 mod lock;
@@ -16,7 +16,7 @@ use crate::args::{
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Cell, Output, Tone, bytes, hex, toned};
 use crate::parse::{self, Target};
-use crate::reach::{Reach, Reached, Wish};
+use crate::reach::{ConnectOptions, Connection, Reach};
 
 use super::trigger::enter;
 use npy::Array;
@@ -46,31 +46,35 @@ pub(crate) fn run(command: &BlockCommand, output: &Output) -> Done {
 
 /// A connection that is in the pool of a block, and the block's name there.
 struct At {
-    reached: Reached,
+    connection: Connection,
     pool: Option<String>,
     id: String,
 }
 
 impl At {
-    fn find(at: &BlockAt, reach: &Reach, wish: &Wish) -> Result<At, Failure> {
+    fn find(at: &BlockAt, reach: &Reach, options: &ConnectOptions) -> Result<At, Failure> {
         let target = At::target(at)?;
-        let reached = reach.connect(wish)?;
-        let pool = enter(&reached, reach, &target)?;
+        let connection = reach.connect(options)?;
+        let pool = enter(&connection, reach, &target)?;
         Ok(At {
-            reached,
+            connection,
             pool,
             id: target.trigger,
         })
     }
 
     fn once(at: &BlockAt, reach: &Reach) -> Result<At, Failure> {
-        At::find(at, reach, &Wish::once("block"))
+        At::find(at, reach, &ConnectOptions::once("block"))
     }
 
     /// As [`At::once`], in a pool that is made where there is none: for a block that is to be made.
     fn to_make(at: &BlockAt, reach: &Reach) -> Result<At, Failure> {
         let pool = At::target(at)?.pool;
-        At::find(at, reach, &Wish::once("block").in_pool(pool.as_deref()))
+        At::find(
+            at,
+            reach,
+            &ConnectOptions::once("block").in_pool(pool.as_deref()),
+        )
     }
 
     fn target(at: &BlockAt) -> Result<Target, Failure> {
@@ -79,7 +83,7 @@ impl At {
     }
 
     fn name(&self) -> BlockName {
-        let name = self.reached.app.block(&self.id);
+        let name = self.connection.app.block(&self.id);
         match &self.pool {
             Some(pool) => name.pool(pool),
             None => name,
@@ -91,18 +95,18 @@ impl At {
         if let Some(pool) = &self.pool {
             request["pool"] = pool.as_str().into();
         }
-        Ok(self.reached.app.request(&request)?)
+        Ok(self.connection.app.request(&request)?)
     }
 }
 
 fn list(args: &BlockListArgs, output: &Output) -> Done {
-    let reached = args.reach.connect(&Wish::once("block"))?;
+    let connection = args.reach.connect(&ConnectOptions::once("block"))?;
     let target = Target {
         pool: Some(args.pool.clone()),
         trigger: String::new(),
     };
-    let pool = enter(&reached, &args.reach, &target)?;
-    let blocks = reached.app.blocks(pool.as_deref())?;
+    let pool = enter(&connection, &args.reach, &target)?;
+    let blocks = connection.app.blocks(pool.as_deref())?;
     if output.json {
         output.value(&json!({"blocks": blocks}))?;
         return Ok(Exit::Ok);
@@ -243,7 +247,7 @@ fn create(args: &BlockCreateArgs, output: &Output) -> Done {
         }
     };
     let block = make(&at, size, array.as_ref(), &args.kind, args.or_attach)?;
-    report(&at, &block, "made", output)
+    report(&at, &block, "created", output)
 }
 
 fn make(
@@ -420,7 +424,7 @@ fn cas(args: &BlockCasArgs, output: &Output) -> Done {
 }
 
 fn watch(args: &BlockWatchArgs, output: &Output) -> Done {
-    let at = At::find(&args.at, &args.reach, &Wish::lasting("block"))?;
+    let at = At::find(&args.at, &args.reach, &ConnectOptions::lasting("block"))?;
     let block = at.name().attach()?;
     let mut changes = block.changes()?;
     if output.is_for_people() {

@@ -14,7 +14,7 @@ use crate::executor::block_on;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, bytes, compact, hex};
 use crate::parse::Target;
-use crate::reach::{Reached, Wish};
+use crate::reach::{ConnectOptions, Connection};
 
 use super::answers;
 use super::trigger::{enter, enter_or_make, explain};
@@ -59,24 +59,24 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
     let data = args.payload.read()?;
     let timeout = args.timeout.unwrap_or(TIMEOUT);
     let started = Instant::now();
-    let mut wish = match args.park {
+    let mut options = match args.park {
         // A restart of the server does not end the wait for a parked call.
-        true => Wish::lasting("call"),
-        false => Wish::once("call").within(timeout),
+        true => ConnectOptions::lasting("call"),
+        false => ConnectOptions::once("call").within(timeout),
     };
     let key = args.idempotency_key.as_deref();
     if args.park || key.is_some() {
-        wish.app_id = Some(args.reach.own_app_id(key));
+        options.app_id = Some(args.reach.own_app_id(key));
     }
-    let reached = args.reach.connect(&wish)?;
+    let connection = args.reach.connect(&options)?;
     let pool = match args.park {
         // Its handler may never have been there yet.
-        true => enter_or_make(&reached, &args.reach, &target)?,
-        false => enter(&reached, &args.reach, &target)?,
+        true => enter_or_make(&connection, &args.reach, &target)?,
+        false => enter(&connection, &args.reach, &target)?,
     };
     let explained = |error| {
         explain(
-            &reached,
+            &connection,
             &target,
             pool.as_deref(),
             args.delivery.to.as_deref(),
@@ -84,20 +84,20 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
         )
     };
     if args.park {
-        let call = reached.app.as_async().call(&target.trigger, &data);
+        let call = connection.app.as_async().call(&target.trigger, &data);
         let call = call.timeout(args.ttl.or(args.timeout).unwrap_or(TTL));
         let parking = with_flags!(call, args, &pool).send_parked();
         let parked = block_on(parking).map_err(explained)?;
         return match args.no_wait {
-            true => leave(parked, &reached, args, output),
+            true => leave(parked, &connection, args, output),
             false => {
-                let reply = wait(parked, &reached, output).map_err(explained)?;
+                let reply = wait(parked, &connection, output).map_err(explained)?;
                 print(&reply, args, output)?;
                 Ok(Exit::Ok)
             }
         };
     }
-    let call = reached.app.call(&target.trigger, &data);
+    let call = connection.app.call(&target.trigger, &data);
     let left = timeout.saturating_sub(started.elapsed());
     let call = call.timeout(left.max(Duration::from_millis(1)));
     let call = with_flags!(call, args, &pool);
@@ -112,8 +112,8 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
 }
 
 /// Waits for the answer of a parked call, and says so on a terminal.
-fn wait(parked: Parked, reached: &Reached, output: &Output) -> Result<Reply, latzero::Error> {
-    let (id, app_id) = (parked.id().to_owned(), reached.app.app_id().to_owned());
+fn wait(parked: Parked, connection: &Connection, output: &Output) -> Result<Reply, latzero::Error> {
+    let (id, app_id) = (parked.id().to_owned(), connection.app.app_id().to_owned());
     let mut reply = parked.reply();
     let mut is_announced = !output.shows_progress();
     block_on(poll_fn(|cx| {
@@ -130,13 +130,13 @@ fn wait(parked: Parked, reached: &Reached, output: &Output) -> Result<Reply, lat
 
 /// Returns without waiting for a parked call. If its answer is there already, it is printed: nobody
 /// would get it later.
-fn leave(parked: Parked, reached: &Reached, args: &CallArgs, output: &Output) -> Done {
+fn leave(parked: Parked, connection: &Connection, args: &CallArgs, output: &Output) -> Done {
     let id = parked.id().to_owned();
     drop(parked);
-    let app_id = reached.app.app_id();
+    let app_id = connection.app.app_id();
     let mut is_answered = false;
     // Under an AppID that others have used, their answers may have come along.
-    while let Ok(answer) = reached.app.answers().recv_timeout(Duration::ZERO) {
+    while let Ok(answer) = connection.app.answers().recv_timeout(Duration::ZERO) {
         if answer.id() == id {
             is_answered = true;
             print(&answer.into_reply()?, args, output)?;
@@ -167,9 +167,11 @@ fn stream(
     explained: impl Fn(latzero::Error) -> Failure,
 ) -> Done {
     let mut stream = call.stream::<Box<RawValue>>();
+    let mut has_items = false;
     while let Some(next) = stream.next_or_progress() {
         match next {
             Ok(ItemOrProgress::Item(item)) => {
+                has_items = true;
                 output.progress_done();
                 item_line(item.get(), args, output)?;
             }
@@ -191,6 +193,9 @@ fn stream(
     let end = stream.end().and_then(Reply::json).unwrap_or("null");
     if output.json {
         output.json_line(&format!("{{\"end\":{end}}}"))?;
+    } else if !has_items {
+        // A handler that does not stream: an answer like any other.
+        item_line(end, args, output)?;
     } else if end != "null" {
         output.note(format_args!("end: {}", compact(end)));
     }

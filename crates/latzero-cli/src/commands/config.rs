@@ -1,6 +1,7 @@
-//! `config`: the settings in force, each with where it comes from, and the commented default file.
+//! `config`: the settings in force and where each one comes from, and the commented default file.
 
 use latzero_server::settings::{self, Environment, Shown, load};
+use latzero_server::surroundings::Surroundings;
 use serde_json::json;
 
 use crate::args::{ConfigArgs, ConfigCommand, SettingsArgs};
@@ -21,7 +22,8 @@ fn show(args: &SettingsArgs, only_changed: bool, output: &Output) -> Done {
     let environment = Environment::of_process();
     let resolved = load(&environment, &args.overrides(), args.config.as_deref())?;
     let is_shown = |shown: &Shown| !only_changed || shown.source != "default";
-    let shown: Vec<Shown> = resolved.show().into_iter().filter(is_shown).collect();
+    let shown = resolved.show(&Surroundings::of_process());
+    let shown: Vec<Shown> = shown.into_iter().filter(is_shown).collect();
     if output.json {
         output.value(&json!(shown))?;
         return Ok(Exit::Ok);
@@ -33,11 +35,14 @@ fn show(args: &SettingsArgs, only_changed: bool, output: &Output) -> Done {
                 "default" => Tone::Dim,
                 _ => Tone::Strong,
             };
-            vec![
-                shown.name.into(),
-                toned(&shown.text, tone),
-                toned(&shown.source, tone),
-            ]
+            let (text, source) = match &shown.in_force {
+                Some(in_force) => (
+                    &in_force.text,
+                    format!("{}; {}", shown.source, in_force.from),
+                ),
+                None => (&shown.text, shown.source.clone()),
+            };
+            vec![shown.name.into(), toned(text, tone), toned(source, tone)]
         })
         .collect();
     output.table(&["SETTING", "VALUE", "FROM"], &rows)?;

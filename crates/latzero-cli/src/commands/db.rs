@@ -1,4 +1,4 @@
-//! `db`: looks into the database and for damage in it, by way of the server where one runs.
+//! `db`: looks into the database and checks it for damage, through the server if one runs.
 
 use std::path::Path;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::args::{DbCheckArgs, DbCommand, DbDumpArgs, DbQueryArgs};
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Cell, Output, Tone, toned};
-use crate::reach::{Reach, Wish};
+use crate::reach::{ConnectOptions, Reach};
 
 use super::store::took;
 
@@ -27,10 +27,13 @@ pub(crate) fn run(command: &DbCommand, output: &Output) -> Done {
 }
 
 fn check(args: &DbCheckArgs, output: &Output) -> Done {
-    let (mut done, by) = match args.reach.connect(&Wish::once("db check").patient()) {
-        Ok(reached) => {
+    let (mut done, by) = match args
+        .reach
+        .connect(&ConnectOptions::once("db check").patient())
+    {
+        Ok(connection) => {
             let request = json!({"action": "db_check", "full": args.full});
-            let asked = output.while_working("checking", || reached.administer(&request))?;
+            let asked = output.while_working("checking", || connection.administer(&request))?;
             (asked, SERVER)
         }
         // Files are looked at where a directory is meant, not where a server somewhere is.
@@ -79,7 +82,10 @@ fn check(args: &DbCheckArgs, output: &Output) -> Done {
 }
 
 fn query(args: &DbQueryArgs, output: &Output) -> Done {
-    let answer = match args.reach.connect(&Wish::once("db query").patient()) {
+    let answer = match args
+        .reach
+        .connect(&ConnectOptions::once("db query").patient())
+    {
         Ok(reached) => {
             let request = json!({"action": "db_query", "sql": args.sql});
             output.while_working("asking", || reached.administer(&request))?
@@ -119,7 +125,10 @@ fn query(args: &DbQueryArgs, output: &Output) -> Done {
 
 fn dump(args: &DbDumpArgs, output: &Output) -> Done {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    match args.reach.connect(&Wish::once("db dump").patient()) {
+    match args
+        .reach
+        .connect(&ConnectOptions::once("db dump").patient())
+    {
         Ok(reached) => {
             let stats = reached.app.request(&json!({"action": "stats"}))?;
             let dir = stats["server"]["data_dir"].as_str().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! `doctor`: what stands between this machine and a server that runs well.
+//! `doctor`: diagnoses why the server cannot start or does not run well.
 
 use latzero_server::doctor::{self, Finding, Status};
 use latzero_server::settings::{Environment, Settings, load};
@@ -10,9 +10,9 @@ use crate::args::SettingsArgs;
 use crate::exit::{Done, Exit};
 use crate::output::{Output, Tone, toned};
 use crate::parse::shell;
-use crate::reach::{Reach, Wish};
+use crate::reach::{ConnectOptions, Reach};
 
-use super::store::{made, sentences};
+use super::store::{losses, made, sentences};
 
 pub(crate) fn run(args: &SettingsArgs, output: &Output) -> Done {
     let environment = Environment::of_process();
@@ -51,7 +51,7 @@ pub(crate) fn run(args: &SettingsArgs, output: &Output) -> Done {
         match output.is_terminal {
             true => {
                 rows.push(row);
-                let mends = toned(format!("mend it with: {command}"), Tone::Strong);
+                let mends = toned(format!("fix it with: {command}"), Tone::Strong);
                 rows.push(vec!["".into(), "".into(), mends]);
             }
             false => {
@@ -73,9 +73,11 @@ fn store(settings: &Settings) -> Option<Finding> {
         ..Reach::default()
     };
     // One that does not answer is what other findings are about.
-    let reached = reach.connect(&Wish::once("doctor")).ok()?;
-    let health = reached.app.request(&json!({"action": "health"})).ok()?;
+    let connection = reach.connect(&ConnectOptions::once("doctor")).ok()?;
+    let health = connection.app.request(&json!({"action": "health"})).ok()?;
     let part = &health["components"]["store"];
+    let mut what = losses(&health, Some("store"));
+    what.extend(sentences(&part["seen"]));
     let shown = shell(&dir.to_string_lossy());
     let (status, command) = match (part["status"] == "ok", part["seen"]["failing"].as_str()) {
         (true, _) => (Status::Ok, None),
@@ -85,10 +87,12 @@ fn store(settings: &Settings) -> Option<Finding> {
             Some(format!("latzero backup ls --verify --data-dir {shown}")),
         ),
     };
+    let mut what = losses(&health, Some("store"));
+    what.extend(sentences(&part["seen"]));
     Some(Finding {
         name: "store",
         status,
-        what: sentences(&part["seen"]).join("; "),
+        what: what.join("; "),
         command,
     })
 }

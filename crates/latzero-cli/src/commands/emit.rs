@@ -1,20 +1,20 @@
-//! `emit`: sends an event to whoever handles it.
+//! `emit`: sends an event to the apps that handle it.
 
 use serde_json::json;
 
 use crate::args::EmitArgs;
 use crate::exit::{Done, Exit};
 use crate::output::{Output, count};
-use crate::reach::Wish;
+use crate::reach::ConnectOptions;
 
 use super::trigger::{enter, explain};
 
 pub(crate) fn run(args: &EmitArgs, output: &Output) -> Done {
     let target = args.target.parse()?;
     let data = args.payload.read()?;
-    let reached = args.reach.connect(&Wish::once("emit"))?;
-    let pool = enter(&reached, &args.reach, &target)?;
-    let mut emit = reached.app.emit(&target.trigger, &data);
+    let connection = args.reach.connect(&ConnectOptions::once("emit"))?;
+    let pool = enter(&connection, &args.reach, &target)?;
+    let mut emit = connection.app.emit(&target.trigger, &data);
     if let Some(pool) = &pool {
         emit = emit.pool(pool);
     }
@@ -32,7 +32,7 @@ pub(crate) fn run(args: &EmitArgs, output: &Output) -> Done {
     }
     let delivered = emit.counted().map_err(|error| {
         explain(
-            &reached,
+            &connection,
             &target,
             pool.as_deref(),
             args.delivery.to.as_deref(),

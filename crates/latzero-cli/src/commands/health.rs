@@ -1,16 +1,16 @@
-//! `health`: is every part of the server well.
+//! `health`: the health of every component.
 
 use serde_json::{Value, json};
 
 use crate::exit::{Done, Exit};
 use crate::output::{Output, Tone, toned};
-use crate::reach::{Reach, Wish};
+use crate::reach::{ConnectOptions, Reach};
 
 use super::store::{further_losses, losses, sentences};
 
 pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
-    let reached = reach.connect(&Wish::once("health"))?;
-    let health = reached.app.request(&json!({"action": "health"}))?;
+    let connection = reach.connect(&ConnectOptions::once("health"))?;
+    let health = connection.app.request(&json!({"action": "health"}))?;
     let exit = match health["status"] == "ok" {
         true => Exit::Ok,
         false => Exit::Unhealthy,

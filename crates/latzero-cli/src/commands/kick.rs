@@ -6,17 +6,17 @@ use crate::args::KickArgs;
 use crate::exit::{Done, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Output, count};
-use crate::reach::{Listed, Reached, Wish, list};
+use crate::reach::{ConnectOptions, Connection, Listed, list};
 
 pub(crate) fn run(args: &KickArgs, output: &Output) -> Done {
-    let reached = args.reach.connect(&Wish::once("kick"))?;
+    let connection = args.reach.connect(&ConnectOptions::once("kick"))?;
     let mut request = json!({"action": "kick", "app_id": args.kicked});
     if let Some(instance) = &args.instance {
         request["instance"] = json!(instance);
     }
-    let done = reached.administer(&request)?;
+    let done = connection.administer(&request)?;
     if done["kicked"] == 0 {
-        return Err(none_found(args, &reached));
+        return Err(none_found(args, &connection));
     }
     match output.json {
         true => output.value(&done)?,
@@ -32,13 +32,17 @@ pub(crate) fn run(args: &KickArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn none_found(args: &KickArgs, reached: &Reached) -> Failure {
+fn none_found(args: &KickArgs, connection: &Connection) -> Failure {
     let text = match &args.instance {
         Some(instance) => format!("app '{}' has no instance {instance}", args.kicked),
         None => format!("app '{}' is not connected", args.kicked),
     };
     // Without the list there is no suggestion, and the error is reported all the same.
-    let apps = list(&reached.app, &json!({"action": "app_list"}), Listed::Apps);
+    let apps = list(
+        &connection.app,
+        &json!({"action": "app_list"}),
+        Listed::Apps,
+    );
     let apps = apps.unwrap_or_default();
     let live = apps.iter().filter(|app| app["live"] == true);
     let names = live.filter_map(|app| app["app_id"].as_str());

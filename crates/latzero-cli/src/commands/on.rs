@@ -16,7 +16,7 @@ use crate::executor::block_on;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, compact, count};
 use crate::parse::Target;
-use crate::reach::Wish;
+use crate::reach::ConnectOptions;
 
 use super::trigger::POOL_DEFAULT;
 use super::watch::over;
@@ -38,18 +38,18 @@ enum Next {
 
 pub(crate) fn run(args: &OnArgs, output: &Output) -> Done {
     let names_pools = args.reach.names_pools();
-    let mut wish = Wish::lasting("on");
+    let mut options = ConnectOptions::lasting("on");
     let mut targets = args.targets.parse()?;
     for target in &mut targets {
         if target.pool.is_none() && !names_pools {
             target.pool = Some(POOL_DEFAULT.to_owned());
         }
-        wish = wish.in_pool(target.pool.as_deref());
+        options = options.in_pool(target.pool.as_deref());
     }
-    let reached = args.reach.connect(&wish)?;
+    let connection = args.reach.connect(&options)?;
     let mut listening = Vec::new();
     for target in targets {
-        let events = block_on(reached.app.as_async().on(&target.trigger))?;
+        let events = block_on(connection.app.as_async().on(&target.trigger))?;
         listening.push(Listening { target, events });
     }
     // Shared with the thread that reports losses when a signal ends the command.
@@ -58,7 +58,7 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> Done {
     if output.is_for_people() {
         output.note(format_args!(
             "listening at {}; Ctrl-C ends it",
-            reached.place()
+            connection.place()
         ));
     }
     let mut seen = 0;

@@ -1,4 +1,4 @@
-//! `ping`: how long an answer of the server takes.
+//! `ping`: the server's response time.
 
 use std::time::Duration;
 
@@ -7,14 +7,14 @@ use serde_json::json;
 use crate::args::PingArgs;
 use crate::exit::{Done, Exit};
 use crate::output::{Output, time};
-use crate::reach::Wish;
+use crate::reach::ConnectOptions;
 
 pub(crate) fn run(args: &PingArgs, output: &Output) -> Done {
-    let reached = args.reach.connect(&Wish::once("ping"))?;
-    let place = reached.place();
+    let connection = args.reach.connect(&ConnectOptions::once("ping"))?;
+    let place = connection.place();
     let mut times = Vec::new();
     for n in 1..=args.count {
-        let took = reached.app.ping()?;
+        let took = connection.app.ping()?;
         times.push(took);
         match output.json {
             true => output.line(json!({"seq": n, "us": us(took)}))?,

@@ -6,7 +6,7 @@ use crate::args::{PoolArgs, PoolCreateArgs, PoolRemoveArgs, PoolsArgs, PoolsComm
 use crate::exit::{Done, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Cell, Output, Tone, toned};
-use crate::reach::{Listed, Reached, Wish, list};
+use crate::reach::{ConnectOptions, Connection, Listed, list};
 
 /// What a policy may say.
 const RIGHTS: [&str; 2] = ["join", "serve"];
@@ -21,8 +21,8 @@ pub(crate) fn run(args: &PoolsArgs, output: &Output) -> Done {
 }
 
 fn list_all(args: &PoolsArgs, output: &Output) -> Done {
-    let reached = args.reach.connect(&Wish::once("pools"))?;
-    let pools = all(&reached)?;
+    let connection = args.reach.connect(&ConnectOptions::once("pools"))?;
+    let pools = all(&connection)?;
     if output.json {
         output.value(&json!({"pools": pools}))?;
         return Ok(Exit::Ok);
@@ -43,8 +43,12 @@ fn list_all(args: &PoolsArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn all(reached: &Reached) -> Result<Vec<Value>, latzero::Error> {
-    list(&reached.app, &json!({"action": "pool_list"}), Listed::Pools)
+fn all(connection: &Connection) -> Result<Vec<Value>, latzero::Error> {
+    list(
+        &connection.app,
+        &json!({"action": "pool_list"}),
+        Listed::Pools,
+    )
 }
 
 fn create(args: &PoolCreateArgs, output: &Output) -> Done {
@@ -64,8 +68,11 @@ fn create(args: &PoolCreateArgs, output: &Output) -> Done {
             .collect::<Map<_, _>>()
             .into();
     }
-    let reached = args.pool.reach.connect(&Wish::once("pools create"))?;
-    let pool = reached.app.request(&request)?;
+    let connection = args
+        .pool
+        .reach
+        .connect(&ConnectOptions::once("pools create"))?;
+    let pool = connection.app.request(&request)?;
     match output.json {
         true => output.value(&pool)?,
         false => output.line(format_args!("created pool {}", args.pool.pool))?,
@@ -94,10 +101,10 @@ fn policy(rights: &[(String, String)]) -> Result<Option<Value>, Failure> {
 }
 
 fn info(args: &PoolArgs, output: &Output) -> Done {
-    let reached = args.reach.connect(&Wish::once("pools info"))?;
+    let connection = args.reach.connect(&ConnectOptions::once("pools info"))?;
     let request = json!({"action": "pool_info", "pool": args.pool});
-    let pool = reached.app.request(&request);
-    let pool = pool.map_err(|error| with_suggestion(error.into(), &args.pool, &reached))?;
+    let pool = connection.app.request(&request);
+    let pool = pool.map_err(|error| with_suggestion(error.into(), &args.pool, &connection))?;
     if output.json {
         output.value(&pool)?;
         return Ok(Exit::Ok);
@@ -134,13 +141,16 @@ fn plain(value: &Value) -> String {
 
 fn remove(args: &PoolRemoveArgs, output: &Output) -> Done {
     let name = &args.pool.pool;
-    let reached = args.pool.reach.connect(&Wish::once("pools remove"))?;
+    let connection = args
+        .pool
+        .reach
+        .connect(&ConnectOptions::once("pools remove"))?;
     let mut request = json!({"action": "pool_remove", "pool": name});
     if args.force {
         request["force"] = true.into();
     }
-    let removed = reached.administer(&request);
-    removed.map_err(|failure| with_suggestion(failure, name, &reached))?;
+    let removed = connection.administer(&request);
+    removed.map_err(|failure| with_suggestion(failure, name, &connection))?;
     match output.json {
         true => output.value(&json!({"removed": name}))?,
         false => output.line(format_args!("removed pool {name}"))?,
@@ -148,11 +158,11 @@ fn remove(args: &PoolRemoveArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn with_suggestion(mut failure: Failure, name: &str, reached: &Reached) -> Failure {
+fn with_suggestion(mut failure: Failure, name: &str, connection: &Connection) -> Failure {
     let code = failure.wire.as_ref().and_then(|wire| wire["code"].as_str());
     if code == Some("no_pool") {
         // Without the list there is no suggestion, and the error is reported all the same.
-        let pools = all(reached).unwrap_or_default();
+        let pools = all(connection).unwrap_or_default();
         let known = pools.iter().filter_map(|pool| pool["pool"].as_str());
         if let Some(hint) = did_you_mean(&nearest(name, known)) {
             failure.help = Some(hint);

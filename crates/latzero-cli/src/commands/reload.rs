@@ -1,14 +1,14 @@
-//! `reload`: has the server read its settings again.
+//! `reload`: reloads the server's settings.
 
 use serde_json::{Value, json};
 
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, Tone, toned};
-use crate::reach::{Reach, Wish};
+use crate::reach::{ConnectOptions, Reach};
 
 pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
-    let reached = reach.connect(&Wish::once("reload"))?;
-    let done = match reached.administer(&json!({"action": "reload"})) {
+    let connection = reach.connect(&ConnectOptions::once("reload"))?;
+    let done = match connection.administer(&json!({"action": "reload"})) {
         Ok(done) => done,
         // The settings are wrong, not the message.
         Err(failure) if failure.exit == Exit::Answered => {

@@ -1,4 +1,4 @@
-//! `restore`: makes a backup the database of a directory that no server runs on.
+//! `restore`: restores a backup into a data directory that no server uses.
 
 use std::io::IsTerminal as _;
 use std::path::Path;
@@ -24,7 +24,7 @@ pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
             Failure::usage(text).with_help("`latzero backup ls` lists those of a data directory")
         );
     }
-    // Said before anything is read: who has a server running wants to know that first.
+    // Checked before anything is read: it is the likeliest mistake.
     let dir = args.dir.path();
     refuse_running(&dir)?;
     let summary = upkeep::look_at(file, Look::Glance).map_err(upkeep::UpkeepError::from)?;

@@ -21,7 +21,7 @@ use crate::exit::{Done, Exit, Failure};
 use crate::launch;
 use crate::output::{Output, count};
 use crate::parse::Target;
-use crate::reach::Wish;
+use crate::reach::ConnectOptions;
 
 use self::program::Recipe;
 use self::queue::Queue;
@@ -31,8 +31,8 @@ use super::watch::over;
 pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     let names_pools = args.reach.names_pools();
     launch::check(&args.command[0])?;
-    let mut wish = Wish::lasting("serve");
-    wish.app_id = Some(app_id(&args.command[0].to_string_lossy()));
+    let mut options = ConnectOptions::lasting("serve");
+    options.app_id = Some(app_id(&args.command[0].to_string_lossy()));
     let mut targets = args.targets.parse()?;
     for target in &mut targets {
         if target.pool.is_none() && !names_pools {
@@ -41,9 +41,9 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         if let Some(pool) = target
             .pool
             .clone()
-            .filter(|pool| !wish.pools.contains(pool))
+            .filter(|pool| !options.pools.contains(pool))
         {
-            wish.pools.push(pool);
+            options.pools.push(pool);
         }
     }
     if args.lines && targets.len() > 1 {
@@ -57,7 +57,7 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         (false, Some(n)) => usize::from(n),
         (false, None) => thread::available_parallelism().map_or(1, usize::from),
     };
-    let reached = args.reach.connect(&wish)?;
+    let connection = args.reach.connect(&options)?;
     // Before anything is served: a program that was started must not outlive a Ctrl-C.
     let signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| {
         Failure::new(
@@ -79,14 +79,14 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         )
     })?;
     // Ends when the connection is over for good; watching costs the server one event when an app comes or goes.
-    let pool = reached.app.joined().into_iter().next();
+    let pool = connection.app.joined().into_iter().next();
     let mut events = match &pool {
-        Some(pool) => Some(block_on(reached.app.as_async().watch(pool))?),
+        Some(pool) => Some(block_on(connection.app.as_async().watch(pool))?),
         None => None,
     };
     for target in &targets {
         let in_queue = Arc::clone(&queue);
-        let mut handler = reached
+        let mut handler = connection
             .app
             .as_async()
             .handler(&target.trigger)
@@ -103,7 +103,7 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         }))?;
     }
     let asked = Arc::new(AtomicI32::new(0));
-    end_on_signal(signals, &reached.app, &targets, &queue, &asked)?;
+    end_on_signal(signals, &connection.app, &targets, &queue, &asked)?;
     let names: Vec<String> = targets
         .iter()
         .map(|t| format!("{}/{}", t.pool.as_deref().unwrap_or("*"), t.trigger))
@@ -111,8 +111,8 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     output.note(format_args!(
         "serving {} as {} at {}; Ctrl-C ends it",
         names.join(" "),
-        reached.app.app_id(),
-        reached.place()
+        connection.app.app_id(),
+        connection.place()
     ));
     // Not a blocking call of the client, which would read the socket here as well.
     if let Some(events) = &mut events {

@@ -1,10 +1,10 @@
-//! `stats`: what the server counts.
+//! `stats`: the server's counters and resource usage.
 
 use serde_json::{Value, json};
 
 use crate::exit::{Done, Exit};
 use crate::output::{Cell, Output, Tone, bytes, toned, uptime};
-use crate::reach::{Reach, Wish};
+use crate::reach::{ConnectOptions, Reach};
 
 /// The parts, in the order in which people read them; parts that this program does not know follow.
 const PARTS: [&str; 7] = [
@@ -18,8 +18,8 @@ const PARTS: [&str; 7] = [
 ];
 
 pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
-    let reached = reach.connect(&Wish::once("stats"))?;
-    let stats = reached.app.request(&json!({"action": "stats"}))?;
+    let connection = reach.connect(&ConnectOptions::once("stats"))?;
+    let stats = connection.app.request(&json!({"action": "stats"}))?;
     if output.json {
         output.value(&stats)?;
         return Ok(Exit::Ok);

@@ -5,25 +5,25 @@ use serde_json::json;
 
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, Tone, count, toned, uptime};
-use crate::reach::{Reach, Wish};
+use crate::reach::{ConnectOptions, Reach};
 
 use super::store::{further_losses, losses, sentences};
 
 pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
-    let reached = match reach.connect(&Wish::once("status")) {
-        Ok(reached) => reached,
+    let connection = match reach.connect(&ConnectOptions::once("status")) {
+        Ok(connection) => connection,
         Err(failure) if matches!(failure.exit, Exit::NotRunning | Exit::Timeout) => {
             return not_running(reach, failure, output);
         }
         Err(failure) => return Err(failure),
     };
-    let stats = reached.app.request(&json!({"action": "stats"}))?;
-    let health = reached.app.request(&json!({"action": "health"}))?;
+    let stats = connection.app.request(&json!({"action": "stats"}))?;
+    let health = connection.app.request(&json!({"action": "health"}))?;
     let (server, apps) = (&stats["server"], &stats["apps"]);
     if output.json {
         output.value(&json!({
             "running": true,
-            "reached": reached.place(),
+            "reached": connection.place(),
             "health": health["status"],
             "store": health["components"]["store"],
             "losses": health["losses"],

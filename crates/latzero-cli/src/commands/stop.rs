@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::args::StopArgs;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::Output;
-use crate::reach::Wish;
+use crate::reach::ConnectOptions;
 
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(250);
@@ -18,10 +18,10 @@ const TICK: Duration = Duration::from_millis(250);
 pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
     let started = Instant::now();
     let deadline = started + args.timeout;
-    let reached = args
+    let connection = args
         .reach
-        .connect(&Wish::once("stop").within(args.timeout))?;
-    let stats = reached.app.request(&json!({"action": "stats"}))?;
+        .connect(&ConnectOptions::once("stop").within(args.timeout))?;
+    let stats = connection.app.request(&json!({"action": "stats"}))?;
     let pid = stats["server"]["pid"].as_u64().unwrap_or(0);
     let data_dir = stats["server"]["data_dir"]
         .as_str()
@@ -29,9 +29,9 @@ pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
         .to_owned();
     // Taken while the server certainly lives, so that it can be of no other process.
     let process = process_of(&data_dir, pid);
-    reached.administer(&json!({"action": "shutdown"}))?;
-    let place = reached.place();
-    drop(reached);
+    connection.administer(&json!({"action": "shutdown"}))?;
+    let place = connection.place();
+    drop(connection);
     let Some(process) = process else {
         output.line(match output.json {
             true => json!({"stopping": true, "pid": pid}).to_string(),

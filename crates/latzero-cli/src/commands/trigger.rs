@@ -1,4 +1,4 @@
-//! What `call`, `emit`, `serve` and `on` have in common: a pool to be in, and names to suggest where one is wrong.
+//! What `call`, `emit`, `serve` and `on` share: joining the pool, and suggestions for wrong names.
 
 use latzero::blocking::App;
 use latzero::{Code, Error};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::exit::Failure;
 use crate::names::{did_you_mean, nearest};
 use crate::parse::Target;
-use crate::reach::{Listed, Reach, Reached, list};
+use crate::reach::{Connection, Listed, Reach, list};
 
 /// The pool of a trigger that names none.
 pub(crate) const POOL_DEFAULT: &str = "default";
@@ -15,14 +15,14 @@ pub(crate) const POOL_DEFAULT: &str = "default";
 /// Joins the pool of `target`, which must exist: a wrong name is told rather than made true. Returns the pool to name
 /// in the message; none where the address names the pools.
 pub(crate) fn enter(
-    reached: &Reached,
+    connection: &Connection,
     reach: &Reach,
     target: &Target,
 ) -> Result<Option<String>, Failure> {
     let Some(pool) = pool_of(reach, target) else {
         return Ok(None);
     };
-    let app = &reached.app;
+    let app = &connection.app;
     if !app.joined().iter().any(|joined| joined == pool) {
         match app.request(&json!({"action": "pool_info", "pool": pool})) {
             Ok(_) => app.join(pool)?,
@@ -43,15 +43,15 @@ pub(crate) fn enter(
 
 /// As [`enter`], in a pool that is made where there is none.
 pub(crate) fn enter_or_make(
-    reached: &Reached,
+    connection: &Connection,
     reach: &Reach,
     target: &Target,
 ) -> Result<Option<String>, Failure> {
     let Some(pool) = pool_of(reach, target) else {
         return Ok(None);
     };
-    if !reached.app.joined().iter().any(|joined| joined == pool) {
-        reached.app.join(pool)?;
+    if !connection.app.joined().iter().any(|joined| joined == pool) {
+        connection.app.join(pool)?;
     }
     Ok(Some(pool.to_owned()))
 }
@@ -67,7 +67,7 @@ fn pool_of<'a>(reach: &Reach, target: &'a Target) -> Option<&'a str> {
 
 /// What went wrong with a call or an emit, with the names that may have been meant.
 pub(crate) fn explain(
-    reached: &Reached,
+    connection: &Connection,
     target: &Target,
     pool: Option<&str>,
     to: Option<&str>,
@@ -79,7 +79,7 @@ pub(crate) fn explain(
     ) {
         return error.into();
     }
-    let apps = known_apps(&reached.app);
+    let apps = known_apps(&connection.app);
     match (error.kind(), to) {
         (Code::NoApp | Code::NotMember | Code::Offline, Some(to)) => {
             let live = apps.iter().filter(|app| app["live"] == true);

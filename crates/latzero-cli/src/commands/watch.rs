@@ -1,21 +1,21 @@
-//! `watch`: prints who comes and goes in a pool.
+//! `watch`: prints the presence events of a pool.
 
 use serde_json::Value;
 
 use crate::args::WatchArgs;
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Output, Tone};
-use crate::reach::Wish;
+use crate::reach::ConnectOptions;
 
 pub(crate) fn run(args: &WatchArgs, output: &Output) -> Done {
-    let wish = Wish::lasting("watch").in_pool(Some(&args.pool));
-    let reached = args.reach.connect(&wish)?;
-    let mut events = reached.app.watch(&args.pool)?;
+    let options = ConnectOptions::lasting("watch").in_pool(Some(&args.pool));
+    let connection = args.reach.connect(&options)?;
+    let mut events = connection.app.watch(&args.pool)?;
     if output.is_for_people() {
         output.note(format_args!(
             "watching pool {} at {}; Ctrl-C ends it",
             args.pool,
-            reached.place()
+            connection.place()
         ));
     }
     let mut seen = 0;

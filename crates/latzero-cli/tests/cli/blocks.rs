@@ -1,5 +1,7 @@
 //! `block`: blocks of memory by hand, over the Unix socket and over TCP.
 
+use rustix::process::Signal;
+
 use crate::program::{Running, Server, eventually, run, run_with};
 
 #[test]
@@ -79,7 +81,7 @@ fn mistakes_are_told_with_what_to_do() {
         "expected a size like 4096, 64KiB or 1GiB",
     );
     fails(&["create", "alpha/g", "2GiB"], 5, "limits.block_bytes_max");
-    fails(&["create", "alpha/a b", "1"], 5, "invalid_name");
+    fails(&["create", "alpha/a b", "1"], 2, "invalid_name");
     fails(
         &["write", "alpha/f", "more than ten bytes"],
         5,
@@ -91,7 +93,13 @@ fn mistakes_are_told_with_what_to_do() {
         "version_conflict",
     );
     fails(&["cas", "alpha/f", "ab", "c"], 2, "as long as each other");
-    fails(&["lock", "alpha/f", "--", "./nosuch"], 1, "can't be run");
+    fails(
+        &["lock", "alpha/f", "--", "./nosuch"],
+        2,
+        "cannot be started",
+    );
+    fails(&["write", "alpha/f", ""], 2, "--allow-empty");
+    fails(&["load", "alpha/f", "/dev/null"], 2, "--allow-empty");
     fails(&["load", "alpha/f", "/nosuch"], 1, "cannot be read");
     fails(&["write", "/f", "x"], 2, "POOL/BLOCK");
 }
@@ -211,4 +219,153 @@ fn versions_are_watched_as_they_come() {
         .run(&["block", "write", "alpha/f", "b"])
         .ended_with(0);
     assert_eq!(watching.line(), "2");
+}
+
+#[test]
+fn a_dump_keeps_links_pipes_and_modes() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let server = Server::start();
+    server.run(&["block", "create", "lab/f", "5"]).ended_with(0);
+    server
+        .run(&["block", "write", "lab/f", "hello"])
+        .ended_with(0);
+    let path = |name: &str| server.home().join(name);
+    let dump = |name: &str| {
+        let file = path(name);
+        server
+            .run(&["block", "dump", "lab/f", file.to_str().unwrap()])
+            .ended_with(0);
+    };
+    std::fs::write(path("target"), "longer than before").unwrap();
+    std::fs::set_permissions(path("target"), std::fs::Permissions::from_mode(0o640)).unwrap();
+    std::os::unix::fs::symlink("target", path("link")).unwrap();
+    dump("link");
+    assert!(path("link").is_symlink());
+    assert_eq!(std::fs::read(path("target")).unwrap(), b"hello");
+    let mode = path("target").metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o640);
+
+    std::os::unix::fs::symlink("new", path("dangling")).unwrap();
+    dump("dangling");
+    assert_eq!(std::fs::read(path("new")).unwrap(), b"hello");
+
+    let made = std::process::Command::new("mkfifo")
+        .arg(path("pipe"))
+        .status();
+    assert!(made.unwrap().success());
+    let pipe = path("pipe");
+    let reader = std::thread::spawn(move || std::fs::read(pipe).unwrap());
+    dump("pipe");
+    assert_eq!(reader.join().unwrap(), b"hello");
+    server
+        .run(&["block", "dump", "lab/f", "/"])
+        .ended_with(2)
+        .said("is a directory");
+    let left = std::fs::read_dir(server.home()).unwrap();
+    assert_eq!(
+        left.filter_map(Result::ok)
+            .filter(|e| e.path().extension().is_some_and(|x| x == "part"))
+            .count(),
+        0
+    );
+}
+
+#[test]
+fn a_load_replaces_the_content() {
+    let server = Server::start();
+    let content = || server.run(&["block", "read", "lab/f"]).ended_with(0).out;
+    let load = |input: &str, more: &[&str]| {
+        let args = [&["block", "load", "lab/f", "-"], more].concat();
+        run_with(&mut server.command(&args), input)
+    };
+    load("0123456789", &[]).ended_with(0);
+    assert_eq!(content(), "0123456789");
+    load("abc", &[]).ended_with(0);
+    assert_eq!(content(), "abc");
+    load("longer than all before", &[]).ended_with(0);
+    assert_eq!(content(), "longer than all before");
+    load("WIDER", &["--offset", "0"]).ended_with(0);
+    assert_eq!(content(), "WIDERr than all before");
+    load("x", &["--offset", "22"])
+        .ended_with(2)
+        .said("has room for 0");
+    load("", &[]).ended_with(2);
+    load("", &["--allow-empty"]).ended_with(0);
+    assert_eq!(content(), "\0".repeat(22));
+}
+
+#[test]
+fn a_command_writes_under_the_lock_that_is_held_for_it() {
+    let server = Server::start();
+    let latzero = env!("CARGO_BIN_EXE_latzero");
+    server.run(&["block", "create", "lab/f", "5"]).ended_with(0);
+    server.run(&["block", "create", "lab/g", "5"]).ended_with(0);
+    let lock = |script: &str| {
+        server.run(&[
+            "block",
+            "lock",
+            "lab/f",
+            "--",
+            "sh",
+            "-c",
+            &script.replace("latzero", latzero),
+        ])
+    };
+    lock("latzero block write lab/f hello && latzero block cas lab/f h H").ended_with(0);
+    assert_eq!(server.run(&["block", "read", "lab/f"]).out, "Hello");
+    // A lock within the lock, of the same block and of another.
+    lock("latzero block lock lab/f -- latzero block write lab/f again").ended_with(0);
+    lock("latzero block lock lab/g -- sh -c 'latzero block write lab/g a; latzero block write lab/f b'")
+        .ended_with(0);
+    lock("exit 9").ended_with(9);
+    lock("kill -TERM $$").ended_with(128 + 15);
+    // Nobody else writes meanwhile, and a token that is over is refused.
+    lock("LATZERO_LOCKS= latzero block cas lab/f b c")
+        .ended_with(5)
+        .said("locked");
+    let stale = run(server
+        .command(&["block", "write", "lab/f", "x"])
+        .env("LATZERO_LOCKS", "lab/f=1"));
+    stale.ended_with(5).said("lock_lost");
+}
+
+#[test]
+fn a_signal_does_not_free_the_lock_while_the_command_runs() {
+    let server = Server::start();
+    server.run(&["block", "create", "lab/f", "5"]).ended_with(0);
+    let script = "trap 'echo told' TERM; echo runs; while :; do sleep 0.05; done";
+    let mut locking =
+        Running::start(&mut server.command(&["block", "lock", "lab/f", "--", "sh", "-c", script]));
+    assert_eq!(locking.line(), "runs");
+    locking.signal(Signal::TERM);
+    assert_eq!(locking.line(), "told");
+    server
+        .run(&["block", "cas", "lab/f", "a", "b"])
+        .ended_with(5)
+        .said("locked");
+    // Killed, it takes the command along, so nothing runs without the lock.
+    locking.signal(Signal::KILL);
+    locking.wait();
+    eventually(|| server.run(&["block", "write", "lab/f", "free"]).code == 0);
+}
+
+#[test]
+fn a_lost_lock_ends_the_command() {
+    let server = Server::start();
+    server.run(&["block", "create", "lab/f", "5"]).ended_with(0);
+    let args = [
+        "block",
+        "lock",
+        "lab/f",
+        "--",
+        "sh",
+        "-c",
+        "echo runs >&2; exec sleep 1000",
+    ];
+    let mut locking = Running::start_err(&mut server.command(&args));
+    assert_eq!(locking.line(), "runs");
+    let home = server.crash();
+    locking.line_with("was lost while 'sh' ran");
+    assert_eq!(locking.exit_code(), 5);
+    drop(home);
 }

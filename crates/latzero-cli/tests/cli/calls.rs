@@ -117,10 +117,20 @@ fn items_are_printed_as_they_come() {
     let lines: Vec<&str> = ran.out.lines().collect();
     assert_eq!(
         (lines.len(), lines[0], lines[199]),
-        (201, "{\"line\":0}", "{\"line\":199}")
+        (200, "{\"line\":0}", "{\"line\":199}")
     );
-    assert_eq!(lines[200], "\"the end\"");
     assert!(ran.err.contains("progress: {\"at\":"), "{}", ran.err);
+    ran.said("end: \"the end\"");
+    let ran = server
+        .run(&["call", "alpha/tail", "1", "--stream", "--json"])
+        .ended_with(0);
+    let lines: Vec<&str> = ran.out.lines().collect();
+    let expected = [
+        "{\"progress\":{\"at\":0}}",
+        "{\"item\":{\"line\":0}}",
+        "{\"end\":\"the end\"}",
+    ];
+    assert_eq!(lines, expected);
     // Without --stream, only the end is wanted.
     assert_eq!(
         server.run(&["call", "alpha/tail", "3"]).ended_with(0).out,

@@ -341,12 +341,12 @@ fn damage_is_found_with_a_server_and_without_one() {
     let said = "took its place";
     let health = server.run(&["health"]).ended_with(4).out;
     assert!(
-        health.contains("store\tdegraded\tat the start: ") && health.contains(said),
+        health.contains("store\tdegraded\tdata.db: ") && health.contains(said),
         "{health}"
     );
     let status = server.run(&["status"]).ended_with(0).out;
     assert!(
-        status.contains("store\tat the start: ") && status.contains(said),
+        status.contains("lost\tdata.db: ") && status.contains(said),
         "{status}"
     );
     let status = server.run(&["status", "--json"]).ended_with(0).json();

@@ -153,6 +153,12 @@ fn kick_closes_connections() {
     let _serving = server.serve(&["alpha/x", "--app", "calc", "--", "cat"]);
     let done = server.run(&["kick", "calc", "--json"]).ended_with(0).json();
     assert_eq!(done["kicked"], 1);
-    let text = server.run(&["kick", "nobody"]).ended_with(0).out;
-    assert_eq!(text, "closed 0 connections of nobody\n");
+    server
+        .run(&["kick", "nobody"])
+        .ended_with(5)
+        .said("app 'nobody' is not connected");
+    server
+        .run(&["kick", "latzer"])
+        .ended_with(5)
+        .said("did you mean latzero?");
 }

@@ -4,9 +4,11 @@
 mod blocks;
 mod calls;
 mod config;
+mod documents;
 mod kept;
 mod look;
 mod parked;
 mod program;
 mod serve;
 mod server;
+mod table;

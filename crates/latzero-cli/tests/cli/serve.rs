@@ -66,11 +66,155 @@ fn a_program_that_fails_is_an_error_with_what_it_said() {
         .said("ended with exit code 7")
         .said("the disk is full");
 
-    let _missing = server.serve(&["alpha/missing", "--", "/nowhere/at/all"]);
     server
-        .run(&["call", "alpha/missing"])
-        .ended_with(5)
-        .said("cannot be started");
+        .run(&["serve", "alpha/missing", "--", "/nowhere/at/all"])
+        .ended_with(2)
+        .said("'/nowhere/at/all' cannot be started");
+    server
+        .run(&["serve", "alpha/missing", "--", "no-such-program"])
+        .ended_with(2)
+        .said("no such program on the PATH");
+}
+
+#[test]
+fn bytes_stay_bytes() {
+    let server = Server::start();
+    let image: Vec<u8> = (0..=255).cycle().take(2000).collect();
+    let file = server.home().join("image.bin");
+    std::fs::write(&file, &image).unwrap();
+    let path = file.to_str().unwrap();
+    let _image = server.serve(&["alpha/image", "--", "cat", path]);
+    let _echo = server.serve(&["alpha/echo", "--app", "echo", "--", "cat"]);
+    let sent = format!("@{path}");
+    for args in [
+        &["call", "alpha/image", "--raw"][..],
+        &["call", "alpha/image"],
+        &["call", "alpha/echo", "--bytes", &sent],
+    ] {
+        let done = server.command(args).output().unwrap();
+        assert!(done.status.success() && done.stdout == image, "{args:?}");
+    }
+    let _text = server.serve(&[
+        "alpha/text",
+        "--app",
+        "text",
+        "--output",
+        "text",
+        "--",
+        "echo",
+        "5",
+    ]);
+    assert_eq!(server.run(&["call", "alpha/text"]).out, "\"5\"\n");
+}
+
+#[test]
+fn items_are_sent_as_they_are_printed() {
+    let server = Server::start();
+    let gate = server.home().join("gate");
+    let made = std::process::Command::new("mkfifo").arg(&gate).status();
+    assert!(made.unwrap().success());
+    let script = format!("echo '{{\"n\":1}}'; cat {}; echo two", gate.display());
+    let _lines = server.serve(&["alpha/lines", "--stream", "--", "sh", "-c", &script]);
+    let mut calling = Running::start(&mut server.command(&["call", "alpha/lines", "--stream"]));
+    // The first item is here while the program waits.
+    assert_eq!(calling.line(), "{\"n\":1}");
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(calling.line(), "\"two\"");
+    assert_eq!(calling.exit_code(), 0);
+
+    let script = r"printf '\0\0\0\003a\nb\0\0\0\0019'";
+    let _counted = server.serve(&[
+        "alpha/counted",
+        "--app",
+        "counted",
+        "--stream=length",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ]);
+    let ran = server
+        .run(&["call", "alpha/counted", "--stream"])
+        .ended_with(0);
+    assert_eq!(ran.out, "\"a\\nb\"\n9\n");
+}
+
+#[test]
+fn the_program_sees_the_call_and_no_secrets() {
+    let server = Server::start();
+    let mut command = server.command(&["serve", "alpha/env", "--", "env"]);
+    command.env("LATZERO_ADMIN_TOKEN", "sesame");
+    let serving = Running::start_err(&mut command);
+    serving.line_with("serving ");
+    let args = [
+        "call",
+        "alpha/env",
+        "--raw",
+        "--header",
+        "a=b c",
+        "--app",
+        "me",
+    ];
+    let out = server.run(&args).ended_with(0).out;
+    for expected in [
+        "LATZERO_TRIGGER=env",
+        "LATZERO_POOL=alpha",
+        "LATZERO_CALLER=me",
+        "LATZERO_CALLER_INSTANCE=",
+        "LATZERO_HEADERS={\"a\":\"b c\"}",
+        "LATZERO_DEADLINE=",
+        "LATZERO_ATTEMPT=",
+    ] {
+        assert!(out.contains(expected), "{expected}: {out}");
+    }
+    assert!(!out.contains("sesame"), "{out}");
+}
+
+#[test]
+fn a_killed_serve_takes_its_programs_along() {
+    let server = Server::start();
+    let script = "echo runs $$ >&2; sleep 1000 & echo runs $! >&2; wait";
+    let serving = server.serve(&["alpha/long", "--", "sh", "-c", script]);
+    let mut calling = server
+        .command(&["call", "alpha/long"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (parent, child) = (pid_of(&serving), pid_of(&serving));
+    serving.signal(Signal::KILL);
+    wait_for_end(parent);
+    wait_for_end(child);
+    calling.wait().unwrap();
+}
+
+#[test]
+fn nothing_is_remembered_of_a_program_without_a_name() {
+    let server = Server::start();
+    for args in [
+        &["a/x", "--", "cat"][..],
+        &["a/x", "--app", "named", "--", "cat"],
+    ] {
+        let mut serving = server.serve(args);
+        serving.signal(Signal::TERM);
+        assert_eq!(serving.exit_code(), 0);
+    }
+    let offline = || {
+        let apps = server
+            .run(&["apps", "--offline", "--json"])
+            .ended_with(0)
+            .json();
+        let apps = apps["apps"].as_array().unwrap().clone();
+        let name = |app: &Value| app["app_id"].as_str().unwrap().to_owned();
+        apps.iter().map(name).collect::<Vec<String>>()
+    };
+    eventually(|| offline() == ["named"]);
+    let none = server
+        .run(&["apps", "forget", "--offline", "--older", "7d"])
+        .ended_with(0);
+    assert_eq!(none.out, "");
+    let ran = server.run(&["apps", "forget", "--offline"]).ended_with(0);
+    assert_eq!(ran.out, "forgot named\n");
+    assert!(offline().is_empty());
 }
 
 #[test]

@@ -385,9 +385,12 @@ fn wrong_usage_ends_with_2() {
     check(&["call", "x", "{x:1}"], "is not JSON");
     check(&["ping", "-c", "0"], "--count");
     check(&[], "Usage");
-    let ran = run(latzero(home.path(), &["start"]).env("LATZERO_PROT", "5")).ended_with(2);
-    ran.said("LATZERO_PROT")
-        .said("the nearest is `LATZERO_PORT`");
+    let ran = run(latzero(home.path(), &["start"]).env("LATZERO_IO_THREADS", "x")).ended_with(2);
+    ran.said("LATZERO_IO_THREADS");
+    let ran = run(&mut latzero(home.path(), &["start", "-h"])).ended_with(2);
+    ran.said("Start the server")
+        .said("-h needs a value here")
+        .said("`latzero start --help` prints the whole help");
     let ran = run(latzero(home.path(), &["ping"]).env("LATZERO_PORT", "x")).ended_with(2);
     ran.said("LATZERO_PORT");
 }
@@ -443,4 +446,143 @@ fn errors_can_be_json() {
         .unwrap();
     assert!(rest(child.stdout.take().unwrap()).contains("latzero"));
     assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_variable_that_is_no_setting_is_a_warning() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = latzero(home.path(), &["start", "--port", "0"]);
+    let running = Running::start_err(command.env("LATZERO_PROT", "1"));
+    let line = running.line_with("warning: ");
+    assert!(line.contains("the nearest is `LATZERO_PORT`"), "{line}");
+    running.line_with("ready");
+}
+
+#[test]
+fn a_failed_start_leaves_nothing_behind() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("a/b");
+    let dir = dir.to_str().unwrap();
+    for more in [&[][..], &["--detach"]] {
+        let args = [&["start", "--port", &port, "--data-dir", dir], more].concat();
+        run(&mut latzero(home.path(), &args))
+            .ended_with(75)
+            .said(&format!("port {port} on 127.0.0.1 is in use"));
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn doctor_finds_what_start_refuses() {
+    let home = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("nowhere", home.path().join("dangling")).unwrap();
+    std::fs::write(home.path().join("file"), "").unwrap();
+    std::fs::create_dir(home.path().join("odd")).unwrap();
+    std::fs::write(home.path().join("odd/logs"), "").unwrap();
+    for dir in [
+        "dangling/x",
+        "dangling",
+        "file/x",
+        "odd",
+        "/proc/x",
+        "/sys/x/y",
+    ] {
+        let dir = home.path().join(dir);
+        let dir = dir.to_str().unwrap();
+        let end = |command: &str| {
+            let args = [command, "--port", "0", "--data-dir", dir];
+            run(&mut latzero(home.path(), &args)).code
+        };
+        assert!(end("start") != 0, "{dir}");
+        assert_eq!(end("doctor"), 4, "{dir}");
+    }
+}
+
+#[test]
+fn a_detached_server_runs_on_and_its_log_is_printed() {
+    let home = tempfile::tempdir().unwrap();
+    let run = |args: &[&str]| run(&mut latzero(home.path(), args));
+    run(&["logs"]).ended_with(1).said("there is no log");
+    let ran = run(&["start", "--detach", "--port", "0"]).ended_with(0);
+    assert!(ran.out.starts_with("latzero ready "), "{}", ran.out);
+    assert_eq!(ran.out.lines().count(), 2);
+    run(&["status"]).ended_with(0);
+    run(&["start", "--detach", "--port", "0"])
+        .ended_with(75)
+        .said("another server uses");
+    let log = run(&["logs"]).ended_with(0).out;
+    assert!(log.contains("INFO  ready addresses="), "{log}");
+    let last = run(&["logs", "-n", "1", "--json"]).ended_with(0).json();
+    assert_eq!(last["level"], "INFO");
+    let following = Running::start(&mut latzero(home.path(), &["logs", "-f"]));
+    following.line_with("ready");
+    run(&["stop"]).ended_with(0);
+    following.line_with("stopped");
+}
+
+#[test]
+fn a_wrong_address_does_not_blame_the_server_of_the_directory() {
+    let server = Server::start();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port().to_string();
+    drop(free);
+    for args in [
+        &["status", "--port", &port][..],
+        &["status", "--socket", "/nowhere/s"],
+        &["ping", "--host", "127.0.0.1", "--port", &port],
+    ] {
+        let ran = server.run(args).ended_with(3);
+        assert!(!ran.err.contains("end that process"), "{}", ran.err);
+        ran.said("no server answers at ").said("the server of ");
+    }
+    // The variable counts where no flag does, also beside a server that is found without it.
+    for (value, code) in [(port.as_str(), 3), ("x", 2), ("0", 0), (&server.port(), 0)] {
+        let ran = run(server.command(&["status"]).env("LATZERO_PORT", value));
+        ran.ended_with(code);
+    }
+}
+
+#[test]
+fn a_suspended_server_is_given_up_in_time() {
+    let server = Server::start();
+    server.running.signal(Signal::STOP);
+    for args in [
+        &["call", "system/echo", "1", "--timeout", "200ms"][..],
+        &["stop", "--timeout", "200ms"],
+    ] {
+        server.run(args).ended_with(6).said("does not answer");
+    }
+    server.running.signal(Signal::CONT);
+    server.run(&["ping", "-c", "1"]).ended_with(0);
+}
+
+#[test]
+fn pools_are_created_shown_and_removed() {
+    let server = Server::start();
+    let args = [
+        "pools",
+        "create",
+        "lab",
+        "--durable",
+        "--policy",
+        "join=bob",
+        "--property",
+        "a=b",
+    ];
+    assert_eq!(server.run(&args).ended_with(0).out, "created pool lab\n");
+    let info = server.run(&["pools", "info", "lab"]).ended_with(0).out;
+    assert!(info.contains("policy\tjoin: bob\n"), "{info}");
+    assert!(info.contains("property\ta: b\n"), "{info}");
+    server
+        .run(&["pools", "info", "labb"])
+        .ended_with(5)
+        .said("did you mean lab?");
+    server
+        .run(&["pools", "create", "x", "--policy", "rule=bob"])
+        .ended_with(2)
+        .said("there is no right 'rule'");
+    server.run(&["pools", "remove", "lab"]).ended_with(0);
+    server.run(&["pools", "info", "lab"]).ended_with(5);
 }

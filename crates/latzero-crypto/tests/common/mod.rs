@@ -4,13 +4,13 @@
 
 use std::sync::LazyLock;
 
+use latzero_crypto::Suite;
 use latzero_crypto::backend::{self, Backend};
 use latzero_crypto::block::{BlockId, Geometry};
 use latzero_crypto::descriptor::{Descriptor, Expected, History, NewEpoch, NewPool, OldContent};
 use latzero_crypto::epochs::Epochs;
-use latzero_crypto::keys::{KeySet, NewKeys, PoolKey};
+use latzero_crypto::keys::{KeySet, NewKeys, PoolKey, Secret};
 use latzero_crypto::proof::{ChannelBinding, Exchange, Joining};
-use latzero_crypto::{Suite, Zeroizing};
 use serde_json::Value;
 
 static VECTORS: LazyLock<Value> = LazyLock::new(|| {
@@ -81,7 +81,7 @@ pub(crate) fn on_each(test: impl Fn(&'static dyn Backend)) {
 
 /// The three keys, and the owner key where asked for.
 pub(crate) fn keys(owner: bool) -> KeySet {
-    let secret = |name: &str| Zeroizing::new(array(&format!("/keys/given/{name}")));
+    let secret = |name: &str| Secret::new(array(&format!("/keys/given/{name}")));
     KeySet::new_pool(NewKeys {
         sigil: secret("sigil_key"),
         shard: secret("cipher_shard"),
@@ -92,7 +92,7 @@ pub(crate) fn keys(owner: bool) -> KeySet {
 
 /// The keys of epoch 3.
 pub(crate) fn keys3() -> KeySet {
-    let secret = |name: &str| Zeroizing::new(array(&format!("/descriptors/epoch3/given/{name}")));
+    let secret = |name: &str| Secret::new(array(&format!("/descriptors/epoch3/given/{name}")));
     KeySet::new_pool(NewKeys {
         sigil: secret("sigil_key"),
         shard: secret("cipher_shard"),

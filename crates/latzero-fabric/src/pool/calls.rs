@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
 
 use compact_str::CompactString;
-use hashbrown::HashTable;
+use hashbrown::{HashMap, HashTable};
 
 use latzero_protocol::AppId;
 use latzero_protocol::memory::Access;
@@ -17,6 +17,8 @@ use crate::slab::{Key, Slab};
 /// One call under way.
 pub(super) struct Call {
     pub(super) caller: MemberKey,
+    /// The user who made it; 0 where it is nobody's connection's.
+    pub(super) user: u64,
     /// The caller's id; without one it wants no answer.
     pub(super) id: Option<CompactString>,
     pub(super) member: MemberKey,
@@ -40,6 +42,10 @@ pub(super) struct Calls {
     /// Deadlines in order. Ended calls stay until they come up or are swept out, so that ending a call is cheap.
     deadlines: BinaryHeap<Reverse<(Time, u32, u32)>>,
     hash_seed: u64,
+    /// How many calls each user made.
+    by_user: HashMap<u64, u32>,
+    /// How many calls each caller has at each handler.
+    by_pair: HashMap<(MemberKey, MemberKey), u32>,
 }
 
 impl Calls {
@@ -49,6 +55,32 @@ impl Calls {
             by_id: HashTable::new(),
             deadlines: BinaryHeap::new(),
             hash_seed,
+            by_user: HashMap::new(),
+            by_pair: HashMap::new(),
+        }
+    }
+
+    /// How many calls a user made.
+    pub(super) fn of_user(&self, user: u64) -> usize {
+        self.by_user.get(&user).map_or(0, |&count| count as usize)
+    }
+
+    /// How many calls of one member another one has.
+    pub(super) fn between(&self, caller: MemberKey, handler: MemberKey) -> u32 {
+        self.by_pair.get(&(caller, handler)).copied().unwrap_or(0)
+    }
+
+    fn count_in(&mut self, call: &Call) {
+        if call.caller != NOBODY {
+            *self.by_user.entry(call.user).or_default() += 1;
+            *self.by_pair.entry((call.caller, call.member)).or_default() += 1;
+        }
+    }
+
+    fn count_out(&mut self, (caller, member, user): (MemberKey, MemberKey, u64)) {
+        if caller != NOBODY {
+            count_down(&mut self.by_user, user);
+            count_down(&mut self.by_pair, (caller, member));
         }
     }
 
@@ -66,6 +98,7 @@ impl Calls {
             call.deadline,
             call.id.as_deref().map(|id| self.hash(call.caller, id)),
         );
+        self.count_in(&call);
         let key = self.calls.insert(call);
         debug_assert_eq!(key, expected);
         if let Some(hash) = hash {
@@ -86,6 +119,7 @@ impl Calls {
 
     pub(super) fn remove(&mut self, key: Key<Call>) -> Option<Call> {
         let call = self.calls.remove(key)?;
+        self.count_out((call.caller, call.member, call.user));
         if let Some(id) = &call.id {
             let hash = self.hash(call.caller, id);
             if let Ok(entry) = self.by_id.find_entry(hash, |&slot| slot == key.slot) {
@@ -108,7 +142,9 @@ impl Calls {
         }
         let call = self.calls.at_mut(key).expect("just found");
         call.id = None;
+        let counted = (call.caller, call.member, call.user);
         call.caller = NOBODY;
+        self.count_out(counted);
     }
 
     #[inline]
@@ -160,6 +196,14 @@ impl Calls {
     pub(super) fn check(&self) {
         let named = self.calls.iter().filter(|(_, c)| c.id.is_some()).count();
         assert_eq!(self.by_id.len(), named);
+        let own = self
+            .calls
+            .iter()
+            .filter(|(_, c)| c.caller != NOBODY)
+            .count();
+        let sum = |counts: u32, count: &u32| counts + count;
+        assert_eq!(self.by_user.values().fold(0, sum) as usize, own);
+        assert_eq!(self.by_pair.values().fold(0, sum) as usize, own);
         for (key, call) in self.calls.iter() {
             if let Some(id) = &call.id {
                 assert_eq!(self.find(call.caller, id), Some(key));
@@ -177,6 +221,16 @@ impl Calls {
 
     fn hash(&self, caller: MemberKey, id: &str) -> u64 {
         hash(self.hash_seed, caller, id)
+    }
+}
+
+/// One fewer; what is none is forgotten.
+fn count_down<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: K) {
+    if let hashbrown::hash_map::Entry::Occupied(mut entry) = counts.entry(key) {
+        *entry.get_mut() -= 1;
+        if *entry.get() == 0 {
+            entry.remove();
+        }
     }
 }
 

@@ -27,6 +27,8 @@ pub(super) struct Seen {
     pub(super) matching: bool,
     /// One would need the payload as base64, which is too large.
     pub(super) too_large: bool,
+    /// One has as many calls of this caller as it may have.
+    pub(super) silent: bool,
 }
 
 /// Where to begin among the handlers.

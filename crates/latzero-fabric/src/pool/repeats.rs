@@ -190,6 +190,10 @@ impl Repeats {
         has_room
     }
 
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes as u64
+    }
+
     /// When the oldest answer is given up.
     pub(super) fn oldest(&self) -> Option<Time> {
         self.expires.first().map(|(expires, _)| *expires)

@@ -153,14 +153,8 @@ impl<D: Driver> Pool<D> {
         {
             return Err(id_in_use(id).into());
         }
-        if self.calls.len() >= self.limits.pending_max {
-            let message = format!(
-                "pool '{}' holds {} calls (limits.pending_max)",
-                self.name, self.limits.pending_max
-            );
-            return Err(Refusal::new(Code::Overloaded, message).into());
-        }
         let member = from.member().and_then(|m| self.members.at(m));
+        self.check_room(member)?;
         let (app, instance) = match (from, member) {
             (Caller::Absent(app, instance), _) => (app, instance),
             (Caller::Member(_), Some(member)) => (&member.app, member.instance),
@@ -177,6 +171,7 @@ impl<D: Driver> Pool<D> {
             ([], _) | (_, None) => Vec::new(),
             (named, Some(caller)) => self.check_uses(caller, named)?,
         };
+        let user = member.map_or(0, |m| m.user);
         let sticky = self.sticky(trigger.key.as_deref(), instance);
         let start = pick::start(served, &mut self.prng);
         let key = self.calls.next_key();
@@ -210,6 +205,9 @@ impl<D: Driver> Pool<D> {
             + raw_length(delivery.destination)
             + raw_length(trigger.headers);
         let mut seen = pick::Seen::default();
+        let (calls, per_handler_max) = (&self.calls, self.limits.in_flight_per_handler_max);
+        let caller_key = from.member().unwrap_or(NOBODY);
+        let is_busy_caller = member.is_some_and(|m| m.calling >= per_handler_max);
         let chosen = pick::each(
             served,
             &self.handlers,
@@ -226,6 +224,11 @@ impl<D: Driver> Pool<D> {
                 }
                 seen.matching = true;
                 if handler.in_flight >= handler.concurrency {
+                    return Offer::Busy;
+                }
+                // Looked up only where it may be so: most callers have few calls under way.
+                if is_busy_caller && calls.between(caller_key, handler.member) >= per_handler_max {
+                    seen.silent = true;
                     return Offer::Busy;
                 }
                 if to.attachments == Attachments::NotTaken
@@ -273,6 +276,7 @@ impl<D: Driver> Pool<D> {
         let serving = handler.member;
         let call = Call {
             caller: from.member().unwrap_or(NOBODY),
+            user,
             // A parked call is found by its number.
             id: trigger
                 .id
@@ -314,6 +318,25 @@ impl<D: Driver> Pool<D> {
         });
         turn.call_started(caller, &handler_peer);
         Ok(key)
+    }
+
+    /// Whether the pool takes one more call. One stranger's calls leave half of the pool to others, and those of all strangers
+    /// an eighth.
+    fn check_room(&self, caller: Option<&Member<D>>) -> Result<(), Refusal> {
+        let (max, all) = (self.limits.pending_max, self.calls.len());
+        let stranger = caller.filter(|m| m.is_stranger);
+        let own = stranger.map_or(0, |m| self.calls.of_user(m.user));
+        let (most, whose) = match stranger {
+            Some(_) if own >= max.div_ceil(2) => (own, "of your user"),
+            Some(_) if all >= max - max / 8 => (all, "of all users"),
+            _ if all >= max => (all, "of all users"),
+            _ => return Ok(()),
+        };
+        let message = format!(
+            "pool '{}' has {most} calls {whose} under way (limits.pending_max is {max}); wait and repeat",
+            self.name
+        );
+        Err(Refusal::new(Code::Overloaded, message))
     }
 
     /// Passes an emit to the trigger's handlers; returns how many it was appended for.
@@ -473,6 +496,13 @@ impl<D: Driver> Pool<D> {
         }
         if !seen.matching {
             return self.no_handler(trigger);
+        }
+        if seen.silent {
+            let message = format!(
+                "{} of your calls wait for a handler of trigger '{}' (limits.in_flight_per_handler_max)",
+                self.limits.in_flight_per_handler_max, trigger.process
+            );
+            return Refusal::new(Code::Overloaded, message).into();
         }
         let message = format!(
             "every handler of trigger '{}' in pool '{}' is at its concurrency or has a full outbox; \

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_APP, SYSTEM_POOL};
-use latzero_protocol::message::{Handshake, TriggerSpec};
+use latzero_protocol::message::{Handshake, TriggerSpec, too_many, too_many_bytes};
 use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
@@ -311,18 +311,9 @@ impl<D: Driver> Registry<D> {
         check_triggers(triggers, &self.limits)?;
         let pool_bytes =
             |pools: &[PoolName]| pools.iter().map(|name| name.as_str().len()).sum::<usize>();
-        let trigger_bytes = |spec: &TriggerSpec| {
-            spec.name.as_str().len()
-                + spec.doc.as_ref().map_or(0, String::len)
-                + spec.pools.as_deref().map_or(0, pool_bytes)
-        };
-        let bytes = pool_bytes(pools) + triggers.iter().map(trigger_bytes).sum::<usize>();
+        let bytes = pool_bytes(pools) + triggers.iter().map(TriggerSpec::bytes).sum::<usize>();
         if bytes > self.limits.registration_bytes_max {
-            let max = self.limits.registration_bytes_max;
-            let message = format!(
-                "an app may register {max} bytes of names, pools and docs (limits.registration_bytes_max)"
-            );
-            return Err(Refusal::new(Code::Quota, message));
+            return Err(too_many_bytes(self.limits.registration_bytes_max));
         }
         let (served, max) = (registration.served(), self.limits.served_per_app_max);
         if served > max {
@@ -362,11 +353,17 @@ pub(super) fn dedup_pools(pools: &mut Vec<PoolName>) {
 }
 
 /// Of triggers named twice the last counts.
-pub(super) fn dedup_triggers(triggers: &mut Vec<TriggerSpec>) {
+pub(crate) fn dedup_triggers(triggers: &mut Vec<TriggerSpec>) {
     let mut seen = BTreeSet::new();
     triggers.reverse();
     triggers.retain(|spec| seen.insert(spec.name.clone()));
     triggers.reverse();
+}
+
+/// Removes those of the triggers that have the name of one in `gone`.
+pub(crate) fn remove_triggers(triggers: &mut Vec<TriggerSpec>, gone: &[TriggerSpec]) {
+    let gone: BTreeSet<_> = gone.iter().map(|spec| &spec.name).collect();
+    triggers.retain(|known| !gone.contains(&known.name));
 }
 
 pub(super) fn check_reserved(triggers: &[TriggerSpec]) -> Result<(), Refusal> {
@@ -390,11 +387,7 @@ pub(super) fn check_reserved(triggers: &[TriggerSpec]) -> Result<(), Refusal> {
 /// Whether an app, or one instance of it, may be in that many pools.
 pub(crate) fn check_pools(pools: usize, limits: &Limits) -> Result<(), Refusal> {
     if pools > limits.pools_per_app_max {
-        return Err(too_many(
-            "pools",
-            limits.pools_per_app_max,
-            "limits.pools_per_app_max",
-        ));
+        return Err(too_many("pools", limits.pools_per_app_max));
     }
     Ok(())
 }
@@ -402,18 +395,7 @@ pub(crate) fn check_pools(pools: usize, limits: &Limits) -> Result<(), Refusal> 
 /// Whether an app, or one instance of it, may serve these triggers.
 pub(crate) fn check_triggers(triggers: &[TriggerSpec], limits: &Limits) -> Result<(), Refusal> {
     if triggers.len() > limits.triggers_per_app_max {
-        return Err(too_many(
-            "triggers",
-            limits.triggers_per_app_max,
-            "limits.triggers_per_app_max",
-        ));
+        return Err(too_many("triggers", limits.triggers_per_app_max));
     }
     Ok(())
-}
-
-pub(super) fn too_many(what: &str, max: usize, limit: &str) -> Refusal {
-    Refusal::new(
-        Code::Quota,
-        format!("an app may have {max} {what} ({limit})"),
-    )
 }

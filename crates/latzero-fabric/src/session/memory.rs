@@ -22,6 +22,9 @@ impl<D: Driver> Session<D> {
         let m = self.current_membership(memory.pool.as_deref(), turn)?;
         let (pool, member) = (m.pool.clone(), m.member);
         let is_system = m.name.as_str() == SYSTEM_POOL;
+        if id.is_none() && memory.action.is_question() {
+            return Ok(None);
+        }
         let asking = Asking { member, id };
         match &memory.action {
             Action::Create(_) if is_system => Err(Refusal::new(

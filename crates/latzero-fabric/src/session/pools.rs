@@ -1,5 +1,7 @@
 //! What a connection asks about its registration and about pools: joined, left, made, removed, watched, served.
 
+use std::collections::BTreeMap;
+
 use latzero_protocol::limits::SYSTEM_POOL;
 use latzero_protocol::message::{EventSet, PoolCreate, TriggerSpec};
 use latzero_protocol::{Code, PoolName, Refusal, TriggerName};
@@ -9,6 +11,7 @@ use super::promises::{Promise, Reply};
 use super::{Session, leave};
 use crate::driver::{Driver, Transport};
 use crate::effects::Audit;
+use crate::registry::{dedup_triggers, remove_triggers};
 use crate::turn::Turn;
 
 impl<D: Driver> Session<D> {
@@ -21,17 +24,18 @@ impl<D: Driver> Session<D> {
         let ready = self.ready.as_mut().expect("only a ready session gets here");
         let transport = self.terms.transport;
         let mut triggers = ready.triggers.clone();
-        for spec in specs {
-            triggers.retain(|known| known.name != spec.name);
-            triggers.push(spec.clone());
-        }
+        triggers.extend_from_slice(specs);
+        dedup_triggers(&mut triggers);
         // What this instance serves counts besides what the app is remembered with: another instance may have
         // replaced that.
         crate::registry::check_triggers(&triggers, turn.limits())?;
         let is_promised = turn.with_registry(|registry, turn| {
             registry.remember_triggers(&ready.app, specs, transport, &peer, turn)
         })?;
-        let is_news = specs.iter().any(|spec| !ready.triggers.contains(spec));
+        let known: BTreeMap<_, _> = ready.triggers.iter().map(|t| (&t.name, t)).collect();
+        let is_news = specs
+            .iter()
+            .any(|spec| known.get(&spec.name) != Some(&spec));
         ready.triggers = triggers;
         if is_news {
             let audit = Audit {
@@ -69,9 +73,7 @@ impl<D: Driver> Session<D> {
         let is_promised = turn.with_registry(|registry, turn| {
             registry.forget_triggers(&ready.app, specs, &peer, turn)
         });
-        ready
-            .triggers
-            .retain(|known| !specs.iter().any(|spec| spec.name == known.name));
+        remove_triggers(&mut ready.triggers, specs);
         for m in &self.memberships {
             turn.with_pool(&m.pool, |pool, turn| {
                 specs

@@ -2,6 +2,7 @@
 
 use latzero_protocol::encode;
 use latzero_protocol::frame::Frame;
+use latzero_protocol::limits::ListBounds;
 use latzero_protocol::message::Request;
 use latzero_protocol::{Envelope, PoolName, Refusal};
 
@@ -70,7 +71,8 @@ impl<D: Driver> Session<D> {
                 let envelope = Envelope::parse(frame).ok().and_then(Result::ok);
                 let envelope = envelope.expect("it was read before");
                 let id = envelope.correlation_id().ok().flatten();
-                let Ok(Request::Handshake(handshake)) = Request::decode(&envelope) else {
+                let request = Request::decode(&envelope, &ListBounds::NONE);
+                let Ok(Request::Handshake(handshake)) = request else {
                     unreachable!("it was a handshake before");
                 };
                 if result.is_err() {

@@ -81,6 +81,10 @@ pub(super) fn row(change: Change) -> latzero_store::Change {
             registered: time(row.registered),
             last_seen: time(row.last_seen),
         }),
+        Change::Watches(app, watches) => Stored::AppWatches {
+            app_id: app.as_str().into(),
+            watches,
+        },
         Change::Seen(app, unix_ms) => Stored::SeenApp {
             app_id: app.as_str().into(),
             last_seen: time(unix_ms),

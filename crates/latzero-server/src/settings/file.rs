@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
+use super::resolve::nearest_key;
+use super::resolved::Entry;
 use super::value::{Value, quote, quote_toml};
 use super::{
-    ConfigFile, Entry, Environment, Found, Inputs, Override, Position, Problem, Resolved, SETTINGS,
-    SettingsError, SettingsErrors, Source, config_dir, nearest_key, resolve,
+    ConfigFile, Environment, Found, Inputs, Override, Position, Problem, Resolved, SETTINGS,
+    SettingsError, SettingsErrors, Source, config_dir, resolve,
 };
 
 /// The largest settings file that is read, in bytes.

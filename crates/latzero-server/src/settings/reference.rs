@@ -95,6 +95,8 @@ fn comment(out: &mut String, text: &str) {
 mod tests {
     use std::path::Path;
 
+    use crate::surroundings::Surroundings;
+
     use super::super::{ConfigFile, Environment, Found, Inputs, Resolved, resolve};
     use super::*;
 
@@ -136,7 +138,7 @@ mod tests {
             Resolved::defaults(&environment).unwrap().settings
         );
         assert!(
-            read.show()
+            read.show(&Surroundings::of_process())
                 .iter()
                 .all(|shown| shown.source == "file default-config.toml")
         );

@@ -1,4 +1,4 @@
-//! File descriptors: as many as the system lets us have, and one held back.
+//! File descriptors: as many as the system allows, how they are divided, and one held back.
 
 use std::fs::File;
 use std::io;
@@ -6,19 +6,15 @@ use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// The limit of descriptors reported where the system knows none.
-const UNLIMITED: u64 = u64::MAX;
-
 /// The first pause after an accept that failed.
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 
 /// The longest pause.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
-/// Raises the soft limit on descriptors to the hard one (`RLIMIT_NOFILE`, `getrlimit(2)`), and
-/// returns the soft limit in force. Where the system refuses, the limit stays as it is: the server
-/// works, with fewer connections.
-pub fn raise_limit() -> u64 {
+/// Raises the soft limit on descriptors to the hard one (`RLIMIT_NOFILE`, `getrlimit(2)`). Where
+/// the system refuses, the limit stays as it is: the server works, with fewer connections.
+pub fn raise_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
         let _refused_or_raised = setrlimit(
@@ -29,13 +25,54 @@ pub fn raise_limit() -> u64 {
             },
         );
     }
-    getrlimit(Resource::Nofile).current.unwrap_or(UNLIMITED)
 }
 
-/// The hard limit on descriptors, which [`raise_limit`] would reach.
-#[must_use]
-pub fn hard_limit() -> u64 {
-    getrlimit(Resource::Nofile).maximum.unwrap_or(UNLIMITED)
+/// Descriptors of the server's own: listeners, logs, the database, the loops; fewer where there are
+/// few.
+const OWN: u64 = 64;
+
+/// Descriptors that nobody but an administrator gets a connection with.
+const ADMINISTRATORS: u64 = 16;
+
+/// Descriptors of one memory block.
+const PER_BLOCK: u64 = 3;
+
+/// How descriptors are divided, so that blocks never take those of connections, nor either of them
+/// the server's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shares {
+    /// Connections that there is room for.
+    pub connections: usize,
+    /// Blocks that there is room for.
+    pub blocks: usize,
+}
+
+impl Shares {
+    /// Descriptors that are enough for so many connections and blocks.
+    #[must_use]
+    pub fn needed(connections: usize, blocks: usize) -> u64 {
+        let of_blocks = (blocks as u64).saturating_mul(PER_BLOCK);
+        (connections as u64)
+            .saturating_add(of_blocks)
+            .saturating_add(OWN + ADMINISTRATORS)
+    }
+
+    /// Divides `descriptors` for so many connections and blocks as are wanted. Where there are not
+    /// enough, each gets half, and what it does not want of it goes to the other.
+    #[must_use]
+    pub fn of(descriptors: u64, connections: usize, blocks: usize) -> Shares {
+        let reserved = OWN.min(descriptors / 2) + ADMINISTRATORS.min(descriptors / 8);
+        let free = descriptors - reserved;
+        let wanted_by_connections = connections as u64;
+        let wanted_by_blocks = (blocks as u64).saturating_mul(PER_BLOCK);
+        let of_blocks =
+            wanted_by_blocks.min((free / 2).max(free.saturating_sub(wanted_by_connections)));
+        let of_connections = wanted_by_connections.min(free - of_blocks);
+        Shares {
+            connections: usize::try_from(of_connections).unwrap_or(connections),
+            blocks: usize::try_from(of_blocks / PER_BLOCK).unwrap_or(blocks),
+        }
+    }
 }
 
 /// A descriptor held back. When there are none left, a listener stays readable for ever with a
@@ -110,10 +147,39 @@ mod tests {
 
     #[test]
     fn the_limit_is_raised_to_the_hard_one() {
-        let raised = raise_limit();
-        assert!(raised > 0);
-        assert!(raised <= hard_limit());
-        assert_eq!(raise_limit(), raised);
+        raise_limit();
+        let limit = getrlimit(Resource::Nofile);
+        assert_eq!(limit.current, limit.maximum);
+    }
+
+    #[test]
+    fn descriptors_are_divided() {
+        let check = |descriptors, wanted: (usize, usize), expected: (usize, usize)| {
+            let Shares {
+                connections,
+                blocks,
+            } = Shares::of(descriptors, wanted.0, wanted.1);
+            assert_eq!(
+                (connections, blocks),
+                expected,
+                "{descriptors} for {wanted:?}"
+            );
+            let used = connections as u64 + PER_BLOCK * blocks as u64;
+            assert!(used <= descriptors, "{used} of {descriptors}");
+        };
+        check(1 << 20, (4096, 4096), (4096, 4096));
+        check(u64::MAX, (4096, 4096), (4096, 4096));
+        // Each gets half of the 944 that are left.
+        check(1024, (4096, 4096), (472, 157));
+        check(1024, (100, 4096), (100, 281));
+        check(1024, (4096, 10), (914, 10));
+        check(256, (4096, 4096), (88, 29));
+        check(64, (4096, 4096), (12, 4));
+        check(8, (4096, 4096), (2, 0));
+        check(0, (4096, 4096), (0, 0));
+        let needed = Shares::needed(4096, 4096);
+        check(needed, (4096, 4096), (4096, 4096));
+        check(needed - 1, (4096, 4096), (4096, 4095));
     }
 
     #[test]

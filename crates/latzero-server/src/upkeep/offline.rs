@@ -15,6 +15,7 @@ use crate::blocks::restore::Restoring;
 use crate::startup::data_dir::DataDir;
 use crate::startup::lock::InstanceLock;
 use crate::startup::{StartupError, descriptors, lock};
+use crate::surroundings::survive_file_size_limit;
 
 /// Where a database is copied to, so that looking for damage changes nothing.
 const COPY: &str = ".check";
@@ -87,6 +88,8 @@ impl Offline {
         let lock = InstanceLock::acquire(data_dir.path())?;
         // Each block that is looked at takes a few.
         descriptors::raise_limit();
+        // Without it, a write beyond the limit fails all the same, and ends the process.
+        let _ = survive_file_size_limit();
         Ok(Offline {
             data_dir,
             _lock: lock,

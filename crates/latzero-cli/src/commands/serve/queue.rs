@@ -30,12 +30,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) struct Job {
     pub(super) number: u64,
     pub(super) request: Request,
-    place: Arc<Mutex<Place>>,
+    place: Arc<Mutex<Slot>>,
 }
 
 /// Where an answer is left for whoever waits.
 #[derive(Default)]
-struct Place {
+struct Slot {
     outcome: Option<Outcome>,
     waker: Option<Waker>,
 }
@@ -108,7 +108,7 @@ impl Queue {
     /// `overloaded` where too many wait.
     pub(super) fn push(&self, request: Request) -> Result<Waiting, HandlerError> {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        let place = Arc::new(Mutex::new(Place::default()));
+        let place = Arc::new(Mutex::new(Slot::default()));
         let is_emit = request.is_emit();
         let job = Job {
             number,
@@ -155,7 +155,7 @@ impl Queue {
 /// Waits for an answer. Dropping it gives the call up, and ends its program.
 pub(super) struct Waiting {
     number: u64,
-    place: Arc<Mutex<Place>>,
+    place: Arc<Mutex<Slot>>,
     programs: Arc<Programs>,
 }
 

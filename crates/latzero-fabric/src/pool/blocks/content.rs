@@ -58,7 +58,7 @@ impl<D: Driver> Pool<D> {
         let (key, block) = self.allowed(member, id, Access::Write)?;
         let exclusive = block.lock.exclusive();
         if let Some(fence) = lock
-            && !exclusive.is_some_and(|held| held.fence == fence)
+            && exclusive.is_none_or(|held| held.fence != fence)
         {
             return Err(lock_lost(id, fence));
         }

@@ -2,6 +2,7 @@
 
 use latzero_protocol::encode::append_str;
 use latzero_protocol::frame::Frame;
+use latzero_protocol::limits::ListBounds;
 use latzero_protocol::message::{Request, Trigger};
 use latzero_protocol::{AppId, Body, Envelope, InstanceId, Raw};
 
@@ -29,7 +30,7 @@ pub(in crate::pool) struct Lasting {
     /// Its number, where it is parked.
     pub(in crate::pool) number: Option<u64>,
     /// Its place in the books, where it is not parked.
-    pub(super) _held: Option<Hold>,
+    pub(super) held: Option<Hold>,
 }
 
 impl Lasting {
@@ -54,7 +55,7 @@ impl Lasting {
             may_park: trigger.park,
             idempotency_key: scoped_key(trigger),
             number: None,
-            _held: held,
+            held,
         })
     }
 
@@ -69,7 +70,7 @@ impl Lasting {
             attachment: self.attachment.as_deref(),
         };
         let envelope = Envelope::parse(frame).ok()?.ok()?;
-        match Request::decode(&envelope).ok()? {
+        match Request::decode(&envelope, &ListBounds::NONE).ok()? {
             Request::Trigger(mut trigger) => {
                 trigger.window = self.window;
                 Some(f(&trigger))

@@ -1,0 +1,189 @@
+//! What is wrong with settings, and where it was written.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use super::{FILE_BYTES_MAX, FILES_MAX};
+
+/// Where a value comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The table.
+    Default,
+    /// This file.
+    File(PathBuf),
+    /// This variable.
+    Environment(String),
+    /// This flag.
+    CommandLine(String),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Default => f.write_str("default"),
+            Source::File(path) => write!(f, "file {}", path.display()),
+            Source::Environment(variable) => write!(f, "environment {variable}"),
+            Source::CommandLine(flag) => write!(f, "command line {flag}"),
+        }
+    }
+}
+
+/// A place in a file, both counted from 1, the column in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The line.
+    pub line: usize,
+    /// The column.
+    pub column: usize,
+}
+
+/// One thing wrong with the settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SettingsError {
+    /// Where it was written.
+    pub source: Source,
+    /// Where in the file, as far as that is known.
+    pub at: Option<Position>,
+    /// What is wrong.
+    pub problem: Problem,
+}
+
+/// What is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Problem {
+    /// No setting has this name.
+    UnknownKey {
+        /// The key, or the variable, as written.
+        key: String,
+        /// The known one that looks most like it.
+        nearest: Option<String>,
+    },
+    /// The value is not of the setting's kind, or out of its bounds.
+    BadValue {
+        /// The setting.
+        key: &'static str,
+        /// What would do.
+        expected: String,
+        /// What was there, shortened.
+        found: String,
+    },
+    /// The file is not TOML.
+    Syntax(String),
+    /// The file or directory cannot be read.
+    Unreadable(String),
+    /// The file is larger than [`FILE_BYTES_MAX`].
+    FileTooLarge,
+    /// There are more files than [`FILES_MAX`].
+    TooManyFiles,
+    /// A file inside the data directory says where the data directory is.
+    DataDirInItself,
+    /// A path begins with `~` and `HOME` is not set.
+    NoHome {
+        /// The setting.
+        key: &'static str,
+    },
+    /// The setting asks for what this build cannot do.
+    NotInThisBuild {
+        /// The setting.
+        key: &'static str,
+    },
+}
+
+impl fmt::Display for SettingsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.source, self.at) {
+            (Source::Default, _) => f.write_str("default")?,
+            (Source::File(path), Some(at)) => {
+                write!(f, "{}:{}:{}", path.display(), at.line, at.column)?;
+            }
+            (Source::File(path), None) => write!(f, "{}", path.display())?,
+            (Source::Environment(variable), _) => write!(f, "environment variable {variable}")?,
+            (Source::CommandLine(flag), _) => write!(f, "command line {flag}")?,
+        }
+        match &self.problem {
+            Problem::UnknownKey { key, nearest } => {
+                write!(f, ": there is no setting `{key}`")?;
+                match nearest {
+                    Some(nearest) => write!(f, "; the nearest is `{nearest}`"),
+                    None => f.write_str("; `latzero config show` lists them all"),
+                }
+            }
+            Problem::BadValue {
+                key,
+                expected,
+                found,
+            } => {
+                write!(f, ": `{key}` must be {expected}, not {found}")
+            }
+            Problem::Syntax(message) => write!(f, ": not valid TOML: {message}"),
+            Problem::Unreadable(message) => write!(f, ": cannot be read: {message}"),
+            Problem::FileTooLarge => {
+                write!(
+                    f,
+                    ": larger than {FILE_BYTES_MAX} bytes: that is no settings file"
+                )
+            }
+            Problem::TooManyFiles => {
+                write!(
+                    f,
+                    ": more than {FILES_MAX} settings files; put them together"
+                )
+            }
+            Problem::DataDirInItself => f.write_str(
+                ": `data_dir` cannot be set by a file inside the data directory; \
+                 use --data-dir, LATZERO_DATA_DIR or a file named with --config",
+            ),
+            Problem::NoHome { key } => write!(
+                f,
+                ": `{key}` begins with ~ and HOME is not set; set HOME or write the whole path"
+            ),
+            Problem::NotInThisBuild { key } => write!(
+                f,
+                ": `{key}` is not in this build yet; leave it out, or set it to false"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for SettingsError {}
+
+/// Everything wrong with the settings, one per line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SettingsErrors(pub(super) Vec<SettingsError>);
+
+impl SettingsErrors {
+    /// The errors; there is at least one.
+    #[must_use]
+    pub fn errors(&self) -> &[SettingsError] {
+        &self.0
+    }
+
+    pub(super) fn check(errors: Vec<SettingsError>) -> Result<(), SettingsErrors> {
+        if errors.is_empty() {
+            Ok(())
+        } else {
+            Err(SettingsErrors(errors))
+        }
+    }
+}
+
+impl From<SettingsError> for SettingsErrors {
+    fn from(error: SettingsError) -> Self {
+        SettingsErrors(vec![error])
+    }
+}
+
+impl fmt::Display for SettingsErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, error) in self.0.iter().enumerate() {
+            if index > 0 {
+                f.write_str("\n")?;
+            }
+            write!(f, "{error}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for SettingsErrors {}
