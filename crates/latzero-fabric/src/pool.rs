@@ -543,7 +543,6 @@ impl<D: Driver> Pool<D> {
     pub fn check(&self) {
         let (mut calling, mut serving) = (0, 0);
         for (key, member) in self.members.iter() {
-            let key = key;
             let made = self.calls.iter().filter(|(_, c)| c.caller == key).count();
             let served = self.calls.iter().filter(|(_, c)| c.member == key).count();
             assert_eq!(

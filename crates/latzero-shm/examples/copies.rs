@@ -36,7 +36,7 @@ fn attached(size: u64) -> (Custodian, Arc<Attachment>) {
     let block = Custodian::create_shared("lz:copies", &description).expect("there is memory");
     let file = block
         .lend(Access::Write)
-        .unwrap()
+        .expect("it may be written")
         .try_clone()
         .expect("descriptors are left");
     let expected = Expected {

@@ -176,7 +176,9 @@ impl Shell {
             let text = self.pending.replace(&mark, "").replace(&home, "/home/me");
             let lines: Vec<String> = text.lines().map(normal).collect();
             let is_awaited = step.command.ends_with('&') && lines.len() < step.expected.len();
-            if is_over && !is_awaited {
+            // A line may arrive in two parts.
+            let is_whole = text.is_empty() || text.ends_with('\n');
+            if is_over && is_whole && !is_awaited {
                 self.pending.clear();
                 return lines;
             }

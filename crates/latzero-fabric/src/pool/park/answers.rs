@@ -288,15 +288,13 @@ impl<D: Driver> Pool<D> {
             let whom = (&parked.caller, parked.from);
             self.tell_answer(whom, &parked.id, &answer, turn)
         };
-        if !matches!(told, Told::Yes(_)) {
-            if let Err(full) = parked.held.bytes.resize(answer.bytes() as u64) {
-                // Its caller is told at least that there was an answer.
-                let message = format!(
-                    "the answer could not be kept: {}",
-                    Refusal::from(full).message
-                );
-                answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
-            }
+        if !matches!(told, Told::Yes(_))
+            && let Err(full) = parked.held.bytes.resize(answer.bytes() as u64)
+        {
+            // Its caller is told at least that there was an answer.
+            let why = Refusal::from(full).message;
+            let message = format!("the answer could not be kept: {why}");
+            answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
         }
         parked.held.bytes.force(answer.bytes() as u64);
         let is_repeatable = parked.idempotency_key.is_some();
