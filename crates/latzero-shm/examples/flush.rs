@@ -1,5 +1,5 @@
-//! What a flush and a write of a persistent block take, in microseconds, in turn with a block whose file has no spare slots:
-//! `flush DIRECTORY [SECONDS]`.
+//! What a flush and a write of a persistent block take, in microseconds, in turn with a block whose
+//! file has no spare slots: `flush DIRECTORY [SECONDS]`.
 
 use std::fs::File;
 use std::os::fd::AsFd;
