@@ -20,12 +20,13 @@ use crate::slots::{self, Head, Patience, ReadError, Stamp, WriteError, spares};
 /// How often a version is copied anew because somebody wrote over it without the lock.
 const TRIES: u32 = 16;
 
-/// How often the newest version of a block without spare slots is summed up for a flush, where it does not stay the newest for
-/// that long. Then the block goes to the disk without a checksum, as it does between two flushes.
+/// How often the newest version of a block without spare slots is summed up for a flush, where it
+/// does not stay the newest for that long. Then the block goes to the disk without a checksum, as
+/// it does between two flushes.
 const SUM_TRIES: u32 = 3;
 
-/// How often a flush reserves the newest version of a block, where a writer has begun to write over it. Two newer versions
-/// are there then, each time.
+/// How often a flush reserves the newest version of a block, where a writer has begun to write over
+/// it. Two newer versions are there then, each time.
 const RESERVE_TRIES: u32 = 1_000;
 
 /// What became of a compare-and-swap.
@@ -94,7 +95,8 @@ pub struct Custodian {
 /// What became of the flush before.
 #[derive(Debug, Default)]
 pub(crate) struct Flushes {
-    /// The disk took less than it was given. The kernel does not tell of that again, so everything is written once more.
+    /// The disk took less than it was given. The kernel does not tell of that again, so everything
+    /// is written once more.
     has_failed: bool,
 }
 
@@ -105,11 +107,12 @@ impl Custodian {
         self.memory.file.descriptor()
     }
 
-    /// A descriptor to pass to a client. One for reading can't be used to write; there is none where the system has no `/proc`,
-    /// or no descriptor left.
+    /// A descriptor to pass to a client. One for reading can't be used to write; there is none
+    /// where the system has no `/proc`, or no descriptor left.
     ///
-    /// Clients that are passed a descriptor share its open file, flags and all (fcntl(2)): with O_APPEND, set by one of them,
-    /// every pwrite(2) of the server would go to the file's end. So they get one of their own.
+    /// Clients that are passed a descriptor share its open file, flags and all (fcntl(2)): with
+    /// O_APPEND, set by one of them, every pwrite(2) of the server would go to the file's end. So
+    /// they get one of their own.
     #[must_use]
     pub fn lend(&self, access: Access) -> Option<Arc<OwnedFd>> {
         let mut lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -384,8 +387,8 @@ impl Custodian {
         }
     }
 
-    /// Writes the newest version to the disk, with its checksum, and keeps it there until a newer one is; returns the version.
-    /// Writers do not wait for it.
+    /// Writes the newest version to the disk, with its checksum, and keeps it there until a newer
+    /// one is; returns the version. Writers do not wait for it.
     ///
     /// # Errors
     /// Where the system refuses, or the newest version is written over again and again.
@@ -398,8 +401,9 @@ impl Custodian {
         flushes.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Flushes the block, and holds on to that version: it can be read in parts, however long that takes, beside writers. Other
-    /// flushes wait until it is let go. `None` of a block without spare slots.
+    /// Flushes the block, and holds on to that version: it can be read in parts, however long that
+    /// takes, beside writers. Other flushes wait until it is let go. `None` of a block without
+    /// spare slots.
     ///
     /// # Errors
     /// As [`Custodian::sync`].
@@ -501,8 +505,9 @@ impl Custodian {
         Ok(memory.load(words + at::VERSION, Ordering::Acquire)? == head.version)
     }
 
-    /// Copies the content of a block that is written in place into the spare slot that is not needed, and notes that this is
-    /// on the disk once it is. Who wants all of one version flushes under the lock.
+    /// Copies the content of a block that is written in place into the spare slot that is not
+    /// needed, and notes that this is on the disk once it is. Who wants all of one version flushes
+    /// under the lock.
     fn sync_copy(&self, is_written_anew: bool) -> Result<u64, Fault> {
         let (memory, geometry) = (&self.memory, &self.description.geometry);
         let version = slots::head(memory, geometry)?.version;
@@ -530,8 +535,8 @@ impl Custodian {
         Ok(fdatasync(self.file()).map_err(io::Error::from)?)
     }
 
-    /// Notes which run of the machine the block is used in, as a number that is not 0: what it says under another one may be
-    /// part of what was written.
+    /// Notes which run of the machine the block is used in, as a number that is not 0: what it says
+    /// under another one may be part of what was written.
     ///
     /// # Errors
     /// Where it can't be written.

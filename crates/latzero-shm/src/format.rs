@@ -9,8 +9,8 @@ pub const HEADER_BYTES: u64 = 4096;
 
 const MAGIC: &[u8; 8] = b"LZBLOCK1";
 
-/// The layout of a block without spare slots, and of one that has them. Who knows the first one alone must not write the
-/// second: it would write over the version on the disk.
+/// The layout of a block without spare slots, and of one that has them. Who knows the first one
+/// alone must not write the second: it would write over the version on the disk.
 const LAYOUT: u32 = 1;
 const LAYOUT_WITH_SPARES: u32 = 2;
 
@@ -32,13 +32,15 @@ pub(crate) mod at {
     pub(crate) const FENCE: u64 = 384;
     /// 1 while the exclusive lock is held.
     pub(crate) const HELD: u64 = 392;
-    /// version << 8 | slot of what is on the disk for certain, and of what a flush is at; 0 is none. Writers leave both slots
-    /// alone. Only blocks with spare slots have these, and the words of [`MISSED`].
+    /// version << 8 | slot of what is on the disk for certain, and of what a flush is at; 0 is
+    /// none. Writers leave both slots alone. Only blocks with spare slots have these, and the words
+    /// of [`MISSED`].
     pub(crate) const FLUSHED: u64 = 400;
     pub(crate) const FLUSHING: u64 = 408;
     /// The run of the machine in which the file was last taken in, as a number.
     pub(crate) const BOOT: u64 = 416;
-    /// A word for each slot: which parts of the block changed since the slot's version, a bit for each of 64 parts.
+    /// A word for each slot: which parts of the block changed since the slot's version, a bit for
+    /// each of 64 parts.
     pub(crate) const MISSED: u64 = 448;
     const SLOTS: u64 = 512;
     /// The words of slot `slot`.

@@ -10,8 +10,8 @@ const PAGE: u64 = 4096;
 /// Most slots that the versions of a block take turns in.
 pub(crate) const SLOTS_MAX: u32 = 4;
 
-/// Slots that the file of a persistent block has besides: for the version that is on the disk for certain, and for the one
-/// that a flush is at.
+/// Slots that the file of a persistent block has besides: for the version that is on the disk for
+/// certain, and for the one that a flush is at.
 pub const SPARES: u32 = 2;
 
 /// Most slots of a block, spare ones included.
@@ -35,7 +35,8 @@ pub struct Geometry {
     pub size: u64,
     /// How many versions there is room for; 1 is written in place.
     pub slots: u32,
-    /// How many slots there are besides, so that the version on the disk is not written over: [`SPARES`] or none.
+    /// How many slots there are besides, so that the version on the disk is not written over:
+    /// [`SPARES`] or none.
     pub spares: u32,
     /// Where the first slot begins, in bytes.
     pub slot_offset: u64,
@@ -61,7 +62,8 @@ impl Geometry {
         })
     }
 
-    /// As [`Geometry::new`], with room for the version on the disk: the geometry of a persistent block.
+    /// As [`Geometry::new`], with room for the version on the disk: the geometry of a persistent
+    /// block.
     ///
     /// # Errors
     /// Where no block can be so.

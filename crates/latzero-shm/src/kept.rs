@@ -53,8 +53,8 @@ impl Kept {
         Ok(bytes)
     }
 
-    /// Copies what differs from one place to another, so that the disk is given no more than that, or all of it; returns the
-    /// checksum of a version with this content.
+    /// Copies what differs from one place to another, so that the disk is given no more than that,
+    /// or all of it; returns the checksum of a version with this content.
     pub(crate) fn copy_changed(
         &self,
         from: u64,

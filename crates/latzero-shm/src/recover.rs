@@ -49,9 +49,10 @@ impl Custodian {
         Ok(Custodian::of(file, Some(header), description))
     }
 
-    /// After the end of the machine: makes the newest version whose checksum holds the newest one, which is the one that was
-    /// flushed last or a later one. What was written since may have reached the disk in part. Returns the version. This may
-    /// be done again, wherever it was interrupted.
+    /// After the end of the machine: makes the newest version whose checksum holds the newest one,
+    /// which is the one that was flushed last or a later one. What was written since may have
+    /// reached the disk in part. Returns the version. This may be done again, wherever it was
+    /// interrupted.
     ///
     /// # Errors
     /// Where no version checks out, though one was flushed; or the file can't be read.
@@ -73,13 +74,14 @@ impl Custodian {
         if newest.version == 0 && spares::named(&self.memory, at::FLUSHED)?.version > 0 {
             return Err(Fault::Corrupt(NOTHING_HOLDS));
         }
-        // What was never flushed is as it was made: that was on the disk before anybody heard of it.
+        // What was never flushed is as it was made: that was on the disk before anybody heard of
+        // it.
         spares::restart_from(&self.memory, geometry, newest)?;
         Ok(newest.version)
     }
 
-    /// Of a block that is written in place: the copy that was flushed last takes the place of what is there, unless that is
-    /// the same.
+    /// Of a block that is written in place: the copy that was flushed last takes the place of what
+    /// is there, unless that is the same.
     fn recover_copy(&self) -> Result<u64, Fault> {
         let (memory, geometry) = (&self.memory, &self.description.geometry);
         let mut newest: Option<(u64, Head)> = None;
@@ -102,8 +104,9 @@ impl Custodian {
         Ok(version)
     }
 
-    /// Whether a slot's checksum holds for its content as that of `version`. That its writer was done is not asked: who took
-    /// it for another version, and wrote none of it yet, changed nothing but its sequence.
+    /// Whether a slot's checksum holds for its content as that of `version`. That its writer was
+    /// done is not asked: who took it for another version, and wrote none of it yet, changed
+    /// nothing but its sequence.
     fn checks_out(&self, slot: u32, version: u64) -> Result<bool, Fault> {
         let sum = self.memory.load(at::slot(slot) + at::CHECKSUM, Relaxed)?;
         if version >= slots::VERSION_MAX || sum & slots::SUMMED == 0 {

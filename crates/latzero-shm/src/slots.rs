@@ -21,7 +21,8 @@ pub(crate) mod spares;
 const TRIES: u32 = 64;
 const PATIENCE: Duration = Duration::from_millis(50);
 
-/// How many bytes a reader that must not wait copies before it says so, and how often it copies at least.
+/// How many bytes a reader that must not wait copies before it says so, and how often it copies at
+/// least.
 const UNWAITED_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const UNWAITED_TRIES_MIN: u64 = 3;
 
@@ -165,7 +166,8 @@ pub fn read<M: Memory>(
 }
 
 /// Has `copy` take what it wants of the newest version, given where its slot begins, or nothing for a version of zeros; again
-/// and again until nobody wrote meanwhile, at most `tries_max` times or for some milliseconds. Returns the version.
+/// and again until nobody wrote meanwhile, at most `tries_max` times or for some milliseconds.
+/// Returns the version.
 pub(crate) fn consistent<M: Memory>(
     memory: &M,
     geometry: &Geometry,
@@ -224,7 +226,8 @@ pub(crate) fn is_untouched<M: Memory>(memory: &M, slot: u32, sequence: u64) -> R
 /// Most ranges of a slot that are told apart; what is more is joined with the last one.
 const RANGES_MAX: usize = 8;
 
-/// Which bytes of a slot are older than the newest version, in ranges apart from each other. An empty range is none.
+/// Which bytes of a slot are older than the newest version, in ranges apart from each other. An
+/// empty range is none.
 #[derive(Debug, Clone, Copy, Default)]
 struct Lag([(u64, u64); RANGES_MAX]);
 

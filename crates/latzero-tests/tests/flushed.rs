@@ -1,5 +1,5 @@
-//! What was flushed is there after the end of the machine; files of the layout before; blocks that a limit left out; and a
-//! version whose writer told nobody.
+//! What was flushed is there after the end of the machine; files of the layout before; blocks that
+//! a limit left out; and a version whose writer told nobody.
 
 #![allow(
     clippy::unwrap_used,

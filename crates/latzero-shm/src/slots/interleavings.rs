@@ -242,8 +242,8 @@ fn three_slots_and_two_readers() {
     check_all_deaths(3, 2, 2, 1, 1);
 }
 
-/// What a flush reserved, and what it wrote to the disk, is not written over: not by a writer that makes `versions` versions
-/// and dies after `steps`, nor by the one after it.
+/// What a flush reserved, and what it wrote to the disk, is not written over: not by a writer that
+/// makes `versions` versions and dies after `steps`, nor by the one after it.
 fn check_flush(versions: u32, flushes: u32, steps: u32) -> bool {
     let done = std::sync::Arc::new(Mutex::new(false));
     let report = done.clone();

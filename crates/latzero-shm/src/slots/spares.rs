@@ -1,8 +1,10 @@
-//! Which slot the next version of a persistent block takes: never the one that is on the disk for certain, nor the one that a
-//! flush is at, so that a version survives the machine whenever it ends.
+//! Which slot the next version of a persistent block takes: never the one that is on the disk for
+//! certain, nor the one that a flush is at, so that a version survives the machine whenever it
+//! ends.
 //!
-//! The server says in the header which two these are. A writer takes a slot, and looks again: either it sees that a flush took
-//! that slot meanwhile, and takes another one, or the flush sees that the slot was touched, and takes a newer version.
+//! The server says in the header which two these are. A writer takes a slot, and looks again:
+//! either it sees that a flush took that slot meanwhile, and takes another one, or the flush sees
+//! that the slot was touched, and takes a newer version.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
@@ -11,13 +13,15 @@ use crate::format::at;
 use crate::geometry::{ALL_SLOTS_MAX, Geometry};
 use crate::memory::{Fault, Memory};
 
-/// How often a writer takes another slot because a flush took the one it had. A flush takes as long as the disk does.
+/// How often a writer takes another slot because a flush took the one it had. A flush takes as long
+/// as the disk does.
 const TRIES: u32 = 64;
 
 /// Bytes of the words of a slot that are read at once.
 const WORDS_BYTES: usize = 64;
 
-/// Parts of a block that are told apart where what changed is not known more exactly: bits of a word.
+/// Parts of a block that are told apart where what changed is not known more exactly: bits of a
+/// word.
 const PARTS: u64 = 64;
 
 /// A part has whole pages.
@@ -38,10 +42,12 @@ pub(crate) fn name<M: Memory>(memory: &M, place: u64, head: Head) -> Result<(), 
     memory.store(place, head.version << 8 | u64::from(head.slot), Release)
 }
 
-/// Reserves what was the newest version, for a flush; false where a writer has begun to write over it.
+/// Reserves what was the newest version, for a flush; false where a writer has begun to write over
+/// it.
 pub(crate) fn reserve<M: Memory>(memory: &M, head: Head) -> Result<bool, Fault> {
     name(memory, at::FLUSHING, head)?;
-    // From here on a writer that takes this slot lets go of it; one that took it before is seen now.
+    // From here on a writer that takes this slot lets go of it; one that took it before is seen
+    // now.
     memory.fence(SeqCst);
     Ok(super::settled(memory, &head)?.is_some())
 }
@@ -123,8 +129,9 @@ impl Seen {
         Ok(())
     }
 
-    /// The slot for the next version: as many slots take turns as the block was made with, and the others rest. So a slot lags
-    /// few versions behind, and readers have time to read the newest one.
+    /// The slot for the next version: as many slots take turns as the block was made with, and the
+    /// others rest. So a slot lags few versions behind, and readers have time to read the newest
+    /// one.
     fn choose(&self, geometry: &Geometry, head: &Head, reserved: &Reserved) -> Option<u32> {
         let mut free: [Option<(u64, u32)>; SLOTS] = [None; SLOTS];
         let mut n = 0;
@@ -208,7 +215,8 @@ pub(super) fn begin<M: Memory>(
         // A slot left odd by a writer that died is begun again.
         let even = sequence & !1;
         memory.store(place, even.wrapping_add(1), Relaxed)?;
-        // Between this store and the loads that follow nothing may change places, or a flush and this would not see each other.
+        // Between this store and the loads that follow nothing may change places, or a flush and
+        // this would not see each other.
         memory.fence(SeqCst);
         reserved = Reserved::load(memory)?;
         if !reserved.has(slot) {
@@ -226,7 +234,8 @@ pub(super) fn begin<M: Memory>(
     Err(Fault::Corrupt("note of what is on the disk"))
 }
 
-/// Notes for all other slots that they missed a change, and that the slot of the version which made it missed none.
+/// Notes for all other slots that they missed a change, and that the slot of the version which made
+/// it missed none.
 pub(super) fn note_missed<M: Memory>(
     memory: &M,
     geometry: &Geometry,
@@ -263,8 +272,8 @@ fn parts(geometry: &Geometry, (from, to): (u64, u64)) -> u64 {
     (u64::MAX >> (PARTS - 1 - last)) & (u64::MAX << first)
 }
 
-/// The spare slot of a block that is written in place which was copied to last, and in which turn that was: the sequences of
-/// these slots count the copies.
+/// The spare slot of a block that is written in place which was copied to last, and in which turn
+/// that was: the sequences of these slots count the copies.
 pub(crate) fn copied<M: Memory>(
     memory: &M,
     geometry: &Geometry,
@@ -281,8 +290,8 @@ pub(crate) fn copied<M: Memory>(
     Ok(last)
 }
 
-/// Makes the version in a slot the newest one, and forgets what the other slots hold: after a power loss each of their words
-/// may be older or newer than their content.
+/// Makes the version in a slot the newest one, and forgets what the other slots hold: after a power
+/// loss each of their words may be older or newer than their content.
 pub(crate) fn restart_from<M: Memory>(
     memory: &M,
     geometry: &Geometry,

@@ -271,7 +271,8 @@ fn a_small_write_beside_flushes_copies_little() {
         let head = head(&bytes, &geometry).unwrap();
         assert!(spares::reserve(&bytes, head).unwrap());
         spares::release(&bytes, Some(head)).unwrap();
-        // Parts of 16 KiB that changed since the flush before, once each; and once all of each slot.
+        // Parts of 16 KiB that changed since the flush before, once each; and once all of each
+        // slot.
         let copied = bytes.copied.get();
         assert!(round < 3 || copied < 60_000, "{copied} in round {round}");
     }

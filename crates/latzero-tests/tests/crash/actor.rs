@@ -119,6 +119,8 @@ impl Actor {
     /// Looks for everything that was acknowledged, after a restart.
     pub(crate) fn verify(&mut self, server: &latzero_tests::site::Daemon) {
         if self.registration.sure.is_none() && self.registration.perhaps.is_none() {
+            // It never came, so it has nothing that could go back.
+            self.has_lost_power = false;
             return;
         }
         let (mut wire, ack) = server.app(json!({"app_id": self.name, "features": ["attachments"]}));
