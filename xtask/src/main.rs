@@ -20,7 +20,8 @@ cargo xtask COMMAND
   coverage             line coverage of all tests (needs cargo-llvm-cov)
   dev [ARGS]           the server, restarted when a source file changes; ARGS go to `latzero start`
   codegen [--check]    write generated files (docs/errors.md, conformance vectors), or check that they are current
-  sim ARGS             the simulator: --seed N, or --seeds A..B; --lasting for calls that outlive connections
+  sim ARGS             the simulator: --seed N, or --seeds A..B; --lasting for calls that outlive connections,
+                       --hostile for strangers who want to use the server up
   crash [ARGS]         kills, restarts and a look at what is left: --rounds N, --seed S
   bench NAME [ARGS]    a benchmark: rpc, and what `cargo xtask bench --help` lists
   fuzz TARGET [ARGS]   search for inputs that break a parser (needs cargo-fuzz)
@@ -85,6 +86,7 @@ fn test() -> Done {
         .current_dir(root()))?;
     sim(&["--seeds", "0..200"])?;
     sim(&["--lasting", "--seeds", "0..2000"])?;
+    sim(&["--hostile", "--seeds", "0..200"])?;
     println!("\nall checks passed");
     Ok(())
 }

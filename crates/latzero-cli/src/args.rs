@@ -694,7 +694,8 @@ pub(crate) struct ServeArgs {
     /// The program and its arguments
     #[arg(value_name = "COMMAND", last = true, required = true)]
     pub(crate) command: Vec<OsString>,
-    /// How many programs run at a time [default: one per core]
+    /// How many programs run at a time; further calls go to other handlers, wait if they are parked,
+    /// or are refused as overloaded [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) concurrency: Option<u16>,
     /// Keep one process, and exchange a line per call with it

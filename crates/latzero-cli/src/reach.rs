@@ -478,7 +478,8 @@ impl Reach {
         let is_silent = |cause: &io::Error| {
             cause
                 .get_ref()
-                .is_some_and(|inner| inner.is::<HandshakeTimeout>())
+                .and_then(|inner| inner.downcast_ref::<HandshakeTimeout>())
+                .is_some()
         };
         match source {
             Some(cause) if is_silent(cause) => {

@@ -74,7 +74,10 @@ impl GlobalFlags {
         });
         GlobalFlags {
             json: words.contains(&"--json"),
-            color: colors.last().unwrap_or(Color::Auto),
+            // The last one counts, as it does for clap.
+            color: colors
+                .fold(None, |_, color| Some(color))
+                .unwrap_or(Color::Auto),
         }
     }
 }

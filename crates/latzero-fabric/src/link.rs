@@ -53,6 +53,12 @@ impl<D: Driver> Link<D> {
         }
     }
 
+    /// Bytes that are counted of what waits to be written.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.held.amount()
+    }
+
     /// The account of the connection.
     #[must_use]
     pub fn account(&self) -> &Arc<Account> {
@@ -78,16 +84,20 @@ impl<D: Driver> Link<D> {
         books: &Books,
     ) -> Sent {
         let sent = self.outbox.admit(class, length, bounds);
-        if sent != Sent::Queued || !(self.outbox.is_blocked() || own >= LARGE_BYTES) {
+        if sent != Sent::Queued {
             return sent;
+        }
+        if !self.outbox.is_blocked() && own < LARGE_BYTES {
+            // It is written in a moment, and counted where it can't be. Whose account is full waits for no moment.
+            let has_room = self.account.has_room(Resource::Outbox, own as u64);
+            return match has_room {
+                true => Sent::Queued,
+                false => self.outbox.refuse(class),
+            };
         }
         let amount = (self.outbox.own() + own) as u64;
         let has_room = match class {
-            Class::Control => {
-                self.held.force(amount);
-                true
-            }
-            Class::Reply => self.held.resize(amount).is_ok(),
+            Class::Reply | Class::Control => self.held.resize(amount).is_ok(),
             Class::Call | Class::Emit | Class::Event => {
                 !books.is_short() && self.held.resize(amount).is_ok()
             }

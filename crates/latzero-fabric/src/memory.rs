@@ -1,7 +1,7 @@
 //! What blocks of memory cost: counted by app and in all, before anything is allocated.
 
 use hashbrown::HashMap;
-use latzero_protocol::memory::{Access, Kind};
+use latzero_protocol::memory::Kind;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 
 use crate::limits::Limits;
@@ -13,6 +13,10 @@ pub const HEADER_BYTES: u64 = 4096;
 /// Slots begin at multiples of this many bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
+/// Slots that the file of a persistent block has besides: for the version that is on the disk for certain, and for the one
+/// that a flush is at.
+pub const SPARE_SLOTS: u32 = 2;
+
 /// How a block's bytes lie in its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
@@ -20,9 +24,25 @@ pub struct Geometry {
     pub size: u64,
     /// How many versions there is room for.
     pub slots: u32,
+    /// Slots besides: [`SPARE_SLOTS`] of a persistent block, none of a shared one or of a file that an older server made.
+    pub spares: u32,
 }
 
 impl Geometry {
+    /// The geometry of a block of this kind.
+    #[must_use]
+    pub fn new(kind: Kind, size: u64, slots: u32) -> Geometry {
+        let spares = match kind {
+            Kind::Shared => 0,
+            Kind::Persistent => SPARE_SLOTS,
+        };
+        Geometry {
+            size,
+            slots,
+            spares,
+        }
+    }
+
     /// From one slot's first byte to the next one's.
     #[must_use]
     pub fn stride(self) -> u64 {
@@ -34,7 +54,7 @@ impl Geometry {
     pub fn total(self) -> Option<u64> {
         let stride = self.size.checked_next_multiple_of(PAGE_BYTES)?;
         stride
-            .checked_mul(u64::from(self.slots))?
+            .checked_mul(u64::from(self.slots) + u64::from(self.spares))?
             .checked_add(HEADER_BYTES)
     }
 }
@@ -42,15 +62,6 @@ impl Geometry {
 /// The memory or file of one generation of a block, as the driver knows it. No two share a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StorageId(pub u64);
-
-/// A descriptor that travels with a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Descriptor {
-    /// Of what.
-    pub storage: StorageId,
-    /// Whether its receiver may write through it.
-    pub access: Access,
-}
 
 /// A new version of a block, for somebody who wants to hear of it. A newer one takes its place while it waits.
 #[derive(Debug, Clone, Copy)]
@@ -151,6 +162,9 @@ pub enum Counted {
     Subscription,
 }
 
+/// Ended blocks whose last generation is remembered one by one.
+const ENDED_MAX: usize = 4096;
+
 /// The server's count of what blocks use.
 #[derive(Debug, Default)]
 pub struct Ledger {
@@ -158,6 +172,10 @@ pub struct Ledger {
     blocks: usize,
     apps: HashMap<AppId, Use>,
     storages: u64,
+    /// The last generation of each block that ended, as many as [`ENDED_MAX`]; and what no ended block was beyond of those that
+    /// are not among them.
+    ended: HashMap<(PoolName, BlockId), u64>,
+    ended_floor: u64,
     numbers: u64,
 }
 
@@ -189,6 +207,30 @@ impl Ledger {
     pub fn next_storage(&mut self) -> StorageId {
         self.storages += 1;
         StorageId(self.storages)
+    }
+
+    /// The generation that a new block begins with: whoever saw an earlier block of that name must not take it for that one.
+    #[must_use]
+    pub fn first_generation(&self, pool: &PoolName, block: &BlockId) -> u64 {
+        let name = (pool.clone(), block.clone());
+        let ended = self.ended.get(&name).copied().unwrap_or(0);
+        ended.max(self.ended_floor) + 1
+    }
+
+    /// Remembers that a block ended in this generation.
+    pub fn note_end(&mut self, pool: &PoolName, block: &BlockId, generation: u64) {
+        if self.ended.len() >= ENDED_MAX {
+            let newest = self.ended.drain().map(|(_, generation)| generation).max();
+            self.ended_floor = self.ended_floor.max(newest.unwrap_or(0));
+        }
+        let ended = self.ended.entry((pool.clone(), block.clone()));
+        let ended = ended.or_default();
+        *ended = generation.max(*ended);
+    }
+
+    /// No block of an earlier run ended in a generation beyond this one.
+    pub fn set_ended_floor(&mut self, generation: u64) {
+        self.ended_floor = self.ended_floor.max(generation);
     }
 
     /// Counts a new block in.
@@ -351,8 +393,29 @@ mod tests {
     }
 
     #[test]
+    fn a_name_is_used_anew_in_a_later_generation() {
+        let mut ledger = Ledger::default();
+        let (p, b) = (PoolName::new("p").unwrap(), |n: usize| {
+            BlockId::new(&format!("b{n}")).unwrap()
+        });
+        assert_eq!(ledger.first_generation(&p, &b(0)), 1);
+        ledger.note_end(&p, &b(0), 3);
+        assert_eq!(ledger.first_generation(&p, &b(0)), 4);
+        assert_eq!(ledger.first_generation(&p, &b(1)), 1);
+        // However many there are.
+        (1..=ENDED_MAX).for_each(|n| ledger.note_end(&p, &b(n), 1));
+        assert!(ledger.ended.len() <= ENDED_MAX);
+        assert_eq!(ledger.first_generation(&p, &b(0)), 4);
+        ledger.set_ended_floor(9);
+        assert_eq!(ledger.first_generation(&p, &b(7)), 10);
+    }
+
+    #[test]
     fn sizes() {
-        let g = |size, slots| Geometry { size, slots };
+        let g = |size, slots| Geometry::new(Kind::Shared, size, slots);
+        let persistent = Geometry::new(Kind::Persistent, 1, 2);
+        assert_eq!(persistent.total(), Some(5 * 4096));
+        assert_eq!(g(0, 2).total(), Some(4096));
         assert_eq!(g(1, 2).total(), Some(3 * 4096));
         assert_eq!(g(4096, 1).total(), Some(2 * 4096));
         assert_eq!(g(u64::MAX, 1).total(), None);

@@ -169,6 +169,12 @@ pub struct PoolStats {
     pub parked_calls: usize,
     /// Answers that wait for their callers.
     pub parked_answers: usize,
+    /// Bytes of parked calls and of these answers.
+    pub parked_bytes: u64,
+    /// Bytes of answers that are kept for repeats.
+    pub repeats_bytes: u64,
+    /// Bytes of calls that are kept for redelivery.
+    pub redelivery_bytes: u64,
 }
 
 /// A namespace of triggers, with the calls between its members.
@@ -289,6 +295,9 @@ impl<D: Driver> Pool<D> {
             block_bytes: self.blocks.bytes(),
             parked_calls,
             parked_answers,
+            parked_bytes: self.parked.bytes(),
+            repeats_bytes: self.repeats.bytes(),
+            redelivery_bytes: self.redelivery_bytes(),
         }
     }
 
@@ -534,7 +543,6 @@ impl<D: Driver> Pool<D> {
     pub fn check(&self) {
         let (mut calling, mut serving) = (0, 0);
         for (key, member) in self.members.iter() {
-            let key = key;
             let made = self.calls.iter().filter(|(_, c)| c.caller == key).count();
             let served = self.calls.iter().filter(|(_, c)| c.member == key).count();
             assert_eq!(

@@ -140,7 +140,7 @@ struct PoolEntry<D: Driver> {
     /// When it was made, in milliseconds since the Unix epoch.
     created: u64,
     /// Its place in the books, where a client made it.
-    _place: Option<Hold>,
+    place: Option<Hold>,
 }
 
 impl<D: Driver> PoolEntry<D> {
@@ -255,6 +255,14 @@ impl<D: Driver> Registry<D> {
         self.offline.insert(app.user, last_seen, app_id.clone());
         self.apps.insert(app_id, app);
         true
+    }
+
+    /// Bytes of what apps registered, and pools that clients made.
+    #[must_use]
+    pub fn held(&self) -> (u64, u64) {
+        let registered = self.apps.values().map(|app| app.held.amount()).sum();
+        let made = self.pools.values().filter(|entry| entry.place.is_some());
+        (registered, made.count() as u64)
     }
 
     /// The account of an app of a user.

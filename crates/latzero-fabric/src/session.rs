@@ -160,7 +160,7 @@ impl<D: Driver> Session<D> {
             }
             Ok(Request::Cancel(call)) => {
                 // Its id is the call's, whose own end answers it.
-                self.each_membership(&call, turn, |pool, m, id, turn| pool.cancel(m, id, turn));
+                self.each_membership(&call, turn, crate::Pool::cancel);
                 Flow::Continue
             }
             Ok(Request::Ack(call, count)) => {

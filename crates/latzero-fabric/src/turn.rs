@@ -7,7 +7,7 @@ use crate::effects::{Audit, Buffers, CallEnd, Count};
 use crate::keep::Change;
 use crate::limits::Limits;
 use crate::link::{Link, Notice};
-use crate::memory::{Descriptor, Job, Ledger, StorageId};
+use crate::memory::{Job, Ledger, StorageId};
 use crate::now::{Now, Time};
 use crate::outbox::{Class, Outbox, Sent, Shared};
 use crate::pool::Pool;
@@ -111,24 +111,6 @@ impl<D: Driver> Turn<'_, D> {
     }
 
     /// As [`Turn::send`], with descriptors that travel with the frame's first byte.
-    pub(crate) fn send_with(
-        &mut self,
-        to: &D::Peer,
-        class: Class,
-        length: usize,
-        descriptors: &[Descriptor],
-        encode: impl FnOnce(&mut Vec<u8>),
-    ) -> Sent {
-        let descriptors = descriptors.iter().map(|d| {
-            self.driver
-                .descriptor(d.storage, d.access)
-                .expect("the pool asked whether it can be shared")
-        });
-        let descriptors = descriptors.collect();
-        self.send_descriptors(to, class, length, descriptors, encode)
-    }
-
-    /// As [`Turn::send`], with descriptors of the driver's own.
     pub fn send_descriptors(
         &mut self,
         to: &D::Peer,
@@ -281,13 +263,5 @@ impl<D: Driver> Turn<'_, D> {
 
     pub(crate) fn version_noted(&mut self, storage: StorageId, version: u64) -> u64 {
         self.driver.block_version(storage, Some(version))
-    }
-
-    pub(crate) fn can_share(
-        &self,
-        storage: StorageId,
-        access: latzero_protocol::memory::Access,
-    ) -> bool {
-        self.driver.descriptor(storage, access).is_some()
     }
 }

@@ -22,7 +22,8 @@ pub const ENVELOPE_FIELDS_MAX: usize = 64;
 /// Longest name of a field in bytes, as it stands in the message.
 pub const FIELD_NAME_BYTES_MAX: usize = 256;
 
-/// Longest string in a field that the server reads, in bytes as it stands in the message. Payloads are not read.
+/// Longest string in a field that the server reads, in bytes as it stands in the message. Payloads
+/// are not read.
 pub const STRING_BYTES_MAX: usize = 8 * 1024;
 
 /// Longest correlation id in bytes.

@@ -348,9 +348,13 @@ impl Layout {
     /// Bytes of the whole array; `None` where they can't be counted.
     #[must_use]
     pub fn bytes(&self) -> Option<u64> {
+        let item = item_size(&self.dtype)?;
+        if self.shape.contains(&0) {
+            return Some(0);
+        }
         self.shape
             .iter()
-            .try_fold(item_size(&self.dtype)?, |bytes, n| bytes.checked_mul(*n))
+            .try_fold(item, |bytes, n| bytes.checked_mul(*n))
     }
 
     /// The layout as JSON text, the same for the same layout.
@@ -514,7 +518,7 @@ pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Memory<'a>, R
 }
 
 fn create(fields: &Fields<'_>, block: BlockId) -> Result<Create, Refusal> {
-    let size = Envelope::number(fields.field("size"), "size", 1..=u64::MAX)?;
+    let size = Envelope::number(fields.field("size"), "size", 0..=u64::MAX)?;
     let size = size.ok_or_else(|| missing("size", "a whole number of bytes"))?;
     let named = Envelope::number(fields.field("slots"), "slots", 1..=*SLOTS.end())?;
     let slots = match (fields.string("consistency")?.as_deref(), named) {
@@ -656,9 +660,11 @@ fn bytes<'a>(e: &Envelope<'a>) -> Result<Cow<'a, [u8]>, Refusal> {
     }
 }
 
-/// Whether base64 text is too long for a compare-and-swap, however it is written: seen before it is decoded.
+/// Whether base64 text is too long for a compare-and-swap, however it is written: seen before it is
+/// decoded.
 fn is_beyond_cas(raw: Raw<'_>) -> bool {
-    /// Bytes of the longest escape of one character, times the characters of four thirds of the bytes, and quotes.
+    /// Bytes of the longest escape of one character, times the characters of four thirds of the
+    /// bytes, and quotes.
     const TEXT_BYTES_MAX: usize = 6 * (CAS_BYTES_MAX / 3 * 4 + 4) + 2;
     raw.text().len() > TEXT_BYTES_MAX
 }
@@ -715,6 +721,13 @@ mod tests {
             r#"{"action":"memory_create","block_id":"f","size":10,"consistency":"raw","attach":false}"#,
             "slots: 1, layout: None",
         );
+        for empty in [
+            r#"{"action":"memory_create","block_id":"f","size":0}"#,
+            r#"{"action":"memory_create","block_id":"f","size":0,"layout":{"dtype":"<f4","shape":[0,4]}}"#,
+            r#"{"action":"memory_create","block_id":"f","size":0,"layout":{"dtype":"<f8","shape":[9223372036854775807,9,0]}}"#,
+        ] {
+            check(empty, "size: 0, kind: Shared");
+        }
         check(
             r#"{"action":"memory_write","block_id":"f","data":"AP8=","lock":"7"}"#,
             "offset: 0, data: [0, 255], if_version: None, lock: Some(7)",

@@ -517,7 +517,8 @@ impl<'a> Request<'a> {
         )
     }
 
-    /// Decodes a message. Its lists are bounded while they are read, so that no message costs more than its bytes.
+    /// Decodes a message. Its lists are bounded while they are read, so that no message costs more
+    /// than its bytes.
     ///
     /// # Errors
     /// `bad_message`, `invalid_name`, `unknown_action`, `too_large`, `quota` or `unsupported_protocol`, with the field

@@ -10,7 +10,7 @@ pub(crate) mod restore;
 mod rows;
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -26,7 +26,7 @@ use latzero_store::{BlockRow, Store};
 use serde_json::{Value, json};
 
 use self::files::{Files, Names};
-pub(crate) use self::rows::Rows;
+pub(crate) use self::rows::{ENDED, Rows};
 use crate::host::IoHost;
 use crate::losses::{Loss, Part};
 use crate::peer::Peer;
@@ -36,8 +36,14 @@ use crate::timers::PoolCell;
 /// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a millisecond.
 const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
+/// Storage of as many bytes in all has a thread for itself.
+const LARGE_BYTES_MIN: u64 = 32 * 1024 * 1024;
+
 /// The highest fence of an earlier run that is gone on from.
 const FENCE_KEPT_MAX: u64 = 1 << 62;
+
+/// Descriptors that blocks leave to everything else.
+const DESCRIPTORS_LEFT_MIN: u64 = 32;
 
 /// Bytes of a block that a backup holds in memory, so that it reads them at once.
 const WHOLE_BYTES_MAX: u64 = 256 * 1024 * 1024;
@@ -112,9 +118,26 @@ pub(crate) enum Finished {
 /// What the blocks' thread is given.
 enum Work {
     Job(Arc<Shared>, Arc<PoolCell>, Job<Arc<Peer>>),
-    /// Storage whose memory is given back by letting go of it.
-    /// Where it is the end of a block, its row goes from this store.
+    /// Storage whose memory is given back by letting go of it; and the database that is to know of its removal, if it is one.
     Free(Arc<Stored>, Option<Store>),
+}
+
+/// The threads that do what takes long: small blocks do not wait for large ones.
+struct Workers {
+    small: Sender<Work>,
+    large: Sender<Work>,
+}
+
+impl Workers {
+    fn send(&self, bytes: u64, work: Work) {
+        let worker = match bytes {
+            0..LARGE_BYTES_MIN => &self.small,
+            _ => &self.large,
+        };
+        worker
+            .send(work)
+            .expect("the blocks' threads live as long as the server");
+    }
 }
 
 /// Storage of all blocks.
@@ -124,7 +147,7 @@ pub(crate) struct Blocks {
     files: Arc<Files>,
     rows: Rows,
     // At most one job of each kind for each block and waiter, which are bounded.
-    work: Sender<Work>,
+    work: Workers,
 }
 
 impl Blocks {
@@ -134,11 +157,17 @@ impl Blocks {
     /// Where the directory can't be opened, or no thread be had.
     pub(crate) fn new(directory: &Path, rows: Rows) -> std::io::Result<Blocks> {
         let files = Arc::new(Files::open(directory)?);
-        let (work, queue) = channel();
-        let of_thread = Arc::clone(&files);
-        std::thread::Builder::new()
-            .name("blocks".into())
-            .spawn(move || run(&queue, &of_thread))?;
+        let worker = |name: &str| {
+            let (work, queue) = channel();
+            let files = Arc::clone(&files);
+            let thread = std::thread::Builder::new().name(name.into());
+            thread.spawn(move || run(&queue, &files))?;
+            std::io::Result::Ok(work)
+        };
+        let work = Workers {
+            small: worker("blocks")?,
+            large: worker("large-blocks")?,
+        };
         Ok(Blocks {
             stored: RwLock::new(HashMap::new()),
             ledger: Mutex::new(Ledger::default()),
@@ -150,6 +179,16 @@ impl Blocks {
 
     pub(crate) fn with_ledger<R>(&self, f: impl FnOnce(&mut Ledger) -> R) -> R {
         f(&mut self.ledger())
+    }
+
+    /// Takes in what an earlier run noted of the generations of its ended blocks.
+    pub(crate) fn take_in_ended(&self, noted: &str) {
+        let Ok(generation) = noted.parse() else {
+            tracing::warn!(noted, "a note of the generations of blocks makes no sense");
+            return;
+        };
+        self.rows.set_ended(generation);
+        self.ledger().set_ended_floor(generation);
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -183,10 +222,10 @@ impl Blocks {
     /// The descriptor that is passed for `access`, where there is one.
     pub(crate) fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
         let stored = self.at(storage)?;
-        match access {
-            Access::Write => Some(Arc::clone(stored.custodian.writable())),
-            Access::Read => stored.custodian.read_only().map(Arc::clone),
-        }
+        stored.custodian.lend(match access {
+            Access::Write => latzero_shm::Access::Write,
+            Access::Read => latzero_shm::Access::Read,
+        })
     }
 
     /// The newest version that is known without waiting.
@@ -290,6 +329,13 @@ impl Blocks {
         pool: &Arc<PoolCell>,
         job: Job<Arc<Peer>>,
     ) -> Option<Done> {
+        let bytes = match &job {
+            Job::Make { making, .. } => making.geometry.total().unwrap_or(u64::MAX),
+            Job::Flush { storage, .. } | Job::Drop { storage, .. } => {
+                let stored = shared.blocks.at(*storage);
+                stored.map_or(0, |stored| stored.custodian.description().geometry.total())
+            }
+        };
         let takes_long = match &job {
             Job::Make { making, .. } => {
                 making.kind == Kind::Persistent
@@ -300,11 +346,7 @@ impl Blocks {
         };
         if takes_long {
             let work = Work::Job(Arc::clone(shared), Arc::clone(pool), job);
-            shared
-                .blocks
-                .work
-                .send(work)
-                .expect("the blocks' thread lives as long as the server");
+            shared.blocks.work.send(bytes, work);
             return None;
         }
         let what = shared.blocks.run(job)?;
@@ -376,8 +418,12 @@ impl Blocks {
 
     /// Makes a generation and gives it its first content. Nothing is left of one that fails.
     fn build(&self, making: &Making, from: Option<&Stored>) -> Result<Stored, Refusal> {
-        let geometry = Geometry::new(making.geometry.size, making.geometry.slots)
-            .map_err(|error| Refusal::new(Code::TooLarge, error.to_string()))?;
+        let asked = making.geometry;
+        let geometry = match asked.spares {
+            0 => Geometry::new(asked.size, asked.slots),
+            _ => Geometry::with_spares(asked.size, asked.slots),
+        };
+        let geometry = geometry.map_err(|error| Refusal::new(Code::TooLarge, error.to_string()))?;
         let block_id = match from {
             Some(from) => from.custodian.description().block_id,
             None => random_id(),
@@ -404,6 +450,17 @@ impl Blocks {
                 (custodian, Some(names))
             }
         };
+        if let Some(boot) = self.rows.boot()
+            && let Err(error) = custodian.set_boot(boot)
+        {
+            tracing::warn!(pool = %making.pool, block = %making.block, %error, "a block can't note the run of the machine");
+        }
+        if let Err(refusal) = check_descriptor(making, &custodian) {
+            if let Some(names) = &names {
+                self.files.abandon(names);
+            }
+            return Err(refusal);
+        }
         let (pool, block) = (making.pool.clone(), making.block.clone());
         let stored = Stored::new(custodian, pool, block, 0, names);
         if let Some(from) = from {
@@ -506,11 +563,14 @@ impl Blocks {
             self.files.remove(names, is_superseded);
         }
         if !is_superseded {
+            let generation = stored.custodian.description().generation;
+            self.rows.note_end(generation);
             self.rows.forget(&stored.pool, &stored.block);
         }
         // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
+        let bytes = stored.custodian.description().geometry.total();
         let store = self.rows.store().filter(|_| !is_superseded).cloned();
-        let _ = self.work.send(Work::Free(stored, store));
+        self.work.send(bytes, Work::Free(stored, store));
     }
 
     /// The shared blocks that there are, with a descriptor of each.
@@ -518,9 +578,9 @@ impl Blocks {
         let all = self.all();
         let shared = all.iter().filter(|stored| stored.kind == Kind::Shared);
         shared
-            .map(|stored| {
-                let fd = Arc::clone(stored.custodian.writable());
-                (stored.pool.clone(), stored.block.clone(), fd)
+            .filter_map(|stored| {
+                let fd = stored.custodian.lend(latzero_shm::Access::Write)?;
+                Some((stored.pool.clone(), stored.block.clone(), fd))
             })
             .collect()
     }
@@ -600,6 +660,31 @@ impl Blocks {
                 continue;
             };
             let description = stored.custodian.description();
+            let head = |version| latzero_store::BlockHead {
+                pool: stored.pool.as_str().into(),
+                block_id: stored.block.as_str().into(),
+                generation: description.generation,
+                version,
+                size: description.geometry.size,
+                slots: description.geometry.slots,
+                description: record.clone().into_bytes(),
+            };
+            let is_added = match stored.custodian.hold() {
+                Ok(Some(held)) => {
+                    let left = description.geometry.size;
+                    writer.add_block(&head(held.version()), &mut Holding { held, at: 0, left })?;
+                    true
+                }
+                Ok(None) => false,
+                Err(error) => {
+                    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be flushed is not in the backup");
+                    continue;
+                }
+            };
+            if is_added {
+                added.insert((stored.pool.clone(), stored.block.clone()));
+                continue;
+            }
             for left in (0..BACKUP_TRIES).rev() {
                 // Read at once where it fits, so that a writer has little time to be in the way.
                 let size = description.geometry.size;
@@ -619,23 +704,14 @@ impl Blocks {
                         break;
                     }
                 };
-                let head = latzero_store::BlockHead {
-                    pool: stored.pool.as_str().into(),
-                    block_id: stored.block.as_str().into(),
-                    generation: description.generation,
-                    version,
-                    size,
-                    slots: description.geometry.slots,
-                    description: record.clone().into_bytes(),
-                };
                 let mut by_piece = OneVersion {
                     custodian: &stored.custodian,
                     version,
                     at: 0,
                 };
                 let added_block = match &whole {
-                    Some(whole) => writer.add_block(&head, &mut &whole[..]),
-                    None => writer.add_block(&head, &mut by_piece),
+                    Some(whole) => writer.add_block(&head(version), &mut &whole[..]),
+                    None => writer.add_block(&head(version), &mut by_piece),
                 };
                 match added_block {
                     Ok(()) => {
@@ -670,6 +746,26 @@ impl Blocks {
     }
 }
 
+/// The bytes of a version that is held, one after the other.
+struct Holding<'a> {
+    held: latzero_shm::Held<'a>,
+    at: u64,
+    left: u64,
+}
+
+impl std::io::Read for Holding<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = usize::try_from(self.left).unwrap_or(usize::MAX);
+        let n = n.min(buffer.len());
+        self.held
+            .read(self.at, &mut buffer[..n])
+            .map_err(|error| std::io::Error::other(error.to_string()))?;
+        self.at += n as u64;
+        self.left -= n as u64;
+        Ok(n)
+    }
+}
+
 /// The bytes of one version of a block, one after the other; an error once there is a newer one.
 struct OneVersion<'a> {
     custodian: &'a Custodian,
@@ -698,6 +794,14 @@ impl std::io::Read for OneVersion<'_> {
 /// loss, what is in a file is what its checksums say.
 pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
+    shared.blocks.with_ledger(|ledger| {
+        for row in &rows {
+            let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));
+            if let (Ok(pool), Ok(block)) = name {
+                ledger.note_end(&pool, &block, row.generation);
+            }
+        }
+    });
     let mut missing: HashMap<(String, String), BlockRow> = shared
         .blocks
         .rows
@@ -718,19 +822,35 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     };
     let (kept, removed) = shared.blocks.files.scan_with(&records, &mut lost);
     for mut kept in kept {
-        if let (Ok(custodian), false) = (&kept.open, is_same_boot)
-            && let Err(error) = custodian.recover()
-        {
-            kept.open = Err(error.to_string());
+        let mut may_have_writer = false;
+        if let Ok(custodian) = &kept.open {
+            match resume(custodian, shared.blocks.rows.boot(), is_same_boot) {
+                Ok(is_same_boot) => may_have_writer = is_same_boot,
+                Err(error) => kept.open = Err(error.to_string()),
+            }
         }
         let (names, record) = (&kept.names, &kept.record);
-        match adopt(host, kept.open, names, record, is_same_boot) {
+        match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
+                let losses = shared.keeper.losses();
+                losses.settle(Part::Memory, &affected(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
             // With a higher limit it is there again, whole.
-            Err(refusal) if matches!(refusal.code, Code::Quota | Code::TooLarge) => {
-                tracing::warn!(file = %names, error = %refusal, "a limit leaves no room for a persistent block; its file stays where it is, for a start with a higher one");
+            Err(refusal) if is_limit(&refusal) => {
+                let name = Found { record, fence: 0 }.name();
+                let affected = match &name {
+                    Ok((pool, block)) => {
+                        missing.remove(&(pool.as_str().into(), block.as_str().into()));
+                        affected(pool, block)
+                    }
+                    Err(_) => format!("memory/{names}"),
+                };
+                let happened = format!("a limit left it out: {}", refusal.message);
+                let remedy = "raise the limit and start the server again; the file and the name of \
+                              the block are kept until then";
+                let losses = shared.keeper.losses();
+                losses.note(Loss::new(Part::Memory, affected, happened, remedy));
             }
             Err(refusal) => {
                 let affected = match (Found { record, fence: 0 }).name() {
@@ -780,12 +900,40 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     }
 }
 
+/// Makes what a file holds safe to use. Within one run of the machine that is what its header says; else what its checksums
+/// say. Returns whether it is the same run. `is_same_boot` is asked about files that do not know.
+fn resume(
+    custodian: &Custodian,
+    boot: Option<u64>,
+    is_same_boot: bool,
+) -> Result<bool, latzero_shm::Fault> {
+    let is_same_boot = match (custodian.boot()?, boot) {
+        (_, None) => false,
+        (0, Some(_)) => is_same_boot,
+        (noted, Some(boot)) => noted == boot,
+    };
+    if is_same_boot {
+        custodian.forget_flush()?;
+    } else {
+        let version = custodian.recover()?;
+        let description = custodian.description();
+        tracing::debug!(
+            version,
+            generation = description.generation,
+            "a block is back after the end of the machine"
+        );
+    }
+    // Only now: a start that is interrupted is followed by one that recovers once more.
+    custodian.set_boot(boot.unwrap_or(0))?;
+    Ok(is_same_boot)
+}
+
 fn adopt(
     host: &mut IoHost,
     open: Result<Custodian, String>,
     names: &Names,
     record: &str,
-    is_same_boot: bool,
+    may_have_writer: bool,
 ) -> Result<(PoolName, BlockId), Refusal> {
     let custodian = open.map_err(|error| Refusal::new(Code::Storage, error))?;
     let (pool_name, block) = Found { record, fence: 0 }.name()?;
@@ -800,14 +948,30 @@ fn adopt(
         name,
         record,
         Some(names.clone()),
-        is_same_boot,
+        may_have_writer,
     );
+    if let Err(refusal) = &taken
+        && is_limit(refusal)
+    {
+        let why = refusal.message.as_ref();
+        host.with_pool(&pool, |pool, fx| pool.leave_out(&block, why, fx));
+    }
     if taken.is_err() {
         // The pool goes again where it was made for this block alone.
         host.effects.held.push((pool_name.clone(), number, 0));
         host.with_pool(&pool, |_, _| ());
     }
     taken.map(|()| (pool_name, block))
+}
+
+/// Whether there is no room for a block, rather than anything wrong with it.
+fn is_limit(refusal: &Refusal) -> bool {
+    matches!(refusal.code, Code::Quota | Code::TooLarge)
+}
+
+/// A block as losses name it.
+fn affected(pool: &PoolName, block: &BlockId) -> String {
+    format!("block '{block}' of pool '{pool}'")
 }
 
 /// Has a block of an earlier run be in its pool again.
@@ -835,9 +999,12 @@ fn take(
     }
     host.shared.blocks.rows.note(&stored, record);
     host.shared.blocks.insert(storage, stored);
-    if has_writer {
-        host.with_pool(pool, |pool, fx| pool.leave_writer_behind(&block, fx));
-    }
+    host.with_pool(pool, |pool, fx| {
+        if has_writer {
+            pool.leave_writer_behind(&block, fx);
+        }
+        pool.add_spares(&block, fx);
+    });
     Ok(())
 }
 
@@ -914,7 +1081,7 @@ pub(crate) fn end_grace(shared: &Shared, now: Time) {
     }
 }
 
-/// The blocks' thread: one job after the other, until the server is gone.
+/// A thread of blocks: one job after the other, until the server is gone.
 fn run(queue: &Receiver<Work>, files: &Files) {
     let mut waiting = VecDeque::new();
     while let Some(work) = waiting.pop_front().or_else(|| queue.recv().ok()) {
@@ -988,6 +1155,23 @@ fn change_if_wanted(
 
 fn removed() -> Refusal {
     Refusal::new(Code::NoBlock, "the block was removed just now")
+}
+
+/// Blocks leave some descriptors to connections and administrators. The kernel gives the lowest number that is free
+/// (open(2)), so the number tells how many are in use.
+fn check_descriptor(making: &Making, custodian: &Custodian) -> Result<(), Refusal> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let number = u64::try_from(custodian.file().as_raw_fd()).unwrap_or(0);
+    if limit.is_none_or(|limit| number < limit.saturating_sub(DESCRIPTORS_LEFT_MIN)) {
+        return Ok(());
+    }
+    let message = format!(
+        "block '{}' can't be made: the server may have {} descriptors, and the last {DESCRIPTORS_LEFT_MIN} are left to \
+         connections; raise the limit (ulimit -n, or LimitNOFILE= of a service)",
+        making.block,
+        limit.unwrap_or(0)
+    );
+    Err(Refusal::new(Code::Quota, message))
 }
 
 fn no_storage(making: &Making, error: &CreateError) -> Refusal {

@@ -17,6 +17,7 @@ use latzero_protocol::{AppId, Code, PoolName, Refusal};
 use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError};
 use serde_json::{Value, json};
 
+use crate::blocks::ENDED;
 use crate::host::IoHost;
 use crate::losses::{Loss, Losses, Part};
 use crate::peer::Peer;
@@ -338,6 +339,9 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
     }
     keeper.note_alive(unix_ms);
+    if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
+        shared.blocks.take_in_ended(ended);
+    }
     // Before anybody is served: a crash must not hide what this start found.
     if let Some(losses) = keeper.losses.changed() {
         let change = latzero_store::Change::PutSetting {
@@ -349,7 +353,9 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     }
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
-    let is_same_boot = boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
+    // A system that hides it may have been started anew.
+    let is_same_boot =
+        !keeper.boot_id.is_empty() && boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);
     (contents.blocks, is_same_boot)
 }

@@ -51,6 +51,9 @@ pub(crate) struct Loss {
     pub(crate) happened: String,
     /// What a person can do about it, in one clause.
     pub(crate) remedy: String,
+    /// The next run sees for itself whether it is so.
+    #[serde(skip)]
+    is_passing: bool,
 }
 
 impl Loss {
@@ -65,6 +68,15 @@ impl Loss {
             affected: bounded(affected.into()),
             happened: bounded(happened.into()),
             remedy: bounded(remedy.into()),
+            is_passing: false,
+        }
+    }
+
+    /// The same, of something that is looked at again and again: it is not kept over a crash.
+    pub(crate) fn passing(self) -> Loss {
+        Loss {
+            is_passing: true,
+            ..self
         }
     }
 }
@@ -108,7 +120,7 @@ impl Losses {
     pub(crate) fn settle(&self, part: Part, affected: &str) {
         let mut known = self.known();
         let settled = known.losses.remove(&(part, affected.to_owned()));
-        known.is_changed |= settled.is_some();
+        known.is_changed |= settled.as_ref().is_some_and(|known| !known.loss.is_passing);
         drop(known);
         if settled.is_some() {
             tracing::info!(part = part.name(), "{affected}: well again");
@@ -143,7 +155,8 @@ impl Losses {
         if !std::mem::take(&mut known.is_changed) {
             return None;
         }
-        let losses: Vec<&Since> = known.losses.values().collect();
+        let lasting = known.losses.values().filter(|known| !known.loss.is_passing);
+        let losses: Vec<&Since> = lasting.collect();
         serde_json::to_string(&losses).ok()
     }
 
@@ -157,6 +170,7 @@ impl Losses {
                 affected,
                 happened,
                 remedy,
+                is_passing: _,
             } = loss;
             known.insert(Loss::new(part, affected, happened, remedy), since);
         }
@@ -171,6 +185,7 @@ impl Known {
     /// Says whether it was news.
     fn insert(&mut self, loss: Loss, since: u64) -> bool {
         let has_room = self.losses.len() < LOSSES_MAX;
+        let is_lasting = !loss.is_passing;
         let name = (loss.part, loss.affected.clone());
         match self.losses.get_mut(&name) {
             Some(known) if known.loss == loss => return false,
@@ -180,7 +195,7 @@ impl Known {
             }
             None => *self.further.entry(loss.part).or_default() += 1,
         }
-        self.is_changed = true;
+        self.is_changed |= is_lasting;
         true
     }
 }
@@ -232,6 +247,10 @@ mod tests {
         assert_eq!(losses.changed(), None);
         losses.note(loss("block 'b'", "its file is gone"));
         assert_eq!(losses.changed(), None, "nothing is new");
+        losses.note(loss("directory", "it is away").passing());
+        assert_eq!(losses.changed(), None, "the next run looks for itself");
+        losses.settle(Part::Memory, "directory");
+        assert_eq!(losses.changed(), None);
         let next = Losses::default();
         next.take_in(&text);
         assert_eq!(next.to_json(), losses.to_json());

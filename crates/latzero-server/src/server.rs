@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use crate::audit::AuditLog;
@@ -122,6 +122,9 @@ impl Server {
             lock,
             before,
         } = inherited;
+        // A write beyond the limit on file sizes is to fail, and not to end the server (setrlimit(2)).
+        let beyond = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        signal_hook::flag::register(SIGXFSZ, beyond).map_err(ServerError::Loop)?;
         let started = prepare(&settings, &environment, sockets, lock)?;
         let logs = Arc::new(Logs::begin(
             &LogOptions::new(&settings, &environment),

@@ -189,7 +189,8 @@ impl Stats {
     }
 }
 
-/// What this process uses, from proc(5), and what it may use; absent where the system has no such files.
+/// What this process uses, from proc(5), and what it may use; absent where the system has no such
+/// files.
 pub(crate) fn resources(surroundings: &Surroundings) -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let status = read("/proc/self/status");

@@ -1,8 +1,9 @@
 //! What the server may use of the machine that it runs on: memory, descriptors, the size of files.
 //!
-//! The limits are those of the process and its control groups rather than the machine's: a server in a container that
-//! goes by the machine's memory is killed before it has reached any bound of its own. Each limit says where it comes from.
-//! Reading is thin; what is read is judged by pure functions.
+//! The limits are those of the process and its control groups rather than the machine's: a server
+//! in a container that goes by the machine's memory is killed before it has reached any bound of
+//! its own. Each limit says where it comes from. Reading is thin; what is read is judged by pure
+//! functions.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -72,8 +73,8 @@ pub struct Surroundings {
 }
 
 impl Surroundings {
-    /// Looks at the surroundings of this process. The descriptor limit is the hard one, which a start makes the one in
-    /// force.
+    /// Looks at the surroundings of this process. The descriptor limit is the hard one, which a
+    /// start makes the one in force.
     #[must_use]
     pub fn of_process() -> Surroundings {
         let rlimit = |resource, name, pick: fn(Rlimit) -> Option<u64>| {
@@ -104,8 +105,9 @@ impl Surroundings {
     }
 }
 
-/// Makes a write beyond the file size limit (`RLIMIT_FSIZE`) fail, where otherwise the signal `SIGXFSZ` ends the process
-/// (setrlimit(2)): the request that needs the space is refused, and the server lives on.
+/// Makes a write beyond the file size limit (`RLIMIT_FSIZE`) fail, where otherwise the signal
+/// `SIGXFSZ` ends the process (setrlimit(2)): the request that needs the space is refused, and the
+/// server lives on.
 ///
 /// # Errors
 /// Where the system takes no handler.
@@ -259,15 +261,17 @@ fn smallest(files: impl Iterator<Item = (PathBuf, String)>) -> Option<Bound> {
         .min_by_key(|bound| bound.max)
 }
 
-/// The number in `memory.max` or `memory.high` (version 2) or `memory.limit_in_bytes` (version 1); `None` where there is no limit, which is
-/// `max` in the one and a number about as large as there are in the other.
+/// The number in `memory.max` or `memory.high` (version 2) or `memory.limit_in_bytes` (version 1);
+/// `None` where there is no limit, which is `max` in the one and a number about as large as there
+/// are in the other.
 fn parse_limit(text: &str) -> Option<u64> {
     let limit = text.trim().parse().ok()?;
     (limit < u64::MAX >> 2).then_some(limit)
 }
 
-/// The files that may limit the memory of a process with these texts in `/proc/self/cgroup` (cgroups(7)) and
-/// `/proc/self/mountinfo` (proc(5)), its own group first and the mounted root last.
+/// The files that may limit the memory of a process with these texts in `/proc/self/cgroup`
+/// (cgroups(7)) and `/proc/self/mountinfo` (proc(5)), its own group first and the mounted root
+/// last.
 fn memory_files(groups: &str, mounts: &str) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for line in groups.lines() {
@@ -292,7 +296,8 @@ fn memory_files(groups: &str, mounts: &str) -> Vec<PathBuf> {
                 continue;
             }
             let top = Path::new(&mount.point);
-            // In a container the group may be outside of what is mounted; then the mount's root is what there is.
+            // In a container the group may be outside of what is mounted; then the mount's root is
+            // what there is.
             let below = Path::new(group).strip_prefix(&mount.root);
             let below = below.unwrap_or(Path::new(""));
             // A group that is named from outside of its namespace begins with `..`.
@@ -320,7 +325,8 @@ struct Mount {
 }
 
 impl Mount {
-    /// Reads a line of `/proc/self/mountinfo`: `36 35 98:0 /root /point rw,noatime master:1 - type source options`.
+    /// Reads a line of `/proc/self/mountinfo`: `36 35 98:0 /root /point rw,noatime master:1 - type
+    /// source options`.
     fn parse(line: &str) -> Option<Mount> {
         let (before, after) = line.split_once(" - ")?;
         let mut before = before.split(' ').skip(3);

@@ -105,12 +105,15 @@ impl Looks {
             self.look_inside(&mut lock);
         } else {
             self.incomplete = 0;
-            self.losses().note(Loss::new(
-                Part::Store,
-                &name,
-                "it was moved or removed while the server runs, and nothing is kept",
-                "move it back, or stop the server and start it where the directory is now",
-            ));
+            self.losses().note(
+                Loss::new(
+                    Part::Store,
+                    &name,
+                    "it was moved or removed while the server runs, and nothing is kept",
+                    "move it back, or stop the server and start it where the directory is now",
+                )
+                .passing(),
+            );
         }
         let store = self.shared.keeper.store();
         store.look();
@@ -167,7 +170,7 @@ impl Looks {
                     MEMORY,
                     "it was moved or removed while the server runs; no persistent block can be made or flushed",
                     "move it back, or save blocks with `latzero block dump` and restart the server",
-                ));
+                ).passing());
             } else {
                 let made = fs::DirBuilder::new().mode(0o700).create(&path);
                 tracing::warn!(directory = %path.display(), ?made, "a directory was removed; it is made anew");
@@ -196,7 +199,7 @@ impl Looks {
         match missing {
             Some(happened) => self
                 .losses()
-                .note(Loss::new(part, affected, happened, remedy)),
+                .note(Loss::new(part, affected, happened, remedy).passing()),
             None => self.losses().settle(part, affected),
         }
     }

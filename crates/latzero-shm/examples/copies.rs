@@ -34,7 +34,11 @@ fn attached(size: u64) -> (Custodian, Arc<Attachment>) {
         created_unix_ns: 0,
     };
     let block = Custodian::create_shared("lz:copies", &description).expect("there is memory");
-    let file = block.writable().try_clone().expect("descriptors are left");
+    let file = block
+        .lend(Access::Write)
+        .expect("it may be written")
+        .try_clone()
+        .expect("descriptors are left");
     let expected = Expected {
         generation: 1,
         geometry,

@@ -13,7 +13,7 @@ use crate::format::{Access, Description, FIXED_BYTES, HeaderError, State, at};
 use crate::geometry::Geometry;
 use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
-use crate::slots::{self, ReadError};
+use crate::slots::{self, Patience, ReadError};
 
 /// What the server said of the block that a descriptor is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -178,7 +178,7 @@ impl Attachment {
     /// # Errors
     /// As [`ReadError`] says.
     pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<u64, ReadError> {
-        on!(&self.bytes, memory => slots::read(memory, &self.expected.geometry, offset, to))
+        on!(&self.bytes, memory => slots::read(memory, &self.expected.geometry, offset, to, Patience::Wait))
     }
 
     /// Copies all of one version out; returns it with the version.
@@ -193,7 +193,7 @@ impl Attachment {
             .try_reserve_exact(size)
             .map_err(|_| Fault::Io(io::ErrorKind::OutOfMemory.into()))?;
         let version = on!(&self.bytes, memory => {
-            slots::consistent(memory, &self.expected.geometry, |slot| {
+            slots::consistent(memory, &self.expected.geometry, None, |slot| {
                 bytes.clear();
                 match slot {
                     Some(slot) => memory.append(slot, size, &mut bytes),

@@ -32,6 +32,14 @@ pub enum CreateError {
         /// Bytes that the memory or the disk has left.
         free: u64,
     },
+    /// Files may not become that large.
+    #[error(
+        "{needed} bytes are needed, and the limit on file sizes is lower; raise it (ulimit -f, or LimitFSIZE= of a service)"
+    )]
+    FileLimit {
+        /// Bytes of the block, its header and slots included.
+        needed: u64,
+    },
     /// The system refused.
     #[error("{action} failed: {source}")]
     System {
@@ -137,20 +145,15 @@ impl Custodian {
     }
 
     pub(crate) fn of(file: OwnedFd, header: Option<Mapped>, description: Description) -> Custodian {
-        let read_only = reopened(&file, OFlags::RDONLY).map(Arc::new);
-        let own = Arc::new(file);
-        // Clients that are passed a descriptor share its open file, flags and all (fcntl(2)): with O_APPEND, set by one of
-        // them, every pwrite(2) of the server would go to the file's end. So the server has one for itself.
-        let writable = reopened(&own, OFlags::RDWR).map_or_else(|| Arc::clone(&own), Arc::new);
         Custodian {
             description,
-            read_only,
+            lent: Mutex::default(),
             memory: Kept {
-                file: FileMemory::new(own),
+                file: FileMemory::new(Arc::new(file)),
                 header,
             },
-            writable,
             writing: Mutex::new(()),
+            flushing: Mutex::default(),
         }
     }
 }
@@ -178,7 +181,8 @@ fn prepare(
     });
     match allocated {
         Ok(()) => {}
-        Err(Errno::NOSPC | Errno::NOMEM | Errno::DQUOT | Errno::FBIG) => {
+        Err(Errno::FBIG) => return Err(CreateError::FileLimit { needed }),
+        Err(Errno::NOSPC | Errno::NOMEM | Errno::DQUOT) => {
             let free = free(file);
             return Err(CreateError::NoSpace { needed, free });
         }

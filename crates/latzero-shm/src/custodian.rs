@@ -6,22 +6,27 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{fdatasync, fstat};
+use rustix::fs::{OFlags, fdatasync, fstat};
 
-use crate::format::{Description, HeaderError, State, at};
+use crate::create::reopened;
+use crate::format::{Access, Description, HeaderError, State, at};
 use crate::kept::Kept;
 use crate::memory::{Fault, Memory};
-use crate::slots::{self, ReadError, Stamp, WriteError};
+use crate::slots::{self, Head, Patience, ReadError, Stamp, WriteError, spares};
 
 /// How often a version is copied anew because somebody wrote over it without the lock.
 const TRIES: u32 = 16;
 
-/// How often the newest version is summed up for a flush, where it does not stay the newest for that long. Then a block goes to
-/// the disk without a checksum, as it does between two flushes.
+/// How often the newest version of a block without spare slots is summed up for a flush, where it does not stay the newest for
+/// that long. Then the block goes to the disk without a checksum, as it does between two flushes.
 const SUM_TRIES: u32 = 3;
+
+/// How often a flush reserves the newest version of a block, where a writer has begun to write over it. Two newer versions
+/// are there then, each time.
+const RESERVE_TRIES: u32 = 1_000;
 
 /// What became of a compare-and-swap.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,28 +45,84 @@ pub enum Cas {
     },
 }
 
+/// A version that stays as it is for as long as this is there.
+#[derive(Debug)]
+pub struct Held<'a> {
+    custodian: &'a Custodian,
+    head: Head,
+    _flushes: MutexGuard<'a, Flushes>,
+}
+
+impl Held<'_> {
+    /// Which version it is.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.head.version
+    }
+
+    /// Copies bytes of it out.
+    ///
+    /// # Errors
+    /// Where they lie outside the block, or can't be read.
+    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
+        let geometry = &self.custodian.description.geometry;
+        if !geometry.contains(offset, to.len()) {
+            return Err(ReadError::OutOfRange);
+        }
+        if self.head == Head::NONE {
+            to.fill(0);
+            return Ok(());
+        }
+        let at = geometry.slot(self.head.slot) + offset;
+        Ok(self.custodian.memory.read(at, to)?)
+    }
+}
+
 /// One generation of a block, as the server keeps it.
 #[derive(Debug)]
 pub struct Custodian {
     pub(crate) description: Description,
-    pub(crate) writable: Arc<OwnedFd>,
-    pub(crate) read_only: Option<Arc<OwnedFd>>,
+    /// Descriptors that are on their way to clients: for reading, and for writing.
+    pub(crate) lent: Mutex<[Weak<OwnedFd>; 2]>,
     pub(crate) memory: Kept,
     /// One writer at a time on this side; on the other side the block's lock sees to it.
     pub(crate) writing: Mutex<()>,
+    /// One flush at a time.
+    pub(crate) flushing: Mutex<Flushes>,
+}
+
+/// What became of the flush before.
+#[derive(Debug, Default)]
+pub(crate) struct Flushes {
+    /// The disk took less than it was given. The kernel does not tell of that again, so everything is written once more.
+    has_failed: bool,
 }
 
 impl Custodian {
-    /// The descriptor for writers.
+    /// The server's own descriptor, the only one that stays open.
     #[must_use]
-    pub fn writable(&self) -> &Arc<OwnedFd> {
-        &self.writable
+    pub fn file(&self) -> &OwnedFd {
+        self.memory.file.descriptor()
     }
 
-    /// The descriptor for readers, opened for reading alone; none where the system has no `/proc`.
+    /// A descriptor to pass to a client. One for reading can't be used to write; there is none where the system has no `/proc`,
+    /// or no descriptor left.
+    ///
+    /// Clients that are passed a descriptor share its open file, flags and all (fcntl(2)): with O_APPEND, set by one of them,
+    /// every pwrite(2) of the server would go to the file's end. So they get one of their own.
     #[must_use]
-    pub fn read_only(&self) -> Option<&Arc<OwnedFd>> {
-        self.read_only.as_ref()
+    pub fn lend(&self, access: Access) -> Option<Arc<OwnedFd>> {
+        let mut lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
+        let (place, flags) = match access {
+            Access::Read => (&mut lent[0], OFlags::RDONLY),
+            Access::Write => (&mut lent[1], OFlags::RDWR),
+        };
+        if let Some(lent) = place.upgrade() {
+            return Some(lent);
+        }
+        let opened = Arc::new(reopened(self.file(), flags)?);
+        *place = Arc::downgrade(&opened);
+        Some(opened)
     }
 
     /// Device and inode of the file, by which it is known again.
@@ -69,7 +130,7 @@ impl Custodian {
     /// # Errors
     /// Where the system does not say.
     pub fn identity(&self) -> io::Result<(u64, u64)> {
-        let stat = fstat(&self.writable)?;
+        let stat = fstat(self.file())?;
         Ok((stat.st_dev, stat.st_ino))
     }
 
@@ -98,7 +159,8 @@ impl Custodian {
         if_version: Option<u64>,
     ) -> Result<u64, ReadError> {
         self.check_fixed()?;
-        let version = slots::read(&self.memory, &self.description.geometry, offset, to)?;
+        let geometry = &self.description.geometry;
+        let version = slots::read(&self.memory, geometry, offset, to, Patience::Hurry)?;
         match if_version {
             Some(wanted) if wanted != version => Err(ReadError::Version(version)),
             _ => Ok(version),
@@ -144,6 +206,7 @@ impl Custodian {
             &self.description.geometry,
             offset,
             &mut current,
+            Patience::Hurry,
         )?;
         if current != expected {
             return Ok(Cas::Differs { current, version });
@@ -163,7 +226,6 @@ impl Custodian {
         Ok(Stamp {
             fence: self.memory.load(at::FENCE, Ordering::Relaxed)?,
             unix_ns: unix_ns(),
-            with_checksum: false,
         })
     }
 
@@ -306,7 +368,7 @@ impl Custodian {
         let geometry = &self.description.geometry;
         slots::head(&self.memory, geometry).map_err(|_| HeaderError::Field("head"))?;
         let length =
-            fstat(&self.writable).map_err(|error| HeaderError::Unreadable(error.to_string()))?;
+            fstat(self.file()).map_err(|error| HeaderError::Unreadable(error.to_string()))?;
         if (length.st_size as u64) < geometry.total() {
             return Err(HeaderError::Unreadable("the file was shortened".into()));
         }
@@ -322,12 +384,61 @@ impl Custodian {
         }
     }
 
-    /// Has all that was written so far reach the disk, with a checksum of the newest version where nothing newer comes
-    /// meanwhile; returns the newest version from before. Writers do not wait for it.
+    /// Writes the newest version to the disk, with its checksum, and keeps it there until a newer one is; returns the version.
+    /// Writers do not wait for it.
     ///
     /// # Errors
-    /// Where the system refuses.
+    /// Where the system refuses, or the newest version is written over again and again.
     pub fn sync(&self) -> Result<u64, Fault> {
+        self.sync_in_turn(&mut self.flushes())
+    }
+
+    fn flushes(&self) -> MutexGuard<'_, Flushes> {
+        let flushes = self.flushing.lock();
+        flushes.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Flushes the block, and holds on to that version: it can be read in parts, however long that takes, beside writers. Other
+    /// flushes wait until it is let go. `None` of a block without spare slots.
+    ///
+    /// # Errors
+    /// As [`Custodian::sync`].
+    pub fn hold(&self) -> Result<Option<Held<'_>>, Fault> {
+        let geometry = &self.description.geometry;
+        if geometry.spares == 0 {
+            return Ok(None);
+        }
+        let mut flushes = self.flushes();
+        let version = self.sync_in_turn(&mut flushes)?;
+        let head = match version {
+            0 if !geometry.is_raw() => Head::NONE,
+            _ => spares::named(&self.memory, at::FLUSHED)?,
+        };
+        if head.version != version || head.slot >= geometry.all_slots() {
+            return Err(Fault::Corrupt("note of what is on the disk"));
+        }
+        Ok(Some(Held {
+            custodian: self,
+            head,
+            _flushes: flushes,
+        }))
+    }
+
+    fn sync_in_turn(&self, flushes: &mut Flushes) -> Result<u64, Fault> {
+        let geometry = &self.description.geometry;
+        let synced = if geometry.spares == 0 {
+            self.sync_all_slots()
+        } else if geometry.is_raw() {
+            self.sync_copy(flushes.has_failed)
+        } else {
+            self.sync_newest(flushes.has_failed)
+        };
+        flushes.has_failed = synced.is_err();
+        synced
+    }
+
+    /// Of a block whose slots are all written over in turn: nothing keeps what is on the disk.
+    fn sync_all_slots(&self) -> Result<u64, Fault> {
         let mut version = slots::head(&self.memory, &self.description.geometry)?.version;
         for _ in 0..SUM_TRIES {
             let (newest, is_whole) = self.sum_up()?;
@@ -336,8 +447,104 @@ impl Custodian {
                 break;
             }
         }
-        fdatasync(&self.writable).map_err(io::Error::from)?;
+        fdatasync(self.file()).map_err(io::Error::from)?;
         Ok(version)
+    }
+
+    /// Reserves the newest version, sums it up, and notes that it is on the disk once it is.
+    fn sync_newest(&self, is_written_anew: bool) -> Result<u64, Fault> {
+        let (memory, geometry) = (&self.memory, &self.description.geometry);
+        for _ in 0..RESERVE_TRIES {
+            let head = slots::head(memory, geometry)?;
+            if head.version == 0 {
+                self.to_disk()?;
+                return Ok(0);
+            }
+            let words = at::slot(head.slot);
+            let flushed = spares::named(memory, at::FLUSHED)?;
+            let sum = memory.load(words + at::CHECKSUM, Ordering::Relaxed)?;
+            if flushed == head && sum & slots::SUMMED != 0 && !is_written_anew {
+                self.to_disk()?;
+                return Ok(head.version);
+            }
+            if !spares::reserve(memory, head)? {
+                std::hint::spin_loop();
+                continue;
+            }
+            let flushed = self.sum_and_sync(head, is_written_anew);
+            let is_flushed = matches!(flushed, Ok(true));
+            spares::release(memory, is_flushed.then_some(head))?;
+            if flushed? {
+                return Ok(head.version);
+            }
+        }
+        spares::release(memory, None)?;
+        Err(Fault::Corrupt(
+            "newest version, written over without regard for the flush,",
+        ))
+    }
+
+    /// Writes a reserved version to the disk; false where somebody wrote over it all the same.
+    fn sum_and_sync(&self, head: Head, is_written_anew: bool) -> Result<bool, Fault> {
+        let (memory, geometry) = (&self.memory, &self.description.geometry);
+        let words = at::slot(head.slot);
+        if is_written_anew {
+            memory.write_over(geometry.slot(head.slot), geometry.size)?;
+        }
+        let sum = slots::content_checksum(memory, geometry, head.slot, head.version)?;
+        if memory.load(words + at::VERSION, Ordering::Acquire)? != head.version {
+            return Ok(false);
+        }
+        let sum = slots::SUMMED | u64::from(sum);
+        memory.store(words + at::CHECKSUM, sum, Ordering::Release)?;
+        self.to_disk()?;
+        Ok(memory.load(words + at::VERSION, Ordering::Acquire)? == head.version)
+    }
+
+    /// Copies the content of a block that is written in place into the spare slot that is not needed, and notes that this is
+    /// on the disk once it is. Who wants all of one version flushes under the lock.
+    fn sync_copy(&self, is_written_anew: bool) -> Result<u64, Fault> {
+        let (memory, geometry) = (&self.memory, &self.description.geometry);
+        let version = slots::head(memory, geometry)?.version;
+        let flushed = spares::copied(memory, geometry)?;
+        let slot = match flushed {
+            Some((slot, _)) if slot == geometry.slots => slot + 1,
+            _ => geometry.slots,
+        };
+        let words = at::slot(slot);
+        memory.store(words + at::CHECKSUM, 0, Ordering::Release)?;
+        let (from, to) = (geometry.slot(0), geometry.slot(slot));
+        let sum = memory.copy_changed(from, to, geometry.size, is_written_anew, version)?;
+        memory.store(words + at::VERSION, version, Ordering::Relaxed)?;
+        let turn = flushed.map_or(0, |(_, turn)| turn) + 1;
+        memory.store(words + at::SEQUENCE, turn, Ordering::Relaxed)?;
+        let sum = slots::SUMMED | u64::from(sum);
+        memory.store(words + at::CHECKSUM, sum, Ordering::Release)?;
+        self.to_disk()?;
+        let copied = Head { version, slot };
+        spares::name(memory, at::FLUSHED, copied)?;
+        Ok(version)
+    }
+
+    fn to_disk(&self) -> Result<(), Fault> {
+        Ok(fdatasync(self.file()).map_err(io::Error::from)?)
+    }
+
+    /// Notes which run of the machine the block is used in, as a number that is not 0: what it says under another one may be
+    /// part of what was written.
+    ///
+    /// # Errors
+    /// Where it can't be written.
+    pub fn set_boot(&self, boot: u64) -> Result<(), Fault> {
+        self.memory.store(at::BOOT, boot, Ordering::Release)
+    }
+
+    /// The run of the machine that [`Custodian::set_boot`] noted; 0 is none.
+    ///
+    /// # Errors
+    /// Where it can't be read.
+    pub fn boot(&self) -> Result<u64, Fault> {
+        self.memory.load(at::BOOT, Ordering::Acquire)
     }
 
     /// Stores the checksum of the newest version. Returns that version, and whether it still was the newest one then.

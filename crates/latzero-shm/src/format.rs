@@ -2,12 +2,17 @@
 
 use thiserror::Error;
 
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, SPARES};
 
 /// Bytes of the header.
 pub const HEADER_BYTES: u64 = 4096;
 
 const MAGIC: &[u8; 8] = b"LZBLOCK1";
+
+/// The layout of a block without spare slots, and of one that has them. Who knows the first one alone must not write the
+/// second: it would write over the version on the disk.
+const LAYOUT: u32 = 1;
+const LAYOUT_WITH_SPARES: u32 = 2;
 
 const FLAG_PERSISTENT: u32 = 1 << 1;
 const FLAG_RAW: u32 = 1 << 2;
@@ -27,6 +32,14 @@ pub(crate) mod at {
     pub(crate) const FENCE: u64 = 384;
     /// 1 while the exclusive lock is held.
     pub(crate) const HELD: u64 = 392;
+    /// version << 8 | slot of what is on the disk for certain, and of what a flush is at; 0 is none. Writers leave both slots
+    /// alone. Only blocks with spare slots have these, and the words of [`MISSED`].
+    pub(crate) const FLUSHED: u64 = 400;
+    pub(crate) const FLUSHING: u64 = 408;
+    /// The run of the machine in which the file was last taken in, as a number.
+    pub(crate) const BOOT: u64 = 416;
+    /// A word for each slot: which parts of the block changed since the slot's version, a bit for each of 64 parts.
+    pub(crate) const MISSED: u64 = 448;
     const SLOTS: u64 = 512;
     /// The words of slot `slot`.
     pub(crate) fn slot(slot: u32) -> u64 {
@@ -35,8 +48,7 @@ pub(crate) mod at {
     pub(crate) const SEQUENCE: u64 = 0;
     pub(crate) const VERSION: u64 = 8;
     pub(crate) const LENGTH: u64 = 16;
-    pub(crate) const SLOT_FENCE: u64 = 24;
-    pub(crate) const TIME: u64 = 32;
+    // Between them: the fence at 24, and the time at 32.
     pub(crate) const CHECKSUM: u64 = 40;
     pub(crate) const CHANGED_FROM: u64 = 48;
     pub(crate) const CHANGED_TO: u64 = 56;
@@ -82,7 +94,7 @@ pub enum HeaderError {
     #[error("it is no block: the file does not begin with LZBLOCK1")]
     Magic,
     /// It is laid out in a way that is not known here.
-    #[error("its layout has version {0}, and 1 is known here")]
+    #[error("its layout has version {0}, and 1 and 2 are known here; update this program")]
     Version(u32),
     /// Its checksum is another.
     #[error("the header's checksum is wrong: somebody wrote over it")]
@@ -130,7 +142,12 @@ impl Description {
             flags |= FLAG_RAW;
         }
         put(0, MAGIC);
-        put(8, &1u32.to_le_bytes());
+        let layout = if g.spares == 0 {
+            LAYOUT
+        } else {
+            LAYOUT_WITH_SPARES
+        };
+        put(8, &layout.to_le_bytes());
         put(12, &4096u32.to_le_bytes());
         put(16, &self.block_id);
         put(32, &self.pool_id);
@@ -142,6 +159,7 @@ impl Description {
         put(88, &g.slots.to_le_bytes());
         put(92, &flags.to_le_bytes());
         put(96, &self.created_unix_ns.to_le_bytes());
+        put(104, &g.spares.to_le_bytes());
         let checksum = crc32c::crc32c(&out[..124]);
         out[124..].copy_from_slice(&checksum.to_le_bytes());
         out
@@ -161,13 +179,17 @@ impl Description {
         if &bytes[..8] != MAGIC {
             return Err(HeaderError::Magic);
         }
-        if half(8) != 1 {
+        if half(8) != LAYOUT && half(8) != LAYOUT_WITH_SPARES {
             return Err(HeaderError::Version(half(8)));
         }
         if half(124) != crc32c::crc32c(&bytes[..124]) {
             return Err(HeaderError::Checksum);
         }
-        let geometry = Geometry::new(word(64), half(88)).map_err(|_| HeaderError::Field("size"))?;
+        let geometry = match half(8) {
+            LAYOUT => Geometry::new(word(64), half(88)),
+            _ => Geometry::with_spares(word(64), half(88)),
+        };
+        let geometry = geometry.map_err(|_| HeaderError::Field("size"))?;
         let checks = [
             (u64::from(half(12)) == HEADER_BYTES, "length"),
             (word(56) == geometry.total(), "total length"),
@@ -175,6 +197,10 @@ impl Description {
             (word(80) == geometry.slot_stride, "slot stride"),
             ((half(92) & FLAG_RAW != 0) == geometry.is_raw(), "flags"),
             (word(48) > 0, "generation"),
+            (
+                half(8) == LAYOUT || half(104) == SPARES,
+                "number of spare slots",
+            ),
         ];
         if let Some((_, name)) = checks.iter().find(|(holds, _)| !holds) {
             return Err(HeaderError::Field(name));

@@ -7,15 +7,22 @@ use crate::format::HEADER_BYTES;
 /// Slots begin at multiples of this many bytes.
 const PAGE: u64 = 4096;
 
-/// Most slots of a block.
+/// Most slots that the versions of a block take turns in.
 pub(crate) const SLOTS_MAX: u32 = 4;
+
+/// Slots that the file of a persistent block has besides: for the version that is on the disk for certain, and for the one
+/// that a flush is at.
+pub const SPARES: u32 = 2;
+
+/// Most slots of a block, spare ones included.
+pub(crate) const ALL_SLOTS_MAX: u32 = SLOTS_MAX + SPARES;
 
 /// Largest version of a block in bytes: 2^40.
 const SIZE_MAX: u64 = 1 << 40;
 
 /// Sizes that no block can have.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("a block has 1 to {SIZE_MAX} bytes and 1 to {SLOTS_MAX} slots, not {size} and {slots}")]
+#[error("a block has at most {SIZE_MAX} bytes and 1 to {SLOTS_MAX} slots, not {size} and {slots}")]
 pub struct GeometryError {
     size: u64,
     slots: u32,
@@ -28,6 +35,8 @@ pub struct Geometry {
     pub size: u64,
     /// How many versions there is room for; 1 is written in place.
     pub slots: u32,
+    /// How many slots there are besides, so that the version on the disk is not written over: [`SPARES`] or none.
+    pub spares: u32,
     /// Where the first slot begins, in bytes.
     pub slot_offset: u64,
     /// From one slot's begin to the next one's, in bytes.
@@ -40,21 +49,39 @@ impl Geometry {
     /// # Errors
     /// Where no block can be so.
     pub fn new(size: u64, slots: u32) -> Result<Geometry, GeometryError> {
-        if size == 0 || size > SIZE_MAX || slots == 0 || slots > SLOTS_MAX {
+        if size > SIZE_MAX || slots == 0 || slots > SLOTS_MAX {
             return Err(GeometryError { size, slots });
         }
         Ok(Geometry {
             size,
             slots,
+            spares: 0,
             slot_offset: HEADER_BYTES,
             slot_stride: size.div_ceil(PAGE) * PAGE,
         })
     }
 
+    /// As [`Geometry::new`], with room for the version on the disk: the geometry of a persistent block.
+    ///
+    /// # Errors
+    /// Where no block can be so.
+    pub fn with_spares(size: u64, slots: u32) -> Result<Geometry, GeometryError> {
+        let geometry = Geometry::new(size, slots)?;
+        Ok(Geometry {
+            spares: SPARES,
+            ..geometry
+        })
+    }
+
+    /// All slots, spare ones included.
+    pub(crate) fn all_slots(&self) -> u32 {
+        self.slots + self.spares
+    }
+
     /// Bytes of the whole file.
     #[must_use]
     pub fn total(&self) -> u64 {
-        self.slot_offset + self.slot_stride * u64::from(self.slots)
+        self.slot_offset + self.slot_stride * u64::from(self.all_slots())
     }
 
     /// Whether the block is written in place.

@@ -22,6 +22,9 @@ const WINDOW_BYTES_MIN: u64 = 256 * 1024;
 /// Bytes copied from one slot to another at a time, by way of the processor's cache.
 const PIECE_BYTES: u64 = 128 * 1024;
 
+/// Bytes that are compared at a time: a page of the disk's cache.
+const COMPARED_BYTES: usize = 4096;
+
 /// The largest page size that systems have.
 const PAGE_BYTES: u64 = 64 * 1024;
 
@@ -48,6 +51,53 @@ impl Kept {
             None => self.file.read(0, &mut bytes)?,
         }
         Ok(bytes)
+    }
+
+    /// Copies what differs from one place to another, so that the disk is given no more than that, or all of it; returns the
+    /// checksum of a version with this content.
+    pub(crate) fn copy_changed(
+        &self,
+        from: u64,
+        to: u64,
+        length: u64,
+        is_written_anew: bool,
+        version: u64,
+    ) -> Result<u32, Fault> {
+        let mut sum = crc32c::crc32c(&version.to_le_bytes());
+        sum = crc32c::crc32c_append(sum, &length.to_le_bytes());
+        let size = usize::try_from(length.min(PIECE_BYTES)).expect("bounded");
+        let (mut new, mut old) = (vec![0; size], vec![0; size]);
+        let mut done = 0;
+        while done < length {
+            let n = usize::try_from((length - done).min(size as u64)).expect("bounded");
+            self.file.read(from + done, &mut new[..n])?;
+            self.file.read(to + done, &mut old[..n])?;
+            sum = crc32c::crc32c_append(sum, &new[..n]);
+            let pages = new[..n]
+                .chunks(COMPARED_BYTES)
+                .zip(old[..n].chunks(COMPARED_BYTES));
+            for (i, (new, old)) in pages.enumerate() {
+                if is_written_anew || new != old {
+                    let at = to + done + (i * COMPARED_BYTES) as u64;
+                    self.file.write(at, new)?;
+                }
+            }
+            done += n as u64;
+        }
+        Ok(sum)
+    }
+
+    /// Writes what stands in a range once more.
+    pub(crate) fn write_over(&self, at: u64, length: u64) -> Result<(), Fault> {
+        let mut piece = vec![0; usize::try_from(length.min(PIECE_BYTES)).expect("bounded")];
+        let mut done = 0;
+        while done < length {
+            let n = usize::try_from((length - done).min(piece.len() as u64)).expect("bounded");
+            self.file.read(at + done, &mut piece[..n])?;
+            self.file.write(at + done, &piece[..n])?;
+            done += n as u64;
+        }
+        Ok(())
     }
 
     pub(crate) fn load_half(&self, at: u64) -> Result<u32, Fault> {

@@ -34,10 +34,10 @@ mod writing;
 
 pub use attachment::{AttachError, Attachment, Expected};
 pub use create::{CreateError, OpenError};
-pub use custodian::{Cas, Custodian};
+pub use custodian::{Cas, Custodian, Held};
 pub use element::Element;
 pub use format::{Access, Description, HEADER_BYTES, HeaderError, State};
-pub use geometry::{Geometry, GeometryError};
+pub use geometry::{Geometry, GeometryError, SPARES};
 pub use memory::{Fault, Memory};
 pub use slots::{ReadError, WriteError};
 pub use view::View;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::Ordering::Relaxed;
 
 use rustix::fs::{FileType, OFlags, SealFlags, fcntl_get_seals, fstat};
 
@@ -11,7 +11,11 @@ use crate::custodian::Custodian;
 use crate::format::{Access, Description, FIXED_BYTES, HEADER_BYTES, HeaderError, at};
 use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
-use crate::slots;
+use crate::slots::{self, Head, spares};
+
+/// Completes "its … makes no sense".
+const NOTHING_HOLDS: &str =
+    "content, of which no version's checksum holds after the end of the machine,";
 
 impl Custodian {
     /// Takes a block of memory back from whoever still holds a descriptor of it, for reading or writing. The caller has yet to
@@ -45,18 +49,78 @@ impl Custodian {
         Ok(Custodian::of(file, Some(header), description))
     }
 
-    /// After a power loss: has the newest version whose checksum holds be the newest one. What was written after the last flush
-    /// may have reached the disk in part. Returns the version.
+    /// After the end of the machine: makes the newest version whose checksum holds the newest one, which is the one that was
+    /// flushed last or a later one. What was written since may have reached the disk in part. Returns the version. This may
+    /// be done again, wherever it was interrupted.
     ///
     /// # Errors
-    /// Where no version checks out, though something was written; or the file can't be read.
+    /// Where no version checks out, though one was flushed; or the file can't be read.
     pub fn recover(&self) -> Result<u64, Fault> {
+        let geometry = &self.description.geometry;
+        if geometry.spares == 0 {
+            return self.recover_without_spares();
+        }
+        if geometry.is_raw() {
+            return self.recover_copy();
+        }
+        let mut newest = Head::NONE;
+        for slot in 0..geometry.all_slots() {
+            let version = self.memory.load(at::slot(slot) + at::VERSION, Relaxed)?;
+            if version > newest.version && self.checks_out(slot, version)? {
+                newest = Head { version, slot };
+            }
+        }
+        if newest.version == 0 && spares::named(&self.memory, at::FLUSHED)?.version > 0 {
+            return Err(Fault::Corrupt(NOTHING_HOLDS));
+        }
+        // What was never flushed is as it was made: that was on the disk before anybody heard of it.
+        spares::restart_from(&self.memory, geometry, newest)?;
+        Ok(newest.version)
+    }
+
+    /// Of a block that is written in place: the copy that was flushed last takes the place of what is there, unless that is
+    /// the same.
+    fn recover_copy(&self) -> Result<u64, Fault> {
+        let (memory, geometry) = (&self.memory, &self.description.geometry);
+        let mut newest: Option<(u64, Head)> = None;
+        for slot in geometry.slots..geometry.all_slots() {
+            let words = at::slot(slot);
+            let version = memory.load(words + at::VERSION, Relaxed)?;
+            let turn = memory.load(words + at::SEQUENCE, Relaxed)?;
+            if newest.is_none_or(|(before, _)| turn > before) && self.checks_out(slot, version)? {
+                newest = Some((turn, Head { version, slot }));
+            }
+        }
+        let Some((_, copy)) = newest else {
+            return Err(Fault::Corrupt(NOTHING_HOLDS));
+        };
+        let (from, to) = (geometry.slot(copy.slot), geometry.slot(0));
+        memory.copy_changed(from, to, geometry.size, false, copy.version)?;
+        spares::name(memory, at::FLUSHED, copy)?;
+        let version = copy.version;
+        spares::name(memory, at::HEAD, Head { version, slot: 0 })?;
+        Ok(version)
+    }
+
+    /// Whether a slot's checksum holds for its content as that of `version`. That its writer was done is not asked: who took
+    /// it for another version, and wrote none of it yet, changed nothing but its sequence.
+    fn checks_out(&self, slot: u32, version: u64) -> Result<bool, Fault> {
+        let sum = self.memory.load(at::slot(slot) + at::CHECKSUM, Relaxed)?;
+        if version >= slots::VERSION_MAX || sum & slots::SUMMED == 0 {
+            return Ok(false);
+        }
+        let geometry = &self.description.geometry;
+        let found = slots::content_checksum(&self.memory, geometry, slot, version)?;
+        Ok(sum == slots::SUMMED | u64::from(found))
+    }
+
+    fn recover_without_spares(&self) -> Result<u64, Fault> {
         let geometry = &self.description.geometry;
         let mut newest: Option<(u64, u32)> = None;
         let mut is_untouched = true;
         for slot in 0..geometry.slots {
             let words = at::slot(slot);
-            let word = |place| self.memory.load(words + place, Ordering::Relaxed);
+            let word = |place| self.memory.load(words + place, Relaxed);
             let (version, sum) = (word(at::VERSION)?, word(at::CHECKSUM)?);
             is_untouched &= version == 0 && word(at::SEQUENCE)? == 0;
             let is_complete =
@@ -69,24 +133,29 @@ impl Custodian {
                     geometry,
                     slot,
                     version,
-                )?) == sum
+                )?) == sum & u64::from(u32::MAX)
             {
                 newest = Some((version, slot));
             }
         }
-        let Some((version, slot)) = newest else {
-            return if is_untouched {
-                self.memory.store(at::HEAD, 0, Ordering::Release)?;
-                Ok(0)
-            } else {
-                Err(Fault::Corrupt(
-                    "content: no version's checksum holds after a power loss;",
-                ))
-            };
+        let newest = match newest {
+            Some((version, slot)) => Head { version, slot },
+            None if is_untouched => Head::NONE,
+            None => return Err(Fault::Corrupt(NOTHING_HOLDS)),
         };
-        let head = version << 8 | u64::from(slot);
-        self.memory.store(at::HEAD, head, Ordering::Release)?;
-        Ok(version)
+        spares::name(&self.memory, at::HEAD, newest)?;
+        Ok(newest.version)
+    }
+
+    /// After the end of a server alone: what it was at goes on to nothing.
+    ///
+    /// # Errors
+    /// Where the file can't be written.
+    pub fn forget_flush(&self) -> Result<(), Fault> {
+        if self.description.geometry.spares == 0 {
+            return Ok(());
+        }
+        spares::name(&self.memory, at::FLUSHING, Head::NONE)
     }
 }
 
@@ -121,7 +190,7 @@ mod tests {
         first.set_lease(7, true).unwrap();
         let identity = first.identity().unwrap();
         // A reader's descriptor is enough.
-        let held = first.read_only().unwrap().try_clone().unwrap();
+        let held = first.lend(Access::Read).unwrap().try_clone().unwrap();
         drop(first);
         let back = Custodian::take_back(&held).unwrap();
         assert_eq!(back.identity().unwrap(), identity);
@@ -137,7 +206,7 @@ mod tests {
         let (_home, directory) = directory();
         let file =
             Custodian::create_persistent(directory.as_fd(), "f", &description(true)).unwrap();
-        let offered = file.writable().try_clone().unwrap();
+        let offered = file.file().try_clone().unwrap();
         assert!(Custodian::take_back(&offered).is_err());
         let bare = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
         assert!(Custodian::take_back(&bare).is_err());
@@ -151,36 +220,126 @@ mod tests {
         assert!(Custodian::take_back(&odd).is_err());
     }
 
+    fn persistent(geometry: Geometry) -> (tempfile::TempDir, Custodian) {
+        let (home, directory) = directory();
+        let description = Description {
+            geometry,
+            ..description(true)
+        };
+        let block = Custodian::create_persistent(directory.as_fd(), "f", &description).unwrap();
+        block.sync().unwrap();
+        (home, block)
+    }
+
+    fn content(block: &Custodian) -> (Vec<u8>, u64) {
+        let size = usize::try_from(block.description().geometry.size).unwrap();
+        let mut bytes = vec![0; size];
+        let version = block.read(0, &mut bytes, None).unwrap();
+        (bytes, version)
+    }
+
+    /// Spoils what a slot holds, as a loss of power in the middle of a write does.
+    fn tear(block: &Custodian, slot: u32) {
+        let place = block.description().geometry.slot(slot) + 100;
+        rustix::io::pwrite(block.file(), b"torn", place).unwrap();
+    }
+
     #[test]
-    fn after_a_power_loss_the_newest_version_that_checks_out_is_taken() {
-        let (_home, directory) = directory();
-        let block =
-            Custodian::create_persistent(directory.as_fd(), "f", &description(true)).unwrap();
+    fn the_flushed_version_is_there_whatever_was_written_since() {
+        for slots in 2..=4 {
+            for flushes in 1..4u8 {
+                for since in 0..12u8 {
+                    let (_home, block) = persistent(Geometry::with_spares(5000, slots).unwrap());
+                    let mut flushed = 0;
+                    for n in 0..flushes {
+                        for _ in 0..=n {
+                            block.write(0, &[n; 5000], None).unwrap();
+                        }
+                        flushed = block.sync().unwrap();
+                    }
+                    for n in 0..since {
+                        block.write(u64::from(n), &[100 + n], None).unwrap();
+                    }
+                    let kept = spares::named(&block.memory, at::FLUSHED).unwrap();
+                    assert_eq!(kept.version, flushed);
+                    // None of the others is whole.
+                    for slot in (0..slots + 2).filter(|slot| *slot != kept.slot) {
+                        tear(&block, slot);
+                    }
+                    assert_eq!(block.recover().unwrap(), flushed);
+                    assert_eq!(block.recover().unwrap(), flushed, "again");
+                    assert_eq!(content(&block), (vec![flushes - 1; 5000], flushed));
+                    // It is written on as any other, over nothing that was torn.
+                    for n in 0..9u8 {
+                        block.write(u64::from(n), &[7], None).unwrap();
+                        let (bytes, version) = content(&block);
+                        assert_eq!(version, flushed + 1 + u64::from(n));
+                        assert!(
+                            bytes[usize::from(n) + 1..]
+                                .iter()
+                                .all(|b| *b == flushes - 1)
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_never_flushed_is_as_it_was_made() {
+        let (_home, block) = persistent(Geometry::with_spares(5000, 2).unwrap());
+        block.write(0, b"first", None).unwrap();
+        block.write(0, b"other", None).unwrap();
+        assert_eq!(block.recover().unwrap(), 0);
+        assert_eq!(content(&block), (vec![0; 5000], 0));
+        assert_eq!(block.write(1, b"x", None).unwrap(), 1);
+        let (bytes, _) = content(&block);
+        assert_eq!(bytes[..3], [0, b'x', 0]);
+    }
+
+    #[test]
+    fn a_flushed_version_that_is_damaged_is_not_taken_for_an_empty_block() {
+        let (_home, block) = persistent(Geometry::with_spares(5000, 2).unwrap());
+        block.write(0, b"first", None).unwrap();
+        block.sync().unwrap();
+        (0..4).for_each(|slot| tear(&block, slot));
+        assert!(matches!(block.recover(), Err(Fault::Corrupt(_))));
+    }
+
+    #[test]
+    fn what_is_written_in_place_is_as_it_was_flushed() {
+        let (_home, block) = persistent(Geometry::with_spares(5000, 1).unwrap());
+        for n in 1..5u8 {
+            block.write(0, &[n; 5000], None).unwrap();
+            assert_eq!(block.sync().unwrap(), u64::from(n));
+            block.write(100, b"torn", None).unwrap();
+            assert_eq!(block.recover().unwrap(), u64::from(n));
+            assert_eq!(content(&block), (vec![n; 5000], u64::from(n)));
+        }
+        // A flush that did not end leaves the one before.
+        let copy = spares::copied(&block.memory, &block.description.geometry).unwrap();
+        let other = 3 - copy.unwrap().0;
+        block.write(0, &[9; 5000], None).unwrap();
+        tear(&block, other);
+        assert_eq!(block.recover().unwrap(), 4);
+        assert_eq!(content(&block), (vec![4; 5000], 4));
+    }
+
+    /// A file of the layout before: what was flushed may be written over.
+    #[test]
+    fn without_spare_slots_the_newest_version_that_checks_out_is_taken() {
+        let (_home, block) = persistent(Geometry::new(5000, 2).unwrap());
         assert_eq!(block.recover().unwrap(), 0);
         block.write(0, b"first", None).unwrap();
         assert_eq!(block.sync().unwrap(), 1);
         block.write(0, b"other", None).unwrap();
         // Never flushed: it may be there in part.
         assert_eq!(block.recover().unwrap(), 1);
-        let mut bytes = [0; 5];
-        block.read(0, &mut bytes, None).unwrap();
-        assert_eq!(&bytes, b"first");
+        assert_eq!(content(&block).0[..5], *b"first");
         assert_eq!(block.write(0, b"third", None).unwrap(), 2);
         block.sync().unwrap();
         assert_eq!(block.recover().unwrap(), 2);
-        // Torn by the loss: its checksum does not hold, the one before it does no longer exist.
-        rustix::io::pwrite(
-            block.writable(),
-            b"x",
-            block.description().geometry.slot(1) + 100,
-        )
-        .unwrap();
-        rustix::io::pwrite(
-            block.writable(),
-            b"x",
-            block.description().geometry.slot(0) + 100,
-        )
-        .unwrap();
+        (0..2).for_each(|slot| tear(&block, slot));
         assert!(matches!(block.recover(), Err(Fault::Corrupt(_))));
     }
 }

@@ -12,15 +12,24 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::format::at;
-use crate::geometry::{Geometry, SLOTS_MAX};
+use crate::geometry::{ALL_SLOTS_MAX, Geometry};
 use crate::memory::{Fault, Memory};
+
+pub(crate) mod spares;
 
 /// How often, and for how long, a reader begins again before it says that the block is contended.
 const TRIES: u32 = 64;
 const PATIENCE: Duration = Duration::from_millis(50);
 
+/// How many bytes a reader that must not wait copies before it says so, and how often it copies at least.
+const UNWAITED_BYTES_MAX: u64 = 4 * 1024 * 1024;
+const UNWAITED_TRIES_MIN: u64 = 3;
+
 /// Versions stay below this: a writer at a million versions a second gets there in two thousand years.
 pub(crate) const VERSION_MAX: u64 = (1 << 56) - 1;
+
+/// Set in the word of a slot's checksum where it has one.
+pub(crate) const SUMMED: u64 = 1 << 32;
 
 /// What a slot says it holds while its content is that of no version.
 const SPOILT: u64 = u64::MAX;
@@ -88,6 +97,22 @@ pub struct Head {
     pub slot: u32,
 }
 
+impl Head {
+    pub(crate) const NONE: Head = Head {
+        version: 0,
+        slot: 0,
+    };
+}
+
+/// How long a reader tries again while writers are in its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// For some milliseconds.
+    Wait,
+    /// A few times at once: others wait for this thread.
+    Hurry,
+}
+
 /// Loads the head.
 ///
 /// # Errors
@@ -98,7 +123,12 @@ pub fn head<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Head, Fault> {
         version: word >> 8,
         slot: (word & 0xff) as u32,
     };
-    if head.version > 0 && head.slot >= geometry.slots || head.version >= VERSION_MAX {
+    let slots = if geometry.is_raw() {
+        1
+    } else {
+        geometry.all_slots()
+    };
+    if head.version > 0 && head.slot >= slots || head.version >= VERSION_MAX {
         return Err(Fault::Corrupt("head"));
     }
     Ok(head)
@@ -113,11 +143,19 @@ pub fn read<M: Memory>(
     geometry: &Geometry,
     offset: u64,
     to: &mut [u8],
+    patience: Patience,
 ) -> Result<u64, ReadError> {
     if !geometry.contains(offset, to.len()) {
         return Err(ReadError::OutOfRange);
     }
-    consistent(memory, geometry, |slot| {
+    let tries_max = match patience {
+        Patience::Wait => None,
+        Patience::Hurry => {
+            let tries = UNWAITED_BYTES_MAX / (to.len() as u64).max(1);
+            Some(tries.clamp(UNWAITED_TRIES_MIN, u64::from(TRIES)) as u32)
+        }
+    };
+    consistent(memory, geometry, tries_max, |slot| {
         match slot {
             Some(slot) => memory.read(slot + offset, to)?,
             None => to.fill(0),
@@ -127,10 +165,11 @@ pub fn read<M: Memory>(
 }
 
 /// Has `copy` take what it wants of the newest version, given where its slot begins, or nothing for a version of zeros; again
-/// and again until nobody wrote meanwhile. Returns the version.
+/// and again until nobody wrote meanwhile, at most `tries_max` times or for some milliseconds. Returns the version.
 pub(crate) fn consistent<M: Memory>(
     memory: &M,
     geometry: &Geometry,
+    tries_max: Option<u32>,
     mut copy: impl FnMut(Option<u64>) -> Result<(), Fault>,
 ) -> Result<u64, ReadError> {
     let mut tries = 0;
@@ -153,6 +192,9 @@ pub(crate) fn consistent<M: Memory>(
             }
         }
         tries += 1;
+        if tries_max.is_some_and(|max| tries >= max) {
+            return Err(ReadError::Contended);
+        }
         if tries >= TRIES && since.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
             return Err(ReadError::Contended);
         }
@@ -179,12 +221,22 @@ pub(crate) fn is_untouched<M: Memory>(memory: &M, slot: u32, sequence: u64) -> R
     Ok(memory.load(at::slot(slot) + at::SEQUENCE, Relaxed)? == sequence)
 }
 
-/// Which bytes of a slot are older than the newest version: a range for each version that it missed, apart from each other. An
-/// empty range is none.
+/// Most ranges of a slot that are told apart; what is more is joined with the last one.
+const RANGES_MAX: usize = 8;
+
+/// Which bytes of a slot are older than the newest version, in ranges apart from each other. An empty range is none.
 #[derive(Debug, Clone, Copy, Default)]
-struct Lag([(u64, u64); SLOTS_MAX as usize - 1]);
+struct Lag([(u64, u64); RANGES_MAX]);
+
+const _: () = assert!(RANGES_MAX >= ALL_SLOTS_MAX as usize);
 
 impl Lag {
+    fn all(geometry: &Geometry) -> Lag {
+        let mut all = Lag::default();
+        all.add((0, geometry.size));
+        all
+    }
+
     fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
         self.0.into_iter().filter(|(from, to)| from < to)
     }
@@ -207,7 +259,6 @@ impl Lag {
         }
         match apart.0.get_mut(n) {
             Some(place) => *place = joined,
-            // More than a block can miss; then with the last one.
             None => apart.0[n - 1] = union(apart.0[n - 1], joined),
         }
         *self = apart;
@@ -239,6 +290,9 @@ pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault>
     if head.version + 1 >= VERSION_MAX {
         // A writer said so; no block gets there by being written.
         return Err(Fault::Corrupt("version"));
+    }
+    if geometry.spares > 0 && !geometry.is_raw() {
+        return spares::begin(memory, geometry, head);
     }
     let slot = if head.version == 0 {
         0
@@ -278,6 +332,10 @@ impl Draft {
         self.spoil(memory)?;
         lag.ranges()
             .try_for_each(|range| self.bring(memory, range))?;
+        if self.geometry.spares > 0 {
+            // The slots are told apart by their versions, so no two may hold one.
+            return Ok(());
+        }
         memory.fence(Release);
         memory.store(
             at::slot(self.slot) + at::VERSION,
@@ -331,8 +389,7 @@ impl Draft {
     /// Which bytes of the slot are older than the newest version; all of them where that can't be told. A slot that was never
     /// written holds zeros, which is version 0.
     fn lag<M: Memory>(&self, memory: &M, holds: u64) -> Result<Lag, Fault> {
-        let mut all = Lag::default();
-        all.add((0, self.geometry.size));
+        let all = Lag::all(&self.geometry);
         if holds > self.head.version || self.head.version - holds >= u64::from(self.geometry.slots)
         {
             return Ok(all);
@@ -472,30 +529,28 @@ impl Draft {
         self.catch_up(memory)?;
         let words = at::slot(self.slot);
         let (from, to) = self.changed.unwrap_or((0, 0));
-        let checksum = if stamp.with_checksum {
-            self.checksum(memory, version)?
-        } else {
-            0
-        };
-        for (place, word) in [
-            (at::VERSION, version),
-            (at::LENGTH, self.geometry.size),
-            (at::SLOT_FENCE, stamp.fence),
-            (at::TIME, stamp.unix_ns),
-            (at::CHECKSUM, u64::from(checksum)),
-            (at::CHANGED_FROM, from),
-            (at::CHANGED_TO, to),
-        ] {
-            memory.store(words + place, word, Relaxed)?;
+        if self.geometry.spares > 0 && !self.geometry.is_raw() {
+            spares::note_missed(memory, &self.geometry, self.slot, (from, to))?;
         }
+        memory.store(words + at::VERSION, version, Relaxed)?;
+        // Readers do not look at these, so they may be stored in any order.
+        let mut bytes = [0; (at::CHANGED_TO + 8 - at::LENGTH) as usize];
+        let others = [
+            self.geometry.size,
+            stamp.fence,
+            stamp.unix_ns,
+            0, // no checksum
+            from,
+            to,
+        ];
+        for (bytes, word) in bytes.chunks_exact_mut(8).zip(others) {
+            bytes.copy_from_slice(&u64::to_le_bytes(word));
+        }
+        memory.write(words + at::LENGTH, &bytes)?;
         memory.store(words + at::SEQUENCE, self.sequence.wrapping_add(2), Release)?;
         memory.store(at::HEAD, version << 8 | u64::from(self.slot), Release)?;
         memory.notify(at::NOTIFY)?;
         Ok(version)
-    }
-
-    fn checksum<M: Memory>(&self, memory: &M, version: u64) -> Result<u32, Fault> {
-        content_checksum(memory, &self.geometry, self.slot, version)
     }
 }
 
@@ -529,9 +584,6 @@ pub struct Stamp {
     pub fence: u64,
     /// When, in nanoseconds since the Unix epoch.
     pub unix_ns: u64,
-    /// Whether its content is summed up, for a block that is to survive the end of the machine. It takes a pass over all of
-    /// the content.
-    pub with_checksum: bool,
 }
 
 fn union(a: (u64, u64), b: (u64, u64)) -> (u64, u64) {

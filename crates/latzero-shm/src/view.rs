@@ -96,7 +96,7 @@ impl View<'_> {
         self.geometry.size
     }
 
-    /// Whether it has no bytes; a block always has some.
+    /// Whether it has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -101,7 +101,6 @@ impl Writing {
         let stamp = Stamp {
             fence: self.fence,
             unix_ns: unix_ns(),
-            with_checksum: false,
         };
         let draft = self.draft;
         let version = on!(&self.turn.0.bytes, memory => draft.publish(memory, stamp));

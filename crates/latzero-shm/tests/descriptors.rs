@@ -28,12 +28,12 @@ fn refused(file: OwnedFd, expected: &latzero_shm::Expected) -> AttachError {
 #[test]
 fn seals_hold() {
     let (block, _) = common::block(5000, 2, false);
-    let seals = fcntl_get_seals(block.writable()).unwrap();
+    let seals = fcntl_get_seals(block.file()).unwrap();
     assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
     let total = block.description().geometry.total();
-    assert_eq!(ftruncate(block.writable(), total - 1), Err(Errno::PERM));
-    assert_eq!(ftruncate(block.writable(), total + 1), Err(Errno::PERM));
-    let more = fcntl_add_seals(block.writable(), SealFlags::WRITE);
+    assert_eq!(ftruncate(block.file(), total - 1), Err(Errno::PERM));
+    assert_eq!(ftruncate(block.file(), total + 1), Err(Errno::PERM));
+    let more = fcntl_add_seals(block.file(), SealFlags::WRITE);
     assert_eq!(more, Err(Errno::PERM));
 }
 
@@ -44,7 +44,7 @@ fn seals_hold() {
 )]
 fn a_read_only_descriptor_does_not_write() {
     let (block, _) = common::block(5000, 2, false);
-    let file = block.read_only().unwrap();
+    let file = &block.lend(Access::Read).unwrap();
     let map = |protection| {
         // SAFETY: no address is asked for, so nothing that is mapped already is replaced.
         unsafe {
@@ -179,7 +179,7 @@ fn another_block_is_refused() {
         AttachError::Header(HeaderError::Unexpected("geometry"))
     ));
 
-    rustix::io::pwrite(block.writable(), &[1], 20).unwrap();
+    rustix::io::pwrite(block.file(), &[1], 20).unwrap();
     let error = refused(common::descriptor(&block, Access::Write), &expected);
     assert!(matches!(error, AttachError::Header(HeaderError::Checksum)));
     // The custodian notices as well, and says so of this block.
@@ -195,7 +195,7 @@ fn a_head_written_over_harms_that_block_alone() {
         let client = common::attach(&block, Access::Write);
         block.set_lease(1, true).unwrap();
         block.write(0, &[1], None).unwrap();
-        rustix::io::pwrite(block.writable(), &[0xff; 8], 128).unwrap();
+        rustix::io::pwrite(block.file(), &[0xff; 8], 128).unwrap();
         assert!(block.check().is_err());
         assert!(block.read(0, &mut [0], None).is_err());
         assert!(block.write(0, &[1], None).is_err());
@@ -214,7 +214,7 @@ fn a_shortened_file_is_an_error_and_no_signal() {
     block.write(0, &[1; 10_000], None).unwrap();
     for length in [20_000, 9_000, 4096, 100, 0] {
         let writing = client.begin(1);
-        ftruncate(block.writable(), length).unwrap();
+        ftruncate(block.file(), length).unwrap();
         drop(writing);
         let short = |fault: &Fault| matches!(fault, Fault::Short);
         if length <= 4096 {
@@ -404,7 +404,7 @@ fn holes_that_a_writer_punches_read_as_zeros() {
     let (block, _) = common::block(1 << 20, 2, false);
     block.write(0, &vec![7; 1 << 20], None).unwrap();
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    fallocate(block.writable(), flags, 4096, 2 << 20).unwrap();
+    fallocate(block.file(), flags, 4096, 2 << 20).unwrap();
     let mut bytes = vec![1; 1 << 20];
     block.read(0, &mut bytes, None).unwrap();
     assert!(bytes.iter().all(|b| *b == 0));

@@ -30,7 +30,7 @@ fn refused(file: OwnedFd, expected: &Expected) -> AttachError {
 /// The block's file, opened anew.
 fn reopened(block: &Custodian, flags: OFlags) -> OwnedFd {
     use std::os::fd::AsRawFd;
-    let path = format!("/proc/self/fd/{}", block.writable().as_raw_fd());
+    let path = format!("/proc/self/fd/{}", block.file().as_raw_fd());
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap()
 }
 
@@ -43,7 +43,7 @@ fn a_reader_changes_neither_memory_nor_file() {
     for is_persistent in [false, true] {
         let (block, _directory) = common::block(5000, 2, is_persistent);
         block.write(0, &[7; 5000], None).unwrap();
-        let file = block.read_only().unwrap();
+        let file = &block.lend(Access::Read).unwrap();
         let total = block.description().geometry.total();
         let length = usize::try_from(total).unwrap();
         let map = |protection| {
@@ -183,12 +183,12 @@ fn headers_that_are_whole_and_wrong_are_refused() {
     Attachment::new(write(&|_| {}), &expected).unwrap();
     let cases: [(usize, u8, HeaderError); 11] = [
         (7, b'2', HeaderError::Magic),
-        (8, 2, HeaderError::Version(2)),
+        (8, 3, HeaderError::Version(3)),
         (13, 0x20, HeaderError::Field("length")),
         (48, 0, HeaderError::Field("generation")),
         (48, 4, HeaderError::Unexpected("generation")),
         (57, 0x11, HeaderError::Field("total length")),
-        (64, 0, HeaderError::Field("size")),
+        (64, 0, HeaderError::Field("total length")),
         (64, 11, HeaderError::Unexpected("geometry")),
         (72, 1, HeaderError::Field("slot offset")),
         (80, 1, HeaderError::Field("slot stride")),
@@ -223,7 +223,7 @@ fn a_file_shortened_under_a_draft_is_an_error_and_no_signal() {
             block.write(0, &[1; 10_000], None).unwrap();
             let mut writing = client.begin(0).unwrap();
             writing.write(5000, &[2; 10]).unwrap();
-            ftruncate(block.writable(), length).unwrap();
+            ftruncate(block.file(), length).unwrap();
             // Whatever these answer, they answer; a write past the end makes the file longer again.
             let mut own = vec![0; 10_000];
             let _ = writing.read_into(0, &mut own);
@@ -257,7 +257,7 @@ fn sleepers_of_a_file_that_is_gone_wake_up() {
             .iter()
             .map(|reader| scope.spawn(|| reader.wait(1, Some(Duration::from_secs(60)))))
             .collect();
-        ftruncate(block.writable(), 0).unwrap();
+        ftruncate(block.file(), 0).unwrap();
         for sleeper in sleepers {
             assert_eq!(sleeper.join().unwrap(), Waited::Closed);
         }

@@ -119,9 +119,11 @@ fn read_until_closed(block: &Attachment, reads: u64) -> (u64, u64) {
 
 fn start(role: &str, block: &Custodian, slots: u32) -> Child {
     let file = match role {
-        "writer" => block.writable(),
-        _ => block.read_only().expect("there is /proc"),
+        "writer" => block.lend(Access::Write),
+        _ => block.lend(Access::Read),
     };
+    // Open for as long as the test runs: the other process opens it by this one's number.
+    let file = Box::leak(Box::new(file.expect("there is /proc")));
     let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
     Command::new(std::env::current_exe().expect("it runs"))
         .args([

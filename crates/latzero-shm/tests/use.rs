@@ -191,3 +191,42 @@ fn a_reader_sees_whole_versions_while_another_thread_writes() {
         }
     });
 }
+
+/// A backup reads a version in parts while writers go on.
+#[test]
+fn a_version_that_is_held_stays_as_it_is() {
+    for slots in [1, 2, 4] {
+        let (block, _directory) = common::block(5000, slots, true);
+        assert_eq!(block.hold().unwrap().unwrap().version(), 0);
+        block.write(0, &[1; 5000], None).unwrap();
+        let held = block.hold().unwrap().unwrap();
+        assert_eq!(held.version(), 1);
+        for n in 2..12 {
+            block.write(0, &[n; 5000], None).unwrap();
+            let mut part = [0; 400];
+            held.read(400 * u64::from(n), &mut part).unwrap();
+            assert_eq!(part, [1; 400], "beside version {n}");
+        }
+        assert!(held.read(4900, &mut [0; 101]).is_err());
+        drop(held);
+        assert_eq!(block.sync().unwrap(), 11);
+    }
+    // Memory is not flushed, so there is nothing to hold on to.
+    let (block, _) = common::block(5000, 2, false);
+    assert!(block.hold().unwrap().is_none());
+}
+
+/// Each client has an open file of its own, and the server keeps one.
+#[test]
+fn descriptors_are_there_while_they_are_lent() {
+    use std::sync::Arc;
+    let (block, _) = common::block(5000, 2, false);
+    let first = block.lend(Access::Read).unwrap();
+    let again = block.lend(Access::Read).unwrap();
+    assert!(Arc::ptr_eq(&first, &again), "on its way to two clients");
+    assert!(!Arc::ptr_eq(&first, &block.lend(Access::Write).unwrap()));
+    let lent = Arc::downgrade(&first);
+    drop((first, again));
+    assert!(lent.upgrade().is_none(), "nothing stays open");
+    assert!(block.lend(Access::Read).is_some());
+}

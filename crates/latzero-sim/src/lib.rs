@@ -7,6 +7,7 @@
 
 mod check;
 mod client;
+mod hostile;
 mod lasting;
 mod line;
 mod report;
@@ -17,6 +18,6 @@ mod world;
 
 pub use line::{Bounds, Event, LENGTH_SLACK, Line, Peer, Totals};
 pub use report::{Outcome, Plan, STEPS_DEFAULT, Theme, Violation, run};
-pub use storage::{Storages, Stored};
+pub use storage::{Descriptor, Storages, Stored};
 pub use store::Rows;
 pub use world::{ADMIN_TOKEN, Message, PoolHandle, World, decode, encode_frame};

@@ -4,11 +4,12 @@ use std::process::ExitCode;
 
 use latzero_sim::{Plan, run};
 
-const USAGE: &str = "usage: latzero-sim [--seed N | --seeds A..B] [--lasting] [--steps N] [--json]";
+const USAGE: &str =
+    "usage: latzero-sim [--seed N | --seeds A..B] [--lasting | --hostile] [--steps N] [--json]";
 
 struct Options {
     seeds: std::ops::Range<u64>,
-    is_lasting: bool,
+    plan: fn(u64) -> Plan,
     /// As many as usual where it is absent.
     steps: Option<u32>,
     json: bool,
@@ -24,11 +25,7 @@ fn main() -> ExitCode {
     };
     let (mut runs, mut steps, mut calls, mut frames) = (0_u64, 0, 0, 0);
     for seed in options.seeds {
-        let mut plan = if options.is_lasting {
-            Plan::lasting(seed)
-        } else {
-            Plan::new(seed)
-        };
+        let mut plan = (options.plan)(seed);
         plan.steps = options.steps.unwrap_or(plan.steps);
         steps += u64::from(plan.steps);
         match run(&plan) {
@@ -59,7 +56,7 @@ fn main() -> ExitCode {
 fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
     let mut options = Options {
         seeds: 0..1,
-        is_lasting: false,
+        plan: Plan::new,
         steps: None,
         json: false,
     };
@@ -67,7 +64,8 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
         let mut value = || args.next().ok_or(format!("{flag} needs a value"));
         match flag.as_str() {
             "--json" => options.json = true,
-            "--lasting" => options.is_lasting = true,
+            "--lasting" => options.plan = Plan::lasting,
+            "--hostile" => options.plan = Plan::hostile,
             "--seed" => {
                 let seed = number(&flag, &value()?)?;
                 options.seeds = seed..seed.saturating_add(1);

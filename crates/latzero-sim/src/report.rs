@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use latzero_fabric::Limits;
 
 use crate::check::Checker;
+use crate::hostile::Hostile;
 use crate::lasting::Lasting;
 use crate::line::{Bounds, Event, Totals};
 use crate::script::Script;
@@ -19,6 +20,8 @@ pub enum Theme {
     Calls,
     /// Calls that outlive connections and servers, by clients that come and go.
     Lasting,
+    /// Strangers who want to use the server up, beside a polite pair.
+    Hostile,
 }
 
 /// Clients with a script, and a model of what they may expect.
@@ -84,6 +87,38 @@ impl Plan {
                 headroom_bytes: 64 * 1024,
                 // What is in a socket's buffer when a client dies is lost to it; the checker knows of no such loss.
                 socket_bytes: 0,
+            },
+            ..Plan::new(seed)
+        }
+    }
+
+    /// A run of `seed` with hostile strangers, in a server with little of everything.
+    #[must_use]
+    pub fn hostile(seed: u64) -> Self {
+        Plan {
+            theme: Theme::Hostile,
+            steps: LASTING_STEPS,
+            limits: Limits {
+                memory_max: [256, 1024][(seed % 2) as usize] * 1024,
+                outbox_total_bytes_max: [64, 256][(seed / 2 % 2) as usize] * 1024,
+                max_frame: 16 * 1024,
+                in_flight_max: 32,
+                in_flight_per_handler_max: 16,
+                pending_max: 64,
+                apps_max: 40,
+                pools_max: 40,
+                parked_max: 50,
+                parked_bytes_max: 128 * 1024,
+                repeats_bytes_max: 32 * 1024,
+                served_per_app_max: 64,
+                blocks_max: 20,
+                memory_bytes_max: 256 * 1024,
+                ..Limits::default()
+            },
+            bounds: Bounds {
+                outbox_bytes: 16 * 1024,
+                headroom_bytes: 16 * 1024,
+                socket_bytes: 4096,
             },
             ..Plan::new(seed)
         }
@@ -161,6 +196,7 @@ impl fmt::Display for Violation {
         let lasting = match self.theme {
             Theme::Calls => "",
             Theme::Lasting => " --lasting",
+            Theme::Hostile => " --hostile",
         };
         write!(
             f,
@@ -180,6 +216,7 @@ pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
     let scenario: Box<dyn Scenario> = match plan.theme {
         Theme::Calls => Box::new(Calls::new(plan.seed, plan.clients)),
         Theme::Lasting => Box::new(Lasting::new(plan.seed)),
+        Theme::Hostile => Box::new(Hostile::new(plan.seed)),
     };
     let mut run = Run {
         world: World::new(plan.seed, plan.limits.clone(), plan.bounds),

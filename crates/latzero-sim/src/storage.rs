@@ -2,12 +2,21 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use latzero_fabric::memory::{Descriptor, Job, Ledger, Making, StorageId};
+use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
 use latzero_protocol::memory::Access;
 use latzero_protocol::{Code, Refusal};
 
 use crate::line::Line;
 use crate::world::PoolHandle;
+
+/// A descriptor that travels with a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Of what.
+    pub storage: StorageId,
+    /// Whether its receiver may write through it.
+    pub access: Access,
+}
 
 /// One generation of a block.
 #[derive(Debug, Clone)]

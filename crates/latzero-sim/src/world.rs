@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use latzero_fabric::books::{Books, Users};
+use latzero_fabric::books::{self, Books, Hold, Holding, Resource, Users};
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
-use latzero_fabric::memory::{Descriptor, Job, Ledger, StorageId};
+use latzero_fabric::memory::{Job, Ledger, StorageId};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
     Class, Driver, Effects, Flow, Limits, Now, Pool, Registry, Session, Time, Transport, Turn,
@@ -24,7 +24,7 @@ use latzero_protocol::{AppId, Code, PoolName, Refusal, encode};
 use serde_json::Value;
 
 use crate::line::{Bounds, Event, LENGTH_SLACK, Line, Observer, Peer, Totals};
-use crate::storage::Storages;
+use crate::storage::{Descriptor, Storages};
 use crate::store::Store;
 
 /// A pool of the world.
@@ -44,6 +44,8 @@ struct Connection {
     /// Taken out while it handles a frame, and gone when the connection has ended.
     session: Option<Session<World>>,
     received: Vec<u8>,
+    /// What was received takes.
+    inbound: Hold,
     /// Written by the server, and not read by the client.
     socket: VecDeque<u8>,
     /// Descriptors that were written.
@@ -146,8 +148,10 @@ impl World {
             user,
             max_frame_before_handshake: MAX_FRAME_BEFORE_HANDSHAKE,
         };
+        let inbound = line.link().account().hold(Resource::Inbound);
         self.connections.push(Connection {
             session: Some(Session::new(line.clone(), terms)),
+            inbound,
             line,
             received: Vec::new(),
             socket: VecDeque::new(),
@@ -163,9 +167,14 @@ impl World {
         if !self.is_open(peer) {
             return;
         }
-        self.connections[peer.0 as usize]
-            .received
-            .extend_from_slice(bytes);
+        let connection = &mut self.connections[peer.0 as usize];
+        let length = connection.received.len() + bytes.len();
+        if !connection.received.is_empty() && connection.inbound.resize(length as u64).is_err() {
+            // It is not read, so what it sent stays with its client; this one gives up.
+            self.hang_up(peer);
+            return;
+        }
+        connection.received.extend_from_slice(bytes);
         let mut received = std::mem::take(&mut self.connections[peer.0 as usize].received);
         let mut used = 0;
         while self.is_open(peer)
@@ -175,7 +184,9 @@ impl World {
             used += length;
         }
         received.drain(..used);
-        self.connections[peer.0 as usize].received = received;
+        let connection = &mut self.connections[peer.0 as usize];
+        connection.inbound.force(received.len() as u64);
+        connection.received = received;
         self.reap();
         // What others sent while they waited.
         for peer in std::mem::take(&mut self.woken) {
@@ -316,6 +327,7 @@ impl World {
             };
             let connection = &mut self.connections[line.id.0 as usize];
             connection.received = Vec::new();
+            connection.inbound.force(0);
             let session = connection.session.take();
             if let Some(mut session) = session {
                 session.closed(&mut self.turn());
@@ -498,7 +510,9 @@ impl World {
             let account = Arc::clone(connection.line.link().account());
             let line = Line::new(connection.line.id, account);
             line.link().close();
+            let inbound = line.link().account().hold(Resource::Inbound);
             *connection = Connection {
+                inbound,
                 line,
                 session: None,
                 received: Vec::new(),
@@ -719,6 +733,59 @@ impl World {
         );
     }
 
+    /// Closes connections while memory is short, as a server does.
+    pub fn shed(&mut self) {
+        while self.site.books.must_shed() {
+            let connections = self.connections.iter().filter(|c| c.is_open);
+            let holdings = connections.map(|connection| {
+                let (bytes, since) = connection.line.link().holding();
+                Holding {
+                    key: connection.line.id,
+                    bytes: bytes + connection.inbound.amount(),
+                    since,
+                }
+            });
+            let Some(victim) = books::victim(self.now, holdings) else {
+                return;
+            };
+            self.hang_up(victim);
+        }
+    }
+
+    /// Checks that the ledger equals the sum of what exists.
+    ///
+    /// # Panics
+    /// Where it does not.
+    pub fn check_ledger(&self) {
+        let all = self.site.books.all();
+        let connections = || self.connections.iter();
+        let inbound: u64 = connections().map(|c| c.inbound.amount()).sum();
+        assert_eq!(all.used(Resource::Inbound), inbound, "unfinished frames");
+        // Frames that several outboxes share are counted apart.
+        let outbox: u64 = connections().map(|c| c.line.link().held()).sum();
+        assert!(all.used(Resource::Outbox) >= outbox, "outboxes");
+        let registry = self.registry.borrow();
+        let (registered, made) = registry.held();
+        assert_eq!(
+            all.used(Resource::Registrations),
+            registered,
+            "registrations"
+        );
+        assert_eq!(all.used(Resource::Pools), made, "pools");
+        let (mut parked, mut bytes, mut repeats, mut redelivery) = (0, 0, 0, 0);
+        for (_, pool) in registry.pools() {
+            let stats = pool.borrow().stats();
+            parked += (stats.parked_calls + stats.parked_answers) as u64;
+            bytes += stats.parked_bytes;
+            repeats += stats.repeats_bytes;
+            redelivery += stats.redelivery_bytes;
+        }
+        assert_eq!(all.used(Resource::ParkedCalls), parked, "parked calls");
+        assert_eq!(all.used(Resource::Parked), bytes, "bytes of parked calls");
+        assert_eq!(all.used(Resource::Repeats), repeats, "answers kept");
+        assert_eq!(all.used(Resource::Redelivery), redelivery, "redelivery");
+    }
+
     /// What the registry holds, in numbers.
     #[must_use]
     pub fn counts(&self) -> latzero_fabric::registry::Counts {
@@ -814,6 +881,8 @@ impl Driver for World {
         let Some(stored) = self.storages.stored.get_mut(&storage) else {
             return 0;
         };
+        // The largest number says that nobody said anything: the block itself is asked.
+        let noted = noted.filter(|version| *version < u64::MAX);
         stored.version = stored.version.max(noted.unwrap_or(0));
         stored.version
     }

@@ -121,11 +121,7 @@ pub fn query(path: &Path, sql: &str, limits: &QueryLimits) -> Result<Answer, Bac
 fn answer(conn: &Connection, sql: &str, limits: &QueryLimits) -> rusqlite::Result<Answer> {
     // One statement: what comes behind it is an error.
     let mut statement = conn.prepare(sql)?;
-    let columns: Vec<String> = statement
-        .column_names()
-        .into_iter()
-        .map(Into::into)
-        .collect();
+    let columns: Vec<String> = statement.column_names().map(Into::into).collect();
     let mut answer = Answer {
         rows: Vec::new(),
         is_cut: false,
@@ -205,7 +201,7 @@ fn dump_rows(
     let columns = conn
         .prepare(&format!("SELECT * FROM \"{quoted}\""))
         .map(|statement| {
-            let names = statement.column_names().into_iter();
+            let names = statement.column_names();
             let names: Vec<String> = names
                 .map(|name| format!("quote(\"{}\")", name.replace('"', "\"\"")))
                 .collect();

@@ -115,6 +115,39 @@ impl Site {
         copy
     }
 
+    /// As if the machine had ended, with no server running: each persistent block's file notes another boot, and of its content
+    /// nothing is whole but the version that it says is on the disk.
+    ///
+    /// # Errors
+    /// Where a file can't be read or written.
+    pub fn lose_power(&self) -> io::Result<()> {
+        use std::os::unix::fs::FileExt as _;
+        for entry in std::fs::read_dir(self.data_dir().join("memory"))? {
+            let path = entry?.path();
+            if path.extension().is_none_or(|extension| extension != "lzb") {
+                continue;
+            }
+            let file = File::options().read(true).write(true).open(path)?;
+            let word = |at: u64| {
+                let mut bytes = [0; 8];
+                file.read_exact_at(&mut bytes, at)?;
+                io::Result::Ok(u64::from_le_bytes(bytes))
+            };
+            // docs/protocol.md, "Mapping a block".
+            let (size, first, stride) = (word(64)?, word(72)?, word(80)?);
+            let slots = (word(88)? & 0xff) + (word(104)? & 0xff);
+            let flushed = word(400)?;
+            let kept = (flushed >> 8 > 0 || word(88)? & 0xff == 1).then_some(flushed & 0xff);
+            for slot in (0..slots).filter(|slot| Some(*slot) != kept) {
+                let torn = [0x5a; 16];
+                let length = usize::try_from(size.min(16)).unwrap_or(16);
+                file.write_all_at(&torn[..length], first + stride * slot)?;
+            }
+            file.write_all_at(&(word(416)? ^ 0x5a5a).to_le_bytes(), 416)?;
+        }
+        Ok(())
+    }
+
     /// The data directory, as this process sees it.
     #[must_use]
     pub fn data_dir(&self) -> PathBuf {

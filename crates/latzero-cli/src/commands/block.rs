@@ -293,11 +293,11 @@ fn array_bytes(array: &Array) -> Result<u64, Failure> {
         Failure::usage(format!("'{}' is no type of numbers", array.dtype))
             .with_help("write it as numpy does: <f4, |u1, <i8")
     })?;
-    let bytes = array.shape.iter().try_fold(item, |b, n| b.checked_mul(*n));
-    match bytes {
-        Some(bytes) if bytes > 0 => Ok(bytes),
-        _ => Err(Failure::usage("such an array has no bytes, or too many")),
+    if array.shape.contains(&0) {
+        return Ok(0);
     }
+    let bytes = array.shape.iter().try_fold(item, |b, n| b.checked_mul(*n));
+    bytes.ok_or_else(|| Failure::usage("such an array has too many bytes to count"))
 }
 
 /// Says what was done with a block.

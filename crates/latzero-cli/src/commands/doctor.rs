@@ -76,6 +76,8 @@ fn store(settings: &Settings) -> Option<Finding> {
     let connection = reach.connect(&ConnectOptions::once("doctor")).ok()?;
     let health = connection.app.request(&json!({"action": "health"})).ok()?;
     let part = &health["components"]["store"];
+    let mut what = losses(&health, Some("store"));
+    what.extend(sentences(&part["seen"]));
     let shown = shell(&dir.to_string_lossy());
     let (status, command) = match (part["status"] == "ok", part["seen"]["failing"].as_str()) {
         (true, _) => (Status::Ok, None),

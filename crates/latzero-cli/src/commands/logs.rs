@@ -86,7 +86,7 @@ fn start_of_last(file: &mut File, lines: u32) -> io::Result<u64> {
             // The break at the very end belongs to the last line.
             let is_last = std::mem::replace(&mut is_end, false) && at + 1 == chunk.len();
             breaks += u32::from(!is_last);
-            if breaks > lines || breaks == lines {
+            if breaks >= lines {
                 return Ok(from + at as u64 + 1);
             }
         }

@@ -341,11 +341,14 @@ fn damage_is_found_with_a_server_and_without_one() {
     let said = "took its place";
     let health = server.run(&["health"]).ended_with(4).out;
     assert!(
-        health.contains("store\tdegraded\t") && health.contains(said),
+        health.contains("store\tdegraded\tdata.db: ") && health.contains(said),
         "{health}"
     );
     let status = server.run(&["status"]).ended_with(0).out;
-    assert!(status.contains(said), "{status}");
+    assert!(
+        status.contains("lost\tdata.db: ") && status.contains(said),
+        "{status}"
+    );
     let status = server.run(&["status", "--json"]).ended_with(0).json();
     assert_eq!(status["store"]["status"], "degraded");
     let doctor = server

@@ -113,7 +113,16 @@ fn a_parked_call_has_an_app_of_its_own() {
         "{text}"
     );
     assert!(!text.contains(app), "{text}");
-    let _serving = server.serve(&["alpha/job", "--app", "worker", "--", "cat"]);
+    // Room for the parked calls and the one that follows at once.
+    let _serving = server.serve(&[
+        "alpha/job",
+        "--app",
+        "worker",
+        "--concurrency",
+        "8",
+        "--",
+        "cat",
+    ]);
     // Another command of the same user takes nothing away.
     server.run(&["call", "alpha/job", "2"]).ended_with(0);
     let args = ["answers", "--app", app, "--wait", "30s", "--count", "1"];

@@ -23,9 +23,7 @@ use serde_json::{Value, json};
 use super::lock::{Claim, Expired, Grant, Holder, Lock};
 use super::{Member, MemberKey, Pool, not_member};
 use crate::driver::Driver;
-use crate::memory::{
-    Counted, Descriptor, Geometry, HEADER_BYTES, Job, Making, StorageId, check_room,
-};
+use crate::memory::{Counted, Geometry, HEADER_BYTES, Job, Making, StorageId, check_room};
 use crate::now::Time;
 use crate::outbox::Class;
 use crate::slab::{Key, Slab};
@@ -178,10 +176,14 @@ impl Block {
     fn description(&self, pool: &str, version: u64) -> Value {
         let mut description = json!({
             "block_id": self.id, "pool": pool, "size": self.geometry.size, "kind": self.kind.as_str(),
-            "consistency": self.consistency(), "version": version, "generation": self.generation, "header": 1,
+            "consistency": self.consistency(), "version": version, "generation": self.generation,
+            "header": if self.geometry.spares == 0 { 1 } else { 2 },
             "slots": self.geometry.slots, "slot_offset": HEADER_BYTES, "slot_stride": self.geometry.stride(),
             "owner": self.owner, "lifetime": self.lifetime.as_str(), "fence": self.lock.fence(),
         });
+        if self.geometry.spares > 0 {
+            description["spare_slots"] = self.geometry.spares.into();
+        }
         if let Some(layout) = &self.layout {
             description["layout"] =
                 serde_json::from_str(&layout.to_json()).expect("a layout writes JSON");
@@ -195,6 +197,8 @@ impl Block {
 pub(super) struct Blocks {
     blocks: Slab<Block>,
     by_id: HashMap<BlockId, BlockKey>,
+    /// Blocks of an earlier run that a limit left out, and why. Nobody else gets their names.
+    left_out: HashMap<BlockId, Box<str>>,
     bytes: u64,
     tickets: u64,
     /// No lease and no wait ends before this. Kept rather than looked for: the pool is asked after every message.
@@ -270,6 +274,30 @@ impl<D: Driver> Pool<D> {
             .ok_or_else(|| not_member(&self.name))
     }
 
+    /// A block of an earlier run is not taken in, for the reason `why`: its name is kept for it, and the pool with the name.
+    pub fn leave_out(&mut self, id: &BlockId, why: &str, turn: &mut Turn<'_, D>) {
+        if self
+            .blocks
+            .left_out
+            .insert(id.clone(), why.into())
+            .is_none()
+        {
+            turn.count_held(&self.name, self.number, 1);
+        }
+    }
+
+    fn check_left_out(&self, id: &BlockId) -> Result<(), Refusal> {
+        let Some(why) = self.blocks.left_out.get(id) else {
+            return Ok(());
+        };
+        let message = format!(
+            "block '{id}' of pool '{}' is on the disk, and a limit left it out when the server started: {why}; \
+             start the server with a higher limit",
+            self.name
+        );
+        Err(Refusal::new(Code::Quota, message))
+    }
+
     /// A block that is there.
     fn block(&self, id: &BlockId) -> Result<(BlockKey, &Block), Refusal> {
         let found = self
@@ -279,7 +307,10 @@ impl<D: Driver> Pool<D> {
             .and_then(|&key| Some((key, self.blocks.at(key)?)));
         match found {
             Some((key, block)) if !matches!(block.phase, Phase::New) => Ok((key, block)),
-            _ => Err(no_block(id, self.name.as_str())),
+            _ => {
+                self.check_left_out(id)?;
+                Err(no_block(id, self.name.as_str()))
+            }
         }
     }
 
@@ -370,6 +401,7 @@ impl<D: Driver> Pool<D> {
             };
             return self.attach_block(asking, &create.block, access, create.layout.as_ref(), turn);
         }
+        self.check_left_out(&create.block)?;
         if create.lifetime == Lifetime::Attached && create.attach.is_none() {
             let message =
                 "a block with \"lifetime\":\"attached\" goes at once unless its maker attaches it";
@@ -378,10 +410,7 @@ impl<D: Driver> Pool<D> {
         if create.kind == Kind::Persistent {
             self.check_outlives("a persistent block")?;
         }
-        let geometry = Geometry {
-            size: create.size,
-            slots: create.slots,
-        };
+        let geometry = Geometry::new(create.kind, create.size, create.slots);
         let total = self.check_size(geometry)?;
         check_room(
             &format!("blocks of pool '{}'", self.name),
@@ -393,9 +422,10 @@ impl<D: Driver> Pool<D> {
             ),
         )?;
         let limits = &self.limits;
-        let storage = turn.with_ledger(|ledger| {
+        let (storage, generation) = turn.with_ledger(|ledger| {
             ledger.begin_block(&app, total, limits)?;
-            Ok::<_, Refusal>(ledger.next_storage())
+            let generation = ledger.first_generation(&self.name, &create.block);
+            Ok::<_, Refusal>((ledger.next_storage(), generation))
         })?;
         turn.count_held(&self.name, self.number, 1);
         self.blocks.bytes += total;
@@ -408,7 +438,7 @@ impl<D: Driver> Pool<D> {
             permissions: create.permissions.clone(),
             owner: app,
             lifetime: create.lifetime,
-            generation: 1,
+            generation,
             created: unix_ms,
             phase: Phase::New,
             attachments: Vec::new(),
@@ -429,7 +459,7 @@ impl<D: Driver> Pool<D> {
             block: block.id.clone(),
             kind: block.kind,
             geometry,
-            generation: 1,
+            generation,
             from: None,
             record: record(&self.name, &block, self.outlives).to_string(),
         };
@@ -570,17 +600,23 @@ impl<D: Driver> Pool<D> {
         Ok(Some("{}".into()))
     }
 
-    /// Removes a block under everybody.
+    /// Removes a block under everybody. An administrator needs no permission for it.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`.
     pub fn remove_block(
         &mut self,
         member: MemberKey,
+        is_admin: bool,
         id: &BlockId,
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
-        let (key, block) = self.allowed_by_name(member, id, Access::Write)?;
+        let (key, block) = if is_admin {
+            self.asker(member)?;
+            self.block(id)?
+        } else {
+            self.allowed_by_name(member, id, Access::Write)?
+        };
         if let Some(held) = block.lock.exclusive().filter(|held| held.member != member) {
             return Err(self.locked(id, held));
         }
@@ -604,6 +640,14 @@ impl<D: Driver> Pool<D> {
             .collect();
         for key in keys {
             self.end_block(key, turn);
+        }
+        let left_out = std::mem::take(&mut self.blocks.left_out).len();
+        if left_out > 0 {
+            turn.count_held(
+                &self.name,
+                self.number,
+                -i32::try_from(left_out).unwrap_or(i32::MAX),
+            );
         }
     }
 
@@ -656,7 +700,10 @@ impl<D: Driver> Pool<D> {
             self.blocks.bytes -= more;
             turn.with_ledger(|ledger| ledger.release(&block.owner, more));
         }
-        turn.with_ledger(|ledger| ledger.end_block(&block.owner, block.total()));
+        turn.with_ledger(|ledger| {
+            ledger.note_end(&self.name, &block.id, block.generation);
+            ledger.end_block(&block.owner, block.total());
+        });
         let app_of = |member: MemberKey| self.members.at(member).map(|m| &m.app);
         for attachment in block.attachments.iter().filter(|a| a.own.is_some()) {
             if let Some(app) = app_of(attachment.member) {

@@ -121,6 +121,12 @@ impl ParkedCalls {
         first.into_iter().chain(others).min()
     }
 
+    /// Bytes of calls and answers.
+    pub(super) fn bytes(&self) -> u64 {
+        let calls = self.calls.values().map(|parked| parked.held.bytes.amount());
+        calls.sum::<u64>() + self.answers.bytes()
+    }
+
     pub(super) fn counts(&self) -> (usize, usize) {
         (self.calls.len(), self.answers.len())
     }
@@ -315,7 +321,7 @@ impl<D: Driver> Pool<D> {
             may_park: true,
             idempotency_key: None,
             number: Some(row.number),
-            _held: None,
+            held: None,
         });
         let Some(redeliver) = lasting.read(|trigger| trigger.redeliver) else {
             return false;

@@ -51,10 +51,13 @@ fn waiter(member: MemberKey, id: &str) -> Waiter {
     ((member.slot, member.generation), id.into())
 }
 
+/// Members with a repeat each, by its id.
+type Repeaters = Vec<(MemberKey, Box<str>)>;
+
 enum Repeat {
     Running {
         /// Repeats that wait for the answer.
-        waiting: Vec<(MemberKey, Box<str>)>,
+        waiting: Repeaters,
         /// Where the answer will count.
         account: Arc<Account>,
     },
@@ -131,10 +134,7 @@ impl Repeats {
     }
 
     /// Ends a call that is under way; returns who waits with it.
-    fn take_running(
-        &mut self,
-        known: &Known,
-    ) -> Option<(Vec<(MemberKey, Box<str>)>, Arc<Account>)> {
+    fn take_running(&mut self, known: &Known) -> Option<(Repeaters, Arc<Account>)> {
         let Some(Repeat::Running { .. }) = self.known.get(known) else {
             return None;
         };
@@ -188,6 +188,10 @@ impl Repeats {
             self.restore(caller, key, account);
         }
         has_room
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes as u64
     }
 
     /// When the oldest answer is given up.

@@ -246,11 +246,11 @@ impl<D: Driver> Pool<D> {
                         ..delivery
                     };
                     let length = length + blocks.len();
-                    return match turn.send_with(
+                    return match turn.send_descriptors(
                         &to.peer,
                         Class::Call,
                         length,
-                        &descriptors,
+                        descriptors,
                         |out| encode::delivery(out, &delivery, to.attachments),
                     ) {
                         Sent::Queued => Offer::Taken,

@@ -269,7 +269,7 @@ impl<D: Driver> Registry<D> {
             policy: Policy::default(),
             properties: None,
             created,
-            _place: place,
+            place,
         };
         self.pools.entry(name).or_insert(entry)
     }

@@ -188,7 +188,10 @@ impl<D: Driver> Session<D> {
                 turn.with_pool(&pool, |pool, turn| pool.flush_block(asking, block, turn))
             }
             Action::Remove(block) => {
-                turn.with_pool(&pool, |pool, turn| pool.remove_block(member, block, turn))
+                let is_admin = self.terms.is_admin;
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.remove_block(member, is_admin, block, turn)
+                })
             }
             Action::List(page) => {
                 let blocks = turn.with_pool(&pool, |pool, turn| pool.blocks_json(page, turn));

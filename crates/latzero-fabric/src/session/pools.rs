@@ -186,7 +186,7 @@ impl<D: Driver> Session<D> {
         let (pool, is_promised) = turn.with_registry(|registry, turn| {
             registry.remove_pool((&app, is_admin), name, force, &peer, turn)
         })?;
-        turn.with_pool(&pool, |pool, turn| pool.close(turn));
+        turn.with_pool(&pool, crate::Pool::close);
         self.forget_removed(turn);
         Ok(Reply::kept_if(is_promised, "{}".into(), Promise::Removal))
     }

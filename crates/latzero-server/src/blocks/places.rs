@@ -54,7 +54,7 @@ impl Blocks {
         if self.is_in_place(stored) {
             return Ok(());
         }
-        self.files.put_back(names, stored.custodian.writable())?;
+        self.files.put_back(names, stored.custodian.file())?;
         tracing::warn!(pool = %stored.pool, block = %stored.block, "the file of a block was gone; it was written anew");
         Ok(())
     }

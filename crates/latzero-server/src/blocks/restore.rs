@@ -29,6 +29,7 @@ struct Present {
     block: BlockId,
     names: Names,
     generation: u64,
+    version: u64,
     fence: u64,
 }
 
@@ -61,10 +62,12 @@ impl Restoring {
             let (pool, block) = Found { record, fence: 0 }.name().ok()?;
             let record: Value = serde_json::from_str(record).ok()?;
             let lease = kept.open.as_ref().ok().map(Custodian::lease);
+            let version = kept.open.as_ref().ok().map(Custodian::version);
             Some(Present {
                 pool,
                 block,
                 generation: record["generation"].as_u64().unwrap_or(0),
+                version: version.and_then(Result::ok).unwrap_or(0),
                 fence: lease.and_then(Result::ok).unwrap_or(0),
                 names: kept.names,
             })
@@ -96,12 +99,18 @@ impl Restoring {
         };
         // Who still has the former block mapped must not take this one for the same.
         let generation = before()
-            .map(|present| present.generation + 1)
-            .fold(head.generation, u64::max);
+            .map(|present| present.generation)
+            .fold(head.generation, u64::max)
+            + 1;
+        // Who waits for a version beyond the one that is there hears of this one.
+        let version = before()
+            .map(|present| present.version + 1)
+            .fold(head.version, u64::max);
         let fence = before().map(|present| present.fence).max().unwrap_or(0);
         record["generation"] = generation.into();
-        let geometry =
-            Geometry::new(head.size, head.slots).map_err(|error| senseless(error.to_string()))?;
+        record["spares"] = latzero_shm::SPARES.into();
+        let geometry = Geometry::with_spares(head.size, head.slots)
+            .map_err(|error| senseless(error.to_string()))?;
         let description = Description {
             block_id: random_id(),
             pool_id: pool_id(&pool),
@@ -120,7 +129,7 @@ impl Restoring {
             names,
             record: record.to_string(),
         });
-        custodian.fill(bytes, head.version)?;
+        custodian.fill(bytes, version)?;
         custodian
             .set_lease(fence.min(FENCE_KEPT_MAX), false)
             .and_then(|()| custodian.sync())
@@ -230,13 +239,13 @@ mod tests {
     fn a_block_takes_the_place_of_the_one_that_is_there() {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(restore(&directory, &head(3, 7, 2, 5), b"first"), 0);
-        assert_eq!(found(&directory), (3, 7, 0, b"first".to_vec()));
+        assert_eq!(found(&directory), (4, 7, 0, b"first".to_vec()));
         let files = Files::open(directory.path()).unwrap();
         let kept = files.scan().remove(0);
         kept.open.unwrap().set_lease(9, false).unwrap();
         assert_eq!(restore(&directory, &head(1, 2, 2, 5), b"older"), 1);
-        // Generations and fences only grow; the version is the backup's.
-        assert_eq!(found(&directory), (4, 2, 9, b"older".to_vec()));
+        // Generations, versions and fences only grow.
+        assert_eq!(found(&directory), (5, 8, 9, b"older".to_vec()));
         assert_eq!(files.orphans().0, 2);
     }
 
@@ -289,6 +298,6 @@ mod tests {
         restore(&directory, &head(1, 0, 1, 5), b"bytes");
         assert_eq!(found(&directory).3, b"bytes");
         restore(&directory, &head(1, 0, 2, 5), &[0; 5]);
-        assert_eq!((found(&directory).1, found(&directory).3), (0, vec![0; 5]));
+        assert_eq!((found(&directory).1, found(&directory).3), (1, vec![0; 5]));
     }
 }

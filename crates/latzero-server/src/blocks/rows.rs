@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use latzero_fabric::Time;
 use latzero_protocol::memory::Kind;
@@ -30,7 +30,12 @@ pub(crate) struct Rows {
     boot_id: String,
     awaited: Mutex<HashMap<Name, BlockRow>>,
     is_awaiting: AtomicBool,
+    /// No block that ended was of a generation beyond this one.
+    ended: AtomicU64,
 }
+
+/// The setting that tells the next run of it.
+pub(crate) const ENDED: &str = "block_generations_ended";
 
 impl Rows {
     pub(crate) fn new(store: Store, boot_id: &str) -> Rows {
@@ -39,6 +44,16 @@ impl Rows {
             boot_id: boot_id.to_owned(),
             ..Rows::default()
         }
+    }
+
+    /// This run of the machine as a number that is not 0; none where the system does not tell it: then no two are the same.
+    pub(super) fn boot(&self) -> Option<u64> {
+        let bytes = self.boot_id.bytes();
+        // FNV-1a.
+        let hash = bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        (!self.boot_id.is_empty()).then_some(hash | 1)
     }
 
     /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others' rows go, but those of
@@ -108,7 +123,8 @@ impl Rows {
         }
         let gone = std::mem::take(&mut *self.awaited());
         self.is_awaiting.store(false, Relaxed);
-        for (pool, block) in gone.keys() {
+        for ((pool, block), row) in &gone {
+            self.note_end(row.generation);
             self.forget(pool, block);
         }
         gone.len()
@@ -158,6 +174,20 @@ impl Rows {
             created: record["created"].as_i64().unwrap_or(now),
             updated: now,
         })
+    }
+
+    /// A block ended in this generation: one of its name that a later run makes begins beyond it.
+    pub(super) fn note_end(&self, generation: u64) {
+        if self.ended.fetch_max(generation, Relaxed) < generation {
+            self.submit(Change::PutSetting {
+                key: ENDED.into(),
+                value: generation.to_string(),
+            });
+        }
+    }
+
+    pub(super) fn set_ended(&self, generation: u64) {
+        self.ended.fetch_max(generation, Relaxed);
     }
 
     /// A block is gone.

@@ -19,13 +19,13 @@ fn blocks() -> (Blocks, TempDir) {
 
 fn making(generation: u64, from: Option<u64>) -> Making {
     let size = 10 + generation;
-    let record = json!({"generation": generation, "size": size, "slots": 2});
+    let record = json!({"generation": generation, "size": size, "slots": 2, "spares": 2});
     Making {
         storage: StorageId(generation),
         pool: PoolName::new("p").unwrap(),
         block: BlockId::new("b").unwrap(),
         kind: Kind::Persistent,
-        geometry: latzero_fabric::memory::Geometry { size, slots: 2 },
+        geometry: latzero_fabric::memory::Geometry::new(Kind::Persistent, size, 2),
         generation,
         from: from.map(StorageId),
         record: record.to_string(),

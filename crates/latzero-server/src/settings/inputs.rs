@@ -7,7 +7,8 @@ use std::path::PathBuf;
 /// What every variable of this project begins with.
 pub(super) const VARIABLE_PREFIX: &str = "LATZERO_";
 
-/// Variables that are no settings: clients read them, handlers that `latzero serve` runs, and crash tests.
+/// Variables that are no settings: clients read them, handlers that `latzero serve` runs, and crash
+/// tests.
 pub const OTHER_VARIABLES: &[&str] = &[
     "LATZERO_URL",
     "LATZERO_ADMIN_TOKEN",

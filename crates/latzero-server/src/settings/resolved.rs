@@ -88,7 +88,8 @@ impl Resolved {
         })
     }
 
-    /// What `config show` prints, in the order of the table, for a server with these `surroundings`.
+    /// What `config show` prints, in the order of the table, for a server with these
+    /// `surroundings`.
     #[must_use]
     pub fn show(&self, surroundings: &Surroundings) -> Vec<Shown> {
         let derived = surroundings.in_force(&self.settings.limits).derived;

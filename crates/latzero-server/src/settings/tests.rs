@@ -153,7 +153,7 @@ fn variables_of_others_are_left_alone() {
 #[test]
 fn unknown_variables_are_warnings() {
     let check = |name: &str, expected: &[&str]| {
-        let environment = Environment::from_iter([(name.to_owned(), OsString::from("1"))]);
+        let environment = environment(&[(name, "1")]);
         assert_eq!(unknown_variables(&environment), expected);
         resolve(&Inputs {
             environment,
@@ -166,13 +166,13 @@ fn unknown_variables_are_warnings() {
     check(
         "LATZERO_PROT",
         &[
-            "environment variable `LATZERO_PROT` is not a setting and is ignored; \
+            "environment variable LATZERO_PROT is not a setting and is ignored; \
            the nearest is `LATZERO_PORT`",
         ],
     );
     check(
         "LATZERO_XYZ",
-        &["environment variable `LATZERO_XYZ` is not a setting and is ignored"],
+        &["environment variable LATZERO_XYZ is not a setting and is ignored"],
     );
 }
 
@@ -297,7 +297,7 @@ fn errors_of_files() {
 fn all_errors_are_told_at_once() {
     let errors = resolve(&inputs(
         &["prot = 1\nhost = 3", "port = 'x'"],
-        &[("LATZERO_PORTS", "1")],
+        &[("LATZERO_PORT", "x")],
         &[("host", "")],
     ))
     .unwrap_err();

@@ -12,8 +12,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(10);
 /// The longest pause.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
-/// Raises the soft limit on descriptors to the hard one (`RLIMIT_NOFILE`, `getrlimit(2)`). Where the
-/// system refuses, the limit stays as it is: the server works, with fewer connections.
+/// Raises the soft limit on descriptors to the hard one (`RLIMIT_NOFILE`, `getrlimit(2)`). Where
+/// the system refuses, the limit stays as it is: the server works, with fewer connections.
 pub fn raise_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
@@ -27,7 +27,8 @@ pub fn raise_limit() {
     }
 }
 
-/// Descriptors of the server's own: listeners, logs, the database, the loops; fewer where there are few.
+/// Descriptors of the server's own: listeners, logs, the database, the loops; fewer where there are
+/// few.
 const OWN: u64 = 64;
 
 /// Descriptors that nobody but an administrator gets a connection with.
@@ -36,7 +37,8 @@ const ADMINISTRATORS: u64 = 16;
 /// Descriptors of one memory block.
 const PER_BLOCK: u64 = 3;
 
-/// How descriptors are divided, so that blocks never take those of connections, nor either of them the server's own.
+/// How descriptors are divided, so that blocks never take those of connections, nor either of them
+/// the server's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shares {
     /// Connections that there is room for.
@@ -55,8 +57,8 @@ impl Shares {
             .saturating_add(OWN + ADMINISTRATORS)
     }
 
-    /// Divides `descriptors` for so many connections and blocks as are wanted. Where there are not enough, each gets half,
-    /// and what it does not want of it goes to the other.
+    /// Divides `descriptors` for so many connections and blocks as are wanted. Where there are not
+    /// enough, each gets half, and what it does not want of it goes to the other.
     #[must_use]
     pub fn of(descriptors: u64, connections: usize, blocks: usize) -> Shares {
         let reserved = OWN.min(descriptors / 2) + ADMINISTRATORS.min(descriptors / 8);

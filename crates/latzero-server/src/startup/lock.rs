@@ -22,6 +22,9 @@ use crate::utc::rfc3339;
 /// The lock file's name inside the data directory.
 pub const LOCK_NAME: &str = "lock";
 
+/// How often `/proc/locks` is read again for a lock that should be in it.
+const READS_MAX: usize = 5;
+
 /// The most that is read of a lock file, in bytes.
 const RECORD_BYTES_MAX: u64 = 16 << 10;
 
@@ -275,17 +278,20 @@ pub fn holder(data_dir: &Path) -> Option<Holder> {
     let path = data_dir.join(LOCK_NAME);
     let metadata = fs::metadata(&path).ok()?;
     let record = read_record(&path);
-    let locks = fs::read_to_string("/proc/locks").ok()?;
     let device = (
         rustix::fs::major(metadata.dev()),
         rustix::fs::minor(metadata.dev()),
     );
-    let pid = find_holder(
-        &locks,
-        device,
-        metadata.ino(),
-        record.as_ref().map(|r| r.pid),
-    )?;
+    let recorded = record.as_ref().map(|record| record.pid);
+    let find = || {
+        let locks = fs::read_to_string("/proc/locks").ok()?;
+        find_holder(&locks, device, metadata.ino(), recorded)
+    };
+    // The kernel gives the list in pieces, and may leave an entry out where others come and go
+    // meanwhile. So a process that is recorded and lives is looked for again.
+    let is_alive = || recorded.is_some_and(|pid| Path::new(&format!("/proc/{pid}")).exists());
+    let again = || (0..READS_MAX).find_map(|_| find());
+    let pid = find().or_else(|| is_alive().then(again)?)?;
     // A lock from another pid namespace is listed with pid 0 (or not at all).
     let pid = if pid == 0 {
         record.as_ref().map(|r| r.pid)

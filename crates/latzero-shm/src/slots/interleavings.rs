@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::{self, Relaxed};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, fence};
 
-use super::{Stamp, begin, head, read};
+use super::{Patience, Stamp, begin, head, read, spares};
 use crate::format::at;
 use crate::geometry::Geometry;
 use crate::memory::{Fault, Memory};
@@ -27,8 +27,11 @@ struct Words {
 impl Words {
     fn new(geometry: &Geometry) -> Words {
         let mut watched = HashMap::from([(at::HEAD, AtomicU64::new(0))]);
+        for word in [at::FLUSHED, at::FLUSHING] {
+            watched.insert(word, AtomicU64::new(0));
+        }
         let mut private = HashMap::from([(at::NOTIFY, Plain::new(0))]);
-        for slot in 0..geometry.slots {
+        for slot in 0..geometry.all_slots() {
             let words = at::slot(slot);
             for word in [
                 words + at::SEQUENCE,
@@ -40,14 +43,15 @@ impl Words {
             }
             for word in [
                 at::LENGTH,
-                at::SLOT_FENCE,
-                at::TIME,
+                at::LENGTH + 8,
+                at::LENGTH + 16,
                 at::CHECKSUM,
                 at::CHANGED_FROM,
                 at::CHANGED_TO,
             ] {
                 private.insert(words + word, Plain::new(0));
             }
+            private.insert(at::MISSED + 8 * u64::from(slot), Plain::new(0));
         }
         Words { watched, private }
     }
@@ -166,7 +170,8 @@ fn check(
                     let mut seen = Vec::new();
                     for _ in 0..reads {
                         let mut bytes = [0; SIZE as usize];
-                        let version = read(&process, &geometry, 0, &mut bytes).expect("it reads");
+                        let version = read(&process, &geometry, 0, &mut bytes, Patience::Wait)
+                            .expect("it reads");
                         let [a, b] = [0, 8].map(|at| {
                             u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
                         });
@@ -235,4 +240,81 @@ fn two_slots_and_two_readers() {
 #[test]
 fn three_slots_and_two_readers() {
     check_all_deaths(3, 2, 2, 1, 1);
+}
+
+/// What a flush reserved, and what it wrote to the disk, is not written over: not by a writer that makes `versions` versions
+/// and dies after `steps`, nor by the one after it.
+fn check_flush(versions: u32, flushes: u32, steps: u32) -> bool {
+    let done = std::sync::Arc::new(Mutex::new(false));
+    let report = done.clone();
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(move || {
+        let geometry = Geometry::with_spares(SIZE, 2).expect("it is a small one");
+        let words = Arc::new(Words::new(&geometry));
+        let process = |steps_left| Process {
+            words: &words,
+            steps_left: Cell::new(steps_left),
+        };
+        publish(&process(None), &geometry, 0).expect("nobody dies here");
+        let flusher = {
+            let words = words.clone();
+            loom::thread::spawn(move || {
+                let process = Process {
+                    words: &words,
+                    steps_left: Cell::new(None),
+                };
+                let mut flushed = None;
+                for _ in 0..flushes {
+                    let head = head(&process, &geometry).expect("it is whole");
+                    if spares::reserve(&process, head).expect("nobody dies here") {
+                        holds(&process, &geometry, head);
+                        spares::release(&process, Some(head)).expect("nobody dies here");
+                        flushed = Some(head);
+                    } else {
+                        spares::release(&process, None).expect("nobody dies here");
+                    }
+                    if let Some(flushed) = flushed {
+                        holds(&process, &geometry, flushed);
+                    }
+                }
+                flushed
+            })
+        };
+        let dying = process(Some(steps));
+        let outcome = (0..versions).try_for_each(|_| publish(&dying, &geometry, 0).map(drop));
+        *report.lock().expect("nobody panics") |= outcome.is_ok();
+        publish(&process(None), &geometry, 0).expect("nobody dies here");
+        let flushed = flusher.join().expect("it did not panic");
+        publish(&process(None), &geometry, 0).expect("nobody dies here");
+        if let Some(flushed) = flushed {
+            holds(&process(None), &geometry, flushed);
+        }
+    });
+    *done.lock().expect("nobody panics")
+}
+
+/// A slot holds all of a version.
+fn holds(process: &Process<'_>, geometry: &Geometry, head: super::Head) {
+    for offset in (0..SIZE).step_by(8) {
+        let at = geometry.slot(head.slot) + offset;
+        let word = process.load(at, Relaxed).expect("nobody dies here");
+        assert_eq!(
+            word,
+            head.version * 10,
+            "the slot of version {}",
+            head.version
+        );
+    }
+}
+
+#[test]
+fn what_is_on_the_disk_is_not_written_over() {
+    let survived = (0..400).step_by(23).find(|steps| check_flush(2, 1, *steps));
+    assert!(survived.is_some(), "the writer always died");
+}
+
+#[test]
+fn two_flushes_beside_a_writer() {
+    assert!(check_flush(2, 2, u32::MAX));
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
-use super::{ReadError, Stamp, WriteError, begin, head, read};
+use super::{Patience, ReadError, Stamp, WriteError, begin, head, read, spares};
 use crate::geometry::Geometry;
 use crate::memory::{Fault, Memory};
 
@@ -92,7 +92,7 @@ fn publish(
 
 fn content(bytes: &Bytes, geometry: &Geometry) -> (Vec<u8>, u64) {
     let mut out = vec![0xee; usize::try_from(geometry.size).unwrap()];
-    let version = read(bytes, geometry, 0, &mut out).unwrap();
+    let version = read(bytes, geometry, 0, &mut out, Patience::Wait).unwrap();
     (out, version)
 }
 
@@ -101,20 +101,35 @@ proptest! {
     #[test]
     fn any_writes_and_deaths(
         slots in 2..=4u32,
-        size in prop_oneof![1..40u64, 4090..4100u64],
+        has_spares in any::<bool>(),
+        size in prop_oneof![1..40u64, 4090..4100u64, Just(70 * 4096)],
         writes in prop::collection::vec(
             (
                 prop::collection::vec((any::<u16>(), any::<u16>(), any::<u8>()), 0..3),
                 prop::option::weighted(0.4, 0..50u32),
+                any::<bool>(),
             ),
-            1..14,
+            1..24,
         ),
     ) {
-        let geometry = Geometry::new(size, slots).unwrap();
+        let geometry = if has_spares {
+            Geometry::with_spares(size, slots).unwrap()
+        } else {
+            Geometry::new(size, slots).unwrap()
+        };
         let bytes = Bytes::new(&geometry);
         let mut model = vec![0; usize::try_from(size).unwrap()];
         let mut version = 0;
-        for (pieces, death) in writes {
+        let mut flushed = None;
+        for (pieces, death, flushes) in writes {
+            if has_spares && flushes && version > 0 {
+                let head = head(&bytes, &geometry).unwrap();
+                prop_assert!(spares::reserve(&bytes, head).unwrap());
+                spares::release(&bytes, death.is_none().then_some(head)).unwrap();
+                if death.is_none() {
+                    flushed = Some((head, model.clone()));
+                }
+            }
             let pieces: Vec<(u64, Vec<u8>)> = pieces
                 .into_iter()
                 .map(|(from, length, byte)| {
@@ -141,6 +156,11 @@ proptest! {
                 model = next;
             }
             prop_assert_eq!(content(&bytes, &geometry), (model.clone(), version));
+            if let Some((head, kept)) = &flushed {
+                let mut found = vec![0; kept.len()];
+                bytes.read(geometry.slot(head.slot), &mut found).unwrap();
+                prop_assert_eq!(&found, kept);
+            }
         }
     }
 }
@@ -202,7 +222,7 @@ fn a_slot_that_is_always_being_written_is_contended() {
     let bytes = Bytes::new(&geometry);
     publish(&bytes, &geometry, &[(0, vec![1; 8])]).unwrap();
     bytes.store(512, 7, Ordering::Relaxed).unwrap();
-    let error = read(&bytes, &geometry, 0, &mut [0; 8]).unwrap_err();
+    let error = read(&bytes, &geometry, 0, &mut [0; 8], Patience::Wait).unwrap_err();
     assert!(matches!(error, ReadError::Contended), "{error}");
 }
 
@@ -212,7 +232,7 @@ fn a_head_that_names_no_slot_is_corrupt() {
     let bytes = Bytes::new(&geometry);
     for head in [5 << 8 | 2, 1 << 8 | 0xff, u64::MAX] {
         bytes.store(128, head, Ordering::Relaxed).unwrap();
-        let error = read(&bytes, &geometry, 0, &mut [0; 8]).unwrap_err();
+        let error = read(&bytes, &geometry, 0, &mut [0; 8], Patience::Wait).unwrap_err();
         assert!(
             matches!(error, ReadError::Fault(Fault::Corrupt(_))),
             "{error}"
@@ -235,5 +255,24 @@ fn dirty_ranges_that_make_no_sense_are_not_followed() {
         publish(&bytes, &geometry, &[(1, vec![3; 1])]).unwrap();
         let (content, _) = content(&bytes, &geometry);
         assert_eq!(content[..3], [2, 3, 1]);
+    }
+}
+
+#[test]
+fn a_small_write_beside_flushes_copies_little() {
+    let geometry = Geometry::with_spares(1 << 20, 2).unwrap();
+    let bytes = Bytes::new(&geometry);
+    publish(&bytes, &geometry, &[(0, vec![1; 1 << 20])]).unwrap();
+    for round in 0..20u64 {
+        bytes.copied.set(0);
+        for i in 0..5 {
+            publish(&bytes, &geometry, &[(9000 * i, vec![3; 100])]).unwrap();
+        }
+        let head = head(&bytes, &geometry).unwrap();
+        assert!(spares::reserve(&bytes, head).unwrap());
+        spares::release(&bytes, Some(head)).unwrap();
+        // Parts of 16 KiB that changed since the flush before, once each; and once all of each slot.
+        let copied = bytes.copied.get();
+        assert!(round < 3 || copied < 60_000, "{copied} in round {round}");
     }
 }

@@ -19,7 +19,11 @@ pub(crate) fn description(size: u64, slots: u32, is_persistent: bool) -> Descrip
         block_id: [7; 16],
         pool_id: [9; 16],
         generation: 3,
-        geometry: Geometry::new(size, slots).unwrap(),
+        geometry: if is_persistent {
+            Geometry::with_spares(size, slots).unwrap()
+        } else {
+            Geometry::new(size, slots).unwrap()
+        },
         is_persistent,
         created_unix_ns: 1_800_000_000_000_000_000,
     }
@@ -55,8 +59,8 @@ pub(crate) fn expected(block: &Custodian, access: Access) -> Expected {
 /// The descriptor that a client gets.
 pub(crate) fn descriptor(block: &Custodian, access: Access) -> OwnedFd {
     match access {
-        Access::Write => block.writable().try_clone().unwrap(),
-        Access::Read => block.read_only().unwrap().try_clone().unwrap(),
+        Access::Write => block.lend(Access::Write).unwrap().try_clone().unwrap(),
+        Access::Read => block.lend(Access::Read).unwrap().try_clone().unwrap(),
     }
 }
 

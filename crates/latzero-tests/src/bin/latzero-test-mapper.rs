@@ -120,7 +120,11 @@ impl Client {
         let slots = description["slots"].as_u64().unwrap_or(0) as u32;
         let expected = Expected {
             generation: description["generation"].as_u64().unwrap_or(0),
-            geometry: Geometry::new(SIZE, slots).map_err(fault)?,
+            geometry: match description.get("spare_slots") {
+                None => Geometry::new(SIZE, slots),
+                Some(_) => Geometry::with_spares(SIZE, slots),
+            }
+            .map_err(fault)?,
             is_persistent: description["kind"] == "persistent",
             access: match description["mode"].as_str() {
                 Some("read") => Access::Read,

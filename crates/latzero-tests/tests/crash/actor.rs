@@ -73,6 +73,9 @@ pub(crate) struct Actor {
     registration: Known<Option<Registration>>,
     pools: BTreeMap<String, Known<Option<u64>>>,
     blocks: BTreeMap<String, Known<Option<Block>>>,
+    /// What each block was since it last was on the disk for certain: after the end of the machine it is one of these.
+    since_flush: BTreeMap<String, Vec<Block>>,
+    has_lost_power: bool,
     /// The newest fence of each block that is there.
     fences: BTreeMap<String, u64>,
     count: u64,
@@ -93,9 +96,16 @@ impl Actor {
                 .into_iter()
                 .map(|name| (name, Known::default()))
                 .collect(),
+            since_flush: BTreeMap::new(),
+            has_lost_power: false,
             fences: BTreeMap::new(),
             count: 0,
         }
+    }
+
+    /// The machine ended: blocks may have gone back to what was flushed, and no further.
+    pub(crate) fn lose_power(&mut self) {
+        self.has_lost_power = true;
     }
 
     /// Blocks that are there.
@@ -182,8 +192,30 @@ impl Actor {
             } else {
                 self.fences.remove(block);
             }
-            known.is_found(block, found);
+            // Which generation a new block began with was not heard.
+            if let (None, Some(Some(perhaps)), Some(found)) =
+                (&known.sure, &mut known.perhaps, &found)
+            {
+                perhaps.generation = found.generation;
+            }
+            let may_be = self.since_flush.entry(block.clone()).or_default();
+            if let (true, Some(found)) = (self.has_lost_power, &found) {
+                may_be.extend(known.sure.take());
+                may_be.extend(known.perhaps.take().flatten());
+                let is_it =
+                    |one: &Block| (one.version, &one.content) == (found.version, &found.content);
+                assert!(
+                    may_be.iter().any(is_it),
+                    "{block} is {found:?} and was {may_be:?}"
+                );
+                known.sure = Some(found.clone());
+                may_be.clear();
+            } else {
+                known.is_found(block, found);
+            }
+            may_be.extend(known.sure.clone());
         }
+        self.has_lost_power = false;
         Ok(())
     }
 
@@ -325,22 +357,31 @@ impl Actor {
         let base = |action: &str| json!({"action": action, "pool": "base", "block_id": block});
         let Some(now) = known.sure.clone() else {
             let size = self.random.pick(&[1, 100, 5000, 20_000]);
-            known.is_asked(Some(Block {
+            let made = Block {
                 generation: 1,
                 version: 0,
                 content: vec![0; size],
-            }));
+            };
+            known.is_asked(Some(made.clone()));
             let mut message = base("memory_create");
             message["size"] = size.into();
             message["kind"] = "persistent".into();
             message["slots"] = self.random.pick(&[2, 3]).into();
-            ok(block, &ask(wire, message)?);
+            let reply = ask(wire, message)?;
+            // A name that was used before goes on from its generation then.
+            let generation = ok(block, &reply)["generation"].as_u64().unwrap_or(0);
+            known.is_asked(Some(Block { generation, ..made }));
             known.is_told();
             self.fences.insert(block.clone(), 0);
+            let made = known.sure.clone();
+            self.since_flush
+                .insert(block.clone(), made.into_iter().collect());
             return Ok(());
         };
         let mut then = now.clone();
-        match self.random.below(16) {
+        let since = self.since_flush.entry(block.clone()).or_default();
+        let which = self.random.below(16);
+        match which {
             0..=7 => {
                 let size = now.content.len() as u64;
                 let (offset, length) = match self.random.one_in(2) {
@@ -407,6 +448,10 @@ impl Actor {
             }
         }
         known.is_told();
+        if matches!(which, 8..=12) {
+            since.clear();
+        }
+        since.extend(known.sure.clone());
         Ok(())
     }
 }

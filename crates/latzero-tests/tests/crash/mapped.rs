@@ -24,6 +24,7 @@ pub(crate) struct Mapped {
     /// The newest version that a writer was done with.
     version: u64,
     number: u64,
+    pub(crate) has_lost_power: bool,
     pub(crate) reads: u64,
 }
 
@@ -41,6 +42,7 @@ impl Mapped {
             fences: BTreeSet::new(),
             version: 0,
             number: 0,
+            has_lost_power: false,
             reads: 0,
         }
     }
@@ -73,6 +75,9 @@ impl Mapped {
             // Nobody offers it again, so the next one is another block.
             (self.version, self.fences) = (0, BTreeSet::new());
             return;
+        }
+        if std::mem::take(&mut self.has_lost_power) {
+            self.version = 0;
         }
         if self.version == 0 && info["status"] != "ok" {
             return;

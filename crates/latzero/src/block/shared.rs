@@ -27,6 +27,8 @@ pub(crate) struct Described {
     pub(crate) pool: String,
     pub(crate) size: u64,
     pub(crate) slots: u32,
+    /// Slots besides, which a persistent block has.
+    pub(crate) spare_slots: u32,
     pub(crate) generation: u64,
     pub(crate) version: u64,
     pub(crate) kind: Kind,
@@ -46,6 +48,7 @@ impl Described {
             pool: word("pool")?.to_owned(),
             size: number("size")?,
             slots: u32::try_from(number("slots")?).ok()?,
+            spare_slots: number("spare_slots").map_or(Some(0), |n| u32::try_from(n).ok())?,
             generation: number("generation")?,
             version: number("version")?,
             kind: Kind::parse(word("kind")?)?,
@@ -100,12 +103,19 @@ impl Current {
         };
         let attachment = match (described.is_mapped, descriptor) {
             (true, Some(descriptor)) => {
-                let geometry = Geometry::new(described.size, described.slots);
+                let geometry = match described.spare_slots {
+                    0 => Geometry::new(described.size, described.slots),
+                    _ => Geometry::with_spares(described.size, described.slots),
+                };
                 let geometry = geometry
                     .ok()
                     .filter(|g| {
-                        (g.slot_offset, g.slot_stride)
-                            == (described.slot_offset, described.slot_stride)
+                        (g.slot_offset, g.slot_stride, g.spares)
+                            == (
+                                described.slot_offset,
+                                described.slot_stride,
+                                described.spare_slots,
+                            )
                     })
                     .ok_or_else(super::unreadable)?;
                 let expected = Expected {

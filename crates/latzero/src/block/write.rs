@@ -22,7 +22,7 @@ pub struct Draft {
 
 #[derive(Debug)]
 enum Bytes {
-    InPlace(Option<Writing>),
+    InPlace(Box<Option<Writing>>),
     Waiting(Vec<(u64, Vec<u8>)>),
 }
 

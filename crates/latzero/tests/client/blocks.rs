@@ -104,8 +104,8 @@ impl Keeper {
                 if self.is_mapped {
                     reply["descriptors"] = json!(1);
                     let fd = match mode.as_str() {
-                        "read" => block.read_only().unwrap(),
-                        _ => block.writable(),
+                        "read" => block.lend(latzero_shm::Access::Read).unwrap(),
+                        _ => block.lend(latzero_shm::Access::Write).unwrap(),
                     };
                     send(peer, &reply, &[fd.as_fd()]);
                 } else {
@@ -279,7 +279,13 @@ fn descriptors_of_something_else_are_refused_by_name() {
         (|_| unsealed(5000), "5000 bytes"),
         (unsealed, "not sealed"),
         (
-            |_| custodian(100, 2).read_only().unwrap().try_clone().unwrap(),
+            |_| {
+                custodian(100, 2)
+                    .lend(latzero_shm::Access::Read)
+                    .unwrap()
+                    .try_clone()
+                    .unwrap()
+            },
             "generation",
         ),
     ];
@@ -293,7 +299,7 @@ fn descriptors_of_something_else_are_refused_by_name() {
     }
     // One that allows more than was granted.
     let (_, text) = attach_with(Some(1), || {
-        vec![custodian(100, 1).writable().try_clone().unwrap()]
+        vec![custodian(100, 1).file().try_clone().unwrap()]
     });
     assert!(text.contains("access mode"), "{text}");
     // Announced as mapped, and none came: the reply makes no sense.
@@ -334,7 +340,15 @@ fn a_call_right_behind_the_acknowledgement_brings_its_block() {
             "action": "trigger", "id": "c1", "process": "t", "pool": "alpha", "origin": {"app_id": "x", "instance": "1"},
             "blocks": [keeper.describe("read")], "descriptors": 1, "data": null,
         });
-        send(peer, &call, &[keeper.block().read_only().unwrap().as_fd()]);
+        send(
+            peer,
+            &call,
+            &[keeper
+                .block()
+                .lend(latzero_shm::Access::Read)
+                .unwrap()
+                .as_fd()],
+        );
         while let Some((message, _)) = peer.read() {
             keeper.heard.lock().unwrap().push(message);
         }
@@ -731,7 +745,7 @@ fn forgetful(
                         (stat.st_dev, stat.st_ino)
                     };
                     let block = keeper.block();
-                    assert_eq!(id(fds[0].as_fd()), id(block.writable().as_fd()));
+                    assert_eq!(id(fds[0].as_fd()), id(block.file().as_fd()));
                     assert_eq!((&message["descriptors"], emits), (&json!(1), EMITS));
                     is_there = true;
                     peer.reply(&message, &json!({}));

@@ -58,7 +58,7 @@ impl<D: Driver> Pool<D> {
         let (key, block) = self.allowed(member, id, Access::Write)?;
         let exclusive = block.lock.exclusive();
         if let Some(fence) = lock
-            && !exclusive.is_some_and(|held| held.fence == fence)
+            && exclusive.is_none_or(|held| held.fence != fence)
         {
             return Err(lock_lost(id, fence));
         }
@@ -160,6 +160,14 @@ impl<D: Driver> Pool<D> {
         let version = turn.version_noted(block.storage, version);
         self.tell_change(key, version, turn);
         Ok(Some("{}".into()))
+    }
+
+    /// Tells of a version that nobody told of, because its writer ended.
+    pub(in crate::pool) fn look_for_news(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+        if let Some(block) = self.blocks.at(key) {
+            let version = turn.version_noted(block.storage, u64::MAX);
+            self.tell_change(key, version, turn);
+        }
     }
 
     /// Has a block reach the disk; the reply comes when it is there.

@@ -23,7 +23,7 @@ impl<D: Driver> Pool<D> {
         uses: &[(BlockKey, Access)],
         is_mapped: bool,
         turn: &mut Turn<'_, D>,
-    ) -> (String, Vec<Descriptor>) {
+    ) -> (String, Vec<D::Fd>) {
         let mut descriptions = Vec::new();
         let mut descriptors = Vec::new();
         for &(key, access) in uses {
@@ -31,14 +31,16 @@ impl<D: Driver> Pool<D> {
             let version = turn.block_version(block.storage);
             let mut description = block.description(self.name.as_str(), version);
             description["mode"] = access.as_str().into();
-            let is_mapped = is_mapped && turn.can_share(block.storage, access);
-            description["access"] = if is_mapped { "mapped" } else { "copied" }.into();
-            if is_mapped {
-                descriptors.push(Descriptor {
-                    storage: block.storage,
-                    access,
-                });
-            }
+            let descriptor = match is_mapped {
+                true => turn.driver.descriptor(block.storage, access),
+                false => None,
+            };
+            let how = match &descriptor {
+                Some(_) => "mapped",
+                None => "copied",
+            };
+            description["access"] = how.into();
+            descriptors.extend(descriptor);
             descriptions.push(description);
         }
         (Value::Array(descriptions).to_string(), descriptors)
@@ -79,6 +81,12 @@ impl<D: Driver> Pool<D> {
                 continue;
             };
             let could_write = block.could_write(handler);
+            if could_write {
+                self.look_for_news(key, turn);
+            }
+            let Some(block) = self.blocks.at_mut(key) else {
+                continue;
+            };
             if let Some(attachment) = block.attachments.iter_mut().find(|a| a.member == handler) {
                 *attachment.lent(access) -= 1;
             }
@@ -135,6 +143,11 @@ impl<D: Driver> Pool<D> {
             leaver.takes_descriptors,
         );
         for key in std::mem::take(&mut leaver.blocks) {
+            let wrote = is_mapping && self.blocks.at(key).is_some_and(|b| b.could_write(member));
+            if wrote {
+                // It may have gone between a version and the word of it.
+                self.look_for_news(key, turn);
+            }
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
             };

@@ -142,12 +142,6 @@ impl<D: Driver> Pool<D> {
                 format!("block '{id}' is being written or moved; repeat in a moment"),
             ));
         }
-        if size == 0 {
-            return Err(Refusal::new(
-                Code::BadMessage,
-                "field 'size' must be a whole number of bytes, at least 1",
-            ));
-        }
         if let Some(needed) = block.layout.as_ref().and_then(Layout::bytes)
             && needed > size
         {
@@ -156,10 +150,7 @@ impl<D: Driver> Pool<D> {
                 format!("the block's layout needs {needed} bytes, more than {size}"),
             ));
         }
-        let geometry = Geometry {
-            size,
-            slots: block.geometry.slots,
-        };
+        let geometry = Geometry::new(block.kind, size, block.geometry.slots);
         self.begin_move(key, geometry, "resized", None, turn)?;
         self.involve(asking.member, key);
         let block = self.blocks.at_mut(key).expect("just found");
@@ -205,6 +196,9 @@ impl<D: Driver> Pool<D> {
         // The record of the generation to come.
         let mut record = record(&self.name, block, self.outlives);
         record["size"] = geometry.size.into();
+        if geometry.spares > 0 {
+            record["spares"] = geometry.spares.into();
+        }
         record["generation"] = (block.generation + 1).into();
         let making = Making {
             storage: to,
@@ -233,6 +227,21 @@ impl<D: Driver> Pool<D> {
         }
     }
 
+    /// Moves a block of an earlier run whose file an older server made to one with spare slots: until then a version that was
+    /// flushed may be written over. Without room for both it stays as it is.
+    pub fn add_spares(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
+        let Ok((key, block)) = self.block(id) else {
+            return;
+        };
+        let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
+        let is_due = geometry != block.geometry
+            && matches!(block.phase, Phase::Live)
+            && !block.lock.is_held_by_server();
+        if is_due && let Err(refusal) = self.begin_move(key, geometry, "upgraded", None, turn) {
+            turn.refused(refusal.code);
+        }
+    }
+
     /// Moves a block to a new generation of the same size, so that who lost its lock can't write it any more.
     pub(in crate::pool) fn renew_generation(
         &mut self,
@@ -251,7 +260,7 @@ impl<D: Driver> Pool<D> {
             self.blocks.at_mut(key).expect("just found").is_move_due = true;
             return;
         }
-        let geometry = block.geometry;
+        let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
         if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, turn) {
             // Without room for a second generation the fence is all that keeps the old writer out.
             turn.refused(refusal.code);

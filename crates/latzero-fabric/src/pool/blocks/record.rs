@@ -1,6 +1,7 @@
 //! What a block is known by after a restart.
 
 use super::*;
+use crate::memory::SPARE_SLOTS;
 
 /// A block that was there before the server was: a file, or memory that a client held on to.
 #[derive(Debug)]
@@ -54,11 +55,16 @@ impl Found<'_> {
                 .map_or(Some(Kind::Persistent), Kind::parse)
                 .ok_or_else(senseless)?,
             geometry: Geometry {
-                size: number("size")?.max(1),
+                size: number("size")?,
                 slots: u32::try_from(number("slots")?)
                     .ok()
                     .filter(|slots| (1..=4).contains(slots))
                     .ok_or_else(senseless)?,
+                spares: match record.get("spares") {
+                    None => 0,
+                    Some(spares) if *spares == SPARE_SLOTS => SPARE_SLOTS,
+                    Some(_) => return Err(senseless()),
+                },
             },
             layout,
             permissions: Permissions {
@@ -94,6 +100,9 @@ pub(super) fn record(pool: &PoolName, block: &Block, outlives: bool) -> Value {
         "lifetime": block.lifetime.as_str(),
         "permissions": {"read": block.permissions.read.names(), "write": block.permissions.write.names()},
     });
+    if block.geometry.spares > 0 {
+        record["spares"] = block.geometry.spares.into();
+    }
     if !outlives {
         record["outlives"] = false.into();
     }

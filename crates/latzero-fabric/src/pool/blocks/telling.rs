@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::super::{MemberKey, Pool};
 use super::{ATTACHMENTS_SHOWN_MAX, Block, BlockKey, Phase, Replied};
 use crate::driver::Driver;
-use crate::memory::{Change, Descriptor};
+use crate::memory::Change;
 use crate::registry::{PageText, append};
 
 use crate::outbox::Class;
@@ -135,20 +135,21 @@ impl<D: Driver> Pool<D> {
             return;
         };
         let storage = self.blocks.at(key).expect("its caller found it").storage;
-        let is_mapped =
-            access.is_some_and(|access| to.takes_descriptors && turn.can_share(storage, access));
+        // Where there is no descriptor, now or ever, the block is read and written by copies.
+        let descriptor = access
+            .filter(|_| to.takes_descriptors)
+            .and_then(|access| turn.driver.descriptor(storage, access));
+        let is_mapped = descriptor.is_some();
         let mode = access.map(|access| (access, is_mapped));
         let description = self.describe(key, mode, turn).to_string();
-        let descriptors = match access {
-            Some(access) if is_mapped => vec![Descriptor { storage, access }],
-            _ => vec![],
-        };
-        turn.send_with(
+        let descriptors: Vec<D::Fd> = descriptor.into_iter().collect();
+        let count = descriptors.len();
+        turn.send_descriptors(
             &to.peer,
             Class::Control,
             description.len() + 256,
-            &descriptors,
-            |out| encode::reply_with(out, id, &description, descriptors.len()),
+            descriptors,
+            |out| encode::reply_with(out, id, &description, count),
         );
     }
 

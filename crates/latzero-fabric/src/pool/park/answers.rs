@@ -37,7 +37,7 @@ struct Kept {
     id: Box<str>,
     key: Option<Box<str>>,
     answer: Answered,
-    _held: Held,
+    held: Held,
     expires: Time,
     /// Whether it is on disk, in the place of its call.
     is_row: bool,
@@ -162,6 +162,13 @@ impl KeptAnswers {
         !self.agains.is_empty() && self.by_app.get(app).is_some_and(|w| w.again.is_some())
     }
 
+    pub(super) fn bytes(&self) -> u64 {
+        self.answers
+            .values()
+            .map(|kept| kept.held.bytes.amount())
+            .sum()
+    }
+
     pub(super) fn check(&self) {
         let waiting: usize = self.by_app.values().map(|w| w.numbers.len()).sum();
         let on_way: usize = self.on_way.values().map(BTreeSet::len).sum();
@@ -213,7 +220,7 @@ impl<D: Driver> Pool<D> {
             from: NOBODY,
             id: row.id.as_str().into(),
             key: row.idempotency_key.as_deref().map(Into::into),
-            _held: Held::restored(account, answer.bytes()),
+            held: Held::restored(account, answer.bytes()),
             answer,
             expires,
             is_row: true,
@@ -281,15 +288,13 @@ impl<D: Driver> Pool<D> {
             let whom = (&parked.caller, parked.from);
             self.tell_answer(whom, &parked.id, &answer, turn)
         };
-        if !matches!(told, Told::Yes(_)) {
-            if let Err(full) = parked.held.bytes.resize(answer.bytes() as u64) {
-                // Its caller is told at least that there was an answer.
-                let message = format!(
-                    "the answer could not be kept: {}",
-                    Refusal::from(full).message
-                );
-                answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
-            }
+        if !matches!(told, Told::Yes(_))
+            && let Err(full) = parked.held.bytes.resize(answer.bytes() as u64)
+        {
+            // Its caller is told at least that there was an answer.
+            let why = Refusal::from(full).message;
+            let message = format!("the answer could not be kept: {why}");
+            answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
         }
         parked.held.bytes.force(answer.bytes() as u64);
         let is_repeatable = parked.idempotency_key.is_some();
@@ -298,7 +303,7 @@ impl<D: Driver> Pool<D> {
             from: parked.from,
             id: parked.id,
             key: parked.idempotency_key,
-            _held: parked.held,
+            held: parked.held,
             answer,
             expires: now.after_ms(self.limits.answer_ttl_ms),
             is_row: false,

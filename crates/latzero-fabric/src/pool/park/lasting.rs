@@ -30,7 +30,7 @@ pub(in crate::pool) struct Lasting {
     /// Its number, where it is parked.
     pub(in crate::pool) number: Option<u64>,
     /// Its place in the books, where it is not parked.
-    pub(super) _held: Option<Hold>,
+    pub(super) held: Option<Hold>,
 }
 
 impl Lasting {
@@ -55,7 +55,7 @@ impl Lasting {
             may_park: trigger.park,
             idempotency_key: scoped_key(trigger),
             number: None,
-            _held: held,
+            held,
         })
     }
 

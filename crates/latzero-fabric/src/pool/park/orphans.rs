@@ -97,6 +97,16 @@ impl<D: Driver> Pool<D> {
     }
 
     /// A lasting call is over without an answer: so are those that repeat it.
+    /// Bytes of the calls that may be given to another handler.
+    pub(in crate::pool) fn redelivery_bytes(&self) -> u64 {
+        let lasting = self
+            .calls
+            .iter()
+            .filter_map(|(_, call)| call.lasting.as_ref());
+        let held = lasting.filter_map(|lasting| lasting.held.as_ref());
+        held.map(crate::books::Hold::amount).sum()
+    }
+
     pub(in crate::pool) fn drop_repeats_of(&mut self, lasting: &Lasting, turn: &mut Turn<'_, D>) {
         if let Some(key) = &lasting.idempotency_key {
             self.repeats_dropped(&lasting.caller, key, turn);

@@ -85,7 +85,9 @@ impl Files {
         let mut kept = Vec::new();
         let unrecorded = bytes.keys().filter(|id| !records.contains(id));
         let unrecorded: Vec<String> = unrecorded.cloned().collect();
-        for id in records.into_iter().chain(unrecorded) {
+        let records = records.into_iter().map(|id| (id, true));
+        let unrecorded = unrecorded.into_iter().map(|id| (id, false));
+        for (id, is_recorded) in records.chain(unrecorded) {
             let read = self.read_record(&id);
             let error = match (read, rows.get(&id)) {
                 (Ok((names, record)), row) if row.is_none_or(|row| is_same(row, &record)) => {
@@ -110,6 +112,12 @@ impl Files {
                     for generation in generations {
                         let id = id.clone();
                         self.orphan(&Names { id, generation }.bytes());
+                    }
+                    if !is_recorded {
+                        // A server that ends between a block's bytes and its record leaves these:
+                        // nobody ever heard of the block.
+                        tracing::warn!(file = id, "a block without a record is set aside");
+                        continue;
                     }
                     let happened = format!(
                         "the record of this block can't be read ({error}), nor does the database know it; its files were set aside under memory/{ORPHANS}"
@@ -324,6 +332,10 @@ fn record_of(record: &str, custodian: &Custodian) -> String {
         record.insert("generation".into(), description.generation.into());
         record.insert("size".into(), description.geometry.size.into());
         record.insert("slots".into(), description.geometry.slots.into());
+        match description.geometry.spares {
+            0 => record.remove("spares"),
+            spares => record.insert("spares".into(), spares.into()),
+        };
     }
     value.to_string()
 }

@@ -1,0 +1,304 @@
+//! Which slot the next version of a persistent block takes: never the one that is on the disk for certain, nor the one that a
+//! flush is at, so that a version survives the machine whenever it ends.
+//!
+//! The server says in the header which two these are. A writer takes a slot, and looks again: either it sees that a flush took
+//! that slot meanwhile, and takes another one, or the flush sees that the slot was touched, and takes a newer version.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+
+use super::{Draft, Head, Lag, SPOILT};
+use crate::format::at;
+use crate::geometry::{ALL_SLOTS_MAX, Geometry};
+use crate::memory::{Fault, Memory};
+
+/// How often a writer takes another slot because a flush took the one it had. A flush takes as long as the disk does.
+const TRIES: u32 = 64;
+
+/// Bytes of the words of a slot that are read at once.
+const WORDS_BYTES: usize = 64;
+
+/// Parts of a block that are told apart where what changed is not known more exactly: bits of a word.
+const PARTS: u64 = 64;
+
+/// A part has whole pages.
+const PAGE: u64 = 4096;
+
+const SLOTS: usize = ALL_SLOTS_MAX as usize;
+
+/// A version and its slot, as the words at `FLUSHED` and `FLUSHING` say it; version 0 is none.
+pub(crate) fn named<M: Memory>(memory: &M, place: u64) -> Result<Head, Fault> {
+    let word = memory.load(place, Acquire)?;
+    Ok(Head {
+        version: word >> 8,
+        slot: (word & 0xff) as u32,
+    })
+}
+
+pub(crate) fn name<M: Memory>(memory: &M, place: u64, head: Head) -> Result<(), Fault> {
+    memory.store(place, head.version << 8 | u64::from(head.slot), Release)
+}
+
+/// Reserves what was the newest version, for a flush; false where a writer has begun to write over it.
+pub(crate) fn reserve<M: Memory>(memory: &M, head: Head) -> Result<bool, Fault> {
+    name(memory, at::FLUSHING, head)?;
+    // From here on a writer that takes this slot lets go of it; one that took it before is seen now.
+    memory.fence(SeqCst);
+    Ok(super::settled(memory, &head)?.is_some())
+}
+
+/// Ends a flush; `flushed` is on the disk now, and takes the place of what was there before.
+pub(crate) fn release<M: Memory>(memory: &M, flushed: Option<Head>) -> Result<(), Fault> {
+    // In this order, so that the slot is left alone all the time.
+    if let Some(flushed) = flushed {
+        name(memory, at::FLUSHED, flushed)?;
+    }
+    name(memory, at::FLUSHING, Head::NONE)
+}
+
+/// The slots that writers leave alone.
+#[derive(Debug, Clone, Copy)]
+struct Reserved([Head; 2]);
+
+impl Reserved {
+    fn load<M: Memory>(memory: &M) -> Result<Reserved, Fault> {
+        // In this order: what a flush was at is on the disk before it is at nothing any more.
+        let flushing = named(memory, at::FLUSHING)?;
+        Ok(Reserved([flushing, named(memory, at::FLUSHED)?]))
+    }
+
+    fn has(&self, slot: u32) -> bool {
+        self.0
+            .iter()
+            .any(|head| head.version > 0 && head.slot == slot)
+    }
+}
+
+/// What the words of one slot say.
+#[derive(Debug, Clone, Copy, Default)]
+struct Words {
+    sequence: u64,
+    version: u64,
+    changed: (u64, u64),
+}
+
+/// What the words of all slots say. Only writers change them, one at a time.
+struct Seen {
+    words: [Words; SLOTS],
+    slots: u32,
+}
+
+impl Seen {
+    fn load<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Seen, Fault> {
+        let slots = geometry.all_slots();
+        let mut words = [Words::default(); SLOTS];
+        for (slot, words) in (0..slots).zip(&mut words) {
+            let mut bytes = [0; WORDS_BYTES];
+            memory.read(at::slot(slot), &mut bytes)?;
+            let word = |at: u64| {
+                let at = at as usize;
+                u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
+            };
+            *words = Words {
+                sequence: word(at::SEQUENCE),
+                version: word(at::VERSION),
+                changed: (word(at::CHANGED_FROM), word(at::CHANGED_TO)),
+            };
+        }
+        Ok(Seen { words, slots })
+    }
+
+    fn at(&self, slot: u32) -> &Words {
+        &self.words[slot as usize]
+    }
+
+    /// Versions that a writer who died left behind are none: their numbers are used anew.
+    fn discard_unpublished<M: Memory>(&mut self, memory: &M, head: &Head) -> Result<(), Fault> {
+        for (slot, words) in (0..self.slots).zip(&mut self.words) {
+            if words.version > head.version && words.version != SPOILT {
+                words.version = SPOILT;
+                memory.store(at::slot(slot) + at::VERSION, SPOILT, Relaxed)?;
+                memory.fence(Release);
+            }
+        }
+        Ok(())
+    }
+
+    /// The slot for the next version: as many slots take turns as the block was made with, and the others rest. So a slot lags
+    /// few versions behind, and readers have time to read the newest one.
+    fn choose(&self, geometry: &Geometry, head: &Head, reserved: &Reserved) -> Option<u32> {
+        let mut free: [Option<(u64, u32)>; SLOTS] = [None; SLOTS];
+        let mut n = 0;
+        for slot in 0..self.slots {
+            let is_newest = head.version > 0 && head.slot == slot;
+            if !is_newest && !reserved.has(slot) {
+                let version = self.at(slot).version;
+                let version = if version == SPOILT { 0 } else { version };
+                free[n] = Some((version, self.slots - slot));
+                n += 1;
+            }
+        }
+        free[..n].sort_unstable_by(|a, b| b.cmp(a));
+        let turn = (geometry.slots as usize).saturating_sub(2);
+        let (_, slot) = free[turn.min(n.checked_sub(1)?)]?;
+        Some(self.slots - slot)
+    }
+
+    /// Which bytes of a slot are older than the newest version.
+    fn lag<M: Memory>(
+        &self,
+        memory: &M,
+        geometry: &Geometry,
+        head: &Head,
+        slot: u32,
+    ) -> Result<Lag, Fault> {
+        let holds = self.at(slot).version;
+        if holds > head.version {
+            return Ok(Lag::all(geometry));
+        }
+        if let Some(lag) = self.exact_lag(geometry, head, holds) {
+            return Ok(lag);
+        }
+        let missed = memory.load(at::MISSED + 8 * u64::from(slot), Relaxed)?;
+        let mut lag = Lag::default();
+        for part in (0..PARTS).filter(|part| missed >> part & 1 == 1) {
+            let from = part.saturating_mul(part_bytes(geometry));
+            let to = from.saturating_add(part_bytes(geometry));
+            lag.add((from.min(geometry.size), to.min(geometry.size)));
+        }
+        Ok(lag)
+    }
+
+    /// The ranges that the versions since `holds` changed, where the slots still know all of them.
+    fn exact_lag(&self, geometry: &Geometry, head: &Head, holds: u64) -> Option<Lag> {
+        if head.version - holds > u64::from(self.slots) {
+            return None;
+        }
+        let mut lag = Lag::default();
+        for version in holds + 1..=head.version {
+            let words = if version == head.version {
+                self.at(head.slot)
+            } else {
+                let all = &self.words[..self.slots as usize];
+                all.iter().find(|words| words.version == version)?
+            };
+            let (from, to) = words.changed;
+            if words.version != version || from > to || to > geometry.size {
+                return None;
+            }
+            lag.add((from, to));
+        }
+        Some(lag)
+    }
+}
+
+/// Begins the next version in a slot that holds nothing that is needed.
+pub(super) fn begin<M: Memory>(
+    memory: &M,
+    geometry: &Geometry,
+    head: Head,
+) -> Result<Draft, Fault> {
+    let mut seen = Seen::load(memory, geometry)?;
+    seen.discard_unpublished(memory, &head)?;
+    let mut reserved = Reserved::load(memory)?;
+    for _ in 0..TRIES {
+        let slot = seen.choose(geometry, &head, &reserved);
+        let slot = slot.ok_or(Fault::Corrupt("note of what is on the disk"))?;
+        let place = at::slot(slot) + at::SEQUENCE;
+        let sequence = seen.at(slot).sequence;
+        // A slot left odd by a writer that died is begun again.
+        let even = sequence & !1;
+        memory.store(place, even.wrapping_add(1), Relaxed)?;
+        // Between this store and the loads that follow nothing may change places, or a flush and this would not see each other.
+        memory.fence(SeqCst);
+        reserved = Reserved::load(memory)?;
+        if !reserved.has(slot) {
+            return Ok(Draft {
+                geometry: *geometry,
+                slot,
+                sequence: even,
+                head,
+                changed: None,
+                lag: seen.lag(memory, geometry, &head, slot)?,
+            });
+        }
+        memory.store(place, even, Release)?;
+    }
+    Err(Fault::Corrupt("note of what is on the disk"))
+}
+
+/// Notes for all other slots that they missed a change, and that the slot of the version which made it missed none.
+pub(super) fn note_missed<M: Memory>(
+    memory: &M,
+    geometry: &Geometry,
+    slot: u32,
+    changed: (u64, u64),
+) -> Result<(), Fault> {
+    let mut bytes = [0; 8 * SLOTS];
+    let bytes = &mut bytes[..8 * geometry.all_slots() as usize];
+    memory.read(at::MISSED, bytes)?;
+    let parts = parts(geometry, changed);
+    for (i, word) in bytes.chunks_exact_mut(8).enumerate() {
+        let missed = u64::from_le_bytes((&*word).try_into().expect("8 bytes"));
+        let missed = if i == slot as usize {
+            0
+        } else {
+            missed | parts
+        };
+        word.copy_from_slice(&missed.to_le_bytes());
+    }
+    memory.write(at::MISSED, bytes)
+}
+
+/// Bytes of one of the parts that are told apart.
+fn part_bytes(geometry: &Geometry) -> u64 {
+    geometry.size.div_ceil(PARTS).div_ceil(PAGE).max(1) * PAGE
+}
+
+/// The parts that a range lies in, a bit each.
+fn parts(geometry: &Geometry, (from, to): (u64, u64)) -> u64 {
+    if from >= to {
+        return 0;
+    }
+    let (first, last) = (from / part_bytes(geometry), (to - 1) / part_bytes(geometry));
+    (u64::MAX >> (PARTS - 1 - last)) & (u64::MAX << first)
+}
+
+/// The spare slot of a block that is written in place which was copied to last, and in which turn that was: the sequences of
+/// these slots count the copies.
+pub(crate) fn copied<M: Memory>(
+    memory: &M,
+    geometry: &Geometry,
+) -> Result<Option<(u32, u64)>, Fault> {
+    let mut last = None;
+    for slot in geometry.slots..geometry.all_slots() {
+        let words = at::slot(slot);
+        let is_whole = memory.load(words + at::CHECKSUM, Relaxed)? & super::SUMMED != 0;
+        let turn = memory.load(words + at::SEQUENCE, Relaxed)?;
+        if is_whole && last.is_none_or(|(_, before)| turn > before) {
+            last = Some((slot, turn));
+        }
+    }
+    Ok(last)
+}
+
+/// Makes the version in a slot the newest one, and forgets what the other slots hold: after a power loss each of their words
+/// may be older or newer than their content.
+pub(crate) fn restart_from<M: Memory>(
+    memory: &M,
+    geometry: &Geometry,
+    newest: Head,
+) -> Result<(), Fault> {
+    for slot in 0..geometry.all_slots() {
+        let words = at::slot(slot);
+        let is_newest = newest.version > 0 && slot == newest.slot;
+        if !is_newest {
+            memory.store(words + at::VERSION, SPOILT, Relaxed)?;
+            memory.store(words + at::CHECKSUM, 0, Relaxed)?;
+        }
+        let sequence = memory.load(words + at::SEQUENCE, Relaxed)?;
+        memory.store(words + at::SEQUENCE, sequence & !1, Relaxed)?;
+    }
+    name(memory, at::FLUSHED, newest)?;
+    name(memory, at::FLUSHING, Head::NONE)?;
+    name(memory, at::HEAD, newest)
+}
