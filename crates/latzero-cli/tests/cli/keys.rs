@@ -8,7 +8,7 @@ use crate::program::{latzero, run, run_with};
 
 fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path)
-        .unwrap()
+        .expect("it is there")
         .permissions()
         .mode()
         & 0o7777
