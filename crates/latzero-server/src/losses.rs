@@ -202,7 +202,10 @@ impl Known {
 
 fn bounded(mut text: String) -> String {
     if text.len() > TEXT_BYTES_MAX {
-        let end = text.floor_char_boundary(TEXT_BYTES_MAX);
+        let end = (0..=TEXT_BYTES_MAX)
+            .rev()
+            .find(|&at| text.is_char_boundary(at))
+            .unwrap_or(0);
         text.truncate(end);
         text.push('…');
     }

@@ -22,7 +22,7 @@ pub struct Draft {
 
 #[derive(Debug)]
 enum Bytes {
-    InPlace(Box<Option<Writing>>),
+    InPlace(Option<Box<Writing>>),
     Waiting(Vec<(u64, Vec<u8>)>),
 }
 
@@ -32,7 +32,8 @@ impl Draft {
         let attached = block.writable().await?;
         let bytes = match &attached.attachment {
             Some(attachment) if !held.is_inherited() => {
-                Bytes::InPlace(Some(begin(&block, attachment, held.fence())?))
+                let writing = begin(&block, attachment, held.fence())?;
+                Bytes::InPlace(Some(Box::new(writing)))
             }
             _ => Bytes::Waiting(Vec::new()),
         };
