@@ -817,7 +817,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let records: HashMap<String, String> = records.collect();
     let remedy =
         "`latzero restore` brings blocks back from a backup; what was set aside is never removed";
-    let lost = |affected: String, happened: String| {
+    let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
     let (kept, removed) = shared.blocks.files.scan_with(&records, &mut lost);
