@@ -43,7 +43,11 @@ Memory:
 Storage:
   backup      Back up the database and the persistent blocks
   restore     Restore a backup; the server must be stopped
-  db          Check the database for damage
+  db          Check the database, query it or print it as SQL
+
+Keys:
+  keys        Create, show, export and check the keys of a pool
+  app         Create and show the key of an app
 
 Inspect:
   apps        List the apps that the server knows, and forget offline ones
