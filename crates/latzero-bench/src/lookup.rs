@@ -141,6 +141,7 @@ impl Subject {
         let settings = [
             "pools_per_app_max=1024",
             "triggers_per_app_max=16384",
+            "served_per_app_max=1000000",
             "registration_bytes_max=4MiB",
             "max_frame_before_handshake=4MiB",
         ];

@@ -172,7 +172,7 @@ limits! {
     /// Bytes waiting to be written to all connections together; 0 is a tenth of `limits.memory_max`, at
     /// most 256 MiB.
     outbox_total_bytes_max: usize = 0, Bytes(0, 1024 * GIB), Restart,
-        "the connection with the largest outbox is closed";
+        "new work is refused; then the connection that holds most for longest is closed";
     /// Apps that the server knows, live or not.
     apps_max: usize = 100_000, Count(1, 16_777_216), Restart,
         "the app that was offline longest is forgotten; if all live, `quota`";

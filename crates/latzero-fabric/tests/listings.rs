@@ -71,6 +71,7 @@ fn an_entry_that_is_too_long_is_shortened() {
         limits.meta_bytes_max = 1 << 20;
         limits.served_per_app_max = 1 << 20;
         limits.memory_max = 64 << 30;
+        limits.registration_bytes_max = 1 << 20;
     });
     let me = net.app("me", "");
     let doc = "d".repeat(1000);

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use latzero_fabric::books::Resource;
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
@@ -162,7 +163,9 @@ impl IoHost {
             "io_threads": self.shared.mailboxes.len(),
             "log_lines_lost": (self.shared.log_lines_lost)(),
         });
-        stats["ledger"] = self.shared.site.books.to_json();
+        let books = &self.shared.site.books;
+        stats["transport"]["outbox_bytes"] = books.all().used(Resource::Outbox).into();
+        stats["ledger"] = books.to_json();
         stats["apps"] = json!(counts);
         stats["pools"] = json!({"pools": counts.pools, "memberships": members});
         stats["triggers"]["served"] = triggers.into();

@@ -105,7 +105,7 @@ fn a_reload_is_felt_by_those_who_are_in() {
 }
 
 #[test]
-fn where_all_outboxes_are_full_the_largest_goes_at_once() {
+fn where_all_outboxes_are_full_who_holds_most_for_longest_goes() {
     let server = Server::with(&[
         "limits.outbox_total_bytes_max=1MiB",
         "write_stall_timeout=1h",
@@ -126,6 +126,11 @@ fn where_all_outboxes_are_full_the_largest_goes_at_once() {
     let mut sent = 0;
     while emit("large") {
         sent += 1;
+        assert!(sent < 10_000, "one outbox never fills");
+    }
+    // One connection may not have all of it: the rest is the other's.
+    while emit("small") {
+        sent += 1;
         assert!(sent < 10_000, "all outboxes together never fill");
     }
     let gone = watch.receive();
@@ -135,7 +140,8 @@ fn where_all_outboxes_are_full_the_largest_goes_at_once() {
     );
     // What was refused at that bound is lost, and counted.
     let stats = sender.request(json!({"action": "stats"}));
-    assert_eq!(stats["response"]["transport"]["messages_lost"], 1);
+    let lost = stats["response"]["transport"]["messages_lost"].as_u64();
+    assert!(lost >= Some(2), "{lost:?}");
 }
 
 #[test]

@@ -493,7 +493,7 @@ mod tests {
         };
         check("<f4", &[2, 3], Some(24));
         check("|u1", &[], Some(1));
-        check("<f8", &[0], None);
+        check("<f8", &[0], Some(0));
         check("float", &[2], None);
         check("<f8", &[u64::MAX, 2], None);
     }
