@@ -344,6 +344,24 @@ Examples:
 
 Flags override environment variables, which override files, which override the defaults.")]
     Config(ConfigArgs),
+    /// Make and look at the keys of encrypted pools
+    #[command(after_help = "\
+Examples:
+  latzero keys new vault                               all keys, in ~/.config/latzero/keys/vault
+  latzero keys export vault --role read --to reader    those that a reader needs
+  latzero keys check vault
+
+No server is asked and none learns a key. Key files are private (0600), and keys are never printed.
+Servers of this version do not have encrypted pools yet.")]
+    Keys(crate::commands::keys::KeysArgs),
+    /// Make and look at the key of an app
+    #[command(after_help = "\
+Examples:
+  latzero app key new worker     in ~/.config/latzero/apps/worker
+  latzero app key show worker    its public key
+
+Servers of this version do not ask for app keys yet.")]
+    App(crate::commands::keys::AppArgs),
     /// Print a completion script for a shell
     #[command(after_help = "\
 Examples:

@@ -56,6 +56,8 @@ fn main() -> ExitCode {
         Command::Block(args) => commands::block::run(&args.command, &output),
         Command::Doctor(args) => commands::doctor::run(&args, &output),
         Command::Config(args) => commands::config::run(&args, &output),
+        Command::Keys(args) => commands::keys::run(&args, &output),
+        Command::App(args) => commands::keys::run_app(&args, &output),
         Command::Completion(args) => commands::completion::run(&args, &output),
     };
     match done {

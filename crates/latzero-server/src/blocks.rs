@@ -817,16 +817,10 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let records: HashMap<String, String> = records.collect();
     let remedy =
         "`latzero restore` brings blocks back from a backup; what was set aside is never removed";
-    let lost = |affected: String, happened: String| {
+    let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
-    // What this start found is told, also of blocks that are there all the same.
-    let mut fresh = Vec::new();
-    let mut note = |affected: String, happened: String| {
-        fresh.push(affected.clone());
-        lost(affected, happened);
-    };
-    let (kept, removed) = shared.blocks.files.scan_with(&records, &mut note);
+    let (kept, removed) = shared.blocks.files.scan_with(&records, &mut lost);
     for mut kept in kept {
         let mut may_have_writer = false;
         if let Ok(custodian) = &kept.open {
@@ -839,10 +833,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
                 let losses = shared.keeper.losses();
-                let affected = affected(&pool, &block);
-                if !fresh.contains(&affected) {
-                    losses.settle(Part::Memory, &affected);
-                }
+                losses.settle(Part::Memory, &room_for(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
             // With a higher limit it is there again, whole.
@@ -851,7 +842,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                 let affected = match &name {
                     Ok((pool, block)) => {
                         missing.remove(&(pool.as_str().into(), block.as_str().into()));
-                        affected(pool, block)
+                        room_for(pool, block)
                     }
                     Err(_) => format!("memory/{names}"),
                 };
@@ -978,9 +969,9 @@ fn is_limit(refusal: &Refusal) -> bool {
     matches!(refusal.code, Code::Quota | Code::TooLarge)
 }
 
-/// A block as losses name it.
-fn affected(pool: &PoolName, block: &BlockId) -> String {
-    format!("block '{block}' of pool '{pool}'")
+/// What lacks where a limit leaves a block out, as losses name it.
+fn room_for(pool: &PoolName, block: &BlockId) -> String {
+    format!("room for block '{block}' of pool '{pool}'")
 }
 
 /// Has a block of an earlier run be in its pool again.

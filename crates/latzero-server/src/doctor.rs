@@ -665,9 +665,9 @@ mod tests {
             },
             "descriptors",
             Warn,
-            "the limit is 1024 (rlimit RLIMIT_NOFILE), with room for 472 connections and 157 memory \
+            "the limit is 1024 (rlimit RLIMIT_NOFILE), with room for 472 connections and 236 memory \
              blocks, of 4096 and 4096",
-            "sudo prlimit --pid $$ --nofile=16464:16464",
+            "sudo prlimit --pid $$ --nofile=12368:12368",
         );
         check(
             |f| {

@@ -536,7 +536,9 @@ impl EventLoop {
             }
         }
         for peer in std::mem::take(&mut self.host.effects.resumed) {
-            if let Some(slot) = self.slot_of(&peer) {
+            if peer.home != self.index {
+                self.host.shared.mailboxes[peer.home].send(Command::Resume(peer));
+            } else if let Some(slot) = self.slot_of(&peer) {
                 self.read_later(slot);
             }
         }

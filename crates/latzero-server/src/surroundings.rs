@@ -517,7 +517,7 @@ mod tests {
                 ("limits.memory_max", "150 MiB", memory),
                 ("limits.connections_max", "88", descriptors),
                 ("limits.outbox_total_bytes_max", "15 MiB", memory),
-                ("limits.blocks_max", "29", descriptors),
+                ("limits.blocks_max", "44", descriptors),
                 ("limits.memory_bytes_max", "75 MiB", memory),
                 ("limits.memory_bytes_per_pool_max", "75 MiB", memory),
                 ("limits.memory_bytes_per_app_max", "75 MiB", memory),

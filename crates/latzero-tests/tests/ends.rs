@@ -134,10 +134,10 @@ fn where_all_outboxes_are_full_who_holds_most_for_longest_goes() {
         assert!(sent < 10_000, "all outboxes together never fill");
     }
     let gone = watch.receive();
-    assert_eq!(
-        (&gone["event"], &gone["app_id"]),
-        (&json!("app_offline"), &json!("large"))
-    );
+    assert_eq!(gone["event"], "app_offline");
+    // Of several IO threads each looks at its own connections.
+    let is_one_loop = std::env::var_os("LATZERO_IO_THREADS").is_none();
+    assert!(gone["app_id"] == "large" || !is_one_loop, "{gone}");
     // What was refused at that bound is lost, and counted.
     let stats = sender.request(json!({"action": "stats"}));
     let lost = stats["response"]["transport"]["messages_lost"].as_u64();

@@ -12,6 +12,7 @@ pub(crate) mod db;
 pub(crate) mod doctor;
 pub(crate) mod emit;
 pub(crate) mod health;
+pub(crate) mod keys;
 pub(crate) mod kick;
 pub(crate) mod logs;
 pub(crate) mod on;

@@ -6,6 +6,7 @@ mod calls;
 mod config;
 mod documents;
 mod kept;
+mod keys;
 mod look;
 mod parked;
 mod program;

@@ -32,13 +32,13 @@ fn making(generation: u64, from: Option<u64>) -> Making {
     }
 }
 
-/// The files of a directory, without the marks of removed blocks: those stay until the database knows of the removal.
+/// The files that are there, but for the marks of removed blocks, which wait for a database.
 fn files(directory: &TempDir) -> Vec<String> {
     let entries = std::fs::read_dir(directory.path()).unwrap();
     let mut names: Vec<String> = entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| !name.ends_with(".gone"))
         .collect();
+    names.retain(|name| !name.ends_with(".gone"));
     names.sort();
     names
 }

@@ -34,8 +34,8 @@ const OWN: u64 = 64;
 /// Descriptors that nobody but an administrator gets a connection with.
 const ADMINISTRATORS: u64 = 16;
 
-/// Descriptors of one memory block.
-const PER_BLOCK: u64 = 3;
+/// Descriptors of one memory block: the server's own, and one on its way to a client.
+const PER_BLOCK: u64 = 2;
 
 /// How descriptors are divided, so that blocks never take those of connections, nor either of them
 /// the server's own.
@@ -170,11 +170,11 @@ mod tests {
         check(1 << 20, (4096, 4096), (4096, 4096));
         check(u64::MAX, (4096, 4096), (4096, 4096));
         // Each gets half of the 944 that are left.
-        check(1024, (4096, 4096), (472, 157));
-        check(1024, (100, 4096), (100, 281));
-        check(1024, (4096, 10), (914, 10));
-        check(256, (4096, 4096), (88, 29));
-        check(64, (4096, 4096), (12, 4));
+        check(1024, (4096, 4096), (472, 236));
+        check(1024, (100, 4096), (100, 422));
+        check(1024, (4096, 10), (924, 10));
+        check(256, (4096, 4096), (88, 44));
+        check(64, (4096, 4096), (12, 6));
         check(8, (4096, 4096), (2, 0));
         check(0, (4096, 4096), (0, 0));
         let needed = Shares::needed(4096, 4096);

@@ -1,0 +1,476 @@
+//! `keys` and `app key`: files with the keys of encrypted pools and of apps. No server is asked,
+//! and none knows them.
+
+use std::fmt::Write as _;
+use std::fs::{DirBuilder, File, Permissions};
+use std::io::{IsTerminal as _, Read as _, Write as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand, ValueEnum};
+use latzero_crypto::app_key::AppKey;
+use latzero_crypto::keys::{KEY_FILE_BYTES_MAX, KeyError, KeySet, Kind, NewKeys, Roles, Secret};
+use latzero_crypto::{Zeroizing, passphrase, text};
+use rustix::fs::OFlags;
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+use serde_json::json;
+
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Cell, Output};
+
+/// The longest passphrase in bytes.
+const PASSPHRASE_BYTES_MAX: u64 = 1024;
+
+#[derive(Args, Debug)]
+pub(crate) struct KeysArgs {
+    #[command(subcommand)]
+    command: KeysCommand,
+}
+
+/// What can be done with the keys of a pool.
+#[derive(Debug, Subcommand)]
+enum KeysCommand {
+    /// Make the keys of a new encrypted pool
+    New(NewArgs),
+    /// Show which keys a file has, and not the keys
+    Show(FileArgs),
+    /// Write the keys of one role to a file of their own, to give away
+    Export(ExportArgs),
+    /// Check that a key file is well formed and private; exit code 4 if not
+    Check(FileArgs),
+    /// Derive the keys of a new pool from a passphrase, which is read from stdin
+    FromPassphrase(FileArgs),
+}
+
+#[derive(Args, Debug)]
+struct FileArgs {
+    /// The pool
+    pool: String,
+    /// The key file [default: ~/.config/latzero/keys/POOL]
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+struct NewArgs {
+    #[command(flatten)]
+    file: FileArgs,
+    /// Make an owner key too: who has it, and nobody else, decides rotations
+    #[arg(long)]
+    owner_key: bool,
+}
+
+#[derive(Args, Debug)]
+struct ExportArgs {
+    #[command(flatten)]
+    file: FileArgs,
+    /// What the keys must allow
+    #[arg(long)]
+    role: Role,
+    /// The file to write; it must not exist
+    #[arg(long, value_name = "FILE")]
+    to: PathBuf,
+}
+
+/// What keys allow.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Role {
+    /// Be a member
+    Join,
+    /// And read
+    Read,
+    /// And write
+    Write,
+}
+
+impl Role {
+    fn kinds(self) -> &'static [Kind] {
+        match self {
+            Role::Join => &[Kind::Sigil],
+            Role::Read => &[Kind::Sigil, Kind::Shard],
+            Role::Write => &[Kind::Sigil, Kind::Shard, Kind::Seal],
+        }
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct AppArgs {
+    #[command(subcommand)]
+    command: AppCommand,
+}
+
+/// What can be done with the identity of an app.
+#[derive(Debug, Subcommand)]
+enum AppCommand {
+    /// Make or show the key that makes an AppID nobody else's
+    #[command(subcommand)]
+    Key(AppKeyCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum AppKeyCommand {
+    /// Make the key of an app
+    New(AppFileArgs),
+    /// Show the public key of an app, and not the key
+    Show(AppFileArgs),
+}
+
+#[derive(Args, Debug)]
+struct AppFileArgs {
+    /// The AppID
+    app_id: String,
+    /// The key file [default: ~/.config/latzero/apps/APPID]
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &KeysArgs, output: &Output) -> Done {
+    match &args.command {
+        KeysCommand::New(args) => new(args, output),
+        KeysCommand::Show(args) => show(args, output),
+        KeysCommand::Export(args) => export(args, output),
+        KeysCommand::Check(args) => check(args, output),
+        KeysCommand::FromPassphrase(args) => from_passphrase(args, output),
+    }
+}
+
+pub(crate) fn run_app(args: &AppArgs, output: &Output) -> Done {
+    let AppCommand::Key(command) = &args.command;
+    match command {
+        AppKeyCommand::New(args) => {
+            let path = args.path()?;
+            let key = AppKey::new(random()?);
+            let line = Zeroizing::new(format!("{}\n", key.to_text().as_str()));
+            write_new(&path, line.as_bytes())?;
+            args.report(&path, &key, output)
+        }
+        AppKeyCommand::Show(args) => {
+            let path = args.path()?;
+            let text = read(&path)?;
+            let line = std::str::from_utf8(&text).map_err(|_| refused(&path, KeyError::AppKey))?;
+            let key = AppKey::parse(line).map_err(|error| refused(&path, error))?;
+            args.report(&path, &key, output)
+        }
+    }
+}
+
+impl AppFileArgs {
+    fn path(&self) -> Result<PathBuf, Failure> {
+        place(self.file.as_deref(), "apps", &self.app_id)
+    }
+
+    fn report(&self, path: &Path, key: &AppKey, output: &Output) -> Done {
+        let public = text::encode(&key.signing_key().public().to_bytes());
+        if output.json {
+            let value = json!({"app_id": self.app_id, "file": path, "public_key": public});
+            output.value(&value)?;
+            return Ok(Exit::Ok);
+        }
+        output.facts(&[
+            ("app", self.app_id.as_str().into()),
+            ("public key", public.into()),
+            ("file", path.display().into()),
+        ])?;
+        Ok(Exit::Ok)
+    }
+}
+
+impl FileArgs {
+    fn path(&self) -> Result<PathBuf, Failure> {
+        place(self.file.as_deref(), "keys", &self.pool)
+    }
+
+    fn report(&self, path: &Path, keys: &KeySet, output: &Output) -> Done {
+        let kinds: Vec<_> = Kind::ALL
+            .into_iter()
+            .filter(|kind| keys.has(*kind))
+            .map(Kind::name)
+            .collect();
+        let role = match keys.roles() {
+            None => "nothing without the SigilKey",
+            Some(Roles::Join) => "join",
+            Some(Roles::Read) => "join and read",
+            Some(Roles::Write) => "join, read and write",
+        };
+        let pin = keys.pin().map(|pin| text::encode(&pin));
+        if output.json {
+            let roles = keys.roles().map(Roles::number);
+            let value = json!({
+                "pool": self.pool, "file": path, "keys": kinds, "roles": roles, "pin": pin,
+            });
+            output.value(&value)?;
+            return Ok(Exit::Ok);
+        }
+        let mut facts: Vec<(&str, Cell)> = vec![
+            ("pool", self.pool.as_str().into()),
+            ("keys", kinds.join(", ").into()),
+            ("allow", role.into()),
+        ];
+        facts.extend(pin.map(|pin| ("pin", pin.into())));
+        facts.push(("file", path.display().into()));
+        output.facts(&facts)?;
+        Ok(Exit::Ok)
+    }
+}
+
+fn new(args: &NewArgs, output: &Output) -> Done {
+    let path = args.file.path()?;
+    let owner = if args.owner_key {
+        Some(random()?)
+    } else {
+        None
+    };
+    let keys = KeySet::new_pool(NewKeys {
+        sigil: random()?,
+        shard: random()?,
+        seal: random()?,
+        owner,
+    });
+    write_keys(&args.file.pool, &keys, &held(&keys), &path)?;
+    args.file.report(&path, &keys, output)
+}
+
+fn show(args: &FileArgs, output: &Output) -> Done {
+    let path = args.path()?;
+    args.report(&path, &read_keys(&path)?, output)
+}
+
+fn check(args: &FileArgs, output: &Output) -> Done {
+    let path = args.path()?;
+    let keys = read_keys(&path).map_err(|failure| Failure {
+        exit: Exit::Unhealthy,
+        ..failure
+    })?;
+    args.report(&path, &keys, output)
+}
+
+fn export(args: &ExportArgs, output: &Output) -> Done {
+    let keys = read_keys(&args.file.path()?)?;
+    let kinds = args.role.kinds();
+    write_keys(&args.file.pool, &keys, kinds, &args.to)?;
+    let exported = read_keys(&args.to)?;
+    args.file.report(&args.to, &exported, output)
+}
+
+fn from_passphrase(args: &FileArgs, output: &Output) -> Done {
+    let path = args.path()?;
+    let words = read_passphrase(output)?;
+    output.note(format!("warning: {}", passphrase::WARNING));
+    let derive = |kind| {
+        passphrase::key(kind, &args.pool, words.as_bytes())
+            .map_err(|error| Failure::new(Exit::Failure, error))
+    };
+    let keys = KeySet::new_pool(NewKeys {
+        sigil: derive(Kind::Sigil)?,
+        shard: derive(Kind::Shard)?,
+        seal: derive(Kind::Seal)?,
+        owner: None,
+    });
+    write_keys(&args.pool, &keys, &held(&keys), &path)?;
+    args.report(&path, &keys, output)
+}
+
+fn held(keys: &KeySet) -> Vec<Kind> {
+    Kind::ALL
+        .into_iter()
+        .filter(|kind| keys.has(*kind))
+        .collect()
+}
+
+/// One line from stdin, without its end; a terminal does not show it.
+fn read_passphrase(output: &Output) -> Result<Zeroizing<String>, Failure> {
+    let cannot = |error| Failure::new(Exit::Failure, format!("stdin cannot be read: {error}"));
+    let stdin = std::io::stdin();
+    let hidden = stdin.is_terminal().then(|| tcgetattr(&stdin)).transpose();
+    let hidden = hidden.map_err(|error| cannot(error.into()))?;
+    if let Some(shown) = &hidden {
+        output.note("passphrase (it is not shown):");
+        let mut silent = shown.clone();
+        silent.local_modes.remove(LocalModes::ECHO);
+        tcsetattr(&stdin, OptionalActions::Flush, &silent).map_err(|error| cannot(error.into()))?;
+    }
+    // Large enough at once, so that growing leaves no copy behind.
+    let mut line = Zeroizing::new(Vec::with_capacity(2 * PASSPHRASE_BYTES_MAX as usize));
+    let mut bytes = stdin.lock().take(PASSPHRASE_BYTES_MAX + 2).bytes();
+    let read = loop {
+        match bytes.next() {
+            None | Some(Ok(b'\n')) => break Ok(()),
+            Some(Ok(byte)) => line.push(byte),
+            Some(Err(error)) => break Err(cannot(error)),
+        }
+    };
+    if let Some(shown) = &hidden {
+        tcsetattr(&stdin, OptionalActions::Now, shown).map_err(|error| cannot(error.into()))?;
+    }
+    read?;
+    if line.len() as u64 > PASSPHRASE_BYTES_MAX {
+        return Err(Failure::usage("a passphrase has at most 1024 bytes"));
+    }
+    let words =
+        std::str::from_utf8(&line).map_err(|_| Failure::usage("a passphrase is UTF-8 text"))?;
+    if words.is_empty() {
+        let help = "type it, or pipe it in: `latzero keys from-passphrase POOL < FILE`";
+        return Err(Failure::usage("there is no passphrase on stdin").with_help(help));
+    }
+    Ok(Zeroizing::new(words.to_owned()))
+}
+
+/// A new secret, from the system's generator alone.
+fn random() -> Result<Secret, Failure> {
+    Secret::filled(|bytes| {
+        let mut filled = 0;
+        while filled < bytes.len() {
+            match rustix::rand::getrandom(
+                &mut bytes[filled..],
+                rustix::rand::GetRandomFlags::empty(),
+            ) {
+                Ok(count) => filled += count,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    let text = format!("the system has no random numbers: {error}");
+                    return Err(Failure::new(Exit::Failure, text));
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The file that was named, or the one that a name has by default. Never in the data directory: who
+/// has a copy of that must not have the keys.
+fn place(named: Option<&Path>, folder: &str, name: &str) -> Result<PathBuf, Failure> {
+    let is_file_name = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if name.is_empty()
+        || name.len() > 128
+        || !name.chars().all(is_file_name)
+        || name.starts_with('.')
+    {
+        return Err(
+            Failure::usage(format!("'{}' is not a name", name.escape_debug()))
+                .with_help("names have 1 to 128 of A-Z a-z 0-9 . _ -, and begin with none of '.'"),
+        );
+    }
+    if let Some(path) = named {
+        return Ok(path.to_owned());
+    }
+    let absolute = |name| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    let config = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")));
+    match config {
+        Some(config) => Ok(config.join("latzero").join(folder).join(name)),
+        None => Err(
+            Failure::usage("HOME is not set, so there is no place for keys")
+                .with_help("name a file with --file"),
+        ),
+    }
+}
+
+fn write_keys(pool: &str, keys: &KeySet, kinds: &[Kind], path: &Path) -> Result<(), Failure> {
+    let tokens = keys
+        .to_file(kinds)
+        .map_err(|error| Failure::new(Exit::Failure, error))?;
+    let mut text = Zeroizing::new(String::with_capacity(256 + pool.len() + tokens.len()));
+    writeln!(
+        text,
+        "# Keys of the pool {pool}. Whoever has this file has them."
+    )
+    .expect("memory");
+    text.push_str(&tokens);
+    write_new(path, text.as_bytes())
+}
+
+/// Writes a file that nobody else can read: all of it, or none; never over another one.
+fn write_new(path: &Path, content: &[u8]) -> Result<(), Failure> {
+    let cannot = |error: std::io::Error| {
+        Failure::new(
+            Exit::Failure,
+            format!("{} cannot be written: {error}", path.display()),
+        )
+    };
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(parent)
+        .map_err(cannot)?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".latzero-")
+        .permissions(Permissions::from_mode(0o600))
+        .tempfile_in(parent)
+        .map_err(cannot)?;
+    file.write_all(content).map_err(cannot)?;
+    file.as_file().sync_all().map_err(cannot)?;
+    file.persist_noclobber(path)
+        .map_err(|error| match error.error.kind() {
+            std::io::ErrorKind::AlreadyExists => Failure::new(
+                Exit::Failure,
+                format!("{} exists; keys are never overwritten", path.display()),
+            )
+            .with_help("move it away first, or name another file"),
+            _ => cannot(error.error),
+        })?;
+    File::open(parent)
+        .and_then(|dir| dir.sync_all())
+        .map_err(cannot)
+}
+
+fn read_keys(path: &Path) -> Result<KeySet, Failure> {
+    KeySet::from_file(&read(path)?).map_err(|error| refused(path, error))
+}
+
+fn refused(path: &Path, error: KeyError) -> Failure {
+    let failure = Failure::usage(format!("{}: {error}", path.display()));
+    failure.with_help(match error {
+        KeyError::AppKey => "`latzero app key new APPID` makes an app key",
+        _ => "`latzero keys new POOL` makes a key file; `latzero keys check POOL` looks at one",
+    })
+}
+
+/// Reads a key file: a regular file of this user that nobody else can read.
+fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    let bad = |what: &str| Failure::usage(format!("the key file {} {what}", path.display()));
+    // Links are not followed, and a pipe does not make the opening wait.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let flags = i32::try_from(flags.bits()).expect("flags fit");
+    let opened = File::options().read(true).custom_flags(flags).open(path);
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(code) if code == rustix::io::Errno::LOOP.raw_os_error() => {
+            bad("is a link").with_help("name the file itself")
+        }
+        _ => bad(&format!("cannot be opened: {error}")),
+    })?;
+    let facts = file
+        .metadata()
+        .map_err(|error| bad(&format!("cannot be looked at: {error}")))?;
+    if !facts.is_file() {
+        return Err(bad("is no regular file"));
+    }
+    if facts.uid() != rustix::process::geteuid().as_raw() {
+        return Err(bad("belongs to another user").with_help("copy it to a file of your own"));
+    }
+    if facts.mode() & 0o077 != 0 {
+        let help = format!(
+            "run `chmod 600 {}`, and make new keys if others may have read it",
+            path.display()
+        );
+        return Err(bad("can be read by others").with_help(help));
+    }
+    let max = KEY_FILE_BYTES_MAX as u64;
+    if facts.len() > max {
+        return Err(bad("is larger than 64 KiB"));
+    }
+    let length = usize::try_from(facts.len()).unwrap_or_default();
+    let mut content = Zeroizing::new(Vec::with_capacity(length + 1));
+    file.take(max + 1)
+        .read_to_end(&mut content)
+        .map_err(|error| bad(&format!("cannot be read: {error}")))?;
+    Ok(content)
+}

@@ -1,0 +1,283 @@
+//! Key files: made whole or not at all, private, and never shown.
+
+use std::fs::Permissions;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::Path;
+
+use crate::program::{latzero, run, run_with};
+
+fn mode(path: &Path) -> u32 {
+    std::fs::symlink_metadata(path)
+        .expect("it is there")
+        .permissions()
+        .mode()
+        & 0o7777
+}
+
+/// No token and no app key in what was printed.
+#[track_caller]
+fn shows_no_key(ran: &crate::program::Ran) {
+    let is_of_token = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+    for text in [&ran.out, &ran.err] {
+        // Messages say how tokens begin, and nothing of what comes behind.
+        for prefix in ["lzs1_", "lzc1_", "lzo1_", "lzw1_", "lza1_"] {
+            for rest in text.split(prefix).skip(1) {
+                assert!(!rest.starts_with(is_of_token), "{}{}", ran.out, ran.err);
+            }
+        }
+    }
+}
+
+#[test]
+fn keys_are_made_private_and_shown_without_the_keys() {
+    let home = tempfile::tempdir().unwrap();
+    let made = run(&mut latzero(
+        home.path(),
+        &["keys", "new", "vault", "--json"],
+    ))
+    .ended_with(0);
+    shows_no_key(&made);
+    let file = home.path().join(".config/latzero/keys/vault");
+    assert_eq!(made.json()["roles"], 7);
+    assert_eq!(made.json()["file"], file.to_str().unwrap());
+    assert_eq!((mode(&file), mode(file.parent().unwrap())), (0o600, 0o700));
+    let text = std::fs::read_to_string(&file).unwrap();
+    let tokens = text.lines().filter(|line| !line.starts_with('#'));
+    assert_eq!(tokens.map(str::len).collect::<Vec<_>>(), [75, 75, 75]);
+    for command in ["show", "check"] {
+        let shown = run(&mut latzero(
+            home.path(),
+            &["keys", command, "vault", "--json"],
+        ));
+        let shown = shown.ended_with(0);
+        shows_no_key(&shown);
+        assert_eq!(shown.json(), made.json());
+    }
+    // Nothing else is left in the folder, and another run makes other keys.
+    assert_eq!(
+        std::fs::read_dir(file.parent().unwrap()).unwrap().count(),
+        1
+    );
+    let other = run(&mut latzero(
+        home.path(),
+        &["keys", "new", "other", "--owner-key", "--json"],
+    ));
+    let other = other.ended_with(0).json();
+    assert_ne!(other["pin"], made.json()["pin"]);
+    assert_eq!(other["keys"].as_array().unwrap().len(), 4);
+    assert!(
+        !home.path().join(".latzero").exists(),
+        "no key is where the server's data is"
+    );
+}
+
+#[test]
+fn keys_are_never_overwritten() {
+    let home = tempfile::tempdir().unwrap();
+    for command in [
+        ["keys", "new", "vault"].as_slice(),
+        &["app", "key", "new", "worker"],
+    ] {
+        run(&mut latzero(home.path(), command)).ended_with(0);
+        let name = command.last().unwrap();
+        let folder = home.path().join(".config/latzero");
+        let file = ["keys", "apps"].map(|kind| folder.join(kind).join(name));
+        let file = file.iter().find(|file| file.exists()).unwrap();
+        let before = std::fs::read(file).unwrap();
+        let again = run(&mut latzero(home.path(), command)).ended_with(1);
+        let again = again.said("never overwritten");
+        shows_no_key(&again);
+        assert_eq!(std::fs::read(file).unwrap(), before);
+        assert_eq!(
+            std::fs::read_dir(file.parent().unwrap()).unwrap().count(),
+            1
+        );
+    }
+}
+
+#[test]
+fn a_role_is_exported_with_its_own_keys_alone() {
+    let home = tempfile::tempdir().unwrap();
+    let owner = ["keys", "new", "vault", "--owner-key", "--json"];
+    let pin = run(&mut latzero(home.path(), &owner)).ended_with(0).json()["pin"].clone();
+    for (role, number, prefixes) in [
+        ("join", 1, ["lzs1_"].as_slice()),
+        ("read", 3, &["lzs1_", "lzc1_"]),
+        ("write", 7, &["lzs1_", "lzc1_", "lzo1_"]),
+    ] {
+        let file = home.path().join(role);
+        let to = file.to_str().unwrap();
+        let args = [
+            "keys", "export", "vault", "--role", role, "--to", to, "--json",
+        ];
+        let done = run(&mut latzero(home.path(), &args)).ended_with(0);
+        shows_no_key(&done);
+        assert_eq!(
+            (&done.json()["roles"], &done.json()["pin"]),
+            (&number.into(), &pin)
+        );
+        assert_eq!(mode(&file), 0o600);
+        let text = std::fs::read_to_string(&file).unwrap();
+        let tokens = text.lines().filter(|line| !line.starts_with('#'));
+        assert_eq!(tokens.map(|line| &line[..5]).collect::<Vec<_>>(), prefixes);
+        // A reader cannot give away what it does not have.
+        if role == "read" {
+            let more = home.path().join("more");
+            let more = more.to_str().unwrap();
+            let args = [
+                "keys", "export", "vault", "--file", to, "--role", "write", "--to", more,
+            ];
+            run(&mut latzero(home.path(), &args))
+                .ended_with(1)
+                .said("OblivionSeal is missing");
+            assert!(!Path::new(more).exists());
+        }
+    }
+}
+
+#[test]
+fn a_key_file_that_others_could_read_or_change_is_refused() {
+    let home = tempfile::tempdir().unwrap();
+    run(&mut latzero(home.path(), &["keys", "new", "vault"])).ended_with(0);
+    let file = home.path().join(".config/latzero/keys/vault");
+    let good = std::fs::read_to_string(&file).unwrap();
+    let check = |file: &Path, said: &str| {
+        let args = ["keys", "check", "vault", "--file", file.to_str().unwrap()];
+        let checked = run(&mut latzero(home.path(), &args))
+            .ended_with(4)
+            .said(said);
+        shows_no_key(&checked);
+    };
+    let private = |name: &str, text: &[u8]| {
+        let path = home.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        path
+    };
+    for open in [0o640, 0o604, 0o620, 0o610] {
+        std::fs::set_permissions(&file, Permissions::from_mode(open)).unwrap();
+        check(&file, "can be read by others");
+    }
+    std::fs::set_permissions(&file, Permissions::from_mode(0o400)).unwrap();
+    run(&mut latzero(home.path(), &["keys", "check", "vault"])).ended_with(0);
+    let link = home.path().join("link");
+    symlink(&file, &link).unwrap();
+    check(&link, "is a link");
+    check(home.path(), "is no regular file");
+    check(Path::new("/dev/null"), "is no regular file");
+    check(&home.path().join("none"), "cannot be opened");
+    let pipe = home.path().join("pipe");
+    let kind = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, rustix::fs::Mode::RUSR, 0).unwrap();
+    check(&pipe, "is no regular file");
+    check(
+        &private("cut", &good.as_bytes()[..good.len() - 3]),
+        "75 characters",
+    );
+    check(
+        &private("typo", good.replace("lzs1_", "lzs1-").as_bytes()),
+        "begins with",
+    );
+    check(
+        &private("twice", good.repeat(2).as_bytes()),
+        "two of the same kind",
+    );
+    check(&private("empty", b""), "missing");
+    check(&private("binary", b"\xff\xfe"), "UTF-8");
+    check(&private("large", &vec![b'#'; (64 << 10) + 1]), "64 KiB");
+}
+
+#[test]
+fn a_passphrase_gives_the_same_keys_anywhere_and_a_warning() {
+    let home = tempfile::tempdir().unwrap();
+    let derive = |pool: &str, file: &str, words: &str| {
+        let file = home.path().join(file);
+        let args = [
+            "keys",
+            "from-passphrase",
+            pool,
+            "--file",
+            file.to_str().unwrap(),
+        ];
+        let ran = run_with(&mut latzero(home.path(), &args), words).ended_with(0);
+        let ran = ran.said("can be guessed");
+        shows_no_key(&ran);
+        assert!(!ran.err.contains(words.trim()) && !ran.out.contains(words.trim()));
+        assert_eq!(mode(&file), 0o600);
+        std::fs::read_to_string(&file).unwrap()
+    };
+    let words = "correct horse battery staple";
+    let keys = derive("alpha", "a", words);
+    assert_eq!(derive("alpha", "b", &format!("{words}\n")), keys);
+    // The SigilKey of the published vector, under its pin.
+    assert!(
+        keys.contains("\nlzs1_Pne9TVhAxzlpK3ICREVFKR453wS9"),
+        "{keys}"
+    );
+    assert_ne!(derive("beta", "c", words), keys);
+    let args = ["keys", "from-passphrase", "gamma"];
+    run_with(&mut latzero(home.path(), &args), "\n")
+        .ended_with(2)
+        .said("no passphrase");
+    run_with(&mut latzero(home.path(), &args), &"x".repeat(1025))
+        .ended_with(2)
+        .said("1024 bytes");
+}
+
+#[test]
+fn names_that_are_no_file_names_are_refused() {
+    let home = tempfile::tempdir().unwrap();
+    for name in [
+        "",
+        "..",
+        ".hidden",
+        "a/b",
+        "../up",
+        "a\nb",
+        &"x".repeat(129),
+    ] {
+        for command in [
+            ["keys", "new", name].as_slice(),
+            &["app", "key", "new", name],
+        ] {
+            run(&mut latzero(home.path(), command))
+                .ended_with(2)
+                .said("is not a name");
+        }
+    }
+    assert!(std::fs::read_dir(home.path()).unwrap().next().is_none());
+}
+
+#[test]
+fn an_app_key_shows_its_public_half() {
+    let home = tempfile::tempdir().unwrap();
+    let made = run(&mut latzero(
+        home.path(),
+        &["app", "key", "new", "worker", "--json"],
+    ));
+    let made = made.ended_with(0);
+    shows_no_key(&made);
+    let shown = run(&mut latzero(
+        home.path(),
+        &["app", "key", "show", "worker", "--json"],
+    ));
+    assert_eq!(shown.ended_with(0).json(), made.json());
+    assert_eq!(made.json()["public_key"].as_str().unwrap().len(), 43);
+    let file = home.path().join(".config/latzero/apps/worker");
+    assert_eq!(mode(&file), 0o600);
+    let line = std::fs::read_to_string(&file).unwrap();
+    assert!(line.starts_with("lza1_") && line.len() == 54, "one line");
+    // The published vector.
+    let vector = "lza1_kZKTlJWWl5iZmpucnZ6foKGio6SlpqeoqaqrrK2ur7BmrEe9";
+    std::fs::write(&file, vector).unwrap();
+    let shown = run(&mut latzero(
+        home.path(),
+        &["app", "key", "show", "worker", "--json"],
+    ));
+    let public = "ujxzXNvkI15srfgcQSuIOjRy0QRfrqGJ9YT4vspG40M";
+    assert_eq!(shown.ended_with(0).json()["public_key"], public);
+    // A key file of a pool is none.
+    std::fs::write(&file, vector.replace("lza1_", "lzs1_")).unwrap();
+    let shown = run(&mut latzero(home.path(), &["app", "key", "show", "worker"])).ended_with(2);
+    shows_no_key(&shown);
+}
