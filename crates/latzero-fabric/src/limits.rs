@@ -212,6 +212,10 @@ limits! {
     /// Requests that may wait for one memory block (for its lock, its making or its flush), and holders
     /// of its lock.
     block_waiters_max: usize = 1024, Count(1, 1_000_000), Restart, "`overloaded`";
+    /// Requests that wait for memory blocks, all together.
+    waits_max: usize = 65_536, Count(1, 16_777_216), Restart, "`overloaded`";
+    /// Requests of one connection that wait for memory blocks.
+    waits_per_connection_max: usize = 2048, Count(1, 1_000_000), Restart, "`overloaded`";
     /// Parked calls, and answers that wait for their callers.
     parked_max: usize = 100_000, Count(0, 16_777_216), Restart, "`overloaded`";
     /// Bytes in memory of all parked calls and waiting answers.

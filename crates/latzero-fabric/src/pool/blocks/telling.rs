@@ -221,7 +221,7 @@ impl<D: Driver> Pool<D> {
             version,
             generation: block.generation,
         };
-        for &subscriber in &block.subscribers {
+        for &subscriber in block.subscribers.keys() {
             if let Some(member) = self.members.at(subscriber) {
                 turn.block_changed(&member.peer, &change);
             }
@@ -231,7 +231,7 @@ impl<D: Driver> Pool<D> {
         }
         for (key, member) in self.members.iter() {
             let watches = member.watch.is_some_and(|set| set.has(Event::BlockChanged));
-            if watches && !block.subscribers.contains(&key) {
+            if watches && !block.subscribers.contains_key(&key) {
                 turn.block_changed(&member.peer, &change);
             }
         }
