@@ -22,6 +22,7 @@ cargo xtask COMMAND
   codegen [--check]    write generated files (docs/errors.md, conformance vectors), or check that they are current
   sim ARGS             the simulator: --seed N, or --seeds A..B; --lasting for calls that outlive connections,
                        --hostile for strangers who want to use the server up
+  hostile [ARGS]       an innocent client beside each kind of hostile one: --seconds N, --only TEXT, --json
   crash [ARGS]         kills, restarts and a look at what is left: --rounds N, --seed S
   bench NAME [ARGS]    a benchmark: rpc, and what `cargo xtask bench --help` lists
   fuzz TARGET [ARGS]   search for inputs that break a parser (needs cargo-fuzz)
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         ["codegen"] => codegen::write(),
         ["codegen", "--check"] => codegen::check(),
         ["sim", rest @ ..] => sim(rest),
+        ["hostile", rest @ ..] => hostile(rest),
         ["crash", rest @ ..] => crash::crash(rest),
         ["bench", rest @ ..] => bench(rest),
         ["fuzz", rest @ ..] => fuzz(rest),
@@ -149,6 +151,14 @@ fn bench(rest: &[&str]) -> Done {
         "nats",
         "--",
     ];
+    args.extend(rest);
+    cargo(&args)
+}
+
+fn hostile(rest: &[&str]) -> Done {
+    cargo(&["build", "--release", "--package", "latzero-cli"])?;
+    let mut args = vec!["run", "--release", "--package", "latzero-tests"];
+    args.extend(["--bin", "latzero-hostile", "--"]);
     args.extend(rest);
     cargo(&args)
 }

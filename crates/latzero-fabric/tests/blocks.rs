@@ -7,7 +7,8 @@
 
 mod net;
 
-use latzero_sim::Peer;
+use latzero_fabric::Limits;
+use latzero_sim::{Bounds, Peer};
 use net::Net;
 use serde_json::Value;
 
@@ -637,6 +638,34 @@ fn waits_are_bounded_by_connection_and_end_by_their_ids() {
         Some("7 ok")
     );
     net.world.check_ledger();
+}
+
+#[test]
+fn descriptors_that_are_not_read_are_bounded() {
+    let limits = Limits {
+        descriptors_unread_max: 3,
+        ..Limits::default()
+    };
+    let bounds = Bounds {
+        socket_bytes: 400,
+        ..Bounds::default()
+    };
+    let mut net = Net::bounded(limits, bounds);
+    let reader = net.app("reader", WRITER);
+    net.ask(
+        reader,
+        r#"{"action":"memory_create","id":"m","block_id":"b","size":1}"#,
+    );
+    let attach = r#"{"action":"memory_attach","id":"m","block_id":"b","mode":"read"}"#;
+    for _ in 0..10 {
+        net.say(reader, attach);
+    }
+    let messages = net.messages(reader);
+    let code = |m: &latzero_sim::Message| m.json["error"]["code"] == "overloaded";
+    let refused = messages.iter().filter(|m| code(m)).count();
+    assert!((5..=7).contains(&refused), "{refused} of 10 were refused");
+    // Once they are read there is room again.
+    assert_eq!(ask(&mut net, reader, "attach", "", &["access"]), "mapped");
 }
 
 #[test]

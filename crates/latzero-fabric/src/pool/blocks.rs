@@ -654,6 +654,7 @@ impl<D: Driver> Pool<D> {
         }
         let (key, block) = self.allowed(asking.member, id, access)?;
         check_layout(block, layout)?;
+        self.check_descriptors(asking.member)?;
         let app = self.asker(asking.member)?.app.clone();
         if block.allows_app(&app) < Some(access) {
             // Lent by a call: it may look again (the block may have moved), and the call's end still ends it.
