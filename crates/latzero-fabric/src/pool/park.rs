@@ -130,6 +130,11 @@ impl Parked {
         matches!(self.state, State::Dead(_))
     }
 
+    /// Whether no attempt is left.
+    fn is_last_attempt(&self) -> bool {
+        self.attempt >= self.attempts
+    }
+
     fn lasting(&self) -> Option<&Lasting> {
         match &self.state {
             State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
@@ -490,6 +495,7 @@ impl<D: Driver> Pool<D> {
             return false;
         };
         (lasting.redeliver, lasting.attempts) = (redeliver, attempts);
+        let is_last = row.attempt >= attempts;
         let held = Held::restored(account, lasting.bytes());
         turn.count_held(&self.name, self.number, 1);
         let idempotency_key = row
@@ -508,12 +514,17 @@ impl<D: Driver> Pool<D> {
             held,
             attempt: row.attempt,
             attempts,
-            cause: row.death.as_ref().map(|death| death.cause.as_str().into()),
+            cause: match &row.death {
+                Some(death) => Some(death.cause.as_str().into()),
+                None if is_last => Some("the server ended while a handler had the call".into()),
+                None => None,
+            },
             idempotency_key: idempotency_key.filter(|_| row.death.is_none()),
             parked_ms: row.parked,
             expires_ms: row.expires,
             state: match row.death {
                 Some(_) => State::Dead(lasting),
+                None if is_last => State::Paused(lasting, now),
                 None => State::Waiting(lasting),
             },
         };
@@ -583,7 +594,7 @@ impl<D: Driver> Pool<D> {
                 }
             }
         }
-        self.end_pauses(now);
+        self.end_pauses(turn);
         self.handle_answers_timeout(turn);
         self.go_on_giving(turn);
     }

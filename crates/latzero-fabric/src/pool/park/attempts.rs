@@ -158,15 +158,14 @@ impl<D: Driver> Pool<D> {
         (lasting.window, lasting.held) = (None, None);
         // Behind everything that is parked now.
         let (now, rank) = (turn.time(), self.parked.newest + 1);
-        let is_dead = self.parked.change(number, |parked| {
+        let is_last = self.parked.change(number, |parked| {
             parked.cause = Some(cause.into());
             parked.rank = rank;
-            let is_dead = parked.attempt >= parked.attempts;
             let until = now.after_ms(pause_ms(parked.attempt));
             parked.state = State::Paused(lasting, until);
-            is_dead
+            parked.is_last_attempt()
         });
-        if is_dead == Some(true) {
+        if is_last == Some(true) {
             self.die(number, turn);
         }
     }
@@ -246,8 +245,19 @@ impl<D: Driver> Pool<D> {
     }
 
     /// Has the calls go on that have paused long enough.
-    pub(super) fn end_pauses(&mut self, now: Time) {
+    pub(super) fn end_pauses(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         while let Some(&(_, number)) = self.parked.pauses.first().filter(|pause| pause.0 <= now) {
+            // Of an earlier run, which ended during the last attempt.
+            if self
+                .parked
+                .calls
+                .get(&number)
+                .is_some_and(Parked::is_last_attempt)
+            {
+                self.die(number, turn);
+                continue;
+            }
             let process = self.parked.change(number, |parked| {
                 parked.state = State::Waiting(parked.take().expect("it paused"));
                 parked.process.clone()
