@@ -153,8 +153,11 @@ limits! {
         "`overloaded`; the connection is closed";
     /// Calls in flight on one connection.
     in_flight_max: u32 = 2048, Count(1, 1_000_000), Restart,
-        "the server stops reading from the connection until a call ends; `overloaded` where the \
-         connection owes answers itself";
+        "further calls wait (`limits.held_bytes_max`); everything else is handled";
+    /// Bytes of calls and emits of one connection that wait until fewer of its calls are in flight, or
+    /// until the disk has taken its durable requests.
+    held_bytes_max: usize = 4 * MIB, Bytes(4 * KIB, GIB), Restart,
+        "the server stops reading from the connection until there is room";
     /// Calls in flight from one connection to one handler: one that does not answer leaves room for calls
     /// to others.
     in_flight_per_handler_max: u32 = 1024, Count(1, 1_000_000), Restart,

@@ -574,6 +574,13 @@ impl<D: Driver> Pool<D> {
         }
     }
 
+    /// The time of a parked call is over.
+    pub(super) fn parked_too_late(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        if let Some(refusal) = self.parked.calls.get(&number).map(Parked::too_late) {
+            self.parked_refused(number, &refusal, turn);
+        }
+    }
+
     /// Ends waits that are over, and tries what is to be tried again.
     pub(super) fn handle_parked_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
@@ -588,10 +595,7 @@ impl<D: Driver> Pool<D> {
             match parked.state {
                 State::Given(key) => self.end(key, End::TimedOut, turn),
                 State::Dead(_) => self.bury(number, turn),
-                State::Waiting(_) | State::Paused(..) => {
-                    let refusal = parked.too_late();
-                    self.parked_refused(number, &refusal, turn);
-                }
+                State::Waiting(_) | State::Paused(..) => self.parked_too_late(number, turn),
             }
         }
         self.end_pauses(turn);

@@ -14,7 +14,6 @@ use super::answers::KeptFor;
 use super::lasting::Lasting;
 use super::{Change, Death, Parked, State};
 use crate::driver::Driver;
-use crate::now::Time;
 use crate::outbox::Class;
 use crate::turn::Turn;
 
