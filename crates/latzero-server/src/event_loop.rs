@@ -294,7 +294,10 @@ impl EventLoop {
             self.connections[slot] = Some(connection);
             return;
         }
-        let flow = connection.session.kept(result, &mut self.host.turn());
+        let mut flow = connection.session.kept(result, &mut self.host.turn());
+        if flow == Flow::Continue {
+            flow = connection.session.go_on(&mut self.host.turn());
+        }
         self.connections[slot] = Some(connection);
         if flow == Flow::Close {
             self.close_peer(now, peer);

@@ -164,6 +164,7 @@ impl World {
 
     /// Hands bytes of a client to the server, which handles every whole frame that it has by now.
     pub fn feed(&mut self, peer: Peer, bytes: &[u8]) {
+        self.go_on(peer);
         if !self.is_open(peer) {
             return;
         }
@@ -206,25 +207,15 @@ impl World {
         let (flow, used) = match decoded {
             Ok(None) => (Flow::Continue, None),
             Ok(Some((frame, used))) => {
-                self.observer.note(Event::Handling {
-                    peer,
-                    json: frame.json.to_vec(),
-                    attachment: frame.attachment.map(<[u8]>::to_vec),
+                self.note_handling(peer, frame, None);
+                let held = session.held_bytes();
+                let flow = session.handle(frame, &mut self.turn());
+                let is_held = session.held_bytes() > held;
+                let flow = self.write_beside(peer, &mut session, flow);
+                self.observer.note(match is_held {
+                    true => Event::Held(peer),
+                    false => Event::Handled(peer),
                 });
-                let mut flow = session.handle(frame, &mut self.turn());
-                while let Some((promised, went_well)) = self.store.write_next() {
-                    let Some(promised) = promised else {
-                        continue;
-                    };
-                    flow = if promised == peer {
-                        session.kept(kept(went_well), &mut self.turn())
-                    } else {
-                        self.tell_kept(promised, went_well);
-                        self.woken.push(promised);
-                        flow
-                    };
-                }
-                self.observer.note(Event::Handled(peer));
                 (flow, Some(used))
             }
             Err(error) => {
@@ -237,6 +228,53 @@ impl World {
             self.close(peer);
         }
         used
+    }
+
+    fn note_handling(&mut self, peer: Peer, frame: Frame<'_>, came: Option<Time>) {
+        self.observer.note(Event::Handling {
+            peer,
+            json: frame.json.to_vec(),
+            attachment: frame.attachment.map(<[u8]>::to_vec),
+            came,
+        });
+    }
+
+    /// Writes what can be written while a session handles a message.
+    fn write_beside(&mut self, peer: Peer, session: &mut Session<World>, flow: Flow) -> Flow {
+        let mut flow = flow;
+        while let Some((promised, went_well)) = self.store.write_next() {
+            let Some(promised) = promised else {
+                continue;
+            };
+            if promised == peer {
+                flow = session.kept(kept(went_well), &mut self.turn());
+            } else {
+                self.tell_kept(promised, went_well);
+            }
+            self.woken.push(promised);
+        }
+        flow
+    }
+
+    /// Has a session handle what waited in it.
+    fn go_on(&mut self, peer: Peer) {
+        while self.is_open(peer)
+            && let Some(mut session) = self.connections[peer.0 as usize].session.take()
+        {
+            let waiting = session.next_waiting(&self.turn());
+            let Some(waiting) = waiting else {
+                self.connections[peer.0 as usize].session = Some(session);
+                return;
+            };
+            self.note_handling(peer, waiting.frame(), Some(waiting.came()));
+            let flow = session.handle_waiting(&waiting, &mut self.turn());
+            let flow = self.write_beside(peer, &mut session, flow);
+            self.observer.note(Event::Handled(peer));
+            self.connections[peer.0 as usize].session = Some(session);
+            if flow == Flow::Close {
+                self.close(peer);
+            }
+        }
     }
 
     /// Tells a session whether what it was promised is on disk.
@@ -313,14 +351,7 @@ impl World {
     fn reap(&mut self) {
         loop {
             for line in std::mem::take(&mut self.effects.resumed) {
-                let at = line.id.0 as usize;
-                if let Some(mut session) = self.connections[at].session.take() {
-                    let flow = session.go_on(&mut self.turn());
-                    self.connections[at].session = Some(session);
-                    if flow == Flow::Close {
-                        self.close(line.id);
-                    }
-                }
+                self.go_on(line.id);
             }
             let tally = std::mem::take(&mut self.effects.tally);
             self.observer.count(tally);

@@ -34,7 +34,8 @@ enum For {
     Turn,
 }
 
-struct Waiting {
+/// A message that waited.
+pub struct Waiting {
     why: For,
     id: Option<Box<str>>,
     json: Box<[u8]>,
@@ -65,6 +66,21 @@ impl Held {
 }
 
 impl Waiting {
+    /// When it came.
+    #[must_use]
+    pub fn came(&self) -> Time {
+        self.came
+    }
+
+    /// The message.
+    #[must_use]
+    pub fn frame(&self) -> Frame<'_> {
+        Frame {
+            json: &self.json,
+            attachment: self.attachment.as_deref(),
+        }
+    }
+
     fn bytes(&self) -> usize {
         self.json.len() + self.attachment.as_ref().map_or(0, |raw| raw.len()) + OVERHEAD
     }
@@ -159,29 +175,35 @@ impl<D: Driver> Session<D> {
         Ok(true)
     }
 
-    /// Handles what waited, as far as there is room. Called where the core says that there is
-    /// ([`crate::Effects::resumed`]); what waited for the disk goes on by itself.
+    /// Handles what waited, as far as there is room. The driver calls it where the core says that
+    /// there is ([`crate::Effects::resumed`]), and after [`Session::kept`].
     pub fn go_on(&mut self, turn: &mut Turn<'_, D>) -> Flow {
-        while let Some((&number, first)) = self.held.messages.first_key_value() {
-            let must_wait = match first.why {
-                For::Calls => self.is_full(turn),
-                For::Disk => self.is_disk_busy(turn),
-                For::Turn => false,
-            };
-            if must_wait {
-                self.peer.link().note_waiting();
-                return Flow::Continue;
-            }
-            let waiting = self.held.remove(number).expect("just seen");
-            let frame = Frame {
-                json: &waiting.json,
-                attachment: waiting.attachment.as_deref(),
-            };
-            if self.run(frame, Some(waiting.came), turn) == Flow::Close {
+        while let Some(waiting) = self.next_waiting(turn) {
+            if self.handle_waiting(&waiting, turn) == Flow::Close {
                 return Flow::Close;
             }
         }
         Flow::Continue
+    }
+
+    /// The first message that waits, where it need not wait any longer.
+    pub fn next_waiting(&mut self, turn: &Turn<'_, D>) -> Option<Waiting> {
+        let (&number, first) = self.held.messages.first_key_value()?;
+        let must_wait = match first.why {
+            For::Calls => self.is_full(turn),
+            For::Disk => self.is_disk_busy(turn),
+            For::Turn => false,
+        };
+        if must_wait {
+            self.peer.link().note_waiting();
+            return None;
+        }
+        self.held.remove(number)
+    }
+
+    /// Handles a message that waited.
+    pub fn handle_waiting(&mut self, waiting: &Waiting, turn: &mut Turn<'_, D>) -> Flow {
+        self.run(waiting.frame(), Some(waiting.came), turn)
     }
 
     /// Ends a call that waits; false where none of that id does.
