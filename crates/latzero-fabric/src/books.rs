@@ -167,6 +167,8 @@ impl Owner {
 #[derive(Debug)]
 struct Bounds {
     owner: Owner,
+    /// It may have all there is.
+    is_all: bool,
     max: [u64; RESOURCES + 1],
 }
 
@@ -291,13 +293,7 @@ impl Account {
     /// Whether a user may hold a part of all there is only.
     #[must_use]
     pub fn is_stranger(&self) -> bool {
-        self.bounds.owner == Owner::User && self.bounds.max[MEMORY] < self.root_max()
-    }
-
-    fn root_max(&self) -> u64 {
-        self.parent
-            .as_ref()
-            .map_or(self.bounds.max[MEMORY], |parent| parent.root_max())
+        self.bounds.owner == Owner::User && !self.bounds.is_all
     }
 
     /// Whether it is of that parent.
@@ -356,9 +352,24 @@ impl Account {
     /// Whether `amount` of a resource would have room.
     #[must_use]
     pub fn has_room(&self, what: Resource, amount: u64) -> bool {
+        self.has_room_here(what, amount, |_| true)
+    }
+
+    /// Whether its owner, and the stranger that it is of, may have so much more: what the server as a whole has is not asked.
+    #[must_use]
+    pub fn has_own_room(&self, what: Resource, amount: u64) -> bool {
+        self.has_room_here(what, amount, |bounds| !bounds.is_all)
+    }
+
+    fn has_room_here(
+        &self,
+        what: Resource,
+        amount: u64,
+        is_asked: impl Fn(&Bounds) -> bool,
+    ) -> bool {
         let mut account = Some(self);
         while let Some(at) = account {
-            if at.lacks(what, amount).is_some() {
+            if is_asked(&at.bounds) && at.lacks(what, amount).is_some() {
                 return false;
             }
             account = at.parent.as_deref();
@@ -416,6 +427,11 @@ pub struct Hold {
 }
 
 impl Hold {
+    /// Where it is held.
+    pub(crate) fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
     /// How much is held.
     #[must_use]
     pub fn amount(&self) -> u64 {
@@ -503,7 +519,13 @@ impl Books {
             for what in Resource::ALL {
                 all[what as usize] = max(what);
             }
-            Arc::new(Bounds { owner, max: all })
+            let is_all =
+                matches!(owner, Owner::Server | Owner::User) && memory == limits.memory_max;
+            Arc::new(Bounds {
+                owner,
+                is_all,
+                max: all,
+            })
         };
         let part = |what: Resource| max(what).div_ceil(STRANGER_PART);
         let per_app = |what: Resource| match what {

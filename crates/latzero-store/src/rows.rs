@@ -364,6 +364,10 @@ pub struct CallRow {
     pub attempt: u32,
     /// When it was parked, unix ms.
     pub parked: i64,
+    /// When its last attempt failed, unix ms.
+    pub died: Option<i64>,
+    /// Why.
+    pub cause: Option<String>,
 }
 
 impl Record for CallRow {
@@ -382,6 +386,8 @@ impl Record for CallRow {
         "expires",
         "attempt",
         "parked",
+        "died",
+        "cause",
     ];
 
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
@@ -398,6 +404,8 @@ impl Record for CallRow {
             expires: row.get(9)?,
             attempt: row.get(10)?,
             parked: row.get(11)?,
+            died: row.get(12)?,
+            cause: row.get(13)?,
         })
     }
 
@@ -415,6 +423,8 @@ impl Record for CallRow {
             self.expires,
             self.attempt,
             self.parked,
+            self.died,
+            &self.cause,
         ))
     }
 }
