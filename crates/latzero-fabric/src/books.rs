@@ -438,6 +438,13 @@ impl Hold {
         self.amount
     }
 
+    /// Whether there is room to hold that amount.
+    #[inline]
+    #[must_use]
+    pub fn has_room(&self, amount: u64) -> bool {
+        amount <= self.amount || self.account.has_room(self.what, amount - self.amount)
+    }
+
     /// Holds another amount instead.
     ///
     /// # Errors

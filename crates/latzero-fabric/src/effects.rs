@@ -112,8 +112,9 @@ pub struct Tally {
     pub counts: [u64; Count::KINDS],
 }
 
-/// Spare buffers that a loop keeps, and the largest that it keeps.
+/// Spare buffers that a loop keeps, the largest that it keeps, and all of them together.
 const SPARE_MAX: usize = 64;
+const SPARE_TOTAL_BYTES_MAX: usize = 4 * 1024 * 1024;
 const SPARE_BYTES_MAX: usize = 1024 * 1024;
 
 /// Larger buffers that a loop keeps, for frames that need them: fresh memory costs more than the copy into it.
@@ -124,6 +125,8 @@ const LARGE_BYTES_MAX: usize = 32 * 1024 * 1024;
 #[derive(Debug, Default)]
 pub struct Buffers {
     spare: Vec<Vec<u8>>,
+    /// What the spare ones take.
+    spare_bytes: usize,
     large: Vec<Vec<u8>>,
 }
 
@@ -131,12 +134,12 @@ impl Buffers {
     /// An empty buffer for about `length` bytes.
     #[must_use]
     pub fn take(&mut self, length: usize) -> Vec<u8> {
-        let kept = if length > SPARE_BYTES_MAX {
-            &mut self.large
-        } else {
-            &mut self.spare
-        };
-        kept.pop().unwrap_or_default()
+        if length > SPARE_BYTES_MAX {
+            return self.large.pop().unwrap_or_default();
+        }
+        let spare = self.spare.pop().unwrap_or_default();
+        self.spare_bytes -= spare.capacity();
+        spare
     }
 
     /// A large buffer, where one is kept.
@@ -160,7 +163,10 @@ impl Buffers {
     pub fn give_back(&mut self, mut buf: Vec<u8>) {
         buf.clear();
         if buf.capacity() <= SPARE_BYTES_MAX {
-            if self.spare.len() < SPARE_MAX && buf.capacity() > 0 {
+            let bytes = self.spare_bytes + buf.capacity();
+            if self.spare.len() < SPARE_MAX && buf.capacity() > 0 && bytes <= SPARE_TOTAL_BYTES_MAX
+            {
+                self.spare_bytes = bytes;
                 self.spare.push(buf);
             }
         } else if self.large.len() < LARGE_MAX && buf.capacity() <= LARGE_BYTES_MAX {

@@ -85,9 +85,10 @@ impl<D: Driver> Link<D> {
             return sent;
         }
         if !self.outbox.is_blocked() && own < LARGE_BYTES {
-            // It is written in a moment, and counted where it can't be. Whose own account is full waits for no moment; that
-            // the server's is full is others' doing.
-            let has_room = self.account.has_own_room(Resource::Outbox, own as u64);
+            // It is written in a moment, and counted where it can't be. Whose own account is full gets no new work; that the
+            // server's is full is others' doing.
+            let has_room = matches!(class, Class::Reply | Class::Control)
+                || self.account.has_own_room(Resource::Outbox, own as u64);
             return match has_room {
                 true => Sent::Queued,
                 false => self.outbox.refuse(class),

@@ -350,6 +350,7 @@ pub fn prepare(
     };
     let token = token::AdminToken::load_or_create(data_dir.path())?;
     descriptors::raise_limit();
+    latzero_shm::heap::give_back();
     let spare = SpareDescriptor::new()
         .map_err(|source| StartupError::of_io("opening", Path::new("/dev/null"), source))?;
 

@@ -6,6 +6,8 @@
 //!
 //! This crate knows nothing of pools, permissions or messages. It is the one place with `unsafe`, and there is never a
 //! reference to bytes that another process may change: words are loaded and stored as atomics, through pointers.
+//!
+//! With the feature `heap` it also tells the allocator to give freed memory back, which takes `unsafe` as well.
 
 #![allow(
     unsafe_code,
@@ -23,6 +25,8 @@ pub mod fds;
 mod file;
 mod format;
 mod geometry;
+#[cfg(feature = "heap")]
+pub mod heap;
 mod kept;
 mod mapped;
 mod memory;

@@ -241,6 +241,8 @@ fn parked_calls(server: &Server) -> Vec<Wire> {
                 r#"{{"action":"trigger","id":"{id}","process":"never","park":true,"ttl":2592000000,"data":"{text}"}}"#
             ))
         };
+        // Each is acknowledged once it is on the disk.
+        wire.set_patience(crate::PATIENCE);
         flood(&mut wire, (0..800).map(call));
         ask(&mut wire, json!({"action": "ping"}));
         Some(wire)
