@@ -35,7 +35,7 @@ pub(crate) enum Which {
 }
 
 /// The variable that names the program of before to the processes of a measurement.
-pub(crate) const BEFORE: &str = "LATZERO_BENCH_BEFORE";
+pub(crate) const BEFORE: &str = "BENCH_BEFORE";
 
 /// The program that `--before` names.
 pub(crate) fn program_before() -> Option<PathBuf> {

@@ -18,7 +18,7 @@ use crate::peer::Peer;
 use crate::socket::{Socket, User};
 
 /// How long one connection is served before the others get their turn, and after how many frames the clock is read.
-const TIME_BUDGET: Duration = Duration::from_micros(250);
+const TIME_BUDGET: Duration = Duration::from_millis(1);
 const FRAMES_PER_LOOK: u32 = 16;
 
 /// Where memory is short, this much is read at once.
