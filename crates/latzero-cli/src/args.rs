@@ -281,6 +281,20 @@ Examples:
 An offline app gets its pools and triggers back when it returns, and parked calls wait for it."
     )]
     Apps(AppsArgs),
+    /// List, show, cancel and retry parked calls
+    #[command(after_help = "\
+Examples:
+  latzero parked ls                        every parked call, and every answer that waits
+  latzero parked ls --dead                 those whose attempts all failed
+  latzero parked show 17                   one of them, with its payload
+  latzero parked retry --dead --pool lab   run the dead calls of a pool again
+  latzero parked cancel 17 18
+  latzero parked purge --dead              delete the dead calls
+
+A call is waiting (for a handler), paused (its last attempt failed), running, dead (every attempt
+failed), or answered (its answer waits for the caller). The server's own user sees the calls of
+everybody, the owner of a pool those in it, and an app its own.")]
+    Parked(ParkedArgs),
     /// List, create, inspect and remove pools
     #[command(
         args_conflicts_with_subcommands = true,
@@ -886,6 +900,103 @@ pub(crate) struct PoolsArgs {
     pub(crate) command: Option<PoolsCommand>,
     #[command(flatten)]
     pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedArgs {
+    #[command(subcommand)]
+    pub(crate) command: ParkedCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ParkedCommand {
+    /// List parked calls
+    Ls(ParkedListArgs),
+    /// Show a parked call with its payload
+    Show(ParkedShowArgs),
+    /// End parked calls: their callers are told that they were cancelled
+    Cancel(ParkedNumbersArgs),
+    /// Run dead calls again; their callers were told that they failed, and are not told more
+    Retry(ParkedRetryArgs),
+    /// Delete dead calls, and answers that nobody fetched
+    Purge(ParkedNumbersArgs),
+}
+
+/// What a parked call is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ParkedStateArg {
+    Waiting,
+    Paused,
+    Running,
+    Dead,
+    Answered,
+}
+
+impl ParkedStateArg {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            ParkedStateArg::Waiting => "waiting",
+            ParkedStateArg::Paused => "paused",
+            ParkedStateArg::Running => "running",
+            ParkedStateArg::Dead => "dead",
+            ParkedStateArg::Answered => "answered",
+        }
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedFilterArgs {
+    /// Only calls in this pool
+    #[arg(long)]
+    pub(crate) pool: Option<String>,
+    /// Only calls of this trigger
+    #[arg(long)]
+    pub(crate) trigger: Option<String>,
+    /// Only calls that this app made
+    #[arg(long, value_name = "APP")]
+    pub(crate) caller: Option<String>,
+    /// Only calls in this state
+    #[arg(long, value_enum)]
+    pub(crate) state: Option<ParkedStateArg>,
+    /// Only calls whose attempts all failed, like --state dead
+    #[arg(long, conflicts_with = "state")]
+    pub(crate) dead: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedListArgs {
+    #[command(flatten)]
+    pub(crate) filter: ParkedFilterArgs,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedShowArgs {
+    /// Its number, as `latzero parked ls` prints it
+    pub(crate) number: u64,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedNumbersArgs {
+    /// The numbers of the calls, as `latzero parked ls` prints them
+    #[arg(value_name = "NUMBER", conflicts_with_all = ["pool", "trigger", "caller", "state", "dead"])]
+    pub(crate) numbers: Vec<u64>,
+    #[command(flatten)]
+    pub(crate) filter: ParkedFilterArgs,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedRetryArgs {
+    #[command(flatten)]
+    pub(crate) which: ParkedNumbersArgs,
+    /// How long each call may take [default: 24h]
+    #[arg(long, value_name = "DURATION", value_parser = parse::long_duration)]
+    pub(crate) ttl: Option<Duration>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -295,6 +295,12 @@ impl<D: Driver> Pool<D> {
         &self.name
     }
 
+    /// Its parked calls and answers, in numbers.
+    #[must_use]
+    pub fn parked_counts(&self) -> ParkedCounts {
+        self.parked.counts()
+    }
+
     /// The pool in numbers.
     #[must_use]
     pub fn stats(&self) -> PoolStats {

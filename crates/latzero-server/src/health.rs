@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_fabric::Time;
+use latzero_fabric::pool::ParkedCounts;
 use serde_json::{Map, Value, json};
 
 use crate::losses::Part;
@@ -10,7 +11,7 @@ use crate::shared::Shared;
 use crate::surroundings::Derived;
 
 /// Looks at every part.
-pub(crate) fn report(shared: &Shared, now: Time) -> Value {
+pub(crate) fn report(shared: &Shared, parked: &ParkedCounts, now: Time) -> Value {
     let settings = shared.settings();
     let connections = shared.stats.connections.load(Relaxed);
     let blocked = shared.stats.slow_readers.load(Relaxed);
@@ -40,7 +41,7 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         .map_or(0, |next| now.since(next).as_millis() as u64);
     let triggers = part(
         late < 1000,
-        &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late}),
+        &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late, "parked": parked}),
     );
     let (blocks_ok, blocks) = shared.blocks.health();
     let losses = shared.keeper.losses();

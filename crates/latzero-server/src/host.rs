@@ -10,6 +10,7 @@ use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Ledger, StorageId};
+use latzero_fabric::pool::ParkedCounts;
 use latzero_fabric::{Class, Driver, Effects, Now, Pool, Registry, Sent, Turn};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
@@ -133,6 +134,19 @@ impl IoHost {
         self.with_pool(pool, Pool::handle_timeout);
     }
 
+    /// Parked calls and answers in all pools.
+    fn parked(&mut self) -> ParkedCounts {
+        let pools = self.with_registry(|registry, _| {
+            let pools = registry.pools().map(|(_, pool)| Arc::clone(pool));
+            pools.collect::<Vec<_>>()
+        });
+        let mut parked = ParkedCounts::default();
+        for pool in &pools {
+            parked.add(&self.with_pool(pool, |pool, _| pool.parked_counts()));
+        }
+        parked
+    }
+
     fn stats(&mut self) -> String {
         self.count();
         let now = self.now.monotonic;
@@ -146,10 +160,12 @@ impl IoHost {
             )
         });
         let (mut triggers, mut members) = (0, 0);
+        let mut parked = ParkedCounts::default();
         for pool in &pools {
             let stats = self.with_pool(pool, |pool, _| pool.stats());
             triggers += stats.triggers;
             members += stats.members;
+            parked.add(&stats.parked);
         }
         let mut stats = self.shared.stats.to_json(now);
         stats["server"] = json!({
@@ -169,6 +185,7 @@ impl IoHost {
         stats["apps"] = json!(counts);
         stats["pools"] = json!({"pools": counts.pools, "memberships": members});
         stats["triggers"]["served"] = triggers.into();
+        stats["parked"] = json!(parked);
         stats["memory"] = self.shared.blocks.to_json(&self.shared.site.limits);
         stats["store"] = self.shared.keeper.to_json();
         stats["resources"] = resources(&self.shared.surroundings);
@@ -337,7 +354,9 @@ impl Driver for IoHost {
         match what {
             Report::Stats => turn.driver.stats(),
             Report::Health => {
-                crate::health::report(&turn.driver.shared, turn.now.monotonic).to_string()
+                let parked = turn.driver.parked();
+                let shared = &turn.driver.shared;
+                crate::health::report(shared, &parked, turn.now.monotonic).to_string()
             }
         }
     }

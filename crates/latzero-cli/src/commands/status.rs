@@ -4,7 +4,7 @@ use latzero_server::startup::lock;
 use serde_json::json;
 
 use crate::exit::{Done, Exit, Failure};
-use crate::output::{Output, Tone, count, toned, uptime};
+use crate::output::{Output, Tone, ago, count, toned, uptime};
 use crate::reach::{ConnectOptions, Reach};
 
 use super::store::{further_losses, losses, sentences};
@@ -42,6 +42,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
             "calls": stats["triggers"]["calls"],
             "calls_in_flight": stats["triggers"]["calls_in_flight"],
             "calls_per_second": stats["triggers"]["calls_per_second"],
+            "parked": stats["parked"],
         }))?;
         return Ok(Exit::Ok);
     }
@@ -100,6 +101,28 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
             .into(),
         ),
     ];
+    let parked = &stats["parked"];
+    if ["waiting", "running", "dead", "answered"]
+        .iter()
+        .any(|name| number(&parked[name]) > 0)
+    {
+        let oldest = match parked["oldest"].as_u64() {
+            Some(at) => format!(", the oldest parked {}", ago(at)),
+            None => String::new(),
+        };
+        let text = format!(
+            "{} waiting, {} running, {} dead, {}{oldest}",
+            parked["waiting"],
+            parked["running"],
+            parked["dead"],
+            count(number(&parked["answered"]), "unread answer"),
+        );
+        let tone = match number(&parked["dead"]) {
+            0 => Tone::Plain,
+            _ => Tone::Warn,
+        };
+        facts.push(("parked", toned(text, tone)));
+    }
     for (index, sentence) in store.into_iter().enumerate() {
         let name = if index == 0 { "store" } else { "" };
         facts.push((name, toned(sentence, store_tone)));

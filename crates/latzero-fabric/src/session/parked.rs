@@ -145,7 +145,7 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
         }
         last = Some(found.number);
     }
-    json!({"parked": entries, "next": last.filter(|_| is_more)}).to_string()
+    json!({"parked": entries, "after": last.filter(|_| is_more)}).to_string()
 }
 
 fn not_found(filter: &ParkedFilter) -> Refusal {
