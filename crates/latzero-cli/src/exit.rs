@@ -49,7 +49,7 @@ macro_rules! table_line {
 exits! {
     /// done
     Ok = 0, "ok";
-    /// failed for a reason without a code of its own
+    /// any other failure
     Failure = 1, "failure";
     /// a flag, an argument or a setting is wrong
     Usage = 2, "usage";
@@ -288,19 +288,19 @@ fn remedy(code: Code) -> String {
         Code::AppInUse => "stop the other instance, or connect as another app with --app",
         Code::NotMember => "name a pool that the app is in; `latzero pools` lists them",
         Code::Unauthenticated | Code::Forbidden => {
-            "use the Unix socket as the user that the server runs as, or that user's admin.token"
+            "connect over the Unix socket as the server's user, or use its admin token"
         }
         Code::Timeout => "allow more time with --timeout, or find out why the handler is slow",
-        Code::Cancelled => "the call was cancelled; repeat it if that was not meant",
-        Code::Draining => "the server is stopping; repeat it once another one runs",
+        Code::Cancelled => "repeat the call if it should not have been cancelled",
+        Code::Draining => "the server is stopping; try again once it runs",
         Code::NoBlock => {
-            "check the name with `latzero block ls`, or make it with `latzero block create`"
+            "check the name with `latzero block ls`, or create it with `latzero block create`"
         }
-        Code::BlockExists => "use it as it is with --or-attach, or choose another name",
+        Code::BlockExists => "use the existing block with --or-attach, or choose another name",
         Code::OutOfRange => "keep --offset plus the length within the size that `block info` shows",
         Code::VersionConflict => "read the block again and repeat the change",
         Code::LayoutMismatch => "use the layout that `latzero block info` shows",
-        Code::Contended => "repeat it, or make the block anew with more --slots",
+        Code::Contended => "try again, or recreate the block with more --slots",
         Code::Locked => {
             "`latzero block info` shows who holds the lock; wait for it with `block lock --wait`"
         }
@@ -308,7 +308,7 @@ fn remedy(code: Code) -> String {
         Code::Disconnected => {
             "check `latzero status`; the call may have run, so repeat it if that is safe"
         }
-        Code::BadMessage => "correct what the message names",
+        Code::BadMessage => "fix what the message names",
         // As the others here: a clause, not a sentence.
         other => {
             let text = other.remedy().trim_end_matches('.');

@@ -1,10 +1,11 @@
 //! Where the server is, and a connection to it.
 //!
-//! Flags win over the environment, and that over the defaults. The first of these that is set counts:
-//! a flag, `LATZERO_URL`, `LATZERO_SOCKET`, `LATZERO_DATA_DIR`, `LATZERO_HOST` and `LATZERO_PORT`,
-//! `~/.latzero`, and then 127.0.0.1:45227. A variable with a bad value is refused, also where another
-//! one counts. A directory stands for the server that runs on it: its Unix socket by the rule of
-//! [`latzero_server::address`], else wherever the lock file says that it listens.
+//! Flags win over the environment, and that over the defaults. The first of these that is set
+//! counts: a flag, `LATZERO_URL`, `LATZERO_SOCKET`, `LATZERO_DATA_DIR`, `LATZERO_HOST` and
+//! `LATZERO_PORT`, `~/.latzero`, and then 127.0.0.1:45227. A variable with a bad value is refused,
+//! also where another one counts. A directory stands for the server that runs on it: its Unix
+//! socket by the rule of [`latzero_server::address`], else wherever the lock file says that it
+//! listens.
 
 use std::ffi::OsString;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
@@ -34,21 +35,21 @@ const FILE_REQUEST_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// Which server, and as whom.
 #[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Which server")]
+#[command(next_help_heading = "Connection")]
 pub(crate) struct Reach {
-    /// By its data directory [env: LATZERO_DATA_DIR] [default: ~/.latzero]
+    /// The server that uses this data directory [env: LATZERO_DATA_DIR] [default: ~/.latzero]
     #[arg(short, long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// By its Unix socket [env: LATZERO_SOCKET]
+    /// The server with this Unix socket [env: LATZERO_SOCKET]
     #[arg(long, value_name = "PATH", conflicts_with_all = ["host", "port"])]
     pub(crate) socket: Option<PathBuf>,
-    /// By its TCP port [env: LATZERO_PORT]
+    /// The server on this TCP port [env: LATZERO_PORT]
     #[arg(short, long, value_name = "PORT")]
     pub(crate) port: Option<u16>,
-    /// By its host, over TCP [env: LATZERO_HOST]
+    /// The server on this host, over TCP [env: LATZERO_HOST]
     #[arg(long, value_name = "HOST")]
     pub(crate) host: Option<String>,
-    /// By an app's address, latzero://APP_ID@HOST:PORT?pool=NAME [env: LATZERO_URL]
+    /// An app's address: latzero://APP_ID@HOST:PORT?pool=NAME [env: LATZERO_URL]
     #[arg(long, value_name = "URL", conflicts_with_all = ["data_dir", "socket", "host", "port", "app"])]
     pub(crate) url: Option<String>,
     /// The AppID to connect as [default: cli-UID; for `serve` the program's name]
@@ -223,7 +224,8 @@ impl Connection {
                 .push(format!("asked the server at {}", self.place));
             if self.is_token_withheld {
                 failure.details.push(
-                    "the admin token was not sent: this is not the server of that data directory"
+                    "the admin token was not sent, because this is not the server of that data \
+                     directory"
                         .to_owned(),
                 );
             }
@@ -338,7 +340,8 @@ impl Reach {
             .unwrap_or_else(|| format!("cli-{}", rustix::process::geteuid().as_raw()))
     }
 
-    /// An AppID that no other command has, and another one for each `key`: for what must find its way back to one command.
+    /// An AppID that no other command has, and another one for each `key`: for what must find its
+    /// way back to one command.
     pub(crate) fn own_app_id(&self, key: Option<&str>) -> String {
         let number = match key {
             // FNV-1a: the same for the same key, whoever asks.
@@ -429,10 +432,10 @@ impl Reach {
         if self.is_elsewhere() {
             let mut failure = match tried {
                 [(place, why)] => {
-                    let text = format!("no server answers at {place}: {why}");
+                    let text = format!("cannot connect to {place}: {why}");
                     Failure::new(Exit::NotRunning, text)
                 }
-                _ => Failure::new(Exit::NotRunning, "no server answers"),
+                _ => Failure::new(Exit::NotRunning, "cannot connect to any of the addresses"),
             };
             // A typing error is likelier than a server that is down.
             if let Some((pid, addresses)) = running_on(&dir) {
@@ -456,19 +459,20 @@ impl Reach {
         let mut failure = Failure::new(Exit::NotRunning, "the server is not running");
         let looked = tried
             .iter()
-            .map(|(place, why)| format!("nothing answers at {place}: {why}"));
+            .map(|(place, why)| format!("cannot connect to {place}: {why}"));
         failure.details.extend(looked);
         if tried.is_empty() {
             failure
                 .details
-                .push(format!("no server has run on {shown_dir} yet"));
+                .push(format!("no server has used {shown_dir} yet"));
         }
         let mut command = "latzero start".to_owned();
         if named == Named::Yes {
             command.push_str(&format!(" --data-dir {}", shell(&dir.to_string_lossy())));
         }
         failure.with_help(format!(
-            "start it with `{command}`, or name another one with --data-dir, --socket, --port or --url"
+            "start it with `{command}`, or choose another server with --data-dir, --socket, \
+             --port or --url"
         ))
     }
 
@@ -483,7 +487,10 @@ impl Reach {
         };
         match source {
             Some(cause) if is_silent(cause) => {
-                let text = format!("the server at {place} accepts connections and does not answer");
+                let text = format!(
+                    "the server at {place} accepts connections but does not \
+                    respond"
+                );
                 let mut failure = Failure::new(Exit::Timeout, text);
                 let (dir, _) = self.data_dir();
                 let is_its_own = of_data_dir(&dir).contains(place);
@@ -491,13 +498,12 @@ impl Reach {
                     failure.details.push(format!("its pid is {pid}"));
                 }
                 Err(failure.with_help(
-                    "it may be suspended or overloaded; look at `latzero logs`, and try again",
+                    "it may be suspended or overloaded; check `latzero logs` and try again",
                 ))
             }
             Some(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
                 let text = format!("permission denied: {place}");
-                let help =
-                    "run as the user that the server runs as, or reach it over TCP with --port";
+                let help = "run this as the server's user, or connect over TCP with --port";
                 Err(Failure::new(Exit::Denied, text).with_help(help))
             }
             Some(cause) if cause.kind() == io::ErrorKind::NotFound => {
@@ -508,7 +514,8 @@ impl Reach {
             Some(cause) => Ok(cause.to_string()),
             None if error.kind() == Code::Disconnected => {
                 let text = format!("{place}: {}", error.message());
-                let help = "check what listens there, or name another server with --port";
+                let help = "check which program listens there, or choose another server with \
+                    --port";
                 Err(Failure::new(Exit::NotRunning, text).with_help(help))
             }
             None if matches!(error.kind(), Code::BadMessage | Code::InvalidName) => {

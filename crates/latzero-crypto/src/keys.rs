@@ -142,19 +142,19 @@ impl Roles {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// Not the length of a token.
-    #[error("a token has 75 characters; check that it was copied whole")]
+    #[error("a token has 75 characters; check that it was copied completely")]
     TokenLength,
     /// Not the beginning of a token.
     #[error("a token begins with lzs1_, lzc1_, lzo1_ or lzw1_")]
     TokenPrefix,
     /// Another kind of key than the place asks for.
-    #[error("this token is not a {}; keys of one kind do not stand for another", .0.name())]
+    #[error("this token is not a {}; one kind of key cannot replace another", .0.name())]
     WrongKind(Kind),
     /// Characters that no token has.
-    #[error("a token has letters, digits, '-' and '_' only; check that it was copied whole")]
+    #[error("a token has letters, digits, '-' and '_' only; check that it was copied completely")]
     TokenText,
     /// The checksum does not fit.
-    #[error("the token's checksum does not fit; it was mistyped or not copied whole")]
+    #[error("the token's checksum is wrong; it was mistyped or not copied completely")]
     Checksum,
     /// Tokens of two pools, or of a pool before and after its owner changed.
     #[error("the tokens belong to different owners; use tokens that were made together")]
@@ -181,7 +181,7 @@ pub enum KeyError {
     #[error("a key file is UTF-8 text of at most 64 KiB, one token a line")]
     File,
     /// An app key that is not well formed.
-    #[error("an app key is one line: lza1_ and 48 characters; check that it was copied whole")]
+    #[error("an app key is one line: lza1_ and 48 characters; check that it was copied completely")]
     AppKey,
 }
 

@@ -15,7 +15,7 @@ const LANES: u32 = 4;
 
 /// What must be said wherever a passphrase is used.
 pub const WARNING: &str =
-    "keys from a passphrase can be guessed by whoever has a copy of the server's data directory";
+    "anyone with a copy of the server's data directory can guess the passphrase";
 
 /// The salt of a key: the same everywhere, so that the passphrase alone is needed.
 #[must_use]

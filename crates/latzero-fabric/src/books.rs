@@ -1,10 +1,11 @@
 //! One ledger of everything that clients make the server hold.
 //!
-//! Each resource is reserved before anything is copied, in the account of whoever asks for it, and a [`Hold`] gives it back
-//! when it is dropped. Accounts form a tree: the server, its users, their apps, and the connections of those. A reservation
-//! counts in each of them up to the root, and each has a bound: so a stranger, whatever names it invents and however many
-//! connections it opens, leaves room for everybody else. Counters are atomic, since several event loops share them; nothing
-//! here waits.
+//! Each resource is reserved before anything is copied, in the account of whoever asks for it, and
+//! a [`Hold`] gives it back when it is dropped. Accounts form a tree: the server, its users, their
+//! apps, and the connections of those. A reservation counts in each of them up to the root, and
+//! each has a bound: so a stranger, whatever names it invents and however many connections it
+//! opens, leaves room for everybody else. Counters are atomic, since several event loops share
+//! them; nothing here waits.
 
 use std::hash::Hash;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -107,7 +108,8 @@ impl Resource {
         }
     }
 
-    /// What a request is answered with that needs more than there is: what frees itself in time is worth a repeat.
+    /// What a request is answered with that needs more than there is: what frees itself in time is
+    /// worth a repeat.
     fn code(self) -> Code {
         match self {
             Resource::Registrations | Resource::Blocks | Resource::Pools | Resource::BlockCount => {
@@ -196,12 +198,12 @@ impl From<Full> for Refusal {
         let (words, limit) = what.words();
         let limit = if is_memory { "memory_max" } else { limit };
         let remedy = match what.code() {
-            Code::Quota => "remove what is not needed, or raise the limit",
-            _ => "wait and repeat, or raise the limit",
+            Code::Quota => "remove what is no longer needed, or raise the limit",
+            _ => "try again later, or raise the limit",
         };
         let whose = owner.words();
         let message = format!(
-            "{needed} {words} are needed, and {free} of {max} are free for {whose} \
+            "this needs {needed} {words}, but only {free} of {max} are free for {whose} \
              (limits.{limit}); {remedy}"
         );
         Refusal::new(what.code(), message)
@@ -427,13 +429,15 @@ pub struct Books {
     accounts: AtomicU64,
 }
 
-/// A connection may hold this part of all memory, and at least room for two frames, one on the way in and one out.
+/// A connection may hold this part of all memory, and at least room for two frames, one on the way
+/// in and one out.
 const CONNECTION_PART: u64 = 4;
 
 /// A stranger may hold this part of every resource: others have the rest.
 const STRANGER_PART: u64 = 2;
 
-/// This part of memory is for what is under way already, answers and errors; new work is refused before.
+/// This part of memory is for what is under way already, answers and errors; new work is refused
+/// before.
 const RESERVED_PART: u64 = 16;
 
 impl Books {
@@ -527,7 +531,8 @@ impl Books {
             || self.root.memory() > self.root.bounds.max[MEMORY]
     }
 
-    /// Whether memory is so short that new work is refused, and connections that hold much are closed.
+    /// Whether memory is so short that new work is refused, and connections that hold much are
+    /// closed.
     #[must_use]
     pub fn is_short(&self) -> bool {
         let short = |place: usize| {
@@ -540,7 +545,8 @@ impl Books {
         short(MEMORY) || short(Resource::Outbox as usize)
     }
 
-    /// Whether connections must be closed to make room: what waits on the way in and out of them is what memory is short of.
+    /// Whether connections must be closed to make room: what waits on the way in and out of them is
+    /// what memory is short of.
     #[must_use]
     pub fn must_shed(&self) -> bool {
         let on_way = self.root.used(Resource::Inbound) + self.root.used(Resource::Outbox);
@@ -580,7 +586,8 @@ pub struct Holding<K> {
 /// Less than this is not worth closing a connection for, in bytes.
 const SHED_BYTES_MIN: u64 = 64 * 1024;
 
-/// A connection that moved within this time is not closed, in milliseconds: a large fresh answer is on its way.
+/// A connection that moved within this time is not closed, in milliseconds: a large fresh answer is
+/// on its way.
 const SHED_AGE_MIN_MS: u64 = 1000;
 
 /// The connection to close where memory is short: the one that holds most, for longest.

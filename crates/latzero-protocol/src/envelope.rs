@@ -90,7 +90,7 @@ pub(crate) fn unescape(inner: &str) -> Cow<'_, str> {
 pub(crate) fn field_name(inner: &str) -> Result<Cow<'_, str>, Refusal> {
     if inner.len() > FIELD_NAME_BYTES_MAX {
         let message = format!(
-            "the name of a field has at most {FIELD_NAME_BYTES_MAX} bytes, '{}' has more",
+            "a field name may have at most {FIELD_NAME_BYTES_MAX} bytes; '{}' is longer",
             shorten(inner)
         );
         return Err(Refusal::new(Code::BadMessage, message));
@@ -129,8 +129,8 @@ impl Body<'_> {
 
 macro_rules! fields {
     ($($field:ident $key:literal,)*) => {
-        /// The envelope of one message. Fields that routing needs are named; the others are read from
-        /// [`Envelope::text`] by whoever handles the action that has them.
+        /// The envelope of one message. Fields that routing needs are named; the others are read
+        /// from [`Envelope::text`] by whoever handles the action that has them.
         #[derive(Debug, Default, Clone, Copy)]
         pub struct Envelope<'a> {
             /// The whole JSON text.
@@ -171,8 +171,9 @@ impl From<ScanError> for Malformed {
 }
 
 impl<'a> Envelope<'a> {
-    /// Scans a frame. The outer error ends the connection (the bytes are not a JSON object); the inner one is
-    /// answered and the connection lives on (an object, but with duplicate or too many fields).
+    /// Scans a frame. The outer error ends the connection (the bytes are not a JSON object); the
+    /// inner one is answered and the connection lives on (an object, but with duplicate or too many
+    /// fields).
     ///
     /// # Errors
     /// `bad_frame` outside, `bad_message` inside.
@@ -207,7 +208,8 @@ impl<'a> Envelope<'a> {
                     return Err(Malformed::Message(Refusal::new(
                         Code::BadMessage,
                         format!(
-                            "a message has at most {ENVELOPE_FIELDS_MAX} fields; put the rest into 'data'"
+                            "a message may have at most {ENVELOPE_FIELDS_MAX} fields; put the \
+                             rest into 'data'"
                         ),
                     )));
                 }
@@ -325,9 +327,7 @@ impl<'a> Envelope<'a> {
         match (field, self.attachment) {
             (Some(_), Some(_)) => Err(Refusal::new(
                 Code::BadMessage,
-                format!(
-                    "the attachment takes the place of field '{name}', which must then be absent"
-                ),
+                format!("the attachment replaces field '{name}', which must be absent"),
             )),
             (None, Some(bytes)) => Ok(Body::Bytes(bytes)),
             (Some(raw), None) => Ok(Body::Json(raw)),
@@ -365,7 +365,7 @@ fn check_headers(raw: Raw<'_>) -> Result<(), Refusal> {
         return Err(Refusal::new(
             Code::TooLarge,
             format!(
-                "field 'headers' has {} bytes, at most {HEADERS_BYTES_MAX} are allowed",
+                "field 'headers' has {} bytes; the maximum is {HEADERS_BYTES_MAX}",
                 raw.0.len()
             ),
         ));
@@ -401,7 +401,7 @@ fn check_headers(raw: Raw<'_>) -> Result<(), Refusal> {
 fn duplicate(key: &str) -> Refusal {
     Refusal::new(
         Code::BadMessage,
-        format!("field '{}' stands twice", shorten(key)),
+        format!("field '{}' occurs twice", shorten(key)),
     )
 }
 
@@ -490,7 +490,7 @@ mod tests {
         let many: Vec<String> = (0..70).map(|i| format!("\"f{i}\":1")).collect();
         check_message(
             &format!("{{{}}}", many.join(",")),
-            "bad_message: a message has at most 64 fields; put the rest into 'data'",
+            "bad_message: a message may have at most 64 fields; put the rest into 'data'",
         );
     }
 

@@ -1,4 +1,5 @@
-//! Frames: a big-endian length and one JSON object, or with an attachment a JSON header and raw bytes.
+//! Frames: a big-endian length and one JSON object, or with an attachment a JSON header and raw
+//! bytes.
 //!
 //! ```text
 //! [u32 length][JSON object]
@@ -29,7 +30,7 @@ pub enum FrameError {
     #[error("a frame of length 0; every frame carries one JSON object")]
     Empty,
     /// More bytes announced than allowed.
-    #[error("a frame of {announced} bytes was announced, at most {max} are allowed{}", hint(*.announced))]
+    #[error("the frame has {announced} bytes; the maximum is {max}{}", hint(*.announced))]
     TooLarge {
         /// The length that the prefix named, in bytes, with the attachment bit where it stood.
         announced: u64,
@@ -57,7 +58,7 @@ fn hint(announced: u64) -> &'static str {
         | [b'H', b'E', b'A', b'D']
         | [b'P', b'U', b'T', b' ']
         | [b'O', b'P', b'T', b'I']
-        | [b'H', b'T', b'T', b'P'] => "; this looks like HTTP, which is not spoken here",
+        | [b'H', b'T', b'T', b'P'] => "; this looks like HTTP, which this port does not support",
         _ => "",
     }
 }
@@ -81,8 +82,8 @@ pub struct Accept {
     pub attachments: bool,
 }
 
-/// The total length in bytes of the frame that starts `buf`, its prefix included; `None` where the prefix is not
-/// complete yet.
+/// The total length in bytes of the frame that starts `buf`, its prefix included; `None` where the
+/// prefix is not complete yet.
 ///
 /// # Errors
 /// As soon as the prefix shows that the frame is empty or too large, whatever else has arrived.
@@ -109,7 +110,8 @@ pub fn length(buf: &[u8], accept: Accept) -> Result<Option<usize>, FrameError> {
     Ok(Some(PREFIX + payload))
 }
 
-/// Takes the first frame of `buf`, with its total length in bytes; `None` where more bytes are needed.
+/// Takes the first frame of `buf`, with its total length in bytes; `None` where more bytes are
+/// needed.
 ///
 /// # Errors
 /// As [`length`], and where an attachment frame's header does not fit inside it.

@@ -72,7 +72,8 @@ pub enum Action<'a> {
         mode: LockMode,
         /// How long to wait for it, in milliseconds; 0 is not at all.
         wait_ms: u64,
-        /// How long it is held unless renewed, in milliseconds; absent is as long as its holder lives.
+        /// How long it is held unless renewed, in milliseconds; absent is as long as its holder
+        /// lives.
         lease_ms: Option<u64>,
     },
     /// Gives the lock back.
@@ -329,7 +330,7 @@ impl Layout {
         if layout.bytes().is_none() {
             return Err(Refusal::new(
                 Code::BadMessage,
-                "field 'layout' describes more bytes than can be counted",
+                "field 'layout' describes too many bytes",
             ));
         }
         let places = layout.shape.last().copied().unwrap_or(0);
@@ -471,7 +472,7 @@ pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Memory<'a>, R
             let data = bytes(e)?;
             if expected.len() != data.len() {
                 let message = format!(
-                    "'expected' has {} bytes and 'data' {}; they must be as long as each other",
+                    "'expected' has {} bytes and 'data' {}; the lengths must be equal",
                     expected.len(),
                     data.len()
                 );
@@ -639,12 +640,16 @@ fn lock(fields: &Fields<'_>) -> Result<Option<u64>, Refusal> {
     let fence = raw.as_short_str().and_then(|text| text.parse().ok());
     match fence {
         Some(fence) => Ok(Some(fence)),
-        None => Err(mistyped("lock", "what memory_lock replied", raw)),
+        None => Err(mistyped(
+            "lock",
+            "the \"lock\" that memory_lock returned",
+            raw,
+        )),
     }
 }
 
 fn required_lock(fields: &Fields<'_>) -> Result<u64, Refusal> {
-    lock(fields)?.ok_or_else(|| missing("lock", "what memory_lock replied"))
+    lock(fields)?.ok_or_else(|| missing("lock", "the \"lock\" that memory_lock returned"))
 }
 
 /// The bytes of a message: its attachment, or base64 text in `data`.
@@ -652,7 +657,7 @@ fn bytes<'a>(e: &Envelope<'a>) -> Result<Cow<'a, [u8]>, Refusal> {
     match (e.attachment, e.data) {
         (Some(_), Some(_)) => Err(Refusal::new(
             Code::BadMessage,
-            "the attachment takes the place of field 'data', which must then be absent",
+            "the attachment replaces field 'data', which must be absent",
         )),
         (Some(bytes), None) => Ok(Cow::Borrowed(bytes)),
         (None, Some(raw)) => base64("data", raw).map(Cow::Owned),
@@ -672,7 +677,7 @@ fn is_beyond_cas(raw: Raw<'_>) -> bool {
 fn too_much_for_cas() -> Refusal {
     Refusal::new(
         Code::TooLarge,
-        format!("at most {CAS_BYTES_MAX} bytes are compared and swapped at once"),
+        format!("a compare-and-swap takes at most {CAS_BYTES_MAX} bytes"),
     )
 }
 
@@ -772,7 +777,7 @@ mod tests {
         );
         check(
             &create(r#""layout":{"dtype":"<f8","shape":[9223372036854775807,9]}"#),
-            "more bytes than can be counted",
+            "too many bytes",
         );
         check(&create(r#""slots":5"#), "field 'slots' must be");
         check(&create(r#""slots":2,"consistency":"raw""#), "has one slot");
@@ -782,11 +787,11 @@ mod tests {
         );
         check(
             r#"{"action":"memory_cas","block_id":"f","expected":"","data":"AA=="}"#,
-            "must be as long as each other",
+            "the lengths must be equal",
         );
         check(
             r#"{"action":"memory_unlock","block_id":"f","lock":7}"#,
-            "field 'lock' must be what memory_lock replied",
+            "field 'lock' must be the \"lock\" that memory_lock returned",
         );
         check(
             r#"{"action":"memory_melt","block_id":"f"}"#,

@@ -1,6 +1,7 @@
 //! Messages that a client sends, decoded from their envelope into borrowed, checked values.
 //!
-//! Every field is checked here, so that what decides (the fabric) only ever sees messages that make sense.
+//! Every field is checked here, so that what decides (the fabric) only ever sees messages that make
+//! sense.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -86,7 +87,8 @@ pub struct Handshake<'a> {
     pub exclusive: bool,
     /// Displace other instances.
     pub takeover: bool,
-    /// Nothing of the app is remembered once its last instance has gone: a tool that comes and goes.
+    /// Nothing of the app is remembered once its last instance has gone: a tool that comes and
+    /// goes.
     pub transient: bool,
 }
 
@@ -521,8 +523,8 @@ impl<'a> Request<'a> {
     /// than its bytes.
     ///
     /// # Errors
-    /// `bad_message`, `invalid_name`, `unknown_action`, `too_large`, `quota` or `unsupported_protocol`, with the field
-    /// or the limit named.
+    /// `bad_message`, `invalid_name`, `unknown_action`, `too_large`, `quota` or
+    /// `unsupported_protocol`, with the field or the limit named.
     #[inline]
     pub fn decode(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Self, Refusal> {
         let action = Envelope::required_string(e.action, "action")?;
@@ -1050,13 +1052,13 @@ impl<'a> Fields<'a> {
             if fields.iter().any(|(known, _)| *known == key) {
                 return Err(Failed(Refusal::new(
                     Code::BadMessage,
-                    format!("field '{}' stands twice", shorten(&key)),
+                    format!("field '{}' occurs twice", shorten(&key)),
                 )));
             }
             if fields.len() == max {
                 return Err(Failed(Refusal::new(
                     Code::BadMessage,
-                    format!("an object has at most {max} fields here"),
+                    format!("an object may have at most {max} fields here"),
                 )));
             }
             fields.push((key, Raw::scanned(value)));
@@ -1229,7 +1231,7 @@ mod tests {
         );
         check(
             &format!(r#"{{"action":"trigger_register","triggers":[{{"{name}":1}}]}}"#),
-            "bad_message: the name of a field has at most 256 bytes, 'nnnn",
+            "bad_message: a field name may have at most 256 bytes; 'nnnn",
         );
         let fields: Vec<String> = (0..33).map(|n| format!("\"f{n}\":1")).collect();
         check(
@@ -1237,7 +1239,7 @@ mod tests {
                 r#"{{"action":"trigger_register","triggers":[{{{}}}]}}"#,
                 fields.join(",")
             ),
-            "bad_message: an object has at most 32 fields here",
+            "bad_message: an object may have at most 32 fields here",
         );
     }
 

@@ -1,9 +1,10 @@
 //! A validating JSON scanner that finds where values begin and end.
 //!
 //! The server routes by a handful of envelope fields and must still refuse bytes that are not JSON
-//! ([RFC 8259](https://www.rfc-editor.org/rfc/rfc8259)). A general parser builds or visits every value; this one
-//! checks the grammar in one pass without allocating, and hands out the raw text of each field. Nesting is kept in the
-//! bits of one integer, so depth is bounded by construction and deep input can't exhaust the stack.
+//! ([RFC 8259](https://www.rfc-editor.org/rfc/rfc8259)). A general parser builds or visits every
+//! value; this one checks the grammar in one pass without allocating, and hands out the raw text of
+//! each field. Nesting is kept in the bits of one integer, so depth is bounded by construction and
+//! deep input can't exhaust the stack.
 
 use crate::limits::JSON_DEPTH_MAX;
 
@@ -17,11 +18,12 @@ pub struct ScanError {
     pub what: &'static str,
 }
 
-/// Scans `text`, which must be one JSON object, and calls `on_field` with the raw text of each key (without its
-/// quotes, escapes untouched) and of each value.
+/// Scans `text`, which must be one JSON object, and calls `on_field` with the raw text of each key
+/// (without its quotes, escapes untouched) and of each value.
 ///
 /// # Errors
-/// The first place where `text` is not a JSON object of depth [`JSON_DEPTH_MAX`] or less, or what `on_field` returned.
+/// The first place where `text` is not a JSON object of depth [`JSON_DEPTH_MAX`] or less, or what
+/// `on_field` returned.
 pub fn object<'a, E: From<ScanError>>(
     text: &'a str,
     mut on_field: impl FnMut(&'a str, &'a str) -> Result<(), E>,
@@ -246,7 +248,7 @@ impl<'a> Scanner<'a> {
                 }
                 Some(first @ (b'{' | b'[')) => {
                     if depth >= JSON_DEPTH_MAX {
-                        return Err(self.error("nested too deep (64 levels at most)"));
+                        return Err(self.error("nested too deeply (at most 64 levels)"));
                     }
                     self.at += 1;
                     depth += 1;
@@ -310,7 +312,8 @@ impl<'a> Scanner<'a> {
         self.rest_of_string()
     }
 
-    /// What follows the first byte of a string that does not mean itself, and is not the closing quote.
+    /// What follows the first byte of a string that does not mean itself, and is not the closing
+    /// quote.
     fn rest_of_string(&mut self) -> Result<Spelling, ScanError> {
         loop {
             match self.next() {
@@ -545,7 +548,8 @@ mod tests {
             prop_assert!(out_of_range || ours == theirs.is_ok(), "{text:?}: {ours} {theirs:?}");
         }
 
-        /// Whatever serde_json writes, the scanner accepts, and field texts parse back to the same values.
+        /// Whatever serde_json writes, the scanner accepts, and field texts parse back to the same
+        /// values.
         #[test]
         fn accepts_what_serde_json_writes(keys in proptest::collection::vec(".{0,12}", 0..6), n in any::<i64>()) {
             let mut map = serde_json::Map::new();

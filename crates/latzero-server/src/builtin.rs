@@ -1,7 +1,8 @@
-//! The server's own app `latzero` in the pool `system`: a session like any other, whose connection is this process.
+//! The server's own app `latzero` in the pool `system`: a session like any other, whose connection
+//! is this process.
 //!
-//! What is appended to its outbox is read right back here, answered, and handed to its session. So the core needs no
-//! special case, and every server has something to call.
+//! What is appended to its outbox is read right back here, answered, and handed to its session. So
+//! the core needs no special case, and every server has something to call.
 
 use std::borrow::Cow;
 use std::os::fd::OwnedFd;
@@ -27,20 +28,17 @@ pub(crate) struct BuiltIn {
 }
 
 const TRIGGERS: [(&str, &str); 5] = [
-    ("echo", "Answers with what it was called with."),
+    ("echo", "Returns its payload."),
     (
         "time",
-        "The server's time: {\"unix_ms\":…,\"uptime_ms\":…}.",
+        "Returns the server's time: {\"unix_ms\":…,\"uptime_ms\":…}.",
     ),
     (
         "apps",
-        "The apps that the server knows; {\"pool\":…,\"after\":…} for a part of them.",
+        "Lists the apps that the server knows; {\"pool\":…,\"after\":…} selects a part.",
     ),
-    (
-        "pools",
-        "The pools there are; {\"after\":…} for a part of them.",
-    ),
-    ("stats", "The server's statistics."),
+    ("pools", "Lists the pools; {\"after\":…} selects a part."),
+    ("stats", "Returns the server's statistics."),
 ];
 
 impl BuiltIn {

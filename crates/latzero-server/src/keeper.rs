@@ -1,8 +1,9 @@
 //! What outlives the server: the store, and who waits for its word.
 //!
-//! Changes go to the store's thread without waiting. Where a connection was promised something, the promise carries a
-//! ticket, and the store's word about it goes to the mailbox of the connection's loop, whose session then answers. What an
-//! earlier run left is taken in before the server listens.
+//! Changes go to the store's thread without waiting. Where a connection was promised something, the
+//! promise carries a ticket, and the store's word about it goes to the mailbox of the connection's
+//! loop, whose session then answers. What an earlier run left is taken in before the server
+//! listens.
 
 mod promises;
 mod rows;
@@ -30,7 +31,8 @@ use rows::{answer_of, app_of, call_of, ms, pool_of, row};
 /// The kernel's name for this run of the machine (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The name under which the time of the last sign of life is stored, in milliseconds since the Unix epoch.
+/// The name under which the time of the last sign of life is stored, in milliseconds since the Unix
+/// epoch.
 const ALIVE: &str = "alive";
 
 /// The name under which the kernel's name for the run of the machine is stored.
@@ -55,7 +57,8 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// Opens the store of a data directory. See [`latzero_store::open`] for what that checks and mends.
+    /// Opens the store of a data directory. See [`latzero_store::open`] for what that checks and
+    /// mends.
     ///
     /// # Errors
     /// Where there is no database that can be used.
@@ -145,7 +148,7 @@ impl Keeper {
     pub(crate) fn keep(&self, change: Change, promise: Option<&Arc<Peer>>) {
         let Some(peer) = promise else {
             if let Err(error) = self.store.submit(row(change), None) {
-                tracing::warn!(%error, "something can't be stored; it is lost at the next restart");
+                tracing::warn!(%error, "cannot store a change; it is lost at the next restart");
             }
             return;
         };
@@ -171,7 +174,7 @@ impl Keeper {
             value: value.into(),
         };
         if let Err(error) = self.store.submit(change, None) {
-            tracing::debug!(key, %error, "a setting can't be stored");
+            tracing::debug!(key, %error, "cannot store a setting");
         }
     }
 
@@ -220,7 +223,7 @@ impl Keeper {
 fn note_report(losses: &Losses, report: &Report) {
     if report.is_degraded {
         let remedy =
-            "look at what is kept beside it; `latzero backup ls --verify` lists the backups";
+            "check the files kept beside it; `latzero backup ls --verify` lists the backups";
         losses.note(Loss::new(
             Part::Store,
             "data.db",
@@ -264,8 +267,8 @@ fn now_ms() -> i64 {
     })
 }
 
-/// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the rows of blocks, and
-/// whether the machine was not started anew since.
+/// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the
+/// rows of blocks, and whether the machine was not started anew since.
 pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
     let keeper = &shared.keeper;
@@ -289,7 +292,8 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => pools += 1,
             Err(error) => {
-                tracing::error!(pool = %name, %error, "a pool of an earlier run is closed to all but its owner; remove it, or restore a backup")
+                tracing::error!(pool = %name, %error, "the policy of a stored pool is invalid, \
+                    so only its owner may use the pool; remove the pool, or restore a backup")
             }
         }
     }
@@ -306,7 +310,8 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => calls += 1,
             Err(error) => {
-                tracing::error!(number, %error, "a parked call can't be taken in; it stays in the database")
+                tracing::error!(number, %error, "cannot restore a parked call; it stays in the \
+                    database")
             }
         }
     }
@@ -321,7 +326,8 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => answers += 1,
             Err(error) => {
-                tracing::error!(number, %error, "an answer can't be taken in; it stays in the database")
+                tracing::error!(number, %error, "cannot restore an answer; it stays in the \
+                    database")
             }
         }
     }
@@ -336,7 +342,13 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     });
     if apps + pools + calls + answers > 0 {
-        tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
+        tracing::info!(
+            apps,
+            pools,
+            calls,
+            answers,
+            "restored the state of the earlier run"
+        );
     }
     keeper.note_alive(unix_ms);
     if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
@@ -349,7 +361,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             value: losses,
         };
         if let Err(error) = keeper.store.commit(vec![change]) {
-            tracing::warn!(%error, "the losses that this start found can't be stored");
+            tracing::warn!(%error, "cannot store the losses found at this start");
         }
     }
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
@@ -381,7 +393,7 @@ fn take_in_waiting(
 }
 
 fn senseless() -> Refusal {
-    Refusal::new(Code::Storage, "its row makes no sense")
+    Refusal::new(Code::Storage, "the stored row is invalid")
 }
 
 #[cfg(test)]

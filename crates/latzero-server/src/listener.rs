@@ -50,8 +50,8 @@ pub(crate) struct Origin {
     pub(crate) account: Arc<Account>,
 }
 
-/// This part of the connections is for the server's own user and administrators, and this part of the rest is not for one
-/// stranger alone.
+/// This part of the connections is for the server's own user and administrators, and this part of
+/// the rest is not for one stranger alone.
 const RESERVED_PART: usize = 8;
 
 /// Most connections that are kept for the server's own user and administrators.
@@ -68,12 +68,12 @@ pub(crate) struct Door {
 }
 
 impl Door {
-    /// Counts a connection in, or says why it may not come. Strangers leave places free for the server's own user and
-    /// administrators, and one stranger leaves places for the others.
+    /// Counts a connection in, or says why it may not come. Strangers leave places free for the
+    /// server's own user and administrators, and one stranger leaves places for the others.
     fn enter(&mut self, user: User, shared: &Shared) -> Result<(), Refusal> {
         let limits = shared.settings().limits.clone();
         let refuse = |count: usize, what: &str, limit: &str| {
-            let message = format!("{count} connections {what} ({limit}); wait and repeat");
+            let message = format!("{count} connections {what} ({limit}); try again later");
             Err(Refusal::new(Code::Overloaded, message))
         };
         let places = |max: usize| match user.is_trusted() {
@@ -213,7 +213,8 @@ fn failed(
             Accepted::Refused
         }
         Some(code) if too_many.contains(&code) => {
-            // Without a descriptor the peer could not even be sent away, and the listener would stay ready for ever.
+            // Without a descriptor the peer could not even be sent away, and the listener would
+            // stay ready for ever.
             let sent_away = spare.lend(|| listener.accept().map(drop));
             if sent_away.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
                 // accept(2) looks for a descriptor before it looks for who waits.

@@ -90,7 +90,7 @@ pub enum LogError {
     #[error("cannot start a thread for the log: {0}")]
     Thread(io::Error),
     /// The process logs already.
-    #[error("logging was begun before in this process")]
+    #[error("logging is already set up in this process")]
     AlreadyBegun,
 }
 

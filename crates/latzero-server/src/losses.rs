@@ -123,7 +123,7 @@ impl Losses {
         known.is_changed |= settled.as_ref().is_some_and(|known| !known.loss.is_passing);
         drop(known);
         if settled.is_some() {
-            tracing::info!(part = part.name(), "{affected}: well again");
+            tracing::info!(part = part.name(), "{affected}: recovered");
         }
     }
 
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn a_loss_is_shown_until_it_is_settled() {
         let losses = Losses::default();
-        losses.note(loss("block 'b'", "its file is gone"));
+        losses.note(loss("block 'b'", "its file is missing"));
         losses.note(loss("block 'b'", "its file is damaged"));
         let (shown, total) = losses.to_json();
         assert_eq!(total, 1);
@@ -245,10 +245,10 @@ mod tests {
     fn the_next_run_knows_them() {
         let losses = Losses::default();
         assert_eq!(losses.changed(), None);
-        losses.note(loss("block 'b'", "its file is gone"));
+        losses.note(loss("block 'b'", "its file is missing"));
         let text = losses.changed().unwrap();
         assert_eq!(losses.changed(), None);
-        losses.note(loss("block 'b'", "its file is gone"));
+        losses.note(loss("block 'b'", "its file is missing"));
         assert_eq!(losses.changed(), None, "nothing is new");
         losses.note(loss("directory", "it is away").passing());
         assert_eq!(losses.changed(), None, "the next run looks for itself");

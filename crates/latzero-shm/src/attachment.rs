@@ -32,10 +32,10 @@ pub struct Expected {
 #[derive(Debug, Error)]
 pub enum AttachError {
     /// The system refused.
-    #[error("the descriptor can't be used: {0}")]
+    #[error("the descriptor is unusable: {0}")]
     Io(#[from] io::Error),
     /// It is something else than a file.
-    #[error("the descriptor is no regular file")]
+    #[error("the descriptor is not a regular file")]
     NotAFile,
     /// It has another length.
     #[error("the file has {length} bytes, not {expected}")]
@@ -80,7 +80,8 @@ pub(crate) use on;
 pub struct Attachment {
     pub(crate) bytes: Bytes,
     pub(crate) expected: Expected,
-    /// Whether a write of this attachment is under way: the block's lock keeps others out, and this its own threads.
+    /// Whether a write of this attachment is under way: the block's lock keeps others out, and this
+    /// its own threads.
     pub(crate) is_writing: AtomicBool,
 }
 

@@ -93,22 +93,22 @@ impl State {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum HeaderError {
     /// It does not begin as a header does.
-    #[error("it is no block: the file does not begin with LZBLOCK1")]
+    #[error("it is not a block: the file does not begin with LZBLOCK1")]
     Magic,
     /// It is laid out in a way that is not known here.
-    #[error("its layout has version {0}, and 1 and 2 are known here; update this program")]
+    #[error("its layout has version {0}, but this program supports 1 and 2; update this program")]
     Version(u32),
     /// Its checksum is another.
-    #[error("the header's checksum is wrong: somebody wrote over it")]
+    #[error("the header's checksum is wrong: the header was overwritten")]
     Checksum,
     /// A field makes no sense.
-    #[error("the header's {0} makes no sense")]
+    #[error("the header's {0} is invalid")]
     Field(&'static str),
     /// It is whole, but another block's or generation's.
-    #[error("the header's {0} is not the one that was expected")]
+    #[error("the header's {0} is not the expected one")]
     Unexpected(&'static str),
     /// It can't be read.
-    #[error("the header can't be read: {0}")]
+    #[error("cannot read the header: {0}")]
     Unreadable(String),
 }
 

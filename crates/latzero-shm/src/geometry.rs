@@ -22,7 +22,10 @@ const SIZE_MAX: u64 = 1 << 40;
 
 /// Sizes that no block can have.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("a block has at most {SIZE_MAX} bytes and 1 to {SLOTS_MAX} slots, not {size} and {slots}")]
+#[error(
+    "a block has at most {SIZE_MAX} bytes and 1 to {SLOTS_MAX} slots, not {size} bytes and \
+    {slots} slots"
+)]
 pub struct GeometryError {
     size: u64,
     slots: u32,

@@ -1,4 +1,5 @@
-//! What the algorithm works on: words that are loaded and stored one by one, and bytes that are copied.
+//! What the algorithm works on: words that are loaded and stored one by one, and bytes that are
+//! copied.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -9,13 +10,13 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum Fault {
     /// The system refused.
-    #[error("its file can't be accessed: {0}")]
+    #[error("cannot access its file: {0}")]
     Io(#[from] io::Error),
     /// The file is shorter than the block.
     #[error("its file was shortened")]
     Short,
     /// A word says what can't be.
-    #[error("its {0} makes no sense")]
+    #[error("its {0} is invalid")]
     Corrupt(&'static str),
 }
 

@@ -1,4 +1,5 @@
-//! Blocks that are found again: a file after a power loss, and memory that a client still holds after the server died.
+//! Blocks that are found again: a file after a power loss, and memory that a client still holds
+//! after the server died.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,8 +19,8 @@ const NOTHING_HOLDS: &str =
     "content, of which no version's checksum holds after the end of the machine,";
 
 impl Custodian {
-    /// Takes a block of memory back from whoever still holds a descriptor of it, for reading or writing. The caller has yet to
-    /// check that it is the one it made ([`Custodian::identity`]).
+    /// Takes a block of memory back from whoever still holds a descriptor of it, for reading or
+    /// writing. The caller has yet to check that it is the one it made ([`Custodian::identity`]).
     ///
     /// # Errors
     /// Where it is no sealed memory, no block, or can't be opened for writing.
@@ -33,7 +34,7 @@ impl Custodian {
             return Err(HeaderError::Unexpected("seals").into());
         }
         let file = reopened(offered, OFlags::RDWR)
-            .ok_or_else(|| io::Error::other("it can't be opened for writing"))?;
+            .ok_or_else(|| io::Error::other("cannot open it for writing"))?;
         let mut bytes = [0; FIXED_BYTES];
         let got = rustix::io::pread(&file, &mut bytes, 0).map_err(io::Error::from)?;
         let description = Description::decode(&bytes[..got])?;

@@ -1,10 +1,11 @@
 //! Publishing and reading versions: the one algorithm, on whatever [`Memory`].
 //!
-//! A writer fills the slot after the newest version's, and then points the head at it; a reader copies the slot that the head
-//! points at and looks whether it was touched meanwhile (a sequence lock, as in Boehm, "Can seqlocks get along with
-//! programming language memory models?", MSPC 2012). A version is there as soon as the head names it, and not before. With two slots or more a writer that dies leaves the newest version as
-//! it was, and the next one begins the slot again. One slot is written in place, and read without looking: its users
-//! take a lock.
+//! A writer fills the slot after the newest version's, and then points the head at it; a reader
+//! copies the slot that the head points at and looks whether it was touched meanwhile (a sequence
+//! lock, as in Boehm, "Can seqlocks get along with programming language memory models?", MSPC
+//! 2012). A version is there as soon as the head names it, and not before. With two slots or more a
+//! writer that dies leaves the newest version as it was, and the next one begins the slot again.
+//! One slot is written in place, and read without looking: its users take a lock.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::{Duration, Instant};
@@ -26,7 +27,8 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const UNWAITED_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const UNWAITED_TRIES_MIN: u64 = 3;
 
-/// Versions stay below this: a writer at a million versions a second gets there in two thousand years.
+/// Versions stay below this: a writer at a million versions a second gets there in two thousand
+/// years.
 pub(crate) const VERSION_MAX: u64 = (1 << 56) - 1;
 
 /// Set in the word of a slot's checksum where it has one.
@@ -39,13 +41,13 @@ const SPOILT: u64 = u64::MAX;
 #[derive(Debug, Error)]
 pub enum ReadError {
     /// The bytes lie outside the block.
-    #[error("these bytes lie outside the block")]
+    #[error("the range is outside the block")]
     OutOfRange,
     /// The block has another version than the one wanted.
     #[error("the block has version {0}")]
     Version(u64),
     /// No whole version could be had because writers were too busy.
-    #[error("the block is written so often that no whole version could be had")]
+    #[error("the block is written too often to read a consistent version")]
     Contended,
     /// The memory or file is not what it should be.
     #[error(transparent)]
@@ -56,7 +58,7 @@ pub enum ReadError {
 #[derive(Debug, Error)]
 pub enum WriteError {
     /// The bytes lie outside the block.
-    #[error("these bytes lie outside the block")]
+    #[error("the range is outside the block")]
     OutOfRange,
     /// The block has another version than the one expected.
     #[error("the block has version {current}")]
@@ -64,14 +66,15 @@ pub enum WriteError {
         /// The version that it has.
         current: u64,
     },
-    /// Another write is in the way: what stands there could not be read whole, or this attachment has one under way.
-    #[error("another write is in the way; try again when it is done")]
+    /// Another write is in the way: what stands there could not be read whole, or this attachment
+    /// has one under way.
+    #[error("another write is in progress; try again later")]
     Contended,
     /// The lock under which this was written is held no longer.
-    #[error("the lock under which this was written is held no longer")]
+    #[error("the lock for this write is no longer held")]
     LeaseLost,
     /// The block was attached for reading alone.
-    #[error("the block was attached for reading alone")]
+    #[error("the block is attached read-only")]
     ReadOnly,
     /// The memory or file is not what it should be.
     #[error(transparent)]
@@ -165,9 +168,9 @@ pub fn read<M: Memory>(
     })
 }
 
-/// Has `copy` take what it wants of the newest version, given where its slot begins, or nothing for a version of zeros; again
-/// and again until nobody wrote meanwhile, at most `tries_max` times or for some milliseconds.
-/// Returns the version.
+/// Has `copy` take what it wants of the newest version, given where its slot begins, or nothing for
+/// a version of zeros; again and again until nobody wrote meanwhile, at most `tries_max` times or
+/// for some milliseconds. Returns the version.
 pub(crate) fn consistent<M: Memory>(
     memory: &M,
     geometry: &Geometry,
@@ -206,8 +209,8 @@ pub(crate) fn consistent<M: Memory>(
 
 /// The sequence number of the head's slot, where that is whole and holds the head's version.
 ///
-/// A slot that holds a later version is one that the head is about to name, or never will, where its writer died: what stands
-/// there is no version before the head says so.
+/// A slot that holds a later version is one that the head is about to name, or never will, where
+/// its writer died: what stands there is no version before the head says so.
 pub(crate) fn settled<M: Memory>(memory: &M, head: &Head) -> Result<Option<u64>, Fault> {
     let words = at::slot(head.slot);
     let sequence = memory.load(words + at::SEQUENCE, Acquire)?;
@@ -217,7 +220,8 @@ pub(crate) fn settled<M: Memory>(memory: &M, head: &Head) -> Result<Option<u64>,
     Ok(Some(sequence))
 }
 
-/// Whether nobody began to write over the slot since [`settled`] gave `sequence`, as far as anything read since then goes.
+/// Whether nobody began to write over the slot since [`settled`] gave `sequence`, as far as
+/// anything read since then goes.
 pub(crate) fn is_untouched<M: Memory>(memory: &M, slot: u32, sequence: u64) -> Result<bool, Fault> {
     memory.fence(Acquire);
     Ok(memory.load(at::slot(slot) + at::SEQUENCE, Relaxed)? == sequence)
@@ -268,8 +272,8 @@ impl Lag {
     }
 }
 
-/// A version under way. Nobody sees it before it is published; where it is dropped, nobody ever does. Each step is given the
-/// memory that the draft was begun on.
+/// A version under way. Nobody sees it before it is published; where it is dropped, nobody ever
+/// does. Each step is given the memory that the draft was begun on.
 #[derive(Debug)]
 #[must_use]
 pub struct Draft {
@@ -279,8 +283,8 @@ pub struct Draft {
     head: Head,
     /// What was changed against the version before: the first byte and the end.
     changed: Option<(u64, u64)>,
-    /// What of the slot is still older than the version before. It is brought up to date when that turns out to be needed:
-    /// what is written over need not be copied first.
+    /// What of the slot is still older than the version before. It is brought up to date when that
+    /// turns out to be needed: what is written over need not be copied first.
     lag: Lag,
 }
 
@@ -366,7 +370,8 @@ impl Draft {
                 (true, true) => (0, 0),
                 (true, false) => (b, to),
                 (false, true) => (from, a),
-                // In its midst: the shorter side is copied now, the longer one may yet be written over.
+                // In its midst: the shorter side is copied now, the longer one may yet be written
+                // over.
                 (false, false) if a - from < to - b => {
                     self.bring(memory, (from, a))?;
                     (b, to)
@@ -380,8 +385,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Notes that the slot's content is that of no version, before it is touched: whoever comes after a writer that died here
-    /// copies all of it.
+    /// Notes that the slot's content is that of no version, before it is touched: whoever comes
+    /// after a writer that died here copies all of it.
     fn spoil<M: Memory>(&self, memory: &M) -> Result<(), Fault> {
         let holds = at::slot(self.slot) + at::VERSION;
         memory.store(holds, SPOILT, Relaxed)?;
@@ -389,8 +394,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Which bytes of the slot are older than the newest version; all of them where that can't be told. A slot that was never
-    /// written holds zeros, which is version 0.
+    /// Which bytes of the slot are older than the newest version; all of them where that can't be
+    /// told. A slot that was never written holds zeros, which is version 0.
     fn lag<M: Memory>(&self, memory: &M, holds: u64) -> Result<Lag, Fault> {
         let all = Lag::all(&self.geometry);
         if holds > self.head.version || self.head.version - holds >= u64::from(self.geometry.slots)
@@ -510,7 +515,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Lets readers see it. `stamp` is kept beside it: the fence it was written under, and the time.
+    /// Lets readers see it. `stamp` is kept beside it: the fence it was written under, and the
+    /// time.
     ///
     /// # Errors
     /// Where the memory or file is not what it should be.

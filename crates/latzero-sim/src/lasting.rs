@@ -1,10 +1,12 @@
-//! Calls that outlive connections, servers and the moods of disks: a script of their own, and a model of what was promised.
+//! Calls that outlive connections, servers and the moods of disks: a script of their own, and a
+//! model of what was promised.
 //!
-//! Callers park calls, ask for redelivery, repeat calls under a key, go and come back; handlers come, answer, or die with
-//! calls in their hands; the disk is slow or full, what was sent stays in the server for a while, and the server is killed.
-//! The model learns from what clients see alone. It holds: what was acknowledged ends with an answer, once on each
-//! connection; what was refused is never run; first deliveries keep the order of asking; attempts are counted; of calls
-//! under one key one runs at a time.
+//! Callers park calls, ask for redelivery, repeat calls under a key, go and come back; handlers
+//! come, answer, or die with calls in their hands; the disk is slow or full, what was sent stays in
+//! the server for a while, and the server is killed. The model learns from what clients see alone.
+//! It holds: what was acknowledged ends with an answer, once on each connection; what was refused
+//! is never run; first deliveries keep the order of asking; attempts are counted; of calls under
+//! one key one runs at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,16 +24,18 @@ const TRIGGERS: [&str; 2] = ["t", "u"];
 /// An app that never comes.
 const AWAY: &str = "away";
 
-/// Instances of one app at a time.
+/// Connected instances of one app.
 const INSTANCES: usize = 2;
 
 /// The longest time to live of a call whose handler may never come, in milliseconds.
 const SHORT_TTL_MS: u64 = 3000;
 
-/// What a call that can wait for its handler asks for at most, in milliseconds: longer than any run.
+/// What a call that can wait for its handler asks for at most, in milliseconds: longer than any
+/// run.
 const LONG_TTL_MS: u64 = 24 * 3600 * 1000;
 
-/// Turns of answering everything, after which nothing may be left: their time is longer than every wait in the core.
+/// Turns of answering everything, after which nothing may be left: their time is longer than every
+/// wait in the core.
 const LAST_TURNS: u32 = 16;
 
 /// A connection, and what it was given to do.
@@ -92,7 +96,8 @@ pub(crate) struct Lasting {
     calls: BTreeMap<u64, Call>,
     asked: u64,
     life: u64,
-    /// The newest call of each queue that a handler was given for the first time, by who asked on which connection.
+    /// The newest call of each queue that a handler was given for the first time, by who asked on
+    /// which connection.
     newest: BTreeMap<(Peer, Peer, Queue), u64>,
     is_held: bool,
     /// When everybody has read what had come till then.
@@ -521,7 +526,8 @@ impl Lasting {
         }
     }
 
-    /// Of calls of one app, trigger and destination under one key one is in a handler's hands at a time.
+    /// Of calls of one app, trigger and destination under one key one is in a handler's hands at a
+    /// time.
     fn check_keys(&self) -> Result<(), String> {
         let mut running = BTreeMap::new();
         for job in self.conns.iter().flat_map(|conn| &conn.jobs) {

@@ -1,7 +1,8 @@
 //! Backups: the database as it was at one moment, and the bytes of persistent blocks, in one file.
 //!
-//! The copy is made under a name that nobody reads, checked, synced, and only then given its own name. Every record's bytes
-//! and every block's are covered by a checksum, since SQLite's own check does not look at contents.
+//! The copy is made under a name that nobody reads, checked, synced, and only then given its own
+//! name. Every record's bytes and every block's are covered by a checksum, since SQLite's own check
+//! does not look at contents.
 
 use std::fs;
 use std::io::{self, Read};
@@ -62,7 +63,8 @@ pub struct Summary {
     pub block_bytes: u64,
 }
 
-/// Adds blocks to a backup that is being made. Runs on the thread that asked for it; the store goes on meanwhile.
+/// Adds blocks to a backup that is being made. Runs on the thread that asked for it; the store goes
+/// on meanwhile.
 #[derive(Debug)]
 pub struct BackupWriter<'b> {
     conn: &'b Connection,
@@ -71,12 +73,14 @@ pub struct BackupWriter<'b> {
 }
 
 impl Store {
-    /// Makes a backup without the bytes of blocks, at `to` or under a name of its own in the directory of backups.
+    /// Makes a backup without the bytes of blocks, at `to` or under a name of its own in the
+    /// directory of backups.
     pub fn backup(&self, to: Option<&Path>) -> Result<Backup, StoreError> {
         self.backup_with(to, |_| Ok(()))
     }
 
-    /// Makes a backup to which `add` adds the bytes of blocks. For worker threads; never from `on_done`.
+    /// Makes a backup to which `add` adds the bytes of blocks. For worker threads; never from
+    /// `on_done`.
     pub fn backup_with(
         &self,
         to: Option<&Path>,
@@ -136,7 +140,8 @@ impl BackupWriter<'_> {
             .map_err(|error| BackupError::sqlite("read", self.path, error))
     }
 
-    /// Adds one block: exactly `head.size` bytes. After an error the block is not in the backup; others may follow.
+    /// Adds one block: exactly `head.size` bytes. After an error the block is not in the backup;
+    /// others may follow.
     pub fn add_block(&mut self, head: &BlockHead, bytes: &mut dyn Read) -> Result<(), BackupError> {
         let added = self.try_add(head, bytes);
         if !self.conn.is_autocommit() {
@@ -258,12 +263,12 @@ impl Backup {
 
     fn find_faults(&self) -> rusqlite::Result<Vec<String>> {
         if schema::application_id(&self.conn)? != i64::from(schema::APPLICATION_ID) {
-            return Ok(vec!["it is not a database of this program".into()]);
+            return Ok(vec!["it is not a LatZero database".into()]);
         }
         let version = schema::user_version(&self.conn)?;
         if !(1..=SCHEMA_VERSION).contains(&version) {
             return Ok(vec![format!(
-                "it has schema {version}, this program knows 1 to {SCHEMA_VERSION}"
+                "it has schema {version}; this version supports 1 to {SCHEMA_VERSION}"
             )]);
         }
         if let Some(finding) = self.find_foreign(version)? {
@@ -293,7 +298,7 @@ impl Backup {
             .find(|&object| !known.contains(object) && !own.contains(object));
         Ok(match (foreign, missing) {
             (Some((kind, name)), _) => Some(format!(
-                "it has a {kind} '{name}', which no backup of this program has"
+                "it has a {kind} '{name}', which a LatZero backup does not have"
             )),
             (None, Some((kind, name))) => Some(format!("its {kind} '{name}' is missing")),
             (None, None) => None,
@@ -337,7 +342,8 @@ pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Copies all pages of `from` to a new file, `pages` at a time; `between` runs after each step but the last.
+/// Copies all pages of `from` to a new file, `pages` at a time; `between` runs after each step but
+/// the last.
 pub(crate) fn copy(
     from: &Connection,
     to: &Path,
@@ -402,7 +408,8 @@ pub(crate) fn compact(copied: &Path) -> Result<(), BackupError> {
     made
 }
 
-/// Makes the copy a file that stands alone: a copy of a database in WAL mode would otherwise want a log beside it.
+/// Makes the copy a file that stands alone: a copy of a database in WAL mode would otherwise want a
+/// log beside it.
 fn unshare(conn: &Connection) -> rusqlite::Result<()> {
     conn.execute_batch(
         "PRAGMA journal_mode = DELETE; PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF",

@@ -89,9 +89,9 @@ pub(crate) enum Missing {
 impl Missing {
     pub(crate) fn reason(self) -> &'static str {
         match self {
-            Missing::Directory => "its directory was moved or removed while the server runs",
-            Missing::Database => "data.db was moved or removed while the server runs",
-            Missing::Log => "data.db-wal was moved or removed while the server runs",
+            Missing::Directory => "its directory was moved or removed while the server is running",
+            Missing::Database => "data.db was moved or removed while the server is running",
+            Missing::Log => "data.db-wal was moved or removed while the server is running",
         }
     }
 }
@@ -205,7 +205,7 @@ impl MarkFile {
         if let Some(file) = &self.0
             && let Err(error) = file.write_all_at(mark.encode().as_bytes(), 0)
         {
-            tracing::debug!(%error, "the count of commits beside data.db can't be written");
+            tracing::debug!(%error, "cannot write the commit count beside data.db");
         }
     }
 }

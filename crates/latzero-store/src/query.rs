@@ -89,7 +89,7 @@ impl Store {
 pub fn query(path: &Path, sql: &str, limits: &QueryLimits) -> Result<Answer, BackupError> {
     if sql.len() > limits.sql_bytes_max {
         return Err(BackupError::Query(format!(
-            "it has {} bytes, and {} is the most",
+            "it has {} bytes; the maximum is {}",
             sql.len(),
             limits.sql_bytes_max
         )));

@@ -1,6 +1,7 @@
 //! The records, and how each lies in its table.
 //!
-//! A row type names its columns once, in the order of its fields; reading and writing statements are made from that list.
+//! A row type names its columns once, in the order of its fields; reading and writing statements
+//! are made from that list.
 
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Row, Statement, ToSql};
@@ -49,7 +50,7 @@ pub(crate) struct Ordered(pub(crate) u64);
 impl ToSql for Ordered {
     fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
         let value = i64::try_from(self.0).map_err(|_| {
-            let text = format!("{} is above {}, the largest number kept", self.0, i64::MAX);
+            let text = format!("{} is above the maximum, {}", self.0, i64::MAX);
             rusqlite::Error::ToSqlConversionFailure(text.into())
         })?;
         Ok(value.into())

@@ -120,7 +120,7 @@ fn blocks_go_in_and_come_out_whole() {
     );
     assert_eq!(summary.block_bytes, sizes.iter().sum::<u64>());
     let error = store.backup(Some(&to)).unwrap_err();
-    assert!(error.to_string().contains("exists already"), "{error}");
+    assert!(error.to_string().contains("already exists"), "{error}");
     store.close().unwrap();
 
     let fresh = tempfile::tempdir().unwrap();

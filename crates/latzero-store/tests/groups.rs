@@ -82,7 +82,10 @@ fn the_bounds_hold() {
     let full = |what, max| Err(SubmitError::Full { what, max });
     assert_eq!(submit(set("k", "promised"), Some(4)), full("promised", 3));
     let error = held.store.commit(vec![set("k", "promised")]).unwrap_err();
-    assert!(error.to_string().contains("the store is full"), "{error}");
+    assert!(
+        error.to_string().contains("the store's queue is full"),
+        "{error}"
+    );
 
     let seen = |last_seen| Change::SeenApp {
         app_id: "a".into(),

@@ -62,7 +62,7 @@ fn files_that_were_removed_are_made_anew_and_nothing_is_lost() {
         }
         // Also where nothing waits to be written.
         store.look();
-        until("it is made anew", || {
+        until("it is recreated", || {
             let status = store.status();
             status.misplaced.is_none() && status.rebuilt == 1
         });
@@ -87,7 +87,7 @@ fn another_file_in_its_place_is_set_aside() {
     fs::remove_file(dir.path().join(DATABASE)).unwrap();
     fs::write(dir.path().join(DATABASE), "another").unwrap();
     store.look();
-    until("it is made anew", || store.status().rebuilt == 1);
+    until("it is recreated", || store.status().rebuilt == 1);
     store.close().unwrap();
     assert_eq!(apps(dir.path()), ["a"]);
     let aside = fs::read_dir(dir.path()).unwrap().flatten().find(|entry| {
@@ -237,7 +237,7 @@ fn a_linked_database_stays_linked() {
     store.commit(put("b")).unwrap();
     fs::remove_file(disk.join("lz.db")).unwrap();
     store.look();
-    until("it is made anew", || store.status().rebuilt == 1);
+    until("it is recreated", || store.status().rebuilt == 1);
     store.close().unwrap();
     assert!(is_link());
     assert_eq!(apps(&dir), ["a", "b"]);

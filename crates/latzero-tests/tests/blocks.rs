@@ -249,7 +249,7 @@ fn quotas_say_what_is_needed_and_what_is_free() {
     assert_eq!(code(&reply), "quota");
     let message = reply["error"]["message"].as_str().unwrap();
     assert!(
-        message.contains("610304 bytes are needed and 438272 of 1048576 are free"),
+        message.contains("this needs 610304 bytes, but only 438272 of 1048576 are free"),
         "{message}"
     );
     let mut watch = copying(&server, Via::Unix, "w");

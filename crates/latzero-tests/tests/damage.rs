@@ -272,7 +272,7 @@ fn what_is_removed_inside_the_directory_is_made_anew() {
         "the lock is renewed"
     );
     let register = json!({"action": "trigger_register", "triggers": ["later"]});
-    until("the store writes again", || {
+    until("the store is writing again", || {
         (wire.request(register.clone())["status"] == "ok").then_some(())
     });
     assert!(server.stop().success());

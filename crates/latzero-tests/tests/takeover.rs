@@ -267,7 +267,7 @@ fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
     let said = refused(&site, &["host=192.0.2.1"]);
     assert!(said.contains("cannot listen on 192.0.2.1"), "{said}");
     let said = refused(&site, &[&taken]);
-    assert!(said.contains("is in the way of the socket"), "{said}");
+    assert!(said.contains("exists and is not a socket"), "{said}");
     refused(&site, &["host=192.0.2.1", &moved]);
     assert!(!other.exists());
     assert!(old.is_running());
@@ -462,7 +462,7 @@ fn what_does_not_fit_into_the_outbox_ends_nothing() {
         assert_eq!(app.request(make)["status"], "ok");
     }
     let said = refused(&site, &[]);
-    assert!(said.contains("does not hand over"), "{said}");
+    assert!(said.contains("cannot hand over"), "{said}");
     assert!(old.is_running());
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
     assert_eq!(old.app(json!({"app_id": "b"})).1["status"], "ok");
@@ -546,7 +546,7 @@ fn one_that_is_too_old_is_named() {
         Some(json!({"action": "response", "status": "error", "error": error}))
     });
     let said = refused(&site, &[]);
-    assert!(said.contains("of a version that can't hand over"), "{said}");
+    assert!(said.contains("its version cannot hand over"), "{said}");
     assert!(said.contains("latzero stop"), "{said}");
     old.join().unwrap();
 }

@@ -93,9 +93,9 @@ fn forget(args: &ForgetArgs, output: &Output) -> Done {
             let near = did_you_mean(&nearest(app_id, names));
             near.unwrap_or_else(|| "`latzero apps --offline` lists the offline apps".to_owned())
         }
-        Some("app_in_use") => format!(
-            "end it first: stop its program, or close its connections with `latzero kick {app_id}`"
-        ),
+        Some("app_in_use") => {
+            format!("stop its program first, or close its connections with `latzero kick {app_id}`")
+        }
         _ => return Err(failure),
     };
     failure.help = Some(hint);
@@ -149,7 +149,7 @@ fn forget_offline(older: Duration, connection: &Connection, output: &Output) -> 
         output.line(format_args!("forgot {app_id}"))?;
     }
     if forgotten.is_empty() {
-        output.note("no app has been offline for so long");
+        output.note("no offline app matches");
     }
     Ok(Exit::Ok)
 }

@@ -120,8 +120,8 @@ fn wait(parked: Parked, connection: &Connection, output: &Output) -> Result<Repl
         let polled = Pin::new(&mut reply).poll(cx);
         if polled.is_pending() && !std::mem::replace(&mut is_announced, true) {
             output.note(format_args!(
-                "parked as {id}; waiting … Ctrl-C leaves it parked: \
-                 `latzero answers --app {app_id}` prints the answer later"
+                "parked as {id}; waiting for the answer. Ctrl-C leaves the call parked; `latzero \
+                 answers --app {app_id}` prints the answer later"
             ));
         }
         polled

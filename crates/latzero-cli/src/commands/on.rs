@@ -57,7 +57,7 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> Done {
     report_at_signal(&listening)?;
     if output.is_for_people() {
         output.note(format_args!(
-            "listening at {}; Ctrl-C ends it",
+            "listening at {}; press Ctrl-C to stop",
             connection.place()
         ));
     }
@@ -91,7 +91,8 @@ async fn next(listening: &Mutex<Vec<Listening>>) -> Next {
                 let Some(emission) = emission else {
                     return Poll::Ready(Next::End);
                 };
-                // The app hears the name in every pool that it is in, also in those of other targets.
+                // The app hears the name in every pool that it is in, also in those of other
+                // targets.
                 let pool = target.pool.as_deref();
                 if pool.is_none_or(|pool| pool == emission.pool()) {
                     return Poll::Ready(Next::Event(emission));

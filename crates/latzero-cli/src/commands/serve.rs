@@ -48,9 +48,9 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     }
     if args.lines && targets.len() > 1 {
         return Err(Failure::usage(
-            "--lines takes one trigger: the program could not tell several apart",
+            "--lines accepts only one trigger, because the program cannot tell several apart",
         )
-        .with_help("start one `latzero serve --lines` for each"));
+        .with_help("start one `latzero serve --lines` per trigger"));
     }
     let workers = match (args.lines, args.concurrency) {
         (true, _) => 1,
@@ -75,10 +75,11 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     let queue = Queue::start(recipe, workers).map_err(|error| {
         Failure::new(
             Exit::Failure,
-            format!("the system starts no thread or process: {error}"),
+            format!("cannot start a thread or process: {error}"),
         )
     })?;
-    // Ends when the connection is over for good; watching costs the server one event when an app comes or goes.
+    // Ends when the connection is over for good; watching costs the server one event when an app
+    // comes or goes.
     let pool = connection.app.joined().into_iter().next();
     let mut events = match &pool {
         Some(pool) => Some(block_on(connection.app.as_async().watch(pool))?),
@@ -109,7 +110,7 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         .map(|t| format!("{}/{}", t.pool.as_deref().unwrap_or("*"), t.trigger))
         .collect();
     output.note(format_args!(
-        "serving {} as {} at {}; Ctrl-C ends it",
+        "serving {} as {} at {}; press Ctrl-C to stop",
         names.join(" "),
         connection.app.app_id(),
         connection.place()
@@ -130,8 +131,8 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     }
 }
 
-/// A thread that closes the app at the first signal: calls that run are finished, for a while. A second signal ends
-/// everything at once.
+/// A thread that closes the app at the first signal: calls that run are finished, for a while. A
+/// second signal ends everything at once.
 fn end_on_signal(
     mut signals: Signals,
     app: &latzero::blocking::App,
@@ -172,7 +173,7 @@ fn end_on_signal(
     let spawned = thread::Builder::new().name("signals".into()).spawn(closing);
     spawned
         .map(drop)
-        .map_err(|error| Failure::new(Exit::Failure, format!("no thread can be started: {error}")))
+        .map_err(|error| Failure::new(Exit::Failure, format!("cannot start a thread: {error}")))
 }
 
 /// The AppID of a program: the name of its file, as far as an AppID may have it.

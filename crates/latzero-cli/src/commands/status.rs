@@ -92,7 +92,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
         (
             "calls",
             format!(
-                "{} per second, {} in flight, {} in all",
+                "{} per second, {} in flight, {} in total",
                 stats["triggers"]["calls_per_second"],
                 stats["triggers"]["calls_in_flight"],
                 stats["triggers"]["calls"]
@@ -132,15 +132,13 @@ fn not_running(reach: &Reach, mut failure: Failure, output: &Output) -> Done {
         return Ok(failure.exit);
     }
     if holder.is_some() && failure.exit == Exit::NotRunning {
-        let pid = pid.map_or_else(
-            || "whose pid is not known".to_owned(),
-            |pid| format!("pid {pid}"),
-        );
-        failure.errors[0] = "the server does not answer".to_owned();
-        failure
-            .details
-            .push(format!("{} is in use by a process, {pid}", dir.display()));
-        failure.help = Some("look at `latzero logs`; end that process if it hangs".to_owned());
+        let pid = pid.map_or_else(|| "pid unknown".to_owned(), |pid| format!("pid {pid}"));
+        failure.errors[0] = "the server does not respond".to_owned();
+        failure.details.push(format!(
+            "{} is in use by another process, {pid}",
+            dir.display()
+        ));
+        failure.help = Some("check `latzero logs`; end that process if it hangs".to_owned());
     }
     Err(failure)
 }

@@ -90,7 +90,7 @@ pub(crate) fn further_losses(health: &Value) -> Option<String> {
         .as_u64()
         .unwrap_or(0)
         .saturating_sub(named);
-    (further > 0).then(|| format!("and {further} more; the log names them"))
+    (further > 0).then(|| format!("and {further} more; see `latzero logs`"))
 }
 
 #[cfg(test)]
@@ -129,7 +129,7 @@ mod tests {
         assert_eq!(losses(&health, None).len(), 2);
         assert_eq!(
             further_losses(&health).unwrap(),
-            "and 1 more; the log names them"
+            "and 1 more; see `latzero logs`"
         );
         assert_eq!(further_losses(&json!({})), None);
     }

@@ -92,7 +92,11 @@ fn mistakes_are_told_with_what_to_do() {
         5,
         "version_conflict",
     );
-    fails(&["cas", "alpha/f", "ab", "c"], 2, "as long as each other");
+    fails(
+        &["cas", "alpha/f", "ab", "c"],
+        2,
+        "the lengths must be equal",
+    );
     fails(
         &["lock", "alpha/f", "--", "./nosuch"],
         2,
@@ -138,7 +142,7 @@ fn arrays_go_to_files_and_come_back() {
     server
         .run(&["block", "load", "alpha/b", path])
         .ended_with(2)
-        .said("does not begin as a .npy file does");
+        .said("it is not a .npy file");
     // Whatever does not end in .npy is bytes.
     let raw = server.home().join("bytes.bin");
     std::fs::write(&raw, vec![7; 100_000]).unwrap();
@@ -288,7 +292,7 @@ fn a_load_replaces_the_content() {
     assert_eq!(content(), "WIDERr than all before");
     load("x", &["--offset", "22"])
         .ended_with(2)
-        .said("has room for 0");
+        .said("has only 0");
     load("", &[]).ended_with(2);
     load("", &["--allow-empty"]).ended_with(0);
     assert_eq!(content(), "\0".repeat(22));

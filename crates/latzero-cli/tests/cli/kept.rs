@@ -122,7 +122,7 @@ fn a_backup_is_made_and_listed_and_found_damaged() {
     let ran = server
         .run(&["backup", "--to", own.to_str().unwrap()])
         .ended_with(5);
-    ran.said("exists already").said("help: name another file");
+    ran.said("already exists").said("help: name another file");
 
     let listed = ls(&["--json"]).ended_with(0).json();
     let listed = listed["backups"].as_array().unwrap();
@@ -277,10 +277,10 @@ fn what_is_no_good_backup_changes_nothing() {
     check(&home.path().join("nothing.db"), 2, "No such file");
     let text = home.path().join("text.db");
     fs::write(&text, "a text and no database ".repeat(100)).unwrap();
-    check(&text, 4, "is not a usable backup");
-    check(&dir.join("data.db"), 4, "is not a usable backup");
+    check(&text, 4, "is not a valid backup");
+    check(&dir.join("data.db"), 4, "is not a valid backup");
     damage(&backup);
-    check(&backup, 4, "is not a usable backup");
+    check(&backup, 4, "is not a valid backup");
     // The directory is free again.
     drop(Server::in_home(home, &[]));
 }
@@ -338,7 +338,7 @@ fn damage_is_found_with_a_server_and_without_one() {
 
     // The start that follows restores the backup, and everything that looks at it says so.
     let server = Server::in_home(home, &[]);
-    let said = "took its place";
+    let said = "was restored instead";
     let health = server.run(&["health"]).ended_with(4).out;
     assert!(
         health.contains("store\tdegraded\tdata.db: ") && health.contains(said),

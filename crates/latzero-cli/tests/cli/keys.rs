@@ -163,13 +163,13 @@ fn a_key_file_that_others_could_read_or_change_is_refused() {
     let link = home.path().join("link");
     symlink(&file, &link).unwrap();
     check(&link, "is a link");
-    check(home.path(), "is no regular file");
-    check(Path::new("/dev/null"), "is no regular file");
+    check(home.path(), "is not a regular file");
+    check(Path::new("/dev/null"), "is not a regular file");
     check(&home.path().join("none"), "cannot be opened");
     let pipe = home.path().join("pipe");
     let kind = rustix::fs::FileType::Fifo;
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, rustix::fs::Mode::RUSR, 0).unwrap();
-    check(&pipe, "is no regular file");
+    check(&pipe, "is not a regular file");
     check(
         &private("cut", &good.as_bytes()[..good.len() - 3]),
         "75 characters",
@@ -200,7 +200,7 @@ fn a_passphrase_gives_the_same_keys_anywhere_and_a_warning() {
             file.to_str().unwrap(),
         ];
         let ran = run_with(&mut latzero(home.path(), &args), words).ended_with(0);
-        let ran = ran.said("can be guessed");
+        let ran = ran.said("can guess");
         shows_no_key(&ran);
         assert!(!ran.err.contains(words.trim()) && !ran.out.contains(words.trim()));
         assert_eq!(mode(&file), 0o600);

@@ -234,20 +234,20 @@ fn what_is_not_in_this_build_is_said_plainly() {
     for flag in ["--cluster", "--tls"] {
         let ran = run(&mut latzero(home.path(), &["start", flag])).ended_with(2);
         ran.said(&format!("command line {flag}"))
-            .said("not in this build yet");
+            .said("not implemented yet");
     }
     for (variable, value) in [
         ("LATZERO_ENABLE_TLS", "true"),
         ("LATZERO_CLUSTER_MODE", "true"),
     ] {
         let ran = run(latzero(home.path(), &["start"]).env(variable, value)).ended_with(2);
-        ran.said(variable).said("not in this build yet");
+        ran.said(variable).said("not implemented yet");
     }
     let dir = home.path().join(".latzero/config");
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("a.toml"), "enable_tls = true\n").unwrap();
     let ran = run(&mut latzero(home.path(), &["start"])).ended_with(2);
-    ran.said("a.toml:1:").said("not in this build yet");
+    ran.said("a.toml:1:").said("not implemented yet");
 }
 
 #[test]
@@ -298,7 +298,7 @@ fn reload_changes_what_can_change() {
 
     std::fs::write(config.join("a.toml"), "drain_timeot = \"1s\"\n").unwrap();
     let ran = server.run(&["reload"]).ended_with(2);
-    ran.said("the server keeps its settings")
+    ran.said("the settings were not reloaded")
         .said("drain_timeout");
 }
 
@@ -318,7 +318,7 @@ fn sighup_changes_the_log_level() {
     server.line_with("ready");
     std::fs::write(config.join("a.toml"), "log_level = \"debug\"\n").unwrap();
     server.signal(Signal::HUP);
-    let line = server.line_with("settings read again");
+    let line = server.line_with("settings reloaded");
     assert!(line.contains("debug"), "{line}");
 }
 
@@ -381,7 +381,7 @@ fn wrong_usage_ends_with_2() {
         "cannot be used with",
     );
     check(&["call", "x", "--url", "http://x"], "latzero://APP_ID");
-    check(&["call", "a/", "1"], "names no trigger");
+    check(&["call", "a/", "1"], "is not a complete name");
     check(&["call", "x", "{x:1}"], "is not JSON");
     check(&["ping", "-c", "0"], "--count");
     check(&[], "Usage");
@@ -406,7 +406,7 @@ fn help_is_there_and_says_the_exit_codes() {
         "call",
         "Exit codes:",
         "  3",
-        "no server answers",
+        "cannot connect to any of the addresses",
         "  130",
     ] {
         assert!(help.contains(part), "{part} is not in {help}");
@@ -504,7 +504,7 @@ fn doctor_finds_what_start_refuses() {
 fn a_detached_server_runs_on_and_its_log_is_printed() {
     let home = tempfile::tempdir().unwrap();
     let run = |args: &[&str]| run(&mut latzero(home.path(), args));
-    run(&["logs"]).ended_with(1).said("there is no log");
+    run(&["logs"]).ended_with(1).said("does not exist");
     let ran = run(&["start", "--detach", "--port", "0"]).ended_with(0);
     assert!(ran.out.starts_with("latzero ready "), "{}", ran.out);
     assert_eq!(ran.out.lines().count(), 2);
@@ -535,7 +535,7 @@ fn a_wrong_address_does_not_blame_the_server_of_the_directory() {
     ] {
         let ran = server.run(args).ended_with(3);
         assert!(!ran.err.contains("end that process"), "{}", ran.err);
-        ran.said("no server answers at ").said("the server of ");
+        ran.said("cannot connect to ").said("the server of ");
     }
     // The variable counts where no flag does, also beside a server that is found without it.
     for (value, code) in [(port.as_str(), 3), ("x", 2), ("0", 0), (&server.port(), 0)] {
@@ -552,7 +552,7 @@ fn a_suspended_server_is_given_up_in_time() {
         &["call", "system/echo", "1", "--timeout", "200ms"][..],
         &["stop", "--timeout", "200ms"],
     ] {
-        server.run(args).ended_with(6).said("does not answer");
+        server.run(args).ended_with(6).said("does not respond");
     }
     server.running.signal(Signal::CONT);
     server.run(&["ping", "-c", "1"]).ended_with(0);

@@ -220,12 +220,13 @@ impl<D: Driver> Pool<D> {
         if let Some(destination) = &trigger.destination {
             AppId::check(&destination.app_id).map_err(Refusal::from)?;
             if destination.instance.is_some() {
-                let message = "a parked call waits for an app, not for one instance of it: instances do not come back";
+                let message = "a parked call waits for an app, not for an instance, because \
+                    instances do not come back";
                 return Err(Refusal::new(Code::BadMessage, message).into());
             }
         }
         if trigger.window.is_some() {
-            let message = "a parked call has one answer: leave 'window' out";
+            let message = "a parked call has only one answer: remove 'window'";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
         let member = self.members.at(caller).expect("its caller found it");
@@ -293,7 +294,7 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Takes in a call that an earlier run parked; false where its row makes no sense.
+    /// Takes in a call that an earlier run parked; false where the stored row is invalid.
     pub fn restore_call(
         &mut self,
         row: &CallRow,
@@ -472,8 +473,7 @@ impl<D: Driver> Pool<D> {
                 Err((lasting, error))
             }
             None => {
-                let refusal =
-                    Refusal::new(Code::Storage, "the call as it was stored makes no sense");
+                let refusal = Refusal::new(Code::Storage, "the stored call is invalid");
                 Err((lasting, refusal.into()))
             }
         }
@@ -551,7 +551,7 @@ impl<D: Driver> Pool<D> {
 
 /// Nobody came in time.
 fn too_late() -> Refusal {
-    Refusal::new(Code::Timeout, "no handler came within the call's ttl")
+    Refusal::new(Code::Timeout, "no handler appeared within the call's ttl")
 }
 
 /// The next moment: whoever drives the pool sees to what else is due first.

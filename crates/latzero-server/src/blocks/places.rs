@@ -25,7 +25,8 @@ impl Blocks {
             return Ok(());
         }
         let message = format!(
-            "the file of block '{}' of pool '{}' was moved or removed while the server runs; its content is still there: read it, or put the file back",
+            "the file of block '{}' of pool '{}' was moved or removed while the server is \
+             running; its content is still in memory: read it, or put the file back",
             stored.block, stored.pool
         );
         Err(Refusal::new(Code::Storage, message))
@@ -55,7 +56,8 @@ impl Blocks {
             return Ok(());
         }
         self.files.put_back(names, stored.custodian.file())?;
-        tracing::warn!(pool = %stored.pool, block = %stored.block, "the file of a block was gone; it was written anew");
+        tracing::warn!(pool = %stored.pool, block = %stored.block, "the file of a block was \
+            missing and was written again");
         Ok(())
     }
 }

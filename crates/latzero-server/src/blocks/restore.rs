@@ -1,7 +1,8 @@
-//! Persistent blocks out of a backup: made beside those that are there, and taking their places once all are whole.
+//! Persistent blocks out of a backup: made beside those that are there, and taking their places
+//! once all are whole.
 //!
-//! Until [`Restoring::commit`] nothing that is there changes. What a restored block takes the place of is set aside under
-//! `.orphans/`, never removed.
+//! Until [`Restoring::commit`] nothing that is there changes. What a restored block takes the place
+//! of is set aside under `.orphans/`, never removed.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -42,9 +43,9 @@ struct Made {
 }
 
 impl Restoring {
-    /// Looks at the blocks in `directory`, which no server may be using, as a start does. What was written since the machine
-    /// started is flushed: to the start that follows, the database is of another run of the machine, and then what was not
-    /// flushed counts for nothing.
+    /// Looks at the blocks in `directory`, which no server may be using, as a start does. What was
+    /// written since the machine started is flushed: to the start that follows, the database is of
+    /// another run of the machine, and then what was not flushed counts for nothing.
     ///
     /// # Errors
     /// Where the directory can't be opened.
@@ -56,7 +57,7 @@ impl Restoring {
                 && is_written_since(&directory.join(kept.names.to_string()), booted)
                 && let Err(error) = custodian.sync()
             {
-                tracing::warn!(file = %kept.names, %error, "a block can't be flushed");
+                tracing::warn!(file = %kept.names, %error, "cannot flush a block");
             }
             let record = &kept.record;
             let (pool, block) = Found { record, fence: 0 }.name().ok()?;
@@ -82,7 +83,8 @@ impl Restoring {
     /// Makes a block as a backup has it, under a name that no start takes in.
     ///
     /// # Errors
-    /// Where the backup's record of it makes no sense, its bytes can't be read, or the disk has no room.
+    /// Where the backup's record of it makes no sense, its bytes can't be read, or the disk has no
+    /// room.
     pub(crate) fn put(&mut self, head: &BlockHead, bytes: &mut dyn Read) -> io::Result<()> {
         let senseless = |why: String| {
             let text = format!("block '{}' of pool '{}': {why}", head.block_id, head.pool);
@@ -137,7 +139,8 @@ impl Restoring {
         Ok(())
     }
 
-    /// Has every block that was made take its place. Returns how many others were set aside for them.
+    /// Has every block that was made take its place. Returns how many others were set aside for
+    /// them.
     ///
     /// # Errors
     /// The first that fails; those before it stay, and the others are as they were.
@@ -184,7 +187,8 @@ fn booted() -> Option<SystemTime> {
     SystemTime::now().checked_sub(Duration::try_from_secs_f64(seconds).ok()?)
 }
 
-/// What was last written before that may have been torn by a loss of power, and a checksum made now would hide it.
+/// What was last written before that may have been torn by a loss of power, and a checksum made now
+/// would hide it.
 fn is_written_since(file: &Path, booted: Option<SystemTime>) -> bool {
     let modified = std::fs::metadata(file).and_then(|file| file.modified());
     booted.is_some_and(|booted| modified.is_ok_and(|modified| modified > booted))

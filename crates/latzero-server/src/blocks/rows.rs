@@ -1,9 +1,10 @@
-//! The rows of blocks in the store: by them memory is known again that clients still hold when the server comes back, and a
-//! file is known to be missing.
+//! The rows of blocks in the store: by them memory is known again that clients still hold when the
+//! server comes back, and a file is known to be missing.
 //!
-//! A shared block is memory without a name. When the server dies, clients that have it mapped keep it alive; at the server's
-//! return they offer their descriptors (`memory_reoffer`), and one that is of this boot, device and inode is the block that
-//! the row tells of. For a time after the start blocks are awaited so; then their rows go.
+//! A shared block is memory without a name. When the server dies, clients that have it mapped keep
+//! it alive; at the server's return they offer their descriptors (`memory_reoffer`), and one that
+//! is of this boot, device and inode is the block that the row tells of. For a time after the start
+//! blocks are awaited so; then their rows go.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -46,7 +47,8 @@ impl Rows {
         }
     }
 
-    /// This run of the machine as a number that is not 0; none where the system does not tell it: then no two are the same.
+    /// This run of the machine as a number that is not 0; none where the system does not tell it:
+    /// then no two are the same.
     pub(super) fn boot(&self) -> Option<u64> {
         let bytes = self.boot_id.bytes();
         // FNV-1a.
@@ -56,8 +58,8 @@ impl Rows {
         (!self.boot_id.is_empty()).then_some(hash | 1)
     }
 
-    /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others' rows go, but those of
-    /// persistent ones, which are returned.
+    /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others'
+    /// rows go, but those of persistent ones, which are returned.
     pub(super) fn take_in(&self, rows: Vec<BlockRow>) -> Vec<BlockRow> {
         let mut persistent = Vec::new();
         for row in rows {
@@ -80,7 +82,7 @@ impl Rows {
         if count > 0 {
             tracing::info!(
                 blocks = count,
-                "shared blocks of an earlier run wait for a client that holds them"
+                "waiting for clients that still hold shared blocks of an earlier run"
             );
         }
         self.is_awaiting.store(count > 0, Relaxed);
@@ -141,7 +143,8 @@ impl Rows {
             return;
         }
         let Some(row) = self.row(stored, &record) else {
-            tracing::warn!(pool = %stored.pool, block = %stored.block, "the row of a block can't be written");
+            tracing::warn!(pool = %stored.pool, block = %stored.block, "cannot write the row of \
+                a block");
             return;
         };
         self.submit(Change::PutBlock(row));
@@ -203,7 +206,7 @@ impl Rows {
         if let Some(store) = &self.store
             && let Err(error) = store.submit(change, None)
         {
-            tracing::warn!(%error, "what is known of a block can't be stored");
+            tracing::warn!(%error, "cannot store the record of a block");
         }
     }
 }

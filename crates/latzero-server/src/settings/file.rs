@@ -332,7 +332,7 @@ mod tests {
         let error = load(&environment(home.path()), &[], None)
             .unwrap_err()
             .to_string();
-        assert!(error.contains("that is no settings file"), "{error}");
+        assert!(error.contains("this is not a settings file"), "{error}");
 
         fs::write(config.join("a.toml"), "").unwrap();
         for index in 0..FILES_MAX {

@@ -182,7 +182,7 @@ fn check_file_system(path: &Path) -> Result<(), StartupError> {
     if KERNEL_FILE_SYSTEMS.contains(&magic) {
         let cause = io::Error::new(
             io::ErrorKind::Unsupported,
-            "it is in a file system of the kernel, which holds no files; \
+            "it is in a kernel file system, which cannot store files; \
              choose another directory with --data-dir",
         );
         return Err(StartupError::of_io("writing in", path, cause));

@@ -433,7 +433,7 @@ mod tests {
         let path = PathBuf::from(format!("/{}", "x".repeat(107)));
         let error = bind_unix(&path).unwrap_err().to_string();
         assert!(
-            error.contains("108 bytes long, and 107 is the most"),
+            error.contains("108 bytes long; the maximum is 107"),
             "{error}"
         );
     }

@@ -66,7 +66,7 @@ impl AdminToken {
             return Err(bad("is not a regular file"));
         }
         if metadata.mode() & 0o077 != 0 {
-            return Err(bad("can be read by other users, who may know it by now"));
+            return Err(bad("can be read by other users, who may have copied it"));
         }
         let mut bytes = Vec::new();
         file.take(4 * TOKEN_BYTES as u64)

@@ -1,4 +1,5 @@
-//! What is done about a data directory that no server runs on: restoring a backup, and looking for damage.
+//! What is done about a data directory that no server runs on: restoring a backup, and looking for
+//! damage.
 //!
 //! The directory is taken as a server takes it, lock and all, so that neither ever meets the other.
 
@@ -81,7 +82,8 @@ impl Offline {
     /// Takes a data directory, which is made where there is none.
     ///
     /// # Errors
-    /// [`StartupError::AnotherServer`] where a server runs on it; and whatever would keep one from starting on it.
+    /// [`StartupError::AnotherServer`] where a server runs on it; and whatever would keep one from
+    /// starting on it.
     pub fn take(path: &Path) -> Result<Offline, UpkeepError> {
         lock::refuse_held(path)?;
         let data_dir = DataDir::prepare(path)?;
@@ -108,11 +110,12 @@ impl Offline {
         fs::metadata(self.path().join(DATABASE)).is_ok_and(|file| file.len() > 0)
     }
 
-    /// Makes a backup the database, and puts its persistent blocks back. The whole backup is verified first; what it takes
-    /// the place of is set aside.
+    /// Makes a backup the database, and puts its persistent blocks back. The whole backup is
+    /// verified first; what it takes the place of is set aside.
     ///
     /// # Errors
-    /// Where the backup is not good, or the disk refuses: then nothing has changed, but for [`UpkeepError::Blocks`].
+    /// Where the backup is not good, or the disk refuses: then nothing has changed, but for
+    /// [`UpkeepError::Blocks`].
     pub fn restore(&self, backup: &Path) -> Result<Restored, UpkeepError> {
         let memory = self.path().join("memory");
         // Where a backup turns out bad, not even what a start does about blocks was done.
@@ -135,7 +138,8 @@ impl Offline {
         })
     }
 
-    /// Looks for damage in a copy of the database; `is_thorough` reads everything. No findings mean that all is well.
+    /// Looks for damage in a copy of the database; `is_thorough` reads everything. No findings mean
+    /// that all is well.
     ///
     /// # Errors
     /// Where it can't be looked at.
@@ -195,8 +199,8 @@ pub fn dump_backup(file: &Path, out: &mut dyn io::Write) -> Result<(), UpkeepErr
     Ok(latzero_store::dump(file, out)?)
 }
 
-/// A copy of the database in a directory of its own: opening one mends what it finds, and a look must not. Goes when
-/// dropped.
+/// A copy of the database in a directory of its own: opening one mends what it finds, and a look
+/// must not. Goes when dropped.
 struct Copy {
     directory: PathBuf,
     original: PathBuf,
@@ -222,7 +226,8 @@ impl Copy {
             .mode(0o700)
             .create(&copy.directory)
             .map_err(failed("creating", &copy.directory))?;
-        // What is committed lies in both until the log is moved into the database (https://sqlite.org/wal.html).
+        // What is committed lies in both until the log is moved into the database
+        // (https://sqlite.org/wal.html).
         for name in [DATABASE.to_owned(), format!("{DATABASE}-wal")] {
             let from = data_dir.join(&name);
             match fs::copy(&from, copy.directory.join(&name)) {
@@ -233,11 +238,12 @@ impl Copy {
         Ok(copy)
     }
 
-    /// What opening the copy said, as it holds for the original. What it did about the copy is of no interest.
+    /// What opening the copy said, as it holds for the original. What it did about the copy is of
+    /// no interest.
     fn in_words_of_the_original(&self, text: &str) -> String {
         let copy = self.directory.display().to_string();
         let text = text.replace(&copy, &self.original.display().to_string());
-        match text.split_once("; there is no good backup") {
+        match text.split_once("; there is no valid backup") {
             Some((damage, _)) => damage.to_owned(),
             None => text,
         }

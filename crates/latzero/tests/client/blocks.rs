@@ -274,8 +274,11 @@ fn descriptors_of_something_else_are_refused_by_name() {
     let total = Geometry::new(100, 2).unwrap().total();
     type Make = fn(u64) -> OwnedFd;
     let checks: [(Make, &str); 5] = [
-        (|_| null(), "no regular file"),
-        (|_| UnixStream::pair().unwrap().0.into(), "no regular file"),
+        (|_| null(), "not a regular file"),
+        (
+            |_| UnixStream::pair().unwrap().0.into(),
+            "not a regular file",
+        ),
         (|_| unsealed(5000), "5000 bytes"),
         (unsealed, "not sealed"),
         (

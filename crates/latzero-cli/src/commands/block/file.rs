@@ -328,7 +328,7 @@ impl Source {
         let size = all.len() as u64;
         if size > PIPE_BYTES_MAX {
             let text = format!("the input is longer than {}", bytes(PIPE_BYTES_MAX));
-            return Err(Failure::usage(text).with_help("write it to a file and load that"));
+            return Err(Failure::usage(text).with_help("write it to a file and load the file"));
         }
         Ok(Source {
             reader: Box::new(Cursor::new(all)),
@@ -343,15 +343,13 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> Done {
     if source.size == 0 && !args.empty.allow_empty {
         return Err(
             Failure::usage(format!("'{}' is empty", args.file.display())).with_help(
-                "check what should have written it; --allow-empty loads it all the same",
+                "check the command that produced it, or use --allow-empty to load it anyway",
             ),
         );
     }
     if args.offset.is_some() && source.array.is_some() {
-        return Err(
-            Failure::usage("--offset and a .npy file do not go together")
-                .with_help("a .npy file holds a whole array; load it without --offset"),
-        );
+        return Err(Failure::usage("--offset cannot be used with a .npy file")
+            .with_help("a .npy file holds a whole array; load it without --offset"));
     }
     let (at, block) = match args.offset {
         // A part of what is there.
@@ -367,7 +365,7 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> Done {
     match args.offset {
         Some(_) if source.size > block.size().saturating_sub(offset) => {
             let text = format!(
-                "'{}' has {} bytes, and the block has room for {} from offset {offset} on",
+                "'{}' has {} bytes, but the block has only {} from offset {offset} on",
                 args.file.display(),
                 source.size,
                 block.size().saturating_sub(offset)

@@ -95,12 +95,12 @@ fn is_lost(error: &latzero::Error) -> bool {
 
 fn lost(program: &OsString, block: &str) -> Failure {
     let text = format!(
-        "the lock of block '{block}' was lost while '{}' ran, so it was ended",
+        "the lock of block '{block}' was lost while '{}' ran, so the command was ended",
         program.display()
     );
     Failure::new(Exit::Answered, text).with_help(
-        "what it wrote before that is in the block, and later writes were refused; \
-         check the block and run the command again",
+        "earlier writes are in the block, and later ones were refused; check the block and run \
+         the command again",
     )
 }
 

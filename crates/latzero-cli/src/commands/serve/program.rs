@@ -1,7 +1,8 @@
 //! A program that answers calls: started, fed, listened to, and reaped.
 //!
-//! One thread does all of it, with poll(2) over the program's pipes and a descriptor of the process itself: so a
-//! program that neither reads nor ends, or leaves children behind that hold its pipes, keeps nobody waiting.
+//! One thread does all of it, with poll(2) over the program's pipes and a descriptor of the process
+//! itself: so a program that neither reads nor ends, or leaves children behind that hold its pipes,
+//! keeps nobody waiting.
 
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};
@@ -430,7 +431,8 @@ impl Program {
             if is_line && let Some(line) = next_item(&mut self.received, Framing::Lines) {
                 return Ok(End::Line(line));
             }
-            // All that it printed itself is read by now; children that it left may print on, unheard.
+            // All that it printed itself is read by now; children that it left may print on,
+            // unheard.
             if has_ended || (is_line && self.stdout.is_none()) {
                 return Ok(End::Exited);
             }
@@ -456,12 +458,13 @@ impl Program {
             Framing::Lines => Ok(send(&std::mem::take(&mut self.received))),
             Framing::Length => Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
-                "it ended within an item",
+                "the output ended in the middle of an item",
             )),
         }
     }
 
-    /// Waits until there is something to do: what can be written to, what can be read, and whether it ended.
+    /// Waits until there is something to do: what can be written to, what can be read, and whether
+    /// it ended.
     fn wait_for(&self, has_input: bool) -> io::Result<(bool, bool, bool, bool)> {
         let stdin = self.stdin.as_ref().filter(|_| has_input);
         let mut fds = vec![PollFd::new(&self.process, PollFlags::IN)];

@@ -16,7 +16,8 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::program::{Program, Recipe};
 
-/// Calls that wait for a program at most. Beyond them a call is answered with `overloaded`, and an event is dropped.
+/// Calls that wait for a program at most. Beyond them a call is answered with `overloaded`, and an
+/// event is dropped.
 pub(super) const QUEUED_MAX: usize = 256;
 
 /// What a handler answers.
@@ -40,8 +41,9 @@ struct Slot {
     waker: Option<Waker>,
 }
 
-/// Programs that run, by the number of their call. A program is in it from its start until it is reaped, and is
-/// reaped under the lock: so what is killed under the lock is never another process with the same id.
+/// Programs that run, by the number of their call. A program is in it from its start until it is
+/// reaped, and is reaped under the lock: so what is killed under the lock is never another process
+/// with the same id.
 #[derive(Default)]
 struct Running {
     programs: HashMap<u64, Pid>,
@@ -123,11 +125,14 @@ impl Queue {
             }),
             Err(TrySendError::Full(_)) => {
                 if is_emit && self.events_dropped.fetch_add(1, Ordering::Relaxed) == 0 {
-                    eprintln!("events come faster than the program takes them; some are dropped");
+                    eprintln!(
+                        "events arrive faster than the program handles them; some are \
+                        dropped"
+                    );
                 }
                 let text = format!(
-                    "{QUEUED_MAX} calls wait for a program already; \
-                     raise --concurrency or serve it twice"
+                    "{QUEUED_MAX} calls are already waiting; raise --concurrency or start a \
+                     second `latzero serve`"
                 );
                 Err(HandlerError::new("overloaded", text))
             }
@@ -138,8 +143,8 @@ impl Queue {
         }
     }
 
-    /// Ends every program, and what it started; none is started any more. One that is just being started is waited
-    /// for, since nobody could end it once this process has.
+    /// Ends every program, and what it started; none is started any more. One that is just being
+    /// started is waited for, since nobody could end it once this process has.
     pub(super) fn end(&self) {
         let mut running = lock(&self.programs.running);
         running.has_ended = true;
@@ -224,8 +229,9 @@ pub(super) struct Registry<'a> {
 }
 
 impl Registry<'_> {
-    /// Starts a program for the call, unless all is over. Not under the lock, which every other start would wait for:
-    /// it is counted instead, and whoever ends everything waits for those that are counted.
+    /// Starts a program for the call, unless all is over. Not under the lock, which every other
+    /// start would wait for: it is counted instead, and whoever ends everything waits for those
+    /// that are counted.
     ///
     /// # Errors
     /// What `start` answers, and where no program is started any more.
@@ -238,7 +244,7 @@ impl Registry<'_> {
         if running.has_ended {
             return Err(HandlerError::new(
                 "handler_error",
-                "the handler is about to end and starts no program any more",
+                "the handler is stopping and accepts no more calls",
             ));
         }
         running.starting += 1;

@@ -81,7 +81,8 @@ impl<D: Driver> Pool<D> {
                 }
                 _ => {
                     self.drop_repeats_of(&lasting, turn);
-                    let message = "the handler's connection ended before it answered, and no other took the call";
+                    let message = "the handler disconnected before it answered, and no other \
+                        handler took the call";
                     let refusal = Refusal::new(Code::HandlerGone, message);
                     if let Some(id) = &id {
                         turn.send(&peer, Class::Control, 256, |out| {

@@ -1,5 +1,6 @@
-//! What an earlier run left of persistent blocks: what is whole is taken in again, what was never finished goes, and what
-//! can't be read is set aside under `memory/.orphans/`, from where the server never removes it.
+//! What an earlier run left of persistent blocks: what is whole is taken in again, what was never
+//! finished goes, and what can't be read is set aside under `memory/.orphans/`, from where the
+//! server never removes it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
@@ -95,7 +96,7 @@ impl Files {
                     kept.push(self.take_in(names, record, &generations, lost));
                     continue;
                 }
-                (Ok(_), _) => "it is not the one that the database has".to_owned(),
+                (Ok(_), _) => "it differs from the one in the database".to_owned(),
                 (Err(error), _) => error.to_string(),
             };
             let generations = bytes.remove(&id).unwrap_or_default();
@@ -103,7 +104,8 @@ impl Files {
             match rows.get(&id) {
                 Some(row) => {
                     let happened = format!(
-                        "its record was lost or damaged ({error}); it was made again from the database"
+                        "its record was lost or damaged ({error}); it was recreated from the \
+                         database"
                     );
                     lost(name_of(row), happened);
                     kept.push(self.take_in_by_row(id, row, &generations, lost));
@@ -116,18 +118,20 @@ impl Files {
                     if !is_recorded {
                         // A server that ends between a block's bytes and its record leaves these:
                         // nobody ever heard of the block.
-                        tracing::warn!(file = id, "a block without a record is set aside");
+                        tracing::warn!(file = id, "moving aside a block without a record");
                         continue;
                     }
                     let happened = format!(
-                        "the record of this block can't be read ({error}), nor does the database know it; its files were set aside under memory/{ORPHANS}"
+                        "its record cannot be read ({error}) and the database does not have it; \
+                         its files were moved to memory/{ORPHANS}"
                     );
                     lost(format!("memory/{id}"), happened);
                 }
             }
         }
         if let Err(error) = self.sync() {
-            tracing::warn!(directory = %self.path.display(), %error, "the directory of persistent blocks can't be written to disk");
+            tracing::warn!(directory = %self.path.display(), %error, "cannot flush the directory \
+                of persistent blocks");
         }
         // Of two that claim one name, the newer one has been in use.
         kept.sort_by_key(|kept| std::cmp::Reverse(kept.created_unix_ns()));
@@ -157,13 +161,15 @@ impl Files {
                 .write_new_record(&names, &record)
                 .and_then(|()| self.commit(&names));
             if let Err(error) = written {
-                tracing::warn!(file = %names, %error, "the record of a persistent block can't be put right");
+                tracing::warn!(file = %names, %error, "cannot repair the record of a persistent \
+                    block");
             }
         }
         self.take_in(names, record, generations, lost)
     }
 
-    /// Opens the generation that the record names; where that can't be, the newest one that opens, with its record put right.
+    /// Opens the generation that the record names; where that can't be, the newest one that opens,
+    /// with its record put right.
     fn take_in(
         &self,
         names: Names,
@@ -195,7 +201,8 @@ impl Files {
                 None => match self.open_bytes(&other, None) {
                     Ok(custodian) => found = Some((other, custodian)),
                     Err(error) => {
-                        tracing::error!(file = %other, error, "a generation of a persistent block can't be opened; it is set aside");
+                        tracing::error!(file = %other, error, "cannot open a generation of a \
+                            persistent block; moving it aside");
                         self.orphan(&other.bytes());
                     }
                 },
@@ -210,7 +217,8 @@ impl Files {
             };
         };
         let happened = format!(
-            "its newest generation {names} can't be opened ({error}) and was set aside under memory/{ORPHANS}; the older one {other} was taken"
+            "its newest generation {names} cannot be opened ({error}) and was moved to \
+             memory/{ORPHANS}; the older one, {other}, is used"
         );
         lost(name_of(&record), happened);
         // First: what stands beside a record's generation at a start goes.
@@ -220,7 +228,7 @@ impl Files {
             .write_new_record(&other, &record)
             .and_then(|()| self.commit(&other));
         if let Err(error) = written {
-            tracing::warn!(file = %other, %error, "the record of a persistent block can't be put right");
+            tracing::warn!(file = %other, %error, "cannot repair the record of a persistent block");
         }
         Kept {
             names: other,
@@ -282,7 +290,7 @@ impl Files {
     fn orphan(&self, name: &str) {
         match self.move_aside(name) {
             Ok(()) | Err(Errno::NOENT) => {}
-            Err(error) => tracing::warn!(file = name, %error, "a file can't be set aside"),
+            Err(error) => tracing::warn!(file = name, %error, "cannot move a file aside"),
         }
     }
 
