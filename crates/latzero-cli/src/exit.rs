@@ -265,7 +265,12 @@ impl From<Error> for Failure {
             wire["data"] = data.clone();
         }
         // Nobody here knows what helps against a handler's own code.
-        let help = (!is_own && error.kind() != Code::HandlerError).then(|| remedy(error.kind()));
+        let help = match error.message() {
+            message if !is_own && message.contains(FORCE) => {
+                Some("--force removes it anyway".into())
+            }
+            _ => (!is_own && error.kind() != Code::HandlerError).then(|| remedy(error.kind())),
+        };
         let shown = match plain(error.kind(), error.message()).filter(|_| !is_own) {
             Some(message) => {
                 let shown = format!("{}: {message}", error.code());
@@ -324,13 +329,21 @@ fn remedy(code: Code) -> String {
     text.to_owned()
 }
 
-/// The message in terms of this program, where the server's names fields of its protocol.
+/// The field that the server suggests for a pool with members.
+const FORCE: &str = "\"force\":true";
+
+/// The message in terms of this program, if the server's message names fields of the protocol.
 fn plain(code: Code, message: &str) -> Option<String> {
     let cut = |at: &str| message.split(at).next().map(str::to_owned);
     match code {
         Code::BlockExists => cut("; attach it"),
         Code::Locked => cut("; wait for its lock"),
-        Code::AppInUse | Code::NotMember => cut("; "),
+        Code::AppInUse | Code::NotMember | Code::NoBlock | Code::NoPool => cut("; "),
+        Code::TooLarge => cut(", with \"if_version\""),
+        _ if message.contains(FORCE) => cut("; "),
+        _ if message.contains("\"durable\":true") => {
+            Some(message.replace("\"durable\":true", "--durable"))
+        }
         _ => None,
     }
 }

@@ -122,7 +122,7 @@ fn a_backup_is_made_and_listed_and_found_damaged() {
     let ran = server
         .run(&["backup", "--to", own.to_str().unwrap()])
         .ended_with(5);
-    ran.said("already exists").said("help: name another file");
+    ran.said("already exists").said("help: choose another file");
 
     let listed = ls(&["--json"]).ended_with(0).json();
     let listed = listed["backups"].as_array().unwrap();

@@ -406,7 +406,7 @@ fn help_is_there_and_says_the_exit_codes() {
         "call",
         "Exit codes:",
         "  3",
-        "cannot connect to any of the addresses",
+        "no server answers",
         "  130",
     ] {
         assert!(help.contains(part), "{part} is not in {help}");
