@@ -141,7 +141,7 @@ fn a_backup_is_made_and_listed_and_found_damaged() {
     let listed = ls(&["--verify", "--json"]).ended_with(4).json();
     assert_eq!(listed["backups"][0]["ok"], false, "{listed}");
     let text = ls(&["--verify"]).ended_with(4).out;
-    assert!(text.contains("\tnot good\t"), "{text}");
+    assert!(text.contains("\tdamaged\t"), "{text}");
 }
 
 #[test]
