@@ -219,6 +219,11 @@ limits! {
     parked_per_app_max: usize = 50_000, Count(0, 16_777_216), Restart, "`overloaded`";
     /// Memory used by the parked calls and waiting answers of one app.
     parked_bytes_per_app_max: usize = 128 * MIB, Bytes(0, 64 * GIB), Restart, "`overloaded`";
+    /// How long a parked call is kept after its last attempt failed.
+    dead_ttl_ms as "dead_ttl": u64 = 7 * 24 * HOUR, Millis(1000, 365 * 24 * HOUR), Restart,
+        "the call is forgotten";
+    /// Parked calls of one pool whose attempts all failed.
+    dead_max: usize = 1000, Count(0, 1_000_000), Restart, "the oldest one is forgotten";
     /// Idempotency keys that one pool remembers.
     repeats_max: usize = 10_000, Count(1, 1_000_000), Restart,
         "the oldest answer is deleted; if all calls are in progress, `overloaded`";

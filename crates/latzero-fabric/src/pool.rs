@@ -20,7 +20,7 @@ mod routing;
 use hashbrown::HashMap;
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet, Strategy, TriggerSpec};
-use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal, TriggerName};
+use latzero_protocol::{AppId, CallId, Code, InstanceId, PoolName, Refusal, TriggerName};
 
 use crate::driver::{Driver, Peer};
 use crate::limits::Limits;
@@ -34,6 +34,7 @@ pub use blocks::{Asking, BlockKey, Found, LockWish, Place, ReadPlan, Replied, Wr
 use calls::Calls;
 use ending::End;
 use park::ParkedCalls;
+pub use park::ParkedCounts;
 use repeats::Repeats;
 use routing::not_member;
 
@@ -104,6 +105,7 @@ impl<D: Driver> Member<D> {
 /// One instance as the handler of one trigger.
 struct Handler {
     member: MemberKey,
+    process: TriggerName,
     in_flight: u32,
     concurrency: u32,
 }
@@ -165,10 +167,8 @@ pub struct PoolStats {
     pub blocks: usize,
     /// Bytes of its blocks, slots and headers included.
     pub block_bytes: u64,
-    /// Calls that are parked, those that a handler has included.
-    pub parked_calls: usize,
-    /// Answers that wait for their callers.
-    pub parked_answers: usize,
+    /// Calls that are parked, and answers that wait for their callers.
+    pub parked: ParkedCounts,
     /// Bytes of parked calls and of these answers.
     pub parked_bytes: u64,
     /// Bytes of answers that are kept for repeats.
@@ -179,6 +179,8 @@ pub struct PoolStats {
 
 /// A namespace of triggers, with the calls between its members.
 pub struct Pool<D: Driver> {
+    /// What keeps the ids of its calls apart from those of another run of the server.
+    epoch: u64,
     number: u32,
     name: PoolName,
     limits: Limits,
@@ -215,6 +217,7 @@ impl<D: Driver> Pool<D> {
     pub fn new(number: u32, name: PoolName, limits: Limits, mut prng: Prng) -> Self {
         let hash_seed = prng.next_u64();
         Pool {
+            epoch: prng.next_u64() >> 16,
             number,
             name,
             limits,
@@ -239,7 +242,7 @@ impl<D: Driver> Pool<D> {
     /// Whether anything in it may come due: it has members, or calls or answers that wait for some.
     #[must_use]
     pub fn is_due_to_wake(&self) -> bool {
-        self.members.len() > 0 || self.parked.counts() != (0, 0)
+        self.members.len() > 0 || self.parked.keeps_any()
     }
 
     /// Says whether what is in it may outlive the server. Where its rules do not, calls and blocks must not either: they
@@ -269,6 +272,16 @@ impl<D: Driver> Pool<D> {
         self.repeats.forget_oldest();
     }
 
+    /// The id of a call, as its handler gets it.
+    fn call_id(&self, key: Key<calls::Call>) -> CallId {
+        CallId {
+            epoch: self.epoch,
+            pool: self.number,
+            slot: key.slot,
+            generation: key.generation,
+        }
+    }
+
     /// The pool's number.
     #[must_use]
     pub fn number(&self) -> u32 {
@@ -284,7 +297,6 @@ impl<D: Driver> Pool<D> {
     /// The pool in numbers.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
-        let (parked_calls, parked_answers) = self.parked.counts();
         PoolStats {
             members: self.members.len(),
             triggers: self.triggers.len(),
@@ -293,8 +305,7 @@ impl<D: Driver> Pool<D> {
             emits: self.emits_total,
             blocks: self.blocks.len(),
             block_bytes: self.blocks.bytes(),
-            parked_calls,
-            parked_answers,
+            parked: self.parked.counts(),
             parked_bytes: self.parked.bytes(),
             repeats_bytes: self.repeats.bytes(),
             redelivery_bytes: self.redelivery_bytes(),
@@ -368,7 +379,7 @@ impl<D: Driver> Pool<D> {
         let told = self.presence_json(Event::AppOffline, &event);
         self.tell(Event::AppOffline, &told, None, turn);
         self.take_answers_back((key, &member.app), turn);
-        self.see_to_orphans(turn);
+        self.place_orphans(turn);
         true
     }
 
@@ -406,6 +417,7 @@ impl<D: Driver> Pool<D> {
         }
         served.handlers.push(self.handlers.insert(Handler {
             member: key,
+            process: spec.name.clone(),
             in_flight: 0,
             concurrency,
         }));

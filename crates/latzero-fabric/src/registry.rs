@@ -621,6 +621,26 @@ impl<D: Driver> Registry<D> {
         self.pools.iter().map(|(name, entry)| (name, &entry.pool))
     }
 
+    /// The handle of one pool, or of all, and whether an app owns it. None where there is no such
+    /// pool: whether there is one is not for everybody to know.
+    pub(crate) fn owned(
+        &self,
+        name: Option<&PoolName>,
+        app: Option<&AppId>,
+    ) -> Vec<(D::Pool, bool)> {
+        let one = name.map(|name| self.pools.get(name));
+        let all = name.is_none().then(|| self.pools.values());
+        let entries = one.flatten().into_iter().chain(all.into_iter().flatten());
+        entries
+            .map(|entry| {
+                (
+                    entry.pool.clone(),
+                    app.is_some() && entry.owner.as_ref() == app,
+                )
+            })
+            .collect()
+    }
+
     /// Checks what must hold between any two inputs; for the simulator and tests.
     ///
     /// # Panics

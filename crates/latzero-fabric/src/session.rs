@@ -5,6 +5,7 @@
 
 mod entry;
 mod memory;
+mod parked;
 mod pools;
 mod promises;
 
@@ -388,6 +389,7 @@ impl<D: Driver> Session<D> {
             Request::PoolRemove(name, force) => return self.pool_remove(&name, force, turn),
             Request::Watch(pool, events) => return self.watch(&pool, Some(events), turn),
             Request::Unwatch(pool) => return self.watch(&pool, None, turn),
+            Request::Parked(parked) => return self.parked(&parked, turn),
             Request::Admin(admin) => return self.admin(id, &admin, turn),
             Request::Emit(emit) => self.emit(&emit, turn)?,
             Request::PoolList(page) => turn.with_registry(|registry, _| registry.list_pools(&page)),

@@ -57,7 +57,11 @@ impl<D: Driver> Turn<'_, D> {
         pool: &D::Pool,
         f: impl FnOnce(&mut Pool<D>, &mut Turn<'_, D>) -> R,
     ) -> R {
-        let result = D::with_pool(self, pool, f);
+        let result = D::with_pool(self, pool, |pool, turn| {
+            let result = f(pool, turn);
+            pool.settle(turn);
+            result
+        });
         if std::mem::take(&mut self.driver.effects().is_over_repeats) {
             self.forget_repeats();
         }

@@ -87,7 +87,7 @@ fn a_call_that_nobody_answered_is_no_answer_for_its_repeats() {
     let caller = net.app("caller", "");
     keyed(&mut net, caller, "1", r#","park":true,"ttl":100"#);
     net.advance(200);
-    assert_eq!(net.sees(caller), "1 failed: timeout ran=unknown");
+    assert_eq!(net.sees(caller), "1 failed: timeout ran=no");
     let handler = net.app("handler", H);
     assert_eq!(keyed(&mut net, caller, "2", ""), "");
     assert_eq!(net.sees(handler), "call t from caller: null");
@@ -533,7 +533,7 @@ fn a_call_that_was_cancelled_is_not_run_after_a_kill() {
     let handler = net.app("handler", H);
     assert_eq!(net.calls_of(handler), [""; 0]);
     let (_, seen) = net.hello("caller", "");
-    assert!(seen.ends_with("1 failed: cancelled ran=unknown"), "{seen}");
+    assert!(seen.ends_with("1 failed: cancelled ran=no"), "{seen}");
 }
 
 #[test]

@@ -350,7 +350,7 @@ pub fn refusal(out: &mut Vec<u8>, in_reply_to: Option<&str>, refusal: &Refusal) 
         append_str(out, &refusal.message);
         if in_reply_to.is_some() {
             out.extend_from_slice(b",\"ran\":\"");
-            out.extend_from_slice(refusal.code.ran().as_str().as_bytes());
+            out.extend_from_slice(refusal.ran().as_str().as_bytes());
             out.push(b'"');
         }
         out.extend_from_slice(b"}}");

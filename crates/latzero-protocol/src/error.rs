@@ -89,8 +89,8 @@ macro_rules! codes {
 
 codes! {
     BadFrame "bad_frame" No Server
-        "The bytes are not a valid frame: empty, not UTF-8, not JSON, or not an object. The \
-         connection is closed."
+        "The first bytes of a connection are not a valid frame: empty, not UTF-8, not JSON, or \
+         not an object. The connection is closed."
         "Send a four-byte big-endian length and then one JSON object of that length. HTTP and TLS \
          clients cannot use this port.";
     FrameTooLarge "frame_too_large" No Server
@@ -98,8 +98,11 @@ codes! {
         "Keep payloads below the `limits.max_frame` in the handshake acknowledgement, or raise \
          the server's `limits.max_frame`.";
     BadMessage "bad_message" No Server
-        "A message has a missing, mistyped or out-of-range field."
-        "Fix the field that the message names.";
+        "A message is not a JSON object, or has a missing, mistyped or out-of-range field."
+        "Fix what the message names.";
+    TooDeep "too_deep" No Server
+        "A message nests more than 64 levels deep."
+        "Send flatter data, or send it as raw bytes.";
     UnknownAction "unknown_action" No Server
         "The server does not know this `action`."
         "Check the spelling, and the server's version in the handshake acknowledgement.";
@@ -149,6 +152,10 @@ codes! {
     HandlerError "handler_error" Unknown Server
         "The handler failed without a specific error."
         "Check the handler's log.";
+    AttemptsExhausted "attempts_exhausted" Unknown Server
+        "The handler disconnected during every attempt at a parked or redelivered call."
+        "Find out why the handler ends. `latzero parked ls --dead` lists such calls, and `latzero \
+         parked retry` runs one again.";
     Timeout "timeout" Unknown Server
         "The call's ttl expired before it was answered."
         "Use a longer ttl, or find out why the handler is slow.";
@@ -162,6 +169,9 @@ codes! {
     Draining "draining" No Server
         "The server is shutting down and accepts no new calls."
         "Reconnect and try again.";
+    NoCall "no_call" No Server
+        "There is no such parked call, or the client may not see it."
+        "Check its number; `latzero parked ls` lists all parked calls.";
     NoBlock "no_block" No Server
         "The memory block does not exist."
         "Create it, or check the name.";
@@ -239,6 +249,8 @@ pub struct Refusal {
     pub code: Code,
     /// What happened and what to do, for people.
     pub message: Cow<'static, str>,
+    /// Whether the handler may have run, where more is known than the code says.
+    ran: Option<Ran>,
 }
 
 impl Refusal {
@@ -247,7 +259,23 @@ impl Refusal {
         Refusal {
             code,
             message: message.into(),
+            ran: None,
         }
+    }
+
+    /// The same refusal, of a call of which more is known than its code says.
+    #[must_use]
+    pub fn with_ran(self, ran: Ran) -> Self {
+        Refusal {
+            ran: Some(ran),
+            ..self
+        }
+    }
+
+    /// Whether the handler may have run.
+    #[must_use]
+    pub fn ran(&self) -> Ran {
+        self.ran.unwrap_or_else(|| self.code.ran())
     }
 }
 
@@ -274,6 +302,6 @@ mod tests {
             );
             assert!(code.meaning().ends_with('.') && code.remedy().ends_with('.'));
         }
-        assert_eq!(seen.len(), 41);
+        assert_eq!(seen.len(), 44);
     }
 }

@@ -5,8 +5,9 @@
 //! come, answer, or die with calls in their hands; the disk is slow or full, what was sent stays in
 //! the server for a while, and the server is killed. The model learns from what clients see alone.
 //! It holds: what was acknowledged ends with an answer, once on each connection; what was refused
-//! is never run; first deliveries keep the order of asking; attempts are counted; of calls under
-//! one key one runs at a time.
+//! is never run; first deliveries keep the order of asking; attempts are counted, and there are no
+//! more than were asked for; callers take turns; of calls under one key one runs at a time; an
+//! answer to a call of another life of the server, or of a connection that is gone, reaches nobody.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,6 +27,16 @@ const AWAY: &str = "away";
 
 /// Connected instances of one app.
 const INSTANCES: usize = 2;
+
+/// How often a call is given out at most: what the protocol says where nothing else is asked for.
+const ATTEMPTS: u64 = latzero_protocol::limits::ATTEMPTS_DEFAULT as u64;
+
+/// Calls of another caller that may be given out before one that waits, beyond its own: what is
+/// under way when it comes, and what comes in one step.
+const TURNS_SLACK: usize = 4;
+
+/// Handles of old calls that are remembered, to be answered too late.
+const STALE_MAX: usize = 32;
 
 /// The longest time to live of a call whose handler may never come, in milliseconds.
 const SHORT_TTL_MS: u64 = 3000;
@@ -87,6 +98,10 @@ struct Call {
     may_repeat: u64,
     /// The attempt that was given out last, and in which life of the server.
     attempt: Option<(u64, u64)>,
+    /// How many parked calls had been given out when it was said to be parked.
+    waits_since: Option<usize>,
+    /// It was given out as often as it may be.
+    is_dead: bool,
 }
 
 /// The clients, the dice, and the model.
@@ -99,6 +114,10 @@ pub(crate) struct Lasting {
     /// The newest call of each queue that a handler was given for the first time, by who asked on
     /// which connection.
     newest: BTreeMap<(Peer, Peer, Queue), u64>,
+    /// The parked calls that were given out for the first time, in order.
+    first: Vec<(Queue, &'static str)>,
+    /// What handlers were to answer that are gone, and for which call.
+    stale: Vec<(String, u64)>,
     is_held: bool,
     /// When everybody has read what had come till then.
     heard_at: Time,
@@ -114,6 +133,8 @@ impl Lasting {
             asked: 0,
             life: 0,
             newest: BTreeMap::new(),
+            first: Vec::new(),
+            stale: Vec::new(),
             is_held: false,
             heard_at: Time::default(),
             found: Ok(()),
@@ -142,7 +163,8 @@ impl Lasting {
     fn act(&mut self, world: &mut World) -> String {
         match self.prng.below(100) {
             0..=29 => self.call(world),
-            30..=52 => self.answer(world),
+            30..=49 => self.answer(world),
+            50..=52 => self.answer_late(world),
             53..=64 => self.come(world),
             65..=71 => self.go(world),
             72..=75 => self.cancel(world),
@@ -237,6 +259,8 @@ impl Lasting {
             answered_on: BTreeSet::new(),
             may_repeat: 0,
             attempt: None,
+            waits_since: None,
+            is_dead: false,
         };
         self.calls.insert(n, call);
         self.say(at, &message, world);
@@ -278,6 +302,26 @@ impl Lasting {
         }
         self.say(at, &message, world);
         format!("{} answers {message}", self.conns[at].app)
+    }
+
+    /// A handler answers what another life of it, or of the server, was asked.
+    fn answer_late(&mut self, world: &mut World) -> String {
+        let Some(at) = self.one_of(&HANDLERS).filter(|_| !self.stale.is_empty()) else {
+            return "nobody answers late".into();
+        };
+        let (handle, n) = self.stale.swap_remove(self.prng.below(self.stale.len()));
+        let message = json!({"action": "response", "in_reply_to": handle, "status": "ok",
+            "response": format!("late {n}")});
+        self.say(at, &message, world);
+        format!("{} answers late: {message}", self.conns[at].app)
+    }
+
+    fn forget_jobs(&mut self, conn: &Conn) {
+        let jobs = conn.jobs.iter();
+        self.stale
+            .extend(jobs.map(|job| (job.handle.clone(), job.n)));
+        let too_many = self.stale.len().saturating_sub(STALE_MAX);
+        self.stale.drain(..too_many);
     }
 
     fn come(&mut self, world: &mut World) -> String {
@@ -337,6 +381,7 @@ impl Lasting {
             return "it is gone already".into();
         }
         let conn = self.conns.remove(at);
+        self.forget_jobs(&conn);
         world.hang_up(conn.peer);
         format!("{} hangs up", conn.app)
     }
@@ -367,7 +412,9 @@ impl Lasting {
             .values_mut()
             .for_each(|call| call.may_repeat += 1);
         world.restart(self.prng.next_u64());
-        self.conns.clear();
+        for conn in std::mem::take(&mut self.conns) {
+            self.forget_jobs(&conn);
+        }
         self.life += 1;
         "the server is killed and starts".into()
     }
@@ -446,7 +493,28 @@ impl Lasting {
                 }
             }
         }
+        if call.is_dead {
+            return fault("is given out though it is dead");
+        }
+        if attempt.is_some_and(|attempt| attempt > ATTEMPTS) {
+            return fault("is given out too often");
+        }
+        if let (None, Some(since)) = (call.attempt, call.waits_since) {
+            let ahead = self.first[since..]
+                .iter()
+                .filter(|(queue, _)| *queue == call.queue);
+            let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+            for (_, app) in ahead {
+                *counts.entry(app).or_default() += 1;
+            }
+            let own = counts.remove(call.app).unwrap_or(0);
+            let most = own + TURNS_SLACK + usize::try_from(life).unwrap_or(0);
+            if counts.values().any(|&others| others > most) {
+                return fault("waits while another caller has many turns");
+            }
+        }
         if call.attempt.is_none() && call.park {
+            self.first.push((call.queue, call.app));
             let newest = self
                 .newest
                 .entry((to, call.asked_on, call.queue))
@@ -493,6 +561,7 @@ impl Lasting {
                 Some("parked") => {
                     let may = call.park && !call.is_parked && call.answers == 0;
                     call.is_parked = true;
+                    call.waits_since = Some(self.first.len());
                     (!may).then_some("is said to be parked, when it is not")
                 }
                 Some("partial") => {
@@ -500,13 +569,26 @@ impl Lasting {
                     let may = !call.is_parked && call.window.is_none_or(|most| call.items <= most);
                     (!may).then_some("sends more items than it may")
                 }
+                Some("error") if is_over_unheard(message) => {
+                    call.answers += 1;
+                    let is_first = call.answered_on.insert(peer);
+                    if call.attempt.is_some() && message["error"]["ran"] == "no" {
+                        Some("is said not to have run, and was given out")
+                    } else if !is_first || call.answers > 1 + call.may_repeat {
+                        Some("is answered twice")
+                    } else {
+                        None
+                    }
+                }
                 Some("error") if message["error"]["ran"] == "no" => {
                     call.is_refused = true;
                     let was_accepted = call.is_parked || call.answers > 0;
                     was_accepted.then_some("was accepted, and is refused now")
                 }
                 Some("ok" | "error") => {
-                    let is_server_s = message["error"]["code"] != "custom" && !shown.is_u64();
+                    let code = &message["error"]["code"];
+                    let is_server_s = message["status"] == "error" && code != "custom";
+                    call.is_dead |= code == "attempts_exhausted";
                     call.answers += 1;
                     let is_first = call.answered_on.insert(peer);
                     if !is_right && !is_server_s {
@@ -541,6 +623,13 @@ impl Lasting {
         }
         Ok(())
     }
+}
+
+/// Whether a call that was taken ended before any handler answered: its time was over, or it was
+/// cancelled.
+fn is_over_unheard(message: &Value) -> bool {
+    let code = &message["error"]["code"];
+    code == "timeout" || code == "cancelled"
 }
 
 impl Scenario for Lasting {
@@ -597,8 +686,13 @@ impl Scenario for Lasting {
             }
         }
         let rows = world.rows();
-        if !rows.calls.is_empty() || !rows.answers.is_empty() {
-            let (calls, answers) = (rows.calls.len(), rows.answers.len());
+        let calls = rows
+            .calls
+            .values()
+            .filter(|row| row.death.is_none())
+            .count();
+        let answers = rows.answers.len();
+        if calls > 0 || answers > 0 {
             return Err(format!(
                 "{calls} calls and {answers} answers are left on disk"
             ));

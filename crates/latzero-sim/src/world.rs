@@ -690,6 +690,15 @@ impl World {
         registry.pools().map(|(name, _)| name.to_string()).collect()
     }
 
+    /// A pool in numbers.
+    #[must_use]
+    pub fn pool_stats(&self, name: &str) -> Option<latzero_fabric::pool::PoolStats> {
+        let registry = self.registry.borrow();
+        let mut pools = registry.pools();
+        let (_, pool) = pools.find(|(known, _)| known.as_str() == name)?;
+        Some(pool.borrow().stats())
+    }
+
     /// Checks the invariants of the registry, of every pool touched since the last check, and of the outboxes.
     ///
     /// # Panics
@@ -775,7 +784,7 @@ impl World {
         let (mut parked, mut bytes, mut repeats, mut redelivery) = (0, 0, 0, 0);
         for (_, pool) in registry.pools() {
             let stats = pool.borrow().stats();
-            parked += (stats.parked_calls + stats.parked_answers) as u64;
+            parked += stats.parked.total() as u64;
             bytes += stats.parked_bytes;
             repeats += stats.repeats_bytes;
             redelivery += stats.redelivery_bytes;

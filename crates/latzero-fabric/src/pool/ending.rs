@@ -52,7 +52,8 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
         let key = Key::new(id.slot, id.generation);
-        let Some(call) = self.calls.at_mut(key) else {
+        let call = self.calls.at_mut(key).filter(|_| id.epoch == self.epoch);
+        let Some(call) = call else {
             turn.count(Count::LateResponse);
             return Ok(());
         };
@@ -190,6 +191,7 @@ impl<D: Driver> Pool<D> {
         let Some(key) = self.calls.find(caller, id) else {
             return false;
         };
+        let call_id = self.call_id(key);
         let call = self.calls.at_mut(key).expect("just found");
         let Some(credit) = &mut call.credit else {
             return true;
@@ -197,11 +199,6 @@ impl<D: Driver> Pool<D> {
         *credit = credit
             .saturating_add(count)
             .min(latzero_protocol::limits::WINDOW_MAX);
-        let call_id = CallId {
-            pool: self.number,
-            slot: key.slot,
-            generation: key.generation,
-        };
         if let Some(member) = self.members.at(call.member) {
             turn.send(&member.peer, Class::Control, 64, |out| {
                 encode::ack(out, call_id, count)
@@ -217,18 +214,14 @@ impl<D: Driver> Pool<D> {
         let Some(mut call) = self.calls.remove(key) else {
             return;
         };
-        self.parked.note_room(now);
         if let Some(handler) = self.handlers.at_mut(call.handler) {
             handler.in_flight -= 1;
+            self.parked.note_room(&handler.process);
         }
         if let Some(uses) = &call.blocks {
             self.take_back(call.member, uses, turn);
         }
-        let call_id = CallId {
-            pool: self.number,
-            slot: key.slot,
-            generation: key.generation,
-        };
+        let call_id = self.call_id(key);
         if let Some(handler) = self.members.at_mut(call.member) {
             handler.serving -= 1;
             let reason = match how {
@@ -297,7 +290,9 @@ impl<D: Driver> Pool<D> {
                 return;
             };
             match (lasting.number, &refusal) {
-                (Some(_), Some(_)) if is_orphan => self.orphan(NOBODY, None, lasting),
+                (Some(_), Some(_)) if is_orphan => {
+                    self.orphan((NOBODY, None), lasting, call.member)
+                }
                 (Some(number), Some(refusal)) => self.parked_refused(number, refusal, turn),
                 (None, Some(_)) => self.drop_repeats_of(&lasting, turn),
                 _ => {}
@@ -320,7 +315,8 @@ impl<D: Driver> Pool<D> {
             let peer = caller.peer.clone();
             let handler = self.members.at(call.member);
             turn.call_ended(Some(&peer), &handler.expect("it is leaving").peer, end);
-            self.orphan(call.caller, call.id.as_deref().map(Into::into), lasting);
+            let id = call.id.as_deref().map(Into::into);
+            self.orphan((call.caller, id), lasting, call.member);
             return;
         }
         if let (Some(refusal), Some(id)) = (&refusal, &call.id) {
