@@ -99,6 +99,18 @@ const CHECKED_ENDINGS: &[&str] = &[".rs", ".md", ".toml", ".py"];
 /// Files that are generated, or that hold data.
 const UNCHECKED: &[&str] = &["docs/errors.md", "fuzz/corpus/", "conformance/vectors/"];
 
+/// Files with long lines from before the check. Shorten their lines and remove them from here; add
+/// none.
+const NOT_YET: &[&str] = &[
+    "crates/latzero-fabric/src/pool",
+    "crates/latzero-fabric/src/registry",
+    "crates/latzero-fabric/src/session",
+    "crates/latzero-server/src/blocks.rs",
+    "crates/latzero-server/src/event_loop.rs",
+    "crates/latzero-server/src/host.rs",
+    "crates/latzero/src/",
+];
+
 /// Checks all of it.
 pub(crate) fn check() -> Done {
     let mut faults = Vec::new();
@@ -181,7 +193,8 @@ fn edges(faults: &mut Vec<String>) -> Done {
 fn lengths(faults: &mut Vec<String>) -> Done {
     for path in files(&root(), CHECKED_ENDINGS)? {
         let shown = shown(&path);
-        if UNCHECKED.iter().any(|start| shown.starts_with(start)) {
+        let excepted = UNCHECKED.iter().chain(NOT_YET);
+        if excepted.into_iter().any(|start| shown.starts_with(start)) {
             continue;
         }
         let text = read(&path)?;
@@ -193,8 +206,9 @@ fn lengths(faults: &mut Vec<String>) -> Done {
     Ok(())
 }
 
-/// The numbers and lengths of the lines that are too long. A line with a URL may be, and in Markdown
-/// also a row of a table, a message of a conformance block and the output in a console block.
+/// The numbers and lengths of the lines that are too long. A line with a URL may be, and in
+/// Markdown also a row of a table, a message of a conformance block and the output in a console
+/// block.
 fn too_long(text: &str, is_markdown: bool) -> Vec<(usize, usize)> {
     let mut found = Vec::new();
     let mut language = None;
@@ -206,6 +220,7 @@ fn too_long(text: &str, is_markdown: bool) -> Vec<(usize, usize)> {
             language = language.is_none().then(|| word.to_owned());
         }
         let is_excepted = line.contains("://")
+            || (!is_markdown && line.contains("r#\""))
             || is_markdown
                 && match language.as_deref() {
                     None => line.starts_with('|'),

@@ -1,7 +1,8 @@
 //! How long a start takes, and how large the program is.
 //!
-//! The clock runs from before the program is executed until its ready line has been read. The program's `--version`
-//! is timed in the same rounds: what it takes is the system's and the loader's share.
+//! The clock runs from before the program is executed until its ready line has been read. The
+//! program's `--version` is timed in the same rounds: what it takes is the system's and the
+//! loader's share.
 
 use crate::failure::{During, Failure};
 use crate::machine::Machine;

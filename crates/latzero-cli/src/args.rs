@@ -211,7 +211,8 @@ Examples:
 
 The part before the first / is the pool, unless --pool names it; with neither, it is `default`.
 An answer of raw bytes is printed as it is, unless stdout is a terminal; with --json it is
-{\"hex\":\"…\"}. With --stream, items are lines on stdout. The final answer is a line on stderr if it
+{\"hex\":\"…\"}. With --stream,
+    items are lines on stdout. The final answer is a line on stderr if it
 is not null; without items it is printed as usual. With --json each line is {\"item\":…},
 {\"progress\":…} or {\"end\":…}.
 With --park the pool is created if necessary, and the call survives a restart of the server and the

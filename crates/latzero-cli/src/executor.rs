@@ -52,8 +52,8 @@ impl Wake for SlotWaker {
     }
 }
 
-/// Runs the futures that `next` gives until it gives no more, `side_by_side` at a time, and hands each outcome to
-/// `done`.
+/// Runs the futures that `next` gives until it gives no more, `side_by_side` at a time, and hands
+/// each outcome to `done`.
 pub(crate) fn run_many<F: Future>(
     side_by_side: usize,
     mut next: impl FnMut() -> Option<F>,

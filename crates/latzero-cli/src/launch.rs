@@ -1,9 +1,9 @@
 //! Starts programs that must not outlive this one, whatever ends it.
 //!
-//! The kernel can end a process when its parent dies (prctl(2), `PR_SET_PDEATHSIG`), but the process
-//! itself has to ask for it, between fork and exec, where only unsafe code can run. So this program
-//! starts itself first, asks, and then becomes the program. What the program starts in turn is
-//! covered by a [`Supervisor`], which ends whole process groups.
+//! The kernel can end a process when its parent dies (prctl(2), `PR_SET_PDEATHSIG`), but the
+//! process itself has to ask for it, between fork and exec, where only unsafe code can run. So this
+//! program starts itself first, asks, and then becomes the program. What the program starts in turn
+//! is covered by a [`Supervisor`], which ends whole process groups.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};

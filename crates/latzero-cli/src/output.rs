@@ -151,8 +151,8 @@ impl Output {
         }
     }
 
-    /// JSON text as it came, its fields in their own order and its numbers with all their digits: indented for people,
-    /// on one line for scripts.
+    /// JSON text as it came, its fields in their own order and its numbers with all their digits:
+    /// indented for people, on one line for scripts.
     pub(crate) fn json_text(&self, json: &str) -> io::Result<()> {
         match self.is_for_people() {
             true => self.json_out(&pretty(json)),
@@ -334,7 +334,8 @@ impl Output {
     }
 }
 
-/// The pieces of valid JSON text: strings and other scalars whole, punctuation alone, blanks left out.
+/// The pieces of valid JSON text: strings and other scalars whole, punctuation alone, blanks left
+/// out.
 fn tokens(json: &str) -> impl Iterator<Item = &str> {
     let mut rest = json;
     std::iter::from_fn(move || {

@@ -50,7 +50,11 @@ pub(crate) struct Reach {
     #[arg(long, value_name = "HOST")]
     pub(crate) host: Option<String>,
     /// An app's address: latzero://APP_ID@HOST:PORT?pool=NAME [env: LATZERO_URL]
-    #[arg(long, value_name = "URL", conflicts_with_all = ["data_dir", "socket", "host", "port", "app"])]
+    #[arg(
+        long,
+        value_name = "URL",
+        conflicts_with_all = ["data_dir", "socket", "host", "port", "app"]
+    )]
     pub(crate) url: Option<String>,
     /// The AppID to connect as [default: cli-UID; for `serve` the program's name]
     #[arg(long, value_name = "ID")]
@@ -377,7 +381,8 @@ impl Reach {
                     enabled: options.loss == Loss::Reconnects,
                     ..Reconnect::default()
                 })
-                .meta(json!({"program": "latzero", "command": options.command, "pid": std::process::id()}));
+                .meta(json!({"program": "latzero", "command": options.command,
+                    "pid": std::process::id()}));
             if let Some(threads) = options.handler_threads {
                 builder = builder.handler_threads(threads);
             }

@@ -1,8 +1,10 @@
-//! What is to be remembered beyond the server's end: rows as the core hands them out and gets them back.
+//! What is to be remembered beyond the server's end: rows as the core hands them out and gets them
+//! back.
 //!
-//! The core says what changed ([`Change`]) and where a reply waits for it; a store writes the changes in the order in
-//! which they came and says when they are on disk. Texts in rows are JSON that the core wrote and reads again; a store
-//! does not look into them. Times are milliseconds since the Unix epoch.
+//! The core says what changed ([`Change`]) and where a reply waits for it; a store writes the
+//! changes in the order in which they came and says when they are on disk. Texts in rows are JSON
+//! that the core wrote and reads again; a store does not look into them. Times are milliseconds
+//! since the Unix epoch.
 
 use latzero_protocol::{AppId, PoolName};
 
@@ -127,7 +129,8 @@ pub struct AnswerRow {
     pub id: String,
     /// By what repeats of the call are known.
     pub idempotency_key: Option<String>,
-    /// The answer: the length of its JSON text in four bytes (little-endian), the text, and its raw bytes.
+    /// The answer: the length of its JSON text in four bytes (little-endian), the text, and its raw
+    /// bytes.
     pub frame: Vec<u8>,
     /// When it is given up.
     pub expires: u64,

@@ -7,7 +7,8 @@ use crate::driver::Driver;
 use crate::now::Time;
 use crate::outbox::{Bounds, Class, Outbox, Sent, Taken};
 
-/// Whoever wants to know that a message was written: a number for [`crate::Pool::told`] of that pool.
+/// Whoever wants to know that a message was written: a number for [`crate::Pool::told`] of that
+/// pool.
 #[derive(Debug, Clone)]
 pub struct Notice<H> {
     /// The pool.
@@ -34,8 +35,8 @@ pub struct Link<D: Driver> {
     is_paused: bool,
 }
 
-/// From this many bytes on, a message is counted before it is copied. What is smaller is counted where it can't be written
-/// at once.
+/// From this many bytes on, a message is counted before it is copied. What is smaller is counted
+/// where it can't be written at once.
 const LARGE_BYTES: usize = 64 * 1024;
 
 impl<D: Driver> Link<D> {
@@ -73,8 +74,9 @@ impl<D: Driver> Link<D> {
         self.account = account;
     }
 
-    /// Whether a message of `length` bytes has room; `own` are those of them that no other outbox holds. What is new work is
-    /// refused where memory is short; what ends work may use the last of it.
+    /// Whether a message of `length` bytes has room; `own` are those of them that no other outbox
+    /// holds. What is new work is refused where memory is short; what ends work may use the last of
+    /// it.
     #[inline]
     pub(crate) fn admit(
         &mut self,
@@ -88,7 +90,8 @@ impl<D: Driver> Link<D> {
             return sent;
         }
         if !self.outbox.is_blocked() && own < LARGE_BYTES {
-            // It is written in a moment, and counted where it can't be. Whose account is full waits for no moment.
+            // It is written in a moment, and counted where it can't be. Whose account is full waits
+            // for no moment.
             let has_room = self.account.has_room(Resource::Outbox, own as u64);
             return match has_room {
                 true => Sent::Queued,
@@ -160,9 +163,9 @@ impl<D: Driver> Link<D> {
         self.is_paused = false;
     }
 
-    /// Whether its driver is to leave further messages unread, since it has all the calls under way that it may have. One
-    /// that owes answers is read on: its answers may be what its own calls wait for. [`crate::Effects::resumed`] says when it
-    /// is read again.
+    /// Whether its driver is to leave further messages unread, since it has all the calls under way
+    /// that it may have. One that owes answers is read on: its answers may be what its own calls
+    /// wait for. [`crate::Effects::resumed`] says when it is read again.
     pub fn pause(&mut self, in_flight_max: u32) -> bool {
         self.is_paused = self.must_pause(in_flight_max);
         self.is_paused

@@ -85,7 +85,8 @@ impl Change<'_> {
     #[must_use]
     pub fn to_json(&self) -> String {
         format!(
-            "{{\"action\":\"event\",\"event\":\"block_changed\",\"pool\":\"{}\",\"block_id\":\"{}\",\"version\":{},\"generation\":{}}}",
+            "{{\"action\":\"event\",\"event\":\"block_changed\",\"pool\":\"{}\",\
+             \"block_id\":\"{}\",\"version\":{},\"generation\":{}}}",
             self.pool, self.block, self.version, self.generation
         )
     }

@@ -17,8 +17,8 @@ pub(crate) struct Registration {
     pub(crate) meta: Option<Value>,
 }
 
-/// A registration, read out of its texts when it is first needed: a server that starts with a hundred thousand apps need
-/// not read them all before it listens.
+/// A registration, read out of its texts when it is first needed: a server that starts with a
+/// hundred thousand apps need not read them all before it listens.
 #[derive(Debug, Clone)]
 pub(crate) enum Remembered {
     Read(Registration),
@@ -61,7 +61,8 @@ impl Remembered {
 /// What an app takes besides what it registered, in bytes.
 const APP_BYTES: usize = 768;
 
-/// What each name of a registration takes besides its text, and each trigger of a live instance in a pool, and each pool.
+/// What each name of a registration takes besides its text, and each trigger of a live instance in
+/// a pool, and each pool.
 const NAME_BYTES: usize = 96;
 const SERVED_BYTES: u64 = 400;
 const MEMBER_BYTES: u64 = 512;

@@ -56,7 +56,8 @@ struct Place<T> {
 }
 
 /// Values in places that are found by key in constant time and walked in the order of their places.
-/// The keys of a table are of kind `K`: of the values themselves, or of a marker where the values are generic.
+/// The keys of a table are of kind `K`: of the values themselves, or of a marker where the values
+/// are generic.
 pub(crate) struct Slab<T, K = T> {
     places: Vec<Place<T>>,
     free: Vec<u32>,

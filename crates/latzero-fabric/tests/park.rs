@@ -576,8 +576,8 @@ fn a_pool_stays_with_its_parked_calls_and_takes_them_along() {
     assert!(!net.world.pool_names().contains(&"p".to_owned()));
 }
 
-/// Random comings, goings, kills and full disks: every call that was said to be parked is answered exactly once in the
-/// end, and none that was refused is delivered.
+/// Random comings, goings, kills and full disks: every call that was said to be parked is answered
+/// exactly once in the end, and none that was refused is delivered.
 #[test]
 fn nothing_that_was_parked_is_lost() {
     for seed in 0..300 {

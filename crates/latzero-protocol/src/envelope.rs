@@ -141,7 +141,10 @@ macro_rules! fields {
             pub text: &'a str,
             /// The raw bytes of an attachment frame.
             pub attachment: Option<&'a [u8]>,
-            $(#[doc = concat!("The field `", stringify!($field), "`.")] pub $field: Option<Raw<'a>>,)*
+            $(
+                #[doc = concat!("The field `", stringify!($field), "`.")]
+                pub $field: Option<Raw<'a>>,
+            )*
         }
 
         impl<'a> Envelope<'a> {
@@ -156,8 +159,9 @@ macro_rules! fields {
 
 fields! {
     action b"action", id b"id", process b"process", pool b"pool", data b"data", origin b"origin",
-    destination b"destination", ttl b"ttl", in_reply_to b"in_reply_to", status b"status", response b"response",
-    error b"error", headers b"headers", key b"key", window b"window", count b"count", deliver b"deliver", park b"park",
+    destination b"destination", ttl b"ttl", in_reply_to b"in_reply_to", status b"status",
+    response b"response", error b"error", headers b"headers", key b"key", window b"window",
+    count b"count", deliver b"deliver", park b"park",
     redeliver b"redeliver", attempts b"attempts",
     encoding b"encoding", event b"event", blocks b"blocks", descriptors b"descriptors",
 }

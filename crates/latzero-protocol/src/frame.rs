@@ -39,7 +39,8 @@ pub enum FrameError {
     },
     /// An attachment frame whose header does not fit inside it.
     #[error(
-        "an attachment frame's header length ({header} bytes) does not fit its payload ({payload} bytes)"
+        "an attachment frame's header length ({header} bytes) does not fit its payload \
+         ({payload} bytes)"
     )]
     Header {
         /// The header length that was named, in bytes.
@@ -252,7 +253,10 @@ mod tests {
     proptest! {
         /// However bytes arrive, a prefix of a frame is never an error and never a frame.
         #[test]
-        fn split_anywhere(json in proptest::collection::vec(any::<u8>(), 1..80), raw in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..80))) {
+    fn split_anywhere(
+            json in proptest::collection::vec(any::<u8>(), 1..80),
+            raw in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..80)),
+        ) {
             let mut buf = Vec::new();
             match &raw {
                 None => append(&mut buf, |out| out.extend_from_slice(&json)),

@@ -1,4 +1,5 @@
-//! The limits that belong to the wire itself. Limits of a server are settings and stand with the server.
+//! The limits that belong to the wire itself. Limits of a server are settings and stand with the
+//! server.
 
 /// The protocol version that this crate speaks.
 pub const PROTOCOL_VERSION: u64 = 1;
@@ -9,8 +10,8 @@ pub const DEFAULT_PORT: u16 = 45_227;
 /// Largest payload of a frame in bytes, unless the handshake acknowledgement names another.
 pub const MAX_FRAME_DEFAULT: usize = 16 * 1024 * 1024;
 
-/// What a server may add to a payload that it passes on (origin, ids), in bytes. A client accepts frames up to
-/// the announced `max_frame` plus this.
+/// What a server may add to a payload that it passes on (origin, ids), in bytes. A client accepts
+/// frames up to the announced `max_frame` plus this.
 pub const FORWARD_SLACK: usize = 16 * 1024;
 
 /// Deepest nesting of JSON arrays and objects in one message, the envelope included.
@@ -44,7 +45,8 @@ pub const TTL_DEFAULT_MS: u64 = 30_000;
 /// The longest time to live of a call in milliseconds: 24 hours.
 pub const TTL_MAX_MS: u64 = 24 * 60 * 60 * 1000;
 
-/// The longest time to live of a call that may be parked, in milliseconds: 30 days, for a handler that is away over holidays.
+/// The longest time to live of a call that may be parked, in milliseconds: 30 days, for a handler
+/// that is away over holidays.
 pub const PARKED_TTL_MAX_MS: u64 = 30 * 24 * 60 * 60 * 1000;
 
 /// To how many handlers a parked or redelivered call is given at most, where its caller does not

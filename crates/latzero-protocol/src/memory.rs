@@ -157,7 +157,10 @@ pub struct Create {
 }
 
 macro_rules! words {
-    ($(#[$doc:meta])* $type:ident { $($(#[$variant_doc:meta])* $variant:ident $word:literal,)* }) => {
+    (
+        $(#[$doc:meta])*
+        $type:ident { $($(#[$variant_doc:meta])* $variant:ident $word:literal,)* }
+    ) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
         pub enum $type {
@@ -719,7 +722,8 @@ mod tests {
     fn requests_decode() {
         check(
             r#"{"action":"memory_create","pool":"a","block_id":"f","size":10}"#,
-            "size: 10, kind: Shared, slots: 2, layout: None, permissions: Permissions { read: All, write: All }, \
+            "size: 10, kind: Shared, slots: 2, layout: None, permissions: Permissions { read: \
+             All, write: All }, \
              lifetime: Pool, or_attach: false, attach: Some(Write)",
         );
         check(

@@ -1172,7 +1172,8 @@ mod tests {
         check(r#"{"action":"ping"}"#, "Ping");
         check(
             r#"{"action":"trigger","process":"foo"}"#,
-            "Trigger(Trigger { id: None, process: \"foo\", pool: None, destination: None, ttl_ms: 30000",
+            "Trigger(Trigger { id: None, process: \"foo\", pool: None, destination: None, \
+             ttl_ms: 30000",
         );
         check(
             r#"{"action":"pool_remove","pool":"a","force":true}"#,

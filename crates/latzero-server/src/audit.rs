@@ -1,9 +1,10 @@
 //! The audit log: who registered what, who took over, what was refused, what administrators did.
 //!
-//! One JSON object a line in `logs/audit.log`, put aside by size as the server's log is. Lines are written by a thread of
-//! their own; what does not fit into its queue is counted with the other log lines that were lost. Whoever does something over
-//! and over can't push out what others did: each user has so many lines at once and so many a second, and what was left out
-//! is told with that user's next line.
+//! One JSON object a line in `logs/audit.log`, put aside by size as the server's log is. Lines are
+//! written by a thread of their own; what does not fit into its queue is counted with the other log
+//! lines that were lost. Whoever does something over and over can't push out what others did: each
+//! user has so many lines at once and so many a second, and what was left out is told with that
+//! user's next line.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -49,7 +50,8 @@ struct Share {
 struct Shares(HashMap<String, Share>);
 
 impl Shares {
-    /// Takes a line of a user's share; returns how many were left out before it, or nothing where this one is.
+    /// Takes a line of a user's share; returns how many were left out before it, or nothing where
+    /// this one is.
     fn take(&mut self, from: &str, now: Instant) -> Option<u64> {
         let whole = |share: &Share| share.refilled(now).0 == BURST && share.left_out == 0;
         if self.0.len() >= USERS_MAX && !self.0.contains_key(from) {
@@ -121,7 +123,8 @@ impl AuditLog {
         };
         drop(shares);
         let mut line = json!({
-            "time": rfc3339(SystemTime::now()), "event": audit.event, "app_id": audit.app, "from": from,
+            "time": rfc3339(SystemTime::now()), "event": audit.event, "app_id": audit.app,
+            "from": from,
         });
         if let Some(instance) = audit.instance {
             line["instance"] = json!(instance);

@@ -61,7 +61,8 @@ impl BuiltIn {
             .map(|(name, doc)| json!({"name": name, "doc": doc}))
             .collect();
         let handshake = json!({
-            "action": "handshake", "app_id": SYSTEM_APP, "pools": [SYSTEM_POOL], "triggers": triggers,
+            "action": "handshake", "app_id": SYSTEM_APP, "pools": [SYSTEM_POOL],
+            "triggers": triggers,
             "features": ["attachments"], "meta": {"version": env!("CARGO_PKG_VERSION")},
         });
         let handshake = handshake.to_string();

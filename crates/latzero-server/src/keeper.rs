@@ -187,9 +187,11 @@ impl Keeper {
     pub(crate) fn to_json(&self) -> Value {
         let status = self.store.status();
         json!({
-            "failing": status.failing, "failing_since": status.failing_since, "waiting": status.waiting,
+            "failing": status.failing, "failing_since": status.failing_since,
+            "waiting": status.waiting,
             "retained": status.retained, "commits": status.commits, "changes": status.changes,
-            "failures": status.failures, "dropped": status.dropped, "last_backup": status.last_backup,
+            "failures": status.failures, "dropped": status.dropped,
+            "last_backup": status.last_backup,
             "db_bytes": status.db_bytes, "wal_bytes": status.wal_bytes,
         })
     }

@@ -1,9 +1,10 @@
 //! Sockets, timers, settings, logs and drain around the fabric.
 //!
-//! The server owns everything that touches the machine and decides nothing about routing: that is the fabric's.
-//! A start goes through these modules in order: [`settings`] says what is wanted and where each wish comes from,
-//! [`logging`] begins to tell, [`startup`] takes directory, lock and sockets, and [`server`] runs the loops.
-//! The rule by which clients find the Unix socket is `latzero_protocol::address`, and [`doctor`] says what stands in the way.
+//! The server owns everything that touches the machine and decides nothing about routing: that is
+//! the fabric's. A start goes through these modules in order: [`settings`] says what is wanted and
+//! where each wish comes from, [`logging`] begins to tell, [`startup`] takes directory, lock and
+//! sockets, and [`server`] runs the loops. The rule by which clients find the Unix socket is
+//! `latzero_protocol::address`, and [`doctor`] says what stands in the way.
 
 mod audit;
 mod blocks;

@@ -1,4 +1,5 @@
-//! A connection as everyone but its own loop sees it: where to append, and what it owes and is owed.
+//! A connection as everyone but its own loop sees it: where to append, and what it owes and is
+//! owed.
 
 use std::ops::DerefMut;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
@@ -38,13 +39,15 @@ impl Peer {
     }
 
     pub(crate) fn link(&self) -> MutexGuard<'_, Link<IoHost>> {
-        // A panic while appending is a bug that stops the server; nothing is to be saved from a poisoned lock.
+        // A panic while appending is a bug that stops the server; nothing is to be saved from a
+        // poisoned lock.
         self.link
             .lock()
             .expect("no panic happens under a link's lock")
     }
 
-    /// Whether the other end of its Unix socket has closed, though what it sent before may still be unread.
+    /// Whether the other end of its Unix socket has closed, though what it sent before may still be
+    /// unread.
     pub(crate) fn has_hung_up(&self) -> bool {
         self.socket.as_ref().is_some_and(Socket::has_hung_up)
     }

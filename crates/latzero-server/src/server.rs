@@ -284,7 +284,8 @@ impl Server {
         {
             tracing::warn!(%error, "cannot notify the service manager that the server is ready");
         }
-        tracing::info!(addresses = ?shared.identity.addresses, version = env!("CARGO_PKG_VERSION"), "ready");
+        let version = env!("CARGO_PKG_VERSION");
+        tracing::info!(addresses = ?shared.identity.addresses, version, "ready");
         let watch = Watch::begin(&shared, &self.lock)?;
         if self.takes_over {
             let shared = Arc::clone(&shared);

@@ -142,8 +142,10 @@ fn backup(shared: &Shared, to: Option<&Path>, without_blocks: bool) -> Result<St
     }
     Ok(json!({
         "file": backup.path(), "bytes": bytes, "took_ms": took,
-        "apps": summary.apps, "pools": summary.pools, "calls": summary.calls, "answers": summary.answers,
-        "blocks": summary.blocks, "block_files": summary.block_files, "block_bytes": summary.block_bytes,
+        "apps": summary.apps, "pools": summary.pools, "calls": summary.calls,
+        "answers": summary.answers,
+        "blocks": summary.blocks, "block_files": summary.block_files,
+        "block_bytes": summary.block_bytes,
     })
     .to_string())
 }

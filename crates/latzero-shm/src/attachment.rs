@@ -179,7 +179,8 @@ impl Attachment {
     /// # Errors
     /// As [`ReadError`] says.
     pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<u64, ReadError> {
-        on!(&self.bytes, memory => slots::read(memory, &self.expected.geometry, offset, to, Patience::Wait))
+        let geometry = &self.expected.geometry;
+        on!(&self.bytes, memory => slots::read(memory, geometry, offset, to, Patience::Wait))
     }
 
     /// Copies all of one version out; returns it with the version.

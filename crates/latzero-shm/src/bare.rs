@@ -1,4 +1,5 @@
-//! Shared memory with nothing around it, for benchmarks to compare with: what the kernel and the processor take anyway.
+//! Shared memory with nothing around it, for benchmarks to compare with: what the kernel and the
+//! processor take anyway.
 
 use std::fs::File;
 use std::io;
@@ -39,7 +40,8 @@ impl Bare {
     /// # Errors
     /// Where the futex can't be reached.
     pub fn publish(&self, bytes: &[u8]) -> Result<(), Fault> {
-        // SAFETY: benchmarks only copy as many bytes as they mapped, and read none of them meanwhile.
+        // SAFETY: benchmarks only copy as many bytes as they mapped, and read none of them
+        // meanwhile.
         unsafe {
             let to = self.0.base().as_ptr().add(BYTES);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());

@@ -1,7 +1,9 @@
-//! A block as the server has it: it makes and keeps the memory or file, and reads and writes it for those who can't map it.
+//! A block as the server has it: it makes and keeps the memory or file, and reads and writes it for
+//! those who can't map it.
 //!
-//! The server is not to die of what somebody does to a file. So files are only touched by pread and pwrite; what is mapped is
-//! memory that is sealed against shrinking: its header for good, and its payload for the time of one large copy.
+//! The server is not to die of what somebody does to a file. So files are only touched by pread and
+//! pwrite; what is mapped is memory that is sealed against shrinking: its header for good, and its
+//! payload for the time of one large copy.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -232,8 +234,8 @@ impl Custodian {
         })
     }
 
-    /// Shows writers the fence of the exclusive lock; and who takes the block in after the server's end, whether somebody held
-    /// it and may be in the middle of a version.
+    /// Shows writers the fence of the exclusive lock; and who takes the block in after the server's
+    /// end, whether somebody held it and may be in the middle of a version.
     ///
     /// # Errors
     /// Where it can't be written.
@@ -274,13 +276,15 @@ impl Custodian {
         self.memory.notify(at::NOTIFY)
     }
 
-    /// Copies the newest version into a fresh block, under the same number; bytes that the other does not have room for are
-    /// left out, and what it has more is zeros. Returns the version.
+    /// Copies the newest version into a fresh block, under the same number; bytes that the other
+    /// does not have room for are left out, and what it has more is zeros. Returns the version.
     ///
-    /// Show writers that they lost the lock, or that the block is superseded, before this: one who writes on is not waited for.
+    /// Show writers that they lost the lock, or that the block is superseded, before this: one who
+    /// writes on is not waited for.
     ///
     /// # Errors
-    /// Where either can't be read or written, or the newest version is written over again and again.
+    /// Where either can't be read or written, or the newest version is written over again and
+    /// again.
     pub fn copy_to(&self, other: &Custodian) -> Result<u64, Fault> {
         let _alone = self.alone();
         let (from, to) = (&self.description.geometry, &other.description.geometry);
@@ -324,7 +328,8 @@ impl Custodian {
         ))
     }
 
-    /// Fills a fresh block with what `bytes` yields, as the version that it was: for a block that comes out of a backup.
+    /// Fills a fresh block with what `bytes` yields, as the version that it was: for a block that
+    /// comes out of a backup.
     ///
     /// # Errors
     /// Where `bytes` fails or yields fewer bytes than the block has, or the block can't be written.
@@ -358,7 +363,8 @@ impl Custodian {
         self.sync().map(|_| ()).map_err(failed)
     }
 
-    /// Looks at the header: that nobody wrote over what never changes, and that the head names a slot.
+    /// Looks at the header: that nobody wrote over what never changes, and that the head names a
+    /// slot.
     ///
     /// # Errors
     /// What is wrong.
@@ -552,7 +558,8 @@ impl Custodian {
         self.memory.load(at::BOOT, Ordering::Acquire)
     }
 
-    /// Stores the checksum of the newest version. Returns that version, and whether it still was the newest one then.
+    /// Stores the checksum of the newest version. Returns that version, and whether it still was
+    /// the newest one then.
     fn sum_up(&self) -> Result<(u64, bool), Fault> {
         let geometry = &self.description.geometry;
         let head = slots::head(&self.memory, geometry)?;
@@ -593,7 +600,8 @@ impl Custodian {
     }
 
     fn alone(&self) -> MutexGuard<'_, ()> {
-        // Nothing is kept under this lock that a panic could have left half done: slots are begun again.
+        // Nothing is kept under this lock that a panic could have left half done: slots are begun
+        // again.
         self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -13,8 +13,8 @@ impl Attachment {
     /// Begins the next version, under the lock with this fence.
     ///
     /// # Errors
-    /// [`WriteError::LeaseLost`] where the header shows another fence, [`WriteError::Contended`] where another thread has a
-    /// write of this attachment under way.
+    /// [`WriteError::LeaseLost`] where the header shows another fence, [`WriteError::Contended`]
+    /// where another thread has a write of this attachment under way.
     pub fn begin(self: &Arc<Self>, fence: u64) -> Result<Writing, WriteError> {
         if self.expected.access != Access::Write {
             return Err(WriteError::ReadOnly);
@@ -38,8 +38,8 @@ impl Attachment {
     }
 }
 
-/// A version under way. Dropped, it never was; of a raw block, which is written in place, what was written stays and no
-/// version tells of it.
+/// A version under way. Dropped, it never was; of a raw block, which is written in place, what was
+/// written stays and no version tells of it.
 #[derive(Debug)]
 #[must_use]
 pub struct Writing {

@@ -1,4 +1,5 @@
-//! What the kernel and the checks keep out: other files, other modes, other sizes, shrinking, too many descriptors.
+//! What the kernel and the checks keep out: other files, other modes, other sizes, shrinking, too
+//! many descriptors.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
 

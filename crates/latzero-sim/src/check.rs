@@ -1,9 +1,11 @@
 //! The checkers: a model of what clients were promised, held against everything that happens.
 //!
-//! The model shares no code with the fabric. It learns from the log alone: what the server took in, what it wrote, and
-//! when. After every step it must be able to account for each message that was sent, and nothing may be missing.
+//! The model shares no code with the fabric. It learns from the log alone: what the server took in,
+//! what it wrote, and when. After every step it must be able to account for each message that was
+//! sent, and nothing may be missing.
 //!
-//! Messages carry a tag in their headers, which the server passes through; by it a delivery is tied to its call.
+//! Messages carry a tag in their headers, which the server passes through; by it a delivery is tied
+//! to its call.
 
 macro_rules! ensure {
     ($holds:expr, $($what:tt)*) => {
@@ -284,7 +286,8 @@ impl Checker {
         }
     }
 
-    /// After a kill, everything that was acknowledged is on the disk, unless the disk was full at a time.
+    /// After a kill, everything that was acknowledged is on the disk, unless the disk was full at a
+    /// time.
     fn restarted(&mut self, rows: &crate::store::Rows) -> Result<(), Found> {
         let list = |text: &str| -> Value { serde_json::from_str(text).unwrap_or_default() };
         let read = |row: &AppRow| Registered {

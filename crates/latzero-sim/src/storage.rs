@@ -1,4 +1,5 @@
-//! Blocks' bytes in the simulated world: plain vectors, with what a server does about them done at once or when told.
+//! Blocks' bytes in the simulated world: plain vectors, with what a server does about them done at
+//! once or when told.
 
 use std::collections::{BTreeMap, VecDeque};
 

@@ -423,7 +423,8 @@ pub(crate) fn finish(temporary: &Path, faults: &Faults) -> Result<(), BackupErro
     let complete = || -> rusqlite::Result<Vec<String>> {
         unshare(&conn)?;
         conn.execute_batch(
-            "CREATE TABLE backup_info (key TEXT PRIMARY KEY NOT NULL, value INTEGER NOT NULL) STRICT",
+            "CREATE TABLE backup_info (key TEXT PRIMARY KEY NOT NULL, value INTEGER NOT NULL) \
+             STRICT",
         )?;
         conn.execute(
             "INSERT INTO backup_info (key, value) VALUES ('made', ?1), ('checksum', ?2)",

@@ -48,7 +48,8 @@ pub(crate) fn day_of(second: i64) -> i64 {
     second.div_euclid(DAY_S)
 }
 
-/// The week of a unix second, from Monday to Sunday, counted from the one of 1970-01-01 (a Thursday).
+/// The week of a unix second, from Monday to Sunday, counted from the one of 1970-01-01 (a
+/// Thursday).
 pub(crate) fn week_of(second: i64) -> i64 {
     (day_of(second) + 3).div_euclid(7)
 }

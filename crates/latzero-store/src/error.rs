@@ -82,7 +82,10 @@ pub enum BackupError {
         source: rusqlite::Error,
     },
     /// The file is not a good backup.
-    #[error("{} is not a valid backup: {findings}; use another one from the same directory", path.display())]
+    #[error(
+        "{} is not a valid backup: {findings}; use another one from the same directory",
+        path.display()
+    )]
     Bad {
         /// Which file.
         path: PathBuf,
@@ -128,7 +131,8 @@ pub enum OpenError {
     /// A newer program made this database.
     #[error(
         "{} has schema {found}; this version supports up to {known}; start the newer version, or \
-         restore a backup `pre-migration-{known}-…` from the directory backups beside it", path.display()
+         restore a backup `pre-migration-{known}-…` from the directory backups beside it",
+        path.display()
     )]
     Newer {
         /// The database.

@@ -1,7 +1,7 @@
 //! The tables, and how an older database becomes a current one.
 //!
-//! `user_version` says which schema a database has. Each migration is one transaction, and the database is copied to
-//! `backups/` before the first. A migration that was released never changes.
+//! `user_version` says which schema a database has. Each migration is one transaction, and the
+//! database is copied to `backups/` before the first. A migration that was released never changes.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,8 @@ use rusqlite::Connection;
 use crate::failpoint;
 use crate::faults::Faults;
 
-/// Marks a database as one of this program ("LtZ0"): <https://sqlite.org/pragma.html#pragma_application_id>.
+/// Marks a database as one of this program ("LtZ0"):
+/// <https://sqlite.org/pragma.html#pragma_application_id>.
 pub const APPLICATION_ID: i32 = 0x4c74_5a30;
 
 /// The schema that this program writes.

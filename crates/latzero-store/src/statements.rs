@@ -146,7 +146,8 @@ impl<'c> Statements<'c> {
             .map(drop)
     }
 
-    /// Carries out `change` inside the open transaction. Several statements need a savepoint around them.
+    /// Carries out `change` inside the open transaction. Several statements need a savepoint around
+    /// them.
     pub(crate) fn apply(&mut self, change: &Change) -> rusqlite::Result<()> {
         match change {
             Change::PutApp(row) => row.write(self.step(Sql::PutApp)?),

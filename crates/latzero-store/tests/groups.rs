@@ -1,4 +1,5 @@
-//! Groups of changes: what gathers while the thread is busy, its bounds, and what happens at the end.
+//! Groups of changes: what gathers while the thread is busy, its bounds, and what happens at the
+//! end.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -9,7 +10,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use common::{PATIENCE, app, block, contents, options, reopen, set};
 use latzero_store::{Change, Faults, Lasts, Options, Store, StoreError, SubmitError, Ticket, open};
 
-/// A store whose thread stops at the first ticket until it is let go, and tells how many tickets each call brought.
+/// A store whose thread stops at the first ticket until it is let go, and tells how many tickets
+/// each call brought.
 struct Held {
     dir: tempfile::TempDir,
     store: Store,

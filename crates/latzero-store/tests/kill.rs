@@ -1,4 +1,5 @@
-//! The process is killed, at named places and at random moments: every change that was told as written is there.
+//! The process is killed, at named places and at random moments: every change that was told as
+//! written is there.
 //!
 //! The test binary runs itself as the process that dies, and reads what it told from a pipe.
 

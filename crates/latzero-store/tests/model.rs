@@ -1,4 +1,5 @@
-//! Any order of changes ends in what plain maps say, whatever is promised, eventual, grouped, closed or only dropped.
+//! Any order of changes ends in what plain maps say, whatever is promised, eventual, grouped,
+//! closed or only dropped.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -125,7 +126,8 @@ proptest! {
         run(&script, group_max, None);
     }
 
-    /// Without promises nothing is lost to a failure either: the newest state of each row gets there.
+    /// Without promises nothing is lost to a failure either: the newest state of each row gets
+    /// there.
     #[test]
     fn eventual_changes_end_as_the_model_says_though_the_disk_failed(
         script in proptest::collection::vec(change(), 0..40),

@@ -1,7 +1,9 @@
-//! Loss of power: what was not synced is cut off, zeroed or noise. Every commit that was told before is there.
+//! Loss of power: what was not synced is cut off, zeroed or noise. Every commit that was told
+//! before is there.
 //!
-//! The kernel may have written any part of what no fsync covered. So the files are copied at each commit, together with how
-//! much of the log was synced by then, and every later copy is spoilt behind that point in many ways.
+//! The kernel may have written any part of what no fsync covered. So the files are copied at each
+//! commit, together with how much of the log was synced by then, and every later copy is spoilt
+//! behind that point in many ways.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -110,7 +112,8 @@ fn told_commits_survive_whatever_happens_to_the_rest() {
     }
 }
 
-/// After a checkpoint the log begins anew over old frames: the database holds what these said, synced before.
+/// After a checkpoint the log begins anew over old frames: the database holds what these said,
+/// synced before.
 #[test]
 fn a_log_that_began_anew_does_not_bring_old_commits_back() {
     let dir = tempfile::tempdir().unwrap();

@@ -335,7 +335,8 @@ impl Wire {
         self.shutdown(Shutdown::Write);
     }
 
-    /// Has the kernel take nothing more from the server; over a Unix socket the server's writes fail from now on.
+    /// Has the kernel take nothing more from the server; over a Unix socket the server's writes
+    /// fail from now on.
     pub fn shut_reading(&mut self) {
         self.shutdown(Shutdown::Read);
     }
@@ -361,8 +362,8 @@ impl Wire {
     }
 }
 
-/// Whether `got` has at least what `expected` shows: `"*"` stands for any value, and `"$x"` for a string that is the same
-/// wherever it stands.
+/// Whether `got` has at least what `expected` shows: `"*"` stands for any value, and `"$x"` for a
+/// string that is the same wherever it stands.
 pub fn matches(
     expected: &Value,
     got: &Value,

@@ -1,4 +1,5 @@
-//! A data directory that outlives its servers, for tests that kill them; and processes that clients are, to be killed too.
+//! A data directory that outlives its servers, for tests that kill them; and processes that clients
+//! are, to be killed too.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -115,8 +116,9 @@ impl Site {
         copy
     }
 
-    /// As if the machine had ended, with no server running: each persistent block's file notes another boot, and of its content
-    /// nothing is whole but the version that it says is on the disk.
+    /// As if the machine had ended, with no server running: each persistent block's file notes
+    /// another boot, and of its content nothing is whole but the version that it says is on the
+    /// disk.
     ///
     /// # Errors
     /// Where a file can't be read or written.

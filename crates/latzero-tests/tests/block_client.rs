@@ -1,4 +1,5 @@
-//! Blocks through the Rust client, mapped over the Unix socket and copied over TCP: the same tests for both.
+//! Blocks through the Rust client, mapped over the Unix socket and copied over TCP: the same tests
+//! for both.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,5 @@
-//! The vectors of `conformance/vectors`, over both transports. They are extracted from `docs/protocol.md`.
+//! The vectors of `conformance/vectors`, over both transports. They are extracted from
+//! `docs/protocol.md`.
 
 #![allow(
     clippy::unwrap_used,
@@ -67,7 +68,8 @@ fn run(vector: &Value, via: Via) {
                 i + 1
             );
         } else if step.get("disconnect").is_some() {
-            // Waits until the server has seen it: what others send next may reach another loop before.
+            // Waits until the server has seen it: what others send next may reach another loop
+            // before.
             let mut wire = connections.remove(who).unwrap();
             wire.shut();
             wire.wait_closed();

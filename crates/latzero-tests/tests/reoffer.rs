@@ -52,8 +52,8 @@ fn offer(wire: &mut Wire, held: &OwnedFd) -> String {
     }
 }
 
-/// A server with block `b` of 100 bytes at version 2, whose lock was held once; its maker, and a descriptor of it for
-/// reading.
+/// A server with block `b` of 100 bytes at version 2, whose lock was held once; its maker, and a
+/// descriptor of it for reading.
 fn server_with_block() -> (Server, Wire, OwnedFd) {
     let server = Server::start();
     let mut maker = mapping(&server, "maker");

@@ -1,4 +1,5 @@
-//! A running server hands over to a new one: nobody is turned away, and nothing that it knew is lost.
+//! A running server hands over to a new one: nobody is turned away, and nothing that it knew is
+//! lost.
 
 #![allow(
     clippy::unwrap_used,
@@ -28,7 +29,8 @@ fn sockets_apps_calls_and_blocks_go_over() {
     let mut old = site.start();
     let (mut app, _) = old.app(json!({"app_id": "a", "pools": ["p"], "triggers": ["mine"]}));
     assert_eq!(
-        app.request(json!({"action": "trigger", "process": "late", "id": "1", "park": true}))["status"],
+        app.request(json!({"action": "trigger", "process": "late", "id": "1",
+            "park": true}))["status"],
         "parked"
     );
     // Held by nobody but the server.
@@ -67,7 +69,8 @@ fn sockets_apps_calls_and_blocks_go_over() {
 fn a_connection_that_comes_in_between_is_served_by_the_new_one() {
     let site = Site::new();
     let mut old = site.start();
-    // A call that runs holds the old server up for its drain_timeout; who comes now waits in the socket's queue.
+    // A call that runs holds the old server up for its drain_timeout; who comes now waits in the
+    // socket's queue.
     let (mut handler, _) = old.app(json!({"app_id": "h", "triggers": ["slow"]}));
     let (mut caller, _) = old.app(json!({"app_id": "c"}));
     caller.send(&json!({"action": "trigger", "id": "1", "process": "slow"}));
@@ -263,7 +266,8 @@ fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
     let taken = format!("socket={}", site.data_dir().join("file").display());
     let other = site.data_dir().join("other.sock");
     let moved = format!("socket={}", other.display());
-    // An address for documentation (RFC 5737), a path where something else is, and both another path and no address.
+    // An address for documentation (RFC 5737), a path where something else is, and both another
+    // path and no address.
     let said = refused(&site, &["host=192.0.2.1"]);
     assert!(said.contains("cannot listen on 192.0.2.1"), "{said}");
     let said = refused(&site, &[&taken]);
@@ -485,8 +489,8 @@ fn two_that_take_over_at_once() {
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
 }
 
-/// Stands in for an old server: answers the handshake, and then each message as `answer` says; where that is nothing, it is
-/// gone, as if killed.
+/// Stands in for an old server: answers the handshake, and then each message as `answer` says;
+/// where that is nothing, it is gone, as if killed.
 fn stand_in(
     site: &Site,
     mut answer: impl FnMut(&Value) -> Option<Value> + Send + 'static,

@@ -1,8 +1,9 @@
 //! A worker is killed in the middle of a call, and its twin takes over.
 //!
-//! Two processes serve `render` under one AppID. The caller learns from a progress report which of them has its call,
-//! and kills that one. The call ends with `handler_gone` and `ran: unknown`, which is for the caller to judge: rendering
-//! twice does no harm, so it calls again, and the twin answers.
+//! Two processes serve `render` under one AppID. The caller learns from a progress report which of
+//! them has its call, and kills that one. The call ends with `handler_gone` and `ran: unknown`,
+//! which is for the caller to judge: rendering twice does no harm, so it calls again, and the twin
+//! answers.
 
 use std::error::Error;
 use std::time::Duration;

@@ -4,8 +4,9 @@
 //! wordcount FILE          prints what `tr -s '[:space:]' '\n' < FILE | sort | uniq -c` prints
 //! ```
 //!
-//! The caller cuts the file into pieces at white space and calls `wordcount/piece` for each; the server hands each call to
-//! the worker with the fewest calls in flight. Progress goes to standard error.
+//! The caller cuts the file into pieces at white space and calls `wordcount/piece` for each; the
+//! server hands each call to the worker with the fewest calls in flight. Progress goes to standard
+//! error.
 
 use std::collections::BTreeMap;
 use std::error::Error;

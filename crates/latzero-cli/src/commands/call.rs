@@ -218,7 +218,8 @@ fn print(reply: &Reply, args: &CallArgs, output: &Output) -> Result<(), Failure>
         if output.is_terminal && !args.raw {
             let size = bytes(raw.len() as u64);
             output.note(format_args!(
-                "the answer is {size} of raw bytes; print them with --raw, or redirect stdout to a file"
+                "the answer is {size} of raw bytes; print them with --raw, or redirect stdout to \
+                 a file"
             ));
             return Ok(());
         }

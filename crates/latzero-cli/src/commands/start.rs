@@ -137,8 +137,8 @@ struct Ready<'a> {
 }
 
 impl Ready<'_> {
-    /// Two lines: one for programs that wait for it, and one for people to try. The addresses end the first, the
-    /// Unix socket last of all: paths may have blanks.
+    /// Two lines: one for programs that wait for it, and one for people to try. The addresses end
+    /// the first, the Unix socket last of all: paths may have blanks.
     fn text(&self) -> String {
         format!(
             "latzero ready {} pid {} data {} {}\ntry: {}",
@@ -188,7 +188,8 @@ impl Ready<'_> {
     }
 }
 
-/// How to start this program again: `latzero` if a shell finds it, otherwise the path that was used.
+/// How to start this program again: `latzero` if a shell finds it, otherwise the path that was
+/// used.
 fn program() -> String {
     const NAME: &str = "latzero";
     let this = std::env::current_exe().and_then(|path| path.canonicalize());

@@ -10,7 +10,8 @@ use crate::output::{ago, bytes, count, time};
 /// What a backup holds, as the server says it too.
 pub(crate) fn to_json(summary: &Summary) -> Value {
     json!({
-        "made": summary.made, "schema": summary.schema, "apps": summary.apps, "pools": summary.pools,
+        "made": summary.made, "schema": summary.schema, "apps": summary.apps,
+        "pools": summary.pools,
         "calls": summary.calls, "answers": summary.answers, "blocks": summary.blocks,
         "block_files": summary.block_files, "block_bytes": summary.block_bytes,
     })
@@ -119,8 +120,10 @@ mod tests {
     #[test]
     fn losses_say_what_happened_and_what_to_do() {
         let health = json!({"losses_total": 3, "losses": [
-            {"component": "memory", "affected": "block 'b'", "happened": "it is gone", "remedy": "restore a backup"},
-            {"component": "store", "affected": "data.db", "happened": "it was damaged", "remedy": "look"},
+            {"component": "memory", "affected": "block 'b'", "happened": "it is gone",
+                "remedy": "restore a backup"},
+            {"component": "store", "affected": "data.db", "happened": "it was damaged",
+                "remedy": "look"},
         ]});
         assert_eq!(
             losses(&health, Some("memory")),

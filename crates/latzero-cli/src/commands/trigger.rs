@@ -12,8 +12,8 @@ use crate::reach::{Connection, Listed, Reach, list};
 /// The pool of a trigger that names none.
 pub(crate) const POOL_DEFAULT: &str = "default";
 
-/// Joins the pool of `target`, which must exist: a wrong name is told rather than made true. Returns the pool to name
-/// in the message; none where the address names the pools.
+/// Joins the pool of `target`, which must exist: a wrong name is told rather than made true.
+/// Returns the pool to name in the message; none where the address names the pools.
 pub(crate) fn enter(
     connection: &Connection,
     reach: &Reach,

@@ -113,7 +113,8 @@ fn arrays_go_to_files_and_come_back() {
     let server = Server::start();
     let file = server.home().join("array.npy");
     // As numpy writes arange(6, dtype='<i2').reshape(2, 3).
-    let mut npy = b"\x93NUMPY\x01\x00\x46\x00{'descr': '<i2', 'fortran_order': False, 'shape': (2, 3), }          \n".to_vec();
+    let mut npy = b"\x93NUMPY\x01\x00\x46\x00".to_vec();
+    npy.extend(b"{'descr': '<i2', 'fortran_order': False, 'shape': (2, 3), }          \n");
     npy.extend((0..6i16).flat_map(i16::to_le_bytes));
     std::fs::write(&file, &npy).unwrap();
     let path = file.to_str().unwrap();
@@ -319,8 +320,11 @@ fn a_command_writes_under_the_lock_that_is_held_for_it() {
     assert_eq!(server.run(&["block", "read", "lab/f"]).out, "Hello");
     // A lock within the lock, of the same block and of another.
     lock("latzero block lock lab/f -- latzero block write lab/f again").ended_with(0);
-    lock("latzero block lock lab/g -- sh -c 'latzero block write lab/g a; latzero block write lab/f b'")
-        .ended_with(0);
+    lock(
+        "latzero block lock lab/g -- sh -c 'latzero block write lab/g a; latzero block write \
+          lab/f b'",
+    )
+    .ended_with(0);
     lock("exit 9").ended_with(9);
     lock("kill -TERM $$").ended_with(128 + 15);
     // Nobody else writes meanwhile, and a token that is over is refused.

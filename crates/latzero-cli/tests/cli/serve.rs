@@ -335,7 +335,8 @@ fn ctrl_c_finishes_what_runs_and_a_second_one_does_not() {
 fn one_process_can_answer_all_calls_line_by_line() {
     let server = Server::start();
     // It counts the lines that it saw, and ends at the word "end".
-    let script = "n=0; while read -r x; do n=$((n+1)); [ \"$x\" = '\"end\"' ] && exit 3; echo \"{\\\"n\\\":$n,\\\"x\\\":$x}\"; done";
+    let script = "n=0; while read -r x; do n=$((n+1)); [ \"$x\" = '\"end\"' ] && exit 3; echo \
+        \"{\\\"n\\\":$n,\\\"x\\\":$x}\"; done";
     let _serving = server.serve(&["alpha/count", "--lines", "--", "sh", "-c", script]);
     let call = |data: &str| server.run(&["call", "alpha/count", data]);
     assert_eq!(call("[1,\n2]").ended_with(0).out, "{\"n\":1,\"x\":[1,2]}\n");

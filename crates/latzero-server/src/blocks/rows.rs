@@ -215,8 +215,10 @@ impl Rows {
 pub(super) fn record(row: &BlockRow) -> String {
     let json = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
     let mut record = serde_json::json!({
-        "pool": row.pool, "block_id": row.block_id, "kind": row.kind, "size": row.size, "slots": row.slots,
-        "owner": row.owner, "generation": row.generation, "created": row.created, "lifetime": row.lifetime,
+        "pool": row.pool, "block_id": row.block_id, "kind": row.kind, "size": row.size,
+        "slots": row.slots,
+        "owner": row.owner, "generation": row.generation, "created": row.created,
+        "lifetime": row.lifetime,
         "permissions": json(&row.permissions),
     });
     if let Some(layout) = &row.layout {

@@ -153,7 +153,8 @@ fn give(
 fn reply(shared: &Shared, listed: &Value, blocks: usize) -> String {
     let drain_ms = u64::try_from(shared.settings().drain_timeout.as_millis()).unwrap_or(u64::MAX);
     let reply = json!({
-        "pid": std::process::id(), "data_dir": shared.identity.data_dir, "listeners": listed, "blocks": blocks,
+        "pid": std::process::id(), "data_dir": shared.identity.data_dir, "listeners": listed,
+        "blocks": blocks,
         "drain_timeout": drain_ms,
     });
     reply.to_string()

@@ -13,14 +13,16 @@ use crate::shared::{Command, Shared};
 /// A promise that the store has not answered yet.
 struct Promised {
     peer: Arc<Peer>,
-    /// Promises to the same connection that the store refused at once: their word comes after this one's.
+    /// Promises to the same connection that the store refused at once: their word comes after this
+    /// one's.
     behind: Vec<Refusal>,
 }
 
 /// A word for a connection.
 pub(super) type Word = (Arc<Peer>, Result<(), Refusal>);
 
-/// Who was promised what. Each connection hears of its promises in the order in which they were made.
+/// Who was promised what. Each connection hears of its promises in the order in which they were
+/// made.
 #[derive(Default)]
 pub(super) struct Line(HashMap<Ticket, Promised>);
 

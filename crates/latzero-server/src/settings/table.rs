@@ -144,7 +144,8 @@ settings! {
     /// (normal). With normal, the last changes before a power loss may be missing, but never a part
     /// of a change.
     durability: StoreDurability = "full", Kind::Choice(&["full", "normal"]), Restart;
-    /// How often the server backs up the database and the persistent blocks to backups/; 0 is never.
+    /// How often the server backs up the database and the persistent blocks to backups/; 0 is
+    /// never.
     backup_interval: Duration = "24h", Kind::Millis { min: 0, max: 365 * 24 * HOUR }, Live;
     /// How long a stopping server waits for running calls.
     drain_timeout: Duration = "10s", Kind::Millis { min: 0, max: HOUR }, Live;

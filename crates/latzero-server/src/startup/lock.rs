@@ -79,7 +79,8 @@ impl InstanceLock {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                // The kernel's list is read in parts, and a part may miss a lock while others come and go.
+                // The kernel's list is read in parts, and a part may miss a lock while others come
+                // and go.
                 let holder = (0..LOOKS_MAX).find_map(|_| holder(data_dir));
                 let holder = holder.unwrap_or_default();
                 return Err(StartupError::AnotherServer {

@@ -46,8 +46,8 @@ impl SocketFile {
         }
     }
 
-    /// The file of a socket that another server has handed over; from here on it is removed by this one, if it still is that
-    /// of `identity`.
+    /// The file of a socket that another server has handed over; from here on it is removed by this
+    /// one, if it still is that of `identity`.
     pub(crate) fn taken_over(path: PathBuf, identity: (u64, u64)) -> SocketFile {
         SocketFile {
             path,
@@ -160,8 +160,8 @@ pub fn bind_unix(path: &Path) -> Result<BoundSocket, StartupError> {
     Ok(BoundSocket { listener, file })
 }
 
-/// What keeps a socket from being bound at `path`, found without changing anything. Whether somebody
-/// listens there is another question.
+/// What keeps a socket from being bound at `path`, found without changing anything. Whether
+/// somebody listens there is another question.
 pub(super) fn check_path(path: &Path) -> Result<(), StartupError> {
     if !address::fits(path) {
         return Err(StartupError::SocketPathTooLong {
@@ -228,7 +228,8 @@ fn answers(path: &Path) -> bool {
     )
 }
 
-/// Has an inherited socket name this process to who connects, as it is told who listened last (unix(7), SO_PEERCRED).
+/// Has an inherited socket name this process to who connects, as it is told who listened last
+/// (unix(7), SO_PEERCRED).
 ///
 /// # Errors
 /// As listen(2).
@@ -237,7 +238,8 @@ pub(crate) fn listen_again(listener: &UnixListener) -> io::Result<()> {
     listener.set_nonblocking(true)
 }
 
-/// The addresses that a host stands for: itself, in brackets or not, or what its name is resolved to.
+/// The addresses that a host stands for: itself, in brackets or not, or what its name is resolved
+/// to.
 fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     let bare = host
         .strip_prefix('[')
@@ -246,8 +248,8 @@ fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     (bare, port).to_socket_addrs().map(Iterator::collect)
 }
 
-/// Whether a socket listens where [`bind_tcp`] might have bound it: on one of the host's addresses and the port, or any where
-/// that is 0. Nowhere, for a host that can't be resolved.
+/// Whether a socket listens where [`bind_tcp`] might have bound it: on one of the host's addresses
+/// and the port, or any where that is 0. Nowhere, for a host that can't be resolved.
 pub(crate) fn is_bound_to(listener: &TcpListener, host: &str, port: u16) -> bool {
     let (Ok(wanted), Ok(bound)) = (resolve(host, port), listener.local_addr()) else {
         return false;
@@ -513,7 +515,8 @@ mod tests {
 
     #[test]
     fn the_kernels_table_of_sockets() {
-        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n\
+        let table = "\
+            \x20 sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n\
             0: 0100007F:B0AB 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 5151 1 0\n\
             1: 0100007F:B0AB 0100007F:1234 01 00000000:00000000 00:00000000 00000000 0 0 5252 1 0\n\
             2: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 5353 1 0\n\

@@ -54,7 +54,8 @@ pub enum UpkeepError {
     Store(OpenError),
     /// The database is restored, and not every block is.
     #[error(
-        "the database was restored, but not every persistent block: {0}; restore the same backup again"
+        "the database was restored, but not every persistent block: {0}; restore the same backup \
+         again"
     )]
     Blocks(#[source] io::Error),
     /// The system refused something else.

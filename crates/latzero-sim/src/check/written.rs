@@ -128,7 +128,8 @@ impl Checker {
         Ok(())
     }
 
-    /// A call reaches a handler that serves it, is a member and is meant; once, untouched and in order.
+    /// A call reaches a handler that serves it, is a member and is meant; once, untouched and in
+    /// order.
     pub(super) fn delivered_call(
         &mut self,
         to: Peer,

@@ -73,7 +73,8 @@ pub(crate) struct Actor {
     registration: Known<Option<Registration>>,
     pools: BTreeMap<String, Known<Option<u64>>>,
     blocks: BTreeMap<String, Known<Option<Block>>>,
-    /// What each block was since it last was on the disk for certain: after the end of the machine it is one of these.
+    /// What each block was since it last was on the disk for certain: after the end of the machine
+    /// it is one of these.
     since_flush: BTreeMap<String, Vec<Block>>,
     has_lost_power: bool,
     /// The newest fence of each block that is there.
@@ -256,7 +257,8 @@ impl Actor {
 
     /// Connects, by the AppID alone or with a new registration.
     fn come(&mut self, round: &Round<'_>) -> Result<Wire, Gone> {
-        // What is left by one instance stays while another is in it, so the one from before ends first.
+        // What is left by one instance stays while another is in it, so the one from before ends
+        // first.
         let mut handshake =
             json!({"app_id": self.name, "features": ["attachments"], "takeover": true});
         let is_anew = self.random.one_in(2) || !self.in_base();
@@ -338,7 +340,8 @@ impl Actor {
         let message = match known.sure {
             None => {
                 known.is_asked(Some(n));
-                json!({"action": "pool_create", "pool": pool, "durable": true, "properties": {"n": n}})
+                json!({"action": "pool_create", "pool": pool, "durable": true,
+                    "properties": {"n": n}})
             }
             Some(_) => {
                 known.is_asked(None);

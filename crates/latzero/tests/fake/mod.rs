@@ -1,5 +1,5 @@
-//! A server small enough to trust: it routes by name, in order, and does nothing else. Tests that need the wire to
-//! misbehave talk through a [`Peer`] themselves.
+//! A server small enough to trust: it routes by name, in order, and does nothing else. Tests that
+//! need the wire to misbehave talk through a [`Peer`] themselves.
 
 #![allow(
     dead_code,
@@ -352,7 +352,7 @@ impl State {
     fn message(&mut self, me: u64, mut m: Value, raw: Option<&[u8]>, ids: &AtomicU64) {
         let action = m["action"].as_str().unwrap().to_owned();
         let id = m["id"].clone();
-        let ok = |response: Value| json!({"action":"response","in_reply_to":id,"status":"ok","response":response});
+        let ok = |value: Value| json!({"action":"response","in_reply_to":id,"status":"ok","response":value});
         let from = self.peers[&me].1.clone();
         let origin = json!({"app_id":from,"instance":format!("{me:016x}")});
         match action.as_str() {
