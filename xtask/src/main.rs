@@ -16,7 +16,7 @@ cargo xtask COMMAND
                        2200 simulated seeds
   test --unit          only unit tests
   test --integration   only integration tests
-  lint                 format and lint checks
+  lint                 tidiness, format and lint checks
   lint --fix           fix what the format and lint checks can fix
   coverage             line coverage of all tests (needs cargo-llvm-cov)
   dev [ARGS]           run the server and restart it when a source file changes; ARGS are passed to
@@ -74,7 +74,6 @@ const THREADED: &[&str] = &["bounds", "ends", "blocks", "block_client"];
 fn test() -> Done {
     lint()?;
     codegen::check()?;
-    tidy::check()?;
     // The tests start the real program.
     cargo(&["build", "--workspace", "--all-targets"])?;
     cargo(&["test", "--workspace"])?;
@@ -105,6 +104,7 @@ fn integration_tests() -> Done {
 }
 
 fn lint() -> Done {
+    tidy::check()?;
     cargo(&["fmt", "--all", "--check"])?;
     cargo(&[
         "clippy",

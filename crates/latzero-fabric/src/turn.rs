@@ -143,7 +143,7 @@ impl<D: Driver> Turn<'_, D> {
         to: &D::Peer,
         class: Class,
         lengths: (usize, usize),
-        write: impl for<'l> FnOnce(&'l mut Outbox<D::Fd, Notice<D::Pool>>, &mut Buffers) -> &'l [u8],
+        put: impl for<'l> FnOnce(&'l mut Outbox<D::Fd, Notice<D::Pool>>, &mut Buffers) -> &'l [u8],
     ) -> Sent {
         let site = self.driver.site();
         let mut link = to.link();
@@ -152,7 +152,7 @@ impl<D: Driver> Turn<'_, D> {
             let is_idle = link.outbox.queued() == 0 && !link.outbox.is_blocked();
             let effects = self.driver.effects();
             let before = link.outbox.queued();
-            let frame = write(&mut link.outbox, &mut effects.buffers);
+            let frame = put(&mut link.outbox, &mut effects.buffers);
             self.driver
                 .observe(Observed::Message(to, class, sent, frame));
             let effects = self.driver.effects();

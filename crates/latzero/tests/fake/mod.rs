@@ -352,7 +352,11 @@ impl State {
     fn message(&mut self, me: u64, mut m: Value, raw: Option<&[u8]>, ids: &AtomicU64) {
         let action = m["action"].as_str().unwrap().to_owned();
         let id = m["id"].clone();
-        let ok = |value: Value| json!({"action":"response","in_reply_to":id,"status":"ok","response":value});
+        let ok = |value: Value| {
+            let mut reply = json!({"action":"response","in_reply_to":id,"status":"ok"});
+            reply["response"] = value;
+            reply
+        };
         let from = self.peers[&me].1.clone();
         let origin = json!({"app_id":from,"instance":format!("{me:016x}")});
         match action.as_str() {
