@@ -1,4 +1,4 @@
-//! What the examples share: worker processes that end with their parent.
+//! Shared by the examples: worker processes that end with their parent.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};

@@ -1,4 +1,4 @@
-//! Files that are made from others, and the check that they are current.
+//! Generated files, and the check that they are current.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

@@ -1,5 +1,4 @@
-//! The crash test, by hand: more rounds than CI has time for, with a seed that is not always the
-//! same.
+//! Runs the crash test with more rounds than CI, and a new seed each time.
 
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -1,4 +1,4 @@
-//! The server, built again and restarted when a source file changes.
+//! Runs the server, and rebuilds and restarts it when a source file changes.
 
 use std::path::Path;
 use std::process::{Child, Command};

@@ -1,4 +1,4 @@
-//! Everything that is done with this repository, one command each: `cargo xtask help`.
+//! Tasks of this repository, one command each: `cargo xtask help`.
 
 mod codegen;
 mod crash;

@@ -1,11 +1,10 @@
-//! Memory blocks, each figure beside what the kernel and the processor take for the same without
-//! them.
+//! Benchmarks of memory blocks, each compared with the same operation of the kernel and the
+//! processor.
 //!
-//! Two processes share everything: this one writes, a child reads. What a version costs is timed
-//! from before its first byte is copied until the reader, which slept, has seen it; beside it a
-//! bare futex over a bare mapping is timed, sample for sample in turn. Redis, where it is
-//! installed, moves the same mebibyte by `SET` and `GET` over its Unix socket, told of it by the
-//! same futex.
+//! This process writes, and a child process reads. The time of a version is measured from before
+//! its first byte is copied until the sleeping reader has seen it. A plain futex on a plain mapping
+//! is measured alternately with it. If Redis is installed, it moves the same mebibyte with `SET`
+//! and `GET` over its Unix socket, and the same futex announces it.
 
 use crate::failure::{During, Failure};
 use crate::machine::Machine;

@@ -1,8 +1,7 @@
-//! The bytes on the wire, the same for every contestant that speaks frames.
+//! The bytes on the wire, the same for every peer that uses frames.
 //!
-//! `[u32 length, big-endian][JSON]`, with the fields of a trigger call and of its response. The
-//! bare relay carries the very same bytes without looking at them, so that the two differ by the
-//! work done, not by the size.
+//! `[u32 length, big-endian][JSON]`, with the fields of a call and its response. The byte relay
+//! carries the same bytes without parsing them, so the difference is the work, not the size.
 
 use crate::failure::Failure;
 use std::io::{self, Read};

@@ -1,8 +1,8 @@
-//! What a connection that does nothing costs the server.
+//! Memory of an idle connection.
 //!
-//! Thousands of apps connect, introduce themselves and fall silent. The server's memory is read
-//! before and after, and the difference divided by their number. The first connection is not
-//! counted: with it come the server's buffers.
+//! Thousands of apps connect, send a handshake and then do nothing. The increase of the server's
+//! memory is divided by their number. The first connection is not counted, because the server
+//! allocates buffers for it.
 
 use crate::failure::{During, Failure};
 use crate::machine::Machine;

@@ -1,11 +1,11 @@
-//! Whether a call takes longer where there is more to look up.
+//! Whether a call takes longer when more is registered.
 //!
-//! Servers run side by side: a small one; some with many pools, of which caller and handler are in
-//! one, in as many as an app may usually be in, and in all; and one with many triggers in one pool.
-//! Each has one caller and one handler that anything is asked of, so that they differ by what is
-//! registered alone. Calls go to the trigger registered last over and over, which shows the cost of
-//! a lookup as such; and to every trigger in a scattered order, which adds that of memory that no
-//! cache holds. All of it stays on one CPU, the steady placement.
+//! Several servers run at the same time: a small one; some with many pools, of which caller and
+//! handler are in one, in as many as an app usually may join, or in all; and one with many triggers
+//! in one pool. Each has one caller and one handler, so they differ only in what is registered.
+//! Calls to the most recently registered trigger measure the lookup itself. Calls to every trigger
+//! in scattered order add the cost of cache misses. Everything runs on one CPU, the steady
+//! placement.
 
 use crate::failure::Failure;
 use crate::frame::PAYLOAD;

@@ -1,4 +1,4 @@
-//! Where the processes of a measurement run.
+//! On which CPUs the processes of a measurement run.
 
 use crate::failure::{During, Failure};
 use std::process::{Child, Command};

@@ -1,4 +1,4 @@
-//! What a caller process is asked to do, and what it answers.
+//! The request to a caller process, and its result.
 
 use crate::failure::Failure;
 use hdrhistogram::Histogram;

@@ -1,8 +1,8 @@
-//! Server, handler and caller as processes of their own.
+//! Server, handler and caller as separate processes.
 //!
-//! The program starts itself once per role. A child says what it has to say in lines on its
-//! standard output: `ready ADDRESS` from a server or handler, one line of JSON from a caller. It is
-//! killed when its owner drops it.
+//! The program starts itself once per role. A child writes lines to its standard output: `ready
+//! ADDRESS` from a server or handler, one line of JSON from a caller. It is killed when its owner
+//! is dropped.
 
 use crate::failure::{During, Failure};
 use crate::peers;

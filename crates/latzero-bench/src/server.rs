@@ -1,5 +1,5 @@
-//! LatZero's own server, for the measurements that have nothing but it: the real program, on a data
-//! directory and a port of its own, and what the kernel says about its memory.
+//! The LatZero server for measurements without peers: the real program with its own data directory
+//! and port, and its memory as reported by the kernel.
 
 use crate::failure::{During, Failure};
 use crate::placement::Placement;

@@ -1,10 +1,9 @@
-//! What readers that stopped reading cost the server, and everybody else.
+//! What clients that stop reading cost the server and other clients.
 //!
-//! A caller makes calls one at a time to a handler that answers. In the same pool stand readers at
-//! which events and calls are thrown: first until nothing more fits into their outboxes, then at a
-//! steady pace while the calls are timed. The same is thrown where no readers are, and where they
-//! read: what the caller's p99 differs by is the readers' doing, not that of whoever throws. All of
-//! it stays on one CPU, the steady placement.
+//! A caller makes calls one at a time. In the same pool are readers that receive events and calls:
+//! first until their outboxes are full, then at a steady rate while the calls are timed. The same
+//! messages are sent without readers, and with readers that read, so the difference in p99 is due
+//! to the readers and not to the sender. Everything runs on one CPU, the steady placement.
 
 use crate::failure::Failure;
 use crate::frame::PAYLOAD;

@@ -1,5 +1,4 @@
-//! Blocking sockets, for the callers and handlers of the relays: the least that can stand at either
-//! end.
+//! Blocking sockets for the callers and handlers of the relays: the minimum at either end.
 
 use crate::failure::{During, Failure};
 use crate::frame::Input;

@@ -1,8 +1,8 @@
-//! The loop of the relays' servers: one thread, epoll, sockets that never block.
+//! The event loop of the relays: one thread, epoll, non-blocking sockets.
 //!
-//! Edge-triggered and registered for reading alone. Each ready connection is read until it is
-//! empty, what was read is switched into outboxes, and each outbox touched is written once. Only a
-//! socket that is full is registered for writing, until it has taken everything.
+//! Sockets are edge-triggered and registered only for reading. Each ready connection is read until
+//! it is empty, the data is moved to outboxes, and each changed outbox is written once. Only a full
+//! socket is registered for writing, until it has accepted everything.
 
 use crate::failure::{During, Failure};
 use crate::frame::Input;

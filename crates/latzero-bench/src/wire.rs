@@ -1,5 +1,4 @@
-//! One connection to LatZero, frame by frame: what a client library would do for itself is not in
-//! the way here.
+//! One connection to LatZero at the level of frames, without the work of a client library.
 
 use crate::failure::{During, Failure};
 use crate::server::Running;

@@ -1,4 +1,4 @@
-//! Everything that can be typed.
+//! The command line: commands, arguments and their help.
 
 use std::ffi::OsString;
 use std::path::PathBuf;

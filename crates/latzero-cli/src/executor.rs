@@ -1,4 +1,4 @@
-//! Just enough to drive the client's futures on this thread: one at a time, or many side by side.
+//! A minimal executor for the client's futures on this thread: one at a time, or several together.
 
 use std::future::Future;
 use std::pin::{Pin, pin};

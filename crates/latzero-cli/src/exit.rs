@@ -1,4 +1,4 @@
-//! How the program ends: one table of exit codes, and the message when something goes wrong.
+//! How the program ends: the table of exit codes, and error messages.
 
 use std::fmt;
 use std::io;

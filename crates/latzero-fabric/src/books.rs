@@ -1,11 +1,11 @@
-//! One ledger of everything that clients make the server hold.
+//! The ledger of everything that clients make the server hold.
 //!
-//! Each resource is reserved before anything is copied, in the account of whoever asks for it, and
-//! a [`Hold`] gives it back when it is dropped. Accounts form a tree: the server, its users, their
-//! apps, and the connections of those. A reservation counts in each of them up to the root, and
-//! each has a bound: so a stranger, whatever names it invents and however many connections it
-//! opens, leaves room for everybody else. Counters are atomic, since several event loops share
-//! them; nothing here waits.
+//! Each resource is reserved in the account of the client before anything is copied. Dropping the
+//! [`Hold`] releases it. Accounts form a tree: the server, its users, their apps, and the
+//! connections of the apps. A reservation counts in every account up to the root, and each account
+//! has a limit. So an untrusted user leaves room for others, whatever names it invents and however
+//! many connections it opens. Counters are atomic, because several event loops share them; nothing
+//! here waits.
 
 use std::hash::Hash;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -1,4 +1,4 @@
-//! What the core needs of its surroundings.
+//! The interface through which the core uses its environment.
 
 use std::ops::DerefMut;
 use std::sync::Arc;

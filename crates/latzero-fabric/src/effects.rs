@@ -1,6 +1,6 @@
-//! What the core decided and its driver still has to do, and what it counts.
+//! What the core decided and the driver still has to do, and counters.
 //!
-//! Everything here waits until the pool or the registry is released; nothing of it is answered.
+//! All of it happens after the pool or the registry is released, and none of it returns a result.
 
 use latzero_protocol::{Code, PoolName};
 

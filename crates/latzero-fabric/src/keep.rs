@@ -1,10 +1,9 @@
-//! What is to be remembered beyond the server's end: rows as the core hands them out and gets them
-//! back.
+//! Durable state: the rows that the core writes, and reads back at a start.
 //!
-//! The core says what changed ([`Change`]) and where a reply waits for it; a store writes the
-//! changes in the order in which they came and says when they are on disk. Texts in rows are JSON
-//! that the core wrote and reads again; a store does not look into them. Times are milliseconds
-//! since the Unix epoch.
+//! The core emits changes ([`Change`]) and says which reply waits for one. A store writes the
+//! changes in the order in which they were emitted, and reports when they are on disk. Texts in
+//! rows are JSON that the core writes and reads; a store does not parse them. Times are
+//! milliseconds since the Unix epoch.
 
 use latzero_protocol::{AppId, PoolName};
 

@@ -1,8 +1,8 @@
-//! The one list of limits.
+//! The list of all limits.
 //!
-//! Each has a name, a default, a unit with bounds, a documentation, and an answer for when it is
-//! reached. The server reads its settings by this list and hands them to the core; the commented
-//! default file and the table in `docs/operations.md` are made from it.
+//! Each has a name, a default, a unit with bounds, a description, and the response when it is
+//! reached. The server reads its settings from this list and passes them to the core. The default
+//! configuration file and the table in `docs/operations.md` are generated from it.
 
 use latzero_protocol::limits::ListBounds;
 

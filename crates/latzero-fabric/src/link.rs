@@ -1,4 +1,4 @@
-//! What the core keeps of one connection: its outbox, and the calls that it has under way.
+//! The core's state of one connection: its outbox, and its calls in flight.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What blocks of memory cost: counted by app and in all, before anything is allocated.
+//! Quotas of memory blocks: counted per app and in total, before anything is allocated.
 
 use hashbrown::HashMap;
 use latzero_protocol::memory::Kind;

@@ -1,4 +1,4 @@
-//! Time as the core knows it: handed in with every input, never read from a clock.
+//! Time in the core: an input, never read from a clock.
 
 use std::time::Duration;
 

@@ -1,10 +1,11 @@
-//! Bytes on their way to one connection.
+//! The outbox: bytes that wait to be written to one connection.
 //!
-//! Messages are appended while a pool is locked and written after it is released. The bound is in
-//! bytes. A message that does not fit is refused, dropped and counted, or may use the headroom, by
-//! its [`Class`]; so a slow reader costs the server this much and others nothing. A body that goes
-//! to many readers is held once and shared. Whoever writes takes the bytes out, writes them without
-//! the lock, and puts back what the kernel did not take, so that appending never waits.
+//! Messages are appended while a pool is locked, and written after it is released. The limit is in
+//! bytes. The [`Class`] of a message that does not fit decides whether it is refused, dropped and
+//! counted, or may use the headroom. So a slow reader costs the server a bounded amount, and other
+//! clients nothing. A body for many readers is stored once and shared. The writer takes the bytes
+//! out, writes them without the lock, and puts back what the kernel did not accept, so appending
+//! never waits.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Choices that need no secrecy: which handler a `random` trigger picks, what an instance is
-//! called.
+//! Random numbers that need not be secret: the choice of a `random` trigger's handler, and the ids
+//! of instances.
 
 /// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
 /// The driver seeds it, so a run can be replayed.

@@ -1,4 +1,4 @@
-//! What an app asked for last: restored when it comes back with its AppID alone.
+//! The last registration of an app, restored when it reconnects with only its AppID.
 
 use latzero_protocol::message::{EventSet, TriggerSpec, triggers};
 use latzero_protocol::{AppId, BlockId, PoolName, Raw};

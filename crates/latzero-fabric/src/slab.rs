@@ -1,4 +1,4 @@
-//! A table whose keys go stale: a place that was freed and used again has another generation.
+//! A table with keys that can become stale: a slot that is freed and reused gets a new generation.
 
 use std::fmt;
 use std::marker::PhantomData;

@@ -1,4 +1,4 @@
-//! The context of every decision: when it is taken, and what it can reach.
+//! The context of every decision: the time, and what the decision can access.
 
 use latzero_protocol::{Code, PoolName};
 

@@ -1,7 +1,7 @@
-//! Messages written straight into a send buffer.
+//! Writes messages directly into a send buffer.
 //!
-//! Nothing is built first and serialised later: the routing fields are appended around the body's
-//! bytes, which are copied once and never parsed.
+//! Nothing is built first and serialised later: the routing fields are appended around the bytes of
+//! the body, which are copied once and never parsed.
 
 use base64::Engine as _;
 

@@ -1,4 +1,4 @@
-//! Ids that the server hands out.
+//! Ids that the server assigns.
 
 use std::fmt;
 

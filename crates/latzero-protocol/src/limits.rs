@@ -1,5 +1,4 @@
-//! The limits that belong to the wire itself. Limits of a server are settings and stand with the
-//! server.
+//! Limits of the protocol itself. Limits of a server are settings and belong to the server.
 
 /// The protocol version that this crate speaks.
 pub const PROTOCOL_VERSION: u64 = 1;

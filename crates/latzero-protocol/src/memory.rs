@@ -1,4 +1,4 @@
-//! Messages about memory blocks, decoded and checked; and the layout that travels with a block.
+//! Messages about memory blocks, decoded and validated, and the layout of a block.
 
 use std::borrow::Cow;
 

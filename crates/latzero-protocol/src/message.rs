@@ -1,7 +1,6 @@
-//! Messages that a client sends, decoded from their envelope into borrowed, checked values.
+//! Messages from clients, decoded from their envelope into borrowed, validated values.
 //!
-//! Every field is checked here, so that what decides (the fabric) only ever sees messages that make
-//! sense.
+//! Every field is validated here, so the fabric only sees valid messages.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;

@@ -1,4 +1,4 @@
-//! Names: AppIDs, pools, triggers, blocks. A name that exists is a name that is valid.
+//! Names: AppIDs, pools, triggers, blocks. A value of these types is always valid.
 
 use std::borrow::Borrow;
 use std::fmt;

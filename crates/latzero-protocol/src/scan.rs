@@ -1,10 +1,10 @@
 //! A validating JSON scanner that finds where values begin and end.
 //!
-//! The server routes by a handful of envelope fields and must still refuse bytes that are not JSON
-//! ([RFC 8259](https://www.rfc-editor.org/rfc/rfc8259)). A general parser builds or visits every
-//! value; this one checks the grammar in one pass without allocating, and hands out the raw text of
-//! each field. Nesting is kept in the bits of one integer, so depth is bounded by construction and
-//! deep input can't exhaust the stack.
+//! The server routes by a few envelope fields, but must still refuse bytes that are not JSON ([RFC
+//! 8259](https://www.rfc-editor.org/rfc/rfc8259)). A general parser builds or visits every value.
+//! This one checks the grammar in one pass without allocating, and returns the raw text of each
+//! field. Nesting is stored in the bits of one integer, so depth is bounded by construction, and
+//! deep input cannot exhaust the stack.
 
 use crate::limits::JSON_DEPTH_MAX;
 

@@ -1,10 +1,9 @@
-//! The audit log: who registered what, who took over, what was refused, what administrators did.
+//! The audit log: registrations, takeovers, refusals, and actions of administrators.
 //!
-//! One JSON object a line in `logs/audit.log`, put aside by size as the server's log is. Lines are
-//! written by a thread of their own; what does not fit into its queue is counted with the other log
-//! lines that were lost. Whoever does something over and over can't push out what others did: each
-//! user has so many lines at once and so many a second, and what was left out is told with that
-//! user's next line.
+//! Each line of `logs/audit.log` is a JSON object. The file is rotated by size, like the server
+//! log. A separate thread writes it. Lines that do not fit in its queue are counted with the other
+//! lost log lines. To keep one user from flooding the log, each user has a burst and a rate; the
+//! next line of that user says how many were left out.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -1,8 +1,8 @@
-//! The server's own app `latzero` in the pool `system`: a session like any other, whose connection
-//! is this process.
+//! The built-in app `latzero` in the pool `system`: an ordinary session whose connection is this
+//! process.
 //!
-//! What is appended to its outbox is read right back here, answered, and handed to its session. So
-//! the core needs no special case, and every server has something to call.
+//! Messages in its outbox are read here, answered, and passed to its session. So the core needs no
+//! special case, and every server has triggers to call.
 
 use std::borrow::Cow;
 use std::os::fd::OwnedFd;

@@ -1,5 +1,5 @@
-//! One connection as its own loop sees it: the socket, what was read and not yet run, and its
-//! session.
+//! One connection as its own loop sees it: the socket, data that was read and not yet handled, and
+//! its session.
 
 use std::collections::VecDeque;
 use std::io;

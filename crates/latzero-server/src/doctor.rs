@@ -1,8 +1,7 @@
-//! What stands between this machine and a server that runs well, each finding with the command that
-//! mends it.
+//! Diagnoses what keeps a server from starting or running well, with a command to fix each problem.
 //!
-//! [`look`] collects facts and changes nothing: it binds no port and takes no lock, so a server
-//! that starts at the same moment is not disturbed. [`diagnose`] is a pure function of those facts.
+//! [`look`] collects facts and changes nothing: it binds no port and takes no lock, so it does not
+//! disturb a server that starts at the same time. [`diagnose`] is a pure function of those facts.
 
 use std::fs;
 use std::io;

@@ -1,5 +1,4 @@
-//! The health of the server's parts, as `health` tells it: each part `ok` or `degraded`, with what
-//! was seen.
+//! The reply to `health`: each component `ok` or `degraded`, with details.
 
 use std::sync::atomic::Ordering::Relaxed;
 

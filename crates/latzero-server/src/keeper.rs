@@ -1,9 +1,8 @@
-//! What outlives the server: the store, and who waits for its word.
+//! Durable state: the connection between the core and the store.
 //!
-//! Changes go to the store's thread without waiting. Where a connection was promised something, the
-//! promise carries a ticket, and the store's word about it goes to the mailbox of the connection's
-//! loop, whose session then answers. What an earlier run left is taken in before the server
-//! listens.
+//! Changes go to the store's thread without waiting. If a client waits for a change, it carries a
+//! ticket. The store's reply goes to the mailbox of the connection's loop, whose session then
+//! answers. The state of an earlier run is loaded before the server listens.
 
 mod promises;
 mod rows;

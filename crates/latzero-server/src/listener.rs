@@ -1,4 +1,4 @@
-//! Taking connections in: who may come, how many, and what those hear who may not.
+//! Accepts connections: which ones, how many, and the reply to refused ones.
 
 use std::collections::HashMap;
 use std::io;

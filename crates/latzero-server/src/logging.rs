@@ -1,8 +1,8 @@
-//! Logs: to stderr for people, to `logs/server.log` for later.
+//! Logs: to stderr for people, and to `logs/server.log`.
 //!
-//! Logging never stops the server and never waits. A line goes into a bounded queue and a thread
-//! per destination writes it, so a terminal that is paused or a disk that is full holds up nothing;
-//! a line that finds its queue full, or that cannot be written, is counted and gone.
+//! Logging never stops the server and never waits. Each destination has a bounded queue and a
+//! thread that writes it, so a paused terminal or a full disk delays nothing. Lines that do not fit
+//! in the queue, or cannot be written, are counted and dropped.
 
 mod rotate;
 mod sink;

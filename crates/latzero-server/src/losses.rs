@@ -1,9 +1,9 @@
-//! What was lost or does not work as promised, by name: the one list behind `health`, `status` and
+//! The list of losses, things that were lost or do not work as promised, for `health`, `status` and
 //! the log.
 //!
-//! A part that finds a loss calls [`Losses::note`] once and goes on. The loss is logged, shown by
-//! `health`, and kept over a crash of the server, until it is [settled](Losses::settle) or an
-//! orderly stop shows that somebody looks after the server.
+//! A component that finds a loss calls [`Losses::note`] once and continues. The loss is logged and
+//! shown by `health`. It survives a crash of the server, until it is [settled](Losses::settle) or
+//! the server is stopped in an orderly way.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};

@@ -1,5 +1,4 @@
-//! A connection as everyone but its own loop sees it: where to append, and what it owes and is
-//! owed.
+//! A connection as other loops see it: its outbox, and calls in flight in both directions.
 
 use std::ops::DerefMut;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};

@@ -1,4 +1,4 @@
-//! A server from its settings to its end: bind, run, drain.
+//! Runs a server from its settings to its end: bind, run, drain.
 
 use std::io;
 use std::path::{Path, PathBuf};

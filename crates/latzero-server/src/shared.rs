@@ -1,8 +1,7 @@
-//! What the loops share: the registry, the pools' deadlines, the counts, and a way to reach each
-//! other.
+//! State shared by the loops: the registry, the deadlines of pools, the statistics, and mailboxes.
 //!
-//! Lock order: built-in app, registry, pool, outbox; the timers, the statistics, what is given away
-//! and the blocks' table and ledger are leaves. Nothing here waits for IO while it is held.
+//! Lock order: built-in app, registry, pool, outbox. The timers, the statistics, the hand-over, and
+//! the table and ledger of blocks are leaves. No lock here is held during IO.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};

@@ -1,7 +1,6 @@
-//! One connected stream, TCP or Unix, written to from any thread and never blocking.
+//! A connected TCP or Unix stream that any thread can write to without blocking.
 //!
-//! Everything that only Unix can do with a socket stands here; elsewhere the server knows bytes and
-//! errors.
+//! Everything specific to Unix sockets is in this file.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};

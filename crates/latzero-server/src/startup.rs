@@ -1,10 +1,10 @@
-//! Start-up: the steps between a process and a server that may listen, each a small function that
-//! either holds or says what is wrong and what to do.
+//! Start-up: the steps before the server may listen. Each is a small function that succeeds or says
+//! what is wrong and how to fix it.
 //!
-//! Order matters. The umask comes first, so nothing is ever created readable by others. The
-//! instance lock comes before any socket: whoever holds it knows that a socket file found at its
-//! path is stale. The lock is the kernel's, held for life, and its file is never removed; a pid
-//! file would race, a lock cannot.
+//! The order matters. The umask comes first, so that no file is ever readable by others. The
+//! instance lock comes before any socket: its holder knows that an existing socket file is stale.
+//! The kernel releases the lock when the process ends, and its file is never removed; a pid file
+//! would have race conditions.
 
 pub mod data_dir;
 pub mod descriptors;

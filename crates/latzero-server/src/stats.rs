@@ -1,7 +1,7 @@
-//! What the server counts, and how `stats` tells it.
+//! Statistics, and the reply to `stats`.
 //!
-//! Each loop counts for itself and hands its counts over once per batch, so that counting costs a
-//! message nothing that others wait for.
+//! Each loop counts separately and adds its counters once per batch, so that counting a message
+//! involves no shared state.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};

@@ -1,9 +1,9 @@
-//! What the server may use of the machine that it runs on: memory, descriptors, the size of files.
+//! Resources of the machine that the server may use: memory, descriptors, file sizes.
 //!
-//! The limits are those of the process and its control groups rather than the machine's: a server
-//! in a container that goes by the machine's memory is killed before it has reached any bound of
-//! its own. Each limit says where it comes from. Reading is thin; what is read is judged by pure
-//! functions.
+//! These are the limits of the process and its control groups, not of the machine: a server in a
+//! container that relies on the memory of the machine is killed before it reaches any of its own
+//! limits. Each limit says where it comes from. Reading is thin; pure functions interpret the
+//! result.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,6 +1,6 @@
-//! What is done about the database beside its daily work: backups and checks, asked for or on a
-//! schedule. Both take as long as the disk does, so they run on a thread of their own, one at a
-//! time. Without a server the same is done by [`Offline`].
+//! Backups and checks of the database, on request or on a schedule. Both take as long as the disk
+//! does, so they run on a separate thread, one at a time. [`Offline`] does the same without a
+//! server.
 
 mod backups;
 mod offline;

@@ -1,4 +1,4 @@
-//! Points in time as people and logs write them: RFC 3339, UTC.
+//! Timestamps in RFC 3339 format, UTC.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

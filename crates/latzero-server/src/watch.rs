@@ -1,9 +1,9 @@
-//! Looks whether the data directory and what is in it are still where they were, and makes anew
-//! what can be.
+//! Checks that the data directory and its files are still in place, and recreates what can be
+//! recreated.
 //!
-//! The kernel keeps a file for who has it open, whatever becomes of its name. A server whose
-//! directory was removed or moved would go on as if nothing had happened, and lose everything at
-//! its end.
+//! The kernel keeps an open file alive after it was renamed or removed. Without this check, a
+//! server whose directory was removed or moved would continue as if nothing had happened, and lose
+//! everything at its end.
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};

@@ -1,5 +1,6 @@
-//! A file that anybody may shorten at any time, and so is never mapped: words and bytes by pread(2)
-//! and pwrite(2), which answer with fewer bytes where a mapping would raise SIGBUS.
+//! A file that another process may shorten at any time, and that is therefore never mapped: words
+//! and bytes are accessed with pread(2) and pwrite(2), which return fewer bytes where a mapping
+//! would raise SIGBUS.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The header of a block: where each word stands, and what of it never changes.
+//! The header of a block: the position of each word, and which never change.
 
 use thiserror::Error;
 

@@ -1,4 +1,4 @@
-//! How the bytes of a block lie: the header's page, then one slot or several, each of whole pages.
+//! The layout of a block's file: the header page, then one or more slots of whole pages.
 
 use thiserror::Error;
 

@@ -1,5 +1,5 @@
-//! What the server side works on: the words of a sealed memfd's header through a mapping, large
-//! copies through one of their own, everything else through the file.
+//! The server's access to a block: the words of a sealed memfd's header through a mapping, large
+//! copies through a temporary mapping, everything else through the file.
 
 use std::sync::atomic::Ordering;
 

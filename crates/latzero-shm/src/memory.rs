@@ -1,5 +1,5 @@
-//! What the algorithm works on: words that are loaded and stored one by one, and bytes that are
-//! copied.
+//! The memory that the algorithm works on: words that are loaded and stored one by one, and bytes
+//! that are copied.
 
 use std::io;
 use std::sync::atomic::Ordering;

@@ -1,5 +1,5 @@
-//! Blocks that are found again: a file after a power loss, and memory that a client still holds
-//! after the server died.
+//! Recovers blocks: a file after a power loss, and memory that a client still holds after the
+//! server died.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,11 +1,11 @@
-//! Publishing and reading versions: the one algorithm, on whatever [`Memory`].
+//! Publishes and reads versions: one algorithm for any [`Memory`].
 //!
-//! A writer fills the slot after the newest version's, and then points the head at it; a reader
-//! copies the slot that the head points at and looks whether it was touched meanwhile (a sequence
-//! lock, as in Boehm, "Can seqlocks get along with programming language memory models?", MSPC
-//! 2012). A version is there as soon as the head names it, and not before. With two slots or more a
-//! writer that dies leaves the newest version as it was, and the next one begins the slot again.
-//! One slot is written in place, and read without looking: its users take a lock.
+//! A writer fills the slot after that of the newest version, and then points the head at it. A
+//! reader copies the slot that the head points at, and checks whether it changed in the meantime (a
+//! sequence lock, as in Boehm, "Can seqlocks get along with programming language memory models?",
+//! MSPC 2012). A version exists once the head names it, and not before. With two or more slots, a
+//! writer that dies leaves the newest version unchanged, and the next writer starts the slot again.
+//! A single slot is written in place and read without a check; its users need a lock.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::{Duration, Instant};

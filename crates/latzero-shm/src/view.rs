@@ -1,5 +1,5 @@
-//! A version in place: pointers and copies of single numbers, with the question afterwards whether
-//! they were whole.
+//! Access to a version in place: pointers and copies of single numbers, with a check afterwards
+//! whether they were consistent.
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! Waiting for a version in the block itself: a futex in its header, woken by every publish,
+//! Waits for a version through the block itself: a futex in its header that every publish wakes,
 //! without the server.
 
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! A version under way, as a client writes it.
+//! A version that a client is writing.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};

@@ -1,7 +1,7 @@
-//! The connections of the simulated world, and a log of all that happens on them.
+//! The connections of the simulated world, and a log of everything that happens on them.
 //!
-//! A connection's outbox is the core's own, the one that a server ships. Behind it is a socket's
-//! buffer of a fixed size, from which a client reads.
+//! The outbox of a connection is the core's own. Behind it is a socket buffer of fixed size, from
+//! which a client reads.
 
 use std::cell::RefCell;
 use std::ops::DerefMut;

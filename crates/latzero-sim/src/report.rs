@@ -1,4 +1,4 @@
-//! Runs from a seed, and what is told about them.
+//! Runs a simulation from a seed, and reports its result.
 
 use std::collections::VecDeque;
 use std::fmt;

@@ -1,7 +1,7 @@
-//! What the clients do: at each step something that the seed decides.
+//! The script of the clients: the seed decides what happens in each step.
 //!
-//! The script is rude on purpose. Clients answer calls that are not theirs, answer twice, overrun
-//! their windows, write half a frame and hang up, stop reading, and send what is no message at all.
+//! The script misbehaves on purpose. Clients answer calls of others, answer twice, exceed their
+//! windows, disconnect in the middle of a frame, stop reading, and send invalid messages.
 
 use latzero_fabric::{Prng, Transport};
 use serde_json::{Value, json};

@@ -1,9 +1,9 @@
-//! A server without sockets, clock or threads: the real fabric, driven by whoever holds the
+//! A server without sockets, clock or threads: the real fabric, driven by the owner of the
 //! [`World`].
 //!
 //! Bytes go in through [`World::feed`] and come out through [`World::read`], as they would over a
-//! socket. Time stands still until [`World::advance`] moves it, and deadlines on the way fire at
-//! their very moment.
+//! socket. Time stands still until [`World::advance`] moves it, and deadlines on the way fire
+//! exactly on time.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

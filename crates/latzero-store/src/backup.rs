@@ -1,8 +1,7 @@
-//! Backups: the database as it was at one moment, and the bytes of persistent blocks, in one file.
+//! Backups: a consistent copy of the database, and the bytes of persistent blocks, in one file.
 //!
-//! The copy is made under a name that nobody reads, checked, synced, and only then given its own
-//! name. Every record's bytes and every block's are covered by a checksum, since SQLite's own check
-//! does not look at contents.
+//! The copy is written under a temporary name, checked, synced, and only then renamed. Checksums
+//! cover every record and every block, because SQLite's own check does not look at contents.
 
 use std::fs;
 use std::io::{self, Read};

@@ -1,5 +1,5 @@
-//! The bytes of persistent blocks inside a backup, in pieces, so that a large block never has to
-//! fit in memory.
+//! The bytes of persistent blocks in a backup, in pieces, so that a large block never has to fit in
+//! memory.
 
 use std::io::{self, Read};
 

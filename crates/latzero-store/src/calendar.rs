@@ -1,4 +1,4 @@
-//! Dates of names and of retention, in UTC, from unix milliseconds.
+//! Dates for file names and retention, in UTC, from Unix milliseconds.
 //!
 //! Days are counted as in Howard Hinnant's "chrono-Compatible Low-Level Date Algorithms".
 

@@ -1,5 +1,5 @@
-//! A change of one record (or of two that belong together), and the key under which changes
-//! supersede each other.
+//! A change of one record (or of two related ones), and the key by which a newer change replaces an
+//! older one.
 
 use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, PoolRow};
 

@@ -1,4 +1,4 @@
-//! What can go wrong, whose fault it is, and what to do.
+//! Errors of the store: the cause, and what to do about it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Files and directories, made to last: each change of a name is followed by an fsync of its
-//! directory.
+//! Durable operations on files and directories: an fsync of the directory follows each change of a
+//! name.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;

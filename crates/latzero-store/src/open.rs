@@ -1,9 +1,9 @@
-//! Opening: what must hold before the first record is read, and what happens when it does not.
+//! Opens the database: what must hold before the first record is read, and what happens otherwise.
 //!
-//! A database that was closed cleanly in this boot is trusted. Otherwise it is checked, after
-//! another boot in full. A damaged one is moved aside, never deleted, and the newest backup that
-//! verifies takes its place; the report then says so. Whatever may heal (a full disk, a directory
-//! that is not writable) is an error and moves nothing.
+//! A database that was closed cleanly since the last boot is trusted. Otherwise it is checked,
+//! after a reboot completely. A damaged one is moved aside, never deleted, and the newest valid
+//! backup is restored; the report says so. Temporary problems (a full disk, a directory that is not
+//! writable) are errors and move nothing.
 
 use std::fs;
 use std::path::{Path, PathBuf};

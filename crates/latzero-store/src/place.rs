@@ -1,4 +1,4 @@
-//! Where the database lies, whether it still lies there, and how many commits it has had.
+//! The location of the database: whether it is still in place, and how many commits it has had.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};

@@ -1,5 +1,5 @@
-//! Looking into a database: questions in SQL, and all of it as text. Both work on a copy, so that
-//! nothing waits for them and nothing can be changed.
+//! Queries of a database in SQL, and a dump as text. Both use a copy, so they block nothing and
+//! cannot change anything.
 
 use std::io::{self, Write};
 use std::path::Path;

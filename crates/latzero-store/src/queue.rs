@@ -1,9 +1,8 @@
-//! What waits to be written: promises in order, and eventual changes of which the newest of each
-//! row counts.
+//! The queue of the writer: promises in order, and for eventual changes the newest of each row.
 //!
-//! Everything has one sequence, so a change is never written before one that was handed in earlier,
-//! unless a newer change of the same row replaced that one. An eventual change that is replaced
-//! gives up its place: the newer one stands at the end.
+//! All changes share one sequence, so a change is never written before one that was submitted
+//! earlier, unless a newer change of the same row replaced that one. An eventual change that is
+//! replaced loses its position: the newer one goes to the end.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::mpsc::SyncSender;

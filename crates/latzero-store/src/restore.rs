@@ -1,8 +1,8 @@
-//! Restoring: a backup becomes the database, in steps of which each can be the last before a crash.
+//! Restores a backup, in steps that each survive a crash.
 //!
-//! The new database is built beside the old one. Once it is complete and synced it gets the name
-//! `data.db.next`: that decides. From there on every start goes on where it stopped: the old files
-//! are set aside, and the new one takes the name.
+//! The new database is built beside the old one. When it is complete and synced it is renamed to
+//! `data.db.next`, which decides the restore. From then on every start continues where it stopped:
+//! the old files are moved aside, and the new one is renamed.
 
 use std::fs;
 use std::io::{self, Read};

@@ -1,7 +1,7 @@
-//! The records, and how each lies in its table.
+//! The records, and their tables.
 //!
-//! A row type names its columns once, in the order of its fields; reading and writing statements
-//! are made from that list.
+//! A row type lists its columns once, in the order of its fields. The statements that read and
+//! write it are generated from that list.
 
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Row, Statement, ToSql};

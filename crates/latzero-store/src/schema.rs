@@ -1,7 +1,7 @@
-//! The tables, and how an older database becomes a current one.
+//! The tables, and the migration of older databases.
 //!
-//! `user_version` says which schema a database has. Each migration is one transaction, and the
-//! database is copied to `backups/` before the first. A migration that was released never changes.
+//! `user_version` is the schema of a database. Each migration is one transaction, and the database
+//! is copied to `backups/` before the first one. A released migration never changes.
 
 use std::collections::BTreeSet;
 

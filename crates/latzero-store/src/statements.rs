@@ -1,4 +1,4 @@
-//! The prepared statements of the writer, made at first use and kept.
+//! The prepared statements of the writer, created on first use and cached.
 
 use rusqlite::{Connection, Statement};
 

@@ -1,4 +1,4 @@
-//! The handle: changes and requests go in, the thread carries them out.
+//! The handle of the store: passes changes and requests to its thread.
 
 use std::collections::VecDeque;
 use std::fs;

@@ -1,10 +1,10 @@
-//! The thread that owns the connection: takes what waits, writes it in one transaction, tells, and
-//! begins again.
+//! The thread that owns the connection: takes the queued changes, writes them in one transaction,
+//! notifies, and repeats.
 //!
-//! While it commits, the next group gathers, so a busy store pays one fsync for many changes and an
-//! idle one waits for nobody. A change that is refused for itself does not hold up its group. When
-//! the disk refuses, the transaction is rolled back, every promise that waits is told, and eventual
-//! changes are tried again: at the next promise, or after a pause that doubles.
+//! While it commits, the next group gathers, so a busy store needs one fsync for many changes, and
+//! an idle one adds no delay. A change that is invalid by itself does not delay its group. If the
+//! disk fails, the transaction is rolled back, every waiting promise is notified, and eventual
+//! changes are retried: at the next promise, or after a pause that doubles.
 
 use std::path::Path;
 use std::sync::mpsc::SyncSender;

@@ -1,4 +1,4 @@
-//! Backups: made while the store works, read back, restored, pruned.
+//! Backups: created while the store is working, read, restored, pruned.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

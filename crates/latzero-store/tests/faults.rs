@@ -1,8 +1,7 @@
-//! The N-th step of the store fails, once or for ever, N = 1, 2, … until a run is clean.
+//! The N-th step of the store fails, once or from then on, for N = 1, 2, … until a run succeeds.
 //!
-//! After each run the database is opened again: what was told as written is there, nothing is there
-//! by halves, and what was only to be written eventually is there as well, once the disk was well
-//! again.
+//! After each run the database is opened again. Acknowledged changes are there, no change is there
+//! in part, and eventual changes are there too if the disk had recovered.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

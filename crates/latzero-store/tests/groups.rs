@@ -1,5 +1,4 @@
-//! Groups of changes: what gathers while the thread is busy, its bounds, and what happens at the
-//! end.
+//! Groups of changes: what gathers while the thread is busy, the limits, and the end of the store.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

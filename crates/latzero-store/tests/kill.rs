@@ -1,7 +1,8 @@
-//! The process is killed, at named places and at random moments: every change that was told as
-//! written is there.
+//! Kills the process, at failpoints and at random moments: every acknowledged change is there
+//! afterwards.
 //!
-//! The test binary runs itself as the process that dies, and reads what it told from a pipe.
+//! The test binary runs itself as the process that dies, and reads the acknowledgements from a
+//! pipe.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,5 +1,5 @@
-//! Any order of changes ends in what plain maps say, whatever is promised, eventual, grouped,
-//! closed or only dropped.
+//! Any order of changes has the same result as plain maps, whether they are promises or eventual,
+//! grouped, and whether the store is closed or dropped.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,4 +1,4 @@
-//! What opening finds, and what it does about it.
+//! What happens when a database is opened: clean, damaged, missing or foreign.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,9 +1,9 @@
-//! Loss of power: what was not synced is cut off, zeroed or noise. Every commit that was told
-//! before is there.
+//! Power loss: data that was not synced is cut off, zeroed or random. Every acknowledged commit is
+//! there afterwards.
 //!
-//! The kernel may have written any part of what no fsync covered. So the files are copied at each
-//! commit, together with how much of the log was synced by then, and every later copy is spoilt
-//! behind that point in many ways.
+//! The kernel may have written any part of the data after the last fsync. So the files are copied
+//! at each commit, with the length of the log that was synced, and each copy is damaged behind that
+//! point in many ways.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

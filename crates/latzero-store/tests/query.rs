@@ -1,4 +1,4 @@
-//! Questions about a database, and all of it as text.
+//! Queries of a database, and its dump as text.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,4 +1,4 @@
-//! Changes become records, and records come back as they were.
+//! Changes are stored as records, and records are read back unchanged.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,4 +1,4 @@
-//! Files that vanish under a running store, or between two runs; and what others put in their
+//! Files that disappear while the store is running, or between two runs, and foreign files in their
 //! place.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]

@@ -1,6 +1,7 @@
-//! What end-to-end tests stand on: a private server, and connections that speak the wire by hand.
+//! Support for end-to-end tests: a private server, and connections that speak the protocol
+//! directly.
 //!
-//! These connections know nothing of any client library, so a test can send what no library would.
+//! The connections use no client library, so a test can send messages that no library would.
 
 pub mod site;
 

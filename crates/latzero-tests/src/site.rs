@@ -1,5 +1,5 @@
-//! A data directory that outlives its servers, for tests that kill them; and processes that clients
-//! are, to be killed too.
+//! A data directory that outlives its servers, for tests that kill them, and client processes that
+//! can be killed too.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};

@@ -1,4 +1,4 @@
-//! Backups that a running server makes: asked for, and by schedule.
+//! Backups of a running server: on request, and on a schedule.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! Blocks over the wire: descriptors, what the kernel lets their holders do, and what is left when
+//! Blocks over the wire: descriptors, what the kernel permits their holders, and what remains when
 //! processes are killed.
 
 #![allow(

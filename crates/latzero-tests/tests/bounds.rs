@@ -1,4 +1,4 @@
-//! What happens at the limits: every one has an answer, and nobody else notices.
+//! Behaviour at the limits: each has a defined response, and other clients are not affected.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,5 +1,5 @@
-//! Descriptors that nobody takes: the kernel lets a user have only so many on their way (unix(7),
-//! ETOOMANYREFS), and who comes next waits for them to be taken, rather than being thrown out.
+//! Descriptors that clients do not receive: the kernel limits those of a user in flight (unix(7),
+//! ETOOMANYREFS), and later receivers wait instead of being disconnected.
 
 #![allow(
     clippy::unwrap_used,

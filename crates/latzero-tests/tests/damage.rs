@@ -1,5 +1,5 @@
-//! Damage: whatever becomes of a file in the data directory, the server starts, serves the rest,
-//! and `health` names what is missing. And a directory that vanishes under a running server.
+//! Damage: whatever happens to a file in the data directory, the server starts, serves the rest,
+//! and `health` names what is missing. Also a directory that disappears under a running server.
 
 #![allow(
     clippy::unwrap_used,

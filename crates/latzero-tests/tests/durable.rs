@@ -1,5 +1,5 @@
-//! What outlives the processes: registrations, durable pools, parked calls and their answers, over
-//! kills of the server, of callers and of handlers; and what full and damaged disks do to it.
+//! What survives the processes: registrations, durable pools, parked calls and their answers, when
+//! the server, callers and handlers are killed, and with full and damaged disks.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,5 +1,5 @@
-//! What was flushed is there after the end of the machine; files of the layout before; blocks that
-//! a limit left out; and a version whose writer told nobody.
+//! Flushed versions after a reboot; files with the older layout; blocks that a limit kept from
+//! being loaded; and versions that were not announced.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,5 +1,5 @@
-//! Persistent blocks over restarts, limits and removals: what is whole comes back, what was removed
-//! does not, and nothing is deleted that somebody may still want.
+//! Persistent blocks over restarts, limits and removals: complete blocks come back, removed ones do
+//! not, and nothing is deleted that may still be needed.
 
 #![allow(
     clippy::unwrap_used,

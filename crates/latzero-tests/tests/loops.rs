@@ -1,4 +1,4 @@
-//! Several IO threads at once: what loops do to each other's connections.
+//! Several IO threads: how loops affect the connections of other loops.
 
 #![allow(
     clippy::unwrap_used,

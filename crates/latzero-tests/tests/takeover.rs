@@ -1,5 +1,4 @@
-//! A running server hands over to a new one: nobody is turned away, and nothing that it knew is
-//! lost.
+//! A running server hands over to a new one: no connection is refused, and no state is lost.
 
 #![allow(
     clippy::unwrap_used,

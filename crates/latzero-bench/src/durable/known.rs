@@ -1,9 +1,8 @@
-//! A server that knows many apps: its start, its memory, and the handshakes of those that it knows
-//! and of a new one.
+//! A server that knows many apps: its start, its memory, and handshakes of known and new apps.
 //!
-//! The apps are written through the store, once; each round begins with a copy of that database.
-//! The database says that the machine was started anew since, so a round's first start checks it in
-//! full; its second one follows a kill, and its third an orderly end.
+//! The apps are written through the store once, and each round uses a copy of that database. The
+//! database says that the machine has rebooted since, so the first start of a round checks it
+//! completely. The second start follows a kill, and the third an orderly stop.
 
 use super::parked::rows_per_second;
 use super::{DurableArgs, Found};

@@ -1,12 +1,11 @@
-//! Calls that are parked: each is on disk when its caller is told so.
+//! Parked calls: each is on disk before its caller gets the acknowledgement.
 //!
-//! One thread plays all callers, so that the callers' own switching is not what is measured; each
-//! has a connection and an app of its own. Beside them SQLite writes the rows of such calls into
-//! the same tables on the same file system, one row per transaction, as the store's own connection
-//! does.
+//! One thread plays all callers, so that switching between them is not measured. Each has its own
+//! connection and app. For comparison, SQLite writes the rows of such calls to the same tables on
+//! the same file system, one row per transaction, with the settings of the store.
 //!
-//! After each turn the server is killed, and its database asked for every call that a caller was
-//! told of.
+//! After each turn the server is killed, and its database is searched for every call that was
+//! acknowledged.
 
 use super::{DurableArgs, Found};
 use crate::failure::{During, Failure};

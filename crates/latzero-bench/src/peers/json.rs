@@ -1,9 +1,9 @@
-//! A minimal framed-JSON relay: the limit for any broker that reads the routing fields of a JSON
-//! envelope.
+//! A minimal relay for framed JSON: the limit for any broker that reads the routing fields of a
+//! JSON envelope.
 //!
-//! The server parses each frame, finds the handler by name, gives the call an id of its own and
-//! passes the payload on unread; the response finds its way back by that id. It has no pools,
-//! deadlines, limits or errors.
+//! The server parses each frame, finds the handler by name, gives the call a new id and forwards
+//! the payload unread. The response is matched by that id. There are no pools, deadlines, limits or
+//! errors.
 
 use super::Peer;
 use crate::failure::Failure;

@@ -1,7 +1,6 @@
-//! The contestants.
+//! The systems that are compared.
 //!
-//! Each stands in a file of its own and implements [`Peer`]; to add one, write its file and add it
-//! to [`ALL`].
+//! Each has its own file and implements [`Peer`]. To add one, write its file and add it to [`ALL`].
 
 mod json;
 mod latzero;

@@ -1,9 +1,8 @@
 //! NATS request and reply, through its own Rust client.
 //!
-//! The server is Debian's `nats-server`, a process of this run's own on a port that the system
-//! picks. Handler and caller use async-nats in its natural way: a loop over a subscription that
-//! publishes to each message's reply subject, and `Client::request`. Needs the cargo feature
-//! `nats`.
+//! The server is Debian's `nats-server`, started for this run on a free port. Handler and caller
+//! use async-nats in the usual way: a loop over a subscription that publishes to the reply subject
+//! of each message, and `Client::request`. Needs the cargo feature `nats`.
 
 use super::{Install, Peer};
 use crate::failure::{During, Failure};

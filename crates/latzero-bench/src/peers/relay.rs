@@ -1,7 +1,7 @@
-//! The bare byte relay: what the sockets and the scheduler cost, and nothing else.
+//! A relay of plain bytes: the cost of the sockets and the scheduler, and nothing else.
 //!
-//! The server copies bytes between its first connection, the handler's, and its second, the
-//! caller's. Nothing is parsed but the length, by which either end knows that a message is whole.
+//! The server copies bytes between its first connection (the handler) and its second one (the
+//! caller). Only the two ends parse anything: the length, to know when a message is complete.
 
 use super::Peer;
 use crate::failure::Failure;

@@ -1,5 +1,4 @@
-//! `answers`: prints the answers to parked calls that arrived while nobody waited, one JSON line
-//! each.
+//! `answers`: prints the answers to parked calls that arrived earlier, one JSON line each.
 
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,7 @@
-//! `bench`: how many calls or events a second, and how long each takes.
+//! `bench`: measures calls or events per second, and response times.
 //!
-//! One at a time, the caller reads its own answers, which is how a program that waits for each
-//! would do. Several at a time, one thread keeps that many under way.
+//! With one call at a time, the caller reads its own answers, as a program that waits for each one
+//! does. With several, one thread keeps that many in flight.
 
 use std::cell::Cell;
 use std::sync::Arc;

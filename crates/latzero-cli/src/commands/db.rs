@@ -1,4 +1,4 @@
-//! `db`: looks into the database and checks it for damage, through the server if one runs.
+//! `db`: queries the database and checks it for damage, through the server if one is running.
 
 use std::path::Path;
 use std::time::Instant;

@@ -1,5 +1,4 @@
-//! `keys` and `app key`: files with the keys of encrypted pools and of apps. No server is asked,
-//! and none knows them.
+//! `keys` and `app key`: key files of encrypted pools and of apps. They do not contact a server.
 
 use std::fmt::Write as _;
 use std::fs::{DirBuilder, File, Permissions};

@@ -1,8 +1,8 @@
-//! `serve`: makes any program a handler.
+//! `serve`: turns any program into a handler.
 //!
-//! Calls wait in a bounded queue; a few threads take them, each running one program at a time. The
-//! future that waits for an answer owns its program: when the caller gives up or its time is over,
-//! the client drops the future, and that ends the program.
+//! Calls wait in a bounded queue. A few threads take them, and each runs one program at a time. The
+//! future that waits for an answer owns its program: when the call is cancelled or times out, the
+//! client drops the future, which ends the program.
 
 mod program;
 mod queue;

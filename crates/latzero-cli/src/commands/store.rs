@@ -1,4 +1,4 @@
-//! The store in words: what `health`, `status` and `doctor` say of it, and what a backup holds.
+//! Descriptions of the store for `health`, `status` and `doctor`, and of the contents of a backup.
 
 use std::time::Duration;
 

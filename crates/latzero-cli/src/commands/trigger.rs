@@ -1,4 +1,4 @@
-//! What `call`, `emit`, `serve` and `on` share: joining the pool, and suggestions for wrong names.
+//! Shared by `call`, `emit`, `serve` and `on`: joining the pool, and suggestions for wrong names.
 
 use latzero::blocking::App;
 use latzero::{Code, Error};

@@ -1,10 +1,10 @@
-//! The files of persistent blocks, and the records that say what they are.
+//! The files of persistent blocks, and their records.
 //!
-//! A block is two files in `memory/`: `ID.GENERATION.lzb` with its bytes, and `ID.json` with its
-//! record, which names the generation. Bytes are called `….lzb.new` until they are whole and on the
-//! disk. Then they get their name, and only after that the record that names them takes the place
-//! of the one before: at whatever point a server ends, the record names bytes that are whole. Names
-//! that users gave never become paths.
+//! A block has two files in `memory/`: `ID.GENERATION.lzb` with its bytes, and `ID.json` with its
+//! record, which names the generation. Bytes are called `….lzb.new` until they are complete and on
+//! disk. Then they are renamed, and only after that the record that names them replaces the
+//! previous one. So the record names complete bytes, whenever the server is killed. Names chosen by
+//! users never become paths.
 
 mod left;
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Whether the files of persistent blocks are where their names say.
+//! Checks whether the files of persistent blocks still exist under their names.
 
 use std::os::unix::fs::MetadataExt;
 

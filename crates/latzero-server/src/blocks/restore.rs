@@ -1,8 +1,8 @@
-//! Persistent blocks out of a backup: made beside those that are there, and taking their places
-//! once all are whole.
+//! Restores persistent blocks from a backup: creates them beside the existing ones, and replaces
+//! those once all are complete.
 //!
-//! Until [`Restoring::commit`] nothing that is there changes. What a restored block takes the place
-//! of is set aside under `.orphans/`, never removed.
+//! Until [`Restoring::commit`] nothing existing changes. Blocks that are replaced are moved to
+//! `.orphans/`, never deleted.
 
 use std::io::{self, Read};
 use std::path::Path;

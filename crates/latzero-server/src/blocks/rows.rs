@@ -1,10 +1,10 @@
-//! The rows of blocks in the store: by them memory is known again that clients still hold when the
-//! server comes back, and a file is known to be missing.
+//! The rows of blocks in the store. After a restart they identify memory that clients still hold,
+//! and reveal missing files.
 //!
 //! A shared block is memory without a name. When the server dies, clients that have it mapped keep
-//! it alive; at the server's return they offer their descriptors (`memory_reoffer`), and one that
-//! is of this boot, device and inode is the block that the row tells of. For a time after the start
-//! blocks are awaited so; then their rows go.
+//! it alive. When the server is back they offer their descriptors (`memory_reoffer`). A descriptor
+//! with the boot, device and inode of a row is that block. The server waits for such offers for
+//! some time after its start; then the rows are deleted.
 
 use std::collections::HashMap;
 use std::sync::Mutex;

@@ -1,4 +1,4 @@
-//! The old server's side: gives what it has, and ends on the new one's word.
+//! The old server's side: hands over its sockets and blocks, and stops when the new one is ready.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -1,5 +1,4 @@
-//! Sockets that change hands: which of the old server's the new one wants, and those that it binds
-//! itself.
+//! Which sockets of the old server the new one takes over, and which it binds itself.
 
 use std::io;
 use std::net::TcpListener;

@@ -1,7 +1,7 @@
-//! The new server's side: asks the old one, takes what it gives, waits for its end.
+//! The new server's side: asks the old one, receives what it hands over, and waits for its end.
 //!
-//! What can be found out to be wrong is found out before the old one is told to end: until then an
-//! error here leaves it as it was, its sockets' files included.
+//! Everything that can be checked is checked before the old server is told to stop. Until then an
+//! error leaves the old one unchanged, including its socket files.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Write as _};

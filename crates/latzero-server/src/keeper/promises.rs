@@ -1,4 +1,4 @@
-//! Who waits for the store's word, and in which order it is told.
+//! Clients that wait for the store, and the order in which they are answered.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;

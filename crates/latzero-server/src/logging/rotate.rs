@@ -1,4 +1,4 @@
-//! A log file that is put aside when it is full.
+//! A log file that is rotated when it is full.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};

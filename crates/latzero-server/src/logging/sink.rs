@@ -1,4 +1,4 @@
-//! One destination of the log: a bounded queue, and the thread that writes what is in it.
+//! One destination of the log: a bounded queue, and the thread that writes it.
 
 use std::io::{self, Write};
 use std::sync::Arc;

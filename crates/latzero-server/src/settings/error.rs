@@ -1,4 +1,4 @@
-//! What is wrong with settings, and where it was written.
+//! Errors in settings, and where they were written.
 
 use std::fmt;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! Settings files: reading them, and turning TOML into checked values with their places.
+//! Settings files: reads them, and converts TOML to validated values with their positions.
 
 use std::fs;
 use std::io::{self, Read};

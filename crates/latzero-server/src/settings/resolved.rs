@@ -1,4 +1,4 @@
-//! The settings in force: what they are, how they are shown, and what a reload changes.
+//! The settings in force: their values, how they are shown, and what a reload changes.
 
 use std::ffi::OsString;
 

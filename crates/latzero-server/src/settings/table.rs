@@ -1,9 +1,8 @@
-//! The one table of all settings.
+//! The table of all settings.
 //!
 //! Each line is a setting: its documentation, name, Rust type, default, kind with bounds, and
-//! whether `reload` may change it (`live`) or only a restart (`restart`). The limits are not
-//! repeated here: they come from the core's own list. Everything else in this module is derived
-//! from the two.
+//! whether `reload` applies it (`live`) or only a restart (`restart`). The limits come from the
+//! core's list and are not repeated here. Everything else in this module is derived from the two.
 
 use std::path::PathBuf;
 use std::sync::LazyLock;

@@ -1,4 +1,4 @@
-//! Settings from each place, and what is wrong with them.
+//! Tests of settings from every source, and of errors in them.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! The data directory: made for this user alone, on a disk of this machine.
+//! The data directory: private to this user, on a local disk.
 
 use std::fs::{self, DirBuilder};
 use std::io;

@@ -1,4 +1,4 @@
-//! File descriptors: as many as the system allows, how they are divided, and one held back.
+//! File descriptors: raises the limit, divides them, and reserves one.
 
 use std::fs::File;
 use std::io;

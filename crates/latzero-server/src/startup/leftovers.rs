@@ -1,4 +1,4 @@
-//! What a start that fails has made, so that nothing of it stays.
+//! Files that a start creates, so that a failed start can remove them.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! One server per data directory: a kernel lock on a file that is never removed.
 //!
-//! The kernel drops the lock when its holder ends, however it ends. What is written into the file
-//! is for people and for error messages; nothing is decided by it.
+//! The kernel releases the lock when its holder ends, for whatever reason. The content of the file
+//! is only for people and error messages.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};

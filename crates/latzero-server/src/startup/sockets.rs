@@ -1,4 +1,4 @@
-//! Binding: the Unix socket and the TCP port, and who is in the way where that fails.
+//! Binds the Unix socket and the TCP port, and finds out which process is using them if that fails.
 
 use std::fmt;
 use std::fs::{self, DirBuilder, Permissions};

@@ -1,7 +1,7 @@
-//! systemd: sockets handed over at start, and word of how the server is.
+//! systemd: socket activation, and notifications of the server's state.
 //!
-//! The protocols are those of `sd_listen_fds(3)`, `sd_notify(3)` and `sd_watchdog_enabled(3)`; each
-//! is a few lines, so no library of systemd's is needed.
+//! Implements `sd_listen_fds(3)`, `sd_notify(3)` and `sd_watchdog_enabled(3)` in a few lines each,
+//! so no library is needed.
 
 use std::io;
 use std::net::TcpListener;

@@ -1,4 +1,4 @@
-//! The admin token: who can read it in the data directory may administer the server over any
+//! The admin token: whoever can read it in the data directory may administer the server over any
 //! transport.
 
 use std::fmt;

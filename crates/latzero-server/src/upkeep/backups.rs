@@ -1,4 +1,4 @@
-//! The backups of a data directory, as they lie there.
+//! The backups in a data directory.
 
 use std::fs;
 use std::io;

@@ -1,7 +1,6 @@
-//! What is done about a data directory that no server runs on: restoring a backup, and looking for
-//! damage.
+//! Restores a backup, or checks for damage, in a data directory that no server is using.
 //!
-//! The directory is taken as a server takes it, lock and all, so that neither ever meets the other.
+//! The directory is locked as a server does it, so the two never run at the same time.
 
 use std::fs::{self, DirBuilder};
 use std::io;

@@ -1,6 +1,6 @@
-//! Every order of the steps of a writer and two readers, with the writer dying at any of its steps
-//! and another one coming after it. loom also plays what the memory model allows: a relaxed load
-//! may give any value that it could.
+//! Tests every order of the steps of a writer and two readers, with the writer dying at any step
+//! and another one following it. loom also covers the memory model: a relaxed load may return any
+//! value that the model permits.
 
 use std::cell::Cell;
 use std::collections::HashMap;

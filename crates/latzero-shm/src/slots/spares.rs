@@ -1,10 +1,9 @@
-//! Which slot the next version of a persistent block takes: never the one that is on the disk for
-//! certain, nor the one that a flush is at, so that a version survives the machine whenever it
-//! ends.
+//! Chooses the slot for the next version of a persistent block: never that of the version on disk,
+//! nor that of a flush in progress, so that a version survives a crash of the machine at any time.
 //!
-//! The server says in the header which two these are. A writer takes a slot, and looks again:
-//! either it sees that a flush took that slot meanwhile, and takes another one, or the flush sees
-//! that the slot was touched, and takes a newer version.
+//! The header, written by the server, names these two slots. A writer takes a slot and checks
+//! again: either it sees that a flush has claimed the slot in the meantime, and takes another one,
+//! or the flush sees that the slot is being written, and takes a newer version.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 

@@ -1,5 +1,5 @@
-//! The algorithm on memory of one's own: against a model, with writers that die at any step, and
-//! with what it copies counted.
+//! Tests the algorithm on private memory: against a model, with writers that die at any step, and
+//! with the number of copied bytes.
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::Ordering;

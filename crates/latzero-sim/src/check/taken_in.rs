@@ -1,4 +1,4 @@
-//! What the server takes in: the model learns what is asked for, and then whether all of it was
+//! Messages that the server receives: the model records each request, and then checks that all were
 //! answered.
 
 use std::collections::BTreeSet;

@@ -1,4 +1,4 @@
-//! What the server writes: each message has to be one that somebody may expect just then.
+//! Messages that the server sends: each must be one that a client may expect at that moment.
 
 use std::collections::{BTreeMap, BTreeSet};
 

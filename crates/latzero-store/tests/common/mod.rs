@@ -1,4 +1,4 @@
-//! What the tests of the store share: rows, and a store whose tickets are heard.
+//! Shared by the tests of the store: rows, and a store that collects its notifications.
 #![allow(dead_code, reason = "no test uses all of it")]
 
 use std::path::Path;

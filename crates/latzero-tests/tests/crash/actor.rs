@@ -1,4 +1,5 @@
-//! A client that registers, makes pools and persistent blocks, and the model of what it was told.
+//! A client that registers and creates pools and persistent blocks, and a model of what was
+//! acknowledged.
 
 use std::collections::{BTreeMap, BTreeSet};
 

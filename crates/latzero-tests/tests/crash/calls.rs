@@ -1,4 +1,4 @@
-//! Parked calls between a caller and a handler that are processes, and the book of what was
+//! Parked calls between a caller process and a handler process, and a record of what was
 //! acknowledged and answered.
 
 use std::collections::BTreeMap;

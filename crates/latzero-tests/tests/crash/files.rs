@@ -1,4 +1,4 @@
-//! What lies in a data directory when nobody uses it.
+//! The files of a data directory that no server is using.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! A writer that was left behind: its server was killed while it wrote.
+//! A writer whose server was killed while it was writing.
 
 use std::os::fd::{AsFd, OwnedFd};
 

@@ -1,4 +1,4 @@
-//! One life of the server, and what ends it.
+//! One run of the server, and how it ends.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 

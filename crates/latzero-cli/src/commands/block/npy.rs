@@ -1,5 +1,5 @@
-//! Files of numpy: a line that says what the bytes are, and the bytes (the format of
-//! `numpy.lib.format`, version 1.0 and 2.0).
+//! The `.npy` file format of numpy (`numpy.lib.format`, versions 1.0 and 2.0): a header that
+//! describes the bytes, and the bytes.
 
 use std::io::{self, Read};
 

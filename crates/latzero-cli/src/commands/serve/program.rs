@@ -1,8 +1,8 @@
-//! A program that answers calls: started, fed, listened to, and reaped.
+//! Runs a program for a call: starts it, writes its input, reads its output, and waits for its end.
 //!
-//! One thread does all of it, with poll(2) over the program's pipes and a descriptor of the process
-//! itself: so a program that neither reads nor ends, or leaves children behind that hold its pipes,
-//! keeps nobody waiting.
+//! One thread does all of this, with poll(2) on the pipes of the program and a descriptor of the
+//! process. So a program that does not read or end, or whose children keep its pipes open, blocks
+//! nothing else.
 
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};

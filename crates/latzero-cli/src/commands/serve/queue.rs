@@ -1,4 +1,4 @@
-//! Calls that wait for a program, and the threads that run programs for them.
+//! The queue of calls that wait for a program, and the threads that run the programs.
 
 use std::collections::HashMap;
 use std::future::Future;

@@ -1,6 +1,5 @@
-//! What an earlier run left of persistent blocks: what is whole is taken in again, what was never
-//! finished goes, and what can't be read is set aside under `memory/.orphans/`, from where the
-//! server never removes it.
+//! Persistent blocks of an earlier run: complete ones are loaded, incomplete ones are deleted, and
+//! unreadable ones are moved to `memory/.orphans/`, from where the server never deletes them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
