@@ -76,7 +76,7 @@ fn strays(files: &BTreeMap<PathBuf, String>) -> Result<Vec<PathBuf>, String> {
         .collect())
 }
 
-/// The page with its table of limits written anew.
+/// The page with an updated table of limits.
 fn with_limits(page: &str) -> Result<String, String> {
     const BEGIN: &str =
         "<!-- From crates/latzero-fabric/src/limits.rs by `cargo xtask codegen` -->\n";

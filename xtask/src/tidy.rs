@@ -63,7 +63,7 @@ const EDGES: &[(&str, &[&str])] = &[
 /// Crates that are functions of their inputs.
 const PURE: &[&str] = &["crates/latzero-fabric/src/", "crates/latzero-crypto/src/"];
 
-/// What they must not use: they decide, drivers act.
+/// What they must not use, because they only decide.
 const NOT_IN_PURE_CRATES: &[&str] = &[
     "std::net",
     "std::fs",
@@ -79,7 +79,7 @@ const NOT_IN_PURE_CRATES: &[&str] = &[
     "eprintln!",
 ];
 
-/// What stands in no file.
+/// Words that no file may contain.
 const BANNED: &[&str] = &[
     "TODO",
     "FIXME",

@@ -27,7 +27,7 @@ impl Vector {
             .replace(|c: char| !c.is_ascii_alphanumeric(), "_")
     }
 
-    /// The vector as it stands in its file.
+    /// The vector as it is written to its file.
     pub(crate) fn to_json(&self) -> String {
         let vector = json!({"name": self.name, "steps": self.steps});
         serde_json::to_string_pretty(&vector).expect("values can be written") + "\n"

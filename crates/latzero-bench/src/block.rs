@@ -549,7 +549,7 @@ pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A Redis that keeps nothing, on a socket of its own.
+/// A Redis that keeps nothing, on its own socket.
 struct Redis {
     socket: PathBuf,
     _process: Process,

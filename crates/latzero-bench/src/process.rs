@@ -227,7 +227,7 @@ pub(crate) fn exec_tied(args: &TiedArgs) -> Result<(), Failure> {
     Err(Command::new(program).args(rest).exec()).during(format!("run {}", program.display()))
 }
 
-/// Starts the role of `peer`'s server in a process of its own; see [`peers::Peer::start`].
+/// Starts the role of `peer`'s server in its own process; see [`peers::Peer::start`].
 pub(crate) fn start_server(
     peer: &str,
     scratch: &Path,

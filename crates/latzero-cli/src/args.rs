@@ -546,7 +546,7 @@ impl TargetsArgs {
     }
 }
 
-/// Where a message goes, and what goes with it.
+/// The destination of a message, and options sent with it.
 #[derive(Args, Debug)]
 pub(crate) struct DeliveryArgs {
     /// Only to this app, even if others handle the trigger
@@ -672,7 +672,7 @@ pub(crate) struct EmitArgs {
     pub(crate) reach: Reach,
 }
 
-/// How the items of a streamed answer are told apart.
+/// How the items of a streamed answer are separated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Framing {
     /// Each line is one

@@ -99,7 +99,7 @@ pub(crate) struct Failure {
     pub(crate) help: Option<String>,
     /// The error of a call, as the wire has it.
     pub(crate) wire: Option<Value>,
-    /// No message is printed: whoever read the output closed it.
+    /// No message is printed, because the reader of the output closed it.
     pub(crate) is_quiet: bool,
 }
 
@@ -179,7 +179,7 @@ impl Failure {
 }
 
 impl From<io::Error> for Failure {
-    /// What goes wrong with the program's own output.
+    /// An error in writing the program's own output.
     fn from(error: io::Error) -> Failure {
         let is_quiet = error.kind() == io::ErrorKind::BrokenPipe;
         Failure {
@@ -264,7 +264,7 @@ impl From<Error> for Failure {
         if let Some(data) = error.data() {
             wire["data"] = data.clone();
         }
-        // Nobody here knows what helps against a handler's own code.
+        // There is no known remedy for a handler's own code.
         let help = match error.message() {
             message if !is_own && message.contains(FORCE) => {
                 Some("--force removes it anyway".into())

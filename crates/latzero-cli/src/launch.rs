@@ -82,7 +82,7 @@ impl Supervisor {
     /// Starts it.
     ///
     /// # Errors
-    /// Where the system starts no process.
+    /// If the system starts no process.
     pub(crate) fn start() -> io::Result<Supervisor> {
         let mut child = this_program(SUPERVISE)
             .stdin(Stdio::piped())
@@ -109,7 +109,7 @@ impl Supervisor {
 
     fn send(&self, line: &str) {
         let mut to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
-        // Where it was ended by somebody, the programs themselves still end with this one.
+        // If it was killed, the programs still end with this one.
         let _ = to.write_all(line.as_bytes());
     }
 }

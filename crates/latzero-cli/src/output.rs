@@ -240,7 +240,7 @@ impl Output {
     }
 
     fn raw_note(&self, text: impl Display) {
-        // Nobody misses a note when stderr is closed.
+        // If stderr is closed, the note is not needed.
         let _ = writeln!(io::stderr().lock(), "{text}");
     }
 
@@ -334,8 +334,7 @@ impl Output {
     }
 }
 
-/// The pieces of valid JSON text: strings and other scalars whole, punctuation alone, blanks left
-/// out.
+/// The tokens of valid JSON text: strings, other scalars and punctuation, without white space.
 fn tokens(json: &str) -> impl Iterator<Item = &str> {
     let mut rest = json;
     std::iter::from_fn(move || {
@@ -494,8 +493,8 @@ fn escaped(text: &str) -> String {
     out
 }
 
-/// JSON text with nothing in it that a terminal obeys. Such characters are valid in strings alone,
-/// where an escape says the same; the rest is white space.
+/// JSON text without control characters. They are valid only in strings, where an escape means the
+/// same; others are white space.
 fn escaped_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {

@@ -101,8 +101,7 @@ pub(crate) fn block_size(text: &str) -> Result<u64, String> {
     number.checked_mul(factor).ok_or_else(expected)
 }
 
-/// Bytes that an argument stands for: text as it is, `-` for stdin, `@FILE` for a file, of at most
-/// `max` bytes.
+/// The bytes of an argument: its text, `-` for stdin or `@FILE` for a file, at most `max` bytes.
 pub(crate) fn bytes(argument: &str, max: u64) -> Result<Vec<u8>, Failure> {
     let source: (Box<dyn std::io::Read>, &str) = match (argument, argument.strip_prefix('@')) {
         ("-", _) => (Box::new(std::io::stdin()), "stdin"),
@@ -143,8 +142,8 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// Reads `[POOL/]TRIGGER`. A trigger's name may have `/` in it: the pool is what stands before
-    /// the first one, and where `--pool` names it, all of the text is the trigger.
+    /// Parses `[POOL/]TRIGGER`. A trigger's name may contain `/`: the pool is the part before the
+    /// first one. With `--pool`, the whole text is the trigger.
     pub(crate) fn parse(text: &str, pool: Option<&str>) -> Result<Target, Failure> {
         let (pool, trigger) = match (pool, text.split_once('/')) {
             (Some(pool), _) => (Some(pool), text),
@@ -162,8 +161,8 @@ impl Target {
     }
 }
 
-/// The payload that an argument stands for: JSON, `-` for stdin, `@FILE` for a file; `null` where
-/// there is none.
+/// The payload of an argument: JSON, `-` for stdin or `@FILE` for a file; `null` without an
+/// argument.
 pub(crate) fn payload(argument: Option<&str>) -> Result<Box<RawValue>, Failure> {
     let (text, place) = match argument {
         None => ("null".to_owned(), "the argument"),

@@ -110,7 +110,7 @@ impl Address {
         }
     }
 
-    /// Whether the server knows the user by the connection alone.
+    /// Whether the connection itself identifies the user to the server.
     fn is_trusted(&self) -> bool {
         match self {
             Address::Url(url) => !url.contains('@'),
@@ -137,7 +137,7 @@ fn escape(path: &Path) -> String {
 pub(crate) enum Loss {
     /// The command is over.
     Ends,
-    /// It connects again and goes on.
+    /// It reconnects and continues.
     Reconnects,
 }
 
@@ -148,13 +148,13 @@ pub(crate) struct ConnectOptions {
     pub(crate) loss: Loss,
     /// Pools to join; what does not exist is created.
     pub(crate) pools: Vec<String>,
-    /// The AppID, where the command has one of its own and none was typed.
+    /// The default AppID of the command, if `--app` is not given.
     pub(crate) app_id: Option<String>,
     /// Threads for handlers.
     pub(crate) handler_threads: Option<usize>,
     /// How long the server may take for a request, where that differs from other commands.
     pub(crate) request_time: Option<Duration>,
-    /// When the command gives up, connecting included.
+    /// The deadline of the command, including connecting.
     pub(crate) deadline: Option<Instant>,
 }
 
@@ -197,7 +197,7 @@ impl ConnectOptions {
     }
 }
 
-/// A connection, and where it goes.
+/// A connection and its address.
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) app: App,
@@ -209,7 +209,7 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Where the connection goes, for people.
+    /// The address of the connection, for people.
     pub(crate) fn place(&self) -> String {
         self.place.to_string()
     }
@@ -348,7 +348,7 @@ impl Reach {
     /// way back to one command.
     pub(crate) fn own_app_id(&self, key: Option<&str>) -> String {
         let number = match key {
-            // FNV-1a: the same for the same key, whoever asks.
+            // FNV-1a, so equal keys give equal hashes in every process.
             Some(key) => key.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
                 (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
             }),
@@ -405,16 +405,16 @@ impl Reach {
         Err(self.not_running(&tried))
     }
 
-    /// A command leaves nothing behind, and takes nothing from an app whose name it uses, unless it
-    /// keeps running under a name that was given.
+    /// A command leaves no registration behind, and does not change that of the app whose name it
+    /// uses, unless it keeps running under a given name.
     fn is_transient(&self, options: &ConnectOptions) -> bool {
         let is_named = self.app.is_some() || self.url.is_some();
         options.loss == Loss::Ends || !is_named
     }
 
-    /// The admin token for a server, and whether there is one that it must not see. A token that
-    /// was set is sent where the user says. The token of the data directory goes to the server that
-    /// runs on that directory alone: whoever took its port while it is down gets nothing.
+    /// The admin token for a server, and whether one was withheld. A token that was set is sent to
+    /// any server. The token of the data directory is sent only to the server of that directory, so
+    /// another program that took its port does not get it.
     fn token(&self, place: &Address) -> (Option<String>, bool) {
         if place.is_trusted() {
             return (None, false);
@@ -606,7 +606,7 @@ fn of_data_dir(dir: &Path) -> Vec<Address> {
     places
 }
 
-/// Whether a directory is this user's alone: anyone may create a name in `/tmp`.
+/// Whether a directory is private to this user: anyone may create a name in `/tmp`.
 fn is_private(dir: Option<&Path>, uid: u32) -> bool {
     dir.and_then(|dir| dir.symlink_metadata().ok())
         .is_some_and(|m| m.is_dir() && m.uid() == uid && m.mode() & 0o777 == 0o700)
@@ -666,7 +666,7 @@ pub(crate) enum Listed {
     Pools,
 }
 
-/// The line that somebody can try, with what it takes to find this server.
+/// A command to try, with the flags to find this server.
 pub(crate) fn try_line(program: &str, options: &[String]) -> String {
     let mut words = vec![program.to_owned(), "call".to_owned()];
     words.extend(options.iter().map(|option| shell(option)));

@@ -34,7 +34,7 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
     );
     if is_help {
-        // Whoever closed the pipe has read enough.
+        // If the pipe is closed, its reader has read enough.
         let _ = error.print();
         return Err(Exit::Ok.into());
     }
@@ -111,7 +111,7 @@ fn failure(error: &clap::Error) -> Failure {
     Failure::usage(message).with_help(help)
 }
 
-/// Whether `-h` stands without a value behind `start`, where it is the host.
+/// Whether `start` has `-h`, its host, without a value.
 fn is_bare_host(args: &[OsString]) -> bool {
     let words: Vec<&str> = args.iter().skip(1).filter_map(|arg| arg.to_str()).collect();
     let command = words.iter().find(|word| !word.starts_with('-'));

@@ -188,7 +188,7 @@ pub enum KeyError {
 /// Reads a raw key: exactly 32 bytes, which are not all printable.
 ///
 /// # Errors
-/// Where the length is another, or the bytes look like a passphrase.
+/// If the length is another, or the bytes look like a passphrase.
 pub fn raw_key(bytes: &[u8]) -> Result<Secret, KeyError> {
     if bytes.len() < 32 {
         return Err(KeyError::TooShort);
@@ -214,7 +214,7 @@ impl Token {
     /// Reads a token.
     ///
     /// # Errors
-    /// Where the text is not one.
+    /// If the text is not one.
     pub fn parse(token: &str) -> Result<Self, KeyError> {
         let kind = Kind::ALL
             .into_iter()
@@ -239,7 +239,7 @@ impl Token {
     /// Reads a token where one of this kind belongs.
     ///
     /// # Errors
-    /// Where the text is not one, or one of another kind.
+    /// If the text is not one, or one of another kind.
     pub fn parse_as(kind: Kind, token: &str) -> Result<Self, KeyError> {
         let token = Token::parse(token)?;
         if token.kind == kind {
@@ -292,7 +292,7 @@ pub struct NewKeys {
     pub owner: Option<Secret>,
 }
 
-/// The keys that somebody holds of one pool.
+/// The keys of one pool that a client has.
 pub struct KeySet {
     keys: [Option<Secret>; 4],
     pin: Option<Pin>,
@@ -325,7 +325,7 @@ impl KeySet {
     /// Reads tokens: at most one of each kind, all of one owner.
     ///
     /// # Errors
-    /// Where one is no token, or they do not belong together.
+    /// If one is no token, or they do not belong together.
     pub fn from_tokens<'a>(tokens: impl IntoIterator<Item = &'a str>) -> Result<Self, KeyError> {
         let mut set = KeySet::empty();
         for token in tokens {
@@ -345,7 +345,7 @@ impl KeySet {
     /// not count.
     ///
     /// # Errors
-    /// Where it is no text, has another line, or its tokens do not belong together.
+    /// If it is no text, has another line, or its tokens do not belong together.
     pub fn from_file(text: &[u8]) -> Result<Self, KeyError> {
         if text.len() > KEY_FILE_BYTES_MAX {
             return Err(KeyError::File);
@@ -360,7 +360,7 @@ impl KeySet {
     /// Reads the tokens of an environment variable, separated by spaces.
     ///
     /// # Errors
-    /// Where one is no token, or they do not belong together.
+    /// If one is no token, or they do not belong together.
     pub fn from_variable(text: &str) -> Result<Self, KeyError> {
         Self::from_tokens(text.split(' ').filter(|token| !token.is_empty()))
     }
@@ -368,7 +368,7 @@ impl KeySet {
     /// Takes raw keys. They have no pin: the first owner that is seen must be trusted.
     ///
     /// # Errors
-    /// Where one is no key ([`raw_key`]), or two are of one kind.
+    /// If one is no key ([`raw_key`]), or two are of one kind.
     pub fn from_raw(keys: &[(Kind, &[u8])]) -> Result<Self, KeyError> {
         let mut set = KeySet::empty();
         for (kind, bytes) in keys {
@@ -431,7 +431,7 @@ impl KeySet {
     /// The text of a key file with these kinds of keys.
     ///
     /// # Errors
-    /// Where one of them is not here.
+    /// If one of them is not here.
     pub fn to_file(&self, kinds: &[Kind]) -> Result<Zeroizing<String>, KeyError> {
         let mut text = Zeroizing::new(String::with_capacity(kinds.len() * (TOKEN_BYTES + 1)));
         for kind in kinds {

@@ -271,7 +271,7 @@ impl Account {
     /// Reserves an amount of a resource.
     ///
     /// # Errors
-    /// Where this account or one above it has no room; nothing is reserved then.
+    /// If this account or one above it has no room; nothing is reserved then.
     pub fn reserve(self: &Arc<Self>, what: Resource, amount: u64) -> Result<Hold, Full> {
         let mut hold = self.hold(what);
         hold.resize(amount)?;
@@ -368,7 +368,7 @@ impl Account {
     }
 }
 
-/// An amount of a resource that is reserved for as long as this lives.
+/// An amount of a resource, reserved until this is dropped.
 #[derive(Debug)]
 pub struct Hold {
     account: Arc<Account>,
@@ -391,7 +391,7 @@ impl Hold {
     /// Holds another amount instead.
     ///
     /// # Errors
-    /// Where there is no room for the difference; the amount is as before then.
+    /// If there is no room for the difference; the amount is as before then.
     #[inline]
     pub fn resize(&mut self, amount: u64) -> Result<(), Full> {
         if amount > self.amount {
@@ -441,8 +441,7 @@ const CONNECTION_PART: u64 = 4;
 /// A stranger may hold this part of every resource: others have the rest.
 const STRANGER_PART: u64 = 2;
 
-/// This part of memory is for what is under way already, answers and errors; new work is refused
-/// before.
+/// This part of memory is reserved for answers and errors of work in progress; new work is refused.
 const RESERVED_PART: u64 = 16;
 
 impl Books {

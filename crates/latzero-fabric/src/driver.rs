@@ -195,7 +195,7 @@ pub trait Driver: Sized {
     /// JSON text, or nothing where it is slow and the driver itself replies to `asker` under `id`.
     ///
     /// # Errors
-    /// Where it can't be done.
+    /// If it can't be done.
     fn admin(
         &mut self,
         action: &AdminAction,

@@ -14,7 +14,7 @@ pub enum Change {
     App(Box<AppRow>),
     /// What an app watches and subscribes to, where nothing else of its row changed.
     Watches(AppId, String),
-    /// When an app was seen last; 0 while it lives.
+    /// When an app was last connected; 0 while it is connected.
     Seen(AppId, u64),
     /// An app is forgotten.
     ForgetApp(AppId),

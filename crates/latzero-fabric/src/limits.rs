@@ -271,7 +271,7 @@ impl Limits {
 }
 
 impl Default for Limits {
-    /// The limits of a server that was told nothing, on a machine of 16 GiB.
+    /// The default limits on a machine with 16 GiB.
     fn default() -> Self {
         Limits::from_values(LIMITS.iter().map(|limit| limit.default)).within(MEMORY_ASSUMED)
     }

@@ -23,15 +23,15 @@ pub struct Link<D: Driver> {
     pub outbox: Outbox<D::Fd, Notice<D::Pool>>,
     /// The account of the connection.
     account: Arc<Account>,
-    /// What waits while its socket takes nothing.
+    /// Messages that wait while the socket accepts no data.
     held: Hold,
     /// When its socket last took something, or began to take nothing.
     progress: Time,
-    /// Calls it made that are under way.
+    /// Its own calls in flight.
     in_flight: u32,
-    /// Calls it serves that are under way.
+    /// Calls in flight that it handles.
     owed: u32,
-    /// Its driver stopped reading, because of its calls under way.
+    /// Its driver stopped reading, because it has too many calls in flight.
     is_paused: bool,
 }
 
@@ -40,7 +40,7 @@ pub struct Link<D: Driver> {
 const LARGE_BYTES: usize = 64 * 1024;
 
 impl<D: Driver> Link<D> {
-    /// A connection without anything under way.
+    /// A connection without calls in flight.
     #[must_use]
     pub fn new(account: Arc<Account>) -> Self {
         Link {
@@ -140,13 +140,13 @@ impl<D: Driver> Link<D> {
         (self.outbox.queued() as u64, self.progress)
     }
 
-    /// Since when its socket takes nothing, where something waits for it.
+    /// Since when its socket has accepted no data although some is waiting.
     #[must_use]
     pub fn stalled_since(&self) -> Option<Time> {
         self.outbox.is_blocked().then_some(self.progress)
     }
 
-    /// Calls it made that are under way.
+    /// Its own calls in flight.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.in_flight
@@ -158,14 +158,14 @@ impl<D: Driver> Link<D> {
         self.is_paused
     }
 
-    /// Reads on, whatever is under way: the connection ends.
+    /// Continues reading regardless of calls in flight, because the connection is ending.
     pub fn resume(&mut self) {
         self.is_paused = false;
     }
 
-    /// Whether its driver is to leave further messages unread, since it has all the calls under way
-    /// that it may have. One that owes answers is read on: its answers may be what its own calls
-    /// wait for. [`crate::Effects::resumed`] says when it is read again.
+    /// Whether its driver is to leave further messages unread, since it has all the calls in
+    /// progress that it may have. One that owes answers is read on: its answers may be what its own
+    /// calls wait for. [`crate::Effects::resumed`] says when it is read again.
     pub fn pause(&mut self, in_flight_max: u32) -> bool {
         self.is_paused = self.must_pause(in_flight_max);
         self.is_paused

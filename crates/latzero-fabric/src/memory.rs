@@ -64,8 +64,7 @@ impl Geometry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StorageId(pub u64);
 
-/// A new version of a block, for somebody who wants to hear of it. A newer one takes its place
-/// while it waits.
+/// A new version of a block, for a subscriber. A newer one replaces it while it waits.
 #[derive(Debug, Clone, Copy)]
 pub struct Change<'a> {
     /// The same for the same block: the pool's number and the block's place.
@@ -123,11 +122,11 @@ pub enum Job<P> {
         key: BlockKey,
         /// What to make.
         making: Making,
-        /// Nothing is made where the process behind this connection has ended: then nobody writes
-        /// any more.
+        /// Nothing is created if the process of this connection has ended, because it can no longer
+        /// write.
         unless_dead: Option<P>,
     },
-    /// Gives storage up: nobody is served from it any more, and its file goes.
+    /// Releases storage: it is no longer used, and its file is deleted.
     Drop {
         /// Which.
         storage: StorageId,
@@ -214,8 +213,8 @@ impl Ledger {
         StorageId(self.storages)
     }
 
-    /// The generation that a new block begins with: whoever saw an earlier block of that name must
-    /// not take it for that one.
+    /// The first generation of a new block, so that a client of an earlier block with that name
+    /// does not confuse the two.
     #[must_use]
     pub fn first_generation(&self, pool: &PoolName, block: &BlockId) -> u64 {
         let name = (pool.clone(), block.clone());

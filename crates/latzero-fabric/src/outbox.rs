@@ -59,7 +59,7 @@ impl Shared {
     /// Shares `frame`, which is copied once and counted in `account`.
     ///
     /// # Errors
-    /// Where there is no room for it.
+    /// If there is no room for it.
     pub fn new(frame: &[u8], account: &Arc<Account>) -> Result<Self, Full> {
         let hold = account.reserve(Resource::Outbox, frame.len() as u64)?;
         Ok(Shared(Arc::new((frame.into(), hold))))
@@ -74,7 +74,7 @@ impl std::ops::Deref for Shared {
     }
 }
 
-/// Bytes in a row: of this outbox alone, or shared with others.
+/// A piece of bytes: owned by this outbox, or shared with others.
 #[derive(Debug)]
 enum Chunk {
     Own(Vec<u8>),
@@ -263,7 +263,8 @@ impl<F, N> Outbox<F, N> {
         Sent::Queued
     }
 
-    /// Drops a message that has no room; the reader is told how many emits and events it lost.
+    /// Drops a message for which there is no room; the client is told how many emits and events it
+    /// lost.
     pub fn refuse(&mut self, class: Class) -> Sent {
         if matches!(class, Class::Emit | Class::Event) {
             self.lost += 1;
@@ -399,8 +400,8 @@ impl<F, N> Outbox<F, N> {
         })
     }
 
-    /// Puts back what was not written. Returns a buffer to reuse. Where there is room again for a
-    /// reader that lost messages, it is told now how many: the next message may be long in coming.
+    /// Puts back what was not written. Returns a buffer to reuse. If there is room again for a
+    /// client that lost messages, it is told now, because the next message may take long.
     pub fn put_back(&mut self, taken: Taken<F>) -> Option<Vec<u8>> {
         self.is_writing = false;
         self.writing = 0;

@@ -103,7 +103,7 @@ impl Registration {
         self.served() as u64 * SERVED_BYTES + self.pools.len() as u64 * MEMBER_BYTES
     }
 
-    /// Reads a row. What makes no sense in it is left out: an app that registers anew mends it.
+    /// Reads a row and ignores invalid parts. The next registration of the app repairs it.
     fn read(row: &AppRow) -> Registration {
         let list = |text: &str| match serde_json::from_str(text) {
             Ok(Value::Array(list)) => list,

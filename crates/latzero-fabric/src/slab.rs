@@ -3,7 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-/// Where a value of type `T` lies in its [`Slab`].
+/// The position of a value of type `T` in its [`Slab`].
 pub struct Key<T> {
     /// The place.
     pub slot: u32,

@@ -214,7 +214,7 @@ impl<D: Driver> Turn<'_, D> {
         }
     }
 
-    /// Changes what a connection has under way; it is read again where it may be now.
+    /// Changes the number of calls in flight of a connection, and resumes reading it if possible.
     fn change(&mut self, peer: &D::Peer, change: impl FnOnce(&mut Link<D>)) {
         let max = self.driver.site().limits.in_flight_max;
         let mut link = peer.link();

@@ -512,7 +512,7 @@ fn concurrency_is_the_most_that_one_instance_takes() {
         assert_eq!(net.call(c, id, ""), "");
     }
     assert_eq!(net.call(c, "3", ""), "3 failed: overloaded ran=no");
-    // It may be lowered while calls are under way, and another handler takes what this one can't.
+    // It may be lowered while calls are in progress, and another handler takes what this one can't.
     net.ask(
         h,
         r#"{"action":"trigger_register","triggers":[{"name":"t","concurrency":1}]}"#,

@@ -489,7 +489,7 @@ fn busy_handlers_are_given_parked_calls_in_order_as_they_have_room() {
         net.advance(1);
     }
     assert_eq!(next, 600);
-    // Without a bound of its own a handler has them all, some at a time.
+    // Without its own bound a handler has them all, some at a time.
     net.hang_up(handler);
     for n in 600..1200 {
         park(&mut net, caller, &n.to_string(), "");

@@ -86,7 +86,7 @@ pub fn message(data: &[u8]) {
                     assert!(!refusal.message.is_empty());
                 }
             }
-            // What is refused as a message is an object all the same.
+            // What is refused as a message is an object anyway.
             Ok(Err(_)) => assert!(serde_json::from_slice::<IgnoredAny>(data).is_ok()),
             Err(refusal) => assert!(refusal.message.len() < 512),
         }

@@ -137,7 +137,7 @@ pub struct Delivery<'a> {
     pub pool: &'a str,
     /// Who calls.
     pub origin: Origin<'a>,
-    /// What is left of the time to live, in milliseconds.
+    /// The rest of the time to live, in milliseconds.
     pub ttl_ms: u64,
     /// For a call that may be given out more than once: for the so manieth time.
     pub attempt: Option<u32>,

@@ -20,7 +20,7 @@ impl<'a> Raw<'a> {
     /// Takes `text` after checking that it is one JSON value.
     ///
     /// # Errors
-    /// Where it is not.
+    /// If it is not.
     pub fn new(text: &'a str) -> Result<Self, ScanError> {
         scan::value(text).map(|()| Raw(text))
     }
@@ -134,7 +134,7 @@ impl Body<'_> {
 macro_rules! fields {
     ($($field:ident $key:literal,)*) => {
         /// The envelope of one message. Fields that routing needs are named; the others are read
-        /// from [`Envelope::text`] by whoever handles the action that has them.
+        /// from [`Envelope::text`] by the code that handles the action.
         #[derive(Debug, Default, Clone, Copy)]
         pub struct Envelope<'a> {
             /// The whole JSON text.

@@ -14,7 +14,7 @@ pub const PREFIX: usize = 4;
 /// The bit of the length that marks an attachment frame.
 pub const ATTACHMENT_BIT: u32 = 1 << 31;
 
-/// One frame as it lies in the receive buffer.
+/// One frame in the receive buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Frame<'a> {
     /// The JSON object, not yet checked.

@@ -19,10 +19,10 @@ pub const JSON_DEPTH_MAX: u32 = 64;
 /// Most fields in one message's envelope.
 pub const ENVELOPE_FIELDS_MAX: usize = 64;
 
-/// Longest name of a field in bytes, as it stands in the message.
+/// Longest field name in bytes, as encoded in the message.
 pub const FIELD_NAME_BYTES_MAX: usize = 256;
 
-/// Longest string in a field that the server reads, in bytes as it stands in the message. Payloads
+/// Longest string in a field that the server reads, in bytes as encoded in the message. Payloads
 /// are not read.
 pub const STRING_BYTES_MAX: usize = 8 * 1024;
 
@@ -44,8 +44,7 @@ pub const TTL_DEFAULT_MS: u64 = 30_000;
 /// The longest time to live of a call in milliseconds: 24 hours.
 pub const TTL_MAX_MS: u64 = 24 * 60 * 60 * 1000;
 
-/// The longest time to live of a call that may be parked, in milliseconds: 30 days, for a handler
-/// that is away over holidays.
+/// The longest time to live of a call that may be parked, in milliseconds: 30 days.
 pub const PARKED_TTL_MAX_MS: u64 = 30 * 24 * 60 * 60 * 1000;
 
 /// To how many handlers a parked or redelivered call is given at most, where its caller does not

@@ -72,19 +72,19 @@ pub enum Action<'a> {
         mode: LockMode,
         /// How long to wait for it, in milliseconds; 0 is not at all.
         wait_ms: u64,
-        /// How long it is held unless renewed, in milliseconds; absent is as long as its holder
-        /// lives.
+        /// How long it is held unless renewed, in milliseconds; absent: until its holder
+        /// disconnects.
         lease_ms: Option<u64>,
     },
     /// Gives the lock back.
     Unlock(BlockId, u64),
-    /// Begins the lock's lease anew.
+    /// Renews the lease of a lock.
     Renew {
         /// The block.
         block: BlockId,
         /// The lock's fence.
         lock: u64,
-        /// The new lease in milliseconds; absent is as long as its holder lives.
+        /// The new lease in milliseconds; absent: until its holder disconnects.
         lease_ms: Option<u64>,
     },
     /// Pushes for each new version.
@@ -140,7 +140,7 @@ pub struct Create {
     pub block: BlockId,
     /// Its size in bytes.
     pub size: u64,
-    /// What it lives in.
+    /// What it is stored in.
     pub kind: Kind,
     /// Slots: 1 is written in place (`raw`), more hold snapshots.
     pub slots: u32,
@@ -193,9 +193,9 @@ macro_rules! words {
 }
 
 words! {
-    /// What a block lives in.
+    /// What a block is stored in.
     Kind {
-        /// Memory: it goes with the server and its last holder.
+        /// Memory: it is lost with the server and its last holder.
         #[default]
         Shared "shared",
         /// A file of the data directory.
@@ -231,7 +231,7 @@ words! {
         /// Until it is removed, or its pool is.
         #[default]
         Pool "pool",
-        /// Until nobody is attached any more.
+        /// Until no client is attached.
         Attached "attached",
     }
 }
@@ -266,7 +266,7 @@ impl Apps {
     }
 }
 
-/// Who may read and who may write a block. Whoever made it always may.
+/// Which apps may read and write a block. The app that created it always may.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Permissions {
     /// Who may read.

@@ -53,7 +53,7 @@ macro_rules! name {
             /// Takes `text` as a name.
             ///
             /// # Errors
-            /// Where it is empty, too long or has other characters than the protocol allows.
+            /// If it is empty, too long or has other characters than the protocol allows.
             pub fn new(text: &str) -> Result<Self, NameError> {
                 Self::check(text)?;
                 Ok($type(text.into()))

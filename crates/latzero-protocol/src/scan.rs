@@ -51,7 +51,7 @@ pub(crate) enum Spelling {
     Escaped,
 }
 
-/// The key of a field, where it stands: most are compared with a few names and not needed as text.
+/// The key of a field in the text: most are only compared with a few names.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Key<'a> {
     text: &'a str,

@@ -98,7 +98,7 @@ impl AuditLog {
     /// Opens the log, to append to what is there.
     ///
     /// # Errors
-    /// Where the file can't be opened, or no thread be had.
+    /// If the file cannot be opened, or the thread cannot be started.
     pub(crate) fn open(directory: &Path, settings: &Settings) -> Result<AuditLog, LogError> {
         let (bytes_max, files_max) = (settings.log_file_bytes_max, settings.log_files_max);
         let file = LineFile::open(&directory.join(NAME), bytes_max, files_max)?;

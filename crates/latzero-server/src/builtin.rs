@@ -86,7 +86,8 @@ impl BuiltIn {
 
     /// Reads what was appended for it, and answers.
     pub(crate) fn turn(&mut self, host: &mut IoHost) {
-        // What others append meanwhile is read too: they leave it to whoever is at it.
+        // Messages that others append in the meantime are read too: the thread that is reading
+        // handles them.
         loop {
             let Some(taken) = self.peer.link().outbox.take() else {
                 return;
@@ -101,7 +102,7 @@ impl BuiltIn {
             attachments: true,
         };
         let mut answer = Vec::new();
-        // Frames are appended whole; one that is shared with other receivers is a piece of its own.
+        // Frames are appended whole; one shared with other receivers is a separate piece.
         while !taken.is_done() {
             let (bytes, _) = taken.next();
             let Ok(Some((frame, used))) = frame::decode(bytes, accept) else {

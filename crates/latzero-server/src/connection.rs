@@ -114,7 +114,7 @@ pub(crate) enum Verdict {
     Remove(&'static str),
     /// It never said who it is.
     NoHandshake,
-    /// Ask whether it lives.
+    /// Send a ping.
     Ping,
 }
 
@@ -171,8 +171,8 @@ impl Connection {
         }
         let (mut total, started) = (0, Instant::now());
         loop {
-            // The rest of a large frame goes where its begin is, rather than there by way of the
-            // scratch buffer.
+            // The rest of a large frame is read directly behind its start, not through the scratch
+            // buffer.
             let is_large = self.inbox.len() >= LARGE_BYTES;
             let Some(room) = self.reserve(is_large, scratch.len(), host) else {
                 self.is_starved = true;
@@ -466,7 +466,7 @@ impl Connection {
         Verdict::Wait(next.into_iter().chain(stall).min())
     }
 
-    /// Asks the other end whether it lives.
+    /// Pings the other end.
     pub(crate) fn ping(&mut self, now: Time, host: &mut IoHost) {
         self.pinged = Some(now);
         host.turn().send(&self.peer, Class::Control, 48, |out| {

@@ -37,7 +37,7 @@ const ALIVE: &str = "alive";
 /// The name under which the kernel's name for the run of the machine is stored.
 const BOOT: &str = "boot";
 
-/// The name under which losses are stored that nobody has made good yet.
+/// The name under which unsettled losses are stored.
 const LOSSES: &str = "losses";
 
 /// The store and its promises.
@@ -60,7 +60,7 @@ impl Keeper {
     /// mends.
     ///
     /// # Errors
-    /// Where there is no database that can be used.
+    /// If there is no database that can be used.
     pub(crate) fn open(
         directory: &std::path::Path,
         settings: &Settings,
@@ -131,7 +131,7 @@ impl Keeper {
         &self.store
     }
 
-    /// What was lost, for whoever finds a loss.
+    /// The list of losses, for components that find one.
     pub(crate) fn losses(&self) -> &Arc<Losses> {
         &self.losses
     }
@@ -234,7 +234,7 @@ fn note_report(losses: &Losses, report: &Report) {
     }
 }
 
-/// When the last backup was made, by a clock that only goes on: the one on the wall may jump.
+/// When the last backup was made, by a monotonic clock, because the wall clock may jump.
 struct LastBackup {
     /// Its age, in milliseconds, …
     age_ms: u64,
@@ -248,7 +248,7 @@ impl LastBackup {
     fn before(newest: Option<i64>, now: i64) -> LastBackup {
         let age_ms = match newest {
             None => 0,
-            // From a clock that was ahead: how old it is, nobody knows.
+            // From a clock that was ahead, so its age is unknown.
             Some(newest) if newest > now => u64::MAX / 2,
             Some(newest) => ms(now - newest),
         };
@@ -268,8 +268,8 @@ fn now_ms() -> i64 {
     })
 }
 
-/// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the
-/// rows of blocks, and whether the machine was not started anew since.
+/// Loads the state of an earlier run: pools first, then their parked calls and answers, then apps.
+/// Returns the rows of blocks, and whether the machine has not rebooted since.
 pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
     let keeper = &shared.keeper;
@@ -366,7 +366,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     }
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
-    // A system that hides it may have been started anew.
+    // If the boot id is not readable, the machine may have rebooted.
     let is_same_boot =
         !keeper.boot_id.is_empty() && boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);
@@ -388,7 +388,7 @@ fn take_in_waiting(
     if host.with_pool(&pool, restore) {
         return Ok(());
     }
-    // A pool that was made for it goes again.
+    // A pool that was created for it is removed again.
     host.with_registry(|registry, _| registry.count_held(name, number, 0));
     Err(senseless())
 }

@@ -50,8 +50,8 @@ pub(crate) struct Origin {
     pub(crate) account: Arc<Account>,
 }
 
-/// This part of the connections is for the server's own user and administrators, and this part of
-/// the rest is not for one stranger alone.
+/// This share of the connections is reserved for the server's user and administrators, and a single
+/// untrusted user may not use this share of the rest.
 const RESERVED_PART: usize = 8;
 
 /// Most connections that are kept for the server's own user and administrators.
@@ -145,7 +145,7 @@ fn count_down(of: &mut HashMap<User, usize>, user: User) -> bool {
 pub(crate) enum Accepted {
     /// A connection.
     Peer(Arc<Peer>, Origin),
-    /// Somebody who was told to come later.
+    /// A client that was refused and may retry later.
     Refused,
     /// Nobody waits.
     Nobody,
@@ -178,7 +178,7 @@ pub(crate) fn accept(
         shared.stats.connections_refused.fetch_add(1, Relaxed);
         let mut told = Vec::new();
         encode::refusal(&mut told, None, &refusal);
-        // As much as fits at once: nobody waits for one who is sent away.
+        // As much as fits at once; the server does not wait for a refused client.
         let _ = socket.write(&told);
         return Accepted::Refused;
     }

@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-/// Losses that are kept one by one. Further ones are counted, and stand in the log.
+/// Losses that are listed individually. Others are counted, and are in the log.
 const LOSSES_MAX: usize = 200;
 
 /// Bytes of one text of a loss. What comes from a file's name or an error may be long.
@@ -160,7 +160,7 @@ impl Losses {
         serde_json::to_string(&losses).ok()
     }
 
-    /// Takes in the losses of a run that had no orderly end. A text that makes no sense is none.
+    /// Loads the losses of a run that did not stop in an orderly way. Invalid text is ignored.
     pub(crate) fn take_in(&self, text: &str) {
         let earlier: Vec<Since> = serde_json::from_str(text).unwrap_or_default();
         let mut known = self.known();

@@ -10,7 +10,7 @@ use latzero_fabric::books::Account;
 use crate::host::IoHost;
 use crate::socket::Socket;
 
-/// One connection, shared between its loop and whoever sends to it.
+/// One connection, shared between its loop and the loops that send to it.
 pub(crate) struct Peer {
     /// The loop that reads it.
     pub(crate) home: usize,
@@ -19,7 +19,7 @@ pub(crate) struct Peer {
     /// Where bytes go; the built-in app has none.
     pub(crate) socket: Option<Socket>,
     link: Mutex<Link<IoHost>>,
-    /// Its other end takes nothing more, for good.
+    /// Its other end accepts no more data, permanently.
     pub(crate) is_deaf: AtomicBool,
     /// The ticket of what was promised to it last; see [`crate::keeper`].
     pub(crate) last_promise: AtomicU64,

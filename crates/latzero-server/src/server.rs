@@ -249,7 +249,7 @@ impl Server {
     /// ends at once; `SIGHUP` reads the settings again.
     ///
     /// # Errors
-    /// Where the kernel's poll fails.
+    /// If the kernel's poll fails.
     pub fn run(mut self) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let mut signals = self.signals;
@@ -317,8 +317,8 @@ impl Server {
             result = result.and(ended);
         }
         drop(watch);
-        // The server that takes over has the same files, and writes them to disk itself: nobody is
-        // to wait for that.
+        // The server that takes over has the same files and flushes them itself, so nothing waits
+        // for that.
         if !shared.giving.is_taken() {
             shared
                 .blocks

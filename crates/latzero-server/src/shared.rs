@@ -31,7 +31,7 @@ use crate::timers::Timers;
 
 /// Something for a loop to do.
 pub(crate) enum Command {
-    /// A connection of its own from now on.
+    /// A connection that belongs to this loop from now on.
     Adopt(Arc<Peer>, Origin),
     /// A connection that may be read again.
     Resume(Arc<Peer>),
@@ -180,7 +180,7 @@ pub(crate) struct Shared {
     pub(crate) is_draining: AtomicBool,
     /// What is given to a server that takes over.
     pub(crate) giving: Giving,
-    /// A backup or a check of the database is under way.
+    /// A backup or database check is running.
     pub(crate) is_in_upkeep: AtomicBool,
     /// Set where all loops are to end at once.
     pub(crate) is_over: AtomicBool,

@@ -71,7 +71,7 @@ impl User {
         }
         User::Address(match address {
             IpAddr::V4(_) => address,
-            // Whoever has one address of a /64 has all of them (RFC 6177).
+            // A client that has one address of a /64 has all of them (RFC 6177).
             IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
         })
     }
@@ -242,7 +242,7 @@ fn has_ended(pid: Pid) -> bool {
 #[derive(Debug, PartialEq, Eq)]
 enum Seen {
     Ended,
-    /// Its first thread has ended, and there are others: so many in all.
+    /// Its first thread has ended, and there are others: their total number.
     Headless(usize),
     /// Or nobody knows.
     Alive,

@@ -145,7 +145,7 @@ pub enum StartupError {
         /// The path.
         path: PathBuf,
     },
-    /// Somebody answers at the socket's path.
+    /// A process listens on the path of the socket.
     #[error(
         "another program listens on {}; stop it, or set `socket` to another path",
         path.display()
@@ -270,7 +270,7 @@ fn port_in_use(port: u16, host: &str, listener: Option<&Listening>) -> String {
     )
 }
 
-/// Lets nobody but this user read what the process creates from now on: sets the umask to 077. The
+/// Sets the umask to 077, so that only this user can read files that the process creates. The
 /// umask belongs to the whole process, so this is the program's first step and no test calls it.
 pub fn private_umask() {
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);

@@ -47,10 +47,10 @@ pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
     }
 }
 
-/// Begins what an administrator asked for; the reply comes from the thread.
+/// Starts what an administrator requested; the thread sends the reply.
 ///
 /// # Errors
-/// `overloaded` where something of the kind is under way.
+/// `overloaded` where something of the kind is in progress.
 pub(crate) fn begin(
     shared: &Arc<Shared>,
     action: AdminAction,
@@ -74,8 +74,8 @@ pub(crate) fn begin(
     })
 }
 
-/// Whether who asks may choose a file for the server to write: the server's own user, or root, may
-/// do so anyway. Whoever got hold of the token may not.
+/// Whether the client may choose a file for the server to write: only the server's user, or root,
+/// who can write files anyway. The admin token is not enough.
 fn check_may_write(asker: &Peer) -> Result<(), Refusal> {
     let user = asker.socket.as_ref().map(crate::socket::Socket::user);
     let own = rustix::process::geteuid().as_raw();

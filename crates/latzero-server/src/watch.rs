@@ -25,8 +25,8 @@ const EVERY: Duration = Duration::from_secs(1);
 /// How many looks go by between two at the files of blocks, of which there may be thousands.
 const LOOKS_PER_BLOCKS: u32 = 4;
 
-/// How many looks in a row something is missing before it is made anew: who removes the whole
-/// directory needs a moment.
+/// How many checks in a row something must be missing before it is recreated, because removing a
+/// whole directory takes a moment.
 const LOOKS_BEFORE_MAKING: u32 = 3;
 
 /// What may be lost in a directory that is there.
@@ -44,7 +44,7 @@ impl Watch {
     /// Begins to look after the directory of `shared`, whose lock is `lock`.
     ///
     /// # Errors
-    /// Where no thread can be started, or the directory is away already.
+    /// If no thread can be started, or the directory is away already.
     pub(crate) fn begin(
         shared: &Arc<Shared>,
         lock: &Arc<Mutex<InstanceLock>>,

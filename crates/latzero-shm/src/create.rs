@@ -57,7 +57,7 @@ pub enum OpenError {
     /// The system refused.
     #[error("cannot open it: {0}")]
     Io(#[from] io::Error),
-    /// Its header makes no sense.
+    /// Its header is invalid.
     #[error(transparent)]
     Header(#[from] HeaderError),
     /// It has another length than its header says.
@@ -124,7 +124,7 @@ impl Custodian {
     /// Opens a block's file.
     ///
     /// # Errors
-    /// Where it is none, or not whole.
+    /// If it is none, or not whole.
     pub fn open_persistent(directory: BorrowedFd<'_>, file: &str) -> Result<Custodian, OpenError> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = openat(directory, file, flags, Mode::empty()).map_err(io::Error::from)?;
@@ -206,7 +206,7 @@ fn system(action: &'static str) -> impl Fn(Errno) -> CreateError {
     }
 }
 
-/// Bytes of memory that can be had without pushing others out.
+/// Bytes of memory that are available without swapping.
 fn free_memory(_file: &OwnedFd) -> u64 {
     let available = std::fs::read_to_string("/proc/meminfo").ok();
     let available = available.as_deref().and_then(available_bytes);
@@ -234,8 +234,8 @@ fn free_disk(file: &OwnedFd) -> u64 {
     rustix::fs::fstatvfs(file).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// The same file, opened anew: another open file, with flags and an access mode of its own. What is
-/// opened for reading alone the kernel lets nobody map writable.
+/// The same file, opened again: a separate open file description with its own flags and access
+/// mode. The kernel refuses writable mappings of one that is opened read-only.
 pub(crate) fn reopened(file: &OwnedFd, access: OFlags) -> Option<OwnedFd> {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());

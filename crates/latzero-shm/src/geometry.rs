@@ -51,7 +51,7 @@ impl Geometry {
     /// The geometry of a block of `size` bytes with `slots` slots.
     ///
     /// # Errors
-    /// Where no block can be so.
+    /// If no block can be so.
     pub fn new(size: u64, slots: u32) -> Result<Geometry, GeometryError> {
         if size > SIZE_MAX || slots == 0 || slots > SLOTS_MAX {
             return Err(GeometryError { size, slots });
@@ -69,7 +69,7 @@ impl Geometry {
     /// block.
     ///
     /// # Errors
-    /// Where no block can be so.
+    /// If no block can be so.
     pub fn with_spares(size: u64, slots: u32) -> Result<Geometry, GeometryError> {
         let geometry = Geometry::new(size, slots)?;
         Ok(Geometry {

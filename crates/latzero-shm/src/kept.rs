@@ -88,7 +88,7 @@ impl Kept {
         Ok(sum)
     }
 
-    /// Writes what stands in a range once more.
+    /// Writes the content of a range again.
     pub(crate) fn write_over(&self, at: u64, length: u64) -> Result<(), Fault> {
         let mut piece = vec![0; usize::try_from(length.min(PIECE_BYTES)).expect("bounded")];
         let mut done = 0;

@@ -27,34 +27,34 @@ pub trait Memory {
     /// Loads a word.
     ///
     /// # Errors
-    /// Where it can't be read.
+    /// If it can't be read.
     fn load(&self, at: u64, order: Ordering) -> Result<u64, Fault>;
 
     /// Stores a word.
     ///
     /// # Errors
-    /// Where it can't be written.
+    /// If it can't be written.
     fn store(&self, at: u64, word: u64, order: Ordering) -> Result<(), Fault>;
 
-    /// A fence between what stands before and behind it.
+    /// A full memory fence.
     fn fence(&self, order: Ordering);
 
     /// Copies bytes out, in no order.
     ///
     /// # Errors
-    /// Where they can't be read.
+    /// If they can't be read.
     fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Fault>;
 
     /// Copies bytes in, in no order.
     ///
     /// # Errors
-    /// Where they can't be written.
+    /// If they can't be written.
     fn write(&self, at: u64, from: &[u8]) -> Result<(), Fault>;
 
     /// Copies `length` bytes from one place to another that does not overlap it, in no order.
     ///
     /// # Errors
-    /// Where they can't be read or written.
+    /// If they can't be read or written.
     fn copy(&self, from: u64, to: u64, length: u64) -> Result<(), Fault> {
         // Through memory of one's own, in pieces that stay in the processor's cache.
         let mut piece = vec![0; usize::try_from(length.min(128 * 1024)).expect("it was bounded")];
@@ -70,13 +70,13 @@ pub trait Memory {
         Ok(())
     }
 
-    /// Adds one to the 32-bit word at `at` and wakes whoever waits on it.
+    /// Increments the 32-bit word at `at` and wakes its waiters.
     ///
     /// # Errors
-    /// Where it can't be written.
+    /// If it can't be written.
     fn notify(&self, at: u64) -> Result<(), Fault>;
 
-    /// Lets somebody else run, where a writer is in the way.
+    /// Yields while a writer is in progress.
     fn relax(&self, tries: u32) {
         if tries < 16 {
             std::hint::spin_loop();

@@ -14,16 +14,16 @@ use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
 use crate::slots::{self, Head, spares};
 
-/// Completes "its … makes no sense".
+/// Completes "its … is invalid".
 const NOTHING_HOLDS: &str =
     "content, of which no version's checksum holds after the end of the machine,";
 
 impl Custodian {
-    /// Takes a block of memory back from whoever still holds a descriptor of it, for reading or
-    /// writing. The caller has yet to check that it is the one it made ([`Custodian::identity`]).
+    /// Recovers a block of memory from a descriptor that a client still holds, for reading or
+    /// writing. The caller must check that it is the expected one ([`Custodian::identity`]).
     ///
     /// # Errors
-    /// Where it is no sealed memory, no block, or can't be opened for writing.
+    /// If it is no sealed memory, no block, or can't be opened for writing.
     pub fn take_back(offered: &OwnedFd) -> Result<Custodian, OpenError> {
         let stat = fstat(offered).map_err(io::Error::from)?;
         // Only memory can be sealed: what is no memfd is refused here, whatever it is.
@@ -56,7 +56,7 @@ impl Custodian {
     /// interrupted.
     ///
     /// # Errors
-    /// Where no version checks out, though one was flushed; or the file can't be read.
+    /// If no version checks out, though one was flushed; or the file can't be read.
     pub fn recover(&self) -> Result<u64, Fault> {
         let geometry = &self.description.geometry;
         if geometry.spares == 0 {
@@ -151,10 +151,10 @@ impl Custodian {
         Ok(newest.version)
     }
 
-    /// After the end of a server alone: what it was at goes on to nothing.
+    /// After a restart of only the server: cancels a flush that was in progress.
     ///
     /// # Errors
-    /// Where the file can't be written.
+    /// If the file can't be written.
     pub fn forget_flush(&self) -> Result<(), Fault> {
         if self.description.geometry.spares == 0 {
             return Ok(());

@@ -17,7 +17,7 @@ impl Attachment {
     /// The newest version in place, without a copy.
     ///
     /// # Errors
-    /// Where the block is no sealed memory (a file could be shortened under a pointer into it), or
+    /// If the block is no sealed memory (a file could be shortened under a pointer into it), or
     /// is contended.
     pub fn view(&self) -> Result<View<'_>, ReadError> {
         let Bytes::Mapped(mapped) = &self.bytes else {
@@ -80,17 +80,17 @@ impl View<'_> {
         self.version
     }
 
-    /// Whether nobody has begun to write over it since it was taken. Always true of a raw block,
-    /// whose users take its lock.
+    /// Whether it has not been overwritten since it was taken. Always true for a raw block, whose
+    /// users take its lock.
     #[must_use]
     pub fn is_valid(&self) -> bool {
         self.geometry.is_raw()
             || slots::is_untouched(self.mapped, self.slot, self.sequence).unwrap_or(false)
     }
 
-    /// Where its first byte lies in this process. The bytes may change at any time, so no reference
-    /// to them may be made; a foreign library that reads through this pointer has to be told
-    /// [`View::is_valid`] afterwards.
+    /// The address of its first byte in this process. The bytes may change at any time, so no
+    /// reference to them may be created. After a foreign library has read through this pointer,
+    /// check [`View::is_valid`].
     #[must_use]
     pub fn as_ptr(&self) -> *const u8 {
         let at = usize::try_from(self.geometry.slot(self.slot)).expect("it is mapped");
@@ -112,7 +112,7 @@ impl View<'_> {
     /// Copies bytes out.
     ///
     /// # Errors
-    /// Where they lie outside the block.
+    /// If they lie outside the block.
     pub fn copy_to(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
         if !self.geometry.contains(offset, to.len()) {
             return Err(ReadError::OutOfRange);
@@ -125,7 +125,7 @@ impl View<'_> {
     /// The number at `index`, counted in numbers of its type.
     ///
     /// # Errors
-    /// Where it lies outside the block.
+    /// If it lies outside the block.
     pub fn load<T: Element>(&self, index: u64) -> Result<T, ReadError> {
         let mut bytes = [0; 16];
         let bytes = &mut bytes[..T::BYTES];

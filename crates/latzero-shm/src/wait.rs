@@ -60,7 +60,7 @@ impl Attachment {
             };
             let slept = page.map(|page| page.wait(at::NOTIFY, seen, Some(left)));
             if !matches!(slept, Some(Ok(()))) {
-                // The futex can't be had: look again soon.
+                // The futex is not available: check again soon.
                 std::thread::sleep(left.min(GLANCE));
             }
         }

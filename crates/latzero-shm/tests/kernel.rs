@@ -28,7 +28,7 @@ fn refused(file: OwnedFd, expected: &Expected) -> AttachError {
     Attachment::new(file, expected).expect_err("it is not the block that was announced")
 }
 
-/// The block's file, opened anew.
+/// The block's file, opened again.
 fn reopened(block: &Custodian, flags: OFlags) -> OwnedFd {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", block.file().as_raw_fd());

@@ -237,7 +237,7 @@ impl Checker {
                 self.begin(*peer, message, now)
             }
             Event::Rejecting(_) => Ok(()),
-            // What could not be stored is in force all the same.
+            // What could not be stored is in force anyway.
             Event::Refused(Code::Storage) => {
                 if let Some(current) = &mut self.current {
                     current.is_unstored = true;

@@ -32,7 +32,7 @@ const INSTANCES: usize = 2;
 const ATTEMPTS: u64 = latzero_protocol::limits::ATTEMPTS_DEFAULT as u64;
 
 /// Calls of another caller that may be given out before one that waits, beyond its own: what is
-/// under way when it comes, and what comes in one step.
+/// in progress when it comes, and what comes in one step.
 const TURNS_SLACK: usize = 4;
 
 /// Handles of old calls that are remembered, to be answered too late.

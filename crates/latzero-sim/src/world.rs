@@ -504,7 +504,7 @@ impl World {
         assert_eq!(left, 0, "every row was written by the core itself");
     }
 
-    /// Begins again with rows that anybody may have written; returns how many make no sense.
+    /// Begins again with rows that anybody may have written; returns how many are invalid.
     pub fn restart_with(&mut self, seed: u64, rows: crate::store::Rows) -> usize {
         self.store.rows = rows;
         self.begin_again(seed)
@@ -571,7 +571,7 @@ impl World {
         left
     }
 
-    /// Has a pool take something in; one that was made for it goes again where it makes no sense.
+    /// Has a pool take something in; one that was made for it goes again where it is invalid.
     fn take_in(
         &mut self,
         name: &PoolName,
@@ -606,7 +606,7 @@ impl World {
         self.observer.totals
     }
 
-    /// Calls under way in all pools.
+    /// Calls in progress in all pools.
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
         let registry = self.registry.borrow();

@@ -62,8 +62,8 @@ pub struct Summary {
     pub block_bytes: u64,
 }
 
-/// Adds blocks to a backup that is being made. Runs on the thread that asked for it; the store goes
-/// on meanwhile.
+/// Adds blocks to a backup in progress. Runs on the requesting thread; the store continues in the
+/// meantime.
 #[derive(Debug)]
 pub struct BackupWriter<'b> {
     conn: &'b Connection,
@@ -72,8 +72,8 @@ pub struct BackupWriter<'b> {
 }
 
 impl Store {
-    /// Makes a backup without the bytes of blocks, at `to` or under a name of its own in the
-    /// directory of backups.
+    /// Makes a backup without the bytes of blocks, at `to` or as a new file in the directory of
+    /// backups.
     pub fn backup(&self, to: Option<&Path>) -> Result<Backup, StoreError> {
         self.backup_with(to, |_| Ok(()))
     }
@@ -168,8 +168,8 @@ impl BackupWriter<'_> {
     }
 }
 
-/// A backup's name for SQLite, so that what lies beside it (a log, a journal) is not read: a backup
-/// is one file.
+/// A backup's name for SQLite, so that files beside it (a log, a journal) are not read: a backup is
+/// one file.
 pub(crate) fn alone(path: &Path) -> Result<String, BackupError> {
     let absolute = std::path::absolute(path).map_err(|e| BackupError::file("find", path, e))?;
     // As in a URI (https://sqlite.org/uri.html): every byte that could mean something else there.
@@ -358,7 +358,7 @@ pub(crate) fn copy(
         });
     }
     let mut target = connect(to).map_err(failed("open"))?;
-    // Nobody reads the copy before it was checked and synced as a whole.
+    // The copy is not used before it was checked and synced completely.
     target
         .execute_batch("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
         .map_err(failed("prepare"))?;
@@ -381,7 +381,7 @@ pub(crate) fn copy(
         .map_err(|(_, error)| BackupError::sqlite("close", to, error))
 }
 
-/// Writes the copy anew without free pages: what was deleted is not in a backup.
+/// Rewrites the copy without free pages, so that a backup contains no deleted data.
 pub(crate) fn compact(copied: &Path) -> Result<(), BackupError> {
     let failed = |error| BackupError::sqlite("compact", copied, error);
     let mut name = copied.as_os_str().to_owned();
@@ -407,8 +407,8 @@ pub(crate) fn compact(copied: &Path) -> Result<(), BackupError> {
     made
 }
 
-/// Makes the copy a file that stands alone: a copy of a database in WAL mode would otherwise want a
-/// log beside it.
+/// Makes the copy self-contained: a copy of a database in WAL mode would otherwise need a log
+/// beside it.
 fn unshare(conn: &Connection) -> rusqlite::Result<()> {
     conn.execute_batch(
         "PRAGMA journal_mode = DELETE; PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF",

@@ -7,8 +7,8 @@ use rusqlite::ErrorCode;
 
 use crate::place::Missing;
 
-/// Why a change, a backup or a check did not happen. Cheap to clone: one reason is told to many
-/// tickets.
+/// Why a change, a backup or a check did not happen. Cheap to clone, because one reason goes to
+/// many tickets.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// The disk did not take the transaction. It was rolled back; after a crash at this moment it
@@ -113,7 +113,7 @@ pub enum BackupError {
     /// A question in SQL can't be answered.
     #[error("cannot run the query: {0}; only one SELECT within the limits is allowed")]
     Query(String),
-    /// The store stopped meanwhile.
+    /// The store stopped in the meantime.
     #[error("{0}")]
     Store(StoreError),
 }
@@ -142,7 +142,7 @@ pub enum OpenError {
         /// The newest schema known here.
         known: i64,
     },
-    /// Another program's database lies there.
+    /// The file is another program's database.
     #[error("{} is another program's database (application_id {found:#x}); move it away, or \
         choose another data directory", path.display())]
     Foreign {
@@ -284,8 +284,8 @@ pub(crate) fn is_of_the_change(error: &rusqlite::Error) -> bool {
     }
 }
 
-/// Whether the file's contents are at fault: then it is set aside. Anything else may heal, and the
-/// file stays.
+/// Whether the file's contents are at fault: then it is moved aside. Anything else may heal, and
+/// the file stays.
 pub(crate) fn is_damage(error: &rusqlite::Error) -> bool {
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => matches!(

@@ -20,7 +20,7 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Makes sure that `path` is there, and ours alone (0600). Tells whether it had to be made.
+/// Ensures that `path` exists and is private (0600). Returns whether it was created.
 pub(crate) fn private_file(path: &Path) -> io::Result<bool> {
     match OpenOptions::new()
         .write(true)
@@ -59,7 +59,7 @@ pub(crate) fn check_regular(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes sure that the directory `path` is there; a new one is ours alone (0700).
+/// Ensures that the directory `path` exists; a new one is private (0700).
 pub(crate) fn private_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new()
         .recursive(true)
@@ -94,7 +94,7 @@ pub(crate) fn rename_new(from: &Path, to: &Path, faults: &Faults) -> io::Result<
     }
 }
 
-/// The directory that a file lies in.
+/// The directory of a file.
 pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,

@@ -73,8 +73,8 @@ pub struct Report {
     pub restored_from: Option<PathBuf>,
 }
 
-/// Opens the database in `data_dir`, which must exist and be the caller's alone; only one process
-/// may do so at a time.
+/// Opens the database in `data_dir`, which must exist and be private to the caller; only one
+/// process at a time may do so.
 pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
     if !schema::library_is_safe(rusqlite::version_number()) {
         let found = schema::library_version().to_owned();
@@ -86,7 +86,8 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
     let (conn, contents) = open_files(&place, &options, &mut report)?;
     let guard = Guard::new(place)
         .map_err(|error| OpenError::file("look at", &data_dir.join(DATABASE), error))?;
-    // It is told; the next start has nothing to say of it. A disk that is full has it told again.
+    // It has been reported, so the next start does not report it. If the disk is full, it is
+    // reported again.
     let told = "UPDATE store_state SET value = 'open' WHERE key = 'run' AND value = ?1";
     if let Err(error) = conn.execute(told, [restore::BY_ITSELF]) {
         tracing::warn!(%error, "the next start will tell this again");
@@ -297,8 +298,7 @@ fn try_open(
     Ok((conn, contents))
 }
 
-/// Opens the file without ever making one. A connection stays on one thread at a time, so it needs
-/// no lock of its own.
+/// Opens an existing file. A connection is used by one thread at a time, so it needs no lock.
 pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     Connection::open_with_flags(
         path,
@@ -424,7 +424,7 @@ fn set_stray_log_aside(
     Ok(())
 }
 
-/// A data directory with backups and without a database is not a new one: somebody should know.
+/// A data directory with backups but without a database is not new, so this is reported.
 fn note_what_is_missing(place: &Place, report: &mut Report) {
     if report.is_degraded {
         return;

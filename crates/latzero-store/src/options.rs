@@ -28,8 +28,8 @@ pub enum Durability {
 pub struct Options {
     /// What a commit waits for.
     pub durability: Durability,
-    /// Changes in one transaction at most. A larger [`Store::commit`](crate::Store::commit) has one
-    /// of its own.
+    /// Maximum changes in one transaction. A larger [`Store::commit`](crate::Store::commit) gets
+    /// its own transaction.
     pub group_max: usize,
     /// Promised changes that may wait; beyond it a promise is refused at once.
     pub queue_max: usize,
@@ -41,8 +41,8 @@ pub struct Options {
     pub retry_first: Duration,
     /// … up to this time. A new promise is tried at once, and heals the store for all.
     pub retry_max: Duration,
-    /// How long files of the database are missing before they are made anew: who removes the whole
-    /// directory needs a moment.
+    /// How long files of the database must be missing before they are recreated, because removing a
+    /// whole directory takes a moment.
     pub rebuild_after: Duration,
     /// Pages (4 KiB) that a backup copies between two transactions.
     pub backup_step_pages: i32,

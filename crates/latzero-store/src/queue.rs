@@ -32,7 +32,7 @@ pub(crate) enum Changes {
 /// Who learns what became of a job.
 #[derive(Debug)]
 pub(crate) enum Teller {
-    /// Nobody: it is tried until it is written.
+    /// Nobody: it is retried until it is written.
     Nobody,
     /// The caller's `on_done`.
     Ticket(Ticket),

@@ -65,7 +65,7 @@ pub(crate) struct Found {
     is_pre_migration: bool,
 }
 
-/// Removes the backups of `data_dir` that `policy` does not keep. Other files are left alone.
+/// Removes the backups of `data_dir` that `policy` does not keep. Other files are not touched.
 pub fn prune(data_dir: &Path, policy: &Policy) -> io::Result<Pruned> {
     let dir = data_dir.join(BACKUPS);
     let found = list(&dir);

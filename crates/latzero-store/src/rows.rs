@@ -215,7 +215,7 @@ pub struct BlockRow {
     pub permissions: String,
     /// The app that owns it.
     pub owner: String,
-    /// How long it lives, in the protocol's word.
+    /// Its lifetime, as the protocol names it.
     pub lifetime: String,
     /// Its generation.
     pub generation: u64,

@@ -81,8 +81,8 @@ pub(crate) fn objects(conn: &Connection) -> rusqlite::Result<BTreeSet<(String, S
     .collect()
 }
 
-/// Removes triggers, views and indexes, of which no schema has any: whoever had the file before may
-/// have added them, and a trigger acts with every write. Tells what they were.
+/// Removes triggers, views and indexes, which no schema has. A previous owner of the file may have
+/// added them, and a trigger runs on every write. Returns what was removed.
 pub(crate) fn drop_foreign(conn: &Connection) -> rusqlite::Result<Vec<String>> {
     let found = objects(conn)?;
     // Triggers first: a view's go with it.

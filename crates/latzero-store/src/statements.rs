@@ -74,7 +74,7 @@ impl Sql {
     }
 }
 
-/// How the run stands, for the next start.
+/// The state of the run, for the next start.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Run {
     Open,
@@ -188,7 +188,7 @@ impl<'c> Statements<'c> {
         .map(drop)
     }
 
-    /// A statement that counts as a step of its own.
+    /// A statement that counts as a separate step.
     fn step(&mut self, sql: Sql) -> rusqlite::Result<&mut Statement<'c>> {
         self.faults.step("statement")?;
         self.get(sql)

@@ -67,7 +67,7 @@ pub(crate) fn run(mut conn: Connection, shared: Arc<Shared>, mut options: Option
     }
 }
 
-/// Leaves nobody waiting for a thread that is gone, whatever ended it.
+/// Notifies everyone who waits if the thread ends for any reason.
 struct End(Arc<Shared>);
 
 impl Drop for End {
@@ -84,7 +84,7 @@ impl Drop for End {
 
 /// Why a writer ended.
 enum Ended {
-    /// It was asked to; who asked is told.
+    /// It was requested; the requester is notified.
     Closed(Closing),
     Abandoned,
     /// The database's files were gone and are there again, behind this connection. Some changes are
@@ -338,7 +338,7 @@ impl<'c> Writer<'c> {
         failpoint::reached("store.after_commit");
         self.is_marked = true;
         self.note_commit();
-        // What is promised is under its name, not in a file that was removed meanwhile.
+        // Promised changes must be in the file under its name, not in one that was removed.
         self.check_place()
     }
 
@@ -354,8 +354,8 @@ impl<'c> Writer<'c> {
         checked.map_err(StoreError::missing)
     }
 
-    /// Makes the database's files anew where they were removed or moved, from the open connection,
-    /// which still has them. None where nothing is gone, or nothing can be made.
+    /// Recreates the database's files if they were removed or moved, from the open connection,
+    /// which still has them. None if nothing is missing, or nothing can be recreated.
     fn rebuild_where_gone(&mut self) -> Option<Connection> {
         let gone = self.shared.guard().check().err();
         let Some(gone) = gone.filter(|gone| *gone != Missing::Directory) else {
@@ -414,7 +414,7 @@ impl<'c> Writer<'c> {
         }
     }
 
-    /// Writes one job; `Some` says why it alone was refused.
+    /// Writes one job; `Some` is the reason why only this job was refused.
     fn write(&mut self, changes: &Changes) -> rusqlite::Result<Option<StoreError>> {
         // A single statement undoes itself when it fails (ON CONFLICT ABORT).
         if let Changes::One(change) = changes
@@ -520,8 +520,8 @@ fn is_due(state: &State, now: Instant) -> bool {
     }
 }
 
-/// Gives a copy of the database its name. What lies there, such as a log without its database, is
-/// set aside.
+/// Renames a copy of the database to its final name. Files in its place, such as a log without its
+/// database, are moved aside.
 fn put_in_place(temporary: &Path, database: &Path, faults: &Faults) -> Result<(), BackupError> {
     let failed = |error| BackupError::file("make", database, error);
     files::sync_file(temporary, faults).map_err(failed)?;

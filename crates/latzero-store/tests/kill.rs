@@ -19,7 +19,7 @@ use latzero_store::{BACKUPS, Change, Contents, failpoint, open, open_backup, res
 const DIR: &str = "LATZERO_STORE_KILL_DIR";
 const MODE: &str = "LATZERO_STORE_KILL_MODE";
 
-/// The process that dies. As a test of its own it does nothing.
+/// The process that dies. As a test it does nothing.
 #[test]
 fn child() {
     let Some(dir) = std::env::var_os(DIR) else {
@@ -110,7 +110,7 @@ fn run(dir: &Path, mode: &str, place: Option<(&str, u64)>, lines: usize) -> Vec<
             told.push(line.to_owned());
         }
         if told.len() == lines {
-            // Lines that it wrote until it is dead are read all the same.
+            // Lines that it wrote until it is dead are read anyway.
             child.kill().unwrap();
         }
     }

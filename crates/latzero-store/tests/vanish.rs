@@ -24,7 +24,7 @@ fn put(name: &str) -> Vec<Change> {
     vec![Change::PutApp(app(name))]
 }
 
-/// A store whose files are made anew as soon as they are missing.
+/// A store whose files are recreated as soon as they are missing.
 fn quick(dir: &Path) -> Store {
     let options = Options {
         rebuild_after: Duration::ZERO,
@@ -244,7 +244,7 @@ fn a_linked_database_stays_linked() {
     let restored = restore(&backup, &dir, |_, _| Ok(())).unwrap();
     assert!(is_link() && restored.set_aside[0].starts_with(disk.canonicalize().unwrap()));
     assert_eq!(apps(&dir), ["a"]);
-    // One that is damaged is set aside where it lies.
+    // One that is damaged is moved aside where it lies.
     fs::write(disk.join("lz.db"), "garbage".repeat(1000)).unwrap();
     let opened = reopen(&dir);
     assert_eq!(opened.report.restored_from.as_deref(), Some(&*backup));

@@ -188,7 +188,7 @@ impl Wire {
     /// Opens a connection to the Unix socket at `path`, where somebody listens.
     ///
     /// # Errors
-    /// Where nobody does.
+    /// If nobody does.
     pub fn try_unix(path: &Path) -> io::Result<Wire> {
         UnixStream::connect(path).map(|stream| Wire::new(Stream::Unix(stream)))
     }
@@ -247,7 +247,7 @@ impl Wire {
     /// Sends one message, and says whether the server still took it.
     ///
     /// # Errors
-    /// Where the connection has ended.
+    /// If the connection has ended.
     pub fn try_send(&mut self, message: &Value) -> io::Result<()> {
         let mut out = Vec::new();
         frame::append(&mut out, |out| {
@@ -282,7 +282,7 @@ impl Wire {
     /// The next message; `None` where the server closed the connection.
     ///
     /// # Errors
-    /// Where nothing comes in time.
+    /// If nothing comes in time.
     pub fn try_receive(&mut self) -> io::Result<Option<(Value, Option<Vec<u8>>)>> {
         let accept = Accept {
             max_frame: 1 << 30,

@@ -466,7 +466,7 @@ fn kill(mut child: Child) {
     child.wait().unwrap();
 }
 
-/// Not a test of its own: what [`client`] runs.
+/// Not its own test: what [`client`] runs.
 #[test]
 fn a_client_to_be_killed() {
     let Ok(script) = std::env::var(ROLE) else {

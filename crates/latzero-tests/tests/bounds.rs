@@ -243,7 +243,7 @@ fn the_crowd_at_the_door_is_bounded() {
     let mut third = server.connect(Via::Unix);
     let (told, _) = third.try_receive().unwrap().expect("a word before the end");
     assert_eq!(code(&told), "overloaded");
-    // Another user, here another address, has a door of its own; and a handshake makes room.
+    // Another user, here another address, has its own door; and a handshake makes room.
     let _over_tcp = caller(&server, Via::Tcp, "tcp");
     waiting[0].send(&json!({"action": "handshake", "app_id": "in"}));
     assert_eq!(waiting[0].receive()["status"], "ok");

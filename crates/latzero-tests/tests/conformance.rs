@@ -33,7 +33,7 @@ fn run_all(via: Via) {
     assert!(ran >= 20, "only {ran} vectors were found");
 }
 
-/// Runs one vector against a server of its own.
+/// Runs one vector against its own server.
 fn run(vector: &Value, via: Via) {
     let name = &vector["name"];
     let server = Server::start();

@@ -263,7 +263,7 @@ fn the_order_in_which_they_come_back_does_not_matter() {
     }
 }
 
-/// An app that is a process of its own.
+/// An app that is its own process.
 fn puppet(server: &Daemon, mut handshake: Value) -> Puppet {
     let mut puppet = Puppet::start(CLIENT, &[server.socket().to_str().unwrap()]);
     handshake["action"] = "handshake".into();
@@ -475,7 +475,7 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
         let (calls, seen) = take_calls(&mut handler, CALLS);
         let first: Vec<_> = (0..CALLS as u64).map(|n| (n, 1)).collect();
         assert_eq!(seen, first, "{case}");
-        // The first two are answered; the others are under way when it happens.
+        // The first two are answered; the others are in progress when it happens.
         for call in &calls[..2] {
             answer(&mut handler, call);
         }
@@ -872,7 +872,7 @@ fn a_copy_of_the_directory_at_any_acknowledged_step_holds_what_was_acknowledged(
     for (done, step) in steps.iter().enumerate() {
         let synced = length();
         let mark = std::fs::read(site.data_dir().join("data.db.mark")).unwrap_or_default();
-        // The next step is under way when the power fails: the copy has any part of it.
+        // The next step is in progress when the power fails: the copy has any part of it.
         let mut message = step.clone();
         message["id"] = "step".into();
         app.send(&message);
@@ -1084,7 +1084,7 @@ fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
     }
     let mut owner = join(&server, json!({"app_id": "owner", "pools": ["closed"]}));
     ok(&owner.request(json!({"action": "pool_remove", "pool": "closed", "force": true})));
-    // What waited in a pool of its own left none behind, and an app whose registration is lost is a
+    // What waited in its own pool left none behind, and an app whose registration is lost is a
     // new one.
     let pools = owner.request(json!({"action": "pool_list"}));
     assert!(!pools.to_string().contains("ghost"), "{pools}");

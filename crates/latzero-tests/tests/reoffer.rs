@@ -156,7 +156,7 @@ fn only_the_block_itself_is_taken_back() {
         "bad_message"
     );
     assert_eq!(offer(&mut wire, &held), "");
-    // A block that somebody made anew meanwhile is not replaced.
+    // A block that somebody recreated meanwhile is not replaced.
     server.kill();
     server.restart();
     let mut maker = mapping(&server, "maker");

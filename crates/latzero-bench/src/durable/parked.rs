@@ -129,7 +129,7 @@ pub(super) fn run(args: &DurableArgs) -> Result<Found, Failure> {
     })
 }
 
-/// SQLite's own rate: the rows of parked calls, each in a transaction of its own, with the store's
+/// SQLite's own rate: the rows of parked calls, each in its own transaction, with the store's
 /// schema and pragmas.
 pub(super) fn rows_per_second(time: Duration) -> Result<f64, Failure> {
     let scratch = tempfile::tempdir().during("make a directory for SQLite")?;

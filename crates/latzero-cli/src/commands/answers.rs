@@ -77,7 +77,7 @@ fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<
     for name in names.filter(|name| *name != "system" && !joined.iter().any(|j| j == name)) {
         match app.join(name) {
             Ok(()) => {}
-            // It was removed meanwhile, with its answers.
+            // The pool was removed in the meantime, with its answers.
             Err(error) if error.kind() == Code::NoPool => {}
             Err(error) => refused.push(format!("{name}: {}", error.message())),
         }

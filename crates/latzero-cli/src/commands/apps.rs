@@ -87,7 +87,7 @@ fn forget(args: &ForgetArgs, output: &Output) -> Done {
     };
     let hint = match code(&failure) {
         Some("no_app") => {
-            // Without the list there is no suggestion, and the error is reported all the same.
+            // Without the list there is no suggestion, but the error is still reported.
             let offline = offline(&connection).unwrap_or_default();
             let names = offline.iter().filter_map(|app| app["app_id"].as_str());
             let near = did_you_mean(&nearest(app_id, names));
@@ -136,7 +136,7 @@ fn forget_offline(older: Duration, connection: &Connection, output: &Output) -> 
         };
         match connection.administer(&forgetting(app_id)) {
             Ok(_) => forgotten.push(app_id.to_owned()),
-            // It came back, or somebody else was faster.
+            // It reconnected, or was already forgotten.
             Err(failure) if matches!(code(&failure), Some("no_app" | "app_in_use")) => {}
             Err(failure) => return Err(failure),
         }

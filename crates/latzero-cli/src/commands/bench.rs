@@ -28,8 +28,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// The trigger of the handler in this program.
 const TRIGGER: &str = "bench";
 
-/// The longest time that is told from longer ones, in microseconds times ten: the ttl of a call, a
-/// day at most.
+/// The longest time that is recorded exactly, in tenths of a microsecond: the longest ttl of a
+/// call, one day.
 const TENTHS_MAX: u64 = 864_000_000_000;
 
 /// What was measured.

@@ -128,8 +128,8 @@ fn wait(parked: Parked, connection: &Connection, output: &Output) -> Result<Repl
     }))
 }
 
-/// Returns without waiting for a parked call. If its answer is there already, it is printed: nobody
-/// would get it later.
+/// Returns without waiting for a parked call. An answer that has already arrived is printed,
+/// because it could not be fetched later.
 fn leave(parked: Parked, connection: &Connection, args: &CallArgs, output: &Output) -> Done {
     let id = parked.id().to_owned();
     drop(parked);

@@ -316,7 +316,7 @@ fn read_passphrase(output: &Output) -> Result<Zeroizing<String>, Failure> {
     Ok(Zeroizing::new(words.to_owned()))
 }
 
-/// A new secret, from the system's generator alone.
+/// A new secret from the system's random number generator.
 fn random() -> Result<Secret, Failure> {
     Secret::filled(|bytes| {
         let mut filled = 0;
@@ -383,7 +383,7 @@ fn write_keys(pool: &str, keys: &KeySet, kinds: &[Kind], path: &Path) -> Result<
     write_new(path, text.as_bytes())
 }
 
-/// Writes a file that nobody else can read: all of it, or none; never over another one.
+/// Writes a private file, completely or not at all; never overwrites one.
 fn write_new(path: &Path, content: &[u8]) -> Result<(), Failure> {
     let cannot = |error: std::io::Error| {
         Failure::new(
@@ -433,7 +433,7 @@ fn refused(path: &Path, error: KeyError) -> Failure {
     })
 }
 
-/// Reads a key file: a regular file of this user that nobody else can read.
+/// Reads a key file, which must be a private regular file of this user.
 fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let bad = |what: &str| Failure::usage(format!("the key file {} {what}", path.display()));
     // Links are not followed, and a pipe does not make the opening wait.

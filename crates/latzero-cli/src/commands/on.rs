@@ -127,7 +127,7 @@ fn report_lost(listening: &mut [Listening], waiting: Waiting) {
         }
         lost += events.take_lost();
         if lost > 0 {
-            // Nobody misses a note when stderr is closed.
+            // If stderr is closed, the note is not needed.
             let lost = count(lost, "event");
             let _ = writeln!(std::io::stderr(), "lost {lost} of {}", target.trigger);
         }

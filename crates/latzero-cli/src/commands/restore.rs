@@ -15,7 +15,7 @@ use crate::output::{Cell, Output, count};
 use super::store::{contents, made, to_json};
 
 pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
-    // What is made here is read by a server later, and by nobody else.
+    // A server reads these files later; no other user may.
     private_umask();
     let file = &args.file;
     if let Err(error) = std::fs::File::open(file) {

@@ -78,8 +78,8 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
             format!("cannot start a thread or process: {error}"),
         )
     })?;
-    // Ends when the connection is over for good; watching costs the server one event when an app
-    // comes or goes.
+    // Ends when the connection is closed permanently. Watching costs the server one event when an
+    // app connects or disconnects.
     let pool = connection.app.joined().into_iter().next();
     let mut events = match &pool {
         Some(pool) => Some(block_on(connection.app.as_async().watch(pool))?),
@@ -159,7 +159,7 @@ fn end_on_signal(
                 }
                 let _ = app.close();
             };
-            // On a thread of its own, so that a second signal is heard meanwhile.
+            // On a separate thread, so that a second signal is still received.
             if thread::Builder::new()
                 .name("closing".into())
                 .spawn(close)

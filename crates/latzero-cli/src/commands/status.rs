@@ -112,7 +112,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-/// No server answers. A process may use the directory all the same: one that starts, hangs, or
+/// No server responds. A process may still be using the directory: one that is starting, hangs, or
 /// listens elsewhere.
 fn not_running(reach: &Reach, mut failure: Failure, output: &Output) -> Done {
     let dir = reach.data_dir().0;

@@ -27,7 +27,7 @@ pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
         .as_str()
         .unwrap_or("")
         .to_owned();
-    // Taken while the server certainly lives, so that it can be of no other process.
+    // Opened while the server is certainly running, so that it cannot be another process.
     let process = process_of(&data_dir, pid);
     connection.administer(&json!({"action": "shutdown"}))?;
     let place = connection.place();

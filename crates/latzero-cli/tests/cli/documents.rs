@@ -87,7 +87,7 @@ fn normal(line: &str) -> String {
         .fold(out, |out, age| out.replace(age, "just now"))
 }
 
-/// A shell on a terminal of its own.
+/// A shell on its own terminal.
 struct Shell {
     child: Child,
     output: Receiver<String>,

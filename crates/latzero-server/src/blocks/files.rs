@@ -96,8 +96,7 @@ pub(super) struct Files {
 
 impl Files {
     pub(super) fn open(path: &Path) -> io::Result<Files> {
-        // A link to a directory on another disk is followed: it lies in a directory that is this
-        // user's alone.
+        // A link to a directory on another disk is followed, because it is in a private directory.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Files {
             directory: rustix::fs::open(path, flags, Mode::empty())?,
@@ -111,7 +110,7 @@ impl Files {
         description: &Description,
     ) -> Result<(Custodian, Names), CreateError> {
         let names = Names::of(description);
-        // One that was left half made belongs to nobody.
+        // An incomplete one belongs to no block.
         self.unlink(&names.new_bytes());
         let custodian =
             Custodian::create_persistent(self.directory.as_fd(), &names.new_bytes(), description);

@@ -19,7 +19,7 @@ impl Blocks {
             .collect()
     }
 
-    /// Refuses to promise that a block is on disk whose file nobody finds at the next start.
+    /// Refuses to promise that a block is on disk if the next start would not find its file.
     pub(super) fn check_place(&self, stored: &Stored) -> Result<(), Refusal> {
         if stored.names.is_none() || self.is_in_place(stored) {
             return Ok(());
@@ -46,8 +46,8 @@ impl Blocks {
         matches!((found, known), (Ok(found), Ok(known)) if (found.dev(), found.ino()) == known)
     }
 
-    /// Writes a block's file anew whose name is gone, so that the next start finds it; for the
-    /// server's end.
+    /// Writes the file of a block again if it was removed, so that the next start finds it. For the
+    /// stop of the server.
     pub(super) fn put_back(&self, stored: &Stored) -> std::io::Result<()> {
         let Some(names) = &stored.names else {
             return Ok(());

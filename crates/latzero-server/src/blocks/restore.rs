@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::files::{Files, Names};
 use super::{FENCE_KEPT_MAX, pool_id, random_id, unix_ns};
 
-/// Blocks on their way out of a backup. What is not committed goes when this is dropped.
+/// Blocks being restored from a backup. Dropping this deletes those that are not committed.
 pub(crate) struct Restoring {
     files: Files,
     present: Vec<Present>,
@@ -48,7 +48,7 @@ impl Restoring {
     /// another run of the machine, and then what was not flushed counts for nothing.
     ///
     /// # Errors
-    /// Where the directory can't be opened.
+    /// If the directory can't be opened.
     pub(crate) fn begin(directory: &Path) -> io::Result<Restoring> {
         let files = Files::open(directory)?;
         let booted = booted();
@@ -80,10 +80,10 @@ impl Restoring {
         })
     }
 
-    /// Makes a block as a backup has it, under a name that no start takes in.
+    /// Creates a block from a backup, under a name that a start ignores.
     ///
     /// # Errors
-    /// Where the backup's record of it makes no sense, its bytes can't be read, or the disk has no
+    /// If the backup's record of it is invalid, its bytes can't be read, or the disk has no
     /// room.
     pub(crate) fn put(&mut self, head: &BlockHead, bytes: &mut dyn Read) -> io::Result<()> {
         let senseless = |why: String| {
@@ -139,7 +139,7 @@ impl Restoring {
         Ok(())
     }
 
-    /// Has every block that was made take its place. Returns how many others were set aside for
+    /// Has every block that was made take its place. Returns how many others were moved aside for
     /// them.
     ///
     /// # Errors

@@ -118,7 +118,7 @@ impl Rows {
         self.store.as_ref()
     }
 
-    /// Gives up what nobody offered; returns how many blocks that were.
+    /// Stops waiting for blocks that no client offered, and returns their number.
     pub(super) fn end_grace(&self, since_start: Time, now: Time) -> usize {
         if !self.is_awaiting() || now < since_start.after_ms(GRACE_MS) {
             return 0;
@@ -138,7 +138,7 @@ impl Rows {
         let Ok(record) = serde_json::from_str::<Value>(record) else {
             return;
         };
-        // It goes with the server, as its pool's rules do.
+        // It ends with the server, like the policy of its pool.
         if record["outlives"] == false {
             return;
         }

@@ -42,8 +42,8 @@ pub(crate) struct Giving {
 #[derive(Debug, Default)]
 struct State {
     to: Weak<Peer>,
-    /// The memory of each block as it was given. Not held, so that a block that goes gives its
-    /// memory back.
+    /// The memory of each block that was handed over. Weak, so that removing a block frees its
+    /// memory.
     blocks: BTreeMap<(PoolName, BlockId), Weak<OwnedFd>>,
     is_taken: bool,
 }
@@ -58,8 +58,7 @@ impl Giving {
         self.state().is_taken
     }
 
-    /// The connection of the server that takes over, once it has everything and for as long as it
-    /// lives.
+    /// The connection of the server that takes over, from when it has everything until it closes.
     pub(crate) fn taker(&self) -> Option<Arc<Peer>> {
         let state = self.state();
         state.is_taken.then(|| state.to.upgrade()).flatten()
@@ -70,7 +69,7 @@ impl Giving {
         self.quiet_loops.fetch_add(1, SeqCst);
     }
 
-    /// Whether nothing changes any more in any of so many loops.
+    /// Whether all loops have stopped changing anything.
     pub(crate) fn is_quiet(&self, loops: usize) -> bool {
         self.quiet_loops.load(SeqCst) >= loops
     }
@@ -221,13 +220,13 @@ fn taken(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refu
         return refusal("nothing was handed over to this connection, or another one asked since");
     }
     if by.has_hung_up() {
-        // It died after its word: nobody would serve.
+        // It died after it reported that it has everything, so no server would be left.
         *shared.giving.state() = State::default();
         return refusal("the server that asked to take over has ended");
     }
     // Before the drain: its connection may be another loop's, which would close it among the first.
     shared.giving.state().is_taken = true;
-    // Not where a stop was asked for in between: nobody is to serve then.
+    // Not if a stop was requested in between.
     if !shared.drain() {
         shared.giving.state().is_taken = false;
         return refusal("this server is already stopping; start a new one when it has stopped");

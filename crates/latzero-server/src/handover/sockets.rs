@@ -78,7 +78,7 @@ pub(super) fn settle_tcp(
 pub(super) struct GivenUnix {
     listener: UnixListener,
     path: PathBuf,
-    /// Its file's; absent where that is gone, so that nobody finds it.
+    /// The inode of its file; absent if the file is gone and no client can find it.
     identity: Option<(u64, u64)>,
     /// A service manager made it.
     is_passed: bool,

@@ -72,7 +72,7 @@ impl Inherited {
 /// Who served before, to be logged as soon as there is a log.
 pub(crate) enum Before {
     Nobody,
-    /// One that ended in order, with so many blocks.
+    /// One that stopped in an orderly way, and its number of blocks.
     HandedOver {
         pid: i32,
         blocks: usize,
@@ -105,7 +105,7 @@ impl Before {
 /// runs, nothing is inherited but what a service manager `passed`.
 ///
 /// # Errors
-/// Where it refuses, does not understand, or does not end in time; and where this server could not
+/// If it refuses, does not understand, or does not end in time; and where this server could not
 /// listen. Unless it has told the old one to end by then, that one goes on as before.
 pub(crate) fn ask(
     settings: &Settings,
@@ -166,7 +166,7 @@ pub(crate) fn ask(
             let patience = drain_timeout + PATIENCE;
             let end = Instant::now() + patience;
             let is_over = old.await_end(&mut blocks, process.as_ref(), end);
-            // From here on nobody serves but this server: giving up is no way out.
+            // From here on this server is the only one, so it must not fail.
             if !is_over {
                 insist(pid, process.as_ref(), patience);
             }
@@ -300,7 +300,7 @@ fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
     }
 }
 
-/// Tells who started this server how it goes, before there is a log.
+/// Reports progress on stderr, before the log is open.
 fn say(text: &str) {
     // Nobody may be listening.
     let _ = writeln!(io::stderr(), "latzero: {text}");
@@ -309,7 +309,7 @@ fn say(text: &str) {
 /// What the old server offers.
 struct Offer {
     pid: i32,
-    /// Absent where it ended meanwhile, or is of another pid namespace (pid_namespaces(7)).
+    /// Absent if it has ended, or is in another pid namespace (pid_namespaces(7)).
     process: Option<OwnedFd>,
     drain_timeout: Duration,
     tcp: Vec<TcpListener>,
@@ -361,8 +361,8 @@ struct Old {
 }
 
 impl Old {
-    /// Whoever listens here must be this user, or root: it is given nothing, but what it gives is
-    /// trusted.
+    /// The process that listens here must belong to this user, or root: it gets nothing, but what
+    /// it sends is trusted.
     fn check_user(&self) -> Result<(), String> {
         let (_, uid) = credentials(&self.stream).map_err(|error| error.to_string())?;
         if is_trusted(uid) {
@@ -371,7 +371,7 @@ impl Old {
         Err(format!("it belongs to another user (uid {uid})"))
     }
 
-    /// Takes what it has to give. It goes on as before.
+    /// Receives its sockets and blocks. It continues to serve.
     fn ask(&mut self, data_dir: &Path) -> Result<Offer, Failure> {
         let features = ["attachments", "fd_passing"];
         self.send(
@@ -397,7 +397,7 @@ impl Old {
             .and_then(|pid| i32::try_from(pid).ok())
             .unwrap_or(0)
             .max(0);
-        // Before it is told to end: its number is its own until then.
+        // Before it is told to stop: until then its pid cannot be reused.
         let process = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         let drain_timeout = response["drain_timeout"].as_u64();
         let mut offer = Offer {
@@ -477,7 +477,7 @@ impl Old {
                 break;
             }
         }
-        // Its last word about a block counts.
+        // The last message about a block counts.
         let renewed: BTreeSet<_> = last.iter().map(|(pool, id, _)| (pool, id)).collect();
         blocks.retain(|(pool, id, _)| !renewed.contains(&(pool, id)));
         blocks.append(&mut last);

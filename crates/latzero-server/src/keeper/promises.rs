@@ -118,7 +118,7 @@ mod tests {
         let peer = || Peer::new(0, None, books.connection(&books.user(true)));
         let (a, b) = (peer(), peer());
         let mut words = Vec::new();
-        // Nothing before it: it is told at once.
+        // Nothing is before it, so it is sent at once.
         let before = line.promise(1, &a);
         let word = line.refused((1, before), refusal()).unwrap();
         assert!(Arc::ptr_eq(&word.0, &a) && word.1.is_err());
@@ -139,7 +139,7 @@ mod tests {
         assert!(words.iter().all(|(peer, _)| Arc::ptr_eq(peer, &a)));
         let results: Vec<bool> = words.iter().map(|(_, result)| result.is_ok()).collect();
         assert_eq!(results, [true, false, false, true]);
-        // What was told already holds up nothing.
+        // Replies that were already sent delay nothing.
         let before = line.promise(7, &a);
         assert_eq!(before, Some(6));
         assert!(line.refused((7, before), refusal()).is_some());

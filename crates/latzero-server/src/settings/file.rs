@@ -24,7 +24,7 @@ pub const FILES_MAX: usize = 100;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
     path: PathBuf,
-    /// Index into the table, value, and where its key stands.
+    /// Index into the table, value, and position of its key.
     values: Vec<(usize, Value, Position)>,
 }
 
@@ -55,7 +55,7 @@ impl Layer {
     }
 }
 
-/// Reads the text of a settings file. `path` stands in messages only. Never panics, whatever the
+/// Parses the text of a settings file. `path` is only used in messages. Never panics, whatever the
 /// text.
 ///
 /// # Errors
@@ -144,7 +144,7 @@ pub fn parse_file(path: &Path, text: &str) -> Result<Layer, SettingsErrors> {
     })
 }
 
-/// Where a value begins; that of a table header is where its name stands.
+/// Where a value begins; for a table header, the position of its name.
 fn value_start(
     key: &toml::Spanned<toml::de::DeString<'_>>,
     value: &toml::Spanned<DeValue<'_>>,

@@ -60,7 +60,7 @@ pub enum Kind {
     Choice(&'static [&'static str]),
     /// Any text that is not empty.
     Text,
-    /// A path; a leading `~/` stands for the home directory.
+    /// A path; a leading `~/` is the home directory.
     Path,
     /// `auto`, `off` or a path.
     Socket,

@@ -46,7 +46,7 @@ impl DataDir {
     /// belongs inside.
     ///
     /// # Errors
-    /// Where it cannot be created or read, belongs to another user, can be written by others, or is
+    /// If it cannot be created or read, belongs to another user, can be written by others, or is
     /// on a network file system.
     pub fn prepare(path: &Path) -> Result<DataDir, StartupError> {
         check(path)?;
@@ -250,7 +250,7 @@ mod tests {
             let error = DataDir::prepare(&path).unwrap_err();
             assert!(matches!(error, StartupError::OthersMayWrite { mode, .. } if mode == bits));
         }
-        // Reading is the owner's affair; what is secret has a mode of its own.
+        // The owner decides who may read; secret files have their own mode.
         set_mode(&path, 0o755);
         DataDir::prepare(&path).unwrap();
         set_mode(&path.join("config"), 0o770);

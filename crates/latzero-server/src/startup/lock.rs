@@ -61,8 +61,8 @@ pub struct Holder {
 pub struct InstanceLock {
     file: File,
     started: String,
-    /// Bound, so that nobody else starts on this path while its directory is away. None where the
-    /// kernel has no such names.
+    /// Bound, so that no other server starts on this path while its directory is away. None if the
+    /// kernel does not support such names.
     path: Option<UnixListener>,
 }
 
@@ -154,7 +154,7 @@ impl InstanceLock {
 
 impl Drop for InstanceLock {
     fn drop(&mut self) {
-        // Emptied while still held, so that nobody reads of a server that is gone.
+        // Emptied while still held, so that the file never describes a server that has ended.
         self.overwrite(b"");
     }
 }
@@ -222,7 +222,7 @@ impl PathName {
         SocketAddr::from_abstract_name(name).ok().map(PathName)
     }
 
-    /// Binds the name for as long as the listener lives.
+    /// Binds the name until the listener is dropped.
     fn take(&self, data_dir: &Path) -> Result<Option<UnixListener>, StartupError> {
         match UnixListener::bind_addr(&self.0) {
             Ok(listener) => Ok(listener.set_nonblocking(true).is_ok().then_some(listener)),
@@ -272,8 +272,8 @@ pub(crate) fn refuse_held(data_dir: &Path) -> Result<(), StartupError> {
     }
 }
 
-/// Who holds the lock on `data_dir` right now; `None` where nobody does. Looks, and never locks: a
-/// lock taken for a look would make a server that starts at that moment refuse to.
+/// The current holder of the lock on `data_dir`, or `None`. It only reads and never locks, because
+/// that would make a server fail that starts at that moment.
 #[must_use]
 pub fn holder(data_dir: &Path) -> Option<Holder> {
     let path = data_dir.join(LOCK_NAME);

@@ -33,7 +33,7 @@ impl AdminToken {
     /// instance lock.
     ///
     /// # Errors
-    /// Where the file cannot be read or written, holds no token, or others can read it.
+    /// If the file cannot be read or written, holds no token, or others can read it.
     pub fn load_or_create(data_dir: &Path) -> Result<AdminToken, StartupError> {
         match AdminToken::load(data_dir)? {
             Some(token) => Ok(token),

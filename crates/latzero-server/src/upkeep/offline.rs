@@ -34,7 +34,7 @@ pub struct Restored {
     pub summary: Summary,
     /// Where the former database's files are now.
     pub set_aside: Vec<PathBuf>,
-    /// How many blocks were set aside under `memory/.orphans/`, since the backup has them too.
+    /// How many blocks were moved aside under `memory/.orphans/`, since the backup has them too.
     pub blocks_set_aside: usize,
 }
 
@@ -42,7 +42,7 @@ pub struct Restored {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum UpkeepError {
-    /// The directory can't be had.
+    /// The directory is not available.
     #[error(transparent)]
     Startup(#[from] StartupError),
     /// The backup can't be used.
@@ -90,7 +90,7 @@ impl Offline {
         let lock = InstanceLock::acquire(data_dir.path())?;
         // Each block that is looked at takes a few.
         descriptors::raise_limit();
-        // Without it, a write beyond the limit fails all the same, and ends the process.
+        // Without it, a write beyond the limit ends the process.
         let _ = survive_file_size_limit();
         Ok(Offline {
             data_dir,
@@ -111,10 +111,10 @@ impl Offline {
     }
 
     /// Makes a backup the database, and puts its persistent blocks back. The whole backup is
-    /// verified first; what it takes the place of is set aside.
+    /// verified first; what it takes the place of is moved aside.
     ///
     /// # Errors
-    /// Where the backup is not good, or the disk refuses: then nothing has changed, but for
+    /// If the backup is not good, or the disk refuses: then nothing has changed, but for
     /// [`UpkeepError::Blocks`].
     pub fn restore(&self, backup: &Path) -> Result<Restored, UpkeepError> {
         let memory = self.path().join("memory");
@@ -142,7 +142,7 @@ impl Offline {
     /// that all is well.
     ///
     /// # Errors
-    /// Where it can't be looked at.
+    /// If it can't be looked at.
     pub fn check(&self, is_thorough: bool) -> Result<Vec<String>, UpkeepError> {
         let copy = Copy::of_database(self.path())?;
         let opened = match latzero_store::open(&copy.directory, Options::default()) {
@@ -173,7 +173,7 @@ impl Offline {
     /// Answers one SELECT about the database, of which nothing changes.
     ///
     /// # Errors
-    /// Where it can't be looked at, or the question is none.
+    /// If it can't be looked at, or the question is none.
     pub fn query(&self, sql: &str) -> Result<Value, UpkeepError> {
         let copy = Copy::of_database(self.path())?;
         let path = copy.directory.join(DATABASE);
@@ -184,7 +184,7 @@ impl Offline {
     /// Writes the database as SQL that makes it again.
     ///
     /// # Errors
-    /// Where it can't be read, or the text not be written.
+    /// If it can't be read, or the text not be written.
     pub fn dump(&self, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
         let copy = Copy::of_database(self.path())?;
         Ok(latzero_store::dump(&copy.directory.join(DATABASE), out)?)
@@ -194,13 +194,13 @@ impl Offline {
 /// Writes a backup's records as SQL that makes them again.
 ///
 /// # Errors
-/// Where it can't be read, or the text not be written.
+/// If it can't be read, or the text not be written.
 pub fn dump_backup(file: &Path, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
     Ok(latzero_store::dump(file, out)?)
 }
 
-/// A copy of the database in a directory of its own: opening one mends what it finds, and a look
-/// must not. Goes when dropped.
+/// A copy of the database in a temporary directory, because opening a database repairs it, and a
+/// check must not. Deleted when dropped.
 struct Copy {
     directory: PathBuf,
     original: PathBuf,
@@ -212,7 +212,7 @@ impl Copy {
             directory: data_dir.join(COPY),
             original: data_dir.to_owned(),
         };
-        // One that a look left which was killed is nobody's: the directory's lock is held.
+        // A directory left by a check that was killed can be deleted, because the lock is held.
         copy.remove();
         let failed = |action, path: &Path| {
             let path = path.to_owned();
@@ -226,7 +226,7 @@ impl Copy {
             .mode(0o700)
             .create(&copy.directory)
             .map_err(failed("creating", &copy.directory))?;
-        // What is committed lies in both until the log is moved into the database
+        // Commits are in both files until the log is moved into the database
         // (https://sqlite.org/wal.html).
         for name in [DATABASE.to_owned(), format!("{DATABASE}-wal")] {
             let from = data_dir.join(&name);

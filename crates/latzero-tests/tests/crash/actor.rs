@@ -12,7 +12,7 @@ use crate::round::{Gone, Round, ask, ok, reply};
 /// Steps in one life of the server.
 const STEPS: u64 = 25;
 
-/// What was acknowledged, and what it is if the request under way at a kill was carried out.
+/// What was acknowledged, and what it is if the request in progress at a kill was carried out.
 #[derive(Debug, Clone, Default)]
 struct Known<T> {
     sure: T,

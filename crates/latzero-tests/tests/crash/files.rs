@@ -20,7 +20,7 @@ pub(crate) fn check(data: &Path, blocks: usize) {
                 starts.any(|start| name.starts_with(start)) && name.ends_with(".db")
             }
             // A kill between a block's bytes and its record leaves bytes that nobody asks for; they
-            // are set aside.
+            // are moved aside.
             Some(("memory", name)) if name.starts_with(".orphans/") => name.contains(".lzb"),
             Some(("memory", name)) => {
                 bytes += usize::from(name.ends_with(".lzb"));

@@ -311,7 +311,7 @@ fn descriptors_of_something_else_are_refused_by_name() {
         vec![custodian(100, 1).file().try_clone().unwrap()]
     });
     assert!(text.contains("access mode"), "{text}");
-    // Announced as mapped, and none came: the reply makes no sense.
+    // Announced as mapped, and none came: the reply is invalid.
     let (kind, _) = attach_with(None, Vec::new);
     assert_eq!(kind, Code::BadMessage);
 }

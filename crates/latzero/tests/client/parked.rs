@@ -131,7 +131,7 @@ fn a_loss_fails_what_is_not_parked_on_the_async_face() {
 }
 
 /// Parks every call of the first life of an app, and forgets it at a cancel. The second life gets
-/// the answers right behind its acknowledgement, and an answer of its own to every call.
+/// the answers right behind its acknowledgement, and its own answer to every call.
 fn two_lives() -> Fake {
     let kept = Mutex::new(Vec::new());
     let (tell, told) = mpsc::channel();
@@ -177,7 +177,7 @@ fn answers_of_an_earlier_life_are_told_by_their_ids() {
     drop((by_itself, chosen, first));
 
     let second = App::connect_with(builder(&fake)).unwrap();
-    // A call of this life has the place of the first one of the earlier life, and an id of its own.
+    // A call of this life has the place of the first one of the earlier life, and its own id.
     let call = second.call("x", "two").park().send::<String>();
     assert_eq!(call.unwrap(), "of this life");
     let mut answers = second.answers();
@@ -372,7 +372,7 @@ fn a_call_without_a_word_of_parking_is_lost_with_its_connection() {
             peer.read();
             return;
         }
-        // It was parked all the same, and its answer is not lost.
+        // It was parked anyway, and its answer is not lost.
         welcome_with(&mut peer, &[ok(&json!("order-17"), &json!(1))]);
         while let Some(call) = request(&mut peer) {
             peer.reply(&call, &json!(2));

@@ -157,7 +157,7 @@ pub struct Fake {
 }
 
 impl Fake {
-    /// Runs `serve` on a thread of its own for every connection, with the connection's number.
+    /// Runs `serve` on its own thread for every connection, with the connection's number.
     pub fn scripted(over: Over, serve: impl Fn(usize, Peer) + Send + Sync + 'static) -> Fake {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s.sock");

@@ -71,7 +71,7 @@ fn locks_with(block: &Block, fence: u64) -> String {
     }
 }
 
-/// A lock inside the same lock: it is held already, unless it was lost meanwhile.
+/// A nested lock: it is held already, unless it was lost in the meantime.
 fn check_inherited(block: &Block, fence: u64) -> Result<(), Failure> {
     let info = block.info()?;
     let holders = info["lock"]["holders"].as_array().into_iter().flatten();

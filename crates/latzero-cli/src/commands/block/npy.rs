@@ -5,7 +5,7 @@ use std::io::{self, Read};
 
 const MAGIC: &[u8; 6] = b"\x93NUMPY";
 
-/// The header's end stands at a multiple of this many bytes.
+/// The header ends at a multiple of this many bytes.
 const ALIGNMENT: usize = 64;
 
 /// Longest header that is read, in bytes.

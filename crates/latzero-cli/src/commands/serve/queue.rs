@@ -34,7 +34,7 @@ pub(super) struct Job {
     place: Arc<Mutex<Slot>>,
 }
 
-/// Where an answer is left for whoever waits.
+/// Where an answer is left for the waiting future.
 #[derive(Default)]
 struct Slot {
     outcome: Option<Outcome>,
@@ -75,7 +75,7 @@ impl Queue {
     /// Starts the threads.
     ///
     /// # Errors
-    /// Where the system gives no thread.
+    /// If the system gives no thread.
     pub(super) fn start(recipe: Recipe, workers: usize) -> io::Result<Arc<Queue>> {
         let (sender, receiver) = sync_channel(QUEUED_MAX);
         let receiver = Arc::new(Mutex::new(receiver));
@@ -99,7 +99,7 @@ impl Queue {
         }))
     }
 
-    /// Events that nobody was told of, since nobody waits for an answer to one.
+    /// Dropped events, which have no caller to report to.
     pub(super) fn events_dropped(&self) -> u64 {
         self.events_dropped.load(Ordering::Relaxed)
     }
@@ -143,8 +143,8 @@ impl Queue {
         }
     }
 
-    /// Ends every program, and what it started; none is started any more. One that is just being
-    /// started is waited for, since nobody could end it once this process has.
+    /// Ends every program and its children, and starts no more. A program that is just being
+    /// started is waited for, because nothing could end it after this process has ended.
     pub(super) fn end(&self) {
         let mut running = lock(&self.programs.running);
         running.has_ended = true;
@@ -186,7 +186,7 @@ impl Drop for Waiting {
     }
 }
 
-/// Ends a program and what it started: it leads a process group of its own.
+/// Ends a program and its children: it leads its own process group.
 fn kill(pid: Pid) {
     // The group may have ended by itself; then there is nothing to do.
     let _ = kill_process_group(pid, Signal::KILL);
@@ -199,7 +199,7 @@ fn work(receiver: &Mutex<Receiver<Job>>, recipe: &Recipe, programs: &Programs) {
         let Ok(job) = lock(receiver).recv() else {
             return;
         };
-        // Given up while it waited: the server told so, or nobody holds the other end.
+        // Cancelled while it waited: by the server, or because the other end was dropped.
         if job.request.is_cancelled() {
             continue;
         }
@@ -229,9 +229,9 @@ pub(super) struct Registry<'a> {
 }
 
 impl Registry<'_> {
-    /// Starts a program for the call, unless all is over. Not under the lock, which every other
-    /// start would wait for: it is counted instead, and whoever ends everything waits for those
-    /// that are counted.
+    /// Starts a program for the call, unless the queue is ending. It does not hold the lock, which
+    /// every other start would wait for. Starts are counted instead, and the end of the queue waits
+    /// for them.
     ///
     /// # Errors
     /// What `start` answers, and where no program is started any more.
@@ -264,7 +264,7 @@ impl Registry<'_> {
         started
     }
 
-    /// The program that waited is this call's: from here on whoever gives the call up can end it.
+    /// The idle program now belongs to this call, so cancelling the call can end it.
     pub(super) fn begin(&self, request: &Request, pid: Pid) {
         let mut running = lock(&self.programs.running);
         running.idle = None;

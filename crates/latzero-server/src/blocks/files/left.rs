@@ -15,7 +15,7 @@ use super::{Files, Names};
 /// Where files go that can't be used.
 const ORPHANS: &str = ".orphans";
 
-/// Files of one name that are set aside; one more is left where it is.
+/// Files of one name that are moved aside; one more is left where it is.
 const SAME_NAME_MAX: u32 = 10_000;
 
 /// A block that an earlier run left.
@@ -115,8 +115,8 @@ impl Files {
                         self.orphan(&Names { id, generation }.bytes());
                     }
                     if !is_recorded {
-                        // A server that ends between a block's bytes and its record leaves these:
-                        // nobody ever heard of the block.
+                        // A server that is killed between writing a block's bytes and its record
+                        // leaves these. No client knows the block.
                         tracing::warn!(file = id, "moving aside a block without a record");
                         continue;
                     }
@@ -184,7 +184,7 @@ impl Files {
         });
         let error = match self.open_bytes(&names, Some(&record)) {
             Ok(custodian) => {
-                // Older ones were superseded; of a newer one nobody ever heard.
+                // Older ones were superseded, and no client knows a newer one.
                 others.for_each(|other| self.unlink(&other.bytes()));
                 return Kept {
                     names,
@@ -220,7 +220,7 @@ impl Files {
              memory/{ORPHANS}; the older one, {other}, is used"
         );
         lost(name_of(&record), happened);
-        // First: what stands beside a record's generation at a start goes.
+        // First, because a start deletes files of generations other than the record's.
         self.orphan(&names.bytes());
         let record = record_of(&record, &custodian);
         let written = self
@@ -269,13 +269,13 @@ impl Files {
         Ok((names, record))
     }
 
-    /// Puts a block that can't be used where it harms nobody and is not lost.
+    /// Moves an unusable block aside, so that it is not lost.
     pub(in crate::blocks) fn set_aside(&self, names: &Names) {
         self.orphan(&names.bytes());
         self.orphan(&names.record());
     }
 
-    /// How many files were set aside, by this run and all before it, and their bytes.
+    /// How many files were moved aside, by this run and all before it, and their bytes.
     pub(in crate::blocks) fn orphans(&self) -> (usize, u64) {
         let Ok(entries) = std::fs::read_dir(self.path.join(ORPHANS)) else {
             return (0, 0);
@@ -308,7 +308,8 @@ impl Files {
             let flags = RenameFlags::NOREPLACE;
             match renameat_with(directory, name, directory, &target, flags) {
                 Err(Errno::EXIST) => {}
-                // Not every file system knows the flag (rename(2)). Nobody else moves files here.
+                // Not every file system supports the flag (rename(2)). No other process moves files
+                // here.
                 Err(Errno::INVAL | Errno::NOSYS) => {
                     match statat(directory, &target, AtFlags::SYMLINK_NOFOLLOW) {
                         Ok(_) => {}
@@ -327,7 +328,7 @@ impl Files {
 fn generation(name: &str) -> Option<(&str, u64)> {
     let (id, generation) = name.strip_suffix(".lzb")?.rsplit_once('.')?;
     let number = generation.parse().ok()?;
-    // As it is written, so that the name can be had back from it.
+    // Escaped reversibly, so that the name can be recovered.
     (generation == u64::to_string(&number)).then_some((id, number))
 }
 
