@@ -153,8 +153,11 @@ limits! {
         "`overloaded`; the connection is closed";
     /// Calls in flight on one connection.
     in_flight_max: u32 = 2048, Count(1, 1_000_000), Restart,
-        "the server stops reading from the connection until a call ends; `overloaded` if the \
-         connection also owes answers";
+        "further calls wait (`limits.held_bytes_max`); other messages are handled";
+    /// Bytes of waiting calls and emits of one connection: those over its limit of calls in flight,
+    /// and those behind a request that waits for the disk.
+    held_bytes_max: usize = 4 * MIB, Bytes(4 * KIB, GIB), Restart,
+        "the server stops reading from the connection until there is room";
     /// Calls in flight from one connection to one handler, so that a handler that does not answer
     /// leaves room for calls to others.
     in_flight_per_handler_max: u32 = 1024, Count(1, 1_000_000), Restart,
@@ -219,11 +222,11 @@ limits! {
     parked_per_app_max: usize = 50_000, Count(0, 16_777_216), Restart, "`overloaded`";
     /// Memory used by the parked calls and waiting answers of one app.
     parked_bytes_per_app_max: usize = 128 * MIB, Bytes(0, 64 * GIB), Restart, "`overloaded`";
-    /// How long a parked call is kept after its last attempt failed.
+    /// How long a parked call is kept after its last attempt has failed.
     dead_ttl_ms as "dead_ttl": u64 = 7 * 24 * HOUR, Millis(1000, 365 * 24 * HOUR), Restart,
-        "the call is forgotten";
-    /// Parked calls of one pool whose attempts all failed.
-    dead_max: usize = 1000, Count(0, 1_000_000), Restart, "the oldest one is forgotten";
+        "the call is deleted";
+    /// Parked calls of one pool whose attempts have all failed.
+    dead_max: usize = 1000, Count(0, 1_000_000), Restart, "the oldest one is deleted";
     /// Idempotency keys that one pool remembers.
     repeats_max: usize = 10_000, Count(1, 1_000_000), Restart,
         "the oldest answer is deleted; if all calls are in progress, `overloaded`";

@@ -36,6 +36,7 @@ use ending::End;
 use park::ParkedCalls;
 pub use park::ParkedCounts;
 use repeats::Repeats;
+pub(crate) use routing::id_in_use;
 use routing::not_member;
 
 /// Triggers of a pool, and handlers of each, that its description shows one by one.

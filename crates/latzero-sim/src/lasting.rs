@@ -107,6 +107,10 @@ struct Call {
 /// The clients, the dice, and the model.
 pub(crate) struct Lasting {
     prng: Prng,
+    /// Every third run: handlers take one call at a time, and there are more calls than they
+    /// answer.
+    is_busy: bool,
+    is_ending: bool,
     conns: Vec<Conn>,
     calls: BTreeMap<u64, Call>,
     asked: u64,
@@ -128,6 +132,8 @@ impl Lasting {
     pub(crate) fn new(seed: u64) -> Self {
         Lasting {
             prng: Prng::new(seed ^ 0x1a57),
+            is_busy: seed.is_multiple_of(3),
+            is_ending: false,
             conns: Vec::new(),
             calls: BTreeMap::new(),
             asked: 0,
@@ -162,6 +168,10 @@ impl Lasting {
 
     fn act(&mut self, world: &mut World) -> String {
         match self.prng.below(100) {
+            0..=29 if self.is_busy => {
+                let calls: Vec<String> = (0..4).map(|_| self.call(world)).collect();
+                calls.join("; ")
+            }
             0..=29 => self.call(world),
             30..=49 => self.answer(world),
             50..=52 => self.answer_late(world),
@@ -331,6 +341,7 @@ impl Lasting {
             return format!("{app} is there already");
         }
         let concurrency = match self.prng.below(3) {
+            _ if self.is_busy => json!(1),
             0 => json!(1 + self.prng.below(2)),
             _ => Value::Null,
         };
@@ -499,7 +510,8 @@ impl Lasting {
         if attempt.is_some_and(|attempt| attempt > ATTEMPTS) {
             return fault("is given out too often");
         }
-        if let (None, Some(since)) = (call.attempt, call.waits_since) {
+        // In the end much is given out in one step, and heard in another order.
+        if let (None, Some(since), false) = (call.attempt, call.waits_since, self.is_ending) {
             let ahead = self.first[since..]
                 .iter()
                 .filter(|(queue, _)| *queue == call.queue);
@@ -649,6 +661,7 @@ impl Scenario for Lasting {
     /// Everybody comes, the disk is well, and every call is answered, until nothing is left to do.
     fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String> {
         if at == 0 {
+            self.is_ending = true;
             world.hold_disk(false);
             world.fill_disk(false);
             self.is_held = false;

@@ -233,7 +233,7 @@ impl World {
             }
             Err(error) => {
                 self.observer.note(Event::Rejecting(peer));
-                (session.reject(&error.into(), &mut self.turn()), None)
+                (session.reject_frame(error, &mut self.turn()), error.skips())
             }
         };
         self.connections[peer.0 as usize].session = Some(session);
@@ -316,9 +316,18 @@ impl World {
     /// closed, which may close others.
     fn reap(&mut self) {
         loop {
+            for line in std::mem::take(&mut self.effects.resumed) {
+                let at = line.id.0 as usize;
+                if let Some(mut session) = self.connections[at].session.take() {
+                    let flow = session.go_on(&mut self.turn());
+                    self.connections[at].session = Some(session);
+                    if flow == Flow::Close {
+                        self.close(line.id);
+                    }
+                }
+            }
             let tally = std::mem::take(&mut self.effects.tally);
             self.observer.count(tally);
-            self.effects.resumed.clear();
             self.effects.appended = 0;
             for line in std::mem::take(&mut self.effects.touched) {
                 self.write(line.id, 0);
@@ -775,7 +784,9 @@ impl World {
     pub fn check_ledger(&self) {
         let all = self.site.books.all();
         let connections = || self.connections.iter();
-        let inbound: u64 = connections().map(|c| c.inbound.amount()).sum();
+        let waiting = |c: &Connection| c.session.as_ref().map_or(0, Session::held_bytes);
+        let inbound = |c: &Connection| c.inbound.amount() + waiting(c) as u64;
+        let inbound: u64 = connections().map(inbound).sum();
         assert_eq!(all.used(Resource::Inbound), inbound, "unfinished frames");
         // Frames that several outboxes share are counted apart.
         let outbox: u64 = connections().map(|c| c.line.link().held()).sum();

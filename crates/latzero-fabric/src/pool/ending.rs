@@ -276,12 +276,7 @@ impl<D: Driver> Pool<D> {
             failed,
         };
         if call.caller == NOBODY {
-            let handler = self.members.at(call.member);
-            turn.call_ended(
-                None,
-                &handler.expect("it leaves after its calls ended").peer,
-                end,
-            );
+            turn.call_ended(None, end);
             let Some(lasting) = call.lasting.take() else {
                 // Its caller went; a repeat may ask for the answer until it is clear that none comes.
                 if let Some(repeat) = call.repeat {
@@ -292,6 +287,9 @@ impl<D: Driver> Pool<D> {
             match (lasting.number, &refusal) {
                 (Some(_), Some(_)) if is_orphan => {
                     self.orphan((NOBODY, None), lasting, call.member)
+                }
+                (Some(number), Some(_)) if matches!(how, End::TimedOut) => {
+                    self.parked_too_late(number, turn);
                 }
                 (Some(number), Some(refusal)) => self.parked_refused(number, refusal, turn),
                 (None, Some(_)) => self.drop_repeats_of(&lasting, turn),
@@ -313,8 +311,7 @@ impl<D: Driver> Pool<D> {
             // The caller counts the items of all attempts together.
             lasting.window = call.credit;
             let peer = caller.peer.clone();
-            let handler = self.members.at(call.member);
-            turn.call_ended(Some(&peer), &handler.expect("it is leaving").peer, end);
+            turn.call_ended(Some(&peer), end);
             let id = call.id.as_deref().map(Into::into);
             self.orphan((call.caller, id), lasting, call.member);
             return;
@@ -331,11 +328,7 @@ impl<D: Driver> Pool<D> {
             );
         }
         let caller = caller.peer.clone();
-        let handler = self
-            .members
-            .at(call.member)
-            .map_or_else(|| caller.clone(), |m| m.peer.clone());
-        turn.call_ended(Some(&caller), &handler, end);
+        turn.call_ended(Some(&caller), end);
     }
 
     pub(super) fn end_calls_of(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) {
@@ -366,20 +359,19 @@ impl<D: Driver> Pool<D> {
     pub(super) fn detach(&mut self, key: Key<Call>, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let call = self.calls.at_mut(key).expect("its caller found it");
-        let (started, caller, handler) = (call.started, call.caller, call.member);
+        let (started, caller) = (call.started, call.caller);
         self.calls.detach(key);
         let member = self.members.at_mut(caller).expect("it is leaving");
         member.calling -= 1;
         let peer = member.peer.clone();
-        let handler = self.members.at(handler).expect("it serves");
         let end = CallEnd {
             started,
             ended: now,
             code: Some(Code::Cancelled),
             failed: false,
         };
-        turn.call_ended(Some(&peer), &handler.peer, end);
-        turn.call_started(None, &handler.peer);
+        turn.call_ended(Some(&peer), end);
+        turn.call_started(None);
     }
 }
 

@@ -130,6 +130,11 @@ impl Parked {
         matches!(self.state, State::Dead(_))
     }
 
+    /// Whether no attempt is left.
+    fn is_last_attempt(&self) -> bool {
+        self.attempt >= self.attempts
+    }
+
     fn lasting(&self) -> Option<&Lasting> {
         match &self.state {
             State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
@@ -177,7 +182,7 @@ impl Parked {
             (n, Some(cause)) => {
                 format!("no answer within the call's ttl; attempt {n} failed: {cause}")
             }
-            (_, None) => "the handler did not answer within the call's ttl".to_owned(),
+            (_, None) => "no answer within the call's ttl".to_owned(),
         };
         Refusal::new(Code::Timeout, message).with_ran(self.ran())
     }
@@ -490,6 +495,7 @@ impl<D: Driver> Pool<D> {
             return false;
         };
         (lasting.redeliver, lasting.attempts) = (redeliver, attempts);
+        let is_last = row.attempt >= attempts;
         let held = Held::restored(account, lasting.bytes());
         turn.count_held(&self.name, self.number, 1);
         let idempotency_key = row
@@ -508,12 +514,17 @@ impl<D: Driver> Pool<D> {
             held,
             attempt: row.attempt,
             attempts,
-            cause: row.death.as_ref().map(|death| death.cause.as_str().into()),
+            cause: match &row.death {
+                Some(death) => Some(death.cause.as_str().into()),
+                None if is_last => Some("the server ended while a handler had the call".into()),
+                None => None,
+            },
             idempotency_key: idempotency_key.filter(|_| row.death.is_none()),
             parked_ms: row.parked,
             expires_ms: row.expires,
             state: match row.death {
                 Some(_) => State::Dead(lasting),
+                None if is_last => State::Paused(lasting, now),
                 None => State::Waiting(lasting),
             },
         };
@@ -563,6 +574,13 @@ impl<D: Driver> Pool<D> {
         }
     }
 
+    /// The time of a parked call is over.
+    pub(super) fn parked_too_late(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        if let Some(refusal) = self.parked.calls.get(&number).map(Parked::too_late) {
+            self.parked_refused(number, &refusal, turn);
+        }
+    }
+
     /// Ends waits that are over, and tries what is to be tried again.
     pub(super) fn handle_parked_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
@@ -577,13 +595,10 @@ impl<D: Driver> Pool<D> {
             match parked.state {
                 State::Given(key) => self.end(key, End::TimedOut, turn),
                 State::Dead(_) => self.bury(number, turn),
-                State::Waiting(_) | State::Paused(..) => {
-                    let refusal = parked.too_late();
-                    self.parked_refused(number, &refusal, turn);
-                }
+                State::Waiting(_) | State::Paused(..) => self.parked_too_late(number, turn),
             }
         }
-        self.end_pauses(now);
+        self.end_pauses(turn);
         self.handle_answers_timeout(turn);
         self.go_on_giving(turn);
     }

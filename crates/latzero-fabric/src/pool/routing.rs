@@ -311,13 +311,12 @@ impl<D: Driver> Pool<D> {
             .at_mut(serving)
             .expect("a handler's member lives");
         to.serving += 1;
-        let handler_peer = to.peer.clone();
         let caller = from.member().map(|caller| {
             let member = self.members.at_mut(caller).expect("it calls");
             member.calling += 1;
             &member.peer
         });
-        turn.call_started(caller, &handler_peer);
+        turn.call_started(caller);
         Ok(key)
     }
 
@@ -515,10 +514,10 @@ impl<D: Driver> Pool<D> {
     }
 }
 
-pub(super) fn id_in_use(id: &str) -> Refusal {
+pub(crate) fn id_in_use(id: &str) -> Refusal {
     let message = format!(
         "id '{}' is in use by another call of this app, in flight or parked, or by an answer \
-         that it has not fetched",
+         that the app has not fetched",
         id.escape_debug()
     );
     Refusal::new(Code::BadMessage, message)

@@ -61,6 +61,13 @@ impl Reply {
 impl<D: Driver> Session<D> {
     /// The first promise that was made to this connection is kept, or can't be.
     pub fn kept(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
+        match self.keep_promise(result, turn) {
+            Flow::Continue => self.go_on(turn),
+            Flow::Close => Flow::Close,
+        }
+    }
+
+    fn keep_promise(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
         match self.awaited.pop_front() {
             None => self.flow(),
             Some(Awaited::Handshake { json, rehydrated }) => {

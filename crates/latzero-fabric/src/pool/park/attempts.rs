@@ -14,7 +14,6 @@ use super::answers::KeptFor;
 use super::lasting::Lasting;
 use super::{Change, Death, Parked, State};
 use crate::driver::Driver;
-use crate::now::Time;
 use crate::outbox::Class;
 use crate::turn::Turn;
 
@@ -49,7 +48,7 @@ impl<D: Driver> Pool<D> {
         handler: MemberKey,
     ) {
         let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
-        let cause = format!("the connection of handler '{app}' ended before it answered");
+        let cause = format!("handler '{app}' disconnected before it answered");
         self.parked.orphans.push(Orphan {
             caller,
             id,
@@ -158,15 +157,14 @@ impl<D: Driver> Pool<D> {
         (lasting.window, lasting.held) = (None, None);
         // Behind everything that is parked now.
         let (now, rank) = (turn.time(), self.parked.newest + 1);
-        let is_dead = self.parked.change(number, |parked| {
+        let is_last = self.parked.change(number, |parked| {
             parked.cause = Some(cause.into());
             parked.rank = rank;
-            let is_dead = parked.attempt >= parked.attempts;
             let until = now.after_ms(pause_ms(parked.attempt));
             parked.state = State::Paused(lasting, until);
-            is_dead
+            parked.is_last_attempt()
         });
-        if is_dead == Some(true) {
+        if is_last == Some(true) {
             self.die(number, turn);
         }
     }
@@ -246,8 +244,19 @@ impl<D: Driver> Pool<D> {
     }
 
     /// Has the calls go on that have paused long enough.
-    pub(super) fn end_pauses(&mut self, now: Time) {
+    pub(super) fn end_pauses(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
         while let Some(&(_, number)) = self.parked.pauses.first().filter(|pause| pause.0 <= now) {
+            // Of an earlier run, which ended during the last attempt.
+            if self
+                .parked
+                .calls
+                .get(&number)
+                .is_some_and(Parked::is_last_attempt)
+            {
+                self.die(number, turn);
+                continue;
+            }
             let process = self.parked.change(number, |parked| {
                 parked.state = State::Waiting(parked.take().expect("it paused"));
                 parked.process.clone()

@@ -124,8 +124,7 @@ impl<D: Driver> Pool<D> {
         let number = waiting.place.1;
         let parked = self.parked.calls.get_mut(&number).expect("it waits");
         if parked.deadline <= turn.time() {
-            let refusal = parked.too_late();
-            self.parked_refused(number, &refusal, turn);
+            self.parked_too_late(number, turn);
             return Next::Passed;
         }
         let lasting = parked.take().expect("calls in a line wait");
