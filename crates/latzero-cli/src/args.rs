@@ -1293,7 +1293,7 @@ mod tests {
     use clap::CommandFactory as _;
 
     #[test]
-    fn clap_finds_nothing_wrong() {
+    fn clap_accepts_the_definition() {
         Cli::command().debug_assert();
     }
 
@@ -1307,7 +1307,7 @@ mod tests {
     }
 
     #[test]
-    fn start_has_the_host_under_h() {
+    fn start_uses_h_for_the_host() {
         let parse = |args: &[&str]| Cli::try_parse_from([&["latzero", "start"], args].concat());
         let Ok(cli) = parse(&[
             "-p",

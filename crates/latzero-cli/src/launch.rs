@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn programs_are_looked_up() {
+    fn programs_are_searched_on_the_path() {
         let is_ok = |program: &str| check(OsStr::new(program)).is_ok();
         assert!(is_ok("sh"));
         assert!(is_ok("/bin/sh"));
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_supervisor_does_not_understand_is_ignored() {
+    fn a_supervisor_ignores_invalid_input() {
         assert_eq!(supervise(&b"+\n-\nx\n+0\n\n\xff\n"[..]), 0);
     }
 }

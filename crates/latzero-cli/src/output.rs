@@ -513,7 +513,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_terminal_obeys_nothing_that_came_from_outside() {
+    fn control_characters_are_escaped_on_a_terminal() {
         let check = |text: &str, shown: &str, json: &str| {
             assert_eq!(escaped(text), shown);
             assert_eq!(escaped_json(text), json);
@@ -530,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn json_keeps_its_order_and_its_digits() {
+    fn json_keeps_order_and_digits() {
         let json =
             r#" {"b" : [1.000, 12345678901234567890123, {}, []],"a\\\"": "x, {y}:\\" , "c":null} "#;
         let one_line =
@@ -554,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_for_people() {
+    fn numbers_are_readable() {
         assert_eq!(time(Duration::from_nanos(34_720)), "34.7 µs");
         assert_eq!(time(Duration::from_micros(1_500)), "1.50 ms");
         assert_eq!(time(Duration::from_secs(2)), "2.00 s");

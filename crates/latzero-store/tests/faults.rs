@@ -157,7 +157,7 @@ fn any_step_may_fail_once() {
 }
 
 #[test]
-fn any_step_may_be_the_last_one_that_works() {
+fn every_step_from_the_nth_on_may_fail() {
     run_all(Lasts::ForEver);
 }
 

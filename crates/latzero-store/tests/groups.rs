@@ -45,7 +45,7 @@ fn held(options: Options) -> Held {
 }
 
 #[test]
-fn what_gathers_goes_in_one_transaction() {
+fn gathered_changes_share_one_transaction() {
     let held = held(options().0);
     for ticket in 1..=300 {
         held.store
@@ -137,7 +137,7 @@ fn an_eventual_change_that_cannot_be_stored_is_dropped_and_counted() {
 }
 
 #[test]
-fn a_panic_of_the_thread_leaves_nobody_waiting() {
+fn a_panic_of_the_thread_notifies_all_waiters() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options {
         on_done: Box::new(|_| panic!("the test's own panic")),
@@ -154,7 +154,7 @@ fn a_panic_of_the_thread_leaves_nobody_waiting() {
 }
 
 #[test]
-fn closing_on_a_disk_that_refuses_says_so() {
+fn closing_on_a_failing_disk_reports_an_error() {
     let dir = tempfile::tempdir().unwrap();
     reopen(dir.path()).store.close().unwrap();
     let options = Options {
@@ -170,7 +170,7 @@ fn closing_on_a_disk_that_refuses_says_so() {
 }
 
 #[test]
-fn a_refusing_disk_heals_without_anybody_asking() {
+fn the_store_recovers_from_disk_errors_automatically() {
     let dir = tempfile::tempdir().unwrap();
     let (plain, told) = options();
     let faults = Faults::at(1, Lasts::ForEver);

@@ -119,7 +119,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_script_ends_as_the_model_says(
+    fn any_script_matches_the_model(
         script in proptest::collection::vec((change(), how()), 0..40),
         group_max in 1..6_usize,
     ) {
@@ -129,7 +129,7 @@ proptest! {
     /// Without promises nothing is lost to a failure either: the newest state of each row gets
     /// there.
     #[test]
-    fn eventual_changes_end_as_the_model_says_though_the_disk_failed(
+    fn eventual_changes_match_the_model_after_disk_errors(
         script in proptest::collection::vec(change(), 0..40),
         group_max in 1..6_usize,
         fails_at in 1..60_u64,

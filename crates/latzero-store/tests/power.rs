@@ -70,7 +70,7 @@ fn whole_commits(contents: &Contents) -> usize {
 }
 
 #[test]
-fn told_commits_survive_whatever_happens_to_the_rest() {
+fn acknowledged_commits_survive_any_damage_to_later_data() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     let mut points = Vec::new();
@@ -115,7 +115,7 @@ fn told_commits_survive_whatever_happens_to_the_rest() {
 /// After a checkpoint the log begins anew over old frames: the database holds what these said,
 /// synced before.
 #[test]
-fn a_log_that_began_anew_does_not_bring_old_commits_back() {
+fn a_new_log_does_not_restore_old_commits() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     let mut highest = 0;

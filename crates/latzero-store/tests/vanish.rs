@@ -52,7 +52,7 @@ fn apps(dir: &Path) -> Vec<String> {
 }
 
 #[test]
-fn files_that_were_removed_are_made_anew_and_nothing_is_lost() {
+fn removed_files_are_recreated_and_nothing_is_lost() {
     for gone in [vec![DATABASE], vec![LOG], vec![DATABASE, LOG, MARK]] {
         let dir = tempfile::tempdir().unwrap();
         let store = quick(dir.path());
@@ -80,7 +80,7 @@ fn files_that_were_removed_are_made_anew_and_nothing_is_lost() {
 }
 
 #[test]
-fn another_file_in_its_place_is_set_aside() {
+fn a_foreign_file_in_its_place_is_moved_aside() {
     let dir = tempfile::tempdir().unwrap();
     let store = quick(dir.path());
     store.commit(put("a")).unwrap();
@@ -98,7 +98,7 @@ fn another_file_in_its_place_is_set_aside() {
 }
 
 #[test]
-fn nothing_is_promised_while_the_directory_is_away() {
+fn promises_fail_while_the_directory_is_missing() {
     let home = tempfile::tempdir().unwrap();
     let (dir, moved) = (home.path().join("data"), home.path().join("moved"));
     fs::create_dir(&dir).unwrap();
@@ -125,7 +125,7 @@ fn nothing_is_promised_while_the_directory_is_away() {
 }
 
 #[test]
-fn a_log_that_was_lost_is_told() {
+fn a_lost_log_is_reported() {
     type Spoil = fn(&Path);
     let spoils: [(&str, Spoil); 4] = [
         ("removed", |log| fs::remove_file(log).unwrap()),
@@ -173,7 +173,7 @@ fn a_log_that_was_lost_is_told() {
 }
 
 #[test]
-fn an_older_copy_of_the_database_is_told_from_the_one_of_the_last_run() {
+fn an_older_copy_of_the_database_is_detected() {
     let dir = tempfile::tempdir().unwrap();
     let database = dir.path().join(DATABASE);
     let run = |name: &str| {
@@ -199,7 +199,7 @@ fn an_older_copy_of_the_database_is_told_from_the_one_of_the_last_run() {
 }
 
 #[test]
-fn a_restored_database_counts_from_the_beginning() {
+fn a_restored_database_restarts_its_commit_count() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store.commit(put("a")).unwrap();
@@ -257,7 +257,7 @@ fn a_linked_database_stays_linked() {
 }
 
 #[test]
-fn pipes_are_not_waited_for() {
+fn pipes_do_not_block_a_start() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store.commit(put("a")).unwrap();
@@ -292,7 +292,7 @@ fn pipes_are_not_waited_for() {
 }
 
 #[test]
-fn what_others_added_to_a_database_does_not_act() {
+fn foreign_triggers_and_views_are_removed() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store.commit(put("a")).unwrap();
@@ -368,7 +368,7 @@ fn a_backup_is_one_file_with_exactly_the_schema() {
 }
 
 #[test]
-fn what_was_deleted_is_nowhere() {
+fn deleted_data_is_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     let mut row = call(1);

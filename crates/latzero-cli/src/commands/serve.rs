@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn programs_have_app_ids() {
+    fn app_ids_of_programs() {
         assert_eq!(app_id("./hello.sh"), "hello.sh");
         assert_eq!(app_id("/usr/bin/tr"), "tr");
         assert_eq!(app_id("a b"), "ab");

@@ -5,7 +5,7 @@ use rustix::process::Signal;
 use crate::program::{Running, Server, eventually, run, run_with};
 
 #[test]
-fn a_block_is_made_written_read_and_removed() {
+fn a_block_is_created_written_read_and_removed() {
     let server = Server::start();
     let ok = |args: &[&str]| server.run(&[&["block"], args].concat()).ended_with(0);
     let made = ok(&[
@@ -61,7 +61,7 @@ fn a_block_is_made_written_read_and_removed() {
 }
 
 #[test]
-fn mistakes_are_told_with_what_to_do() {
+fn errors_say_what_to_do() {
     let server = Server::start();
     let fails = |args: &[&str], code: i32, said: &str| {
         server
@@ -205,7 +205,7 @@ fn a_command_runs_under_the_lock() {
 }
 
 #[test]
-fn versions_are_watched_as_they_come() {
+fn versions_are_printed_as_they_appear() {
     let server = Server::start();
     server
         .run(&["block", "create", "alpha/f", "10"])
@@ -300,7 +300,7 @@ fn a_load_replaces_the_content() {
 }
 
 #[test]
-fn a_command_writes_under_the_lock_that_is_held_for_it() {
+fn a_command_writes_under_the_lock_of_block_lock() {
     let server = Server::start();
     let latzero = env!("CARGO_BIN_EXE_latzero");
     server.run(&["block", "create", "lab/f", "5"]).ended_with(0);
@@ -338,7 +338,7 @@ fn a_command_writes_under_the_lock_that_is_held_for_it() {
 }
 
 #[test]
-fn a_signal_does_not_free_the_lock_while_the_command_runs() {
+fn a_signal_does_not_release_the_lock_while_the_command_runs() {
     let server = Server::start();
     server.run(&["block", "create", "lab/f", "5"]).ended_with(0);
     let script = "trap 'echo told' TERM; echo runs; while :; do sleep 0.05; done";

@@ -36,7 +36,7 @@ fn starting(dir: &Path, start: &str) -> Vec<PathBuf> {
 }
 
 #[test]
-fn an_app_that_is_away_is_shown_and_can_be_forgotten() {
+fn an_offline_app_is_listed_and_can_be_forgotten() {
     let server = Server::start();
     let serving = server.serve(&["alpha/x", "--app", "worker", "--", "cat"]);
     assert_eq!(apps(&server, &["--offline"]), [""; 0]);
@@ -73,7 +73,7 @@ fn an_app_that_is_away_is_shown_and_can_be_forgotten() {
 }
 
 #[test]
-fn a_command_leaves_nothing_behind() {
+fn a_command_leaves_no_registration() {
     let server = Server::start();
     let serving = server.serve(&["alpha/x", "--app", "worker", "--", "cat"]);
     server.run(&["call", "alpha/x", "1"]).ended_with(0);
@@ -218,7 +218,7 @@ fn a_backup_is_restored_with_its_blocks_and_parked_calls() {
 }
 
 #[test]
-fn a_backup_makes_a_server_where_there_was_none() {
+fn a_backup_restores_to_a_new_directory() {
     let server = Server::start();
     let create = ["block", "create", "alpha/frame", "5", "--persistent"];
     server.run(&create).ended_with(0);
@@ -250,7 +250,7 @@ fn a_backup_makes_a_server_where_there_was_none() {
 }
 
 #[test]
-fn what_is_no_good_backup_changes_nothing() {
+fn an_invalid_backup_changes_nothing() {
     let server = Server::start();
     let backup = server.home().join("mine.db");
     let create = ["block", "create", "alpha/frame", "1MiB", "--persistent"];
@@ -286,7 +286,7 @@ fn what_is_no_good_backup_changes_nothing() {
 }
 
 #[test]
-fn damage_is_found_with_a_server_and_without_one() {
+fn damage_is_found_with_and_without_a_server() {
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join(".latzero");
     let named = dir.to_str().unwrap().to_owned();
@@ -369,7 +369,7 @@ fn damage_is_found_with_a_server_and_without_one() {
 }
 
 #[test]
-fn the_database_can_be_looked_into_with_a_server_and_without() {
+fn the_database_can_be_queried_with_and_without_a_server() {
     let server = Server::start();
     drop(server.serve(&["alpha/x", "--app", "worker", "--", "cat"]));
     let ask = [

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use crate::program::{Running, Server, eventually, latzero, rest, run};
 
 #[test]
-fn it_starts_and_the_line_to_try_works() {
+fn it_starts_and_the_suggested_command_works() {
     let server = Server::start();
     for part in [
         concat!("latzero ready ", env!("CARGO_PKG_VERSION"), " "),
@@ -31,7 +31,7 @@ fn it_starts_and_the_line_to_try_works() {
 }
 
 #[test]
-fn the_line_to_try_names_another_directory() {
+fn the_suggested_command_names_another_directory() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("a b");
     let server = Server::with(&["--data-dir", dir.to_str().unwrap()]);
@@ -44,7 +44,7 @@ fn the_line_to_try_names_another_directory() {
 }
 
 #[test]
-fn the_line_to_try_works_without_a_socket() {
+fn the_suggested_command_works_without_a_socket() {
     let server = Server::with(&["--socket", "off"]);
     let line = server.try_line.strip_prefix("try: ").unwrap();
     assert!(
@@ -177,7 +177,7 @@ fn stop_works_over_tcp_with_the_token_of_the_directory() {
 }
 
 #[test]
-fn a_second_server_on_the_directory_is_told_the_pid_of_the_first() {
+fn a_second_server_gets_the_pid_of_the_first() {
     let server = Server::start();
     let ran = server.run(&["start", "--port", "0"]).ended_with(75);
     ran.said("another server uses")
@@ -199,7 +199,7 @@ fn a_port_in_use_is_named_with_the_remedy() {
 }
 
 #[test]
-fn a_directory_that_others_may_write_is_refused() {
+fn a_directory_writable_by_others_is_refused() {
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join("open");
     std::fs::create_dir(&dir).unwrap();
@@ -214,7 +214,7 @@ fn a_directory_that_others_may_write_is_refused() {
 }
 
 #[test]
-fn a_killed_server_leaves_nothing_in_the_way() {
+fn a_server_starts_after_a_kill() {
     let server = Server::start();
     let socket = server.data_dir().join("latzero.sock");
     let home = server.crash();
@@ -229,7 +229,7 @@ fn a_killed_server_leaves_nothing_in_the_way() {
 }
 
 #[test]
-fn what_is_not_in_this_build_is_said_plainly() {
+fn unimplemented_settings_are_refused() {
     let home = tempfile::tempdir().unwrap();
     for flag in ["--cluster", "--tls"] {
         let ran = run(&mut latzero(home.path(), &["start", flag])).ended_with(2);
@@ -323,7 +323,7 @@ fn sighup_changes_the_log_level() {
 }
 
 #[test]
-fn a_server_whose_output_nobody_reads_runs_all_the_same() {
+fn a_server_runs_with_its_output_closed() {
     let home = tempfile::tempdir().unwrap();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
@@ -334,7 +334,7 @@ fn a_server_whose_output_nobody_reads_runs_all_the_same() {
 }
 
 #[test]
-fn a_closed_pipe_is_no_failure() {
+fn a_closed_pipe_is_not_an_error() {
     let server = Server::start();
     for args in [
         &["apps"][..],
@@ -396,7 +396,7 @@ fn wrong_usage_ends_with_2() {
 }
 
 #[test]
-fn help_is_there_and_says_the_exit_codes() {
+fn help_lists_the_exit_codes() {
     let home = tempfile::tempdir().unwrap();
     let help = run(&mut latzero(home.path(), &["--help"]))
         .ended_with(0)
@@ -449,7 +449,7 @@ fn errors_can_be_json() {
 }
 
 #[test]
-fn a_variable_that_is_no_setting_is_a_warning() {
+fn an_unknown_variable_is_a_warning() {
     let home = tempfile::tempdir().unwrap();
     let mut command = latzero(home.path(), &["start", "--port", "0"]);
     let running = Running::start_err(command.env("LATZERO_PROT", "1"));
@@ -501,7 +501,7 @@ fn doctor_finds_what_start_refuses() {
 }
 
 #[test]
-fn a_detached_server_runs_on_and_its_log_is_printed() {
+fn a_detached_server_keeps_running_and_its_log_is_printed() {
     let home = tempfile::tempdir().unwrap();
     let run = |args: &[&str]| run(&mut latzero(home.path(), args));
     run(&["logs"]).ended_with(1).said("does not exist");
@@ -545,7 +545,7 @@ fn a_wrong_address_does_not_blame_the_server_of_the_directory() {
 }
 
 #[test]
-fn a_suspended_server_is_given_up_in_time() {
+fn a_suspended_server_causes_a_timeout() {
     let server = Server::start();
     server.running.signal(Signal::STOP);
     for args in [

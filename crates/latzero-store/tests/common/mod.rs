@@ -119,6 +119,8 @@ pub(crate) fn call(number: u64) -> CallRow {
         expires: 9,
         attempt: 0,
         parked: 8,
+        died: None,
+        cause: None,
     }
 }
 

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_array_is_refused() {
+    fn invalid_arrays_are_refused() {
         let check = |bytes: &[u8], expected: &str| {
             let error = Array::read(&mut &*bytes).unwrap_err();
             assert!(error.contains(expected), "{error}");

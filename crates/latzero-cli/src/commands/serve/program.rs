@@ -582,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_sent_is_an_error_of_the_program() {
+    fn invalid_output_is_an_error_of_the_program() {
         let deep = "[".repeat(100) + &"]".repeat(100);
         let error = Printed::Auto.payload(deep.as_bytes()).unwrap_err();
         assert_eq!(error.code(), "handler_error");
