@@ -1,4 +1,4 @@
-//! What blocks of memory cost: counted by app and in all, before anything is allocated.
+//! Quotas of memory blocks: counted per app and in total, before anything is allocated.
 
 use hashbrown::HashMap;
 use latzero_protocol::memory::Kind;
@@ -13,8 +13,8 @@ pub const HEADER_BYTES: u64 = 4096;
 /// Slots begin at multiples of this many bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// Slots that the file of a persistent block has besides: for the version that is on the disk for certain, and for the one
-/// that a flush is at.
+/// Slots that the file of a persistent block has besides: for the version that is on the disk for
+/// certain, and for the one that a flush is at.
 pub const SPARE_SLOTS: u32 = 2;
 
 /// How a block's bytes lie in its memory.
@@ -24,7 +24,8 @@ pub struct Geometry {
     pub size: u64,
     /// How many versions there is room for.
     pub slots: u32,
-    /// Slots besides: [`SPARE_SLOTS`] of a persistent block, none of a shared one or of a file that an older server made.
+    /// Slots besides: [`SPARE_SLOTS`] of a persistent block, none of a shared one or of a file that
+    /// an older server made.
     pub spares: u32,
 }
 
@@ -63,7 +64,7 @@ impl Geometry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StorageId(pub u64);
 
-/// A new version of a block, for somebody who wants to hear of it. A newer one takes its place while it waits.
+/// A new version of a block, for a subscriber. A newer one replaces it while it waits.
 #[derive(Debug, Clone, Copy)]
 pub struct Change<'a> {
     /// The same for the same block: the pool's number and the block's place.
@@ -83,7 +84,8 @@ impl Change<'_> {
     #[must_use]
     pub fn to_json(&self) -> String {
         format!(
-            "{{\"action\":\"event\",\"event\":\"block_changed\",\"pool\":\"{}\",\"block_id\":\"{}\",\"version\":{},\"generation\":{}}}",
+            "{{\"action\":\"event\",\"event\":\"block_changed\",\"pool\":\"{}\",\
+             \"block_id\":\"{}\",\"version\":{},\"generation\":{}}}",
             self.pool, self.block, self.version, self.generation
         )
     }
@@ -110,7 +112,8 @@ pub struct Making {
     pub record: String,
 }
 
-/// Something about a block that the driver does once the pool is free, in the order in which it was asked for.
+/// Something about a block that the driver does once the pool is free, in the order in which it was
+/// asked for.
 #[derive(Debug, Clone)]
 pub enum Job<P> {
     /// Makes storage; [`crate::Pool::storage_made`] hears of it.
@@ -119,10 +122,11 @@ pub enum Job<P> {
         key: BlockKey,
         /// What to make.
         making: Making,
-        /// Nothing is made where the process behind this connection has ended: then nobody writes any more.
+        /// Nothing is created if the process of this connection has ended, because it can no longer
+        /// write.
         unless_dead: Option<P>,
     },
-    /// Gives storage up: nobody is served from it any more, and its file goes.
+    /// Releases storage: it is no longer used, and its file is deleted.
     Drop {
         /// Which.
         storage: StorageId,
@@ -172,8 +176,8 @@ pub struct Ledger {
     blocks: usize,
     apps: HashMap<AppId, Use>,
     storages: u64,
-    /// The last generation of each block that ended, as many as [`ENDED_MAX`]; and what no ended block was beyond of those that
-    /// are not among them.
+    /// The last generation of each block that ended, as many as [`ENDED_MAX`]; and what no ended
+    /// block was beyond of those that are not among them.
     ended: HashMap<(PoolName, BlockId), u64>,
     ended_floor: u64,
     numbers: u64,
@@ -209,7 +213,8 @@ impl Ledger {
         StorageId(self.storages)
     }
 
-    /// The generation that a new block begins with: whoever saw an earlier block of that name must not take it for that one.
+    /// The first generation of a new block, so that a client of an earlier block with that name
+    /// does not confuse the two.
     #[must_use]
     pub fn first_generation(&self, pool: &PoolName, block: &BlockId) -> u64 {
         let name = (pool.clone(), block.clone());
@@ -240,8 +245,8 @@ impl Ledger {
     pub fn begin_block(&mut self, app: &AppId, bytes: u64, limits: &Limits) -> Result<(), Refusal> {
         if self.blocks >= limits.blocks_max {
             let message = format!(
-                "there are {} blocks, as many as limits.blocks_max and the limit on descriptors \
-                 (RLIMIT_NOFILE) allow; remove what is not needed",
+                "there are {} blocks, the maximum that limits.blocks_max and the descriptor \
+                 limit (RLIMIT_NOFILE) allow; remove blocks that are no longer needed",
                 limits.blocks_max
             );
             return Err(Refusal::new(Code::Quota, message));
@@ -349,8 +354,8 @@ pub(crate) fn check_room(
         return Ok(());
     }
     let message = format!(
-        "{needed} bytes are needed and {free} of {max} are free for {whose} (limits.{limit}); \
-         remove blocks that are not needed, or raise the limit"
+        "this needs {needed} bytes, but only {free} of {max} are free for {whose} \
+         (limits.{limit}); remove blocks that are no longer needed, or raise the limit"
     );
     Err(Refusal::new(Code::Quota, message))
 }
@@ -376,12 +381,13 @@ mod tests {
         ledger.begin_block(&app("a"), 60, &limits).unwrap();
         let message = refused(ledger.reserve(&app("a"), 1, &limits));
         assert!(
-            message.starts_with("1 bytes are needed and 0 of 60 are free for blocks of app 'a'"),
+            message
+                .starts_with("this needs 1 bytes, but only 0 of 60 are free for blocks of app 'a'"),
             "{message}"
         );
         let message = refused(ledger.begin_block(&app("b"), 50, &limits));
         assert!(
-            message.starts_with("50 bytes are needed and 40 of 100 are free for all blocks"),
+            message.starts_with("this needs 50 bytes, but only 40 of 100 are free for all blocks"),
             "{message}"
         );
         ledger.begin_block(&app("b"), 40, &limits).unwrap();

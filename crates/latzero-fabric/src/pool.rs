@@ -258,7 +258,7 @@ impl<D: Driver> Pool<D> {
             return Ok(());
         }
         let message = format!(
-            "{what} would outlive the rules of pool '{}': make the pool with \"durable\":true",
+            "{what} would outlive the policy of pool '{}': create the pool with \"durable\":true",
             self.name
         );
         Err(Refusal::new(Code::BadMessage, message))

@@ -1,4 +1,4 @@
-//! The health of the server's parts, as `health` tells it: each part `ok` or `degraded`, with what was seen.
+//! The reply to `health`: each component `ok` or `degraded`, with details.
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -18,7 +18,8 @@ pub(crate) fn report(shared: &Shared, parked: &ParkedCounts, now: Time) -> Value
     let connections_max = shared.surroundings.shares(&settings.limits).connections;
     let transport = part(
         connections < connections_max,
-        &json!({"connections": connections, "connections_max": connections_max, "slow_readers": blocked}),
+        &json!({"connections": connections, "connections_max": connections_max,
+            "slow_readers": blocked}),
     );
     let counts = shared
         .registry
@@ -64,7 +65,8 @@ pub(crate) fn report(shared: &Shared, parked: &ParkedCounts, now: Time) -> Value
         limits.insert((*setting).to_owned(), format!("{text}, from {from}").into());
     }
     let limits = part(true, &limits.into());
-    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs, "limits": limits});
+    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers,
+        "memory": memory, "store": store, "logs": logs, "limits": limits});
     let all_ok = parts
         .as_object()
         .is_some_and(|parts| parts.values().all(|part| part["status"] == "ok"));

@@ -36,7 +36,7 @@ pub(crate) struct IoHost {
     pub(crate) changed: Vec<Arc<Peer>>,
     /// Notices that are due.
     noticed: Vec<Notice<Arc<PoolCell>>>,
-    /// Connections to write to again by the clock: too many descriptors are on their way.
+    /// Connections to write to again by the clock: too many descriptors are in flight.
     pub(crate) crowded: Vec<Arc<Peer>>,
     /// Descriptors that came with the message that is being handled.
     pub(crate) offers: VecDeque<OwnedFd>,
@@ -344,7 +344,8 @@ impl Driver for IoHost {
         let offered = host.offers.pop_front();
         let row = host.shared.blocks.awaited_row(name, block)?;
         let Some(offered) = offered else {
-            let message = "no descriptor came with it; it travels with the message's first byte, over the Unix socket";
+            let message = "no descriptor was received; send it over the Unix socket, with the \
+                first byte of the message";
             return Err(Refusal::new(Code::BadMessage, message));
         };
         crate::blocks::take_back(host, pool, (name, block), &row, &offered)
@@ -373,7 +374,7 @@ impl Driver for IoHost {
     ) -> Result<Option<String>, Refusal> {
         match action {
             AdminAction::Shutdown => {
-                tracing::info!("stopping, as an administrator asked");
+                tracing::info!("stopping: requested by an administrator");
                 self.shared.drain();
                 let reply = json!({"draining": true, "pid": std::process::id()});
                 Ok(Some(reply.to_string()))

@@ -58,7 +58,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
             further.into(),
         ]);
     }
-    output.table(&["PART", "STATUS", "SEEN"], &rows)?;
+    output.table(&["COMPONENT", "STATUS", "DETAILS"], &rows)?;
     Ok(exit)
 }
 

@@ -93,7 +93,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
         (
             "calls",
             format!(
-                "{} per second, {} in flight, {} in all",
+                "{} per second, {} in flight, {} in total",
                 stats["triggers"]["calls_per_second"],
                 stats["triggers"]["calls_in_flight"],
                 stats["triggers"]["calls"]
@@ -135,7 +135,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-/// No server answers. A process may use the directory all the same: one that starts, hangs, or
+/// No server responds. A process may still be using the directory: one that is starting, hangs, or
 /// listens elsewhere.
 fn not_running(reach: &Reach, mut failure: Failure, output: &Output) -> Done {
     let dir = reach.data_dir().0;
@@ -155,15 +155,13 @@ fn not_running(reach: &Reach, mut failure: Failure, output: &Output) -> Done {
         return Ok(failure.exit);
     }
     if holder.is_some() && failure.exit == Exit::NotRunning {
-        let pid = pid.map_or_else(
-            || "whose pid is not known".to_owned(),
-            |pid| format!("pid {pid}"),
-        );
-        failure.errors[0] = "the server does not answer".to_owned();
-        failure
-            .details
-            .push(format!("{} is in use by a process, {pid}", dir.display()));
-        failure.help = Some("look at `latzero logs`; end that process if it hangs".to_owned());
+        let pid = pid.map_or_else(|| "pid unknown".to_owned(), |pid| format!("pid {pid}"));
+        failure.errors[0] = "the server does not respond".to_owned();
+        failure.details.push(format!(
+            "{} is in use by another process, {pid}",
+            dir.display()
+        ));
+        failure.help = Some("check `latzero logs`; end that process if it hangs".to_owned());
     }
     Err(failure)
 }

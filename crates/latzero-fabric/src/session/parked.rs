@@ -75,9 +75,9 @@ impl<D: Driver> Session<D> {
         }
         if let Some(number) = filter.number.filter(|_| changed == 0) {
             let message = match change {
-                ParkedChange::Cancel => "is over: there is nothing to cancel",
+                ParkedChange::Cancel => "has ended: there is nothing to cancel",
                 ParkedChange::Retry(_) => "is not dead: only dead calls can be run again",
-                ParkedChange::Purge => "is not over: cancel it instead",
+                ParkedChange::Purge => "has not ended: cancel it instead",
             };
             let message = format!("parked call {number} {message}");
             return Err(Refusal::new(Code::BadMessage, message));
