@@ -1,8 +1,8 @@
-//! Request and reply between three processes: how long one call takes, and how many fit into a second.
+//! Request and reply between three processes: the time of one call, and calls per second.
 //!
-//! Each cell of the result is one contestant under one load in one placement. Cells are measured in rounds, all
-//! contestants in turn within a round, so that a machine that changes its mind changes it for all of them. Every
-//! run of a cell starts its server, handler and caller afresh.
+//! Each cell of the result is one peer under one load in one placement. Cells are measured in
+//! rounds, with all peers in turn in each round, so that changes of the machine affect all of them.
+//! Every run of a cell starts server, handler and caller afresh.
 
 use crate::failure::{During, Failure};
 use crate::machine::Machine;

@@ -1,9 +1,10 @@
-//! One ledger of everything that clients make the server hold.
+//! The ledger of everything that clients make the server hold.
 //!
-//! Each resource is reserved before anything is copied, in the account of whoever asks for it, and a [`Hold`] gives it back
-//! when it is dropped. Accounts form a tree: the server, its users, their apps, and the connections of those. A reservation
-//! counts in each of them up to the root, and each has a bound: so a stranger, whatever names it invents and however many
-//! connections it opens, leaves room for everybody else. Counters are atomic, since several event loops share them; nothing
+//! Each resource is reserved in the account of the client before anything is copied. Dropping the
+//! [`Hold`] releases it. Accounts form a tree: the server, its users, their apps, and the
+//! connections of the apps. A reservation counts in every account up to the root, and each account
+//! has a limit. So an untrusted user leaves room for others, whatever names it invents and however
+//! many connections it opens. Counters are atomic, because several event loops share them; nothing
 //! here waits.
 
 use std::hash::Hash;
@@ -128,7 +129,8 @@ impl Resource {
         }
     }
 
-    /// What a request is answered with that needs more than there is: what frees itself in time is worth a repeat.
+    /// What a request is answered with that needs more than there is: what frees itself in time is
+    /// worth a repeat.
     fn code(self) -> Code {
         match self {
             Resource::Registrations
@@ -230,12 +232,12 @@ impl From<Full> for Refusal {
             _ => limit,
         };
         let remedy = match what.code() {
-            Code::Quota => "remove what is not needed, or raise the limit",
-            _ => "wait and repeat, or raise the limit",
+            Code::Quota => "remove what is no longer needed, or raise the limit",
+            _ => "try again later, or raise the limit",
         };
         let whose = owner.words();
         let message = format!(
-            "{needed} {words} are needed, and {free} of {max} are free for {whose} \
+            "this needs {needed} {words}, but only {free} of {max} are free for {whose} \
              (limits.{limit}); {remedy}"
         );
         Refusal::new(what.code(), message)
@@ -306,7 +308,7 @@ impl Account {
     /// Reserves an amount of a resource.
     ///
     /// # Errors
-    /// Where this account or one above it has no room; nothing is reserved then.
+    /// If this account or one above it has no room; nothing is reserved then.
     pub fn reserve(self: &Arc<Self>, what: Resource, amount: u64) -> Result<Hold, Full> {
         let mut hold = self.hold(what);
         hold.resize(amount)?;
@@ -355,7 +357,8 @@ impl Account {
         self.has_room_here(what, amount, |_| true)
     }
 
-    /// Whether its owner, and the stranger that it is of, may have so much more: what the server as a whole has is not asked.
+    /// Whether its owner, and the stranger that it is of, may have so much more: what the server as a
+    /// whole has is not asked.
     #[must_use]
     pub fn has_own_room(&self, what: Resource, amount: u64) -> bool {
         self.has_room_here(what, amount, |bounds| !bounds.is_all)
@@ -418,7 +421,7 @@ impl Account {
     }
 }
 
-/// An amount of a resource that is reserved for as long as this lives.
+/// An amount of a resource, reserved until this is dropped.
 #[derive(Debug)]
 pub struct Hold {
     account: Arc<Account>,
@@ -448,7 +451,7 @@ impl Hold {
     /// Holds another amount instead.
     ///
     /// # Errors
-    /// Where there is no room for the difference; the amount is as before then.
+    /// If there is no room for the difference; the amount is as before then.
     #[inline]
     pub fn resize(&mut self, amount: u64) -> Result<(), Full> {
         if amount > self.amount {
@@ -492,13 +495,14 @@ pub struct Books {
     accounts: AtomicU64,
 }
 
-/// A connection may hold this part of all memory, and at least room for two frames, one on the way in and one out.
+/// A connection may hold this part of all memory, and at least room for two frames, one on the way
+/// in and one out.
 const CONNECTION_PART: u64 = 4;
 
 /// A stranger may hold this part of every resource: others have the rest.
 const STRANGER_PART: u64 = 2;
 
-/// This part of memory is for what is under way already, answers and errors; new work is refused before.
+/// This part of memory is reserved for answers and errors of work in progress; new work is refused.
 const RESERVED_PART: u64 = 16;
 
 impl Books {
@@ -616,7 +620,8 @@ impl Books {
             || self.root.memory() > self.root.bounds.max[MEMORY]
     }
 
-    /// Whether memory is so short that new work is refused, and connections that hold much are closed.
+    /// Whether memory is so short that new work is refused, and connections that hold much are
+    /// closed.
     #[must_use]
     pub fn is_short(&self) -> bool {
         let short = |place: usize| {
@@ -629,7 +634,8 @@ impl Books {
         short(MEMORY) || short(Resource::Outbox as usize)
     }
 
-    /// Whether connections must be closed to make room: what waits on the way in and out of them is what memory is short of.
+    /// Whether connections must be closed to make room: what waits on the way in and out of them is
+    /// what memory is short of.
     #[must_use]
     pub fn must_shed(&self) -> bool {
         let on_way = self.root.used(Resource::Inbound) + self.root.used(Resource::Outbox);
@@ -669,7 +675,8 @@ pub struct Holding<K> {
 /// Less than this is not worth closing a connection for, in bytes.
 const SHED_BYTES_MIN: u64 = 64 * 1024;
 
-/// A connection that moved within this time is not closed, in milliseconds: a large fresh answer is on its way.
+/// A connection that moved within this time is not closed, in milliseconds: a large fresh answer is
+/// on its way.
 const SHED_AGE_MIN_MS: u64 = 1000;
 
 /// The connection to close where memory is short: the one that holds most, for longest.

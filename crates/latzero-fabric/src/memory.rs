@@ -1,4 +1,5 @@
-//! Memory blocks as the core and its driver speak of them: geometry, storage, jobs, and the numbers that are given once.
+//! Memory blocks as the core and its driver speak of them: geometry, storage, jobs, and numbers that
+//! are given out once.
 
 use hashbrown::HashMap;
 use latzero_protocol::memory::Kind;
@@ -12,8 +13,8 @@ pub const HEADER_BYTES: u64 = 4096;
 /// Slots begin at multiples of this many bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// Slots that the file of a persistent block has besides: for the version that is on the disk for certain, and for the one
-/// that a flush is at.
+/// Slots that the file of a persistent block has besides: for the version that is on the disk for
+/// certain, and for the one that a flush is at.
 pub const SPARE_SLOTS: u32 = 2;
 
 /// How a block's bytes lie in its memory.
@@ -23,7 +24,8 @@ pub struct Geometry {
     pub size: u64,
     /// How many versions there is room for.
     pub slots: u32,
-    /// Slots besides: [`SPARE_SLOTS`] of a persistent block, none of a shared one or of a file that an older server made.
+    /// Slots besides: [`SPARE_SLOTS`] of a persistent block, none of a shared one or of a file that
+    /// an older server made.
     pub spares: u32,
 }
 
@@ -62,7 +64,7 @@ impl Geometry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StorageId(pub u64);
 
-/// A new version of a block, for somebody who wants to hear of it. A newer one takes its place while it waits.
+/// A new version of a block, for a subscriber. A newer one replaces it while it waits.
 #[derive(Debug, Clone, Copy)]
 pub struct Change<'a> {
     /// The same for the same block: the pool's number and the block's place.
@@ -82,7 +84,8 @@ impl Change<'_> {
     #[must_use]
     pub fn to_json(&self) -> String {
         format!(
-            "{{\"action\":\"event\",\"event\":\"block_changed\",\"pool\":\"{}\",\"block_id\":\"{}\",\"version\":{},\"generation\":{}}}",
+            "{{\"action\":\"event\",\"event\":\"block_changed\",\"pool\":\"{}\",\
+             \"block_id\":\"{}\",\"version\":{},\"generation\":{}}}",
             self.pool, self.block, self.version, self.generation
         )
     }
@@ -109,7 +112,8 @@ pub struct Making {
     pub record: String,
 }
 
-/// Something about a block that the driver does once the pool is free, in the order in which it was asked for.
+/// Something about a block that the driver does once the pool is free, in the order in which it was
+/// asked for.
 #[derive(Debug, Clone)]
 pub enum Job<P> {
     /// Makes storage; [`crate::Pool::storage_made`] hears of it.
@@ -118,10 +122,11 @@ pub enum Job<P> {
         key: BlockKey,
         /// What to make.
         making: Making,
-        /// Nothing is made where the process behind this connection has ended: then nobody writes any more.
+        /// Nothing is created if the process of this connection has ended, because it can no longer
+        /// write.
         unless_dead: Option<P>,
     },
-    /// Gives storage up: nobody is served from it any more, and its file goes.
+    /// Releases storage: it is no longer used, and its file is deleted.
     Drop {
         /// Which.
         storage: StorageId,
@@ -147,8 +152,8 @@ const ENDED_MAX: usize = 4096;
 pub struct Numbers {
     calls: u64,
     storages: u64,
-    /// The last generation of each block that ended, as many as [`ENDED_MAX`]; and what no ended block was beyond of those that
-    /// are not among them.
+    /// The last generation of each block that ended, as many as [`ENDED_MAX`]; and what no ended
+    /// block was beyond of those that are not among them.
     ended: HashMap<(PoolName, BlockId), u64>,
     ended_floor: u64,
 }
@@ -171,7 +176,8 @@ impl Numbers {
         StorageId(self.storages)
     }
 
-    /// The generation that a new block begins with: whoever saw an earlier block of that name must not take it for that one.
+    /// The first generation of a new block, so that a client of an earlier block with that name
+    /// does not confuse the two.
     #[must_use]
     pub fn first_generation(&self, pool: &PoolName, block: &BlockId) -> u64 {
         let name = (pool.clone(), block.clone());
@@ -207,8 +213,8 @@ pub(crate) fn check_room(
         return Ok(());
     }
     let message = format!(
-        "{needed} bytes are needed and {free} of {max} are free for {whose} (limits.{limit}); \
-         remove blocks that are not needed, or raise the limit"
+        "this needs {needed} bytes, but only {free} of {max} are free for {whose} \
+         (limits.{limit}); remove blocks that are no longer needed, or raise the limit"
     );
     Err(Refusal::new(Code::Quota, message))
 }

@@ -262,7 +262,7 @@ impl<D: Driver> Pool<D> {
             return Ok(());
         }
         let message = format!(
-            "{what} would outlive the rules of pool '{}': make the pool with \"durable\":true",
+            "{what} would outlive the policy of pool '{}': create the pool with \"durable\":true",
             self.name
         );
         Err(Refusal::new(Code::BadMessage, message))
@@ -297,6 +297,12 @@ impl<D: Driver> Pool<D> {
     #[must_use]
     pub fn name(&self) -> &PoolName {
         &self.name
+    }
+
+    /// Its parked calls and answers, in numbers.
+    #[must_use]
+    pub fn parked_counts(&self) -> ParkedCounts {
+        self.parked.counts()
     }
 
     /// The pool in numbers.

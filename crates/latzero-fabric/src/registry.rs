@@ -314,11 +314,14 @@ impl<D: Driver> Registry<D> {
         match self.apps.get(app_id) {
             None => Err(Refusal::new(
                 Code::NoApp,
-                format!("no app '{app_id}' was ever seen here"),
+                format!("the server does not know an app '{app_id}'"),
             )),
             Some(app) if !app.instances.is_empty() => Err(Refusal::new(
                 Code::AppInUse,
-                format!("app '{app_id}' lives; stop it first, or `latzero kick {app_id}`"),
+                format!(
+                    "app '{app_id}' is connected; stop it first, or use `latzero kick \
+                    {app_id}`"
+                ),
             )),
             Some(app) => {
                 self.offline.remove(app.user, app.last_seen, app_id);
@@ -702,7 +705,8 @@ fn not_admitted<D: Driver>(app_id: &AppId, name: &PoolName, entry: &PoolEntry<D>
     Refusal::new(
         Code::Forbidden,
         format!(
-            "app '{app_id}' may not join pool '{name}' (its policy's \"join\"); its owner is '{owner}'"
+            "app '{app_id}' may not join pool '{name}' (the pool's policy \"join\"); its owner \
+             is '{owner}'"
         ),
     )
 }

@@ -381,7 +381,7 @@ impl<D: Driver> Session<D> {
         if turn.driver.is_draining() {
             return Err(Refusal::new(
                 Code::Draining,
-                "the server is about to stop and takes no new calls",
+                "the server is shutting down and accepts no new calls",
             ));
         }
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
@@ -404,9 +404,13 @@ impl<D: Driver> Session<D> {
                 let whereabouts =
                     turn.with_registry(|registry, _| registry.whereabouts(app, &m.name));
                 let refusal = match whereabouts {
-                    Whereabouts::Unknown => {
-                        Refusal::new(Code::NoApp, format!("no app '{app}' was ever seen here"))
-                    }
+                    Whereabouts::Unknown => Refusal::new(
+                        Code::NoApp,
+                        format!(
+                            "the server does not know an app \
+                            '{app}'"
+                        ),
+                    ),
                     Whereabouts::Elsewhere if instance.is_some() => Refusal::new(
                         Code::Offline,
                         format!("app '{app}' has no such instance in pool '{}'", m.name),
@@ -417,7 +421,7 @@ impl<D: Driver> Session<D> {
                     ),
                     Whereabouts::Offline => Refusal::new(
                         Code::Offline,
-                        format!("app '{app}' is known, but no instance of it lives"),
+                        format!("app '{app}' is known, but not connected"),
                     ),
                 };
                 Err(refusal)
@@ -516,7 +520,8 @@ impl<D: Driver> Session<D> {
             .as_ref()
             .is_some_and(|token| turn.driver.is_admin_token(token));
         if !self.terms.is_admin && !by_token {
-            let message = "only the server's own user over the Unix socket, or the admin token of the data directory, may do this";
+            let message = "only an administrator may do this: the server's user over the Unix \
+                socket, or anyone with the admin token";
             return Err(Refusal::new(Code::Forbidden, message));
         }
         if let Some(ready) = &self.ready {
@@ -549,7 +554,8 @@ impl<D: Driver> Session<D> {
                 Ok(Reply::Kept("{}".into(), Promise::Removal))
             }
             AdminAction::HandOver { .. } if !self.features.fd_passing => {
-                let message = "sockets go over the Unix socket, with the features 'attachments' and 'fd_passing'";
+                let message = "a hand-over needs the Unix socket, with the features \
+                    'attachments' and 'fd_passing'";
                 Err(Refusal::new(Code::BadMessage, message))
             }
             action => {

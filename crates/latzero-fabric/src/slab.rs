@@ -1,9 +1,9 @@
-//! A table whose keys go stale: a place that was freed and used again has another generation.
+//! A table with keys that can become stale: a slot that is freed and reused gets a new generation.
 
 use std::fmt;
 use std::marker::PhantomData;
 
-/// Where a value of type `T` lies in its [`Slab`].
+/// The position of a value of type `T` in its [`Slab`].
 pub struct Key<T> {
     /// The place.
     pub slot: u32,
@@ -68,7 +68,8 @@ struct Place<T> {
 }
 
 /// Values in places that are found by key in constant time and walked in the order of their places.
-/// The keys of a table are of kind `K`: of the values themselves, or of a marker where the values are generic.
+/// The keys of a table are of kind `K`: of the values themselves, or of a marker where the values
+/// are generic.
 pub(crate) struct Slab<T, K = T> {
     places: Vec<Place<T>>,
     free: Vec<u32>,

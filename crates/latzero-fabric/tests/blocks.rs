@@ -796,7 +796,8 @@ fn a_call_lends_its_blocks_for_as_long_as_it_lasts() {
     assert!(net.sees(caller).contains("5 failed: handler_gone"));
 }
 
-/// Calls the handler `t` with block `b`, which only the call allows it; returns the call's id at the handler.
+/// Calls the handler `t` with block `b`, which only the call allows it; returns the call's id at
+/// the handler.
 fn lend(net: &mut Net, caller: Peer, handler: Peer, mode: &str) -> String {
     net.sees(handler);
     net.say(
@@ -823,7 +824,8 @@ fn what_a_call_lends_is_not_kept() {
     let (mut net, handler, caller) = two();
     ask(&mut net, caller, "create", OWN_ONLY, &[]);
     let call = lend(&mut net, caller, handler, "write");
-    // It may look again while the call lasts, lock, and listen; but neither end the block nor pass it on.
+    // It may look again while the call lasts, lock, and listen; but neither end the block nor pass
+    // it on.
     assert_eq!(
         ask(
             &mut net,
@@ -860,7 +862,8 @@ fn what_a_call_lends_is_not_kept() {
         ask(&mut net, caller, "info", "", &["lock", "subscribers"]),
         "null 0"
     );
-    // It mapped the block and held its lock when the call ended: it writes into a generation of the past.
+    // It mapped the block and held its lock when the call ended: it writes into a generation of the
+    // past.
     assert_eq!(ask(&mut net, caller, "info", "", &["generation"]), "2");
     assert_eq!(lock(&mut net, caller, ""), "3");
 }

@@ -176,7 +176,7 @@ pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Parked<'a>, R
         return Err(crate::envelope::missing("number", "a whole number"));
     }
     if matches!(action, ParkedAction::Change(_)) && filter == ParkedFilter::default() {
-        let message = "name the calls: by 'number', or by 'pool', 'app_id', 'process' or 'state'";
+        let message = "select the calls by 'number', or by 'pool', 'app_id', 'process' or 'state'";
         return Err(Refusal::new(Code::BadMessage, message));
     }
     Ok(Parked {

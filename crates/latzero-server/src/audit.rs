@@ -1,9 +1,9 @@
-//! The audit log: who registered what, who took over, what was refused, what administrators did.
+//! The audit log: registrations, takeovers, refusals, and actions of administrators.
 //!
-//! One JSON object a line in `logs/audit.log`, put aside by size as the server's log is. Lines are written by a thread of
-//! their own; what does not fit into its queue is counted with the other log lines that were lost. Whoever does something over
-//! and over can't push out what others did, nor what else it did: each user has so many lines of an event at once and so many
-//! a second, and what was left out is told with that user's next line of that event.
+//! Each line of `logs/audit.log` is a JSON object. The file is rotated by size, like the server
+//! log. A separate thread writes it. Lines that do not fit in its queue are counted with the other
+//! lost log lines. To keep one user from flooding the log, each user has a burst and a rate for each
+//! kind of event; the next line of that user and event says how many were left out.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -49,7 +49,8 @@ struct Share {
 struct Shares(HashMap<(&'static str, String), Share>);
 
 impl Shares {
-    /// Takes a line of a user's share; returns how many were left out before it, or nothing where this one is.
+    /// Takes a line of a user's share; returns how many were left out before it, or nothing where
+    /// this one is.
     fn take(&mut self, event: &'static str, from: &str, now: Instant) -> Option<u64> {
         let whole = |share: &Share| share.refilled(now).0 == BURST && share.left_out == 0;
         let mut whose = (event, from.to_owned());
@@ -93,7 +94,7 @@ impl AuditLog {
     /// Opens the log, to append to what is there.
     ///
     /// # Errors
-    /// Where the file can't be opened, or no thread be had.
+    /// If the file cannot be opened, or the thread cannot be started.
     pub(crate) fn open(directory: &Path, settings: &Settings) -> Result<AuditLog, LogError> {
         let (bytes_max, files_max) = (settings.log_file_bytes_max, settings.log_files_max);
         let file = LineFile::open(&directory.join(NAME), bytes_max, files_max)?;
@@ -117,7 +118,8 @@ impl AuditLog {
         };
         drop(shares);
         let mut line = json!({
-            "time": rfc3339(SystemTime::now()), "event": audit.event, "app_id": audit.app, "from": from,
+            "time": rfc3339(SystemTime::now()), "event": audit.event, "app_id": audit.app,
+            "from": from,
         });
         if let Some(instance) = audit.instance {
             line["instance"] = json!(instance);

@@ -185,7 +185,7 @@ impl Blocks {
     /// Takes in what an earlier run noted of the generations of its ended blocks.
     pub(crate) fn take_in_ended(&self, noted: &str) {
         let Ok(generation) = noted.parse() else {
-            tracing::warn!(noted, "a note of the generations of blocks makes no sense");
+            tracing::warn!(noted, "a stored block generation is invalid");
             return;
         };
         self.rows.set_ended(generation);
@@ -258,7 +258,8 @@ impl Blocks {
         if let Some(stored) = self.at(storage)
             && let Err(error) = stored.custodian.set_lease(fence, is_held)
         {
-            tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be shown to its writers");
+            tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "cannot publish \
+                the lock of a block to its writers");
         }
     }
 
@@ -377,7 +378,7 @@ impl Blocks {
                 if let Err(refusal) = &made
                     && refusal.code != Code::NoBlock
                 {
-                    tracing::warn!(pool = %making.pool, block = %making.block, error = %refusal, "a block can't be made");
+                    tracing::warn!(pool = %making.pool, block = %making.block, error = %refusal, "cannot create a block");
                 }
                 Some(Finished::Made(key, made))
             }
@@ -454,7 +455,8 @@ impl Blocks {
         if let Some(boot) = self.rows.boot()
             && let Err(error) = custodian.set_boot(boot)
         {
-            tracing::warn!(pool = %making.pool, block = %making.block, %error, "a block can't note the run of the machine");
+            tracing::warn!(pool = %making.pool, block = %making.block, %error, "cannot store the \
+                boot id in a block");
         }
         if let Err(refusal) = check_descriptor(making, &custodian) {
             if let Some(names) = &names {
@@ -492,8 +494,7 @@ impl Blocks {
                 .keep_record(names, record, from)
                 .unwrap_or_else(|error| {
                     let block = &making.block;
-                    let message =
-                        format!("the record of block '{block}' can't be written: {error}");
+                    let message = format!("cannot write the record of block '{block}': {error}");
                     Err(Refusal::new(Code::Storage, message))
                 }),
             Err(error) => Err(corrupt(stored, &error)),
@@ -521,7 +522,7 @@ impl Blocks {
             return Ok(Ok(()));
         };
         if let Err(error) = self.restore_record(names, before.as_deref(), from) {
-            tracing::error!(file = %names, %error, "the record of a block can't be put back");
+            tracing::error!(file = %names, %error, "cannot restore the record of a block");
         }
         Err(error)
     }
@@ -556,7 +557,8 @@ impl Blocks {
             State::Closed
         };
         if let Err(error) = stored.custodian.set_state(state) {
-            tracing::debug!(pool = %stored.pool, block = %stored.block, %error, "users of a block can't be told of its end through it");
+            tracing::debug!(pool = %stored.pool, block = %stored.block, %error, "cannot mark a \
+                removed block in its header");
         }
         if let Some(names) = &stored.names {
             let mut is_wanted = stored.is_wanted();
@@ -586,7 +588,7 @@ impl Blocks {
             .collect()
     }
 
-    /// Whether shared blocks of an earlier run wait for a client that holds them.
+    /// Whether waiting for clients that still hold shared blocks of an earlier run.
     pub(crate) fn is_awaiting(&self) -> bool {
         self.rows.is_awaiting()
     }
@@ -602,7 +604,7 @@ impl Blocks {
     ) -> Result<BlockRow, Refusal> {
         let row = self.rows.awaited_row(pool, block);
         row.ok_or_else(|| {
-            let message = format!("block '{block}' of pool '{pool}' is not awaited (any more)");
+            let message = format!("the server is not waiting for block '{block}' of pool '{pool}'");
             Refusal::new(Code::NoBlock, message)
         })
     }
@@ -678,7 +680,8 @@ impl Blocks {
                 }
                 Ok(None) => false,
                 Err(error) => {
-                    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be flushed is not in the backup");
+                    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block \
+                        is missing from the backup, because it cannot be flushed");
                     continue;
                 }
             };
@@ -701,7 +704,8 @@ impl Blocks {
                     Ok(version) => version,
                     Err(latzero_shm::ReadError::Contended) if left > 0 => continue,
                     Err(error) => {
-                        tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be read is not in the backup");
+                        tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a \
+                            block is missing from the backup, because it cannot be read");
                         break;
                     }
                 };
@@ -732,7 +736,7 @@ impl Blocks {
     /// before each.
     pub(crate) fn sync_all(&self, mut progress: impl FnMut(usize, usize)) {
         if let Err(error) = self.files.sync() {
-            tracing::error!(%error, "the directory of persistent blocks could not be written to disk");
+            tracing::error!(%error, "cannot flush the directory of persistent blocks");
         }
         let mut persistent = self.all();
         persistent.retain(|stored| stored.kind == Kind::Persistent);
@@ -741,7 +745,8 @@ impl Blocks {
             let synced = stored.custodian.sync().map_err(|error| error.to_string());
             let kept = synced.and_then(|_| self.put_back(stored).map_err(|e| e.to_string()));
             if let Err(error) = kept {
-                tracing::error!(pool = %stored.pool, block = %stored.block, error, "a persistent block could not be written to disk");
+                tracing::error!(pool = %stored.pool, block = %stored.block, error, "cannot flush \
+                    a persistent block");
             }
         }
     }
@@ -816,8 +821,8 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         Some((file, rows::record(row)))
     });
     let records: HashMap<String, String> = records.collect();
-    let remedy =
-        "`latzero restore` brings blocks back from a backup; what was set aside is never removed";
+    let remedy = "restore the block from a backup with `latzero restore`; the server never deletes files \
+         that it moved aside";
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
@@ -847,9 +852,10 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                     }
                     Err(_) => format!("memory/{names}"),
                 };
-                let happened = format!("a limit left it out: {}", refusal.message);
-                let remedy = "raise the limit and start the server again; the file and the name of \
-                              the block are kept until then";
+                let happened =
+                    format!("it was not loaded, because of a limit: {}", refusal.message);
+                let remedy = "raise the limit and restart the server; the block's file and name \
+                    are kept until then";
                 let losses = shared.keeper.losses();
                 losses.note(Loss::new(Part::Memory, affected, happened, remedy));
             }
@@ -863,7 +869,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                     Err(_) => format!("memory/{names}"),
                 };
                 let happened = format!(
-                    "it can't be used ({}); its file {names} was set aside under memory/.orphans",
+                    "it is unusable ({}); its file {names} was moved to memory/.orphans",
                     refusal.message
                 );
                 lost(affected, happened);
@@ -879,7 +885,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         // Not where the last run removed it, and ended before its row was gone.
         if !row.file.as_ref().is_some_and(|file| removed.contains(file)) {
             let affected = format!("block '{}' of pool '{}'", row.block_id, row.pool);
-            lost(affected, "its file is gone, and the block with it".into());
+            lost(affected, "its file is missing, so the block is lost".into());
         }
         if let Ok((pool, block)) = left.name() {
             shared.blocks.rows.forget(&pool, &block);
@@ -896,7 +902,8 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         tracing::warn!(
             files,
             bytes,
-            "files of persistent blocks were set aside under memory/.orphans, now or earlier; the server never removes them"
+            "memory/.orphans has files of persistent blocks that were moved there now or \
+             earlier; the server never deletes them"
         );
     }
 }
@@ -921,7 +928,7 @@ fn resume(
         tracing::debug!(
             version,
             generation = description.generation,
-            "a block is back after the end of the machine"
+            "recovered a block after a reboot"
         );
     }
     // Only now: a start that is interrupted is followed by one that recovers once more.
@@ -998,7 +1005,8 @@ fn take(
     let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, &account, fx))?;
     let stored = Stored::new(custodian, pool_name, block.clone(), version, names);
     if let Err(error) = stored.custodian.set_lease(fence, has_writer) {
-        tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be reset");
+        tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "cannot reset the \
+            lock of a block");
     }
     host.shared.blocks.rows.note(&stored, record);
     host.shared.blocks.insert(storage, stored);
@@ -1023,7 +1031,10 @@ pub(crate) fn take_back(
     offered: &OwnedFd,
 ) -> Result<(), Refusal> {
     let another = |why: String| {
-        let message = format!("what was offered for block '{block}' is not its memory: {why}");
+        let message = format!(
+            "the memory offered for block '{block}' is not the block's memory: \
+            {why}"
+        );
         Refusal::new(Code::Forbidden, message)
     };
     let custodian = Custodian::take_back(offered).map_err(|error| another(error.to_string()))?;
@@ -1035,9 +1046,7 @@ pub(crate) fn take_back(
         && description.generation == row.generation
         && (description.geometry.size, description.geometry.slots) == (row.size, row.slots);
     if !is_it {
-        return Err(another(
-            "it is another generation's, or another block's".into(),
-        ));
+        return Err(another("it belongs to another block or generation".into()));
     }
     // It says of itself that it was removed: the server died before that was written down.
     if custodian.state().is_ok_and(|state| state != State::Live) {
@@ -1047,7 +1056,7 @@ pub(crate) fn take_back(
     }
     let name = (pool_name.clone(), block.clone());
     take(host, pool, custodian, name, &rows::record(row), None, true)?;
-    tracing::info!(pool = %pool_name, %block, "a shared block is back: a client held it");
+    tracing::info!(pool = %pool_name, %block, "recovered a shared block from a client");
     Ok(())
 }
 
@@ -1068,7 +1077,7 @@ pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, Owned
                 taken
             });
         if let Err(error) = taken {
-            tracing::warn!(pool = %pool_name, %block, %error, "a block that was handed over can't be taken");
+            tracing::warn!(pool = %pool_name, %block, %error, "cannot take over a block");
         }
     }
 }
@@ -1079,7 +1088,7 @@ pub(crate) fn end_grace(shared: &Shared, now: Time) {
     if gone > 0 {
         tracing::info!(
             blocks = gone,
-            "nobody held these shared blocks of an earlier run; they are gone"
+            "shared blocks of an earlier run were lost, because no client had them mapped"
         );
     }
 }
@@ -1122,7 +1131,8 @@ fn run(queue: &Receiver<Work>, files: &Files) {
             Work::Free(stored, store) => {
                 let Some(names) = &stored.names else { continue };
                 if let Err(error) = files.sync() {
-                    tracing::warn!(file = %names, %error, "the end of a block's file can't be written to disk");
+                    tracing::warn!(file = %names, %error, "cannot flush the removal of a block's \
+                        file");
                 }
                 // Nothing more: what was handed in before is written then, its row's end too. Where
                 // the disk refuses, the next start removes the mark.
@@ -1157,7 +1167,7 @@ fn change_if_wanted(
 }
 
 fn removed() -> Refusal {
-    Refusal::new(Code::NoBlock, "the block was removed just now")
+    Refusal::new(Code::NoBlock, "the block was just removed")
 }
 
 /// Blocks leave some descriptors to connections and administrators. The kernel gives the lowest number that is free
@@ -1169,8 +1179,9 @@ fn check_descriptor(making: &Making, custodian: &Custodian) -> Result<(), Refusa
         return Ok(());
     }
     let message = format!(
-        "block '{}' can't be made: the server may have {} descriptors, and the last {DESCRIPTORS_LEFT_MIN} are left to \
-         connections; raise the limit (ulimit -n, or LimitNOFILE= of a service)",
+        "cannot create block '{}': the server may open {} descriptors and reserves the last \
+         {DESCRIPTORS_LEFT_MIN} for connections; raise the limit (ulimit -n, or LimitNOFILE= of \
+         a service)",
         making.block,
         limit.unwrap_or(0)
     );
@@ -1180,7 +1191,7 @@ fn check_descriptor(making: &Making, custodian: &Custodian) -> Result<(), Refusa
 fn no_storage(making: &Making, error: &CreateError) -> Refusal {
     Refusal::new(
         Code::Storage,
-        format!("block '{}' can't be made: {error}", making.block),
+        format!("cannot create block '{}': {error}", making.block),
     )
 }
 
@@ -1208,16 +1219,16 @@ impl Blame for latzero_shm::WriteError {
 }
 
 fn corrupt(stored: &Stored, error: &impl Blame) -> Refusal {
-    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block can't be used");
+    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block is unusable");
     // Advice that loses nothing: what can't be read now may be whole on the disk.
     let advice = match error.is_of_disk() {
-        true => "look at the disk and the kernel's log, and restart the server when the disk works",
-        false => "restore it from a backup, or remove it and make it anew",
+        true => "check the disk and the kernel log, and restart the server when the disk works",
+        false => "restore it from a backup, or remove and recreate it",
     };
     Refusal::new(
         Code::Storage,
         format!(
-            "block '{}' of pool '{}' can't be used: {error}; {advice}",
+            "block '{}' of pool '{}' is unusable: {error}; {advice}",
             stored.block, stored.pool
         ),
     )
@@ -1228,7 +1239,7 @@ fn out_of_range(stored: &Stored) -> Refusal {
     Refusal::new(
         Code::OutOfRange,
         format!(
-            "these bytes lie outside block '{}', which has {size}; nothing was written",
+            "the range is outside block '{}', which has {size} bytes; nothing was written",
             stored.block
         ),
     )
@@ -1245,7 +1256,7 @@ fn contended(stored: &Stored) -> Refusal {
     Refusal::new(
         Code::Contended,
         format!(
-            "block '{}' is written so often that no whole version could be had; repeat",
+            "block '{}' is written too often to read a consistent version; try again",
             stored.block
         ),
     )

@@ -1,4 +1,5 @@
-//! One connection as its own loop sees it: the socket, what was read and not yet run, and its session.
+//! One connection as its own loop sees it: the socket, data that was read and not yet handled, and
+//! its session.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,7 +18,8 @@ use crate::listener::Origin;
 use crate::peer::Peer;
 use crate::socket::{Socket, User};
 
-/// How long one connection is served before the others get their turn, and after how many frames the clock is read.
+/// How long one connection is served before the others get their turn, and after how many frames
+/// the clock is read.
 const TIME_BUDGET: Duration = Duration::from_millis(1);
 const FRAMES_PER_LOOK: u32 = 16;
 
@@ -36,8 +38,9 @@ const OFFERS_MAX: usize = 64;
 /// A buffer of this capacity stays with an idle connection; larger ones are let go.
 const IDLE_BYTES_MAX: usize = 2048;
 
-/// How long, and for how many bytes, a closed connection's last input is read and thrown away. Without it the kernel
-/// would answer unread bytes with a reset, and the peer might never see why it was closed.
+/// How long, and for how many bytes, a closed connection's last input is read and thrown away.
+/// Without it the kernel would answer unread bytes with a reset, and the peer might never see why
+/// it was closed.
 const LINGER_MS: u64 = 1000;
 const LINGER_BYTES: usize = 4 * 1024 * 1024;
 
@@ -113,7 +116,7 @@ pub(crate) enum Verdict {
     Remove(&'static str),
     /// It never said who it is.
     NoHandshake,
-    /// Ask whether it lives.
+    /// Send a ping.
     Ping,
 }
 
@@ -187,7 +190,8 @@ impl Connection {
         }
         let (mut total, started) = (0, Instant::now());
         loop {
-            // The rest of a large frame goes where its begin is, rather than there by way of the scratch buffer.
+            // The rest of a large frame is read directly behind its start, not through the scratch
+            // buffer.
             let is_large = self.inbox.len() >= LARGE_BYTES;
             let Some(room) = self.reserve(is_large, scratch.len(), host) else {
                 return Turn::Starved;
@@ -228,7 +232,8 @@ impl Connection {
                 return turn;
             }
             total += n;
-            // A short read has emptied the socket (epoll(7)), unless an end is waiting behind the data.
+            // A short read has emptied the socket (epoll(7)), unless an end is waiting behind the
+            // data.
             if n < scratch.len() && !self.is_ending {
                 return Turn::Idle;
             }
@@ -248,8 +253,9 @@ impl Connection {
         }
     }
 
-    /// Makes room for what is read next, and returns how much that may be; `None` where there is no memory for it. What
-    /// continues no frame is always read, in small pieces: it may be what frees memory, or an administrator's.
+    /// Makes room for what is read next, and returns how much that may be; `None` where there is no
+    /// memory for it. What continues no frame is always read, in small pieces: it may be what frees
+    /// memory, or an administrator's.
     fn reserve(&mut self, is_large: bool, most: usize, host: &mut IoHost) -> Option<usize> {
         let (length, capacity) = (self.inbox.len(), self.inbox.capacity());
         if !is_large {
@@ -360,7 +366,8 @@ impl Connection {
                 Ok(Some((frame, length))) => {
                     used += length;
                     host.traffic.frames_in += 1;
-                    // A message that brings no descriptor has none to take, so the queue is as good as the message's own.
+                    // A message that brings no descriptor has none to take, so the queue is as good
+                    // as the message's own.
                     let flow = if self.offers.is_empty() {
                         self.session.handle(frame, &mut host.turn())
                     } else {
@@ -467,7 +474,7 @@ impl Connection {
         let stalled_since = self.peer.link().stalled_since();
         let stall = stalled_since.map(|since| since.after_ms(patience.write_stall_ms));
         if stall.is_some_and(|at| at <= now) {
-            return Verdict::Remove("it reads nothing");
+            return Verdict::Remove("the peer does not read");
         }
         let next = match (&self.phase, self.session.is_ready()) {
             (Phase::Closing { until, .. }, _) if *until <= now && stall.is_none() => {
@@ -483,11 +490,12 @@ impl Connection {
                 }
                 Some(at)
             }
-            // A Unix socket's end is seen at once; a clock would only mistake a suspended process for a dead one.
+            // A Unix socket's end is seen at once; a clock would only mistake a suspended process
+            // for a dead one.
             (Phase::Open, true) if self.transport == Transport::Unix => None,
             (Phase::Open, true) => match self.pinged {
                 Some(at) if at.after_ms(patience.ping_timeout_ms) <= now => {
-                    return Verdict::Remove("it does not answer pings");
+                    return Verdict::Remove("the peer does not answer pings");
                 }
                 Some(at) => Some(at.after_ms(patience.ping_timeout_ms)),
                 None if self.last_heard.after_ms(patience.ping_interval_ms) <= now => {
@@ -499,7 +507,7 @@ impl Connection {
         Verdict::Wait(next.into_iter().chain(stall).min())
     }
 
-    /// Asks the other end whether it lives.
+    /// Pings the other end.
     pub(crate) fn ping(&mut self, now: Time, host: &mut IoHost) {
         self.pinged = Some(now);
         host.turn().send(&self.peer, Class::Control, 48, |out| {
@@ -509,7 +517,7 @@ impl Connection {
 
     /// Says that the handshake took too long.
     pub(crate) fn refuse_silence(&mut self, host: &mut IoHost) {
-        let message = "no handshake came in time (handshake_timeout)";
+        let message = "no handshake within handshake_timeout";
         let _ = self
             .session
             .reject(&Refusal::new(Code::NotReady, message), &mut host.turn());

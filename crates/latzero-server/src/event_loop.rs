@@ -47,7 +47,7 @@ const LOOK_EVERY_MS: u64 = 100;
 /// How long large buffers are kept for the next large frames, in milliseconds.
 const LARGE_KEPT_MS: u64 = 250;
 
-/// How often a connection is written to again while too many descriptors are on their way, in milliseconds.
+/// How often a connection is written to again while too many descriptors are in flight, in milliseconds.
 const CROWDED_EVERY_MS: u64 = 10;
 
 /// While draining: how often to look whether the last call has ended, and over how many looks closes are spread.
@@ -271,7 +271,7 @@ impl EventLoop {
                     .and_then(|front| front.notifier.as_ref())
                     && let Err(error) = notifier.notify("WATCHDOG=1")
                 {
-                    tracing::warn!(%error, "the service manager can't be told that the server lives");
+                    tracing::warn!(%error, "cannot notify the service manager's watchdog");
                 }
             }
         }
@@ -352,7 +352,8 @@ impl EventLoop {
                 Accepted::Nobody => return,
                 Accepted::Failed(error) => {
                     let wait = self.backoff.failed();
-                    tracing::warn!(%error, retry_ms = wait.as_millis() as u64, "a connection can't be accepted");
+                    tracing::warn!(%error, retry_ms = wait.as_millis() as u64, "cannot accept a \
+                        connection");
                     self.accept_at = Some(now.after_ms(wait.as_millis() as u64));
                     return;
                 }
@@ -378,7 +379,7 @@ impl EventLoop {
                 .registry()
                 .register(&mut SourceFd(&fd), token, Interest::READABLE)
         {
-            tracing::warn!(%error, "a connection can't be watched");
+            tracing::warn!(%error, "cannot watch a connection");
             self.free.push(slot);
             self.host.shared.door().leave(origin.user);
             count_out(origin.user, &self.host.shared);
@@ -464,7 +465,7 @@ impl EventLoop {
             .registry()
             .deregister(&mut SourceFd(&raw_fd(peer)))
         {
-            tracing::debug!(%error, "a connection was not watched any more");
+            tracing::debug!(%error, "a connection was no longer watched");
         }
         let mut link = peer.link();
         if link.outbox.is_blocked() {
@@ -517,7 +518,7 @@ impl EventLoop {
                 .registry()
                 .reregister(&mut SourceFd(&raw_fd(peer)), token, interest)
         {
-            tracing::warn!(%error, "a connection can't be watched for writing");
+            tracing::warn!(%error, "cannot watch a connection for writing");
         }
         self.look_by(self.host.shared.clock.now().after_ms(LOOK_EVERY_MS));
     }
@@ -664,7 +665,7 @@ impl EventLoop {
             let connection = self.connections[slot].take().expect("it was just seen");
             self.note_removal(
                 &connection,
-                "memory is short, and it holds most of it for longest",
+                "memory is short, and this connection has held the most for the longest",
             );
             self.remove(slot, *connection);
         }
@@ -694,7 +695,7 @@ impl EventLoop {
             return false;
         };
         let connection = self.connections[slot].take().expect("it was just seen");
-        self.note_removal(&connection, "it holds memory that others wait for");
+        self.note_removal(&connection, "it holds memory that other connections need");
         self.remove(slot, *connection);
         true
     }

@@ -10,6 +10,7 @@ use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Numbers, StorageId};
+use latzero_fabric::pool::ParkedCounts;
 use latzero_fabric::{Class, Driver, Effects, Now, Pool, Registry, Sent, Turn};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
@@ -35,7 +36,7 @@ pub(crate) struct IoHost {
     pub(crate) changed: Vec<Arc<Peer>>,
     /// Notices that are due.
     noticed: Vec<Notice<Arc<PoolCell>>>,
-    /// Connections to write to again by the clock: too many descriptors are on their way.
+    /// Connections to write to again by the clock: too many descriptors are in flight.
     pub(crate) crowded: Vec<Arc<Peer>>,
     /// Descriptors that came with the message that is being handled.
     pub(crate) offers: VecDeque<OwnedFd>,
@@ -133,6 +134,19 @@ impl IoHost {
         self.with_pool(pool, Pool::handle_timeout);
     }
 
+    /// Parked calls and answers in all pools.
+    fn parked(&mut self) -> ParkedCounts {
+        let pools = self.with_registry(|registry, _| {
+            let pools = registry.pools().map(|(_, pool)| Arc::clone(pool));
+            pools.collect::<Vec<_>>()
+        });
+        let mut parked = ParkedCounts::default();
+        for pool in &pools {
+            parked.add(&self.with_pool(pool, |pool, _| pool.parked_counts()));
+        }
+        parked
+    }
+
     fn stats(&mut self) -> String {
         self.count();
         let now = self.now.monotonic;
@@ -146,10 +160,12 @@ impl IoHost {
             )
         });
         let (mut triggers, mut members) = (0, 0);
+        let mut parked = ParkedCounts::default();
         for pool in &pools {
             let stats = self.with_pool(pool, |pool, _| pool.stats());
             triggers += stats.triggers;
             members += stats.members;
+            parked.add(&stats.parked);
         }
         let mut stats = self.shared.stats.to_json(now);
         stats["server"] = json!({
@@ -169,6 +185,7 @@ impl IoHost {
         stats["apps"] = json!(counts);
         stats["pools"] = json!({"pools": counts.pools, "memberships": members});
         stats["triggers"]["served"] = triggers.into();
+        stats["parked"] = json!(parked);
         stats["memory"] = self.shared.blocks.to_json(&self.shared.site.limits, books);
         stats["store"] = self.shared.keeper.to_json();
         stats["resources"] = resources(&self.shared.surroundings);
@@ -327,7 +344,8 @@ impl Driver for IoHost {
         let offered = host.offers.pop_front();
         let row = host.shared.blocks.awaited_row(name, block)?;
         let Some(offered) = offered else {
-            let message = "no descriptor came with it; it travels with the message's first byte, over the Unix socket";
+            let message = "no descriptor was received; send it over the Unix socket, with the \
+                first byte of the message";
             return Err(Refusal::new(Code::BadMessage, message));
         };
         crate::blocks::take_back(host, pool, (name, block), &row, &offered)
@@ -337,7 +355,9 @@ impl Driver for IoHost {
         match what {
             Report::Stats => turn.driver.stats(),
             Report::Health => {
-                crate::health::report(&turn.driver.shared, turn.now.monotonic).to_string()
+                let parked = turn.driver.parked();
+                let shared = &turn.driver.shared;
+                crate::health::report(shared, &parked, turn.now.monotonic).to_string()
             }
         }
     }
@@ -354,7 +374,7 @@ impl Driver for IoHost {
     ) -> Result<Option<String>, Refusal> {
         match action {
             AdminAction::Shutdown => {
-                tracing::info!("stopping, as an administrator asked");
+                tracing::info!("stopping: requested by an administrator");
                 self.shared.drain();
                 let reply = json!({"draining": true, "pid": std::process::id()});
                 Ok(Some(reply.to_string()))

@@ -1,8 +1,8 @@
-//! What outlives the server: the store, and who waits for its word.
+//! Durable state: the connection between the core and the store.
 //!
-//! Changes go to the store's thread without waiting. Where a connection was promised something, the promise carries a
-//! ticket, and the store's word about it goes to the mailbox of the connection's loop, whose session then answers. What an
-//! earlier run left is taken in before the server listens.
+//! Changes go to the store's thread without waiting. If a client waits for a change, it carries a
+//! ticket. The store's reply goes to the mailbox of the connection's loop, whose session then
+//! answers. The state of an earlier run is loaded before the server listens.
 
 mod promises;
 mod rows;
@@ -30,13 +30,14 @@ use rows::{answer_of, app_of, call_of, ms, pool_of, row};
 /// The kernel's name for this run of the machine (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The name under which the time of the last sign of life is stored, in milliseconds since the Unix epoch.
+/// The name under which the time of the last sign of life is stored, in milliseconds since the Unix
+/// epoch.
 const ALIVE: &str = "alive";
 
 /// The name under which the kernel's name for the run of the machine is stored.
 const BOOT: &str = "boot";
 
-/// The name under which losses are stored that nobody has made good yet.
+/// The name under which unsettled losses are stored.
 const LOSSES: &str = "losses";
 
 /// The store and its promises.
@@ -55,10 +56,11 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// Opens the store of a data directory. See [`latzero_store::open`] for what that checks and mends.
+    /// Opens the store of a data directory. See [`latzero_store::open`] for what that checks and
+    /// mends.
     ///
     /// # Errors
-    /// Where there is no database that can be used.
+    /// If there is no database that can be used.
     pub(crate) fn open(
         directory: &std::path::Path,
         settings: &Settings,
@@ -129,7 +131,7 @@ impl Keeper {
         &self.store
     }
 
-    /// What was lost, for whoever finds a loss.
+    /// The list of losses, for components that find one.
     pub(crate) fn losses(&self) -> &Arc<Losses> {
         &self.losses
     }
@@ -145,7 +147,7 @@ impl Keeper {
     pub(crate) fn keep(&self, change: Change, promise: Option<&Arc<Peer>>) {
         let Some(peer) = promise else {
             if let Err(error) = self.store.submit(row(change), None) {
-                tracing::warn!(%error, "something can't be stored; it is lost at the next restart");
+                tracing::warn!(%error, "cannot store a change; it is lost at the next restart");
             }
             return;
         };
@@ -171,7 +173,7 @@ impl Keeper {
             value: value.into(),
         };
         if let Err(error) = self.store.submit(change, None) {
-            tracing::debug!(key, %error, "a setting can't be stored");
+            tracing::debug!(key, %error, "cannot store a setting");
         }
     }
 
@@ -184,9 +186,11 @@ impl Keeper {
     pub(crate) fn to_json(&self) -> Value {
         let status = self.store.status();
         json!({
-            "failing": status.failing, "failing_since": status.failing_since, "waiting": status.waiting,
+            "failing": status.failing, "failing_since": status.failing_since,
+            "waiting": status.waiting,
             "retained": status.retained, "commits": status.commits, "changes": status.changes,
-            "failures": status.failures, "dropped": status.dropped, "last_backup": status.last_backup,
+            "failures": status.failures, "dropped": status.dropped,
+            "last_backup": status.last_backup,
             "db_bytes": status.db_bytes, "wal_bytes": status.wal_bytes,
         })
     }
@@ -220,7 +224,7 @@ impl Keeper {
 fn note_report(losses: &Losses, report: &Report) {
     if report.is_degraded {
         let remedy =
-            "look at what is kept beside it; `latzero backup ls --verify` lists the backups";
+            "check the files kept beside it; `latzero backup ls --verify` lists the backups";
         losses.note(Loss::new(
             Part::Store,
             "data.db",
@@ -230,7 +234,7 @@ fn note_report(losses: &Losses, report: &Report) {
     }
 }
 
-/// When the last backup was made, by a clock that only goes on: the one on the wall may jump.
+/// When the last backup was made, by a monotonic clock, because the wall clock may jump.
 struct LastBackup {
     /// Its age, in milliseconds, …
     age_ms: u64,
@@ -244,7 +248,7 @@ impl LastBackup {
     fn before(newest: Option<i64>, now: i64) -> LastBackup {
         let age_ms = match newest {
             None => 0,
-            // From a clock that was ahead: how old it is, nobody knows.
+            // From a clock that was ahead, so its age is unknown.
             Some(newest) if newest > now => u64::MAX / 2,
             Some(newest) => ms(now - newest),
         };
@@ -264,8 +268,8 @@ fn now_ms() -> i64 {
     })
 }
 
-/// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the rows of blocks, and
-/// whether the machine was not started anew since.
+/// Loads the state of an earlier run: pools first, then their parked calls and answers, then apps.
+/// Returns the rows of blocks, and whether the machine has not rebooted since.
 pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
     let keeper = &shared.keeper;
@@ -289,7 +293,8 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => pools += 1,
             Err(error) => {
-                tracing::error!(pool = %name, %error, "a pool of an earlier run is closed to all but its owner; remove it, or restore a backup")
+                tracing::error!(pool = %name, %error, "the policy of a stored pool is invalid, \
+                    so only its owner may use the pool; remove the pool, or restore a backup")
             }
         }
     }
@@ -304,7 +309,8 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => calls += 1,
             Err(error) => {
-                tracing::error!(number, %error, "a parked call can't be taken in; it stays in the database")
+                tracing::error!(number, %error, "cannot restore a parked call; it stays in the \
+                    database")
             }
         }
     }
@@ -319,7 +325,8 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => answers += 1,
             Err(error) => {
-                tracing::error!(number, %error, "an answer can't be taken in; it stays in the database")
+                tracing::error!(number, %error, "cannot restore an answer; it stays in the \
+                    database")
             }
         }
     }
@@ -334,7 +341,13 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     });
     if apps + pools + calls + answers > 0 {
-        tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
+        tracing::info!(
+            apps,
+            pools,
+            calls,
+            answers,
+            "restored the state of the earlier run"
+        );
     }
     keeper.note_alive(unix_ms);
     if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
@@ -347,11 +360,11 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             value: losses,
         };
         if let Err(error) = keeper.store.commit(vec![change]) {
-            tracing::warn!(%error, "the losses that this start found can't be stored");
+            tracing::warn!(%error, "cannot store the losses found at this start");
         }
     }
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
-    // A system that hides it may have been started anew.
+    // If the boot id is not readable, the machine may have rebooted.
     let is_same_boot =
         !keeper.boot_id.is_empty() && boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);
@@ -373,13 +386,13 @@ fn take_in_waiting(
     if host.with_pool(&pool, restore) {
         return Ok(());
     }
-    // A pool that was made for it goes again.
+    // A pool that was created for it is removed again.
     host.with_registry(|registry, _| registry.count_held(name, number, 0));
     Err(senseless())
 }
 
 fn senseless() -> Refusal {
-    Refusal::new(Code::Storage, "its row makes no sense")
+    Refusal::new(Code::Storage, "the stored row is invalid")
 }
 
 #[cfg(test)]

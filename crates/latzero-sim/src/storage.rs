@@ -1,4 +1,5 @@
-//! Blocks' bytes in the simulated world: plain vectors, with what a server does about them done at once or when told.
+//! The bytes of blocks in the simulated world: plain vectors. Block operations complete at once or
+//! when the test says so.
 
 use std::collections::{BTreeMap, VecDeque};
 

@@ -1,7 +1,9 @@
-//! A server without sockets, clock or threads: the real fabric, driven by whoever holds the [`World`].
+//! A server without sockets, clock or threads: the real fabric, driven by the owner of the
+//! [`World`].
 //!
-//! Bytes go in through [`World::feed`] and come out through [`World::read`], as they would over a socket. Time stands
-//! still until [`World::advance`] moves it, and deadlines on the way fire at their very moment.
+//! Bytes go in through [`World::feed`] and come out through [`World::read`], as they would over a
+//! socket. Time stands still until [`World::advance`] moves it, and deadlines on the way fire
+//! exactly on time.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -118,7 +120,8 @@ impl World {
         }
     }
 
-    /// Has `f` happen in the middle of the next write into a block, as on a server with several threads.
+    /// Has `f` happen in the middle of the next write into a block, as on a server with several
+    /// threads.
     pub fn beside_next_write(&mut self, f: impl FnOnce(&mut World) + 'static) {
         self.beside_write = Some(Box::new(f));
     }
@@ -200,7 +203,8 @@ impl World {
         session.is_some_and(Session::is_waiting)
     }
 
-    /// Handles the first frame of `bytes`; returns its length, or `None` where there is none yet or ever.
+    /// Handles the first frame of `bytes`; returns its length, or `None` where there is none yet or
+    /// ever.
     fn handle_first(&mut self, peer: Peer, bytes: &[u8]) -> Option<usize> {
         let mut session = self.connections[peer.0 as usize].session.take()?;
         let decoded = frame::decode(bytes, session.accept(&self.site.limits));
@@ -346,8 +350,8 @@ impl World {
         self.turn().close(&line);
     }
 
-    /// Carries out what was decided: writes to sockets, then ends the connections that are to be closed, which may close
-    /// others.
+    /// Carries out what was decided: writes to sockets, then ends the connections that are to be
+    /// closed, which may close others.
     fn reap(&mut self) {
         loop {
             for line in std::mem::take(&mut self.effects.resumed) {
@@ -376,8 +380,8 @@ impl World {
         }
     }
 
-    /// Writes what waits in an outbox, as far as the socket takes it: up to its size, or `wanted` bytes where its client reads
-    /// as many.
+    /// Writes what waits in an outbox, as far as the socket takes it: up to its size, or `wanted`
+    /// bytes where its client reads as many.
     fn write(&mut self, peer: Peer, wanted: usize) {
         let at = peer.0 as usize;
         loop {
@@ -530,7 +534,8 @@ impl World {
         self.is_draining
     }
 
-    /// Begins again, as after a kill: connections are gone, apps and pools are as far as they were written down.
+    /// Begins again, as after a kill: connections are gone, apps and pools are as far as they were
+    /// written down.
     ///
     /// # Panics
     /// Where a row that was written can't be taken in.
@@ -539,7 +544,7 @@ impl World {
         assert_eq!(left, 0, "every row was written by the core itself");
     }
 
-    /// Begins again with rows that anybody may have written; returns how many make no sense.
+    /// Begins again with rows that anybody may have written; returns how many are invalid.
     pub fn restart_with(&mut self, seed: u64, rows: crate::store::Rows) -> usize {
         self.store.rows = rows;
         self.begin_again(seed)
@@ -606,7 +611,7 @@ impl World {
         left
     }
 
-    /// Has a pool take something in; one that was made for it goes again where it makes no sense.
+    /// Has a pool take something in; one that was made for it goes again where it is invalid.
     fn take_in(
         &mut self,
         name: &PoolName,
@@ -641,7 +646,7 @@ impl World {
         self.observer.totals
     }
 
-    /// Calls under way in all pools.
+    /// Calls in progress in all pools.
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
         let registry = self.registry.borrow();
@@ -651,7 +656,8 @@ impl World {
             .sum()
     }
 
-    /// Has what is to be done about blocks wait for [`World::run_jobs`], as large blocks do on a server.
+    /// Has what is to be done about blocks wait for [`World::run_jobs`], as large blocks do on a
+    /// server.
     pub fn hold_jobs(&mut self, is_holding: bool) {
         self.storages.is_holding = is_holding;
         self.run_jobs();
@@ -739,7 +745,8 @@ impl World {
         Some(pool.borrow().stats())
     }
 
-    /// Checks the invariants of the registry, of every pool touched since the last check, and of the outboxes.
+    /// Checks the invariants of the registry, of every pool touched since the last check, and of
+    /// the outboxes.
     ///
     /// # Panics
     /// Where one is broken.

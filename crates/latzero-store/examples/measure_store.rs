@@ -1,6 +1,8 @@
-//! Measures the store on this machine: loading apps, and commits per second with one submitter and with many.
+//! Measures the store on this machine: loading apps, and commits per second with one submitter and
+//! with many.
 //!
-//! `cargo run --release -p latzero-store --example measure_store -- [DIRECTORY]`; the numbers depend on the disk of DIRECTORY.
+//! `cargo run --release -p latzero-store --example measure_store -- [DIRECTORY]`; the numbers
+//! depend on the disk of DIRECTORY.
 
 use std::error::Error;
 use std::path::Path;
@@ -197,5 +199,7 @@ fn call(number: u64) -> CallRow {
         expires: 4_000_000_000_000,
         attempt: 0,
         parked: 1_700_000_000_000,
+        died: None,
+        cause: None,
     }
 }

@@ -1,6 +1,7 @@
-//! The records, and how each lies in its table.
+//! The records, and their tables.
 //!
-//! A row type names its columns once, in the order of its fields; reading and writing statements are made from that list.
+//! A row type lists its columns once, in the order of its fields. The statements that read and
+//! write it are generated from that list.
 
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Row, Statement, ToSql};
@@ -70,7 +71,7 @@ pub(crate) struct Ordered(pub(crate) u64);
 impl ToSql for Ordered {
     fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
         let value = i64::try_from(self.0).map_err(|_| {
-            let text = format!("{} is above {}, the largest number kept", self.0, i64::MAX);
+            let text = format!("{} is above the maximum, {}", self.0, i64::MAX);
             rusqlite::Error::ToSqlConversionFailure(text.into())
         })?;
         Ok(value.into())
@@ -243,7 +244,7 @@ pub struct BlockRow {
     pub permissions: String,
     /// The app that owns it.
     pub owner: String,
-    /// How long it lives, in the protocol's word.
+    /// Its lifetime, as the protocol names it.
     pub lifetime: String,
     /// Its generation.
     pub generation: u64,

@@ -1,4 +1,4 @@
-//! The prepared statements of the writer, made at first use and kept.
+//! The prepared statements of the writer, created on first use and cached.
 
 use rusqlite::{Connection, Statement};
 
@@ -77,7 +77,7 @@ impl Sql {
     }
 }
 
-/// How the run stands, for the next start.
+/// The state of the run, for the next start.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Run {
     Open,
@@ -149,7 +149,8 @@ impl<'c> Statements<'c> {
             .map(drop)
     }
 
-    /// Carries out `change` inside the open transaction. Several statements need a savepoint around them.
+    /// Carries out `change` inside the open transaction. Several statements need a savepoint around
+    /// them.
     pub(crate) fn apply(&mut self, change: &Change) -> rusqlite::Result<()> {
         match change {
             Change::PutApp(row) => row.write(self.step(Sql::PutApp)?),
@@ -190,7 +191,7 @@ impl<'c> Statements<'c> {
         .map(drop)
     }
 
-    /// A statement that counts as a step of its own.
+    /// A statement that counts as a separate step.
     fn step(&mut self, sql: Sql) -> rusqlite::Result<&mut Statement<'c>> {
         self.faults.step("statement")?;
         self.get(sql)

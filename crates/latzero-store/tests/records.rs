@@ -1,4 +1,4 @@
-//! Changes become records, and records come back as they were.
+//! Changes are stored as records, and records are read back unchanged.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -8,7 +8,7 @@ use common::{PATIENCE, answer, app, block, call, contents, options, pool, reopen
 use latzero_store::{AppRow, Change, StoreError, SubmitError, open};
 
 #[test]
-fn every_kind_of_record_comes_back() {
+fn every_kind_of_record_is_read_back() {
     let dir = tempfile::tempdir().unwrap();
     let (options, told) = options();
     let opened = open(dir.path(), options).unwrap();
@@ -73,7 +73,7 @@ fn every_kind_of_record_comes_back() {
 }
 
 #[test]
-fn a_change_that_cannot_be_stored_does_not_hold_up_its_group() {
+fn an_invalid_change_does_not_delay_its_group() {
     let dir = tempfile::tempdir().unwrap();
     let (options, told) = options();
     let opened = open(dir.path(), options).unwrap();
@@ -123,7 +123,7 @@ fn a_change_that_cannot_be_stored_does_not_hold_up_its_group() {
 }
 
 #[test]
-fn a_closed_store_says_so() {
+fn a_closed_store_reports_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let opened = reopen(dir.path());
     let other = opened.store.clone();
@@ -136,7 +136,7 @@ fn a_closed_store_says_so() {
 }
 
 #[test]
-fn a_store_that_is_dropped_writes_what_waits() {
+fn a_dropped_store_writes_queued_changes() {
     let dir = tempfile::tempdir().unwrap();
     let opened = reopen(dir.path());
     opened.store.submit(set("k", "v"), None).unwrap();

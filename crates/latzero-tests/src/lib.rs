@@ -1,6 +1,7 @@
-//! What end-to-end tests stand on: a private server, and connections that speak the wire by hand.
+//! Support for end-to-end tests: a private server, and connections that speak the protocol
+//! directly.
 //!
-//! These connections know nothing of any client library, so a test can send what no library would.
+//! The connections use no client library, so a test can send messages that no library would.
 
 pub mod hostile;
 pub mod site;
@@ -232,7 +233,7 @@ impl Wire {
     /// Opens a connection to the Unix socket at `path`, where somebody listens.
     ///
     /// # Errors
-    /// Where nobody does.
+    /// If nobody does.
     pub fn try_unix(path: &Path) -> io::Result<Wire> {
         UnixStream::connect(path).map(|stream| Wire::new(Stream::Unix(stream)))
     }
@@ -291,7 +292,7 @@ impl Wire {
     /// Sends one message, and says whether the server still took it.
     ///
     /// # Errors
-    /// Where the connection has ended.
+    /// If the connection has ended.
     pub fn try_send(&mut self, message: &Value) -> io::Result<()> {
         let mut out = Vec::new();
         frame::append(&mut out, |out| {
@@ -338,7 +339,7 @@ impl Wire {
     /// The next message; `None` where the server closed the connection.
     ///
     /// # Errors
-    /// Where nothing comes in time.
+    /// If nothing comes in time.
     pub fn try_receive(&mut self) -> io::Result<Option<(Value, Option<Vec<u8>>)>> {
         let accept = Accept {
             max_frame: 1 << 30,
@@ -392,7 +393,8 @@ impl Wire {
         self.shutdown(Shutdown::Write);
     }
 
-    /// Has the kernel take nothing more from the server; over a Unix socket the server's writes fail from now on.
+    /// Has the kernel take nothing more from the server; over a Unix socket the server's writes
+    /// fail from now on.
     pub fn shut_reading(&mut self) {
         self.shutdown(Shutdown::Read);
     }
@@ -418,8 +420,8 @@ impl Wire {
     }
 }
 
-/// Whether `got` has at least what `expected` shows: `"*"` stands for any value, and `"$x"` for a string that is the same
-/// wherever it stands.
+/// Whether `got` has at least what `expected` shows: `"*"` stands for any value, and `"$x"` for a
+/// string that is the same wherever it stands.
 pub fn matches(
     expected: &Value,
     got: &Value,

@@ -1,7 +1,8 @@
-//! LatZero itself, through its Rust client.
+//! LatZero through its Rust client.
 //!
-//! The server is the real program, on a data directory and a port of its own. One call at a time is made through the
-//! blocking face, many in flight through the async one, on the runtime that NATS gets too; the handler is blocking.
+//! The server is the real program with its own data directory and port. Calls one at a time use the
+//! blocking API, and calls in flight the async one, on the same runtime as NATS. The handler is
+//! blocking.
 
 use super::{Install, Peer};
 use crate::failure::{During, Failure};

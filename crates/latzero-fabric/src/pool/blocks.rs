@@ -379,8 +379,8 @@ impl<D: Driver> Pool<D> {
             return Ok(());
         };
         let message = format!(
-            "block '{id}' of pool '{}' is on the disk, and a limit left it out when the server started: {why}; \
-             start the server with a higher limit",
+            "block '{id}' of pool '{}' was not loaded when the server started, because of a \
+             limit: {why}; restart the server with a higher limit",
             self.name
         );
         Err(Refusal::new(Code::Quota, message))
@@ -467,7 +467,7 @@ impl<D: Driver> Pool<D> {
             check_layout(block, create.layout.as_ref())?;
             if block.geometry.size < create.size {
                 let message = format!(
-                    "block '{}' exists with {} bytes, fewer than the {} asked for; resize it",
+                    "block '{}' exists with {} bytes, fewer than the {} requested; resize it",
                     create.block, block.geometry.size, create.size
                 );
                 return Err(Refusal::new(Code::BlockExists, message));
@@ -494,8 +494,8 @@ impl<D: Driver> Pool<D> {
         }
         self.check_left_out(&create.block)?;
         if create.lifetime == Lifetime::Attached && create.attach.is_none() {
-            let message =
-                "a block with \"lifetime\":\"attached\" goes at once unless its maker attaches it";
+            let message = "a block with \"lifetime\":\"attached\" would be removed at once; attach it when \
+                 creating it";
             return Err(Refusal::new(Code::BadMessage, message));
         }
         if create.kind == Kind::Persistent {
@@ -591,7 +591,7 @@ impl<D: Driver> Pool<D> {
     ) -> Result<StorageId, Refusal> {
         let mut block = found.read(account)?;
         if self.blocks.by_id.contains_key(&block.id) {
-            let message = format!("block '{}' stands twice in pool '{}'", block.id, self.name);
+            let message = format!("block '{}' occurs twice in pool '{}'", block.id, self.name);
             return Err(Refusal::new(Code::BlockExists, message));
         }
         let total = self.check_size(block.geometry)?;
@@ -613,7 +613,7 @@ impl<D: Driver> Pool<D> {
             _ => Err(Refusal::new(
                 Code::TooLarge,
                 format!(
-                    "a block has at most {} bytes (limits.block_bytes_max), {} were asked for",
+                    "a block may have at most {} bytes (limits.block_bytes_max); {} were requested",
                     self.limits.block_bytes_max, geometry.size
                 ),
             )),
@@ -928,27 +928,27 @@ fn check_layout(block: &Block, wanted: Option<&Layout>) -> Result<(), Refusal> {
 fn no_block(id: &BlockId, pool: &str) -> Refusal {
     Refusal::new(
         Code::NoBlock,
-        format!("there is no block '{id}' in pool '{pool}'; memory_list shows what there is"),
+        format!("there is no block '{id}' in pool '{pool}'; memory_list lists the blocks"),
     )
 }
 
 fn moving(id: &BlockId) -> Refusal {
     Refusal::new(
         Code::Locked,
-        format!("block '{id}' is moving to a new generation; repeat in a moment"),
+        format!("block '{id}' is moving to a new generation; try again"),
     )
 }
 
 fn lock_lost(id: &BlockId, fence: u64) -> Refusal {
     Refusal::new(
         Code::LockLost,
-        format!("lock '{fence}' of block '{id}' is not held by you (any more)"),
+        format!("you do not hold lock '{fence}' of block '{id}'"),
     )
 }
 
 fn too_many_wait(id: &BlockId, max: usize) -> Refusal {
     Refusal::new(
         Code::Overloaded,
-        format!("{max} requests wait for block '{id}' already (limits.block_waiters_max)"),
+        format!("{max} requests are already waiting for block '{id}' (limits.block_waiters_max)"),
     )
 }

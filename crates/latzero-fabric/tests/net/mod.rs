@@ -128,7 +128,8 @@ impl Net {
         messages
     }
 
-    /// What a client sees since it looked last, one message per `; `, and `(closed)` where that is the end.
+    /// What a client sees since it looked last, one message per `; `, and `(closed)` where that is
+    /// the end.
     pub(crate) fn sees(&mut self, peer: Peer) -> String {
         let mut seen: Vec<String> = self.messages(peer).iter().map(gist).collect();
         if !self.world.is_open(peer) {

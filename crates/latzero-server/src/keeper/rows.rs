@@ -1,4 +1,4 @@
-//! Rows as the core has them, and as the store has them.
+//! Conversion between the rows of the core and those of the store.
 
 use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Change, Death, PoolRow};
 use latzero_protocol::{AppId, PoolName, Refusal};

@@ -177,7 +177,7 @@ impl<D: Driver> Pool<D> {
         let (key, block) = self.allowed(asking.member, id, Access::Write)?;
         if block.kind != Kind::Persistent {
             let message =
-                format!("block '{id}' is memory; only persistent blocks have a disk to be on");
+                format!("block '{id}' is in memory; only persistent blocks can be flushed");
             return Err(Refusal::new(Code::BadMessage, message));
         }
         if matches!(block.phase, Phase::Moving { .. }) {

@@ -123,7 +123,7 @@ impl<D: Driver> Pool<D> {
         for claim in waited {
             self.blocks.wait_over(key, &claim);
             let message =
-                "the call that lent you the block is over, and so is the wait for its lock";
+                "the call that lent you the block has ended, so the wait for its lock has too";
             let refusal = Refusal::new(Code::Cancelled, message);
             self.answer(member, claim.id.as_deref(), Err(refusal), turn);
         }

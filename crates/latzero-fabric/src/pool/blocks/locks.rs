@@ -20,7 +20,7 @@ impl<D: Driver> Pool<D> {
             return Err(Refusal::new(
                 Code::Overloaded,
                 format!(
-                    "{} hold the lock of block '{id}' already (limits.block_waiters_max)",
+                    "{} instances already hold the lock of block '{id}' (limits.block_waiters_max)",
                     self.limits.block_waiters_max
                 ),
             ));

@@ -139,7 +139,7 @@ impl<D: Driver> Pool<D> {
         if matches!(block.phase, Phase::Moving { .. }) || block.lock.is_held_by_server() {
             return Err(Refusal::new(
                 Code::Locked,
-                format!("block '{id}' is being written or moved; repeat in a moment"),
+                format!("block '{id}' is being written or moved; try again"),
             ));
         }
         if let Some(needed) = block.layout.as_ref().and_then(Layout::bytes)

@@ -104,7 +104,7 @@ impl Found<'_> {
 }
 
 fn senseless() -> Refusal {
-    Refusal::new(Code::Storage, "the record of a block makes no sense")
+    Refusal::new(Code::Storage, "the record of a block is invalid")
 }
 
 /// The record of a block, and whether it is for more than this run.
