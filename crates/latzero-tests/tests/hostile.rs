@@ -65,7 +65,7 @@ fn stand(kind: &Kind) {
         peak as f64 / MIB
     );
     assert!(peak <= RESIDENT_MAX, "{}: {peak} bytes at most", kind.name);
-    if kind.is_about_memory {
+    if kind.is_compared {
         assert!(
             is_alike(counted, grown),
             "{}: the books say {counted}, the kernel {grown}",
