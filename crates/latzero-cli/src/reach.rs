@@ -76,6 +76,14 @@ impl std::fmt::Display for Address {
 }
 
 impl Address {
+    /// The AppID to use there: `cli-UID` is for the Unix socket alone, where the server knows who comes.
+    fn app_id(&self, app_id: &str) -> String {
+        match (self, app_id.strip_prefix("cli-")) {
+            (Address::Tcp(..), Some(user)) => format!("tcp-cli-{user}"),
+            _ => app_id.to_owned(),
+        }
+    }
+
     fn url(&self, app_id: &str) -> String {
         match self {
             Address::Url(url) => url.clone(),
@@ -366,7 +374,7 @@ impl Reach {
             let left = options
                 .deadline
                 .map(|at| at.saturating_duration_since(Instant::now()));
-            let mut builder = latzero::App::builder(&place.url(&app_id))
+            let mut builder = latzero::App::builder(&place.url(&place.app_id(&app_id)))
                 .pools(&options.pools)
                 .transient(self.is_transient(options))
                 .connect_timeout(left.map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT)))

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
-use latzero_protocol::{BlockId, Code, PoolName, Refusal};
+use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 
 use crate::books::Books;
 use crate::effects::{Audit, Count, Effects};
@@ -15,7 +15,7 @@ use crate::link::Link;
 use crate::memory::{Ledger, StorageId};
 use crate::outbox::{Bounds, Class, Sent};
 use crate::pool::Pool;
-use crate::registry::Registry;
+use crate::registry::{Registry, View};
 use crate::turn::Turn;
 
 /// How a connection came in.
@@ -180,8 +180,11 @@ pub trait Driver: Sized {
         block: &BlockId,
     ) -> Result<(), Refusal>;
 
-    /// A report about the server.
-    fn report(turn: &mut Turn<'_, Self>, what: Report) -> String;
+    /// The owner of the memory that is awaited back from an earlier run under that name; without a block, of any in the pool.
+    fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId>;
+
+    /// A report about the server, of what whoever looks may see.
+    fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_, Self>) -> String;
 
     /// Whether `token` is the admin token. Takes the same time whatever the answer.
     fn is_admin_token(&self, token: &str) -> bool;

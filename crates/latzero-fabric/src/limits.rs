@@ -176,6 +176,8 @@ limits! {
     /// Apps that the server knows, live or not.
     apps_max: usize = 100_000, Count(1, 16_777_216), Restart,
         "the app that was offline longest is forgotten; if all live, `quota`";
+    /// AppIDs with a key of their own.
+    app_keys_max: usize = 10_000, Count(1, 1_048_576), Restart, "`quota`";
     /// Pools.
     pools_max: usize = 10_000, Count(1, 16_777_216), Restart, "`quota`";
     /// Pools that one app may be in, and that one of its triggers may name.

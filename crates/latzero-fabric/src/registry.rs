@@ -6,6 +6,7 @@
 //! left, so that a pool is never forgotten while somebody is on the way into it.
 
 mod admission;
+mod identity;
 mod listing;
 mod offline;
 mod pools;
@@ -29,7 +30,9 @@ use crate::registration::{Registration, Remembered};
 use crate::turn::Turn;
 use admission::check_reserved;
 pub(crate) use admission::{check_pools, check_triggers, dedup_triggers, remove_triggers};
-pub use listing::Counts;
+use identity::Binding;
+pub use identity::Who;
+pub use listing::{Counts, View};
 pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use offline::Offline;
 use pools::forget_pool;
@@ -84,6 +87,8 @@ pub struct Instance<D: Driver> {
     pub memberships: Vec<Membership<D>>,
     exclusive: bool,
     since: Time,
+    /// Whether it came as somebody: a user of this machine, or with the app's key.
+    is_known: bool,
 }
 
 /// An instance's place in one pool.
@@ -199,7 +204,12 @@ pub struct Registry<D: Driver> {
     apps: BTreeMap<AppId, App<D>>,
     /// Apps without an instance: who makes room for a new one.
     offline: Offline,
+    /// Whose AppIDs are, and how many of them have a key.
+    bindings: BTreeMap<AppId, Binding>,
+    keys: usize,
     pools: BTreeMap<PoolName, PoolEntry<D>>,
+    /// Names of pools that are kept for who had them before the server's start, and until when.
+    reserved: BTreeMap<PoolName, (AppId, Time)>,
     next_number: u32,
     instances: usize,
     limits: Limits,
@@ -215,7 +225,10 @@ impl<D: Driver> Registry<D> {
         let mut registry = Registry {
             apps: BTreeMap::new(),
             offline: Offline::default(),
+            bindings: BTreeMap::new(),
+            keys: 0,
             pools: BTreeMap::new(),
+            reserved: BTreeMap::new(),
             next_number: 0,
             instances: 0,
             limits,
@@ -314,6 +327,7 @@ impl<D: Driver> Registry<D> {
             Some(app) => {
                 self.offline.remove(app.user, app.last_seen, app_id);
                 self.apps.remove(app_id);
+                self.unbind(app_id, turn);
                 turn.keep(Change::ForgetApp(app_id.clone()), Some(promise));
                 Ok(())
             }
@@ -369,6 +383,7 @@ impl<D: Driver> Registry<D> {
             turn.keep(Change::Seen(app_id.clone(), unix_ms), None);
         } else {
             self.apps.remove(app_id);
+            self.unbind(app_id, turn);
         }
     }
 
@@ -410,13 +425,20 @@ impl<D: Driver> Registry<D> {
         let unix_ms = turn.unix_ms();
         let registered = self.apps.get(app_id).map(|app| app.registration.get());
         let pools = registered.as_ref().map_or(&[][..], |r| &r.pools);
-        if let Some(entry) = self.pools.get(name).filter(|entry| !entry.admits(app_id)) {
-            return Err(not_admitted(app_id, name, entry));
+        if self
+            .pools
+            .get(name)
+            .is_some_and(|entry| !entry.admits(app_id))
+        {
+            return Err(not_open(app_id, name));
         }
         if !pools.contains(name) && pools.len() >= self.limits.pools_per_app_max {
             return Err(too_many("pools", self.limits.pools_per_app_max));
         }
         drop(registered);
+        if self.is_reserved(app_id, name, turn.time()) {
+            return Err(not_open(app_id, name));
+        }
         let place = if self.pools.contains_key(name) {
             None
         } else {
@@ -668,14 +690,10 @@ impl<D: Driver> Registry<D> {
     }
 }
 
-fn not_admitted<D: Driver>(app_id: &AppId, name: &PoolName, entry: &PoolEntry<D>) -> Refusal {
-    let owner = entry.owner.as_ref().map_or("nobody", AppId::as_str);
-    Refusal::new(
-        Code::Forbidden,
-        format!(
-            "app '{app_id}' may not join pool '{name}' (its policy's \"join\"); its owner is '{owner}'"
-        ),
-    )
+/// What a stranger hears about a pool that is closed to it: no more than that the name is not for it.
+fn not_open(app_id: &AppId, name: &PoolName) -> Refusal {
+    let message = format!("pool '{name}' is not open to app '{app_id}'");
+    Refusal::new(Code::Forbidden, message)
 }
 
 fn no_pool(name: &PoolName) -> Refusal {

@@ -25,7 +25,7 @@ use crate::effects::{Audit, Count};
 use crate::limits::Limits;
 use crate::outbox::Class;
 use crate::pool::CallError;
-use crate::registry::{Instance, Membership, Whereabouts};
+use crate::registry::{Instance, Membership, View, Whereabouts, Who};
 use crate::turn::Turn;
 use pools::pool_info;
 use promises::{Awaited, Promise, Reply};
@@ -54,6 +54,8 @@ pub struct Terms {
     pub user: Arc<Account>,
     /// How it came in.
     pub transport: Transport,
+    /// The user of this machine that it is of, where the kernel tells.
+    pub uid: Option<u32>,
     /// Whether it may do what administrators may.
     pub is_admin: bool,
     /// Largest payload of a frame before the handshake, in bytes.
@@ -64,6 +66,7 @@ pub struct Terms {
 pub struct Session<D: Driver> {
     peer: D::Peer,
     terms: Terms,
+    who: Who,
     features: Features,
     ready: Option<Ready>,
     memberships: Vec<Membership<D>>,
@@ -76,9 +79,14 @@ pub struct Session<D: Driver> {
 impl<D: Driver> Session<D> {
     /// A connection that has said nothing yet.
     pub fn new(peer: D::Peer, terms: Terms) -> Self {
+        let who = Who {
+            uid: terms.uid,
+            proved: None,
+        };
         Session {
             peer,
             terms,
+            who,
             features: Features::default(),
             ready: None,
             memberships: Vec::new(),
@@ -301,6 +309,8 @@ impl<D: Driver> Session<D> {
             Ok(None) => Ok(()),
             Ok(Some(number)) => {
                 let pool = m.pool.clone();
+                let ready = self.ready.as_ref().expect("only a ready session calls");
+                turn.with_registry(|registry, turn| registry.outlast(&ready.app, turn));
                 self.awaited.push_back(Awaited::Parked {
                     id: trigger.id.as_deref().map(Into::into),
                     pool,
@@ -386,17 +396,21 @@ impl<D: Driver> Session<D> {
             Request::Unwatch(pool) => return self.watch(&pool, None, turn),
             Request::Admin(admin) => return self.admin(id, &admin, turn),
             Request::Emit(emit) => self.emit(&emit, turn)?,
-            Request::PoolList(page) => turn.with_registry(|registry, _| registry.list_pools(&page)),
-            Request::PoolInfo(name) => pool_info(&name, turn)?,
+            Request::PoolList(page) => {
+                let view = self.view();
+                turn.with_registry(|registry, _| registry.list_pools(&page, &view))
+            }
+            Request::PoolInfo(name) => pool_info(&name, &self.view(), turn)?,
             Request::AppList(pool, page) => {
-                let now = turn.now;
+                let (now, view) = (turn.now, self.view());
                 turn.with_registry(|registry, _| {
-                    registry.list_apps(pool.as_ref(), &page, |then| now.unix_ms_at(then))
+                    let unix_ms = |then| now.unix_ms_at(then);
+                    registry.list_apps(pool.as_ref(), &page, &view, unix_ms)
                 })?
             }
             Request::Ping => format!("{{\"time\":{}}}", turn.unix_ms()),
-            Request::Stats => D::report(turn, Report::Stats),
-            Request::Health => D::report(turn, Report::Health),
+            Request::Stats => D::report(turn, Report::Stats, &self.view()),
+            Request::Health => D::report(turn, Report::Health, &self.view()),
             Request::Handshake(_)
             | Request::Memory(_)
             | Request::Trigger(_)
@@ -407,6 +421,16 @@ impl<D: Driver> Session<D> {
             }
         };
         Ok(Reply::Now(reply))
+    }
+
+    /// What this connection may see.
+    pub(super) fn view(&self) -> View<'_, D> {
+        let ready = self.ready.as_ref().expect("only a ready session looks");
+        View {
+            app: &ready.app,
+            is_admin: self.terms.is_admin,
+            memberships: &self.memberships,
+        }
     }
 
     fn emit(&mut self, emit: &Emit<'_>, turn: &mut Turn<'_, D>) -> Result<String, Refusal> {

@@ -108,6 +108,8 @@ codes! {
         "Stop the other instance, or take over with `\"takeover\":true`.";
     Unauthenticated "unauthenticated" No Server "The server could not tell who asks."
         "Connect over the Unix socket, or prove the app's key.";
+    StaleEpoch "stale_epoch" No Server "The encrypted pool has another epoch than the sender or the content."
+        "Prove the pool again, and take its newest descriptor.";
     Forbidden "forbidden" No Server "Who asks may not do this."
         "Use the Unix socket as the server's own user, or the admin token of its data directory.";
     NotMember "not_member" No Server "The caller or the destination is not in the pool."
@@ -204,6 +206,14 @@ impl Refusal {
     }
 }
 
+impl Refusal {
+    /// What everybody hears whose proof was not accepted, whatever was wrong with it.
+    #[must_use]
+    pub fn unproved() -> Self {
+        Refusal::new(Code::Unauthenticated, "the proof was not accepted")
+    }
+}
+
 impl From<crate::name::NameError> for Refusal {
     fn from(error: crate::name::NameError) -> Self {
         Refusal::new(Code::InvalidName, error.to_string())
@@ -227,6 +237,6 @@ mod tests {
             );
             assert!(code.meaning().ends_with('.') && code.remedy().ends_with('.'));
         }
-        assert_eq!(seen.len(), 41);
+        assert_eq!(seen.len(), 42);
     }
 }

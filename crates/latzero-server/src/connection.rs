@@ -125,6 +125,7 @@ impl Connection {
         let transport = socket.transport();
         let terms = Terms {
             transport,
+            uid: user.uid(),
             is_admin: user.is_trusted(),
             user: account,
             max_frame_before_handshake: host.shared.settings().limits.max_frame_before_handshake,

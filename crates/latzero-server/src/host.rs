@@ -10,10 +10,11 @@ use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Ledger, StorageId};
+use latzero_fabric::registry::View;
 use latzero_fabric::{Class, Driver, Effects, Now, Pool, Registry, Sent, Turn};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
-use latzero_protocol::{BlockId, Code, PoolName, Refusal};
+use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::json;
 
 use crate::blocks::{Blocks, Done, Finished};
@@ -133,18 +134,12 @@ impl IoHost {
         self.with_pool(pool, Pool::handle_timeout);
     }
 
-    fn stats(&mut self) -> String {
+    fn stats(&mut self, view: &View<'_, IoHost>) -> String {
         self.count();
         let now = self.now.monotonic;
-        let (counts, pools) = self.with_registry(|registry, _| {
-            (
-                registry.counts(),
-                registry
-                    .pools()
-                    .map(|(_, pool)| Arc::clone(pool))
-                    .collect::<Vec<_>>(),
-            )
-        });
+        let (mut counts, pools) =
+            self.with_registry(|registry, _| (registry.counts(), registry.seen_pools(Some(view))));
+        counts.pools = pools.len();
         let (mut triggers, mut members) = (0, 0);
         for pool in &pools {
             let stats = self.with_pool(pool, |pool, _| pool.stats());
@@ -333,9 +328,13 @@ impl Driver for IoHost {
         crate::blocks::take_back(host, pool, (name, block), &row, &offered)
     }
 
-    fn report(turn: &mut Turn<'_, Self>, what: Report) -> String {
+    fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {
+        self.shared.blocks.awaited_owner(pool, block)
+    }
+
+    fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_, Self>) -> String {
         match what {
-            Report::Stats => turn.driver.stats(),
+            Report::Stats => turn.driver.stats(view),
             Report::Health => {
                 crate::health::report(&turn.driver.shared, turn.now.monotonic).to_string()
             }

@@ -25,7 +25,7 @@ use crate::settings::{Settings, StoreDurability};
 use crate::shared::Shared;
 use crate::startup::StartupError;
 use promises::Promises;
-use rows::{answer_of, app_of, call_of, ms, pool_of, row};
+use rows::{answer_of, app_of, binding_of, call_of, ms, pool_of, row};
 
 /// The kernel's name for this run of the machine (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -284,8 +284,12 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let (mut apps, mut pools, mut calls, mut answers) = (0, 0, 0, 0);
     for row in contents.pools {
         let name = row.name.clone();
-        let taken = pool_of(row)
-            .and_then(|row| host.with_registry(|registry, _| registry.restore_pool(row)));
+        let taken = pool_of(row).and_then(|row| {
+            if !row.is_durable {
+                keeper.keep(Change::ForgetPool(row.name.clone()), None);
+            }
+            host.with_registry(|registry, turn| registry.restore_pool(row, turn.time()))
+        });
         match taken {
             Ok(()) => pools += 1,
             Err(error) => {
@@ -326,6 +330,12 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     }
     host.with_registry(|registry, _| {
+        // Before anybody is let in.
+        for row in contents.bindings {
+            if let Some(row) = binding_of(row) {
+                registry.restore_binding(&row);
+            }
+        }
         for row in contents.apps {
             let Some(row) = app_of(row) else {
                 continue;

@@ -61,6 +61,14 @@ impl User {
         matches!(self, User::Uid(uid) if uid == 0 || uid == rustix::process::geteuid().as_raw())
     }
 
+    /// The user of this machine, where the kernel tells.
+    pub(crate) fn uid(self) -> Option<u32> {
+        match self {
+            User::Uid(uid) => Some(uid),
+            User::Address(_) | User::Unknown => None,
+        }
+    }
+
     /// A user at an address. All addresses of this machine are one user.
     fn at(address: IpAddr) -> User {
         let address = address.to_canonical();

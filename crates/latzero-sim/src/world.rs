@@ -13,6 +13,7 @@ use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Job, Ledger, StorageId};
+use latzero_fabric::registry::View;
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
     Class, Driver, Effects, Flow, Limits, Now, Pool, Registry, Session, Time, Transport, Turn,
@@ -144,6 +145,7 @@ impl World {
         let line = Line::new(peer, books.connection(&user));
         let terms = Terms {
             transport,
+            uid: None,
             is_admin: transport == Transport::BuiltIn,
             user,
             max_frame_before_handshake: MAX_FRAME_BEFORE_HANDSHAKE,
@@ -537,7 +539,12 @@ impl World {
         self.storages.ledger.count_on_after(last);
         let mut left = 0;
         for row in rows.pools.into_values() {
-            left += usize::from(self.registry.borrow_mut().restore_pool(row).is_err());
+            left += usize::from(
+                self.registry
+                    .borrow_mut()
+                    .restore_pool(row, self.now)
+                    .is_err(),
+            );
         }
         let user = self.site.books.user(true);
         let account = |world: &mut World, app: &AppId| {
@@ -941,7 +948,15 @@ impl Driver for World {
         ))
     }
 
-    fn report(_turn: &mut Turn<'_, Self>, what: Report) -> String {
+    fn awaited_owner(
+        &self,
+        _pool: &PoolName,
+        _block: Option<&latzero_protocol::BlockId>,
+    ) -> Option<AppId> {
+        None
+    }
+
+    fn report(_turn: &mut Turn<'_, Self>, what: Report, _view: &View<'_, Self>) -> String {
         match what {
             Report::Stats => "{}".into(),
             Report::Health => r#"{"status":"ok"}"#.into(),

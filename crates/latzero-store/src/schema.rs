@@ -20,7 +20,11 @@ pub const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 const LIBRARY_MIN: i32 = 3_051_003;
 
 /// The n-th entry leads from schema n to schema n + 1.
-const MIGRATIONS: &[&str] = &[include_str!("schema/1.sql"), include_str!("schema/2.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("schema/1.sql"),
+    include_str!("schema/2.sql"),
+    include_str!("schema/3.sql"),
+];
 
 /// The version of the SQLite library in use.
 #[must_use]

@@ -9,7 +9,7 @@ use latzero_protocol::{AppId, PoolName, Refusal};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{App, Instance, PoolEntry, Registry, no_pool};
+use super::{App, Instance, Membership, PoolEntry, Registry, no_pool};
 use crate::driver::Driver;
 use crate::now::Time;
 use crate::registration::Remembered;
@@ -44,21 +44,69 @@ pub struct Counts {
     pub pools: usize,
 }
 
+/// Who looks: what it may not join, it does not see.
+pub struct View<'a, D: Driver> {
+    /// The app that asks.
+    pub app: &'a AppId,
+    /// Whether it may see what administrators may.
+    pub is_admin: bool,
+    /// The pools that it is in.
+    pub memberships: &'a [Membership<D>],
+}
+
+impl<D: Driver> View<'_, D> {
+    fn shows(&self, entry: &PoolEntry<D>) -> bool {
+        self.is_admin
+            || self.memberships.iter().any(|m| m.number == entry.number)
+            || entry.admits(self.app)
+    }
+}
+
 impl<D: Driver> Registry<D> {
+    /// A pool that whoever looks may know of.
+    ///
+    /// # Errors
+    /// `no_pool`: one that it may not join is not there for it.
+    pub(super) fn shown_pool(
+        &self,
+        name: &PoolName,
+        view: &View<'_, D>,
+    ) -> Result<&PoolEntry<D>, Refusal> {
+        let entry = self.pools.get(name).filter(|entry| view.shows(entry));
+        entry.ok_or_else(|| no_pool(name))
+    }
+
+    /// Whether a name is of no pool that is hidden from whoever looks.
+    fn is_shown(&self, name: &PoolName, view: &View<'_, D>) -> bool {
+        self.pools.get(name).is_none_or(|entry| view.shows(entry))
+    }
+
     /// A pool's handle and what the registry knows of it.
     ///
     /// # Errors
     /// `no_pool`.
-    pub fn describe_pool(&self, name: &PoolName) -> Result<(D::Pool, Value), Refusal> {
-        let entry = self.pools.get(name).ok_or_else(|| no_pool(name))?;
+    pub fn describe_pool(
+        &self,
+        name: &PoolName,
+        view: &View<'_, D>,
+    ) -> Result<(D::Pool, Value), Refusal> {
+        let entry = self.shown_pool(name, view)?;
         Ok((entry.pool.clone(), pool_json(name, entry)))
     }
 
     /// The pools, a page of them as JSON text.
     #[must_use]
-    pub fn list_pools(&self, page: &Page<'_>) -> String {
+    pub fn list_pools(&self, page: &Page<'_>, view: &View<'_, D>) -> String {
         let mut text = PageText::new("pools", page.limit);
-        for (name, entry) in self.pools.range::<str, _>(behind(page)) {
+        for (looked_at, (name, entry)) in self.pools.range::<str, _>(behind(page)).enumerate() {
+            if looked_at >= LOOKED_AT_MAX {
+                text.is_more = true;
+                break;
+            }
+            if !view.shows(entry) {
+                text.passed(name.as_str());
+                continue;
+            }
             let write = |out: &mut String| {
                 let mut pool = pool_json(name, entry);
                 let text = pool.to_string();
@@ -85,11 +133,13 @@ impl<D: Driver> Registry<D> {
         &self,
         pool: Option<&PoolName>,
         page: &Page<'_>,
+        view: &View<'_, D>,
         unix_ms: impl Fn(Time) -> u64,
     ) -> Result<String, Refusal> {
-        if let Some(name) = pool.filter(|name| !self.pools.contains_key(*name)) {
-            return Err(no_pool(name));
+        if let Some(name) = pool {
+            self.shown_pool(name, view)?;
         }
+        let hides = self.pools.values().any(|entry| !view.shows(entry));
         let mut text = PageText::new("apps", page.limit);
         let mut looked_at = 0;
         for (id, app) in self.apps.range::<str, _>(behind(page)) {
@@ -105,11 +155,21 @@ impl<D: Driver> Registry<D> {
                     continue;
                 }
             }
-            if !text.add(id.as_str(), |out| app_json(out, id, app, &unix_ms)) {
+            let is_shown = |name: &PoolName| !hides || id == view.app || self.is_shown(name, view);
+            if !text.add(id.as_str(), |out| {
+                app_json(out, id, app, is_shown, &unix_ms)
+            }) {
                 break;
             }
         }
         Ok(text.finish())
+    }
+
+    /// The pools that whoever looks may know of; without it, all.
+    pub fn seen_pools(&self, view: Option<&View<'_, D>>) -> Vec<D::Pool> {
+        let is_seen = |entry: &&PoolEntry<D>| view.is_none_or(|view| view.shows(entry));
+        let seen = self.pools.values().filter(is_seen);
+        seen.map(|entry| entry.pool.clone()).collect()
     }
 
     /// How many apps are known, how many of them live, and how many instances and pools there are.
@@ -238,7 +298,13 @@ fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>) -> Value {
 }
 
 /// Appends the entry of one app. What is too long is cut, and the entry says so.
-fn app_json<D: Driver>(out: &mut String, id: &AppId, app: &App<D>, unix_ms: impl Fn(Time) -> u64) {
+fn app_json<D: Driver>(
+    out: &mut String,
+    id: &AppId,
+    app: &App<D>,
+    is_shown: impl Fn(&PoolName) -> bool,
+    unix_ms: impl Fn(Time) -> u64,
+) {
     let registration = app.registration.get();
     let start = out.len();
     let mut is_cut = false;
@@ -260,16 +326,34 @@ fn app_json<D: Driver>(out: &mut String, id: &AppId, app: &App<D>, unix_ms: impl
         is_cut = true;
     }
     out.push_str(",\"pools\":");
-    is_cut |= array(out, start + POOLS_END, registration.pools.iter());
+    let pools = registration.pools.iter().filter(|pool| is_shown(pool));
+    is_cut |= array(out, start + POOLS_END, pools);
     out.push_str(",\"instances\":");
     let instance = |i: &Instance<D>| {
-        let pools: Vec<_> = i.memberships.iter().map(|m| &m.name).collect();
+        let pools = i.memberships.iter().map(|m| &m.name);
+        let pools: Vec<_> = pools.filter(|pool| is_shown(pool)).collect();
         json!({"instance": i.id, "pools": pools, "since": unix_ms(i.since)})
     };
     let shown = app.instances.iter().take(INSTANCES_SHOWN_MAX);
     is_cut |= array(out, start + INSTANCES_END, shown.map(instance));
     out.push_str(",\"triggers\":");
-    let triggers = registration.triggers.iter().map(TriggerSpec::to_json);
+    // What is served in hidden pools alone is hidden with them.
+    let serves = |pools: &[PoolName]| pools.is_empty() || pools.iter().any(&is_shown);
+    let is_everywhere_hidden = !serves(&registration.pools);
+    let triggers = registration.triggers.iter().filter_map(|spec| {
+        let Some(pools) = &spec.pools else {
+            return (!is_everywhere_hidden).then(|| spec.to_json());
+        };
+        serves(pools).then(|| {
+            let pools = pools.iter().filter(|pool| is_shown(pool)).cloned();
+            let pools = Some(pools.collect());
+            TriggerSpec {
+                pools,
+                ..spec.clone()
+            }
+            .to_json()
+        })
+    });
     is_cut |= array(out, start + ENTRY_BYTES_MAX, triggers);
     if is_cut {
         out.push_str(",\"shortened\":true");

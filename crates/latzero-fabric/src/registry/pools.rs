@@ -6,22 +6,39 @@ use latzero_protocol::message::{Policy, PoolCreate};
 use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
 
-use super::{Entrance, PoolEntry, Registry, no_pool};
+use super::{Entrance, PoolEntry, Registry, View, not_open};
 use crate::books::{Hold, Resource};
 use crate::driver::{Driver, Peer};
 use crate::keep::{Change, PoolRow};
+use crate::now::Time;
 use crate::pool::Pool;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
 use crate::turn::Turn;
 
+/// How long the name of a pool with rules that did not outlive the server is kept for its owner.
+const GRACE_MS: u64 = 30_000;
+
 impl<D: Driver> Registry<D> {
+    /// Whether a name is kept for another app: that of a pool with rules is, for who had it before the server's start.
+    pub(super) fn is_reserved(&self, app_id: &AppId, name: &PoolName, now: Time) -> bool {
+        let kept = self.reserved.get(name);
+        kept.is_some_and(|(owner, until)| owner != app_id && *until > now)
+    }
+
     /// Takes in a pool of an earlier run, whatever the bound on pools is by now.
     ///
     /// # Errors
     /// `storage` where its policy makes no sense. The pool is there then, and closed to all but its owner: one that lets in
     /// whoever it should not is worse than none.
-    pub fn restore_pool(&mut self, row: PoolRow) -> Result<(), Refusal> {
+    pub fn restore_pool(&mut self, row: PoolRow, now: Time) -> Result<(), Refusal> {
+        if !row.is_durable {
+            if let Some(owner) = row.owner {
+                let until = now.after_ms(GRACE_MS);
+                self.reserved.insert(row.name, (owner, until));
+            }
+            return Ok(());
+        }
         let policy = Raw::new(&row.policy).ok();
         let policy = policy.and_then(|policy| Policy::parse(policy).ok());
         let closed = policy.is_none().then(|| {
@@ -115,11 +132,19 @@ impl<D: Driver> Registry<D> {
             durable,
             policy,
         } = create;
-        if self.pools.contains_key(&name) {
+        if let Some(entry) = self.pools.get(&name) {
+            if !entry.admits(owner) {
+                return Err(not_open(owner, &name));
+            }
             return Err(Refusal::new(
                 Code::PoolExists,
                 format!("pool '{name}' exists; join it, or choose another name"),
             ));
+        }
+        // Its owner is about to come back, and must find it open.
+        let awaited = turn.driver.awaited_owner(&name, None);
+        if awaited.is_some_and(|of| of != *owner) || self.is_reserved(owner, &name, turn.time()) {
+            return Err(not_open(owner, &name));
         }
         self.check_room_for_pools(1)?;
         let place = promise.link().account().reserve(Resource::Pools, 1);
@@ -127,17 +152,21 @@ impl<D: Driver> Registry<D> {
         let properties = properties
             .map(|raw| self.free_json("properties", raw.text()))
             .transpose()?;
-        if durable {
+        let has_rules = policy != Policy::default();
+        if durable || has_rules {
             let row = PoolRow {
                 name: name.clone(),
                 owner: Some(owner.clone()),
                 policy: policy.to_json(),
                 properties: properties.as_ref().map(Value::to_string),
                 created: unix_ms,
+                is_durable: durable,
+                descriptor: None,
             };
-            turn.keep(Change::Pool(Box::new(row)), Some(promise));
+            turn.keep(Change::Pool(Box::new(row)), durable.then_some(promise));
         }
-        let outlives = durable || policy == Policy::default();
+        self.reserved.remove(&name);
+        let outlives = durable || !has_rules;
         let entry = self.insert_pool(unix_ms, name, (true, outlives), Some(place));
         entry.owner = Some(owner.clone());
         entry.durable = durable;
@@ -164,22 +193,20 @@ impl<D: Driver> Registry<D> {
     /// `no_pool`, `forbidden`.
     pub fn remove_pool(
         &mut self,
-        (who, is_admin): (&AppId, bool),
+        view: &View<'_, D>,
         name: &PoolName,
         force: bool,
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> Result<(D::Pool, bool), Refusal> {
-        let Some(entry) = self.pools.get(name) else {
-            return Err(no_pool(name));
-        };
+        let entry = self.shown_pool(name, view)?;
         if matches!(name.as_str(), DEFAULT_POOL | SYSTEM_POOL) {
             return Err(Refusal::new(
                 Code::Forbidden,
                 format!("pool '{name}' is built in and stays"),
             ));
         }
-        if entry.owner.as_ref() != Some(who) && !is_admin {
+        if entry.owner.as_ref() != Some(view.app) && !view.is_admin {
             let owner = entry
                 .owner
                 .as_ref()
@@ -197,6 +224,7 @@ impl<D: Driver> Registry<D> {
             return Err(Refusal::new(Code::Forbidden, message));
         }
         let entry = self.pools.remove(name).expect("found above");
+        let has_row = entry.durable || entry.policy != Policy::default();
         let quoted = format!("\"{name}\"");
         for (app_id, app) in &mut self.apps {
             for instance in &mut app.instances {
@@ -212,8 +240,9 @@ impl<D: Driver> Registry<D> {
                 app.keep(app_id, None, turn);
             }
         }
-        if entry.durable {
-            turn.keep(Change::ForgetPool(name.clone()), Some(promise));
+        if has_row {
+            let promise = entry.durable.then_some(promise);
+            turn.keep(Change::ForgetPool(name.clone()), promise);
         }
         Ok((entry.pool, entry.durable))
     }

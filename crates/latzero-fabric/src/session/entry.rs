@@ -93,7 +93,7 @@ impl<D: Driver> Session<D> {
         let (peer, transport) = (self.peer.clone(), self.terms.transport);
         let kept = stored.map(|stored| stored.rehydrated);
         let admitted = turn.with_registry(|registry, turn| {
-            registry.admit(&peer, transport, handshake, kept, turn)
+            registry.admit(&peer, (transport, &self.who), handshake, kept, turn)
         })?;
         let admission = match admitted {
             Admitted::Now(admission) => admission,

@@ -11,7 +11,7 @@ use super::promises::{Promise, Reply};
 use super::{Session, leave};
 use crate::driver::{Driver, Transport};
 use crate::effects::Audit;
-use crate::registry::{dedup_triggers, remove_triggers};
+use crate::registry::{View, dedup_triggers, remove_triggers};
 use crate::turn::Turn;
 
 impl<D: Driver> Session<D> {
@@ -111,7 +111,7 @@ impl<D: Driver> Session<D> {
         let is_promised =
             turn.with_registry(|registry, turn| registry.create_pool(&app, create, &peer, turn))?;
         // It may be removed by now; what was promised is told all the same.
-        let reply = pool_info(&name, turn).unwrap_or_else(|_| "{}".into());
+        let reply = pool_info(&name, &self.view(), turn).unwrap_or_else(|_| "{}".into());
         Ok(Reply::kept_if(is_promised, reply, Promise::Pool(name)))
     }
 
@@ -175,16 +175,10 @@ impl<D: Driver> Session<D> {
         force: bool,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        let app = self
-            .ready
-            .as_ref()
-            .expect("only a ready session gets here")
-            .app
-            .clone();
-        let is_admin = self.terms.is_admin;
         let peer = self.peer.clone();
+        let view = self.view();
         let (pool, is_promised) = turn.with_registry(|registry, turn| {
-            registry.remove_pool((&app, is_admin), name, force, &peer, turn)
+            registry.remove_pool(&view, name, force, &peer, turn)
         })?;
         turn.with_pool(&pool, crate::Pool::close);
         self.forget_removed(turn);
@@ -224,9 +218,11 @@ impl<D: Driver> Session<D> {
 
 pub(super) fn pool_info<D: Driver>(
     name: &PoolName,
+    view: &View<'_, D>,
     turn: &mut Turn<'_, D>,
 ) -> Result<String, Refusal> {
-    let (pool, mut description) = turn.with_registry(|registry, _| registry.describe_pool(name))?;
+    let (pool, mut description) =
+        turn.with_registry(|registry, _| registry.describe_pool(name, view))?;
     let (stats, triggers) = turn.with_pool(&pool, |pool, _| (pool.stats(), pool.triggers_json()));
     description["triggers"] = triggers;
     description["triggers_total"] = stats.triggers.into();
