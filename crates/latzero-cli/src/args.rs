@@ -914,6 +914,12 @@ pub(crate) struct PoolCreateArgs {
     /// Keep it on disk: it survives a restart of the server
     #[arg(long)]
     pub(crate) durable: bool,
+    /// Make it an encrypted pool, of the keys that `latzero keys new` made; it is always durable
+    #[arg(long)]
+    pub(crate) encrypted: bool,
+    /// As --encrypted, but the bytes of blocks stay plain, and the keys decide who gets them
+    #[arg(long)]
+    pub(crate) gated: bool,
     /// Who may do what, like join=alice,bob; may be repeated
     #[arg(long, value_name = "RIGHT=APP,…", value_parser = parse::pair)]
     pub(crate) policy: Vec<(String, String)>,

@@ -236,6 +236,12 @@ impl<D: Driver> Pool<D> {
         }
     }
 
+    /// Whether that is a member still.
+    #[must_use]
+    pub fn has_member(&self, member: MemberKey) -> bool {
+        self.members.at(member).is_some()
+    }
+
     /// Whether anything in it may come due: it has members, or calls or answers that wait for some.
     #[must_use]
     pub fn is_due_to_wake(&self) -> bool {

@@ -10,13 +10,17 @@ mod identity;
 mod listing;
 mod offline;
 mod pools;
+mod sealed;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
+use latzero_crypto::Suite;
+use latzero_crypto::keys::Roles;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::message::{EventSet, Policy, TriggerSpec, too_many};
-use latzero_protocol::{AppId, BlockId, Code, InstanceId, PoolName, Refusal};
+use latzero_protocol::proof::is_sealed;
+use latzero_protocol::{AppId, BlockId, Body, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
 use crate::books::{Account, Books, Hold, Resource};
@@ -36,6 +40,9 @@ pub use listing::{Counts, View};
 pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use offline::Offline;
 use pools::forget_pool;
+use sealed::Sealed;
+pub(crate) use sealed::rotated_event;
+pub use sealed::{Proved, Rotated};
 
 struct App<D: Driver> {
     registration: Remembered,
@@ -103,6 +110,76 @@ pub struct Membership<D: Driver> {
     pub member: MemberKey,
     /// Whether the app may serve triggers in it.
     pub may_serve: bool,
+    /// What was proved, where the pool is encrypted.
+    pub grant: Option<Grant>,
+}
+
+/// What a member of an encrypted pool proved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grant {
+    /// The roles.
+    pub roles: Roles,
+    /// How the pool protects blocks.
+    pub suite: Suite,
+}
+
+impl Grant {
+    /// Whether a trigger may be served with it.
+    fn serves(self, spec: &TriggerSpec) -> bool {
+        match self.roles {
+            Roles::Write => true,
+            Roles::Read => spec.concurrency == Some(0),
+            Roles::Join => false,
+        }
+    }
+}
+
+impl<D: Driver> Entrance<D> {
+    /// Whether a trigger is served here.
+    pub(crate) fn serves(&self, spec: &TriggerSpec) -> bool {
+        self.may_serve && self.grant.is_none_or(|grant| grant.serves(spec))
+    }
+}
+
+impl<D: Driver> Membership<D> {
+    /// Whether a trigger is served here: who only reads may listen.
+    pub(crate) fn serves(&self, spec: &TriggerSpec) -> bool {
+        self.may_serve && self.grant.is_none_or(|grant| grant.serves(spec))
+    }
+
+    /// Whether the roles that were proved here are enough.
+    ///
+    /// # Errors
+    /// `forbidden`.
+    pub(crate) fn check_roles(&self, needed: Roles) -> Result<(), Refusal> {
+        match self.grant {
+            Some(grant) if grant.roles.number() < needed.number() => {
+                let needed = match needed {
+                    Roles::Join => "join",
+                    Roles::Read => "read",
+                    Roles::Write => "write",
+                };
+                let message = format!(
+                    "this needs the role '{needed}' in pool '{}'; prove it with the keys that have it",
+                    self.name
+                );
+                Err(Refusal::new(Code::Forbidden, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a payload may travel here: in an encrypted pool nothing does that is not sealed.
+    ///
+    /// # Errors
+    /// `bad_message`.
+    pub(crate) fn check_body(&self, body: Body<'_>) -> Result<(), Refusal> {
+        if self.grant.is_none() || is_sealed(body) {
+            return Ok(());
+        }
+        let message = format!("payloads in pool '{}' are sealed envelopes", self.name);
+        Err(Refusal::new(Code::BadMessage, message))
+    }
 }
 
 impl<D: Driver> Clone for Membership<D> {
@@ -113,6 +190,7 @@ impl<D: Driver> Clone for Membership<D> {
             pool: self.pool.clone(),
             member: self.member,
             may_serve: self.may_serve,
+            grant: self.grant,
         }
     }
 }
@@ -127,6 +205,8 @@ pub struct Entrance<D: Driver> {
     pub pool: D::Pool,
     /// Whether the app may serve triggers in it.
     pub may_serve: bool,
+    /// What was proved, where the pool is encrypted.
+    pub grant: Option<Grant>,
 }
 
 struct PoolEntry<D: Driver> {
@@ -146,6 +226,8 @@ struct PoolEntry<D: Driver> {
     created: u64,
     /// Its place in the books, where a client made it.
     place: Option<Hold>,
+    /// What makes it an encrypted pool.
+    sealed: Option<Sealed>,
 }
 
 impl<D: Driver> PoolEntry<D> {
@@ -425,6 +507,9 @@ impl<D: Driver> Registry<D> {
         let unix_ms = turn.unix_ms();
         let registered = self.apps.get(app_id).map(|app| app.registration.get());
         let pools = registered.as_ref().map_or(&[][..], |r| &r.pools);
+        if self.is_sealed(name) {
+            return Err(Refusal::unproved());
+        }
         if self
             .pools
             .get(name)

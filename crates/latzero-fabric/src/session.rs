@@ -7,14 +7,17 @@ mod entry;
 mod memory;
 mod pools;
 mod promises;
+mod proofs;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use latzero_crypto::keys::Roles;
+use latzero_crypto::proof::ChannelBinding;
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::frame::{Accept, Frame};
 use latzero_protocol::message::{
-    Admin, AdminAction, CallRef, Emit, Features, Request, Response, Trigger, TriggerSpec,
+    Admin, AdminAction, CallRef, Emit, Features, Request, Response, Status, Trigger, TriggerSpec,
 };
 use latzero_protocol::{AppId, CallId, Code, Envelope, InstanceId, PoolName, Refusal};
 use serde_json::json;
@@ -29,6 +32,7 @@ use crate::registry::{Instance, Membership, View, Whereabouts, Who};
 use crate::turn::Turn;
 use pools::pool_info;
 use promises::{Awaited, Promise, Reply};
+use proofs::Proofs;
 
 /// Whether a connection goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +58,12 @@ pub struct Terms {
     pub user: Arc<Account>,
     /// How it came in.
     pub transport: Transport,
+    /// Whether it is of the server's own user, or the machine's administrator.
+    pub is_own: bool,
+    /// What binds proofs to it.
+    pub binding: ChannelBinding,
+    /// Whether it comes from this machine.
+    pub is_loopback: bool,
     /// The user of this machine that it is of, where the kernel tells.
     pub uid: Option<u32>,
     /// Whether it may do what administrators may.
@@ -67,6 +77,7 @@ pub struct Session<D: Driver> {
     peer: D::Peer,
     terms: Terms,
     who: Who,
+    proofs: Proofs,
     features: Features,
     ready: Option<Ready>,
     memberships: Vec<Membership<D>>,
@@ -87,6 +98,7 @@ impl<D: Driver> Session<D> {
             peer,
             terms,
             who,
+            proofs: Proofs::default(),
             features: Features::default(),
             ready: None,
             memberships: Vec::new(),
@@ -152,7 +164,14 @@ impl<D: Driver> Session<D> {
         let bounds = turn.limits().lists();
         match Request::decode(&envelope, &bounds) {
             Ok(Request::Handshake(handshake)) => self.handshake(id, &handshake, frame.json, turn),
+            Ok(request @ (Request::Challenge | Request::AppProof(_) | Request::AdminProof(_))) => {
+                self.prove(id, &request, frame.json.len(), turn)
+            }
             Ok(_) if self.ready.is_none() => self.not_ready(id, turn),
+            Ok(Request::PoolProve(pool, proof)) => {
+                let result = self.pool_prove(id, &pool, proof.text(), turn);
+                self.answer_proof(id, result.map(|()| None), turn)
+            }
             Ok(Request::Trigger(trigger)) => {
                 if let Err(refusal) = self.call(&trigger, turn) {
                     turn.refused(refusal.code);
@@ -305,6 +324,8 @@ impl<D: Driver> Session<D> {
             self.check_awaited(turn)?;
         }
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
+        m.check_roles(Roles::Read)?;
+        m.check_body(trigger.body)?;
         match turn.with_pool(&m.pool, |pool, turn| pool.call(m.member, trigger, turn)) {
             Ok(None) => Ok(()),
             Ok(Some(number)) => {
@@ -359,6 +380,11 @@ impl<D: Driver> Session<D> {
             }
             return Ok(());
         };
+        m.check_roles(Roles::Write)?;
+        // What failed is sealed in its error object.
+        if response.status != Status::Error {
+            m.check_body(response.body)?;
+        }
         turn.with_pool(&m.pool, |pool, turn| {
             pool.respond(m.member, id, response, turn)
         })
@@ -400,6 +426,11 @@ impl<D: Driver> Session<D> {
                 let view = self.view();
                 turn.with_registry(|registry, _| registry.list_pools(&page, &view))
             }
+            Request::PoolChallenge(name) => self.pool_challenge(&name, turn),
+            Request::PoolChain(asked) => self.pool_chain(&asked, turn)?,
+            Request::PoolRotate(name, descriptor) => {
+                return self.pool_rotate(&name, &descriptor, turn);
+            }
             Request::PoolInfo(name) => pool_info(&name, &self.view(), turn)?,
             Request::AppList(pool, page) => {
                 let (now, view) = (turn.now, self.view());
@@ -412,6 +443,10 @@ impl<D: Driver> Session<D> {
             Request::Stats => D::report(turn, Report::Stats, &self.view()),
             Request::Health => D::report(turn, Report::Health, &self.view()),
             Request::Handshake(_)
+            | Request::Challenge
+            | Request::AppProof(_)
+            | Request::AdminProof(_)
+            | Request::PoolProve(..)
             | Request::Memory(_)
             | Request::Trigger(_)
             | Request::Response(_)
@@ -424,17 +459,19 @@ impl<D: Driver> Session<D> {
     }
 
     /// What this connection may see.
-    pub(super) fn view(&self) -> View<'_, D> {
+    pub(super) fn view(&self) -> View<'_> {
         let ready = self.ready.as_ref().expect("only a ready session looks");
         View {
             app: &ready.app,
             is_admin: self.terms.is_admin,
-            memberships: &self.memberships,
+            instance: Some(ready.instance),
         }
     }
 
     fn emit(&mut self, emit: &Emit<'_>, turn: &mut Turn<'_, D>) -> Result<String, Refusal> {
         let m = self.current_membership(emit.pool.as_deref(), turn)?;
+        m.check_roles(Roles::Read)?;
+        m.check_body(emit.body)?;
         let delivered = turn.with_pool(&m.pool, |pool, turn| pool.emit(m.member, emit, turn))?;
         Ok(format!("{{\"delivered\":{delivered}}}"))
     }
@@ -458,15 +495,20 @@ impl<D: Driver> Session<D> {
     fn admin(
         &mut self,
         id: Option<&str>,
-        admin: &Admin<'_>,
+        admin: &Admin,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        let by_token = admin
-            .token
-            .as_ref()
-            .is_some_and(|token| turn.driver.is_admin_token(token));
-        if !self.terms.is_admin && !by_token {
-            let message = "only the server's own user over the Unix socket, or the admin token of the data directory, may do this";
+        if !self.terms.is_admin {
+            let message = "only the server's own user over the Unix socket, or whoever proves the admin token of the data directory, may do this";
+            return Err(Refusal::new(Code::Forbidden, message));
+        }
+        let is_for_own = match &admin.action {
+            AdminAction::HandOver { .. } => true,
+            AdminAction::Backup { to, .. } => to.is_some(),
+            _ => false,
+        };
+        if is_for_own && !self.terms.is_own {
+            let message = "this is for the server's own user on the Unix socket alone";
             return Err(Refusal::new(Code::Forbidden, message));
         }
         if let Some(ready) = &self.ready {
@@ -478,6 +520,7 @@ impl<D: Driver> Session<D> {
                     json!({"action": "kick", "of": app, "of_instance": instance})
                 }
                 AdminAction::Forget(app) => json!({"action": "app_forget", "of": app}),
+                AdminAction::RemoveKey(app) => json!({"action": "app_key_remove", "of": app}),
                 AdminAction::Backup { to, .. } => json!({"action": "backup", "to": to}),
                 AdminAction::CheckDatabase(full) => json!({"action": "db_check", "full": full}),
                 AdminAction::QueryDatabase(_) => json!({"action": "db_query"}),
@@ -496,6 +539,11 @@ impl<D: Driver> Session<D> {
             AdminAction::Forget(app) => {
                 let peer = self.peer.clone();
                 turn.with_registry(|registry, turn| registry.forget_app(app, &peer, turn))?;
+                Ok(Reply::Kept("{}".into(), Promise::Removal))
+            }
+            AdminAction::RemoveKey(app) => {
+                let peer = self.peer.clone();
+                turn.with_registry(|registry, turn| registry.remove_key(app, &peer, turn))?;
                 Ok(Reply::Kept("{}".into(), Promise::Removal))
             }
             AdminAction::HandOver { .. } if !self.features.fd_passing => {

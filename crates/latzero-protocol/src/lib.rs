@@ -16,6 +16,7 @@ pub mod limits;
 pub mod memory;
 pub mod message;
 pub mod name;
+pub mod proof;
 pub mod scan;
 
 pub use envelope::{Body, Envelope, Raw};

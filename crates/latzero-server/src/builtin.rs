@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use latzero_crypto::proof::ChannelBinding;
 use latzero_fabric::driver::{Driver as _, Report};
 use latzero_fabric::outbox::Taken;
 use latzero_fabric::registry::View;
@@ -51,6 +52,9 @@ impl BuiltIn {
         let peer = host.shared.new_peer(None, &user);
         let terms = Terms {
             transport: Transport::BuiltIn,
+            is_own: false,
+            binding: ChannelBinding::None,
+            is_loopback: true,
             uid: None,
             is_admin: false,
             user,
@@ -181,7 +185,7 @@ fn reply(
     let view = View {
         app: caller,
         is_admin: false,
-        memberships: &[],
+        instance: None,
     };
     let fields = match body {
         Body::Json(raw) if raw.is_object() && process != "echo" => Some(Fields::of(raw.text())?),

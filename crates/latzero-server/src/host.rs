@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use latzero_crypto::proof::{self, Exchange, Side};
 use latzero_fabric::books::Resource;
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
@@ -21,6 +22,7 @@ use crate::blocks::{Blocks, Done, Finished};
 use crate::handover::{self, Step};
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
+use crate::socket::Socket;
 use crate::stats::{Traffic, resources};
 use crate::timers::PoolCell;
 
@@ -134,7 +136,7 @@ impl IoHost {
         self.with_pool(pool, Pool::handle_timeout);
     }
 
-    fn stats(&mut self, view: &View<'_, IoHost>) -> String {
+    fn stats(&mut self, view: &View<'_>) -> String {
         self.count();
         let now = self.now.monotonic;
         let (mut counts, pools) =
@@ -332,7 +334,7 @@ impl Driver for IoHost {
         self.shared.blocks.awaited_owner(pool, block)
     }
 
-    fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_, Self>) -> String {
+    fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_>) -> String {
         match what {
             Report::Stats => turn.driver.stats(view),
             Report::Health => {
@@ -341,8 +343,27 @@ impl Driver for IoHost {
         }
     }
 
-    fn is_admin_token(&self, token: &str) -> bool {
-        self.shared.token.matches(token)
+    fn nonce(&mut self) -> [u8; 32] {
+        crate::random::bytes()
+    }
+
+    fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {
+        let token = self.shared.token.bytes();
+        proof::verify_admin(&token, Side::Client, exchange, mac)
+            .then(|| proof::admin_mac(&token, Side::Server, exchange))
+    }
+
+    fn may_prove(&mut self, asker: &Arc<Peer>) -> bool {
+        let user = asker.socket.as_ref().map(Socket::user);
+        user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic))
+    }
+
+    fn note_refused(&mut self, asker: &Arc<Peer>) {
+        if let Some(socket) = &asker.socket {
+            self.shared
+                .attempts()
+                .note(socket.user(), self.now.monotonic);
+        }
     }
 
     fn admin(
@@ -374,7 +395,7 @@ impl Driver for IoHost {
                 crate::upkeep::begin(&self.shared, action.clone(), asker, id)?;
                 Ok(None)
             }
-            AdminAction::Kick(..) | AdminAction::Forget(_) => {
+            AdminAction::Kick(..) | AdminAction::Forget(_) | AdminAction::RemoveKey(_) => {
                 unreachable!("the session carries these out")
             }
         }

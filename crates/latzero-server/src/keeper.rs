@@ -39,6 +39,9 @@ const BOOT: &str = "boot";
 /// The name under which losses are stored that nobody has made good yet.
 const LOSSES: &str = "losses";
 
+/// The name under which it is stored what makes unknown pools look like encrypted ones.
+const POOL_SECRET: &str = "pool_secret";
+
 /// The store and its promises.
 pub(crate) struct Keeper {
     store: Store,
@@ -175,6 +178,22 @@ impl Keeper {
         }
     }
 
+    /// What makes names that are no encrypted pool's look like one: drawn once, and the same from then on.
+    pub(crate) fn pool_secret(&self) -> [u8; 32] {
+        let contents = self
+            .contents
+            .lock()
+            .expect("nothing panics under this lock");
+        let settings = contents.iter().flat_map(|contents| &contents.settings);
+        let mut known = settings.filter(|(key, _)| key == POOL_SECRET);
+        let known = known.find_map(|(_, value)| latzero_crypto::text::decode(value));
+        known.unwrap_or_else(|| {
+            let secret = crate::random::bytes();
+            self.set(POOL_SECRET, &latzero_crypto::text::encode(&secret));
+            secret
+        })
+    }
+
     /// The kernel's name for this run of the machine; empty where it has none.
     pub(crate) fn boot_id(&self) -> &str {
         &self.boot_id
@@ -297,6 +316,13 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             }
         }
     }
+    host.with_registry(|registry, _| {
+        for row in contents.descriptors {
+            if let Ok(pool) = PoolName::new(&row.pool) {
+                registry.restore_descriptor(&pool, row.epoch, row.descriptor);
+            }
+        }
+    });
     // Of which user it was is not known any more.
     let user = shared.site.books.user(true);
     for row in contents.calls {

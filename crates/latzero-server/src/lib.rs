@@ -5,6 +5,7 @@
 //! [`logging`] begins to tell, [`startup`] takes directory, lock and sockets, and [`server`] runs the loops.
 //! The rule by which clients find the Unix socket is `latzero_protocol::address`, and [`doctor`] says what stands in the way.
 
+mod attempts;
 mod audit;
 mod blocks;
 mod builtin;
@@ -19,6 +20,7 @@ mod listener;
 pub mod logging;
 mod losses;
 mod peer;
+mod random;
 pub mod server;
 pub mod settings;
 mod shared;

@@ -6,6 +6,8 @@ use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use latzero_crypto::proof::{self, Side};
+use latzero_crypto::text;
 use latzero_protocol::message::Strategy;
 use latzero_protocol::{Code, InstanceId, Ran, TriggerName};
 use serde_json::{Value, json};
@@ -20,6 +22,7 @@ use crate::events::{Emission, Events, Presence, Queue};
 use crate::handlers::{Entry, Kind, Registered, Spec, listener};
 use crate::message::Message;
 use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
+use crate::prove::{binary, check_bound, exchange};
 use crate::request::Request;
 use crate::stream::Stream;
 use crate::sync::lock;
@@ -92,6 +95,48 @@ impl App {
     #[must_use]
     pub fn app_id(&self) -> &str {
         self.core().config.url.app_id.as_str()
+    }
+
+    /// Makes this an administrator's connection: proves that the app has the token of the server's data directory, and that
+    /// the server has it too. The token itself is not sent.
+    ///
+    /// # Errors
+    /// `unauthenticated` where either has another token, `downgrade` where nothing binds the proof to the connection.
+    pub fn prove_admin(&self, token: &str, may_be_unbound: bool) -> Result<(), Error> {
+        let core = self.core();
+        let link = core.outbox.link().ok_or_else(Core::closed_error)?;
+        let binding = check_bound(link.binding, may_be_unbound)?;
+        let digits = token.trim();
+        let digit = |at: usize| {
+            digits
+                .get(at..at + 1)
+                .and_then(|d| u8::from_str_radix(d, 16).ok())
+        };
+        let mut bytes = [0; 32];
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            let pair = digit(2 * at)
+                .zip(digit(2 * at + 1))
+                .filter(|_| digits.len() == 64);
+            let (high, low) = pair.ok_or_else(|| {
+                Error::new(Code::KeyFormat, "an admin token has 64 hexadecimal digits")
+            })?;
+            *byte = high << 4 | low;
+        }
+        let challenge = self.requesting(&json!({"action": "challenge"}))?.wait()?;
+        let exchange = exchange(&challenge, binding)?;
+        let mac = proof::admin_mac(&bytes, Side::Client, &exchange);
+        let said = self.requesting(&json!({
+            "action": "admin_proof", "client_nonce": text::encode(&exchange.client_nonce),
+            "mac": text::encode(&mac), "cb_type": binding.name(),
+        }))?;
+        let said = said.wait()?;
+        let theirs = binary(&said, "mac")?;
+        if proof::verify_admin(&bytes, Side::Server, &exchange, &theirs) {
+            return Ok(());
+        }
+        let text =
+            "what answers has not got the admin token: it is not the server that it claims to be";
+        Err(Error::new(Code::Unauthenticated, text))
     }
 
     /// The id of the live connection; another one after a reconnect.

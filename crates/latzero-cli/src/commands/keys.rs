@@ -355,19 +355,21 @@ fn place(named: Option<&Path>, folder: &str, name: &str) -> Result<PathBuf, Fail
     if let Some(path) = named {
         return Ok(path.to_owned());
     }
+    default_file(folder, name).ok_or_else(|| {
+        Failure::usage("HOME is not set, so there is no place for keys")
+            .with_help("name a file with --file")
+    })
+}
+
+/// The key file that a pool or an app has by default.
+pub(crate) fn default_file(folder: &str, name: &str) -> Option<PathBuf> {
     let absolute = |name| {
         std::env::var_os(name)
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
     let config = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")));
-    match config {
-        Some(config) => Ok(config.join("latzero").join(folder).join(name)),
-        None => Err(
-            Failure::usage("HOME is not set, so there is no place for keys")
-                .with_help("name a file with --file"),
-        ),
-    }
+    Some(config?.join("latzero").join(folder).join(name))
 }
 
 fn write_keys(pool: &str, keys: &KeySet, kinds: &[Kind], path: &Path) -> Result<(), Failure> {

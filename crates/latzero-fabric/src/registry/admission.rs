@@ -46,8 +46,14 @@ impl<D: Driver> Registry<D> {
         let known = self.apps.get(app_id);
         let remembered = known.map(|app| app.registration.get());
         let is_kept = kept.is_some();
-        let wants_back =
-            handshake.pools.is_none() && handshake.triggers.is_none() && remembered.is_some();
+        let named = handshake.pools.as_deref().unwrap_or_default();
+        if named.iter().any(|name| self.is_sealed(name)) {
+            return Err(Refusal::unproved());
+        }
+        let wants_back = handshake.pools.is_none()
+            && handshake.triggers.is_none()
+            && !handshake.names_encrypted
+            && remembered.is_some();
         // What was kept just now is not what the app had.
         let rehydrated = kept.unwrap_or(wants_back);
         let mut registration = match &remembered {
@@ -62,7 +68,8 @@ impl<D: Driver> Registry<D> {
             // A pool that closed itself to the app meanwhile is not asked for.
             registration.pools.retain(|name| {
                 let is_kept = self.is_reserved(app_id, name, now);
-                !is_kept && self.pools.get(name).is_none_or(|p| p.admits(app_id))
+                self.is_sealed(name)
+                    || !is_kept && self.pools.get(name).is_none_or(|p| p.admits(app_id))
             });
             // Nor a trigger where it may no longer be served.
             registration.triggers.retain(|spec| {
@@ -70,10 +77,13 @@ impl<D: Driver> Registry<D> {
                     .is_ok()
             });
         }
-        if registration.pools.is_empty() {
+        if registration.pools.is_empty() && !handshake.names_encrypted {
             registration
                 .pools
                 .push(PoolName::new(DEFAULT_POOL).expect("a built-in name is valid"));
+        }
+        if let Some(remembered) = remembered.as_deref().filter(|_| !wants_back) {
+            self.carry_sealed(remembered, &mut registration);
         }
         dedup_pools(&mut registration.pools);
         dedup_triggers(&mut registration.triggers);
@@ -159,20 +169,25 @@ impl<D: Driver> Registry<D> {
         }
 
         let instance = InstanceId(self.prng.next_u64());
-        let pools = registration
+        // An encrypted pool is joined by a proof, and gives back nothing before.
+        let joined = registration
             .pools
-            .clone()
+            .iter()
+            .filter(|name| !self.is_sealed(name));
+        let joined: Vec<PoolName> = joined.cloned().collect();
+        let watches = registration.watches.iter();
+        let watches = watches
+            .filter(|(pool, _)| joined.contains(pool))
+            .cloned()
+            .collect();
+        let subscriptions = registration.subscriptions.iter();
+        let subscriptions = subscriptions.filter(|(pool, _)| !self.is_sealed(pool));
+        let subscriptions = subscriptions.cloned().collect();
+        let pools = joined
             .into_iter()
             .map(|name| self.enter(unix_ms, app_id, name, &mut places))
             .collect();
         let triggers = registration.triggers.clone();
-        // Another instance may watch a pool that is not among those that are restored.
-        let watches = registration
-            .watches
-            .iter()
-            .filter(|(pool, _)| registration.pools.contains(pool))
-            .cloned()
-            .collect();
         let app = self.apps.get_mut(app_id).expect("it was made above");
         self.offline.remove(app.user, app.last_seen, app_id);
         let was_offline = app.instances.is_empty();
@@ -204,7 +219,7 @@ impl<D: Driver> Registry<D> {
             pools,
             triggers,
             watches,
-            subscriptions: registration.subscriptions,
+            subscriptions,
             rehydrated,
             displaced,
         })))
@@ -277,13 +292,30 @@ impl<D: Driver> Registry<D> {
         }
     }
 
+    /// What is remembered of an app in an encrypted pool is changed by nobody who has not proved the pool.
+    fn carry_sealed(&self, remembered: &Registration, registration: &mut Registration) {
+        let is_carried = |pool: &PoolName| self.is_sealed(pool);
+        let pools = remembered.pools.iter().filter(|pool| is_carried(pool));
+        registration.pools.extend(pools.cloned());
+        let watches = remembered.watches.iter();
+        let watches = watches.filter(|(pool, _)| is_carried(pool));
+        registration.watches.extend(watches.cloned());
+        let subscriptions = remembered.subscriptions.iter();
+        let subscriptions = subscriptions.filter(|(pool, _)| is_carried(pool));
+        registration.subscriptions.extend(subscriptions.cloned());
+    }
+
     /// Whether the pools' rules let an app in, and serve where it says that it does.
     pub(super) fn check_policies(
         &self,
         app_id: &AppId,
         registration: &Registration,
     ) -> Result<(), Refusal> {
-        for name in &registration.pools {
+        for name in registration
+            .pools
+            .iter()
+            .filter(|name| !self.is_sealed(name))
+        {
             if self
                 .pools
                 .get(name)
@@ -304,6 +336,10 @@ impl<D: Driver> Registry<D> {
             let Some(entry) = self.pools.get(name) else {
                 continue;
             };
+            // Whether it may is decided when the pool is proved.
+            if entry.sealed.is_some() {
+                continue;
+            }
             if !entry.admits(app_id) {
                 return Err(not_open(app_id, name));
             }

@@ -5,11 +5,11 @@
 use std::ops::Bound;
 
 use latzero_protocol::message::{Page, TriggerSpec};
-use latzero_protocol::{AppId, PoolName, Refusal};
+use latzero_protocol::{AppId, InstanceId, PoolName, Refusal};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{App, Instance, Membership, PoolEntry, Registry, no_pool};
+use super::{App, Instance, PoolEntry, Registry, no_pool};
 use crate::driver::Driver;
 use crate::now::Time;
 use crate::registration::Remembered;
@@ -45,24 +45,31 @@ pub struct Counts {
 }
 
 /// Who looks: what it may not join, it does not see.
-pub struct View<'a, D: Driver> {
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
     /// The app that asks.
     pub app: &'a AppId,
     /// Whether it may see what administrators may.
     pub is_admin: bool,
-    /// The pools that it is in.
-    pub memberships: &'a [Membership<D>],
-}
-
-impl<D: Driver> View<'_, D> {
-    fn shows(&self, entry: &PoolEntry<D>) -> bool {
-        self.is_admin
-            || self.memberships.iter().any(|m| m.number == entry.number)
-            || entry.admits(self.app)
-    }
+    /// Which instance of it, if any: an encrypted pool is there for the one that proved it.
+    pub instance: Option<InstanceId>,
 }
 
 impl<D: Driver> Registry<D> {
+    /// Whether whoever looks may know of a pool.
+    fn shows(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        view.is_admin
+            || (entry.sealed.is_none() && entry.admits(view.app))
+            || self.is_member(entry, view)
+    }
+
+    fn is_member(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        let instances = self.apps.get(view.app).map(|app| &app.instances[..]);
+        let mut own = instances.unwrap_or_default().iter();
+        let own = own.find(|instance| Some(instance.id) == view.instance);
+        own.is_some_and(|own| own.memberships.iter().any(|m| m.number == entry.number))
+    }
+
     /// A pool that whoever looks may know of.
     ///
     /// # Errors
@@ -70,15 +77,29 @@ impl<D: Driver> Registry<D> {
     pub(super) fn shown_pool(
         &self,
         name: &PoolName,
-        view: &View<'_, D>,
+        view: &View<'_>,
     ) -> Result<&PoolEntry<D>, Refusal> {
-        let entry = self.pools.get(name).filter(|entry| view.shows(entry));
+        let entry = self.pools.get(name).filter(|entry| self.shows(entry, view));
         entry.ok_or_else(|| no_pool(name))
     }
 
+    /// Whether whoever sees a pool may see what is in it: of an encrypted one administrators see that it is there.
+    fn is_inside(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        entry.sealed.is_none() || self.is_member(entry, view)
+    }
+
+    /// What the maker of a pool is told of it.
+    #[must_use]
+    pub fn describe_new_pool(&self, name: &PoolName) -> Option<(D::Pool, Value)> {
+        let entry = self.pools.get(name)?;
+        Some((entry.pool.clone(), pool_json(name, entry, true)))
+    }
+
     /// Whether a name is of no pool that is hidden from whoever looks.
-    fn is_shown(&self, name: &PoolName, view: &View<'_, D>) -> bool {
-        self.pools.get(name).is_none_or(|entry| view.shows(entry))
+    fn is_shown(&self, name: &PoolName, view: &View<'_>) -> bool {
+        self.pools
+            .get(name)
+            .is_none_or(|entry| self.shows(entry, view))
     }
 
     /// A pool's handle and what the registry knows of it.
@@ -88,27 +109,30 @@ impl<D: Driver> Registry<D> {
     pub fn describe_pool(
         &self,
         name: &PoolName,
-        view: &View<'_, D>,
+        view: &View<'_>,
     ) -> Result<(D::Pool, Value), Refusal> {
         let entry = self.shown_pool(name, view)?;
-        Ok((entry.pool.clone(), pool_json(name, entry)))
+        Ok((
+            entry.pool.clone(),
+            pool_json(name, entry, self.is_inside(entry, view)),
+        ))
     }
 
     /// The pools, a page of them as JSON text.
     #[must_use]
-    pub fn list_pools(&self, page: &Page<'_>, view: &View<'_, D>) -> String {
+    pub fn list_pools(&self, page: &Page<'_>, view: &View<'_>) -> String {
         let mut text = PageText::new("pools", page.limit);
         for (looked_at, (name, entry)) in self.pools.range::<str, _>(behind(page)).enumerate() {
             if looked_at >= LOOKED_AT_MAX {
                 text.is_more = true;
                 break;
             }
-            if !view.shows(entry) {
+            if !self.shows(entry, view) {
                 text.passed(name.as_str());
                 continue;
             }
             let write = |out: &mut String| {
-                let mut pool = pool_json(name, entry);
+                let mut pool = pool_json(name, entry, self.is_inside(entry, view));
                 let text = pool.to_string();
                 if text.len() <= ENTRY_BYTES_MAX {
                     out.push_str(&text);
@@ -133,13 +157,13 @@ impl<D: Driver> Registry<D> {
         &self,
         pool: Option<&PoolName>,
         page: &Page<'_>,
-        view: &View<'_, D>,
+        view: &View<'_>,
         unix_ms: impl Fn(Time) -> u64,
     ) -> Result<String, Refusal> {
         if let Some(name) = pool {
             self.shown_pool(name, view)?;
         }
-        let hides = self.pools.values().any(|entry| !view.shows(entry));
+        let hides = self.pools.values().any(|entry| !self.shows(entry, view));
         let mut text = PageText::new("apps", page.limit);
         let mut looked_at = 0;
         for (id, app) in self.apps.range::<str, _>(behind(page)) {
@@ -166,8 +190,8 @@ impl<D: Driver> Registry<D> {
     }
 
     /// The pools that whoever looks may know of; without it, all.
-    pub fn seen_pools(&self, view: Option<&View<'_, D>>) -> Vec<D::Pool> {
-        let is_seen = |entry: &&PoolEntry<D>| view.is_none_or(|view| view.shows(entry));
+    pub fn seen_pools(&self, view: Option<&View<'_>>) -> Vec<D::Pool> {
+        let is_seen = |entry: &&PoolEntry<D>| view.is_none_or(|view| self.shows(entry, view));
         let seen = self.pools.values().filter(is_seen);
         seen.map(|entry| entry.pool.clone()).collect()
     }
@@ -289,12 +313,21 @@ pub(crate) fn append(out: &mut String, value: &impl Serialize) {
     out.push_str(&text);
 }
 
-fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>) -> Value {
-    json!({
+fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>, is_inside: bool) -> Value {
+    let mut description = json!({
         "pool": name, "kind": "local", "durable": entry.durable, "encrypted": false, "owner": entry.owner,
         "policy": {"join": entry.policy.join.names(), "serve": entry.policy.serve.names()},
         "properties": entry.properties, "members": entry.members, "created": entry.created,
-    })
+    });
+    if let Some(sealed) = &entry.sealed {
+        sealed.describe(&mut description);
+    }
+    if !is_inside {
+        for private in ["owner", "policy", "properties"] {
+            description[private] = Value::Null;
+        }
+    }
+    description
 }
 
 /// Appends the entry of one app. What is too long is cut, and the entry says so.

@@ -6,7 +6,7 @@ use latzero_protocol::message::{Policy, PoolCreate};
 use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
 
-use super::{Entrance, PoolEntry, Registry, View, not_open};
+use super::{Entrance, PoolEntry, Registry, Sealed, View, not_open};
 use crate::books::{Hold, Resource};
 use crate::driver::{Driver, Peer};
 use crate::keep::{Change, PoolRow};
@@ -47,13 +47,23 @@ impl<D: Driver> Registry<D> {
                 format!("the policy of pool '{}' makes no sense", row.name),
             )
         });
-        let policy = policy.unwrap_or(Policy {
+        let sealed = row.descriptor.as_deref().map(Sealed::restore);
+        let is_damaged = matches!(sealed, Some(None));
+        let closed = closed.or_else(|| {
+            is_damaged.then(|| {
+                let message = format!("the descriptor of pool '{}' makes no sense", row.name);
+                Refusal::new(Code::Storage, message)
+            })
+        });
+        let policy = policy.filter(|_| !is_damaged).unwrap_or(Policy {
             join: Apps::These(Vec::new()),
             serve: Apps::These(Vec::new()),
         });
         let entry = self.insert_pool(row.created, row.name, (true, true), None);
         entry.durable = true;
-        entry.owner = row.owner;
+        // A pool that was encrypted never opens as a plain one.
+        entry.owner = row.owner.filter(|_| !is_damaged);
+        entry.sealed = sealed.flatten();
         entry.policy = policy;
         entry.properties = row
             .properties
@@ -131,8 +141,12 @@ impl<D: Driver> Registry<D> {
             properties,
             durable,
             policy,
+            sealed,
         } = create;
         if let Some(entry) = self.pools.get(&name) {
+            if entry.sealed.is_some() {
+                return Err(Refusal::unproved());
+            }
             if !entry.admits(owner) {
                 return Err(not_open(owner, &name));
             }
@@ -145,6 +159,14 @@ impl<D: Driver> Registry<D> {
         let awaited = turn.driver.awaited_owner(&name, None);
         if awaited.is_some_and(|of| of != *owner) || self.is_reserved(owner, &name, turn.time()) {
             return Err(not_open(owner, &name));
+        }
+        let sealed = sealed.map(|asked| Sealed::new(&asked, &name)).transpose()?;
+        if sealed
+            .as_ref()
+            .is_some_and(|s| self.has_pool_id(s.descriptor.pool_id()))
+        {
+            let message = "the pool id of the descriptor is in use here; make a new descriptor";
+            return Err(Refusal::new(Code::BadMessage, message));
         }
         self.check_room_for_pools(1)?;
         let place = promise.link().account().reserve(Resource::Pools, 1);
@@ -161,7 +183,7 @@ impl<D: Driver> Registry<D> {
                 properties: properties.as_ref().map(Value::to_string),
                 created: unix_ms,
                 is_durable: durable,
-                descriptor: None,
+                descriptor: sealed.as_ref().map(|s| s.descriptor.as_bytes().to_vec()),
             };
             turn.keep(Change::Pool(Box::new(row)), durable.then_some(promise));
         }
@@ -172,6 +194,7 @@ impl<D: Driver> Registry<D> {
         entry.durable = durable;
         entry.policy = policy;
         entry.properties = properties;
+        entry.sealed = sealed;
         Ok(durable)
     }
 
@@ -193,7 +216,7 @@ impl<D: Driver> Registry<D> {
     /// `no_pool`, `forbidden`.
     pub fn remove_pool(
         &mut self,
-        view: &View<'_, D>,
+        view: &View<'_>,
         name: &PoolName,
         force: bool,
         promise: &D::Peer,
@@ -206,7 +229,13 @@ impl<D: Driver> Registry<D> {
                 format!("pool '{name}' is built in and stays"),
             ));
         }
-        if entry.owner.as_ref() != Some(view.app) && !view.is_admin {
+        if entry.sealed.is_some() {
+            // Whoever sees it is an administrator, or a member: then the keys decide.
+            if !view.is_admin && !self.may_write(entry, view) {
+                let message = format!("removing pool '{name}' needs the role 'write' in it");
+                return Err(Refusal::new(Code::Forbidden, message));
+            }
+        } else if entry.owner.as_ref() != Some(view.app) && !view.is_admin {
             let owner = entry
                 .owner
                 .as_ref()
@@ -266,6 +295,7 @@ impl<D: Driver> Registry<D> {
             number: entry.number,
             pool: entry.pool.clone(),
             may_serve: entry.may_serve(app),
+            grant: None,
             name,
         }
     }
@@ -299,6 +329,7 @@ impl<D: Driver> Registry<D> {
             properties: None,
             created,
             place,
+            sealed: None,
         };
         self.pools.entry(name).or_insert(entry)
     }

@@ -212,7 +212,7 @@ impl<D: Driver> Session<D> {
         };
         let own = |spec: &&TriggerSpec| {
             spec.is_for(&entrance.name)
-                && entrance.may_serve
+                && entrance.serves(spec)
                 && (entrance.name.as_str() != SYSTEM_POOL
                     || self.terms.transport == Transport::BuiltIn)
         };
@@ -230,6 +230,7 @@ impl<D: Driver> Session<D> {
             number,
             pool,
             may_serve,
+            grant,
         } = entrance;
         match member {
             Some(member) => self.memberships.push(Membership {
@@ -238,6 +239,7 @@ impl<D: Driver> Session<D> {
                 pool,
                 member,
                 may_serve,
+                grant,
             }),
             // Removed between the registry's word and ours: as if it had been removed right after.
             None => {

@@ -47,7 +47,8 @@ pub(super) fn pool_of(row: latzero_store::PoolRow) -> Result<PoolRow, Refusal> {
         properties: row.properties,
         created: ms(row.created),
         is_durable: row.kind != PASSING,
-        descriptor: row.descriptor,
+        // An encrypted pool without one must not open as a plain one.
+        descriptor: row.descriptor.or_else(|| row.encrypted.then(Vec::new)),
     })
 }
 

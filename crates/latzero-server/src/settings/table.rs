@@ -136,6 +136,12 @@ settings! {
     log_format: LogFormat = "auto", Kind::Choice(&["auto", "human", "json"]), Restart;
     /// Speak TLS on the TCP port instead of plain TCP.
     enable_tls: bool = "false", Kind::Bool, Restart;
+    /// Take proofs of administrators over plain TCP, where nothing binds them to the connection.
+    admin_over_plain_tcp: bool = "false", Kind::Bool, Restart;
+    /// Keep the admin token over starts; else each start writes a new one.
+    admin_token_pinned: bool = "false", Kind::Bool, Restart;
+    /// Refuse proofs that nothing binds to their connection: those over plain TCP.
+    require_channel_binding: bool = "false", Kind::Bool, Restart;
     /// Join other servers in a cluster.
     cluster_mode: bool = "false", Kind::Bool, Restart;
     /// Threads that read and write connections.
