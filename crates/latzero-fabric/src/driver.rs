@@ -16,6 +16,7 @@ use crate::link::Link;
 use crate::memory::{Ledger, StorageId};
 use crate::outbox::{Bounds, Class, Sent};
 use crate::pool::Pool;
+use crate::prng::Prng;
 use crate::registry::{Registry, View};
 use crate::turn::Turn;
 
@@ -197,6 +198,9 @@ pub trait Driver: Sized {
 
     /// Random bytes, good enough to be a nonce.
     fn nonce(&mut self) -> [u8; 32];
+
+    /// An id that nobody can guess; a run that is to be repeated draws it from `prng`.
+    fn fresh_id(&mut self, prng: &mut Prng) -> u64;
 
     /// The server's own MAC for an exchange with an administrator, where `mac` is the right one of the client. Takes the same
     /// time whatever the answer.

@@ -15,6 +15,7 @@ mod lock;
 mod park;
 mod pick;
 mod repeats;
+mod rotation;
 mod routing;
 
 use hashbrown::HashMap;
@@ -35,6 +36,7 @@ use calls::Calls;
 use ending::End;
 use park::ParkedCalls;
 use repeats::Repeats;
+pub use rotation::Purged;
 use routing::not_member;
 
 /// Triggers of a pool, and handlers of each, that its description shows one by one.

@@ -92,6 +92,7 @@ impl<D: Driver> Session<D> {
     pub fn new(peer: D::Peer, terms: Terms) -> Self {
         let who = Who {
             uid: terms.uid,
+            is_own: terms.is_own,
             proved: None,
         };
         Session {

@@ -12,7 +12,7 @@ use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Ledger, StorageId};
 use latzero_fabric::registry::View;
-use latzero_fabric::{Class, Driver, Effects, Now, Pool, Registry, Sent, Turn};
+use latzero_fabric::{Class, Driver, Effects, Now, Pool, Prng, Registry, Sent, Turn};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
@@ -345,6 +345,10 @@ impl Driver for IoHost {
 
     fn nonce(&mut self) -> [u8; 32] {
         crate::random::bytes()
+    }
+
+    fn fresh_id(&mut self, _prng: &mut Prng) -> u64 {
+        u64::from_be_bytes(crate::random::bytes())
     }
 
     fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {

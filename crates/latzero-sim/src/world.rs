@@ -994,6 +994,10 @@ impl Driver for World {
         nonce
     }
 
+    fn fresh_id(&mut self, prng: &mut latzero_fabric::Prng) -> u64 {
+        prng.next_u64()
+    }
+
     fn admin_mac(&self, _exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {
         (*mac == ADMIN_MAC).then_some(ADMIN_MAC)
     }

@@ -20,6 +20,7 @@ use crate::core::Core;
 use crate::error::{Error, HandlerError};
 use crate::events::{Emission, Events, Presence, Queue};
 use crate::handlers::{Entry, Kind, Registered, Spec, listener};
+use crate::keys::Keys;
 use crate::message::Message;
 use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
 use crate::prove::{binary, check_bound, exchange};
@@ -137,6 +138,27 @@ impl App {
         let text =
             "what answers has not got the admin token: it is not the server that it claims to be";
         Err(Error::new(Code::Unauthenticated, text))
+    }
+
+    /// Moves an encrypted pool of this app to its next epoch, with these keys. Members whose keys changed must prove the pool
+    /// anew; where the writers' key changed, content of earlier epochs counts no more. With `is_history_cut`, who has the new
+    /// keys alone can't read what was before. The reply says what ended.
+    ///
+    /// # Errors
+    /// `not_member` where the app has no keys of the pool, and where the server refuses.
+    pub fn rotate_pool(
+        &self,
+        pool: &str,
+        new: &Keys,
+        is_history_cut: bool,
+    ) -> Result<Value, Error> {
+        let Some(sealed) = self.core().sealed_pool(Some(pool)) else {
+            let text = format!("this app has no keys of pool '{pool}'");
+            return Err(Error::new(Code::NotMember, text));
+        };
+        let descriptor = sealed.next_descriptor(new, is_history_cut)?;
+        let request = json!({"action": "pool_rotate", "pool": pool, "descriptor": descriptor});
+        self.requesting(&request)?.wait()
     }
 
     /// The id of the live connection; another one after a reconnect.

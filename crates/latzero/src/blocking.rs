@@ -217,6 +217,19 @@ impl App {
         self.0.prove_admin(token, may_be_unbound)
     }
 
+    /// Moves an encrypted pool to its next epoch; see [`crate::App::rotate_pool`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn rotate_pool(
+        &self,
+        pool: &str,
+        new: &crate::Keys,
+        is_history_cut: bool,
+    ) -> Result<Value, Error> {
+        self.0.rotate_pool(pool, new, is_history_cut)
+    }
+
     /// Asks the server whether it lives; how long the answer took.
     ///
     /// # Errors

@@ -24,7 +24,7 @@ use serde::Deserialize;
 use crate::builder::Config;
 use crate::error::Error;
 use crate::local;
-use crate::prove::Talk;
+use crate::prove::{Talk, check_bound};
 use crate::sealed::SealedPool;
 use crate::url::Place;
 
@@ -297,6 +297,9 @@ pub(crate) fn connect(
     } else {
         ChannelBinding::None
     };
+    if has_keys {
+        check_bound(binding, config.unbound)?;
+    }
     let mut link = Link {
         socket,
         binding,

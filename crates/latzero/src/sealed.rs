@@ -8,12 +8,13 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use latzero_crypto::descriptor::{Descriptor, Expected};
+use latzero_crypto::descriptor::{Descriptor, Expected, History, NewEpoch, OldContent};
 use latzero_crypto::envelope::{Body, Opened};
 use latzero_crypto::epochs::Epochs;
 use latzero_crypto::events::{
     Act, Action, Answer, Incoming, IncomingAnswer, Outgoing, Receiver, ReplyTo, Sender, Waiting,
 };
+use latzero_crypto::keys::Kind;
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta, LentBlock};
 use latzero_crypto::text;
 use latzero_protocol::{Code, Envelope, Ran, Raw};
@@ -158,6 +159,37 @@ impl SealedPool {
             receiver,
         });
         Ok(())
+    }
+
+    /// The descriptor that moves the pool to its next epoch, with the keys of that.
+    pub(crate) fn next_descriptor(
+        &self,
+        new: &Keys,
+        is_history_cut: bool,
+    ) -> Result<String, Error> {
+        let open = lock(&self.open);
+        let open = open.as_ref().ok_or_else(|| self.not_open())?;
+        let (old, new) = (&self.keys.0, &new.0);
+        let removes_writer = old.token(Kind::Seal) != new.token(Kind::Seal);
+        let to = NewEpoch {
+            salt: random()?,
+            created_ms: now_ms(),
+            wrap_nonce: random()?,
+            content: if removes_writer {
+                OldContent::Refused
+            } else {
+                OldContent::AsBefore
+            },
+            history: if is_history_cut {
+                History::Cut
+            } else {
+                History::Kept(random()?)
+            },
+        };
+        let current = open.epochs.current().descriptor();
+        let next = current.rotate(old, new, &to);
+        let next = next.map_err(|error| Error::new(Code::KeyFormat, error.to_string()))?;
+        Ok(text::encode(next.as_bytes()))
     }
 
     /// The pool has another epoch. Whoever must prove it anew has no keys of it any more.

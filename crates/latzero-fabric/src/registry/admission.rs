@@ -168,7 +168,7 @@ impl<D: Driver> Registry<D> {
             return Ok(Admitted::Later { rehydrated });
         }
 
-        let instance = InstanceId(self.prng.next_u64());
+        let instance = InstanceId(turn.driver.fresh_id(&mut self.prng));
         // An encrypted pool is joined by a proof, and gives back nothing before.
         let joined = registration
             .pools

@@ -11,11 +11,16 @@ use crate::driver::{Driver, Transport};
 use crate::keep::{BindingRow, Change};
 use crate::turn::Turn;
 
+/// The AppID of a server that takes over.
+const TAKEOVER_APP: &str = "latzero-takeover";
+
 /// Who is at the other end of a connection, as far as that is known.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Who {
     /// The user of this machine, where the kernel tells.
     pub uid: Option<u32>,
+    /// Whether it is the server's own user.
+    pub is_own: bool,
     /// The AppID whose key was proved, and the key.
     pub proved: Option<(AppId, [u8; 32])>,
 }
@@ -232,6 +237,10 @@ impl Binding {
 /// Some names are the server's own, and some a user's.
 fn check_name(app_id: &AppId, who: &Who) -> Result<(), Refusal> {
     let name = app_id.as_str();
+    // A server that takes over asks the running one, as the same user.
+    if name == TAKEOVER_APP && who.is_own {
+        return Ok(());
+    }
     let is_servers = name
         .strip_prefix(SYSTEM_APP)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
@@ -264,7 +273,10 @@ mod tests {
     #[test]
     fn names_of_the_server_and_of_tools_are_reserved() {
         let check = |name: &str, uid| {
-            let who = Who { uid, proved: None };
+            let who = Who {
+                uid,
+                ..Who::default()
+            };
             check_name(&AppId::new(name).unwrap(), &who).is_ok()
         };
         assert!(!check("latzero", Some(0)) && !check("latzero-x", None));

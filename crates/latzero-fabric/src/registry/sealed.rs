@@ -51,6 +51,12 @@ pub struct Rotated<D: Driver> {
     pub descriptor: Arc<Descriptor>,
     /// Members that stay.
     pub kept: Vec<D::Peer>,
+    /// The pool.
+    pub pool: D::Pool,
+    /// Whether what was sealed for the epoch before is to end.
+    pub purges: bool,
+    /// Whether blocks are to move to new generations.
+    pub moves: bool,
     /// Members that must prove anew, and are to leave.
     pub dropped: Vec<(D::Peer, Membership<D>)>,
 }
@@ -241,7 +247,7 @@ impl<D: Driver> Registry<D> {
         let changes = next.changes(&current);
         sealed.older.push(current.as_bytes().into());
         sealed.descriptor = Arc::clone(&next);
-        let number = entry.number;
+        let (number, pool) = (entry.number, entry.pool.clone());
         let older = current.as_bytes().to_vec();
         turn.keep(
             Change::Descriptor(name.clone(), current.epoch(), older),
@@ -269,6 +275,9 @@ impl<D: Driver> Registry<D> {
         }
         Ok(Rotated {
             descriptor: next,
+            pool,
+            purges: changes.join || changes.read,
+            moves: changes.join || changes.read || changes.write || changes.seal,
             kept,
             dropped,
         })

@@ -117,6 +117,9 @@ impl<D: Driver> Session<D> {
                 "rehydrated": rehydrated}),
             turn,
         );
+        if self.who.proved.is_some() {
+            self.audit("app_proved", (&handshake.app_id, instance), json!({}), turn);
+        }
         for displaced in &displaced {
             let by = (&handshake.app_id, instance);
             self.audit("took_over", by, json!({"displaced": displaced.id}), turn);

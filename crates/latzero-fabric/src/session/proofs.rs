@@ -353,6 +353,9 @@ impl<D: Driver> Session<D> {
         let peer = self.peer.clone();
         let Rotated {
             descriptor,
+            pool: handle,
+            purges,
+            moves,
             kept,
             dropped,
         } = turn.with_registry(|registry, turn| registry.rotate(pool, said, &peer, turn))?;
@@ -362,15 +365,25 @@ impl<D: Driver> Session<D> {
                 encode::message(out, &told)
             });
         };
-        for peer in &kept {
-            tell(peer, true, turn);
-        }
         for (peer, membership) in &dropped {
             leave(membership, turn);
             tell(peer, false, turn);
         }
+        for peer in &kept {
+            tell(peer, true, turn);
+        }
+        let purged = turn.with_pool(&handle, |pool, turn| {
+            if moves {
+                pool.renew_blocks(turn);
+            }
+            let purged = purges.then(|| pool.purge(turn));
+            purged.unwrap_or_default()
+        });
         let reply = json!({
             "epoch": descriptor.epoch(), "members_kept": kept.len(), "members_dropped": dropped.len(),
+            "dropped": {
+                "parked": purged.parked, "answers": purged.answers, "repeats": purged.repeats,
+            },
         });
         Ok(Reply::Kept(reply.to_string(), Promise::Registration))
     }
