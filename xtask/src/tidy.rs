@@ -38,6 +38,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "latzero-bench",
         &[
             "latzero",
+            "latzero-crypto",
             "latzero-protocol",
             "latzero-shm",
             "latzero-store",

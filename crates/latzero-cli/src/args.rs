@@ -396,6 +396,9 @@ pub(crate) struct SettingsArgs {
     /// Speak TLS on the TCP port (not in this build yet)
     #[arg(long)]
     tls: bool,
+    /// Listen beyond loopback although nothing that travels there is encrypted
+    #[arg(long)]
+    insecure: bool,
     /// error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
@@ -425,6 +428,7 @@ impl SettingsArgs {
         let flags = [
             ("cluster_mode", self.cluster, "--cluster"),
             ("enable_tls", self.tls, "--tls"),
+            ("insecure", self.insecure, "--insecure"),
         ];
         let texts = texts
             .into_iter()

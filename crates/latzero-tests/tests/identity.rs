@@ -213,6 +213,13 @@ fn a_pool_that_is_closed_to_somebody_is_not_there_for_them() {
 }
 
 #[test]
+fn nothing_listens_beyond_this_machine_by_oversight() {
+    latzero::testing::server_with(&["--host", "0.0.0.0"]).unwrap_err();
+    latzero::testing::server_with(&["--host", "0.0.0.0", "--insecure"]).unwrap();
+    latzero::testing::server_with(&["--host", "localhost"]).unwrap();
+}
+
+#[test]
 fn names_are_kept_for_who_had_them_before_the_start() {
     let mut server = Server::start();
     let owner = vault(&server, false);

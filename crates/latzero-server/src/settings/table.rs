@@ -125,6 +125,8 @@ settings! {
     port: u16 = "45227", Kind::Integer { min: 0, max: 65_535 }, Restart;
     /// Address to listen on. Anything beyond loopback is reachable from other machines.
     host: String = "127.0.0.1", Kind::Text, Restart;
+    /// Listen beyond loopback although nothing that travels there is encrypted.
+    insecure: bool = "false", Kind::Bool, Restart;
     /// Where the server keeps its files. A file inside this directory cannot set it.
     data_dir: PathBuf = "~/.latzero", Kind::Path, Restart;
     /// Unix socket: a path, "auto" (in the data directory, where clients look for it) or "off".
