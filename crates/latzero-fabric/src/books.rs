@@ -375,6 +375,11 @@ pub struct Hold {
 }
 
 impl Hold {
+    /// Where it is held.
+    pub(crate) fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
     /// How much is held.
     #[must_use]
     pub fn amount(&self) -> u64 {

@@ -63,7 +63,8 @@ pub struct Effects<D: Driver> {
     pub touched: Vec<D::Peer>,
     /// Connections to close once their outbox is written.
     pub closing: Vec<D::Peer>,
-    /// Connections that may be read again.
+    /// Connections that have room for more calls again: their sessions go on
+    /// ([`crate::Session::go_on`]).
     pub resumed: Vec<D::Peer>,
     /// What to do about blocks' storage.
     pub jobs: Vec<Job<D::Peer>>,

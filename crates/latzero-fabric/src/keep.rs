@@ -29,7 +29,7 @@ pub enum Change {
     ForgetPool(PoolName),
     /// A call that waits for its handler.
     Call(Box<CallRow>),
-    /// A waiting call was given to a handler for the so manieth time.
+    /// A waiting call was given to a handler: the number of its attempt.
     Attempt(u64, u32),
     /// A waiting call is over, and its caller knows.
     EndCall(u64),
@@ -117,6 +117,24 @@ pub struct CallRow {
     pub attempt: u32,
     /// When it was parked.
     pub parked: u64,
+    /// Set where every attempt failed; it expires so long after.
+    pub death: Option<Death>,
+}
+
+impl CallRow {
+    /// Since when it expires.
+    pub(crate) fn death_or_parked(&self) -> u64 {
+        self.death.as_ref().map_or(self.parked, |death| death.at)
+    }
+}
+
+/// The end of a call's last attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Death {
+    /// When.
+    pub at: u64,
+    /// Why.
+    pub cause: String,
 }
 
 /// An answer that waits for its caller.

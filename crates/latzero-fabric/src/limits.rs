@@ -153,8 +153,11 @@ limits! {
         "`overloaded`; the connection is closed";
     /// Calls in flight on one connection.
     in_flight_max: u32 = 2048, Count(1, 1_000_000), Restart,
-        "the server stops reading from the connection until a call ends; `overloaded` where the \
-         connection owes answers itself";
+        "further calls wait (`limits.held_bytes_max`); everything else is handled";
+    /// Bytes of calls and emits of one connection that wait until fewer of its calls are in flight, or
+    /// until the disk has taken its durable requests.
+    held_bytes_max: usize = 4 * MIB, Bytes(4 * KIB, GIB), Restart,
+        "the server stops reading from the connection until there is room";
     /// Calls in flight from one connection to one handler: one that does not answer leaves room for calls
     /// to others.
     in_flight_per_handler_max: u32 = 1024, Count(1, 1_000_000), Restart,
@@ -222,6 +225,11 @@ limits! {
     parked_per_app_max: usize = 50_000, Count(0, 16_777_216), Restart, "`overloaded`";
     /// Bytes in memory of the parked calls and waiting answers of one app.
     parked_bytes_per_app_max: usize = 128 * MIB, Bytes(0, 64 * GIB), Restart, "`overloaded`";
+    /// How long a parked call is kept after its last attempt failed.
+    dead_ttl_ms as "dead_ttl": u64 = 7 * 24 * HOUR, Millis(1000, 365 * 24 * HOUR), Restart,
+        "the call is forgotten";
+    /// Parked calls of one pool whose attempts all failed.
+    dead_max: usize = 1000, Count(0, 1_000_000), Restart, "the oldest one is forgotten";
     /// Calls of one pool whose idempotency keys are known.
     repeats_max: usize = 10_000, Count(1, 1_000_000), Restart,
         "the oldest answer is forgotten; if all are under way, `overloaded`";

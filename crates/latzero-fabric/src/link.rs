@@ -28,10 +28,8 @@ pub struct Link<D: Driver> {
     progress: Time,
     /// Calls it made that are under way.
     in_flight: u32,
-    /// Calls it serves that are under way.
-    owed: u32,
-    /// Its driver stopped reading, because of its calls under way.
-    is_paused: bool,
+    /// New work waits until fewer are.
+    has_waiting: bool,
 }
 
 /// From this many bytes on, a message is counted before it is copied. What is smaller is counted where it can't be written
@@ -48,8 +46,7 @@ impl<D: Driver> Link<D> {
             account,
             progress: Time::default(),
             in_flight: 0,
-            owed: 0,
-            is_paused: false,
+            has_waiting: false,
         }
     }
 
@@ -149,27 +146,9 @@ impl<D: Driver> Link<D> {
         self.in_flight
     }
 
-    /// Whether its driver stopped reading.
-    #[must_use]
-    pub fn is_paused(&self) -> bool {
-        self.is_paused
-    }
-
-    /// Reads on, whatever is under way: the connection ends.
-    pub fn resume(&mut self) {
-        self.is_paused = false;
-    }
-
-    /// Whether its driver is to leave further messages unread, since it has all the calls under way that it may have. One
-    /// that owes answers is read on: its answers may be what its own calls wait for. [`crate::Effects::resumed`] says when it
-    /// is read again.
-    pub fn pause(&mut self, in_flight_max: u32) -> bool {
-        self.is_paused = self.must_pause(in_flight_max);
-        self.is_paused
-    }
-
-    fn must_pause(&self, in_flight_max: u32) -> bool {
-        self.in_flight >= in_flight_max && self.owed == 0
+    /// New work waits until fewer calls are in flight.
+    pub(crate) fn note_waiting(&mut self) {
+        self.has_waiting = true;
     }
 
     pub(crate) fn change_in_flight(&mut self, by: i32) {
@@ -179,17 +158,10 @@ impl<D: Driver> Link<D> {
             .expect("a call ends once, after it began");
     }
 
-    pub(crate) fn change_owed(&mut self, by: i32) {
-        self.owed = self
-            .owed
-            .checked_add_signed(by)
-            .expect("a call ends once, after it began");
-    }
-
-    /// Whether it was paused and may be read again.
-    pub(crate) fn try_resume(&mut self, in_flight_max: u32) -> bool {
-        let may = self.is_paused && !self.must_pause(in_flight_max);
-        self.is_paused &= !may;
-        may
+    /// Whether there is room now for work that waits. It is said once.
+    pub(crate) fn take_room(&mut self, in_flight_max: u32) -> bool {
+        let has_room = self.has_waiting && self.in_flight < in_flight_max;
+        self.has_waiting &= !has_room;
+        has_room
     }
 }

@@ -21,7 +21,7 @@ mod routing;
 use hashbrown::HashMap;
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet, Strategy, TriggerSpec};
-use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal, TriggerName};
+use latzero_protocol::{AppId, CallId, Code, InstanceId, PoolName, Refusal, TriggerName};
 
 use crate::driver::{Driver, Peer};
 use crate::limits::Limits;
@@ -35,8 +35,10 @@ pub use blocks::{Asking, BlockKey, Found, LockWish, Place, ReadPlan, Replied, Wr
 use calls::Calls;
 use ending::End;
 use park::ParkedCalls;
+pub use park::ParkedCounts;
 use repeats::Repeats;
 pub use rotation::Purged;
+pub(crate) use routing::id_in_use;
 use routing::not_member;
 
 /// Triggers of a pool, and handlers of each, that its description shows one by one.
@@ -106,6 +108,7 @@ impl<D: Driver> Member<D> {
 /// One instance as the handler of one trigger.
 struct Handler {
     member: MemberKey,
+    process: TriggerName,
     in_flight: u32,
     concurrency: u32,
 }
@@ -167,10 +170,8 @@ pub struct PoolStats {
     pub blocks: usize,
     /// Bytes of its blocks, slots and headers included.
     pub block_bytes: u64,
-    /// Calls that are parked, those that a handler has included.
-    pub parked_calls: usize,
-    /// Answers that wait for their callers.
-    pub parked_answers: usize,
+    /// Calls that are parked, and answers that wait for their callers.
+    pub parked: ParkedCounts,
     /// Bytes of parked calls and of these answers.
     pub parked_bytes: u64,
     /// Bytes of answers that are kept for repeats.
@@ -181,6 +182,8 @@ pub struct PoolStats {
 
 /// A namespace of triggers, with the calls between its members.
 pub struct Pool<D: Driver> {
+    /// What keeps the ids of its calls apart from those of another run of the server.
+    epoch: u64,
     number: u32,
     name: PoolName,
     limits: Limits,
@@ -217,6 +220,7 @@ impl<D: Driver> Pool<D> {
     pub fn new(number: u32, name: PoolName, limits: Limits, mut prng: Prng) -> Self {
         let hash_seed = prng.next_u64();
         Pool {
+            epoch: prng.next_u64() >> 16,
             number,
             name,
             limits,
@@ -247,7 +251,7 @@ impl<D: Driver> Pool<D> {
     /// Whether anything in it may come due: it has members, or calls or answers that wait for some.
     #[must_use]
     pub fn is_due_to_wake(&self) -> bool {
-        self.members.len() > 0 || self.parked.counts() != (0, 0)
+        self.members.len() > 0 || self.parked.keeps_any()
     }
 
     /// Says whether what is in it may outlive the server. Where its rules do not, calls and blocks must not either: they
@@ -277,6 +281,16 @@ impl<D: Driver> Pool<D> {
         self.repeats.forget_oldest();
     }
 
+    /// The id of a call, as its handler gets it.
+    fn call_id(&self, key: Key<calls::Call>) -> CallId {
+        CallId {
+            epoch: self.epoch,
+            pool: self.number,
+            slot: key.slot,
+            generation: key.generation,
+        }
+    }
+
     /// The pool's number.
     #[must_use]
     pub fn number(&self) -> u32 {
@@ -292,7 +306,6 @@ impl<D: Driver> Pool<D> {
     /// The pool in numbers.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
-        let (parked_calls, parked_answers) = self.parked.counts();
         PoolStats {
             members: self.members.len(),
             triggers: self.triggers.len(),
@@ -301,8 +314,7 @@ impl<D: Driver> Pool<D> {
             emits: self.emits_total,
             blocks: self.blocks.len(),
             block_bytes: self.blocks.bytes(),
-            parked_calls,
-            parked_answers,
+            parked: self.parked.counts(),
             parked_bytes: self.parked.bytes(),
             repeats_bytes: self.repeats.bytes(),
             redelivery_bytes: self.redelivery_bytes(),
@@ -376,7 +388,7 @@ impl<D: Driver> Pool<D> {
         let told = self.presence_json(Event::AppOffline, &event);
         self.tell(Event::AppOffline, &told, None, turn);
         self.take_answers_back((key, &member.app), turn);
-        self.see_to_orphans(turn);
+        self.place_orphans(turn);
         true
     }
 
@@ -414,6 +426,7 @@ impl<D: Driver> Pool<D> {
         }
         served.handlers.push(self.handlers.insert(Handler {
             member: key,
+            process: spec.name.clone(),
             in_flight: 0,
             concurrency,
         }));

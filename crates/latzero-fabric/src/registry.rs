@@ -725,6 +725,25 @@ impl<D: Driver> Registry<D> {
         self.pools.iter().map(|(name, entry)| (name, &entry.pool))
     }
 
+    /// The handle of one pool, or of all, and whether an app owns it. None where there is no such
+    /// pool: whether there is one is not for everybody to know. An encrypted pool is there for who proved it, and owned by
+    /// who proved that it writes there.
+    pub(crate) fn owned(&self, name: Option<&PoolName>, view: &View<'_>) -> Vec<(D::Pool, bool)> {
+        let one = name.map(|name| self.pools.get(name));
+        let all = name.is_none().then(|| self.pools.values());
+        let entries = one.flatten().into_iter().chain(all.into_iter().flatten());
+        entries
+            .filter(|entry| entry.sealed.is_none() || self.shows(entry, view))
+            .map(|entry| {
+                let is_own = match &entry.sealed {
+                    Some(_) => self.may_write(entry, view),
+                    None => entry.owner.as_ref() == Some(view.app),
+                };
+                (entry.pool.clone(), is_own)
+            })
+            .collect()
+    }
+
     /// Checks what must hold between any two inputs; for the simulator and tests.
     ///
     /// # Panics

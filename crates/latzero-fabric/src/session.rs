@@ -4,7 +4,9 @@
 //! to its pool without a look into the registry.
 
 mod entry;
+mod held;
 mod memory;
+mod parked;
 mod pools;
 mod promises;
 mod proofs;
@@ -15,21 +17,25 @@ use std::sync::Arc;
 use latzero_crypto::keys::Roles;
 use latzero_crypto::proof::ChannelBinding;
 use latzero_protocol::encode::{self, Attachments};
-use latzero_protocol::frame::{Accept, Frame};
+use latzero_protocol::frame::{Accept, Frame, FrameError};
 use latzero_protocol::message::{
     Admin, AdminAction, CallRef, Emit, Features, Request, Response, Status, Trigger, TriggerSpec,
 };
-use latzero_protocol::{AppId, CallId, Code, Envelope, InstanceId, PoolName, Refusal};
+use latzero_protocol::{
+    AppId, Body, CallId, Code, Envelope, InstanceId, PoolName, Ran, Raw, Refusal,
+};
 use serde_json::json;
 
 use crate::books::Account;
 use crate::driver::{Driver, Report, Transport};
 use crate::effects::{Audit, Count};
 use crate::limits::Limits;
+use crate::now::Time;
 use crate::outbox::Class;
 use crate::pool::CallError;
 use crate::registry::{Instance, Membership, View, Whereabouts, Who};
 use crate::turn::Turn;
+use held::Held;
 use pools::pool_info;
 use promises::{Awaited, Promise, Reply};
 use proofs::Proofs;
@@ -83,6 +89,8 @@ pub struct Session<D: Driver> {
     memberships: Vec<Membership<D>>,
     /// What was promised and is not kept yet, in the order of the promises.
     awaited: VecDeque<Awaited<D>>,
+    /// New work that waits for room.
+    held: Held,
     /// It was displaced while it joined: nothing more of it is run.
     is_over: bool,
 }
@@ -104,6 +112,7 @@ impl<D: Driver> Session<D> {
             ready: None,
             memberships: Vec::new(),
             awaited: VecDeque::new(),
+            held: Held::default(),
             is_over: false,
         }
     }
@@ -142,6 +151,11 @@ impl<D: Driver> Session<D> {
 
     /// Handles one frame.
     pub fn handle(&mut self, frame: Frame<'_>, turn: &mut Turn<'_, D>) -> Flow {
+        self.run(frame, None, turn)
+    }
+
+    /// Handles one frame, which may have waited since it came.
+    fn run(&mut self, frame: Frame<'_>, came: Option<Time>, turn: &mut Turn<'_, D>) -> Flow {
         if self.is_over {
             return Flow::Close;
         }
@@ -149,6 +163,10 @@ impl<D: Driver> Session<D> {
             Ok(Ok(envelope)) => envelope,
             Ok(Err(refusal)) => {
                 self.refuse(None, &refusal, turn);
+                return Flow::Continue;
+            }
+            Err(refusal) if self.ready.is_some() => {
+                self.fail_message(frame, refusal, turn);
                 return Flow::Continue;
             }
             Err(refusal) => return self.reject(&refusal, turn),
@@ -163,7 +181,24 @@ impl<D: Driver> Session<D> {
         // What is sent in answer names no request of the sender's; a failed one gets an `error` message.
         let id = id.as_deref();
         let bounds = turn.limits().lists();
-        match Request::decode(&envelope, &bounds) {
+        let mut decoded = Request::decode(&envelope, &bounds);
+        if self.ready.is_some()
+            && let Ok(request) = &mut decoded
+        {
+            let waits = match came {
+                Some(came) => wait_less(request, turn.time().since(came)).map(|()| false),
+                None => self.hold((frame, id), request, turn),
+            };
+            match waits {
+                Ok(true) => return Flow::Continue,
+                Ok(false) => {}
+                Err(refusal) => {
+                    self.refuse(id, &refusal, turn);
+                    return Flow::Continue;
+                }
+            }
+        }
+        match decoded {
             Ok(Request::Handshake(handshake)) => self.handshake(id, &handshake, frame.json, turn),
             Ok(request @ (Request::Challenge | Request::AppProof(_) | Request::AdminProof(_))) => {
                 self.prove(id, &request, frame.json.len(), turn)
@@ -188,7 +223,9 @@ impl<D: Driver> Session<D> {
             }
             Ok(Request::Cancel(call)) => {
                 // Its id is the call's, whose own end answers it.
-                self.each_membership(&call, turn, crate::Pool::cancel);
+                if !self.cancel_held(&call.id, turn) {
+                    self.each_membership(&call, turn, crate::Pool::cancel);
+                }
                 Flow::Continue
             }
             Ok(Request::Ack(call, count)) => {
@@ -221,7 +258,7 @@ impl<D: Driver> Session<D> {
                 Flow::Continue
             }
             Err(refusal) => {
-                let action = envelope.action.and_then(latzero_protocol::Raw::as_str);
+                let action = envelope.action.and_then(Raw::as_str);
                 match (action.as_deref(), self.ready.is_some()) {
                     // A handshake that fails ends the connection; anything else that fails is answered.
                     (Some("handshake"), false) => {
@@ -229,6 +266,13 @@ impl<D: Driver> Session<D> {
                         Flow::Close
                     }
                     (_, false) => self.not_ready(id, turn),
+                    // The call that it answers must not wait for a better one until its time is over.
+                    (Some("response"), true) => {
+                        let of = envelope.in_reply_to.and_then(Raw::as_str);
+                        self.fail_answer(of.as_deref(), &refusal, turn);
+                        self.refuse(None, &refusal, turn);
+                        Flow::Continue
+                    }
                     // Their id is a call's, which is not over because they are wrong.
                     (Some("cancel" | "ack"), true) => {
                         self.refuse(None, &refusal, turn);
@@ -243,6 +287,41 @@ impl<D: Driver> Session<D> {
         }
     }
 
+    /// A message's JSON is broken: it fails, and nothing else does, since its length kept it apart.
+    fn fail_message(&mut self, frame: Frame<'_>, refusal: Refusal, turn: &mut Turn<'_, D>) {
+        let refusal = match refusal.code {
+            Code::BadFrame => Refusal::new(Code::BadMessage, refusal.message),
+            _ => refusal,
+        };
+        let whose = latzero_protocol::salvage(frame.json);
+        match whose.action.as_deref() {
+            Some("response") => {
+                self.fail_answer(whose.in_reply_to.as_deref(), &refusal, turn);
+                self.refuse(None, &refusal, turn);
+            }
+            // Their id is a call's.
+            Some("cancel" | "ack") => self.refuse(None, &refusal, turn),
+            _ => self.refuse(whose.id.as_deref(), &refusal, turn),
+        }
+    }
+
+    /// A handler's answer is invalid: its caller is told so.
+    fn fail_answer(&mut self, call: Option<&str>, why: &Refusal, turn: &mut Turn<'_, D>) {
+        let Some(call) = call else { return };
+        let message = format!("the handler's answer is invalid: {}", why.message);
+        let code = Code::HandlerError.as_str();
+        let error = json!({"code": code, "message": message, "ran": "unknown"}).to_string();
+        let response = Response {
+            in_reply_to: call.into(),
+            status: Status::Error,
+            error: Raw::new(&error).ok(),
+            headers: None,
+            body: Body::None,
+        };
+        // A call of somebody else is not ended, and it was said already that something is wrong.
+        let _ = self.respond(&response, turn);
+    }
+
     fn not_ready(&self, id: Option<&str>, turn: &mut Turn<'_, D>) -> Flow {
         let message =
             "the first message must be a handshake: {\"action\":\"handshake\",\"app_id\":\"…\"}";
@@ -250,7 +329,18 @@ impl<D: Driver> Session<D> {
         Flow::Continue
     }
 
-    /// Answers bytes that are no frame; nothing more is read from the connection.
+    /// Answers bytes that are no frame. The driver goes on behind them where [`FrameError::skips`]
+    /// says where that is, and the session goes on.
+    pub fn reject_frame(&mut self, error: FrameError, turn: &mut Turn<'_, D>) -> Flow {
+        if self.ready.is_none() || error.skips().is_none() {
+            return self.reject(&error.into(), turn);
+        }
+        let refusal = Refusal::new(Code::BadMessage, error.to_string());
+        self.refuse(None, &refusal, turn);
+        Flow::Continue
+    }
+
+    /// Answers what is no message at all; nothing more is read from the connection.
     pub fn reject(&mut self, refusal: &Refusal, turn: &mut Turn<'_, D>) -> Flow {
         self.refuse(None, refusal, turn);
         Flow::Close
@@ -258,6 +348,7 @@ impl<D: Driver> Session<D> {
 
     /// The connection has ended: its calls end, and its app is remembered.
     pub fn closed(&mut self, turn: &mut Turn<'_, D>) {
+        self.drop_held();
         let Some(ready) = self.ready.take() else {
             return;
         };
@@ -320,9 +411,6 @@ impl<D: Driver> Session<D> {
                 Code::Draining,
                 "the server is about to stop and takes no new calls",
             ));
-        }
-        if trigger.park {
-            self.check_awaited(turn)?;
         }
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
         m.check_roles(Roles::Read)?;
@@ -391,27 +479,12 @@ impl<D: Driver> Session<D> {
         })
     }
 
-    /// Whether there may be one more promise that is not kept yet.
-    fn check_awaited(&self, turn: &Turn<'_, D>) -> Result<(), Refusal> {
-        let max = turn.limits().in_flight_max;
-        if self.awaited.len() >= max as usize {
-            let message =
-                format!("{max} of your requests wait for the disk (limits.in_flight_max)");
-            return Err(Refusal::new(Code::Overloaded, message));
-        }
-        Ok(())
-    }
-
     fn request(
         &mut self,
         id: Option<&str>,
         request: Request<'_>,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        let promises_nothing = request.is_question() || matches!(request, Request::Emit(_));
-        if !promises_nothing {
-            self.check_awaited(turn)?;
-        }
         let reply = match request {
             Request::TriggerRegister(specs) => return self.register(&specs, turn),
             Request::TriggerUnregister(specs) => return self.unregister(&specs, turn),
@@ -421,6 +494,7 @@ impl<D: Driver> Session<D> {
             Request::PoolRemove(name, force) => return self.pool_remove(&name, force, turn),
             Request::Watch(pool, events) => return self.watch(&pool, Some(events), turn),
             Request::Unwatch(pool) => return self.watch(&pool, None, turn),
+            Request::Parked(parked) => return self.parked(&parked, turn),
             Request::Admin(admin) => return self.admin(id, &admin, turn),
             Request::Emit(emit) => self.emit(&emit, turn)?,
             Request::PoolList(page) => {
@@ -612,6 +686,20 @@ impl<D: Driver> Session<D> {
     ) {
         turn.send(&self.peer, class, length, encode);
     }
+}
+
+/// Takes the time that a call waited from its time to live.
+fn wait_less(request: &mut Request<'_>, waited: std::time::Duration) -> Result<(), Refusal> {
+    let Request::Trigger(trigger) = request else {
+        return Ok(());
+    };
+    let waited = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
+    if waited >= trigger.ttl_ms {
+        let message = "the call's ttl ended while it waited for other calls of its connection";
+        return Err(Refusal::new(Code::Timeout, message).with_ran(Ran::No));
+    }
+    trigger.ttl_ms -= waited;
+    Ok(())
 }
 
 /// Ends a membership in its pool, then in the registry. One that somebody else ended is left alone, so that it is

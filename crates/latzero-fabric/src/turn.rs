@@ -6,7 +6,7 @@ use crate::driver::{Driver, Observed, Peer};
 use crate::effects::{Audit, Buffers, CallEnd, Count};
 use crate::keep::Change;
 use crate::limits::Limits;
-use crate::link::{Link, Notice};
+use crate::link::Notice;
 use crate::memory::{Job, Ledger, StorageId};
 use crate::now::{Now, Time};
 use crate::outbox::{Class, Outbox, Sent, Shared};
@@ -57,7 +57,11 @@ impl<D: Driver> Turn<'_, D> {
         pool: &D::Pool,
         f: impl FnOnce(&mut Pool<D>, &mut Turn<'_, D>) -> R,
     ) -> R {
-        let result = D::with_pool(self, pool, f);
+        let result = D::with_pool(self, pool, |pool, turn| {
+            let result = f(pool, turn);
+            pool.settle(turn);
+            result
+        });
         if std::mem::take(&mut self.driver.effects().is_over_repeats) {
             self.forget_repeats();
         }
@@ -186,35 +190,26 @@ impl<D: Driver> Turn<'_, D> {
         peer.link().in_flight()
     }
 
-    /// A call began between two connections. A parked call has no caller's connection.
+    /// A call of `caller`'s began. A parked call has no caller's connection.
     #[inline]
-    pub(crate) fn call_started(&mut self, caller: Option<&D::Peer>, handler: &D::Peer) {
+    pub(crate) fn call_started(&mut self, caller: Option<&D::Peer>) {
         if let Some(caller) = caller {
             caller.link().change_in_flight(1);
         }
         self.driver.effects().tally.started += 1;
-        // Its answers may be what its own calls wait for.
-        self.change(handler, |link| link.change_owed(1));
     }
 
-    /// A call ended between two connections.
+    /// A call of `caller`'s ended.
     #[inline]
-    pub(crate) fn call_ended(&mut self, caller: Option<&D::Peer>, handler: &D::Peer, end: CallEnd) {
-        handler.link().change_owed(-1);
+    pub(crate) fn call_ended(&mut self, caller: Option<&D::Peer>, end: CallEnd) {
         self.driver.effects().tally.ended.push(end);
-        if let Some(caller) = caller {
-            self.change(caller, |link| link.change_in_flight(-1));
-        }
-    }
-
-    /// Changes what a connection has under way; it is read again where it may be now.
-    fn change(&mut self, peer: &D::Peer, change: impl FnOnce(&mut Link<D>)) {
+        let Some(caller) = caller else { return };
         let max = self.driver.site().limits.in_flight_max;
-        let mut link = peer.link();
-        change(&mut link);
-        if link.try_resume(max) {
+        let mut link = caller.link();
+        link.change_in_flight(-1);
+        if link.take_room(max) {
             drop(link);
-            self.driver.effects().resumed.push(peer.clone());
+            self.driver.effects().resumed.push(caller.clone());
         }
     }
 

@@ -493,12 +493,65 @@ fn limits_answer_overloaded() {
     for id in ["1", "2"] {
         assert_eq!(net.call(c, id, ""), "");
     }
-    assert_eq!(net.call(c, "3", ""), "3 failed: overloaded ran=no");
     assert_eq!(net.call(d, "1", ""), "");
     assert_eq!(net.call(d, "2", ""), "2 failed: overloaded ran=no");
     // What has ended makes room.
     net.ask(c, r#"{"action":"cancel","id":"1"}"#);
     assert_eq!(net.call(d, "2", ""), "");
+}
+
+#[test]
+fn at_the_limit_only_new_calls_wait() {
+    let mut net = Net::with(|l| l.in_flight_max = 2);
+    let h = net.app("h", r#""triggers":["t"]"#);
+    let c = net.app("c", "");
+    assert_eq!(net.call(c, "1", r#""window":1"#), "");
+    let stream = net.last_call(h);
+    for id in ["2", "3", "4", "5"] {
+        assert_eq!(net.call(c, id, ""), "");
+    }
+    assert_eq!(net.calls_of(h).len(), 2, "the others wait");
+    // Emits keep their place behind calls; pings, acknowledgements and cancels do not wait.
+    net.say(c, r#"{"action":"emit","process":"t","data":"behind"}"#);
+    let seen = net.ask(c, r#"{"action":"ping","id":"p"}"#);
+    assert!(seen.starts_with("p ok"), "{seen}");
+    net.answer_to(h, &stream, r#""status":"partial","response":1"#);
+    assert_eq!(net.sees(c), "1 partial: 1");
+    net.say(c, r#"{"action":"ack","id":"1","count":1}"#);
+    assert_ne!(net.sees(h), "", "it may send one more");
+    let said = net.ask(c, r#"{"action":"cancel","id":"4"}"#);
+    assert_eq!(said, "4 failed: cancelled ran=no");
+    assert_eq!(net.call(c, "5", ""), "5 failed: bad_message ran=no");
+    // Room for one: the oldest goes, and behind it what its place allows.
+    let seen = net.answer_to(h, &stream, r#""status":"ok""#);
+    assert_eq!(
+        (&*net.sees(c), &*seen),
+        ("1 ok: null", "call t from c: null")
+    );
+    let third = net.last_call(h);
+    let seen = net.answer_to(h, &third, r#""status":"ok""#);
+    let (call, emit) = seen.split_once("; ").unwrap();
+    assert_eq!(call, "call t from c: null");
+    assert!(emit.contains("behind"), "{emit}");
+    net.world.check();
+}
+
+#[test]
+fn a_call_that_waited_too_long_is_not_begun() {
+    let mut net = Net::with(|l| l.in_flight_max = 1);
+    let h = net.app("h", r#""triggers":["t"]"#);
+    let c = net.app("c", "");
+    assert_eq!(net.call(c, "1", ""), "");
+    let first = net.last_call(h);
+    assert_eq!(net.call(c, "2", r#""ttl":500"#), "");
+    assert_eq!(net.call(c, "3", r#""ttl":2000"#), "");
+    net.advance(600);
+    let answer = format!(r#"{{"action":"response","in_reply_to":"{first}","status":"ok"}}"#);
+    net.say(h, &answer);
+    assert_eq!(net.sees(c), "1 ok: null; 2 failed: timeout ran=no");
+    let messages = net.messages(h).into_iter().map(|m| m.json);
+    let ttl: Vec<_> = messages.map(|m| m["ttl"].as_u64()).collect();
+    assert_eq!(ttl, [Some(1400)], "its time began when it came");
 }
 
 #[test]

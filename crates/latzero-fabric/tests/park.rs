@@ -49,6 +49,14 @@ fn answer(net: &mut Net, handler: Peer, call: &Value) {
     );
 }
 
+/// The reply to a request.
+fn reply(net: &mut Net, peer: Peer, request: &str) -> Value {
+    net.say(peer, &format!(r#"{{"id":"ask",{request}}}"#));
+    let messages = net.messages(peer).into_iter().map(|m| m.json);
+    let mut replies = messages.filter(|m| m["in_reply_to"] == "ask");
+    replies.next().unwrap()["response"].take()
+}
+
 /// What answers a client got, as "id:payload" or "id:code".
 fn answers(net: &mut Net, peer: Peer) -> Vec<String> {
     let messages = net.messages(peer).into_iter().map(|m| m.json);
@@ -260,15 +268,160 @@ fn a_handler_that_dies_ends_it_unless_it_may_be_redelivered() {
     net.hang_up(first);
     assert_eq!(answers(&mut net, caller), ["once:handler_gone"]);
     let second = join(&mut net, "handler", r#""triggers":["t"]"#);
+    assert_eq!(calls(&mut net, second), [""; 0], "it pauses");
+    net.advance(100);
     let got = calls(&mut net, second);
     assert_eq!((got.len(), &got[0]["attempt"]), (1, &2.into()));
     let third = join(&mut net, "handler", r#""triggers":["t"]"#);
     net.hang_up(second);
-    // The next instance has it at once.
+    net.advance(399);
+    assert_eq!(calls(&mut net, third), [""; 0], "it pauses for longer");
+    net.advance(1);
     let got = calls(&mut net, third);
     assert_eq!(got[0]["attempt"], 3);
     answer(&mut net, third, &got[0]);
     assert_eq!(answers(&mut net, caller), ["again:null"]);
+}
+
+#[test]
+fn a_call_that_kills_its_handlers_lets_others_go_first_and_is_dead_in_the_end() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    park(
+        &mut net,
+        caller,
+        "bad",
+        r#","redeliver":true,"ttl":600000,"data":"bad""#,
+    );
+    for n in 0..30 {
+        park(&mut net, caller, &n.to_string(), &format!(r#","data":{n}"#));
+    }
+    let one = r#""triggers":[{"name":"t","concurrency":1}]"#;
+    let (mut given, mut done) = (0, 0);
+    for _ in 0..10 {
+        let handler = join(&mut net, "handler", one);
+        net.advance(7000);
+        // Until it gets the one that kills it.
+        while let [call] = &calls(&mut net, handler)[..] {
+            if call["data"] == "bad" {
+                given += 1;
+                assert_eq!(call["attempt"], given);
+                assert!(given == 1 || done == 30, "the others go first");
+                break;
+            }
+            done += 1;
+            answer(&mut net, handler, call);
+        }
+        net.hang_up(handler);
+        net.world.check();
+    }
+    assert_eq!((given, done), (5, 30));
+    let told = answers(&mut net, caller);
+    assert_eq!(told.last().unwrap(), "bad:attempts_exhausted");
+    let stats = |net: &mut Net| net.world.pool_stats("default").unwrap().parked;
+    assert_eq!((stats(&mut net).dead, stats(&mut net).total()), (1, 1));
+    // It is there after a restart, and runs again when somebody says so.
+    net.world.restart(1);
+    assert_eq!(stats(&mut net).dead, 1);
+    let caller = net.app("caller", "");
+    let list = reply(&mut net, caller, r#""action":"parked_list","state":"dead""#);
+    let entry = &list["parked"][0];
+    assert_eq!(
+        (&entry["id"], &entry["attempt"]),
+        (&"bad".into(), &5.into())
+    );
+    assert!(entry["cause"].as_str().unwrap().contains("'handler'"));
+    let retry = format!(r#""action":"parked_retry","number":{}"#, entry["number"]);
+    assert_eq!(reply(&mut net, caller, &retry)["changed"], 1);
+    let handler = join(&mut net, "handler", one);
+    let got = calls(&mut net, handler);
+    assert_eq!(
+        (&got[0]["data"], &got[0]["attempt"]),
+        (&"bad".into(), &1.into())
+    );
+    answer(&mut net, handler, &got[0]);
+    assert_eq!(
+        answers(&mut net, caller),
+        [""; 0],
+        "its caller was told before"
+    );
+    assert!(net.world.rows().calls.is_empty() && net.world.rows().answers.is_empty());
+}
+
+#[test]
+fn calls_wait_for_a_busy_handler_and_callers_take_turns() {
+    let mut net = Net::new();
+    let handler = join(
+        &mut net,
+        "handler",
+        r#""triggers":[{"name":"t","concurrency":1}]"#,
+    );
+    let (greedy, polite) = (net.app("greedy", ""), net.app("polite", ""));
+    for n in 0..50 {
+        park(&mut net, greedy, &n.to_string(), &format!(r#","data":{n}"#));
+    }
+    for n in 100..103 {
+        park(&mut net, polite, &n.to_string(), &format!(r#","data":{n}"#));
+    }
+    let mut order = Vec::new();
+    // The next one comes with the answer to the one before.
+    while let [call] = &calls(&mut net, handler)[..] {
+        order.push(call["data"].as_u64().unwrap());
+        answer(&mut net, handler, call);
+    }
+    assert_eq!(order.len(), 53);
+    assert_eq!(order[..8], [0, 1, 100, 2, 101, 3, 102, 4]);
+    assert_eq!(answers(&mut net, greedy).len(), 50);
+    assert_eq!(answers(&mut net, polite).len(), 3);
+}
+
+#[test]
+fn an_id_is_in_use_until_its_answer_was_fetched() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    park(&mut net, caller, "1", "");
+    net.hang_up(caller);
+    let other = net.app("caller", "");
+    let refused = net.call(other, "1", "");
+    assert_eq!(
+        refused, "1 failed: bad_message ran=no",
+        "it waits for its handler"
+    );
+    net.hang_up(other);
+    let handler = join(&mut net, "handler", r#""triggers":["t"]"#);
+    let got = calls(&mut net, handler);
+    answer(&mut net, handler, &got[0]);
+    let late = join(&mut net, "caller", "");
+    assert_eq!(answers(&mut net, late), ["1:null"]);
+    net.call(late, "1", r#""data":7"#);
+    let got = calls(&mut net, handler);
+    answer(&mut net, handler, &got[0]);
+    assert_eq!(answers(&mut net, late), ["1:7"]);
+}
+
+#[test]
+fn who_was_never_called_did_not_run() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let ran = |net: &mut Net| {
+        let messages = net.messages(caller).into_iter().map(|m| m.json);
+        let told: Vec<_> = messages.filter(|m| m["status"] == "error").collect();
+        let error = &told[0]["error"];
+        let text = |name: &str| error[name].as_str().unwrap().to_owned();
+        (text("code"), text("ran"))
+    };
+    let expect = |code: &str, ran: &str| (code.to_owned(), ran.to_owned());
+    park(&mut net, caller, "1", r#","ttl":1000"#);
+    net.advance(1000);
+    assert_eq!(ran(&mut net), expect("timeout", "no"));
+    park(&mut net, caller, "2", "");
+    net.say(caller, r#"{"action":"cancel","id":"2"}"#);
+    assert_eq!(ran(&mut net), expect("cancelled", "no"));
+    park(&mut net, caller, "3", r#","ttl":1000,"redeliver":true"#);
+    let handler = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.hang_up(handler);
+    net.advance(1000);
+    assert_eq!(ran(&mut net), expect("timeout", "unknown"));
 }
 
 #[test]
@@ -297,6 +450,7 @@ fn calls_that_are_not_parked_are_redelivered_too() {
     net.hang_up(first);
     assert_eq!(net.world.rows().calls.len(), 1);
     let third = join(&mut net, "handler", r#""triggers":["t"]"#);
+    net.advance(100);
     let got = calls(&mut net, third);
     assert_eq!(got[0]["attempt"], 2);
     answer(&mut net, third, &got[0]);
@@ -472,7 +626,7 @@ fn nothing_that_was_parked_is_lost() {
                     if let Some(caller) = caller {
                         asked += 1;
                         let redeliver = if prng.below(2) == 0 {
-                            r#","redeliver":true"#
+                            r#","redeliver":true,"attempts":1000"#
                         } else {
                             ""
                         };
@@ -558,7 +712,7 @@ fn nothing_that_was_parked_is_lost() {
             for call in std::mem::take(&mut open) {
                 answer(&mut net, handler, &call);
             }
-            net.advance(1100);
+            net.advance(20_000);
         }
         let answered = read(&mut net, caller, &mut parked, &mut refused);
         for id in &parked {

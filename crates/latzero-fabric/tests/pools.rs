@@ -473,30 +473,69 @@ fn what_is_wrong_is_answered_and_the_connection_lives() {
 }
 
 #[test]
-fn what_is_no_message_ends_its_connection_alone() {
-    let cases: [(&[u8], &str); 7] = [
-        (&[0, 0, 0, 0], "error bad_frame; (closed)"),
-        (b"GET / HTTP/1.1\r\n", "error frame_too_large; (closed)"),
-        (&[0x16, 3, 1, 2, 0], "error frame_too_large; (closed)"),
-        (&[0x80, 0, 0, 1, 0], "error frame_too_large; (closed)"),
-        (&[0, 0, 0, 2, b'[', b']'], "error bad_frame; (closed)"),
-        (&[0, 0, 0, 1, 0xff], "error bad_frame; (closed)"),
-        (&[0, 0, 0, 3, b'{', b'}', b'x'], "error bad_frame; (closed)"),
+fn a_broken_body_fails_its_own_call() {
+    let mut net = Net::new();
+    let h = net.app("h", r#""triggers":["t"]"#);
+    let c = net.app("c", "");
+    net.call(c, "1", "");
+    let first = net.last_call(h);
+    net.call(c, "2", "");
+    let second = net.last_call(h);
+    let deep = format!("{}{}", "[".repeat(80), "]".repeat(80));
+    for (data, code) in [
+        ("NaN", "bad_message"),
+        (&*deep, "too_deep"),
+        ("{]", "bad_message"),
+    ] {
+        let seen = net.call(c, "3", &format!(r#""data":{data}"#));
+        assert_eq!(seen, format!("3 failed: {code} ran=no"), "{data}");
+    }
+    // A handler's broken answer ends its call, and no other.
+    let seen = net.answer_to(h, &first, r#""status":"ok","response":[1,]"#);
+    assert_eq!(seen, "error bad_message");
+    assert_eq!(net.sees(c), "1 failed: handler_error ran=unknown");
+    net.call(c, "4", "");
+    let fourth = net.last_call(h);
+    net.answer_to(h, &fourth, r#""status":"fine""#);
+    assert_eq!(net.sees(c), "4 failed: handler_error ran=unknown");
+    net.answer_to(h, &second, r#""status":"ok""#);
+    assert_eq!(net.sees(c), "2 ok: null");
+    net.world.check();
+}
+
+#[test]
+fn what_is_no_message_fails_alone() {
+    let first = "error bad_frame; (closed)";
+    let other_protocol = "error frame_too_large; (closed)";
+    // Before the handshake, and after it: then the length in front keeps its neighbours apart.
+    let cases: [(&[u8], &str, &str); 7] = [
+        (&[0, 0, 0, 0], first, "error bad_message"),
+        (b"GET / HTTP/1.1\r\n", other_protocol, other_protocol),
+        (&[0x16, 3, 1, 2, 0], other_protocol, other_protocol),
+        (&[0x80, 0, 0, 1, 0], other_protocol, other_protocol),
+        (&[0, 0, 0, 2, b'[', b']'], first, "error bad_message"),
+        (&[0, 0, 0, 1, 0xff], first, "error bad_message"),
+        (&[0, 0, 0, 3, b'{', b'}', b'x'], first, "error bad_message"),
     ];
     let mut net = Net::new();
     let other = net.app("other", "");
-    for ready in [false, true] {
-        for (bytes, expected) in cases {
-            let peer = if ready {
-                net.app("a", "")
-            } else {
-                net.connect()
-            };
-            net.world.feed(peer, bytes);
-            net.world.check();
-            assert_eq!(net.sees(peer), expected, "{bytes:?}");
+    for (bytes, at_first, later) in cases {
+        let stranger = net.connect();
+        net.world.feed(stranger, bytes);
+        assert_eq!(net.sees(stranger), at_first, "{bytes:?}");
+        let app = net.app("a", "");
+        net.world.feed(app, bytes);
+        assert_eq!(net.sees(app), later, "{bytes:?}");
+        if !later.contains("closed") {
+            let seen = net.ask(app, r#"{"action":"ping","id":"1"}"#);
+            assert!(seen.starts_with("1 ok"), "{seen}");
         }
+        net.world.check();
     }
+    let attachments = net.app("b", r#""features":["attachments"]"#);
+    net.world
+        .feed(attachments, &[0x80, 0, 0, 5, 0, 0, 0, 9, b'{']);
+    assert_eq!(net.sees(attachments), "error bad_message");
     assert_eq!(
         net.ask(other, r#"{"action":"ping","id":"1"}"#),
         r#"1 ok: {"time":1700000000000}"#

@@ -1,6 +1,6 @@
 //! Rows of a database that anybody may have written: what is taken in of them, and what clients see of it then.
 
-use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, PoolRow};
+use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Death, PoolRow};
 use latzero_fabric::{Limits, Transport};
 use latzero_protocol::{AppId, PoolName};
 use latzero_sim::{Bounds, Rows, World, encode_frame};
@@ -105,6 +105,10 @@ fn put(rows: &mut Rows, row: &Value) {
                 expires: number("expires"),
                 attempt: u32::try_from(number("attempt")).unwrap_or(u32::MAX),
                 parked: number("parked"),
+                death: some("cause").map(|cause| Death {
+                    at: number("died"),
+                    cause,
+                }),
             };
             rows.calls.insert(row.number, row);
         }

@@ -345,7 +345,7 @@ pub fn refusal(out: &mut Vec<u8>, in_reply_to: Option<&str>, refusal: &Refusal) 
         append_str(out, &refusal.message);
         if in_reply_to.is_some() {
             out.extend_from_slice(b",\"ran\":\"");
-            out.extend_from_slice(refusal.code.ran().as_str().as_bytes());
+            out.extend_from_slice(refusal.ran().as_str().as_bytes());
             out.push(b'"');
         }
         out.extend_from_slice(b"}}");
@@ -403,6 +403,7 @@ mod tests {
     #[test]
     fn messages() {
         let call = CallId {
+            epoch: 9,
             pool: 1,
             slot: 2,
             generation: 3,
@@ -427,7 +428,7 @@ mod tests {
         };
         assert_eq!(
             written(|out| delivery(out, &d, Attachments::Taken)).0,
-            r#"{"action":"trigger","id":"1.2.3","process":"foo","pool":"alpha","origin":{"app_id":"me","instance":"0000000000000007"},"ttl":99,"window":4,"key":"k\"","headers":{"a":"b"},"data":{"x":42}}"#
+            r#"{"action":"trigger","id":"9.1.2.3","process":"foo","pool":"alpha","origin":{"app_id":"me","instance":"0000000000000007"},"ttl":99,"window":4,"key":"k\"","headers":{"a":"b"},"data":{"x":42}}"#
         );
         d.body = Body::Bytes(b"\x00\xff");
         let (text, raw) = written(|out| delivery(out, &d, Attachments::Taken));
@@ -466,11 +467,11 @@ mod tests {
         );
         assert_eq!(
             written(|out| ack(out, call, 10)).0,
-            r#"{"action":"ack","id":"1.2.3","count":10}"#
+            r#"{"action":"ack","id":"9.1.2.3","count":10}"#
         );
         assert_eq!(
             written(|out| cancel(out, call, "timeout")).0,
-            r#"{"action":"cancel","id":"1.2.3","reason":"timeout"}"#
+            r#"{"action":"cancel","id":"9.1.2.3","reason":"timeout"}"#
         );
     }
 }

@@ -36,11 +36,12 @@ impl<'a> Raw<'a> {
         self.0
     }
 
-    /// The value as a string, with its escapes undone.
+    /// The value as a string, with its escapes undone; `None` also where it has half a surrogate
+    /// pair, which no Rust string can hold.
     #[must_use]
     pub fn as_str(self) -> Option<Cow<'a, str>> {
         let inner = self.0.strip_prefix('"')?.strip_suffix('"')?;
-        Some(unescape(inner))
+        unescape(inner)
     }
 
     /// The value as a string of at most [`STRING_BYTES_MAX`]: longer ones are not copied.
@@ -77,13 +78,13 @@ impl<'a> Raw<'a> {
     }
 }
 
-/// Undoes the escapes of a scanned string's inside.
-pub(crate) fn unescape(inner: &str) -> Cow<'_, str> {
+/// Undoes the escapes of a scanned string's inside; `None` where it has half a surrogate pair.
+pub(crate) fn unescape(inner: &str) -> Option<Cow<'_, str>> {
     if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
-        return Cow::Borrowed(inner);
+        return Some(Cow::Borrowed(inner));
     }
     let quoted = format!("\"{inner}\"");
-    Cow::Owned(serde_json::from_str(&quoted).expect("the scanner accepted this string"))
+    serde_json::from_str(&quoted).ok().map(Cow::Owned)
 }
 
 /// The name of a field, with its escapes undone.
@@ -95,7 +96,10 @@ pub(crate) fn field_name(inner: &str) -> Result<Cow<'_, str>, Refusal> {
         );
         return Err(Refusal::new(Code::BadMessage, message));
     }
-    Ok(unescape(inner))
+    unescape(inner).ok_or_else(|| {
+        let message = format!("the name of field '{}' is not text", shorten(inner));
+        Refusal::new(Code::BadMessage, message)
+    })
 }
 
 /// The body of a message: what its sender wants carried, untouched.
@@ -154,7 +158,7 @@ fields! {
     action b"action", id b"id", process b"process", pool b"pool", data b"data", origin b"origin",
     destination b"destination", ttl b"ttl", in_reply_to b"in_reply_to", status b"status", response b"response",
     error b"error", headers b"headers", key b"key", window b"window", count b"count", deliver b"deliver", park b"park",
-    redeliver b"redeliver",
+    redeliver b"redeliver", attempts b"attempts",
     encoding b"encoding", event b"event", blocks b"blocks", descriptors b"descriptors",
 }
 
@@ -171,11 +175,12 @@ impl From<ScanError> for Malformed {
 }
 
 impl<'a> Envelope<'a> {
-    /// Scans a frame. The outer error ends the connection (the bytes are not a JSON object); the inner one is
-    /// answered and the connection lives on (an object, but with duplicate or too many fields).
+    /// Scans a frame. The outer error says that its JSON is broken or too deep; the inner one that
+    /// it is an object with duplicate or too many fields. [`salvage`] finds out whose message a
+    /// broken one is.
     ///
     /// # Errors
-    /// `bad_frame` outside, `bad_message` inside.
+    /// `bad_frame` or `too_deep` outside, `bad_message` inside.
     #[inline]
     pub fn parse(frame: Frame<'a>) -> Result<Result<Self, Refusal>, Refusal> {
         let bad_frame = |what: String| Refusal::new(Code::BadFrame, what);
@@ -217,14 +222,10 @@ impl<'a> Envelope<'a> {
         });
         match scanned {
             Ok(()) => Ok(Ok(envelope)),
-            Err(Malformed::Json(error)) => Err(bad_frame(format!(
-                "the frame is not a JSON object: {error}"
-            ))),
+            Err(Malformed::Json(error)) => Err(not_json(error)),
             Err(Malformed::Message(refusal)) => {
                 // The rest of the frame decides whether it was JSON at all.
-                scan::value(text).map_err(|error| {
-                    bad_frame(format!("the frame is not a JSON object: {error}"))
-                })?;
+                scan::value(text).map_err(not_json)?;
                 Ok(Err(refusal))
             }
         }
@@ -336,6 +337,78 @@ impl<'a> Envelope<'a> {
     }
 }
 
+fn not_json(error: ScanError) -> Refusal {
+    if error.is_too_deep() {
+        return Refusal::new(Code::TooDeep, format!("the message is {error}"));
+    }
+    Refusal::new(
+        Code::BadFrame,
+        format!("the message is not a JSON object: {error}"),
+    )
+}
+
+/// Whose message it is, of one whose JSON is broken.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Salvaged {
+    /// Its `action`.
+    pub action: Option<String>,
+    /// Its `id`.
+    pub id: Option<String>,
+    /// Its `in_reply_to`.
+    pub in_reply_to: Option<String>,
+}
+
+/// Finds out whose message it is from JSON that [`Envelope::parse`] refused: the length in front of
+/// a frame keeps its neighbours intact, so that one message fails and not a connection. Strings and
+/// brackets are followed, whatever stands between them, and only the outermost fields count.
+#[must_use]
+pub fn salvage(json: &[u8]) -> Salvaged {
+    let mut found = Salvaged::default();
+    let mut depth = 0_u64;
+    let mut at = 0;
+    // The last outermost string, and whether a colon followed it.
+    let (mut last, mut key): (Option<&[u8]>, Option<&[u8]>) = (None, None);
+    while let Some(&byte) = json.get(at) {
+        at += 1;
+        match byte {
+            b'"' => {
+                let from = at;
+                while let Some(&byte) = json.get(at).filter(|&&byte| byte != b'"') {
+                    at += if byte == b'\\' { 2 } else { 1 };
+                }
+                let text = json.get(from..at).unwrap_or_default();
+                at += 1;
+                if depth == 1 {
+                    match key.take() {
+                        Some(key) => found.note(key, text),
+                        None => last = Some(text),
+                    }
+                }
+            }
+            b'{' | b'[' => depth += 1,
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            b':' if depth == 1 => key = last.take(),
+            b',' if depth == 1 => (last, key) = (None, None),
+            _ => {}
+        }
+    }
+    found
+}
+
+impl Salvaged {
+    fn note(&mut self, key: &[u8], text: &[u8]) {
+        let slot = match key {
+            b"action" => &mut self.action,
+            b"id" => &mut self.id,
+            b"in_reply_to" => &mut self.in_reply_to,
+            _ => return,
+        };
+        let text = std::str::from_utf8(text).ok().and_then(unescape);
+        let text = text.filter(|text| !text.is_empty() && text.len() <= ID_BYTES_MAX);
+        *slot = text.map(Cow::into_owned);
+    }
+}
+
 /// A field with a value; `null` counts as absent everywhere but in bodies.
 #[inline]
 fn present(field: Option<Raw<'_>>) -> Option<Raw<'_>> {
@@ -382,7 +455,7 @@ fn check_headers(raw: Raw<'_>) -> Result<(), Refusal> {
                 Raw(value),
             )));
         }
-        keys.push(unescape(key));
+        keys.push(unescape(key).unwrap_or(Cow::Borrowed(key)));
         Ok(())
     })
     .map_err(|error| match error {
@@ -475,6 +548,81 @@ mod tests {
                 .message
                 .contains("not UTF-8 at byte 6")
         );
+    }
+
+    #[test]
+    fn a_broken_message_still_says_whose_it_is() {
+        let deep = format!(
+            r#"{{"id":"7","data":{}{},"action":"trigger"}}"#,
+            "[".repeat(99),
+            "]".repeat(99)
+        );
+        for (json, action, id, in_reply_to) in [
+            (
+                r#"{"action":"trigger","id":"7","data":NaN}"#,
+                "trigger",
+                "7",
+                "",
+            ),
+            (
+                r#"{"data":NaN,"action":"trigger","id":"7"}"#,
+                "trigger",
+                "7",
+                "",
+            ),
+            (
+                r#"{"response":[1,],"in_reply_to":"a.b","action":"response"}"#,
+                "response",
+                "",
+                "a.b",
+            ),
+            (
+                r#"{"action":"response","response":{"id":"no","x":nope},"in_reply_to":"1"}"#,
+                "response",
+                "",
+                "1",
+            ),
+            (
+                r#"{"action":"trigger","id":"a\"b","data":"x"#,
+                "trigger",
+                "a\"b",
+                "",
+            ),
+            (
+                r#"{"action" : "trigger" , "id" : "7", "data": {]"#,
+                "trigger",
+                "7",
+                "",
+            ),
+            (
+                "{\"action\":\"emit\",\"data\":\"a\nb\",\"id\":\"7\"}",
+                "emit",
+                "7",
+                "",
+            ),
+            (&deep, "trigger", "7", ""),
+            (r#"["action","trigger"]"#, "", "", ""),
+            ("\"", "", "", ""),
+            ("", "", "", ""),
+        ] {
+            let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+            let expected = Salvaged {
+                action: some(action),
+                id: some(id),
+                in_reply_to: some(in_reply_to),
+            };
+            assert_eq!(salvage(json.as_bytes()), expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn half_a_surrogate_pair_passes_in_bodies_and_is_no_name() {
+        let e = parse(r#"{"action":"trigger","id":"\ud800","data":"\udce9"}"#);
+        let e = e.unwrap().unwrap();
+        assert_eq!(e.data.unwrap().text(), r#""\udce9""#);
+        assert_eq!(e.correlation_id().unwrap_err().code, Code::BadMessage);
+        let name = parse(r#"{"\ud800":1}"#).unwrap().unwrap_err();
+        assert_eq!(name.code, Code::BadMessage);
     }
 
     #[test]

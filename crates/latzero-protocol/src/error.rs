@@ -88,12 +88,14 @@ macro_rules! codes {
 }
 
 codes! {
-    BadFrame "bad_frame" No Server "The bytes are not a frame: an empty one, not UTF-8, not JSON, or not an object. The connection is closed."
+    BadFrame "bad_frame" No Server "The first bytes of a connection are not a frame: an empty one, not UTF-8, not JSON, or not an object. The connection is closed."
         "Send a four-byte big-endian length and then one JSON object of that length. Something that speaks HTTP or TLS does not belong on this port.";
     FrameTooLarge "frame_too_large" No Server "A frame announced more bytes than the limit. The connection is closed before anything is buffered."
         "Keep payloads under `limits.max_frame` of the handshake acknowledgement, or raise the server's `limits.max_frame`.";
-    BadMessage "bad_message" No Server "A message has a missing, mistyped or out-of-range field."
-        "Correct the field that the message names.";
+    BadMessage "bad_message" No Server "A message is not a JSON object, or has a missing, mistyped or out-of-range field."
+        "Correct what the message names.";
+    TooDeep "too_deep" No Server "A message nests more than 64 levels deep."
+        "Send flatter data, or send it as raw bytes.";
     UnknownAction "unknown_action" No Server "The server does not know this `action`."
         "Check the spelling, and the server's version in the handshake acknowledgement.";
     InvalidName "invalid_name" No Server "A name has characters or a length that the protocol does not allow."
@@ -128,6 +130,8 @@ codes! {
         "Repeat the call if it may run twice.";
     HandlerError "handler_error" Unknown Server "The handler failed without saying more."
         "Look at the handler's own log.";
+    AttemptsExhausted "attempts_exhausted" Unknown Server "Every attempt at a parked or redelivered call ended with its handler's connection."
+        "Find out why the handler dies. `latzero parked ls --dead` lists such calls, and `latzero parked retry` runs one again.";
     Timeout "timeout" Unknown Server "The call's time to live ended before an answer came."
         "Give the call a longer ttl, or find out why its handler is slow.";
     Cancelled "cancelled" Unknown Server "The caller cancelled the call."
@@ -136,6 +140,8 @@ codes! {
         "Wait and repeat; if it lasts, add handlers or raise the limit that the message names.";
     Draining "draining" No Server "The server is about to stop and takes no new calls."
         "Reconnect and repeat.";
+    NoCall "no_call" No Server "There is no such parked call, or the asker may not see it."
+        "Check its number; `latzero parked ls` lists what there is.";
     NoBlock "no_block" No Server "There is no such memory block."
         "Create it, or check its name.";
     BlockExists "block_exists" No Server "A block of that name exists."
@@ -194,6 +200,8 @@ pub struct Refusal {
     pub code: Code,
     /// What happened and what to do, for people.
     pub message: Cow<'static, str>,
+    /// Whether the handler may have run, where more is known than the code says.
+    ran: Option<Ran>,
 }
 
 impl Refusal {
@@ -202,7 +210,23 @@ impl Refusal {
         Refusal {
             code,
             message: message.into(),
+            ran: None,
         }
+    }
+
+    /// The same refusal, of a call of which more is known than its code says.
+    #[must_use]
+    pub fn with_ran(self, ran: Ran) -> Self {
+        Refusal {
+            ran: Some(ran),
+            ..self
+        }
+    }
+
+    /// Whether the handler may have run.
+    #[must_use]
+    pub fn ran(&self) -> Ran {
+        self.ran.unwrap_or_else(|| self.code.ran())
     }
 }
 
@@ -237,6 +261,6 @@ mod tests {
             );
             assert!(code.meaning().ends_with('.') && code.remedy().ends_with('.'));
         }
-        assert_eq!(seen.len(), 42);
+        assert_eq!(seen.len(), 45);
     }
 }

@@ -22,7 +22,7 @@ pub struct Frame<'a> {
     pub attachment: Option<&'a [u8]>,
 }
 
-/// Why bytes are not a frame. Each of them ends the connection.
+/// Why bytes are not a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// A length of 0.
@@ -46,6 +46,19 @@ pub enum FrameError {
         /// The payload's length in bytes.
         payload: usize,
     },
+}
+
+impl FrameError {
+    /// Where the next frame begins, in bytes from the start of this one, where its length can still be
+    /// believed.
+    #[must_use]
+    pub fn skips(self) -> Option<usize> {
+        match self {
+            FrameError::Empty => Some(PREFIX),
+            FrameError::Header { payload, .. } => Some(PREFIX + payload),
+            FrameError::TooLarge { .. } => None,
+        }
+    }
 }
 
 /// What the first four bytes probably were, where they spell another protocol.

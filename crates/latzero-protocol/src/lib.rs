@@ -16,10 +16,11 @@ pub mod limits;
 pub mod memory;
 pub mod message;
 pub mod name;
+pub mod parked;
 pub mod proof;
 pub mod scan;
 
-pub use envelope::{Body, Envelope, Raw};
+pub use envelope::{Body, Envelope, Raw, Salvaged, salvage};
 pub use error::{Code, Ran, Refusal};
 pub use frame::{Frame, FrameError};
 pub use id::{CallId, InstanceId};

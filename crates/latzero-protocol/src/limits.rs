@@ -47,6 +47,13 @@ pub const TTL_MAX_MS: u64 = 24 * 60 * 60 * 1000;
 /// The longest time to live of a call that may be parked, in milliseconds: 30 days, for a handler that is away over holidays.
 pub const PARKED_TTL_MAX_MS: u64 = 30 * 24 * 60 * 60 * 1000;
 
+/// To how many handlers a parked or redelivered call is given at most, where its caller does not
+/// say.
+pub const ATTEMPTS_DEFAULT: u32 = 5;
+
+/// The most attempts that a caller may ask for.
+pub const ATTEMPTS_MAX: u32 = 1000;
+
 /// The largest window of a streamed call, in items.
 pub const WINDOW_MAX: u64 = 1_000_000;
 

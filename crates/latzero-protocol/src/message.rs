@@ -11,8 +11,8 @@ use crate::envelope::{
 use crate::error::{Code, Refusal};
 use crate::id::InstanceId;
 use crate::limits::{
-    DOC_BYTES_MAX, KEY_BYTES_MAX, ListBounds, PARKED_TTL_MAX_MS, TTL_DEFAULT_MS, TTL_MAX_MS,
-    WINDOW_MAX,
+    ATTEMPTS_DEFAULT, ATTEMPTS_MAX, DOC_BYTES_MAX, KEY_BYTES_MAX, ListBounds, PARKED_TTL_MAX_MS,
+    TTL_DEFAULT_MS, TTL_MAX_MS, WINDOW_MAX,
 };
 use crate::memory::{Apps, apps};
 use crate::name::{AppId, PoolName, TriggerName};
@@ -78,6 +78,8 @@ pub enum Request<'a> {
     Stats,
     /// Asks for the health of the server's parts.
     Health,
+    /// Something about parked calls.
+    Parked(Box<crate::parked::Parked>),
     /// Something for administrators alone.
     Admin(Admin),
 }
@@ -262,6 +264,8 @@ pub struct Trigger<'a> {
     pub park: bool,
     /// Give the call to the next handler where the first one's connection ended before it answered.
     pub redeliver: bool,
+    /// To how many handlers it is given at most.
+    pub attempts: u32,
     /// By what repeats of the call are known: the header `idempotency-key`.
     pub idempotency_key: Option<Cow<'a, str>>,
     /// Blocks that the handler is to have for the length of the call; empty for most calls.
@@ -525,6 +529,9 @@ impl<'a> Request<'a> {
     /// Whether it has no effect but its reply.
     #[must_use]
     pub fn is_question(&self) -> bool {
+        if let Request::Parked(parked) = self {
+            return !matches!(parked.action, crate::parked::ParkedAction::Change(_));
+        }
         matches!(
             self,
             Request::PoolList(_)
@@ -619,6 +626,9 @@ impl<'a> Request<'a> {
                 let sql = Fields::of(e.text)?.required_string("sql")?.into_owned();
                 admin(AdminAction::QueryDatabase(sql))
             }
+            action if action.starts_with("parked_") => {
+                Request::Parked(Box::new(crate::parked::decode(e, action)?))
+            }
             action if action.starts_with("memory_") => {
                 Request::Memory(Box::new(crate::memory::decode(e, action)?))
             }
@@ -680,7 +690,7 @@ fn idempotency_key<'a>(headers: Option<Raw<'a>>) -> Result<Option<Cow<'a, str>>,
     // Headers were bounded in bytes, not in number.
     let mut found = None;
     let _ = scan::object::<scan::ScanError>(headers.text(), |name, value| {
-        if unescape(name) == IDEMPOTENCY_KEY {
+        if unescape(name).as_deref() == Some(IDEMPOTENCY_KEY) {
             found = Some(Raw::scanned(value));
         }
         Ok(())
@@ -709,11 +719,20 @@ fn trigger<'a>(e: &Envelope<'a>) -> Result<Trigger<'a>, Refusal> {
         window: Envelope::number(e.window, "window", 1..=WINDOW_MAX)?,
         park,
         redeliver: Envelope::flag(e.redeliver, "redeliver")?,
+        attempts: attempts(e)?,
         idempotency_key: idempotency_key(headers)?,
         blocks: e.blocks.map_or(Ok(Vec::new()), crate::memory::block_uses)?,
         headers,
         body: e.body(e.data, "data")?,
     })
+}
+
+fn attempts(e: &Envelope<'_>) -> Result<u32, Refusal> {
+    let range = 1..=u64::from(ATTEMPTS_MAX);
+    let attempts = Envelope::number(e.attempts, "attempts", range)?;
+    Ok(attempts.map_or(ATTEMPTS_DEFAULT, |n| {
+        u32::try_from(n).unwrap_or(ATTEMPTS_MAX)
+    }))
 }
 
 fn emit<'a>(e: &Envelope<'a>) -> Result<Emit<'a>, Refusal> {
@@ -1326,7 +1345,7 @@ mod tests {
         );
         check(
             r#"{"action":"pool_create","pool":"a","encrypted":true}"#,
-            "bad_message: 'encrypted':true is not available",
+            "bad_message: an encrypted pool is made of its 'descriptor'",
         );
     }
 }

@@ -91,6 +91,8 @@ pub(crate) struct Connection {
     pinged: Option<Time>,
     /// The kernel said that the other end writes no more: read to the end, paused or not.
     pub(crate) is_ending: bool,
+    /// It was read to the end.
+    has_ended: bool,
     /// Still counted at the door.
     pub(crate) is_at_door: bool,
 }
@@ -156,6 +158,7 @@ impl Connection {
             last_heard: now,
             pinged: None,
             is_ending: false,
+            has_ended: false,
             is_at_door: true,
         }
     }
@@ -170,6 +173,9 @@ impl Connection {
     ) -> Turn {
         if matches!(self.phase, Phase::Closing { .. }) {
             return self.discard(scratch);
+        }
+        if self.has_ended {
+            return self.end(host);
         }
         if !self.inbox.is_empty() {
             // Frames that were left when reading stopped.
@@ -197,11 +203,11 @@ impl Connection {
                 self.socket().read(scratch)
             };
             let n = match read {
-                Ok(0) => return Turn::Ended,
+                Ok(0) => return self.end(host),
                 Ok(n) => n,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Idle,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return Turn::Ended,
+                Err(_) => return self.end(host),
             };
             self.last_heard = now;
             self.pinged = None;
@@ -228,6 +234,16 @@ impl Connection {
             if total >= budget || started.elapsed() >= TIME_BUDGET {
                 return Turn::More;
             }
+        }
+    }
+
+    /// Nothing more comes. What it asked to be stored is stored, though nobody hears of it.
+    fn end(&mut self, host: &mut IoHost) -> Turn {
+        self.has_ended = true;
+        if self.session.finish(&mut host.turn()) {
+            Turn::Paused
+        } else {
+            Turn::Ended
         }
     }
 
@@ -325,7 +341,7 @@ impl Connection {
     fn run(&mut self, buf: &[u8], host: &mut IoHost) -> (usize, Option<Turn>) {
         let (mut used, mut frames, started) = (0, 0u32, Instant::now());
         loop {
-            if self.session.is_waiting() || self.pause(host) {
+            if self.session.is_waiting() || self.is_paused(host) {
                 return (used, Some(Turn::Paused));
             }
             match frame::decode(&buf[used..], self.session.accept(&host.site().limits)) {
@@ -347,8 +363,11 @@ impl Connection {
                 }
                 Ok(None) => return (used, None),
                 Err(error) => {
-                    let _ = self.session.reject(&error.into(), &mut host.turn());
-                    return (used, Some(Turn::Close));
+                    let flow = self.session.reject_frame(error, &mut host.turn());
+                    match (flow, error.skips()) {
+                        (Flow::Continue, Some(length)) => used += length,
+                        _ => return (used, Some(Turn::Close)),
+                    }
                 }
             }
             if host.effects.appended > FLUSH_BYTES {
@@ -361,10 +380,9 @@ impl Connection {
         }
     }
 
-    /// Stops reading where the connection has all the calls in flight that it may have.
-    fn pause(&self, host: &IoHost) -> bool {
-        let max = host.site().limits.in_flight_max;
-        !self.is_ending && self.peer.link().pause(max)
+    /// Whether it is not read, since as much waits in its session as may.
+    pub(crate) fn is_paused(&self, host: &IoHost) -> bool {
+        !self.is_ending && self.session.must_pause(&host.site().limits)
     }
 
     /// Ends the session and writes what is left; the connection is removed when that is done.
@@ -428,8 +446,8 @@ impl Connection {
     }
 
     /// Judges a connection by the clock.
-    pub(crate) fn judge(&mut self, now: Time, patience: &Patience) -> Verdict {
-        if self.peer.link().is_paused() {
+    pub(crate) fn judge(&mut self, now: Time, patience: &Patience, host: &IoHost) -> Verdict {
+        if self.is_paused(host) {
             // Its answers to pings are among what is left unread.
             self.last_heard = now;
             self.pinged = None;

@@ -234,9 +234,6 @@ impl EventLoop {
             if event.is_readable() || event.is_read_closed() || event.is_error() {
                 if let Some(Some(connection)) = self.connections.get_mut(slot) {
                     connection.is_ending |= event.is_read_closed() || event.is_error();
-                    if connection.is_ending {
-                        connection.peer.link().resume();
-                    }
                 }
                 self.read(now, slot);
             }
@@ -246,11 +243,7 @@ impl EventLoop {
     fn handle_command(&mut self, now: Time, command: Command) {
         match command {
             Command::Adopt(peer, origin) => self.adopt(now, peer, origin),
-            Command::Resume(peer) => {
-                if let Some(slot) = self.slot_of(&peer) {
-                    self.read_later(slot);
-                }
-            }
+            Command::Resume(peer) => self.go_on(now, &peer),
             Command::Close(peer) => self.close_peer(now, &peer),
             Command::AwaitWritable(peer) => self.await_writable(&peer),
             Command::Look => {}
@@ -301,13 +294,35 @@ impl EventLoop {
             self.connections[slot] = Some(connection);
             return;
         }
-        let flow = connection.session.kept(result, &mut self.host.turn());
+        let mut flow = connection.session.kept(result, &mut self.host.turn());
+        if flow == Flow::Continue {
+            flow = connection.session.go_on(&mut self.host.turn());
+        }
         self.connections[slot] = Some(connection);
         if flow == Flow::Close {
             self.close_peer(now, peer);
         } else {
             // What it sent while it waited.
             self.read_later(slot);
+        }
+    }
+
+    /// A connection has room for more of its calls: those that wait go first, then it is read.
+    fn go_on(&mut self, now: Time, peer: &Arc<Peer>) {
+        let Some(slot) = self.slot_of(peer) else {
+            return;
+        };
+        let Some(mut connection) = self.connections[slot].take() else {
+            return;
+        };
+        let flow = match connection.is_closing() {
+            true => Flow::Continue,
+            false => connection.session.go_on(&mut self.host.turn()),
+        };
+        self.connections[slot] = Some(connection);
+        match flow {
+            Flow::Close => self.close_peer(now, peer),
+            Flow::Continue => self.read_later(slot),
         }
     }
 
@@ -395,7 +410,7 @@ impl EventLoop {
         // Where nothing can be told it any more, what it sent is read to the end, and that is its end.
         let is_deaf = connection.peer.is_deaf.load(Relaxed);
         connection.is_ending |= is_deaf;
-        if connection.peer.link().is_paused() && !is_deaf {
+        if connection.is_paused(&self.host) && !is_deaf {
             self.connections[slot] = Some(connection);
             return;
         }
@@ -478,7 +493,6 @@ impl EventLoop {
             return;
         };
         connection.close(now, &mut self.host);
-        connection.peer.link().resume();
         self.connections[slot] = Some(connection);
         self.host.flush();
         if let Some(Some(connection)) = self.connections.get_mut(slot) {
@@ -510,9 +524,21 @@ impl EventLoop {
 
     /// Writes what was appended and closes what is to be closed.
     fn finish_turn(&mut self, now: Time) {
-        self.host.flush();
-        while let Some(peer) = self.host.effects.closing.pop() {
-            self.close_peer(now, &peer);
+        loop {
+            for peer in std::mem::take(&mut self.host.effects.resumed) {
+                if peer.home == self.index {
+                    self.go_on(now, &peer);
+                } else {
+                    self.host.shared.mailboxes[peer.home].send(Command::Resume(peer));
+                }
+            }
+            self.host.flush();
+            while let Some(peer) = self.host.effects.closing.pop() {
+                self.close_peer(now, &peer);
+            }
+            if self.host.effects.resumed.is_empty() {
+                break;
+            }
         }
         for peer in std::mem::take(&mut self.host.changed) {
             if peer.home == self.index {
@@ -533,13 +559,6 @@ impl EventLoop {
             } else if !self.crowded.iter().any(|known| Arc::ptr_eq(known, &peer)) {
                 self.crowded.push(peer);
                 self.crowded_at = Some(now.after_ms(CROWDED_EVERY_MS));
-            }
-        }
-        for peer in std::mem::take(&mut self.host.effects.resumed) {
-            if peer.home != self.index {
-                self.host.shared.mailboxes[peer.home].send(Command::Resume(peer));
-            } else if let Some(slot) = self.slot_of(&peer) {
-                self.read_later(slot);
             }
         }
         self.host.count();
@@ -604,7 +623,7 @@ impl EventLoop {
             let Some(connection) = &mut self.connections[slot] else {
                 continue;
             };
-            let verdict = connection.judge(now, &patience);
+            let verdict = connection.judge(now, &patience, &self.host);
             // Another loop may have written the last of it.
             connection.shut_when_written();
             match verdict {

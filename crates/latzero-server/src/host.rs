@@ -173,6 +173,21 @@ impl IoHost {
     }
 }
 
+impl IoHost {
+    /// Whether somebody who is no administrator may know of a loss: not of one in a pool that is not there for them.
+    fn may_know(&mut self, loss: &serde_json::Value, view: &View<'_>) -> bool {
+        let affected = loss["affected"].as_str().unwrap_or_default();
+        let Some((_, pool)) = affected.split_once("pool '") else {
+            return true;
+        };
+        let name = pool.split('\'').next().unwrap_or_default();
+        let name = PoolName::new(name);
+        name.is_ok_and(|name| {
+            self.with_registry(|registry, _| registry.describe_pool(&name, view).is_ok())
+        })
+    }
+}
+
 impl Driver for IoHost {
     type Peer = Arc<Peer>;
     type Pool = Arc<PoolCell>;
@@ -338,7 +353,14 @@ impl Driver for IoHost {
         match what {
             Report::Stats => turn.driver.stats(view),
             Report::Health => {
-                crate::health::report(&turn.driver.shared, turn.now.monotonic).to_string()
+                let host = &mut *turn.driver;
+                let mut report = crate::health::report(&host.shared, host.now.monotonic);
+                if !view.is_admin
+                    && let Some(losses) = report["losses"].as_array_mut()
+                {
+                    losses.retain(|loss| host.may_know(loss, view));
+                }
+                report.to_string()
             }
         }
     }

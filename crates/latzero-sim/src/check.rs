@@ -186,6 +186,8 @@ pub(crate) struct Checker {
     apps: BTreeMap<String, Registered>,
     calls: BTreeMap<u64, Call>,
     handles: BTreeMap<String, u64>,
+    /// Calls that wait in their sessions, by who made them and their id.
+    held: BTreeSet<(Peer, String)>,
     current: Option<Current>,
     untagged: u64,
     told: u64,
@@ -228,12 +230,19 @@ impl Checker {
                 peer,
                 json,
                 attachment,
+                came,
             } => {
                 let json = serde_json::from_slice(json).ok();
                 let attachment = attachment.clone();
                 let message = json.map(|json| Message { json, attachment });
-                self.begin(*peer, message, now)
+                if came.is_some()
+                    && let Some(id) = message.as_ref().and_then(|m| m.json["id"].as_str())
+                {
+                    self.held.remove(&(*peer, id.to_owned()));
+                }
+                self.begin(*peer, message, came.unwrap_or(now))
             }
+            Event::Held(peer) => self.held(*peer),
             Event::Rejecting(_) => Ok(()),
             // What could not be stored is in force all the same.
             Event::Refused(Code::Storage) => {
@@ -343,6 +352,7 @@ impl Checker {
     // What goes.
 
     fn departed(&mut self, peer: Peer) -> Result<(), Found> {
+        self.held.retain(|(of, _)| *of != peer);
         let Some(gone) = self.conns.remove(&peer) else {
             return Ok(());
         };

@@ -3,8 +3,9 @@
 //! Callers park calls, ask for redelivery, repeat calls under a key, go and come back; handlers come, answer, or die with
 //! calls in their hands; the disk is slow or full, what was sent stays in the server for a while, and the server is killed.
 //! The model learns from what clients see alone. It holds: what was acknowledged ends with an answer, once on each
-//! connection; what was refused is never run; first deliveries keep the order of asking; attempts are counted; of calls
-//! under one key one runs at a time.
+//! connection; what was refused is never run; first deliveries keep the order of asking; attempts are counted, and there
+//! are no more than were asked for; callers take turns; of calls under one key one runs at a time; an answer to a call of
+//! another life of the server, or of a connection that is gone, reaches nobody.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,6 +25,16 @@ const AWAY: &str = "away";
 
 /// Instances of one app at a time.
 const INSTANCES: usize = 2;
+
+/// How often a call is given out at most: what the protocol says where nothing else is asked for.
+const ATTEMPTS: u64 = latzero_protocol::limits::ATTEMPTS_DEFAULT as u64;
+
+/// Calls of another caller that may be given out before one that waits, beyond its own: what is under way when it comes,
+/// and what comes in one step.
+const TURNS_SLACK: usize = 4;
+
+/// Handles of old calls that are remembered, to be answered too late.
+const STALE_MAX: usize = 32;
 
 /// The longest time to live of a call whose handler may never come, in milliseconds.
 const SHORT_TTL_MS: u64 = 3000;
@@ -83,17 +94,28 @@ struct Call {
     may_repeat: u64,
     /// The attempt that was given out last, and in which life of the server.
     attempt: Option<(u64, u64)>,
+    /// How many parked calls had been given out when it was said to be parked.
+    waits_since: Option<usize>,
+    /// It was given out as often as it may be.
+    is_dead: bool,
 }
 
 /// The clients, the dice, and the model.
 pub(crate) struct Lasting {
     prng: Prng,
+    /// Every third run: handlers take one call at a time, and there are more calls than they answer.
+    is_busy: bool,
+    is_ending: bool,
     conns: Vec<Conn>,
     calls: BTreeMap<u64, Call>,
     asked: u64,
     life: u64,
     /// The newest call of each queue that a handler was given for the first time, by who asked on which connection.
     newest: BTreeMap<(Peer, Peer, Queue), u64>,
+    /// The parked calls that were given out for the first time, in order.
+    first: Vec<(Queue, &'static str)>,
+    /// What handlers were to answer that are gone, and for which call.
+    stale: Vec<(String, u64)>,
     is_held: bool,
     /// When everybody has read what had come till then.
     heard_at: Time,
@@ -104,11 +126,15 @@ impl Lasting {
     pub(crate) fn new(seed: u64) -> Self {
         Lasting {
             prng: Prng::new(seed ^ 0x1a57),
+            is_busy: seed.is_multiple_of(3),
+            is_ending: false,
             conns: Vec::new(),
             calls: BTreeMap::new(),
             asked: 0,
             life: 0,
             newest: BTreeMap::new(),
+            first: Vec::new(),
+            stale: Vec::new(),
             is_held: false,
             heard_at: Time::default(),
             found: Ok(()),
@@ -136,8 +162,13 @@ impl Lasting {
 
     fn act(&mut self, world: &mut World) -> String {
         match self.prng.below(100) {
+            0..=29 if self.is_busy => {
+                let calls: Vec<String> = (0..4).map(|_| self.call(world)).collect();
+                calls.join("; ")
+            }
             0..=29 => self.call(world),
-            30..=52 => self.answer(world),
+            30..=49 => self.answer(world),
+            50..=52 => self.answer_late(world),
             53..=64 => self.come(world),
             65..=71 => self.go(world),
             72..=75 => self.cancel(world),
@@ -232,6 +263,8 @@ impl Lasting {
             answered_on: BTreeSet::new(),
             may_repeat: 0,
             attempt: None,
+            waits_since: None,
+            is_dead: false,
         };
         self.calls.insert(n, call);
         self.say(at, &message, world);
@@ -275,6 +308,26 @@ impl Lasting {
         format!("{} answers {message}", self.conns[at].app)
     }
 
+    /// A handler answers what another life of it, or of the server, was asked.
+    fn answer_late(&mut self, world: &mut World) -> String {
+        let Some(at) = self.one_of(&HANDLERS).filter(|_| !self.stale.is_empty()) else {
+            return "nobody answers late".into();
+        };
+        let (handle, n) = self.stale.swap_remove(self.prng.below(self.stale.len()));
+        let message = json!({"action": "response", "in_reply_to": handle, "status": "ok",
+            "response": format!("late {n}")});
+        self.say(at, &message, world);
+        format!("{} answers late: {message}", self.conns[at].app)
+    }
+
+    fn forget_jobs(&mut self, conn: &Conn) {
+        let jobs = conn.jobs.iter();
+        self.stale
+            .extend(jobs.map(|job| (job.handle.clone(), job.n)));
+        let too_many = self.stale.len().saturating_sub(STALE_MAX);
+        self.stale.drain(..too_many);
+    }
+
     fn come(&mut self, world: &mut World) -> String {
         let at = self.prng.below(CALLERS.len() + HANDLERS.len());
         let app = CALLERS.iter().chain(&HANDLERS).nth(at).expect("it is one");
@@ -282,6 +335,7 @@ impl Lasting {
             return format!("{app} is there already");
         }
         let concurrency = match self.prng.below(3) {
+            _ if self.is_busy => json!(1),
             0 => json!(1 + self.prng.below(2)),
             _ => Value::Null,
         };
@@ -332,6 +386,7 @@ impl Lasting {
             return "it is gone already".into();
         }
         let conn = self.conns.remove(at);
+        self.forget_jobs(&conn);
         world.hang_up(conn.peer);
         format!("{} hangs up", conn.app)
     }
@@ -362,7 +417,9 @@ impl Lasting {
             .values_mut()
             .for_each(|call| call.may_repeat += 1);
         world.restart(self.prng.next_u64());
-        self.conns.clear();
+        for conn in std::mem::take(&mut self.conns) {
+            self.forget_jobs(&conn);
+        }
         self.life += 1;
         "the server is killed and starts".into()
     }
@@ -441,7 +498,29 @@ impl Lasting {
                 }
             }
         }
+        if call.is_dead {
+            return fault("is given out though it is dead");
+        }
+        if attempt.is_some_and(|attempt| attempt > ATTEMPTS) {
+            return fault("is given out too often");
+        }
+        // In the end much is given out in one step, and heard in another order.
+        if let (None, Some(since), false) = (call.attempt, call.waits_since, self.is_ending) {
+            let ahead = self.first[since..]
+                .iter()
+                .filter(|(queue, _)| *queue == call.queue);
+            let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+            for (_, app) in ahead {
+                *counts.entry(app).or_default() += 1;
+            }
+            let own = counts.remove(call.app).unwrap_or(0);
+            let most = own + TURNS_SLACK + usize::try_from(life).unwrap_or(0);
+            if counts.values().any(|&others| others > most) {
+                return fault("waits while another caller has many turns");
+            }
+        }
         if call.attempt.is_none() && call.park {
+            self.first.push((call.queue, call.app));
             let newest = self
                 .newest
                 .entry((to, call.asked_on, call.queue))
@@ -488,6 +567,7 @@ impl Lasting {
                 Some("parked") => {
                     let may = call.park && !call.is_parked && call.answers == 0;
                     call.is_parked = true;
+                    call.waits_since = Some(self.first.len());
                     (!may).then_some("is said to be parked, when it is not")
                 }
                 Some("partial") => {
@@ -495,13 +575,26 @@ impl Lasting {
                     let may = !call.is_parked && call.window.is_none_or(|most| call.items <= most);
                     (!may).then_some("sends more items than it may")
                 }
+                Some("error") if is_over_unheard(message) => {
+                    call.answers += 1;
+                    let is_first = call.answered_on.insert(peer);
+                    if call.attempt.is_some() && message["error"]["ran"] == "no" {
+                        Some("is said not to have run, and was given out")
+                    } else if !is_first || call.answers > 1 + call.may_repeat {
+                        Some("is answered twice")
+                    } else {
+                        None
+                    }
+                }
                 Some("error") if message["error"]["ran"] == "no" => {
                     call.is_refused = true;
                     let was_accepted = call.is_parked || call.answers > 0;
                     was_accepted.then_some("was accepted, and is refused now")
                 }
                 Some("ok" | "error") => {
-                    let is_server_s = message["error"]["code"] != "custom" && !shown.is_u64();
+                    let code = &message["error"]["code"];
+                    let is_server_s = message["status"] == "error" && code != "custom";
+                    call.is_dead |= code == "attempts_exhausted";
                     call.answers += 1;
                     let is_first = call.answered_on.insert(peer);
                     if !is_right && !is_server_s {
@@ -537,6 +630,12 @@ impl Lasting {
     }
 }
 
+/// Whether a call that was taken ended before any handler answered: its time was over, or it was cancelled.
+fn is_over_unheard(message: &Value) -> bool {
+    let code = &message["error"]["code"];
+    code == "timeout" || code == "cancelled"
+}
+
 impl Scenario for Lasting {
     fn step(&mut self, world: &mut World) -> String {
         let what = self.act(world);
@@ -554,6 +653,7 @@ impl Scenario for Lasting {
     /// Everybody comes, the disk is well, and every call is answered, until nothing is left to do.
     fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String> {
         if at == 0 {
+            self.is_ending = true;
             world.hold_disk(false);
             world.fill_disk(false);
             self.is_held = false;
@@ -591,8 +691,13 @@ impl Scenario for Lasting {
             }
         }
         let rows = world.rows();
-        if !rows.calls.is_empty() || !rows.answers.is_empty() {
-            let (calls, answers) = (rows.calls.len(), rows.answers.len());
+        let calls = rows
+            .calls
+            .values()
+            .filter(|row| row.death.is_none())
+            .count();
+        let answers = rows.answers.len();
+        if calls > 0 || answers > 0 {
             return Err(format!(
                 "{calls} calls and {answers} answers are left on disk"
             ));

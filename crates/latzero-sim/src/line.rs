@@ -99,7 +99,11 @@ pub enum Event {
         json: Vec<u8>,
         /// The frame's raw bytes.
         attachment: Option<Vec<u8>>,
+        /// When it came, where it waited in its session.
+        came: Option<Time>,
     },
+    /// The frame waits in its session, and is handled later.
+    Held(Peer),
     /// The server took bytes that are no frame.
     Rejecting(Peer),
     /// The frame has been handled.

@@ -391,7 +391,11 @@ impl Shown {
                 Event::DiskFull(true) => "the disk is full".into(),
                 Event::DiskFull(false) => "the disk has room again".into(),
                 Event::Restarted(_) => "the server restarts".into(),
-                Event::Now(_) | Event::Handled(_) | Event::Refused(_) | Event::Counted(_) => {
+                Event::Now(_)
+                | Event::Handled(_)
+                | Event::Held(_)
+                | Event::Refused(_)
+                | Event::Counted(_) => {
                     continue;
                 }
             };

@@ -190,6 +190,7 @@ impl World {
 
     /// Hands bytes of a client to the server, which handles every whole frame that it has by now.
     pub fn feed(&mut self, peer: Peer, bytes: &[u8]) {
+        self.go_on(peer);
         if !self.is_open(peer) {
             return;
         }
@@ -232,30 +233,20 @@ impl World {
         let (flow, used) = match decoded {
             Ok(None) => (Flow::Continue, None),
             Ok(Some((frame, used))) => {
-                self.observer.note(Event::Handling {
-                    peer,
-                    json: frame.json.to_vec(),
-                    attachment: frame.attachment.map(<[u8]>::to_vec),
+                self.note_handling(peer, frame, None);
+                let held = session.held_bytes();
+                let flow = session.handle(frame, &mut self.turn());
+                let is_held = session.held_bytes() > held;
+                let flow = self.write_beside(peer, &mut session, flow);
+                self.observer.note(match is_held {
+                    true => Event::Held(peer),
+                    false => Event::Handled(peer),
                 });
-                let mut flow = session.handle(frame, &mut self.turn());
-                while let Some((promised, went_well)) = self.store.write_next() {
-                    let Some(promised) = promised else {
-                        continue;
-                    };
-                    flow = if promised == peer {
-                        session.kept(kept(went_well), &mut self.turn())
-                    } else {
-                        self.tell_kept(promised, went_well);
-                        self.woken.push(promised);
-                        flow
-                    };
-                }
-                self.observer.note(Event::Handled(peer));
                 (flow, Some(used))
             }
             Err(error) => {
                 self.observer.note(Event::Rejecting(peer));
-                (session.reject(&error.into(), &mut self.turn()), None)
+                (session.reject_frame(error, &mut self.turn()), error.skips())
             }
         };
         self.connections[peer.0 as usize].session = Some(session);
@@ -263,6 +254,53 @@ impl World {
             self.close(peer);
         }
         used
+    }
+
+    fn note_handling(&mut self, peer: Peer, frame: Frame<'_>, came: Option<Time>) {
+        self.observer.note(Event::Handling {
+            peer,
+            json: frame.json.to_vec(),
+            attachment: frame.attachment.map(<[u8]>::to_vec),
+            came,
+        });
+    }
+
+    /// Writes what can be written while a session handles a message.
+    fn write_beside(&mut self, peer: Peer, session: &mut Session<World>, flow: Flow) -> Flow {
+        let mut flow = flow;
+        while let Some((promised, went_well)) = self.store.write_next() {
+            let Some(promised) = promised else {
+                continue;
+            };
+            if promised == peer {
+                flow = session.kept(kept(went_well), &mut self.turn());
+            } else {
+                self.tell_kept(promised, went_well);
+            }
+            self.woken.push(promised);
+        }
+        flow
+    }
+
+    /// Has a session handle what waited in it.
+    fn go_on(&mut self, peer: Peer) {
+        while self.is_open(peer)
+            && let Some(mut session) = self.connections[peer.0 as usize].session.take()
+        {
+            let waiting = session.next_waiting(&self.turn());
+            let Some(waiting) = waiting else {
+                self.connections[peer.0 as usize].session = Some(session);
+                return;
+            };
+            self.note_handling(peer, waiting.frame(), Some(waiting.came()));
+            let flow = session.handle_waiting(&waiting, &mut self.turn());
+            let flow = self.write_beside(peer, &mut session, flow);
+            self.observer.note(Event::Handled(peer));
+            self.connections[peer.0 as usize].session = Some(session);
+            if flow == Flow::Close {
+                self.close(peer);
+            }
+        }
     }
 
     /// Tells a session whether what it was promised is on disk.
@@ -338,9 +376,11 @@ impl World {
     /// others.
     fn reap(&mut self) {
         loop {
+            for line in std::mem::take(&mut self.effects.resumed) {
+                self.go_on(line.id);
+            }
             let tally = std::mem::take(&mut self.effects.tally);
             self.observer.count(tally);
-            self.effects.resumed.clear();
             self.effects.appended = 0;
             for line in std::mem::take(&mut self.effects.touched) {
                 self.write(line.id, 0);
@@ -721,6 +761,15 @@ impl World {
         registry.pools().map(|(name, _)| name.to_string()).collect()
     }
 
+    /// A pool in numbers.
+    #[must_use]
+    pub fn pool_stats(&self, name: &str) -> Option<latzero_fabric::pool::PoolStats> {
+        let registry = self.registry.borrow();
+        let mut pools = registry.pools();
+        let (_, pool) = pools.find(|(known, _)| known.as_str() == name)?;
+        Some(pool.borrow().stats())
+    }
+
     /// Checks the invariants of the registry, of every pool touched since the last check, and of the outboxes.
     ///
     /// # Panics
@@ -790,7 +839,9 @@ impl World {
     pub fn check_ledger(&self) {
         let all = self.site.books.all();
         let connections = || self.connections.iter();
-        let inbound: u64 = connections().map(|c| c.inbound.amount()).sum();
+        let waiting = |c: &Connection| c.session.as_ref().map_or(0, Session::held_bytes);
+        let inbound = |c: &Connection| c.inbound.amount() + waiting(c) as u64;
+        let inbound: u64 = connections().map(inbound).sum();
         assert_eq!(all.used(Resource::Inbound), inbound, "unfinished frames");
         // Frames that several outboxes share are counted apart.
         let outbox: u64 = connections().map(|c| c.line.link().held()).sum();
@@ -806,7 +857,7 @@ impl World {
         let (mut parked, mut bytes, mut repeats, mut redelivery) = (0, 0, 0, 0);
         for (_, pool) in registry.pools() {
             let stats = pool.borrow().stats();
-            parked += (stats.parked_calls + stats.parked_answers) as u64;
+            parked += stats.parked.total() as u64;
             bytes += stats.parked_bytes;
             repeats += stats.repeats_bytes;
             redelivery += stats.redelivery_bytes;

@@ -48,6 +48,8 @@ fn changes() -> Vec<Change> {
             expires: 4_000_000_000_000,
             attempt: 1,
             parked: 1_700_000_000_000,
+            died: None,
+            cause: None,
         })
     };
     vec![

@@ -197,5 +197,7 @@ fn call(number: u64) -> CallRow {
         expires: 4_000_000_000_000,
         attempt: 0,
         parked: 1_700_000_000_000,
+        died: None,
+        cause: None,
     }
 }

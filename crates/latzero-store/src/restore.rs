@@ -143,7 +143,7 @@ pub(crate) fn switch(place: &Place, why: &str, faults: &Faults) -> Result<Vec<Pa
 }
 
 /// The schema in which databases say whose AppIDs are.
-const BINDINGS_SINCE: i64 = 3;
+const BINDINGS_SINCE: i64 = 4;
 
 /// The database that was decided for.
 fn next(place: &Place) -> PathBuf {

@@ -335,6 +335,10 @@ pub struct CallRow {
     pub attempt: u32,
     /// When it was parked, unix ms.
     pub parked: i64,
+    /// When its last attempt failed, unix ms.
+    pub died: Option<i64>,
+    /// Why.
+    pub cause: Option<String>,
 }
 
 impl Record for CallRow {
@@ -353,6 +357,8 @@ impl Record for CallRow {
         "expires",
         "attempt",
         "parked",
+        "died",
+        "cause",
     ];
 
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
@@ -369,6 +375,8 @@ impl Record for CallRow {
             expires: row.get(9)?,
             attempt: row.get(10)?,
             parked: row.get(11)?,
+            died: row.get(12)?,
+            cause: row.get(13)?,
         })
     }
 
@@ -386,6 +394,8 @@ impl Record for CallRow {
             self.expires,
             self.attempt,
             self.parked,
+            self.died,
+            &self.cause,
         ))
     }
 }

@@ -1003,6 +1003,8 @@ fn spoil(site: &Site) {
             expires: i64::MAX,
             attempt: 0,
             parked: 1,
+            died: None,
+            cause: None,
         })
     };
     for change in [

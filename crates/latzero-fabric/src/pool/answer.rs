@@ -34,7 +34,7 @@ impl Answered {
 
     pub(super) fn refused(refusal: &Refusal) -> Answered {
         let error = serde_json::json!({
-            "code": refusal.code.as_str(), "message": refusal.message, "ran": refusal.code.ran().as_str(),
+            "code": refusal.code.as_str(), "message": refusal.message, "ran": refusal.ran().as_str(),
         });
         Answered {
             status: Status::Error,

@@ -147,6 +147,10 @@ impl Calls {
         self.count_out(counted);
     }
 
+    pub(super) fn at(&self, key: Key<Call>) -> Option<&Call> {
+        self.calls.at(key)
+    }
+
     #[inline]
     pub(super) fn at_mut(&mut self, key: Key<Call>) -> Option<&mut Call> {
         self.calls.at_mut(key)

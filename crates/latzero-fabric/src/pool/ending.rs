@@ -52,7 +52,8 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<(), Refusal> {
         let key = Key::new(id.slot, id.generation);
-        let Some(call) = self.calls.at_mut(key) else {
+        let call = self.calls.at_mut(key).filter(|_| id.epoch == self.epoch);
+        let Some(call) = call else {
             turn.count(Count::LateResponse);
             return Ok(());
         };
@@ -188,6 +189,7 @@ impl<D: Driver> Pool<D> {
         let Some(key) = self.calls.find(caller, id) else {
             return false;
         };
+        let call_id = self.call_id(key);
         let call = self.calls.at_mut(key).expect("just found");
         let Some(credit) = &mut call.credit else {
             return true;
@@ -195,11 +197,6 @@ impl<D: Driver> Pool<D> {
         *credit = credit
             .saturating_add(count)
             .min(latzero_protocol::limits::WINDOW_MAX);
-        let call_id = CallId {
-            pool: self.number,
-            slot: key.slot,
-            generation: key.generation,
-        };
         if let Some(member) = self.members.at(call.member) {
             turn.send(&member.peer, Class::Control, 64, |out| {
                 encode::ack(out, call_id, count)
@@ -215,18 +212,14 @@ impl<D: Driver> Pool<D> {
         let Some(mut call) = self.calls.remove(key) else {
             return;
         };
-        self.parked.note_room(now);
         if let Some(handler) = self.handlers.at_mut(call.handler) {
             handler.in_flight -= 1;
+            self.parked.note_room(&handler.process);
         }
         if let Some(uses) = &call.blocks {
             self.take_back(call.member, uses, turn);
         }
-        let call_id = CallId {
-            pool: self.number,
-            slot: key.slot,
-            generation: key.generation,
-        };
+        let call_id = self.call_id(key);
         if let Some(handler) = self.members.at_mut(call.member) {
             handler.serving -= 1;
             let reason = match how {
@@ -280,12 +273,7 @@ impl<D: Driver> Pool<D> {
             failed,
         };
         if call.caller == NOBODY {
-            let handler = self.members.at(call.member);
-            turn.call_ended(
-                None,
-                &handler.expect("it leaves after its calls ended").peer,
-                end,
-            );
+            turn.call_ended(None, end);
             let Some(lasting) = call.lasting.take() else {
                 // Its caller went; a repeat may ask for the answer until it is clear that none comes.
                 if let Some(repeat) = call.repeat {
@@ -294,7 +282,12 @@ impl<D: Driver> Pool<D> {
                 return;
             };
             match (lasting.number, &refusal) {
-                (Some(_), Some(_)) if is_orphan => self.orphan(NOBODY, None, lasting),
+                (Some(_), Some(_)) if is_orphan => {
+                    self.orphan((NOBODY, None), lasting, call.member)
+                }
+                (Some(number), Some(_)) if matches!(how, End::TimedOut) => {
+                    self.parked_too_late(number, turn);
+                }
                 (Some(number), Some(refusal)) => self.parked_refused(number, refusal, turn),
                 (None, Some(_)) => self.drop_repeats_of(&lasting, turn),
                 _ => {}
@@ -315,9 +308,9 @@ impl<D: Driver> Pool<D> {
             // The caller counts the items of all attempts together.
             lasting.window = call.credit;
             let peer = caller.peer.clone();
-            let handler = self.members.at(call.member);
-            turn.call_ended(Some(&peer), &handler.expect("it is leaving").peer, end);
-            self.orphan(call.caller, call.id.as_deref().map(Into::into), lasting);
+            turn.call_ended(Some(&peer), end);
+            let id = call.id.as_deref().map(Into::into);
+            self.orphan((call.caller, id), lasting, call.member);
             return;
         }
         if let (Some(refusal), Some(id)) = (&refusal, &call.id) {
@@ -332,11 +325,7 @@ impl<D: Driver> Pool<D> {
             );
         }
         let caller = caller.peer.clone();
-        let handler = self
-            .members
-            .at(call.member)
-            .map_or_else(|| caller.clone(), |m| m.peer.clone());
-        turn.call_ended(Some(&caller), &handler, end);
+        turn.call_ended(Some(&caller), end);
     }
 
     pub(super) fn end_calls_of(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) {
@@ -367,20 +356,19 @@ impl<D: Driver> Pool<D> {
     pub(super) fn detach(&mut self, key: Key<Call>, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let call = self.calls.at_mut(key).expect("its caller found it");
-        let (started, caller, handler) = (call.started, call.caller, call.member);
+        let (started, caller) = (call.started, call.caller);
         self.calls.detach(key);
         let member = self.members.at_mut(caller).expect("it is leaving");
         member.calling -= 1;
         let peer = member.peer.clone();
-        let handler = self.members.at(handler).expect("it serves");
         let end = CallEnd {
             started,
             ended: now,
             code: Some(Code::Cancelled),
             failed: false,
         };
-        turn.call_ended(Some(&peer), &handler.peer, end);
-        turn.call_started(None, &handler.peer);
+        turn.call_ended(Some(&peer), end);
+        turn.call_started(None);
     }
 }
 

@@ -1,51 +1,60 @@
-//! Calls that outlive a connection: parked until a handler appears, given to the next one when the first one dies, and
-//! their answers kept until the caller is back.
+//! Calls that outlive a connection: a small job queue.
 //!
-//! A parked call is no longer its caller's connection's: it has a number, a row on disk, and a caller by name. It is
-//! delivered in the order of the numbers, to the handler's side like any other call. What ends it (an answer, its
-//! deadline, a cancel) is told to the caller if an instance of it is in the pool, and else kept for it.
+//! A call is parked where no handler can take it now. It has a number, a row on disk, and a caller
+//! by name instead of a connection. It is delivered at least once: its row goes when it is over, so
+//! that a server that is killed in between gives it out again, and the attempt's number in the
+//! message tells a handler that this may be so.
 //!
-//! A row goes when the call is over, not when it is delivered: a server that is killed in between gives the call out
-//! again. The attempt's number in the message tells a handler that this may be so.
+//! Callers take turns ([`turns`]). A call whose handler dies pauses before it is given out again,
+//! longer each time, behind what waits; after its last attempt it is dead: kept for whoever looks
+//! for the fault ([`attempts`]). What ends a call (an answer, its deadline, a cancel) is told to its
+//! caller if an instance of it is in the pool, and else kept for it ([`answers`]).
 
 mod answers;
+mod attempts;
+mod giving;
 mod lasting;
-mod orphans;
+mod listing;
+mod turns;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hashbrown::HashMap;
 use latzero_protocol::message::Trigger;
-use latzero_protocol::{AppId, Code, Refusal, TriggerName};
+use latzero_protocol::{AppId, Code, Ran, Refusal, TriggerName};
 
 use super::answer::Answered;
 use super::calls::Call;
 use super::ending::End;
 use super::repeats::{scoped, scoped_key};
-use super::{CallError, Caller, MemberKey, NOBODY, Pool};
+use super::{CallError, MemberKey, NOBODY, Pool};
 use crate::books::{Account, Full, Hold, Resource};
 use crate::driver::{Driver, Peer};
-use crate::keep::{CallRow, Change};
+use crate::keep::{CallRow, Change, Death};
 use crate::now::Time;
 use crate::slab::Key;
 use crate::turn::Turn;
 use answers::KeptAnswers;
+use attempts::Orphan;
+use giving::Stall;
 use lasting::split_envelope;
 pub(super) use lasting::{Lasting, bytes};
+pub use listing::ParkedCounts;
+use turns::{Lines, Waiting};
 
-/// Parked calls that are given out at once; the rest follows when the driver calls again.
+/// Parked calls, or answers, that are passed on at once; the rest follows when the driver calls
+/// again.
 const GIVEN_AT_ONCE_MAX: usize = 256;
-
-/// After how long parked calls are offered again to handlers that were busy, in milliseconds: a call that ends has it happen
-/// at once.
-const GIVE_AGAIN_MS: u64 = 1000;
 
 /// The place of a parked call, and of its answer, in the books.
 struct Held {
     bytes: Hold,
     _count: Hold,
 }
+
+/// About how many bytes the answer to a dead call takes.
+const SMALL_BYTES: usize = 512;
 
 impl Held {
     /// Reserves room for a call.
@@ -54,6 +63,11 @@ impl Held {
             _count: account.reserve(Resource::ParkedCalls, 1)?,
             bytes: account.reserve(Resource::Parked, bytes as u64)?,
         })
+    }
+
+    /// Room in the same account for a short answer, whatever the limits are.
+    fn small(&self) -> Held {
+        Held::restored(self.bytes.account(), SMALL_BYTES)
     }
 
     /// Room for what an earlier run kept, whatever the limits are now.
@@ -70,55 +84,173 @@ impl Held {
     }
 }
 
+/// What a parked call is doing.
+enum State {
+    /// It waits for a handler.
+    Waiting(Box<Lasting>),
+    /// It waits until it may wait for a handler again: the one before died.
+    Paused(Box<Lasting>, Time),
+    /// A handler has it.
+    Given(Key<Call>),
+    /// Every attempt failed. Its caller knows.
+    Dead(Box<Lasting>),
+}
+
+/// A parked call that is between two states.
+const NO_CALL: Key<Call> = Key::new(u32::MAX, u32::MAX);
+
 /// A parked call's place among the others.
 struct Parked {
-    /// Absent while a handler has it.
-    waiting: Option<Box<Lasting>>,
-    /// Where it is while a handler has it.
-    given: Option<Key<Call>>,
+    state: State,
     process: TriggerName,
+    destination: Option<AppId>,
     caller: AppId,
+    /// The user of its caller, for its turns.
+    user: u64,
     /// Who called: it is told first, if it is still there.
     from: MemberKey,
     /// Empty where the caller wants no answer.
     id: Box<str>,
+    /// Where it stands among its caller's calls: its number, until an attempt fails.
+    rank: u64,
     deadline: Time,
     held: Held,
     attempt: u32,
+    attempts: u32,
+    /// Why the last attempt failed.
+    cause: Option<Box<str>>,
     idempotency_key: Option<Box<str>>,
+    /// When it was parked and when its time is over, in milliseconds since the Unix epoch.
+    parked_ms: u64,
+    expires_ms: u64,
+}
+
+impl Parked {
+    fn is_dead(&self) -> bool {
+        matches!(self.state, State::Dead(_))
+    }
+
+    /// Whether no attempt is left.
+    fn is_last_attempt(&self) -> bool {
+        self.attempt >= self.attempts
+    }
+
+    fn lasting(&self) -> Option<&Lasting> {
+        match &self.state {
+            State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
+                Some(lasting)
+            }
+            State::Given(_) => None,
+        }
+    }
+
+    /// Takes the call out, to enter another state.
+    fn take(&mut self) -> Option<Box<Lasting>> {
+        match std::mem::replace(&mut self.state, State::Given(NO_CALL)) {
+            State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
+                Some(lasting)
+            }
+            State::Given(key) => {
+                self.state = State::Given(key);
+                None
+            }
+        }
+    }
+
+    fn waiting(&self, number: u64) -> Waiting {
+        Waiting {
+            user: self.user,
+            app: self.caller.clone(),
+            place: (self.rank, number),
+        }
+    }
+
+    /// Whether a handler may have run it: it was given out, or an earlier run of the server may have
+    /// died before it wrote that down.
+    fn ran(&self) -> Ran {
+        if self.attempt == 0 && self.from != NOBODY {
+            Ran::No
+        } else {
+            Ran::Unknown
+        }
+    }
+
+    /// Its time was over before it had an answer.
+    fn too_late(&self) -> Refusal {
+        let message = match (self.attempt, &self.cause) {
+            (0, _) => "no handler took the call within its ttl".to_owned(),
+            (n, Some(cause)) => {
+                format!("no answer within the call's ttl; attempt {n} failed: {cause}")
+            }
+            (_, None) => "the handler did not answer within the call's ttl".to_owned(),
+        };
+        Refusal::new(Code::Timeout, message).with_ran(self.ran())
+    }
+
+    fn row(&self, number: u64, pool: &latzero_protocol::PoolName, lasting: &Lasting) -> CallRow {
+        let key = self.idempotency_key.as_deref();
+        CallRow {
+            number,
+            pool: pool.clone(),
+            process: self.process.to_string(),
+            destination: self.destination.as_ref().map(ToString::to_string),
+            caller: self.caller.clone(),
+            id: self.id.to_string(),
+            envelope: format!(
+                "{{\"instance\":\"{}\",\"call\":{}}}",
+                lasting.instance, lasting.message
+            ),
+            attachment: lasting.attachment.as_deref().map(Into::into),
+            idempotency_key: key.map(|key| super::repeats::unscoped(key).into()),
+            expires: self.expires_ms,
+            attempt: self.attempt,
+            parked: self.parked_ms,
+            death: None,
+        }
+    }
 }
 
 /// What a pool keeps of calls that outlive a connection.
 #[derive(Default)]
 pub(super) struct ParkedCalls {
     calls: BTreeMap<u64, Parked>,
-    /// Waiting calls by trigger, in order.
-    by_process: HashMap<TriggerName, BTreeSet<u64>>,
+    /// Calls that wait for a handler, by trigger.
+    lines: HashMap<TriggerName, Lines>,
+    /// When calls that pause go on.
+    pauses: BTreeSet<(Time, u64)>,
+    /// Dead calls, the oldest first.
+    dead: BTreeSet<(Time, u64)>,
     by_id: HashMap<(AppId, Box<str>), u64>,
     answers: KeptAnswers,
     /// When the time of a call is over.
     deadlines: BTreeSet<(Time, u64)>,
-    /// There is more to give out than was given at once: at the next timeout.
-    pub(super) goes_on: Option<Time>,
-    /// Triggers whose handlers took no more, though calls wait; and behind which number those stand.
-    stalled: BTreeMap<TriggerName, u64>,
-    /// Calls whose handler died, to be given to another once it has left; and the triggers of those that are parked.
-    orphans: Vec<(MemberKey, Option<Box<str>>, Box<Lasting>)>,
-    orphaned: Vec<TriggerName>,
+    /// The greatest number of a call that was parked here.
+    newest: u64,
+    /// There is more to give out, or it is to be tried again.
+    goes_on: Option<Time>,
+    /// Triggers whose calls could not all be given out.
+    stalled: BTreeMap<TriggerName, Stall>,
+    /// Triggers whose handlers may take more.
+    room: BTreeSet<TriggerName>,
+    /// Calls whose handler is leaving.
+    orphans: Vec<Orphan>,
 }
 
 impl ParkedCalls {
-    /// A handler may have room again.
-    pub(super) fn note_room(&mut self, now: Time) {
-        if !self.stalled.is_empty() {
-            self.goes_on = Some(soon(now));
+    /// The handlers of a trigger may take more: at the end of this step.
+    pub(super) fn note_room(&mut self, process: &TriggerName) {
+        if self.lines.contains_key(process) {
+            self.room.insert(process.clone());
         }
     }
 
     pub(super) fn next_deadline(&self) -> Option<Time> {
-        let first = self.deadlines.first().map(|(at, _)| *at);
+        let first = |times: &BTreeSet<(Time, u64)>| times.first().map(|(at, _)| *at);
+        let calls = first(&self.deadlines)
+            .into_iter()
+            .chain(first(&self.pauses));
         let others = self.goes_on.into_iter().chain(self.answers.next_deadline());
-        first.into_iter().chain(others).min()
+        calls.chain(others).min()
     }
 
     /// Bytes of calls and answers.
@@ -127,16 +259,18 @@ impl ParkedCalls {
         calls.sum::<u64>() + self.answers.bytes()
     }
 
-    pub(super) fn counts(&self) -> (usize, usize) {
-        (self.calls.len(), self.answers.len())
+    /// Whether calls like this one wait already: a later one must not overtake them.
+    pub(super) fn waits_for(&self, process: &str, destination: Option<&str>) -> bool {
+        let lines = self.lines.get(process);
+        lines.is_some_and(|lines| lines.has(destination))
     }
 
-    /// Whether calls of this trigger wait already: a later one must not overtake them.
-    pub(super) fn waits_for(&self, process: &str) -> bool {
-        !self.by_process.is_empty() && self.by_process.contains_key(process)
+    /// Whether an app's id belongs to a parked call, or to an answer that waits for it.
+    pub(super) fn uses(&self, app: &AppId, id: &str) -> bool {
+        self.find(app, id).is_some() || self.answers.uses(app, id)
     }
 
-    fn find(&self, caller: &AppId, id: &str) -> Option<u64> {
+    pub(super) fn find(&self, caller: &AppId, id: &str) -> Option<u64> {
         if self.by_id.is_empty() {
             return None;
         }
@@ -144,62 +278,100 @@ impl ParkedCalls {
     }
 
     fn insert(&mut self, number: u64, parked: Parked) {
+        self.newest = self.newest.max(number);
         self.deadlines.insert((parked.deadline, number));
-        if parked.waiting.is_some() {
-            self.await_handler(number, &parked.process);
-        }
-        if !parked.id.is_empty() {
+        if !parked.id.is_empty() && !parked.is_dead() {
             self.by_id
                 .insert((parked.caller.clone(), parked.id.clone()), number);
         }
+        self.link(number, &parked);
         self.calls.insert(number, parked);
-    }
-
-    fn await_handler(&mut self, number: u64, process: &TriggerName) {
-        self.by_process
-            .entry(process.clone())
-            .or_default()
-            .insert(number);
-    }
-
-    fn await_no_handler(&mut self, number: u64, process: &str) {
-        if let Some(numbers) = self.by_process.get_mut(process) {
-            numbers.remove(&number);
-            if numbers.is_empty() {
-                self.by_process.remove(process);
-            }
-        }
     }
 
     fn remove(&mut self, number: u64) -> Option<Parked> {
         let parked = self.calls.remove(&number)?;
+        self.unlink(number, &parked);
         self.deadlines.remove(&(parked.deadline, number));
-        self.await_no_handler(number, parked.process.as_str());
-        if !parked.id.is_empty() {
-            self.by_id
-                .remove(&(parked.caller.clone(), parked.id.clone()));
-        }
+        self.free_id(&parked);
         Some(parked)
     }
 
+    fn free_id(&mut self, parked: &Parked) {
+        if !parked.id.is_empty() && !parked.is_dead() {
+            self.by_id
+                .remove(&(parked.caller.clone(), parked.id.clone()));
+        }
+    }
+
+    /// Enters a call where its state has it looked for.
+    fn link(&mut self, number: u64, parked: &Parked) {
+        match &parked.state {
+            State::Waiting(_) => {
+                let lines = self.lines.entry(parked.process.clone()).or_default();
+                lines.insert(parked.destination.as_ref(), &parked.waiting(number));
+            }
+            State::Paused(_, until) => {
+                self.pauses.insert((*until, number));
+            }
+            State::Dead(_) => {
+                self.dead.insert((parked.deadline, number));
+            }
+            State::Given(_) => {}
+        }
+    }
+
+    fn unlink(&mut self, number: u64, parked: &Parked) {
+        match &parked.state {
+            State::Waiting(_) => {
+                if let Some(lines) = self.lines.get_mut(&parked.process) {
+                    lines.remove(parked.destination.as_ref(), &parked.waiting(number));
+                    if lines.len() == 0 {
+                        self.lines.remove(&parked.process);
+                    }
+                }
+            }
+            State::Paused(_, until) => {
+                self.pauses.remove(&(*until, number));
+            }
+            State::Dead(_) => {
+                self.dead.remove(&(parked.deadline, number));
+            }
+            State::Given(_) => {}
+        }
+    }
+
+    /// Changes a call, its state perhaps with it.
+    fn change<R>(&mut self, number: u64, change: impl FnOnce(&mut Parked) -> R) -> Option<R> {
+        let mut parked = self.calls.remove(&number)?;
+        self.unlink(number, &parked);
+        let result = change(&mut parked);
+        self.link(number, &parked);
+        self.calls.insert(number, parked);
+        Some(result)
+    }
+
     pub(super) fn check(&self) {
+        let count = |is: fn(&State) -> bool| self.calls.values().filter(|p| is(&p.state)).count();
         for (number, parked) in &self.calls {
-            assert!(parked.waiting.is_some() != parked.given.is_some());
             assert!(self.deadlines.contains(&(parked.deadline, *number)));
-            let waits = self
-                .by_process
-                .get(&parked.process)
-                .is_some_and(|numbers| numbers.contains(number));
-            assert_eq!(waits, parked.waiting.is_some());
+            assert!(!matches!(parked.state, State::Given(key) if key == NO_CALL));
+            if !parked.is_dead() && !parked.id.is_empty() {
+                assert_eq!(self.find(&parked.caller, &parked.id), Some(*number));
+            }
         }
         assert_eq!(self.deadlines.len(), self.calls.len());
         self.answers.check();
-        let waiting: usize = self.by_process.values().map(BTreeSet::len).sum();
-        let without = self.calls.values().filter(|p| p.waiting.is_some()).count();
-        assert_eq!(waiting, without);
+        let waiting: usize = self.lines.values().map(Lines::len).sum();
+        assert_eq!(waiting, count(|state| matches!(state, State::Waiting(_))));
+        let paused = count(|state| matches!(state, State::Paused(..)));
+        assert_eq!(self.pauses.len(), paused);
+        assert_eq!(
+            self.dead.len(),
+            count(|state| matches!(state, State::Dead(_)))
+        );
         assert!(
-            self.orphans.is_empty() && self.orphaned.is_empty(),
-            "nobody sees to them any more"
+            self.orphans.is_empty() && self.room.is_empty(),
+            "nobody looks after them any more"
         );
     }
 }
@@ -217,58 +389,47 @@ impl<D: Driver> Pool<D> {
         let unix_ms = turn.unix_ms();
         let process = TriggerName::new(&trigger.process).map_err(Refusal::from)?;
         self.check_outlives("a parked call")?;
-        if let Some(destination) = &trigger.destination {
-            AppId::check(&destination.app_id).map_err(Refusal::from)?;
-            if destination.instance.is_some() {
-                let message = "a parked call waits for an app, not for one instance of it: instances do not come back";
-                return Err(Refusal::new(Code::BadMessage, message).into());
-            }
+        let named = trigger.destination.as_ref();
+        if named.is_some_and(|destination| destination.instance.is_some()) {
+            let message = "a parked call waits for an app, not for one instance of it: instances \
+                           do not come back";
+            return Err(Refusal::new(Code::BadMessage, message).into());
         }
         if trigger.window.is_some() {
             let message = "a parked call has one answer: leave 'window' out";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
         let member = self.members.at(caller).expect("its caller found it");
-        let app = member.app.clone();
-        let from_instance = member.instance;
+        let (app, instance) = (&member.app, member.instance);
         let deadline = now.after_ms(trigger.ttl_ms);
         let account = Arc::clone(member.peer.link().account());
         let held = Held::new(&account, lasting::bytes(trigger)).map_err(Refusal::from)?;
-        let mut lasting = Lasting::new((&app, from_instance), deadline, trigger, None);
+        let mut lasting = Lasting::new((app, instance), deadline, trigger, None);
         let number = turn.next_number();
         lasting.number = Some(number);
         lasting.attempt = 0;
-        let row = CallRow {
-            number,
-            pool: self.name.clone(),
-            process: process.to_string(),
-            destination: trigger.destination.as_ref().map(|d| d.app_id.to_string()),
-            caller: app.clone(),
-            id: trigger.id.as_deref().unwrap_or_default().to_owned(),
-            envelope: format!(
-                "{{\"instance\":\"{}\",\"call\":{}}}",
-                from_instance, lasting.message
-            ),
-            attachment: lasting.attachment.as_deref().map(Into::into),
-            idempotency_key: trigger.idempotency_key.as_deref().map(Into::into),
-            expires: unix_ms + trigger.ttl_ms,
-            attempt: 0,
-            parked: unix_ms,
-        };
-        turn.keep(Change::Call(Box::new(row)), promise);
-        turn.count_held(&self.name, self.number, 1);
-        let parked = Parked {
-            waiting: Some(lasting),
-            given: None,
+        let mut parked = Parked {
+            state: State::Given(NO_CALL),
             process,
-            caller: app,
+            destination: destination(trigger)?,
+            caller: app.clone(),
+            user: member.user,
             from: caller,
             id: trigger.id.as_deref().unwrap_or_default().into(),
+            rank: number,
             deadline,
             held,
             attempt: 0,
+            attempts: trigger.attempts,
+            cause: None,
             idempotency_key: scoped_key(trigger),
+            parked_ms: unix_ms,
+            expires_ms: unix_ms.saturating_add(trigger.ttl_ms),
         };
+        let row = parked.row(number, &self.name, &lasting);
+        parked.state = State::Waiting(lasting);
+        turn.keep(Change::Call(Box::new(row)), promise);
+        turn.count_held(&self.name, self.number, 1);
         self.parked.insert(number, parked);
         Ok(number)
     }
@@ -281,8 +442,8 @@ impl<D: Driver> Pool<D> {
 
     /// A call could not be written down: it is as if it had not been parked, unless a handler has it by now.
     pub fn unpark(&mut self, number: u64, turn: &mut Turn<'_, D>) -> bool {
-        let waits = self.parked.calls.get(&number);
-        if waits.is_none_or(|parked| parked.waiting.is_none()) {
+        let parked = self.parked.calls.get(&number);
+        if parked.is_none_or(|parked| parked.attempt > 0) {
             return false;
         }
         if let Some(parked) = self.forget_parked(number, turn)
@@ -293,7 +454,7 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Takes in a call that an earlier run parked; false where its row makes no sense.
+    /// Takes in a call that an earlier run parked; false where the stored row is invalid.
     pub fn restore_call(
         &mut self,
         row: &CallRow,
@@ -301,14 +462,19 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> bool {
         let now = turn.time();
-        let unix_ms = turn.unix_ms();
         let Some((instance, message)) = split_envelope(&row.envelope) else {
             return false;
         };
-        let Ok(process) = TriggerName::new(&row.process) else {
+        let (Ok(process), Ok(destination)) = (
+            TriggerName::new(&row.process),
+            row.destination.as_deref().map(AppId::new).transpose(),
+        ) else {
             return false;
         };
-        let deadline = now.after_ms(row.expires.saturating_sub(unix_ms));
+        // Never longer than was asked for, whatever the clock says now.
+        let longest = row.expires.saturating_sub(row.death_or_parked());
+        let left = row.expires.saturating_sub(turn.unix_ms()).min(longest);
+        let deadline = now.after_ms(left);
         let mut lasting = Box::new(Lasting {
             message: message.into(),
             attachment: row.attachment.as_deref().map(Into::into),
@@ -316,6 +482,7 @@ impl<D: Driver> Pool<D> {
             instance,
             deadline,
             attempt: row.attempt,
+            attempts: 0,
             window: None,
             redeliver: false,
             may_park: true,
@@ -323,26 +490,43 @@ impl<D: Driver> Pool<D> {
             number: Some(row.number),
             held: None,
         });
-        let Some(redeliver) = lasting.read(|trigger| trigger.redeliver) else {
+        let read = lasting.read(|trigger| (trigger.redeliver, trigger.attempts));
+        let Some((redeliver, attempts)) = read else {
             return false;
         };
-        lasting.redeliver = redeliver;
+        (lasting.redeliver, lasting.attempts) = (redeliver, attempts);
+        let is_last = row.attempt >= attempts;
         let held = Held::restored(account, lasting.bytes());
         turn.count_held(&self.name, self.number, 1);
+        let idempotency_key = row
+            .idempotency_key
+            .as_deref()
+            .map(|key| scoped(&row.process, row.destination.as_deref(), key));
         let parked = Parked {
-            waiting: Some(lasting),
-            given: None,
             process,
+            destination,
             caller: row.caller.clone(),
+            user: account.user().id(),
             from: NOBODY,
             id: row.id.as_str().into(),
+            rank: row.number,
             deadline,
             held,
             attempt: row.attempt,
-            idempotency_key: row
-                .idempotency_key
-                .as_deref()
-                .map(|key| scoped(&row.process, row.destination.as_deref(), key)),
+            attempts,
+            cause: match &row.death {
+                Some(death) => Some(death.cause.as_str().into()),
+                None if is_last => Some("the server ended while a handler had the call".into()),
+                None => None,
+            },
+            idempotency_key: idempotency_key.filter(|_| row.death.is_none()),
+            parked_ms: row.parked,
+            expires_ms: row.expires,
+            state: match row.death {
+                Some(_) => State::Dead(lasting),
+                None if is_last => State::Paused(lasting, now),
+                None => State::Waiting(lasting),
+            },
         };
         if let Some(key) = &parked.idempotency_key {
             self.repeats.restore(&row.caller, key, account);
@@ -355,128 +539,6 @@ impl<D: Driver> Pool<D> {
         let parked = self.parked.remove(number)?;
         turn.count_held(&self.name, self.number, -1);
         Some(parked)
-    }
-
-    /// Gives parked calls of a trigger to its handlers, in their order, as far as they take them.
-    pub(super) fn give_parked(&mut self, process: &str, turn: &mut Turn<'_, D>) {
-        self.give_parked_after(process, 0, turn);
-    }
-
-    /// Gives a call that was parked just now to a handler, if those before it wait for others: nobody is there for them, or
-    /// they would be stalled, and it stood behind them. So each that is parked is looked at once, not with all before it.
-    pub(super) fn give_newcomer(&mut self, process: &str, number: u64, turn: &mut Turn<'_, D>) {
-        if !self.parked.stalled.contains_key(process) && self.triggers.contains_key(process) {
-            self.give_parked_after(process, number - 1, turn);
-        }
-    }
-
-    /// As [`Pool::give_parked`], for those with a greater number than `after`: nobody is there for the others.
-    fn give_parked_after(&mut self, process: &str, after: u64, turn: &mut Turn<'_, D>) {
-        let now = turn.time();
-        self.parked.stalled.remove(process);
-        let Some(numbers) = self.parked.by_process.get(process) else {
-            return;
-        };
-        let numbers = numbers.range(after.saturating_add(1)..);
-        let numbers: Vec<u64> = numbers.take(GIVEN_AT_ONCE_MAX + 1).copied().collect();
-        for (seen, &number) in numbers.iter().enumerate() {
-            if seen == GIVEN_AT_ONCE_MAX {
-                // Others want the pool as well.
-                self.parked.goes_on = Some(soon(now));
-                self.stall(process, numbers[seen - 1]);
-                return;
-            }
-            let Some(parked) = self.parked.calls.get_mut(&number) else {
-                continue;
-            };
-            if parked.deadline <= now {
-                self.parked_refused(number, &too_late(), turn);
-                continue;
-            }
-            let Some(lasting) = parked.waiting.take() else {
-                continue;
-            };
-            match self.give(None, lasting, turn) {
-                Ok(key) => {
-                    let parked = self.parked.calls.get_mut(&number).expect("just found");
-                    parked.given = Some(key);
-                    parked.attempt += 1;
-                    turn.keep(Change::Attempt(number, parked.attempt), None);
-                    self.parked.await_no_handler(number, process);
-                }
-                Err((lasting, error)) => {
-                    let parked = self.parked.calls.get_mut(&number).expect("just found");
-                    parked.waiting = Some(lasting);
-                    match error {
-                        // Its destination is not here, or can't take it; the next one's may be.
-                        CallError::UnknownDestination => {}
-                        CallError::Refused(refusal)
-                            if matches!(refusal.code, Code::NoHandler | Code::TooLarge) => {}
-                        // All are busy: the order stays. A full outbox empties without a word to the pool.
-                        CallError::Refused(refusal) if refusal.code == Code::Overloaded => {
-                            self.stall(process, number - 1);
-                            let again = now.after_ms(GIVE_AGAIN_MS);
-                            let goes_on = self.parked.goes_on.map_or(again, |at| at.min(again));
-                            self.parked.goes_on = Some(goes_on);
-                            return;
-                        }
-                        CallError::Refused(refusal) => {
-                            self.parked_refused(number, &refusal, turn);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Calls of a trigger wait that may be given out later: those with a greater number than `after`.
-    fn stall(&mut self, process: &str, after: u64) {
-        if let Some((name, _)) = self.parked.by_process.get_key_value(process) {
-            self.parked.stalled.insert(name.clone(), after);
-        }
-    }
-
-    /// Goes on giving out what was left.
-    pub(super) fn give_on(&mut self, turn: &mut Turn<'_, D>) {
-        let now = turn.time();
-        if self.parked.goes_on.is_none_or(|at| at > now) {
-            return;
-        }
-        self.parked.goes_on = None;
-        for (process, after) in std::mem::take(&mut self.parked.stalled) {
-            self.give_parked_after(process.as_str(), after, turn);
-        }
-    }
-
-    /// Offers a lasting call to the handlers once more.
-    fn give(
-        &mut self,
-        caller: Option<MemberKey>,
-        mut lasting: Box<Lasting>,
-        turn: &mut Turn<'_, D>,
-    ) -> Result<Key<Call>, (Box<Lasting>, CallError)> {
-        lasting.attempt += 1;
-        let (attempt, deadline) = (lasting.attempt, lasting.deadline);
-        let app = lasting.caller.clone();
-        let from = caller.map_or(Caller::Absent(&app, lasting.instance), Caller::Member);
-        let given =
-            lasting.read(|trigger| self.route(from, trigger, (deadline, Some(attempt)), turn));
-        match given {
-            Some(Ok(key)) => {
-                let call = self.calls.at_mut(key).expect("just begun");
-                call.lasting = Some(lasting);
-                Ok(key)
-            }
-            Some(Err(error)) => {
-                lasting.attempt -= 1;
-                Err((lasting, error))
-            }
-            None => {
-                let refusal =
-                    Refusal::new(Code::Storage, "the call as it was stored makes no sense");
-                Err((lasting, refusal.into()))
-            }
-        }
     }
 
     /// Ends a parked call at its caller's wish; false where it has none of that id.
@@ -492,20 +554,31 @@ impl<D: Driver> Pool<D> {
         let Some(number) = self.parked.find(&member.app, id) else {
             return false;
         };
-        let given = self.parked.calls.get(&number).and_then(|p| p.given);
-        match given {
-            Some(key) => self.end(key, End::Cancelled, turn),
-            None => {
-                let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
-                self.parked_refused(number, &refusal, turn);
-            }
-        }
+        self.end_parked(number, turn);
         true
     }
 
-    /// Whether an app has a parked call of this id.
-    pub(super) fn has_parked(&self, app: &AppId, id: &str) -> bool {
-        self.parked.find(app, id).is_some()
+    /// Ends a parked call as cancelled.
+    fn end_parked(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        let Some(parked) = self.parked.calls.get(&number) else {
+            return;
+        };
+        match parked.state {
+            State::Given(key) => self.end(key, End::Cancelled, turn),
+            State::Dead(_) => self.bury(number, turn),
+            State::Waiting(_) | State::Paused(..) => {
+                let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
+                let refusal = refusal.with_ran(parked.ran());
+                self.parked_refused(number, &refusal, turn);
+            }
+        }
+    }
+
+    /// The time of a parked call is over.
+    pub(super) fn parked_too_late(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        if let Some(refusal) = self.parked.calls.get(&number).map(Parked::too_late) {
+            self.parked_refused(number, &refusal, turn);
+        }
     }
 
     /// Ends waits that are over, and tries what is to be tried again.
@@ -516,27 +589,31 @@ impl<D: Driver> Pool<D> {
                 break;
             }
             self.parked.deadlines.pop_first();
-            if let Some(parked) = self.parked.calls.get(&number) {
-                if parked.waiting.is_some() {
-                    self.parked_refused(number, &too_late(), turn);
-                } else if let Some(key) = parked.given {
-                    self.end(key, End::TimedOut, turn);
-                }
+            let Some(parked) = self.parked.calls.get(&number) else {
+                continue;
+            };
+            match parked.state {
+                State::Given(key) => self.end(key, End::TimedOut, turn),
+                State::Dead(_) => self.bury(number, turn),
+                State::Waiting(_) | State::Paused(..) => self.parked_too_late(number, turn),
             }
         }
+        self.end_pauses(turn);
         self.handle_answers_timeout(turn);
-        self.give_on(turn);
+        self.go_on_giving(turn);
     }
 
     /// A pool that goes takes its parked calls along; their callers are told if they are here.
     pub(super) fn close_parked(&mut self, turn: &mut Turn<'_, D>) {
         let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
-        let answer = Answered::refused(&refusal);
         let numbers: Vec<u64> = self.parked.calls.keys().copied().collect();
         for number in numbers {
             if let Some(parked) = self.forget_parked(number, turn) {
-                let whom = (&parked.caller, parked.from);
-                self.tell_answer(whom, &parked.id, &answer, turn);
+                if !parked.is_dead() {
+                    let answer = Answered::refused(&refusal.clone().with_ran(parked.ran()));
+                    let whom = (&parked.caller, parked.from);
+                    self.tell_answer(whom, &parked.id, &answer, turn);
+                }
                 if let Some(key) = &parked.idempotency_key {
                     self.repeats_dropped(&parked.caller, key, turn);
                 }
@@ -549,12 +626,13 @@ impl<D: Driver> Pool<D> {
     }
 }
 
-/// Nobody came in time.
-fn too_late() -> Refusal {
-    Refusal::new(Code::Timeout, "no handler came within the call's ttl")
+/// The app that a call names.
+fn destination(trigger: &Trigger<'_>) -> Result<Option<AppId>, Refusal> {
+    let app = trigger.destination.as_ref().map(|d| AppId::new(&d.app_id));
+    Ok(app.transpose()?)
 }
 
-/// The next moment: whoever drives the pool sees to what else is due first.
+/// The next moment: whoever drives the pool does what else is due first.
 fn soon(now: Time) -> Time {
     Time(now.0 + 1)
 }

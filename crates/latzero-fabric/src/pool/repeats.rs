@@ -37,6 +37,11 @@ pub(super) fn scoped(process: &str, destination: Option<&str>, key: &str) -> Box
     format!("{process}\n{}\n{key}", destination.unwrap_or_default()).into()
 }
 
+/// The key that [`scoped`] was given.
+pub(super) fn unscoped(scoped: &str) -> &str {
+    scoped.splitn(3, '\n').nth(2).unwrap_or_default()
+}
+
 /// As [`scoped`], of a call.
 pub(super) fn scoped_key(trigger: &Trigger<'_>) -> Option<Box<str>> {
     let key = trigger.idempotency_key.as_deref()?;
@@ -261,7 +266,7 @@ impl<D: Driver> Pool<D> {
             }
         }
         // The very call that is parked, said again by a caller that came back: it waits by itself.
-        let is_itself = id.is_some_and(|id| self.has_parked(&known.0, id));
+        let is_itself = id.is_some_and(|id| self.parked.find(&known.0, id).is_some());
         match self.repeats.known.get_mut(&known) {
             Some(Repeat::Running { .. }) if is_itself => Ok(Seen::Repeat),
             None => {

@@ -18,7 +18,7 @@ pub struct Purged {
 impl<D: Driver> Pool<D> {
     /// Ends what waits and is kept in the pool: nobody of the new epoch can open it.
     pub fn purge(&mut self, turn: &mut Turn<'_, D>) -> Purged {
-        let (parked, answers) = self.parked.counts();
+        let counts = self.parked.counts();
         self.drop_orphans(turn);
         self.close_parked(turn);
         let mut repeats = 0;
@@ -26,8 +26,8 @@ impl<D: Driver> Pool<D> {
             repeats += 1;
         }
         Purged {
-            parked,
-            answers,
+            parked: counts.waiting + counts.running + counts.dead,
+            answers: counts.answered,
             repeats,
         }
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Emit, Trigger};
-use latzero_protocol::{Body, CallId, Code, InstanceId, PoolName, Refusal, TriggerName};
+use latzero_protocol::{Body, Code, InstanceId, PoolName, Refusal, TriggerName};
 
 use super::calls::Call;
 use super::park::Lasting;
@@ -76,6 +76,11 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Option<u64>, CallError> {
         let now = turn.time();
+        if let (Some(id), Some(member)) = (&trigger.id, self.members.at(caller))
+            && self.parked.uses(&member.app, id)
+        {
+            return Err(id_in_use(id).into());
+        }
         let deadline = now.after_ms(trigger.ttl_ms);
         let from = Caller::Member(caller);
         if !trigger.park && !trigger.redeliver {
@@ -88,13 +93,9 @@ impl<D: Driver> Pool<D> {
             let message = "a call that may wait for its handler, or be given to another one, can't take blocks along";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
-        if let Some(id) = &trigger.id
-            && self.has_parked(app, id)
-        {
-            return Err(id_in_use(id).into());
-        }
         // Those that wait already come first.
-        let must_wait = trigger.park && self.parked.waits_for(&trigger.process);
+        let app_named = trigger.destination.as_ref().map(|d| &*d.app_id);
+        let must_wait = trigger.park && self.parked.waits_for(&trigger.process, app_named);
         let attempt = trigger.redeliver.then_some(1);
         let held = if trigger.redeliver && !must_wait {
             let account = Arc::clone(member.peer.link().account());
@@ -119,17 +120,21 @@ impl<D: Driver> Pool<D> {
                 Ok(None)
             }
             Err(error) => {
-                let is_nobody_there = match &error {
+                // Nobody can take it now.
+                let may_wait = match &error {
                     CallError::UnknownDestination => true,
-                    CallError::Refused(refusal) => refusal.code == Code::NoHandler,
+                    CallError::Refused(refusal) => {
+                        matches!(refusal.code, Code::NoHandler | Code::Overloaded)
+                    }
                 };
-                if !trigger.park || !is_nobody_there {
+                if !trigger.park || !may_wait {
                     return Err(error);
                 }
                 let peer = self.members.at(caller).expect("found above").peer.clone();
                 let number = self.park(caller, trigger, Some(&peer), turn)?;
-                if must_wait {
-                    self.give_newcomer(&trigger.process, number, turn);
+                if must_wait && let Some((name, _)) = self.triggers.get_key_value(&*trigger.process)
+                {
+                    self.parked.note_room(name);
                 }
                 Ok(Some(number))
             }
@@ -176,11 +181,7 @@ impl<D: Driver> Pool<D> {
         let start = pick::start(served, &mut self.prng);
         let key = self.calls.next_key();
         let delivery = encode::Delivery {
-            call: CallId {
-                pool: self.number,
-                slot: key.slot,
-                generation: key.generation,
-            },
+            call: self.call_id(key),
             process: served.name.as_str(),
             pool: self.name.as_str(),
             origin: Origin {
@@ -310,13 +311,12 @@ impl<D: Driver> Pool<D> {
             .at_mut(serving)
             .expect("a handler's member lives");
         to.serving += 1;
-        let handler_peer = to.peer.clone();
         let caller = from.member().map(|caller| {
             let member = self.members.at_mut(caller).expect("it calls");
             member.calling += 1;
             &member.peer
         });
-        turn.call_started(caller, &handler_peer);
+        turn.call_started(caller);
         Ok(key)
     }
 
@@ -513,9 +513,10 @@ impl<D: Driver> Pool<D> {
     }
 }
 
-pub(super) fn id_in_use(id: &str) -> Refusal {
+pub(crate) fn id_in_use(id: &str) -> Refusal {
     let message = format!(
-        "id '{}' is in use by another call of yours in flight",
+        "id '{}' is in use by another call of this app, in flight or parked, or by an answer \
+         that it has not fetched",
         id.escape_debug()
     );
     Refusal::new(Code::BadMessage, message)

@@ -57,7 +57,7 @@ pub struct View<'a> {
 
 impl<D: Driver> Registry<D> {
     /// Whether whoever looks may know of a pool.
-    fn shows(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+    pub(super) fn shows(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
         view.is_admin
             || (entry.sealed.is_none() && entry.admits(view.app))
             || self.is_member(entry, view)

@@ -1,6 +1,6 @@
 //! Rows as the core has them, and as the store has them.
 
-use latzero_fabric::keep::{AnswerRow, AppRow, BindingRow, CallRow, Change, PoolRow};
+use latzero_fabric::keep::{AnswerRow, AppRow, BindingRow, CallRow, Change, Death, PoolRow};
 use latzero_protocol::{AppId, PoolName, Refusal};
 
 /// The kind of a pool that goes with the server, but whose name does not.
@@ -66,6 +66,10 @@ pub(super) fn call_of(row: latzero_store::CallRow) -> Result<CallRow, Refusal> {
         expires: ms(row.expires),
         attempt: row.attempt,
         parked: ms(row.parked),
+        death: row.died.map(|at| Death {
+            at: ms(at),
+            cause: row.cause.unwrap_or_default(),
+        }),
     })
 }
 
@@ -151,6 +155,8 @@ pub(super) fn row(change: Change) -> latzero_store::Change {
             expires: time(row.expires),
             attempt: row.attempt,
             parked: time(row.parked),
+            died: row.death.as_ref().map(|death| time(death.at)),
+            cause: row.death.map(|death| death.cause),
         }),
         Change::Attempt(number, attempt) => Stored::NoteAttempt { number, attempt },
         Change::EndCall(number) => Stored::RemoveCall { number },

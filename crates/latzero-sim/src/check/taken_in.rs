@@ -112,6 +112,23 @@ impl Checker {
         );
     }
 
+    /// The message waits in its session: it is as if it had not come yet.
+    pub(super) fn held(&mut self, peer: Peer) -> Result<(), Found> {
+        let current = self.current.take().ok_or("nothing was being handled")?;
+        ensure!(
+            current.replies.is_empty() && current.errors == 0,
+            "what waits was answered"
+        );
+        let id = current.message.as_ref().and_then(|m| m.json["id"].as_str());
+        if let Some(tag) = current.call {
+            self.forget(tag);
+            if let Some(id) = id {
+                self.held.insert((peer, id.to_owned()));
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn handled(&mut self, peer: Peer) -> Result<(), Found> {
         let current = self.current.take().ok_or("nothing was being handled")?;
         ensure!(

@@ -300,6 +300,13 @@ impl Checker {
                 return Ok(());
             }
         }
+        if code == "cancelled" && self.held.remove(&(to, id.clone())) {
+            ensure!(
+                json["error"]["ran"] == "no",
+                "what waited may have run: {json}"
+            );
+            return Ok(());
+        }
         let Some(&tag) = self.conn(to).calls.get(&id) else {
             return Err(format!("{to:?} got an answer to nothing: {json}"));
         };
@@ -403,6 +410,10 @@ impl Checker {
                 "not_member, with {handlers} handlers"
             ),
             "overloaded" | "draining" | "bad_message" | "invalid_name" => {}
+            "timeout" => ensure!(
+                call.deadline <= self.now,
+                "a call that waited timed out before its time: {call:?}"
+            ),
             _ => return Err(format!("a call was refused with {code}")),
         }
         Ok(())

@@ -29,12 +29,18 @@ use crate::turn::Turn;
 /// After how long answers that did not fit into their caller's outbox are tried again, in milliseconds.
 const ANSWER_AGAIN_MS: u64 = 1000;
 
+/// For whom an answer is kept.
+pub(super) struct KeptFor {
+    pub(super) caller: AppId,
+    /// Who called: told first, if it is still there.
+    pub(super) from: MemberKey,
+    /// The caller's id of the call.
+    pub(super) id: Box<str>,
+}
+
 /// An answer that waits for its caller.
 struct Kept {
-    caller: AppId,
-    /// Who called: told first, if it is still there.
-    from: MemberKey,
-    id: Box<str>,
+    whom: KeptFor,
     key: Option<Box<str>>,
     answer: Answered,
     held: Held,
@@ -64,6 +70,8 @@ struct Waiting {
 #[derive(Default)]
 pub(super) struct KeptAnswers {
     answers: BTreeMap<u64, Kept>,
+    /// Ids of answers that wait for their app; of those on their way an app may use the id again.
+    by_id: HashMap<(AppId, Box<str>), u64>,
     by_app: HashMap<AppId, Waiting>,
     expires: BTreeSet<(Time, u64)>,
     agains: BTreeSet<(Time, AppId)>,
@@ -73,6 +81,27 @@ pub(super) struct KeptAnswers {
 impl KeptAnswers {
     pub(super) fn len(&self) -> usize {
         self.answers.len()
+    }
+
+    /// Whether an answer under this id waits for the app.
+    pub(super) fn uses(&self, app: &AppId, id: &str) -> bool {
+        !self.by_id.is_empty() && self.by_id.contains_key(&(app.clone(), id.into()))
+    }
+
+    /// The answers that wait for their callers, after a number, and whose they are.
+    pub(super) fn after(&self, number: u64) -> impl Iterator<Item = (u64, &AppId)> {
+        let later = self.answers.range(number.saturating_add(1)..);
+        later.map(|(number, kept)| (*number, &kept.whom.caller))
+    }
+
+    /// An answer as a listing shows it.
+    pub(super) fn describe(&self, number: u64) -> Option<serde_json::Value> {
+        let kept = self.answers.get(&number)?;
+        Some(serde_json::json!({
+            "number": number, "state": "answered", "app_id": kept.whom.caller,
+            "id": kept.whom.id, "status": kept.answer.status.as_str(),
+            "bytes": kept.held.bytes.amount(),
+        }))
     }
 
     pub(super) fn next_deadline(&self) -> Option<Time> {
@@ -103,7 +132,9 @@ impl KeptAnswers {
         match kept.on_way {
             Some(to) => self.on_way.entry(to).or_default().insert(number),
             None => {
-                let waiting = self.by_app.entry(kept.caller.clone()).or_default();
+                let (app, id) = (kept.whom.caller.clone(), kept.whom.id.clone());
+                self.by_id.insert((app.clone(), id), number);
+                let waiting = self.by_app.entry(app).or_default();
                 waiting.numbers.insert(number)
             }
         };
@@ -117,11 +148,18 @@ impl KeptAnswers {
                     self.on_way.remove(&to);
                 }
             }
-        } else if let Some(waiting) = self.by_app.get_mut(&kept.caller) {
+            return;
+        }
+        let (app, id) = (&kept.whom.caller, &kept.whom.id);
+        let key = (app.clone(), id.clone());
+        if self.by_id.get(&key) == Some(&number) {
+            self.by_id.remove(&key);
+        }
+        if let Some(waiting) = self.by_app.get_mut(app) {
             waiting.numbers.remove(&number);
             if waiting.numbers.is_empty() {
-                self.try_again(&kept.caller, None);
-                self.by_app.remove(&kept.caller);
+                self.try_again(app, None);
+                self.by_app.remove(app);
             }
         }
     }
@@ -180,7 +218,7 @@ impl KeptAnswers {
             assert!(self.expires.contains(&(kept.expires, *number)));
             let numbers = match &kept.on_way {
                 Some(to) => &self.on_way[to],
-                None => &self.by_app[&kept.caller].numbers,
+                None => &self.by_app[&kept.whom.caller].numbers,
             };
             assert!(numbers.contains(number));
         }
@@ -213,12 +251,16 @@ impl<D: Driver> Pool<D> {
         let Some(answer) = Answered::read(&row.frame) else {
             return false;
         };
-        let expires = now.after_ms(row.expires.saturating_sub(unix_ms));
+        // Never longer than is promised, whatever the clock says now.
+        let left = row.expires.saturating_sub(unix_ms);
+        let expires = now.after_ms(left.min(self.limits.answer_ttl_ms));
         turn.count_held(&self.name, self.number, 1);
         let kept = Kept {
-            caller: row.caller.clone(),
-            from: NOBODY,
-            id: row.id.as_str().into(),
+            whom: KeptFor {
+                caller: row.caller.clone(),
+                from: NOBODY,
+                id: row.id.as_str().into(),
+            },
             key: row.idempotency_key.as_deref().map(Into::into),
             held: Held::restored(account, answer.bytes()),
             answer,
@@ -229,9 +271,9 @@ impl<D: Driver> Pool<D> {
         if let Some(key) = &kept.key
             && self
                 .repeats
-                .restore_answered(&kept.caller, key, account, &self.limits)
+                .restore_answered(&kept.whom.caller, key, account, &self.limits)
         {
-            self.repeats_answered(&kept.caller, key, &kept.answer, turn);
+            self.repeats_answered(&kept.whom.caller, key, &kept.answer, turn);
         }
         self.parked.answers.insert(row.number, kept);
         true
@@ -258,14 +300,13 @@ impl<D: Driver> Pool<D> {
     }
 
     /// A parked call is over: its caller is told, or its answer kept.
-    pub(in crate::pool) fn finish_parked(
+    fn finish_parked(
         &mut self,
         number: u64,
-        (mut answer, is_answered): (Answered, bool),
+        (answer, is_answered): (Answered, bool),
         turn: &mut Turn<'_, D>,
     ) {
-        let now = turn.time();
-        let Some(mut parked) = self.parked.remove(number) else {
+        let Some(parked) = self.parked.remove(number) else {
             return;
         };
         match &parked.idempotency_key {
@@ -280,46 +321,63 @@ impl<D: Driver> Pool<D> {
             turn.keep(Change::EndCall(number), None);
             return;
         }
+        // Nothing that was cancelled or ran out of time is run again, even if the server dies
+        // before that is told; nor what was to run once.
+        let must_write = !is_answered || parked.idempotency_key.is_some();
+        let whom = KeptFor {
+            caller: parked.caller,
+            from: parked.from,
+            id: parked.id,
+        };
+        let held = parked.held;
+        self.keep_answer(number, whom, parked.idempotency_key, (answer, held), turn);
+        if must_write {
+            self.write_answer(number, turn);
+        }
+    }
+
+    /// Tells an answer, and keeps it until its caller has it. It counts in the place of its call.
+    pub(super) fn keep_answer(
+        &mut self,
+        number: u64,
+        whom: KeptFor,
+        key: Option<Box<str>>,
+        (mut answer, mut held): (Answered, Held),
+        turn: &mut Turn<'_, D>,
+    ) {
+        let now = turn.time();
         // Those that wait until there is room in the caller's outbox come first.
-        let is_behind = self.parked.answers.is_due_again(&parked.caller);
+        let is_behind = self.parked.answers.is_due_again(&whom.caller);
         let told = if is_behind {
             Told::NotNow
         } else {
-            let whom = (&parked.caller, parked.from);
-            self.tell_answer(whom, &parked.id, &answer, turn)
+            self.tell_answer((&whom.caller, whom.from), &whom.id, &answer, turn)
         };
         if !matches!(told, Told::Yes(_))
-            && let Err(full) = parked.held.bytes.resize(answer.bytes() as u64)
+            && let Err(full) = held.bytes.resize(answer.bytes() as u64)
         {
             // Its caller is told at least that there was an answer.
             let why = Refusal::from(full).message;
             let message = format!("the answer could not be kept: {why}");
             answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
         }
-        parked.held.bytes.force(answer.bytes() as u64);
-        let is_repeatable = parked.idempotency_key.is_some();
+        held.bytes.force(answer.bytes() as u64);
+        let app = whom.caller.clone();
         let kept = Kept {
-            caller: parked.caller.clone(),
-            from: parked.from,
-            id: parked.id,
-            key: parked.idempotency_key,
-            held: parked.held,
+            whom,
+            key,
+            held,
             answer,
             expires: now.after_ms(self.limits.answer_ttl_ms),
             is_row: false,
             on_way: None,
         };
         self.parked.answers.insert(number, kept);
-        if !is_answered || is_repeatable {
-            // Nothing that was cancelled or ran out of time is run again, even if the server dies before that is told; nor
-            // what was to run once.
-            self.write_answer(number, turn);
-        }
         match told {
             Told::Yes(member) => self.send_on_way(number, member, turn),
             Told::NotNow if !is_behind => {
                 let again = now.after_ms(ANSWER_AGAIN_MS);
-                self.parked.answers.try_again(&parked.caller, Some(again));
+                self.parked.answers.try_again(&app, Some(again));
                 self.write_answer(number, turn);
             }
             Told::NotNow | Told::Nobody => self.write_answer(number, turn),
@@ -347,8 +405,8 @@ impl<D: Driver> Pool<D> {
         let row = AnswerRow {
             number,
             pool: self.name.clone(),
-            caller: kept.caller.clone(),
-            id: kept.id.to_string(),
+            caller: kept.whom.caller.clone(),
+            id: kept.whom.id.to_string(),
             idempotency_key: kept.key.as_deref().map(Into::into),
             frame: kept.answer.frame(),
             expires: turn.unix_ms().saturating_add(left),
@@ -383,8 +441,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Passes an answer to the member that called while it is there, else to the instance of its app that came last and
-    /// takes it.
+    /// Passes an answer to the member that called while it is there, else to the instance of its app
+    /// that came last and takes it. Not to one that has another call under the same id in flight.
     pub(in crate::pool) fn tell_answer(
         &self,
         (caller, from): (&AppId, MemberKey),
@@ -392,6 +450,7 @@ impl<D: Driver> Pool<D> {
         answer: &Answered,
         turn: &mut Turn<'_, D>,
     ) -> Told {
+        let is_free = |member| self.calls.find(member, id).is_none();
         if let Some(member) = self.members.at(from) {
             match self.send_answer(member, id, answer, turn) {
                 Some(Sent::Queued) => return Told::Yes(from),
@@ -406,6 +465,10 @@ impl<D: Driver> Pool<D> {
             .collect();
         let mut told = Told::Nobody;
         for (key, to) in instances.into_iter().rev() {
+            if !is_free(key) {
+                told = Told::NotNow;
+                continue;
+            }
             match self.send_answer(to, id, answer, turn) {
                 Some(Sent::Queued) => return Told::Yes(key),
                 Some(Sent::Full) => told = Told::NotNow,
@@ -460,7 +523,7 @@ impl<D: Driver> Pool<D> {
                 break;
             }
             let kept = &self.parked.answers.answers[&number];
-            match self.tell_answer((app, kept.from), &kept.id, &kept.answer, turn) {
+            match self.tell_answer((app, kept.whom.from), &kept.whom.id, &kept.answer, turn) {
                 Told::Yes(member) => self.send_on_way(number, member, turn),
                 Told::NotNow => {
                     again = Some(now.after_ms(ANSWER_AGAIN_MS));

@@ -2,7 +2,7 @@
 
 use latzero_protocol::encode::append_str;
 use latzero_protocol::frame::Frame;
-use latzero_protocol::limits::ListBounds;
+use latzero_protocol::limits::{ATTEMPTS_DEFAULT, ListBounds};
 use latzero_protocol::message::{Request, Trigger};
 use latzero_protocol::{AppId, Body, Envelope, InstanceId, Raw};
 
@@ -19,6 +19,8 @@ pub(in crate::pool) struct Lasting {
     pub(super) instance: InstanceId,
     pub(super) deadline: Time,
     pub(super) attempt: u32,
+    /// Most attempts.
+    pub(super) attempts: u32,
     /// Items that the next handler may send, where the caller set a window: what the ones before it left.
     pub(in crate::pool) window: Option<u64>,
     /// Whether it may be given to another handler after the first one died.
@@ -50,6 +52,7 @@ impl Lasting {
             instance,
             deadline,
             attempt: 1,
+            attempts: trigger.attempts,
             window: trigger.window,
             redeliver: trigger.redeliver,
             may_park: trigger.park,
@@ -63,7 +66,7 @@ impl Lasting {
         self.message.len() + self.attachment.as_ref().map_or(0, |bytes| bytes.len()) + OVERHEAD
     }
 
-    /// Reads the call and hands it to `f`; `None` where a row makes no sense.
+    /// Reads the call and hands it to `f`; `None` where a stored row is invalid.
     pub(super) fn read<R>(&self, f: impl FnOnce(&Trigger<'_>) -> R) -> Option<R> {
         let frame = Frame {
             json: self.message.as_bytes(),
@@ -125,6 +128,9 @@ fn message(trigger: &Trigger<'_>) -> String {
     }
     if trigger.redeliver {
         out.extend_from_slice(b",\"redeliver\":true");
+    }
+    if trigger.attempts != ATTEMPTS_DEFAULT {
+        out.extend_from_slice(format!(",\"attempts\":{}", trigger.attempts).as_bytes());
     }
     if trigger.park {
         out.extend_from_slice(b",\"park\":true");

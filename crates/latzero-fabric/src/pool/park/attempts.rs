@@ -1,0 +1,327 @@
+//! Calls whose handler died before it answered: given to another one, or parked, or dead.
+//!
+//! A parked call pauses after each failed attempt, [`PAUSE_MS`] at first and four times as long
+//! each time, and then stands behind what was parked meanwhile: one that kills its handlers does
+//! not hold up the others. After its last attempt it is dead. Its caller is told, and the call is
+//! kept for [`crate::limits::Limits::dead_ttl_ms`], so that somebody can look for the fault and run
+//! it again.
+
+use latzero_protocol::message::Trigger;
+use latzero_protocol::{Code, Refusal, encode};
+
+use super::super::{MemberKey, Pool};
+use super::answers::KeptFor;
+use super::lasting::Lasting;
+use super::{Change, Death, Parked, State};
+use crate::driver::Driver;
+use crate::outbox::Class;
+use crate::turn::Turn;
+
+/// How long a call pauses after its first failed attempt, in milliseconds.
+const PAUSE_MS: u64 = 100;
+
+/// The longest pause, in milliseconds.
+const PAUSE_MAX_MS: u64 = 60_000;
+
+/// How long a call pauses after this many failed attempts, in milliseconds.
+fn pause_ms(failed: u32) -> u64 {
+    let times = 4_u64.saturating_pow(failed.saturating_sub(1));
+    PAUSE_MS.saturating_mul(times).min(PAUSE_MAX_MS)
+}
+
+/// A call whose handler is leaving.
+pub(super) struct Orphan {
+    /// Who called, where that is a connection's call.
+    caller: MemberKey,
+    id: Option<Box<str>>,
+    lasting: Box<Lasting>,
+    /// What happened to its handler.
+    cause: String,
+}
+
+impl<D: Driver> Pool<D> {
+    /// The handler of a lasting call died; [`Pool::place_orphans`] follows once it has left.
+    pub(in crate::pool) fn orphan(
+        &mut self,
+        (caller, id): (MemberKey, Option<Box<str>>),
+        lasting: Box<Lasting>,
+        handler: MemberKey,
+    ) {
+        let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
+        let cause = format!("the connection of handler '{app}' ended before it answered");
+        self.parked.orphans.push(Orphan {
+            caller,
+            id,
+            lasting,
+            cause,
+        });
+    }
+
+    /// Decides about calls whose handler died, now that it has left.
+    pub(in crate::pool) fn place_orphans(&mut self, turn: &mut Turn<'_, D>) {
+        for orphan in std::mem::take(&mut self.parked.orphans) {
+            match orphan.lasting.number {
+                Some(number) => self.attempt_failed(number, orphan.lasting, &orphan.cause, turn),
+                None => self.give_orphan(orphan, turn),
+            }
+        }
+    }
+
+    /// Gives a connection's call to another handler; parks it where it may wait, else tells its
+    /// caller.
+    fn give_orphan(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
+        let Orphan {
+            caller,
+            id,
+            lasting,
+            cause,
+        } = orphan;
+        let Some(member) = self.members.at(caller) else {
+            self.drop_repeats_of(&lasting, turn);
+            return;
+        };
+        let peer = member.peer.clone();
+        let is_last = lasting.attempt >= lasting.attempts;
+        let mut lasting = lasting;
+        if !is_last {
+            match self.give(Some(caller), lasting, turn) {
+                Ok((key, lasting)) => {
+                    self.calls.at_mut(key).expect("just begun").lasting = Some(lasting);
+                    return;
+                }
+                Err((back, _)) => lasting = back,
+            }
+        }
+        let parked = lasting
+            .may_park
+            .then(|| lasting.read(|trigger| self.park_orphan(caller, trigger, &lasting, turn)));
+        if let Some(Some(Ok(number))) = parked {
+            self.attempt_failed(number, lasting, &cause, turn);
+            return;
+        }
+        self.drop_repeats_of(&lasting, turn);
+        let refusal = if is_last {
+            exhausted(lasting.attempt, &cause)
+        } else {
+            let message = format!("{cause}, and no other handler took the call");
+            Refusal::new(Code::HandlerGone, message)
+        };
+        if let Some(id) = &id {
+            turn.send(&peer, Class::Control, 512, |out| {
+                encode::refusal(out, Some(id), &refusal);
+            });
+        }
+    }
+
+    fn park_orphan(
+        &mut self,
+        caller: MemberKey,
+        trigger: &Trigger<'_>,
+        lasting: &Lasting,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<u64, super::CallError> {
+        let left = lasting.deadline.since(turn.time()).as_millis();
+        let trigger = Trigger {
+            ttl_ms: u64::try_from(left).unwrap_or(u64::MAX).max(1),
+            id: trigger.id.clone(),
+            process: trigger.process.clone(),
+            pool: None,
+            destination: trigger.destination.clone(),
+            key: trigger.key.clone(),
+            window: None,
+            park: true,
+            redeliver: trigger.redeliver,
+            attempts: trigger.attempts,
+            idempotency_key: trigger.idempotency_key.clone(),
+            blocks: Vec::new(),
+            headers: trigger.headers,
+            body: trigger.body,
+        };
+        let number = self.park(caller, &trigger, None, turn)?;
+        let attempt = lasting.attempt;
+        self.parked
+            .change(number, |parked| parked.attempt = attempt);
+        turn.keep(Change::Attempt(number, attempt), None);
+        Ok(number)
+    }
+
+    /// A parked call's attempt failed: it pauses, or is dead.
+    fn attempt_failed(
+        &mut self,
+        number: u64,
+        mut lasting: Box<Lasting>,
+        cause: &str,
+        turn: &mut Turn<'_, D>,
+    ) {
+        lasting.number = Some(number);
+        (lasting.window, lasting.held) = (None, None);
+        // Behind everything that is parked now.
+        let (now, rank) = (turn.time(), self.parked.newest + 1);
+        let is_last = self.parked.change(number, |parked| {
+            parked.cause = Some(cause.into());
+            parked.rank = rank;
+            let until = now.after_ms(pause_ms(parked.attempt));
+            parked.state = State::Paused(lasting, until);
+            parked.is_last_attempt()
+        });
+        if is_last == Some(true) {
+            self.die(number, turn);
+        }
+    }
+
+    /// A parked call had its last attempt: its caller is told, and the call itself is kept.
+    fn die(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        let (now, unix_ms) = (turn.time(), turn.unix_ms());
+        let ttl_ms = self.limits.dead_ttl_ms;
+        let Some(mut parked) = self.parked.remove(number) else {
+            return;
+        };
+        let refusal = exhausted(parked.attempt, parked.cause.as_deref().unwrap_or_default());
+        if let Some(key) = parked.idempotency_key.take() {
+            self.repeats_dropped(&parked.caller, &key, turn);
+        }
+        parked.deadline = now.after_ms(ttl_ms);
+        parked.expires_ms = unix_ms.saturating_add(ttl_ms);
+        let lasting = parked.take().expect("it paused until now");
+        let row = crate::keep::CallRow {
+            death: Some(Death {
+                at: unix_ms,
+                cause: parked.cause.as_deref().unwrap_or_default().into(),
+            }),
+            ..parked.row(number, &self.name, &lasting)
+        };
+        parked.state = State::Dead(lasting);
+        turn.keep(Change::Call(Box::new(row)), None);
+        let whom = KeptFor {
+            caller: parked.caller.clone(),
+            from: parked.from,
+            id: parked.id.clone(),
+        };
+        let held = parked.held.small();
+        self.parked.insert(number, parked);
+        if !whom.id.is_empty() {
+            turn.count_held(&self.name, self.number, 1);
+            let answer = super::Answered::refused(&refusal);
+            self.keep_answer(turn.next_number(), whom, None, (answer, held), turn);
+        }
+        while self.parked.dead.len() > self.limits.dead_max {
+            let (_, oldest) = *self.parked.dead.first().expect("there are too many");
+            self.bury(oldest, turn);
+        }
+    }
+
+    /// Forgets a dead call.
+    pub(super) fn bury(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        if self.forget_parked(number, turn).is_some() {
+            turn.keep(Change::EndCall(number), None);
+        }
+    }
+
+    /// Runs a dead call again, as a new one that nobody waits for: its caller was told that it
+    /// failed. False where there is no such dead call.
+    pub fn retry_parked(&mut self, number: u64, ttl_ms: u64, turn: &mut Turn<'_, D>) -> bool {
+        let parked = self.parked.calls.get(&number);
+        if !parked.is_some_and(Parked::is_dead) {
+            return false;
+        }
+        let Some(mut parked) = self.parked.remove(number) else {
+            return false;
+        };
+        let mut lasting = parked.take().expect("it was dead");
+        parked.deadline = turn.time().after_ms(ttl_ms);
+        parked.parked_ms = turn.unix_ms();
+        parked.expires_ms = parked.parked_ms.saturating_add(ttl_ms);
+        (parked.attempt, parked.cause, parked.id) = (0, None, "".into());
+        (lasting.attempt, lasting.deadline) = (0, parked.deadline);
+        parked.rank = self.parked.newest + 1;
+        let row = parked.row(number, &self.name, &lasting);
+        turn.keep(Change::Call(Box::new(row)), None);
+        parked.state = State::Waiting(lasting);
+        let process = parked.process.clone();
+        self.parked.insert(number, parked);
+        self.parked.note_room(&process);
+        true
+    }
+
+    /// Has the calls go on that have paused long enough.
+    pub(super) fn end_pauses(&mut self, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
+        while let Some(&(_, number)) = self.parked.pauses.first().filter(|pause| pause.0 <= now) {
+            // Of an earlier run, which ended during the last attempt.
+            if self
+                .parked
+                .calls
+                .get(&number)
+                .is_some_and(Parked::is_last_attempt)
+            {
+                self.die(number, turn);
+                continue;
+            }
+            let process = self.parked.change(number, |parked| {
+                parked.state = State::Waiting(parked.take().expect("it paused"));
+                parked.process.clone()
+            });
+            if let Some(process) = process {
+                self.parked.note_room(&process);
+            }
+        }
+    }
+
+    /// Bytes of the calls that may be given to another handler.
+    pub(in crate::pool) fn redelivery_bytes(&self) -> u64 {
+        let lasting = self
+            .calls
+            .iter()
+            .filter_map(|(_, call)| call.lasting.as_ref());
+        let held = lasting.filter_map(|lasting| lasting.held.as_ref());
+        held.map(crate::books::Hold::amount).sum()
+    }
+
+    /// A lasting call is over without an answer: so are those that repeat it.
+    pub(in crate::pool) fn drop_repeats_of(&mut self, lasting: &Lasting, turn: &mut Turn<'_, D>) {
+        if let Some(key) = &lasting.idempotency_key {
+            self.repeats_dropped(&lasting.caller, key, turn);
+        }
+    }
+
+    /// Tells the callers of calls whose handler died that no other gets them: the pool goes.
+    pub(in crate::pool) fn drop_orphans(&mut self, turn: &mut Turn<'_, D>) {
+        for orphan in std::mem::take(&mut self.parked.orphans) {
+            if let Some(number) = orphan.lasting.number {
+                // With the other parked calls.
+                let state = State::Waiting(orphan.lasting);
+                self.parked.change(number, |parked| parked.state = state);
+                continue;
+            }
+            self.drop_repeats_of(&orphan.lasting, turn);
+            let Some((member, id)) = self.members.at(orphan.caller).zip(orphan.id) else {
+                continue;
+            };
+            let refusal = Refusal::new(Code::HandlerGone, "the pool was removed");
+            turn.send(&member.peer, Class::Control, 256, |out| {
+                encode::refusal(out, Some(&id), &refusal);
+            });
+        }
+    }
+}
+
+fn exhausted(attempts: u32, cause: &str) -> Refusal {
+    let times = if attempts == 1 { "attempt" } else { "attempts" };
+    let message = format!("{attempts} {times} failed; the last: {cause}");
+    Refusal::new(Code::AttemptsExhausted, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_up_to_a_minute() {
+        let pauses: Vec<u64> = (1..8).map(pause_ms).collect();
+        assert_eq!(
+            pauses,
+            [100, 400, 1600, 6400, 25_600, PAUSE_MAX_MS, PAUSE_MAX_MS]
+        );
+        assert_eq!(pause_ms(u32::MAX), PAUSE_MAX_MS);
+    }
+}

@@ -1,0 +1,231 @@
+//! Parked calls on their way to handlers, in turns, as far as the handlers take them.
+
+use std::collections::BTreeSet;
+
+use latzero_protocol::message::Strategy;
+use latzero_protocol::{AppId, Code, Refusal};
+
+use super::super::calls::Call;
+use super::super::{CallError, Caller, MemberKey, Pool};
+use super::lasting::Lasting;
+use super::{GIVEN_AT_ONCE_MAX, State, soon};
+use crate::driver::Driver;
+use crate::keep::Change;
+use crate::now::Time;
+use crate::slab::Key;
+use crate::turn::Turn;
+
+/// After how long parked calls are offered again to handlers whose outbox was full, in
+/// milliseconds: it empties without a word to the pool.
+const GIVE_AGAIN_MS: u64 = 1000;
+
+/// Why not all calls of a trigger were given out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stall {
+    /// There were many: others want the pool as well.
+    Many,
+    /// The handlers had room by number, and took none.
+    Full,
+}
+
+/// What happened to the next call of a line.
+enum Next {
+    Given,
+    /// Not this one now, but those behind it may go.
+    Passed,
+    /// None: the line is empty, or its handlers are busy.
+    None,
+}
+
+impl<D: Driver> Pool<D> {
+    /// Looks after what this step left: calls whose handler left, and handlers with room.
+    pub(crate) fn settle(&mut self, turn: &mut Turn<'_, D>) {
+        while let Some(process) = self.parked.room.pop_first() {
+            self.give_parked(process.as_str(), turn);
+        }
+    }
+
+    /// Gives parked calls of a trigger to its handlers.
+    pub(in crate::pool) fn give_parked(&mut self, process: &str, turn: &mut Turn<'_, D>) {
+        if let Some(lines) = self.parked.lines.get_mut(process) {
+            lines.begin_round();
+            self.give_round(process, turn);
+        }
+    }
+
+    /// Gives out what was not passed over in this round.
+    fn give_round(&mut self, process: &str, turn: &mut Turn<'_, D>) {
+        self.parked.stalled.remove(process);
+        let mut takers = self.takers(process);
+        let mut tried = 0;
+        while !takers.is_empty() {
+            let mut goes_on = Vec::new();
+            for taker in takers {
+                if tried == GIVEN_AT_ONCE_MAX {
+                    self.stall(process, Stall::Many, soon(turn.time()));
+                    return;
+                }
+                match self.give_next(process, taker.as_ref(), turn) {
+                    Next::Given | Next::Passed => {
+                        tried += 1;
+                        goes_on.push(taker);
+                    }
+                    Next::None => {}
+                }
+            }
+            takers = goes_on;
+        }
+    }
+
+    /// For whom calls of a trigger wait that has a handler here: for any app, or for one by name.
+    fn takers(&self, process: &str) -> Vec<Option<AppId>> {
+        let (Some(served), Some(lines)) =
+            (self.triggers.get(process), self.parked.lines.get(process))
+        else {
+            return Vec::new();
+        };
+        let mut takers: BTreeSet<Option<AppId>> = BTreeSet::new();
+        if lines.has(None) {
+            takers.insert(None);
+        }
+        if lines.has_named() {
+            let handlers = served.handlers.iter().filter_map(|&h| self.handlers.at(h));
+            let apps = handlers.filter_map(|h| Some(&self.members.at(h.member)?.app));
+            let awaited = apps.filter(|app| lines.has(Some(app.as_str())));
+            takers.extend(awaited.map(|app| Some(app.clone())));
+        }
+        takers.into_iter().collect()
+    }
+
+    /// Whether a handler of the trigger may take a call, by its concurrency.
+    fn has_room(&self, process: &str, app: Option<&AppId>) -> bool {
+        let handlers = self.triggers.get(process).map(|served| &served.handlers);
+        let mut handlers = handlers.into_iter().flatten();
+        handlers.any(|&handler| {
+            self.handlers.at(handler).is_some_and(|handler| {
+                handler.in_flight < handler.concurrency
+                    && app.is_none_or(|app| {
+                        self.members
+                            .at(handler.member)
+                            .is_some_and(|m| m.app == *app)
+                    })
+            })
+        })
+    }
+
+    fn give_next(&mut self, process: &str, app: Option<&AppId>, turn: &mut Turn<'_, D>) -> Next {
+        let lines = self.parked.lines.get(process);
+        let Some(waiting) = lines.and_then(|lines| lines.next(app)) else {
+            return Next::None;
+        };
+        if !self.has_room(process, app) {
+            return Next::None;
+        }
+        let number = waiting.place.1;
+        let parked = self.parked.calls.get_mut(&number).expect("it waits");
+        if parked.deadline <= turn.time() {
+            self.parked_too_late(number, turn);
+            return Next::Passed;
+        }
+        let lasting = parked.take().expect("calls in a line wait");
+        let (lasting, error) = match self.give(None, lasting, turn) {
+            Ok((key, lasting)) => {
+                let lines = self.parked.lines.get_mut(process).expect("it was in one");
+                lines.note_turn(app, &waiting);
+                // Out of the line first, which finds it by its state.
+                let parked = self.parked.calls.get_mut(&number).expect("just found");
+                parked.state = State::Waiting(lasting);
+                let taken = self.parked.change(number, |parked| {
+                    let lasting = parked.take();
+                    parked.attempt += 1;
+                    parked.state = State::Given(key);
+                    (lasting, parked.attempt)
+                });
+                let (lasting, attempt) = taken.expect("just found");
+                self.calls.at_mut(key).expect("just begun").lasting = lasting;
+                turn.keep(Change::Attempt(number, attempt), None);
+                return Next::Given;
+            }
+            Err(failed) => failed,
+        };
+        let parked = self.parked.calls.get_mut(&number).expect("just found");
+        parked.state = State::Waiting(lasting);
+        let refusal = match error {
+            CallError::UnknownDestination => None,
+            CallError::Refused(refusal) => Some(refusal),
+        };
+        match refusal {
+            Some(refusal) if refusal.code == Code::Overloaded => {
+                // With its own handler busy, a call of another key may go.
+                let served = self.triggers.get(process);
+                if served.is_none_or(|served| served.strategy != Strategy::Sticky) {
+                    let again = turn.time().after_ms(GIVE_AGAIN_MS);
+                    self.stall(process, Stall::Full, again);
+                    return Next::None;
+                }
+            }
+            Some(refusal) if !matches!(refusal.code, Code::NoHandler | Code::TooLarge) => {
+                self.parked_refused(number, &refusal, turn);
+                return Next::Passed;
+            }
+            _ => {}
+        }
+        if let Some(lines) = self.parked.lines.get_mut(process) {
+            lines.pass(app, &waiting);
+        }
+        Next::Passed
+    }
+
+    /// Calls of a trigger wait that may be given out later.
+    fn stall(&mut self, process: &str, why: Stall, at: Time) {
+        if let Some((name, _)) = self.parked.lines.get_key_value(process) {
+            self.parked.stalled.insert(name.clone(), why);
+            let earlier = self.parked.goes_on.unwrap_or(at);
+            self.parked.goes_on = Some(at.min(earlier));
+        }
+    }
+
+    /// Goes on giving out what was left.
+    pub(super) fn go_on_giving(&mut self, turn: &mut Turn<'_, D>) {
+        if self.parked.goes_on.is_none_or(|at| at > turn.time()) {
+            return;
+        }
+        self.parked.goes_on = None;
+        for (process, why) in std::mem::take(&mut self.parked.stalled) {
+            match why {
+                Stall::Many => self.give_round(process.as_str(), turn),
+                Stall::Full => self.give_parked(process.as_str(), turn),
+            }
+        }
+    }
+
+    /// Offers a lasting call to the handlers; gives it back, in both cases.
+    #[expect(
+        clippy::type_complexity,
+        reason = "the call goes back to whoever keeps it"
+    )]
+    pub(super) fn give(
+        &mut self,
+        caller: Option<MemberKey>,
+        mut lasting: Box<Lasting>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<(Key<Call>, Box<Lasting>), (Box<Lasting>, CallError)> {
+        lasting.attempt += 1;
+        let (attempt, deadline) = (lasting.attempt, lasting.deadline);
+        let app = lasting.caller.clone();
+        let from = caller.map_or(Caller::Absent(&app, lasting.instance), Caller::Member);
+        let given =
+            lasting.read(|trigger| self.route(from, trigger, (deadline, Some(attempt)), turn));
+        match given {
+            Some(Ok(key)) => Ok((key, lasting)),
+            Some(Err(error)) => {
+                lasting.attempt -= 1;
+                Err((lasting, error))
+            }
+            None => {
+                let refusal = Refusal::new(Code::Storage, "the stored call is invalid");
+                Err((lasting, refusal.into()))
+            }
+        }
+    }
+}

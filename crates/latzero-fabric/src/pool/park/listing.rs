@@ -1,0 +1,188 @@
+//! What people see of parked calls, and what they change about them.
+
+use latzero_protocol::AppId;
+use latzero_protocol::parked::{ParkedChange, ParkedFilter, ParkedState};
+use serde_json::{Value, json};
+
+use super::super::Pool;
+use super::{Parked, ParkedCalls, State};
+use crate::driver::Driver;
+use crate::turn::Turn;
+
+/// Bytes of a payload that are shown.
+const SHOWN_BYTES_MAX: usize = 64 * 1024;
+
+/// The parked calls of a pool, in numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct ParkedCounts {
+    /// Calls that wait for a handler, or until they are offered again.
+    pub waiting: usize,
+    /// Calls that a handler has.
+    pub running: usize,
+    /// Calls whose attempts all failed.
+    pub dead: usize,
+    /// Answers that wait for their callers.
+    pub answered: usize,
+    /// When the oldest call that is not dead was parked, in milliseconds since the Unix epoch.
+    pub oldest: Option<u64>,
+}
+
+impl ParkedCounts {
+    /// All calls, and all answers.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.waiting + self.running + self.dead + self.answered
+    }
+
+    /// Adds those of another pool.
+    pub fn add(&mut self, other: &ParkedCounts) {
+        self.waiting += other.waiting;
+        self.running += other.running;
+        self.dead += other.dead;
+        self.answered += other.answered;
+        self.oldest = self.oldest.into_iter().chain(other.oldest).min();
+    }
+}
+
+impl Parked {
+    fn shown_state(&self) -> ParkedState {
+        match self.state {
+            State::Waiting(_) => ParkedState::Waiting,
+            State::Paused(..) => ParkedState::Paused,
+            State::Given(_) => ParkedState::Running,
+            State::Dead(_) => ParkedState::Dead,
+        }
+    }
+}
+
+impl ParkedCalls {
+    pub(in crate::pool) fn counts(&self) -> ParkedCounts {
+        let waiting: usize = self.lines.values().map(super::Lines::len).sum();
+        let waiting = waiting + self.pauses.len();
+        let oldest = self.calls.values().find(|parked| !parked.is_dead());
+        ParkedCounts {
+            waiting,
+            running: self.calls.len() - waiting - self.dead.len(),
+            dead: self.dead.len(),
+            answered: self.answers.len(),
+            oldest: oldest.map(|parked| parked.parked_ms),
+        }
+    }
+
+    /// Whether there is any call or answer.
+    pub(in crate::pool) fn keeps_any(&self) -> bool {
+        !self.calls.is_empty() || self.answers.len() > 0
+    }
+}
+
+/// Which calls of a pool somebody may see: all, or those of one app.
+pub(crate) type Viewer<'a> = Option<&'a AppId>;
+
+impl<D: Driver> Pool<D> {
+    /// The numbers of the calls and answers after `after` that a filter names, in order, at most
+    /// `limit`.
+    pub(crate) fn find_parked(
+        &self,
+        filter: &ParkedFilter,
+        viewer: Viewer<'_>,
+        (after, limit): (u64, usize),
+    ) -> Vec<u64> {
+        let from = after.saturating_add(1);
+        let is_app = |app: &AppId| {
+            viewer.is_none_or(|viewer| viewer == app)
+                && filter.app.as_ref().is_none_or(|wanted| wanted == app)
+        };
+        let is_state = |state| filter.state.is_none_or(|wanted| wanted == state);
+        let is_number = |number: &u64| filter.number.is_none_or(|wanted| wanted == *number);
+        let calls = self.parked.calls.range(from..).filter(|(number, parked)| {
+            is_number(number)
+                && is_app(&parked.caller)
+                && is_state(parked.shown_state())
+                && (filter.process.as_ref()).is_none_or(|wanted| *wanted == parked.process)
+        });
+        let mut numbers: Vec<u64> = calls.map(|(number, _)| *number).take(limit).collect();
+        // The trigger of an answer is not known any more.
+        if filter.process.is_none() && is_state(ParkedState::Answered) {
+            let answers = self.parked.answers.after(after);
+            let answers = answers.filter(|(number, app)| is_number(number) && is_app(app));
+            numbers.extend(answers.map(|(number, _)| number).take(limit));
+            numbers.sort_unstable();
+            numbers.truncate(limit);
+        }
+        numbers
+    }
+
+    /// A call or an answer as a listing shows it.
+    pub(crate) fn describe_parked(&self, number: u64, is_whole: bool) -> Option<Value> {
+        let Some(parked) = self.parked.calls.get(&number) else {
+            let mut shown = self.parked.answers.describe(number)?;
+            shown["pool"] = self.name.as_str().into();
+            return Some(shown);
+        };
+        let given = match parked.state {
+            State::Given(key) => self.calls.at(key),
+            _ => None,
+        };
+        let lasting = given.and_then(|call| call.lasting.as_deref());
+        let lasting = parked.lasting().or(lasting);
+        let handler = given.and_then(|call| self.members.at(call.member));
+        let mut shown = json!({
+            "number": number, "pool": self.name, "state": parked.shown_state().as_str(),
+            "process": parked.process, "app_id": parked.caller, "id": parked.id,
+            "attempt": parked.attempt, "attempts": parked.attempts,
+            "parked": parked.parked_ms, "expires": parked.expires_ms,
+            "bytes": parked.held.bytes.amount(),
+        });
+        let mut note = |name: &str, value: Option<Value>| {
+            if let Some(value) = value {
+                shown[name] = value;
+            }
+        };
+        let text = |text: &str| Value::from(text);
+        note(
+            "destination",
+            parked.destination.as_ref().map(|d| text(d.as_str())),
+        );
+        note("cause", parked.cause.as_deref().map(text));
+        note("handler", handler.map(|m| text(m.app.as_str())));
+        if let Some(lasting) = lasting.filter(|_| is_whole) {
+            note("redeliver", Some(lasting.redeliver.into()));
+            let message: Value = serde_json::from_str(&lasting.message).unwrap_or_default();
+            for name in ["headers", "key"] {
+                note(name, message.get(name).cloned());
+            }
+            match (message.get("data"), &lasting.attachment) {
+                (Some(data), _) if lasting.message.len() <= SHOWN_BYTES_MAX => {
+                    note("data", Some(data.clone()));
+                }
+                (Some(_), _) => note("data_bytes", Some(lasting.message.len().into())),
+                (None, Some(raw)) => note("attachment_bytes", Some(raw.len().into())),
+                (None, None) => {}
+            }
+        }
+        Some(shown)
+    }
+
+    /// Changes a call or an answer; false where that can't be done in its state.
+    pub(crate) fn change_parked(
+        &mut self,
+        number: u64,
+        change: ParkedChange,
+        turn: &mut Turn<'_, D>,
+    ) -> bool {
+        let state = match self.parked.calls.get(&number) {
+            Some(parked) => parked.shown_state(),
+            None => ParkedState::Answered,
+        };
+        if !change.applies_to(state) {
+            return false;
+        }
+        match change {
+            ParkedChange::Cancel => self.end_parked(number, turn),
+            ParkedChange::Retry(ttl_ms) => return self.retry_parked(number, ttl_ms, turn),
+            ParkedChange::Purge if state == ParkedState::Dead => self.bury(number, turn),
+            ParkedChange::Purge => self.drop_answer(number, turn),
+        }
+        true
+    }
+}

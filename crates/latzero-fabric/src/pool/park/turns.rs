@@ -1,0 +1,280 @@
+//! Whose turn it is: users take turns, and the apps of each user do. Of one app, the call that
+//! waits longest is first.
+//!
+//! Names cost nothing, so a turn by name alone would go to whoever invents the most of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound::{Excluded, Unbounded};
+
+use hashbrown::HashMap;
+use latzero_protocol::AppId;
+
+/// Keys in a ring: the next greater one follows each.
+struct Ring<K, V> {
+    map: BTreeMap<K, V>,
+    last: Option<K>,
+}
+
+impl<K: Ord + Clone, V> Ring<K, V> {
+    /// Everything, beginning behind the one that was served last.
+    fn in_turn(&self) -> impl Iterator<Item = (&K, &V)> {
+        let (after, before) = match &self.last {
+            Some(last) => (
+                self.map.range((Excluded(last), Unbounded)),
+                Some(self.map.range(..=last)),
+            ),
+            None => (self.map.range(..), None),
+        };
+        after.chain(before.into_iter().flatten())
+    }
+}
+
+impl<K, V> Default for Ring<K, V> {
+    fn default() -> Self {
+        Ring {
+            map: BTreeMap::new(),
+            last: None,
+        }
+    }
+}
+
+/// Where a call stands among those of its caller: by the number that it is behind, then its own.
+pub(super) type Place = (u64, u64);
+
+/// A call that waits, and whose it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Waiting {
+    /// The user.
+    pub(super) user: u64,
+    /// The app.
+    pub(super) app: AppId,
+    /// Its place.
+    pub(super) place: Place,
+}
+
+#[derive(Default)]
+struct Own {
+    places: BTreeSet<Place>,
+    /// Up to where calls were passed over, and in which round.
+    passed: (u64, Place),
+}
+
+/// Calls that the same handlers can take.
+#[derive(Default)]
+struct Line {
+    users: Ring<u64, Ring<AppId, Own>>,
+    len: usize,
+}
+
+impl Line {
+    fn insert(&mut self, waiting: &Waiting) {
+        let apps = self.users.map.entry(waiting.user).or_default();
+        let own = apps.map.entry(waiting.app.clone()).or_default();
+        self.len += usize::from(own.places.insert(waiting.place));
+    }
+
+    fn remove(&mut self, waiting: &Waiting) {
+        let Some(apps) = self.users.map.get_mut(&waiting.user) else {
+            return;
+        };
+        if let Some(own) = apps.map.get_mut(&waiting.app) {
+            self.len -= usize::from(own.places.remove(&waiting.place));
+            if own.places.is_empty() {
+                apps.map.remove(&waiting.app);
+            }
+        }
+        if apps.map.is_empty() {
+            self.users.map.remove(&waiting.user);
+        }
+    }
+
+    /// The call whose turn it is, of those that were not passed over in this round.
+    fn next(&self, now: u64) -> Option<Waiting> {
+        self.users.in_turn().find_map(|(&user, apps)| {
+            apps.in_turn().find_map(|(app, own)| {
+                let mut places = match own.passed {
+                    (round, place) if round == now => {
+                        own.places.range((Excluded(place), Unbounded))
+                    }
+                    _ => own.places.range(..),
+                };
+                places.next().map(|&place| Waiting {
+                    user,
+                    app: app.clone(),
+                    place,
+                })
+            })
+        })
+    }
+
+    /// A call was given out: it is the turn of others.
+    fn note_turn(&mut self, waiting: &Waiting) {
+        self.users.last = Some(waiting.user);
+        if let Some(apps) = self.users.map.get_mut(&waiting.user) {
+            apps.last = Some(waiting.app.clone());
+        }
+    }
+
+    /// A call can't be given out now, but those behind it may.
+    fn pass(&mut self, waiting: &Waiting, round: u64) {
+        let apps = self.users.map.get_mut(&waiting.user);
+        if let Some(own) = apps.and_then(|apps| apps.map.get_mut(&waiting.app)) {
+            own.passed = (round, waiting.place);
+        }
+    }
+}
+
+/// The waiting calls of one trigger: those for any app, and those for one that they name.
+#[derive(Default)]
+pub(super) struct Lines {
+    any: Line,
+    named: HashMap<AppId, Line>,
+    /// Counts from 1, so that nothing was passed over before the first.
+    round: u64,
+}
+
+impl Lines {
+    fn line(&mut self, destination: Option<&AppId>) -> Option<&mut Line> {
+        match destination {
+            None => Some(&mut self.any),
+            Some(app) => self.named.get_mut(app),
+        }
+    }
+
+    /// The call whose turn it is among those for a destination.
+    pub(super) fn next(&self, destination: Option<&AppId>) -> Option<Waiting> {
+        let line = match destination {
+            None => Some(&self.any),
+            Some(app) => self.named.get(app),
+        };
+        line?.next(self.round)
+    }
+
+    /// A call was given out: it is the turn of others.
+    pub(super) fn note_turn(&mut self, destination: Option<&AppId>, waiting: &Waiting) {
+        if let Some(line) = self.line(destination) {
+            line.note_turn(waiting);
+        }
+    }
+
+    /// A call can't be given out in this round, but those behind it may.
+    pub(super) fn pass(&mut self, destination: Option<&AppId>, waiting: &Waiting) {
+        let round = self.round;
+        if let Some(line) = self.line(destination) {
+            line.pass(waiting, round);
+        }
+    }
+
+    /// What was passed over is tried again.
+    pub(super) fn begin_round(&mut self) {
+        self.round += 1;
+    }
+
+    pub(super) fn has_named(&self) -> bool {
+        !self.named.is_empty()
+    }
+
+    pub(super) fn has(&self, destination: Option<&str>) -> bool {
+        let line = match destination {
+            None => Some(&self.any),
+            Some(app) => self.named.get(app),
+        };
+        line.is_some_and(|line| line.len > 0)
+    }
+
+    pub(super) fn insert(&mut self, destination: Option<&AppId>, waiting: &Waiting) {
+        match destination {
+            None => self.any.insert(waiting),
+            Some(app) => self.named.entry(app.clone()).or_default().insert(waiting),
+        }
+    }
+
+    pub(super) fn remove(&mut self, destination: Option<&AppId>, waiting: &Waiting) {
+        let Some(app) = destination else {
+            return self.any.remove(waiting);
+        };
+        if let Some(line) = self.named.get_mut(app) {
+            line.remove(waiting);
+            if line.len == 0 {
+                self.named.remove(app);
+            }
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.any.len + self.named.values().map(|line| line.len).sum::<usize>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting(user: u64, app: &str, number: u64) -> Waiting {
+        Waiting {
+            user,
+            app: AppId::new(app).unwrap(),
+            place: (number, number),
+        }
+    }
+
+    /// The order in which everything is given out.
+    fn order(line: &mut Line) -> Vec<u64> {
+        let mut order = Vec::new();
+        while let Some(next) = line.next(1) {
+            line.note_turn(&next);
+            line.remove(&next);
+            order.push(next.place.1);
+        }
+        assert_eq!(line.len, 0);
+        order
+    }
+
+    #[test]
+    fn apps_take_turns_and_each_goes_oldest_first() {
+        let mut line = Line::default();
+        for number in 1..=4 {
+            line.insert(&waiting(1, "greedy", number));
+        }
+        line.insert(&waiting(1, "polite", 5));
+        assert_eq!(order(&mut line), [1, 5, 2, 3, 4]);
+    }
+
+    #[test]
+    fn many_names_of_one_user_have_one_turn() {
+        let mut line = Line::default();
+        for number in 1..=6 {
+            line.insert(&waiting(1, &format!("name-{number}"), number));
+        }
+        for number in 7..=8 {
+            line.insert(&waiting(2, "polite", number));
+        }
+        assert_eq!(order(&mut line), [1, 7, 2, 8, 3, 4, 5, 6]);
+    }
+
+    #[test]
+    fn what_is_passed_over_comes_again_in_the_next_round() {
+        let mut lines = Lines::default();
+        lines.begin_round();
+        for number in 1..=3 {
+            lines.insert(None, &waiting(1, "app", number));
+        }
+        let first = lines.next(None).unwrap();
+        lines.pass(None, &first);
+        assert_eq!(lines.next(None).unwrap().place.1, 2);
+        lines.begin_round();
+        assert_eq!(lines.next(None).unwrap().place.1, 1);
+    }
+
+    #[test]
+    fn a_call_that_failed_stands_behind_those_that_came_before_its_end() {
+        let mut line = Line::default();
+        line.insert(&waiting(1, "app", 2));
+        line.insert(&Waiting {
+            place: (3, 1),
+            ..waiting(1, "app", 0)
+        });
+        line.insert(&waiting(1, "app", 4));
+        assert_eq!(order(&mut line), [2, 1, 4]);
+    }
+}

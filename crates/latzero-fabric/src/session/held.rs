@@ -1,0 +1,224 @@
+//! New work that waits inside its session: while its connection has all the calls in flight that it
+//! may have, or as many requests as may wait for the disk.
+//!
+//! Only new work waits. Answers, acknowledgements and cancels behind it are read and handled, since
+//! they are what makes room; so are questions and pings. What waits keeps its order and is counted
+//! before it is copied. The driver stops reading where [`Session::must_pause`] says so.
+
+use std::collections::BTreeMap;
+
+use hashbrown::HashMap;
+use latzero_protocol::frame::Frame;
+use latzero_protocol::message::Request;
+use latzero_protocol::{Code, Ran, Refusal};
+
+use super::{Flow, Session};
+use crate::books::{Hold, Resource};
+use crate::driver::{Driver, Peer};
+use crate::limits::Limits;
+use crate::now::Time;
+use crate::pool::id_in_use;
+use crate::turn::Turn;
+
+/// About what one message takes that waits, besides its bytes.
+const OVERHEAD: usize = 256;
+
+/// What a message waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum For {
+    /// Until fewer of the connection's calls are in flight.
+    Calls,
+    /// Until fewer of its requests wait for the disk.
+    Disk,
+    /// Until those before it have gone.
+    Turn,
+}
+
+/// A message that waited.
+pub struct Waiting {
+    why: For,
+    id: Option<Box<str>>,
+    json: Box<[u8]>,
+    attachment: Option<Box<[u8]>>,
+    came: Time,
+    _held: Hold,
+}
+
+/// The messages of one connection that wait.
+#[derive(Default)]
+pub(super) struct Held {
+    /// In the order in which they came.
+    messages: BTreeMap<u64, Waiting>,
+    by_id: HashMap<Box<str>, u64>,
+    next: u64,
+    bytes: usize,
+}
+
+impl Held {
+    fn remove(&mut self, number: u64) -> Option<Waiting> {
+        let waiting = self.messages.remove(&number)?;
+        self.bytes -= waiting.bytes();
+        if let Some(id) = &waiting.id {
+            self.by_id.remove(id);
+        }
+        Some(waiting)
+    }
+}
+
+impl Waiting {
+    /// When it came.
+    #[must_use]
+    pub fn came(&self) -> Time {
+        self.came
+    }
+
+    /// The message.
+    #[must_use]
+    pub fn frame(&self) -> Frame<'_> {
+        Frame {
+            json: &self.json,
+            attachment: self.attachment.as_deref(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.json.len() + self.attachment.as_ref().map_or(0, |raw| raw.len()) + OVERHEAD
+    }
+}
+
+impl<D: Driver> Session<D> {
+    /// Whether so much new work waits that the driver should read no more: until [`Session::go_on`].
+    #[must_use]
+    pub fn must_pause(&self, limits: &Limits) -> bool {
+        self.held.bytes >= limits.held_bytes_max
+    }
+
+    /// Nothing more comes from the other end. Whether requests still wait for the disk, which the
+    /// driver lets finish; calls that would have to wait for others would end with the connection.
+    pub fn finish(&mut self, turn: &mut Turn<'_, D>) -> bool {
+        let calls = self.held.messages.iter();
+        let calls = calls.filter(|(_, waiting)| waiting.why == For::Calls);
+        let calls: Vec<u64> = calls.map(|(number, _)| *number).collect();
+        for number in calls {
+            self.held.remove(number);
+        }
+        self.go_on(turn) == Flow::Continue && !self.held.messages.is_empty()
+    }
+
+    /// Bytes that wait.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        self.held.bytes
+    }
+
+    /// Why a request must wait, where it must.
+    fn reason(&self, request: &Request<'_>, turn: &Turn<'_, D>) -> Option<For> {
+        let is_first = self.held.messages.is_empty();
+        match request {
+            Request::Trigger(trigger) if trigger.park => {
+                (!is_first || self.is_disk_busy(turn)).then_some(For::Disk)
+            }
+            Request::Trigger(_) => (!is_first || self.is_full(turn)).then_some(For::Calls),
+            Request::Emit(_) => (!is_first).then_some(For::Turn),
+            Request::Handshake(_)
+            | Request::Memory(_)
+            | Request::Response(_)
+            | Request::Cancel(_)
+            | Request::Ack(..) => None,
+            request if request.is_question() => None,
+            _ => self.is_disk_busy(turn).then_some(For::Disk),
+        }
+    }
+
+    fn is_full(&self, turn: &Turn<'_, D>) -> bool {
+        turn.in_flight(&self.peer) >= turn.limits().in_flight_max
+    }
+
+    fn is_disk_busy(&self, turn: &Turn<'_, D>) -> bool {
+        self.awaited.len() >= turn.limits().in_flight_max as usize
+    }
+
+    /// Has a request wait where it must; false where it may be handled now.
+    pub(super) fn hold(
+        &mut self,
+        (frame, id): (Frame<'_>, Option<&str>),
+        request: &Request<'_>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<bool, Refusal> {
+        let Some(why) = self.reason(request, turn) else {
+            return Ok(false);
+        };
+        let is_named = matches!(request, Request::Trigger(_));
+        let id = id.filter(|_| is_named);
+        if let Some(id) = id.filter(|id| self.held.by_id.contains_key(*id)) {
+            return Err(id_in_use(id));
+        }
+        let bytes = frame.json.len() + frame.attachment.map_or(0, <[u8]>::len) + OVERHEAD;
+        let account = self.peer.link().account().clone();
+        let held = account.reserve(Resource::Inbound, bytes as u64)?;
+        let number = self.held.next;
+        self.held.next += 1;
+        self.held.bytes += bytes;
+        if let Some(id) = id {
+            self.held.by_id.insert(id.into(), number);
+        }
+        let waiting = Waiting {
+            why,
+            id: id.map(Into::into),
+            json: frame.json.into(),
+            attachment: frame.attachment.map(Into::into),
+            came: turn.time(),
+            _held: held,
+        };
+        self.held.messages.insert(number, waiting);
+        self.peer.link().note_waiting();
+        Ok(true)
+    }
+
+    /// Handles what waited, as far as there is room. The driver calls it where the core says that
+    /// there is ([`crate::Effects::resumed`]), and after [`Session::kept`].
+    pub fn go_on(&mut self, turn: &mut Turn<'_, D>) -> Flow {
+        while let Some(waiting) = self.next_waiting(turn) {
+            if self.handle_waiting(&waiting, turn) == Flow::Close {
+                return Flow::Close;
+            }
+        }
+        Flow::Continue
+    }
+
+    /// The first message that waits, where it need not wait any longer.
+    pub fn next_waiting(&mut self, turn: &Turn<'_, D>) -> Option<Waiting> {
+        let (&number, first) = self.held.messages.first_key_value()?;
+        let must_wait = match first.why {
+            For::Calls => self.is_full(turn),
+            For::Disk => self.is_disk_busy(turn),
+            For::Turn => false,
+        };
+        if must_wait {
+            self.peer.link().note_waiting();
+            return None;
+        }
+        self.held.remove(number)
+    }
+
+    /// Handles a message that waited.
+    pub fn handle_waiting(&mut self, waiting: &Waiting, turn: &mut Turn<'_, D>) -> Flow {
+        self.run(waiting.frame(), Some(waiting.came), turn)
+    }
+
+    /// Ends a call that waits; false where none of that id does.
+    pub(super) fn cancel_held(&mut self, id: &str, turn: &mut Turn<'_, D>) -> bool {
+        let Some(&number) = self.held.by_id.get(id) else {
+            return false;
+        };
+        self.held.remove(number);
+        let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
+        self.refuse(Some(id), &refusal.with_ran(Ran::No), turn);
+        true
+    }
+
+    /// Forgets what waits.
+    pub(super) fn drop_held(&mut self) {
+        self.held = Held::default();
+    }
+}

@@ -1,0 +1,149 @@
+//! Requests about parked calls: of one's own, of all in a pool that one owns, and of all there are
+//! for administrators.
+
+use latzero_protocol::parked::{Parked, ParkedAction, ParkedChange, ParkedFilter};
+use latzero_protocol::{Code, Refusal};
+use serde_json::{Value, json};
+
+use super::Session;
+use super::promises::{Promise, Reply};
+use crate::driver::Driver;
+use crate::keep::Change;
+use crate::registry::PAGE_BYTES_MAX;
+use crate::turn::Turn;
+
+/// Calls that one request changes.
+const CHANGED_AT_ONCE_MAX: usize = 1000;
+
+/// A call or an answer, and where it is.
+struct Found<D: Driver> {
+    number: u64,
+    pool: D::Pool,
+}
+
+impl<D: Driver> Session<D> {
+    pub(super) fn parked(&self, parked: &Parked, turn: &mut Turn<'_, D>) -> Result<Reply, Refusal> {
+        let is_admin = self.terms.is_admin;
+        match parked.action {
+            ParkedAction::List { after, limit } => {
+                let found = self.find(&parked.filter, is_admin, (after, limit), turn);
+                Ok(Reply::Now(page(&found, limit, turn)))
+            }
+            ParkedAction::Show => {
+                let found = self.find(&parked.filter, is_admin, (0, 1), turn);
+                let shown = found.first().and_then(|found| {
+                    turn.with_pool(&found.pool, |pool, _| {
+                        pool.describe_parked(found.number, true)
+                    })
+                });
+                shown
+                    .map(|shown| Reply::Now(shown.to_string()))
+                    .ok_or_else(|| not_found(&parked.filter))
+            }
+            ParkedAction::Change(change) => self.change(change, &parked.filter, is_admin, turn),
+        }
+    }
+
+    fn change(
+        &self,
+        change: ParkedChange,
+        filter: &ParkedFilter,
+        is_admin: bool,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Reply, Refusal> {
+        let found = self.find(filter, is_admin, (0, usize::MAX), turn);
+        if filter.number.is_some() && found.is_empty() {
+            return Err(not_found(filter));
+        }
+        let mut changed = 0;
+        let mut is_more = false;
+        for found in found {
+            if changed == CHANGED_AT_ONCE_MAX {
+                is_more = true;
+                break;
+            }
+            let is_changed = turn.with_pool(&found.pool, |pool, turn| {
+                pool.change_parked(found.number, change, turn)
+            });
+            changed += usize::from(is_changed);
+        }
+        if let Some(number) = filter.number.filter(|_| changed == 0) {
+            let message = match change {
+                ParkedChange::Cancel => "is over: there is nothing to cancel",
+                ParkedChange::Retry(_) => "is not dead: only dead calls can be run again",
+                ParkedChange::Purge => "is not over: cancel it instead",
+            };
+            let message = format!("parked call {number} {message}");
+            return Err(Refusal::new(Code::BadMessage, message));
+        }
+        if let Some(ready) = &self.ready {
+            let what = match change {
+                ParkedChange::Cancel => "parked_cancel",
+                ParkedChange::Retry(_) => "parked_retry",
+                ParkedChange::Purge => "parked_purge",
+            };
+            let detail = json!({"action": what, "calls": changed, "of": filter.app});
+            self.audit("parked_changed", (&ready.app, ready.instance), detail, turn);
+        }
+        let reply = json!({"changed": changed, "more": is_more}).to_string();
+        if changed == 0 {
+            return Ok(Reply::Now(reply));
+        }
+        // Nothing has this number: the reply waits until everything before it is on disk.
+        turn.keep(Change::EndAnswer(0), Some(&self.peer));
+        Ok(Reply::Kept(reply, Promise::Removal))
+    }
+
+    /// The calls and answers that a filter names, as far as this connection may see them.
+    fn find(
+        &self,
+        filter: &ParkedFilter,
+        is_admin: bool,
+        (after, limit): (u64, usize),
+        turn: &mut Turn<'_, D>,
+    ) -> Vec<Found<D>> {
+        let view = self.view();
+        let pools = turn.with_registry(|registry, _| registry.owned(filter.pool.as_ref(), &view));
+        let mut found: Vec<Found<D>> = Vec::new();
+        for (pool, is_own) in pools {
+            let viewer = (!is_admin && !is_own).then_some(view.app);
+            let numbers = turn.with_pool(&pool, |pool, _| {
+                pool.find_parked(filter, viewer, (after, limit))
+            });
+            found.extend(numbers.into_iter().map(|number| Found {
+                number,
+                pool: pool.clone(),
+            }));
+        }
+        found.sort_unstable_by_key(|found| found.number);
+        found.truncate(limit);
+        found
+    }
+}
+
+fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> String {
+    let mut entries: Vec<Value> = Vec::new();
+    let (mut bytes, mut last) = (0, None);
+    let mut is_more = found.len() == limit;
+    for found in found {
+        let shown = turn.with_pool(&found.pool, |pool, _| {
+            pool.describe_parked(found.number, false)
+        });
+        if let Some(shown) = shown {
+            bytes += shown.to_string().len() + 1;
+            if bytes > PAGE_BYTES_MAX {
+                is_more = true;
+                break;
+            }
+            entries.push(shown);
+        }
+        last = Some(found.number);
+    }
+    json!({"parked": entries, "next": last.filter(|_| is_more)}).to_string()
+}
+
+fn not_found(filter: &ParkedFilter) -> Refusal {
+    let number = filter.number.unwrap_or_default();
+    let message = format!("there is no parked call {number} that you may see");
+    Refusal::new(Code::NoCall, message)
+}
