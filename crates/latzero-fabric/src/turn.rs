@@ -29,7 +29,7 @@ impl<D: Driver> Turn<'_, D> {
 
     /// The moment, on the clock that only moves forward.
     #[inline]
-    pub(crate) fn time(&self) -> Time {
+    pub fn time(&self) -> Time {
         self.now.monotonic
     }
 

@@ -25,7 +25,7 @@ use crate::settings::{Settings, StoreDurability};
 use crate::shared::Shared;
 use crate::startup::StartupError;
 use promises::Promises;
-use rows::{answer_of, app_of, call_of, ms, pool_of, row};
+use rows::{answer_of, app_of, binding_of, call_of, ms, pool_of, row};
 
 /// The kernel's name for this run of the machine (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -39,6 +39,9 @@ const BOOT: &str = "boot";
 
 /// The name under which unsettled losses are stored.
 const LOSSES: &str = "losses";
+
+/// The name under which it is stored what makes unknown pools look like encrypted ones.
+const POOL_SECRET: &str = "pool_secret";
 
 /// The store and its promises.
 pub(crate) struct Keeper {
@@ -177,6 +180,22 @@ impl Keeper {
         }
     }
 
+    /// What makes names that are no encrypted pool's look like one: drawn once, and the same from then on.
+    pub(crate) fn pool_secret(&self) -> [u8; 32] {
+        let contents = self
+            .contents
+            .lock()
+            .expect("nothing panics under this lock");
+        let settings = contents.iter().flat_map(|contents| &contents.settings);
+        let mut known = settings.filter(|(key, _)| key == POOL_SECRET);
+        let known = known.find_map(|(_, value)| latzero_crypto::text::decode(value));
+        known.unwrap_or_else(|| {
+            let secret = crate::random::bytes();
+            self.set(POOL_SECRET, &latzero_crypto::text::encode(&secret));
+            secret
+        })
+    }
+
     /// The kernel's name for this run of the machine; empty where it has none.
     pub(crate) fn boot_id(&self) -> &str {
         &self.boot_id
@@ -288,8 +307,12 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let (mut apps, mut pools, mut calls, mut answers) = (0, 0, 0, 0);
     for row in contents.pools {
         let name = row.name.clone();
-        let taken = pool_of(row)
-            .and_then(|row| host.with_registry(|registry, _| registry.restore_pool(row)));
+        let taken = pool_of(row).and_then(|row| {
+            if !row.is_durable {
+                keeper.keep(Change::ForgetPool(row.name.clone()), None);
+            }
+            host.with_registry(|registry, turn| registry.restore_pool(row, turn.time()))
+        });
         match taken {
             Ok(()) => pools += 1,
             Err(error) => {
@@ -298,6 +321,13 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             }
         }
     }
+    host.with_registry(|registry, _| {
+        for row in contents.descriptors {
+            if let Ok(pool) = PoolName::new(&row.pool) {
+                registry.restore_descriptor(&pool, row.epoch, row.descriptor);
+            }
+        }
+    });
     for row in contents.calls {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
@@ -331,6 +361,12 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     }
     host.with_registry(|registry, _| {
+        // Before anybody is let in.
+        for row in contents.bindings {
+            if let Some(row) = binding_of(row) {
+                registry.restore_binding(&row);
+            }
+        }
         for row in contents.apps {
             let Some(row) = app_of(row) else {
                 continue;

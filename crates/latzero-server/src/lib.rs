@@ -6,6 +6,7 @@
 //! sockets, and [`server`] runs the loops. `latzero_protocol::address` defines where clients find
 //! the Unix socket, and [`doctor`] diagnoses problems.
 
+mod attempts;
 mod audit;
 mod blocks;
 mod builtin;
@@ -20,6 +21,7 @@ mod listener;
 pub mod logging;
 mod losses;
 mod peer;
+mod random;
 pub mod server;
 pub mod settings;
 mod shared;

@@ -14,6 +14,7 @@ use latzero_fabric::{Now, Registry, Time};
 use latzero_protocol::Refusal;
 use mio::Waker;
 
+use crate::attempts::Attempts;
 use crate::audit::AuditLog;
 use crate::blocks::{Blocks, Done};
 use crate::builtin::BuiltIn;
@@ -175,6 +176,8 @@ pub(crate) struct Shared {
     pub(crate) started: Time,
     pub(crate) identity: Identity,
     pub(crate) token: AdminToken,
+    /// Refused proofs by user.
+    pub(crate) attempts: Mutex<Attempts>,
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) builtin: Mutex<Option<BuiltIn>>,
     pub(crate) is_draining: AtomicBool,
@@ -205,6 +208,12 @@ pub(crate) struct Parts {
 }
 
 impl Shared {
+    pub(crate) fn attempts(&self) -> MutexGuard<'_, Attempts> {
+        self.attempts
+            .lock()
+            .expect("nothing panics under this lock")
+    }
+
     pub(crate) fn new(parts: Parts) -> Arc<Shared> {
         let Parts {
             settings,
@@ -248,6 +257,10 @@ impl Shared {
                 },
                 version: env!("CARGO_PKG_VERSION"),
                 node: identity.node.clone(),
+                instance: crate::random::bytes(),
+                secret: keeper.pool_secret(),
+                admin_over_plain_tcp: settings.admin_over_plain_tcp,
+                require_channel_binding: settings.require_channel_binding,
             }),
             settings: Mutex::new(Arc::new(settings)),
             timers: Timers::default(),
@@ -259,6 +272,7 @@ impl Shared {
             started,
             identity,
             token,
+            attempts: Mutex::default(),
             mailboxes,
             builtin: Mutex::new(None),
             is_draining: AtomicBool::new(false),

@@ -22,14 +22,8 @@ struct Found<D: Driver> {
 }
 
 impl<D: Driver> Session<D> {
-    pub(super) fn parked(
-        &self,
-        parked: &Parked<'_>,
-        turn: &mut Turn<'_, D>,
-    ) -> Result<Reply, Refusal> {
-        let token = parked.token.as_deref();
-        let is_admin =
-            self.terms.is_admin || token.is_some_and(|token| turn.driver.is_admin_token(token));
+    pub(super) fn parked(&self, parked: &Parked, turn: &mut Turn<'_, D>) -> Result<Reply, Refusal> {
+        let is_admin = self.terms.is_admin;
         match parked.action {
             ParkedAction::List { after, limit } => {
                 let found = self.find(&parked.filter, is_admin, (after, limit), turn);
@@ -108,11 +102,11 @@ impl<D: Driver> Session<D> {
         (after, limit): (u64, usize),
         turn: &mut Turn<'_, D>,
     ) -> Vec<Found<D>> {
-        let app = self.ready.as_ref().map(|ready| &ready.app);
-        let pools = turn.with_registry(|registry, _| registry.owned(filter.pool.as_ref(), app));
+        let view = self.view();
+        let pools = turn.with_registry(|registry, _| registry.owned(filter.pool.as_ref(), &view));
         let mut found: Vec<Found<D>> = Vec::new();
         for (pool, is_own) in pools {
-            let viewer = app.filter(|_| !is_admin && !is_own);
+            let viewer = (!is_admin && !is_own).then_some(view.app);
             let numbers = turn.with_pool(&pool, |pool, _| {
                 pool.find_parked(filter, viewer, (after, limit))
             });
