@@ -147,6 +147,7 @@ impl IoHost {
         for pool in &pools {
             parked.add(&self.with_pool(pool, |pool, _| pool.parked_counts()));
         }
+        parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         parked
     }
 
@@ -164,6 +165,7 @@ impl IoHost {
             members += stats.members;
             parked.add(&stats.parked);
         }
+        parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         let mut stats = self.shared.stats.to_json(now);
         stats["server"] = json!({
             "version": env!("CARGO_PKG_VERSION"),
