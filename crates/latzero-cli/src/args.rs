@@ -294,8 +294,8 @@ Examples:
   latzero parked purge --dead              delete the dead calls
 
 A call is waiting (for a handler), paused (its last attempt failed), running, dead (every attempt
-failed), or answered (its answer waits for the caller). The server's own user sees the calls of
-everybody, the owner of a pool those in it, and an app its own.")]
+failed), or answered (its answer waits for the caller). An administrator sees all calls, the owner
+of a pool those in the pool, and an app its own.")]
     Parked(ParkedArgs),
     /// List, create, inspect and remove pools
     #[command(
@@ -919,9 +919,9 @@ pub(crate) enum ParkedCommand {
     Show(ParkedShowArgs),
     /// Cancel parked calls; their callers get the error `cancelled`
     Cancel(ParkedNumbersArgs),
-    /// Run dead calls again; their callers were told that they failed, and are not told more
+    /// Run dead calls again; their callers already got an error and get no further answer
     Retry(ParkedRetryArgs),
-    /// Delete dead calls, and answers that nobody fetched
+    /// Delete dead calls, and answers that were not fetched
     Purge(ParkedNumbersArgs),
 }
 
