@@ -25,6 +25,8 @@ cargo xtask COMMAND
                        they are current
   sim ARGS             run the simulator: --seed N, or --seeds A..B; --lasting for calls that
                        outlive connections, --hostile for clients that attack the server
+  hostile [ARGS]       run an innocent client beside each kind of hostile one: --seconds N,
+                       --only TEXT, --json
   crash [ARGS]         kill and restart processes and check the result: --rounds N, --seed S
   bench NAME [ARGS]    run a benchmark; `cargo xtask bench --help` lists them
   fuzz TARGET [ARGS]   fuzz a parser (needs cargo-fuzz)
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         ["codegen"] => codegen::write(),
         ["codegen", "--check"] => codegen::check(),
         ["sim", rest @ ..] => sim(rest),
+        ["hostile", rest @ ..] => hostile(rest),
         ["crash", rest @ ..] => crash::crash(rest),
         ["bench", rest @ ..] => bench(rest),
         ["fuzz", rest @ ..] => fuzz(rest),
@@ -156,6 +159,14 @@ fn bench(rest: &[&str]) -> Done {
         "nats",
         "--",
     ];
+    args.extend(rest);
+    cargo(&args)
+}
+
+fn hostile(rest: &[&str]) -> Done {
+    cargo(&["build", "--release", "--package", "latzero-cli"])?;
+    let mut args = vec!["run", "--release", "--package", "latzero-tests"];
+    args.extend(["--bin", "latzero-hostile", "--"]);
     args.extend(rest);
     cargo(&args)
 }

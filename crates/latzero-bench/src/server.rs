@@ -25,6 +25,23 @@ pub(crate) fn program() -> PathBuf {
     near.unwrap_or_else(|| here.with_file_name("latzero"))
 }
 
+/// Which program a server is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// [`program`].
+    Now,
+    /// [`program_before`].
+    Before,
+}
+
+/// The variable that names the program of before to the processes of a measurement.
+pub(crate) const BEFORE: &str = "LATZERO_BENCH_BEFORE";
+
+/// The program that `--before` names.
+pub(crate) fn program_before() -> Option<PathBuf> {
+    std::env::var_os(BEFORE).map(PathBuf::from)
+}
+
 /// Fails, with the remedy, where there is no such program.
 pub(crate) fn check_program() -> Result<(), Failure> {
     let program = program();

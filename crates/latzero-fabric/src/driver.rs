@@ -12,7 +12,7 @@ use crate::effects::{Audit, Count, Effects};
 use crate::keep::Change;
 use crate::limits::Limits;
 use crate::link::Link;
-use crate::memory::{Ledger, StorageId};
+use crate::memory::{Numbers, StorageId};
 use crate::outbox::{Bounds, Class, Sent};
 use crate::pool::Pool;
 use crate::registry::Registry;
@@ -131,8 +131,8 @@ pub trait Driver: Sized {
         f: impl FnOnce(&mut Pool<Self>, &mut Turn<'_, Self>) -> R,
     ) -> R;
 
-    /// Runs `f` with the count of what blocks use.
-    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R;
+    /// Runs `f` with the numbers that are given once.
+    fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R;
 
     /// Keeps a row beyond the server's end. With a promise, the session of that connection hears
     /// when it is on disk or can't be ([`crate::Session::kept`]), in the order of the promises;

@@ -175,6 +175,8 @@ limits! {
     /// ping) may use.
     outbox_headroom_bytes: usize = MIB, Bytes(4 * KIB, GIB), Restart,
         "the connection is closed";
+    /// Descriptors of memory blocks waiting to be written to one connection.
+    descriptors_unread_max: usize = 256, Count(1, 65_536), Restart, "`overloaded`";
     /// Bytes waiting to be written to all connections together; 0 is a tenth of
     /// `limits.memory_max`, at most 256 MiB.
     outbox_total_bytes_max: usize = 0, Bytes(0, 1024 * GIB), Restart,
@@ -217,6 +219,10 @@ limits! {
     /// Requests waiting for one memory block (its lock, creation or flush), and holders of its
     /// lock.
     block_waiters_max: usize = 1024, Count(1, 1_000_000), Restart, "`overloaded`";
+    /// Requests waiting for memory blocks, in total.
+    waits_max: usize = 1_048_576, Count(1, 16_777_216), Restart, "`overloaded`";
+    /// Requests of one connection waiting for memory blocks.
+    waits_per_connection_max: usize = 262_144, Count(1, 16_777_216), Restart, "`overloaded`";
     /// Parked calls and waiting answers.
     parked_max: usize = 100_000, Count(0, 16_777_216), Restart, "`overloaded`";
     /// Memory used by all parked calls and waiting answers.

@@ -234,6 +234,12 @@ impl<F, N> Outbox<F, N> {
         self.own
     }
 
+    /// Descriptors that wait.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        self.descriptors.iter().map(|t| t.descriptors.len()).sum()
+    }
+
     /// Whether the kernel took less than it was offered.
     #[must_use]
     pub fn is_blocked(&self) -> bool {

@@ -17,6 +17,8 @@ mod pick;
 mod repeats;
 mod routing;
 
+use std::collections::BTreeSet;
+
 use hashbrown::HashMap;
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet, Strategy, TriggerSpec};
@@ -30,7 +32,9 @@ use crate::prng::Prng;
 use crate::slab::{Key, Slab};
 use crate::turn::Turn;
 use blocks::Blocks;
-pub use blocks::{Asking, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan};
+pub use blocks::{
+    Asking, BlockCounts, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan,
+};
 use calls::Calls;
 use ending::End;
 use park::ParkedCalls;
@@ -91,7 +95,7 @@ struct Member<D: Driver> {
     /// Whether file descriptors can be passed to it.
     takes_descriptors: bool,
     /// Blocks that it may have something to do with, so that its end finds them.
-    blocks: Vec<BlockKey>,
+    blocks: BTreeSet<BlockKey>,
 }
 
 impl<D: Driver> Member<D> {
@@ -354,7 +358,7 @@ impl<D: Driver> Pool<D> {
             calling: 0,
             serving: 0,
             takes_descriptors,
-            blocks: Vec::new(),
+            blocks: BTreeSet::new(),
         };
         let key = self.members.insert(member);
         self.tell(Event::AppOnline, &told, Some(key), turn);

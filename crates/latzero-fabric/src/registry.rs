@@ -285,6 +285,15 @@ impl<D: Driver> Registry<D> {
         account
     }
 
+    /// The account of an app for what an earlier run left of it.
+    pub fn kept_account(&mut self, app: &AppId, turn: &mut Turn<'_, D>) -> Arc<Account> {
+        let known = self.accounts.get(app).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let earlier = Arc::clone(turn.driver.site().books.earlier());
+            self.account(app, &earlier, turn)
+        })
+    }
+
     /// Hands what an app registered out once more: it could not be kept when it was to be.
     pub fn keep_app(&self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         if let Some(app) = self.apps.get(app_id) {

@@ -38,6 +38,18 @@ impl<T> PartialEq for Key<T> {
 
 impl<T> Eq for Key<T> {}
 
+impl<T> PartialOrd for Key<T> {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl<T> Ord for Key<T> {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.slot, self.generation).cmp(&(other.slot, other.generation))
+    }
+}
+
 impl<T> std::hash::Hash for Key<T> {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         (self.slot, self.generation).hash(state);
@@ -144,13 +156,6 @@ impl<T, K> Slab<T, K> {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Key<K>, &T)> {
         (0..self.places.len() as u32).filter_map(|slot| self.in_slot(slot))
-    }
-
-    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Key<K>, &mut T)> {
-        let places = self.places.iter_mut().zip(0..);
-        places.filter_map(|(place, slot)| {
-            Some((Key::new(slot, place.generation), place.value.as_mut()?))
-        })
     }
 
     /// The first value from `slot` on, so that a walk can go on while values are removed.

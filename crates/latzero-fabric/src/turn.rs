@@ -7,7 +7,7 @@ use crate::effects::{Audit, Buffers, CallEnd, Count};
 use crate::keep::Change;
 use crate::limits::Limits;
 use crate::link::Notice;
-use crate::memory::{Job, Ledger, StorageId};
+use crate::memory::{Job, Numbers, StorageId};
 use crate::now::{Now, Time};
 use crate::outbox::{Class, Outbox, Sent, Shared};
 use crate::pool::Pool;
@@ -97,8 +97,8 @@ impl<D: Driver> Turn<'_, D> {
         }
     }
 
-    pub(crate) fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
-        self.driver.with_ledger(f)
+    pub(crate) fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R {
+        self.driver.with_numbers(f)
     }
 
     /// Appends one frame to `to`'s outbox: `encode` writes about `length` bytes, and is not called
@@ -252,7 +252,7 @@ impl<D: Driver> Turn<'_, D> {
     }
 
     pub(crate) fn next_number(&mut self) -> u64 {
-        self.with_ledger(Ledger::next_number)
+        self.with_numbers(Numbers::next_call)
     }
 
     pub(crate) fn block_version(&mut self, storage: StorageId) -> u64 {

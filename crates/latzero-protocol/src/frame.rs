@@ -11,6 +11,16 @@ use crate::error::{Code, Refusal};
 /// Bytes of the length prefix.
 pub const PREFIX: usize = 4;
 
+/// How many bytes the frame at the start of `buf` has, its prefix included, as far as it says so.
+#[must_use]
+pub fn announced(buf: &[u8]) -> usize {
+    let Some(&prefix) = buf.first_chunk::<PREFIX>() else {
+        return PREFIX;
+    };
+    let length = u32::from_be_bytes(prefix) & !ATTACHMENT_BIT;
+    PREFIX + usize::try_from(length).unwrap_or(usize::MAX - PREFIX)
+}
+
 /// The bit of the length that marks an attachment frame.
 pub const ATTACHMENT_BIT: u32 = 1 << 31;
 

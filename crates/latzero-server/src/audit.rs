@@ -2,8 +2,8 @@
 //!
 //! Each line of `logs/audit.log` is a JSON object. The file is rotated by size, like the server
 //! log. A separate thread writes it. Lines that do not fit in its queue are counted with the other
-//! lost log lines. To keep one user from flooding the log, each user has a burst and a rate; the
-//! next line of that user says how many were left out.
+//! lost log lines. To keep one user from flooding the log, each user has a burst and a rate for each
+//! kind of event; the next line of that user and event says how many were left out.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -22,14 +22,14 @@ use crate::utc::rfc3339;
 /// The file's name in the directory of logs.
 const NAME: &str = "audit.log";
 
-/// Lines that one user may have at once: more apps than come back after a start.
+/// Lines of one event that one user may have at once: more apps than come back after a start.
 const BURST: u32 = 10_000;
 
 /// Lines that each user gets back per second.
 const LINES_PER_SECOND: u32 = 100;
 
-/// Users whose lines are counted one by one; all others share a count.
-const USERS_MAX: usize = 1024;
+/// Users and events whose lines are counted one by one; all other users share a count for each event.
+const SHARES_MAX: usize = 4096;
 
 /// The audit log.
 pub(crate) struct AuditLog {
@@ -44,32 +44,28 @@ struct Share {
     left_out: u64,
 }
 
-/// What each user has left, by where its connections come from.
+/// What each user has left of each event, by where its connections come from.
 #[derive(Default)]
-struct Shares(HashMap<String, Share>);
+struct Shares(HashMap<(&'static str, String), Share>);
 
 impl Shares {
     /// Takes a line of a user's share; returns how many were left out before it, or nothing where
     /// this one is.
-    fn take(&mut self, from: &str, now: Instant) -> Option<u64> {
+    fn take(&mut self, event: &'static str, from: &str, now: Instant) -> Option<u64> {
         let whole = |share: &Share| share.refilled(now).0 == BURST && share.left_out == 0;
-        if self.0.len() >= USERS_MAX && !self.0.contains_key(from) {
+        let mut whose = (event, from.to_owned());
+        if self.0.len() >= SHARES_MAX && !self.0.contains_key(&whose) {
             // Those that have all their lines are as new.
             self.0.retain(|_, share| !whole(share));
+            if self.0.len() >= SHARES_MAX {
+                whose.1.clear();
+            }
         }
-        let from = if self.0.len() < USERS_MAX || self.0.contains_key(from) {
-            from
-        } else {
-            ""
-        };
-        let share = match self.0.get_mut(from) {
-            Some(share) => share,
-            None => self.0.entry(from.to_owned()).or_insert(Share {
-                lines: BURST,
-                since: now,
-                left_out: 0,
-            }),
-        };
+        let share = self.0.entry(whose).or_insert(Share {
+            lines: BURST,
+            since: now,
+            left_out: 0,
+        });
         (share.lines, share.since) = share.refilled(now);
         if share.lines == 0 {
             share.left_out += 1;
@@ -117,7 +113,7 @@ impl AuditLog {
         let user = from.rsplit_once(':').map_or(&*from, |(address, _)| address);
         let shares = self.shares.lock();
         let mut shares = shares.expect("nothing panics under this lock");
-        let Some(left_out) = shares.take(user, Instant::now()) else {
+        let Some(left_out) = shares.take(audit.event, user, Instant::now()) else {
             return;
         };
         drop(shares);
@@ -165,33 +161,38 @@ mod tests {
         let mut shares = Shares::default();
         let start = Instant::now();
         for _ in 0..BURST {
-            assert_eq!(shares.take("unix uid 1", start), Some(0));
+            assert_eq!(shares.take("joined", "unix uid 1", start), Some(0));
         }
         for _ in 0..3 {
-            assert_eq!(shares.take("unix uid 1", start), None);
+            assert_eq!(shares.take("joined", "unix uid 1", start), None);
         }
-        assert_eq!(shares.take("unix uid 2", start), Some(0));
+        assert_eq!(shares.take("joined", "unix uid 2", start), Some(0));
+        // Coming and going leaves room for what is refused.
+        assert_eq!(shares.take("refused", "unix uid 1", start), Some(0));
         let later = start + Duration::from_millis(25);
-        assert_eq!(shares.take("unix uid 1", later), Some(3));
-        assert_eq!(shares.take("unix uid 1", later), Some(0));
-        assert_eq!(shares.take("unix uid 1", later), None);
+        assert_eq!(shares.take("joined", "unix uid 1", later), Some(3));
+        assert_eq!(shares.take("joined", "unix uid 1", later), Some(0));
+        assert_eq!(shares.take("joined", "unix uid 1", later), None);
         // The rest of the time between two lines is not lost.
         let later = start + Duration::from_millis(31);
-        assert_eq!(shares.take("unix uid 1", later), Some(1));
-        assert_eq!(shares.take("unix uid 1", later), None);
+        assert_eq!(shares.take("joined", "unix uid 1", later), Some(1));
+        assert_eq!(shares.take("joined", "unix uid 1", later), None);
     }
 
     #[test]
     fn users_are_counted_up_to_a_bound() {
         let mut shares = Shares::default();
         let start = Instant::now();
-        for n in 0..3 * USERS_MAX {
-            assert_eq!(shares.take(&format!("tcp 127.0.0.{n}"), start), Some(0));
+        for n in 0..3 * SHARES_MAX {
+            assert_eq!(
+                shares.take("joined", &format!("tcp 127.0.0.{n}"), start),
+                Some(0)
+            );
         }
-        assert!(shares.0.len() <= USERS_MAX + 1);
+        assert!(shares.0.len() <= SHARES_MAX + 1);
         // Those that have been quiet make room.
         let later = start + Duration::from_secs(1);
-        assert_eq!(shares.take("another", later), Some(0));
+        assert_eq!(shares.take("joined", "another", later), Some(0));
         assert!(shares.0.len() <= 2);
     }
 }

@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
-use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
+use latzero_fabric::books::{Books, Resource};
+use latzero_fabric::memory::{Job, Making, Numbers, StorageId};
 use latzero_fabric::pool::Found;
 use latzero_fabric::{BlockKey, Limits, Time};
 use latzero_protocol::memory::{Access, Kind};
@@ -143,7 +144,7 @@ impl Workers {
 /// Storage of all blocks.
 pub(crate) struct Blocks {
     stored: RwLock<HashMap<StorageId, Arc<Stored>>>,
-    ledger: Mutex<Ledger>,
+    numbers: Mutex<Numbers>,
     files: Arc<Files>,
     rows: Rows,
     // At most one job of each kind for each block and waiter, which are bounded.
@@ -170,15 +171,15 @@ impl Blocks {
         };
         Ok(Blocks {
             stored: RwLock::new(HashMap::new()),
-            ledger: Mutex::new(Ledger::default()),
+            numbers: Mutex::new(Numbers::default()),
             files,
             rows,
             work,
         })
     }
 
-    pub(crate) fn with_ledger<R>(&self, f: impl FnOnce(&mut Ledger) -> R) -> R {
-        f(&mut self.ledger())
+    pub(crate) fn with_numbers<R>(&self, f: impl FnOnce(&mut Numbers) -> R) -> R {
+        f(&mut self.numbers())
     }
 
     /// Takes in what an earlier run noted of the generations of its ended blocks.
@@ -188,13 +189,13 @@ impl Blocks {
             return;
         };
         self.rows.set_ended(generation);
-        self.ledger().set_ended_floor(generation);
+        self.numbers().set_ended_floor(generation);
     }
 
-    fn ledger(&self) -> MutexGuard<'_, Ledger> {
-        self.ledger
+    fn numbers(&self) -> MutexGuard<'_, Numbers> {
+        self.numbers
             .lock()
-            .expect("a panic in the ledger ends the server")
+            .expect("a panic in the numbers ends the server")
     }
 
     fn at(&self, storage: StorageId) -> Option<Arc<Stored>> {
@@ -609,13 +610,13 @@ impl Blocks {
     }
 
     /// What `stats` says of blocks.
-    pub(crate) fn to_json(&self, limits: &Limits) -> Value {
+    pub(crate) fn to_json(&self, limits: &Limits, books: &Books) -> Value {
         let kinds = |kind| self.all().iter().filter(|s| s.kind == kind).count();
-        let ledger = self.ledger();
+        let all = books.all();
         json!({
-            "blocks": ledger.blocks(),
+            "blocks": all.used(Resource::BlockCount),
             "blocks_max": limits.blocks_max,
-            "bytes": ledger.bytes(),
+            "bytes": all.used(Resource::Blocks),
             "bytes_max": limits.memory_bytes_max,
             "storages_shared": kinds(Kind::Shared),
             "storages_persistent": kinds(Kind::Persistent),
@@ -799,11 +800,11 @@ impl std::io::Read for OneVersion<'_> {
 /// loss, what is in a file is what its checksums say.
 pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
-    shared.blocks.with_ledger(|ledger| {
+    shared.blocks.with_numbers(|numbers| {
         for row in &rows {
             let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));
             if let (Ok(pool), Ok(block)) = name {
-                ledger.note_end(&pool, &block, row.generation);
+                numbers.note_end(&pool, &block, row.generation);
             }
         }
     });
@@ -999,7 +1000,9 @@ fn take(
     // Nor into a version that somebody else begins: the block moves, and until it has, says on that it has to.
     let has_writer = may_have_writer && custodian.is_lease_held().map_err(faulty)?;
     let found = Found { record, fence };
-    let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, fx))?;
+    let owner = found.owner()?;
+    let account = host.with_registry(|registry, turn| registry.kept_account(&owner, turn));
+    let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, &account, fx))?;
     let stored = Stored::new(custodian, pool_name, block.clone(), version, names);
     if let Err(error) = stored.custodian.set_lease(fence, has_writer) {
         tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "cannot reset the \

@@ -80,8 +80,8 @@ pub(crate) struct Connection {
     inbox: Vec<u8>,
     /// What the inbox takes.
     inbound: Hold,
-    /// It was not read for want of memory.
-    pub(crate) is_starved: bool,
+    /// It was not read for want of so many bytes of memory.
+    pub(crate) lacks: u64,
     /// It is in the loop's list of those to read.
     pub(crate) is_queued: bool,
     /// Descriptors that came and were not taken yet.
@@ -137,7 +137,7 @@ impl Connection {
         let inbound = peer.link().account().hold(Resource::Inbound);
         Connection {
             inbound,
-            is_starved: false,
+            lacks: 0,
             is_queued: false,
             session: Session::new(Arc::clone(&peer), terms),
             peer,
@@ -181,7 +181,6 @@ impl Connection {
             // buffer.
             let is_large = self.inbox.len() >= LARGE_BYTES;
             let Some(room) = self.reserve(is_large, scratch.len(), host) else {
-                self.is_starved = true;
                 return Turn::Starved;
             };
             let scratch = &mut scratch[..room];
@@ -254,17 +253,25 @@ impl Connection {
             {
                 return Some(most);
             }
-            return (length < SMALL_BYTES).then_some(SMALL_BYTES.min(most));
+            if length < SMALL_BYTES {
+                return Some(SMALL_BYTES.min(most));
+            }
+            return self.starve((length + most) as u64);
         }
-        if length + most <= capacity {
-            return Some(most);
+        // As large as the frame says that it is, and no larger.
+        let whole = frame::announced(&self.inbox);
+        if length + most <= capacity || (length < capacity && whole <= capacity) {
+            return Some(most.min(capacity - length));
         }
-        let limits = &host.site().limits;
-        let whole = limits.max_frame + latzero_protocol::limits::FORWARD_SLACK;
-        let grown = (2 * capacity).min(whole).max(length + most);
-        self.inbound.resize(grown as u64).ok()?;
+        let mut grown = (2 * capacity).max(length + most);
+        if whole > length {
+            grown = grown.min(whole);
+        }
+        if self.inbound.resize(grown as u64).is_err() {
+            return self.starve(grown as u64);
+        }
         match host.effects.buffers.take_large() {
-            Some(mut larger) if larger.capacity() >= length + most => {
+            Some(mut larger) if larger.capacity() >= grown => {
                 larger.extend_from_slice(&self.inbox);
                 let smaller = std::mem::replace(&mut self.inbox, larger);
                 host.effects.buffers.give_back(smaller);
@@ -275,7 +282,13 @@ impl Connection {
                 self.inbox.reserve_exact(grown - length);
             }
         }
-        Some(most)
+        Some(most.min(self.inbox.capacity() - length))
+    }
+
+    /// Nothing is read until there is memory to hold this much.
+    fn starve<T>(&mut self, needed: u64) -> Option<T> {
+        self.lacks = needed.saturating_sub(self.inbound.amount());
+        None
     }
 
     /// The app behind the connection is known: what is read from now on counts in its account.

@@ -45,7 +45,7 @@ const ACCEPTS_PER_TURN: usize = 64;
 const LOOK_EVERY_MS: u64 = 100;
 
 /// How long large buffers are kept for the next large frames, in milliseconds.
-const LARGE_KEPT_MS: u64 = 1000;
+const LARGE_KEPT_MS: u64 = 250;
 
 /// How often a connection is written to again while too many descriptors are in flight, in milliseconds.
 const CROWDED_EVERY_MS: u64 = 10;
@@ -671,29 +671,33 @@ impl EventLoop {
         }
         for slot in 0..self.connections.len() {
             if let Some(Some(connection)) = self.connections.get_mut(slot)
-                && std::mem::take(&mut connection.is_starved)
+                && connection.lacks > 0
             {
+                let lacks = std::mem::take(&mut connection.lacks);
                 let account = Arc::clone(connection.peer.link().account());
-                if let Some(lacking) = account.lacking(Resource::Inbound, READ_BYTES as u64) {
-                    self.make_room(now, slot, lacking);
-                }
+                while let Some(lacking) = account.lacking(Resource::Inbound, lacks)
+                    && self.make_room(now, slot, lacking)
+                {}
                 self.read_later(slot);
             }
         }
     }
 
-    /// Closes the connection that holds most for longest among those that count in an account, for one that can't be read.
-    fn make_room(&mut self, now: Time, for_slot: usize, lacking: &Arc<Account>) {
+    /// Closes the connection that holds most for longest among those that count in an account, for one that can't be read;
+    /// false where there is none.
+    fn make_room(&mut self, now: Time, for_slot: usize, lacking: &Arc<Account>) -> bool {
         let connections = self.connections.iter().enumerate();
         let others = connections.filter_map(|(slot, c)| Some((slot, c.as_ref()?)));
         let holdings = others
             .filter(|(slot, c)| *slot != for_slot && c.peer.link().account().is_of(lacking))
             .map(|(slot, c)| c.holding(slot));
-        if let Some(slot) = books::victim(now, holdings) {
-            let connection = self.connections[slot].take().expect("it was just seen");
-            self.note_removal(&connection, "it holds memory that other connections need");
-            self.remove(slot, *connection);
-        }
+        let Some(slot) = books::victim(now, holdings) else {
+            return false;
+        };
+        let connection = self.connections[slot].take().expect("it was just seen");
+        self.note_removal(&connection, "it holds memory that other connections need");
+        self.remove(slot, *connection);
+        true
     }
 
     fn note_removal(&self, connection: &Connection, why: &'static str) {

@@ -9,7 +9,7 @@ use latzero_fabric::books::Resource;
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
-use latzero_fabric::memory::{Ledger, StorageId};
+use latzero_fabric::memory::{Numbers, StorageId};
 use latzero_fabric::pool::ParkedCounts;
 use latzero_fabric::{Class, Driver, Effects, Now, Pool, Registry, Sent, Turn};
 use latzero_protocol::memory::Access;
@@ -186,7 +186,7 @@ impl IoHost {
         stats["pools"] = json!({"pools": counts.pools, "memberships": members});
         stats["triggers"]["served"] = triggers.into();
         stats["parked"] = json!(parked);
-        stats["memory"] = self.shared.blocks.to_json(&self.shared.site.limits);
+        stats["memory"] = self.shared.blocks.to_json(&self.shared.site.limits, books);
         stats["store"] = self.shared.keeper.to_json();
         stats["resources"] = resources(&self.shared.surroundings);
         stats.to_string()
@@ -266,8 +266,8 @@ impl Driver for IoHost {
         result
     }
 
-    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
-        self.shared.blocks.with_ledger(f)
+    fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R {
+        self.shared.blocks.with_numbers(f)
     }
 
     fn keep(&mut self, change: Change, promise: Option<&Arc<Peer>>) {

@@ -281,7 +281,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let Some(contents) = contents else {
         return (Vec::new(), true);
     };
-    host.with_ledger(|ledger| ledger.count_on_after(keeper.last_number));
+    host.with_numbers(|numbers| numbers.count_on_after(keeper.last_number));
     let unix_ms = host.now.unix_ms;
     let alive = contents.settings.iter().find(|(key, _)| key == ALIVE);
     let alive_until = alive.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
@@ -298,12 +298,10 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             }
         }
     }
-    // Of which user it was is not known any more.
-    let user = shared.site.books.user(true);
     for row in contents.calls {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
-            let account = account_of(host, &row.caller, &user);
+            let account = account_of(host, &row.caller);
             take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
                 pool.restore_call(&row, &account, turn)
             })
@@ -319,7 +317,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     for row in contents.answers {
         let number = row.number;
         let taken = answer_of(row).and_then(|row| {
-            let account = account_of(host, &row.caller, &user);
+            let account = account_of(host, &row.caller);
             take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
                 pool.restore_answer(&row, &account, turn)
             })
@@ -373,8 +371,8 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     (contents.blocks, is_same_boot)
 }
 
-fn account_of(host: &mut IoHost, app: &AppId, user: &Arc<Account>) -> Arc<Account> {
-    host.with_registry(|registry, turn| registry.account(app, user, turn))
+fn account_of(host: &mut IoHost, app: &AppId) -> Arc<Account> {
+    host.with_registry(|registry, turn| registry.kept_account(app, turn))
 }
 
 /// Has a pool take in a call or an answer that waits in it.

@@ -14,7 +14,7 @@ use latzero_fabric::books::{self, Books, Hold, Holding, Resource, Users};
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
-use latzero_fabric::memory::{Job, Ledger, StorageId};
+use latzero_fabric::memory::{Job, Numbers, StorageId};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
     Class, Driver, Effects, Flow, Limits, Now, Pool, Registry, Session, Time, Transport, Turn,
@@ -579,7 +579,7 @@ impl World {
         let rows = self.store.rows.clone();
         let numbers = rows.calls.keys().chain(rows.answers.keys());
         let last = numbers.max().copied().unwrap_or(0);
-        self.storages.ledger.count_on_after(last);
+        self.storages.numbers.count_on_after(last);
         let mut left = 0;
         for row in rows.pools.into_values() {
             left += usize::from(self.registry.borrow_mut().restore_pool(row).is_err());
@@ -775,10 +775,10 @@ impl World {
                     let stats = pool.borrow().stats();
                     (blocks + stats.blocks, bytes + stats.block_bytes)
                 });
-        let ledger = &self.storages.ledger;
+        let all = self.site.books.all();
         assert_eq!(
-            (ledger.blocks(), ledger.bytes()),
-            (blocks, bytes),
+            (all.used(Resource::BlockCount), all.used(Resource::Blocks)),
+            (blocks as u64, bytes),
             "blocks in pools and in the books"
         );
         let totals = self.observer.totals;
@@ -830,6 +830,7 @@ impl World {
             "registrations"
         );
         assert_eq!(all.used(Resource::Pools), made, "pools");
+        let (mut waits, mut attachments, mut subscriptions) = (0, 0, 0);
         let (mut parked, mut bytes, mut repeats, mut redelivery) = (0, 0, 0, 0);
         for (_, pool) in registry.pools() {
             let stats = pool.borrow().stats();
@@ -837,7 +838,15 @@ impl World {
             bytes += stats.parked_bytes;
             repeats += stats.repeats_bytes;
             redelivery += stats.redelivery_bytes;
+            let blocks = pool.borrow().block_counts();
+            waits += blocks.waits;
+            attachments += blocks.attachments;
+            subscriptions += blocks.subscriptions;
         }
+        assert_eq!(all.used(Resource::Waits), waits, "waits");
+        assert_eq!(all.used(Resource::Attachments), attachments, "attachments");
+        let subscribed = all.used(Resource::Subscriptions);
+        assert_eq!(subscribed, subscriptions, "subscriptions");
         assert_eq!(all.used(Resource::ParkedCalls), parked, "parked calls");
         assert_eq!(all.used(Resource::Parked), bytes, "bytes of parked calls");
         assert_eq!(all.used(Resource::Repeats), repeats, "answers kept");
@@ -922,8 +931,8 @@ impl Driver for World {
         result
     }
 
-    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
-        f(&mut self.storages.ledger)
+    fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R {
+        f(&mut self.storages.numbers)
     }
 
     fn keep(&mut self, change: Change, promise: Option<&Line>) {

@@ -12,6 +12,8 @@ pub(crate) trait Record: Sized {
     /// How many of the first columns are the primary key.
     const KEYS: usize;
     const COLUMNS: &'static [&'static str];
+    /// Columns of JSON that grow and shrink a little at a time.
+    const LISTS: &'static [&'static str] = &[];
 
     fn read(row: &Row<'_>) -> rusqlite::Result<Self>;
     fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize>;
@@ -31,7 +33,14 @@ pub(crate) trait Record: Sized {
         let marks: Vec<_> = (1..=Self::COLUMNS.len()).map(|i| format!("?{i}")).collect();
         let sets: Vec<_> = Self::COLUMNS[Self::KEYS..]
             .iter()
-            .map(|column| format!("{column} = excluded.{column}"))
+            .map(|column| {
+                let new = format!("excluded.{column}");
+                let new = match Self::LISTS.contains(column) {
+                    true => with_room(&format!("{}.{column}", Self::TABLE), &new),
+                    false => new,
+                };
+                format!("{column} = {new}")
+            })
             .collect();
         format!(
             "INSERT INTO {} ({}) VALUES ({}) ON CONFLICT ({}) DO UPDATE SET {}",
@@ -42,6 +51,18 @@ pub(crate) trait Record: Sized {
             sets.join(", ")
         )
     }
+}
+
+/// A new value of a column that has JSON, with blanks behind it to about the length of the old one, or with room to grow.
+///
+/// SQLite writes a row anew, however large it is, where its size changes; where it does not, the pages that differ alone.
+pub(crate) fn with_room(old: &str, new: &str) -> String {
+    format!(
+        "printf('%-*s', CASE \
+         WHEN octet_length({old}) BETWEEN octet_length({new}) AND 2 * octet_length({new}) + 1024 \
+         THEN octet_length({old}) \
+         ELSE octet_length({new}) * 9 / 8 + 256 END, {new})"
+    )
 }
 
 /// A number whose order matters: refused above `i64::MAX`, the largest that SQLite orders rightly.
@@ -55,6 +76,13 @@ impl ToSql for Ordered {
         })?;
         Ok(value.into())
     }
+}
+
+/// A text without the blanks behind it ([`with_room`]).
+fn list(row: &Row<'_>, at: usize) -> rusqlite::Result<String> {
+    let mut text: String = row.get(at)?;
+    text.truncate(text.trim_end_matches(' ').len());
+    Ok(text)
 }
 
 fn ordered(row: &Row<'_>, at: usize) -> rusqlite::Result<u64> {
@@ -96,6 +124,7 @@ impl Record for AppRow {
         "registered",
         "last_seen",
     ];
+    const LISTS: &'static [&'static str] = &["pools", "triggers", "watches"];
 
     /// In the order of the file: sorting 100,000 names would cost more than reading them.
     fn select() -> String {
@@ -105,9 +134,9 @@ impl Record for AppRow {
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
             app_id: row.get(0)?,
-            pools: row.get(1)?,
-            triggers: row.get(2)?,
-            watches: row.get(3)?,
+            pools: list(row, 1)?,
+            triggers: list(row, 2)?,
+            watches: list(row, 3)?,
             meta: row.get(4)?,
             protocol_version: row.get(5)?,
             registered: row.get(6)?,

@@ -5,7 +5,7 @@ use rusqlite::{Connection, Statement};
 use crate::calendar::now_ms;
 use crate::change::Change;
 use crate::faults::Faults;
-use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, Ordered, PoolRow, Record};
+use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, Ordered, PoolRow, Record, with_room};
 
 /// What the writer says to SQLite.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +50,10 @@ impl Sql {
                             VALUES ('commits', ?1)"
                 .into(),
             Self::PutApp => AppRow::upsert(),
-            Self::AppWatches => "UPDATE app_registry SET watches = ?2 WHERE app_id = ?1".into(),
+            Self::AppWatches => format!(
+                "UPDATE app_registry SET watches = {} WHERE app_id = ?1",
+                with_room("watches", "?2")
+            ),
             Self::SeenApp => "UPDATE app_registry SET last_seen = ?2 WHERE app_id = ?1".into(),
             Self::ForgetApp => "DELETE FROM app_registry WHERE app_id = ?1".into(),
             Self::PutPool => PoolRow::upsert(),

@@ -3,6 +3,7 @@
 //!
 //! The connections use no client library, so a test can send messages that no library would.
 
+pub mod hostile;
 pub mod site;
 
 use std::collections::VecDeque;
@@ -67,6 +68,14 @@ impl Server {
         self.0.pid()
     }
 
+    /// Whether the server has not ended yet.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        let state = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+        let state = state.as_deref().unwrap_or("").rsplit(") ").next();
+        state.is_some_and(|state| !state.is_empty() && !state.starts_with('Z'))
+    }
+
     /// Sends the server a signal.
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = i32::try_from(self.0.pid())
@@ -94,19 +103,23 @@ impl Server {
     /// Opens a connection that has said nothing yet.
     #[must_use]
     pub fn connect(&self, via: Via) -> Wire {
+        self.try_connect(via).expect("the server listens")
+    }
+
+    /// Opens a connection that has said nothing yet, where the server takes one.
+    ///
+    /// # Errors
+    /// Where it does not.
+    pub fn try_connect(&self, via: Via) -> io::Result<Wire> {
         let stream = match via {
             Via::Tcp => {
-                let stream = TcpStream::connect(self.0.tcp()).expect("the server listens");
-                stream
-                    .set_nodelay(true)
-                    .expect("a fresh socket takes options");
+                let stream = TcpStream::connect(self.0.tcp())?;
+                stream.set_nodelay(true)?;
                 Stream::Tcp(stream)
             }
-            Via::Unix => {
-                Stream::Unix(UnixStream::connect(self.0.socket()).expect("the server listens"))
-            }
+            Via::Unix => Stream::Unix(UnixStream::connect(self.0.socket())?),
         };
-        Wire::new(stream)
+        Ok(Wire::new(stream))
     }
 
     /// Opens a connection and shakes hands; `handshake` is added to `{"action":"handshake"}`.
@@ -175,6 +188,38 @@ impl Wire {
             received: Vec::new(),
             descriptors: VecDeque::new(),
         }
+    }
+
+    /// Waits no longer than this from now on, for what comes and for what is taken.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.stream.set_timeout(patience);
+    }
+
+    /// The same connection for another thread, which reads from now on.
+    ///
+    /// # Panics
+    /// Where the system has no descriptor left.
+    #[must_use]
+    pub fn reader(&mut self) -> Wire {
+        let stream = match &self.stream {
+            Stream::Tcp(s) => s.try_clone().map(Stream::Tcp),
+            Stream::Unix(s) => s.try_clone().map(Stream::Unix),
+        };
+        Wire {
+            stream: stream.expect("there are descriptors"),
+            received: std::mem::take(&mut self.received),
+            descriptors: std::mem::take(&mut self.descriptors),
+        }
+    }
+
+    /// Reads and forgets what comes, until nothing does.
+    pub fn discard(&mut self) {
+        let mut buf = vec![0; 1 << 20];
+        while self
+            .stream
+            .read(&mut buf, &mut self.descriptors)
+            .is_ok_and(|n| n > 0)
+        {}
     }
 
     /// Opens a connection to the Unix socket at `path`.
@@ -252,6 +297,18 @@ impl Wire {
         let mut out = Vec::new();
         frame::append(&mut out, |out| {
             out.extend_from_slice(message.to_string().as_bytes())
+        });
+        self.stream.write_all(&out)
+    }
+
+    /// Sends one message with an attachment, and says whether the server still took it.
+    ///
+    /// # Errors
+    /// Where the connection has ended.
+    pub fn try_send_attachment(&mut self, header: &Value, raw: &[u8]) -> io::Result<()> {
+        let mut out = Vec::new();
+        frame::append_attachment(&mut out, raw, |out| {
+            out.extend_from_slice(header.to_string().as_bytes())
         });
         self.stream.write_all(&out)
     }

@@ -397,3 +397,34 @@ fn admin_requests_need_the_right() {
     assert_eq!(over_tcp.receive()["event"], "kicked");
     over_tcp.wait_closed();
 }
+
+#[test]
+fn a_thousand_clients_that_come_at_once_all_get_in() {
+    for via in BOTH {
+        let server = Server::start();
+        std::thread::scope(|scope| {
+            let clients = (0..20).map(|group| {
+                let server = &server;
+                scope.spawn(move || {
+                    let wires = (0..50).map(|n| {
+                        let mut wire = server.connect(via);
+                        let app = format!("app{group}-{n}");
+                        wire.send(
+                            &json!({"action": "handshake", "app_id": app, "triggers": ["t"]}),
+                        );
+                        wire
+                    });
+                    let mut wires: Vec<Wire> = wires.collect();
+                    for wire in &mut wires {
+                        let ack = wire.receive();
+                        assert_eq!(ack["status"], "ok", "{via:?}: {ack}");
+                    }
+                })
+            });
+            let clients: Vec<_> = clients.collect();
+            clients
+                .into_iter()
+                .for_each(|client| client.join().unwrap());
+        });
+    }
+}

@@ -11,6 +11,7 @@ use crate::failure::Failure;
 use crate::placement::Placement;
 use crate::plan::{Outcome, Plan};
 use crate::process::{self, Server};
+use crate::server::Which;
 use crate::stream::Transport;
 use std::path::Path;
 
@@ -20,8 +21,10 @@ pub(crate) const ALL: &[&dyn Peer] = &[
     &relay::Relay(Transport::Unix),
     &json::Json(Transport::Tcp),
     &json::Json(Transport::Unix),
-    &latzero::LatZero(Transport::Tcp),
-    &latzero::LatZero(Transport::Unix),
+    &latzero::LatZero(Transport::Tcp, Which::Now),
+    &latzero::LatZero(Transport::Unix, Which::Now),
+    &latzero::LatZero(Transport::Tcp, Which::Before),
+    &latzero::LatZero(Transport::Unix, Which::Before),
     &nats::Nats,
 ];
 

@@ -240,6 +240,10 @@ impl<D: Driver> Pool<D> {
                 }
                 let length = around + forwarded_length(trigger.body, to.attachments);
                 if !uses.is_empty() {
+                    let max = self.limits.descriptors_unread_max;
+                    if to.takes_descriptors && to.peer.link().outbox.descriptors() >= max {
+                        return Offer::Busy;
+                    }
                     let (blocks, descriptors) =
                         self.describe_uses(&uses, to.takes_descriptors, turn);
                     let delivery = encode::Delivery {

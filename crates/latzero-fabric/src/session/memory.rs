@@ -168,9 +168,8 @@ impl<D: Driver> Session<D> {
             }
             Action::Unsubscribe(block) => {
                 let name = m.name.clone();
-                let reply = turn.with_pool(&pool, |pool, turn| {
-                    pool.unsubscribe_block(member, block, turn)
-                })?;
+                let reply =
+                    turn.with_pool(&pool, |pool, _| pool.unsubscribe_block(member, block))?;
                 self.remember_subscription(&name, block, false, turn);
                 Ok(reply)
             }
