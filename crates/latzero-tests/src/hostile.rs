@@ -1,6 +1,8 @@
-//! Clients that want to use the server up, one kind after the other, and an innocent one beside them.
+//! Clients that want to use the server up, one kind after the other, and an innocent one beside
+//! them.
 //!
-//! The tests look at memory and outcomes under each kind; `cargo xtask hostile` measures how long the innocent one waits.
+//! The tests look at memory and outcomes under each kind; `cargo xtask hostile` measures how long
+//! the innocent one waits.
 
 use std::fs::File;
 use std::io;
@@ -476,7 +478,8 @@ impl Innocent {
         began.elapsed()
     }
 
-    /// The books of the server: all memory, and how much of it is memory blocks, which other processes may hold.
+    /// The books of the server: all memory, and how much of it is memory blocks, which other
+    /// processes may hold.
     pub fn books(&mut self) -> (u64, u64) {
         let stats = self.caller.request(json!({"action": "stats"}));
         let ledger = &stats["response"]["ledger"];

@@ -1,4 +1,5 @@
-//! Measures how long an innocent client waits beside each kind of hostile one: `cargo xtask hostile`.
+//! Measures how long an innocent client waits beside each kind of hostile one: `cargo xtask
+//! hostile`.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
