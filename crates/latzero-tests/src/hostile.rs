@@ -228,7 +228,8 @@ fn triggers_times_pools(server: &Server) -> Vec<Wire> {
     let products = [(256, 1024), (256, 16), (64, 64), (4, 1024)];
     let clients = (0..20).filter_map(|n| {
         let (pools, triggers) = products[n % products.len()];
-        let more = json!({"transient": true, "pools": names('p', pools), "triggers": names('t', triggers)});
+        let more = json!({"transient": true, "pools": names('p', pools), "triggers": names('t',
+            triggers)});
         stranger(server, &format!("service{n}"), &more)
     });
     clients.collect()
@@ -330,7 +331,8 @@ fn unread_descriptors(server: &Server) -> Vec<Wire> {
     let clients = (0..8).filter_map(|n| {
         let mut wire = enter(server, Via::Unix, &format!("mapper{n}"), &more)?;
         let block = format!("d{n}");
-        let create = json!({"action": "memory_create", "block_id": block, "size": 65536, "if_exists": "attach"});
+        let create = json!({"action": "memory_create", "block_id": block, "size": 65536,
+            "if_exists": "attach"});
         ask(&mut wire, create);
         let attach = framed(&format!(
             r#"{{"action":"memory_attach","id":"a","block_id":"{block}","mode":"read"}}"#
@@ -398,7 +400,8 @@ fn half_written(server: &Server) -> Vec<Wire> {
     let (Some(mut writer), Some(mut reader)) = (writer, reader) else {
         return Vec::new();
     };
-    let create = json!({"action": "memory_create", "block_id": "frame", "size": 4096, "if_exists": "attach"});
+    let create = json!({"action": "memory_create", "block_id": "frame", "size": 4096,
+        "if_exists": "attach"});
     ask(&mut writer, create);
     ask(
         &mut writer,
@@ -429,7 +432,8 @@ fn everything(server: &Server) -> Vec<Wire> {
             (0..10_100).map(|n| framed(&format!(r#"{{"action":"pool_create","pool":"pool{n}"}}"#)));
         flood(&mut wire, pools);
         for size in [64, 32, 16, 8, 4, 2, 1] {
-            let create = json!({"action": "memory_create", "pool": "p", "block_id": format!("b{size}"), "size": size * MIB});
+            let create = json!({"action": "memory_create", "pool": "p",
+                "block_id": format!("b{size}"), "size": size * MIB});
             ask(&mut wire, create);
         }
         held.push(wire);
@@ -467,7 +471,8 @@ impl Innocent {
         );
         let call = self.handler.receive();
         self.handler.send(
-            &json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": call["data"]}),
+            &json!({"action": "response", "in_reply_to": call["id"], "status": "ok",
+                "response": call["data"]}),
         );
         let answer = self.caller.receive();
         assert_eq!(
