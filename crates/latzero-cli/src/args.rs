@@ -33,6 +33,7 @@ Server:
 Calls and events:
   call        Call a trigger and print the answer
   answers     Print the answers to parked calls
+  parked      List, show, cancel and retry parked calls
   emit        Send an event to the apps that handle it
   serve       Run a program for each call of a trigger
   on          Print events as they arrive
