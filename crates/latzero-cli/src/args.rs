@@ -33,6 +33,7 @@ Server:
 Calls and events:
   call        Call a trigger and print the answer
   answers     Print the answers to parked calls
+  parked      List, show, cancel and retry parked calls
   emit        Send an event to the apps that handle it
   serve       Run a program for each call of a trigger
   on          Print events as they arrive
@@ -211,10 +212,10 @@ Examples:
 
 The part before the first / is the pool, unless --pool names it; with neither, it is `default`.
 An answer of raw bytes is printed as it is, unless stdout is a terminal; with --json it is
-{\"hex\":\"…\"}. With --stream,
-    items are lines on stdout. The final answer is a line on stderr if it
-is not null; without items it is printed as usual. With --json each line is {\"item\":…},
-{\"progress\":…} or {\"end\":…}.
+{\"hex\":\"…\"}.
+With --stream, items are lines on stdout. The final answer is a line on stderr if it is not null;
+without items it is printed as usual. With --json each line is {\"item\":…}, {\"progress\":…}
+or {\"end\":…}.
 With --park the pool is created if necessary, and the call survives a restart of the server and the
 end of this command: Ctrl-C leaves it parked. Unless --app is given it uses a unique AppID, so that
 no other command receives its answer.
@@ -286,16 +287,16 @@ An offline app gets its pools and triggers back when it returns, and parked call
     /// List, show, cancel and retry parked calls
     #[command(after_help = "\
 Examples:
-  latzero parked ls                        every parked call, and every answer that waits
-  latzero parked ls --dead                 those whose attempts all failed
+  latzero parked ls                        all parked calls and waiting answers
+  latzero parked ls --dead                 those whose attempts have all failed
   latzero parked show 17                   one of them, with its payload
   latzero parked retry --dead --pool lab   run the dead calls of a pool again
   latzero parked cancel 17 18
   latzero parked purge --dead              delete the dead calls
 
 A call is waiting (for a handler), paused (its last attempt failed), running, dead (every attempt
-failed), or answered (its answer waits for the caller). The server's own user sees the calls of
-everybody, the owner of a pool those in it, and an app its own.")]
+failed), or answered (its answer waits for the caller). An administrator sees all calls, the owner
+of a pool those in the pool, and an app its own.")]
     Parked(ParkedArgs),
     /// List, create, inspect and remove pools
     #[command(
@@ -413,6 +414,9 @@ pub(crate) struct SettingsArgs {
     /// Use TLS on the TCP port (not implemented yet)
     #[arg(long)]
     tls: bool,
+    /// Listen beyond loopback although nothing that travels there is encrypted
+    #[arg(long)]
+    insecure: bool,
     /// error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
@@ -442,6 +446,7 @@ impl SettingsArgs {
         let flags = [
             ("cluster_mode", self.cluster, "--cluster"),
             ("enable_tls", self.tls, "--tls"),
+            ("insecure", self.insecure, "--insecure"),
         ];
         let texts = texts
             .into_iter()
@@ -917,15 +922,15 @@ pub(crate) enum ParkedCommand {
     Ls(ParkedListArgs),
     /// Show a parked call with its payload
     Show(ParkedShowArgs),
-    /// End parked calls: their callers are told that they were cancelled
+    /// Cancel parked calls; their callers get the error `cancelled`
     Cancel(ParkedNumbersArgs),
-    /// Run dead calls again; their callers were told that they failed, and are not told more
+    /// Run dead calls again; their callers already got an error and get no further answer
     Retry(ParkedRetryArgs),
-    /// Delete dead calls, and answers that nobody fetched
+    /// Delete dead calls, and answers that were not fetched
     Purge(ParkedNumbersArgs),
 }
 
-/// What a parked call is doing.
+/// The state of a parked call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ParkedStateArg {
     Waiting,
@@ -961,7 +966,7 @@ pub(crate) struct ParkedFilterArgs {
     /// Only calls in this state
     #[arg(long, value_enum)]
     pub(crate) state: Option<ParkedStateArg>,
-    /// Only calls whose attempts all failed, like --state dead
+    /// Only calls whose attempts have all failed, like --state dead
     #[arg(long, conflicts_with = "state")]
     pub(crate) dead: bool,
 }
@@ -985,7 +990,10 @@ pub(crate) struct ParkedShowArgs {
 #[derive(Args, Debug)]
 pub(crate) struct ParkedNumbersArgs {
     /// The numbers of the calls, as `latzero parked ls` prints them
-    #[arg(value_name = "NUMBER", conflicts_with_all = ["pool", "trigger", "caller", "state", "dead"])]
+    #[arg(
+        value_name = "NUMBER",
+        conflicts_with_all = ["pool", "trigger", "caller", "state", "dead"]
+    )]
     pub(crate) numbers: Vec<u64>,
     #[command(flatten)]
     pub(crate) filter: ParkedFilterArgs,
@@ -1028,6 +1036,12 @@ pub(crate) struct PoolCreateArgs {
     /// Keep it on disk: it survives a restart of the server
     #[arg(long)]
     pub(crate) durable: bool,
+    /// Make it an encrypted pool, of the keys that `latzero keys new` made; it is always durable
+    #[arg(long)]
+    pub(crate) encrypted: bool,
+    /// As --encrypted, but the bytes of blocks stay plain, and the keys decide who gets them
+    #[arg(long)]
+    pub(crate) gated: bool,
     /// Who may do what, like join=alice,bob; may be repeated
     #[arg(long, value_name = "RIGHT=APP,…", value_parser = parse::pair)]
     pub(crate) policy: Vec<(String, String)>,

@@ -632,11 +632,11 @@ mod tests {
     fn duplicates_are_answered() {
         check_message(
             r#"{"id":"1","id":"2"}"#,
-            "bad_message: field 'id' stands twice",
+            "bad_message: field 'id' occurs twice",
         );
         check_message(
             r#"{"other":"1","\u006fther":"2"}"#,
-            "bad_message: field 'other' stands twice",
+            "bad_message: field 'other' occurs twice",
         );
         let many: Vec<String> = (0..70).map(|i| format!("\"f{i}\":1")).collect();
         check_message(
@@ -676,7 +676,7 @@ mod tests {
             .unwrap();
         assert_eq!(
             text(twice.checked_headers().unwrap_err()),
-            "field 'headers.ab' stands twice"
+            "field 'headers.ab' occurs twice"
         );
     }
 }
