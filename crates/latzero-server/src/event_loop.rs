@@ -303,6 +303,9 @@ impl EventLoop {
         if flow == Flow::Continue {
             flow = connection.session.go_on(&mut self.host.turn());
         }
+        if connection.session.is_ready() {
+            connection.count_for_app();
+        }
         self.connections[slot] = Some(connection);
         if flow == Flow::Close {
             self.close_peer(now, peer);
@@ -425,7 +428,9 @@ impl EventLoop {
             Turn::Idle if is_deaf => Turn::Ended,
             turn => turn,
         };
-        if connection.is_at_door && (connection.session.is_ready() || turn == Turn::Ended) {
+        // A handshake that is being written to the disk has come in full.
+        let has_come = connection.session.is_ready() || connection.session.is_waiting();
+        if connection.is_at_door && (has_come || turn == Turn::Ended) {
             connection.is_at_door = false;
             connection.count_for_app();
             self.host.shared.door().leave(connection.user);
