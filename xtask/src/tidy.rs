@@ -9,10 +9,11 @@ use crate::{Done, read, root};
 /// Which crates of this workspace a crate may depend on. A new edge is rare, and discussed.
 const EDGES: &[(&str, &[&str])] = &[
     ("latzero-protocol", &[]),
-    ("latzero-fabric", &["latzero-protocol"]),
+    ("latzero-fabric", &["latzero-crypto", "latzero-protocol"]),
     (
         "latzero-server",
         &[
+            "latzero-crypto",
             "latzero-fabric",
             "latzero-protocol",
             "latzero-shm",
@@ -22,16 +23,23 @@ const EDGES: &[(&str, &[&str])] = &[
     ("latzero-crypto", &[]),
     ("latzero-shm", &[]),
     ("latzero-store", &[]),
-    ("latzero", &["latzero-protocol", "latzero-shm"]),
+    (
+        "latzero",
+        &["latzero-crypto", "latzero-protocol", "latzero-shm"],
+    ),
     (
         "latzero-cli",
         &["latzero", "latzero-crypto", "latzero-server"],
     ),
-    ("latzero-sim", &["latzero-fabric", "latzero-protocol"]),
+    (
+        "latzero-sim",
+        &["latzero-crypto", "latzero-fabric", "latzero-protocol"],
+    ),
     (
         "latzero-bench",
         &[
             "latzero",
+            "latzero-crypto",
             "latzero-protocol",
             "latzero-shm",
             "latzero-store",
@@ -53,6 +61,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "latzero-tests",
         &[
             "latzero",
+            "latzero-crypto",
             "latzero-protocol",
             "latzero-shm",
             "latzero-store",

@@ -4,6 +4,7 @@ use crate::block::{self, BlockArgs};
 use crate::durable::{self, DurableArgs};
 use crate::failure::Failure;
 use crate::idle::{self, IdleArgs};
+use crate::keys::{self, KeysArgs};
 use crate::lookup::{self, LookupArgs};
 use crate::results::Results;
 use crate::rpc::{self, RpcArgs};
@@ -26,6 +27,7 @@ pub(crate) fn run(args: &AllArgs) -> Result<(), Failure> {
     let AllArgs { quick, json } = *args;
     let mut start = StartArgs::default();
     let mut idle = IdleArgs::default();
+    let mut keys = KeysArgs::default();
     let mut lookup = LookupArgs::default();
     let mut slow_reader = SlowReaderArgs::default();
     let mut block = BlockArgs::default();
@@ -33,16 +35,18 @@ pub(crate) fn run(args: &AllArgs) -> Result<(), Failure> {
     let mut rpc = RpcArgs::default();
     start.quick = quick;
     idle.quick = quick;
+    keys.quick = quick;
     lookup.quick = quick;
     slow_reader.quick = quick;
     block.quick = quick;
     durable.quick = quick;
     rpc.quick = quick;
     // The quickest first: what keeps one from running keeps the others too.
-    let benches: [&dyn Fn() -> Result<Results, Failure>; 7] = [
+    let benches: [&dyn Fn() -> Result<Results, Failure>; 8] = [
         &|| start::run(&start),
         &|| idle::run(&idle),
         &|| lookup::run(&lookup),
+        &|| keys::run(&keys),
         &|| slow_reader::run(&slow_reader),
         &|| block::run(&block),
         &|| durable::run(&durable),

@@ -11,6 +11,7 @@ mod durable;
 mod failure;
 mod frame;
 mod idle;
+mod keys;
 mod lookup;
 mod machine;
 mod peers;
@@ -57,6 +58,8 @@ enum Bench {
     /// Parked calls, starts and returns with many known apps, and calls beside those of another
     /// server
     Durable(durable::DurableArgs),
+    /// Calls in an encrypted pool beside those in a plain one, and sealing beside the cipher alone
+    Keys(keys::KeysArgs),
     /// Every benchmark, one after the other
     All(all::AllArgs),
     /// One process of a measurement; the program starts itself with this
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         Bench::Start(args) => start::run(&args).map(|results| results.print(args.json)),
         Bench::Block(args) => block::run(&args).map(|results| results.print(args.json)),
         Bench::Durable(args) => durable::run(&args).map(|results| results.print(args.json)),
+        Bench::Keys(args) => keys::run(&args).map(|results| results.print(args.json)),
         Bench::BlockRole(args) => block::play(&args),
         Bench::All(args) => all::run(&args),
         Bench::Role(args) => process::play(&args),

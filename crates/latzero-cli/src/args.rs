@@ -414,6 +414,9 @@ pub(crate) struct SettingsArgs {
     /// Use TLS on the TCP port (not implemented yet)
     #[arg(long)]
     tls: bool,
+    /// Listen beyond loopback although nothing that travels there is encrypted
+    #[arg(long)]
+    insecure: bool,
     /// error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
@@ -443,6 +446,7 @@ impl SettingsArgs {
         let flags = [
             ("cluster_mode", self.cluster, "--cluster"),
             ("enable_tls", self.tls, "--tls"),
+            ("insecure", self.insecure, "--insecure"),
         ];
         let texts = texts
             .into_iter()
@@ -1032,6 +1036,12 @@ pub(crate) struct PoolCreateArgs {
     /// Keep it on disk: it survives a restart of the server
     #[arg(long)]
     pub(crate) durable: bool,
+    /// Make it an encrypted pool, of the keys that `latzero keys new` made; it is always durable
+    #[arg(long)]
+    pub(crate) encrypted: bool,
+    /// As --encrypted, but the bytes of blocks stay plain, and the keys decide who gets them
+    #[arg(long)]
+    pub(crate) gated: bool,
     /// Who may do what, like join=alice,bob; may be repeated
     #[arg(long, value_name = "RIGHT=APP,…", value_parser = parse::pair)]
     pub(crate) policy: Vec<(String, String)>,

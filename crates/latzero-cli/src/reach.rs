@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use latzero::{Code, Error, HandshakeTimeout, Reconnect, blocking::App};
+use latzero::{AppKey, Code, Error, HandshakeTimeout, Keys, Reconnect, blocking::App};
 use latzero_server::address;
 use latzero_server::startup::lock;
 use serde_json::{Value, json};
@@ -59,6 +59,12 @@ pub(crate) struct Reach {
     /// The AppID to connect as [default: cli-UID; for `serve` the program's name]
     #[arg(long, value_name = "ID")]
     pub(crate) app: Option<String>,
+    /// The key file of the app [default: ~/.config/latzero/apps/APPID, where it is there]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) app_key: Option<PathBuf>,
+    /// The key file of the pool [default: ~/.config/latzero/keys/POOL, where it is there]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) keys: Option<PathBuf>,
 }
 
 /// One place where the server may be.
@@ -81,6 +87,14 @@ impl std::fmt::Display for Address {
 }
 
 impl Address {
+    /// The AppID to use there: `cli-UID` is for the Unix socket alone, where the server knows who comes.
+    fn app_id(&self, app_id: &str) -> String {
+        match (self, app_id.strip_prefix("cli-")) {
+            (Address::Tcp(..), Some(user)) => format!("tcp-cli-{user}"),
+            _ => app_id.to_owned(),
+        }
+    }
+
     fn url(&self, app_id: &str) -> String {
         match self {
             Address::Url(url) => url.clone(),
@@ -89,24 +103,6 @@ impl Address {
                 format!("latzero://{app_id}@[{host}]:{port}")
             }
             Address::Tcp(host, port) => format!("latzero://{app_id}@{host}:{port}"),
-        }
-    }
-
-    /// The place without what a URL says besides.
-    fn as_tcp(&self) -> Address {
-        let Address::Url(url) = self else {
-            return self.clone();
-        };
-        let rest = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);
-        let rest = rest.split(['/', '?']).next().unwrap_or(rest);
-        let address = rest.rsplit_once('@').map_or(rest, |(_, address)| address);
-        match address.rsplit_once(':') {
-            Some((host, port)) if !port.ends_with(']') => {
-                let host = host.trim_matches(['[', ']']).to_owned();
-                port.parse()
-                    .map_or_else(|_| self.clone(), |port| Address::Tcp(host, port))
-            }
-            _ => Address::Tcp(address.trim_matches(['[', ']']).to_owned(), PORT_DEFAULT),
         }
     }
 
@@ -216,25 +212,28 @@ impl Connection {
 
     /// Sends a request that only administrators may send.
     pub(crate) fn administer(&self, request: &Value) -> Result<Value, Failure> {
-        let mut request = request.clone();
-        if let Some(token) = &self.token {
-            request["token"] = json!(token);
-        }
-        self.app.request(&request).map_err(|error| {
-            let mut failure = Failure::from(error);
-            // It may be another server than the one that was meant.
-            failure
-                .details
-                .push(format!("asked the server at {}", self.place));
-            if self.is_token_withheld {
-                failure.details.push(
-                    "the admin token was not sent, because this is not the server of that data \
-                     directory"
-                        .to_owned(),
-                );
-            }
-            failure
-        })
+        let proved = match &self.token {
+            // Once is enough, and twice does no harm. Who set the token says where it goes.
+            Some(token) => self.app.prove_admin(token, true),
+            None => Ok(()),
+        };
+        proved
+            .and_then(|()| self.app.request(request))
+            .map_err(|error| {
+                let mut failure = Failure::from(error);
+                // It may be another server than the one that was meant.
+                failure
+                    .details
+                    .push(format!("asked the server at {}", self.place));
+                if self.is_token_withheld {
+                    failure.details.push(
+                        "the admin token of the data directory is not proved over TCP; \
+                     use the server's Unix socket"
+                            .to_owned(),
+                    );
+                }
+                failure
+            })
     }
 }
 
@@ -373,7 +372,7 @@ impl Reach {
             let left = options
                 .deadline
                 .map(|at| at.saturating_duration_since(Instant::now()));
-            let mut builder = latzero::App::builder(&place.url(&app_id))
+            let mut builder = latzero::App::builder(&place.url(&place.app_id(&app_id)))
                 .pools(&options.pools)
                 .transient(self.is_transient(options))
                 .connect_timeout(left.map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT)))
@@ -383,6 +382,14 @@ impl Reach {
                 })
                 .meta(json!({"program": "latzero", "command": options.command,
                     "pid": std::process::id()}));
+            for pool in &options.pools {
+                if let Some(path) = self.key_file(pool) {
+                    builder = builder.keys(pool, Keys::from_file(&path)?);
+                }
+            }
+            if let Some(path) = self.app_key_file(&app_id) {
+                builder = builder.app_key(AppKey::from_file(&path)?);
+            }
             if let Some(threads) = options.handler_threads {
                 builder = builder.handler_threads(threads);
             }
@@ -412,9 +419,9 @@ impl Reach {
         options.loss == Loss::Ends || !is_named
     }
 
-    /// The admin token for a server, and whether one was withheld. A token that was set is sent to
-    /// any server. The token of the data directory is sent only to the server of that directory, so
-    /// another program that took its port does not get it.
+    /// The admin token for a server, and whether there is one that is not proved to it. A token that
+    /// was set is proved to any server. That of the data directory is proved only on the Unix socket,
+    /// where the kernel says whose server it is.
     fn token(&self, place: &Address) -> (Option<String>, bool) {
         if place.is_trusted() {
             return (None, false);
@@ -425,10 +432,23 @@ impl Reach {
         let (dir, _) = self.data_dir();
         let text = std::fs::read_to_string(dir.join("admin.token"));
         let token = text.ok().map(|text| text.trim().to_owned());
-        match of_data_dir(&dir).contains(&place.as_tcp()) {
-            true => (token, false),
-            false => (None, token.is_some()),
+        (None, token.is_some())
+    }
+
+    /// The key file of a pool, where it has one.
+    pub(crate) fn key_file(&self, pool: &str) -> Option<PathBuf> {
+        if let Some(path) = &self.keys {
+            return Some(path.clone());
         }
+        let path = crate::commands::keys::default_file("keys", pool)?;
+        path.exists().then_some(path)
+    }
+
+    /// The key file of an app, where it has one.
+    fn app_key_file(&self, app_id: &str) -> Option<PathBuf> {
+        let by_default = || crate::commands::keys::default_file("apps", app_id);
+        let path = self.app_key.clone().or_else(by_default)?;
+        (self.app_key.is_some() || path.exists()).then_some(path)
     }
 
     fn not_running(&self, tried: &[(String, String)]) -> Failure {

@@ -17,6 +17,15 @@ pub fn decode<const N: usize>(text: &str) -> Option<[u8; N]> {
     decode_secret(text).map(|bytes| *bytes)
 }
 
+/// Reads text of at most `max` bytes, by the same rules.
+#[must_use]
+pub fn decode_within(text: &str, max: usize) -> Option<Vec<u8>> {
+    if text.len() > (max * 8).div_ceil(6) {
+        return None;
+    }
+    URL_SAFE_NO_PAD.decode(text).ok()
+}
+
 /// The same, for what must not stay in memory.
 pub(crate) fn decode_secret<const N: usize>(text: &str) -> Option<Zeroizing<[u8; N]>> {
     if text.len() != (N * 8).div_ceil(6) {

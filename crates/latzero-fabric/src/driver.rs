@@ -3,9 +3,10 @@
 use std::ops::DerefMut;
 use std::sync::Arc;
 
+use latzero_crypto::proof::Exchange;
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
-use latzero_protocol::{BlockId, Code, PoolName, Refusal};
+use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 
 use crate::books::Books;
 use crate::effects::{Audit, Count, Effects};
@@ -15,7 +16,8 @@ use crate::link::Link;
 use crate::memory::{Numbers, StorageId};
 use crate::outbox::{Bounds, Class, Sent};
 use crate::pool::Pool;
-use crate::registry::Registry;
+use crate::prng::Prng;
+use crate::registry::{Registry, View};
 use crate::turn::Turn;
 
 /// How a connection came in.
@@ -42,6 +44,14 @@ pub struct Site {
     pub version: &'static str,
     /// The node's name.
     pub node: String,
+    /// Drawn at each start: proofs are bound to it.
+    pub instance: [u8; 16],
+    /// What makes names that are no encrypted pool's look like one, the same over restarts.
+    pub secret: [u8; 32],
+    /// Whether administrators may prove themselves over plain TCP.
+    pub admin_over_plain_tcp: bool,
+    /// Whether proofs over plain TCP are refused.
+    pub require_channel_binding: bool,
 }
 
 /// A report for people, as JSON text.
@@ -185,11 +195,27 @@ pub trait Driver: Sized {
         block: &BlockId,
     ) -> Result<(), Refusal>;
 
-    /// A report about the server.
-    fn report(turn: &mut Turn<'_, Self>, what: Report) -> String;
+    /// The owner of the memory that is awaited back from an earlier run under that name; without a block, of any in the pool.
+    fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId>;
 
-    /// Whether `token` is the admin token. Takes the same time whatever the answer.
-    fn is_admin_token(&self, token: &str) -> bool;
+    /// A report about the server, of what whoever looks may see.
+    fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_>) -> String;
+
+    /// Random bytes, good enough to be a nonce.
+    fn nonce(&mut self) -> [u8; 32];
+
+    /// An id that nobody can guess; a run that is to be repeated draws it from `prng`.
+    fn fresh_id(&mut self, prng: &mut Prng) -> u64;
+
+    /// The server's own MAC for an exchange with an administrator, where `mac` is the right one of the client. Takes the same
+    /// time whatever the answer.
+    fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]>;
+
+    /// Whether the user of a connection may prove something now, or had too many proofs refused.
+    fn may_prove(&mut self, asker: &Self::Peer) -> bool;
+
+    /// A proof of a connection's user was refused.
+    fn note_refused(&mut self, asker: &Self::Peer);
 
     /// Carries out a request of an administrator that is not the core's own; returns the reply's
     /// JSON text, or nothing where it is slow and the driver itself replies to `asker` under `id`.

@@ -18,8 +18,14 @@ pub enum Change {
     Seen(AppId, u64),
     /// An app is forgotten.
     ForgetApp(AppId),
+    /// Whose an AppID is.
+    Binding(Box<BindingRow>),
+    /// An AppID is nobody's.
+    ForgetBinding(AppId),
     /// A pool that stays.
     Pool(Box<PoolRow>),
+    /// The descriptor of one epoch of an encrypted pool.
+    Descriptor(PoolName, u32, Vec<u8>),
     /// A pool is gone.
     ForgetPool(PoolName),
     /// A call that waits for its handler.
@@ -53,6 +59,19 @@ pub struct AppRow {
     pub last_seen: u64,
 }
 
+/// Whose an AppID is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BindingRow {
+    /// The AppID.
+    pub app_id: AppId,
+    /// The user of this machine whose it is, while the app is remembered.
+    pub uid: Option<u32>,
+    /// The key that it must prove.
+    pub key: Option<[u8; 32]>,
+    /// Since when.
+    pub since: u64,
+}
+
 /// A pool that outlives the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolRow {
@@ -66,6 +85,10 @@ pub struct PoolRow {
     pub properties: Option<String>,
     /// When it was made.
     pub created: u64,
+    /// Whether it outlives the server; else its name alone does, for a moment.
+    pub is_durable: bool,
+    /// The descriptor of its current epoch, where it is encrypted.
+    pub descriptor: Option<Vec<u8>>,
 }
 
 /// A call that waits for its handler.

@@ -184,6 +184,8 @@ limits! {
     /// Known apps, connected or not.
     apps_max: usize = 100_000, Count(1, 16_777_216), Restart,
         "the app that has been offline longest is forgotten; if all are connected, `quota`";
+    /// AppIDs with a key of their own.
+    app_keys_max: usize = 10_000, Count(1, 1_048_576), Restart, "`quota`";
     /// Pools.
     pools_max: usize = 10_000, Count(1, 16_777_216), Restart, "`quota`";
     /// Pools that one app may join, or that one of its triggers may name.

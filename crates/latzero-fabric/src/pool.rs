@@ -15,6 +15,7 @@ mod lock;
 mod park;
 mod pick;
 mod repeats;
+mod rotation;
 mod routing;
 
 use std::collections::BTreeSet;
@@ -40,6 +41,7 @@ use ending::End;
 use park::ParkedCalls;
 pub use park::ParkedCounts;
 use repeats::Repeats;
+pub use rotation::Purged;
 pub(crate) use routing::id_in_use;
 use routing::not_member;
 
@@ -242,6 +244,12 @@ impl<D: Driver> Pool<D> {
             outlives: true,
             scratch: Vec::new(),
         }
+    }
+
+    /// Whether that is a member still.
+    #[must_use]
+    pub fn has_member(&self, member: MemberKey) -> bool {
+        self.members.at(member).is_some()
     }
 
     /// Whether anything in it may come due: it has members, or calls or answers that wait for some.

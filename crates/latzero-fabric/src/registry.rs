@@ -6,16 +6,21 @@
 //! left, so that a pool is never forgotten while somebody is on the way into it.
 
 mod admission;
+mod identity;
 mod listing;
 mod offline;
 mod pools;
+mod sealed;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
+use latzero_crypto::Suite;
+use latzero_crypto::keys::Roles;
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::message::{EventSet, Policy, TriggerSpec, too_many};
-use latzero_protocol::{AppId, BlockId, Code, InstanceId, PoolName, Refusal};
+use latzero_protocol::proof::is_sealed;
+use latzero_protocol::{AppId, BlockId, Body, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
 use crate::books::{Account, Books, Hold, Resource};
@@ -29,10 +34,15 @@ use crate::registration::{Registration, Remembered};
 use crate::turn::Turn;
 use admission::check_reserved;
 pub(crate) use admission::{check_pools, check_triggers, dedup_triggers, remove_triggers};
-pub use listing::Counts;
+use identity::Binding;
+pub use identity::Who;
+pub use listing::{Counts, View};
 pub(crate) use listing::{PAGE_BYTES_MAX, PageText, append};
 use offline::Offline;
 use pools::forget_pool;
+use sealed::Sealed;
+pub(crate) use sealed::rotated_event;
+pub use sealed::{Proved, Rotated};
 
 struct App<D: Driver> {
     registration: Remembered,
@@ -84,6 +94,8 @@ pub struct Instance<D: Driver> {
     pub memberships: Vec<Membership<D>>,
     exclusive: bool,
     since: Time,
+    /// Whether it came as somebody: a user of this machine, or with the app's key.
+    is_known: bool,
 }
 
 /// An instance's place in one pool.
@@ -98,6 +110,76 @@ pub struct Membership<D: Driver> {
     pub member: MemberKey,
     /// Whether the app may serve triggers in it.
     pub may_serve: bool,
+    /// What was proved, where the pool is encrypted.
+    pub grant: Option<Grant>,
+}
+
+/// What a member of an encrypted pool proved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grant {
+    /// The roles.
+    pub roles: Roles,
+    /// How the pool protects blocks.
+    pub suite: Suite,
+}
+
+impl Grant {
+    /// Whether a trigger may be served with it.
+    fn serves(self, spec: &TriggerSpec) -> bool {
+        match self.roles {
+            Roles::Write => true,
+            Roles::Read => spec.concurrency == Some(0),
+            Roles::Join => false,
+        }
+    }
+}
+
+impl<D: Driver> Entrance<D> {
+    /// Whether a trigger is served here.
+    pub(crate) fn serves(&self, spec: &TriggerSpec) -> bool {
+        self.may_serve && self.grant.is_none_or(|grant| grant.serves(spec))
+    }
+}
+
+impl<D: Driver> Membership<D> {
+    /// Whether a trigger is served here: who only reads may listen.
+    pub(crate) fn serves(&self, spec: &TriggerSpec) -> bool {
+        self.may_serve && self.grant.is_none_or(|grant| grant.serves(spec))
+    }
+
+    /// Whether the roles that were proved here are enough.
+    ///
+    /// # Errors
+    /// `forbidden`.
+    pub(crate) fn check_roles(&self, needed: Roles) -> Result<(), Refusal> {
+        match self.grant {
+            Some(grant) if grant.roles.number() < needed.number() => {
+                let needed = match needed {
+                    Roles::Join => "join",
+                    Roles::Read => "read",
+                    Roles::Write => "write",
+                };
+                let message = format!(
+                    "this needs the role '{needed}' in pool '{}'; prove it with the keys that have it",
+                    self.name
+                );
+                Err(Refusal::new(Code::Forbidden, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a payload may travel here: in an encrypted pool nothing does that is not sealed.
+    ///
+    /// # Errors
+    /// `bad_message`.
+    pub(crate) fn check_body(&self, body: Body<'_>) -> Result<(), Refusal> {
+        if self.grant.is_none() || is_sealed(body) {
+            return Ok(());
+        }
+        let message = format!("payloads in pool '{}' are sealed envelopes", self.name);
+        Err(Refusal::new(Code::BadMessage, message))
+    }
 }
 
 impl<D: Driver> Clone for Membership<D> {
@@ -108,6 +190,7 @@ impl<D: Driver> Clone for Membership<D> {
             pool: self.pool.clone(),
             member: self.member,
             may_serve: self.may_serve,
+            grant: self.grant,
         }
     }
 }
@@ -122,6 +205,8 @@ pub struct Entrance<D: Driver> {
     pub pool: D::Pool,
     /// Whether the app may serve triggers in it.
     pub may_serve: bool,
+    /// What was proved, where the pool is encrypted.
+    pub grant: Option<Grant>,
 }
 
 struct PoolEntry<D: Driver> {
@@ -141,6 +226,8 @@ struct PoolEntry<D: Driver> {
     created: u64,
     /// Its place in the books, where a client made it.
     place: Option<Hold>,
+    /// What makes it an encrypted pool.
+    sealed: Option<Sealed>,
 }
 
 impl<D: Driver> PoolEntry<D> {
@@ -199,7 +286,12 @@ pub struct Registry<D: Driver> {
     apps: BTreeMap<AppId, App<D>>,
     /// Apps without an instance: who makes room for a new one.
     offline: Offline,
+    /// Whose AppIDs are, and how many of them have a key.
+    bindings: BTreeMap<AppId, Binding>,
+    keys: usize,
     pools: BTreeMap<PoolName, PoolEntry<D>>,
+    /// Names of pools that are kept for who had them before the server's start, and until when.
+    reserved: BTreeMap<PoolName, (AppId, Time)>,
     next_number: u32,
     instances: usize,
     limits: Limits,
@@ -215,7 +307,10 @@ impl<D: Driver> Registry<D> {
         let mut registry = Registry {
             apps: BTreeMap::new(),
             offline: Offline::default(),
+            bindings: BTreeMap::new(),
+            keys: 0,
             pools: BTreeMap::new(),
+            reserved: BTreeMap::new(),
             next_number: 0,
             instances: 0,
             limits,
@@ -326,6 +421,7 @@ impl<D: Driver> Registry<D> {
             Some(app) => {
                 self.offline.remove(app.user, app.last_seen, app_id);
                 self.apps.remove(app_id);
+                self.unbind(app_id, turn);
                 turn.keep(Change::ForgetApp(app_id.clone()), Some(promise));
                 Ok(())
             }
@@ -381,6 +477,7 @@ impl<D: Driver> Registry<D> {
             turn.keep(Change::Seen(app_id.clone(), unix_ms), None);
         } else {
             self.apps.remove(app_id);
+            self.unbind(app_id, turn);
         }
     }
 
@@ -422,13 +519,23 @@ impl<D: Driver> Registry<D> {
         let unix_ms = turn.unix_ms();
         let registered = self.apps.get(app_id).map(|app| app.registration.get());
         let pools = registered.as_ref().map_or(&[][..], |r| &r.pools);
-        if let Some(entry) = self.pools.get(name).filter(|entry| !entry.admits(app_id)) {
-            return Err(not_admitted(app_id, name, entry));
+        if self.is_sealed(name) {
+            return Err(Refusal::unproved());
+        }
+        if self
+            .pools
+            .get(name)
+            .is_some_and(|entry| !entry.admits(app_id))
+        {
+            return Err(not_open(app_id, name));
         }
         if !pools.contains(name) && pools.len() >= self.limits.pools_per_app_max {
             return Err(too_many("pools", self.limits.pools_per_app_max));
         }
         drop(registered);
+        if self.is_reserved(app_id, name, turn.time()) {
+            return Err(not_open(app_id, name));
+        }
         let place = if self.pools.contains_key(name) {
             None
         } else {
@@ -631,21 +738,20 @@ impl<D: Driver> Registry<D> {
     }
 
     /// The handle of one pool, or of all, and whether an app owns it. None where there is no such
-    /// pool: whether there is one is not for everybody to know.
-    pub(crate) fn owned(
-        &self,
-        name: Option<&PoolName>,
-        app: Option<&AppId>,
-    ) -> Vec<(D::Pool, bool)> {
+    /// pool: whether there is one is not for everybody to know. An encrypted pool is there for who proved it, and owned by
+    /// who proved that it writes there.
+    pub(crate) fn owned(&self, name: Option<&PoolName>, view: &View<'_>) -> Vec<(D::Pool, bool)> {
         let one = name.map(|name| self.pools.get(name));
         let all = name.is_none().then(|| self.pools.values());
         let entries = one.flatten().into_iter().chain(all.into_iter().flatten());
         entries
+            .filter(|entry| entry.sealed.is_none() || self.shows(entry, view))
             .map(|entry| {
-                (
-                    entry.pool.clone(),
-                    app.is_some() && entry.owner.as_ref() == app,
-                )
+                let is_own = match &entry.sealed {
+                    Some(_) => self.may_write(entry, view),
+                    None => entry.owner.as_ref() == Some(view.app),
+                };
+                (entry.pool.clone(), is_own)
             })
             .collect()
     }
@@ -700,15 +806,10 @@ impl<D: Driver> Registry<D> {
     }
 }
 
-fn not_admitted<D: Driver>(app_id: &AppId, name: &PoolName, entry: &PoolEntry<D>) -> Refusal {
-    let owner = entry.owner.as_ref().map_or("nobody", AppId::as_str);
-    Refusal::new(
-        Code::Forbidden,
-        format!(
-            "app '{app_id}' may not join pool '{name}' (the pool's policy \"join\"); its owner \
-             is '{owner}'"
-        ),
-    )
+/// The answer about a pool that is closed to an app: no more than that.
+fn not_open(app_id: &AppId, name: &PoolName) -> Refusal {
+    let message = format!("pool '{name}' is not open to app '{app_id}'");
+    Refusal::new(Code::Forbidden, message)
 }
 
 fn no_pool(name: &PoolName) -> Refusal {

@@ -9,10 +9,13 @@ mod memory;
 mod parked;
 mod pools;
 mod promises;
+mod proofs;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use latzero_crypto::keys::Roles;
+use latzero_crypto::proof::ChannelBinding;
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::frame::{Accept, Frame, FrameError};
 use latzero_protocol::message::{
@@ -30,11 +33,12 @@ use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::Class;
 use crate::pool::CallError;
-use crate::registry::{Instance, Membership, Whereabouts};
+use crate::registry::{Instance, Membership, View, Whereabouts, Who};
 use crate::turn::Turn;
 use held::Held;
 use pools::pool_info;
 use promises::{Awaited, Promise, Reply};
+use proofs::Proofs;
 
 /// Whether a connection goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +64,14 @@ pub struct Terms {
     pub user: Arc<Account>,
     /// How it came in.
     pub transport: Transport,
+    /// Whether it is of the server's own user, or the machine's administrator.
+    pub is_own: bool,
+    /// What binds proofs to it.
+    pub binding: ChannelBinding,
+    /// Whether it comes from this machine.
+    pub is_loopback: bool,
+    /// The user of this machine that it is of, where the kernel tells.
+    pub uid: Option<u32>,
     /// Whether it may do what administrators may.
     pub is_admin: bool,
     /// Largest payload of a frame before the handshake, in bytes.
@@ -70,6 +82,8 @@ pub struct Terms {
 pub struct Session<D: Driver> {
     peer: D::Peer,
     terms: Terms,
+    who: Who,
+    proofs: Proofs,
     features: Features,
     ready: Option<Ready>,
     memberships: Vec<Membership<D>>,
@@ -84,9 +98,16 @@ pub struct Session<D: Driver> {
 impl<D: Driver> Session<D> {
     /// A connection that has said nothing yet.
     pub fn new(peer: D::Peer, terms: Terms) -> Self {
+        let who = Who {
+            uid: terms.uid,
+            is_own: terms.is_own,
+            proved: None,
+        };
         Session {
             peer,
             terms,
+            who,
+            proofs: Proofs::default(),
             features: Features::default(),
             ready: None,
             memberships: Vec::new(),
@@ -179,7 +200,14 @@ impl<D: Driver> Session<D> {
         }
         match decoded {
             Ok(Request::Handshake(handshake)) => self.handshake(id, &handshake, frame.json, turn),
+            Ok(request @ (Request::Challenge | Request::AppProof(_) | Request::AdminProof(_))) => {
+                self.prove(id, &request, frame.json.len(), turn)
+            }
             Ok(_) if self.ready.is_none() => self.not_ready(id, turn),
+            Ok(Request::PoolProve(pool, proof)) => {
+                let result = self.pool_prove(id, &pool, proof.text(), turn);
+                self.answer_proof(id, result.map(|()| None), turn)
+            }
             Ok(Request::Trigger(trigger)) => {
                 if let Err(refusal) = self.call(&trigger, turn) {
                     turn.refused(refusal.code);
@@ -385,10 +413,14 @@ impl<D: Driver> Session<D> {
             ));
         }
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
+        m.check_roles(Roles::Read)?;
+        m.check_body(trigger.body)?;
         match turn.with_pool(&m.pool, |pool, turn| pool.call(m.member, trigger, turn)) {
             Ok(None) => Ok(()),
             Ok(Some(number)) => {
                 let pool = m.pool.clone();
+                let ready = self.ready.as_ref().expect("only a ready session calls");
+                turn.with_registry(|registry, turn| registry.outlast(&ready.app, turn));
                 self.awaited.push_back(Awaited::Parked {
                     id: trigger.id.as_deref().map(Into::into),
                     pool,
@@ -441,6 +473,11 @@ impl<D: Driver> Session<D> {
             }
             return Ok(());
         };
+        m.check_roles(Roles::Write)?;
+        // What failed is sealed in its error object.
+        if response.status != Status::Error {
+            m.check_body(response.body)?;
+        }
         turn.with_pool(&m.pool, |pool, turn| {
             pool.respond(m.member, id, response, turn)
         })
@@ -464,18 +501,31 @@ impl<D: Driver> Session<D> {
             Request::Parked(parked) => return self.parked(&parked, turn),
             Request::Admin(admin) => return self.admin(id, &admin, turn),
             Request::Emit(emit) => self.emit(&emit, turn)?,
-            Request::PoolList(page) => turn.with_registry(|registry, _| registry.list_pools(&page)),
-            Request::PoolInfo(name) => pool_info(&name, turn)?,
+            Request::PoolList(page) => {
+                let view = self.view();
+                turn.with_registry(|registry, _| registry.list_pools(&page, &view))
+            }
+            Request::PoolChallenge(name) => self.pool_challenge(&name, turn),
+            Request::PoolChain(asked) => self.pool_chain(&asked, turn)?,
+            Request::PoolRotate(name, descriptor) => {
+                return self.pool_rotate(&name, &descriptor, turn);
+            }
+            Request::PoolInfo(name) => pool_info(&name, &self.view(), turn)?,
             Request::AppList(pool, page) => {
-                let now = turn.now;
+                let (now, view) = (turn.now, self.view());
                 turn.with_registry(|registry, _| {
-                    registry.list_apps(pool.as_ref(), &page, |then| now.unix_ms_at(then))
+                    let unix_ms = |then| now.unix_ms_at(then);
+                    registry.list_apps(pool.as_ref(), &page, &view, unix_ms)
                 })?
             }
             Request::Ping => format!("{{\"time\":{}}}", turn.unix_ms()),
-            Request::Stats => D::report(turn, Report::Stats),
-            Request::Health => D::report(turn, Report::Health),
+            Request::Stats => D::report(turn, Report::Stats, &self.view()),
+            Request::Health => D::report(turn, Report::Health, &self.view()),
             Request::Handshake(_)
+            | Request::Challenge
+            | Request::AppProof(_)
+            | Request::AdminProof(_)
+            | Request::PoolProve(..)
             | Request::Memory(_)
             | Request::Trigger(_)
             | Request::Response(_)
@@ -487,8 +537,20 @@ impl<D: Driver> Session<D> {
         Ok(Reply::Now(reply))
     }
 
+    /// What this connection may see.
+    pub(super) fn view(&self) -> View<'_> {
+        let ready = self.ready.as_ref().expect("only a ready session looks");
+        View {
+            app: &ready.app,
+            is_admin: self.terms.is_admin,
+            instance: Some(ready.instance),
+        }
+    }
+
     fn emit(&mut self, emit: &Emit<'_>, turn: &mut Turn<'_, D>) -> Result<String, Refusal> {
         let m = self.current_membership(emit.pool.as_deref(), turn)?;
+        m.check_roles(Roles::Read)?;
+        m.check_body(emit.body)?;
         let delivered = turn.with_pool(&m.pool, |pool, turn| pool.emit(m.member, emit, turn))?;
         Ok(format!("{{\"delivered\":{delivered}}}"))
     }
@@ -512,16 +574,21 @@ impl<D: Driver> Session<D> {
     fn admin(
         &mut self,
         id: Option<&str>,
-        admin: &Admin<'_>,
+        admin: &Admin,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        let by_token = admin
-            .token
-            .as_ref()
-            .is_some_and(|token| turn.driver.is_admin_token(token));
-        if !self.terms.is_admin && !by_token {
+        if !self.terms.is_admin {
             let message = "only an administrator may do this: the server's user over the Unix \
-                socket, or anyone with the admin token";
+                           socket, or anyone who proves the admin token";
+            return Err(Refusal::new(Code::Forbidden, message));
+        }
+        let is_for_own = match &admin.action {
+            AdminAction::HandOver { .. } => true,
+            AdminAction::Backup { to, .. } => to.is_some(),
+            _ => false,
+        };
+        if is_for_own && !self.terms.is_own {
+            let message = "only the server's user may do this, over the Unix socket";
             return Err(Refusal::new(Code::Forbidden, message));
         }
         if let Some(ready) = &self.ready {
@@ -533,6 +600,7 @@ impl<D: Driver> Session<D> {
                     json!({"action": "kick", "of": app, "of_instance": instance})
                 }
                 AdminAction::Forget(app) => json!({"action": "app_forget", "of": app}),
+                AdminAction::RemoveKey(app) => json!({"action": "app_key_remove", "of": app}),
                 AdminAction::Backup { to, .. } => json!({"action": "backup", "to": to}),
                 AdminAction::CheckDatabase(full) => json!({"action": "db_check", "full": full}),
                 AdminAction::QueryDatabase(_) => json!({"action": "db_query"}),
@@ -551,6 +619,11 @@ impl<D: Driver> Session<D> {
             AdminAction::Forget(app) => {
                 let peer = self.peer.clone();
                 turn.with_registry(|registry, turn| registry.forget_app(app, &peer, turn))?;
+                Ok(Reply::Kept("{}".into(), Promise::Removal))
+            }
+            AdminAction::RemoveKey(app) => {
+                let peer = self.peer.clone();
+                turn.with_registry(|registry, turn| registry.remove_key(app, &peer, turn))?;
                 Ok(Reply::Kept("{}".into(), Promise::Removal))
             }
             AdminAction::HandOver { .. } if !self.features.fd_passing => {

@@ -29,12 +29,16 @@ impl<D: Driver> Turn<'_, D> {
 
     /// The moment, on the clock that only moves forward.
     #[inline]
-    pub(crate) fn time(&self) -> Time {
+    pub fn time(&self) -> Time {
         self.now.monotonic
     }
 
     pub(crate) fn unix_ms(&self) -> u64 {
         self.now.unix_ms
+    }
+
+    pub(crate) fn steady_ms(&self) -> u64 {
+        self.now.steady_ms
     }
 
     /// The bounds.

@@ -3,7 +3,7 @@
 
 mod net;
 use latzero_fabric::{Limits, Transport};
-use latzero_sim::{ADMIN_TOKEN, Bounds};
+use latzero_sim::{Bounds, admin_proof};
 use net::Net;
 
 #[test]
@@ -402,11 +402,18 @@ fn administration_needs_the_right() {
             assert_eq!(net.ask(a, &ask), "1 failed: forbidden ran=no");
         }
     }
-    let ask = format!(r#"{{"action":"reload","id":"1","token":"{ADMIN_TOKEN}"}}"#);
-    assert_eq!(net.ask(a, &ask), "1 ok: {}");
-    let kick = |more: &str| {
-        format!(r#"{{"action":"kick","app_id":"b","id":"1","token":"{ADMIN_TOKEN}"{more}}}"#)
-    };
+    let [challenge, proof] = admin_proof();
+    // A proof needs a challenge, and spends it.
+    net.say(a, &proof);
+    assert_eq!(net.sees(a), "error unauthenticated");
+    let reload = r#"{"action":"reload","id":"1"}"#;
+    assert_eq!(net.ask(a, reload), "1 failed: forbidden ran=no");
+    net.say(a, &challenge);
+    net.say(a, &proof);
+    net.say(a, &proof);
+    assert_eq!(net.sees(a), "error unauthenticated");
+    assert_eq!(net.ask(a, reload), "1 ok: {}");
+    let kick = |more: &str| format!(r#"{{"action":"kick","app_id":"b","id":"1"{more}}}"#);
     assert_eq!(
         net.ask(a, &kick(r#","instance":"0000000000000001""#)),
         r#"1 ok: {"kicked":0}"#

@@ -88,6 +88,8 @@ fn put(rows: &mut Rows, row: &Value) {
                 policy: text("policy"),
                 properties: some("properties"),
                 created: number("created"),
+                is_durable: true,
+                descriptor: None,
             };
             rows.pools.insert(name, row);
         }

@@ -124,10 +124,13 @@ codes! {
     Unauthenticated "unauthenticated" No Server
         "The server could not identify the client."
         "Connect over the Unix socket, or prove the app's key.";
+    StaleEpoch "stale_epoch" No Server
+        "The encrypted pool has another epoch than the sender or the content."
+        "Prove the pool again, and use its newest descriptor.";
     Forbidden "forbidden" No Server
         "The client is not allowed to do this."
-        "Connect over the Unix socket as the server's user, or send the admin token of its data \
-         directory.";
+        "Connect over the Unix socket as the server's user, or prove the admin token of its \
+         data directory.";
     NotMember "not_member" No Server
         "The caller or the destination is not in the pool."
         "Join the pool first: name it in the handshake or send `pool_join`.";
@@ -279,6 +282,14 @@ impl Refusal {
     }
 }
 
+impl Refusal {
+    /// What everybody hears whose proof was not accepted, whatever was wrong with it.
+    #[must_use]
+    pub fn unproved() -> Self {
+        Refusal::new(Code::Unauthenticated, "the proof was not accepted")
+    }
+}
+
 impl From<crate::name::NameError> for Refusal {
     fn from(error: crate::name::NameError) -> Self {
         Refusal::new(Code::InvalidName, error.to_string())
@@ -302,6 +313,6 @@ mod tests {
             );
             assert!(code.meaning().ends_with('.') && code.remedy().ends_with('.'));
         }
-        assert_eq!(seen.len(), 44);
+        assert_eq!(seen.len(), 45);
     }
 }

@@ -16,6 +16,7 @@ use crate::limits::{
 };
 use crate::memory::{Apps, apps};
 use crate::name::{AppId, PoolName, TriggerName};
+use crate::proof::{self, AdminProof, AppProof, Chain, Sealed};
 use crate::scan;
 
 /// One message from a client.
@@ -39,6 +40,20 @@ pub enum Request<'a> {
     TriggerUnregister(Vec<TriggerSpec>),
     /// Makes a pool.
     PoolCreate(PoolCreate<'a>),
+    /// Asks for a challenge, to prove an app or an administrator.
+    Challenge,
+    /// Proves an app by its key.
+    AppProof(Box<AppProof<'a>>),
+    /// Proves an administrator.
+    AdminProof(Box<AdminProof<'a>>),
+    /// Asks for a challenge, to prove an encrypted pool.
+    PoolChallenge(PoolName),
+    /// Joins an encrypted pool with a proof.
+    PoolProve(PoolName, Raw<'a>),
+    /// Asks for descriptors of earlier epochs.
+    PoolChain(Chain),
+    /// Moves an encrypted pool to the epoch of a descriptor.
+    PoolRotate(PoolName, Cow<'a, str>),
     /// Joins a pool.
     PoolJoin(PoolName),
     /// Leaves a pool.
@@ -64,9 +79,9 @@ pub enum Request<'a> {
     /// Asks for the health of the server's parts.
     Health,
     /// Something about parked calls.
-    Parked(Box<crate::parked::Parked<'a>>),
+    Parked(Box<crate::parked::Parked>),
     /// A request only for administrators.
-    Admin(Admin<'a>),
+    Admin(Admin),
 }
 
 /// The first message of a connection.
@@ -76,6 +91,8 @@ pub struct Handshake<'a> {
     pub app_id: AppId,
     /// Pools to join; absent where the app wants back what it had.
     pub pools: Option<Vec<PoolName>>,
+    /// Whether encrypted pools are named, which it is about to prove.
+    pub names_encrypted: bool,
     /// Triggers to serve; absent where the app wants back what it had.
     pub triggers: Option<Vec<TriggerSpec>>,
     /// What the app says about itself, shown when apps are listed.
@@ -369,6 +386,8 @@ pub struct PoolCreate<'a> {
     pub durable: bool,
     /// Who may do what in it.
     pub policy: Policy,
+    /// What makes it an encrypted pool.
+    pub sealed: Option<Sealed<'a>>,
 }
 
 /// Who may do what in a pool. Its owner always may.
@@ -470,11 +489,9 @@ impl EventSet {
 
 /// A request only for administrators.
 #[derive(Debug)]
-pub struct Admin<'a> {
+pub struct Admin {
     /// What is asked for.
     pub action: AdminAction,
-    /// The admin token, where the connection itself does not prove the right.
-    pub token: Option<Cow<'a, str>>,
 }
 
 /// What administrators may ask for.
@@ -488,6 +505,8 @@ pub enum AdminAction {
     Kick(AppId, Option<InstanceId>),
     /// Forget an app that has no instance.
     Forget(AppId),
+    /// Take an app's key away.
+    RemoveKey(AppId),
     /// Copy what is stored into one file.
     Backup {
         /// A path of the server's machine; else it comes among its backups.
@@ -517,6 +536,7 @@ impl<'a> Request<'a> {
             self,
             Request::PoolList(_)
                 | Request::PoolInfo(_)
+                | Request::PoolChain(_)
                 | Request::AppList(..)
                 | Request::Ping
                 | Request::Stats
@@ -549,7 +569,13 @@ impl<'a> Request<'a> {
             "trigger_register" => Request::TriggerRegister(triggers_field(e, bounds)?),
             "trigger_unregister" => Request::TriggerUnregister(triggers_field(e, bounds)?),
             "pool_create" => Request::PoolCreate(pool_create(e)?),
-            "pool_join" => Request::PoolJoin(pool_field(e)?),
+            "challenge" => Request::Challenge,
+            "app_proof" => proof::app_proof(e)?,
+            "admin_proof" => proof::admin_proof(e)?,
+            "pool_challenge" => Request::PoolChallenge(pool_field(e)?),
+            "pool_join" => proof::pool_join(e)?,
+            "pool_chain" => proof::pool_chain(e)?,
+            "pool_rotate" => proof::pool_rotate(e)?,
             "pool_leave" => Request::PoolLeave(pool_field(e)?),
             "pool_list" => Request::PoolList(page(e)?),
             "pool_info" => Request::PoolInfo(pool_field(e)?),
@@ -563,37 +589,42 @@ impl<'a> Request<'a> {
             "ping" => Request::Ping,
             "stats" => Request::Stats,
             "health" => Request::Health,
-            "shutdown" => admin(e, AdminAction::Shutdown)?,
-            "reload" => admin(e, AdminAction::Reload)?,
+            "shutdown" => admin(AdminAction::Shutdown),
+            "reload" => admin(AdminAction::Reload),
             "hand_over" => {
                 let taken = Fields::of(e.text)?.flag("taken")?;
-                admin(e, AdminAction::HandOver { taken })?
+                admin(AdminAction::HandOver { taken })
             }
             "kick" => {
                 let fields = Fields::of(e.text)?;
                 let app = AppId::new(&fields.required_string("app_id")?)?;
                 let instance = fields.string("instance")?;
                 let instance = instance.map(|text| instance_id(&text)).transpose()?;
-                admin(e, AdminAction::Kick(app, instance))?
+                admin(AdminAction::Kick(app, instance))
             }
             "app_forget" => {
                 let fields = Fields::of(e.text)?;
                 let app = AppId::new(&fields.required_string("app_id")?)?;
-                admin(e, AdminAction::Forget(app))?
+                admin(AdminAction::Forget(app))
+            }
+            "app_key_remove" => {
+                let fields = Fields::of(e.text)?;
+                let app = AppId::new(&fields.required_string("app_id")?)?;
+                admin(AdminAction::RemoveKey(app))
             }
             "backup" => {
                 let fields = Fields::of(e.text)?;
                 let to = fields.string("to")?.map(Cow::into_owned);
                 let without_blocks = fields.flag("without_blocks")?;
-                admin(e, AdminAction::Backup { to, without_blocks })?
+                admin(AdminAction::Backup { to, without_blocks })
             }
             "db_check" => {
                 let is_thorough = Fields::of(e.text)?.flag("full")?;
-                admin(e, AdminAction::CheckDatabase(is_thorough))?
+                admin(AdminAction::CheckDatabase(is_thorough))
             }
             "db_query" => {
                 let sql = Fields::of(e.text)?.required_string("sql")?.into_owned();
-                admin(e, AdminAction::QueryDatabase(sql))?
+                admin(AdminAction::QueryDatabase(sql))
             }
             action if action.starts_with("parked_") => {
                 Request::Parked(Box::new(crate::parked::decode(e, action)?))
@@ -636,7 +667,9 @@ fn handshake<'a>(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Handshake<'a>,
     })?;
     Ok(Handshake {
         app_id: AppId::new(&fields.required_string("app_id")?)?,
-        pools: pools(&fields, bounds)?,
+        pools: pools(&fields, "pools", bounds)?,
+        names_encrypted: pools(&fields, "encrypted_pools", bounds)?
+            .is_some_and(|named| !named.is_empty()),
         triggers,
         meta,
         protocol: protocol.unwrap_or(1),
@@ -819,7 +852,7 @@ fn call_ref<'a>(e: &Envelope<'a>) -> Result<CallRef<'a>, Refusal> {
     Ok(CallRef { id })
 }
 
-fn pool_field(e: &Envelope<'_>) -> Result<PoolName, Refusal> {
+pub(crate) fn pool_field(e: &Envelope<'_>) -> Result<PoolName, Refusal> {
     Ok(PoolName::new(&Envelope::required_string(e.pool, "pool")?)?)
 }
 
@@ -853,9 +886,7 @@ fn pool_create<'a>(e: &Envelope<'a>) -> Result<PoolCreate<'a>, Refusal> {
             ));
         }
     }
-    if fields.flag("encrypted")? {
-        return Err(not_here("'encrypted':true"));
-    }
+    let sealed = proof::sealed(&fields)?;
     let policy = fields.field("policy").map(Policy::parse).transpose()?;
     let properties = fields.field("properties");
     if let Some(raw) = properties.filter(|raw| !raw.is_object()) {
@@ -864,8 +895,9 @@ fn pool_create<'a>(e: &Envelope<'a>) -> Result<PoolCreate<'a>, Refusal> {
     Ok(PoolCreate {
         pool: pool_field(e)?,
         properties,
-        durable: fields.flag("durable")?,
+        durable: fields.flag("durable")? || sealed.is_some(),
         policy: policy.unwrap_or_default(),
+        sealed,
     })
 }
 
@@ -897,11 +929,8 @@ fn events(fields: &Fields<'_>) -> Result<EventSet, Refusal> {
     Ok(if is_there { set } else { EventSet::ALL })
 }
 
-fn admin<'a>(e: &Envelope<'a>, action: AdminAction) -> Result<Request<'a>, Refusal> {
-    Ok(Request::Admin(Admin {
-        action,
-        token: Fields::of(e.text)?.string("token")?,
-    }))
+fn admin<'a>(action: AdminAction) -> Request<'a> {
+    Request::Admin(Admin { action })
 }
 
 fn triggers_field(e: &Envelope<'_>, bounds: &ListBounds) -> Result<Vec<TriggerSpec>, Refusal> {
@@ -956,10 +985,14 @@ pub fn too_many_bytes(max: usize) -> Refusal {
     )
 }
 
-/// The field `pools`, without duplicates.
-fn pools(fields: &Fields<'_>, bounds: &ListBounds) -> Result<Option<Vec<PoolName>>, Refusal> {
+/// A list of pools, without duplicates.
+fn pools(
+    fields: &Fields<'_>,
+    field: &str,
+    bounds: &ListBounds,
+) -> Result<Option<Vec<PoolName>>, Refusal> {
     let (mut names, mut seen) = (Vec::new(), BTreeSet::new());
-    let is_there = fields.each_string("pools", |name| {
+    let is_there = fields.each_string(field, |name| {
         PoolName::check(name)?;
         if !seen.contains(name) {
             if names.len() == bounds.pools_max {
@@ -1007,7 +1040,7 @@ fn trigger_spec(raw: Raw<'_>, bounds: &ListBounds) -> Result<TriggerSpec, Refusa
     }
     Ok(TriggerSpec {
         name: TriggerName::new(&fields.required_string("name")?)?,
-        pools: pools(&fields, bounds)?,
+        pools: pools(&fields, "pools", bounds)?,
         strategy,
         concurrency: concurrency.and_then(|n| u32::try_from(n).ok()),
         doc,
@@ -1313,7 +1346,7 @@ mod tests {
         );
         check(
             r#"{"action":"pool_create","pool":"a","encrypted":true}"#,
-            "bad_message: 'encrypted':true is not available",
+            "bad_message: an encrypted pool is made of its 'descriptor'",
         );
     }
 }

@@ -1,7 +1,5 @@
 //! Requests about parked calls: what waits, what failed, and what to do about it.
 
-use std::borrow::Cow;
-
 use crate::envelope::{Envelope, mistyped};
 use crate::error::{Code, Refusal};
 use crate::limits::PARKED_TTL_MAX_MS;
@@ -110,19 +108,17 @@ pub enum ParkedAction {
 
 /// A request about parked calls.
 #[derive(Debug)]
-pub struct Parked<'a> {
+pub struct Parked {
     /// What is asked.
     pub action: ParkedAction,
     /// Of which calls.
     pub filter: ParkedFilter,
-    /// The admin token, where the connection itself does not prove the right.
-    pub token: Option<Cow<'a, str>>,
 }
 
 /// How long a call that is run again may take unless the request says otherwise: a day.
 pub const RETRY_TTL_DEFAULT_MS: u64 = 24 * 3_600_000;
 
-pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Parked<'a>, Refusal> {
+pub(crate) fn decode(e: &Envelope<'_>, action: &str) -> Result<Parked, Refusal> {
     let fields = Fields::of(e.text)?;
     let number = |name: &str, range| Envelope::number(fields.field(name), name, range);
     let state = fields.string("state")?;
@@ -179,9 +175,5 @@ pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Parked<'a>, R
         let message = "select the calls by 'number', or by 'pool', 'app_id', 'process' or 'state'";
         return Err(Refusal::new(Code::BadMessage, message));
     }
-    Ok(Parked {
-        action,
-        filter,
-        token: fields.string("token")?,
-    })
+    Ok(Parked { action, filter })
 }

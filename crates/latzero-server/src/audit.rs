@@ -32,8 +32,20 @@ const LINES_PER_SECOND: u32 = 100;
 /// event.
 const SHARES_MAX: usize = 4096;
 
+/// The file of what is about security, which nothing else can push out.
+const SECURITY_NAME: &str = "security.log";
+
+/// What stands there: refused proofs, keys, take-overs, and what administrators did.
+const SECURITY: [&str; 4] = ["proof_refused", "app_proved", "took_over", "administered"];
+
 /// The audit log.
 pub(crate) struct AuditLog {
+    rest: Log,
+    security: Log,
+}
+
+/// One of its files, with a quota of its own.
+struct Log {
     file: LineFile,
     shares: Mutex<Shares>,
 }
@@ -98,21 +110,31 @@ impl AuditLog {
     /// If the file cannot be opened, or the thread cannot be started.
     pub(crate) fn open(directory: &Path, settings: &Settings) -> Result<AuditLog, LogError> {
         let (bytes_max, files_max) = (settings.log_file_bytes_max, settings.log_files_max);
-        let file = LineFile::open(&directory.join(NAME), bytes_max, files_max)?;
+        let open = |name| -> Result<Log, LogError> {
+            let file = LineFile::open(&directory.join(name), bytes_max, files_max)?;
+            let shares = Mutex::default();
+            Ok(Log { file, shares })
+        };
         Ok(AuditLog {
-            file,
-            shares: Mutex::default(),
+            rest: open(NAME)?,
+            security: open(SECURITY_NAME)?,
         })
     }
 
     /// Notes what a connection did. Never waits.
     pub(crate) fn note(&self, by: &Arc<Peer>, audit: &Audit<'_>) {
+        let is_about_security = SECURITY.contains(&audit.event);
+        let log = if is_about_security {
+            &self.security
+        } else {
+            &self.rest
+        };
         let from = by
             .socket
             .as_ref()
             .map_or_else(|| "the server".to_owned(), origin);
         let user = from.rsplit_once(':').map_or(&*from, |(address, _)| address);
-        let shares = self.shares.lock();
+        let shares = log.shares.lock();
         let mut shares = shares.expect("nothing panics under this lock");
         let Some(left_out) = shares.take(audit.event, user, Instant::now()) else {
             return;
@@ -131,12 +153,12 @@ impl AuditLog {
         if left_out > 0 {
             line["left_out_before"] = left_out.into();
         }
-        self.file.write(&line.to_string());
+        log.file.write(&line.to_string());
     }
 
     /// Lines lost so far.
     pub(crate) fn lost(&self) -> u64 {
-        self.file.lost()
+        self.rest.file.lost() + self.security.file.lost()
     }
 }
 

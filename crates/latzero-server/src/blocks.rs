@@ -21,7 +21,7 @@ use latzero_fabric::memory::{Job, Making, Numbers, StorageId};
 use latzero_fabric::pool::Found;
 use latzero_fabric::{BlockKey, Limits, Time};
 use latzero_protocol::memory::{Access, Kind};
-use latzero_protocol::{BlockId, Code, PoolName, Refusal};
+use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use latzero_shm::{Cas, CreateError, Custodian, Description, Geometry, State};
 use latzero_store::{BlockRow, Store};
 use serde_json::{Value, json};
@@ -591,6 +591,11 @@ impl Blocks {
     /// Whether waiting for clients that still hold shared blocks of an earlier run.
     pub(crate) fn is_awaiting(&self) -> bool {
         self.rows.is_awaiting()
+    }
+
+    /// The owner of memory that is awaited back: of that block, or of any in the pool.
+    pub(crate) fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {
+        self.rows.awaited_owner(pool, block)
     }
 
     /// The row of a block whose memory is awaited.

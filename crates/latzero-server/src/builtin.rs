@@ -8,14 +8,16 @@ use std::borrow::Cow;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use latzero_crypto::proof::ChannelBinding;
 use latzero_fabric::driver::{Driver as _, Report};
 use latzero_fabric::outbox::Taken;
+use latzero_fabric::registry::View;
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Session, Transport};
 use latzero_protocol::frame::{self, Accept, Frame};
 use latzero_protocol::limits::{SYSTEM_APP, SYSTEM_POOL};
-use latzero_protocol::message::Page;
-use latzero_protocol::{Body, Code, Envelope, Refusal, encode};
+use latzero_protocol::message::{Fields, Page};
+use latzero_protocol::{AppId, Body, Code, Envelope, Refusal, encode};
 use serde_json::json;
 
 use crate::host::IoHost;
@@ -48,6 +50,10 @@ impl BuiltIn {
         let peer = host.shared.new_peer(None, &user);
         let terms = Terms {
             transport: Transport::BuiltIn,
+            is_own: false,
+            binding: ChannelBinding::None,
+            is_loopback: true,
+            uid: None,
             is_admin: false,
             user,
             max_frame_before_handshake: usize::MAX,
@@ -133,7 +139,8 @@ fn answer_to(e: &Envelope<'_>, host: &mut IoHost, out: &mut Vec<u8>) {
     }
     let Some(id) = text(e.id) else { return };
     let body = e.body(e.data, "data").unwrap_or(Body::None);
-    match reply(text(e.process).as_deref().unwrap_or_default(), body, host) {
+    let process = text(e.process).unwrap_or_default();
+    match reply(&process, body, &caller(e), host) {
         Ok(Reply::Echo) => {
             let body = if body == Body::None {
                 Body::Json(latzero_protocol::Raw::NULL)
@@ -160,11 +167,28 @@ enum Reply {
     Json(String),
 }
 
-fn reply(process: &str, body: Body<'_>, host: &mut IoHost) -> Result<Reply, Refusal> {
+/// The app that calls.
+fn caller(e: &Envelope<'_>) -> AppId {
+    let origin = e.origin.and_then(|raw| Fields::of(raw.text()).ok());
+    let app_id =
+        origin.and_then(|fields| fields.required_string("app_id").ok().map(Cow::into_owned));
+    let app_id = app_id.and_then(|app_id| AppId::new(&app_id).ok());
+    app_id.expect("the core says who calls")
+}
+
+fn reply(
+    process: &str,
+    body: Body<'_>,
+    caller: &AppId,
+    host: &mut IoHost,
+) -> Result<Reply, Refusal> {
+    let view = View {
+        app: caller,
+        is_admin: false,
+        instance: None,
+    };
     let fields = match body {
-        Body::Json(raw) if raw.is_object() && process != "echo" => {
-            Some(latzero_protocol::message::Fields::of(raw.text())?)
-        }
+        Body::Json(raw) if raw.is_object() && process != "echo" => Some(Fields::of(raw.text())?),
         _ => None,
     };
     let string = |name: &str| {
@@ -178,7 +202,7 @@ fn reply(process: &str, body: Body<'_>, host: &mut IoHost) -> Result<Reply, Refu
             let uptime = host.now.monotonic.since(host.shared.started).as_millis() as u64;
             json!({"unix_ms": host.now.unix_ms, "uptime_ms": uptime}).to_string()
         }
-        "stats" => IoHost::report(&mut host.turn(), Report::Stats),
+        "stats" => IoHost::report(&mut host.turn(), Report::Stats, &view),
         "apps" => {
             let pool = string("pool")?
                 .map(|name| latzero_protocol::PoolName::new(&name))
@@ -187,9 +211,11 @@ fn reply(process: &str, body: Body<'_>, host: &mut IoHost) -> Result<Reply, Refu
                 after: string("after")?,
                 limit: Page::LIMIT_MAX,
             };
-            let clock = host.shared.clock;
+            let shared = Arc::clone(&host.shared);
             host.with_registry(|registry, _| {
-                registry.list_apps(pool.as_ref(), &page, |then| clock.unix_ms(then))
+                registry.list_apps(pool.as_ref(), &page, &view, |then| {
+                    shared.clock.unix_ms(then)
+                })
             })?
         }
         "pools" => {
@@ -197,7 +223,7 @@ fn reply(process: &str, body: Body<'_>, host: &mut IoHost) -> Result<Reply, Refu
                 after: string("after")?,
                 limit: Page::LIMIT_MAX,
             };
-            host.with_registry(|registry, _| registry.list_pools(&page))
+            host.with_registry(|registry, _| registry.list_pools(&page, &view))
         }
         _ => {
             return Err(Refusal::new(

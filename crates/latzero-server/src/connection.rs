@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use latzero_crypto::proof::ChannelBinding;
 use latzero_fabric::books::{Hold, Holding, Resource};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Class, Driver as _, Flow, Session, Time, Transport};
@@ -130,6 +131,16 @@ impl Connection {
         let transport = socket.transport();
         let terms = Terms {
             transport,
+            is_own: user.is_trusted(),
+            binding: match transport {
+                Transport::Unix => ChannelBinding::Unix {
+                    uid: rustix::process::geteuid().as_raw(),
+                    pid: std::process::id(),
+                },
+                Transport::Tcp | Transport::BuiltIn => ChannelBinding::None,
+            },
+            is_loopback: user.is_of_this_machine(),
+            uid: user.uid(),
             is_admin: user.is_trusted(),
             user: account,
             max_frame_before_handshake: host.shared.settings().limits.max_frame_before_handshake,

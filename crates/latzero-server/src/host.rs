@@ -5,22 +5,25 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use latzero_crypto::proof::{self, Exchange, Side};
 use latzero_fabric::books::Resource;
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Numbers, StorageId};
 use latzero_fabric::pool::ParkedCounts;
-use latzero_fabric::{Class, Driver, Effects, Now, Pool, Registry, Sent, Turn};
+use latzero_fabric::registry::View;
+use latzero_fabric::{Class, Driver, Effects, Now, Pool, Prng, Registry, Sent, Turn};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
-use latzero_protocol::{BlockId, Code, PoolName, Refusal};
+use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::json;
 
 use crate::blocks::{Blocks, Done, Finished};
 use crate::handover::{self, Step};
 use crate::peer::Peer;
 use crate::shared::{Command, Shared};
+use crate::socket::Socket;
 use crate::stats::{Traffic, resources};
 use crate::timers::PoolCell;
 
@@ -144,21 +147,16 @@ impl IoHost {
         for pool in &pools {
             parked.add(&self.with_pool(pool, |pool, _| pool.parked_counts()));
         }
+        parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         parked
     }
 
-    fn stats(&mut self) -> String {
+    fn stats(&mut self, view: &View<'_>) -> String {
         self.count();
         let now = self.now.monotonic;
-        let (counts, pools) = self.with_registry(|registry, _| {
-            (
-                registry.counts(),
-                registry
-                    .pools()
-                    .map(|(_, pool)| Arc::clone(pool))
-                    .collect::<Vec<_>>(),
-            )
-        });
+        let (mut counts, pools) =
+            self.with_registry(|registry, _| (registry.counts(), registry.seen_pools(Some(view))));
+        counts.pools = pools.len();
         let (mut triggers, mut members) = (0, 0);
         let mut parked = ParkedCounts::default();
         for pool in &pools {
@@ -167,6 +165,7 @@ impl IoHost {
             members += stats.members;
             parked.add(&stats.parked);
         }
+        parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         let mut stats = self.shared.stats.to_json(now);
         stats["server"] = json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -190,6 +189,21 @@ impl IoHost {
         stats["store"] = self.shared.keeper.to_json();
         stats["resources"] = resources(&self.shared.surroundings);
         stats.to_string()
+    }
+}
+
+impl IoHost {
+    /// Whether somebody who is no administrator may know of a loss: not of one in a pool that is not there for them.
+    fn may_know(&mut self, loss: &serde_json::Value, view: &View<'_>) -> bool {
+        let affected = loss["affected"].as_str().unwrap_or_default();
+        let Some((_, pool)) = affected.split_once("pool '") else {
+            return true;
+        };
+        let name = pool.split('\'').next().unwrap_or_default();
+        let name = PoolName::new(name);
+        name.is_ok_and(|name| {
+            self.with_registry(|registry, _| registry.describe_pool(&name, view).is_ok())
+        })
     }
 }
 
@@ -351,19 +365,53 @@ impl Driver for IoHost {
         crate::blocks::take_back(host, pool, (name, block), &row, &offered)
     }
 
-    fn report(turn: &mut Turn<'_, Self>, what: Report) -> String {
+    fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {
+        self.shared.blocks.awaited_owner(pool, block)
+    }
+
+    fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_>) -> String {
         match what {
-            Report::Stats => turn.driver.stats(),
+            Report::Stats => turn.driver.stats(view),
             Report::Health => {
-                let parked = turn.driver.parked();
-                let shared = &turn.driver.shared;
-                crate::health::report(shared, &parked, turn.now.monotonic).to_string()
+                let host = &mut *turn.driver;
+                let parked = host.parked();
+                let now = host.now.monotonic;
+                let mut report = crate::health::report(&host.shared, &parked, now);
+                if !view.is_admin
+                    && let Some(losses) = report["losses"].as_array_mut()
+                {
+                    losses.retain(|loss| host.may_know(loss, view));
+                }
+                report.to_string()
             }
         }
     }
 
-    fn is_admin_token(&self, token: &str) -> bool {
-        self.shared.token.matches(token)
+    fn nonce(&mut self) -> [u8; 32] {
+        crate::random::bytes()
+    }
+
+    fn fresh_id(&mut self, _prng: &mut Prng) -> u64 {
+        u64::from_be_bytes(crate::random::bytes())
+    }
+
+    fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {
+        let token = self.shared.token.bytes();
+        proof::verify_admin(&token, Side::Client, exchange, mac)
+            .then(|| proof::admin_mac(&token, Side::Server, exchange))
+    }
+
+    fn may_prove(&mut self, asker: &Arc<Peer>) -> bool {
+        let user = asker.socket.as_ref().map(Socket::user);
+        user.is_none_or(|user| self.shared.attempts().may(user, self.now.monotonic))
+    }
+
+    fn note_refused(&mut self, asker: &Arc<Peer>) {
+        if let Some(socket) = &asker.socket {
+            self.shared
+                .attempts()
+                .note(socket.user(), self.now.monotonic);
+        }
     }
 
     fn admin(
@@ -395,7 +443,7 @@ impl Driver for IoHost {
                 crate::upkeep::begin(&self.shared, action.clone(), asker, id)?;
                 Ok(None)
             }
-            AdminAction::Kick(..) | AdminAction::Forget(_) => {
+            AdminAction::Kick(..) | AdminAction::Forget(_) | AdminAction::RemoveKey(_) => {
                 unreachable!("the session carries these out")
             }
         }

@@ -25,7 +25,7 @@ use crate::settings::{Settings, StoreDurability};
 use crate::shared::Shared;
 use crate::startup::StartupError;
 use promises::Promises;
-use rows::{answer_of, app_of, call_of, ms, pool_of, row};
+use rows::{answer_of, app_of, binding_of, call_of, ms, pool_of, row};
 
 /// The kernel's name for this run of the machine (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -34,11 +34,17 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// epoch.
 const ALIVE: &str = "alive";
 
+/// The setting that says how the clocks stood, as [`crate::steps`] has it.
+const CLOCK: &str = "clock";
+
 /// The name under which the kernel's name for the run of the machine is stored.
 const BOOT: &str = "boot";
 
 /// The name under which unsettled losses are stored.
 const LOSSES: &str = "losses";
+
+/// The name under which it is stored what makes unknown pools look like encrypted ones.
+const POOL_SECRET: &str = "pool_secret";
 
 /// The store and its promises.
 pub(crate) struct Keeper {
@@ -163,6 +169,11 @@ impl Keeper {
     }
 
     /// Leaves a sign of life: after a kill it says until when apps were seen at least.
+    /// Notes the state of all clocks for the next start.
+    pub(crate) fn note_clock(&self, record: &str) {
+        self.set(CLOCK, record);
+    }
+
     pub(crate) fn note_alive(&self, unix_ms: u64) {
         self.set(ALIVE, &unix_ms.to_string());
     }
@@ -175,6 +186,22 @@ impl Keeper {
         if let Err(error) = self.store.submit(change, None) {
             tracing::debug!(key, %error, "cannot store a setting");
         }
+    }
+
+    /// What makes names that are no encrypted pool's look like one: drawn once, and the same from then on.
+    pub(crate) fn pool_secret(&self) -> [u8; 32] {
+        let contents = self
+            .contents
+            .lock()
+            .expect("nothing panics under this lock");
+        let settings = contents.iter().flat_map(|contents| &contents.settings);
+        let mut known = settings.filter(|(key, _)| key == POOL_SECRET);
+        let known = known.find_map(|(_, value)| latzero_crypto::text::decode(value));
+        known.unwrap_or_else(|| {
+            let secret = crate::random::bytes();
+            self.set(POOL_SECRET, &latzero_crypto::text::encode(&secret));
+            secret
+        })
     }
 
     /// The kernel's name for this run of the machine; empty where it has none.
@@ -282,14 +309,24 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         return (Vec::new(), true);
     };
     host.with_numbers(|numbers| numbers.count_on_after(keeper.last_number));
+    let clock = contents.settings.iter().find(|(key, _)| key == CLOCK);
+    if let Some((_, record)) = clock {
+        crate::steps::restore(record, &shared);
+        host.now = shared.clock.read();
+    }
+    keeper.note_clock(&crate::steps::record(&shared));
     let unix_ms = host.now.unix_ms;
     let alive = contents.settings.iter().find(|(key, _)| key == ALIVE);
     let alive_until = alive.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
     let (mut apps, mut pools, mut calls, mut answers) = (0, 0, 0, 0);
     for row in contents.pools {
         let name = row.name.clone();
-        let taken = pool_of(row)
-            .and_then(|row| host.with_registry(|registry, _| registry.restore_pool(row)));
+        let taken = pool_of(row).and_then(|row| {
+            if !row.is_durable {
+                keeper.keep(Change::ForgetPool(row.name.clone()), None);
+            }
+            host.with_registry(|registry, turn| registry.restore_pool(row, turn.time()))
+        });
         match taken {
             Ok(()) => pools += 1,
             Err(error) => {
@@ -298,6 +335,13 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             }
         }
     }
+    host.with_registry(|registry, _| {
+        for row in contents.descriptors {
+            if let Ok(pool) = PoolName::new(&row.pool) {
+                registry.restore_descriptor(&pool, row.epoch, row.descriptor);
+            }
+        }
+    });
     for row in contents.calls {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
@@ -331,6 +375,12 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     }
     host.with_registry(|registry, _| {
+        // Before anybody is let in.
+        for row in contents.bindings {
+            if let Some(row) = binding_of(row) {
+                registry.restore_binding(&row);
+            }
+        }
         for row in contents.apps {
             let Some(row) = app_of(row) else {
                 continue;

@@ -6,6 +6,7 @@
 //! sockets, and [`server`] runs the loops. `latzero_protocol::address` defines where clients find
 //! the Unix socket, and [`doctor`] diagnoses problems.
 
+mod attempts;
 mod audit;
 mod blocks;
 mod builtin;
@@ -20,12 +21,14 @@ mod listener;
 pub mod logging;
 mod losses;
 mod peer;
+mod random;
 pub mod server;
 pub mod settings;
 mod shared;
 mod socket;
 pub mod startup;
 mod stats;
+mod steps;
 pub mod surroundings;
 mod timers;
 pub mod upkeep;

@@ -387,19 +387,10 @@ impl Drop for Together {
     }
 }
 
-/// Sixty-four bits that differ from start to start: instance ids and random choices grow from them.
-/// Nothing secret does.
+/// Sixty-four bits that differ from start to start: random choices grow from them. Nothing secret
+/// does.
 fn seed() -> u64 {
-    let mut bytes = [0; 8];
-    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::NONBLOCK) {
-        Ok(8) => u64::from_le_bytes(bytes),
-        _ => {
-            let now = std::time::SystemTime::now()
-                .duration_since(std::time::UNIX_EPOCH)
-                .unwrap_or_default();
-            now.as_nanos() as u64 ^ u64::from(std::process::id()).rotate_left(32)
-        }
-    }
+    u64::from_le_bytes(crate::random::bytes())
 }
 
 /// Reads the settings again and applies what can change.

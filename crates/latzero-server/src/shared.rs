@@ -3,7 +3,7 @@
 //! Lock order: built-in app, registry, pool, outbox. The timers, the statistics, the hand-over, and
 //! the table and ledger of blocks are leaves. No lock here is held during IO.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,6 +14,7 @@ use latzero_fabric::{Now, Registry, Time};
 use latzero_protocol::Refusal;
 use mio::Waker;
 
+use crate::attempts::Attempts;
 use crate::audit::AuditLog;
 use crate::blocks::{Blocks, Done};
 use crate::builtin::BuiltIn;
@@ -110,9 +111,10 @@ impl Mailbox {
 }
 
 /// The server's clock: monotonic microseconds, and what they are on the wall.
-#[derive(Debug, Clone, Copy)]
 pub(crate) struct Clock {
     start: Instant,
+    /// By how much the wall clock is ahead of the steady one, in milliseconds: the sum of its jumps.
+    ahead_ms: AtomicI64,
 }
 
 impl Clock {
@@ -121,28 +123,42 @@ impl Clock {
         let start = Instant::now();
         Clock {
             start: start.checked_sub(Duration::from_secs(1)).unwrap_or(start),
+            ahead_ms: AtomicI64::new(0),
         }
     }
 
-    pub(crate) fn now(self) -> Time {
+    pub(crate) fn now(&self) -> Time {
         Time(self.start.elapsed().as_micros() as u64)
     }
 
-    /// The present, on both clocks.
-    pub(crate) fn read(self) -> Now {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+    /// The present, on all clocks.
+    pub(crate) fn read(&self) -> Now {
+        let unix_ms = wall_ms();
         Now {
             monotonic: self.now(),
-            unix_ms: since_epoch.map_or(0, |since| since.as_millis() as u64),
+            unix_ms,
+            steady_ms: unix_ms.saturating_add_signed(-self.ahead_ms.load(Relaxed)),
         }
     }
 
-    pub(crate) fn unix_ms(self, then: Time) -> u64 {
-        let wall = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_millis() as u64);
-        wall.saturating_sub(self.now().since(then).as_millis() as u64)
+    /// By how much the wall clock is ahead of the steady one.
+    pub(crate) fn ahead_ms(&self) -> i64 {
+        self.ahead_ms.load(Relaxed)
     }
+
+    /// The wall clock jumped by so much in all.
+    pub(crate) fn set_ahead_ms(&self, ms: i64) {
+        self.ahead_ms.store(ms, Relaxed);
+    }
+
+    pub(crate) fn unix_ms(&self, then: Time) -> u64 {
+        wall_ms().saturating_sub(self.now().since(then).as_millis() as u64)
+    }
+}
+
+fn wall_ms() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+    since_epoch.map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Where the server listens and who it is; for `status` and the logs.
@@ -175,6 +191,8 @@ pub(crate) struct Shared {
     pub(crate) started: Time,
     pub(crate) identity: Identity,
     pub(crate) token: AdminToken,
+    /// Refused proofs by user.
+    pub(crate) attempts: Mutex<Attempts>,
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) builtin: Mutex<Option<BuiltIn>>,
     pub(crate) is_draining: AtomicBool,
@@ -205,6 +223,12 @@ pub(crate) struct Parts {
 }
 
 impl Shared {
+    pub(crate) fn attempts(&self) -> MutexGuard<'_, Attempts> {
+        self.attempts
+            .lock()
+            .expect("nothing panics under this lock")
+    }
+
     pub(crate) fn new(parts: Parts) -> Arc<Shared> {
         let Parts {
             settings,
@@ -248,6 +272,10 @@ impl Shared {
                 },
                 version: env!("CARGO_PKG_VERSION"),
                 node: identity.node.clone(),
+                instance: crate::random::bytes(),
+                secret: keeper.pool_secret(),
+                admin_over_plain_tcp: settings.admin_over_plain_tcp,
+                require_channel_binding: settings.require_channel_binding,
             }),
             settings: Mutex::new(Arc::new(settings)),
             timers: Timers::default(),
@@ -259,6 +287,7 @@ impl Shared {
             started,
             identity,
             token,
+            attempts: Mutex::default(),
             mailboxes,
             builtin: Mutex::new(None),
             is_draining: AtomicBool::new(false),

@@ -63,6 +63,23 @@ impl User {
         matches!(self, User::Uid(uid) if uid == 0 || uid == rustix::process::geteuid().as_raw())
     }
 
+    /// Whether it is on this machine.
+    pub(crate) fn is_of_this_machine(self) -> bool {
+        match self {
+            User::Uid(_) => true,
+            User::Address(address) => address.is_loopback(),
+            User::Unknown => false,
+        }
+    }
+
+    /// The user of this machine, where the kernel tells.
+    pub(crate) fn uid(self) -> Option<u32> {
+        match self {
+            User::Uid(uid) => Some(uid),
+            User::Address(_) | User::Unknown => None,
+        }
+    }
+
     /// A user at an address. All addresses of this machine are one user.
     fn at(address: IpAddr) -> User {
         let address = address.to_canonical();

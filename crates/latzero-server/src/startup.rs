@@ -347,7 +347,11 @@ pub fn prepare(
         Some(lock) => lock,
         None => InstanceLock::acquire(data_dir.path())?,
     };
-    let token = token::AdminToken::load_or_create(data_dir.path())?;
+    let token = if settings.admin_token_pinned {
+        token::AdminToken::load_or_create(data_dir.path())?
+    } else {
+        token::AdminToken::renew(data_dir.path())?
+    };
     descriptors::raise_limit();
     let spare = SpareDescriptor::new()
         .map_err(|source| StartupError::of_io("opening", Path::new("/dev/null"), source))?;

@@ -22,4 +22,4 @@ pub use line::{Bounds, Event, LENGTH_SLACK, Line, Peer, Totals};
 pub use report::{Outcome, Plan, STEPS_DEFAULT, Theme, Violation, run};
 pub use storage::{Descriptor, Storages, Stored};
 pub use store::Rows;
-pub use world::{ADMIN_TOKEN, Message, PoolHandle, World, decode, encode_frame};
+pub use world::{Message, PoolHandle, World, admin_proof, decode, encode_frame};

@@ -7,7 +7,7 @@ use latzero_fabric::{Prng, Transport};
 use serde_json::{Value, json};
 
 use crate::client::{Client, OwnCall, tagged};
-use crate::world::{ADMIN_TOKEN, World, encode_frame};
+use crate::world::{World, admin_proof, encode_frame};
 
 const APPS: [&str; 8] = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"];
 const POOLS: [&str; 7] = [
@@ -487,12 +487,16 @@ impl Script {
 
     fn kick(&mut self, at: usize) -> String {
         let other = &self.clients[self.prng.below(self.clients.len())];
-        let mut message = json!({"action": "kick", "app_id": other.app, "token": ADMIN_TOKEN});
+        let mut message = json!({"action": "kick", "app_id": other.app});
         if self.prng.below(2) == 0 {
             message["instance"] = other.instance.clone().into();
         }
-        if self.prng.below(4) == 0 {
-            message["token"] = "guessed".into();
+        // Some try without the right.
+        if self.prng.below(4) > 0 {
+            for said in admin_proof() {
+                let said = encode_frame(&said, None);
+                self.clients[at].outgoing.extend(said);
+            }
         }
         self.request(at, &mut message)
     }

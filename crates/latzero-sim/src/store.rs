@@ -40,6 +40,10 @@ impl Rows {
             Change::ForgetApp(app) => {
                 self.apps.remove(&app);
             }
+            // Everybody is a stranger here.
+            Change::Binding(_) | Change::ForgetBinding(_) | Change::Descriptor(..) => {}
+            // Nobody comes so early that a name is to be kept.
+            Change::Pool(row) if !row.is_durable => {}
             Change::Pool(row) => {
                 self.pools.insert(row.name.clone(), *row);
             }

@@ -10,11 +10,14 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use latzero_crypto::proof::{ChannelBinding, Exchange};
+use latzero_crypto::text;
 use latzero_fabric::books::{self, Books, Hold, Holding, Resource, Users};
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Job, Numbers, StorageId};
+use latzero_fabric::registry::View;
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
     Class, Driver, Effects, Flow, Limits, Now, Pool, Registry, Session, Time, Transport, Turn,
@@ -32,8 +35,20 @@ use crate::store::Store;
 /// A pool of the world.
 pub type PoolHandle = Rc<RefCell<Pool<World>>>;
 
-/// The token that every simulated server takes for its administrator's.
-pub const ADMIN_TOKEN: &str = "simulated-admin-token";
+/// What every simulated server takes for its administrator's proof.
+const ADMIN_MAC: [u8; 32] = [7; 32];
+
+/// What a simulated administrator says to be one.
+#[must_use]
+pub fn admin_proof() -> [String; 2] {
+    let (nonce, mac) = (text::encode(&[0; 32]), text::encode(&ADMIN_MAC));
+    [
+        r#"{"action":"challenge"}"#.into(),
+        format!(
+            r#"{{"action":"admin_proof","client_nonce":"{nonce}","mac":"{mac}","cb_type":"none"}}"#
+        ),
+    ]
+}
 
 /// A moment's wall-clock time at the world's begin, in milliseconds since the Unix epoch.
 pub(crate) const EPOCH_MS: u64 = 1_700_000_000_000;
@@ -85,6 +100,8 @@ pub struct World {
     touched: Vec<PoolHandle>,
     /// Whose promises were told of while another's message was handled.
     woken: Vec<Peer>,
+    /// Nonces that were drawn.
+    nonces: u64,
     /// What another thread of a server does while this one writes into a block.
     beside_write: Option<Beside>,
 }
@@ -105,12 +122,17 @@ impl World {
                 },
                 version: "0.0.0",
                 node: "simulated".into(),
+                instance: [1; 16],
+                secret: [2; 32],
+                admin_over_plain_tcp: true,
+                require_channel_binding: false,
             }),
             socket_bytes: bounds.socket_bytes,
             effects: Effects::default(),
             observer: Observer::default(),
             storages: Storages::default(),
             store: Store::default(),
+            nonces: 0,
             users: Users::default(),
             connections: Vec::new(),
             is_draining: false,
@@ -147,6 +169,10 @@ impl World {
         let line = Line::new(peer, books.connection(&user));
         let terms = Terms {
             transport,
+            is_own: false,
+            binding: ChannelBinding::None,
+            is_loopback: true,
+            uid: None,
             is_admin: transport == Transport::BuiltIn,
             user,
             max_frame_before_handshake: MAX_FRAME_BEFORE_HANDSHAKE,
@@ -337,6 +363,7 @@ impl World {
         let now = Now {
             monotonic: self.now,
             unix_ms: EPOCH_MS + self.now.0 / 1000,
+            steady_ms: EPOCH_MS + self.now.0 / 1000,
         };
         Turn::new(now, self)
     }
@@ -582,7 +609,12 @@ impl World {
         self.storages.numbers.count_on_after(last);
         let mut left = 0;
         for row in rows.pools.into_values() {
-            left += usize::from(self.registry.borrow_mut().restore_pool(row).is_err());
+            left += usize::from(
+                self.registry
+                    .borrow_mut()
+                    .restore_pool(row, self.now)
+                    .is_err(),
+            );
         }
         let user = self.site.books.user(true);
         let account = |world: &mut World, app: &AppId| {
@@ -1008,16 +1040,41 @@ impl Driver for World {
         ))
     }
 
-    fn report(_turn: &mut Turn<'_, Self>, what: Report) -> String {
+    fn awaited_owner(
+        &self,
+        _pool: &PoolName,
+        _block: Option<&latzero_protocol::BlockId>,
+    ) -> Option<AppId> {
+        None
+    }
+
+    fn report(_turn: &mut Turn<'_, Self>, what: Report, _view: &View<'_>) -> String {
         match what {
             Report::Stats => "{}".into(),
             Report::Health => r#"{"status":"ok"}"#.into(),
         }
     }
 
-    fn is_admin_token(&self, token: &str) -> bool {
-        token == ADMIN_TOKEN
+    fn nonce(&mut self) -> [u8; 32] {
+        self.nonces += 1;
+        let mut nonce = [0; 32];
+        nonce[..8].copy_from_slice(&self.nonces.to_be_bytes());
+        nonce
     }
+
+    fn fresh_id(&mut self, prng: &mut latzero_fabric::Prng) -> u64 {
+        prng.next_u64()
+    }
+
+    fn admin_mac(&self, _exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]> {
+        (*mac == ADMIN_MAC).then_some(ADMIN_MAC)
+    }
+
+    fn may_prove(&mut self, _asker: &Line) -> bool {
+        true
+    }
+
+    fn note_refused(&mut self, _asker: &Line) {}
 
     fn admin(
         &mut self,

@@ -1,7 +1,7 @@
 //! A change of one record (or of two related ones), and the key by which a newer change replaces an
 //! older one.
 
-use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, PoolRow};
+use crate::rows::{AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRow, PoolRow};
 
 /// One change. Each may be written twice with the same result as once, so that it can be tried
 /// again after a failure whose outcome is not known.
@@ -28,9 +28,18 @@ pub enum Change {
         /// Which app.
         app_id: String,
     },
+    /// Says whose an AppID is.
+    PutBinding(BindingRow),
+    /// An AppID is nobody's.
+    RemoveBinding {
+        /// Which.
+        app_id: String,
+    },
     /// Adds or replaces a pool.
     PutPool(PoolRow),
-    /// Removes a pool; its blocks, calls and answers are the caller's to remove.
+    /// Adds or replaces the descriptor of one epoch of a pool.
+    PutDescriptor(DescriptorRow),
+    /// Removes a pool and its descriptors; its blocks, calls and answers are the caller's to remove.
     RemovePool {
         /// Which pool.
         name: String,
@@ -88,7 +97,9 @@ pub(crate) enum Key {
     App(String),
     AppWatches(String),
     AppSeen(String),
+    Binding(String),
     Pool(String),
+    Descriptor(String, u32),
     Block(String, String),
     Call(u64),
     Attempt(u64),
@@ -114,7 +125,10 @@ impl Change {
             Self::ForgetApp { app_id } => Key::App(app_id.clone()),
             Self::AppWatches { app_id, .. } => Key::AppWatches(app_id.clone()),
             Self::SeenApp { app_id, .. } => Key::AppSeen(app_id.clone()),
+            Self::PutBinding(row) => Key::Binding(row.app_id.clone()),
+            Self::RemoveBinding { app_id } => Key::Binding(app_id.clone()),
             Self::PutPool(row) => Key::Pool(row.name.clone()),
+            Self::PutDescriptor(row) => Key::Descriptor(row.pool.clone(), row.epoch),
             Self::RemovePool { name } => Key::Pool(name.clone()),
             Self::PutBlock(row) => Key::Block(row.pool.clone(), row.block_id.clone()),
             Self::RemoveBlock { pool, block_id } => Key::Block(pool.clone(), block_id.clone()),
@@ -143,7 +157,7 @@ impl Change {
             Self::PutAnswer {
                 ends_call: Some(_),
                 ..
-            }
+            } | Self::RemovePool { .. }
         )
     }
 
@@ -154,7 +168,10 @@ impl Change {
             Self::AppWatches { app_id, .. }
             | Self::SeenApp { app_id, .. }
             | Self::ForgetApp { app_id } => format!("app {app_id}"),
+            Self::PutBinding(row) => format!("binding of app {}", row.app_id),
+            Self::RemoveBinding { app_id } => format!("binding of app {app_id}"),
             Self::PutPool(row) => format!("pool {}", row.name),
+            Self::PutDescriptor(row) => format!("epoch {} of pool {}", row.epoch, row.pool),
             Self::RemovePool { name } => format!("pool {name}"),
             Self::PutBlock(row) => format!("block {} of pool {}", row.block_id, row.pool),
             Self::RemoveBlock { pool, block_id } => format!("block {block_id} of pool {pool}"),

@@ -48,7 +48,7 @@ pub use query::{Answer, QueryLimits, Value, dump, query};
 pub use restore::restore_with;
 pub use restore::{Restored, restore};
 pub use retention::{Policy, Pruned, backups, prune};
-pub use rows::{AnswerRow, AppRow, BlockRow, CallRow, PoolRow};
+pub use rows::{AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRow, PoolRow};
 pub use schema::{APPLICATION_ID, SCHEMA_VERSION, library_version};
 pub use store::{Status, Store};
 

@@ -22,7 +22,9 @@ use crate::place::{Guard, Mark, Place};
 use crate::queue::Queue;
 use crate::restore;
 use crate::retention;
-use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, PoolRow, Record};
+use crate::rows::{
+    AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRow, PoolRow, Record,
+};
 use crate::schema::{self, SCHEMA_VERSION};
 use crate::store::{Shared, State, Store};
 use crate::writer;
@@ -52,6 +54,10 @@ pub struct Contents {
     pub calls: Vec<CallRow>,
     /// The kept answers, by number.
     pub answers: Vec<AnswerRow>,
+    /// Whose AppIDs are, by AppID.
+    pub bindings: Vec<BindingRow>,
+    /// The descriptors of encrypted pools, by pool and epoch.
+    pub descriptors: Vec<DescriptorRow>,
     /// The settings, by name.
     pub settings: Vec<(String, String)>,
 }
@@ -470,6 +476,8 @@ pub(crate) fn try_reading(conn: &Connection) -> rusqlite::Result<()> {
         BlockRow::select(),
         CallRow::select(),
         AnswerRow::select(),
+        BindingRow::select(),
+        DescriptorRow::select(),
     ] {
         conn.prepare(&select)?;
     }
@@ -487,6 +495,8 @@ pub(crate) fn load(conn: &Connection) -> rusqlite::Result<Contents> {
         blocks: all(conn)?,
         calls: all(conn)?,
         answers: all(conn)?,
+        bindings: all(conn)?,
+        descriptors: all(conn)?,
         settings: conn
             .prepare("SELECT key, value FROM server_config ORDER BY key")?
             .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?

@@ -21,6 +21,7 @@ use crate::files;
 use crate::open::{connect, findings};
 use crate::place::Place;
 use crate::retention;
+use crate::rows::{BindingRow, Record as _};
 use crate::schema;
 
 /// What is behind the database's name in the name of the one that was decided for.
@@ -73,6 +74,10 @@ pub fn restore_with(
     let summary = backup.summary()?;
     finish_decided(&place, faults)?;
     let temporary = build(&backup, place.home(), BY_HAND, faults)?;
+    if let Err(error) = carry_bindings(&temporary, place.database(), faults) {
+        backup::remove_temporary(&temporary);
+        return Err(error.into());
+    }
     let mut put_all = || -> Result<(), BackupError> {
         for head in backup.blocks()? {
             let shown = backup.path();
@@ -142,6 +147,9 @@ pub(crate) fn switch(place: &Place, why: &str, faults: &Faults) -> Result<Vec<Pa
     Ok(moved)
 }
 
+/// The schema in which databases say whose AppIDs are.
+const BINDINGS_SINCE: i64 = 4;
+
 /// The database that was decided for.
 fn next(place: &Place) -> PathBuf {
     files::with_suffix(place.database(), NEXT)
@@ -166,6 +174,48 @@ fn build(backup: &Backup, dir: &Path, how: &str, faults: &Faults) -> Result<Path
         backup::remove_temporary(&temporary);
     }
     built.map(|()| temporary)
+}
+
+/// A restoring adds whose AppIDs were, and takes that from nobody: what the database that is replaced says of it stays. One
+/// that can't be read, or is too old to say anything, adds nothing.
+fn carry_bindings(temporary: &Path, replaced: &Path, faults: &Faults) -> Result<(), BackupError> {
+    let failed = |error| BackupError::sqlite("add to", temporary, error);
+    let is_file = fs::symlink_metadata(replaced).is_ok_and(|metadata| metadata.is_file());
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let Some(old) = is_file
+        .then(|| Connection::open_with_flags(replaced, flags).ok())
+        .flatten()
+    else {
+        return Ok(());
+    };
+    let read = || -> rusqlite::Result<Vec<BindingRow>> {
+        old.execute_batch("PRAGMA trusted_schema = OFF")?;
+        let mut statement = old.prepare(&BindingRow::select())?;
+        let rows = statement.query_map([], BindingRow::read)?;
+        rows.collect()
+    };
+    let rows = read().unwrap_or_default();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let conn = Connection::open(temporary).map_err(failed)?;
+    let is_older = schema::user_version(&conn).map_err(failed)? < BINDINGS_SINCE;
+    if is_older {
+        return Ok(());
+    }
+    let add = || -> rusqlite::Result<()> {
+        conn.execute_batch("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")?;
+        let mut statement = conn.prepare(&BindingRow::upsert())?;
+        for row in &rows {
+            row.write(&mut statement)?;
+        }
+        drop(statement);
+        conn.execute_batch("COMMIT")
+    };
+    add().map_err(failed)?;
+    conn.close()
+        .map_err(|(_, error)| BackupError::sqlite("close", temporary, error))?;
+    files::sync_file(temporary, faults).map_err(|e| BackupError::file("sync", temporary, e))
 }
 
 fn build_at(

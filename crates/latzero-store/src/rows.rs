@@ -488,3 +488,64 @@ impl Record for AnswerRow {
         ))
     }
 }
+
+/// Whose an AppID is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BindingRow {
+    /// The AppID.
+    pub app_id: String,
+    /// The user of this machine whose it is.
+    pub uid: Option<u32>,
+    /// The key that it must prove.
+    pub public_key: Option<Vec<u8>>,
+    /// Since when, unix ms.
+    pub since: i64,
+}
+
+impl Record for BindingRow {
+    const TABLE: &'static str = "app_bindings";
+    const KEYS: usize = 1;
+    const COLUMNS: &'static [&'static str] = &["app_id", "uid", "public_key", "since"];
+
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            app_id: row.get(0)?,
+            uid: row.get(1)?,
+            public_key: row.get(2)?,
+            since: row.get(3)?,
+        })
+    }
+
+    fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize> {
+        statement.execute((&self.app_id, self.uid, &self.public_key, self.since))
+    }
+}
+
+/// The descriptor of one epoch of an encrypted pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DescriptorRow {
+    /// The pool.
+    pub pool: String,
+    /// The epoch.
+    pub epoch: u32,
+    /// The descriptor's bytes.
+    pub descriptor: Vec<u8>,
+}
+
+impl Record for DescriptorRow {
+    const TABLE: &'static str = "pool_descriptors";
+    const KEYS: usize = 2;
+    const COLUMNS: &'static [&'static str] = &["pool", "epoch", "descriptor"];
+
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            pool: row.get(0)?,
+            epoch: row.get(1)?,
+            descriptor: row.get(2)?,
+        })
+    }
+
+    fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize> {
+        statement.execute((&self.pool, self.epoch, &self.descriptor))
+    }
+}

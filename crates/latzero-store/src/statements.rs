@@ -5,7 +5,10 @@ use rusqlite::{Connection, Statement};
 use crate::calendar::now_ms;
 use crate::change::Change;
 use crate::faults::Faults;
-use crate::rows::{AnswerRow, AppRow, BlockRow, CallRow, Ordered, PoolRow, Record, with_room};
+use crate::rows::{
+    AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRow, Ordered, PoolRow, Record,
+    with_room,
+};
 
 /// What the writer says to SQLite.
 #[derive(Debug, Clone, Copy)]
@@ -21,8 +24,12 @@ enum Sql {
     AppWatches,
     SeenApp,
     ForgetApp,
+    PutBinding,
+    RemoveBinding,
     PutPool,
     RemovePool,
+    PutDescriptor,
+    RemoveDescriptors,
     PutBlock,
     RemoveBlock,
     PutCall,
@@ -56,8 +63,12 @@ impl Sql {
             ),
             Self::SeenApp => "UPDATE app_registry SET last_seen = ?2 WHERE app_id = ?1".into(),
             Self::ForgetApp => "DELETE FROM app_registry WHERE app_id = ?1".into(),
+            Self::PutBinding => BindingRow::upsert(),
+            Self::RemoveBinding => "DELETE FROM app_bindings WHERE app_id = ?1".into(),
             Self::PutPool => PoolRow::upsert(),
             Self::RemovePool => "DELETE FROM pool_metadata WHERE name = ?1".into(),
+            Self::PutDescriptor => DescriptorRow::upsert(),
+            Self::RemoveDescriptors => "DELETE FROM pool_descriptors WHERE pool = ?1".into(),
             Self::PutBlock => BlockRow::upsert(),
             Self::RemoveBlock => {
                 "DELETE FROM memory_blocks WHERE pool = ?1 AND block_id = ?2".into()
@@ -161,8 +172,14 @@ impl<'c> Statements<'c> {
                 self.step(Sql::SeenApp)?.execute((app_id, last_seen))
             }
             Change::ForgetApp { app_id } => self.step(Sql::ForgetApp)?.execute([app_id]),
+            Change::PutBinding(row) => row.write(self.step(Sql::PutBinding)?),
+            Change::RemoveBinding { app_id } => self.step(Sql::RemoveBinding)?.execute([app_id]),
             Change::PutPool(row) => row.write(self.step(Sql::PutPool)?),
-            Change::RemovePool { name } => self.step(Sql::RemovePool)?.execute([name]),
+            Change::PutDescriptor(row) => row.write(self.step(Sql::PutDescriptor)?),
+            Change::RemovePool { name } => {
+                self.step(Sql::RemoveDescriptors)?.execute([name])?;
+                self.step(Sql::RemovePool)?.execute([name])
+            }
             Change::PutBlock(row) => row.write(self.step(Sql::PutBlock)?),
             Change::RemoveBlock { pool, block_id } => {
                 self.step(Sql::RemoveBlock)?.execute((pool, block_id))

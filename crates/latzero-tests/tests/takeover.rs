@@ -288,7 +288,7 @@ fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
 fn an_address_that_the_old_one_is_in_the_way_of_is_bound_after_it() {
     let site = Site::new();
     let start = Start {
-        settings: vec!["host=0.0.0.0".into()],
+        settings: vec!["host=0.0.0.0".into(), "insecure=true".into()],
         ..Start::default()
     };
     let mut old = site.start_with(&start).unwrap();

@@ -6,6 +6,8 @@ use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use latzero_crypto::proof::{self, Side};
+use latzero_crypto::text;
 use latzero_protocol::message::Strategy;
 use latzero_protocol::{Code, InstanceId, Ran, TriggerName};
 use serde_json::{Value, json};
@@ -18,8 +20,10 @@ use crate::core::Core;
 use crate::error::{Error, HandlerError};
 use crate::events::{Emission, Events, Presence, Queue};
 use crate::handlers::{Entry, Kind, Registered, Spec, listener};
+use crate::keys::Keys;
 use crate::message::Message;
 use crate::payload::{self, FromPayload, IntoPayload, Payload, Reply};
+use crate::prove::{binary, check_bound, exchange};
 use crate::request::Request;
 use crate::stream::Stream;
 use crate::sync::lock;
@@ -92,6 +96,69 @@ impl App {
     #[must_use]
     pub fn app_id(&self) -> &str {
         self.core().config.url.app_id.as_str()
+    }
+
+    /// Makes this an administrator's connection: proves that the app has the token of the server's data directory, and that
+    /// the server has it too. The token itself is not sent.
+    ///
+    /// # Errors
+    /// `unauthenticated` where either has another token, `downgrade` where nothing binds the proof to the connection.
+    pub fn prove_admin(&self, token: &str, may_be_unbound: bool) -> Result<(), Error> {
+        let core = self.core();
+        let link = core.outbox.link().ok_or_else(Core::closed_error)?;
+        let binding = check_bound(link.binding, may_be_unbound)?;
+        let digits = token.trim();
+        let digit = |at: usize| {
+            digits
+                .get(at..at + 1)
+                .and_then(|d| u8::from_str_radix(d, 16).ok())
+        };
+        let mut bytes = [0; 32];
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            let pair = digit(2 * at)
+                .zip(digit(2 * at + 1))
+                .filter(|_| digits.len() == 64);
+            let (high, low) = pair.ok_or_else(|| {
+                Error::new(Code::KeyFormat, "an admin token has 64 hexadecimal digits")
+            })?;
+            *byte = high << 4 | low;
+        }
+        let challenge = self.requesting(&json!({"action": "challenge"}))?.wait()?;
+        let exchange = exchange(&challenge, binding)?;
+        let mac = proof::admin_mac(&bytes, Side::Client, &exchange);
+        let said = self.requesting(&json!({
+            "action": "admin_proof", "client_nonce": text::encode(&exchange.client_nonce),
+            "mac": text::encode(&mac), "cb_type": binding.name(),
+        }))?;
+        let said = said.wait()?;
+        let theirs = binary(&said, "mac")?;
+        if proof::verify_admin(&bytes, Side::Server, &exchange, &theirs) {
+            return Ok(());
+        }
+        let text =
+            "what answers has not got the admin token: it is not the server that it claims to be";
+        Err(Error::new(Code::Unauthenticated, text))
+    }
+
+    /// Moves an encrypted pool of this app to its next epoch, with these keys. Members whose keys changed must prove the pool
+    /// anew; where the writers' key changed, content of earlier epochs counts no more. With `is_history_cut`, who has the new
+    /// keys alone can't read what was before. The reply says what ended.
+    ///
+    /// # Errors
+    /// `not_member` where the app has no keys of the pool, and where the server refuses.
+    pub fn rotate_pool(
+        &self,
+        pool: &str,
+        new: &Keys,
+        is_history_cut: bool,
+    ) -> Result<Value, Error> {
+        let Some(sealed) = self.core().sealed_pool(Some(pool)) else {
+            let text = format!("this app has no keys of pool '{pool}'");
+            return Err(Error::new(Code::NotMember, text));
+        };
+        let descriptor = sealed.next_descriptor(new, is_history_cut)?;
+        let request = json!({"action": "pool_rotate", "pool": pool, "descriptor": descriptor});
+        self.requesting(&request)?.wait()
     }
 
     /// The id of the live connection; another one after a reconnect.

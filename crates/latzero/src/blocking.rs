@@ -209,6 +209,27 @@ impl App {
         self.0.requesting(request)?.wait()
     }
 
+    /// Makes this an administrator's connection; see [`crate::App::prove_admin`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn prove_admin(&self, token: &str, may_be_unbound: bool) -> Result<(), Error> {
+        self.0.prove_admin(token, may_be_unbound)
+    }
+
+    /// Moves an encrypted pool to its next epoch; see [`crate::App::rotate_pool`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn rotate_pool(
+        &self,
+        pool: &str,
+        new: &crate::Keys,
+        is_history_cut: bool,
+    ) -> Result<Value, Error> {
+        self.0.rotate_pool(pool, new, is_history_cut)
+    }
+
     /// Asks the server whether it lives; how long the answer took.
     ///
     /// # Errors
@@ -597,16 +618,19 @@ impl Request {
         self.send("partial", item)
     }
 
-    /// Reports how far the work is. Reports are not items: the caller may see only the newest.
+    /// Reports how far the work is. Reports are not items: the caller may see only the newest, and none in an encrypted pool.
     ///
     /// # Errors
     /// `cancelled` where the caller is gone, `bad_message` where the report can't be written.
     pub fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
+        if self.0.ticket.sealed.get().is_some() {
+            return Ok(());
+        }
         self.send("progress", report)
     }
 
     fn send<T: IntoPayload + ?Sized>(&self, status: &'static str, value: &T) -> Result<(), Error> {
-        let mut sending = self.0.sending(status, payload::write(value)?);
+        let mut sending = self.0.sending(status, payload::write(value)?)?;
         sending.has_credit = status == "progress";
         self.0
             .core

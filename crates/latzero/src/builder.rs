@@ -1,5 +1,6 @@
 //! How an app connects.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::task::{Poll, Waker};
@@ -11,6 +12,7 @@ use serde_json::Value;
 use crate::app::App;
 use crate::core::Core;
 use crate::error::Error;
+use crate::keys::{AppKey, Keys};
 use crate::sync::{lock, set_waker};
 use crate::url::Url;
 
@@ -47,6 +49,13 @@ pub(crate) struct Config {
     pub(crate) rehydrate: bool,
     pub(crate) transient: bool,
     pub(crate) meta: Option<Value>,
+    pub(crate) app_key: Option<AppKey>,
+    /// The keys of encrypted pools.
+    pub(crate) keys: Vec<(PoolName, Keys)>,
+    /// Whether proofs may be given over a connection that they are not bound to.
+    pub(crate) unbound: bool,
+    /// Where what was accepted of encrypted pools is kept.
+    pub(crate) state_dir: Option<PathBuf>,
     pub(crate) reconnect: Reconnect,
     pub(crate) handler_threads: usize,
     pub(crate) connect_timeout: Duration,
@@ -62,17 +71,30 @@ pub struct Builder {
 impl Builder {
     pub(crate) fn new(url: &str) -> Self {
         Builder {
-            config: Url::parse(url).map(|url| Config {
-                url,
-                exclusive: false,
-                takeover: false,
-                rehydrate: false,
-                transient: false,
-                meta: None,
-                reconnect: Reconnect::default(),
-                handler_threads: HANDLER_THREADS,
-                connect_timeout: Duration::from_secs(5),
-                call_timeout: Duration::from_millis(latzero_protocol::limits::TTL_DEFAULT_MS),
+            config: Url::parse(url).and_then(|url| {
+                let app_key = url.app_key.as_ref().map(AppKey::from_file).transpose()?;
+                let keys = url
+                    .keys
+                    .iter()
+                    .map(|(pool, path)| Keys::from_file(path).map(|keys| (pool.clone(), keys)));
+                let keys = keys.collect::<Result<Vec<_>, _>>()?;
+                let keys = of_environment(&url, keys)?;
+                Ok(Config {
+                    unbound: url.unbound,
+                    state_dir: None,
+                    app_key,
+                    keys,
+                    url,
+                    exclusive: false,
+                    takeover: false,
+                    rehydrate: false,
+                    transient: false,
+                    meta: None,
+                    reconnect: Reconnect::default(),
+                    handler_threads: HANDLER_THREADS,
+                    connect_timeout: Duration::from_secs(5),
+                    call_timeout: Duration::from_millis(latzero_protocol::limits::TTL_DEFAULT_MS),
+                })
             }),
         }
     }
@@ -113,6 +135,40 @@ impl Builder {
     #[must_use]
     pub fn meta(self, meta: Value) -> Self {
         self.with(|config| config.meta = Some(meta))
+    }
+
+    /// Proves that the app is who it says by its key: the first time binds the key to the AppID, from then on nobody comes in
+    /// under it without.
+    #[must_use]
+    pub fn app_key(self, key: AppKey) -> Self {
+        self.with(|config| config.app_key = Some(key))
+    }
+
+    /// Joins an encrypted pool, with what these keys prove. A pool of that name that is not encrypted, or not with these
+    /// keys, is refused.
+    #[must_use]
+    pub fn keys(self, pool: &str, keys: Keys) -> Self {
+        let Ok(pool) = PoolName::new(pool) else {
+            return self.pools([pool]);
+        };
+        self.with(|config| {
+            config.keys.retain(|(known, _)| *known != pool);
+            config.keys.push((pool, keys));
+        })
+    }
+
+    /// Keeps here what was accepted of encrypted pools, so that an older state of one is noticed
+    /// [default: latzero/pools in `XDG_STATE_HOME`, else `~/.local/state`].
+    #[must_use]
+    pub fn state_dir(self, path: impl Into<PathBuf>) -> Self {
+        self.with(|config| config.state_dir = Some(path.into()))
+    }
+
+    /// Gives proofs over plain TCP too, where nothing binds them to the connection: whoever listens there in the server's
+    /// place could pass them on.
+    #[must_use]
+    pub fn unbound(self, unbound: bool) -> Self {
+        self.with(|config| config.unbound = unbound)
     }
 
     /// Joins further pools.
@@ -176,6 +232,26 @@ impl Builder {
         core.start(false)?;
         Ok(App::owning(core))
     }
+}
+
+/// Adds the keys that the environment has of the one pool that is named, where the address has none of it.
+fn of_environment(
+    url: &Url,
+    mut keys: Vec<(PoolName, Keys)>,
+) -> Result<Vec<(PoolName, Keys)>, Error> {
+    let [pool] = &url.pools[..] else {
+        return Ok(keys);
+    };
+    if keys.is_empty() {
+        let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let found = match (variable("LATZERO_KEY_FILE"), variable("LATZERO_KEYS")) {
+            (Some(path), _) => Some(Keys::from_file(path)?),
+            (None, Some(tokens)) => Some(Keys::from_tokens(tokens.split(' '))?),
+            (None, None) => None,
+        };
+        keys.extend(found.map(|found| (pool.clone(), found)));
+    }
+    Ok(keys)
 }
 
 /// Runs `work` on a thread of its own.

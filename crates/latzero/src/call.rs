@@ -6,6 +6,9 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use latzero_crypto::envelope::Body;
+use latzero_crypto::events::Act;
+use latzero_crypto::meta::{CallMeta, LentBlock};
 use latzero_protocol::encode::append_str;
 use latzero_protocol::limits::{ID_BYTES_MAX, PARKED_TTL_MAX_MS, TTL_MAX_MS};
 use latzero_protocol::message::IDEMPOTENCY_KEY;
@@ -19,8 +22,9 @@ use crate::core::Leave;
 use crate::error::Error;
 use crate::message::Message;
 use crate::outbox::By;
-use crate::payload::{Bytes, FromPayload, IntoPayload, Reply};
+use crate::payload::{Bytes, FromPayload, IntoPayload, Payload, Reply};
 use crate::pending::{Id, Key, Name, silence};
+use crate::sealed::{SealedCall, Unsealed};
 use crate::stream::Stream;
 use crate::sync::lock;
 
@@ -40,7 +44,20 @@ struct Unsent {
     /// Blocks that travel with a call, as JSON.
     blocks: Vec<Value>,
     lasting: Lasting,
+    /// Where it goes; of an app with keys alone, which may have to seal it.
+    route: Option<Box<Route>>,
+    /// What its answer is opened with.
+    sealed: Option<SealedCall>,
     failure: Option<Error>,
+}
+
+/// What an envelope says besides its content.
+#[derive(Debug, Default)]
+struct Route {
+    name: String,
+    pool: Option<String>,
+    destination: String,
+    key: Option<String>,
 }
 
 /// What is asked for a call that may outlive an attempt at it.
@@ -88,6 +105,8 @@ impl Unsent {
             window: None,
             blocks: Vec::new(),
             lasting: Lasting::default(),
+            route: None,
+            sealed: None,
             failure: None,
         })
     }
@@ -103,6 +122,13 @@ impl Unsent {
         let failure = message.body("data", data).err();
         let mut unsent = Self::new(app, message);
         unsent.failure = failure;
+        unsent.route = app.core().has_sealed().then(|| {
+            let name = name.to_owned();
+            Box::new(Route {
+                name,
+                ..Route::default()
+            })
+        });
         unsent
     }
 
@@ -111,11 +137,85 @@ impl Unsent {
         self.failure = None;
     }
 
+    fn set_pool(&mut self, pool: &str) {
+        if let Some(route) = &mut self.route {
+            route.pool = Some(pool.to_owned());
+        }
+        self.message.string("pool", pool);
+    }
+
+    fn set_key(&mut self, key: &str) {
+        if let Some(route) = &mut self.route {
+            route.key = Some(key.to_owned());
+        }
+        self.message.string("key", key);
+    }
+
+    /// Seals what goes to an encrypted pool: data, headers, and what the server reads besides.
+    fn seal(&mut self, act: Act, ttl: Option<u64>) {
+        let Some(route) = self.route.take() else {
+            return;
+        };
+        let core = self.app.core().clone();
+        let Some(pool) = core.sealed_pool(route.pool.as_deref()) else {
+            return;
+        };
+        self.headers.push(b'}');
+        let headers = serde_json::from_slice(&std::mem::take(&mut self.headers));
+        let mut headers: serde_json::Map<String, Value> = headers.unwrap_or_default();
+        let key = headers.remove(IDEMPOTENCY_KEY);
+        let idempotency_key = key.and_then(|key| key.as_str().map(str::to_owned));
+        if let Some(key) = &idempotency_key {
+            // By this the server knows repeats.
+            self.header(IDEMPOTENCY_KEY, key);
+        }
+        let blocks = self.blocks.iter().map(|block| LentBlock {
+            block_id: block["block_id"].as_str().unwrap_or_default().to_owned(),
+            mode: block["mode"].as_str().unwrap_or_default().to_owned(),
+            block_uid: None,
+        });
+        let meta = CallMeta {
+            headers,
+            ttl: ttl.unwrap_or(CallMeta::default().ttl),
+            window: self.window,
+            key: route.key.clone(),
+            idempotency_key,
+            blocks: blocks.collect(),
+        };
+        let body = self.message.take_body("data");
+        let unsealed = Unsealed {
+            act,
+            name: &route.name,
+            destination: &route.destination,
+            meta,
+            body: match &body {
+                Payload::None => Body::Empty,
+                Payload::Json(json) => Body::Json(json),
+                Payload::Bytes(bytes) => Body::Bytes(bytes),
+            },
+        };
+        match pool.seal(&unsealed) {
+            Ok((envelope, call)) => {
+                self.message.replace_body("data", envelope);
+                self.sealed = call;
+            }
+            Err(error) => self.failure = self.failure.take().or(Some(error)),
+        }
+    }
+
     fn set_app(&mut self, app_id: &str) {
+        self.set_destination(app_id);
         self.message.string("destination", app_id);
     }
 
+    fn set_destination(&mut self, app_id: &str) {
+        if let Some(route) = &mut self.route {
+            app_id.clone_into(&mut route.destination);
+        }
+    }
+
     fn set_instance(&mut self, app_id: &str, instance: InstanceId) {
+        self.set_destination(app_id);
         let destination = serde_json::json!({ "app_id": app_id, "instance": instance });
         self.message
             .json("destination", destination.to_string().as_bytes());
@@ -182,13 +282,13 @@ impl Call {
 
     /// Calls in this pool. Needed where the app is in several.
     pub fn pool(mut self, pool: &str) -> Self {
-        self.unsent.message.string("pool", pool);
+        self.unsent.set_pool(pool);
         self
     }
 
     /// What a sticky trigger goes by: calls with the same key reach the same handler.
     pub fn key(mut self, key: &str) -> Self {
-        self.unsent.message.string("key", key);
+        self.unsent.set_key(key);
         self
     }
 
@@ -353,6 +453,8 @@ struct Sent {
     deadline: Instant,
     /// The id that its caller chose.
     chosen: Option<Box<str>>,
+    /// What the answer is opened with, in an encrypted pool.
+    sealed: Option<SealedCall>,
     at_drop: AtDrop,
 }
 
@@ -380,10 +482,10 @@ impl Outgoing {
             unsent.message.string("id", id);
             unsent.failure = unsent.failure.or_else(|| check_id(id).err());
         }
+        let is_repeatable = lasting.idempotency_key.is_some();
         if let Some(key) = lasting.idempotency_key.take() {
             unsent.header(IDEMPOTENCY_KEY, &key);
         }
-        unsent.finish();
         let ttl = u64::try_from(unsent.timeout.as_millis()).unwrap_or(u64::MAX);
         let ttl_max = if unsent.lasting.park {
             PARKED_TTL_MAX_MS
@@ -391,6 +493,14 @@ impl Outgoing {
             TTL_MAX_MS
         };
         let ttl = ttl.clamp(1, ttl_max);
+        let may_wait = lasting_kind(&unsent.lasting) || is_repeatable;
+        let act = if may_wait {
+            Act::DeferredCall
+        } else {
+            Act::Call
+        };
+        unsent.seal(act, Some(ttl));
+        unsent.finish();
         unsent.message.number("ttl", ttl);
         unsent.failure = unsent.failure.map(|error| error.with_ran(Ran::No));
         Outgoing(State::Unsent(unsent))
@@ -404,6 +514,14 @@ impl Outgoing {
     pub(crate) fn sent(&self) -> Option<(&App, Key)> {
         match &self.0 {
             State::Sent(sent) => Some((&sent.app, sent.key)),
+            _ => None,
+        }
+    }
+
+    /// What answers and items are opened with, in an encrypted pool.
+    pub(crate) fn sealed(&self) -> Option<&SealedCall> {
+        match &self.0 {
+            State::Sent(sent) => sent.sealed.as_ref(),
             _ => None,
         }
     }
@@ -479,6 +597,7 @@ impl Outgoing {
             key,
             deadline: given_up,
             chosen: unsent.lasting.id,
+            sealed: unsent.sealed,
             at_drop: AtDrop::Cancel,
         });
         Poll::Ready(Ok(key))
@@ -498,6 +617,10 @@ impl Outgoing {
             unreachable!("it was just sent")
         };
         let reply = std::task::ready!(sent.app.core().poll_reply(key, cx));
+        let reply = match &sent.sealed {
+            Some(sealed) => open_reply(sealed, reply),
+            None => reply,
+        };
         self.0 = State::Done;
         Poll::Ready(reply)
     }
@@ -530,6 +653,19 @@ impl Outgoing {
         let outgoing = Outgoing(std::mem::replace(&mut self.0, State::Done));
         Poll::Ready(Ok(Parked { outgoing, id }))
     }
+}
+
+/// Opens the end of a call in an encrypted pool.
+pub(crate) fn open_reply(sealed: &SealedCall, reply: Result<Reply, Error>) -> Result<Reply, Error> {
+    let mut reply = reply.map_err(|error| sealed.open_error(error))?;
+    let answer = sealed.open("ok", &reply.payload)?;
+    (reply.payload, reply.headers) = (answer.payload, answer.headers);
+    Ok(reply)
+}
+
+/// Whether a call may outlive what its window of time is: its envelope says when it expires.
+fn lasting_kind(lasting: &Lasting) -> bool {
+    lasting.park || lasting.redeliver
 }
 
 impl Drop for Outgoing {
@@ -737,13 +873,13 @@ impl Emit {
 
     /// In this pool. Needed where the app is in several.
     pub fn pool(mut self, pool: &str) -> Self {
-        self.0.message.string("pool", pool);
+        self.0.set_pool(pool);
         self
     }
 
     /// What a sticky trigger goes by when one handler is picked.
     pub fn key(mut self, key: &str) -> Self {
-        self.0.message.string("key", key);
+        self.0.set_key(key);
         self
     }
 
@@ -765,6 +901,7 @@ impl Emit {
         struct Delivered {
             delivered: u64,
         }
+        self.0.seal(Act::Emit, None);
         self.0.finish();
         Calling {
             outgoing: Outgoing(State::Unsent(self.0)),
@@ -779,6 +916,7 @@ impl IntoFuture for Emit {
     type IntoFuture = Emitting;
 
     fn into_future(mut self) -> Emitting {
+        self.0.seal(Act::Emit, None);
         self.0.finish();
         Emitting(Some(self.0))
     }

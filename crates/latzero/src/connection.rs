@@ -8,10 +8,11 @@ use std::mem::MaybeUninit;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use latzero_protocol::frame::{self, Accept};
+use latzero_crypto::proof::ChannelBinding;
+use latzero_protocol::frame::Accept;
 use latzero_protocol::limits::{DEFAULT_PORT, FORWARD_SLACK, MAX_FRAME_DEFAULT};
 use latzero_protocol::{Code, Ran};
 use latzero_shm::fds;
@@ -23,6 +24,8 @@ use serde::Deserialize;
 use crate::builder::Config;
 use crate::error::Error;
 use crate::local;
+use crate::prove::{Talk, check_bound};
+use crate::sealed::SealedPool;
 use crate::url::Place;
 
 /// How long a thread waits in `recv` before it looks at its deadlines.
@@ -36,6 +39,8 @@ const DESCRIPTORS_MAX: usize = fds::DESCRIPTORS_MAX;
 pub(crate) struct Link {
     socket: OwnedFd,
     pub(crate) epoch: u32,
+    /// What proofs on it are bound to.
+    pub(crate) binding: ChannelBinding,
     pub(crate) ack: Ack,
     /// Whether attachment frames may travel.
     pub(crate) attachments: bool,
@@ -223,7 +228,7 @@ fn unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
 }
 
 /// Opens a socket; true where it is a Unix one.
-fn open(place: &Place, timeout: Duration) -> Result<(OwnedFd, bool), Error> {
+fn open(place: &Place, timeout: Duration, has_keys: bool) -> Result<(OwnedFd, bool), Error> {
     let deadline = Instant::now() + timeout;
     let by_tcp = |host: &str, port| tcp(host, port, timeout).map(|socket| (socket, false));
     match place {
@@ -231,6 +236,12 @@ fn open(place: &Place, timeout: Duration) -> Result<(OwnedFd, bool), Error> {
             let mut sockets = local::sockets().into_iter();
             match sockets.find_map(|path| unix(&path, deadline).ok()) {
                 Some(socket) => Ok((socket, true)),
+                // Whoever has the port while the server is down would get the proofs.
+                None if has_keys => Err(Error::new(
+                    Code::Disconnected,
+                    "no server answers on the Unix socket of this machine, and keys are not proved elsewhere unasked",
+                )
+                .with_ran(Ran::No)),
                 None => by_tcp("127.0.0.1", DEFAULT_PORT),
             }
         }
@@ -263,16 +274,35 @@ fn tcp(host: &str, port: u16, timeout: Duration) -> Result<OwnedFd, Error> {
 }
 
 /// Connects and says the handshake; blocks for `config.connect_timeout` at most.
-pub(crate) fn connect(config: &Config, handshake: &str, epoch: u32) -> Result<Link, Error> {
+pub(crate) fn connect(
+    config: &Config,
+    handshake: &str,
+    epoch: u32,
+    sealed: &[Arc<SealedPool>],
+) -> Result<Link, Error> {
     let deadline = Instant::now() + config.connect_timeout;
-    let (socket, is_unix) = open(&config.url.place, config.connect_timeout)?;
+    let has_keys = config.app_key.is_some() || !sealed.is_empty();
+    let (socket, is_unix) = open(&config.url.place, config.connect_timeout, has_keys)?;
     let fault = |e: rustix::io::Errno| {
         Error::new(Code::Disconnected, format!("the handshake failed: {e}"))
             .with_ran(Ran::No)
             .with_source(e)
     };
+    let binding = if is_unix {
+        let server = sockopt::socket_peercred(&socket).map_err(fault)?;
+        ChannelBinding::Unix {
+            uid: server.uid.as_raw(),
+            pid: server.pid.as_raw_pid().cast_unsigned(),
+        }
+    } else {
+        ChannelBinding::None
+    };
+    if has_keys {
+        check_bound(binding, config.unbound)?;
+    }
     let mut link = Link {
         socket,
+        binding,
         epoch,
         ack: Ack::default(),
         attachments: false,
@@ -282,64 +312,39 @@ pub(crate) fn connect(config: &Config, handshake: &str, epoch: u32) -> Result<Li
         max_frame: MAX_FRAME_DEFAULT,
         early: Mutex::default(),
     };
-    let mut out = Vec::new();
-    frame::append(&mut out, |out| out.extend_from_slice(handshake.as_bytes()));
-    let mut rest = &out[..];
-    while !rest.is_empty() {
-        // A fresh socket has room for a handshake; a larger one waits in the kernel.
-        let n = rustix::net::send(&link.socket, rest, SendFlags::NOSIGNAL).map_err(fault)?;
-        rest = &rest[n..];
+    let (app_id, unbound) = (config.url.app_id.as_str(), config.unbound);
+    let mut talk = Talk::new(&link, deadline, MAX_FRAME_DEFAULT);
+    if let Some(key) = &config.app_key {
+        talk.prove_app(app_id, key, unbound)?;
     }
-    let (ack, early, descriptors) = read_ack(&link, deadline)?;
+    talk.say(handshake)?;
+    // Nothing comes before it.
+    let ack: Ack = talk.hear(|json| {
+        let no_server = |e| format!("what answers is not a LatZero server: {e}");
+        let ack = serde_json::from_slice(json);
+        ack.map(Some)
+            .map_err(|e| Error::new(Code::Disconnected, no_server(e)).with_ran(Ran::No))
+    })?;
     if ack.status != "ok" {
         let wire = ack.error.as_ref().map_or("", |e| e.get());
         return Err(Error::from_wire(wire).with_ran(Ran::No));
     }
+    let max_frame = ack.limits.max_frame.unwrap_or(MAX_FRAME_DEFAULT);
+    talk.accept(Accept {
+        max_frame: max_frame.saturating_add(FORWARD_SLACK),
+        attachments: ack.features.iter().any(|f| f == "attachments"),
+    });
+    for pool in sealed {
+        talk.prove_pool(app_id, pool, unbound)?;
+    }
+    let (early, descriptors) = talk.finish();
     sockopt::set_socket_timeout(&link.socket, sockopt::Timeout::Recv, Some(RECV_TIMEOUT))
         .map_err(fault)?;
     link.attachments = ack.features.iter().any(|f| f == "attachments");
     link.takes_descriptors = ack.features.iter().any(|f| f == "fd_passing");
     link.early_descriptors = Mutex::new(descriptors);
-    link.max_frame = ack.limits.max_frame.unwrap_or(MAX_FRAME_DEFAULT);
+    link.max_frame = max_frame;
     link.ack = ack;
     link.early = Mutex::new(early);
     Ok(link)
-}
-
-fn read_ack(link: &Link, deadline: Instant) -> Result<(Ack, Vec<u8>, Vec<OwnedFd>), Error> {
-    let lost = |what: String| Error::new(Code::Disconnected, what).with_ran(Ran::No);
-    let accept = Accept {
-        max_frame: MAX_FRAME_DEFAULT,
-        attachments: false,
-    };
-    let mut buf = Vec::new();
-    let mut descriptors = Vec::new();
-    let mut chunk = [0; 4096];
-    loop {
-        let decoded = frame::decode(&buf, accept)
-            .map_err(|e| lost(format!("what answers is not a LatZero server: {e}")))?;
-        if let Some((frame, used)) = decoded {
-            let ack = serde_json::from_slice(frame.json)
-                .map_err(|e| lost(format!("what answers is not a LatZero server: {e}")))?;
-            return Ok((ack, buf.split_off(used), descriptors));
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            let late = io::Error::new(io::ErrorKind::TimedOut, HandshakeTimeout);
-            return Err(lost(HandshakeTimeout.to_string()).with_source(late));
-        }
-        let left = left.max(Duration::from_millis(1));
-        sockopt::set_socket_timeout(&link.socket, sockopt::Timeout::Recv, Some(left))
-            .map_err(|e| lost(format!("the handshake failed: {e}")))?;
-        match link.recv(&mut chunk, &mut descriptors) {
-            Ok(0) => {
-                return Err(lost(
-                    "the server closed the connection during the handshake".into(),
-                ));
-            }
-            Ok(n) => buf.extend_from_slice(&chunk[..n]),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(lost(format!("the handshake failed: {e}"))),
-        }
-    }
 }

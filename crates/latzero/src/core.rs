@@ -29,6 +29,7 @@ use crate::outbox::{By, Flushed, Outbox, Phase, Submitted};
 use crate::payload::Reply;
 use crate::pending::{InFlight, Key, Pending};
 use crate::reader::Reader;
+use crate::sealed::SealedPool;
 use crate::sync::lock;
 
 /// How often deadlines are looked at, where the server itself does not keep them.
@@ -67,6 +68,8 @@ pub(crate) struct Core {
     pub(crate) handlers: Handlers,
     pub(crate) watchers: Mutex<Watchers>,
     pub(crate) blocks: Blocks,
+    /// The encrypted pools.
+    sealed: Vec<Arc<SealedPool>>,
     /// Emits and pushes that the server dropped since somebody was told.
     pub(crate) lost: AtomicU64,
     /// Pools joined, as the server last said or as they were joined and left since.
@@ -99,7 +102,13 @@ impl std::fmt::Debug for Core {
 impl Core {
     /// Connects; blocks for the configured time at most. Nothing drives the app yet.
     pub(crate) fn connect(config: Config) -> Result<Arc<Core>, Error> {
+        let sealed = config.keys.iter();
+        let sealed = sealed.map(|(pool, keys)| {
+            let state_dir = config.state_dir.clone();
+            Arc::new(SealedPool::new(pool.as_str(), keys.clone(), state_dir))
+        });
         let core = Core {
+            sealed: sealed.collect(),
             outbox: Outbox::new(),
             pending: Mutex::new(Pending::new()),
             answers: Unclaimed::default(),
@@ -132,7 +141,7 @@ impl Core {
     /// Makes a new connection, not yet in use.
     pub(crate) fn dial(&self, handshake: &str) -> Result<Link, Error> {
         let epoch = self.epoch.fetch_add(1, Ordering::Relaxed);
-        connection::connect(&self.config, handshake, epoch)
+        connection::connect(&self.config, handshake, epoch, &self.sealed)
     }
 
     /// Takes a new connection into use and asks again for what the server forgets with a connection.
@@ -146,7 +155,9 @@ impl Core {
         for mut message in self.blocks.reattach() {
             message.finish(None, link.attachments, &mut first);
         }
-        (*lock(&self.pools)).clone_from(&link.ack.pools);
+        let mut pools = link.ack.pools.clone();
+        pools.extend(self.sealed.iter().map(|pool| pool.name().to_owned()));
+        *lock(&self.pools) = pools;
         lock(&self.ack).clone_from(&link.ack);
         let max = link
             .ack
@@ -167,9 +178,16 @@ impl Core {
         let config = &self.config;
         let mut handshake = self.handshake_fields();
         if !config.rehydrate {
-            if !config.url.pools.is_empty() {
-                handshake["pools"] = json!(config.url.pools);
+            let plain = config
+                .url
+                .pools
+                .iter()
+                .filter(|pool| !self.is_sealed(pool.as_str()));
+            let plain: Vec<_> = plain.collect();
+            if !plain.is_empty() {
+                handshake["pools"] = json!(plain);
             }
+            self.name_encrypted(&mut handshake);
             handshake["triggers"] = json!([]);
         }
         handshake["exclusive"] = json!(config.exclusive);
@@ -181,10 +199,41 @@ impl Core {
     /// meanwhile lives on.
     pub(crate) fn next_handshake(&self) -> String {
         let mut handshake = self.handshake_fields();
-        handshake["pools"] = json!(*lock(&self.pools));
+        let mut pools = lock(&self.pools).clone();
+        pools.retain(|pool| !self.is_sealed(pool));
+        handshake["pools"] = json!(pools);
+        self.name_encrypted(&mut handshake);
         handshake["triggers"] = Value::Array(self.handlers.specs());
         handshake["exclusive"] = json!(self.config.exclusive);
         handshake.to_string()
+    }
+
+    fn name_encrypted(&self, handshake: &mut Value) {
+        if !self.sealed.is_empty() {
+            handshake["encrypted_pools"] = self.sealed.iter().map(|pool| pool.name()).collect();
+        }
+    }
+
+    fn is_sealed(&self, pool: &str) -> bool {
+        self.sealed.iter().any(|sealed| sealed.name() == pool)
+    }
+
+    /// Whether the app has keys of any pool.
+    pub(crate) fn has_sealed(&self) -> bool {
+        !self.sealed.is_empty()
+    }
+
+    /// The encrypted pool that a message goes to: the one that it names, else the only one that the app is in.
+    pub(crate) fn sealed_pool(&self, pool: Option<&str>) -> Option<&Arc<SealedPool>> {
+        if self.sealed.is_empty() {
+            return None;
+        }
+        let only = || match &lock(&self.pools)[..] {
+            [only] => Some(only.clone()),
+            _ => None,
+        };
+        let name = pool.map(str::to_owned).or_else(only)?;
+        self.sealed.iter().find(|sealed| sealed.name() == name)
     }
 
     fn handshake_fields(&self) -> Value {

@@ -20,6 +20,8 @@ struct Inner {
     message: Cow<'static, str>,
     ran: Option<Ran>,
     data: Option<Value>,
+    /// The server says so, in a pool where it can't speak for a handler.
+    is_servers_word: bool,
     source: Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -31,8 +33,22 @@ impl Error {
             message: message.into(),
             ran: Some(kind.ran()),
             data: None,
+            is_servers_word: false,
             source: None,
         }))
+    }
+
+    /// Of an encrypted pool, and not sealed.
+    pub(crate) fn of_server_alone(mut self) -> Self {
+        self.0.is_servers_word = true;
+        self
+    }
+
+    /// False where the server alone says so: in an encrypted pool it can make up that nobody serves a call or that its time
+    /// is over, and not what a handler answers.
+    #[must_use]
+    pub fn is_authenticated(&self) -> bool {
+        !self.0.is_servers_word
     }
 
     pub(crate) fn with_ran(mut self, ran: Ran) -> Self {
@@ -77,6 +93,7 @@ impl Error {
                 None => None,
             },
             data: wire.data,
+            is_servers_word: false,
             source: None,
         }))
     }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::task::Waker;
 use std::time::Instant;
 
+use latzero_crypto::events::Action;
 use latzero_protocol::{Code, Envelope, Ran, Raw, Refusal, encode, frame};
 
 use crate::answers::Answer;
@@ -234,8 +235,27 @@ impl Batch<'_> {
         }
     }
 
+    /// A call or an emit as a handler sees it: opened, where it came in an encrypted pool.
+    fn request(&self, action: Action, e: &Envelope<'_>) -> Option<Request> {
+        let core = self.core;
+        let pool = e.pool.filter(|_| core.has_sealed()).and_then(Raw::as_str);
+        let Some(pool) = pool.and_then(|pool| core.sealed_pool(Some(&pool)).cloned()) else {
+            return Request::received(core, self.epoch, self.now, e);
+        };
+        let plain = pool.open(action, e)?;
+        let frame = frame::Frame {
+            json: plain.text.as_bytes(),
+            attachment: plain.bytes.as_deref(),
+        };
+        let envelope = Envelope::parse(frame).ok()?.ok()?;
+        let request = Request::received(core, self.epoch, self.now, &envelope)?;
+        // Nobody else has the request yet.
+        let _ = request.ticket.sealed.set(plain.reply);
+        Some(request)
+    }
+
     fn trigger(&mut self, e: &Envelope<'_>, descriptors: Vec<OwnedFd>) {
-        let Some(request) = Request::received(self.core, self.epoch, self.now, e) else {
+        let Some(request) = self.request(Action::Trigger, e) else {
             return;
         };
         if let Some(blocks) = e.blocks {
@@ -262,7 +282,7 @@ impl Batch<'_> {
     }
 
     fn emit(&mut self, e: &Envelope<'_>) {
-        let Some(request) = Request::received(self.core, self.epoch, self.now, e) else {
+        let Some(request) = self.request(Action::Emit, e) else {
             return;
         };
         let queues = self.core.handlers.listeners(request.name());
@@ -301,6 +321,11 @@ impl Batch<'_> {
             return;
         }
         let pool = e.pool.and_then(Raw::as_str);
+        if event == "pool_rotated"
+            && let Some(sealed) = self.core.sealed_pool(pool.as_deref())
+        {
+            sealed.rotated(&serde_json::from_str(e.text).unwrap_or_default());
+        }
         if let Some(pool) = &pool
             && (event.starts_with("block_") || event.starts_with("lock_"))
         {

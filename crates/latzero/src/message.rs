@@ -159,6 +159,22 @@ impl Message {
         self.raw = Some((field, bytes));
     }
 
+    /// Takes the body that [`Message::body`] or [`Message::replace_body`] added: JSON text or raw bytes.
+    pub(crate) fn take_body(&mut self, field: &'static str) -> Payload {
+        if let Some((_, raw)) = self.raw.take() {
+            return Payload::Bytes(raw);
+        }
+        let body = std::mem::take(&mut self.body);
+        if body.is_empty() {
+            return Payload::None;
+        }
+        // Behind the comma and the key.
+        let value = body.start + field.len() + 4;
+        let json = String::from_utf8_lossy(&self.text[value..body.end]).into_owned();
+        self.text.drain(body);
+        Payload::Json(json)
+    }
+
     /// An upper bound of the finished frame's length in bytes, prefix excluded.
     pub(crate) fn len_max(&self) -> usize {
         let raw = self.raw.as_ref().map_or(0, |(_, raw)| raw.len());

@@ -21,6 +21,7 @@ use crate::error::{Error, HandlerError};
 use crate::message::Message;
 use crate::outbox::By;
 use crate::payload::{self, Body, FromPayload, IntoPayload, Payload};
+use crate::sealed::SealedReply;
 use crate::sync::{lock, set_waker};
 
 /// Who called or emitted, as the server vouches for.
@@ -61,6 +62,8 @@ pub(crate) struct Ticket {
     pub(crate) epoch: u32,
     cancelled: AtomicBool,
     state: std::sync::Mutex<TicketState>,
+    /// What answers are sealed with, in an encrypted pool.
+    pub(crate) sealed: std::sync::OnceLock<SealedReply>,
     /// Blocks that came with the call: each with its name and, until it is used, its description and descriptor.
     blocks: std::sync::OnceLock<Vec<Lent>>,
 }
@@ -226,6 +229,7 @@ impl Request {
                 credits: e.window.and_then(Raw::as_u64),
                 wakers: [None, None],
             }),
+            sealed: std::sync::OnceLock::new(),
             blocks: std::sync::OnceLock::new(),
         };
         Some(Request {
@@ -424,29 +428,36 @@ impl Request {
     /// # Errors
     /// `cancelled` where the caller is gone, `bad_message` where the item can't be written.
     pub async fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
-        let mut sending = self.sending("partial", payload::write(item)?);
+        let mut sending = self.sending("partial", payload::write(item)?)?;
         poll_fn(|cx| sending.poll(self, cx)).await
     }
 
-    /// Reports how far the work is. Reports are not items: the caller may see only the newest.
+    /// Reports how far the work is. Reports are not items: the caller may see only the newest, and none in an encrypted pool.
     ///
     /// # Errors
     /// `cancelled` where the caller is gone, `bad_message` where the report can't be written.
     pub async fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
-        let mut sending = self.sending("progress", payload::write(report)?);
+        if self.ticket.sealed.get().is_some() {
+            return Ok(());
+        }
+        let mut sending = self.sending("progress", payload::write(report)?)?;
         sending.has_credit = true;
         poll_fn(|cx| sending.poll(self, cx)).await
     }
 
-    pub(crate) fn sending(&self, status: &'static str, payload: Payload) -> Sending {
+    pub(crate) fn sending(&self, status: &'static str, payload: Payload) -> Result<Sending, Error> {
+        let payload = match self.ticket.sealed.get() {
+            Some(sealed) => Payload::Bytes(sealed.seal(status, &payload)?),
+            None => payload,
+        };
         let mut message = Message::new("response");
         message.string("in_reply_to", self.ticket.id().unwrap_or(""));
         message.string("status", status);
         message.payload("response", payload);
-        Sending {
+        Ok(Sending {
             message,
             has_credit: false,
-        }
+        })
     }
 
     /// Answers with a refusal of this library.
@@ -495,10 +506,33 @@ const ENVELOPE_BYTES_MAX: usize = 512;
 /// What a handler answers.
 pub(crate) type Outcome = Result<Payload, HandlerError>;
 
+/// Seals a handler's answer.
+fn seal(sealed: &SealedReply, outcome: Outcome) -> Outcome {
+    match outcome {
+        Ok(payload) => sealed
+            .seal("ok", &payload)
+            .map(Payload::Bytes)
+            .map_err(HandlerError::from),
+        Err(error) => {
+            let mut object = serde_json::json!({"code": error.code, "message": error.message});
+            if let Some(data) = error.data {
+                object["data"] = data;
+            }
+            let envelope = sealed.seal("error", &Payload::Json(object.to_string()))?;
+            let envelope = latzero_crypto::text::encode(&envelope);
+            Err(HandlerError::new("sealed", "sealed").with_data(envelope))
+        }
+    }
+}
+
 /// Appends a handler's answer. It leaves with the next flush.
 pub(crate) fn answer(core: &Core, ticket: &Ticket, outcome: Outcome) {
     let Some(id) = ticket.id() else {
         return;
+    };
+    let outcome = match ticket.sealed.get() {
+        Some(sealed) => seal(sealed, outcome),
+        None => outcome,
     };
     let begin = |out: &mut Vec<u8>, status: &str| {
         out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");

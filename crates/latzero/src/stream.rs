@@ -9,7 +9,7 @@ use latzero_protocol::encode::append_u64;
 use latzero_protocol::{Code, frame};
 
 use crate::app::App;
-use crate::call::Outgoing;
+use crate::call::{Outgoing, open_reply};
 use crate::core::Leave;
 use crate::error::Error;
 use crate::payload::{self, FromPayload, Payload, Reply};
@@ -96,6 +96,18 @@ impl<R: FromPayload> Stream<R> {
         let next = std::task::ready!(lock(&self.app.core().pending).poll_next(key, cx));
         match next {
             Next::Item(item) => {
+                let opened = self
+                    .outgoing
+                    .sealed()
+                    .map(|sealed| sealed.open("partial", &item));
+                let item = match opened {
+                    None => item,
+                    Some(Ok(opened)) => opened.payload,
+                    Some(Err(error)) => {
+                        self.is_done = true;
+                        return Poll::Ready(Some(Err(error)));
+                    }
+                };
                 self.taken += 1;
                 // In halves: an acknowledgement per item would cost a frame each.
                 if self.taken * 2 >= self.window {
@@ -108,6 +120,10 @@ impl<R: FromPayload> Stream<R> {
                 Poll::Ready(Some(Ok(Step::Progress)))
             }
             Next::End(result) => {
+                let result = match self.outgoing.sealed() {
+                    Some(sealed) => open_reply(sealed, result),
+                    None => result,
+                };
                 self.outgoing.done();
                 self.is_done = true;
                 match result {

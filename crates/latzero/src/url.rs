@@ -24,6 +24,11 @@ pub(crate) struct Url {
     pub(crate) app_id: AppId,
     pub(crate) place: Place,
     pub(crate) pools: Vec<PoolName>,
+    /// The key files of pools, by the pool that is named before.
+    pub(crate) keys: Vec<(PoolName, PathBuf)>,
+    pub(crate) app_key: Option<PathBuf>,
+    /// Whether proofs may be given over a connection that they are not bound to.
+    pub(crate) unbound: bool,
 }
 
 fn bad(url: &str, why: &str) -> Error {
@@ -56,7 +61,8 @@ impl Url {
             Some(host) => host_and_port(url, host)?,
         };
         let app_id = AppId::new(app_id).map_err(name_error)?;
-        let mut pools = Vec::new();
+        let mut pools: Vec<PoolName> = Vec::new();
+        let (mut keys, mut app_key, mut unbound) = (Vec::new(), None, false);
         for pair in query
             .unwrap_or("")
             .split('&')
@@ -71,6 +77,12 @@ impl Url {
                         pools.push(pool);
                     }
                 }
+                "keys" => match pools.last() {
+                    Some(pool) => keys.push((pool.clone(), PathBuf::from(value))),
+                    None => return Err(bad(url, "names keys before the pool that they are of")),
+                },
+                "app_key" => app_key = Some(PathBuf::from(value)),
+                "unbound" => unbound = true,
                 "socket" if host.is_some() => {
                     return Err(bad(url, "names both a host and a socket"));
                 }
@@ -87,6 +99,9 @@ impl Url {
             app_id,
             place,
             pools,
+            keys,
+            app_key,
+            unbound,
         })
     }
 }

@@ -9,8 +9,11 @@ use std::os::unix::fs::{
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
+use latzero::Keys;
 use latzero_crypto::app_key::AppKey;
-use latzero_crypto::keys::{KEY_FILE_BYTES_MAX, KeyError, KeySet, Kind, NewKeys, Roles, Secret};
+use latzero_crypto::keys::{
+    KEY_FILE_BYTES_MAX, KeyError, KeySet, Kind, NewKeys, Roles, Secret, Token,
+};
 use latzero_crypto::{Zeroizing, passphrase, text};
 use rustix::fs::OFlags;
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
@@ -18,6 +21,7 @@ use serde_json::json;
 
 use crate::exit::{Done, Exit, Failure};
 use crate::output::{Cell, Output};
+use crate::reach::{ConnectOptions, Reach};
 
 /// The longest passphrase in bytes.
 const PASSPHRASE_BYTES_MAX: u64 = 1024;
@@ -39,6 +43,10 @@ enum KeysCommand {
     Export(ExportArgs),
     /// Check that a key file is well formed and private; exit code 4 if not
     Check(FileArgs),
+    /// Move a pool to its next epoch, with new keys where somebody is to be removed
+    Rotate(RotateArgs),
+    /// Take an older state of a pool once: it was restored on purpose
+    AcceptRestore(FileArgs),
     /// Derive the keys of a new pool from a passphrase, which is read from stdin
     FromPassphrase(FileArgs),
 }
@@ -59,6 +67,23 @@ struct NewArgs {
     /// Also create an owner key; only its holder can rotate the keys
     #[arg(long)]
     owner_key: bool,
+}
+
+#[derive(Args, Debug)]
+struct RotateArgs {
+    /// The pool
+    pool: String,
+    /// Make new keys for joining and reading: who has the old ones reads nothing new
+    #[arg(long)]
+    remove_reader: bool,
+    /// Make all keys new: who has the old ones writes nothing either, and content of before counts no more
+    #[arg(long, conflicts_with = "remove_reader")]
+    remove_writer: bool,
+    /// Keep from who has the new keys alone what was before
+    #[arg(long)]
+    cut_history: bool,
+    #[command(flatten)]
+    reach: Reach,
 }
 
 #[derive(Args, Debug)]
@@ -131,6 +156,8 @@ pub(crate) fn run(args: &KeysArgs, output: &Output) -> Done {
         KeysCommand::Show(args) => show(args, output),
         KeysCommand::Export(args) => export(args, output),
         KeysCommand::Check(args) => check(args, output),
+        KeysCommand::Rotate(args) => rotate(args, output),
+        KeysCommand::AcceptRestore(args) => accept_restore(args, output),
         KeysCommand::FromPassphrase(args) => from_passphrase(args, output),
     }
 }
@@ -229,6 +256,109 @@ fn new(args: &NewArgs, output: &Output) -> Done {
     });
     write_keys(&args.file.pool, &keys, &held(&keys), &path)?;
     args.file.report(&path, &keys, output)
+}
+
+/// The new keys are on disk before the pool needs them, and the old ones stay beside them.
+fn rotate(args: &RotateArgs, output: &Output) -> Done {
+    let path = args.reach.key_file(&args.pool).ok_or_else(|| {
+        Failure::usage(format!("pool {} has no key file", args.pool))
+            .with_help("name it with --keys")
+    })?;
+    let old = read_keys(&path)?;
+    let again = |kind: Kind| -> Result<Secret, Failure> {
+        let missing = || Failure::usage("a rotation needs the keys of a writer");
+        let token = old.token(kind).ok_or_else(missing)?;
+        Ok(Token::parse(&token)
+            .map_err(|error| refused(&path, error))?
+            .secret)
+    };
+    let is_new = args.remove_reader || args.remove_writer;
+    let new = KeySet::new_pool(NewKeys {
+        sigil: if is_new {
+            random()?
+        } else {
+            again(Kind::Sigil)?
+        },
+        shard: if is_new {
+            random()?
+        } else {
+            again(Kind::Shard)?
+        },
+        seal: if args.remove_writer {
+            random()?
+        } else {
+            again(Kind::Seal)?
+        },
+        owner: old
+            .has(Kind::Owner)
+            .then(|| again(Kind::Owner))
+            .transpose()?,
+    });
+    let options = ConnectOptions::once("keys rotate").in_pool(Some(&args.pool));
+    let connection = args.reach.connect(&options)?;
+    let beside = |ending: &str| PathBuf::from(format!("{}.{ending}", path.display()));
+    let next = beside("next");
+    if is_new {
+        write_keys(&args.pool, &new, &held(&new), &next)?;
+    }
+    let keys = Keys::from_file(if is_new { &next } else { &path })?;
+    let done = connection
+        .app
+        .rotate_pool(&args.pool, &keys, args.cut_history);
+    let done = done.inspect_err(|_| {
+        if is_new {
+            let _ = std::fs::remove_file(&next);
+        }
+    })?;
+    let epoch = done["epoch"].as_u64().unwrap_or(0);
+    if is_new {
+        let moved = std::fs::rename(&path, beside(&format!("epoch-{}", epoch.saturating_sub(1))));
+        moved
+            .and_then(|()| std::fs::rename(&next, &path))
+            .map_err(|error| {
+                let text = format!(
+                    "the new keys are in {}, and can't be moved: {error}",
+                    next.display()
+                );
+                Failure::new(Exit::Failure, text)
+            })?;
+    }
+    if output.json {
+        output.value(&done)?;
+        return Ok(Exit::Ok);
+    }
+    let mut facts: Vec<(&str, Cell)> = vec![
+        ("pool", args.pool.as_str().into()),
+        ("epoch", epoch.into()),
+        (
+            "members kept",
+            done["members_kept"].as_u64().unwrap_or(0).into(),
+        ),
+        (
+            "members removed",
+            done["members_dropped"].as_u64().unwrap_or(0).into(),
+        ),
+    ];
+    if is_new {
+        facts.push(("new keys", path.display().into()));
+    }
+    output.facts(&facts)?;
+    Ok(Exit::Ok)
+}
+
+fn accept_restore(args: &FileArgs, output: &Output) -> Done {
+    let forgotten = Keys::from_file(args.path()?)?.accept_restore(&args.pool)?;
+    if output.json {
+        output.value(&json!({"pool": args.pool, "forgotten": forgotten}))?;
+    } else if forgotten {
+        output.line(format_args!(
+            "the next state of pool {} is taken as it is",
+            args.pool
+        ))?;
+    } else {
+        output.note(format_args!("nothing was known of pool {}", args.pool));
+    }
+    Ok(Exit::Ok)
 }
 
 fn show(args: &FileArgs, output: &Output) -> Done {
@@ -354,19 +484,21 @@ fn place(named: Option<&Path>, folder: &str, name: &str) -> Result<PathBuf, Fail
     if let Some(path) = named {
         return Ok(path.to_owned());
     }
+    default_file(folder, name).ok_or_else(|| {
+        Failure::usage("HOME is not set, so there is no place for keys")
+            .with_help("name a file with --file")
+    })
+}
+
+/// The key file that a pool or an app has by default.
+pub(crate) fn default_file(folder: &str, name: &str) -> Option<PathBuf> {
     let absolute = |name| {
         std::env::var_os(name)
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
     let config = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")));
-    match config {
-        Some(config) => Ok(config.join("latzero").join(folder).join(name)),
-        None => Err(
-            Failure::usage("HOME is not set, so there is no default directory for keys")
-                .with_help("name a file with --file"),
-        ),
-    }
+    Some(config?.join("latzero").join(folder).join(name))
 }
 
 fn write_keys(pool: &str, keys: &KeySet, kinds: &[Kind], path: &Path) -> Result<(), Failure> {

@@ -1,5 +1,6 @@
 //! `pools`: lists, creates, shows and removes pools.
 
+use latzero::Keys;
 use serde_json::{Map, Value, json};
 
 use crate::args::{PoolArgs, PoolCreateArgs, PoolRemoveArgs, PoolsArgs, PoolsCommand};
@@ -52,8 +53,16 @@ fn all(connection: &Connection) -> Result<Vec<Value>, latzero::Error> {
 }
 
 fn create(args: &PoolCreateArgs, output: &Output) -> Done {
-    let mut request = json!({"action": "pool_create", "pool": args.pool.pool});
-    if args.durable {
+    let name = &args.pool.pool;
+    let mut request = json!({"action": "pool_create", "pool": name});
+    if args.encrypted || args.gated {
+        let file = args.pool.reach.key_file(name).ok_or_else(|| {
+            Failure::usage(format!("pool {name} has no key file")).with_help(format!(
+                "make keys with `latzero keys new {name}`, or name a file with --keys"
+            ))
+        })?;
+        request = Keys::from_file(&file)?.pool_create(name, args.gated)?;
+    } else if args.durable {
         request["durable"] = true.into();
     }
     if let Some(policy) = policy(&args.policy)? {
@@ -101,7 +110,12 @@ fn policy(rights: &[(String, String)]) -> Result<Option<Value>, Failure> {
 }
 
 fn info(args: &PoolArgs, output: &Output) -> Done {
-    let connection = args.reach.connect(&ConnectOptions::once("pools info"))?;
+    let mut options = ConnectOptions::once("pools info");
+    // An encrypted pool is there for its members alone.
+    if args.reach.key_file(&args.pool).is_some() {
+        options = options.in_pool(Some(&args.pool));
+    }
+    let connection = args.reach.connect(&options)?;
     let request = json!({"action": "pool_info", "pool": args.pool});
     let pool = connection.app.request(&request);
     let pool = pool.map_err(|error| with_suggestion(error.into(), &args.pool, &connection))?;

@@ -493,6 +493,15 @@ impl<D: Driver> Pool<D> {
             return self.attach_block(asking, &create.block, access, create.layout.as_ref(), turn);
         }
         self.check_left_out(&create.block)?;
+        let owner = turn.driver.awaited_owner(&self.name, Some(&create.block));
+        if owner.is_some_and(|owner| owner != app) {
+            let message = format!(
+                "the name of block '{}' in pool '{}' is kept for its owner, who had it before the \
+                 server's start",
+                create.block, self.name
+            );
+            return Err(Refusal::new(Code::Forbidden, message));
+        }
         if create.lifetime == Lifetime::Attached && create.attach.is_none() {
             let message = "a block with \"lifetime\":\"attached\" would be removed at once; attach it when \
                  creating it";

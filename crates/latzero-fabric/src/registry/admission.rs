@@ -5,12 +5,12 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_APP, SYSTEM_POOL};
+use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::message::{Handshake, TriggerSpec, too_many, too_many_bytes};
 use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
-use super::{Admission, Admitted, App, Instance, Registry, not_admitted};
+use super::{Admission, Admitted, App, Instance, Registry, Who, not_open};
 use crate::books::{Account, Hold, Resource};
 use crate::driver::{Driver, Peer, Transport};
 use crate::keep::Change;
@@ -23,7 +23,7 @@ impl<D: Driver> Registry<D> {
     /// to be kept first, with a promise to `peer`; the handshake is to be asked again when it is, with `kept` as [`Admitted::Later`] said.
     ///
     /// # Errors
-    /// `forbidden`, `app_in_use`, `quota`, `too_large`: nothing changed then.
+    /// `forbidden`, `unauthenticated`, `app_in_use`, `quota`, `too_large`: nothing changed then.
     #[allow(
         clippy::too_many_lines,
         reason = "one decision after the other, none of which can be moved"
@@ -31,7 +31,7 @@ impl<D: Driver> Registry<D> {
     pub fn admit(
         &mut self,
         peer: &D::Peer,
-        transport: Transport,
+        (transport, who): (Transport, &Who),
         handshake: &Handshake<'_>,
         kept: Option<bool>,
         turn: &mut Turn<'_, D>,
@@ -39,17 +39,21 @@ impl<D: Driver> Registry<D> {
         let now = turn.time();
         let unix_ms = turn.unix_ms();
         let app_id = &handshake.app_id;
-        if app_id.as_str() == SYSTEM_APP && transport != Transport::BuiltIn {
-            return Err(Refusal::new(
-                Code::Forbidden,
-                format!("AppID '{SYSTEM_APP}' is reserved for the server; choose another one"),
-            ));
-        }
+        self.check_identity(app_id, who, transport)?;
+        // Whoever came before the AppID was anybody's makes way for whose it is now.
+        let is_known_now = who.uid.is_some() || who.proved.is_some();
+        let stays = |instance: &Instance<D>| instance.is_known || !is_known_now;
         let known = self.apps.get(app_id);
         let remembered = known.map(|app| app.registration.get());
         let is_kept = kept.is_some();
-        let wants_back =
-            handshake.pools.is_none() && handshake.triggers.is_none() && remembered.is_some();
+        let named = handshake.pools.as_deref().unwrap_or_default();
+        if named.iter().any(|name| self.is_sealed(name)) {
+            return Err(Refusal::unproved());
+        }
+        let wants_back = handshake.pools.is_none()
+            && handshake.triggers.is_none()
+            && !handshake.names_encrypted
+            && remembered.is_some();
         // What was kept just now is not what the app had.
         let rehydrated = kept.unwrap_or(wants_back);
         let mut registration = match &remembered {
@@ -62,18 +66,24 @@ impl<D: Driver> Registry<D> {
         };
         if wants_back {
             // A pool that closed itself to the app meanwhile is not asked for.
-            let is_open = |name: &PoolName| self.pools.get(name).is_none_or(|p| p.admits(app_id));
-            registration.pools.retain(is_open);
+            registration.pools.retain(|name| {
+                let is_kept = self.is_reserved(app_id, name, now);
+                self.is_sealed(name)
+                    || !is_kept && self.pools.get(name).is_none_or(|p| p.admits(app_id))
+            });
             // Nor a trigger where it may no longer be served.
             registration.triggers.retain(|spec| {
                 self.check_service(app_id, std::slice::from_ref(spec))
                     .is_ok()
             });
         }
-        if registration.pools.is_empty() {
+        if registration.pools.is_empty() && !handshake.names_encrypted {
             registration
                 .pools
                 .push(PoolName::new(DEFAULT_POOL).expect("a built-in name is valid"));
+        }
+        if let Some(remembered) = remembered.as_deref().filter(|_| !wants_back) {
+            self.carry_sealed(remembered, &mut registration);
         }
         dedup_pools(&mut registration.pools);
         dedup_triggers(&mut registration.triggers);
@@ -82,6 +92,10 @@ impl<D: Driver> Registry<D> {
             check_reserved(&registration.triggers)?;
         }
         self.check_policies(app_id, &registration)?;
+        let kept = |name: &&PoolName| self.is_reserved(app_id, name, now);
+        if let Some(name) = registration.pools.iter().find(kept) {
+            return Err(not_open(app_id, name));
+        }
         if let Some(meta) = handshake.meta {
             registration.meta = Some(self.free_json("meta", meta.text())?);
         }
@@ -96,15 +110,16 @@ impl<D: Driver> Registry<D> {
         });
         let is_told = remembered.is_none_or(|remembered| remembered.meta != registration.meta);
         if let Some(app) = known {
-            let alone = handshake.exclusive || app.instances.iter().any(|i| i.exclusive);
-            if alone && !app.instances.is_empty() && !handshake.takeover {
+            let stay = || app.instances.iter().filter(|instance| stays(instance));
+            let alone = handshake.exclusive || stay().any(|i| i.exclusive);
+            if alone && stay().next().is_some() && !handshake.takeover {
                 let message = format!(
                     "app '{app_id}' already has a connected instance, and one of the two is \
                      exclusive; stop the other one, or send \"takeover\":true"
                 );
                 return Err(Refusal::new(Code::AppInUse, message));
             }
-            if app.instances.len() >= self.limits.instances_per_app_max && !handshake.takeover {
+            if stay().count() >= self.limits.instances_per_app_max && !handshake.takeover {
                 let max = self.limits.instances_per_app_max;
                 let message =
                     format!("app '{app_id}' has {max} instances (limits.instances_per_app_max)");
@@ -147,40 +162,47 @@ impl<D: Driver> Registry<D> {
         app.is_lasting |= is_lasting;
         app.registration = Remembered::Read(registration.clone());
         app.held.force(app.bytes());
+        self.bind(app_id, who, is_lasting, turn);
+        let app = self.apps.get_mut(app_id).expect("it was made above");
         if (!is_same || becomes_lasting) && !is_kept && app.keep(app_id, Some(peer), turn) {
             return Ok(Admitted::Later { rehydrated });
         }
 
-        let instance = InstanceId(self.prng.next_u64());
-        let pools = registration
+        let instance = InstanceId(turn.driver.fresh_id(&mut self.prng));
+        // An encrypted pool is joined by a proof, and gives back nothing before.
+        let joined = registration
             .pools
-            .clone()
+            .iter()
+            .filter(|name| !self.is_sealed(name));
+        let joined: Vec<PoolName> = joined.cloned().collect();
+        let watches = registration.watches.iter();
+        let watches = watches
+            .filter(|(pool, _)| joined.contains(pool))
+            .cloned()
+            .collect();
+        let subscriptions = registration.subscriptions.iter();
+        let subscriptions = subscriptions.filter(|(pool, _)| !self.is_sealed(pool));
+        let subscriptions = subscriptions.cloned().collect();
+        let pools = joined
             .into_iter()
             .map(|name| self.enter(unix_ms, app_id, name, &mut places))
             .collect();
         let triggers = registration.triggers.clone();
-        // Another instance may watch a pool that is not among those that are restored.
-        let watches = registration
-            .watches
-            .iter()
-            .filter(|(pool, _)| registration.pools.contains(pool))
-            .cloned()
-            .collect();
         let app = self.apps.get_mut(app_id).expect("it was made above");
         self.offline.remove(app.user, app.last_seen, app_id);
         let was_offline = app.instances.is_empty();
         app.last_seen = unix_ms;
-        let displaced = if handshake.takeover {
-            std::mem::take(&mut app.instances)
-        } else {
-            Vec::new()
-        };
+        let (stay, displaced): (Vec<_>, Vec<_>) = std::mem::take(&mut app.instances)
+            .into_iter()
+            .partition(|instance| stays(instance) && !handshake.takeover);
+        app.instances = stay;
         app.instances.push(Instance {
             id: instance,
             peer: peer.clone(),
             memberships: Vec::new(),
             exclusive: handshake.exclusive,
             since: now,
+            is_known: is_known_now,
         });
         // From now on it is its newest user's.
         app.user = user.id();
@@ -197,7 +219,7 @@ impl<D: Driver> Registry<D> {
             pools,
             triggers,
             watches,
-            subscriptions: registration.subscriptions,
+            subscriptions,
             rehydrated,
             displaced,
         })))
@@ -235,6 +257,7 @@ impl<D: Driver> Registry<D> {
 
     fn forget_gone(&mut self, gone: AppId, turn: &mut Turn<'_, D>) -> bool {
         self.apps.remove(&gone);
+        self.unbind(&gone, turn);
         turn.keep(Change::ForgetApp(gone), None);
         true
     }
@@ -269,15 +292,36 @@ impl<D: Driver> Registry<D> {
         }
     }
 
+    /// What is remembered of an app in an encrypted pool is changed by nobody who has not proved the pool.
+    fn carry_sealed(&self, remembered: &Registration, registration: &mut Registration) {
+        let is_carried = |pool: &PoolName| self.is_sealed(pool);
+        let pools = remembered.pools.iter().filter(|pool| is_carried(pool));
+        registration.pools.extend(pools.cloned());
+        let watches = remembered.watches.iter();
+        let watches = watches.filter(|(pool, _)| is_carried(pool));
+        registration.watches.extend(watches.cloned());
+        let subscriptions = remembered.subscriptions.iter();
+        let subscriptions = subscriptions.filter(|(pool, _)| is_carried(pool));
+        registration.subscriptions.extend(subscriptions.cloned());
+    }
+
     /// Whether the pools' rules let an app in, and serve where it says that it does.
     pub(super) fn check_policies(
         &self,
         app_id: &AppId,
         registration: &Registration,
     ) -> Result<(), Refusal> {
-        for name in &registration.pools {
-            if let Some(entry) = self.pools.get(name).filter(|entry| !entry.admits(app_id)) {
-                return Err(not_admitted(app_id, name, entry));
+        for name in registration
+            .pools
+            .iter()
+            .filter(|name| !self.is_sealed(name))
+        {
+            if self
+                .pools
+                .get(name)
+                .is_some_and(|entry| !entry.admits(app_id))
+            {
+                return Err(not_open(app_id, name));
             }
         }
         self.check_service(app_id, &registration.triggers)
@@ -289,11 +333,17 @@ impl<D: Driver> Registry<D> {
         triggers: &[TriggerSpec],
     ) -> Result<(), Refusal> {
         for name in triggers.iter().flat_map(|spec| spec.pools.iter().flatten()) {
-            if self
-                .pools
-                .get(name)
-                .is_some_and(|entry| !entry.may_serve(app_id))
-            {
+            let Some(entry) = self.pools.get(name) else {
+                continue;
+            };
+            // Whether it may is decided when the pool is proved.
+            if entry.sealed.is_some() {
+                continue;
+            }
+            if !entry.admits(app_id) {
+                return Err(not_open(app_id, name));
+            }
+            if !entry.may_serve(app_id) {
                 return Err(Refusal::new(
                     Code::Forbidden,
                     format!(

@@ -5,7 +5,7 @@
 use std::ops::Bound;
 
 use latzero_protocol::message::{Page, TriggerSpec};
-use latzero_protocol::{AppId, PoolName, Refusal};
+use latzero_protocol::{AppId, InstanceId, PoolName, Refusal};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -44,23 +44,95 @@ pub struct Counts {
     pub pools: usize,
 }
 
+/// Who looks: what it may not join, it does not see.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    /// The app that asks.
+    pub app: &'a AppId,
+    /// Whether it may see what administrators may.
+    pub is_admin: bool,
+    /// Which instance of it, if any: an encrypted pool is there for the one that proved it.
+    pub instance: Option<InstanceId>,
+}
+
 impl<D: Driver> Registry<D> {
+    /// Whether whoever looks may know of a pool.
+    pub(super) fn shows(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        view.is_admin
+            || (entry.sealed.is_none() && entry.admits(view.app))
+            || self.is_member(entry, view)
+    }
+
+    fn is_member(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        let instances = self.apps.get(view.app).map(|app| &app.instances[..]);
+        let mut own = instances.unwrap_or_default().iter();
+        let own = own.find(|instance| Some(instance.id) == view.instance);
+        own.is_some_and(|own| own.memberships.iter().any(|m| m.number == entry.number))
+    }
+
+    /// A pool that whoever looks may know of.
+    ///
+    /// # Errors
+    /// `no_pool`: one that it may not join is not there for it.
+    pub(super) fn shown_pool(
+        &self,
+        name: &PoolName,
+        view: &View<'_>,
+    ) -> Result<&PoolEntry<D>, Refusal> {
+        let entry = self.pools.get(name).filter(|entry| self.shows(entry, view));
+        entry.ok_or_else(|| no_pool(name))
+    }
+
+    /// Whether whoever sees a pool may see what is in it: of an encrypted one administrators see that it is there.
+    fn is_inside(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        entry.sealed.is_none() || self.is_member(entry, view)
+    }
+
+    /// What the maker of a pool is told of it.
+    #[must_use]
+    pub fn describe_new_pool(&self, name: &PoolName) -> Option<(D::Pool, Value)> {
+        let entry = self.pools.get(name)?;
+        Some((entry.pool.clone(), pool_json(name, entry, true)))
+    }
+
+    /// Whether a name is of no pool that is hidden from whoever looks.
+    fn is_shown(&self, name: &PoolName, view: &View<'_>) -> bool {
+        self.pools
+            .get(name)
+            .is_none_or(|entry| self.shows(entry, view))
+    }
+
     /// A pool's handle and what the registry knows of it.
     ///
     /// # Errors
     /// `no_pool`.
-    pub fn describe_pool(&self, name: &PoolName) -> Result<(D::Pool, Value), Refusal> {
-        let entry = self.pools.get(name).ok_or_else(|| no_pool(name))?;
-        Ok((entry.pool.clone(), pool_json(name, entry)))
+    pub fn describe_pool(
+        &self,
+        name: &PoolName,
+        view: &View<'_>,
+    ) -> Result<(D::Pool, Value), Refusal> {
+        let entry = self.shown_pool(name, view)?;
+        Ok((
+            entry.pool.clone(),
+            pool_json(name, entry, self.is_inside(entry, view)),
+        ))
     }
 
     /// The pools, a page of them as JSON text.
     #[must_use]
-    pub fn list_pools(&self, page: &Page<'_>) -> String {
+    pub fn list_pools(&self, page: &Page<'_>, view: &View<'_>) -> String {
         let mut text = PageText::new("pools", page.limit);
-        for (name, entry) in self.pools.range::<str, _>(behind(page)) {
+        for (looked_at, (name, entry)) in self.pools.range::<str, _>(behind(page)).enumerate() {
+            if looked_at >= LOOKED_AT_MAX {
+                text.is_more = true;
+                break;
+            }
+            if !self.shows(entry, view) {
+                text.passed(name.as_str());
+                continue;
+            }
             let write = |out: &mut String| {
-                let mut pool = pool_json(name, entry);
+                let mut pool = pool_json(name, entry, self.is_inside(entry, view));
                 let text = pool.to_string();
                 if text.len() <= ENTRY_BYTES_MAX {
                     out.push_str(&text);
@@ -85,11 +157,13 @@ impl<D: Driver> Registry<D> {
         &self,
         pool: Option<&PoolName>,
         page: &Page<'_>,
+        view: &View<'_>,
         unix_ms: impl Fn(Time) -> u64,
     ) -> Result<String, Refusal> {
-        if let Some(name) = pool.filter(|name| !self.pools.contains_key(*name)) {
-            return Err(no_pool(name));
+        if let Some(name) = pool {
+            self.shown_pool(name, view)?;
         }
+        let hides = self.pools.values().any(|entry| !self.shows(entry, view));
         let mut text = PageText::new("apps", page.limit);
         let mut looked_at = 0;
         for (id, app) in self.apps.range::<str, _>(behind(page)) {
@@ -105,11 +179,21 @@ impl<D: Driver> Registry<D> {
                     continue;
                 }
             }
-            if !text.add(id.as_str(), |out| app_json(out, id, app, &unix_ms)) {
+            let is_shown = |name: &PoolName| !hides || id == view.app || self.is_shown(name, view);
+            if !text.add(id.as_str(), |out| {
+                app_json(out, id, app, is_shown, &unix_ms)
+            }) {
                 break;
             }
         }
         Ok(text.finish())
+    }
+
+    /// The pools that whoever looks may know of; without it, all.
+    pub fn seen_pools(&self, view: Option<&View<'_>>) -> Vec<D::Pool> {
+        let is_seen = |entry: &&PoolEntry<D>| view.is_none_or(|view| self.shows(entry, view));
+        let seen = self.pools.values().filter(is_seen);
+        seen.map(|entry| entry.pool.clone()).collect()
     }
 
     /// How many apps are known, how many of them live, and how many instances and pools there are.
@@ -229,16 +313,31 @@ pub(crate) fn append(out: &mut String, value: &impl Serialize) {
     out.push_str(&text);
 }
 
-fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>) -> Value {
-    json!({
+fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>, is_inside: bool) -> Value {
+    let mut description = json!({
         "pool": name, "kind": "local", "durable": entry.durable, "encrypted": false, "owner": entry.owner,
         "policy": {"join": entry.policy.join.names(), "serve": entry.policy.serve.names()},
         "properties": entry.properties, "members": entry.members, "created": entry.created,
-    })
+    });
+    if let Some(sealed) = &entry.sealed {
+        sealed.describe(&mut description);
+    }
+    if !is_inside {
+        for private in ["owner", "policy", "properties"] {
+            description[private] = Value::Null;
+        }
+    }
+    description
 }
 
 /// Appends the entry of one app. What is too long is cut, and the entry says so.
-fn app_json<D: Driver>(out: &mut String, id: &AppId, app: &App<D>, unix_ms: impl Fn(Time) -> u64) {
+fn app_json<D: Driver>(
+    out: &mut String,
+    id: &AppId,
+    app: &App<D>,
+    is_shown: impl Fn(&PoolName) -> bool,
+    unix_ms: impl Fn(Time) -> u64,
+) {
     let registration = app.registration.get();
     let start = out.len();
     let mut is_cut = false;
@@ -260,16 +359,34 @@ fn app_json<D: Driver>(out: &mut String, id: &AppId, app: &App<D>, unix_ms: impl
         is_cut = true;
     }
     out.push_str(",\"pools\":");
-    is_cut |= array(out, start + POOLS_END, registration.pools.iter());
+    let pools = registration.pools.iter().filter(|pool| is_shown(pool));
+    is_cut |= array(out, start + POOLS_END, pools);
     out.push_str(",\"instances\":");
     let instance = |i: &Instance<D>| {
-        let pools: Vec<_> = i.memberships.iter().map(|m| &m.name).collect();
+        let pools = i.memberships.iter().map(|m| &m.name);
+        let pools: Vec<_> = pools.filter(|pool| is_shown(pool)).collect();
         json!({"instance": i.id, "pools": pools, "since": unix_ms(i.since)})
     };
     let shown = app.instances.iter().take(INSTANCES_SHOWN_MAX);
     is_cut |= array(out, start + INSTANCES_END, shown.map(instance));
     out.push_str(",\"triggers\":");
-    let triggers = registration.triggers.iter().map(TriggerSpec::to_json);
+    // What is served in hidden pools alone is hidden with them.
+    let serves = |pools: &[PoolName]| pools.is_empty() || pools.iter().any(&is_shown);
+    let is_everywhere_hidden = !serves(&registration.pools);
+    let triggers = registration.triggers.iter().filter_map(|spec| {
+        let Some(pools) = &spec.pools else {
+            return (!is_everywhere_hidden).then(|| spec.to_json());
+        };
+        serves(pools).then(|| {
+            let pools = pools.iter().filter(|pool| is_shown(pool)).cloned();
+            let pools = Some(pools.collect());
+            TriggerSpec {
+                pools,
+                ..spec.clone()
+            }
+            .to_json()
+        })
+    });
     is_cut |= array(out, start + ENTRY_BYTES_MAX, triggers);
     if is_cut {
         out.push_str(",\"shortened\":true");

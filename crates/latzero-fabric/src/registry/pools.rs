@@ -6,22 +6,39 @@ use latzero_protocol::message::{Policy, PoolCreate};
 use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
 
-use super::{Entrance, PoolEntry, Registry, no_pool};
+use super::{Entrance, PoolEntry, Registry, Sealed, View, not_open};
 use crate::books::{Hold, Resource};
 use crate::driver::{Driver, Peer};
 use crate::keep::{Change, PoolRow};
+use crate::now::Time;
 use crate::pool::Pool;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
 use crate::turn::Turn;
 
+/// How long the name of a pool with rules that did not outlive the server is kept for its owner.
+const GRACE_MS: u64 = 30_000;
+
 impl<D: Driver> Registry<D> {
+    /// Whether a name is kept for another app: that of a pool with rules is, for who had it before the server's start.
+    pub(super) fn is_reserved(&self, app_id: &AppId, name: &PoolName, now: Time) -> bool {
+        let kept = self.reserved.get(name);
+        kept.is_some_and(|(owner, until)| owner != app_id && *until > now)
+    }
+
     /// Takes in a pool of an earlier run, whatever the bound on pools is by now.
     ///
     /// # Errors
     /// `storage` where its policy makes no sense. The pool is there then, and closed to all but its owner: one that lets in
     /// whoever it should not is worse than none.
-    pub fn restore_pool(&mut self, row: PoolRow) -> Result<(), Refusal> {
+    pub fn restore_pool(&mut self, row: PoolRow, now: Time) -> Result<(), Refusal> {
+        if !row.is_durable {
+            if let Some(owner) = row.owner {
+                let until = now.after_ms(GRACE_MS);
+                self.reserved.insert(row.name, (owner, until));
+            }
+            return Ok(());
+        }
         let policy = Raw::new(&row.policy).ok();
         let policy = policy.and_then(|policy| Policy::parse(policy).ok());
         let closed = policy.is_none().then(|| {
@@ -30,13 +47,23 @@ impl<D: Driver> Registry<D> {
                 format!("the policy of pool '{}' is invalid", row.name),
             )
         });
-        let policy = policy.unwrap_or(Policy {
+        let sealed = row.descriptor.as_deref().map(Sealed::restore);
+        let is_damaged = matches!(sealed, Some(None));
+        let closed = closed.or_else(|| {
+            is_damaged.then(|| {
+                let message = format!("the descriptor of pool '{}' makes no sense", row.name);
+                Refusal::new(Code::Storage, message)
+            })
+        });
+        let policy = policy.filter(|_| !is_damaged).unwrap_or(Policy {
             join: Apps::These(Vec::new()),
             serve: Apps::These(Vec::new()),
         });
         let entry = self.insert_pool(row.created, row.name, (true, true), None);
         entry.durable = true;
-        entry.owner = row.owner;
+        // A pool that was encrypted never opens as a plain one.
+        entry.owner = row.owner.filter(|_| !is_damaged);
+        entry.sealed = sealed.flatten();
         entry.policy = policy;
         entry.properties = row
             .properties
@@ -114,12 +141,32 @@ impl<D: Driver> Registry<D> {
             properties,
             durable,
             policy,
+            sealed,
         } = create;
-        if self.pools.contains_key(&name) {
+        if let Some(entry) = self.pools.get(&name) {
+            if entry.sealed.is_some() {
+                return Err(Refusal::unproved());
+            }
+            if !entry.admits(owner) {
+                return Err(not_open(owner, &name));
+            }
             return Err(Refusal::new(
                 Code::PoolExists,
                 format!("pool '{name}' exists; join it, or choose another name"),
             ));
+        }
+        // Its owner is about to come back, and must find it open.
+        let awaited = turn.driver.awaited_owner(&name, None);
+        if awaited.is_some_and(|of| of != *owner) || self.is_reserved(owner, &name, turn.time()) {
+            return Err(not_open(owner, &name));
+        }
+        let sealed = sealed.map(|asked| Sealed::new(&asked, &name)).transpose()?;
+        if sealed
+            .as_ref()
+            .is_some_and(|s| self.has_pool_id(s.descriptor.pool_id()))
+        {
+            let message = "the pool id of the descriptor is in use here; make a new descriptor";
+            return Err(Refusal::new(Code::BadMessage, message));
         }
         self.check_room_for_pools(1)?;
         let place = promise.link().account().reserve(Resource::Pools, 1);
@@ -127,22 +174,27 @@ impl<D: Driver> Registry<D> {
         let properties = properties
             .map(|raw| self.free_json("properties", raw.text()))
             .transpose()?;
-        if durable {
+        let has_rules = policy != Policy::default();
+        if durable || has_rules {
             let row = PoolRow {
                 name: name.clone(),
                 owner: Some(owner.clone()),
                 policy: policy.to_json(),
                 properties: properties.as_ref().map(Value::to_string),
                 created: unix_ms,
+                is_durable: durable,
+                descriptor: sealed.as_ref().map(|s| s.descriptor.as_bytes().to_vec()),
             };
-            turn.keep(Change::Pool(Box::new(row)), Some(promise));
+            turn.keep(Change::Pool(Box::new(row)), durable.then_some(promise));
         }
-        let outlives = durable || policy == Policy::default();
+        self.reserved.remove(&name);
+        let outlives = durable || !has_rules;
         let entry = self.insert_pool(unix_ms, name, (true, outlives), Some(place));
         entry.owner = Some(owner.clone());
         entry.durable = durable;
         entry.policy = policy;
         entry.properties = properties;
+        entry.sealed = sealed;
         Ok(durable)
     }
 
@@ -164,22 +216,26 @@ impl<D: Driver> Registry<D> {
     /// `no_pool`, `forbidden`.
     pub fn remove_pool(
         &mut self,
-        (who, is_admin): (&AppId, bool),
+        view: &View<'_>,
         name: &PoolName,
         force: bool,
         promise: &D::Peer,
         turn: &mut Turn<'_, D>,
     ) -> Result<(D::Pool, bool), Refusal> {
-        let Some(entry) = self.pools.get(name) else {
-            return Err(no_pool(name));
-        };
+        let entry = self.shown_pool(name, view)?;
         if matches!(name.as_str(), DEFAULT_POOL | SYSTEM_POOL) {
             return Err(Refusal::new(
                 Code::Forbidden,
                 format!("pool '{name}' is built in and cannot be removed"),
             ));
         }
-        if entry.owner.as_ref() != Some(who) && !is_admin {
+        if entry.sealed.is_some() {
+            // Whoever sees it is an administrator, or a member: then the keys decide.
+            if !view.is_admin && !self.may_write(entry, view) {
+                let message = format!("removing pool '{name}' needs the role 'write' in it");
+                return Err(Refusal::new(Code::Forbidden, message));
+            }
+        } else if entry.owner.as_ref() != Some(view.app) && !view.is_admin {
             let owner = entry
                 .owner
                 .as_ref()
@@ -197,6 +253,7 @@ impl<D: Driver> Registry<D> {
             return Err(Refusal::new(Code::Forbidden, message));
         }
         let entry = self.pools.remove(name).expect("found above");
+        let has_row = entry.durable || entry.policy != Policy::default();
         let quoted = format!("\"{name}\"");
         for (app_id, app) in &mut self.apps {
             for instance in &mut app.instances {
@@ -212,8 +269,9 @@ impl<D: Driver> Registry<D> {
                 app.keep(app_id, None, turn);
             }
         }
-        if entry.durable {
-            turn.keep(Change::ForgetPool(name.clone()), Some(promise));
+        if has_row {
+            let promise = entry.durable.then_some(promise);
+            turn.keep(Change::ForgetPool(name.clone()), promise);
         }
         Ok((entry.pool, entry.durable))
     }
@@ -237,6 +295,7 @@ impl<D: Driver> Registry<D> {
             number: entry.number,
             pool: entry.pool.clone(),
             may_serve: entry.may_serve(app),
+            grant: None,
             name,
         }
     }
@@ -270,6 +329,7 @@ impl<D: Driver> Registry<D> {
             properties: None,
             created,
             place,
+            sealed: None,
         };
         self.pools.entry(name).or_insert(entry)
     }

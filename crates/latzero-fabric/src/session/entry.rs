@@ -93,7 +93,7 @@ impl<D: Driver> Session<D> {
         let (peer, transport) = (self.peer.clone(), self.terms.transport);
         let kept = stored.map(|stored| stored.rehydrated);
         let admitted = turn.with_registry(|registry, turn| {
-            registry.admit(&peer, transport, handshake, kept, turn)
+            registry.admit(&peer, (transport, &self.who), handshake, kept, turn)
         })?;
         let admission = match admitted {
             Admitted::Now(admission) => admission,
@@ -117,6 +117,9 @@ impl<D: Driver> Session<D> {
                 "rehydrated": rehydrated}),
             turn,
         );
+        if self.who.proved.is_some() {
+            self.audit("app_proved", (&handshake.app_id, instance), json!({}), turn);
+        }
         for displaced in &displaced {
             let by = (&handshake.app_id, instance);
             self.audit("took_over", by, json!({"displaced": displaced.id}), turn);
@@ -212,7 +215,7 @@ impl<D: Driver> Session<D> {
         };
         let own = |spec: &&TriggerSpec| {
             spec.is_for(&entrance.name)
-                && entrance.may_serve
+                && entrance.serves(spec)
                 && (entrance.name.as_str() != SYSTEM_POOL
                     || self.terms.transport == Transport::BuiltIn)
         };
@@ -230,6 +233,7 @@ impl<D: Driver> Session<D> {
             number,
             pool,
             may_serve,
+            grant,
         } = entrance;
         match member {
             Some(member) => self.memberships.push(Membership {
@@ -238,6 +242,7 @@ impl<D: Driver> Session<D> {
                 pool,
                 member,
                 may_serve,
+                grant,
             }),
             // Removed between the registry's word and ours: as if it had been removed right after.
             None => {

@@ -1,14 +1,17 @@
 //! Requests about memory blocks: asked of the pool, and where bytes move, done by the driver in between.
 
+use latzero_crypto::Suite;
+use latzero_crypto::keys::Roles;
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::limits::{READ_SLACK, SYSTEM_POOL};
-use latzero_protocol::memory::{Action, Memory};
+use latzero_protocol::memory::{Access, Action, Kind, LockMode, Memory};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 
 use super::Session;
 use crate::driver::{BlockWrite, Driver, Written};
 use crate::outbox::{Class, Sent};
 use crate::pool::{Asking, LockWish, MemberKey, ReadPlan, Replied};
+use crate::registry::Membership;
 use crate::turn::Turn;
 
 impl<D: Driver> Session<D> {
@@ -20,6 +23,7 @@ impl<D: Driver> Session<D> {
     ) -> Result<Replied, Refusal> {
         let now = turn.time();
         let m = self.current_membership(memory.pool.as_deref(), turn)?;
+        check_rights(m, &memory.action)?;
         let (pool, member) = (m.pool.clone(), m.member);
         let is_system = m.name.as_str() == SYSTEM_POOL;
         if id.is_none() && memory.action.is_question() {
@@ -235,6 +239,43 @@ impl<D: Driver> Session<D> {
              \"if_version\" to get parts of the same version"
         );
         Err(Refusal::new(Code::TooLarge, message))
+    }
+}
+
+/// Whether the roles that were proved in an encrypted pool allow something about blocks.
+fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(), Refusal> {
+    let Some(grant) = m.grant else {
+        return Ok(());
+    };
+    let needed = match action {
+        Action::List(_)
+        | Action::Info(_)
+        | Action::Detach(_)
+        | Action::Unlock(..)
+        | Action::Unsubscribe(_)
+        | Action::Renew { .. } => Roles::Join,
+        Action::Attach {
+            mode: Access::Read, ..
+        }
+        | Action::Read { .. }
+        | Action::Subscribe(_)
+        | Action::Lock {
+            mode: LockMode::Shared,
+            ..
+        }
+        | Action::Reoffer(_) => Roles::Read,
+        _ => Roles::Write,
+    };
+    m.check_roles(needed)?;
+    let refuse = |message| Err(Refusal::new(Code::BadMessage, message));
+    match (grant.suite, action) {
+        (Suite::Gated, Action::Create(create)) if create.kind == Kind::Persistent => {
+            refuse("a pool whose memory is gated has no persistent blocks: their bytes are plain")
+        }
+        (Suite::Sealed, Action::Create(_)) => refuse(
+            "blocks in sealed pools are not available in this version; use \"memory\":\"gated\"",
+        ),
+        _ => Ok(()),
     }
 }
 

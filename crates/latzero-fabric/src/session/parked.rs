@@ -22,14 +22,8 @@ struct Found<D: Driver> {
 }
 
 impl<D: Driver> Session<D> {
-    pub(super) fn parked(
-        &self,
-        parked: &Parked<'_>,
-        turn: &mut Turn<'_, D>,
-    ) -> Result<Reply, Refusal> {
-        let token = parked.token.as_deref();
-        let is_admin =
-            self.terms.is_admin || token.is_some_and(|token| turn.driver.is_admin_token(token));
+    pub(super) fn parked(&self, parked: &Parked, turn: &mut Turn<'_, D>) -> Result<Reply, Refusal> {
+        let is_admin = self.terms.is_admin;
         match parked.action {
             ParkedAction::List { after, limit } => {
                 let found = self.find(&parked.filter, is_admin, (after, limit), turn);
@@ -38,8 +32,8 @@ impl<D: Driver> Session<D> {
             ParkedAction::Show => {
                 let found = self.find(&parked.filter, is_admin, (0, 1), turn);
                 let shown = found.first().and_then(|found| {
-                    turn.with_pool(&found.pool, |pool, _| {
-                        pool.describe_parked(found.number, true)
+                    turn.with_pool(&found.pool, |pool, turn| {
+                        pool.describe_parked(found.number, true, &turn.now)
                     })
                 });
                 shown
@@ -108,11 +102,11 @@ impl<D: Driver> Session<D> {
         (after, limit): (u64, usize),
         turn: &mut Turn<'_, D>,
     ) -> Vec<Found<D>> {
-        let app = self.ready.as_ref().map(|ready| &ready.app);
-        let pools = turn.with_registry(|registry, _| registry.owned(filter.pool.as_ref(), app));
+        let view = self.view();
+        let pools = turn.with_registry(|registry, _| registry.owned(filter.pool.as_ref(), &view));
         let mut found: Vec<Found<D>> = Vec::new();
         for (pool, is_own) in pools {
-            let viewer = app.filter(|_| !is_admin && !is_own);
+            let viewer = (!is_admin && !is_own).then_some(view.app);
             let numbers = turn.with_pool(&pool, |pool, _| {
                 pool.find_parked(filter, viewer, (after, limit))
             });
@@ -132,8 +126,8 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
     let (mut bytes, mut last) = (0, None);
     let mut is_more = found.len() == limit;
     for found in found {
-        let shown = turn.with_pool(&found.pool, |pool, _| {
-            pool.describe_parked(found.number, false)
+        let shown = turn.with_pool(&found.pool, |pool, turn| {
+            pool.describe_parked(found.number, false, &turn.now)
         });
         if let Some(shown) = shown {
             bytes += shown.to_string().len() + 1;

@@ -11,7 +11,7 @@ use super::promises::{Promise, Reply};
 use super::{Session, leave};
 use crate::driver::{Driver, Transport};
 use crate::effects::Audit;
-use crate::registry::{dedup_triggers, remove_triggers};
+use crate::registry::{View, dedup_triggers, remove_triggers};
 use crate::turn::Turn;
 
 impl<D: Driver> Session<D> {
@@ -47,11 +47,10 @@ impl<D: Driver> Session<D> {
             turn.audit(&peer, &audit);
         }
         for m in &self.memberships {
-            let reserved =
-                (m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn) || !m.may_serve;
+            let reserved = m.name.as_str() == SYSTEM_POOL && transport != Transport::BuiltIn;
             turn.with_pool(&m.pool, |pool, turn| {
                 for spec in specs {
-                    if spec.is_for(&m.name) && !reserved {
+                    if spec.is_for(&m.name) && m.serves(spec) && !reserved {
                         pool.serve(m.member, spec, turn);
                     } else {
                         pool.unserve(m.member, &spec.name, turn);
@@ -111,7 +110,11 @@ impl<D: Driver> Session<D> {
         let is_promised =
             turn.with_registry(|registry, turn| registry.create_pool(&app, create, &peer, turn))?;
         // It may be removed by now; what was promised is told all the same.
-        let reply = pool_info(&name, turn).unwrap_or_else(|_| "{}".into());
+        let made = turn.with_registry(|registry, _| registry.describe_new_pool(&name));
+        let reply = made.map_or_else(
+            || "{}".into(),
+            |(pool, description)| with_stats(&pool, description, turn),
+        );
         Ok(Reply::kept_if(is_promised, reply, Promise::Pool(name)))
     }
 
@@ -175,20 +178,20 @@ impl<D: Driver> Session<D> {
         force: bool,
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
-        let app = self
-            .ready
-            .as_ref()
-            .expect("only a ready session gets here")
-            .app
-            .clone();
-        let is_admin = self.terms.is_admin;
         let peer = self.peer.clone();
+        let view = self.view();
         let (pool, is_promised) = turn.with_registry(|registry, turn| {
-            registry.remove_pool((&app, is_admin), name, force, &peer, turn)
+            registry.remove_pool(&view, name, force, &peer, turn)
         })?;
         turn.with_pool(&pool, crate::Pool::close);
         self.forget_removed(turn);
         Ok(Reply::kept_if(is_promised, "{}".into(), Promise::Removal))
+    }
+
+    /// Drops memberships that somebody else ended, so that the pool can be joined anew.
+    pub(super) fn forget_left(&mut self, turn: &mut Turn<'_, D>) {
+        self.memberships
+            .retain(|m| turn.with_pool(&m.pool, |pool, _| pool.has_member(m.member)));
     }
 
     /// Drops memberships of pools that were removed, so that a new pool of the same name can be joined.
@@ -224,18 +227,32 @@ impl<D: Driver> Session<D> {
 
 pub(super) fn pool_info<D: Driver>(
     name: &PoolName,
+    view: &View<'_>,
     turn: &mut Turn<'_, D>,
 ) -> Result<String, Refusal> {
-    let (pool, mut description) = turn.with_registry(|registry, _| registry.describe_pool(name))?;
-    let (stats, triggers) = turn.with_pool(&pool, |pool, _| (pool.stats(), pool.triggers_json()));
-    description["triggers"] = triggers;
+    let (pool, description) =
+        turn.with_registry(|registry, _| registry.describe_pool(name, view))?;
+    Ok(with_stats(&pool, description, turn))
+}
+
+/// A description with what the pool itself knows.
+fn with_stats<D: Driver>(
+    pool: &D::Pool,
+    mut description: serde_json::Value,
+    turn: &mut Turn<'_, D>,
+) -> String {
+    let (stats, triggers) = turn.with_pool(pool, |pool, _| (pool.stats(), pool.triggers_json()));
+    // What is hidden hides with the owner.
+    if !description["policy"].is_null() {
+        description["triggers"] = triggers;
+    }
     description["triggers_total"] = stats.triggers.into();
     description["calls_in_flight"] = stats.calls_in_flight.into();
     description["blocks"] = stats.blocks.into();
     description["block_bytes"] = stats.block_bytes.into();
     description["calls"] = stats.calls.into();
     description["emits"] = stats.emits.into();
-    Ok(description.to_string())
+    description.to_string()
 }
 
 /// Names that the audit log tells one by one.

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use latzero_fabric::Time;
 use latzero_protocol::memory::Kind;
-use latzero_protocol::{BlockId, PoolName};
+use latzero_protocol::{AppId, BlockId, PoolName};
 use latzero_store::{BlockRow, Change, Store};
 use serde_json::Value;
 
@@ -101,6 +101,22 @@ impl Rows {
     /// The row of a block whose memory is awaited.
     pub(super) fn awaited_row(&self, pool: &PoolName, block: &BlockId) -> Option<BlockRow> {
         self.awaited().get(&(pool.clone(), block.clone())).cloned()
+    }
+
+    /// The owner of memory that is awaited: of that block, or of any in the pool.
+    pub(super) fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {
+        if !self.is_awaiting() {
+            return None;
+        }
+        let awaited = self.awaited();
+        let row = match block {
+            Some(block) => awaited.get(&(pool.clone(), block.clone())),
+            None => {
+                let mut all = awaited.iter();
+                all.find_map(|((of, _), row)| (of == pool).then_some(row))
+            }
+        };
+        AppId::new(&row?.owner).ok()
     }
 
     /// A block is there, or is there no longer: it is awaited no more.

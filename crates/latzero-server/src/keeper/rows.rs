@@ -1,7 +1,10 @@
 //! Conversion between the rows of the core and those of the store.
 
-use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Change, Death, PoolRow};
+use latzero_fabric::keep::{AnswerRow, AppRow, BindingRow, CallRow, Change, Death, PoolRow};
 use latzero_protocol::{AppId, PoolName, Refusal};
+
+/// The kind of a pool that goes with the server, but whose name does not.
+const PASSING: &str = "passing";
 
 pub(super) fn ms(unix_ms: i64) -> u64 {
     u64::try_from(unix_ms).unwrap_or(0)
@@ -34,6 +37,16 @@ pub(super) fn app_of(row: latzero_store::AppRow) -> Option<AppRow> {
     })
 }
 
+pub(super) fn binding_of(row: latzero_store::BindingRow) -> Option<BindingRow> {
+    Some(BindingRow {
+        app_id: AppId::new(&row.app_id).ok()?,
+        uid: row.uid,
+        // A key that makes no sense is one that nobody has: better than none.
+        key: row.public_key.map(|key| key.try_into().unwrap_or([0; 32])),
+        since: ms(row.since),
+    })
+}
+
 pub(super) fn pool_of(row: latzero_store::PoolRow) -> Result<PoolRow, Refusal> {
     let owner = row.owner.map(|owner| AppId::new(&owner)).transpose();
     let policy = row.policy.unwrap_or_else(|| "{}".into());
@@ -44,6 +57,9 @@ pub(super) fn pool_of(row: latzero_store::PoolRow) -> Result<PoolRow, Refusal> {
         owner: owner.unwrap_or(None),
         properties: row.properties,
         created: ms(row.created),
+        is_durable: row.kind != PASSING,
+        // An encrypted pool without one must not open as a plain one.
+        descriptor: row.descriptor.or_else(|| row.encrypted.then(Vec::new)),
     })
 }
 
@@ -107,14 +123,30 @@ pub(super) fn row(change: Change) -> latzero_store::Change {
         Change::ForgetApp(app) => Stored::ForgetApp {
             app_id: app.as_str().into(),
         },
+        Change::Binding(row) => Stored::PutBinding(latzero_store::BindingRow {
+            app_id: row.app_id.as_str().into(),
+            uid: row.uid,
+            public_key: row.key.map(Vec::from),
+            since: time(row.since),
+        }),
+        Change::ForgetBinding(app) => Stored::RemoveBinding {
+            app_id: app.as_str().into(),
+        },
+        Change::Descriptor(pool, epoch, descriptor) => {
+            Stored::PutDescriptor(latzero_store::DescriptorRow {
+                pool: pool.as_str().into(),
+                epoch,
+                descriptor,
+            })
+        }
         Change::Pool(row) => Stored::PutPool(latzero_store::PoolRow {
             name: row.name.as_str().into(),
-            kind: "local".into(),
-            encrypted: false,
+            kind: if row.is_durable { "local" } else { PASSING }.into(),
+            encrypted: row.descriptor.is_some(),
             owner: row.owner.map(|owner| owner.as_str().into()),
             policy: Some(row.policy),
             properties: row.properties,
-            descriptor: None,
+            descriptor: row.descriptor,
             created: time(row.created),
             updated: time(row.created),
         }),

@@ -88,6 +88,11 @@ pub enum Problem {
         /// The setting.
         key: &'static str,
     },
+    /// The server would listen for other machines, and what travels is not encrypted.
+    Exposed {
+        /// The address.
+        host: String,
+    },
 }
 
 impl fmt::Display for SettingsError {
@@ -134,6 +139,11 @@ impl fmt::Display for SettingsError {
             Problem::NoHome { key } => write!(
                 f,
                 ": `{key}` begins with ~, but HOME is not set; set HOME or use an absolute path"
+            ),
+            Problem::Exposed { host } => write!(
+                f,
+                ": other machines reach `{host}`, and nothing that travels there is encrypted; \
+                 carry the port through a tunnel (docs/security.md), or say --insecure"
             ),
             Problem::NotInThisBuild { key } => write!(
                 f,

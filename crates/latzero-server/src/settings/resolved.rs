@@ -118,9 +118,9 @@ impl Resolved {
     /// from [`resolve`], so that `config show` still shows them.
     ///
     /// # Errors
-    /// One [`Problem::NotInThisBuild`] for each.
+    /// One [`Problem::NotInThisBuild`] for each, and [`Problem::Exposed`].
     pub fn check_available(&self) -> Result<(), SettingsErrors> {
-        let errors = SETTINGS
+        let mut errors: Vec<SettingsError> = SETTINGS
             .iter()
             .zip(&self.entries)
             .filter(|(setting, entry)| {
@@ -133,6 +133,16 @@ impl Resolved {
                 problem: Problem::NotInThisBuild { key: setting.name },
             })
             .collect();
+        let host = &self.settings.host;
+        if !self.settings.insecure && is_beyond_this_machine(host) {
+            let of_host = SETTINGS.iter().zip(&self.entries);
+            let mut of_host = of_host.filter(|(setting, _)| setting.name == "host");
+            errors.extend(of_host.next().map(|(_, entry)| SettingsError {
+                source: entry.source.clone(),
+                at: entry.at,
+                problem: Problem::Exposed { host: host.clone() },
+            }));
+        }
         SettingsErrors::check(errors)
     }
 
@@ -167,4 +177,15 @@ impl Resolved {
         let settings = Settings::from_values(entries.iter().map(|entry| &entry.value));
         Resolved { settings, entries }
     }
+}
+
+/// Whether other machines reach an address. A name counts as what it is resolved to; one that has no address is refused later.
+fn is_beyond_this_machine(host: &str) -> bool {
+    use std::net::ToSocketAddrs as _;
+    let bare = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'));
+    let bare = bare.unwrap_or(host);
+    let addresses = (bare, 0).to_socket_addrs();
+    addresses.is_ok_and(|mut addresses| addresses.any(|at| !at.ip().to_canonical().is_loopback()))
 }

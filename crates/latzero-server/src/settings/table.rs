@@ -124,6 +124,8 @@ settings! {
     port: u16 = "45227", Kind::Integer { min: 0, max: 65_535 }, Restart;
     /// Address to listen on. Other machines can reach any address but a loopback address.
     host: String = "127.0.0.1", Kind::Text, Restart;
+    /// Listen beyond loopback although nothing that travels there is encrypted.
+    insecure: bool = "false", Kind::Bool, Restart;
     /// Data directory: where the server keeps its files. A file inside it cannot set it.
     data_dir: PathBuf = "~/.latzero", Kind::Path, Restart;
     /// Unix socket: a path, "auto" (in the data directory, where clients look for it) or "off".
@@ -135,6 +137,12 @@ settings! {
     log_format: LogFormat = "auto", Kind::Choice(&["auto", "human", "json"]), Restart;
     /// Use TLS on the TCP port. Not implemented yet.
     enable_tls: bool = "false", Kind::Bool, Restart;
+    /// Take proofs of administrators over plain TCP, where nothing binds them to the connection.
+    admin_over_plain_tcp: bool = "false", Kind::Bool, Restart;
+    /// Keep the admin token over starts; else each start writes a new one.
+    admin_token_pinned: bool = "false", Kind::Bool, Restart;
+    /// Refuse proofs that nothing binds to their connection: those over plain TCP.
+    require_channel_binding: bool = "false", Kind::Bool, Restart;
     /// Join other servers in a cluster. Not implemented yet.
     cluster_mode: bool = "false", Kind::Bool, Restart;
     /// Threads that read and write connections.

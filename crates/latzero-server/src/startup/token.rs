@@ -138,10 +138,26 @@ impl AdminToken {
                 == 0
     }
 
-    /// The token itself, for a client that presents it.
+    /// The token itself, for a client that proves that it has it.
     #[must_use]
     pub fn reveal(&self) -> &str {
         &self.0
+    }
+
+    /// The bytes that the digits stand for.
+    #[must_use]
+    pub fn bytes(&self) -> [u8; TOKEN_BYTES] {
+        let digit = |at: usize| char::from(self.0.as_bytes()[at]).to_digit(16).unwrap_or(0) as u8;
+        std::array::from_fn(|at| digit(2 * at) << 4 | digit(2 * at + 1))
+    }
+
+    /// A new token in the place of the one that is there.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn renew(data_dir: &Path) -> Result<AdminToken, StartupError> {
+        AdminToken::load(data_dir)?;
+        AdminToken::create(data_dir)
     }
 }
 

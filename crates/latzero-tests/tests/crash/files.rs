@@ -13,7 +13,9 @@ pub(crate) fn check(data: &Path, blocks: usize) {
                 file.as_str(),
                 "lock" | "admin.token" | "data.db" | "data.db.mark"
             ),
-            Some(("logs", name)) => name.starts_with("server.log") || name.starts_with("audit.log"),
+            Some(("logs", name)) => ["server.log", "audit.log", "security.log"]
+                .iter()
+                .any(|log| name.starts_with(log)),
             // The first start may have died between two migrations.
             Some(("backups", name)) => {
                 let mut starts = ["latzero-", "pre-migration-1-"].into_iter();

@@ -266,4 +266,32 @@ impl<D: Driver> Pool<D> {
             turn.refused(refusal.code);
         }
     }
+
+    /// Moves every block to a new generation, which those who had to leave an encrypted pool have not mapped. A block that
+    /// can't be moved goes: rather that than one that they can still write.
+    pub fn renew_blocks(&mut self, turn: &mut Turn<'_, D>) {
+        let keys: Vec<BlockKey> = self
+            .blocks
+            .blocks
+            .iter()
+            .map(|(key, _)| shown(key))
+            .collect();
+        for key in keys {
+            let Some(block) = self.blocks.at(key) else {
+                continue;
+            };
+            if !matches!(block.phase, Phase::Live) {
+                continue;
+            }
+            let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
+            let is_busy = block.lock.is_held_by_server();
+            if is_busy
+                || self
+                    .begin_move(key, geometry, "rotated", None, turn)
+                    .is_err()
+            {
+                self.end_block(key, turn);
+            }
+        }
+    }
 }

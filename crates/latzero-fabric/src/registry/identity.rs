@@ -1,0 +1,288 @@
+//! Whose an AppID is.
+//!
+//! An AppID belongs to the user of this machine who first used it over the Unix socket, as long as the app is remembered,
+//! or for good to whoever proves the key that was bound to it. Nobody else comes in under it.
+
+use latzero_protocol::limits::SYSTEM_APP;
+use latzero_protocol::{AppId, Code, Refusal};
+
+use super::Registry;
+use crate::driver::{Driver, Transport};
+use crate::keep::{BindingRow, Change};
+use crate::turn::Turn;
+
+/// The AppID of a server that takes over.
+const TAKEOVER_APP: &str = "latzero-takeover";
+
+/// Who is at the other end of a connection, as far as that is known.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Who {
+    /// The user of this machine, where the kernel tells.
+    pub uid: Option<u32>,
+    /// Whether it is the server's own user.
+    pub is_own: bool,
+    /// The AppID whose key was proved, and the key.
+    pub proved: Option<(AppId, [u8; 32])>,
+}
+
+/// Whose an AppID is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Binding {
+    /// The user whose it is while the app is remembered.
+    uid: Option<u32>,
+    /// The key that it must prove.
+    key: Option<[u8; 32]>,
+    /// Since when, in milliseconds since the Unix epoch.
+    since: u64,
+    /// Whether it outlives the server.
+    is_kept: bool,
+}
+
+impl<D: Driver> Registry<D> {
+    /// Takes in whose an AppID was in an earlier run.
+    pub fn restore_binding(&mut self, row: &BindingRow) {
+        let binding = Binding {
+            uid: row.uid,
+            key: row.key,
+            since: row.since,
+            is_kept: true,
+        };
+        self.keys += usize::from(binding.key.is_some());
+        self.bindings.insert(row.app_id.clone(), binding);
+    }
+
+    /// Whether whoever is there may come in under an AppID.
+    ///
+    /// # Errors
+    /// `forbidden`, `unauthenticated`.
+    pub(super) fn check_identity(
+        &self,
+        app_id: &AppId,
+        who: &Who,
+        transport: Transport,
+    ) -> Result<(), Refusal> {
+        if transport == Transport::BuiltIn {
+            return Ok(());
+        }
+        check_name(app_id, who)?;
+        let key = self.key_of(app_id);
+        match (key, who.proves(app_id)) {
+            (Some(key), Some(proved)) if key == proved => return Ok(()),
+            (Some(_), _) => {
+                let message = format!("app '{app_id}' has a key, which must be proved first");
+                return Err(Refusal::new(Code::Unauthenticated, message));
+            }
+            (None, Some(_)) => self.check_new_key(app_id, who)?,
+            (None, None) => {}
+        }
+        let uid = self.bindings.get(app_id).and_then(|binding| binding.uid);
+        if uid.is_some() && uid != who.uid {
+            let message = format!(
+                "AppID '{app_id}' belongs to another user; connect over the Unix socket as that user, \
+                 or choose another AppID"
+            );
+            return Err(Refusal::new(Code::Unauthenticated, message));
+        }
+        Ok(())
+    }
+
+    /// The key that is bound to an AppID.
+    #[must_use]
+    pub fn key_of(&self, app_id: &AppId) -> Option<[u8; 32]> {
+        self.bindings.get(app_id)?.key
+    }
+
+    /// Whether a key may be bound to an AppID that has none: it is new, or of that user.
+    ///
+    /// # Errors
+    /// `unauthenticated`, `quota`.
+    pub fn check_new_key(&self, app_id: &AppId, who: &Who) -> Result<(), Refusal> {
+        let owner = self.bindings.get(app_id).and_then(|binding| binding.uid);
+        let is_free = match owner {
+            Some(owner) => who.uid == Some(owner),
+            None => who.uid.is_some() || !self.apps.contains_key(app_id),
+        };
+        if !is_free {
+            return Err(Refusal::unproved());
+        }
+        let max = self.limits.app_keys_max;
+        if self.keys >= max {
+            let message = format!("{max} AppIDs have keys (limits.app_keys_max)");
+            return Err(Refusal::new(Code::Quota, message));
+        }
+        Ok(())
+    }
+
+    /// Notes whose an AppID is that was let in; says whether its instances so far were of nobody, and must go.
+    pub(super) fn bind(
+        &mut self,
+        app_id: &AppId,
+        who: &Who,
+        is_lasting: bool,
+        turn: &mut Turn<'_, D>,
+    ) -> bool {
+        let key = who.proves(app_id);
+        if who.uid.is_none() && key.is_none() {
+            return false;
+        }
+        let since = turn.unix_ms();
+        let known = self.bindings.get(app_id).cloned();
+        let was = known.clone().unwrap_or_default();
+        let binding = Binding {
+            uid: was.uid.or(who.uid),
+            key: was.key.or(key),
+            since: known.as_ref().map_or(since, |known| known.since),
+            // A key is bound for good, whatever comes and goes under it.
+            is_kept: was.is_kept || is_lasting || key.is_some(),
+        };
+        if known.as_ref() == Some(&binding) {
+            return false;
+        }
+        self.keys += usize::from(binding.key.is_some() && was.key.is_none());
+        if binding.is_kept {
+            turn.keep(Change::Binding(Box::new(binding.row(app_id))), None);
+        }
+        self.bindings.insert(app_id.clone(), binding);
+        (was.uid, was.key) == (None, None)
+    }
+
+    /// An app is remembered no longer: its AppID is nobody's, unless it has a key.
+    pub(super) fn unbind(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
+        let Some(binding) = self.bindings.get_mut(app_id) else {
+            return;
+        };
+        binding.uid = None;
+        let (is_kept, is_over) = (binding.is_kept, binding.key.is_none());
+        let row = binding.row(app_id);
+        if is_over {
+            self.bindings.remove(app_id);
+        }
+        if is_kept {
+            let change = if is_over {
+                Change::ForgetBinding(app_id.clone())
+            } else {
+                Change::Binding(Box::new(row))
+            };
+            turn.keep(change, None);
+        }
+    }
+
+    /// Takes the key of an AppID away, as an administrator asks.
+    ///
+    /// # Errors
+    /// `no_app` where it has none.
+    pub fn remove_key(
+        &mut self,
+        app_id: &AppId,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<(), Refusal> {
+        let Some(binding) = self.bindings.get_mut(app_id).filter(|b| b.key.is_some()) else {
+            return Err(Refusal::new(
+                Code::NoApp,
+                format!("app '{app_id}' has no key"),
+            ));
+        };
+        binding.key = None;
+        self.keys -= 1;
+        let change = if binding.uid.is_some() {
+            Change::Binding(Box::new(binding.row(app_id)))
+        } else {
+            self.bindings.remove(app_id);
+            Change::ForgetBinding(app_id.clone())
+        };
+        turn.keep(change, Some(promise));
+        Ok(())
+    }
+
+    /// Something of an app outlives its last instance, a call that waits for instance: so it is remembered, and its AppID
+    /// stays whose it is.
+    pub fn outlast(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
+        let is_users = self.bindings.get(app_id).is_some_and(|b| b.uid.is_some());
+        let Some(app) = self.apps.get_mut(app_id).filter(|app| !app.is_lasting) else {
+            return;
+        };
+        // Its tools' names are a user's for good.
+        if !is_users || tool_of(app_id).is_some() {
+            return;
+        }
+        app.is_lasting = true;
+        app.keep(app_id, None, turn);
+        if let Some(binding) = self.bindings.get_mut(app_id) {
+            binding.is_kept = true;
+            turn.keep(Change::Binding(Box::new(binding.row(app_id))), None);
+        }
+    }
+}
+
+impl Who {
+    /// The key that was proved for an AppID.
+    fn proves(&self, app_id: &AppId) -> Option<[u8; 32]> {
+        let (of, key) = self.proved.as_ref()?;
+        (of == app_id).then_some(*key)
+    }
+}
+
+impl Binding {
+    fn row(&self, app_id: &AppId) -> BindingRow {
+        BindingRow {
+            app_id: app_id.clone(),
+            uid: self.uid,
+            key: self.key,
+            since: self.since,
+        }
+    }
+}
+
+/// Some names are the server's own, and some a user's.
+fn check_name(app_id: &AppId, who: &Who) -> Result<(), Refusal> {
+    let name = app_id.as_str();
+    // A server that takes over asks the running one, as the same user.
+    if name == TAKEOVER_APP && who.is_own {
+        return Ok(());
+    }
+    let is_servers = name
+        .strip_prefix(SYSTEM_APP)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
+    if is_servers {
+        let message = format!("AppID '{app_id}' is the server's own; choose another");
+        return Err(Refusal::new(Code::Forbidden, message));
+    }
+    match tool_of(app_id) {
+        Some(uid) if who.uid != Some(uid) => {
+            let message = format!(
+                "AppID '{app_id}' is for user {uid} on the Unix socket alone; choose another"
+            );
+            Err(Refusal::new(Code::Forbidden, message))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The user for whose tools an AppID is: `cli-1000`, and `cli-1000-` with more behind it.
+fn tool_of(app_id: &AppId) -> Option<u32> {
+    let rest = app_id.as_str().strip_prefix("cli-")?;
+    let uid = rest.split_once('-').map_or(rest, |(uid, _)| uid);
+    uid.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_the_server_and_of_tools_are_reserved() {
+        let check = |name: &str, uid| {
+            let who = Who {
+                uid,
+                ..Who::default()
+            };
+            check_name(&AppId::new(name).unwrap(), &who).is_ok()
+        };
+        assert!(!check("latzero", Some(0)) && !check("latzero-x", None));
+        assert!(check("latzerox", None) && check("my-latzero", None));
+        assert!(check("cli-7", Some(7)) && check("cli-7-00ff", Some(7)));
+        assert!(!check("cli-7", Some(8)) && !check("cli-7-00ff", None));
+        assert!(check("cli-x", None) && check("cli", None) && check("cli-", None));
+    }
+}

@@ -1,0 +1,330 @@
+//! Encrypted pools: their descriptors, and who was let in by a proof.
+//!
+//! The server keeps public keys alone. Whoever has not proved a pool on its connection is told of it as of a name that
+//! does not exist.
+
+use std::sync::Arc;
+
+use latzero_crypto::descriptor::{self, Descriptor, StoreError};
+use latzero_crypto::keys::Roles;
+use latzero_crypto::{Suite, text};
+use latzero_protocol::message::EventSet;
+use latzero_protocol::proof::Sealed as Asked;
+use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
+use serde_json::{Value, json};
+
+use super::{Entrance, Grant, Membership, PoolEntry, Registry, View, not_open};
+use crate::driver::Driver;
+use crate::keep::{Change, PoolRow};
+use crate::turn::Turn;
+
+/// Descriptors of earlier epochs in the reply to a proof.
+const CHAIN_TOLD: usize = 16;
+
+/// Bytes of a descriptor: it has a name of 255 bytes at most.
+const DESCRIPTOR_BYTES_MAX: usize = 1024;
+
+/// What makes a pool an encrypted one.
+pub(super) struct Sealed {
+    pub(super) descriptor: Arc<Descriptor>,
+    /// Those of the epochs before, ascending.
+    older: Vec<Arc<[u8]>>,
+}
+
+/// What a proof opens.
+pub struct Proved<D: Driver> {
+    /// The way in; absent for who is in already.
+    pub entrance: Option<Entrance<D>>,
+    /// The newest descriptors before the current one, ascending.
+    pub chain: Vec<Arc<[u8]>>,
+    /// Whether the app had something here.
+    pub rehydrated: bool,
+    /// What it watched.
+    pub watch: Option<EventSet>,
+    /// The blocks whose changes it was told.
+    pub subscriptions: Vec<BlockId>,
+}
+
+/// What a rotation came to.
+pub struct Rotated<D: Driver> {
+    /// The new descriptor.
+    pub descriptor: Arc<Descriptor>,
+    /// Members that stay.
+    pub kept: Vec<D::Peer>,
+    /// The pool.
+    pub pool: D::Pool,
+    /// Whether what was sealed for the epoch before is to end.
+    pub purges: bool,
+    /// Whether blocks are to move to new generations.
+    pub moves: bool,
+    /// Members that must prove anew, and are to leave.
+    pub dropped: Vec<(D::Peer, Membership<D>)>,
+}
+
+impl Sealed {
+    /// What there is to read of a new pool.
+    ///
+    /// # Errors
+    /// `bad_message`.
+    pub(super) fn new(asked: &Asked<'_>, name: &PoolName) -> Result<Sealed, Refusal> {
+        let bytes = bytes_of(&asked.descriptor)?;
+        let descriptor = descriptor::check_creation(&bytes, name.as_str()).map_err(refusal)?;
+        if asked.is_gated != (descriptor.suite() == Suite::Gated) {
+            let message = "field 'memory' does not fit the suite of the descriptor";
+            return Err(Refusal::new(Code::BadMessage, message));
+        }
+        Ok(Sealed {
+            descriptor: Arc::new(descriptor),
+            older: Vec::new(),
+        })
+    }
+
+    /// Of an earlier run.
+    pub(super) fn restore(bytes: &[u8]) -> Option<Sealed> {
+        let descriptor = Descriptor::parse(bytes).ok()?;
+        Some(Sealed {
+            descriptor: Arc::new(descriptor),
+            older: Vec::new(),
+        })
+    }
+
+    /// What members are told of it.
+    pub(super) fn describe(&self, description: &mut Value) {
+        let descriptor = &self.descriptor;
+        let is_gated = descriptor.suite() == Suite::Gated;
+        description["encrypted"] = true.into();
+        description["pool_id"] = text::encode(&descriptor.pool_id()).into();
+        description["epoch"] = descriptor.epoch().into();
+        description["suite"] = descriptor.suite().number().into();
+        description["memory"] = if is_gated { "gated" } else { "sealed" }.into();
+    }
+}
+
+impl<D: Driver> Registry<D> {
+    /// The current descriptor of an encrypted pool.
+    #[must_use]
+    pub fn descriptor(&self, name: &PoolName) -> Option<Arc<Descriptor>> {
+        let sealed = self.pools.get(name)?.sealed.as_ref()?;
+        Some(Arc::clone(&sealed.descriptor))
+    }
+
+    pub(super) fn is_sealed(&self, name: &PoolName) -> bool {
+        self.pools
+            .get(name)
+            .is_some_and(|entry| entry.sealed.is_some())
+    }
+
+    /// Whether whoever looks proved the role write in a pool.
+    pub(super) fn may_write(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
+        let instances = self.apps.get(view.app).map(|app| &app.instances[..]);
+        let mut own = instances.unwrap_or_default().iter();
+        let own = own.find(|instance| Some(instance.id) == view.instance);
+        let m = own.and_then(|own| own.memberships.iter().find(|m| m.number == entry.number));
+        let grant = m.and_then(|m| m.grant);
+        grant.is_some_and(|grant| grant.roles == Roles::Write)
+    }
+
+    /// Whether an encrypted pool has that id already.
+    pub(super) fn has_pool_id(&self, id: [u8; 16]) -> bool {
+        let mut sealed = self
+            .pools
+            .values()
+            .filter_map(|entry| entry.sealed.as_ref());
+        sealed.any(|sealed| sealed.descriptor.pool_id() == id)
+    }
+
+    /// Takes in a descriptor of an earlier epoch; they come in the order of their epochs.
+    pub fn restore_descriptor(&mut self, name: &PoolName, epoch: u32, bytes: Vec<u8>) {
+        let entry = self.pools.get_mut(name);
+        if let Some(sealed) = entry.and_then(|entry| entry.sealed.as_mut())
+            && epoch < sealed.descriptor.epoch()
+        {
+            sealed.older.push(bytes.into());
+        }
+    }
+
+    /// Opens an encrypted pool for an instance that proved roles in it, and remembers that its app is in it.
+    ///
+    /// # Errors
+    /// `unauthenticated`, `forbidden`, `quota`.
+    pub fn open_proved(
+        &mut self,
+        app_id: &AppId,
+        name: &PoolName,
+        (descriptor, roles): (&Arc<Descriptor>, Roles),
+        is_member: bool,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Proved<D>, Refusal> {
+        let unix_ms = turn.unix_ms();
+        let entry = self.pools.get(name).ok_or_else(Refusal::unproved)?;
+        let sealed = entry.sealed.as_ref().ok_or_else(Refusal::unproved)?;
+        // A rotation may have come in between.
+        if !Arc::ptr_eq(&sealed.descriptor, descriptor) {
+            return Err(Refusal::unproved());
+        }
+        if !entry.admits(app_id) {
+            return Err(not_open(app_id, name));
+        }
+        let suite = sealed.descriptor.suite();
+        let chain = sealed.older.iter().rev().take(CHAIN_TOLD).rev();
+        let chain = chain.cloned().collect();
+        let registered = self.apps.get(app_id).map(|app| app.registration.get());
+        let registered = registered.as_deref();
+        let known = registered.filter(|registered| registered.pools.contains(name));
+        if known.is_none()
+            && registered.is_some_and(|r| r.pools.len() >= self.limits.pools_per_app_max)
+        {
+            let max = self.limits.pools_per_app_max;
+            return Err(latzero_protocol::message::too_many("pools", max));
+        }
+        let watch = known.and_then(|known| {
+            let mut watches = known.watches.iter();
+            watches.find_map(|(pool, events)| (pool == name).then_some(*events))
+        });
+        let subscriptions = known.map_or_else(Vec::new, |known| {
+            let of_pool = known.subscriptions.iter().filter(|(pool, _)| pool == name);
+            of_pool.map(|(_, block)| block.clone()).collect()
+        });
+        let rehydrated = known.is_some();
+        let entrance = (!is_member).then(|| {
+            let mut entrance = self.enter(unix_ms, app_id, name.clone(), &mut Vec::new());
+            entrance.grant = Some(Grant { roles, suite });
+            entrance
+        });
+        if !rehydrated {
+            self.remember(app_id, None, turn, |registration| {
+                registration.pools.push(name.clone());
+            });
+        }
+        Ok(Proved {
+            entrance,
+            chain,
+            rehydrated,
+            watch,
+            subscriptions,
+        })
+    }
+
+    /// The newest `limit` descriptors of epochs below `before`, ascending, and whether there are more.
+    #[must_use]
+    pub fn chain(
+        &self,
+        name: &PoolName,
+        before: Option<u32>,
+        limit: usize,
+    ) -> (Vec<Arc<[u8]>>, bool) {
+        let entry = self.pools.get(name);
+        let Some(sealed) = entry.and_then(|entry| entry.sealed.as_ref()) else {
+            return (Vec::new(), false);
+        };
+        // The first of them is epoch 1.
+        let end = before.map_or(sealed.older.len(), |before| before as usize - 1);
+        let end = end.min(sealed.older.len());
+        let start = end.saturating_sub(limit);
+        (sealed.older[start..end].to_vec(), start > 0)
+    }
+
+    /// Moves an encrypted pool to its next epoch. Members whose keys are the same stay; the others are returned, to be led
+    /// out.
+    ///
+    /// # Errors
+    /// `bad_message`, `stale_epoch`, `unauthenticated`.
+    pub fn rotate(
+        &mut self,
+        name: &PoolName,
+        said: &str,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Rotated<D>, Refusal> {
+        let bytes = bytes_of(said)?;
+        let entry = self.pools.get_mut(name);
+        let entry = entry.filter(|entry| entry.sealed.is_some());
+        let entry = entry.ok_or_else(Refusal::unproved)?;
+        let sealed = entry.sealed.as_mut().expect("looked at just now");
+        let current = Arc::clone(&sealed.descriptor);
+        let next = descriptor::check_rotation(&bytes, &current).map_err(refusal)?;
+        let next = Arc::new(next);
+        let changes = next.changes(&current);
+        sealed.older.push(current.as_bytes().into());
+        sealed.descriptor = Arc::clone(&next);
+        let (number, pool) = (entry.number, entry.pool.clone());
+        let older = current.as_bytes().to_vec();
+        turn.keep(
+            Change::Descriptor(name.clone(), current.epoch(), older),
+            None,
+        );
+        turn.keep(Change::Pool(Box::new(row(name, entry))), Some(promise));
+        let keeps = |roles: Roles| {
+            !(changes.join
+                || (changes.read && roles != Roles::Join)
+                || (changes.write && roles == Roles::Write))
+        };
+        let (mut kept, mut dropped) = (Vec::new(), Vec::new());
+        for app in self.apps.values_mut() {
+            for instance in &mut app.instances {
+                let at = instance.memberships.iter().position(|m| m.number == number);
+                let Some(at) = at else { continue };
+                let roles = instance.memberships[at].grant.map(|grant| grant.roles);
+                if roles.is_some_and(keeps) {
+                    kept.push(instance.peer.clone());
+                    continue;
+                }
+                let m = instance.memberships.swap_remove(at);
+                dropped.push((instance.peer.clone(), m));
+            }
+        }
+        Ok(Rotated {
+            descriptor: next,
+            pool,
+            purges: changes.join || changes.read,
+            moves: changes.join || changes.read || changes.write || changes.seal,
+            kept,
+            dropped,
+        })
+    }
+}
+
+/// The row of a pool that stays.
+fn row<D: Driver>(name: &PoolName, entry: &PoolEntry<D>) -> PoolRow {
+    let sealed = entry.sealed.as_ref();
+    PoolRow {
+        name: name.clone(),
+        owner: entry.owner.clone(),
+        policy: entry.policy.to_json(),
+        properties: entry.properties.as_ref().map(Value::to_string),
+        created: entry.created,
+        is_durable: true,
+        descriptor: sealed.map(|sealed| sealed.descriptor.as_bytes().to_vec()),
+    }
+}
+
+/// The bytes of a descriptor on the wire.
+fn bytes_of(said: &str) -> Result<Vec<u8>, Refusal> {
+    let bytes = text::decode_within(said, DESCRIPTOR_BYTES_MAX);
+    bytes.ok_or_else(|| {
+        let message = "field 'descriptor' is not a descriptor in base64url without padding";
+        Refusal::new(Code::BadMessage, message)
+    })
+}
+
+fn refusal(error: StoreError) -> Refusal {
+    match error {
+        StoreError::StaleEpoch(_) => Refusal::new(Code::StaleEpoch, error.to_string()),
+        StoreError::Signature => Refusal::unproved(),
+        StoreError::Layout(_) | StoreError::Unfit(_) => {
+            Refusal::new(Code::BadMessage, error.to_string())
+        }
+    }
+}
+
+/// What is told of a rotation.
+pub(crate) fn rotated_event(name: &PoolName, descriptor: &Descriptor, is_member: bool) -> Value {
+    let mut told = json!({
+        "action": "event", "event": "pool_rotated", "pool": name, "epoch": descriptor.epoch(),
+        "member": is_member,
+    });
+    if is_member {
+        told["descriptor"] = text::encode(descriptor.as_bytes()).into();
+    }
+    told
+}

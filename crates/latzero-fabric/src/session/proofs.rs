@@ -1,0 +1,398 @@
+//! Who somebody is, shown by proofs: an app by its key, an administrator by the token, a member of an encrypted pool by the
+//! pool's keys.
+//!
+//! A challenge is good for one proof on one connection. What was wrong with a proof nobody is told, and whoever has three
+//! refused is sent away.
+
+use latzero_crypto::Suite;
+use latzero_crypto::keys::Roles;
+use latzero_crypto::proof::{self, Asked, CHALLENGE_MS, ChannelBinding, Exchange, JoinProof};
+use latzero_crypto::text;
+use latzero_protocol::proof::{AdminProof, AppProof, Chain, PROOF_BYTES_MAX};
+use latzero_protocol::{Code, PoolName, Refusal, Request, encode};
+use serde_json::json;
+
+use super::promises::{Promise, Reply};
+use super::{Flow, Session, leave};
+use crate::driver::Driver;
+use crate::effects::Audit;
+use crate::now::Time;
+use crate::outbox::Class;
+use crate::registry::{Proved, Rotated, rotated_event};
+use crate::turn::Turn;
+
+/// Refused proofs after which a connection is closed.
+const REFUSED_MAX: u32 = 3;
+
+/// What a connection was asked to prove, and how often it failed.
+#[derive(Default)]
+pub(super) struct Proofs {
+    /// The challenge for an app or an administrator, and when it was given.
+    challenge: Option<([u8; 32], Time)>,
+    /// Those for pools.
+    pools: proof::Challenges,
+    refused: u32,
+}
+
+impl<D: Driver> Session<D> {
+    /// Answers what may come before the handshake.
+    pub(super) fn prove(
+        &mut self,
+        id: Option<&str>,
+        request: &Request<'_>,
+        length: usize,
+        turn: &mut Turn<'_, D>,
+    ) -> Flow {
+        if self.ready.is_none() && length > PROOF_BYTES_MAX {
+            let message =
+                format!("a proof before the handshake has at most {PROOF_BYTES_MAX} bytes");
+            return self.reject(&Refusal::new(Code::FrameTooLarge, message), turn);
+        }
+        let result = match request {
+            Request::Challenge => Ok(self.challenge(turn)),
+            Request::AppProof(_) if self.ready.is_some() => Err(Refusal::new(
+                Code::AlreadyReady,
+                "an app is proved before the handshake; open another connection",
+            )),
+            Request::AppProof(said) => self.app_proof(said, turn),
+            Request::AdminProof(said) => self.admin_proof(said, turn),
+            _ => unreachable!("nothing else comes here"),
+        };
+        self.answer_proof(id, result.map(Some), turn)
+    }
+
+    /// Gives a challenge, in the place of an earlier one.
+    pub(super) fn challenge(&mut self, turn: &mut Turn<'_, D>) -> String {
+        let server_nonce = turn.driver.nonce();
+        self.proofs.challenge = Some((server_nonce, turn.time()));
+        let instance = turn.driver.site().instance;
+        json!({
+            "server_nonce": text::encode(&server_nonce), "server_instance": text::encode(&instance),
+        })
+        .to_string()
+    }
+
+    /// Takes the key of an app for proved, until the handshake.
+    pub(super) fn app_proof(
+        &mut self,
+        said: &AppProof<'_>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<String, Refusal> {
+        let app_key: [u8; 32] = binary("app_key", &said.app_key)?;
+        let client_nonce = binary("client_nonce", &said.client_nonce)?;
+        let sig = binary("sig", &said.sig)?;
+        self.check_attempts(turn)?;
+        let exchange = self.exchange(client_nonce, &said.cb_type, turn);
+        let is_good = exchange.is_some_and(|exchange| {
+            proof::verify_app(said.app_id.as_str(), &app_key, &exchange, &sig)
+        });
+        let who = &self.who;
+        let decided = turn.with_registry(|registry, _| match registry.key_of(&said.app_id) {
+            _ if !is_good => Err(Refusal::unproved()),
+            Some(key) if key == app_key => Ok(()),
+            Some(_) => Err(Refusal::unproved()),
+            None => registry.check_new_key(&said.app_id, who),
+        });
+        decided?;
+        self.who.proved = Some((said.app_id.clone(), app_key));
+        Ok("{}".into())
+    }
+
+    /// Makes this an administrator's connection, and shows that the server has the token too.
+    pub(super) fn admin_proof(
+        &mut self,
+        said: &AdminProof<'_>,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<String, Refusal> {
+        let client_nonce = binary("client_nonce", &said.client_nonce)?;
+        let mac: [u8; 32] = binary("mac", &said.mac)?;
+        let is_bound = self.terms.binding != ChannelBinding::None;
+        if !is_bound && !turn.driver.site().admin_over_plain_tcp {
+            let message = "nobody administers over plain TCP; use the Unix socket or TLS \
+                           (admin_over_plain_tcp)";
+            return Err(Refusal::new(Code::Forbidden, message));
+        }
+        self.check_attempts(turn)?;
+        let exchange = self.exchange(client_nonce, &said.cb_type, turn);
+        let answer = exchange.and_then(|exchange| turn.driver.admin_mac(&exchange, &mac));
+        let answer = answer.ok_or_else(Refusal::unproved)?;
+        self.terms.is_admin = true;
+        Ok(json!({"mac": text::encode(&answer)}).to_string())
+    }
+
+    /// Gives a challenge for a pool. A name that is no encrypted pool's looks like one.
+    pub(super) fn pool_challenge(&mut self, pool: &PoolName, turn: &mut Turn<'_, D>) -> String {
+        let current = turn.with_registry(|registry, _| registry.descriptor(pool));
+        let site = turn.driver.site();
+        let (instance, decoy) = (
+            site.instance,
+            proof::decoy_pool_id(&site.secret, pool.as_str()),
+        );
+        let server_nonce = turn.driver.nonce();
+        let challenge = match current {
+            Some(descriptor) => proof::Challenge {
+                server_nonce,
+                pool_id: descriptor.pool_id(),
+                epoch: descriptor.epoch(),
+                suite: descriptor.suite().number(),
+            },
+            None => proof::Challenge {
+                server_nonce,
+                pool_id: decoy,
+                epoch: 1,
+                suite: Suite::Sealed.number(),
+            },
+        };
+        let now_ms = turn.time().0 / 1000;
+        self.proofs.pools.put(pool.as_str(), challenge, now_ms);
+        json!({
+            "pool_id": text::encode(&challenge.pool_id), "epoch": challenge.epoch,
+            "suite": challenge.suite, "server_nonce": text::encode(&server_nonce),
+            "server_instance": text::encode(&instance),
+        })
+        .to_string()
+    }
+
+    /// Joins an encrypted pool, or changes the roles there. The reply goes out first: what waits for the app in the pool comes
+    /// behind it.
+    pub(super) fn pool_prove(
+        &mut self,
+        id: Option<&str>,
+        pool: &PoolName,
+        said: &str,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<(), Refusal> {
+        let said = JoinProof::from_json(said)
+            .map_err(|error| Refusal::new(Code::BadMessage, error.to_string()))?;
+        self.check_attempts(turn)?;
+        let now_ms = turn.time().0 / 1000;
+        let challenge = self.proofs.pools.take(pool.as_str(), now_ms);
+        let challenge = challenge.filter(|_| self.takes_binding(turn));
+        let current = turn.with_registry(|registry, _| registry.descriptor(pool));
+        let app = self.app().expect("only a ready session joins").0.clone();
+        let asked = Asked {
+            pool: pool.as_str(),
+            app_id: app.as_str(),
+            server_instance: turn.driver.site().instance,
+            binding: self.terms.binding,
+            current: current.as_deref(),
+        };
+        let roles = proof::verify_join(&said, challenge, &asked).ok_or_else(Refusal::unproved)?;
+        let descriptor = current.expect("a proof of no pool is refused");
+        self.forget_left(turn);
+        let is_member = self.memberships.iter().any(|m| m.name == *pool);
+        if !is_member {
+            crate::registry::check_pools(self.memberships.len() + 1, turn.limits())?;
+        }
+        let Proved {
+            entrance,
+            chain,
+            rehydrated,
+            watch,
+            subscriptions,
+        } = turn.with_registry(|registry, turn| {
+            registry.open_proved(&app, pool, (&descriptor, roles), is_member, turn)
+        })?;
+        let mut reply = json!({
+            "roles": roles.number(), "descriptor": text::encode(descriptor.as_bytes()),
+            "rehydrated": rehydrated,
+        });
+        if !chain.is_empty() {
+            reply["chain"] = chain.iter().map(|bytes| text::encode(bytes)).collect();
+        }
+        if rehydrated {
+            let ready = self.ready.as_ref().expect("only a ready session joins");
+            let triggers = ready.triggers.iter().filter(|spec| spec.is_for(pool));
+            reply["triggers"] = triggers.map(|spec| spec.name.as_str()).collect();
+            reply["watching"] = watch.is_some().into();
+            reply["subscriptions"] = json!(subscriptions);
+        }
+        self.reply(id, &reply.to_string(), turn);
+        self.proofs.refused = 0;
+        let Some(entrance) = entrance else {
+            self.change_roles(pool, roles, turn);
+            return Ok(());
+        };
+        self.enter(entrance, watch, turn);
+        if let Some(m) = self.memberships.last().filter(|m| m.name == *pool) {
+            for block in &subscriptions {
+                // A block that is gone has no changes to tell.
+                let _ = turn.with_pool(&m.pool, |pool, turn| {
+                    pool.subscribe_block(m.member, block, turn)
+                });
+            }
+        }
+        if !self.settle(turn) {
+            let _ = self.overtaken(turn);
+        }
+        Ok(())
+    }
+
+    /// The descriptors of a pool's epochs before one.
+    pub(super) fn pool_chain(
+        &mut self,
+        asked: &Chain,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<String, Refusal> {
+        self.membership(Some(asked.pool.as_str()))?;
+        let (chain, more) = turn
+            .with_registry(|registry, _| registry.chain(&asked.pool, asked.before, asked.limit));
+        let chain: Vec<_> = chain.iter().map(|bytes| text::encode(bytes)).collect();
+        Ok(json!({"chain": chain, "more": more}).to_string())
+    }
+
+    /// Serves what the roles in a pool allow by now, and no more.
+    fn change_roles(&mut self, pool: &PoolName, roles: Roles, turn: &mut Turn<'_, D>) {
+        let Some(m) = self.memberships.iter_mut().find(|m| m.name == *pool) else {
+            return;
+        };
+        if let Some(grant) = &mut m.grant {
+            grant.roles = roles;
+        }
+        let m = m.clone();
+        let _ = self.settle(turn);
+        let ready = self.ready.as_ref().expect("only a ready session joins");
+        turn.with_pool(&m.pool, |pool, turn| {
+            for spec in ready.triggers.iter().filter(|spec| spec.is_for(&m.name)) {
+                if m.serves(spec) {
+                    pool.serve(m.member, spec, turn);
+                } else {
+                    pool.unserve(m.member, &spec.name, turn);
+                }
+            }
+        });
+    }
+
+    /// Whether somebody whose proofs were refused may try again yet.
+    fn check_attempts(&self, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
+        if turn.driver.may_prove(&self.peer) {
+            return Ok(());
+        }
+        let message = "too many proofs of yours were refused; wait a minute";
+        Err(Refusal::new(Code::Overloaded, message))
+    }
+
+    /// Counts a refused proof; the third ends the connection.
+    pub(super) fn count_refused(&mut self, refusal: &Refusal, turn: &mut Turn<'_, D>) -> Flow {
+        if refusal.code != Code::Unauthenticated {
+            return Flow::Continue;
+        }
+        self.proofs.refused += 1;
+        turn.driver.note_refused(&self.peer);
+        let audit = Audit {
+            event: "proof_refused",
+            app: self.ready.as_ref().map(|ready| &ready.app),
+            instance: self.ready.as_ref().map(|ready| ready.instance),
+            detail: json!({"refused": self.proofs.refused}),
+        };
+        turn.audit(&self.peer, &audit);
+        if self.proofs.refused < REFUSED_MAX {
+            Flow::Continue
+        } else {
+            Flow::Close
+        }
+    }
+
+    /// The exchange that a proof is about; the challenge is spent by it.
+    fn exchange(
+        &mut self,
+        client_nonce: [u8; 32],
+        cb_type: &str,
+        turn: &Turn<'_, D>,
+    ) -> Option<Exchange> {
+        let (server_nonce, given) = self.proofs.challenge.take()?;
+        let is_in_time = turn.time() <= given.after_ms(CHALLENGE_MS);
+        let is_bound = cb_type == self.terms.binding.name() && self.takes_binding(turn);
+        (is_in_time && is_bound).then_some(Exchange {
+            client_nonce,
+            server_nonce,
+            server_instance: turn.driver.site().instance,
+            binding: self.terms.binding,
+        })
+    }
+
+    /// Whether what binds proofs to this channel is enough here.
+    fn takes_binding(&self, turn: &Turn<'_, D>) -> bool {
+        match self.terms.binding {
+            ChannelBinding::None => {
+                self.terms.is_loopback && !turn.driver.site().require_channel_binding
+            }
+            ChannelBinding::Unix { .. } | ChannelBinding::TlsExporter(_) => true,
+        }
+    }
+
+    /// Answers a request that proves something.
+    pub(super) fn answer_proof(
+        &mut self,
+        id: Option<&str>,
+        result: Result<Option<String>, Refusal>,
+        turn: &mut Turn<'_, D>,
+    ) -> Flow {
+        match result {
+            Ok(Some(reply)) => {
+                self.reply(id, &reply, turn);
+                Flow::Continue
+            }
+            Ok(None) => Flow::Continue,
+            Err(refusal) => {
+                self.refuse(id, &refusal, turn);
+                self.count_refused(&refusal, turn)
+            }
+        }
+    }
+
+    /// Moves a pool to its next epoch, and tells its members. Those whose keys changed are led out.
+    pub(super) fn pool_rotate(
+        &mut self,
+        pool: &PoolName,
+        said: &str,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<Reply, Refusal> {
+        self.membership(Some(pool.as_str()))?
+            .check_roles(Roles::Write)?;
+        let peer = self.peer.clone();
+        let Rotated {
+            descriptor,
+            pool: handle,
+            purges,
+            moves,
+            kept,
+            dropped,
+        } = turn.with_registry(|registry, turn| registry.rotate(pool, said, &peer, turn))?;
+        let tell = |peer: &D::Peer, is_member, turn: &mut Turn<'_, D>| {
+            let told = rotated_event(pool, &descriptor, is_member).to_string();
+            turn.send(peer, Class::Control, told.len(), |out| {
+                encode::message(out, &told)
+            });
+        };
+        for (peer, membership) in &dropped {
+            leave(membership, turn);
+            tell(peer, false, turn);
+        }
+        for peer in &kept {
+            tell(peer, true, turn);
+        }
+        let purged = turn.with_pool(&handle, |pool, turn| {
+            if moves {
+                pool.renew_blocks(turn);
+            }
+            let purged = purges.then(|| pool.purge(turn));
+            purged.unwrap_or_default()
+        });
+        let reply = json!({
+            "epoch": descriptor.epoch(), "members_kept": kept.len(), "members_dropped": dropped.len(),
+            "dropped": {
+                "parked": purged.parked, "answers": purged.answers, "repeats": purged.repeats,
+            },
+        });
+        Ok(Reply::Kept(reply.to_string(), Promise::Registration))
+    }
+}
+
+/// A binary field of exactly that size.
+fn binary<const N: usize>(field: &str, said: &str) -> Result<[u8; N], Refusal> {
+    text::decode(said).ok_or_else(|| {
+        let message = format!("field '{field}' must be {N} bytes in base64url without padding");
+        Refusal::new(Code::BadMessage, message)
+    })
+}

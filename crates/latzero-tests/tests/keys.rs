@@ -1,0 +1,730 @@
+//! App keys, administrators and encrypted pools: the real server, the real client, and who tries without the keys.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use latzero::blocking::App;
+use latzero::{AppKey, Builder, Bytes, Code, HandlerError, Keys};
+use latzero_crypto::app_key;
+use latzero_crypto::keys::{KeySet, Kind, NewKeys, Secret};
+use latzero_crypto::proof::{self, ChannelBinding, Exchange, Joining};
+use latzero_crypto::text;
+use latzero_tests::{Server, Via, Wire};
+use serde_json::{Value, json};
+
+fn code(reply: &Value) -> &str {
+    reply["error"]["code"].as_str().unwrap_or("ok")
+}
+
+/// A file as key files are.
+fn private_file(dir: &Path, name: &str, content: &str) -> PathBuf {
+    let path = dir.join(name);
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .unwrap();
+    std::io::Write::write_all(&mut file, content.as_bytes()).unwrap();
+    path
+}
+
+/// New keys of a pool, from a number.
+fn key_set(seed: u8) -> KeySet {
+    let secret = |of: u8| Secret::new(std::array::from_fn(|at| seed ^ of ^ (at as u8)));
+    KeySet::new_pool(NewKeys {
+        sigil: secret(0x20),
+        shard: secret(0x40),
+        seal: secret(0x60),
+        owner: None,
+    })
+}
+
+/// Those of the keys that some role has, as the client takes them.
+fn keys(set: &KeySet, kinds: &[Kind]) -> Keys {
+    let tokens: Vec<_> = kinds.iter().map(|kind| set.token(*kind).unwrap()).collect();
+    Keys::from_tokens(tokens.iter().map(|token| token.as_str())).unwrap()
+}
+
+const WRITE: &[Kind] = &[Kind::Sigil, Kind::Shard, Kind::Seal];
+const READ: &[Kind] = &[Kind::Sigil, Kind::Shard];
+const JOIN: &[Kind] = &[Kind::Sigil];
+
+fn builder(server: &Server, app: &str) -> Builder {
+    latzero::App::builder(&format!(
+        "latzero://{app}?socket={}",
+        server.0.socket().display()
+    ))
+}
+
+fn over_tcp(server: &Server, app: &str) -> Builder {
+    latzero::App::builder(&format!("latzero://{app}@{}", server.0.tcp()))
+}
+
+/// A server with an encrypted pool `vault`, and its keys.
+fn vault() -> (Server, KeySet) {
+    let server = Server::start();
+    let set = key_set(1);
+    let maker = App::connect_with(builder(&server, "maker")).unwrap();
+    let request = keys(&set, WRITE).pool_create("vault", false).unwrap();
+    let made = maker.request(&request).unwrap();
+    assert_eq!(made["encrypted"], true, "{made}");
+    (server, set)
+}
+
+fn with_keys(server: &Server, app: &str, keys: Keys) -> Builder {
+    let state_dir = server.0.data_dir().join("of-clients").join(app);
+    builder(server, app)
+        .keys("vault", keys)
+        .state_dir(state_dir)
+}
+
+/// An app with keys, which keeps beside the server what it accepted.
+fn member(server: &Server, app: &str, keys: Keys) -> App {
+    App::connect_with(with_keys(server, app, keys)).unwrap()
+}
+
+/// What binds proofs to a connection over the Unix socket.
+fn bound(server: &Server) -> ChannelBinding {
+    ChannelBinding::Unix {
+        uid: rustix::process::geteuid().as_raw(),
+        pid: server.pid(),
+    }
+}
+
+fn binary<const N: usize>(value: &Value) -> [u8; N] {
+    text::decode(value.as_str().unwrap()).unwrap()
+}
+
+fn exchange(challenge: &Value, binding: ChannelBinding) -> Exchange {
+    Exchange {
+        client_nonce: [3; 32],
+        server_nonce: binary(&challenge["server_nonce"]),
+        server_instance: binary(&challenge["server_instance"]),
+        binding,
+    }
+}
+
+#[test]
+fn an_app_with_a_key_is_nobody_elses() {
+    let mut server = Server::start();
+    let dir = server.0.data_dir().to_owned();
+    let line = |seed: u8| app_key::AppKey::new(Secret::new([seed; 32])).to_text();
+    let file = private_file(&dir, "shop", &format!("{}\n", line(1).as_str()));
+    let other = private_file(&dir, "other", line(2).as_str());
+    let key = AppKey::from_file(&file).unwrap();
+    let app = App::connect_with(builder(&server, "shop").app_key(key.clone())).unwrap();
+    app.close().unwrap();
+    let refused = |builder: Builder| App::connect_with(builder).unwrap_err().kind();
+    for _ in 0..2 {
+        // Not without the key, not with another, not by the same user.
+        assert_eq!(refused(builder(&server, "shop")), Code::Unauthenticated);
+        assert_eq!(refused(over_tcp(&server, "shop")), Code::Unauthenticated);
+        let other = AppKey::from_file(&other).unwrap();
+        let with_other = builder(&server, "shop").app_key(other);
+        assert_eq!(refused(with_other), Code::Unauthenticated);
+        App::connect_with(builder(&server, "shop").app_key(key.clone())).unwrap();
+        // With the key from anywhere, but over plain TCP only where that was allowed.
+        let by_tcp = over_tcp(&server, "shop").app_key(key.clone());
+        assert_eq!(refused(by_tcp.clone()), Code::Downgrade);
+        App::connect_with(by_tcp.unbound(true)).unwrap();
+        server.kill();
+        server.restart();
+    }
+    // It outlives the registration, and an administrator removes it.
+    let admin = App::connect_with(builder(&server, "admin")).unwrap();
+    admin
+        .request(&json!({"action": "app_forget", "app_id": "shop"}))
+        .unwrap();
+    assert_eq!(refused(builder(&server, "shop")), Code::Unauthenticated);
+    admin
+        .request(&json!({"action": "app_key_remove", "app_id": "shop"}))
+        .unwrap();
+    App::connect_with(builder(&server, "shop")).unwrap();
+    // An AppID of somebody else takes no key over TCP.
+    let by_tcp = over_tcp(&server, "admin").app_key(key).unbound(true);
+    assert_eq!(refused(by_tcp), Code::Unauthenticated);
+    // Key files that others may read are refused.
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+    assert_eq!(
+        AppKey::from_file(&file).unwrap_err().kind(),
+        Code::KeyFormat
+    );
+}
+
+#[test]
+fn proofs_are_good_once_here_and_for_a_connection() {
+    let server = Server::start();
+    let key = app_key::AppKey::new(Secret::new([1; 32])).signing_key();
+    let public = key.public().to_bytes();
+    let prove = |wire: &mut Wire, app: &str, exchange: &Exchange, cb_type: &str| {
+        let sig = key.sign(&proof::app_transcript(app, &public, exchange));
+        wire.request(json!({
+            "action": "app_proof", "app_id": "shop", "app_key": text::encode(&public),
+            "client_nonce": text::encode(&exchange.client_nonce), "sig": text::encode(&sig),
+            "cb_type": cb_type,
+        }))
+    };
+    let challenge =
+        |wire: &mut Wire| wire.request(json!({"action": "challenge"}))["response"].clone();
+    let unix = bound(&server);
+    let ChannelBinding::Unix { uid, pid } = unix else {
+        unreachable!()
+    };
+    let wrong = [
+        ChannelBinding::Unix { uid, pid: pid + 1 },
+        ChannelBinding::Unix { uid: uid + 1, pid },
+        ChannelBinding::None,
+    ];
+    for binding in wrong {
+        let mut wire = server.connect(Via::Unix);
+        let given = challenge(&mut wire);
+        let reply = prove(
+            &mut wire,
+            "shop",
+            &exchange(&given, binding),
+            binding.name(),
+        );
+        assert_eq!(code(&reply), "unauthenticated", "{binding:?}");
+        assert_eq!(reply["error"]["message"], "the proof was not accepted");
+    }
+    let mut wire = server.connect(Via::Unix);
+    let mut other = server.connect(Via::Unix);
+    let (given, theirs) = (challenge(&mut wire), challenge(&mut other));
+    // Of another connection, of another app; and each refusal spends the challenge.
+    let reply = prove(&mut wire, "shop", &exchange(&theirs, unix), "unix");
+    assert_eq!(code(&reply), "unauthenticated");
+    let reply = prove(&mut wire, "shop", &exchange(&given, unix), "unix");
+    assert_eq!(code(&reply), "unauthenticated");
+    let given = challenge(&mut wire);
+    let reply = prove(&mut wire, "shop2", &exchange(&given, unix), "unix");
+    assert_eq!(code(&reply), "unauthenticated");
+    // The third refusal ends the connection.
+    wire.wait_closed();
+    // A good one is good once.
+    let good = exchange(&theirs, unix);
+    assert_eq!(code(&prove(&mut other, "shop", &good, "unix")), "ok");
+    assert_eq!(
+        code(&prove(&mut other, "shop", &good, "unix")),
+        "unauthenticated"
+    );
+    other.send(&json!({"action": "handshake", "app_id": "shop"}));
+    assert_eq!(other.receive()["status"], "ok");
+    // A proof is small.
+    let mut wire = server.connect(Via::Unix);
+    wire.send(&json!({"action": "challenge", "x": "x".repeat(5000)}));
+    assert_eq!(code(&wire.receive()), "frame_too_large");
+    wire.wait_closed();
+}
+
+#[test]
+fn whoever_guesses_over_tcp_waits() {
+    let server = Server::start();
+    let mut codes = Vec::new();
+    while codes.last().is_none_or(|code| code != "overloaded") && codes.len() < 30 {
+        let mut wire = server.connect(Via::Tcp);
+        for _ in 0..2 {
+            wire.request(json!({"action": "challenge"}));
+            let reply = wire.request(json!({
+                "action": "app_proof", "app_id": "a", "app_key": text::encode(&[1; 32]),
+                "client_nonce": text::encode(&[1; 32]), "sig": text::encode(&[1; 64]),
+                "cb_type": "none",
+            }));
+            codes.push(code(&reply).to_owned());
+        }
+    }
+    let refused = codes
+        .iter()
+        .filter(|code| *code == "unauthenticated")
+        .count();
+    assert_eq!(refused, 20, "{codes:?}");
+}
+
+#[test]
+fn an_administrator_and_the_server_prove_the_token_to_each_other() {
+    let server = Server::with(&["admin_over_plain_tcp=true"]);
+    let token = std::fs::read_to_string(server.0.data_dir().join("admin.token")).unwrap();
+    let app = App::connect_with(over_tcp(&server, "far")).unwrap();
+    let reload = json!({"action": "reload"});
+    assert_eq!(app.request(&reload).unwrap_err().kind(), Code::Forbidden);
+    assert_eq!(
+        app.prove_admin(&token, false).unwrap_err().kind(),
+        Code::Downgrade
+    );
+    let wrong = "0".repeat(64);
+    assert_eq!(
+        app.prove_admin(&wrong, true).unwrap_err().kind(),
+        Code::Unauthenticated
+    );
+    app.prove_admin(&token, true).unwrap();
+    app.request(&reload).unwrap();
+    // Files are for the server's own user on the Unix socket.
+    let backup = json!({"action": "backup", "to": "/tmp/never"});
+    assert_eq!(app.request(&backup).unwrap_err().kind(), Code::Forbidden);
+
+    let server = Server::start();
+    let app = App::connect_with(over_tcp(&server, "far")).unwrap();
+    assert_eq!(
+        app.prove_admin(&token, true).unwrap_err().kind(),
+        Code::Forbidden
+    );
+    // The token is another one at each start.
+    let next = std::fs::read_to_string(server.0.data_dir().join("admin.token")).unwrap();
+    let mut server = server;
+    server.kill();
+    server.restart();
+    assert_ne!(
+        std::fs::read_to_string(server.0.data_dir().join("admin.token")).unwrap(),
+        next
+    );
+}
+
+#[test]
+fn members_call_emit_and_stream_as_in_any_pool() {
+    let (server, set) = vault();
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    worker
+        .serve("add", |request| {
+            let numbers: Vec<i64> = request.data()?;
+            Ok::<_, HandlerError>(numbers.iter().sum::<i64>())
+        })
+        .unwrap();
+    worker
+        .serve("echo", |request| {
+            assert_eq!(request.header("trace").as_deref(), Some("t1"));
+            request.data::<Bytes>()
+        })
+        .unwrap();
+    worker
+        .serve("fail", |_| {
+            Err::<(), _>(HandlerError::new("no_luck", "private").with_data(7))
+        })
+        .unwrap();
+    worker
+        .serve("count", |request| {
+            for n in 0..10 {
+                request.partial(&n)?;
+            }
+            Ok::<_, HandlerError>("done")
+        })
+        .unwrap();
+    let caller = member(&server, "caller", keys(&set, READ));
+    assert_eq!(caller.call("add", &[1, 2, 39]).send::<i64>().unwrap(), 42);
+    let bytes = vec![0, 255, 7];
+    let echo = caller
+        .call("echo", &())
+        .raw_bytes(bytes.clone())
+        .header("trace", "t1");
+    assert_eq!(echo.bytes().unwrap().0, bytes);
+    let error = caller.call("fail", &()).send::<()>().unwrap_err();
+    assert_eq!((error.code(), error.message()), ("no_luck", "private"));
+    assert!(error.is_authenticated() && error.data() == Some(&json!(7)));
+    let error = caller.call("nobody", &()).send::<()>().unwrap_err();
+    assert!(error.kind() == Code::NoHandler && !error.is_authenticated());
+    let mut stream = caller.call("count", &()).stream::<i64>();
+    let items: Vec<_> = stream.by_ref().map(Result::unwrap).collect();
+    assert_eq!(items, (0..10).collect::<Vec<_>>());
+    let once = || {
+        caller
+            .call("add", &[1])
+            .idempotency_key("once")
+            .send::<i64>()
+    };
+    assert_eq!((once().unwrap(), once().unwrap()), (1, 1));
+    let parked = caller.call("add", &[2]).park().send::<i64>();
+    assert_eq!(parked.unwrap(), 2);
+    let mut events = caller.on("news").unwrap();
+    worker.emit("news", &"hot").send().unwrap();
+    let event = events.recv_timeout(Duration::from_secs(5)).unwrap();
+    assert_eq!(event.data::<String>().unwrap(), "hot");
+}
+
+/// Proves the pool on a raw connection, with the roles of `kinds`; the reply.
+fn prove(wire: &mut Wire, server: &Server, set: &KeySet, app: &str, kinds: &[Kind]) -> Value {
+    let asked = json!({"action": "pool_challenge", "pool": "vault"});
+    let challenge = wire.request(asked)["response"].clone();
+    let joining = Joining {
+        pool: "vault",
+        pool_id: binary(&challenge["pool_id"]),
+        epoch: challenge["epoch"].as_u64().unwrap() as u32,
+        suite: challenge["suite"].as_u64().unwrap() as u16,
+        app_id: app,
+        exchange: exchange(&challenge, bound(server)),
+    };
+    let tokens: Vec<_> = kinds.iter().map(|kind| set.token(*kind).unwrap()).collect();
+    let held = KeySet::from_tokens(tokens.iter().map(|token| token.as_str())).unwrap();
+    let proof = joining.prove(&held, held.roles().unwrap()).unwrap();
+    let proof: Value = serde_json::from_str(&proof.to_json()).unwrap();
+    wire.request(json!({"action": "pool_join", "pool": "vault", "proof": proof}))
+}
+
+/// A raw connection that named no pool but the encrypted one.
+fn raw(server: &Server, via: Via, app: &str) -> Wire {
+    server.app(via, json!({"app_id": app, "encrypted_pools": ["vault"]}))
+}
+
+#[test]
+fn a_pool_that_was_not_proved_is_like_none() {
+    let (mut server, set) = vault();
+    let _worker = member(&server, "worker", keys(&set, WRITE));
+    let mut stranger = server.app(Via::Tcp, json!({"app_id": "stranger"}));
+    for pool in ["vault", "nothing"] {
+        for (action, expected) in [
+            ("pool_info", "no_pool"),
+            ("app_list", "no_pool"),
+            ("pool_remove", "no_pool"),
+            ("pool_leave", "not_member"),
+            ("watch", "not_member"),
+            ("pool_chain", "not_member"),
+            ("memory_list", "not_member"),
+        ] {
+            let reply = stranger.request(json!({"action": action, "pool": pool}));
+            assert_eq!(code(&reply), expected, "{action} {pool}: {reply}");
+            let text = reply.to_string().replace(pool, "*");
+            let same = stranger.request(json!({"action": action, "pool": "other"}));
+            assert_eq!(text, same.to_string().replace("other", "*"));
+        }
+    }
+    for listing in ["pool_list", "app_list", "stats"] {
+        let reply = stranger.request(json!({"action": listing}));
+        assert!(!reply.to_string().contains("vault"), "{reply}");
+    }
+    // That the name is taken is all that can't be hidden.
+    for request in [
+        json!({"action": "pool_create", "pool": "vault"}),
+        json!({"action": "pool_join", "pool": "vault"}),
+    ] {
+        assert_eq!(code(&stranger.request(request)), "unauthenticated");
+    }
+    let mut named = server.connect(Via::Tcp);
+    named.send(&json!({"action": "handshake", "app_id": "named", "pools": ["vault"]}));
+    assert_eq!(code(&named.receive()), "unauthenticated");
+    // A challenge looks the same for both, and stays so.
+    let challenge = |server: &Server, pool: &str| {
+        let mut wire = server.app(Via::Tcp, json!({"app_id": "asker"}));
+        let reply = wire.request(json!({"action": "pool_challenge", "pool": pool}));
+        let reply = &reply["response"];
+        assert_eq!(reply.as_object().unwrap().len(), 5, "{reply}");
+        assert_eq!((&reply["epoch"], &reply["suite"]), (&json!(1), &json!(1)));
+        (reply["pool_id"].clone(), reply["server_nonce"].clone())
+    };
+    let (before, plain) = (challenge(&server, "nothing"), challenge(&server, "default"));
+    assert_ne!(before.0, plain.0);
+    assert_ne!(before.1, challenge(&server, "nothing").1);
+    server.kill();
+    server.restart();
+    assert_eq!(challenge(&server, "nothing").0, before.0);
+    // An administrator sees that it is there, and no more.
+    let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
+    let seen = admin.request(json!({"action": "pool_info", "pool": "vault"}))["response"].clone();
+    assert_eq!(
+        (&seen["encrypted"], &seen["owner"]),
+        (&json!(true), &Value::Null)
+    );
+    assert!(seen["triggers"].is_null() && seen["epoch"] == 1, "{seen}");
+}
+
+#[test]
+fn roles_are_asked_for_at_each_act() {
+    let (server, set) = vault();
+    let mut join = raw(&server, Via::Unix, "j");
+    let mut read = raw(&server, Via::Unix, "r");
+    let mut write = raw(&server, Via::Unix, "w");
+    // Before the proof nobody is a member; afterwards what was proved counts.
+    let call = json!({"action": "trigger", "process": "t", "pool": "vault", "data": "TFpFVgABAA"});
+    assert_eq!(code(&join.request(call.clone())), "not_member");
+    assert_eq!(
+        prove(&mut join, &server, &set, "j", JOIN)["response"]["roles"],
+        1
+    );
+    assert_eq!(
+        prove(&mut read, &server, &set, "r", READ)["response"]["roles"],
+        3
+    );
+    assert_eq!(
+        prove(&mut write, &server, &set, "w", WRITE)["response"]["roles"],
+        7
+    );
+    // A proof for somebody else is none.
+    assert_eq!(
+        code(&prove(&mut join, &server, &set, "x", JOIN)),
+        "unauthenticated"
+    );
+    let ask = |wire: &mut Wire, mut request: Value| {
+        request["pool"] = "vault".into();
+        code(&wire.request(request)).to_owned()
+    };
+    let info = json!({"action": "pool_info"});
+    for wire in [&mut join, &mut read, &mut write] {
+        assert_eq!(ask(wire, info.clone()), "ok");
+    }
+    let emit = json!({"action": "emit", "process": "t", "data": "TFpFVgABAA"});
+    assert_eq!(ask(&mut join, call.clone()), "forbidden");
+    assert_eq!(ask(&mut join, emit.clone()), "forbidden");
+    assert_eq!(ask(&mut read, call.clone()), "no_handler");
+    assert_eq!(ask(&mut read, emit), "ok");
+    assert_eq!(
+        ask(
+            &mut read,
+            json!({"action": "pool_rotate", "descriptor": "AA"})
+        ),
+        "forbidden"
+    );
+    assert_eq!(
+        ask(
+            &mut write,
+            json!({"action": "pool_rotate", "descriptor": "AA"})
+        ),
+        "bad_message"
+    );
+    assert_eq!(
+        ask(
+            &mut read,
+            json!({"action": "memory_create", "block_id": "b", "size": 1})
+        ),
+        "forbidden"
+    );
+    // Whoever reads may listen, and not serve.
+    for (concurrency, served) in [(json!(0), 1), (json!(1), 0)] {
+        let name = format!("t{concurrency}");
+        let spec = json!([{"name": name, "concurrency": concurrency}]);
+        read.request(json!({"action": "trigger_register", "triggers": spec}));
+        let info = write.request(json!({"action": "pool_info", "pool": "vault"}));
+        let triggers = info["response"]["triggers"].as_array().unwrap();
+        let found = triggers
+            .iter()
+            .filter(|trigger| trigger["name"] == json!(name))
+            .count();
+        assert_eq!(found, served, "{info}");
+    }
+    // Nothing goes through that is not sealed.
+    for data in [
+        json!("plain"),
+        json!({"x": 1}),
+        json!(null),
+        json!("TFpFVgAA"),
+    ] {
+        let mut plain = call.clone();
+        plain["data"] = data;
+        assert_eq!(ask(&mut write, plain), "bad_message");
+    }
+    assert_eq!(
+        ask(&mut read, json!({"action": "pool_remove", "force": true})),
+        "ok"
+    );
+}
+
+#[test]
+fn an_app_that_comes_back_has_the_pool_when_it_proves_it_again() {
+    let (mut server, set) = vault();
+    let mut app = raw(&server, Via::Unix, "app");
+    prove(&mut app, &server, &set, "app", WRITE);
+    let served = json!({"action": "trigger_register", "triggers": ["t"]});
+    assert_eq!(code(&app.request(served)), "ok");
+    app.request(json!({"action": "watch", "pool": "vault"}));
+    server.kill();
+    server.restart();
+    // Whoever names other pools meanwhile changes nothing of it.
+    let ack = |wire: &mut Wire, handshake: Value| {
+        wire.send(&handshake);
+        wire.receive()
+    };
+    let mut plain = server.connect(Via::Unix);
+    let told = ack(&mut plain, json!({"action": "handshake", "app_id": "app"}));
+    assert_eq!(
+        (&told["rehydrated"], &told["pools"]),
+        (&json!(true), &json!([])),
+        "{told}"
+    );
+    let reply = prove(&mut plain, &server, &set, "app", WRITE)["response"].clone();
+    assert_eq!(reply["rehydrated"], true, "{reply}");
+    assert_eq!(
+        (&reply["triggers"], &reply["watching"]),
+        (&json!(["t"]), &json!(true))
+    );
+}
+
+#[test]
+fn a_rotation_removes_who_has_the_old_keys() {
+    let (server, set) = vault();
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    worker.serve("t", |_| Ok::<_, HandlerError>(1)).unwrap();
+    let reader = member(&server, "reader", keys(&set, READ));
+    assert_eq!(reader.call("t", &()).send::<i64>().unwrap(), 1);
+    let parked = reader
+        .call("later", &())
+        .timeout(Duration::from_secs(60))
+        .send_parked();
+    drop(parked.unwrap());
+    // The same keys once more: everybody stays, and goes on.
+    let done = worker
+        .rotate_pool("vault", &keys(&set, WRITE), false)
+        .unwrap();
+    assert_eq!(
+        (&done["epoch"], &done["members_dropped"]),
+        (&json!(2), &json!(0)),
+        "{done}"
+    );
+    assert_eq!(reader.call("t", &()).send::<i64>().unwrap(), 1);
+    // New keys for reading.
+    let next = KeySet::new_pool(NewKeys {
+        sigil: Secret::new([9; 32]),
+        shard: Secret::new([8; 32]),
+        seal: latzero_crypto::keys::Token::parse(&set.token(Kind::Seal).unwrap())
+            .unwrap()
+            .secret,
+        owner: None,
+    });
+    let done = worker
+        .rotate_pool("vault", &keys(&next, WRITE), false)
+        .unwrap();
+    assert_eq!(
+        (&done["epoch"], &done["dropped"]["parked"]),
+        (&json!(3), &json!(1)),
+        "{done}"
+    );
+    assert!(reader.call("t", &()).send::<i64>().is_err());
+    let refused = App::connect_with(with_keys(&server, "late", keys(&set, READ)));
+    assert_eq!(refused.unwrap_err().kind(), Code::Unauthenticated);
+    let worker = member(&server, "worker2", keys(&next, WRITE));
+    worker.serve("t", |_| Ok::<_, HandlerError>(2)).unwrap();
+    let reader = member(&server, "reader2", keys(&next, READ));
+    assert_eq!(reader.call("t", &()).send::<i64>().unwrap(), 2);
+}
+
+#[test]
+fn a_client_with_keys_takes_no_other_pool_for_its_own() {
+    let (mut server, set) = vault();
+    let other = key_set(2);
+    let kind = |builder: Builder| App::connect_with(builder).unwrap_err().kind();
+    // Other keys, no such pool, a plain pool: nothing tells them apart.
+    let mut maker = server.app(Via::Unix, json!({"app_id": "plain"}));
+    maker.request(json!({"action": "pool_create", "pool": "open"}));
+    for (pool, set) in [("vault", &other), ("nothing", &set), ("open", &set)] {
+        let builder = builder(&server, "c").keys(pool, keys(set, WRITE));
+        assert_eq!(kind(builder), Code::Unauthenticated, "{pool}");
+    }
+    let by_tcp = over_tcp(&server, "c").keys("vault", keys(&set, WRITE));
+    assert_eq!(kind(by_tcp), Code::Downgrade);
+    // Another pool of the same name and keys is a rollback for who knew the first.
+    drop(member(&server, "c", keys(&set, WRITE)));
+    let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));
+    let removed = admin.request(json!({"action": "pool_remove", "pool": "vault", "force": true}));
+    assert_eq!(code(&removed), "ok");
+    let request = keys(&set, WRITE).pool_create("vault", false).unwrap();
+    assert_eq!(code(&admin.request(request)), "ok");
+    assert_eq!(
+        kind(with_keys(&server, "c", keys(&set, WRITE))),
+        Code::Rollback
+    );
+    member(&server, "new", keys(&set, WRITE));
+    // It outlives the server, as an encrypted one.
+    server.kill();
+    server.restart();
+    member(&server, "new", keys(&set, READ));
+}
+
+#[test]
+fn the_data_directory_has_no_key_and_no_plaintext() {
+    let (mut server, set) = vault();
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    worker
+        .serve("tell", |request| request.data::<String>())
+        .unwrap();
+    let caller = member(&server, "caller", keys(&set, READ));
+    let secret = "the combination is 7-42-11";
+    for key in ["a", "b"] {
+        let call = caller
+            .call("tell", &secret)
+            .idempotency_key(key)
+            .header("h", secret);
+        assert_eq!(call.send::<String>().unwrap(), secret);
+    }
+    let waits = caller
+        .call("later", &secret)
+        .timeout(Duration::from_secs(60));
+    drop(waits.send_parked().unwrap());
+    let _ = worker.emit("tell", &secret).send();
+    server.kill();
+    let mut needles: Vec<Vec<u8>> = vec![secret.as_bytes().to_vec()];
+    for kind in WRITE {
+        let token = set.token(*kind).unwrap();
+        // The secret's text and its first bytes as they are.
+        needles.push(token.as_bytes()[5..40].to_vec());
+        needles.push(text::decode_within(&token[5..], 64).unwrap()[..32].to_vec());
+    }
+    let mut looked_at = 0;
+    let mut directories = vec![server.0.data_dir().to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.is_file() {
+                let bytes = std::fs::read(&path).unwrap();
+                looked_at += bytes.len();
+                for needle in &needles {
+                    let found = bytes.windows(needle.len()).any(|window| window == needle);
+                    assert!(!found, "{}", path.display());
+                }
+            }
+        }
+    }
+    assert!(looked_at > 10_000);
+}
+
+#[test]
+fn the_keys_decide_who_gets_memory_in_a_gated_pool() {
+    let server = Server::start();
+    let set = key_set(3);
+    let mut maker = server.app(Via::Unix, json!({"app_id": "maker"}));
+    let request = keys(&set, WRITE).pool_create("vault", true).unwrap();
+    assert_eq!(maker.request(request)["response"]["memory"], "gated");
+    let mut write = raw(&server, Via::Unix, "w");
+    let mut read = raw(&server, Via::Unix, "r");
+    let mut join = raw(&server, Via::Unix, "j");
+    prove(&mut write, &server, &set, "w", WRITE);
+    prove(&mut read, &server, &set, "r", READ);
+    prove(&mut join, &server, &set, "j", JOIN);
+    let ask = |wire: &mut Wire, action: &str, more: Value| {
+        let mut request =
+            json!({"action": format!("memory_{action}"), "pool": "vault", "block_id": "b"});
+        for (key, value) in more.as_object().unwrap() {
+            request[key] = value.clone();
+        }
+        code(&wire.request(request)).to_owned()
+    };
+    let persistent = json!({"size": 8, "kind": "persistent"});
+    assert_eq!(ask(&mut write, "create", persistent), "bad_message");
+    assert_eq!(ask(&mut write, "create", json!({"size": 8})), "ok");
+    assert_eq!(ask(&mut join, "read", json!({"length": 8})), "forbidden");
+    assert_eq!(
+        ask(&mut join, "attach", json!({"mode": "read"})),
+        "forbidden"
+    );
+    assert_eq!(ask(&mut join, "info", json!({})), "ok");
+    assert_eq!(ask(&mut read, "read", json!({"length": 8})), "ok");
+    assert_eq!(
+        ask(&mut read, "attach", json!({"mode": "write"})),
+        "forbidden"
+    );
+    assert_eq!(
+        ask(&mut read, "write", json!({"offset": 0, "data": "AAAA"})),
+        "forbidden"
+    );
+    assert_eq!(
+        ask(&mut read, "lock", json!({"mode": "exclusive"})),
+        "forbidden"
+    );
+    assert_eq!(
+        ask(&mut write, "write", json!({"offset": 0, "data": "AAAA"})),
+        "ok"
+    );
+}
