@@ -1,4 +1,4 @@
-//! What the examples share: worker processes that end with their parent.
+//! Shared by the examples: worker processes that end with their parent.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -10,7 +10,7 @@ impl Worker {
     /// Starts this program again with `args`, and waits until it says that it is ready.
     ///
     /// # Errors
-    /// Where it can't be started or ends before it is ready.
+    /// If it can't be started or ends before it is ready.
     pub fn start(args: &[&str]) -> std::io::Result<Worker> {
         let mut child = Command::new(std::env::current_exe()?)
             .args(args)

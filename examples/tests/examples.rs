@@ -1,4 +1,4 @@
-//! Each example is run as its page says, against a private server.
+//! Runs each example as its page says, against a private server.
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write as _};

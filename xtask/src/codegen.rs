@@ -1,4 +1,4 @@
-//! Files that are made from others, and the check that they are current.
+//! Generated files, and the check that they are current.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -76,7 +76,7 @@ fn strays(files: &BTreeMap<PathBuf, String>) -> Result<Vec<PathBuf>, String> {
         .collect())
 }
 
-/// The page with its table of limits written anew.
+/// The page with an updated table of limits.
 fn with_limits(page: &str) -> Result<String, String> {
     const BEGIN: &str =
         "<!-- From crates/latzero-fabric/src/limits.rs by `cargo xtask codegen` -->\n";
@@ -103,18 +103,19 @@ fn with_limits(page: &str) -> Result<String, String> {
 fn errors_page() -> String {
     let mut page = String::from(
         "# Error codes\n\n\
-         Generated from `crates/latzero-protocol/src/error.rs` by `cargo xtask codegen`. The list is closed: a code never\n\
-         changes its meaning and is never reused. *Ran* says whether the handler of a call that ended so may have run:\n\
-         after `no` the call may be repeated without harm. The message of an error says what happened in the case at hand,\n\
-         and the `ran` of an error counts where the two differ.\n",
+         Generated from `crates/latzero-protocol/src/error.rs` by `cargo xtask codegen`. The\n\
+         list is closed: a code never changes its meaning and is never reused. *Ran* says whether\n\
+         the handler of a call that ended with the code may have run. After `no` it is safe to\n\
+         repeat the call. The message of an error says what happened in the specific case. If an\n\
+         error has its own `ran`, that one counts.\n",
     );
     for (title, by) in [
-        ("From the server", RaisedBy::Server),
-        ("From client libraries alone", RaisedBy::Client),
+        ("Sent by the server", RaisedBy::Server),
+        ("Raised only by client libraries", RaisedBy::Client),
     ] {
         let _ = write!(
             page,
-            "\n## {title}\n\n| code | ran | what it means | what to do |\n|---|---|---|---|\n"
+            "\n## {title}\n\n| code | ran | meaning | what to do |\n|---|---|---|---|\n"
         );
         for code in Code::ALL.iter().filter(|code| code.raised_by() == by) {
             let ran = match code.ran() {

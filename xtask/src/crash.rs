@@ -1,4 +1,4 @@
-//! The crash test, by hand: more rounds than CI has time for, with a seed that is not always the same.
+//! Runs the crash test with more rounds than CI, and a new seed each time.
 
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -7,7 +7,8 @@ use crate::{Done, cargo, cargo_program, root, run};
 
 const ROUNDS: &str = "1000";
 
-/// Runs it; `args` may be `--rounds N` and `--seed S`. Without a seed the clock chooses, and the test says which one failed.
+/// Runs it; `args` may be `--rounds N` and `--seed S`. Without a seed the clock chooses, and the
+/// test says which one failed.
 pub(crate) fn crash(args: &[&str]) -> Done {
     let mut rounds = ROUNDS.to_owned();
     let clock = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -30,7 +31,8 @@ pub(crate) fn crash(args: &[&str]) -> Done {
     // The test starts the real program.
     cargo(&["build", "--package", "latzero-cli"])?;
     println!(
-        "$ LATZERO_CRASH_ROUNDS={rounds} LATZERO_CRASH_SEED={seed} cargo test --package latzero-tests --test crash"
+        "$ LATZERO_CRASH_ROUNDS={rounds} LATZERO_CRASH_SEED={seed} cargo test --package \
+         latzero-tests --test crash"
     );
     run(Command::new(cargo_program())
         .args(["test", "--package", "latzero-tests", "--test", "crash"])

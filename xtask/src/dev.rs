@@ -1,4 +1,4 @@
-//! The server, built again and restarted when a source file changes.
+//! Runs the server, and rebuilds and restarts it when a source file changes.
 
 use std::path::Path;
 use std::process::{Child, Command};
@@ -20,7 +20,8 @@ pub(crate) fn run(args: &[&str]) -> Done {
             seen = now;
             println!("dev: a source file changed; restarting");
             if let Some(child) = &mut server {
-                // The server drains on SIGTERM, which a child of ours gets by asking `kill`; a wait follows.
+                // The server drains on SIGTERM, which a child of ours gets by asking `kill`; a wait
+                // follows.
                 let _ = Command::new("kill").arg(child.id().to_string()).status();
                 let _ = child.wait();
             }

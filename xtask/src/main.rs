@@ -1,4 +1,4 @@
-//! Everything that is done with this repository, one command each: `cargo xtask help`.
+//! Tasks of this repository, one command each: `cargo xtask help`.
 
 mod codegen;
 mod crash;
@@ -12,19 +12,24 @@ use std::process::{Command, ExitCode};
 const HELP: &str = "\
 cargo xtask COMMAND
 
-  test                 everything: format, lints, generated files, tidiness, all tests, 2200 simulated seeds
-  test --unit          unit tests alone
-  test --integration   integration tests alone
-  lint                 format and lint checks
-  lint --fix           mend what format and lint checks can mend
+  test                 every check: format, lints, generated files, tidiness, all tests and
+                       2200 simulated seeds
+  test --unit          only unit tests
+  test --integration   only integration tests
+  lint                 tidiness, format and lint checks
+  lint --fix           fix what the format and lint checks can fix
   coverage             line coverage of all tests (needs cargo-llvm-cov)
-  dev [ARGS]           the server, restarted when a source file changes; ARGS go to `latzero start`
-  codegen [--check]    write generated files (docs/errors.md, conformance vectors), or check that they are current
-  sim ARGS             the simulator: --seed N, or --seeds A..B; --lasting for calls that outlive connections,
-                       --hostile for strangers who want to use the server up
-  crash [ARGS]         kills, restarts and a look at what is left: --rounds N, --seed S
-  bench NAME [ARGS]    a benchmark: rpc, and what `cargo xtask bench --help` lists
-  fuzz TARGET [ARGS]   search for inputs that break a parser (needs cargo-fuzz)
+  dev [ARGS]           run the server and restart it when a source file changes; ARGS are passed to
+                       `latzero start`
+  codegen [--check]    write generated files (docs/errors.md, conformance vectors), or check that
+                       they are current
+  sim ARGS             run the simulator: --seed N, or --seeds A..B; --lasting for calls that
+                       outlive connections, --hostile for clients that attack the server
+  hostile [ARGS]       run an innocent client beside each kind of hostile one: --seconds N,
+                       --only TEXT, --json
+  crash [ARGS]         kill and restart processes and check the result: --rounds N, --seed S
+  bench NAME [ARGS]    run a benchmark; `cargo xtask bench --help` lists them
+  fuzz TARGET [ARGS]   fuzz a parser (needs cargo-fuzz)
 ";
 
 fn main() -> ExitCode {
@@ -41,6 +46,7 @@ fn main() -> ExitCode {
         ["codegen"] => codegen::write(),
         ["codegen", "--check"] => codegen::check(),
         ["sim", rest @ ..] => sim(rest),
+        ["hostile", rest @ ..] => hostile(rest),
         ["crash", rest @ ..] => crash::crash(rest),
         ["bench", rest @ ..] => bench(rest),
         ["fuzz", rest @ ..] => fuzz(rest),
@@ -71,12 +77,12 @@ const THREADED: &[&str] = &["bounds", "ends", "blocks", "block_client"];
 fn test() -> Done {
     lint()?;
     codegen::check()?;
-    tidy::check()?;
     // The tests start the real program.
     cargo(&["build", "--workspace", "--all-targets"])?;
     cargo(&["test", "--workspace"])?;
-    // Once more with several IO threads: what loops do to each other shows only there. The vectors are left out, since
-    // they take the end of one connection for seen before the next message of another.
+    // Once more with several IO threads: what loops do to each other shows only there. The vectors
+    // are left out, since they take the end of one connection for seen before the next message of
+    // another.
     let mut threads = vec!["test", "--package", "latzero-tests"];
     threads.extend(THREADED.iter().flat_map(|name| ["--test", name]));
     println!("$ LATZERO_IO_THREADS=4 cargo {}", threads.join(" "));
@@ -101,6 +107,7 @@ fn integration_tests() -> Done {
 }
 
 fn lint() -> Done {
+    tidy::check()?;
     cargo(&["fmt", "--all", "--check"])?;
     cargo(&[
         "clippy",
@@ -128,7 +135,10 @@ fn coverage(rest: &[&str]) -> Done {
     let mut args = vec!["llvm-cov", "--workspace"];
     args.extend(rest);
     cargo(&args).map_err(|error| {
-        format!("{error}\nif cargo-llvm-cov is missing: cargo install cargo-llvm-cov && rustup component add llvm-tools")
+        format!(
+            "{error}\nif cargo-llvm-cov is missing: cargo install cargo-llvm-cov && rustup \
+                 component add llvm-tools"
+        )
     })
 }
 
@@ -149,6 +159,14 @@ fn bench(rest: &[&str]) -> Done {
         "nats",
         "--",
     ];
+    args.extend(rest);
+    cargo(&args)
+}
+
+fn hostile(rest: &[&str]) -> Done {
+    cargo(&["build", "--release", "--package", "latzero-cli"])?;
+    let mut args = vec!["run", "--release", "--package", "latzero-tests"];
+    args.extend(["--bin", "latzero-hostile", "--"]);
     args.extend(rest);
     cargo(&args)
 }

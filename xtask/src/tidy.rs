@@ -1,4 +1,5 @@
-//! Rules of the house that no compiler checks: which crate may know which, and what must not stand in a file.
+//! Rules that no compiler checks: which crate may depend on which, words that no file may contain,
+//! and the length of lines.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -71,7 +72,7 @@ const EDGES: &[(&str, &[&str])] = &[
 /// Crates that are functions of their inputs.
 const PURE: &[&str] = &["crates/latzero-fabric/src/", "crates/latzero-crypto/src/"];
 
-/// What they must not use: they decide, drivers act.
+/// What they must not use, because they only decide.
 const NOT_IN_PURE_CRATES: &[&str] = &[
     "std::net",
     "std::fs",
@@ -87,7 +88,7 @@ const NOT_IN_PURE_CRATES: &[&str] = &[
     "eprintln!",
 ];
 
-/// What stands in no file.
+/// Words that no file may contain.
 const BANNED: &[&str] = &[
     "TODO",
     "FIXME",
@@ -98,17 +99,35 @@ const BANNED: &[&str] = &[
     "dbg!(",
 ];
 
+/// Columns of a line, in code, comments and documents.
+const COLUMNS_MAX: usize = 100;
+
+/// Files whose lines are checked, by their endings.
+const CHECKED_ENDINGS: &[&str] = &[".rs", ".md", ".toml", ".py"];
+
+/// Files that are generated, or that hold data.
+const UNCHECKED: &[&str] = &["docs/errors.md", "fuzz/corpus/", "conformance/vectors/"];
+
+/// Files with long lines from before the check. Shorten their lines and remove them from here; add
+/// none.
+const NOT_YET: &[&str] = &[
+    "crates/latzero-fabric/src/pool",
+    "crates/latzero-fabric/src/registry",
+    "crates/latzero-fabric/src/session",
+    "crates/latzero-server/src/blocks.rs",
+    "crates/latzero-server/src/event_loop.rs",
+    "crates/latzero-server/src/host.rs",
+    "crates/latzero/src/",
+];
+
 /// Checks all of it.
 pub(crate) fn check() -> Done {
     let mut faults = Vec::new();
     edges(&mut faults)?;
-    for path in sources(&root())? {
+    lengths(&mut faults)?;
+    for path in files(&root(), &[".rs"])? {
         let text = read(&path)?;
-        let shown = path
-            .strip_prefix(root())
-            .unwrap_or(&path)
-            .display()
-            .to_string();
+        let shown = shown(&path);
         if shown == "xtask/src/tidy.rs" {
             continue;
         }
@@ -179,8 +198,60 @@ fn edges(faults: &mut Vec<String>) -> Done {
     Ok(())
 }
 
-/// The Rust files of the repository.
-fn sources(dir: &Path) -> Result<Vec<PathBuf>, String> {
+/// Notes lines that are too long.
+fn lengths(faults: &mut Vec<String>) -> Done {
+    for path in files(&root(), CHECKED_ENDINGS)? {
+        let shown = shown(&path);
+        let excepted = UNCHECKED.iter().chain(NOT_YET);
+        if excepted.into_iter().any(|start| shown.starts_with(start)) {
+            continue;
+        }
+        let text = read(&path)?;
+        let lines = too_long(&text, shown.ends_with(".md"));
+        faults.extend(lines.iter().map(|(line, columns)| {
+            format!("{shown}:{line}: {columns} columns, more than {COLUMNS_MAX}")
+        }));
+    }
+    Ok(())
+}
+
+/// The numbers and lengths of the lines that are too long. A line with a URL may be, and in
+/// Markdown also a row of a table, a message of a conformance block and the output in a console
+/// block.
+fn too_long(text: &str, is_markdown: bool) -> Vec<(usize, usize)> {
+    let mut found = Vec::new();
+    let mut language = None;
+    for (number, line) in text.lines().enumerate() {
+        let columns = line.chars().count();
+        let fence = line.trim_start().strip_prefix("```");
+        if let Some(name) = fence.filter(|_| is_markdown) {
+            let word = name.split(' ').next().unwrap_or_default();
+            language = language.is_none().then(|| word.to_owned());
+        }
+        let is_excepted = line.contains("://")
+            || (!is_markdown && line.contains("r#\""))
+            || is_markdown
+                && match language.as_deref() {
+                    None => line.starts_with('|'),
+                    Some("conformance") => true,
+                    Some("console") => !line.starts_with("$ "),
+                    Some(_) => false,
+                };
+        if columns > COLUMNS_MAX && !is_excepted {
+            found.push((number + 1, columns));
+        }
+    }
+    found
+}
+
+/// A path as it is shown: inside the repository.
+fn shown(path: &Path) -> String {
+    let inside = path.strip_prefix(root()).unwrap_or(path);
+    inside.display().to_string()
+}
+
+/// The files of the repository with one of these endings.
+fn files(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, String> {
     let mut found = Vec::new();
     let entries = std::fs::read_dir(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
     for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
@@ -191,12 +262,41 @@ fn sources(dir: &Path) -> Result<Vec<PathBuf>, String> {
             .into_owned();
         if path.is_dir() {
             if !name.starts_with('.') && name != "target" {
-                found.extend(sources(&path)?);
+                found.extend(files(&path, endings)?);
             }
-        } else if name.ends_with(".rs") {
+        } else if endings.iter().any(|ending| name.ends_with(ending)) {
             found.push(path);
         }
     }
     found.sort();
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_lines_are_found() {
+        let long = "x".repeat(COLUMNS_MAX + 1);
+        let check = |text: &str, is_markdown: bool, expected: &[(usize, usize)]| {
+            assert_eq!(too_long(text, is_markdown), expected, "{text}");
+        };
+        check(&"é".repeat(COLUMNS_MAX), false, &[]);
+        check(&format!("a\n{long}"), false, &[(2, 101)]);
+        check(&format!("| {long} |"), false, &[(1, 105)]);
+        check(&format!("| {long} |"), true, &[]);
+        check(&format!("https://{long}"), true, &[]);
+        check(&format!("```conformance a\n{long}\n```"), true, &[]);
+        check(
+            &format!("```console\n$ {long}\n{long}\n```"),
+            true,
+            &[(2, 103)],
+        );
+        check(
+            &format!("```rust\n{long}\n```\n{long}"),
+            true,
+            &[(2, 101), (4, 101)],
+        );
+    }
 }

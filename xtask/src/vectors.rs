@@ -1,11 +1,11 @@
 //! The examples of `docs/protocol.md` as conformance vectors that every language can run.
 //!
-//! A block that begins with ```` ```conformance NAME ```` holds one step a line:
+//! A block that begins with ```` ```conformance NAME ```` has one step per line:
 //!
 //! ```text
 //! alice > {"action":"ping","id":"1"}      alice sends this message
 //! alice < {"in_reply_to":"1"}             alice receives a message with at least these fields
-//! alice > {"action":"emit"} + 00ff        … as an attachment frame with these raw bytes; the same with `<`
+//! alice > {"action":"emit"} + 00ff        … as an attachment frame with these bytes; `<` likewise
 //! alice > hex 00000000                    alice sends these bytes
 //! alice closed                            the server closes alice's connection
 //! alice disconnects                       alice closes it
@@ -27,7 +27,7 @@ impl Vector {
             .replace(|c: char| !c.is_ascii_alphanumeric(), "_")
     }
 
-    /// The vector as it stands in its file.
+    /// The vector as it is written to its file.
     pub(crate) fn to_json(&self) -> String {
         let vector = json!({"name": self.name, "steps": self.steps});
         serde_json::to_string_pretty(&vector).expect("values can be written") + "\n"
@@ -87,7 +87,8 @@ mod tests {
 
     #[test]
     fn steps_are_read() {
-        let text = "x\n```conformance a b\na > {\"x\":1}\na < {}\na > hex 00\na > {} + 00ff\na closed\na disconnects\n```\n";
+        let text = "x\n```conformance a b\na > {\"x\":1}\na < {}\na > hex 00\na > {} + 00ff\na \
+                    closed\na disconnects\n```\n";
         let vectors = of_document(text).unwrap();
         assert_eq!((vectors.len(), vectors[0].steps.len()), (1, 6));
         assert_eq!(vectors[0].steps[3]["raw_hex"], "00ff");

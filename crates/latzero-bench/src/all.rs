@@ -1,4 +1,4 @@
-//! Every benchmark, one after the other.
+//! Runs every benchmark in turn.
 
 use crate::block::{self, BlockArgs};
 use crate::durable::{self, DurableArgs};

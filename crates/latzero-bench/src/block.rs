@@ -1,9 +1,10 @@
-//! Memory blocks, each figure beside what the kernel and the processor take for the same without them.
+//! Benchmarks of memory blocks, each compared with the same operation of the kernel and the
+//! processor.
 //!
-//! Two processes share everything: this one writes, a child reads. What a version costs is timed from before its first byte is
-//! copied until the reader, which slept, has seen it; beside it a bare futex over a bare mapping is timed, sample for sample in
-//! turn. Redis, where it is installed, moves the same mebibyte by `SET` and `GET` over its Unix socket, told of it by the same
-//! futex.
+//! This process writes, and a child process reads. The time of a version is measured from before
+//! its first byte is copied until the sleeping reader has seen it. A plain futex on a plain mapping
+//! is measured alternately with it. If Redis is installed, it moves the same mebibyte with `SET`
+//! and `GET` over its Unix socket, and the same futex announces it.
 
 use crate::failure::{During, Failure};
 use crate::machine::Machine;
@@ -28,7 +29,8 @@ const MIB: usize = 1 << 20;
 const GIB: u64 = 1 << 30;
 const WAKE_BYTES: usize = 64 * 1024;
 
-/// What is copied over TCP: one version that fits into a frame, as a picture of 1080 by 1920 numbers does.
+/// What is copied over TCP: one version that fits into a frame, as a picture of 1080 by 1920
+/// numbers does.
 const COPIED_BYTES: usize = 8 * MIB;
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -267,7 +269,8 @@ pub(crate) fn run(args: &BlockArgs) -> Result<Results, Failure> {
         );
     }
     rounds.insert("two_processes_us".into(), json!({
-        "wake_bare": two.woken.bare, "wake_block": two.woken.block, "transfer_block": two.block_us, "transfer_redis": two.redis_us,
+        "wake_bare": two.woken.bare, "wake_block": two.woken.block, "transfer_block": two.block_us,
+        "transfer_redis": two.redis_us,
     }));
 
     eprintln!("copies over TCP");
@@ -339,7 +342,8 @@ struct Attached {
     grown: u64,
 }
 
-/// Attaches a block of `large` bytes again and again, beside bare mappings of such a file, with a server of its own.
+/// Attaches a block of `large` bytes again and again, beside bare mappings of such a file, with a
+/// server of its own.
 fn attach(large: u64, samples: u64) -> Result<Attached, Failure> {
     let server = Running::start(&[format!("limits.memory_bytes_max={}", 8 * GIB)])?;
     let address = server.address(Transport::Unix);
@@ -545,7 +549,7 @@ pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A Redis that keeps nothing, on a socket of its own.
+/// A Redis that keeps nothing, on its own socket.
 struct Redis {
     socket: PathBuf,
     _process: Process,

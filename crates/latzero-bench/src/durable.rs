@@ -1,9 +1,10 @@
-//! What it costs that nothing is forgotten.
+//! Benchmarks of durability.
 //!
-//! Four parts. *Parked*: how many calls per second callers are told are on disk, beside SQLite writing a row per
-//! commit. *Calls*: how long calls that are not parked take beside another server, the one before a change, say.
-//! *Known*: a start with many known apps, and the handshakes that follow. *Back*: how long many apps take to come back
-//! at once after their server was killed. All of it is with the real program, over its Unix socket.
+//! *Parked*: calls per second that are on disk before they are acknowledged, compared with SQLite
+//! and one row per commit. *Calls*: the response time of calls that are not parked, compared with
+//! another server, for example one built before a change. *Known*: a start with many known apps,
+//! and their handshakes. *Back*: how long it takes until many apps have reconnected after the
+//! server was killed. All of them use the real program over its Unix socket.
 
 mod back;
 mod calls;
@@ -31,7 +32,8 @@ pub(crate) struct DurableArgs {
     /// Parts to measure, separated by commas; all by default
     #[arg(long, value_enum, value_delimiter = ',')]
     part: Vec<Part>,
-    /// Another `latzero` program, beside whose calls those of this one are measured; without it there is no such part
+    /// Another `latzero` program, beside whose calls those of this one are measured; without it
+    /// there is no such part
     #[arg(long, value_name = "PROGRAM")]
     before: Option<PathBuf>,
     /// Rounds of each part [default: 5]

@@ -1,4 +1,4 @@
-//! Why a measurement ended without a figure.
+//! Why a measurement failed.
 
 use std::io;
 

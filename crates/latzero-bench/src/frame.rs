@@ -1,7 +1,7 @@
-//! The bytes on the wire, the same for every contestant that speaks frames.
+//! The bytes on the wire, the same for every peer that uses frames.
 //!
-//! `[u32 length, big-endian][JSON]`, with the fields of a trigger call and of its response. The bare relay carries
-//! the very same bytes without looking at them, so that the two differ by the work done, not by the size.
+//! `[u32 length, big-endian][JSON]`, with the fields of a call and its response. The byte relay
+//! carries the same bytes without parsing them, so the difference is the work, not the size.
 
 use crate::failure::Failure;
 use std::io::{self, Read};
@@ -76,7 +76,8 @@ pub(crate) fn append_response(out: &mut Vec<u8>, id: &str, status: &str, respons
     });
 }
 
-/// Appends `number` as text. With the formatting machinery instead, that would be a visible part of a relay's work.
+/// Appends `number` as text. With the formatting machinery instead, that would be a visible part of
+/// a relay's work.
 fn append_decimal(out: &mut Vec<u8>, mut number: u64) {
     let start = out.len();
     loop {

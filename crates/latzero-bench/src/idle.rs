@@ -1,7 +1,8 @@
-//! What a connection that does nothing costs the server.
+//! Memory of an idle connection.
 //!
-//! Thousands of apps connect, introduce themselves and fall silent. The server's memory is read before and after, and
-//! the difference divided by their number. The first connection is not counted: with it come the server's buffers.
+//! Thousands of apps connect, send a handshake and then do nothing. The increase of the server's
+//! memory is divided by their number. The first connection is not counted, because the server
+//! allocates buffers for it.
 
 use crate::failure::{During, Failure};
 use crate::machine::Machine;
@@ -128,7 +129,8 @@ fn measure(
     Ok((before, after))
 }
 
-/// Lets this process, and those it starts, have `wanted` descriptors each (`RLIMIT_NOFILE`, `getrlimit(2)`).
+/// Lets this process, and those it starts, have `wanted` descriptors each (`RLIMIT_NOFILE`,
+/// `getrlimit(2)`).
 pub(crate) fn raise_descriptors(wanted: u64) -> Result<(), Failure> {
     let limit = getrlimit(Resource::Nofile);
     // No limit at all is `None`.

@@ -1,10 +1,11 @@
-//! Whether a call takes longer where there is more to look up.
+//! Whether a call takes longer when more is registered.
 //!
-//! Servers run side by side: a small one; some with many pools, of which caller and handler are in one, in as many
-//! as an app may usually be in, and in all; and one with many triggers in one pool. Each has one caller and one
-//! handler that anything is asked of, so that they differ by what is registered alone. Calls go to the trigger
-//! registered last over and over, which shows the cost of a lookup as such; and to every trigger in a scattered order,
-//! which adds that of memory that no cache holds. All of it stays on one CPU, the steady placement.
+//! Several servers run at the same time: a small one; some with many pools, of which caller and
+//! handler are in one, in as many as an app usually may join, or in all; and one with many triggers
+//! in one pool. Each has one caller and one handler, so they differ only in what is registered.
+//! Calls to the most recently registered trigger measure the lookup itself. Calls to every trigger
+//! in scattered order add the cost of cache misses. Everything runs on one CPU, the steady
+//! placement.
 
 use crate::failure::Failure;
 use crate::frame::PAYLOAD;
@@ -42,7 +43,8 @@ pub(crate) struct LookupArgs {
 struct Size {
     pools: usize,
     triggers_per_pool: usize,
-    /// Pools that caller and handler are in, the last ones. Other apps, which only stand there, are in the others.
+    /// Pools that caller and handler are in, the last ones. Other apps, which only stand there, are
+    /// in the others.
     pools_in_use: usize,
 }
 
@@ -66,7 +68,8 @@ const SIZES: [Size; 5] = [
         triggers_per_pool: 10,
         pools_in_use: 250,
     },
-    // More pools in one app than the server's default bound allows: here a search among them would show.
+    // More pools in one app than the server's default bound allows: here a search among them would
+    // show.
     Size {
         pools: 1_000,
         triggers_per_pool: 10,
@@ -201,7 +204,8 @@ fn calls(pools: &[String], triggers: &[String]) -> Vec<String> {
 
 /// The same calls in an order in which neighbours are far apart.
 fn scatter(calls: &[String]) -> Vec<String> {
-    // A stride without a common divisor reaches each once: this one is prime, and no multiple of it is that long.
+    // A stride without a common divisor reaches each once: this one is prime, and no multiple of it
+    // is that long.
     let stride = 7_919;
     (0..calls.len())
         .map(|n| calls[n * stride % calls.len()].clone())

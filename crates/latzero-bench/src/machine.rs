@@ -1,4 +1,4 @@
-//! What the figures were measured on. A figure without its machine is worth nothing.
+//! The machine that was measured. A figure is worthless without it.
 
 use serde::Serialize;
 use std::fmt;

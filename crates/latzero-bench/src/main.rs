@@ -1,8 +1,9 @@
-//! Benchmarks, quoted as ratios to something measured in the same run.
+//! Benchmarks, reported as ratios to something measured in the same run.
 //!
-//! A figure from one machine says little about another, and a virtual machine changes from hour to hour. So every
-//! measurement here runs its contestants in turn, in interleaved rounds, and quotes each as a multiple of the
-//! others. Each measurement is a module with its own arguments; this file only dispatches.
+//! A figure from one machine says little about another one, and a virtual machine changes from hour
+//! to hour. So every benchmark measures its peers alternately, in rounds, and reports each as a
+//! multiple of the others. Each benchmark is a module with its own arguments; this file only
+//! dispatches.
 
 mod all;
 mod block;
@@ -54,7 +55,8 @@ enum Bench {
     Start(start::StartArgs),
     /// Memory blocks beside bare mappings, memcpy, bare futexes and Redis
     Block(block::BlockArgs),
-    /// Parked calls, starts and returns with many known apps, and calls beside those of another server
+    /// Parked calls, starts and returns with many known apps, and calls beside those of another
+    /// server
     Durable(durable::DurableArgs),
     /// Calls in an encrypted pool beside those in a plain one, and sealing beside the cipher alone
     Keys(keys::KeysArgs),

@@ -1,4 +1,4 @@
-//! Where the processes of a measurement run.
+//! On which CPUs the processes of a measurement run.
 
 use crate::failure::{During, Failure};
 use std::process::{Child, Command};
@@ -46,8 +46,9 @@ impl Placement {
         let spawn = |command: &mut Command| command.spawn().during(format!("start {program}"));
         match self {
             Self::Free => spawn(command),
-            // A child inherits the CPUs of the thread that starts it. So it is pinned before its first
-            // instruction: threads of its own are too, and a runtime that counts CPUs at its start counts one.
+            // A child inherits the CPUs of the thread that starts it. So it is pinned before its
+            // first instruction: threads of its own are too, and a runtime that counts CPUs at its
+            // start counts one.
             Self::OneCpu => cpus::on_one(|| spawn(command))?,
         }
     }
@@ -106,7 +107,8 @@ mod cpus {
             match affinity(id) {
                 Ok(cpus) if cpus.count() != 1 => {
                     return Err(Failure::said(format!(
-                        "thread {} of process {pid} left its one CPU: the figures would not compare",
+                        "thread {} of process {pid} left its one CPU: the figures would not \
+                         compare",
                         name.display()
                     )));
                 }

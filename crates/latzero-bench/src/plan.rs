@@ -1,4 +1,4 @@
-//! What a caller process is asked to do, and what it answers.
+//! The request to a caller process, and its result.
 
 use crate::failure::Failure;
 use hdrhistogram::Histogram;
@@ -122,8 +122,9 @@ pub(crate) fn time_each(
 
 /// Counts calls per second while a window of calls is kept full.
 ///
-/// The clock runs from the answer that ends the warm-up to the one that completes the calls. Sending goes on past
-/// that, so the window is full for all of the measured time, and at the end every call sent must be answered.
+/// The clock runs from the answer that ends the warm-up to the one that completes the calls.
+/// Sending goes on past that, so the window is full for all of the measured time, and at the end
+/// every call sent must be answered.
 pub(crate) struct RateClock {
     plan: Plan,
     window: u64,
@@ -183,7 +184,8 @@ impl RateClock {
         }
     }
 
-    /// Answers come in batches of a window at most: one may overshoot the warm-up, one the measured calls.
+    /// Answers come in batches of a window at most: one may overshoot the warm-up, one the measured
+    /// calls.
     fn total(&self) -> u64 {
         self.plan.warmup + self.plan.calls + 2 * self.window
     }

@@ -1,7 +1,8 @@
-//! Server, handler and caller as processes of their own.
+//! Server, handler and caller as separate processes.
 //!
-//! The program starts itself once per role. A child says what it has to say in lines on its standard output:
-//! `ready ADDRESS` from a server or handler, one line of JSON from a caller. It is killed when its owner drops it.
+//! The program starts itself once per role. A child writes lines to its standard output: `ready
+//! ADDRESS` from a server or handler, one line of JSON from a caller. It is killed when its owner
+//! is dropped.
 
 use crate::failure::{During, Failure};
 use crate::peers;
@@ -78,7 +79,8 @@ impl Process {
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Failure::said(format!(
-                        "{} ended before it had answered; its own message stands above, if it left one",
+                        "{} ended before it had answered; its own message stands above, if it \
+                         left one",
                         self.what
                     )));
                 }
@@ -134,7 +136,8 @@ pub(crate) struct Server {
     pub(crate) address: String,
 }
 
-/// Tells the parent that this server is reachable at `address`, or that this handler (any `address`) serves.
+/// Tells the parent that this server is reachable at `address`, or that this handler (any
+/// `address`) serves.
 pub(crate) fn announce(address: &str) -> Result<(), Failure> {
     say(&format!("ready {address}"))
 }
@@ -192,7 +195,8 @@ pub(crate) fn play(args: &RoleArgs) -> Result<(), Failure> {
     }
 }
 
-/// Drop kills the children of a run that fails; this is for a run that is killed itself. It outlives an exec.
+/// Drop kills the children of a run that fails; this is for a run that is killed itself. It
+/// outlives an exec.
 pub(crate) fn end_with_parent() -> Result<(), Failure> {
     #[cfg(target_os = "linux")]
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
@@ -208,7 +212,8 @@ pub(crate) struct TiedArgs {
     command: Vec<OsString>,
 }
 
-/// A command that runs `program`, with the arguments added to it, as a child that ends with this process.
+/// A command that runs `program`, with the arguments added to it, as a child that ends with this
+/// process.
 pub(crate) fn tied_command(program: &Path) -> Result<Command, Failure> {
     let mut command = own_command()?;
     command.arg("tied").arg("--").arg(program);
@@ -222,7 +227,7 @@ pub(crate) fn exec_tied(args: &TiedArgs) -> Result<(), Failure> {
     Err(Command::new(program).args(rest).exec()).during(format!("run {}", program.display()))
 }
 
-/// Starts the role of `peer`'s server in a process of its own; see [`peers::Peer::start`].
+/// Starts the role of `peer`'s server in its own process; see [`peers::Peer::start`].
 pub(crate) fn start_server(
     peer: &str,
     scratch: &Path,

@@ -1,4 +1,4 @@
-//! Medians over the rounds, and each as a multiple of the contestants that set the scale.
+//! Medians over the rounds, as multiples of the reference peers.
 
 use crate::frame::{self, PAYLOAD};
 use crate::machine::{self, Machine};

@@ -1,4 +1,4 @@
-//! What a measurement found: figures, each with what is expected of it, as a table and as JSON.
+//! Results of a measurement: figures with their expected values, as a table and as JSON.
 
 use crate::machine::{self, Machine};
 use serde_json::{Value, json};

@@ -1,8 +1,8 @@
-//! Request and reply between three processes: how long one call takes, and how many fit into a second.
+//! Request and reply between three processes: the time of one call, and calls per second.
 //!
-//! Each cell of the result is one contestant under one load in one placement. Cells are measured in rounds, all
-//! contestants in turn within a round, so that a machine that changes its mind changes it for all of them. Every
-//! run of a cell starts its server, handler and caller afresh.
+//! Each cell of the result is one peer under one load in one placement. Cells are measured in
+//! rounds, with all peers in turn in each round, so that changes of the machine affect all of them.
+//! Every run of a cell starts server, handler and caller afresh.
 
 use crate::failure::{During, Failure};
 use crate::machine::Machine;
@@ -12,6 +12,10 @@ use crate::plan::{Load, Outcome, Plan};
 use crate::process;
 use crate::report::{Cell, Report, Skipped};
 use crate::results::Results;
+use crate::server::{BEFORE, program_before};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
 
 /// Calls in flight, for the three rates that are quoted.
 pub(crate) const WINDOWS: [u64; 3] = [64, 256, 1024];
@@ -30,6 +34,9 @@ pub(crate) struct RpcArgs {
     /// Placements to measure, separated by commas; both by default
     #[arg(long, value_enum, value_delimiter = ',')]
     placement: Vec<Placement>,
+    /// A program `latzero` of before, whose server is a contestant too
+    #[arg(long, value_name = "PROGRAM")]
+    before: Option<PathBuf>,
     /// Rounds of the calls per second [default: 3]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100))]
     rounds: Option<u64>,
@@ -69,6 +76,13 @@ impl RpcArgs {
 
 /// Runs the benchmark.
 pub(crate) fn run(args: &RpcArgs) -> Result<Results, Failure> {
+    if let Some(before) = args.before.as_ref().filter(|_| program_before().is_none()) {
+        // Every process of the measurement is to know it.
+        let this = std::env::current_exe().during("find this program")?;
+        let mut again = Command::new(this);
+        again.args(std::env::args_os().skip(1)).env(BEFORE, before);
+        return Err(again.exec()).during("run this program again");
+    }
     let machine = Machine::observe();
     machine.warn_of_debug_build(args.quick);
     let install = if args.quick {

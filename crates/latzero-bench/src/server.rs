@@ -1,5 +1,5 @@
-//! LatZero's own server, for the measurements that have nothing but it: the real program, on a data directory and a
-//! port of its own, and what the kernel says about its memory.
+//! The LatZero server for measurements without peers: the real program with its own data directory
+//! and port, and its memory as reported by the kernel.
 
 use crate::failure::{During, Failure};
 use crate::placement::Placement;
@@ -25,6 +25,23 @@ pub(crate) fn program() -> PathBuf {
     near.unwrap_or_else(|| here.with_file_name("latzero"))
 }
 
+/// Which program a server is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// [`program`].
+    Now,
+    /// [`program_before`].
+    Before,
+}
+
+/// The variable that names the program of before to the processes of a measurement.
+pub(crate) const BEFORE: &str = "LATZERO_BENCH_BEFORE";
+
+/// The program that `--before` names.
+pub(crate) fn program_before() -> Option<PathBuf> {
+    std::env::var_os(BEFORE).map(PathBuf::from)
+}
+
 /// Fails, with the remedy, where there is no such program.
 pub(crate) fn check_program() -> Result<(), Failure> {
     let program = program();
@@ -32,7 +49,8 @@ pub(crate) fn check_program() -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::said(format!(
-        "{} is not built: `cargo build --release -p latzero-cli`, or name the program in LATZERO_BIN",
+        "{} is not built: `cargo build --release -p latzero-cli`, or name the program in \
+         LATZERO_BIN",
         program.display()
     )))
 }
@@ -42,7 +60,8 @@ pub(crate) fn data_dir(scratch: &Path) -> PathBuf {
     scratch.join("data")
 }
 
-/// Appends the arguments with which every server here is started: quiet, and with its files under `scratch`.
+/// Appends the arguments with which every server here is started: quiet, and with its files under
+/// `scratch`.
 pub(crate) fn append_start_args(command: &mut Command, scratch: &Path) {
     command.args(["start", "--port", "0", "--log-level", "warn", "--data-dir"]);
     command.arg(data_dir(scratch));
@@ -141,7 +160,8 @@ impl Running {
     }
 }
 
-/// A process's memory, in bytes; see `proc_pid_smaps_rollup(5)`. What the kernel holds for its sockets is not in it.
+/// A process's memory, in bytes; see `proc_pid_smaps_rollup(5)`. What the kernel holds for its
+/// sockets is not in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Memory {
     /// Pages in memory, those shared with others included.

@@ -1,9 +1,9 @@
-//! What readers that stopped reading cost the server, and everybody else.
+//! What clients that stop reading cost the server and other clients.
 //!
-//! A caller makes calls one at a time to a handler that answers. In the same pool stand readers at which events and
-//! calls are thrown: first until nothing more fits into their outboxes, then at a steady pace while the calls are
-//! timed. The same is thrown where no readers are, and where they read: what the caller's p99 differs by is the
-//! readers' doing, not that of whoever throws. All of it stays on one CPU, the steady placement.
+//! A caller makes calls one at a time. In the same pool are readers that receive events and calls:
+//! first until their outboxes are full, then at a steady rate while the calls are timed. The same
+//! messages are sent without readers, and with readers that read, so the difference in p99 is due
+//! to the readers and not to the sender. Everything runs on one CPU, the steady placement.
 
 use crate::failure::Failure;
 use crate::frame::PAYLOAD;
@@ -23,7 +23,8 @@ use std::time::Duration;
 /// How many times the caller's p99 without readers it may be with them.
 const RATIO_MAX: f64 = 1.5;
 
-/// How many times the outbox bounds together the server's memory may grow: the allocator has its share.
+/// How many times the outbox bounds together the server's memory may grow: the allocator has its
+/// share.
 const GROWTH_MAX: f64 = 1.1;
 
 /// Events while the outboxes fill carry this much; those while calls are timed as little as a call.
@@ -248,7 +249,8 @@ fn emit(id: Option<&str>, bytes: usize) -> String {
 /// Throws events until no reader takes one: large ones first, then such as fill what those left.
 fn fill(thrower: &mut Wire, outbox_bytes: u64) -> Result<(), Failure> {
     let mut bytes = FILLING_BYTES;
-    // What the kernel holds for a socket comes on top of the outbox; ten times as much is out of the question.
+    // What the kernel holds for a socket comes on top of the outbox; ten times as much is out of
+    // the question.
     for _ in 0..10_000 + outbox_bytes / 1024 {
         if delivered(thrower, bytes)? > 0 {
             continue;
@@ -282,7 +284,8 @@ fn throw(thrower: &mut Wire, is_over: &AtomicBool) -> Result<(), Failure> {
             break;
         }
         if turn.is_multiple_of(10) {
-            // Answered, or refused at once: `no_handler` without readers, `overloaded` with those that stopped.
+            // Answered, or refused at once: `no_handler` without readers, `overloaded` with those
+            // that stopped.
             thrower.ask(&call)?;
         } else {
             thrower.send(&event)?;

@@ -1,7 +1,7 @@
-//! How long a start takes, and how large the program is.
+//! The time of a start, and the size of the program.
 //!
-//! The clock runs from before the program is executed until its ready line has been read. The program's `--version`
-//! is timed in the same rounds: what it takes is the system's and the loader's share.
+//! The time is measured from before the program is executed until its ready line was read.
+//! `--version` is timed in the same rounds, to show the share of the system and the loader.
 
 use crate::failure::{During, Failure};
 use crate::machine::Machine;

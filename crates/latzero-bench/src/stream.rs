@@ -1,4 +1,4 @@
-//! Blocking sockets, for the callers and handlers of the relays: the least that can stand at either end.
+//! Blocking sockets for the callers and handlers of the relays: the minimum at either end.
 
 use crate::failure::{During, Failure};
 use crate::frame::Input;
@@ -35,7 +35,8 @@ impl Stream {
         connected.during(format!("connect to {address}"))
     }
 
-    /// Ends a read that gets nothing for this long; with `None`, as from the start, a read waits for ever.
+    /// Ends a read that gets nothing for this long; with `None`, as from the start, a read waits
+    /// for ever.
     pub(crate) fn set_read_timeout(&self, timeout: Option<Duration>) -> Result<(), Failure> {
         match self {
             Self::Tcp(stream) => stream.set_read_timeout(timeout),
@@ -89,12 +90,13 @@ impl Write for Stream {
 pub(crate) trait Calls {
     /// Appends the next call.
     fn append_call(&mut self, out: &mut Vec<u8>);
-    /// Takes every whole answer, makes sure that it is the expected one, and says how many there were.
+    /// Takes every whole answer, makes sure that it is the expected one, and says how many there
+    /// were.
     fn take_answers(&mut self, input: &mut Input) -> Result<u64, Failure>;
 }
 
-/// Runs a caller through `plan`: answers are read as they come, and all calls that follow from one read leave
-/// in one write.
+/// Runs a caller through `plan`: answers are read as they come, and all calls that follow from one
+/// read leave in one write.
 pub(crate) fn run_calls(
     stream: &mut Stream,
     calls: &mut impl Calls,
@@ -126,7 +128,8 @@ pub(crate) fn run_calls(
     }
 }
 
-/// Serves until the server ends the connection: `answer` turns what was read into what is written, at once.
+/// Serves until the server ends the connection: `answer` turns what was read into what is written,
+/// at once.
 pub(crate) fn run_handler(
     stream: &mut Stream,
     input: &mut Input,

@@ -1,8 +1,8 @@
-//! The loop of the relays' servers: one thread, epoll, sockets that never block.
+//! The event loop of the relays: one thread, epoll, non-blocking sockets.
 //!
-//! Edge-triggered and registered for reading alone. Each ready connection is read until it is empty, what was read
-//! is switched into outboxes, and each outbox touched is written once. Only a socket that is full is registered for
-//! writing, until it has taken everything.
+//! Sockets are edge-triggered and registered only for reading. Each ready connection is read until
+//! it is empty, the data is moved to outboxes, and each changed outbox is written once. Only a full
+//! socket is registered for writing, until it has accepted everything.
 
 use crate::failure::{During, Failure};
 use crate::frame::Input;
@@ -43,7 +43,8 @@ impl Outboxes {
     }
 }
 
-/// Listens, says where, and switches until it is killed. Loopback or a socket in `scratch`, nothing else.
+/// Listens, says where, and switches until it is killed. Loopback or a socket in `scratch`, nothing
+/// else.
 pub(crate) fn serve(
     transport: Transport,
     scratch: &Path,
@@ -141,8 +142,8 @@ impl Connection {
                 Ok(_) => {
                     let was_full = self.input.is_full();
                     switch(&mut self.input)?;
-                    // A stream that gave less than there was room for is empty, and its next byte is a new edge:
-                    // epoll(7), question 9. No second read has to find that out.
+                    // A stream that gave less than there was room for is empty, and its next byte
+                    // is a new edge: epoll(7), question 9. No second read has to find that out.
                     if !was_full {
                         return Ok(State::Open);
                     }

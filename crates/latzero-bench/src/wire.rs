@@ -1,4 +1,4 @@
-//! One connection to LatZero, frame by frame: what a client library would do for itself is not in the way here.
+//! One connection to LatZero at the level of frames, without the work of a client library.
 
 use crate::failure::{During, Failure};
 use crate::server::Running;
@@ -183,7 +183,8 @@ impl Wire {
         }
     }
 
-    /// Answers every call with its own data, and passes over everything else, until the connection ends.
+    /// Answers every call with its own data, and passes over everything else, until the connection
+    /// ends.
     pub(crate) fn serve(mut self) {
         // No call may come for a long time: nothing is wrong then.
         if self.stream.set_read_timeout(None).is_ok() {

@@ -1,4 +1,5 @@
-//! The benchmark as a smoke test: a few hundred calls through every contestant that needs nothing installed.
+//! The benchmark as a smoke test: a few hundred calls through every contestant that needs nothing
+//! installed.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -84,7 +85,8 @@ fn program() -> PathBuf {
     std::env::var_os("LATZERO_BIN").map_or(beside, PathBuf::from)
 }
 
-/// Runs `bench --quick --json`, or returns `None`, with a message, where there is no server to run it with.
+/// Runs `bench --quick --json`, or returns `None`, with a message, where there is no server to run
+/// it with.
 fn with_server(bench_name: &str) -> Option<Value> {
     with_server_and(bench_name, &[])
 }
@@ -106,7 +108,8 @@ fn with_server_and(bench_name: &str, more: &[&str]) -> Option<Value> {
     Some(serde_json::from_slice(&output.stdout).expect("JSON on stdout"))
 }
 
-/// Checks that the benchmark found so many figures, each a number above `least`, so many of them with a bound.
+/// Checks that the benchmark found so many figures, each a number above `least`, so many of them
+/// with a bound.
 fn check_findings(report: &Value, count: usize, bounded: usize, least: f64) {
     let findings = report["findings"].as_array().expect("a list of findings");
     assert_eq!(findings.len(), count, "{findings:?}");

@@ -1,4 +1,4 @@
-//! Everything that can be typed.
+//! The command line: commands, arguments and their help.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -77,7 +77,7 @@ Try it:
 
 Each command has its own help with examples: latzero call --help
 
-On a terminal, characters in text from other programs that could disturb it are escaped.";
+On a terminal, control characters in text from other programs are escaped.";
 
 #[derive(Debug, Parser)]
 #[command(
@@ -130,7 +130,7 @@ Exit code 0 if it is running, 3 if not, 6 if it does not respond.")]
     #[command(after_help = "\
 Examples:
   latzero stop
-  latzero stop --timeout 5s   wait no longer; the server still stops when its calls are finished")]
+  latzero stop --timeout 5s   stop waiting after 5 s; the server still stops later")]
     Stop(StopArgs),
     /// Reload the settings
     #[command(after_help = "\
@@ -170,11 +170,11 @@ Exit code 5 if the app has no such connection.")]
         args_conflicts_with_subcommands = true,
         after_help = "\
 Examples:
-  latzero backup                      into DIR/backups, where old backups are thinned out
+  latzero backup                      into DIR/backups; old backups there are removed over time
   latzero backup --to /mnt/lz.db      into this file on the server's machine
   latzero backup ls --verify          list the backups and check them
 
-The server keeps running. The backup is verified before it gets its name."
+The server keeps running. The backup is verified before it appears under its name."
     )]
     Backup(BackupArgs),
     /// Restore a backup; the server must be stopped
@@ -211,12 +211,13 @@ Examples:
 
 The part before the first / is the pool, unless --pool names it; with neither, it is `default`.
 An answer of raw bytes is printed as it is, unless stdout is a terminal; with --json it is
-{\"hex\":\"…\"}. With --stream, items are lines on stdout. The final answer is a line on stderr if it
+{\"hex\":\"…\"}. With --stream,
+    items are lines on stdout. The final answer is a line on stderr if it
 is not null; without items it is printed as usual. With --json each line is {\"item\":…},
 {\"progress\":…} or {\"end\":…}.
 With --park the pool is created if necessary, and the call survives a restart of the server and the
-end of this command: Ctrl-C leaves it parked. It is sent under an AppID of its own unless --app
-names one, so that no other command receives its answer.
+end of this command: Ctrl-C leaves it parked. Unless --app is given it uses a unique AppID, so that
+no other command receives its answer.
 Exit code 5 if the answer is an error, 6 if there is no answer in time.")]
     Call(CallArgs),
     /// Print the answers to parked calls
@@ -247,17 +248,18 @@ Examples:
 
 Input: the program reads the payload from stdin: JSON text, or raw bytes if bytes were sent.
 Output: what it prints is the answer. JSON stays JSON, other UTF-8 text becomes a JSON string
-without its last line break, and anything else is sent as raw bytes. --output says it instead.
-With --stream each line is an item of its own; with --stream=length each item has its length before
-it, four bytes, most significant first. With --lines the program gets each payload as a line on
+without its last line break, and anything else is sent as raw bytes. --output overrides this.
+With --stream each line is one item; with --stream=length each item is preceded by its length, as
+four bytes, most significant first. With --lines the program gets each payload as a line on
 stdin and prints one line for it.
 An exit code other than 0 is the error `handler_error`, with the code and the end of its stderr.
-A call that is cancelled or out of time ends the program and what it started in its process group;
-so does the end of this command, also by SIGKILL.
+When a call is cancelled or times out, its program and its process group are killed. The same
+happens when this command ends, even by SIGKILL.
 Environment: LATZERO_TRIGGER, LATZERO_POOL, LATZERO_CALLER (AppID), LATZERO_CALLER_INSTANCE,
 LATZERO_HEADERS (a JSON object), LATZERO_DEADLINE (Unix time in ms), LATZERO_ATTEMPT, LATZERO_ID.
 LATZERO_ variables with TOKEN, KEY, SECRET or PASS in their names are not passed on.
-Nothing is remembered of it unless --app names it. Ctrl-C finishes the running calls and ends.")]
+The server does not remember this handler unless --app is given. Ctrl-C finishes the running calls
+and ends.")]
     Serve(ServeArgs),
     /// Print events as they arrive
     #[command(after_help = "\
@@ -281,6 +283,20 @@ Examples:
 An offline app gets its pools and triggers back when it returns, and parked calls wait for it."
     )]
     Apps(AppsArgs),
+    /// List, show, cancel and retry parked calls
+    #[command(after_help = "\
+Examples:
+  latzero parked ls                        every parked call, and every answer that waits
+  latzero parked ls --dead                 those whose attempts all failed
+  latzero parked show 17                   one of them, with its payload
+  latzero parked retry --dead --pool lab   run the dead calls of a pool again
+  latzero parked cancel 17 18
+  latzero parked purge --dead              delete the dead calls
+
+A call is waiting (for a handler), paused (its last attempt failed), running, dead (every attempt
+failed), or answered (its answer waits for the caller). The server's own user sees the calls of
+everybody, the owner of a pool those in it, and an app its own.")]
+    Parked(ParkedArgs),
     /// List, create, inspect and remove pools
     #[command(
         args_conflicts_with_subcommands = true,
@@ -292,7 +308,8 @@ Examples:
   latzero pools info lab
   latzero pools remove lab
 
-A policy names the apps that may do something; `*` means every app. Without one, every app may."
+A policy lists the apps that may join, or serve triggers; `*` means every app. Without a policy,
+every app may."
     )]
     Pools(PoolsArgs),
     /// Print the presence events of a pool
@@ -329,7 +346,7 @@ Examples:
 Examples:
   latzero bench call                        one at a time, to a handler in this program
   latzero bench call --in-flight 64         64 at a time
-  latzero bench call --to system/echo       to the server's own echo, without a handler's process
+  latzero bench call --to system/echo       to the server's built-in echo
   latzero bench emit --in-flight 64 --size 1KiB
 
 To compare with other systems, see `cargo xtask bench`.")]
@@ -348,23 +365,23 @@ Examples:
 
 Flags override environment variables, which override files, which override the defaults.")]
     Config(ConfigArgs),
-    /// Make and look at the keys of encrypted pools
+    /// Create, show, export and check the keys of encrypted pools
     #[command(after_help = "\
 Examples:
   latzero keys new vault                               all keys, in ~/.config/latzero/keys/vault
-  latzero keys export vault --role read --to reader    those that a reader needs
+  latzero keys export vault --role read --to reader    only what a reader needs
   latzero keys check vault
 
-No server is asked and none learns a key. Key files are private (0600), and keys are never printed.
-Servers of this version do not have encrypted pools yet.")]
+These commands do not contact a server. Key files are private (mode 0600), and keys are never
+printed. Encrypted pools are not implemented yet.")]
     Keys(crate::commands::keys::KeysArgs),
-    /// Make and look at the key of an app
+    /// Create and show the key of an app
     #[command(after_help = "\
 Examples:
   latzero app key new worker     in ~/.config/latzero/apps/worker
   latzero app key show worker    its public key
 
-Servers of this version do not ask for app keys yet.")]
+The server does not check app keys yet.")]
     App(crate::commands::keys::AppArgs),
     /// Print a completion script for a shell
     #[command(after_help = "\
@@ -390,10 +407,10 @@ pub(crate) struct SettingsArgs {
     /// Unix socket: a path, auto or off [default: auto]
     #[arg(long, value_name = "PATH")]
     socket: Option<String>,
-    /// Join other servers in a cluster (not in this build yet)
+    /// Join other servers in a cluster (not implemented yet)
     #[arg(long)]
     cluster: bool,
-    /// Speak TLS on the TCP port (not in this build yet)
+    /// Use TLS on the TCP port (not implemented yet)
     #[arg(long)]
     tls: bool,
     /// Listen beyond loopback although nothing that travels there is encrypted
@@ -474,7 +491,7 @@ pub(crate) struct StopArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct LogsArgs {
-    /// How many lines of the end
+    /// Number of lines to print
     #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
     pub(crate) lines: u32,
     /// Keep printing lines as they are written
@@ -547,13 +564,13 @@ impl TargetsArgs {
     }
 }
 
-/// Where a message goes, and what goes with it.
+/// The destination of a message, and options sent with it.
 #[derive(Args, Debug)]
 pub(crate) struct DeliveryArgs {
-    /// Only this app, whoever else handles the trigger
+    /// Only to this app, even if others handle the trigger
     #[arg(long, value_name = "APP")]
     pub(crate) to: Option<String>,
-    /// The key by which a sticky trigger chooses a handler
+    /// The key that a sticky trigger uses to choose a handler
     #[arg(long)]
     pub(crate) key: Option<String>,
     /// A header for the handler; may be repeated
@@ -622,7 +639,7 @@ pub(crate) struct CallArgs {
         conflicts_with = "timeout"
     )]
     pub(crate) ttl: Option<Duration>,
-    /// Print where it is parked and return; `latzero answers` gets the answer
+    /// Return as soon as it is parked; `latzero answers` prints the answer
     #[arg(long, requires = "park")]
     pub(crate) no_wait: bool,
     /// If its handler dies, give the call to another one: it may run more than once
@@ -673,7 +690,7 @@ pub(crate) struct EmitArgs {
     pub(crate) reach: Reach,
 }
 
-/// How the items of a streamed answer are told apart.
+/// How the items of a streamed answer are separated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Framing {
     /// Each line is one
@@ -702,11 +719,11 @@ pub(crate) struct ServeArgs {
     /// The program and its arguments
     #[arg(value_name = "COMMAND", last = true, required = true)]
     pub(crate) command: Vec<OsString>,
-    /// How many programs run at a time; further calls go to other handlers, wait if they are parked,
-    /// or are refused as overloaded [default: one per core]
+    /// How many programs run at a time; further calls go to other handlers, wait if they are
+    /// parked, or are refused as overloaded [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) concurrency: Option<u16>,
-    /// Keep one process, and exchange a line per call with it
+    /// Run one process for all calls, and exchange one line per call with it
     #[arg(long, conflicts_with_all = ["concurrency", "stream"])]
     pub(crate) lines: bool,
     /// Send each item that the program prints as it is printed: lines, or length
@@ -727,7 +744,7 @@ pub(crate) struct ServeArgs {
         hide_possible_values = true
     )]
     pub(crate) output: Printed,
-    /// What the triggers do, shown to people who list them
+    /// Description of the triggers, shown when they are listed
     #[arg(long, value_name = "TEXT")]
     pub(crate) doc: Option<String>,
     #[command(flatten)]
@@ -810,7 +827,7 @@ impl DataDir {
 pub(crate) struct BackupArgs {
     #[command(subcommand)]
     pub(crate) command: Option<BackupCommand>,
-    /// The file to make, which must not exist [default: a new one in DIR/backups]
+    /// The file to create; it must not exist [default: a new one in DIR/backups]
     #[arg(long, value_name = "FILE")]
     pub(crate) to: Option<PathBuf>,
     #[command(flatten)]
@@ -854,7 +871,7 @@ pub(crate) struct DbArgs {
 pub(crate) enum DbCommand {
     /// Check for damage; exit code 4 if there is any
     Check(DbCheckArgs),
-    /// Answer one SELECT, about a copy of the database: at most 10000 rows, 1 MiB and 5 s
+    /// Run one SELECT on a copy of the database; at most 10000 rows, 1 MiB and 5 s
     Query(DbQueryArgs),
     /// Write the database to stdout as SQL text that `sqlite3` can load
     Dump(DbDumpArgs),
@@ -892,6 +909,103 @@ pub(crate) struct PoolsArgs {
     pub(crate) reach: Reach,
 }
 
+#[derive(Args, Debug)]
+pub(crate) struct ParkedArgs {
+    #[command(subcommand)]
+    pub(crate) command: ParkedCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ParkedCommand {
+    /// List parked calls
+    Ls(ParkedListArgs),
+    /// Show a parked call with its payload
+    Show(ParkedShowArgs),
+    /// End parked calls: their callers are told that they were cancelled
+    Cancel(ParkedNumbersArgs),
+    /// Run dead calls again; their callers were told that they failed, and are not told more
+    Retry(ParkedRetryArgs),
+    /// Delete dead calls, and answers that nobody fetched
+    Purge(ParkedNumbersArgs),
+}
+
+/// What a parked call is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ParkedStateArg {
+    Waiting,
+    Paused,
+    Running,
+    Dead,
+    Answered,
+}
+
+impl ParkedStateArg {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            ParkedStateArg::Waiting => "waiting",
+            ParkedStateArg::Paused => "paused",
+            ParkedStateArg::Running => "running",
+            ParkedStateArg::Dead => "dead",
+            ParkedStateArg::Answered => "answered",
+        }
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedFilterArgs {
+    /// Only calls in this pool
+    #[arg(long)]
+    pub(crate) pool: Option<String>,
+    /// Only calls of this trigger
+    #[arg(long)]
+    pub(crate) trigger: Option<String>,
+    /// Only calls that this app made
+    #[arg(long, value_name = "APP")]
+    pub(crate) caller: Option<String>,
+    /// Only calls in this state
+    #[arg(long, value_enum)]
+    pub(crate) state: Option<ParkedStateArg>,
+    /// Only calls whose attempts all failed, like --state dead
+    #[arg(long, conflicts_with = "state")]
+    pub(crate) dead: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedListArgs {
+    #[command(flatten)]
+    pub(crate) filter: ParkedFilterArgs,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedShowArgs {
+    /// Its number, as `latzero parked ls` prints it
+    pub(crate) number: u64,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedNumbersArgs {
+    /// The numbers of the calls, as `latzero parked ls` prints them
+    #[arg(value_name = "NUMBER", conflicts_with_all = ["pool", "trigger", "caller", "state", "dead"])]
+    pub(crate) numbers: Vec<u64>,
+    #[command(flatten)]
+    pub(crate) filter: ParkedFilterArgs,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ParkedRetryArgs {
+    #[command(flatten)]
+    pub(crate) which: ParkedNumbersArgs,
+    /// How long each call may take [default: 24h]
+    #[arg(long, value_name = "DURATION", value_parser = parse::long_duration)]
+    pub(crate) ttl: Option<Duration>,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum PoolsCommand {
     /// Create a pool that stays until it is removed
@@ -927,7 +1041,7 @@ pub(crate) struct PoolCreateArgs {
     /// Who may do what, like join=alice,bob; may be repeated
     #[arg(long, value_name = "RIGHT=APP,…", value_parser = parse::pair)]
     pub(crate) policy: Vec<(String, String)>,
-    /// A property, shown to everybody who asks for the pool; may be repeated
+    /// A property that every app can see; may be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse::pair)]
     pub(crate) property: Vec<(String, String)>,
 }
@@ -936,7 +1050,7 @@ pub(crate) struct PoolCreateArgs {
 pub(crate) struct PoolRemoveArgs {
     #[command(flatten)]
     pub(crate) pool: PoolArgs,
-    /// Remove it although it has members
+    /// Remove it even if it has members
     #[arg(long)]
     pub(crate) force: bool,
 }
@@ -1054,7 +1168,7 @@ pub(crate) enum BlockCommand {
     Read(BlockReadArgs),
     /// Write bytes into a block, as one version
     Write(BlockWriteArgs),
-    /// Compare and swap: write bytes if others are there now; exit code 4 if they are not
+    /// Write DATA only if the block has the EXPECTED bytes; exit code 4 if not
     Cas(BlockCasArgs),
     /// Print each new version's number as it appears
     Watch(BlockWatchArgs),
@@ -1129,10 +1243,10 @@ pub(crate) struct BlockKind {
     /// Keep it in a file of the server's data directory, so that it survives every process
     #[arg(long)]
     pub(crate) persistent: bool,
-    /// Write it in place, without snapshots: for users who take its lock
+    /// Write in place, without snapshots; writers and readers must use the lock
     #[arg(long, conflicts_with = "slots")]
     pub(crate) raw: bool,
-    /// Room for this many versions
+    /// Number of slots, so how many versions fit at a time
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=4))]
     pub(crate) slots: Option<u32>,
     /// Only these apps may read; may be repeated
@@ -1186,10 +1300,10 @@ pub(crate) struct BlockReadArgs {
     pub(crate) reach: Reach,
 }
 
-/// Whether empty input is intended.
+/// Whether empty input is allowed.
 #[derive(Args, Debug)]
 pub(crate) struct AllowEmpty {
-    /// Accept empty input, which is refused otherwise
+    /// Allow empty input
     #[arg(long)]
     pub(crate) allow_empty: bool,
 }
@@ -1300,7 +1414,7 @@ mod tests {
     use clap::CommandFactory as _;
 
     #[test]
-    fn clap_finds_nothing_wrong() {
+    fn clap_accepts_the_definition() {
         Cli::command().debug_assert();
     }
 
@@ -1314,7 +1428,7 @@ mod tests {
     }
 
     #[test]
-    fn start_has_the_host_under_h() {
+    fn start_uses_h_for_the_host() {
         let parse = |args: &[&str]| Cli::try_parse_from([&["latzero", "start"], args].concat());
         let Ok(cli) = parse(&[
             "-p",

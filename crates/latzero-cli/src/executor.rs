@@ -1,4 +1,4 @@
-//! Just enough to drive the client's futures on this thread: one at a time, or many side by side.
+//! A minimal executor for the client's futures on this thread: one at a time, or several together.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -52,8 +52,8 @@ impl Wake for SlotWaker {
     }
 }
 
-/// Runs the futures that `next` gives until it gives no more, `side_by_side` at a time, and hands each outcome to
-/// `done`.
+/// Runs the futures that `next` gives until it gives no more, `side_by_side` at a time, and hands
+/// each outcome to `done`.
 pub(crate) fn run_many<F: Future>(
     side_by_side: usize,
     mut next: impl FnMut() -> Option<F>,

@@ -1,4 +1,4 @@
-//! How the program ends: one table of exit codes, and the message when something goes wrong.
+//! How the program ends: the table of exit codes, and error messages.
 
 use std::fmt;
 use std::io;
@@ -49,7 +49,7 @@ macro_rules! table_line {
 exits! {
     /// done
     Ok = 0, "ok";
-    /// failed for a reason without a code of its own
+    /// any other failure
     Failure = 1, "failure";
     /// a flag, an argument or a setting is wrong
     Usage = 2, "usage";
@@ -99,7 +99,7 @@ pub(crate) struct Failure {
     pub(crate) help: Option<String>,
     /// The error of a call, as the wire has it.
     pub(crate) wire: Option<Value>,
-    /// No message is printed: whoever read the output closed it.
+    /// No message is printed, because the reader of the output closed it.
     pub(crate) is_quiet: bool,
 }
 
@@ -179,7 +179,7 @@ impl Failure {
 }
 
 impl From<io::Error> for Failure {
-    /// What goes wrong with the program's own output.
+    /// An error in writing the program's own output.
     fn from(error: io::Error) -> Failure {
         let is_quiet = error.kind() == io::ErrorKind::BrokenPipe;
         Failure {
@@ -264,8 +264,13 @@ impl From<Error> for Failure {
         if let Some(data) = error.data() {
             wire["data"] = data.clone();
         }
-        // Nobody here knows what helps against a handler's own code.
-        let help = (!is_own && error.kind() != Code::HandlerError).then(|| remedy(error.kind()));
+        // There is no known remedy for a handler's own code.
+        let help = match error.message() {
+            message if !is_own && message.contains(FORCE) => {
+                Some("--force removes it anyway".into())
+            }
+            _ => (!is_own && error.kind() != Code::HandlerError).then(|| remedy(error.kind())),
+        };
         let shown = match plain(error.kind(), error.message()).filter(|_| !is_own) {
             Some(message) => {
                 let shown = format!("{}: {message}", error.code());
@@ -288,19 +293,19 @@ fn remedy(code: Code) -> String {
         Code::AppInUse => "stop the other instance, or connect as another app with --app",
         Code::NotMember => "name a pool that the app is in; `latzero pools` lists them",
         Code::Unauthenticated | Code::Forbidden => {
-            "use the Unix socket as the user that the server runs as, or that user's admin.token"
+            "connect over the Unix socket as the server's user, or use its admin token"
         }
         Code::Timeout => "allow more time with --timeout, or find out why the handler is slow",
-        Code::Cancelled => "the call was cancelled; repeat it if that was not meant",
-        Code::Draining => "the server is stopping; repeat it once another one runs",
+        Code::Cancelled => "repeat the call if it should not have been cancelled",
+        Code::Draining => "the server is stopping; try again once it runs",
         Code::NoBlock => {
-            "check the name with `latzero block ls`, or make it with `latzero block create`"
+            "check the name with `latzero block ls`, or create it with `latzero block create`"
         }
-        Code::BlockExists => "use it as it is with --or-attach, or choose another name",
+        Code::BlockExists => "use the existing block with --or-attach, or choose another name",
         Code::OutOfRange => "keep --offset plus the length within the size that `block info` shows",
         Code::VersionConflict => "read the block again and repeat the change",
         Code::LayoutMismatch => "use the layout that `latzero block info` shows",
-        Code::Contended => "repeat it, or make the block anew with more --slots",
+        Code::Contended => "try again, or recreate the block with more --slots",
         Code::Locked => {
             "`latzero block info` shows who holds the lock; wait for it with `block lock --wait`"
         }
@@ -308,7 +313,7 @@ fn remedy(code: Code) -> String {
         Code::Disconnected => {
             "check `latzero status`; the call may have run, so repeat it if that is safe"
         }
-        Code::BadMessage => "correct what the message names",
+        Code::BadMessage => "fix what the message names",
         // As the others here: a clause, not a sentence.
         other => {
             let text = other.remedy().trim_end_matches('.');
@@ -324,13 +329,21 @@ fn remedy(code: Code) -> String {
     text.to_owned()
 }
 
-/// The message in terms of this program, where the server's names fields of its protocol.
+/// The field that the server suggests for a pool with members.
+const FORCE: &str = "\"force\":true";
+
+/// The message in terms of this program, if the server's message names fields of the protocol.
 fn plain(code: Code, message: &str) -> Option<String> {
     let cut = |at: &str| message.split(at).next().map(str::to_owned);
     match code {
         Code::BlockExists => cut("; attach it"),
         Code::Locked => cut("; wait for its lock"),
-        Code::AppInUse | Code::NotMember => cut("; "),
+        Code::AppInUse | Code::NotMember | Code::NoBlock | Code::NoPool => cut("; "),
+        Code::TooLarge => cut(", with \"if_version\""),
+        _ if message.contains(FORCE) => cut("; "),
+        _ if message.contains("\"durable\":true") => {
+            Some(message.replace("\"durable\":true", "--durable"))
+        }
         _ => None,
     }
 }
@@ -360,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_pipe_is_no_failure() {
+    fn a_closed_pipe_is_not_an_error() {
         let failure = Failure::from(io::Error::from(io::ErrorKind::BrokenPipe));
         assert_eq!((failure.exit, failure.is_quiet), (Exit::Ok, true));
     }

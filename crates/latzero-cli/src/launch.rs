@@ -1,9 +1,9 @@
 //! Starts programs that must not outlive this one, whatever ends it.
 //!
-//! The kernel can end a process when its parent dies (prctl(2), `PR_SET_PDEATHSIG`), but the process
-//! itself has to ask for it, between fork and exec, where only unsafe code can run. So this program
-//! starts itself first, asks, and then becomes the program. What the program starts in turn is
-//! covered by a [`Supervisor`], which ends whole process groups.
+//! The kernel can end a process when its parent dies (prctl(2), `PR_SET_PDEATHSIG`), but the
+//! process itself has to ask for it, between fork and exec, where only unsafe code can run. So this
+//! program starts itself first, asks, and then becomes the program. What the program starts in turn
+//! is covered by a [`Supervisor`], which ends whole process groups.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
@@ -82,7 +82,7 @@ impl Supervisor {
     /// Starts it.
     ///
     /// # Errors
-    /// Where the system starts no process.
+    /// If the system starts no process.
     pub(crate) fn start() -> io::Result<Supervisor> {
         let mut child = this_program(SUPERVISE)
             .stdin(Stdio::piped())
@@ -109,7 +109,7 @@ impl Supervisor {
 
     fn send(&self, line: &str) {
         let mut to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
-        // Where it was ended by somebody, the programs themselves still end with this one.
+        // If it was killed, the programs still end with this one.
         let _ = to.write_all(line.as_bytes());
     }
 }
@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn programs_are_looked_up() {
+    fn programs_are_searched_on_the_path() {
         let is_ok = |program: &str| check(OsStr::new(program)).is_ok();
         assert!(is_ok("sh"));
         assert!(is_ok("/bin/sh"));
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_supervisor_does_not_understand_is_ignored() {
+    fn a_supervisor_ignores_invalid_input() {
         assert_eq!(supervise(&b"+\n-\nx\n+0\n\n\xff\n"[..]), 0);
     }
 }

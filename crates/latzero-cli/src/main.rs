@@ -47,6 +47,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => commands::serve::run(args, &output),
         Command::On(args) => commands::on::run(&args, &output),
         Command::Apps(args) => commands::apps::run(&args, &output),
+        Command::Parked(args) => commands::parked::run(&args, &output),
         Command::Pools(args) => commands::pools::run(&args, &output),
         Command::Watch(args) => commands::watch::run(&args, &output),
         Command::Stats(args) => commands::stats::run(&args, &output),

@@ -151,8 +151,8 @@ impl Output {
         }
     }
 
-    /// JSON text as it came, its fields in their own order and its numbers with all their digits: indented for people,
-    /// on one line for scripts.
+    /// JSON text as it came, its fields in their own order and its numbers with all their digits:
+    /// indented for people, on one line for scripts.
     pub(crate) fn json_text(&self, json: &str) -> io::Result<()> {
         match self.is_for_people() {
             true => self.json_out(&pretty(json)),
@@ -240,7 +240,7 @@ impl Output {
     }
 
     fn raw_note(&self, text: impl Display) {
-        // Nobody misses a note when stderr is closed.
+        // If stderr is closed, the note is not needed.
         let _ = writeln!(io::stderr().lock(), "{text}");
     }
 
@@ -334,7 +334,7 @@ impl Output {
     }
 }
 
-/// The pieces of valid JSON text: strings and other scalars whole, punctuation alone, blanks left out.
+/// The tokens of valid JSON text: strings, other scalars and punctuation, without white space.
 fn tokens(json: &str) -> impl Iterator<Item = &str> {
     let mut rest = json;
     std::iter::from_fn(move || {
@@ -493,8 +493,8 @@ fn escaped(text: &str) -> String {
     out
 }
 
-/// JSON text with nothing in it that a terminal obeys. Such characters are valid in strings alone,
-/// where an escape says the same; the rest is white space.
+/// JSON text without control characters. They are valid only in strings, where an escape means the
+/// same; others are white space.
 fn escaped_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {
@@ -513,7 +513,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_terminal_obeys_nothing_that_came_from_outside() {
+    fn control_characters_are_escaped_on_a_terminal() {
         let check = |text: &str, shown: &str, json: &str| {
             assert_eq!(escaped(text), shown);
             assert_eq!(escaped_json(text), json);
@@ -530,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn json_keeps_its_order_and_its_digits() {
+    fn json_keeps_order_and_digits() {
         let json =
             r#" {"b" : [1.000, 12345678901234567890123, {}, []],"a\\\"": "x, {y}:\\" , "c":null} "#;
         let one_line =
@@ -554,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_for_people() {
+    fn numbers_are_readable() {
         assert_eq!(time(Duration::from_nanos(34_720)), "34.7 µs");
         assert_eq!(time(Duration::from_micros(1_500)), "1.50 ms");
         assert_eq!(time(Duration::from_secs(2)), "2.00 s");

@@ -17,7 +17,8 @@ const LONG_DURATION_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The longest age, a century.
 const AGE_MAX: Duration = Duration::from_secs(36_525 * 24 * 3600);
 
-/// The most that is read of a file or of stdin for a payload, in bytes: more than any server takes by default.
+/// The most that is read of a file or of stdin for a payload, in bytes: more than any server takes
+/// by default.
 pub(crate) const INPUT_BYTES_MAX: u64 = 16 << 20;
 
 /// A duration with its unit, up to a day: `500ms`, `5s`, `2m`, `1h`.
@@ -100,7 +101,7 @@ pub(crate) fn block_size(text: &str) -> Result<u64, String> {
     number.checked_mul(factor).ok_or_else(expected)
 }
 
-/// Bytes that an argument stands for: text as it is, `-` for stdin, `@FILE` for a file, of at most `max` bytes.
+/// The bytes of an argument: its text, `-` for stdin or `@FILE` for a file, at most `max` bytes.
 pub(crate) fn bytes(argument: &str, max: u64) -> Result<Vec<u8>, Failure> {
     let source: (Box<dyn std::io::Read>, &str) = match (argument, argument.strip_prefix('@')) {
         ("-", _) => (Box::new(std::io::stdin()), "stdin"),
@@ -117,7 +118,7 @@ pub(crate) fn bytes(argument: &str, max: u64) -> Result<Vec<u8>, Failure> {
     let read = source.take(max + 1).read_to_end(&mut bytes);
     read.map_err(|error| Failure::usage(format!("{name} cannot be read: {error}")))?;
     if bytes.len() as u64 > max {
-        let text = format!("{name} has more than the {max} bytes that fit into the block");
+        let text = format!("{name} is longer than the {max} bytes that fit in the block");
         return Err(Failure::usage(text));
     }
     Ok(bytes)
@@ -141,8 +142,8 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// Reads `[POOL/]TRIGGER`. A trigger's name may have `/` in it: the pool is what stands before the first one, and
-    /// where `--pool` names it, all of the text is the trigger.
+    /// Parses `[POOL/]TRIGGER`. A trigger's name may contain `/`: the pool is the part before the
+    /// first one. With `--pool`, the whole text is the trigger.
     pub(crate) fn parse(text: &str, pool: Option<&str>) -> Result<Target, Failure> {
         let (pool, trigger) = match (pool, text.split_once('/')) {
             (Some(pool), _) => (Some(pool), text),
@@ -150,7 +151,7 @@ impl Target {
             (None, None) => (None, text),
         };
         if trigger.is_empty() || pool == Some("") {
-            return Err(Failure::usage(format!("'{text}' names no trigger"))
+            return Err(Failure::usage(format!("'{text}' is not a complete name"))
                 .with_help("write TRIGGER, POOL/TRIGGER, or --pool POOL TRIGGER"));
         }
         Ok(Target {
@@ -160,7 +161,8 @@ impl Target {
     }
 }
 
-/// The payload that an argument stands for: JSON, `-` for stdin, `@FILE` for a file; `null` where there is none.
+/// The payload of an argument: JSON, `-` for stdin or `@FILE` for a file; `null` without an
+/// argument.
 pub(crate) fn payload(argument: Option<&str>) -> Result<Box<RawValue>, Failure> {
     let (text, place) = match argument {
         None => ("null".to_owned(), "the argument"),
@@ -200,11 +202,14 @@ fn suggest_quoting(text: &str) -> String {
     // What a shell leaves of {"x":42} without quotes.
     let looks_stripped = text.starts_with(['{', '[']);
     if looks_stripped {
-        return "the shell takes quotes away; put single quotes around the whole: '{\"x\":42}'"
+        return "the shell removes double quotes; put the whole value in single quotes: '{\"x\":42}'"
             .to_owned();
     }
     let as_json = serde_json::Value::from(text).to_string();
-    format!("a text is JSON in double quotes: {}", shell(&as_json))
+    format!(
+        "write text as a JSON string, in double quotes: {}",
+        shell(&as_json)
+    )
 }
 
 /// Text as one word of a shell's command line.

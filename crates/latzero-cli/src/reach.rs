@@ -1,10 +1,11 @@
 //! Where the server is, and a connection to it.
 //!
-//! Flags win over the environment, and that over the defaults. The first of these that is set counts:
-//! a flag, `LATZERO_URL`, `LATZERO_SOCKET`, `LATZERO_DATA_DIR`, `LATZERO_HOST` and `LATZERO_PORT`,
-//! `~/.latzero`, and then 127.0.0.1:45227. A variable with a bad value is refused, also where another
-//! one counts. A directory stands for the server that runs on it: its Unix socket by the rule of
-//! [`latzero_server::address`], else wherever the lock file says that it listens.
+//! Flags win over the environment, and that over the defaults. The first of these that is set
+//! counts: a flag, `LATZERO_URL`, `LATZERO_SOCKET`, `LATZERO_DATA_DIR`, `LATZERO_HOST` and
+//! `LATZERO_PORT`, `~/.latzero`, and then 127.0.0.1:45227. A variable with a bad value is refused,
+//! also where another one counts. A directory stands for the server that runs on it: its Unix
+//! socket by the rule of [`latzero_server::address`], else wherever the lock file says that it
+//! listens.
 
 use std::ffi::OsString;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
@@ -34,22 +35,26 @@ const FILE_REQUEST_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// Which server, and as whom.
 #[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Which server")]
+#[command(next_help_heading = "Connection")]
 pub(crate) struct Reach {
-    /// By its data directory [env: LATZERO_DATA_DIR] [default: ~/.latzero]
+    /// The server that uses this data directory [env: LATZERO_DATA_DIR] [default: ~/.latzero]
     #[arg(short, long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// By its Unix socket [env: LATZERO_SOCKET]
+    /// The server with this Unix socket [env: LATZERO_SOCKET]
     #[arg(long, value_name = "PATH", conflicts_with_all = ["host", "port"])]
     pub(crate) socket: Option<PathBuf>,
-    /// By its TCP port [env: LATZERO_PORT]
+    /// The server on this TCP port [env: LATZERO_PORT]
     #[arg(short, long, value_name = "PORT")]
     pub(crate) port: Option<u16>,
-    /// By its host, over TCP [env: LATZERO_HOST]
+    /// The server on this host, over TCP [env: LATZERO_HOST]
     #[arg(long, value_name = "HOST")]
     pub(crate) host: Option<String>,
-    /// By an app's address, latzero://APP_ID@HOST:PORT?pool=NAME [env: LATZERO_URL]
-    #[arg(long, value_name = "URL", conflicts_with_all = ["data_dir", "socket", "host", "port", "app"])]
+    /// An app's address: latzero://APP_ID@HOST:PORT?pool=NAME [env: LATZERO_URL]
+    #[arg(
+        long,
+        value_name = "URL",
+        conflicts_with_all = ["data_dir", "socket", "host", "port", "app"]
+    )]
     pub(crate) url: Option<String>,
     /// The AppID to connect as [default: cli-UID; for `serve` the program's name]
     #[arg(long, value_name = "ID")]
@@ -101,7 +106,7 @@ impl Address {
         }
     }
 
-    /// Whether the server knows the user by the connection alone.
+    /// Whether the connection itself identifies the user to the server.
     fn is_trusted(&self) -> bool {
         match self {
             Address::Url(url) => !url.contains('@'),
@@ -128,7 +133,7 @@ fn escape(path: &Path) -> String {
 pub(crate) enum Loss {
     /// The command is over.
     Ends,
-    /// It connects again and goes on.
+    /// It reconnects and continues.
     Reconnects,
 }
 
@@ -139,13 +144,13 @@ pub(crate) struct ConnectOptions {
     pub(crate) loss: Loss,
     /// Pools to join; what does not exist is created.
     pub(crate) pools: Vec<String>,
-    /// The AppID, where the command has one of its own and none was typed.
+    /// The default AppID of the command, if `--app` is not given.
     pub(crate) app_id: Option<String>,
     /// Threads for handlers.
     pub(crate) handler_threads: Option<usize>,
     /// How long the server may take for a request, where that differs from other commands.
     pub(crate) request_time: Option<Duration>,
-    /// When the command gives up, connecting included.
+    /// The deadline of the command, including connecting.
     pub(crate) deadline: Option<Instant>,
 }
 
@@ -188,7 +193,7 @@ impl ConnectOptions {
     }
 }
 
-/// A connection, and where it goes.
+/// A connection and its address.
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) app: App,
@@ -200,7 +205,7 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Where the connection goes, for people.
+    /// The address of the connection, for people.
     pub(crate) fn place(&self) -> String {
         self.place.to_string()
     }
@@ -338,10 +343,11 @@ impl Reach {
             .unwrap_or_else(|| format!("cli-{}", rustix::process::geteuid().as_raw()))
     }
 
-    /// An AppID that no other command has, and another one for each `key`: for what must find its way back to one command.
+    /// An AppID that no other command has, and another one for each `key`: for what must find its
+    /// way back to one command.
     pub(crate) fn own_app_id(&self, key: Option<&str>) -> String {
         let number = match key {
-            // FNV-1a: the same for the same key, whoever asks.
+            // FNV-1a, so equal keys give equal hashes in every process.
             Some(key) => key.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
                 (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
             }),
@@ -374,7 +380,8 @@ impl Reach {
                     enabled: options.loss == Loss::Reconnects,
                     ..Reconnect::default()
                 })
-                .meta(json!({"program": "latzero", "command": options.command, "pid": std::process::id()}));
+                .meta(json!({"program": "latzero", "command": options.command,
+                    "pid": std::process::id()}));
             for pool in &options.pools {
                 if let Some(path) = self.key_file(pool) {
                     builder = builder.keys(pool, Keys::from_file(&path)?);
@@ -405,8 +412,8 @@ impl Reach {
         Err(self.not_running(&tried))
     }
 
-    /// A command leaves nothing behind, and takes nothing from an app whose name it uses, unless it
-    /// keeps running under a name that was given.
+    /// A command leaves no registration behind, and does not change that of the app whose name it
+    /// uses, unless it keeps running under a given name.
     fn is_transient(&self, options: &ConnectOptions) -> bool {
         let is_named = self.app.is_some() || self.url.is_some();
         options.loss == Loss::Ends || !is_named
@@ -450,10 +457,10 @@ impl Reach {
         if self.is_elsewhere() {
             let mut failure = match tried {
                 [(place, why)] => {
-                    let text = format!("no server answers at {place}: {why}");
+                    let text = format!("cannot connect to {place}: {why}");
                     Failure::new(Exit::NotRunning, text)
                 }
-                _ => Failure::new(Exit::NotRunning, "no server answers"),
+                _ => Failure::new(Exit::NotRunning, "cannot connect to any of the addresses"),
             };
             // A typing error is likelier than a server that is down.
             if let Some((pid, addresses)) = running_on(&dir) {
@@ -477,19 +484,20 @@ impl Reach {
         let mut failure = Failure::new(Exit::NotRunning, "the server is not running");
         let looked = tried
             .iter()
-            .map(|(place, why)| format!("nothing answers at {place}: {why}"));
+            .map(|(place, why)| format!("cannot connect to {place}: {why}"));
         failure.details.extend(looked);
         if tried.is_empty() {
             failure
                 .details
-                .push(format!("no server has run on {shown_dir} yet"));
+                .push(format!("no server has used {shown_dir} yet"));
         }
         let mut command = "latzero start".to_owned();
         if named == Named::Yes {
             command.push_str(&format!(" --data-dir {}", shell(&dir.to_string_lossy())));
         }
         failure.with_help(format!(
-            "start it with `{command}`, or name another one with --data-dir, --socket, --port or --url"
+            "start it with `{command}`, or choose another server with --data-dir, --socket, \
+             --port or --url"
         ))
     }
 
@@ -504,7 +512,10 @@ impl Reach {
         };
         match source {
             Some(cause) if is_silent(cause) => {
-                let text = format!("the server at {place} accepts connections and does not answer");
+                let text = format!(
+                    "the server at {place} accepts connections but does not \
+                    respond"
+                );
                 let mut failure = Failure::new(Exit::Timeout, text);
                 let (dir, _) = self.data_dir();
                 let is_its_own = of_data_dir(&dir).contains(place);
@@ -512,13 +523,12 @@ impl Reach {
                     failure.details.push(format!("its pid is {pid}"));
                 }
                 Err(failure.with_help(
-                    "it may be suspended or overloaded; look at `latzero logs`, and try again",
+                    "it may be suspended or overloaded; check `latzero logs` and try again",
                 ))
             }
             Some(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
                 let text = format!("permission denied: {place}");
-                let help =
-                    "run as the user that the server runs as, or reach it over TCP with --port";
+                let help = "run this as the server's user, or connect over TCP with --port";
                 Err(Failure::new(Exit::Denied, text).with_help(help))
             }
             Some(cause) if cause.kind() == io::ErrorKind::NotFound => {
@@ -529,7 +539,8 @@ impl Reach {
             Some(cause) => Ok(cause.to_string()),
             None if error.kind() == Code::Disconnected => {
                 let text = format!("{place}: {}", error.message());
-                let help = "check what listens there, or name another server with --port";
+                let help = "check which program listens there, or choose another server with \
+                    --port";
                 Err(Failure::new(Exit::NotRunning, text).with_help(help))
             }
             None if matches!(error.kind(), Code::BadMessage | Code::InvalidName) => {
@@ -615,7 +626,7 @@ fn of_data_dir(dir: &Path) -> Vec<Address> {
     places
 }
 
-/// Whether a directory is this user's alone: anyone may create a name in `/tmp`.
+/// Whether a directory is private to this user: anyone may create a name in `/tmp`.
 fn is_private(dir: Option<&Path>, uid: u32) -> bool {
     dir.and_then(|dir| dir.symlink_metadata().ok())
         .is_some_and(|m| m.is_dir() && m.uid() == uid && m.mode() & 0o777 == 0o700)
@@ -675,7 +686,7 @@ pub(crate) enum Listed {
     Pools,
 }
 
-/// The line that somebody can try, with what it takes to find this server.
+/// A command to try, with the flags to find this server.
 pub(crate) fn try_line(program: &str, options: &[String]) -> String {
     let mut words = vec![program.to_owned(), "call".to_owned()];
     words.extend(options.iter().map(|option| shell(option)));

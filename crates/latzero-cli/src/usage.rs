@@ -34,7 +34,7 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
     );
     if is_help {
-        // Whoever closed the pipe has read enough.
+        // If the pipe is closed, its reader has read enough.
         let _ = error.print();
         return Err(Exit::Ok.into());
     }
@@ -111,7 +111,7 @@ fn failure(error: &clap::Error) -> Failure {
     Failure::usage(message).with_help(help)
 }
 
-/// Whether `-h` stands without a value behind `start`, where it is the host.
+/// Whether `start` has `-h`, its host, without a value.
 fn is_bare_host(args: &[OsString]) -> bool {
     let words: Vec<&str> = args.iter().skip(1).filter_map(|arg| arg.to_str()).collect();
     let command = words.iter().find(|word| !word.starts_with('-'));
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_a_value_is_seen() {
+    fn a_host_without_a_value_is_detected() {
         let check = |text: &str, expected: bool| {
             assert_eq!(is_bare_host(&words(text)), expected, "{text}");
         };
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn global_flags_are_seen_in_a_wrong_command_line() {
+    fn global_flags_are_found_in_an_invalid_command_line() {
         let check = |text: &str, json: bool, color: Color| {
             let flags = GlobalFlags::of(&words(text));
             assert_eq!((flags.json, flags.color), (json, color), "{text}");
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_have_a_message_and_a_tip() {
+    fn usage_errors_have_a_message_and_a_tip() {
         use clap::Parser as _;
         let failure = |text: &str| failure(&Cli::try_parse_from(words(text)).unwrap_err());
         let unknown = failure("latzero status --jsn");

@@ -23,7 +23,7 @@ impl AppKey {
     /// Reads the line of an app-key file; a line end behind it does not count.
     ///
     /// # Errors
-    /// Where it is none.
+    /// If it is none.
     pub fn parse(line: &str) -> Result<Self, KeyError> {
         let line = line.strip_suffix('\n').unwrap_or(line);
         let encoded = line.strip_prefix(PREFIX).ok_or(KeyError::AppKey)?;

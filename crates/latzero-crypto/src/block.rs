@@ -61,7 +61,7 @@ pub enum BlockError {
 
 use BlockError::{Downgrade, Fork, Integrity, Rollback, StaleEpoch, VersionConflict};
 
-/// How a block lies in its slots, by the size that was asked for.
+/// The layout of a block in its slots, for a given size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
     chunks_max: u32,
@@ -241,7 +241,7 @@ impl ChunkKey {
     /// Opens chunk `i` of a verified version. `sealed` is a private copy of the chunk's bytes.
     ///
     /// # Errors
-    /// Where it is not the chunk that the table names.
+    /// If it is not the chunk that the table names.
     pub fn open(&self, of: &Verified, i: u32, sealed: Vec<u8>) -> Result<Vec<u8>, BlockError> {
         let manifest = &of.manifest;
         let entry = of
@@ -255,7 +255,8 @@ impl ChunkKey {
         if sealed.len() != plain_bytes as usize + TAG_BYTES {
             return Err(Integrity("a chunk has another length"));
         }
-        // The tag alone proves nothing: whoever has the key can make other bytes with the same tag.
+        // The tag alone proves nothing: anyone with the key can create other bytes with the same
+        // tag.
         if self.leaf(i, entry.version, &entry.nonce, &sealed) != entry.leaf {
             return Err(Integrity("a chunk is not the one that was signed"));
         }
@@ -298,7 +299,7 @@ impl Manifest {
     /// Reads a manifest. It can be trusted only as part of a [`Verified`] version.
     ///
     /// # Errors
-    /// Where the layout is wrong, or version or suite are unknown.
+    /// If the layout is wrong, or version or suite are unknown.
     pub fn parse(bytes: &[u8; MANIFEST_BYTES]) -> Result<Self, BlockError> {
         let mut cursor = Cursor::new(bytes);
         if cursor.take(4) != Some(MAGIC) {
@@ -403,7 +404,7 @@ impl Manifest {
     }
 }
 
-/// The newest version that somebody saw, against rollback and forks.
+/// The newest version that a client saw, to detect rollback and forks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
     /// Its number.
@@ -622,7 +623,7 @@ impl Next<'_> {
     /// The version's number, for which changed chunks are sealed.
     ///
     /// # Errors
-    /// Where there is none.
+    /// If there is none.
     pub fn version(&self, base: Option<&Verified>) -> Result<u64, PublishError> {
         let base = base.map_or(0, |base| base.manifest.version);
         base.checked_add(1).ok_or(PublishError::Versions)
@@ -633,7 +634,7 @@ impl Next<'_> {
     /// for this version.
     ///
     /// # Errors
-    /// Where a chunk is missing or of another version. A new epoch needs all of them.
+    /// If a chunk is missing or of another version. A new epoch needs all of them.
     pub fn sign(
         &self,
         base: Option<&Verified>,
@@ -644,7 +645,7 @@ impl Next<'_> {
         self.sign_as(version, base, changed, seal)
     }
 
-    /// The same with a version of its own, for vectors.
+    /// The same with its own version, for vectors.
     #[doc(hidden)]
     pub fn sign_as(
         &self,

@@ -12,7 +12,7 @@ impl Bytes {
         Bytes(Vec::with_capacity(512))
     }
 
-    /// Begins with a label: what the bytes are for. Each use has a label of its own.
+    /// Starts with a label for the purpose of the bytes. Each use has its own label.
     pub(crate) fn label(purpose: &str) -> Self {
         Bytes::new()
             .raw(b"latzero/v1/")

@@ -95,7 +95,7 @@ impl Descriptor {
     /// Reads a descriptor to its last byte.
     ///
     /// # Errors
-    /// Where the layout is wrong, or version or suite are unknown.
+    /// If the layout is wrong, or version or suite are unknown.
     pub fn parse(bytes: &[u8]) -> Result<Self, DescriptorError> {
         const CUT: DescriptorError = Invalid("it is cut off");
         let mut cursor = Cursor::new(bytes);
@@ -423,7 +423,7 @@ impl Descriptor {
     /// accepted.
     ///
     /// # Errors
-    /// Where `previous` is not the one that this descriptor names, or its key does not open.
+    /// If `previous` is not the one that this descriptor names, or its key does not open.
     pub fn open_previous(
         &self,
         key: &PoolKey,
@@ -540,7 +540,7 @@ pub struct NewEpoch {
 /// Checks the reply to a proof: it must have the roles that were asked for, and a descriptor.
 ///
 /// # Errors
-/// Where the server speaks as of a plain pool, or grants less.
+/// If the server speaks as of a plain pool, or grants less.
 pub fn check_reply(
     asked: Roles,
     roles: Option<u64>,
@@ -592,7 +592,7 @@ impl Descriptor {
     /// Makes the descriptor of a new pool.
     ///
     /// # Errors
-    /// Where one of the three keys is missing, or the name is not one.
+    /// If one of the three keys is missing, or the name is not one.
     pub fn create(keys: &KeySet, pool: &NewPool<'_>) -> Result<Self, MakeError> {
         let draft = Draft {
             name: pool.name,
@@ -745,7 +745,7 @@ pub enum StoreError {
 /// What the server checks of a new pool; whether name and id are free, it knows itself.
 ///
 /// # Errors
-/// Where the descriptor is not one of a new pool of this name.
+/// If the descriptor is not one of a new pool of this name.
 pub fn check_creation(bytes: &[u8], name: &str) -> Result<Descriptor, StoreError> {
     let descriptor = Descriptor::parse(bytes).map_err(StoreError::Layout)?;
     if descriptor.epoch() != 1 {
@@ -765,7 +765,7 @@ pub fn check_creation(bytes: &[u8], name: &str) -> Result<Descriptor, StoreError
 /// What the server checks of a rotation; who asks, it has checked before.
 ///
 /// # Errors
-/// Where the descriptor does not succeed `current`.
+/// If the descriptor does not succeed `current`.
 pub fn check_rotation(bytes: &[u8], current: &Descriptor) -> Result<Descriptor, StoreError> {
     let next = Descriptor::parse(bytes).map_err(StoreError::Layout)?;
     if current.epoch().checked_add(1) != Some(next.epoch()) || next.prev_hash != current.hash() {

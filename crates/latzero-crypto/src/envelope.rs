@@ -151,7 +151,7 @@ pub enum SealError {
 /// deferred kinds, and left out of account for others.
 ///
 /// # Errors
-/// Where a limit is passed, or the key for a privileged message is missing.
+/// If a limit is passed, or the key for a privileged message is missing.
 pub fn seal(
     header: &Header<'_>,
     meta: Option<&str>,
@@ -225,8 +225,8 @@ fn is_short_name(name: &str) -> bool {
 }
 
 fn signed_message(header: &[u8], nonce: &Nonce, sealed: &[u8]) -> Bytes {
-    // The hash of the ciphertext rather than its tag: whoever has the key can make other bytes with
-    // the same tag.
+    // The hash of the ciphertext, not its tag, because anyone with the key can create other bytes
+    // with the same tag.
     let digest = backend::preferred().sha256(&[sealed]);
     Bytes::label("event-sig")
         .raw(header)
@@ -393,7 +393,7 @@ impl<'a> Envelope<'a> {
     /// Checks the signature if there is one, and opens the message.
     ///
     /// # Errors
-    /// Where it is not what it says.
+    /// If it is not what it says.
     pub fn open(&self, key: &Xaes, seal: &PublicKey) -> Result<Opened, OpenError> {
         if let Some(signature) = self.signature {
             let message = signed_message(self.header_bytes, self.nonce, self.sealed);

@@ -83,7 +83,7 @@ impl Epochs {
     /// cut there, or [`EPOCHS_MAX`] are known.
     ///
     /// # Errors
-    /// Where the descriptor is not the one that the oldest one names.
+    /// If the descriptor is not the one that the oldest one names.
     pub fn add_older(&mut self, descriptor: Descriptor) -> Result<bool, DescriptorError> {
         let oldest = &self.known[self.known.len() - 1];
         let Some(key) = oldest.descriptor.open_previous(&oldest.key, &descriptor)? else {

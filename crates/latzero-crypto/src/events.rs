@@ -77,7 +77,7 @@ pub enum Dropped {
     /// Malformed content.
     #[error("its content is malformed")]
     Content,
-    /// An answer that nobody waits for, or to another call.
+    /// An unexpected answer, or one to another call.
     #[error("nobody waits for it")]
     NotAwaited,
     /// An item of a stream out of order. A final answer with another count ends its call with
@@ -184,7 +184,7 @@ impl Sender {
     /// Seals a call or an emit. With `seal` it is a privileged one, signed.
     ///
     /// # Errors
-    /// Where a limit is passed.
+    /// If a limit is passed.
     pub fn seal(
         &mut self,
         epochs: &Epochs,
@@ -226,7 +226,7 @@ impl Sender {
     /// `seal` is needed.
     ///
     /// # Errors
-    /// Where a limit is passed, or the key is missing.
+    /// If a limit is passed, or the key is missing.
     pub fn answer(
         &mut self,
         epochs: &Epochs,
@@ -477,7 +477,7 @@ impl Receiver {
     /// Takes a call or an emit.
     ///
     /// # Errors
-    /// Where a rule fails. It was counted; the message is dropped.
+    /// If a rule fails. It was counted; the message is dropped.
     pub fn receive(
         &mut self,
         epochs: &Epochs,
@@ -686,7 +686,7 @@ impl Receiver {
     /// Takes an answer. A final one ends the wait.
     ///
     /// # Errors
-    /// Where a rule fails. It was counted; the answer is dropped, and the call goes on waiting.
+    /// If a rule fails. It was counted; the answer is dropped, and the call goes on waiting.
     /// After [`Dropped::Index`] of a final answer it does not: it ends with `integrity`.
     pub fn receive_answer(
         &mut self,

@@ -142,19 +142,19 @@ impl Roles {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// Not the length of a token.
-    #[error("a token has 75 characters; check that it was copied whole")]
+    #[error("a token has 75 characters; check that it was copied completely")]
     TokenLength,
     /// Not the beginning of a token.
     #[error("a token begins with lzs1_, lzc1_, lzo1_ or lzw1_")]
     TokenPrefix,
     /// Another kind of key than the place asks for.
-    #[error("this token is not a {}; keys of one kind do not stand for another", .0.name())]
+    #[error("this token is not a {}; one kind of key cannot replace another", .0.name())]
     WrongKind(Kind),
     /// Characters that no token has.
-    #[error("a token has letters, digits, '-' and '_' only; check that it was copied whole")]
+    #[error("a token has letters, digits, '-' and '_' only; check that it was copied completely")]
     TokenText,
     /// The checksum does not fit.
-    #[error("the token's checksum does not fit; it was mistyped or not copied whole")]
+    #[error("the token's checksum is wrong; it was mistyped or not copied completely")]
     Checksum,
     /// Tokens of two pools, or of a pool before and after its owner changed.
     #[error("the tokens belong to different owners; use tokens that were made together")]
@@ -181,14 +181,14 @@ pub enum KeyError {
     #[error("a key file is UTF-8 text of at most 64 KiB, one token a line")]
     File,
     /// An app key that is not well formed.
-    #[error("an app key is one line: lza1_ and 48 characters; check that it was copied whole")]
+    #[error("an app key is one line: lza1_ and 48 characters; check that it was copied completely")]
     AppKey,
 }
 
 /// Reads a raw key: exactly 32 bytes, which are not all printable.
 ///
 /// # Errors
-/// Where the length is another, or the bytes look like a passphrase.
+/// If the length is another, or the bytes look like a passphrase.
 pub fn raw_key(bytes: &[u8]) -> Result<Secret, KeyError> {
     if bytes.len() < 32 {
         return Err(KeyError::TooShort);
@@ -214,7 +214,7 @@ impl Token {
     /// Reads a token.
     ///
     /// # Errors
-    /// Where the text is not one.
+    /// If the text is not one.
     pub fn parse(token: &str) -> Result<Self, KeyError> {
         let kind = Kind::ALL
             .into_iter()
@@ -239,7 +239,7 @@ impl Token {
     /// Reads a token where one of this kind belongs.
     ///
     /// # Errors
-    /// Where the text is not one, or one of another kind.
+    /// If the text is not one, or one of another kind.
     pub fn parse_as(kind: Kind, token: &str) -> Result<Self, KeyError> {
         let token = Token::parse(token)?;
         if token.kind == kind {
@@ -292,7 +292,7 @@ pub struct NewKeys {
     pub owner: Option<Secret>,
 }
 
-/// The keys that somebody holds of one pool.
+/// The keys of one pool that a client has.
 pub struct KeySet {
     keys: [Option<Secret>; 4],
     pin: Option<Pin>,
@@ -325,7 +325,7 @@ impl KeySet {
     /// Reads tokens: at most one of each kind, all of one owner.
     ///
     /// # Errors
-    /// Where one is no token, or they do not belong together.
+    /// If one is no token, or they do not belong together.
     pub fn from_tokens<'a>(tokens: impl IntoIterator<Item = &'a str>) -> Result<Self, KeyError> {
         let mut set = KeySet::empty();
         for token in tokens {
@@ -345,7 +345,7 @@ impl KeySet {
     /// not count.
     ///
     /// # Errors
-    /// Where it is no text, has another line, or its tokens do not belong together.
+    /// If it is no text, has another line, or its tokens do not belong together.
     pub fn from_file(text: &[u8]) -> Result<Self, KeyError> {
         if text.len() > KEY_FILE_BYTES_MAX {
             return Err(KeyError::File);
@@ -360,7 +360,7 @@ impl KeySet {
     /// Reads the tokens of an environment variable, separated by spaces.
     ///
     /// # Errors
-    /// Where one is no token, or they do not belong together.
+    /// If one is no token, or they do not belong together.
     pub fn from_variable(text: &str) -> Result<Self, KeyError> {
         Self::from_tokens(text.split(' ').filter(|token| !token.is_empty()))
     }
@@ -368,7 +368,7 @@ impl KeySet {
     /// Takes raw keys. They have no pin: the first owner that is seen must be trusted.
     ///
     /// # Errors
-    /// Where one is no key ([`raw_key`]), or two are of one kind.
+    /// If one is no key ([`raw_key`]), or two are of one kind.
     pub fn from_raw(keys: &[(Kind, &[u8])]) -> Result<Self, KeyError> {
         let mut set = KeySet::empty();
         for (kind, bytes) in keys {
@@ -431,7 +431,7 @@ impl KeySet {
     /// The text of a key file with these kinds of keys.
     ///
     /// # Errors
-    /// Where one of them is not here.
+    /// If one of them is not here.
     pub fn to_file(&self, kinds: &[Kind]) -> Result<Zeroizing<String>, KeyError> {
         let mut text = Zeroizing::new(String::with_capacity(kinds.len() * (TOKEN_BYTES + 1)));
         for kind in kinds {

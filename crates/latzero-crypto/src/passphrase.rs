@@ -15,9 +15,9 @@ const LANES: u32 = 4;
 
 /// What must be said wherever a passphrase is used.
 pub const WARNING: &str =
-    "keys from a passphrase can be guessed by whoever has a copy of the server's data directory";
+    "anyone with a copy of the server's data directory can guess the passphrase";
 
-/// The salt of a key: the same everywhere, so that the passphrase alone is needed.
+/// The salt of a key: the same everywhere, so that only the passphrase is needed.
 #[must_use]
 pub fn salt(kind: Kind, pool: &str) -> [u8; 16] {
     let hash = hash(
@@ -31,7 +31,7 @@ pub fn salt(kind: Kind, pool: &str) -> [u8; 16] {
 /// Derives a key with Argon2id, in 64 MiB of memory and the better part of a second.
 ///
 /// # Errors
-/// Where the memory is not there.
+/// If the memory is not there.
 pub fn key(kind: Kind, pool: &str, passphrase: &[u8]) -> Result<Secret, OutOfMemory> {
     let params = argon2::Params::new(MEMORY_KIB, PASSES, LANES, Some(32)).expect("constants");
     let mut blocks: Vec<argon2::Block> = Vec::new();

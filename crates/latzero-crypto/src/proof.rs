@@ -34,7 +34,7 @@ pub enum ChannelBinding {
     },
     /// TLS 1.3: the exporter of RFC 9266.
     TlsExporter([u8; 32]),
-    /// Nothing. Whoever relays such a proof cannot be noticed.
+    /// Nothing. A relay of such a proof cannot be detected.
     None,
 }
 
@@ -137,7 +137,7 @@ impl Joining<'_> {
     /// Signs for `roles`.
     ///
     /// # Errors
-    /// Where a key is missing.
+    /// If a key is missing.
     pub fn prove(&self, keys: &KeySet, roles: Roles) -> Result<JoinProof, KeyError> {
         let sign = |role, key: Option<SigningKey>, kind| {
             let key = key.ok_or(KeyError::Missing(kind))?;
@@ -228,7 +228,7 @@ pub fn verify_join(
         },
     };
     let good = joining.verify(&proof.signatures, asked.current.map(Descriptor::keys));
-    // A pool that was rotated, or removed and made anew, in between is another than the one that
+    // A pool that was rotated, or removed and recreated, in between is another than the one that
     // was proved.
     let unchanged = asked.current.is_some_and(|now| {
         (now.pool_id(), now.epoch(), now.suite().number())
@@ -333,7 +333,7 @@ impl JoinProof {
     /// Reads the object; the error names the field, for `bad_message`.
     ///
     /// # Errors
-    /// Where a field is missing, has another size, or does not belong to the roles.
+    /// If a field is missing, has another size, or does not belong to the roles.
     pub fn from_json(json: &str) -> Result<Self, ShapeError> {
         let wire: WireProof = serde_json::from_str(json).map_err(|_| ShapeError("proof"))?;
         let roles = Roles::from_number(wire.roles).ok_or(ShapeError("roles"))?;

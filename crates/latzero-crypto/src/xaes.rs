@@ -1,4 +1,4 @@
-//! XAES-256-GCM as the C2SP specifies it: AES-256-GCM under a key of its own for each random
+//! XAES-256-GCM as the C2SP specifies it: AES-256-GCM under its own key for each random
 //! 24-byte nonce.
 //!
 //! Random nonces need no state, so forked workers and restored snapshots cannot repeat one, and
@@ -53,8 +53,8 @@ impl Xaes {
         sealed
     }
 
-    /// The plaintext of `sealed`, which is taken so that nobody can change it between check and
-    /// use. Nothing comes out where the tag does not fit.
+    /// The plaintext of `sealed`, which is taken so that it cannot change between check and use.
+    /// Nothing is returned if the tag is wrong.
     #[must_use]
     pub fn open(&self, nonce: &Nonce, aad: &[u8], mut sealed: Vec<u8>) -> Option<Vec<u8>> {
         let length = sealed.len().checked_sub(TAG_BYTES)?;

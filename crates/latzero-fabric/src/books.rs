@@ -1,9 +1,10 @@
-//! One ledger of everything that clients make the server hold.
+//! The ledger of everything that clients make the server hold.
 //!
-//! Each resource is reserved before anything is copied, in the account of whoever asks for it, and a [`Hold`] gives it back
-//! when it is dropped. Accounts form a tree: the server, its users, their apps, and the connections of those. A reservation
-//! counts in each of them up to the root, and each has a bound: so a stranger, whatever names it invents and however many
-//! connections it opens, leaves room for everybody else. Counters are atomic, since several event loops share them; nothing
+//! Each resource is reserved in the account of the client before anything is copied. Dropping the
+//! [`Hold`] releases it. Accounts form a tree: the server, its users, their apps, and the
+//! connections of the apps. A reservation counts in every account up to the root, and each account
+//! has a limit. So an untrusted user leaves room for others, whatever names it invents and however
+//! many connections it opens. Counters are atomic, because several event loops share them; nothing
 //! here waits.
 
 use std::hash::Hash;
@@ -33,23 +34,31 @@ pub enum Resource {
     Redelivery,
     /// Bytes of what apps registered.
     Registrations,
-    /// Calls in flight, by what one takes.
+    /// Bytes of calls in flight, and of requests that wait for a memory block.
     Calls,
-    /// Bytes of memory blocks.
-    Blocks,
+    /// Bytes of memory blocks that are memory, rather than files.
+    SharedBlocks,
     /// Parked calls and waiting answers.
     ParkedCalls,
     /// Pools.
     Pools,
     /// Memory blocks.
     BlockCount,
+    /// Bytes of memory blocks, files included.
+    Blocks,
+    /// Attachments to memory blocks.
+    Attachments,
+    /// Subscriptions to changes of memory blocks.
+    Subscriptions,
+    /// Requests that wait for a memory block.
+    Waits,
 }
 
 /// Resources that are bytes of memory.
 const BYTES: usize = 8;
 
 /// How many resources there are.
-const RESOURCES: usize = 11;
+const RESOURCES: usize = 15;
 
 /// The place of all memory together in an account.
 const MEMORY: usize = RESOURCES;
@@ -63,10 +72,14 @@ impl Resource {
         Resource::Redelivery,
         Resource::Registrations,
         Resource::Calls,
-        Resource::Blocks,
+        Resource::SharedBlocks,
         Resource::ParkedCalls,
         Resource::Pools,
         Resource::BlockCount,
+        Resource::Blocks,
+        Resource::Attachments,
+        Resource::Subscriptions,
+        Resource::Waits,
     ];
 
     fn is_memory(self) -> bool {
@@ -83,10 +96,14 @@ impl Resource {
             Resource::Redelivery => "redelivery_bytes",
             Resource::Registrations => "registration_bytes",
             Resource::Calls => "call_bytes",
-            Resource::Blocks => "block_bytes",
+            Resource::SharedBlocks => "shared_block_bytes",
             Resource::ParkedCalls => "parked",
             Resource::Pools => "pools",
             Resource::BlockCount => "blocks",
+            Resource::Blocks => "block_bytes",
+            Resource::Attachments => "attachments",
+            Resource::Subscriptions => "subscriptions",
+            Resource::Waits => "waits",
         }
     }
 
@@ -100,19 +117,29 @@ impl Resource {
             Resource::Redelivery => ("bytes of calls kept for redelivery", "memory_max"),
             Resource::Registrations => ("bytes of registrations", "memory_max"),
             Resource::Calls => ("bytes of calls in flight", "memory_max"),
-            Resource::Blocks => ("bytes of memory blocks", "memory_bytes_max"),
+            Resource::SharedBlocks => ("bytes of shared blocks", "memory_max"),
             Resource::ParkedCalls => ("parked calls and answers", "parked_max"),
             Resource::Pools => ("pools", "pools_max"),
-            Resource::BlockCount => ("memory blocks", "blocks_max"),
+            // The limit on descriptors may allow fewer than the setting.
+            Resource::BlockCount => ("memory blocks", "blocks_max, RLIMIT_NOFILE"),
+            Resource::Blocks => ("bytes of memory blocks", "memory_bytes_max"),
+            Resource::Attachments => ("attachments to blocks", "attachments_per_app_max"),
+            Resource::Subscriptions => ("subscriptions to blocks", "subscriptions_per_app_max"),
+            Resource::Waits => ("requests that wait for a block", "waits_max"),
         }
     }
 
-    /// What a request is answered with that needs more than there is: what frees itself in time is worth a repeat.
+    /// What a request is answered with that needs more than there is: what frees itself in time is
+    /// worth a repeat.
     fn code(self) -> Code {
         match self {
-            Resource::Registrations | Resource::Blocks | Resource::Pools | Resource::BlockCount => {
-                Code::Quota
-            }
+            Resource::Registrations
+            | Resource::SharedBlocks
+            | Resource::Pools
+            | Resource::BlockCount
+            | Resource::Blocks
+            | Resource::Attachments
+            | Resource::Subscriptions => Code::Quota,
             _ => Code::Overloaded,
         }
     }
@@ -142,6 +169,8 @@ impl Owner {
 #[derive(Debug)]
 struct Bounds {
     owner: Owner,
+    /// It may have all there is.
+    is_all: bool,
     max: [u64; RESOURCES + 1],
 }
 
@@ -194,14 +223,21 @@ impl From<Full> for Refusal {
             max,
         } = full;
         let (words, limit) = what.words();
-        let limit = if is_memory { "memory_max" } else { limit };
+        let limit = match (what, owner) {
+            _ if is_memory => "memory_max",
+            (Resource::Blocks, Owner::App) => "memory_bytes_per_app_max",
+            (Resource::ParkedCalls, Owner::App) => "parked_per_app_max",
+            (Resource::Parked, Owner::App) => "parked_bytes_per_app_max",
+            (Resource::Waits, Owner::Connection) => "waits_per_connection_max",
+            _ => limit,
+        };
         let remedy = match what.code() {
-            Code::Quota => "remove what is not needed, or raise the limit",
-            _ => "wait and repeat, or raise the limit",
+            Code::Quota => "remove what is no longer needed, or raise the limit",
+            _ => "try again later, or raise the limit",
         };
         let whose = owner.words();
         let message = format!(
-            "{needed} {words} are needed, and {free} of {max} are free for {whose} \
+            "this needs {needed} {words}, but only {free} of {max} are free for {whose} \
              (limits.{limit}); {remedy}"
         );
         Refusal::new(what.code(), message)
@@ -241,6 +277,15 @@ impl Account {
         account
     }
 
+    /// The account of the app that it is of, or what has none: for what outlives a connection.
+    #[must_use]
+    pub fn app(self: &Arc<Self>) -> &Arc<Account> {
+        match (self.bounds.owner, &self.parent) {
+            (Owner::Connection, Some(parent)) => parent,
+            _ => self,
+        }
+    }
+
     /// Its number, which no other account has.
     #[must_use]
     pub fn id(&self) -> u64 {
@@ -250,13 +295,7 @@ impl Account {
     /// Whether a user may hold a part of all there is only.
     #[must_use]
     pub fn is_stranger(&self) -> bool {
-        self.bounds.owner == Owner::User && self.bounds.max[MEMORY] < self.root_max()
-    }
-
-    fn root_max(&self) -> u64 {
-        self.parent
-            .as_ref()
-            .map_or(self.bounds.max[MEMORY], |parent| parent.root_max())
+        self.bounds.owner == Owner::User && !self.bounds.is_all
     }
 
     /// Whether it is of that parent.
@@ -269,7 +308,7 @@ impl Account {
     /// Reserves an amount of a resource.
     ///
     /// # Errors
-    /// Where this account or one above it has no room; nothing is reserved then.
+    /// If this account or one above it has no room; nothing is reserved then.
     pub fn reserve(self: &Arc<Self>, what: Resource, amount: u64) -> Result<Hold, Full> {
         let mut hold = self.hold(what);
         hold.resize(amount)?;
@@ -315,9 +354,24 @@ impl Account {
     /// Whether `amount` of a resource would have room.
     #[must_use]
     pub fn has_room(&self, what: Resource, amount: u64) -> bool {
+        self.has_room_here(what, amount, |_| true)
+    }
+
+    /// Whether its owner, and the stranger that it is of, may have so much more: what the server as a whole has is not asked.
+    #[must_use]
+    pub fn has_own_room(&self, what: Resource, amount: u64) -> bool {
+        self.has_room_here(what, amount, |bounds| !bounds.is_all)
+    }
+
+    fn has_room_here(
+        &self,
+        what: Resource,
+        amount: u64,
+        is_asked: impl Fn(&Bounds) -> bool,
+    ) -> bool {
         let mut account = Some(self);
         while let Some(at) = account {
-            if at.lacks(what, amount).is_some() {
+            if is_asked(&at.bounds) && at.lacks(what, amount).is_some() {
                 return false;
             }
             account = at.parent.as_deref();
@@ -366,7 +420,7 @@ impl Account {
     }
 }
 
-/// An amount of a resource that is reserved for as long as this lives.
+/// An amount of a resource, reserved until this is dropped.
 #[derive(Debug)]
 pub struct Hold {
     account: Arc<Account>,
@@ -389,7 +443,7 @@ impl Hold {
     /// Holds another amount instead.
     ///
     /// # Errors
-    /// Where there is no room for the difference; the amount is as before then.
+    /// If there is no room for the difference; the amount is as before then.
     #[inline]
     pub fn resize(&mut self, amount: u64) -> Result<(), Full> {
         if amount > self.amount {
@@ -428,17 +482,19 @@ impl Drop for Hold {
 #[derive(Debug)]
 pub struct Books {
     root: Arc<Account>,
+    earlier: Arc<Account>,
     plan: Plan,
     accounts: AtomicU64,
 }
 
-/// A connection may hold this part of all memory, and at least room for two frames, one on the way in and one out.
+/// A connection may hold this part of all memory, and at least room for two frames, one on the way
+/// in and one out.
 const CONNECTION_PART: u64 = 4;
 
 /// A stranger may hold this part of every resource: others have the rest.
 const STRANGER_PART: u64 = 2;
 
-/// This part of memory is for what is under way already, answers and errors; new work is refused before.
+/// This part of memory is reserved for answers and errors of work in progress; new work is refused.
 const RESERVED_PART: u64 = 16;
 
 impl Books {
@@ -451,39 +507,57 @@ impl Books {
             Resource::Repeats => limits.memory_max / 4,
             Resource::Registrations => limits.memory_max / 2,
             Resource::Blocks => limits.memory_bytes_max,
+            Resource::Waits => limits.waits_max as u64,
+            Resource::Attachments | Resource::Subscriptions => u64::MAX,
             Resource::ParkedCalls => limits.parked_max as u64,
             // The built-in pools are there anyway.
             Resource::Pools => limits.pools_max as u64,
             Resource::BlockCount => limits.blocks_max as u64,
-            Resource::Inbound | Resource::Redelivery | Resource::Calls => limits.memory_max,
+            Resource::Inbound | Resource::Redelivery | Resource::Calls | Resource::SharedBlocks => {
+                limits.memory_max
+            }
         };
         let bounds = |owner: Owner, max: &dyn Fn(Resource) -> u64, memory: u64| {
             let mut all = [memory; RESOURCES + 1];
             for what in Resource::ALL {
                 all[what as usize] = max(what);
             }
-            Arc::new(Bounds { owner, max: all })
+            let is_all =
+                matches!(owner, Owner::Server | Owner::User) && memory == limits.memory_max;
+            Arc::new(Bounds {
+                owner,
+                is_all,
+                max: all,
+            })
         };
         let part = |what: Resource| max(what).div_ceil(STRANGER_PART);
         let per_app = |what: Resource| match what {
             Resource::ParkedCalls => limits.parked_per_app_max as u64,
             Resource::Parked => limits.parked_bytes_per_app_max as u64,
             Resource::Blocks => limits.memory_bytes_per_app_max,
+            Resource::Attachments => limits.attachments_per_app_max as u64,
+            Resource::Subscriptions => limits.subscriptions_per_app_max as u64,
             _ => u64::MAX,
         };
         let per_connection = |what: Resource| match what {
             Resource::Outbox => limits.outbox_total_bytes_max as u64 / 4 * 3,
+            Resource::Waits => limits.waits_per_connection_max as u64,
             _ => u64::MAX,
         };
         let frames = 2 * limits.max_frame as u64 + (1 << 20);
         let connection = (limits.memory_max / CONNECTION_PART).max(frames);
         let all = limits.memory_max;
         let server = bounds(Owner::Server, &max, all);
+        let (root, trusted) = (
+            Account::new(0, &server, None),
+            bounds(Owner::User, &max, all),
+        );
         Books {
-            root: Account::new(0, &server, None),
-            accounts: AtomicU64::new(1),
+            earlier: Account::new(1, &trusted, Some(&root)),
+            root,
+            accounts: AtomicU64::new(2),
             plan: Plan {
-                trusted: bounds(Owner::User, &max, all),
+                trusted,
                 stranger: bounds(Owner::User, &part, all / STRANGER_PART),
                 app: bounds(Owner::App, &per_app, u64::MAX),
                 connection: bounds(Owner::Connection, &per_connection, connection),
@@ -495,6 +569,12 @@ impl Books {
     #[must_use]
     pub fn all(&self) -> &Arc<Account> {
         &self.root
+    }
+
+    /// The account of what an earlier run left: of which user it was is not known any more.
+    #[must_use]
+    pub fn earlier(&self) -> &Arc<Account> {
+        &self.earlier
     }
 
     /// An account for a user. One that is trusted may hold all there is, a stranger a part of it.
@@ -532,7 +612,8 @@ impl Books {
             || self.root.memory() > self.root.bounds.max[MEMORY]
     }
 
-    /// Whether memory is so short that new work is refused, and connections that hold much are closed.
+    /// Whether memory is so short that new work is refused, and connections that hold much are
+    /// closed.
     #[must_use]
     pub fn is_short(&self) -> bool {
         let short = |place: usize| {
@@ -545,7 +626,8 @@ impl Books {
         short(MEMORY) || short(Resource::Outbox as usize)
     }
 
-    /// Whether connections must be closed to make room: what waits on the way in and out of them is what memory is short of.
+    /// Whether connections must be closed to make room: what waits on the way in and out of them is
+    /// what memory is short of.
     #[must_use]
     pub fn must_shed(&self) -> bool {
         let on_way = self.root.used(Resource::Inbound) + self.root.used(Resource::Outbox);
@@ -585,7 +667,8 @@ pub struct Holding<K> {
 /// Less than this is not worth closing a connection for, in bytes.
 const SHED_BYTES_MIN: u64 = 64 * 1024;
 
-/// A connection that moved within this time is not closed, in milliseconds: a large fresh answer is on its way.
+/// A connection that moved within this time is not closed, in milliseconds: a large fresh answer is
+/// on its way.
 const SHED_AGE_MIN_MS: u64 = 1000;
 
 /// The connection to close where memory is short: the one that holds most, for longest.

@@ -1,4 +1,4 @@
-//! What the core needs of its surroundings.
+//! The interface through which the core uses its environment.
 
 use std::ops::DerefMut;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::effects::{Audit, Count, Effects};
 use crate::keep::Change;
 use crate::limits::Limits;
 use crate::link::Link;
-use crate::memory::{Ledger, StorageId};
+use crate::memory::{Numbers, StorageId};
 use crate::outbox::{Bounds, Class, Sent};
 use crate::pool::Pool;
 use crate::prng::Prng;
@@ -100,12 +100,13 @@ pub trait Peer<D: Driver>: Clone + Eq {
     fn link(&self) -> impl DerefMut<Target = Link<D>>;
 }
 
-/// The surroundings of the core: access to registry and pools, bytes of blocks, rows to keep, and what only a server knows.
-/// Called while a pool or the registry is locked, so nothing here may wait, but for [`Driver::read_block`] and
-/// [`Driver::write_block`], which are called with nothing locked.
+/// The surroundings of the core: access to registry and pools, bytes of blocks, rows to keep, and
+/// what only a server knows. Called while a pool or the registry is locked, so nothing here may
+/// wait, but for [`Driver::read_block`] and [`Driver::write_block`], which are called with nothing
+/// locked.
 ///
-/// The server keeps pools behind mutexes and the simulator keeps them in a table. The core holds one of them at a time, and
-/// never the registry together with a pool.
+/// The server keeps pools behind mutexes and the simulator keeps them in a table. The core holds
+/// one of them at a time, and never the registry together with a pool.
 pub trait Driver: Sized {
     /// A connection.
     type Peer: Peer<Self>;
@@ -120,7 +121,7 @@ pub trait Driver: Sized {
     /// What the core knows of its server.
     fn site(&self) -> &Arc<Site>;
 
-    /// Whether the server is about to stop and takes no new calls.
+    /// Whether the server is shutting down and accepts no new calls.
     fn is_draining(&self) -> bool;
 
     /// A handle of a new pool. Called while the registry is held.
@@ -132,32 +133,36 @@ pub trait Driver: Sized {
         f: impl FnOnce(&mut Registry<Self>, &mut Turn<'_, Self>) -> R,
     ) -> R;
 
-    /// Runs `f` with one pool, then arms its deadline and carries out what it asked for about blocks.
+    /// Runs `f` with one pool, then arms its deadline and carries out what it asked for about
+    /// blocks.
     fn with_pool<R>(
         turn: &mut Turn<'_, Self>,
         pool: &Self::Pool,
         f: impl FnOnce(&mut Pool<Self>, &mut Turn<'_, Self>) -> R,
     ) -> R;
 
-    /// Runs `f` with the count of what blocks use.
-    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R;
+    /// Runs `f` with the numbers that are given once.
+    fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R;
 
-    /// Keeps a row beyond the server's end. With a promise, the session of that connection hears when it is on disk or
-    /// can't be ([`crate::Session::kept`]), in the order of the promises; without one, it is retried until it is.
+    /// Keeps a row beyond the server's end. With a promise, the session of that connection hears
+    /// when it is on disk or can't be ([`crate::Session::kept`]), in the order of the promises;
+    /// without one, it is retried until it is.
     fn keep(&mut self, change: Change, promise: Option<&Self::Peer>);
 
     /// A descriptor of a block's storage with this access, where there is one.
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Self::Fd>;
 
-    /// A block's version, as far as it is known without waiting; at least `noted`, which somebody says it has, where the
-    /// block itself agrees.
+    /// A block's version, as far as it is known without waiting; at least `noted`, which somebody
+    /// says it has, where the block itself agrees.
     fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64;
 
-    /// Writes the fence of a block's lock where its writers look, and whether anybody holds it alone.
+    /// Writes the fence of a block's lock where its writers look, and whether anybody holds it
+    /// alone.
     fn set_fence(&mut self, storage: StorageId, fence: u64, is_held: bool);
 
-    /// A copy of a block's bytes in a range that it has, of one version, which is returned. The buffer goes back to
-    /// [`Effects::buffers`]. An empty range only checks that the storage is sound.
+    /// A copy of a block's bytes in a range that it has, of one version, which is returned. The
+    /// buffer goes back to [`Effects::buffers`]. An empty range only checks that the storage is
+    /// sound.
     ///
     /// # Errors
     /// `version_conflict`, `contended`, `storage`.
@@ -178,8 +183,8 @@ pub trait Driver: Sized {
         write: &BlockWrite<'_>,
     ) -> Result<Written, Refusal>;
 
-    /// Takes back the memory of a block that an earlier run made, whose descriptor came with the message that is being
-    /// handled; the block is in `pool` then ([`Pool::adopt_block`]).
+    /// Takes back the memory of a block that an earlier run made, whose descriptor came with the
+    /// message that is being handled; the block is in `pool` then ([`Pool::adopt_block`]).
     ///
     /// # Errors
     /// `no_block`, `bad_message`, `block_exists`, and as [`Pool::adopt_block`].
@@ -212,11 +217,11 @@ pub trait Driver: Sized {
     /// A proof of a connection's user was refused.
     fn note_refused(&mut self, asker: &Self::Peer);
 
-    /// Carries out a request of an administrator that is not the core's own; returns the reply's JSON text, or nothing where
-    /// it is slow and the driver itself replies to `asker` under `id`.
+    /// Carries out a request of an administrator that is not the core's own; returns the reply's
+    /// JSON text, or nothing where it is slow and the driver itself replies to `asker` under `id`.
     ///
     /// # Errors
-    /// Where it can't be done.
+    /// If it can't be done.
     fn admin(
         &mut self,
         action: &AdminAction,
@@ -230,7 +235,8 @@ pub trait Driver: Sized {
 
 /// Something to be seen from outside.
 pub enum Observed<'a, D: Driver> {
-    /// A message for a connection, and what happened to it: its whole frame where it was appended, else nothing.
+    /// A message for a connection, and what happened to it: its whole frame where it was appended,
+    /// else nothing.
     Message(&'a D::Peer, Class, Sent, &'a [u8]),
     /// A connection will be closed.
     Closing(&'a D::Peer),

@@ -1,6 +1,6 @@
-//! What the core decided and its driver still has to do, and what it counts.
+//! What the core decided and the driver still has to do, and counters.
 //!
-//! Everything here waits until the pool or the registry is released; nothing of it is answered.
+//! All of it happens after the pool or the registry is released, and none of it returns a result.
 
 use latzero_protocol::{Code, PoolName};
 
@@ -15,7 +15,8 @@ pub struct CallEnd {
     pub started: Time,
     /// When it ended.
     pub ended: Time,
-    /// The server's error code, where the server ended it with one; `None` where the handler answered.
+    /// The server's error code, where the server ended it with one; `None` where the handler
+    /// answered.
     pub code: Option<Code>,
     /// Whether the handler answered with an error.
     pub failed: bool,
@@ -57,7 +58,8 @@ pub struct Audit<'a> {
     pub detail: serde_json::Value,
 }
 
-/// What the driver does once the pool is released: in the order of the fields, each list in its own order.
+/// What the driver does once the pool is released: in the order of the fields, each list in its own
+/// order.
 pub struct Effects<D: Driver> {
     /// Connections with something to write, each once.
     pub touched: Vec<D::Peer>,
@@ -68,9 +70,11 @@ pub struct Effects<D: Driver> {
     pub resumed: Vec<D::Peer>,
     /// What to do about blocks' storage.
     pub jobs: Vec<Job<D::Peer>>,
-    /// How the number of a pool's blocks, parked calls and answers changed, for [`crate::Registry::count_held`].
+    /// How the number of a pool's blocks, parked calls and answers changed, for
+    /// [`crate::Registry::count_held`].
     pub held: Vec<(PoolName, u32, i32)>,
-    /// [`crate::Pool::told`] wants to hear, by number, when everything appended for a connection so far is written.
+    /// [`crate::Pool::told`] wants to hear, by number, when everything appended for a connection so
+    /// far is written.
     pub told: Vec<(D::Peer, u64)>,
     /// More answers are kept for repeats than there may be.
     pub(crate) is_over_repeats: bool,
@@ -116,7 +120,8 @@ pub struct Tally {
 const SPARE_MAX: usize = 64;
 const SPARE_BYTES_MAX: usize = 1024 * 1024;
 
-/// Larger buffers that a loop keeps, for frames that need them: fresh memory costs more than the copy into it.
+/// Larger buffers that a loop keeps, for frames that need them: fresh memory costs more than the
+/// copy into it.
 const LARGE_MAX: usize = 2;
 const LARGE_BYTES_MAX: usize = 32 * 1024 * 1024;
 

@@ -1,8 +1,9 @@
-//! What is to be remembered beyond the server's end: rows as the core hands them out and gets them back.
+//! Durable state: the rows that the core writes, and reads back at a start.
 //!
-//! The core says what changed ([`Change`]) and where a reply waits for it; a store writes the changes in the order in
-//! which they came and says when they are on disk. Texts in rows are JSON that the core wrote and reads again; a store
-//! does not look into them. Times are milliseconds since the Unix epoch.
+//! The core emits changes ([`Change`]) and says which reply waits for one. A store writes the
+//! changes in the order in which they were emitted, and reports when they are on disk. Texts in
+//! rows are JSON that the core writes and reads; a store does not parse them. Times are
+//! milliseconds since the Unix epoch.
 
 use latzero_protocol::{AppId, PoolName};
 
@@ -13,7 +14,7 @@ pub enum Change {
     App(Box<AppRow>),
     /// What an app watches and subscribes to, where nothing else of its row changed.
     Watches(AppId, String),
-    /// When an app was seen last; 0 while it lives.
+    /// When an app was last connected; 0 while it is connected.
     Seen(AppId, u64),
     /// An app is forgotten.
     ForgetApp(AppId),
@@ -150,7 +151,8 @@ pub struct AnswerRow {
     pub id: String,
     /// By what repeats of the call are known.
     pub idempotency_key: Option<String>,
-    /// The answer: the length of its JSON text in four bytes (little-endian), the text, and its raw bytes.
+    /// The answer: the length of its JSON text in four bytes (little-endian), the text, and its raw
+    /// bytes.
     pub frame: Vec<u8>,
     /// When it is given up.
     pub expires: u64,

@@ -1,9 +1,11 @@
-//! The core of LatZero: pools, sessions and the registry, as state machines that decide and never act.
+//! The core of LatZero: pools, sessions and the registry, as state machines that decide and never
+//! act.
 //!
-//! A [`Session`] turns the messages of one connection into decisions, the [`Registry`] knows every app and pool, and a
-//! [`Pool`] routes calls and emits between its members. They are fed what happened and the time, and answer with
-//! [`Effects`]; a [`Driver`] (the server's event loop, or the simulator) carries those out. A [`Turn`] is one such step. There is no IO, clock,
-//! randomness, thread or lock in this crate, so a run is a function of its inputs.
+//! A [`Session`] turns the messages of one connection into decisions, the [`Registry`] knows every
+//! app and pool, and a [`Pool`] routes calls and emits between its members. Their inputs are events
+//! and the time, and their outputs are [`Effects`], which a [`Driver`] (the server's event loop, or
+//! the simulator) carries out. A [`Turn`] is one such step. There is no IO, clock, randomness,
+//! thread or lock in this crate, so a run is a function of its inputs.
 
 pub mod books;
 pub mod driver;

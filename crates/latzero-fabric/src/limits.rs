@@ -1,8 +1,8 @@
-//! The one list of limits.
+//! The list of all limits.
 //!
-//! Each has a name, a default, a unit with bounds, a documentation, and an answer for when it is reached. The server
-//! reads its settings by this list and hands them to the core; the commented default file and the table in
-//! `docs/operations.md` are made from it.
+//! Each has a name, a default, a unit with bounds, a description, and the response when it is
+//! reached. The server reads its settings from this list and passes them to the core. The default
+//! configuration file and the table in `docs/operations.md` are generated from it.
 
 use latzero_protocol::limits::ListBounds;
 
@@ -104,8 +104,8 @@ macro_rules! limits {
         ];
 
         impl Limits {
-            /// Limits as they were set: one value for each line of [`LIMITS`], in its order. What is 0 because it follows
-            /// from something else is filled in by [`Limits::within`].
+            /// Limits as they were set: one value for each line of [`LIMITS`], in its order. What
+            /// is 0 because it follows from something else is filled in by [`Limits::within`].
             ///
             /// # Panics
             /// Where there are fewer values than limits.
@@ -126,118 +126,124 @@ macro_rules! limits {
 }
 
 limits! {
-    /// How long the answer of a parked call waits for its caller to come back.
+    /// How long the server keeps the answer of a parked call for a caller that is not connected.
     answer_ttl_ms as "answer_ttl": u64 = 24 * HOUR, Millis(1000, 365 * 24 * HOUR), Restart,
-        "the answer is dropped";
-    /// How long the answer of a call with an idempotency key is kept for its repeats.
+        "the answer is deleted";
+    /// How long the server keeps the answer of a call with an idempotency key.
     repeats_ttl_ms as "idempotency_ttl": u64 = HOUR / 6, Millis(1000, 24 * HOUR), Restart,
-        "the answer is forgotten: a repeat is a new call";
-    /// All that clients can make the server hold, memory blocks included; 0 is half of the memory that
-    /// the server may use.
+        "the answer is deleted; a repeat is a new call";
+    /// Memory that all clients together can make the server use, including memory blocks; 0 is half
+    /// of the memory that the server may use.
     memory_max: u64 = 0, Bytes(0, 1024 * GIB), Restart,
-        "`overloaded` or `quota`; then the connections that hold most are closed";
-    /// Largest payload of a frame. The handshake tells it to clients.
+        "`overloaded` or `quota`; then the connections that hold the most are closed";
+    /// Largest payload of a frame. Clients learn it in the handshake.
     max_frame: usize = 16 * MIB, Bytes(4 * KIB, GIB), Restart,
         "`frame_too_large`; the connection is closed before anything is buffered";
     /// Largest payload of a frame before the handshake is done.
     max_frame_before_handshake: usize = 64 * KIB, Bytes(KIB, GIB), Live,
         "`frame_too_large`; the connection is closed before anything is buffered";
-    /// Connections at a time.
+    /// Open connections.
     connections_max: usize = 4096, Count(1, 1_000_000), Live,
         "`overloaded`; the connection is closed";
-    /// Connections at a time that have not done their handshake.
+    /// Connections that have not completed their handshake.
     connections_unauthenticated_max: usize = 256, Count(1, 1_000_000), Live,
         "`overloaded`; the connection is closed";
-    /// Connections at a time of one user of the machine that have not done their handshake.
+    /// Connections of one user that have not completed their handshake.
     connections_unauthenticated_per_user_max: usize = 64, Count(1, 1_000_000), Live,
         "`overloaded`; the connection is closed";
     /// Calls in flight on one connection.
     in_flight_max: u32 = 2048, Count(1, 1_000_000), Restart,
-        "further calls wait (`limits.held_bytes_max`); everything else is handled";
-    /// Bytes of calls and emits of one connection that wait until fewer of its calls are in flight, or
-    /// until the disk has taken its durable requests.
+        "further calls wait (`limits.held_bytes_max`); other messages are handled";
+    /// Bytes of waiting calls and emits of one connection: those over its limit of calls in flight,
+    /// and those behind a request that waits for the disk.
     held_bytes_max: usize = 4 * MIB, Bytes(4 * KIB, GIB), Restart,
         "the server stops reading from the connection until there is room";
-    /// Calls in flight from one connection to one handler: one that does not answer leaves room for calls
-    /// to others.
+    /// Calls in flight from one connection to one handler, so that a handler that does not answer
+    /// leaves room for calls to others.
     in_flight_per_handler_max: u32 = 1024, Count(1, 1_000_000), Restart,
-        "the call goes to another handler, else `overloaded`";
+        "the call goes to another handler; without one, `overloaded`";
     /// Calls in flight in one pool.
     pending_max: usize = 65_536, Count(1, 16_777_216), Restart, "`overloaded`";
     /// Bytes waiting to be written to one connection.
     outbox_bytes_max: usize = 8 * MIB, Bytes(16 * KIB, 4 * GIB), Restart,
         "emits and pushes are dropped and counted, calls are refused with `overloaded`, answers \
          are replaced by `overloaded`";
-    /// Room in an outbox that only errors, cancels and life-cycle messages (draining, displaced, ping)
-    /// may use.
+    /// Room in an outbox that only errors, cancels and life-cycle messages (draining, displaced,
+    /// ping) may use.
     outbox_headroom_bytes: usize = MIB, Bytes(4 * KIB, GIB), Restart,
         "the connection is closed";
-    /// Bytes waiting to be written to all connections together; 0 is a tenth of `limits.memory_max`, at
-    /// most 256 MiB.
+    /// Descriptors of memory blocks waiting to be written to one connection.
+    descriptors_unread_max: usize = 256, Count(1, 65_536), Restart, "`overloaded`";
+    /// Bytes waiting to be written to all connections together; 0 is a tenth of
+    /// `limits.memory_max`, at most 256 MiB.
     outbox_total_bytes_max: usize = 0, Bytes(0, 1024 * GIB), Restart,
-        "new work is refused; then the connection that holds most for longest is closed";
-    /// Apps that the server knows, live or not.
+        "new work is refused; then the connection that has held the most for the longest is closed";
+    /// Known apps, connected or not.
     apps_max: usize = 100_000, Count(1, 16_777_216), Restart,
-        "the app that was offline longest is forgotten; if all live, `quota`";
-    /// AppIDs with a key of their own.
+        "the app that has been offline longest is forgotten; if all are connected, `quota`";
+    /// AppIDs that have a key.
     app_keys_max: usize = 10_000, Count(1, 1_048_576), Restart, "`quota`";
     /// Pools.
     pools_max: usize = 10_000, Count(1, 16_777_216), Restart, "`quota`";
-    /// Pools that one app may be in, and that one of its triggers may name.
+    /// Pools that one app may join, or that one of its triggers may name.
     pools_per_app_max: usize = 256, Count(1, 65_536), Restart, "`quota`";
     /// Triggers that one app may serve.
     triggers_per_app_max: usize = 1024, Count(1, 65_536), Restart, "`quota`";
-    /// Handlers that one app has in all pools together: its triggers times the pools that it serves them
-    /// in.
+    /// Handlers of one app in all pools: its triggers times the pools that they are served in.
     served_per_app_max: usize = 4096, Count(1, 1_000_000), Restart, "`quota`";
-    /// Instances of one app at a time.
+    /// Connected instances of one app.
     instances_per_app_max: usize = 1024, Count(1, 65_536), Restart, "`quota`";
-    /// What one app registers: names, pools and docs together.
+    /// Size of one app's registration: names, pools and docs.
     registration_bytes_max: usize = 256 * KIB, Bytes(KIB, GIB), Restart, "`quota`";
     /// Size of an app's `meta` or a pool's `properties`.
     meta_bytes_max: usize = 8 * KIB, Bytes(2, MIB), Restart, "`too_large`";
     /// Largest memory block.
     block_bytes_max: u64 = GIB, Bytes(4 * KIB, 1024 * GIB), Restart, "`too_large`";
-    /// Memory blocks of the server.
+    /// Number of memory blocks.
     blocks_max: usize = 4096, Count(1, 1_000_000), Restart, "`quota`";
-    /// Bytes of all memory blocks together, their slots and headers included; 0 is half of
-    /// `limits.memory_max`, so a quarter of the memory that the server may use.
+    /// Bytes of all memory blocks, including slots and headers; 0 is half of `limits.memory_max`, a
+    /// quarter of the memory that the server may use.
     memory_bytes_max: u64 = 0, Bytes(0, 1024 * GIB), Restart,
-        "`quota`, with what is needed and what is free; nothing is allocated";
-    /// Bytes of the memory blocks of one pool; 0 is as much as for all.
+        "`quota`, with the bytes needed and free; nothing is allocated";
+    /// Bytes of the memory blocks of one pool; 0 is no separate limit.
     memory_bytes_per_pool_max: u64 = 0, Bytes(0, 1024 * GIB), Restart,
-        "`quota`, with what is needed and what is free; nothing is allocated";
-    /// Bytes of the memory blocks that one app made; 0 is as much as for all.
+        "`quota`, with the bytes needed and free; nothing is allocated";
+    /// Bytes of the memory blocks created by one app; 0 is no separate limit.
     memory_bytes_per_app_max: u64 = 0, Bytes(0, 1024 * GIB), Restart,
-        "`quota`, with what is needed and what is free; nothing is allocated";
-    /// Memory blocks that one app may be attached to, over all its instances.
+        "`quota`, with the bytes needed and free; nothing is allocated";
+    /// Memory blocks that one app may be attached to, counting all its instances.
     attachments_per_app_max: usize = 256, Count(1, 1_000_000), Restart, "`quota`";
-    /// Memory blocks whose changes one app may subscribe to, over all its instances.
+    /// Memory blocks that one app may subscribe to, counting all its instances.
     subscriptions_per_app_max: usize = 1024, Count(1, 1_000_000), Restart, "`quota`";
-    /// Requests that may wait for one memory block (for its lock, its making or its flush), and holders
-    /// of its lock.
+    /// Requests waiting for one memory block (its lock, creation or flush), and holders of its
+    /// lock.
     block_waiters_max: usize = 1024, Count(1, 1_000_000), Restart, "`overloaded`";
-    /// Parked calls, and answers that wait for their callers.
+    /// Requests waiting for memory blocks, in total.
+    waits_max: usize = 1_048_576, Count(1, 16_777_216), Restart, "`overloaded`";
+    /// Requests of one connection waiting for memory blocks.
+    waits_per_connection_max: usize = 262_144, Count(1, 16_777_216), Restart, "`overloaded`";
+    /// Parked calls and waiting answers.
     parked_max: usize = 100_000, Count(0, 16_777_216), Restart, "`overloaded`";
-    /// Bytes in memory of all parked calls and waiting answers.
+    /// Memory used by all parked calls and waiting answers.
     parked_bytes_max: usize = 256 * MIB, Bytes(0, 64 * GIB), Restart, "`overloaded`";
     /// Parked calls and waiting answers of one app.
     parked_per_app_max: usize = 50_000, Count(0, 16_777_216), Restart, "`overloaded`";
-    /// Bytes in memory of the parked calls and waiting answers of one app.
+    /// Memory used by the parked calls and waiting answers of one app.
     parked_bytes_per_app_max: usize = 128 * MIB, Bytes(0, 64 * GIB), Restart, "`overloaded`";
-    /// How long a parked call is kept after its last attempt failed.
+    /// How long a parked call is kept after its last attempt has failed.
     dead_ttl_ms as "dead_ttl": u64 = 7 * 24 * HOUR, Millis(1000, 365 * 24 * HOUR), Restart,
-        "the call is forgotten";
-    /// Parked calls of one pool whose attempts all failed.
-    dead_max: usize = 1000, Count(0, 1_000_000), Restart, "the oldest one is forgotten";
-    /// Calls of one pool whose idempotency keys are known.
+        "the call is deleted";
+    /// Parked calls of one pool whose attempts have all failed.
+    dead_max: usize = 1000, Count(0, 1_000_000), Restart, "the oldest one is deleted";
+    /// Idempotency keys that one pool remembers.
     repeats_max: usize = 10_000, Count(1, 1_000_000), Restart,
-        "the oldest answer is forgotten; if all are under way, `overloaded`";
-    /// Bytes of the answers that one pool keeps for repeats.
+        "the oldest answer is deleted; if all calls are in progress, `overloaded`";
+    /// Bytes of the answers that one pool keeps for idempotency keys.
     repeats_bytes_max: usize = 16 * MIB, Bytes(KIB, GIB), Restart,
-        "the oldest answers are forgotten";
-    /// Bytes read from one connection before the others get their turn.
-    read_budget_bytes: usize = 256 * KIB, Bytes(4 * KIB, GIB), Restart, "the others get their turn";
+        "the oldest answers are deleted";
+    /// Bytes read from one connection before the next one is read.
+    read_budget_bytes: usize = 256 * KIB, Bytes(4 * KIB, GIB), Restart, "the other connections \
+        are read first";
 }
 
 impl Limits {
@@ -276,7 +282,7 @@ impl Limits {
 }
 
 impl Default for Limits {
-    /// The limits of a server that was told nothing, on a machine of 16 GiB.
+    /// The default limits on a machine with 16 GiB.
     fn default() -> Self {
         Limits::from_values(LIMITS.iter().map(|limit| limit.default)).within(MEMORY_ASSUMED)
     }

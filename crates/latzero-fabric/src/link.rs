@@ -1,4 +1,4 @@
-//! What the core keeps of one connection: its outbox, and the calls that it has under way.
+//! The core's state of one connection: its outbox, and its calls in flight.
 
 use std::sync::Arc;
 
@@ -7,7 +7,8 @@ use crate::driver::Driver;
 use crate::now::Time;
 use crate::outbox::{Bounds, Class, Outbox, Sent, Taken};
 
-/// Whoever wants to know that a message was written: a number for [`crate::Pool::told`] of that pool.
+/// Whoever wants to know that a message was written: a number for [`crate::Pool::told`] of that
+/// pool.
 #[derive(Debug, Clone)]
 pub struct Notice<H> {
     /// The pool.
@@ -22,22 +23,22 @@ pub struct Link<D: Driver> {
     pub outbox: Outbox<D::Fd, Notice<D::Pool>>,
     /// The account of the connection.
     account: Arc<Account>,
-    /// What waits while its socket takes nothing.
+    /// Messages that wait while the socket accepts no data.
     held: Hold,
     /// When its socket last took something, or began to take nothing.
     progress: Time,
-    /// Calls it made that are under way.
+    /// Its own calls in flight.
     in_flight: u32,
     /// New work waits until fewer are.
     has_waiting: bool,
 }
 
-/// From this many bytes on, a message is counted before it is copied. What is smaller is counted where it can't be written
-/// at once.
+/// From this many bytes on, a message is counted before it is copied. What is smaller is counted
+/// where it can't be written at once.
 const LARGE_BYTES: usize = 64 * 1024;
 
 impl<D: Driver> Link<D> {
-    /// A connection without anything under way.
+    /// A connection without calls in flight.
     #[must_use]
     pub fn new(account: Arc<Account>) -> Self {
         Link {
@@ -70,8 +71,9 @@ impl<D: Driver> Link<D> {
         self.account = account;
     }
 
-    /// Whether a message of `length` bytes has room; `own` are those of them that no other outbox holds. What is new work is
-    /// refused where memory is short; what ends work may use the last of it.
+    /// Whether a message of `length` bytes has room; `own` are those of them that no other outbox
+    /// holds. What is new work is refused where memory is short; what ends work may use the last of
+    /// it.
     #[inline]
     pub(crate) fn admit(
         &mut self,
@@ -85,8 +87,9 @@ impl<D: Driver> Link<D> {
             return sent;
         }
         if !self.outbox.is_blocked() && own < LARGE_BYTES {
-            // It is written in a moment, and counted where it can't be. Whose account is full waits for no moment.
-            let has_room = self.account.has_room(Resource::Outbox, own as u64);
+            // It is written in a moment, and counted where it can't be. Whose own account is full waits
+            // for no moment; a full server is the doing of others.
+            let has_room = self.account.has_own_room(Resource::Outbox, own as u64);
             return match has_room {
                 true => Sent::Queued,
                 false => self.outbox.refuse(class),
@@ -134,13 +137,13 @@ impl<D: Driver> Link<D> {
         (self.outbox.queued() as u64, self.progress)
     }
 
-    /// Since when its socket takes nothing, where something waits for it.
+    /// Since when its socket has accepted no data although some is waiting.
     #[must_use]
     pub fn stalled_since(&self) -> Option<Time> {
         self.outbox.is_blocked().then_some(self.progress)
     }
 
-    /// Calls it made that are under way.
+    /// Its own calls in flight.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.in_flight

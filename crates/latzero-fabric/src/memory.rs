@@ -1,10 +1,10 @@
-//! What blocks of memory cost: counted by app and in all, before anything is allocated.
+//! Memory blocks as the core and its driver speak of them: geometry, storage, jobs, and numbers that
+//! are given out once.
 
 use hashbrown::HashMap;
 use latzero_protocol::memory::Kind;
-use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
+use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 
-use crate::limits::Limits;
 use crate::pool::BlockKey;
 
 /// Bytes before the first slot of a block: its header.
@@ -13,8 +13,8 @@ pub const HEADER_BYTES: u64 = 4096;
 /// Slots begin at multiples of this many bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// Slots that the file of a persistent block has besides: for the version that is on the disk for certain, and for the one
-/// that a flush is at.
+/// Slots that the file of a persistent block has besides: for the version that is on the disk for
+/// certain, and for the one that a flush is at.
 pub const SPARE_SLOTS: u32 = 2;
 
 /// How a block's bytes lie in its memory.
@@ -24,7 +24,8 @@ pub struct Geometry {
     pub size: u64,
     /// How many versions there is room for.
     pub slots: u32,
-    /// Slots besides: [`SPARE_SLOTS`] of a persistent block, none of a shared one or of a file that an older server made.
+    /// Slots besides: [`SPARE_SLOTS`] of a persistent block, none of a shared one or of a file that
+    /// an older server made.
     pub spares: u32,
 }
 
@@ -63,7 +64,7 @@ impl Geometry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StorageId(pub u64);
 
-/// A new version of a block, for somebody who wants to hear of it. A newer one takes its place while it waits.
+/// A new version of a block, for a subscriber. A newer one replaces it while it waits.
 #[derive(Debug, Clone, Copy)]
 pub struct Change<'a> {
     /// The same for the same block: the pool's number and the block's place.
@@ -83,7 +84,8 @@ impl Change<'_> {
     #[must_use]
     pub fn to_json(&self) -> String {
         format!(
-            "{{\"action\":\"event\",\"event\":\"block_changed\",\"pool\":\"{}\",\"block_id\":\"{}\",\"version\":{},\"generation\":{}}}",
+            "{{\"action\":\"event\",\"event\":\"block_changed\",\"pool\":\"{}\",\
+             \"block_id\":\"{}\",\"version\":{},\"generation\":{}}}",
             self.pool, self.block, self.version, self.generation
         )
     }
@@ -110,7 +112,8 @@ pub struct Making {
     pub record: String,
 }
 
-/// Something about a block that the driver does once the pool is free, in the order in which it was asked for.
+/// Something about a block that the driver does once the pool is free, in the order in which it was
+/// asked for.
 #[derive(Debug, Clone)]
 pub enum Job<P> {
     /// Makes storage; [`crate::Pool::storage_made`] hears of it.
@@ -119,10 +122,11 @@ pub enum Job<P> {
         key: BlockKey,
         /// What to make.
         making: Making,
-        /// Nothing is made where the process behind this connection has ended: then nobody writes any more.
+        /// Nothing is created if the process of this connection has ended, because it can no longer
+        /// write.
         unless_dead: Option<P>,
     },
-    /// Gives storage up: nobody is served from it any more, and its file goes.
+    /// Releases storage: it is no longer used, and its file is deleted.
     Drop {
         /// Which.
         storage: StorageId,
@@ -140,67 +144,30 @@ pub enum Job<P> {
     },
 }
 
-#[derive(Debug, Default, Clone, Copy)]
-struct Use {
-    bytes: u64,
-    attachments: usize,
-    subscriptions: usize,
-}
-
-impl Use {
-    fn is_nothing(&self) -> bool {
-        self.bytes == 0 && self.attachments == 0 && self.subscriptions == 0
-    }
-}
-
-/// What an app has of something that is counted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Counted {
-    /// Blocks that it is attached to.
-    Attachment,
-    /// Blocks whose changes it is told.
-    Subscription,
-}
-
 /// Ended blocks whose last generation is remembered one by one.
 const ENDED_MAX: usize = 4096;
 
-/// The server's count of what blocks use.
+/// Numbers that are given once: of parked calls, of storage, and of the generations of blocks.
 #[derive(Debug, Default)]
-pub struct Ledger {
-    bytes: u64,
-    blocks: usize,
-    apps: HashMap<AppId, Use>,
+pub struct Numbers {
+    calls: u64,
     storages: u64,
-    /// The last generation of each block that ended, as many as [`ENDED_MAX`]; and what no ended block was beyond of those that
-    /// are not among them.
+    /// The last generation of each block that ended, as many as [`ENDED_MAX`]; and what no ended
+    /// block was beyond of those that are not among them.
     ended: HashMap<(PoolName, BlockId), u64>,
     ended_floor: u64,
-    numbers: u64,
 }
 
-impl Ledger {
-    /// Bytes of all blocks.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// How many blocks there are.
-    #[must_use]
-    pub fn blocks(&self) -> usize {
-        self.blocks
-    }
-
+impl Numbers {
     /// A number for a parked call, greater than any before it.
-    pub fn next_number(&mut self) -> u64 {
-        self.numbers += 1;
-        self.numbers
+    pub fn next_call(&mut self) -> u64 {
+        self.calls += 1;
+        self.calls
     }
 
     /// Counts on after `number`, which an earlier run gave.
     pub fn count_on_after(&mut self, number: u64) {
-        self.numbers = self.numbers.max(number);
+        self.calls = self.calls.max(number);
     }
 
     /// A number for new storage.
@@ -209,7 +176,8 @@ impl Ledger {
         StorageId(self.storages)
     }
 
-    /// The generation that a new block begins with: whoever saw an earlier block of that name must not take it for that one.
+    /// The first generation of a new block, so that a client of an earlier block with that name
+    /// does not confuse the two.
     #[must_use]
     pub fn first_generation(&self, pool: &PoolName, block: &BlockId) -> u64 {
         let name = (pool.clone(), block.clone());
@@ -232,110 +200,6 @@ impl Ledger {
     pub fn set_ended_floor(&mut self, generation: u64) {
         self.ended_floor = self.ended_floor.max(generation);
     }
-
-    /// Counts a new block in.
-    ///
-    /// # Errors
-    /// `quota`: too many blocks, or as [`Ledger::reserve`].
-    pub fn begin_block(&mut self, app: &AppId, bytes: u64, limits: &Limits) -> Result<(), Refusal> {
-        if self.blocks >= limits.blocks_max {
-            let message = format!(
-                "there are {} blocks, as many as limits.blocks_max and the limit on descriptors \
-                 (RLIMIT_NOFILE) allow; remove what is not needed",
-                limits.blocks_max
-            );
-            return Err(Refusal::new(Code::Quota, message));
-        }
-        self.reserve(app, bytes, limits)?;
-        self.blocks += 1;
-        Ok(())
-    }
-
-    /// Counts a block out.
-    pub fn end_block(&mut self, app: &AppId, bytes: u64) {
-        self.blocks -= 1;
-        self.release(app, bytes);
-    }
-
-    /// Counts bytes in, for the app that they are made for.
-    ///
-    /// # Errors
-    /// `quota`, with what is needed and what is free; nothing is counted then.
-    pub fn reserve(&mut self, app: &AppId, bytes: u64, limits: &Limits) -> Result<(), Refusal> {
-        check_room(
-            "all blocks of this server",
-            "memory_bytes_max",
-            (self.bytes, bytes, limits.memory_bytes_max),
-        )?;
-        let used = self.apps.get(app).map_or(0, |used| used.bytes);
-        check_room(
-            &format!("blocks of app '{app}'"),
-            "memory_bytes_per_app_max",
-            (used, bytes, limits.memory_bytes_per_app_max),
-        )?;
-        self.bytes += bytes;
-        self.apps.entry(app.clone()).or_default().bytes += bytes;
-        Ok(())
-    }
-
-    /// Counts bytes out.
-    pub fn release(&mut self, app: &AppId, bytes: u64) {
-        self.bytes -= bytes;
-        self.change(app, |used| used.bytes -= bytes);
-    }
-
-    /// Counts something of an app's in.
-    ///
-    /// # Errors
-    /// `quota`; nothing is counted then.
-    pub fn begin(&mut self, what: Counted, app: &AppId, limits: &Limits) -> Result<(), Refusal> {
-        let used = self.apps.entry(app.clone()).or_default();
-        let (count, max, name, limit) = match what {
-            Counted::Attachment => (
-                &mut used.attachments,
-                limits.attachments_per_app_max,
-                "is attached to",
-                "attachments_per_app_max",
-            ),
-            Counted::Subscription => (
-                &mut used.subscriptions,
-                limits.subscriptions_per_app_max,
-                "has subscribed to",
-                "subscriptions_per_app_max",
-            ),
-        };
-        if *count >= max {
-            return Err(Refusal::new(
-                Code::Quota,
-                format!("app '{app}' {name} {max} blocks already (limits.{limit})"),
-            ));
-        }
-        *count += 1;
-        Ok(())
-    }
-
-    /// Counts something of an app's out.
-    pub fn end(&mut self, what: Counted, app: &AppId) {
-        self.change(app, |used| match what {
-            Counted::Attachment => used.attachments -= 1,
-            Counted::Subscription => used.subscriptions -= 1,
-        });
-    }
-
-    fn change(&mut self, app: &AppId, change: impl FnOnce(&mut Use)) {
-        if let Some(used) = self.apps.get_mut(app) {
-            change(used);
-            if used.is_nothing() {
-                self.apps.remove(app);
-            }
-        }
-    }
-
-    /// Whether nothing is counted; for tests.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.bytes == 0 && self.blocks == 0 && self.apps.values().all(Use::is_nothing)
-    }
 }
 
 /// Whether `needed` bytes more stay within a bound.
@@ -349,8 +213,8 @@ pub(crate) fn check_room(
         return Ok(());
     }
     let message = format!(
-        "{needed} bytes are needed and {free} of {max} are free for {whose} (limits.{limit}); \
-         remove blocks that are not needed, or raise the limit"
+        "this needs {needed} bytes, but only {free} of {max} are free for {whose} \
+         (limits.{limit}); remove blocks that are no longer needed, or raise the limit"
     );
     Err(Refusal::new(Code::Quota, message))
 }
@@ -359,55 +223,22 @@ pub(crate) fn check_room(
 mod tests {
     use super::*;
 
-    fn app(name: &str) -> AppId {
-        AppId::new(name).unwrap()
-    }
-
-    #[test]
-    fn what_is_asked_for_must_fit_everywhere() {
-        let limits = Limits {
-            memory_bytes_max: 100,
-            memory_bytes_per_app_max: 60,
-            blocks_max: 2,
-            ..Limits::default()
-        };
-        let mut ledger = Ledger::default();
-        let refused = |result: Result<(), Refusal>| result.unwrap_err().message.into_owned();
-        ledger.begin_block(&app("a"), 60, &limits).unwrap();
-        let message = refused(ledger.reserve(&app("a"), 1, &limits));
-        assert!(
-            message.starts_with("1 bytes are needed and 0 of 60 are free for blocks of app 'a'"),
-            "{message}"
-        );
-        let message = refused(ledger.begin_block(&app("b"), 50, &limits));
-        assert!(
-            message.starts_with("50 bytes are needed and 40 of 100 are free for all blocks"),
-            "{message}"
-        );
-        ledger.begin_block(&app("b"), 40, &limits).unwrap();
-        let message = refused(ledger.begin_block(&app("c"), 0, &limits));
-        assert!(message.contains("limits.blocks_max"), "{message}");
-        ledger.end_block(&app("b"), 40);
-        ledger.end_block(&app("a"), 60);
-        assert!(ledger.is_empty());
-    }
-
     #[test]
     fn a_name_is_used_anew_in_a_later_generation() {
-        let mut ledger = Ledger::default();
+        let mut numbers = Numbers::default();
         let (p, b) = (PoolName::new("p").unwrap(), |n: usize| {
             BlockId::new(&format!("b{n}")).unwrap()
         });
-        assert_eq!(ledger.first_generation(&p, &b(0)), 1);
-        ledger.note_end(&p, &b(0), 3);
-        assert_eq!(ledger.first_generation(&p, &b(0)), 4);
-        assert_eq!(ledger.first_generation(&p, &b(1)), 1);
+        assert_eq!(numbers.first_generation(&p, &b(0)), 1);
+        numbers.note_end(&p, &b(0), 3);
+        assert_eq!(numbers.first_generation(&p, &b(0)), 4);
+        assert_eq!(numbers.first_generation(&p, &b(1)), 1);
         // However many there are.
-        (1..=ENDED_MAX).for_each(|n| ledger.note_end(&p, &b(n), 1));
-        assert!(ledger.ended.len() <= ENDED_MAX);
-        assert_eq!(ledger.first_generation(&p, &b(0)), 4);
-        ledger.set_ended_floor(9);
-        assert_eq!(ledger.first_generation(&p, &b(7)), 10);
+        (1..=ENDED_MAX).for_each(|n| numbers.note_end(&p, &b(n), 1));
+        assert!(numbers.ended.len() <= ENDED_MAX);
+        assert_eq!(numbers.first_generation(&p, &b(0)), 4);
+        numbers.set_ended_floor(9);
+        assert_eq!(numbers.first_generation(&p, &b(7)), 10);
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! Time as the core knows it: handed in with every input, never read from a clock.
+//! Time in the core: an input, never read from a clock.
 
 use std::time::Duration;
 
-/// A moment on a clock that only moves forward, in microseconds since a start that the driver chose.
+/// A moment on a clock that only moves forward, in microseconds since a start that the driver
+/// chose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Time(pub u64);
 
@@ -25,7 +26,8 @@ impl Time {
 pub struct Now {
     /// For deadlines and intervals: it only moves forward.
     pub monotonic: Time,
-    /// For people, and for what outlives the server: milliseconds since the Unix epoch. It may jump.
+    /// For people, and for what outlives the server: milliseconds since the Unix epoch. It may
+    /// jump.
     pub unix_ms: u64,
 }
 

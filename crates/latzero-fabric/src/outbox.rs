@@ -1,9 +1,11 @@
-//! Bytes on their way to one connection.
+//! The outbox: bytes that wait to be written to one connection.
 //!
-//! Messages are appended while a pool is locked and written after it is released. The bound is in bytes. A message that
-//! does not fit is refused, dropped and counted, or may use the headroom, by its [`Class`]; so a slow reader costs the server
-//! this much and others nothing. A body that goes to many readers is held once and shared. Whoever writes takes the bytes
-//! out, writes them without the lock, and puts back what the kernel did not take, so that appending never waits.
+//! Messages are appended while a pool is locked, and written after it is released. The limit is in
+//! bytes. The [`Class`] of a message that does not fit decides whether it is refused, dropped and
+//! counted, or may use the headroom. So a slow reader costs the server a bounded amount, and other
+//! clients nothing. A body for many readers is stored once and shared. The writer takes the bytes
+//! out, writes them without the lock, and puts back what the kernel did not accept, so appending
+//! never waits.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,8 +25,8 @@ pub enum Class {
     Emit,
     /// A push to a watcher: as an emit.
     Event,
-    /// A message that must arrive (an error, a cancel, an end): it may use the headroom. Where that is full too, the
-    /// connection is closed.
+    /// A message that must arrive (an error, a cancel, an end): it may use the headroom. Where that
+    /// is full too, the connection is closed.
     Control,
 }
 
@@ -48,7 +50,8 @@ pub struct Bounds {
     pub headroom: usize,
 }
 
-/// A frame that several outboxes hold together, and its place in the books. Cloning it copies nothing.
+/// A frame that several outboxes hold together, and its place in the books. Cloning it copies
+/// nothing.
 #[derive(Debug, Clone)]
 pub struct Shared(Arc<(Box<[u8]>, Hold)>);
 
@@ -56,7 +59,7 @@ impl Shared {
     /// Shares `frame`, which is copied once and counted in `account`.
     ///
     /// # Errors
-    /// Where there is no room for it.
+    /// If there is no room for it.
     pub fn new(frame: &[u8], account: &Arc<Account>) -> Result<Self, Full> {
         let hold = account.reserve(Resource::Outbox, frame.len() as u64)?;
         Ok(Shared(Arc::new((frame.into(), hold))))
@@ -71,7 +74,7 @@ impl std::ops::Deref for Shared {
     }
 }
 
-/// Bytes in a row: of this outbox alone, or shared with others.
+/// A piece of bytes: owned by this outbox, or shared with others.
 #[derive(Debug)]
 enum Chunk {
     Own(Vec<u8>),
@@ -87,8 +90,8 @@ impl Chunk {
     }
 }
 
-/// Bytes that wait to be written. `F` is a descriptor that travels with a message, `N` is who wants to know that a message
-/// was written.
+/// Bytes that wait to be written. `F` is a descriptor that travels with a message, `N` is who wants
+/// to know that a message was written.
 #[derive(Debug)]
 pub struct Outbox<F, N> {
     chunks: VecDeque<Chunk>,
@@ -167,8 +170,8 @@ impl<F> Taken<F> {
         self.chunks.is_empty()
     }
 
-    /// What to write next: bytes up to those that further descriptors travel with, and the descriptors that travel with the
-    /// first of them.
+    /// What to write next: bytes up to those that further descriptors travel with, and the
+    /// descriptors that travel with the first of them.
     #[must_use]
     pub fn next(&self) -> (&[u8], &[F]) {
         let Some(chunk) = self.chunks.front() else {
@@ -231,6 +234,12 @@ impl<F, N> Outbox<F, N> {
         self.own
     }
 
+    /// Descriptors that wait.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        self.descriptors.iter().map(|t| t.descriptors.len()).sum()
+    }
+
     /// Whether the kernel took less than it was offered.
     #[must_use]
     pub fn is_blocked(&self) -> bool {
@@ -243,7 +252,8 @@ impl<F, N> Outbox<F, N> {
         self.lost_total
     }
 
-    /// Whether a message of `length` bytes has room: [`Sent::Queued`] where it has. Counts a loss where it has none.
+    /// Whether a message of `length` bytes has room: [`Sent::Queued`] where it has. Counts a loss
+    /// where it has none.
     pub fn admit(&mut self, class: Class, length: usize, bounds: Bounds) -> Sent {
         if self.is_sealed {
             return Sent::Gone;
@@ -259,7 +269,8 @@ impl<F, N> Outbox<F, N> {
         Sent::Queued
     }
 
-    /// Drops a message that has no room; the reader is told how many emits and events it lost.
+    /// Drops a message for which there is no room; the client is told how many emits and events it
+    /// lost.
     pub fn refuse(&mut self, class: Class) -> Sent {
         if matches!(class, Class::Emit | Class::Event) {
             self.lost += 1;
@@ -268,8 +279,8 @@ impl<F, N> Outbox<F, N> {
         Sent::Full
     }
 
-    /// Appends a message that was admitted, with the descriptors that travel with its first byte. `spare` is a buffer to
-    /// begin with where there is none. Returns the bytes of the message.
+    /// Appends a message that was admitted, with the descriptors that travel with its first byte.
+    /// `spare` is a buffer to begin with where there is none. Returns the bytes of the message.
     pub fn append(
         &mut self,
         class: Class,
@@ -306,7 +317,8 @@ impl<F, N> Outbox<F, N> {
         self.chunks.back().map_or(&[], Chunk::bytes)
     }
 
-    /// Says how many messages were lost, before the first message after the gap, so that the reader knows where it is.
+    /// Says how many messages were lost, before the first message after the gap, so that the reader
+    /// knows where it is.
     fn tell_lost(&mut self) {
         if self.lost > 0 {
             let lost = std::mem::take(&mut self.lost);
@@ -329,7 +341,8 @@ impl<F, N> Outbox<F, N> {
         }
     }
 
-    /// Tells the reader of a change; a newer one of the same topic replaces it. True where the outbox must be written for it.
+    /// Tells the reader of a change; a newer one of the same topic replaces it. True where the
+    /// outbox must be written for it.
     pub fn note_change(&mut self, topic: (u32, u32), event: String) -> bool {
         if self.is_sealed {
             return false;
@@ -346,7 +359,8 @@ impl<F, N> Outbox<F, N> {
         }
     }
 
-    /// Notifies `who` when everything appended so far is written; returns it where that is so already.
+    /// Notifies `who` when everything appended so far is written; returns it where that is so
+    /// already.
     pub fn notify_when_written(&mut self, who: N) -> Option<N> {
         if self.is_closed {
             return None;
@@ -392,8 +406,8 @@ impl<F, N> Outbox<F, N> {
         })
     }
 
-    /// Puts back what was not written. Returns a buffer to reuse. Where there is room again for a reader that lost messages,
-    /// it is told now how many: the next message may be long in coming.
+    /// Puts back what was not written. Returns a buffer to reuse. If there is room again for a
+    /// client that lost messages, it is told now, because the next message may take long.
     pub fn put_back(&mut self, taken: Taken<F>) -> Option<Vec<u8>> {
         self.is_writing = false;
         self.writing = 0;

@@ -18,6 +18,8 @@ mod repeats;
 mod rotation;
 mod routing;
 
+use std::collections::BTreeSet;
+
 use hashbrown::HashMap;
 use latzero_protocol::encode::{self, Attachments, Origin};
 use latzero_protocol::message::{Event, EventSet, Strategy, TriggerSpec};
@@ -31,7 +33,9 @@ use crate::prng::Prng;
 use crate::slab::{Key, Slab};
 use crate::turn::Turn;
 use blocks::Blocks;
-pub use blocks::{Asking, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan};
+pub use blocks::{
+    Asking, BlockCounts, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan,
+};
 use calls::Calls;
 use ending::End;
 use park::ParkedCalls;
@@ -93,7 +97,7 @@ struct Member<D: Driver> {
     /// Whether file descriptors can be passed to it.
     takes_descriptors: bool,
     /// Blocks that it may have something to do with, so that its end finds them.
-    blocks: Vec<BlockKey>,
+    blocks: BTreeSet<BlockKey>,
 }
 
 impl<D: Driver> Member<D> {
@@ -266,7 +270,7 @@ impl<D: Driver> Pool<D> {
             return Ok(());
         }
         let message = format!(
-            "{what} would outlive the rules of pool '{}': make the pool with \"durable\":true",
+            "{what} would outlive the policy of pool '{}': create the pool with \"durable\":true",
             self.name
         );
         Err(Refusal::new(Code::BadMessage, message))
@@ -301,6 +305,12 @@ impl<D: Driver> Pool<D> {
     #[must_use]
     pub fn name(&self) -> &PoolName {
         &self.name
+    }
+
+    /// Its parked calls and answers, in numbers.
+    #[must_use]
+    pub fn parked_counts(&self) -> ParkedCounts {
+        self.parked.counts()
     }
 
     /// The pool in numbers.
@@ -356,7 +366,7 @@ impl<D: Driver> Pool<D> {
             calling: 0,
             serving: 0,
             takes_descriptors,
-            blocks: Vec::new(),
+            blocks: BTreeSet::new(),
         };
         let key = self.members.insert(member);
         self.tell(Event::AppOnline, &told, Some(key), turn);

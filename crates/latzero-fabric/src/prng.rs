@@ -1,7 +1,8 @@
-//! Choices that need no secrecy: which handler a `random` trigger picks, what an instance is called.
+//! Random numbers that need not be secret: the choice of a `random` trigger's handler, and the ids
+//! of instances.
 
-/// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014). The driver seeds it,
-/// so a run can be replayed.
+/// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
+/// The driver seeds it, so a run can be replayed.
 #[derive(Debug, Clone)]
 pub struct Prng(u64);
 

@@ -1,4 +1,4 @@
-//! What an app asked for last: restored when it comes back with its AppID alone.
+//! The last registration of an app, restored when it reconnects with only its AppID.
 
 use latzero_protocol::message::{EventSet, TriggerSpec, triggers};
 use latzero_protocol::{AppId, BlockId, PoolName, Raw};
@@ -17,8 +17,8 @@ pub(crate) struct Registration {
     pub(crate) meta: Option<Value>,
 }
 
-/// A registration, read out of its texts when it is first needed: a server that starts with a hundred thousand apps need
-/// not read them all before it listens.
+/// A registration, read out of its texts when it is first needed: a server that starts with a
+/// hundred thousand apps need not read them all before it listens.
 #[derive(Debug, Clone)]
 pub(crate) enum Remembered {
     Read(Registration),
@@ -61,7 +61,8 @@ impl Remembered {
 /// What an app takes besides what it registered, in bytes.
 const APP_BYTES: usize = 768;
 
-/// What each name of a registration takes besides its text, and each trigger of a live instance in a pool, and each pool.
+/// What each name of a registration takes besides its text, and each trigger of a live instance in
+/// a pool, and each pool.
 const NAME_BYTES: usize = 96;
 const SERVED_BYTES: u64 = 400;
 const MEMBER_BYTES: u64 = 512;
@@ -102,7 +103,7 @@ impl Registration {
         self.served() as u64 * SERVED_BYTES + self.pools.len() as u64 * MEMBER_BYTES
     }
 
-    /// Reads a row. What makes no sense in it is left out: an app that registers anew mends it.
+    /// Reads a row and ignores invalid parts. The next registration of the app repairs it.
     fn read(row: &AppRow) -> Registration {
         let list = |text: &str| match serde_json::from_str(text) {
             Ok(Value::Array(list)) => list,

@@ -380,6 +380,15 @@ impl<D: Driver> Registry<D> {
         account
     }
 
+    /// The account of an app for what an earlier run left of it.
+    pub fn kept_account(&mut self, app: &AppId, turn: &mut Turn<'_, D>) -> Arc<Account> {
+        let known = self.accounts.get(app).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let earlier = Arc::clone(turn.driver.site().books.earlier());
+            self.account(app, &earlier, turn)
+        })
+    }
+
     /// Hands what an app registered out once more: it could not be kept when it was to be.
     pub fn keep_app(&self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         if let Some(app) = self.apps.get(app_id) {
@@ -400,11 +409,14 @@ impl<D: Driver> Registry<D> {
         match self.apps.get(app_id) {
             None => Err(Refusal::new(
                 Code::NoApp,
-                format!("no app '{app_id}' was ever seen here"),
+                format!("the server does not know an app '{app_id}'"),
             )),
             Some(app) if !app.instances.is_empty() => Err(Refusal::new(
                 Code::AppInUse,
-                format!("app '{app_id}' lives; stop it first, or `latzero kick {app_id}`"),
+                format!(
+                    "app '{app_id}' is connected; stop it first, or use `latzero kick \
+                    {app_id}`"
+                ),
             )),
             Some(app) => {
                 self.offline.remove(app.user, app.last_seen, app_id);

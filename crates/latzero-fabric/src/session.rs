@@ -409,7 +409,7 @@ impl<D: Driver> Session<D> {
         if turn.driver.is_draining() {
             return Err(Refusal::new(
                 Code::Draining,
-                "the server is about to stop and takes no new calls",
+                "the server is shutting down and accepts no new calls",
             ));
         }
         let m = self.current_membership(trigger.pool.as_deref(), turn)?;
@@ -436,9 +436,13 @@ impl<D: Driver> Session<D> {
                 let whereabouts =
                     turn.with_registry(|registry, _| registry.whereabouts(app, &m.name));
                 let refusal = match whereabouts {
-                    Whereabouts::Unknown => {
-                        Refusal::new(Code::NoApp, format!("no app '{app}' was ever seen here"))
-                    }
+                    Whereabouts::Unknown => Refusal::new(
+                        Code::NoApp,
+                        format!(
+                            "the server does not know an app \
+                            '{app}'"
+                        ),
+                    ),
                     Whereabouts::Elsewhere if instance.is_some() => Refusal::new(
                         Code::Offline,
                         format!("app '{app}' has no such instance in pool '{}'", m.name),
@@ -449,7 +453,7 @@ impl<D: Driver> Session<D> {
                     ),
                     Whereabouts::Offline => Refusal::new(
                         Code::Offline,
-                        format!("app '{app}' is known, but no instance of it lives"),
+                        format!("app '{app}' is known, but not connected"),
                     ),
                 };
                 Err(refusal)
@@ -622,7 +626,8 @@ impl<D: Driver> Session<D> {
                 Ok(Reply::Kept("{}".into(), Promise::Removal))
             }
             AdminAction::HandOver { .. } if !self.features.fd_passing => {
-                let message = "sockets go over the Unix socket, with the features 'attachments' and 'fd_passing'";
+                let message = "a hand-over needs the Unix socket, with the features \
+                    'attachments' and 'fd_passing'";
                 Err(Refusal::new(Code::BadMessage, message))
             }
             action => {

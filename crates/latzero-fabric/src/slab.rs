@@ -1,9 +1,9 @@
-//! A table whose keys go stale: a place that was freed and used again has another generation.
+//! A table with keys that can become stale: a slot that is freed and reused gets a new generation.
 
 use std::fmt;
 use std::marker::PhantomData;
 
-/// Where a value of type `T` lies in its [`Slab`].
+/// The position of a value of type `T` in its [`Slab`].
 pub struct Key<T> {
     /// The place.
     pub slot: u32,
@@ -38,6 +38,18 @@ impl<T> PartialEq for Key<T> {
 
 impl<T> Eq for Key<T> {}
 
+impl<T> PartialOrd for Key<T> {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl<T> Ord for Key<T> {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.slot, self.generation).cmp(&(other.slot, other.generation))
+    }
+}
+
 impl<T> std::hash::Hash for Key<T> {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         (self.slot, self.generation).hash(state);
@@ -56,7 +68,8 @@ struct Place<T> {
 }
 
 /// Values in places that are found by key in constant time and walked in the order of their places.
-/// The keys of a table are of kind `K`: of the values themselves, or of a marker where the values are generic.
+/// The keys of a table are of kind `K`: of the values themselves, or of a marker where the values
+/// are generic.
 pub(crate) struct Slab<T, K = T> {
     places: Vec<Place<T>>,
     free: Vec<u32>,
@@ -143,13 +156,6 @@ impl<T, K> Slab<T, K> {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Key<K>, &T)> {
         (0..self.places.len() as u32).filter_map(|slot| self.in_slot(slot))
-    }
-
-    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Key<K>, &mut T)> {
-        let places = self.places.iter_mut().zip(0..);
-        places.filter_map(|(place, slot)| {
-            Some((Key::new(slot, place.generation), place.value.as_mut()?))
-        })
     }
 
     /// The first value from `slot` on, so that a walk can go on while values are removed.

@@ -1,4 +1,4 @@
-//! The context of every decision: when it is taken, and what it can reach.
+//! The context of every decision: the time, and what the decision can access.
 
 use latzero_protocol::{Code, PoolName};
 
@@ -7,7 +7,7 @@ use crate::effects::{Audit, Buffers, CallEnd, Count};
 use crate::keep::Change;
 use crate::limits::Limits;
 use crate::link::Notice;
-use crate::memory::{Job, Ledger, StorageId};
+use crate::memory::{Job, Numbers, StorageId};
 use crate::now::{Now, Time};
 use crate::outbox::{Class, Outbox, Sent, Shared};
 use crate::pool::Pool;
@@ -68,7 +68,8 @@ impl<D: Driver> Turn<'_, D> {
         result
     }
 
-    /// Forgets the oldest answers that are kept for repeats, in whatever pool they are, until there is room.
+    /// Forgets the oldest answers that are kept for repeats, in whatever pool they are, until there
+    /// is room.
     fn forget_repeats(&mut self) {
         while self.driver.site().books.is_over_repeats() {
             let pools = self.with_registry(|registry, _| {
@@ -96,11 +97,12 @@ impl<D: Driver> Turn<'_, D> {
         }
     }
 
-    pub(crate) fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
-        self.driver.with_ledger(f)
+    pub(crate) fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R {
+        self.driver.with_numbers(f)
     }
 
-    /// Appends one frame to `to`'s outbox: `encode` writes about `length` bytes, and is not called unless there is room.
+    /// Appends one frame to `to`'s outbox: `encode` writes about `length` bytes, and is not called
+    /// unless there is room.
     #[inline]
     pub fn send(
         &mut self,
@@ -141,7 +143,7 @@ impl<D: Driver> Turn<'_, D> {
         to: &D::Peer,
         class: Class,
         lengths: (usize, usize),
-        append: impl for<'l> FnOnce(&'l mut Outbox<D::Fd, Notice<D::Pool>>, &mut Buffers) -> &'l [u8],
+        put: impl for<'l> FnOnce(&'l mut Outbox<D::Fd, Notice<D::Pool>>, &mut Buffers) -> &'l [u8],
     ) -> Sent {
         let site = self.driver.site();
         let mut link = to.link();
@@ -150,7 +152,7 @@ impl<D: Driver> Turn<'_, D> {
             let is_idle = link.outbox.queued() == 0 && !link.outbox.is_blocked();
             let effects = self.driver.effects();
             let before = link.outbox.queued();
-            let frame = append(&mut link.outbox, &mut effects.buffers);
+            let frame = put(&mut link.outbox, &mut effects.buffers);
             self.driver
                 .observe(Observed::Message(to, class, sent, frame));
             let effects = self.driver.effects();
@@ -176,7 +178,8 @@ impl<D: Driver> Turn<'_, D> {
         self.driver.effects().closing.push(peer.clone());
     }
 
-    /// Tells `to` of a block's new version. A newer one replaces it until it is written; the last one is never lost.
+    /// Tells `to` of a block's new version. A newer one replaces it until it is written; the last
+    /// one is never lost.
     pub(crate) fn block_changed(&mut self, to: &D::Peer, change: &crate::memory::Change<'_>) {
         let is_new = to.link().outbox.note_change(change.topic, change.to_json());
         if is_new {
@@ -249,7 +252,7 @@ impl<D: Driver> Turn<'_, D> {
     }
 
     pub(crate) fn next_number(&mut self) -> u64 {
-        self.with_ledger(Ledger::next_number)
+        self.with_numbers(Numbers::next_call)
     }
 
     pub(crate) fn block_version(&mut self, storage: StorageId) -> u64 {

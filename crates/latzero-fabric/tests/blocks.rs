@@ -7,7 +7,8 @@
 
 mod net;
 
-use latzero_sim::Peer;
+use latzero_fabric::Limits;
+use latzero_sim::{Bounds, Peer};
 use net::Net;
 use serde_json::Value;
 
@@ -542,6 +543,132 @@ fn quotas_hold_before_anything_is_made() {
 }
 
 #[test]
+fn a_stranger_leaves_room_for_blocks_whatever_its_names_are() {
+    let mut net = Net::with(|limits| {
+        limits.blocks_max = 20;
+        limits.memory_bytes_max = 200_000;
+    });
+    let create = |net: &mut Net, peer, name: &str, size: u64| {
+        net.say(peer, &format!(r#"{{"action":"memory_create","id":"m","block_id":"{name}","size":{size},"attach":false}}"#));
+        gist(net, peer, &["size"])
+    };
+    // By bytes: a block of 16 KiB takes 36 KiB with its two slots and its header.
+    let mut made = Vec::new();
+    for n in 0..6 {
+        let stranger = net.stranger(&format!("stranger{n}"), READER);
+        made.push(create(&mut net, stranger, &format!("b{n}"), 16_384));
+    }
+    assert_eq!(made, ["16384", "16384", "quota", "quota", "quota", "quota"]);
+    // By number.
+    let stranger = net.stranger("another", READER);
+    let small = |net: &mut Net, peer, name: &str| {
+        let count = (0..30).filter(|n| create(net, peer, &format!("{name}{n}"), 0) == "0");
+        count.count()
+    };
+    assert!(small(&mut net, stranger, "s") < 10);
+    let own = net.app("own", READER);
+    assert_eq!(create(&mut net, own, "mine", 16_384), "16384");
+    assert!(small(&mut net, own, "o") > 8);
+    net.world.check_ledger();
+}
+
+#[test]
+fn waits_are_bounded_by_connection_and_end_by_their_ids() {
+    let mut net = Net::with(|limits| limits.waits_per_connection_max = 6);
+    let (holder, other) = (net.app("holder", READER), net.app("other", READER));
+    for block in ["b", "c"] {
+        for action in ["memory_create", "memory_lock"] {
+            let more = if action == "memory_create" {
+                r#","size":1"#
+            } else {
+                ""
+            };
+            net.say(
+                holder,
+                &format!(r#"{{"action":"{action}","id":"m","block_id":"{block}"{more}}}"#),
+            );
+        }
+    }
+    let outcomes = |net: &mut Net, peer| -> Vec<String> {
+        let replies = net.messages(peer).into_iter();
+        let outcome = |m: &latzero_sim::Message| {
+            let how = m.json["error"]["code"].as_str().unwrap_or("ok");
+            format!("{} {how}", m.json["in_reply_to"].as_str().unwrap_or("?"))
+        };
+        replies.map(|m| outcome(&m)).collect()
+    };
+    net.sees(other);
+    // Two under one id, and one more than there may be.
+    for (id, block) in [
+        ("1", "b"),
+        ("2", "b"),
+        ("2", "c"),
+        ("3", "c"),
+        ("4", "b"),
+        ("5", "b"),
+        ("6", "b"),
+    ] {
+        net.say(
+            other,
+            &format!(r#"{{"action":"memory_lock","id":"{id}","block_id":"{block}","wait":1000}}"#),
+        );
+    }
+    assert_eq!(outcomes(&mut net, other), ["6 overloaded"]);
+    for id in ["2", "2", "no such", "4"] {
+        net.say(other, &format!(r#"{{"action":"cancel","id":"{id}"}}"#));
+    }
+    assert_eq!(
+        outcomes(&mut net, other),
+        ["2 cancelled", "2 cancelled", "4 cancelled"]
+    );
+    net.world.check_ledger();
+    // What is left ends in time, or is granted.
+    net.advance(1000);
+    assert_eq!(
+        outcomes(&mut net, other),
+        ["1 locked", "5 locked", "3 locked"]
+    );
+    net.say(
+        other,
+        r#"{"action":"memory_lock","id":"7","block_id":"b","wait":1000}"#,
+    );
+    net.hang_up(holder);
+    assert_eq!(
+        outcomes(&mut net, other).last().map(String::as_str),
+        Some("7 ok")
+    );
+    net.world.check_ledger();
+}
+
+#[test]
+fn descriptors_that_are_not_read_are_bounded() {
+    let limits = Limits {
+        descriptors_unread_max: 3,
+        ..Limits::default()
+    };
+    let bounds = Bounds {
+        socket_bytes: 400,
+        ..Bounds::default()
+    };
+    let mut net = Net::bounded(limits, bounds);
+    let reader = net.app("reader", WRITER);
+    net.ask(
+        reader,
+        r#"{"action":"memory_create","id":"m","block_id":"b","size":1}"#,
+    );
+    let attach = r#"{"action":"memory_attach","id":"m","block_id":"b","mode":"read"}"#;
+    for _ in 0..10 {
+        net.say(reader, attach);
+    }
+    let messages = net.messages(reader);
+    let code = |m: &latzero_sim::Message| m.json["error"]["code"] == "overloaded";
+    let refused = messages.iter().filter(|m| code(m)).count();
+    assert!((5..=7).contains(&refused), "{refused} of 10 were refused");
+    // Once they are read there is room again.
+    assert_eq!(ask(&mut net, reader, "attach", "", &["access"]), "mapped");
+}
+
+#[test]
 fn a_pool_stays_with_its_blocks_and_takes_them_along() {
     let (mut net, a, b) = two();
     ask(&mut net, a, "create", r#""size":8"#, &[]);
@@ -669,7 +796,8 @@ fn a_call_lends_its_blocks_for_as_long_as_it_lasts() {
     assert!(net.sees(caller).contains("5 failed: handler_gone"));
 }
 
-/// Calls the handler `t` with block `b`, which only the call allows it; returns the call's id at the handler.
+/// Calls the handler `t` with block `b`, which only the call allows it; returns the call's id at
+/// the handler.
 fn lend(net: &mut Net, caller: Peer, handler: Peer, mode: &str) -> String {
     net.sees(handler);
     net.say(
@@ -696,7 +824,8 @@ fn what_a_call_lends_is_not_kept() {
     let (mut net, handler, caller) = two();
     ask(&mut net, caller, "create", OWN_ONLY, &[]);
     let call = lend(&mut net, caller, handler, "write");
-    // It may look again while the call lasts, lock, and listen; but neither end the block nor pass it on.
+    // It may look again while the call lasts, lock, and listen; but neither end the block nor pass
+    // it on.
     assert_eq!(
         ask(
             &mut net,
@@ -733,7 +862,8 @@ fn what_a_call_lends_is_not_kept() {
         ask(&mut net, caller, "info", "", &["lock", "subscribers"]),
         "null 0"
     );
-    // It mapped the block and held its lock when the call ended: it writes into a generation of the past.
+    // It mapped the block and held its lock when the call ended: it writes into a generation of the
+    // past.
     assert_eq!(ask(&mut net, caller, "info", "", &["generation"]), "2");
     assert_eq!(lock(&mut net, caller, ""), "3");
 }

@@ -14,7 +14,8 @@ fn trio(strategy: &str) -> (Net, [Peer; 3], Peer) {
     (net, handlers, caller)
 }
 
-/// Which handlers get the next `n` calls, as their places in a row; each is answered where `answers`.
+/// Which handlers get the next `n` calls, as their places in a row; each is answered where
+/// `answers`.
 fn spread(
     net: &mut Net,
     handlers: &[Peer],
@@ -230,7 +231,8 @@ fn sticky_stays_with_its_handler_and_moves_only_where_that_goes() {
             assert_eq!(row[0], home / 2, "key {key} moved");
         }
     }
-    // Without a key the caller itself is the key; an emit to one goes where a call with its key goes.
+    // Without a key the caller itself is the key; an emit to one goes where a call with its key
+    // goes.
     let row = spread(&mut net, &left, c, 5, "", true);
     assert!(row.iter().all(|&at| at == row[0]));
     for key in 0..6 {
@@ -563,7 +565,7 @@ fn concurrency_is_the_most_that_one_instance_takes() {
         assert_eq!(net.call(c, id, ""), "");
     }
     assert_eq!(net.call(c, "3", ""), "3 failed: overloaded ran=no");
-    // It may be lowered while calls are under way, and another handler takes what this one can't.
+    // It may be lowered while calls are in progress, and another handler takes what this one can't.
     net.ask(
         h,
         r#"{"action":"trigger_register","triggers":[{"name":"t","concurrency":1}]}"#,

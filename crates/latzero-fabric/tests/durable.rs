@@ -1,4 +1,5 @@
-//! What outlives the server: registrations, pools, subscriptions; and what a disk that is full, slow or lost does to it.
+//! What outlives the server: registrations, pools, subscriptions; and what a disk that is full,
+//! slow or lost does to it.
 
 #![allow(
     clippy::unwrap_used,

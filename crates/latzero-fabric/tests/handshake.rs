@@ -271,7 +271,8 @@ fn features_are_what_both_sides_named() {
         ack["features"],
         serde_json::json!(["attachments", "fd_passing"])
     );
-    // What a descriptor replaces travels as an attachment, and only a Unix socket carries descriptors.
+    // What a descriptor replaces travels as an attachment, and only a Unix socket carries
+    // descriptors.
     let b = net.connect();
     net.say(
         b,

@@ -1,4 +1,5 @@
-//! Calls that outlive a connection, where things go wrong in turn: full outboxes, dead handlers, pools that close.
+//! Calls that outlive a connection, where things go wrong in turn: full outboxes, dead handlers,
+//! pools that close.
 
 #![allow(
     clippy::unwrap_used,

@@ -489,7 +489,7 @@ fn busy_handlers_are_given_parked_calls_in_order_as_they_have_room() {
         net.advance(1);
     }
     assert_eq!(next, 600);
-    // Without a bound of its own a handler has them all, some at a time.
+    // Without its own bound a handler has them all, some at a time.
     net.hang_up(handler);
     for n in 600..1200 {
         park(&mut net, caller, &n.to_string(), "");
@@ -576,8 +576,8 @@ fn a_pool_stays_with_its_parked_calls_and_takes_them_along() {
     assert!(!net.world.pool_names().contains(&"p".to_owned()));
 }
 
-/// Random comings, goings, kills and full disks: every call that was said to be parked is answered exactly once in the
-/// end, and none that was refused is delivered.
+/// Random comings, goings, kills and full disks: every call that was said to be parked is answered
+/// exactly once in the end, and none that was refused is delivered.
 #[test]
 fn nothing_that_was_parked_is_lost() {
     for seed in 0..300 {

@@ -1,4 +1,5 @@
-//! Emits, triggers that come and go, pools, presence and administration: sections 5, 6, 8 and 9 of the protocol.
+//! Emits, triggers that come and go, pools, presence and administration: sections 5, 6, 8 and 9 of
+//! the protocol.
 
 mod net;
 use latzero_fabric::{Limits, Transport};

@@ -32,7 +32,7 @@ fn two() -> (Net, Peer, Peer) {
 fn a_repeat_gets_the_first_answer() {
     let (mut net, caller, handler) = two();
     assert_eq!(call(&mut net, caller, "1", "k", ""), "");
-    // While it is under way, repeats wait with it.
+    // While it is in progress, repeats wait with it.
     assert_eq!(call(&mut net, caller, "2", "k", ""), "");
     let other = net.app("caller", "");
     assert_eq!(call(&mut net, other, "1", "k", ""), "");
@@ -83,7 +83,7 @@ fn answers_reach_repeats_after_their_caller_went() {
     net.answer_to(handler, &id, r#""status":"ok","response":5"#);
     let caller = net.app("caller", "");
     assert_eq!(call(&mut net, caller, "9", "k", ""), "9 ok: 5");
-    // Its time ends it though nobody waits, and a repeat is a call of its own then.
+    // Its time ends it though nobody waits, and a repeat is its own call then.
     call(&mut net, caller, "1", "late", r#","ttl":100"#);
     net.hang_up(caller);
     net.advance(100);

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 
 use latzero_store::{Change, Options, open_backup, restore};
 
-/// A backup with bytes changed, or any bytes. Where the first byte is `!` the rest is the file; else it is pairs of a place (two
-/// bytes) and a byte to put there, in a backup that is good.
+/// A backup with bytes changed, or any bytes. Where the first byte is `!` the rest is the file;
+/// else it is pairs of a place (two bytes) and a byte to put there, in a backup that is good.
 ///
 /// # Panics
 /// Where something panics, and where what passes the check can't be restored.

@@ -52,8 +52,9 @@ impl Memory for Bytes {
     }
 }
 
-/// Bytes as a header: what is read from them is what they would be written as, and whatever the words that writers write say,
-/// a read and a write end, within the block. The first byte chooses the block's size and slots.
+/// Bytes as a header: what is read from them is what they would be written as, and whatever the
+/// words that writers write say, a read and a write end, within the block. The first byte chooses
+/// the block's size and slots.
 ///
 /// # Panics
 /// Where that does not hold.

@@ -1,7 +1,7 @@
 //! What the fuzz targets run: each takes any bytes, and panics where something does not hold.
 //!
-//! They stand here and not in `fuzz/`, which needs a fuzzer's compiler flags, so that the ordinary tests can replay
-//! the corpus (`fuzz/corpus/<target>/`) on a stable compiler.
+//! They stand here and not in `fuzz/`, which needs a fuzzer's compiler flags, so that the ordinary
+//! tests can replay the corpus (`fuzz/corpus/<target>/`) on a stable compiler.
 
 mod backup;
 mod crypto;
@@ -27,7 +27,8 @@ pub use session::session;
 /// Frames that were decoded, and the error that ended them.
 type Decoded = (Vec<(Vec<u8>, Option<Vec<u8>>)>, Option<FrameError>);
 
-/// The frame decoder: however bytes are split, what comes out is the same. The first byte chooses what is accepted.
+/// The frame decoder: however bytes are split, what comes out is the same. The first byte chooses
+/// what is accepted.
 ///
 /// # Panics
 /// Where it is not.
@@ -85,7 +86,7 @@ pub fn message(data: &[u8]) {
                     assert!(!refusal.message.is_empty());
                 }
             }
-            // What is refused as a message is an object all the same.
+            // What is refused as a message is an object anyway.
             Ok(Err(_)) => assert!(serde_json::from_slice::<IgnoredAny>(data).is_ok()),
             Err(refusal) => assert!(refusal.message.len() < 512),
         }

@@ -1,4 +1,5 @@
-//! Rows of a database that anybody may have written: what is taken in of them, and what clients see of it then.
+//! Rows of a database that anybody may have written: what is taken in of them, and what clients see
+//! of it then.
 
 use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Death, PoolRow};
 use latzero_fabric::{Limits, Transport};
@@ -6,8 +7,8 @@ use latzero_protocol::{AppId, PoolName};
 use latzero_sim::{Bounds, Rows, World, encode_frame};
 use serde_json::Value;
 
-/// A start with rows, each a line of JSON with the field `table`: `app`, `pool`, `call` or `answer`. Then apps come that the
-/// rows may be about; what they are given they answer.
+/// A start with rows, each a line of JSON with the field `table`: `app`, `pool`, `call` or
+/// `answer`. Then apps come that the rows may be about; what they are given they answer.
 ///
 /// # Panics
 /// Where an invariant breaks, or something is left when all have gone.
@@ -42,7 +43,8 @@ pub fn rows(data: &[u8]) {
     for message in world.messages(peers[0]) {
         if message.json["action"] == "trigger" {
             let answer = serde_json::json!({
-                "action": "response", "in_reply_to": message.json["id"], "status": "ok", "response": 1,
+                "action": "response", "in_reply_to": message.json["id"], "status": "ok",
+                "response": 1,
             });
             world.feed(peers[0], &encode_frame(&answer.to_string(), None));
             world.check();

@@ -3,9 +3,10 @@
 use latzero_fabric::{Limits, Transport};
 use latzero_sim::{Bounds, Peer, World, encode_frame};
 
-/// The bytes of one client, in a world with a handler that answers and a caller that calls. Where the first byte is
-/// `!`, the rest is wire bytes; else each line is the JSON of a frame, in which `$CALL` stands for the id of the call
-/// that the client received last, and a line `#` lets a second pass.
+/// The bytes of one client, in a world with a handler that answers and a caller that calls. Where
+/// the first byte is `!`, the rest is wire bytes; else each line is the JSON of a frame, in which
+/// `$CALL` stands for the id of the call that the client received last, and a line `#` lets a
+/// second pass.
 ///
 /// # Panics
 /// Where an invariant breaks, or something is left when all have gone.

@@ -1,7 +1,7 @@
-//! Messages written straight into a send buffer.
+//! Writes messages directly into a send buffer.
 //!
-//! Nothing is built first and serialised later: the routing fields are appended around the body's bytes, which are
-//! copied once and never parsed.
+//! Nothing is built first and serialised later: the routing fields are appended around the bytes of
+//! the body, which are copied once and never parsed.
 
 use base64::Engine as _;
 
@@ -70,7 +70,8 @@ fn append_raw(out: &mut Vec<u8>, key: &[u8], value: Option<Raw<'_>>) {
     }
 }
 
-/// Appends a frame that ends with a body: as a field, as an attachment, or as base64 where it must be.
+/// Appends a frame that ends with a body: as a field, as an attachment, or as base64 where it must
+/// be.
 #[inline]
 fn with_body(
     out: &mut Vec<u8>,
@@ -136,7 +137,7 @@ pub struct Delivery<'a> {
     pub pool: &'a str,
     /// Who calls.
     pub origin: Origin<'a>,
-    /// What is left of the time to live, in milliseconds.
+    /// The rest of the time to live, in milliseconds.
     pub ttl_ms: u64,
     /// For a call that may be given out more than once: for the so manieth time.
     pub attempt: Option<u32>,
@@ -146,7 +147,8 @@ pub struct Delivery<'a> {
     pub key: Option<&'a str>,
     /// The caller's `destination`.
     pub destination: Option<Raw<'a>>,
-    /// Descriptions of the blocks that come with it, as a JSON array, and how many descriptors travel with them.
+    /// Descriptions of the blocks that come with it, as a JSON array, and how many descriptors
+    /// travel with them.
     pub blocks: Option<(&'a str, usize)>,
     /// Headers.
     pub headers: Option<Raw<'a>>,
@@ -254,7 +256,8 @@ pub fn answer(out: &mut Vec<u8>, a: &Answer<'_>, attachments: Attachments) {
         out.push(b'"');
         match (a.status, a.error) {
             (Status::Error, None) => out.extend_from_slice(
-                b",\"error\":{\"code\":\"handler_error\",\"message\":\"the handler failed without saying why\",\"ran\":\"unknown\"}",
+                b",\"error\":{\"code\":\"handler_error\",\"message\":\"the handler failed \
+                    without giving a reason\",\"ran\":\"unknown\"}",
             ),
             (_, error) => append_raw(out, b",\"error\":", error),
         }
@@ -293,7 +296,8 @@ fn append_reply(out: &mut Vec<u8>, in_reply_to: &str, response: &str, descriptor
     out.push(b'}');
 }
 
-/// Appends the reply with a block's bytes: behind the message for who takes attachments, else as base64 in its `data`.
+/// Appends the reply with a block's bytes: behind the message for who takes attachments, else as
+/// base64 in its `data`.
 pub fn block_bytes(
     out: &mut Vec<u8>,
     in_reply_to: &str,
@@ -329,7 +333,8 @@ pub fn append_base64(out: &mut Vec<u8>, bytes: &[u8]) {
     out.push(b'"');
 }
 
-/// Appends a refusal: as the reply to `in_reply_to`, or as an `error` message where it answers no request.
+/// Appends a refusal: as the reply to `in_reply_to`, or as an `error` message where it answers no
+/// request.
 pub fn refusal(out: &mut Vec<u8>, in_reply_to: Option<&str>, refusal: &Refusal) {
     frame::append(out, |out| {
         match in_reply_to {

@@ -20,7 +20,7 @@ impl<'a> Raw<'a> {
     /// Takes `text` after checking that it is one JSON value.
     ///
     /// # Errors
-    /// Where it is not.
+    /// If it is not.
     pub fn new(text: &'a str) -> Result<Self, ScanError> {
         scan::value(text).map(|()| Raw(text))
     }
@@ -91,7 +91,7 @@ pub(crate) fn unescape(inner: &str) -> Option<Cow<'_, str>> {
 pub(crate) fn field_name(inner: &str) -> Result<Cow<'_, str>, Refusal> {
     if inner.len() > FIELD_NAME_BYTES_MAX {
         let message = format!(
-            "the name of a field has at most {FIELD_NAME_BYTES_MAX} bytes, '{}' has more",
+            "a field name may have at most {FIELD_NAME_BYTES_MAX} bytes; '{}' is longer",
             shorten(inner)
         );
         return Err(Refusal::new(Code::BadMessage, message));
@@ -133,15 +133,18 @@ impl Body<'_> {
 
 macro_rules! fields {
     ($($field:ident $key:literal,)*) => {
-        /// The envelope of one message. Fields that routing needs are named; the others are read from
-        /// [`Envelope::text`] by whoever handles the action that has them.
+        /// The envelope of one message. Fields that routing needs are named; the others are read
+        /// from [`Envelope::text`] by the code that handles the action.
         #[derive(Debug, Default, Clone, Copy)]
         pub struct Envelope<'a> {
             /// The whole JSON text.
             pub text: &'a str,
             /// The raw bytes of an attachment frame.
             pub attachment: Option<&'a [u8]>,
-            $(#[doc = concat!("The field `", stringify!($field), "`.")] pub $field: Option<Raw<'a>>,)*
+            $(
+                #[doc = concat!("The field `", stringify!($field), "`.")]
+                pub $field: Option<Raw<'a>>,
+            )*
         }
 
         impl<'a> Envelope<'a> {
@@ -156,8 +159,9 @@ macro_rules! fields {
 
 fields! {
     action b"action", id b"id", process b"process", pool b"pool", data b"data", origin b"origin",
-    destination b"destination", ttl b"ttl", in_reply_to b"in_reply_to", status b"status", response b"response",
-    error b"error", headers b"headers", key b"key", window b"window", count b"count", deliver b"deliver", park b"park",
+    destination b"destination", ttl b"ttl", in_reply_to b"in_reply_to", status b"status",
+    response b"response", error b"error", headers b"headers", key b"key", window b"window",
+    count b"count", deliver b"deliver", park b"park",
     redeliver b"redeliver", attempts b"attempts",
     encoding b"encoding", event b"event", blocks b"blocks", descriptors b"descriptors",
 }
@@ -212,7 +216,8 @@ impl<'a> Envelope<'a> {
                     return Err(Malformed::Message(Refusal::new(
                         Code::BadMessage,
                         format!(
-                            "a message has at most {ENVELOPE_FIELDS_MAX} fields; put the rest into 'data'"
+                            "a message may have at most {ENVELOPE_FIELDS_MAX} fields; put the \
+                             rest into 'data'"
                         ),
                     )));
                 }
@@ -326,9 +331,7 @@ impl<'a> Envelope<'a> {
         match (field, self.attachment) {
             (Some(_), Some(_)) => Err(Refusal::new(
                 Code::BadMessage,
-                format!(
-                    "the attachment takes the place of field '{name}', which must then be absent"
-                ),
+                format!("the attachment replaces field '{name}', which must be absent"),
             )),
             (None, Some(bytes)) => Ok(Body::Bytes(bytes)),
             (Some(raw), None) => Ok(Body::Json(raw)),
@@ -438,7 +441,7 @@ fn check_headers(raw: Raw<'_>) -> Result<(), Refusal> {
         return Err(Refusal::new(
             Code::TooLarge,
             format!(
-                "field 'headers' has {} bytes, at most {HEADERS_BYTES_MAX} are allowed",
+                "field 'headers' has {} bytes; the maximum is {HEADERS_BYTES_MAX}",
                 raw.0.len()
             ),
         ));
@@ -474,7 +477,7 @@ fn check_headers(raw: Raw<'_>) -> Result<(), Refusal> {
 fn duplicate(key: &str) -> Refusal {
     Refusal::new(
         Code::BadMessage,
-        format!("field '{}' stands twice", shorten(key)),
+        format!("field '{}' occurs twice", shorten(key)),
     )
 }
 
@@ -629,7 +632,7 @@ mod tests {
     fn duplicates_are_answered() {
         check_message(
             r#"{"id":"1","id":"2"}"#,
-            "bad_message: field 'id' stands twice",
+            "bad_message: field 'id' occurs twice",
         );
         check_message(
             r#"{"other":"1","\u006fther":"2"}"#,
@@ -638,7 +641,7 @@ mod tests {
         let many: Vec<String> = (0..70).map(|i| format!("\"f{i}\":1")).collect();
         check_message(
             &format!("{{{}}}", many.join(",")),
-            "bad_message: a message has at most 64 fields; put the rest into 'data'",
+            "bad_message: a message may have at most 64 fields; put the rest into 'data'",
         );
     }
 
@@ -673,7 +676,7 @@ mod tests {
             .unwrap();
         assert_eq!(
             text(twice.checked_headers().unwrap_err()),
-            "field 'headers.ab' stands twice"
+            "field 'headers.ab' occurs twice"
         );
     }
 }

@@ -1,7 +1,7 @@
 //! Error codes: the closed list of the protocol, with what each means and what to do about it.
 //!
-//! `docs/errors.md` is generated from this table (`cargo xtask codegen`), and the tables of other languages will be
-//! too. A code never changes its meaning and is never reused.
+//! `docs/errors.md` is generated from this table (`cargo xtask codegen`), and the tables of other
+//! languages will be too. A code never changes its meaning and is never reused.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -88,96 +88,148 @@ macro_rules! codes {
 }
 
 codes! {
-    BadFrame "bad_frame" No Server "The first bytes of a connection are not a frame: an empty one, not UTF-8, not JSON, or not an object. The connection is closed."
-        "Send a four-byte big-endian length and then one JSON object of that length. Something that speaks HTTP or TLS does not belong on this port.";
-    FrameTooLarge "frame_too_large" No Server "A frame announced more bytes than the limit. The connection is closed before anything is buffered."
-        "Keep payloads under `limits.max_frame` of the handshake acknowledgement, or raise the server's `limits.max_frame`.";
-    BadMessage "bad_message" No Server "A message is not a JSON object, or has a missing, mistyped or out-of-range field."
-        "Correct what the message names.";
-    TooDeep "too_deep" No Server "A message nests more than 64 levels deep."
+    BadFrame "bad_frame" No Server
+        "The first bytes of a connection are not a valid frame: empty, not UTF-8, not JSON, or \
+         not an object. The connection is closed."
+        "Send a four-byte big-endian length and then one JSON object of that length. HTTP and TLS \
+         clients cannot use this port.";
+    FrameTooLarge "frame_too_large" No Server
+        "A frame is longer than the limit. The connection is closed before anything is buffered."
+        "Keep payloads below the `limits.max_frame` in the handshake acknowledgement, or raise \
+         the server's `limits.max_frame`.";
+    BadMessage "bad_message" No Server
+        "A message is not a JSON object, or has a missing, mistyped or out-of-range field."
+        "Fix what the message names.";
+    TooDeep "too_deep" No Server
+        "A message nests more than 64 levels deep."
         "Send flatter data, or send it as raw bytes.";
-    UnknownAction "unknown_action" No Server "The server does not know this `action`."
+    UnknownAction "unknown_action" No Server
+        "The server does not know this `action`."
         "Check the spelling, and the server's version in the handshake acknowledgement.";
-    InvalidName "invalid_name" No Server "A name has characters or a length that the protocol does not allow."
+    InvalidName "invalid_name" No Server
+        "A name contains invalid characters or is too long."
         "AppIDs and pools: A-Z a-z 0-9 . _ -; triggers and blocks also : and /.";
-    NotReady "not_ready" No Server "Something other than a handshake came first."
+    NotReady "not_ready" No Server
+        "The first message was not a handshake."
         "Send a handshake and wait for its acknowledgement.";
-    AlreadyReady "already_ready" No Server "A second handshake came on one connection."
+    AlreadyReady "already_ready" No Server
+        "The connection has already completed its handshake."
         "Open another connection for another app.";
-    UnsupportedProtocol "unsupported_protocol" No Server "The handshake asks for a protocol version that the server does not speak."
+    UnsupportedProtocol "unsupported_protocol" No Server
+        "The server does not support the protocol version in the handshake."
         "Upgrade the older side.";
-    AppInUse "app_in_use" No Server "Another instance of the app lives, and one of the two wants to be alone."
+    AppInUse "app_in_use" No Server
+        "Another instance of the app is connected, and one of the two is exclusive."
         "Stop the other instance, or take over with `\"takeover\":true`.";
-    Unauthenticated "unauthenticated" No Server "The server could not tell who asks."
+    Unauthenticated "unauthenticated" No Server
+        "The server could not identify the client."
         "Connect over the Unix socket, or prove the app's key.";
-    StaleEpoch "stale_epoch" No Server "The encrypted pool has another epoch than the sender or the content."
-        "Prove the pool again, and take its newest descriptor.";
-    Forbidden "forbidden" No Server "Who asks may not do this."
-        "Use the Unix socket as the server's own user, or the admin token of its data directory.";
-    NotMember "not_member" No Server "The caller or the destination is not in the pool."
+    StaleEpoch "stale_epoch" No Server
+        "The encrypted pool is in another epoch than the sender or the content."
+        "Prove the pool again, and use its newest descriptor.";
+    Forbidden "forbidden" No Server
+        "The client is not allowed to do this."
+        "Connect over the Unix socket as the server's user, or prove the admin token of its data \
+         directory.";
+    NotMember "not_member" No Server
+        "The caller or the destination is not in the pool."
         "Join the pool first: name it in the handshake or send `pool_join`.";
-    NoPool "no_pool" No Server "There is no such pool."
-        "Check its name; `latzero pools` lists what there is.";
-    PoolExists "pool_exists" No Server "A pool of that name exists with other properties."
-        "Join it, or choose another name.";
-    NoApp "no_app" No Server "No app of that AppID was ever seen."
-        "Check the AppID; `latzero apps` lists what there is.";
-    NoHandler "no_handler" No Server "No live app serves the trigger in that pool."
-        "Start the app that serves it; `latzero apps` shows who serves what.";
-    Offline "offline" No Server "The destination is known, but no instance of it lives."
-        "Start it, or call without a destination.";
-    HandlerGone "handler_gone" Unknown Server "The handler's connection ended before it answered."
-        "Repeat the call if it may run twice.";
-    HandlerError "handler_error" Unknown Server "The handler failed without saying more."
-        "Look at the handler's own log.";
-    AttemptsExhausted "attempts_exhausted" Unknown Server "Every attempt at a parked or redelivered call ended with its handler's connection."
-        "Find out why the handler dies. `latzero parked ls --dead` lists such calls, and `latzero parked retry` runs one again.";
-    Timeout "timeout" Unknown Server "The call's time to live ended before an answer came."
-        "Give the call a longer ttl, or find out why its handler is slow.";
-    Cancelled "cancelled" Unknown Server "The caller cancelled the call."
-        "Nothing: this is what was asked for.";
-    Overloaded "overloaded" No Server "A limit was reached: too many calls in flight, or a receiver that does not read."
-        "Wait and repeat; if it lasts, add handlers or raise the limit that the message names.";
-    Draining "draining" No Server "The server is about to stop and takes no new calls."
-        "Reconnect and repeat.";
-    NoCall "no_call" No Server "There is no such parked call, or the asker may not see it."
-        "Check its number; `latzero parked ls` lists what there is.";
-    NoBlock "no_block" No Server "There is no such memory block."
-        "Create it, or check its name.";
-    BlockExists "block_exists" No Server "A block of that name exists."
-        "Attach it, or choose another name.";
-    OutOfRange "out_of_range" No Server "An offset or length lies outside the block; nothing was written."
+    NoPool "no_pool" No Server
+        "The pool does not exist."
+        "Check the name; `latzero pools` lists all pools.";
+    PoolExists "pool_exists" No Server
+        "A pool with that name already exists, with different properties."
+        "Join the existing pool, or choose another name.";
+    NoApp "no_app" No Server
+        "The server does not know an app with that AppID."
+        "Check the AppID; `latzero apps` lists all known apps.";
+    NoHandler "no_handler" No Server
+        "No connected app serves the trigger in that pool."
+        "Start the app that serves it; `latzero apps` lists the triggers of each app.";
+    Offline "offline" No Server
+        "The destination app is known, but not connected."
+        "Start the app, or call without a destination.";
+    HandlerGone "handler_gone" Unknown Server
+        "The handler disconnected before it answered."
+        "Repeat the call if it is safe to run twice.";
+    HandlerError "handler_error" Unknown Server
+        "The handler failed without a specific error."
+        "Check the handler's log.";
+    AttemptsExhausted "attempts_exhausted" Unknown Server
+        "The handler disconnected during every attempt at a parked or redelivered call."
+        "Find out why the handler ends. `latzero parked ls --dead` lists such calls, and `latzero \
+         parked retry` runs one again.";
+    Timeout "timeout" Unknown Server
+        "The call's ttl expired before it was answered."
+        "Use a longer ttl, or find out why the handler is slow.";
+    Cancelled "cancelled" Unknown Server
+        "The caller cancelled the call."
+        "Nothing: this was requested.";
+    Overloaded "overloaded" No Server
+        "A limit was reached: too many calls in flight, or a receiver that does not read."
+        "Try again later; if this persists, add handlers or raise the limit that the message \
+         names.";
+    Draining "draining" No Server
+        "The server is shutting down and accepts no new calls."
+        "Reconnect and try again.";
+    NoCall "no_call" No Server
+        "There is no such parked call, or the client may not see it."
+        "Check its number; `latzero parked ls` lists all parked calls.";
+    NoBlock "no_block" No Server
+        "The memory block does not exist."
+        "Create it, or check the name.";
+    BlockExists "block_exists" No Server
+        "A block with that name already exists."
+        "Attach to the existing block, or choose another name.";
+    OutOfRange "out_of_range" No Server
+        "An offset or length is outside the block; nothing was written."
         "Keep offset + length within the block's size.";
-    VersionConflict "version_conflict" No Server "The block has another version than the writer expected."
-        "Read it again and repeat the change.";
-    LayoutMismatch "layout_mismatch" No Server "The block has another layout than the one asked for."
+    VersionConflict "version_conflict" No Server
+        "The block's version is not the one that the writer expected."
+        "Read the block again and repeat the change.";
+    LayoutMismatch "layout_mismatch" No Server
+        "The block's layout is not the one that was requested."
         "Use the layout that the block was created with.";
-    Contended "contended" No Server "A consistent copy could not be had because writers were too busy."
-        "Repeat, or give the block more slots.";
-    Locked "locked" No Server "Somebody else holds the lock."
+    Contended "contended" No Server
+        "A consistent copy could not be read because the block was written too often."
+        "Try again, or create the block with more slots.";
+    Locked "locked" No Server
+        "Another instance holds the lock."
         "Wait longer, or try again later.";
-    LockLost "lock_lost" Unknown Server "The lock is no longer held: its lease ended or its holder's connection did."
+    LockLost "lock_lost" Unknown Server
+        "The lock is no longer held: its lease expired or its holder disconnected."
         "Take the lock again and check what was written.";
-    TooLarge "too_large" No Server "A size is over its limit."
-        "Ask for less, or raise the limit that the message names.";
-    Quota "quota" No Server "A quota is used up."
+    TooLarge "too_large" No Server
+        "A size exceeds its limit."
+        "Use a smaller size, or raise the limit that the message names.";
+    Quota "quota" No Server
+        "A quota is exhausted."
         "Remove what is no longer needed, or raise the quota that the message names.";
-    Storage "storage" Unknown Server "The server could not write to its storage."
-        "Look at the server's log, and at the free space of its data directory.";
-    Internal "internal" Unknown Server "The server failed in a way that it should not."
+    Storage "storage" Unknown Server
+        "The server could not write to its storage."
+        "Check the server's log and the free space of its data directory.";
+    Internal "internal" Unknown Server
+        "The server has a bug."
         "Report it, with the server's log.";
-    Disconnected "disconnected" Unknown Client "The connection ended while a call was in flight."
-        "The client reconnects by itself; the error says whether the call may have run.";
-    KeyFormat "key_format" No Client "A key or token is not well formed."
-        "Check that it was copied whole.";
-    Integrity "integrity" Unknown Client "Sealed data does not verify."
+    Disconnected "disconnected" Unknown Client
+        "The connection ended while a call was in flight."
+        "Check the error for whether the call may have run. The client libraries reconnect \
+         automatically.";
+    KeyFormat "key_format" No Client
+        "A key or token is malformed."
+        "Check that it was copied completely.";
+    Integrity "integrity" Unknown Client
+        "Sealed data failed verification."
         "Do not use it; find out who wrote it.";
-    Rollback "rollback" Unknown Client "Sealed data is older than what was seen before."
+    Rollback "rollback" Unknown Client
+        "Sealed data is older than a version seen before."
         "Do not use it; find out who restored it.";
-    Fork "fork" Unknown Client "Sealed data has two histories."
+    Fork "fork" Unknown Client
+        "Sealed data has two conflicting histories."
         "Do not use it; find out who wrote it.";
-    Downgrade "downgrade" No Client "A peer offers less protection than was agreed."
-        "Do not go on; find out why.";
+    Downgrade "downgrade" No Client
+        "A peer offers weaker protection than was agreed."
+        "Stop, and find out why.";
 }
 
 impl fmt::Display for Code {

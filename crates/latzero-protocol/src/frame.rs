@@ -1,4 +1,5 @@
-//! Frames: a big-endian length and one JSON object, or with an attachment a JSON header and raw bytes.
+//! Frames: a big-endian length and one JSON object, or with an attachment a JSON header and raw
+//! bytes.
 //!
 //! ```text
 //! [u32 length][JSON object]
@@ -10,10 +11,20 @@ use crate::error::{Code, Refusal};
 /// Bytes of the length prefix.
 pub const PREFIX: usize = 4;
 
+/// How many bytes the frame at the start of `buf` has, its prefix included, as far as it says so.
+#[must_use]
+pub fn announced(buf: &[u8]) -> usize {
+    let Some(&prefix) = buf.first_chunk::<PREFIX>() else {
+        return PREFIX;
+    };
+    let length = u32::from_be_bytes(prefix) & !ATTACHMENT_BIT;
+    PREFIX + usize::try_from(length).unwrap_or(usize::MAX - PREFIX)
+}
+
 /// The bit of the length that marks an attachment frame.
 pub const ATTACHMENT_BIT: u32 = 1 << 31;
 
-/// One frame as it lies in the receive buffer.
+/// One frame in the receive buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Frame<'a> {
     /// The JSON object, not yet checked.
@@ -29,7 +40,7 @@ pub enum FrameError {
     #[error("a frame of length 0; every frame carries one JSON object")]
     Empty,
     /// More bytes announced than allowed.
-    #[error("a frame of {announced} bytes was announced, at most {max} are allowed{}", hint(*.announced))]
+    #[error("the frame has {announced} bytes; the maximum is {max}{}", hint(*.announced))]
     TooLarge {
         /// The length that the prefix named, in bytes, with the attachment bit where it stood.
         announced: u64,
@@ -38,7 +49,8 @@ pub enum FrameError {
     },
     /// An attachment frame whose header does not fit inside it.
     #[error(
-        "an attachment frame's header length ({header} bytes) does not fit its payload ({payload} bytes)"
+        "an attachment frame's header length ({header} bytes) does not fit its payload \
+         ({payload} bytes)"
     )]
     Header {
         /// The header length that was named, in bytes.
@@ -49,8 +61,8 @@ pub enum FrameError {
 }
 
 impl FrameError {
-    /// Where the next frame begins, in bytes from the start of this one, where its length can still be
-    /// believed.
+    /// Where the next frame begins, in bytes from the start of this one, where its length can still
+    /// be believed.
     #[must_use]
     pub fn skips(self) -> Option<usize> {
         match self {
@@ -70,7 +82,7 @@ fn hint(announced: u64) -> &'static str {
         | [b'H', b'E', b'A', b'D']
         | [b'P', b'U', b'T', b' ']
         | [b'O', b'P', b'T', b'I']
-        | [b'H', b'T', b'T', b'P'] => "; this looks like HTTP, which is not spoken here",
+        | [b'H', b'T', b'T', b'P'] => "; this looks like HTTP, which this port does not support",
         _ => "",
     }
 }
@@ -94,8 +106,8 @@ pub struct Accept {
     pub attachments: bool,
 }
 
-/// The total length in bytes of the frame that starts `buf`, its prefix included; `None` where the prefix is not
-/// complete yet.
+/// The total length in bytes of the frame that starts `buf`, its prefix included; `None` where the
+/// prefix is not complete yet.
 ///
 /// # Errors
 /// As soon as the prefix shows that the frame is empty or too large, whatever else has arrived.
@@ -122,7 +134,8 @@ pub fn length(buf: &[u8], accept: Accept) -> Result<Option<usize>, FrameError> {
     Ok(Some(PREFIX + payload))
 }
 
-/// Takes the first frame of `buf`, with its total length in bytes; `None` where more bytes are needed.
+/// Takes the first frame of `buf`, with its total length in bytes; `None` where more bytes are
+/// needed.
 ///
 /// # Errors
 /// As [`length`], and where an attachment frame's header does not fit inside it.
@@ -263,7 +276,10 @@ mod tests {
     proptest! {
         /// However bytes arrive, a prefix of a frame is never an error and never a frame.
         #[test]
-        fn split_anywhere(json in proptest::collection::vec(any::<u8>(), 1..80), raw in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..80))) {
+    fn split_anywhere(
+            json in proptest::collection::vec(any::<u8>(), 1..80),
+            raw in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..80)),
+        ) {
             let mut buf = Vec::new();
             match &raw {
                 None => append(&mut buf, |out| out.extend_from_slice(&json)),

@@ -1,4 +1,4 @@
-//! Ids that the server hands out.
+//! Ids that the server assigns.
 
 use std::fmt;
 
@@ -34,9 +34,9 @@ impl serde::Serialize for InstanceId {
     }
 }
 
-/// A call as its handler names it: the pool that holds the call, and its place and generation there,
-/// so that an answer finds its call without a search and an answer to an ended call finds nothing.
-/// The epoch keeps ids apart that different runs of a server give out.
+/// A call as its handler names it: the pool that holds the call, and its place and generation
+/// there, so that an answer finds its call without a search and an answer to an ended call finds
+/// nothing. The epoch keeps ids apart that different runs of a server give out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CallId {
     /// A random number of at most 48 bits, drawn when the pool was made in this run of the server.

@@ -1,10 +1,11 @@
 //! The LatZero wire protocol: frames, messages, names, limits and error codes.
 //!
-//! This crate turns bytes into borrowed views and views into bytes. It knows no socket, no runtime and no state:
-//! what a message *does* is decided in `latzero-fabric`, and what travels is decided by whoever owns the socket.
+//! This crate converts bytes to borrowed views and views to bytes. It knows no socket, runtime or
+//! state: `latzero-fabric` decides what a message does, and the owner of the socket decides what is
+//! sent.
 //!
-//! Payloads stay opaque. A message is scanned once ([`scan`]), its routing fields are read from the envelope
-//! ([`Envelope`]), and the bytes of `data` or `response` are passed on as they came.
+//! Payloads are opaque. A message is scanned once ([`scan`]), its routing fields are read from the
+//! envelope ([`Envelope`]), and the bytes of `data` or `response` are forwarded unchanged.
 
 pub mod address;
 pub mod encode;

@@ -1,4 +1,4 @@
-//! The limits that belong to the wire itself. Limits of a server are settings and stand with the server.
+//! Limits of the protocol itself. Limits of a server are settings and belong to the server.
 
 /// The protocol version that this crate speaks.
 pub const PROTOCOL_VERSION: u64 = 1;
@@ -9,8 +9,8 @@ pub const DEFAULT_PORT: u16 = 45_227;
 /// Largest payload of a frame in bytes, unless the handshake acknowledgement names another.
 pub const MAX_FRAME_DEFAULT: usize = 16 * 1024 * 1024;
 
-/// What a server may add to a payload that it passes on (origin, ids), in bytes. A client accepts frames up to
-/// the announced `max_frame` plus this.
+/// What a server may add to a payload that it passes on (origin, ids), in bytes. A client accepts
+/// frames up to the announced `max_frame` plus this.
 pub const FORWARD_SLACK: usize = 16 * 1024;
 
 /// Deepest nesting of JSON arrays and objects in one message, the envelope included.
@@ -19,10 +19,10 @@ pub const JSON_DEPTH_MAX: u32 = 64;
 /// Most fields in one message's envelope.
 pub const ENVELOPE_FIELDS_MAX: usize = 64;
 
-/// Longest name of a field in bytes, as it stands in the message.
+/// Longest field name in bytes, as encoded in the message.
 pub const FIELD_NAME_BYTES_MAX: usize = 256;
 
-/// Longest string in a field that the server reads, in bytes as it stands in the message. Payloads
+/// Longest string in a field that the server reads, in bytes as encoded in the message. Payloads
 /// are not read.
 pub const STRING_BYTES_MAX: usize = 8 * 1024;
 
@@ -44,7 +44,7 @@ pub const TTL_DEFAULT_MS: u64 = 30_000;
 /// The longest time to live of a call in milliseconds: 24 hours.
 pub const TTL_MAX_MS: u64 = 24 * 60 * 60 * 1000;
 
-/// The longest time to live of a call that may be parked, in milliseconds: 30 days, for a handler that is away over holidays.
+/// The longest time to live of a call that may be parked, in milliseconds: 30 days.
 pub const PARKED_TTL_MAX_MS: u64 = 30 * 24 * 60 * 60 * 1000;
 
 /// To how many handlers a parked or redelivered call is given at most, where its caller does not

@@ -1,4 +1,4 @@
-//! Messages about memory blocks, decoded and checked; and the layout that travels with a block.
+//! Messages about memory blocks, decoded and validated, and the layout of a block.
 
 use std::borrow::Cow;
 
@@ -72,18 +72,19 @@ pub enum Action<'a> {
         mode: LockMode,
         /// How long to wait for it, in milliseconds; 0 is not at all.
         wait_ms: u64,
-        /// How long it is held unless renewed, in milliseconds; absent is as long as its holder lives.
+        /// How long it is held unless renewed, in milliseconds; absent: until its holder
+        /// disconnects.
         lease_ms: Option<u64>,
     },
     /// Gives the lock back.
     Unlock(BlockId, u64),
-    /// Begins the lock's lease anew.
+    /// Renews the lease of a lock.
     Renew {
         /// The block.
         block: BlockId,
         /// The lock's fence.
         lock: u64,
-        /// The new lease in milliseconds; absent is as long as its holder lives.
+        /// The new lease in milliseconds; absent: until its holder disconnects.
         lease_ms: Option<u64>,
     },
     /// Pushes for each new version.
@@ -139,7 +140,7 @@ pub struct Create {
     pub block: BlockId,
     /// Its size in bytes.
     pub size: u64,
-    /// What it lives in.
+    /// What it is stored in.
     pub kind: Kind,
     /// Slots: 1 is written in place (`raw`), more hold snapshots.
     pub slots: u32,
@@ -156,7 +157,10 @@ pub struct Create {
 }
 
 macro_rules! words {
-    ($(#[$doc:meta])* $type:ident { $($(#[$variant_doc:meta])* $variant:ident $word:literal,)* }) => {
+    (
+        $(#[$doc:meta])*
+        $type:ident { $($(#[$variant_doc:meta])* $variant:ident $word:literal,)* }
+    ) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
         pub enum $type {
@@ -189,9 +193,9 @@ macro_rules! words {
 }
 
 words! {
-    /// What a block lives in.
+    /// What a block is stored in.
     Kind {
-        /// Memory: it goes with the server and its last holder.
+        /// Memory: it is lost with the server and its last holder.
         #[default]
         Shared "shared",
         /// A file of the data directory.
@@ -227,7 +231,7 @@ words! {
         /// Until it is removed, or its pool is.
         #[default]
         Pool "pool",
-        /// Until nobody is attached any more.
+        /// Until no client is attached.
         Attached "attached",
     }
 }
@@ -262,7 +266,7 @@ impl Apps {
     }
 }
 
-/// Who may read and who may write a block. Whoever made it always may.
+/// Which apps may read and write a block. The app that created it always may.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Permissions {
     /// Who may read.
@@ -329,7 +333,7 @@ impl Layout {
         if layout.bytes().is_none() {
             return Err(Refusal::new(
                 Code::BadMessage,
-                "field 'layout' describes more bytes than can be counted",
+                "field 'layout' describes too many bytes",
             ));
         }
         let places = layout.shape.last().copied().unwrap_or(0);
@@ -471,7 +475,7 @@ pub(crate) fn decode<'a>(e: &Envelope<'a>, action: &str) -> Result<Memory<'a>, R
             let data = bytes(e)?;
             if expected.len() != data.len() {
                 let message = format!(
-                    "'expected' has {} bytes and 'data' {}; they must be as long as each other",
+                    "'expected' has {} bytes and 'data' {}; the lengths must be equal",
                     expected.len(),
                     data.len()
                 );
@@ -639,12 +643,16 @@ fn lock(fields: &Fields<'_>) -> Result<Option<u64>, Refusal> {
     let fence = raw.as_short_str().and_then(|text| text.parse().ok());
     match fence {
         Some(fence) => Ok(Some(fence)),
-        None => Err(mistyped("lock", "what memory_lock replied", raw)),
+        None => Err(mistyped(
+            "lock",
+            "the \"lock\" that memory_lock returned",
+            raw,
+        )),
     }
 }
 
 fn required_lock(fields: &Fields<'_>) -> Result<u64, Refusal> {
-    lock(fields)?.ok_or_else(|| missing("lock", "what memory_lock replied"))
+    lock(fields)?.ok_or_else(|| missing("lock", "the \"lock\" that memory_lock returned"))
 }
 
 /// The bytes of a message: its attachment, or base64 text in `data`.
@@ -652,7 +660,7 @@ fn bytes<'a>(e: &Envelope<'a>) -> Result<Cow<'a, [u8]>, Refusal> {
     match (e.attachment, e.data) {
         (Some(_), Some(_)) => Err(Refusal::new(
             Code::BadMessage,
-            "the attachment takes the place of field 'data', which must then be absent",
+            "the attachment replaces field 'data', which must be absent",
         )),
         (Some(bytes), None) => Ok(Cow::Borrowed(bytes)),
         (None, Some(raw)) => base64("data", raw).map(Cow::Owned),
@@ -672,7 +680,7 @@ fn is_beyond_cas(raw: Raw<'_>) -> bool {
 fn too_much_for_cas() -> Refusal {
     Refusal::new(
         Code::TooLarge,
-        format!("at most {CAS_BYTES_MAX} bytes are compared and swapped at once"),
+        format!("a compare-and-swap takes at most {CAS_BYTES_MAX} bytes"),
     )
 }
 
@@ -714,7 +722,8 @@ mod tests {
     fn requests_decode() {
         check(
             r#"{"action":"memory_create","pool":"a","block_id":"f","size":10}"#,
-            "size: 10, kind: Shared, slots: 2, layout: None, permissions: Permissions { read: All, write: All }, \
+            "size: 10, kind: Shared, slots: 2, layout: None, permissions: Permissions { read: \
+             All, write: All }, \
              lifetime: Pool, or_attach: false, attach: Some(Write)",
         );
         check(
@@ -772,7 +781,7 @@ mod tests {
         );
         check(
             &create(r#""layout":{"dtype":"<f8","shape":[9223372036854775807,9]}"#),
-            "more bytes than can be counted",
+            "too many bytes",
         );
         check(&create(r#""slots":5"#), "field 'slots' must be");
         check(&create(r#""slots":2,"consistency":"raw""#), "has one slot");
@@ -782,11 +791,11 @@ mod tests {
         );
         check(
             r#"{"action":"memory_cas","block_id":"f","expected":"","data":"AA=="}"#,
-            "must be as long as each other",
+            "the lengths must be equal",
         );
         check(
             r#"{"action":"memory_unlock","block_id":"f","lock":7}"#,
-            "field 'lock' must be what memory_lock replied",
+            "field 'lock' must be the \"lock\" that memory_lock returned",
         );
         check(
             r#"{"action":"memory_melt","block_id":"f"}"#,

@@ -1,6 +1,6 @@
-//! Messages that a client sends, decoded from their envelope into borrowed, checked values.
+//! Messages from clients, decoded from their envelope into borrowed, validated values.
 //!
-//! Every field is checked here, so that what decides (the fabric) only ever sees messages that make sense.
+//! Every field is validated here, so the fabric only sees valid messages.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -72,7 +72,7 @@ pub enum Request<'a> {
     Unwatch(PoolName),
     /// Something about a block of memory.
     Memory(Box<crate::memory::Memory<'a>>),
-    /// Asks whether the server lives.
+    /// Checks that the server responds.
     Ping,
     /// Asks for statistics.
     Stats,
@@ -80,7 +80,7 @@ pub enum Request<'a> {
     Health,
     /// Something about parked calls.
     Parked(Box<crate::parked::Parked>),
-    /// Something for administrators alone.
+    /// A request only for administrators.
     Admin(Admin),
 }
 
@@ -95,17 +95,17 @@ pub struct Handshake<'a> {
     pub names_encrypted: bool,
     /// Triggers to serve; absent where the app wants back what it had.
     pub triggers: Option<Vec<TriggerSpec>>,
-    /// What the app tells about itself, passed to whoever lists apps.
+    /// What the app says about itself, shown when apps are listed.
     pub meta: Option<Raw<'a>>,
     /// The protocol version asked for.
     pub protocol: u64,
     /// Features that the client offers.
     pub features: Features,
-    /// Refuse if another instance lives.
+    /// Fail if another instance is connected.
     pub exclusive: bool,
     /// Displace other instances.
     pub takeover: bool,
-    /// Nothing of the app is remembered once its last instance has gone: a tool that comes and goes.
+    /// The app is forgotten when its last instance disconnects.
     pub transient: bool,
 }
 
@@ -151,7 +151,7 @@ pub enum Strategy {
     Random,
     /// The one with the fewest calls in flight.
     LeastBusy,
-    /// The same one for the same `key`, as long as it lives.
+    /// The same one for the same `key`, while it is connected.
     Sticky,
 }
 
@@ -190,7 +190,7 @@ pub struct TriggerSpec {
     pub pools: Option<Vec<PoolName>>,
     /// How calls are spread over its handlers.
     pub strategy: Strategy,
-    /// Most calls at a time that one instance takes; 0 takes emits alone.
+    /// Maximum calls at a time for one instance; 0 for only emits.
     pub concurrency: Option<u32>,
     /// What it does, for people.
     pub doc: Option<String>,
@@ -256,11 +256,11 @@ pub struct Trigger<'a> {
     pub destination: Option<Destination<'a>>,
     /// Time to live in milliseconds.
     pub ttl_ms: u64,
-    /// What a sticky trigger goes by.
+    /// The key of a sticky trigger.
     pub key: Option<Cow<'a, str>>,
-    /// Items of a stream that may be under way unacknowledged.
+    /// Items of a stream that may be sent without acknowledgement.
     pub window: Option<u64>,
-    /// Wait for a handler where none is live, durably.
+    /// Wait durably for a handler if none is available.
     pub park: bool,
     /// Give the call to the next handler where the first one's connection ended before it answered.
     pub redeliver: bool,
@@ -287,7 +287,7 @@ pub struct Emit<'a> {
     pub destination: Option<Destination<'a>>,
     /// To one handler rather than to all.
     pub one: bool,
-    /// What a sticky trigger goes by when one handler is picked.
+    /// The key by which a sticky trigger picks a handler.
     pub key: Option<Cow<'a, str>>,
     /// Headers, passed on.
     pub headers: Option<Raw<'a>>,
@@ -487,7 +487,7 @@ impl EventSet {
     }
 }
 
-/// A request for administrators alone.
+/// A request only for administrators.
 #[derive(Debug)]
 pub struct Admin {
     /// What is asked for.
@@ -548,8 +548,8 @@ impl<'a> Request<'a> {
     /// than its bytes.
     ///
     /// # Errors
-    /// `bad_message`, `invalid_name`, `unknown_action`, `too_large`, `quota` or `unsupported_protocol`, with the field
-    /// or the limit named.
+    /// `bad_message`, `invalid_name`, `unknown_action`, `too_large`, `quota` or
+    /// `unsupported_protocol`, with the field or the limit named.
     #[inline]
     pub fn decode(e: &Envelope<'a>, bounds: &ListBounds) -> Result<Self, Refusal> {
         let action = Envelope::required_string(e.action, "action")?;
@@ -874,7 +874,7 @@ pub(crate) fn page<'a>(e: &Envelope<'a>) -> Result<Page<'a>, Refusal> {
 
 fn pool_create<'a>(e: &Envelope<'a>) -> Result<PoolCreate<'a>, Refusal> {
     let fields = Fields::of(e.text)?;
-    // What this build can't do is refused, so that nobody takes a pool for more than it is.
+    // Kinds that are not implemented are refused, so that no client relies on them.
     match fields.string("kind")?.as_deref() {
         None | Some("local") => {}
         Some("global") => return Err(not_here("'kind':\"global\"")),
@@ -985,7 +985,7 @@ pub fn too_many_bytes(max: usize) -> Refusal {
     )
 }
 
-/// A list of pools: each named once, however often it stands there.
+/// A list of pools, without duplicates.
 fn pools(
     fields: &Fields<'_>,
     field: &str,
@@ -1102,13 +1102,13 @@ impl<'a> Fields<'a> {
             if fields.iter().any(|(known, _)| *known == key) {
                 return Err(Failed(Refusal::new(
                     Code::BadMessage,
-                    format!("field '{}' stands twice", shorten(&key)),
+                    format!("field '{}' occurs twice", shorten(&key)),
                 )));
             }
             if fields.len() == max {
                 return Err(Failed(Refusal::new(
                     Code::BadMessage,
-                    format!("an object has at most {max} fields here"),
+                    format!("an object may have at most {max} fields here"),
                 )));
             }
             fields.push((key, Raw::scanned(value)));
@@ -1203,7 +1203,8 @@ mod tests {
         check(r#"{"action":"ping"}"#, "Ping");
         check(
             r#"{"action":"trigger","process":"foo"}"#,
-            "Trigger(Trigger { id: None, process: \"foo\", pool: None, destination: None, ttl_ms: 30000",
+            "Trigger(Trigger { id: None, process: \"foo\", pool: None, destination: None, \
+             ttl_ms: 30000",
         );
         check(
             r#"{"action":"pool_remove","pool":"a","force":true}"#,
@@ -1221,7 +1222,7 @@ mod tests {
 
     #[test]
     fn lists_are_bounded_while_they_are_read() {
-        // What stands behind the bound is not looked at: it is no trigger.
+        // Items after the limit are not read, so an invalid one is not noticed.
         check(
             r#"{"action":"trigger_register","triggers":["a","b","c","d","e",7]}"#,
             "quota: an app may have 4 triggers (limits.triggers_per_app_max)",
@@ -1281,7 +1282,7 @@ mod tests {
         );
         check(
             &format!(r#"{{"action":"trigger_register","triggers":[{{"{name}":1}}]}}"#),
-            "bad_message: the name of a field has at most 256 bytes, 'nnnn",
+            "bad_message: a field name may have at most 256 bytes; 'nnnn",
         );
         let fields: Vec<String> = (0..33).map(|n| format!("\"f{n}\":1")).collect();
         check(
@@ -1289,7 +1290,7 @@ mod tests {
                 r#"{{"action":"trigger_register","triggers":[{{{}}}]}}"#,
                 fields.join(",")
             ),
-            "bad_message: an object has at most 32 fields here",
+            "bad_message: an object may have at most 32 fields here",
         );
     }
 

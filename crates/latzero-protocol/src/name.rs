@@ -1,4 +1,4 @@
-//! Names: AppIDs, pools, triggers, blocks. A name that exists is a name that is valid.
+//! Names: AppIDs, pools, triggers, blocks. A value of these types is always valid.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -53,7 +53,7 @@ macro_rules! name {
             /// Takes `text` as a name.
             ///
             /// # Errors
-            /// Where it is empty, too long or has other characters than the protocol allows.
+            /// If it is empty, too long or has other characters than the protocol allows.
             pub fn new(text: &str) -> Result<Self, NameError> {
                 Self::check(text)?;
                 Ok($type(text.into()))

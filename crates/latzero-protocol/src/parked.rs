@@ -172,7 +172,7 @@ pub(crate) fn decode(e: &Envelope<'_>, action: &str) -> Result<Parked, Refusal> 
         return Err(crate::envelope::missing("number", "a whole number"));
     }
     if matches!(action, ParkedAction::Change(_)) && filter == ParkedFilter::default() {
-        let message = "name the calls: by 'number', or by 'pool', 'app_id', 'process' or 'state'";
+        let message = "select the calls by 'number', or by 'pool', 'app_id', 'process' or 'state'";
         return Err(Refusal::new(Code::BadMessage, message));
     }
     Ok(Parked { action, filter })

@@ -1,14 +1,15 @@
 //! A validating JSON scanner that finds where values begin and end.
 //!
-//! The server routes by a handful of envelope fields and must still refuse bytes that are not JSON
-//! ([RFC 8259](https://www.rfc-editor.org/rfc/rfc8259)). A general parser builds or visits every value; this one
-//! checks the grammar in one pass without allocating, and hands out the raw text of each field. Nesting is kept in the
-//! bits of one integer, so depth is bounded by construction and deep input can't exhaust the stack.
+//! The server routes by a few envelope fields, but must still refuse bytes that are not JSON ([RFC
+//! 8259](https://www.rfc-editor.org/rfc/rfc8259)). A general parser builds or visits every value.
+//! This one checks the grammar in one pass without allocating, and returns the raw text of each
+//! field. Nesting is stored in the bits of one integer, so depth is bounded by construction, and
+//! deep input cannot exhaust the stack.
 
 use crate::limits::JSON_DEPTH_MAX;
 
 /// What a [`ScanError`] says of nesting.
-const TOO_DEEP: &str = "nested too deep (64 levels at most)";
+const TOO_DEEP: &str = "nested too deeply (at most 64 levels)";
 
 /// Where and why a text is not JSON that LatZero accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -28,11 +29,12 @@ impl ScanError {
     }
 }
 
-/// Scans `text`, which must be one JSON object, and calls `on_field` with the raw text of each key (without its
-/// quotes, escapes untouched) and of each value.
+/// Scans `text`, which must be one JSON object, and calls `on_field` with the raw text of each key
+/// (without its quotes, escapes untouched) and of each value.
 ///
 /// # Errors
-/// The first place where `text` is not a JSON object of depth [`JSON_DEPTH_MAX`] or less, or what `on_field` returned.
+/// The first place where `text` is not a JSON object of depth [`JSON_DEPTH_MAX`] or less, or what
+/// `on_field` returned.
 pub fn object<'a, E: From<ScanError>>(
     text: &'a str,
     mut on_field: impl FnMut(&'a str, &'a str) -> Result<(), E>,
@@ -49,7 +51,7 @@ pub(crate) enum Spelling {
     Escaped,
 }
 
-/// The key of a field, where it stands: most are compared with a few names and not needed as text.
+/// The key of a field in the text: most are only compared with a few names.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Key<'a> {
     text: &'a str,
@@ -321,7 +323,8 @@ impl<'a> Scanner<'a> {
         self.rest_of_string()
     }
 
-    /// What follows the first byte of a string that does not mean itself, and is not the closing quote.
+    /// What follows the first byte of a string that does not mean itself, and is not the closing
+    /// quote.
     fn rest_of_string(&mut self) -> Result<Spelling, ScanError> {
         loop {
             match self.next() {
@@ -557,12 +560,17 @@ mod tests {
                     .iter()
                     .any(|known| why.contains(known))
             });
-            prop_assert!((is_stricter && ours) || ours == theirs.is_ok(), "{text:?}: {ours} {theirs:?}");
+            let agrees = ours == theirs.is_ok();
+            prop_assert!((is_stricter && ours) || agrees, "{text:?}: {ours} {theirs:?}");
         }
 
-        /// Whatever serde_json writes, the scanner accepts, and field texts parse back to the same values.
+        /// Whatever serde_json writes, the scanner accepts, and field texts parse back to the same
+        /// values.
         #[test]
-        fn accepts_what_serde_json_writes(keys in proptest::collection::vec(".{0,12}", 0..6), n in any::<i64>()) {
+        fn accepts_what_serde_json_writes(
+            keys in proptest::collection::vec(".{0,12}", 0..6),
+            n in any::<i64>(),
+        ) {
             let mut map = serde_json::Map::new();
             for key in keys {
                 map.insert(key.clone(), serde_json::json!([key, n, {"k": key}]));

@@ -1,9 +1,9 @@
-//! The audit log: who registered what, who took over, what was refused, what administrators did.
+//! The audit log: registrations, takeovers, refusals, and actions of administrators.
 //!
-//! One JSON object a line in `logs/audit.log`, put aside by size as the server's log is. Lines are written by a thread of
-//! their own; what does not fit into its queue is counted with the other log lines that were lost. Whoever does something over
-//! and over can't push out what others did: each user has so many lines at once and so many a second, and what was left out
-//! is told with that user's next line.
+//! Each line of `logs/audit.log` is a JSON object. The file is rotated by size, like the server
+//! log. A separate thread writes it. Lines that do not fit in its queue are counted with the other
+//! lost log lines. To keep one user from flooding the log, each user has a burst and a rate for each
+//! kind of event; the next line of that user and event says how many were left out.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -22,14 +22,14 @@ use crate::utc::rfc3339;
 /// The file's name in the directory of logs.
 const NAME: &str = "audit.log";
 
-/// Lines that one user may have at once: more apps than come back after a start.
+/// Lines of one event that one user may have at once: more apps than come back after a start.
 const BURST: u32 = 10_000;
 
 /// Lines that each user gets back per second.
 const LINES_PER_SECOND: u32 = 100;
 
-/// Users whose lines are counted one by one; all others share a count.
-const USERS_MAX: usize = 1024;
+/// Users and events whose lines are counted one by one; all other users share a count for each event.
+const SHARES_MAX: usize = 4096;
 
 /// The file of what is about security, which nothing else can push out.
 const SECURITY_NAME: &str = "security.log";
@@ -56,31 +56,28 @@ struct Share {
     left_out: u64,
 }
 
-/// What each user has left, by where its connections come from.
+/// What each user has left of each event, by where its connections come from.
 #[derive(Default)]
-struct Shares(HashMap<String, Share>);
+struct Shares(HashMap<(&'static str, String), Share>);
 
 impl Shares {
-    /// Takes a line of a user's share; returns how many were left out before it, or nothing where this one is.
-    fn take(&mut self, from: &str, now: Instant) -> Option<u64> {
+    /// Takes a line of a user's share; returns how many were left out before it, or nothing where
+    /// this one is.
+    fn take(&mut self, event: &'static str, from: &str, now: Instant) -> Option<u64> {
         let whole = |share: &Share| share.refilled(now).0 == BURST && share.left_out == 0;
-        if self.0.len() >= USERS_MAX && !self.0.contains_key(from) {
+        let mut whose = (event, from.to_owned());
+        if self.0.len() >= SHARES_MAX && !self.0.contains_key(&whose) {
             // Those that have all their lines are as new.
             self.0.retain(|_, share| !whole(share));
+            if self.0.len() >= SHARES_MAX {
+                whose.1.clear();
+            }
         }
-        let from = if self.0.len() < USERS_MAX || self.0.contains_key(from) {
-            from
-        } else {
-            ""
-        };
-        let share = match self.0.get_mut(from) {
-            Some(share) => share,
-            None => self.0.entry(from.to_owned()).or_insert(Share {
-                lines: BURST,
-                since: now,
-                left_out: 0,
-            }),
-        };
+        let share = self.0.entry(whose).or_insert(Share {
+            lines: BURST,
+            since: now,
+            left_out: 0,
+        });
         (share.lines, share.since) = share.refilled(now);
         if share.lines == 0 {
             share.left_out += 1;
@@ -109,7 +106,7 @@ impl AuditLog {
     /// Opens the log, to append to what is there.
     ///
     /// # Errors
-    /// Where the file can't be opened, or no thread be had.
+    /// If the file cannot be opened, or the thread cannot be started.
     pub(crate) fn open(directory: &Path, settings: &Settings) -> Result<AuditLog, LogError> {
         let (bytes_max, files_max) = (settings.log_file_bytes_max, settings.log_files_max);
         let open = |name| -> Result<Log, LogError> {
@@ -138,12 +135,13 @@ impl AuditLog {
         let user = from.rsplit_once(':').map_or(&*from, |(address, _)| address);
         let shares = log.shares.lock();
         let mut shares = shares.expect("nothing panics under this lock");
-        let Some(left_out) = shares.take(user, Instant::now()) else {
+        let Some(left_out) = shares.take(audit.event, user, Instant::now()) else {
             return;
         };
         drop(shares);
         let mut line = json!({
-            "time": rfc3339(SystemTime::now()), "event": audit.event, "app_id": audit.app, "from": from,
+            "time": rfc3339(SystemTime::now()), "event": audit.event, "app_id": audit.app,
+            "from": from,
         });
         if let Some(instance) = audit.instance {
             line["instance"] = json!(instance);
@@ -185,33 +183,38 @@ mod tests {
         let mut shares = Shares::default();
         let start = Instant::now();
         for _ in 0..BURST {
-            assert_eq!(shares.take("unix uid 1", start), Some(0));
+            assert_eq!(shares.take("joined", "unix uid 1", start), Some(0));
         }
         for _ in 0..3 {
-            assert_eq!(shares.take("unix uid 1", start), None);
+            assert_eq!(shares.take("joined", "unix uid 1", start), None);
         }
-        assert_eq!(shares.take("unix uid 2", start), Some(0));
+        assert_eq!(shares.take("joined", "unix uid 2", start), Some(0));
+        // Coming and going leaves room for what is refused.
+        assert_eq!(shares.take("refused", "unix uid 1", start), Some(0));
         let later = start + Duration::from_millis(25);
-        assert_eq!(shares.take("unix uid 1", later), Some(3));
-        assert_eq!(shares.take("unix uid 1", later), Some(0));
-        assert_eq!(shares.take("unix uid 1", later), None);
+        assert_eq!(shares.take("joined", "unix uid 1", later), Some(3));
+        assert_eq!(shares.take("joined", "unix uid 1", later), Some(0));
+        assert_eq!(shares.take("joined", "unix uid 1", later), None);
         // The rest of the time between two lines is not lost.
         let later = start + Duration::from_millis(31);
-        assert_eq!(shares.take("unix uid 1", later), Some(1));
-        assert_eq!(shares.take("unix uid 1", later), None);
+        assert_eq!(shares.take("joined", "unix uid 1", later), Some(1));
+        assert_eq!(shares.take("joined", "unix uid 1", later), None);
     }
 
     #[test]
     fn users_are_counted_up_to_a_bound() {
         let mut shares = Shares::default();
         let start = Instant::now();
-        for n in 0..3 * USERS_MAX {
-            assert_eq!(shares.take(&format!("tcp 127.0.0.{n}"), start), Some(0));
+        for n in 0..3 * SHARES_MAX {
+            assert_eq!(
+                shares.take("joined", &format!("tcp 127.0.0.{n}"), start),
+                Some(0)
+            );
         }
-        assert!(shares.0.len() <= USERS_MAX + 1);
+        assert!(shares.0.len() <= SHARES_MAX + 1);
         // Those that have been quiet make room.
         let later = start + Duration::from_secs(1);
-        assert_eq!(shares.take("another", later), Some(0));
+        assert_eq!(shares.take("joined", "another", later), Some(0));
         assert!(shares.0.len() <= 2);
     }
 }

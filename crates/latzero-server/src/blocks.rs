@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
-use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
+use latzero_fabric::books::{Books, Resource};
+use latzero_fabric::memory::{Job, Making, Numbers, StorageId};
 use latzero_fabric::pool::Found;
 use latzero_fabric::{BlockKey, Limits, Time};
 use latzero_protocol::memory::{Access, Kind};
@@ -143,7 +144,7 @@ impl Workers {
 /// Storage of all blocks.
 pub(crate) struct Blocks {
     stored: RwLock<HashMap<StorageId, Arc<Stored>>>,
-    ledger: Mutex<Ledger>,
+    numbers: Mutex<Numbers>,
     files: Arc<Files>,
     rows: Rows,
     // At most one job of each kind for each block and waiter, which are bounded.
@@ -170,31 +171,31 @@ impl Blocks {
         };
         Ok(Blocks {
             stored: RwLock::new(HashMap::new()),
-            ledger: Mutex::new(Ledger::default()),
+            numbers: Mutex::new(Numbers::default()),
             files,
             rows,
             work,
         })
     }
 
-    pub(crate) fn with_ledger<R>(&self, f: impl FnOnce(&mut Ledger) -> R) -> R {
-        f(&mut self.ledger())
+    pub(crate) fn with_numbers<R>(&self, f: impl FnOnce(&mut Numbers) -> R) -> R {
+        f(&mut self.numbers())
     }
 
     /// Takes in what an earlier run noted of the generations of its ended blocks.
     pub(crate) fn take_in_ended(&self, noted: &str) {
         let Ok(generation) = noted.parse() else {
-            tracing::warn!(noted, "a note of the generations of blocks makes no sense");
+            tracing::warn!(noted, "a stored block generation is invalid");
             return;
         };
         self.rows.set_ended(generation);
-        self.ledger().set_ended_floor(generation);
+        self.numbers().set_ended_floor(generation);
     }
 
-    fn ledger(&self) -> MutexGuard<'_, Ledger> {
-        self.ledger
+    fn numbers(&self) -> MutexGuard<'_, Numbers> {
+        self.numbers
             .lock()
-            .expect("a panic in the ledger ends the server")
+            .expect("a panic in the numbers ends the server")
     }
 
     fn at(&self, storage: StorageId) -> Option<Arc<Stored>> {
@@ -257,7 +258,8 @@ impl Blocks {
         if let Some(stored) = self.at(storage)
             && let Err(error) = stored.custodian.set_lease(fence, is_held)
         {
-            tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be shown to its writers");
+            tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "cannot publish \
+                the lock of a block to its writers");
         }
     }
 
@@ -376,7 +378,7 @@ impl Blocks {
                 if let Err(refusal) = &made
                     && refusal.code != Code::NoBlock
                 {
-                    tracing::warn!(pool = %making.pool, block = %making.block, error = %refusal, "a block can't be made");
+                    tracing::warn!(pool = %making.pool, block = %making.block, error = %refusal, "cannot create a block");
                 }
                 Some(Finished::Made(key, made))
             }
@@ -453,7 +455,8 @@ impl Blocks {
         if let Some(boot) = self.rows.boot()
             && let Err(error) = custodian.set_boot(boot)
         {
-            tracing::warn!(pool = %making.pool, block = %making.block, %error, "a block can't note the run of the machine");
+            tracing::warn!(pool = %making.pool, block = %making.block, %error, "cannot store the \
+                boot id in a block");
         }
         if let Err(refusal) = check_descriptor(making, &custodian) {
             if let Some(names) = &names {
@@ -491,8 +494,7 @@ impl Blocks {
                 .keep_record(names, record, from)
                 .unwrap_or_else(|error| {
                     let block = &making.block;
-                    let message =
-                        format!("the record of block '{block}' can't be written: {error}");
+                    let message = format!("cannot write the record of block '{block}': {error}");
                     Err(Refusal::new(Code::Storage, message))
                 }),
             Err(error) => Err(corrupt(stored, &error)),
@@ -520,7 +522,7 @@ impl Blocks {
             return Ok(Ok(()));
         };
         if let Err(error) = self.restore_record(names, before.as_deref(), from) {
-            tracing::error!(file = %names, %error, "the record of a block can't be put back");
+            tracing::error!(file = %names, %error, "cannot restore the record of a block");
         }
         Err(error)
     }
@@ -555,7 +557,8 @@ impl Blocks {
             State::Closed
         };
         if let Err(error) = stored.custodian.set_state(state) {
-            tracing::debug!(pool = %stored.pool, block = %stored.block, %error, "users of a block can't be told of its end through it");
+            tracing::debug!(pool = %stored.pool, block = %stored.block, %error, "cannot mark a \
+                removed block in its header");
         }
         if let Some(names) = &stored.names {
             let mut is_wanted = stored.is_wanted();
@@ -585,7 +588,7 @@ impl Blocks {
             .collect()
     }
 
-    /// Whether shared blocks of an earlier run wait for a client that holds them.
+    /// Whether waiting for clients that still hold shared blocks of an earlier run.
     pub(crate) fn is_awaiting(&self) -> bool {
         self.rows.is_awaiting()
     }
@@ -606,19 +609,19 @@ impl Blocks {
     ) -> Result<BlockRow, Refusal> {
         let row = self.rows.awaited_row(pool, block);
         row.ok_or_else(|| {
-            let message = format!("block '{block}' of pool '{pool}' is not awaited (any more)");
+            let message = format!("the server is not waiting for block '{block}' of pool '{pool}'");
             Refusal::new(Code::NoBlock, message)
         })
     }
 
     /// What `stats` says of blocks.
-    pub(crate) fn to_json(&self, limits: &Limits) -> Value {
+    pub(crate) fn to_json(&self, limits: &Limits, books: &Books) -> Value {
         let kinds = |kind| self.all().iter().filter(|s| s.kind == kind).count();
-        let ledger = self.ledger();
+        let all = books.all();
         json!({
-            "blocks": ledger.blocks(),
+            "blocks": all.used(Resource::BlockCount),
             "blocks_max": limits.blocks_max,
-            "bytes": ledger.bytes(),
+            "bytes": all.used(Resource::Blocks),
             "bytes_max": limits.memory_bytes_max,
             "storages_shared": kinds(Kind::Shared),
             "storages_persistent": kinds(Kind::Persistent),
@@ -682,7 +685,8 @@ impl Blocks {
                 }
                 Ok(None) => false,
                 Err(error) => {
-                    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be flushed is not in the backup");
+                    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block \
+                        is missing from the backup, because it cannot be flushed");
                     continue;
                 }
             };
@@ -705,7 +709,8 @@ impl Blocks {
                     Ok(version) => version,
                     Err(latzero_shm::ReadError::Contended) if left > 0 => continue,
                     Err(error) => {
-                        tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block that can't be read is not in the backup");
+                        tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a \
+                            block is missing from the backup, because it cannot be read");
                         break;
                     }
                 };
@@ -736,7 +741,7 @@ impl Blocks {
     /// before each.
     pub(crate) fn sync_all(&self, mut progress: impl FnMut(usize, usize)) {
         if let Err(error) = self.files.sync() {
-            tracing::error!(%error, "the directory of persistent blocks could not be written to disk");
+            tracing::error!(%error, "cannot flush the directory of persistent blocks");
         }
         let mut persistent = self.all();
         persistent.retain(|stored| stored.kind == Kind::Persistent);
@@ -745,7 +750,8 @@ impl Blocks {
             let synced = stored.custodian.sync().map_err(|error| error.to_string());
             let kept = synced.and_then(|_| self.put_back(stored).map_err(|e| e.to_string()));
             if let Err(error) = kept {
-                tracing::error!(pool = %stored.pool, block = %stored.block, error, "a persistent block could not be written to disk");
+                tracing::error!(pool = %stored.pool, block = %stored.block, error, "cannot flush \
+                    a persistent block");
             }
         }
     }
@@ -799,11 +805,11 @@ impl std::io::Read for OneVersion<'_> {
 /// loss, what is in a file is what its checksums say.
 pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
-    shared.blocks.with_ledger(|ledger| {
+    shared.blocks.with_numbers(|numbers| {
         for row in &rows {
             let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));
             if let (Ok(pool), Ok(block)) = name {
-                ledger.note_end(&pool, &block, row.generation);
+                numbers.note_end(&pool, &block, row.generation);
             }
         }
     });
@@ -820,8 +826,8 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         Some((file, rows::record(row)))
     });
     let records: HashMap<String, String> = records.collect();
-    let remedy =
-        "`latzero restore` brings blocks back from a backup; what was set aside is never removed";
+    let remedy = "restore the block from a backup with `latzero restore`; the server never deletes files \
+         that it moved aside";
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
@@ -851,9 +857,10 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                     }
                     Err(_) => format!("memory/{names}"),
                 };
-                let happened = format!("a limit left it out: {}", refusal.message);
-                let remedy = "raise the limit and start the server again; the file and the name of \
-                              the block are kept until then";
+                let happened =
+                    format!("it was not loaded, because of a limit: {}", refusal.message);
+                let remedy = "raise the limit and restart the server; the block's file and name \
+                    are kept until then";
                 let losses = shared.keeper.losses();
                 losses.note(Loss::new(Part::Memory, affected, happened, remedy));
             }
@@ -867,7 +874,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                     Err(_) => format!("memory/{names}"),
                 };
                 let happened = format!(
-                    "it can't be used ({}); its file {names} was set aside under memory/.orphans",
+                    "it is unusable ({}); its file {names} was moved to memory/.orphans",
                     refusal.message
                 );
                 lost(affected, happened);
@@ -883,7 +890,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         // Not where the last run removed it, and ended before its row was gone.
         if !row.file.as_ref().is_some_and(|file| removed.contains(file)) {
             let affected = format!("block '{}' of pool '{}'", row.block_id, row.pool);
-            lost(affected, "its file is gone, and the block with it".into());
+            lost(affected, "its file is missing, so the block is lost".into());
         }
         if let Ok((pool, block)) = left.name() {
             shared.blocks.rows.forget(&pool, &block);
@@ -900,7 +907,8 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         tracing::warn!(
             files,
             bytes,
-            "files of persistent blocks were set aside under memory/.orphans, now or earlier; the server never removes them"
+            "memory/.orphans has files of persistent blocks that were moved there now or \
+             earlier; the server never deletes them"
         );
     }
 }
@@ -925,7 +933,7 @@ fn resume(
         tracing::debug!(
             version,
             generation = description.generation,
-            "a block is back after the end of the machine"
+            "recovered a block after a reboot"
         );
     }
     // Only now: a start that is interrupted is followed by one that recovers once more.
@@ -997,10 +1005,13 @@ fn take(
     // Nor into a version that somebody else begins: the block moves, and until it has, says on that it has to.
     let has_writer = may_have_writer && custodian.is_lease_held().map_err(faulty)?;
     let found = Found { record, fence };
-    let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, fx))?;
+    let owner = found.owner()?;
+    let account = host.with_registry(|registry, turn| registry.kept_account(&owner, turn));
+    let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, &account, fx))?;
     let stored = Stored::new(custodian, pool_name, block.clone(), version, names);
     if let Err(error) = stored.custodian.set_lease(fence, has_writer) {
-        tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "the lock of a block can't be reset");
+        tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "cannot reset the \
+            lock of a block");
     }
     host.shared.blocks.rows.note(&stored, record);
     host.shared.blocks.insert(storage, stored);
@@ -1025,7 +1036,10 @@ pub(crate) fn take_back(
     offered: &OwnedFd,
 ) -> Result<(), Refusal> {
     let another = |why: String| {
-        let message = format!("what was offered for block '{block}' is not its memory: {why}");
+        let message = format!(
+            "the memory offered for block '{block}' is not the block's memory: \
+            {why}"
+        );
         Refusal::new(Code::Forbidden, message)
     };
     let custodian = Custodian::take_back(offered).map_err(|error| another(error.to_string()))?;
@@ -1037,9 +1051,7 @@ pub(crate) fn take_back(
         && description.generation == row.generation
         && (description.geometry.size, description.geometry.slots) == (row.size, row.slots);
     if !is_it {
-        return Err(another(
-            "it is another generation's, or another block's".into(),
-        ));
+        return Err(another("it belongs to another block or generation".into()));
     }
     // It says of itself that it was removed: the server died before that was written down.
     if custodian.state().is_ok_and(|state| state != State::Live) {
@@ -1049,7 +1061,7 @@ pub(crate) fn take_back(
     }
     let name = (pool_name.clone(), block.clone());
     take(host, pool, custodian, name, &rows::record(row), None, true)?;
-    tracing::info!(pool = %pool_name, %block, "a shared block is back: a client held it");
+    tracing::info!(pool = %pool_name, %block, "recovered a shared block from a client");
     Ok(())
 }
 
@@ -1070,7 +1082,7 @@ pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, Owned
                 taken
             });
         if let Err(error) = taken {
-            tracing::warn!(pool = %pool_name, %block, %error, "a block that was handed over can't be taken");
+            tracing::warn!(pool = %pool_name, %block, %error, "cannot take over a block");
         }
     }
 }
@@ -1081,7 +1093,7 @@ pub(crate) fn end_grace(shared: &Shared, now: Time) {
     if gone > 0 {
         tracing::info!(
             blocks = gone,
-            "nobody held these shared blocks of an earlier run; they are gone"
+            "shared blocks of an earlier run were lost, because no client had them mapped"
         );
     }
 }
@@ -1124,7 +1136,8 @@ fn run(queue: &Receiver<Work>, files: &Files) {
             Work::Free(stored, store) => {
                 let Some(names) = &stored.names else { continue };
                 if let Err(error) = files.sync() {
-                    tracing::warn!(file = %names, %error, "the end of a block's file can't be written to disk");
+                    tracing::warn!(file = %names, %error, "cannot flush the removal of a block's \
+                        file");
                 }
                 // Nothing more: what was handed in before is written then, its row's end too. Where
                 // the disk refuses, the next start removes the mark.
@@ -1159,7 +1172,7 @@ fn change_if_wanted(
 }
 
 fn removed() -> Refusal {
-    Refusal::new(Code::NoBlock, "the block was removed just now")
+    Refusal::new(Code::NoBlock, "the block was just removed")
 }
 
 /// Blocks leave some descriptors to connections and administrators. The kernel gives the lowest number that is free
@@ -1171,8 +1184,9 @@ fn check_descriptor(making: &Making, custodian: &Custodian) -> Result<(), Refusa
         return Ok(());
     }
     let message = format!(
-        "block '{}' can't be made: the server may have {} descriptors, and the last {DESCRIPTORS_LEFT_MIN} are left to \
-         connections; raise the limit (ulimit -n, or LimitNOFILE= of a service)",
+        "cannot create block '{}': the server may open {} descriptors and reserves the last \
+         {DESCRIPTORS_LEFT_MIN} for connections; raise the limit (ulimit -n, or LimitNOFILE= of \
+         a service)",
         making.block,
         limit.unwrap_or(0)
     );
@@ -1182,7 +1196,7 @@ fn check_descriptor(making: &Making, custodian: &Custodian) -> Result<(), Refusa
 fn no_storage(making: &Making, error: &CreateError) -> Refusal {
     Refusal::new(
         Code::Storage,
-        format!("block '{}' can't be made: {error}", making.block),
+        format!("cannot create block '{}': {error}", making.block),
     )
 }
 
@@ -1210,16 +1224,16 @@ impl Blame for latzero_shm::WriteError {
 }
 
 fn corrupt(stored: &Stored, error: &impl Blame) -> Refusal {
-    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block can't be used");
+    tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block is unusable");
     // Advice that loses nothing: what can't be read now may be whole on the disk.
     let advice = match error.is_of_disk() {
-        true => "look at the disk and the kernel's log, and restart the server when the disk works",
-        false => "restore it from a backup, or remove it and make it anew",
+        true => "check the disk and the kernel log, and restart the server when the disk works",
+        false => "restore it from a backup, or remove and recreate it",
     };
     Refusal::new(
         Code::Storage,
         format!(
-            "block '{}' of pool '{}' can't be used: {error}; {advice}",
+            "block '{}' of pool '{}' is unusable: {error}; {advice}",
             stored.block, stored.pool
         ),
     )
@@ -1230,7 +1244,7 @@ fn out_of_range(stored: &Stored) -> Refusal {
     Refusal::new(
         Code::OutOfRange,
         format!(
-            "these bytes lie outside block '{}', which has {size}; nothing was written",
+            "the range is outside block '{}', which has {size} bytes; nothing was written",
             stored.block
         ),
     )
@@ -1247,7 +1261,7 @@ fn contended(stored: &Stored) -> Refusal {
     Refusal::new(
         Code::Contended,
         format!(
-            "block '{}' is written so often that no whole version could be had; repeat",
+            "block '{}' is written too often to read a consistent version; try again",
             stored.block
         ),
     )

@@ -1,7 +1,8 @@
-//! The server's own app `latzero` in the pool `system`: a session like any other, whose connection is this process.
+//! The built-in app `latzero` in the pool `system`: an ordinary session whose connection is this
+//! process.
 //!
-//! What is appended to its outbox is read right back here, answered, and handed to its session. So the core needs no
-//! special case, and every server has something to call.
+//! Messages in its outbox are read here, answered, and passed to its session. So the core needs no
+//! special case, and every server has triggers to call.
 
 use std::borrow::Cow;
 use std::os::fd::OwnedFd;
@@ -29,20 +30,17 @@ pub(crate) struct BuiltIn {
 }
 
 const TRIGGERS: [(&str, &str); 5] = [
-    ("echo", "Answers with what it was called with."),
+    ("echo", "Returns its payload."),
     (
         "time",
-        "The server's time: {\"unix_ms\":…,\"uptime_ms\":…}.",
+        "Returns the server's time: {\"unix_ms\":…,\"uptime_ms\":…}.",
     ),
     (
         "apps",
-        "The apps that the server knows; {\"pool\":…,\"after\":…} for a part of them.",
+        "Lists the apps that the server knows; {\"pool\":…,\"after\":…} selects a part.",
     ),
-    (
-        "pools",
-        "The pools there are; {\"after\":…} for a part of them.",
-    ),
-    ("stats", "The server's statistics."),
+    ("pools", "Lists the pools; {\"after\":…} selects a part."),
+    ("stats", "Returns the server's statistics."),
 ];
 
 impl BuiltIn {
@@ -69,7 +67,8 @@ impl BuiltIn {
             .map(|(name, doc)| json!({"name": name, "doc": doc}))
             .collect();
         let handshake = json!({
-            "action": "handshake", "app_id": SYSTEM_APP, "pools": [SYSTEM_POOL], "triggers": triggers,
+            "action": "handshake", "app_id": SYSTEM_APP, "pools": [SYSTEM_POOL],
+            "triggers": triggers,
             "features": ["attachments"], "meta": {"version": env!("CARGO_PKG_VERSION")},
         });
         let handshake = handshake.to_string();
@@ -93,7 +92,8 @@ impl BuiltIn {
 
     /// Reads what was appended for it, and answers.
     pub(crate) fn turn(&mut self, host: &mut IoHost) {
-        // What others append meanwhile is read too: they leave it to whoever is at it.
+        // Messages that others append in the meantime are read too: the thread that is reading
+        // handles them.
         loop {
             let Some(taken) = self.peer.link().outbox.take() else {
                 return;
@@ -108,7 +108,7 @@ impl BuiltIn {
             attachments: true,
         };
         let mut answer = Vec::new();
-        // Frames are appended whole; one that is shared with other receivers is a piece of its own.
+        // Frames are appended whole; one shared with other receivers is a separate piece.
         while !taken.is_done() {
             let (bytes, _) = taken.next();
             let Ok(Some((frame, used))) = frame::decode(bytes, accept) else {

@@ -1,4 +1,5 @@
-//! One connection as its own loop sees it: the socket, what was read and not yet run, and its session.
+//! One connection as its own loop sees it: the socket, data that was read and not yet handled, and
+//! its session.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,7 +19,8 @@ use crate::listener::Origin;
 use crate::peer::Peer;
 use crate::socket::{Socket, User};
 
-/// How long one connection is served before the others get their turn, and after how many frames the clock is read.
+/// How long one connection is served before the others get their turn, and after how many frames
+/// the clock is read.
 const TIME_BUDGET: Duration = Duration::from_millis(1);
 const FRAMES_PER_LOOK: u32 = 16;
 
@@ -37,8 +39,9 @@ const OFFERS_MAX: usize = 64;
 /// A buffer of this capacity stays with an idle connection; larger ones are let go.
 const IDLE_BYTES_MAX: usize = 2048;
 
-/// How long, and for how many bytes, a closed connection's last input is read and thrown away. Without it the kernel
-/// would answer unread bytes with a reset, and the peer might never see why it was closed.
+/// How long, and for how many bytes, a closed connection's last input is read and thrown away.
+/// Without it the kernel would answer unread bytes with a reset, and the peer might never see why
+/// it was closed.
 const LINGER_MS: u64 = 1000;
 const LINGER_BYTES: usize = 4 * 1024 * 1024;
 
@@ -78,8 +81,8 @@ pub(crate) struct Connection {
     inbox: Vec<u8>,
     /// What the inbox takes.
     inbound: Hold,
-    /// It was not read for want of memory.
-    pub(crate) is_starved: bool,
+    /// It was not read for want of so many bytes of memory.
+    pub(crate) lacks: u64,
     /// It is in the loop's list of those to read.
     pub(crate) is_queued: bool,
     /// Descriptors that came and were not taken yet.
@@ -114,7 +117,7 @@ pub(crate) enum Verdict {
     Remove(&'static str),
     /// It never said who it is.
     NoHandshake,
-    /// Ask whether it lives.
+    /// Send a ping.
     Ping,
 }
 
@@ -145,7 +148,7 @@ impl Connection {
         let inbound = peer.link().account().hold(Resource::Inbound);
         Connection {
             inbound,
-            is_starved: false,
+            lacks: 0,
             is_queued: false,
             session: Session::new(Arc::clone(&peer), terms),
             peer,
@@ -185,10 +188,10 @@ impl Connection {
         }
         let (mut total, started) = (0, Instant::now());
         loop {
-            // The rest of a large frame goes where its begin is, rather than there by way of the scratch buffer.
+            // The rest of a large frame is read directly behind its start, not through the scratch
+            // buffer.
             let is_large = self.inbox.len() >= LARGE_BYTES;
             let Some(room) = self.reserve(is_large, scratch.len(), host) else {
-                self.is_starved = true;
                 return Turn::Starved;
             };
             let scratch = &mut scratch[..room];
@@ -227,7 +230,8 @@ impl Connection {
                 return turn;
             }
             total += n;
-            // A short read has emptied the socket (epoll(7)), unless an end is waiting behind the data.
+            // A short read has emptied the socket (epoll(7)), unless an end is waiting behind the
+            // data.
             if n < scratch.len() && !self.is_ending {
                 return Turn::Idle;
             }
@@ -247,8 +251,9 @@ impl Connection {
         }
     }
 
-    /// Makes room for what is read next, and returns how much that may be; `None` where there is no memory for it. What
-    /// continues no frame is always read, in small pieces: it may be what frees memory, or an administrator's.
+    /// Makes room for what is read next, and returns how much that may be; `None` where there is no
+    /// memory for it. What continues no frame is always read, in small pieces: it may be what frees
+    /// memory, or an administrator's.
     fn reserve(&mut self, is_large: bool, most: usize, host: &mut IoHost) -> Option<usize> {
         let (length, capacity) = (self.inbox.len(), self.inbox.capacity());
         if !is_large {
@@ -259,17 +264,25 @@ impl Connection {
             {
                 return Some(most);
             }
-            return (length < SMALL_BYTES).then_some(SMALL_BYTES.min(most));
+            if length < SMALL_BYTES {
+                return Some(SMALL_BYTES.min(most));
+            }
+            return self.starve((length + most) as u64);
         }
-        if length + most <= capacity {
-            return Some(most);
+        // As large as the frame says that it is, and no larger.
+        let whole = frame::announced(&self.inbox);
+        if length + most <= capacity || (length < capacity && whole <= capacity) {
+            return Some(most.min(capacity - length));
         }
-        let limits = &host.site().limits;
-        let whole = limits.max_frame + latzero_protocol::limits::FORWARD_SLACK;
-        let grown = (2 * capacity).min(whole).max(length + most);
-        self.inbound.resize(grown as u64).ok()?;
+        let mut grown = (2 * capacity).max(length + most);
+        if whole > length {
+            grown = grown.min(whole);
+        }
+        if self.inbound.resize(grown as u64).is_err() {
+            return self.starve(grown as u64);
+        }
         match host.effects.buffers.take_large() {
-            Some(mut larger) if larger.capacity() >= length + most => {
+            Some(mut larger) if larger.capacity() >= grown => {
                 larger.extend_from_slice(&self.inbox);
                 let smaller = std::mem::replace(&mut self.inbox, larger);
                 host.effects.buffers.give_back(smaller);
@@ -280,7 +293,13 @@ impl Connection {
                 self.inbox.reserve_exact(grown - length);
             }
         }
-        Some(most)
+        Some(most.min(self.inbox.capacity() - length))
+    }
+
+    /// Nothing is read until there is memory to hold this much.
+    fn starve<T>(&mut self, needed: u64) -> Option<T> {
+        self.lacks = needed.saturating_sub(self.inbound.amount());
+        None
     }
 
     /// The app behind the connection is known: what is read from now on counts in its account.
@@ -348,7 +367,8 @@ impl Connection {
                 Ok(Some((frame, length))) => {
                     used += length;
                     host.traffic.frames_in += 1;
-                    // A message that brings no descriptor has none to take, so the queue is as good as the message's own.
+                    // A message that brings no descriptor has none to take, so the queue is as good
+                    // as the message's own.
                     let flow = if self.offers.is_empty() {
                         self.session.handle(frame, &mut host.turn())
                     } else {
@@ -455,7 +475,7 @@ impl Connection {
         let stalled_since = self.peer.link().stalled_since();
         let stall = stalled_since.map(|since| since.after_ms(patience.write_stall_ms));
         if stall.is_some_and(|at| at <= now) {
-            return Verdict::Remove("it reads nothing");
+            return Verdict::Remove("the peer does not read");
         }
         let next = match (&self.phase, self.session.is_ready()) {
             (Phase::Closing { until, .. }, _) if *until <= now && stall.is_none() => {
@@ -471,11 +491,12 @@ impl Connection {
                 }
                 Some(at)
             }
-            // A Unix socket's end is seen at once; a clock would only mistake a suspended process for a dead one.
+            // A Unix socket's end is seen at once; a clock would only mistake a suspended process
+            // for a dead one.
             (Phase::Open, true) if self.transport == Transport::Unix => None,
             (Phase::Open, true) => match self.pinged {
                 Some(at) if at.after_ms(patience.ping_timeout_ms) <= now => {
-                    return Verdict::Remove("it does not answer pings");
+                    return Verdict::Remove("the peer does not answer pings");
                 }
                 Some(at) => Some(at.after_ms(patience.ping_timeout_ms)),
                 None if self.last_heard.after_ms(patience.ping_interval_ms) <= now => {
@@ -487,7 +508,7 @@ impl Connection {
         Verdict::Wait(next.into_iter().chain(stall).min())
     }
 
-    /// Asks the other end whether it lives.
+    /// Pings the other end.
     pub(crate) fn ping(&mut self, now: Time, host: &mut IoHost) {
         self.pinged = Some(now);
         host.turn().send(&self.peer, Class::Control, 48, |out| {
@@ -497,7 +518,7 @@ impl Connection {
 
     /// Says that the handshake took too long.
     pub(crate) fn refuse_silence(&mut self, host: &mut IoHost) {
-        let message = "no handshake came in time (handshake_timeout)";
+        let message = "no handshake within handshake_timeout";
         let _ = self
             .session
             .reject(&Refusal::new(Code::NotReady, message), &mut host.turn());

@@ -1,8 +1,7 @@
-//! What stands between this machine and a server that runs well, each finding with the command that
-//! mends it.
+//! Diagnoses what keeps a server from starting or running well, with a command to fix each problem.
 //!
-//! [`look`] collects facts and changes nothing: it binds no port and takes no lock, so a server
-//! that starts at the same moment is not disturbed. [`diagnose`] is a pure function of those facts.
+//! [`look`] collects facts and changes nothing: it binds no port and takes no lock, so it does not
+//! disturb a server that starts at the same time. [`diagnose`] is a pure function of those facts.
 
 use std::fs;
 use std::io;
@@ -205,7 +204,7 @@ pub fn judge_settings(resolved: &Result<Resolved, SettingsErrors>) -> Vec<Findin
         Err(errors) => Some(errors.clone()),
     };
     match unavailable {
-        None => vec![Finding::ok("settings", "every key and value is known")],
+        None => vec![Finding::ok("settings", "all settings are valid")],
         Some(errors) => errors
             .errors()
             .iter()
@@ -247,7 +246,13 @@ fn data_directory(facts: &Facts) -> Finding {
     const NAME: &str = "data directory";
     let path = facts.data_dir.display();
     match &facts.place {
-        Place::Missing => Finding::ok(NAME, format!("{path} is not there yet; a start creates it")),
+        Place::Missing => Finding::ok(
+            NAME,
+            format!(
+                "{path} does not exist yet; the server \
+            creates it at its start"
+            ),
+        ),
         Place::NotADirectory => Finding::fail(
             NAME,
             format!("{path} is not a directory"),
@@ -255,7 +260,7 @@ fn data_directory(facts: &Facts) -> Finding {
         ),
         Place::Hidden(why) => Finding::fail(
             NAME,
-            format!("{path} cannot be looked at: {why}"),
+            format!("cannot examine {path}: {why}"),
             format!("sudo ls -ld {path}"),
         ),
         Place::Directory { owner, .. } if *owner != facts.uid => Finding::fail(
@@ -265,20 +270,20 @@ fn data_directory(facts: &Facts) -> Finding {
         ),
         Place::Directory { mode, .. } if mode & 0o022 != 0 => Finding::fail(
             NAME,
-            format!("{path} can be written by other users (mode {mode:04o})"),
+            format!("other users can write to {path} (mode {mode:04o})"),
             format!("chmod 700 {path}"),
         ),
         Place::Directory { mode, .. } if mode & 0o700 != 0o700 => Finding::fail(
             NAME,
-            format!("{path} cannot be used by its own owner (mode {mode:04o})"),
+            format!("the owner of {path} cannot use it (mode {mode:04o})"),
             format!("chmod 700 {path}"),
         ),
         Place::Directory { mode, .. } if mode & 0o055 != 0 => Finding::warn(
             NAME,
-            format!("{path} can be read by other users (mode {mode:04o})"),
+            format!("other users can read {path} (mode {mode:04o})"),
             format!("chmod 700 {path}"),
         ),
-        Place::Directory { .. } => Finding::ok(NAME, format!("{path} is yours alone")),
+        Place::Directory { .. } => Finding::ok(NAME, format!("{path} is private to you")),
     }
 }
 
@@ -288,13 +293,13 @@ fn file_system(facts: &Facts) -> Finding {
     match facts.file_system.map(refused_file_system) {
         Some(Some(kind)) => Finding::fail(
             NAME,
-            format!("{path} is on {kind}, where locks and memory mappings cannot be relied upon"),
+            format!("{path} is on {kind}, where file locks and memory mappings are unreliable"),
             "latzero start --data-dir /var/tmp/latzero",
         ),
-        Some(None) => Finding::ok(NAME, format!("{path} is on a disk of this machine")),
+        Some(None) => Finding::ok(NAME, format!("{path} is on a local file system")),
         None => Finding::warn(
             NAME,
-            format!("what holds {path} is not known"),
+            format!("cannot determine the file system of {path}"),
             format!("df {path}"),
         ),
     }
@@ -320,14 +325,14 @@ fn instance(facts: &Facts) -> Finding {
     const NAME: &str = "other instance";
     let path = facts.data_dir.display();
     match &facts.holder {
-        None => Finding::ok(NAME, format!("no server runs on {path}")),
+        None => Finding::ok(NAME, format!("no server is using {path}")),
         Some(holder) => {
             let pid = holder
                 .pid
                 .map_or_else(String::new, |pid| format!(", pid {pid}"));
             Finding::warn(
                 NAME,
-                format!("a server runs on {path}{pid}; a second one would not start there"),
+                format!("a server is already using {path}{pid}; a second one cannot start there"),
                 "latzero stop",
             )
         }
@@ -338,7 +343,7 @@ fn port(facts: &Facts) -> Finding {
     const NAME: &str = "port";
     let port = facts.port;
     if port == 0 {
-        return Finding::ok(NAME, "the system chooses one");
+        return Finding::ok(NAME, "the system picks a free port");
     }
     if !facts.port_taken {
         return Finding::ok(NAME, format!("{port} is free"));
@@ -374,7 +379,7 @@ fn socket(facts: &Facts) -> Finding {
         return Finding::fail(
             NAME,
             format!(
-                "{shown} is {} bytes long, and {} is the most",
+                "{shown} is {} bytes long; the maximum is {}",
                 path.as_os_str().len(),
                 address::SOCKET_PATH_BYTES_MAX
             ),
@@ -401,7 +406,7 @@ fn memory(facts: &Facts) -> Finding {
             let set = Unit::Bytes.show(set);
             return Finding::warn(
                 NAME,
-                format!("limits.{setting} is {set}, and a server may use {may} ({from})"),
+                format!("limits.{setting} is {set}, but a server may use only {may} ({from})"),
                 format!("latzero start --set limits.{setting}=0"),
             );
         }
@@ -410,7 +415,7 @@ fn memory(facts: &Facts) -> Finding {
     Finding::ok(
         NAME,
         format!(
-            "a server may use {may} ({from}); clients get {} of it, memory blocks {}",
+            "a server may use {may} ({from}): {} for clients, {} of that for memory blocks",
             Unit::Bytes.show(all),
             Unit::Bytes.show(blocks)
         ),
@@ -424,7 +429,7 @@ fn descriptor_limit(facts: &Facts) -> Finding {
     };
     let (limits, shares) = (&facts.limits, facts.surroundings.shares(&facts.limits));
     let what = format!(
-        "the limit is {bound}, with room for {} connections and {} memory blocks",
+        "the limit is {bound}, enough for {} connections and {} memory blocks",
         shares.connections, shares.blocks
     );
     if shares.connections < limits.connections_max || shares.blocks < limits.blocks_max {
@@ -432,7 +437,7 @@ fn descriptor_limit(facts: &Facts) -> Finding {
         Finding::warn(
             NAME,
             format!(
-                "{what}, of {} and {} that the settings allow",
+                "{what}; the settings allow {} and {}",
                 limits.connections_max, limits.blocks_max
             ),
             format!("sudo prlimit --pid $$ --nofile={needed}:{needed}"),
@@ -449,7 +454,7 @@ fn file_size(facts: &Facts) -> Finding {
         Some(Bound { max, from }) => Finding::warn(
             NAME,
             format!(
-                "a file may have {} ({from}); larger blocks and a larger database are refused \
+                "files are limited to {} ({from}); larger blocks, or a larger database, fail \
                  with `storage`",
                 about(*max)
             ),
@@ -573,7 +578,7 @@ mod tests {
             |f| f.place = directory(1000, 0o500),
             "data directory",
             Fail,
-            "its own owner",
+            "the owner of",
             "chmod 700 /d",
         );
         check(
@@ -594,7 +599,7 @@ mod tests {
             |f| f.place = Place::Hidden("why".into()),
             "data directory",
             Fail,
-            "cannot be looked at: why",
+            "cannot examine /d: why",
             "sudo ls -ld /d",
         );
         check(
@@ -655,7 +660,7 @@ mod tests {
             |f| f.socket = Some(PathBuf::from(format!("/{}", "x".repeat(107)))),
             "socket",
             Fail,
-            "108 bytes long, and 107 is the most",
+            "108 bytes long; the maximum is 107",
             "LATZERO_SOCKET=auto latzero start",
         );
         check(
@@ -665,8 +670,8 @@ mod tests {
             },
             "descriptors",
             Warn,
-            "the limit is 1024 (rlimit RLIMIT_NOFILE), with room for 472 connections and 236 memory \
-             blocks, of 4096 and 4096",
+            "the limit is 1024 (rlimit RLIMIT_NOFILE), enough for 472 connections and 236 memory \
+             blocks; the settings allow 4096 and 4096",
             "sudo prlimit --pid $$ --nofile=12368:12368",
         );
         check(
@@ -676,14 +681,14 @@ mod tests {
             },
             "memory",
             Warn,
-            "limits.memory_max is 1 GiB, and a server may use 300 MiB (cgroup /g/memory.max)",
+            "limits.memory_max is 1 GiB, but a server may use only 300 MiB (cgroup /g/memory.max)",
             "latzero start --set limits.memory_max=0",
         );
         check(
             |f| f.surroundings.file_size = Some(bound(8 << 20, Origin::Rlimit("RLIMIT_FSIZE"))),
             "file size",
             Warn,
-            "a file may have 8 MiB (rlimit RLIMIT_FSIZE)",
+            "files are limited to 8 MiB (rlimit RLIMIT_FSIZE)",
             "ulimit -f unlimited",
         );
     }
@@ -737,7 +742,7 @@ mod tests {
         let findings = examine(&Ok(resolved), &environment);
         assert_eq!(
             findings[0],
-            Finding::ok("settings", "every key and value is known")
+            Finding::ok("settings", "all settings are valid")
         );
         let other = findings
             .iter()

@@ -45,9 +45,9 @@ const ACCEPTS_PER_TURN: usize = 64;
 const LOOK_EVERY_MS: u64 = 100;
 
 /// How long large buffers are kept for the next large frames, in milliseconds.
-const LARGE_KEPT_MS: u64 = 1000;
+const LARGE_KEPT_MS: u64 = 250;
 
-/// How often a connection is written to again while too many descriptors are on their way, in milliseconds.
+/// How often a connection is written to again while too many descriptors are in flight, in milliseconds.
 const CROWDED_EVERY_MS: u64 = 10;
 
 /// While draining: how often to look whether the last call has ended, and over how many looks closes are spread.
@@ -271,7 +271,7 @@ impl EventLoop {
                     .and_then(|front| front.notifier.as_ref())
                     && let Err(error) = notifier.notify("WATCHDOG=1")
                 {
-                    tracing::warn!(%error, "the service manager can't be told that the server lives");
+                    tracing::warn!(%error, "cannot notify the service manager's watchdog");
                 }
             }
         }
@@ -352,7 +352,8 @@ impl EventLoop {
                 Accepted::Nobody => return,
                 Accepted::Failed(error) => {
                     let wait = self.backoff.failed();
-                    tracing::warn!(%error, retry_ms = wait.as_millis() as u64, "a connection can't be accepted");
+                    tracing::warn!(%error, retry_ms = wait.as_millis() as u64, "cannot accept a \
+                        connection");
                     self.accept_at = Some(now.after_ms(wait.as_millis() as u64));
                     return;
                 }
@@ -378,7 +379,7 @@ impl EventLoop {
                 .registry()
                 .register(&mut SourceFd(&fd), token, Interest::READABLE)
         {
-            tracing::warn!(%error, "a connection can't be watched");
+            tracing::warn!(%error, "cannot watch a connection");
             self.free.push(slot);
             self.host.shared.door().leave(origin.user);
             count_out(origin.user, &self.host.shared);
@@ -464,7 +465,7 @@ impl EventLoop {
             .registry()
             .deregister(&mut SourceFd(&raw_fd(peer)))
         {
-            tracing::debug!(%error, "a connection was not watched any more");
+            tracing::debug!(%error, "a connection was no longer watched");
         }
         let mut link = peer.link();
         if link.outbox.is_blocked() {
@@ -517,7 +518,7 @@ impl EventLoop {
                 .registry()
                 .reregister(&mut SourceFd(&raw_fd(peer)), token, interest)
         {
-            tracing::warn!(%error, "a connection can't be watched for writing");
+            tracing::warn!(%error, "cannot watch a connection for writing");
         }
         self.look_by(self.host.shared.clock.now().after_ms(LOOK_EVERY_MS));
     }
@@ -664,35 +665,39 @@ impl EventLoop {
             let connection = self.connections[slot].take().expect("it was just seen");
             self.note_removal(
                 &connection,
-                "memory is short, and it holds most of it for longest",
+                "memory is short, and this connection has held the most for the longest",
             );
             self.remove(slot, *connection);
         }
         for slot in 0..self.connections.len() {
             if let Some(Some(connection)) = self.connections.get_mut(slot)
-                && std::mem::take(&mut connection.is_starved)
+                && connection.lacks > 0
             {
+                let lacks = std::mem::take(&mut connection.lacks);
                 let account = Arc::clone(connection.peer.link().account());
-                if let Some(lacking) = account.lacking(Resource::Inbound, READ_BYTES as u64) {
-                    self.make_room(now, slot, lacking);
-                }
+                while let Some(lacking) = account.lacking(Resource::Inbound, lacks)
+                    && self.make_room(now, slot, lacking)
+                {}
                 self.read_later(slot);
             }
         }
     }
 
-    /// Closes the connection that holds most for longest among those that count in an account, for one that can't be read.
-    fn make_room(&mut self, now: Time, for_slot: usize, lacking: &Arc<Account>) {
+    /// Closes the connection that holds most for longest among those that count in an account, for one that can't be read;
+    /// false where there is none.
+    fn make_room(&mut self, now: Time, for_slot: usize, lacking: &Arc<Account>) -> bool {
         let connections = self.connections.iter().enumerate();
         let others = connections.filter_map(|(slot, c)| Some((slot, c.as_ref()?)));
         let holdings = others
             .filter(|(slot, c)| *slot != for_slot && c.peer.link().account().is_of(lacking))
             .map(|(slot, c)| c.holding(slot));
-        if let Some(slot) = books::victim(now, holdings) {
-            let connection = self.connections[slot].take().expect("it was just seen");
-            self.note_removal(&connection, "it holds memory that others wait for");
-            self.remove(slot, *connection);
-        }
+        let Some(slot) = books::victim(now, holdings) else {
+            return false;
+        };
+        let connection = self.connections[slot].take().expect("it was just seen");
+        self.note_removal(&connection, "it holds memory that other connections need");
+        self.remove(slot, *connection);
+        true
     }
 
     fn note_removal(&self, connection: &Connection, why: &'static str) {

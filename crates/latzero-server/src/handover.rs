@@ -1,11 +1,14 @@
-//! A running server hands over to a new one: its listening sockets, so that nobody is turned away in between, and the memory
-//! of shared blocks, so that it lives on even where no client holds it.
+//! A running server hands over to a new one: its listening sockets, so that no connection is
+//! refused in between, and the memory of shared blocks, so that it survives even if no client holds
+//! it.
 //!
-//! The new process asks over the Unix socket (`hand_over`, for administrators). The old one answers with descriptors and goes
-//! on as before; only when the new one says that it has them all (`"taken":true`), and can listen where it is to, does the old
-//! one drain as it does for a stop. The last that it says are the blocks that were made or moved meanwhile; then it closes its
-//! database and ends. The new one takes the lock of the data directory as soon as it is free, and starts. Connections that come
-//! in between wait in the sockets' queues. What the old one knew is on disk.
+//! The new process asks over the Unix socket (`hand_over`, for administrators). The old one replies
+//! with descriptors and continues to serve. Once the new one reports that it has everything
+//! (`"taken":true`) and can listen, the old one drains, as it does for a stop. Its last messages
+//! are the blocks that were created or moved in the meantime; then it closes its database and ends.
+//! The new one takes the lock of the data directory as soon as it is free, and starts. Connections
+//! that arrive in between wait in the queues of the sockets. All state of the old server is on
+//! disk.
 
 mod give;
 mod sockets;
@@ -20,8 +23,8 @@ const BLOCKS_AT_ONCE: usize = 32;
 /// Descriptors that are taken with one message.
 const DESCRIPTORS_MAX: usize = latzero_shm::fds::DESCRIPTORS_MAX;
 
-/// Whether something as valuable as a whole server may go to a process of user `uid`, or come from it: only this user's own
-/// processes and root's.
+/// Whether something as valuable as a whole server may go to a process of user `uid`, or come from
+/// it: only this user's own processes and root's.
 fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == rustix::process::geteuid().as_raw()
 }

@@ -1,8 +1,9 @@
-//! The health of the server's parts, as `health` tells it: each part `ok` or `degraded`, with what was seen.
+//! The reply to `health`: each component `ok` or `degraded`, with details.
 
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_fabric::Time;
+use latzero_fabric::pool::ParkedCounts;
 use serde_json::{Map, Value, json};
 
 use crate::losses::Part;
@@ -10,14 +11,15 @@ use crate::shared::Shared;
 use crate::surroundings::Derived;
 
 /// Looks at every part.
-pub(crate) fn report(shared: &Shared, now: Time) -> Value {
+pub(crate) fn report(shared: &Shared, parked: &ParkedCounts, now: Time) -> Value {
     let settings = shared.settings();
     let connections = shared.stats.connections.load(Relaxed);
     let blocked = shared.stats.slow_readers.load(Relaxed);
     let connections_max = shared.surroundings.shares(&settings.limits).connections;
     let transport = part(
         connections < connections_max,
-        &json!({"connections": connections, "connections_max": connections_max, "slow_readers": blocked}),
+        &json!({"connections": connections, "connections_max": connections_max,
+            "slow_readers": blocked}),
     );
     let counts = shared
         .registry
@@ -40,7 +42,7 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         .map_or(0, |next| now.since(next).as_millis() as u64);
     let triggers = part(
         late < 1000,
-        &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late}),
+        &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late, "parked": parked}),
     );
     let (blocks_ok, blocks) = shared.blocks.health();
     let losses = shared.keeper.losses();
@@ -63,7 +65,8 @@ pub(crate) fn report(shared: &Shared, now: Time) -> Value {
         limits.insert((*setting).to_owned(), format!("{text}, from {from}").into());
     }
     let limits = part(true, &limits.into());
-    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers, "memory": memory, "store": store, "logs": logs, "limits": limits});
+    let parts = json!({"transport": transport, "apps": apps, "pools": pools, "triggers": triggers,
+        "memory": memory, "store": store, "logs": logs, "limits": limits});
     let all_ok = parts
         .as_object()
         .is_some_and(|parts| parts.values().all(|part| part["status"] == "ok"));

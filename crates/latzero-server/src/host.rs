@@ -10,7 +10,8 @@ use latzero_fabric::books::Resource;
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
-use latzero_fabric::memory::{Ledger, StorageId};
+use latzero_fabric::memory::{Numbers, StorageId};
+use latzero_fabric::pool::ParkedCounts;
 use latzero_fabric::registry::View;
 use latzero_fabric::{Class, Driver, Effects, Now, Pool, Prng, Registry, Sent, Turn};
 use latzero_protocol::memory::Access;
@@ -38,7 +39,7 @@ pub(crate) struct IoHost {
     pub(crate) changed: Vec<Arc<Peer>>,
     /// Notices that are due.
     noticed: Vec<Notice<Arc<PoolCell>>>,
-    /// Connections to write to again by the clock: too many descriptors are on their way.
+    /// Connections to write to again by the clock: too many descriptors are in flight.
     pub(crate) crowded: Vec<Arc<Peer>>,
     /// Descriptors that came with the message that is being handled.
     pub(crate) offers: VecDeque<OwnedFd>,
@@ -136,6 +137,19 @@ impl IoHost {
         self.with_pool(pool, Pool::handle_timeout);
     }
 
+    /// Parked calls and answers in all pools.
+    fn parked(&mut self) -> ParkedCounts {
+        let pools = self.with_registry(|registry, _| {
+            let pools = registry.pools().map(|(_, pool)| Arc::clone(pool));
+            pools.collect::<Vec<_>>()
+        });
+        let mut parked = ParkedCounts::default();
+        for pool in &pools {
+            parked.add(&self.with_pool(pool, |pool, _| pool.parked_counts()));
+        }
+        parked
+    }
+
     fn stats(&mut self, view: &View<'_>) -> String {
         self.count();
         let now = self.now.monotonic;
@@ -143,10 +157,12 @@ impl IoHost {
             self.with_registry(|registry, _| (registry.counts(), registry.seen_pools(Some(view))));
         counts.pools = pools.len();
         let (mut triggers, mut members) = (0, 0);
+        let mut parked = ParkedCounts::default();
         for pool in &pools {
             let stats = self.with_pool(pool, |pool, _| pool.stats());
             triggers += stats.triggers;
             members += stats.members;
+            parked.add(&stats.parked);
         }
         let mut stats = self.shared.stats.to_json(now);
         stats["server"] = json!({
@@ -166,7 +182,8 @@ impl IoHost {
         stats["apps"] = json!(counts);
         stats["pools"] = json!({"pools": counts.pools, "memberships": members});
         stats["triggers"]["served"] = triggers.into();
-        stats["memory"] = self.shared.blocks.to_json(&self.shared.site.limits);
+        stats["parked"] = json!(parked);
+        stats["memory"] = self.shared.blocks.to_json(&self.shared.site.limits, books);
         stats["store"] = self.shared.keeper.to_json();
         stats["resources"] = resources(&self.shared.surroundings);
         stats.to_string()
@@ -261,8 +278,8 @@ impl Driver for IoHost {
         result
     }
 
-    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
-        self.shared.blocks.with_ledger(f)
+    fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R {
+        self.shared.blocks.with_numbers(f)
     }
 
     fn keep(&mut self, change: Change, promise: Option<&Arc<Peer>>) {
@@ -339,7 +356,8 @@ impl Driver for IoHost {
         let offered = host.offers.pop_front();
         let row = host.shared.blocks.awaited_row(name, block)?;
         let Some(offered) = offered else {
-            let message = "no descriptor came with it; it travels with the message's first byte, over the Unix socket";
+            let message = "no descriptor was received; send it over the Unix socket, with the \
+                first byte of the message";
             return Err(Refusal::new(Code::BadMessage, message));
         };
         crate::blocks::take_back(host, pool, (name, block), &row, &offered)
@@ -353,8 +371,9 @@ impl Driver for IoHost {
         match what {
             Report::Stats => turn.driver.stats(view),
             Report::Health => {
+                let parked = turn.driver.parked();
                 let host = &mut *turn.driver;
-                let mut report = crate::health::report(&host.shared, host.now.monotonic);
+                let mut report = crate::health::report(&host.shared, &parked, host.now.monotonic);
                 if !view.is_admin
                     && let Some(losses) = report["losses"].as_array_mut()
                 {
@@ -400,7 +419,7 @@ impl Driver for IoHost {
     ) -> Result<Option<String>, Refusal> {
         match action {
             AdminAction::Shutdown => {
-                tracing::info!("stopping, as an administrator asked");
+                tracing::info!("stopping: requested by an administrator");
                 self.shared.drain();
                 let reply = json!({"draining": true, "pid": std::process::id()});
                 Ok(Some(reply.to_string()))

@@ -1,8 +1,8 @@
-//! What outlives the server: the store, and who waits for its word.
+//! Durable state: the connection between the core and the store.
 //!
-//! Changes go to the store's thread without waiting. Where a connection was promised something, the promise carries a
-//! ticket, and the store's word about it goes to the mailbox of the connection's loop, whose session then answers. What an
-//! earlier run left is taken in before the server listens.
+//! Changes go to the store's thread without waiting. If a client waits for a change, it carries a
+//! ticket. The store's reply goes to the mailbox of the connection's loop, whose session then
+//! answers. The state of an earlier run is loaded before the server listens.
 
 mod promises;
 mod rows;
@@ -30,13 +30,14 @@ use rows::{answer_of, app_of, binding_of, call_of, ms, pool_of, row};
 /// The kernel's name for this run of the machine (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The name under which the time of the last sign of life is stored, in milliseconds since the Unix epoch.
+/// The name under which the time of the last sign of life is stored, in milliseconds since the Unix
+/// epoch.
 const ALIVE: &str = "alive";
 
 /// The name under which the kernel's name for the run of the machine is stored.
 const BOOT: &str = "boot";
 
-/// The name under which losses are stored that nobody has made good yet.
+/// The name under which unsettled losses are stored.
 const LOSSES: &str = "losses";
 
 /// The name under which it is stored what makes unknown pools look like encrypted ones.
@@ -58,10 +59,11 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// Opens the store of a data directory. See [`latzero_store::open`] for what that checks and mends.
+    /// Opens the store of a data directory. See [`latzero_store::open`] for what that checks and
+    /// mends.
     ///
     /// # Errors
-    /// Where there is no database that can be used.
+    /// If there is no database that can be used.
     pub(crate) fn open(
         directory: &std::path::Path,
         settings: &Settings,
@@ -132,7 +134,7 @@ impl Keeper {
         &self.store
     }
 
-    /// What was lost, for whoever finds a loss.
+    /// The list of losses, for components that find one.
     pub(crate) fn losses(&self) -> &Arc<Losses> {
         &self.losses
     }
@@ -148,7 +150,7 @@ impl Keeper {
     pub(crate) fn keep(&self, change: Change, promise: Option<&Arc<Peer>>) {
         let Some(peer) = promise else {
             if let Err(error) = self.store.submit(row(change), None) {
-                tracing::warn!(%error, "something can't be stored; it is lost at the next restart");
+                tracing::warn!(%error, "cannot store a change; it is lost at the next restart");
             }
             return;
         };
@@ -174,7 +176,7 @@ impl Keeper {
             value: value.into(),
         };
         if let Err(error) = self.store.submit(change, None) {
-            tracing::debug!(key, %error, "a setting can't be stored");
+            tracing::debug!(key, %error, "cannot store a setting");
         }
     }
 
@@ -203,9 +205,11 @@ impl Keeper {
     pub(crate) fn to_json(&self) -> Value {
         let status = self.store.status();
         json!({
-            "failing": status.failing, "failing_since": status.failing_since, "waiting": status.waiting,
+            "failing": status.failing, "failing_since": status.failing_since,
+            "waiting": status.waiting,
             "retained": status.retained, "commits": status.commits, "changes": status.changes,
-            "failures": status.failures, "dropped": status.dropped, "last_backup": status.last_backup,
+            "failures": status.failures, "dropped": status.dropped,
+            "last_backup": status.last_backup,
             "db_bytes": status.db_bytes, "wal_bytes": status.wal_bytes,
         })
     }
@@ -239,7 +243,7 @@ impl Keeper {
 fn note_report(losses: &Losses, report: &Report) {
     if report.is_degraded {
         let remedy =
-            "look at what is kept beside it; `latzero backup ls --verify` lists the backups";
+            "check the files kept beside it; `latzero backup ls --verify` lists the backups";
         losses.note(Loss::new(
             Part::Store,
             "data.db",
@@ -249,7 +253,7 @@ fn note_report(losses: &Losses, report: &Report) {
     }
 }
 
-/// When the last backup was made, by a clock that only goes on: the one on the wall may jump.
+/// When the last backup was made, by a monotonic clock, because the wall clock may jump.
 struct LastBackup {
     /// Its age, in milliseconds, …
     age_ms: u64,
@@ -263,7 +267,7 @@ impl LastBackup {
     fn before(newest: Option<i64>, now: i64) -> LastBackup {
         let age_ms = match newest {
             None => 0,
-            // From a clock that was ahead: how old it is, nobody knows.
+            // From a clock that was ahead, so its age is unknown.
             Some(newest) if newest > now => u64::MAX / 2,
             Some(newest) => ms(now - newest),
         };
@@ -283,8 +287,8 @@ fn now_ms() -> i64 {
     })
 }
 
-/// Takes in what an earlier run left: pools first, then what waits in them, then apps. Returns the rows of blocks, and
-/// whether the machine was not started anew since.
+/// Loads the state of an earlier run: pools first, then their parked calls and answers, then apps.
+/// Returns the rows of blocks, and whether the machine has not rebooted since.
 pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
     let keeper = &shared.keeper;
@@ -296,7 +300,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let Some(contents) = contents else {
         return (Vec::new(), true);
     };
-    host.with_ledger(|ledger| ledger.count_on_after(keeper.last_number));
+    host.with_numbers(|numbers| numbers.count_on_after(keeper.last_number));
     let unix_ms = host.now.unix_ms;
     let alive = contents.settings.iter().find(|(key, _)| key == ALIVE);
     let alive_until = alive.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
@@ -312,7 +316,8 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => pools += 1,
             Err(error) => {
-                tracing::error!(pool = %name, %error, "a pool of an earlier run is closed to all but its owner; remove it, or restore a backup")
+                tracing::error!(pool = %name, %error, "the policy of a stored pool is invalid, \
+                    so only its owner may use the pool; remove the pool, or restore a backup")
             }
         }
     }
@@ -323,12 +328,10 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             }
         }
     });
-    // Of which user it was is not known any more.
-    let user = shared.site.books.user(true);
     for row in contents.calls {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
-            let account = account_of(host, &row.caller, &user);
+            let account = account_of(host, &row.caller);
             take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
                 pool.restore_call(&row, &account, turn)
             })
@@ -336,14 +339,15 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => calls += 1,
             Err(error) => {
-                tracing::error!(number, %error, "a parked call can't be taken in; it stays in the database")
+                tracing::error!(number, %error, "cannot restore a parked call; it stays in the \
+                    database")
             }
         }
     }
     for row in contents.answers {
         let number = row.number;
         let taken = answer_of(row).and_then(|row| {
-            let account = account_of(host, &row.caller, &user);
+            let account = account_of(host, &row.caller);
             take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
                 pool.restore_answer(&row, &account, turn)
             })
@@ -351,7 +355,8 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         match taken {
             Ok(()) => answers += 1,
             Err(error) => {
-                tracing::error!(number, %error, "an answer can't be taken in; it stays in the database")
+                tracing::error!(number, %error, "cannot restore an answer; it stays in the \
+                    database")
             }
         }
     }
@@ -372,7 +377,13 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         }
     });
     if apps + pools + calls + answers > 0 {
-        tracing::info!(apps, pools, calls, answers, "taken in from an earlier run");
+        tracing::info!(
+            apps,
+            pools,
+            calls,
+            answers,
+            "restored the state of the earlier run"
+        );
     }
     keeper.note_alive(unix_ms);
     if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
@@ -385,19 +396,19 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             value: losses,
         };
         if let Err(error) = keeper.store.commit(vec![change]) {
-            tracing::warn!(%error, "the losses that this start found can't be stored");
+            tracing::warn!(%error, "cannot store the losses found at this start");
         }
     }
     let boot = contents.settings.iter().find(|(key, _)| key == BOOT);
-    // A system that hides it may have been started anew.
+    // If the boot id is not readable, the machine may have rebooted.
     let is_same_boot =
         !keeper.boot_id.is_empty() && boot.is_some_and(|(_, boot)| *boot == keeper.boot_id);
     keeper.set(BOOT, &keeper.boot_id);
     (contents.blocks, is_same_boot)
 }
 
-fn account_of(host: &mut IoHost, app: &AppId, user: &Arc<Account>) -> Arc<Account> {
-    host.with_registry(|registry, turn| registry.account(app, user, turn))
+fn account_of(host: &mut IoHost, app: &AppId) -> Arc<Account> {
+    host.with_registry(|registry, turn| registry.kept_account(app, turn))
 }
 
 /// Has a pool take in a call or an answer that waits in it.
@@ -411,13 +422,13 @@ fn take_in_waiting(
     if host.with_pool(&pool, restore) {
         return Ok(());
     }
-    // A pool that was made for it goes again.
+    // A pool that was created for it is removed again.
     host.with_registry(|registry, _| registry.count_held(name, number, 0));
     Err(senseless())
 }
 
 fn senseless() -> Refusal {
-    Refusal::new(Code::Storage, "its row makes no sense")
+    Refusal::new(Code::Storage, "the stored row is invalid")
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
-//! Sockets, timers, settings, logs and drain around the fabric.
+//! The server around the core: sockets, timers, settings, logs and shutdown.
 //!
-//! The server owns everything that touches the machine and decides nothing about routing: that is the fabric's.
-//! A start goes through these modules in order: [`settings`] says what is wanted and where each wish comes from,
-//! [`logging`] begins to tell, [`startup`] takes directory, lock and sockets, and [`server`] runs the loops.
-//! The rule by which clients find the Unix socket is `latzero_protocol::address`, and [`doctor`] says what stands in the way.
+//! The server owns everything that touches the machine and makes no routing decisions; those belong
+//! to the fabric. A start uses these modules in order: [`settings`] collects the settings and where
+//! each comes from, [`logging`] starts the logs, [`startup`] opens the directory, the lock and the
+//! sockets, and [`server`] runs the loops. `latzero_protocol::address` defines where clients find
+//! the Unix socket, and [`doctor`] diagnoses problems.
 
 mod attempts;
 mod audit;

@@ -1,4 +1,4 @@
-//! Taking connections in: who may come, how many, and what those hear who may not.
+//! Accepts connections: which ones, how many, and the reply to refused ones.
 
 use std::collections::HashMap;
 use std::io;
@@ -50,8 +50,8 @@ pub(crate) struct Origin {
     pub(crate) account: Arc<Account>,
 }
 
-/// This part of the connections is for the server's own user and administrators, and this part of the rest is not for one
-/// stranger alone.
+/// This share of the connections is reserved for the server's user and administrators, and a single
+/// untrusted user may not use this share of the rest.
 const RESERVED_PART: usize = 8;
 
 /// Most connections that are kept for the server's own user and administrators.
@@ -68,12 +68,12 @@ pub(crate) struct Door {
 }
 
 impl Door {
-    /// Counts a connection in, or says why it may not come. Strangers leave places free for the server's own user and
-    /// administrators, and one stranger leaves places for the others.
+    /// Counts a connection in, or says why it may not come. Strangers leave places free for the
+    /// server's own user and administrators, and one stranger leaves places for the others.
     fn enter(&mut self, user: User, shared: &Shared) -> Result<(), Refusal> {
         let limits = shared.settings().limits.clone();
         let refuse = |count: usize, what: &str, limit: &str| {
-            let message = format!("{count} connections {what} ({limit}); wait and repeat");
+            let message = format!("{count} connections {what} ({limit}); try again later");
             Err(Refusal::new(Code::Overloaded, message))
         };
         let places = |max: usize| match user.is_trusted() {
@@ -145,7 +145,7 @@ fn count_down(of: &mut HashMap<User, usize>, user: User) -> bool {
 pub(crate) enum Accepted {
     /// A connection.
     Peer(Arc<Peer>, Origin),
-    /// Somebody who was told to come later.
+    /// A client that was refused and may retry later.
     Refused,
     /// Nobody waits.
     Nobody,
@@ -178,7 +178,7 @@ pub(crate) fn accept(
         shared.stats.connections_refused.fetch_add(1, Relaxed);
         let mut told = Vec::new();
         encode::refusal(&mut told, None, &refusal);
-        // As much as fits at once: nobody waits for one who is sent away.
+        // As much as fits at once; the server does not wait for a refused client.
         let _ = socket.write(&told);
         return Accepted::Refused;
     }
@@ -213,7 +213,8 @@ fn failed(
             Accepted::Refused
         }
         Some(code) if too_many.contains(&code) => {
-            // Without a descriptor the peer could not even be sent away, and the listener would stay ready for ever.
+            // Without a descriptor the peer could not even be sent away, and the listener would
+            // stay ready for ever.
             let sent_away = spare.lend(|| listener.accept().map(drop));
             if sent_away.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
                 // accept(2) looks for a descriptor before it looks for who waits.

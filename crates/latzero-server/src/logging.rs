@@ -1,8 +1,8 @@
-//! Logs: to stderr for people, to `logs/server.log` for later.
+//! Logs: to stderr for people, and to `logs/server.log`.
 //!
-//! Logging never stops the server and never waits. A line goes into a bounded queue and a thread
-//! per destination writes it, so a terminal that is paused or a disk that is full holds up nothing;
-//! a line that finds its queue full, or that cannot be written, is counted and gone.
+//! Logging never stops the server and never waits. Each destination has a bounded queue and a
+//! thread that writes it, so a paused terminal or a full disk delays nothing. Lines that do not fit
+//! in the queue, or cannot be written, are counted and dropped.
 
 mod rotate;
 mod sink;
@@ -90,7 +90,7 @@ pub enum LogError {
     #[error("cannot start a thread for the log: {0}")]
     Thread(io::Error),
     /// The process logs already.
-    #[error("logging was begun before in this process")]
+    #[error("logging is already set up in this process")]
     AlreadyBegun,
 }
 
@@ -117,7 +117,7 @@ impl Logs {
     /// Begins to log for the whole process, to stderr and into `logs_dir`.
     ///
     /// # Errors
-    /// Where the file cannot be opened, a thread cannot be started, or the process logs already.
+    /// If the file cannot be opened, a thread cannot be started, or the process logs already.
     pub fn begin(options: &LogOptions, logs_dir: &Path) -> Result<Logs, LogError> {
         let (dispatch, logs) = Logs::build(options, logs_dir, io::stderr())?;
         tracing::dispatcher::set_global_default(dispatch).map_err(|_| LogError::AlreadyBegun)?;
@@ -167,7 +167,7 @@ impl Logs {
 
     /// Changes how much is logged from now on.
     pub fn set_level(&self, level: LogLevel) {
-        // Fails only where the subscriber is gone, and then nobody logs.
+        // Fails only if the subscriber is gone, and then there is no log.
         drop(self.level.reload(filter(level)));
     }
 
@@ -193,15 +193,15 @@ impl Logs {
     }
 }
 
-/// A file of lines beside the log, written by a thread of its own and put aside by size.
+/// A file of lines beside the log, written by a separate thread and rotated by size.
 #[derive(Debug)]
 pub(crate) struct LineFile(Sink);
 
 impl LineFile {
-    /// Opens the file, to append to what is there.
+    /// Opens the file for appending.
     ///
     /// # Errors
-    /// Where it can't be opened, or no thread be had.
+    /// If it cannot be opened, or the thread cannot be started.
     pub(crate) fn open(
         path: &Path,
         bytes_max: u64,
@@ -286,7 +286,7 @@ impl io::Write for Shared {
     }
 }
 
-/// A poisoned lock is taken all the same: a log file is fit for use after any panic.
+/// A poisoned lock is used anyway: a log file is usable after any panic.
 fn lock(rotating: &Mutex<RotatingFile>) -> std::sync::MutexGuard<'_, RotatingFile> {
     rotating.lock().unwrap_or_else(PoisonError::into_inner)
 }

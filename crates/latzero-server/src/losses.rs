@@ -1,9 +1,9 @@
-//! What was lost or does not work as promised, by name: the one list behind `health`, `status` and
+//! The list of losses, things that were lost or do not work as promised, for `health`, `status` and
 //! the log.
 //!
-//! A part that finds a loss calls [`Losses::note`] once and goes on. The loss is logged, shown by
-//! `health`, and kept over a crash of the server, until it is [settled](Losses::settle) or an
-//! orderly stop shows that somebody looks after the server.
+//! A component that finds a loss calls [`Losses::note`] once and continues. The loss is logged and
+//! shown by `health`. It survives a crash of the server, until it is [settled](Losses::settle) or
+//! the server is stopped in an orderly way.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-/// Losses that are kept one by one. Further ones are counted, and stand in the log.
+/// Losses that are listed individually. Others are counted, and are in the log.
 const LOSSES_MAX: usize = 200;
 
 /// Bytes of one text of a loss. What comes from a file's name or an error may be long.
@@ -123,7 +123,7 @@ impl Losses {
         known.is_changed |= settled.as_ref().is_some_and(|known| !known.loss.is_passing);
         drop(known);
         if settled.is_some() {
-            tracing::info!(part = part.name(), "{affected}: well again");
+            tracing::info!(part = part.name(), "{affected}: recovered");
         }
     }
 
@@ -160,7 +160,7 @@ impl Losses {
         serde_json::to_string(&losses).ok()
     }
 
-    /// Takes in the losses of a run that had no orderly end. A text that makes no sense is none.
+    /// Loads the losses of a run that did not stop in an orderly way. Invalid text is ignored.
     pub(crate) fn take_in(&self, text: &str) {
         let earlier: Vec<Since> = serde_json::from_str(text).unwrap_or_default();
         let mut known = self.known();
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn a_loss_is_shown_until_it_is_settled() {
         let losses = Losses::default();
-        losses.note(loss("block 'b'", "its file is gone"));
+        losses.note(loss("block 'b'", "its file is missing"));
         losses.note(loss("block 'b'", "its file is damaged"));
         let (shown, total) = losses.to_json();
         assert_eq!(total, 1);
@@ -245,10 +245,10 @@ mod tests {
     fn the_next_run_knows_them() {
         let losses = Losses::default();
         assert_eq!(losses.changed(), None);
-        losses.note(loss("block 'b'", "its file is gone"));
+        losses.note(loss("block 'b'", "its file is missing"));
         let text = losses.changed().unwrap();
         assert_eq!(losses.changed(), None);
-        losses.note(loss("block 'b'", "its file is gone"));
+        losses.note(loss("block 'b'", "its file is missing"));
         assert_eq!(losses.changed(), None, "nothing is new");
         losses.note(loss("directory", "it is away").passing());
         assert_eq!(losses.changed(), None, "the next run looks for itself");

@@ -1,4 +1,4 @@
-//! A connection as everyone but its own loop sees it: where to append, and what it owes and is owed.
+//! A connection as other loops see it: its outbox, and calls in flight in both directions.
 
 use std::ops::DerefMut;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
@@ -10,7 +10,7 @@ use latzero_fabric::books::Account;
 use crate::host::IoHost;
 use crate::socket::Socket;
 
-/// One connection, shared between its loop and whoever sends to it.
+/// One connection, shared between its loop and the loops that send to it.
 pub(crate) struct Peer {
     /// The loop that reads it.
     pub(crate) home: usize,
@@ -19,7 +19,7 @@ pub(crate) struct Peer {
     /// Where bytes go; the built-in app has none.
     pub(crate) socket: Option<Socket>,
     link: Mutex<Link<IoHost>>,
-    /// Its other end takes nothing more, for good.
+    /// Its other end accepts no more data, permanently.
     pub(crate) is_deaf: AtomicBool,
     /// The ticket of what was promised to it last; see [`crate::keeper`].
     pub(crate) last_promise: AtomicU64,
@@ -38,13 +38,15 @@ impl Peer {
     }
 
     pub(crate) fn link(&self) -> MutexGuard<'_, Link<IoHost>> {
-        // A panic while appending is a bug that stops the server; nothing is to be saved from a poisoned lock.
+        // A panic while appending is a bug that stops the server; nothing is to be saved from a
+        // poisoned lock.
         self.link
             .lock()
             .expect("no panic happens under a link's lock")
     }
 
-    /// Whether the other end of its Unix socket has closed, though what it sent before may still be unread.
+    /// Whether the other end of its Unix socket has closed, though what it sent before may still be
+    /// unread.
     pub(crate) fn has_hung_up(&self) -> bool {
         self.socket.as_ref().is_some_and(Socket::has_hung_up)
     }

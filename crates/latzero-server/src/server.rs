@@ -1,4 +1,4 @@
-//! A server from its settings to its end: bind, run, drain.
+//! Runs a server from its settings to its end: bind, run, drain.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -68,7 +68,7 @@ pub enum ServerError {
     #[error(transparent)]
     Logs(#[from] LogError),
     /// The kernel refused what the loops need.
-    #[error("the event loop can't be set up: {0}")]
+    #[error("cannot set up the event loop: {0}")]
     Loop(#[source] io::Error),
 }
 
@@ -100,7 +100,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Takes the data directory, the lock and the sockets, and sets up the loops. Connections wait from here on.
+    /// Takes the data directory, the lock and the sockets, and sets up the loops. Connections wait
+    /// from here on.
     ///
     /// # Errors
     /// The first step that fails; what was taken is given back.
@@ -122,7 +123,8 @@ impl Server {
             lock,
             before,
         } = inherited;
-        // A write beyond the limit on file sizes is to fail, and not to end the server (setrlimit(2)).
+        // A write beyond the limit on file sizes is to fail, and not to end the server
+        // (setrlimit(2)).
         let beyond = Arc::new(std::sync::atomic::AtomicBool::new(false));
         signal_hook::flag::register(SIGXFSZ, beyond).map_err(ServerError::Loop)?;
         let started = prepare(&settings, &environment, sockets, lock)?;
@@ -136,7 +138,7 @@ impl Server {
         let notifier = || match Notifier::new(&environment) {
             Ok(notifier) => notifier,
             Err(error) => {
-                tracing::warn!(%error, "the service manager can't be reached");
+                tracing::warn!(%error, "cannot reach the service manager");
                 None
             }
         };
@@ -167,7 +169,8 @@ impl Server {
             .any(|a| !a.ip().is_loopback())
         {
             tracing::warn!(
-                "the server can be reached from other machines, without TLS; every AppID is open to whoever connects"
+                "the server is reachable from other machines without TLS; anyone who connects \
+                 can use any AppID"
             );
         }
         let keeper = Keeper::open(started.data_dir.path(), &settings)?;
@@ -242,11 +245,11 @@ impl Server {
         Path::new(&self.shared.identity.data_dir)
     }
 
-    /// Runs until a signal or an administrator ends it. `SIGTERM` and `SIGINT` drain, a second one ends at once;
-    /// `SIGHUP` reads the settings again.
+    /// Runs until a signal or an administrator ends it. `SIGTERM` and `SIGINT` drain, a second one
+    /// ends at once; `SIGHUP` reads the settings again.
     ///
     /// # Errors
-    /// Where the kernel's poll fails.
+    /// If the kernel's poll fails.
     pub fn run(mut self) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let mut signals = self.signals;
@@ -259,17 +262,18 @@ impl Server {
                 for signal in signals.forever() {
                     match signal {
                         SIGHUP => match (by_signal.reload)(&by_signal) {
-                            Ok(done) => tracing::info!(%done, "settings read again"),
+                            Ok(done) => tracing::info!(%done, "settings reloaded"),
                             Err(error) => {
-                                tracing::error!(%error, "the settings are wrong; the old ones stay")
+                                tracing::error!(%error, "the new settings are invalid; the \
+                                    current ones stay in force")
                             }
                         },
                         _ if asked.fetch_add(1, Relaxed) == 0 => {
-                            tracing::info!("stopping, as a signal asked");
+                            tracing::info!("stopping: received a signal");
                             by_signal.drain();
                         }
                         _ => {
-                            tracing::warn!("stopping at once, as a second signal asked");
+                            tracing::warn!("stopping at once: received a second signal");
                             std::process::exit(1);
                         }
                     }
@@ -278,9 +282,10 @@ impl Server {
         if let Some(notifier) = &self.notifier
             && let Err(error) = notifier.notify("READY=1")
         {
-            tracing::warn!(%error, "the service manager can't be told that the server is ready");
+            tracing::warn!(%error, "cannot notify the service manager that the server is ready");
         }
-        tracing::info!(addresses = ?shared.identity.addresses, version = env!("CARGO_PKG_VERSION"), "ready");
+        let version = env!("CARGO_PKG_VERSION");
+        tracing::info!(addresses = ?shared.identity.addresses, version, "ready");
         let watch = Watch::begin(&shared, &self.lock)?;
         if self.takes_over {
             let shared = Arc::clone(&shared);
@@ -312,8 +317,8 @@ impl Server {
             result = result.and(ended);
         }
         drop(watch);
-        // The server that takes over has the same files, and writes them to disk itself: nobody is
-        // to wait for that.
+        // The server that takes over has the same files and flushes them itself, so nothing waits
+        // for that.
         if !shared.giving.is_taken() {
             shared
                 .blocks
@@ -369,7 +374,8 @@ impl<'n> Progress<'n> {
     }
 }
 
-/// Ends all loops where one ends without a drain, by an error or a bug: connections whose loop is gone would hang.
+/// Ends all loops where one ends without a drain, by an error or a bug: connections whose loop is
+/// gone would hang.
 struct Together(Arc<Shared>);
 
 impl Drop for Together {

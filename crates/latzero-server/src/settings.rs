@@ -1,8 +1,9 @@
-//! Settings: one table, four places they may come from, and where each value did come from.
+//! Settings: one table, four sources, and the source of each value.
 //!
-//! The command line beats the environment, which beats files, which beat the defaults. Everything
-//! here is a function of its inputs: the environment, the files and the flags are handed in, so a
-//! test needs no global state. Only [`Environment::of_process`] and [`load`] look at the machine.
+//! The command line overrides the environment, which overrides files, which override the defaults.
+//! Everything here is a function of its inputs: the environment, the files and the flags are
+//! parameters, so tests need no global state. Only [`Environment::of_process`] and [`load`] access
+//! the machine.
 
 mod error;
 mod file;

@@ -1,8 +1,7 @@
-//! What the loops share: the registry, the pools' deadlines, the counts, and a way to reach each other.
+//! State shared by the loops: the registry, the deadlines of pools, the statistics, and mailboxes.
 //!
-//! Lock order: built-in app, registry, pool, outbox; the timers, the statistics, what is given away and the blocks' table and
-//! ledger are leaves. Nothing here waits for
-//! IO while it is held.
+//! Lock order: built-in app, registry, pool, outbox. The timers, the statistics, the hand-over, and
+//! the table and ledger of blocks are leaves. No lock here is held during IO.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -33,7 +32,7 @@ use crate::timers::Timers;
 
 /// Something for a loop to do.
 pub(crate) enum Command {
-    /// A connection of its own from now on.
+    /// A connection that belongs to this loop from now on.
     Adopt(Arc<Peer>, Origin),
     /// A connection that may be read again.
     Resume(Arc<Peer>),
@@ -83,7 +82,7 @@ impl Mailbox {
         if let Some(waker) = self.waker.get()
             && let Err(error) = waker.wake()
         {
-            tracing::error!(%error, "a loop can't be woken");
+            tracing::error!(%error, "cannot wake an event loop");
         }
     }
 
@@ -155,7 +154,8 @@ pub(crate) struct Identity {
     pub(crate) data_dir: String,
 }
 
-/// How the server takes its settings again; returns what it did as JSON text, or what is wrong with them.
+/// How the server takes its settings again; returns what it did as JSON text, or what is wrong with
+/// them.
 pub(crate) type Reload = dyn Fn(&Shared) -> Result<String, String> + Send + Sync;
 
 /// What the loops share.
@@ -183,7 +183,7 @@ pub(crate) struct Shared {
     pub(crate) is_draining: AtomicBool,
     /// What is given to a server that takes over.
     pub(crate) giving: Giving,
-    /// A backup or a check of the database is under way.
+    /// A backup or database check is running.
     pub(crate) is_in_upkeep: AtomicBool,
     /// Set where all loops are to end at once.
     pub(crate) is_over: AtomicBool,
@@ -236,8 +236,8 @@ impl Shared {
             tracing::warn!(
                 connections_max = limits.connections_max,
                 blocks_max = limits.blocks_max,
-                "the limit on descriptors has room for fewer connections or blocks than the settings \
-                 allow; raise it with `ulimit -n`"
+                "the descriptor limit is too low for the connections and blocks that the \
+                 settings allow; raise it with `ulimit -n`"
             );
         }
         let mailboxes = (0..settings.io_threads.max(1))
@@ -311,7 +311,8 @@ impl Shared {
         Peer::new(home, socket, self.site.books.connection(user))
     }
 
-    /// Begins to drain: no new calls and connections; the loops end when the last call has. False where that has begun before.
+    /// Begins to drain: no new calls and connections; the loops end when the last call has. False
+    /// where that has begun before.
     pub(crate) fn drain(&self) -> bool {
         let is_first = !self.is_draining.swap(true, Relaxed);
         if is_first {

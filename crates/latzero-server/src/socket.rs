@@ -1,6 +1,6 @@
-//! One connected stream, TCP or Unix, written to from any thread and never blocking.
+//! A connected TCP or Unix stream that any thread can write to without blocking.
 //!
-//! Everything that only Unix can do with a socket stands here; elsewhere the server knows bytes and errors.
+//! Everything specific to Unix sockets is in this file.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};
@@ -25,10 +25,11 @@ pub(crate) enum Socket {
     Unix(UnixStream),
 }
 
-/// More descriptors of this user are on their way than may be open at once (unix(7), ETOOMANYREFS): the bytes that they travel
-/// with can be written when some of them were taken, by whomever. The kernel does not say when that is.
+/// More descriptors of this user are on their way than may be open at once (unix(7), ETOOMANYREFS):
+/// the bytes that they travel with can be written when some of them were taken, by whomever. The
+/// kernel does not say when that is.
 #[derive(Debug, thiserror::Error)]
-#[error("too many descriptors are on their way")]
+#[error("too many descriptors are in flight")]
 struct Crowded;
 
 impl From<Crowded> for io::Error {
@@ -37,7 +38,8 @@ impl From<Crowded> for io::Error {
     }
 }
 
-/// Whether a write that would block is to be tried again by the clock, as the kernel will not say when it can be.
+/// Whether a write that would block is to be tried again by the clock, as the kernel will not say
+/// when it can be.
 pub(crate) fn is_crowded(error: &io::Error) -> bool {
     error
         .get_ref()
@@ -86,7 +88,7 @@ impl User {
         }
         User::Address(match address {
             IpAddr::V4(_) => address,
-            // Whoever has one address of a /64 has all of them (RFC 6177).
+            // A client that has one address of a /64 has all of them (RFC 6177).
             IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
         })
     }
@@ -139,8 +141,8 @@ impl Socket {
         }
     }
 
-    /// Reads what is there, and takes the descriptors that came with it, `most` of them; where there are more, all of them are
-    /// closed and the read fails.
+    /// Reads what is there, and takes the descriptors that came with it, `most` of them; where
+    /// there are more, all of them are closed and the read fails.
     pub(crate) fn read_with(
         &self,
         buf: &mut [u8],
@@ -173,8 +175,8 @@ impl Socket {
         }
     }
 
-    /// Writes what fits, with descriptors that travel with the first byte (unix(7), SCM_RIGHTS). Where too many are on their
-    /// way already it would block, as [`is_crowded`] tells.
+    /// Writes what fits, with descriptors that travel with the first byte (unix(7), SCM_RIGHTS).
+    /// Where too many are on their way already it would block, as [`is_crowded`] tells.
     pub(crate) fn write_with(&self, buf: &[u8], descriptors: &[Arc<OwnedFd>]) -> io::Result<usize> {
         match self {
             _ if descriptors.is_empty() => self.write(buf),
@@ -191,8 +193,8 @@ impl Socket {
         }
     }
 
-    /// Whether the process that opened the connection has surely ended, so that it writes no more to what it has mapped. What
-    /// it has handed on to children of its own is not seen.
+    /// Whether the process that opened the connection has surely ended, so that it writes no more
+    /// to what it has mapped. What it has handed on to children of its own is not seen.
     pub(crate) fn is_process_dead(&self) -> bool {
         let Socket::Unix(stream) = self else {
             // Over TCP nothing is mapped.
@@ -205,7 +207,8 @@ impl Socket {
         pid.is_some_and(has_ended)
     }
 
-    /// Whether the other end has closed, though what it sent before may still be unread (poll(2), `POLLHUP`).
+    /// Whether the other end has closed, though what it sent before may still be unread (poll(2),
+    /// `POLLHUP`).
     pub(crate) fn has_hung_up(&self) -> bool {
         let none = PollFlags::empty();
         let mut look = match self {
@@ -233,11 +236,12 @@ pub(crate) fn credentials(socket: &impl AsFd) -> io::Result<(i32, u32)> {
     Ok((found.pid(), found.uid()))
 }
 
-/// Whether the process `pid`, an id of this process's own namespace, has surely ended: all its threads.
+/// Whether the process `pid`, an id of this process's own namespace, has surely ended: all its
+/// threads.
 ///
-/// A process gives up its address space before its descriptors (exit(2) in the kernel), so one whose socket has closed and that
-/// still has memory lives. But each thread gives it up for itself: the first one, which `/proc` shows for the process, may have
-/// ended long before the others.
+/// A process gives up its address space before its descriptors (exit(2) in the kernel), so one
+/// whose socket has closed and that still has memory lives. But each thread gives it up for itself:
+/// the first one, which `/proc` shows for the process, may have ended long before the others.
 fn has_ended(pid: Pid) -> bool {
     for _ in 0..LOOKS {
         match look(pid) {
@@ -255,7 +259,7 @@ fn has_ended(pid: Pid) -> bool {
 #[derive(Debug, PartialEq, Eq)]
 enum Seen {
     Ended,
-    /// Its first thread has ended, and there are others: so many in all.
+    /// Its first thread has ended, and there are others: their total number.
     Headless(usize),
     /// Or nobody knows.
     Alive,
@@ -277,8 +281,8 @@ fn look(pid: Pid) -> Seen {
     judge(read("statm").as_deref(), read("stat").as_deref())
 }
 
-/// Whether each of a process's `threads` has given its address space up. A listing may miss some while others end, so it counts
-/// only where it is of as many as there were before.
+/// Whether each of a process's `threads` has given its address space up. A listing may miss some
+/// while others end, so it counts only where it is of as many as there were before.
 fn are_all_without_memory(pid: Pid, threads: usize) -> bool {
     let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
     let Ok(tasks) = std::fs::read_dir(tasks) else {
@@ -292,7 +296,8 @@ fn are_all_without_memory(pid: Pid, threads: usize) -> bool {
     listed.len() == threads && listed.into_iter().all(|has_none| has_none)
 }
 
-/// What `/proc/PID/statm` and then `/proc/PID/stat` say of a process that is there (proc_pid_stat(5)).
+/// What `/proc/PID/statm` and then `/proc/PID/stat` say of a process that is there
+/// (proc_pid_stat(5)).
 fn judge(statm: Option<&str>, stat: Option<&str>) -> Seen {
     let (Some(statm), Some(stat)) = (statm, stat) else {
         return Seen::Alive;
@@ -300,7 +305,8 @@ fn judge(statm: Option<&str>, stat: Option<&str>) -> Seen {
     if !statm.starts_with("0 ") {
         return Seen::Alive;
     }
-    // Its name stands in parentheses, and may have such itself. Behind it the state is field 3, and the number of threads 20.
+    // Its name stands in parentheses, and may have such itself. Behind it the state is field 3, and
+    // the number of threads 20.
     let behind = stat.rsplit_once(") ").map(|(_, behind)| behind);
     let threads = behind.and_then(|fields| fields.split(' ').nth(17));
     match threads.and_then(|threads| threads.parse::<usize>().ok()) {

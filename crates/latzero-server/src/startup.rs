@@ -1,10 +1,10 @@
-//! Start-up: the steps between a process and a server that may listen, each a small function that
-//! either holds or says what is wrong and what to do.
+//! Start-up: the steps before the server may listen. Each is a small function that succeeds or says
+//! what is wrong and how to fix it.
 //!
-//! Order matters. The umask comes first, so nothing is ever created readable by others. The
-//! instance lock comes before any socket: whoever holds it knows that a socket file found at its
-//! path is stale. The lock is the kernel's, held for life, and its file is never removed; a pid
-//! file would race, a lock cannot.
+//! The order matters. The umask comes first, so that no file is ever readable by others. The
+//! instance lock comes before any socket: its holder knows that an existing socket file is stale.
+//! The kernel releases the lock when the process ends, and its file is never removed; a pid file
+//! would have race conditions.
 
 pub mod data_dir;
 pub mod descriptors;
@@ -68,7 +68,7 @@ pub enum StartupError {
     },
     /// Others may write in the directory.
     #[error(
-        "{path} can be written by other users (mode {mode:04o}); run `chmod 700 {path}`",
+        "other users can write to {path} (mode {mode:04o}); run `chmod 700 {path}`",
         path = path.display()
     )]
     OthersMayWrite {
@@ -79,8 +79,8 @@ pub enum StartupError {
     },
     /// The directory is on a file system whose locks and mappings cannot be relied upon.
     #[error(
-        "{path} is on a network file system ({kind}), where locks and memory mappings \
-         cannot be relied upon; choose a local directory with --data-dir",
+        "{path} is on a network file system ({kind}), where file locks and memory mappings are \
+         unreliable; choose a local directory with --data-dir",
         path = path.display()
     )]
     NetworkFileSystem {
@@ -109,8 +109,8 @@ pub enum StartupError {
     },
     /// A port below 1024 needs a privilege.
     #[error(
-        "permission denied: port {port} needs the privilege to bind ports below 1024; \
-         choose one from 1024 on with --port"
+        "permission denied: port {port} needs the privilege to bind ports below 1024; choose a \
+         port from 1024 up with --port"
     )]
     PrivilegedPort {
         /// The port.
@@ -126,8 +126,8 @@ pub enum StartupError {
     },
     /// The socket's path is longer than the system allows.
     #[error(
-        "the socket path {path} is {length} bytes long, and {max} is the most; \
-         choose a shorter one with the setting `socket`, or \"auto\"",
+        "the socket path {path} is {length} bytes long; the maximum is {max}; choose a shorter \
+         one with the setting `socket`, or \"auto\"",
         path = path.display(),
         length = path.as_os_str().len(),
         max = address::SOCKET_PATH_BYTES_MAX
@@ -138,15 +138,14 @@ pub enum StartupError {
     },
     /// At the socket's path is something that is no socket, so it is not removed.
     #[error(
-        "{} is in the way of the socket and is no socket; move it away, \
-         or set `socket` to another path",
+        "{} exists and is not a socket; move it away, or set `socket` to another path",
         path.display()
     )]
     SocketPathTaken {
         /// The path.
         path: PathBuf,
     },
-    /// Somebody answers at the socket's path.
+    /// A process listens on the path of the socket.
     #[error(
         "another program listens on {}; stop it, or set `socket` to another path",
         path.display()
@@ -168,8 +167,8 @@ pub enum StartupError {
     },
     /// A socket that systemd passed cannot be used.
     #[error(
-        "the socket number {index} that systemd passed is neither a TCP nor a Unix stream \
-         socket that listens ({reason}); correct the ListenStream= lines of the socket unit"
+        "socket {index} from systemd is not a listening TCP or Unix stream socket ({reason}); \
+         correct the ListenStream= lines of the socket unit"
     )]
     BadActivation {
         /// Its number, from 0.
@@ -178,7 +177,7 @@ pub enum StartupError {
         reason: String,
     },
     /// The server that runs does not hand over.
-    #[error("the server of {path} does not hand over: {reason}", path = data_dir.display())]
+    #[error("the server of {path} cannot hand over: {reason}", path = data_dir.display())]
     TakeOver {
         /// The directory.
         data_dir: PathBuf,
@@ -271,7 +270,7 @@ fn port_in_use(port: u16, host: &str, listener: Option<&Listening>) -> String {
     )
 }
 
-/// Lets nobody but this user read what the process creates from now on: sets the umask to 077. The
+/// Sets the umask to 077, so that only this user can read files that the process creates. The
 /// umask belongs to the whole process, so this is the program's first step and no test calls it.
 pub fn private_umask() {
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
@@ -539,7 +538,7 @@ mod tests {
                     mode: 0o770,
                 },
                 77,
-                "/d can be written by other users (mode 0770); run `chmod 700 /d`".to_owned(),
+                "other users can write to /d (mode 0770); run `chmod 700 /d`".to_owned(),
             ),
             (
                 StartupError::PortInUse {

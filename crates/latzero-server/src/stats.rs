@@ -1,7 +1,7 @@
-//! What the server counts, and how `stats` tells it.
+//! Statistics, and the reply to `stats`.
 //!
-//! Each loop counts for itself and hands its counts over once per batch, so that counting costs a message nothing that
-//! others wait for.
+//! Each loop counts separately and adds its counters once per batch, so that counting a message
+//! involves no shared state.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -203,7 +203,8 @@ pub(crate) fn resources(surroundings: &Surroundings) -> Value {
     let descriptors = std::fs::read_dir("/proc/self/fd")
         .map(|dir| dir.count().saturating_sub(1))
         .ok();
-    // Fields 14 and 15, counted after the command's closing parenthesis, are user and system time in ticks.
+    // Fields 14 and 15, counted after the command's closing parenthesis, are user and system time
+    // in ticks.
     let stat = read("/proc/self/stat");
     let after = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
     let ticks: Vec<u64> = after

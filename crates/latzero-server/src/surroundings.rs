@@ -1,9 +1,9 @@
-//! What the server may use of the machine that it runs on: memory, descriptors, the size of files.
+//! Resources of the machine that the server may use: memory, descriptors, file sizes.
 //!
-//! The limits are those of the process and its control groups rather than the machine's: a server
-//! in a container that goes by the machine's memory is killed before it has reached any bound of
-//! its own. Each limit says where it comes from. Reading is thin; what is read is judged by pure
-//! functions.
+//! These are the limits of the process and its control groups, not of the machine: a server in a
+//! container that relies on the memory of the machine is killed before it reaches any of its own
+//! limits. Each limit says where it comes from. Reading is thin; pure functions interpret the
+//! result.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -107,10 +107,10 @@ impl Surroundings {
 
 /// Makes a write beyond the file size limit (`RLIMIT_FSIZE`) fail, where otherwise the signal
 /// `SIGXFSZ` ends the process (setrlimit(2)): the request that needs the space is refused, and the
-/// server lives on.
+/// server continues.
 ///
 /// # Errors
-/// Where the system takes no handler.
+/// If the system takes no handler.
 pub fn survive_file_size_limit() -> io::Result<()> {
     signal_hook::flag::register(SIGXFSZ, Arc::default()).map(drop)
 }
@@ -404,7 +404,7 @@ mod tests {
                 "/sys/fs/cgroup/memory.high",
             ],
         );
-        // With a namespace of its own, a container sees its group as the root.
+        // In its own namespace, a container sees its group as the root.
         let root = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.high"];
         check("0::/\n", V2, &root);
         check("0::/../other\n", V2, &root);
@@ -421,7 +421,7 @@ mod tests {
                 "/sys/fs/cgroup/memory/memory.limit_in_bytes",
             ],
         );
-        // A container without a namespace of its own: the mount shows its group as the root.
+        // A container without its own namespace: the mount shows its group as the root.
         let mount = V1.replace("0:29 / ", "0:29 /docker/abc ");
         let own = "/sys/fs/cgroup/memory/memory.limit_in_bytes";
         check("4:memory:/docker/abc\n", &mount, &[own]);

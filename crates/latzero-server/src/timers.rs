@@ -41,7 +41,8 @@ pub(crate) struct Timers(Mutex<BTreeMap<(Time, u32), Arc<PoolCell>>>);
 impl Timers {
     /// Sees to it that `cell` is looked at by `deadline`; true where that is now the first of all.
     pub(crate) fn arm(&self, cell: &Arc<PoolCell>, deadline: Time) -> bool {
-        // Called with the pool held: only the first loop may change this word meanwhile, and it looks into the pool next.
+        // Called with the pool held: only the first loop may change this word meanwhile, and it
+        // looks into the pool next.
         if deadline.0 >= cell.armed.load(Relaxed) {
             return false;
         }

@@ -1,5 +1,6 @@
-//! What is done about the database beside its daily work: backups and checks, asked for or on a schedule. Both take as long
-//! as the disk does, so they run on a thread of their own, one at a time. Without a server the same is done by [`Offline`].
+//! Backups and checks of the database, on request or on a schedule. Both take as long as the disk
+//! does, so they run on a separate thread, one at a time. [`Offline`] does the same without a
+//! server.
 
 mod backups;
 mod offline;
@@ -37,19 +38,19 @@ pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
     }
     let begun = run(shared, |shared| {
         if let Err(error) = backup(shared, None, false) {
-            tracing::error!(%error, "no backup was made; the last one stays");
+            tracing::error!(%error, "the backup failed; the last one is kept");
         }
         None
     });
     if let Err(error) = begun {
-        tracing::warn!(%error, "the backup by schedule waits for its next turn");
+        tracing::warn!(%error, "the scheduled backup was skipped");
     }
 }
 
-/// Begins what an administrator asked for; the reply comes from the thread.
+/// Starts what an administrator requested; the thread sends the reply.
 ///
 /// # Errors
-/// `overloaded` where something of the kind is under way.
+/// `overloaded` where something of the kind is in progress.
 pub(crate) fn begin(
     shared: &Arc<Shared>,
     action: AdminAction,
@@ -73,15 +74,16 @@ pub(crate) fn begin(
     })
 }
 
-/// Whether who asks may choose a file for the server to write: the server's own user, or root, may
-/// do so anyway. Whoever got hold of the token may not.
+/// Whether the client may choose a file for the server to write: only the server's user, or root,
+/// who can write files anyway. The admin token is not enough.
 fn check_may_write(asker: &Peer) -> Result<(), Refusal> {
     let user = asker.socket.as_ref().map(crate::socket::Socket::user);
     let own = rustix::process::geteuid().as_raw();
     match user {
         Some(User::Uid(uid)) if uid == own || uid == 0 => Ok(()),
         _ => {
-            let message = "a file for the backup can be chosen over the Unix socket alone, by the server's own user; without `to` the backup is made in the data directory";
+            let message = "only the server's user, over the Unix socket, can choose the backup \
+                file; without `to` the backup goes to the data directory";
             Err(Refusal::new(Code::Forbidden, message))
         }
     }
@@ -95,7 +97,8 @@ fn run(
     work: impl FnOnce(&Shared) -> Option<Answered> + Send + 'static,
 ) -> Result<(), Refusal> {
     if shared.is_in_upkeep.swap(true, Acquire) {
-        let message = "a backup or a check of the database is under way; repeat when it is done";
+        let message = "a backup or database check is already running; try again when it has \
+            finished";
         return Err(Refusal::new(Code::Overloaded, message));
     }
     let own = Arc::clone(shared);
@@ -112,10 +115,7 @@ fn run(
         });
     spawned.map(|_| ()).map_err(|error| {
         shared.is_in_upkeep.store(false, Release);
-        Refusal::new(
-            Code::Storage,
-            format!("no thread for it can be had: {error}"),
-        )
+        Refusal::new(Code::Storage, format!("cannot start a thread: {error}"))
     })
 }
 
@@ -142,8 +142,10 @@ fn backup(shared: &Shared, to: Option<&Path>, without_blocks: bool) -> Result<St
     }
     Ok(json!({
         "file": backup.path(), "bytes": bytes, "took_ms": took,
-        "apps": summary.apps, "pools": summary.pools, "calls": summary.calls, "answers": summary.answers,
-        "blocks": summary.blocks, "block_files": summary.block_files, "block_bytes": summary.block_bytes,
+        "apps": summary.apps, "pools": summary.pools, "calls": summary.calls,
+        "answers": summary.answers,
+        "blocks": summary.blocks, "block_files": summary.block_files,
+        "block_bytes": summary.block_bytes,
     })
     .to_string())
 }
@@ -152,7 +154,7 @@ fn backup(shared: &Shared, to: Option<&Path>, without_blocks: bool) -> Result<St
 fn prune(shared: &Shared) {
     match latzero_store::prune(shared.keeper.store().dir(), &Policy::default()) {
         Ok(pruned) => tracing::debug!(?pruned, "old backups removed"),
-        Err(error) => tracing::warn!(%error, "old backups can't be removed"),
+        Err(error) => tracing::warn!(%error, "cannot remove old backups"),
     }
 }
 

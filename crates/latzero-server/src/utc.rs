@@ -1,11 +1,10 @@
-//! Points in time as people and logs write them: RFC 3339, UTC.
+//! Timestamps in RFC 3339 format, UTC.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const SECONDS_PER_DAY: u64 = 86_400;
 
-/// `time` to the second, as in `2026-01-31T12:00:00Z` (RFC 3339). What lies before 1970 becomes
-/// 1970.
+/// `time` in seconds, like `2026-01-31T12:00:00Z` (RFC 3339). Times before 1970 become 1970.
 pub(crate) fn rfc3339(time: SystemTime) -> String {
     let seconds = time
         .duration_since(UNIX_EPOCH)

@@ -1,9 +1,9 @@
-//! Looks whether the data directory and what is in it are still where they were, and makes anew
-//! what can be.
+//! Checks that the data directory and its files are still in place, and recreates what can be
+//! recreated.
 //!
-//! The kernel keeps a file for who has it open, whatever becomes of its name. A server whose
-//! directory was removed or moved would go on as if nothing had happened, and lose everything at
-//! its end.
+//! The kernel keeps an open file alive after it was renamed or removed. Without this check, a
+//! server whose directory was removed or moved would continue as if nothing had happened, and lose
+//! everything at its end.
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -25,8 +25,8 @@ const EVERY: Duration = Duration::from_secs(1);
 /// How many looks go by between two at the files of blocks, of which there may be thousands.
 const LOOKS_PER_BLOCKS: u32 = 4;
 
-/// How many looks in a row something is missing before it is made anew: who removes the whole
-/// directory needs a moment.
+/// How many checks in a row something must be missing before it is recreated, because removing a
+/// whole directory takes a moment.
 const LOOKS_BEFORE_MAKING: u32 = 3;
 
 /// What may be lost in a directory that is there.
@@ -44,7 +44,7 @@ impl Watch {
     /// Begins to look after the directory of `shared`, whose lock is `lock`.
     ///
     /// # Errors
-    /// Where no thread can be started, or the directory is away already.
+    /// If no thread can be started, or the directory is away already.
     pub(crate) fn begin(
         shared: &Arc<Shared>,
         lock: &Arc<Mutex<InstanceLock>>,
@@ -109,7 +109,8 @@ impl Looks {
                 Loss::new(
                     Part::Store,
                     &name,
-                    "it was moved or removed while the server runs, and nothing is kept",
+                    "it was moved or removed while the server is running, and nothing is being \
+                     stored",
                     "move it back, or stop the server and start it where the directory is now",
                 )
                 .passing(),
@@ -121,7 +122,7 @@ impl Looks {
             Part::Store,
             "files of data.db",
             store.status().misplaced,
-            "the log says why they can't be made anew",
+            "see the log for why they cannot be recreated",
         );
         self.count = self.count.wrapping_add(1);
         if self.count.is_multiple_of(LOOKS_PER_BLOCKS) {
@@ -149,7 +150,7 @@ impl Looks {
         }
         if !lock.is_in(&self.data_dir) {
             let renewed = lock.renew(&self.data_dir, &self.shared.identity.addresses);
-            let missing = (!renewed).then_some("its file was removed and can't be made anew");
+            let missing = (!renewed).then_some("its file was removed and cannot be recreated");
             self.note_or_settle(
                 Part::Store,
                 LOCK,
@@ -168,17 +169,19 @@ impl Looks {
                 self.losses().note(Loss::new(
                     Part::Memory,
                     MEMORY,
-                    "it was moved or removed while the server runs; no persistent block can be made or flushed",
+                    "it was moved or removed while the server is running; persistent blocks \
+                     cannot be created or flushed",
                     "move it back, or save blocks with `latzero block dump` and restart the server",
                 ).passing());
             } else {
                 let made = fs::DirBuilder::new().mode(0o700).create(&path);
-                tracing::warn!(directory = %path.display(), ?made, "a directory was removed; it is made anew");
+                tracing::warn!(directory = %path.display(), ?made, "a directory was removed; \
+                    recreating it");
             }
         }
         if fs::symlink_metadata(self.data_dir.join(TOKEN_NAME)).is_err() {
             match self.shared.token.write(&self.data_dir) {
-                Ok(()) => tracing::warn!("{TOKEN_NAME} was removed; it is made anew"),
+                Ok(()) => tracing::warn!("{TOKEN_NAME} was removed; recreating it"),
                 Err(error) => tracing::warn!(%error, "{TOKEN_NAME} was removed"),
             }
         }
@@ -187,10 +190,14 @@ impl Looks {
     fn look_at_blocks(&self, is_here: bool) {
         for (name, is_in_place) in self.shared.blocks.places() {
             let missing = (!is_in_place).then_some(match is_here {
-                true => "its file was moved or removed while the server runs; it can't be flushed",
-                false => "its file is away with the data directory",
+                true => {
+                    "its file was moved or removed while the server is running; it cannot be \
+                    flushed"
+                }
+                false => "its file went away with the data directory",
             });
-            let remedy = "its content is still there: save it with `latzero block dump`, or stop the server, which writes it anew";
+            let remedy = "its content is still in memory: save it with `latzero block dump`, or \
+                stop the server, which writes it to a new file";
             self.note_or_settle(Part::Memory, &name, missing, remedy);
         }
     }

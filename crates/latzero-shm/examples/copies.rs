@@ -1,4 +1,5 @@
-//! How fast versions are read and written, against memcpy in the same run: `cargo run --release --example copies`.
+//! How fast versions are read and written, against memcpy in the same run: `cargo run --release
+//! --example copies`.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -76,7 +77,8 @@ fn main() {
         let to_vec = median(times, || drop(black_box(black_box(&from).to_vec())));
         let rate = |time: Duration| size as f64 / time.as_secs_f64() / 1e9;
         println!(
-            "{size:>9} bytes: memcpy {:5.1} GB/s, read_into {:5.1} ({:.2}x); to_vec {:5.1}, read {:5.1} ({:.2}x)",
+            "{size:>9} bytes: memcpy {:5.1} GB/s, read_into {:5.1} ({:.2}x); to_vec {:5.1}, read \
+             {:5.1} ({:.2}x)",
             rate(memcpy),
             rate(read_into),
             memcpy.as_secs_f64() / read_into.as_secs_f64(),

@@ -85,7 +85,8 @@ fn measure(directory: &Path, time: Duration, size: u64, written: u64, per_flush:
     let write = [&mut without.writes, &mut with.writes].map(|times| Measured::median(times));
     let flush = [&mut without.flushes, &mut with.flushes].map(|times| Measured::median(times));
     println!(
-        "{:6} KiB, {written:8} bytes {per_flush:2} times a flush: write {:7.0} and {:7.0} ({:.2}), flush {:8.0} and {:8.0} ({:.2})",
+        "{:6} KiB, {written:8} bytes {per_flush:2} times a flush: write {:7.0} and {:7.0} \
+         ({:.2}), flush {:8.0} and {:8.0} ({:.2})",
         size >> 10,
         write[0],
         write[1],

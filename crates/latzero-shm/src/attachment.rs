@@ -32,10 +32,10 @@ pub struct Expected {
 #[derive(Debug, Error)]
 pub enum AttachError {
     /// The system refused.
-    #[error("the descriptor can't be used: {0}")]
+    #[error("the descriptor is unusable: {0}")]
     Io(#[from] io::Error),
     /// It is something else than a file.
-    #[error("the descriptor is no regular file")]
+    #[error("the descriptor is not a regular file")]
     NotAFile,
     /// It has another length.
     #[error("the file has {length} bytes, not {expected}")]
@@ -45,7 +45,7 @@ pub enum AttachError {
         /// The length that it should have.
         expected: u64,
     },
-    /// It may be shortened under whoever maps it.
+    /// It could be shortened while it is mapped.
     #[error("the memory is not sealed against shrinking")]
     NotSealed,
     /// It allows more or less than was granted.
@@ -80,7 +80,8 @@ pub(crate) use on;
 pub struct Attachment {
     pub(crate) bytes: Bytes,
     pub(crate) expected: Expected,
-    /// Whether a write of this attachment is under way: the block's lock keeps others out, and this its own threads.
+    /// Whether a write of this attachment is in progress: the lock of the block excludes other
+    /// clients, and this excludes its own threads.
     pub(crate) is_writing: AtomicBool,
 }
 
@@ -88,7 +89,7 @@ impl Attachment {
     /// Takes a descriptor that the server passed, after checking that it is what the server said.
     ///
     /// # Errors
-    /// Where it is not, or can't be mapped.
+    /// If it is not, or can't be mapped.
     pub fn new(file: OwnedFd, expected: &Expected) -> Result<Attachment, AttachError> {
         let stat = fstat(&file).map_err(io::Error::from)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -178,7 +179,8 @@ impl Attachment {
     /// # Errors
     /// As [`ReadError`] says.
     pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<u64, ReadError> {
-        on!(&self.bytes, memory => slots::read(memory, &self.expected.geometry, offset, to, Patience::Wait))
+        let geometry = &self.expected.geometry;
+        on!(&self.bytes, memory => slots::read(memory, geometry, offset, to, Patience::Wait))
     }
 
     /// Copies all of one version out; returns it with the version.

@@ -1,4 +1,5 @@
-//! Shared memory with nothing around it, for benchmarks to compare with: what the kernel and the processor take anyway.
+//! Shared memory with nothing around it, for benchmarks to compare with: what the kernel and the
+//! processor take anyway.
 
 use std::fs::File;
 use std::io;
@@ -13,7 +14,7 @@ use crate::memory::Fault;
 #[derive(Debug)]
 pub struct Bare(Mapped);
 
-/// Where the futex stands; the bytes begin a page later.
+/// Position of the futex; the bytes begin a page later.
 const WORD: u64 = 0;
 const BYTES: usize = 4096;
 
@@ -21,7 +22,7 @@ impl Bare {
     /// Maps the first `length` bytes of a file of one's own, and a page more before them.
     ///
     /// # Errors
-    /// Where it can't be opened or mapped.
+    /// If it can't be opened or mapped.
     pub fn open(path: &Path, length: usize) -> io::Result<Bare> {
         let file = File::options().read(true).write(true).open(path)?;
         Mapped::new(&file, (length + BYTES) as u64, Access::Write).map(Bare)
@@ -37,9 +38,10 @@ impl Bare {
     /// Copies bytes in, as memcpy does, and wakes who waits.
     ///
     /// # Errors
-    /// Where the futex can't be reached.
+    /// If the futex can't be reached.
     pub fn publish(&self, bytes: &[u8]) -> Result<(), Fault> {
-        // SAFETY: benchmarks only copy as many bytes as they mapped, and read none of them meanwhile.
+        // SAFETY: benchmarks only copy as many bytes as they mapped, and read none of them
+        // meanwhile.
         unsafe {
             let to = self.0.base().as_ptr().add(BYTES);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
@@ -50,7 +52,7 @@ impl Bare {
     /// Adds one to the word and wakes who waits.
     ///
     /// # Errors
-    /// Where the futex can't be reached.
+    /// If the futex can't be reached.
     pub fn bump(&self) -> Result<(), Fault> {
         use crate::memory::Memory as _;
         self.0.notify(WORD)
@@ -67,7 +69,7 @@ impl Bare {
     /// Sleeps while the word is `seen`.
     ///
     /// # Errors
-    /// Where it stays so for twenty seconds: whoever should have changed it is gone.
+    /// If it stays so for twenty seconds: whoever should have changed it is gone.
     pub fn wait(&self, seen: u32) -> Result<(), Fault> {
         for _ in 0..20 {
             if self.word()? != seen {

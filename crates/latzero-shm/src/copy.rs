@@ -1,19 +1,21 @@
-//! Copies between memory that other processes may change and memory of one's own: relaxed atomic words, so that a race is a
-//! mixture of old and new bytes and never undefined behaviour. (Boehm, MSPC 2012; Rust has no atomic memcpy yet, RFC 3301.)
+//! Copies between memory that other processes may change and memory of one's own: relaxed atomic
+//! words, so that a race is a mixture of old and new bytes and never undefined behaviour. (Boehm,
+//! MSPC 2012; Rust has no atomic memcpy yet, RFC 3301.)
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// From this many bytes on the processor's wide registers are worth asking for.
 const WIDE_BYTES_MIN: usize = 256;
 
-/// Words copied per step of the loops below: enough for the compiler to keep the processor's load and store units busy.
+/// Words copied per step of the loops below: enough for the compiler to keep the processor's load
+/// and store units busy.
 const STEP: usize = 8;
 
 /// Copies shared bytes into private ones, with relaxed atomic loads.
 ///
 /// # Safety
-/// `from` must be valid for `length` bytes that are only ever accessed atomically or by other processes, and `to` for
-/// `length` bytes that nobody else accesses.
+/// `from` must be valid for `length` bytes that are only ever accessed atomically or by other
+/// processes, and `to` for `length` bytes that nobody else accesses.
 pub(crate) unsafe fn copy_out(from: *mut u8, to: *mut u8, length: usize) {
     // SAFETY: the caller's promise.
     let mut at = unsafe { wide_copy(from, to, length) };
@@ -83,23 +85,26 @@ pub(crate) unsafe fn copy_in(from: *const u8, to: *mut u8, length: usize) {
     }
 }
 
-/// Copies as many whole pieces of 128 bytes as there are through wide registers, where the processor has them; returns how
-/// many bytes that were.
+/// Copies as many whole pieces of 128 bytes as there are through wide registers, where the
+/// processor has them; returns how many bytes that were.
 ///
-/// The compiler can't look into the block of assembly, so it can make nothing of a race: what happens there are plain loads
-/// and stores of the processor, of which each byte is one that somebody stored.
+/// The compiler can't look into the block of assembly, so it can make nothing of a race: what
+/// happens there are plain loads and stores of the processor, of which each byte is one that
+/// somebody stored.
 ///
 /// # Safety
-/// Both must be valid for `length` bytes, which do not overlap; whichever is shared is only accessed atomically elsewhere.
+/// Both must be valid for `length` bytes, which do not overlap; whichever is shared is only
+/// accessed atomically elsewhere.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 unsafe fn wide_copy(from: *const u8, to: *mut u8, length: usize) -> usize {
     if length < WIDE_BYTES_MIN || !std::arch::is_x86_feature_detected!("avx") {
         return 0;
     }
     let whole = length & !127;
-    // SAFETY: the loop touches `whole` bytes of both, which the caller says are valid, and at least one piece of them; the
-    // instructions are there, as was just asked, and need no alignment; the registers are named, the stack is not used; the
-    // upper halves are cleared again, as code without AVX expects.
+    // SAFETY: the loop touches `whole` bytes of both, which the caller says are valid, and at least
+    // one piece of them; the instructions are there, as was just asked, and need no alignment; the
+    // registers are named, the stack is not used; the upper halves are cleared again, as code
+    // without AVX expects.
     unsafe {
         std::arch::asm!(
             "2:",
@@ -136,7 +141,8 @@ unsafe fn wide_copy(_from: *const u8, _to: *mut u8, _length: usize) -> usize {
 }
 
 /// # Safety
-/// `at` must be valid and aligned for eight bytes that are only accessed atomically, for as long as the result is used.
+/// `at` must be valid and aligned for eight bytes that are only accessed atomically, for as long as
+/// the result is used.
 unsafe fn word<'a>(at: *mut u8) -> &'a AtomicU64 {
     // SAFETY: the caller's promise.
     unsafe { AtomicU64::from_ptr(at.cast()) }
@@ -153,7 +159,8 @@ unsafe fn byte<'a>(at: *mut u8) -> &'a AtomicU8 {
 mod tests {
     use super::{copy_in, copy_out};
 
-    /// All alignments of both sides, lengths around every step of the loops, and nothing touched outside.
+    /// All alignments of both sides, lengths around every step of the loops, and nothing touched
+    /// outside.
     #[test]
     fn every_byte_arrives_and_no_other() {
         let source: Vec<u8> = (0..6000).map(|i| (i * 7 % 251) as u8).collect();

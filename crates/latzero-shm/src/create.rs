@@ -1,5 +1,5 @@
-//! How a block comes to be: its memory is allocated as a whole, so that a full machine or disk is an error here and not a
-//! signal at somebody's first touch.
+//! How a block comes to be: its memory is allocated as a whole, so that a full machine or disk is
+//! an error here and not a signal at somebody's first touch.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,7 +25,7 @@ const NAME_BYTES_MAX: usize = 200;
 #[derive(Debug, Error)]
 pub enum CreateError {
     /// There is no room for it.
-    #[error("{needed} bytes are needed and {free} are free")]
+    #[error("{needed} bytes are needed, but only {free} are free")]
     NoSpace {
         /// Bytes of the block, its header and slots included.
         needed: u64,
@@ -34,7 +34,8 @@ pub enum CreateError {
     },
     /// Files may not become that large.
     #[error(
-        "{needed} bytes are needed, and the limit on file sizes is lower; raise it (ulimit -f, or LimitFSIZE= of a service)"
+        "{needed} bytes are needed, but the file size limit is lower; raise it (ulimit -f, or \
+         LimitFSIZE= of a service)"
     )]
     FileLimit {
         /// Bytes of the block, its header and slots included.
@@ -54,13 +55,13 @@ pub enum CreateError {
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The system refused.
-    #[error("it can't be opened: {0}")]
+    #[error("cannot open it: {0}")]
     Io(#[from] io::Error),
-    /// Its header makes no sense.
+    /// Its header is invalid.
     #[error(transparent)]
     Header(#[from] HeaderError),
     /// It has another length than its header says.
-    #[error("it has {length} bytes, and its header says {expected}")]
+    #[error("it has {length} bytes, but its header says {expected}")]
     Length {
         /// The length that it has.
         length: u64,
@@ -70,8 +71,8 @@ pub enum OpenError {
 }
 
 impl Custodian {
-    /// Makes a block of memory: all of it allocated, sealed against growing and shrinking, without a name that could be
-    /// left behind. `name` is for people who look into `/proc`.
+    /// Makes a block of memory: all of it allocated, sealed against growing and shrinking, without
+    /// a name that could be left behind. `name` is for people who look into `/proc`.
     ///
     /// # Errors
     /// [`CreateError::NoSpace`] where there is no room; nothing is left then.
@@ -87,7 +88,7 @@ impl Custodian {
             Err(Errno::INVAL) => memfd_create(&name[..end], flags),
             other => other,
         };
-        let file = file.map_err(system("making a memfd"))?;
+        let file = file.map_err(system("creating a memfd"))?;
         prepare(&file, description, free_memory)?;
         let header = Mapped::new(file.as_fd(), HEADER_BYTES, Access::Write).map_err(|source| {
             CreateError::System {
@@ -105,7 +106,8 @@ impl Custodian {
     /// Makes a block in a new file of `directory`.
     ///
     /// # Errors
-    /// [`CreateError::NoSpace`] where the disk has no room. The file may be there then, and is the caller's to remove.
+    /// [`CreateError::NoSpace`] where the disk has no room. The file may be there then, and is the
+    /// caller's to remove.
     pub fn create_persistent(
         directory: BorrowedFd<'_>,
         file: &str,
@@ -113,8 +115,8 @@ impl Custodian {
     ) -> Result<Custodian, CreateError> {
         let flags =
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file =
-            openat(directory, file, flags, Mode::from(0o600)).map_err(system("making the file"))?;
+        let file = openat(directory, file, flags, Mode::from(0o600))
+            .map_err(system("creating the file"))?;
         prepare(&file, description, free_disk)?;
         Ok(Custodian::of(file, None, description.clone()))
     }
@@ -122,7 +124,7 @@ impl Custodian {
     /// Opens a block's file.
     ///
     /// # Errors
-    /// Where it is none, or not whole.
+    /// If it is none, or not whole.
     pub fn open_persistent(directory: BorrowedFd<'_>, file: &str) -> Result<Custodian, OpenError> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = openat(directory, file, flags, Mode::empty()).map_err(io::Error::from)?;
@@ -165,7 +167,8 @@ fn prepare(
     free: impl Fn(&OwnedFd) -> u64,
 ) -> Result<(), CreateError> {
     let needed = description.geometry.total();
-    // Asked before, too: the kernel would take all memory there is for a memfd, and then end processes to get more.
+    // Asked before, too: the kernel would take all memory there is for a memfd, and then end
+    // processes to get more.
     let left = free(file);
     if needed > left {
         return Err(CreateError::NoSpace { needed, free: left });
@@ -203,7 +206,7 @@ fn system(action: &'static str) -> impl Fn(Errno) -> CreateError {
     }
 }
 
-/// Bytes of memory that can be had without pushing others out.
+/// Bytes of memory that are available without swapping.
 fn free_memory(_file: &OwnedFd) -> u64 {
     let available = std::fs::read_to_string("/proc/meminfo").ok();
     let available = available.as_deref().and_then(available_bytes);
@@ -231,8 +234,8 @@ fn free_disk(file: &OwnedFd) -> u64 {
     rustix::fs::fstatvfs(file).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// The same file, opened anew: another open file, with flags and an access mode of its own. What is opened for reading alone
-/// the kernel lets nobody map writable.
+/// The same file, opened again: a separate open file description with its own flags and access
+/// mode. The kernel refuses writable mappings of one that is opened read-only.
 pub(crate) fn reopened(file: &OwnedFd, access: OFlags) -> Option<OwnedFd> {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());

@@ -1,7 +1,9 @@
-//! A block as the server has it: it makes and keeps the memory or file, and reads and writes it for those who can't map it.
+//! A block as the server has it: it makes and keeps the memory or file, and reads and writes it for
+//! those who can't map it.
 //!
-//! The server is not to die of what somebody does to a file. So files are only touched by pread and pwrite; what is mapped is
-//! memory that is sealed against shrinking: its header for good, and its payload for the time of one large copy.
+//! The server is not to die of what somebody does to a file. So files are only touched by pread and
+//! pwrite; what is mapped is memory that is sealed against shrinking: its header for good, and its
+//! payload for the time of one large copy.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,7 +19,7 @@ use crate::kept::Kept;
 use crate::memory::{Fault, Memory};
 use crate::slots::{self, Head, Patience, ReadError, Stamp, WriteError, spares};
 
-/// How often a version is copied anew because somebody wrote over it without the lock.
+/// How often a copy of a version is retried because it was overwritten without the lock.
 const TRIES: u32 = 16;
 
 /// How often the newest version of a block without spare slots is summed up for a flush, where it
@@ -64,7 +66,7 @@ impl Held<'_> {
     /// Copies bytes of it out.
     ///
     /// # Errors
-    /// Where they lie outside the block, or can't be read.
+    /// If they lie outside the block, or can't be read.
     pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
         let geometry = &self.custodian.description.geometry;
         if !geometry.contains(offset, to.len()) {
@@ -86,7 +88,7 @@ pub struct Custodian {
     /// Descriptors that are on their way to clients: for reading, and for writing.
     pub(crate) lent: Mutex<[Weak<OwnedFd>; 2]>,
     pub(crate) memory: Kept,
-    /// One writer at a time on this side; on the other side the block's lock sees to it.
+    /// One writer at a time on this side; for clients, the block's lock ensures it.
     pub(crate) writing: Mutex<()>,
     /// One flush at a time.
     pub(crate) flushing: Mutex<Flushes>,
@@ -131,7 +133,7 @@ impl Custodian {
     /// Device and inode of the file, by which it is known again.
     ///
     /// # Errors
-    /// Where the system does not say.
+    /// If the system does not say.
     pub fn identity(&self) -> io::Result<(u64, u64)> {
         let stat = fstat(self.file())?;
         Ok((stat.st_dev, stat.st_ino))
@@ -143,10 +145,10 @@ impl Custodian {
         &self.description
     }
 
-    /// The newest version; 0 was never written.
+    /// The newest version; 0 if it was never written.
     ///
     /// # Errors
-    /// Where the head makes no sense or can't be read.
+    /// If the head is invalid or can't be read.
     pub fn version(&self) -> Result<u64, Fault> {
         Ok(slots::head(&self.memory, &self.description.geometry)?.version)
     }
@@ -192,7 +194,7 @@ impl Custodian {
         self.publish(offset, bytes)
     }
 
-    /// Writes bytes as a new version where `expected` stands, as many bytes.
+    /// Writes bytes as a new version if the current bytes are `expected`.
     ///
     /// # Errors
     /// As [`WriteError`] says.
@@ -232,11 +234,11 @@ impl Custodian {
         })
     }
 
-    /// Shows writers the fence of the exclusive lock; and who takes the block in after the server's end, whether somebody held
-    /// it and may be in the middle of a version.
+    /// Shows writers the fence of the exclusive lock; and who takes the block in after the server's
+    /// end, whether somebody held it and may be in the middle of a version.
     ///
     /// # Errors
-    /// Where it can't be written.
+    /// If it can't be written.
     pub fn set_lease(&self, fence: u64, is_held: bool) -> Result<(), Fault> {
         // Held for a moment too long rather than too short, wherever the server ends.
         if is_held {
@@ -252,7 +254,7 @@ impl Custodian {
     /// Whether the exclusive lock is held, as far as the block itself says.
     ///
     /// # Errors
-    /// Where it can't be read.
+    /// If it can't be read.
     pub fn is_lease_held(&self) -> Result<bool, Fault> {
         Ok(self.memory.load(at::HELD, Ordering::Acquire)? != 0)
     }
@@ -260,7 +262,7 @@ impl Custodian {
     /// The fence that writers are shown.
     ///
     /// # Errors
-    /// Where it can't be read.
+    /// If it can't be read.
     pub fn lease(&self) -> Result<u64, Fault> {
         self.memory.load(at::FENCE, Ordering::Acquire)
     }
@@ -268,19 +270,21 @@ impl Custodian {
     /// Shows everybody what became of the block, and wakes who waits for it.
     ///
     /// # Errors
-    /// Where it can't be written.
+    /// If it can't be written.
     pub fn set_state(&self, state: State) -> Result<(), Fault> {
         self.memory.store_half(at::STATE, state as u32)?;
         self.memory.notify(at::NOTIFY)
     }
 
-    /// Copies the newest version into a fresh block, under the same number; bytes that the other does not have room for are
-    /// left out, and what it has more is zeros. Returns the version.
+    /// Copies the newest version into a fresh block, under the same number; bytes that the other
+    /// does not have room for are left out, and what it has more is zeros. Returns the version.
     ///
-    /// Show writers that they lost the lock, or that the block is superseded, before this: one who writes on is not waited for.
+    /// Show writers that they lost the lock, or that the block is superseded, before this: one who
+    /// writes on is not waited for.
     ///
     /// # Errors
-    /// Where either can't be read or written, or the newest version is written over again and again.
+    /// If either can't be read or written, or the newest version is written over again and
+    /// again.
     pub fn copy_to(&self, other: &Custodian) -> Result<u64, Fault> {
         let _alone = self.alone();
         let (from, to) = (&self.description.geometry, &other.description.geometry);
@@ -324,10 +328,11 @@ impl Custodian {
         ))
     }
 
-    /// Fills a fresh block with what `bytes` yields, as the version that it was: for a block that comes out of a backup.
+    /// Fills a fresh block with what `bytes` yields, as the version that it was: for a block that
+    /// comes out of a backup.
     ///
     /// # Errors
-    /// Where `bytes` fails or yields fewer bytes than the block has, or the block can't be written.
+    /// If `bytes` fails or yields fewer bytes than the block has, or the block can't be written.
     pub fn fill(&self, bytes: &mut dyn std::io::Read, version: u64) -> std::io::Result<()> {
         let _alone = self.alone();
         let geometry = &self.description.geometry;
@@ -358,7 +363,7 @@ impl Custodian {
         self.sync().map(|_| ()).map_err(failed)
     }
 
-    /// Looks at the header: that nobody wrote over what never changes, and that the head names a slot.
+    /// Checks the header: constant fields are unchanged, and the head names a slot.
     ///
     /// # Errors
     /// What is wrong.
@@ -378,7 +383,7 @@ impl Custodian {
         Ok(())
     }
 
-    /// A header that somebody wrote over makes the whole block suspect.
+    /// An overwritten header makes the whole block suspect.
     fn check_fixed(&self) -> Result<(), Fault> {
         if self.memory.fixed()? == self.description.encode() {
             Ok(())
@@ -391,7 +396,7 @@ impl Custodian {
     /// one is; returns the version. Writers do not wait for it.
     ///
     /// # Errors
-    /// Where the system refuses, or the newest version is written over again and again.
+    /// If the system refuses, or the newest version is written over again and again.
     pub fn sync(&self) -> Result<u64, Fault> {
         self.sync_in_turn(&mut self.flushes())
     }
@@ -488,7 +493,7 @@ impl Custodian {
         ))
     }
 
-    /// Writes a reserved version to the disk; false where somebody wrote over it all the same.
+    /// Writes a reserved version to disk; false if it was overwritten anyway.
     fn sum_and_sync(&self, head: Head, is_written_anew: bool) -> Result<bool, Fault> {
         let (memory, geometry) = (&self.memory, &self.description.geometry);
         let words = at::slot(head.slot);
@@ -539,7 +544,7 @@ impl Custodian {
     /// under another one may be part of what was written.
     ///
     /// # Errors
-    /// Where it can't be written.
+    /// If it can't be written.
     pub fn set_boot(&self, boot: u64) -> Result<(), Fault> {
         self.memory.store(at::BOOT, boot, Ordering::Release)
     }
@@ -547,12 +552,13 @@ impl Custodian {
     /// The run of the machine that [`Custodian::set_boot`] noted; 0 is none.
     ///
     /// # Errors
-    /// Where it can't be read.
+    /// If it can't be read.
     pub fn boot(&self) -> Result<u64, Fault> {
         self.memory.load(at::BOOT, Ordering::Acquire)
     }
 
-    /// Stores the checksum of the newest version. Returns that version, and whether it still was the newest one then.
+    /// Stores the checksum of the newest version. Returns that version, and whether it still was
+    /// the newest one then.
     fn sum_up(&self) -> Result<(u64, bool), Fault> {
         let geometry = &self.description.geometry;
         let head = slots::head(&self.memory, geometry)?;
@@ -562,7 +568,7 @@ impl Custodian {
         let Some(sequence) = slots::settled(&self.memory, &head)? else {
             return Ok((head.version, false));
         };
-        // A pass over all of the content: nobody waits for it.
+        // A pass over all of the content that nothing waits for.
         let sum = slots::content_checksum(&self.memory, geometry, head.slot, head.version)?;
         // Who writes just now makes a newer version.
         let Some(_alone) = self.try_alone() else {
@@ -587,13 +593,14 @@ impl Custodian {
     /// The state that its header shows.
     ///
     /// # Errors
-    /// Where it can't be read.
+    /// If it can't be read.
     pub fn state(&self) -> Result<State, Fault> {
         Ok(State::of(self.memory.load_half(at::STATE)?))
     }
 
     fn alone(&self) -> MutexGuard<'_, ()> {
-        // Nothing is kept under this lock that a panic could have left half done: slots are begun again.
+        // Nothing is kept under this lock that a panic could have left half done: slots are begun
+        // again.
         self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -648,7 +655,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let block = Arc::new(persistent(&directory, 100_000));
         block.write(0, b"first", None).unwrap();
-        // A write that is under way for as long as the flush takes.
+        // A write that is in progress during the flush.
         let writing = block.alone();
         let (tell, told) = std::sync::mpsc::channel();
         let flushed = Arc::clone(&block);

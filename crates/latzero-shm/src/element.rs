@@ -1,4 +1,4 @@
-//! Numbers that a block may hold, by their names in numpy's notation.
+//! Types of numbers in a block, by their names in numpy's notation.
 
 /// A number of fixed size, stored little-endian.
 pub trait Element: Copy + Default + PartialEq + std::fmt::Debug + Send + Sync + 'static {

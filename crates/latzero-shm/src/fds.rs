@@ -28,7 +28,7 @@ pub fn send_with_fds(
         && (descriptors.is_empty() || control.push(SendAncillaryMessage::ScmRights(descriptors)));
     if !fits {
         return Err(io::Error::other(format!(
-            "more than {DESCRIPTORS_MAX} descriptors can't travel with one message"
+            "a message cannot carry more than {DESCRIPTORS_MAX} descriptors"
         )));
     }
     let sent = sendmsg(
@@ -40,7 +40,8 @@ pub fn send_with_fds(
     Ok(sent)
 }
 
-/// Receives bytes, and appends the descriptors that came with them to `descriptors`; each is closed on exec.
+/// Receives bytes, and appends the descriptors that came with them to `descriptors`; each is closed
+/// on exec.
 ///
 /// # Errors
 /// As recvmsg(2); and where more than `max` descriptors came, which are all closed then.
@@ -90,7 +91,7 @@ fn receive(
     if got.flags.contains(ReturnFlags::CTRUNC) || came.len() > max {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "more file descriptors came than can be taken; all of them were closed",
+            "too many file descriptors were received; all of them were closed",
         ));
     }
     descriptors.append(&mut came);

@@ -1,5 +1,6 @@
-//! A file that anybody may shorten at any time, and so is never mapped: words and bytes by pread(2) and pwrite(2), which
-//! answer with fewer bytes where a mapping would raise SIGBUS.
+//! A file that another process may shorten at any time, and that is therefore never mapped: words
+//! and bytes are accessed with pread(2) and pwrite(2), which return fewer bytes where a mapping
+//! would raise SIGBUS.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -15,8 +16,8 @@ use crate::memory::{Fault, Memory};
 #[derive(Debug)]
 pub(crate) struct FileMemory {
     file: Arc<OwnedFd>,
-    /// The header's page, for the address of the futex alone: nothing here reads or writes through it, and the kernel
-    /// answers EFAULT for one that is gone.
+    /// The header's page, for the address of the futex alone: nothing here reads or writes through
+    /// it, and the kernel answers EFAULT for one that is gone.
     page: Option<Mapped>,
 }
 

@@ -1,4 +1,4 @@
-//! The header of a block: where each word stands, and what of it never changes.
+//! The header of a block: the position of each word, and which never change.
 
 use thiserror::Error;
 
@@ -9,8 +9,8 @@ pub const HEADER_BYTES: u64 = 4096;
 
 const MAGIC: &[u8; 8] = b"LZBLOCK1";
 
-/// The layout of a block without spare slots, and of one that has them. Who knows the first one
-/// alone must not write the second: it would write over the version on the disk.
+/// The layout of a block without spare slots, and with them. A client that supports only the first
+/// one must not write the second, because it would overwrite the version on disk.
 const LAYOUT: u32 = 1;
 const LAYOUT_WITH_SPARES: u32 = 2;
 
@@ -20,7 +20,7 @@ const FLAG_RAW: u32 = 1 << 2;
 /// Bytes of what never changes.
 pub(crate) const FIXED_BYTES: usize = 128;
 
-/// Where the words that change stand.
+/// Positions of the words that change.
 pub(crate) mod at {
     /// version << 8 | slot.
     pub(crate) const HEAD: u64 = 128;
@@ -32,8 +32,8 @@ pub(crate) mod at {
     pub(crate) const FENCE: u64 = 384;
     /// 1 while the exclusive lock is held.
     pub(crate) const HELD: u64 = 392;
-    /// version << 8 | slot of what is on the disk for certain, and of what a flush is at; 0 is
-    /// none. Writers leave both slots alone. Only blocks with spare slots have these, and the words
+    /// version << 8 | slot of the flushed version, and of the version that a flush is writing; 0 is
+    /// none. Writers do not use either slot. Only blocks with spare slots have these, and the words
     /// of [`MISSED`].
     pub(crate) const FLUSHED: u64 = 400;
     pub(crate) const FLUSHING: u64 = 408;
@@ -74,7 +74,7 @@ pub enum State {
     Superseded = 1,
     /// It was removed.
     Closed = 2,
-    /// Its header makes no sense any more.
+    /// Its header is no longer valid.
     Corrupt = 3,
 }
 
@@ -93,22 +93,22 @@ impl State {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum HeaderError {
     /// It does not begin as a header does.
-    #[error("it is no block: the file does not begin with LZBLOCK1")]
+    #[error("it is not a block: the file does not begin with LZBLOCK1")]
     Magic,
     /// It is laid out in a way that is not known here.
-    #[error("its layout has version {0}, and 1 and 2 are known here; update this program")]
+    #[error("its layout has version {0}, but this program supports 1 and 2; update this program")]
     Version(u32),
     /// Its checksum is another.
-    #[error("the header's checksum is wrong: somebody wrote over it")]
+    #[error("the header's checksum is wrong: the header was overwritten")]
     Checksum,
-    /// A field makes no sense.
-    #[error("the header's {0} makes no sense")]
+    /// A field is invalid.
+    #[error("the header's {0} is invalid")]
     Field(&'static str),
     /// It is whole, but another block's or generation's.
-    #[error("the header's {0} is not the one that was expected")]
+    #[error("the header's {0} is not the expected one")]
     Unexpected(&'static str),
     /// It can't be read.
-    #[error("the header can't be read: {0}")]
+    #[error("cannot read the header: {0}")]
     Unreadable(String),
 }
 
@@ -170,7 +170,7 @@ impl Description {
     /// Reads a header's first bytes. Any bytes may be given.
     ///
     /// # Errors
-    /// Where they are no header that makes sense.
+    /// If they are no header that makes sense.
     pub fn decode(bytes: &[u8]) -> Result<Description, HeaderError> {
         let bytes: &[u8; FIXED_BYTES] = bytes
             .get(..FIXED_BYTES)

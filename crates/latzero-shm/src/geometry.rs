@@ -1,4 +1,4 @@
-//! How the bytes of a block lie: the header's page, then one slot or several, each of whole pages.
+//! The layout of a block's file: the header page, then one or more slots of whole pages.
 
 use thiserror::Error;
 
@@ -22,7 +22,10 @@ const SIZE_MAX: u64 = 1 << 40;
 
 /// Sizes that no block can have.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("a block has at most {SIZE_MAX} bytes and 1 to {SLOTS_MAX} slots, not {size} and {slots}")]
+#[error(
+    "a block has at most {SIZE_MAX} bytes and 1 to {SLOTS_MAX} slots, not {size} bytes and \
+    {slots} slots"
+)]
 pub struct GeometryError {
     size: u64,
     slots: u32,
@@ -48,7 +51,7 @@ impl Geometry {
     /// The geometry of a block of `size` bytes with `slots` slots.
     ///
     /// # Errors
-    /// Where no block can be so.
+    /// If no block can be so.
     pub fn new(size: u64, slots: u32) -> Result<Geometry, GeometryError> {
         if size > SIZE_MAX || slots == 0 || slots > SLOTS_MAX {
             return Err(GeometryError { size, slots });
@@ -66,7 +69,7 @@ impl Geometry {
     /// block.
     ///
     /// # Errors
-    /// Where no block can be so.
+    /// If no block can be so.
     pub fn with_spares(size: u64, slots: u32) -> Result<Geometry, GeometryError> {
         let geometry = Geometry::new(size, slots)?;
         Ok(Geometry {

@@ -1,5 +1,5 @@
-//! What the server side works on: the words of a sealed memfd's header through a mapping, large copies through one of their
-//! own, everything else through the file.
+//! The server's access to a block: the words of a sealed memfd's header through a mapping, large
+//! copies through a temporary mapping, everything else through the file.
 
 use std::sync::atomic::Ordering;
 
@@ -15,8 +15,8 @@ pub(crate) struct Kept {
     pub(crate) header: Option<Mapped>,
 }
 
-/// From this many bytes on a copy through a mapping is worth making one: a system call copies memory page by page, at about a
-/// third of the speed.
+/// From this many bytes on a copy through a mapping is worth making one: a system call copies
+/// memory page by page, at about a third of the speed.
 const WINDOW_BYTES_MIN: u64 = 256 * 1024;
 
 /// Bytes copied from one slot to another at a time, by way of the processor's cache.
@@ -29,8 +29,9 @@ const COMPARED_BYTES: usize = 4096;
 const PAGE_BYTES: u64 = 64 * 1024;
 
 impl Kept {
-    /// Maps a range for the time of one copy, where that is safe: of a memfd that is sealed against shrinking, so that no page
-    /// of it can be gone, and whose memory was all set aside when it was made. Says where in the mapping the range begins.
+    /// Maps a range for the time of one copy, where that is safe: of a memfd that is sealed against
+    /// shrinking, so that no page of it can be gone, and whose memory was all set aside when it was
+    /// made. Says where in the mapping the range begins.
     fn window(&self, at: u64, length: u64, access: Access) -> Option<(Mapped, u64)> {
         self.header.as_ref()?;
         if length < WINDOW_BYTES_MIN {
@@ -87,7 +88,7 @@ impl Kept {
         Ok(sum)
     }
 
-    /// Writes what stands in a range once more.
+    /// Writes the content of a range again.
     pub(crate) fn write_over(&self, at: u64, length: u64) -> Result<(), Fault> {
         let mut piece = vec![0; usize::try_from(length.min(PIECE_BYTES)).expect("bounded")];
         let mut done = 0;

@@ -1,11 +1,13 @@
-//! Memory blocks: how their bytes lie, and what each process that has one must do with them.
+//! Memory blocks: their format, and the algorithms of the processes that use them.
 //!
-//! A block is a file without a name (memfd) or one of the data directory, with a header and one slot or several. The server
-//! side holds it as a [`Custodian`], a client as an [`Attachment`]; both publish and read by the one algorithm of [`slots`],
-//! which is generic over what it works on ([`Memory`]): mapped words, a file, or a model that checks every order of steps.
+//! A block is a file without a name (memfd) or a file in the data directory, with a header and one
+//! or more slots. The server uses it as a [`Custodian`], and a client as an [`Attachment`]. Both
+//! publish and read versions with the same algorithm, [`slots`], which is generic over the memory
+//! ([`Memory`]): mapped words, a file, or a model that checks every order of steps.
 //!
-//! This crate knows nothing of pools, permissions or messages. It is the one place with `unsafe`, and there is never a
-//! reference to bytes that another process may change: words are loaded and stored as atomics, through pointers.
+//! This crate knows nothing of pools, permissions or messages. It is the only one with `unsafe`.
+//! There is never a reference to bytes that another process may change: words are loaded and stored
+//! as atomics, through pointers.
 
 #![allow(
     unsafe_code,

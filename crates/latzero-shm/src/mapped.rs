@@ -1,4 +1,5 @@
-//! A file mapped into this process: words as atomics, through pointers, and never a reference to its bytes.
+//! A file mapped into this process: words as atomics, through pointers, and never a reference to
+//! its bytes.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,8 +14,8 @@ use crate::copy::{copy_in, copy_out};
 use crate::format::Access;
 use crate::memory::{Fault, Memory};
 
-/// A mapping of the first `length` bytes of a file. Its file must not become shorter while words of it are touched: it is
-/// sealed against that.
+/// A mapping of the first `length` bytes of a file. Its file must not become shorter while words of
+/// it are touched: it is sealed against that.
 #[derive(Debug)]
 pub(crate) struct Mapped {
     base: NonNull<u8>,
@@ -22,7 +23,8 @@ pub(crate) struct Mapped {
     access: Access,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread, and is only accessed through atomics.
+// SAFETY: the mapping belongs to the process, not to a thread, and is only accessed through
+// atomics.
 unsafe impl Send for Mapped {}
 // SAFETY: as above; all methods take `&self` and only touch the bytes with atomic loads and stores.
 unsafe impl Sync for Mapped {}
@@ -33,7 +35,8 @@ impl Mapped {
         Mapped::at(file, 0, length, access, MapFlags::SHARED)
     }
 
-    /// Maps a part of `file` for the time of one copy, all of its pages at once. `start` is a multiple of the page size.
+    /// Maps a part of `file` for the time of one copy, all of its pages at once. `start` is a
+    /// multiple of the page size.
     pub(crate) fn window(
         file: impl AsFd,
         start: u64,
@@ -75,8 +78,9 @@ impl Mapped {
         if at % 8 != 0 || at.checked_add(8).is_none_or(|end| end > self.length) {
             return Err(Fault::Short);
         }
-        // SAFETY: the eight bytes lie within the mapping, which lives as long as `self`; they are aligned, since the mapping
-        // begins at a page; and every access to them, here and in other processes, is atomic or by the kernel.
+        // SAFETY: the eight bytes lie within the mapping, which lives as long as `self`; they are
+        // aligned, since the mapping begins at a page; and every access to them, here and in other
+        // processes, is atomic or by the kernel.
         Ok(unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(at).cast()) })
     }
 
@@ -138,8 +142,9 @@ impl Mapped {
         let from = self.range(at, length)?;
         to.reserve_exact(length);
         let end = to.len();
-        // SAFETY: `range` checked that the source lies within the mapping; `to` has room for `length` bytes behind its end,
-        // nobody else accesses them, and they are all written before they count as part of it.
+        // SAFETY: `range` checked that the source lies within the mapping; `to` has room for
+        // `length` bytes behind its end, nobody else accesses them, and they are all written before
+        // they count as part of it.
         unsafe {
             copy_out(from, to.as_mut_ptr().add(end), length);
             to.set_len(end + length);
@@ -179,7 +184,8 @@ impl Memory for Mapped {
 
     fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Fault> {
         let from = self.range(at, to.len())?;
-        // SAFETY: `range` checked that the bytes lie within the mapping; `to` is memory of this process alone.
+        // SAFETY: `range` checked that the bytes lie within the mapping; `to` is memory of this
+        // process alone.
         unsafe { copy_out(from, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
@@ -193,7 +199,8 @@ impl Memory for Mapped {
     }
 
     fn copy(&self, from: u64, to: u64, length: u64) -> Result<(), Fault> {
-        // Through a buffer that stays in the processor's nearest cache, and no allocation for small changes.
+        // Through a buffer that stays in the processor's nearest cache, and no allocation for small
+        // changes.
         let mut piece = [0; 4096];
         let mut done = 0;
         while done < length {

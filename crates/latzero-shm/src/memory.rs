@@ -1,4 +1,5 @@
-//! What the algorithm works on: words that are loaded and stored one by one, and bytes that are copied.
+//! The memory that the algorithm works on: words that are loaded and stored one by one, and bytes
+//! that are copied.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -9,13 +10,13 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum Fault {
     /// The system refused.
-    #[error("its file can't be accessed: {0}")]
+    #[error("cannot access its file: {0}")]
     Io(#[from] io::Error),
     /// The file is shorter than the block.
     #[error("its file was shortened")]
     Short,
     /// A word says what can't be.
-    #[error("its {0} makes no sense")]
+    #[error("its {0} is invalid")]
     Corrupt(&'static str),
 }
 
@@ -26,34 +27,34 @@ pub trait Memory {
     /// Loads a word.
     ///
     /// # Errors
-    /// Where it can't be read.
+    /// If it can't be read.
     fn load(&self, at: u64, order: Ordering) -> Result<u64, Fault>;
 
     /// Stores a word.
     ///
     /// # Errors
-    /// Where it can't be written.
+    /// If it can't be written.
     fn store(&self, at: u64, word: u64, order: Ordering) -> Result<(), Fault>;
 
-    /// A fence between what stands before and behind it.
+    /// A full memory fence.
     fn fence(&self, order: Ordering);
 
     /// Copies bytes out, in no order.
     ///
     /// # Errors
-    /// Where they can't be read.
+    /// If they can't be read.
     fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Fault>;
 
     /// Copies bytes in, in no order.
     ///
     /// # Errors
-    /// Where they can't be written.
+    /// If they can't be written.
     fn write(&self, at: u64, from: &[u8]) -> Result<(), Fault>;
 
     /// Copies `length` bytes from one place to another that does not overlap it, in no order.
     ///
     /// # Errors
-    /// Where they can't be read or written.
+    /// If they can't be read or written.
     fn copy(&self, from: u64, to: u64, length: u64) -> Result<(), Fault> {
         // Through memory of one's own, in pieces that stay in the processor's cache.
         let mut piece = vec![0; usize::try_from(length.min(128 * 1024)).expect("it was bounded")];
@@ -69,13 +70,13 @@ pub trait Memory {
         Ok(())
     }
 
-    /// Adds one to the 32-bit word at `at` and wakes whoever waits on it.
+    /// Increments the 32-bit word at `at` and wakes its waiters.
     ///
     /// # Errors
-    /// Where it can't be written.
+    /// If it can't be written.
     fn notify(&self, at: u64) -> Result<(), Fault>;
 
-    /// Lets somebody else run, where a writer is in the way.
+    /// Yields while a writer is in progress.
     fn relax(&self, tries: u32) {
         if tries < 16 {
             std::hint::spin_loop();

@@ -1,4 +1,5 @@
-//! Blocks that are found again: a file after a power loss, and memory that a client still holds after the server died.
+//! Recovers blocks: a file after a power loss, and memory that a client still holds after the
+//! server died.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,16 +14,16 @@ use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
 use crate::slots::{self, Head, spares};
 
-/// Completes "its … makes no sense".
+/// Completes "its … is invalid".
 const NOTHING_HOLDS: &str =
     "content, of which no version's checksum holds after the end of the machine,";
 
 impl Custodian {
-    /// Takes a block of memory back from whoever still holds a descriptor of it, for reading or writing. The caller has yet to
-    /// check that it is the one it made ([`Custodian::identity`]).
+    /// Recovers a block of memory from a descriptor that a client still holds, for reading or
+    /// writing. The caller must check that it is the expected one ([`Custodian::identity`]).
     ///
     /// # Errors
-    /// Where it is no sealed memory, no block, or can't be opened for writing.
+    /// If it is no sealed memory, no block, or can't be opened for writing.
     pub fn take_back(offered: &OwnedFd) -> Result<Custodian, OpenError> {
         let stat = fstat(offered).map_err(io::Error::from)?;
         // Only memory can be sealed: what is no memfd is refused here, whatever it is.
@@ -33,7 +34,7 @@ impl Custodian {
             return Err(HeaderError::Unexpected("seals").into());
         }
         let file = reopened(offered, OFlags::RDWR)
-            .ok_or_else(|| io::Error::other("it can't be opened for writing"))?;
+            .ok_or_else(|| io::Error::other("cannot open it for writing"))?;
         let mut bytes = [0; FIXED_BYTES];
         let got = rustix::io::pread(&file, &mut bytes, 0).map_err(io::Error::from)?;
         let description = Description::decode(&bytes[..got])?;
@@ -55,7 +56,7 @@ impl Custodian {
     /// interrupted.
     ///
     /// # Errors
-    /// Where no version checks out, though one was flushed; or the file can't be read.
+    /// If no version checks out, though one was flushed; or the file can't be read.
     pub fn recover(&self) -> Result<u64, Fault> {
         let geometry = &self.description.geometry;
         if geometry.spares == 0 {
@@ -150,10 +151,10 @@ impl Custodian {
         Ok(newest.version)
     }
 
-    /// After the end of a server alone: what it was at goes on to nothing.
+    /// After a restart of only the server: cancels a flush that was in progress.
     ///
     /// # Errors
-    /// Where the file can't be written.
+    /// If the file can't be written.
     pub fn forget_flush(&self) -> Result<(), Fault> {
         if self.description.geometry.spares == 0 {
             return Ok(());

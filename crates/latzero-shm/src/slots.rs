@@ -1,10 +1,11 @@
-//! Publishing and reading versions: the one algorithm, on whatever [`Memory`].
+//! Publishes and reads versions: one algorithm for any [`Memory`].
 //!
-//! A writer fills the slot after the newest version's, and then points the head at it; a reader copies the slot that the head
-//! points at and looks whether it was touched meanwhile (a sequence lock, as in Boehm, "Can seqlocks get along with
-//! programming language memory models?", MSPC 2012). A version is there as soon as the head names it, and not before. With two slots or more a writer that dies leaves the newest version as
-//! it was, and the next one begins the slot again. One slot is written in place, and read without looking: its users
-//! take a lock.
+//! A writer fills the slot after that of the newest version, and then points the head at it. A
+//! reader copies the slot that the head points at, and checks whether it changed in the meantime (a
+//! sequence lock, as in Boehm, "Can seqlocks get along with programming language memory models?",
+//! MSPC 2012). A version exists once the head names it, and not before. With two or more slots, a
+//! writer that dies leaves the newest version unchanged, and the next writer starts the slot again.
+//! A single slot is written in place and read without a check; its users need a lock.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::{Duration, Instant};
@@ -26,10 +27,11 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const UNWAITED_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const UNWAITED_TRIES_MIN: u64 = 3;
 
-/// Versions stay below this: a writer at a million versions a second gets there in two thousand years.
+/// Versions stay below this: a writer at a million versions a second gets there in two thousand
+/// years.
 pub(crate) const VERSION_MAX: u64 = (1 << 56) - 1;
 
-/// Set in the word of a slot's checksum where it has one.
+/// Set in the word of a slot's checksum if it has one.
 pub(crate) const SUMMED: u64 = 1 << 32;
 
 /// What a slot says it holds while its content is that of no version.
@@ -39,13 +41,13 @@ const SPOILT: u64 = u64::MAX;
 #[derive(Debug, Error)]
 pub enum ReadError {
     /// The bytes lie outside the block.
-    #[error("these bytes lie outside the block")]
+    #[error("the range is outside the block")]
     OutOfRange,
     /// The block has another version than the one wanted.
     #[error("the block has version {0}")]
     Version(u64),
-    /// No whole version could be had because writers were too busy.
-    #[error("the block is written so often that no whole version could be had")]
+    /// No consistent version could be read because of frequent writes.
+    #[error("the block is written too often to read a consistent version")]
     Contended,
     /// The memory or file is not what it should be.
     #[error(transparent)]
@@ -56,7 +58,7 @@ pub enum ReadError {
 #[derive(Debug, Error)]
 pub enum WriteError {
     /// The bytes lie outside the block.
-    #[error("these bytes lie outside the block")]
+    #[error("the range is outside the block")]
     OutOfRange,
     /// The block has another version than the one expected.
     #[error("the block has version {current}")]
@@ -64,14 +66,15 @@ pub enum WriteError {
         /// The version that it has.
         current: u64,
     },
-    /// Another write is in the way: what stands there could not be read whole, or this attachment has one under way.
-    #[error("another write is in the way; try again when it is done")]
+    /// Another write is in progress: the content could not be read consistently, or this attachment
+    /// is writing.
+    #[error("another write is in progress; try again later")]
     Contended,
     /// The lock under which this was written is held no longer.
-    #[error("the lock under which this was written is held no longer")]
+    #[error("the lock for this write is no longer held")]
     LeaseLost,
-    /// The block was attached for reading alone.
-    #[error("the block was attached for reading alone")]
+    /// The block is attached read-only.
+    #[error("the block is attached read-only")]
     ReadOnly,
     /// The memory or file is not what it should be.
     #[error(transparent)]
@@ -117,7 +120,7 @@ pub enum Patience {
 /// Loads the head.
 ///
 /// # Errors
-/// Where it names a slot that the block does not have.
+/// If it names a slot that the block does not have.
 pub fn head<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Head, Fault> {
     let word = memory.load(at::HEAD, Acquire)?;
     let head = Head {
@@ -165,9 +168,9 @@ pub fn read<M: Memory>(
     })
 }
 
-/// Has `copy` take what it wants of the newest version, given where its slot begins, or nothing for a version of zeros; again
-/// and again until nobody wrote meanwhile, at most `tries_max` times or for some milliseconds.
-/// Returns the version.
+/// Calls `copy` with the start of the newest version's slot, or nothing for a version of zeros.
+/// Repeats until it was not written in the meantime, at most `tries_max` times or for some
+/// milliseconds. Returns the version.
 pub(crate) fn consistent<M: Memory>(
     memory: &M,
     geometry: &Geometry,
@@ -206,8 +209,8 @@ pub(crate) fn consistent<M: Memory>(
 
 /// The sequence number of the head's slot, where that is whole and holds the head's version.
 ///
-/// A slot that holds a later version is one that the head is about to name, or never will, where its writer died: what stands
-/// there is no version before the head says so.
+/// A slot that holds a later version is one that the head is about to name, or never will, where
+/// its writer died: what stands there is no version before the head says so.
 pub(crate) fn settled<M: Memory>(memory: &M, head: &Head) -> Result<Option<u64>, Fault> {
     let words = at::slot(head.slot);
     let sequence = memory.load(words + at::SEQUENCE, Acquire)?;
@@ -217,13 +220,14 @@ pub(crate) fn settled<M: Memory>(memory: &M, head: &Head) -> Result<Option<u64>,
     Ok(Some(sequence))
 }
 
-/// Whether nobody began to write over the slot since [`settled`] gave `sequence`, as far as anything read since then goes.
+/// Whether the slot has not been overwritten since [`settled`] returned `sequence`, for everything
+/// read since.
 pub(crate) fn is_untouched<M: Memory>(memory: &M, slot: u32, sequence: u64) -> Result<bool, Fault> {
     memory.fence(Acquire);
     Ok(memory.load(at::slot(slot) + at::SEQUENCE, Relaxed)? == sequence)
 }
 
-/// Most ranges of a slot that are told apart; what is more is joined with the last one.
+/// Maximum number of separate ranges of a slot; further ones are merged with the last one.
 const RANGES_MAX: usize = 8;
 
 /// Which bytes of a slot are older than the newest version, in ranges apart from each other. An
@@ -268,8 +272,8 @@ impl Lag {
     }
 }
 
-/// A version under way. Nobody sees it before it is published; where it is dropped, nobody ever does. Each step is given the
-/// memory that the draft was begun on.
+/// A version in progress. No client sees it before it is published, or if it is dropped. Each step
+/// gets the memory that the draft was started on.
 #[derive(Debug)]
 #[must_use]
 pub struct Draft {
@@ -279,15 +283,15 @@ pub struct Draft {
     head: Head,
     /// What was changed against the version before: the first byte and the end.
     changed: Option<(u64, u64)>,
-    /// What of the slot is still older than the version before. It is brought up to date when that turns out to be needed:
-    /// what is written over need not be copied first.
+    /// What of the slot is still older than the version before. It is brought up to date when that
+    /// turns out to be needed: what is written over need not be copied first.
     lag: Lag,
 }
 
 /// Begins the next version, with the content of the newest one. There must be one writer at a time.
 ///
 /// # Errors
-/// Where the memory or file is not what it should be.
+/// If the memory or file is not what it should be.
 pub fn begin<M: Memory>(memory: &M, geometry: &Geometry) -> Result<Draft, Fault> {
     let head = head(memory, geometry)?;
     if head.version + 1 >= VERSION_MAX {
@@ -336,7 +340,7 @@ impl Draft {
         lag.ranges()
             .try_for_each(|range| self.bring(memory, range))?;
         if self.geometry.spares > 0 {
-            // The slots are told apart by their versions, so no two may hold one.
+            // Slots are identified by their versions, so no two may have the same one.
             return Ok(());
         }
         memory.fence(Release);
@@ -366,7 +370,8 @@ impl Draft {
                 (true, true) => (0, 0),
                 (true, false) => (b, to),
                 (false, true) => (from, a),
-                // In its midst: the shorter side is copied now, the longer one may yet be written over.
+                // In its midst: the shorter side is copied now, the longer one may yet be written
+                // over.
                 (false, false) if a - from < to - b => {
                     self.bring(memory, (from, a))?;
                     (b, to)
@@ -380,8 +385,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Notes that the slot's content is that of no version, before it is touched: whoever comes after a writer that died here
-    /// copies all of it.
+    /// Marks the content of the slot as invalid before changing it. If this writer dies, the next
+    /// one copies all of it.
     fn spoil<M: Memory>(&self, memory: &M) -> Result<(), Fault> {
         let holds = at::slot(self.slot) + at::VERSION;
         memory.store(holds, SPOILT, Relaxed)?;
@@ -389,8 +394,8 @@ impl Draft {
         Ok(())
     }
 
-    /// Which bytes of the slot are older than the newest version; all of them where that can't be told. A slot that was never
-    /// written holds zeros, which is version 0.
+    /// Which bytes of the slot are older than the newest version; all of them where that can't be
+    /// told. A slot that was never written holds zeros, which is version 0.
     fn lag<M: Memory>(&self, memory: &M, holds: u64) -> Result<Lag, Fault> {
         let all = Lag::all(&self.geometry);
         if holds > self.head.version || self.head.version - holds >= u64::from(self.geometry.slots)
@@ -496,7 +501,7 @@ impl Draft {
             return Err(ReadError::OutOfRange);
         }
         memory.read(self.geometry.slot(self.slot) + offset, to)?;
-        // What lags behind still stands in the newest version alone.
+        // The parts that are out of date are current only in the newest version.
         let end = offset + to.len() as u64;
         let lag = self.lag.ranges().map(|(a, b)| (a.max(offset), b.min(end)));
         for (a, b) in lag.filter(|(a, b)| a < b) {
@@ -510,10 +515,11 @@ impl Draft {
         Ok(())
     }
 
-    /// Lets readers see it. `stamp` is kept beside it: the fence it was written under, and the time.
+    /// Lets readers see it. `stamp` is kept beside it: the fence it was written under, and the
+    /// time.
     ///
     /// # Errors
-    /// Where the memory or file is not what it should be.
+    /// If the memory or file is not what it should be.
     pub fn publish<M: Memory>(self, memory: &M, stamp: Stamp) -> Result<u64, Fault> {
         let version = self.version();
         self.publish_as(memory, version, stamp)
@@ -560,7 +566,7 @@ impl Draft {
 /// The checksum of a slot's version, size and content (CRC-32C).
 ///
 /// # Errors
-/// Where it can't be read.
+/// If it can't be read.
 pub fn content_checksum<M: Memory>(
     memory: &M,
     geometry: &Geometry,

@@ -1,4 +1,5 @@
-//! A version in place: pointers and copies of single numbers, with the question afterwards whether they were whole.
+//! Access to a version in place: pointers and copies of single numbers, with a check afterwards
+//! whether they were consistent.
 
 use std::io;
 
@@ -16,12 +17,14 @@ impl Attachment {
     /// The newest version in place, without a copy.
     ///
     /// # Errors
-    /// Where the block is no sealed memory (a file could be shortened under a pointer into it), or is contended.
+    /// If the block is no sealed memory (a file could be shortened under a pointer into it), or
+    /// is contended.
     pub fn view(&self) -> Result<View<'_>, ReadError> {
         let Bytes::Mapped(mapped) = &self.bytes else {
             return Err(ReadError::Fault(Fault::Io(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "a persistent block is read by copies: its file could be shortened under a view",
+                "a persistent block can only be read by copying, because its file could be \
+                 shortened during a view",
             ))));
         };
         let geometry = self.expected.geometry;
@@ -31,7 +34,8 @@ impl Attachment {
             let (slot, sequence) = if geometry.is_raw() {
                 (0, Some(0))
             } else if head.version == 0 {
-                // The slot that is written last: zeros still, while the first version may be under way in the first.
+                // The slot that is written last: zeros still, while the first version may be under
+                // way in the first.
                 let slot = geometry.slots - 1;
                 (
                     slot,
@@ -58,7 +62,8 @@ impl Attachment {
     }
 }
 
-/// A version in place. What is read through it is only to be trusted if [`View::is_valid`] says so afterwards.
+/// A version in place. What is read through it is only to be trusted if [`View::is_valid`] says so
+/// afterwards.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
     mapped: &'a Mapped,
@@ -75,15 +80,17 @@ impl View<'_> {
         self.version
     }
 
-    /// Whether nobody has begun to write over it since it was taken. Always true of a raw block, whose users take its lock.
+    /// Whether it has not been overwritten since it was taken. Always true for a raw block, whose
+    /// users take its lock.
     #[must_use]
     pub fn is_valid(&self) -> bool {
         self.geometry.is_raw()
             || slots::is_untouched(self.mapped, self.slot, self.sequence).unwrap_or(false)
     }
 
-    /// Where its first byte lies in this process. The bytes may change at any time, so no reference to them may be made; a
-    /// foreign library that reads through this pointer has to be told [`View::is_valid`] afterwards.
+    /// The address of its first byte in this process. The bytes may change at any time, so no
+    /// reference to them may be created. After a foreign library has read through this pointer,
+    /// check [`View::is_valid`].
     #[must_use]
     pub fn as_ptr(&self) -> *const u8 {
         let at = usize::try_from(self.geometry.slot(self.slot)).expect("it is mapped");
@@ -105,7 +112,7 @@ impl View<'_> {
     /// Copies bytes out.
     ///
     /// # Errors
-    /// Where they lie outside the block.
+    /// If they lie outside the block.
     pub fn copy_to(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
         if !self.geometry.contains(offset, to.len()) {
             return Err(ReadError::OutOfRange);
@@ -118,7 +125,7 @@ impl View<'_> {
     /// The number at `index`, counted in numbers of its type.
     ///
     /// # Errors
-    /// Where it lies outside the block.
+    /// If it lies outside the block.
     pub fn load<T: Element>(&self, index: u64) -> Result<T, ReadError> {
         let mut bytes = [0; 16];
         let bytes = &mut bytes[..T::BYTES];

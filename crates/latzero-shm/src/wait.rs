@@ -1,4 +1,5 @@
-//! Waiting for a version in the block itself: a futex in its header, woken by every publish, without the server.
+//! Waits for a version through the block itself: a futex in its header that every publish wakes,
+//! without the server.
 
 use std::time::{Duration, Instant};
 
@@ -27,8 +28,9 @@ pub enum Waited {
 impl Attachment {
     /// Waits until there is a version newer than `beyond`, without the server.
     ///
-    /// A persistent block's file is not read through a mapping, but its first page is mapped for the futex's address; where
-    /// the file was shortened, the kernel refuses to sleep there and the block is looked at 50 times a second instead.
+    /// A persistent block's file is not read through a mapping, but its first page is mapped for
+    /// the futex's address; where the file was shortened, the kernel refuses to sleep there and the
+    /// block is looked at 50 times a second instead.
     #[must_use]
     pub fn wait(&self, beyond: u64, timeout: Option<Duration>) -> Waited {
         // A time too far off to be told is for ever.
@@ -58,7 +60,7 @@ impl Attachment {
             };
             let slept = page.map(|page| page.wait(at::NOTIFY, seen, Some(left)));
             if !matches!(slept, Some(Ok(()))) {
-                // The futex can't be had: look again soon.
+                // The futex is not available: check again soon.
                 std::thread::sleep(left.min(GLANCE));
             }
         }

@@ -1,4 +1,4 @@
-//! A version under way, as a client writes it.
+//! A version that a client is writing.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
@@ -13,8 +13,8 @@ impl Attachment {
     /// Begins the next version, under the lock with this fence.
     ///
     /// # Errors
-    /// [`WriteError::LeaseLost`] where the header shows another fence, [`WriteError::Contended`] where another thread has a
-    /// write of this attachment under way.
+    /// [`WriteError::LeaseLost`] where the header shows another fence, [`WriteError::Contended`]
+    /// where another thread has a write of this attachment in progress.
     pub fn begin(self: &Arc<Self>, fence: u64) -> Result<Writing, WriteError> {
         if self.expected.access != Access::Write {
             return Err(WriteError::ReadOnly);
@@ -38,8 +38,8 @@ impl Attachment {
     }
 }
 
-/// A version under way. Dropped, it never was; of a raw block, which is written in place, what was written stays and no
-/// version tells of it.
+/// A version in progress. If it is dropped, it is discarded. In a raw block, which is written in
+/// place, the bytes stay but there is no new version.
 #[derive(Debug)]
 #[must_use]
 pub struct Writing {
@@ -92,10 +92,10 @@ impl Writing {
         on!(&self.turn.0.bytes, memory => draft.read(memory, offset, to))
     }
 
-    /// Lets readers see it, and wakes who waits; returns the version.
+    /// Publishes it and wakes waiting readers; returns the version.
     ///
     /// # Errors
-    /// [`WriteError::LeaseLost`] where the lock is held no longer: nobody sees it then.
+    /// [`WriteError::LeaseLost`] if the lock is no longer held; nothing is published then.
     pub fn publish(self) -> Result<u64, WriteError> {
         self.turn.0.check_lease(self.fence)?;
         let stamp = Stamp {

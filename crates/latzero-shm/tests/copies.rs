@@ -1,5 +1,5 @@
-//! What a small write costs a large block: the bytes that are read and written are counted, those of the content apart from
-//! the header's.
+//! What a small write costs a large block: the bytes that are read and written are counted, those
+//! of the content apart from the header's.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
 

@@ -1,4 +1,5 @@
-//! What the kernel and the checks keep out: other files, other modes, other sizes, shrinking, too many descriptors.
+//! What the kernel and the checks keep out: other files, other modes, other sizes, shrinking, too
+//! many descriptors.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
 
@@ -400,7 +401,7 @@ fn control_data_without_room_closes_all() {
 
 #[test]
 fn holes_that_a_writer_punches_read_as_zeros() {
-    // Large enough to be copied through a mapping of its own.
+    // Large enough to be copied through its own mapping.
     let (block, _) = common::block(1 << 20, 2, false);
     block.write(0, &vec![7; 1 << 20], None).unwrap();
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;

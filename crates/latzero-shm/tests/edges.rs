@@ -1,5 +1,6 @@
-//! The edges that the model of `model.rs` does not get to: offsets up to the last number there is, several clients and a
-//! server that takes turns and comes back, content that moves to another kind of block.
+//! The edges that the model of `model.rs` does not get to: offsets up to the last number there is,
+//! several clients and a server that takes turns and comes back, content that moves to another kind
+//! of block.
 
 mod common;
 
@@ -36,9 +37,14 @@ fn contains(size: u64, offset: u64, length: u64) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 24,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
-    /// Every edge as an offset with every edge as a length; what lies outside is refused and changes nothing.
+    /// Every edge as an offset with every edge as a length; what lies outside is refused and
+    /// changes nothing.
     #[test]
     fn every_edge_with_every_other(
         size in sizes(),
@@ -132,9 +138,14 @@ fn place(size: u64, at: u64, bytes: &[u8]) -> (u64, &[u8]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 150,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
-    /// A draft that one client drops is nobody's: neither the other's nor the server's next version has anything of it.
+    /// A draft that one client drops is nobody's: neither the other's nor the server's next version
+    /// has anything of it.
     #[test]
     fn clients_and_a_server_that_comes_back(
         size in sizes(),
@@ -175,7 +186,8 @@ proptest! {
                         writing.write(offset, bytes).unwrap();
                         next[offset as usize..offset as usize + bytes.len()]
                             .copy_from_slice(bytes);
-                        // All of the draft, and a part that may begin and end anywhere in what was not copied yet.
+                        // All of the draft, and a part that may begin and end anywhere in what was
+                        // not copied yet.
                         let mut own = vec![0xaa; size as usize];
                         writing.read_into(0, &mut own).unwrap();
                         prop_assert_eq!(&own, &next);

@@ -1,4 +1,5 @@
-//! A disk that is full: a block that does not fit is refused with figures, and one that is there can be written to the end.
+//! A disk that is full: a block that does not fit is refused with figures, and one that is there
+//! can be written to the end.
 //!
 //! Root mounts a small file system for it; others ask for more than any disk has.
 

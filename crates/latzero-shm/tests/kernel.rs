@@ -1,5 +1,6 @@
-//! What else the kernel and the checks keep out, beside `descriptors.rs`: read-only files, devices, descriptors that only
-//! write, headers that are whole and wrong, files shortened under a draft or a sleeper.
+//! What else the kernel and the checks keep out, beside `descriptors.rs`: read-only files, devices,
+//! descriptors that only write, headers that are whole and wrong, files shortened under a draft or
+//! a sleeper.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
 
@@ -27,7 +28,7 @@ fn refused(file: OwnedFd, expected: &Expected) -> AttachError {
     Attachment::new(file, expected).expect_err("it is not the block that was announced")
 }
 
-/// The block's file, opened anew.
+/// The block's file, opened again.
 fn reopened(block: &Custodian, flags: OFlags) -> OwnedFd {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", block.file().as_raw_fd());
@@ -110,8 +111,8 @@ fn a_writer_changes_content_and_never_the_length() {
 
 #[test]
 fn what_a_client_sets_on_its_descriptor_does_not_reach_the_server() {
-    // Flags belong to the open file, which a descriptor that was passed shares with the one it was made from (fcntl(2)):
-    // with O_APPEND each pwrite(2) would go to the end of the file.
+    // Flags belong to the open file, which a descriptor that was passed shares with the one it was
+    // made from (fcntl(2)): with O_APPEND each pwrite(2) would go to the end of the file.
     for is_persistent in [false, true] {
         let (block, _directory) = common::block(5000, 2, is_persistent);
         let total = block.description().geometry.total();
@@ -301,7 +302,8 @@ fn descriptors_come_with_the_bytes_they_were_sent_with() {
     send_with_fds(&a, b"two", &[file.as_fd(), file.as_fd()]).unwrap();
     send_with_fds(&a, b"three", &[]).unwrap();
     drop(a);
-    // A read may end one message and begin the next, and has the descriptors of the one that begins in it.
+    // A read may end one message and begin the next, and has the descriptors of the one that begins
+    // in it.
     let (mut text, mut counts) = (Vec::new(), Vec::new());
     loop {
         let mut buffer = [0; 2];

@@ -1,4 +1,5 @@
-//! Nothing is left open or mapped, whatever was refused. One test alone in its process: it counts what the process has.
+//! Nothing is left open or mapped, whatever was refused. One test alone in its process: it counts
+//! what the process has.
 
 #![allow(clippy::unwrap_used, reason = "these are tests, and what they share")]
 

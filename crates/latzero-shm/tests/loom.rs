@@ -1,7 +1,9 @@
-//! Small changes in every order of steps, through the published surface alone: each version changes one word of the block, so
-//! that a writer copies the other one from slot to slot while it is read. The writer dies at any step, or drops what it began.
+//! Small changes in every order of steps, through the published surface alone: each version changes
+//! one word of the block, so that a writer copies the other one from slot to slot while it is read.
+//! The writer dies at any step, or drops what it began.
 //!
-//! A version's content follows from its number, whoever wrote it, so readers know what to expect without asking.
+//! A version's content follows from its number, whoever wrote it, so readers know what to expect
+//! without asking.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -27,7 +29,8 @@ const VERSION: u64 = 8;
 /// What is written where nobody is ever to read it.
 const UNSEEN: u64 = 0xdead;
 
-/// Words that loom watches; and those that writers alone look at, one after the other, which need not be.
+/// Words that loom watches; and those that writers alone look at, one after the other, which need
+/// not be.
 struct Words {
     watched: HashMap<u64, AtomicU64>,
     private: HashMap<u64, Plain>,
@@ -145,8 +148,8 @@ fn publish(process: &Process<'_>, geometry: &Geometry) -> Result<u64, Fault> {
     draft.publish(process, Stamp::default())
 }
 
-/// Publishes a version, so that the slot that readers may still be at is the next one; then begins another there, writes what
-/// nobody is to see, and drops it.
+/// Publishes a version, so that the slot that readers may still be at is the next one; then begins
+/// another there, writes what nobody is to see, and drops it.
 fn begin_and_drop(process: &Process<'_>, geometry: &Geometry) -> Result<(), Fault> {
     let newest = publish(process, geometry)?;
     let mut draft = slots::begin(process, geometry)?;
@@ -195,8 +198,8 @@ struct Case {
     preemptions: usize,
 }
 
-/// Runs every order for a first writer that dies after `steps` stores, and a second one after it. Says whether the first one
-/// got to its end.
+/// Runs every order for a first writer that dies after `steps` stores, and a second one after it.
+/// Says whether the first one got to its end.
 fn check(case: Case, steps: u32) -> bool {
     let survived = std::sync::Arc::new(Mutex::new(false));
     let report = survived.clone();

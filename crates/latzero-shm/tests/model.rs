@@ -1,4 +1,5 @@
-//! Reads and writes of both sides against a plain vector: offsets and lengths at the edges, all kinds of blocks.
+//! Reads and writes of both sides against a plain vector: offsets and lengths at the edges, all
+//! kinds of blocks.
 
 mod common;
 
@@ -65,7 +66,11 @@ fn bytes(length: usize, byte: u8) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 200,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn both_sides_are_the_model(

@@ -1,10 +1,13 @@
-//! Writers and readers as processes, the writers killed at random points: no reader ever sees a torn version.
+//! Writers and readers as processes, the writers killed at random points: no reader ever sees a
+//! torn version.
 //!
-//! The test starts its own program again in other roles and tells each where the block's descriptor is. A version's content
-//! follows from its number alone, whoever wrote it: version v sets one quarter of the block to v, so that each slot is brought
-//! up to date by ranges, and a slip in that shows as well as a torn copy.
+//! The test starts its own program again in other roles and tells each where the block's descriptor
+//! is. A version's content follows from its number alone, whoever wrote it: version v sets one
+//! quarter of the block to v, so that each slot is brought up to date by ranges, and a slip in that
+//! shows as well as a torn copy.
 //!
-//! `LATZERO_TORN_READS` sets how many reads there are (1,000,000), `LATZERO_TORN_KILLS` how many deaths (200).
+//! `LATZERO_TORN_READS` sets how many reads there are (1,000,000), `LATZERO_TORN_KILLS` how many
+//! deaths (200).
 
 mod common;
 
@@ -23,7 +26,8 @@ const WORDS: u64 = SIZE / 8;
 const READERS: u64 = 2;
 const FENCE: u64 = 3;
 
-/// Where the block is, who it is, and what to do: in the environment of the processes that this test starts.
+/// Where the block is, who it is, and what to do: in the environment of the processes that this
+/// test starts.
 const ROLE: &str = "LATZERO_TORN_ROLE";
 
 fn number(name: &str, default: u64) -> u64 {

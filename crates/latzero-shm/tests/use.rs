@@ -101,7 +101,7 @@ fn a_view_says_when_it_was_written_over() {
     let writer = common::attach(&block, Access::Write);
     let mut first = writer.begin(0).unwrap();
     first.write(0, &[9; 16]).unwrap();
-    // The first version is under way, and none is there.
+    // The first version is in progress, and none is there.
     let empty = reader.view().unwrap();
     assert_eq!((empty.version(), empty.load::<u64>(0).unwrap()), (0, 0));
     assert!(empty.is_valid());

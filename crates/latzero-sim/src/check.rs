@@ -1,9 +1,11 @@
-//! The checkers: a model of what clients were promised, held against everything that happens.
+//! The checkers: a model of what clients were promised, compared with everything that happens.
 //!
-//! The model shares no code with the fabric. It learns from the log alone: what the server took in, what it wrote, and
-//! when. After every step it must be able to account for each message that was sent, and nothing may be missing.
+//! The model shares no code with the fabric. It learns only from the log: what the server received
+//! and sent, and when. After every step it must account for each message that was sent, and none
+//! may be missing.
 //!
-//! Messages carry a tag in their headers, which the server passes through; by it a delivery is tied to its call.
+//! Messages carry a tag in their headers, which the server forwards; it links a delivery to its
+//! call.
 
 macro_rules! ensure {
     ($holds:expr, $($what:tt)*) => {
@@ -244,7 +246,7 @@ impl Checker {
             }
             Event::Held(peer) => self.held(*peer),
             Event::Rejecting(_) => Ok(()),
-            // What could not be stored is in force all the same.
+            // What could not be stored is in force anyway.
             Event::Refused(Code::Storage) => {
                 if let Some(current) = &mut self.current {
                     current.is_unstored = true;
@@ -293,7 +295,8 @@ impl Checker {
         }
     }
 
-    /// After a kill, everything that was acknowledged is on the disk, unless the disk was full at a time.
+    /// After a kill, everything that was acknowledged is on the disk, unless the disk was full at a
+    /// time.
     fn restarted(&mut self, rows: &crate::store::Rows) -> Result<(), Found> {
         let list = |text: &str| -> Value { serde_json::from_str(text).unwrap_or_default() };
         let read = |row: &AppRow| Registered {

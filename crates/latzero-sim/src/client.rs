@@ -1,7 +1,7 @@
-//! One scripted client: what it has said, what it has read, and what it owes.
+//! One scripted client: what it has sent and received, and what it has to answer.
 //!
-//! A client knows only what came over its wire. It writes frames into `outgoing`, which reach the server in pieces of
-//! any size, and reads its outbox in pieces of any size too.
+//! A client knows only what it received. It writes frames to `outgoing`, which reach the server in
+//! pieces of any size, and reads its outbox in pieces of any size too.
 
 use latzero_fabric::Prng;
 use serde_json::{Value, json};

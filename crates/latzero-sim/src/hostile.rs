@@ -1,9 +1,9 @@
-//! Strangers who want to use the server up, and a polite pair beside them.
+//! Hostile clients that try to exhaust the server, and a well-behaved pair beside them.
 //!
-//! The strangers come over TCP under invented names: they read nothing, flood, register products of pools and triggers, park
-//! calls under many names, ask for redelivery, keep answers under keys, leave blocks locked and never answer. After every
-//! step the ledger equals the sum of what exists, and a polite call over the Unix socket is decided at once, however the
-//! strangers behave.
+//! The hostile ones connect over TCP with invented names. They read nothing, flood, register many
+//! pools and triggers, park calls under many names, request redelivery, keep answers under keys,
+//! leave blocks locked and never answer. After every step the ledger equals the sum of what exists,
+//! and a call of the well-behaved pair over the Unix socket is decided at once.
 
 use latzero_fabric::{Prng, Transport};
 

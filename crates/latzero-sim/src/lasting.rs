@@ -1,11 +1,13 @@
-//! Calls that outlive connections, servers and the moods of disks: a script of their own, and a model of what was promised.
+//! Calls that outlive connections, servers and the moods of disks: a script of their own, and a
+//! model of what was promised.
 //!
-//! Callers park calls, ask for redelivery, repeat calls under a key, go and come back; handlers come, answer, or die with
-//! calls in their hands; the disk is slow or full, what was sent stays in the server for a while, and the server is killed.
-//! The model learns from what clients see alone. It holds: what was acknowledged ends with an answer, once on each
-//! connection; what was refused is never run; first deliveries keep the order of asking; attempts are counted, and there
-//! are no more than were asked for; callers take turns; of calls under one key one runs at a time; an answer to a call of
-//! another life of the server, or of a connection that is gone, reaches nobody.
+//! Callers park calls, ask for redelivery, repeat calls under a key, go and come back; handlers
+//! come, answer, or die with calls in their hands; the disk is slow or full, what was sent stays in
+//! the server for a while, and the server is killed. The model learns from what clients see alone.
+//! It holds: what was acknowledged ends with an answer, once on each connection; what was refused
+//! is never run; first deliveries keep the order of asking; attempts are counted, and there are no
+//! more than were asked for; callers take turns; of calls under one key one runs at a time; an
+//! answer to a call of another life of the server, or of a connection that is gone, reaches nobody.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,14 +25,14 @@ const TRIGGERS: [&str; 2] = ["t", "u"];
 /// An app that never comes.
 const AWAY: &str = "away";
 
-/// Instances of one app at a time.
+/// Connected instances of one app.
 const INSTANCES: usize = 2;
 
 /// How often a call is given out at most: what the protocol says where nothing else is asked for.
 const ATTEMPTS: u64 = latzero_protocol::limits::ATTEMPTS_DEFAULT as u64;
 
-/// Calls of another caller that may be given out before one that waits, beyond its own: what is under way when it comes,
-/// and what comes in one step.
+/// Calls of another caller that may be given out before one that waits, beyond its own: what is
+/// in progress when it comes, and what comes in one step.
 const TURNS_SLACK: usize = 4;
 
 /// Handles of old calls that are remembered, to be answered too late.
@@ -39,10 +41,12 @@ const STALE_MAX: usize = 32;
 /// The longest time to live of a call whose handler may never come, in milliseconds.
 const SHORT_TTL_MS: u64 = 3000;
 
-/// What a call that can wait for its handler asks for at most, in milliseconds: longer than any run.
+/// What a call that can wait for its handler asks for at most, in milliseconds: longer than any
+/// run.
 const LONG_TTL_MS: u64 = 24 * 3600 * 1000;
 
-/// Turns of answering everything, after which nothing may be left: their time is longer than every wait in the core.
+/// Turns of answering everything, after which nothing may be left: their time is longer than every
+/// wait in the core.
 const LAST_TURNS: u32 = 16;
 
 /// A connection, and what it was given to do.
@@ -103,14 +107,16 @@ struct Call {
 /// The clients, the dice, and the model.
 pub(crate) struct Lasting {
     prng: Prng,
-    /// Every third run: handlers take one call at a time, and there are more calls than they answer.
+    /// Every third run: handlers take one call at a time, and there are more calls than they
+    /// answer.
     is_busy: bool,
     is_ending: bool,
     conns: Vec<Conn>,
     calls: BTreeMap<u64, Call>,
     asked: u64,
     life: u64,
-    /// The newest call of each queue that a handler was given for the first time, by who asked on which connection.
+    /// The newest call of each queue that a handler was given for the first time, by who asked on
+    /// which connection.
     newest: BTreeMap<(Peer, Peer, Queue), u64>,
     /// The parked calls that were given out for the first time, in order.
     first: Vec<(Queue, &'static str)>,
@@ -614,7 +620,8 @@ impl Lasting {
         }
     }
 
-    /// Of calls of one app, trigger and destination under one key one is in a handler's hands at a time.
+    /// Of calls of one app, trigger and destination under one key one is in a handler's hands at a
+    /// time.
     fn check_keys(&self) -> Result<(), String> {
         let mut running = BTreeMap::new();
         for job in self.conns.iter().flat_map(|conn| &conn.jobs) {
@@ -630,7 +637,8 @@ impl Lasting {
     }
 }
 
-/// Whether a call that was taken ended before any handler answered: its time was over, or it was cancelled.
+/// Whether a call that was taken ended before any handler answered: its time was over, or it was
+/// cancelled.
 fn is_over_unheard(message: &Value) -> bool {
     let code = &message["error"]["code"];
     code == "timeout" || code == "cancelled"

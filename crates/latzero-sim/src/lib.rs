@@ -1,9 +1,11 @@
 //! A deterministic simulator of the fabric, for tests.
 //!
-//! Many scripted clients talk to the real core through the real wire format, in virtual time; a model checks every
-//! message. There is no socket, clock, thread or other randomness than the seed, so a seed replays to the same bytes.
+//! Many scripted clients talk to the real core through the real wire format, in virtual time; a
+//! model checks every message. There is no socket, clock, thread or other randomness than the seed,
+//! so a seed replays to the same bytes.
 //!
-//! [`World`] is the server without its sockets and may be driven by hand; [`run`] lets the script drive it.
+//! [`World`] is the server without its sockets and may be driven by hand; [`run`] lets the script
+//! drive it.
 
 mod check;
 mod client;

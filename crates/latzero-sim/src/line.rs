@@ -1,6 +1,6 @@
-//! The connections of the simulated world, and a log of all that happens on them.
+//! The connections of the simulated world, and a log of everything that happens on them.
 //!
-//! A connection's outbox is the core's own, the one that a server ships. Behind it is a socket's buffer of a fixed size, from
+//! The outbox of a connection is the core's own. Behind it is a socket buffer of fixed size, from
 //! which a client reads.
 
 use std::cell::RefCell;
@@ -16,7 +16,8 @@ use latzero_protocol::Code;
 use crate::store::Rows;
 use crate::world::World;
 
-/// A connection of the simulated world, numbered in the order of coming; numbers are not used again.
+/// A connection of the simulated world, numbered in the order of coming; numbers are not used
+/// again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Peer(pub u32);
 
@@ -82,8 +83,8 @@ impl Default for Bounds {
     }
 }
 
-/// By how many bytes a frame may be longer than its sender announced: "about" leaves room for the prefix and for the
-/// escapes in an id and a key.
+/// By how many bytes a frame may be longer than its sender announced: "about" leaves room for the
+/// prefix and for the escapes in an id and a key.
 pub const LENGTH_SLACK: usize = 8 * 1024;
 
 /// Something that happened in the world, in the order in which it happened.

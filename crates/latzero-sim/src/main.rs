@@ -39,7 +39,8 @@ fn main() -> ExitCode {
             }
             Err(violation) => {
                 if options.json {
-                    let told = serde_json::json!({"seed": violation.seed, "step": violation.step, "violation": violation.what});
+                    let told = serde_json::json!({"seed": violation.seed, "step": violation.step,
+                        "violation": violation.what});
                     println!("{told}");
                 }
                 eprintln!("{violation}");

@@ -1,4 +1,4 @@
-//! Runs from a seed, and what is told about them.
+//! Runs a simulation from a seed, and reports its result.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -85,7 +85,8 @@ impl Plan {
             bounds: Bounds {
                 outbox_bytes: [1024, 64][(seed % 3 / 2) as usize] * 1024,
                 headroom_bytes: 64 * 1024,
-                // What is in a socket's buffer when a client dies is lost to it; the checker knows of no such loss.
+                // What is in a socket's buffer when a client dies is lost to it; the checker knows
+                // of no such loss.
                 socket_bytes: 0,
             },
             ..Plan::new(seed)
@@ -165,8 +166,10 @@ impl Outcome {
     pub fn to_json(&self) -> serde_json::Value {
         let t = &self.totals;
         serde_json::json!({
-            "seed": self.seed, "steps": self.steps, "hash": format!("{:016x}", self.hash), "frames": t.frames,
-            "calls": t.calls_started, "timeouts": t.timeouts, "refusals": t.refusals, "lost": t.lost,
+            "seed": self.seed, "steps": self.steps, "hash": format!("{:016x}", self.hash),
+            "frames": t.frames,
+            "calls": t.calls_started, "timeouts": t.timeouts, "refusals": t.refusals,
+            "lost": t.lost,
             "overflowed": t.overflowed,
         })
     }

@@ -1,7 +1,7 @@
-//! What the clients do: at each step something that the seed decides.
+//! The script of the clients: the seed decides what happens in each step.
 //!
-//! The script is rude on purpose. Clients answer calls that are not theirs, answer twice, overrun their windows, write
-//! half a frame and hang up, stop reading, and send what is no message at all.
+//! The script misbehaves on purpose. Clients answer calls of others, answer twice, exceed their
+//! windows, disconnect in the middle of a frame, stop reading, and send invalid messages.
 
 use latzero_fabric::{Prng, Transport};
 use serde_json::{Value, json};
@@ -126,7 +126,8 @@ impl Script {
         format!("client {at} ({}) {what}", self.clients[at].app)
     }
 
-    /// Everybody writes out, reads all there is, and sends nothing new; then time goes on past every deadline.
+    /// Everybody writes out, reads all there is, and sends nothing new; then time goes on past
+    /// every deadline.
     pub(crate) fn settle(&mut self, world: &mut World) {
         for client in &mut self.clients {
             client.flush(usize::MAX, world);
@@ -246,7 +247,8 @@ impl Script {
         let (tag, prng) = (self.next_tag, &mut self.prng);
         let pool = self.clients[at].some_pool(&POOLS, prng);
         let mut message = json!({
-            "action": "trigger", "process": TRIGGERS[prng.below(TRIGGERS.len())], "headers": tagged(tag),
+            "action": "trigger", "process": TRIGGERS[prng.below(TRIGGERS.len())],
+            "headers": tagged(tag),
         });
         let explicit = prng.below(8) > 0;
         if explicit {
@@ -313,7 +315,8 @@ impl Script {
                 return "has nothing to answer".into();
             }
             let call = old[prng.below(old.len())].clone();
-            let message = json!({"action": "response", "in_reply_to": call, "status": "ok", "headers": tagged(0)});
+            let message = json!({"action": "response", "in_reply_to": call, "status": "ok",
+                "headers": tagged(0)});
             self.clients[at].say(&message, None);
             return format!("answers late: {message}");
         }
@@ -322,7 +325,8 @@ impl Script {
             return "has nothing to answer".into();
         };
         self.next_tag += 1;
-        let mut message = json!({"action": "response", "in_reply_to": job.call, "headers": tagged(self.next_tag)});
+        let mut message = json!({"action": "response", "in_reply_to": job.call,
+            "headers": tagged(self.next_tag)});
         let (mut body, mut attachment) = body(prng);
         let overrun = prng.below(8) == 0;
         let may_send = job.credit.is_none_or(|credit| credit > 0) || overrun;
@@ -366,7 +370,8 @@ impl Script {
         self.next_tag += 1;
         let (tag, prng) = (self.next_tag, &mut self.prng);
         let mut message = json!({
-            "action": "emit", "process": TRIGGERS[prng.below(TRIGGERS.len())], "headers": tagged(tag),
+            "action": "emit", "process": TRIGGERS[prng.below(TRIGGERS.len())],
+            "headers": tagged(tag),
             "pool": self.clients[at].some_pool(&POOLS, prng),
         });
         if prng.below(3) > 0 {
@@ -437,7 +442,8 @@ impl Script {
                 json!({"action": "pool_leave", "pool": pool})
             }
             6..=7 => {
-                json!({"action": "pool_create", "pool": POOLS[3 + prng.below(3)], "properties": {"a": 1}})
+                json!({"action": "pool_create", "pool": POOLS[3 + prng.below(3)],
+                    "properties": {"a": 1}})
             }
             8 => json!({"action": "pool_remove", "pool": name, "force": true}),
             _ => json!({"action": "pool_remove", "pool": name}),

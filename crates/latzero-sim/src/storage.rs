@@ -1,8 +1,9 @@
-//! Blocks' bytes in the simulated world: plain vectors, with what a server does about them done at once or when told.
+//! The bytes of blocks in the simulated world: plain vectors. Block operations complete at once or
+//! when the test says so.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use latzero_fabric::memory::{Job, Ledger, Making, StorageId};
+use latzero_fabric::memory::{Job, Making, Numbers, StorageId};
 use latzero_protocol::memory::Access;
 use latzero_protocol::{Code, Refusal};
 
@@ -33,7 +34,7 @@ pub struct Stored {
 #[derive(Debug, Default)]
 pub struct Storages {
     pub(crate) stored: BTreeMap<StorageId, Stored>,
-    pub(crate) ledger: Ledger,
+    pub(crate) numbers: Numbers,
     pub(crate) waiting: VecDeque<(PoolHandle, Job<Line>)>,
     /// Jobs wait until they are let go.
     pub(crate) is_holding: bool,
@@ -50,10 +51,10 @@ impl Storages {
         self.stored.len()
     }
 
-    /// Whether there is no storage, and nothing is counted.
+    /// Whether there is no storage.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.stored.is_empty() && self.records.is_empty() && self.ledger.is_empty()
+        self.stored.is_empty() && self.records.is_empty()
     }
 
     pub(crate) fn make(&mut self, making: &Making) -> Result<(), Refusal> {

@@ -86,8 +86,8 @@ impl Store {
         self.waiting.push_back((change, promise));
     }
 
-    /// Writes the next change, or fails to; returns whom that was promised, and whether it went well. What nobody was
-    /// promised is tried again.
+    /// Writes the next change, or fails to; returns whom that was promised, and whether it went
+    /// well. What nobody was promised is tried again.
     pub(crate) fn write_next(&mut self) -> Option<(Option<Peer>, bool)> {
         if self.is_holding {
             return None;

@@ -1,7 +1,9 @@
-//! A server without sockets, clock or threads: the real fabric, driven by whoever holds the [`World`].
+//! A server without sockets, clock or threads: the real fabric, driven by the owner of the
+//! [`World`].
 //!
-//! Bytes go in through [`World::feed`] and come out through [`World::read`], as they would over a socket. Time stands
-//! still until [`World::advance`] moves it, and deadlines on the way fire at their very moment.
+//! Bytes go in through [`World::feed`] and come out through [`World::read`], as they would over a
+//! socket. Time stands still until [`World::advance`] moves it, and deadlines on the way fire
+//! exactly on time.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -14,7 +16,7 @@ use latzero_fabric::books::{self, Books, Hold, Holding, Resource, Users};
 use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
 use latzero_fabric::keep::Change;
 use latzero_fabric::link::Notice;
-use latzero_fabric::memory::{Job, Ledger, StorageId};
+use latzero_fabric::memory::{Job, Numbers, StorageId};
 use latzero_fabric::registry::View;
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
@@ -140,7 +142,8 @@ impl World {
         }
     }
 
-    /// Has `f` happen in the middle of the next write into a block, as on a server with several threads.
+    /// Has `f` happen in the middle of the next write into a block, as on a server with several
+    /// threads.
     pub fn beside_next_write(&mut self, f: impl FnOnce(&mut World) + 'static) {
         self.beside_write = Some(Box::new(f));
     }
@@ -226,7 +229,8 @@ impl World {
         session.is_some_and(Session::is_waiting)
     }
 
-    /// Handles the first frame of `bytes`; returns its length, or `None` where there is none yet or ever.
+    /// Handles the first frame of `bytes`; returns its length, or `None` where there is none yet or
+    /// ever.
     fn handle_first(&mut self, peer: Peer, bytes: &[u8]) -> Option<usize> {
         let mut session = self.connections[peer.0 as usize].session.take()?;
         let decoded = frame::decode(bytes, session.accept(&self.site.limits));
@@ -372,8 +376,8 @@ impl World {
         self.turn().close(&line);
     }
 
-    /// Carries out what was decided: writes to sockets, then ends the connections that are to be closed, which may close
-    /// others.
+    /// Carries out what was decided: writes to sockets, then ends the connections that are to be
+    /// closed, which may close others.
     fn reap(&mut self) {
         loop {
             for line in std::mem::take(&mut self.effects.resumed) {
@@ -402,8 +406,8 @@ impl World {
         }
     }
 
-    /// Writes what waits in an outbox, as far as the socket takes it: up to its size, or `wanted` bytes where its client reads
-    /// as many.
+    /// Writes what waits in an outbox, as far as the socket takes it: up to its size, or `wanted`
+    /// bytes where its client reads as many.
     fn write(&mut self, peer: Peer, wanted: usize) {
         let at = peer.0 as usize;
         loop {
@@ -556,7 +560,8 @@ impl World {
         self.is_draining
     }
 
-    /// Begins again, as after a kill: connections are gone, apps and pools are as far as they were written down.
+    /// Begins again, as after a kill: connections are gone, apps and pools are as far as they were
+    /// written down.
     ///
     /// # Panics
     /// Where a row that was written can't be taken in.
@@ -565,7 +570,7 @@ impl World {
         assert_eq!(left, 0, "every row was written by the core itself");
     }
 
-    /// Begins again with rows that anybody may have written; returns how many make no sense.
+    /// Begins again with rows that anybody may have written; returns how many are invalid.
     pub fn restart_with(&mut self, seed: u64, rows: crate::store::Rows) -> usize {
         self.store.rows = rows;
         self.begin_again(seed)
@@ -600,7 +605,7 @@ impl World {
         let rows = self.store.rows.clone();
         let numbers = rows.calls.keys().chain(rows.answers.keys());
         let last = numbers.max().copied().unwrap_or(0);
-        self.storages.ledger.count_on_after(last);
+        self.storages.numbers.count_on_after(last);
         let mut left = 0;
         for row in rows.pools.into_values() {
             left += usize::from(
@@ -637,7 +642,7 @@ impl World {
         left
     }
 
-    /// Has a pool take something in; one that was made for it goes again where it makes no sense.
+    /// Has a pool take something in; one that was made for it goes again where it is invalid.
     fn take_in(
         &mut self,
         name: &PoolName,
@@ -672,7 +677,7 @@ impl World {
         self.observer.totals
     }
 
-    /// Calls under way in all pools.
+    /// Calls in progress in all pools.
     #[must_use]
     pub fn calls_in_flight(&self) -> usize {
         let registry = self.registry.borrow();
@@ -682,7 +687,8 @@ impl World {
             .sum()
     }
 
-    /// Has what is to be done about blocks wait for [`World::run_jobs`], as large blocks do on a server.
+    /// Has what is to be done about blocks wait for [`World::run_jobs`], as large blocks do on a
+    /// server.
     pub fn hold_jobs(&mut self, is_holding: bool) {
         self.storages.is_holding = is_holding;
         self.run_jobs();
@@ -770,7 +776,8 @@ impl World {
         Some(pool.borrow().stats())
     }
 
-    /// Checks the invariants of the registry, of every pool touched since the last check, and of the outboxes.
+    /// Checks the invariants of the registry, of every pool touched since the last check, and of
+    /// the outboxes.
     ///
     /// # Panics
     /// Where one is broken.
@@ -799,10 +806,10 @@ impl World {
                     let stats = pool.borrow().stats();
                     (blocks + stats.blocks, bytes + stats.block_bytes)
                 });
-        let ledger = &self.storages.ledger;
+        let all = self.site.books.all();
         assert_eq!(
-            (ledger.blocks(), ledger.bytes()),
-            (blocks, bytes),
+            (all.used(Resource::BlockCount), all.used(Resource::Blocks)),
+            (blocks as u64, bytes),
             "blocks in pools and in the books"
         );
         let totals = self.observer.totals;
@@ -854,6 +861,7 @@ impl World {
             "registrations"
         );
         assert_eq!(all.used(Resource::Pools), made, "pools");
+        let (mut waits, mut attachments, mut subscriptions) = (0, 0, 0);
         let (mut parked, mut bytes, mut repeats, mut redelivery) = (0, 0, 0, 0);
         for (_, pool) in registry.pools() {
             let stats = pool.borrow().stats();
@@ -861,7 +869,15 @@ impl World {
             bytes += stats.parked_bytes;
             repeats += stats.repeats_bytes;
             redelivery += stats.redelivery_bytes;
+            let blocks = pool.borrow().block_counts();
+            waits += blocks.waits;
+            attachments += blocks.attachments;
+            subscriptions += blocks.subscriptions;
         }
+        assert_eq!(all.used(Resource::Waits), waits, "waits");
+        assert_eq!(all.used(Resource::Attachments), attachments, "attachments");
+        let subscribed = all.used(Resource::Subscriptions);
+        assert_eq!(subscribed, subscriptions, "subscriptions");
         assert_eq!(all.used(Resource::ParkedCalls), parked, "parked calls");
         assert_eq!(all.used(Resource::Parked), bytes, "bytes of parked calls");
         assert_eq!(all.used(Resource::Repeats), repeats, "answers kept");
@@ -946,8 +962,8 @@ impl Driver for World {
         result
     }
 
-    fn with_ledger<R>(&mut self, f: impl FnOnce(&mut Ledger) -> R) -> R {
-        f(&mut self.storages.ledger)
+    fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R {
+        f(&mut self.storages.numbers)
     }
 
     fn keep(&mut self, change: Change, promise: Option<&Line>) {

@@ -1,6 +1,8 @@
-//! Writes a database of the current schema to the path in the first argument: the fixture that later releases must open.
+//! Writes a database of the current schema to the path in the first argument: the fixture that
+//! later releases must open.
 //!
-//! `cargo run -p latzero-store --example make_fixture -- crates/latzero-store/tests/fixtures/schema-1.db`, once per schema.
+//! `cargo run -p latzero-store --example make_fixture --
+//! crates/latzero-store/tests/fixtures/schema-1.db`, once per schema.
 
 use std::error::Error;
 use std::path::PathBuf;

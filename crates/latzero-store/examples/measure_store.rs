@@ -1,6 +1,8 @@
-//! Measures the store on this machine: loading apps, and commits per second with one submitter and with many.
+//! Measures the store on this machine: loading apps, and commits per second with one submitter and
+//! with many.
 //!
-//! `cargo run --release -p latzero-store --example measure_store -- [DIRECTORY]`; the numbers depend on the disk of DIRECTORY.
+//! `cargo run --release -p latzero-store --example measure_store -- [DIRECTORY]`; the numbers
+//! depend on the disk of DIRECTORY.
 
 use std::error::Error;
 use std::path::Path;

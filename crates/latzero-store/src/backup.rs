@@ -1,7 +1,7 @@
-//! Backups: the database as it was at one moment, and the bytes of persistent blocks, in one file.
+//! Backups: a consistent copy of the database, and the bytes of persistent blocks, in one file.
 //!
-//! The copy is made under a name that nobody reads, checked, synced, and only then given its own name. Every record's bytes
-//! and every block's are covered by a checksum, since SQLite's own check does not look at contents.
+//! The copy is written under a temporary name, checked, synced, and only then renamed. Checksums
+//! cover every record and every block, because SQLite's own check does not look at contents.
 
 use std::fs;
 use std::io::{self, Read};
@@ -62,7 +62,8 @@ pub struct Summary {
     pub block_bytes: u64,
 }
 
-/// Adds blocks to a backup that is being made. Runs on the thread that asked for it; the store goes on meanwhile.
+/// Adds blocks to a backup in progress. Runs on the requesting thread; the store continues in the
+/// meantime.
 #[derive(Debug)]
 pub struct BackupWriter<'b> {
     conn: &'b Connection,
@@ -71,12 +72,14 @@ pub struct BackupWriter<'b> {
 }
 
 impl Store {
-    /// Makes a backup without the bytes of blocks, at `to` or under a name of its own in the directory of backups.
+    /// Makes a backup without the bytes of blocks, at `to` or as a new file in the directory of
+    /// backups.
     pub fn backup(&self, to: Option<&Path>) -> Result<Backup, StoreError> {
         self.backup_with(to, |_| Ok(()))
     }
 
-    /// Makes a backup to which `add` adds the bytes of blocks. For worker threads; never from `on_done`.
+    /// Makes a backup to which `add` adds the bytes of blocks. For worker threads; never from
+    /// `on_done`.
     pub fn backup_with(
         &self,
         to: Option<&Path>,
@@ -136,7 +139,8 @@ impl BackupWriter<'_> {
             .map_err(|error| BackupError::sqlite("read", self.path, error))
     }
 
-    /// Adds one block: exactly `head.size` bytes. After an error the block is not in the backup; others may follow.
+    /// Adds one block: exactly `head.size` bytes. After an error the block is not in the backup;
+    /// others may follow.
     pub fn add_block(&mut self, head: &BlockHead, bytes: &mut dyn Read) -> Result<(), BackupError> {
         let added = self.try_add(head, bytes);
         if !self.conn.is_autocommit() {
@@ -164,8 +168,8 @@ impl BackupWriter<'_> {
     }
 }
 
-/// A backup's name for SQLite, so that what lies beside it (a log, a journal) is not read: a backup
-/// is one file.
+/// A backup's name for SQLite, so that files beside it (a log, a journal) are not read: a backup is
+/// one file.
 pub(crate) fn alone(path: &Path) -> Result<String, BackupError> {
     let absolute = std::path::absolute(path).map_err(|e| BackupError::file("find", path, e))?;
     // As in a URI (https://sqlite.org/uri.html): every byte that could mean something else there.
@@ -258,12 +262,12 @@ impl Backup {
 
     fn find_faults(&self) -> rusqlite::Result<Vec<String>> {
         if schema::application_id(&self.conn)? != i64::from(schema::APPLICATION_ID) {
-            return Ok(vec!["it is not a database of this program".into()]);
+            return Ok(vec!["it is not a LatZero database".into()]);
         }
         let version = schema::user_version(&self.conn)?;
         if !(1..=SCHEMA_VERSION).contains(&version) {
             return Ok(vec![format!(
-                "it has schema {version}, this program knows 1 to {SCHEMA_VERSION}"
+                "it has schema {version}; this version supports 1 to {SCHEMA_VERSION}"
             )]);
         }
         if let Some(finding) = self.find_foreign(version)? {
@@ -293,7 +297,7 @@ impl Backup {
             .find(|&object| !known.contains(object) && !own.contains(object));
         Ok(match (foreign, missing) {
             (Some((kind, name)), _) => Some(format!(
-                "it has a {kind} '{name}', which no backup of this program has"
+                "it has a {kind} '{name}', which a LatZero backup does not have"
             )),
             (None, Some((kind, name))) => Some(format!("its {kind} '{name}' is missing")),
             (None, None) => None,
@@ -337,7 +341,8 @@ pub(crate) fn remove_leftovers(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Copies all pages of `from` to a new file, `pages` at a time; `between` runs after each step but the last.
+/// Copies all pages of `from` to a new file, `pages` at a time; `between` runs after each step but
+/// the last.
 pub(crate) fn copy(
     from: &Connection,
     to: &Path,
@@ -353,7 +358,7 @@ pub(crate) fn copy(
         });
     }
     let mut target = connect(to).map_err(failed("open"))?;
-    // Nobody reads the copy before it was checked and synced as a whole.
+    // The copy is not used before it was checked and synced completely.
     target
         .execute_batch("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
         .map_err(failed("prepare"))?;
@@ -376,7 +381,7 @@ pub(crate) fn copy(
         .map_err(|(_, error)| BackupError::sqlite("close", to, error))
 }
 
-/// Writes the copy anew without free pages: what was deleted is not in a backup.
+/// Rewrites the copy without free pages, so that a backup contains no deleted data.
 pub(crate) fn compact(copied: &Path) -> Result<(), BackupError> {
     let failed = |error| BackupError::sqlite("compact", copied, error);
     let mut name = copied.as_os_str().to_owned();
@@ -402,7 +407,8 @@ pub(crate) fn compact(copied: &Path) -> Result<(), BackupError> {
     made
 }
 
-/// Makes the copy a file that stands alone: a copy of a database in WAL mode would otherwise want a log beside it.
+/// Makes the copy self-contained: a copy of a database in WAL mode would otherwise need a log
+/// beside it.
 fn unshare(conn: &Connection) -> rusqlite::Result<()> {
     conn.execute_batch(
         "PRAGMA journal_mode = DELETE; PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF",
@@ -416,7 +422,8 @@ pub(crate) fn finish(temporary: &Path, faults: &Faults) -> Result<(), BackupErro
     let complete = || -> rusqlite::Result<Vec<String>> {
         unshare(&conn)?;
         conn.execute_batch(
-            "CREATE TABLE backup_info (key TEXT PRIMARY KEY NOT NULL, value INTEGER NOT NULL) STRICT",
+            "CREATE TABLE backup_info (key TEXT PRIMARY KEY NOT NULL, value INTEGER NOT NULL) \
+             STRICT",
         )?;
         conn.execute(
             "INSERT INTO backup_info (key, value) VALUES ('made', ?1), ('checksum', ?2)",

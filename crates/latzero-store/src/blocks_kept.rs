@@ -1,4 +1,5 @@
-//! The bytes of persistent blocks inside a backup, in pieces, so that a large block never has to fit in memory.
+//! The bytes of persistent blocks in a backup, in pieces, so that a large block never has to fit in
+//! memory.
 
 use std::io::{self, Read};
 
@@ -94,7 +95,8 @@ pub(crate) fn add(
         return Err(AddError::Length(head.size + 1));
     }
     conn.execute(
-        "INSERT INTO block_files (pool, block_id, generation, version, size, slots, description, checksum)
+        "INSERT INTO block_files (pool, block_id, generation, version, size, slots, description, \
+         checksum)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
         (
             &head.pool,
@@ -141,7 +143,8 @@ fn has_blocks(conn: &Connection) -> rusqlite::Result<bool> {
     )
 }
 
-/// Reads a block's bytes out of a backup. At their end the checksum is compared: `InvalidData` if it differs.
+/// Reads a block's bytes out of a backup. At their end the checksum is compared: `InvalidData` if
+/// it differs.
 #[derive(Debug)]
 pub struct BlockReader<'b> {
     conn: &'b Connection,

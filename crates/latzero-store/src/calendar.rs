@@ -1,4 +1,4 @@
-//! Dates of names and of retention, in UTC, from unix milliseconds.
+//! Dates for file names and retention, in UTC, from Unix milliseconds.
 //!
 //! Days are counted as in Howard Hinnant's "chrono-Compatible Low-Level Date Algorithms".
 
@@ -48,7 +48,8 @@ pub(crate) fn day_of(second: i64) -> i64 {
     second.div_euclid(DAY_S)
 }
 
-/// The week of a unix second, from Monday to Sunday, counted from the one of 1970-01-01 (a Thursday).
+/// The week of a unix second, from Monday to Sunday, counted from the one of 1970-01-01 (a
+/// Thursday).
 pub(crate) fn week_of(second: i64) -> i64 {
     (day_of(second) + 3).div_euclid(7)
 }

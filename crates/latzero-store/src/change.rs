@@ -1,9 +1,10 @@
-//! A change of one record (or of two that belong together), and the key under which changes supersede each other.
+//! A change of one record (or of two related ones), and the key by which a newer change replaces an
+//! older one.
 
 use crate::rows::{AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRow, PoolRow};
 
-/// One change. Each may be written twice with the same result as once, so that it can be tried again after a failure whose
-/// outcome is not known.
+/// One change. Each may be written twice with the same result as once, so that it can be tried
+/// again after a failure whose outcome is not known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// Adds an app or replaces what is known of it.
@@ -89,7 +90,8 @@ pub enum Change {
 
 /// What a change is about. A later eventual change replaces an earlier one of the same key.
 ///
-/// The parts of a row that change alone have keys of their own: they follow the row's own change and never replace it.
+/// The parts of a row that change alone have keys of their own: they follow the row's own change
+/// and never replace it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Key {
     App(String),
@@ -147,7 +149,8 @@ impl Change {
         }
     }
 
-    /// Whether this must be written although a later change of its key waits: it changes another row as well.
+    /// Whether this must be written although a later change of its key waits: it changes another
+    /// row as well.
     pub(crate) fn reaches_further(&self) -> bool {
         matches!(
             self,

@@ -1,4 +1,4 @@
-//! What can go wrong, whose fault it is, and what to do.
+//! Errors of the store: the cause, and what to do about it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,10 +7,12 @@ use rusqlite::ErrorCode;
 
 use crate::place::Missing;
 
-/// Why a change, a backup or a check did not happen. Cheap to clone: one reason is told to many tickets.
+/// Why a change, a backup or a check did not happen. Cheap to clone, because one reason goes to
+/// many tickets.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// The disk did not take the transaction. It was rolled back; after a crash at this moment it may still turn up whole.
+    /// The disk did not take the transaction. It was rolled back; after a crash at this moment it
+    /// may still turn up whole.
     #[error("the store could not {step}: {reason}; {advice}")]
     Disk {
         /// What was being done.
@@ -20,8 +22,9 @@ pub enum StoreError {
         /// What to do.
         advice: &'static str,
     },
-    /// This change cannot be stored as it is; others were not affected. Sending it again will not help.
-    #[error("{what} cannot be stored: {reason}; correct the value")]
+    /// This change cannot be stored as it is; others were not affected. Sending it again will not
+    /// help.
+    #[error("cannot store {what}: {reason}; correct the value")]
     Refused {
         /// Which record.
         what: Arc<str>,
@@ -41,7 +44,8 @@ pub enum StoreError {
 pub enum SubmitError {
     /// Too many changes wait: the disk is slower than the changes come, or refuses.
     #[error(
-        "the store is full: {max} {what} changes wait already; try again later, and look at the disk"
+        "the store's queue is full: {max} {what} changes are waiting; try again later, and check \
+         the disk"
     )]
     Full {
         /// "promised" or "eventual".
@@ -78,7 +82,10 @@ pub enum BackupError {
         source: rusqlite::Error,
     },
     /// The file is not a good backup.
-    #[error("{} is not a usable backup: {findings}; take another one from the same directory", path.display())]
+    #[error(
+        "{} is not a valid backup: {findings}; use another one from the same directory",
+        path.display()
+    )]
     Bad {
         /// Which file.
         path: PathBuf,
@@ -86,7 +93,7 @@ pub enum BackupError {
         findings: String,
     },
     /// The target exists.
-    #[error("{} exists already; name another file or move it away", path.display())]
+    #[error("{} already exists; choose another file, or move it away", path.display())]
     Exists {
         /// Which file.
         path: PathBuf,
@@ -104,9 +111,9 @@ pub enum BackupError {
         found: u64,
     },
     /// A question in SQL can't be answered.
-    #[error("the query can't be answered: {0}; one SELECT within the bounds is")]
+    #[error("cannot run the query: {0}; only one SELECT within the limits is allowed")]
     Query(String),
-    /// The store stopped meanwhile.
+    /// The store stopped in the meantime.
     #[error("{0}")]
     Store(StoreError),
 }
@@ -114,7 +121,8 @@ pub enum BackupError {
 /// Why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The SQLite library is one that can lose commits (before 3.51.3: <https://sqlite.org/wal.html#walresetbug>).
+    /// The SQLite library is one that can lose commits (before 3.51.3:
+    /// <https://sqlite.org/wal.html#walresetbug>).
     #[error("SQLite {found} is too old: 3.51.3 or newer is needed; build with the bundled library")]
     Library {
         /// The version found.
@@ -122,8 +130,9 @@ pub enum OpenError {
     },
     /// A newer program made this database.
     #[error(
-        "{} has schema {found}, this program knows up to {known}; start the newer version, or restore a \
-         backup `pre-migration-{known}-…` from the directory backups beside it", path.display()
+        "{} has schema {found}; this version supports up to {known}; start the newer version, or \
+         restore a backup `pre-migration-{known}-…` from the directory backups beside it",
+        path.display()
     )]
     Newer {
         /// The database.
@@ -133,8 +142,9 @@ pub enum OpenError {
         /// The newest schema known here.
         known: i64,
     },
-    /// Another program's database lies there.
-    #[error("{} is a database of another program (application_id {found:#x}); move it away or choose another data directory", path.display())]
+    /// The file is another program's database.
+    #[error("{} is another program's database (application_id {found:#x}); move it away, or \
+        choose another data directory", path.display())]
     Foreign {
         /// The file.
         path: PathBuf,
@@ -142,7 +152,7 @@ pub enum OpenError {
         found: i64,
     },
     /// Another process has it open.
-    #[error("{} is in use by another process; stop that one first", path.display())]
+    #[error("{} is in use by another process; stop it first", path.display())]
     InUse {
         /// The database.
         path: PathBuf,
@@ -169,7 +179,7 @@ pub enum OpenError {
     },
     /// The backup before a migration failed, so nothing was migrated.
     #[error(
-        "{} has schema {found} and stays as it is: it is migrated only after a backup, and that failed: {reason}",
+        "{} has schema {found} and was not migrated, because the backup before it failed: {reason}",
         path.display()
     )]
     Migration {
@@ -184,7 +194,8 @@ pub enum OpenError {
     #[error("{0}")]
     Backup(#[from] BackupError),
     /// The database was damaged, and so is what was restored.
-    #[error("{} is still damaged after restoring: {reason}; check the disk, then restore a backup by hand", path.display())]
+    #[error("{} is still damaged after restoring: {reason}; check the disk, then restore a \
+        backup with `latzero restore`", path.display())]
     Damaged {
         /// The database.
         path: PathBuf,
@@ -200,7 +211,10 @@ impl StoreError {
             reason: missing.reason().into(),
             advice: match missing {
                 Missing::Directory => "move the data directory back, or stop the server",
-                Missing::Database | Missing::Log => "it is made anew from memory; try again",
+                Missing::Database | Missing::Log => {
+                    "the server is recreating it from memory; \
+                    try again"
+                }
             },
         }
     }
@@ -270,7 +284,8 @@ pub(crate) fn is_of_the_change(error: &rusqlite::Error) -> bool {
     }
 }
 
-/// Whether the file's contents are at fault: then it is set aside. Anything else may heal, and the file stays.
+/// Whether the file's contents are at fault: then it is moved aside. Anything else may heal, and
+/// the file stays.
 pub(crate) fn is_damage(error: &rusqlite::Error) -> bool {
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => matches!(
@@ -295,10 +310,10 @@ fn advice(error: &rusqlite::Error) -> &'static str {
             "close the other program that has data.db open"
         }
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-            "restart: the newest good backup will be restored"
+            "restart the server: it restores the newest valid backup"
         }
         Some(ErrorCode::OutOfMemory) => "free memory",
-        _ => "look at the disk and the kernel's log; writing is tried again by itself",
+        _ => "check the disk and the kernel log; the server retries automatically",
     }
 }
 
@@ -310,6 +325,6 @@ fn advice_io(error: &std::io::Error) -> &'static str {
             "make it writable for this user"
         }
         ErrorKind::NotFound => "check the path",
-        _ => "look at the disk and the kernel's log",
+        _ => "check the disk and the kernel log",
     }
 }

@@ -1,7 +1,8 @@
-//! Places where a crash test lets the process die.
+//! Places where a crash test can kill the process.
 //!
-//! In builds with debug assertions, `LATZERO_FAILPOINT=NAME:N` in the environment makes the process kill itself (SIGKILL) when
-//! it passes NAME for the N-th time. In other builds a place costs nothing.
+//! In builds with debug assertions, `LATZERO_FAILPOINT=NAME:N` in the environment makes the process
+//! kill itself (SIGKILL) when it passes NAME for the N-th time. In other builds failpoints cost
+//! nothing.
 
 /// Every name, for tests that try all of them.
 #[must_use]

@@ -1,7 +1,7 @@
-//! A countdown for tests: the N-th step of the store fails, once or for ever.
+//! A countdown for tests: the N-th step of the store fails, once or from then on.
 //!
-//! Each begin, statement, commit, checkpoint, backup step, rename and fsync asks first. Without a countdown that is one
-//! comparison with a null pointer.
+//! Each begin, statement, commit, checkpoint, backup step, rename and fsync asks it first. Without
+//! a countdown that is one comparison with a null pointer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

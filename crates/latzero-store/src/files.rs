@@ -1,4 +1,5 @@
-//! Files and directories, made to last: each change of a name is followed by an fsync of its directory.
+//! Durable operations on files and directories: an fsync of the directory follows each change of a
+//! name.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -19,7 +20,7 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Makes sure that `path` is there, and ours alone (0600). Tells whether it had to be made.
+/// Ensures that `path` exists and is private (0600). Returns whether it was created.
 pub(crate) fn private_file(path: &Path) -> io::Result<bool> {
     match OpenOptions::new()
         .write(true)
@@ -58,7 +59,7 @@ pub(crate) fn check_regular(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes sure that the directory `path` is there; a new one is ours alone (0700).
+/// Ensures that the directory `path` exists; a new one is private (0700).
 pub(crate) fn private_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new()
         .recursive(true)
@@ -76,11 +77,13 @@ pub(crate) fn sync_dir(path: &Path, faults: &Faults) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Renames within a directory or between two of one disk. An existing `to` is never replaced: `AlreadyExists`.
+/// Renames within a directory or between two of one disk. An existing `to` is never replaced:
+/// `AlreadyExists`.
 pub(crate) fn rename_new(from: &Path, to: &Path, faults: &Faults) -> io::Result<()> {
     faults.step("rename")?;
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // The file system does not know the flag (renameat2(2)): a look before is the best that there is.
+        // The file system does not know the flag (renameat2(2)): a look before is the best that
+        // there is.
         Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
             if fs::symlink_metadata(to).is_ok() {
                 return Err(io::ErrorKind::AlreadyExists.into());
@@ -91,7 +94,7 @@ pub(crate) fn rename_new(from: &Path, to: &Path, faults: &Faults) -> io::Result<
     }
 }
 
-/// The directory that a file lies in.
+/// The directory of a file.
 pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -99,9 +102,11 @@ pub(crate) fn parent(path: &Path) -> &Path {
     }
 }
 
-/// Moves a database and its companions aside under `<why>-<unix ms>-<name>`, one time for all of them.
+/// Moves a database and its companions aside under `<why>-<unix ms>-<name>`, one time for all of
+/// them.
 ///
-/// Whoever repeats this after a crash moves what is left; the main file goes first, so what is left is never taken for a whole.
+/// Whoever repeats this after a crash moves what is left; the main file goes first, so what is left
+/// is never taken for a whole.
 pub(crate) fn set_aside(
     database: &Path,
     why: &str,

@@ -1,14 +1,17 @@
-//! What must outlive the server: records in SQLite, on one thread.
+//! Durable state: records in SQLite, on one thread.
 //!
-//! A [`Store`] owns the one connection to `data.db`. Changes are handed in without waiting ([`Store::submit`]) and written in
-//! groups: while one transaction commits, the next one gathers. A change is either a *promise*, whose ticket is told after
-//! COMMIT or with the reason of its failure, or *eventual*: the newest state of a row is kept in memory until the disk takes it.
-//! Everything is read once, at [`open`]; afterwards the caller's memory is the truth and this is its shadow.
+//! A [`Store`] owns the only connection to `data.db`. Changes are submitted without waiting
+//! ([`Store::submit`]) and written in groups: while one transaction commits, the next one gathers.
+//! A change is either a *promise*, whose ticket is notified after COMMIT or with the reason of its
+//! failure, or *eventual*: the newest state of a row is kept in memory until it is written.
+//! Everything is read once, at [`open`]; after that the caller's memory is authoritative.
 //!
-//! This crate knows neither connections nor routing: registrations, layouts and envelopes are text and bytes to it.
+//! This crate knows neither connections nor routing: registrations, layouts and envelopes are text
+//! and bytes to it.
 //!
-//! No other program may open `data.db` while it is in use: the connection holds it exclusively. Unsigned numbers live in
-//! SQLite's signed 64 bits: where order matters, a number above `i64::MAX` is refused; device and inode keep their bits.
+//! No other program may open `data.db` while it is in use: the connection locks it exclusively.
+//! Unsigned numbers are stored in SQLite's signed 64 bits: where order matters, a number above
+//! `i64::MAX` is refused; device and inode keep their bits.
 
 mod backup;
 mod blocks_kept;

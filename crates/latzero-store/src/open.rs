@@ -1,8 +1,9 @@
-//! Opening: what must hold before the first record is read, and what happens when it does not.
+//! Opens the database: what must hold before the first record is read, and what happens otherwise.
 //!
-//! A database that was closed cleanly in this boot is trusted. Otherwise it is checked, after another boot in full. A damaged
-//! one is moved aside, never deleted, and the newest backup that verifies takes its place; the report then says so.
-//! Whatever may heal (a full disk, a directory that is not writable) is an error and moves nothing.
+//! A database that was closed cleanly since the last boot is trusted. Otherwise it is checked,
+//! after a reboot completely. A damaged one is moved aside, never deleted, and the newest valid
+//! backup is restored; the report says so. Temporary problems (a full disk, a directory that is not
+//! writable) are errors and move nothing.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -78,7 +79,8 @@ pub struct Report {
     pub restored_from: Option<PathBuf>,
 }
 
-/// Opens the database in `data_dir`, which must exist and be the caller's alone; only one process may do so at a time.
+/// Opens the database in `data_dir`, which must exist and be private to the caller; only one
+/// process at a time may do so.
 pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
     if !schema::library_is_safe(rusqlite::version_number()) {
         let found = schema::library_version().to_owned();
@@ -90,7 +92,8 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
     let (conn, contents) = open_files(&place, &options, &mut report)?;
     let guard = Guard::new(place)
         .map_err(|error| OpenError::file("look at", &data_dir.join(DATABASE), error))?;
-    // It is told; the next start has nothing to say of it. A disk that is full has it told again.
+    // It has been reported, so the next start does not report it. If the disk is full, it is
+    // reported again.
     let told = "UPDATE store_state SET value = 'open' WHERE key = 'run' AND value = ?1";
     if let Err(error) = conn.execute(told, [restore::BY_ITSELF]) {
         tracing::warn!(%error, "the next start will tell this again");
@@ -141,7 +144,7 @@ fn open_files(
     backup::remove_leftovers(&backups).map_err(|e| OpenError::file("tidy", &backups, e))?;
     if restore::finish_decided(place, faults)? {
         report.texts.push(format!(
-            "a restoring that was interrupted was completed; the former database lies beside {}",
+            "an interrupted restore was completed; the former database is kept beside {}",
             database.display()
         ));
         report.is_degraded = true;
@@ -157,14 +160,14 @@ fn open_files(
     match restore::prepare_newest(place, faults, &mut report.texts)? {
         Some(from) => {
             restore::switch(place, "corrupt", faults)?;
-            text += &format!("; {} took its place", from.display());
+            text += &format!("; {} was restored instead", from.display());
             report.restored_from = Some(from);
         }
         None => {
             files::set_aside(database, "corrupt", now_ms(), faults)
                 .map_err(|e| OpenError::file("set aside", database, e))?;
             let _ = fs::remove_file(place.mark());
-            text += "; there is no good backup, so everything starts empty";
+            text += "; there is no valid backup, so everything starts empty";
         }
     }
     text += "; the damaged files were kept as corrupt-… beside it";
@@ -253,7 +256,8 @@ fn try_open(
         && report.texts.is_empty()
     {
         report.texts.push(format!(
-            "{} was damaged at an earlier start, which did not come to its end; a backup took its place, and the damaged files were kept as corrupt-… beside it",
+            "{} was damaged at an earlier start that did not complete; a backup was restored, \
+             and the damaged files were kept as corrupt-… beside it",
             database.display()
         ));
         report.is_degraded = true;
@@ -277,7 +281,7 @@ fn try_open(
     }
     for name in schema::drop_foreign(&conn).map_err(failed("clean"))? {
         report.texts.push(format!(
-            "{} had a {name} that this program did not make; it was removed",
+            "{} had a {name} that LatZero did not create; it was removed",
             database.display()
         ));
         report.is_degraded = true;
@@ -291,7 +295,7 @@ fn try_open(
         if !is_blank {
             // What was deleted before `secure_delete` is still in free pages.
             if let Err(error) = conn.execute_batch("VACUUM") {
-                tracing::warn!(%error, "free pages of data.db may still hold what was deleted");
+                tracing::warn!(%error, "free pages of data.db may still contain deleted data");
             }
         }
     }
@@ -300,7 +304,7 @@ fn try_open(
     Ok((conn, contents))
 }
 
-/// Opens the file without ever making one. A connection stays on one thread at a time, so it needs no lock of its own.
+/// Opens an existing file. A connection is used by one thread at a time, so it needs no lock.
 pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     Connection::open_with_flags(
         path,
@@ -313,8 +317,9 @@ pub(crate) fn prepare(conn: &Connection, durability: Durability) -> rusqlite::Re
         Durability::Full => "FULL",
         Durability::Normal => "NORMAL",
     };
-    // The exclusive lock comes before the journal's mode: then no other process, with whatever SQLite, can open the file,
-    // and there is no shared index file (https://sqlite.org/wal.html#noshm).
+    // The exclusive lock comes before the journal's mode: then no other process, with whatever
+    // SQLite, can open the file, and there is no shared index file
+    // (https://sqlite.org/wal.html#noshm).
     conn.execute_batch(&format!(
         "PRAGMA busy_timeout = 5000;
          PRAGMA locking_mode = EXCLUSIVE;
@@ -331,7 +336,8 @@ pub(crate) fn prepare(conn: &Connection, durability: Durability) -> rusqlite::Re
     ))
 }
 
-/// Whether closing leaves the log alone: until a database is known to be good, it may be needed to look into the damage.
+/// Whether closing leaves the log alone: until a database is known to be good, it may be needed to
+/// look into the damage.
 pub(crate) fn keep_log(conn: &Connection, keep: bool) -> rusqlite::Result<()> {
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, keep)
         .map(drop)
@@ -352,19 +358,21 @@ fn missing_commits(conn: &Connection, place: &Place, is_blank: bool) -> Option<S
     let mark = Mark::read(&place.mark())?;
     if is_blank {
         return Some(format!(
-            "all {} changes of the earlier runs are missing; the database or its log data.db-wal was removed or damaged",
+            "all {} changes of previous runs are missing; the database or its log data.db-wal \
+             was removed or damaged",
             mark.commits
         ));
     }
     let id = state(conn, "id");
     if id.is_some_and(|id| id != mark.id) {
-        return Some("it is another database than the one of the last run".into());
+        return Some("it is not the database of the last run".into());
     }
     let commits = state(conn, "commits").and_then(|commits| commits.parse().ok());
     let missing = mark.commits.checked_sub(commits.unwrap_or(0))?;
     (missing > 0).then(|| {
         format!(
-            "the last {missing} changes of the earlier run are missing; the log data.db-wal was lost or damaged, or the machine stopped before they were on disk"
+            "the last {missing} changes of the previous run are missing; the log data.db-wal was \
+             lost or damaged, or the machine stopped before they were on disk"
         )
     })
 }
@@ -416,13 +424,13 @@ fn set_stray_log_aside(
         .map_err(|error| OpenError::file("set aside", &log, error))?;
     report.is_degraded = true;
     report.texts.push(format!(
-        "{} was there without its database; it was kept as corrupt-… beside it",
+        "{} existed without its database; it was kept as corrupt-… beside it",
         log.display()
     ));
     Ok(())
 }
 
-/// A data directory with backups and without a database is not a new one: somebody should know.
+/// A data directory with backups but without a database is not new, so this is reported.
 fn note_what_is_missing(place: &Place, report: &mut Report) {
     if report.is_degraded {
         return;
@@ -430,7 +438,8 @@ fn note_what_is_missing(place: &Place, report: &mut Report) {
     if let Some(newest) = retention::list(&place.backups()).last() {
         report.is_degraded = true;
         report.texts.push(format!(
-            "{} is missing although there are backups; everything starts empty; restore {} if that is not intended",
+            "{} is missing, although there are backups; the server starts empty; restore {} if \
+             that is not intended",
             place.database().display(),
             newest.path.display()
         ));

@@ -9,7 +9,8 @@ use crate::faults::Faults;
 /// Names a promise; the caller's own number.
 pub type Ticket = u64;
 
-/// Told about promises after each transaction, on the store's thread. It may take the vector's contents.
+/// Told about promises after each transaction, on the store's thread. It may take the vector's
+/// contents.
 pub type Done = Box<dyn FnMut(&mut Vec<(Ticket, Result<(), StoreError>)>) + Send>;
 
 /// What a commit waits for.
@@ -18,7 +19,8 @@ pub enum Durability {
     /// For the disk (`PRAGMA synchronous=FULL`): what was promised survives power loss.
     #[default]
     Full,
-    /// For the kernel (`NORMAL`): survives the death of the process; power loss may undo the latest commits, whole ones only.
+    /// For the kernel (`NORMAL`): survives the death of the process; power loss may undo the latest
+    /// commits, whole ones only.
     Normal,
 }
 
@@ -26,18 +28,21 @@ pub enum Durability {
 pub struct Options {
     /// What a commit waits for.
     pub durability: Durability,
-    /// Changes in one transaction at most. A larger [`Store::commit`](crate::Store::commit) has one of its own.
+    /// Maximum changes in one transaction. A larger [`Store::commit`](crate::Store::commit) gets
+    /// its own transaction.
     pub group_max: usize,
     /// Promised changes that may wait; beyond it a promise is refused at once.
     pub queue_max: usize,
-    /// Eventual changes that may wait. Beyond it the oldest times and attempt counts are dropped, then newcomers are refused.
+    /// Eventual changes that may wait. Beyond it the oldest times and attempt counts are dropped,
+    /// then newcomers are refused.
     pub retained_max: usize,
-    /// After a failed transaction the next one is tried after this time, then after twice as long, …
+    /// After a failed transaction the next one is tried after this time, then after twice as long,
+    /// …
     pub retry_first: Duration,
     /// … up to this time. A new promise is tried at once, and heals the store for all.
     pub retry_max: Duration,
-    /// How long files of the database are missing before they are made anew: who removes the whole
-    /// directory needs a moment.
+    /// How long files of the database must be missing before they are recreated, because removing a
+    /// whole directory takes a moment.
     pub rebuild_after: Duration,
     /// Pages (4 KiB) that a backup copies between two transactions.
     pub backup_step_pages: i32,

@@ -1,4 +1,4 @@
-//! Where the database lies, whether it still lies there, and how many commits it has had.
+//! The location of the database: whether it is still in place, and how many commits it has had.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -16,8 +16,8 @@ const MARK: &str = ".mark";
 /// Most bytes of a mark that are read: more than a whole one has.
 const MARK_BYTES_MAX: u64 = 256;
 
-/// The paths of a store. Where `data.db` is a symbolic link, everything about the database happens
-/// where it leads: the log lies there too, and files are renamed within one directory.
+/// The paths of a store. If `data.db` is a symbolic link, all files of the database are at its
+/// target: the log is there too, and files are renamed within one directory.
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
     dir: PathBuf,
@@ -44,7 +44,7 @@ impl Place {
         &self.database
     }
 
-    /// The directory that the database lies in.
+    /// The directory of the database.
     pub(crate) fn home(&self) -> &Path {
         files::parent(&self.database)
     }
@@ -81,7 +81,7 @@ pub(crate) enum Missing {
     /// The directory. It may have been moved, or its disk unmounted: making another one would hide
     /// it.
     Directory,
-    /// The database or its log, in a directory that is there. Both can be made anew.
+    /// The database or its log, in an existing directory. Both can be recreated.
     Database,
     Log,
 }
@@ -89,9 +89,9 @@ pub(crate) enum Missing {
 impl Missing {
     pub(crate) fn reason(self) -> &'static str {
         match self {
-            Missing::Directory => "its directory was moved or removed while the server runs",
-            Missing::Database => "data.db was moved or removed while the server runs",
-            Missing::Log => "data.db-wal was moved or removed while the server runs",
+            Missing::Directory => "its directory was moved or removed while the server is running",
+            Missing::Database => "data.db was moved or removed while the server is running",
+            Missing::Log => "data.db-wal was moved or removed while the server is running",
         }
     }
 }
@@ -205,7 +205,7 @@ impl MarkFile {
         if let Some(file) = &self.0
             && let Err(error) = file.write_all_at(mark.encode().as_bytes(), 0)
         {
-            tracing::debug!(%error, "the count of commits beside data.db can't be written");
+            tracing::debug!(%error, "cannot write the commit count beside data.db");
         }
     }
 }

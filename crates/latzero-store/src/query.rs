@@ -1,5 +1,5 @@
-//! Looking into a database: questions in SQL, and all of it as text. Both work on a copy, so that
-//! nothing waits for them and nothing can be changed.
+//! Queries of a database in SQL, and a dump as text. Both use a copy, so they block nothing and
+//! cannot change anything.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -73,8 +73,8 @@ pub struct Answer {
 }
 
 impl Store {
-    /// Answers one SELECT about the database as it is now. Changes go on meanwhile. For worker
-    /// threads.
+    /// Answers one SELECT about the database as it is now. Changes continue in the meantime. For
+    /// worker threads.
     pub fn query(&self, sql: &str, limits: &QueryLimits) -> Result<Answer, StoreError> {
         let copy = backup::temporary(&self.dir().join(crate::BACKUPS));
         let answer = self
@@ -85,11 +85,11 @@ impl Store {
     }
 }
 
-/// Answers one SELECT about the database in `path`, which nobody else may be using.
+/// Answers one SELECT about the database in `path`, which no other process may be using.
 pub fn query(path: &Path, sql: &str, limits: &QueryLimits) -> Result<Answer, BackupError> {
     if sql.len() > limits.sql_bytes_max {
         return Err(BackupError::Query(format!(
-            "it has {} bytes, and {} is the most",
+            "it has {} bytes; the maximum is {}",
             sql.len(),
             limits.sql_bytes_max
         )));

@@ -1,7 +1,8 @@
-//! What waits to be written: promises in order, and eventual changes of which the newest of each row counts.
+//! The queue of the writer: promises in order, and for eventual changes the newest of each row.
 //!
-//! Everything has one sequence, so a change is never written before one that was handed in earlier, unless a newer change of
-//! the same row replaced that one. An eventual change that is replaced gives up its place: the newer one stands at the end.
+//! All changes share one sequence, so a change is never written before one that was submitted
+//! earlier, unless a newer change of the same row replaced that one. An eventual change that is
+//! replaced loses its position: the newer one goes to the end.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::mpsc::SyncSender;
@@ -31,7 +32,7 @@ pub(crate) enum Changes {
 /// Who learns what became of a job.
 #[derive(Debug)]
 pub(crate) enum Teller {
-    /// Nobody: it is tried until it is written.
+    /// Nobody: it is retried until it is written.
     Nobody,
     /// The caller's `on_done`.
     Ticket(Ticket),
@@ -58,7 +59,8 @@ impl Job {
     }
 }
 
-/// The bounded queue. Taking a batch leaves its eventual changes counted until [`Queue::written`] or [`Queue::put_back`].
+/// The bounded queue. Taking a batch leaves its eventual changes counted until [`Queue::written`]
+/// or [`Queue::put_back`].
 #[derive(Debug)]
 pub(crate) struct Queue {
     jobs: BTreeMap<u64, Job>,
@@ -147,8 +149,8 @@ impl Queue {
         self.eventual_taken = 0;
     }
 
-    /// The disk refused: eventual changes of the batch wait again, in their old places. Promises stay in `jobs`, and those
-    /// that waited join them, for they would only learn the same later.
+    /// The disk refused: eventual changes of the batch wait again, in their old places. Promises
+    /// stay in `jobs`, and those that waited join them, for they would only learn the same later.
     pub(crate) fn put_back(&mut self, jobs: &mut Vec<Job>) {
         let mut promises = Vec::new();
         for job in jobs.drain(..) {

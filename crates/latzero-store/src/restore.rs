@@ -1,7 +1,8 @@
-//! Restoring: a backup becomes the database, in steps of which each can be the last before a crash.
+//! Restores a backup, in steps that each survive a crash.
 //!
-//! The new database is built beside the old one. Once it is complete and synced it gets the name `data.db.next`: that decides.
-//! From there on every start goes on where it stopped: the old files are set aside, and the new one takes the name.
+//! The new database is built beside the old one. When it is complete and synced it is renamed to
+//! `data.db.next`, which decides the restore. From then on every start continues where it stopped:
+//! the old files are moved aside, and the new one is renamed.
 
 use std::fs;
 use std::io::{self, Read};
@@ -29,7 +30,8 @@ const NEXT: &str = ".next";
 /// How a run ended, as a database says that a person had restored.
 const BY_HAND: &str = "restored";
 
-/// As [`BY_HAND`], of one that took a damaged one's place at a start. Until a run begins on it, starts tell of it.
+/// As [`BY_HAND`], of one that took a damaged one's place at a start. Until a run begins on it,
+/// starts tell of it.
 pub(crate) const BY_ITSELF: &str = "recovered";
 
 /// What restoring did.
@@ -41,10 +43,12 @@ pub struct Restored {
     pub set_aside: Vec<PathBuf>,
 }
 
-/// Makes `backup` the database of `data_dir`, which no server may be using. The whole backup is verified first.
+/// Makes `backup` the database of `data_dir`, which no server may be using. The whole backup is
+/// verified first.
 ///
-/// `put_block` gets the bytes of each block before anything is switched; it should write them to a name of their own, so that
-/// a restoring that fails half-way leaves the old blocks alone. The former database is kept as `replaced-…`.
+/// `put_block` gets the bytes of each block before anything is switched; it should write them to a
+/// name of their own, so that a restoring that fails half-way leaves the old blocks alone. The
+/// former database is kept as `replaced-…`.
 pub fn restore(
     backup: &Path,
     data_dir: &Path,
@@ -92,7 +96,8 @@ pub fn restore_with(
     Ok(Restored { summary, set_aside })
 }
 
-/// Builds the next database from the newest backup that verifies, and decides for it. Tells which one it was.
+/// Builds the next database from the newest backup that verifies, and decides for it. Tells which
+/// one it was.
 pub(crate) fn prepare_newest(
     place: &Place,
     faults: &Faults,
@@ -160,7 +165,8 @@ fn decide(temporary: &Path, place: &Place, faults: &Faults) -> Result<(), OpenEr
     Ok(())
 }
 
-/// Makes a database with the backup's records, without what only backups have, under a temporary name.
+/// Makes a database with the backup's records, without what only backups have, under a temporary
+/// name.
 fn build(backup: &Backup, dir: &Path, how: &str, faults: &Faults) -> Result<PathBuf, BackupError> {
     let temporary = backup::temporary(dir);
     let built = build_at(&temporary, backup, how, faults);

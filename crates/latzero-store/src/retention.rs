@@ -1,8 +1,8 @@
-//! Which backups stay: the newest of each of the last days and weeks that have any, and the last
+//! Which backups to keep: the newest of each of the last days and weeks that have any, and the last
 //! ones before a migration.
 //!
-//! Which one is newer is told by the number in its name; its date may come from a clock that was
-//! wrong. The newest backup that verifies always stays, whatever the rules and the free space say.
+//! The number in its name determines which backup is newer; its date may come from a wrong clock.
+//! The newest valid backup is always kept, regardless of the rules and the free space.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -65,7 +65,7 @@ pub(crate) struct Found {
     is_pre_migration: bool,
 }
 
-/// Removes the backups of `data_dir` that `policy` does not keep. Other files are left alone.
+/// Removes the backups of `data_dir` that `policy` does not keep. Other files are not touched.
 pub fn prune(data_dir: &Path, policy: &Policy) -> io::Result<Pruned> {
     let dir = data_dir.join(BACKUPS);
     let found = list(&dir);

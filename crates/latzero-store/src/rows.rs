@@ -1,6 +1,7 @@
-//! The records, and how each lies in its table.
+//! The records, and their tables.
 //!
-//! A row type names its columns once, in the order of its fields; reading and writing statements are made from that list.
+//! A row type lists its columns once, in the order of its fields. The statements that read and
+//! write it are generated from that list.
 
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Row, Statement, ToSql};
@@ -11,6 +12,8 @@ pub(crate) trait Record: Sized {
     /// How many of the first columns are the primary key.
     const KEYS: usize;
     const COLUMNS: &'static [&'static str];
+    /// Columns of JSON that grow and shrink a little at a time.
+    const LISTS: &'static [&'static str] = &[];
 
     fn read(row: &Row<'_>) -> rusqlite::Result<Self>;
     fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize>;
@@ -30,7 +33,14 @@ pub(crate) trait Record: Sized {
         let marks: Vec<_> = (1..=Self::COLUMNS.len()).map(|i| format!("?{i}")).collect();
         let sets: Vec<_> = Self::COLUMNS[Self::KEYS..]
             .iter()
-            .map(|column| format!("{column} = excluded.{column}"))
+            .map(|column| {
+                let new = format!("excluded.{column}");
+                let new = match Self::LISTS.contains(column) {
+                    true => with_room(&format!("{}.{column}", Self::TABLE), &new),
+                    false => new,
+                };
+                format!("{column} = {new}")
+            })
             .collect();
         format!(
             "INSERT INTO {} ({}) VALUES ({}) ON CONFLICT ({}) DO UPDATE SET {}",
@@ -43,17 +53,36 @@ pub(crate) trait Record: Sized {
     }
 }
 
+/// A new value of a column that has JSON, with blanks behind it to about the length of the old one, or with room to grow.
+///
+/// SQLite writes a row anew, however large it is, where its size changes; where it does not, the pages that differ alone.
+pub(crate) fn with_room(old: &str, new: &str) -> String {
+    format!(
+        "printf('%-*s', CASE \
+         WHEN octet_length({old}) BETWEEN octet_length({new}) AND 2 * octet_length({new}) + 1024 \
+         THEN octet_length({old}) \
+         ELSE octet_length({new}) * 9 / 8 + 256 END, {new})"
+    )
+}
+
 /// A number whose order matters: refused above `i64::MAX`, the largest that SQLite orders rightly.
 pub(crate) struct Ordered(pub(crate) u64);
 
 impl ToSql for Ordered {
     fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
         let value = i64::try_from(self.0).map_err(|_| {
-            let text = format!("{} is above {}, the largest number kept", self.0, i64::MAX);
+            let text = format!("{} is above the maximum, {}", self.0, i64::MAX);
             rusqlite::Error::ToSqlConversionFailure(text.into())
         })?;
         Ok(value.into())
     }
+}
+
+/// A text without the blanks behind it ([`with_room`]).
+fn list(row: &Row<'_>, at: usize) -> rusqlite::Result<String> {
+    let mut text: String = row.get(at)?;
+    text.truncate(text.trim_end_matches(' ').len());
+    Ok(text)
 }
 
 fn ordered(row: &Row<'_>, at: usize) -> rusqlite::Result<u64> {
@@ -95,6 +124,7 @@ impl Record for AppRow {
         "registered",
         "last_seen",
     ];
+    const LISTS: &'static [&'static str] = &["pools", "triggers", "watches"];
 
     /// In the order of the file: sorting 100,000 names would cost more than reading them.
     fn select() -> String {
@@ -104,9 +134,9 @@ impl Record for AppRow {
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
             app_id: row.get(0)?,
-            pools: row.get(1)?,
-            triggers: row.get(2)?,
-            watches: row.get(3)?,
+            pools: list(row, 1)?,
+            triggers: list(row, 2)?,
+            watches: list(row, 3)?,
             meta: row.get(4)?,
             protocol_version: row.get(5)?,
             registered: row.get(6)?,
@@ -214,7 +244,7 @@ pub struct BlockRow {
     pub permissions: String,
     /// The app that owns it.
     pub owner: String,
-    /// How long it lives, in the protocol's word.
+    /// Its lifetime, as the protocol names it.
     pub lifetime: String,
     /// Its generation.
     pub generation: u64,

@@ -1,7 +1,7 @@
-//! The tables, and how an older database becomes a current one.
+//! The tables, and the migration of older databases.
 //!
-//! `user_version` says which schema a database has. Each migration is one transaction, and the database is copied to
-//! `backups/` before the first. A migration that was released never changes.
+//! `user_version` is the schema of a database. Each migration is one transaction, and the database
+//! is copied to `backups/` before the first one. A released migration never changes.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,8 @@ use rusqlite::Connection;
 use crate::failpoint;
 use crate::faults::Faults;
 
-/// Marks a database as one of this program ("LtZ0"): <https://sqlite.org/pragma.html#pragma_application_id>.
+/// Marks a database as one of this program ("LtZ0"):
+/// <https://sqlite.org/pragma.html#pragma_application_id>.
 pub const APPLICATION_ID: i32 = 0x4c74_5a30;
 
 /// The schema that this program writes.
@@ -81,8 +82,8 @@ pub(crate) fn objects(conn: &Connection) -> rusqlite::Result<BTreeSet<(String, S
     .collect()
 }
 
-/// Removes triggers, views and indexes, of which no schema has any: whoever had the file before may
-/// have added them, and a trigger acts with every write. Tells what they were.
+/// Removes triggers, views and indexes, which no schema has. A previous owner of the file may have
+/// added them, and a trigger runs on every write. Returns what was removed.
 pub(crate) fn drop_foreign(conn: &Connection) -> rusqlite::Result<Vec<String>> {
     let found = objects(conn)?;
     // Triggers first: a view's go with it.

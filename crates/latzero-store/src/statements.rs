@@ -1,4 +1,4 @@
-//! The prepared statements of the writer, made at first use and kept.
+//! The prepared statements of the writer, created on first use and cached.
 
 use rusqlite::{Connection, Statement};
 
@@ -7,6 +7,7 @@ use crate::change::Change;
 use crate::faults::Faults;
 use crate::rows::{
     AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRow, Ordered, PoolRow, Record,
+    with_room,
 };
 
 /// What the writer says to SQLite.
@@ -56,7 +57,10 @@ impl Sql {
                             VALUES ('commits', ?1)"
                 .into(),
             Self::PutApp => AppRow::upsert(),
-            Self::AppWatches => "UPDATE app_registry SET watches = ?2 WHERE app_id = ?1".into(),
+            Self::AppWatches => format!(
+                "UPDATE app_registry SET watches = {} WHERE app_id = ?1",
+                with_room("watches", "?2")
+            ),
             Self::SeenApp => "UPDATE app_registry SET last_seen = ?2 WHERE app_id = ?1".into(),
             Self::ForgetApp => "DELETE FROM app_registry WHERE app_id = ?1".into(),
             Self::PutBinding => BindingRow::upsert(),
@@ -84,7 +88,7 @@ impl Sql {
     }
 }
 
-/// How the run stands, for the next start.
+/// The state of the run, for the next start.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Run {
     Open,
@@ -156,7 +160,8 @@ impl<'c> Statements<'c> {
             .map(drop)
     }
 
-    /// Carries out `change` inside the open transaction. Several statements need a savepoint around them.
+    /// Carries out `change` inside the open transaction. Several statements need a savepoint around
+    /// them.
     pub(crate) fn apply(&mut self, change: &Change) -> rusqlite::Result<()> {
         match change {
             Change::PutApp(row) => row.write(self.step(Sql::PutApp)?),
@@ -203,7 +208,7 @@ impl<'c> Statements<'c> {
         .map(drop)
     }
 
-    /// A statement that counts as a step of its own.
+    /// A statement that counts as a separate step.
     fn step(&mut self, sql: Sql) -> rusqlite::Result<&mut Statement<'c>> {
         self.faults.step("statement")?;
         self.get(sql)

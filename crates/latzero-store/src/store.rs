@@ -1,4 +1,4 @@
-//! The handle: changes and requests go in, the thread carries them out.
+//! The handle of the store: passes changes and requests to its thread.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -21,8 +21,8 @@ const REQUESTS_MAX: usize = 64;
 
 /// The store. Clones are handles of the same one.
 ///
-/// When the last handle goes without [`Store::close`], what waits is written if the disk takes it, and the next start checks
-/// the database.
+/// When the last handle is dropped without [`Store::close`], queued changes are written if
+/// possible, and the next start checks the database.
 #[derive(Debug, Clone)]
 pub struct Store {
     inner: Arc<Inner>,
@@ -135,10 +135,11 @@ impl Store {
         }
     }
 
-    /// Hands in one change: a promise with a ticket, else an eventual change. Never waits and never does IO.
+    /// Hands in one change: a promise with a ticket, else an eventual change. Never waits and never
+    /// does IO.
     ///
-    /// A promise is told to `on_done` once it is on disk, or once it failed and is gone. An eventual change is retried until
-    /// the disk takes it; a later one of the same row replaces it.
+    /// A promise is told to `on_done` once it is on disk, or once it failed and is gone. An
+    /// eventual change is retried until the disk takes it; a later one of the same row replaces it.
     pub fn submit(&self, change: Change, ticket: Option<Ticket>) -> Result<(), SubmitError> {
         let mut state = self.open_state()?;
         match ticket {
@@ -151,7 +152,8 @@ impl Store {
         Ok(())
     }
 
-    /// Writes `changes`, all or none, and waits for the commit. For worker threads; never from `on_done`.
+    /// Writes `changes`, all or none, and waits for the commit. For worker threads; never from
+    /// `on_done`.
     pub fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
         let (reply, told) = sync_channel(1);
         let mut state = self.open_state()?;
@@ -162,8 +164,8 @@ impl Store {
         wait(&told)?
     }
 
-    /// Waits until all that was handed in is on disk or was told as failed, and the disk takes what comes. False if that
-    /// was not so within `patience`, or the store was closed meanwhile. For worker threads.
+    /// Waits until everything submitted is on disk or was reported as failed, and writing works.
+    /// False if that did not happen within `patience`, or the store was closed. For worker threads.
     #[must_use]
     pub fn wait_settled(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
@@ -184,8 +186,8 @@ impl Store {
         }
     }
 
-    /// Looks for damage: `full` reads everything (`integrity_check`, `foreign_key_check`), else `quick_check`. No findings
-    /// mean that all is well. Writing waits meanwhile.
+    /// Looks for damage: `full` reads everything (`integrity_check`, `foreign_key_check`), else
+    /// `quick_check`. No findings mean no damage. Writing waits in the meantime.
     pub fn check(&self, full: bool) -> Result<Vec<String>, StoreError> {
         let (reply, told) = sync_channel(1);
         self.request(Request::Check { full, reply })?;
@@ -223,8 +225,8 @@ impl Store {
         }
     }
 
-    /// Looks whether the database's files are where they were. Where they are not, a transaction is
-    /// tried, which makes them anew or says why that can't be.
+    /// Checks that the database's files are in place. If not, it tries a transaction, which
+    /// recreates them or says why that is impossible.
     pub fn look(&self) {
         if self.inner.shared.guard().check().is_ok() {
             return;
@@ -234,8 +236,9 @@ impl Store {
         self.inner.shared.wake(state);
     }
 
-    /// Writes what waits, moves the log into the database, marks it clean, and ends the thread. Other handles find the
-    /// store closed. An error says what did not get to the disk; what was told before is there all the same.
+    /// Writes what waits, moves the log into the database, marks it clean, and ends the thread.
+    /// Other handles find the store closed. An error says what was not written; changes reported
+    /// before are on disk.
     pub fn close(self) -> Result<(), StoreError> {
         let (reply, told) = sync_channel(1);
         let mut state = self.open_state()?;

@@ -1,8 +1,10 @@
-//! The thread that owns the connection: takes what waits, writes it in one transaction, tells, and begins again.
+//! The thread that owns the connection: takes the queued changes, writes them in one transaction,
+//! notifies, and repeats.
 //!
-//! While it commits, the next group gathers, so a busy store pays one fsync for many changes and an idle one waits for nobody.
-//! A change that is refused for itself does not hold up its group. When the disk refuses, the transaction is rolled back,
-//! every promise that waits is told, and eventual changes are tried again: at the next promise, or after a pause that doubles.
+//! While it commits, the next group gathers, so a busy store needs one fsync for many changes, and
+//! an idle one adds no delay. A change that is invalid by itself does not delay its group. If the
+//! disk fails, the transaction is rolled back, every waiting promise is notified, and eventual
+//! changes are retried: at the next promise, or after a pause that doubles.
 
 use std::path::Path;
 use std::sync::mpsc::SyncSender;
@@ -65,7 +67,7 @@ pub(crate) fn run(mut conn: Connection, shared: Arc<Shared>, mut options: Option
     }
 }
 
-/// Leaves nobody waiting for a thread that is gone, whatever ended it.
+/// Notifies everyone who waits if the thread ends for any reason.
 struct End(Arc<Shared>);
 
 impl Drop for End {
@@ -82,7 +84,7 @@ impl Drop for End {
 
 /// Why a writer ended.
 enum Ended {
-    /// It was asked to; who asked is told.
+    /// It was requested; the requester is notified.
     Closed(Closing),
     Abandoned,
     /// The database's files were gone and are there again, behind this connection. Some changes are
@@ -111,7 +113,8 @@ struct Writer<'c> {
     is_log_filled: bool,
     /// Since when files of the database are missing.
     gone_since: Option<Instant>,
-    /// The database says that it is in use. It need not before the first transaction: until then nothing differs.
+    /// The database says that it is in use. It need not before the first transaction: until then
+    /// nothing differs.
     is_marked: bool,
     /// A request was the last thing done, so waiting changes come first now.
     batch_first: bool,
@@ -260,7 +263,7 @@ impl<'c> Writer<'c> {
                     }
                 }
                 if let Some(failing) = state.failing.take() {
-                    tracing::info!(since_ms = failing.since, "the store writes again");
+                    tracing::info!(since_ms = failing.since, "the store is writing again");
                 }
             }
             Err(error) => {
@@ -285,7 +288,7 @@ impl<'c> Writer<'c> {
                 failing.reason = reason;
             }
             None => {
-                tracing::error!(%reason, "the store does not write; it tries again by itself");
+                tracing::error!(%reason, "the store cannot write; it retries automatically");
                 state.failing = Some(Failing {
                     reason,
                     since: now_ms(),
@@ -304,7 +307,8 @@ impl<'c> Writer<'c> {
         self.jobs = jobs;
         if outcome.is_err() {
             self.statements.rollback();
-            // The next transaction writes in any case, so that its success says something of the disk.
+            // The next transaction writes in any case, so that its success says something of the
+            // disk.
             self.is_marked = false;
         }
         outcome
@@ -334,7 +338,7 @@ impl<'c> Writer<'c> {
         failpoint::reached("store.after_commit");
         self.is_marked = true;
         self.note_commit();
-        // What is promised is under its name, not in a file that was removed meanwhile.
+        // Promised changes must be in the file under its name, not in one that was removed.
         self.check_place()
     }
 
@@ -350,8 +354,8 @@ impl<'c> Writer<'c> {
         checked.map_err(StoreError::missing)
     }
 
-    /// Makes the database's files anew where they were removed or moved, from the open connection,
-    /// which still has them. None where nothing is gone, or nothing can be made.
+    /// Recreates the database's files if they were removed or moved, from the open connection,
+    /// which still has them. None if nothing is missing, or nothing can be recreated.
     fn rebuild_where_gone(&mut self) -> Option<Connection> {
         let gone = self.shared.guard().check().err();
         let Some(gone) = gone.filter(|gone| *gone != Missing::Directory) else {
@@ -366,11 +370,11 @@ impl<'c> Writer<'c> {
             Ok(conn) => {
                 self.shared.lock().rebuilt += 1;
                 let reason = gone.reason();
-                tracing::warn!("{reason}; it was made anew from memory, and nothing is lost");
+                tracing::warn!("{reason}; it was recreated from memory, and nothing was lost");
                 Some(conn)
             }
             Err(error) => {
-                tracing::error!(%error, "data.db can't be made anew; it is tried again");
+                tracing::error!(%error, "cannot recreate data.db; retrying");
                 None
             }
         }
@@ -406,11 +410,11 @@ impl<'c> Writer<'c> {
             .conn
             .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
         if let Err(error) = emptied {
-            tracing::debug!(%error, "the log of data.db can't be emptied");
+            tracing::debug!(%error, "cannot empty the log of data.db");
         }
     }
 
-    /// Writes one job; `Some` says why it alone was refused.
+    /// Writes one job; `Some` is the reason why only this job was refused.
     fn write(&mut self, changes: &Changes) -> rusqlite::Result<Option<StoreError>> {
         // A single statement undoes itself when it fails (ON CONFLICT ABORT).
         if let Changes::One(change) = changes
@@ -455,7 +459,8 @@ impl<'c> Writer<'c> {
         }
     }
 
-    /// Copies the database page by page into `to`; changes are written in between and appear in the copy.
+    /// Copies the database page by page into `to`; changes are written in between and appear in the
+    /// copy.
     fn copy(&mut self, to: &Path) -> Result<(), BackupError> {
         let (conn, faults) = (self.conn, self.options.faults.clone());
         let pages = self.options.backup_step_pages.max(1);
@@ -505,8 +510,8 @@ impl<'c> Writer<'c> {
     }
 }
 
-/// Whether a transaction should be tried now. While the disk refuses, that is so even if nothing waits: how else would
-/// anybody learn that it is well again?
+/// Whether a transaction should be tried now. While the disk refuses, that is so even if nothing
+/// waits: how else would anybody learn that it is well again?
 fn is_due(state: &State, now: Instant) -> bool {
     match &state.failing {
         _ if state.is_probed => true,
@@ -515,8 +520,8 @@ fn is_due(state: &State, now: Instant) -> bool {
     }
 }
 
-/// Gives a copy of the database its name. What lies there, such as a log without its database, is
-/// set aside.
+/// Renames a copy of the database to its final name. Files in its place, such as a log without its
+/// database, are moved aside.
 fn put_in_place(temporary: &Path, database: &Path, faults: &Faults) -> Result<(), BackupError> {
     let failed = |error| BackupError::file("make", database, error);
     files::sync_file(temporary, faults).map_err(failed)?;

@@ -1,4 +1,4 @@
-//! Backups: made while the store works, read back, restored, pruned.
+//! Backups: created while the store is working, read, restored, pruned.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -37,7 +37,7 @@ fn no_blocks(_: BlockHead, _: &mut dyn Read) -> io::Result<()> {
 }
 
 #[test]
-fn a_backup_is_taken_while_changes_go_on() {
+fn a_backup_is_made_while_changes_continue() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _told) = options();
     let options = Options {
@@ -85,7 +85,7 @@ fn a_backup_is_taken_while_changes_go_on() {
 }
 
 #[test]
-fn blocks_go_in_and_come_out_whole() {
+fn blocks_are_backed_up_and_restored_completely() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store
@@ -120,7 +120,7 @@ fn blocks_go_in_and_come_out_whole() {
     );
     assert_eq!(summary.block_bytes, sizes.iter().sum::<u64>());
     let error = store.backup(Some(&to)).unwrap_err();
-    assert!(error.to_string().contains("exists already"), "{error}");
+    assert!(error.to_string().contains("already exists"), "{error}");
     store.close().unwrap();
 
     let fresh = tempfile::tempdir().unwrap();
@@ -146,7 +146,7 @@ fn blocks_go_in_and_come_out_whole() {
 }
 
 #[test]
-fn a_spoilt_backup_is_never_restored() {
+fn a_damaged_backup_is_never_restored() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store.commit(vec![Change::PutApp(app("a"))]).unwrap();
@@ -187,7 +187,7 @@ fn a_spoilt_backup_is_never_restored() {
 }
 
 #[test]
-fn restoring_keeps_what_was_there() {
+fn restoring_keeps_the_previous_database() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store.commit(vec![set("k", "old")]).unwrap();
@@ -225,7 +225,7 @@ fn restoring_keeps_what_was_there() {
 }
 
 #[test]
-fn a_restoring_that_was_decided_is_completed_at_the_next_start() {
+fn an_interrupted_restore_is_completed_at_the_next_start() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store.commit(vec![set("k", "new")]).unwrap();
@@ -285,7 +285,7 @@ fn names(paths: &[std::path::PathBuf]) -> Vec<String> {
 }
 
 #[test]
-fn pruning_never_takes_the_newest_good_backup() {
+fn pruning_keeps_the_newest_valid_backup() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     let made = store.backup(None).unwrap().path().to_owned();

@@ -1,7 +1,7 @@
-//! The N-th step of the store fails, once or for ever, N = 1, 2, … until a run is clean.
+//! The N-th step of the store fails, once or from then on, for N = 1, 2, … until a run succeeds.
 //!
-//! After each run the database is opened again: what was told as written is there, nothing is there by halves, and what was
-//! only to be written eventually is there as well, once the disk was well again.
+//! After each run the database is opened again. Acknowledged changes are there, no change is there
+//! in part, and eventual changes are there too if the disk had recovered.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -157,11 +157,12 @@ fn any_step_may_fail_once() {
 }
 
 #[test]
-fn any_step_may_be_the_last_one_that_works() {
+fn every_step_from_the_nth_on_may_fail() {
     run_all(Lasts::ForEver);
 }
 
-/// Restoring fails at any step; the database is the old one or the new one, and the next start makes it whole.
+/// Restoring fails at any step; the database is the old one or the new one, and the next start
+/// makes it whole.
 #[test]
 fn restoring_may_fail_at_any_step() {
     let origin = tempfile::tempdir().unwrap();

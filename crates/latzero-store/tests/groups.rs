@@ -1,4 +1,4 @@
-//! Groups of changes: what gathers while the thread is busy, its bounds, and what happens at the end.
+//! Groups of changes: what gathers while the thread is busy, the limits, and the end of the store.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -9,7 +9,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use common::{PATIENCE, app, block, contents, options, reopen, set};
 use latzero_store::{Change, Faults, Lasts, Options, Store, StoreError, SubmitError, Ticket, open};
 
-/// A store whose thread stops at the first ticket until it is let go, and tells how many tickets each call brought.
+/// A store whose thread stops at the first ticket until it is let go, and tells how many tickets
+/// each call brought.
 struct Held {
     dir: tempfile::TempDir,
     store: Store,
@@ -44,7 +45,7 @@ fn held(options: Options) -> Held {
 }
 
 #[test]
-fn what_gathers_goes_in_one_transaction() {
+fn gathered_changes_share_one_transaction() {
     let held = held(options().0);
     for ticket in 1..=300 {
         held.store
@@ -82,7 +83,10 @@ fn the_bounds_hold() {
     let full = |what, max| Err(SubmitError::Full { what, max });
     assert_eq!(submit(set("k", "promised"), Some(4)), full("promised", 3));
     let error = held.store.commit(vec![set("k", "promised")]).unwrap_err();
-    assert!(error.to_string().contains("the store is full"), "{error}");
+    assert!(
+        error.to_string().contains("the store's queue is full"),
+        "{error}"
+    );
 
     let seen = |last_seen| Change::SeenApp {
         app_id: "a".into(),
@@ -133,7 +137,7 @@ fn an_eventual_change_that_cannot_be_stored_is_dropped_and_counted() {
 }
 
 #[test]
-fn a_panic_of_the_thread_leaves_nobody_waiting() {
+fn a_panic_of_the_thread_notifies_all_waiters() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options {
         on_done: Box::new(|_| panic!("the test's own panic")),
@@ -150,7 +154,7 @@ fn a_panic_of_the_thread_leaves_nobody_waiting() {
 }
 
 #[test]
-fn closing_on_a_disk_that_refuses_says_so() {
+fn closing_on_a_failing_disk_reports_an_error() {
     let dir = tempfile::tempdir().unwrap();
     reopen(dir.path()).store.close().unwrap();
     let options = Options {
@@ -166,7 +170,7 @@ fn closing_on_a_disk_that_refuses_says_so() {
 }
 
 #[test]
-fn a_refusing_disk_heals_without_anybody_asking() {
+fn the_store_recovers_from_disk_errors_automatically() {
     let dir = tempfile::tempdir().unwrap();
     let (plain, told) = options();
     let faults = Faults::at(1, Lasts::ForEver);

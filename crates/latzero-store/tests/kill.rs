@@ -1,6 +1,8 @@
-//! The process is killed, at named places and at random moments: every change that was told as written is there.
+//! Kills the process, at failpoints and at random moments: every acknowledged change is there
+//! afterwards.
 //!
-//! The test binary runs itself as the process that dies, and reads what it told from a pipe.
+//! The test binary runs itself as the process that dies, and reads the acknowledgements from a
+//! pipe.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -17,7 +19,7 @@ use latzero_store::{BACKUPS, Change, Contents, failpoint, open, open_backup, res
 const DIR: &str = "LATZERO_STORE_KILL_DIR";
 const MODE: &str = "LATZERO_STORE_KILL_MODE";
 
-/// The process that dies. As a test of its own it does nothing.
+/// The process that dies. As a test it does nothing.
 #[test]
 fn child() {
     let Some(dir) = std::env::var_os(DIR) else {
@@ -108,7 +110,7 @@ fn run(dir: &Path, mode: &str, place: Option<(&str, u64)>, lines: usize) -> Vec<
             told.push(line.to_owned());
         }
         if told.len() == lines {
-            // Lines that it wrote until it is dead are read all the same.
+            // Lines that it wrote until it is dead are read anyway.
             child.kill().unwrap();
         }
     }

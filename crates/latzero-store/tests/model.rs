@@ -1,4 +1,5 @@
-//! Any order of changes ends in what plain maps say, whatever is promised, eventual, grouped, closed or only dropped.
+//! Any order of changes has the same result as plain maps, whether they are promises or eventual,
+//! grouped, and whether the store is closed or dropped.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -118,16 +119,17 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_script_ends_as_the_model_says(
+    fn any_script_matches_the_model(
         script in proptest::collection::vec((change(), how()), 0..40),
         group_max in 1..6_usize,
     ) {
         run(&script, group_max, None);
     }
 
-    /// Without promises nothing is lost to a failure either: the newest state of each row gets there.
+    /// Without promises nothing is lost to a failure either: the newest state of each row gets
+    /// there.
     #[test]
-    fn eventual_changes_end_as_the_model_says_though_the_disk_failed(
+    fn eventual_changes_match_the_model_after_disk_errors(
         script in proptest::collection::vec(change(), 0..40),
         group_max in 1..6_usize,
         fails_at in 1..60_u64,

@@ -1,4 +1,4 @@
-//! What opening finds, and what it does about it.
+//! What happens when a database is opened: clean, damaged, missing or foreign.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -47,7 +47,7 @@ fn aside(dir: &Path, prefix: &str) -> Vec<PathBuf> {
 }
 
 #[test]
-fn the_check_fits_what_happened() {
+fn the_depth_of_the_check_depends_on_how_the_last_run_ended() {
     let dir = filled();
     let check = |opened: Opened, expected: &str| {
         assert_eq!(opened.report.checked, expected);
@@ -67,7 +67,7 @@ fn the_check_fits_what_happened() {
 }
 
 #[test]
-fn files_are_the_owners_alone() {
+fn files_are_private() {
     let dir = filled();
     fs::set_permissions(dir.path().join(DATABASE), fs::Permissions::from_mode(0o644)).unwrap();
     let opened = reopen(dir.path());
@@ -82,7 +82,7 @@ fn files_are_the_owners_alone() {
 }
 
 #[test]
-fn nobody_else_opens_a_database_in_use() {
+fn a_database_in_use_cannot_be_opened_again() {
     let dir = filled();
     let opened = reopen(dir.path());
     let other = Connection::open(dir.path().join(DATABASE)).unwrap();
@@ -99,7 +99,7 @@ fn nobody_else_opens_a_database_in_use() {
 }
 
 #[test]
-fn garbage_is_set_aside_and_the_newest_good_backup_restored() {
+fn garbage_is_moved_aside_and_the_newest_valid_backup_restored() {
     type Spoil = fn(&Path);
     let spoils: [(&str, Spoil); 3] = [
         ("not a database", |path| {
@@ -152,7 +152,7 @@ fn garbage_is_set_aside_and_the_newest_good_backup_restored() {
 }
 
 #[test]
-fn without_a_good_backup_everything_starts_empty_and_nothing_is_deleted() {
+fn without_a_valid_backup_the_store_starts_empty_and_deletes_nothing() {
     let dir = filled();
     let garbage = "garbage".repeat(2_000);
     fs::write(dir.path().join(DATABASE), &garbage).unwrap();
@@ -167,7 +167,7 @@ fn without_a_good_backup_everything_starts_empty_and_nothing_is_deleted() {
 }
 
 #[test]
-fn a_log_without_its_database_is_kept_and_not_played() {
+fn a_log_without_its_database_is_kept_and_not_applied() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("data.db-wal"), "a log").unwrap();
     let opened = reopen(dir.path());
@@ -176,7 +176,7 @@ fn a_log_without_its_database_is_kept_and_not_played() {
 }
 
 #[test]
-fn a_missing_database_beside_backups_is_told() {
+fn a_missing_database_with_backups_is_reported() {
     let dir = filled();
     let opened = reopen(dir.path());
     opened.store.backup(None).unwrap();
@@ -192,7 +192,7 @@ fn a_missing_database_beside_backups_is_told() {
 }
 
 #[test]
-fn a_newer_schema_and_other_programs_are_refused_and_left_alone() {
+fn newer_schemas_and_foreign_databases_are_refused_and_unchanged() {
     let dir = filled();
     let database = dir.path().join(DATABASE);
     let spoil = |pragma: String| Connection::open(&database).unwrap().execute_batch(&pragma);
@@ -218,7 +218,7 @@ fn a_newer_schema_and_other_programs_are_refused_and_left_alone() {
 }
 
 #[test]
-fn a_directory_that_cannot_be_used_is_an_error_and_moves_nothing() {
+fn an_unusable_directory_is_an_error_and_moves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let error = open(&dir.path().join("missing/deeper\0"), options().0).unwrap_err();
     assert!(matches!(error, OpenError::File { .. }), "{error}");
@@ -260,7 +260,7 @@ fn databases_of_every_schema_open() {
 }
 
 #[test]
-fn the_library_is_one_that_loses_nothing() {
+fn the_sqlite_version_is_recent_enough() {
     assert!(
         rusqlite::version_number() >= 3_051_003,
         "{}",

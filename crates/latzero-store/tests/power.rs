@@ -1,7 +1,9 @@
-//! Loss of power: what was not synced is cut off, zeroed or noise. Every commit that was told before is there.
+//! Power loss: data that was not synced is cut off, zeroed or random. Every acknowledged commit is
+//! there afterwards.
 //!
-//! The kernel may have written any part of what no fsync covered. So the files are copied at each commit, together with how
-//! much of the log was synced by then, and every later copy is spoilt behind that point in many ways.
+//! The kernel may have written any part of the data after the last fsync. So the files are copied
+//! at each commit, with the length of the log that was synced, and each copy is damaged behind that
+//! point in many ways.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -68,7 +70,7 @@ fn whole_commits(contents: &Contents) -> usize {
 }
 
 #[test]
-fn told_commits_survive_whatever_happens_to_the_rest() {
+fn acknowledged_commits_survive_any_damage_to_later_data() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     let mut points = Vec::new();
@@ -110,9 +112,10 @@ fn told_commits_survive_whatever_happens_to_the_rest() {
     }
 }
 
-/// After a checkpoint the log begins anew over old frames: the database holds what these said, synced before.
+/// After a checkpoint the log begins anew over old frames: the database holds what these said,
+/// synced before.
 #[test]
-fn a_log_that_began_anew_does_not_bring_old_commits_back() {
+fn a_new_log_does_not_restore_old_commits() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     let mut highest = 0;

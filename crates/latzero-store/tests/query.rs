@@ -1,4 +1,4 @@
-//! Questions about a database, and all of it as text.
+//! Queries of a database, and its dump as text.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -25,7 +25,7 @@ fn filled() -> (tempfile::TempDir, latzero_store::Store) {
 }
 
 #[test]
-fn a_running_store_answers_and_goes_on() {
+fn a_running_store_answers_queries_and_continues() {
     let (dir, store) = filled();
     let limits = QueryLimits::default();
     let ask = |sql: &str| store.query(sql, &limits);
@@ -71,7 +71,7 @@ fn a_running_store_answers_and_goes_on() {
 }
 
 #[test]
-fn a_question_is_bounded() {
+fn a_query_is_bounded() {
     let (_dir, store) = filled();
     let limits = QueryLimits {
         rows_max: 2,
@@ -98,7 +98,7 @@ fn a_question_is_bounded() {
 }
 
 #[test]
-fn the_text_makes_the_same_database() {
+fn a_dump_recreates_the_database() {
     let (dir, store) = filled();
     let backup = store.backup(None).unwrap().path().to_owned();
     let before = store

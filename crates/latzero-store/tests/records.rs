@@ -1,14 +1,14 @@
-//! Changes become records, and records come back as they were.
+//! Changes are stored as records, and records are read back unchanged.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 
 use common::{PATIENCE, answer, app, block, call, contents, options, pool, reopen, set, settle};
-use latzero_store::{Change, StoreError, SubmitError, open};
+use latzero_store::{AppRow, Change, StoreError, SubmitError, open};
 
 #[test]
-fn every_kind_of_record_comes_back() {
+fn every_kind_of_record_is_read_back() {
     let dir = tempfile::tempdir().unwrap();
     let (options, told) = options();
     let opened = open(dir.path(), options).unwrap();
@@ -73,7 +73,7 @@ fn every_kind_of_record_comes_back() {
 }
 
 #[test]
-fn a_change_that_cannot_be_stored_does_not_hold_up_its_group() {
+fn an_invalid_change_does_not_delay_its_group() {
     let dir = tempfile::tempdir().unwrap();
     let (options, told) = options();
     let opened = open(dir.path(), options).unwrap();
@@ -123,7 +123,7 @@ fn a_change_that_cannot_be_stored_does_not_hold_up_its_group() {
 }
 
 #[test]
-fn a_closed_store_says_so() {
+fn a_closed_store_reports_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let opened = reopen(dir.path());
     let other = opened.store.clone();
@@ -136,7 +136,7 @@ fn a_closed_store_says_so() {
 }
 
 #[test]
-fn a_store_that_is_dropped_writes_what_waits() {
+fn a_dropped_store_writes_queued_changes() {
     let dir = tempfile::tempdir().unwrap();
     let opened = reopen(dir.path());
     opened.store.submit(set("k", "v"), None).unwrap();
@@ -144,4 +144,67 @@ fn a_store_that_is_dropped_writes_what_waits() {
     let opened = reopen(dir.path());
     assert_eq!(opened.report.checked, "quick");
     assert_eq!(opened.contents.settings, [("k".to_owned(), "v".to_owned())]);
+}
+
+#[test]
+fn a_small_change_of_a_large_row_is_a_small_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = reopen(dir.path()).store;
+    let log = dir.path().join("data.db-wal");
+    let names = |n: usize| -> String {
+        let names =
+            (0..n).map(|n| format!("{{\"name\":\"t{n}\",\"doc\":\"ä{}\"}}", "d".repeat(1000)));
+        format!("[{}]", names.collect::<Vec<_>>().join(","))
+    };
+    let large = |triggers: usize, last_seen: i64| {
+        let triggers = names(triggers);
+        Change::PutApp(AppRow {
+            triggers,
+            last_seen,
+            ..common::app("a")
+        })
+    };
+    let watches = |watches: &str| Change::AppWatches {
+        app_id: "a".into(),
+        watches: watches.into(),
+    };
+    let seen = |last_seen| Change::SeenApp {
+        app_id: "a".into(),
+        last_seen,
+    };
+    let time = 1_700_000_000_000;
+    // What comes first may make room.
+    for change in [
+        large(220, time),
+        large(221, time),
+        watches("[1]"),
+        watches("[]"),
+    ] {
+        store.commit(vec![change]).unwrap();
+    }
+    let length = || std::fs::metadata(&log).unwrap().len();
+    let cost = |change: Change| {
+        let before = length();
+        store.commit(vec![change]).unwrap();
+        length() - before
+    };
+    for n in 0..10 {
+        for change in [
+            watches("[1,2,3,4,5,6,7,8]"),
+            watches("[]"),
+            seen(time + n),
+            large(222, -(1 << 46)),
+            large(221, time),
+        ] {
+            let what = format!("{change:?}");
+            let cost = cost(change);
+            assert!(cost < 40_000, "{cost} bytes for {}", &what[..60]);
+        }
+    }
+    store.close().unwrap();
+    let kept = contents(dir.path());
+    assert_eq!(
+        (kept.apps[0].watches.as_str(), &kept.apps[0].triggers),
+        ("[]", &names(221))
+    );
 }

@@ -1,4 +1,4 @@
-//! Files that vanish under a running store, or between two runs; and what others put in their
+//! Files that disappear while the store is running, or between two runs, and foreign files in their
 //! place.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
@@ -24,7 +24,7 @@ fn put(name: &str) -> Vec<Change> {
     vec![Change::PutApp(app(name))]
 }
 
-/// A store whose files are made anew as soon as they are missing.
+/// A store whose files are recreated as soon as they are missing.
 fn quick(dir: &Path) -> Store {
     let options = Options {
         rebuild_after: Duration::ZERO,
@@ -52,7 +52,7 @@ fn apps(dir: &Path) -> Vec<String> {
 }
 
 #[test]
-fn files_that_were_removed_are_made_anew_and_nothing_is_lost() {
+fn removed_files_are_recreated_and_nothing_is_lost() {
     for gone in [vec![DATABASE], vec![LOG], vec![DATABASE, LOG, MARK]] {
         let dir = tempfile::tempdir().unwrap();
         let store = quick(dir.path());
@@ -62,7 +62,7 @@ fn files_that_were_removed_are_made_anew_and_nothing_is_lost() {
         }
         // Also where nothing waits to be written.
         store.look();
-        until("it is made anew", || {
+        until("it is recreated", || {
             let status = store.status();
             status.misplaced.is_none() && status.rebuilt == 1
         });
@@ -80,14 +80,14 @@ fn files_that_were_removed_are_made_anew_and_nothing_is_lost() {
 }
 
 #[test]
-fn another_file_in_its_place_is_set_aside() {
+fn a_foreign_file_in_its_place_is_moved_aside() {
     let dir = tempfile::tempdir().unwrap();
     let store = quick(dir.path());
     store.commit(put("a")).unwrap();
     fs::remove_file(dir.path().join(DATABASE)).unwrap();
     fs::write(dir.path().join(DATABASE), "another").unwrap();
     store.look();
-    until("it is made anew", || store.status().rebuilt == 1);
+    until("it is recreated", || store.status().rebuilt == 1);
     store.close().unwrap();
     assert_eq!(apps(dir.path()), ["a"]);
     let aside = fs::read_dir(dir.path()).unwrap().flatten().find(|entry| {
@@ -98,7 +98,7 @@ fn another_file_in_its_place_is_set_aside() {
 }
 
 #[test]
-fn nothing_is_promised_while_the_directory_is_away() {
+fn promises_fail_while_the_directory_is_missing() {
     let home = tempfile::tempdir().unwrap();
     let (dir, moved) = (home.path().join("data"), home.path().join("moved"));
     fs::create_dir(&dir).unwrap();
@@ -125,7 +125,7 @@ fn nothing_is_promised_while_the_directory_is_away() {
 }
 
 #[test]
-fn a_log_that_was_lost_is_told() {
+fn a_lost_log_is_reported() {
     type Spoil = fn(&Path);
     let spoils: [(&str, Spoil); 4] = [
         ("removed", |log| fs::remove_file(log).unwrap()),
@@ -173,7 +173,7 @@ fn a_log_that_was_lost_is_told() {
 }
 
 #[test]
-fn an_older_copy_of_the_database_is_told_from_the_one_of_the_last_run() {
+fn an_older_copy_of_the_database_is_detected() {
     let dir = tempfile::tempdir().unwrap();
     let database = dir.path().join(DATABASE);
     let run = |name: &str| {
@@ -199,7 +199,7 @@ fn an_older_copy_of_the_database_is_told_from_the_one_of_the_last_run() {
 }
 
 #[test]
-fn a_restored_database_counts_from_the_beginning() {
+fn a_restored_database_restarts_its_commit_count() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store.commit(put("a")).unwrap();
@@ -237,14 +237,14 @@ fn a_linked_database_stays_linked() {
     store.commit(put("b")).unwrap();
     fs::remove_file(disk.join("lz.db")).unwrap();
     store.look();
-    until("it is made anew", || store.status().rebuilt == 1);
+    until("it is recreated", || store.status().rebuilt == 1);
     store.close().unwrap();
     assert!(is_link());
     assert_eq!(apps(&dir), ["a", "b"]);
     let restored = restore(&backup, &dir, |_, _| Ok(())).unwrap();
     assert!(is_link() && restored.set_aside[0].starts_with(disk.canonicalize().unwrap()));
     assert_eq!(apps(&dir), ["a"]);
-    // One that is damaged is set aside where it lies.
+    // One that is damaged is moved aside where it lies.
     fs::write(disk.join("lz.db"), "garbage".repeat(1000)).unwrap();
     let opened = reopen(&dir);
     assert_eq!(opened.report.restored_from.as_deref(), Some(&*backup));
@@ -257,7 +257,7 @@ fn a_linked_database_stays_linked() {
 }
 
 #[test]
-fn pipes_are_not_waited_for() {
+fn pipes_do_not_block_a_start() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store.commit(put("a")).unwrap();
@@ -292,7 +292,7 @@ fn pipes_are_not_waited_for() {
 }
 
 #[test]
-fn what_others_added_to_a_database_does_not_act() {
+fn foreign_triggers_and_views_are_removed() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     store.commit(put("a")).unwrap();
@@ -368,7 +368,7 @@ fn a_backup_is_one_file_with_exactly_the_schema() {
 }
 
 #[test]
-fn what_was_deleted_is_nowhere() {
+fn deleted_data_is_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     let mut row = call(1);

@@ -1,7 +1,9 @@
-//! What end-to-end tests stand on: a private server, and connections that speak the wire by hand.
+//! Support for end-to-end tests: a private server, and connections that speak the protocol
+//! directly.
 //!
-//! These connections know nothing of any client library, so a test can send what no library would.
+//! The connections use no client library, so a test can send messages that no library would.
 
+pub mod hostile;
 pub mod site;
 
 use std::collections::VecDeque;
@@ -66,6 +68,14 @@ impl Server {
         self.0.pid()
     }
 
+    /// Whether the server has not ended yet.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        let state = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+        let state = state.as_deref().unwrap_or("").rsplit(") ").next();
+        state.is_some_and(|state| !state.is_empty() && !state.starts_with('Z'))
+    }
+
     /// Sends the server a signal.
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = i32::try_from(self.0.pid())
@@ -93,19 +103,23 @@ impl Server {
     /// Opens a connection that has said nothing yet.
     #[must_use]
     pub fn connect(&self, via: Via) -> Wire {
+        self.try_connect(via).expect("the server listens")
+    }
+
+    /// Opens a connection that has said nothing yet, where the server takes one.
+    ///
+    /// # Errors
+    /// Where it does not.
+    pub fn try_connect(&self, via: Via) -> io::Result<Wire> {
         let stream = match via {
             Via::Tcp => {
-                let stream = TcpStream::connect(self.0.tcp()).expect("the server listens");
-                stream
-                    .set_nodelay(true)
-                    .expect("a fresh socket takes options");
+                let stream = TcpStream::connect(self.0.tcp())?;
+                stream.set_nodelay(true)?;
                 Stream::Tcp(stream)
             }
-            Via::Unix => {
-                Stream::Unix(UnixStream::connect(self.0.socket()).expect("the server listens"))
-            }
+            Via::Unix => Stream::Unix(UnixStream::connect(self.0.socket())?),
         };
-        Wire::new(stream)
+        Ok(Wire::new(stream))
     }
 
     /// Opens a connection and shakes hands; `handshake` is added to `{"action":"handshake"}`.
@@ -176,6 +190,38 @@ impl Wire {
         }
     }
 
+    /// Waits no longer than this from now on, for what comes and for what is taken.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.stream.set_timeout(patience);
+    }
+
+    /// The same connection for another thread, which reads from now on.
+    ///
+    /// # Panics
+    /// Where the system has no descriptor left.
+    #[must_use]
+    pub fn reader(&mut self) -> Wire {
+        let stream = match &self.stream {
+            Stream::Tcp(s) => s.try_clone().map(Stream::Tcp),
+            Stream::Unix(s) => s.try_clone().map(Stream::Unix),
+        };
+        Wire {
+            stream: stream.expect("there are descriptors"),
+            received: std::mem::take(&mut self.received),
+            descriptors: std::mem::take(&mut self.descriptors),
+        }
+    }
+
+    /// Reads and forgets what comes, until nothing does.
+    pub fn discard(&mut self) {
+        let mut buf = vec![0; 1 << 20];
+        while self
+            .stream
+            .read(&mut buf, &mut self.descriptors)
+            .is_ok_and(|n| n > 0)
+        {}
+    }
+
     /// Opens a connection to the Unix socket at `path`.
     #[must_use]
     pub fn unix(path: &Path) -> Wire {
@@ -187,7 +233,7 @@ impl Wire {
     /// Opens a connection to the Unix socket at `path`, where somebody listens.
     ///
     /// # Errors
-    /// Where nobody does.
+    /// If nobody does.
     pub fn try_unix(path: &Path) -> io::Result<Wire> {
         UnixStream::connect(path).map(|stream| Wire::new(Stream::Unix(stream)))
     }
@@ -246,11 +292,23 @@ impl Wire {
     /// Sends one message, and says whether the server still took it.
     ///
     /// # Errors
-    /// Where the connection has ended.
+    /// If the connection has ended.
     pub fn try_send(&mut self, message: &Value) -> io::Result<()> {
         let mut out = Vec::new();
         frame::append(&mut out, |out| {
             out.extend_from_slice(message.to_string().as_bytes())
+        });
+        self.stream.write_all(&out)
+    }
+
+    /// Sends one message with an attachment, and says whether the server still took it.
+    ///
+    /// # Errors
+    /// Where the connection has ended.
+    pub fn try_send_attachment(&mut self, header: &Value, raw: &[u8]) -> io::Result<()> {
+        let mut out = Vec::new();
+        frame::append_attachment(&mut out, raw, |out| {
+            out.extend_from_slice(header.to_string().as_bytes())
         });
         self.stream.write_all(&out)
     }
@@ -281,7 +339,7 @@ impl Wire {
     /// The next message; `None` where the server closed the connection.
     ///
     /// # Errors
-    /// Where nothing comes in time.
+    /// If nothing comes in time.
     pub fn try_receive(&mut self) -> io::Result<Option<(Value, Option<Vec<u8>>)>> {
         let accept = Accept {
             max_frame: 1 << 30,
@@ -335,7 +393,8 @@ impl Wire {
         self.shutdown(Shutdown::Write);
     }
 
-    /// Has the kernel take nothing more from the server; over a Unix socket the server's writes fail from now on.
+    /// Has the kernel take nothing more from the server; over a Unix socket the server's writes
+    /// fail from now on.
     pub fn shut_reading(&mut self) {
         self.shutdown(Shutdown::Read);
     }
@@ -361,8 +420,8 @@ impl Wire {
     }
 }
 
-/// Whether `got` has at least what `expected` shows: `"*"` stands for any value, and `"$x"` for a string that is the same
-/// wherever it stands.
+/// Whether `got` has at least what `expected` shows: `"*"` stands for any value, and `"$x"` for a
+/// string that is the same wherever it stands.
 pub fn matches(
     expected: &Value,
     got: &Value,

@@ -1,4 +1,5 @@
-//! A data directory that outlives its servers, for tests that kill them; and processes that clients are, to be killed too.
+//! A data directory that outlives its servers, for tests that kill them, and client processes that
+//! can be killed too.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -73,7 +74,7 @@ impl Site {
     /// An empty directory on a file system of `bytes`, in memory, which nobody else sees.
     ///
     /// # Errors
-    /// Where this user may not mount one; the text says why.
+    /// If this user may not mount one; the text says why.
     pub fn on_small_disk(bytes: u64) -> Result<Site, String> {
         let mut site = Site::new();
         let data = site.root.join("data");
@@ -115,11 +116,12 @@ impl Site {
         copy
     }
 
-    /// As if the machine had ended, with no server running: each persistent block's file notes another boot, and of its content
-    /// nothing is whole but the version that it says is on the disk.
+    /// As if the machine had ended, with no server running: each persistent block's file notes
+    /// another boot, and of its content nothing is whole but the version that it says is on the
+    /// disk.
     ///
     /// # Errors
-    /// Where a file can't be read or written.
+    /// If a file can't be read or written.
     pub fn lose_power(&self) -> io::Result<()> {
         use std::os::unix::fs::FileExt as _;
         for entry in std::fs::read_dir(self.data_dir().join("memory"))? {
@@ -176,7 +178,7 @@ impl Site {
     /// Starts a server, and waits until it is ready.
     ///
     /// # Errors
-    /// Where it ends before.
+    /// If it ends before.
     pub fn start_with(&self, start: &Start) -> Result<Daemon, Refused> {
         let before = self.said().len();
         let stderr = File::options()
@@ -420,7 +422,7 @@ impl Daemon {
     /// A connection over the Unix socket, without a handshake.
     ///
     /// # Errors
-    /// Where nobody listens any more.
+    /// If nobody listens any more.
     pub fn connect(&self) -> io::Result<Wire> {
         Wire::try_unix(&self.socket)
     }
@@ -428,7 +430,7 @@ impl Daemon {
     /// Opens a connection and shakes hands; `None` where the server ended meanwhile.
     ///
     /// # Errors
-    /// Where nothing comes in time.
+    /// If nothing comes in time.
     pub fn try_app(&self, mut handshake: Value) -> io::Result<Option<(Wire, Value)>> {
         handshake["action"] = "handshake".into();
         let Ok(mut wire) = self.connect() else {
@@ -465,7 +467,7 @@ impl Drop for Daemon {
     }
 }
 
-/// A client that is a process of its own, to be killed: it passes on what it is told, line by line.
+/// A client that is its own process, to be killed: it passes on what it is told, line by line.
 pub struct Puppet {
     child: Child,
     to: Option<ChildStdin>,

@@ -1,4 +1,4 @@
-//! Backups that a running server makes: asked for, and by schedule.
+//! Backups of a running server: on request, and on a schedule.
 
 #![allow(
     clippy::unwrap_used,
@@ -120,7 +120,7 @@ fn a_backup_is_made_when_the_last_one_is_old_and_those_that_are_too_many_go() {
     let too_many = &days[6..];
     let is_pruned = || too_many.iter().any(|backup| !backup.exists());
     while last_backup() == known || !is_pruned() {
-        assert!(begin.elapsed() < PATIENCE, "no backup was made");
+        assert!(begin.elapsed() < PATIENCE, "the backup failed");
     }
     assert!(server.stop().success());
     let after = BTreeSet::from_iter(backups(&site));

@@ -1,4 +1,5 @@
-//! Blocks through the Rust client, mapped over the Unix socket and copied over TCP: the same tests for both.
+//! Blocks through the Rust client, mapped over the Unix socket and copied over TCP: the same tests
+//! for both.
 
 #![allow(
     clippy::unwrap_used,
@@ -493,7 +494,7 @@ fn persistent_blocks_are_there_again() {
 /// The variable that makes this program a client of a test.
 const ROLE: &str = "LATZERO_TEST_BLOCK_ROLE";
 
-/// Not a test of its own: a process of the tests below.
+/// Not a test: a process for the tests below.
 #[test]
 fn a_process_of_another_test() {
     let Ok(role) = std::env::var(ROLE) else {

@@ -1,4 +1,5 @@
-//! Blocks over the wire: descriptors, what the kernel lets their holders do, and what is left when processes are killed.
+//! Blocks over the wire: descriptors, what the kernel permits their holders, and what remains when
+//! processes are killed.
 
 #![allow(
     clippy::unwrap_used,
@@ -25,7 +26,8 @@ const ROLE: &str = "LATZERO_TEST_CLIENT";
 fn mapping(server: &Server, app: &str) -> Wire {
     server.app(
         Via::Unix,
-        json!({"app_id": app, "pools": ["p"], "triggers": ["t"], "features": ["attachments", "fd_passing"]}),
+        json!({"app_id": app, "pools": ["p"], "triggers": ["t"], "features": ["attachments",
+            "fd_passing"]}),
     )
 }
 
@@ -128,7 +130,10 @@ fn descriptors_keep_to_their_messages_in_a_long_row() {
     let server = Server::start();
     let mut maker = mapping(&server, "maker");
     for n in 0..40 {
-        maker.send(&json!({"action": "memory_create", "id": "c", "block_id": format!("b{n}"), "size": 4096 * (n + 1), "slots": 2}));
+        maker.send(
+            &json!({"action": "memory_create", "id": "c", "block_id": format!("b{n}"),
+            "size": 4096 * (n + 1), "slots": 2}),
+        );
         maker.send(&json!({"action": "ping", "id": "p"}));
     }
     let mut sizes = Vec::new();
@@ -191,7 +196,11 @@ fn reading_and_writing_hold_at_the_edges_both_ways() {
                 .enumerate()
                 {
                     let bytes: Vec<u8> = (0..length).map(|i| (i * 7 + n + 1) as u8).collect();
-                    a.send_attachment(&json!({"action": "memory_write", "id": "w", "block_id": "b", "offset": offset}), &bytes);
+                    a.send_attachment(
+                        &json!({"action": "memory_write", "id": "w", "block_id": "b",
+                        "offset": offset}),
+                        &bytes,
+                    );
                     let reply = a.receive();
                     assert_eq!(
                         reply["response"]["version"],
@@ -229,7 +238,10 @@ fn blocks_larger_than_a_frame_are_read_in_parts() {
             .unwrap()
             .contains("read at most 61440")
     );
-    a.send(&json!({"action": "memory_read", "id": "r", "block_id": "b", "offset": 90_000, "if_version": 0}));
+    a.send(
+        &json!({"action": "memory_read", "id": "r", "block_id": "b", "offset": 90_000,
+        "if_version": 0}),
+    );
     assert_eq!(a.receive_whole().1.unwrap().len(), 10_000);
 }
 
@@ -249,7 +261,7 @@ fn quotas_say_what_is_needed_and_what_is_free() {
     assert_eq!(code(&reply), "quota");
     let message = reply["error"]["message"].as_str().unwrap();
     assert!(
-        message.contains("610304 bytes are needed and 438272 of 1048576 are free"),
+        message.contains("this needs 610304 bytes, but only 438272 of 1048576 are free"),
         "{message}"
     );
     let mut watch = copying(&server, Via::Unix, "w");
@@ -263,7 +275,8 @@ fn large_blocks_are_made_while_others_are_served() {
     a.send(&json!({"action": "memory_create", "id": "big", "block_id": "b", "size": 64 << 20}));
     a.send(&json!({"action": "memory_attach", "id": "too", "block_id": "b"}));
     a.send(&json!({"action": "ping", "id": "p"}));
-    // It is made beside, so the ping need not wait for it; and who asked for it meanwhile gets it too.
+    // It is made beside, so the ping need not wait for it; and who asked for it meanwhile gets it
+    // too.
     let replies: Vec<Value> = (0..3).map(|_| a.receive()).collect();
     for id in ["big", "too", "p"] {
         let reply = replies.iter().find(|r| r["in_reply_to"] == id).unwrap();
@@ -288,7 +301,8 @@ fn persistent_blocks_are_back_after_a_kill_and_leave_no_file_when_removed() {
         names
     };
     let mut a = copying(&server, Via::Unix, "a");
-    let create = json!({"size": 10, "kind": "persistent", "layout": {"dtype": "|u1", "shape": [10]}, "permissions": {"read": ["*"], "write": ["a"]}});
+    let create = json!({"size": 10, "kind": "persistent", "layout": {"dtype": "|u1",
+        "shape": [10]}, "permissions": {"read": ["*"], "write": ["a"]}});
     ok(ask(&mut a, "create", create));
     ok(ask(&mut a, "write", json!({"data": "AQI="})));
     ok(ask(&mut a, "resize", json!({"size": 12})));
@@ -296,7 +310,8 @@ fn persistent_blocks_are_back_after_a_kill_and_leave_no_file_when_removed() {
     assert_eq!(ok(ask(&mut a, "flush", json!({})))["version"], 2);
     assert_eq!(files().len(), 2, "{:?}", files());
     server.kill();
-    // What a server that was killed in the middle of making a block leaves, and what lost its record.
+    // What a server that was killed in the middle of making a block leaves, and what lost its
+    // record.
     std::fs::write(memory.join("00.1.lzb.new"), b"half").unwrap();
     std::fs::write(memory.join("11.1.lzb"), b"lost").unwrap();
     server.restart();
@@ -451,14 +466,15 @@ fn kill(mut child: Child) {
     child.wait().unwrap();
 }
 
-/// Not a test of its own: what [`client`] runs.
+/// Not its own test: what [`client`] runs.
 #[test]
 fn a_client_to_be_killed() {
     let Ok(script) = std::env::var(ROLE) else {
         return;
     };
     let mut wire = Wire::unix(std::env::var("LATZERO_TEST_SOCKET").unwrap().as_ref());
-    let handshake = json!({"action": "handshake", "app_id": "victim", "pools": ["p"], "triggers": ["t"], "features": ["attachments", "fd_passing"]});
+    let handshake = json!({"action": "handshake", "app_id": "victim", "pools": ["p"],
+        "triggers": ["t"], "features": ["attachments", "fd_passing"]});
     wire.request(handshake);
     for line in script.lines() {
         let message: Value = serde_json::from_str(line).unwrap();
@@ -541,7 +557,10 @@ fn a_handler_killed_in_a_call_gives_its_blocks_back() {
     let mut a = mapping(&server, "a");
     ok(ask(&mut a, "create", json!({"size": 10})));
     let handler = client(&server, "");
-    a.send(&json!({"action": "trigger", "id": "c", "process": "t", "destination": "victim", "blocks": ["b"]}));
+    a.send(
+        &json!({"action": "trigger", "id": "c", "process": "t", "destination": "victim",
+        "blocks": ["b"]}),
+    );
     wait_for(&json!(2), || {
         ok(ask(&mut a, "info", json!({})))["attachments_total"].clone()
     });

@@ -1,4 +1,4 @@
-//! What happens at the limits: every one has an answer, and nobody else notices.
+//! Behaviour at the limits: each has a defined response, and other clients are not affected.
 
 #![allow(
     clippy::unwrap_used,
@@ -101,7 +101,10 @@ fn a_connection_that_takes_nothing_is_closed() {
         let text = "x".repeat(50_000);
         let mut calls = 0;
         let end = loop {
-            caller.send(&json!({"action": "trigger", "id": format!("{calls}"), "process": "work", "data": &text}));
+            caller.send(
+                &json!({"action": "trigger", "id": format!("{calls}"), "process": "work",
+                "data": &text}),
+            );
             calls += 1;
             caller.send(&json!({"action": "ping", "id": "ping"}));
             let reply = caller.receive();
@@ -132,7 +135,10 @@ fn an_answer_that_does_not_fit_becomes_a_short_error() {
     for id in 0..calls {
         caller.send(&json!({"action": "trigger", "id": format!("{id}"), "process": "work"}));
         let call = handler.receive();
-        handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": &text}));
+        handler.send(
+            &json!({"action": "response", "in_reply_to": call["id"], "status": "ok",
+            "response": &text}),
+        );
     }
     // The handler's last answer has been run when its ping is answered.
     handler.request(json!({"action": "ping"}));
@@ -194,8 +200,8 @@ fn two_that_call_each_other_at_the_limit_do_not_wait_for_each_other() {
     for id in 0..3 {
         b.send(&json!({"action": "trigger", "id": format!("b{id}"), "process": "of-a"}));
     }
-    // Both owe answers now, so both are read on; what is beyond the limit is refused, and answers pass. Which of the
-    // two reaches `a` first depends on how the calls arrive.
+    // Both owe answers now, so both are read on; what is beyond the limit is refused, and answers
+    // pass. Which of the two reaches `a` first depends on how the calls arrive.
     let (calls, refused): (Vec<_>, Vec<_>) = (0..3)
         .map(|_| a.receive())
         .partition(|message| message["action"] == "trigger");
@@ -204,7 +210,10 @@ fn two_that_call_each_other_at_the_limit_do_not_wait_for_each_other() {
         [code(&refused[0]), code(&b.receive())],
         ["overloaded", "overloaded"]
     );
-    b.send(&json!({"action": "response", "in_reply_to": first["id"], "status": "ok", "response": "passes"}));
+    b.send(
+        &json!({"action": "response", "in_reply_to": first["id"], "status": "ok",
+        "response": "passes"}),
+    );
     assert_eq!(a.receive()["response"], "passes");
 }
 
@@ -234,7 +243,7 @@ fn the_crowd_at_the_door_is_bounded() {
     let mut third = server.connect(Via::Unix);
     let (told, _) = third.try_receive().unwrap().expect("a word before the end");
     assert_eq!(code(&told), "overloaded");
-    // Another user, here another address, has a door of its own; and a handshake makes room.
+    // Another user, here another address, has its own door; and a handshake makes room.
     let _over_tcp = caller(&server, Via::Tcp, "tcp");
     waiting[0].send(&json!({"action": "handshake", "app_id": "in"}));
     assert_eq!(waiting[0].receive()["status"], "ok");
@@ -388,4 +397,35 @@ fn admin_requests_need_the_right() {
     assert_eq!(reply["response"]["kicked"], 1);
     assert_eq!(over_tcp.receive()["event"], "kicked");
     over_tcp.wait_closed();
+}
+
+#[test]
+fn a_thousand_clients_that_come_at_once_all_get_in() {
+    for via in BOTH {
+        let server = Server::start();
+        std::thread::scope(|scope| {
+            let clients = (0..20).map(|group| {
+                let server = &server;
+                scope.spawn(move || {
+                    let wires = (0..50).map(|n| {
+                        let mut wire = server.connect(via);
+                        let app = format!("app{group}-{n}");
+                        wire.send(
+                            &json!({"action": "handshake", "app_id": app, "triggers": ["t"]}),
+                        );
+                        wire
+                    });
+                    let mut wires: Vec<Wire> = wires.collect();
+                    for wire in &mut wires {
+                        let ack = wire.receive();
+                        assert_eq!(ack["status"], "ok", "{via:?}: {ack}");
+                    }
+                })
+            });
+            let clients: Vec<_> = clients.collect();
+            clients
+                .into_iter()
+                .for_each(|client| client.join().unwrap());
+        });
+    }
 }

@@ -1,4 +1,5 @@
-//! The vectors of `conformance/vectors`, over both transports. They are extracted from `docs/protocol.md`.
+//! The vectors of `conformance/vectors`, over both transports. They are extracted from
+//! `docs/protocol.md`.
 
 #![allow(
     clippy::unwrap_used,
@@ -32,7 +33,7 @@ fn run_all(via: Via) {
     assert!(ran >= 20, "only {ran} vectors were found");
 }
 
-/// Runs one vector against a server of its own.
+/// Runs one vector against its own server.
 fn run(vector: &Value, via: Via) {
     let name = &vector["name"];
     let server = Server::start();
@@ -67,7 +68,8 @@ fn run(vector: &Value, via: Via) {
                 i + 1
             );
         } else if step.get("disconnect").is_some() {
-            // Waits until the server has seen it: what others send next may reach another loop before.
+            // Waits until the server has seen it: what others send next may reach another loop
+            // before.
             let mut wire = connections.remove(who).unwrap();
             wire.shut();
             wire.wait_closed();

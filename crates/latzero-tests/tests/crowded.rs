@@ -1,5 +1,5 @@
-//! Descriptors that nobody takes: the kernel lets a user have only so many on their way (unix(7), ETOOMANYREFS), and who comes
-//! next waits for them to be taken, rather than being thrown out.
+//! Descriptors that clients do not receive: the kernel limits those of a user in flight (unix(7),
+//! ETOOMANYREFS), and later receivers wait instead of being disconnected.
 
 #![allow(
     clippy::unwrap_used,
@@ -21,7 +21,8 @@ const REQUESTS: usize = 300;
 /// A server for which the bound holds: root is above it, unless it gives up what it needs for that.
 fn bounded_server(settings: &[&str]) -> Server {
     for capability in [CapabilitySet::SYS_ADMIN, CapabilitySet::SYS_RESOURCE] {
-        // Who is not root has nothing to give up. It is this thread's alone, and what it starts has it no more either.
+        // Who is not root has nothing to give up. It is this thread's alone, and what it starts has
+        // it no more either.
         let _ = remove_capability_from_bounding_set(capability);
     }
     let server = Server::with(settings);
@@ -36,10 +37,12 @@ fn mapping(server: &Server, app: &str) -> Wire {
     )
 }
 
-/// Asks for more descriptors than may be on their way, and takes none; waits until the server can send no more of them.
+/// Asks for more descriptors than may be on their way, and takes none; waits until the server can
+/// send no more of them.
 fn crowd(server: &Server, watch: &mut Wire) -> Wire {
     let mut hog = mapping(server, "hog");
-    let create = json!({"action": "memory_create", "block_id": "b", "size": 1, "permissions": {"read": ["*"], "write": ["*"]}});
+    let create = json!({"action": "memory_create", "block_id": "b", "size": 1,
+        "permissions": {"read": ["*"], "write": ["*"]}});
     assert_eq!(hog.request(create)["status"], "ok");
     hog.take_descriptors();
     for _ in 0..REQUESTS {

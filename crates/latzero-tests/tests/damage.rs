@@ -1,5 +1,5 @@
-//! Damage: whatever becomes of a file in the data directory, the server starts, serves the rest,
-//! and `health` names what is missing. And a directory that vanishes under a running server.
+//! Damage: whatever happens to a file in the data directory, the server starts, serves the rest,
+//! and `health` names what is missing. Also a directory that disappears under a running server.
 
 #![allow(
     clippy::unwrap_used,
@@ -272,7 +272,7 @@ fn what_is_removed_inside_the_directory_is_made_anew() {
         "the lock is renewed"
     );
     let register = json!({"action": "trigger_register", "triggers": ["later"]});
-    until("the store writes again", || {
+    until("the store is writing again", || {
         (wire.request(register.clone())["status"] == "ok").then_some(())
     });
     assert!(server.stop().success());

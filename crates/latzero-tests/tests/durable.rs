@@ -1,5 +1,5 @@
-//! What outlives the processes: registrations, durable pools, parked calls and their answers, over kills of the server, of
-//! callers and of handlers; and what full and damaged disks do to it.
+//! What survives the processes: registrations, durable pools, parked calls and their answers, when
+//! the server, callers and handlers are killed, and with full and damaged disks.
 
 #![allow(
     clippy::unwrap_used,
@@ -77,7 +77,8 @@ fn unix_ms() -> u64 {
         .as_millis() as u64
 }
 
-/// Has everything that the server decided so far reach the disk: what is promised comes behind what is not.
+/// Has everything that the server decided so far reach the disk: what is promised comes behind what
+/// is not.
 fn settle(wire: &mut Wire, name: &str) {
     let reply = wire.request(json!({"action": "trigger_register", "triggers": [name]}));
     ok(&reply);
@@ -90,13 +91,15 @@ fn an_app_comes_back_with_its_name_alone() {
     let mut a = join(
         &server,
         json!({"app_id": "a", "pools": ["p", "q"], "meta": {"version": "7"}, "triggers":
-            ["t", "gone", {"name": "u", "pools": ["q"], "strategy": "least_busy", "concurrency": 4, "doc": "of u"}]}),
+            ["t", "gone", {"name": "u", "pools": ["q"], "strategy": "least_busy", "concurrency": 4,
+                "doc": "of u"}]}),
     );
     for message in [
         json!({"action": "watch", "pool": "p", "events": ["app_online"]}),
         json!({"action": "watch", "pool": "q"}),
         json!({"action": "unwatch", "pool": "q"}),
-        json!({"action": "memory_create", "pool": "p", "block_id": "b", "size": 4, "kind": "persistent"}),
+        json!({"action": "memory_create", "pool": "p", "block_id": "b", "size": 4,
+            "kind": "persistent"}),
         json!({"action": "memory_subscribe", "pool": "p", "block_id": "b"}),
         json!({"action": "trigger_register", "triggers": ["v"]}),
         json!({"action": "trigger_unregister", "triggers": ["gone"]}),
@@ -260,7 +263,7 @@ fn the_order_in_which_they_come_back_does_not_matter() {
     }
 }
 
-/// An app that is a process of its own.
+/// An app that is its own process.
 fn puppet(server: &Daemon, mut handshake: Value) -> Puppet {
     let mut puppet = Puppet::start(CLIENT, &[server.socket().to_str().unwrap()]);
     handshake["action"] = "handshake".into();
@@ -331,7 +334,8 @@ fn durable_pools_stay_with_their_rules_and_others_leave_nothing() {
     let server = site.start();
     let mut a = join(&server, json!({"app_id": "a", "pools": ["passing"]}));
     let make = |pool: &str| {
-        json!({"action": "pool_create", "pool": pool, "durable": true, "properties": {"k": [1, "ü"]},
+        json!({"action": "pool_create", "pool": pool, "durable": true, "properties": {"k": [1,
+            "ü"]},
             "policy": {"join": ["b"], "serve": ["a"]}})
     };
     ok(&a.request(make("kept")));
@@ -388,8 +392,11 @@ fn durable_pools_stay_with_their_rules_and_others_leave_nothing() {
 /// Parks calls `from..to`, each with its number, every other one to be redelivered.
 fn park(caller: &mut Puppet, from: usize, to: usize) {
     for n in from..to {
-        caller.send(&json!({"action": "trigger", "id": format!("c{n}"), "process": "t", "park": true, "data": n,
-            "ttl": 3_600_000, "redeliver": n % 2 == 0}));
+        caller.send(
+            &json!({"action": "trigger", "id": format!("c{n}"), "process": "t",
+            "park": true, "data": n,
+            "ttl": 3_600_000, "redeliver": n % 2 == 0}),
+        );
         let reply = caller.receive();
         assert_eq!(
             (&reply["status"], &reply["in_reply_to"]),
@@ -399,7 +406,10 @@ fn park(caller: &mut Puppet, from: usize, to: usize) {
 }
 
 fn answer(handler: &mut Puppet, call: &Value) {
-    handler.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": call["data"]}));
+    handler.send(
+        &json!({"action": "response", "in_reply_to": call["id"], "status": "ok",
+        "response": call["data"]}),
+    );
 }
 
 /// The next `count` calls: their numbers and attempts.
@@ -436,7 +446,8 @@ fn take_answers(caller: &mut Puppet, count: usize) -> Vec<String> {
 
 const CALLER: &str = "caller";
 
-/// Every set of those three that may die, while calls wait for a handler and while a handler has them.
+/// Every set of those three that may die, while calls wait for a handler and while a handler has
+/// them.
 #[test]
 fn parked_calls_outlive_any_of_server_caller_and_handler() {
     const CALLS: usize = 6;
@@ -464,7 +475,7 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
         let (calls, seen) = take_calls(&mut handler, CALLS);
         let first: Vec<_> = (0..CALLS as u64).map(|n| (n, 1)).collect();
         assert_eq!(seen, first, "{case}");
-        // The first two are answered; the others are under way when it happens.
+        // The first two are answered; the others are in progress when it happens.
         for call in &calls[..2] {
             answer(&mut handler, call);
         }
@@ -490,7 +501,8 @@ fn parked_calls_outlive_any_of_server_caller_and_handler() {
         let mut expected: Vec<String> = Vec::new();
         if server_dies || handler_dies {
             handler = puppet(&server, json!({"app_id": "handler"}));
-            // A server that died knows of no handler's end: all that was not answered is given out again.
+            // A server that died knows of no handler's end: all that was not answered is given out
+            // again.
             let again: Vec<u64> = (2..CALLS as u64)
                 .filter(|n| server_dies || n % 2 == 0)
                 .collect();
@@ -554,7 +566,10 @@ fn a_redelivered_call_tells_its_attempts_over_every_kind_of_end() {
     let site = Site::new();
     let mut server = site.start();
     let mut caller = puppet(&server, json!({"app_id": CALLER}));
-    caller.send(&json!({"action": "trigger", "id": "c", "process": "t", "park": true, "redeliver": true, "data": 5}));
+    caller.send(
+        &json!({"action": "trigger", "id": "c", "process": "t", "park": true,
+        "redeliver": true, "data": 5}),
+    );
     assert_eq!(caller.receive()["status"], "parked");
     for attempt in 1..=6u64 {
         let mut handler = puppet(&server, json!({"app_id": "handler", "triggers": ["t"]}));
@@ -643,7 +658,8 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
     ok(&a.request(json!({"action": "pool_create", "pool": "before", "durable": true})));
     fill(&server, true);
 
-    // Every promise is refused for what it is. A write that still fits into the log's last page may be kept.
+    // Every promise is refused for what it is. A write that still fits into the log's last page may
+    // be kept.
     let mut refused = 0;
     let end = Instant::now() + PATIENCE;
     let mut n = 0;
@@ -663,13 +679,17 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
     let parked =
         json!({"action": "trigger", "process": "nobody", "park": true, "data": "x".repeat(8000)});
     assert_eq!(code(&b.request(parked)), "storage");
-    let create = json!({"action": "memory_create", "block_id": "big", "size": 64 << 20, "kind": "persistent"});
+    let create = json!({"action": "memory_create", "block_id": "big", "size": 64 << 20,
+        "kind": "persistent"});
     assert_eq!(code(&a.request(create)), "storage");
     // Calls, blocks in memory and blocks that are there go on.
     for _ in 0..100 {
         b.send(&json!({"action": "trigger", "id": "c", "process": "t", "data": 1}));
         let call = until(&mut a, |m| m["action"] == "trigger");
-        a.send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": 2}));
+        a.send(
+            &json!({"action": "response", "in_reply_to": call["id"], "status": "ok",
+            "response": 2}),
+        );
         assert_eq!(ok(&b.receive()), 2);
     }
     ok(&a.request(json!({"action": "memory_write", "block_id": "kept", "data": "AQI="})));
@@ -747,7 +767,8 @@ fn a_damaged_database_is_set_aside_and_the_newest_good_backup_taken() {
     server.kill();
     std::fs::rename(data.join("older"), &backups[0]).unwrap();
 
-    // The newest backup that is good: first the second, then, that one being damaged too, the first.
+    // The newest backup that is good: first the second, then, that one being damaged too, the
+    // first.
     for (is_newest_good, has_two) in [(true, true), (false, false)] {
         damage(&data.join("data.db"));
         let _ = std::fs::remove_file(data.join("data.db-wal"));
@@ -823,9 +844,10 @@ fn one_of_twenty_servers_wins_and_the_others_name_it() {
     assert!(!site.data_dir().join("latzero.sock").exists());
 }
 
-/// Where a power loss may leave the directory: everything that was acknowledged is on the disk, and of what was written
-/// after it any part. The kernel's name for the boot can't be another one here, so the server takes the copy for what a
-/// kill left; what it does in another boot, `latzero-store` and `latzero-shm` test for themselves.
+/// Where a power loss may leave the directory: everything that was acknowledged is on the disk, and
+/// of what was written after it any part. The kernel's name for the boot can't be another one here,
+/// so the server takes the copy for what a kill left; what it does in another boot, `latzero-store`
+/// and `latzero-shm` test for themselves.
 #[test]
 fn a_copy_of_the_directory_at_any_acknowledged_step_holds_what_was_acknowledged() {
     let site = Site::new();
@@ -850,7 +872,7 @@ fn a_copy_of_the_directory_at_any_acknowledged_step_holds_what_was_acknowledged(
     for (done, step) in steps.iter().enumerate() {
         let synced = length();
         let mark = std::fs::read(site.data_dir().join("data.db.mark")).unwrap_or_default();
-        // The next step is under way when the power fails: the copy has any part of it.
+        // The next step is in progress when the power fails: the copy has any part of it.
         let mut message = step.clone();
         message["id"] = "step".into();
         app.send(&message);
@@ -887,7 +909,8 @@ fn a_copy_of_the_directory_at_any_acknowledged_step_holds_what_was_acknowledged(
     server.kill();
 }
 
-/// Starts a server on the copy: at least the first `done` steps are there, and no more than `begun`.
+/// Starts a server on the copy: at least the first `done` steps are there, and no more than
+/// `begun`.
 fn check_copy(copy: &Site, done: usize, begun: usize) {
     let server = check_copy_of_records(copy, done, begun);
     let mut app = join(&server, json!({"app_id": "a"}));
@@ -1061,7 +1084,8 @@ fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
     }
     let mut owner = join(&server, json!({"app_id": "owner", "pools": ["closed"]}));
     ok(&owner.request(json!({"action": "pool_remove", "pool": "closed", "force": true})));
-    // What waited in a pool of its own left none behind, and an app whose registration is lost is a new one.
+    // What waited in its own pool left none behind, and an app whose registration is lost is a
+    // new one.
     let pools = owner.request(json!({"action": "pool_list"}));
     assert!(!pools.to_string().contains("ghost"), "{pools}");
     let (_, ack) = server.app(json!({"app_id": "a", "triggers": ["u"]}));

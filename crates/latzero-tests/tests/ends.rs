@@ -1,4 +1,4 @@
-//! How connections and the server end: nothing that was sent is lost on the way, and nobody hangs.
+//! How connections and the server end: no message is lost, and nothing hangs.
 
 #![allow(
     clippy::unwrap_used,

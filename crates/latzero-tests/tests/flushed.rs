@@ -1,5 +1,5 @@
-//! What was flushed is there after the end of the machine; files of the layout before; blocks that
-//! a limit left out; and a version whose writer told nobody.
+//! Flushed versions after a reboot; files with the older layout; blocks that a limit kept from
+//! being loaded; and versions that were not announced.
 
 #![allow(
     clippy::unwrap_used,
@@ -51,7 +51,8 @@ fn write(app: &mut Wire, block: &str, byte: u8) -> u64 {
 /// Which byte was written last, and as which version.
 fn read(app: &mut Wire, block: &str) -> (u8, u64) {
     let (reply, bytes) = {
-        let read = json!({"action": "memory_read", "id": "read", "pool": "p", "block_id": block, "length": 3});
+        let read = json!({"action": "memory_read", "id": "read", "pool": "p", "block_id": block,
+            "length": 3});
         app.send(&read);
         loop {
             let (reply, bytes) = app.try_receive().unwrap().unwrap();
@@ -172,8 +173,10 @@ fn a_file_of_the_layout_before_is_taken_in_with_its_content() {
         }
         block.sync().unwrap();
         let record = json!({
-            "pool": "p", "block_id": name, "kind": "persistent", "size": 5000, "slots": slots, "owner": "app",
-            "generation": 3, "created": 1, "lifetime": "pool", "permissions": {"read": ["*"], "write": ["*"]},
+            "pool": "p", "block_id": name, "kind": "persistent", "size": 5000, "slots": slots,
+            "owner": "app",
+            "generation": 3, "created": 1, "lifetime": "pool", "permissions": {"read": ["*"],
+            "write": ["*"]},
         });
         std::fs::write(memory.join(format!("{id}.json")), record.to_string()).unwrap();
     }

@@ -1,5 +1,5 @@
-//! Persistent blocks over restarts, limits and removals: what is whole comes back, what was removed does not, and nothing is
-//! deleted that somebody may still want.
+//! Persistent blocks over restarts, limits and removals: complete blocks come back, removed ones do
+//! not, and nothing is deleted that may still be needed.
 
 #![allow(
     clippy::unwrap_used,
@@ -72,7 +72,7 @@ fn a_block_that_a_limit_leaves_no_room_for_stays_where_it_is() {
         let is_told = || {
             let log = std::fs::read_to_string(&log).unwrap();
             let mut lines = log.lines();
-            lines.any(|line| line.contains(name) && line.contains("a limit left it out"))
+            lines.any(|line| line.contains(name) && line.contains("because of a limit"))
         };
         let end = Instant::now() + PATIENCE;
         while !is_told() {

@@ -1,4 +1,4 @@
-//! Several IO threads at once: what loops do to each other's connections.
+//! Several IO threads: how loops affect the connections of other loops.
 
 #![allow(
     clippy::unwrap_used,
@@ -66,7 +66,10 @@ impl Client<'_> {
             match message["action"].as_str().unwrap() {
                 "trigger" => {
                     let id = &message["id"];
-                    let answer = |status: &str| json!({"action": "response", "in_reply_to": id, "status": status});
+                    let answer = |status: &str| {
+                        json!({"action": "response", "in_reply_to": id,
+                        "status": status})
+                    };
                     let answers = match self.chance.below(20) {
                         0 => return Fate::Over,
                         // The ttl ends it.
@@ -126,7 +129,8 @@ fn crowd(server: &Server, seed: u64, until: Instant) -> usize {
                     [client.chance.below(3) as usize];
                 let ttl = 20 + client.chance.below(200);
                 let trigger = json!({
-                    "action": "trigger", "id": id, "pool": pool, "process": process, "ttl": ttl, "data": call,
+                    "action": "trigger", "id": id, "pool": pool, "process": process, "ttl": ttl,
+                    "data": call,
                 });
                 let _ = client.wire.try_send(&trigger);
                 if client.chance.one_in(6) {
@@ -182,15 +186,22 @@ fn the_built_in_app_answers_callers_on_every_loop_at_once() {
         for who in 0..8 {
             let server = &server;
             scope.spawn(move || {
-                let mut caller =
-                    server.app(Via::Unix, json!({"app_id": format!("c{who}"), "pools": ["system"]}));
+                let mut caller = server.app(
+                    Via::Unix,
+                    json!({"app_id": format!("c{who}"),
+                        "pools": ["system"]}),
+                );
                 for round in 0..300 {
                     for id in 0..4 {
-                        caller.send(&json!({"action": "trigger", "id": format!("{id}"), "process": "echo", "data": round}));
+                        caller.send(&json!({"action": "trigger", "id": format!("{id}"),
+                            "process": "echo", "data": round}));
                     }
                     for id in 0..4 {
                         let reply = caller.receive();
-                        assert_eq!((&reply["in_reply_to"], &reply["response"]), (&json!(format!("{id}")), &json!(round)));
+                        assert_eq!(
+                            (&reply["in_reply_to"], &reply["response"]),
+                            (&json!(format!("{id}")), &json!(round))
+                        );
                     }
                 }
             });

@@ -52,8 +52,8 @@ fn offer(wire: &mut Wire, held: &OwnedFd) -> String {
     }
 }
 
-/// A server with block `b` of 100 bytes at version 2, whose lock was held once; its maker, and a descriptor of it for
-/// reading.
+/// A server with block `b` of 100 bytes at version 2, whose lock was held once; its maker, and a
+/// descriptor of it for reading.
 fn server_with_block() -> (Server, Wire, OwnedFd) {
     let server = Server::start();
     let mut maker = mapping(&server, "maker");
@@ -156,7 +156,7 @@ fn only_the_block_itself_is_taken_back() {
         "bad_message"
     );
     assert_eq!(offer(&mut wire, &held), "");
-    // A block that somebody made anew meanwhile is not replaced.
+    // A block that somebody recreated meanwhile is not replaced.
     server.kill();
     server.restart();
     let mut maker = mapping(&server, "maker");

@@ -1,4 +1,4 @@
-//! A server in tight surroundings: limits follow from them, and say so.
+//! A server with little memory and few descriptors: limits follow from them and say so.
 
 #![allow(
     clippy::unwrap_used,

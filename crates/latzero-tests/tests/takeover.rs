@@ -1,4 +1,4 @@
-//! A running server hands over to a new one: nobody is turned away, and nothing that it knew is lost.
+//! A running server hands over to a new one: no connection is refused, and no state is lost.
 
 #![allow(
     clippy::unwrap_used,
@@ -28,7 +28,8 @@ fn sockets_apps_calls_and_blocks_go_over() {
     let mut old = site.start();
     let (mut app, _) = old.app(json!({"app_id": "a", "pools": ["p"], "triggers": ["mine"]}));
     assert_eq!(
-        app.request(json!({"action": "trigger", "process": "late", "id": "1", "park": true}))["status"],
+        app.request(json!({"action": "trigger", "process": "late", "id": "1",
+            "park": true}))["status"],
         "parked"
     );
     // Held by nobody but the server.
@@ -67,7 +68,8 @@ fn sockets_apps_calls_and_blocks_go_over() {
 fn a_connection_that_comes_in_between_is_served_by_the_new_one() {
     let site = Site::new();
     let mut old = site.start();
-    // A call that runs holds the old server up for its drain_timeout; who comes now waits in the socket's queue.
+    // A call that runs holds the old server up for its drain_timeout; who comes now waits in the
+    // socket's queue.
     let (mut handler, _) = old.app(json!({"app_id": "h", "triggers": ["slow"]}));
     let (mut caller, _) = old.app(json!({"app_id": "c"}));
     caller.send(&json!({"action": "trigger", "id": "1", "process": "slow"}));
@@ -263,11 +265,12 @@ fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
     let taken = format!("socket={}", site.data_dir().join("file").display());
     let other = site.data_dir().join("other.sock");
     let moved = format!("socket={}", other.display());
-    // An address for documentation (RFC 5737), a path where something else is, and both another path and no address.
+    // An address for documentation (RFC 5737), a path where something else is, and both another
+    // path and no address.
     let said = refused(&site, &["host=192.0.2.1"]);
     assert!(said.contains("cannot listen on 192.0.2.1"), "{said}");
     let said = refused(&site, &[&taken]);
-    assert!(said.contains("is in the way of the socket"), "{said}");
+    assert!(said.contains("exists and is not a socket"), "{said}");
     refused(&site, &["host=192.0.2.1", &moved]);
     assert!(!other.exists());
     assert!(old.is_running());
@@ -462,7 +465,7 @@ fn what_does_not_fit_into_the_outbox_ends_nothing() {
         assert_eq!(app.request(make)["status"], "ok");
     }
     let said = refused(&site, &[]);
-    assert!(said.contains("does not hand over"), "{said}");
+    assert!(said.contains("cannot hand over"), "{said}");
     assert!(old.is_running());
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
     assert_eq!(old.app(json!({"app_id": "b"})).1["status"], "ok");
@@ -485,8 +488,8 @@ fn two_that_take_over_at_once() {
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");
 }
 
-/// Stands in for an old server: answers the handshake, and then each message as `answer` says; where that is nothing, it is
-/// gone, as if killed.
+/// Stands in for an old server: answers the handshake, and then each message as `answer` says;
+/// where that is nothing, it is gone, as if killed.
 fn stand_in(
     site: &Site,
     mut answer: impl FnMut(&Value) -> Option<Value> + Send + 'static,
@@ -546,7 +549,7 @@ fn one_that_is_too_old_is_named() {
         Some(json!({"action": "response", "status": "error", "error": error}))
     });
     let said = refused(&site, &[]);
-    assert!(said.contains("of a version that can't hand over"), "{said}");
+    assert!(said.contains("its version cannot hand over"), "{said}");
     assert!(said.contains("latzero stop"), "{said}");
     old.join().unwrap();
 }

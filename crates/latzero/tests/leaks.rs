@@ -1,5 +1,5 @@
-//! Nothing stays behind: threads and descriptors are those of before once the handles are gone. Alone in its program,
-//! since it counts what the whole process has.
+//! Nothing stays behind: threads and descriptors are those of before once the handles are gone.
+//! Alone in its program, since it counts what the whole process has.
 
 #![allow(
     clippy::unwrap_used,

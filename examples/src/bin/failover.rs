@@ -1,8 +1,9 @@
 //! A worker is killed in the middle of a call, and its twin takes over.
 //!
-//! Two processes serve `render` under one AppID. The caller learns from a progress report which of them has its call,
-//! and kills that one. The call ends with `handler_gone` and `ran: unknown`, which is for the caller to judge: rendering
-//! twice does no harm, so it calls again, and the twin answers.
+//! Two processes serve `render` under one AppID. The caller learns from a progress report which of
+//! them has its call, and kills that one. The call ends with `handler_gone` and `ran: unknown`,
+//! which is for the caller to judge: rendering twice does no harm, so it calls again, and the twin
+//! answers.
 
 use std::error::Error;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use latzero::blocking::App;
 use latzero::{Code, ItemOrProgress};
 use latzero_examples::{Worker, serve_for_ever};
 
-/// A call that ends in time all the same: longer than any rendering.
+/// A ttl that is longer than any rendering.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -25,7 +26,7 @@ fn work() -> Result<(), Box<dyn Error>> {
     let app = App::connect("latzero://renderer")?;
     app.serve("render", |request| {
         let (picture, attempt): (String, u32) = request.data()?;
-        // Who has the call, for the one who is going to kill it.
+        // Which worker has the call, for the caller that is going to kill it.
         request.progress(&std::process::id())?;
         // The first attempt takes for ever, so that the kill certainly comes in the middle of it.
         while attempt == 1 && !request.is_cancelled() {

@@ -6,8 +6,8 @@
 //! tail follow FILE N      ends after N lines
 //! ```
 //!
-//! Lines travel as a stream with credits: a reader that stops reading stops the file from being read, and costs the
-//! server nothing. When the reader goes away the handler is told, and ends.
+//! Lines travel as a stream with credits: a reader that stops reading stops the file from being
+//! read, and costs the server nothing. When the reader goes away the handler is told, and ends.
 
 use std::error::Error;
 use std::fs::File;

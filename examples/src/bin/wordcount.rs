@@ -4,8 +4,9 @@
 //! wordcount FILE          prints what `tr -s '[:space:]' '\n' < FILE | sort | uniq -c` prints
 //! ```
 //!
-//! The caller cuts the file into pieces at white space and calls `wordcount/piece` for each; the server hands each call to
-//! the worker with the fewest calls in flight. Progress goes to standard error.
+//! The caller cuts the file into pieces at white space and calls `wordcount/piece` for each; the
+//! server hands each call to the worker with the fewest calls in flight. Progress goes to standard
+//! error.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -16,7 +17,7 @@ use latzero::Strategy;
 use latzero::blocking::App;
 use latzero_examples::{Worker, serve_for_ever};
 
-/// How many workers, and how many pieces are under way for each.
+/// How many workers, and how many pieces are in progress for each.
 const WORKERS: usize = 3;
 const PIECES_PER_WORKER: usize = 2;
 
@@ -72,7 +73,7 @@ fn count(file: &str) -> Result<(), Box<dyn Error>> {
         sum.1 += 1;
         show_progress(sum.1, total);
     };
-    // As many callers as there may be pieces under way: each waits for its own answer.
+    // As many callers as pieces in progress: each waits for its own answer.
     std::thread::scope(|scope| {
         let callers: Vec<_> = (0..WORKERS * PIECES_PER_WORKER)
             .map(|_| {

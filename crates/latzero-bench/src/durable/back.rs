@@ -1,8 +1,9 @@
-//! Many apps whose server was killed come back at once, with their AppID alone.
+//! Many apps reconnect at once after their server was killed, with only their AppID.
 //!
-//! Each has two pools and four triggers. The clock runs from the new server's ready line until the last of them has
-//! read its acknowledgement. One thread plays all of them. At a server with the usual bounds some of the crowd are sent
-//! away at the door, and try again as the client libraries do; at one with a wide door none are.
+//! Each app has two pools and four triggers. The time is measured from the ready line of the new
+//! server until the last app has its acknowledgement. One thread plays all apps. With the default
+//! limits the server refuses some of the burst of connects, and they retry as the client libraries
+//! do; with high limits it refuses none.
 
 use super::{DurableArgs, Found};
 use crate::failure::{During, Failure};
@@ -24,7 +25,8 @@ const BACK_MS_MAX: f64 = 2_000.0;
 /// After this long without the last one something is wrong.
 const WAIT_MAX: Duration = Duration::from_secs(20);
 
-/// The pause before another attempt is a random part of this, doubled with each; the client libraries' own.
+/// The pause before another attempt is a random part of this, doubled with each; the client
+/// libraries' own.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 

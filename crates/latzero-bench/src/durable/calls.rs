@@ -1,9 +1,10 @@
-//! Calls that are not parked, beside those of another server: what durability costs those who do not ask for it.
+//! Calls that are not parked, compared with another server: what durability costs calls that do not
+//! use it.
 //!
-//! Two servers run side by side, each with a handler, and one caller after the other has its turn, the same program
-//! against both: a machine that changes its mind changes it for both. Which comes first changes from turn to turn.
-//! Each pair starts anew, since where the kernel puts what has its share too. Figures are of single pairs first, so that
-//! the spread over the pairs says what a ratio is worth.
+//! Two servers run at the same time, each with a handler. The same caller program calls them in
+//! turn, in changing order, so that changes of the machine affect both. Every pair of servers is
+//! started afresh, because the placement in memory matters too. Ratios are computed per pair first,
+//! so that their spread shows how reliable they are.
 
 use super::{DurableArgs, Found};
 use crate::failure::{During, Failure};

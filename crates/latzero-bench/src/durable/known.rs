@@ -1,8 +1,8 @@
-//! A server that knows many apps: its start, its memory, and the handshakes of those that it knows and of a new one.
+//! A server that knows many apps: its start, its memory, and handshakes of known and new apps.
 //!
-//! The apps are written through the store, once; each round begins with a copy of that database. The database says that
-//! the machine was started anew since, so a round's first start checks it in full; its second one follows a kill, and
-//! its third an orderly end.
+//! The apps are written through the store once, and each round uses a copy of that database. The
+//! database says that the machine has rebooted since, so the first start of a round checks it
+//! completely. The second start follows a kill, and the third an orderly stop.
 
 use super::parked::rows_per_second;
 use super::{DurableArgs, Found};
@@ -175,7 +175,10 @@ fn write_apps(scratch: &Path, known: u64) -> Result<(), Failure> {
     let store = latzero_store::open(&dir, options)
         .map_err(|error| failed(&error))?
         .store;
-    let trigger = |name: &str| json!({"name": name, "pools": null, "strategy": "round_robin", "concurrency": null, "doc": null});
+    let trigger = |name: &str| {
+        json!({"name": name, "pools": null, "strategy": "round_robin",
+        "concurrency": null, "doc": null})
+    };
     let triggers = json!([trigger("resize"), trigger("rotate")]).to_string();
     let numbers: Vec<u64> = (0..known).collect();
     for some in numbers.chunks(1_000) {
@@ -249,8 +252,8 @@ fn measure(args: &DurableArgs, seed: &Path, known: u64) -> Result<Round, Failure
     })
 }
 
-/// Connects with one handshake after the other; the connections stay. The clock runs from before connect(2) until the
-/// acknowledgement was read.
+/// Connects with one handshake after the other; the connections stay. The clock runs from before
+/// connect(2) until the acknowledgement was read.
 fn time_handshakes(
     server: &Running,
     handshakes: impl Iterator<Item = serde_json::Value>,

@@ -1,10 +1,11 @@
-//! Calls that are parked: each is on disk when its caller is told so.
+//! Parked calls: each is on disk before its caller gets the acknowledgement.
 //!
-//! One thread plays all callers, so that the callers' own switching is not what is measured; each has a connection and
-//! an app of its own. Beside them SQLite writes the rows of such calls into the same tables on the same file system,
-//! one row per transaction, as the store's own connection does.
+//! One thread plays all callers, so that switching between them is not measured. Each has its own
+//! connection and app. For comparison, SQLite writes the rows of such calls to the same tables on
+//! the same file system, one row per transaction, with the settings of the store.
 //!
-//! After each turn the server is killed, and its database asked for every call that a caller was told of.
+//! After each turn the server is killed, and its database is searched for every call that was
+//! acknowledged.
 
 use super::{DurableArgs, Found};
 use crate::failure::{During, Failure};
@@ -128,7 +129,8 @@ pub(super) fn run(args: &DurableArgs) -> Result<Found, Failure> {
     })
 }
 
-/// SQLite's own rate: the rows of parked calls, each in a transaction of its own, with the store's schema and pragmas.
+/// SQLite's own rate: the rows of parked calls, each in its own transaction, with the store's
+/// schema and pragmas.
 pub(super) fn rows_per_second(time: Duration) -> Result<f64, Failure> {
     let scratch = tempfile::tempdir().during("make a directory for SQLite")?;
     make_database(scratch.path())?;
@@ -144,7 +146,8 @@ pub(super) fn rows_per_second(time: Duration) -> Result<f64, Failure> {
     .map_err(failed)?;
     let mut insert = conn
         .prepare(
-            "INSERT INTO parked_calls (number, pool, process, destination, caller, call_id, envelope, attachment, \
+            "INSERT INTO parked_calls (number, pool, process, destination, caller, call_id, \
+             envelope, attachment, \
              idempotency_key, expires, attempt, parked) \
              VALUES (?1, 'bench', 'late', NULL, 'caller-00', ?2, ?3, NULL, NULL, ?4, 0, ?5)",
         )
@@ -277,7 +280,8 @@ impl Callers {
         })
     }
 
-    /// Keeps `each` calls of each caller in flight for `time`, and returns when the last of them is parked.
+    /// Keeps `each` calls of each caller in flight for `time`, and returns when the last of them is
+    /// parked.
     fn run(&mut self, time: Duration, each: u64) -> Result<(), Failure> {
         let deadline = Instant::now() + time;
         let mut in_flight = 0;

@@ -1,7 +1,9 @@
-//! A minimal framed-JSON relay: the limit for any broker that reads the routing fields of a JSON envelope.
+//! A minimal relay for framed JSON: the limit for any broker that reads the routing fields of a
+//! JSON envelope.
 //!
-//! The server parses each frame, finds the handler by name, gives the call an id of its own and passes the payload
-//! on unread; the response finds its way back by that id. It has no pools, deadlines, limits or errors.
+//! The server parses each frame, finds the handler by name, gives the call a new id and forwards
+//! the payload unread. The response is matched by that id. There are no pools, deadlines, limits or
+//! errors.
 
 use super::Peer;
 use crate::failure::Failure;
@@ -119,7 +121,7 @@ impl Router {
         }
     }
 
-    /// What `message` of the connection `from` leads to. `None` where it makes no sense here.
+    /// What `message` of the connection `from` leads to. `None` where it is invalid here.
     fn route(
         &mut self,
         from: usize,

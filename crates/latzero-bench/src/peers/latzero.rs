@@ -1,7 +1,8 @@
-//! LatZero itself, through its Rust client.
+//! LatZero through its Rust client.
 //!
-//! The server is the real program, on a data directory and a port of its own. One call at a time is made through the
-//! blocking face, many in flight through the async one, on the runtime that NATS gets too; the handler is blocking.
+//! The server is the real program with its own data directory and port. Calls one at a time use the
+//! blocking API, and calls in flight the async one, on the same runtime as NATS. The handler is
+//! blocking.
 
 use super::{Install, Peer};
 use crate::failure::{During, Failure};
@@ -9,7 +10,7 @@ use crate::frame::{PAYLOAD, PROCESS};
 use crate::placement::Placement;
 use crate::plan::{Load, Outcome, Plan, RateClock, time_each};
 use crate::process::{self, READY_WAIT, Server, announce};
-use crate::server::{self, Ready};
+use crate::server::{self, Ready, Which};
 use crate::stream::Transport;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -20,14 +21,16 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-/// LatZero over one of its transports.
-pub(crate) struct LatZero(pub(crate) Transport);
+/// LatZero over one of its transports: the server of now, or the one that it is compared with.
+pub(crate) struct LatZero(pub(crate) Transport, pub(crate) Which);
 
 impl Peer for LatZero {
     fn name(&self) -> &'static str {
-        match self.0 {
-            Transport::Tcp => "latzero-tcp",
-            Transport::Unix => "latzero-unix",
+        match (self.0, self.1) {
+            (Transport::Tcp, Which::Now) => "latzero-tcp",
+            (Transport::Unix, Which::Now) => "latzero-unix",
+            (Transport::Tcp, Which::Before) => "before-tcp",
+            (Transport::Unix, Which::Before) => "before-unix",
         }
     }
 
@@ -36,7 +39,11 @@ impl Peer for LatZero {
     }
 
     fn prepare(&self, _install: Install) -> Result<(), String> {
-        server::check_program().map_err(|failure| failure.to_string())
+        match self.1 {
+            Which::Now => server::check_program().map_err(|failure| failure.to_string()),
+            Which::Before if server::program_before().is_some() => Ok(()),
+            Which::Before => Err("--before names no program".into()),
+        }
     }
 
     fn start(&self, scratch: &Path, placement: Placement) -> Result<Server, Failure> {
@@ -50,7 +57,8 @@ impl Peer for LatZero {
     }
 
     fn serve(&self, scratch: &Path) -> Result<(), Failure> {
-        let mut command = Command::new(server::program());
+        let before = server::program_before().filter(|_| self.1 == Which::Before);
+        let mut command = Command::new(before.unwrap_or_else(server::program));
         server::append_start_args(&mut command, scratch);
         Err(command.exec()).during("run latzero")
     }

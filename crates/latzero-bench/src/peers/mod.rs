@@ -1,6 +1,6 @@
-//! The contestants.
+//! The systems that are compared.
 //!
-//! Each stands in a file of its own and implements [`Peer`]; to add one, write its file and add it to [`ALL`].
+//! Each has its own file and implements [`Peer`]. To add one, write its file and add it to [`ALL`].
 
 mod json;
 mod latzero;
@@ -11,6 +11,7 @@ use crate::failure::Failure;
 use crate::placement::Placement;
 use crate::plan::{Outcome, Plan};
 use crate::process::{self, Server};
+use crate::server::Which;
 use crate::stream::Transport;
 use std::path::Path;
 
@@ -20,8 +21,10 @@ pub(crate) const ALL: &[&dyn Peer] = &[
     &relay::Relay(Transport::Unix),
     &json::Json(Transport::Tcp),
     &json::Json(Transport::Unix),
-    &latzero::LatZero(Transport::Tcp),
-    &latzero::LatZero(Transport::Unix),
+    &latzero::LatZero(Transport::Tcp, Which::Now),
+    &latzero::LatZero(Transport::Unix, Which::Now),
+    &latzero::LatZero(Transport::Tcp, Which::Before),
+    &latzero::LatZero(Transport::Unix, Which::Before),
     &nats::Nats,
 ];
 
@@ -40,10 +43,12 @@ pub(crate) trait Peer: Sync {
         Ok(())
     }
 
-    /// Starts the server, in the parent process, and returns once it can be connected to. Its process must be
-    /// started through [`process::Process::spawn`], which pins it. `scratch` is an empty directory of its own.
+    /// Starts the server, in the parent process, and returns once it can be connected to. Its
+    /// process must be started through [`process::Process::spawn`], which pins it. `scratch` is an
+    /// empty directory of its own.
     ///
-    /// By default this program runs [`Peer::serve`], and is ready when that calls [`process::announce`].
+    /// By default this program runs [`Peer::serve`], and is ready when that calls
+    /// [`process::announce`].
     fn start(&self, scratch: &Path, placement: Placement) -> Result<Server, Failure> {
         let process = process::start_server(self.name(), scratch, placement)?;
         let address = process.wait_until_ready()?;
@@ -53,10 +58,12 @@ pub(crate) trait Peer: Sync {
     /// The server's process: announces its address and serves until it is killed.
     fn serve(&self, scratch: &Path) -> Result<(), Failure>;
 
-    /// The handler's process: announces itself once a call would reach it, and answers until it is killed.
+    /// The handler's process: announces itself once a call would reach it, and answers until it is
+    /// killed.
     fn handle(&self, address: &str) -> Result<(), Failure>;
 
-    /// The caller's process: makes the calls of `plan`. An answer that is not the expected one is a failure.
+    /// The caller's process: makes the calls of `plan`. An answer that is not the expected one is a
+    /// failure.
     fn call(&self, address: &str, plan: &Plan) -> Result<Outcome, Failure>;
 }
 

@@ -1,8 +1,8 @@
 //! NATS request and reply, through its own Rust client.
 //!
-//! The server is Debian's `nats-server`, a process of this run's own on a port that the system picks. Handler and
-//! caller use async-nats in its natural way: a loop over a subscription that publishes to each message's reply
-//! subject, and `Client::request`. Needs the cargo feature `nats`.
+//! The server is Debian's `nats-server`, started for this run on a free port. Handler and caller
+//! use async-nats in the usual way: a loop over a subscription that publishes to the reply subject
+//! of each message, and `Client::request`. Needs the cargo feature `nats`.
 
 use super::{Install, Peer};
 use crate::failure::{During, Failure};
@@ -105,7 +105,8 @@ fn apt_install() -> Result<(), String> {
             "apt-get could not install nats-server: {said}; {BY_HAND}"
         ));
     }
-    // The package starts a service where systemd runs. Nobody asked for one: this run starts its own server.
+    // The package starts a service where systemd runs. Nobody asked for one: this run starts its
+    // own server.
     if Path::new("/run/systemd/system").exists() {
         Command::new("systemctl")
             .args(["disable", "--now", "nats-server"])
@@ -144,8 +145,8 @@ mod client {
         run(async {
             let client = connect(address).await?;
             let mut calls = client.subscribe(PROCESS).await.map_err(failure)?;
-            // The server takes one connection's messages in order: once it has answered this request, with "nobody
-            // listens", it knows the subscription.
+            // The server takes one connection's messages in order: once it has answered this
+            // request, with "nobody listens", it knows the subscription.
             client.request("nobody", "".into()).await.ok();
             announce(address)?;
             while let Some(call) = calls.next().await {
@@ -209,8 +210,9 @@ mod client {
         Failure::said(format!("NATS: {error}"))
     }
 
-    /// One thread. On two CPUs that served NATS best: several threads took a third longer for a single call on one
-    /// CPU, and were ahead only with 1024 in flight left to the scheduler, by about a tenth.
+    /// One thread. On two CPUs that served NATS best: several threads took a third longer for a
+    /// single call on one CPU, and were ahead only with 1024 in flight left to the scheduler, by
+    /// about a tenth.
     fn run<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -1,4 +1,4 @@
-//! `answers`: prints the answers to parked calls that arrived while nobody waited, one JSON line each.
+//! `answers`: prints the answers to parked calls that arrived earlier, one JSON line each.
 
 use std::time::{Duration, Instant};
 
@@ -13,8 +13,8 @@ use crate::reach::{ConnectOptions, Connection, Listed, list};
 pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
     if args.reach.app.is_none() && args.reach.url.is_none() {
         return Err(
-            Failure::usage("name the app whose answers are wanted with --app")
-                .with_help("`latzero call --park` prints the app that it was sent as"),
+            Failure::usage("choose the app whose answers to print with --app")
+                .with_help("`latzero call --park` prints the AppID of the call"),
         );
     }
     let connection = args.reach.connect(&ConnectOptions::once("answers"))?;
@@ -34,7 +34,7 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
                 if answer.lost() > 0 {
                     let lost = count(answer.lost(), "answer");
                     output.note(format_args!(
-                        "{lost} before the next one did not fit and were dropped here"
+                        "{lost} before the next one were dropped, because the queue was full"
                     ));
                 }
                 output.json_line(&line(&answer))?;
@@ -46,12 +46,15 @@ pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
     let app_id = connection.app.app_id();
     match args.wait {
         Some(_) if seen < args.limit.count.unwrap_or(1) => {
-            let text = format!("{} for {app_id} arrived in time", count(seen, "answer"));
+            let text = format!(
+                "only {} for {app_id} arrived in time",
+                count(seen, "answer")
+            );
             Err(Failure::new(Exit::Timeout, text))
         }
         _ => {
             if seen == 0 && output.is_for_people() {
-                output.note(format_args!("no answers wait for {app_id}"));
+                output.note(format_args!("there are no answers for {app_id}"));
             }
             Ok(Exit::Ok)
         }
@@ -74,13 +77,13 @@ fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<
     for name in names.filter(|name| *name != "system" && !joined.iter().any(|j| j == name)) {
         match app.join(name) {
             Ok(()) => {}
-            // It was removed meanwhile, with its answers.
+            // The pool was removed in the meantime, with its answers.
             Err(error) if error.kind() == Code::NoPool => {}
             Err(error) => refused.push(format!("{name}: {}", error.message())),
         }
     }
     for why in refused {
-        output.note(format_args!("pool {why}: not asked"));
+        output.note(format_args!("skipped pool {why}"));
     }
     Ok(())
 }

@@ -87,15 +87,15 @@ fn forget(args: &ForgetArgs, output: &Output) -> Done {
     };
     let hint = match code(&failure) {
         Some("no_app") => {
-            // Without the list there is no suggestion, and the error is reported all the same.
+            // Without the list there is no suggestion, but the error is still reported.
             let offline = offline(&connection).unwrap_or_default();
             let names = offline.iter().filter_map(|app| app["app_id"].as_str());
             let near = did_you_mean(&nearest(app_id, names));
             near.unwrap_or_else(|| "`latzero apps --offline` lists the offline apps".to_owned())
         }
-        Some("app_in_use") => format!(
-            "end it first: stop its program, or close its connections with `latzero kick {app_id}`"
-        ),
+        Some("app_in_use") => {
+            format!("stop its program first, or close its connections with `latzero kick {app_id}`")
+        }
         _ => return Err(failure),
     };
     failure.help = Some(hint);
@@ -136,7 +136,7 @@ fn forget_offline(older: Duration, connection: &Connection, output: &Output) -> 
         };
         match connection.administer(&forgetting(app_id)) {
             Ok(_) => forgotten.push(app_id.to_owned()),
-            // It came back, or somebody else was faster.
+            // It reconnected, or was already forgotten.
             Err(failure) if matches!(code(&failure), Some("no_app" | "app_in_use")) => {}
             Err(failure) => return Err(failure),
         }
@@ -149,7 +149,7 @@ fn forget_offline(older: Duration, connection: &Connection, output: &Output) -> 
         output.line(format_args!("forgot {app_id}"))?;
     }
     if forgotten.is_empty() {
-        output.note("no app has been offline for so long");
+        output.note("no offline app matches");
     }
     Ok(Exit::Ok)
 }

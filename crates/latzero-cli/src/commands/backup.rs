@@ -20,10 +20,7 @@ pub(crate) fn run(args: &BackupArgs, output: &Output) -> Done {
         let to = std::path::absolute(to)
             .map_err(|error| Failure::usage(format!("--to {}: {error}", to.display())))?;
         let Some(to) = to.to_str() else {
-            let text = format!(
-                "--to {}: a path that is not UTF-8 can't be sent",
-                to.display()
-            );
+            let text = format!("--to {}: the path is not valid UTF-8", to.display());
             return Err(Failure::usage(text));
         };
         request["to"] = json!(to);
@@ -41,13 +38,14 @@ pub(crate) fn run(args: &BackupArgs, output: &Output) -> Done {
     output.facts(&[
         ("backup", done["file"].as_str().unwrap_or("").into()),
         ("size", bytes(number("bytes")).into()),
-        ("holds", contents(&done).into()),
+        ("contents", contents(&done).into()),
         ("took", took(&done).into()),
     ])?;
     Ok(Exit::Ok)
 }
 
-/// The store's own words end with what to do, behind a semicolon; what `storage` means in general helps less.
+/// The store's own words end with what to do, behind a semicolon; what `storage` means in general
+/// helps less.
 fn explained(mut failure: Failure) -> Failure {
     let wire = failure.wire.as_ref();
     let message = wire.and_then(|wire| wire["message"].as_str()).unwrap_or("");
@@ -61,7 +59,7 @@ fn explained(mut failure: Failure) -> Failure {
 fn list(args: &BackupListArgs, output: &Output) -> Done {
     let dir = args.dir.path();
     let files = upkeep::files(&dir).map_err(|error| {
-        let text = format!("the backups of {} can't be listed: {error}", dir.display());
+        let text = format!("cannot list the backups of {}: {error}", dir.display());
         Failure::new(Exit::Failure, text)
     })?;
     let look = match args.verify {
@@ -92,7 +90,7 @@ fn list(args: &BackupListArgs, output: &Output) -> Done {
         ));
     }
     let rows: Vec<Vec<Cell>> = listed.iter().map(|listed| row(listed, look)).collect();
-    output.table(&["FILE", "MADE", "SIZE", "STATE", "HOLDS"], &rows)?;
+    output.table(&["FILE", "CREATED", "SIZE", "STATE", "CONTENTS"], &rows)?;
     Ok(exit)
 }
 
@@ -114,7 +112,7 @@ fn row(listed: &upkeep::Listed, look: Look) -> Vec<Cell> {
             file.into(),
             "-".into(),
             size.into(),
-            toned("not good", Tone::Bad),
+            toned("damaged", Tone::Bad),
             error.to_string().into(),
         ],
     }

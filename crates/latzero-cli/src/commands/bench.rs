@@ -1,7 +1,7 @@
-//! `bench`: how many calls or events a second, and how long each takes.
+//! `bench`: measures calls or events per second, and response times.
 //!
-//! One at a time, the caller reads its own answers, which is how a program that waits for each would do. Several at a
-//! time, one thread keeps that many under way.
+//! With one call at a time, the caller reads its own answers, as a program that waits for each one
+//! does. With several, one thread keeps that many in flight.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -28,7 +28,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// The trigger of the handler in this program.
 const TRIGGER: &str = "bench";
 
-/// The longest time that is told from longer ones, in microseconds times ten: the ttl of a call, a day at most.
+/// The longest time that is recorded exactly, in tenths of a microsecond: the longest ttl of a
+/// call, one day.
 const TENTHS_MAX: u64 = 864_000_000_000;
 
 /// What was measured.
@@ -152,7 +153,8 @@ pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
     print(args, &connection, &record, took, output)
 }
 
-/// Nothing more is sent once the server is gone: everything would fail at once, for as many as were asked for.
+/// Nothing more is sent once the server is gone: everything would fail at once, for as many as were
+/// asked for.
 fn stop_if_lost(result: &Result<u64, Error>, left: &Cell<u64>) {
     if matches!(result, Err(error) if error.kind() == Code::Disconnected) {
         left.set(0);
@@ -255,7 +257,8 @@ fn print(
     let us = |quantile: f64| record.times.value_at_quantile(quantile) as f64 / 10.0;
     if output.json {
         output.value(&json!({
-            "measured": noun, "place": connection.place(), "count": record.done, "in_flight": args.in_flight,
+            "measured": noun, "place": connection.place(), "count": record.done,
+            "in_flight": args.in_flight,
             "payload_bytes": args.size, "seconds": took.as_secs_f64(), "per_second": rate.round(),
             "delivered": record.delivered,
             "p50_us": us(0.5), "p90_us": us(0.9), "p99_us": us(0.99), "max_us": us(1.0),

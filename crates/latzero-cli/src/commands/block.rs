@@ -180,7 +180,7 @@ fn info(args: &BlockOne, output: &Output) -> Done {
         (
             "size",
             format!(
-                "{} ({} with its {} slots and header)",
+                "{} ({} including {} slots and the header)",
                 bytes(number("size")),
                 bytes(number("bytes")),
                 number("slots")
@@ -194,11 +194,11 @@ fn info(args: &BlockOne, output: &Output) -> Done {
         (
             "kind",
             format!(
-                "{}, {}, stays {}",
+                "{}, {}, kept {}",
                 text("kind"),
                 text("consistency"),
                 match block["lifetime"].as_str() {
-                    Some("attached") => "while somebody is attached",
+                    Some("attached") => "while an app is attached",
                     _ => "until it is removed",
                 }
             )
@@ -290,14 +290,14 @@ fn texts(names: &[String]) -> Vec<&str> {
 fn array_bytes(array: &Array) -> Result<u64, Failure> {
     let digits: String = array.dtype.chars().filter(char::is_ascii_digit).collect();
     let item: u64 = digits.parse().map_err(|_| {
-        Failure::usage(format!("'{}' is no type of numbers", array.dtype))
-            .with_help("write it as numpy does: <f4, |u1, <i8")
+        Failure::usage(format!("'{}' is not a valid data type", array.dtype))
+            .with_help("use numpy's notation: <f4, |u1, <i8")
     })?;
     if array.shape.contains(&0) {
         return Ok(0);
     }
     let bytes = array.shape.iter().try_fold(item, |b, n| b.checked_mul(*n));
-    bytes.ok_or_else(|| Failure::usage("such an array has too many bytes to count"))
+    bytes.ok_or_else(|| Failure::usage("the array is too large"))
 }
 
 /// Says what was done with a block.
@@ -327,7 +327,12 @@ fn read(args: &BlockReadArgs, output: &Output) -> Done {
     let length = args
         .length
         .unwrap_or_else(|| block.size().saturating_sub(args.from.offset));
-    let length = usize::try_from(length).map_err(|_| Failure::usage("so many bytes do not fit"))?;
+    let length = usize::try_from(length).map_err(|_| {
+        Failure::usage(
+            "the length is too large for \
+        this machine",
+        )
+    })?;
     if output.is_terminal || output.json {
         let mut buffer = vec![0; length.min(if output.json { length } else { SHOWN_BYTES })];
         let version = block.read_into(args.from.offset, &mut buffer)?;
@@ -343,7 +348,7 @@ fn read(args: &BlockReadArgs, output: &Output) -> Done {
         let more = length - buffer.len();
         if more > 0 {
             output.note(format_args!(
-                "{} more; > FILE keeps all of it, --offset and --length choose",
+                "{} more; redirect stdout to a file to get all of it, or use --offset and --length",
                 bytes(more as u64)
             ));
         }
@@ -371,11 +376,10 @@ fn write(args: &BlockWriteArgs, output: &Output) -> Done {
     let room = block.size().saturating_sub(args.from.offset);
     let data = parse::bytes(&args.data, room)?;
     if data.is_empty() && !args.empty.allow_empty {
-        return Err(
-            Failure::usage("there is nothing to write: the data is empty").with_help(
-                "check what should have written it; --allow-empty writes a version all the same",
-            ),
-        );
+        return Err(Failure::usage("the data is empty").with_help(
+            "check the command that produced it, or use --allow-empty to write a version \
+                 anyway",
+        ));
     }
     match args.if_version {
         Some(version) => {
@@ -401,7 +405,7 @@ fn cas(args: &BlockCasArgs, output: &Output) -> Done {
     let data = parse::bytes(&args.data, room)?;
     if expected.len() != data.len() {
         return Err(Failure::usage(format!(
-            "{} bytes are expected and {} given; they must be as long as each other",
+            "the expected data has {} bytes and the new data {}; the lengths must be equal",
             expected.len(),
             data.len()
         )));
@@ -413,7 +417,7 @@ fn cas(args: &BlockCasArgs, output: &Output) -> Done {
             if output.json {
                 output.value(&json!({"swapped": false, "current": digits}))?;
             } else {
-                output.note("other bytes are there; nothing was written");
+                output.note("the block has other bytes there; nothing was written");
                 for (n, line) in current.chunks(16).take(SHOWN_BYTES / 16).enumerate() {
                     output.line(hex_line(args.from.offset + 16 * n as u64, line))?;
                 }
@@ -429,7 +433,7 @@ fn watch(args: &BlockWatchArgs, output: &Output) -> Done {
     let mut changes = block.changes()?;
     if output.is_for_people() {
         output.note(format_args!(
-            "watching {}/{} at version {}; Ctrl-C ends it",
+            "watching {}/{} at version {}; press Ctrl-C to stop",
             block.pool(),
             at.id,
             block.version()

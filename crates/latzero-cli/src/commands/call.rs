@@ -120,16 +120,16 @@ fn wait(parked: Parked, connection: &Connection, output: &Output) -> Result<Repl
         let polled = Pin::new(&mut reply).poll(cx);
         if polled.is_pending() && !std::mem::replace(&mut is_announced, true) {
             output.note(format_args!(
-                "parked as {id}; waiting … Ctrl-C leaves it parked: \
-                 `latzero answers --app {app_id}` prints the answer later"
+                "parked as {id}; waiting for the answer. Ctrl-C leaves the call parked; `latzero \
+                 answers --app {app_id}` prints the answer later"
             ));
         }
         polled
     }))
 }
 
-/// Returns without waiting for a parked call. If its answer is there already, it is printed: nobody
-/// would get it later.
+/// Returns without waiting for a parked call. An answer that has already arrived is printed,
+/// because it could not be fetched later.
 fn leave(parked: Parked, connection: &Connection, args: &CallArgs, output: &Output) -> Done {
     let id = parked.id().to_owned();
     drop(parked);
@@ -218,7 +218,8 @@ fn print(reply: &Reply, args: &CallArgs, output: &Output) -> Result<(), Failure>
         if output.is_terminal && !args.raw {
             let size = bytes(raw.len() as u64);
             output.note(format_args!(
-                "the answer is {size} of raw bytes; print them with --raw, or redirect stdout to a file"
+                "the answer is {size} of raw bytes; print them with --raw, or redirect stdout to \
+                 a file"
             ));
             return Ok(());
         }

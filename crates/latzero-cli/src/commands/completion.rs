@@ -1,4 +1,4 @@
-//! `completion`: a script that lets a shell complete commands and options.
+//! `completion`: prints a script with which a shell completes commands and options.
 
 use clap::CommandFactory as _;
 

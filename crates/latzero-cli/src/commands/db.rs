@@ -1,4 +1,4 @@
-//! `db`: looks into the database and checks it for damage, through the server if one runs.
+//! `db`: queries the database and checks it for damage, through the server if one is running.
 
 use std::path::Path;
 use std::time::Instant;
@@ -15,8 +15,8 @@ use crate::reach::{ConnectOptions, Reach};
 use super::store::took;
 
 /// Who looked.
-const SERVER: &str = "the server";
-const FILES: &str = "the files, as no server runs";
+const SERVER: &str = "by the server";
+const FILES: &str = "read from the files, because no server is running";
 
 pub(crate) fn run(command: &DbCommand, output: &Output) -> Done {
     match command {
@@ -54,8 +54,8 @@ fn check(args: &DbCheckArgs, output: &Output) -> Done {
     let findings = done["findings"].as_array().into_iter().flatten();
     let findings: Vec<&str> = findings.filter_map(Value::as_str).collect();
     let depth = match args.full {
-        true => "everything was read",
-        false => "a quick look; --full reads everything",
+        true => "every record was read",
+        false => "the structure only; --full reads every record",
     };
     let state = match exit {
         Exit::Ok => toned("ok", Tone::Good),
@@ -63,7 +63,7 @@ fn check(args: &DbCheckArgs, output: &Output) -> Done {
     };
     let mut facts = vec![
         ("database", state),
-        ("looked", format!("{by}: {depth}").into()),
+        ("checked", format!("{by}; {depth}").into()),
         ("took", took(&done).into()),
     ];
     facts.extend(
@@ -74,8 +74,14 @@ fn check(args: &DbCheckArgs, output: &Output) -> Done {
     output.facts(&facts)?;
     if exit != Exit::Ok && output.is_for_people() {
         output.note(match by {
-            SERVER => "the next start sets it aside and restores the newest good backup; `latzero backup ls --verify` lists them",
-            _ => "a start sets it aside and restores the newest good backup; to choose one: `latzero backup ls --verify`, then `latzero restore FILE`",
+            SERVER => {
+                "the next start moves it aside and restores the newest valid backup; list \
+                them with `latzero backup ls --verify`"
+            }
+            _ => {
+                "a start moves it aside and restores the newest valid backup; to choose one: \
+                `latzero backup ls --verify`, then `latzero restore FILE`"
+            }
         });
     }
     Ok(exit)
@@ -88,11 +94,11 @@ fn query(args: &DbQueryArgs, output: &Output) -> Done {
     {
         Ok(reached) => {
             let request = json!({"action": "db_query", "sql": args.sql});
-            output.while_working("asking", || reached.administer(&request))?
+            output.while_working("running the query", || reached.administer(&request))?
         }
         Err(failure) if failure.exit == Exit::NotRunning && !args.reach.is_elsewhere() => {
             let offline = take_offline(&args.reach, failure)?;
-            output.while_working("asking", || offline.query(&args.sql))?
+            output.while_working("running the query", || offline.query(&args.sql))?
         }
         Err(failure) => return Err(failure),
     };
@@ -118,7 +124,7 @@ fn query(args: &DbQueryArgs, output: &Output) -> Done {
         .collect();
     output.table(&head, &rows)?;
     if answer["cut"] == true {
-        output.note("there are more rows than one answer holds; ask with LIMIT and OFFSET");
+        output.note("the result was cut off; use LIMIT and OFFSET to get the rest");
     }
     Ok(Exit::Ok)
 }

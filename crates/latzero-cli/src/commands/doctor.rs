@@ -110,12 +110,12 @@ fn backups(settings: &Settings) -> Option<Finding> {
     let (status, what, command) = match newest.map(|file| upkeep::list_one(file, Look::Glance)) {
         None if settings.backup_interval.is_zero() => (
             Status::Warn,
-            "there is none, and `backup_interval` is 0".to_owned(),
+            "there is no backup, and `backup_interval` is 0".to_owned(),
             Some(format!("latzero backup --data-dir {shown}")),
         ),
         None => (
             Status::Ok,
-            "none yet; a server makes one each `backup_interval`".to_owned(),
+            "none yet; the server makes one every `backup_interval`".to_owned(),
             None,
         ),
         Some(upkeep::Listed {
@@ -123,7 +123,7 @@ fn backups(settings: &Settings) -> Option<Finding> {
             ..
         }) => (
             Status::Ok,
-            format!("{total}, the newest made {}", made(&summary)),
+            format!("{total}; the newest was made {}", made(&summary)),
             None,
         ),
         Some(upkeep::Listed {
@@ -131,7 +131,7 @@ fn backups(settings: &Settings) -> Option<Finding> {
             ..
         }) => (
             Status::Fail,
-            format!("the newest is not good: {error}"),
+            format!("the newest is damaged: {error}"),
             Some(format!("latzero backup --data-dir {shown}")),
         ),
     };

@@ -58,14 +58,16 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
             further.into(),
         ]);
     }
-    output.table(&["PART", "STATUS", "SEEN"], &rows)?;
+    output.table(&["COMPONENT", "STATUS", "DETAILS"], &rows)?;
     Ok(exit)
 }
 
 fn seen(seen: &Value) -> String {
     let fields = seen.as_object().into_iter().flatten();
-    let fields: Vec<String> = fields
-        .map(|(name, value)| format!("{name} {value}"))
-        .collect();
-    fields.join(", ")
+    let fields = fields.filter(|(_, value)| !value.is_null());
+    let fields = fields.map(|(name, value)| match value {
+        Value::Object(_) => format!("{name}: {}", self::seen(value)),
+        value => format!("{name} {value}"),
+    });
+    fields.collect::<Vec<_>>().join(", ")
 }

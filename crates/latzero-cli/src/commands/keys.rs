@@ -1,5 +1,4 @@
-//! `keys` and `app key`: files with the keys of encrypted pools and of apps. No server is asked,
-//! and none knows them.
+//! `keys` and `app key`: key files of encrypted pools and of apps. They do not contact a server.
 
 use std::fmt::Write as _;
 use std::fs::{DirBuilder, File, Permissions};
@@ -36,11 +35,11 @@ pub(crate) struct KeysArgs {
 /// What can be done with the keys of a pool.
 #[derive(Debug, Subcommand)]
 enum KeysCommand {
-    /// Make the keys of a new encrypted pool
+    /// Create the keys of a new encrypted pool
     New(NewArgs),
-    /// Show which keys a file has, and not the keys
+    /// Show which keys a file has, without printing them
     Show(FileArgs),
-    /// Write the keys of one role to a file of their own, to give away
+    /// Write the keys of one role to a new file, to pass on
     Export(ExportArgs),
     /// Check that a key file is well formed and private; exit code 4 if not
     Check(FileArgs),
@@ -65,7 +64,7 @@ struct FileArgs {
 struct NewArgs {
     #[command(flatten)]
     file: FileArgs,
-    /// Make an owner key too: who has it, and nobody else, decides rotations
+    /// Also create an owner key; only its holder can rotate the keys
     #[arg(long)]
     owner_key: bool,
 }
@@ -91,7 +90,7 @@ struct RotateArgs {
 struct ExportArgs {
     #[command(flatten)]
     file: FileArgs,
-    /// What the keys must allow
+    /// What the exported keys allow
     #[arg(long)]
     role: Role,
     /// The file to write; it must not exist
@@ -129,16 +128,16 @@ pub(crate) struct AppArgs {
 /// What can be done with the identity of an app.
 #[derive(Debug, Subcommand)]
 enum AppCommand {
-    /// Make or show the key that makes an AppID nobody else's
+    /// Create or show the key that reserves an AppID for its holder
     #[command(subcommand)]
     Key(AppKeyCommand),
 }
 
 #[derive(Debug, Subcommand)]
 enum AppKeyCommand {
-    /// Make the key of an app
+    /// Create the key of an app
     New(AppFileArgs),
-    /// Show the public key of an app, and not the key
+    /// Show the public key of an app, without printing the private key
     Show(AppFileArgs),
 }
 
@@ -442,12 +441,12 @@ fn read_passphrase(output: &Output) -> Result<Zeroizing<String>, Failure> {
         std::str::from_utf8(&line).map_err(|_| Failure::usage("a passphrase is UTF-8 text"))?;
     if words.is_empty() {
         let help = "type it, or pipe it in: `latzero keys from-passphrase POOL < FILE`";
-        return Err(Failure::usage("there is no passphrase on stdin").with_help(help));
+        return Err(Failure::usage("stdin has no passphrase").with_help(help));
     }
     Ok(Zeroizing::new(words.to_owned()))
 }
 
-/// A new secret, from the system's generator alone.
+/// A new secret from the system's random number generator.
 fn random() -> Result<Secret, Failure> {
     Secret::filled(|bytes| {
         let mut filled = 0;
@@ -459,7 +458,7 @@ fn random() -> Result<Secret, Failure> {
                 Ok(count) => filled += count,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
-                    let text = format!("the system has no random numbers: {error}");
+                    let text = format!("the system returned no random numbers: {error}");
                     return Err(Failure::new(Exit::Failure, text));
                 }
             }
@@ -479,7 +478,7 @@ fn place(named: Option<&Path>, folder: &str, name: &str) -> Result<PathBuf, Fail
     {
         return Err(
             Failure::usage(format!("'{}' is not a name", name.escape_debug()))
-                .with_help("names have 1 to 128 of A-Z a-z 0-9 . _ -, and begin with none of '.'"),
+                .with_help("use 1 to 128 of A-Z a-z 0-9 . _ -, and do not start with '.'"),
         );
     }
     if let Some(path) = named {
@@ -509,14 +508,14 @@ fn write_keys(pool: &str, keys: &KeySet, kinds: &[Kind], path: &Path) -> Result<
     let mut text = Zeroizing::new(String::with_capacity(256 + pool.len() + tokens.len()));
     writeln!(
         text,
-        "# Keys of the pool {pool}. Whoever has this file has them."
+        "# Keys of the pool {pool}. Anyone who can read this file can use them."
     )
     .expect("memory");
     text.push_str(&tokens);
     write_new(path, text.as_bytes())
 }
 
-/// Writes a file that nobody else can read: all of it, or none; never over another one.
+/// Writes a private file, completely or not at all; never overwrites one.
 fn write_new(path: &Path, content: &[u8]) -> Result<(), Failure> {
     let cannot = |error: std::io::Error| {
         Failure::new(
@@ -561,12 +560,12 @@ fn read_keys(path: &Path) -> Result<KeySet, Failure> {
 fn refused(path: &Path, error: KeyError) -> Failure {
     let failure = Failure::usage(format!("{}: {error}", path.display()));
     failure.with_help(match error {
-        KeyError::AppKey => "`latzero app key new APPID` makes an app key",
-        _ => "`latzero keys new POOL` makes a key file; `latzero keys check POOL` looks at one",
+        KeyError::AppKey => "`latzero app key new APPID` creates an app key",
+        _ => "`latzero keys new POOL` creates a key file; `latzero keys check POOL` checks one",
     })
 }
 
-/// Reads a key file: a regular file of this user that nobody else can read.
+/// Reads a key file, which must be a private regular file of this user.
 fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let bad = |what: &str| Failure::usage(format!("the key file {} {what}", path.display()));
     // Links are not followed, and a pipe does not make the opening wait.
@@ -581,9 +580,9 @@ fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
     })?;
     let facts = file
         .metadata()
-        .map_err(|error| bad(&format!("cannot be looked at: {error}")))?;
+        .map_err(|error| bad(&format!("cannot be examined: {error}")))?;
     if !facts.is_file() {
-        return Err(bad("is no regular file"));
+        return Err(bad("is not a regular file"));
     }
     if facts.uid() != rustix::process::geteuid().as_raw() {
         return Err(bad("belongs to another user").with_help("copy it to a file of your own"));

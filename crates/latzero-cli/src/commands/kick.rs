@@ -37,7 +37,7 @@ fn none_found(args: &KickArgs, connection: &Connection) -> Failure {
         Some(instance) => format!("app '{}' has no instance {instance}", args.kicked),
         None => format!("app '{}' is not connected", args.kicked),
     };
-    // Without the list there is no suggestion, and the error is reported all the same.
+    // Without the list there is no suggestion, but the error is still reported.
     let apps = list(
         &connection.app,
         &json!({"action": "app_list"}),

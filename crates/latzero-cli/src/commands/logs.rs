@@ -52,7 +52,7 @@ pub(crate) fn run(args: &LogsArgs, output: &Output) -> Done {
 fn open(path: &Path) -> Result<File, Failure> {
     File::open(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => {
-            let text = format!("there is no log {}", path.display());
+            let text = format!("the log {} does not exist", path.display());
             Failure::new(Exit::Failure, text)
                 .with_help("name the server's data directory with --data-dir")
         }

@@ -16,6 +16,7 @@ pub(crate) mod keys;
 pub(crate) mod kick;
 pub(crate) mod logs;
 pub(crate) mod on;
+pub(crate) mod parked;
 pub(crate) mod ping;
 pub(crate) mod pools;
 pub(crate) mod reload;

@@ -57,7 +57,7 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> Done {
     report_at_signal(&listening)?;
     if output.is_for_people() {
         output.note(format_args!(
-            "listening at {}; Ctrl-C ends it",
+            "listening at {}; press Ctrl-C to stop",
             connection.place()
         ));
     }
@@ -91,7 +91,8 @@ async fn next(listening: &Mutex<Vec<Listening>>) -> Next {
                 let Some(emission) = emission else {
                     return Poll::Ready(Next::End);
                 };
-                // The app hears the name in every pool that it is in, also in those of other targets.
+                // The app hears the name in every pool that it is in, also in those of other
+                // targets.
                 let pool = target.pool.as_deref();
                 if pool.is_none_or(|pool| pool == emission.pool()) {
                     return Poll::Ready(Next::Event(emission));
@@ -126,7 +127,7 @@ fn report_lost(listening: &mut [Listening], waiting: Waiting) {
         }
         lost += events.take_lost();
         if lost > 0 {
-            // Nobody misses a note when stderr is closed.
+            // If stderr is closed, the note is not needed.
             let lost = count(lost, "event");
             let _ = writeln!(std::io::stderr(), "lost {lost} of {}", target.trigger);
         }

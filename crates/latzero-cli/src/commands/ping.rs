@@ -30,7 +30,8 @@ pub(crate) fn run(args: &PingArgs, output: &Output) -> Done {
     let (min, max) = (times[0], times[times.len() - 1]);
     match output.json {
         true => output.line(json!({
-            "count": args.count, "min_us": us(min), "median_us": us(median), "mean_us": us(mean), "max_us": us(max),
+            "count": args.count, "min_us": us(min), "median_us": us(median), "mean_us": us(mean),
+            "max_us": us(max),
         }))?,
         false => output.line(format_args!(
             "{} answered: min {}, median {}, mean {}, max {}",

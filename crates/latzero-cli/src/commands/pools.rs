@@ -175,7 +175,7 @@ fn remove(args: &PoolRemoveArgs, output: &Output) -> Done {
 fn with_suggestion(mut failure: Failure, name: &str, connection: &Connection) -> Failure {
     let code = failure.wire.as_ref().and_then(|wire| wire["code"].as_str());
     if code == Some("no_pool") {
-        // Without the list there is no suggestion, and the error is reported all the same.
+        // Without the list there is no suggestion, but the error is still reported.
         let pools = all(connection).unwrap_or_default();
         let known = pools.iter().filter_map(|pool| pool["pool"].as_str());
         if let Some(hint) = did_you_mean(&nearest(name, known)) {

@@ -17,7 +17,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
                 .as_ref()
                 .and_then(|wire| wire["message"].as_str());
             let mut wrong =
-                Failure::usage("the server keeps its settings, since the new ones are wrong");
+                Failure::usage("the settings were not reloaded, because the new ones are invalid");
             wrong
                 .errors
                 .extend(text.into_iter().flat_map(str::lines).map(str::to_owned));

@@ -15,14 +15,15 @@ use crate::output::{Cell, Output, count};
 use super::store::{contents, made, to_json};
 
 pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
-    // What is made here is read by a server later, and by nobody else.
+    // A server reads these files later; no other user may.
     private_umask();
     let file = &args.file;
     if let Err(error) = std::fs::File::open(file) {
-        let text = format!("the backup '{}' can't be opened: {error}", file.display());
-        return Err(
-            Failure::usage(text).with_help("`latzero backup ls` lists those of a data directory")
-        );
+        let text = format!("the backup '{}' cannot be opened: {error}", file.display());
+        return Err(Failure::usage(text).with_help(
+            "`latzero backup ls` lists the backups of a data \
+                directory",
+        ));
     }
     // Checked before anything is read: it is the likeliest mistake.
     let dir = args.dir.path();
@@ -33,7 +34,7 @@ pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
     {
         return Err(Failure::new(
             Exit::Failure,
-            "not restored, and nothing was changed",
+            "cancelled; nothing was changed",
         ));
     }
     let doing = format!("restoring {}", file.display());
@@ -50,7 +51,7 @@ pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
         ("restored", file.display().into()),
         ("into", dir.into()),
         ("made", made(&restored.summary).into()),
-        ("holds", contents(&to_json(&restored.summary)).into()),
+        ("contents", contents(&to_json(&restored.summary)).into()),
     ];
     if let Some(former) = restored.set_aside.first() {
         facts.push(("kept", former.display().into()));
@@ -59,7 +60,7 @@ pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
     if blocks > 0 {
         let place = offline.path().join("memory/.orphans");
         let kept = format!(
-            "{} of before, in {}",
+            "{} from before, in {}",
             count(blocks, "block"),
             place.display()
         );
@@ -96,7 +97,8 @@ fn is_wanted(
     let dir = offline.path().display();
     output.note(match offline.has_database() {
         true => format!(
-            "It takes the place of the database in {dir}, which is kept beside it as replaced-…"
+            "It replaces the database in {dir}. The current one is kept in that directory as \
+             replaced-…."
         ),
         false => format!("There is no database in {dir} yet."),
     });

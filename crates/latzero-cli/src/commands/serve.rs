@@ -1,8 +1,8 @@
-//! `serve`: makes any program a handler.
+//! `serve`: turns any program into a handler.
 //!
-//! Calls wait in a bounded queue; a few threads take them, each running one program at a time. The
-//! future that waits for an answer owns its program: when the caller gives up or its time is over,
-//! the client drops the future, and that ends the program.
+//! Calls wait in a bounded queue. A few threads take them, and each runs one program at a time. The
+//! future that waits for an answer owns its program: when the call is cancelled or times out, the
+//! client drops the future, which ends the program.
 
 mod program;
 mod queue;
@@ -48,9 +48,9 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     }
     if args.lines && targets.len() > 1 {
         return Err(Failure::usage(
-            "--lines takes one trigger: the program could not tell several apart",
+            "--lines accepts only one trigger, because the program cannot tell several apart",
         )
-        .with_help("start one `latzero serve --lines` for each"));
+        .with_help("start one `latzero serve --lines` per trigger"));
     }
     let workers = match (args.lines, args.concurrency) {
         (true, _) => 1,
@@ -75,10 +75,11 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     let queue = Queue::start(recipe, workers).map_err(|error| {
         Failure::new(
             Exit::Failure,
-            format!("the system starts no thread or process: {error}"),
+            format!("cannot start a thread or process: {error}"),
         )
     })?;
-    // Ends when the connection is over for good; watching costs the server one event when an app comes or goes.
+    // Ends when the connection is closed permanently. Watching costs the server one event when an
+    // app connects or disconnects.
     let pool = connection.app.joined().into_iter().next();
     let mut events = match &pool {
         Some(pool) => Some(block_on(connection.app.as_async().watch(pool))?),
@@ -109,7 +110,7 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
         .map(|t| format!("{}/{}", t.pool.as_deref().unwrap_or("*"), t.trigger))
         .collect();
     output.note(format_args!(
-        "serving {} as {} at {}; Ctrl-C ends it",
+        "serving {} as {} at {}; press Ctrl-C to stop",
         names.join(" "),
         connection.app.app_id(),
         connection.place()
@@ -130,8 +131,8 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
     }
 }
 
-/// A thread that closes the app at the first signal: calls that run are finished, for a while. A second signal ends
-/// everything at once.
+/// A thread that closes the app at the first signal: calls that run are finished, for a while. A
+/// second signal ends everything at once.
 fn end_on_signal(
     mut signals: Signals,
     app: &latzero::blocking::App,
@@ -158,7 +159,7 @@ fn end_on_signal(
                 }
                 let _ = app.close();
             };
-            // On a thread of its own, so that a second signal is heard meanwhile.
+            // On a separate thread, so that a second signal is still received.
             if thread::Builder::new()
                 .name("closing".into())
                 .spawn(close)
@@ -172,7 +173,7 @@ fn end_on_signal(
     let spawned = thread::Builder::new().name("signals".into()).spawn(closing);
     spawned
         .map(drop)
-        .map_err(|error| Failure::new(Exit::Failure, format!("no thread can be started: {error}")))
+        .map_err(|error| Failure::new(Exit::Failure, format!("cannot start a thread: {error}")))
 }
 
 /// The AppID of a program: the name of its file, as far as an AppID may have it.
@@ -201,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn programs_have_app_ids() {
+    fn app_ids_of_programs() {
         assert_eq!(app_id("./hello.sh"), "hello.sh");
         assert_eq!(app_id("/usr/bin/tr"), "tr");
         assert_eq!(app_id("a b"), "ab");

@@ -59,7 +59,7 @@ fn unit(settings: &SettingsArgs) -> Result<String, Failure> {
          Type=notify\n\
          ExecStart={}\n\
          Restart=on-failure\n\
-         # Wrong settings, a port in use, a missing permission: another start would not help.\n\
+         # Invalid settings, port in use, permission denied: restarting would not help.\n\
          RestartPreventExitStatus=2 75 77\n\
          \n\
          [Install]\n\

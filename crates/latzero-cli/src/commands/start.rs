@@ -27,10 +27,11 @@ pub(crate) fn run(args: &StartArgs, output: &Output) -> Done {
     if !args.background {
         return serve(args, output);
     }
-    // A session of its own: no terminal ends it. It leads no group yet, so this cannot fail.
+    // A new session, so that closing the terminal does not end it. It leads no group yet, so this
+    // cannot fail.
     let _ = rustix::process::setsid();
     serve(args, output).or_else(|failure| {
-        // Whoever started it reads this, and prints it in its own form.
+        // The parent process reads this and prints it in its own format.
         output.raw_line(failure.to_json())?;
         Ok(failure.exit)
     })
@@ -43,7 +44,7 @@ fn warn(environment: &Environment, output: &Output) {
     }
 }
 
-/// Starts the server in a process of its own, and waits until it is ready or has failed.
+/// Starts the server in a separate process, and waits until it is ready or has failed.
 fn detach(output: &Output) -> Done {
     let failed = |error| Failure::new(Exit::Failure, format!("no process can be started: {error}"));
     let is_kept = |arg: &OsString| arg != "--detach";
@@ -113,7 +114,7 @@ fn serve(args: &StartArgs, output: &Output) -> Done {
         program: program(),
         home: environment.var("HOME").map(PathBuf::from),
     };
-    // The server runs on also if nobody reads its output.
+    // The server continues even if nothing reads its output.
     let _ = match output.json {
         true => output.line(ready.to_json()),
         false => output.line(ready.text()),
@@ -137,8 +138,8 @@ struct Ready<'a> {
 }
 
 impl Ready<'_> {
-    /// Two lines: one for programs that wait for it, and one for people to try. The addresses end the first, the
-    /// Unix socket last of all: paths may have blanks.
+    /// Two lines: one for programs that wait for it, and one for people to try. The addresses end
+    /// the first, the Unix socket last of all: paths may have blanks.
     fn text(&self) -> String {
         format!(
             "latzero ready {} pid {} data {} {}\ntry: {}",
@@ -188,7 +189,8 @@ impl Ready<'_> {
     }
 }
 
-/// How to start this program again: `latzero` if a shell finds it, otherwise the path that was used.
+/// How to start this program again: `latzero` if a shell finds it, otherwise the path that was
+/// used.
 fn program() -> String {
     const NAME: &str = "latzero";
     let this = std::env::current_exe().and_then(|path| path.canonicalize());

@@ -4,7 +4,7 @@ use latzero_server::startup::lock;
 use serde_json::json;
 
 use crate::exit::{Done, Exit, Failure};
-use crate::output::{Output, Tone, count, toned, uptime};
+use crate::output::{Output, Tone, ago, count, toned, uptime};
 use crate::reach::{ConnectOptions, Reach};
 
 use super::store::{further_losses, losses, sentences};
@@ -42,6 +42,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
             "calls": stats["triggers"]["calls"],
             "calls_in_flight": stats["triggers"]["calls_in_flight"],
             "calls_per_second": stats["triggers"]["calls_per_second"],
+            "parked": stats["parked"],
         }))?;
         return Ok(Exit::Ok);
     }
@@ -92,7 +93,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
         (
             "calls",
             format!(
-                "{} per second, {} in flight, {} in all",
+                "{} per second, {} in flight, {} in total",
                 stats["triggers"]["calls_per_second"],
                 stats["triggers"]["calls_in_flight"],
                 stats["triggers"]["calls"]
@@ -100,6 +101,28 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
             .into(),
         ),
     ];
+    let parked = &stats["parked"];
+    if ["waiting", "running", "dead", "answered"]
+        .iter()
+        .any(|name| number(&parked[name]) > 0)
+    {
+        let oldest = match parked["oldest"].as_u64() {
+            Some(at) => format!(", the oldest parked {}", ago(at)),
+            None => String::new(),
+        };
+        let text = format!(
+            "{} waiting, {} running, {} dead, {}{oldest}",
+            parked["waiting"],
+            parked["running"],
+            parked["dead"],
+            count(number(&parked["answered"]), "unread answer"),
+        );
+        let tone = match number(&parked["dead"]) {
+            0 => Tone::Plain,
+            _ => Tone::Warn,
+        };
+        facts.push(("parked", toned(text, tone)));
+    }
     for (index, sentence) in store.into_iter().enumerate() {
         let name = if index == 0 { "store" } else { "" };
         facts.push((name, toned(sentence, store_tone)));
@@ -112,7 +135,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-/// No server answers. A process may use the directory all the same: one that starts, hangs, or
+/// No server responds. A process may still be using the directory: one that is starting, hangs, or
 /// listens elsewhere.
 fn not_running(reach: &Reach, mut failure: Failure, output: &Output) -> Done {
     let dir = reach.data_dir().0;
@@ -132,15 +155,13 @@ fn not_running(reach: &Reach, mut failure: Failure, output: &Output) -> Done {
         return Ok(failure.exit);
     }
     if holder.is_some() && failure.exit == Exit::NotRunning {
-        let pid = pid.map_or_else(
-            || "whose pid is not known".to_owned(),
-            |pid| format!("pid {pid}"),
-        );
-        failure.errors[0] = "the server does not answer".to_owned();
-        failure
-            .details
-            .push(format!("{} is in use by a process, {pid}", dir.display()));
-        failure.help = Some("look at `latzero logs`; end that process if it hangs".to_owned());
+        let pid = pid.map_or_else(|| "pid unknown".to_owned(), |pid| format!("pid {pid}"));
+        failure.errors[0] = "the server does not respond".to_owned();
+        failure.details.push(format!(
+            "{} is in use by another process, {pid}",
+            dir.display()
+        ));
+        failure.help = Some("check `latzero logs`; end that process if it hangs".to_owned());
     }
     Err(failure)
 }

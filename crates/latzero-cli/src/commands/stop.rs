@@ -27,7 +27,7 @@ pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
         .as_str()
         .unwrap_or("")
         .to_owned();
-    // Taken while the server certainly lives, so that it can be of no other process.
+    // Opened while the server is certainly running, so that it cannot be another process.
     let process = process_of(&data_dir, pid);
     connection.administer(&json!({"action": "shutdown"}))?;
     let place = connection.place();
@@ -36,7 +36,8 @@ pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
         output.line(match output.json {
             true => json!({"stopping": true, "pid": pid}).to_string(),
             false => format!(
-                "asked {place} to stop; it is not on this machine, so its end cannot be seen here"
+                "asked {place} to stop; it runs on another machine, so this command cannot see \
+                 when it stops"
             ),
         })?;
         return Ok(Exit::Ok);
@@ -53,7 +54,7 @@ pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
                 args.timeout
             );
             return Err(Failure::new(Exit::Timeout, text).with_help(format!(
-                "it stops by itself after its setting `drain_timeout`; to end it at once: kill -9 {pid}"
+                "it stops after its `drain_timeout` at the latest; to end it at once: kill -9 {pid}"
             )));
         }
         let seconds = started.elapsed().as_secs();
@@ -69,8 +70,8 @@ pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-/// The server's process, where it is one of this machine: where the kernel says that it has the directory's lock. The
-/// kernel drops the lock when that process ends.
+/// The server's process, where it is one of this machine: where the kernel says that it has the
+/// directory's lock. The kernel drops the lock when that process ends.
 fn process_of(data_dir: &str, pid: u64) -> Option<rustix::fd::OwnedFd> {
     let pid = u32::try_from(pid).ok()?;
     let holder = lock::holder(data_dir.as_ref())?;

@@ -1,4 +1,4 @@
-//! The store in words: what `health`, `status` and `doctor` say of it, and what a backup holds.
+//! Descriptions of the store for `health`, `status` and `doctor`, and of the contents of a backup.
 
 use std::time::Duration;
 
@@ -10,7 +10,8 @@ use crate::output::{ago, bytes, count, time};
 /// What a backup holds, as the server says it too.
 pub(crate) fn to_json(summary: &Summary) -> Value {
     json!({
-        "made": summary.made, "schema": summary.schema, "apps": summary.apps, "pools": summary.pools,
+        "made": summary.made, "schema": summary.schema, "apps": summary.apps,
+        "pools": summary.pools,
         "calls": summary.calls, "answers": summary.answers, "blocks": summary.blocks,
         "block_files": summary.block_files, "block_bytes": summary.block_bytes,
     })
@@ -90,7 +91,7 @@ pub(crate) fn further_losses(health: &Value) -> Option<String> {
         .as_u64()
         .unwrap_or(0)
         .saturating_sub(named);
-    (further > 0).then(|| format!("and {further} more; the log names them"))
+    (further > 0).then(|| format!("and {further} more; see `latzero logs`"))
 }
 
 #[cfg(test)]
@@ -119,8 +120,10 @@ mod tests {
     #[test]
     fn losses_say_what_happened_and_what_to_do() {
         let health = json!({"losses_total": 3, "losses": [
-            {"component": "memory", "affected": "block 'b'", "happened": "it is gone", "remedy": "restore a backup"},
-            {"component": "store", "affected": "data.db", "happened": "it was damaged", "remedy": "look"},
+            {"component": "memory", "affected": "block 'b'", "happened": "it is gone",
+                "remedy": "restore a backup"},
+            {"component": "store", "affected": "data.db", "happened": "it was damaged",
+                "remedy": "look"},
         ]});
         assert_eq!(
             losses(&health, Some("memory")),
@@ -129,7 +132,7 @@ mod tests {
         assert_eq!(losses(&health, None).len(), 2);
         assert_eq!(
             further_losses(&health).unwrap(),
-            "and 1 more; the log names them"
+            "and 1 more; see `latzero logs`"
         );
         assert_eq!(further_losses(&json!({})), None);
     }

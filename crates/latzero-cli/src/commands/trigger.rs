@@ -1,4 +1,4 @@
-//! What `call`, `emit`, `serve` and `on` share: joining the pool, and suggestions for wrong names.
+//! Shared by `call`, `emit`, `serve` and `on`: joining the pool, and suggestions for wrong names.
 
 use latzero::blocking::App;
 use latzero::{Code, Error};
@@ -12,8 +12,8 @@ use crate::reach::{Connection, Listed, Reach, list};
 /// The pool of a trigger that names none.
 pub(crate) const POOL_DEFAULT: &str = "default";
 
-/// Joins the pool of `target`, which must exist: a wrong name is told rather than made true. Returns the pool to name
-/// in the message; none where the address names the pools.
+/// Joins the pool of `target`, which must exist: a wrong name is reported, not created. Returns the
+/// pool to name in the message; none if the address names the pools.
 pub(crate) fn enter(
     connection: &Connection,
     reach: &Reach,
@@ -121,11 +121,11 @@ fn suggest(error: Error, names: &[&str]) -> Failure {
 }
 
 fn known_apps(app: &App) -> Vec<Value> {
-    // Without them there is no suggestion, and the error is told all the same.
+    // Without them there is no suggestion, but the error is still reported.
     list(app, &json!({"action": "app_list"}), Listed::Apps).unwrap_or_default()
 }
 
-/// Each trigger that a live app serves, as `POOL/TRIGGER` and alone.
+/// Each trigger that a connected app serves, as `POOL/TRIGGER` and as `TRIGGER`.
 fn live_triggers(apps: &[Value]) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for app in apps.iter().filter(|app| app["live"] == true) {

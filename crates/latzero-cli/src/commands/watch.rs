@@ -13,7 +13,7 @@ pub(crate) fn run(args: &WatchArgs, output: &Output) -> Done {
     let mut events = connection.app.watch(&args.pool)?;
     if output.is_for_people() {
         output.note(format_args!(
-            "watching pool {} at {}; Ctrl-C ends it",
+            "watching pool {} at {}; press Ctrl-C to stop",
             args.pool,
             connection.place()
         ));
@@ -45,8 +45,8 @@ pub(crate) fn run(args: &WatchArgs, output: &Output) -> Done {
 
 /// The connection ended for good.
 pub(crate) fn over() -> Failure {
-    Failure::new(Exit::Failure, "the server closed the connection for good")
-        .with_help("another instance may have taken the AppID over; choose one with --app")
+    Failure::new(Exit::Failure, "the server closed the connection")
+        .with_help("another instance may have taken over the AppID; choose another one with --app")
 }
 
 /// What an event is about, its fields in one line.

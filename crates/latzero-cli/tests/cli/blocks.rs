@@ -5,7 +5,7 @@ use rustix::process::Signal;
 use crate::program::{Running, Server, eventually, run, run_with};
 
 #[test]
-fn a_block_is_made_written_read_and_removed() {
+fn a_block_is_created_written_read_and_removed() {
     let server = Server::start();
     let ok = |args: &[&str]| server.run(&[&["block"], args].concat()).ended_with(0);
     let made = ok(&[
@@ -61,7 +61,7 @@ fn a_block_is_made_written_read_and_removed() {
 }
 
 #[test]
-fn mistakes_are_told_with_what_to_do() {
+fn errors_say_what_to_do() {
     let server = Server::start();
     let fails = |args: &[&str], code: i32, said: &str| {
         server
@@ -92,7 +92,11 @@ fn mistakes_are_told_with_what_to_do() {
         5,
         "version_conflict",
     );
-    fails(&["cas", "alpha/f", "ab", "c"], 2, "as long as each other");
+    fails(
+        &["cas", "alpha/f", "ab", "c"],
+        2,
+        "the lengths must be equal",
+    );
     fails(
         &["lock", "alpha/f", "--", "./nosuch"],
         2,
@@ -109,7 +113,8 @@ fn arrays_go_to_files_and_come_back() {
     let server = Server::start();
     let file = server.home().join("array.npy");
     // As numpy writes arange(6, dtype='<i2').reshape(2, 3).
-    let mut npy = b"\x93NUMPY\x01\x00\x46\x00{'descr': '<i2', 'fortran_order': False, 'shape': (2, 3), }          \n".to_vec();
+    let mut npy = b"\x93NUMPY\x01\x00\x46\x00".to_vec();
+    npy.extend(b"{'descr': '<i2', 'fortran_order': False, 'shape': (2, 3), }          \n");
     npy.extend((0..6i16).flat_map(i16::to_le_bytes));
     std::fs::write(&file, &npy).unwrap();
     let path = file.to_str().unwrap();
@@ -138,7 +143,7 @@ fn arrays_go_to_files_and_come_back() {
     server
         .run(&["block", "load", "alpha/b", path])
         .ended_with(2)
-        .said("does not begin as a .npy file does");
+        .said("it is not a .npy file");
     // Whatever does not end in .npy is bytes.
     let raw = server.home().join("bytes.bin");
     std::fs::write(&raw, vec![7; 100_000]).unwrap();
@@ -200,7 +205,7 @@ fn a_command_runs_under_the_lock() {
 }
 
 #[test]
-fn versions_are_watched_as_they_come() {
+fn versions_are_printed_as_they_appear() {
     let server = Server::start();
     server
         .run(&["block", "create", "alpha/f", "10"])
@@ -288,14 +293,14 @@ fn a_load_replaces_the_content() {
     assert_eq!(content(), "WIDERr than all before");
     load("x", &["--offset", "22"])
         .ended_with(2)
-        .said("has room for 0");
+        .said("has only 0");
     load("", &[]).ended_with(2);
     load("", &["--allow-empty"]).ended_with(0);
     assert_eq!(content(), "\0".repeat(22));
 }
 
 #[test]
-fn a_command_writes_under_the_lock_that_is_held_for_it() {
+fn a_command_writes_under_the_lock_of_block_lock() {
     let server = Server::start();
     let latzero = env!("CARGO_BIN_EXE_latzero");
     server.run(&["block", "create", "lab/f", "5"]).ended_with(0);
@@ -315,8 +320,11 @@ fn a_command_writes_under_the_lock_that_is_held_for_it() {
     assert_eq!(server.run(&["block", "read", "lab/f"]).out, "Hello");
     // A lock within the lock, of the same block and of another.
     lock("latzero block lock lab/f -- latzero block write lab/f again").ended_with(0);
-    lock("latzero block lock lab/g -- sh -c 'latzero block write lab/g a; latzero block write lab/f b'")
-        .ended_with(0);
+    lock(
+        "latzero block lock lab/g -- sh -c 'latzero block write lab/g a; latzero block write \
+          lab/f b'",
+    )
+    .ended_with(0);
     lock("exit 9").ended_with(9);
     lock("kill -TERM $$").ended_with(128 + 15);
     // Nobody else writes meanwhile, and a token that is over is refused.
@@ -330,7 +338,7 @@ fn a_command_writes_under_the_lock_that_is_held_for_it() {
 }
 
 #[test]
-fn a_signal_does_not_free_the_lock_while_the_command_runs() {
+fn a_signal_does_not_release_the_lock_while_the_command_runs() {
     let server = Server::start();
     server.run(&["block", "create", "lab/f", "5"]).ended_with(0);
     let script = "trap 'echo told' TERM; echo runs; while :; do sleep 0.05; done";

@@ -46,7 +46,7 @@ fn answers_come_as_json() {
 }
 
 #[test]
-fn wrong_names_get_near_ones() {
+fn wrong_names_get_suggestions() {
     let server = Server::start();
     let _serving = server.serve(&["alpha/double", "--app", "calc", "--", "cat"]);
     let check = |args: &[&str], code: &str, hint: &str| {
@@ -95,7 +95,7 @@ fn a_slash_in_a_trigger_needs_a_named_pool() {
 }
 
 #[test]
-fn items_are_printed_as_they_come() {
+fn items_are_printed_as_they_arrive() {
     let server = Server::start();
     let url = format!(
         "latzero://tail?pool=alpha&socket={}/latzero.sock",
@@ -147,7 +147,7 @@ fn items_are_printed_as_they_come() {
 }
 
 #[test]
-fn no_answer_in_time_ends_with_6() {
+fn a_timeout_ends_with_6() {
     let server = Server::start();
     let _serving = server.serve(&["alpha/never", "--", "sleep", "1000"]);
     let ran = server
@@ -157,7 +157,7 @@ fn no_answer_in_time_ends_with_6() {
 }
 
 #[test]
-fn who_prints_events_is_not_called() {
+fn on_is_never_called() {
     let server = Server::start();
     let _serving = server.serve(&["alpha/x", "--", "cat"]);
     let _listening = Running::start(&mut server.command(&["on", "alpha/x"]));
@@ -171,7 +171,7 @@ fn who_prints_events_is_not_called() {
 }
 
 #[test]
-fn events_are_printed_as_they_come() {
+fn events_are_printed_as_they_arrive() {
     let server = Server::start();
     let mut command = server.command(&["on", "alpha/saved", "alpha/other", "--count", "3"]);
     let mut listening = Running::start(&mut command);

@@ -13,7 +13,7 @@ fn setting<'a>(shown: &'a Value, name: &str) -> &'a Value {
 }
 
 #[test]
-fn each_place_beats_the_one_behind_it() {
+fn each_source_overrides_the_next() {
     let home = tempfile::tempdir().unwrap();
     let config = home.path().join(".latzero/config");
     std::fs::create_dir_all(&config).unwrap();
@@ -89,7 +89,7 @@ fn each_place_beats_the_one_behind_it() {
 }
 
 #[test]
-fn what_is_wrong_in_a_file_is_named_with_its_place() {
+fn errors_in_files_have_a_position() {
     let home = tempfile::tempdir().unwrap();
     let config = home.path().join(".latzero/config");
     std::fs::create_dir_all(&config).unwrap();
@@ -129,7 +129,7 @@ fn the_default_file_is_a_settings_file() {
 }
 
 #[test]
-fn doctor_names_what_is_in_the_way_and_what_mends_it() {
+fn doctor_names_problems_and_fixes() {
     let home = tempfile::tempdir().unwrap();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();

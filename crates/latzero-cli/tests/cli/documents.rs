@@ -1,5 +1,5 @@
-//! The documents' examples, as printed: every console block of the README and of docs/ runs in one
-//! shell on one terminal, and prints what is printed there, but for numbers and times.
+//! Runs the examples of the documents: every console block of the README and of docs/ runs in one
+//! shell on one terminal, and must print what the document shows, except for numbers and times.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
@@ -87,7 +87,7 @@ fn normal(line: &str) -> String {
         .fold(out, |out, age| out.replace(age, "just now"))
 }
 
-/// A shell on a terminal of its own.
+/// A shell on its own terminal.
 struct Shell {
     child: Child,
     output: Receiver<String>,

@@ -36,7 +36,7 @@ fn starting(dir: &Path, start: &str) -> Vec<PathBuf> {
 }
 
 #[test]
-fn an_app_that_is_away_is_shown_and_can_be_forgotten() {
+fn an_offline_app_is_listed_and_can_be_forgotten() {
     let server = Server::start();
     let serving = server.serve(&["alpha/x", "--app", "worker", "--", "cat"]);
     assert_eq!(apps(&server, &["--offline"]), [""; 0]);
@@ -73,7 +73,7 @@ fn an_app_that_is_away_is_shown_and_can_be_forgotten() {
 }
 
 #[test]
-fn a_command_leaves_nothing_behind() {
+fn a_command_leaves_no_registration() {
     let server = Server::start();
     let serving = server.serve(&["alpha/x", "--app", "worker", "--", "cat"]);
     server.run(&["call", "alpha/x", "1"]).ended_with(0);
@@ -122,7 +122,7 @@ fn a_backup_is_made_and_listed_and_found_damaged() {
     let ran = server
         .run(&["backup", "--to", own.to_str().unwrap()])
         .ended_with(5);
-    ran.said("exists already").said("help: name another file");
+    ran.said("already exists").said("help: choose another file");
 
     let listed = ls(&["--json"]).ended_with(0).json();
     let listed = listed["backups"].as_array().unwrap();
@@ -141,7 +141,7 @@ fn a_backup_is_made_and_listed_and_found_damaged() {
     let listed = ls(&["--verify", "--json"]).ended_with(4).json();
     assert_eq!(listed["backups"][0]["ok"], false, "{listed}");
     let text = ls(&["--verify"]).ended_with(4).out;
-    assert!(text.contains("\tnot good\t"), "{text}");
+    assert!(text.contains("\tdamaged\t"), "{text}");
 }
 
 #[test]
@@ -218,7 +218,7 @@ fn a_backup_is_restored_with_its_blocks_and_parked_calls() {
 }
 
 #[test]
-fn a_backup_makes_a_server_where_there_was_none() {
+fn a_backup_restores_to_a_new_directory() {
     let server = Server::start();
     let create = ["block", "create", "alpha/frame", "5", "--persistent"];
     server.run(&create).ended_with(0);
@@ -250,7 +250,7 @@ fn a_backup_makes_a_server_where_there_was_none() {
 }
 
 #[test]
-fn what_is_no_good_backup_changes_nothing() {
+fn an_invalid_backup_changes_nothing() {
     let server = Server::start();
     let backup = server.home().join("mine.db");
     let create = ["block", "create", "alpha/frame", "1MiB", "--persistent"];
@@ -277,16 +277,16 @@ fn what_is_no_good_backup_changes_nothing() {
     check(&home.path().join("nothing.db"), 2, "No such file");
     let text = home.path().join("text.db");
     fs::write(&text, "a text and no database ".repeat(100)).unwrap();
-    check(&text, 4, "is not a usable backup");
-    check(&dir.join("data.db"), 4, "is not a usable backup");
+    check(&text, 4, "is not a valid backup");
+    check(&dir.join("data.db"), 4, "is not a valid backup");
     damage(&backup);
-    check(&backup, 4, "is not a usable backup");
+    check(&backup, 4, "is not a valid backup");
     // The directory is free again.
     drop(Server::in_home(home, &[]));
 }
 
 #[test]
-fn damage_is_found_with_a_server_and_without_one() {
+fn damage_is_found_with_and_without_a_server() {
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join(".latzero");
     let named = dir.to_str().unwrap().to_owned();
@@ -338,7 +338,7 @@ fn damage_is_found_with_a_server_and_without_one() {
 
     // The start that follows restores the backup, and everything that looks at it says so.
     let server = Server::in_home(home, &[]);
-    let said = "took its place";
+    let said = "was restored instead";
     let health = server.run(&["health"]).ended_with(4).out;
     assert!(
         health.contains("store\tdegraded\tdata.db: ") && health.contains(said),
@@ -369,7 +369,7 @@ fn damage_is_found_with_a_server_and_without_one() {
 }
 
 #[test]
-fn the_database_can_be_looked_into_with_a_server_and_without() {
+fn the_database_can_be_queried_with_and_without_a_server() {
     let server = Server::start();
     drop(server.serve(&["alpha/x", "--app", "worker", "--", "cat"]));
     let ask = [

@@ -29,7 +29,7 @@ fn shows_no_key(ran: &crate::program::Ran) {
 }
 
 #[test]
-fn keys_are_made_private_and_shown_without_the_keys() {
+fn keys_are_private_and_not_printed() {
     let home = tempfile::tempdir().unwrap();
     let made = run(&mut latzero(
         home.path(),
@@ -96,7 +96,7 @@ fn keys_are_never_overwritten() {
 }
 
 #[test]
-fn a_role_is_exported_with_its_own_keys_alone() {
+fn a_role_is_exported_with_only_its_keys() {
     let home = tempfile::tempdir().unwrap();
     let owner = ["keys", "new", "vault", "--owner-key", "--json"];
     let pin = run(&mut latzero(home.path(), &owner)).ended_with(0).json()["pin"].clone();
@@ -136,7 +136,7 @@ fn a_role_is_exported_with_its_own_keys_alone() {
 }
 
 #[test]
-fn a_key_file_that_others_could_read_or_change_is_refused() {
+fn a_key_file_accessible_to_others_is_refused() {
     let home = tempfile::tempdir().unwrap();
     run(&mut latzero(home.path(), &["keys", "new", "vault"])).ended_with(0);
     let file = home.path().join(".config/latzero/keys/vault");
@@ -163,13 +163,13 @@ fn a_key_file_that_others_could_read_or_change_is_refused() {
     let link = home.path().join("link");
     symlink(&file, &link).unwrap();
     check(&link, "is a link");
-    check(home.path(), "is no regular file");
-    check(Path::new("/dev/null"), "is no regular file");
+    check(home.path(), "is not a regular file");
+    check(Path::new("/dev/null"), "is not a regular file");
     check(&home.path().join("none"), "cannot be opened");
     let pipe = home.path().join("pipe");
     let kind = rustix::fs::FileType::Fifo;
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, rustix::fs::Mode::RUSR, 0).unwrap();
-    check(&pipe, "is no regular file");
+    check(&pipe, "is not a regular file");
     check(
         &private("cut", &good.as_bytes()[..good.len() - 3]),
         "75 characters",
@@ -200,7 +200,7 @@ fn a_passphrase_gives_the_same_keys_anywhere_and_a_warning() {
             file.to_str().unwrap(),
         ];
         let ran = run_with(&mut latzero(home.path(), &args), words).ended_with(0);
-        let ran = ran.said("can be guessed");
+        let ran = ran.said("can guess");
         shows_no_key(&ran);
         assert!(!ran.err.contains(words.trim()) && !ran.out.contains(words.trim()));
         assert_eq!(mode(&file), 0o600);
@@ -225,7 +225,7 @@ fn a_passphrase_gives_the_same_keys_anywhere_and_a_warning() {
 }
 
 #[test]
-fn names_that_are_no_file_names_are_refused() {
+fn names_that_are_not_file_names_are_refused() {
     let home = tempfile::tempdir().unwrap();
     for name in [
         "",
@@ -249,7 +249,7 @@ fn names_that_are_no_file_names_are_refused() {
 }
 
 #[test]
-fn an_app_key_shows_its_public_half() {
+fn an_app_key_shows_its_public_key() {
     let home = tempfile::tempdir().unwrap();
     let made = run(&mut latzero(
         home.path(),

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::program::{Running, Server, eventually};
 
 #[test]
-fn what_a_script_reads_is_json() {
+fn scripts_get_json() {
     let server = Server::start();
     let _serving = server.serve(&[
         "alpha/double",
@@ -68,7 +68,7 @@ fn what_a_script_reads_is_json() {
 }
 
 #[test]
-fn a_server_at_a_limit_is_not_well() {
+fn a_server_at_a_limit_is_degraded() {
     let server = Server::with(&["--set", "limits.connections_max=1"]);
     // The one connection that there may be is the one that asks.
     let ran = server.run(&["health"]).ended_with(4);

@@ -1,5 +1,5 @@
-//! The real program, run as people and scripts run it: one module per part of it, each test with a server and a data
-//! directory of its own.
+//! The real program, run as people and scripts run it: one module per part of it, each test with a
+//! server and a data directory of its own.
 
 mod blocks;
 mod calls;

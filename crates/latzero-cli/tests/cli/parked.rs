@@ -30,7 +30,7 @@ fn parked(server: &Server) -> Value {
 }
 
 #[test]
-fn a_parked_call_is_answered_when_somebody_comes() {
+fn a_parked_call_is_answered_when_a_handler_appears() {
     let server = Server::start();
     let mut calling = Running::start(&mut server.command(&["call", "alpha/job", "[1]", "--park"]));
     eventually(|| parked(&server) == 1);
@@ -46,7 +46,7 @@ fn a_parked_call_is_answered_when_somebody_comes() {
 }
 
 #[test]
-fn who_waits_for_a_parked_call_waits_across_a_restart() {
+fn waiting_for_a_parked_call_survives_a_restart() {
     let server = Server::start();
     let mut calling = Running::start(&mut server.command(&["call", "alpha/job", "[1]", "--park"]));
     eventually(|| parked(&server) == 1);
@@ -57,7 +57,7 @@ fn who_waits_for_a_parked_call_waits_across_a_restart() {
 }
 
 #[test]
-fn answers_wait_for_who_left_a_call() {
+fn answers_wait_for_the_app_that_parked_a_call() {
     let server = Server::start();
     park(&server, "shop", "one", "{\"b\": 1.50}");
     park(&server, "shop", "two", "2");
@@ -102,7 +102,7 @@ fn answers_wait_for_who_left_a_call() {
 }
 
 #[test]
-fn a_parked_call_has_an_app_of_its_own() {
+fn a_parked_call_has_a_unique_app() {
     let server = Server::start();
     let args = ["call", "alpha/job", "1", "--park", "--no-wait", "--json"];
     let left = server.run(&args).ended_with(0).json();
@@ -163,7 +163,7 @@ fn a_call_goes_to_the_next_handler_when_its_first_one_dies() {
 }
 
 #[test]
-fn what_does_not_go_together_is_refused() {
+fn conflicting_flags_are_refused() {
     let server = Server::start();
     let check = |args: &[&str], said: &str| {
         let ran = server.run(&[&["call", "alpha/job", "1"], args].concat());

@@ -46,7 +46,7 @@ fn a_program_answers_calls() {
 }
 
 #[test]
-fn a_program_that_fails_is_an_error_with_what_it_said() {
+fn a_failed_program_is_an_error_with_its_stderr() {
     let server = Server::start();
     let _serving = server.serve(&[
         "alpha/bad",
@@ -77,7 +77,7 @@ fn a_program_that_fails_is_an_error_with_what_it_said() {
 }
 
 #[test]
-fn bytes_stay_bytes() {
+fn bytes_are_not_changed() {
     let server = Server::start();
     let image: Vec<u8> = (0..=255).cycle().take(2000).collect();
     let file = server.home().join("image.bin");
@@ -171,7 +171,7 @@ fn the_program_sees_the_call_and_no_secrets() {
 }
 
 #[test]
-fn a_killed_serve_takes_its_programs_along() {
+fn a_killed_serve_ends_its_programs() {
     let server = Server::start();
     let script = "echo runs $$ >&2; sleep 1000 & echo runs $! >&2; wait";
     let serving = server.serve(&["alpha/long", "--", "sh", "-c", script]);
@@ -188,7 +188,7 @@ fn a_killed_serve_takes_its_programs_along() {
 }
 
 #[test]
-fn nothing_is_remembered_of_a_program_without_a_name() {
+fn serve_without_app_leaves_no_registration() {
     let server = Server::start();
     for args in [
         &["a/x", "--", "cat"][..],
@@ -218,7 +218,7 @@ fn nothing_is_remembered_of_a_program_without_a_name() {
 }
 
 #[test]
-fn a_program_that_leaves_a_child_behind_keeps_nobody_waiting() {
+fn a_child_left_behind_delays_nothing() {
     let server = Server::start();
     let _serving = server.serve(&["alpha/fork", "--", "sh", "-c", "sleep 1000 & echo $!"]);
     let ran = server.run(&["call", "alpha/fork"]).ended_with(0);
@@ -229,7 +229,7 @@ fn a_program_that_leaves_a_child_behind_keeps_nobody_waiting() {
 }
 
 #[test]
-fn much_is_written_and_read_at_once() {
+fn large_blocks_are_written_and_read() {
     let server = Server::start();
     let _serving = server.serve(&["alpha/cat", "--", "cat"]);
     let file = server.home().join("big.json");
@@ -260,7 +260,7 @@ fn wait_for_end(pid: Pid) {
 }
 
 #[test]
-fn a_call_that_is_given_up_ends_its_program() {
+fn a_cancelled_call_ends_its_program() {
     let server = Server::start();
     let script = "echo runs $$ >&2; sleep 1000";
     let serving = server.serve(&["alpha/long", "--", "sh", "-c", script]);
@@ -282,7 +282,7 @@ fn a_call_that_is_given_up_ends_its_program() {
 }
 
 #[test]
-fn ctrl_c_finishes_what_runs_and_a_second_one_does_not() {
+fn ctrl_c_finishes_running_calls_and_a_second_one_does_not() {
     let server = Server::start();
     let gate = server.home().join("gate");
     let made = std::process::Command::new("mkfifo")
@@ -332,10 +332,11 @@ fn ctrl_c_finishes_what_runs_and_a_second_one_does_not() {
 }
 
 #[test]
-fn one_process_can_answer_all_calls_line_by_line() {
+fn one_process_answers_all_calls_with_lines() {
     let server = Server::start();
     // It counts the lines that it saw, and ends at the word "end".
-    let script = "n=0; while read -r x; do n=$((n+1)); [ \"$x\" = '\"end\"' ] && exit 3; echo \"{\\\"n\\\":$n,\\\"x\\\":$x}\"; done";
+    let script = "n=0; while read -r x; do n=$((n+1)); [ \"$x\" = '\"end\"' ] && exit 3; echo \
+        \"{\\\"n\\\":$n,\\\"x\\\":$x}\"; done";
     let _serving = server.serve(&["alpha/count", "--lines", "--", "sh", "-c", script]);
     let call = |data: &str| server.run(&["call", "alpha/count", data]);
     assert_eq!(call("[1,\n2]").ended_with(0).out, "{\"n\":1,\"x\":[1,2]}\n");
@@ -350,7 +351,7 @@ fn one_process_can_answer_all_calls_line_by_line() {
 }
 
 #[test]
-fn a_handler_goes_on_when_the_server_comes_back() {
+fn a_handler_continues_after_a_restart_of_the_server() {
     let server = Server::start();
     let serving = server.serve(&["alpha/cat", "--", "cat"]);
     let home = server.crash();

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use crate::program::{Running, Server, eventually, latzero, rest, run};
 
 #[test]
-fn it_starts_and_the_line_to_try_works() {
+fn it_starts_and_the_suggested_command_works() {
     let server = Server::start();
     for part in [
         concat!("latzero ready ", env!("CARGO_PKG_VERSION"), " "),
@@ -31,7 +31,7 @@ fn it_starts_and_the_line_to_try_works() {
 }
 
 #[test]
-fn the_line_to_try_names_another_directory() {
+fn the_suggested_command_names_another_directory() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("a b");
     let server = Server::with(&["--data-dir", dir.to_str().unwrap()]);
@@ -44,7 +44,7 @@ fn the_line_to_try_names_another_directory() {
 }
 
 #[test]
-fn the_line_to_try_works_without_a_socket() {
+fn the_suggested_command_works_without_a_socket() {
     let server = Server::with(&["--socket", "off"]);
     let line = server.try_line.strip_prefix("try: ").unwrap();
     assert!(
@@ -177,7 +177,7 @@ fn stop_works_over_tcp_with_the_token_of_the_directory() {
 }
 
 #[test]
-fn a_second_server_on_the_directory_is_told_the_pid_of_the_first() {
+fn a_second_server_gets_the_pid_of_the_first() {
     let server = Server::start();
     let ran = server.run(&["start", "--port", "0"]).ended_with(75);
     ran.said("another server uses")
@@ -199,7 +199,7 @@ fn a_port_in_use_is_named_with_the_remedy() {
 }
 
 #[test]
-fn a_directory_that_others_may_write_is_refused() {
+fn a_directory_writable_by_others_is_refused() {
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join("open");
     std::fs::create_dir(&dir).unwrap();
@@ -214,7 +214,7 @@ fn a_directory_that_others_may_write_is_refused() {
 }
 
 #[test]
-fn a_killed_server_leaves_nothing_in_the_way() {
+fn a_server_starts_after_a_kill() {
     let server = Server::start();
     let socket = server.data_dir().join("latzero.sock");
     let home = server.crash();
@@ -229,25 +229,25 @@ fn a_killed_server_leaves_nothing_in_the_way() {
 }
 
 #[test]
-fn what_is_not_in_this_build_is_said_plainly() {
+fn unimplemented_settings_are_refused() {
     let home = tempfile::tempdir().unwrap();
     for flag in ["--cluster", "--tls"] {
         let ran = run(&mut latzero(home.path(), &["start", flag])).ended_with(2);
         ran.said(&format!("command line {flag}"))
-            .said("not in this build yet");
+            .said("not implemented yet");
     }
     for (variable, value) in [
         ("LATZERO_ENABLE_TLS", "true"),
         ("LATZERO_CLUSTER_MODE", "true"),
     ] {
         let ran = run(latzero(home.path(), &["start"]).env(variable, value)).ended_with(2);
-        ran.said(variable).said("not in this build yet");
+        ran.said(variable).said("not implemented yet");
     }
     let dir = home.path().join(".latzero/config");
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("a.toml"), "enable_tls = true\n").unwrap();
     let ran = run(&mut latzero(home.path(), &["start"])).ended_with(2);
-    ran.said("a.toml:1:").said("not in this build yet");
+    ran.said("a.toml:1:").said("not implemented yet");
 }
 
 #[test]
@@ -298,7 +298,7 @@ fn reload_changes_what_can_change() {
 
     std::fs::write(config.join("a.toml"), "drain_timeot = \"1s\"\n").unwrap();
     let ran = server.run(&["reload"]).ended_with(2);
-    ran.said("the server keeps its settings")
+    ran.said("the settings were not reloaded")
         .said("drain_timeout");
 }
 
@@ -318,12 +318,12 @@ fn sighup_changes_the_log_level() {
     server.line_with("ready");
     std::fs::write(config.join("a.toml"), "log_level = \"debug\"\n").unwrap();
     server.signal(Signal::HUP);
-    let line = server.line_with("settings read again");
+    let line = server.line_with("settings reloaded");
     assert!(line.contains("debug"), "{line}");
 }
 
 #[test]
-fn a_server_whose_output_nobody_reads_runs_all_the_same() {
+fn a_server_runs_with_its_output_closed() {
     let home = tempfile::tempdir().unwrap();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
@@ -334,7 +334,7 @@ fn a_server_whose_output_nobody_reads_runs_all_the_same() {
 }
 
 #[test]
-fn a_closed_pipe_is_no_failure() {
+fn a_closed_pipe_is_not_an_error() {
     let server = Server::start();
     for args in [
         &["apps"][..],
@@ -381,7 +381,7 @@ fn wrong_usage_ends_with_2() {
         "cannot be used with",
     );
     check(&["call", "x", "--url", "http://x"], "latzero://APP_ID");
-    check(&["call", "a/", "1"], "names no trigger");
+    check(&["call", "a/", "1"], "is not a complete name");
     check(&["call", "x", "{x:1}"], "is not JSON");
     check(&["ping", "-c", "0"], "--count");
     check(&[], "Usage");
@@ -396,7 +396,7 @@ fn wrong_usage_ends_with_2() {
 }
 
 #[test]
-fn help_is_there_and_says_the_exit_codes() {
+fn help_lists_the_exit_codes() {
     let home = tempfile::tempdir().unwrap();
     let help = run(&mut latzero(home.path(), &["--help"]))
         .ended_with(0)
@@ -449,7 +449,7 @@ fn errors_can_be_json() {
 }
 
 #[test]
-fn a_variable_that_is_no_setting_is_a_warning() {
+fn an_unknown_variable_is_a_warning() {
     let home = tempfile::tempdir().unwrap();
     let mut command = latzero(home.path(), &["start", "--port", "0"]);
     let running = Running::start_err(command.env("LATZERO_PROT", "1"));
@@ -501,10 +501,10 @@ fn doctor_finds_what_start_refuses() {
 }
 
 #[test]
-fn a_detached_server_runs_on_and_its_log_is_printed() {
+fn a_detached_server_keeps_running_and_its_log_is_printed() {
     let home = tempfile::tempdir().unwrap();
     let run = |args: &[&str]| run(&mut latzero(home.path(), args));
-    run(&["logs"]).ended_with(1).said("there is no log");
+    run(&["logs"]).ended_with(1).said("does not exist");
     let ran = run(&["start", "--detach", "--port", "0"]).ended_with(0);
     assert!(ran.out.starts_with("latzero ready "), "{}", ran.out);
     assert_eq!(ran.out.lines().count(), 2);
@@ -535,7 +535,7 @@ fn a_wrong_address_does_not_blame_the_server_of_the_directory() {
     ] {
         let ran = server.run(args).ended_with(3);
         assert!(!ran.err.contains("end that process"), "{}", ran.err);
-        ran.said("no server answers at ").said("the server of ");
+        ran.said("cannot connect to ").said("the server of ");
     }
     // The variable counts where no flag does, also beside a server that is found without it.
     for (value, code) in [(port.as_str(), 3), ("x", 2), ("0", 0), (&server.port(), 0)] {
@@ -545,14 +545,14 @@ fn a_wrong_address_does_not_blame_the_server_of_the_directory() {
 }
 
 #[test]
-fn a_suspended_server_is_given_up_in_time() {
+fn a_suspended_server_causes_a_timeout() {
     let server = Server::start();
     server.running.signal(Signal::STOP);
     for args in [
         &["call", "system/echo", "1", "--timeout", "200ms"][..],
         &["stop", "--timeout", "200ms"],
     ] {
-        server.run(args).ended_with(6).said("does not answer");
+        server.run(args).ended_with(6).said("does not respond");
     }
     server.running.signal(Signal::CONT);
     server.run(&["ping", "-c", "1"]).ended_with(0);

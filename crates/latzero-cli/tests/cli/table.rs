@@ -1,8 +1,8 @@
-//! Every command, with the server up, down, suspended, at a wrong port and without rights, on a
-//! terminal, in a pipe and with `--json`: exit code, stdout and stderr, compared with snapshots.
+//! Runs every command with the server up, down, suspended, on a wrong port and without rights, on a
+//! terminal, in a pipe and with `--json`, and compares exit code, stdout and stderr with snapshots.
 //!
-//! After a change that is meant, `INSTA_UPDATE=always cargo test -p latzero-cli table` writes them
-//! anew; read the difference as a user would.
+//! After an intended change, `INSTA_UPDATE=always cargo test -p latzero-cli table` updates them;
+//! read the difference as a user would.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 

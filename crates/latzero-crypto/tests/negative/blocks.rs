@@ -357,7 +357,7 @@ fn n15_only_the_sealing_key_signs_manifests() {
 fn n16_a_table_that_was_edited_is_refused_and_never_signed_again() {
     let version = Version::of(&plaintext());
     let mut head = version.verified.head();
-    // Another leaf in the table, and the root made anew without a signature.
+    // Another leaf in the table, and the root recomputed without a signature.
     head[MANIFEST_BYTES + 32] ^= 1;
     integrity(read(&head, 1, &checks(), None));
     let entries = head[MANIFEST_BYTES..].chunks(64).map(|line| &line[32..]);

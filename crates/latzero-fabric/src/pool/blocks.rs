@@ -11,6 +11,9 @@ mod moving;
 mod record;
 mod telling;
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
 use hashbrown::HashMap;
 use latzero_protocol::encode;
 use latzero_protocol::memory::{
@@ -20,10 +23,11 @@ use latzero_protocol::message::Event;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::{Value, json};
 
-use super::lock::{Claim, Expired, Grant, Holder, Lock};
+use super::lock::{Claim, Claimed, Expired, Grant, Holder, Lock};
 use super::{Member, MemberKey, Pool, not_member};
-use crate::driver::Driver;
-use crate::memory::{Counted, Geometry, HEADER_BYTES, Job, Making, StorageId, check_room};
+use crate::books::{Account, Hold, Resource};
+use crate::driver::{Driver, Peer as _};
+use crate::memory::{Geometry, HEADER_BYTES, Job, Making, Numbers, StorageId, check_room};
 use crate::now::Time;
 use crate::outbox::Class;
 use crate::slab::{Key, Slab};
@@ -50,6 +54,8 @@ struct Attachment {
     member: MemberKey,
     /// By its own wish.
     own: Option<Access>,
+    /// Its place in the books, where it is by its own wish.
+    held: Option<Hold>,
     /// For calls that name the block: how many allow reading only, and how many writing too.
     reading_calls: u32,
     writing_calls: u32,
@@ -85,6 +91,7 @@ struct Waiting {
     id: Option<Box<str>>,
     /// How it wants to be attached.
     attach: Option<Access>,
+    _seat: Seat,
 }
 
 /// Whoever waits for a flush.
@@ -93,6 +100,47 @@ struct Flushing {
     ticket: u64,
     member: MemberKey,
     id: Option<Box<str>>,
+    _seat: Seat,
+}
+
+/// The place in the books of a request that waits.
+#[derive(Debug)]
+pub(super) struct Seat {
+    _count: Hold,
+    _bytes: Hold,
+}
+
+/// What a request that waits takes besides its id, in bytes: itself, and what finds it.
+const WAIT_BYTES: usize = 384;
+
+impl Seat {
+    fn new(account: &Arc<Account>, id: Option<&str>) -> Result<Seat, Refusal> {
+        let bytes = WAIT_BYTES + 2 * id.map_or(0, str::len);
+        Ok(Seat {
+            _count: account.reserve(Resource::Waits, 1)?,
+            _bytes: account.reserve(Resource::Calls, bytes as u64)?,
+        })
+    }
+}
+
+/// The place in the books of a block's bytes.
+#[derive(Debug)]
+struct Room {
+    _bytes: Hold,
+    _memory: Hold,
+}
+
+impl Room {
+    fn new(account: &Arc<Account>, kind: Kind, bytes: u64) -> Result<Room, Refusal> {
+        let memory = match kind {
+            Kind::Shared => bytes,
+            Kind::Persistent => 0,
+        };
+        Ok(Room {
+            _bytes: account.reserve(Resource::Blocks, bytes)?,
+            _memory: account.reserve(Resource::SharedBlocks, memory)?,
+        })
+    }
 }
 
 /// What is going on with a block's storage.
@@ -107,6 +155,7 @@ enum Phase {
         to: StorageId,
         geometry: Geometry,
         reason: &'static str,
+        room: Room,
     },
 }
 
@@ -119,14 +168,22 @@ struct Block {
     layout: Option<Layout>,
     permissions: Permissions,
     owner: AppId,
+    /// The account of whoever made it, the block's place in it, and its bytes'.
+    account: Arc<Account>,
+    _place: Hold,
+    room: Room,
     lifetime: Lifetime,
     generation: u64,
     /// When it was made, in milliseconds since the Unix epoch.
     created: u64,
     phase: Phase,
     attachments: Vec<Attachment>,
-    subscribers: Vec<MemberKey>,
+    subscribers: BTreeMap<MemberKey, Hold>,
+    /// Members that know of it ([`Member::blocks`]).
+    involved: BTreeSet<MemberKey>,
     lock: Lock,
+    /// No lease and no wait ends before this.
+    due: Option<Time>,
     waiting: Vec<Waiting>,
     flushing: Vec<Flushing>,
     /// The newest version that was told, and its generation: what is told never goes back.
@@ -201,8 +258,10 @@ pub(super) struct Blocks {
     left_out: HashMap<BlockId, Box<str>>,
     bytes: u64,
     tickets: u64,
-    /// No lease and no wait ends before this. Kept rather than looked for: the pool is asked after every message.
-    next: Option<Time>,
+    /// When something is due with which block. Kept rather than looked for: the pool is asked after every message.
+    deadlines: BTreeSet<(Time, BlockKey)>,
+    /// Waits for locks that can be cancelled: by whom, under which id, for which block, at which place in line.
+    waits: BTreeSet<(MemberKey, Box<str>, BlockKey, u64)>,
 }
 
 impl Blocks {
@@ -224,20 +283,43 @@ impl Blocks {
 
     /// When something is due at the latest; it may be early, never late.
     pub(super) fn next_deadline(&self) -> Option<Time> {
-        self.next
+        self.deadlines.first().map(|(at, _)| *at)
     }
 
     /// A block's lock may have a new deadline.
     fn note_deadline(&mut self, key: BlockKey) {
-        let deadline = self.at(key).and_then(|block| block.lock.next_deadline());
-        self.next = self.next.into_iter().chain(deadline).min();
+        let Some(block) = self.blocks.at_mut(stored(key)) else {
+            return;
+        };
+        let due = block.lock.next_deadline();
+        if due != block.due {
+            let before = std::mem::replace(&mut block.due, due);
+            before.map(|at| self.deadlines.remove(&(at, key)));
+            due.map(|at| self.deadlines.insert((at, key)));
+        }
     }
 
-    fn look_for_deadline(&mut self) {
-        let deadlines = self.blocks.iter();
-        self.next = deadlines
-            .filter_map(|(_, block)| block.lock.next_deadline())
-            .min();
+    /// A claim of a block's lock waits.
+    fn wait_begun(&mut self, key: BlockKey, (member, id): (MemberKey, Option<Box<str>>), at: u64) {
+        if let Some(id) = id {
+            self.waits.insert((member, id, key, at));
+        }
+    }
+
+    /// A claim of a block's lock waits no longer.
+    fn wait_over(&mut self, key: BlockKey, claim: &Claim) {
+        if let Some(id) = &claim.id {
+            self.waits
+                .remove(&(claim.member, id.clone(), key, claim.place));
+        }
+    }
+
+    /// Waits of a member under an id.
+    fn waits_of(&self, member: MemberKey, id: &str) -> Vec<(BlockKey, u64)> {
+        let first = (member, id.into(), BlockKey::new(0, 0), 0);
+        let waits = self.waits.range(first..);
+        let waits = waits.take_while(|(by, under, ..)| *by == member && **under == *id);
+        waits.map(|(_, _, key, at)| (*key, *at)).collect()
     }
 }
 
@@ -268,6 +350,12 @@ impl Asking<'_> {
 }
 
 impl<D: Driver> Pool<D> {
+    /// A place in the books for a request that is to wait.
+    fn seat(&self, asking: Asking<'_>) -> Result<Seat, Refusal> {
+        let asker = self.asker(asking.member)?;
+        Seat::new(asker.peer.link().account(), asking.id)
+    }
+
     fn asker(&self, member: MemberKey) -> Result<&Member<D>, Refusal> {
         self.members
             .at(member)
@@ -291,8 +379,8 @@ impl<D: Driver> Pool<D> {
             return Ok(());
         };
         let message = format!(
-            "block '{id}' of pool '{}' is on the disk, and a limit left it out when the server started: {why}; \
-             start the server with a higher limit",
+            "block '{id}' of pool '{}' was not loaded when the server started, because of a \
+             limit: {why}; restart the server with a higher limit",
             self.name
         );
         Err(Refusal::new(Code::Quota, message))
@@ -379,7 +467,7 @@ impl<D: Driver> Pool<D> {
             check_layout(block, create.layout.as_ref())?;
             if block.geometry.size < create.size {
                 let message = format!(
-                    "block '{}' exists with {} bytes, fewer than the {} asked for; resize it",
+                    "block '{}' exists with {} bytes, fewer than the {} requested; resize it",
                     create.block, block.geometry.size, create.size
                 );
                 return Err(Refusal::new(Code::BlockExists, message));
@@ -388,10 +476,13 @@ impl<D: Driver> Pool<D> {
                 if block.waiting.len() >= self.limits.block_waiters_max {
                     return Err(too_many_wait(&create.block, self.limits.block_waiters_max));
                 }
+                let seat = self.seat(asking)?;
+                let block = self.blocks.at_mut(key).expect("its name leads to it");
                 block.waiting.push(Waiting {
                     member: asking.member,
                     id: asking.id(),
                     attach: create.attach,
+                    _seat: seat,
                 });
                 self.involve(asking.member, key);
                 return Ok(None);
@@ -412,8 +503,8 @@ impl<D: Driver> Pool<D> {
             return Err(Refusal::new(Code::Forbidden, message));
         }
         if create.lifetime == Lifetime::Attached && create.attach.is_none() {
-            let message =
-                "a block with \"lifetime\":\"attached\" goes at once unless its maker attaches it";
+            let message = "a block with \"lifetime\":\"attached\" would be removed at once; attach it when \
+                 creating it";
             return Err(Refusal::new(Code::BadMessage, message));
         }
         if create.kind == Kind::Persistent {
@@ -430,12 +521,20 @@ impl<D: Driver> Pool<D> {
                 self.limits.memory_bytes_per_pool_max,
             ),
         )?;
-        let limits = &self.limits;
-        let (storage, generation) = turn.with_ledger(|ledger| {
-            ledger.begin_block(&app, total, limits)?;
-            let generation = ledger.first_generation(&self.name, &create.block);
-            Ok::<_, Refusal>((ledger.next_storage(), generation))
-        })?;
+        let seat = self.seat(asking)?;
+        let account = self
+            .asker(asking.member)?
+            .peer
+            .link()
+            .account()
+            .app()
+            .clone();
+        let place = account.reserve(Resource::BlockCount, 1)?;
+        let room = Room::new(&account, create.kind, total)?;
+        let (storage, generation) = turn.with_numbers(|numbers| {
+            let generation = numbers.first_generation(&self.name, &create.block);
+            (numbers.next_storage(), generation)
+        });
         turn.count_held(&self.name, self.number, 1);
         self.blocks.bytes += total;
         let block = Block {
@@ -446,17 +545,23 @@ impl<D: Driver> Pool<D> {
             layout: create.layout.clone(),
             permissions: create.permissions.clone(),
             owner: app,
+            account,
+            _place: place,
+            room,
             lifetime: create.lifetime,
             generation,
             created: unix_ms,
             phase: Phase::New,
             attachments: Vec::new(),
-            subscribers: Vec::new(),
+            subscribers: BTreeMap::new(),
+            involved: BTreeSet::new(),
             lock: Lock::default(),
+            due: None,
             waiting: vec![Waiting {
                 member: asking.member,
                 id: asking.id(),
                 attach: create.attach,
+                _seat: seat,
             }],
             flushing: Vec::new(),
             told: (0, 0),
@@ -483,30 +588,29 @@ impl<D: Driver> Pool<D> {
         Ok(None)
     }
 
-    /// Takes in a block that was there before the server was.
+    /// Takes in a block that was there before the server was, for the account of the app that made it.
     ///
     /// # Errors
     /// Where its record makes no sense, its name is taken, or there is no room for it.
     pub fn adopt_block(
         &mut self,
         found: &Found<'_>,
+        account: &Arc<Account>,
         turn: &mut Turn<'_, D>,
     ) -> Result<StorageId, Refusal> {
-        let block = found.read()?;
+        let mut block = found.read(account)?;
         if self.blocks.by_id.contains_key(&block.id) {
-            let message = format!("block '{}' stands twice in pool '{}'", block.id, self.name);
+            let message = format!("block '{}' occurs twice in pool '{}'", block.id, self.name);
             return Err(Refusal::new(Code::BlockExists, message));
         }
         let total = self.check_size(block.geometry)?;
-        let limits = &self.limits;
-        let storage = turn.with_ledger(|ledger| {
-            ledger.begin_block(&block.owner, total, limits)?;
-            Ok::<_, Refusal>(ledger.next_storage())
-        })?;
+        block._place = account.reserve(Resource::BlockCount, 1)?;
+        block.room = Room::new(account, block.kind, total)?;
+        block.storage = turn.with_numbers(Numbers::next_storage);
         turn.count_held(&self.name, self.number, 1);
         self.blocks.bytes += total;
-        let id = block.id.clone();
-        let key = self.blocks.blocks.insert(Block { storage, ..block });
+        let (id, storage) = (block.id.clone(), block.storage);
+        let key = self.blocks.blocks.insert(block);
         self.blocks.by_id.insert(id, shown(key));
         Ok(storage)
     }
@@ -518,7 +622,7 @@ impl<D: Driver> Pool<D> {
             _ => Err(Refusal::new(
                 Code::TooLarge,
                 format!(
-                    "a block has at most {} bytes (limits.block_bytes_max), {} were asked for",
+                    "a block may have at most {} bytes (limits.block_bytes_max); {} were requested",
                     self.limits.block_bytes_max, geometry.size
                 ),
             )),
@@ -546,39 +650,44 @@ impl<D: Driver> Pool<D> {
             if block.waiting.len() >= self.limits.block_waiters_max {
                 return Err(too_many_wait(id, self.limits.block_waiters_max));
             }
+            let seat = self.seat(asking)?;
+            let block = self.blocks.at_mut(key).expect("just found");
             block.waiting.push(Waiting {
                 member: asking.member,
                 id: asking.id(),
                 attach: Some(access),
+                _seat: seat,
             });
             self.involve(asking.member, key);
             return Ok(None);
         }
         let (key, block) = self.allowed(asking.member, id, access)?;
         check_layout(block, layout)?;
+        self.check_descriptors(asking.member)?;
         let app = self.asker(asking.member)?.app.clone();
         if block.allows_app(&app) < Some(access) {
             // Lent by a call: it may look again (the block may have moved), and the call's end still ends it.
             self.answer_description(key, asking.member, asking.id, Some(access), turn);
             return Ok(None);
         }
-        if block
-            .attachment(asking.member)
-            .is_none_or(|a| a.own.is_none())
-        {
-            let limits = &self.limits;
-            turn.with_ledger(|ledger| ledger.begin(Counted::Attachment, &app, limits))?;
-        }
+        let held = match block.attachment(asking.member) {
+            Some(attachment) if attachment.own.is_some() => None,
+            _ => Some(self.count_for_app(asking.member, Resource::Attachments)?),
+        };
         let block = self.blocks.at_mut(key).expect("just found");
         match block
             .attachments
             .iter_mut()
             .find(|a| a.member == asking.member)
         {
-            Some(attachment) => attachment.own = attachment.own.max(Some(access)),
+            Some(attachment) => {
+                attachment.own = attachment.own.max(Some(access));
+                attachment.held = held.or(attachment.held.take());
+            }
             None => block.attachments.push(Attachment {
                 member: asking.member,
                 own: Some(access),
+                held,
                 reading_calls: 0,
                 writing_calls: 0,
             }),
@@ -586,6 +695,12 @@ impl<D: Driver> Pool<D> {
         self.involve(asking.member, key);
         self.answer_description(key, asking.member, asking.id, Some(access), turn);
         Ok(None)
+    }
+
+    /// Counts something of a member's app.
+    fn count_for_app(&self, member: MemberKey, what: Resource) -> Result<Hold, Refusal> {
+        let link = self.asker(member)?.peer.link();
+        Ok(link.account().app().reserve(what, 1)?)
     }
 
     /// Detaches a member; what it was attached to for a call stays until the call's end.
@@ -598,12 +713,11 @@ impl<D: Driver> Pool<D> {
         id: &BlockId,
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
-        let app = self.asker(member)?.app.clone();
+        self.asker(member)?;
         let (key, _) = self.block(id)?;
         let block = self.blocks.at_mut(key).expect("just found");
-        let attachment = block.attachments.iter_mut().find(|a| a.member == member);
-        if attachment.is_some_and(|a| a.own.take().is_some()) {
-            turn.with_ledger(|ledger| ledger.end(Counted::Attachment, &app));
+        if let Some(attachment) = block.attachments.iter_mut().find(|a| a.member == member) {
+            (attachment.own, attachment.held) = (None, None);
         }
         self.drop_unused_attachment(key, member, turn);
         Ok(Some("{}".into()))
@@ -678,9 +792,13 @@ impl<D: Driver> Pool<D> {
                 .into_iter()
                 .map(|f| (f.member, f.id)),
         );
-        waiting.extend(block.lock.end_all().into_iter().map(|c| (c.member, c.id)));
+        let claims = block.lock.end_all();
         let refusal = no_block(&block.id, self.name.as_str());
         let is_new = matches!(block.phase, Phase::New);
+        for claim in claims {
+            self.blocks.wait_over(key, &claim);
+            waiting.push((claim.member, claim.id));
+        }
         for (member, id) in waiting {
             self.answer(member, id.as_deref(), Err(refusal.clone()), turn);
         }
@@ -701,33 +819,31 @@ impl<D: Driver> Pool<D> {
         };
         self.blocks.by_id.remove(&block.id);
         self.blocks.bytes -= block.total();
-        let moving = match &block.phase {
-            Phase::Moving { geometry, .. } => geometry.total(),
-            Phase::New | Phase::Live => None,
-        };
-        if let Some(more) = moving {
-            self.blocks.bytes -= more;
-            turn.with_ledger(|ledger| ledger.release(&block.owner, more));
+        if let Phase::Moving { geometry, .. } = &block.phase {
+            self.blocks.bytes -= geometry.total().expect("checked when it was asked for");
         }
-        turn.with_ledger(|ledger| {
-            ledger.note_end(&self.name, &block.id, block.generation);
-            ledger.end_block(&block.owner, block.total());
-        });
-        let app_of = |member: MemberKey| self.members.at(member).map(|m| &m.app);
-        for attachment in block.attachments.iter().filter(|a| a.own.is_some()) {
-            if let Some(app) = app_of(attachment.member) {
-                turn.with_ledger(|ledger| ledger.end(Counted::Attachment, app));
+        block.due.map(|at| self.blocks.deadlines.remove(&(at, key)));
+        turn.with_numbers(|numbers| numbers.note_end(&self.name, &block.id, block.generation));
+        for member in block.involved {
+            if let Some(member) = self.members.at_mut(member) {
+                member.blocks.remove(&key);
             }
-        }
-        for &member in &block.subscribers {
-            if let Some(app) = app_of(member) {
-                turn.with_ledger(|ledger| ledger.end(Counted::Subscription, app));
-            }
-        }
-        for (_, member) in self.members.iter_mut() {
-            member.blocks.retain(|known| *known != key);
         }
         turn.count_held(&self.name, self.number, -1);
+    }
+
+    /// Counts what is counted of its blocks in the books; for the simulator.
+    #[must_use]
+    pub fn block_counts(&self) -> BlockCounts {
+        let mut counts = BlockCounts::default();
+        for (_, block) in self.blocks.blocks.iter() {
+            let waits = block.lock.waiting() + block.waiting.len() + block.flushing.len();
+            counts.waits += waits as u64;
+            let own = block.attachments.iter().filter(|a| a.own.is_some());
+            counts.attachments += own.count() as u64;
+            counts.subscriptions += block.subscribers.len() as u64;
+        }
+        counts
     }
 
     /// Checks what must hold of blocks between any two inputs; for the simulator and tests.
@@ -745,7 +861,7 @@ impl<D: Driver> Pool<D> {
                 .attachments
                 .iter()
                 .map(|a| a.member)
-                .chain(block.subscribers.iter().copied())
+                .chain(block.subscribers.keys().copied())
                 .chain(block.lock.holders().iter().map(|h| h.member));
             for member in involved {
                 let member = self
@@ -754,19 +870,35 @@ impl<D: Driver> Pool<D> {
                     .expect("nobody has a block who is not in the pool");
                 assert!(member.blocks.contains(&shown(key)), "its end would miss it");
             }
+            let due = block.due;
+            assert!(due.is_none_or(|at| self.blocks.deadlines.contains(&(at, shown(key)))));
+            let next = block.lock.next_deadline();
+            assert!(
+                next.is_none_or(|next| due.is_some_and(|due| due <= next)),
+                "a deadline would be missed"
+            );
             for attachment in &block.attachments {
                 assert!(attachment.own.is_some() || attachment.calls() > 0);
             }
             assert!(!block.is_move_due || block.lock.is_held_by_server());
         }
         assert_eq!(bytes, self.blocks.bytes);
-        let locks = self.blocks.blocks.iter().map(|(_, block)| &block.lock);
-        let first = locks.filter_map(Lock::next_deadline).min();
-        assert!(
-            first.is_none_or(|first| self.blocks.next.is_some_and(|next| next <= first)),
-            "a deadline would be missed"
-        );
+        for (member, id, key, place) in &self.blocks.waits {
+            let block = self.blocks.at(*key).expect("a wait is of a block");
+            assert!(block.lock.waits(*member, id, *place), "a wait that is over");
+        }
     }
+}
+
+/// What of a pool's blocks is counted in the books, besides their bytes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BlockCounts {
+    /// Requests that wait.
+    pub waits: u64,
+    /// Attachments by their members' wish.
+    pub attachments: u64,
+    /// Subscriptions to changes.
+    pub subscriptions: u64,
 }
 
 /// What a member wishes of a lock.
@@ -805,27 +937,27 @@ fn check_layout(block: &Block, wanted: Option<&Layout>) -> Result<(), Refusal> {
 fn no_block(id: &BlockId, pool: &str) -> Refusal {
     Refusal::new(
         Code::NoBlock,
-        format!("there is no block '{id}' in pool '{pool}'; memory_list shows what there is"),
+        format!("there is no block '{id}' in pool '{pool}'; memory_list lists the blocks"),
     )
 }
 
 fn moving(id: &BlockId) -> Refusal {
     Refusal::new(
         Code::Locked,
-        format!("block '{id}' is moving to a new generation; repeat in a moment"),
+        format!("block '{id}' is moving to a new generation; try again"),
     )
 }
 
 fn lock_lost(id: &BlockId, fence: u64) -> Refusal {
     Refusal::new(
         Code::LockLost,
-        format!("lock '{fence}' of block '{id}' is not held by you (any more)"),
+        format!("you do not hold lock '{fence}' of block '{id}'"),
     )
 }
 
 fn too_many_wait(id: &BlockId, max: usize) -> Refusal {
     Refusal::new(
         Code::Overloaded,
-        format!("{max} requests wait for block '{id}' already (limits.block_waiters_max)"),
+        format!("{max} requests are already waiting for block '{id}' (limits.block_waiters_max)"),
     )
 }

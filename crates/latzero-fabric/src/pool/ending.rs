@@ -61,7 +61,7 @@ impl<D: Driver> Pool<D> {
             turn.count(Count::ForeignResponse);
             return Err(Refusal::new(
                 Code::Forbidden,
-                "this call was sent to another instance, which alone may answer it",
+                "this call was sent to another instance; only that one may answer it",
             ));
         }
         if let Some(number) = call.lasting.as_ref().and_then(|lasting| lasting.number) {
@@ -130,7 +130,8 @@ impl<D: Driver> Pool<D> {
         if caller.attachments == Attachments::NotTaken
             && too_large(response.body, self.limits.max_frame)
         {
-            let message = "the answer's raw bytes are too large for a caller without the feature 'attachments'";
+            let message = "the raw bytes of the answer are too large for a caller without the \
+                feature 'attachments'";
             self.end(
                 key,
                 End::Unfit {
@@ -157,7 +158,8 @@ impl<D: Driver> Pool<D> {
             (Sent::Queued, false) => turn.count(Count::Partial),
             (Sent::Full, is_final) => {
                 // Never dropped silently: a short error takes the place of what did not fit.
-                let message = "the answer did not fit into the caller's outbox (limits.outbox_bytes_max): read faster";
+                let message = "the answer did not fit in the caller's outbox \
+                    (limits.outbox_bytes_max): read faster";
                 self.end(
                     key,
                     End::Unfit {
@@ -241,10 +243,11 @@ impl<D: Driver> Pool<D> {
             // One that left its pool but not the server still waits.
             End::CallerGone => Some(Refusal::new(
                 Code::Cancelled,
-                "the caller is in the call's pool no longer",
+                "the caller is no longer in the call's pool",
             )),
             End::HandlerGone => {
-                let message = "the handler's connection ended before it answered; repeat the call if it may run twice";
+                let message = "the handler disconnected before it answered; repeat the call if \
+                    it is safe to run twice";
                 Some(Refusal::new(Code::HandlerGone, message))
             }
             End::Cancelled => Some(Refusal::new(

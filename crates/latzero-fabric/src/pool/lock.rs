@@ -3,21 +3,35 @@
 //! First come, first served, with readers side by side. Each grant has a fence that only grows: what is written under
 //! an older fence is told apart from what came later. Nothing here looks at a clock; time comes in.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet};
 
 use latzero_protocol::memory::LockMode;
 
 use super::MemberKey;
+use super::blocks::Seat;
 use crate::now::Time;
 
 /// Who asks for a lock.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Claim {
     pub(super) member: MemberKey,
     /// The id of the request, for the reply.
     pub(super) id: Option<Box<str>>,
     pub(super) mode: LockMode,
     pub(super) lease_ms: Option<u64>,
+    /// Its place in line, which no other claim of this lock has had.
+    pub(super) place: u64,
+    /// Its place in the books, while it waits.
+    pub(super) seat: Option<Seat>,
+}
+
+/// What became of a claim.
+#[derive(Debug)]
+pub(super) enum Claimed {
+    Granted(Grant),
+    /// It waits, at this place in line.
+    Waits(u64),
+    Refused,
 }
 
 /// Somebody who holds the lock.
@@ -48,7 +62,11 @@ pub(super) enum Expired {
 pub(super) struct Lock {
     fence: u64,
     holders: Vec<Holder>,
-    waiting: VecDeque<(Claim, Time)>,
+    /// Who waits and until when, by their places in line.
+    waiting: BTreeMap<u64, (Claim, Time)>,
+    /// When waits end, and their places.
+    ends: BTreeSet<(Time, u64)>,
+    places: u64,
     /// How many things the server itself does that nobody may do beside it.
     held_by_server: u32,
 }
@@ -91,25 +109,29 @@ impl Lock {
     }
 
     /// Asks for the lock: granted, or waited for until `until`, or (`None`) neither.
-    pub(super) fn claim(
-        &mut self,
-        now: Time,
-        claim: Claim,
-        until: Option<Time>,
-    ) -> Result<Option<Grant>, Claim> {
+    pub(super) fn claim(&mut self, now: Time, mut claim: Claim, until: Option<Time>) -> Claimed {
         if self.waiting.is_empty() && self.admits(claim.mode) {
-            return Ok(Some(self.grant(now, claim)));
+            return Claimed::Granted(self.grant(now, claim));
         }
-        match until {
-            Some(until) => {
-                self.waiting.push_back((claim, until));
-                Ok(None)
-            }
-            None => Err(claim),
-        }
+        let Some(until) = until else {
+            return Claimed::Refused;
+        };
+        self.places += 1;
+        claim.place = self.places;
+        self.ends.insert((until, self.places));
+        self.waiting.insert(self.places, (claim, until));
+        Claimed::Waits(self.places)
     }
 
-    fn grant(&mut self, now: Time, claim: Claim) -> Grant {
+    /// Takes a wait out by its place in line.
+    pub(super) fn take(&mut self, place: u64) -> Option<Claim> {
+        let (claim, until) = self.waiting.remove(&place)?;
+        self.ends.remove(&(until, place));
+        Some(claim)
+    }
+
+    fn grant(&mut self, now: Time, mut claim: Claim) -> Grant {
+        claim.seat = None;
         self.fence += 1;
         self.holders.push(Holder {
             member: claim.member,
@@ -125,11 +147,11 @@ impl Lock {
 
     /// The next of those who wait, where the lock admits it.
     pub(super) fn grant_next(&mut self, now: Time) -> Option<Grant> {
-        let (claim, _) = self.waiting.front()?;
+        let (&place, (claim, _)) = self.waiting.first_key_value()?;
         if !self.admits(claim.mode) {
             return None;
         }
-        let (claim, _) = self.waiting.pop_front().expect("just seen");
+        let claim = self.take(place)?;
         Some(self.grant(now, claim))
     }
 
@@ -166,14 +188,11 @@ impl Lock {
         member: MemberKey,
         keeps: impl Fn(LockMode) -> bool,
     ) -> (Vec<Holder>, Vec<Claim>) {
-        let mut waited = Vec::new();
-        self.waiting.retain(|(claim, _)| {
-            let stays = claim.member != member || keeps(claim.mode);
-            if !stays {
-                waited.push(claim.clone());
-            }
-            stays
-        });
+        let leaves = |claim: &Claim| claim.member == member && !keeps(claim.mode);
+        let waits = self.waiting.iter().filter(|(_, (claim, _))| leaves(claim));
+        let places: Vec<u64> = waits.map(|(place, _)| *place).collect();
+        let waited = places.into_iter().filter_map(|place| self.take(place));
+        let waited = waited.collect();
         let goes = |h: &Holder| h.member == member && !keeps(h.mode);
         let mut held = Vec::new();
         while let Some(at) = self.holders.iter().position(goes) {
@@ -185,15 +204,9 @@ impl Lock {
     /// Ends everything; returns who waited.
     pub(super) fn end_all(&mut self) -> Vec<Claim> {
         self.holders.clear();
-        self.waiting.drain(..).map(|(claim, _)| claim).collect()
-    }
-
-    /// Takes a wait out; returns whether there was one.
-    pub(super) fn cancel(&mut self, member: MemberKey, id: &str) -> bool {
-        let before = self.waiting.len();
-        self.waiting
-            .retain(|(claim, _)| claim.member != member || claim.id.as_deref() != Some(id));
-        self.waiting.len() < before
+        self.ends.clear();
+        let waiting = std::mem::take(&mut self.waiting).into_values();
+        waiting.map(|(claim, _)| claim).collect()
     }
 
     fn end(&mut self, at: usize) -> Holder {
@@ -217,8 +230,8 @@ impl Lock {
 
     pub(super) fn next_deadline(&self) -> Option<Time> {
         let leases = self.holders.iter().filter_map(|h| h.until);
-        let waits = self.waiting.iter().map(|(_, until)| *until);
-        leases.chain(waits).min()
+        let wait = self.ends.first().map(|(until, _)| *until);
+        leases.chain(wait).min()
     }
 
     /// A lease or a wait that is over.
@@ -227,10 +240,15 @@ impl Lock {
         if let Some(at) = self.holders.iter().position(is_over) {
             return Some(Expired::Lease(self.end(at)));
         }
-        let at = self.waiting.iter().position(|(_, until)| *until <= now)?;
+        let &(_, place) = self.ends.first().filter(|(until, _)| *until <= now)?;
+        self.take(place).map(Expired::Wait)
+    }
+
+    /// Whether there is such a wait; for checks.
+    pub(super) fn waits(&self, member: MemberKey, id: &str, place: u64) -> bool {
         self.waiting
-            .remove(at)
-            .map(|(claim, _)| Expired::Wait(claim))
+            .get(&place)
+            .is_some_and(|(claim, _)| claim.member == member && claim.id.as_deref() == Some(id))
     }
 
     pub(super) fn check(&self) {
@@ -241,8 +259,9 @@ impl Lock {
             .count();
         assert!(exclusive == 0 || self.holders.len() == 1, "one alone");
         assert!(self.holders.iter().all(|h| h.fence <= self.fence));
+        assert_eq!(self.ends.len(), self.waiting.len());
         // Nobody waits who could go.
-        if let Some((claim, _)) = self.waiting.front() {
+        if let Some((_, (claim, _))) = self.waiting.first_key_value() {
             assert!(
                 !self.admits(claim.mode),
                 "the first who waits could have it"
@@ -264,6 +283,8 @@ mod tests {
             id: Some(who.to_string().into()),
             mode,
             lease_ms: None,
+            place: 0,
+            seat: None,
         }
     }
 
@@ -331,11 +352,13 @@ mod tests {
     fn the_server_stands_in_line_too() {
         let mut lock = Lock::default();
         lock.begin_server();
-        assert!(lock.claim(NOW, claim(1, LockMode::Shared), None).is_err());
-        let waits = lock.claim(NOW, claim(2, LockMode::Exclusive), Some(NOW.after_ms(1)));
-        assert!(matches!(waits, Ok(None)));
+        let refused = lock.claim(NOW, claim(1, LockMode::Shared), None);
+        assert!(matches!(refused, Claimed::Refused));
+        let until = Some(NOW.after_ms(1));
+        let waits = lock.claim(NOW, claim(2, LockMode::Exclusive), until);
+        assert!(matches!(waits, Claimed::Waits(1)));
         lock.end_server();
         assert_eq!(grant_all(&mut lock), [1]);
-        assert!(!lock.cancel(Key::new(2, 0), "2"));
+        assert!(lock.take(1).is_none());
     }
 }

@@ -182,7 +182,7 @@ impl Parked {
             (n, Some(cause)) => {
                 format!("no answer within the call's ttl; attempt {n} failed: {cause}")
             }
-            (_, None) => "the handler did not answer within the call's ttl".to_owned(),
+            (_, None) => "no answer within the call's ttl".to_owned(),
         };
         Refusal::new(Code::Timeout, message).with_ran(self.ran())
     }
@@ -391,12 +391,12 @@ impl<D: Driver> Pool<D> {
         self.check_outlives("a parked call")?;
         let named = trigger.destination.as_ref();
         if named.is_some_and(|destination| destination.instance.is_some()) {
-            let message = "a parked call waits for an app, not for one instance of it: instances \
-                           do not come back";
+            let message = "a parked call waits for an app, not for an instance, because \
+                instances do not come back";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
         if trigger.window.is_some() {
-            let message = "a parked call has one answer: leave 'window' out";
+            let message = "a parked call has only one answer: remove 'window'";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
         let member = self.members.at(caller).expect("its caller found it");

@@ -274,7 +274,7 @@ impl<D: Driver> Pool<D> {
                 while self.repeats.known.len() >= limits.repeats_max {
                     if !self.repeats.forget_oldest() {
                         let message = format!(
-                            "{} calls with an idempotency key are under way (limits.repeats_max)",
+                            "{} calls with an idempotency key are in progress (limits.repeats_max)",
                             limits.repeats_max
                         );
                         return Err(Refusal::new(Code::Overloaded, message));
@@ -314,7 +314,8 @@ impl<D: Driver> Pool<D> {
                         .send_answer(member, id, answer, turn)
                         .is_none_or(|sent| sent == Sent::Full)
                 {
-                    let message = "the answer did not fit into your outbox (limits.outbox_bytes_max): read faster";
+                    let message = "the answer did not fit in the connection's outbox \
+                        (limits.outbox_bytes_max): read faster";
                     return Err(Refusal::new(Code::Overloaded, message));
                 }
                 Ok(Seen::Repeat)
@@ -341,7 +342,8 @@ impl<D: Driver> Pool<D> {
                     .send_answer(to, &id, answer, turn)
                     .is_none_or(|sent| sent == Sent::Full)
             {
-                let message = "the answer did not fit into your outbox (limits.outbox_bytes_max): read faster, and repeat the call";
+                let message = "the answer did not fit in the connection's outbox \
+                    (limits.outbox_bytes_max): read faster, and repeat the call";
                 let refusal = Refusal::new(Code::HandlerGone, message);
                 turn.send(&to.peer, Class::Control, 256, |out| {
                     encode::refusal(out, Some(&id), &refusal);
@@ -386,7 +388,7 @@ impl<D: Driver> Pool<D> {
             return;
         };
         let message =
-            "the call that this one repeats ended without an answer; repeat it if it may run twice";
+            "the original call ended without an answer; repeat it if it is safe to run twice";
         let refusal = Refusal::new(Code::HandlerGone, message);
         for (member, id) in waiting {
             if let Some(to) = self.members.at(member) {
@@ -406,7 +408,7 @@ impl<D: Driver> Pool<D> {
     ) -> bool {
         let gave_up = self.repeats.give_up(&waiter(caller, id));
         if let Some(to) = self.members.at(caller).filter(|_| gave_up) {
-            let message = "the caller cancelled the repeat; the call that it repeats goes on";
+            let message = "the caller cancelled the repeat; the original call goes on";
             let refusal = Refusal::new(Code::Cancelled, message);
             turn.send(&to.peer, Class::Control, 256, |out| {
                 encode::refusal(out, Some(id), &refusal);
@@ -433,7 +435,7 @@ impl<D: Driver> Pool<D> {
             let Some(to) = self.members.at(MemberKey::new(slot, generation)) else {
                 continue;
             };
-            let message = "no answer within the repeat's ttl; the call that it repeats goes on";
+            let message = "no answer within the repeat's ttl; the original call goes on";
             let refusal = Refusal::new(Code::Timeout, message);
             turn.send(&to.peer, Class::Control, 256, |out| {
                 encode::refusal(out, Some(&id), &refusal);

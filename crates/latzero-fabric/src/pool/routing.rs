@@ -90,7 +90,7 @@ impl<D: Driver> Pool<D> {
         let member = self.members.at(caller).expect("its caller found it");
         let (app, instance) = (&member.app.clone(), member.instance);
         if !trigger.blocks.is_empty() {
-            let message = "a call that may wait for its handler, or be given to another one, can't take blocks along";
+            let message = "a call with \"park\" or \"redeliver\" cannot name blocks";
             return Err(Refusal::new(Code::BadMessage, message).into());
         }
         // Those that wait already come first.
@@ -240,6 +240,10 @@ impl<D: Driver> Pool<D> {
                 }
                 let length = around + forwarded_length(trigger.body, to.attachments);
                 if !uses.is_empty() {
+                    let max = self.limits.descriptors_unread_max;
+                    if to.takes_descriptors && to.peer.link().outbox.descriptors() >= max {
+                        return Offer::Busy;
+                    }
                     let (blocks, descriptors) =
                         self.describe_uses(&uses, to.takes_descriptors, turn);
                     let delivery = encode::Delivery {
@@ -333,7 +337,8 @@ impl<D: Driver> Pool<D> {
             _ => return Ok(()),
         };
         let message = format!(
-            "pool '{}' has {most} calls {whose} under way (limits.pending_max is {max}); wait and repeat",
+            "pool '{}' has {most} calls {whose} in flight (limits.pending_max is {max}); try \
+             again later",
             self.name
         );
         Err(Refusal::new(Code::Overloaded, message))
@@ -505,8 +510,8 @@ impl<D: Driver> Pool<D> {
             return Refusal::new(Code::Overloaded, message).into();
         }
         let message = format!(
-            "every handler of trigger '{}' in pool '{}' is at its concurrency or has a full outbox; \
-             wait and repeat, or add handlers",
+            "every handler of trigger '{}' in pool '{}' is at its concurrency or has a full \
+             outbox; try again later, or add handlers",
             trigger.process, self.name
         );
         Refusal::new(Code::Overloaded, message).into()
@@ -516,7 +521,7 @@ impl<D: Driver> Pool<D> {
 pub(crate) fn id_in_use(id: &str) -> Refusal {
     let message = format!(
         "id '{}' is in use by another call of this app, in flight or parked, or by an answer \
-         that it has not fetched",
+         that the app has not fetched",
         id.escape_debug()
     );
     Refusal::new(Code::BadMessage, message)

@@ -114,8 +114,8 @@ impl<D: Driver> Registry<D> {
             let alone = handshake.exclusive || stay().any(|i| i.exclusive);
             if alone && stay().next().is_some() && !handshake.takeover {
                 let message = format!(
-                    "app '{app_id}' already has a live instance and one of the two wants to be alone; \
-                     stop it, or send \"takeover\":true"
+                    "app '{app_id}' already has a connected instance, and one of the two is \
+                     exclusive; stop the other one, or send \"takeover\":true"
                 );
                 return Err(Refusal::new(Code::AppInUse, message));
             }
@@ -232,7 +232,7 @@ impl<D: Driver> Registry<D> {
             return Ok(());
         }
         if !self.forget_offline(user, user.is_stranger(), turn) && !self.forget_any(turn) {
-            let message = format!("{} apps live (limits.apps_max)", self.apps.len());
+            let message = format!("{} apps are connected (limits.apps_max)", self.apps.len());
             return Err(Refusal::new(Code::Quota, message));
         }
         Ok(())
@@ -347,7 +347,8 @@ impl<D: Driver> Registry<D> {
                 return Err(Refusal::new(
                     Code::Forbidden,
                     format!(
-                        "app '{app_id}' may not serve triggers in pool '{name}' (its policy's \"serve\")"
+                        "app '{app_id}' may not serve triggers in pool '{name}' (the pool's \
+                         policy \"serve\")"
                     ),
                 ));
             }
@@ -368,8 +369,8 @@ impl<D: Driver> Registry<D> {
         let (served, max) = (registration.served(), self.limits.served_per_app_max);
         if served > max {
             let message = format!(
-                "{} triggers in {} pools are {served} handlers, and an app may have {max} \
-                 (limits.served_per_app_max); say in which pools a trigger is served",
+                "{} triggers in {} pools make {served} handlers, but an app may have only {max} \
+                 (limits.served_per_app_max); name the pools of each trigger",
                 triggers.len(),
                 pools.len()
             );
@@ -382,7 +383,7 @@ impl<D: Driver> Registry<D> {
     pub(super) fn free_json(&self, field: &str, text: &str) -> Result<Value, Refusal> {
         if text.len() > self.limits.meta_bytes_max {
             let message = format!(
-                "field '{field}' has {} bytes, at most {} are kept (limits.meta_bytes_max)",
+                "field '{field}' has {} bytes; the maximum is {} (limits.meta_bytes_max)",
                 text.len(),
                 self.limits.meta_bytes_max
             );
@@ -391,7 +392,7 @@ impl<D: Driver> Registry<D> {
         serde_json::from_str(text).map_err(|error| {
             Refusal::new(
                 Code::BadMessage,
-                format!("field '{field}' can't be kept: {error}"),
+                format!("cannot store field '{field}': {error}"),
             )
         })
     }
@@ -425,7 +426,8 @@ pub(super) fn check_reserved(triggers: &[TriggerSpec]) -> Result<(), Refusal> {
     match triggers.iter().find(names_system) {
         Some(spec) => {
             let message = format!(
-                "trigger '{}' can't be served in pool '{SYSTEM_POOL}', which is the server's own",
+                "trigger '{}' cannot be served in pool '{SYSTEM_POOL}', which belongs to the \
+                 server",
                 spec.name
             );
             Err(Refusal::new(Code::Forbidden, message))

@@ -44,7 +44,7 @@ impl<D: Driver> Registry<D> {
         let closed = policy.is_none().then(|| {
             Refusal::new(
                 Code::Storage,
-                format!("the policy of pool '{}' makes no sense", row.name),
+                format!("the policy of pool '{}' is invalid", row.name),
             )
         });
         let sealed = row.descriptor.as_deref().map(Sealed::restore);
@@ -226,7 +226,7 @@ impl<D: Driver> Registry<D> {
         if matches!(name.as_str(), DEFAULT_POOL | SYSTEM_POOL) {
             return Err(Refusal::new(
                 Code::Forbidden,
-                format!("pool '{name}' is built in and stays"),
+                format!("pool '{name}' is built in and cannot be removed"),
             ));
         }
         if entry.sealed.is_some() {
@@ -239,15 +239,15 @@ impl<D: Driver> Registry<D> {
             let owner = entry
                 .owner
                 .as_ref()
-                .map_or("nobody (it goes with its last member)", AppId::as_str);
+                .map_or("nobody (it is removed with its last member)", AppId::as_str);
             return Err(Refusal::new(
                 Code::Forbidden,
-                format!("pool '{name}' is owned by {owner}, who alone may remove it"),
+                format!("pool '{name}' is owned by {owner}; only the owner may remove it"),
             ));
         }
         if entry.members > 0 && !force {
             let message = format!(
-                "pool '{name}' has {} members; add \"force\":true to remove it under them",
+                "pool '{name}' has {} members; add \"force\":true to remove it anyway",
                 entry.members
             );
             return Err(Refusal::new(Code::Forbidden, message));

@@ -47,7 +47,7 @@ impl<D: Driver> Session<D> {
         if self.ready.is_some() {
             let refusal = Refusal::new(
                 Code::AlreadyReady,
-                "this connection had its handshake; open another for another app",
+                "this connection has completed its handshake; open another one for another app",
             );
             self.refuse(id, &refusal, turn);
             return Flow::Continue;
@@ -79,7 +79,7 @@ impl<D: Driver> Session<D> {
     ) -> Result<Entry, Refusal> {
         if handshake.protocol != PROTOCOL_VERSION {
             let message = format!(
-                "protocol {} is not spoken here; this server speaks {PROTOCOL_VERSION}",
+                "protocol {} is not supported; this server supports {PROTOCOL_VERSION}",
                 handshake.protocol
             );
             return Err(Refusal::new(Code::UnsupportedProtocol, message));
@@ -87,7 +87,7 @@ impl<D: Driver> Session<D> {
         if turn.driver.is_draining() {
             return Err(Refusal::new(
                 Code::Draining,
-                "the server is about to stop; reconnect in a moment",
+                "the server is shutting down; reconnect later",
             ));
         }
         let (peer, transport) = (self.peer.clone(), self.terms.transport);

@@ -33,7 +33,7 @@ impl<D: Driver> Session<D> {
         match &memory.action {
             Action::Create(_) if is_system => Err(Refusal::new(
                 Code::Forbidden,
-                "pool 'system' is the server's own; make blocks in another",
+                "pool 'system' belongs to the server; create blocks in another pool",
             )),
             Action::Create(create) => {
                 if create.or_attach {
@@ -79,7 +79,8 @@ impl<D: Driver> Session<D> {
                 match sent {
                     Sent::Full => Err(Refusal::new(
                         Code::Overloaded,
-                        "the bytes did not fit into your outbox (limits.outbox_bytes_max): read faster",
+                        "the data did not fit in the connection's outbox \
+                         (limits.outbox_bytes_max): read faster",
                     )),
                     Sent::Queued | Sent::Gone => Ok(None),
                 }
@@ -171,9 +172,8 @@ impl<D: Driver> Session<D> {
             }
             Action::Unsubscribe(block) => {
                 let name = m.name.clone();
-                let reply = turn.with_pool(&pool, |pool, turn| {
-                    pool.unsubscribe_block(member, block, turn)
-                })?;
+                let reply =
+                    turn.with_pool(&pool, |pool, _| pool.unsubscribe_block(member, block))?;
                 self.remember_subscription(&name, block, false, turn);
                 Ok(reply)
             }
@@ -235,7 +235,8 @@ impl<D: Driver> Session<D> {
             return Ok(());
         }
         let message = format!(
-            "{length} bytes do not fit into one reply; read at most {max} at a time, with \"if_version\" where the parts belong together"
+            "{length} bytes do not fit in one reply; read at most {max} at a time, with \
+             \"if_version\" to get parts of the same version"
         );
         Err(Refusal::new(Code::TooLarge, message))
     }
@@ -307,7 +308,7 @@ fn range(
         _ => {
             let asked = length.map_or("to the end".into(), |length| format!("{length} bytes"));
             let message = format!(
-                "{asked} from offset {offset} lie outside block '{block}', which has {} bytes",
+                "{asked} from offset {offset} is outside block '{block}', which has {} bytes",
                 plan.size
             );
             Err(Refusal::new(Code::OutOfRange, message))

@@ -69,9 +69,9 @@ impl<D: Driver> Session<D> {
         }
         if let Some(number) = filter.number.filter(|_| changed == 0) {
             let message = match change {
-                ParkedChange::Cancel => "is over: there is nothing to cancel",
+                ParkedChange::Cancel => "has ended: there is nothing to cancel",
                 ParkedChange::Retry(_) => "is not dead: only dead calls can be run again",
-                ParkedChange::Purge => "is not over: cancel it instead",
+                ParkedChange::Purge => "has not ended: cancel it instead",
             };
             let message = format!("parked call {number} {message}");
             return Err(Refusal::new(Code::BadMessage, message));
@@ -139,7 +139,7 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
         }
         last = Some(found.number);
     }
-    json!({"parked": entries, "next": last.filter(|_| is_more)}).to_string()
+    json!({"parked": entries, "after": last.filter(|_| is_more)}).to_string()
 }
 
 fn not_found(filter: &ParkedFilter) -> Refusal {

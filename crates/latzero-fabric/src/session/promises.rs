@@ -133,15 +133,18 @@ impl<D: Driver> Session<D> {
                 if let Some(ready) = &self.ready {
                     turn.with_registry(|registry, turn| registry.keep_app(&ready.app, turn));
                 }
-                "it is in force, and is stored as soon as the disk takes it"
+                "the change is in force and is stored as soon as the disk accepts writes"
             }
             Promise::Pool(name) => {
                 if let Some(pool) = turn.with_registry(|registry, _| registry.release_pool(name)) {
                     turn.with_pool(&pool, |pool, _| pool.set_outlives(false));
                 }
-                "the pool is not durable and goes with its last member"
+                "the pool is not durable and is removed with its last member"
             }
-            Promise::Removal => "it is gone, but may be back after the server's next start",
+            Promise::Removal => {
+                "it was removed, but may reappear after the next start of the \
+                server"
+            }
         };
         let message = format!("{}; {holds}", refusal.message);
         self.refuse(id, &Refusal::new(refusal.code, message), turn);

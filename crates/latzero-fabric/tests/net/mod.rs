@@ -38,6 +38,16 @@ impl Net {
         self.world.connect(Transport::Unix)
     }
 
+    /// An app of another user than all others.
+    pub(crate) fn stranger(&mut self, app_id: &str, more: &str) -> Peer {
+        let peer = self.world.connect(Transport::Tcp);
+        let more = comma(more);
+        let handshake = format!(r#"{{"action":"handshake","app_id":"{app_id}"{more}}}"#);
+        let seen = self.ask(peer, &handshake);
+        assert!(seen.starts_with("hello "), "{app_id}: {seen}");
+        peer
+    }
+
     /// An app that came in; `more` are further fields of its handshake.
     pub(crate) fn app(&mut self, app_id: &str, more: &str) -> Peer {
         let (peer, seen) = self.hello(app_id, more);
@@ -118,7 +128,8 @@ impl Net {
         messages
     }
 
-    /// What a client sees since it looked last, one message per `; `, and `(closed)` where that is the end.
+    /// What a client sees since it looked last, one message per `; `, and `(closed)` where that is
+    /// the end.
     pub(crate) fn sees(&mut self, peer: Peer) -> String {
         let mut seen: Vec<String> = self.messages(peer).iter().map(gist).collect();
         if !self.world.is_open(peer) {

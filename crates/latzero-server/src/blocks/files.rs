@@ -1,9 +1,10 @@
-//! The files of persistent blocks, and the records that say what they are.
+//! The files of persistent blocks, and their records.
 //!
-//! A block is two files in `memory/`: `ID.GENERATION.lzb` with its bytes, and `ID.json` with its record, which names the
-//! generation. Bytes are called `….lzb.new` until they are whole and on the disk. Then they get their name, and only after
-//! that the record that names them takes the place of the one before: at whatever point a server ends, the record names
-//! bytes that are whole. Names that users gave never become paths.
+//! A block has two files in `memory/`: `ID.GENERATION.lzb` with its bytes, and `ID.json` with its
+//! record, which names the generation. Bytes are called `….lzb.new` until they are complete and on
+//! disk. Then they are renamed, and only after that the record that names them replaces the
+//! previous one. So the record names complete bytes, whenever the server is killed. Names chosen by
+//! users never become paths.
 
 mod left;
 #[cfg(test)]
@@ -95,8 +96,7 @@ pub(super) struct Files {
 
 impl Files {
     pub(super) fn open(path: &Path) -> io::Result<Files> {
-        // A link to a directory on another disk is followed: it lies in a directory that is this
-        // user's alone.
+        // A link to a directory on another disk is followed, because it is in a private directory.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Files {
             directory: rustix::fs::open(path, flags, Mode::empty())?,
@@ -110,7 +110,7 @@ impl Files {
         description: &Description,
     ) -> Result<(Custodian, Names), CreateError> {
         let names = Names::of(description);
-        // One that was left half made belongs to nobody.
+        // An incomplete one belongs to no block.
         self.unlink(&names.new_bytes());
         let custodian =
             Custodian::create_persistent(self.directory.as_fd(), &names.new_bytes(), description);
@@ -123,7 +123,8 @@ impl Files {
         }
     }
 
-    /// Gives the bytes of a generation, which are on the disk, their name, and writes its record beside the one that holds.
+    /// Gives the bytes of a generation, which are on the disk, their name, and writes its record
+    /// beside the one that holds.
     pub(super) fn prepare(&self, names: &Names, record: &str) -> io::Result<()> {
         renameat(
             &self.directory,
@@ -136,7 +137,8 @@ impl Files {
         self.write_new_record(names, record)
     }
 
-    /// Has the prepared record hold, at once. It is there after a restart once [`Files::sync`] has returned.
+    /// Has the prepared record hold, at once. It is there after a restart once [`Files::sync`] has
+    /// returned.
     pub(super) fn commit(&self, names: &Names) -> io::Result<()> {
         renameat(
             &self.directory,
@@ -248,7 +250,8 @@ impl Files {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(error) => {
                 let file = self.path.join(name);
-                tracing::warn!(file = %file.display(), %error, "a file of a block can't be removed");
+                let file = file.display();
+                tracing::warn!(%file, %error, "cannot remove a file of a block");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Whether the files of persistent blocks are where their names say.
+//! Checks whether the files of persistent blocks still exist under their names.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -19,13 +19,14 @@ impl Blocks {
             .collect()
     }
 
-    /// Refuses to promise that a block is on disk whose file nobody finds at the next start.
+    /// Refuses to promise that a block is on disk if the next start would not find its file.
     pub(super) fn check_place(&self, stored: &Stored) -> Result<(), Refusal> {
         if stored.names.is_none() || self.is_in_place(stored) {
             return Ok(());
         }
         let message = format!(
-            "the file of block '{}' of pool '{}' was moved or removed while the server runs; its content is still there: read it, or put the file back",
+            "the file of block '{}' of pool '{}' was moved or removed while the server is \
+             running; its content is still in memory: read it, or put the file back",
             stored.block, stored.pool
         );
         Err(Refusal::new(Code::Storage, message))
@@ -45,8 +46,8 @@ impl Blocks {
         matches!((found, known), (Ok(found), Ok(known)) if (found.dev(), found.ino()) == known)
     }
 
-    /// Writes a block's file anew whose name is gone, so that the next start finds it; for the
-    /// server's end.
+    /// Writes the file of a block again if it was removed, so that the next start finds it. For the
+    /// stop of the server.
     pub(super) fn put_back(&self, stored: &Stored) -> std::io::Result<()> {
         let Some(names) = &stored.names else {
             return Ok(());
@@ -55,7 +56,8 @@ impl Blocks {
             return Ok(());
         }
         self.files.put_back(names, stored.custodian.file())?;
-        tracing::warn!(pool = %stored.pool, block = %stored.block, "the file of a block was gone; it was written anew");
+        tracing::warn!(pool = %stored.pool, block = %stored.block, "the file of a block was \
+            missing and was written again");
         Ok(())
     }
 }

@@ -1,7 +1,8 @@
-//! Persistent blocks out of a backup: made beside those that are there, and taking their places once all are whole.
+//! Restores persistent blocks from a backup: creates them beside the existing ones, and replaces
+//! those once all are complete.
 //!
-//! Until [`Restoring::commit`] nothing that is there changes. What a restored block takes the place of is set aside under
-//! `.orphans/`, never removed.
+//! Until [`Restoring::commit`] nothing existing changes. Blocks that are replaced are moved to
+//! `.orphans/`, never deleted.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -16,7 +17,7 @@ use serde_json::Value;
 use super::files::{Files, Names};
 use super::{FENCE_KEPT_MAX, pool_id, random_id, unix_ns};
 
-/// Blocks on their way out of a backup. What is not committed goes when this is dropped.
+/// Blocks being restored from a backup. Dropping this deletes those that are not committed.
 pub(crate) struct Restoring {
     files: Files,
     present: Vec<Present>,
@@ -42,12 +43,12 @@ struct Made {
 }
 
 impl Restoring {
-    /// Looks at the blocks in `directory`, which no server may be using, as a start does. What was written since the machine
-    /// started is flushed: to the start that follows, the database is of another run of the machine, and then what was not
-    /// flushed counts for nothing.
+    /// Looks at the blocks in `directory`, which no server may be using, as a start does. What was
+    /// written since the machine started is flushed: to the start that follows, the database is of
+    /// another run of the machine, and then what was not flushed counts for nothing.
     ///
     /// # Errors
-    /// Where the directory can't be opened.
+    /// If the directory can't be opened.
     pub(crate) fn begin(directory: &Path) -> io::Result<Restoring> {
         let files = Files::open(directory)?;
         let booted = booted();
@@ -56,7 +57,7 @@ impl Restoring {
                 && is_written_since(&directory.join(kept.names.to_string()), booted)
                 && let Err(error) = custodian.sync()
             {
-                tracing::warn!(file = %kept.names, %error, "a block can't be flushed");
+                tracing::warn!(file = %kept.names, %error, "cannot flush a block");
             }
             let record = &kept.record;
             let (pool, block) = Found { record, fence: 0 }.name().ok()?;
@@ -79,10 +80,11 @@ impl Restoring {
         })
     }
 
-    /// Makes a block as a backup has it, under a name that no start takes in.
+    /// Creates a block from a backup, under a name that a start ignores.
     ///
     /// # Errors
-    /// Where the backup's record of it makes no sense, its bytes can't be read, or the disk has no room.
+    /// If the backup's record of it is invalid, its bytes can't be read, or the disk has no
+    /// room.
     pub(crate) fn put(&mut self, head: &BlockHead, bytes: &mut dyn Read) -> io::Result<()> {
         let senseless = |why: String| {
             let text = format!("block '{}' of pool '{}': {why}", head.block_id, head.pool);
@@ -137,7 +139,8 @@ impl Restoring {
         Ok(())
     }
 
-    /// Has every block that was made take its place. Returns how many others were set aside for them.
+    /// Has every block that was made take its place. Returns how many others were moved aside for
+    /// them.
     ///
     /// # Errors
     /// The first that fails; those before it stay, and the others are as they were.
@@ -184,7 +187,8 @@ fn booted() -> Option<SystemTime> {
     SystemTime::now().checked_sub(Duration::try_from_secs_f64(seconds).ok()?)
 }
 
-/// What was last written before that may have been torn by a loss of power, and a checksum made now would hide it.
+/// What was last written before that may have been torn by a loss of power, and a checksum made now
+/// would hide it.
 fn is_written_since(file: &Path, booted: Option<SystemTime>) -> bool {
     let modified = std::fs::metadata(file).and_then(|file| file.modified());
     booted.is_some_and(|booted| modified.is_ok_and(|modified| modified > booted))

@@ -1,9 +1,10 @@
-//! The rows of blocks in the store: by them memory is known again that clients still hold when the server comes back, and a
-//! file is known to be missing.
+//! The rows of blocks in the store. After a restart they identify memory that clients still hold,
+//! and reveal missing files.
 //!
-//! A shared block is memory without a name. When the server dies, clients that have it mapped keep it alive; at the server's
-//! return they offer their descriptors (`memory_reoffer`), and one that is of this boot, device and inode is the block that
-//! the row tells of. For a time after the start blocks are awaited so; then their rows go.
+//! A shared block is memory without a name. When the server dies, clients that have it mapped keep
+//! it alive. When the server is back they offer their descriptors (`memory_reoffer`). A descriptor
+//! with the boot, device and inode of a row is that block. The server waits for such offers for
+//! some time after its start; then the rows are deleted.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -46,7 +47,8 @@ impl Rows {
         }
     }
 
-    /// This run of the machine as a number that is not 0; none where the system does not tell it: then no two are the same.
+    /// This run of the machine as a number that is not 0; none where the system does not tell it:
+    /// then no two are the same.
     pub(super) fn boot(&self) -> Option<u64> {
         let bytes = self.boot_id.bytes();
         // FNV-1a.
@@ -56,8 +58,8 @@ impl Rows {
         (!self.boot_id.is_empty()).then_some(hash | 1)
     }
 
-    /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others' rows go, but those of
-    /// persistent ones, which are returned.
+    /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others'
+    /// rows go, but those of persistent ones, which are returned.
     pub(super) fn take_in(&self, rows: Vec<BlockRow>) -> Vec<BlockRow> {
         let mut persistent = Vec::new();
         for row in rows {
@@ -80,7 +82,7 @@ impl Rows {
         if count > 0 {
             tracing::info!(
                 blocks = count,
-                "shared blocks of an earlier run wait for a client that holds them"
+                "waiting for clients that still hold shared blocks of an earlier run"
             );
         }
         self.is_awaiting.store(count > 0, Relaxed);
@@ -132,7 +134,7 @@ impl Rows {
         self.store.as_ref()
     }
 
-    /// Gives up what nobody offered; returns how many blocks that were.
+    /// Stops waiting for blocks that no client offered, and returns their number.
     pub(super) fn end_grace(&self, since_start: Time, now: Time) -> usize {
         if !self.is_awaiting() || now < since_start.after_ms(GRACE_MS) {
             return 0;
@@ -152,12 +154,13 @@ impl Rows {
         let Ok(record) = serde_json::from_str::<Value>(record) else {
             return;
         };
-        // It goes with the server, as its pool's rules do.
+        // It ends with the server, like the policy of its pool.
         if record["outlives"] == false {
             return;
         }
         let Some(row) = self.row(stored, &record) else {
-            tracing::warn!(pool = %stored.pool, block = %stored.block, "the row of a block can't be written");
+            tracing::warn!(pool = %stored.pool, block = %stored.block, "cannot write the row of \
+                a block");
             return;
         };
         self.submit(Change::PutBlock(row));
@@ -219,7 +222,7 @@ impl Rows {
         if let Some(store) = &self.store
             && let Err(error) = store.submit(change, None)
         {
-            tracing::warn!(%error, "what is known of a block can't be stored");
+            tracing::warn!(%error, "cannot store the record of a block");
         }
     }
 }
@@ -228,8 +231,10 @@ impl Rows {
 pub(super) fn record(row: &BlockRow) -> String {
     let json = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
     let mut record = serde_json::json!({
-        "pool": row.pool, "block_id": row.block_id, "kind": row.kind, "size": row.size, "slots": row.slots,
-        "owner": row.owner, "generation": row.generation, "created": row.created, "lifetime": row.lifetime,
+        "pool": row.pool, "block_id": row.block_id, "kind": row.kind, "size": row.size,
+        "slots": row.slots,
+        "owner": row.owner, "generation": row.generation, "created": row.created,
+        "lifetime": row.lifetime,
         "permissions": json(&row.permissions),
     });
     if let Some(layout) = &row.layout {

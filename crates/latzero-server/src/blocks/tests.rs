@@ -1,4 +1,4 @@
-//! Moves, removals and flushes of persistent blocks that cross.
+//! Tests of moves, removals and flushes of persistent blocks that overlap.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! The old server's side: gives what it has, and ends on the new one's word.
+//! The old server's side: hands over its sockets and blocks, and stops when the new one is ready.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -42,7 +42,8 @@ pub(crate) struct Giving {
 #[derive(Debug, Default)]
 struct State {
     to: Weak<Peer>,
-    /// The memory of each block as it was given. Not held, so that a block that goes gives its memory back.
+    /// The memory of each block that was handed over. Weak, so that removing a block frees its
+    /// memory.
     blocks: BTreeMap<(PoolName, BlockId), Weak<OwnedFd>>,
     is_taken: bool,
 }
@@ -57,7 +58,7 @@ impl Giving {
         self.state().is_taken
     }
 
-    /// The connection of the server that takes over, once it has everything and for as long as it lives.
+    /// The connection of the server that takes over, from when it has everything until it closes.
     pub(crate) fn taker(&self) -> Option<Arc<Peer>> {
         let state = self.state();
         state.is_taken.then(|| state.to.upgrade()).flatten()
@@ -68,13 +69,14 @@ impl Giving {
         self.quiet_loops.fetch_add(1, SeqCst);
     }
 
-    /// Whether nothing changes any more in any of so many loops.
+    /// Whether all loops have stopped changing anything.
     pub(crate) fn is_quiet(&self, loops: usize) -> bool {
         self.quiet_loops.load(SeqCst) >= loops
     }
 }
 
-/// Whether who asks may have the server: a process of this user, or root's, whatever token it knows.
+/// Whether who asks may have the server: a process of this user, or root's, whatever token it
+/// knows.
 ///
 /// # Errors
 /// `forbidden` where it is another's.
@@ -82,14 +84,15 @@ pub(crate) fn check_asker(asker: &Peer) -> Result<(), Refusal> {
     match asker.socket.as_ref().map(crate::socket::Socket::user) {
         Some(User::Uid(uid)) if is_trusted(uid) => Ok(()),
         _ => {
-            let message = "only a process of the server's own user, or root's, may take over";
+            let message = "only the server's user, or root, may take over";
             Err(Refusal::new(Code::Forbidden, message))
         }
     }
 }
 
-/// Gives the listening sockets and the shared blocks to a server that takes over, and begins to stop when that says that it has
-/// them all: one that dies before leaves this one as it was. `passed` are the paths of sockets that a service manager made.
+/// Gives the listening sockets and the shared blocks to a server that takes over, and begins to
+/// stop when that says that it has them all: one that dies before leaves this one as it was.
+/// `passed` are the paths of sockets that a service manager made.
 pub(crate) fn hand_over(
     host: &mut IoHost,
     (listeners, passed): (&[Listener], &[PathBuf]),
@@ -101,7 +104,7 @@ pub(crate) fn hand_over(
         Step::Taken => taken(host, to, id),
     };
     if let Err(refusal) = done {
-        tracing::warn!(reason = %refusal.message, "this server does not hand over");
+        tracing::warn!(reason = %refusal.message, "this server cannot hand over");
         let length = refusal.message.len() + 256;
         host.turn().send(to, Class::Control, length, |out| {
             encode::refusal(out, id, &refusal);
@@ -118,7 +121,7 @@ fn give(
 ) -> Result<(), Refusal> {
     let shared = Arc::clone(&host.shared);
     if shared.is_draining.load(Relaxed) {
-        let message = "this server stops already; start another one when it has";
+        let message = "this server is already stopping; start a new one when it has stopped";
         return Err(Refusal::new(Code::Draining, message));
     }
     let failed = |why: &str| Refusal::new(Code::Storage, format!("the sockets: {why}"));
@@ -133,7 +136,7 @@ fn give(
             encode::reply_with(out, id.unwrap_or_default(), &reply, count);
         });
     if sent != Sent::Queued || !send_blocks(host, to, &blocks) {
-        return Err(failed("they do not fit into your connection's outbox"));
+        return Err(failed("they do not fit in the connection's outbox"));
     }
     let known = blocks
         .into_iter()
@@ -149,16 +152,21 @@ fn give(
 fn reply(shared: &Shared, listed: &Value, blocks: usize) -> String {
     let drain_ms = u64::try_from(shared.settings().drain_timeout.as_millis()).unwrap_or(u64::MAX);
     let reply = json!({
-        "pid": std::process::id(), "data_dir": shared.identity.data_dir, "listeners": listed, "blocks": blocks,
+        "pid": std::process::id(), "data_dir": shared.identity.data_dir, "listeners": listed,
+        "blocks": blocks,
         "drain_timeout": drain_ms,
     });
     reply.to_string()
 }
 
-/// The listening sockets as the reply lists them, with a descriptor of each. Their addresses are in the sockets themselves.
+/// The listening sockets as the reply lists them, with a descriptor of each. Their addresses are in
+/// the sockets themselves.
 fn sockets(listeners: &[Listener], passed: &[PathBuf]) -> io::Result<(Value, Vec<Arc<OwnedFd>>)> {
     if listeners.len() > DESCRIPTORS_MAX {
-        let text = format!("more than {DESCRIPTORS_MAX} can't go over; stop this server instead");
+        let text = format!(
+            "more than {DESCRIPTORS_MAX} sockets cannot be handed over; stop this \
+            server instead"
+        );
         return Err(io::Error::other(text));
     }
     let mut listed = Vec::new();
@@ -209,19 +217,19 @@ fn taken(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refu
     };
     let refusal = |message: &'static str| Err(Refusal::new(Code::Draining, message));
     if !is_given {
-        return refusal("nothing was handed over to this connection, or to another one since");
+        return refusal("nothing was handed over to this connection, or another one asked since");
     }
     if by.has_hung_up() {
-        // It died after its word: nobody would serve.
+        // It died after it reported that it has everything, so no server would be left.
         *shared.giving.state() = State::default();
-        return refusal("the server that was to take over has ended");
+        return refusal("the server that asked to take over has ended");
     }
     // Before the drain: its connection may be another loop's, which would close it among the first.
     shared.giving.state().is_taken = true;
-    // Not where a stop was asked for in between: nobody is to serve then.
+    // Not if a stop was requested in between.
     if !shared.drain() {
         shared.giving.state().is_taken = false;
-        return refusal("this server stops already; start another one when it has");
+        return refusal("this server is already stopping; start a new one when it has stopped");
     }
     tracing::info!("handing over to another server");
     if let Some(id) = id {
@@ -244,7 +252,7 @@ pub(crate) fn give_rest(host: &mut IoHost, to: &Arc<Peer>) {
     if !send_blocks(host, to, &blocks) {
         tracing::warn!(
             blocks = blocks.len(),
-            "the server that takes over can't be given the blocks that were made last"
+            "cannot hand over the most recent blocks"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Sockets that change hands: which of the old server's the new one wants, and those that it binds itself.
+//! Which sockets of the old server the new one takes over, and which it binds itself.
 
 use std::io;
 use std::net::TcpListener;
@@ -29,8 +29,9 @@ pub(super) fn candidates(settings: &Settings, environment: &Environment) -> Vec<
     }
 }
 
-/// Binds the Unix socket that the settings want, where that is not one of the old server's. As only one server at a time is
-/// given everything, this is as safe as under the lock of the data directory.
+/// Binds the Unix socket that the settings want, where that is not one of the old server's. As only
+/// one server at a time is given everything, this is as safe as under the lock of the data
+/// directory.
 pub(super) fn bind_unix(
     settings: &Settings,
     environment: &Environment,
@@ -46,7 +47,8 @@ pub(super) fn bind_unix(
     }
 }
 
-/// Takes the old server's TCP sockets where the settings want them, or binds what they want. What they don't want is closed.
+/// Takes the old server's TCP sockets where the settings want them, or binds what they want. What
+/// they don't want is closed.
 pub(super) fn settle_tcp(
     given: Vec<TcpListener>,
     settings: &Settings,
@@ -76,7 +78,7 @@ pub(super) fn settle_tcp(
 pub(super) struct GivenUnix {
     listener: UnixListener,
     path: PathBuf,
-    /// Its file's; absent where that is gone, so that nobody finds it.
+    /// The inode of its file; absent if the file is gone and no client can find it.
     identity: Option<(u64, u64)>,
     /// A service manager made it.
     is_passed: bool,
@@ -87,7 +89,7 @@ impl GivenUnix {
         let listener = UnixListener::from(fd);
         let address = listener.local_addr()?;
         let path = address.as_pathname().map(Path::to_owned);
-        let path = path.ok_or_else(|| io::Error::other("a socket without a path came"))?;
+        let path = path.ok_or_else(|| io::Error::other("received a Unix socket without a path"))?;
         Ok(GivenUnix {
             identity: sockets::identity(&path).ok(),
             listener,

@@ -1,7 +1,7 @@
-//! The new server's side: asks the old one, takes what it gives, waits for its end.
+//! The new server's side: asks the old one, receives what it hands over, and waits for its end.
 //!
-//! What can be found out to be wrong is found out before the old one is told to end: until then an error here leaves it as it
-//! was, its sockets' files included.
+//! Everything that can be checked is checked before the old server is told to stop. Until then an
+//! error leaves the old one unchanged, including its socket files.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Write as _};
@@ -29,7 +29,8 @@ use crate::startup::descriptors::raise_limit;
 use crate::startup::lock::{InstanceLock, holder};
 use crate::startup::systemd::Activation;
 
-/// How long the old server may take to give everything; and how long for its end, beyond what it gives running calls.
+/// How long the old server may take to give everything; and how long for its end, beyond what it
+/// gives running calls.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long the lock of a server that died may take to fall.
@@ -38,7 +39,8 @@ const FALL: Duration = Duration::from_secs(1);
 /// How often the lock is tried.
 const TRY_EVERY: Duration = Duration::from_millis(10);
 
-/// The most that is believed of how long the old server gives running calls: what the setting allows.
+/// The most that is believed of how long the old server gives running calls: what the setting
+/// allows.
 const DRAIN_MAX: Duration = Duration::from_secs(3600);
 
 /// The AppID under which a new server asks.
@@ -70,7 +72,7 @@ impl Inherited {
 /// Who served before, to be logged as soon as there is a log.
 pub(crate) enum Before {
     Nobody,
-    /// One that ended in order, with so many blocks.
+    /// One that stopped in an orderly way, and its number of blocks.
     HandedOver {
         pid: i32,
         blocks: usize,
@@ -89,21 +91,22 @@ impl Before {
         match self {
             Before::Nobody => {}
             Before::HandedOver { pid, blocks } => {
-                tracing::info!(pid, blocks, "the server that ran has handed over");
+                tracing::info!(pid, blocks, "the old server has handed over");
             }
             Before::Died(error) => {
-                tracing::warn!(%error, "the server that ran died while it was asked to hand over; this one starts as after its crash");
+                tracing::warn!(%error, "the old server died during the hand-over; starting as \
+                    after a crash");
             }
         }
     }
 }
 
-/// Asks the server of the data directory to hand over, and waits until it has ended; where none runs, nothing is inherited but
-/// what a service manager `passed`.
+/// Asks the server of the data directory to hand over, and waits until it has ended; where none
+/// runs, nothing is inherited but what a service manager `passed`.
 ///
 /// # Errors
-/// Where it refuses, does not understand, or does not end in time; and where this server could not listen. Unless it has told
-/// the old one to end by then, that one goes on as before.
+/// If it refuses, does not understand, or does not end in time; and where this server could not
+/// listen. Unless it has told the old one to end by then, that one goes on as before.
 pub(crate) fn ask(
     settings: &Settings,
     environment: &Environment,
@@ -163,7 +166,7 @@ pub(crate) fn ask(
             let patience = drain_timeout + PATIENCE;
             let end = Instant::now() + patience;
             let is_over = old.await_end(&mut blocks, process.as_ref(), end);
-            // From here on nobody serves but this server: giving up is no way out.
+            // From here on this server is the only one, so it must not fail.
             if !is_over {
                 insist(pid, process.as_ref(), patience);
             }
@@ -205,7 +208,7 @@ fn reach(settings: &Settings, candidates: &[PathBuf]) -> Result<Option<UnixStrea
             Ok(stream) => return Ok(Some(stream)),
             Err(rustix::io::Errno::AGAIN) => {
                 let waited = PATIENCE.as_secs();
-                return Err(format!("it has not taken a connection within {waited} s"));
+                return Err(format!("it did not accept a connection within {waited} s"));
             }
             Err(_) => {}
         }
@@ -217,11 +220,13 @@ fn reach(settings: &Settings, candidates: &[PathBuf]) -> Result<Option<UnixStrea
         .pid
         .map_or_else(String::new, |pid| format!(" (pid {pid})"));
     Err(format!(
-        "one runs{pid}, but not on a Unix socket, over which alone it could; stop it with `latzero stop`, and start without --takeover"
+        "a server is running{pid} but has no Unix socket, which --takeover needs; stop it with \
+         `latzero stop`, then start without --takeover"
     ))
 }
 
-/// Connects, and waits so long where the queue of who listens is full (`SO_SNDTIMEO` in socket(7)); `EAGAIN` after that.
+/// Connects, and waits so long where the queue of who listens is full (`SO_SNDTIMEO` in socket(7));
+/// `EAGAIN` after that.
 fn connect_within(path: &Path, patience: Duration) -> rustix::io::Result<UnixStream> {
     let socket = socket_with(
         AddressFamily::UNIX,
@@ -236,12 +241,17 @@ fn connect_within(path: &Path, patience: Duration) -> rustix::io::Result<UnixStr
 
 /// The lock of a server that seems to have died while it was asked, of which `error` was the sign.
 fn fallen(data_dir: &Path, error: &io::Error) -> Result<InstanceLock, String> {
-    lock_by(data_dir, Instant::now() + FALL)
-        .map_err(|_| format!("it ended the connection, and runs on ({error}); see its log"))
+    lock_by(data_dir, Instant::now() + FALL).map_err(|_| {
+        format!(
+            "it closed the connection and is still running ({error}); see its \
+            log"
+        )
+    })
 }
 
-/// Takes the lock of the data directory as soon as it is free. Another server, which a service manager may start at just this
-/// moment, can be first; but as it does not have the sockets, it ends again.
+/// Takes the lock of the data directory as soon as it is free. Another server, which a service
+/// manager may start at just this moment, can be first; but as it does not have the sockets, it
+/// ends again.
 fn lock_by(data_dir: &Path, end: Instant) -> Result<InstanceLock, StartupError> {
     loop {
         match InstanceLock::acquire(data_dir) {
@@ -259,12 +269,12 @@ fn lock_by(data_dir: &Path, end: Instant) -> Result<InstanceLock, StartupError> 
 fn insist(pid: i32, process: Option<&OwnedFd>, waited: Duration) {
     let waited = waited.as_secs();
     say(&format!(
-        "the server that hands over (pid {pid}) has not ended within {waited} s; it is killed"
+        "the old server (pid {pid}) did not stop within {waited} s; killing it"
     ));
     if let Some(process) = process
         && let Err(error) = pidfd_send_signal(process, Signal::KILL)
     {
-        say(&format!("it can't be killed: {error}"));
+        say(&format!("cannot kill it: {error}"));
     }
 }
 
@@ -282,7 +292,7 @@ fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
             {
                 let waited = since.elapsed().as_secs();
                 say(&format!(
-                    "waiting for the end of the server that hands over (pid {pid}): {waited} s"
+                    "waiting for the old server to stop (pid {pid}): {waited} s"
                 ));
             }
             done => return done,
@@ -290,7 +300,7 @@ fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
     }
 }
 
-/// Tells who started this server how it goes, before there is a log.
+/// Reports progress on stderr, before the log is open.
 fn say(text: &str) {
     // Nobody may be listening.
     let _ = writeln!(io::stderr(), "latzero: {text}");
@@ -299,7 +309,7 @@ fn say(text: &str) {
 /// What the old server offers.
 struct Offer {
     pid: i32,
-    /// Absent where it ended meanwhile, or is of another pid namespace (pid_namespaces(7)).
+    /// Absent if it has ended, or is in another pid namespace (pid_namespaces(7)).
     process: Option<OwnedFd>,
     drain_timeout: Duration,
     tcp: Vec<TcpListener>,
@@ -331,7 +341,9 @@ impl Failure {
         let error = &message["error"];
         if error["code"] == Code::UnknownAction.as_str() {
             return Failure::Refuses(
-                "it is of a version that can't hand over; stop it with `latzero stop`, and start without --takeover".into(),
+                "its version cannot hand over; stop it with `latzero stop`, then start without \
+                 --takeover"
+                    .into(),
             );
         }
         let why = error["message"].as_str();
@@ -349,18 +361,17 @@ struct Old {
 }
 
 impl Old {
-    /// Whoever listens here must be this user, or root: it is given nothing, but what it gives is trusted.
+    /// The process that listens here must belong to this user, or root: it gets nothing, but what
+    /// it sends is trusted.
     fn check_user(&self) -> Result<(), String> {
         let (_, uid) = credentials(&self.stream).map_err(|error| error.to_string())?;
         if is_trusted(uid) {
             return Ok(());
         }
-        Err(format!(
-            "it is another user's (uid {uid}), from whom nothing is taken over"
-        ))
+        Err(format!("it belongs to another user (uid {uid})"))
     }
 
-    /// Takes what it has to give. It goes on as before.
+    /// Receives its sockets and blocks. It continues to serve.
     fn ask(&mut self, data_dir: &Path) -> Result<Offer, Failure> {
         let features = ["attachments", "fd_passing"];
         self.send(
@@ -386,7 +397,7 @@ impl Old {
             .and_then(|pid| i32::try_from(pid).ok())
             .unwrap_or(0)
             .max(0);
-        // Before it is told to end: its number is its own until then.
+        // Before it is told to stop: until then its pid cannot be reused.
         let process = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         let drain_timeout = response["drain_timeout"].as_u64();
         let mut offer = Offer {
@@ -450,8 +461,9 @@ impl Old {
         Ok(())
     }
 
-    /// Takes what it still has to say, and waits for its end. False where it has not ended in time. Without its process, the
-    /// end of the connection has to do: the lock of the data directory tells the rest.
+    /// Takes what it still has to say, and waits for its end. False where it has not ended in time.
+    /// Without its process, the end of the connection has to do: the lock of the data directory
+    /// tells the rest.
     fn await_end(
         mut self,
         blocks: &mut Vec<(PoolName, BlockId, OwnedFd)>,
@@ -465,7 +477,7 @@ impl Old {
                 break;
             }
         }
-        // Its last word about a block counts.
+        // The last message about a block counts.
         let renewed: BTreeSet<_> = last.iter().map(|(pool, id, _)| (pool, id)).collect();
         blocks.retain(|(pool, id, _)| !renewed.contains(&(pool, id)));
         blocks.append(&mut last);
@@ -512,7 +524,7 @@ impl Old {
                 return Err(too_slow());
             }
             let decoded = frame::decode(&self.received, accept)
-                .map_err(|_| io::Error::other("it does not speak as a server does"))?;
+                .map_err(|_| io::Error::other("it did not reply like a LatZero server"))?;
             if let Some((frame, used)) = decoded {
                 let message = serde_json::from_slice(frame.json)?;
                 self.received.drain(..used);
@@ -529,14 +541,15 @@ impl Old {
             );
             match got {
                 Ok(0) => {
-                    let text = "it ended before it had handed over";
+                    let text = "it ended before the hand-over was complete";
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
                 }
                 Ok(n) => {
                     self.descriptors.extend(came);
                     self.received.extend_from_slice(&buffer[..n]);
                 }
-                // A wait with a bound is not taken up again by itself (signal(7)); the deadline is looked at above.
+                // A wait with a bound is not taken up again by itself (signal(7)); the deadline is
+                // looked at above.
                 Err(error)
                     if matches!(
                         error.kind(),
@@ -556,7 +569,7 @@ impl Old {
 
 fn too_slow() -> io::Error {
     io::Error::other(format!(
-        "it has not given everything within {} s",
+        "it did not hand over everything within {} s",
         PATIENCE.as_secs()
     ))
 }
@@ -588,7 +601,7 @@ mod tests {
         let Err(Failure::Refuses(why)) = asked else {
             panic!("it has given nothing");
         };
-        assert!(why.contains("has not given everything"), "{why}");
+        assert!(why.contains("did not hand over everything"), "{why}");
         talker.join().unwrap();
     }
 

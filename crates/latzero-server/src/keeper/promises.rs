@@ -1,4 +1,4 @@
-//! Who waits for the store's word, and in which order it is told.
+//! Clients that wait for the store, and the order in which they are answered.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
@@ -13,14 +13,16 @@ use crate::shared::{Command, Shared};
 /// A promise that the store has not answered yet.
 struct Promised {
     peer: Arc<Peer>,
-    /// Promises to the same connection that the store refused at once: their word comes after this one's.
+    /// Promises to the same connection that the store refused at once: their word comes after this
+    /// one's.
     behind: Vec<Refusal>,
 }
 
 /// A word for a connection.
 pub(super) type Word = (Arc<Peer>, Result<(), Refusal>);
 
-/// Who was promised what. Each connection hears of its promises in the order in which they were made.
+/// Who was promised what. Each connection hears of its promises in the order in which they were
+/// made.
 #[derive(Default)]
 pub(super) struct Line(HashMap<Ticket, Promised>);
 
@@ -116,7 +118,7 @@ mod tests {
         let peer = || Peer::new(0, None, books.connection(&books.user(true)));
         let (a, b) = (peer(), peer());
         let mut words = Vec::new();
-        // Nothing before it: it is told at once.
+        // Nothing is before it, so it is sent at once.
         let before = line.promise(1, &a);
         let word = line.refused((1, before), refusal()).unwrap();
         assert!(Arc::ptr_eq(&word.0, &a) && word.1.is_err());
@@ -137,7 +139,7 @@ mod tests {
         assert!(words.iter().all(|(peer, _)| Arc::ptr_eq(peer, &a)));
         let results: Vec<bool> = words.iter().map(|(_, result)| result.is_ok()).collect();
         assert_eq!(results, [true, false, false, true]);
-        // What was told already holds up nothing.
+        // Replies that were already sent delay nothing.
         let before = line.promise(7, &a);
         assert_eq!(before, Some(6));
         assert!(line.refused((7, before), refusal()).is_some());

@@ -1,4 +1,4 @@
-//! Rows as the core has them, and as the store has them.
+//! Conversion between the rows of the core and those of the store.
 
 use latzero_fabric::keep::{AnswerRow, AppRow, BindingRow, CallRow, Change, Death, PoolRow};
 use latzero_protocol::{AppId, PoolName, Refusal};
@@ -12,6 +12,17 @@ pub(super) fn ms(unix_ms: i64) -> u64 {
 
 fn time(unix_ms: u64) -> i64 {
     i64::try_from(unix_ms).unwrap_or(i64::MAX)
+}
+
+/// When an app was seen last, where it lives. As long as a time is, so that the row keeps its size when the app comes and
+/// goes; what is before 1970 is read as 0.
+const LIVES: i64 = -(1 << 46);
+
+fn seen(unix_ms: u64) -> i64 {
+    match unix_ms {
+        0 => LIVES,
+        _ => time(unix_ms),
+    }
 }
 
 pub(super) fn app_of(row: latzero_store::AppRow) -> Option<AppRow> {
@@ -99,7 +110,7 @@ pub(super) fn row(change: Change) -> latzero_store::Change {
                 .try_into()
                 .unwrap_or(u32::MAX),
             registered: time(row.registered),
-            last_seen: time(row.last_seen),
+            last_seen: seen(row.last_seen),
         }),
         Change::Watches(app, watches) => Stored::AppWatches {
             app_id: app.as_str().into(),
@@ -107,7 +118,7 @@ pub(super) fn row(change: Change) -> latzero_store::Change {
         },
         Change::Seen(app, unix_ms) => Stored::SeenApp {
             app_id: app.as_str().into(),
-            last_seen: time(unix_ms),
+            last_seen: seen(unix_ms),
         },
         Change::ForgetApp(app) => Stored::ForgetApp {
             app_id: app.as_str().into(),

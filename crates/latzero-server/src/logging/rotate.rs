@@ -1,4 +1,4 @@
-//! A log file that is put aside when it is full.
+//! A log file that is rotated when it is full.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ pub(super) struct RotatingFile {
 }
 
 impl RotatingFile {
-    /// Opens the file, to append to what is there.
+    /// Opens the file for appending.
     pub(super) fn open(path: &Path, bytes_max: u64, files_max: usize) -> io::Result<RotatingFile> {
         let mut rotating = RotatingFile {
             path: path.to_owned(),
@@ -37,11 +37,11 @@ impl RotatingFile {
         self.remove_beyond();
     }
 
-    /// Appends one line. A line never stands in two files, and an empty file takes a line of any
-    /// length.
+    /// Appends one line. A line is never split over two files, and an empty file accepts a line of
+    /// any length.
     ///
     /// # Errors
-    /// Where the line was not written; the file never grows past its bound because of that.
+    /// If the line was not written; the file never grows past its bound because of that.
     pub(super) fn write_line(&mut self, line: &[u8]) -> io::Result<()> {
         if self.bytes > 0 && self.bytes + line.len() as u64 > self.bytes_max {
             self.rotate()?;
@@ -75,7 +75,7 @@ impl RotatingFile {
     /// Moves every file one place back; the oldest is overwritten.
     fn rotate(&mut self) -> io::Result<()> {
         if self.files_max == 1 {
-            // Nothing is kept but the current file, which begins anew.
+            // Only the current file is kept, and it is truncated.
             File::create(&self.path)?;
         }
         for place in (1..self.files_max).rev() {

@@ -1,4 +1,4 @@
-//! One destination of the log: a bounded queue, and the thread that writes what is in it.
+//! One destination of the log: a bounded queue, and the thread that writes it.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -97,7 +97,7 @@ fn run(entries: &Receiver<Entry>, mut destination: impl Write, lost: &AtomicU64)
                     lost.fetch_add(1, Ordering::Relaxed);
                 }
             }
-            // Nobody waits any longer where the deadline has passed.
+            // After the deadline nothing waits any longer.
             Entry::Flush(done) => drop(done.try_send(())),
         }
     }

@@ -1,4 +1,4 @@
-//! What is wrong with settings, and where it was written.
+//! Errors in settings, and where they were written.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -126,14 +126,11 @@ impl fmt::Display for SettingsError {
             Problem::FileTooLarge => {
                 write!(
                     f,
-                    ": larger than {FILE_BYTES_MAX} bytes: that is no settings file"
+                    ": larger than {FILE_BYTES_MAX} bytes: this is not a settings file"
                 )
             }
             Problem::TooManyFiles => {
-                write!(
-                    f,
-                    ": more than {FILES_MAX} settings files; put them together"
-                )
+                write!(f, ": more than {FILES_MAX} settings files; merge them")
             }
             Problem::DataDirInItself => f.write_str(
                 ": `data_dir` cannot be set by a file inside the data directory; \
@@ -141,7 +138,7 @@ impl fmt::Display for SettingsError {
             ),
             Problem::NoHome { key } => write!(
                 f,
-                ": `{key}` begins with ~ and HOME is not set; set HOME or write the whole path"
+                ": `{key}` begins with ~, but HOME is not set; set HOME or use an absolute path"
             ),
             Problem::Exposed { host } => write!(
                 f,
@@ -150,7 +147,7 @@ impl fmt::Display for SettingsError {
             ),
             Problem::NotInThisBuild { key } => write!(
                 f,
-                ": `{key}` is not in this build yet; leave it out, or set it to false"
+                ": `{key}` is not implemented yet; remove it, or set it to false"
             ),
         }
     }

@@ -1,4 +1,4 @@
-//! Settings files: reading them, and turning TOML into checked values with their places.
+//! Settings files: reads them, and converts TOML to validated values with their positions.
 
 use std::fs;
 use std::io::{self, Read};
@@ -24,7 +24,7 @@ pub const FILES_MAX: usize = 100;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
     path: PathBuf,
-    /// Index into the table, value, and where its key stands.
+    /// Index into the table, value, and position of its key.
     values: Vec<(usize, Value, Position)>,
 }
 
@@ -55,7 +55,7 @@ impl Layer {
     }
 }
 
-/// Reads the text of a settings file. `path` stands in messages only. Never panics, whatever the
+/// Parses the text of a settings file. `path` is only used in messages. Never panics, whatever the
 /// text.
 ///
 /// # Errors
@@ -144,7 +144,7 @@ pub fn parse_file(path: &Path, text: &str) -> Result<Layer, SettingsErrors> {
     })
 }
 
-/// Where a value begins; that of a table header is where its name stands.
+/// Where a value begins; for a table header, the position of its name.
 fn value_start(
     key: &toml::Spanned<toml::de::DeString<'_>>,
     value: &toml::Spanned<DeValue<'_>>,
@@ -332,7 +332,7 @@ mod tests {
         let error = load(&environment(home.path()), &[], None)
             .unwrap_err()
             .to_string();
-        assert!(error.contains("that is no settings file"), "{error}");
+        assert!(error.contains("this is not a settings file"), "{error}");
 
         fs::write(config.join("a.toml"), "").unwrap();
         for index in 0..FILES_MAX {

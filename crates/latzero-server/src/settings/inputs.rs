@@ -1,4 +1,4 @@
-//! What settings are made of: the environment, files and the command line, before they are read.
+//! The sources of settings before they are parsed: the environment, files and the command line.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

@@ -1,4 +1,4 @@
-//! `default-config.toml`: the table once more, for people to read and to copy from.
+//! `default-config.toml`, generated from the table of settings.
 
 use std::fmt::Write;
 
@@ -8,12 +8,13 @@ use super::{Kind, SETTINGS, Setting, Takes};
 const COLUMNS_MAX: usize = 100;
 
 const HEAD: &str = "\
-LatZero's settings, each commented out and at its default.
+LatZero's settings, each commented out and set to its default.
 
-Copy what you change into a file <data-dir>/config/NAME.toml (every *.toml there is read, in the
-order of their names, the later ones winning), or name a single file with --config FILE. The
-environment beats files, the command line beats both. `latzero config show` prints the values in
-force and where each comes from; `latzero reload` applies what can change while the server runs.
+Copy the settings that you change to <data-dir>/config/NAME.toml. All *.toml files there are read
+in alphabetical order; later files override earlier ones. With --config FILE only that file is
+read. Environment variables override files, and the command line overrides both. `latzero config
+show` prints the values in force and where each one comes from. `latzero reload` applies the
+settings that can change while the server runs.
 
 Sizes are numbers of bytes or text such as \"512 KiB\", \"16 MiB\", \"1 GiB\". Durations are
 numbers of milliseconds or text such as \"500ms\", \"10s\", \"2m\".";
@@ -64,8 +65,8 @@ fn facts(setting: &Setting) -> String {
         }
     };
     let takes = match setting.takes {
-        Takes::Live => "Changes with reload.",
-        Takes::Restart => "Changes at the next start.",
+        Takes::Live => "Applied by reload.",
+        Takes::Restart => "Applied at the next start.",
     };
     format!("{kind}. {takes} Variable: {}", setting.variable())
 }

@@ -1,4 +1,4 @@
-//! Puts the settings together: each place beats the one before.
+//! Combines the sources of settings: each overrides the one before.
 
 use super::error::{Problem, SettingsError, SettingsErrors, Source};
 use super::inputs::{Environment, Inputs, OTHER_VARIABLES, VARIABLE_PREFIX};

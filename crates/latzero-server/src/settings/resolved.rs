@@ -1,4 +1,4 @@
-//! The settings in force: what they are, how they are shown, and what a reload changes.
+//! The settings in force: their values, how they are shown, and what a reload changes.
 
 use std::ffi::OsString;
 
@@ -75,10 +75,10 @@ pub struct Reload {
 }
 
 impl Resolved {
-    /// The settings of a server that was told nothing.
+    /// The default settings.
     ///
     /// # Errors
-    /// Where the home directory is not known.
+    /// If the home directory is not known.
     pub fn defaults(environment: &Environment) -> Result<Resolved, SettingsErrors> {
         let home = environment.var("HOME").map(OsString::from);
         let environment = home.map(|home| ("HOME", home)).into_iter().collect();

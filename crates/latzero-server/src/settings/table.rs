@@ -1,9 +1,8 @@
-//! The one table of all settings.
+//! The table of all settings.
 //!
 //! Each line is a setting: its documentation, name, Rust type, default, kind with bounds, and
-//! whether `reload` may change it (`live`) or only a restart (`restart`). The limits are not
-//! repeated here: they come from the core's own list. Everything else in this module is derived
-//! from the two.
+//! whether `reload` applies it (`live`) or only a restart (`restart`). The limits come from the
+//! core's list and are not repeated here. Everything else in this module is derived from the two.
 
 use std::path::PathBuf;
 use std::sync::LazyLock;
@@ -121,22 +120,22 @@ macro_rules! settings {
 }
 
 settings! {
-    /// TCP port to listen on; 0 lets the system choose one.
+    /// TCP port to listen on; 0 picks a free port.
     port: u16 = "45227", Kind::Integer { min: 0, max: 65_535 }, Restart;
-    /// Address to listen on. Anything beyond loopback is reachable from other machines.
+    /// Address to listen on. Other machines can reach any address but a loopback address.
     host: String = "127.0.0.1", Kind::Text, Restart;
-    /// Listen beyond loopback although nothing that travels there is encrypted.
+    /// Listen on an address beyond loopback although the traffic is not encrypted.
     insecure: bool = "false", Kind::Bool, Restart;
-    /// Where the server keeps its files. A file inside this directory cannot set it.
+    /// Data directory: where the server keeps its files. A file inside it cannot set it.
     data_dir: PathBuf = "~/.latzero", Kind::Path, Restart;
     /// Unix socket: a path, "auto" (in the data directory, where clients look for it) or "off".
     socket: SocketChoice = "auto", Kind::Socket, Restart;
     /// How much to log: error, warn, info, debug or trace.
     log_level: LogLevel = "info",
         Kind::Choice(&["error", "warn", "info", "debug", "trace"]), Live;
-    /// Form of log lines: human, json, or auto (human on stderr, json in the file).
+    /// Format of log lines: human, json, or auto (human on stderr, json in the file).
     log_format: LogFormat = "auto", Kind::Choice(&["auto", "human", "json"]), Restart;
-    /// Speak TLS on the TCP port instead of plain TCP.
+    /// Use TLS on the TCP port. Not implemented yet.
     enable_tls: bool = "false", Kind::Bool, Restart;
     /// Take proofs of administrators over plain TCP, where nothing binds them to the connection.
     admin_over_plain_tcp: bool = "false", Kind::Bool, Restart;
@@ -144,28 +143,30 @@ settings! {
     admin_token_pinned: bool = "false", Kind::Bool, Restart;
     /// Refuse proofs that nothing binds to their connection: those over plain TCP.
     require_channel_binding: bool = "false", Kind::Bool, Restart;
-    /// Join other servers in a cluster.
+    /// Join other servers in a cluster. Not implemented yet.
     cluster_mode: bool = "false", Kind::Bool, Restart;
     /// Threads that read and write connections.
     io_threads: usize = "1", Kind::Integer { min: 1, max: 64 }, Restart;
-    /// What is promised to outlive the server waits for the disk (full), or for the kernel alone (normal): then the
-    /// last moments before a power loss may be missing, never a part of a change.
+    /// When a stored change is acknowledged: once it is on disk (full), or once the kernel has it
+    /// (normal). With normal, the last changes before a power loss may be missing, but never a part
+    /// of a change.
     durability: StoreDurability = "full", Kind::Choice(&["full", "normal"]), Restart;
-    /// How often the database and the persistent blocks are copied to backups/; 0 is never.
+    /// How often the server backs up the database and the persistent blocks to backups/; 0 is
+    /// never.
     backup_interval: Duration = "24h", Kind::Millis { min: 0, max: 365 * 24 * HOUR }, Live;
     /// How long a stopping server waits for running calls.
     drain_timeout: Duration = "10s", Kind::Millis { min: 0, max: HOUR }, Live;
-    /// A TCP connection silent for this long is sent a ping.
+    /// The server pings a TCP connection that has been silent for this long.
     ping_interval: Duration = "30s", Kind::Millis { min: 10, max: 24 * HOUR }, Live;
-    /// A TCP connection that answers nothing for this long after a ping is closed.
+    /// A TCP connection that does not answer a ping within this time is closed.
     ping_timeout: Duration = "30s", Kind::Millis { min: 10, max: 24 * HOUR }, Live;
-    /// A new connection has this long to send its handshake.
+    /// A new connection that sends no handshake within this time is closed.
     handshake_timeout: Duration = "2s", Kind::Millis { min: 10, max: HOUR }, Live;
-    /// A connection whose outbox stays full for this long is closed.
+    /// A connection whose socket accepts no data for this long is closed.
     write_stall_timeout: Duration = "10s", Kind::Millis { min: 10, max: HOUR }, Live;
-    /// Size at which logs/server.log is put aside and a new one begun.
+    /// Size at which logs/server.log is rotated.
     log_file_bytes_max: u64 = "10 MiB", Kind::Bytes { min: 4 * KIB, max: 64 * GIB }, Live;
-    /// Log files kept, the current one included.
+    /// Log files to keep, including the current one.
     log_files_max: usize = "5", Kind::Integer { min: 1, max: 1_000 }, Live;
 }
 

@@ -1,4 +1,4 @@
-//! Settings from each place, and what is wrong with them.
+//! Tests of settings from every source, and of errors in them.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -319,8 +319,7 @@ fn home() {
     let inputs = Inputs::default();
     check_error(
         &inputs,
-        "default: `data_dir` begins with ~ and HOME is not set; \
-         set HOME or write the whole path",
+        "default: `data_dir` begins with ~, but HOME is not set; set HOME or use an absolute path",
     );
     let elsewhere = Inputs {
         command_line: vec![Override::new("data_dir", "/srv/~x", "--data-dir")],
@@ -371,10 +370,10 @@ fn what_this_build_cannot_do_is_refused_by_name() {
     .unwrap();
     assert_eq!(
         resolved.check_available().unwrap_err().to_string(),
-        "command line --enable-tls: `enable_tls` is not in this build yet; \
-         leave it out, or set it to false\n\
-         environment variable LATZERO_CLUSTER_MODE: `cluster_mode` is not in this build yet; \
-         leave it out, or set it to false"
+        "command line --enable-tls: `enable_tls` is not implemented yet; remove it, or set it to \
+         false\n\
+         environment variable LATZERO_CLUSTER_MODE: `cluster_mode` is not implemented yet; \
+         remove it, or set it to false"
     );
     assert_eq!(
         resolve(&inputs(&[], &[], &[])).unwrap().check_available(),

@@ -1,7 +1,7 @@
-//! What a setting's value may be: its kind with bounds, its text forms, its Rust type.
+//! The value of a setting: its kind with bounds, its text forms, its Rust type.
 //!
-//! Every value passes through one [`Kind`], whether it was written in a file, a variable or a flag,
-//! so all three accept the same spellings and refuse with the same words.
+//! Every value is checked by its [`Kind`], whether it comes from a file, a variable or a flag, so
+//! all three accept the same forms and give the same errors.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -60,7 +60,7 @@ pub enum Kind {
     Choice(&'static [&'static str]),
     /// Any text that is not empty.
     Text,
-    /// A path; a leading `~/` stands for the home directory.
+    /// A path; a leading `~/` is the home directory.
     Path,
     /// `auto`, `off` or a path.
     Socket,

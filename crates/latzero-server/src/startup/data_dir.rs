@@ -1,4 +1,4 @@
-//! The data directory: made for this user alone, on a disk of this machine.
+//! The data directory: private to this user, on a local disk.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -46,7 +46,7 @@ impl DataDir {
     /// belongs inside.
     ///
     /// # Errors
-    /// Where it cannot be created or read, belongs to another user, can be written by others, or is
+    /// If it cannot be created or read, belongs to another user, can be written by others, or is
     /// on a network file system.
     pub fn prepare(path: &Path) -> Result<DataDir, StartupError> {
         check(path)?;
@@ -182,7 +182,7 @@ fn check_file_system(path: &Path) -> Result<(), StartupError> {
     if KERNEL_FILE_SYSTEMS.contains(&magic) {
         let cause = io::Error::new(
             io::ErrorKind::Unsupported,
-            "it is in a file system of the kernel, which holds no files; \
+            "it is in a kernel file system, which cannot store files; \
              choose another directory with --data-dir",
         );
         return Err(StartupError::of_io("writing in", path, cause));
@@ -250,7 +250,7 @@ mod tests {
             let error = DataDir::prepare(&path).unwrap_err();
             assert!(matches!(error, StartupError::OthersMayWrite { mode, .. } if mode == bits));
         }
-        // Reading is the owner's affair; what is secret has a mode of its own.
+        // The owner decides who may read; secret files have their own mode.
         set_mode(&path, 0o755);
         DataDir::prepare(&path).unwrap();
         set_mode(&path.join("config"), 0o770);

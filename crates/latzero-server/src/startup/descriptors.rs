@@ -1,4 +1,4 @@
-//! File descriptors: as many as the system allows, how they are divided, and one held back.
+//! File descriptors: raises the limit, divides them, and reserves one.
 
 use std::fs::File;
 use std::io;
@@ -31,7 +31,7 @@ pub fn raise_limit() {
 /// few.
 const OWN: u64 = 64;
 
-/// Descriptors that nobody but an administrator gets a connection with.
+/// Descriptors reserved for connections of administrators.
 const ADMINISTRATORS: u64 = 16;
 
 /// Descriptors of one memory block: the server's own, and one on its way to a client.
@@ -48,7 +48,7 @@ pub struct Shares {
 }
 
 impl Shares {
-    /// Descriptors that are enough for so many connections and blocks.
+    /// Descriptors needed for a number of connections and blocks.
     #[must_use]
     pub fn needed(connections: usize, blocks: usize) -> u64 {
         let of_blocks = (blocks as u64).saturating_mul(PER_BLOCK);
@@ -57,8 +57,8 @@ impl Shares {
             .saturating_add(OWN + ADMINISTRATORS)
     }
 
-    /// Divides `descriptors` for so many connections and blocks as are wanted. Where there are not
-    /// enough, each gets half, and what it does not want of it goes to the other.
+    /// Divides `descriptors` between the wanted connections and blocks. If there are too few, each
+    /// gets half, and what one does not need goes to the other.
     #[must_use]
     pub fn of(descriptors: u64, connections: usize, blocks: usize) -> Shares {
         let reserved = OWN.min(descriptors / 2) + ADMINISTRATORS.min(descriptors / 8);
@@ -87,7 +87,7 @@ impl SpareDescriptor {
     /// Opens the spare.
     ///
     /// # Errors
-    /// Where there is no descriptor left already.
+    /// If there is no descriptor left already.
     pub fn new() -> io::Result<SpareDescriptor> {
         Ok(SpareDescriptor {
             held: Some(open()?),
@@ -114,8 +114,7 @@ fn open() -> io::Result<File> {
     File::open("/dev/null")
 }
 
-/// How long to leave a listener alone after an accept that failed: 10 ms, doubled each time, 1 s at
-/// most.
+/// How long to pause accepting after an accept failed: 10 ms, doubled each time, at most 1 s.
 #[derive(Debug)]
 pub struct AcceptBackoff {
     next: Duration,

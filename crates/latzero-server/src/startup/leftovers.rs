@@ -1,4 +1,4 @@
-//! What a start that fails has made, so that nothing of it stays.
+//! Files that a start creates, so that a failed start can remove them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,8 +41,8 @@ impl Leftovers {
         }
     }
 
-    /// Removes what was missing, unless somebody else uses the directory by now. What cannot be
-    /// removed stays: the start has failed for a reason of its own, which is reported.
+    /// Removes what was created, unless another process uses the directory by now. Errors are
+    /// ignored: the start has failed for another reason, which is reported.
     pub fn remove(self) {
         if lock::holder(&self.data_dir).is_some() {
             return;
@@ -51,7 +51,7 @@ impl Leftovers {
             let _ = fs::remove_dir_all(&self.data_dir);
         } else {
             for path in &self.inside {
-                // A directory that somebody put something in is not empty, and stays.
+                // A directory with files of others is not empty, and stays.
                 let _ = match path.is_dir() {
                     true => fs::remove_dir(path),
                     false => fs::remove_file(path),

@@ -1,7 +1,7 @@
 //! One server per data directory: a kernel lock on a file that is never removed.
 //!
-//! The kernel drops the lock when its holder ends, however it ends. What is written into the file
-//! is for people and for error messages; nothing is decided by it.
+//! The kernel releases the lock when its holder ends, for whatever reason. The content of the file
+//! is only for people and error messages.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -61,8 +61,8 @@ pub struct Holder {
 pub struct InstanceLock {
     file: File,
     started: String,
-    /// Bound, so that nobody else starts on this path while its directory is away. None where the
-    /// kernel has no such names.
+    /// Bound, so that no other server starts on this path while its directory is away. None if the
+    /// kernel does not support such names.
     path: Option<UnixListener>,
 }
 
@@ -79,7 +79,8 @@ impl InstanceLock {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                // The kernel's list is read in parts, and a part may miss a lock while others come and go.
+                // The kernel's list is read in parts, and a part may miss a lock while others come
+                // and go.
                 let holder = (0..LOOKS_MAX).find_map(|_| holder(data_dir));
                 let holder = holder.unwrap_or_default();
                 return Err(StartupError::AnotherServer {
@@ -153,7 +154,7 @@ impl InstanceLock {
 
 impl Drop for InstanceLock {
     fn drop(&mut self) {
-        // Emptied while still held, so that nobody reads of a server that is gone.
+        // Emptied while still held, so that the file never describes a server that has ended.
         self.overwrite(b"");
     }
 }
@@ -221,7 +222,7 @@ impl PathName {
         SocketAddr::from_abstract_name(name).ok().map(PathName)
     }
 
-    /// Binds the name for as long as the listener lives.
+    /// Binds the name until the listener is dropped.
     fn take(&self, data_dir: &Path) -> Result<Option<UnixListener>, StartupError> {
         match UnixListener::bind_addr(&self.0) {
             Ok(listener) => Ok(listener.set_nonblocking(true).is_ok().then_some(listener)),
@@ -271,8 +272,8 @@ pub(crate) fn refuse_held(data_dir: &Path) -> Result<(), StartupError> {
     }
 }
 
-/// Who holds the lock on `data_dir` right now; `None` where nobody does. Looks, and never locks: a
-/// lock taken for a look would make a server that starts at that moment refuse to.
+/// The current holder of the lock on `data_dir`, or `None`. It only reads and never locks, because
+/// that would make a server fail that starts at that moment.
 #[must_use]
 pub fn holder(data_dir: &Path) -> Option<Holder> {
     let path = data_dir.join(LOCK_NAME);

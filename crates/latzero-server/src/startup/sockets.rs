@@ -1,4 +1,4 @@
-//! Binding: the Unix socket and the TCP port, and who is in the way where that fails.
+//! Binds the Unix socket and the TCP port, and finds out which process is using them if that fails.
 
 use std::fmt;
 use std::fs::{self, DirBuilder, Permissions};
@@ -38,7 +38,7 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// A file that somebody else made and removes.
+    /// A file that another process created and removes.
     pub(crate) fn foreign(path: PathBuf) -> SocketFile {
         SocketFile {
             path,
@@ -46,8 +46,8 @@ impl SocketFile {
         }
     }
 
-    /// The file of a socket that another server has handed over; from here on it is removed by this one, if it still is that
-    /// of `identity`.
+    /// The file of a socket that another server has handed over; from here on it is removed by this
+    /// one, if it still is that of `identity`.
     pub(crate) fn taken_over(path: PathBuf, identity: (u64, u64)) -> SocketFile {
         SocketFile {
             path,
@@ -55,7 +55,7 @@ impl SocketFile {
         }
     }
 
-    /// Whether somebody else made it and removes it.
+    /// Whether another process created it and removes it.
     pub(crate) fn is_foreign(&self) -> bool {
         self.identity.is_none()
     }
@@ -103,8 +103,8 @@ pub fn bind_unix_auto(
     bind_unix(&last)
 }
 
-/// Makes the directory of a socket this user's alone. Whoever could write there could put a socket
-/// of his own in our place, and anyone may have created the name in `/tmp`.
+/// Makes the directory of a socket private. Anyone who can write there could replace the socket,
+/// and anyone may have created the name in `/tmp`.
 fn private_parent(socket: &Path, uid: u32) -> Result<(), StartupError> {
     let dir = socket.parent().expect("a candidate has a directory");
     match DirBuilder::new().mode(0o700).create(dir) {
@@ -134,11 +134,11 @@ fn private_parent(socket: &Path, uid: u32) -> Result<(), StartupError> {
 }
 
 /// Binds a Unix socket at `path`, mode 0600, in place of a stale one. The caller holds the instance
-/// lock, so a socket that nobody answers at is stale; one that somebody answers at belongs to a
-/// server of another data directory, and stays.
+/// lock, so a socket that does not respond is stale. One that responds belongs to a server of
+/// another data directory, and stays.
 ///
 /// # Errors
-/// Where the path is too long or something else is there.
+/// If the path is too long or something else is there.
 pub fn bind_unix(path: &Path) -> Result<BoundSocket, StartupError> {
     if !address::fits(path) {
         return Err(StartupError::SocketPathTooLong {
@@ -160,8 +160,8 @@ pub fn bind_unix(path: &Path) -> Result<BoundSocket, StartupError> {
     Ok(BoundSocket { listener, file })
 }
 
-/// What keeps a socket from being bound at `path`, found without changing anything. Whether somebody
-/// listens there is another question.
+/// What keeps a socket from being bound at `path`, found without changing anything. It does not
+/// check whether a process listens there.
 pub(super) fn check_path(path: &Path) -> Result<(), StartupError> {
     if !address::fits(path) {
         return Err(StartupError::SocketPathTooLong {
@@ -214,8 +214,7 @@ fn remove_stale(path: &Path) -> Result<(), StartupError> {
     fs::remove_file(path).map_err(|cause| StartupError::of_io("removing the stale", path, cause))
 }
 
-/// Whether somebody listens at a Unix socket. Never waits: a full queue (`EAGAIN`) is an answer
-/// too.
+/// Whether a process listens on a Unix socket. Never waits: a full queue (`EAGAIN`) counts too.
 fn answers(path: &Path) -> bool {
     let attempt = || {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -228,7 +227,8 @@ fn answers(path: &Path) -> bool {
     )
 }
 
-/// Has an inherited socket name this process to who connects, as it is told who listened last (unix(7), SO_PEERCRED).
+/// Makes an inherited socket report this process to clients, which see the last one that called
+/// listen (unix(7), SO_PEERCRED).
 ///
 /// # Errors
 /// As listen(2).
@@ -237,7 +237,7 @@ pub(crate) fn listen_again(listener: &UnixListener) -> io::Result<()> {
     listener.set_nonblocking(true)
 }
 
-/// The addresses that a host stands for: itself, in brackets or not, or what its name is resolved to.
+/// The addresses of a host: an address, in brackets or not, or the addresses of a name.
 fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     let bare = host
         .strip_prefix('[')
@@ -246,8 +246,8 @@ fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     (bare, port).to_socket_addrs().map(Iterator::collect)
 }
 
-/// Whether a socket listens where [`bind_tcp`] might have bound it: on one of the host's addresses and the port, or any where
-/// that is 0. Nowhere, for a host that can't be resolved.
+/// Whether a socket listens where [`bind_tcp`] might have bound it: on one of the host's addresses
+/// and the port, or any where that is 0. Nowhere, for a host that can't be resolved.
 pub(crate) fn is_bound_to(listener: &TcpListener, host: &str, port: u16) -> bool {
     let (Ok(wanted), Ok(bound)) = (resolve(host, port), listener.local_addr()) else {
         return false;
@@ -262,7 +262,7 @@ pub(crate) fn is_bound_to(listener: &TcpListener, host: &str, port: u16) -> bool
 /// the port.
 ///
 /// # Errors
-/// Where the port is taken (with who listens there), needs a privilege, or the host is not ours.
+/// If the port is taken (with who listens there), needs a privilege, or the host is not ours.
 pub fn bind_tcp(host: &str, port: u16) -> Result<TcpListener, StartupError> {
     let refused = |source: io::Error| match source.kind() {
         io::ErrorKind::AddrInUse => StartupError::PortInUse {
@@ -300,8 +300,8 @@ impl fmt::Display for Listening {
     }
 }
 
-/// Who listens on a TCP port, by `/proc`. `None` where nobody does, or it is another user's process
-/// whose descriptors we may not see.
+/// The process that listens on a TCP port, from `/proc`. `None` if there is none, or if it belongs
+/// to another user and its descriptors are not visible.
 #[must_use]
 pub fn find_listener(port: u16) -> Option<Listening> {
     let inodes = listeners(port);
@@ -341,8 +341,8 @@ pub fn find_listener(port: u16) -> Option<Listening> {
     None
 }
 
-/// Whether anything listens on a TCP port, on any address, whoever it belongs to. Looks, and never
-/// binds: a port bound for a look would make a server that starts at that moment refuse to.
+/// Whether any process listens on a TCP port, on any address. It never binds the port, because that
+/// would make a server fail that starts at that moment.
 #[must_use]
 pub fn is_port_taken(port: u16) -> bool {
     !listeners(port).is_empty()
@@ -433,7 +433,7 @@ mod tests {
         let path = PathBuf::from(format!("/{}", "x".repeat(107)));
         let error = bind_unix(&path).unwrap_err().to_string();
         assert!(
-            error.contains("108 bytes long, and 107 is the most"),
+            error.contains("108 bytes long; the maximum is 107"),
             "{error}"
         );
     }
@@ -513,7 +513,8 @@ mod tests {
 
     #[test]
     fn the_kernels_table_of_sockets() {
-        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n\
+        let table = "\
+            \x20 sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n\
             0: 0100007F:B0AB 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 5151 1 0\n\
             1: 0100007F:B0AB 0100007F:1234 01 00000000:00000000 00:00000000 00000000 0 0 5252 1 0\n\
             2: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 5353 1 0\n\

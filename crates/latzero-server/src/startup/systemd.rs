@@ -1,7 +1,7 @@
-//! systemd: sockets handed over at start, and word of how the server is.
+//! systemd: socket activation, and notifications of the server's state.
 //!
-//! The protocols are those of `sd_listen_fds(3)`, `sd_notify(3)` and `sd_watchdog_enabled(3)`; each
-//! is a few lines, so no library of systemd's is needed.
+//! Implements `sd_listen_fds(3)`, `sd_notify(3)` and `sd_watchdog_enabled(3)` in a few lines each,
+//! so no library is needed.
 
 use std::io;
 use std::net::TcpListener;
@@ -35,7 +35,7 @@ impl Activation {
     /// thread runs and before anything is opened.
     ///
     /// # Errors
-    /// Where one of them is neither a TCP nor a Unix stream socket that listens.
+    /// If one of them is neither a TCP nor a Unix stream socket that listens.
     pub fn of_process(environment: &Environment) -> Result<Activation, StartupError> {
         let mut activation = Activation::default();
         let count = passed(environment, std::process::id());
@@ -101,10 +101,10 @@ pub struct Notifier {
 }
 
 impl Notifier {
-    /// The notifier for `$NOTIFY_SOCKET`; `None` where it is not set, so where nobody listens.
+    /// The notifier for `$NOTIFY_SOCKET`; `None` if it is not set.
     ///
     /// # Errors
-    /// Where the variable holds no address, or there is no descriptor left.
+    /// If the variable holds no address, or there is no descriptor left.
     pub fn new(environment: &Environment) -> io::Result<Option<Notifier>> {
         let Some(name) = environment.var("NOTIFY_SOCKET") else {
             return Ok(None);
@@ -123,7 +123,7 @@ impl Notifier {
     /// Sends `state`: `READY=1`, `STOPPING=1`, `WATCHDOG=1`, `STATUS=…`.
     ///
     /// # Errors
-    /// Where nobody takes it. The server goes on; the caller may log it.
+    /// If it cannot be sent. The server continues; the caller may log it.
     pub fn notify(&self, state: &str) -> io::Result<()> {
         self.socket
             .send_to_addr(state.as_bytes(), &self.address)

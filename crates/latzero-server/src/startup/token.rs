@@ -1,4 +1,4 @@
-//! The admin token: who can read it in the data directory may administer the server over any
+//! The admin token: whoever can read it in the data directory may administer the server over any
 //! transport.
 
 use std::fmt;
@@ -33,7 +33,7 @@ impl AdminToken {
     /// instance lock.
     ///
     /// # Errors
-    /// Where the file cannot be read or written, holds no token, or others can read it.
+    /// If the file cannot be read or written, holds no token, or others can read it.
     pub fn load_or_create(data_dir: &Path) -> Result<AdminToken, StartupError> {
         match AdminToken::load(data_dir)? {
             Some(token) => Ok(token),
@@ -66,7 +66,7 @@ impl AdminToken {
             return Err(bad("is not a regular file"));
         }
         if metadata.mode() & 0o077 != 0 {
-            return Err(bad("can be read by other users, who may know it by now"));
+            return Err(bad("can be read by other users, who may have copied it"));
         }
         let mut bytes = Vec::new();
         file.take(4 * TOKEN_BYTES as u64)

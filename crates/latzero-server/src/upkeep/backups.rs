@@ -1,4 +1,4 @@
-//! The backups of a data directory, as they lie there.
+//! The backups in a data directory.
 
 use std::fs;
 use std::io;
@@ -30,7 +30,7 @@ pub struct Listed {
 /// directory that is not there has none.
 ///
 /// # Errors
-/// Where the directory can't be read.
+/// If the directory can't be read.
 pub fn files(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(data_dir.join(BACKUPS)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -54,7 +54,7 @@ pub fn files(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Looks at a backup, wherever it lies.
+/// Examines a backup at any path.
 ///
 /// # Errors
 /// Why it can't be used.

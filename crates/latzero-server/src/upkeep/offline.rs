@@ -1,6 +1,6 @@
-//! What is done about a data directory that no server runs on: restoring a backup, and looking for damage.
+//! Restores a backup, or checks for damage, in a data directory that no server is using.
 //!
-//! The directory is taken as a server takes it, lock and all, so that neither ever meets the other.
+//! The directory is locked as a server does it, so the two never run at the same time.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -34,7 +34,7 @@ pub struct Restored {
     pub summary: Summary,
     /// Where the former database's files are now.
     pub set_aside: Vec<PathBuf>,
-    /// How many blocks were set aside under `memory/.orphans/`, since the backup has them too.
+    /// How many blocks were moved aside under `memory/.orphans/`, since the backup has them too.
     pub blocks_set_aside: usize,
 }
 
@@ -42,7 +42,7 @@ pub struct Restored {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum UpkeepError {
-    /// The directory can't be had.
+    /// The directory is not available.
     #[error(transparent)]
     Startup(#[from] StartupError),
     /// The backup can't be used.
@@ -53,7 +53,8 @@ pub enum UpkeepError {
     Store(OpenError),
     /// The database is restored, and not every block is.
     #[error(
-        "the database was restored, but not every persistent block: {0}; restore the same backup again"
+        "the database was restored, but not every persistent block: {0}; restore the same backup \
+         again"
     )]
     Blocks(#[source] io::Error),
     /// The system refused something else.
@@ -81,14 +82,15 @@ impl Offline {
     /// Takes a data directory, which is made where there is none.
     ///
     /// # Errors
-    /// [`StartupError::AnotherServer`] where a server runs on it; and whatever would keep one from starting on it.
+    /// [`StartupError::AnotherServer`] where a server runs on it; and whatever would keep one from
+    /// starting on it.
     pub fn take(path: &Path) -> Result<Offline, UpkeepError> {
         lock::refuse_held(path)?;
         let data_dir = DataDir::prepare(path)?;
         let lock = InstanceLock::acquire(data_dir.path())?;
         // Each block that is looked at takes a few.
         descriptors::raise_limit();
-        // Without it, a write beyond the limit fails all the same, and ends the process.
+        // Without it, a write beyond the limit ends the process.
         let _ = survive_file_size_limit();
         Ok(Offline {
             data_dir,
@@ -108,11 +110,12 @@ impl Offline {
         fs::metadata(self.path().join(DATABASE)).is_ok_and(|file| file.len() > 0)
     }
 
-    /// Makes a backup the database, and puts its persistent blocks back. The whole backup is verified first; what it takes
-    /// the place of is set aside.
+    /// Makes a backup the database, and puts its persistent blocks back. The whole backup is
+    /// verified first; what it takes the place of is moved aside.
     ///
     /// # Errors
-    /// Where the backup is not good, or the disk refuses: then nothing has changed, but for [`UpkeepError::Blocks`].
+    /// If the backup is not good, or the disk refuses: then nothing has changed, but for
+    /// [`UpkeepError::Blocks`].
     pub fn restore(&self, backup: &Path) -> Result<Restored, UpkeepError> {
         let memory = self.path().join("memory");
         // Where a backup turns out bad, not even what a start does about blocks was done.
@@ -135,10 +138,11 @@ impl Offline {
         })
     }
 
-    /// Looks for damage in a copy of the database; `is_thorough` reads everything. No findings mean that all is well.
+    /// Looks for damage in a copy of the database; `is_thorough` reads everything. No findings mean
+    /// that all is well.
     ///
     /// # Errors
-    /// Where it can't be looked at.
+    /// If it can't be looked at.
     pub fn check(&self, is_thorough: bool) -> Result<Vec<String>, UpkeepError> {
         let copy = Copy::of_database(self.path())?;
         let opened = match latzero_store::open(&copy.directory, Options::default()) {
@@ -169,7 +173,7 @@ impl Offline {
     /// Answers one SELECT about the database, of which nothing changes.
     ///
     /// # Errors
-    /// Where it can't be looked at, or the question is none.
+    /// If it can't be looked at, or the question is none.
     pub fn query(&self, sql: &str) -> Result<Value, UpkeepError> {
         let copy = Copy::of_database(self.path())?;
         let path = copy.directory.join(DATABASE);
@@ -180,7 +184,7 @@ impl Offline {
     /// Writes the database as SQL that makes it again.
     ///
     /// # Errors
-    /// Where it can't be read, or the text not be written.
+    /// If it can't be read, or the text not be written.
     pub fn dump(&self, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
         let copy = Copy::of_database(self.path())?;
         Ok(latzero_store::dump(&copy.directory.join(DATABASE), out)?)
@@ -190,13 +194,13 @@ impl Offline {
 /// Writes a backup's records as SQL that makes them again.
 ///
 /// # Errors
-/// Where it can't be read, or the text not be written.
+/// If it can't be read, or the text not be written.
 pub fn dump_backup(file: &Path, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
     Ok(latzero_store::dump(file, out)?)
 }
 
-/// A copy of the database in a directory of its own: opening one mends what it finds, and a look must not. Goes when
-/// dropped.
+/// A copy of the database in a temporary directory, because opening a database repairs it, and a
+/// check must not. Deleted when dropped.
 struct Copy {
     directory: PathBuf,
     original: PathBuf,
@@ -208,7 +212,7 @@ impl Copy {
             directory: data_dir.join(COPY),
             original: data_dir.to_owned(),
         };
-        // One that a look left which was killed is nobody's: the directory's lock is held.
+        // A directory left by a check that was killed can be deleted, because the lock is held.
         copy.remove();
         let failed = |action, path: &Path| {
             let path = path.to_owned();
@@ -222,7 +226,8 @@ impl Copy {
             .mode(0o700)
             .create(&copy.directory)
             .map_err(failed("creating", &copy.directory))?;
-        // What is committed lies in both until the log is moved into the database (https://sqlite.org/wal.html).
+        // Commits are in both files until the log is moved into the database
+        // (https://sqlite.org/wal.html).
         for name in [DATABASE.to_owned(), format!("{DATABASE}-wal")] {
             let from = data_dir.join(&name);
             match fs::copy(&from, copy.directory.join(&name)) {
@@ -233,11 +238,12 @@ impl Copy {
         Ok(copy)
     }
 
-    /// What opening the copy said, as it holds for the original. What it did about the copy is of no interest.
+    /// What opening the copy said, as it holds for the original. What it did about the copy is of
+    /// no interest.
     fn in_words_of_the_original(&self, text: &str) -> String {
         let copy = self.directory.display().to_string();
         let text = text.replace(&copy, &self.original.display().to_string());
-        match text.split_once("; there is no good backup") {
+        match text.split_once("; there is no valid backup") {
             Some((damage, _)) => damage.to_owned(),
             None => text,
         }

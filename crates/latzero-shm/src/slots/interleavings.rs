@@ -1,5 +1,6 @@
-//! Every order of the steps of a writer and two readers, with the writer dying at any of its steps and another one coming
-//! after it. loom also plays what the memory model allows: a relaxed load may give any value that it could.
+//! Tests every order of the steps of a writer and two readers, with the writer dying at any step
+//! and another one following it. loom also covers the memory model: a relaxed load may return any
+//! value that the model permits.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -137,8 +138,9 @@ fn publish(process: &Process<'_>, geometry: &Geometry, writer: u64) -> Result<u6
     draft.publish(process, Stamp::default())
 }
 
-/// Runs every order in which one writer makes `versions` versions, dying after `steps`, and a second one another; while `readers`
-/// read `reads` times each, with at most so many preemptions in an order. Says whether the first one got to its end.
+/// Runs every order in which one writer makes `versions` versions, dying after `steps`, and a
+/// second one another; while `readers` read `reads` times each, with at most so many preemptions in
+/// an order. Says whether the first one got to its end.
 fn check(
     slots: u32,
     versions: u32,

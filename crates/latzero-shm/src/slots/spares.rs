@@ -1,10 +1,9 @@
-//! Which slot the next version of a persistent block takes: never the one that is on the disk for
-//! certain, nor the one that a flush is at, so that a version survives the machine whenever it
-//! ends.
+//! Chooses the slot for the next version of a persistent block: never that of the version on disk,
+//! nor that of a flush in progress, so that a version survives a crash of the machine at any time.
 //!
-//! The server says in the header which two these are. A writer takes a slot, and looks again:
-//! either it sees that a flush took that slot meanwhile, and takes another one, or the flush sees
-//! that the slot was touched, and takes a newer version.
+//! The header, written by the server, names these two slots. A writer takes a slot and checks
+//! again: either it sees that a flush has claimed the slot in the meantime, and takes another one,
+//! or the flush sees that the slot is being written, and takes a newer version.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
@@ -20,8 +19,7 @@ const TRIES: u32 = 64;
 /// Bytes of the words of a slot that are read at once.
 const WORDS_BYTES: usize = 64;
 
-/// Parts of a block that are told apart where what changed is not known more exactly: bits of a
-/// word.
+/// Parts of a block whose changes are tracked coarsely: bits of a word.
 const PARTS: u64 = 64;
 
 /// A part has whole pages.
@@ -54,14 +52,14 @@ pub(crate) fn reserve<M: Memory>(memory: &M, head: Head) -> Result<bool, Fault> 
 
 /// Ends a flush; `flushed` is on the disk now, and takes the place of what was there before.
 pub(crate) fn release<M: Memory>(memory: &M, flushed: Option<Head>) -> Result<(), Fault> {
-    // In this order, so that the slot is left alone all the time.
+    // In this order, so that writers avoid the slot all the time.
     if let Some(flushed) = flushed {
         name(memory, at::FLUSHED, flushed)?;
     }
     name(memory, at::FLUSHING, Head::NONE)
 }
 
-/// The slots that writers leave alone.
+/// The slots that writers avoid.
 #[derive(Debug, Clone, Copy)]
 struct Reserved([Head; 2]);
 
@@ -117,7 +115,7 @@ impl Seen {
         &self.words[slot as usize]
     }
 
-    /// Versions that a writer who died left behind are none: their numbers are used anew.
+    /// Unpublished versions of a writer that died do not count: their numbers are reused.
     fn discard_unpublished<M: Memory>(&mut self, memory: &M, head: &Head) -> Result<(), Fault> {
         for (slot, words) in (0..self.slots).zip(&mut self.words) {
             if words.version > head.version && words.version != SPOILT {
@@ -258,12 +256,12 @@ pub(super) fn note_missed<M: Memory>(
     memory.write(at::MISSED, bytes)
 }
 
-/// Bytes of one of the parts that are told apart.
+/// Bytes of one of the tracked parts.
 fn part_bytes(geometry: &Geometry) -> u64 {
     geometry.size.div_ceil(PARTS).div_ceil(PAGE).max(1) * PAGE
 }
 
-/// The parts that a range lies in, a bit each.
+/// The parts that a range touches, one bit each.
 fn parts(geometry: &Geometry, (from, to): (u64, u64)) -> u64 {
     if from >= to {
         return 0;

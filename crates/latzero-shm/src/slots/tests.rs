@@ -1,4 +1,5 @@
-//! The algorithm on memory of one's own: against a model, with writers that die at any step, and with what it copies counted.
+//! Tests the algorithm on private memory: against a model, with writers that die at any step, and
+//! with the number of copied bytes.
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::Ordering;
@@ -9,7 +10,8 @@ use super::{Patience, ReadError, Stamp, WriteError, begin, head, read, spares};
 use crate::geometry::Geometry;
 use crate::memory::{Fault, Memory};
 
-/// A block's bytes, how many of them were copied, and after how many more steps whoever works on it dies.
+/// A block's bytes, how many of them were copied, and after how many more steps whoever works on it
+/// dies.
 struct Bytes {
     bytes: RefCell<Vec<u8>>,
     copied: Cell<u64>,
@@ -97,7 +99,8 @@ fn content(bytes: &Bytes, geometry: &Geometry) -> (Vec<u8>, u64) {
 }
 
 proptest! {
-    /// Versions are the model's, whoever died on the way: before the head moved nothing happened, after it all did.
+    /// Versions are the model's, whoever died on the way: before the head moved nothing happened,
+    /// after it all did.
     #[test]
     fn any_writes_and_deaths(
         slots in 2..=4u32,

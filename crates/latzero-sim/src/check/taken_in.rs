@@ -1,4 +1,5 @@
-//! What the server takes in: the model learns what is asked for, and then whether all of it was answered.
+//! Messages that the server receives: the model records each request, and then checks that all were
+//! answered.
 
 use std::collections::BTreeSet;
 
@@ -237,7 +238,8 @@ impl Checker {
         Ok(())
     }
 
-    /// An emit goes to each handler that it is meant for, once, and its sender is told how many that were.
+    /// An emit goes to each handler that it is meant for, once, and its sender is told how many
+    /// that were.
     pub(super) fn emitted(
         &mut self,
         peer: Peer,

@@ -1,4 +1,4 @@
-//! What the server writes: each message has to be one that somebody may expect just then.
+//! Messages that the server sends: each must be one that a client may expect at that moment.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -128,7 +128,8 @@ impl Checker {
         Ok(())
     }
 
-    /// A call reaches a handler that serves it, is a member and is meant; once, untouched and in order.
+    /// A call reaches a handler that serves it, is a member and is meant; once, untouched and in
+    /// order.
     pub(super) fn delivered_call(
         &mut self,
         to: Peer,

@@ -1,4 +1,4 @@
-//! What the tests of the store share: rows, and a store whose tickets are heard.
+//! Shared by the tests of the store: rows, and a store that collects its notifications.
 #![allow(dead_code, reason = "no test uses all of it")]
 
 use std::path::Path;
@@ -119,6 +119,8 @@ pub(crate) fn call(number: u64) -> CallRow {
         expires: 9,
         attempt: 0,
         parked: 8,
+        died: None,
+        cause: None,
     }
 }
 

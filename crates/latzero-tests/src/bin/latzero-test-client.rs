@@ -1,5 +1,5 @@
-//! A client that is a process, for tests to kill: sends each line that it reads as a message to the Unix socket of its
-//! first argument, and prints each message that it receives as a line.
+//! A client process for tests to kill: sends each line of its input as a message to the Unix socket
+//! in its first argument, and prints each received message as a line.
 
 use std::io::{BufRead, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,7 +1,9 @@
-//! A client that maps block `m` of pool `base`, for tests to kill: `writer` publishes versions under the lock, `reader` looks
-//! whether each is whole. Arguments: what it is, the socket, its AppID, the block's kind, a number.
+//! A client that maps block `m` of pool `base`, for tests to kill: `writer` publishes versions
+//! under the lock, `reader` looks whether each is whole. Arguments: what it is, the socket, its
+//! AppID, the block's kind, a number.
 //!
-//! Every word of a version is the same: the fence it was written under (32 bits), the writer's number (8) and a count (24).
+//! Every word of a version is the same: the fence it was written under (32 bits), the writer's
+//! number (8) and a count (24).
 
 use std::io::Write;
 use std::path::Path;
@@ -72,7 +74,10 @@ struct Client {
 
 impl Client {
     fn join(&mut self, app: &str) -> Result<(), Ended> {
-        self.ask(json!({"action": "handshake", "app_id": app, "pools": ["base"], "features": ["attachments", "fd_passing"]}))?;
+        self.ask(
+            json!({"action": "handshake", "app_id": app, "pools": ["base"],
+            "features": ["attachments", "fd_passing"]}),
+        )?;
         Ok(())
     }
 
@@ -105,7 +110,8 @@ impl Client {
 
     fn attach(&mut self, mode: &str) -> Result<Arc<Attachment>, Ended> {
         self.has_moved = false;
-        let create = json!({"action": "memory_create", "block_id": "m", "size": SIZE, "kind": self.kind,
+        let create = json!({"action": "memory_create", "block_id": "m", "size": SIZE,
+            "kind": self.kind,
             "if_exists": "attach", "mode": mode});
         let mut reply = self.ask(create)?;
         if mode == "read" && reply["status"] == "ok" && reply["response"]["mode"] != "read" {
@@ -174,7 +180,8 @@ impl Client {
         }
     }
 
-    /// Stops in the middle of a version until a line comes, and then goes on with it as if nothing had happened.
+    /// Stops in the middle of a version until a line comes, and then goes on with it as if nothing
+    /// had happened.
     fn write_half(&mut self, number: u64) -> Result<(), Ended> {
         let block = self.attach("write")?;
         let Some((_, fence)) = self.lock()? else {

@@ -1,4 +1,5 @@
-//! A client that registers, makes pools and persistent blocks, and the model of what it was told.
+//! A client that registers and creates pools and persistent blocks, and a model of what was
+//! acknowledged.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +12,7 @@ use crate::round::{Gone, Round, ask, ok, reply};
 /// Steps in one life of the server.
 const STEPS: u64 = 25;
 
-/// What was acknowledged, and what it is if the request under way at a kill was carried out.
+/// What was acknowledged, and what it is if the request in progress at a kill was carried out.
 #[derive(Debug, Clone, Default)]
 struct Known<T> {
     sure: T,
@@ -73,7 +74,8 @@ pub(crate) struct Actor {
     registration: Known<Option<Registration>>,
     pools: BTreeMap<String, Known<Option<u64>>>,
     blocks: BTreeMap<String, Known<Option<Block>>>,
-    /// What each block was since it last was on the disk for certain: after the end of the machine it is one of these.
+    /// What each block was since it last was on the disk for certain: after the end of the machine
+    /// it is one of these.
     since_flush: BTreeMap<String, Vec<Block>>,
     has_lost_power: bool,
     /// The newest fence of each block that is there.
@@ -256,7 +258,8 @@ impl Actor {
 
     /// Connects, by the AppID alone or with a new registration.
     fn come(&mut self, round: &Round<'_>) -> Result<Wire, Gone> {
-        // What is left by one instance stays while another is in it, so the one from before ends first.
+        // What is left by one instance stays while another is in it, so the one from before ends
+        // first.
         let mut handshake =
             json!({"app_id": self.name, "features": ["attachments"], "takeover": true});
         let is_anew = self.random.one_in(2) || !self.in_base();
@@ -338,7 +341,8 @@ impl Actor {
         let message = match known.sure {
             None => {
                 known.is_asked(Some(n));
-                json!({"action": "pool_create", "pool": pool, "durable": true, "properties": {"n": n}})
+                json!({"action": "pool_create", "pool": pool, "durable": true,
+                    "properties": {"n": n}})
             }
             Some(_) => {
                 known.is_asked(None);

@@ -1,4 +1,5 @@
-//! Parked calls between a caller and a handler that are processes, and the book of what was acknowledged and answered.
+//! Parked calls between a caller process and a handler process, and a record of what was
+//! acknowledged and answered.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -122,7 +123,8 @@ impl Calls {
                 }
             }
             self.with(n, |_| ());
-            let trigger = json!({"action": "trigger", "id": format!("c{n}"), "process": "job", "pool": "base", "park": true,
+            let trigger = json!({"action": "trigger", "id": format!("c{n}"), "process": "job",
+                "pool": "base", "park": true,
                 "ttl": 3_600_000, "redeliver": random.one_in(2), "data": n});
             if !caller.try_send(&trigger) {
                 is_over = true;
@@ -174,7 +176,8 @@ impl Calls {
         }
     }
 
-    /// What the handler received: nothing that was refused, and first attempts in the order of asking.
+    /// What the handler received: nothing that was refused, and first attempts in the order of
+    /// asking.
     fn given(&self, line: &str, newest: &mut Option<u64>) -> Value {
         let message: Value =
             serde_json::from_str(line).unwrap_or_else(|_| panic!("not a message: {line}"));
@@ -230,7 +233,10 @@ impl Calls {
             // A call behind all the others: with its answer the others' are there.
             let mut n = self.life * 1000 + 900;
             loop {
-                caller.send(&json!({"action": "trigger", "id": format!("c{n}"), "process": "job", "pool": "base", "park": true, "data": n}));
+                caller.send(
+                    &json!({"action": "trigger", "id": format!("c{n}"), "process": "job",
+                    "pool": "base", "park": true, "data": n}),
+                );
                 while self.with(n, |call| call.answered.is_empty()) {
                     let line = caller
                         .line()
@@ -238,7 +244,8 @@ impl Calls {
                     self.note(&line);
                 }
                 n += 1;
-                // Given out in batches, the rest with the next turn; a call that is lost never comes.
+                // Given out in batches, the rest with the next turn; a call that is lost never
+                // comes.
                 if left().is_empty() || n % 100 > 50 {
                     break;
                 }
@@ -287,5 +294,8 @@ fn come(server: &Daemon, handshake: &Value) -> Option<Puppet> {
 }
 
 fn answer(handler: &mut Puppet, call: &Value) {
-    handler.try_send(&json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": call["data"]}));
+    handler.try_send(
+        &json!({"action": "response", "in_reply_to": call["id"], "status": "ok",
+        "response": call["data"]}),
+    );
 }

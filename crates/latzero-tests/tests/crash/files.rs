@@ -1,8 +1,9 @@
-//! What lies in a data directory when nobody uses it.
+//! The files of a data directory that no server is using.
 
 use std::path::Path;
 
-/// Nothing is there but what `docs/operations.md` names, and of `blocks` persistent blocks one file each.
+/// Nothing is there but what `docs/operations.md` names, and of `blocks` persistent blocks one file
+/// each.
 pub(crate) fn check(data: &Path, blocks: usize) {
     let mut bytes = 0;
     let mut records = 0;
@@ -20,7 +21,8 @@ pub(crate) fn check(data: &Path, blocks: usize) {
                 let mut starts = ["latzero-", "pre-migration-1-"].into_iter();
                 starts.any(|start| name.starts_with(start)) && name.ends_with(".db")
             }
-            // A kill between a block's bytes and its record leaves bytes that nobody asks for; they are set aside.
+            // A kill between a block's bytes and its record leaves bytes that nobody asks for; they
+            // are moved aside.
             Some(("memory", name)) if name.starts_with(".orphans/") => name.contains(".lzb"),
             Some(("memory", name)) => {
                 bytes += usize::from(name.ends_with(".lzb"));

@@ -1,4 +1,4 @@
-//! A writer that was left behind: its server was killed while it wrote.
+//! A writer whose server was killed while it was writing.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -9,8 +9,8 @@ use serde_json::json;
 use crate::mapped::{Mapped, read, whole};
 use crate::round::{ok, reply};
 
-/// A writer that stopped in the middle of a version when the server was killed, and goes on when another one serves the
-/// block: what it still writes reaches nobody.
+/// A writer that stopped in the middle of a version when the server was killed, and goes on when
+/// another one serves the block: what it still writes reaches nobody.
 #[test]
 fn what_a_writer_from_before_a_kill_still_writes_reaches_nobody() {
     for kind in ["persistent", "shared"] {
@@ -51,7 +51,8 @@ impl Holder {
     pub(crate) fn new(server: &Daemon, kind: &'static str) -> Holder {
         let mut wire = Holder::join(server);
         let size = 24 * 1024;
-        let create = json!({"action": "memory_create", "block_id": "m", "size": size, "kind": kind, "mode": "read"});
+        let create = json!({"action": "memory_create", "block_id": "m", "size": size, "kind": kind,
+            "mode": "read"});
         ok("create", &wire.request(create));
         let held = wire.take(1).remove(0);
         Holder { wire, held, kind }

@@ -1,9 +1,11 @@
-//! The crash test: random operations of many clients, kills of the server and of clients at random moments and at named
-//! places, restarts, and a look whether everything that was acknowledged is there and nothing else is left.
+//! The crash test: random operations of many clients, kills of the server and of clients at random
+//! moments and at named places, restarts, and a look whether everything that was acknowledged is
+//! there and nothing else is left.
 //!
-//! `LATZERO_CRASH_ROUNDS` says how many lives of a server (50), `LATZERO_CRASH_SEED` which ones; `cargo xtask crash` sets both.
-//! A seed decides what is asked and when the server is to die, in steps of all clients together; the system decides how the
-//! clients' steps fall between each other, so a seed that failed may need several tries.
+//! `LATZERO_CRASH_ROUNDS` says how many lives of a server (50), `LATZERO_CRASH_SEED` which ones;
+//! `cargo xtask crash` sets both. A seed decides what is asked and when the server is to die, in
+//! steps of all clients together; the system decides how the clients' steps fall between each
+//! other, so a seed that failed may need several tries.
 
 #![allow(
     clippy::unwrap_used,
@@ -40,7 +42,8 @@ const LIVES: u64 = 10;
 
 const ACTORS: u64 = 3;
 
-/// Named places that a server passes while it works, and how often at most before one lets it die there.
+/// Named places that a server passes while it works, and how often at most before one lets it die
+/// there.
 const WORKING: &[(&str, u64)] = &[
     ("store.begin", 12),
     ("store.before_commit", 12),
@@ -102,7 +105,8 @@ fn nothing_acknowledged_is_lost_and_nothing_is_left() {
         }
     }
     println!(
-        "{} lives, {} ends of the machine, {} steps, {} calls parked, {} answers, {} reads of a mapped block, {:.1} s; failpoints: {:?}",
+        "{} lives, {} ends of the machine, {} steps, {} calls parked, {} answers, {} reads of a \
+         mapped block, {:.1} s; failpoints: {:?}",
         tally.lives,
         tally.power_losses,
         tally.steps,

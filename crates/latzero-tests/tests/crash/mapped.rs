@@ -1,5 +1,5 @@
-//! Processes that map one block: writers under its lock, which are killed and cut off, and readers, which never see a version
-//! that is not whole.
+//! Processes that map one block: writers under its lock, which are killed and cut off, and readers,
+//! which never see a version that is not whole.
 
 use std::collections::BTreeSet;
 
@@ -158,7 +158,8 @@ impl Mapped {
                 assert!(self.fences.insert(fence), "fence {fence} was granted twice");
                 writer.fence = fence;
             }
-            // What a writer publishes that was cut off may be of a generation that nobody sees any more.
+            // What a writer publishes that was cut off may be of a generation that nobody sees any
+            // more.
             (Some("wrote"), Some(version)) if words.next() == Some(&writer.fence.to_string()) => {
                 self.version = self.version.max(version);
             }
@@ -166,7 +167,8 @@ impl Mapped {
         }
     }
 
-    /// Ends a writer's connection while its process goes on: whoever has the lock then writes alone.
+    /// Ends a writer's connection while its process goes on: whoever has the lock then writes
+    /// alone.
     fn cut_off(&mut self, round: &Round<'_>, writer: &mut Writer) -> Result<(), Gone> {
         let Some((mut wire, _)) = try_overseer(round.server) else {
             return Err(Gone);

@@ -1,4 +1,4 @@
-//! Random numbers that a seed decides (SplitMix64).
+//! Random numbers from a seed (SplitMix64).
 
 /// A sequence of its own.
 pub(crate) struct Random(u64);

@@ -1,4 +1,4 @@
-//! One life of the server, and what ends it.
+//! One run of the server, and how it ends.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 
@@ -12,7 +12,8 @@ pub(crate) struct Gone;
 /// One life of the server.
 pub(crate) struct Round<'a> {
     pub(crate) server: &'a Daemon,
-    /// After how many steps of all clients together it is killed; where they do fewer, at their end.
+    /// After how many steps of all clients together it is killed; where they do fewer, at their
+    /// end.
     strike_at: u64,
     steps: AtomicU64,
     /// Clients that still do steps.

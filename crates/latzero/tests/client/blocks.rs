@@ -1,4 +1,5 @@
-//! Memory blocks against a server that keeps one: what it may do wrong with descriptors, and what a client must not forget.
+//! Memory blocks against a server that keeps one: what it may do wrong with descriptors, and what a
+//! client must not forget.
 
 use std::fs::File;
 use std::io::{IoSlice, Read};
@@ -88,10 +89,14 @@ impl Keeper {
         let block = self.block();
         let d = block.description();
         json!({
-            "block_id": "b", "pool": "alpha", "size": d.geometry.size, "kind": "shared", "consistency": "snapshot",
-            "version": block.version().unwrap(), "mode": mode, "generation": d.generation, "header": 1,
-            "slots": d.geometry.slots, "slot_offset": d.geometry.slot_offset, "slot_stride": d.geometry.slot_stride,
-            "owner": "me", "lifetime": "pool", "access": if self.is_mapped { "mapped" } else { "copied" }, "fence": 0,
+            "block_id": "b", "pool": "alpha", "size": d.geometry.size, "kind": "shared",
+            "consistency": "snapshot",
+            "version": block.version().unwrap(), "mode": mode, "generation": d.generation,
+            "header": 1,
+            "slots": d.geometry.slots, "slot_offset": d.geometry.slot_offset,
+            "slot_stride": d.geometry.slot_stride,
+            "owner": "me", "lifetime": "pool",
+            "access": if self.is_mapped { "mapped" } else { "copied" }, "fence": 0,
         })
     }
 
@@ -209,7 +214,8 @@ fn connect(fake: &Fake) -> App {
     App::connect_with(latzero::App::builder(&fake.url("me")).reconnect(reconnect)).unwrap()
 }
 
-/// Attaches `b` where the keeper answers the first attempt with `fds` and says that `announced` come.
+/// Attaches `b` where the keeper answers the first attempt with `fds` and says that `announced`
+/// come.
 fn attach_with(
     announced: Option<u64>,
     fds: impl Fn() -> Vec<OwnedFd> + Send + Sync + 'static,
@@ -274,8 +280,11 @@ fn descriptors_of_something_else_are_refused_by_name() {
     let total = Geometry::new(100, 2).unwrap().total();
     type Make = fn(u64) -> OwnedFd;
     let checks: [(Make, &str); 5] = [
-        (|_| null(), "no regular file"),
-        (|_| UnixStream::pair().unwrap().0.into(), "no regular file"),
+        (|_| null(), "not a regular file"),
+        (
+            |_| UnixStream::pair().unwrap().0.into(),
+            "not a regular file",
+        ),
         (|_| unsealed(5000), "5000 bytes"),
         (unsealed, "not sealed"),
         (
@@ -302,7 +311,7 @@ fn descriptors_of_something_else_are_refused_by_name() {
         vec![custodian(100, 1).file().try_clone().unwrap()]
     });
     assert!(text.contains("access mode"), "{text}");
-    // Announced as mapped, and none came: the reply makes no sense.
+    // Announced as mapped, and none came: the reply is invalid.
     let (kind, _) = attach_with(None, Vec::new);
     assert_eq!(kind, Code::BadMessage);
 }
@@ -331,13 +340,15 @@ fn a_call_right_behind_the_acknowledgement_brings_its_block() {
         if message["action"] != "handshake" || message["triggers"] == json!([]) {
             return false;
         }
-        // The reconnect lists the trigger, so the first call may come in one piece with the acknowledgement.
+        // The reconnect lists the trigger, so the first call may come in one piece with the
+        // acknowledgement.
         let mut hello = ack(message, 1, &json!({}));
         hello["features"] = json!(["attachments", "fd_passing"]);
         peer.send(&hello);
         keeper.block().write(0, b"early", None).unwrap();
         let call = json!({
-            "action": "trigger", "id": "c1", "process": "t", "pool": "alpha", "origin": {"app_id": "x", "instance": "1"},
+            "action": "trigger", "id": "c1", "process": "t", "pool": "alpha",
+            "origin": {"app_id": "x", "instance": "1"},
             "blocks": [keeper.describe("read")], "descriptors": 1, "data": null,
         });
         send(
@@ -447,7 +458,8 @@ fn readers_alone_are_named_without_letting_everybody_write() {
 
 #[test]
 fn a_block_that_never_holds_still_is_contended() {
-    // Large enough for two reads, of which the second never has the first one's version; or never the size that was told.
+    // Large enough for two reads, of which the second never has the first one's version; or never
+    // the size that was told.
     for code in ["version_conflict", "out_of_range"] {
         let special = move |_: &Keeper, peer: &mut Peer, message: &Value| {
             let is_it = message["action"] == "memory_read" && message["offset"] != 0;
@@ -708,8 +720,8 @@ fn read_with(stream: &UnixStream) -> Option<(Value, Vec<OwnedFd>)> {
 /// Emits that wait in front of the offer, far more than a socket takes.
 const EMITS: u64 = 500;
 
-/// A keeper whose second life knows nothing of its block until it is offered. It says in `asked` that it was asked for the
-/// block, and reads on when `go_on` says so.
+/// A keeper whose second life knows nothing of its block until it is offered. It says in `asked`
+/// that it was asked for the block, and reads on when `go_on` says so.
 fn forgetful(
     asked: mpsc::Sender<()>,
     go_on: mpsc::Receiver<()>,
@@ -784,8 +796,8 @@ fn memory_goes_back_to_a_server_that_was_started_anew() {
     assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), Some(1));
     assert!(block.is_live());
     assert_eq!(&block.read().unwrap().0[..4], b"kept");
-    // It is told of changes again, which could not be asked for before the block was there: first, with its handle's first
-    // connection, then blindly, then for good.
+    // It is told of changes again, which could not be asked for before the block was there: first,
+    // with its handle's first connection, then blindly, then for good.
     keeper.wait_heard("memory_subscribe", 3);
     app.emit("news", &bulk(EMITS)).send().unwrap();
     keeper.wait_heard("emit", EMITS as usize + 1);

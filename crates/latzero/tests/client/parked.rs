@@ -1,4 +1,5 @@
-//! Calls that outlive connections and processes: parked, given out again, answered when the caller is back.
+//! Calls that outlive connections and processes: parked, given out again, answered when the caller
+//! is back.
 
 use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -59,8 +60,9 @@ fn welcome_with(peer: &mut Peer, messages: &[Value]) -> Value {
     hello
 }
 
-/// Parks what asks for it, and says no word of the rest; hangs up once it has two calls. The next connection brings the
-/// answers to what was parked right behind its acknowledgement, and so on by turns.
+/// Parks what asks for it, and says no word of the rest; hangs up once it has two calls. The next
+/// connection brings the answers to what was parked right behind its acknowledgement, and so on by
+/// turns.
 fn forgetful(over: Over) -> Fake {
     let kept = Mutex::new(Vec::new());
     Fake::scripted(over, move |n, mut peer| {
@@ -128,8 +130,8 @@ fn a_loss_fails_what_is_not_parked_on_the_async_face() {
     });
 }
 
-/// Parks every call of the first life of an app, and forgets it at a cancel. The second life gets the answers right
-/// behind its acknowledgement, and an answer of its own to every call.
+/// Parks every call of the first life of an app, and forgets it at a cancel. The second life gets
+/// the answers right behind its acknowledgement, and its own answer to every call.
 fn two_lives() -> Fake {
     let kept = Mutex::new(Vec::new());
     let (tell, told) = mpsc::channel();
@@ -175,7 +177,7 @@ fn answers_of_an_earlier_life_are_told_by_their_ids() {
     drop((by_itself, chosen, first));
 
     let second = App::connect_with(builder(&fake)).unwrap();
-    // A call of this life has the place of the first one of the earlier life, and an id of its own.
+    // A call of this life has the place of the first one of the earlier life, and its own id.
     let call = second.call("x", "two").park().send::<String>();
     assert_eq!(call.unwrap(), "of this life");
     let mut answers = second.answers();
@@ -370,7 +372,7 @@ fn a_call_without_a_word_of_parking_is_lost_with_its_connection() {
             peer.read();
             return;
         }
-        // It was parked all the same, and its answer is not lost.
+        // It was parked anyway, and its answer is not lost.
         welcome_with(&mut peer, &[ok(&json!("order-17"), &json!(1))]);
         while let Some(call) = request(&mut peer) {
             peer.reply(&call, &json!(2));
@@ -530,7 +532,9 @@ fn handlers_read_which_attempt_it_is() {
         peer.reply(&register, &json!({}));
         let call = request(&mut peer).unwrap();
         // The data's own field of that name is not the attempt.
-        let mut trigger = json!({"action":"trigger","id":"1.2.3","process":"x","pool":"alpha","data":{"attempt":9}});
+        let mut trigger = json!({
+            "action":"trigger","id":"1.2.3","process":"x","pool":"alpha","data":{"attempt":9}
+        });
         let attempts = [None, Some(1), Some(2), Some(3)].map(|attempt| {
             if let Some(attempt) = attempt {
                 trigger["attempt"] = json!(attempt);

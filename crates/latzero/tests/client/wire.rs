@@ -231,7 +231,9 @@ fn what_a_newer_server_says_is_passed_over() {
             peer.send(&json!({"action":"response","in_reply_to":"0.ffff","status":"ok"}));
             peer.send(&json!({"action":"error","error":{"code":"bad_message","message":"m"}}));
             peer.send(&json!({"action":"event","event":"draining"}));
-            peer.send(&json!({"action":"response","in_reply_to":call["id"],"status":"ok","response":1,"new":2}));
+            peer.send(&json!({
+                "action":"response","in_reply_to":call["id"],"status":"ok","response":1,"new":2
+            }));
         }
     });
     let app = App::connect(&fake.url("a")).unwrap();

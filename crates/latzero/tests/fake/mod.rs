@@ -1,5 +1,5 @@
-//! A server small enough to trust: it routes by name, in order, and does nothing else. Tests that need the wire to
-//! misbehave talk through a [`Peer`] themselves.
+//! A server small enough to trust: it routes by name, in order, and does nothing else. Tests that
+//! need the wire to misbehave talk through a [`Peer`] themselves.
 
 #![allow(
     dead_code,
@@ -157,7 +157,7 @@ pub struct Fake {
 }
 
 impl Fake {
-    /// Runs `serve` on a thread of its own for every connection, with the connection's number.
+    /// Runs `serve` on its own thread for every connection, with the connection's number.
     pub fn scripted(over: Over, serve: impl Fn(usize, Peer) + Send + Sync + 'static) -> Fake {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s.sock");
@@ -352,7 +352,11 @@ impl State {
     fn message(&mut self, me: u64, mut m: Value, raw: Option<&[u8]>, ids: &AtomicU64) {
         let action = m["action"].as_str().unwrap().to_owned();
         let id = m["id"].clone();
-        let ok = |response: Value| json!({"action":"response","in_reply_to":id,"status":"ok","response":response});
+        let ok = |value: Value| {
+            let mut reply = json!({"action":"response","in_reply_to":id,"status":"ok"});
+            reply["response"] = value;
+            reply
+        };
         let from = self.peers[&me].1.clone();
         let origin = json!({"app_id":from,"instance":format!("{me:016x}")});
         match action.as_str() {

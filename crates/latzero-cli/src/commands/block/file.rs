@@ -19,10 +19,10 @@ use crate::output::{Output, bytes};
 /// Bytes moved at a time, between two reports of progress.
 const PIECE_BYTES: usize = 4 << 20;
 
-/// How often a dump begins again when the block is written meanwhile.
+/// How often a dump restarts when the block is written in the meantime.
 const DUMPS_MAX: usize = 10;
 
-/// The most that is loaded from a pipe, whose length nobody knows before its end, in bytes.
+/// The most bytes that are loaded from a pipe, whose length is unknown until its end.
 const PIPE_BYTES_MAX: u64 = 1 << 30;
 
 /// Progress of a large transfer.
@@ -78,7 +78,7 @@ fn file_failure(file: &Path, what: &str, error: &io::Error) -> Failure {
     )
 }
 
-/// Where a dump goes.
+/// The destination of a dump.
 enum Sink {
     Stdout,
     /// What is there is written to: a device, a pipe, whatever a link leads to.
@@ -226,7 +226,7 @@ fn replace(
     }
     let mut part = match builder.tempfile_in(dir) {
         Ok(part) => part,
-        // A file in a directory that cannot be changed may be writable all the same.
+        // A file may be writable even if its directory is not.
         Err(_) if former.is_some() => return write_through(block, header, file),
         Err(error) => return Err(failed(error)),
     };
@@ -243,7 +243,7 @@ fn replace(
     Ok(version)
 }
 
-/// Writes one version of a block into a file of its own.
+/// Writes one version of a block to a new file.
 fn write_out(
     block: &Block,
     header: &[u8],
@@ -328,7 +328,7 @@ impl Source {
         let size = all.len() as u64;
         if size > PIPE_BYTES_MAX {
             let text = format!("the input is longer than {}", bytes(PIPE_BYTES_MAX));
-            return Err(Failure::usage(text).with_help("write it to a file and load that"));
+            return Err(Failure::usage(text).with_help("write it to a file and load the file"));
         }
         Ok(Source {
             reader: Box::new(Cursor::new(all)),
@@ -343,15 +343,13 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> Done {
     if source.size == 0 && !args.empty.allow_empty {
         return Err(
             Failure::usage(format!("'{}' is empty", args.file.display())).with_help(
-                "check what should have written it; --allow-empty loads it all the same",
+                "check the command that produced it, or use --allow-empty to load it anyway",
             ),
         );
     }
     if args.offset.is_some() && source.array.is_some() {
-        return Err(
-            Failure::usage("--offset and a .npy file do not go together")
-                .with_help("a .npy file holds a whole array; load it without --offset"),
-        );
+        return Err(Failure::usage("--offset cannot be used with a .npy file")
+            .with_help("a .npy file holds a whole array; load it without --offset"));
     }
     let (at, block) = match args.offset {
         // A part of what is there.
@@ -367,7 +365,7 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> Done {
     match args.offset {
         Some(_) if source.size > block.size().saturating_sub(offset) => {
             let text = format!(
-                "'{}' has {} bytes, and the block has room for {} from offset {offset} on",
+                "'{}' has {} bytes, but the block has only {} from offset {offset} on",
                 args.file.display(),
                 source.size,
                 block.size().saturating_sub(offset)

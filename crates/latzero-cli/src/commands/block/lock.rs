@@ -71,7 +71,7 @@ fn locks_with(block: &Block, fence: u64) -> String {
     }
 }
 
-/// A lock inside the same lock: it is held already, unless it was lost meanwhile.
+/// A nested lock: it is held already, unless it was lost in the meantime.
 fn check_inherited(block: &Block, fence: u64) -> Result<(), Failure> {
     let info = block.info()?;
     let holders = info["lock"]["holders"].as_array().into_iter().flatten();
@@ -95,12 +95,12 @@ fn is_lost(error: &latzero::Error) -> bool {
 
 fn lost(program: &OsString, block: &str) -> Failure {
     let text = format!(
-        "the lock of block '{block}' was lost while '{}' ran, so it was ended",
+        "the lock of block '{block}' was lost while '{}' ran, so the command was ended",
         program.display()
     );
     Failure::new(Exit::Answered, text).with_help(
-        "what it wrote before that is in the block, and later writes were refused; \
-         check the block and run the command again",
+        "earlier writes are in the block, and later ones were refused; check the block and run \
+         the command again",
     )
 }
 

@@ -1,10 +1,11 @@
-//! Files of numpy: a line that says what the bytes are, and the bytes (the format of `numpy.lib.format`, version 1.0 and 2.0).
+//! The `.npy` file format of numpy (`numpy.lib.format`, versions 1.0 and 2.0): a header that
+//! describes the bytes, and the bytes.
 
 use std::io::{self, Read};
 
 const MAGIC: &[u8; 6] = b"\x93NUMPY";
 
-/// The header's end stands at a multiple of this many bytes.
+/// The header ends at a multiple of this many bytes.
 const ALIGNMENT: usize = 64;
 
 /// Longest header that is read, in bytes.
@@ -48,11 +49,11 @@ impl Array {
 
     /// Reads a file's first bytes.
     pub(crate) fn read(file: &mut impl Read) -> Result<Array, String> {
-        let broken = |error: io::Error| format!("it ends within its header: {error}");
+        let broken = |error: io::Error| format!("its header is truncated: {error}");
         let mut start = [0; 8];
         file.read_exact(&mut start).map_err(broken)?;
         if &start[..6] != MAGIC {
-            return Err("it does not begin as a .npy file does".into());
+            return Err("it is not a .npy file".into());
         }
         let length = match start[6] {
             1 => {
@@ -65,7 +66,7 @@ impl Array {
                 file.read_exact(&mut bytes).map_err(broken)?;
                 u32::from_le_bytes(bytes) as usize
             }
-            other => return Err(format!("version {other} of the format is not known here")),
+            other => return Err(format!("version {other} of the format is not supported")),
         };
         if length > HEADER_BYTES_MAX {
             return Err("its header is too long".into());
@@ -87,12 +88,10 @@ impl Array {
             .strip_prefix('\'')
             .and_then(|rest| rest.split_once('\''))
             .map(|(dtype, _)| dtype.to_owned())
-            .ok_or("its numbers are records, which blocks do not have")?;
+            .ok_or("it contains records, which blocks do not support")?;
         let order = value("fortran_order").ok_or_else(|| missing("fortran_order"))?;
         if order.starts_with("True") {
-            return Err(
-                "it is stored column by column; save numpy.ascontiguousarray(array)".into(),
-            );
+            return Err("it is in column-major order; save numpy.ascontiguousarray(array)".into());
         }
         let shape = value("shape").ok_or_else(|| missing("shape"))?;
         let shape = shape
@@ -127,15 +126,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_array_is_refused() {
+    fn invalid_arrays_are_refused() {
         let check = |bytes: &[u8], expected: &str| {
             let error = Array::read(&mut &*bytes).unwrap_err();
             assert!(error.contains(expected), "{error}");
         };
-        check(b"", "ends within its header");
-        check(b"PK\x03\x04aaaa", "does not begin");
+        check(b"", "header is truncated");
+        check(b"PK\x03\x04aaaa", "not a .npy file");
         check(b"\x93NUMPY\x09\x00", "version 9");
-        check(b"\x93NUMPY\x01\x00\xff\x00{", "ends within");
+        check(b"\x93NUMPY\x01\x00\xff\x00{", "is truncated");
         let header = |text: &str| {
             let mut out = b"\x93NUMPY\x01\x00".to_vec();
             out.extend_from_slice(&(text.len() as u16).to_le_bytes());

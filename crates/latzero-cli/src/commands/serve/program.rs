@@ -1,7 +1,8 @@
-//! A program that answers calls: started, fed, listened to, and reaped.
+//! Runs a program for a call: starts it, writes its input, reads its output, and waits for its end.
 //!
-//! One thread does all of it, with poll(2) over the program's pipes and a descriptor of the process itself: so a
-//! program that neither reads nor ends, or leaves children behind that hold its pipes, keeps nobody waiting.
+//! One thread does all of this, with poll(2) on the pipes of the program and a descriptor of the
+//! process. So a program that does not read or end, or whose children keep its pipes open, blocks
+//! nothing else.
 
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};
@@ -28,7 +29,7 @@ use super::queue::{Job, Outcome, Registry};
 /// The longest answer of a program, in bytes: as much as a frame takes by default.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
-/// How much of the end of a program's stderr goes with its error, in bytes.
+/// How many bytes of the end of a program's stderr are sent with its error.
 const STDERR_BYTES_MAX: usize = 4 << 10;
 
 /// Bytes of the length before each item with `--stream=length`, most significant first, as before
@@ -43,7 +44,7 @@ pub(super) struct Recipe {
     pub(super) environment: Vec<(&'static str, OsString)>,
     /// With `--lines`: the trigger of the one program for all calls.
     pub(super) lines: Option<Target>,
-    /// With `--stream`: how the items are told apart.
+    /// With `--stream`: how the items are separated.
     pub(super) stream: Option<Framing>,
     /// What the output is.
     pub(super) printed: Printed,
@@ -156,7 +157,7 @@ impl Recipe {
         line.push(b'\n');
         let kept_one = match kept.take() {
             Some(mut program) if !program.is_idle() => {
-                // It ended, or printed what nobody asked for: its next line would be no answer.
+                // It ended, or printed an extra line, so its next line would not be the answer.
                 program.kill();
                 let _ = registry.reap(&mut program);
                 None
@@ -207,7 +208,7 @@ impl Recipe {
             .envs(self.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // A group of its own: what it starts ends with it, and a Ctrl-C does not reach it.
+            // A separate process group: its children end with it, and Ctrl-C does not reach it.
             .process_group(0);
         command
     }
@@ -304,7 +305,7 @@ enum Until<'a> {
     Line,
     /// When it ended.
     End,
-    /// When it ended. Its items are handed over as they come; false where nobody wants them.
+    /// Until it ends. Items are passed on as they arrive; false to stop.
     Items(Framing, &'a mut dyn FnMut(&[u8]) -> bool),
 }
 
@@ -324,7 +325,7 @@ pub(super) struct Program {
     stdin: Option<ChildStdin>,
     stdout: Option<ChildStdout>,
     stderr: Option<ChildStderr>,
-    /// What it printed and nobody took.
+    /// Output that was not consumed.
     received: Vec<u8>,
     /// The end of what it printed on stderr.
     errors: Vec<u8>,
@@ -376,7 +377,7 @@ impl Program {
         self.child.wait()
     }
 
-    /// Whether it waits for a line: it lives, and printed nothing that nobody asked for.
+    /// Whether it waits for a line: it is running and has printed nothing unexpected.
     fn is_idle(&self) -> bool {
         let Some(stdout) = &self.stdout else {
             return false;
@@ -430,7 +431,8 @@ impl Program {
             if is_line && let Some(line) = next_item(&mut self.received, Framing::Lines) {
                 return Ok(End::Line(line));
             }
-            // All that it printed itself is read by now; children that it left may print on, unheard.
+            // All that it printed itself is read by now; children that it left may print on,
+            // unheard.
             if has_ended || (is_line && self.stdout.is_none()) {
                 return Ok(End::Exited);
             }
@@ -456,12 +458,13 @@ impl Program {
             Framing::Lines => Ok(send(&std::mem::take(&mut self.received))),
             Framing::Length => Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
-                "it ended within an item",
+                "the output ended in the middle of an item",
             )),
         }
     }
 
-    /// Waits until there is something to do: what can be written to, what can be read, and whether it ended.
+    /// Waits until there is something to do: what can be written to, what can be read, and whether
+    /// it ended.
     fn wait_for(&self, has_input: bool) -> io::Result<(bool, bool, bool, bool)> {
         let stdin = self.stdin.as_ref().filter(|_| has_input);
         let mut fds = vec![PollFd::new(&self.process, PollFlags::IN)];
@@ -510,7 +513,7 @@ impl Program {
         Ok(())
     }
 
-    /// What it prints on stderr is for whoever runs it, and its end for the caller.
+    /// Its stderr is for the person who runs it; the caller gets the end of it.
     fn take_errors(&mut self) {
         let Some(stderr) = &mut self.stderr else {
             return;
@@ -579,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_sent_is_an_error_of_the_program() {
+    fn invalid_output_is_an_error_of_the_program() {
         let deep = "[".repeat(100) + &"]".repeat(100);
         let error = Printed::Auto.payload(deep.as_bytes()).unwrap_err();
         assert_eq!(error.code(), "handler_error");

@@ -1,4 +1,4 @@
-//! Calls that wait for a program, and the threads that run programs for them.
+//! The queue of calls that wait for a program, and the threads that run the programs.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -16,7 +16,8 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::program::{Program, Recipe};
 
-/// Calls that wait for a program at most. Beyond them a call is answered with `overloaded`, and an event is dropped.
+/// Calls that wait for a program at most. Beyond them a call is answered with `overloaded`, and an
+/// event is dropped.
 pub(super) const QUEUED_MAX: usize = 256;
 
 /// What a handler answers.
@@ -33,15 +34,16 @@ pub(super) struct Job {
     place: Arc<Mutex<Slot>>,
 }
 
-/// Where an answer is left for whoever waits.
+/// Where an answer is left for the waiting future.
 #[derive(Default)]
 struct Slot {
     outcome: Option<Outcome>,
     waker: Option<Waker>,
 }
 
-/// Programs that run, by the number of their call. A program is in it from its start until it is reaped, and is
-/// reaped under the lock: so what is killed under the lock is never another process with the same id.
+/// Programs that run, by the number of their call. A program is in it from its start until it is
+/// reaped, and is reaped under the lock: so what is killed under the lock is never another process
+/// with the same id.
 #[derive(Default)]
 struct Running {
     programs: HashMap<u64, Pid>,
@@ -73,7 +75,7 @@ impl Queue {
     /// Starts the threads.
     ///
     /// # Errors
-    /// Where the system gives no thread.
+    /// If the system gives no thread.
     pub(super) fn start(recipe: Recipe, workers: usize) -> io::Result<Arc<Queue>> {
         let (sender, receiver) = sync_channel(QUEUED_MAX);
         let receiver = Arc::new(Mutex::new(receiver));
@@ -97,7 +99,7 @@ impl Queue {
         }))
     }
 
-    /// Events that nobody was told of, since nobody waits for an answer to one.
+    /// Dropped events, which have no caller to report to.
     pub(super) fn events_dropped(&self) -> u64 {
         self.events_dropped.load(Ordering::Relaxed)
     }
@@ -123,11 +125,14 @@ impl Queue {
             }),
             Err(TrySendError::Full(_)) => {
                 if is_emit && self.events_dropped.fetch_add(1, Ordering::Relaxed) == 0 {
-                    eprintln!("events come faster than the program takes them; some are dropped");
+                    eprintln!(
+                        "events arrive faster than the program handles them; some are \
+                        dropped"
+                    );
                 }
                 let text = format!(
-                    "{QUEUED_MAX} calls wait for a program already; \
-                     raise --concurrency or serve it twice"
+                    "{QUEUED_MAX} calls are already waiting; raise --concurrency or start a \
+                     second `latzero serve`"
                 );
                 Err(HandlerError::new("overloaded", text))
             }
@@ -138,8 +143,8 @@ impl Queue {
         }
     }
 
-    /// Ends every program, and what it started; none is started any more. One that is just being started is waited
-    /// for, since nobody could end it once this process has.
+    /// Ends every program and its children, and starts no more. A program that is just being
+    /// started is waited for, because nothing could end it after this process has ended.
     pub(super) fn end(&self) {
         let mut running = lock(&self.programs.running);
         running.has_ended = true;
@@ -181,7 +186,7 @@ impl Drop for Waiting {
     }
 }
 
-/// Ends a program and what it started: it leads a process group of its own.
+/// Ends a program and its children: it leads its own process group.
 fn kill(pid: Pid) {
     // The group may have ended by itself; then there is nothing to do.
     let _ = kill_process_group(pid, Signal::KILL);
@@ -194,7 +199,7 @@ fn work(receiver: &Mutex<Receiver<Job>>, recipe: &Recipe, programs: &Programs) {
         let Ok(job) = lock(receiver).recv() else {
             return;
         };
-        // Given up while it waited: the server told so, or nobody holds the other end.
+        // Cancelled while it waited: by the server, or because the other end was dropped.
         if job.request.is_cancelled() {
             continue;
         }
@@ -224,8 +229,9 @@ pub(super) struct Registry<'a> {
 }
 
 impl Registry<'_> {
-    /// Starts a program for the call, unless all is over. Not under the lock, which every other start would wait for:
-    /// it is counted instead, and whoever ends everything waits for those that are counted.
+    /// Starts a program for the call, unless the queue is ending. It does not hold the lock, which
+    /// every other start would wait for. Starts are counted instead, and the end of the queue waits
+    /// for them.
     ///
     /// # Errors
     /// What `start` answers, and where no program is started any more.
@@ -238,7 +244,7 @@ impl Registry<'_> {
         if running.has_ended {
             return Err(HandlerError::new(
                 "handler_error",
-                "the handler is about to end and starts no program any more",
+                "the handler is stopping and accepts no more calls",
             ));
         }
         running.starting += 1;
@@ -258,7 +264,7 @@ impl Registry<'_> {
         started
     }
 
-    /// The program that waited is this call's: from here on whoever gives the call up can end it.
+    /// The idle program now belongs to this call, so cancelling the call can end it.
     pub(super) fn begin(&self, request: &Request, pid: Pid) {
         let mut running = lock(&self.programs.running);
         running.idle = None;

@@ -6,8 +6,9 @@ use latzero_protocol::{BlockId, Code, Refusal};
 use super::super::lock::Holder;
 use super::super::{MemberKey, Pool};
 use super::{Asking, BlockKey, Flushing, Phase, Replied, lock_lost, moving, too_many_wait};
+use crate::books::Resource;
 use crate::driver::Driver;
-use crate::memory::{Counted, Job, StorageId};
+use crate::memory::{Job, StorageId};
 use crate::turn::Turn;
 
 /// Where a block's bytes are to be read, as [`Pool::read_block`] allows it.
@@ -108,12 +109,10 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed(member, id, Access::Read)?;
-        if !block.subscribers.contains(&member) {
-            let app = self.asker(member)?.app.clone();
-            let limits = &self.limits;
-            turn.with_ledger(|ledger| ledger.begin(Counted::Subscription, &app, limits))?;
+        if !block.subscribers.contains_key(&member) {
+            let held = self.count_for_app(member, Resource::Subscriptions)?;
             let block = self.blocks.at_mut(key).expect("just found");
-            block.subscribers.push(member);
+            block.subscribers.insert(member, held);
             self.involve(member, key);
         }
         let version = self.version_of(key, turn);
@@ -131,16 +130,11 @@ impl<D: Driver> Pool<D> {
         &mut self,
         member: MemberKey,
         id: &BlockId,
-        turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
-        let app = self.asker(member)?.app.clone();
+        self.asker(member)?;
         let (key, _) = self.block(id)?;
         let block = self.blocks.at_mut(key).expect("just found");
-        let before = block.subscribers.len();
-        block.subscribers.retain(|m| *m != member);
-        if block.subscribers.len() < before {
-            turn.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
-        }
+        block.subscribers.remove(&member);
         Ok(Some("{}".into()))
     }
 
@@ -183,7 +177,7 @@ impl<D: Driver> Pool<D> {
         let (key, block) = self.allowed(asking.member, id, Access::Write)?;
         if block.kind != Kind::Persistent {
             let message =
-                format!("block '{id}' is memory; only persistent blocks have a disk to be on");
+                format!("block '{id}' is in memory; only persistent blocks can be flushed");
             return Err(Refusal::new(Code::BadMessage, message));
         }
         if matches!(block.phase, Phase::Moving { .. }) {
@@ -192,6 +186,7 @@ impl<D: Driver> Pool<D> {
         if block.flushing.len() >= self.limits.block_waiters_max {
             return Err(too_many_wait(id, self.limits.block_waiters_max));
         }
+        let seat = self.seat(asking)?;
         self.involve(asking.member, key);
         self.blocks.tickets += 1;
         let ticket = self.blocks.tickets;
@@ -200,6 +195,7 @@ impl<D: Driver> Pool<D> {
             ticket,
             member: asking.member,
             id: asking.id(),
+            _seat: seat,
         });
         let storage = block.storage;
         turn.block_job(Job::Flush {

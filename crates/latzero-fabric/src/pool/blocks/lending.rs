@@ -58,6 +58,7 @@ impl<D: Driver> Pool<D> {
                     let mut attachment = Attachment {
                         member: handler,
                         own: None,
+                        held: None,
                         reading_calls: 0,
                         writing_calls: 0,
                     };
@@ -116,13 +117,13 @@ impl<D: Driver> Pool<D> {
         let allowed = block.allows(&app, member);
         let kept = |mode: LockMode| allowed >= Some(access_for(mode));
         let (held, waited) = block.lock.leave(member, kept);
-        if allowed.is_none() && block.subscribers.contains(&member) {
-            block.subscribers.retain(|m| *m != member);
-            turn.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
+        if allowed.is_none() {
+            block.subscribers.remove(&member);
         }
         for claim in waited {
+            self.blocks.wait_over(key, &claim);
             let message =
-                "the call that lent you the block is over, and so is the wait for its lock";
+                "the call that lent you the block has ended, so the wait for its lock has too";
             let refusal = Refusal::new(Code::Cancelled, message);
             self.answer(member, claim.id.as_deref(), Err(refusal), turn);
         }
@@ -137,11 +138,7 @@ impl<D: Driver> Pool<D> {
         let Some(leaver) = self.members.at_mut(member) else {
             return;
         };
-        let (app, peer, is_mapping) = (
-            leaver.app.clone(),
-            leaver.peer.clone(),
-            leaver.takes_descriptors,
-        );
+        let (peer, is_mapping) = (leaver.peer.clone(), leaver.takes_descriptors);
         for key in std::mem::take(&mut leaver.blocks) {
             let wrote = is_mapping && self.blocks.at(key).is_some_and(|b| b.could_write(member));
             if wrote {
@@ -155,19 +152,15 @@ impl<D: Driver> Pool<D> {
             let mut waited: Vec<Option<Box<str>>> = waits.map(|w| w.id).collect();
             let flushes = block.flushing.extract_if(.., |f| f.member == member);
             waited.extend(flushes.map(|f| f.id));
-            if block.subscribers.contains(&member) {
-                block.subscribers.retain(|m| *m != member);
-                turn.with_ledger(|ledger| ledger.end(Counted::Subscription, &app));
-            }
+            block.subscribers.remove(&member);
+            block.involved.remove(&member);
             let could_write = is_mapping && block.could_write(member);
-            if let Some(at) = block.attachments.iter().position(|a| a.member == member) {
-                let attachment = block.attachments.remove(at);
-                if attachment.own.is_some() {
-                    turn.with_ledger(|ledger| ledger.end(Counted::Attachment, &app));
-                }
-            }
+            block.attachments.retain(|a| a.member != member);
             let (held, claims) = block.lock.leave(member, |_| false);
-            waited.extend(claims.into_iter().map(|claim| claim.id));
+            for claim in claims {
+                self.blocks.wait_over(key, &claim);
+                waited.push(claim.id);
+            }
             for id in waited {
                 // It may have left the pool only, and still listen.
                 let refusal = Refusal::new(Code::Cancelled, "you left the pool while you waited");
@@ -189,10 +182,11 @@ impl<D: Driver> Pool<D> {
 
     /// Notes that a member has to do with a block, so that its end finds it.
     pub(in crate::pool) fn involve(&mut self, member: MemberKey, key: BlockKey) {
-        if let Some(member) = self.members.at_mut(member)
-            && !member.blocks.contains(&key)
+        if let Some(block) = self.blocks.at_mut(key)
+            && let Some(involved) = self.members.at_mut(member)
         {
-            member.blocks.push(key);
+            involved.blocks.insert(key);
+            block.involved.insert(member);
         }
     }
 

@@ -20,7 +20,7 @@ impl<D: Driver> Pool<D> {
             return Err(Refusal::new(
                 Code::Overloaded,
                 format!(
-                    "{} hold the lock of block '{id}' already (limits.block_waiters_max)",
+                    "{} instances already hold the lock of block '{id}' (limits.block_waiters_max)",
                     self.limits.block_waiters_max
                 ),
             ));
@@ -29,26 +29,31 @@ impl<D: Driver> Pool<D> {
         if until.is_some() && block.lock.waiting() >= self.limits.block_waiters_max {
             return Err(too_many_wait(id, self.limits.block_waiters_max));
         }
+        let seat = until.map(|_| self.seat(asking)).transpose()?;
         let claim = Claim {
             member: asking.member,
             id: asking.id(),
             mode: want.mode,
             lease_ms: want.lease_ms,
+            place: 0,
+            seat,
         };
         let block = self.blocks.at_mut(key).expect("just found");
         let claimed = block.lock.claim(now, claim, until);
         self.blocks.note_deadline(key);
         match claimed {
-            Ok(None) => {
+            Claimed::Waits(place) => {
                 self.involve(asking.member, key);
+                let by = (asking.member, asking.id());
+                self.blocks.wait_begun(key, by, place);
                 Ok(None)
             }
-            Ok(Some(grant)) => {
+            Claimed::Granted(grant) => {
                 self.involve(asking.member, key);
                 self.granted(key, &grant, turn);
                 Ok(Some(grant_json(&grant)))
             }
-            Err(_) => {
+            Claimed::Refused => {
                 let block = self.blocks.at(key).expect("just found");
                 Err(match block.lock.holders().first() {
                     Some(held) => self.locked(id, held),
@@ -111,37 +116,26 @@ impl<D: Driver> Pool<D> {
         id: &str,
         turn: &mut Turn<'_, D>,
     ) -> bool {
-        let Some(asker) = self.members.at(member) else {
-            return false;
-        };
-        let keys = asker.blocks.clone();
-        for key in keys {
-            let Some(block) = self.blocks.at_mut(key) else {
+        let waits = self.blocks.waits_of(member, id);
+        for &(key, place) in &waits {
+            let block = self.blocks.at_mut(key);
+            let Some(claim) = block.and_then(|block| block.lock.take(place)) else {
                 continue;
             };
-            if block.lock.cancel(member, id) {
-                let refusal = Refusal::new(Code::Cancelled, "the wait for the lock was cancelled");
-                self.answer(member, Some(id), Err(refusal), turn);
-                self.grant_waiting(key, turn);
-                return true;
-            }
+            self.blocks.wait_over(key, &claim);
+            let refusal = Refusal::new(Code::Cancelled, "the wait for the lock was cancelled");
+            self.answer(member, Some(id), Err(refusal), turn);
+            self.grant_waiting(key, turn);
         }
-        false
+        !waits.is_empty()
     }
 
     /// Ends leases and waits whose time is over.
     pub(in crate::pool) fn handle_block_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
-        if self.blocks.next.is_none_or(|next| next > now) {
-            return;
-        }
-        let due: Vec<BlockKey> = self
-            .blocks
-            .blocks
-            .iter()
-            .filter(|(_, block)| block.lock.next_deadline().is_some_and(|at| at <= now))
-            .map(|(key, _)| shown(key))
-            .collect();
+        let is_due = |(at, _): &&(Time, BlockKey)| *at <= now;
+        let due = self.blocks.deadlines.iter().take_while(is_due);
+        let due: Vec<BlockKey> = due.map(|(_, key)| *key).collect();
         for key in due {
             while let Some(expired) = self
                 .blocks
@@ -150,6 +144,7 @@ impl<D: Driver> Pool<D> {
             {
                 match expired {
                     Expired::Wait(claim) => {
+                        self.blocks.wait_over(key, &claim);
                         let block = self.blocks.at(key).expect("just found");
                         let refusal = match block.lock.holders().first() {
                             Some(held) => self.locked(&block.id, held),
@@ -171,8 +166,8 @@ impl<D: Driver> Pool<D> {
                 }
             }
             self.grant_waiting(key, turn);
+            self.blocks.note_deadline(key);
         }
-        self.blocks.look_for_deadline();
     }
 
     /// A lock ended without its holder's wish, who lives on.
@@ -215,6 +210,7 @@ impl<D: Driver> Pool<D> {
             .at_mut(key)
             .and_then(|block| block.lock.grant_next(now))
         {
+            self.blocks.wait_over(key, &grant.claim);
             self.blocks.note_deadline(key);
             self.granted(key, &grant, turn);
             let reply = Ok(Some(grant_json(&grant)));

@@ -57,12 +57,12 @@ impl<D: Driver> Pool<D> {
                     to,
                     geometry,
                     reason,
+                    room,
                 },
                 made,
             ) => {
                 block.lock.end_server();
-                let (owner, was, will) = (
-                    block.owner.clone(),
+                let (was, will) = (
                     block.total(),
                     geometry.total().expect("checked when it was asked for"),
                 );
@@ -71,8 +71,8 @@ impl<D: Driver> Pool<D> {
                         let old = std::mem::replace(&mut block.storage, to);
                         block.geometry = geometry;
                         block.generation += 1;
+                        block.room = room;
                         self.blocks.bytes -= was;
-                        turn.with_ledger(|ledger| ledger.release(&owner, was));
                         turn.block_job(Job::Drop {
                             storage: old,
                             is_superseded: true,
@@ -101,7 +101,7 @@ impl<D: Driver> Pool<D> {
                     }
                     other => {
                         self.blocks.bytes -= will;
-                        turn.with_ledger(|ledger| ledger.release(&owner, will));
+                        drop(room);
                         let refusal = other.err().unwrap_or_else(|| {
                             Refusal::new(Code::Storage, "no new generation was needed after all")
                         });
@@ -139,7 +139,7 @@ impl<D: Driver> Pool<D> {
         if matches!(block.phase, Phase::Moving { .. }) || block.lock.is_held_by_server() {
             return Err(Refusal::new(
                 Code::Locked,
-                format!("block '{id}' is being written or moved; repeat in a moment"),
+                format!("block '{id}' is being written or moved; try again"),
             ));
         }
         if let Some(needed) = block.layout.as_ref().and_then(Layout::bytes)
@@ -151,6 +151,7 @@ impl<D: Driver> Pool<D> {
             ));
         }
         let geometry = Geometry::new(block.kind, size, block.geometry.slots);
+        let seat = self.seat(asking)?;
         self.begin_move(key, geometry, "resized", None, turn)?;
         self.involve(asking.member, key);
         let block = self.blocks.at_mut(key).expect("just found");
@@ -158,6 +159,7 @@ impl<D: Driver> Pool<D> {
             member: asking.member,
             id: asking.id(),
             attach: None,
+            _seat: seat,
         });
         Ok(None)
     }
@@ -181,17 +183,15 @@ impl<D: Driver> Pool<D> {
                 self.limits.memory_bytes_per_pool_max,
             ),
         )?;
-        let limits = &self.limits;
         let block = self.blocks.at_mut(key).expect("its caller found it");
-        let to = turn.with_ledger(|ledger| {
-            ledger.reserve(&block.owner, total, limits)?;
-            Ok::<_, Refusal>(ledger.next_storage())
-        })?;
+        let room = Room::new(&block.account, block.kind, total)?;
+        let to = turn.with_numbers(Numbers::next_storage);
         block.lock.begin_server();
         block.phase = Phase::Moving {
             to,
             geometry,
             reason,
+            room,
         };
         // The record of the generation to come.
         let mut record = record(&self.name, block, self.outlives);

@@ -13,6 +13,15 @@ pub struct Found<'a> {
 }
 
 impl Found<'_> {
+    /// The app that made it.
+    ///
+    /// # Errors
+    /// Where the record makes no sense.
+    pub fn owner(&self) -> Result<AppId, Refusal> {
+        let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
+        Ok(AppId::new(record["owner"].as_str().ok_or_else(senseless)?)?)
+    }
+
     /// The pool and the block of a record.
     ///
     /// # Errors
@@ -24,7 +33,8 @@ impl Found<'_> {
         Ok((pool, BlockId::new(text("block_id")?)?))
     }
 
-    pub(super) fn read(&self) -> Result<Block, Refusal> {
+    /// The block, for which nothing is reserved yet.
+    pub(super) fn read(&self, account: &Arc<Account>) -> Result<Block, Refusal> {
         use latzero_protocol::memory::Apps;
         let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
         let number = |name: &str| record[name].as_u64().ok_or_else(senseless);
@@ -48,12 +58,15 @@ impl Found<'_> {
             }
         };
         let (_, id) = self.name()?;
+        let kind = word("kind").map_or(Some(Kind::Persistent), Kind::parse);
+        let kind = kind.ok_or_else(senseless)?;
         Ok(Block {
             id,
             storage: StorageId(0),
-            kind: word("kind")
-                .map_or(Some(Kind::Persistent), Kind::parse)
-                .ok_or_else(senseless)?,
+            kind,
+            account: Arc::clone(account),
+            _place: account.hold(Resource::BlockCount),
+            room: Room::new(account, kind, 0)?,
             geometry: Geometry {
                 size: number("size")?,
                 slots: u32::try_from(number("slots")?)
@@ -71,15 +84,17 @@ impl Found<'_> {
                 read: apps("read")?,
                 write: apps("write")?,
             },
-            owner: AppId::new(record["owner"].as_str().ok_or_else(senseless)?)?,
+            owner: self.owner()?,
             // Who is attached is yet to come: one that goes with them would go at once.
             lifetime: Lifetime::Pool,
             generation: number("generation")?,
             created: record["created"].as_u64().unwrap_or(0),
             phase: Phase::Live,
             attachments: Vec::new(),
-            subscribers: Vec::new(),
+            subscribers: BTreeMap::new(),
+            involved: BTreeSet::new(),
             lock: Lock::after(self.fence),
+            due: None,
             waiting: Vec::new(),
             flushing: Vec::new(),
             told: (0, 0),
@@ -89,7 +104,7 @@ impl Found<'_> {
 }
 
 fn senseless() -> Refusal {
-    Refusal::new(Code::Storage, "the record of a block makes no sense")
+    Refusal::new(Code::Storage, "the record of a block is invalid")
 }
 
 /// The record of a block, and whether it is for more than this run.

@@ -3,12 +3,12 @@
 use latzero_protocol::encode;
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::{Event, Page};
-use latzero_protocol::{BlockId, Refusal};
+use latzero_protocol::{BlockId, Code, Refusal};
 use serde_json::{Value, json};
 
 use super::super::{MemberKey, Pool};
 use super::{ATTACHMENTS_SHOWN_MAX, Block, BlockKey, Phase, Replied};
-use crate::driver::Driver;
+use crate::driver::{Driver, Peer as _};
 use crate::memory::Change;
 use crate::registry::{PageText, append};
 
@@ -122,6 +122,17 @@ impl<D: Driver> Pool<D> {
         description
     }
 
+    /// Whether a member has room for one more descriptor that it has not read.
+    pub(in crate::pool) fn check_descriptors(&self, member: MemberKey) -> Result<(), Refusal> {
+        let (asker, max) = (self.asker(member)?, self.limits.descriptors_unread_max);
+        if !asker.takes_descriptors || asker.peer.link().outbox.descriptors() < max {
+            return Ok(());
+        }
+        let message =
+            format!("{max} descriptors wait for you to read them (limits.descriptors_unread_max)");
+        Err(Refusal::new(Code::Overloaded, message))
+    }
+
     /// Replies with a block's description, and its descriptor where the member is attached and takes them.
     pub(in crate::pool) fn answer_description(
         &self,
@@ -137,7 +148,7 @@ impl<D: Driver> Pool<D> {
         let storage = self.blocks.at(key).expect("its caller found it").storage;
         // Where there is no descriptor, now or ever, the block is read and written by copies.
         let descriptor = access
-            .filter(|_| to.takes_descriptors)
+            .filter(|_| to.takes_descriptors && self.check_descriptors(member).is_ok())
             .and_then(|access| turn.driver.descriptor(storage, access));
         let is_mapped = descriptor.is_some();
         let mode = access.map(|access| (access, is_mapped));
@@ -221,7 +232,7 @@ impl<D: Driver> Pool<D> {
             version,
             generation: block.generation,
         };
-        for &subscriber in &block.subscribers {
+        for &subscriber in block.subscribers.keys() {
             if let Some(member) = self.members.at(subscriber) {
                 turn.block_changed(&member.peer, &change);
             }
@@ -231,7 +242,7 @@ impl<D: Driver> Pool<D> {
         }
         for (key, member) in self.members.iter() {
             let watches = member.watch.is_some_and(|set| set.has(Event::BlockChanged));
-            if watches && !block.subscribers.contains(&key) {
+            if watches && !block.subscribers.contains_key(&key) {
                 turn.block_changed(&member.peer, &change);
             }
         }

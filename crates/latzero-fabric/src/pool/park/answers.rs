@@ -239,7 +239,7 @@ pub(in crate::pool) enum Told {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Takes in an answer that an earlier run kept; false where its row makes no sense.
+    /// Takes in an answer that an earlier run kept; false where the stored row is invalid.
     pub fn restore_answer(
         &mut self,
         row: &AnswerRow,

@@ -48,7 +48,7 @@ impl<D: Driver> Pool<D> {
         handler: MemberKey,
     ) {
         let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
-        let cause = format!("the connection of handler '{app}' ended before it answered");
+        let cause = format!("handler '{app}' disconnected before it answered");
         self.parked.orphans.push(Orphan {
             caller,
             id,

@@ -1,5 +1,5 @@
-//! What an earlier run left of persistent blocks: what is whole is taken in again, what was never finished goes, and what
-//! can't be read is set aside under `memory/.orphans/`, from where the server never removes it.
+//! Persistent blocks of an earlier run: complete ones are loaded, incomplete ones are deleted, and
+//! unreadable ones are moved to `memory/.orphans/`, from where the server never deletes them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
@@ -15,7 +15,7 @@ use super::{Files, Names};
 /// Where files go that can't be used.
 const ORPHANS: &str = ".orphans";
 
-/// Files of one name that are set aside; one more is left where it is.
+/// Files of one name that are moved aside; one more is left where it is.
 const SAME_NAME_MAX: u32 = 10_000;
 
 /// A block that an earlier run left.
@@ -95,7 +95,7 @@ impl Files {
                     kept.push(self.take_in(names, record, &generations, lost));
                     continue;
                 }
-                (Ok(_), _) => "it is not the one that the database has".to_owned(),
+                (Ok(_), _) => "it differs from the one in the database".to_owned(),
                 (Err(error), _) => error.to_string(),
             };
             let generations = bytes.remove(&id).unwrap_or_default();
@@ -103,7 +103,8 @@ impl Files {
             match rows.get(&id) {
                 Some(row) => {
                     let happened = format!(
-                        "its record was lost or damaged ({error}); it was made again from the database"
+                        "its record was lost or damaged ({error}); it was recreated from the \
+                         database"
                     );
                     lost(name_of(row), happened);
                     kept.push(self.take_in_by_row(id, row, &generations, lost));
@@ -114,20 +115,22 @@ impl Files {
                         self.orphan(&Names { id, generation }.bytes());
                     }
                     if !is_recorded {
-                        // A server that ends between a block's bytes and its record leaves these:
-                        // nobody ever heard of the block.
-                        tracing::warn!(file = id, "a block without a record is set aside");
+                        // A server that is killed between writing a block's bytes and its record
+                        // leaves these. No client knows the block.
+                        tracing::warn!(file = id, "moving aside a block without a record");
                         continue;
                     }
                     let happened = format!(
-                        "the record of this block can't be read ({error}), nor does the database know it; its files were set aside under memory/{ORPHANS}"
+                        "its record cannot be read ({error}) and the database does not have it; \
+                         its files were moved to memory/{ORPHANS}"
                     );
                     lost(format!("memory/{id}"), happened);
                 }
             }
         }
         if let Err(error) = self.sync() {
-            tracing::warn!(directory = %self.path.display(), %error, "the directory of persistent blocks can't be written to disk");
+            tracing::warn!(directory = %self.path.display(), %error, "cannot flush the directory \
+                of persistent blocks");
         }
         // Of two that claim one name, the newer one has been in use.
         kept.sort_by_key(|kept| std::cmp::Reverse(kept.created_unix_ns()));
@@ -157,13 +160,15 @@ impl Files {
                 .write_new_record(&names, &record)
                 .and_then(|()| self.commit(&names));
             if let Err(error) = written {
-                tracing::warn!(file = %names, %error, "the record of a persistent block can't be put right");
+                tracing::warn!(file = %names, %error, "cannot repair the record of a persistent \
+                    block");
             }
         }
         self.take_in(names, record, generations, lost)
     }
 
-    /// Opens the generation that the record names; where that can't be, the newest one that opens, with its record put right.
+    /// Opens the generation that the record names; where that can't be, the newest one that opens,
+    /// with its record put right.
     fn take_in(
         &self,
         names: Names,
@@ -179,7 +184,7 @@ impl Files {
         });
         let error = match self.open_bytes(&names, Some(&record)) {
             Ok(custodian) => {
-                // Older ones were superseded; of a newer one nobody ever heard.
+                // Older ones were superseded, and no client knows a newer one.
                 others.for_each(|other| self.unlink(&other.bytes()));
                 return Kept {
                     names,
@@ -195,7 +200,8 @@ impl Files {
                 None => match self.open_bytes(&other, None) {
                     Ok(custodian) => found = Some((other, custodian)),
                     Err(error) => {
-                        tracing::error!(file = %other, error, "a generation of a persistent block can't be opened; it is set aside");
+                        tracing::error!(file = %other, error, "cannot open a generation of a \
+                            persistent block; moving it aside");
                         self.orphan(&other.bytes());
                     }
                 },
@@ -210,17 +216,18 @@ impl Files {
             };
         };
         let happened = format!(
-            "its newest generation {names} can't be opened ({error}) and was set aside under memory/{ORPHANS}; the older one {other} was taken"
+            "its newest generation {names} cannot be opened ({error}) and was moved to \
+             memory/{ORPHANS}; the older one, {other}, is used"
         );
         lost(name_of(&record), happened);
-        // First: what stands beside a record's generation at a start goes.
+        // First, because a start deletes files of generations other than the record's.
         self.orphan(&names.bytes());
         let record = record_of(&record, &custodian);
         let written = self
             .write_new_record(&other, &record)
             .and_then(|()| self.commit(&other));
         if let Err(error) = written {
-            tracing::warn!(file = %other, %error, "the record of a persistent block can't be put right");
+            tracing::warn!(file = %other, %error, "cannot repair the record of a persistent block");
         }
         Kept {
             names: other,
@@ -262,13 +269,13 @@ impl Files {
         Ok((names, record))
     }
 
-    /// Puts a block that can't be used where it harms nobody and is not lost.
+    /// Moves an unusable block aside, so that it is not lost.
     pub(in crate::blocks) fn set_aside(&self, names: &Names) {
         self.orphan(&names.bytes());
         self.orphan(&names.record());
     }
 
-    /// How many files were set aside, by this run and all before it, and their bytes.
+    /// How many files were moved aside, by this run and all before it, and their bytes.
     pub(in crate::blocks) fn orphans(&self) -> (usize, u64) {
         let Ok(entries) = std::fs::read_dir(self.path.join(ORPHANS)) else {
             return (0, 0);
@@ -282,7 +289,7 @@ impl Files {
     fn orphan(&self, name: &str) {
         match self.move_aside(name) {
             Ok(()) | Err(Errno::NOENT) => {}
-            Err(error) => tracing::warn!(file = name, %error, "a file can't be set aside"),
+            Err(error) => tracing::warn!(file = name, %error, "cannot move a file aside"),
         }
     }
 
@@ -301,7 +308,8 @@ impl Files {
             let flags = RenameFlags::NOREPLACE;
             match renameat_with(directory, name, directory, &target, flags) {
                 Err(Errno::EXIST) => {}
-                // Not every file system knows the flag (rename(2)). Nobody else moves files here.
+                // Not every file system supports the flag (rename(2)). No other process moves files
+                // here.
                 Err(Errno::INVAL | Errno::NOSYS) => {
                     match statat(directory, &target, AtFlags::SYMLINK_NOFOLLOW) {
                         Ok(_) => {}
@@ -320,7 +328,7 @@ impl Files {
 fn generation(name: &str) -> Option<(&str, u64)> {
     let (id, generation) = name.strip_suffix(".lzb")?.rsplit_once('.')?;
     let number = generation.parse().ok()?;
-    // As it is written, so that the name can be had back from it.
+    // Escaped reversibly, so that the name can be recovered.
     (generation == u64::to_string(&number)).then_some((id, number))
 }
 

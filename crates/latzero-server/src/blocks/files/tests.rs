@@ -1,4 +1,4 @@
-//! Files of persistent blocks wherever a server ends, and what a start makes of them.
+//! Tests of the files of persistent blocks: the server ends at any point, and starts again.
 
 #![allow(
     clippy::unwrap_used,

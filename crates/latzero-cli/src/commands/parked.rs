@@ -1,0 +1,178 @@
+//! `parked`: lists, shows and changes parked calls.
+
+use serde_json::{Value, json};
+
+use crate::args::{ParkedArgs, ParkedCommand, ParkedFilterArgs, ParkedNumbersArgs};
+use crate::exit::{Done, Exit, Failure};
+use crate::output::{Cell, Output, Tone, ago, bytes, count, toned};
+use crate::reach::{ConnectOptions, Connection};
+
+pub(crate) fn run(args: &ParkedArgs, output: &Output) -> Done {
+    match &args.command {
+        ParkedCommand::Ls(args) => {
+            let connection = args.reach.connect(&ConnectOptions::once("parked ls"))?;
+            list(&connection, &args.filter, output)
+        }
+        ParkedCommand::Show(args) => {
+            let connection = args.reach.connect(&ConnectOptions::once("parked show"))?;
+            show(&connection, args.number, output)
+        }
+        ParkedCommand::Cancel(args) => {
+            let connection = args.reach.connect(&ConnectOptions::once("parked cancel"))?;
+            change(&connection, "parked_cancel", args, &json!({}), output)
+        }
+        ParkedCommand::Retry(args) => {
+            let which = &args.which;
+            let connection = which.reach.connect(&ConnectOptions::once("parked retry"))?;
+            let ttl = args.ttl.map(|ttl| ttl.as_millis() as u64);
+            let more = ttl.map_or(json!({}), |ttl| json!({"ttl": ttl}));
+            change(&connection, "parked_retry", which, &more, output)
+        }
+        ParkedCommand::Purge(args) => {
+            let connection = args.reach.connect(&ConnectOptions::once("parked purge"))?;
+            change(&connection, "parked_purge", args, &json!({}), output)
+        }
+    }
+}
+
+/// A request about the calls that a filter names.
+fn request(action: &str, filter: &ParkedFilterArgs) -> Value {
+    let mut request = json!({"action": action});
+    let state = match filter.dead {
+        true => Some("dead"),
+        false => filter.state.as_ref().map(|state| state.as_str()),
+    };
+    for (name, value) in [
+        ("pool", filter.pool.as_deref()),
+        ("app_id", filter.caller.as_deref()),
+        ("process", filter.trigger.as_deref()),
+        ("state", state),
+    ] {
+        if let Some(value) = value {
+            request[name] = value.into();
+        }
+    }
+    request
+}
+
+fn list(connection: &Connection, filter: &ParkedFilterArgs, output: &Output) -> Done {
+    let mut request = request("parked_list", filter);
+    let mut all: Vec<Value> = Vec::new();
+    loop {
+        let mut page = connection.administer(&request)?;
+        if let Some(items) = page["parked"].as_array_mut() {
+            all.append(items);
+        }
+        match page["after"].take() {
+            Value::Null => break,
+            after => request["after"] = after,
+        }
+    }
+    if output.json {
+        output.value(&json!({"parked": all}))?;
+        return Ok(Exit::Ok);
+    }
+    let rows: Vec<Vec<Cell>> = all.iter().map(row).collect();
+    let head = [
+        "NUMBER", "POOL", "TRIGGER", "STATE", "ATTEMPT", "CALLER", "ID", "PARKED", "SIZE",
+    ];
+    output.table(&head, &rows)?;
+    if all.is_empty() && output.is_for_people() {
+        output.note("no parked calls");
+    }
+    Ok(Exit::Ok)
+}
+
+fn row(call: &Value) -> Vec<Cell> {
+    let text = |name: &str| call[name].as_str().unwrap_or("-").to_owned();
+    let number = |name: &str| call[name].as_u64();
+    let state = text("state");
+    let tone = match state.as_str() {
+        "dead" => Tone::Bad,
+        "paused" => Tone::Warn,
+        _ => Tone::Plain,
+    };
+    let attempt = number("attempt").zip(number("attempts"));
+    vec![
+        number("number").unwrap_or(0).into(),
+        text("pool").into(),
+        text("process").into(),
+        toned(state, tone),
+        attempt
+            .map_or("-".to_owned(), |(n, most)| format!("{n} of {most}"))
+            .into(),
+        text("app_id").into(),
+        text("id").into(),
+        number("parked").map_or("-".to_owned(), ago).into(),
+        bytes(number("bytes").unwrap_or(0)).into(),
+    ]
+}
+
+fn show(connection: &Connection, number: u64, output: &Output) -> Done {
+    let call = connection.administer(&json!({"action": "parked_info", "number": number}))?;
+    if output.json {
+        output.value(&call)?;
+        return Ok(Exit::Ok);
+    }
+    let mut facts: Vec<(&str, Cell)> = Vec::new();
+    for (name, value) in call.as_object().into_iter().flatten() {
+        let shown = match (name.as_str(), value) {
+            ("process", Value::String(text)) => ("trigger", text.clone()),
+            ("app_id", Value::String(text)) => ("caller", text.clone()),
+            ("parked", value) => ("parked", ago(value.as_u64().unwrap_or(0))),
+            ("expires", _) => continue,
+            ("bytes", value) => ("size", bytes(value.as_u64().unwrap_or(0))),
+            (name, Value::String(text)) if name != "data" => (name, text.clone()),
+            (name, value) => (name, value.to_string()),
+        };
+        facts.push((shown.0, shown.1.into()));
+    }
+    output.facts(&facts)?;
+    Ok(Exit::Ok)
+}
+
+fn change(
+    connection: &Connection,
+    action: &str,
+    which: &ParkedNumbersArgs,
+    more: &Value,
+    output: &Output,
+) -> Done {
+    let mut requests: Vec<Value> = Vec::new();
+    for number in &which.numbers {
+        requests.push(json!({"action": action, "number": number}));
+    }
+    if requests.is_empty() {
+        let request = request(action, &which.filter);
+        if request.as_object().is_some_and(|fields| fields.len() == 1) {
+            let text = "name the calls: by their numbers, or with --pool, --caller, --trigger, \
+                        --state or --dead";
+            return Err(Failure::usage(text).with_help("`latzero parked ls` prints the numbers"));
+        }
+        requests.push(request);
+    }
+    let mut changed = 0;
+    for request in &mut requests {
+        for (name, value) in more.as_object().into_iter().flatten() {
+            request[name] = value.clone();
+        }
+        loop {
+            let reply = connection.administer(request)?;
+            changed += reply["changed"].as_u64().unwrap_or(0);
+            if reply["more"] != true || reply["changed"] == 0 {
+                break;
+            }
+        }
+    }
+    if output.json {
+        output.value(&json!({"changed": changed}))?;
+        return Ok(Exit::Ok);
+    }
+    let done = match action {
+        "parked_cancel" => "cancelled",
+        "parked_retry" => "running again:",
+        _ => "deleted",
+    };
+    output.line(format_args!("{done} {}", count(changed, "parked call")))?;
+    Ok(Exit::Ok)
+}

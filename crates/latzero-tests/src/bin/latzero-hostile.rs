@@ -1,0 +1,141 @@
+//! Measures how long an innocent client waits beside each kind of hostile one: `cargo xtask hostile`.
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use latzero_tests::Server;
+use latzero_tests::hostile::{Innocent, KINDS, Kind, MEMORY_MAX, RESIDENT_MAX, resident_peak};
+use serde_json::{Value, json};
+
+const HELP: &str = "\
+cargo xtask hostile [--seconds N] [--only TEXT] [--json]
+
+An innocent client beside each kind of hostile one: how long its calls take, without and with it, and the most that the
+server's resident memory came to. N seconds of each [default: 3]; TEXT is a part of a kind's name.
+";
+
+/// What the innocent client may be told to wait beside a hostile one.
+const MAX_MS: f64 = 50.0;
+
+/// How long calls took.
+struct Times {
+    sorted: Vec<Duration>,
+}
+
+impl Times {
+    fn at(&self, quantile: f64) -> f64 {
+        let last = self.sorted.len().saturating_sub(1);
+        let at = (self.sorted.len() as f64 * quantile) as usize;
+        let time = self.sorted.get(at.min(last));
+        time.map_or(0.0, |time| time.as_secs_f64() * 1000.0)
+    }
+
+    /// p50, p99 and the maximum in milliseconds.
+    fn figures(&self) -> [f64; 3] {
+        [self.at(0.5), self.at(0.99), self.at(1.0)]
+    }
+}
+
+/// Calls until it is enough.
+fn calls(innocent: &mut Innocent, mut is_enough: impl FnMut() -> bool) -> Times {
+    let mut sorted = Vec::new();
+    while !is_enough() {
+        sorted.push(innocent.call());
+        // A client that calls without a pause would be a load of its own.
+        std::thread::sleep(Duration::from_micros(300));
+    }
+    sorted.sort_unstable();
+    Times { sorted }
+}
+
+/// One kind: quiet, beside, and the peak of the server's memory.
+fn measure(kind: &Kind, time: Duration) -> (Times, Times, u64) {
+    let server = Server::with(&[MEMORY_MAX]);
+    let mut innocent = Innocent::new(&server);
+    let end = Instant::now() + time;
+    let quiet = calls(&mut innocent, || Instant::now() >= end);
+    let is_over = AtomicBool::new(false);
+    let beside = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let end = Instant::now() + time;
+            let mut held = Vec::new();
+            while Instant::now() < end {
+                // What it holds stays until the next is there.
+                let more = (kind.attack)(&server);
+                held = more;
+            }
+            is_over.store(true, Ordering::Release);
+            drop(held);
+        });
+        calls(&mut innocent, || is_over.load(Ordering::Acquire))
+    });
+    (quiet, beside, resident_peak(&server))
+}
+
+fn main() -> ExitCode {
+    let (mut seconds, mut only, mut is_json) = (3, String::new(), false);
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let taken = match arg.as_str() {
+            "--json" => {
+                is_json = true;
+                true
+            }
+            "--seconds" => args
+                .next()
+                .and_then(|text| text.parse().ok())
+                .map(|n: u64| seconds = n)
+                .is_some(),
+            "--only" => args.next().map(|text| only = text).is_some(),
+            _ => false,
+        };
+        if !taken {
+            eprint!("{HELP}");
+            return ExitCode::from(2);
+        }
+    }
+    let mut rows: Vec<Value> = Vec::new();
+    if !is_json {
+        println!(
+            "{:34} {:>24}   {:>24}   {:>9}",
+            "milliseconds of a call", "quiet p50 p99 max", "beside p50 p99 max", "peak MiB"
+        );
+    }
+    let mut is_well = true;
+    for kind in KINDS.iter().filter(|kind| kind.name.contains(&only)) {
+        let (quiet, beside, peak) = measure(kind, Duration::from_secs(seconds));
+        let ([q50, q99, q_max], [b50, b99, b_max]) = (quiet.figures(), beside.figures());
+        let is_fast = b99 <= 2.0 * q99 + 2.0 && b_max < MAX_MS;
+        let is_small = peak <= RESIDENT_MAX;
+        is_well &= is_fast && is_small;
+        rows.push(json!({
+            "kind": kind.name, "calls": beside.sorted.len(), "well": is_fast && is_small,
+            "quiet_ms": {"p50": q50, "p99": q99, "max": q_max},
+            "beside_ms": {"p50": b50, "p99": b99, "max": b_max},
+            "resident_peak_bytes": peak, "resident_max_bytes": RESIDENT_MAX,
+        }));
+        if !is_json {
+            let peak = peak >> 20;
+            let mark = match (is_fast, is_small) {
+                (true, true) => "",
+                (false, true) => "  slow",
+                (true, false) => "  large",
+                (false, false) => "  slow, large",
+            };
+            println!(
+                "{:34} {q50:8.2}{q99:8.2}{q_max:8.2}   {b50:8.2}{b99:8.2}{b_max:8.2}   {peak:>5}/{}{mark}",
+                kind.name,
+                RESIDENT_MAX >> 20
+            );
+        }
+    }
+    if is_json {
+        println!("{}", json!({"kinds": rows}));
+    }
+    if is_well {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

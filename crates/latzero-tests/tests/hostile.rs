@@ -1,0 +1,95 @@
+//! Clients that want to use the server up, each kind by itself: what it holds stays within its limit and is what its books
+//! say, and an innocent client is served.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use latzero_tests::hostile::{
+    Innocent, KINDS, Kind, MEMORY_MAX, RESIDENT_MAX, resident, resident_peak,
+};
+use latzero_tests::{PATIENCE, Server};
+use rustix::process::Signal;
+
+const MIB: f64 = (1 << 20) as f64;
+
+/// Whether the books and the kernel say the same, within 16 MiB and a tenth.
+fn is_alike(counted: f64, grown: f64) -> bool {
+    (counted - grown).abs() <= 16.0 * MIB + 0.1 * grown.max(counted)
+}
+
+/// Runs a kind with an innocent client beside it, and looks at the server's memory while everything is still held.
+fn stand(kind: &Kind) {
+    let server = Server::with(&[MEMORY_MAX]);
+    let mut innocent = Innocent::new(&server);
+    let before = resident(&server);
+    let (held_before, _) = innocent.books();
+    let is_over = AtomicBool::new(false);
+    let held = std::thread::scope(|scope| {
+        let attack = scope.spawn(|| {
+            let held = (kind.attack)(&server);
+            is_over.store(true, Ordering::Release);
+            held
+        });
+        let mut calls = 0;
+        while !is_over.load(Ordering::Acquire) {
+            innocent.call();
+            calls += 1;
+        }
+        assert!(calls > 0, "{}: not one call beside it", kind.name);
+        attack.join().unwrap()
+    });
+    let look = |innocent: &mut Innocent| {
+        let (held, blocks) = innocent.books();
+        let counted = held as f64 - held_before as f64 - blocks as f64;
+        (counted, resident(&server) as f64 - before as f64)
+    };
+    // What is on its way to the disk is soon there.
+    let end = Instant::now() + Duration::from_secs(5);
+    let (mut counted, mut grown) = look(&mut innocent);
+    while !is_alike(counted, grown) && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(100));
+        (counted, grown) = look(&mut innocent);
+    }
+    let peak = resident_peak(&server);
+    println!(
+        "{}: {} connections, counted {:.1} MiB, resident +{:.1} MiB, peak {:.1} MiB",
+        kind.name,
+        held.len(),
+        counted / MIB,
+        grown / MIB,
+        peak as f64 / MIB
+    );
+    assert!(peak <= RESIDENT_MAX, "{}: {peak} bytes at most", kind.name);
+    if kind.is_about_memory {
+        assert!(
+            is_alike(counted, grown),
+            "{}: the books say {counted}, the kernel {grown}",
+            kind.name
+        );
+    }
+    // It ends when it is told to, whoever is still connected.
+    server.signal(Signal::TERM);
+    let end = Instant::now() + PATIENCE;
+    while server.is_running() {
+        assert!(Instant::now() < end, "{}: it does not end", kind.name);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(held);
+}
+
+#[test]
+fn the_server_stands_every_kind() {
+    let mut failed = Vec::new();
+    for kind in KINDS {
+        let stood = std::panic::catch_unwind(|| stand(kind));
+        if stood.is_err() {
+            failed.push(kind.name);
+        }
+    }
+    assert_eq!(failed, Vec::<&str>::new());
+}
