@@ -636,7 +636,7 @@ mod tests {
         );
         check_message(
             r#"{"other":"1","\u006fther":"2"}"#,
-            "bad_message: field 'other' stands twice",
+            "bad_message: field 'other' occurs twice",
         );
         let many: Vec<String> = (0..70).map(|i| format!("\"f{i}\":1")).collect();
         check_message(
