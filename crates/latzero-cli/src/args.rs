@@ -33,6 +33,7 @@ Server:
 Calls and events:
   call        Call a trigger and print the answer
   answers     Print the answers to parked calls
+  parked      List, show, cancel and retry parked calls
   emit        Send an event to the apps that handle it
   serve       Run a program for each call of a trigger
   on          Print events as they arrive
@@ -211,10 +212,10 @@ Examples:
 
 The part before the first / is the pool, unless --pool names it; with neither, it is `default`.
 An answer of raw bytes is printed as it is, unless stdout is a terminal; with --json it is
-{\"hex\":\"…\"}. With --stream,
-    items are lines on stdout. The final answer is a line on stderr if it
-is not null; without items it is printed as usual. With --json each line is {\"item\":…},
-{\"progress\":…} or {\"end\":…}.
+{\"hex\":\"…\"}.
+With --stream, items are lines on stdout. The final answer is a line on stderr if it is not null;
+without items it is printed as usual. With --json each line is {\"item\":…}, {\"progress\":…}
+or {\"end\":…}.
 With --park the pool is created if necessary, and the call survives a restart of the server and the
 end of this command: Ctrl-C leaves it parked. Unless --app is given it uses a unique AppID, so that
 no other command receives its answer.
@@ -286,16 +287,16 @@ An offline app gets its pools and triggers back when it returns, and parked call
     /// List, show, cancel and retry parked calls
     #[command(after_help = "\
 Examples:
-  latzero parked ls                        every parked call, and every answer that waits
-  latzero parked ls --dead                 those whose attempts all failed
+  latzero parked ls                        all parked calls and waiting answers
+  latzero parked ls --dead                 those whose attempts have all failed
   latzero parked show 17                   one of them, with its payload
   latzero parked retry --dead --pool lab   run the dead calls of a pool again
   latzero parked cancel 17 18
   latzero parked purge --dead              delete the dead calls
 
 A call is waiting (for a handler), paused (its last attempt failed), running, dead (every attempt
-failed), or answered (its answer waits for the caller). The server's own user sees the calls of
-everybody, the owner of a pool those in it, and an app its own.")]
+failed), or answered (its answer waits for the caller). An administrator sees all calls, the owner
+of a pool those in the pool, and an app its own.")]
     Parked(ParkedArgs),
     /// List, create, inspect and remove pools
     #[command(
@@ -921,15 +922,15 @@ pub(crate) enum ParkedCommand {
     Ls(ParkedListArgs),
     /// Show a parked call with its payload
     Show(ParkedShowArgs),
-    /// End parked calls: their callers are told that they were cancelled
+    /// Cancel parked calls; their callers get the error `cancelled`
     Cancel(ParkedNumbersArgs),
-    /// Run dead calls again; their callers were told that they failed, and are not told more
+    /// Run dead calls again; their callers already got an error and get no further answer
     Retry(ParkedRetryArgs),
-    /// Delete dead calls, and answers that nobody fetched
+    /// Delete dead calls, and answers that were not fetched
     Purge(ParkedNumbersArgs),
 }
 
-/// What a parked call is doing.
+/// The state of a parked call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ParkedStateArg {
     Waiting,
@@ -965,7 +966,7 @@ pub(crate) struct ParkedFilterArgs {
     /// Only calls in this state
     #[arg(long, value_enum)]
     pub(crate) state: Option<ParkedStateArg>,
-    /// Only calls whose attempts all failed, like --state dead
+    /// Only calls whose attempts have all failed, like --state dead
     #[arg(long, conflicts_with = "state")]
     pub(crate) dead: bool,
 }
@@ -989,7 +990,10 @@ pub(crate) struct ParkedShowArgs {
 #[derive(Args, Debug)]
 pub(crate) struct ParkedNumbersArgs {
     /// The numbers of the calls, as `latzero parked ls` prints them
-    #[arg(value_name = "NUMBER", conflicts_with_all = ["pool", "trigger", "caller", "state", "dead"])]
+    #[arg(
+        value_name = "NUMBER",
+        conflicts_with_all = ["pool", "trigger", "caller", "state", "dead"]
+    )]
     pub(crate) numbers: Vec<u64>,
     #[command(flatten)]
     pub(crate) filter: ParkedFilterArgs,

@@ -420,7 +420,7 @@ impl Reach {
     }
 
     /// The admin token for a server, and whether there is one that is not proved to it. A token that
-    /// was set is proved where the user says; that of the data directory on the Unix socket alone,
+    /// was set is proved to any server. That of the data directory is proved only on the Unix socket,
     /// where the kernel says whose server it is.
     fn token(&self, place: &Address) -> (Option<String>, bool) {
         if place.is_trusted() {

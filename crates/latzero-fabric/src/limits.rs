@@ -132,6 +132,9 @@ limits! {
     /// How long the server keeps the answer of a call with an idempotency key.
     repeats_ttl_ms as "idempotency_ttl": u64 = HOUR / 6, Millis(1000, 24 * HOUR), Restart,
         "the answer is deleted; a repeat is a new call";
+    /// How long a parked call is kept after its last attempt has failed.
+    dead_ttl_ms as "dead_ttl": u64 = 7 * 24 * HOUR, Millis(1000, 365 * 24 * HOUR), Restart,
+        "the call is deleted";
     /// Memory that all clients together can make the server use, including memory blocks; 0 is half
     /// of the memory that the server may use.
     memory_max: u64 = 0, Bytes(0, 1024 * GIB), Restart,
@@ -181,7 +184,7 @@ limits! {
     /// Known apps, connected or not.
     apps_max: usize = 100_000, Count(1, 16_777_216), Restart,
         "the app that has been offline longest is forgotten; if all are connected, `quota`";
-    /// AppIDs that have a key.
+    /// AppIDs with a key of their own.
     app_keys_max: usize = 10_000, Count(1, 1_048_576), Restart, "`quota`";
     /// Pools.
     pools_max: usize = 10_000, Count(1, 16_777_216), Restart, "`quota`";
@@ -230,9 +233,6 @@ limits! {
     parked_per_app_max: usize = 50_000, Count(0, 16_777_216), Restart, "`overloaded`";
     /// Memory used by the parked calls and waiting answers of one app.
     parked_bytes_per_app_max: usize = 128 * MIB, Bytes(0, 64 * GIB), Restart, "`overloaded`";
-    /// How long a parked call is kept after its last attempt has failed.
-    dead_ttl_ms as "dead_ttl": u64 = 7 * 24 * HOUR, Millis(1000, 365 * 24 * HOUR), Restart,
-        "the call is deleted";
     /// Parked calls of one pool whose attempts have all failed.
     dead_max: usize = 1000, Count(0, 1_000_000), Restart, "the oldest one is deleted";
     /// Idempotency keys that one pool remembers.

@@ -87,8 +87,8 @@ impl<D: Driver> Link<D> {
             return sent;
         }
         if !self.outbox.is_blocked() && own < LARGE_BYTES {
-            // It is written in a moment, and counted where it can't be. Whose own account is full waits
-            // for no moment; a full server is the doing of others.
+            // It is written in a moment, and counted where it can't be. Whose own account is full
+            // waits for no moment; a full server is the doing of others.
             let has_room = self.account.has_own_room(Resource::Outbox, own as u64);
             return match has_room {
                 true => Sent::Queued,

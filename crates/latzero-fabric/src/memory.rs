@@ -1,5 +1,5 @@
-//! Memory blocks as the core and its driver speak of them: geometry, storage, jobs, and numbers that
-//! are given out once.
+//! Memory blocks as the core and its driver speak of them: geometry, storage, jobs, and numbers
+//! that are given out once.
 
 use hashbrown::HashMap;
 use latzero_protocol::memory::Kind;

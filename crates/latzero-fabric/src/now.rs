@@ -29,9 +29,17 @@ pub struct Now {
     /// For people, and for what outlives the server: milliseconds since the Unix epoch. It may
     /// jump.
     pub unix_ms: u64,
+    /// For stored deadlines: as `unix_ms`, but without the jumps that the driver noticed.
+    pub steady_ms: u64,
 }
 
 impl Now {
+    /// A moment of the steady clock as milliseconds since the Unix epoch, by today's wall clock.
+    #[must_use]
+    pub fn unix_ms_of(&self, steady_ms: u64) -> u64 {
+        (self.unix_ms + steady_ms).saturating_sub(self.steady_ms)
+    }
+
     /// An earlier moment as milliseconds since the Unix epoch, by today's wall clock.
     #[must_use]
     pub fn unix_ms_at(&self, then: Time) -> u64 {

@@ -806,7 +806,7 @@ impl<D: Driver> Registry<D> {
     }
 }
 
-/// What a stranger hears about a pool that is closed to it: no more than that the name is not for it.
+/// The answer about a pool that is closed to an app: no more than that.
 fn not_open(app_id: &AppId, name: &PoolName) -> Refusal {
     let message = format!("pool '{name}' is not open to app '{app_id}'");
     Refusal::new(Code::Forbidden, message)

@@ -578,7 +578,8 @@ impl<D: Driver> Session<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Reply, Refusal> {
         if !self.terms.is_admin {
-            let message = "only the server's own user over the Unix socket, or whoever proves the admin token of the data directory, may do this";
+            let message = "only an administrator may do this: the server's user over the Unix \
+                           socket, or anyone who proves the admin token";
             return Err(Refusal::new(Code::Forbidden, message));
         }
         let is_for_own = match &admin.action {
@@ -587,7 +588,7 @@ impl<D: Driver> Session<D> {
             _ => false,
         };
         if is_for_own && !self.terms.is_own {
-            let message = "this is for the server's own user on the Unix socket alone";
+            let message = "only the server's user may do this, over the Unix socket";
             return Err(Refusal::new(Code::Forbidden, message));
         }
         if let Some(ready) = &self.ready {

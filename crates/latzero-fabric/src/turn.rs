@@ -37,6 +37,10 @@ impl<D: Driver> Turn<'_, D> {
         self.now.unix_ms
     }
 
+    pub(crate) fn steady_ms(&self) -> u64 {
+        self.now.steady_ms
+    }
+
     /// The bounds.
     pub(crate) fn limits(&self) -> &Limits {
         &self.driver.site().limits

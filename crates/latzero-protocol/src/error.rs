@@ -125,12 +125,12 @@ codes! {
         "The server could not identify the client."
         "Connect over the Unix socket, or prove the app's key.";
     StaleEpoch "stale_epoch" No Server
-        "The encrypted pool is in another epoch than the sender or the content."
+        "The encrypted pool has another epoch than the sender or the content."
         "Prove the pool again, and use its newest descriptor.";
     Forbidden "forbidden" No Server
         "The client is not allowed to do this."
-        "Connect over the Unix socket as the server's user, or prove the admin token of its data \
-         directory.";
+        "Connect over the Unix socket as the server's user, or prove the admin token of its \
+         data directory.";
     NotMember "not_member" No Server
         "The caller or the destination is not in the pool."
         "Join the pool first: name it in the handshake or send `pool_join`.";

@@ -2,8 +2,8 @@
 //!
 //! Each line of `logs/audit.log` is a JSON object. The file is rotated by size, like the server
 //! log. A separate thread writes it. Lines that do not fit in its queue are counted with the other
-//! lost log lines. To keep one user from flooding the log, each user has a burst and a rate for each
-//! kind of event; the next line of that user and event says how many were left out.
+//! lost log lines. To keep one user from flooding the log, each user has a burst and a rate for
+//! each kind of event; the next line of that user and event says how many were left out.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -28,7 +28,8 @@ const BURST: u32 = 10_000;
 /// Lines that each user gets back per second.
 const LINES_PER_SECOND: u32 = 100;
 
-/// Users and events whose lines are counted one by one; all other users share a count for each event.
+/// Users and events whose lines are counted one by one; all other users share a count for each
+/// event.
 const SHARES_MAX: usize = 4096;
 
 /// The file of what is about security, which nothing else can push out.

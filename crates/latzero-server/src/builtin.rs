@@ -211,9 +211,11 @@ fn reply(
                 after: string("after")?,
                 limit: Page::LIMIT_MAX,
             };
-            let clock = host.shared.clock;
+            let shared = Arc::clone(&host.shared);
             host.with_registry(|registry, _| {
-                registry.list_apps(pool.as_ref(), &page, &view, |then| clock.unix_ms(then))
+                registry.list_apps(pool.as_ref(), &page, &view, |then| {
+                    shared.clock.unix_ms(then)
+                })
             })?
         }
         "pools" => {

@@ -585,7 +585,7 @@ mod tests {
             |f| f.place = directory(1000, 0o755),
             "data directory",
             Warn,
-            "can be read by other users",
+            "other users can read",
             "chmod 700 /d",
         );
         check(

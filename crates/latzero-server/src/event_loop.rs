@@ -30,6 +30,7 @@ use crate::peer::Peer;
 use crate::shared::{Command, Shared};
 use crate::startup::descriptors::{AcceptBackoff, SpareDescriptor};
 use crate::startup::systemd::Notifier;
+use crate::steps::Watch;
 
 const WAKER: Token = Token(0);
 const FIRST_LISTENER: usize = 1;
@@ -160,6 +161,7 @@ impl EventLoop {
     pub(crate) fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(1024);
         let shared = Arc::clone(&self.host.shared);
+        let mut watch = Watch::new(shared.clock.read());
         loop {
             let timeout = self.timeout(shared.clock.now());
             match self.poll.poll(&mut events, timeout) {
@@ -167,6 +169,9 @@ impl EventLoop {
                 other => other?,
             }
             self.host.now = shared.clock.read();
+            if self.index == 0 && watch.look(self.host.now, &shared) {
+                self.host.now = shared.clock.read();
+            }
             let now = self.host.now.monotonic;
             for event in &events {
                 self.handle_event(now, event);

@@ -147,6 +147,7 @@ impl IoHost {
         for pool in &pools {
             parked.add(&self.with_pool(pool, |pool, _| pool.parked_counts()));
         }
+        parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         parked
     }
 
@@ -164,6 +165,7 @@ impl IoHost {
             members += stats.members;
             parked.add(&stats.parked);
         }
+        parked.oldest = parked.oldest.map(|ms| self.now.unix_ms_of(ms));
         let mut stats = self.shared.stats.to_json(now);
         stats["server"] = json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -371,9 +373,10 @@ impl Driver for IoHost {
         match what {
             Report::Stats => turn.driver.stats(view),
             Report::Health => {
-                let parked = turn.driver.parked();
                 let host = &mut *turn.driver;
-                let mut report = crate::health::report(&host.shared, &parked, host.now.monotonic);
+                let parked = host.parked();
+                let now = host.now.monotonic;
+                let mut report = crate::health::report(&host.shared, &parked, now);
                 if !view.is_admin
                     && let Some(losses) = report["losses"].as_array_mut()
                 {

@@ -34,6 +34,9 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// epoch.
 const ALIVE: &str = "alive";
 
+/// The setting that says how the clocks stood, as [`crate::steps`] has it.
+const CLOCK: &str = "clock";
+
 /// The name under which the kernel's name for the run of the machine is stored.
 const BOOT: &str = "boot";
 
@@ -166,6 +169,11 @@ impl Keeper {
     }
 
     /// Leaves a sign of life: after a kill it says until when apps were seen at least.
+    /// Notes the state of all clocks for the next start.
+    pub(crate) fn note_clock(&self, record: &str) {
+        self.set(CLOCK, record);
+    }
+
     pub(crate) fn note_alive(&self, unix_ms: u64) {
         self.set(ALIVE, &unix_ms.to_string());
     }
@@ -301,6 +309,12 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         return (Vec::new(), true);
     };
     host.with_numbers(|numbers| numbers.count_on_after(keeper.last_number));
+    let clock = contents.settings.iter().find(|(key, _)| key == CLOCK);
+    if let Some((_, record)) = clock {
+        crate::steps::restore(record, &shared);
+        host.now = shared.clock.read();
+    }
+    keeper.note_clock(&crate::steps::record(&shared));
     let unix_ms = host.now.unix_ms;
     let alive = contents.settings.iter().find(|(key, _)| key == ALIVE);
     let alive_until = alive.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);

@@ -28,6 +28,7 @@ mod shared;
 mod socket;
 pub mod startup;
 mod stats;
+mod steps;
 pub mod surroundings;
 mod timers;
 pub mod upkeep;

@@ -387,7 +387,8 @@ impl Drop for Together {
     }
 }
 
-/// Sixty-four bits that differ from start to start: random choices grow from them. Nothing secret does.
+/// Sixty-four bits that differ from start to start: random choices grow from them. Nothing secret
+/// does.
 fn seed() -> u64 {
     u64::from_le_bytes(crate::random::bytes())
 }

@@ -3,7 +3,7 @@
 //! Lock order: built-in app, registry, pool, outbox. The timers, the statistics, the hand-over, and
 //! the table and ledger of blocks are leaves. No lock here is held during IO.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -111,9 +111,10 @@ impl Mailbox {
 }
 
 /// The server's clock: monotonic microseconds, and what they are on the wall.
-#[derive(Debug, Clone, Copy)]
 pub(crate) struct Clock {
     start: Instant,
+    /// By how much the wall clock is ahead of the steady one, in milliseconds: the sum of its jumps.
+    ahead_ms: AtomicI64,
 }
 
 impl Clock {
@@ -122,28 +123,42 @@ impl Clock {
         let start = Instant::now();
         Clock {
             start: start.checked_sub(Duration::from_secs(1)).unwrap_or(start),
+            ahead_ms: AtomicI64::new(0),
         }
     }
 
-    pub(crate) fn now(self) -> Time {
+    pub(crate) fn now(&self) -> Time {
         Time(self.start.elapsed().as_micros() as u64)
     }
 
-    /// The present, on both clocks.
-    pub(crate) fn read(self) -> Now {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+    /// The present, on all clocks.
+    pub(crate) fn read(&self) -> Now {
+        let unix_ms = wall_ms();
         Now {
             monotonic: self.now(),
-            unix_ms: since_epoch.map_or(0, |since| since.as_millis() as u64),
+            unix_ms,
+            steady_ms: unix_ms.saturating_add_signed(-self.ahead_ms.load(Relaxed)),
         }
     }
 
-    pub(crate) fn unix_ms(self, then: Time) -> u64 {
-        let wall = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_millis() as u64);
-        wall.saturating_sub(self.now().since(then).as_millis() as u64)
+    /// By how much the wall clock is ahead of the steady one.
+    pub(crate) fn ahead_ms(&self) -> i64 {
+        self.ahead_ms.load(Relaxed)
     }
+
+    /// The wall clock jumped by so much in all.
+    pub(crate) fn set_ahead_ms(&self, ms: i64) {
+        self.ahead_ms.store(ms, Relaxed);
+    }
+
+    pub(crate) fn unix_ms(&self, then: Time) -> u64 {
+        wall_ms().saturating_sub(self.now().since(then).as_millis() as u64)
+    }
+}
+
+fn wall_ms() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+    since_epoch.map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Where the server listens and who it is; for `status` and the logs.

@@ -30,6 +30,7 @@ pub(crate) const LOOK_EVERY_MS: u64 = 30_000;
 pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
     let unix_ms = shared.clock.unix_ms(now);
     shared.keeper.note_alive(unix_ms);
+    shared.keeper.note_clock(&crate::steps::record(shared));
     crate::blocks::end_grace(shared, now);
     shared.keeper.keep_losses();
     let interval = shared.settings().backup_interval.as_millis() as u64;

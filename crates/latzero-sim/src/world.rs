@@ -363,6 +363,7 @@ impl World {
         let now = Now {
             monotonic: self.now,
             unix_ms: EPOCH_MS + self.now.0 / 1000,
+            steady_ms: EPOCH_MS + self.now.0 / 1000,
         };
         Turn::new(now, self)
     }

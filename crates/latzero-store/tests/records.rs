@@ -113,7 +113,7 @@ fn an_invalid_change_does_not_delay_its_group() {
     assert!(
         error
             .to_string()
-            .starts_with("call 18446744073709551615 cannot be stored"),
+            .starts_with("cannot store call 18446744073709551615"),
         "{error}"
     );
     opened.store.close().unwrap();

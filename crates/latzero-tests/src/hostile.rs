@@ -1,6 +1,8 @@
-//! Clients that want to use the server up, one kind after the other, and an innocent one beside them.
+//! Clients that want to use the server up, one kind after the other, and an innocent one beside
+//! them.
 //!
-//! The tests look at memory and outcomes under each kind; `cargo xtask hostile` measures how long the innocent one waits.
+//! The tests look at memory and outcomes under each kind; `cargo xtask hostile` measures how long
+//! the innocent one waits.
 
 use std::fs::File;
 use std::io;
@@ -226,7 +228,8 @@ fn triggers_times_pools(server: &Server) -> Vec<Wire> {
     let products = [(256, 1024), (256, 16), (64, 64), (4, 1024)];
     let clients = (0..20).filter_map(|n| {
         let (pools, triggers) = products[n % products.len()];
-        let more = json!({"transient": true, "pools": names('p', pools), "triggers": names('t', triggers)});
+        let more = json!({"transient": true, "pools": names('p', pools), "triggers": names('t',
+            triggers)});
         stranger(server, &format!("service{n}"), &more)
     });
     clients.collect()
@@ -328,7 +331,8 @@ fn unread_descriptors(server: &Server) -> Vec<Wire> {
     let clients = (0..8).filter_map(|n| {
         let mut wire = enter(server, Via::Unix, &format!("mapper{n}"), &more)?;
         let block = format!("d{n}");
-        let create = json!({"action": "memory_create", "block_id": block, "size": 65536, "if_exists": "attach"});
+        let create = json!({"action": "memory_create", "block_id": block, "size": 65536,
+            "if_exists": "attach"});
         ask(&mut wire, create);
         let attach = framed(&format!(
             r#"{{"action":"memory_attach","id":"a","block_id":"{block}","mode":"read"}}"#
@@ -396,7 +400,8 @@ fn half_written(server: &Server) -> Vec<Wire> {
     let (Some(mut writer), Some(mut reader)) = (writer, reader) else {
         return Vec::new();
     };
-    let create = json!({"action": "memory_create", "block_id": "frame", "size": 4096, "if_exists": "attach"});
+    let create = json!({"action": "memory_create", "block_id": "frame", "size": 4096,
+        "if_exists": "attach"});
     ask(&mut writer, create);
     ask(
         &mut writer,
@@ -427,7 +432,8 @@ fn everything(server: &Server) -> Vec<Wire> {
             (0..10_100).map(|n| framed(&format!(r#"{{"action":"pool_create","pool":"pool{n}"}}"#)));
         flood(&mut wire, pools);
         for size in [64, 32, 16, 8, 4, 2, 1] {
-            let create = json!({"action": "memory_create", "pool": "p", "block_id": format!("b{size}"), "size": size * MIB});
+            let create = json!({"action": "memory_create", "pool": "p",
+                "block_id": format!("b{size}"), "size": size * MIB});
             ask(&mut wire, create);
         }
         held.push(wire);
@@ -465,7 +471,8 @@ impl Innocent {
         );
         let call = self.handler.receive();
         self.handler.send(
-            &json!({"action": "response", "in_reply_to": call["id"], "status": "ok", "response": call["data"]}),
+            &json!({"action": "response", "in_reply_to": call["id"], "status": "ok",
+                "response": call["data"]}),
         );
         let answer = self.caller.receive();
         assert_eq!(
@@ -476,7 +483,8 @@ impl Innocent {
         began.elapsed()
     }
 
-    /// The books of the server: all memory, and how much of it is memory blocks, which other processes may hold.
+    /// The books of the server: all memory, and how much of it is memory blocks, which other
+    /// processes may hold.
     pub fn books(&mut self) -> (u64, u64) {
         let stats = self.caller.request(json!({"action": "stats"}));
         let ledger = &stats["response"]["ledger"];

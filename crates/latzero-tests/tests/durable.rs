@@ -1112,3 +1112,58 @@ fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
         assert!(said.contains(row), "{row} is not in:\n{said}");
     }
 }
+
+/// Has everything that is stored look as if the clock had been set by so much since.
+fn set_clock(site: &Site, by_ms: i64) {
+    use latzero_store::Change;
+    let options = latzero_store::Options::default();
+    let opened = latzero_store::open(&site.data_dir(), options).unwrap();
+    let mut changes = Vec::new();
+    for mut row in opened.contents.calls {
+        row.expires -= by_ms;
+        row.parked -= by_ms;
+        changes.push(Change::PutCall(row));
+    }
+    let clock = opened
+        .contents
+        .settings
+        .into_iter()
+        .find(|(key, _)| key == "clock");
+    let mut clock: Value = serde_json::from_str(&clock.unwrap().1).unwrap();
+    clock["unix_ms"] = (clock["unix_ms"].as_i64().unwrap() - by_ms).into();
+    changes.push(Change::PutSetting {
+        key: "clock".into(),
+        value: clock.to_string(),
+    });
+    opened.store.commit(changes).unwrap();
+    opened.store.close().unwrap();
+}
+
+#[test]
+fn a_clock_that_is_set_moves_no_deadline() {
+    const DAYS: i64 = 30 * 24 * 3_600_000;
+    for by_ms in [DAYS, -DAYS] {
+        let site = Site::new();
+        let server = site.start();
+        let mut caller = join(&server, json!({"app_id": "caller"}));
+        let parked =
+            json!({"action": "trigger", "process": "t", "id": "1", "park": true, "ttl": 600_000});
+        assert_eq!(caller.request(parked)["status"], "parked");
+        assert!(server.stop().success());
+        set_clock(&site, by_ms);
+        let server = site.start();
+        let mut caller = join(&server, json!({"app_id": "caller"}));
+        let shown = caller.request(json!({"action": "parked_list"}));
+        let call = ok(&shown)["parked"][0].clone();
+        let left = call["expires"].as_i64().unwrap() - unix_ms() as i64;
+        assert!(
+            (500_000..=600_000).contains(&left),
+            "{left} ms are left: {call}"
+        );
+        assert!(
+            server
+                .log()
+                .contains("the clock of the machine was changed")
+        );
+    }
+}

@@ -1,5 +1,5 @@
-//! Clients that want to use the server up, each kind by itself: what it holds stays within its limit and is what its books
-//! say, and an innocent client is served.
+//! Clients that want to use the server up, each kind by itself: what it holds stays within its
+//! limit and is what its books say, and an innocent client is served.
 
 #![allow(
     clippy::unwrap_used,
@@ -22,7 +22,8 @@ fn is_alike(counted: f64, grown: f64) -> bool {
     (counted - grown).abs() <= 16.0 * MIB + 0.1 * grown.max(counted)
 }
 
-/// Runs a kind with an innocent client beside it, and looks at the server's memory while everything is still held.
+/// Runs a kind with an innocent client beside it, and looks at the server's memory while everything
+/// is still held.
 fn stand(kind: &Kind) {
     let server = Server::with(&[MEMORY_MAX]);
     let mut innocent = Innocent::new(&server);

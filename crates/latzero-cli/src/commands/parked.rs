@@ -145,9 +145,9 @@ fn change(
     if requests.is_empty() {
         let request = request(action, &which.filter);
         if request.as_object().is_some_and(|fields| fields.len() == 1) {
-            let text = "name the calls: by their numbers, or with --pool, --caller, --trigger, \
+            let text = "choose the calls by their numbers, or with --pool, --caller, --trigger, \
                         --state or --dead";
-            return Err(Failure::usage(text).with_help("`latzero parked ls` prints the numbers"));
+            return Err(Failure::usage(text).with_help("`latzero parked ls` lists the numbers"));
         }
         requests.push(request);
     }

@@ -120,7 +120,7 @@ struct Parked {
     /// Why the last attempt failed.
     cause: Option<Box<str>>,
     idempotency_key: Option<Box<str>>,
-    /// When it was parked and when its time is over, in milliseconds since the Unix epoch.
+    /// When it was parked and when its time is over, on the steady clock.
     parked_ms: u64,
     expires_ms: u64,
 }
@@ -386,7 +386,7 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<u64, CallError> {
         let now = turn.time();
-        let unix_ms = turn.unix_ms();
+        let steady_ms = turn.steady_ms();
         let process = TriggerName::new(&trigger.process).map_err(Refusal::from)?;
         self.check_outlives("a parked call")?;
         let named = trigger.destination.as_ref();
@@ -423,8 +423,8 @@ impl<D: Driver> Pool<D> {
             attempts: trigger.attempts,
             cause: None,
             idempotency_key: scoped_key(trigger),
-            parked_ms: unix_ms,
-            expires_ms: unix_ms.saturating_add(trigger.ttl_ms),
+            parked_ms: steady_ms,
+            expires_ms: steady_ms.saturating_add(trigger.ttl_ms),
         };
         let row = parked.row(number, &self.name, &lasting);
         parked.state = State::Waiting(lasting);
@@ -473,7 +473,7 @@ impl<D: Driver> Pool<D> {
         };
         // Never longer than was asked for, whatever the clock says now.
         let longest = row.expires.saturating_sub(row.death_or_parked());
-        let left = row.expires.saturating_sub(turn.unix_ms()).min(longest);
+        let left = row.expires.saturating_sub(turn.steady_ms()).min(longest);
         let deadline = now.after_ms(left);
         let mut lasting = Box::new(Lasting {
             message: message.into(),

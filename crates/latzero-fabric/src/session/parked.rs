@@ -32,8 +32,8 @@ impl<D: Driver> Session<D> {
             ParkedAction::Show => {
                 let found = self.find(&parked.filter, is_admin, (0, 1), turn);
                 let shown = found.first().and_then(|found| {
-                    turn.with_pool(&found.pool, |pool, _| {
-                        pool.describe_parked(found.number, true)
+                    turn.with_pool(&found.pool, |pool, turn| {
+                        pool.describe_parked(found.number, true, &turn.now)
                     })
                 });
                 shown
@@ -126,8 +126,8 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
     let (mut bytes, mut last) = (0, None);
     let mut is_more = found.len() == limit;
     for found in found {
-        let shown = turn.with_pool(&found.pool, |pool, _| {
-            pool.describe_parked(found.number, false)
+        let shown = turn.with_pool(&found.pool, |pool, turn| {
+            pool.describe_parked(found.number, false, &turn.now)
         });
         if let Some(shown) = shown {
             bytes += shown.to_string().len() + 1;

@@ -95,7 +95,7 @@ fn nothing_is_left_of_a_move_that_fails() {
     let in_the_way = directory.path().join(format!("{}.new", before[1]));
     std::fs::create_dir(&in_the_way).unwrap();
     let refusal = blocks.make(&making(2, Some(1))).unwrap_err();
-    assert!(refusal.message.contains("can't be written"), "{refusal:?}");
+    assert!(refusal.message.contains("cannot write"), "{refusal:?}");
     std::fs::remove_dir(&in_the_way).unwrap();
     assert_eq!(files(&directory), before);
     assert_eq!(std::fs::read(&record).unwrap(), kept);

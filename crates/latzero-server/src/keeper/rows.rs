@@ -14,8 +14,8 @@ fn time(unix_ms: u64) -> i64 {
     i64::try_from(unix_ms).unwrap_or(i64::MAX)
 }
 
-/// When an app was seen last, where it lives. As long as a time is, so that the row keeps its size when the app comes and
-/// goes; what is before 1970 is read as 0.
+/// When an app was seen last, where it lives. As long as a time is, so that the row keeps its size
+/// when the app comes and goes; what is before 1970 is read as 0.
 const LIVES: i64 = -(1 << 46);
 
 fn seen(unix_ms: u64) -> i64 {

@@ -124,7 +124,7 @@ settings! {
     port: u16 = "45227", Kind::Integer { min: 0, max: 65_535 }, Restart;
     /// Address to listen on. Other machines can reach any address but a loopback address.
     host: String = "127.0.0.1", Kind::Text, Restart;
-    /// Listen on an address beyond loopback although the traffic is not encrypted.
+    /// Listen beyond loopback although nothing that travels there is encrypted.
     insecure: bool = "false", Kind::Bool, Restart;
     /// Data directory: where the server keeps its files. A file inside it cannot set it.
     data_dir: PathBuf = "~/.latzero", Kind::Path, Restart;

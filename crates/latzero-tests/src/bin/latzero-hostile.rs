@@ -1,4 +1,5 @@
-//! Measures how long an innocent client waits beside each kind of hostile one: `cargo xtask hostile`.
+//! Measures how long an innocent client waits beside each kind of hostile one: `cargo xtask
+//! hostile`.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,8 +12,8 @@ use serde_json::{Value, json};
 const HELP: &str = "\
 cargo xtask hostile [--seconds N] [--only TEXT] [--json]
 
-An innocent client beside each kind of hostile one: how long its calls take, without and with it, and the most that the
-server's resident memory came to. N seconds of each [default: 3]; TEXT is a part of a kind's name.
+Measures calls of a well-behaved client without and with each kind of hostile client, and the
+server's peak resident memory. N seconds for each kind [default: 3]; TEXT is part of a kind's name.
 ";
 
 /// What the innocent client may be told to wait beside a hostile one.
@@ -124,7 +125,8 @@ fn main() -> ExitCode {
                 (false, false) => "  slow, large",
             };
             println!(
-                "{:34} {q50:8.2}{q99:8.2}{q_max:8.2}   {b50:8.2}{b99:8.2}{b_max:8.2}   {peak:>5}/{}{mark}",
+                "{:34} {q50:8.2}{q99:8.2}{q_max:8.2}   {b50:8.2}{b99:8.2}{b_max:8.2}   \
+                 {peak:>5}/{}{mark}",
                 kind.name,
                 RESIDENT_MAX >> 20
             );

@@ -247,12 +247,12 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> bool {
         let now = turn.time();
-        let unix_ms = turn.unix_ms();
+        let steady_ms = turn.steady_ms();
         let Some(answer) = Answered::read(&row.frame) else {
             return false;
         };
         // Never longer than is promised, whatever the clock says now.
-        let left = row.expires.saturating_sub(unix_ms);
+        let left = row.expires.saturating_sub(steady_ms);
         let expires = now.after_ms(left.min(self.limits.answer_ttl_ms));
         turn.count_held(&self.name, self.number, 1);
         let kept = Kept {
@@ -409,7 +409,7 @@ impl<D: Driver> Pool<D> {
             id: kept.whom.id.to_string(),
             idempotency_key: kept.key.as_deref().map(Into::into),
             frame: kept.answer.frame(),
-            expires: turn.unix_ms().saturating_add(left),
+            expires: turn.steady_ms().saturating_add(left),
         };
         turn.keep(Change::Answer(Box::new(row)), None);
     }

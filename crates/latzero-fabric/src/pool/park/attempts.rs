@@ -171,7 +171,7 @@ impl<D: Driver> Pool<D> {
 
     /// A parked call had its last attempt: its caller is told, and the call itself is kept.
     fn die(&mut self, number: u64, turn: &mut Turn<'_, D>) {
-        let (now, unix_ms) = (turn.time(), turn.unix_ms());
+        let (now, steady_ms) = (turn.time(), turn.steady_ms());
         let ttl_ms = self.limits.dead_ttl_ms;
         let Some(mut parked) = self.parked.remove(number) else {
             return;
@@ -181,11 +181,11 @@ impl<D: Driver> Pool<D> {
             self.repeats_dropped(&parked.caller, &key, turn);
         }
         parked.deadline = now.after_ms(ttl_ms);
-        parked.expires_ms = unix_ms.saturating_add(ttl_ms);
+        parked.expires_ms = steady_ms.saturating_add(ttl_ms);
         let lasting = parked.take().expect("it paused until now");
         let row = crate::keep::CallRow {
             death: Some(Death {
-                at: unix_ms,
+                at: steady_ms,
                 cause: parked.cause.as_deref().unwrap_or_default().into(),
             }),
             ..parked.row(number, &self.name, &lasting)
@@ -229,7 +229,7 @@ impl<D: Driver> Pool<D> {
         };
         let mut lasting = parked.take().expect("it was dead");
         parked.deadline = turn.time().after_ms(ttl_ms);
-        parked.parked_ms = turn.unix_ms();
+        parked.parked_ms = turn.steady_ms();
         parked.expires_ms = parked.parked_ms.saturating_add(ttl_ms);
         (parked.attempt, parked.cause, parked.id) = (0, None, "".into());
         (lasting.attempt, lasting.deadline) = (0, parked.deadline);

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::super::Pool;
 use super::{Parked, ParkedCalls, State};
 use crate::driver::Driver;
+use crate::now::Now;
 use crate::turn::Turn;
 
 /// Bytes of a payload that are shown.
@@ -23,7 +24,8 @@ pub struct ParkedCounts {
     pub dead: usize,
     /// Answers that wait for their callers.
     pub answered: usize,
-    /// When the oldest call that is not dead was parked, in milliseconds since the Unix epoch.
+    /// When the oldest call that is not dead was parked, in milliseconds on the steady clock
+    /// ([`Now::unix_ms_of`]).
     pub oldest: Option<u64>,
 }
 
@@ -113,7 +115,7 @@ impl<D: Driver> Pool<D> {
     }
 
     /// A call or an answer as a listing shows it.
-    pub(crate) fn describe_parked(&self, number: u64, is_whole: bool) -> Option<Value> {
+    pub(crate) fn describe_parked(&self, number: u64, is_whole: bool, now: &Now) -> Option<Value> {
         let Some(parked) = self.parked.calls.get(&number) else {
             let mut shown = self.parked.answers.describe(number)?;
             shown["pool"] = self.name.as_str().into();
@@ -130,7 +132,7 @@ impl<D: Driver> Pool<D> {
             "number": number, "pool": self.name, "state": parked.shown_state().as_str(),
             "process": parked.process, "app_id": parked.caller, "id": parked.id,
             "attempt": parked.attempt, "attempts": parked.attempts,
-            "parked": parked.parked_ms, "expires": parked.expires_ms,
+            "parked": now.unix_ms_of(parked.parked_ms), "expires": now.unix_ms_of(parked.expires_ms),
             "bytes": parked.held.bytes.amount(),
         });
         let mut note = |name: &str, value: Option<Value>| {
