@@ -1,8 +1,9 @@
 //! What sealing costs a call: the same call in a plain pool and in an encrypted one, of one server.
 //!
-//! Caller and handler are two apps of this process, so that both pools pay the same for everything but the keys. Turns are
-//! interleaved, and the encrypted pool is quoted as a multiple of the plain one. Beside that, a large message is sealed and
-//! compared with what the cipher alone takes for it.
+//! Caller and handler are two apps of this process, so that both pools pay the same for everything
+//! but the keys. Turns are interleaved, and the encrypted pool is quoted as a multiple of the plain
+//! one. Beside that, a large message is sealed and compared with what the cipher alone takes for
+//! it.
 
 use std::time::Instant;
 

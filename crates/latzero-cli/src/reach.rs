@@ -87,7 +87,8 @@ impl std::fmt::Display for Address {
 }
 
 impl Address {
-    /// The AppID to use there: `cli-UID` is for the Unix socket alone, where the server knows who comes.
+    /// The AppID to use there: `cli-UID` is for the Unix socket alone, where the server knows who
+    /// comes.
     fn app_id(&self, app_id: &str) -> String {
         match (self, app_id.strip_prefix("cli-")) {
             (Address::Tcp(..), Some(user)) => format!("tcp-cli-{user}"),
@@ -419,9 +420,9 @@ impl Reach {
         options.loss == Loss::Ends || !is_named
     }
 
-    /// The admin token for a server, and whether there is one that is not proved to it. A token that
-    /// was set is proved to any server. That of the data directory is proved only on the Unix socket,
-    /// where the kernel says whose server it is.
+    /// The admin token for a server, and whether there is one that is not proved to it. A token
+    /// that was set is proved to any server. That of the data directory is proved only on the Unix
+    /// socket, where the kernel says whose server it is.
     fn token(&self, place: &Address) -> (Option<String>, bool) {
         if place.is_trusted() {
             return (None, false);

@@ -195,7 +195,8 @@ pub trait Driver: Sized {
         block: &BlockId,
     ) -> Result<(), Refusal>;
 
-    /// The owner of the memory that is awaited back from an earlier run under that name; without a block, of any in the pool.
+    /// The owner of the memory that is awaited back from an earlier run under that name; without a
+    /// block, of any in the pool.
     fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId>;
 
     /// A report about the server, of what whoever looks may see.
@@ -207,8 +208,8 @@ pub trait Driver: Sized {
     /// An id that nobody can guess; a run that is to be repeated draws it from `prng`.
     fn fresh_id(&mut self, prng: &mut Prng) -> u64;
 
-    /// The server's own MAC for an exchange with an administrator, where `mac` is the right one of the client. Takes the same
-    /// time whatever the answer.
+    /// The server's own MAC for an exchange with an administrator, where `mac` is the right one of
+    /// the client. Takes the same time whatever the answer.
     fn admin_mac(&self, exchange: &Exchange, mac: &[u8; 32]) -> Option<[u8; 32]>;
 
     /// Whether the user of a connection may prove something now, or had too many proofs refused.

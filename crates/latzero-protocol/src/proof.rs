@@ -1,6 +1,8 @@
-//! Messages by which somebody shows who they are: an app, an administrator, a member of an encrypted pool.
+//! Messages by which somebody shows who they are: an app, an administrator, a member of an
+//! encrypted pool.
 //!
-//! Binary fields are text in base64url. They are passed on as they came: whoever checks a proof reads them.
+//! Binary fields are text in base64url. They are passed on as they came: whoever checks a proof
+//! reads them.
 
 use std::borrow::Cow;
 
@@ -12,7 +14,8 @@ use crate::name::{AppId, PoolName};
 /// Most bytes of a message that proves something before the handshake.
 pub const PROOF_BYTES_MAX: usize = 4096;
 
-/// Descriptors in one reply to `pool_chain`, and how many there are unless the request says otherwise.
+/// Descriptors in one reply to `pool_chain`, and how many there are unless the request says
+/// otherwise.
 pub const CHAIN_MAX: usize = 64;
 
 /// An app shows that it has its key.
@@ -142,7 +145,8 @@ pub(crate) fn sealed<'a>(fields: &Fields<'a>) -> Result<Option<Sealed<'a>>, Refu
     }
 }
 
-/// Whether a payload is an envelope of an encrypted pool, as far as its first bytes tell: `LZEV` and version 1.
+/// Whether a payload is an envelope of an encrypted pool, as far as its first bytes tell: `LZEV`
+/// and version 1.
 #[must_use]
 pub fn is_sealed(body: Body<'_>) -> bool {
     match body {

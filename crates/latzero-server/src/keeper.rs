@@ -188,7 +188,8 @@ impl Keeper {
         }
     }
 
-    /// What makes names that are no encrypted pool's look like one: drawn once, and the same from then on.
+    /// What makes names that are no encrypted pool's look like one: drawn once, and the same from
+    /// then on.
     pub(crate) fn pool_secret(&self) -> [u8; 32] {
         let contents = self
             .contents

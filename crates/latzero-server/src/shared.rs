@@ -113,7 +113,8 @@ impl Mailbox {
 /// The server's clock: monotonic microseconds, and what they are on the wall.
 pub(crate) struct Clock {
     start: Instant,
-    /// By how much the wall clock is ahead of the steady one, in milliseconds: the sum of its jumps.
+    /// By how much the wall clock is ahead of the steady one, in milliseconds: the sum of its
+    /// jumps.
     ahead_ms: AtomicI64,
 }
 

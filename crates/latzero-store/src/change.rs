@@ -39,7 +39,8 @@ pub enum Change {
     PutPool(PoolRow),
     /// Adds or replaces the descriptor of one epoch of a pool.
     PutDescriptor(DescriptorRow),
-    /// Removes a pool and its descriptors; its blocks, calls and answers are the caller's to remove.
+    /// Removes a pool and its descriptors; its blocks, calls and answers are the caller's to
+    /// remove.
     RemovePool {
         /// Which pool.
         name: String,

@@ -176,8 +176,8 @@ fn build(backup: &Backup, dir: &Path, how: &str, faults: &Faults) -> Result<Path
     built.map(|()| temporary)
 }
 
-/// A restoring adds whose AppIDs were, and takes that from nobody: what the database that is replaced says of it stays. One
-/// that can't be read, or is too old to say anything, adds nothing.
+/// A restoring adds whose AppIDs were, and takes that from nobody: what the database that is
+/// replaced says of it stays. One that can't be read, or is too old to say anything, adds nothing.
 fn carry_bindings(temporary: &Path, replaced: &Path, faults: &Faults) -> Result<(), BackupError> {
     let failed = |error| BackupError::sqlite("add to", temporary, error);
     let is_file = fs::symlink_metadata(replaced).is_ok_and(|metadata| metadata.is_file());

@@ -1,4 +1,5 @@
-//! App keys, administrators and encrypted pools: the real server, the real client, and who tries without the keys.
+//! App keys, administrators and encrypted pools: the real server, the real client, and who tries
+//! without the keys.
 
 #![allow(
     clippy::unwrap_used,

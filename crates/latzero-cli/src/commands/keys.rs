@@ -76,7 +76,8 @@ struct RotateArgs {
     /// Make new keys for joining and reading: who has the old ones reads nothing new
     #[arg(long)]
     remove_reader: bool,
-    /// Make all keys new: who has the old ones writes nothing either, and content of before counts no more
+    /// Make all keys new: who has the old ones writes nothing either, and content of before counts
+    /// no more
     #[arg(long, conflicts_with = "remove_reader")]
     remove_writer: bool,
     /// Keep from who has the new keys alone what was before

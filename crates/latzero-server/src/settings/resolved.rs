@@ -179,7 +179,8 @@ impl Resolved {
     }
 }
 
-/// Whether other machines reach an address. A name counts as what it is resolved to; one that has no address is refused later.
+/// Whether other machines reach an address. A name counts as what it is resolved to; one that has
+/// no address is refused later.
 fn is_beyond_this_machine(host: &str) -> bool {
     use std::net::ToSocketAddrs as _;
     let bare = host
