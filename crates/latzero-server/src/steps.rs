@@ -50,7 +50,7 @@ fn note(jump_ms: i64, when: &str, shared: &Shared) {
     shared.clock.set_ahead_ms(ahead_ms);
     tracing::warn!(
         jump_ms,
-        "the clock of the machine was changed {when}; the deadlines of parked calls stay as they were"
+        "the clock of the machine was changed {when}; the deadlines of parked calls do not move"
     );
 }
 
