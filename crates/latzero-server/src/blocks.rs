@@ -342,6 +342,7 @@ impl Blocks {
             Job::Make { making, .. } => {
                 making.kind == Kind::Persistent
                     || making.geometry.total().unwrap_or(u64::MAX) > INLINE_BYTES_MAX
+                    || has_rights(making)
             }
             Job::Flush { .. } => true,
             Job::Drop { .. } => false,
@@ -801,6 +802,13 @@ impl std::io::Read for OneVersion<'_> {
     }
 }
 
+/// Whether a shared block is not for everybody: then its name is kept for its owner over a restart, from the first reply on.
+fn has_rights(making: &Making) -> bool {
+    let record: Value = serde_json::from_str(&making.record).unwrap_or_default();
+    let is_open = |right: &str| record["permissions"][right] == json!(["*"]);
+    making.kind == Kind::Shared && !(is_open("read") && is_open("write"))
+}
+
 /// Takes in the blocks that an earlier run left: persistent ones from their files; shared ones are awaited. After a power
 /// loss, what is in a file is what its checksums say.
 pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
@@ -1129,7 +1137,12 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                 }
             }
             Work::Job(shared, pool, job) => {
+                let keeps_name = matches!(&job, Job::Make { making, .. } if has_rights(making));
                 if let Some(what) = shared.blocks.run(job) {
+                    if keeps_name {
+                        // A server that is killed right behind the reply must know whose the name is.
+                        shared.blocks.rows.settle_on_disk();
+                    }
                     shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
                 }
             }

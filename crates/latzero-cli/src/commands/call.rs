@@ -17,7 +17,7 @@ use crate::parse::Target;
 use crate::reach::{ConnectOptions, Connection};
 
 use super::answers;
-use super::trigger::{enter, enter_or_make, explain};
+use super::trigger::{enter, enter_or_make, explain, proved};
 
 /// How long an answer may take by default.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -68,6 +68,7 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
     if args.park || key.is_some() {
         options.app_id = Some(args.reach.own_app_id(key));
     }
+    let options = options.in_pool(proved(&args.reach, &target));
     let connection = args.reach.connect(&options)?;
     let pool = match args.park {
         // Its handler may never have been there yet.

@@ -7,12 +7,13 @@ use crate::exit::{Done, Exit};
 use crate::output::{Output, count};
 use crate::reach::ConnectOptions;
 
-use super::trigger::{enter, explain};
+use super::trigger::{enter, explain, proved};
 
 pub(crate) fn run(args: &EmitArgs, output: &Output) -> Done {
     let target = args.target.parse()?;
     let data = args.payload.read()?;
-    let connection = args.reach.connect(&ConnectOptions::once("emit"))?;
+    let options = ConnectOptions::once("emit").in_pool(proved(&args.reach, &target));
+    let connection = args.reach.connect(&options)?;
     let pool = enter(&connection, &args.reach, &target)?;
     let mut emit = connection.app.emit(&target.trigger, &data);
     if let Some(pool) = &pool {

@@ -56,6 +56,11 @@ pub(crate) fn enter_or_make(
     Ok(Some(pool.to_owned()))
 }
 
+/// The pool to be in from the start on: an encrypted one is joined by a proof.
+pub(crate) fn proved<'a>(reach: &Reach, target: &'a Target) -> Option<&'a str> {
+    pool_of(reach, target).filter(|pool| reach.key_file(pool).is_some())
+}
+
 /// The pool that is meant; none where the address names the pools.
 fn pool_of<'a>(reach: &Reach, target: &'a Target) -> Option<&'a str> {
     match &target.pool {

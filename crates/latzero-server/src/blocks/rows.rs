@@ -218,6 +218,15 @@ impl Rows {
         });
     }
 
+    /// Waits until the rows that were written so far are on disk, or can't be.
+    pub(super) fn settle_on_disk(&self) {
+        let Some(store) = &self.store else { return };
+        // Nothing has this number: it only stands behind what came before.
+        if let Err(error) = store.commit(vec![Change::RemoveAnswer { number: 0 }]) {
+            tracing::warn!(%error, "cannot store the record of a block");
+        }
+    }
+
     fn submit(&self, change: Change) {
         if let Some(store) = &self.store
             && let Err(error) = store.submit(change, None)
