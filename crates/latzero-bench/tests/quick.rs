@@ -201,6 +201,7 @@ fn all_of_them_run_in_turn() {
             "start",
             "idle",
             "lookup",
+            "keys",
             "slow-reader",
             "block",
             "durable",

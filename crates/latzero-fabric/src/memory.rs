@@ -161,7 +161,7 @@ pub struct Numbers {
 impl Numbers {
     /// A number for a parked call, greater than any before it.
     pub fn next_call(&mut self) -> u64 {
-        self.calls += 1;
+        self.calls = self.calls.saturating_add(1);
         self.calls
     }
 

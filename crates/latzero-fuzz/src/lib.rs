@@ -100,8 +100,12 @@ pub fn message(data: &[u8]) {
             assert!(is_json, "the scanner refuses JSON: {:?}", scan::value(text));
         }
         Ok(_) => assert!(!is_json, "the scanner takes JSON that is nested too deep"),
-        // Numbers are passed on as text, whatever they would overflow.
-        Err(error) if error.to_string().contains("number out of range") => {}
+        // Numbers are passed on as text, whatever they would overflow, and so is half a surrogate
+        // pair.
+        Err(error)
+            if ["number out of range", "surrogate", "end of hex escape"]
+                .iter()
+                .any(|known| error.to_string().contains(known)) => {}
         Err(error) => assert!(!is_json, "the scanner takes what is not JSON: {error}"),
     }
 }

@@ -162,7 +162,7 @@ fn status_and_stop() {
 }
 
 #[test]
-fn stop_works_over_tcp_with_the_token_of_the_directory() {
+fn the_token_of_the_directory_is_proved_on_its_socket_alone() {
     let mut server = Server::start();
     let elsewhere = tempfile::tempdir().unwrap();
     let port = server.port();
@@ -171,8 +171,13 @@ fn stop_works_over_tcp_with_the_token_of_the_directory() {
         .ended_with(77)
         .said("forbidden");
     let dir = server.data_dir();
-    let args = ["stop", "--port", &port, "--data-dir", dir.to_str().unwrap()];
-    run(&mut latzero(elsewhere.path(), &args)).ended_with(0);
+    let dir = dir.to_str().unwrap();
+    // Nor does another program that took the port get it.
+    let args = ["stop", "--port", &port, "--data-dir", dir];
+    run(&mut latzero(elsewhere.path(), &args))
+        .ended_with(77)
+        .said("use the server's Unix socket");
+    run(&mut latzero(elsewhere.path(), &["stop", "--data-dir", dir])).ended_with(0);
     assert_eq!(server.running.exit_code(), 0);
 }
 

@@ -156,7 +156,7 @@ impl<D: Driver> Pool<D> {
         lasting.number = Some(number);
         (lasting.window, lasting.held) = (None, None);
         // Behind everything that is parked now.
-        let (now, rank) = (turn.time(), self.parked.newest + 1);
+        let (now, rank) = (turn.time(), self.parked.newest.saturating_add(1));
         let is_last = self.parked.change(number, |parked| {
             parked.cause = Some(cause.into());
             parked.rank = rank;
@@ -233,7 +233,7 @@ impl<D: Driver> Pool<D> {
         parked.expires_ms = parked.parked_ms.saturating_add(ttl_ms);
         (parked.attempt, parked.cause, parked.id) = (0, None, "".into());
         (lasting.attempt, lasting.deadline) = (0, parked.deadline);
-        parked.rank = self.parked.newest + 1;
+        parked.rank = self.parked.newest.saturating_add(1);
         let row = parked.row(number, &self.name, &lasting);
         turn.keep(Change::Call(Box::new(row)), None);
         parked.state = State::Waiting(lasting);
