@@ -502,6 +502,9 @@ const CONNECTION_PART: u64 = 4;
 /// A stranger may hold this part of every resource: others have the rest.
 const STRANGER_PART: u64 = 2;
 
+/// A user that holds less than this part of all outboxes is modest: 1/8.
+const MODEST_PART: u64 = 8;
+
 /// This part of memory is reserved for answers and errors of work in progress; new work is refused.
 const RESERVED_PART: u64 = 16;
 
@@ -632,6 +635,13 @@ impl Books {
             used >= max - max / RESERVED_PART
         };
         short(MEMORY) || short(Resource::Outbox as usize)
+    }
+
+    /// Whether a user holds so little of what waits to be written that it is not the cause where
+    /// memory is short: its small messages pass while connections of others are closed.
+    pub(crate) fn is_modest(&self, account: &Arc<Account>) -> bool {
+        let max = self.root.bounds.max[Resource::Outbox as usize];
+        account.user().used(Resource::Outbox) < max / MODEST_PART
     }
 
     /// Whether connections must be closed to make room: what waits on the way in and out of them is

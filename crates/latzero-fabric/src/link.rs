@@ -89,8 +89,8 @@ impl<D: Driver> Link<D> {
         if !self.outbox.is_blocked() && own < LARGE_BYTES {
             // It is written in a moment, and counted where it can't be. A full account of one's own
             // gets no new work; a full server is the doing of others.
-            let has_room = matches!(class, Class::Reply | Class::Control)
-                || self.account.has_own_room(Resource::Outbox, own as u64);
+            let has_room =
+                class == Class::Control || self.account.has_own_room(Resource::Outbox, own as u64);
             return match has_room {
                 true => Sent::Queued,
                 false => self.outbox.refuse(class),
@@ -98,6 +98,10 @@ impl<D: Driver> Link<D> {
         }
         let amount = (self.outbox.own() + own) as u64;
         let has_room = match class {
+            _ if own < LARGE_BYTES && books.is_modest(&self.account) => {
+                self.held.force(amount);
+                true
+            }
             Class::Reply | Class::Control => self.held.resize(amount).is_ok(),
             Class::Call | Class::Emit | Class::Event => {
                 !books.is_short() && self.held.resize(amount).is_ok()

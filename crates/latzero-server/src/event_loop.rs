@@ -39,8 +39,9 @@ const FIRST_CONNECTION: usize = 1024;
 /// Bytes read from a socket at once.
 const READ_BYTES: usize = 256 * 1024;
 
-/// Connections accepted in one turn, so that a crowd at the door does not stop those inside.
-const ACCEPTS_PER_TURN: usize = 64;
+/// Connections accepted in one turn, so that a crowd at the door does not stop those inside; and few
+/// enough that what they brought is read before the door is full.
+const ACCEPTS_PER_TURN: usize = 16;
 
 /// The clock's coarsest step where many connections are watched by time, in milliseconds.
 const LOOK_EVERY_MS: u64 = 100;

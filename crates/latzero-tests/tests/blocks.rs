@@ -248,9 +248,10 @@ fn blocks_larger_than_a_frame_are_read_in_parts() {
 #[test]
 fn quotas_say_what_is_needed_and_what_is_free() {
     let server = Server::with(&[
-        "limits.memory_bytes_max=1MiB",
+        "limits.memory_bytes_max=2MiB",
         "limits.block_bytes_max=512KiB",
     ]);
+    // Clients over TCP have half of it.
     let mut a = copying(&server, Via::Tcp, "a");
     assert_eq!(
         code(&ask(&mut a, "create", json!({"size": 524_289}))),
@@ -261,7 +262,8 @@ fn quotas_say_what_is_needed_and_what_is_free() {
     assert_eq!(code(&reply), "quota");
     let message = reply["error"]["message"].as_str().unwrap();
     assert!(
-        message.contains("this needs 610304 bytes, but only 438272 of 1048576 are free"),
+        message
+            .contains("needs 610304 bytes of memory blocks, but only 438272 of 1048576 are free"),
         "{message}"
     );
     let mut watch = copying(&server, Via::Unix, "w");

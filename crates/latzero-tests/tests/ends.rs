@@ -76,6 +76,7 @@ fn a_connection_that_can_be_told_nothing_ends() {
 fn a_connection_that_is_not_read_is_not_called_silent() {
     let server = Server::with(&[
         "limits.in_flight_max=1",
+        "limits.held_bytes_max=4KiB",
         "ping_interval=30ms",
         "ping_timeout=60ms",
     ]);
@@ -83,6 +84,9 @@ fn a_connection_that_is_not_read_is_not_called_silent() {
     let mut caller = app(&server, Via::Tcp, "caller", &[]);
     caller.send(&json!({"action": "trigger", "id": "1", "process": "work"}));
     let call = handler.receive();
+    // As much waits behind it as may: nothing more is read, answers to pings among it.
+    let data = "x".repeat(5000);
+    caller.send(&json!({"action": "trigger", "id": "2", "process": "work", "data": data}));
     // As long as it takes to give up two that came later and do not answer.
     for dead in ["one", "two"] {
         app(&server, Via::Tcp, dead, &[]).wait_closed();

@@ -108,7 +108,8 @@ fn crowd(server: &Server, seed: u64, until: Instant) -> usize {
     while Instant::now() < until {
         let via = [Via::Tcp, Via::Unix][chance.below(2) as usize];
         let mut wire = server.connect(via);
-        let app = format!("app{}", chance.below(6));
+        // An AppID that is used over the Unix socket is its user's, and nobody's over TCP.
+        let app = format!("{via:?}-app{}", chance.below(3));
         let handshake = json!({
             "action": "handshake", "app_id": app, "pools": ["p", "system"], "triggers": ["work"],
             "takeover": chance.one_in(8),

@@ -234,7 +234,7 @@ fn one_that_has_no_unix_socket_is_not_taken_over() {
     let old = site.start_with(&start).unwrap();
     let refused = site.start_with(&takes_over()).err().unwrap();
     assert_eq!(refused.status.code(), Some(1));
-    let expected = format!("one runs (pid {}), but not on a Unix socket", old.pid());
+    let expected = format!("running (pid {}) but has no Unix socket", old.pid());
     assert!(refused.said.contains(&expected), "{}", refused.said);
 }
 
@@ -267,11 +267,11 @@ fn a_new_one_that_can_not_listen_leaves_the_old_one_as_it_was() {
     let moved = format!("socket={}", other.display());
     // An address for documentation (RFC 5737), a path where something else is, and both another
     // path and no address.
-    let said = refused(&site, &["host=192.0.2.1"]);
+    let said = refused(&site, &["host=192.0.2.1", "insecure=true"]);
     assert!(said.contains("cannot listen on 192.0.2.1"), "{said}");
     let said = refused(&site, &[&taken]);
     assert!(said.contains("exists and is not a socket"), "{said}");
-    refused(&site, &["host=192.0.2.1", &moved]);
+    refused(&site, &["host=192.0.2.1", "insecure=true", &moved]);
     assert!(!other.exists());
     assert!(old.is_running());
     assert_eq!(app.request(json!({"action": "ping"}))["status"], "ok");

@@ -135,7 +135,18 @@ impl<D: Driver> Registry<D> {
         self.check_room_for_pools(new_pools)?;
         let account = Arc::clone(peer.link().account());
         let user = Arc::clone(account.user());
-        let held = self.reserve_app(app_id, &registration, &user, turn)?;
+        // It does not make room for itself by being forgotten.
+        let own = self.apps.get(app_id);
+        let own = own.filter(|app| app.instances.is_empty());
+        let own = own.map(|app| (app.user, app.last_seen));
+        if let Some((user, last_seen)) = own {
+            self.offline.remove(user, last_seen, app_id);
+        }
+        let held = self.reserve_app(app_id, &registration, &user, turn);
+        if let Some((user, last_seen)) = own {
+            self.offline.insert(user, last_seen, app_id.clone());
+        }
+        let held = held?;
         let mut places = Vec::new();
         for _ in 0..new_pools {
             places.push(account.reserve(Resource::Pools, 1).map_err(Refusal::from)?);
