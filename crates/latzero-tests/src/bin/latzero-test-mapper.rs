@@ -114,6 +114,10 @@ impl Client {
             "kind": self.kind,
             "if_exists": "attach", "mode": mode});
         let mut reply = self.ask(create)?;
+        // The name is kept for the owner, who is not back yet.
+        if reply["error"]["code"] == "forbidden" {
+            return Err(Ended(String::new()));
+        }
         if mode == "read" && reply["status"] == "ok" && reply["response"]["mode"] != "read" {
             self.wire.take_descriptors();
             reply = self.ask(json!({"action": "memory_attach", "block_id": "m", "mode": mode}))?;
