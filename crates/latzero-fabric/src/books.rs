@@ -357,8 +357,8 @@ impl Account {
         self.has_room_here(what, amount, |_| true)
     }
 
-    /// Whether its owner, and the stranger that it is of, may have so much more: what the server as a
-    /// whole has is not asked.
+    /// Whether its owner, and the stranger that it is of, may have so much more: what the server as
+    /// a whole has is not asked.
     #[must_use]
     pub fn has_own_room(&self, what: Resource, amount: u64) -> bool {
         self.has_room_here(what, amount, |bounds| !bounds.is_all)
