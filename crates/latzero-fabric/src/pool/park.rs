@@ -408,12 +408,15 @@ impl<D: Driver> Pool<D> {
         let number = turn.next_number();
         lasting.number = Some(number);
         lasting.attempt = 0;
+        let destination = destination(trigger)?;
+        let lines = self.parked.lines.get(&process);
+        let user = lines.and_then(|lines| lines.user_of(destination.as_ref(), app));
         let mut parked = Parked {
             state: State::Given(NO_CALL),
             process,
-            destination: destination(trigger)?,
+            destination,
             caller: app.clone(),
-            user: member.user,
+            user: user.unwrap_or(member.user),
             from: caller,
             id: trigger.id.as_deref().unwrap_or_default().into(),
             rank: number,

@@ -170,6 +170,19 @@ impl Lines {
         self.round += 1;
     }
 
+    /// Under which user calls of an app wait already: those from before a restart are of whoever is
+    /// asked for what the server kept, and an app's calls stay in one order.
+    pub(super) fn user_of(&self, destination: Option<&AppId>, app: &AppId) -> Option<u64> {
+        let line = match destination {
+            None => Some(&self.any),
+            Some(named) => self.named.get(named),
+        };
+        let mut users = line?.users.map.iter();
+        users
+            .find(|(_, apps)| apps.map.contains_key(app))
+            .map(|(&user, _)| user)
+    }
+
     pub(super) fn has_named(&self) -> bool {
         !self.named.is_empty()
     }
