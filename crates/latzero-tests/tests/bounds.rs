@@ -397,7 +397,11 @@ fn admin_requests_need_the_right() {
 #[test]
 fn a_thousand_clients_that_come_at_once_all_get_in() {
     for via in BOTH {
-        let server = Server::start();
+        // With several IO threads a connection waits for its own before it is read.
+        let server = match std::env::var("LATZERO_IO_THREADS") {
+            Ok(_) => Server::with(&["limits.connections_unauthenticated_per_user_max=256"]),
+            Err(_) => Server::start(),
+        };
         std::thread::scope(|scope| {
             let clients = (0..20).map(|group| {
                 let server = &server;
