@@ -223,13 +223,12 @@ impl<D: Driver> Session<D> {
             }
             Ok(Request::Cancel(call)) => {
                 // Its id is the call's, whose own end answers it.
-                if !self.cancel_held(&call.id, turn) {
-                    self.each_membership(&call, turn, crate::Pool::cancel);
-                }
+                let found = self.cancel_held(&call.id, turn);
+                self.each_membership(&call, found, turn, crate::Pool::cancel);
                 Flow::Continue
             }
             Ok(Request::Ack(call, count)) => {
-                self.each_membership(&call, turn, |pool, m, id, turn| {
+                self.each_membership(&call, false, turn, |pool, m, id, turn| {
                     pool.ack(m, id, count, turn)
                 });
                 Flow::Continue
@@ -559,10 +558,10 @@ impl<D: Driver> Session<D> {
     fn each_membership(
         &self,
         call: &CallRef<'_>,
+        mut found: bool,
         turn: &mut Turn<'_, D>,
         mut ask: impl FnMut(&mut crate::Pool<D>, crate::MemberKey, &str, &mut Turn<'_, D>) -> bool,
     ) {
-        let mut found = false;
         for m in &self.memberships {
             found |= turn.with_pool(&m.pool, |pool, turn| ask(pool, m.member, &call.id, turn));
         }

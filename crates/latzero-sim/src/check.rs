@@ -362,9 +362,11 @@ impl Checker {
         for tag in gone.calls.values() {
             if let Some(call) = self.calls.remove(tag) {
                 let told = call.is_cancelled
-                    || call
-                        .handler
-                        .is_none_or(|handler| !self.conns.get(&handler).is_some_and(|h| h.is_open));
+                    || call.handler.is_none_or(|handler| {
+                        // One that left the pool knows by itself.
+                        let handler = self.conns.get(&handler);
+                        !handler.is_some_and(|h| h.is_open && h.pools.contains(&call.pool))
+                    });
                 ensure!(
                     told,
                     "the handler of a call was not told that its caller has gone"

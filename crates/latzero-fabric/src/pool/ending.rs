@@ -175,6 +175,11 @@ impl<D: Driver> Pool<D> {
         Ok(())
     }
 
+    /// Whether the caller has a call of this id in flight.
+    pub(crate) fn has_call(&self, caller: MemberKey, id: &str) -> bool {
+        self.calls.find(caller, id).is_some()
+    }
+
     /// Ends a call at its caller's wish; false where the caller has no such call here.
     pub fn cancel(&mut self, caller: MemberKey, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {

@@ -259,12 +259,14 @@ impl<D: Driver> Registry<D> {
             for instance in &mut app.instances {
                 instance.memberships.retain(|m| m.number != entry.number);
             }
-            if matches!(&app.registration, Remembered::Text(row) if !row.pools.contains(&quoted)) {
+            // Most rows are still text, and need not be parsed for this.
+            if let Remembered::Text(row) = &app.registration
+                && !row.pools.contains(&quoted)
+                && !row.watches.contains(&quoted)
+            {
                 continue;
             }
-            let registration = app.registration.get_mut();
-            if registration.pools.contains(name) {
-                forget_pool(registration, name);
+            if forget_pool(app.registration.get_mut(), name) {
                 app.held.force(app.bytes());
                 app.keep(app_id, None, turn);
             }
@@ -343,8 +345,13 @@ impl<D: Driver> Registry<D> {
     }
 }
 
-pub(super) fn forget_pool(registration: &mut Registration, name: &PoolName) {
+/// Takes a pool out of what is remembered of an app; says whether it was there. An instance of the
+/// app may have watched it since another one registered without it.
+pub(super) fn forget_pool(registration: &mut Registration, name: &PoolName) -> bool {
+    let count = |r: &Registration| r.pools.len() + r.watches.len() + r.subscriptions.len();
+    let before = count(registration);
     registration.pools.retain(|pool| pool != name);
     registration.watches.retain(|(pool, _)| pool != name);
     registration.subscriptions.retain(|(pool, _)| pool != name);
+    count(registration) < before
 }

@@ -148,11 +148,18 @@ impl<D: Driver> Session<D> {
         let Some(why) = self.reason(request, turn) else {
             return Ok(false);
         };
-        let is_named = matches!(request, Request::Trigger(_));
-        let id = id.filter(|_| is_named);
-        if let Some(id) = id.filter(|id| self.held.by_id.contains_key(*id)) {
-            return Err(id_in_use(id));
+        // Calls alone are found by their ids again.
+        let named = match request {
+            Request::Trigger(trigger) => id.zip(self.membership(trigger.pool.as_deref()).ok()),
+            _ => None,
+        };
+        if let Some((id, m)) = named {
+            let is_waiting = self.held.by_id.contains_key(id);
+            if is_waiting || turn.with_pool(&m.pool, |pool, _| pool.has_call(m.member, id)) {
+                return Err(id_in_use(id));
+            }
         }
+        let id = named.map(|(id, _)| id);
         let bytes = frame.json.len() + frame.attachment.map_or(0, <[u8]>::len) + OVERHEAD;
         let account = self.peer.link().account().clone();
         let held = account.reserve(Resource::Inbound, bytes as u64)?;
