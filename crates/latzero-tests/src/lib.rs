@@ -76,6 +76,18 @@ impl Server {
         state.is_some_and(|state| !state.is_empty() && !state.starts_with('Z'))
     }
 
+    /// Waits until the server has ended, for as long as [`PATIENCE`]; says whether it has.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        use rustix::process::{Pid, PidfdFlags, pidfd_open};
+        let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw);
+        let pid = pid.expect("a child's id is positive");
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(process) => site::readable(&process, PATIENCE),
+            Err(_) => true,
+        }
+    }
+
     /// Sends the server a signal.
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = i32::try_from(self.0.pid())
