@@ -53,52 +53,71 @@ impl CallId {
     /// Reads what [`CallId::append`] wrote.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let mut parts = text.as_bytes().split(|&b| b == b'.');
-        let mut part = |digits| hex(parts.next()?, digits);
-        let epoch = part(EPOCH_DIGITS)?;
-        let mut short = || u32::try_from(part(8)?).ok();
+        let mut rest = text.as_bytes();
         let id = CallId {
-            epoch,
-            pool: short()?,
-            slot: short()?,
-            generation: short()?,
+            epoch: take_hex(&mut rest, EPOCH_DIGITS, Some(b'.'))?,
+            pool: take_short(&mut rest, Some(b'.'))?,
+            slot: take_short(&mut rest, Some(b'.'))?,
+            generation: take_short(&mut rest, None)?,
         };
-        parts.next().is_none().then_some(id)
+        Some(id)
     }
 
     /// Appends the wire form: four hex numbers with dots between, 39 bytes at most.
     pub fn append(&self, out: &mut Vec<u8>) {
-        append_hex(out, self.epoch);
-        for number in [self.pool, self.slot, self.generation] {
-            out.push(b'.');
-            append_hex(out, number.into());
+        let mut text = [0; ID_TEXT];
+        let mut start = ID_TEXT;
+        let mut prepend = |byte| {
+            start -= 1;
+            text[start] = byte;
+        };
+        let short = [self.generation, self.slot, self.pool].map(u64::from);
+        for (i, mut number) in short.into_iter().chain([self.epoch]).enumerate() {
+            if i > 0 {
+                prepend(b'.');
+            }
+            loop {
+                prepend(b"0123456789abcdef"[(number & 0xf) as usize]);
+                number >>= 4;
+                if number == 0 {
+                    break;
+                }
+            }
         }
+        out.extend_from_slice(&text[start..]);
     }
 }
 
 /// Most hex digits of an epoch.
 const EPOCH_DIGITS: usize = 12;
 
-fn hex(digits: &[u8], most: usize) -> Option<u64> {
-    // Only the shortest spelling counts, so an id has one text.
-    if digits.is_empty() || digits.len() > most || (digits.len() > 1 && digits[0] == b'0') {
-        return None;
-    }
-    digits.iter().try_fold(0_u64, |n, &b| {
-        let digit = match b {
-            b'0'..=b'9' => b - b'0',
-            b'a'..=b'f' => b - b'a' + 10,
-            _ => return None,
-        };
-        Some((n << 4) | u64::from(digit))
-    })
+/// Bytes for a call's id: four numbers of at most 16 digits, and the dots.
+const ID_TEXT: usize = 4 * 16 + 3;
+
+fn take_short(rest: &mut &[u8], end: Option<u8>) -> Option<u32> {
+    take_hex(rest, 8, end).and_then(|number| u32::try_from(number).ok())
 }
 
-fn append_hex(out: &mut Vec<u8>, n: u64) {
-    let digits = (64 - n.leading_zeros()).div_ceil(4).max(1);
-    for i in (0..digits).rev() {
-        out.push(b"0123456789abcdef"[(n >> (4 * i) & 0xf) as usize]);
+/// Takes a number of at most `most` hex digits, and the byte `end` behind it.
+fn take_hex(rest: &mut &[u8], most: usize, end: Option<u8>) -> Option<u64> {
+    let mut number = 0;
+    let mut length = 0;
+    for &byte in rest.iter() {
+        let digit = match byte {
+            b'0'..=b'9' => byte - b'0',
+            b'a'..=b'f' => byte - b'a' + 10,
+            _ => break,
+        };
+        number = (number << 4) | u64::from(digit);
+        length += 1;
     }
+    // Only the shortest spelling counts, so an id has one text.
+    let is_short = (1..=most).contains(&length) && (length == 1 || rest[0] != b'0');
+    if !is_short || rest.get(length).copied() != end {
+        return None;
+    }
+    *rest = rest.get(length + 1..).unwrap_or_default();
+    Some(number)
 }
 
 #[cfg(test)]
