@@ -8,9 +8,8 @@ use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 
-use crate::books::Books;
 use crate::effects::{Audit, Count, Effects};
-use crate::keep::Change;
+use crate::ledger::Ledger;
 use crate::limits::Limits;
 use crate::link::Link;
 use crate::memory::{Numbers, StorageId};
@@ -18,6 +17,7 @@ use crate::outbox::{Bounds, Class, Sent};
 use crate::pool::Pool;
 use crate::prng::Prng;
 use crate::registry::{Registry, View};
+use crate::rows::StoreChange;
 use crate::turn::Turn;
 
 /// How a connection came in.
@@ -33,11 +33,11 @@ pub enum Transport {
 
 /// What the core knows of the server that it is part of.
 #[derive(Debug)]
-pub struct Site {
+pub struct Context {
     /// The bounds.
     pub limits: Limits,
     /// What clients make the server hold.
-    pub books: Books,
+    pub ledger: Ledger,
     /// The bounds of each outbox.
     pub outbox: Bounds,
     /// The server's version.
@@ -119,7 +119,7 @@ pub trait Driver: Sized {
     fn effects(&mut self) -> &mut Effects<Self>;
 
     /// What the core knows of its server.
-    fn site(&self) -> &Arc<Site>;
+    fn context(&self) -> &Arc<Context>;
 
     /// Whether the server is shutting down and accepts no new calls.
     fn is_draining(&self) -> bool;
@@ -147,7 +147,7 @@ pub trait Driver: Sized {
     /// Keeps a row beyond the server's end. With a promise, the session of that connection hears
     /// when it is on disk or can't be ([`crate::Session::kept`]), in the order of the promises;
     /// without one, it is retried until it is.
-    fn keep(&mut self, change: Change, promise: Option<&Self::Peer>);
+    fn store(&mut self, change: StoreChange, promise: Option<&Self::Peer>);
 
     /// A descriptor of a block's storage with this access, where there is one.
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Self::Fd>;
@@ -188,7 +188,7 @@ pub trait Driver: Sized {
     ///
     /// # Errors
     /// `no_block`, `bad_message`, `block_exists`, and as [`Pool::adopt_block`].
-    fn take_back(
+    fn reoffer(
         turn: &mut Turn<'_, Self>,
         pool: &Self::Pool,
         name: &PoolName,

@@ -75,13 +75,13 @@ pub struct Effects<D: Driver> {
     pub held: Vec<(PoolName, u32, i32)>,
     /// [`crate::Pool::told`] wants to hear, by number, when everything appended for a connection so
     /// far is written.
-    pub told: Vec<(D::Peer, u64)>,
+    pub delivered: Vec<(D::Peer, u64)>,
     /// More answers are kept for repeats than there may be.
     pub(crate) is_over_repeats: bool,
     /// Bytes appended since the last write, about.
     pub appended: usize,
     /// What happened, in numbers.
-    pub tally: Tally,
+    pub tally: Counters,
     /// Buffers to reuse.
     pub buffers: Buffers,
 }
@@ -94,10 +94,10 @@ impl<D: Driver> Default for Effects<D> {
             resumed: Vec::new(),
             jobs: Vec::new(),
             held: Vec::new(),
-            told: Vec::new(),
+            delivered: Vec::new(),
             is_over_repeats: false,
             appended: 0,
-            tally: Tally::default(),
+            tally: Counters::default(),
             buffers: Buffers::default(),
         }
     }
@@ -105,7 +105,7 @@ impl<D: Driver> Default for Effects<D> {
 
 /// What happened since the driver took the numbers last.
 #[derive(Debug, Default)]
-pub struct Tally {
+pub struct Counters {
     /// Calls that began.
     pub started: u64,
     /// Calls that ended.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use latzero_protocol::encode;
 
-use crate::books::{Account, Full, Hold, Resource};
+use crate::ledger::{Account, Full, Reservation, Resource};
 
 /// The kind of a message, which decides what happens when its receiver does not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -53,20 +53,20 @@ pub struct Bounds {
 /// A frame that several outboxes hold together, and its place in the books. Cloning it copies
 /// nothing.
 #[derive(Debug, Clone)]
-pub struct Shared(Arc<(Box<[u8]>, Hold)>);
+pub struct SharedBody(Arc<(Box<[u8]>, Reservation)>);
 
-impl Shared {
+impl SharedBody {
     /// Shares `frame`, which is copied once and counted in `account`.
     ///
     /// # Errors
     /// If there is no room for it.
     pub fn new(frame: &[u8], account: &Arc<Account>) -> Result<Self, Full> {
         let hold = account.reserve(Resource::Outbox, frame.len() as u64)?;
-        Ok(Shared(Arc::new((frame.into(), hold))))
+        Ok(SharedBody(Arc::new((frame.into(), hold))))
     }
 }
 
-impl std::ops::Deref for Shared {
+impl std::ops::Deref for SharedBody {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -78,7 +78,7 @@ impl std::ops::Deref for Shared {
 #[derive(Debug)]
 enum Chunk {
     Own(Vec<u8>),
-    Shared(Shared),
+    Shared(SharedBody),
 }
 
 impl Chunk {
@@ -153,7 +153,7 @@ struct Travelling<F> {
 
 /// What a writer took out.
 #[derive(Debug)]
-pub struct Taken<F> {
+pub struct PendingWrite<F> {
     chunks: VecDeque<Chunk>,
     length: usize,
     own: usize,
@@ -163,7 +163,7 @@ pub struct Taken<F> {
     spare: Option<Vec<u8>>,
 }
 
-impl<F> Taken<F> {
+impl<F> PendingWrite<F> {
     /// Whether everything is written.
     #[must_use]
     pub fn is_done(&self) -> bool {
@@ -289,7 +289,7 @@ impl<F, N> Outbox<F, N> {
         encode: impl FnOnce(&mut Vec<u8>),
     ) -> &[u8] {
         if matches!(class, Class::Emit | Class::Event) {
-            self.tell_lost();
+            self.append_lost();
         }
         self.attach(descriptors);
         let has_room = |chunk: &Chunk| matches!(chunk, Chunk::Own(buf) if buf.len() < CHUNK_BYTES);
@@ -308,9 +308,9 @@ impl<F, N> Outbox<F, N> {
 
     /// Appends a frame that other outboxes hold as well, and that was admitted.
     /// Returns its bytes.
-    pub fn append_shared(&mut self, class: Class, frame: Shared) -> &[u8] {
+    pub fn append_shared(&mut self, class: Class, frame: SharedBody) -> &[u8] {
         if matches!(class, Class::Emit | Class::Event) {
-            self.tell_lost();
+            self.append_lost();
         }
         self.length += frame.len();
         self.chunks.push_back(Chunk::Shared(frame));
@@ -319,7 +319,7 @@ impl<F, N> Outbox<F, N> {
 
     /// Says how many messages were lost, before the first message after the gap, so that the reader
     /// knows where it is.
-    fn tell_lost(&mut self) {
+    fn append_lost(&mut self) {
         if self.lost > 0 {
             let lost = std::mem::take(&mut self.lost);
             self.append_text(&format!(
@@ -381,7 +381,7 @@ impl<F, N> Outbox<F, N> {
     }
 
     /// Takes out what waits; `None` where there is nothing, or another writer is at work.
-    pub fn take(&mut self) -> Option<Taken<F>> {
+    pub fn take(&mut self) -> Option<PendingWrite<F>> {
         if self.is_writing {
             return None;
         }
@@ -395,7 +395,7 @@ impl<F, N> Outbox<F, N> {
         self.writing = std::mem::take(&mut self.length);
         let start = self.start;
         self.start += self.writing as u64;
-        Some(Taken {
+        Some(PendingWrite {
             chunks: std::mem::take(&mut self.chunks),
             length: self.writing,
             own: std::mem::take(&mut self.own),
@@ -408,10 +408,10 @@ impl<F, N> Outbox<F, N> {
 
     /// Puts back what was not written. Returns a buffer to reuse. If there is room again for a
     /// client that lost messages, it is told now, because the next message may take long.
-    pub fn put_back(&mut self, taken: Taken<F>) -> Option<Vec<u8>> {
+    pub fn put_back(&mut self, taken: PendingWrite<F>) -> Option<Vec<u8>> {
         self.is_writing = false;
         self.writing = 0;
-        let Taken {
+        let PendingWrite {
             mut chunks,
             length,
             own,
@@ -439,7 +439,7 @@ impl<F, N> Outbox<F, N> {
                 // Its allocation serves the next messages.
                 self.chunks = chunks;
             }
-            self.tell_lost();
+            self.append_lost();
         }
         spare
     }
@@ -465,7 +465,7 @@ impl<F, N> Outbox<F, N> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::books::Books;
+    use crate::ledger::Ledger;
     use crate::limits::Limits;
 
     const BOUNDS: Bounds = Bounds {
@@ -537,8 +537,8 @@ mod tests {
 
     #[test]
     fn a_shared_frame_stays_in_its_place() {
-        let books = Books::new(&Limits::default());
-        let frame = Shared::new(b"-shared-", &books.user(true)).unwrap();
+        let ledger = Ledger::new(&Limits::default());
+        let frame = SharedBody::new(b"-shared-", &ledger.user(true)).unwrap();
         let (mut a, mut b) = (TestOutbox::default(), TestOutbox::default());
         append(&mut a, Class::Call, 3);
         for outbox in [&mut a, &mut b] {
@@ -549,10 +549,10 @@ mod tests {
         assert_eq!(write(&mut a, 5), b"xxx-s");
         assert_eq!(write(&mut a, 100), b"hared-xx");
         assert_eq!(write(&mut b, 100), b"-shared-");
-        assert_eq!((a.own(), books.all().used(Resource::Outbox)), (0, 8));
+        assert_eq!((a.own(), ledger.all().used(Resource::Outbox)), (0, 8));
         drop(frame);
         assert!(
-            books.is_empty(),
+            ledger.is_empty(),
             "it is counted once, for as long as it waits"
         );
     }

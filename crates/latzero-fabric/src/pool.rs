@@ -34,10 +34,10 @@ use crate::slab::{Key, Slab};
 use crate::turn::Turn;
 use blocks::Blocks;
 pub use blocks::{
-    Asking, BlockCounts, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan,
+    Asking, BlockCounts, BlockKey, BlockTag, Found, LockRequest, ReadPlan, Replied, WritePlan,
 };
 use calls::Calls;
-use ending::End;
+use ending::EndReason;
 use park::ParkedCalls;
 pub use park::ParkedCounts;
 use repeats::Repeats;
@@ -52,11 +52,11 @@ const TRIGGERS_SHOWN_BYTES_MAX: usize = crate::registry::PAGE_BYTES_MAX / 2;
 const HANDLERS_SHOWN_MAX: usize = 20;
 
 /// A member's place in its pool.
-pub type MemberKey = Key<Seat>;
+pub type MemberKey = Key<MemberTag>;
 
 /// Marks keys of members. The member itself is generic over its connection; its key need not be.
 #[derive(Debug)]
-pub enum Seat {}
+pub enum MemberTag {}
 
 type HandlerKey = Key<Handler>;
 
@@ -193,7 +193,7 @@ pub struct Pool<D: Driver> {
     limits: Limits,
     prng: Prng,
     hash_seed: u64,
-    members: Slab<Member<D>, Seat>,
+    members: Slab<Member<D>, MemberTag>,
     triggers: HashMap<TriggerName, Served>,
     handlers: Slab<Handler>,
     calls: Calls,
@@ -348,7 +348,7 @@ impl<D: Driver> Pool<D> {
             instance,
             trigger: None,
         };
-        let told = self.presence_json(Event::AppOnline, &event);
+        let json = self.presence_json(Event::AppOnline, &event);
         let (user, is_stranger) = {
             let link = peer.link();
             let user = link.account().user();
@@ -369,7 +369,7 @@ impl<D: Driver> Pool<D> {
             blocks: BTreeSet::new(),
         };
         let key = self.members.insert(member);
-        self.tell(Event::AppOnline, &told, Some(key), turn);
+        self.notify(Event::AppOnline, &json, Some(key), turn);
         Some(key)
     }
 
@@ -395,8 +395,8 @@ impl<D: Driver> Pool<D> {
             instance: member.instance,
             trigger: None,
         };
-        let told = self.presence_json(Event::AppOffline, &event);
-        self.tell(Event::AppOffline, &told, None, turn);
+        let json = self.presence_json(Event::AppOffline, &event);
+        self.notify(Event::AppOffline, &json, None, turn);
         self.take_answers_back((key, &member.app), turn);
         self.place_orphans(turn);
         true
@@ -431,7 +431,7 @@ impl<D: Driver> Pool<D> {
             .find(|&h| self.handlers.at(h).is_some_and(|h| h.member == key));
         if let Some(handler) = known.and_then(|h| self.handlers.at_mut(h)) {
             handler.concurrency = concurrency;
-            self.give_parked(spec.name.as_str(), turn);
+            self.dispatch_parked(spec.name.as_str(), turn);
             return;
         }
         served.handlers.push(self.handlers.insert(Handler {
@@ -448,9 +448,9 @@ impl<D: Driver> Pool<D> {
             instance,
             trigger: Some(&spec.name),
         };
-        let told = self.presence_json(Event::TriggerAdded, &event);
-        self.tell(Event::TriggerAdded, &told, Some(key), turn);
-        self.give_parked(spec.name.as_str(), turn);
+        let json = self.presence_json(Event::TriggerAdded, &event);
+        self.notify(Event::TriggerAdded, &json, Some(key), turn);
+        self.dispatch_parked(spec.name.as_str(), turn);
     }
 
     /// Serves a trigger no longer. Calls under way may still be answered.
@@ -492,7 +492,7 @@ impl<D: Driver> Pool<D> {
     pub fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(key) = self.calls.pop_due(now) {
-            self.end(key, End::TimedOut, turn);
+            self.end(key, EndReason::TimedOut, turn);
         }
         self.handle_block_timeout(turn);
         self.handle_parked_timeout(turn);
@@ -511,7 +511,7 @@ impl<D: Driver> Pool<D> {
         self.close_parked(turn);
         self.close_blocks(turn);
         self.change_watchers = 0;
-        let told = format!(
+        let json = format!(
             "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
             self.name
         );
@@ -520,8 +520,8 @@ impl<D: Driver> Pool<D> {
         self.handlers = Slab::default();
         for key in keys {
             let member = self.members.remove(key).expect("listed above");
-            turn.send(&member.peer, Class::Control, told.len(), |out| {
-                encode::message(out, &told)
+            turn.send(&member.peer, Class::Control, json.len(), |out| {
+                encode::message(out, &json)
             });
             instances.push(member.instance);
         }
@@ -656,12 +656,12 @@ impl<D: Driver> Pool<D> {
             instance: member.instance,
             trigger: Some(name),
         };
-        let told = self.presence_json(Event::TriggerRemoved, &event);
-        self.tell(Event::TriggerRemoved, &told, Some(key), turn);
+        let json = self.presence_json(Event::TriggerRemoved, &event);
+        self.notify(Event::TriggerRemoved, &json, Some(key), turn);
     }
 
     /// Tells the watchers, all but the member that the event is about.
-    fn tell(&self, event: Event, json: &str, about: Option<MemberKey>, turn: &mut Turn<'_, D>) {
+    fn notify(&self, event: Event, json: &str, about: Option<MemberKey>, turn: &mut Turn<'_, D>) {
         for (key, member) in self.members.iter() {
             if Some(key) != about && member.watch.is_some_and(|set| set.has(event)) {
                 turn.send(&member.peer, Class::Event, json.len(), |out| {

@@ -4,7 +4,7 @@ use latzero_protocol::message::{EventSet, TriggerSpec, triggers};
 use latzero_protocol::{AppId, BlockId, PoolName, Raw};
 use serde_json::{Value, json};
 
-use crate::keep::AppRow;
+use crate::rows::AppRow;
 
 /// What an app asked for last.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -23,14 +23,14 @@ use latzero_protocol::proof::is_sealed;
 use latzero_protocol::{AppId, BlockId, Body, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
-use crate::books::{Account, Books, Hold, Resource};
 use crate::driver::{Driver, Peer, Transport};
-use crate::keep::{AppRow, Change};
+use crate::ledger::{Account, Ledger, Reservation, Resource};
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::pool::MemberKey;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
+use crate::rows::{AppRow, StoreChange};
 use crate::turn::Turn;
 use admission::check_reserved;
 pub(crate) use admission::{check_pools, check_triggers, dedup_triggers, remove_triggers};
@@ -47,7 +47,7 @@ pub use sealed::{Proved, Rotated};
 struct App<D: Driver> {
     registration: Remembered,
     /// What it takes in memory, with its instances.
-    held: Hold,
+    held: Reservation,
     /// The user that it is of.
     user: u64,
     instances: Vec<Instance<D>>,
@@ -69,7 +69,7 @@ impl<D: Driver> App<D> {
     }
 
     /// Hands out the row to keep; false where nothing of the app is kept.
-    fn keep(&self, app_id: &AppId, promise: Option<&D::Peer>, turn: &mut Turn<'_, D>) -> bool {
+    fn store(&self, app_id: &AppId, promise: Option<&D::Peer>, turn: &mut Turn<'_, D>) -> bool {
         if self.is_lasting {
             let last_seen = if self.instances.is_empty() {
                 self.last_seen
@@ -78,7 +78,7 @@ impl<D: Driver> App<D> {
             };
             let registration = self.registration.get();
             let row = registration.row(app_id, self.registered, last_seen);
-            turn.keep(Change::App(Box::new(row)), promise);
+            turn.store(StoreChange::App(Box::new(row)), promise);
         }
         self.is_lasting
     }
@@ -225,7 +225,7 @@ struct PoolEntry<D: Driver> {
     /// When it was made, in milliseconds since the Unix epoch.
     created: u64,
     /// Its place in the books, where a client made it.
-    place: Option<Hold>,
+    place: Option<Reservation>,
     /// What makes it an encrypted pool.
     sealed: Option<Sealed>,
 }
@@ -326,7 +326,7 @@ impl<D: Driver> Registry<D> {
 
     /// Takes in an app of an earlier run. `alive_until` is when that run ended, as far as is known: for apps that lived
     /// then. False where there is no room for it.
-    pub fn restore_app(&mut self, row: AppRow, alive_until: u64, books: &Books) -> bool {
+    pub fn restore_app(&mut self, row: AppRow, alive_until: u64, ledger: &Ledger) -> bool {
         if self.apps.len() >= self.limits.apps_max {
             return false;
         }
@@ -336,11 +336,11 @@ impl<D: Driver> Registry<D> {
         };
         let (app_id, registered) = (row.app_id.clone(), row.registered);
         let registration = Remembered::Text(Box::new(row));
-        let mut held = books.all().hold(Resource::Registrations);
+        let mut held = ledger.all().hold(Resource::Registrations);
         held.force(registration.bytes());
         let app = App {
             held,
-            user: books.all().id(),
+            user: ledger.all().id(),
             registered,
             last_seen,
             registration,
@@ -375,7 +375,7 @@ impl<D: Driver> Registry<D> {
             self.accounts
                 .retain(|_, account| account.strong_count() > 0);
         }
-        let account = turn.driver.site().books.app(user);
+        let account = turn.driver.context().ledger.app(user);
         self.accounts.insert(app.clone(), Arc::downgrade(&account));
         account
     }
@@ -384,15 +384,15 @@ impl<D: Driver> Registry<D> {
     pub fn kept_account(&mut self, app: &AppId, turn: &mut Turn<'_, D>) -> Arc<Account> {
         let known = self.accounts.get(app).and_then(Weak::upgrade);
         known.unwrap_or_else(|| {
-            let earlier = Arc::clone(turn.driver.site().books.earlier());
+            let earlier = Arc::clone(turn.driver.context().ledger.earlier());
             self.account(app, &earlier, turn)
         })
     }
 
     /// Hands what an app registered out once more: it could not be kept when it was to be.
-    pub fn keep_app(&self, app_id: &AppId, turn: &mut Turn<'_, D>) {
+    pub fn store_app(&self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         if let Some(app) = self.apps.get(app_id) {
-            app.keep(app_id, None, turn);
+            app.store(app_id, None, turn);
         }
     }
 
@@ -422,7 +422,7 @@ impl<D: Driver> Registry<D> {
                 self.offline.remove(app.user, app.last_seen, app_id);
                 self.apps.remove(app_id);
                 self.unbind(app_id, turn);
-                turn.keep(Change::ForgetApp(app_id.clone()), Some(promise));
+                turn.store(StoreChange::ForgetApp(app_id.clone()), Some(promise));
                 Ok(())
             }
         }
@@ -457,12 +457,12 @@ impl<D: Driver> Registry<D> {
         };
         let gone = app.instances.swap_remove(at);
         self.instances -= 1;
-        self.note_gone(app_id, turn);
+        self.mark_offline(app_id, turn);
         gone.memberships
     }
 
     /// Notes that an instance of an app has gone.
-    fn note_gone(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
+    fn mark_offline(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         let unix_ms = turn.unix_ms();
         let Some(app) = self.apps.get_mut(app_id) else {
             return;
@@ -474,7 +474,7 @@ impl<D: Driver> Registry<D> {
         }
         if app.is_lasting {
             self.offline.insert(app.user, unix_ms, app_id.clone());
-            turn.keep(Change::Seen(app_id.clone(), unix_ms), None);
+            turn.store(StoreChange::Seen(app_id.clone(), unix_ms), None);
         } else {
             self.apps.remove(app_id);
             self.unbind(app_id, turn);
@@ -500,7 +500,7 @@ impl<D: Driver> Registry<D> {
             return gone;
         }
         self.instances -= gone.len();
-        self.note_gone(app_id, turn);
+        self.mark_offline(app_id, turn);
         gone
     }
 
@@ -571,7 +571,7 @@ impl<D: Driver> Registry<D> {
         if is_changed {
             app.held.force(app.bytes());
         }
-        is_changed && app.keep(app_id, promise, turn)
+        is_changed && app.store(app_id, promise, turn)
     }
 
     /// As [`Registry::remember`], of what the app watches and subscribes to: that part of its row alone is written.
@@ -594,7 +594,7 @@ impl<D: Driver> Registry<D> {
         }
         app.held.force(app.bytes());
         if app.is_lasting {
-            turn.keep(Change::Watches(app_id.clone(), after), promise);
+            turn.store(StoreChange::Watches(app_id.clone(), after), promise);
         }
         app.is_lasting
     }

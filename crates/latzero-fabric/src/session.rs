@@ -3,12 +3,12 @@
 //! A session is run by whoever read the message, one frame at a time. It holds its own memberships, so that a call goes
 //! to its pool without a look into the registry.
 
+mod deferred;
 mod entry;
-mod held;
 mod memory;
 mod parked;
+mod pending;
 mod pools;
-mod promises;
 mod proofs;
 
 use std::collections::VecDeque;
@@ -26,18 +26,18 @@ use latzero_protocol::{
 };
 use serde_json::json;
 
-use crate::books::Account;
 use crate::driver::{Driver, Report, Transport};
 use crate::effects::{Audit, Count};
+use crate::ledger::Account;
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::Class;
 use crate::pool::CallError;
 use crate::registry::{Instance, Membership, View, Whereabouts, Who};
 use crate::turn::Turn;
-use held::Held;
+use deferred::DeferredFrames;
+use pending::{Awaited, PendingReply, Reply};
 use pools::pool_info;
-use promises::{Awaited, Promise, Reply};
 use proofs::Proofs;
 
 /// Whether a connection goes on.
@@ -90,7 +90,7 @@ pub struct Session<D: Driver> {
     /// What was promised and is not kept yet, in the order of the promises.
     awaited: VecDeque<Awaited<D>>,
     /// New work that waits for room.
-    held: Held,
+    held: DeferredFrames,
     /// It was displaced while it joined: nothing more of it is run.
     is_over: bool,
 }
@@ -112,7 +112,7 @@ impl<D: Driver> Session<D> {
             ready: None,
             memberships: Vec::new(),
             awaited: VecDeque::new(),
-            held: Held::default(),
+            held: DeferredFrames::default(),
             is_over: false,
         }
     }
@@ -211,7 +211,7 @@ impl<D: Driver> Session<D> {
             Ok(Request::Trigger(trigger)) => {
                 if let Err(refusal) = self.call(&trigger, turn) {
                     turn.refused(refusal.code);
-                    self.tell_refusal(id, &refusal, turn);
+                    self.send_refusal(id, &refusal, turn);
                 }
                 Flow::Continue
             }
@@ -618,12 +618,12 @@ impl<D: Driver> Session<D> {
             AdminAction::Forget(app) => {
                 let peer = self.peer.clone();
                 turn.with_registry(|registry, turn| registry.forget_app(app, &peer, turn))?;
-                Ok(Reply::Kept("{}".into(), Promise::Removal))
+                Ok(Reply::Kept("{}".into(), PendingReply::Removal))
             }
             AdminAction::RemoveKey(app) => {
                 let peer = self.peer.clone();
                 turn.with_registry(|registry, turn| registry.remove_key(app, &peer, turn))?;
-                Ok(Reply::Kept("{}".into(), Promise::Removal))
+                Ok(Reply::Kept("{}".into(), PendingReply::Removal))
             }
             AdminAction::HandOver { .. } if !self.features.fd_passing => {
                 let message = "a hand-over needs the Unix socket, with the features \
@@ -673,10 +673,10 @@ impl<D: Driver> Session<D> {
             };
             turn.audit(&self.peer, &audit);
         }
-        self.tell_refusal(id, refusal, turn);
+        self.send_refusal(id, refusal, turn);
     }
 
-    fn tell_refusal(&self, id: Option<&str>, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+    fn send_refusal(&self, id: Option<&str>, refusal: &Refusal, turn: &mut Turn<'_, D>) {
         self.send(Class::Control, refusal.message.len() + 256, turn, |out| {
             encode::refusal(out, id, refusal)
         });
@@ -711,28 +711,28 @@ fn wait_less(request: &mut Request<'_>, waited: std::time::Duration) -> Result<(
 /// counted out once.
 fn leave<D: Driver>(m: &Membership<D>, turn: &mut Turn<'_, D>) {
     if turn.with_pool(&m.pool, |pool, turn| pool.leave(m.member, turn)) {
-        turn.with_registry(|registry, _| registry.left(&m.name, m.number));
+        turn.with_registry(|registry, _| registry.member_left(&m.name, m.number));
     }
 }
 
 /// Tells an instance that it must go, takes it out of its pools and closes its connection.
 fn expel<D: Driver>(instance: &Instance<D>, event: &str, turn: &mut Turn<'_, D>) {
-    tell_departure(&instance.peer, instance.id, event, turn);
+    announce_departure(&instance.peer, instance.id, event, turn);
     for membership in &instance.memberships {
         leave(membership, turn);
     }
     turn.close(&instance.peer);
 }
 
-fn tell_departure<D: Driver>(
+fn announce_departure<D: Driver>(
     peer: &D::Peer,
     instance: InstanceId,
     event: &str,
     turn: &mut Turn<'_, D>,
 ) {
-    let told =
+    let json =
         format!("{{\"action\":\"event\",\"event\":\"{event}\",\"instance\":\"{instance}\"}}");
-    turn.send(peer, Class::Control, told.len(), |out| {
-        encode::message(out, &told)
+    turn.send(peer, Class::Control, json.len(), |out| {
+        encode::message(out, &json)
     });
 }

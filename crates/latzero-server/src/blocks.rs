@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
-use latzero_fabric::books::{Books, Resource};
+use latzero_fabric::ledger::{Ledger, Resource};
 use latzero_fabric::memory::{Job, Making, Numbers, StorageId};
 use latzero_fabric::pool::Found;
 use latzero_fabric::{BlockKey, Limits, Time};
@@ -31,7 +31,7 @@ pub(crate) use self::rows::{ENDED, Rows};
 use crate::host::IoHost;
 use crate::losses::{Loss, Part};
 use crate::peer::Peer;
-use crate::shared::{Command, Shared};
+use crate::shared::{Command, ServerState};
 use crate::timers::PoolCell;
 
 /// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a millisecond.
@@ -56,7 +56,7 @@ const BACKUP_TRIES: u32 = 100;
 const CORRUPT_SHOWN_MAX: usize = 20;
 
 /// One generation of a block.
-struct Stored {
+struct StoredBlock {
     custodian: Custodian,
     pool: PoolName,
     block: BlockId,
@@ -69,16 +69,16 @@ struct Stored {
     is_wanted: Mutex<bool>,
 }
 
-impl Stored {
+impl StoredBlock {
     fn new(
         custodian: Custodian,
         pool: PoolName,
         block: BlockId,
         version: u64,
         names: Option<Names>,
-    ) -> Stored {
+    ) -> StoredBlock {
         let is_persistent = custodian.description().is_persistent;
-        Stored {
+        StoredBlock {
             custodian,
             pool,
             block,
@@ -99,13 +99,13 @@ impl Stored {
             .expect("nothing panics under this lock")
     }
 
-    fn heard(&self, version: u64) -> u64 {
+    fn take_results(&self, version: u64) -> u64 {
         self.version.fetch_max(version, Relaxed).max(version)
     }
 }
 
 /// Something about a block that is done, for its pool.
-pub(crate) struct Done {
+pub(crate) struct JobResult {
     pub(crate) pool: Arc<PoolCell>,
     pub(crate) what: Finished,
 }
@@ -118,9 +118,9 @@ pub(crate) enum Finished {
 
 /// What the blocks' thread is given.
 enum Work {
-    Job(Arc<Shared>, Arc<PoolCell>, Job<Arc<Peer>>),
+    Job(Arc<ServerState>, Arc<PoolCell>, Job<Arc<Peer>>),
     /// Storage whose memory is given back by letting go of it; and the database that is to know of its removal, if it is one.
-    Free(Arc<Stored>, Option<Store>),
+    Free(Arc<StoredBlock>, Option<Store>),
 }
 
 /// The threads that do what takes long: small blocks do not wait for large ones.
@@ -143,7 +143,7 @@ impl Workers {
 
 /// Storage of all blocks.
 pub(crate) struct Blocks {
-    stored: RwLock<HashMap<StorageId, Arc<Stored>>>,
+    stored: RwLock<HashMap<StorageId, Arc<StoredBlock>>>,
     numbers: Mutex<Numbers>,
     files: Arc<Files>,
     rows: Rows,
@@ -198,22 +198,22 @@ impl Blocks {
             .expect("a panic in the numbers ends the server")
     }
 
-    fn at(&self, storage: StorageId) -> Option<Arc<Stored>> {
+    fn at(&self, storage: StorageId) -> Option<Arc<StoredBlock>> {
         let stored = self.stored.read().expect("nothing panics under this lock");
         stored.get(&storage).map(Arc::clone)
     }
 
-    fn found(&self, storage: StorageId) -> Result<Arc<Stored>, Refusal> {
+    fn found(&self, storage: StorageId) -> Result<Arc<StoredBlock>, Refusal> {
         // Between a pool's word and ours another loop may have removed it.
         self.at(storage).ok_or_else(removed)
     }
 
-    fn all(&self) -> Vec<Arc<Stored>> {
+    fn all(&self) -> Vec<Arc<StoredBlock>> {
         let stored = self.stored.read().expect("nothing panics under this lock");
         stored.values().map(Arc::clone).collect()
     }
 
-    fn insert(&self, storage: StorageId, stored: Stored) {
+    fn insert(&self, storage: StorageId, stored: StoredBlock) {
         self.stored
             .write()
             .expect("nothing panics under this lock")
@@ -248,7 +248,7 @@ impl Blocks {
             return 0;
         };
         match stored.custodian.version() {
-            Ok(current) => stored.heard(version.min(current)),
+            Ok(current) => stored.take_results(version.min(current)),
             Err(_) => stored.version.load(Relaxed),
         }
     }
@@ -282,7 +282,7 @@ impl Blocks {
         let stored = self.found(storage)?;
         let version = stored.custodian.read(offset, buffer, if_version);
         version
-            .map(|version| stored.heard(version).min(version))
+            .map(|version| stored.take_results(version).min(version))
             .map_err(|error| match error {
                 ReadError::OutOfRange => out_of_range(&stored),
                 ReadError::Version(current) => conflict(&stored, current),
@@ -302,7 +302,7 @@ impl Blocks {
         let version = stored.custodian.write(offset, data, if_version);
         version
             .inspect(|&version| {
-                stored.heard(version);
+                stored.take_results(version);
             })
             .map_err(|error| write_error(&stored, error))
     }
@@ -317,7 +317,7 @@ impl Blocks {
         let stored = self.found(storage)?;
         match stored.custodian.cas(offset, expected, data) {
             Ok(Cas::Swapped { version }) => {
-                stored.heard(version);
+                stored.take_results(version);
                 Ok((version, None))
             }
             Ok(Cas::Differs { current, version }) => Ok((version, Some(current))),
@@ -327,10 +327,10 @@ impl Blocks {
 
     /// Does `job`, or has the blocks' thread do it. Returns what the pool is to hear at once.
     pub(crate) fn run_or_pass_on(
-        shared: &Arc<Shared>,
+        shared: &Arc<ServerState>,
         pool: &Arc<PoolCell>,
         job: Job<Arc<Peer>>,
-    ) -> Option<Done> {
+    ) -> Option<JobResult> {
         let bytes = match &job {
             Job::Make { making, .. } => making.geometry.total().unwrap_or(u64::MAX),
             Job::Flush { storage, .. } | Job::Drop { storage, .. } => {
@@ -353,7 +353,7 @@ impl Blocks {
             return None;
         }
         let what = shared.blocks.run(job)?;
-        Some(Done {
+        Some(JobResult {
             pool: Arc::clone(pool),
             what,
         })
@@ -412,7 +412,7 @@ impl Blocks {
     fn make(&self, making: &Making) -> Result<(), Refusal> {
         let from = making.from.map(|from| self.found(from)).transpose()?;
         let stored = self.build(making, from.as_deref())?;
-        self.keep(making, from.as_deref(), &stored)?;
+        self.persist(making, from.as_deref(), &stored)?;
         self.check_place(&stored)?;
         self.rows.note(&stored, &making.record);
         self.insert(making.storage, stored);
@@ -420,7 +420,7 @@ impl Blocks {
     }
 
     /// Makes a generation and gives it its first content. Nothing is left of one that fails.
-    fn build(&self, making: &Making, from: Option<&Stored>) -> Result<Stored, Refusal> {
+    fn build(&self, making: &Making, from: Option<&StoredBlock>) -> Result<StoredBlock, Refusal> {
         let asked = making.geometry;
         let geometry = match asked.spares {
             0 => Geometry::new(asked.size, asked.slots),
@@ -466,13 +466,13 @@ impl Blocks {
             return Err(refusal);
         }
         let (pool, block) = (making.pool.clone(), making.block.clone());
-        let stored = Stored::new(custodian, pool, block, 0, names);
+        let stored = StoredBlock::new(custodian, pool, block, 0, names);
         if let Some(from) = from {
             // From the moment that its record holds, a restart goes on from the fence in its header.
             let leased = from.custodian.lease();
             let leased = leased.and_then(|fence| stored.custodian.set_lease(fence, false));
             match leased.and_then(|()| from.custodian.copy_to(&stored.custodian)) {
-                Ok(version) => stored.heard(version),
+                Ok(version) => stored.take_results(version),
                 Err(error) => {
                     if let Some(names) = &stored.names {
                         self.files.abandon(names);
@@ -485,14 +485,19 @@ impl Blocks {
     }
 
     /// Has a generation be there after a restart, where it is persistent. Nothing is left of one that fails.
-    fn keep(&self, making: &Making, from: Option<&Stored>, stored: &Stored) -> Result<(), Refusal> {
+    fn persist(
+        &self,
+        making: &Making,
+        from: Option<&StoredBlock>,
+        stored: &StoredBlock,
+    ) -> Result<(), Refusal> {
         let Some(names) = &stored.names else {
             return Ok(());
         };
         let record = &making.record;
         let kept = match stored.custodian.sync() {
             Ok(_) => self
-                .keep_record(names, record, from)
+                .persist_record(names, record, from)
                 .unwrap_or_else(|error| {
                     let block = &making.block;
                     let message = format!("cannot write the record of block '{block}': {error}");
@@ -507,11 +512,11 @@ impl Blocks {
     }
 
     /// Has a record hold, unless its block was removed since the generation that it comes from was copied.
-    fn keep_record(
+    fn persist_record(
         &self,
         names: &Names,
         record: &str,
-        from: Option<&Stored>,
+        from: Option<&StoredBlock>,
     ) -> std::io::Result<Result<(), Refusal>> {
         let before = self.files.record(names)?;
         self.files.prepare(names, record)?;
@@ -533,7 +538,7 @@ impl Blocks {
         &self,
         names: &Names,
         before: Option<&str>,
-        from: Option<&Stored>,
+        from: Option<&StoredBlock>,
     ) -> std::io::Result<()> {
         if let Some(record) = before {
             self.files.write_new_record(names, record)?;
@@ -616,9 +621,9 @@ impl Blocks {
     }
 
     /// What `stats` says of blocks.
-    pub(crate) fn to_json(&self, limits: &Limits, books: &Books) -> Value {
+    pub(crate) fn to_json(&self, limits: &Limits, ledger: &Ledger) -> Value {
         let kinds = |kind| self.all().iter().filter(|s| s.kind == kind).count();
-        let all = books.all();
+        let all = ledger.all();
         json!({
             "blocks": all.used(Resource::BlockCount),
             "blocks_max": limits.blocks_max,
@@ -760,7 +765,7 @@ impl Blocks {
 
 /// The bytes of a version that is held, one after the other.
 struct Holding<'a> {
-    held: latzero_shm::Held<'a>,
+    held: latzero_shm::ReadGuard<'a>,
     at: u64,
     left: u64,
 }
@@ -817,7 +822,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         for row in &rows {
             let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));
             if let (Ok(pool), Ok(block)) = name {
-                numbers.note_end(&pool, &block, row.generation);
+                numbers.forget_process(&pool, &block, row.generation);
             }
         }
     });
@@ -828,7 +833,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         .into_iter()
         .map(|row| ((row.pool.clone(), row.block_id.clone()), row))
         .collect();
-    let losses = Arc::clone(shared.keeper.losses());
+    let losses = Arc::clone(shared.persistence.losses());
     let records = missing.values().filter_map(|row| {
         let file = row.file.clone()?;
         Some((file, rows::record(row)))
@@ -851,7 +856,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         let (names, record) = (&kept.names, &kept.record);
         match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
-                let losses = shared.keeper.losses();
+                let losses = shared.persistence.losses();
                 losses.settle(Part::Memory, &room_for(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
@@ -869,7 +874,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                     format!("it was not loaded, because of a limit: {}", refusal.message);
                 let remedy = "raise the limit and restart the server; the block's file and name \
                     are kept until then";
-                let losses = shared.keeper.losses();
+                let losses = shared.persistence.losses();
                 losses.note(Loss::new(Part::Memory, affected, happened, remedy));
             }
             Err(refusal) => {
@@ -905,11 +910,11 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         }
     }
     // As at the end of a block: its mark goes after its row.
-    let store = shared.keeper.store();
+    let store = shared.persistence.store();
     if !removed.is_empty() && store.commit(Vec::new()).is_ok() {
         removed.iter().for_each(|id| shared.blocks.files.forget(id));
     }
-    shared.keeper.keep_losses();
+    shared.persistence.store_losses();
     let (files, bytes) = shared.blocks.files.orphans();
     if files > 0 {
         tracing::warn!(
@@ -975,7 +980,7 @@ fn adopt(
         && is_limit(refusal)
     {
         let why = refusal.message.as_ref();
-        host.with_pool(&pool, |pool, fx| pool.leave_out(&block, why, fx));
+        host.with_pool(&pool, |pool, fx| pool.reserve_name(&block, why, fx));
     }
     if taken.is_err() {
         // The pool goes again where it was made for this block alone.
@@ -1016,7 +1021,7 @@ fn take(
     let owner = found.owner()?;
     let account = host.with_registry(|registry, turn| registry.kept_account(&owner, turn));
     let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, &account, fx))?;
-    let stored = Stored::new(custodian, pool_name, block.clone(), version, names);
+    let stored = StoredBlock::new(custodian, pool_name, block.clone(), version, names);
     if let Err(error) = stored.custodian.set_lease(fence, has_writer) {
         tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "cannot reset the \
             lock of a block");
@@ -1025,7 +1030,7 @@ fn take(
     host.shared.blocks.insert(storage, stored);
     host.with_pool(pool, |pool, fx| {
         if has_writer {
-            pool.leave_writer_behind(&block, fx);
+            pool.abandon_writer(&block, fx);
         }
         pool.add_spares(&block, fx);
     });
@@ -1036,7 +1041,7 @@ fn take(
 ///
 /// # Errors
 /// `forbidden` where the memory is another's; and as the pool says.
-pub(crate) fn take_back(
+pub(crate) fn reoffer(
     host: &mut IoHost,
     pool: &Arc<PoolCell>,
     (pool_name, block): (&PoolName, &BlockId),
@@ -1050,7 +1055,7 @@ pub(crate) fn take_back(
         );
         Refusal::new(Code::Forbidden, message)
     };
-    let custodian = Custodian::take_back(offered).map_err(|error| another(error.to_string()))?;
+    let custodian = Custodian::from_fd(offered).map_err(|error| another(error.to_string()))?;
     let identity = custodian
         .identity()
         .map_err(|error| another(error.to_string()))?;
@@ -1081,8 +1086,8 @@ pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, Owned
             .with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))
             .and_then(|(number, pool)| {
                 let row = host.shared.blocks.awaited_row(&pool_name, &block);
-                let taken = row
-                    .and_then(|row| take_back(host, &pool, (&pool_name, &block), &row, &offered));
+                let taken =
+                    row.and_then(|row| reoffer(host, &pool, (&pool_name, &block), &row, &offered));
                 if taken.is_err() {
                     host.effects.held.push((pool_name.clone(), number, 0));
                     host.with_pool(&pool, |_, _| ());
@@ -1096,7 +1101,7 @@ pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, Owned
 }
 
 /// Gives up the blocks of an earlier run that nobody offered in time.
-pub(crate) fn end_grace(shared: &Shared, now: Time) {
+pub(crate) fn end_grace(shared: &ServerState, now: Time) {
     let gone = shared.blocks.rows.end_grace(shared.started, now);
     if gone > 0 {
         tracing::info!(
@@ -1133,7 +1138,7 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                 });
                 for (pool, key, ticket) in std::iter::once((pool, key, ticket)).chain(others) {
                     let what = Finished::Flushed(key, ticket, version.clone());
-                    shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
+                    shared.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
                 }
             }
             Work::Job(shared, pool, job) => {
@@ -1143,7 +1148,7 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                         // A server that is killed right behind the reply must know whose the name is.
                         shared.blocks.rows.settle_on_disk();
                     }
-                    shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
+                    shared.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
                 }
             }
             Work::Free(stored, store) => {
@@ -1173,10 +1178,10 @@ fn take_where<T>(all: &mut VecDeque<T>, is_so: impl Fn(&T) -> bool) -> Vec<T> {
 
 /// Makes a change to a block's names unless the generation that a new one is made from was given up. Says whether it did.
 fn change_if_wanted(
-    from: Option<&Stored>,
+    from: Option<&StoredBlock>,
     change: impl FnOnce() -> std::io::Result<()>,
 ) -> std::io::Result<bool> {
-    let is_wanted = from.map(Stored::is_wanted);
+    let is_wanted = from.map(StoredBlock::is_wanted);
     if is_wanted.as_ref().is_some_and(|is_wanted| !**is_wanted) {
         return Ok(false);
     }
@@ -1236,7 +1241,7 @@ impl Blame for latzero_shm::WriteError {
     }
 }
 
-fn corrupt(stored: &Stored, error: &impl Blame) -> Refusal {
+fn corrupt(stored: &StoredBlock, error: &impl Blame) -> Refusal {
     tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block is unusable");
     // Advice that loses nothing: what can't be read now may be whole on the disk.
     let advice = match error.is_of_disk() {
@@ -1252,7 +1257,7 @@ fn corrupt(stored: &Stored, error: &impl Blame) -> Refusal {
     )
 }
 
-fn out_of_range(stored: &Stored) -> Refusal {
+fn out_of_range(stored: &StoredBlock) -> Refusal {
     let size = stored.custodian.description().geometry.size;
     Refusal::new(
         Code::OutOfRange,
@@ -1263,14 +1268,14 @@ fn out_of_range(stored: &Stored) -> Refusal {
     )
 }
 
-fn conflict(stored: &Stored, current: u64) -> Refusal {
+fn conflict(stored: &StoredBlock, current: u64) -> Refusal {
     Refusal::new(
         Code::VersionConflict,
         format!("block '{}' has version {current}", stored.block),
     )
 }
 
-fn contended(stored: &Stored) -> Refusal {
+fn contended(stored: &StoredBlock) -> Refusal {
     Refusal::new(
         Code::Contended,
         format!(
@@ -1280,7 +1285,7 @@ fn contended(stored: &Stored) -> Refusal {
     )
 }
 
-fn write_error(stored: &Stored, error: latzero_shm::WriteError) -> Refusal {
+fn write_error(stored: &StoredBlock, error: latzero_shm::WriteError) -> Refusal {
     use latzero_shm::WriteError;
     match error {
         WriteError::OutOfRange => out_of_range(stored),

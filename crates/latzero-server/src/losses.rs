@@ -83,7 +83,7 @@ impl Loss {
 
 /// Every loss that is known.
 #[derive(Debug, Default)]
-pub(crate) struct Losses(Mutex<Known>);
+pub(crate) struct LossList(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
@@ -102,7 +102,7 @@ struct Since {
     since: u64,
 }
 
-impl Losses {
+impl LossList {
     /// Logs a loss and keeps it. Repeating it changes and logs nothing.
     pub(crate) fn note(&self, loss: Loss) {
         if self.known().insert(loss.clone(), unix_ms()) {
@@ -227,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_loss_is_shown_until_it_is_settled() {
-        let losses = Losses::default();
+        let losses = LossList::default();
         losses.note(loss("block 'b'", "its file is missing"));
         losses.note(loss("block 'b'", "its file is damaged"));
         let (shown, total) = losses.to_json();
@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn the_next_run_knows_them() {
-        let losses = Losses::default();
+        let losses = LossList::default();
         assert_eq!(losses.changed(), None);
         losses.note(loss("block 'b'", "its file is missing"));
         let text = losses.changed().unwrap();
@@ -254,7 +254,7 @@ mod tests {
         assert_eq!(losses.changed(), None, "the next run looks for itself");
         losses.settle(Part::Memory, "directory");
         assert_eq!(losses.changed(), None);
-        let next = Losses::default();
+        let next = LossList::default();
         next.take_in(&text);
         assert_eq!(next.to_json(), losses.to_json());
         next.take_in("no JSON");
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn they_are_bounded() {
-        let losses = Losses::default();
+        let losses = LossList::default();
         for n in 0..LOSSES_MAX + 5 {
             losses.note(loss(&format!("block {n}"), &"é".repeat(TEXT_BYTES_MAX)));
         }

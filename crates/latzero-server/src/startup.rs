@@ -6,9 +6,9 @@
 //! The kernel releases the lock when the process ends, and its file is never removed; a pid file
 //! would have race conditions.
 
+pub mod created_files;
 pub mod data_dir;
 pub mod descriptors;
-pub mod leftovers;
 pub mod lock;
 pub mod sockets;
 pub mod systemd;

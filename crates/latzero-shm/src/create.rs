@@ -12,10 +12,10 @@ use rustix::fs::{
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::block_memory::BlockMemory;
 use crate::custodian::Custodian;
 use crate::file::FileMemory;
 use crate::format::{Access, Description, FIXED_BYTES, HEADER_BYTES, HeaderError};
-use crate::kept::Kept;
 use crate::mapped::Mapped;
 
 /// Longest name of a memfd in bytes (memfd_create(2)).
@@ -150,7 +150,7 @@ impl Custodian {
         Custodian {
             description,
             lent: Mutex::default(),
-            memory: Kept {
+            memory: BlockMemory {
                 file: FileMemory::new(Arc::new(file)),
                 header,
             },

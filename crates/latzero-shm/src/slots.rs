@@ -110,7 +110,7 @@ impl Head {
 
 /// How long a reader tries again while writers are in its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Patience {
+pub enum Wait {
     /// For some milliseconds.
     Wait,
     /// A few times at once: others wait for this thread.
@@ -147,14 +147,14 @@ pub fn read<M: Memory>(
     geometry: &Geometry,
     offset: u64,
     to: &mut [u8],
-    patience: Patience,
+    wait: Wait,
 ) -> Result<u64, ReadError> {
     if !geometry.contains(offset, to.len()) {
         return Err(ReadError::OutOfRange);
     }
-    let tries_max = match patience {
-        Patience::Wait => None,
-        Patience::Hurry => {
+    let tries_max = match wait {
+        Wait::Wait => None,
+        Wait::Hurry => {
             let tries = UNWAITED_BYTES_MAX / (to.len() as u64).max(1);
             Some(tries.clamp(UNWAITED_TRIES_MIN, u64::from(TRIES)) as u32)
         }
@@ -334,11 +334,13 @@ impl Draft {
             return Ok(());
         }
         if self.changed.is_some() {
-            return lag.ranges().try_for_each(|range| self.bring(memory, range));
+            return lag
+                .ranges()
+                .try_for_each(|range| self.update_slot(memory, range));
         }
         self.spoil(memory)?;
         lag.ranges()
-            .try_for_each(|range| self.bring(memory, range))?;
+            .try_for_each(|range| self.update_slot(memory, range))?;
         if self.geometry.spares > 0 {
             // Slots are identified by their versions, so no two may have the same one.
             return Ok(());
@@ -352,7 +354,7 @@ impl Draft {
     }
 
     /// Copies a range of the newest version into the slot.
-    fn bring<M: Memory>(&self, memory: &M, (from, to): (u64, u64)) -> Result<(), Fault> {
+    fn update_slot<M: Memory>(&self, memory: &M, (from, to): (u64, u64)) -> Result<(), Fault> {
         if self.head.version == 0 {
             return self.put(memory, from, to, 0);
         }
@@ -373,11 +375,11 @@ impl Draft {
                 // In its midst: the shorter side is copied now, the longer one may yet be written
                 // over.
                 (false, false) if a - from < to - b => {
-                    self.bring(memory, (from, a))?;
+                    self.update_slot(memory, (from, a))?;
                     (b, to)
                 }
                 (false, false) => {
-                    self.bring(memory, (b, to))?;
+                    self.update_slot(memory, (b, to))?;
                     (from, a)
                 }
             };

@@ -23,7 +23,7 @@ impl Attachment {
         if self.is_writing.swap(true, Acquire) {
             return Err(WriteError::Contended);
         }
-        let turn = Turn(Arc::clone(self));
+        let turn = WriteGuard(Arc::clone(self));
         let draft = on!(&self.bytes, memory => slots::begin(memory, &self.expected.geometry))?;
         Ok(Writing { draft, fence, turn })
     }
@@ -45,14 +45,14 @@ impl Attachment {
 pub struct Writing {
     draft: Draft,
     fence: u64,
-    turn: Turn,
+    turn: WriteGuard,
 }
 
 /// The attachment's turn to write, over when this is dropped.
 #[derive(Debug)]
-struct Turn(Arc<Attachment>);
+struct WriteGuard(Arc<Attachment>);
 
-impl Drop for Turn {
+impl Drop for WriteGuard {
     fn drop(&mut self) {
         self.0.is_writing.store(false, Release);
     }

@@ -15,12 +15,12 @@ macro_rules! ensure {
     };
 }
 
-mod taken_in;
+mod requests;
 mod written;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use latzero_fabric::keep::AppRow;
+use latzero_fabric::rows::AppRow;
 use latzero_fabric::{Count, Limits, Time};
 use latzero_protocol::Code;
 use latzero_protocol::limits::SYSTEM_POOL;

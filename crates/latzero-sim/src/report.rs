@@ -7,8 +7,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use latzero_fabric::Limits;
 
 use crate::check::Checker;
+use crate::durable::DurableScript;
 use crate::hostile::Hostile;
-use crate::lasting::Lasting;
 use crate::line::{Bounds, Event, Totals};
 use crate::script::Script;
 use crate::world::World;
@@ -218,7 +218,7 @@ impl std::error::Error for Violation {}
 pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
     let scenario: Box<dyn Scenario> = match plan.theme {
         Theme::Calls => Box::new(Calls::new(plan.seed, plan.clients)),
-        Theme::Lasting => Box::new(Lasting::new(plan.seed)),
+        Theme::Lasting => Box::new(DurableScript::new(plan.seed)),
         Theme::Hostile => Box::new(Hostile::new(plan.seed)),
     };
     let mut run = Run {

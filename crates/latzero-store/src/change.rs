@@ -6,7 +6,7 @@ use crate::rows::{AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRo
 /// One change. Each may be written twice with the same result as once, so that it can be tried
 /// again after a failure whose outcome is not known.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum RowChange {
     /// Adds an app or replaces what is known of it.
     PutApp(AppRow),
     /// What an app watches and subscribes to; an unknown app is ignored.
@@ -119,7 +119,7 @@ pub(crate) enum Worth {
     Kept,
 }
 
-impl Change {
+impl RowChange {
     pub(crate) fn key(&self) -> Key {
         match self {
             Self::PutApp(row) => Key::App(row.app_id.clone()),

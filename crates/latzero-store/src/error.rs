@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rusqlite::ErrorCode;
 
-use crate::place::Missing;
+use crate::location::Missing;
 
 /// Why a change, a backup or a check did not happen. Cheap to clone, because one reason goes to
 /// many tickets.

@@ -11,7 +11,7 @@ pub type Ticket = u64;
 
 /// Told about promises after each transaction, on the store's thread. It may take the vector's
 /// contents.
-pub type Done = Box<dyn FnMut(&mut Vec<(Ticket, Result<(), StoreError>)>) + Send>;
+pub type OnDone = Box<dyn FnMut(&mut Vec<(Ticket, Result<(), StoreError>)>) + Send>;
 
 /// What a commit waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -49,7 +49,7 @@ pub struct Options {
     /// This boot of the machine: the contents of `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
     /// Told what became of promises. It must not wait for the store.
-    pub on_done: Done,
+    pub on_done: OnDone,
     /// For tests: which step fails.
     #[doc(hidden)]
     pub faults: Faults,

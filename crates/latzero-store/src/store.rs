@@ -8,12 +8,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::change::Change;
+use crate::change::RowChange;
 use crate::error::{BackupError, StoreError, SubmitError};
 use crate::faults::Faults;
 use crate::files::with_suffix;
+use crate::location::{Guard, Missing};
 use crate::options::Ticket;
-use crate::place::{Guard, Missing};
 use crate::queue::{Changes, Queue, Teller};
 
 /// Requests (backups, checks) that may wait for the thread.
@@ -61,13 +61,13 @@ pub struct Status {
 
 #[derive(Debug)]
 struct Inner {
-    shared: Arc<Shared>,
+    shared: Arc<StoreState>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What the handles and the thread have in common.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct StoreState {
     pub(crate) state: Mutex<State>,
     pub(crate) wake: Condvar,
     /// Told after each transaction.
@@ -128,7 +128,7 @@ pub(crate) enum Request {
 }
 
 impl Store {
-    pub(crate) fn new(shared: Arc<Shared>, thread: JoinHandle<()>) -> Self {
+    pub(crate) fn new(shared: Arc<StoreState>, thread: JoinHandle<()>) -> Self {
         let thread = Mutex::new(Some(thread));
         Self {
             inner: Arc::new(Inner { shared, thread }),
@@ -140,7 +140,7 @@ impl Store {
     ///
     /// A promise is told to `on_done` once it is on disk, or once it failed and is gone. An
     /// eventual change is retried until the disk takes it; a later one of the same row replaces it.
-    pub fn submit(&self, change: Change, ticket: Option<Ticket>) -> Result<(), SubmitError> {
+    pub fn submit(&self, change: RowChange, ticket: Option<Ticket>) -> Result<(), SubmitError> {
         let mut state = self.open_state()?;
         match ticket {
             Some(ticket) => state
@@ -154,7 +154,7 @@ impl Store {
 
     /// Writes `changes`, all or none, and waits for the commit. For worker threads; never from
     /// `on_done`.
-    pub fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
+    pub fn commit(&self, changes: Vec<RowChange>) -> Result<(), StoreError> {
         let (reply, told) = sync_channel(1);
         let mut state = self.open_state()?;
         state
@@ -227,7 +227,7 @@ impl Store {
 
     /// Checks that the database's files are in place. If not, it tries a transaction, which
     /// recreates them or says why that is impossible.
-    pub fn look(&self) {
+    pub fn check_files(&self) {
         if self.inner.shared.guard().check().is_ok() {
             return;
         }
@@ -294,7 +294,7 @@ impl Store {
     }
 }
 
-impl Shared {
+impl StoreState {
     /// The state is whole at every step, so a panic of another thread does not spoil it.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

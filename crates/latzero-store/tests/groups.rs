@@ -7,7 +7,9 @@ mod common;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use common::{PATIENCE, app, block, contents, options, reopen, set};
-use latzero_store::{Change, Faults, Lasts, Options, Store, StoreError, SubmitError, Ticket, open};
+use latzero_store::{
+    Faults, Lasts, Options, RowChange, Store, StoreError, SubmitError, Ticket, open,
+};
 
 /// A store whose thread stops at the first ticket until it is let go, and tells how many tickets
 /// each call brought.
@@ -76,7 +78,7 @@ fn the_bounds_hold() {
         retained_max: 2,
         ..options().0
     });
-    let submit = |change: Change, ticket| held.store.submit(change, ticket);
+    let submit = |change: RowChange, ticket| held.store.submit(change, ticket);
     for ticket in 1..=3 {
         submit(set("k", "promised"), Some(ticket)).unwrap();
     }
@@ -88,7 +90,7 @@ fn the_bounds_hold() {
         "{error}"
     );
 
-    let seen = |last_seen| Change::SeenApp {
+    let seen = |last_seen| RowChange::SeenApp {
         app_id: "a".into(),
         last_seen,
     };
@@ -128,8 +130,8 @@ fn an_eventual_change_that_cannot_be_stored_is_dropped_and_counted() {
     let store = reopen(dir.path()).store;
     let mut odd = block("p", "odd");
     odd.kind = "other".into();
-    store.submit(Change::PutBlock(odd), None).unwrap();
-    store.submit(Change::PutApp(app("a")), None).unwrap();
+    store.submit(RowChange::PutBlock(odd), None).unwrap();
+    store.submit(RowChange::PutApp(app("a")), None).unwrap();
     assert!(store.wait_settled(PATIENCE));
     assert_eq!(store.status().dropped, 1);
     store.close().unwrap();

@@ -624,7 +624,7 @@ pub(crate) fn forget_emissions(app: &App, queue: &Arc<Queue<Emission>>) {
     if !gone.is_empty() {
         let mut message = Message::new("trigger_unregister");
         message.json("triggers", json!(gone).to_string().as_bytes());
-        app.core().tell(message);
+        app.core().send_oneway(message);
     }
 }
 
@@ -643,13 +643,13 @@ pub(crate) fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
     for pool in gone {
         let mut message = Message::new("unwatch");
         message.string("pool", &pool);
-        app.core().tell(message);
+        app.core().send_oneway(message);
     }
 }
 
 impl Core {
     /// Sends what asks for no reply, where there is a connection. Small, and bounded by what was asked for before.
-    pub(crate) fn tell(&self, message: Message) {
+    pub(crate) fn send_oneway(&self, message: Message) {
         self.append(message);
         self.flush_soon();
     }

@@ -45,8 +45,8 @@ pub use typed::TypedBlock;
 pub use write::{BlockWriter, Draft};
 
 pub use latzero_shm::{Element, View};
-pub(crate) use shared::{Blocks, Current, Shared};
-use shared::{Described, Held};
+pub(crate) use shared::{BlockState, Blocks, Current};
+use shared::{Described, LockState};
 
 /// How long a request that may move a whole block is waited for.
 const MOVE_TIME: Duration = Duration::from_secs(120);
@@ -243,7 +243,7 @@ pub struct Block {
 struct Inner {
     app: App,
     access: Access,
-    shared: Arc<Shared>,
+    shared: Arc<BlockState>,
 }
 
 impl Drop for Inner {
@@ -280,7 +280,7 @@ impl Block {
     }
 
     fn make(app: &App, access: Access, current: Current, is_lent: bool) -> Block {
-        let shared = Arc::new(Shared::new(current, !is_lent));
+        let shared = Arc::new(BlockState::new(current, !is_lent));
         app.core().blocks.add(&shared, access, is_lent);
         Block {
             inner: Arc::new(Inner {
@@ -291,7 +291,7 @@ impl Block {
         }
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    fn shared(&self) -> &Arc<BlockState> {
         &self.inner.shared
     }
 
@@ -517,7 +517,7 @@ impl Block {
     }
 
     /// Attaches anew where that is needed; whether the block is mapped then.
-    pub(crate) async fn go_on(&self) -> Result<bool, Error> {
+    pub(crate) async fn ensure_attached(&self) -> Result<bool, Error> {
         Ok(self.readable().await?.attachment.is_some())
     }
 
@@ -725,14 +725,14 @@ impl Block {
     }
 
     /// Whether what is held is not the block as it is now, over connection `epoch`.
-    fn must_move(&self, held: &Held, epoch: Option<u32>) -> bool {
+    fn must_move(&self, held: &LockState, epoch: Option<u32>) -> bool {
         self.shared().must_attach.load(Ordering::Acquire)
             || epoch.is_some_and(|epoch| epoch != held.epoch)
             || held.attachment.as_deref().is_some_and(is_superseded)
     }
 
     /// What can be read from now: attached anew where the block moved or the app reconnected.
-    async fn readable(&self) -> Result<Held, Error> {
+    async fn readable(&self) -> Result<LockState, Error> {
         self.check_fault()?;
         let held = lock(&self.shared().current).held();
         let epoch = self.app().core().epoch_now();
@@ -755,7 +755,7 @@ impl Block {
     }
 
     /// What can be written from now.
-    async fn writable(&self) -> Result<Held, Error> {
+    async fn writable(&self) -> Result<LockState, Error> {
         if self.shared().is_gone.load(Ordering::Acquire) {
             return Err(removed(self.id()));
         }
@@ -821,7 +821,7 @@ impl Block {
 
     /// Whether the server has the block after all, of which it knew nothing when it was asked: what was `known` of it before
     /// is of an earlier connection, and it was given back over this one.
-    async fn is_back(&self, known: &Held) -> bool {
+    async fn is_back(&self, known: &LockState) -> bool {
         known.attachment.is_some()
             && self.app().core().epoch_now() != Some(known.epoch)
             && self.readable().await.is_ok()

@@ -43,7 +43,7 @@ struct Unsent {
     window: Option<u64>,
     /// Blocks that travel with a call, as JSON.
     blocks: Vec<Value>,
-    lasting: Lasting,
+    lasting: ParkOptions,
     /// Where it goes; of an app with keys alone, which may have to seal it.
     route: Option<Box<Route>>,
     /// What its answer is opened with.
@@ -62,19 +62,19 @@ struct Route {
 
 /// What is asked for a call that may outlive an attempt at it.
 #[derive(Debug, Default)]
-struct Lasting {
+struct ParkOptions {
     park: bool,
     redeliver: bool,
     idempotency_key: Option<String>,
     id: Option<Box<str>>,
 }
 
-impl Lasting {
+impl ParkOptions {
     fn name(&self) -> Name<'_> {
         match &self.id {
             Some(id) => Name::Chosen(id),
-            None if self.park => Name::Lasting,
-            None => Name::Place,
+            None if self.park => Name::Durable,
+            None => Name::Slot,
         }
     }
 }
@@ -104,7 +104,7 @@ impl Unsent {
             deadline: None,
             window: None,
             blocks: Vec::new(),
-            lasting: Lasting::default(),
+            lasting: ParkOptions::default(),
             route: None,
             sealed: None,
             failure: None,
@@ -440,13 +440,13 @@ pub(crate) struct Outgoing(State);
 #[derive(Debug)]
 enum State {
     Unsent(Box<Unsent>),
-    Sent(Sent),
+    Sent(SentRequest),
     Done,
 }
 
 /// A request that was sent.
 #[derive(Debug)]
-struct Sent {
+struct SentRequest {
     app: App,
     key: Key,
     /// When to give up, where the server does not.
@@ -535,7 +535,7 @@ impl Outgoing {
     }
 
     /// When a blocked caller gives up, where neither the server nor the driver does.
-    pub(crate) fn patience(&self) -> Option<Instant> {
+    pub(crate) fn wait_until(&self) -> Option<Instant> {
         match &self.0 {
             State::Unsent(unsent) => Some(Instant::now() + unsent.timeout + grace(unsent.timeout)),
             State::Sent(sent) => Some(sent.deadline),
@@ -592,7 +592,7 @@ impl Outgoing {
         let State::Unsent(unsent) = std::mem::replace(&mut self.0, State::Done) else {
             unreachable!("it was just seen");
         };
-        self.0 = State::Sent(Sent {
+        self.0 = State::Sent(SentRequest {
             app: unsent.app,
             key,
             deadline: given_up,
@@ -664,7 +664,7 @@ pub(crate) fn open_reply(sealed: &SealedCall, reply: Result<Reply, Error>) -> Re
 }
 
 /// Whether a call may outlive what its window of time is: its envelope says when it expires.
-fn lasting_kind(lasting: &Lasting) -> bool {
+fn lasting_kind(lasting: &ParkOptions) -> bool {
     lasting.park || lasting.redeliver
 }
 
@@ -750,9 +750,9 @@ impl<R> Calling<R> {
     /// Waits for the answer on this thread.
     pub(crate) fn wait(mut self) -> Result<R, Error> {
         let app = self.outgoing.app().cloned().expect("it was not polled yet");
-        let patience = self.outgoing.patience();
+        let deadline = self.outgoing.wait_until();
         let poll = |cx: &mut Context<'_>| self.outgoing.poll_reply(Leave::Now, cx);
-        match app.core().block_on(patience, poll) {
+        match app.core().block_on(deadline, poll) {
             Some(reply) => reply.and_then(self.read),
             None => Err(silence()),
         }
@@ -776,9 +776,9 @@ impl Parking {
     /// Waits on this thread until the call is on disk, or answered.
     pub(crate) fn wait(mut self) -> Result<Parked, Error> {
         let app = self.0.app().cloned().expect("it was not polled yet");
-        let patience = self.0.patience();
+        let deadline = self.0.wait_until();
         app.core()
-            .block_on(patience, |cx| self.0.poll_parked(Leave::Now, cx))
+            .block_on(deadline, |cx| self.0.poll_parked(Leave::Now, cx))
             .unwrap_or_else(|| Err(silence()))
     }
 }
@@ -954,9 +954,9 @@ impl Emitting {
     pub(crate) fn wait(mut self) -> Result<(), Error> {
         let unsent = self.0.as_ref().expect("it was not polled yet");
         let app = unsent.app.clone();
-        let patience = Instant::now() + unsent.timeout + GRACE.1;
+        let deadline = Instant::now() + unsent.timeout + GRACE.1;
         app.core()
-            .block_on(Some(patience), |cx| self.poll_with(Leave::Now, cx))
+            .block_on(Some(deadline), |cx| self.poll_with(Leave::Now, cx))
             .unwrap_or_else(|| Err(too_late(app.core().is_connected())))
     }
 }

@@ -26,7 +26,7 @@ use crate::error::Error;
 use crate::local;
 use crate::prove::{Talk, check_bound};
 use crate::sealed::SealedPool;
-use crate::url::Place;
+use crate::url::Endpoint;
 
 /// How long a thread waits in `recv` before it looks at its deadlines.
 pub(crate) const RECV_TIMEOUT: Duration = Duration::from_millis(250);
@@ -228,11 +228,11 @@ fn unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
 }
 
 /// Opens a socket; true where it is a Unix one.
-fn open(place: &Place, timeout: Duration, has_keys: bool) -> Result<(OwnedFd, bool), Error> {
+fn open(place: &Endpoint, timeout: Duration, has_keys: bool) -> Result<(OwnedFd, bool), Error> {
     let deadline = Instant::now() + timeout;
     let by_tcp = |host: &str, port| tcp(host, port, timeout).map(|socket| (socket, false));
     match place {
-        Place::Local => {
+        Endpoint::Local => {
             let mut sockets = local::sockets().into_iter();
             match sockets.find_map(|path| unix(&path, deadline).ok()) {
                 Some(socket) => Ok((socket, true)),
@@ -245,11 +245,11 @@ fn open(place: &Place, timeout: Duration, has_keys: bool) -> Result<(OwnedFd, bo
                 None => by_tcp("127.0.0.1", DEFAULT_PORT),
             }
         }
-        Place::Socket(path) => match unix(path, deadline) {
+        Endpoint::Socket(path) => match unix(path, deadline) {
             Ok(socket) => Ok((socket, true)),
             Err(e) => Err(unreachable(&path.display().to_string(), e)),
         },
-        Place::Tcp(host, port) => by_tcp(host, *port),
+        Endpoint::Tcp(host, port) => by_tcp(host, *port),
     }
 }
 

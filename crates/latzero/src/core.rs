@@ -23,7 +23,7 @@ use crate::driver_thread::Workers;
 use crate::driver_tokio::Signal;
 use crate::error::Error;
 use crate::events::{Presence, Queue};
-use crate::handlers::{Handlers, Job};
+use crate::handlers::{HandlerJob, Handlers};
 use crate::message::Message;
 use crate::outbox::{By, Flushed, Outbox, Phase, Submitted};
 use crate::payload::Reply;
@@ -298,7 +298,7 @@ impl Core {
     }
 
     /// Hands jobs to the driver.
-    pub(crate) fn push_jobs(self: &Arc<Self>, jobs: &mut Vec<Job>) {
+    pub(crate) fn push_jobs(self: &Arc<Self>, jobs: &mut Vec<HandlerJob>) {
         if jobs.is_empty() {
             return;
         }

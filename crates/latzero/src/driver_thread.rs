@@ -19,7 +19,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::core::{Core, TICK};
 use crate::error::Error;
-use crate::handlers::{self, Job, SLOW};
+use crate::handlers::{self, HandlerJob, SLOW};
 use crate::reader::{Input, Received, timespec};
 use crate::sync::lock;
 
@@ -41,7 +41,7 @@ const NESTING: usize = 4;
 
 #[derive(Debug)]
 struct State {
-    queue: VecDeque<Job>,
+    queue: VecDeque<HandlerJob>,
     threads: usize,
     idle: usize,
     /// Handlers that wait for a call of their own.
@@ -50,7 +50,7 @@ struct State {
     is_stopped: bool,
 }
 
-impl std::fmt::Debug for Job {
+impl std::fmt::Debug for HandlerJob {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Job")
     }
@@ -119,7 +119,7 @@ impl Workers {
     }
 
     /// Queues jobs; somebody must be told.
-    pub(crate) fn push(&self, jobs: &mut Vec<Job>) {
+    pub(crate) fn push(&self, jobs: &mut Vec<HandlerJob>) {
         let mut state = lock(&self.state);
         if state.is_stopped {
             drop(state);
@@ -131,14 +131,14 @@ impl Workers {
     }
 
     /// The next job.
-    pub(crate) fn pop(&self) -> Option<Job> {
+    pub(crate) fn pop(&self) -> Option<HandlerJob> {
         if self.queued.load(Ordering::Acquire) == 0 {
             return None;
         }
         self.pop_from(&mut lock(&self.state))
     }
 
-    fn pop_from(&self, state: &mut State) -> Option<Job> {
+    fn pop_from(&self, state: &mut State) -> Option<HandlerJob> {
         let job = state.queue.pop_front();
         self.queued.store(state.queue.len(), Ordering::Release);
         job
@@ -337,7 +337,7 @@ fn work(core: &Arc<Core>) {
     state.threads -= 1;
 }
 
-fn run(core: &Arc<Core>, job: Job, started: Instant) -> Instant {
+fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instant {
     IN_HANDLER_OF.set(Arc::as_ptr(core) as usize);
     let ended = handlers::run(core, job, started);
     IN_HANDLER_OF.set(0);
@@ -494,7 +494,7 @@ fn stay_away(core: &Arc<Core>, time: Duration) {
 }
 
 /// Runs a job, and the queued ones behind it; whether this thread still leads.
-fn run_as_leader(core: &Arc<Core>, lease: u64, job: Job) -> bool {
+fn run_as_leader(core: &Arc<Core>, lease: u64, job: HandlerJob) -> bool {
     let workers = &core.workers;
     let mut next = Some(job);
     // One look at the clock per job: where one ends, the next begins.

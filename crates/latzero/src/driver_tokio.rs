@@ -16,7 +16,7 @@ use tokio::time::Sleep;
 
 use crate::connection::Link;
 use crate::core::{Core, TICK};
-use crate::handlers::{self, Job};
+use crate::handlers::{self, HandlerJob};
 use crate::outbox::Flushed;
 use crate::reader::Received;
 use crate::sync::{lock, set_waker};
@@ -80,7 +80,7 @@ struct Drive {
     core: Arc<Core>,
     socket: Option<AsyncFd<Arc<Link>>>,
     tick: Option<Pin<Box<Sleep>>>,
-    jobs: Vec<Job>,
+    jobs: Vec<HandlerJob>,
     has_yielded: bool,
     is_done: bool,
 }
@@ -113,7 +113,7 @@ impl Future for Drive {
             this.core.outbox.flush();
         }
         this.write(cx);
-        this.look_at_deadlines(cx);
+        this.poll_deadlines(cx);
         Poll::Pending
     }
 }
@@ -205,7 +205,7 @@ impl Drive {
         }
     }
 
-    fn look_at_deadlines(&mut self, cx: &mut Context<'_>) {
+    fn poll_deadlines(&mut self, cx: &mut Context<'_>) {
         while self.core.is_tick_armed() {
             let tick = self
                 .tick

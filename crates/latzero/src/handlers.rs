@@ -75,27 +75,27 @@ pub(crate) struct Entry {
 }
 
 /// Something for the driver to run.
-pub(crate) enum Job {
+pub(crate) enum HandlerJob {
     /// A call that just arrived.
     Start(Arc<Entry>, Request),
     /// A handler's future that can go on.
     Poll(Arc<Task>),
 }
 
-impl Job {
+impl HandlerJob {
     /// Whether it may keep its thread for long.
     pub(crate) fn may_be_slow(&self) -> bool {
         match self {
-            Job::Start(entry, _) => {
+            HandlerJob::Start(entry, _) => {
                 matches!(entry.kind, Kind::Blocking(_)) && entry.is_slow.load(Ordering::Relaxed)
             }
-            Job::Poll(_) => false,
+            HandlerJob::Poll(_) => false,
         }
     }
 
     /// Whether it is the start of call `id`.
     pub(crate) fn is_start_of(&self, id: &str) -> bool {
-        matches!(self, Job::Start(_, request) if request.ticket.id() == Some(id))
+        matches!(self, HandlerJob::Start(_, request) if request.ticket.id() == Some(id))
     }
 }
 
@@ -389,13 +389,13 @@ impl Hash for Noted {
 
 /// Runs a job that begins at `started`; returns when it ended, as far as that was looked at. Answers are appended, not
 /// flushed.
-pub(crate) fn run(core: &Arc<Core>, job: Job, started: Instant) -> Instant {
+pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instant {
     match job {
-        Job::Poll(task) => {
+        HandlerJob::Poll(task) => {
             task.run(core);
             started
         }
-        Job::Start(entry, request) => match &entry.kind {
+        HandlerJob::Start(entry, request) => match &entry.kind {
             Kind::Blocking(handler) => {
                 let ticket = request.ticket.clone();
                 core.handlers.begin_blocking(&ticket);
@@ -496,7 +496,7 @@ impl Wake for Task {
         if !self.is_queued.swap(true, Ordering::AcqRel)
             && let Some(core) = self.core.upgrade()
         {
-            core.push_jobs(&mut vec![Job::Poll(self)]);
+            core.push_jobs(&mut vec![HandlerJob::Poll(self)]);
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::answers::Answer;
 use crate::core::Core;
 use crate::error::Error;
 use crate::events::{Emission, Presence};
-use crate::handlers::{Entry, Job};
+use crate::handlers::{Entry, HandlerJob};
 use crate::payload::{Beside, Payload, Reply};
 use crate::pending::{Key, Pending};
 use crate::reader::Input;
@@ -30,7 +30,7 @@ const DESCRIPTORS_KEPT_MAX: usize = 1024;
 pub(crate) fn process(
     core: &Arc<Core>,
     input: &mut Input,
-    jobs: &mut Vec<Job>,
+    jobs: &mut Vec<HandlerJob>,
 ) -> Result<(), String> {
     let Some(link) = input.link.clone() else {
         return Ok(());
@@ -106,7 +106,7 @@ struct Batch<'a> {
     epoch: u32,
     /// When the batch was read: near enough for what arrived in it.
     now: Instant,
-    jobs: &'a mut Vec<Job>,
+    jobs: &'a mut Vec<HandlerJob>,
     wake: Vec<Waker>,
     must_flush: bool,
     /// The handler of the call before: most calls of a batch have the same.
@@ -126,7 +126,7 @@ fn beside(e: &Envelope<'_>, descriptors: Vec<OwnedFd>) -> Option<Box<Beside>> {
 }
 
 /// What a response says of its call.
-enum Word {
+enum CallEvent {
     Item(Payload),
     Progress(Payload),
     /// The server keeps it; the answer comes when a handler has run.
@@ -188,15 +188,15 @@ impl Batch<'_> {
         let place = inner.and_then(Key::parse);
         let payload = || Payload::received(e, e.response);
         let word = if is(e.status, "\"partial\"") {
-            Word::Item(payload())
+            CallEvent::Item(payload())
         } else if is(e.status, "\"progress\"") {
-            Word::Progress(payload())
+            CallEvent::Progress(payload())
         } else if is(e.status, "\"parked\"") {
-            Word::Parked
+            CallEvent::Parked
         } else if is(e.status, "\"error\"") {
-            Word::End(Err(Error::from_wire(e.error.map_or("", Raw::text))))
+            CallEvent::End(Err(Error::from_wire(e.error.map_or("", Raw::text))))
         } else {
-            Word::End(Ok(Reply {
+            CallEvent::End(Ok(Reply {
                 payload: payload(),
                 headers: e.headers.map(|raw| raw.text().into()),
                 beside: beside(e, descriptors),
@@ -207,31 +207,31 @@ impl Batch<'_> {
         let Some(key) = place else {
             return self.lasting(e, id, word);
         };
-        self.tell(&mut lock(&self.core.pending), key, word);
+        self.notify(&mut lock(&self.core.pending), key, word);
     }
 
-    fn lasting(&mut self, e: &Envelope<'_>, id: Raw<'_>, word: Word) {
+    fn lasting(&mut self, e: &Envelope<'_>, id: Raw<'_>, word: CallEvent) {
         let Some(id) = id.as_str() else { return };
         let mut pending = lock(&self.core.pending);
         // Under one lock: whoever leaves a call alone does so before or after, and the answer is not lost between.
         if let Some(key) = pending.find_lasting(&id) {
-            self.tell(&mut pending, key, word);
+            self.notify(&mut pending, key, word);
             return;
         }
         drop(pending);
-        if let Word::End(result) = word {
+        if let CallEvent::End(result) = word {
             let pool = e.pool.and_then(Raw::as_str);
             let answer = Answer::new(&id, pool.as_deref(), result);
             self.wake.extend(self.core.answers.push(answer));
         }
     }
 
-    fn tell(&mut self, pending: &mut Pending, key: Key, word: Word) {
+    fn notify(&mut self, pending: &mut Pending, key: Key, word: CallEvent) {
         match word {
-            Word::Item(item) => pending.item(key, item, &mut self.wake),
-            Word::Progress(report) => pending.progress(key, report, &mut self.wake),
-            Word::Parked => pending.parked(key, &mut self.wake),
-            Word::End(result) => pending.complete(key, result, &mut self.wake),
+            CallEvent::Item(item) => pending.item(key, item, &mut self.wake),
+            CallEvent::Progress(report) => pending.progress(key, report, &mut self.wake),
+            CallEvent::Parked => pending.parked(key, &mut self.wake),
+            CallEvent::End(result) => pending.complete(key, result, &mut self.wake),
         }
     }
 
@@ -269,7 +269,7 @@ impl Batch<'_> {
             self.entry = self.core.handlers.find(request.name());
         }
         match &self.entry {
-            Some(entry) => self.jobs.push(Job::Start(entry.clone(), request)),
+            Some(entry) => self.jobs.push(HandlerJob::Start(entry.clone(), request)),
             None => {
                 let text = format!(
                     "this instance has no handler for trigger '{}'",
@@ -288,7 +288,7 @@ impl Batch<'_> {
         let queues = self.core.handlers.listeners(request.name());
         if queues.is_empty() {
             if let Some(entry) = self.core.handlers.find(request.name()) {
-                self.jobs.push(Job::Start(entry, request));
+                self.jobs.push(HandlerJob::Start(entry, request));
             }
             return;
         }

@@ -16,7 +16,7 @@ use latzero_protocol::{Code, Ran};
 use crate::connection::Link;
 use crate::error::Error;
 use crate::message::Message;
-use crate::pending::{Id, Key, Name, Pending, Sent};
+use crate::pending::{Id, Key, Name, Pending, SentCall};
 use crate::sync::lock;
 
 /// Bytes that may wait to be sent before callers wait too. One message may exceed it.
@@ -186,14 +186,16 @@ impl Outbox {
         let link = match &inner.phase {
             Phase::Up(link) => link,
             Phase::Ended(error) => return Poll::Ready(Err(error.clone().with_ran(Ran::No))),
-            Phase::Down if matches!(by, By::Connection(_)) => return Poll::Ready(Err(gone())),
+            Phase::Down if matches!(by, By::Connection(_)) => {
+                return Poll::Ready(Err(disconnected()));
+            }
             Phase::Down => {
                 inner.waiting.push(cx.waker().clone());
                 return Poll::Pending;
             }
         };
         if matches!(by, By::Connection(epoch) if epoch != link.epoch) {
-            return Poll::Ready(Err(gone()));
+            return Poll::Ready(Err(disconnected()));
         }
         if inner.len() >= OUTBOX_BYTES_MAX {
             inner.waiting.push(cx.waker().clone());
@@ -231,7 +233,7 @@ impl Outbox {
                 }
                 std::task::ready!(pending.poll_room(cx));
                 submitted.alone = pending.waiting() == 0;
-                let sent = Sent {
+                let sent = SentCall {
                     epoch,
                     // Known once the frame is finished with its id, below.
                     end: u64::MAX,
@@ -395,7 +397,7 @@ fn send(
     Ok(sent)
 }
 
-fn gone() -> Error {
+fn disconnected() -> Error {
     Error::new(
         Code::Disconnected,
         "the connection that the call came by is gone",

@@ -122,16 +122,16 @@ impl Id {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Name<'a> {
     /// By its place: it ends with its connection at the latest.
-    Place,
+    Slot,
     /// By its place and this life: it may be parked.
-    Lasting,
+    Durable,
     /// As its caller chose; the id stands in its message already.
     Chosen(&'a str),
 }
 
 /// What is known of a call when its frame is appended.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sent {
+pub(crate) struct SentCall {
     /// Which connection carries it.
     pub(crate) epoch: u32,
     /// Where its frame ends in that connection's outgoing bytes.
@@ -143,15 +143,15 @@ pub(crate) struct Sent {
 }
 
 #[derive(Debug)]
-struct Waiting {
-    sent: Sent,
+struct PendingCall {
+    sent: SentCall,
     waker: Option<Waker>,
     stream: Option<Box<Items>>,
     /// Of calls that are not named by their place alone.
-    lasting: Option<Box<Lasting>>,
+    lasting: Option<Box<ParkedCall>>,
 }
 
-impl Waiting {
+impl PendingCall {
     fn is_parked(&self) -> bool {
         self.lasting.as_ref().is_some_and(|l| l.is_parked)
     }
@@ -163,7 +163,7 @@ impl Waiting {
 
 /// What is known of a call that may outlive its connection, or whose id was chosen.
 #[derive(Debug, Default)]
-struct Lasting {
+struct ParkedCall {
     chosen: Option<Box<str>>,
     /// The server said that it keeps the call, whatever becomes of the connection.
     is_parked: bool,
@@ -192,7 +192,7 @@ struct Items {
 #[derive(Debug)]
 enum State {
     Free { next: u32 },
-    Waiting(Waiting),
+    Waiting(PendingCall),
     Done(Result<Reply, Error>),
 }
 
@@ -244,8 +244,8 @@ impl Pending {
     /// The id of a call that did not choose one.
     pub(crate) fn id(&self, key: Key, name: Name<'_>) -> Option<Id> {
         let life = match name {
-            Name::Place => None,
-            Name::Lasting => Some(self.life),
+            Name::Slot => None,
+            Name::Durable => Some(self.life),
             Name::Chosen(_) => return None,
         };
         Some(Id { key, life })
@@ -280,15 +280,15 @@ impl Pending {
         Poll::Pending
     }
 
-    pub(crate) fn insert(&mut self, sent: Sent, name: Name<'_>) -> Key {
+    pub(crate) fn insert(&mut self, sent: SentCall, name: Name<'_>) -> Key {
         let chosen = match name {
-            Name::Place => return self.insert_with(sent, None),
-            Name::Lasting => None,
+            Name::Slot => return self.insert_with(sent, None),
+            Name::Durable => None,
             Name::Chosen(id) => Some(Box::<str>::from(id)),
         };
-        let lasting = Lasting {
+        let lasting = ParkedCall {
             chosen: chosen.clone(),
-            ..Lasting::default()
+            ..ParkedCall::default()
         };
         let key = self.insert_with(sent, Some(Box::new(lasting)));
         if let Some(id) = chosen {
@@ -297,9 +297,9 @@ impl Pending {
         key
     }
 
-    fn insert_with(&mut self, sent: Sent, lasting: Option<Box<Lasting>>) -> Key {
+    fn insert_with(&mut self, sent: SentCall, lasting: Option<Box<ParkedCall>>) -> Key {
         self.waiting += 1;
-        let state = State::Waiting(Waiting {
+        let state = State::Waiting(PendingCall {
             sent,
             waker: None,
             stream: sent.window.map(|_| Box::default()),
@@ -576,7 +576,11 @@ impl Pending {
         wake.extend(waiting.waker.take());
     }
 
-    fn end_where(&mut self, wake: &mut Vec<Waker>, mut end: impl FnMut(&Waiting) -> Option<Error>) {
+    fn end_where(
+        &mut self,
+        wake: &mut Vec<Waker>,
+        mut end: impl FnMut(&PendingCall) -> Option<Error>,
+    ) {
         for slot in 0..self.slots.len() {
             let State::Waiting(waiting) = &self.slots[slot].state else {
                 continue;
@@ -644,9 +648,9 @@ mod tests {
     use latzero_protocol::Ran;
     use std::time::Duration;
 
-    fn sent(end: u64, window: Option<u64>) -> Sent {
+    fn sent(end: u64, window: Option<u64>) -> SentCall {
         let deadline = Instant::now() + Duration::from_secs(60);
-        Sent {
+        SentCall {
             epoch: 1,
             end,
             deadline,
@@ -697,8 +701,8 @@ mod tests {
     fn replies_come_in_any_order_and_late_ones_find_nothing() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let (a, b) = (
-            p.insert(sent(1, None), Name::Place),
-            p.insert(sent(2, None), Name::Place),
+            p.insert(sent(1, None), Name::Slot),
+            p.insert(sent(2, None), Name::Slot),
         );
         assert!(poll(&mut p, a).is_none() && poll(&mut p, b).is_none());
         p.complete(b, reply(2), &mut wake);
@@ -707,7 +711,7 @@ mod tests {
             poll(&mut p, b).unwrap().unwrap().payload,
             Payload::Json("2".into())
         );
-        let c = p.insert(sent(3, None), Name::Place);
+        let c = p.insert(sent(3, None), Name::Slot);
         assert_eq!((c.slot, c.generation), (b.slot, 1));
         p.complete(b, reply(9), &mut wake);
         assert!(poll(&mut p, c).is_none());
@@ -720,8 +724,8 @@ mod tests {
     fn a_loss_says_what_may_have_run() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let (a, b) = (
-            p.insert(sent(100, None), Name::Place),
-            p.insert(sent(200, None), Name::Place),
+            p.insert(sent(100, None), Name::Slot),
+            p.insert(sent(200, None), Name::Slot),
         );
         p.end_connection(1, 150, &Error::new(Code::Disconnected, "gone"), &mut wake);
         assert_eq!(
@@ -735,7 +739,7 @@ mod tests {
     #[test]
     fn items_come_before_the_end_and_never_beyond_the_window() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
-        let a = p.insert(sent(1, Some(2)), Name::Place);
+        let a = p.insert(sent(1, Some(2)), Name::Slot);
         for n in 0..5 {
             p.item(a, Payload::Json(n.to_string()), &mut wake);
         }
@@ -754,7 +758,7 @@ mod tests {
         p.in_flight_max = 1;
         let cx = &mut Context::from_waker(Waker::noop());
         assert!(p.poll_room(cx).is_ready());
-        let a = p.insert(sent(1, None), Name::Place);
+        let a = p.insert(sent(1, None), Name::Slot);
         assert!(p.poll_room(cx).is_pending());
         p.complete(a, reply(1), &mut wake);
         assert_eq!(wake.len(), 1);
@@ -786,7 +790,7 @@ mod tests {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let error = Error::new(Code::Disconnected, "gone");
         let (a, b) = (
-            p.insert(sent(1, None), Name::Lasting),
+            p.insert(sent(1, None), Name::Durable),
             p.insert(sent(2, None), Name::Chosen("order-17")),
         );
         assert!(p.has_chosen("order-17"));
@@ -798,7 +802,7 @@ mod tests {
         p.end_connection(1, 9, &error, &mut wake);
         assert!(poll(&mut p, b).unwrap().is_err());
         assert!(!p.has_chosen("order-17"));
-        let id = p.id(a, Name::Lasting).unwrap().text();
+        let id = p.id(a, Name::Durable).unwrap().text();
         assert_eq!(p.find_lasting(&id), Some(a));
         p.complete(a, reply(1), &mut wake);
         assert_eq!(p.find_lasting(&id), None);
@@ -820,9 +824,9 @@ mod tests {
         p.complete(a, reply(1), &mut wake);
         assert!(!p.has_chosen("a\"b") && p.waiting() == 0 && p.unwanted().is_empty());
         // Who leaves a call alone takes what is there already, and frees its place.
-        let b = p.insert(sent(1, None), Name::Lasting);
+        let b = p.insert(sent(1, None), Name::Durable);
         assert!(p.leave(b, &mut wake).is_none());
-        let c = p.insert(sent(1, None), Name::Lasting);
+        let c = p.insert(sent(1, None), Name::Durable);
         p.complete(c, reply(1), &mut wake);
         assert!(p.leave(c, &mut wake).is_some());
         assert_eq!((c.slot, p.waiting()), (b.slot, 0));

@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::connection::{Link, RECV_TIMEOUT};
 use crate::core::{Core, DriverKind};
 use crate::driver_thread;
-use crate::handlers::Job;
+use crate::handlers::HandlerJob;
 use crate::inbound;
 use crate::sync::{lock, thread_waker};
 
@@ -147,7 +147,12 @@ impl Input {
     }
 
     /// Decodes what was read, or notes the loss.
-    pub(crate) fn settle(&mut self, core: &Arc<Core>, received: Received, jobs: &mut Vec<Job>) {
+    pub(crate) fn settle(
+        &mut self,
+        core: &Arc<Core>,
+        received: Received,
+        jobs: &mut Vec<HandlerJob>,
+    ) {
         let lost = match received {
             Received::Nothing => return,
             Received::Bytes { .. } => inbound::process(core, self, jobs).err(),
@@ -315,7 +320,7 @@ impl Core {
                     if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                         break None;
                     }
-                    std::thread::park_timeout(patience(deadline).min(Duration::from_millis(20)));
+                    std::thread::park_timeout(wait_time(deadline).min(Duration::from_millis(20)));
                     if let Poll::Ready(value) = attempt(cx) {
                         break Some(value);
                     }
@@ -338,7 +343,7 @@ impl Core {
         mut attempt: impl FnMut(&mut Context<'_>) -> Poll<T>,
     ) -> Option<T> {
         loop {
-            std::thread::park_timeout(patience(deadline));
+            std::thread::park_timeout(wait_time(deadline));
             if let Poll::Ready(value) = attempt(cx) {
                 return Some(value);
             }
@@ -356,7 +361,7 @@ impl Core {
             .then(|| self.outbox.link())
             .flatten()
         {
-            None => std::thread::park_timeout(patience(deadline)),
+            None => std::thread::park_timeout(wait_time(deadline)),
             Some(link) => {
                 let mut fds = [PollFd::from_borrowed_fd(link.as_fd(), PollFlags::OUT)];
                 // Short, since news of the reader does not end it.
@@ -396,7 +401,7 @@ impl Core {
 }
 
 /// How long to sleep before looking again, at most.
-fn patience(deadline: Option<Instant>) -> Duration {
+fn wait_time(deadline: Option<Instant>) -> Duration {
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     left.unwrap_or(RECV_TIMEOUT).min(RECV_TIMEOUT)
 }

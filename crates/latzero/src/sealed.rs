@@ -12,7 +12,7 @@ use latzero_crypto::descriptor::{Descriptor, Expected, History, NewEpoch, OldCon
 use latzero_crypto::envelope::{Body, Opened};
 use latzero_crypto::epochs::Epochs;
 use latzero_crypto::events::{
-    Act, Action, Answer, Incoming, IncomingAnswer, Outgoing, Receiver, ReplyTo, Sender, Waiting,
+    Act, Action, Answer, Incoming, IncomingAnswer, Outgoing, PendingCall, Receiver, ReplyTo, Sender,
 };
 use latzero_crypto::keys::Kind;
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta, LentBlock};
@@ -252,7 +252,7 @@ impl SealedPool {
         if unsealed.act == Act::Emit {
             return Ok((sealed, None));
         }
-        let waiting = Waiting {
+        let waiting = PendingCall {
             name: unsealed.name.to_owned(),
             destination: Some(unsealed.destination.to_owned()).filter(|app| !app.is_empty()),
             idempotency_key: unsealed.meta.idempotency_key.clone(),

@@ -42,7 +42,7 @@ pub(crate) enum Step {
 impl<R: FromPayload> Stream<R> {
     pub(crate) fn new(app: App, outgoing: Outgoing, window: u64) -> Self {
         Stream {
-            deadline: outgoing.patience(),
+            deadline: outgoing.wait_until(),
             app,
             outgoing,
             window,

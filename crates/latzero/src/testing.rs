@@ -104,7 +104,7 @@ fn start(program: &OsString, dir: &Path, args: &[&str]) -> Result<Server, StartE
 
 /// Waits for the line that begins with `latzero ready` and names `tcp://HOST:PORT` and `unix:PATH`.
 fn ready_line(stdout: std::process::ChildStdout) -> Result<(String, PathBuf), String> {
-    let (tell, told) = mpsc::channel();
+    let (tx, rx) = mpsc::channel();
     // A thread, since a pipe can't be read with a deadline. It reads on to the end: a server whose output nobody
     // takes would stop at a full pipe.
     let reading = std::thread::Builder::new()
@@ -116,16 +116,16 @@ fn ready_line(stdout: std::process::ChildStdout) -> Result<(String, PathBuf), St
                     continue;
                 }
                 if let Some(addresses) = line.strip_prefix("latzero ready").and_then(parse_ready) {
-                    let _ = tell.send(Ok(addresses));
+                    let _ = tx.send(Ok(addresses));
                     seen.resize(LINES_MAX + 1, String::new());
                 } else {
                     seen.push(line);
                 }
             }
-            let _ = tell.send(Err(seen.join("\n")));
+            let _ = tx.send(Err(seen.join("\n")));
         });
     reading.map_err(|e| e.to_string())?;
-    match told.recv_timeout(READY_TIME) {
+    match rx.recv_timeout(READY_TIME) {
         Ok(Ok(addresses)) => Ok(addresses),
         Ok(Err(printed)) => Err(format!("it ended, having printed {printed:?}")),
         Err(_) => Err(format!(

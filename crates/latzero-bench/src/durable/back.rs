@@ -32,12 +32,12 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// How many may stand at the server's door.
 #[derive(Clone, Copy)]
-enum Door {
+enum Admission {
     Wide,
     Usual,
 }
 
-impl Door {
+impl Admission {
     const ALL: [Self; 2] = [Self::Wide, Self::Usual];
 
     fn describe(self) -> &'static str {
@@ -74,15 +74,15 @@ struct Turn {
 pub(super) fn run(args: &DurableArgs) -> Result<Found, Failure> {
     let apps = args.or(args.back, 1_000, 100);
     let rounds = args.rounds();
-    let mut turns: [Vec<Turn>; Door::ALL.len()] = Default::default();
+    let mut turns: [Vec<Turn>; Admission::ALL.len()] = Default::default();
     for round in 1..=rounds {
         eprintln!("apps that come back: round {round} of {rounds}");
-        for (door, turns) in Door::ALL.into_iter().zip(&mut turns) {
+        for (door, turns) in Admission::ALL.into_iter().zip(&mut turns) {
             turns.push(take_turn(door, apps)?);
         }
     }
     let mut findings = Vec::new();
-    for (door, turns) in Door::ALL.into_iter().zip(&turns) {
+    for (door, turns) in Admission::ALL.into_iter().zip(&turns) {
         let name = format!("{apps} apps back {}", door.describe());
         let last = turns.iter().map(|turn| turn.last_ms);
         let middle = median(last.clone().collect()).expect("there was a round");
@@ -95,7 +95,7 @@ pub(super) fn run(args: &DurableArgs) -> Result<Found, Failure> {
             ),
         ]);
     }
-    let by_door = Door::ALL
+    let by_door = Admission::ALL
         .iter()
         .zip(&turns)
         .map(|(door, turns)| json!({"door": door.describe(), "turns": turns}));
@@ -110,7 +110,7 @@ fn app_id(number: usize) -> String {
 }
 
 /// Registers all, kills the server, and times their return to its successor.
-fn take_turn(door: Door, apps: u64) -> Result<Turn, Failure> {
+fn take_turn(door: Admission, apps: u64) -> Result<Turn, Failure> {
     let scratch = tempfile::tempdir().during("make a directory for the server")?;
     let settings = door.settings(apps);
     let server = Running::start_in(scratch.path(), &settings)?;

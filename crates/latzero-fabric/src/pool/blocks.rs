@@ -5,11 +5,11 @@
 //! writing through the server is asked of the pool first, done by the driver outside of it, and told to it afterwards.
 
 mod content;
+mod events;
 mod lending;
 mod locks;
 mod moving;
 mod record;
-mod telling;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -25,8 +25,8 @@ use serde_json::{Value, json};
 
 use super::lock::{Claim, Claimed, Expired, Grant, Holder, Lock};
 use super::{Member, MemberKey, Pool, not_member};
-use crate::books::{Account, Hold, Resource};
 use crate::driver::{Driver, Peer as _};
+use crate::ledger::{Account, Reservation, Resource};
 use crate::memory::{Geometry, HEADER_BYTES, Job, Making, Numbers, StorageId, check_room};
 use crate::now::Time;
 use crate::outbox::Class;
@@ -39,11 +39,11 @@ pub use record::Found;
 use record::record;
 
 /// A block's place in its pool.
-pub type BlockKey = Key<Place>;
+pub type BlockKey = Key<BlockTag>;
 
 /// Marks keys of blocks, whatever their pool's connections are.
 #[derive(Debug)]
-pub enum Place {}
+pub enum BlockTag {}
 
 /// Attachments that a block's description shows one by one.
 const ATTACHMENTS_SHOWN_MAX: usize = 100;
@@ -55,7 +55,7 @@ struct Attachment {
     /// By its own wish.
     own: Option<Access>,
     /// Its place in the books, where it is by its own wish.
-    held: Option<Hold>,
+    held: Option<Reservation>,
     /// For calls that name the block: how many allow reading only, and how many writing too.
     reading_calls: u32,
     writing_calls: u32,
@@ -86,7 +86,7 @@ impl Attachment {
 
 /// Whoever waits for a block to be there.
 #[derive(Debug)]
-struct Waiting {
+struct BlockWaiter {
     member: MemberKey,
     id: Option<Box<str>>,
     /// How it wants to be attached.
@@ -106,8 +106,8 @@ struct Flushing {
 /// The place in the books of a request that waits.
 #[derive(Debug)]
 pub(super) struct Seat {
-    _count: Hold,
-    _bytes: Hold,
+    _count: Reservation,
+    _bytes: Reservation,
 }
 
 /// What a request that waits takes besides its id, in bytes: itself, and what finds it.
@@ -126,8 +126,8 @@ impl Seat {
 /// The place in the books of a block's bytes.
 #[derive(Debug)]
 struct Room {
-    _bytes: Hold,
-    _memory: Hold,
+    _bytes: Reservation,
+    _memory: Reservation,
 }
 
 impl Room {
@@ -170,7 +170,7 @@ struct Block {
     owner: AppId,
     /// The account of whoever made it, the block's place in it, and its bytes'.
     account: Arc<Account>,
-    _place: Hold,
+    _place: Reservation,
     room: Room,
     lifetime: Lifetime,
     generation: u64,
@@ -178,16 +178,16 @@ struct Block {
     created: u64,
     phase: Phase,
     attachments: Vec<Attachment>,
-    subscribers: BTreeMap<MemberKey, Hold>,
+    subscribers: BTreeMap<MemberKey, Reservation>,
     /// Members that know of it ([`Member::blocks`]).
     involved: BTreeSet<MemberKey>,
     lock: Lock,
     /// No lease and no wait ends before this.
     due: Option<Time>,
-    waiting: Vec<Waiting>,
+    waiting: Vec<BlockWaiter>,
     flushing: Vec<Flushing>,
     /// The newest version that was told, and its generation: what is told never goes back.
-    told: (u64, u64),
+    announced: (u64, u64),
     /// A lock was broken while the server itself wrote: a new generation is due as soon as it has.
     is_move_due: bool,
 }
@@ -363,7 +363,7 @@ impl<D: Driver> Pool<D> {
     }
 
     /// A block of an earlier run is not taken in, for the reason `why`: its name is kept for it, and the pool with the name.
-    pub fn leave_out(&mut self, id: &BlockId, why: &str, turn: &mut Turn<'_, D>) {
+    pub fn reserve_name(&mut self, id: &BlockId, why: &str, turn: &mut Turn<'_, D>) {
         if self
             .blocks
             .left_out
@@ -478,7 +478,7 @@ impl<D: Driver> Pool<D> {
                 }
                 let seat = self.seat(asking)?;
                 let block = self.blocks.at_mut(key).expect("its name leads to it");
-                block.waiting.push(Waiting {
+                block.waiting.push(BlockWaiter {
                     member: asking.member,
                     id: asking.id(),
                     attach: create.attach,
@@ -557,14 +557,14 @@ impl<D: Driver> Pool<D> {
             involved: BTreeSet::new(),
             lock: Lock::default(),
             due: None,
-            waiting: vec![Waiting {
+            waiting: vec![BlockWaiter {
                 member: asking.member,
                 id: asking.id(),
                 attach: create.attach,
                 _seat: seat,
             }],
             flushing: Vec::new(),
-            told: (0, 0),
+            announced: (0, 0),
             is_move_due: false,
         };
         let making = Making {
@@ -652,7 +652,7 @@ impl<D: Driver> Pool<D> {
             }
             let seat = self.seat(asking)?;
             let block = self.blocks.at_mut(key).expect("just found");
-            block.waiting.push(Waiting {
+            block.waiting.push(BlockWaiter {
                 member: asking.member,
                 id: asking.id(),
                 attach: Some(access),
@@ -698,7 +698,7 @@ impl<D: Driver> Pool<D> {
     }
 
     /// Counts something of a member's app.
-    fn count_for_app(&self, member: MemberKey, what: Resource) -> Result<Hold, Refusal> {
+    fn count_for_app(&self, member: MemberKey, what: Resource) -> Result<Reservation, Refusal> {
         let link = self.asker(member)?.peer.link();
         Ok(link.account().app().reserve(what, 1)?)
     }
@@ -776,9 +776,9 @@ impl<D: Driver> Pool<D> {
 
     /// Ends a block: everybody is told, its storage goes.
     fn end_block(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
-        let told = self.block_event_json("block_removed", key, "");
-        self.tell_attached(key, &told, turn);
-        self.tell(Event::BlockRemoved, &told, None, turn);
+        let json = self.block_event_json("block_removed", key, "");
+        self.notify_attached(key, &json, turn);
+        self.notify(Event::BlockRemoved, &json, None, turn);
         let Some(block) = self.blocks.at_mut(key) else {
             return;
         };
@@ -823,7 +823,9 @@ impl<D: Driver> Pool<D> {
             self.blocks.bytes -= geometry.total().expect("checked when it was asked for");
         }
         block.due.map(|at| self.blocks.deadlines.remove(&(at, key)));
-        turn.with_numbers(|numbers| numbers.note_end(&self.name, &block.id, block.generation));
+        turn.with_numbers(|numbers| {
+            numbers.forget_process(&self.name, &block.id, block.generation)
+        });
         for member in block.involved {
             if let Some(member) = self.members.at_mut(member) {
                 member.blocks.remove(&key);
@@ -903,7 +905,7 @@ pub struct BlockCounts {
 
 /// What a member wishes of a lock.
 #[derive(Debug, Clone, Copy)]
-pub struct LockWish {
+pub struct LockRequest {
     /// Alone, or beside readers.
     pub mode: LockMode,
     /// How long to wait in milliseconds; 0 is not at all.

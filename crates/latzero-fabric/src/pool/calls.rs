@@ -9,7 +9,7 @@ use hashbrown::{HashMap, HashTable};
 use latzero_protocol::AppId;
 use latzero_protocol::memory::Access;
 
-use super::park::Lasting;
+use super::park::DurableCall;
 use super::{BlockKey, Handler, MemberKey, NOBODY};
 use crate::now::Time;
 use crate::slab::{Key, Slab};
@@ -30,7 +30,7 @@ pub(super) struct Call {
     /// Blocks that its handler is attached to for as long as it lasts.
     pub(super) blocks: Option<Box<[(BlockKey, Access)]>>,
     /// What it takes to give it to another handler.
-    pub(super) lasting: Option<Box<Lasting>>,
+    pub(super) lasting: Option<Box<DurableCall>>,
     /// Its caller and its idempotency key.
     pub(super) repeat: Option<Box<(AppId, Box<str>)>>,
 }

@@ -19,7 +19,7 @@ use crate::turn::Turn;
 
 /// How a call ends.
 #[derive(Clone, Copy)]
-pub(super) enum End<'a> {
+pub(super) enum EndReason<'a> {
     /// Its handler answered; the answer is already on its way.
     Answered { failed: bool },
     /// Its handler's connection or membership ended.
@@ -69,7 +69,7 @@ impl<D: Driver> Pool<D> {
             if response.status.is_final() {
                 let failed = response.status == Status::Error;
                 self.parked_answered(number, response, turn);
-                self.end(key, End::Answered { failed }, turn);
+                self.end(key, EndReason::Answered { failed }, turn);
             }
             return Ok(());
         }
@@ -81,7 +81,7 @@ impl<D: Driver> Pool<D> {
             self.repeats_answered(&app, &repeated, &Answered::of(response), turn);
             if is_detached {
                 let failed = response.status == Status::Error;
-                self.end(key, End::Answered { failed }, turn);
+                self.end(key, EndReason::Answered { failed }, turn);
                 return Ok(());
             }
         }
@@ -92,7 +92,7 @@ impl<D: Driver> Pool<D> {
                     let message = "the handler sent more items than the stream's window allows";
                     self.end(
                         key,
-                        End::Refused(&Refusal::new(Code::HandlerError, message)),
+                        EndReason::Refused(&Refusal::new(Code::HandlerError, message)),
                         turn,
                     );
                     return Ok(());
@@ -109,7 +109,7 @@ impl<D: Driver> Pool<D> {
             if response.status.is_final() {
                 self.end(
                     key,
-                    End::Answered {
+                    EndReason::Answered {
                         failed: response.status == Status::Error,
                     },
                     turn,
@@ -134,7 +134,7 @@ impl<D: Driver> Pool<D> {
                 feature 'attachments'";
             self.end(
                 key,
-                End::Unfit {
+                EndReason::Unfit {
                     refusal: &Refusal::new(Code::TooLarge, message),
                     is_final: response.status.is_final(),
                 },
@@ -149,7 +149,7 @@ impl<D: Driver> Pool<D> {
             (Sent::Queued, true) => {
                 self.end(
                     key,
-                    End::Answered {
+                    EndReason::Answered {
                         failed: response.status == Status::Error,
                     },
                     turn,
@@ -162,7 +162,7 @@ impl<D: Driver> Pool<D> {
                     (limits.outbox_bytes_max): read faster";
                 self.end(
                     key,
-                    End::Unfit {
+                    EndReason::Unfit {
                         refusal: &Refusal::new(Code::Overloaded, message),
                         is_final,
                     },
@@ -187,7 +187,7 @@ impl<D: Driver> Pool<D> {
                 || self.cancel_parked(caller, id, turn)
                 || self.cancel_lock(caller, id, turn);
         };
-        self.end(key, End::Cancelled, turn);
+        self.end(key, EndReason::Cancelled, turn);
         true
     }
 
@@ -214,7 +214,7 @@ impl<D: Driver> Pool<D> {
 
     /// Ends a call for both sides. A call that already ended is not found: the answer and the deadline may cross on
     /// the way, and the first to reach the pool wins.
-    pub(super) fn end(&mut self, key: Key<Call>, how: End<'_>, turn: &mut Turn<'_, D>) {
+    pub(super) fn end(&mut self, key: Key<Call>, how: EndReason<'_>, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let Some(mut call) = self.calls.remove(key) else {
             return;
@@ -224,18 +224,22 @@ impl<D: Driver> Pool<D> {
             self.parked.note_room(&handler.process);
         }
         if let Some(uses) = &call.blocks {
-            self.take_back(call.member, uses, turn);
+            self.revoke(call.member, uses, turn);
         }
         let call_id = self.call_id(key);
         if let Some(handler) = self.members.at_mut(call.member) {
             handler.serving -= 1;
             let reason = match how {
                 // A handler that has answered for good has nothing to stop.
-                End::Answered { .. } | End::HandlerGone | End::Unfit { is_final: true, .. } => None,
-                End::Cancelled => Some("cancelled"),
-                End::CallerGone => Some("caller_gone"),
-                End::TimedOut => Some("timeout"),
-                End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.code.as_str()),
+                EndReason::Answered { .. }
+                | EndReason::HandlerGone
+                | EndReason::Unfit { is_final: true, .. } => None,
+                EndReason::Cancelled => Some("cancelled"),
+                EndReason::CallerGone => Some("caller_gone"),
+                EndReason::TimedOut => Some("timeout"),
+                EndReason::Refused(refusal) | EndReason::Unfit { refusal, .. } => {
+                    Some(refusal.code.as_str())
+                }
             };
             if let Some(reason) = reason {
                 turn.send(&handler.peer, Class::Control, 96, |out| {
@@ -244,32 +248,32 @@ impl<D: Driver> Pool<D> {
             }
         }
         let refusal = match how {
-            End::Answered { .. } => None,
+            EndReason::Answered { .. } => None,
             // One that left its pool but not the server still waits.
-            End::CallerGone => Some(Refusal::new(
+            EndReason::CallerGone => Some(Refusal::new(
                 Code::Cancelled,
                 "the caller is no longer in the call's pool",
             )),
-            End::HandlerGone => {
+            EndReason::HandlerGone => {
                 let message = "the handler disconnected before it answered; repeat the call if \
                     it is safe to run twice";
                 Some(Refusal::new(Code::HandlerGone, message))
             }
-            End::Cancelled => Some(Refusal::new(
+            EndReason::Cancelled => Some(Refusal::new(
                 Code::Cancelled,
                 "the caller cancelled the call",
             )),
-            End::TimedOut => {
+            EndReason::TimedOut => {
                 let ms = call.deadline.since(call.started).as_millis();
                 Some(Refusal::new(
                     Code::Timeout,
                     format!("no answer within the call's ttl of {ms} ms"),
                 ))
             }
-            End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.clone()),
+            EndReason::Refused(refusal) | EndReason::Unfit { refusal, .. } => Some(refusal.clone()),
         };
-        let failed = matches!(how, End::Answered { failed: true });
-        let is_orphan = matches!(how, End::HandlerGone)
+        let failed = matches!(how, EndReason::Answered { failed: true });
+        let is_orphan = matches!(how, EndReason::HandlerGone)
             && call
                 .lasting
                 .as_ref()
@@ -293,7 +297,7 @@ impl<D: Driver> Pool<D> {
                 (Some(_), Some(_)) if is_orphan => {
                     self.orphan((NOBODY, None), lasting, call.member)
                 }
-                (Some(number), Some(_)) if matches!(how, End::TimedOut) => {
+                (Some(number), Some(_)) if matches!(how, EndReason::TimedOut) => {
                     self.parked_too_late(number, turn);
                 }
                 (Some(number), Some(refusal)) => self.parked_refused(number, refusal, turn),
@@ -327,7 +331,7 @@ impl<D: Driver> Pool<D> {
                 Class::Control,
                 refusal.message.len() + 256,
                 |out| match how {
-                    End::Unfit { refusal, .. } => append_unfit(out, id, refusal),
+                    EndReason::Unfit { refusal, .. } => append_unfit(out, id, refusal),
                     _ => encode::refusal(out, Some(id), refusal),
                 },
             );
@@ -346,12 +350,12 @@ impl<D: Driver> Pool<D> {
                 break;
             };
             let how = if call.member == key {
-                Some(End::HandlerGone)
+                Some(EndReason::HandlerGone)
             } else if call.caller == key && call.repeat.is_some() {
                 self.detach(call_key, turn);
                 None
             } else {
-                (call.caller == key).then_some(End::CallerGone)
+                (call.caller == key).then_some(EndReason::CallerGone)
             };
             if let Some(how) = how {
                 self.end(call_key, how, turn);

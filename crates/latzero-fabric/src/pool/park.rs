@@ -12,8 +12,8 @@
 
 mod answers;
 mod attempts;
-mod giving;
-mod lasting;
+mod dispatch;
+mod durable;
 mod listing;
 mod turns;
 
@@ -26,58 +26,58 @@ use latzero_protocol::{AppId, Code, Ran, Refusal, TriggerName};
 
 use super::answer::Answered;
 use super::calls::Call;
-use super::ending::End;
+use super::ending::EndReason;
 use super::repeats::{scoped, scoped_key};
 use super::{CallError, MemberKey, NOBODY, Pool};
-use crate::books::{Account, Full, Hold, Resource};
 use crate::driver::{Driver, Peer};
-use crate::keep::{CallRow, Change, Death};
+use crate::ledger::{Account, Full, Reservation, Resource};
 use crate::now::Time;
+use crate::rows::{CallRow, Death, StoreChange};
 use crate::slab::Key;
 use crate::turn::Turn;
 use answers::KeptAnswers;
 use attempts::Orphan;
-use giving::Stall;
-use lasting::split_envelope;
-pub(super) use lasting::{Lasting, bytes};
+use dispatch::Stall;
+use durable::split_envelope;
+pub(super) use durable::{DurableCall, bytes};
 pub use listing::ParkedCounts;
-use turns::{Lines, Waiting};
+use turns::{Lines, QueuedCalls};
 
 /// Parked calls, or answers, that are passed on at once; the rest follows when the driver calls
 /// again.
 const GIVEN_AT_ONCE_MAX: usize = 256;
 
 /// The place of a parked call, and of its answer, in the books.
-struct Held {
-    bytes: Hold,
-    _count: Hold,
+struct HeldCall {
+    bytes: Reservation,
+    _count: Reservation,
 }
 
 /// About how many bytes the answer to a dead call takes.
 const SMALL_BYTES: usize = 512;
 
-impl Held {
+impl HeldCall {
     /// Reserves room for a call.
-    fn new(account: &Arc<Account>, bytes: usize) -> Result<Held, Full> {
-        Ok(Held {
+    fn new(account: &Arc<Account>, bytes: usize) -> Result<HeldCall, Full> {
+        Ok(HeldCall {
             _count: account.reserve(Resource::ParkedCalls, 1)?,
             bytes: account.reserve(Resource::Parked, bytes as u64)?,
         })
     }
 
     /// Room in the same account for a short answer, whatever the limits are.
-    fn small(&self) -> Held {
-        Held::restored(self.bytes.account(), SMALL_BYTES)
+    fn small(&self) -> HeldCall {
+        HeldCall::restored(self.bytes.account(), SMALL_BYTES)
     }
 
     /// Room for what an earlier run kept, whatever the limits are now.
-    fn restored(account: &Arc<Account>, bytes: usize) -> Held {
+    fn restored(account: &Arc<Account>, bytes: usize) -> HeldCall {
         let forced = |what: Resource, amount: u64| {
             let mut hold = account.hold(what);
             hold.force(amount);
             hold
         };
-        Held {
+        HeldCall {
             _count: forced(Resource::ParkedCalls, 1),
             bytes: forced(Resource::Parked, bytes as u64),
         }
@@ -87,13 +87,13 @@ impl Held {
 /// What a parked call is doing.
 enum State {
     /// It waits for a handler.
-    Waiting(Box<Lasting>),
+    Waiting(Box<DurableCall>),
     /// It waits until it may wait for a handler again: the one before died.
-    Paused(Box<Lasting>, Time),
+    Paused(Box<DurableCall>, Time),
     /// A handler has it.
     Given(Key<Call>),
     /// Every attempt failed. Its caller knows.
-    Dead(Box<Lasting>),
+    Dead(Box<DurableCall>),
 }
 
 /// A parked call that is between two states.
@@ -114,7 +114,7 @@ struct Parked {
     /// Where it stands among its caller's calls: its number, until an attempt fails.
     rank: u64,
     deadline: Time,
-    held: Held,
+    held: HeldCall,
     attempt: u32,
     attempts: u32,
     /// Why the last attempt failed.
@@ -135,7 +135,7 @@ impl Parked {
         self.attempt >= self.attempts
     }
 
-    fn lasting(&self) -> Option<&Lasting> {
+    fn lasting(&self) -> Option<&DurableCall> {
         match &self.state {
             State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
                 Some(lasting)
@@ -145,7 +145,7 @@ impl Parked {
     }
 
     /// Takes the call out, to enter another state.
-    fn take(&mut self) -> Option<Box<Lasting>> {
+    fn dequeue(&mut self) -> Option<Box<DurableCall>> {
         match std::mem::replace(&mut self.state, State::Given(NO_CALL)) {
             State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
                 Some(lasting)
@@ -157,8 +157,8 @@ impl Parked {
         }
     }
 
-    fn waiting(&self, number: u64) -> Waiting {
-        Waiting {
+    fn waiting(&self, number: u64) -> QueuedCalls {
+        QueuedCalls {
             user: self.user,
             app: self.caller.clone(),
             place: (self.rank, number),
@@ -187,7 +187,12 @@ impl Parked {
         Refusal::new(Code::Timeout, message).with_ran(self.ran())
     }
 
-    fn row(&self, number: u64, pool: &latzero_protocol::PoolName, lasting: &Lasting) -> CallRow {
+    fn row(
+        &self,
+        number: u64,
+        pool: &latzero_protocol::PoolName,
+        lasting: &DurableCall,
+    ) -> CallRow {
         let key = self.idempotency_key.as_deref();
         CallRow {
             number,
@@ -403,8 +408,8 @@ impl<D: Driver> Pool<D> {
         let (app, instance) = (&member.app, member.instance);
         let deadline = now.after_ms(trigger.ttl_ms);
         let account = Arc::clone(member.peer.link().account());
-        let held = Held::new(&account, lasting::bytes(trigger)).map_err(Refusal::from)?;
-        let mut lasting = Lasting::new((app, instance), deadline, trigger, None);
+        let held = HeldCall::new(&account, durable::bytes(trigger)).map_err(Refusal::from)?;
+        let mut lasting = DurableCall::new((app, instance), deadline, trigger, None);
         let number = turn.next_number();
         lasting.number = Some(number);
         lasting.attempt = 0;
@@ -431,7 +436,7 @@ impl<D: Driver> Pool<D> {
         };
         let row = parked.row(number, &self.name, &lasting);
         parked.state = State::Waiting(lasting);
-        turn.keep(Change::Call(Box::new(row)), promise);
+        turn.store(StoreChange::Call(Box::new(row)), promise);
         turn.count_held(&self.name, self.number, 1);
         self.parked.insert(number, parked);
         Ok(number)
@@ -478,7 +483,7 @@ impl<D: Driver> Pool<D> {
         let longest = row.expires.saturating_sub(row.death_or_parked());
         let left = row.expires.saturating_sub(turn.steady_ms()).min(longest);
         let deadline = now.after_ms(left);
-        let mut lasting = Box::new(Lasting {
+        let mut lasting = Box::new(DurableCall {
             message: message.into(),
             attachment: row.attachment.as_deref().map(Into::into),
             caller: row.caller.clone(),
@@ -499,7 +504,7 @@ impl<D: Driver> Pool<D> {
         };
         (lasting.redeliver, lasting.attempts) = (redeliver, attempts);
         let is_last = row.attempt >= attempts;
-        let held = Held::restored(account, lasting.bytes());
+        let held = HeldCall::restored(account, lasting.bytes());
         turn.count_held(&self.name, self.number, 1);
         let idempotency_key = row
             .idempotency_key
@@ -567,7 +572,7 @@ impl<D: Driver> Pool<D> {
             return;
         };
         match parked.state {
-            State::Given(key) => self.end(key, End::Cancelled, turn),
+            State::Given(key) => self.end(key, EndReason::Cancelled, turn),
             State::Dead(_) => self.bury(number, turn),
             State::Waiting(_) | State::Paused(..) => {
                 let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
@@ -596,7 +601,7 @@ impl<D: Driver> Pool<D> {
                 continue;
             };
             match parked.state {
-                State::Given(key) => self.end(key, End::TimedOut, turn),
+                State::Given(key) => self.end(key, EndReason::TimedOut, turn),
                 State::Dead(_) => self.bury(number, turn),
                 State::Waiting(_) | State::Paused(..) => self.parked_too_late(number, turn),
             }
@@ -615,12 +620,12 @@ impl<D: Driver> Pool<D> {
                 if !parked.is_dead() {
                     let answer = Answered::refused(&refusal.clone().with_ran(parked.ran()));
                     let whom = (&parked.caller, parked.from);
-                    self.tell_answer(whom, &parked.id, &answer, turn);
+                    self.deliver_answer(whom, &parked.id, &answer, turn);
                 }
                 if let Some(key) = &parked.idempotency_key {
                     self.repeats_dropped(&parked.caller, key, turn);
                 }
-                turn.keep(Change::EndCall(number), None);
+                turn.store(StoreChange::EndCall(number), None);
             }
         }
         for number in self.parked.answers.numbers() {

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use latzero_protocol::message::Strategy;
 
-use super::{Handler, HandlerKey, Member, Seat, Served};
+use super::{Handler, HandlerKey, Member, MemberTag, Served};
 use crate::driver::Driver;
 use crate::prng::{Prng, mix};
 use crate::slab::Slab;
@@ -43,7 +43,7 @@ pub(super) fn start(served: &Served, prng: &mut Prng) -> usize {
 pub(super) fn each<D: Driver>(
     served: &Served,
     handlers: &Slab<Handler>,
-    members: &Slab<Member<D>, Seat>,
+    members: &Slab<Member<D>, MemberTag>,
     start: usize,
     sticky: u64,
     mut offer: impl FnMut(&Handler, &Member<D>) -> Offer,

@@ -17,8 +17,8 @@ use latzero_protocol::{AppId, Code, Refusal};
 use super::answer::Answered;
 use super::routing::id_in_use;
 use super::{MemberKey, Pool};
-use crate::books::{Account, Hold, Resource};
 use crate::driver::{Driver, Peer};
+use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::{Class, Sent};
@@ -70,7 +70,7 @@ enum Repeat {
         answer: Answered,
         expires: Time,
         /// Its place in the books.
-        held: Hold,
+        held: Reservation,
     },
 }
 
@@ -119,7 +119,7 @@ impl Repeats {
     }
 
     /// A repeat waits no more; the call that it repeats goes on.
-    fn give_up(&mut self, waiter: &Waiter) -> bool {
+    fn cancel(&mut self, waiter: &Waiter) -> bool {
         let Some(wait) = self.forget_wait(waiter) else {
             return false;
         };
@@ -161,7 +161,7 @@ impl Repeats {
             .take_while(|waiter| waiter.0 == first.0)
             .collect();
         for waiter in own {
-            self.give_up(&waiter);
+            self.cancel(&waiter);
         }
     }
 
@@ -406,7 +406,7 @@ impl<D: Driver> Pool<D> {
         id: &str,
         turn: &mut Turn<'_, D>,
     ) -> bool {
-        let gave_up = self.repeats.give_up(&waiter(caller, id));
+        let gave_up = self.repeats.cancel(&waiter(caller, id));
         if let Some(to) = self.members.at(caller).filter(|_| gave_up) {
             let message = "the caller cancelled the repeat; the original call goes on";
             let refusal = Refusal::new(Code::Cancelled, message);
@@ -430,7 +430,7 @@ impl<D: Driver> Pool<D> {
         }
         while let Some((_, waiter)) = self.repeats.wait_deadlines.first().filter(|w| w.0 <= now) {
             let waiter = waiter.clone();
-            self.repeats.give_up(&waiter);
+            self.repeats.cancel(&waiter);
             let ((slot, generation), id) = waiter;
             let Some(to) = self.members.at(MemberKey::new(slot, generation)) else {
                 continue;

@@ -10,15 +10,15 @@ use latzero_protocol::message::{Emit, Trigger};
 use latzero_protocol::{Body, Code, InstanceId, PoolName, Refusal, TriggerName};
 
 use super::calls::Call;
-use super::park::Lasting;
+use super::park::DurableCall;
 use super::pick::{self, Offer};
 use super::repeats::{Seen, scoped_key};
 use super::{CallError, Caller, Member, MemberKey, NOBODY, Pool};
-use crate::books::{Full, Resource};
 use crate::driver::{Driver, Peer};
 use crate::effects::Count;
+use crate::ledger::{Full, Resource};
 use crate::now::Time;
-use crate::outbox::{Class, SHARE_BYTES, Sent, Shared};
+use crate::outbox::{Class, SHARE_BYTES, Sent, SharedBody};
 use crate::slab::Key;
 use crate::turn::Turn;
 
@@ -26,7 +26,7 @@ use crate::turn::Turn;
 enum Encoded {
     /// In the pool's scratch buffer.
     Here(std::ops::Range<usize>),
-    Shared(Shared),
+    Shared(SharedBody),
     /// There is no memory for it.
     Refused(Full),
 }
@@ -114,7 +114,7 @@ impl<D: Driver> Pool<D> {
             Ok(key) => {
                 if trigger.redeliver {
                     let call = self.calls.at_mut(key).expect("just begun");
-                    let lasting = Lasting::new((app, instance), deadline, trigger, held);
+                    let lasting = DurableCall::new((app, instance), deadline, trigger, held);
                     call.lasting = Some(lasting);
                 }
                 Ok(None)
@@ -395,7 +395,7 @@ impl<D: Driver> Pool<D> {
                 if !is_shared {
                     return Encoded::Here(range);
                 }
-                let shared = Shared::new(&scratch[range.clone()], &account);
+                let shared = SharedBody::new(&scratch[range.clone()], &account);
                 scratch.truncate(start);
                 shared.map_or_else(Encoded::Refused, Encoded::Shared)
             });

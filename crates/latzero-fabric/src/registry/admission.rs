@@ -11,11 +11,11 @@ use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
 use super::{Admission, Admitted, App, Instance, Registry, Who, not_open};
-use crate::books::{Account, Hold, Resource};
 use crate::driver::{Driver, Peer, Transport};
-use crate::keep::Change;
+use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;
 use crate::registration::{Registration, Remembered};
+use crate::rows::StoreChange;
 use crate::turn::Turn;
 
 impl<D: Driver> Registry<D> {
@@ -175,7 +175,7 @@ impl<D: Driver> Registry<D> {
         app.held.force(app.bytes());
         self.bind(app_id, who, is_lasting, turn);
         let app = self.apps.get_mut(app_id).expect("it was made above");
-        if (!is_same || becomes_lasting) && !is_kept && app.keep(app_id, Some(peer), turn) {
+        if (!is_same || becomes_lasting) && !is_kept && app.store(app_id, Some(peer), turn) {
             return Ok(Admitted::Later { rehydrated });
         }
 
@@ -221,9 +221,9 @@ impl<D: Driver> Registry<D> {
         app.held.force(app.bytes());
         self.instances = self.instances + 1 - displaced.len();
         if is_told || (is_kept && !is_same) {
-            app.keep(app_id, None, turn);
+            app.store(app_id, None, turn);
         } else if was_offline && app.is_lasting {
-            turn.keep(Change::Seen(app_id.clone(), 0), None);
+            turn.store(StoreChange::Seen(app_id.clone(), 0), None);
         }
         Ok(Admitted::Now(Box::new(Admission {
             instance,
@@ -269,7 +269,7 @@ impl<D: Driver> Registry<D> {
     fn forget_gone(&mut self, gone: AppId, turn: &mut Turn<'_, D>) -> bool {
         self.apps.remove(&gone);
         self.unbind(&gone, turn);
-        turn.keep(Change::ForgetApp(gone), None);
+        turn.store(StoreChange::ForgetApp(gone), None);
         true
     }
 
@@ -280,7 +280,7 @@ impl<D: Driver> Registry<D> {
         registration: &Registration,
         user: &Arc<Account>,
         turn: &mut Turn<'_, D>,
-    ) -> Result<Hold, Refusal> {
+    ) -> Result<Reservation, Refusal> {
         let registered = Remembered::Read(registration.clone()).bytes();
         let (had, instances) = self.apps.get(app_id).map_or((0, 0), |app| {
             (app.held.amount(), app.instances.len() as u64)

@@ -8,7 +8,7 @@ use latzero_protocol::{AppId, Code, Refusal};
 
 use super::Registry;
 use crate::driver::{Driver, Transport};
-use crate::keep::{BindingRow, Change};
+use crate::rows::{BindingRow, StoreChange};
 use crate::turn::Turn;
 
 /// The AppID of a server that takes over.
@@ -140,7 +140,7 @@ impl<D: Driver> Registry<D> {
         }
         self.keys += usize::from(binding.key.is_some() && was.key.is_none());
         if binding.is_kept {
-            turn.keep(Change::Binding(Box::new(binding.row(app_id))), None);
+            turn.store(StoreChange::Binding(Box::new(binding.row(app_id))), None);
         }
         self.bindings.insert(app_id.clone(), binding);
         (was.uid, was.key) == (None, None)
@@ -159,11 +159,11 @@ impl<D: Driver> Registry<D> {
         }
         if is_kept {
             let change = if is_over {
-                Change::ForgetBinding(app_id.clone())
+                StoreChange::ForgetBinding(app_id.clone())
             } else {
-                Change::Binding(Box::new(row))
+                StoreChange::Binding(Box::new(row))
             };
-            turn.keep(change, None);
+            turn.store(change, None);
         }
     }
 
@@ -186,12 +186,12 @@ impl<D: Driver> Registry<D> {
         binding.key = None;
         self.keys -= 1;
         let change = if binding.uid.is_some() {
-            Change::Binding(Box::new(binding.row(app_id)))
+            StoreChange::Binding(Box::new(binding.row(app_id)))
         } else {
             self.bindings.remove(app_id);
-            Change::ForgetBinding(app_id.clone())
+            StoreChange::ForgetBinding(app_id.clone())
         };
-        turn.keep(change, Some(promise));
+        turn.store(change, Some(promise));
         Ok(())
     }
 
@@ -207,10 +207,10 @@ impl<D: Driver> Registry<D> {
             return;
         }
         app.is_lasting = true;
-        app.keep(app_id, None, turn);
+        app.store(app_id, None, turn);
         if let Some(binding) = self.bindings.get_mut(app_id) {
             binding.is_kept = true;
-            turn.keep(Change::Binding(Box::new(binding.row(app_id))), None);
+            turn.store(StoreChange::Binding(Box::new(binding.row(app_id))), None);
         }
     }
 }

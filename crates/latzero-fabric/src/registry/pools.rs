@@ -7,13 +7,13 @@ use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
 
 use super::{Entrance, PoolEntry, Registry, Sealed, View, not_open};
-use crate::books::{Hold, Resource};
 use crate::driver::{Driver, Peer};
-use crate::keep::{Change, PoolRow};
+use crate::ledger::{Reservation, Resource};
 use crate::now::Time;
 use crate::pool::Pool;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
+use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
 
 /// How long the name of a pool with rules that did not outlive the server is kept for its owner.
@@ -73,7 +73,7 @@ impl<D: Driver> Registry<D> {
 
     /// Notes that a member has left a pool (or could not join it after all). A pool that nobody asked to keep goes with
     /// its last member.
-    pub fn left(&mut self, name: &PoolName, number: u32) {
+    pub fn member_left(&mut self, name: &PoolName, number: u32) {
         let Some(entry) = self.pools.get_mut(name) else {
             return;
         };
@@ -185,7 +185,7 @@ impl<D: Driver> Registry<D> {
                 is_durable: durable,
                 descriptor: sealed.as_ref().map(|s| s.descriptor.as_bytes().to_vec()),
             };
-            turn.keep(Change::Pool(Box::new(row)), durable.then_some(promise));
+            turn.store(StoreChange::Pool(Box::new(row)), durable.then_some(promise));
         }
         self.reserved.remove(&name);
         let outlives = durable || !has_rules;
@@ -268,12 +268,12 @@ impl<D: Driver> Registry<D> {
             }
             if forget_pool(app.registration.get_mut(), name) {
                 app.held.force(app.bytes());
-                app.keep(app_id, None, turn);
+                app.store(app_id, None, turn);
             }
         }
         if has_row {
             let promise = entry.durable.then_some(promise);
-            turn.keep(Change::ForgetPool(name.clone()), promise);
+            turn.store(StoreChange::ForgetPool(name.clone()), promise);
         }
         Ok((entry.pool, entry.durable))
     }
@@ -283,7 +283,7 @@ impl<D: Driver> Registry<D> {
         unix_ms: u64,
         app: &AppId,
         name: PoolName,
-        places: &mut Vec<Hold>,
+        places: &mut Vec<Reservation>,
     ) -> Entrance<D> {
         if !self.pools.contains_key(&name) {
             self.insert_pool(unix_ms, name.clone(), (false, true), places.pop());
@@ -307,7 +307,7 @@ impl<D: Driver> Registry<D> {
         created: u64,
         name: PoolName,
         (kept, outlives): (bool, bool),
-        place: Option<Hold>,
+        place: Option<Reservation>,
     ) -> &mut PoolEntry<D> {
         let number = self.next_number;
         self.next_number += 1;

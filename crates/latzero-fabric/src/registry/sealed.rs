@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::{Entrance, Grant, Membership, PoolEntry, Registry, View, not_open};
 use crate::driver::Driver;
-use crate::keep::{Change, PoolRow};
+use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
 
 /// Descriptors of earlier epochs in the reply to a proof.
@@ -249,11 +249,11 @@ impl<D: Driver> Registry<D> {
         sealed.descriptor = Arc::clone(&next);
         let (number, pool) = (entry.number, entry.pool.clone());
         let older = current.as_bytes().to_vec();
-        turn.keep(
-            Change::Descriptor(name.clone(), current.epoch(), older),
+        turn.store(
+            StoreChange::Descriptor(name.clone(), current.epoch(), older),
             None,
         );
-        turn.keep(Change::Pool(Box::new(row(name, entry))), Some(promise));
+        turn.store(StoreChange::Pool(Box::new(row(name, entry))), Some(promise));
         let keeps = |roles: Roles| {
             !(changes.join
                 || (changes.read && roles != Roles::Join)
@@ -319,12 +319,12 @@ fn refusal(error: StoreError) -> Refusal {
 
 /// What is told of a rotation.
 pub(crate) fn rotated_event(name: &PoolName, descriptor: &Descriptor, is_member: bool) -> Value {
-    let mut told = json!({
+    let mut event = json!({
         "action": "event", "event": "pool_rotated", "pool": name, "epoch": descriptor.epoch(),
         "member": is_member,
     });
     if is_member {
-        told["descriptor"] = text::encode(descriptor.as_bytes()).into();
+        event["descriptor"] = text::encode(descriptor.as_bytes()).into();
     }
-    told
+    event
 }

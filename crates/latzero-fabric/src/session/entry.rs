@@ -8,9 +8,9 @@ use latzero_protocol::message::{EventSet, Features, Handshake, TriggerSpec};
 use latzero_protocol::{Code, Refusal};
 use serde_json::json;
 
+use super::pending::Awaited;
 use super::pools::{NAMES_SHOWN_MAX, shown};
-use super::promises::Awaited;
-use super::{Flow, Ready, Session, expel, leave, tell_departure};
+use super::{Flow, Ready, Session, announce_departure, expel, leave};
 use crate::driver::{Driver, Peer, Transport};
 use crate::outbox::Class;
 use crate::pool::Joining;
@@ -19,7 +19,7 @@ use crate::turn::Turn;
 
 /// How writing down a handshake went.
 #[derive(Clone, Copy)]
-pub(super) struct Stored {
+pub(super) struct StoredRegistration {
     pub(super) is_on_disk: bool,
     /// Whether what the app had is restored, as it was found when the handshake came.
     pub(super) rehydrated: bool,
@@ -74,7 +74,7 @@ impl<D: Driver> Session<D> {
         &mut self,
         id: Option<&str>,
         handshake: &Handshake<'_>,
-        stored: Option<Stored>,
+        stored: Option<StoredRegistration>,
         turn: &mut Turn<'_, D>,
     ) -> Result<Entry, Refusal> {
         if handshake.protocol != PROTOCOL_VERSION {
@@ -133,7 +133,7 @@ impl<D: Driver> Session<D> {
             // Descriptors only travel over Unix sockets, and what they replace travels as attachments.
             fd_passing: transport == Transport::Unix && handshake.features.attachments,
         });
-        let site = std::sync::Arc::clone(turn.driver.site());
+        let site = std::sync::Arc::clone(turn.driver.context());
         let limits = &site.limits;
         let mut ack = json!({
             "action": "handshake_ack", "status": "ok", "app_id": handshake.app_id, "instance": instance,
@@ -167,7 +167,7 @@ impl<D: Driver> Session<D> {
         let user = Arc::clone(&self.terms.user);
         let app =
             turn.with_registry(|registry, turn| registry.account(&handshake.app_id, &user, turn));
-        let account = turn.driver.site().books.connection(&app);
+        let account = turn.driver.context().ledger.connection(&app);
         self.peer.link().set_account(account);
         self.ready = Some(Ready {
             app: handshake.app_id.clone(),
@@ -222,7 +222,7 @@ impl<D: Driver> Session<D> {
         let member = turn.with_pool(&entrance.pool, |pool, turn| {
             let member = pool.join(joining, turn)?;
             pool.watch(member, watch);
-            pool.tell_answers(&ready.app, turn);
+            pool.deliver_answers(&ready.app, turn);
             for spec in ready.triggers.iter().filter(own) {
                 pool.serve(member, spec, turn);
             }
@@ -246,11 +246,11 @@ impl<D: Driver> Session<D> {
             }),
             // Removed between the registry's word and ours: as if it had been removed right after.
             None => {
-                let told = format!(
+                let json = format!(
                     "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{name}\"}}"
                 );
-                self.send(Class::Control, told.len(), turn, |out| {
-                    encode::message(out, &told)
+                self.send(Class::Control, json.len(), turn, |out| {
+                    encode::message(out, &json)
                 });
             }
         }
@@ -270,7 +270,7 @@ impl<D: Driver> Session<D> {
     /// find its connection closed already.
     pub(super) fn overtaken(&mut self, turn: &mut Turn<'_, D>) -> Flow {
         if let Some(ready) = &self.ready {
-            tell_departure(&self.peer, ready.instance, "displaced", turn);
+            announce_departure(&self.peer, ready.instance, "displaced", turn);
         }
         for membership in std::mem::take(&mut self.memberships) {
             leave(&membership, turn);

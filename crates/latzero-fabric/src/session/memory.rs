@@ -10,7 +10,7 @@ use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use super::Session;
 use crate::driver::{BlockWrite, Driver, Written};
 use crate::outbox::{Class, Sent};
-use crate::pool::{Asking, LockWish, MemberKey, ReadPlan, Replied};
+use crate::pool::{Asking, LockRequest, MemberKey, ReadPlan, Replied};
 use crate::registry::Membership;
 use crate::turn::Turn;
 
@@ -143,7 +143,7 @@ impl<D: Driver> Session<D> {
                 wait_ms,
                 lease_ms,
             } => {
-                let want = LockWish {
+                let want = LockRequest {
                     mode: *mode,
                     wait_ms: *wait_ms,
                     lease_ms: *lease_ms,
@@ -182,7 +182,7 @@ impl<D: Driver> Session<D> {
             }),
             Action::Reoffer(block) => {
                 let name = m.name.clone();
-                D::take_back(turn, &pool, &name, block)?;
+                D::reoffer(turn, &pool, &name, block)?;
                 Ok(Some("{}".into()))
             }
             Action::Resize(block, size) => turn.with_pool(&pool, |pool, turn| {

@@ -7,7 +7,7 @@ use latzero_protocol::message::{EventSet, PoolCreate, TriggerSpec};
 use latzero_protocol::{Code, PoolName, Refusal, TriggerName};
 use serde_json::json;
 
-use super::promises::{Promise, Reply};
+use super::pending::{PendingReply, Reply};
 use super::{Session, leave};
 use crate::driver::{Driver, Transport};
 use crate::effects::Audit;
@@ -59,7 +59,11 @@ impl<D: Driver> Session<D> {
             });
         }
         let reply = self.triggers_json();
-        Ok(Reply::kept_if(is_promised, reply, Promise::Registration))
+        Ok(Reply::kept_if(
+            is_promised,
+            reply,
+            PendingReply::Registration,
+        ))
     }
 
     pub(super) fn unregister(
@@ -81,7 +85,11 @@ impl<D: Driver> Session<D> {
             });
         }
         let reply = self.triggers_json();
-        Ok(Reply::kept_if(is_promised, reply, Promise::Registration))
+        Ok(Reply::kept_if(
+            is_promised,
+            reply,
+            PendingReply::Registration,
+        ))
     }
 
     pub(super) fn triggers_json(&self) -> String {
@@ -115,7 +123,7 @@ impl<D: Driver> Session<D> {
             || "{}".into(),
             |(pool, description)| with_stats(&pool, description, turn),
         );
-        Ok(Reply::kept_if(is_promised, reply, Promise::Pool(name)))
+        Ok(Reply::kept_if(is_promised, reply, PendingReply::Pool(name)))
     }
 
     pub(super) fn pool_join(
@@ -144,7 +152,7 @@ impl<D: Driver> Session<D> {
         Ok(Reply::kept_if(
             is_promised,
             "{}".into(),
-            Promise::Registration,
+            PendingReply::Registration,
         ))
     }
 
@@ -168,7 +176,7 @@ impl<D: Driver> Session<D> {
         Ok(Reply::kept_if(
             is_promised,
             "{}".into(),
-            Promise::Registration,
+            PendingReply::Registration,
         ))
     }
 
@@ -185,7 +193,11 @@ impl<D: Driver> Session<D> {
         })?;
         turn.with_pool(&pool, crate::Pool::close);
         self.forget_removed(turn);
-        Ok(Reply::kept_if(is_promised, "{}".into(), Promise::Removal))
+        Ok(Reply::kept_if(
+            is_promised,
+            "{}".into(),
+            PendingReply::Removal,
+        ))
     }
 
     /// Drops memberships that somebody else ended, so that the pool can be joined anew.
@@ -220,7 +232,7 @@ impl<D: Driver> Session<D> {
         Ok(Reply::kept_if(
             is_promised,
             "{}".into(),
-            Promise::Registration,
+            PendingReply::Registration,
         ))
     }
 }

@@ -6,7 +6,7 @@
 //! previous one. So the record names complete bytes, whenever the server is killed. Names chosen by
 //! users never become paths.
 
-mod left;
+mod load;
 #[cfg(test)]
 mod tests;
 

@@ -161,11 +161,11 @@ pub(crate) fn ask(
             .extend(bind_unix(settings, environment, &data_dir)?);
     }
     settle_tcp(tcp, settings, &mut sockets.tcp)?;
-    let (lock, before) = match old.tell_taken() {
+    let (lock, before) = match old.confirm() {
         Ok(()) => {
             let patience = drain_timeout + PATIENCE;
             let end = Instant::now() + patience;
-            let is_over = old.await_end(&mut blocks, process.as_ref(), end);
+            let is_over = old.wait_for_exit(&mut blocks, process.as_ref(), end);
             // From here on this server is the only one, so it must not fail.
             if !is_over {
                 insist(pid, process.as_ref(), patience);
@@ -268,13 +268,13 @@ fn lock_by(data_dir: &Path, end: Instant) -> Result<InstanceLock, StartupError> 
 /// does, which is nothing.
 fn insist(pid: i32, process: Option<&OwnedFd>, waited: Duration) {
     let waited = waited.as_secs();
-    say(&format!(
+    report_progress(&format!(
         "the old server (pid {pid}) did not stop within {waited} s; killing it"
     ));
     if let Some(process) = process
         && let Err(error) = pidfd_send_signal(process, Signal::KILL)
     {
-        say(&format!("cannot kill it: {error}"));
+        report_progress(&format!("cannot kill it: {error}"));
     }
 }
 
@@ -291,7 +291,7 @@ fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
                     .is_none_or(|holder| i64::from(holder) == i64::from(pid)) =>
             {
                 let waited = since.elapsed().as_secs();
-                say(&format!(
+                report_progress(&format!(
                     "waiting for the old server to stop (pid {pid}): {waited} s"
                 ));
             }
@@ -301,7 +301,7 @@ fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
 }
 
 /// Reports progress on stderr, before the log is open.
-fn say(text: &str) {
+fn report_progress(text: &str) {
     // Nobody may be listening.
     let _ = writeln!(io::stderr(), "latzero: {text}");
 }
@@ -452,7 +452,7 @@ impl Old {
     }
 
     /// Tells it that this server has everything: from here on it drains.
-    fn tell_taken(&mut self) -> Result<(), Failure> {
+    fn confirm(&mut self) -> Result<(), Failure> {
         self.send(&json!({"action": "hand_over", "id": "2", "taken": true}))?;
         let reply = self.next(|message| message["in_reply_to"] == "2")?;
         if reply["status"] != "ok" {
@@ -464,7 +464,7 @@ impl Old {
     /// Takes what it still has to say, and waits for its end. False where it has not ended in time.
     /// Without its process, the end of the connection has to do: the lock of the data directory
     /// tells the rest.
-    fn await_end(
+    fn wait_for_exit(
         mut self,
         blocks: &mut Vec<(PoolName, BlockId, OwnedFd)>,
         process: Option<&OwnedFd>,

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use latzero_store::{
-    AnswerRow, AppRow, BlockRow, CallRow, Change, Contents, Opened, Options, PoolRow, Store,
+    AnswerRow, AppRow, BlockRow, CallRow, Contents, Opened, Options, PoolRow, RowChange, Store,
     StoreError, Ticket, open,
 };
 
@@ -136,8 +136,8 @@ pub(crate) fn answer(number: u64) -> AnswerRow {
     }
 }
 
-pub(crate) fn set(key: &str, value: &str) -> Change {
-    Change::PutSetting {
+pub(crate) fn set(key: &str, value: &str) -> RowChange {
+    RowChange::PutSetting {
         key: key.into(),
         value: value.into(),
     }

@@ -87,7 +87,7 @@ impl BlockLock {
         let ask = async || {
             let message = block.shared().message("memory_lock", &more);
             let calling = Calling::of_message(app, message, Ok).within(wait + GRACE);
-            let mut asked = Asked(Some((block.clone(), calling)));
+            let mut asked = LockRequest(Some((block.clone(), calling)));
             poll_fn(|cx| asked.poll(cx)).await
         };
         let known = lock(&block.shared().current).held();
@@ -190,15 +190,15 @@ impl Drop for BlockLock {
         if !self.is_given_back && self.is_held() {
             let more = json!({"lock": self.fence.to_string()});
             let message = self.block.shared().message("memory_unlock", &more);
-            self.block.app().core().tell(message);
+            self.block.app().core().send_oneway(message);
         }
     }
 }
 
 /// A lock that was asked for. If nobody wants it any more, its grant may be on its way all the same: then it is given back.
-struct Asked(Option<(Block, Calling<Reply>)>);
+struct LockRequest(Option<(Block, Calling<Reply>)>);
 
-impl Asked {
+impl LockRequest {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Reply, Error>> {
         let (_, calling) = self.0.as_mut().expect("not polled after it ended");
         let reply = std::task::ready!(calling.poll_reply(cx));
@@ -207,7 +207,7 @@ impl Asked {
     }
 }
 
-impl Drop for Asked {
+impl Drop for LockRequest {
     fn drop(&mut self) {
         let Some((block, calling)) = self.0.take() else {
             return;

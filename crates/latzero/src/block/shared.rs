@@ -74,7 +74,7 @@ pub(crate) struct Current {
 
 /// What a reader or writer goes on with, whatever becomes of the handle meanwhile.
 #[derive(Debug, Clone)]
-pub(super) struct Held {
+pub(super) struct LockState {
     pub(super) described: Arc<Described>,
     pub(super) attachment: Option<Arc<Attachment>>,
     pub(super) epoch: u32,
@@ -146,8 +146,8 @@ impl Current {
         })
     }
 
-    pub(super) fn held(&self) -> Held {
-        Held {
+    pub(super) fn held(&self) -> LockState {
+        LockState {
             described: self.described.clone(),
             attachment: self.attachment.clone(),
             epoch: self.epoch,
@@ -157,7 +157,7 @@ impl Current {
 
 /// What all handles of one attached block share.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct BlockState {
     pub(super) id: String,
     pub(super) pool: String,
     pub(super) current: Mutex<Current>,
@@ -191,9 +191,9 @@ const WAITS_MAX: usize = 256;
 /// Lost locks that are remembered; older ones belong to guards that are long gone.
 const LOST_LOCKS_MAX: usize = 64;
 
-impl Shared {
-    pub(super) fn new(current: Current, is_attached: bool) -> Shared {
-        Shared {
+impl BlockState {
+    pub(super) fn new(current: Current, is_attached: bool) -> BlockState {
+        BlockState {
             is_attached: AtomicBool::new(is_attached),
             id: current.described.id.clone(),
             pool: current.described.pool.clone(),
@@ -227,12 +227,16 @@ impl Shared {
         wakers.into_iter().for_each(Waker::wake);
     }
 
-    fn is_same(&self, other: &Shared) -> bool {
+    fn is_same(&self, other: &BlockState) -> bool {
         self.id == other.id && self.pool == other.pool
     }
 
     /// Attaches anew.
-    pub(super) async fn attach(self: &Arc<Self>, app: &App, access: Access) -> Result<Held, Error> {
+    pub(super) async fn attach(
+        self: &Arc<Self>,
+        app: &App,
+        access: Access,
+    ) -> Result<LockState, Error> {
         // Before the request: what moves behind it is seen next time.
         self.must_attach.store(false, Ordering::Release);
         // Before the answer: another attach of this handle may put the block's return in its place.
@@ -338,7 +342,7 @@ impl Shared {
 
 #[derive(Debug)]
 struct Known {
-    shared: Weak<Shared>,
+    shared: Weak<BlockState>,
     access: Access,
     is_lent: bool,
 }
@@ -362,7 +366,7 @@ struct State {
 }
 
 impl State {
-    fn live(&self) -> impl Iterator<Item = (Arc<Shared>, Access)> {
+    fn live(&self) -> impl Iterator<Item = (Arc<BlockState>, Access)> {
         let own = self.known.iter().filter(|k| !k.is_lent);
         own.filter_map(|k| Some((k.shared.upgrade()?, k.access)))
     }
@@ -401,7 +405,7 @@ impl Drop for Opening<'_> {
             .filter(|(pool, id)| !state.has(pool, id))
             .map(|(pool, _)| Some(pool.as_str()))
             .collect();
-        let is_used = |(s, _): (Arc<Shared>, Access)| {
+        let is_used = |(s, _): (Arc<BlockState>, Access)| {
             s.id == self.id && self.pool.is_none_or(|pool| s.pool == pool)
         };
         if !self.is_answered && !given_up.contains(&self.pool) && !state.live().any(is_used) {
@@ -421,9 +425,9 @@ impl Drop for Opening<'_> {
 
 /// One of the threads that wait for futures.
 #[derive(Debug)]
-pub(super) struct Waiting(Arc<Core>);
+pub(super) struct AttachWaiter(Arc<Core>);
 
-impl Drop for Waiting {
+impl Drop for AttachWaiter {
     fn drop(&mut self) {
         self.0.blocks.waiting.fetch_sub(1, Ordering::AcqRel);
     }
@@ -446,7 +450,7 @@ impl Blocks {
         }
     }
 
-    pub(super) fn add(&self, shared: &Arc<Shared>, access: Access, is_lent: bool) {
+    pub(super) fn add(&self, shared: &Arc<BlockState>, access: Access, is_lent: bool) {
         lock(&self.state).known.push(Known {
             shared: Arc::downgrade(shared),
             access,
@@ -455,7 +459,7 @@ impl Blocks {
     }
 
     /// Forgets a handle's block, and gives the attachment up where no other handle needs it and `is_attached`.
-    pub(super) fn forget(&self, core: &Core, gone: &Arc<Shared>, is_attached: bool) {
+    pub(super) fn forget(&self, core: &Core, gone: &Arc<BlockState>, is_attached: bool) {
         let mut state = lock(&self.state);
         state
             .known
@@ -474,19 +478,19 @@ impl Blocks {
     }
 
     /// Notes that somebody wants to be told of changes, before the server is asked.
-    pub(super) fn begin_subscription(&self, shared: &Shared) {
+    pub(super) fn begin_subscription(&self, shared: &BlockState) {
         let _order = lock(&self.state);
         shared.subscribers.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Notes that somebody does not any more, and gives the subscription up where nobody does.
-    pub(super) fn end_subscription(&self, core: &Core, shared: &Shared) {
+    pub(super) fn end_subscription(&self, core: &Core, shared: &BlockState) {
         shared.subscribers.fetch_sub(1, Ordering::AcqRel);
         self.settle_subscription(core, shared);
     }
 
     /// Gives the subscription up where nobody wants it.
-    fn settle_subscription(&self, core: &Core, shared: &Shared) {
+    fn settle_subscription(&self, core: &Core, shared: &BlockState) {
         let state = lock(&self.state);
         let is_wanted = |other: &Known| {
             let other = other.shared.upgrade();
@@ -502,8 +506,8 @@ impl Blocks {
     }
 
     /// Room for one more thread that waits for a future.
-    pub(super) fn begin_wait(core: &Arc<Core>) -> Result<Waiting, Error> {
-        let guard = Waiting(core.clone());
+    pub(super) fn begin_wait(core: &Arc<Core>) -> Result<AttachWaiter, Error> {
+        let guard = AttachWaiter(core.clone());
         if core.blocks.waiting.fetch_add(1, Ordering::AcqRel) < WAITS_MAX {
             return Ok(guard);
         }
@@ -552,7 +556,7 @@ impl Blocks {
 
     /// Takes an event about a block.
     pub(crate) fn event(&self, event: &str, pool: &str, text: &str, wake: &mut Vec<Waker>) {
-        let known: Vec<Arc<Shared>> = lock(&self.state)
+        let known: Vec<Arc<BlockState>> = lock(&self.state)
             .known
             .iter()
             .filter_map(|k| k.shared.upgrade())

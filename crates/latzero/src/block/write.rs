@@ -310,5 +310,5 @@ fn notify(block: &Block, version: u64) {
     let shared = block.shared();
     shared.heard(version);
     let message = shared.message("memory_notify", &json!({"version": version}));
-    block.app().core().tell(message);
+    block.app().core().send_oneway(message);
 }

@@ -182,7 +182,7 @@ impl Block {
     /// `timeout`; `no_block` where it was removed.
     pub fn wait_for(&self, beyond: u64, timeout: Duration) -> Result<u64, Error> {
         let deadline = deadline(timeout);
-        while self.run(self.0.go_on())? {
+        while self.run(self.0.ensure_attached())? {
             loop {
                 match self.0.wait_slice(beyond, deadline)? {
                     Slice::Newer(version) => return Ok(version),

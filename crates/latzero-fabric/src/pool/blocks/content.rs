@@ -6,8 +6,8 @@ use latzero_protocol::{BlockId, Code, Refusal};
 use super::super::lock::Holder;
 use super::super::{MemberKey, Pool};
 use super::{Asking, BlockKey, Flushing, Phase, Replied, lock_lost, moving, too_many_wait};
-use crate::books::Resource;
 use crate::driver::Driver;
+use crate::ledger::Resource;
 use crate::memory::{Job, StorageId};
 use crate::turn::Turn;
 
@@ -93,7 +93,7 @@ impl<D: Driver> Pool<D> {
             self.renew_generation(plan.key, None, turn);
         }
         if let Some(version) = version {
-            self.tell_change(plan.key, version, turn);
+            self.notify_change(plan.key, version, turn);
         }
         self.grant_waiting(plan.key, turn);
     }
@@ -152,15 +152,15 @@ impl<D: Driver> Pool<D> {
         let (key, block) = self.allowed(member, id, Access::Write)?;
         // What the block itself says counts, not what is said of it.
         let version = turn.version_noted(block.storage, version);
-        self.tell_change(key, version, turn);
+        self.notify_change(key, version, turn);
         Ok(Some("{}".into()))
     }
 
     /// Tells of a version that nobody told of, because its writer ended.
-    pub(in crate::pool) fn look_for_news(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+    pub(in crate::pool) fn poll_version(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         if let Some(block) = self.blocks.at(key) {
             let version = turn.version_noted(block.storage, u64::MAX);
-            self.tell_change(key, version, turn);
+            self.notify_change(key, version, turn);
         }
     }
 

@@ -71,7 +71,7 @@ impl<D: Driver> Pool<D> {
     }
 
     /// A call with blocks ended: its handler is attached no longer, and keeps nothing that only the call allowed it.
-    pub(in crate::pool) fn take_back(
+    pub(in crate::pool) fn revoke(
         &mut self,
         handler: MemberKey,
         uses: &[(BlockKey, Access)],
@@ -83,7 +83,7 @@ impl<D: Driver> Pool<D> {
             };
             let could_write = block.could_write(handler);
             if could_write {
-                self.look_for_news(key, turn);
+                self.poll_version(key, turn);
             }
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
@@ -143,7 +143,7 @@ impl<D: Driver> Pool<D> {
             let wrote = is_mapping && self.blocks.at(key).is_some_and(|b| b.could_write(member));
             if wrote {
                 // It may have gone between a version and the word of it.
-                self.look_for_news(key, turn);
+                self.poll_version(key, turn);
             }
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
@@ -169,7 +169,7 @@ impl<D: Driver> Pool<D> {
             let held = held.iter().find(|h| h.mode == LockMode::Exclusive);
             if let Some(held) = held {
                 self.note_fence(key, held, turn);
-                self.tell_broken(key, turn);
+                self.notify_broken(key, turn);
                 if could_write {
                     // It may have gone in the middle of a write, and only its death says that it writes no more.
                     self.renew_generation(key, Some(peer.clone()), turn);

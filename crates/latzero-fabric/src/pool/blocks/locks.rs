@@ -11,7 +11,7 @@ impl<D: Driver> Pool<D> {
         &mut self,
         asking: Asking<'_>,
         id: &BlockId,
-        want: LockWish,
+        want: LockRequest,
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let now = turn.time();
@@ -180,17 +180,17 @@ impl<D: Driver> Pool<D> {
     ) {
         self.note_fence(key, held, turn);
         let more = format!(",\"lock\":\"{}\"", held.fence);
-        let told = self.block_event_json("lock_lost", key, &more);
+        let json = self.block_event_json("lock_lost", key, &more);
         let Some(member) = self.members.at(held.member) else {
             return;
         };
-        turn.send(&member.peer, Class::Control, told.len(), |out| {
-            encode::message(out, &told);
+        turn.send(&member.peer, Class::Control, json.len(), |out| {
+            encode::message(out, &json);
         });
         if held.mode != LockMode::Exclusive {
             return;
         }
-        self.tell_broken(key, turn);
+        self.notify_broken(key, turn);
         if could_write {
             // It lives and may write on: into a generation that nobody reads any more.
             self.renew_generation(key, None, turn);
@@ -234,10 +234,10 @@ impl<D: Driver> Pool<D> {
         turn.driver.set_fence(block.storage, fence, held.is_some());
     }
 
-    pub(in crate::pool) fn tell_broken(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
+    pub(in crate::pool) fn notify_broken(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let fence = self.blocks.at(key).map_or(0, |block| block.lock.fence());
-        let told = self.block_event_json("lock_broken", key, &format!(",\"fence\":{fence}"));
-        self.tell_attached(key, &told, turn);
+        let json = self.block_event_json("lock_broken", key, &format!(",\"fence\":{fence}"));
+        self.notify_attached(key, &json, turn);
     }
 
     pub(in crate::pool) fn locked(&self, id: &BlockId, held: &Holder) -> Refusal {

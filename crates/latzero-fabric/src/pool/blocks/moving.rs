@@ -25,8 +25,8 @@ impl<D: Driver> Pool<D> {
         match (phase, made) {
             (Phase::Live, _) => unreachable!("storage is made for who waits for it"),
             (Phase::New, Ok(_)) => {
-                let told = self.block_event_json("block_created", key, "");
-                self.tell(Event::BlockCreated, &told, None, turn);
+                let json = self.block_event_json("block_created", key, "");
+                self.notify(Event::BlockCreated, &json, None, turn);
                 for one in waiting {
                     let result = match one.attach {
                         None => Ok(Some(self.describe(key, None, turn).to_string())),
@@ -80,8 +80,8 @@ impl<D: Driver> Pool<D> {
                         // Before anybody hears of it: who is told may write at once.
                         self.write_fence(key, turn);
                         let more = format!(",\"reason\":\"{reason}\"");
-                        let told = self.block_event_json("block_moved", key, &more);
-                        self.tell_attached(key, &told, turn);
+                        let json = self.block_event_json("block_moved", key, &more);
+                        self.notify_attached(key, &json, turn);
                         for one in waiting {
                             let access = self
                                 .blocks
@@ -97,7 +97,7 @@ impl<D: Driver> Pool<D> {
                             );
                         }
                         let version = self.version_of(key, turn);
-                        self.tell_change(key, version, turn);
+                        self.notify_change(key, version, turn);
                     }
                     other => {
                         self.blocks.bytes -= will;
@@ -155,7 +155,7 @@ impl<D: Driver> Pool<D> {
         self.begin_move(key, geometry, "resized", None, turn)?;
         self.involve(asking.member, key);
         let block = self.blocks.at_mut(key).expect("just found");
-        block.waiting.push(Waiting {
+        block.waiting.push(BlockWaiter {
             member: asking.member,
             id: asking.id(),
             attach: None,
@@ -221,7 +221,7 @@ impl<D: Driver> Pool<D> {
 
     /// Moves a block of an earlier run to a new generation: somebody held its lock when the server ended, and may be in the
     /// middle of a version.
-    pub fn leave_writer_behind(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
+    pub fn abandon_writer(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
         if let Ok((key, _)) = self.block(id) {
             self.renew_generation(key, None, turn);
         }

@@ -97,7 +97,7 @@ impl Found<'_> {
             due: None,
             waiting: Vec::new(),
             flushing: Vec::new(),
-            told: (0, 0),
+            announced: (0, 0),
             is_move_due: false,
         })
     }

@@ -17,13 +17,13 @@ use latzero_protocol::{AppId, Code, Refusal};
 use super::super::answer::{Answered, checked};
 use super::super::routing::{forwarded_length, raw_length, too_large};
 use super::super::{Member, MemberKey, NOBODY, Pool};
-use super::Held;
+use super::HeldCall;
 use super::{GIVEN_AT_ONCE_MAX, soon};
-use crate::books::Account;
 use crate::driver::Driver;
-use crate::keep::{AnswerRow, Change};
+use crate::ledger::Account;
 use crate::now::Time;
 use crate::outbox::{Class, Sent};
+use crate::rows::{AnswerRow, StoreChange};
 use crate::turn::Turn;
 
 /// After how long answers that did not fit into their caller's outbox are tried again, in milliseconds.
@@ -39,11 +39,11 @@ pub(super) struct KeptFor {
 }
 
 /// An answer that waits for its caller.
-struct Kept {
+struct StoredAnswer {
     whom: KeptFor,
     key: Option<Box<str>>,
     answer: Answered,
-    held: Held,
+    held: HeldCall,
     expires: Time,
     /// Whether it is on disk, in the place of its call.
     is_row: bool,
@@ -54,13 +54,13 @@ struct Kept {
 /// A member's place in an order.
 type Seated = (u32, u32);
 
-fn seated(member: MemberKey) -> Seated {
+fn reserved(member: MemberKey) -> Seated {
     (member.slot, member.generation)
 }
 
 /// What waits for one app.
 #[derive(Default)]
-struct Waiting {
+struct PendingAnswer {
     numbers: BTreeSet<u64>,
     /// Tried again then.
     again: Option<Time>,
@@ -69,10 +69,10 @@ struct Waiting {
 /// The answers that a pool keeps.
 #[derive(Default)]
 pub(super) struct KeptAnswers {
-    answers: BTreeMap<u64, Kept>,
+    answers: BTreeMap<u64, StoredAnswer>,
     /// Ids of answers that wait for their app; of those on their way an app may use the id again.
     by_id: HashMap<(AppId, Box<str>), u64>,
-    by_app: HashMap<AppId, Waiting>,
+    by_app: HashMap<AppId, PendingAnswer>,
     expires: BTreeSet<(Time, u64)>,
     agains: BTreeSet<(Time, AppId)>,
     on_way: HashMap<Seated, BTreeSet<u64>>,
@@ -114,13 +114,13 @@ impl KeptAnswers {
         self.answers.keys().copied().collect()
     }
 
-    fn insert(&mut self, number: u64, kept: Kept) {
+    fn insert(&mut self, number: u64, kept: StoredAnswer) {
         self.expires.insert((kept.expires, number));
         self.place(number, &kept);
         self.answers.insert(number, kept);
     }
 
-    fn remove(&mut self, number: u64) -> Option<Kept> {
+    fn remove(&mut self, number: u64) -> Option<StoredAnswer> {
         let kept = self.answers.remove(&number)?;
         self.expires.remove(&(kept.expires, number));
         self.displace(number, &kept);
@@ -128,7 +128,7 @@ impl KeptAnswers {
     }
 
     /// Notes an answer where it is: on its way, or waiting for its app.
-    fn place(&mut self, number: u64, kept: &Kept) {
+    fn place(&mut self, number: u64, kept: &StoredAnswer) {
         match kept.on_way {
             Some(to) => self.on_way.entry(to).or_default().insert(number),
             None => {
@@ -140,7 +140,7 @@ impl KeptAnswers {
         };
     }
 
-    fn displace(&mut self, number: u64, kept: &Kept) {
+    fn displace(&mut self, number: u64, kept: &StoredAnswer) {
         if let Some(to) = kept.on_way {
             if let Some(numbers) = self.on_way.get_mut(&to) {
                 numbers.remove(&number);
@@ -168,7 +168,7 @@ impl KeptAnswers {
     fn move_to(&mut self, number: u64, on_way: Option<MemberKey>) {
         if let Some(mut kept) = self.answers.remove(&number) {
             self.displace(number, &kept);
-            kept.on_way = on_way.map(seated);
+            kept.on_way = on_way.map(reserved);
             self.place(number, &kept);
             self.answers.insert(number, kept);
         }
@@ -179,7 +179,7 @@ impl KeptAnswers {
         if self.on_way.is_empty() {
             return Vec::new();
         }
-        let numbers = self.on_way.get(&seated(member));
+        let numbers = self.on_way.get(&reserved(member));
         numbers.into_iter().flatten().copied().collect()
     }
 
@@ -229,7 +229,7 @@ impl KeptAnswers {
 
 /// What became of an answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(in crate::pool) enum Told {
+pub(in crate::pool) enum DeliveryState {
     /// It is on its way to this instance.
     Yes(MemberKey),
     /// Its caller has no room for it just now.
@@ -255,14 +255,14 @@ impl<D: Driver> Pool<D> {
         let left = row.expires.saturating_sub(steady_ms);
         let expires = now.after_ms(left.min(self.limits.answer_ttl_ms));
         turn.count_held(&self.name, self.number, 1);
-        let kept = Kept {
+        let kept = StoredAnswer {
             whom: KeptFor {
                 caller: row.caller.clone(),
                 from: NOBODY,
                 id: row.id.as_str().into(),
             },
             key: row.idempotency_key.as_deref().map(Into::into),
-            held: Held::restored(account, answer.bytes()),
+            held: HeldCall::restored(account, answer.bytes()),
             answer,
             expires,
             is_row: true,
@@ -318,7 +318,7 @@ impl<D: Driver> Pool<D> {
         }
         if parked.id.is_empty() {
             turn.count_held(&self.name, self.number, -1);
-            turn.keep(Change::EndCall(number), None);
+            turn.store(StoreChange::EndCall(number), None);
             return;
         }
         // Nothing that was cancelled or ran out of time is run again, even if the server dies
@@ -330,30 +330,30 @@ impl<D: Driver> Pool<D> {
             id: parked.id,
         };
         let held = parked.held;
-        self.keep_answer(number, whom, parked.idempotency_key, (answer, held), turn);
+        self.store_answer(number, whom, parked.idempotency_key, (answer, held), turn);
         if must_write {
             self.write_answer(number, turn);
         }
     }
 
     /// Tells an answer, and keeps it until its caller has it. It counts in the place of its call.
-    pub(super) fn keep_answer(
+    pub(super) fn store_answer(
         &mut self,
         number: u64,
         whom: KeptFor,
         key: Option<Box<str>>,
-        (mut answer, mut held): (Answered, Held),
+        (mut answer, mut held): (Answered, HeldCall),
         turn: &mut Turn<'_, D>,
     ) {
         let now = turn.time();
         // Those that wait until there is room in the caller's outbox come first.
         let is_behind = self.parked.answers.is_due_again(&whom.caller);
-        let told = if is_behind {
-            Told::NotNow
+        let delivery = if is_behind {
+            DeliveryState::NotNow
         } else {
-            self.tell_answer((&whom.caller, whom.from), &whom.id, &answer, turn)
+            self.deliver_answer((&whom.caller, whom.from), &whom.id, &answer, turn)
         };
-        if !matches!(told, Told::Yes(_))
+        if !matches!(delivery, DeliveryState::Yes(_))
             && let Err(full) = held.bytes.resize(answer.bytes() as u64)
         {
             // Its caller is told at least that there was an answer.
@@ -363,7 +363,7 @@ impl<D: Driver> Pool<D> {
         }
         held.bytes.force(answer.bytes() as u64);
         let app = whom.caller.clone();
-        let kept = Kept {
+        let kept = StoredAnswer {
             whom,
             key,
             held,
@@ -373,14 +373,14 @@ impl<D: Driver> Pool<D> {
             on_way: None,
         };
         self.parked.answers.insert(number, kept);
-        match told {
-            Told::Yes(member) => self.send_on_way(number, member, turn),
-            Told::NotNow if !is_behind => {
+        match delivery {
+            DeliveryState::Yes(member) => self.send_on_way(number, member, turn),
+            DeliveryState::NotNow if !is_behind => {
                 let again = now.after_ms(ANSWER_AGAIN_MS);
                 self.parked.answers.try_again(&app, Some(again));
                 self.write_answer(number, turn);
             }
-            Told::NotNow | Told::Nobody => self.write_answer(number, turn),
+            DeliveryState::NotNow | DeliveryState::Nobody => self.write_answer(number, turn),
         }
     }
 
@@ -388,7 +388,7 @@ impl<D: Driver> Pool<D> {
     fn send_on_way(&mut self, number: u64, member: MemberKey, turn: &mut Turn<'_, D>) {
         self.parked.answers.move_to(number, Some(member));
         if let Some(to) = self.members.at(member) {
-            turn.note_told(&to.peer, number);
+            turn.note_delivered(&to.peer, number);
         }
     }
 
@@ -411,11 +411,11 @@ impl<D: Driver> Pool<D> {
             frame: kept.answer.frame(),
             expires: turn.steady_ms().saturating_add(left),
         };
-        turn.keep(Change::Answer(Box::new(row)), None);
+        turn.store(StoreChange::Answer(Box::new(row)), None);
     }
 
     /// An answer has left with everything that was appended before it ([`Effects::note_told`]).
-    pub fn told(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+    pub fn answer_delivered(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let answers = &self.parked.answers.answers;
         if answers
             .get(&number)
@@ -437,24 +437,24 @@ impl<D: Driver> Pool<D> {
             self.write_answer(number, turn);
         }
         if !numbers.is_empty() {
-            self.tell_answers(app, turn);
+            self.deliver_answers(app, turn);
         }
     }
 
     /// Passes an answer to the member that called while it is there, else to the instance of its app
     /// that came last and takes it. Not to one that has another call under the same id in flight.
-    pub(in crate::pool) fn tell_answer(
+    pub(in crate::pool) fn deliver_answer(
         &self,
         (caller, from): (&AppId, MemberKey),
         id: &str,
         answer: &Answered,
         turn: &mut Turn<'_, D>,
-    ) -> Told {
+    ) -> DeliveryState {
         let is_free = |member| self.calls.find(member, id).is_none();
         if let Some(member) = self.members.at(from) {
             match self.send_answer(member, id, answer, turn) {
-                Some(Sent::Queued) => return Told::Yes(from),
-                Some(Sent::Full) => return Told::NotNow,
+                Some(Sent::Queued) => return DeliveryState::Yes(from),
+                Some(Sent::Full) => return DeliveryState::NotNow,
                 Some(Sent::Gone) | None => {}
             }
         }
@@ -463,19 +463,19 @@ impl<D: Driver> Pool<D> {
             .iter()
             .filter(|(_, m)| m.app == *caller)
             .collect();
-        let mut told = Told::Nobody;
+        let mut delivery = DeliveryState::Nobody;
         for (key, to) in instances.into_iter().rev() {
             if !is_free(key) {
-                told = Told::NotNow;
+                delivery = DeliveryState::NotNow;
                 continue;
             }
             match self.send_answer(to, id, answer, turn) {
-                Some(Sent::Queued) => return Told::Yes(key),
-                Some(Sent::Full) => told = Told::NotNow,
+                Some(Sent::Queued) => return DeliveryState::Yes(key),
+                Some(Sent::Full) => delivery = DeliveryState::NotNow,
                 Some(Sent::Gone) | None => {}
             }
         }
-        told
+        delivery
     }
 
     /// Sends an answer that was kept; `None` where the receiver can never take it.
@@ -508,7 +508,7 @@ impl<D: Driver> Pool<D> {
     }
 
     /// Tells an app that is back what was answered while it was away.
-    pub fn tell_answers(&mut self, app: &AppId, turn: &mut Turn<'_, D>) {
+    pub fn deliver_answers(&mut self, app: &AppId, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let Some(waiting) = self.parked.answers.by_app.get(app) else {
             return;
@@ -523,14 +523,14 @@ impl<D: Driver> Pool<D> {
                 break;
             }
             let kept = &self.parked.answers.answers[&number];
-            match self.tell_answer((app, kept.whom.from), &kept.whom.id, &kept.answer, turn) {
-                Told::Yes(member) => self.send_on_way(number, member, turn),
-                Told::NotNow => {
+            match self.deliver_answer((app, kept.whom.from), &kept.whom.id, &kept.answer, turn) {
+                DeliveryState::Yes(member) => self.send_on_way(number, member, turn),
+                DeliveryState::NotNow => {
                     again = Some(now.after_ms(ANSWER_AGAIN_MS));
                     break;
                 }
                 // Another instance may take it.
-                Told::Nobody => {}
+                DeliveryState::Nobody => {}
             }
         }
         self.parked.answers.try_again(app, again);
@@ -544,7 +544,7 @@ impl<D: Driver> Pool<D> {
         }
         while let Some((_, app)) = self.parked.answers.agains.first().filter(|a| a.0 <= now) {
             let app = app.clone();
-            self.tell_answers(&app, turn);
+            self.deliver_answers(&app, turn);
         }
     }
 
@@ -552,11 +552,11 @@ impl<D: Driver> Pool<D> {
         if let Some(kept) = self.parked.answers.remove(number) {
             turn.count_held(&self.name, self.number, -1);
             let end = if kept.is_row {
-                Change::EndAnswer(number)
+                StoreChange::EndAnswer(number)
             } else {
-                Change::EndCall(number)
+                StoreChange::EndCall(number)
             };
-            turn.keep(end, None);
+            turn.store(end, None);
         }
     }
 }

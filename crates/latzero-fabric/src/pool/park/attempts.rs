@@ -11,8 +11,8 @@ use latzero_protocol::{Code, Refusal, encode};
 
 use super::super::{MemberKey, Pool};
 use super::answers::KeptFor;
-use super::lasting::Lasting;
-use super::{Change, Death, Parked, State};
+use super::durable::DurableCall;
+use super::{Death, Parked, State, StoreChange};
 use crate::driver::Driver;
 use crate::outbox::Class;
 use crate::turn::Turn;
@@ -34,7 +34,7 @@ pub(super) struct Orphan {
     /// Who called, where that is a connection's call.
     caller: MemberKey,
     id: Option<Box<str>>,
-    lasting: Box<Lasting>,
+    lasting: Box<DurableCall>,
     /// What happened to its handler.
     cause: String,
 }
@@ -44,7 +44,7 @@ impl<D: Driver> Pool<D> {
     pub(in crate::pool) fn orphan(
         &mut self,
         (caller, id): (MemberKey, Option<Box<str>>),
-        lasting: Box<Lasting>,
+        lasting: Box<DurableCall>,
         handler: MemberKey,
     ) {
         let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
@@ -62,14 +62,14 @@ impl<D: Driver> Pool<D> {
         for orphan in std::mem::take(&mut self.parked.orphans) {
             match orphan.lasting.number {
                 Some(number) => self.attempt_failed(number, orphan.lasting, &orphan.cause, turn),
-                None => self.give_orphan(orphan, turn),
+                None => self.redeliver(orphan, turn),
             }
         }
     }
 
     /// Gives a connection's call to another handler; parks it where it may wait, else tells its
     /// caller.
-    fn give_orphan(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
+    fn redeliver(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
         let Orphan {
             caller,
             id,
@@ -84,7 +84,7 @@ impl<D: Driver> Pool<D> {
         let is_last = lasting.attempt >= lasting.attempts;
         let mut lasting = lasting;
         if !is_last {
-            match self.give(Some(caller), lasting, turn) {
+            match self.dispatch(Some(caller), lasting, turn) {
                 Ok((key, lasting)) => {
                     self.calls.at_mut(key).expect("just begun").lasting = Some(lasting);
                     return;
@@ -117,7 +117,7 @@ impl<D: Driver> Pool<D> {
         &mut self,
         caller: MemberKey,
         trigger: &Trigger<'_>,
-        lasting: &Lasting,
+        lasting: &DurableCall,
         turn: &mut Turn<'_, D>,
     ) -> Result<u64, super::CallError> {
         let left = lasting.deadline.since(turn.time()).as_millis();
@@ -141,7 +141,7 @@ impl<D: Driver> Pool<D> {
         let attempt = lasting.attempt;
         self.parked
             .change(number, |parked| parked.attempt = attempt);
-        turn.keep(Change::Attempt(number, attempt), None);
+        turn.store(StoreChange::Attempt(number, attempt), None);
         Ok(number)
     }
 
@@ -149,7 +149,7 @@ impl<D: Driver> Pool<D> {
     fn attempt_failed(
         &mut self,
         number: u64,
-        mut lasting: Box<Lasting>,
+        mut lasting: Box<DurableCall>,
         cause: &str,
         turn: &mut Turn<'_, D>,
     ) {
@@ -182,8 +182,8 @@ impl<D: Driver> Pool<D> {
         }
         parked.deadline = now.after_ms(ttl_ms);
         parked.expires_ms = steady_ms.saturating_add(ttl_ms);
-        let lasting = parked.take().expect("it paused until now");
-        let row = crate::keep::CallRow {
+        let lasting = parked.dequeue().expect("it paused until now");
+        let row = crate::rows::CallRow {
             death: Some(Death {
                 at: steady_ms,
                 cause: parked.cause.as_deref().unwrap_or_default().into(),
@@ -191,7 +191,7 @@ impl<D: Driver> Pool<D> {
             ..parked.row(number, &self.name, &lasting)
         };
         parked.state = State::Dead(lasting);
-        turn.keep(Change::Call(Box::new(row)), None);
+        turn.store(StoreChange::Call(Box::new(row)), None);
         let whom = KeptFor {
             caller: parked.caller.clone(),
             from: parked.from,
@@ -202,7 +202,7 @@ impl<D: Driver> Pool<D> {
         if !whom.id.is_empty() {
             turn.count_held(&self.name, self.number, 1);
             let answer = super::Answered::refused(&refusal);
-            self.keep_answer(turn.next_number(), whom, None, (answer, held), turn);
+            self.store_answer(turn.next_number(), whom, None, (answer, held), turn);
         }
         while self.parked.dead.len() > self.limits.dead_max {
             let (_, oldest) = *self.parked.dead.first().expect("there are too many");
@@ -213,7 +213,7 @@ impl<D: Driver> Pool<D> {
     /// Forgets a dead call.
     pub(super) fn bury(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         if self.forget_parked(number, turn).is_some() {
-            turn.keep(Change::EndCall(number), None);
+            turn.store(StoreChange::EndCall(number), None);
         }
     }
 
@@ -227,7 +227,7 @@ impl<D: Driver> Pool<D> {
         let Some(mut parked) = self.parked.remove(number) else {
             return false;
         };
-        let mut lasting = parked.take().expect("it was dead");
+        let mut lasting = parked.dequeue().expect("it was dead");
         parked.deadline = turn.time().after_ms(ttl_ms);
         parked.parked_ms = turn.steady_ms();
         parked.expires_ms = parked.parked_ms.saturating_add(ttl_ms);
@@ -235,7 +235,7 @@ impl<D: Driver> Pool<D> {
         (lasting.attempt, lasting.deadline) = (0, parked.deadline);
         parked.rank = self.parked.newest.saturating_add(1);
         let row = parked.row(number, &self.name, &lasting);
-        turn.keep(Change::Call(Box::new(row)), None);
+        turn.store(StoreChange::Call(Box::new(row)), None);
         parked.state = State::Waiting(lasting);
         let process = parked.process.clone();
         self.parked.insert(number, parked);
@@ -258,7 +258,7 @@ impl<D: Driver> Pool<D> {
                 continue;
             }
             let process = self.parked.change(number, |parked| {
-                parked.state = State::Waiting(parked.take().expect("it paused"));
+                parked.state = State::Waiting(parked.dequeue().expect("it paused"));
                 parked.process.clone()
             });
             if let Some(process) = process {
@@ -274,11 +274,15 @@ impl<D: Driver> Pool<D> {
             .iter()
             .filter_map(|(_, call)| call.lasting.as_ref());
         let held = lasting.filter_map(|lasting| lasting.held.as_ref());
-        held.map(crate::books::Hold::amount).sum()
+        held.map(crate::ledger::Reservation::amount).sum()
     }
 
     /// A lasting call is over without an answer: so are those that repeat it.
-    pub(in crate::pool) fn drop_repeats_of(&mut self, lasting: &Lasting, turn: &mut Turn<'_, D>) {
+    pub(in crate::pool) fn drop_repeats_of(
+        &mut self,
+        lasting: &DurableCall,
+        turn: &mut Turn<'_, D>,
+    ) {
         if let Some(key) = &lasting.idempotency_key {
             self.repeats_dropped(&lasting.caller, key, turn);
         }

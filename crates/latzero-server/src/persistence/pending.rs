@@ -8,10 +8,10 @@ use latzero_protocol::{Code, Refusal};
 use latzero_store::{StoreError, Ticket};
 
 use crate::peer::Peer;
-use crate::shared::{Command, Shared};
+use crate::shared::{Command, ServerState};
 
 /// A promise that the store has not answered yet.
-struct Promised {
+struct PendingReply {
     peer: Arc<Peer>,
     /// Promises to the same connection that the store refused at once: their word comes after this
     /// one's.
@@ -19,16 +19,16 @@ struct Promised {
 }
 
 /// A word for a connection.
-pub(super) type Word = (Arc<Peer>, Result<(), Refusal>);
+pub(super) type StoreReply = (Arc<Peer>, Result<(), Refusal>);
 
 /// Who was promised what. Each connection hears of its promises in the order in which they were
 /// made.
 #[derive(Default)]
-pub(super) struct Line(HashMap<Ticket, Promised>);
+pub(super) struct Line(HashMap<Ticket, PendingReply>);
 
 impl Line {
     pub(super) fn promise(&mut self, ticket: Ticket, peer: &Arc<Peer>) -> Option<Ticket> {
-        let promised = Promised {
+        let promised = PendingReply {
             peer: Arc::clone(peer),
             behind: Vec::new(),
         };
@@ -41,8 +41,8 @@ impl Line {
         &mut self,
         (ticket, before): (Ticket, Option<Ticket>),
         refusal: Refusal,
-    ) -> Option<Word> {
-        let Promised { peer, .. } = self.0.remove(&ticket)?;
+    ) -> Option<StoreReply> {
+        let PendingReply { peer, .. } = self.0.remove(&ticket)?;
         peer.last_promise.store(before.unwrap_or(0), Relaxed);
         match before.and_then(|before| self.0.get_mut(&before)) {
             Some(first) => {
@@ -53,8 +53,8 @@ impl Line {
         }
     }
 
-    fn done(&mut self, ticket: Ticket, result: Result<(), Refusal>, words: &mut Vec<Word>) {
-        if let Some(Promised { peer, behind }) = self.0.remove(&ticket) {
+    fn done(&mut self, ticket: Ticket, result: Result<(), Refusal>, words: &mut Vec<StoreReply>) {
+        if let Some(PendingReply { peer, behind }) = self.0.remove(&ticket) {
             words.push((Arc::clone(&peer), result));
             let behind = behind
                 .into_iter()
@@ -66,12 +66,12 @@ impl Line {
 
 /// The promises, and whom to tell.
 #[derive(Default)]
-pub(super) struct Promises {
+pub(super) struct PendingReplies {
     line: Mutex<Line>,
-    pub(super) shared: OnceLock<Weak<Shared>>,
+    pub(super) shared: OnceLock<Weak<ServerState>>,
 }
 
-impl Promises {
+impl PendingReplies {
     pub(super) fn line(&self) -> MutexGuard<'_, Line> {
         self.line.lock().expect("nothing panics under this lock")
     }
@@ -84,11 +84,11 @@ impl Promises {
             let result = result.map_err(|error| Refusal::new(Code::Storage, error.to_string()));
             line.done(ticket, result, &mut words);
         }
-        self.tell(&line, words);
+        self.reply(&line, words);
     }
 
     /// Under the lock, so that no later word overtakes these.
-    pub(super) fn tell(&self, _line: &Line, words: Vec<Word>) {
+    pub(super) fn reply(&self, _line: &Line, words: Vec<StoreReply>) {
         let Some(shared) = self.shared.get().and_then(Weak::upgrade) else {
             return;
         };
@@ -114,8 +114,8 @@ mod tests {
     #[test]
     fn words_come_in_the_order_of_the_promises() {
         let mut line = Line::default();
-        let books = latzero_fabric::books::Books::new(&latzero_fabric::Limits::default());
-        let peer = || Peer::new(0, None, books.connection(&books.user(true)));
+        let ledger = latzero_fabric::ledger::Ledger::new(&latzero_fabric::Limits::default());
+        let peer = || Peer::new(0, None, ledger.connection(&ledger.user(true)));
         let (a, b) = (peer(), peer());
         let mut words = Vec::new();
         // Nothing is before it, so it is sent at once.

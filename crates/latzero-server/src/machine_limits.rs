@@ -63,7 +63,7 @@ impl fmt::Display for Bound {
 
 /// What the server may use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Surroundings {
+pub struct MachineLimits {
     /// Bytes of memory.
     pub memory: Bound,
     /// Open descriptors; `None` where there is no limit.
@@ -72,11 +72,11 @@ pub struct Surroundings {
     pub file_size: Option<Bound>,
 }
 
-impl Surroundings {
+impl MachineLimits {
     /// Looks at the surroundings of this process. The descriptor limit is the hard one, which a
     /// start makes the one in force.
     #[must_use]
-    pub fn of_process() -> Surroundings {
+    pub fn of_process() -> MachineLimits {
         let rlimit = |resource, name, pick: fn(Rlimit) -> Option<u64>| {
             pick(getrlimit(resource)).map(|max| Bound {
                 max,
@@ -97,7 +97,7 @@ impl Surroundings {
             .chain(cgroup_memory())
             .min_by_key(|bound| bound.max)
             .expect("the machine is among them");
-        Surroundings {
+        MachineLimits {
             memory,
             descriptors: rlimit(Resource::Nofile, "RLIMIT_NOFILE", |limit| limit.maximum),
             file_size: rlimit(Resource::Fsize, "RLIMIT_FSIZE", |limit| limit.current),
@@ -137,7 +137,7 @@ pub struct InForce {
     pub derived: Vec<Derived>,
 }
 
-impl Surroundings {
+impl MachineLimits {
     /// The limits in force here for those that were `set`.
     #[must_use]
     pub fn in_force(&self, set: &Limits) -> InForce {
@@ -489,7 +489,7 @@ mod tests {
 
     #[test]
     fn limits_follow_from_the_surroundings() {
-        let surroundings = Surroundings {
+        let machine = MachineLimits {
             memory: Bound {
                 max: 300 << 20,
                 from: Origin::Cgroup("/sys/fs/cgroup/memory.max".into()),
@@ -502,7 +502,7 @@ mod tests {
         };
         let set = || Limits::from_values(LIMITS.iter().map(|limit| limit.default));
         let check = |set: &Limits, expected: &[(&str, &str, &str)]| {
-            let derived = surroundings.in_force(set).derived;
+            let derived = machine.in_force(set).derived;
             let got: Vec<_> = derived
                 .iter()
                 .map(|d| (d.setting, d.text.as_str(), d.from.as_str()))
@@ -550,7 +550,7 @@ mod tests {
 
     #[test]
     fn this_process_has_surroundings() {
-        let found = Surroundings::of_process();
+        let found = MachineLimits::of_process();
         assert!(found.memory.max > 0);
         assert_eq!(found.facts().len(), 3);
     }

@@ -7,11 +7,11 @@ use latzero_protocol::message::{Request, Trigger};
 use latzero_protocol::{AppId, Body, Envelope, InstanceId, Raw};
 
 use super::super::repeats::scoped_key;
-use crate::books::Hold;
+use crate::ledger::Reservation;
 use crate::now::Time;
 
 /// A call that outlives its first attempt.
-pub(in crate::pool) struct Lasting {
+pub(in crate::pool) struct DurableCall {
     /// The call as its caller sent it, but for the fields that only the first attempt needed.
     pub(super) message: Box<str>,
     pub(super) attachment: Option<Box<[u8]>>,
@@ -32,17 +32,17 @@ pub(in crate::pool) struct Lasting {
     /// Its number, where it is parked.
     pub(in crate::pool) number: Option<u64>,
     /// Its place in the books, where it is not parked.
-    pub(super) held: Option<Hold>,
+    pub(super) held: Option<Reservation>,
 }
 
-impl Lasting {
+impl DurableCall {
     pub(in crate::pool) fn new(
         (caller, instance): (&AppId, InstanceId),
         deadline: Time,
         trigger: &Trigger<'_>,
-        held: Option<Hold>,
-    ) -> Box<Lasting> {
-        Box::new(Lasting {
+        held: Option<Reservation>,
+    ) -> Box<DurableCall> {
+        Box::new(DurableCall {
             message: message(trigger).into(),
             attachment: match trigger.body {
                 Body::Bytes(bytes) => Some(bytes.into()),

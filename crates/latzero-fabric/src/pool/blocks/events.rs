@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::super::{MemberKey, Pool};
 use super::{ATTACHMENTS_SHOWN_MAX, Block, BlockKey, Phase, Replied};
 use crate::driver::{Driver, Peer as _};
-use crate::memory::Change;
+use crate::memory::VersionNotice;
 use crate::registry::{PageText, append};
 
 use crate::outbox::Class;
@@ -196,21 +196,26 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    pub(in crate::pool) fn tell_attached(&self, key: BlockKey, told: &str, turn: &mut Turn<'_, D>) {
+    pub(in crate::pool) fn notify_attached(
+        &self,
+        key: BlockKey,
+        json: &str,
+        turn: &mut Turn<'_, D>,
+    ) {
         let Some(block) = self.blocks.at(key) else {
             return;
         };
         for attachment in &block.attachments {
             if let Some(member) = self.members.at(attachment.member) {
-                turn.send(&member.peer, Class::Control, told.len(), |out| {
-                    encode::message(out, told);
+                turn.send(&member.peer, Class::Control, json.len(), |out| {
+                    encode::message(out, json);
                 });
             }
         }
     }
 
     /// Tells subscribers and watchers that a block has a new version. Of two that cross, the older one is not told.
-    pub(in crate::pool) fn tell_change(
+    pub(in crate::pool) fn notify_change(
         &mut self,
         key: BlockKey,
         version: u64,
@@ -220,12 +225,12 @@ impl<D: Driver> Pool<D> {
             return;
         };
         let news = (block.generation, version);
-        if news <= block.told {
+        if news <= block.announced {
             return;
         }
-        block.told = news;
+        block.announced = news;
         let block = self.blocks.at(key).expect("just found");
-        let change = Change {
+        let change = VersionNotice {
             topic: (self.number, key.slot),
             pool: &self.name,
             block: &block.id,

@@ -6,7 +6,7 @@ use latzero_protocol::limits::ListBounds;
 use latzero_protocol::message::Request;
 use latzero_protocol::{Envelope, PoolName, Refusal};
 
-use super::entry::Stored;
+use super::entry::StoredRegistration;
 use super::{Flow, Session};
 use crate::driver::Driver;
 use crate::outbox::Class;
@@ -26,12 +26,12 @@ pub(super) enum Awaited<D: Driver> {
     Reply {
         id: Option<Box<str>>,
         reply: Box<str>,
-        promise: Promise,
+        promise: PendingReply,
     },
 }
 
 /// What a reply promises to outlive the server.
-pub(super) enum Promise {
+pub(super) enum PendingReply {
     /// What the app registered.
     Registration,
     /// A pool that was made.
@@ -43,13 +43,13 @@ pub(super) enum Promise {
 /// A reply to a request: at once, or when what it promises is on disk.
 pub(super) enum Reply {
     Now(String),
-    Kept(String, Promise),
+    Kept(String, PendingReply),
     /// The turn gives it.
     Later,
 }
 
 impl Reply {
-    pub(super) fn kept_if(is_promised: bool, reply: String, promise: Promise) -> Reply {
+    pub(super) fn kept_if(is_promised: bool, reply: String, promise: PendingReply) -> Reply {
         if is_promised {
             Reply::Kept(reply, promise)
         } else {
@@ -60,7 +60,7 @@ impl Reply {
 
 impl<D: Driver> Session<D> {
     /// The first promise that was made to this connection is kept, or can't be.
-    pub fn kept(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
+    pub fn handle_stored(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
         match self.awaited.pop_front() {
             None => self.flow(),
             Some(Awaited::Handshake { json, rehydrated }) => {
@@ -76,9 +76,11 @@ impl<D: Driver> Session<D> {
                     unreachable!("it was a handshake before");
                 };
                 if result.is_err() {
-                    turn.with_registry(|registry, turn| registry.keep_app(&handshake.app_id, turn));
+                    turn.with_registry(|registry, turn| {
+                        registry.store_app(&handshake.app_id, turn)
+                    });
                 }
-                let stored = Some(Stored {
+                let stored = Some(StoredRegistration {
                     is_on_disk: result.is_ok(),
                     rehydrated,
                 });
@@ -124,24 +126,24 @@ impl<D: Driver> Session<D> {
     pub(super) fn break_promise(
         &mut self,
         id: Option<&str>,
-        promise: &Promise,
+        promise: &PendingReply,
         refusal: &Refusal,
         turn: &mut Turn<'_, D>,
     ) {
         let holds = match promise {
-            Promise::Registration => {
+            PendingReply::Registration => {
                 if let Some(ready) = &self.ready {
-                    turn.with_registry(|registry, turn| registry.keep_app(&ready.app, turn));
+                    turn.with_registry(|registry, turn| registry.store_app(&ready.app, turn));
                 }
                 "the change is in force and is stored as soon as the disk accepts writes"
             }
-            Promise::Pool(name) => {
+            PendingReply::Pool(name) => {
                 if let Some(pool) = turn.with_registry(|registry, _| registry.release_pool(name)) {
                     turn.with_pool(&pool, |pool, _| pool.set_outlives(false));
                 }
                 "the pool is not durable and is removed with its last member"
             }
-            Promise::Removal => {
+            PendingReply::Removal => {
                 "it was removed, but may reappear after the next start of the \
                 server"
             }

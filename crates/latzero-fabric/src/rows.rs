@@ -9,7 +9,7 @@ use latzero_protocol::{AppId, PoolName};
 
 /// Something to remember, or to forget. Changes are in force in the order in which they were made.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Change {
+pub enum StoreChange {
     /// What an app registered.
     App(Box<AppRow>),
     /// What an app watches and subscribes to, where nothing else of its row changed.
