@@ -100,7 +100,7 @@ pub trait Peer<D: Driver>: Clone + Eq {
     fn link(&self) -> impl DerefMut<Target = Link<D>>;
 }
 
-/// The surroundings of the core: access to registry and pools, bytes of blocks, rows to keep, and
+/// The environment of the core: access to registry and pools, bytes of blocks, rows to keep, and
 /// what only a server knows. Called while a pool or the registry is locked, so nothing here may
 /// wait, but for [`Driver::read_block`] and [`Driver::write_block`], which are called with nothing
 /// locked.
@@ -144,12 +144,12 @@ pub trait Driver: Sized {
     /// Runs `f` with the numbers that are given once.
     fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R;
 
-    /// Keeps a row beyond the server's end. With a promise, the session of that connection hears
-    /// when it is on disk or can't be ([`crate::Session::kept`]), in the order of the promises;
-    /// without one, it is retried until it is.
+    /// Stores a row. With `promise`, the session of that connection is called when it is on disk or
+    /// can't be stored ([`crate::Session::handle_stored`]), in order; without it, the change is
+    /// retried until it is on disk.
     fn store(&mut self, change: StoreChange, promise: Option<&Self::Peer>);
 
-    /// A descriptor of a block's storage with this access, where there is one.
+    /// A descriptor of a block's storage with this access, if there is one.
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Self::Fd>;
 
     /// A block's version, as far as it is known without waiting; at least `noted`, which somebody
@@ -199,7 +199,7 @@ pub trait Driver: Sized {
     /// block, of any in the pool.
     fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId>;
 
-    /// A report about the server, of what whoever looks may see.
+    /// A report about the server, of what the asking client may see.
     fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_>) -> String;
 
     /// Random bytes, good enough to be a nonce.

@@ -65,16 +65,16 @@ pub struct Effects<D: Driver> {
     pub touched: Vec<D::Peer>,
     /// Connections to close once their outbox is written.
     pub closing: Vec<D::Peer>,
-    /// Connections that have room for more calls again: their sessions go on
-    /// ([`crate::Session::go_on`]).
+    /// Connections that have room for more calls again: their sessions continue
+    /// ([`crate::Session::resume`]).
     pub resumed: Vec<D::Peer>,
     /// What to do about blocks' storage.
     pub jobs: Vec<Job<D::Peer>>,
     /// How the number of a pool's blocks, parked calls and answers changed, for
     /// [`crate::Registry::count_held`].
     pub held: Vec<(PoolName, u32, i32)>,
-    /// [`crate::Pool::told`] wants to hear, by number, when everything appended for a connection so
-    /// far is written.
+    /// [`crate::Pool::answer_delivered`] is to be called, by number, when everything appended for a
+    /// connection so far is written.
     pub delivered: Vec<(D::Peer, u64)>,
     /// More answers are kept for repeats than there may be.
     pub(crate) is_over_repeats: bool,

@@ -1,7 +1,7 @@
 //! The ledger of everything that clients make the server hold.
 //!
 //! Each resource is reserved in the account of the client before anything is copied. Dropping the
-//! [`Hold`] releases it. Accounts form a tree: the server, its users, their apps, and the
+//! [`Reservation`] releases it. Accounts form a tree: the server, its users, their apps, and the
 //! connections of the apps. A reservation counts in every account up to the root, and each account
 //! has a limit. So an untrusted user leaves room for others, whatever names it invents and however
 //! many connections it opens. Counters are atomic, because several event loops share them; nothing
@@ -28,7 +28,7 @@ pub enum Resource {
     Outbox,
     /// Bytes of parked calls, and of answers that wait for their callers.
     Parked,
-    /// Bytes of answers that are kept for repeats.
+    /// Bytes of answers stored for repeats.
     Repeats,
     /// Bytes of calls that may be given to another handler.
     Redelivery,
@@ -509,7 +509,7 @@ const MODEST_PART: u64 = 8;
 const RESERVED_PART: u64 = 16;
 
 impl Ledger {
-    /// Empty books with these bounds.
+    /// An empty ledger with these bounds.
     #[must_use]
     pub fn new(limits: &Limits) -> Ledger {
         let max = |what: Resource| match what {

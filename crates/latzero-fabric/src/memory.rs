@@ -116,7 +116,7 @@ pub struct Making {
 /// asked for.
 #[derive(Debug, Clone)]
 pub enum Job<P> {
-    /// Makes storage; [`crate::Pool::storage_made`] hears of it.
+    /// Creates storage; the result goes to [`crate::Pool::storage_made`].
     Make {
         /// For this block.
         key: BlockKey,
@@ -133,7 +133,7 @@ pub enum Job<P> {
         /// Whether a newer generation took its place.
         is_superseded: bool,
     },
-    /// Has everything written so far reach the disk; [`crate::Pool::flushed`] hears of it.
+    /// Flushes everything written so far to disk; the result goes to [`crate::Pool::flushed`].
     Flush {
         /// For this block.
         key: BlockKey,

@@ -50,8 +50,7 @@ pub struct Bounds {
     pub headroom: usize,
 }
 
-/// A frame that several outboxes hold together, and its place in the books. Cloning it copies
-/// nothing.
+/// A frame that several outboxes hold together, and its reservation. Cloning it copies nothing.
 #[derive(Debug, Clone)]
 pub struct SharedBody(Arc<(Box<[u8]>, Reservation)>);
 
@@ -104,7 +103,7 @@ pub struct Outbox<F, N> {
     /// Bytes that a writer has taken out.
     writing: usize,
     is_writing: bool,
-    /// Emits and events dropped since the reader was told.
+    /// Emits and events dropped since the last notice to the reader.
     lost: u64,
     lost_total: u64,
     /// Nothing more is appended: the connection ends once what waits is written.
@@ -116,7 +115,7 @@ pub struct Outbox<F, N> {
     /// The place of the first unwritten byte, counted since the connection began.
     start: u64,
     descriptors: VecDeque<Travelling<F>>,
-    /// The newest versions of blocks that the reader is still to be told, by topic.
+    /// The newest versions of blocks that are not yet sent to the reader, by topic.
     changes: Vec<((u32, u32), String)>,
     /// Who to notify once everything up to a place is written, in the order of the places.
     notices: VecDeque<(u64, N)>,
@@ -192,7 +191,7 @@ impl<F> PendingWrite<F> {
         (&rest[..until], descriptors)
     }
 
-    /// Notes that `n` bytes were written, of those that [`Taken::next`] returned.
+    /// Notes that `n` bytes were written, of those that [`PendingWrite::next`] returned.
     pub fn advance(&mut self, n: usize) {
         if n > 0 && self.descriptors.front().is_some_and(|d| d.at == self.start) {
             self.descriptors.pop_front();
@@ -269,8 +268,8 @@ impl<F, N> Outbox<F, N> {
         Sent::Queued
     }
 
-    /// Drops a message for which there is no room; the client is told how many emits and events it
-    /// lost.
+    /// Drops a message for which there is no room; the client is notified how many emits and events
+    /// it lost.
     pub fn refuse(&mut self, class: Class) -> Sent {
         if matches!(class, Class::Emit | Class::Event) {
             self.lost += 1;
@@ -280,7 +279,7 @@ impl<F, N> Outbox<F, N> {
     }
 
     /// Appends a message that was admitted, with the descriptors that travel with its first byte.
-    /// `spare` is a buffer to begin with where there is none. Returns the bytes of the message.
+    /// `spare` is a buffer to begin with if there is none. Returns the bytes of the message.
     pub fn append(
         &mut self,
         class: Class,
@@ -407,7 +406,7 @@ impl<F, N> Outbox<F, N> {
     }
 
     /// Puts back what was not written. Returns a buffer to reuse. If there is room again for a
-    /// client that lost messages, it is told now, because the next message may take long.
+    /// client that lost messages, it is notified now, because the next message may take long.
     pub fn put_back(&mut self, taken: PendingWrite<F>) -> Option<Vec<u8>> {
         self.is_writing = false;
         self.writing = 0;

@@ -1,6 +1,6 @@
 //! Durable state: the rows that the core writes, and reads back at a start.
 //!
-//! The core emits changes ([`Change`]) and says which reply waits for one. A store writes the
+//! The core emits changes ([`StoreChange`]) and says which reply waits for one. A store writes the
 //! changes in the order in which they were emitted, and reports when they are on disk. Texts in
 //! rows are JSON that the core writes and reads; a store does not parse them. Times are
 //! milliseconds since the Unix epoch.

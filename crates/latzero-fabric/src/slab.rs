@@ -158,7 +158,7 @@ impl<T, K> Slab<T, K> {
         (0..self.places.len() as u32).filter_map(|slot| self.in_slot(slot))
     }
 
-    /// The first value from `slot` on, so that a walk can go on while values are removed.
+    /// The first value from `slot` on, so that a walk can continue while values are removed.
     pub(crate) fn from(&self, slot: u32) -> Option<(Key<K>, &T)> {
         (slot..self.places.len() as u32).find_map(|slot| self.in_slot(slot))
     }

@@ -17,7 +17,7 @@ use crate::rows::StoreChange;
 pub struct Turn<'a, D: Driver> {
     /// When it happened.
     pub now: Now,
-    /// The surroundings.
+    /// The driver.
     pub driver: &'a mut D,
 }
 
@@ -168,7 +168,7 @@ impl<D: Driver> Turn<'_, D> {
             drop(link);
             self.driver.observe(Observed::Message(to, class, sent, &[]));
             if sent == Sent::Full && class == Class::Control {
-                // Not even its end could be told.
+                // Not even its end could be sent.
                 self.close(to);
             }
         }
@@ -250,7 +250,8 @@ impl<D: Driver> Turn<'_, D> {
         self.driver.store(change, promise);
     }
 
-    /// [`Pool::told`] wants to hear when what was appended for `to` last is written.
+    /// Requests a call of [`Pool::answer_delivered`] when what was appended for `to` last is
+    /// written.
     pub(crate) fn note_delivered(&mut self, to: &D::Peer, number: u64) {
         self.driver.effects().delivered.push((to.clone(), number));
     }

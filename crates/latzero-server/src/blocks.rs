@@ -1,8 +1,8 @@
-//! The bytes of memory blocks: one [`Custodian`] for each generation, and the thread that does what takes long.
+//! The bytes of memory blocks: one [`Custodian`] for each generation, and the thread for slow jobs.
 //!
-//! Pools decide about blocks and name storage by number; here the numbers lead to memory and files. Making or moving a
-//! large block takes the kernel as long as it takes to touch all of it, and a flush as long as the disk does: such jobs
-//! run on a thread of their own, so that no connection waits for them.
+//! Pools decide about blocks and name storage by number; this module maps the numbers to memory and
+//! files. Creating or moving a large block takes as long as touching all of it, and a flush as long
+//! as the disk: such jobs run on a thread of their own, so no connection waits for them.
 
 mod files;
 mod places;
@@ -34,7 +34,8 @@ use crate::peer::Peer;
 use crate::shared::{Command, ServerState};
 use crate::timers::PoolCell;
 
-/// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a millisecond.
+/// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a
+/// millisecond.
 const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// Storage of as many bytes in all has a thread for itself.
@@ -49,7 +50,7 @@ const DESCRIPTORS_LEFT_MIN: u64 = 32;
 /// Bytes of a block that a backup holds in memory, so that it reads them at once.
 const WHOLE_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
-/// How often a backup begins to read a block anew that is written meanwhile.
+/// How often a backup reads a block again that is written meanwhile.
 const BACKUP_TRIES: u32 = 100;
 
 /// Corrupt blocks that `health` names one by one.
@@ -64,8 +65,8 @@ struct StoredBlock {
     /// The newest version heard of; the truth where it can't be read without waiting.
     version: AtomicU64,
     names: Option<Names>,
-    /// Not any more once it is given up. Held while the record of its block is changed on behalf of a generation that is made
-    /// from it, so that a block that was removed does not come back with that.
+    /// False once it is dropped. Locked while the record of its block is changed for a generation
+    /// copied from it, so that a removed block does not come back.
     is_wanted: Mutex<bool>,
 }
 
@@ -119,7 +120,8 @@ pub(crate) enum Finished {
 /// What the blocks' thread is given.
 enum Work {
     Job(Arc<ServerState>, Arc<PoolCell>, Job<Arc<Peer>>),
-    /// Storage whose memory is given back by letting go of it; and the database that is to know of its removal, if it is one.
+    /// Storage whose memory is freed when it is dropped; and the database that is to know of its
+    /// removal, if it is one.
     Free(Arc<StoredBlock>, Option<Store>),
 }
 
@@ -155,7 +157,7 @@ impl Blocks {
     /// No blocks yet; persistent ones will live in `directory`.
     ///
     /// # Errors
-    /// Where the directory can't be opened, or no thread be had.
+    /// If the directory can't be opened, or the thread can't be started.
     pub(crate) fn new(directory: &Path, rows: Rows) -> std::io::Result<Blocks> {
         let files = Arc::new(Files::open(directory)?);
         let worker = |name: &str| {
@@ -182,7 +184,7 @@ impl Blocks {
         f(&mut self.numbers())
     }
 
-    /// Takes in what an earlier run noted of the generations of its ended blocks.
+    /// Restores the generations of blocks that an earlier run removed.
     pub(crate) fn take_in_ended(&self, noted: &str) {
         let Ok(generation) = noted.parse() else {
             tracing::warn!(noted, "a stored block generation is invalid");
@@ -204,7 +206,7 @@ impl Blocks {
     }
 
     fn found(&self, storage: StorageId) -> Result<Arc<StoredBlock>, Refusal> {
-        // Between a pool's word and ours another loop may have removed it.
+        // Another loop may have removed it since the pool decided.
         self.at(storage).ok_or_else(removed)
     }
 
@@ -220,7 +222,7 @@ impl Blocks {
             .insert(storage, Arc::new(stored));
     }
 
-    /// The descriptor that is passed for `access`, where there is one.
+    /// The descriptor that is passed for `access`, if there is one.
     pub(crate) fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
         let stored = self.at(storage)?;
         stored.custodian.lend(match access {
@@ -241,8 +243,8 @@ impl Blocks {
         }
     }
 
-    /// Somebody says that there is a newer version. It is believed as far as the block itself says so: its page was
-    /// written just now, so that looking takes no disk.
+    /// A client reports a newer version. The block's header decides: its page was written just now,
+    /// so reading it needs no disk.
     pub(crate) fn note_version(&self, storage: StorageId, version: u64) -> u64 {
         let Some(stored) = self.at(storage) else {
             return 0;
@@ -325,7 +327,8 @@ impl Blocks {
         }
     }
 
-    /// Does `job`, or has the blocks' thread do it. Returns what the pool is to hear at once.
+    /// Runs `job`, or queues it for the blocks' thread. Returns the result for the pool, if there
+    /// is one.
     pub(crate) fn run_or_pass_on(
         shared: &Arc<ServerState>,
         pool: &Arc<PoolCell>,
@@ -379,7 +382,8 @@ impl Blocks {
                 if let Err(refusal) = &made
                     && refusal.code != Code::NoBlock
                 {
-                    tracing::warn!(pool = %making.pool, block = %making.block, error = %refusal, "cannot create a block");
+                    let (pool, block) = (&making.pool, &making.block);
+                    tracing::warn!(%pool, %block, error = %refusal, "cannot create a block");
                 }
                 Some(Finished::Made(key, made))
             }
@@ -468,7 +472,8 @@ impl Blocks {
         let (pool, block) = (making.pool.clone(), making.block.clone());
         let stored = StoredBlock::new(custodian, pool, block, 0, names);
         if let Some(from) = from {
-            // From the moment that its record holds, a restart goes on from the fence in its header.
+            // From the moment that its record holds, a restart continues from the fence in its
+            // header.
             let leased = from.custodian.lease();
             let leased = leased.and_then(|fence| stored.custodian.set_lease(fence, false));
             match leased.and_then(|()| from.custodian.copy_to(&stored.custodian)) {
@@ -484,7 +489,7 @@ impl Blocks {
         Ok(stored)
     }
 
-    /// Has a generation be there after a restart, where it is persistent. Nothing is left of one that fails.
+    /// Makes a persistent generation survive a restart. One that fails is removed.
     fn persist(
         &self,
         making: &Making,
@@ -511,7 +516,7 @@ impl Blocks {
         kept
     }
 
-    /// Has a record hold, unless its block was removed since the generation that it comes from was copied.
+    /// Activates a record, unless its block was removed since its generation was copied.
     fn persist_record(
         &self,
         names: &Names,
@@ -533,7 +538,7 @@ impl Blocks {
         Err(error)
     }
 
-    /// Has the record of the generation from before hold again, which is the one that is used on.
+    /// Restores the record of the previous generation, which stays in use.
     fn restore_record(
         &self,
         names: &Names,
@@ -576,7 +581,7 @@ impl Blocks {
             self.rows.note_end(generation);
             self.rows.forget(&stored.pool, &stored.block);
         }
-        // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
+        // Deleting a file and freeing much memory both take time.
         let bytes = stored.custodian.description().geometry.total();
         let store = self.rows.store().filter(|_| !is_superseded).cloned();
         self.work.send(bytes, Work::Free(stored, store));
@@ -607,7 +612,7 @@ impl Blocks {
     /// The row of a block whose memory is awaited.
     ///
     /// # Errors
-    /// `no_block` where it is not.
+    /// `no_block` if it is not.
     pub(crate) fn awaited_row(
         &self,
         pool: &PoolName,
@@ -743,8 +748,8 @@ impl Blocks {
         Ok(())
     }
 
-    /// Has every persistent block reach the disk. `progress` hears how many of how many have,
-    /// before each.
+    /// Flushes every persistent block to disk. `progress` gets the count done and the total before
+    /// each.
     pub(crate) fn sync_all(&self, mut progress: impl FnMut(usize, usize)) {
         if let Err(error) = self.files.sync() {
             tracing::error!(%error, "cannot flush the directory of persistent blocks");
@@ -807,15 +812,16 @@ impl std::io::Read for OneVersion<'_> {
     }
 }
 
-/// Whether a shared block is not for everybody: then its name is kept for its owner over a restart, from the first reply on.
+/// Whether a shared block is not for everybody: then its name is kept for its owner over a restart,
+/// from the first reply on.
 fn has_rights(making: &Making) -> bool {
     let record: Value = serde_json::from_str(&making.record).unwrap_or_default();
     let is_open = |right: &str| record["permissions"][right] == json!(["*"]);
     making.kind == Kind::Shared && !(is_open("read") && is_open("write"))
 }
 
-/// Takes in the blocks that an earlier run left: persistent ones from their files; shared ones are awaited. After a power
-/// loss, what is in a file is what its checksums say.
+/// Restores the blocks that an earlier run left: persistent ones from their files; shared ones are
+/// awaited. After a power loss, what is in a file is what its checksums say.
 pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
     shared.blocks.with_numbers(|numbers| {
@@ -839,8 +845,8 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         Some((file, rows::record(row)))
     });
     let records: HashMap<String, String> = records.collect();
-    let remedy = "restore the block from a backup with `latzero restore`; the server never deletes files \
-         that it moved aside";
+    let remedy = "restore the block from a backup with `latzero restore`; the server never \
+    deletes files that it moved aside";
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
@@ -860,7 +866,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                 losses.settle(Part::Memory, &room_for(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
-            // With a higher limit it is there again, whole.
+            // With a higher limit it is back, complete.
             Err(refusal) if is_limit(&refusal) => {
                 let name = Found { record, fence: 0 }.name();
                 let affected = match &name {
@@ -926,8 +932,8 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     }
 }
 
-/// Makes what a file holds safe to use. Within one run of the machine that is what its header says; else what its checksums
-/// say. Returns whether it is the same run. `is_same_boot` is asked about files that do not know.
+/// Makes a file's content safe to use. Within one boot the header decides; otherwise the checksums.
+/// Returns whether it is the same boot. `is_same_boot` is asked about files that do not know.
 fn resume(
     custodian: &Custodian,
     boot: Option<u64>,
@@ -1000,7 +1006,7 @@ fn room_for(pool: &PoolName, block: &BlockId) -> String {
     format!("room for block '{block}' of pool '{pool}'")
 }
 
-/// Has a block of an earlier run be in its pool again.
+/// Restores a block of an earlier run in its pool.
 fn take(
     host: &mut IoHost,
     pool: &Arc<PoolCell>,
@@ -1011,11 +1017,12 @@ fn take(
     may_have_writer: bool,
 ) -> Result<(), Refusal> {
     let faulty = |error: latzero_shm::Fault| Refusal::new(Code::Storage, error.to_string());
-    // Who held the lock when the server died may still write: not under any fence of before. A header that shows nonsense
-    // must not use the fences up.
+    // Who held the lock when the server died may still write: not under any fence of before. A
+    // header that shows nonsense must not use the fences up.
     let fence = custodian.lease().map_err(faulty)?.min(FENCE_KEPT_MAX) + 1;
     let version = custodian.version().map_err(faulty)?;
-    // Nor into a version that somebody else begins: the block moves, and until it has, says on that it has to.
+    // Nor into a version that another writer begins: the block moves, and until then its header
+    // says that it must.
     let has_writer = may_have_writer && custodian.is_lease_held().map_err(faulty)?;
     let found = Found { record, fence };
     let owner = found.owner()?;
@@ -1037,10 +1044,10 @@ fn take(
     Ok(())
 }
 
-/// Takes memory back that a client offers for a block of an earlier run.
+/// Accepts the memory that a client offers for a block of an earlier run.
 ///
 /// # Errors
-/// `forbidden` where the memory is another's; and as the pool says.
+/// `forbidden` if the memory is another's; and as the pool says.
 pub(crate) fn reoffer(
     host: &mut IoHost,
     pool: &Arc<PoolCell>,
@@ -1066,7 +1073,7 @@ pub(crate) fn reoffer(
     if !is_it {
         return Err(another("it belongs to another block or generation".into()));
     }
-    // It says of itself that it was removed: the server died before that was written down.
+    // Its header says that it was removed: the server died before that was stored.
     if custodian.state().is_ok_and(|state| state != State::Live) {
         host.shared.blocks.rows.forget(pool_name, block);
         let message = format!("block '{block}' of pool '{pool_name}' was removed");
@@ -1127,10 +1134,10 @@ fn run(queue: &Receiver<Work>, files: &Files) {
             ) => {
                 // What came before the flush begins is covered by it.
                 waiting.extend(queue.try_iter());
-                let same = take_where(
-                    &mut waiting,
-                    |work| matches!(work, Work::Job(_, _, Job::Flush { storage: also, .. }) if *also == storage),
-                );
+                let same = take_where(&mut waiting, |work| match work {
+                    Work::Job(_, _, Job::Flush { storage: also, .. }) => *also == storage,
+                    _ => false,
+                });
                 let version = shared.blocks.flush(storage);
                 let others = same.into_iter().filter_map(|work| match work {
                     Work::Job(_, pool, Job::Flush { key, ticket, .. }) => Some((pool, key, ticket)),
@@ -1145,7 +1152,8 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                 let keeps_name = matches!(&job, Job::Make { making, .. } if has_rights(making));
                 if let Some(what) = shared.blocks.run(job) {
                     if keeps_name {
-                        // A server that is killed right behind the reply must know whose the name is.
+                        // After a kill right behind the reply, the server must still know the owner
+                        // of the name.
                         shared.blocks.rows.settle_on_disk();
                     }
                     shared.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
@@ -1176,7 +1184,8 @@ fn take_where<T>(all: &mut VecDeque<T>, is_so: impl Fn(&T) -> bool) -> Vec<T> {
     taken
 }
 
-/// Makes a change to a block's names unless the generation that a new one is made from was given up. Says whether it did.
+/// Makes a change to a block's names unless the generation that a new one is made from was given
+/// up. Says whether it did.
 fn change_if_wanted(
     from: Option<&StoredBlock>,
     change: impl FnOnce() -> std::io::Result<()>,
@@ -1193,8 +1202,8 @@ fn removed() -> Refusal {
     Refusal::new(Code::NoBlock, "the block was just removed")
 }
 
-/// Blocks leave some descriptors to connections and administrators. The kernel gives the lowest number that is free
-/// (open(2)), so the number tells how many are in use.
+/// Blocks leave some descriptors to connections and administrators. The kernel gives the lowest
+/// number that is free (open(2)), so the number tells how many are in use.
 fn check_descriptor(making: &Making, custodian: &Custodian) -> Result<(), Refusal> {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let number = u64::try_from(custodian.file().as_raw_fd()).unwrap_or(0);

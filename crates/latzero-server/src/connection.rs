@@ -256,7 +256,7 @@ impl Connection {
         }
     }
 
-    /// Nothing more comes. What it asked to be stored is stored, though nobody hears of it.
+    /// Nothing more comes. Its pending changes are stored, though nobody is notified.
     fn end(&mut self, host: &mut IoHost) -> ReadOutcome {
         self.has_ended = true;
         if self.session.finish(&mut host.turn()) {
@@ -266,7 +266,7 @@ impl Connection {
         }
     }
 
-    /// Makes room for what is read next, and returns how much that may be; `None` where there is no
+    /// Makes room for what is read next, and returns how much that may be; `None` if there is no
     /// memory for it. What continues no frame is always read, in small pieces: it may be what frees
     /// memory, or an administrator's.
     fn reserve(&mut self, is_large: bool, most: usize, host: &mut IoHost) -> Option<usize> {
@@ -483,7 +483,7 @@ impl Connection {
     pub(crate) fn check_liveness(
         &mut self,
         now: Time,
-        patience: &Timeouts,
+        timeout: &Timeouts,
         host: &IoHost,
     ) -> Liveness {
         if self.is_paused(host) {
@@ -492,7 +492,7 @@ impl Connection {
             self.pinged = None;
         }
         let stalled_since = self.peer.link().stalled_since();
-        let stall = stalled_since.map(|since| since.after_ms(patience.write_stall_ms));
+        let stall = stalled_since.map(|since| since.after_ms(timeout.write_stall_ms));
         if stall.is_some_and(|at| at <= now) {
             return Liveness::Remove("the peer does not read");
         }
@@ -501,10 +501,10 @@ impl Connection {
                 return Liveness::Remove("closed");
             }
             (Phase::Closing { until, .. }, _) => Some(*until),
-            // Its handshake came, and is being written down.
+            // Its handshake came, and is being stored.
             (Phase::Open, false) if self.session.is_waiting() => None,
             (Phase::Open, false) => {
-                let at = self.opened.after_ms(patience.handshake_ms);
+                let at = self.opened.after_ms(timeout.handshake_ms);
                 if at <= now {
                     return Liveness::NoHandshake;
                 }
@@ -514,14 +514,14 @@ impl Connection {
             // for a dead one.
             (Phase::Open, true) if self.transport == Transport::Unix => None,
             (Phase::Open, true) => match self.pinged {
-                Some(at) if at.after_ms(patience.ping_timeout_ms) <= now => {
+                Some(at) if at.after_ms(timeout.ping_timeout_ms) <= now => {
                     return Liveness::Remove("the peer does not answer pings");
                 }
-                Some(at) => Some(at.after_ms(patience.ping_timeout_ms)),
-                None if self.last_heard.after_ms(patience.ping_interval_ms) <= now => {
+                Some(at) => Some(at.after_ms(timeout.ping_timeout_ms)),
+                None if self.last_heard.after_ms(timeout.ping_interval_ms) <= now => {
                     return Liveness::Ping;
                 }
-                None => Some(self.last_heard.after_ms(patience.ping_interval_ms)),
+                None => Some(self.last_heard.after_ms(timeout.ping_interval_ms)),
             },
         };
         Liveness::Wait(next.into_iter().chain(stall).min())

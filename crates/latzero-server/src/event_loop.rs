@@ -1,10 +1,11 @@
 //! The loop that reads connections, runs what was read, and writes each touched connection once.
 //!
-//! One thread, one `epoll` set. A turn: wait; read each ready connection until its socket is empty or its budget is
-//! spent, running the messages as they come; end what is due; then write what was appended, each connection once. A
-//! message is never handed to another thread on its way. Measured against a runtime's tasks this saves a wakeup per
-//! hop: sockets are watched for reading alone, and for writing only while the kernel takes nothing, because a Unix
-//! socket otherwise reports "writable" each time its peer reads.
+//! One thread, one `epoll` set. A turn: wait; read each ready connection until its socket is empty
+//! or its budget is spent, running the messages as they come; end what is due; then write what was
+//! appended, each connection once. A message is never handed to another thread on its way. Measured
+//! against a runtime's tasks this saves a wakeup per hop: sockets are watched for reading alone,
+//! and for writing only while the kernel takes nothing, because a Unix socket otherwise reports
+//! "writable" each time its peer reads.
 
 use std::collections::VecDeque;
 use std::io;
@@ -39,8 +40,8 @@ const FIRST_CONNECTION: usize = 1024;
 /// Bytes read from a socket at once.
 const READ_BYTES: usize = 256 * 1024;
 
-/// Connections accepted in one turn, so that a crowd at the door does not stop those inside; and few
-/// enough that what they brought is read before the door is full.
+/// Connections accepted in one turn, so that a crowd does not delay established ones; and few
+/// enough that their handshakes are read before the limit is reached.
 const ACCEPTS_PER_TURN: usize = 16;
 
 /// The clock's coarsest step where many connections are watched by time, in milliseconds.
@@ -49,10 +50,12 @@ const LOOK_EVERY_MS: u64 = 100;
 /// How long large buffers are kept for the next large frames, in milliseconds.
 const LARGE_KEPT_MS: u64 = 250;
 
-/// How often a connection is written to again while too many descriptors are in flight, in milliseconds.
+/// How often a connection is written to again while too many descriptors are in flight, in
+/// milliseconds.
 const CROWDED_EVERY_MS: u64 = 10;
 
-/// While draining: how often to look whether the last call has ended, and over how many looks closes are spread.
+/// While draining: how often to look whether the last call has ended, and over how many looks
+/// closes are spread.
 const DRAIN_LOOK_MS: u64 = 20;
 const DRAIN_SPREAD: usize = 100;
 
@@ -83,7 +86,7 @@ pub(crate) struct EventLoop {
     crowded_at: Option<Time>,
     front: Option<Front>,
     backoff: AcceptBackoff,
-    /// Accepting goes on then, after the system refused.
+    /// Accepting continues then, after the system refused.
     accept_at: Option<Time>,
     watchdog_at: Option<Time>,
     /// The store's sign of life, and its backups by schedule.
@@ -158,7 +161,7 @@ impl EventLoop {
     /// Turns until the server is over.
     ///
     /// # Errors
-    /// Where the kernel's poll fails, which leaves nothing to turn on.
+    /// If the kernel's poll fails, which leaves nothing to turn on.
     pub(crate) fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(1024);
         let shared = Arc::clone(&self.host.shared);
@@ -231,8 +234,8 @@ impl EventLoop {
                 && let Some(Some(connection)) = self.connections.get(slot)
             {
                 let peer = Arc::clone(&connection.peer);
-                // A try that fails for descriptors that are on their way makes the kernel say "writable" at once: those go
-                // by the clock.
+                // A try that fails for descriptors that are on their way makes the kernel say
+                // "writable" at once: those go by the clock.
                 if !self.crowded.iter().any(|known| Arc::ptr_eq(known, &peer)) {
                     self.host.flush_peer(&peer);
                 }
@@ -288,7 +291,7 @@ impl EventLoop {
         crate::blocks::take_over(&mut self.host, blocks);
     }
 
-    /// Tells a session that what it was promised is on disk, or can't be.
+    /// Tells a session that its changes are on disk, or can't be stored.
     fn handle_store_replies(&mut self, now: Time, peer: &Arc<Peer>, result: Result<(), Refusal>) {
         let Some(slot) = self.slot_of(peer) else {
             return;
@@ -370,7 +373,7 @@ impl EventLoop {
                 }
             }
         }
-        // There may be more: an edge is told once.
+        // There may be more: an edge is reported once.
         self.accept_at = Some(now);
     }
 
@@ -406,7 +409,7 @@ impl EventLoop {
         self.read_later(slot);
     }
 
-    /// Reads a connection in the next turn: it is in the list once, however often somebody asks.
+    /// Reads a connection in the next turn: it is in the list once, however often it is requested.
     fn read_later(&mut self, slot: usize) {
         if let Some(Some(connection)) = self.connections.get_mut(slot)
             && !std::mem::replace(&mut connection.is_queued, true)
@@ -419,7 +422,7 @@ impl EventLoop {
         let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
             return;
         };
-        // Where nothing can be told it any more, what it sent is read to the end, and that is its end.
+        // If writing to it failed, what it sent is read to the end, and then it is closed.
         let write_failed = connection.peer.write_failed.load(Relaxed);
         connection.is_ending |= write_failed;
         if connection.is_paused(&self.host) && !write_failed {
@@ -456,7 +459,8 @@ impl EventLoop {
             }
             ReadOutcome::Ended => {
                 connection.session.closed(&mut self.host.turn());
-                // Answers to what came just before the end still go out, as far as the socket takes them.
+                // Answers to what came just before the end still go out, as far as the socket takes
+                // them.
                 self.host.flush();
                 self.remove(slot, *connection);
             }
@@ -488,7 +492,8 @@ impl EventLoop {
         drop(link);
         count_out(connection.user, &self.host.shared);
         if let Some(socket) = &peer.socket {
-            // Others may hold the socket a moment longer; the other end should not have to wait for them.
+            // Others may hold the socket a moment longer; the other end should not have to wait for
+            // them.
             socket.shutdown(std::net::Shutdown::Both);
         }
         self.live -= 1;
@@ -624,7 +629,7 @@ impl EventLoop {
     /// Judges every connection by the clock, and makes room where memory is short.
     fn sweep(&mut self, now: Time) {
         let settings = self.host.shared.settings();
-        let patience = Timeouts {
+        let timeout = Timeouts {
             handshake_ms: settings.handshake_timeout.as_millis() as u64,
             ping_interval_ms: settings.ping_interval.as_millis() as u64,
             ping_timeout_ms: settings.ping_timeout.as_millis() as u64,
@@ -637,7 +642,7 @@ impl EventLoop {
             let Some(connection) = &mut self.connections[slot] else {
                 continue;
             };
-            let verdict = connection.check_liveness(now, &patience, &self.host);
+            let verdict = connection.check_liveness(now, &timeout, &self.host);
             // Another loop may have written the last of it.
             connection.shut_when_written();
             match verdict {
@@ -646,7 +651,7 @@ impl EventLoop {
                     connection.ping(now, &mut self.host);
                     next = next
                         .into_iter()
-                        .chain([now.after_ms(patience.ping_timeout_ms)])
+                        .chain([now.after_ms(timeout.ping_timeout_ms)])
                         .min();
                 }
                 Liveness::NoHandshake => {
@@ -666,7 +671,8 @@ impl EventLoop {
         self.look_at = next.map(|at| at.max(now.after_ms(LOOK_EVERY_MS)));
     }
 
-    /// Closes connections while memory is short of what waits for them, and reads those again that were not read for it.
+    /// Closes connections while memory is short of what waits for them, and reads those again that
+    /// were not read for it.
     fn shed_load(&mut self, now: Time) {
         let shared = Arc::clone(&self.host.shared);
         while shared.context.ledger.is_over_limit() {
@@ -696,8 +702,8 @@ impl EventLoop {
         }
     }
 
-    /// Closes the connection that holds most for longest among those that count in an account, for one that can't be read;
-    /// false where there is none.
+    /// Closes the connection that holds most for longest among those that count in an account, for
+    /// one that can't be read; false if there is none.
     fn make_room(&mut self, now: Time, for_slot: usize, lacking: &Arc<Account>) -> bool {
         let connections = self.connections.iter().enumerate();
         let others = connections.filter_map(|(slot, c)| Some((slot, c.as_ref()?)));
@@ -733,7 +739,7 @@ impl EventLoop {
         );
     }
 
-    /// Goes on with a drain; true once this loop has nothing left.
+    /// Continues with a drain; true once this loop has nothing left.
     fn drain(&mut self, now: Time) -> bool {
         let shared = Arc::clone(&self.host.shared);
         if !shared.is_draining.load(Relaxed) {
@@ -799,7 +805,8 @@ impl EventLoop {
         self.live == 0 || gone_by.is_some_and(|at| at <= now)
     }
 
-    /// Closes so many connections; that of a server that takes over last of all, as it is to be told how things are at the end.
+    /// Closes this many connections; that of a server that takes over comes last, since it gets the
+    /// final report.
     fn close_some(&mut self, now: Time, many: usize) {
         let shared = Arc::clone(&self.host.shared);
         let taker = shared.handover.taker();

@@ -82,7 +82,7 @@ impl IoHost {
         self.turn().with_pool(pool, f)
     }
 
-    /// Has the loop of `peer` read it, whether the kernel says that there is something or not.
+    /// Makes the loop of `peer` read it, whatever the kernel reports.
     fn resume_reading(&mut self, peer: &Arc<Peer>) {
         if peer.home == self.home {
             self.effects.resumed.push(Arc::clone(peer));
@@ -98,10 +98,10 @@ impl IoHost {
         stats.add(now, &mut self.effects.tally, &mut self.traffic);
     }
 
-    /// Does what a pool asked for about its blocks, now that it is free. What takes long goes to the blocks' own thread,
-    /// whose word comes back through the first loop's mailbox.
+    /// Runs the jobs that a pool requested for its blocks, now that it is released. Slow ones go to
+    /// the blocks' thread, and their results come back through the first loop's mailbox.
     fn run_block_jobs(&mut self, pool: &Arc<PoolCell>) {
-        // What went and came of one pool is told at once: in between it might seem to hold nothing.
+        // Removals and additions of one pool are counted together: in between it might seem empty.
         let mut counted: Vec<(PoolName, u32, i32)> = Vec::new();
         for (name, number, change) in std::mem::take(&mut self.effects.held) {
             match counted.iter_mut().find(|(_, known, _)| *known == number) {
@@ -113,7 +113,7 @@ impl IoHost {
             let is_there =
                 self.with_registry(|registry, _| registry.count_held(&name, number, change));
             if !is_there && change > 0 {
-                // The pool went with its last member while the block was on its way into it.
+                // The pool went with its last member before the block was added to it.
                 self.with_pool(pool, Pool::close_held);
             }
         }
@@ -124,7 +124,7 @@ impl IoHost {
         }
     }
 
-    /// Tells a pool that something about its blocks is done.
+    /// Reports a finished block job to its pool.
     pub(crate) fn handle_done(&mut self, done: JobResult) {
         self.with_pool(&done.pool, |pool, turn| match done.what {
             Finished::Made(key, made) => pool.storage_made(key, made, turn),
@@ -196,7 +196,8 @@ impl IoHost {
 }
 
 impl IoHost {
-    /// Whether somebody who is no administrator may know of a loss: not of one in a pool that is not there for them.
+    /// Whether a client without administrator rights may see a loss: not in a pool that is hidden
+    /// from it.
     fn may_know(&mut self, loss: &serde_json::Value, view: &View<'_>) -> bool {
         let affected = loss["affected"].as_str().unwrap_or_default();
         let Some((_, pool)) = affected.split_once("pool '") else {
@@ -259,7 +260,8 @@ impl Driver for IoHost {
         let host = &mut *turn.driver;
         let is_first = match guard.next_deadline() {
             Some(deadline) if guard.is_due_to_wake() => host.shared.timers.arm(pool, deadline),
-            // Without members and what waits there are no calls; a pool that goes should not wait for its last deadline.
+            // Without members and what waits there are no calls; a pool that goes should not wait
+            // for its last deadline.
             _ => {
                 host.shared.timers.disarm(pool);
                 false
@@ -472,7 +474,8 @@ impl Driver for IoHost {
 }
 
 impl IoHost {
-    /// Writes what was appended since the last flush, each connection once, and lets the built-in app answer.
+    /// Writes what was appended since the last flush, each connection once, and lets the built-in
+    /// app answer.
     pub(crate) fn flush(&mut self) {
         while !self.effects.touched.is_empty() {
             self.effects.appended = 0;
@@ -482,7 +485,8 @@ impl IoHost {
         }
     }
 
-    /// Writes what waits for one connection, as far as its socket takes it, and tells pools what they wait for of it.
+    /// Writes one connection's outbox as far as its socket accepts, and reports what pools wait
+    /// for.
     pub(crate) fn flush_peer(&mut self, peer: &Arc<Peer>) {
         self.write_to(peer);
         while !self.noticed.is_empty() {

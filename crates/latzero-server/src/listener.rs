@@ -129,7 +129,7 @@ impl Unauthenticated {
     }
 }
 
-/// One fewer of a user's; false where there was none.
+/// Removes one from a user's count; false if there was none.
 fn count_down(of: &mut HashMap<User, usize>, user: User) -> bool {
     let Some(count) = of.get_mut(&user) else {
         return false;

@@ -1,5 +1,5 @@
-//! The list of losses, things that were lost or do not work as promised, for `health`, `status` and
-//! the log.
+//! The list of losses, things that were lost or do not work as configured, for `health`, `status`
+//! and the log.
 //!
 //! A component that finds a loss calls [`Losses::note`] once and continues. The loss is logged and
 //! shown by `health`. It survives a crash of the server, until it is [settled](Losses::settle) or

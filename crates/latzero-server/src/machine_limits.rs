@@ -66,9 +66,9 @@ impl fmt::Display for Bound {
 pub struct MachineLimits {
     /// Bytes of memory.
     pub memory: Bound,
-    /// Open descriptors; `None` where there is no limit.
+    /// Open descriptors; `None` if there is no limit.
     pub descriptors: Option<Bound>,
-    /// Bytes of one file; `None` where there is no limit.
+    /// Bytes of one file; `None` if there is no limit.
     pub file_size: Option<Bound>,
 }
 
@@ -232,7 +232,7 @@ fn machine_memory() -> u64 {
     u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit))
 }
 
-/// A guess, where there is no portable way to ask.
+/// A guess, if there is no portable way to ask.
 #[cfg(not(target_os = "linux"))]
 fn machine_memory() -> u64 {
     4 << 30
@@ -262,8 +262,8 @@ fn smallest(files: impl Iterator<Item = (PathBuf, String)>) -> Option<Bound> {
 }
 
 /// The number in `memory.max` or `memory.high` (version 2) or `memory.limit_in_bytes` (version 1);
-/// `None` where there is no limit, which is `max` in the one and a number about as large as there
-/// are in the other.
+/// `None` if there is no limit, which is `max` in the one and a number about as large as there are
+/// in the other.
 fn parse_limit(text: &str) -> Option<u64> {
     let limit = text.trim().parse().ok()?;
     (limit < u64::MAX >> 2).then_some(limit)

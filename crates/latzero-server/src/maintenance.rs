@@ -51,7 +51,7 @@ pub(crate) fn run_schedule(shared: &Arc<ServerState>, now: latzero_fabric::Time)
 /// Starts what an administrator requested; the thread sends the reply.
 ///
 /// # Errors
-/// `overloaded` where something of the kind is in progress.
+/// `overloaded` if something of the kind is in progress.
 pub(crate) fn begin(
     shared: &Arc<ServerState>,
     action: AdminAction,

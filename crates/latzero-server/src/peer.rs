@@ -21,7 +21,7 @@ pub(crate) struct Peer {
     link: Mutex<Link<IoHost>>,
     /// Its other end accepts no more data, permanently.
     pub(crate) write_failed: AtomicBool,
-    /// The ticket of what was promised to it last; see [`crate::keeper`].
+    /// The ticket of its last pending reply; see [`crate::persistence`].
     pub(crate) last_promise: AtomicU64,
 }
 

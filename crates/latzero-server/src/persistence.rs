@@ -46,7 +46,7 @@ const LOSSES: &str = "losses";
 /// The name under which it is stored what makes unknown pools look like encrypted ones.
 const POOL_SECRET: &str = "pool_secret";
 
-/// The store and its promises.
+/// The store and its pending replies.
 pub(crate) struct Persistence {
     store: Store,
     promises: Arc<PendingReplies>,
@@ -110,7 +110,7 @@ impl Persistence {
         })
     }
 
-    /// Where to tell what became of promises.
+    /// The receiver of the store's results.
     pub(crate) fn attach(&self, shared: &Arc<ServerState>) {
         assert!(
             self.promises.shared.set(Arc::downgrade(shared)).is_ok(),
@@ -149,7 +149,7 @@ impl Persistence {
         }
     }
 
-    /// Hands a change to the store, with a promise or without.
+    /// Passes a change to the store, with or without a pending reply.
     pub(crate) fn write(&self, change: StoreChange, promise: Option<&Arc<Peer>>) {
         let Some(peer) = promise else {
             if let Err(error) = self.store.submit(row(change), None) {
@@ -266,7 +266,7 @@ fn note_report(losses: &LossList, report: &Report) {
 struct LastBackup {
     /// Its age, in milliseconds, …
     age_ms: u64,
-    /// … at this time; at the first look where there is none yet.
+    /// … at this time; at the first check if there is none yet.
     at: Option<Time>,
 }
 
@@ -426,7 +426,7 @@ fn account_of(host: &mut IoHost, app: &AppId) -> Arc<Account> {
     host.with_registry(|registry, turn| registry.kept_account(app, turn))
 }
 
-/// Has a pool take in a call or an answer that waits in it.
+/// Restores a waiting call or answer in its pool.
 fn restore_parked(
     host: &mut IoHost,
     unix_ms: u64,

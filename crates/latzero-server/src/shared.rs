@@ -48,7 +48,7 @@ pub(crate) enum Command {
     HandOver(Arc<Peer>, Option<Box<str>>, Step),
     /// The reply to a request that took long.
     Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
-    /// What was promised to a connection is on disk, or can't be.
+    /// A connection's change is on disk, or can't be stored.
     Kept(Arc<Peer>, Result<(), Refusal>),
     /// What was to be done about a block is done.
     BlockDone(JobResult),
@@ -328,7 +328,7 @@ impl ServerState {
     }
 
     /// Begins to drain: no new calls and connections; the loops end when the last call has. False
-    /// where that has begun before.
+    /// if that has begun before.
     pub(crate) fn drain(&self) -> bool {
         let is_first = !self.is_draining.swap(true, Relaxed);
         if is_first {
@@ -343,7 +343,7 @@ impl ServerState {
         }
     }
 
-    /// Has every loop judge its connections anew.
+    /// Makes every loop check the liveness of its connections.
     pub(crate) fn check_all_liveness(&self) {
         for mailbox in &self.mailboxes {
             mailbox.send(Command::Judge);

@@ -72,7 +72,7 @@ impl User {
         }
     }
 
-    /// The user of this machine, where the kernel tells.
+    /// The user of this machine, if the kernel reports it.
     pub(crate) fn uid(self) -> Option<u32> {
         match self {
             User::Uid(uid) => Some(uid),

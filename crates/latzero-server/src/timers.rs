@@ -12,7 +12,7 @@ use crate::host::IoHost;
 pub(crate) struct PoolCell {
     pub(crate) pool: Mutex<Pool<IoHost>>,
     number: u32,
-    /// The earliest deadline armed; `u64::MAX` where there is none.
+    /// The earliest deadline armed; `u64::MAX` if there is none.
     armed: AtomicU64,
 }
 

@@ -8,7 +8,7 @@ use crate::format::{Access, FIXED_BYTES};
 use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
 
-/// Words through the mapped header where there is one, everything else through the file.
+/// Words through the mapped header if there is one, everything else through the file.
 #[derive(Debug)]
 pub(crate) struct BlockMemory {
     pub(crate) file: FileMemory,

@@ -75,7 +75,7 @@ impl Custodian {
     /// a name that could be left behind. `name` is for people who look into `/proc`.
     ///
     /// # Errors
-    /// [`CreateError::NoSpace`] where there is no room; nothing is left then.
+    /// [`CreateError::NoSpace`] if there is no room; nothing is left then.
     pub fn create_shared(name: &str, description: &Description) -> Result<Custodian, CreateError> {
         let name: String = name.chars().filter(|c| *c != '\0').collect();
         let mut end = name.len().min(NAME_BYTES_MAX);
@@ -106,7 +106,7 @@ impl Custodian {
     /// Makes a block in a new file of `directory`.
     ///
     /// # Errors
-    /// [`CreateError::NoSpace`] where the disk has no room. The file may be there then, and is the
+    /// [`CreateError::NoSpace`] if the disk has no room. The file may be there then, and is the
     /// caller's to remove.
     pub fn create_persistent(
         directory: BorrowedFd<'_>,

@@ -2,8 +2,8 @@
 //! those who can't map it.
 //!
 //! The server is not to die of what somebody does to a file. So files are only touched by pread and
-//! pwrite; what is mapped is memory that is sealed against shrinking: its header for good, and its
-//! payload for the time of one large copy.
+//! pwrite; what is mapped is memory that is sealed against shrinking: its header permanently, and
+//! its payload for the time of one large copy.
 
 use std::io;
 use std::os::fd::OwnedFd;

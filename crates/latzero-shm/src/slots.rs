@@ -20,7 +20,7 @@ pub(crate) mod spares;
 
 /// How often, and for how long, a reader begins again before it says that the block is contended.
 const TRIES: u32 = 64;
-const PATIENCE: Duration = Duration::from_millis(50);
+const TIMEOUT: Duration = Duration::from_millis(50);
 
 /// How many bytes a reader that must not wait copies before it says so, and how often it copies at
 /// least.
@@ -200,7 +200,7 @@ pub(crate) fn consistent<M: Memory>(
         if tries_max.is_some_and(|max| tries >= max) {
             return Err(ReadError::Contended);
         }
-        if tries >= TRIES && since.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+        if tries >= TRIES && since.get_or_insert_with(Instant::now).elapsed() > TIMEOUT {
             return Err(ReadError::Contended);
         }
         memory.relax(tries);
@@ -433,7 +433,7 @@ impl Draft {
         Ok(())
     }
 
-    /// Notes that bytes are about to be changed; `None` where there are none.
+    /// Notes that bytes are about to be changed; `None` if there are none.
     fn touch<M: Memory>(
         &mut self,
         memory: &M,

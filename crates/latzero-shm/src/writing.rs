@@ -13,8 +13,8 @@ impl Attachment {
     /// Begins the next version, under the lock with this fence.
     ///
     /// # Errors
-    /// [`WriteError::LeaseLost`] where the header shows another fence, [`WriteError::Contended`]
-    /// where another thread has a write of this attachment in progress.
+    /// [`WriteError::LeaseLost`] if the header shows another fence, [`WriteError::Contended`] if
+    /// another thread has a write of this attachment in progress.
     pub fn begin(self: &Arc<Self>, fence: u64) -> Result<Writing, WriteError> {
         if self.expected.access != Access::Write {
             return Err(WriteError::ReadOnly);

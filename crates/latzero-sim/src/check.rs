@@ -61,7 +61,7 @@ struct Conn {
     calls: BTreeMap<String, u64>,
     /// The newest call that it sent to each handler.
     newest: BTreeMap<Peer, u64>,
-    /// How often it began to serve anew, by pool and trigger.
+    /// How often it served again, by pool and trigger.
     epochs: BTreeMap<(String, String), u64>,
 }
 

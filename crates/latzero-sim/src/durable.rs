@@ -1,4 +1,4 @@
-//! Calls that outlive connections, servers and the moods of disks: a script of their own, and a
+//! Calls that outlive connections, servers and failing disks: a script of their own, and a
 //! model of what was promised.
 //!
 //! Callers park calls, ask for redelivery, repeat calls under a key, go and come back; handlers
@@ -542,7 +542,7 @@ impl DurableScript {
         Ok(())
     }
 
-    /// A caller is told something about a call.
+    /// A caller gets a response to a call.
     fn handle_response(&mut self, at: usize, message: &Value) -> Result<(), String> {
         let id = message["in_reply_to"].as_str().unwrap_or_default();
         let Some(n) = id.strip_prefix('c').and_then(|n| n.parse::<u64>().ok()) else {

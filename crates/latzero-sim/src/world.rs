@@ -229,7 +229,7 @@ impl World {
         session.is_some_and(Session::is_waiting)
     }
 
-    /// Handles the first frame of `bytes`; returns its length, or `None` where there is none yet or
+    /// Handles the first frame of `bytes`; returns its length, or `None` if there is none yet or
     /// ever.
     fn handle_first(&mut self, peer: Peer, bytes: &[u8]) -> Option<usize> {
         let mut session = self.connections[peer.0 as usize].session.take()?;
@@ -481,7 +481,7 @@ impl World {
     /// Takes every message that waits for a client.
     ///
     /// # Panics
-    /// Where what waits is not a row of whole frames with one JSON object each.
+    /// If what waits is not a row of whole frames with one JSON object each.
     pub fn messages(&mut self, peer: Peer) -> Vec<Message> {
         let bytes = self.read(peer, usize::MAX);
         let mut rest = &bytes[..];
@@ -565,7 +565,7 @@ impl World {
     /// written down.
     ///
     /// # Panics
-    /// Where a row that was written can't be taken in.
+    /// If a row that was written can't be taken in.
     pub fn restart(&mut self, seed: u64) {
         let left = self.begin_again(seed);
         assert_eq!(left, 0, "every row was written by the core itself");
@@ -781,7 +781,7 @@ impl World {
     /// the outboxes.
     ///
     /// # Panics
-    /// Where one is broken.
+    /// If one is broken.
     pub fn check(&mut self) {
         self.registry.borrow().check();
         for pool in std::mem::take(&mut self.touched) {
@@ -843,7 +843,7 @@ impl World {
     /// Checks that the ledger equals the sum of what exists.
     ///
     /// # Panics
-    /// Where it does not.
+    /// If it does not.
     pub fn check_ledger(&self) {
         let all = self.context.ledger.all();
         let connections = || self.connections.iter();
@@ -1116,7 +1116,7 @@ fn store_result(went_well: bool) -> Result<(), Refusal> {
 /// Takes the first frame of what a server wrote, with its length; `None` where it is not complete.
 ///
 /// # Panics
-/// Where the bytes are not what a server may write.
+/// If the bytes are not what a server may write.
 #[must_use]
 pub fn decode(bytes: &[u8]) -> Option<(Message, usize)> {
     let accept = Accept {
@@ -1131,7 +1131,7 @@ pub fn decode(bytes: &[u8]) -> Option<(Message, usize)> {
     Some((Message { json, attachment }, used))
 }
 
-/// A frame as a client writes it: `json`, with raw bytes where there are any.
+/// A frame as a client writes it: `json`, with raw bytes if there are any.
 #[must_use]
 pub fn encode_frame(json: &str, attachment: Option<&[u8]>) -> Vec<u8> {
     let mut out = Vec::new();

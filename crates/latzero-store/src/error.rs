@@ -272,7 +272,7 @@ impl OpenError {
     }
 }
 
-/// Whether the change itself is at fault, so that others of its transaction may go on.
+/// Whether the change itself is at fault, so that others of its transaction may continue.
 pub(crate) fn is_of_the_change(error: &rusqlite::Error) -> bool {
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => matches!(

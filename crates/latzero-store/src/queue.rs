@@ -144,7 +144,7 @@ impl Queue {
         }
     }
 
-    /// The eventual changes that were taken are on disk, or were refused for good.
+    /// The eventual changes that were taken are on disk, or were refused permanently.
     pub(crate) fn written(&mut self) {
         self.eventual_taken = 0;
     }

@@ -120,7 +120,7 @@ pub(crate) fn prepare_newest(
     Ok(None)
 }
 
-/// Goes on with a restoring that was decided before a crash. Tells whether there was one.
+/// Finishes a restore that was decided before a crash. Returns whether there was one.
 pub(crate) fn finish_decided(place: &DatabasePath, faults: &Faults) -> Result<bool, OpenError> {
     let dir = place.home();
     backup::remove_leftovers(dir).map_err(|error| OpenError::file("tidy", dir, error))?;

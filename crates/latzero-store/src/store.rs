@@ -165,10 +165,10 @@ impl Store {
     }
 
     /// Waits until everything submitted is on disk or was reported as failed, and writing works.
-    /// False if that did not happen within `patience`, or the store was closed. For worker threads.
+    /// False if that did not happen within `timeout`, or the store was closed. For worker threads.
     #[must_use]
-    pub fn wait_settled(&self, patience: Duration) -> bool {
-        let until = Instant::now() + patience;
+    pub fn wait_settled(&self, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
         let mut state = self.inner.shared.lock();
         loop {
             let waiting = state.queue.promised() + state.queue.retained();

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::mpsc::Receiver;
 
-use common::{PATIENCE, Told, answer, app, block, call, contents, options, pool, reopen, set};
+use common::{TIMEOUT, Told, answer, app, block, call, contents, options, pool, reopen, set};
 use latzero_store::{Contents, Faults, Lasts, Options, RowChange, StoreError, open, restore_with};
 
 /// More steps than the script has.
@@ -81,7 +81,7 @@ fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
         faults.heal();
     }
     // It tries again by itself; nobody promises anything to it meanwhile.
-    assert!(store.wait_settled(PATIENCE), "{:?}", store.status());
+    assert!(store.wait_settled(TIMEOUT), "{:?}", store.status());
     record.is_closed_well = store.close().is_ok();
     Some(record)
 }
@@ -89,7 +89,7 @@ fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
 fn hear(told: &Receiver<Told>, count: usize, record: &mut Record) {
     for _ in 0..count {
         let (ticket, outcome) = told
-            .recv_timeout(PATIENCE)
+            .recv_timeout(TIMEOUT)
             .expect("every promise is told of");
         if let Err(error) = &outcome {
             assert!(matches!(error, StoreError::Disk { .. }), "{error}");

@@ -7,7 +7,7 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use common::{PATIENCE, answer, app, call, options, set};
+use common::{TIMEOUT, answer, app, call, options, set};
 use latzero_store::{AnswerRow, AppRow, CallRow, Faults, Lasts, Options, RowChange, open};
 use proptest::prelude::*;
 
@@ -99,7 +99,7 @@ fn run(script: &[(RowChange, How)], group_max: usize, fails_at: Option<u64>) {
         let ticket = matches!(how, How::Promised).then_some(ticket);
         store.submit(change.clone(), ticket).unwrap();
     }
-    assert!(store.wait_settled(PATIENCE));
+    assert!(store.wait_settled(TIMEOUT));
     drop(store);
     let kept = open(dir.path(), common::options().0).unwrap().contents;
     let mut apps = kept.apps;

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{PATIENCE, answer, app, block, call, contents, options, pool, reopen, set, settle};
+use common::{TIMEOUT, answer, app, block, call, contents, options, pool, reopen, set, settle};
 use latzero_store::{AppRow, RowChange, StoreError, SubmitError, open};
 
 #[test]
@@ -29,7 +29,7 @@ fn every_kind_of_record_is_read_back() {
         opened.store.submit(change, Some(ticket)).unwrap();
     }
     for ticket in 1..=7 {
-        assert_eq!(told.recv_timeout(PATIENCE).unwrap(), (ticket, Ok(())));
+        assert_eq!(told.recv_timeout(TIMEOUT).unwrap(), (ticket, Ok(())));
     }
     opened.store.close().unwrap();
 
@@ -95,7 +95,7 @@ fn an_invalid_change_does_not_delay_its_group() {
         opened.store.submit(change, Some(ticket)).unwrap();
     }
     for ticket in 1..=5 {
-        let (number, outcome) = told.recv_timeout(PATIENCE).unwrap();
+        let (number, outcome) = told.recv_timeout(TIMEOUT).unwrap();
         assert_eq!(number, ticket);
         match ticket {
             1 | 5 => outcome.unwrap(),

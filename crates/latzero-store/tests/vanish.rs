@@ -10,7 +10,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, app, call, contents, options, reopen};
+use common::{TIMEOUT, app, call, contents, options, reopen};
 use latzero_store::{
     BACKUPS, BackupError, DATABASE, OpenError, Options, RowChange, Store, StoreError, open,
     open_backup, restore,
@@ -34,7 +34,7 @@ fn quick(dir: &Path) -> Store {
 }
 
 fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while !is_so() {
         assert!(Instant::now() < end, "{what}");
         std::thread::yield_now();

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use latzero_tests::site::{Daemon, Puppet, Site, Start};
-use latzero_tests::{PATIENCE, Wire};
+use latzero_tests::{TIMEOUT, Wire};
 use serde_json::{Value, json};
 
 /// The client that is a process.
@@ -49,7 +49,7 @@ fn event(wire: &mut Wire, name: &str) -> Value {
 
 /// Looks until it is there.
 fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while !is_there() {
         assert!(Instant::now() < end, "{what} does not happen");
         std::thread::yield_now();
@@ -662,7 +662,7 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
     // Every promise is refused for what it is. A write that still fits into the log's last page may
     // be kept.
     let mut refused = 0;
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     let mut n = 0;
     while refused < 3 {
         assert!(Instant::now() < end, "the disk never gets full");

@@ -28,11 +28,12 @@ use crate::sealed::{SealedCall, Unsealed};
 use crate::stream::Stream;
 use crate::sync::lock;
 
-/// How long the server's own `timeout` is waited for beyond a call's time: half as long again, within these.
+/// How long the server's own `timeout` is waited for beyond a call's time: half as long again,
+/// within these.
 const GRACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// A message that is being put together, or waits to be sent. Boxed from the start, so that builders and futures are
-/// cheap to move.
+/// A message that is being put together, or waits to be sent. Boxed from the start, so that
+/// builders and futures are cheap to move.
 #[derive(Debug)]
 struct Unsent {
     app: App,
@@ -242,8 +243,8 @@ impl Unsent {
     }
 }
 
-/// A call that is not sent yet. Awaiting it sends it and gives the answer as a JSON value; [`Call::send`] gives it as
-/// any type.
+/// A call that is not sent yet. Awaiting it sends it and gives the answer as a JSON value;
+/// [`Call::send`] gives it as any type.
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Call {
@@ -262,13 +263,14 @@ impl Call {
         }
     }
 
-    /// How long the answer may take, from now on: 24 hours at most, and 30 days for a call that may be parked.
+    /// How long the answer may take, from now on: 24 hours at most, and 30 days for a call that may
+    /// be parked.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.unsent.timeout = timeout;
         self
     }
 
-    /// Calls this app, whoever else serves the trigger.
+    /// Calls this app, even if others serve the trigger.
     pub fn to(mut self, app_id: &str) -> Self {
         self.unsent.set_app(app_id);
         self
@@ -298,8 +300,8 @@ impl Call {
         self
     }
 
-    /// Gives the handler a memory block of the call's pool to read, for the length of the call. In the data it is
-    /// [`Block::reference`].
+    /// Gives the handler a memory block of the call's pool to read, for the length of the call. In
+    /// the data it is [`Block::reference`].
     pub fn block(self, block: &Block) -> Self {
         self.with_block(block, "read")
     }
@@ -315,39 +317,44 @@ impl Call {
         self
     }
 
-    /// Where no handler is live, has the server keep the call on disk until one comes, for as long as
-    /// [`Call::timeout`] says (24 hours at most). From then on it outlives the handlers, the server and this
-    /// connection: a loss does not fail it, and the answer that is given meanwhile comes right after the reconnect.
+    /// If no handler is live, the server keeps the call on disk until one comes, for as long as
+    /// [`Call::timeout`] says (24 hours at most). From then on it outlives the handlers, the server
+    /// and this connection: a loss does not fail it, and the answer that is given meanwhile comes
+    /// right after the reconnect.
     ///
-    /// Such a call has one answer and takes no blocks along. Dropping its future cancels it all the same;
-    /// [`Call::send_parked`] gives a handle that may be dropped, and tells when the call is on disk. Until it is, a loss
-    /// fails it as it does any other call: [`Call::idempotency_key`] makes it safe to repeat.
+    /// Such a call has one answer and takes no blocks along. Dropping its future still cancels it;
+    /// [`Call::send_parked`] returns a handle that may be dropped, once the call is on disk. Until
+    /// then a lost connection fails it like any other call: [`Call::idempotency_key`] makes it safe
+    /// to repeat.
     ///
-    /// Fails with `storage` where the disk takes nothing, and `overloaded` where the server keeps too many already.
+    /// Fails with `storage` where the disk takes nothing, and `overloaded` where the server keeps
+    /// too many already.
     pub fn park(mut self) -> Self {
         self.unsent.lasting.park = true;
         self
     }
 
-    /// Where the handler's connection ends before it answered, gives the call to the next one: it may run more than
-    /// once. The handler reads which attempt it is from [`Request::attempt`](crate::Request::attempt).
+    /// Where the handler's connection ends before it answered, gives the call to the next one: it
+    /// may run more than once. The handler reads which attempt it is from
+    /// [`Request::attempt`](crate::Request::attempt).
     pub fn redeliver(mut self) -> Self {
         self.unsent.lasting.redeliver = true;
         self
     }
 
-    /// By what the server knows repeats of the call: for a bounded time (a setting of the server), calls of this app
-    /// with the same key (1 to 1024 bytes) get the first one's answer. It travels as the header `idempotency-key`, beside
-    /// others.
+    /// By what the server knows repeats of the call: for a bounded time (a setting of the server),
+    /// calls of this app with the same key (1 to 1024 bytes) get the first one's answer. It travels
+    /// as the header `idempotency-key`, beside others.
     pub fn idempotency_key(mut self, key: &str) -> Self {
         self.unsent.lasting.idempotency_key = Some(key.to_owned());
         self
     }
 
-    /// Gives the call an id of the caller's own, 1 to 128 bytes, by which its answer is known even after the process was
-    /// started again; see [`App::answers`]. Without it a call gets an id by itself.
+    /// Gives the call an id of the caller's own, 1 to 128 bytes, by which its answer is known even
+    /// after the process was started again; see [`App::answers`]. Without it a call gets an id by
+    /// itself.
     ///
-    /// Fails with `bad_message` where another call of the app in flight has the id.
+    /// Fails with `bad_message` if another call of the app in flight has the id.
     pub fn id(mut self, id: &str) -> Self {
         self.unsent.lasting.id = Some(id.into());
         self
@@ -374,10 +381,10 @@ impl Call {
         }
     }
 
-    /// Sends the call to be kept by the server until it is answered, as [`Call::park`] has it. The future is done once
-    /// the call is on disk, or answered where a handler is live; dropping it before cancels the call. The handle that it
-    /// gives may be dropped: the call goes on, and its answer goes to [`App::answers`], in a later life of the process
-    /// too.
+    /// Sends the call to be stored by the server until it is answered, as with [`Call::park`]. The
+    /// future is done once the call is on disk, or answered where a handler is live; dropping it
+    /// before cancels the call. The handle that it gives may be dropped: the call continues, and
+    /// its answer goes to [`App::answers`], in a later life of the process too.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), latzero::Error> {
@@ -412,7 +419,8 @@ impl Call {
         self.send()
     }
 
-    /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers the whole stream.
+    /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers
+    /// the whole stream.
     pub fn stream<R: FromPayload>(mut self) -> Stream<R> {
         let window = self.window;
         self.unsent.message.number("window", window);
@@ -458,12 +466,12 @@ struct SentRequest {
     at_drop: AtDrop,
 }
 
-/// What becomes of a request whose owner goes.
+/// What happens to a request whose owner is dropped.
 #[derive(Debug)]
 enum AtDrop {
-    /// The server is told that the answer is not wanted.
+    /// The server is sent a cancel.
     Cancel,
-    /// The request of this id goes on.
+    /// The request of this id continues.
     Leave(Box<str>),
 }
 
@@ -697,7 +705,8 @@ fn too_late(is_connected: bool) -> Error {
     error.with_ran(Ran::No)
 }
 
-/// A call whose answer is awaited. Dropping it cancels the call; but that of a [`Parked`] goes on.
+/// A call whose answer is awaited. Dropping it cancels the call; but that of a [`Parked`]
+/// continues.
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Calling<R> {
@@ -734,7 +743,7 @@ impl<R> Calling<R> {
         reply.map(|reply| reply.and_then(read))
     }
 
-    /// Tells the server that the answer is not wanted any more, and waits for it all the same; false where it was not asked.
+    /// Cancels the request but still waits for its answer; false if it was not sent.
     pub(crate) fn cancel(&self) -> bool {
         let Some((app, key)) = self.outgoing.sent() else {
             return false;
@@ -791,8 +800,8 @@ impl Future for Parking {
     }
 }
 
-/// A call that the server keeps until it is answered, or that is answered already. Dropping it, or the wait for its
-/// answer, lets the call go on: its answer then goes to [`App::answers`].
+/// A call that the server keeps until it is answered, or that is answered already. Dropping it, or
+/// the wait for its answer, lets the call continue: its answer then goes to [`App::answers`].
 #[derive(Debug)]
 pub struct Parked {
     outgoing: Outgoing,
@@ -806,8 +815,8 @@ impl Parked {
         &self.id
     }
 
-    /// The answer as `R`, once it is there. A lost connection does not end the wait; that the app is closed, or the
-    /// call's time is over, does.
+    /// The answer as `R`, once it is there. A lost connection does not end the wait; closing the
+    /// app or the call's deadline does.
     pub fn answer<R: FromPayload>(self) -> Calling<R> {
         Calling {
             outgoing: self.outgoing,
@@ -825,8 +834,8 @@ impl Parked {
         }
     }
 
-    /// Ends the call: the server forgets it, or cancels the handler that is at it. Where there is no connection, that
-    /// is said at the next one.
+    /// Ends the call: the server forgets it, or cancels the handler that is at it. If there is no
+    /// connection, that is said at the next one.
     pub fn cancel(mut self) {
         if let State::Sent(sent) = &mut self.outgoing.0 {
             sent.at_drop = AtDrop::Cancel;

@@ -1,4 +1,5 @@
-//! Messages from the server: replies find their call, triggers become jobs, the rest is dealt with on the spot.
+//! Messages from the server: replies find their call, triggers become jobs, the rest is handled at
+//! once.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
@@ -20,10 +21,12 @@ use crate::reader::Input;
 use crate::request::Request;
 use crate::sync::lock;
 
-/// Descriptors that wait for their message, at most: a message whose frame is not whole yet may have some.
+/// Descriptors that wait for their message, at most: a message whose frame is not whole yet may
+/// have some.
 const DESCRIPTORS_KEPT_MAX: usize = 1024;
 
-/// Decodes every whole frame of `input`. What it brings callers is delivered; what it asks of handlers goes to `jobs`.
+/// Decodes every whole frame of `input`. What it brings callers is delivered; what it asks of
+/// handlers goes to `jobs`.
 ///
 /// # Errors
 /// Why the bytes can't be what a server sends: the connection has no use any more.
@@ -75,8 +78,8 @@ pub(crate) fn process(
     result
 }
 
-/// Takes the descriptors that travel with a message from those that came. They come with a message's first byte, so behind the
-/// last one that was received none can be left.
+/// Takes the descriptors that travel with a message from those that came. They come with a
+/// message's first byte, so behind the last one that was received none can be left.
 fn own_descriptors(
     e: &Envelope<'_>,
     came: &mut Vec<OwnedFd>,
@@ -125,7 +128,7 @@ fn beside(e: &Envelope<'_>, descriptors: Vec<OwnedFd>) -> Option<Box<Beside>> {
     }))
 }
 
-/// What a response says of its call.
+/// What a response means for its call.
 enum CallEvent {
     Item(Payload),
     Progress(Payload),
@@ -166,7 +169,8 @@ impl Batch<'_> {
                     self.must_flush = true;
                 }
             }
-            // The server closes after most of these; those of one message alone concern a request without an id.
+            // The server closes after most of these; those of one message alone concern a request
+            // without an id.
             "\"error\"" => {
                 let error = Error::from_wire(e.error.map_or("", Raw::text));
                 if matches!(error.kind(), Code::BadFrame | Code::FrameTooLarge) {
@@ -213,7 +217,7 @@ impl Batch<'_> {
     fn lasting(&mut self, e: &Envelope<'_>, id: Raw<'_>, word: CallEvent) {
         let Some(id) = id.as_str() else { return };
         let mut pending = lock(&self.core.pending);
-        // Under one lock: whoever leaves a call alone does so before or after, and the answer is not lost between.
+        // Under one lock: a call is detached before or after, so the answer is not lost between.
         if let Some(key) = pending.find_lasting(&id) {
             self.notify(&mut pending, key, word);
             return;
@@ -305,7 +309,7 @@ impl Batch<'_> {
     fn event(&mut self, e: &Envelope<'_>) {
         let event = e.event.and_then(Raw::as_str).unwrap_or_default();
         if event == "lost" {
-            // Told to whoever receives the next emit or push: the gap is before it.
+            // Reported with the next emit or push: the gap is before it.
             let count = e.count.and_then(Raw::as_u64).unwrap_or(0);
             self.core.lost.fetch_add(count, Ordering::Relaxed);
             return;

@@ -1,8 +1,8 @@
 //! What waits to be sent, and whether there is a connection to send it on.
 //!
-//! Whoever has something to say appends it and tries to write at once. While one thread writes, the others only append:
-//! their bytes ride along when it comes back. What the kernel does not take stays here until the socket is writable,
-//! and above a bound nobody may append before some of it is gone.
+//! A sender appends its message and tries to write at once. While one thread writes, the others
+//! only append: it also writes their bytes. What the kernel does not accept stays here until the
+//! socket is writable, and above a bound appends wait.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -22,8 +22,9 @@ use crate::sync::lock;
 /// Bytes that may wait to be sent before callers wait too. One message may exceed it.
 pub(crate) const OUTBOX_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// A send buffer above this size in bytes is given back once it is empty. It holds one message of the largest size that
-/// servers take by default: whoever sends such messages would else pay for fresh memory each time, more than for the copy.
+/// A send buffer above this size in bytes is given back once it is empty. It holds one message of
+/// the largest size that servers take by default: otherwise each such message would pay for fresh
+/// memory, more than for the copy.
 const BUFFER_BYTES_KEPT: usize = 17 * 1024 * 1024;
 
 /// Whether there is a connection.
@@ -64,7 +65,7 @@ pub(crate) enum By<'a> {
     },
 }
 
-/// What became of a message.
+/// The result of sending a message.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Submitted {
     /// The call's key, where it is a call.
@@ -173,7 +174,8 @@ impl Outbox {
         waiting.into_iter().for_each(Waker::wake);
     }
 
-    /// Appends a message, where there is a connection and room. Where `flush` says so, writes at once.
+    /// Appends a message, where there is a connection and room. Where `flush` says so, writes at
+    /// once.
     pub(crate) fn poll_submit(
         &self,
         pending: &Mutex<Pending>,
@@ -254,8 +256,8 @@ impl Outbox {
         Poll::Ready(Ok((submitted, flushed)))
     }
 
-    /// Appends what `write` writes, over the bound too: answers and other small or counted things. Nothing happens
-    /// where connection `epoch` is gone.
+    /// Appends what `write` writes, over the bound too: answers and other small or counted things.
+    /// Nothing happens where connection `epoch` is gone.
     pub(crate) fn append(&self, epoch: u32, write: impl FnOnce(&mut Vec<u8>, &Link)) {
         let mut inner = lock(&self.inner);
         let inner = &mut *inner;
@@ -302,7 +304,7 @@ impl Outbox {
             inner = lock(&self.inner);
             let is_same = matches!(&inner.phase, Phase::Up(now) if now.epoch == link.epoch);
             if is_same {
-                // What the kernel did not take, for now or for good, certainly did not leave.
+                // What the kernel did not take, for now or permanently, certainly did not leave.
                 inner.attempted -= (chunk.len() - at) as u64;
             }
             if blocked && is_same {
@@ -348,7 +350,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// Gives a connection up. Returns how many of its bytes may have been sent; `None` where it was given up before.
+    /// Gives a connection up. Returns how many of its bytes may have been sent; `None` where it was
+    /// given up before.
     pub(crate) fn down(&self, epoch: u32) -> Option<u64> {
         let mut inner = lock(&self.inner);
         match &inner.phase {
@@ -358,7 +361,8 @@ impl Outbox {
         Some(inner.discard(Phase::Down))
     }
 
-    /// Ends for good. Returns the connection that was up, with how many of its bytes may have been sent.
+    /// Ends permanently. Returns the connection that was up, with how many of its bytes may have
+    /// been sent.
     pub(crate) fn end(&self, error: Error) -> Option<(Arc<Link>, u64)> {
         let mut inner = lock(&self.inner);
         let ended = match &inner.phase {
@@ -373,7 +377,8 @@ impl Outbox {
     }
 }
 
-/// Sends from `chunk[at]` on, up to where a descriptor is to travel next: bytes before its message carry none.
+/// Sends from `chunk[at]` on, up to where a descriptor is to travel next: bytes before its message
+/// carry none.
 fn send(
     link: &Link,
     chunk: &[u8],
@@ -388,8 +393,9 @@ fn send(
     }
     let end = carried.get(1).map_or(chunk.len(), |after| after.at);
     let sent = match link.try_send_with(&chunk[at..end], &next.descriptor) {
-        // Too many of this user's are on their way (unix(7)), and nobody says when they are not: the server refuses a
-        // message that comes without what it names, and everything behind it goes on.
+        // Too many of this user's are on their way (unix(7)), and nobody says when they are not:
+        // the server refuses a message that comes without what it names, and everything behind it
+        // continues.
         Err(rustix::io::Errno::TOOMANYREFS) => link.try_send(&chunk[at..end]),
         sent => sent,
     }?;
@@ -406,7 +412,8 @@ fn disconnected() -> Error {
 
 fn in_use(id: &str) -> Error {
     let text = format!(
-        "id '{id}' is in use by another call of this app in flight; wait for its answer, or choose another"
+        "id '{id}' is in use by another call of this app in flight; wait for its answer, or \
+        choose another"
     );
     Error::new(Code::BadMessage, text).with_ran(Ran::No)
 }

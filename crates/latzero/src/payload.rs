@@ -311,7 +311,7 @@ impl Reply {
     /// The payload as `T`.
     ///
     /// # Errors
-    /// `bad_message` where it is not a `T`.
+    /// `bad_message` if it is not a `T`.
     pub fn into<T: FromPayload>(self) -> Result<T, Error> {
         read(self.payload)
     }

@@ -1,8 +1,9 @@
-//! Calls that wait for their reply: a slab whose places are the ids on the wire, so a reply finds its call without a
-//! search, and a reply to an ended call finds nothing.
+//! Calls that wait for their reply: a slab whose places are the ids on the wire, so a reply finds
+//! its call without a search, and a reply to an ended call finds nothing.
 //!
-//! A call that may be parked outlives its connection, and the process too. Its id says which process gave it, or its
-//! caller chose it, so that the answers of an earlier life reach no call of this one.
+//! A call that may be parked outlives its connection, and the process too. Its id says which
+//! process gave it, or its caller chose it, so that the answers of an earlier life reach no call of
+//! this one.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::RandomState;
@@ -18,7 +19,8 @@ use crate::error::Error;
 use crate::payload::{Payload, Reply};
 use crate::sync::set_waker;
 
-/// Most calls of one app that wait for a reply, unless the server names fewer. Further ones wait their turn.
+/// Most calls of one app that wait for a reply, unless the server names fewer. Further ones wait
+/// their turn.
 pub(crate) const IN_FLIGHT_MAX: usize = 65_536;
 
 /// A call's place, and how often that place was used before.
@@ -79,7 +81,7 @@ pub(crate) struct Id {
 }
 
 impl Id {
-    /// Appends the wire form: that of the key and, where there is one, a dot and sixteen hex digits.
+    /// Appends the wire form: that of the key and, if there is one, a dot and sixteen hex digits.
     pub(crate) fn append(self, out: &mut Vec<u8>) {
         self.key.append(out);
         if let Some(life) = self.life {
@@ -165,10 +167,10 @@ impl PendingCall {
 #[derive(Debug, Default)]
 struct ParkedCall {
     chosen: Option<Box<str>>,
-    /// The server said that it keeps the call, whatever becomes of the connection.
+    /// The server has stored the call, whatever happens to the connection.
     is_parked: bool,
-    /// Its owner wants no answer. Its place is kept until the server is through with it, so that the answer is known
-    /// as this call's and its id is given to no other.
+    /// Its owner wants no answer. Its slot is kept until the server has finished it, so that its
+    /// answer is recognised and its id not reused.
     is_unwanted: bool,
 }
 
@@ -219,7 +221,7 @@ pub(crate) struct Pending {
     pub(crate) in_flight_max: usize,
     /// Calls that wait for another to end.
     queue: VecDeque<Waker>,
-    /// Told apart from every other run of every process of the app.
+    /// Distinguishes every run of every process of the app.
     pub(crate) life: u64,
     /// Calls in flight whose ids were chosen.
     chosen: HashMap<Box<str>, Key>,
@@ -387,7 +389,8 @@ impl Pending {
         }
     }
 
-    /// Lets a call go on without its owner. Returns its answer where that is there; a later one finds no call.
+    /// Detaches a call from its owner. Returns its answer if that has arrived; a later one finds no
+    /// call.
     pub(crate) fn leave(
         &mut self,
         key: Key,
@@ -541,7 +544,8 @@ impl Pending {
         }
     }
 
-    /// Keeps an item of a streamed call. Items of other calls, and items beyond the window, are dropped.
+    /// Keeps an item of a streamed call. Items of other calls, and items beyond the window, are
+    /// dropped.
     pub(crate) fn item(&mut self, key: Key, item: Payload, wake: &mut Vec<Waker>) {
         let Some(Slot {
             state: State::Waiting(waiting),
@@ -597,8 +601,9 @@ impl Pending {
         wake.extend(self.queue.drain(..));
     }
 
-    /// Ends every call of a connection but those that the server keeps. `attempted` is how much of its bytes the kernel
-    /// may have taken: a frame that ends beyond was never whole on its way, so its handler certainly did not run.
+    /// Ends every call of a connection but those that the server keeps. `attempted` is how much of
+    /// its bytes the kernel may have taken: a frame that ends beyond was never whole on its way, so
+    /// its handler certainly did not run.
     pub(crate) fn end_connection(
         &mut self,
         epoch: u32,
@@ -628,13 +633,13 @@ impl Pending {
         });
     }
 
-    /// Ends every call whose deadline passed without a word of the server.
+    /// Ends every call whose deadline passed without an answer.
     pub(crate) fn expire(&mut self, now: Instant, wake: &mut Vec<Waker>) {
         self.end_where(wake, |waiting| (waiting.sent.deadline <= now).then(silence));
     }
 }
 
-/// The error of a call whose deadline passed without a word of the server.
+/// The error of a call whose deadline passed without an answer.
 pub(crate) fn silence() -> Error {
     Error::new(
         Code::Timeout,
@@ -823,7 +828,7 @@ mod tests {
         assert!(p.has_chosen("a\"b") && p.waiting() == 1);
         p.complete(a, reply(1), &mut wake);
         assert!(!p.has_chosen("a\"b") && p.waiting() == 0 && p.unwanted().is_empty());
-        // Who leaves a call alone takes what is there already, and frees its place.
+        // Detaching takes an answer that has arrived, and frees the slot.
         let b = p.insert(sent(1, None), Name::Durable);
         assert!(p.leave(b, &mut wake).is_none());
         let c = p.insert(sent(1, None), Name::Durable);

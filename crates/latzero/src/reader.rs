@@ -1,7 +1,8 @@
-//! Reading: one role, held by whoever moves the app along.
+//! Reading: one role, held by one thread or task at a time.
 //!
-//! A caller that blocks takes the role if it is free, reads, resolves other calls' replies on the way, and passes the
-//! role on when it has its own reply. So a lone blocking caller pays one `recv` per call and no thread hop.
+//! A caller that blocks takes the role if it is free, reads, resolves other calls' replies on the
+//! way, and passes the role on when it has its own reply. So a lone blocking caller pays one `recv`
+//! per call and no thread hop.
 
 use std::collections::VecDeque;
 use std::io;
@@ -21,11 +22,12 @@ use crate::handlers::HandlerJob;
 use crate::inbound;
 use crate::sync::{lock, thread_waker};
 
-/// First size of the receive buffer in bytes; it grows with what arrives, not with what is announced.
+/// First size of the receive buffer in bytes; it grows with what arrives, not with what is
+/// announced.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// A receive buffer above this size in bytes is given back once it is empty. As for the send buffer, it holds one large message,
-/// at the next power of two.
+/// A receive buffer above this size in bytes is given back once it is empty. As for the send
+/// buffer, it holds one large message, at the next power of two.
 const BUFFER_BYTES_KEPT: usize = 32 * 1024 * 1024;
 
 /// The receive side, with what arrived and was not decoded yet.
@@ -70,7 +72,7 @@ impl Input {
         }
     }
 
-    /// Makes sure that the current connection is read. False where there is none.
+    /// Makes sure that the current connection is read. False if there is none.
     pub(crate) fn attach(&mut self, core: &Core) -> bool {
         if self.link.is_some() {
             return true;
@@ -213,9 +215,9 @@ impl Reader {
         self.waiting_count.load(Ordering::SeqCst) > 0
     }
 
-    /// Lets the next waiting caller try for the role; called by whoever gave it up.
+    /// Lets the next waiting caller try for the role; called after releasing it.
     pub(crate) fn pass_on(&self) {
-        // Pairs with the fence of whoever begins to wait: one of the two sees the other.
+        // Pairs with the fence of a beginning wait: one of the two sees the other.
         if !self.is_wanted() {
             return;
         }
@@ -247,7 +249,8 @@ impl Reader {
 }
 
 impl Core {
-    /// Blocks until `attempt` is ready or `deadline` has passed, reading meanwhile if nobody else does.
+    /// Blocks until `attempt` is ready or `deadline` has passed, reading meanwhile if nobody else
+    /// does.
     pub(crate) fn block_on<T>(
         self: &Arc<Self>,
         deadline: Option<Instant>,
@@ -269,7 +272,7 @@ impl Core {
                 self.reader.begin_waiting();
                 waited = true;
                 self.workers.interrupt();
-                // Between the two, the role may have become free with nobody told.
+                // Between the two, the role may have become free with nobody notified.
                 if let Some(input) = self.reader.try_take() {
                     drop(input);
                 } else if let Poll::Ready(value) = attempt(cx) {
@@ -287,7 +290,8 @@ impl Core {
                 }
                 continue;
             };
-            // A handler's own call is no sign that callers are at work: the leader comes back at once.
+            // A handler's own call is no sign that callers are at work: the leader comes back at
+            // once.
             if !nested.is_nested() {
                 self.reader.turns.fetch_add(1, Ordering::Relaxed);
             }
@@ -328,7 +332,7 @@ impl Core {
             }
         };
         drop(nested);
-        // Whoever held the role, or was offered it, passes it on.
+        // Passes on the role, whether it was held or offered.
         if waited {
             self.reader.pass_on();
         }
@@ -371,7 +375,8 @@ impl Core {
         }
     }
 
-    /// Waits for bytes as a blocked caller does; sends what waits to be sent when the socket takes it.
+    /// Waits for bytes as a blocked caller does; sends what waits to be sent when the socket takes
+    /// it.
     fn receive_until(self: &Arc<Self>, input: &mut Input, deadline: Option<Instant>) -> Received {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let is_short = left.is_some_and(|left| left < RECV_TIMEOUT);
@@ -387,7 +392,7 @@ impl Core {
         }
         let mut fds = [PollFd::from_borrowed_fd(link.as_fd(), wanted)];
         let time = timespec(left.unwrap_or(RECV_TIMEOUT).min(RECV_TIMEOUT));
-        // An interrupted or failed poll is as good as an early one: the read decides.
+        // An interrupted or failed poll counts as an early one: the read decides.
         let _ = poll(&mut fds, Some(&time));
         let ready = fds[0].revents();
         if ready.contains(PollFlags::OUT) {

@@ -1,7 +1,7 @@
-//! How calls go on and end.
+//! How calls end.
 //!
-//! Every call ends exactly once: by its handler's answer, its deadline, its caller's cancel, or the end of either side.
-//! [`Pool::end`] is the only place where that happens.
+//! Every call ends exactly once: by its handler's answer, its deadline, its caller's cancel, or the
+//! end of either side. [`Pool::end`] is the only place where that happens.
 
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::message::{Response, Status};
@@ -32,7 +32,7 @@ pub(super) enum EndReason<'a> {
     TimedOut,
     /// The server ended it.
     Refused(&'a Refusal),
-    /// Its answer could not be passed on: the handler has run all the same.
+    /// Its answer could not be forwarded, but the handler has run.
     Unfit {
         refusal: &'a Refusal,
         is_final: bool,
@@ -40,10 +40,11 @@ pub(super) enum EndReason<'a> {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Takes a handler's answer and passes it on. An answer to an ended call is dropped and counted.
+    /// Takes a handler's answer and passes it on. An answer to an ended call is dropped and
+    /// counted.
     ///
     /// # Errors
-    /// Where the call was sent to somebody else.
+    /// If the call was sent to another handler.
     pub fn respond(
         &mut self,
         from: MemberKey,
@@ -157,7 +158,7 @@ impl<D: Driver> Pool<D> {
             }
             (Sent::Queued, false) => turn.count(Count::Partial),
             (Sent::Full, is_final) => {
-                // Never dropped silently: a short error takes the place of what did not fit.
+                // Never dropped silently: a short error replaces what did not fit.
                 let message = "the answer did not fit in the caller's outbox \
                     (limits.outbox_bytes_max): read faster";
                 self.end(
@@ -180,7 +181,7 @@ impl<D: Driver> Pool<D> {
         self.calls.find(caller, id).is_some()
     }
 
-    /// Ends a call at its caller's wish; false where the caller has no such call here.
+    /// Cancels a call for its caller; false if the caller has no such call here.
     pub fn cancel(&mut self, caller: MemberKey, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
             return self.cancel_repeat(caller, id, turn)
@@ -191,7 +192,7 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Grants `count` further items of a stream; false where the caller has no such call here.
+    /// Grants `count` further items of a stream; false if the caller has no such call here.
     pub fn ack(&mut self, caller: MemberKey, id: &str, count: u64, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
             return false;
@@ -212,8 +213,8 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Ends a call for both sides. A call that already ended is not found: the answer and the deadline may cross on
-    /// the way, and the first to reach the pool wins.
+    /// Ends a call for both sides. A call that already ended is not found: the answer and the
+    /// deadline may cross on the way, and the first to reach the pool wins.
     pub(super) fn end(&mut self, key: Key<Call>, how: EndReason<'_>, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let Some(mut call) = self.calls.remove(key) else {
@@ -230,7 +231,7 @@ impl<D: Driver> Pool<D> {
         if let Some(handler) = self.members.at_mut(call.member) {
             handler.serving -= 1;
             let reason = match how {
-                // A handler that has answered for good has nothing to stop.
+                // A handler that has sent its final answer has nothing to stop.
                 EndReason::Answered { .. }
                 | EndReason::HandlerGone
                 | EndReason::Unfit { is_final: true, .. } => None,
@@ -287,7 +288,7 @@ impl<D: Driver> Pool<D> {
         if call.caller == NOBODY {
             turn.call_ended(None, end);
             let Some(lasting) = call.lasting.take() else {
-                // Its caller went; a repeat may ask for the answer until it is clear that none comes.
+                // Its caller left; a repeat may still ask for the answer.
                 if let Some(repeat) = call.repeat {
                     self.repeats_dropped(&repeat.0, &repeat.1, turn);
                 }
@@ -364,7 +365,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The caller of a call with an idempotency key has gone, and may come back for the answer: its handler goes on.
+    /// The caller of a call with an idempotency key has left and may come back for the answer, so
+    /// its handler continues.
     pub(super) fn detach(&mut self, key: Key<Call>, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let call = self.calls.at_mut(key).expect("its caller found it");
@@ -384,7 +386,8 @@ impl<D: Driver> Pool<D> {
     }
 }
 
-/// `overloaded` and `too_large` mean "did not run" everywhere but here, where only the answer was lost.
+/// `overloaded` and `too_large` mean "did not run" everywhere but here, where only the answer was
+/// lost.
 pub(super) fn append_unfit(out: &mut Vec<u8>, id: &str, refusal: &Refusal) {
     latzero_protocol::frame::append(out, |out| {
         out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");

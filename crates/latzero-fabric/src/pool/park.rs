@@ -1,14 +1,14 @@
 //! Calls that outlive a connection: a small job queue.
 //!
-//! A call is parked where no handler can take it now. It has a number, a row on disk, and a caller
-//! by name instead of a connection. It is delivered at least once: its row goes when it is over, so
-//! that a server that is killed in between gives it out again, and the attempt's number in the
-//! message tells a handler that this may be so.
+//! A call is parked if no handler can take it now. It has a number, a row on disk, and a caller by
+//! name instead of a connection. It is delivered at least once: its row is deleted when it ends, so
+//! a server that is killed before that delivers it again. The attempt number in the message tells
+//! the handler.
 //!
-//! Callers take turns ([`turns`]). A call whose handler dies pauses before it is given out again,
-//! longer each time, behind what waits; after its last attempt it is dead: kept for whoever looks
-//! for the fault ([`attempts`]). What ends a call (an answer, its deadline, a cancel) is told to its
-//! caller if an instance of it is in the pool, and else kept for it ([`answers`]).
+//! Callers take turns ([`turns`]). A call whose handler dies waits before it is redelivered, longer
+//! each time, behind the calls in the queue. After its last attempt it is dead and stays stored for
+//! inspection ([`attempts`]). The end of a call (an answer, its deadline, a cancel) is sent to its
+//! caller if an instance of it is in the pool, and otherwise stored for it ([`answers`]).
 
 mod answers;
 mod attempts;
@@ -43,11 +43,10 @@ pub(super) use durable::{DurableCall, bytes};
 pub use listing::ParkedCounts;
 use turns::{Lines, QueuedCalls};
 
-/// Parked calls, or answers, that are passed on at once; the rest follows when the driver calls
-/// again.
+/// Parked calls or answers sent in one step; the rest follow when the driver calls again.
 const GIVEN_AT_ONCE_MAX: usize = 256;
 
-/// The place of a parked call, and of its answer, in the books.
+/// The place of a parked call, and of its answer, in the ledger.
 struct HeldCall {
     bytes: Reservation,
     _count: Reservation,
@@ -70,7 +69,7 @@ impl HeldCall {
         HeldCall::restored(self.bytes.account(), SMALL_BYTES)
     }
 
-    /// Room for what an earlier run kept, whatever the limits are now.
+    /// A reservation for what an earlier run stored, whatever the limits are now.
     fn restored(account: &Arc<Account>, bytes: usize) -> HeldCall {
         let forced = |what: Resource, amount: u64| {
             let mut hold = account.hold(what);
@@ -88,7 +87,7 @@ impl HeldCall {
 enum State {
     /// It waits for a handler.
     Waiting(Box<DurableCall>),
-    /// It waits until it may wait for a handler again: the one before died.
+    /// It pauses before it waits for a handler again: the last one died.
     Paused(Box<DurableCall>, Time),
     /// A handler has it.
     Given(Key<Call>),
@@ -99,7 +98,7 @@ enum State {
 /// A parked call that is between two states.
 const NO_CALL: Key<Call> = Key::new(u32::MAX, u32::MAX);
 
-/// A parked call's place among the others.
+/// A parked call as the queue has it.
 struct Parked {
     state: State,
     process: TriggerName,
@@ -107,11 +106,11 @@ struct Parked {
     caller: AppId,
     /// The user of its caller, for its turns.
     user: u64,
-    /// Who called: it is told first, if it is still there.
+    /// The calling instance, which gets the answer if it is still there.
     from: MemberKey,
-    /// Empty where the caller wants no answer.
+    /// Empty if the caller wants no answer.
     id: Box<str>,
-    /// Where it stands among its caller's calls: its number, until an attempt fails.
+    /// Its position among its caller's calls: its number, until an attempt fails.
     rank: u64,
     deadline: Time,
     held: HeldCall,
@@ -120,7 +119,7 @@ struct Parked {
     /// Why the last attempt failed.
     cause: Option<Box<str>>,
     idempotency_key: Option<Box<str>>,
-    /// When it was parked and when its time is over, on the steady clock.
+    /// When it was parked and when it expires, on the steady clock.
     parked_ms: u64,
     expires_ms: u64,
 }
@@ -165,8 +164,8 @@ impl Parked {
         }
     }
 
-    /// Whether a handler may have run it: it was given out, or an earlier run of the server may have
-    /// died before it wrote that down.
+    /// Whether a handler may have run it: it was delivered, or an earlier run of the server may
+    /// have died before it stored that.
     fn ran(&self) -> Ran {
         if self.attempt == 0 && self.from != NOBODY {
             Ran::No
@@ -175,7 +174,7 @@ impl Parked {
         }
     }
 
-    /// Its time was over before it had an answer.
+    /// It expired before it had an answer.
     fn too_late(&self) -> Refusal {
         let message = match (self.attempt, &self.cause) {
             (0, _) => "no handler took the call within its ttl".to_owned(),
@@ -215,13 +214,13 @@ impl Parked {
     }
 }
 
-/// What a pool keeps of calls that outlive a connection.
+/// The calls of a pool that outlive a connection.
 #[derive(Default)]
 pub(super) struct ParkedCalls {
     calls: BTreeMap<u64, Parked>,
     /// Calls that wait for a handler, by trigger.
     lines: HashMap<TriggerName, Lines>,
-    /// When calls that pause go on.
+    /// When pauses end.
     pauses: BTreeSet<(Time, u64)>,
     /// Dead calls, the oldest first.
     dead: BTreeSet<(Time, u64)>,
@@ -231,9 +230,9 @@ pub(super) struct ParkedCalls {
     deadlines: BTreeSet<(Time, u64)>,
     /// The greatest number of a call that was parked here.
     newest: u64,
-    /// There is more to give out, or it is to be tried again.
+    /// More calls wait to be dispatched, or to be retried.
     goes_on: Option<Time>,
-    /// Triggers whose calls could not all be given out.
+    /// Triggers whose calls could not all be dispatched.
     stalled: BTreeMap<TriggerName, Stall>,
     /// Triggers whose handlers may take more.
     room: BTreeSet<TriggerName>,
@@ -308,7 +307,7 @@ impl ParkedCalls {
         }
     }
 
-    /// Enters a call where its state has it looked for.
+    /// Adds a call to the index of its state.
     fn link(&mut self, number: u64, parked: &Parked) {
         match &parked.state {
             State::Waiting(_) => {
@@ -382,7 +381,7 @@ impl ParkedCalls {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Has a call wait for its handler, durably; returns its number.
+    /// Parks a call durably; returns its number.
     pub(super) fn park(
         &mut self,
         caller: MemberKey,
@@ -448,7 +447,7 @@ impl<D: Driver> Pool<D> {
         self.parked.calls.contains_key(&number)
     }
 
-    /// A call could not be written down: it is as if it had not been parked, unless a handler has it by now.
+    /// A call could not be stored: it is not parked, unless a handler already has it.
     pub fn unpark(&mut self, number: u64, turn: &mut Turn<'_, D>) -> bool {
         let parked = self.parked.calls.get(&number);
         if parked.is_none_or(|parked| parked.attempt > 0) {
@@ -462,7 +461,7 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Takes in a call that an earlier run parked; false where the stored row is invalid.
+    /// Restores a parked call of an earlier run; false if the stored row is invalid.
     pub fn restore_call(
         &mut self,
         row: &CallRow,
@@ -479,7 +478,7 @@ impl<D: Driver> Pool<D> {
         ) else {
             return false;
         };
-        // Never longer than was asked for, whatever the clock says now.
+        // Never longer than requested, whatever the clock says now.
         let longest = row.expires.saturating_sub(row.death_or_parked());
         let left = row.expires.saturating_sub(turn.steady_ms()).min(longest);
         let deadline = now.after_ms(left);
@@ -549,7 +548,7 @@ impl<D: Driver> Pool<D> {
         Some(parked)
     }
 
-    /// Ends a parked call at its caller's wish; false where it has none of that id.
+    /// Cancels a parked call for its caller; false if it has none of that id.
     pub(super) fn cancel_parked(
         &mut self,
         caller: MemberKey,
@@ -582,7 +581,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The time of a parked call is over.
+    /// A parked call has expired.
     pub(super) fn parked_too_late(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         if let Some(refusal) = self.parked.calls.get(&number).map(Parked::too_late) {
             self.parked_refused(number, &refusal, turn);
@@ -611,7 +610,7 @@ impl<D: Driver> Pool<D> {
         self.go_on_giving(turn);
     }
 
-    /// A pool that goes takes its parked calls along; their callers are told if they are here.
+    /// Ends the parked calls of a removed pool; notifies callers that are connected.
     pub(super) fn close_parked(&mut self, turn: &mut Turn<'_, D>) {
         let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
         let numbers: Vec<u64> = self.parked.calls.keys().copied().collect();
@@ -640,7 +639,7 @@ fn destination(trigger: &Trigger<'_>) -> Result<Option<AppId>, Refusal> {
     Ok(app.transpose()?)
 }
 
-/// The next moment: whoever drives the pool does what else is due first.
+/// The next moment: the driver handles what else is due first.
 fn soon(now: Time) -> Time {
     Time(now.0 + 1)
 }

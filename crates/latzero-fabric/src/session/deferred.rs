@@ -87,7 +87,8 @@ impl DeferredFrame {
 }
 
 impl<D: Driver> Session<D> {
-    /// Whether so much new work waits that the driver should read no more: until [`Session::go_on`].
+    /// Whether so much new work waits that the driver should read no more: until
+    /// [`Session::resume`].
     #[must_use]
     pub fn must_pause(&self, limits: &Limits) -> bool {
         self.held.bytes >= limits.held_bytes_max
@@ -111,7 +112,7 @@ impl<D: Driver> Session<D> {
         self.held.bytes
     }
 
-    /// Why a request must wait, where it must.
+    /// Why a request must wait, if it must.
     fn reason(&self, request: &Request<'_>, turn: &Turn<'_, D>) -> Option<For> {
         let is_first = self.held.messages.is_empty();
         match request {
@@ -138,7 +139,7 @@ impl<D: Driver> Session<D> {
         self.awaited.len() >= turn.limits().in_flight_max as usize
     }
 
-    /// Has a request wait where it must; false where it may be handled now.
+    /// Defers a request if it must wait; false if it may be handled now.
     pub(super) fn hold(
         &mut self,
         (frame, id): (Frame<'_>, Option<&str>),
@@ -182,8 +183,8 @@ impl<D: Driver> Session<D> {
         Ok(true)
     }
 
-    /// Handles what waited, as far as there is room. The driver calls it where the core says that
-    /// there is ([`crate::Effects::resumed`]), and after [`Session::kept`].
+    /// Handles deferred messages while there is room. The driver calls it if the core reports room
+    /// ([`crate::Effects::resumed`]), and after [`Session::handle_stored`].
     pub fn resume(&mut self, turn: &mut Turn<'_, D>) -> Flow {
         while let Some(waiting) = self.next_waiting(turn) {
             if self.handle_waiting(&waiting, turn) == Flow::Close {
@@ -193,7 +194,7 @@ impl<D: Driver> Session<D> {
         Flow::Continue
     }
 
-    /// The first message that waits, where it need not wait any longer.
+    /// The first message that need no longer wait.
     pub fn next_waiting(&mut self, turn: &Turn<'_, D>) -> Option<DeferredFrame> {
         let (&number, first) = self.held.messages.first_key_value()?;
         let must_wait = match first.why {
@@ -213,7 +214,7 @@ impl<D: Driver> Session<D> {
         self.run(waiting.frame(), Some(waiting.came), turn)
     }
 
-    /// Ends a call that waits; false where none of that id does.
+    /// Ends a call that waits; false if none of that id does.
     pub(super) fn cancel_held(&mut self, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(&number) = self.held.by_id.get(id) else {
             return false;

@@ -1,4 +1,4 @@
-//! The handshake, from its words to the memberships it grants.
+//! The handshake, from its message to the memberships it grants.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::pool::Joining;
 use crate::registry::{Admission, Admitted, Membership};
 use crate::turn::Turn;
 
-/// How writing down a handshake went.
+/// The result of storing a handshake.
 #[derive(Clone, Copy)]
 pub(super) struct StoredRegistration {
     pub(super) is_on_disk: bool,
@@ -25,12 +25,12 @@ pub(super) struct StoredRegistration {
     pub(super) rehydrated: bool,
 }
 
-/// What became of a handshake that was not refused.
+/// The state of a handshake that was not refused.
 pub(super) enum Entry {
     In,
-    /// Somebody took over meanwhile.
+    /// Another instance took over meanwhile.
     Overtaken,
-    /// It is to be written down first.
+    /// It must be stored first.
     Later {
         rehydrated: bool,
     },
@@ -69,7 +69,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Lets an app in. `stored` is absent where nothing was written down yet, else how that went.
+    /// Admits an app. `stored` is absent if nothing was stored yet, else the result of that.
     pub(super) fn admit(
         &mut self,
         id: Option<&str>,
@@ -124,32 +124,36 @@ impl<D: Driver> Session<D> {
             let by = (&handshake.app_id, instance);
             self.audit("took_over", by, json!({"displaced": displaced.id}), turn);
         }
-        // Whoever is displaced has left before the newcomer joins, so no call can reach it any more.
+        // A displaced instance leaves before the new one joins, so no call can reach it any more.
         for instance in &displaced {
             expel(instance, "displaced", turn);
         }
         self.features = handshake.features.and(Features {
             attachments: true,
-            // Descriptors only travel over Unix sockets, and what they replace travels as attachments.
+            // Descriptors only travel over Unix sockets, and what they replace travels as
+            // attachments.
             fd_passing: transport == Transport::Unix && handshake.features.attachments,
         });
         let site = std::sync::Arc::clone(turn.driver.context());
         let limits = &site.limits;
         let mut ack = json!({
-            "action": "handshake_ack", "status": "ok", "app_id": handshake.app_id, "instance": instance,
+            "action": "handshake_ack", "status": "ok", "app_id": handshake.app_id,
+            "instance": instance,
             "pools": pools.iter().map(|p| &p.name).collect::<Vec<_>>(),
             "triggers": names(&triggers), "rehydrated": rehydrated,
             "protocol": PROTOCOL_VERSION, "server": {"version": site.version, "node": site.node},
             "features": self.features.names(),
             "limits": {
-                "max_frame": limits.max_frame, "max_in_flight": limits.in_flight_max, "max_block": limits.block_bytes_max,
+                "max_frame": limits.max_frame, "max_in_flight": limits.in_flight_max,
+                "max_block": limits.block_bytes_max,
             },
         });
         if let Some(id) = id {
             ack["in_reply_to"] = id.into();
         }
         if stored.is_some_and(|stored| !stored.is_on_disk) {
-            // An app must be able to work while the disk is full, and to know what that means for it.
+            // An app must be able to work while the disk is full, and to know what that means for
+            // it.
             ack["stored"] = false.into();
         }
         if rehydrated && !watches.is_empty() {
@@ -184,7 +188,7 @@ impl<D: Driver> Session<D> {
             let blocks = subscriptions.iter().filter(|(pool, _)| *pool == name);
             if let Some(m) = self.memberships.last().filter(|m| m.name == name) {
                 for (_, block) in blocks {
-                    // A block that is gone has no changes to tell.
+                    // A removed block has no changes.
                     let _ = turn.with_pool(&m.pool, |pool, turn| {
                         pool.subscribe_block(m.member, block, turn)
                     });
@@ -244,7 +248,7 @@ impl<D: Driver> Session<D> {
                 may_serve,
                 grant,
             }),
-            // Removed between the registry's word and ours: as if it had been removed right after.
+            // Removed since the registry's reply: as if it had been removed right after.
             None => {
                 let json = format!(
                     "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{name}\"}}"
@@ -256,7 +260,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Tells the registry where this session is; false where it was displaced meanwhile.
+    /// Tells the registry where this session is; false if it was displaced meanwhile.
     pub(super) fn settle(&self, turn: &mut Turn<'_, D>) -> bool {
         let Some(ready) = &self.ready else {
             return false;
@@ -266,8 +270,8 @@ impl<D: Driver> Session<D> {
         })
     }
 
-    /// Somebody took over while this session was still joining: it leaves again. It is told here: whoever took over may
-    /// find its connection closed already.
+    /// Another instance took over while this session was joining: it leaves again. It is notified
+    /// here, since its connection may already be closed for the new instance.
     pub(super) fn overtaken(&mut self, turn: &mut Turn<'_, D>) -> Flow {
         if let Some(ready) = &self.ready {
             announce_departure(&self.peer, ready.instance, "displaced", turn);

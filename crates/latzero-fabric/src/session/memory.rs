@@ -1,4 +1,4 @@
-//! Requests about memory blocks: asked of the pool, and where bytes move, done by the driver in between.
+//! Requests about memory blocks. The pool decides; the driver moves the bytes.
 
 use latzero_crypto::Suite;
 use latzero_crypto::keys::Roles;
@@ -279,7 +279,7 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
     }
 }
 
-/// Refuses a block whose storage is corrupt; what else there is against it the pool says.
+/// Refuses a block whose storage is corrupt; the pool checks everything else.
 fn check<D: Driver>(
     pool: &D::Pool,
     member: MemberKey,

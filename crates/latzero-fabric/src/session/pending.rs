@@ -1,4 +1,4 @@
-//! Replies that wait until what they promise is on disk.
+//! Replies that wait until their changes are on disk.
 
 use latzero_protocol::encode;
 use latzero_protocol::frame::Frame;
@@ -12,7 +12,7 @@ use crate::driver::Driver;
 use crate::outbox::Class;
 use crate::turn::Turn;
 
-/// A reply that waits until what it promises is on disk.
+/// A reply that waits until its change is on disk.
 pub(super) enum Awaited<D: Driver> {
     /// A call that waits for its handler.
     Parked {
@@ -22,7 +22,7 @@ pub(super) enum Awaited<D: Driver> {
     },
     /// A handshake, as it came; nothing more is read before it is answered.
     Handshake { json: Box<[u8]>, rehydrated: bool },
-    /// The reply, and what is to be done where the promise can't be kept.
+    /// The reply, and what to undo if the change can't be stored.
     Reply {
         id: Option<Box<str>>,
         reply: Box<str>,
@@ -30,21 +30,21 @@ pub(super) enum Awaited<D: Driver> {
     },
 }
 
-/// What a reply promises to outlive the server.
+/// The change that a reply waits for.
 pub(super) enum PendingReply {
-    /// What the app registered.
+    /// The app's registration.
     Registration,
-    /// A pool that was made.
+    /// A new pool.
     Pool(PoolName),
-    /// That something is gone for good.
+    /// A removal.
     Removal,
 }
 
-/// A reply to a request: at once, or when what it promises is on disk.
+/// A reply to a request: at once, or when its change is on disk.
 pub(super) enum Reply {
     Now(String),
     Kept(String, PendingReply),
-    /// The turn gives it.
+    /// The reply is sent now.
     Later,
 }
 
@@ -59,7 +59,7 @@ impl Reply {
 }
 
 impl<D: Driver> Session<D> {
-    /// The first promise that was made to this connection is kept, or can't be.
+    /// The first pending change of this connection is stored, or can't be.
     pub fn handle_stored(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
         match self.awaited.pop_front() {
             None => self.flow(),
@@ -96,7 +96,7 @@ impl<D: Driver> Session<D> {
             Some(Awaited::Parked { id, pool, number }) => {
                 match result {
                     Ok(()) => {
-                        // Where its answer came first there is nothing more to say.
+                        // If its answer came first, there is nothing to send.
                         let waits = turn.with_pool(&pool, |pool, _| pool.is_parked(number));
                         if let Some(id) = id.filter(|_| waits) {
                             self.send(Class::Control, 256, turn, |out| encode::parked(out, &id));
@@ -122,7 +122,8 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Something could not be written down: it is undone where nobody could count on it otherwise, and the asker is told.
+    /// A change could not be stored: undoes it if nobody could rely on it, and answers with the
+    /// error.
     pub(super) fn break_promise(
         &mut self,
         id: Option<&str>,

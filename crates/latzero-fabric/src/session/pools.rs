@@ -1,4 +1,5 @@
-//! What a connection asks about its registration and about pools: joined, left, made, removed, watched, served.
+//! What a connection asks about its registration and about pools: joined, left, made, removed,
+//! watched, served.
 
 use std::collections::BTreeMap;
 
@@ -26,8 +27,8 @@ impl<D: Driver> Session<D> {
         let mut triggers = ready.triggers.clone();
         triggers.extend_from_slice(specs);
         dedup_triggers(&mut triggers);
-        // What this instance serves counts besides what the app is remembered with: another instance may have
-        // replaced that.
+        // What this instance serves counts besides what the app is remembered with: another
+        // instance may have replaced that.
         crate::registry::check_triggers(&triggers, turn.limits())?;
         let is_promised = turn.with_registry(|registry, turn| {
             registry.remember_triggers(&ready.app, specs, transport, &peer, turn)
@@ -117,7 +118,7 @@ impl<D: Driver> Session<D> {
         let peer = self.peer.clone();
         let is_promised =
             turn.with_registry(|registry, turn| registry.create_pool(&app, create, &peer, turn))?;
-        // It may be removed by now; what was promised is told all the same.
+        // It may be removed by now; the reply is sent anyway.
         let made = turn.with_registry(|registry, _| registry.describe_new_pool(&name));
         let reply = made.map_or_else(
             || "{}".into(),
@@ -200,13 +201,14 @@ impl<D: Driver> Session<D> {
         ))
     }
 
-    /// Drops memberships that somebody else ended, so that the pool can be joined anew.
+    /// Drops memberships that were ended elsewhere, so that the pool can be joined again.
     pub(super) fn forget_left(&mut self, turn: &mut Turn<'_, D>) {
         self.memberships
             .retain(|m| turn.with_pool(&m.pool, |pool, _| pool.has_member(m.member)));
     }
 
-    /// Drops memberships of pools that were removed, so that a new pool of the same name can be joined.
+    /// Drops memberships of pools that were removed, so that a new pool of the same name can be
+    /// joined.
     pub(super) fn forget_removed(&mut self, turn: &mut Turn<'_, D>) {
         self.memberships
             .retain(|m| !turn.with_pool(&m.pool, |pool, _| pool.is_closed()));
@@ -267,10 +269,10 @@ fn with_stats<D: Driver>(
     description.to_string()
 }
 
-/// Names that the audit log tells one by one.
+/// Names that the audit log lists one by one.
 pub(super) const NAMES_SHOWN_MAX: usize = 32;
 
-/// The names of triggers, as far as the audit log tells them.
+/// The names of triggers that the audit log lists.
 pub(super) fn shown(specs: &[TriggerSpec]) -> Vec<&TriggerName> {
     let names = specs.iter().map(|spec| &spec.name);
     names.take(NAMES_SHOWN_MAX).collect()

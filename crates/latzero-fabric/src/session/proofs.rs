@@ -1,8 +1,8 @@
-//! Who somebody is, shown by proofs: an app by its key, an administrator by the token, a member of an encrypted pool by the
-//! pool's keys.
+//! Authentication by proof: an app by its key, an administrator by the token, a member of an
+//! encrypted pool by the pool's keys.
 //!
-//! A challenge is good for one proof on one connection. What was wrong with a proof nobody is told, and whoever has three
-//! refused is sent away.
+//! A challenge is good for one proof on one connection. A refusal does not say what was wrong, and
+//! the third one closes the connection.
 
 use latzero_crypto::Suite;
 use latzero_crypto::keys::Roles;
@@ -74,7 +74,7 @@ impl<D: Driver> Session<D> {
         .to_string()
     }
 
-    /// Takes the key of an app for proved, until the handshake.
+    /// Marks an app's key as proved, until the handshake.
     pub(super) fn app_proof(
         &mut self,
         said: &AppProof<'_>,
@@ -155,8 +155,8 @@ impl<D: Driver> Session<D> {
         .to_string()
     }
 
-    /// Joins an encrypted pool, or changes the roles there. The reply goes out first: what waits for the app in the pool comes
-    /// behind it.
+    /// Joins an encrypted pool, or changes the roles there. The reply goes out first: what waits
+    /// for the app in the pool comes behind it.
     pub(super) fn pool_prove(
         &mut self,
         id: Option<&str>,
@@ -218,7 +218,7 @@ impl<D: Driver> Session<D> {
         self.enter(entrance, watch, turn);
         if let Some(m) = self.memberships.last().filter(|m| m.name == *pool) {
             for block in &subscriptions {
-                // A block that is gone has no changes to tell.
+                // A removed block has no changes.
                 let _ = turn.with_pool(&m.pool, |pool, turn| {
                     pool.subscribe_block(m.member, block, turn)
                 });
@@ -265,7 +265,7 @@ impl<D: Driver> Session<D> {
         });
     }
 
-    /// Whether somebody whose proofs were refused may try again yet.
+    /// Whether a client whose proofs were refused may try again.
     fn check_attempts(&self, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
         if turn.driver.may_prove(&self.peer) {
             return Ok(());
@@ -343,7 +343,8 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Moves a pool to its next epoch, and tells its members. Those whose keys changed are led out.
+    /// Moves a pool to its next epoch, and notifies its members. Those whose keys changed must
+    /// leave.
     pub(super) fn pool_rotate(
         &mut self,
         pool: &PoolName,
@@ -382,7 +383,8 @@ impl<D: Driver> Session<D> {
             purged.unwrap_or_default()
         });
         let reply = json!({
-            "epoch": descriptor.epoch(), "members_kept": kept.len(), "members_dropped": dropped.len(),
+            "epoch": descriptor.epoch(), "members_kept": kept.len(),
+            "members_dropped": dropped.len(),
             "dropped": {
                 "parked": purged.parked, "answers": purged.answers, "repeats": purged.repeats,
             },

@@ -19,7 +19,7 @@ impl Blocks {
             .collect()
     }
 
-    /// Refuses to promise that a block is on disk if the next start would not find its file.
+    /// Refuses to confirm that a block is on disk if the next start would not find its file.
     pub(super) fn check_place(&self, stored: &StoredBlock) -> Result<(), Refusal> {
         if stored.names.is_none() || self.is_in_place(stored) {
             return Ok(());

@@ -35,7 +35,7 @@ pub(crate) struct Rows {
     ended: AtomicU64,
 }
 
-/// The setting that tells the next run of it.
+/// The setting that records it for the next run.
 pub(crate) const ENDED: &str = "block_generations_ended";
 
 impl Rows {
@@ -119,7 +119,7 @@ impl Rows {
         AppId::new(&row?.owner).ok()
     }
 
-    /// A block is there, or is there no longer: it is awaited no more.
+    /// A block was restored or removed: it is no longer expected.
     fn settle(&self, pool: &PoolName, block: &BlockId) {
         if !self.is_awaiting() {
             return;
@@ -148,7 +148,7 @@ impl Rows {
         gone.len()
     }
 
-    /// Notes a block as it is now, by its record.
+    /// Stores a block's current state, from its record.
     pub(super) fn note(&self, stored: &StoredBlock, record: &str) {
         self.settle(&stored.pool, &stored.block);
         let Ok(record) = serde_json::from_str::<Value>(record) else {

@@ -79,7 +79,7 @@ impl Handover {
 /// knows.
 ///
 /// # Errors
-/// `forbidden` where it is another's.
+/// `forbidden` if it is another's.
 pub(crate) fn check_asker(asker: &Peer) -> Result<(), Refusal> {
     match asker.socket.as_ref().map(crate::socket::Socket::user) {
         Some(User::Uid(uid)) if is_trusted(uid) => Ok(()),

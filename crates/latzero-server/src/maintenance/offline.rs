@@ -79,10 +79,10 @@ impl From<OpenError> for MaintenanceError {
 }
 
 impl Offline {
-    /// Takes a data directory, which is made where there is none.
+    /// Takes a data directory, which is made if there is none.
     ///
     /// # Errors
-    /// [`StartupError::AnotherServer`] where a server runs on it; and whatever would keep one from
+    /// [`StartupError::AnotherServer`] if a server runs on it; and whatever would keep one from
     /// starting on it.
     pub fn lock(path: &Path) -> Result<Offline, MaintenanceError> {
         lock::refuse_held(path)?;

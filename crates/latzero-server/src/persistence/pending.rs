@@ -10,19 +10,18 @@ use latzero_store::{StoreError, Ticket};
 use crate::peer::Peer;
 use crate::shared::{Command, ServerState};
 
-/// A promise that the store has not answered yet.
+/// A change that the store has not answered yet.
 struct PendingReply {
     peer: Arc<Peer>,
-    /// Promises to the same connection that the store refused at once: their word comes after this
-    /// one's.
+    /// Changes of the same connection that the store refused at once: their replies follow this
+    /// one.
     behind: Vec<Refusal>,
 }
 
-/// A word for a connection.
+/// A reply for a connection.
 pub(super) type StoreReply = (Arc<Peer>, Result<(), Refusal>);
 
-/// Who was promised what. Each connection hears of its promises in the order in which they were
-/// made.
+/// The replies that wait for the store. Each connection gets its replies in order.
 #[derive(Default)]
 pub(super) struct Line(HashMap<Ticket, PendingReply>);
 
@@ -36,7 +35,7 @@ impl Line {
         Some(peer.last_promise.swap(ticket, Relaxed)).filter(|&before| before != 0)
     }
 
-    /// The store did not take the promise; `before` is the one before it.
+    /// The store refused the change; `before` is the one before it.
     pub(super) fn refused(
         &mut self,
         (ticket, before): (Ticket, Option<Ticket>),
@@ -64,7 +63,7 @@ impl Line {
     }
 }
 
-/// The promises, and whom to tell.
+/// The pending replies, and their receivers.
 #[derive(Default)]
 pub(super) struct PendingReplies {
     line: Mutex<Line>,
@@ -76,7 +75,7 @@ impl PendingReplies {
         self.line.lock().expect("nothing panics under this lock")
     }
 
-    /// Tells the loops what became of promises, each loop once.
+    /// Sends the loops the results of changes, each loop once.
     pub(super) fn done(&self, done: &mut Vec<(Ticket, Result<(), StoreError>)>) {
         let mut words = Vec::with_capacity(done.len());
         let mut line = self.line();
@@ -87,7 +86,7 @@ impl PendingReplies {
         self.reply(&line, words);
     }
 
-    /// Under the lock, so that no later word overtakes these.
+    /// Under the lock, so that no later reply overtakes these.
     pub(super) fn reply(&self, _line: &Line, words: Vec<StoreReply>) {
         let Some(shared) = self.shared.get().and_then(Weak::upgrade) else {
             return;
@@ -122,7 +121,7 @@ mod tests {
         let before = line.promise(1, &a);
         let word = line.refused((1, before), refusal()).unwrap();
         assert!(Arc::ptr_eq(&word.0, &a) && word.1.is_err());
-        // Behind what is still being written its word waits, and so do those that follow.
+        // Its reply waits behind changes that are still being written, and so do later ones.
         assert_eq!(line.promise(2, &a), None);
         assert_eq!(line.promise(3, &b), None);
         for ticket in [4, 5] {

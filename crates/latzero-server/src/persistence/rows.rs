@@ -41,7 +41,7 @@ pub(super) fn binding_of(row: latzero_store::BindingRow) -> Option<BindingRow> {
     Some(BindingRow {
         app_id: AppId::new(&row.app_id).ok()?,
         uid: row.uid,
-        // A key that makes no sense is one that nobody has: better than none.
+        // An invalid key matches nobody, which is safer than no key.
         key: row.public_key.map(|key| key.try_into().unwrap_or([0; 32])),
         since: ms(row.since),
     })
@@ -52,7 +52,7 @@ pub(super) fn pool_of(row: latzero_store::PoolRow) -> Result<PoolRow, Refusal> {
     let policy = row.policy.unwrap_or_else(|| "{}".into());
     Ok(PoolRow {
         name: PoolName::new(&row.name)?,
-        // Without the owner that it had its rules are not those that it had.
+        // Without its owner, its rules would be different.
         policy: if owner.is_ok() { policy } else { String::new() },
         owner: owner.unwrap_or(None),
         properties: row.properties,

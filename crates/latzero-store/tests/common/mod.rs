@@ -13,7 +13,7 @@ use latzero_store::{
 pub(crate) type Told = (Ticket, Result<(), StoreError>);
 
 /// Longer than anything here takes; a test that waits for it fails.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(crate) const BOOT: &str = "00000000-0000-4000-8000-000000000001";
 

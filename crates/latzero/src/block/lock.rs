@@ -122,9 +122,9 @@ impl BlockLock {
         self.fence
     }
 
-    /// Whether the program that started this one holds it: see [`LOCKS_VARIABLE`]. Writes under such
-    /// a lock go through the server, which checks the fence of each, so programs that share a lock
-    /// cannot damage the block. It is neither renewed nor given back here.
+    /// Whether the program that started this one holds it: see [`LOCKS_VARIABLE`]. Writes under
+    /// such a lock go through the server, which checks the fence of each, so programs that share a
+    /// lock cannot damage the block. It is neither renewed nor given back here.
     #[must_use]
     pub fn is_inherited(&self) -> bool {
         self.source == Source::Inherited
@@ -155,7 +155,7 @@ impl BlockLock {
         .with_ran(Ran::No))
     }
 
-    /// Begins its lease anew; without one it is held as long as the connection.
+    /// Renews its lease; without one it is held as long as the connection.
     ///
     /// # Errors
     /// `lock_lost`.
@@ -174,7 +174,7 @@ impl BlockLock {
     /// Gives it back, and waits until the server has it.
     ///
     /// # Errors
-    /// `lock_lost` where it was lost before.
+    /// `lock_lost` if it was lost before.
     pub async fn unlock(mut self) -> Result<(), Error> {
         if self.is_inherited() {
             return Ok(());
@@ -195,7 +195,8 @@ impl Drop for BlockLock {
     }
 }
 
-/// A lock that was asked for. If nobody wants it any more, its grant may be on its way all the same: then it is given back.
+/// A lock that was asked for. If nobody wants it any more, its grant may be on its way all the
+/// same: then it is given back.
 struct LockRequest(Option<(Block, Calling<Reply>)>);
 
 impl LockRequest {
@@ -218,7 +219,7 @@ impl Drop for LockRequest {
     }
 }
 
-/// A lock that nobody wants any more, until the server has said what became of it: its own waker takes the answer.
+/// An abandoned lock request, until the server has answered: its own waker takes the answer.
 struct Unwanted(Mutex<Option<(Block, Calling<Reply>)>>);
 
 impl Wake for Unwanted {

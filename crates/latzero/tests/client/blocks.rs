@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::fake::{Fake, Over, Peer, Socket, ack, frame};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn custodian(size: u64, generation: u64) -> Custodian {
     let description = Description {
@@ -159,7 +159,7 @@ impl BlockServer {
 
     /// Waits until it has heard that many messages of an action.
     fn wait_heard(&self, action: &str, count: usize) {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while self.count(action) < count {
             assert!(
                 Instant::now() < end,
@@ -328,7 +328,7 @@ fn descriptors_that_are_refused_are_closed() {
             sent.lock().unwrap().drain(..).map(Into::into).collect()
         });
         for mut kept in kept {
-            kept.set_read_timeout(Some(PATIENCE)).unwrap();
+            kept.set_read_timeout(Some(TIMEOUT)).unwrap();
             assert_eq!(kept.read(&mut [0]).unwrap(), 0, "{announced:?}");
         }
     }
@@ -415,12 +415,12 @@ fn handles_of_a_block_share_one_subscription() {
     for version in [3, 4, 9] {
         server.send_event(&json!({"event": "block_changed", "version": version}));
     }
-    while second.recv_timeout(PATIENCE).unwrap() != Some(9) {}
+    while second.recv_timeout(TIMEOUT).unwrap() != Some(9) {}
     drop(second);
     server.wait_heard("memory_unsubscribe", 1);
     let mut third = one.changes().unwrap();
     server.send_event(&json!({"event": "block_removed"}));
-    while third.recv_timeout(PATIENCE).unwrap().is_some() {}
+    while third.recv_timeout(TIMEOUT).unwrap().is_some() {}
 }
 
 #[test]
@@ -483,7 +483,7 @@ fn a_draft_that_a_panic_drops_nobody_sees() {
     let block = app.block("b").create(10).send().unwrap();
     let panicked = std::thread::scope(|scope| {
         let handle = scope.spawn(|| {
-            let mut draft = block.write(PATIENCE).unwrap();
+            let mut draft = block.write(TIMEOUT).unwrap();
             draft.write(0, b"half").unwrap();
             panic!("on purpose");
         });
@@ -492,7 +492,7 @@ fn a_draft_that_a_panic_drops_nobody_sees() {
     assert!(panicked.is_err());
     server.wait_heard("memory_unlock", 1);
     assert_eq!((block.version(), server.block().version().unwrap()), (0, 0));
-    let mut draft = block.write(PATIENCE).unwrap();
+    let mut draft = block.write(TIMEOUT).unwrap();
     draft.write(0, b"whole").unwrap();
     assert_eq!(draft.commit().unwrap(), 1);
     assert_eq!(block.read().unwrap().0, b"whole\0\0\0\0\0");
@@ -522,7 +522,7 @@ fn a_wait_goes_on_with_the_block_that_took_its_place() {
     let block = app.block("b").attach().unwrap();
     let old = server.block();
     std::thread::scope(|scope| {
-        let waiter = scope.spawn(|| block.wait_for(0, PATIENCE).unwrap());
+        let waiter = scope.spawn(|| block.wait_for(0, TIMEOUT).unwrap());
         // By the word in the header alone: no event is needed.
         let new = Arc::new(custodian(20, 2));
         *server.custodian.lock().unwrap() = new.clone();
@@ -544,7 +544,7 @@ fn a_draft_shows_its_writer_what_it_will_be() {
         let app = connect(&fake);
         let block = app.block("b").create(10).send().unwrap();
         block.write_at(0, b"0123456789").unwrap();
-        let mut draft = block.write(PATIENCE).unwrap();
+        let mut draft = block.write(TIMEOUT).unwrap();
         draft.write(0, b"ab").unwrap();
         draft.write(7, b"xyz").unwrap();
         draft.write(8, b"Y").unwrap();
@@ -606,7 +606,7 @@ fn a_lock_that_is_granted_to_nobody_is_given_back() {
         std::thread::yield_now();
     };
     {
-        let mut locking = pin!(block.lock(LockMode::Exclusive, PATIENCE));
+        let mut locking = pin!(block.lock(LockMode::Exclusive, TIMEOUT));
         assert!(poll(locking.as_mut()).is_pending());
         server.wait_heard("memory_lock", 1);
     }
@@ -637,7 +637,7 @@ fn futures_wait_for_versions_and_see_changes() {
                 .unwrap_err();
             assert_eq!(error.kind(), Code::Timeout);
             let (theirs, waiting) = (server.clone(), block.clone());
-            let waiter = tokio::spawn(async move { waiting.wait_for(0, PATIENCE).await });
+            let waiter = tokio::spawn(async move { waiting.wait_for(0, TIMEOUT).await });
             let writer = std::thread::spawn(move || {
                 let version = theirs.block().write(0, b"x", None).unwrap();
                 // Subscribed, or about to ask for the version.
@@ -678,11 +678,11 @@ fn a_reconnect_brings_versions_and_removals_that_were_missed() {
     // Written while nobody could be told.
     server.block().write(0, b"miss", None).unwrap();
     fake.cut();
-    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), Some(1));
+    assert_eq!(changes.recv_timeout(TIMEOUT).unwrap(), Some(1));
     assert!(block.is_live());
     is_gone.store(true, Ordering::SeqCst);
     fake.cut();
-    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), None);
+    assert_eq!(changes.recv_timeout(TIMEOUT).unwrap(), None);
     // What was mapped can still be read, and says what it is.
     assert_eq!(block.read().unwrap(), (b"miss".to_vec(), 1));
     assert!(!block.is_live());
@@ -789,12 +789,12 @@ fn memory_goes_back_to_a_server_that_was_started_anew() {
     let mut changes = block.changes().unwrap();
     server.block().write(0, b"kept", None).unwrap();
     fake.cut();
-    was_asked.recv_timeout(PATIENCE).unwrap();
+    was_asked.recv_timeout(TIMEOUT).unwrap();
     for n in 0..EMITS {
         app.emit("news", &bulk(n)).send().unwrap();
     }
     go_on.send(()).unwrap();
-    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), Some(1));
+    assert_eq!(changes.recv_timeout(TIMEOUT).unwrap(), Some(1));
     assert!(block.is_live());
     assert_eq!(&block.read().unwrap().0[..4], b"kept");
     // It is told of changes again, which could not be asked for before the block was there: first,
@@ -821,7 +821,7 @@ fn memory_goes_back_on_a_runtime_too() {
         let mut changes = block.changes().await.unwrap();
         server.block().write(0, b"kept", None).unwrap();
         fake.cut();
-        was_asked.recv_timeout(PATIENCE).unwrap();
+        was_asked.recv_timeout(TIMEOUT).unwrap();
         for n in 0..EMITS {
             app.emit("news", &bulk(n)).await.unwrap();
         }
@@ -843,9 +843,9 @@ fn memory_is_not_offered_where_no_descriptors_travel() {
     let block = app.block("b").attach().unwrap();
     let mut changes = block.changes().unwrap();
     fake.cut();
-    was_asked.recv_timeout(PATIENCE).unwrap();
+    was_asked.recv_timeout(TIMEOUT).unwrap();
     go_on.send(()).unwrap();
-    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), None);
+    assert_eq!(changes.recv_timeout(TIMEOUT).unwrap(), None);
     assert!(!block.is_live());
     assert_eq!(block.read().unwrap(), (vec![0; 100], 0));
     assert_eq!(server.count("memory_reoffer"), 0);

@@ -1,4 +1,4 @@
-//! What members are told of blocks: listings, descriptions, events.
+//! Listings, descriptions and events of blocks.
 
 use latzero_protocol::encode;
 use latzero_protocol::memory::Access;
@@ -133,7 +133,8 @@ impl<D: Driver> Pool<D> {
         Err(Refusal::new(Code::Overloaded, message))
     }
 
-    /// Replies with a block's description, and its descriptor where the member is attached and takes them.
+    /// Replies with a block's description, and its descriptor where the member is attached and
+    /// takes them.
     pub(in crate::pool) fn answer_description(
         &self,
         key: BlockKey,
@@ -146,7 +147,7 @@ impl<D: Driver> Pool<D> {
             return;
         };
         let storage = self.blocks.at(key).expect("its caller found it").storage;
-        // Where there is no descriptor, now or ever, the block is read and written by copies.
+        // If there is no descriptor, now or ever, the block is read and written by copies.
         let descriptor = access
             .filter(|_| to.takes_descriptors && self.check_descriptors(member).is_ok())
             .and_then(|access| turn.driver.descriptor(storage, access));
@@ -164,7 +165,7 @@ impl<D: Driver> Pool<D> {
         );
     }
 
-    /// Answers a request whose reply was put off.
+    /// Answers a deferred request.
     pub(in crate::pool) fn answer(
         &self,
         member: MemberKey,
@@ -214,7 +215,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Tells subscribers and watchers that a block has a new version. Of two that cross, the older one is not told.
+    /// Notifies subscribers and watchers of a new version of a block. An older version that arrives
+    /// late is not announced.
     pub(in crate::pool) fn notify_change(
         &mut self,
         key: BlockKey,
@@ -263,7 +265,8 @@ impl<D: Driver> Pool<D> {
             return String::new();
         };
         format!(
-            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\"generation\":{}{more}}}",
+            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\
+            \"generation\":{}{more}}}",
             self.name, block.id, block.generation
         )
     }

@@ -1,4 +1,4 @@
-//! The locks of a pool's blocks: asked for, granted in turn, given back, broken.
+//! The locks of a pool's blocks: request, grant, release, break.
 
 use super::*;
 
@@ -87,7 +87,7 @@ impl<D: Driver> Pool<D> {
         Ok(Some("{}".into()))
     }
 
-    /// Begins the lease of a block's lock anew.
+    /// Renews the lease of a block's lock.
     ///
     /// # Errors
     /// `no_block`, `lock_lost`.
@@ -109,7 +109,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Ends waits of a member that it cancelled by their request's id; false where it has none.
+    /// Ends waits of a member that it cancelled by their request's id; false if it has none.
     pub(in crate::pool) fn cancel_lock(
         &mut self,
         member: MemberKey,
@@ -170,7 +170,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// A lock ended without its holder's wish, who lives on.
+    /// The holder lost its lock but is still alive.
     pub(in crate::pool) fn lease_over(
         &mut self,
         key: BlockKey,
@@ -192,7 +192,7 @@ impl<D: Driver> Pool<D> {
         }
         self.notify_broken(key, turn);
         if could_write {
-            // It lives and may write on: into a generation that nobody reads any more.
+            // It is alive and may still write, but into a generation that nobody reads.
             self.renew_generation(key, None, turn);
         }
     }

@@ -1,9 +1,11 @@
-//! Generations of a block: its first one, one of another size, and one that leaves a broken lock's holder behind.
+//! Generations of a block: its first one, one of another size, and one that leaves a broken lock's
+//! holder behind.
 
 use super::*;
 
 impl<D: Driver> Pool<D> {
-    /// Storage that was asked for is there, or can't be had; `None` where none was needed in the end.
+    /// Storage that was asked for is there, or can't be had; `None` where none was needed in the
+    /// end.
     pub fn storage_made(
         &mut self,
         key: BlockKey,
@@ -77,7 +79,7 @@ impl<D: Driver> Pool<D> {
                             storage: old,
                             is_superseded: true,
                         });
-                        // Before anybody hears of it: who is told may write at once.
+                        // Before anybody is notified: they may write at once.
                         self.write_fence(key, turn);
                         let more = format!(",\"reason\":\"{reason}\"");
                         let json = self.block_event_json("block_moved", key, &more);
@@ -219,16 +221,17 @@ impl<D: Driver> Pool<D> {
         Ok(())
     }
 
-    /// Moves a block of an earlier run to a new generation: somebody held its lock when the server ended, and may be in the
-    /// middle of a version.
+    /// Moves a block of an earlier run to a new generation: somebody held its lock when the server
+    /// ended, and may be in the middle of a version.
     pub fn abandon_writer(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
         if let Ok((key, _)) = self.block(id) {
             self.renew_generation(key, None, turn);
         }
     }
 
-    /// Moves a block of an earlier run whose file an older server made to one with spare slots: until then a version that was
-    /// flushed may be written over. Without room for both it stays as it is.
+    /// Moves a block of an earlier run whose file an older server made to one with spare slots:
+    /// until then a version that was flushed may be written over. Without room for both it stays as
+    /// it is.
     pub fn add_spares(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
         let Ok((key, block)) = self.block(id) else {
             return;
@@ -242,7 +245,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Moves a block to a new generation of the same size, so that who lost its lock can't write it any more.
+    /// Moves a block to a new generation of the same size, so that who lost its lock can't write it
+    /// any more.
     pub(in crate::pool) fn renew_generation(
         &mut self,
         key: BlockKey,
@@ -262,13 +266,14 @@ impl<D: Driver> Pool<D> {
         }
         let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
         if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, turn) {
-            // Without room for a second generation the fence is all that keeps the old writer out.
+            // Without room for a second generation, only the fence keeps the old writer out.
             turn.refused(refusal.code);
         }
     }
 
-    /// Moves every block to a new generation, which those who had to leave an encrypted pool have not mapped. A block that
-    /// can't be moved goes: rather that than one that they can still write.
+    /// Moves every block to a new generation, which those who had to leave an encrypted pool have
+    /// not mapped. A block that can't be moved goes: rather that than one that they can still
+    /// write.
     pub fn renew_blocks(&mut self, turn: &mut Turn<'_, D>) {
         let keys: Vec<BlockKey> = self
             .blocks

@@ -1,8 +1,9 @@
-//! What becomes of a parked call's answer: it is kept until its caller is told.
+//! Answers to parked calls: each is stored until its caller has it.
 //!
-//! The instance that called is told as long as it lives, and else whichever of its app's instances takes it. Answers of one
-//! app are told in the order of their calls; one that does not fit into an outbox holds up those behind it for a while. Told is
-//! what the kernel has taken: until then an answer is on its way, and waits again if the connection ends. A server that dies
+//! An answer goes to the instance that called while it lives, and otherwise to any instance of its
+//! app that accepts it. Answers of one app are sent in the order of their calls; one that does not
+//! fit into an outbox delays those behind it. An answer is delivered once the kernel has taken it:
+//! until then an answer is on its way, and waits again if the connection ends. A server that dies
 //! before that has the call, or the answer, on disk.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,13 +27,14 @@ use crate::outbox::{Class, Sent};
 use crate::rows::{AnswerRow, StoreChange};
 use crate::turn::Turn;
 
-/// After how long answers that did not fit into their caller's outbox are tried again, in milliseconds.
+/// After how long answers that did not fit into their caller's outbox are tried again, in
+/// milliseconds.
 const ANSWER_AGAIN_MS: u64 = 1000;
 
-/// For whom an answer is kept.
+/// The receiver of a stored answer.
 pub(super) struct KeptFor {
     pub(super) caller: AppId,
-    /// Who called: told first, if it is still there.
+    /// The calling instance, which gets the answer if it is still there.
     pub(super) from: MemberKey,
     /// The caller's id of the call.
     pub(super) id: Box<str>,
@@ -66,7 +68,7 @@ struct PendingAnswer {
     again: Option<Time>,
 }
 
-/// The answers that a pool keeps.
+/// The stored answers of a pool.
 #[derive(Default)]
 pub(super) struct KeptAnswers {
     answers: BTreeMap<u64, StoredAnswer>,
@@ -127,7 +129,7 @@ impl KeptAnswers {
         Some(kept)
     }
 
-    /// Notes an answer where it is: on its way, or waiting for its app.
+    /// Records where an answer is: on its way, or waiting for its app.
     fn place(&mut self, number: u64, kept: &StoredAnswer) {
         match kept.on_way {
             Some(to) => self.on_way.entry(to).or_default().insert(number),
@@ -164,7 +166,7 @@ impl KeptAnswers {
         }
     }
 
-    /// An answer is in a member's outbox now, or in nobody's.
+    /// An answer has entered or left a member's outbox.
     fn move_to(&mut self, number: u64, on_way: Option<MemberKey>) {
         if let Some(mut kept) = self.answers.remove(&number) {
             self.displace(number, &kept);
@@ -183,7 +185,7 @@ impl KeptAnswers {
         numbers.into_iter().flatten().copied().collect()
     }
 
-    /// Has an app's answers tried again then, or not before it asks.
+    /// Schedules a retry of an app's answers, or none before it asks.
     fn try_again(&mut self, app: &AppId, at: Option<Time>) {
         let Some(waiting) = self.by_app.get_mut(app) else {
             return;
@@ -227,19 +229,19 @@ impl KeptAnswers {
     }
 }
 
-/// What became of an answer.
+/// The delivery state of an answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::pool) enum DeliveryState {
     /// It is on its way to this instance.
     Yes(MemberKey),
     /// Its caller has no room for it just now.
     NotNow,
-    /// Nobody is there who could take it.
+    /// No receiver is connected.
     Nobody,
 }
 
 impl<D: Driver> Pool<D> {
-    /// Takes in an answer that an earlier run kept; false where the stored row is invalid.
+    /// Restores an answer of an earlier run; false if the stored row is invalid.
     pub fn restore_answer(
         &mut self,
         row: &AnswerRow,
@@ -251,7 +253,7 @@ impl<D: Driver> Pool<D> {
         let Some(answer) = Answered::read(&row.frame) else {
             return false;
         };
-        // Never longer than is promised, whatever the clock says now.
+        // Never longer than promised, whatever the clock says now.
         let left = row.expires.saturating_sub(steady_ms);
         let expires = now.after_ms(left.min(self.limits.answer_ttl_ms));
         turn.count_held(&self.name, self.number, 1);
@@ -299,7 +301,7 @@ impl<D: Driver> Pool<D> {
         self.finish_parked(number, (Answered::refused(refusal), false), turn);
     }
 
-    /// A parked call is over: its caller is told, or its answer kept.
+    /// A parked call ended: notifies its caller, or stores the answer.
     fn finish_parked(
         &mut self,
         number: u64,
@@ -321,8 +323,8 @@ impl<D: Driver> Pool<D> {
             turn.store(StoreChange::EndCall(number), None);
             return;
         }
-        // Nothing that was cancelled or ran out of time is run again, even if the server dies
-        // before that is told; nor what was to run once.
+        // A cancelled or expired call is never run again, even if the server dies before its caller
+        // knows; nor is a call that must run once.
         let must_write = !is_answered || parked.idempotency_key.is_some();
         let whom = KeptFor {
             caller: parked.caller,
@@ -336,7 +338,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Tells an answer, and keeps it until its caller has it. It counts in the place of its call.
+    /// Sends an answer, and stores it until its caller has it. It takes over the call's
+    /// reservation.
     pub(super) fn store_answer(
         &mut self,
         number: u64,
@@ -356,7 +359,7 @@ impl<D: Driver> Pool<D> {
         if !matches!(delivery, DeliveryState::Yes(_))
             && let Err(full) = held.bytes.resize(answer.bytes() as u64)
         {
-            // Its caller is told at least that there was an answer.
+            // Its caller at least learns that there was an answer.
             let why = Refusal::from(full).message;
             let message = format!("the answer could not be kept: {why}");
             answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
@@ -384,7 +387,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// An answer stands in a member's outbox; the driver says when it has left.
+    /// An answer is in a member's outbox; the driver reports when it has left.
     fn send_on_way(&mut self, number: u64, member: MemberKey, turn: &mut Turn<'_, D>) {
         self.parked.answers.move_to(number, Some(member));
         if let Some(to) = self.members.at(member) {
@@ -392,7 +395,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Writes an answer down in the place of its call, where that was not done before.
+    /// Stores an answer in place of its call, unless that was done before.
     fn write_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
@@ -414,7 +417,7 @@ impl<D: Driver> Pool<D> {
         turn.store(StoreChange::Answer(Box::new(row)), None);
     }
 
-    /// An answer has left with everything that was appended before it ([`Effects::note_told`]).
+    /// An answer has left with everything that was appended before it ([`Effects::delivered`]).
     pub fn answer_delivered(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let answers = &self.parked.answers.answers;
         if answers
@@ -441,8 +444,9 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Passes an answer to the member that called while it is there, else to the instance of its app
-    /// that came last and takes it. Not to one that has another call under the same id in flight.
+    /// Passes an answer to the member that called while it is there, else to the instance of its
+    /// app that came last and takes it. Not to one that has another call under the same id in
+    /// flight.
     pub(in crate::pool) fn deliver_answer(
         &self,
         (caller, from): (&AppId, MemberKey),
@@ -478,7 +482,7 @@ impl<D: Driver> Pool<D> {
         delivery
     }
 
-    /// Sends an answer that was kept; `None` where the receiver can never take it.
+    /// Sends a stored answer; `None` if the receiver can never take it.
     pub(in crate::pool) fn send_answer(
         &self,
         to: &Member<D>,
@@ -507,7 +511,7 @@ impl<D: Driver> Pool<D> {
         Some(sent)
     }
 
-    /// Tells an app that is back what was answered while it was away.
+    /// Sends an app that is back the answers that came while it was offline.
     pub fn deliver_answers(&mut self, app: &AppId, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let Some(waiting) = self.parked.answers.by_app.get(app) else {
@@ -536,7 +540,7 @@ impl<D: Driver> Pool<D> {
         self.parked.answers.try_again(app, again);
     }
 
-    /// Tries again what did not fit, and gives up what waited long enough.
+    /// Retries what did not fit, and drops expired answers.
     pub(super) fn handle_answers_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(&(_, number)) = self.parked.answers.expires.first().filter(|e| e.0 <= now) {

@@ -1,10 +1,10 @@
-//! Calls whose handler died before it answered: given to another one, or parked, or dead.
+//! Calls whose handler died before it answered: redelivered, parked, or dead.
 //!
 //! A parked call pauses after each failed attempt, [`PAUSE_MS`] at first and four times as long
-//! each time, and then stands behind what was parked meanwhile: one that kills its handlers does
-//! not hold up the others. After its last attempt it is dead. Its caller is told, and the call is
-//! kept for [`crate::limits::Limits::dead_ttl_ms`], so that somebody can look for the fault and run
-//! it again.
+//! each time, and then stands behind what was parked meanwhile: a call that kills its handlers does
+//! not delay the others. After its last attempt it is dead. Its caller is notified, and the call
+//! stays stored for [`crate::limits::Limits::dead_ttl_ms`], so that an operator can inspect it and
+//! run it again.
 
 use latzero_protocol::message::Trigger;
 use latzero_protocol::{Code, Refusal, encode};
@@ -67,8 +67,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Gives a connection's call to another handler; parks it where it may wait, else tells its
-    /// caller.
+    /// Redelivers a call to another handler; else parks it if it may wait, or notifies its caller.
     fn redeliver(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
         let Orphan {
             caller,
@@ -169,7 +168,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// A parked call had its last attempt: its caller is told, and the call itself is kept.
+    /// A parked call had its last attempt: notifies its caller, and keeps the dead call.
     fn die(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let (now, steady_ms) = (turn.time(), turn.steady_ms());
         let ttl_ms = self.limits.dead_ttl_ms;
@@ -217,8 +216,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Runs a dead call again, as a new one that nobody waits for: its caller was told that it
-    /// failed. False where there is no such dead call.
+    /// Runs a dead call again, as a new one that nobody waits for: its caller knows that it failed.
+    /// False if there is no such dead call.
     pub fn retry_parked(&mut self, number: u64, ttl_ms: u64, turn: &mut Turn<'_, D>) -> bool {
         let parked = self.parked.calls.get(&number);
         if !parked.is_some_and(Parked::is_dead) {
@@ -243,7 +242,7 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Has the calls go on that have paused long enough.
+    /// Resumes calls whose pause is over.
     pub(super) fn end_pauses(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(&(_, number)) = self.parked.pauses.first().filter(|pause| pause.0 <= now) {
@@ -288,7 +287,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Tells the callers of calls whose handler died that no other gets them: the pool goes.
+    /// The pool is removed: notifies the callers of calls whose handler died.
     pub(in crate::pool) fn drop_orphans(&mut self, turn: &mut Turn<'_, D>) {
         for orphan in std::mem::take(&mut self.parked.orphans) {
             if let Some(number) = orphan.lasting.number {

@@ -1,4 +1,4 @@
-//! Parked calls on their way to handlers, in turns, as far as the handlers take them.
+//! Dispatch of parked calls to handlers, in fair turns, while the handlers have room.
 
 use std::collections::BTreeSet;
 
@@ -16,10 +16,10 @@ use crate::slab::Key;
 use crate::turn::Turn;
 
 /// After how long parked calls are offered again to handlers whose outbox was full, in
-/// milliseconds: it empties without a word to the pool.
+/// milliseconds: the pool is not notified when it empties.
 const GIVE_AGAIN_MS: u64 = 1000;
 
-/// Why not all calls of a trigger were given out.
+/// Why not all calls of a trigger were dispatched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stall {
     /// There were many: others want the pool as well.
@@ -38,14 +38,14 @@ enum Next {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Looks after what this step left: calls whose handler left, and handlers with room.
+    /// Handles what this step left: calls whose handler left, and handlers with room.
     pub(crate) fn settle(&mut self, turn: &mut Turn<'_, D>) {
         while let Some(process) = self.parked.room.pop_first() {
             self.dispatch_parked(process.as_str(), turn);
         }
     }
 
-    /// Gives parked calls of a trigger to its handlers.
+    /// Dispatches parked calls of a trigger to its handlers.
     pub(in crate::pool) fn dispatch_parked(&mut self, process: &str, turn: &mut Turn<'_, D>) {
         if let Some(lines) = self.parked.lines.get_mut(process) {
             lines.begin_round();
@@ -53,7 +53,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Gives out what was not passed over in this round.
+    /// Dispatches what was not skipped in this round.
     fn dispatch_round(&mut self, process: &str, turn: &mut Turn<'_, D>) {
         self.parked.stalled.remove(process);
         let mut takers = self.available_handlers(process);
@@ -137,7 +137,7 @@ impl<D: Driver> Pool<D> {
             Ok((key, lasting)) => {
                 let lines = self.parked.lines.get_mut(process).expect("it was in one");
                 lines.note_turn(app, &waiting);
-                // Out of the line first, which finds it by its state.
+                // Out of the queue first, which finds it by its state.
                 let parked = self.parked.calls.get_mut(&number).expect("just found");
                 parked.state = State::Waiting(lasting);
                 let taken = self.parked.change(number, |parked| {
@@ -181,7 +181,7 @@ impl<D: Driver> Pool<D> {
         Next::Passed
     }
 
-    /// Calls of a trigger wait that may be given out later.
+    /// Calls of a trigger wait for a later dispatch.
     fn stall(&mut self, process: &str, why: Stall, at: Time) {
         if let Some((name, _)) = self.parked.lines.get_key_value(process) {
             self.parked.stalled.insert(name.clone(), why);
@@ -190,7 +190,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Goes on giving out what was left.
+    /// Continues an unfinished dispatch.
     pub(super) fn go_on_giving(&mut self, turn: &mut Turn<'_, D>) {
         if self.parked.goes_on.is_none_or(|at| at > turn.time()) {
             return;
@@ -204,7 +204,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Offers a lasting call to the handlers; gives it back, in both cases.
+    /// Offers a durable call to the handlers; returns it in both cases.
     #[expect(
         clippy::type_complexity,
         reason = "the call goes back to whoever keeps it"

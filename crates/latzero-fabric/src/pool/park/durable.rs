@@ -1,4 +1,4 @@
-//! A call as it is kept: its caller's words, and what was decided about it.
+//! A stored call: its message and its state.
 
 use latzero_protocol::encode::append_str;
 use latzero_protocol::frame::Frame;
@@ -21,7 +21,7 @@ pub(in crate::pool) struct DurableCall {
     pub(super) attempt: u32,
     /// Most attempts.
     pub(super) attempts: u32,
-    /// Items that the next handler may send, where the caller set a window: what the ones before it left.
+    /// Items that the next handler may send if the caller set a window: what earlier attempts left.
     pub(in crate::pool) window: Option<u64>,
     /// Whether it may be given to another handler after the first one died.
     pub(in crate::pool) redeliver: bool,
@@ -31,7 +31,7 @@ pub(in crate::pool) struct DurableCall {
     pub(super) idempotency_key: Option<Box<str>>,
     /// Its number, where it is parked.
     pub(in crate::pool) number: Option<u64>,
-    /// Its place in the books, where it is not parked.
+    /// Its reservation, where it is not parked.
     pub(super) held: Option<Reservation>,
 }
 
@@ -83,7 +83,7 @@ impl DurableCall {
     }
 }
 
-/// About how many bytes a call takes that is kept.
+/// The approximate bytes of a stored call.
 pub(in crate::pool) fn bytes(trigger: &Trigger<'_>) -> usize {
     let raw = |raw: Option<Raw<'_>>| raw.map_or(0, |raw| raw.text().len());
     let text = |text: &Option<std::borrow::Cow<'_, str>>| text.as_ref().map_or(0, |t| t.len());
@@ -96,10 +96,10 @@ pub(in crate::pool) fn bytes(trigger: &Trigger<'_>) -> usize {
         + OVERHEAD
 }
 
-/// What a kept call takes besides its words.
+/// Bytes of a stored call besides its message.
 const OVERHEAD: usize = 640;
 
-/// The message of a call, as it is kept: its payload's text is passed on as it came.
+/// The message of a call as it is stored, with the original text of its payload.
 fn message(trigger: &Trigger<'_>) -> String {
     let mut out = Vec::with_capacity(128 + trigger.body.len());
     out.extend_from_slice(b"{\"action\":\"trigger\",\"process\":");

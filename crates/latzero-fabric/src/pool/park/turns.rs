@@ -1,7 +1,7 @@
-//! Whose turn it is: users take turns, and the apps of each user do. Of one app, the call that
-//! waits longest is first.
+//! Fair queueing: users take turns, and so do the apps of each user. Of one app, the oldest call is
+//! first.
 //!
-//! Names cost nothing, so a turn by name alone would go to whoever invents the most of them.
+//! Names cost nothing, so turns by name alone would favour a user who invents many.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound::{Excluded, Unbounded};
@@ -38,7 +38,7 @@ impl<K, V> Default for Ring<K, V> {
     }
 }
 
-/// Where a call stands among those of its caller: by the number that it is behind, then its own.
+/// A call's position among those of its caller: the number that it follows, then its own.
 pub(super) type QueuePosition = (u64, u64);
 
 /// A call that waits, and whose it is.
@@ -107,7 +107,7 @@ impl Line {
         })
     }
 
-    /// A call was given out: it is the turn of others.
+    /// A call was dispatched: it is the turn of others.
     fn note_turn(&mut self, waiting: &QueuedCalls) {
         self.users.last = Some(waiting.user);
         if let Some(apps) = self.users.map.get_mut(&waiting.user) {
@@ -115,7 +115,7 @@ impl Line {
         }
     }
 
-    /// A call can't be given out now, but those behind it may.
+    /// A call can't be dispatched now, but those behind it may.
     fn pass(&mut self, waiting: &QueuedCalls, round: u64) {
         let apps = self.users.map.get_mut(&waiting.user);
         if let Some(own) = apps.and_then(|apps| apps.map.get_mut(&waiting.app)) {
@@ -150,14 +150,14 @@ impl Lines {
         line?.next(self.round)
     }
 
-    /// A call was given out: it is the turn of others.
+    /// A call was dispatched: it is the turn of others.
     pub(super) fn note_turn(&mut self, destination: Option<&AppId>, waiting: &QueuedCalls) {
         if let Some(line) = self.line(destination) {
             line.note_turn(waiting);
         }
     }
 
-    /// A call can't be given out in this round, but those behind it may.
+    /// A call can't be dispatched in this round, but those behind it may.
     pub(super) fn pass(&mut self, destination: Option<&AppId>, waiting: &QueuedCalls) {
         let round = self.round;
         if let Some(line) = self.line(destination) {
@@ -165,13 +165,13 @@ impl Lines {
         }
     }
 
-    /// What was passed over is tried again.
+    /// Skipped calls are tried again.
     pub(super) fn begin_round(&mut self) {
         self.round += 1;
     }
 
-    /// Under which user calls of an app wait already: those from before a restart are of whoever is
-    /// asked for what the server kept, and an app's calls stay in one order.
+    /// The user under which calls of an app already wait, so that an app's calls stay in one order,
+    /// also over a restart.
     pub(super) fn user_of(&self, destination: Option<&AppId>, app: &AppId) -> Option<u64> {
         let line = match destination {
             None => Some(&self.any),
@@ -231,7 +231,7 @@ mod tests {
         }
     }
 
-    /// The order in which everything is given out.
+    /// The order in which everything is dispatched.
     fn order(line: &mut Line) -> Vec<u64> {
         let mut order = Vec::new();
         while let Some(next) = line.next(1) {

@@ -39,8 +39,8 @@ impl Files {
     }
 
     /// What an earlier run left, the newest first, with what was never finished cleared away.
-    /// `rows` are the records as the database has them, by the id of their files. `lost` hears what
-    /// is affected and what happened to it.
+    /// `rows` are the records as the database has them, by the id of their files. `lost` is called
+    /// with what is affected and what happened to it.
     pub(in crate::blocks) fn scan_with(
         &self,
         rows: &HashMap<String, String>,
