@@ -94,7 +94,7 @@ impl Written {
     }
 }
 
-/// A connection's handle. Two handles are equal where they are of the same connection.
+/// A connection's handle. Two handles are equal if they are of the same connection.
 pub trait Peer<D: Driver>: Clone + Eq {
     /// What the core keeps of the connection, for this caller alone and for a moment.
     fn link(&self) -> impl DerefMut<Target = Link<D>>;
@@ -152,8 +152,8 @@ pub trait Driver: Sized {
     /// A descriptor of a block's storage with this access, if there is one.
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Self::Fd>;
 
-    /// A block's version, as far as it is known without waiting; at least `noted`, which somebody
-    /// says it has, where the block itself agrees.
+    /// A block's version, as far as it is known without waiting; at least `noted`, which a client
+    /// reported, if the block itself agrees.
     fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64;
 
     /// Writes the fence of a block's lock where its writers look, and whether anybody holds it
@@ -219,7 +219,7 @@ pub trait Driver: Sized {
     fn note_refused(&mut self, asker: &Self::Peer);
 
     /// Carries out a request of an administrator that is not the core's own; returns the reply's
-    /// JSON text, or nothing where it is slow and the driver itself replies to `asker` under `id`.
+    /// JSON text, or nothing if it is slow and the driver itself replies to `asker` under `id`.
     ///
     /// # Errors
     /// If it can't be done.

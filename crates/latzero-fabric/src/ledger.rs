@@ -499,7 +499,7 @@ pub struct Ledger {
 /// in and one out.
 const CONNECTION_PART: u64 = 4;
 
-/// A stranger may hold this part of every resource: others have the rest.
+/// An untrusted user may hold this part of every resource: others have the rest.
 const STRANGER_PART: u64 = 2;
 
 /// A user that holds less than this part of all outboxes is modest: 1/8.
@@ -588,7 +588,8 @@ impl Ledger {
         &self.earlier
     }
 
-    /// An account for a user. One that is trusted may hold all there is, a stranger a part of it.
+    /// An account for a user. One that is trusted may hold all there is, an untrusted user a part
+    /// of it.
     #[must_use]
     pub fn user(&self, is_trusted: bool) -> Arc<Account> {
         let bounds = if is_trusted {

@@ -340,8 +340,8 @@ impl<F, N> Outbox<F, N> {
         }
     }
 
-    /// Tells the reader of a change; a newer one of the same topic replaces it. True where the
-    /// outbox must be written for it.
+    /// Tells the reader of a change; a newer one of the same topic replaces it. True if the outbox
+    /// must be written for it.
     pub fn note_change(&mut self, topic: (u32, u32), event: String) -> bool {
         if self.is_sealed {
             return false;
@@ -358,8 +358,7 @@ impl<F, N> Outbox<F, N> {
         }
     }
 
-    /// Notifies `who` when everything appended so far is written; returns it where that is so
-    /// already.
+    /// Notifies `who` when everything appended so far is written; returns it if that is so already.
     pub fn notify_when_written(&mut self, who: N) -> Option<N> {
         if self.is_closed {
             return None;

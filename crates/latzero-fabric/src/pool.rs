@@ -205,7 +205,7 @@ pub struct Pool<D: Driver> {
     /// Members that watch for changes of blocks.
     change_watchers: usize,
     closed: bool,
-    /// Whether what is in it may outlive the server: its rules do as well, or it has none.
+    /// Whether its content may outlive the server: its rules do too, or it has none.
     outlives: bool,
     scratch: Vec<u8>,
 }

@@ -783,7 +783,7 @@ impl<D: Driver> Registry<D> {
         for (id, app) in &self.apps {
             assert_eq!(app.held.amount(), app.bytes(), "what app '{id}' takes");
         }
-        // Those of an earlier run are all taken in.
+        // Pools of an earlier run are all restored.
         let durable = self.pools.values().filter(|entry| entry.durable).count();
         assert!(
             self.apps.len() <= self.limits.apps_max

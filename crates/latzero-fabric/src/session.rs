@@ -269,8 +269,7 @@ impl<D: Driver> Session<D> {
                         Flow::Close
                     }
                     (_, false) => self.not_ready(id, turn),
-                    // The call that it answers must not wait for a better one until its time is
-                    // over.
+                    // The call that it answers must not wait for a better one until its time ends.
                     (Some("response"), true) => {
                         let of = envelope.in_reply_to.and_then(Raw::as_str);
                         self.fail_answer(of.as_deref(), &refusal, turn);

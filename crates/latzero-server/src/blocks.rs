@@ -62,7 +62,7 @@ struct StoredBlock {
     pool: PoolName,
     block: BlockId,
     kind: Kind,
-    /// The newest version heard of; the truth where it can't be read without waiting.
+    /// The newest reported version; authoritative while it can't be read without waiting.
     version: AtomicU64,
     names: Option<Names>,
     /// False once it is dropped. Locked while the record of its block is changed for a generation
@@ -185,7 +185,7 @@ impl Blocks {
     }
 
     /// Restores the generations of blocks that an earlier run removed.
-    pub(crate) fn take_in_ended(&self, noted: &str) {
+    pub(crate) fn restore_removed(&self, noted: &str) {
         let Ok(generation) = noted.parse() else {
             tracing::warn!(noted, "a stored block generation is invalid");
             return;
@@ -835,7 +835,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     let mut missing: HashMap<(String, String), BlockRow> = shared
         .blocks
         .rows
-        .take_in(rows)
+        .expect_blocks(rows)
         .into_iter()
         .map(|row| ((row.pool.clone(), row.block_id.clone()), row))
         .collect();
@@ -1017,8 +1017,8 @@ fn take(
     may_have_writer: bool,
 ) -> Result<(), Refusal> {
     let faulty = |error: latzero_shm::Fault| Refusal::new(Code::Storage, error.to_string());
-    // Who held the lock when the server died may still write: not under any fence of before. A
-    // header that shows nonsense must not use the fences up.
+    // The lock's holder when the server died may still write, so fences continue above all earlier
+    // ones. An invalid header must not use up the fences.
     let fence = custodian.lease().map_err(faulty)?.min(FENCE_KEPT_MAX) + 1;
     let version = custodian.version().map_err(faulty)?;
     // Nor into a version that another writer begins: the block moves, and until then its header
@@ -1107,7 +1107,7 @@ pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, Owned
     }
 }
 
-/// Gives up the blocks of an earlier run that nobody offered in time.
+/// Drops the blocks of an earlier run that nobody offered in time.
 pub(crate) fn end_grace(shared: &ServerState, now: Time) {
     let gone = shared.blocks.rows.end_grace(shared.started, now);
     if gone > 0 {

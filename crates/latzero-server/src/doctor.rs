@@ -104,7 +104,7 @@ pub enum DirectoryState {
 pub struct Facts {
     /// The effective user id.
     pub uid: u32,
-    /// The data directory, canonical where it is there.
+    /// The data directory, canonical if it is there.
     pub data_dir: PathBuf,
     /// What is there.
     pub place: DirectoryState,

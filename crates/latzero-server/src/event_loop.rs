@@ -158,7 +158,7 @@ impl EventLoop {
         Ok(event_loop)
     }
 
-    /// Turns until the server is over.
+    /// Runs until the server ends.
     ///
     /// # Errors
     /// If the kernel's poll fails, which leaves nothing to turn on.
@@ -757,7 +757,7 @@ impl EventLoop {
                     let _ = notifier.notify("STOPPING=1");
                 }
             }
-            let told = "{\"action\":\"event\",\"event\":\"draining\"}";
+            let event = "{\"action\":\"event\",\"event\":\"draining\"}";
             for connection in self
                 .connections
                 .iter()
@@ -766,8 +766,8 @@ impl EventLoop {
             {
                 self.host
                     .turn()
-                    .send(&connection.peer, Class::Control, told.len(), |out| {
-                        encode::message(out, told)
+                    .send(&connection.peer, Class::Control, event.len(), |out| {
+                        encode::message(out, event)
                     });
             }
             let deadline = now.after_ms(shared.settings().drain_timeout.as_millis() as u64);

@@ -69,7 +69,7 @@ pub(crate) struct Unauthenticated {
 
 impl Unauthenticated {
     /// Counts a connection in, or says why it may not come. Strangers leave places free for the
-    /// server's own user and administrators, and one stranger leaves places for the others.
+    /// server's own user and administrators, and one untrusted user leaves places for the others.
     fn admit(&mut self, user: User, shared: &ServerState) -> Result<(), Refusal> {
         let limits = shared.settings().limits.clone();
         let refuse = |count: usize, what: &str, limit: &str| {
@@ -176,10 +176,10 @@ pub(crate) fn accept(
     let user = socket.user();
     if let Err(refusal) = shared.door().admit(user, shared) {
         shared.stats.connections_refused.fetch_add(1, Relaxed);
-        let mut told = Vec::new();
-        encode::refusal(&mut told, None, &refusal);
+        let mut reply = Vec::new();
+        encode::refusal(&mut reply, None, &refusal);
         // As much as fits at once; the server does not wait for a refused client.
-        let _ = socket.write(&told);
+        let _ = socket.write(&reply);
         return Accepted::Refused;
     }
     shared.stats.connections_accepted.fetch_add(1, Relaxed);

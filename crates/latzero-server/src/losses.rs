@@ -161,7 +161,7 @@ impl LossList {
     }
 
     /// Loads the losses of a run that did not stop in an orderly way. Invalid text is ignored.
-    pub(crate) fn take_in(&self, text: &str) {
+    pub(crate) fn load(&self, text: &str) {
         let earlier: Vec<Since> = serde_json::from_str(text).unwrap_or_default();
         let mut known = self.known();
         for Since { loss, since } in earlier {
@@ -255,9 +255,9 @@ mod tests {
         losses.settle(Part::Memory, "directory");
         assert_eq!(losses.changed(), None);
         let next = LossList::default();
-        next.take_in(&text);
+        next.load(&text);
         assert_eq!(next.to_json(), losses.to_json());
-        next.take_in("no JSON");
+        next.load("no JSON");
         assert_eq!(next.to_json().1, 1);
     }
 

@@ -57,7 +57,7 @@ pub(crate) struct Persistence {
     boot_id: String,
     /// When the last backup by schedule began.
     last_backup: Mutex<LastBackup>,
-    /// Taken when the earlier run's contents are taken in.
+    /// Taken when the earlier run's contents are loaded.
     contents: Mutex<Option<Contents>>,
 }
 
@@ -74,14 +74,14 @@ impl Persistence {
         let boot_id = std::fs::read_to_string(BOOT_ID).unwrap_or_default();
         let boot_id = boot_id.trim().to_owned();
         let promises = Arc::new(PendingReplies::default());
-        let told = Arc::clone(&promises);
+        let pending = Arc::clone(&promises);
         let options = Options {
             durability: match settings.durability {
                 StoreDurability::Full => Durability::Full,
                 StoreDurability::Normal => Durability::Normal,
             },
             boot_id: boot_id.clone(),
-            on_done: Box::new(move |done| told.done(done)),
+            on_done: Box::new(move |done| pending.done(done)),
             ..Options::default()
         };
         let Opened {
@@ -95,7 +95,7 @@ impl Persistence {
         let last_backup = Mutex::new(LastBackup::before(store.status().last_backup, now_ms()));
         let losses = Arc::new(LossList::default());
         if let Some((_, earlier)) = contents.settings.iter().find(|(key, _)| key == LOSSES) {
-            losses.take_in(earlier);
+            losses.load(earlier);
         }
         note_report(&losses, &report);
         Ok(Persistence {
@@ -205,7 +205,7 @@ impl Persistence {
         })
     }
 
-    /// The kernel's name for this run of the machine; empty where it has none.
+    /// The kernel's name for this run of the machine; empty if it has none.
     pub(crate) fn boot_id(&self) -> &str {
         &self.boot_id
     }
@@ -402,7 +402,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     }
     keeper.note_alive(unix_ms);
     if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
-        shared.blocks.take_in_ended(ended);
+        shared.blocks.restore_removed(ended);
     }
     // Before anybody is served: a crash must not hide what this start found.
     if let Some(losses) = keeper.losses.changed() {

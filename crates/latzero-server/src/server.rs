@@ -341,7 +341,7 @@ impl Server {
 struct Progress<'n> {
     notifier: Option<&'n Notifier>,
     since: Instant,
-    told: Instant,
+    reported: Instant,
 }
 
 impl<'n> Progress<'n> {
@@ -350,16 +350,16 @@ impl<'n> Progress<'n> {
         Progress {
             notifier,
             since: now,
-            told: now,
+            reported: now,
         }
     }
 
     fn report(mut self) -> impl FnMut(usize, usize) {
         move |done, of| {
-            if self.told.elapsed() < TELL_EVERY {
+            if self.reported.elapsed() < TELL_EVERY {
                 return;
             }
-            self.told = Instant::now();
+            self.reported = Instant::now();
             let seconds = self.since.elapsed().as_secs();
             tracing::info!(done, of, seconds, "writing persistent blocks to disk");
             if let Some(notifier) = self.notifier {

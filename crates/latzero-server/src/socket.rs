@@ -229,7 +229,7 @@ impl Socket {
 }
 
 /// The process and the user at the other end of a Unix socket (unix(7), SO_PEERCRED). The pid is 0
-/// where that process is of a PID namespace that can't be seen from here; its user is known all the
+/// if that process is of a PID namespace that can't be seen from here; its user is known all the
 /// same.
 pub(crate) fn credentials(socket: &impl AsFd) -> io::Result<(i32, u32)> {
     let found = getsockopt(socket, PeerCredentials)?;

@@ -189,7 +189,7 @@ impl Stats {
     }
 }
 
-/// What this process uses, from proc(5), and what it may use; absent where the system has no such
+/// What this process uses, from proc(5), and what it may use; absent if the system has no such
 /// files.
 pub(crate) fn resources(machine: &MachineLimits) -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();

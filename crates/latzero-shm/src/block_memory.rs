@@ -29,7 +29,7 @@ const COMPARED_BYTES: usize = 4096;
 const PAGE_BYTES: u64 = 64 * 1024;
 
 impl BlockMemory {
-    /// Maps a range for the time of one copy, where that is safe: of a memfd that is sealed against
+    /// Maps a range for the time of one copy, if that is safe: of a memfd that is sealed against
     /// shrinking, so that no page of it can be gone, and whose memory was all set aside when it was
     /// made. Says where in the mapping the range begins.
     fn window(&self, at: u64, length: u64, access: Access) -> Option<(Mapped, u64)> {

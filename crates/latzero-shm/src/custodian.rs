@@ -22,9 +22,9 @@ use crate::slots::{self, Head, ReadError, Stamp, Wait, WriteError, spares};
 /// How often a copy of a version is retried because it was overwritten without the lock.
 const TRIES: u32 = 16;
 
-/// How often the newest version of a block without spare slots is summed up for a flush, where it
-/// does not stay the newest for that long. Then the block goes to the disk without a checksum, as
-/// it does between two flushes.
+/// How often the newest version of a block without spare slots is summed up for a flush, if it does
+/// not stay the newest for that long. Then the block goes to the disk without a checksum, as it
+/// does between two flushes.
 const SUM_TRIES: u32 = 3;
 
 /// How often a flush reserves the newest version of a block, where a writer has begun to write over

@@ -207,7 +207,7 @@ pub(crate) fn consistent<M: Memory>(
     }
 }
 
-/// The sequence number of the head's slot, where that is whole and holds the head's version.
+/// The sequence number of the head's slot, if that is whole and holds the head's version.
 ///
 /// A slot that holds a later version is one that the head is about to name, or never will, where
 /// its writer died: what stands there is no version before the head says so.

@@ -21,7 +21,7 @@ pub enum Waited {
     Superseded,
     /// The block was removed.
     Closed,
-    /// The time is over.
+    /// The time ends.
     TimedOut,
 }
 

@@ -85,7 +85,7 @@ struct Call {
     key: Option<u64>,
     window: Option<u64>,
     queue: Queue,
-    /// Absent where it waits behind a handshake: its time begins when it is read.
+    /// Absent if it waits behind a handshake: its time begins when it is read.
     deadline: Option<Time>,
     is_parked: bool,
     is_refused: bool,

@@ -32,7 +32,7 @@ pub(crate) trait Scenario {
     /// Holds what happened against the model.
     fn check(&mut self, log: &[Event], world: &World) -> Result<(), String>;
 
-    /// Does the `at`-th thing after the last step; nothing where all is done.
+    /// Does the `at`-th thing after the last step; nothing if all is done.
     fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String>;
 
     /// Whether what is left then is as it should be.

@@ -40,7 +40,7 @@ impl Rows {
             StoreChange::ForgetApp(app) => {
                 self.apps.remove(&app);
             }
-            // Everybody is a stranger here.
+            // Everybody is an untrusted user here.
             StoreChange::Binding(_)
             | StoreChange::ForgetBinding(_)
             | StoreChange::Descriptor(..) => {}

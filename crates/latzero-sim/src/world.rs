@@ -93,7 +93,7 @@ pub struct World {
     observer: Observer,
     storages: Storages,
     store: Store,
-    /// All who come over TCP are one user, a stranger; the others are the server's own.
+    /// All who come over TCP are one user, an untrusted user; the others are the server's own.
     users: Users<bool>,
     connections: Vec<Connection>,
     is_draining: bool,
@@ -191,7 +191,7 @@ impl World {
         peer
     }
 
-    /// Hands bytes of a client to the server, which handles every whole frame that it has by now.
+    /// Hands bytes of a client to the server, which handles every whole frame that it has now.
     pub fn feed(&mut self, peer: Peer, bytes: &[u8]) {
         self.resume(peer);
         if !self.is_open(peer) {
@@ -539,7 +539,7 @@ impl World {
     /// Takes no new calls from now on, and tells everybody.
     pub fn drain(&mut self) {
         self.is_draining = true;
-        let told = r#"{"action":"event","event":"draining"}"#;
+        let event = r#"{"action":"event","event":"draining"}"#;
         for at in 0..self.connections.len() {
             let is_ready = self.connections[at]
                 .session
@@ -547,8 +547,8 @@ impl World {
                 .is_some_and(Session::is_ready);
             if is_ready {
                 let line = self.connections[at].line.clone();
-                self.turn().send(&line, Class::Control, told.len(), |out| {
-                    encode::message(out, told);
+                self.turn().send(&line, Class::Control, event.len(), |out| {
+                    encode::message(out, event);
                 });
             }
         }
@@ -623,14 +623,14 @@ impl World {
         };
         for row in rows.calls.values() {
             let account = account(self, &row.caller);
-            let taken = self.take_in(&row.pool, |pool, turn| {
+            let taken = self.restore_into(&row.pool, |pool, turn| {
                 pool.restore_call(row, &account, turn)
             });
             left += usize::from(!taken);
         }
         for row in rows.answers.values() {
             let account = account(self, &row.caller);
-            let taken = self.take_in(&row.pool, |pool, turn| {
+            let taken = self.restore_into(&row.pool, |pool, turn| {
                 pool.restore_answer(row, &account, turn)
             });
             left += usize::from(!taken);
@@ -644,7 +644,7 @@ impl World {
     }
 
     /// Has a pool take something in; one that was made for it goes again where it is invalid.
-    fn take_in(
+    fn restore_into(
         &mut self,
         name: &PoolName,
         restore: impl FnOnce(&mut Pool<World>, &mut Turn<'_, World>) -> bool,

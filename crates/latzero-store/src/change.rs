@@ -30,7 +30,7 @@ pub enum RowChange {
     },
     /// Says whose an AppID is.
     PutBinding(BindingRow),
-    /// An AppID is nobody's.
+    /// An AppID has no owner any more.
     RemoveBinding {
         /// Which.
         app_id: String,
@@ -56,11 +56,11 @@ pub enum RowChange {
     },
     /// Parks a call.
     PutCall(CallRow),
-    /// A parked call was handed out for the `attempt`-th time. An unknown call is ignored.
+    /// A parked call was delivered for the `attempt`-th time. An unknown call is ignored.
     NoteAttempt {
         /// The call's number.
         number: u64,
-        /// How often it was handed out by now.
+        /// How often it was delivered.
         attempt: u32,
     },
     /// Removes a parked call.

@@ -353,7 +353,7 @@ pub(crate) fn state(conn: &Connection, key: &str) -> Option<String> {
     .ok()
 }
 
-/// What is missing from the database, where it has had fewer commits than the last run counted.
+/// What is missing from the database, if it has had fewer commits than the last run counted.
 fn missing_commits(conn: &Connection, place: &DatabasePath, is_blank: bool) -> Option<String> {
     let mark = Mark::read(&place.mark())?;
     if is_blank {

@@ -9,8 +9,8 @@ use crate::faults::Faults;
 /// Names a promise; the caller's own number.
 pub type Ticket = u64;
 
-/// Told about promises after each transaction, on the store's thread. It may take the vector's
-/// contents.
+/// Called with finished tickets after each transaction, on the store's thread. It may take the
+/// vector's contents.
 pub type OnDone = Box<dyn FnMut(&mut Vec<(Ticket, Result<(), StoreError>)>) + Send>;
 
 /// What a commit waits for.
@@ -31,7 +31,7 @@ pub struct Options {
     /// Maximum changes in one transaction. A larger [`Store::commit`](crate::Store::commit) gets
     /// its own transaction.
     pub group_max: usize,
-    /// Promised changes that may wait; beyond it a promise is refused at once.
+    /// Changes with a ticket that may wait; beyond it they are refused at once.
     pub queue_max: usize,
     /// Eventual changes that may wait. Beyond it the oldest times and attempt counts are dropped,
     /// then newcomers are refused.

@@ -155,13 +155,13 @@ impl Store {
     /// Writes `changes`, all or none, and waits for the commit. For worker threads; never from
     /// `on_done`.
     pub fn commit(&self, changes: Vec<RowChange>) -> Result<(), StoreError> {
-        let (reply, told) = sync_channel(1);
+        let (reply, receiver) = sync_channel(1);
         let mut state = self.open_state()?;
         state
             .queue
             .promise(Changes::Together(changes), Teller::Waiter(reply))?;
         self.inner.shared.wake(state);
-        wait(&told)?
+        wait(&receiver)?
     }
 
     /// Waits until everything submitted is on disk or was reported as failed, and writing works.
@@ -189,9 +189,9 @@ impl Store {
     /// Looks for damage: `full` reads everything (`integrity_check`, `foreign_key_check`), else
     /// `quick_check`. No findings mean no damage. Writing waits in the meantime.
     pub fn check(&self, full: bool) -> Result<Vec<String>, StoreError> {
-        let (reply, told) = sync_channel(1);
+        let (reply, receiver) = sync_channel(1);
         self.request(Request::Check { full, reply })?;
-        wait(&told)?
+        wait(&receiver)?
     }
 
     /// How the store is.
@@ -240,12 +240,12 @@ impl Store {
     /// Other handles find the store closed. An error says what was not written; changes reported
     /// before are on disk.
     pub fn close(self) -> Result<(), StoreError> {
-        let (reply, told) = sync_channel(1);
+        let (reply, receiver) = sync_channel(1);
         let mut state = self.open_state()?;
         state.is_closing = true;
         state.requests.push_back(Request::Close { reply });
         self.inner.shared.wake(state);
-        let outcome = wait(&told);
+        let outcome = wait(&receiver);
         self.inner.join();
         outcome?
     }
@@ -266,10 +266,10 @@ impl Store {
 
     /// Copies the database to `to`, which must not exist, and waits for it.
     pub(crate) fn copy_to(&self, to: PathBuf) -> Result<(), BackupError> {
-        let (reply, told) = sync_channel(1);
+        let (reply, receiver) = sync_channel(1);
         self.request(Request::Copy { to, reply })
             .map_err(|error| BackupError::Store(error.into()))?;
-        wait(&told).map_err(BackupError::Store)?
+        wait(&receiver).map_err(BackupError::Store)?
     }
 
     fn request(&self, request: Request) -> Result<(), SubmitError> {
@@ -341,7 +341,8 @@ impl Drop for Inner {
 }
 
 /// Waits for the thread's word. Without one the thread is gone.
-fn wait<T>(told: &Receiver<T>) -> Result<T, StoreError> {
-    told.recv()
+fn wait<T>(receiver: &Receiver<T>) -> Result<T, StoreError> {
+    receiver
+        .recv()
         .map_err(|_| StoreError::Submit(SubmitError::Closed))
 }

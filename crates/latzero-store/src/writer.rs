@@ -120,7 +120,7 @@ struct Writer<'c> {
     batch_first: bool,
     jobs: Vec<Job>,
     refusals: Vec<Option<StoreError>>,
-    told: Vec<(Ticket, Result<(), StoreError>)>,
+    outcomes: Vec<(Ticket, Result<(), StoreError>)>,
 }
 
 impl<'c> Writer<'c> {
@@ -149,7 +149,7 @@ impl<'c> Writer<'c> {
             batch_first: true,
             jobs,
             refusals: Vec::new(),
-            told: Vec::new(),
+            outcomes: Vec::new(),
         }
     }
 
@@ -448,14 +448,14 @@ impl<'c> Writer<'c> {
             };
             match job.teller {
                 Teller::Nobody => {}
-                Teller::Ticket(ticket) => self.told.push((ticket, outcome)),
+                Teller::Ticket(ticket) => self.outcomes.push((ticket, outcome)),
                 // A waiter that is gone does not want to know.
                 Teller::Waiter(reply) => drop(reply.send(outcome)),
             }
         }
-        if !self.told.is_empty() {
-            (self.options.on_done)(&mut self.told);
-            self.told.clear();
+        if !self.outcomes.is_empty() {
+            (self.options.on_done)(&mut self.outcomes);
+            self.outcomes.clear();
         }
     }
 

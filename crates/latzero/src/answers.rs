@@ -77,7 +77,7 @@ impl Answer {
         self.result
     }
 
-    /// How many answers were dropped just before this one, because nobody took them.
+    /// How many answers were dropped just before this one, because they were not read.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.lost

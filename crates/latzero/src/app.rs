@@ -660,8 +660,8 @@ pub(crate) fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
 }
 
 impl Core {
-    /// Sends what asks for no reply, where there is a connection. Small, and bounded by what was
-    /// asked for before.
+    /// Sends what asks for no reply, if there is a connection. Small, and bounded by what was asked
+    /// for before.
     pub(crate) fn send_oneway(&self, message: Message) {
         self.append(message);
         self.flush_soon();

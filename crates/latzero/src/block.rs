@@ -137,7 +137,7 @@ impl BlockName {
             .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))?;
         let message = message(action, self.pool.as_deref(), &self.id, &request);
         let core = self.app.core();
-        // Until the handle is added: what others give up meanwhile is not given up under it.
+        // Locked until the handle is added, so that a concurrent drop does not detach it.
         let mut opening = core.blocks.open(core, self.pool.as_deref(), &self.id);
         let reply = Calling::of_message(&self.app, message, Ok)
             .within(MOVE_TIME)
@@ -195,7 +195,7 @@ impl CreateBlock {
         self
     }
 
-    /// Gone when nobody is attached to it any more.
+    /// Removed when its last attachment ends.
     pub fn while_attached(mut self) -> Self {
         self.request["lifetime"] = Lifetime::Attached.as_str().into();
         self
@@ -322,13 +322,13 @@ impl Block {
         &self.shared().pool
     }
 
-    /// Its size in bytes, as it was last heard of.
+    /// Its last known size in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.described(|d| d.size)
     }
 
-    /// Its generation, as it was last heard of: one more with each resize.
+    /// Its last known generation: one more with each resize.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.described(|d| d.generation)
@@ -359,13 +359,13 @@ impl Block {
         f(&lock(&self.shared().current).described)
     }
 
-    /// Its newest version, as far as it is known without asking: 0 was never written.
+    /// Its newest version, as far as known without asking: 0 was never written.
     #[must_use]
     pub fn version(&self) -> u64 {
         let held = lock(&self.shared().current);
         match &held.attachment {
             Some(attachment) => attachment.version(),
-            // Over a new connection nothing was heard yet.
+            // A new connection has no news yet.
             None => match self.shared().newest.load(Ordering::Acquire) {
                 0 => held.described.version,
                 newest => newest,
@@ -416,7 +416,7 @@ impl Block {
                     }
                     // There is a newer version: from the begin.
                     Err(e) if e.kind() == Code::VersionConflict => break,
-                    // It has another size by now.
+                    // It has another size now.
                     Err(e) if e.kind() == Code::OutOfRange => {
                         self.shared().must_attach.store(true, Ordering::Release);
                         break;
@@ -527,7 +527,7 @@ impl Block {
         }
     }
 
-    /// Attaches again where that is needed; whether the block is mapped then.
+    /// Attaches again if necessary; returns whether the block is mapped then.
     pub(crate) async fn ensure_attached(&self) -> Result<bool, Error> {
         Ok(self.readable().await?.attachment.is_some())
     }
@@ -740,7 +740,7 @@ impl Block {
         lock(&self.shared().fault).take().map_or(Ok(()), Err)
     }
 
-    /// Whether what is held is not the block as it is now, over connection `epoch`.
+    /// Whether the state is outdated for connection `epoch`.
     fn must_move(&self, held: &LockState, epoch: Option<u32>) -> bool {
         self.shared().must_attach.load(Ordering::Acquire)
             || epoch.is_some_and(|epoch| epoch != held.epoch)

@@ -283,7 +283,7 @@ impl Call {
         to_instance(app_id: &str, instance: InstanceId);
         /// Calls in this pool. Needed where the app is in several.
         pool(pool: &str);
-        /// What a sticky trigger goes by: calls with the same key reach the same handler.
+        /// The key of a sticky trigger: calls with the same key reach the same handler.
         key(key: &str);
         /// Adds a header, passed to the handler untouched.
         header(name: &str, value: &str);
@@ -298,7 +298,7 @@ impl Call {
         idempotency_key(key: &str);
         /// Gives the call an id of the caller's own, 1 to 128 bytes; see [`crate::Call::id`].
         id(id: &str);
-        /// Sends these bytes instead of the data, beside the JSON and as they are.
+        /// Sends these bytes unchanged instead of the data, next to the JSON.
         raw_bytes(bytes: Vec<u8>);
         /// Items of a streamed answer that may be under way (default 64).
         window(window: u64);
@@ -457,7 +457,7 @@ impl Emit {
         key(key: &str);
         /// Adds a header, passed to the handlers untouched.
         header(name: &str, value: &str);
-        /// Sends these bytes instead of the data, beside the JSON and as they are.
+        /// Sends these bytes unchanged instead of the data, next to the JSON.
         raw_bytes(bytes: Vec<u8>);
     }
 

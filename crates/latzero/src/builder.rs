@@ -140,7 +140,7 @@ impl Builder {
     }
 
     /// Proves that the app is who it says by its key: the first time binds the key to the AppID,
-    /// from then on nobody comes in under it without.
+    /// from then on nobody can use it without the key.
     #[must_use]
     pub fn app_key(self, key: AppKey) -> Self {
         self.with(|config| config.app_key = Some(key))

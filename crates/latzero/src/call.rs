@@ -288,7 +288,7 @@ impl Call {
         self
     }
 
-    /// What a sticky trigger goes by: calls with the same key reach the same handler.
+    /// The key of a sticky trigger: calls with the same key reach the same handler.
     pub fn key(mut self, key: &str) -> Self {
         self.unsent.set_key(key);
         self
@@ -343,8 +343,8 @@ impl Call {
     }
 
     /// By what the server knows repeats of the call: for a bounded time (a setting of the server),
-    /// calls of this app with the same key (1 to 1024 bytes) get the first one's answer. It travels
-    /// as the header `idempotency-key`, beside others.
+    /// calls of this app with the same key (1 to 1024 bytes) get the first one's answer. It is sent
+    /// as the header `idempotency-key`.
     pub fn idempotency_key(mut self, key: &str) -> Self {
         self.unsent.lasting.idempotency_key = Some(key.to_owned());
         self
@@ -360,7 +360,7 @@ impl Call {
         self
     }
 
-    /// Sends these bytes instead of the data, beside the JSON and as they are.
+    /// Sends these bytes unchanged instead of the data, next to the JSON.
     pub fn raw_bytes(mut self, bytes: Vec<u8>) -> Self {
         self.unsent.set_bytes(bytes);
         self
@@ -457,7 +457,7 @@ enum State {
 struct SentRequest {
     app: App,
     key: Key,
-    /// When to give up, where the server does not.
+    /// When to give up, if the server does not.
     deadline: Instant,
     /// The id that its caller chose.
     chosen: Option<Box<str>>,
@@ -542,7 +542,7 @@ impl Outgoing {
         }
     }
 
-    /// When a blocked caller gives up, where neither the server nor the driver does.
+    /// When a blocked caller gives up, if neither the server nor the driver does.
     pub(crate) fn wait_until(&self) -> Option<Instant> {
         match &self.0 {
             State::Unsent(unsent) => Some(Instant::now() + unsent.timeout + grace(unsent.timeout)),
@@ -556,7 +556,7 @@ impl Outgoing {
         self.0 = State::Done;
     }
 
-    /// Sends the request, where that is not done; its key then.
+    /// Sends the request, if that is not done; its key then.
     pub(crate) fn poll_sent(
         &mut self,
         leave: Leave,
@@ -898,7 +898,7 @@ impl Emit {
         self
     }
 
-    /// Sends these bytes instead of the data, beside the JSON and as they are.
+    /// Sends these bytes unchanged instead of the data, next to the JSON.
     pub fn raw_bytes(mut self, bytes: Vec<u8>) -> Self {
         self.0.set_bytes(bytes);
         self

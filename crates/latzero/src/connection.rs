@@ -64,7 +64,7 @@ pub(crate) struct Ack {
     pub(crate) pools: Vec<String>,
     pub(crate) triggers: Vec<serde_json::Value>,
     pub(crate) rehydrated: bool,
-    /// Absent where what was registered is written down.
+    /// Absent if the registration is stored.
     pub(crate) stored: Option<bool>,
     features: Vec<String>,
     pub(crate) limits: AckLimits,
@@ -233,7 +233,7 @@ fn unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Opens a socket; true where it is a Unix one.
+/// Opens a socket; true if it is a Unix one.
 fn open(place: &Endpoint, timeout: Duration, has_keys: bool) -> Result<(OwnedFd, bool), Error> {
     let deadline = Instant::now() + timeout;
     let by_tcp = |host: &str, port| tcp(host, port, timeout).map(|socket| (socket, false));

@@ -49,7 +49,7 @@ pub(crate) enum DriverKind {
 /// When a message leaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Leave {
-    /// With the next flush of the driver, where it is near; else at once.
+    /// With the next flush of the driver, if it is near; else at once.
     Soon,
     /// At once.
     Now,
@@ -265,7 +265,7 @@ impl Core {
         DriverKind::Threads
     }
 
-    /// Starts what moves the app along while nobody waits: a task on the caller's runtime where
+    /// Starts what drives the app while nobody waits: a task on the caller's runtime where
     /// `may_use_runtime` and there is one, else a thread.
     pub(crate) fn start(self: &Arc<Self>, may_use_runtime: bool) -> Result<(), Error> {
         #[cfg(feature = "tokio")]

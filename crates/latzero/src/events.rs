@@ -80,7 +80,7 @@ impl Emission {
         payload::peek(&self.payload)
     }
 
-    /// The payload's JSON text, where it is JSON.
+    /// The payload's JSON text, if it is JSON.
     #[must_use]
     pub fn json(&self) -> Option<&str> {
         self.payload.json()

@@ -123,7 +123,7 @@ impl Message {
         self.text.extend_from_slice(value);
     }
 
-    /// Adds a payload, in `field` or beside the JSON.
+    /// Adds a payload, in `field` or next to the JSON.
     pub(crate) fn payload(&mut self, field: &'static str, payload: Payload) {
         match payload {
             Payload::None => {}
@@ -132,7 +132,7 @@ impl Message {
         }
     }
 
-    /// Adds a body, in `field` or beside the JSON. Nothing is added where it can't be written.
+    /// Adds a body, in `field` or next to the JSON. Nothing is added if it can't be written.
     pub(crate) fn body<T: IntoPayload + ?Sized>(
         &mut self,
         field: &'static str,

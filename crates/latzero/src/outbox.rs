@@ -56,7 +56,7 @@ pub(crate) enum By<'a> {
     Connection(u32),
     /// Any: it is a call, which waits for its reply.
     Call {
-        /// When to give up, where the server does not.
+        /// When to give up, if the server does not.
         deadline: Instant,
         /// How many items of a stream are kept, where it is one.
         window: Option<u64>,
@@ -68,7 +68,7 @@ pub(crate) enum By<'a> {
 /// The result of sending a message.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Submitted {
-    /// The call's key, where it is a call.
+    /// The call's key, if it is a call.
     pub(crate) key: Option<Key>,
     /// Whether no other call was in flight.
     pub(crate) alone: bool,
@@ -174,8 +174,7 @@ impl Outbox {
         waiting.into_iter().for_each(Waker::wake);
     }
 
-    /// Appends a message, where there is a connection and room. Where `flush` says so, writes at
-    /// once.
+    /// Appends a message, if there is a connection and room. Where `flush` says so, writes at once.
     pub(crate) fn poll_submit(
         &self,
         pending: &Mutex<Pending>,

@@ -138,7 +138,7 @@ pub(crate) struct SentCall {
     pub(crate) epoch: u32,
     /// Where its frame ends in that connection's outgoing bytes.
     pub(crate) end: u64,
-    /// When to give up, where the server does not.
+    /// When to give up, if the server does not.
     pub(crate) deadline: Instant,
     /// Whether items of a stream are kept, and how many at most.
     pub(crate) window: Option<u64>,
@@ -177,7 +177,7 @@ struct ParkedCall {
 /// A call in flight, as the server knows it.
 #[derive(Debug)]
 pub(crate) struct InFlight {
-    /// The connection that carries it; a parked call is heard of by any.
+    /// The connection that carries it; a parked call's answer may come over any.
     pub(crate) epoch: Option<u32>,
     /// Its id, as JSON.
     pub(crate) id: Vec<u8>,
@@ -258,7 +258,7 @@ impl Pending {
         self.chosen.contains_key(id)
     }
 
-    /// The call in flight that has this id, where it is not named by its place alone.
+    /// The call in flight that has this id, if it is not named by its place alone.
     pub(crate) fn find_lasting(&mut self, id: &str) -> Option<Key> {
         let key = match Id::parse(id) {
             Some(Id { key, life }) if life == Some(self.life) => key,
@@ -350,7 +350,7 @@ impl Pending {
         Some(InFlight { epoch, id })
     }
 
-    /// The calls that a server may still keep though nobody wants their answers.
+    /// Abandoned calls that a server may still have stored.
     pub(crate) fn unwanted(&mut self) -> Vec<InFlight> {
         let keys: Vec<Key> = (0_u32..)
             .zip(&self.slots)
@@ -485,7 +485,7 @@ impl Pending {
         }
     }
 
-    /// Forgets a call; how the server knows it, where it is still in flight.
+    /// Forgets a call; how the server knows it, if it is still in flight.
     pub(crate) fn forget(&mut self, key: Key, wake: &mut Vec<Waker>) -> Option<InFlight> {
         let in_flight = self.in_flight(key);
         if let State::Waiting(waiting) = &mut self.find(key)?.state {

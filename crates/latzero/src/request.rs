@@ -54,7 +54,7 @@ pub(crate) struct Ticket {
     origin: Range<usize>,
     headers: Range<usize>,
     key: Range<usize>,
-    /// The payload where it is JSON; empty where it is not.
+    /// The payload where it is JSON; empty if it is not.
     data: Range<usize>,
     /// The payload where it is raw bytes.
     bytes: Option<Vec<u8>>,
@@ -346,7 +346,7 @@ impl Request {
 
     /// Which attempt at the call this is. More than 1 says that a handler may have run before and
     /// died, or that the server was restarted in between: only calls that are parked or may be
-    /// redelivered are given out again. What must happen once is then looked up by an id of the
+    /// redelivered are redelivered. What must happen once is then looked up by an id of the
     /// caller's own, such as one in the data.
     #[must_use]
     pub fn attempt(&self) -> u32 {
@@ -385,14 +385,14 @@ impl Request {
         payload::read_body(self.body()).map_err(HandlerError::from)
     }
 
-    /// The payload's JSON text, where it is JSON.
+    /// The payload's JSON text, if it is JSON.
     #[must_use]
     pub fn json(&self) -> Option<&str> {
         let json = self.part(&self.ticket.data);
         (!json.is_empty()).then_some(json)
     }
 
-    /// The payload's raw bytes, where it is raw bytes.
+    /// The payload's raw bytes, if it is raw bytes.
     #[must_use]
     pub fn bytes(&self) -> Option<&[u8]> {
         self.ticket.bytes.as_deref()

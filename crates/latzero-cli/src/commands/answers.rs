@@ -96,11 +96,11 @@ pub(crate) fn line(answer: &Answer) -> String {
     }
     let (name, text) = match answer.result() {
         Err(error) => {
-            let mut told = json!({"code": error.code(), "message": error.message()});
+            let mut error_json = json!({"code": error.code(), "message": error.message()});
             if let Some(data) = error.data() {
-                told["data"] = data.clone();
+                error_json["data"] = data.clone();
             }
-            ("error", told.to_string())
+            ("error", error_json.to_string())
         }
         Ok(reply) => {
             let headers: Map<String, Value> = reply

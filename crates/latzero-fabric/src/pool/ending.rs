@@ -28,7 +28,7 @@ pub(super) enum EndReason<'a> {
     CallerGone,
     /// Its caller ended it.
     Cancelled,
-    /// Its time to live is over.
+    /// It timed out.
     TimedOut,
     /// The server ended it.
     Refused(&'a Refusal),

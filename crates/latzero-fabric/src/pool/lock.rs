@@ -235,7 +235,7 @@ impl Lock {
         leases.chain(wait).min()
     }
 
-    /// A lease or a wait that is over.
+    /// A lease or a wait that has expired.
     pub(super) fn pop_due(&mut self, now: Time) -> Option<Expired> {
         let is_over = |holder: &Holder| holder.until.is_some_and(|until| until <= now);
         if let Some(at) = self.holders.iter().position(is_over) {

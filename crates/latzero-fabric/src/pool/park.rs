@@ -226,7 +226,7 @@ pub(super) struct ParkedCalls {
     dead: BTreeSet<(Time, u64)>,
     by_id: HashMap<(AppId, Box<str>), u64>,
     answers: KeptAnswers,
-    /// When the time of a call is over.
+    /// When a call expires.
     deadlines: BTreeSet<(Time, u64)>,
     /// The greatest number of a call that was parked here.
     newest: u64,

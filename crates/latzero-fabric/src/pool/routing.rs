@@ -324,8 +324,8 @@ impl<D: Driver> Pool<D> {
         Ok(key)
     }
 
-    /// Whether the pool takes one more call. One stranger's calls leave half of the pool to others,
-    /// and those of all strangers an eighth.
+    /// Whether the pool takes one more call. One untrusted user's calls leave half of the pool to
+    /// others, and those of all untrusted users an eighth.
     fn check_room(&self, caller: Option<&Member<D>>) -> Result<(), Refusal> {
         let (max, all) = (self.limits.pending_max, self.calls.len());
         let stranger = caller.filter(|m| m.is_stranger);

@@ -401,7 +401,7 @@ fn app_json<D: Driver>(
     out.push('}');
 }
 
-/// Appends an array of those entries that end before `end`; true where some are left out.
+/// Appends an array of those entries that end before `end`; true if some are left out.
 fn array(out: &mut String, end: usize, entries: impl Iterator<Item = impl Serialize>) -> bool {
     out.push('[');
     let mut is_cut = false;

@@ -133,7 +133,7 @@ impl<D: Driver> Registry<D> {
         sealed.any(|sealed| sealed.descriptor.pool_id() == id)
     }
 
-    /// Takes in a descriptor of an earlier epoch; they come in the order of their epochs.
+    /// Adds a descriptor of an earlier epoch; they come in the order of their epochs.
     pub fn restore_descriptor(&mut self, name: &PoolName, epoch: u32, bytes: Vec<u8>) {
         let entry = self.pools.get_mut(name);
         if let Some(sealed) = entry.and_then(|entry| entry.sealed.as_mut())

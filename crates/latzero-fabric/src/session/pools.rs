@@ -118,7 +118,7 @@ impl<D: Driver> Session<D> {
         let peer = self.peer.clone();
         let is_promised =
             turn.with_registry(|registry, turn| registry.create_pool(&app, create, &peer, turn))?;
-        // It may be removed by now; the reply is sent anyway.
+        // It may be removed now; the reply is sent anyway.
         let made = turn.with_registry(|registry, _| registry.describe_new_pool(&name));
         let reply = made.map_or_else(
             || "{}".into(),

@@ -243,7 +243,7 @@ impl<D: Driver> Session<D> {
         Ok(json!({"chain": chain, "more": more}).to_string())
     }
 
-    /// Serves what the roles in a pool allow by now, and no more.
+    /// Serves what the roles in a pool allow now, and no more.
     fn change_roles(&mut self, pool: &PoolName, roles: Roles, turn: &mut Turn<'_, D>) {
         let Some(m) = self.memberships.iter_mut().find(|m| m.name == *pool) else {
             return;

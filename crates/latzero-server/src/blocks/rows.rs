@@ -60,7 +60,7 @@ impl Rows {
 
     /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others'
     /// rows go, but those of persistent ones, which are returned.
-    pub(super) fn take_in(&self, rows: Vec<BlockRow>) -> Vec<BlockRow> {
+    pub(super) fn expect_blocks(&self, rows: Vec<BlockRow>) -> Vec<BlockRow> {
         let mut persistent = Vec::new();
         for row in rows {
             let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));

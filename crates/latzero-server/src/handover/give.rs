@@ -194,15 +194,15 @@ fn send_blocks(host: &mut IoHost, to: &Arc<Peer>, blocks: &[Block]) -> bool {
             .iter()
             .map(|(pool, block, _)| json!({"pool": pool, "block_id": block}))
             .collect();
-        let told = json!({
+        let message = json!({
             "action": "event", "event": "handed_over", "descriptors": some.len(), "blocks": listed,
         });
-        let told = told.to_string();
+        let message = message.to_string();
         let descriptors = some.iter().map(|(.., fd)| Arc::clone(fd)).collect();
         let sent =
             host.turn()
-                .send_descriptors(to, Class::Control, told.len(), descriptors, |out| {
-                    encode::message(out, &told);
+                .send_descriptors(to, Class::Control, message.len(), descriptors, |out| {
+                    encode::message(out, &message);
                 });
         sent == Sent::Queued
     })

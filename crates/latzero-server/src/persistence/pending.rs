@@ -91,12 +91,12 @@ impl PendingReplies {
         let Some(shared) = self.shared.get().and_then(Weak::upgrade) else {
             return;
         };
-        let mut told: Vec<Vec<Command>> = Vec::new();
-        told.resize_with(shared.mailboxes.len(), Vec::new);
+        let mut commands_by_loop: Vec<Vec<Command>> = Vec::new();
+        commands_by_loop.resize_with(shared.mailboxes.len(), Vec::new);
         for (peer, result) in words {
-            told[peer.home].push(Command::Kept(peer, result));
+            commands_by_loop[peer.home].push(Command::Kept(peer, result));
         }
-        for (mailbox, commands) in shared.mailboxes.iter().zip(told) {
+        for (mailbox, commands) in shared.mailboxes.iter().zip(commands_by_loop) {
             mailbox.send_all(commands);
         }
     }

@@ -41,8 +41,8 @@ impl CreatedFiles {
         }
     }
 
-    /// Removes what was created, unless another process uses the directory by now. Errors are
-    /// ignored: the start has failed for another reason, which is reported.
+    /// Removes what was created, unless another process uses the directory now. Errors are ignored:
+    /// the start has failed for another reason, which is reported.
     pub fn remove(self) {
         if lock::holder(&self.data_dir).is_some() {
             return;

@@ -52,7 +52,7 @@ pub struct Record {
 pub struct Holder {
     /// The process id: from the kernel if possible, else from the file.
     pub pid: Option<u32>,
-    /// What the file says, where that is the holder's.
+    /// What the file says, if that is the holder's.
     pub record: Option<Record>,
 }
 
@@ -237,7 +237,7 @@ impl PathName {
         }
     }
 
-    /// The pid of this user's, or root's, process that has the name; 0 where it is of another pid
+    /// The pid of this user's, or root's, process that has the name; 0 if it is of another pid
     /// namespace.
     fn holder(&self) -> Option<i32> {
         let kind = SocketType::STREAM;

@@ -292,11 +292,11 @@ impl BlockState {
             .and_then(Current::of_reply)
     }
 
-    /// Gives the server its memory back, where it is one that was started again and awaits it.
+    /// Offers the server its memory, if the server restarted and expects it.
     async fn offer(&self, app: &App, memory: Arc<OwnedFd>) {
         let mut message = self.message("memory_reoffer", &json!({}));
         message.carry(memory);
-        // Refused where it is not awaited: then the attach that follows says what there is.
+        // Refused if it is not expected: then the attach that follows returns the current block.
         let _ = Calling::of_message(app, message, Ok).await;
     }
 
@@ -494,7 +494,7 @@ impl Blocks {
         self.settle_subscription(core, shared);
     }
 
-    /// Gives the subscription up where nobody wants it.
+    /// Ends an unused subscription.
     fn settle_subscription(&self, core: &Core, shared: &BlockState) {
         let state = lock(&self.state);
         let is_wanted = |other: &Known| {

@@ -98,7 +98,7 @@ impl CreateBlock {
         readable_by(apps: &[&str]);
         /// Writable by these apps alone, and by this one.
         writable_by(apps: &[&str]);
-        /// Gone when nobody is attached to it any more.
+        /// Removed when its last attachment ends.
         while_attached();
         /// The existing one, if its size and layout match.
         or_attach();

@@ -130,7 +130,7 @@ impl<D: Driver> Pool<D> {
         !waits.is_empty()
     }
 
-    /// Ends leases and waits whose time is over.
+    /// Ends expired leases and waits.
     pub(in crate::pool) fn handle_block_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let is_due = |(at, _): &&(Time, BlockKey)| *at <= now;

@@ -85,7 +85,7 @@ impl Found<'_> {
                 write: apps("write")?,
             },
             owner: self.owner()?,
-            // Who is attached is yet to come: one that goes with them would go at once.
+            // Nobody has attached yet, so a block that ends with its attachments would end at once.
             lifetime: Lifetime::Pool,
             generation: number("generation")?,
             created: record["created"].as_u64().unwrap_or(0),

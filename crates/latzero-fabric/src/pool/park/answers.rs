@@ -32,7 +32,7 @@ use crate::turn::Turn;
 const ANSWER_AGAIN_MS: u64 = 1000;
 
 /// The receiver of a stored answer.
-pub(super) struct KeptFor {
+pub(super) struct AnswerReceiver {
     pub(super) caller: AppId,
     /// The calling instance, which gets the answer if it is still there.
     pub(super) from: MemberKey,
@@ -42,7 +42,7 @@ pub(super) struct KeptFor {
 
 /// An answer that waits for its caller.
 struct StoredAnswer {
-    whom: KeptFor,
+    whom: AnswerReceiver,
     key: Option<Box<str>>,
     answer: Answered,
     held: HeldCall,
@@ -50,19 +50,19 @@ struct StoredAnswer {
     /// Whether it is on disk, in the place of its call.
     is_row: bool,
     /// In whose outbox it is.
-    on_way: Option<Seated>,
+    on_way: Option<MemberOrder>,
 }
 
 /// A member's place in an order.
-type Seated = (u32, u32);
+type MemberOrder = (u32, u32);
 
-fn reserved(member: MemberKey) -> Seated {
+fn order_key(member: MemberKey) -> MemberOrder {
     (member.slot, member.generation)
 }
 
 /// What waits for one app.
 #[derive(Default)]
-struct PendingAnswer {
+struct PendingAnswers {
     numbers: BTreeSet<u64>,
     /// Tried again then.
     again: Option<Time>,
@@ -74,10 +74,10 @@ pub(super) struct KeptAnswers {
     answers: BTreeMap<u64, StoredAnswer>,
     /// Ids of answers that wait for their app; of those on their way an app may use the id again.
     by_id: HashMap<(AppId, Box<str>), u64>,
-    by_app: HashMap<AppId, PendingAnswer>,
+    by_app: HashMap<AppId, PendingAnswers>,
     expires: BTreeSet<(Time, u64)>,
     agains: BTreeSet<(Time, AppId)>,
-    on_way: HashMap<Seated, BTreeSet<u64>>,
+    on_way: HashMap<MemberOrder, BTreeSet<u64>>,
 }
 
 impl KeptAnswers {
@@ -170,7 +170,7 @@ impl KeptAnswers {
     fn move_to(&mut self, number: u64, on_way: Option<MemberKey>) {
         if let Some(mut kept) = self.answers.remove(&number) {
             self.displace(number, &kept);
-            kept.on_way = on_way.map(reserved);
+            kept.on_way = on_way.map(order_key);
             self.place(number, &kept);
             self.answers.insert(number, kept);
         }
@@ -181,7 +181,7 @@ impl KeptAnswers {
         if self.on_way.is_empty() {
             return Vec::new();
         }
-        let numbers = self.on_way.get(&reserved(member));
+        let numbers = self.on_way.get(&order_key(member));
         numbers.into_iter().flatten().copied().collect()
     }
 
@@ -258,7 +258,7 @@ impl<D: Driver> Pool<D> {
         let expires = now.after_ms(left.min(self.limits.answer_ttl_ms));
         turn.count_held(&self.name, self.number, 1);
         let kept = StoredAnswer {
-            whom: KeptFor {
+            whom: AnswerReceiver {
                 caller: row.caller.clone(),
                 from: NOBODY,
                 id: row.id.as_str().into(),
@@ -291,7 +291,7 @@ impl<D: Driver> Pool<D> {
         self.finish_parked(number, (Answered::of(response), true), turn);
     }
 
-    /// A parked call is over without an answer of a handler's.
+    /// A parked call ended without a handler's answer.
     pub(in crate::pool) fn parked_refused(
         &mut self,
         number: u64,
@@ -326,7 +326,7 @@ impl<D: Driver> Pool<D> {
         // A cancelled or expired call is never run again, even if the server dies before its caller
         // knows; nor is a call that must run once.
         let must_write = !is_answered || parked.idempotency_key.is_some();
-        let whom = KeptFor {
+        let whom = AnswerReceiver {
             caller: parked.caller,
             from: parked.from,
             id: parked.id,
@@ -343,7 +343,7 @@ impl<D: Driver> Pool<D> {
     pub(super) fn store_answer(
         &mut self,
         number: u64,
-        whom: KeptFor,
+        whom: AnswerReceiver,
         key: Option<Box<str>>,
         (mut answer, mut held): (Answered, HeldCall),
         turn: &mut Turn<'_, D>,

@@ -10,7 +10,7 @@ use latzero_protocol::message::Trigger;
 use latzero_protocol::{Code, Refusal, encode};
 
 use super::super::{MemberKey, Pool};
-use super::answers::KeptFor;
+use super::answers::AnswerReceiver;
 use super::durable::DurableCall;
 use super::{Death, Parked, State, StoreChange};
 use crate::driver::Driver;
@@ -31,7 +31,7 @@ fn pause_ms(failed: u32) -> u64 {
 
 /// A call whose handler is leaving.
 pub(super) struct Orphan {
-    /// Who called, where that is a connection's call.
+    /// Who called, if that is a connection's call.
     caller: MemberKey,
     id: Option<Box<str>>,
     lasting: Box<DurableCall>,
@@ -40,7 +40,7 @@ pub(super) struct Orphan {
 }
 
 impl<D: Driver> Pool<D> {
-    /// The handler of a lasting call died; [`Pool::place_orphans`] follows once it has left.
+    /// The handler of a durable call died; [`Pool::place_orphans`] follows once it has left.
     pub(in crate::pool) fn orphan(
         &mut self,
         (caller, id): (MemberKey, Option<Box<str>>),
@@ -191,7 +191,7 @@ impl<D: Driver> Pool<D> {
         };
         parked.state = State::Dead(lasting);
         turn.store(StoreChange::Call(Box::new(row)), None);
-        let whom = KeptFor {
+        let whom = AnswerReceiver {
             caller: parked.caller.clone(),
             from: parked.from,
             id: parked.id.clone(),
@@ -276,7 +276,7 @@ impl<D: Driver> Pool<D> {
         held.map(crate::ledger::Reservation::amount).sum()
     }
 
-    /// A lasting call is over without an answer: so are those that repeat it.
+    /// A durable call ended without an answer: so do those that repeat it.
     pub(in crate::pool) fn drop_repeats_of(
         &mut self,
         lasting: &DurableCall,

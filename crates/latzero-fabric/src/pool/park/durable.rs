@@ -29,9 +29,9 @@ pub(in crate::pool) struct DurableCall {
     pub(super) may_park: bool,
     /// As [`scoped_key`] has it.
     pub(super) idempotency_key: Option<Box<str>>,
-    /// Its number, where it is parked.
+    /// Its number, if it is parked.
     pub(in crate::pool) number: Option<u64>,
-    /// Its reservation, where it is not parked.
+    /// Its reservation, if it is not parked.
     pub(super) held: Option<Reservation>,
 }
 
