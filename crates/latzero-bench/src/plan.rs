@@ -65,7 +65,7 @@ pub(crate) struct LatencyClock {
 
 impl LatencyClock {
     pub(crate) fn new(plan: &Plan) -> Self {
-        // A minute is past any caller's patience; what takes longer counts as a minute.
+        // A minute exceeds any caller's timeout; what takes longer counts as a minute.
         let histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3)
             .expect("the bounds are far apart and three significant digits are few enough");
         Self {

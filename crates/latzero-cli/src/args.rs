@@ -8,10 +8,10 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use latzero_server::settings::Override;
 
+use crate::connect::ServerArgs;
 use crate::exit::{self, Failure};
 use crate::output::Color;
 use crate::parse::{self, Target};
-use crate::reach::Reach;
 
 /// The commands in groups, which clap cannot do by itself.
 const HELP: &str = "\
@@ -126,7 +126,7 @@ Examples:
   latzero status --json | jq .pid
 
 Exit code 0 if it is running, 3 if not, 6 if it does not respond.")]
-    Status(Reach),
+    Status(ServerArgs),
     /// Stop the server once its running calls are finished
     #[command(after_help = "\
 Examples:
@@ -136,7 +136,7 @@ Examples:
     /// Reload the settings
     #[command(after_help = "\
 Settings that need a restart are listed and keep their current value.")]
-    Reload(Reach),
+    Reload(ServerArgs),
     /// Print the server's log
     #[command(after_help = "\
 Examples:
@@ -322,7 +322,7 @@ Examples:
 Apps that come and go, triggers that are added and removed, and changes of blocks.")]
     Watch(WatchArgs),
     /// Show counters, response times, errors and resource usage
-    Stats(Reach),
+    Stats(ServerArgs),
     /// Work with memory blocks: create, read, write, watch, lock, dump, load
     #[command(after_help = "\
 Examples:
@@ -339,7 +339,7 @@ Examples:
     #[command(
         after_help = "Exit code 0 if every component is healthy, 4 otherwise, 3 if no server runs."
     )]
-    Health(Reach),
+    Health(ServerArgs),
     /// Measure the server's response time
     Ping(PingArgs),
     /// Measure calls or events per second
@@ -487,7 +487,7 @@ pub(crate) struct StopArgs {
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse::duration)]
     pub(crate) timeout: Duration,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -527,7 +527,7 @@ pub(crate) struct KickArgs {
     #[arg(long, value_name = "INSTANCE")]
     pub(crate) instance: Option<String>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 /// A trigger and its pool.
@@ -659,7 +659,7 @@ pub(crate) struct CallArgs {
     #[arg(long, conflicts_with = "json")]
     pub(crate) raw: bool,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -673,7 +673,7 @@ pub(crate) struct AnswersArgs {
     #[command(flatten)]
     pub(crate) limit: CountArgs,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -688,7 +688,7 @@ pub(crate) struct EmitArgs {
     #[arg(long)]
     pub(crate) one: bool,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 /// How the items of a streamed answer are separated.
@@ -702,7 +702,7 @@ pub(crate) enum Framing {
 
 /// What a program prints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Printed {
+pub(crate) enum OutputKind {
     /// JSON if it is JSON, text if it is UTF-8, raw bytes otherwise
     Auto,
     /// JSON; anything else is an error
@@ -744,12 +744,12 @@ pub(crate) struct ServeArgs {
         default_value = "auto",
         hide_possible_values = true
     )]
-    pub(crate) output: Printed,
+    pub(crate) output: OutputKind,
     /// Description of the triggers, shown when they are listed
     #[arg(long, value_name = "TEXT")]
     pub(crate) doc: Option<String>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -759,7 +759,7 @@ pub(crate) struct OnArgs {
     #[command(flatten)]
     pub(crate) limit: CountArgs,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -776,7 +776,7 @@ pub(crate) struct AppsArgs {
     #[arg(long, conflicts_with = "live")]
     pub(crate) offline: bool,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -802,7 +802,7 @@ pub(crate) struct ForgetArgs {
     )]
     pub(crate) older: Option<Duration>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 /// A data directory, for commands that need no server.
@@ -816,9 +816,9 @@ pub(crate) struct DataDir {
 impl DataDir {
     /// The directory that is meant.
     pub(crate) fn path(&self) -> PathBuf {
-        let reach = Reach {
+        let reach = ServerArgs {
             data_dir: self.data_dir.clone(),
-            ..Reach::default()
+            ..ServerArgs::default()
         };
         reach.data_dir().0
     }
@@ -832,7 +832,7 @@ pub(crate) struct BackupArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) to: Option<PathBuf>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -884,13 +884,13 @@ pub(crate) struct DbQueryArgs {
     #[arg(value_name = "SQL")]
     pub(crate) sql: String,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct DbDumpArgs {
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -899,7 +899,7 @@ pub(crate) struct DbCheckArgs {
     #[arg(long)]
     pub(crate) full: bool,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -907,7 +907,7 @@ pub(crate) struct PoolsArgs {
     #[command(subcommand)]
     pub(crate) command: Option<PoolsCommand>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -976,7 +976,7 @@ pub(crate) struct ParkedListArgs {
     #[command(flatten)]
     pub(crate) filter: ParkedFilterArgs,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -984,7 +984,7 @@ pub(crate) struct ParkedShowArgs {
     /// Its number, as `latzero parked ls` prints it
     pub(crate) number: u64,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -998,7 +998,7 @@ pub(crate) struct ParkedNumbersArgs {
     #[command(flatten)]
     pub(crate) filter: ParkedFilterArgs,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1026,7 +1026,7 @@ pub(crate) struct PoolArgs {
     #[arg(value_name = "POOL")]
     pub(crate) pool: String,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1067,7 +1067,7 @@ pub(crate) struct WatchArgs {
     #[command(flatten)]
     pub(crate) limit: CountArgs,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1082,12 +1082,12 @@ pub(crate) struct PingArgs {
     )]
     pub(crate) count: u32,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Measured {
+pub(crate) enum BenchKind {
     /// Calls, each with its answer
     Call,
     /// Events, each with the server's count of the handlers it was sent to
@@ -1098,7 +1098,7 @@ pub(crate) enum Measured {
 pub(crate) struct BenchArgs {
     /// What to measure
     #[arg(value_enum)]
-    pub(crate) measured: Measured,
+    pub(crate) measured: BenchKind,
     /// How many in total
     #[arg(
         long,
@@ -1122,7 +1122,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "[POOL/]TRIGGER")]
     pub(crate) to: Option<String>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1230,7 +1230,7 @@ pub(crate) struct BlockListArgs {
     #[arg(default_value = "default")]
     pub(crate) pool: String,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1238,7 +1238,7 @@ pub(crate) struct BlockOne {
     #[command(flatten)]
     pub(crate) at: BlockAt,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 /// How a block is created.
@@ -1280,7 +1280,7 @@ pub(crate) struct BlockCreateArgs {
     #[command(flatten)]
     pub(crate) kind: BlockKind,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 /// Where in a block.
@@ -1301,7 +1301,7 @@ pub(crate) struct BlockReadArgs {
     #[arg(long, value_parser = parse::block_size)]
     pub(crate) length: Option<u64>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 /// Whether empty input is allowed.
@@ -1327,7 +1327,7 @@ pub(crate) struct BlockWriteArgs {
     #[command(flatten)]
     pub(crate) empty: AllowEmpty,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1342,7 +1342,7 @@ pub(crate) struct BlockCasArgs {
     #[command(flatten)]
     pub(crate) from: OffsetArgs,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1352,7 +1352,7 @@ pub(crate) struct BlockWatchArgs {
     #[command(flatten)]
     pub(crate) limit: CountArgs,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1369,7 +1369,7 @@ pub(crate) struct BlockLockArgs {
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<OsString>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1380,7 +1380,7 @@ pub(crate) struct BlockResizeArgs {
     #[arg(value_parser = parse::block_size)]
     pub(crate) size: u64,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1391,7 +1391,7 @@ pub(crate) struct BlockFileArgs {
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -1409,7 +1409,7 @@ pub(crate) struct BlockLoadArgs {
     #[command(flatten)]
     pub(crate) kind: BlockKind,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) reach: ServerArgs,
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use latzero::{Code, Error};
 use latzero_server::ServerError;
+use latzero_server::maintenance::{BackupError, MaintenanceError, OpenError};
 use latzero_server::settings::SettingsErrors;
-use latzero_server::upkeep::{BackupError, OpenError, UpkeepError};
 use serde_json::{Value, json};
 
 macro_rules! exits {
@@ -104,7 +104,7 @@ pub(crate) struct Failure {
 }
 
 /// The result of a command.
-pub(crate) type Done = Result<Exit, Failure>;
+pub(crate) type CommandResult = Result<Exit, Failure>;
 
 impl Failure {
     pub(crate) fn new(exit: Exit, error: impl fmt::Display) -> Failure {
@@ -232,12 +232,12 @@ impl From<ServerError> for Failure {
     }
 }
 
-impl From<UpkeepError> for Failure {
-    fn from(error: UpkeepError) -> Failure {
+impl From<MaintenanceError> for Failure {
+    fn from(error: MaintenanceError) -> Failure {
         let exit = match &error {
-            UpkeepError::Startup(error) => Exit::of_library(error.exit_code()),
-            UpkeepError::Backup(BackupError::Bad { .. }) => Exit::Unhealthy,
-            UpkeepError::Store(OpenError::InUse { .. }) => Exit::InUse,
+            MaintenanceError::Startup(error) => Exit::of_library(error.exit_code()),
+            MaintenanceError::Backup(BackupError::Bad { .. }) => Exit::Unhealthy,
+            MaintenanceError::Store(OpenError::InUse { .. }) => Exit::InUse,
             _ => Exit::Failure,
         };
         Failure::of_message(exit, &error.to_string())

@@ -7,13 +7,13 @@
 
 mod args;
 mod commands;
+mod connect;
 mod executor;
 mod exit;
 mod launch;
 mod names;
 mod output;
 mod parse;
-mod reach;
 mod usage;
 
 use std::process::ExitCode;

@@ -384,7 +384,7 @@ pub struct ReceivedAnswer {
 
 /// A call that waits for its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Waiting {
+pub struct PendingCall {
     /// The trigger's name.
     pub name: String,
     /// The AppID that must answer, if the call named one.
@@ -407,7 +407,7 @@ pub struct Receiver {
     swept_ms: u64,
     under_way: BTreeSet<Id>,
     finished: BTreeMap<Id, u64>,
-    waiting: BTreeMap<Id, Waiting>,
+    waiting: BTreeMap<Id, PendingCall>,
     drops: Drops,
 }
 
@@ -670,7 +670,7 @@ impl Receiver {
     /// Waits for the answers to a call. Gives `false` where [`WAITING_MAX`] calls wait: the call
     /// must not be sent.
     #[must_use]
-    pub fn wait(&mut self, msg_id: Id, waiting: Waiting) -> bool {
+    pub fn wait(&mut self, msg_id: Id, waiting: PendingCall) -> bool {
         let room = self.waiting.len() < WAITING_MAX;
         if room {
             self.waiting.insert(msg_id, waiting);
@@ -679,7 +679,7 @@ impl Receiver {
     }
 
     /// Waits no longer: the call ended otherwise.
-    pub fn forget(&mut self, msg_id: &Id) -> Option<Waiting> {
+    pub fn forget(&mut self, msg_id: &Id) -> Option<PendingCall> {
         self.waiting.remove(msg_id)
     }
 

@@ -189,7 +189,7 @@ impl Joining<'_> {
 
 /// What the server knows when a proof comes.
 #[derive(Debug, Clone, Copy)]
-pub struct Asked<'a> {
+pub struct ProofRequest<'a> {
     /// The pool's name in the request.
     pub pool: &'a str,
     /// Who the connection is.
@@ -208,7 +208,7 @@ pub struct Asked<'a> {
 pub fn verify_join(
     proof: &JoinProof,
     challenge: Option<Challenge>,
-    asked: &Asked<'_>,
+    asked: &ProofRequest<'_>,
 ) -> Option<Roles> {
     let challenge = challenge?;
     if proof.cb_type != asked.binding.name() {

@@ -8,9 +8,8 @@ use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 
-use crate::books::Books;
 use crate::effects::{Audit, Count, Effects};
-use crate::keep::Change;
+use crate::ledger::Ledger;
 use crate::limits::Limits;
 use crate::link::Link;
 use crate::memory::{Numbers, StorageId};
@@ -18,6 +17,7 @@ use crate::outbox::{Bounds, Class, Sent};
 use crate::pool::Pool;
 use crate::prng::Prng;
 use crate::registry::{Registry, View};
+use crate::rows::StoreChange;
 use crate::turn::Turn;
 
 /// How a connection came in.
@@ -33,11 +33,11 @@ pub enum Transport {
 
 /// What the core knows of the server that it is part of.
 #[derive(Debug)]
-pub struct Site {
+pub struct Context {
     /// The bounds.
     pub limits: Limits,
     /// What clients make the server hold.
-    pub books: Books,
+    pub ledger: Ledger,
     /// The bounds of each outbox.
     pub outbox: Bounds,
     /// The server's version.
@@ -94,13 +94,13 @@ impl Written {
     }
 }
 
-/// A connection's handle. Two handles are equal where they are of the same connection.
+/// A connection's handle. Two handles are equal if they are of the same connection.
 pub trait Peer<D: Driver>: Clone + Eq {
     /// What the core keeps of the connection, for this caller alone and for a moment.
     fn link(&self) -> impl DerefMut<Target = Link<D>>;
 }
 
-/// The surroundings of the core: access to registry and pools, bytes of blocks, rows to keep, and
+/// The environment of the core: access to registry and pools, bytes of blocks, rows to keep, and
 /// what only a server knows. Called while a pool or the registry is locked, so nothing here may
 /// wait, but for [`Driver::read_block`] and [`Driver::write_block`], which are called with nothing
 /// locked.
@@ -119,7 +119,7 @@ pub trait Driver: Sized {
     fn effects(&mut self) -> &mut Effects<Self>;
 
     /// What the core knows of its server.
-    fn site(&self) -> &Arc<Site>;
+    fn context(&self) -> &Arc<Context>;
 
     /// Whether the server is shutting down and accepts no new calls.
     fn is_draining(&self) -> bool;
@@ -144,16 +144,16 @@ pub trait Driver: Sized {
     /// Runs `f` with the numbers that are given once.
     fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R;
 
-    /// Keeps a row beyond the server's end. With a promise, the session of that connection hears
-    /// when it is on disk or can't be ([`crate::Session::kept`]), in the order of the promises;
-    /// without one, it is retried until it is.
-    fn keep(&mut self, change: Change, promise: Option<&Self::Peer>);
+    /// Stores a row. With `promise`, the session of that connection is called when it is on disk or
+    /// can't be stored ([`crate::Session::handle_stored`]), in order; without it, the change is
+    /// retried until it is on disk.
+    fn store(&mut self, change: StoreChange, promise: Option<&Self::Peer>);
 
-    /// A descriptor of a block's storage with this access, where there is one.
+    /// A descriptor of a block's storage with this access, if there is one.
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Self::Fd>;
 
-    /// A block's version, as far as it is known without waiting; at least `noted`, which somebody
-    /// says it has, where the block itself agrees.
+    /// A block's version, as far as it is known without waiting; at least `noted`, which a client
+    /// reported, if the block itself agrees.
     fn block_version(&mut self, storage: StorageId, noted: Option<u64>) -> u64;
 
     /// Writes the fence of a block's lock where its writers look, and whether anybody holds it
@@ -188,7 +188,7 @@ pub trait Driver: Sized {
     ///
     /// # Errors
     /// `no_block`, `bad_message`, `block_exists`, and as [`Pool::adopt_block`].
-    fn take_back(
+    fn reoffer(
         turn: &mut Turn<'_, Self>,
         pool: &Self::Pool,
         name: &PoolName,
@@ -199,7 +199,7 @@ pub trait Driver: Sized {
     /// block, of any in the pool.
     fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId>;
 
-    /// A report about the server, of what whoever looks may see.
+    /// A report about the server, of what the asking client may see.
     fn report(turn: &mut Turn<'_, Self>, what: Report, view: &View<'_>) -> String;
 
     /// Random bytes, good enough to be a nonce.
@@ -219,7 +219,7 @@ pub trait Driver: Sized {
     fn note_refused(&mut self, asker: &Self::Peer);
 
     /// Carries out a request of an administrator that is not the core's own; returns the reply's
-    /// JSON text, or nothing where it is slow and the driver itself replies to `asker` under `id`.
+    /// JSON text, or nothing if it is slow and the driver itself replies to `asker` under `id`.
     ///
     /// # Errors
     /// If it can't be done.

@@ -65,23 +65,23 @@ pub struct Effects<D: Driver> {
     pub touched: Vec<D::Peer>,
     /// Connections to close once their outbox is written.
     pub closing: Vec<D::Peer>,
-    /// Connections that have room for more calls again: their sessions go on
-    /// ([`crate::Session::go_on`]).
+    /// Connections that have room for more calls again: their sessions continue
+    /// ([`crate::Session::resume`]).
     pub resumed: Vec<D::Peer>,
     /// What to do about blocks' storage.
     pub jobs: Vec<Job<D::Peer>>,
     /// How the number of a pool's blocks, parked calls and answers changed, for
     /// [`crate::Registry::count_held`].
     pub held: Vec<(PoolName, u32, i32)>,
-    /// [`crate::Pool::told`] wants to hear, by number, when everything appended for a connection so
-    /// far is written.
-    pub told: Vec<(D::Peer, u64)>,
+    /// [`crate::Pool::answer_delivered`] is to be called, by number, when everything appended for a
+    /// connection so far is written.
+    pub delivered: Vec<(D::Peer, u64)>,
     /// More answers are kept for repeats than there may be.
     pub(crate) is_over_repeats: bool,
     /// Bytes appended since the last write, about.
     pub appended: usize,
     /// What happened, in numbers.
-    pub tally: Tally,
+    pub tally: Counters,
     /// Buffers to reuse.
     pub buffers: Buffers,
 }
@@ -94,10 +94,10 @@ impl<D: Driver> Default for Effects<D> {
             resumed: Vec::new(),
             jobs: Vec::new(),
             held: Vec::new(),
-            told: Vec::new(),
+            delivered: Vec::new(),
             is_over_repeats: false,
             appended: 0,
-            tally: Tally::default(),
+            tally: Counters::default(),
             buffers: Buffers::default(),
         }
     }
@@ -105,7 +105,7 @@ impl<D: Driver> Default for Effects<D> {
 
 /// What happened since the driver took the numbers last.
 #[derive(Debug, Default)]
-pub struct Tally {
+pub struct Counters {
     /// Calls that began.
     pub started: u64,
     /// Calls that ended.

@@ -7,10 +7,9 @@
 //! the simulator) carries out. A [`Turn`] is one such step. There is no IO, clock, randomness,
 //! thread or lock in this crate, so a run is a function of its inputs.
 
-pub mod books;
 pub mod driver;
 pub mod effects;
-pub mod keep;
+pub mod ledger;
 pub mod limits;
 pub mod link;
 pub mod memory;
@@ -20,6 +19,7 @@ pub mod pool;
 mod prng;
 mod registration;
 pub mod registry;
+pub mod rows;
 pub mod session;
 mod slab;
 pub mod turn;

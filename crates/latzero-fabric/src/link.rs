@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::books::{Account, Books, Hold, Resource};
 use crate::driver::Driver;
+use crate::ledger::{Account, Ledger, Reservation, Resource};
 use crate::now::Time;
-use crate::outbox::{Bounds, Class, Outbox, Sent, Taken};
+use crate::outbox::{Bounds, Class, Outbox, PendingWrite, Sent};
 
-/// Whoever wants to know that a message was written: a number for [`crate::Pool::told`] of that
-/// pool.
+/// A request to report that a message was written: a number for [`crate::Pool::answer_delivered`]
+/// of that pool.
 #[derive(Debug, Clone)]
 pub struct Notice<H> {
     /// The pool.
@@ -24,7 +24,7 @@ pub struct Link<D: Driver> {
     /// The account of the connection.
     account: Arc<Account>,
     /// Messages that wait while the socket accepts no data.
-    held: Hold,
+    held: Reservation,
     /// When its socket last took something, or began to take nothing.
     progress: Time,
     /// Its own calls in flight.
@@ -80,7 +80,7 @@ impl<D: Driver> Link<D> {
         class: Class,
         (length, own): (usize, usize),
         bounds: Bounds,
-        books: &Books,
+        ledger: &Ledger,
     ) -> Sent {
         let sent = self.outbox.admit(class, length, bounds);
         if sent != Sent::Queued {
@@ -98,13 +98,13 @@ impl<D: Driver> Link<D> {
         }
         let amount = (self.outbox.own() + own) as u64;
         let has_room = match class {
-            _ if own < LARGE_BYTES && books.is_modest(&self.account) => {
+            _ if own < LARGE_BYTES && ledger.is_modest(&self.account) => {
                 self.held.force(amount);
                 true
             }
             Class::Reply | Class::Control => self.held.resize(amount).is_ok(),
             Class::Call | Class::Emit | Class::Event => {
-                !books.is_short() && self.held.resize(amount).is_ok()
+                !ledger.is_short() && self.held.resize(amount).is_ok()
             }
         };
         if has_room {
@@ -115,7 +115,12 @@ impl<D: Driver> Link<D> {
     }
 
     /// Puts back what a writer did not write, and counts it. Returns a buffer to reuse.
-    pub fn put_back(&mut self, now: Time, taken: Taken<D::Fd>, written: usize) -> Option<Vec<u8>> {
+    pub fn put_back(
+        &mut self,
+        now: Time,
+        taken: PendingWrite<D::Fd>,
+        written: usize,
+    ) -> Option<Vec<u8>> {
         let was_blocked = self.outbox.is_blocked();
         let spare = self.outbox.put_back(taken);
         let is_blocked = self.outbox.is_blocked();

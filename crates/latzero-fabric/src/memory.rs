@@ -66,7 +66,7 @@ pub struct StorageId(pub u64);
 
 /// A new version of a block, for a subscriber. A newer one replaces it while it waits.
 #[derive(Debug, Clone, Copy)]
-pub struct Change<'a> {
+pub struct VersionNotice<'a> {
     /// The same for the same block: the pool's number and the block's place.
     pub topic: (u32, u32),
     /// The pool.
@@ -79,7 +79,7 @@ pub struct Change<'a> {
     pub generation: u64,
 }
 
-impl Change<'_> {
+impl VersionNotice<'_> {
     /// The event as JSON text.
     #[must_use]
     pub fn to_json(&self) -> String {
@@ -116,7 +116,7 @@ pub struct Making {
 /// asked for.
 #[derive(Debug, Clone)]
 pub enum Job<P> {
-    /// Makes storage; [`crate::Pool::storage_made`] hears of it.
+    /// Creates storage; the result goes to [`crate::Pool::storage_made`].
     Make {
         /// For this block.
         key: BlockKey,
@@ -133,7 +133,7 @@ pub enum Job<P> {
         /// Whether a newer generation took its place.
         is_superseded: bool,
     },
-    /// Has everything written so far reach the disk; [`crate::Pool::flushed`] hears of it.
+    /// Flushes everything written so far to disk; the result goes to [`crate::Pool::flushed`].
     Flush {
         /// For this block.
         key: BlockKey,
@@ -186,7 +186,7 @@ impl Numbers {
     }
 
     /// Remembers that a block ended in this generation.
-    pub fn note_end(&mut self, pool: &PoolName, block: &BlockId, generation: u64) {
+    pub fn forget_process(&mut self, pool: &PoolName, block: &BlockId, generation: u64) {
         if self.ended.len() >= ENDED_MAX {
             let newest = self.ended.drain().map(|(_, generation)| generation).max();
             self.ended_floor = self.ended_floor.max(newest.unwrap_or(0));
@@ -230,11 +230,11 @@ mod tests {
             BlockId::new(&format!("b{n}")).unwrap()
         });
         assert_eq!(numbers.first_generation(&p, &b(0)), 1);
-        numbers.note_end(&p, &b(0), 3);
+        numbers.forget_process(&p, &b(0), 3);
         assert_eq!(numbers.first_generation(&p, &b(0)), 4);
         assert_eq!(numbers.first_generation(&p, &b(1)), 1);
         // However many there are.
-        (1..=ENDED_MAX).for_each(|n| numbers.note_end(&p, &b(n), 1));
+        (1..=ENDED_MAX).for_each(|n| numbers.forget_process(&p, &b(n), 1));
         assert!(numbers.ended.len() <= ENDED_MAX);
         assert_eq!(numbers.first_generation(&p, &b(0)), 4);
         numbers.set_ended_floor(9);

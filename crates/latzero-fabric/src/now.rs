@@ -14,7 +14,7 @@ impl Time {
         Time(self.0.saturating_add(ms.saturating_mul(1000)))
     }
 
-    /// How long ago `earlier` was; zero where it is still to come.
+    /// How long ago `earlier` was; zero if it is still to come.
     #[must_use]
     pub fn since(self, earlier: Time) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0))

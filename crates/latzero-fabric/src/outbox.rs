@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use latzero_protocol::encode;
 
-use crate::books::{Account, Full, Hold, Resource};
+use crate::ledger::{Account, Full, Reservation, Resource};
 
 /// The kind of a message, which decides what happens when its receiver does not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -50,23 +50,22 @@ pub struct Bounds {
     pub headroom: usize,
 }
 
-/// A frame that several outboxes hold together, and its place in the books. Cloning it copies
-/// nothing.
+/// A frame that several outboxes hold together, and its reservation. Cloning it copies nothing.
 #[derive(Debug, Clone)]
-pub struct Shared(Arc<(Box<[u8]>, Hold)>);
+pub struct SharedBody(Arc<(Box<[u8]>, Reservation)>);
 
-impl Shared {
+impl SharedBody {
     /// Shares `frame`, which is copied once and counted in `account`.
     ///
     /// # Errors
     /// If there is no room for it.
     pub fn new(frame: &[u8], account: &Arc<Account>) -> Result<Self, Full> {
         let hold = account.reserve(Resource::Outbox, frame.len() as u64)?;
-        Ok(Shared(Arc::new((frame.into(), hold))))
+        Ok(SharedBody(Arc::new((frame.into(), hold))))
     }
 }
 
-impl std::ops::Deref for Shared {
+impl std::ops::Deref for SharedBody {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -78,7 +77,7 @@ impl std::ops::Deref for Shared {
 #[derive(Debug)]
 enum Chunk {
     Own(Vec<u8>),
-    Shared(Shared),
+    Shared(SharedBody),
 }
 
 impl Chunk {
@@ -104,7 +103,7 @@ pub struct Outbox<F, N> {
     /// Bytes that a writer has taken out.
     writing: usize,
     is_writing: bool,
-    /// Emits and events dropped since the reader was told.
+    /// Emits and events dropped since the last notice to the reader.
     lost: u64,
     lost_total: u64,
     /// Nothing more is appended: the connection ends once what waits is written.
@@ -116,7 +115,7 @@ pub struct Outbox<F, N> {
     /// The place of the first unwritten byte, counted since the connection began.
     start: u64,
     descriptors: VecDeque<Travelling<F>>,
-    /// The newest versions of blocks that the reader is still to be told, by topic.
+    /// The newest versions of blocks that are not yet sent to the reader, by topic.
     changes: Vec<((u32, u32), String)>,
     /// Who to notify once everything up to a place is written, in the order of the places.
     notices: VecDeque<(u64, N)>,
@@ -153,7 +152,7 @@ struct Travelling<F> {
 
 /// What a writer took out.
 #[derive(Debug)]
-pub struct Taken<F> {
+pub struct PendingWrite<F> {
     chunks: VecDeque<Chunk>,
     length: usize,
     own: usize,
@@ -163,7 +162,7 @@ pub struct Taken<F> {
     spare: Option<Vec<u8>>,
 }
 
-impl<F> Taken<F> {
+impl<F> PendingWrite<F> {
     /// Whether everything is written.
     #[must_use]
     pub fn is_done(&self) -> bool {
@@ -192,7 +191,7 @@ impl<F> Taken<F> {
         (&rest[..until], descriptors)
     }
 
-    /// Notes that `n` bytes were written, of those that [`Taken::next`] returned.
+    /// Notes that `n` bytes were written, of those that [`PendingWrite::next`] returned.
     pub fn advance(&mut self, n: usize) {
         if n > 0 && self.descriptors.front().is_some_and(|d| d.at == self.start) {
             self.descriptors.pop_front();
@@ -269,8 +268,8 @@ impl<F, N> Outbox<F, N> {
         Sent::Queued
     }
 
-    /// Drops a message for which there is no room; the client is told how many emits and events it
-    /// lost.
+    /// Drops a message for which there is no room; the client is notified how many emits and events
+    /// it lost.
     pub fn refuse(&mut self, class: Class) -> Sent {
         if matches!(class, Class::Emit | Class::Event) {
             self.lost += 1;
@@ -280,7 +279,7 @@ impl<F, N> Outbox<F, N> {
     }
 
     /// Appends a message that was admitted, with the descriptors that travel with its first byte.
-    /// `spare` is a buffer to begin with where there is none. Returns the bytes of the message.
+    /// `spare` is a buffer to begin with if there is none. Returns the bytes of the message.
     pub fn append(
         &mut self,
         class: Class,
@@ -289,7 +288,7 @@ impl<F, N> Outbox<F, N> {
         encode: impl FnOnce(&mut Vec<u8>),
     ) -> &[u8] {
         if matches!(class, Class::Emit | Class::Event) {
-            self.tell_lost();
+            self.append_lost();
         }
         self.attach(descriptors);
         let has_room = |chunk: &Chunk| matches!(chunk, Chunk::Own(buf) if buf.len() < CHUNK_BYTES);
@@ -308,9 +307,9 @@ impl<F, N> Outbox<F, N> {
 
     /// Appends a frame that other outboxes hold as well, and that was admitted.
     /// Returns its bytes.
-    pub fn append_shared(&mut self, class: Class, frame: Shared) -> &[u8] {
+    pub fn append_shared(&mut self, class: Class, frame: SharedBody) -> &[u8] {
         if matches!(class, Class::Emit | Class::Event) {
-            self.tell_lost();
+            self.append_lost();
         }
         self.length += frame.len();
         self.chunks.push_back(Chunk::Shared(frame));
@@ -319,7 +318,7 @@ impl<F, N> Outbox<F, N> {
 
     /// Says how many messages were lost, before the first message after the gap, so that the reader
     /// knows where it is.
-    fn tell_lost(&mut self) {
+    fn append_lost(&mut self) {
         if self.lost > 0 {
             let lost = std::mem::take(&mut self.lost);
             self.append_text(&format!(
@@ -341,8 +340,8 @@ impl<F, N> Outbox<F, N> {
         }
     }
 
-    /// Tells the reader of a change; a newer one of the same topic replaces it. True where the
-    /// outbox must be written for it.
+    /// Tells the reader of a change; a newer one of the same topic replaces it. True if the outbox
+    /// must be written for it.
     pub fn note_change(&mut self, topic: (u32, u32), event: String) -> bool {
         if self.is_sealed {
             return false;
@@ -359,8 +358,7 @@ impl<F, N> Outbox<F, N> {
         }
     }
 
-    /// Notifies `who` when everything appended so far is written; returns it where that is so
-    /// already.
+    /// Notifies `who` when everything appended so far is written; returns it if that is so already.
     pub fn notify_when_written(&mut self, who: N) -> Option<N> {
         if self.is_closed {
             return None;
@@ -381,7 +379,7 @@ impl<F, N> Outbox<F, N> {
     }
 
     /// Takes out what waits; `None` where there is nothing, or another writer is at work.
-    pub fn take(&mut self) -> Option<Taken<F>> {
+    pub fn take(&mut self) -> Option<PendingWrite<F>> {
         if self.is_writing {
             return None;
         }
@@ -395,7 +393,7 @@ impl<F, N> Outbox<F, N> {
         self.writing = std::mem::take(&mut self.length);
         let start = self.start;
         self.start += self.writing as u64;
-        Some(Taken {
+        Some(PendingWrite {
             chunks: std::mem::take(&mut self.chunks),
             length: self.writing,
             own: std::mem::take(&mut self.own),
@@ -407,11 +405,11 @@ impl<F, N> Outbox<F, N> {
     }
 
     /// Puts back what was not written. Returns a buffer to reuse. If there is room again for a
-    /// client that lost messages, it is told now, because the next message may take long.
-    pub fn put_back(&mut self, taken: Taken<F>) -> Option<Vec<u8>> {
+    /// client that lost messages, it is notified now, because the next message may take long.
+    pub fn put_back(&mut self, taken: PendingWrite<F>) -> Option<Vec<u8>> {
         self.is_writing = false;
         self.writing = 0;
-        let Taken {
+        let PendingWrite {
             mut chunks,
             length,
             own,
@@ -439,7 +437,7 @@ impl<F, N> Outbox<F, N> {
                 // Its allocation serves the next messages.
                 self.chunks = chunks;
             }
-            self.tell_lost();
+            self.append_lost();
         }
         spare
     }
@@ -465,7 +463,7 @@ impl<F, N> Outbox<F, N> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::books::Books;
+    use crate::ledger::Ledger;
     use crate::limits::Limits;
 
     const BOUNDS: Bounds = Bounds {
@@ -537,8 +535,8 @@ mod tests {
 
     #[test]
     fn a_shared_frame_stays_in_its_place() {
-        let books = Books::new(&Limits::default());
-        let frame = Shared::new(b"-shared-", &books.user(true)).unwrap();
+        let ledger = Ledger::new(&Limits::default());
+        let frame = SharedBody::new(b"-shared-", &ledger.user(true)).unwrap();
         let (mut a, mut b) = (TestOutbox::default(), TestOutbox::default());
         append(&mut a, Class::Call, 3);
         for outbox in [&mut a, &mut b] {
@@ -549,10 +547,10 @@ mod tests {
         assert_eq!(write(&mut a, 5), b"xxx-s");
         assert_eq!(write(&mut a, 100), b"hared-xx");
         assert_eq!(write(&mut b, 100), b"-shared-");
-        assert_eq!((a.own(), books.all().used(Resource::Outbox)), (0, 8));
+        assert_eq!((a.own(), ledger.all().used(Resource::Outbox)), (0, 8));
         drop(frame);
         assert!(
-            books.is_empty(),
+            ledger.is_empty(),
             "it is counted once, for as long as it waits"
         );
     }

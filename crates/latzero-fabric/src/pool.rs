@@ -1,11 +1,11 @@
 //! One pool, as a state machine: who is in it, who serves what, and which calls are under way.
 //!
-//! A pool decides; it never acts. Every method takes the time and what happened, and says through [`Effects`] what is
-//! to be sent. Messages to one connection are appended while the pool is held, so the order in which a client sees
-//! them is the order in which the pool decided them.
+//! A pool decides; it never acts. Every method takes the time and an input, and returns in
+//! [`Effects`] what to send. Messages are appended while the pool is locked, so each client sees
+//! them in the order of the pool's decisions.
 //!
-//! Here is who is in it; `routing` takes calls to handlers, `ending` takes answers back, `park` keeps what outlives a
-//! connection, `blocks` is its shared memory.
+//! This module has the members; `routing` passes calls to handlers, `ending` passes answers back,
+//! `park` stores calls that outlive a connection, `blocks` is the shared memory.
 
 mod answer;
 mod blocks;
@@ -34,10 +34,10 @@ use crate::slab::{Key, Slab};
 use crate::turn::Turn;
 use blocks::Blocks;
 pub use blocks::{
-    Asking, BlockCounts, BlockKey, Found, LockWish, Place, ReadPlan, Replied, WritePlan,
+    Asking, BlockCounts, BlockKey, BlockTag, Found, LockRequest, ReadPlan, Replied, WritePlan,
 };
 use calls::Calls;
-use ending::End;
+use ending::EndReason;
 use park::ParkedCalls;
 pub use park::ParkedCounts;
 use repeats::Repeats;
@@ -51,23 +51,23 @@ const TRIGGERS_SHOWN_MAX: usize = 1000;
 const TRIGGERS_SHOWN_BYTES_MAX: usize = crate::registry::PAGE_BYTES_MAX / 2;
 const HANDLERS_SHOWN_MAX: usize = 20;
 
-/// A member's place in its pool.
-pub type MemberKey = Key<Seat>;
+/// The key of a member in its pool.
+pub type MemberKey = Key<MemberTag>;
 
 /// Marks keys of members. The member itself is generic over its connection; its key need not be.
 #[derive(Debug)]
-pub enum Seat {}
+pub enum MemberTag {}
 
 type HandlerKey = Key<Handler>;
 
-/// The caller of a call that is nobody's connection's: a parked one, or one whose caller may ask for its answer again.
+/// The caller of a call without a connection: a parked call, or one with an idempotency key.
 const NOBODY: MemberKey = Key::new(u32::MAX, u32::MAX);
 
 /// Who calls.
 #[derive(Debug, Clone, Copy)]
 enum Caller<'a> {
     Member(MemberKey),
-    /// Of a parked call: whoever it was may be gone.
+    /// The caller of a parked call, which may be gone.
     Absent(&'a AppId, InstanceId),
 }
 
@@ -85,18 +85,18 @@ struct Member<D: Driver> {
     peer: D::Peer,
     app: AppId,
     instance: InstanceId,
-    /// The user that its connection is of, and whether that is a stranger.
+    /// The user of its connection, and whether that user is untrusted.
     user: u64,
     is_stranger: bool,
     attachments: Attachments,
     watch: Option<EventSet>,
     triggers: Vec<TriggerName>,
-    /// Calls it made and calls it serves, so that its end need not search for none.
+    /// Calls it made and calls it serves; at zero, no search is needed when it leaves.
     calling: u32,
     serving: u32,
     /// Whether file descriptors can be passed to it.
     takes_descriptors: bool,
-    /// Blocks that it may have something to do with, so that its end finds them.
+    /// Blocks to check when it leaves.
     blocks: BTreeSet<BlockKey>,
 }
 
@@ -123,7 +123,7 @@ struct Served {
     strategy: Strategy,
     doc: Option<String>,
     handlers: Vec<HandlerKey>,
-    /// Where the next turn of a round begins.
+    /// Where the next round begins.
     turn: usize,
 }
 
@@ -178,22 +178,22 @@ pub struct PoolStats {
     pub parked: ParkedCounts,
     /// Bytes of parked calls and of these answers.
     pub parked_bytes: u64,
-    /// Bytes of answers that are kept for repeats.
+    /// Bytes of answers stored for repeats.
     pub repeats_bytes: u64,
-    /// Bytes of calls that are kept for redelivery.
+    /// Bytes of calls stored for redelivery.
     pub redelivery_bytes: u64,
 }
 
 /// A namespace of triggers, with the calls between its members.
 pub struct Pool<D: Driver> {
-    /// What keeps the ids of its calls apart from those of another run of the server.
+    /// Distinguishes its call ids from those of other runs of the server.
     epoch: u64,
     number: u32,
     name: PoolName,
     limits: Limits,
     prng: Prng,
     hash_seed: u64,
-    members: Slab<Member<D>, Seat>,
+    members: Slab<Member<D>, MemberTag>,
     triggers: HashMap<TriggerName, Served>,
     handlers: Slab<Handler>,
     calls: Calls,
@@ -205,7 +205,7 @@ pub struct Pool<D: Driver> {
     /// Members that watch for changes of blocks.
     change_watchers: usize,
     closed: bool,
-    /// Whether what is in it may outlive the server: its rules do as well, or it has none.
+    /// Whether its content may outlive the server: its rules do too, or it has none.
     outlives: bool,
     scratch: Vec<u8>,
 }
@@ -219,7 +219,8 @@ impl<D: Driver> std::fmt::Debug for Pool<D> {
 }
 
 impl<D: Driver> Pool<D> {
-    /// An empty pool. `number` is what the ids of its calls begin with; no two pools of a server share one.
+    /// An empty pool. `number` is what the ids of its calls begin with; no two pools of a server
+    /// share one.
     #[must_use]
     pub fn new(number: u32, name: PoolName, limits: Limits, mut prng: Prng) -> Self {
         let hash_seed = prng.next_u64();
@@ -246,7 +247,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Whether that is a member still.
+    /// Whether this is still a member.
     #[must_use]
     pub fn has_member(&self, member: MemberKey) -> bool {
         self.members.at(member).is_some()
@@ -258,13 +259,13 @@ impl<D: Driver> Pool<D> {
         self.members.len() > 0 || self.parked.keeps_any()
     }
 
-    /// Says whether what is in it may outlive the server. Where its rules do not, calls and blocks must not either: they
-    /// would be open to everybody then.
+    /// Sets whether its content may outlive the server. If its rules do not, calls and blocks must
+    /// not either: they would be open to everybody.
     pub fn set_outlives(&mut self, outlives: bool) {
         self.outlives = outlives;
     }
 
-    /// Refuses what is to outlive the server where the pool's rules do not.
+    /// Refuses durable content if the pool's rules are not durable.
     fn check_outlives(&self, what: &str) -> Result<(), Refusal> {
         if self.outlives {
             return Ok(());
@@ -276,7 +277,7 @@ impl<D: Driver> Pool<D> {
         Err(Refusal::new(Code::BadMessage, message))
     }
 
-    /// When the oldest answer that is kept for repeats is given up.
+    /// When the oldest answer stored for repeats expires.
     pub(crate) fn oldest_repeat(&self) -> Option<Time> {
         self.repeats.oldest()
     }
@@ -331,7 +332,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Takes a member in and tells the watchers; `None` where the pool was removed meanwhile.
+    /// Adds a member and notifies the watchers; `None` if the pool has been removed.
     pub fn join(&mut self, joining: Joining<D>, turn: &mut Turn<'_, D>) -> Option<MemberKey> {
         if self.closed {
             return None;
@@ -348,7 +349,7 @@ impl<D: Driver> Pool<D> {
             instance,
             trigger: None,
         };
-        let told = self.presence_json(Event::AppOnline, &event);
+        let json = self.presence_json(Event::AppOnline, &event);
         let (user, is_stranger) = {
             let link = peer.link();
             let user = link.account().user();
@@ -369,11 +370,12 @@ impl<D: Driver> Pool<D> {
             blocks: BTreeSet::new(),
         };
         let key = self.members.insert(member);
-        self.tell(Event::AppOnline, &told, Some(key), turn);
+        self.notify(Event::AppOnline, &json, Some(key), turn);
         Some(key)
     }
 
-    /// Ends a membership: its calls end, its triggers go, the watchers are told. False where it had ended before.
+    /// Ends a membership: ends its calls, removes its triggers, notifies the watchers. False if it
+    /// had already ended.
     pub fn leave(&mut self, key: MemberKey, turn: &mut Turn<'_, D>) -> bool {
         if self.member(key).is_none() {
             return false;
@@ -395,15 +397,15 @@ impl<D: Driver> Pool<D> {
             instance: member.instance,
             trigger: None,
         };
-        let told = self.presence_json(Event::AppOffline, &event);
-        self.tell(Event::AppOffline, &told, None, turn);
+        let json = self.presence_json(Event::AppOffline, &event);
+        self.notify(Event::AppOffline, &json, None, turn);
         self.take_answers_back((key, &member.app), turn);
         self.place_orphans(turn);
         true
     }
 
-    /// Serves a trigger: calls that were parked for it are given to the new handler. Registering it again changes its
-    /// settings.
+    /// Serves a trigger: calls that were parked for it are given to the new handler. Registering it
+    /// again changes its settings.
     pub fn serve(&mut self, key: MemberKey, spec: &TriggerSpec, turn: &mut Turn<'_, D>) {
         if self.member(key).is_none() {
             return;
@@ -419,7 +421,8 @@ impl<D: Driver> Pool<D> {
                 handlers: Vec::new(),
                 turn: 0,
             });
-        // The latest registration decides: a new version of an app may change how its calls are spread.
+        // The latest registration decides: a new version of an app may change how its calls are
+        // spread.
         served.strategy = spec.strategy;
         if spec.doc.is_some() {
             served.doc.clone_from(&spec.doc);
@@ -431,7 +434,7 @@ impl<D: Driver> Pool<D> {
             .find(|&h| self.handlers.at(h).is_some_and(|h| h.member == key));
         if let Some(handler) = known.and_then(|h| self.handlers.at_mut(h)) {
             handler.concurrency = concurrency;
-            self.give_parked(spec.name.as_str(), turn);
+            self.dispatch_parked(spec.name.as_str(), turn);
             return;
         }
         served.handlers.push(self.handlers.insert(Handler {
@@ -448,12 +451,12 @@ impl<D: Driver> Pool<D> {
             instance,
             trigger: Some(&spec.name),
         };
-        let told = self.presence_json(Event::TriggerAdded, &event);
-        self.tell(Event::TriggerAdded, &told, Some(key), turn);
-        self.give_parked(spec.name.as_str(), turn);
+        let json = self.presence_json(Event::TriggerAdded, &event);
+        self.notify(Event::TriggerAdded, &json, Some(key), turn);
+        self.dispatch_parked(spec.name.as_str(), turn);
     }
 
-    /// Serves a trigger no longer. Calls under way may still be answered.
+    /// Stops serving a trigger. Calls in flight may still be answered.
     pub fn unserve(&mut self, key: MemberKey, name: &TriggerName, turn: &mut Turn<'_, D>) {
         let Some(member) = self.member_mut(key) else {
             return;
@@ -465,7 +468,7 @@ impl<D: Driver> Pool<D> {
         self.drop_handler(key, name, turn);
     }
 
-    /// Sends the pool's events to a member; `None` stops them. False where the membership has ended.
+    /// Sends the pool's events to a member; `None` stops them. False if the membership has ended.
     pub fn watch(&mut self, key: MemberKey, events: Option<EventSet>) -> bool {
         let Some(member) = self.member_mut(key) else {
             return false;
@@ -478,7 +481,8 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// When the pool wants [`Pool::handle_timeout`] to be called at the latest. It may be early, never late.
+    /// When the pool wants [`Pool::handle_timeout`] to be called at the latest. It may be early,
+    /// never late.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Time> {
         let others = self.blocks.next_deadline().into_iter();
@@ -488,19 +492,19 @@ impl<D: Driver> Pool<D> {
         self.calls.next_deadline().into_iter().chain(others).min()
     }
 
-    /// Ends the calls whose time to live is over, and the waits and leases of locks.
+    /// Ends expired calls, waits and leases.
     pub fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(key) = self.calls.pop_due(now) {
-            self.end(key, End::TimedOut, turn);
+            self.end(key, EndReason::TimedOut, turn);
         }
         self.handle_block_timeout(turn);
         self.handle_parked_timeout(turn);
         self.handle_repeats_timeout(turn);
     }
 
-    /// Removes the pool under its members: calls end, each member is told, nobody can join again. Returns the members'
-    /// instances.
+    /// Removes the pool: ends its calls and notifies each member. Nobody can join again. Returns
+    /// the members' instances.
     pub fn close(&mut self, turn: &mut Turn<'_, D>) -> Vec<InstanceId> {
         self.closed = true;
         let keys: Vec<MemberKey> = self.members.iter().map(|(key, _)| key).collect();
@@ -511,7 +515,7 @@ impl<D: Driver> Pool<D> {
         self.close_parked(turn);
         self.close_blocks(turn);
         self.change_watchers = 0;
-        let told = format!(
+        let json = format!(
             "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{}\"}}",
             self.name
         );
@@ -520,8 +524,8 @@ impl<D: Driver> Pool<D> {
         self.handlers = Slab::default();
         for key in keys {
             let member = self.members.remove(key).expect("listed above");
-            turn.send(&member.peer, Class::Control, told.len(), |out| {
-                encode::message(out, &told)
+            turn.send(&member.peer, Class::Control, json.len(), |out| {
+                encode::message(out, &json)
             });
             instances.push(member.instance);
         }
@@ -534,7 +538,8 @@ impl<D: Driver> Pool<D> {
         self.closed
     }
 
-    /// The pool's triggers as JSON: names, strategies and who serves them, in the order of their names.
+    /// The pool's triggers as JSON: names, strategies and who serves them, in the order of their
+    /// names.
     #[must_use]
     pub fn triggers_json(&self) -> serde_json::Value {
         let mut names: Vec<&Served> = self.triggers.values().collect();
@@ -551,11 +556,14 @@ impl<D: Driver> Pool<D> {
                 .filter_map(|h| Some((h, self.members.at(h.member)?)))
                 .take(HANDLERS_SHOWN_MAX)
                 .map(|(h, member)| {
-                    serde_json::json!({"app_id": member.app, "instance": member.instance, "in_flight": h.in_flight})
+                    serde_json::json!({
+                        "app_id": member.app, "instance": member.instance, "in_flight": h.in_flight,
+                    })
                 })
                 .collect();
             serde_json::json!({
-                "name": served.name, "strategy": served.strategy.as_str(), "doc": served.doc, "handlers": handlers,
+                "name": served.name, "strategy": served.strategy.as_str(), "doc": served.doc,
+                "handlers": handlers,
                 "handlers_total": served.handlers.len(),
             })
         };
@@ -570,7 +578,7 @@ impl<D: Driver> Pool<D> {
     /// Checks what must hold between any two inputs; for the simulator and tests.
     ///
     /// # Panics
-    /// Where an invariant is broken.
+    /// If an invariant is broken.
     pub fn check(&self) {
         let (mut calling, mut serving) = (0, 0);
         for (key, member) in self.members.iter() {
@@ -614,7 +622,8 @@ impl<D: Driver> Pool<D> {
         assert_eq!(handlers, self.handlers.len());
         for (key, handler) in self.handlers.iter() {
             let in_flight = self.calls.iter().filter(|(_, c)| c.handler == key).count();
-            // Not compared with the concurrency, which a registration may lower while calls are under way.
+            // Not compared with the concurrency, which a registration may lower while calls are
+            // under way.
             assert_eq!(in_flight, handler.in_flight as usize);
         }
         self.calls.check();
@@ -656,12 +665,12 @@ impl<D: Driver> Pool<D> {
             instance: member.instance,
             trigger: Some(name),
         };
-        let told = self.presence_json(Event::TriggerRemoved, &event);
-        self.tell(Event::TriggerRemoved, &told, Some(key), turn);
+        let json = self.presence_json(Event::TriggerRemoved, &event);
+        self.notify(Event::TriggerRemoved, &json, Some(key), turn);
     }
 
-    /// Tells the watchers, all but the member that the event is about.
-    fn tell(&self, event: Event, json: &str, about: Option<MemberKey>, turn: &mut Turn<'_, D>) {
+    /// Notifies the watchers, except the member that the event is about.
+    fn notify(&self, event: Event, json: &str, about: Option<MemberKey>, turn: &mut Turn<'_, D>) {
         for (key, member) in self.members.iter() {
             if Some(key) != about && member.watch.is_some_and(|set| set.has(event)) {
                 turn.send(&member.peer, Class::Event, json.len(), |out| {
@@ -676,7 +685,8 @@ impl<D: Driver> Pool<D> {
             .trigger
             .map_or(String::new(), |t| format!(",\"trigger\":\"{t}\""));
         format!(
-            "{{\"action\":\"event\",\"event\":\"{}\",\"pool\":\"{}\",\"app_id\":\"{}\",\"instance\":\"{}\"{trigger}}}",
+            "{{\"action\":\"event\",\"event\":\"{}\",\"pool\":\"{}\",\"app_id\":\"{}\",\
+            \"instance\":\"{}\"{trigger}}}",
             event.as_str(),
             self.name,
             presence.app,

@@ -4,7 +4,7 @@ use latzero_protocol::message::{EventSet, TriggerSpec, triggers};
 use latzero_protocol::{AppId, BlockId, PoolName, Raw};
 use serde_json::{Value, json};
 
-use crate::keep::AppRow;
+use crate::rows::AppRow;
 
 /// What an app asked for last.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -12,7 +12,7 @@ pub(crate) struct Registration {
     pub(crate) pools: Vec<PoolName>,
     pub(crate) triggers: Vec<TriggerSpec>,
     pub(crate) watches: Vec<(PoolName, EventSet)>,
-    /// Blocks whose changes it is told.
+    /// Blocks that it subscribed to.
     pub(crate) subscriptions: Vec<(PoolName, BlockId)>,
     pub(crate) meta: Option<Value>,
 }
@@ -26,7 +26,7 @@ pub(crate) enum Remembered {
 }
 
 impl Remembered {
-    /// The registration, read once more where it was not read for good.
+    /// The registration, read once more where it was not read permanently.
     pub(crate) fn get(&self) -> std::borrow::Cow<'_, Registration> {
         match self {
             Remembered::Read(registration) => std::borrow::Cow::Borrowed(registration),
@@ -46,7 +46,7 @@ impl Remembered {
         (text + APP_BYTES) as u64
     }
 
-    /// The registration, read for good.
+    /// The registration, read permanently.
     pub(crate) fn get_mut(&mut self) -> &mut Registration {
         if let Remembered::Text(row) = self {
             *self = Remembered::Read(Registration::read(row));

@@ -1,9 +1,10 @@
-//! Every app that was seen and every pool there is.
+//! Every known app and every pool.
 //!
-//! The registry admits apps and remembers what each registered last, so that an app that comes back with its AppID
-//! alone has its pools, triggers and watches again. It knows pools by handle only: what happens inside one is the
-//! pool's, and the two are never held together. A pool's members are counted here before they join and after they
-//! left, so that a pool is never forgotten while somebody is on the way into it.
+//! The registry admits apps and remembers what each registered last, so that an app that comes back
+//! with its AppID alone has its pools, triggers and watches again. It knows pools by handle only:
+//! what happens inside one is the pool's, and the two are never held together. A pool's members are
+//! counted here before they join and after they left, so that a pool is never forgotten while an
+//! app is joining it.
 
 mod admission;
 mod identity;
@@ -23,14 +24,14 @@ use latzero_protocol::proof::is_sealed;
 use latzero_protocol::{AppId, BlockId, Body, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
-use crate::books::{Account, Books, Hold, Resource};
 use crate::driver::{Driver, Peer, Transport};
-use crate::keep::{AppRow, Change};
+use crate::ledger::{Account, Ledger, Reservation, Resource};
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::pool::MemberKey;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
+use crate::rows::{AppRow, StoreChange};
 use crate::turn::Turn;
 use admission::check_reserved;
 pub(crate) use admission::{check_pools, check_triggers, dedup_triggers, remove_triggers};
@@ -46,20 +47,21 @@ pub use sealed::{Proved, Rotated};
 
 struct App<D: Driver> {
     registration: Remembered,
-    /// What it takes in memory, with its instances.
-    held: Hold,
+    /// Its memory, with that of its instances.
+    held: Reservation,
     /// The user that it is of.
     user: u64,
     instances: Vec<Instance<D>>,
     /// When it was seen first and last, in milliseconds since the Unix epoch.
     registered: u64,
     last_seen: u64,
-    /// Whether it outlives its last instance, and the server: the built-in app and tools that come and go do not.
+    /// Whether it outlives its last instance, and the server: the built-in app and tools that come
+    /// and go do not.
     is_lasting: bool,
 }
 
 impl<D: Driver> App<D> {
-    /// What it takes in memory: what it registered, and what its live instances take in the pools.
+    /// Its memory: what it registered, and what its live instances use in the pools.
     fn bytes(&self) -> u64 {
         let live = match &self.registration {
             Remembered::Read(registration) if !self.instances.is_empty() => registration.live(),
@@ -68,8 +70,8 @@ impl<D: Driver> App<D> {
         self.registration.bytes() + live * self.instances.len() as u64
     }
 
-    /// Hands out the row to keep; false where nothing of the app is kept.
-    fn keep(&self, app_id: &AppId, promise: Option<&D::Peer>, turn: &mut Turn<'_, D>) -> bool {
+    /// Emits the row to store; false if nothing of the app is stored.
+    fn store(&self, app_id: &AppId, promise: Option<&D::Peer>, turn: &mut Turn<'_, D>) -> bool {
         if self.is_lasting {
             let last_seen = if self.instances.is_empty() {
                 self.last_seen
@@ -78,7 +80,7 @@ impl<D: Driver> App<D> {
             };
             let registration = self.registration.get();
             let row = registration.row(app_id, self.registered, last_seen);
-            turn.keep(Change::App(Box::new(row)), promise);
+            turn.store(StoreChange::App(Box::new(row)), promise);
         }
         self.is_lasting
     }
@@ -94,7 +96,7 @@ pub struct Instance<D: Driver> {
     pub memberships: Vec<Membership<D>>,
     exclusive: bool,
     since: Time,
-    /// Whether it came as somebody: a user of this machine, or with the app's key.
+    /// Whether it is authenticated: as a user of this machine, or with the app's key.
     is_known: bool,
 }
 
@@ -142,7 +144,7 @@ impl<D: Driver> Entrance<D> {
 }
 
 impl<D: Driver> Membership<D> {
-    /// Whether a trigger is served here: who only reads may listen.
+    /// Whether a trigger may be served here: readers may listen.
     pub(crate) fn serves(&self, spec: &TriggerSpec) -> bool {
         self.may_serve && self.grant.is_none_or(|grant| grant.serves(spec))
     }
@@ -160,7 +162,8 @@ impl<D: Driver> Membership<D> {
                     Roles::Write => "write",
                 };
                 let message = format!(
-                    "this needs the role '{needed}' in pool '{}'; prove it with the keys that have it",
+                    "this needs the role '{needed}' in pool '{}'; prove it with the keys that \
+                    have it",
                     self.name
                 );
                 Err(Refusal::new(Code::Forbidden, message))
@@ -213,7 +216,7 @@ struct PoolEntry<D: Driver> {
     number: u32,
     pool: D::Pool,
     members: usize,
-    /// Blocks of memory, parked calls and kept answers in it; a pool with any stays.
+    /// Blocks, parked calls and stored answers in it; a pool with any stays.
     held: usize,
     /// Stays without members: made on purpose rather than by being named.
     kept: bool,
@@ -224,8 +227,8 @@ struct PoolEntry<D: Driver> {
     properties: Option<Value>,
     /// When it was made, in milliseconds since the Unix epoch.
     created: u64,
-    /// Its place in the books, where a client made it.
-    place: Option<Hold>,
+    /// Its reservation, if a client created it.
+    place: Option<Reservation>,
     /// What makes it an encrypted pool.
     sealed: Option<Sealed>,
 }
@@ -240,10 +243,10 @@ impl<D: Driver> PoolEntry<D> {
     }
 }
 
-/// What becomes of a handshake.
+/// The result of a handshake.
 pub enum Admitted<D: Driver> {
-    /// It was accepted, and what the app registers is on its way to the disk: ask again when it is there, and hand in
-    /// whether it was restored.
+    /// It was accepted, and the registration is on its way to the disk. Ask again once it is there,
+    /// and pass whether it was restored.
     Later {
         /// Whether what the app had is restored.
         rehydrated: bool,
@@ -262,7 +265,7 @@ pub struct Admission<D: Driver> {
     pub triggers: Vec<TriggerSpec>,
     /// The pools to watch.
     pub watches: Vec<(PoolName, EventSet)>,
-    /// The blocks whose changes it is told.
+    /// The blocks that it subscribed to.
     pub subscriptions: Vec<(PoolName, BlockId)>,
     /// Whether what the app had was restored.
     pub rehydrated: bool,
@@ -281,16 +284,16 @@ pub enum Whereabouts {
     Elsewhere,
 }
 
-/// Every app that was seen and every pool there is.
+/// Every known app and every pool.
 pub struct Registry<D: Driver> {
     apps: BTreeMap<AppId, App<D>>,
-    /// Apps without an instance: who makes room for a new one.
+    /// Apps without an instance: which one to forget for a new one.
     offline: Offline,
     /// Whose AppIDs are, and how many of them have a key.
     bindings: BTreeMap<AppId, Binding>,
     keys: usize,
     pools: BTreeMap<PoolName, PoolEntry<D>>,
-    /// Names of pools that are kept for who had them before the server's start, and until when.
+    /// Pool names reserved for their owners from before the server's start, and until when.
     reserved: BTreeMap<PoolName, (AppId, Time)>,
     next_number: u32,
     instances: usize,
@@ -324,9 +327,9 @@ impl<D: Driver> Registry<D> {
         registry
     }
 
-    /// Takes in an app of an earlier run. `alive_until` is when that run ended, as far as is known: for apps that lived
-    /// then. False where there is no room for it.
-    pub fn restore_app(&mut self, row: AppRow, alive_until: u64, books: &Books) -> bool {
+    /// Restores an app of an earlier run. `alive_until` is when that run ended, as far as known,
+    /// for apps that were online then. False if there is no room for it.
+    pub fn restore_app(&mut self, row: AppRow, alive_until: u64, ledger: &Ledger) -> bool {
         if self.apps.len() >= self.limits.apps_max {
             return false;
         }
@@ -336,11 +339,11 @@ impl<D: Driver> Registry<D> {
         };
         let (app_id, registered) = (row.app_id.clone(), row.registered);
         let registration = Remembered::Text(Box::new(row));
-        let mut held = books.all().hold(Resource::Registrations);
+        let mut held = ledger.all().hold(Resource::Registrations);
         held.force(registration.bytes());
         let app = App {
             held,
-            user: books.all().id(),
+            user: ledger.all().id(),
             registered,
             last_seen,
             registration,
@@ -375,7 +378,7 @@ impl<D: Driver> Registry<D> {
             self.accounts
                 .retain(|_, account| account.strong_count() > 0);
         }
-        let account = turn.driver.site().books.app(user);
+        let account = turn.driver.context().ledger.app(user);
         self.accounts.insert(app.clone(), Arc::downgrade(&account));
         account
     }
@@ -384,15 +387,15 @@ impl<D: Driver> Registry<D> {
     pub fn kept_account(&mut self, app: &AppId, turn: &mut Turn<'_, D>) -> Arc<Account> {
         let known = self.accounts.get(app).and_then(Weak::upgrade);
         known.unwrap_or_else(|| {
-            let earlier = Arc::clone(turn.driver.site().books.earlier());
+            let earlier = Arc::clone(turn.driver.context().ledger.earlier());
             self.account(app, &earlier, turn)
         })
     }
 
-    /// Hands what an app registered out once more: it could not be kept when it was to be.
-    pub fn keep_app(&self, app_id: &AppId, turn: &mut Turn<'_, D>) {
+    /// Emits an app's registration again, after it could not be stored.
+    pub fn store_app(&self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         if let Some(app) = self.apps.get(app_id) {
-            app.keep(app_id, None, turn);
+            app.store(app_id, None, turn);
         }
     }
 
@@ -422,13 +425,13 @@ impl<D: Driver> Registry<D> {
                 self.offline.remove(app.user, app.last_seen, app_id);
                 self.apps.remove(app_id);
                 self.unbind(app_id, turn);
-                turn.keep(Change::ForgetApp(app_id.clone()), Some(promise));
+                turn.store(StoreChange::ForgetApp(app_id.clone()), Some(promise));
                 Ok(())
             }
         }
     }
 
-    /// Notes the pools that an instance has joined; false where it was displaced meanwhile.
+    /// Records the pools that an instance has joined; false if it was displaced meanwhile.
     pub fn settle(
         &mut self,
         app: &AppId,
@@ -457,12 +460,12 @@ impl<D: Driver> Registry<D> {
         };
         let gone = app.instances.swap_remove(at);
         self.instances -= 1;
-        self.note_gone(app_id, turn);
+        self.mark_offline(app_id, turn);
         gone.memberships
     }
 
     /// Notes that an instance of an app has gone.
-    fn note_gone(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
+    fn mark_offline(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         let unix_ms = turn.unix_ms();
         let Some(app) = self.apps.get_mut(app_id) else {
             return;
@@ -474,14 +477,15 @@ impl<D: Driver> Registry<D> {
         }
         if app.is_lasting {
             self.offline.insert(app.user, unix_ms, app_id.clone());
-            turn.keep(Change::Seen(app_id.clone(), unix_ms), None);
+            turn.store(StoreChange::Seen(app_id.clone(), unix_ms), None);
         } else {
             self.apps.remove(app_id);
             self.unbind(app_id, turn);
         }
     }
 
-    /// Takes instances of an app away from it, as `kick` asks; they are to be told, and to leave their pools.
+    /// Removes instances of an app, for `kick`; the caller notifies them and takes them out of
+    /// their pools.
     pub fn evict(
         &mut self,
         app_id: &AppId,
@@ -500,12 +504,12 @@ impl<D: Driver> Registry<D> {
             return gone;
         }
         self.instances -= gone.len();
-        self.note_gone(app_id, turn);
+        self.mark_offline(app_id, turn);
         gone
     }
 
-    /// Opens a pool for an instance that wants to join it, and remembers that its app is in it; says whether there is a
-    /// promise that it is kept.
+    /// Opens a pool for an instance that wants to join it, and remembers that its app is in it;
+    /// returns whether a reply waits for the disk.
     ///
     /// # Errors
     /// `quota`, `forbidden`.
@@ -553,7 +557,7 @@ impl<D: Driver> Registry<D> {
         Ok((entrance, is_promised))
     }
 
-    /// Changes what an app registered; says whether anything changed and is to be kept.
+    /// Changes an app's registration; returns whether anything changed that must be stored.
     fn remember(
         &mut self,
         app_id: &AppId,
@@ -571,10 +575,11 @@ impl<D: Driver> Registry<D> {
         if is_changed {
             app.held.force(app.bytes());
         }
-        is_changed && app.keep(app_id, promise, turn)
+        is_changed && app.store(app_id, promise, turn)
     }
 
-    /// As [`Registry::remember`], of what the app watches and subscribes to: that part of its row alone is written.
+    /// As [`Registry::remember`], of what the app watches and subscribes to: that part of its row
+    /// alone is written.
     fn remember_watches(
         &mut self,
         app_id: &AppId,
@@ -594,12 +599,13 @@ impl<D: Driver> Registry<D> {
         }
         app.held.force(app.bytes());
         if app.is_lasting {
-            turn.keep(Change::Watches(app_id.clone(), after), promise);
+            turn.store(StoreChange::Watches(app_id.clone(), after), promise);
         }
         app.is_lasting
     }
 
-    /// Forgets that an app is in a pool: it left on purpose. Says whether there is a promise that it is kept.
+    /// Forgets that an app is in a pool: it left on purpose. Returns whether a reply waits for the
+    /// disk.
     pub fn forget_pool(
         &mut self,
         app_id: &AppId,
@@ -627,7 +633,7 @@ impl<D: Driver> Registry<D> {
         })
     }
 
-    /// Remembers the triggers that an app serves now; says whether there is a promise that they are kept.
+    /// Remembers the triggers that an app serves now; returns whether a reply waits for the disk.
     ///
     /// # Errors
     /// `quota`, `forbidden`: nothing changed then.
@@ -665,7 +671,7 @@ impl<D: Driver> Registry<D> {
         }))
     }
 
-    /// Forgets triggers that an app serves no longer; says whether there is a promise that this is kept.
+    /// Forgets triggers that an app serves no longer; returns whether a reply waits for the disk.
     pub fn forget_triggers(
         &mut self,
         app_id: &AppId,
@@ -678,7 +684,8 @@ impl<D: Driver> Registry<D> {
         })
     }
 
-    /// Remembers what an app watches in a pool; `None` forgets it. Says whether there is a promise that it is kept.
+    /// Remembers what an app watches in a pool; `None` forgets it. Returns whether a reply waits
+    /// for the disk.
     pub fn remember_watch(
         &mut self,
         app_id: &AppId,
@@ -695,7 +702,7 @@ impl<D: Driver> Registry<D> {
         })
     }
 
-    /// Remembers that an app is told of a block's changes, or forgets it.
+    /// Remembers or forgets that an app subscribed to a block's changes.
     pub fn remember_subscription(
         &mut self,
         app_id: &AppId,
@@ -710,7 +717,7 @@ impl<D: Driver> Registry<D> {
             known.retain(|(p, b)| (p, b) != (pool, block));
             if is_on {
                 if known.len() >= max {
-                    // Of blocks that are gone, most likely.
+                    // Probably of removed blocks.
                     known.remove(0);
                 }
                 known.push((pool.clone(), block.clone()));
@@ -737,9 +744,9 @@ impl<D: Driver> Registry<D> {
         self.pools.iter().map(|(name, entry)| (name, &entry.pool))
     }
 
-    /// The handle of one pool, or of all, and whether an app owns it. None where there is no such
-    /// pool: whether there is one is not for everybody to know. An encrypted pool is there for who proved it, and owned by
-    /// who proved that it writes there.
+    /// The handle of one pool, or of all, and whether an app owns it. None if there is no such
+    /// pool: whether it exists is not public. An encrypted pool exists for connections that proved
+    /// it, and is owned by those that proved the role write.
     pub(crate) fn owned(&self, name: Option<&PoolName>, view: &View<'_>) -> Vec<(D::Pool, bool)> {
         let one = name.map(|name| self.pools.get(name));
         let all = name.is_none().then(|| self.pools.values());
@@ -759,7 +766,7 @@ impl<D: Driver> Registry<D> {
     /// Checks what must hold between any two inputs; for the simulator and tests.
     ///
     /// # Panics
-    /// Where an invariant is broken.
+    /// If an invariant is broken.
     pub fn check(&self) {
         let live: usize = self.apps.values().map(|app| app.instances.len()).sum();
         assert_eq!(live, self.instances);
@@ -776,7 +783,7 @@ impl<D: Driver> Registry<D> {
         for (id, app) in &self.apps {
             assert_eq!(app.held.amount(), app.bytes(), "what app '{id}' takes");
         }
-        // Those of an earlier run are all taken in.
+        // Pools of an earlier run are all restored.
         let durable = self.pools.values().filter(|entry| entry.durable).count();
         assert!(
             self.apps.len() <= self.limits.apps_max
@@ -806,7 +813,7 @@ impl<D: Driver> Registry<D> {
     }
 }
 
-/// The answer about a pool that is closed to an app: no more than that.
+/// The refusal for a pool that is closed to an app; it reveals nothing else.
 fn not_open(app_id: &AppId, name: &PoolName) -> Refusal {
     let message = format!("pool '{name}' is not open to app '{app_id}'");
     Refusal::new(Code::Forbidden, message)

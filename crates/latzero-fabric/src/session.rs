@@ -1,14 +1,15 @@
-//! One connection, from its handshake to its end: turns each message into decisions of the registry and of pools.
+//! One connection, from its handshake to its end: turns each message into decisions of the registry
+//! and of pools.
 //!
-//! A session is run by whoever read the message, one frame at a time. It holds its own memberships, so that a call goes
-//! to its pool without a look into the registry.
+//! The thread that read a message runs the session, one frame at a time. A session has its own
+//! memberships, so a call reaches its pool without the registry.
 
+mod deferred;
 mod entry;
-mod held;
 mod memory;
 mod parked;
+mod pending;
 mod pools;
-mod promises;
 mod proofs;
 
 use std::collections::VecDeque;
@@ -26,21 +27,21 @@ use latzero_protocol::{
 };
 use serde_json::json;
 
-use crate::books::Account;
 use crate::driver::{Driver, Report, Transport};
 use crate::effects::{Audit, Count};
+use crate::ledger::Account;
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::Class;
 use crate::pool::CallError;
 use crate::registry::{Instance, Membership, View, Whereabouts, Who};
 use crate::turn::Turn;
-use held::Held;
+use deferred::DeferredFrames;
+use pending::{Awaited, PendingReply, Reply};
 use pools::pool_info;
-use promises::{Awaited, Promise, Reply};
 use proofs::Proofs;
 
-/// Whether a connection goes on.
+/// Whether a connection continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub enum Flow {
@@ -70,7 +71,7 @@ pub struct Terms {
     pub binding: ChannelBinding,
     /// Whether it comes from this machine.
     pub is_loopback: bool,
-    /// The user of this machine that it is of, where the kernel tells.
+    /// The user of this machine, if the kernel reports it.
     pub uid: Option<u32>,
     /// Whether it may do what administrators may.
     pub is_admin: bool,
@@ -87,10 +88,10 @@ pub struct Session<D: Driver> {
     features: Features,
     ready: Option<Ready>,
     memberships: Vec<Membership<D>>,
-    /// What was promised and is not kept yet, in the order of the promises.
+    /// Replies that wait for the disk, in order.
     awaited: VecDeque<Awaited<D>>,
     /// New work that waits for room.
-    held: Held,
+    held: DeferredFrames,
     /// It was displaced while it joined: nothing more of it is run.
     is_over: bool,
 }
@@ -112,12 +113,13 @@ impl<D: Driver> Session<D> {
             ready: None,
             memberships: Vec::new(),
             awaited: VecDeque::new(),
-            held: Held::default(),
+            held: DeferredFrames::default(),
             is_over: false,
         }
     }
 
-    /// Whether nothing may be handed in until [`Session::kept`]: the handshake is being written down.
+    /// Whether no input is accepted until [`Session::handle_stored`]: the handshake is being
+    /// stored.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
         matches!(self.awaited.front(), Some(Awaited::Handshake { .. }))
@@ -178,7 +180,8 @@ impl<D: Driver> Session<D> {
                 return self.flow();
             }
         };
-        // What is sent in answer names no request of the sender's; a failed one gets an `error` message.
+        // What is sent in answer names no request of the sender's; a failed one gets an `error`
+        // message.
         let id = id.as_deref();
         let bounds = turn.limits().lists();
         let mut decoded = Request::decode(&envelope, &bounds);
@@ -211,7 +214,7 @@ impl<D: Driver> Session<D> {
             Ok(Request::Trigger(trigger)) => {
                 if let Err(refusal) = self.call(&trigger, turn) {
                     turn.refused(refusal.code);
-                    self.tell_refusal(id, &refusal, turn);
+                    self.send_refusal(id, &refusal, turn);
                 }
                 Flow::Continue
             }
@@ -259,13 +262,14 @@ impl<D: Driver> Session<D> {
             Err(refusal) => {
                 let action = envelope.action.and_then(Raw::as_str);
                 match (action.as_deref(), self.ready.is_some()) {
-                    // A handshake that fails ends the connection; anything else that fails is answered.
+                    // A handshake that fails ends the connection; anything else that fails is
+                    // answered.
                     (Some("handshake"), false) => {
                         self.refuse(id, &refusal, turn);
                         Flow::Close
                     }
                     (_, false) => self.not_ready(id, turn),
-                    // The call that it answers must not wait for a better one until its time is over.
+                    // The call that it answers must not wait for a better one until its time ends.
                     (Some("response"), true) => {
                         let of = envelope.in_reply_to.and_then(Raw::as_str);
                         self.fail_answer(of.as_deref(), &refusal, turn);
@@ -286,7 +290,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// A message's JSON is broken: it fails, and nothing else does, since its length kept it apart.
+    /// A message's JSON is invalid: only this message fails, since its length delimits it.
     fn fail_message(&mut self, frame: Frame<'_>, refusal: Refusal, turn: &mut Turn<'_, D>) {
         let refusal = match refusal.code {
             Code::BadFrame => Refusal::new(Code::BadMessage, refusal.message),
@@ -304,7 +308,7 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// A handler's answer is invalid: its caller is told so.
+    /// A handler's answer is invalid: tells its caller.
     fn fail_answer(&mut self, call: Option<&str>, why: &Refusal, turn: &mut Turn<'_, D>) {
         let Some(call) = call else { return };
         let message = format!("the handler's answer is invalid: {}", why.message);
@@ -317,7 +321,7 @@ impl<D: Driver> Session<D> {
             headers: None,
             body: Body::None,
         };
-        // A call of somebody else is not ended, and it was said already that something is wrong.
+        // A call of another handler is not ended, and the error has been sent.
         let _ = self.respond(&response, turn);
     }
 
@@ -328,8 +332,8 @@ impl<D: Driver> Session<D> {
         Flow::Continue
     }
 
-    /// Answers bytes that are no frame. The driver goes on behind them where [`FrameError::skips`]
-    /// says where that is, and the session goes on.
+    /// Answers bytes that are no frame. The driver continues behind them where
+    /// [`FrameError::skips`] says where that is, and the session continues.
     pub fn reject_frame(&mut self, error: FrameError, turn: &mut Turn<'_, D>) -> Flow {
         if self.ready.is_none() || error.skips().is_none() {
             return self.reject(&error.into(), turn);
@@ -373,8 +377,8 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// The membership that a message is about, as [`Self::membership`] has it. A pool that was removed does not count
-    /// as one of several.
+    /// The membership that a message is about, as [`Self::membership`] has it. A pool that was
+    /// removed does not count as one of several.
     #[inline]
     fn current_membership(
         &mut self,
@@ -387,7 +391,8 @@ impl<D: Driver> Session<D> {
         self.membership(pool)
     }
 
-    /// The membership that a message is about: the pool it names, else the only one, else `default`.
+    /// The membership that a message is about: the pool it names, else the only one, else
+    /// `default`.
     fn membership(&self, pool: Option<&str>) -> Result<&Membership<D>, Refusal> {
         let name = match (pool, &self.memberships[..]) {
             (Some(name), _) => name,
@@ -466,7 +471,8 @@ impl<D: Driver> Session<D> {
         let Some((id, m)) =
             id.and_then(|id| Some((id, self.memberships.iter().find(|m| m.number == id.pool)?)))
         else {
-            // The answer to a ping, which has done its work by arriving, or to a call of a pool that was left.
+            // The answer to a ping, which has done its work by arriving, or to a call of a pool
+            // that was left.
             if id.is_some() {
                 turn.count(Count::LateResponse);
             }
@@ -618,12 +624,12 @@ impl<D: Driver> Session<D> {
             AdminAction::Forget(app) => {
                 let peer = self.peer.clone();
                 turn.with_registry(|registry, turn| registry.forget_app(app, &peer, turn))?;
-                Ok(Reply::Kept("{}".into(), Promise::Removal))
+                Ok(Reply::Kept("{}".into(), PendingReply::Removal))
             }
             AdminAction::RemoveKey(app) => {
                 let peer = self.peer.clone();
                 turn.with_registry(|registry, turn| registry.remove_key(app, &peer, turn))?;
-                Ok(Reply::Kept("{}".into(), Promise::Removal))
+                Ok(Reply::Kept("{}".into(), PendingReply::Removal))
             }
             AdminAction::HandOver { .. } if !self.features.fd_passing => {
                 let message = "a hand-over needs the Unix socket, with the features \
@@ -663,7 +669,7 @@ impl<D: Driver> Session<D> {
 
     fn refuse(&self, id: Option<&str>, refusal: &Refusal, turn: &mut Turn<'_, D>) {
         turn.refused(refusal.code);
-        // What somebody wanted who may not.
+        // What a client was not allowed to do.
         if matches!(refusal.code, Code::Forbidden | Code::AppInUse) {
             let audit = Audit {
                 event: "refused",
@@ -673,10 +679,10 @@ impl<D: Driver> Session<D> {
             };
             turn.audit(&self.peer, &audit);
         }
-        self.tell_refusal(id, refusal, turn);
+        self.send_refusal(id, refusal, turn);
     }
 
-    fn tell_refusal(&self, id: Option<&str>, refusal: &Refusal, turn: &mut Turn<'_, D>) {
+    fn send_refusal(&self, id: Option<&str>, refusal: &Refusal, turn: &mut Turn<'_, D>) {
         self.send(Class::Control, refusal.message.len() + 256, turn, |out| {
             encode::refusal(out, id, refusal)
         });
@@ -693,7 +699,7 @@ impl<D: Driver> Session<D> {
     }
 }
 
-/// Takes the time that a call waited from its time to live.
+/// Subtracts the time that a call waited from its time to live.
 fn wait_less(request: &mut Request<'_>, waited: std::time::Duration) -> Result<(), Refusal> {
     let Request::Trigger(trigger) = request else {
         return Ok(());
@@ -707,32 +713,32 @@ fn wait_less(request: &mut Request<'_>, waited: std::time::Duration) -> Result<(
     Ok(())
 }
 
-/// Ends a membership in its pool, then in the registry. One that somebody else ended is left alone, so that it is
-/// counted out once.
+/// Ends a membership in its pool, then in the registry. One that was already ended is left alone,
+/// so that it is counted once.
 fn leave<D: Driver>(m: &Membership<D>, turn: &mut Turn<'_, D>) {
     if turn.with_pool(&m.pool, |pool, turn| pool.leave(m.member, turn)) {
-        turn.with_registry(|registry, _| registry.left(&m.name, m.number));
+        turn.with_registry(|registry, _| registry.member_left(&m.name, m.number));
     }
 }
 
-/// Tells an instance that it must go, takes it out of its pools and closes its connection.
+/// Notifies an instance, removes it from its pools and closes its connection.
 fn expel<D: Driver>(instance: &Instance<D>, event: &str, turn: &mut Turn<'_, D>) {
-    tell_departure(&instance.peer, instance.id, event, turn);
+    announce_departure(&instance.peer, instance.id, event, turn);
     for membership in &instance.memberships {
         leave(membership, turn);
     }
     turn.close(&instance.peer);
 }
 
-fn tell_departure<D: Driver>(
+fn announce_departure<D: Driver>(
     peer: &D::Peer,
     instance: InstanceId,
     event: &str,
     turn: &mut Turn<'_, D>,
 ) {
-    let told =
+    let json =
         format!("{{\"action\":\"event\",\"event\":\"{event}\",\"instance\":\"{instance}\"}}");
-    turn.send(peer, Class::Control, told.len(), |out| {
-        encode::message(out, &told)
+    turn.send(peer, Class::Control, json.len(), |out| {
+        encode::message(out, &json)
     });
 }

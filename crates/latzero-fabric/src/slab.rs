@@ -62,7 +62,7 @@ impl<T> fmt::Debug for Key<T> {
     }
 }
 
-struct Place<T> {
+struct Slot<T> {
     generation: u32,
     value: Option<T>,
 }
@@ -71,7 +71,7 @@ struct Place<T> {
 /// The keys of a table are of kind `K`: of the values themselves, or of a marker where the values
 /// are generic.
 pub(crate) struct Slab<T, K = T> {
-    places: Vec<Place<T>>,
+    places: Vec<Slot<T>>,
     free: Vec<u32>,
     kind: PhantomData<fn() -> K>,
 }
@@ -98,7 +98,7 @@ impl<T, K> Slab<T, K> {
             return Key::new(slot, place.generation);
         }
         let slot = u32::try_from(self.places.len()).expect("tables are bounded far below 2^32");
-        self.places.push(Place {
+        self.places.push(Slot {
             generation: 0,
             value: Some(value),
         });
@@ -158,7 +158,7 @@ impl<T, K> Slab<T, K> {
         (0..self.places.len() as u32).filter_map(|slot| self.in_slot(slot))
     }
 
-    /// The first value from `slot` on, so that a walk can go on while values are removed.
+    /// The first value from `slot` on, so that a walk can continue while values are removed.
     pub(crate) fn from(&self, slot: u32) -> Option<(Key<K>, &T)> {
         (slot..self.places.len() as u32).find_map(|slot| self.in_slot(slot))
     }

@@ -4,20 +4,20 @@ use latzero_protocol::{Code, PoolName};
 
 use crate::driver::{Driver, Observed, Peer};
 use crate::effects::{Audit, Buffers, CallEnd, Count};
-use crate::keep::Change;
 use crate::limits::Limits;
 use crate::link::Notice;
 use crate::memory::{Job, Numbers, StorageId};
 use crate::now::{Now, Time};
-use crate::outbox::{Class, Outbox, Sent, Shared};
+use crate::outbox::{Class, Outbox, Sent, SharedBody};
 use crate::pool::Pool;
 use crate::registry::Registry;
+use crate::rows::StoreChange;
 
 /// One step of the core: something happened at a moment, and decisions follow from it.
 pub struct Turn<'a, D: Driver> {
     /// When it happened.
     pub now: Now,
-    /// The surroundings.
+    /// The driver.
     pub driver: &'a mut D,
 }
 
@@ -43,7 +43,7 @@ impl<D: Driver> Turn<'_, D> {
 
     /// The bounds.
     pub(crate) fn limits(&self) -> &Limits {
-        &self.driver.site().limits
+        &self.driver.context().limits
     }
 
     /// Runs `f` with the registry.
@@ -75,7 +75,7 @@ impl<D: Driver> Turn<'_, D> {
     /// Forgets the oldest answers that are kept for repeats, in whatever pool they are, until there
     /// is room.
     fn forget_repeats(&mut self) {
-        while self.driver.site().books.is_over_repeats() {
+        while self.driver.context().ledger.is_over_repeats() {
             let pools = self.with_registry(|registry, _| {
                 let handles = registry.pools().map(|(_, pool)| pool.clone());
                 handles.collect::<Vec<_>>()
@@ -94,7 +94,7 @@ impl<D: Driver> Turn<'_, D> {
             oldest.sort_by_key(|(at, _)| *at);
             for (_, pool) in oldest.iter().take(8) {
                 D::with_pool(self, pool, |pool, _| pool.forget_oldest_repeat());
-                if !self.driver.site().books.is_over_repeats() {
+                if !self.driver.context().ledger.is_over_repeats() {
                     return;
                 }
             }
@@ -135,7 +135,7 @@ impl<D: Driver> Turn<'_, D> {
     }
 
     /// Appends a frame that is held once for all its receivers.
-    pub(crate) fn send_shared(&mut self, to: &D::Peer, class: Class, frame: &Shared) -> Sent {
+    pub(crate) fn send_shared(&mut self, to: &D::Peer, class: Class, frame: &SharedBody) -> Sent {
         self.append(to, class, (frame.len(), 0), |outbox, _| {
             outbox.append_shared(class, frame.clone())
         })
@@ -149,9 +149,9 @@ impl<D: Driver> Turn<'_, D> {
         lengths: (usize, usize),
         put: impl for<'l> FnOnce(&'l mut Outbox<D::Fd, Notice<D::Pool>>, &mut Buffers) -> &'l [u8],
     ) -> Sent {
-        let site = self.driver.site();
+        let site = self.driver.context();
         let mut link = to.link();
-        let sent = link.admit(class, lengths, site.outbox, &site.books);
+        let sent = link.admit(class, lengths, site.outbox, &site.ledger);
         if sent == Sent::Queued {
             let is_idle = link.outbox.queued() == 0 && !link.outbox.is_blocked();
             let effects = self.driver.effects();
@@ -168,7 +168,7 @@ impl<D: Driver> Turn<'_, D> {
             drop(link);
             self.driver.observe(Observed::Message(to, class, sent, &[]));
             if sent == Sent::Full && class == Class::Control {
-                // Not even its end could be told.
+                // Not even its end could be sent.
                 self.close(to);
             }
         }
@@ -184,7 +184,11 @@ impl<D: Driver> Turn<'_, D> {
 
     /// Tells `to` of a block's new version. A newer one replaces it until it is written; the last
     /// one is never lost.
-    pub(crate) fn block_changed(&mut self, to: &D::Peer, change: &crate::memory::Change<'_>) {
+    pub(crate) fn block_changed(
+        &mut self,
+        to: &D::Peer,
+        change: &crate::memory::VersionNotice<'_>,
+    ) {
         let is_new = to.link().outbox.note_change(change.topic, change.to_json());
         if is_new {
             self.driver.effects().touched.push(to.clone());
@@ -211,7 +215,7 @@ impl<D: Driver> Turn<'_, D> {
     pub(crate) fn call_ended(&mut self, caller: Option<&D::Peer>, end: CallEnd) {
         self.driver.effects().tally.ended.push(end);
         let Some(caller) = caller else { return };
-        let max = self.driver.site().limits.in_flight_max;
+        let max = self.driver.context().limits.in_flight_max;
         let mut link = caller.link();
         link.change_in_flight(-1);
         if link.take_room(max) {
@@ -242,13 +246,14 @@ impl<D: Driver> Turn<'_, D> {
             .push((pool.clone(), number, change));
     }
 
-    pub(crate) fn keep(&mut self, change: Change, promise: Option<&D::Peer>) {
-        self.driver.keep(change, promise);
+    pub(crate) fn store(&mut self, change: StoreChange, promise: Option<&D::Peer>) {
+        self.driver.store(change, promise);
     }
 
-    /// [`Pool::told`] wants to hear when what was appended for `to` last is written.
-    pub(crate) fn note_told(&mut self, to: &D::Peer, number: u64) {
-        self.driver.effects().told.push((to.clone(), number));
+    /// Requests a call of [`Pool::answer_delivered`] when what was appended for `to` last is
+    /// written.
+    pub(crate) fn note_delivered(&mut self, to: &D::Peer, number: u64) {
+        self.driver.effects().delivered.push((to.clone(), number));
     }
 
     pub(crate) fn audit(&mut self, by: &D::Peer, audit: &Audit<'_>) {

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use latzero_store::{Change, Options, open_backup, restore};
+use latzero_store::{Options, RowChange, open_backup, restore};
 
 /// A backup with bytes changed, or any bytes. Where the first byte is `!` the rest is the file;
 /// else it is pairs of a place (two bytes) and a byte to put there, in a backup that is good.
@@ -68,7 +68,7 @@ fn good() -> &'static [u8] {
     GOOD.get_or_init(|| {
         let dir = tempfile::tempdir().expect("there is room for a file");
         let opened = latzero_store::open(dir.path(), Options::default()).expect("a new one opens");
-        let change = Change::PutSetting {
+        let change = RowChange::PutSetting {
             key: "k".into(),
             value: "v".into(),
         };

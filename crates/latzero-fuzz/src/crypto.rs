@@ -11,7 +11,7 @@ use latzero_crypto::block::{BlockId, Checks, Geometry, MANIFEST_BYTES, Manifest,
 use latzero_crypto::descriptor::{Descriptor, Expected, NewPool, check_creation, check_rotation};
 use latzero_crypto::envelope::{self, Body, Envelope};
 use latzero_crypto::epochs::Epochs;
-use latzero_crypto::events::{Action, Incoming, IncomingAnswer, Receiver, Waiting};
+use latzero_crypto::events::{Action, Incoming, IncomingAnswer, PendingCall, Receiver};
 use latzero_crypto::keys::{KeySet, NewKeys, Secret, Token};
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta};
 use latzero_crypto::proof::JoinProof;
@@ -190,7 +190,7 @@ fn envelope_verifies(data: &[u8]) -> bool {
         privileged: false,
     };
     let received = app.receive(&epochs, &incoming, data, NOW).is_ok();
-    let waiting = Waiting {
+    let waiting = PendingCall {
         name: "foo".into(),
         destination: None,
         idempotency_key: None,

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::sync::atomic::Ordering;
 
-use latzero_shm::slots::{self, Patience};
+use latzero_shm::slots::{self, Wait};
 use latzero_shm::{Description, Fault, Geometry, Memory};
 
 /// A block in memory of this process alone.
@@ -74,7 +74,7 @@ pub fn header(data: &[u8]) {
     bytes[128..128 + length].copy_from_slice(&words[..length]);
     let memory = Bytes(RefCell::new(bytes));
     let mut content = vec![0; usize::try_from(size).expect("a small block")];
-    let before = slots::read(&memory, &geometry, 0, &mut content, Patience::Hurry);
+    let before = slots::read(&memory, &geometry, 0, &mut content, Wait::Hurry);
     let Ok(mut draft) = slots::begin(&memory, &geometry) else {
         return;
     };
@@ -87,7 +87,7 @@ pub fn header(data: &[u8]) {
     // A writer mends what it needs: what it published can be read.
     let mut after = content.clone();
     assert_eq!(
-        slots::read(&memory, &geometry, 0, &mut after, Patience::Hurry).ok(),
+        slots::read(&memory, &geometry, 0, &mut after, Wait::Hurry).ok(),
         Some(version)
     );
     assert_eq!(after.last(), Some(&7));

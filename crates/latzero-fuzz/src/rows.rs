@@ -1,7 +1,7 @@
 //! Rows of a database that anybody may have written: what is taken in of them, and what clients see
 //! of it then.
 
-use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Death, PoolRow};
+use latzero_fabric::rows::{AnswerRow, AppRow, CallRow, Death, PoolRow};
 use latzero_fabric::{Limits, Transport};
 use latzero_protocol::{AppId, PoolName};
 use latzero_sim::{Bounds, Rows, World, encode_frame};

@@ -1,4 +1,4 @@
-//! How often proofs of a user were refused lately: whoever guesses waits.
+//! How often a user's proofs were refused lately: guessing is slowed down.
 
 use std::collections::HashMap;
 

@@ -1,8 +1,8 @@
-//! The bytes of memory blocks: one [`Custodian`] for each generation, and the thread that does what takes long.
+//! The bytes of memory blocks: one [`Custodian`] for each generation, and the thread for slow jobs.
 //!
-//! Pools decide about blocks and name storage by number; here the numbers lead to memory and files. Making or moving a
-//! large block takes the kernel as long as it takes to touch all of it, and a flush as long as the disk does: such jobs
-//! run on a thread of their own, so that no connection waits for them.
+//! Pools decide about blocks and name storage by number; this module maps the numbers to memory and
+//! files. Creating or moving a large block takes as long as touching all of it, and a flush as long
+//! as the disk: such jobs run on a thread of their own, so no connection waits for them.
 
 mod files;
 mod places;
@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
-use latzero_fabric::books::{Books, Resource};
+use latzero_fabric::ledger::{Ledger, Resource};
 use latzero_fabric::memory::{Job, Making, Numbers, StorageId};
 use latzero_fabric::pool::Found;
 use latzero_fabric::{BlockKey, Limits, Time};
@@ -31,10 +31,11 @@ pub(crate) use self::rows::{ENDED, Rows};
 use crate::host::IoHost;
 use crate::losses::{Loss, Part};
 use crate::peer::Peer;
-use crate::shared::{Command, Shared};
+use crate::shared::{Command, ServerState};
 use crate::timers::PoolCell;
 
-/// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a millisecond.
+/// Storage up to this many bytes is made at once, by the loop that was asked: it takes less than a
+/// millisecond.
 const INLINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// Storage of as many bytes in all has a thread for itself.
@@ -49,36 +50,36 @@ const DESCRIPTORS_LEFT_MIN: u64 = 32;
 /// Bytes of a block that a backup holds in memory, so that it reads them at once.
 const WHOLE_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
-/// How often a backup begins to read a block anew that is written meanwhile.
+/// How often a backup reads a block again that is written meanwhile.
 const BACKUP_TRIES: u32 = 100;
 
 /// Corrupt blocks that `health` names one by one.
 const CORRUPT_SHOWN_MAX: usize = 20;
 
 /// One generation of a block.
-struct Stored {
+struct StoredBlock {
     custodian: Custodian,
     pool: PoolName,
     block: BlockId,
     kind: Kind,
-    /// The newest version heard of; the truth where it can't be read without waiting.
+    /// The newest reported version; authoritative while it can't be read without waiting.
     version: AtomicU64,
     names: Option<Names>,
-    /// Not any more once it is given up. Held while the record of its block is changed on behalf of a generation that is made
-    /// from it, so that a block that was removed does not come back with that.
+    /// False once it is dropped. Locked while the record of its block is changed for a generation
+    /// copied from it, so that a removed block does not come back.
     is_wanted: Mutex<bool>,
 }
 
-impl Stored {
+impl StoredBlock {
     fn new(
         custodian: Custodian,
         pool: PoolName,
         block: BlockId,
         version: u64,
         names: Option<Names>,
-    ) -> Stored {
+    ) -> StoredBlock {
         let is_persistent = custodian.description().is_persistent;
-        Stored {
+        StoredBlock {
             custodian,
             pool,
             block,
@@ -99,13 +100,13 @@ impl Stored {
             .expect("nothing panics under this lock")
     }
 
-    fn heard(&self, version: u64) -> u64 {
+    fn take_results(&self, version: u64) -> u64 {
         self.version.fetch_max(version, Relaxed).max(version)
     }
 }
 
 /// Something about a block that is done, for its pool.
-pub(crate) struct Done {
+pub(crate) struct JobResult {
     pub(crate) pool: Arc<PoolCell>,
     pub(crate) what: Finished,
 }
@@ -118,9 +119,10 @@ pub(crate) enum Finished {
 
 /// What the blocks' thread is given.
 enum Work {
-    Job(Arc<Shared>, Arc<PoolCell>, Job<Arc<Peer>>),
-    /// Storage whose memory is given back by letting go of it; and the database that is to know of its removal, if it is one.
-    Free(Arc<Stored>, Option<Store>),
+    Job(Arc<ServerState>, Arc<PoolCell>, Job<Arc<Peer>>),
+    /// Storage whose memory is freed when it is dropped; and the database that is to know of its
+    /// removal, if it is one.
+    Free(Arc<StoredBlock>, Option<Store>),
 }
 
 /// The threads that do what takes long: small blocks do not wait for large ones.
@@ -143,7 +145,7 @@ impl Workers {
 
 /// Storage of all blocks.
 pub(crate) struct Blocks {
-    stored: RwLock<HashMap<StorageId, Arc<Stored>>>,
+    stored: RwLock<HashMap<StorageId, Arc<StoredBlock>>>,
     numbers: Mutex<Numbers>,
     files: Arc<Files>,
     rows: Rows,
@@ -155,7 +157,7 @@ impl Blocks {
     /// No blocks yet; persistent ones will live in `directory`.
     ///
     /// # Errors
-    /// Where the directory can't be opened, or no thread be had.
+    /// If the directory can't be opened, or the thread can't be started.
     pub(crate) fn new(directory: &Path, rows: Rows) -> std::io::Result<Blocks> {
         let files = Arc::new(Files::open(directory)?);
         let worker = |name: &str| {
@@ -182,8 +184,8 @@ impl Blocks {
         f(&mut self.numbers())
     }
 
-    /// Takes in what an earlier run noted of the generations of its ended blocks.
-    pub(crate) fn take_in_ended(&self, noted: &str) {
+    /// Restores the generations of blocks that an earlier run removed.
+    pub(crate) fn restore_removed(&self, noted: &str) {
         let Ok(generation) = noted.parse() else {
             tracing::warn!(noted, "a stored block generation is invalid");
             return;
@@ -198,29 +200,29 @@ impl Blocks {
             .expect("a panic in the numbers ends the server")
     }
 
-    fn at(&self, storage: StorageId) -> Option<Arc<Stored>> {
+    fn at(&self, storage: StorageId) -> Option<Arc<StoredBlock>> {
         let stored = self.stored.read().expect("nothing panics under this lock");
         stored.get(&storage).map(Arc::clone)
     }
 
-    fn found(&self, storage: StorageId) -> Result<Arc<Stored>, Refusal> {
-        // Between a pool's word and ours another loop may have removed it.
+    fn found(&self, storage: StorageId) -> Result<Arc<StoredBlock>, Refusal> {
+        // Another loop may have removed it since the pool decided.
         self.at(storage).ok_or_else(removed)
     }
 
-    fn all(&self) -> Vec<Arc<Stored>> {
+    fn all(&self) -> Vec<Arc<StoredBlock>> {
         let stored = self.stored.read().expect("nothing panics under this lock");
         stored.values().map(Arc::clone).collect()
     }
 
-    fn insert(&self, storage: StorageId, stored: Stored) {
+    fn insert(&self, storage: StorageId, stored: StoredBlock) {
         self.stored
             .write()
             .expect("nothing panics under this lock")
             .insert(storage, Arc::new(stored));
     }
 
-    /// The descriptor that is passed for `access`, where there is one.
+    /// The descriptor that is passed for `access`, if there is one.
     pub(crate) fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
         let stored = self.at(storage)?;
         stored.custodian.lend(match access {
@@ -241,14 +243,14 @@ impl Blocks {
         }
     }
 
-    /// Somebody says that there is a newer version. It is believed as far as the block itself says so: its page was
-    /// written just now, so that looking takes no disk.
+    /// A client reports a newer version. The block's header decides: its page was written just now,
+    /// so reading it needs no disk.
     pub(crate) fn note_version(&self, storage: StorageId, version: u64) -> u64 {
         let Some(stored) = self.at(storage) else {
             return 0;
         };
         match stored.custodian.version() {
-            Ok(current) => stored.heard(version.min(current)),
+            Ok(current) => stored.take_results(version.min(current)),
             Err(_) => stored.version.load(Relaxed),
         }
     }
@@ -282,7 +284,7 @@ impl Blocks {
         let stored = self.found(storage)?;
         let version = stored.custodian.read(offset, buffer, if_version);
         version
-            .map(|version| stored.heard(version).min(version))
+            .map(|version| stored.take_results(version).min(version))
             .map_err(|error| match error {
                 ReadError::OutOfRange => out_of_range(&stored),
                 ReadError::Version(current) => conflict(&stored, current),
@@ -302,7 +304,7 @@ impl Blocks {
         let version = stored.custodian.write(offset, data, if_version);
         version
             .inspect(|&version| {
-                stored.heard(version);
+                stored.take_results(version);
             })
             .map_err(|error| write_error(&stored, error))
     }
@@ -317,7 +319,7 @@ impl Blocks {
         let stored = self.found(storage)?;
         match stored.custodian.cas(offset, expected, data) {
             Ok(Cas::Swapped { version }) => {
-                stored.heard(version);
+                stored.take_results(version);
                 Ok((version, None))
             }
             Ok(Cas::Differs { current, version }) => Ok((version, Some(current))),
@@ -325,12 +327,13 @@ impl Blocks {
         }
     }
 
-    /// Does `job`, or has the blocks' thread do it. Returns what the pool is to hear at once.
+    /// Runs `job`, or queues it for the blocks' thread. Returns the result for the pool, if there
+    /// is one.
     pub(crate) fn run_or_pass_on(
-        shared: &Arc<Shared>,
+        shared: &Arc<ServerState>,
         pool: &Arc<PoolCell>,
         job: Job<Arc<Peer>>,
-    ) -> Option<Done> {
+    ) -> Option<JobResult> {
         let bytes = match &job {
             Job::Make { making, .. } => making.geometry.total().unwrap_or(u64::MAX),
             Job::Flush { storage, .. } | Job::Drop { storage, .. } => {
@@ -353,7 +356,7 @@ impl Blocks {
             return None;
         }
         let what = shared.blocks.run(job)?;
-        Some(Done {
+        Some(JobResult {
             pool: Arc::clone(pool),
             what,
         })
@@ -379,7 +382,8 @@ impl Blocks {
                 if let Err(refusal) = &made
                     && refusal.code != Code::NoBlock
                 {
-                    tracing::warn!(pool = %making.pool, block = %making.block, error = %refusal, "cannot create a block");
+                    let (pool, block) = (&making.pool, &making.block);
+                    tracing::warn!(%pool, %block, error = %refusal, "cannot create a block");
                 }
                 Some(Finished::Made(key, made))
             }
@@ -412,7 +416,7 @@ impl Blocks {
     fn make(&self, making: &Making) -> Result<(), Refusal> {
         let from = making.from.map(|from| self.found(from)).transpose()?;
         let stored = self.build(making, from.as_deref())?;
-        self.keep(making, from.as_deref(), &stored)?;
+        self.persist(making, from.as_deref(), &stored)?;
         self.check_place(&stored)?;
         self.rows.note(&stored, &making.record);
         self.insert(making.storage, stored);
@@ -420,7 +424,7 @@ impl Blocks {
     }
 
     /// Makes a generation and gives it its first content. Nothing is left of one that fails.
-    fn build(&self, making: &Making, from: Option<&Stored>) -> Result<Stored, Refusal> {
+    fn build(&self, making: &Making, from: Option<&StoredBlock>) -> Result<StoredBlock, Refusal> {
         let asked = making.geometry;
         let geometry = match asked.spares {
             0 => Geometry::new(asked.size, asked.slots),
@@ -466,13 +470,14 @@ impl Blocks {
             return Err(refusal);
         }
         let (pool, block) = (making.pool.clone(), making.block.clone());
-        let stored = Stored::new(custodian, pool, block, 0, names);
+        let stored = StoredBlock::new(custodian, pool, block, 0, names);
         if let Some(from) = from {
-            // From the moment that its record holds, a restart goes on from the fence in its header.
+            // From the moment that its record holds, a restart continues from the fence in its
+            // header.
             let leased = from.custodian.lease();
             let leased = leased.and_then(|fence| stored.custodian.set_lease(fence, false));
             match leased.and_then(|()| from.custodian.copy_to(&stored.custodian)) {
-                Ok(version) => stored.heard(version),
+                Ok(version) => stored.take_results(version),
                 Err(error) => {
                     if let Some(names) = &stored.names {
                         self.files.abandon(names);
@@ -484,15 +489,20 @@ impl Blocks {
         Ok(stored)
     }
 
-    /// Has a generation be there after a restart, where it is persistent. Nothing is left of one that fails.
-    fn keep(&self, making: &Making, from: Option<&Stored>, stored: &Stored) -> Result<(), Refusal> {
+    /// Makes a persistent generation survive a restart. One that fails is removed.
+    fn persist(
+        &self,
+        making: &Making,
+        from: Option<&StoredBlock>,
+        stored: &StoredBlock,
+    ) -> Result<(), Refusal> {
         let Some(names) = &stored.names else {
             return Ok(());
         };
         let record = &making.record;
         let kept = match stored.custodian.sync() {
             Ok(_) => self
-                .keep_record(names, record, from)
+                .persist_record(names, record, from)
                 .unwrap_or_else(|error| {
                     let block = &making.block;
                     let message = format!("cannot write the record of block '{block}': {error}");
@@ -506,12 +516,12 @@ impl Blocks {
         kept
     }
 
-    /// Has a record hold, unless its block was removed since the generation that it comes from was copied.
-    fn keep_record(
+    /// Activates a record, unless its block was removed since its generation was copied.
+    fn persist_record(
         &self,
         names: &Names,
         record: &str,
-        from: Option<&Stored>,
+        from: Option<&StoredBlock>,
     ) -> std::io::Result<Result<(), Refusal>> {
         let before = self.files.record(names)?;
         self.files.prepare(names, record)?;
@@ -528,12 +538,12 @@ impl Blocks {
         Err(error)
     }
 
-    /// Has the record of the generation from before hold again, which is the one that is used on.
+    /// Restores the record of the previous generation, which stays in use.
     fn restore_record(
         &self,
         names: &Names,
         before: Option<&str>,
-        from: Option<&Stored>,
+        from: Option<&StoredBlock>,
     ) -> std::io::Result<()> {
         if let Some(record) = before {
             self.files.write_new_record(names, record)?;
@@ -571,7 +581,7 @@ impl Blocks {
             self.rows.note_end(generation);
             self.rows.forget(&stored.pool, &stored.block);
         }
-        // The disk takes its time to forget a name, and the kernel takes its time to give back much memory.
+        // Deleting a file and freeing much memory both take time.
         let bytes = stored.custodian.description().geometry.total();
         let store = self.rows.store().filter(|_| !is_superseded).cloned();
         self.work.send(bytes, Work::Free(stored, store));
@@ -602,7 +612,7 @@ impl Blocks {
     /// The row of a block whose memory is awaited.
     ///
     /// # Errors
-    /// `no_block` where it is not.
+    /// `no_block` if it is not.
     pub(crate) fn awaited_row(
         &self,
         pool: &PoolName,
@@ -616,9 +626,9 @@ impl Blocks {
     }
 
     /// What `stats` says of blocks.
-    pub(crate) fn to_json(&self, limits: &Limits, books: &Books) -> Value {
+    pub(crate) fn to_json(&self, limits: &Limits, ledger: &Ledger) -> Value {
         let kinds = |kind| self.all().iter().filter(|s| s.kind == kind).count();
-        let all = books.all();
+        let all = ledger.all();
         json!({
             "blocks": all.used(Resource::BlockCount),
             "blocks_max": limits.blocks_max,
@@ -738,8 +748,8 @@ impl Blocks {
         Ok(())
     }
 
-    /// Has every persistent block reach the disk. `progress` hears how many of how many have,
-    /// before each.
+    /// Flushes every persistent block to disk. `progress` gets the count done and the total before
+    /// each.
     pub(crate) fn sync_all(&self, mut progress: impl FnMut(usize, usize)) {
         if let Err(error) = self.files.sync() {
             tracing::error!(%error, "cannot flush the directory of persistent blocks");
@@ -760,7 +770,7 @@ impl Blocks {
 
 /// The bytes of a version that is held, one after the other.
 struct Holding<'a> {
-    held: latzero_shm::Held<'a>,
+    held: latzero_shm::ReadGuard<'a>,
     at: u64,
     left: u64,
 }
@@ -802,40 +812,41 @@ impl std::io::Read for OneVersion<'_> {
     }
 }
 
-/// Whether a shared block is not for everybody: then its name is kept for its owner over a restart, from the first reply on.
+/// Whether a shared block is not for everybody: then its name is kept for its owner over a restart,
+/// from the first reply on.
 fn has_rights(making: &Making) -> bool {
     let record: Value = serde_json::from_str(&making.record).unwrap_or_default();
     let is_open = |right: &str| record["permissions"][right] == json!(["*"]);
     making.kind == Kind::Shared && !(is_open("read") && is_open("write"))
 }
 
-/// Takes in the blocks that an earlier run left: persistent ones from their files; shared ones are awaited. After a power
-/// loss, what is in a file is what its checksums say.
+/// Restores the blocks that an earlier run left: persistent ones from their files; shared ones are
+/// awaited. After a power loss, what is in a file is what its checksums say.
 pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bool) {
     let shared = Arc::clone(&host.shared);
     shared.blocks.with_numbers(|numbers| {
         for row in &rows {
             let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));
             if let (Ok(pool), Ok(block)) = name {
-                numbers.note_end(&pool, &block, row.generation);
+                numbers.forget_process(&pool, &block, row.generation);
             }
         }
     });
     let mut missing: HashMap<(String, String), BlockRow> = shared
         .blocks
         .rows
-        .take_in(rows)
+        .expect_blocks(rows)
         .into_iter()
         .map(|row| ((row.pool.clone(), row.block_id.clone()), row))
         .collect();
-    let losses = Arc::clone(shared.keeper.losses());
+    let losses = Arc::clone(shared.persistence.losses());
     let records = missing.values().filter_map(|row| {
         let file = row.file.clone()?;
         Some((file, rows::record(row)))
     });
     let records: HashMap<String, String> = records.collect();
-    let remedy = "restore the block from a backup with `latzero restore`; the server never deletes files \
-         that it moved aside";
+    let remedy = "restore the block from a backup with `latzero restore`; the server never \
+    deletes files that it moved aside";
     let mut lost = |affected: String, happened: String| {
         losses.note(Loss::new(Part::Memory, affected, happened, remedy));
     };
@@ -851,11 +862,11 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         let (names, record) = (&kept.names, &kept.record);
         match adopt(host, kept.open, names, record, may_have_writer) {
             Ok((pool, block)) => {
-                let losses = shared.keeper.losses();
+                let losses = shared.persistence.losses();
                 losses.settle(Part::Memory, &room_for(&pool, &block));
                 missing.remove(&(pool.as_str().into(), block.as_str().into()));
             }
-            // With a higher limit it is there again, whole.
+            // With a higher limit it is back, complete.
             Err(refusal) if is_limit(&refusal) => {
                 let name = Found { record, fence: 0 }.name();
                 let affected = match &name {
@@ -869,7 +880,7 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
                     format!("it was not loaded, because of a limit: {}", refusal.message);
                 let remedy = "raise the limit and restart the server; the block's file and name \
                     are kept until then";
-                let losses = shared.keeper.losses();
+                let losses = shared.persistence.losses();
                 losses.note(Loss::new(Part::Memory, affected, happened, remedy));
             }
             Err(refusal) => {
@@ -905,11 +916,11 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
         }
     }
     // As at the end of a block: its mark goes after its row.
-    let store = shared.keeper.store();
+    let store = shared.persistence.store();
     if !removed.is_empty() && store.commit(Vec::new()).is_ok() {
         removed.iter().for_each(|id| shared.blocks.files.forget(id));
     }
-    shared.keeper.keep_losses();
+    shared.persistence.store_losses();
     let (files, bytes) = shared.blocks.files.orphans();
     if files > 0 {
         tracing::warn!(
@@ -921,8 +932,8 @@ pub(crate) fn adopt_all(host: &mut IoHost, rows: Vec<BlockRow>, is_same_boot: bo
     }
 }
 
-/// Makes what a file holds safe to use. Within one run of the machine that is what its header says; else what its checksums
-/// say. Returns whether it is the same run. `is_same_boot` is asked about files that do not know.
+/// Makes a file's content safe to use. Within one boot the header decides; otherwise the checksums.
+/// Returns whether it is the same boot. `is_same_boot` is asked about files that do not know.
 fn resume(
     custodian: &Custodian,
     boot: Option<u64>,
@@ -975,7 +986,7 @@ fn adopt(
         && is_limit(refusal)
     {
         let why = refusal.message.as_ref();
-        host.with_pool(&pool, |pool, fx| pool.leave_out(&block, why, fx));
+        host.with_pool(&pool, |pool, fx| pool.reserve_name(&block, why, fx));
     }
     if taken.is_err() {
         // The pool goes again where it was made for this block alone.
@@ -995,7 +1006,7 @@ fn room_for(pool: &PoolName, block: &BlockId) -> String {
     format!("room for block '{block}' of pool '{pool}'")
 }
 
-/// Has a block of an earlier run be in its pool again.
+/// Restores a block of an earlier run in its pool.
 fn take(
     host: &mut IoHost,
     pool: &Arc<PoolCell>,
@@ -1006,17 +1017,18 @@ fn take(
     may_have_writer: bool,
 ) -> Result<(), Refusal> {
     let faulty = |error: latzero_shm::Fault| Refusal::new(Code::Storage, error.to_string());
-    // Who held the lock when the server died may still write: not under any fence of before. A header that shows nonsense
-    // must not use the fences up.
+    // The lock's holder when the server died may still write, so fences continue above all earlier
+    // ones. An invalid header must not use up the fences.
     let fence = custodian.lease().map_err(faulty)?.min(FENCE_KEPT_MAX) + 1;
     let version = custodian.version().map_err(faulty)?;
-    // Nor into a version that somebody else begins: the block moves, and until it has, says on that it has to.
+    // Nor into a version that another writer begins: the block moves, and until then its header
+    // says that it must.
     let has_writer = may_have_writer && custodian.is_lease_held().map_err(faulty)?;
     let found = Found { record, fence };
     let owner = found.owner()?;
     let account = host.with_registry(|registry, turn| registry.kept_account(&owner, turn));
     let storage = host.with_pool(pool, |pool, fx| pool.adopt_block(&found, &account, fx))?;
-    let stored = Stored::new(custodian, pool_name, block.clone(), version, names);
+    let stored = StoredBlock::new(custodian, pool_name, block.clone(), version, names);
     if let Err(error) = stored.custodian.set_lease(fence, has_writer) {
         tracing::warn!(pool = %stored.pool, block = %stored.block, %error, "cannot reset the \
             lock of a block");
@@ -1025,18 +1037,18 @@ fn take(
     host.shared.blocks.insert(storage, stored);
     host.with_pool(pool, |pool, fx| {
         if has_writer {
-            pool.leave_writer_behind(&block, fx);
+            pool.abandon_writer(&block, fx);
         }
         pool.add_spares(&block, fx);
     });
     Ok(())
 }
 
-/// Takes memory back that a client offers for a block of an earlier run.
+/// Accepts the memory that a client offers for a block of an earlier run.
 ///
 /// # Errors
-/// `forbidden` where the memory is another's; and as the pool says.
-pub(crate) fn take_back(
+/// `forbidden` if the memory is another's; and as the pool says.
+pub(crate) fn reoffer(
     host: &mut IoHost,
     pool: &Arc<PoolCell>,
     (pool_name, block): (&PoolName, &BlockId),
@@ -1050,7 +1062,7 @@ pub(crate) fn take_back(
         );
         Refusal::new(Code::Forbidden, message)
     };
-    let custodian = Custodian::take_back(offered).map_err(|error| another(error.to_string()))?;
+    let custodian = Custodian::from_fd(offered).map_err(|error| another(error.to_string()))?;
     let identity = custodian
         .identity()
         .map_err(|error| another(error.to_string()))?;
@@ -1061,7 +1073,7 @@ pub(crate) fn take_back(
     if !is_it {
         return Err(another("it belongs to another block or generation".into()));
     }
-    // It says of itself that it was removed: the server died before that was written down.
+    // Its header says that it was removed: the server died before that was stored.
     if custodian.state().is_ok_and(|state| state != State::Live) {
         host.shared.blocks.rows.forget(pool_name, block);
         let message = format!("block '{block}' of pool '{pool_name}' was removed");
@@ -1081,8 +1093,8 @@ pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, Owned
             .with_registry(|registry, _| registry.pool_for_kept(unix_ms, &pool_name))
             .and_then(|(number, pool)| {
                 let row = host.shared.blocks.awaited_row(&pool_name, &block);
-                let taken = row
-                    .and_then(|row| take_back(host, &pool, (&pool_name, &block), &row, &offered));
+                let taken =
+                    row.and_then(|row| reoffer(host, &pool, (&pool_name, &block), &row, &offered));
                 if taken.is_err() {
                     host.effects.held.push((pool_name.clone(), number, 0));
                     host.with_pool(&pool, |_, _| ());
@@ -1095,8 +1107,8 @@ pub(crate) fn take_over(host: &mut IoHost, blocks: Vec<(PoolName, BlockId, Owned
     }
 }
 
-/// Gives up the blocks of an earlier run that nobody offered in time.
-pub(crate) fn end_grace(shared: &Shared, now: Time) {
+/// Drops the blocks of an earlier run that nobody offered in time.
+pub(crate) fn end_grace(shared: &ServerState, now: Time) {
     let gone = shared.blocks.rows.end_grace(shared.started, now);
     if gone > 0 {
         tracing::info!(
@@ -1122,10 +1134,10 @@ fn run(queue: &Receiver<Work>, files: &Files) {
             ) => {
                 // What came before the flush begins is covered by it.
                 waiting.extend(queue.try_iter());
-                let same = take_where(
-                    &mut waiting,
-                    |work| matches!(work, Work::Job(_, _, Job::Flush { storage: also, .. }) if *also == storage),
-                );
+                let same = take_where(&mut waiting, |work| match work {
+                    Work::Job(_, _, Job::Flush { storage: also, .. }) => *also == storage,
+                    _ => false,
+                });
                 let version = shared.blocks.flush(storage);
                 let others = same.into_iter().filter_map(|work| match work {
                     Work::Job(_, pool, Job::Flush { key, ticket, .. }) => Some((pool, key, ticket)),
@@ -1133,17 +1145,18 @@ fn run(queue: &Receiver<Work>, files: &Files) {
                 });
                 for (pool, key, ticket) in std::iter::once((pool, key, ticket)).chain(others) {
                     let what = Finished::Flushed(key, ticket, version.clone());
-                    shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
+                    shared.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
                 }
             }
             Work::Job(shared, pool, job) => {
                 let keeps_name = matches!(&job, Job::Make { making, .. } if has_rights(making));
                 if let Some(what) = shared.blocks.run(job) {
                     if keeps_name {
-                        // A server that is killed right behind the reply must know whose the name is.
+                        // After a kill right behind the reply, the server must still know the owner
+                        // of the name.
                         shared.blocks.rows.settle_on_disk();
                     }
-                    shared.mailboxes[0].send(Command::BlockDone(Done { pool, what }));
+                    shared.mailboxes[0].send(Command::BlockDone(JobResult { pool, what }));
                 }
             }
             Work::Free(stored, store) => {
@@ -1171,12 +1184,13 @@ fn take_where<T>(all: &mut VecDeque<T>, is_so: impl Fn(&T) -> bool) -> Vec<T> {
     taken
 }
 
-/// Makes a change to a block's names unless the generation that a new one is made from was given up. Says whether it did.
+/// Makes a change to a block's names unless the generation that a new one is made from was given
+/// up. Says whether it did.
 fn change_if_wanted(
-    from: Option<&Stored>,
+    from: Option<&StoredBlock>,
     change: impl FnOnce() -> std::io::Result<()>,
 ) -> std::io::Result<bool> {
-    let is_wanted = from.map(Stored::is_wanted);
+    let is_wanted = from.map(StoredBlock::is_wanted);
     if is_wanted.as_ref().is_some_and(|is_wanted| !**is_wanted) {
         return Ok(false);
     }
@@ -1188,8 +1202,8 @@ fn removed() -> Refusal {
     Refusal::new(Code::NoBlock, "the block was just removed")
 }
 
-/// Blocks leave some descriptors to connections and administrators. The kernel gives the lowest number that is free
-/// (open(2)), so the number tells how many are in use.
+/// Blocks leave some descriptors to connections and administrators. The kernel gives the lowest
+/// number that is free (open(2)), so the number tells how many are in use.
 fn check_descriptor(making: &Making, custodian: &Custodian) -> Result<(), Refusal> {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let number = u64::try_from(custodian.file().as_raw_fd()).unwrap_or(0);
@@ -1236,7 +1250,7 @@ impl Blame for latzero_shm::WriteError {
     }
 }
 
-fn corrupt(stored: &Stored, error: &impl Blame) -> Refusal {
+fn corrupt(stored: &StoredBlock, error: &impl Blame) -> Refusal {
     tracing::error!(pool = %stored.pool, block = %stored.block, %error, "a block is unusable");
     // Advice that loses nothing: what can't be read now may be whole on the disk.
     let advice = match error.is_of_disk() {
@@ -1252,7 +1266,7 @@ fn corrupt(stored: &Stored, error: &impl Blame) -> Refusal {
     )
 }
 
-fn out_of_range(stored: &Stored) -> Refusal {
+fn out_of_range(stored: &StoredBlock) -> Refusal {
     let size = stored.custodian.description().geometry.size;
     Refusal::new(
         Code::OutOfRange,
@@ -1263,14 +1277,14 @@ fn out_of_range(stored: &Stored) -> Refusal {
     )
 }
 
-fn conflict(stored: &Stored, current: u64) -> Refusal {
+fn conflict(stored: &StoredBlock, current: u64) -> Refusal {
     Refusal::new(
         Code::VersionConflict,
         format!("block '{}' has version {current}", stored.block),
     )
 }
 
-fn contended(stored: &Stored) -> Refusal {
+fn contended(stored: &StoredBlock) -> Refusal {
     Refusal::new(
         Code::Contended,
         format!(
@@ -1280,7 +1294,7 @@ fn contended(stored: &Stored) -> Refusal {
     )
 }
 
-fn write_error(stored: &Stored, error: latzero_shm::WriteError) -> Refusal {
+fn write_error(stored: &StoredBlock, error: latzero_shm::WriteError) -> Refusal {
     use latzero_shm::WriteError;
     match error {
         WriteError::OutOfRange => out_of_range(stored),

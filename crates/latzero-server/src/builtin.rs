@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use latzero_crypto::proof::ChannelBinding;
 use latzero_fabric::driver::{Driver as _, Report};
-use latzero_fabric::outbox::Taken;
+use latzero_fabric::outbox::PendingWrite;
 use latzero_fabric::registry::View;
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Session, Transport};
@@ -46,7 +46,7 @@ const TRIGGERS: [(&str, &str); 5] = [
 impl BuiltIn {
     /// Brings the app in.
     pub(crate) fn start(host: &mut IoHost) -> BuiltIn {
-        let user = host.shared.site.books.user(true);
+        let user = host.shared.context.ledger.user(true);
         let peer = host.shared.new_peer(None, &user);
         let terms = Terms {
             transport: Transport::BuiltIn,
@@ -102,7 +102,7 @@ impl BuiltIn {
         }
     }
 
-    fn answer(&mut self, mut taken: Taken<Arc<OwnedFd>>, host: &mut IoHost) {
+    fn answer(&mut self, mut taken: PendingWrite<Arc<OwnedFd>>, host: &mut IoHost) {
         let accept = Accept {
             max_frame: usize::MAX,
             attachments: true,

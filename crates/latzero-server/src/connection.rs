@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use latzero_crypto::proof::ChannelBinding;
-use latzero_fabric::books::{Hold, Holding, Resource};
+use latzero_fabric::ledger::{Holding, Reservation, Resource};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Class, Driver as _, Flow, Session, Time, Transport};
 use latzero_protocol::{Code, Refusal, encode, frame};
@@ -47,7 +47,7 @@ const LINGER_BYTES: usize = 4 * 1024 * 1024;
 
 /// What a turn of reading came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Turn {
+pub(crate) enum ReadOutcome {
     /// The socket is empty.
     Idle,
     /// The budget is spent; there may be more.
@@ -80,7 +80,7 @@ pub(crate) struct Connection {
     /// Read and not yet run: the start of a frame, or frames left while paused.
     inbox: Vec<u8>,
     /// What the inbox takes.
-    inbound: Hold,
+    inbound: Reservation,
     /// It was not read for want of so many bytes of memory.
     pub(crate) lacks: u64,
     /// It is in the loop's list of those to read.
@@ -101,7 +101,7 @@ pub(crate) struct Connection {
 }
 
 /// When a connection is to be looked at, and how it is judged then.
-pub(crate) struct Patience {
+pub(crate) struct Timeouts {
     pub(crate) handshake_ms: u64,
     pub(crate) ping_interval_ms: u64,
     pub(crate) ping_timeout_ms: u64,
@@ -110,7 +110,7 @@ pub(crate) struct Patience {
 
 /// What is to be done about a connection now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum Liveness {
     /// Nothing before that time.
     Wait(Option<Time>),
     /// It had its time.
@@ -173,7 +173,7 @@ impl Connection {
         host: &mut IoHost,
         scratch: &mut [u8],
         budget: usize,
-    ) -> Turn {
+    ) -> ReadOutcome {
         let turn = self.read_some(now, host, scratch, budget);
         // What was reserved for bytes that did not come is others' again.
         self.inbound.force(self.inbox.capacity() as u64);
@@ -186,7 +186,7 @@ impl Connection {
         host: &mut IoHost,
         scratch: &mut [u8],
         budget: usize,
-    ) -> Turn {
+    ) -> ReadOutcome {
         if matches!(self.phase, Phase::Closing { .. }) {
             return self.discard(scratch);
         }
@@ -205,7 +205,7 @@ impl Connection {
             // buffer.
             let is_large = self.inbox.len() >= LARGE_BYTES;
             let Some(room) = self.reserve(is_large, scratch.len(), host) else {
-                return Turn::Starved;
+                return ReadOutcome::Starved;
             };
             let scratch = &mut scratch[..room];
             let read = if is_large {
@@ -213,7 +213,7 @@ impl Connection {
                 let read = self.socket().read_more(&mut inbox);
                 self.inbox = inbox;
                 read
-            } else if self.takes_offers(host) {
+            } else if self.accepts_offers(host) {
                 self.read_offers(scratch)
             } else {
                 self.socket().read(scratch)
@@ -221,7 +221,9 @@ impl Connection {
             let n = match read {
                 Ok(0) => return self.end(host),
                 Ok(n) => n,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Idle,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return ReadOutcome::Idle;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(_) => return self.end(host),
             };
@@ -246,25 +248,25 @@ impl Connection {
             // A short read has emptied the socket (epoll(7)), unless an end is waiting behind the
             // data.
             if n < scratch.len() && !self.is_ending {
-                return Turn::Idle;
+                return ReadOutcome::Idle;
             }
             if total >= budget || started.elapsed() >= TIME_BUDGET {
-                return Turn::More;
+                return ReadOutcome::More;
             }
         }
     }
 
-    /// Nothing more comes. What it asked to be stored is stored, though nobody hears of it.
-    fn end(&mut self, host: &mut IoHost) -> Turn {
+    /// Nothing more comes. Its pending changes are stored, though nobody is notified.
+    fn end(&mut self, host: &mut IoHost) -> ReadOutcome {
         self.has_ended = true;
         if self.session.finish(&mut host.turn()) {
-            Turn::Paused
+            ReadOutcome::Paused
         } else {
-            Turn::Ended
+            ReadOutcome::Ended
         }
     }
 
-    /// Makes room for what is read next, and returns how much that may be; `None` where there is no
+    /// Makes room for what is read next, and returns how much that may be; `None` if there is no
     /// memory for it. What continues no frame is always read, in small pieces: it may be what frees
     /// memory, or an administrator's.
     fn reserve(&mut self, is_large: bool, most: usize, host: &mut IoHost) -> Option<usize> {
@@ -336,7 +338,7 @@ impl Connection {
     }
 
     /// Whether descriptors are taken from this client: while blocks of an earlier run are awaited.
-    fn takes_offers(&self, host: &IoHost) -> bool {
+    fn accepts_offers(&self, host: &IoHost) -> bool {
         self.transport == Transport::Unix
             && self.session.is_ready()
             && host.shared.blocks.is_awaiting()
@@ -350,7 +352,7 @@ impl Connection {
         Ok(n)
     }
 
-    fn run_inbox(&mut self, host: &mut IoHost) -> Option<Turn> {
+    fn run_inbox(&mut self, host: &mut IoHost) -> Option<ReadOutcome> {
         let mut inbox = std::mem::take(&mut self.inbox);
         let (used, stop) = self.run(&inbox, host);
         if used == inbox.len() {
@@ -367,13 +369,13 @@ impl Connection {
     }
 
     /// Runs the whole frames in `buf`; returns how many bytes they were, and why it stopped early.
-    fn run(&mut self, buf: &[u8], host: &mut IoHost) -> (usize, Option<Turn>) {
+    fn run(&mut self, buf: &[u8], host: &mut IoHost) -> (usize, Option<ReadOutcome>) {
         let (mut used, mut frames, started) = (0, 0u32, Instant::now());
         loop {
             if self.session.is_waiting() || self.is_paused(host) {
-                return (used, Some(Turn::Paused));
+                return (used, Some(ReadOutcome::Paused));
             }
-            match frame::decode(&buf[used..], self.session.accept(&host.site().limits)) {
+            match frame::decode(&buf[used..], self.session.accept(&host.context().limits)) {
                 Ok(Some((frame, length))) => {
                     used += length;
                     host.traffic.frames_in += 1;
@@ -388,7 +390,7 @@ impl Connection {
                         flow
                     };
                     if flow == Flow::Close {
-                        return (used, Some(Turn::Close));
+                        return (used, Some(ReadOutcome::Close));
                     }
                 }
                 Ok(None) => return (used, None),
@@ -396,7 +398,7 @@ impl Connection {
                     let flow = self.session.reject_frame(error, &mut host.turn());
                     match (flow, error.skips()) {
                         (Flow::Continue, Some(length)) => used += length,
-                        _ => return (used, Some(Turn::Close)),
+                        _ => return (used, Some(ReadOutcome::Close)),
                     }
                 }
             }
@@ -405,14 +407,14 @@ impl Connection {
             }
             frames += 1;
             if frames.is_multiple_of(FRAMES_PER_LOOK) && started.elapsed() >= TIME_BUDGET {
-                return (used, Some(Turn::More));
+                return (used, Some(ReadOutcome::More));
             }
         }
     }
 
     /// Whether it is not read, since as much waits in its session as may.
     pub(crate) fn is_paused(&self, host: &IoHost) -> bool {
-        !self.is_ending && self.session.must_pause(&host.site().limits)
+        !self.is_ending && self.session.must_pause(&host.context().limits)
     }
 
     /// Ends the session and writes what is left; the connection is removed when that is done.
@@ -448,22 +450,24 @@ impl Connection {
         }
     }
 
-    fn discard(&mut self, scratch: &mut [u8]) -> Turn {
+    fn discard(&mut self, scratch: &mut [u8]) -> ReadOutcome {
         loop {
             match self.socket().read(scratch) {
-                Ok(0) => return Turn::Ended,
+                Ok(0) => return ReadOutcome::Ended,
                 Ok(n) => {
                     let Phase::Closing { left, .. } = &mut self.phase else {
-                        return Turn::Ended;
+                        return ReadOutcome::Ended;
                     };
                     *left = left.saturating_sub(n);
                     if *left == 0 {
-                        return Turn::Ended;
+                        return ReadOutcome::Ended;
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Idle,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return ReadOutcome::Idle;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Turn::Ended,
+                Err(_) => return ReadOutcome::Ended,
             }
         }
     }
@@ -476,28 +480,33 @@ impl Connection {
     }
 
     /// Judges a connection by the clock.
-    pub(crate) fn judge(&mut self, now: Time, patience: &Patience, host: &IoHost) -> Verdict {
+    pub(crate) fn check_liveness(
+        &mut self,
+        now: Time,
+        timeout: &Timeouts,
+        host: &IoHost,
+    ) -> Liveness {
         if self.is_paused(host) {
             // Its answers to pings are among what is left unread.
             self.last_heard = now;
             self.pinged = None;
         }
         let stalled_since = self.peer.link().stalled_since();
-        let stall = stalled_since.map(|since| since.after_ms(patience.write_stall_ms));
+        let stall = stalled_since.map(|since| since.after_ms(timeout.write_stall_ms));
         if stall.is_some_and(|at| at <= now) {
-            return Verdict::Remove("the peer does not read");
+            return Liveness::Remove("the peer does not read");
         }
         let next = match (&self.phase, self.session.is_ready()) {
             (Phase::Closing { until, .. }, _) if *until <= now && stall.is_none() => {
-                return Verdict::Remove("closed");
+                return Liveness::Remove("closed");
             }
             (Phase::Closing { until, .. }, _) => Some(*until),
-            // Its handshake came, and is being written down.
+            // Its handshake came, and is being stored.
             (Phase::Open, false) if self.session.is_waiting() => None,
             (Phase::Open, false) => {
-                let at = self.opened.after_ms(patience.handshake_ms);
+                let at = self.opened.after_ms(timeout.handshake_ms);
                 if at <= now {
-                    return Verdict::NoHandshake;
+                    return Liveness::NoHandshake;
                 }
                 Some(at)
             }
@@ -505,17 +514,17 @@ impl Connection {
             // for a dead one.
             (Phase::Open, true) if self.transport == Transport::Unix => None,
             (Phase::Open, true) => match self.pinged {
-                Some(at) if at.after_ms(patience.ping_timeout_ms) <= now => {
-                    return Verdict::Remove("the peer does not answer pings");
+                Some(at) if at.after_ms(timeout.ping_timeout_ms) <= now => {
+                    return Liveness::Remove("the peer does not answer pings");
                 }
-                Some(at) => Some(at.after_ms(patience.ping_timeout_ms)),
-                None if self.last_heard.after_ms(patience.ping_interval_ms) <= now => {
-                    return Verdict::Ping;
+                Some(at) => Some(at.after_ms(timeout.ping_timeout_ms)),
+                None if self.last_heard.after_ms(timeout.ping_interval_ms) <= now => {
+                    return Liveness::Ping;
                 }
-                None => Some(self.last_heard.after_ms(patience.ping_interval_ms)),
+                None => Some(self.last_heard.after_ms(timeout.ping_interval_ms)),
             },
         };
-        Verdict::Wait(next.into_iter().chain(stall).min())
+        Liveness::Wait(next.into_iter().chain(stall).min())
     }
 
     /// Pings the other end.

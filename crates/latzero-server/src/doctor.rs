@@ -12,6 +12,7 @@ use latzero_fabric::limits::{Limits, Unit};
 use serde::Serialize;
 
 use crate::address;
+use crate::machine_limits::{Bound, MachineLimits, about};
 use crate::settings::unknown_variables;
 use crate::settings::{Environment, Resolved, Settings, SettingsErrors, SocketChoice};
 use crate::startup;
@@ -19,7 +20,6 @@ use crate::startup::data_dir::{file_system_magic, refused_file_system};
 use crate::startup::descriptors::Shares;
 use crate::startup::lock::{self, Holder};
 use crate::startup::sockets::{self, Listening};
-use crate::surroundings::{Bound, Surroundings, about};
 
 /// Below this much free space, in bytes, metadata can no longer be relied upon to be written.
 const FREE_BYTES_FAIL: u64 = 64 << 20;
@@ -83,7 +83,7 @@ impl Finding {
 
 /// What there is at the data directory's path.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum DirectoryState {
     /// Nothing yet: a start creates it.
     Missing,
     /// A directory.
@@ -104,10 +104,10 @@ pub enum Place {
 pub struct Facts {
     /// The effective user id.
     pub uid: u32,
-    /// The data directory, canonical where it is there.
+    /// The data directory, canonical if it is there.
     pub data_dir: PathBuf,
     /// What is there.
-    pub place: Place,
+    pub place: DirectoryState,
     /// Why a start would refuse, by its own checks.
     pub refusal: Option<String>,
     /// The magic number of its file system, or of the nearest directory above that is there.
@@ -125,26 +125,26 @@ pub struct Facts {
     /// The Unix socket that a server would bind; `None` where it is off.
     pub socket: Option<PathBuf>,
     /// What a server may use of the machine.
-    pub surroundings: Surroundings,
+    pub surroundings: MachineLimits,
     /// The limits as they are set.
     pub limits: Limits,
 }
 
 /// Collects the facts.
 #[must_use]
-pub fn look(settings: &Settings, environment: &Environment) -> Facts {
+pub fn collect(settings: &Settings, environment: &Environment) -> Facts {
     let uid = rustix::process::geteuid().as_raw();
     let set = std::path::absolute(&settings.data_dir).unwrap_or_else(|_| settings.data_dir.clone());
     let data_dir = set.canonicalize().unwrap_or(set);
     let place = match fs::metadata(&data_dir) {
-        Ok(metadata) if metadata.is_dir() => Place::Directory {
+        Ok(metadata) if metadata.is_dir() => DirectoryState::Directory {
             owner: metadata.uid(),
             mode: metadata.mode() & 0o7777,
         },
-        Ok(_) => Place::NotADirectory,
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Place::Missing,
-        Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => Place::NotADirectory,
-        Err(cause) => Place::Hidden(cause.to_string()),
+        Ok(_) => DirectoryState::NotADirectory,
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => DirectoryState::Missing,
+        Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => DirectoryState::NotADirectory,
+        Err(cause) => DirectoryState::Hidden(cause.to_string()),
     };
     let there = data_dir
         .ancestors()
@@ -170,7 +170,7 @@ pub fn look(settings: &Settings, environment: &Environment) -> Facts {
             SocketChoice::Auto => Some(address::socket_path(&data_dir, runtime_dir, uid)),
             SocketChoice::Path(path) => Some(path.clone()),
         },
-        surroundings: Surroundings::of_process(),
+        surroundings: MachineLimits::of_process(),
         limits: settings.limits.clone(),
         refusal: startup::check(settings)
             .err()
@@ -187,18 +187,18 @@ pub fn examine(
     resolved: &Result<Resolved, SettingsErrors>,
     environment: &Environment,
 ) -> Vec<Finding> {
-    let mut findings = judge_settings(resolved);
+    let mut findings = check_settings(resolved);
     let unknown = unknown_variables(environment).into_iter();
     findings.extend(unknown.map(|what| Finding::warn("settings", what, "latzero config show")));
     if let Ok(resolved) = resolved {
-        findings.extend(diagnose(&look(&resolved.settings, environment)));
+        findings.extend(diagnose(&collect(&resolved.settings, environment)));
     }
     findings
 }
 
 /// One finding for each thing wrong with the settings, or one that nothing is.
 #[must_use]
-pub fn judge_settings(resolved: &Result<Resolved, SettingsErrors>) -> Vec<Finding> {
+pub fn check_settings(resolved: &Result<Resolved, SettingsErrors>) -> Vec<Finding> {
     let unavailable = match resolved {
         Ok(resolved) => resolved.check_available().err(),
         Err(errors) => Some(errors.clone()),
@@ -246,44 +246,44 @@ fn data_directory(facts: &Facts) -> Finding {
     const NAME: &str = "data directory";
     let path = facts.data_dir.display();
     match &facts.place {
-        Place::Missing => Finding::ok(
+        DirectoryState::Missing => Finding::ok(
             NAME,
             format!(
                 "{path} does not exist yet; the server \
             creates it at its start"
             ),
         ),
-        Place::NotADirectory => Finding::fail(
+        DirectoryState::NotADirectory => Finding::fail(
             NAME,
             format!("{path} is not a directory"),
             format!("mv {path} {path}.old"),
         ),
-        Place::Hidden(why) => Finding::fail(
+        DirectoryState::Hidden(why) => Finding::fail(
             NAME,
             format!("cannot examine {path}: {why}"),
             format!("sudo ls -ld {path}"),
         ),
-        Place::Directory { owner, .. } if *owner != facts.uid => Finding::fail(
+        DirectoryState::Directory { owner, .. } if *owner != facts.uid => Finding::fail(
             NAME,
             format!("{path} belongs to user {owner}, not to user {}", facts.uid),
             format!("sudo chown -R {} {path}", facts.uid),
         ),
-        Place::Directory { mode, .. } if mode & 0o022 != 0 => Finding::fail(
+        DirectoryState::Directory { mode, .. } if mode & 0o022 != 0 => Finding::fail(
             NAME,
             format!("other users can write to {path} (mode {mode:04o})"),
             format!("chmod 700 {path}"),
         ),
-        Place::Directory { mode, .. } if mode & 0o700 != 0o700 => Finding::fail(
+        DirectoryState::Directory { mode, .. } if mode & 0o700 != 0o700 => Finding::fail(
             NAME,
             format!("the owner of {path} cannot use it (mode {mode:04o})"),
             format!("chmod 700 {path}"),
         ),
-        Place::Directory { mode, .. } if mode & 0o055 != 0 => Finding::warn(
+        DirectoryState::Directory { mode, .. } if mode & 0o055 != 0 => Finding::warn(
             NAME,
             format!("other users can read {path} (mode {mode:04o})"),
             format!("chmod 700 {path}"),
         ),
-        Place::Directory { .. } => Finding::ok(NAME, format!("{path} is private to you")),
+        DirectoryState::Directory { .. } => Finding::ok(NAME, format!("{path} is private to you")),
     }
 }
 
@@ -467,9 +467,9 @@ fn file_size(facts: &Facts) -> Finding {
 mod tests {
     use std::net::TcpListener;
 
+    use crate::machine_limits::Origin;
     use crate::settings::{Inputs, Override, resolve};
     use crate::startup::lock::InstanceLock;
-    use crate::surroundings::Origin;
 
     use super::*;
 
@@ -477,7 +477,7 @@ mod tests {
         Facts {
             uid: 1000,
             data_dir: PathBuf::from("/d"),
-            place: Place::Directory {
+            place: DirectoryState::Directory {
                 owner: 1000,
                 mode: 0o700,
             },
@@ -489,7 +489,7 @@ mod tests {
             port_taken: false,
             listener: None,
             socket: Some(PathBuf::from("/d/latzero.sock")),
-            surroundings: Surroundings {
+            surroundings: MachineLimits {
                 memory: bound(8 << 30, Origin::Machine),
                 descriptors: Some(bound(1 << 20, Origin::Rlimit("RLIMIT_NOFILE"))),
                 file_size: None,
@@ -541,11 +541,11 @@ mod tests {
             );
         }
         let unlimited = Facts {
-            surroundings: Surroundings {
+            surroundings: MachineLimits {
                 descriptors: None,
                 ..healthy().surroundings
             },
-            place: Place::Missing,
+            place: DirectoryState::Missing,
             port: 0,
             ..healthy()
         };
@@ -559,7 +559,7 @@ mod tests {
     #[test]
     fn each_trouble_has_its_finding() {
         use Status::{Fail, Warn};
-        let directory = |owner, mode| Place::Directory { owner, mode };
+        let directory = |owner, mode| DirectoryState::Directory { owner, mode };
         check(
             |f| f.place = directory(0, 0o700),
             "data directory",
@@ -589,14 +589,14 @@ mod tests {
             "chmod 700 /d",
         );
         check(
-            |f| f.place = Place::NotADirectory,
+            |f| f.place = DirectoryState::NotADirectory,
             "data directory",
             Fail,
             "is not a directory",
             "mv /d /d.old",
         );
         check(
-            |f| f.place = Place::Hidden("why".into()),
+            |f| f.place = DirectoryState::Hidden("why".into()),
             "data directory",
             Fail,
             "cannot examine /d: why",
@@ -730,8 +730,8 @@ mod tests {
         })
         .unwrap();
         let environment = Environment::default();
-        let facts = look(&resolved.settings, &environment);
-        assert_eq!(facts.place, Place::Missing);
+        let facts = collect(&resolved.settings, &environment);
+        assert_eq!(facts.place, DirectoryState::Missing);
         assert!(facts.port_taken);
         assert_eq!(facts.listener.as_ref().unwrap().pid, std::process::id());
         assert!(facts.free_bytes.is_some() && facts.file_system.is_some());

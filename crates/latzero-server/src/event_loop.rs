@@ -1,10 +1,11 @@
 //! The loop that reads connections, runs what was read, and writes each touched connection once.
 //!
-//! One thread, one `epoll` set. A turn: wait; read each ready connection until its socket is empty or its budget is
-//! spent, running the messages as they come; end what is due; then write what was appended, each connection once. A
-//! message is never handed to another thread on its way. Measured against a runtime's tasks this saves a wakeup per
-//! hop: sockets are watched for reading alone, and for writing only while the kernel takes nothing, because a Unix
-//! socket otherwise reports "writable" each time its peer reads.
+//! One thread, one `epoll` set. A turn: wait; read each ready connection until its socket is empty
+//! or its budget is spent, running the messages as they come; end what is due; then write what was
+//! appended, each connection once. A message is never handed to another thread on its way. Measured
+//! against a runtime's tasks this saves a wakeup per hop: sockets are watched for reading alone,
+//! and for writing only while the kernel takes nothing, because a Unix socket otherwise reports
+//! "writable" each time its peer reads.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,20 +15,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use latzero_fabric::books::{Account, Resource};
-use latzero_fabric::{Class, Flow, Time, books};
+use latzero_fabric::ledger::{Account, Resource};
+use latzero_fabric::{Class, Flow, Time, ledger};
 use latzero_protocol::{BlockId, PoolName, Refusal, encode};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::builtin::BuiltIn;
-use crate::connection::{Connection, Patience, Turn, Verdict};
+use crate::connection::{Connection, Liveness, ReadOutcome, Timeouts};
 use crate::handover;
 use crate::host::IoHost;
 use crate::listener::{Accepted, Listener, Origin, accept, count_out};
 use crate::peer::Peer;
-use crate::shared::{Command, Shared};
+use crate::shared::{Command, ServerState};
 use crate::startup::descriptors::{AcceptBackoff, SpareDescriptor};
 use crate::startup::systemd::Notifier;
 use crate::steps::Watch;
@@ -39,8 +40,8 @@ const FIRST_CONNECTION: usize = 1024;
 /// Bytes read from a socket at once.
 const READ_BYTES: usize = 256 * 1024;
 
-/// Connections accepted in one turn, so that a crowd at the door does not stop those inside; and few
-/// enough that what they brought is read before the door is full.
+/// Connections accepted in one turn, so that a crowd does not delay established ones; and few
+/// enough that their handshakes are read before the limit is reached.
 const ACCEPTS_PER_TURN: usize = 16;
 
 /// The clock's coarsest step where many connections are watched by time, in milliseconds.
@@ -49,10 +50,12 @@ const LOOK_EVERY_MS: u64 = 100;
 /// How long large buffers are kept for the next large frames, in milliseconds.
 const LARGE_KEPT_MS: u64 = 250;
 
-/// How often a connection is written to again while too many descriptors are in flight, in milliseconds.
+/// How often a connection is written to again while too many descriptors are in flight, in
+/// milliseconds.
 const CROWDED_EVERY_MS: u64 = 10;
 
-/// While draining: how often to look whether the last call has ended, and over how many looks closes are spread.
+/// While draining: how often to look whether the last call has ended, and over how many looks
+/// closes are spread.
 const DRAIN_LOOK_MS: u64 = 20;
 const DRAIN_SPREAD: usize = 100;
 
@@ -83,7 +86,7 @@ pub(crate) struct EventLoop {
     crowded_at: Option<Time>,
     front: Option<Front>,
     backoff: AcceptBackoff,
-    /// Accepting goes on then, after the system refused.
+    /// Accepting continues then, after the system refused.
     accept_at: Option<Time>,
     watchdog_at: Option<Time>,
     /// The store's sign of life, and its backups by schedule.
@@ -106,7 +109,7 @@ struct Drain {
 impl EventLoop {
     /// A loop that is ready to run. The first one has the listeners and the built-in app.
     pub(crate) fn new(
-        shared: &Arc<Shared>,
+        shared: &Arc<ServerState>,
         index: usize,
         front: Option<Front>,
     ) -> io::Result<EventLoop> {
@@ -133,7 +136,7 @@ impl EventLoop {
         };
         if let Some(front) = front {
             let now = shared.clock.now();
-            let (rows, is_same_boot) = crate::keeper::take_in(&mut event_loop.host);
+            let (rows, is_same_boot) = crate::persistence::load(&mut event_loop.host);
             crate::blocks::adopt_all(&mut event_loop.host, rows, is_same_boot);
             let builtin = BuiltIn::start(&mut event_loop.host);
             *shared.builtin.lock().expect("nobody else is here yet") = Some(builtin);
@@ -155,10 +158,10 @@ impl EventLoop {
         Ok(event_loop)
     }
 
-    /// Turns until the server is over.
+    /// Runs until the server ends.
     ///
     /// # Errors
-    /// Where the kernel's poll fails, which leaves nothing to turn on.
+    /// If the kernel's poll fails, which leaves nothing to turn on.
     pub(crate) fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(1024);
         let shared = Arc::clone(&self.host.shared);
@@ -170,7 +173,7 @@ impl EventLoop {
                 other => other?,
             }
             self.host.now = shared.clock.read();
-            if self.index == 0 && watch.look(self.host.now, &shared) {
+            if self.index == 0 && watch.check(self.host.now, &shared) {
                 self.host.now = shared.clock.read();
             }
             let now = self.host.now.monotonic;
@@ -231,8 +234,8 @@ impl EventLoop {
                 && let Some(Some(connection)) = self.connections.get(slot)
             {
                 let peer = Arc::clone(&connection.peer);
-                // A try that fails for descriptors that are on their way makes the kernel say "writable" at once: those go
-                // by the clock.
+                // A try that fails for descriptors that are on their way makes the kernel say
+                // "writable" at once: those go by the clock.
                 if !self.crowded.iter().any(|known| Arc::ptr_eq(known, &peer)) {
                     self.host.flush_peer(&peer);
                 }
@@ -249,11 +252,11 @@ impl EventLoop {
     fn handle_command(&mut self, now: Time, command: Command) {
         match command {
             Command::Adopt(peer, origin) => self.adopt(now, peer, origin),
-            Command::Resume(peer) => self.go_on(now, &peer),
+            Command::Resume(peer) => self.resume_connections(now, &peer),
             Command::Close(peer) => self.close_peer(now, &peer),
             Command::AwaitWritable(peer) => self.await_writable(&peer),
             Command::Look => {}
-            Command::Judge => self.look_by(now),
+            Command::Judge => self.schedule_sweep(now),
             Command::Reply(peer, id, result) => {
                 self.host
                     .turn()
@@ -268,7 +271,7 @@ impl EventLoop {
                 let sockets = sockets.unwrap_or_default();
                 handover::hand_over(&mut self.host, sockets, (&peer, id.as_deref()), step);
             }
-            Command::Kept(peer, result) => self.kept(now, &peer, result),
+            Command::Kept(peer, result) => self.handle_store_replies(now, &peer, result),
             Command::BlockDone(done) => self.host.handle_done(done),
             Command::Watchdog => {
                 if let Some(notifier) = self
@@ -288,8 +291,8 @@ impl EventLoop {
         crate::blocks::take_over(&mut self.host, blocks);
     }
 
-    /// Tells a session that what it was promised is on disk, or can't be.
-    fn kept(&mut self, now: Time, peer: &Arc<Peer>, result: Result<(), Refusal>) {
+    /// Tells a session that its changes are on disk, or can't be stored.
+    fn handle_store_replies(&mut self, now: Time, peer: &Arc<Peer>, result: Result<(), Refusal>) {
         let Some(slot) = self.slot_of(peer) else {
             return;
         };
@@ -300,9 +303,11 @@ impl EventLoop {
             self.connections[slot] = Some(connection);
             return;
         }
-        let mut flow = connection.session.kept(result, &mut self.host.turn());
+        let mut flow = connection
+            .session
+            .handle_stored(result, &mut self.host.turn());
         if flow == Flow::Continue {
-            flow = connection.session.go_on(&mut self.host.turn());
+            flow = connection.session.resume(&mut self.host.turn());
         }
         if connection.session.is_ready() {
             connection.count_for_app();
@@ -317,7 +322,7 @@ impl EventLoop {
     }
 
     /// A connection has room for more of its calls: those that wait go first, then it is read.
-    fn go_on(&mut self, now: Time, peer: &Arc<Peer>) {
+    fn resume_connections(&mut self, now: Time, peer: &Arc<Peer>) {
         let Some(slot) = self.slot_of(peer) else {
             return;
         };
@@ -326,7 +331,7 @@ impl EventLoop {
         };
         let flow = match connection.is_closing() {
             true => Flow::Continue,
-            false => connection.session.go_on(&mut self.host.turn()),
+            false => connection.session.resume(&mut self.host.turn()),
         };
         self.connections[slot] = Some(connection);
         match flow {
@@ -368,7 +373,7 @@ impl EventLoop {
                 }
             }
         }
-        // There may be more: an edge is told once.
+        // There may be more: an edge is reported once.
         self.accept_at = Some(now);
     }
 
@@ -397,14 +402,14 @@ impl EventLoop {
         let connection = Connection::new(now, peer, origin, &self.host);
         self.connections[slot] = Some(Box::new(connection));
         self.live += 1;
-        self.look_by(
+        self.schedule_sweep(
             now.after_ms(self.host.shared.settings().handshake_timeout.as_millis() as u64),
         );
         // What came with the connection is read at once.
         self.read_later(slot);
     }
 
-    /// Reads a connection in the next turn: it is in the list once, however often somebody asks.
+    /// Reads a connection in the next turn: it is in the list once, however often it is requested.
     fn read_later(&mut self, slot: usize) {
         if let Some(Some(connection)) = self.connections.get_mut(slot)
             && !std::mem::replace(&mut connection.is_queued, true)
@@ -417,44 +422,45 @@ impl EventLoop {
         let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
             return;
         };
-        // Where nothing can be told it any more, what it sent is read to the end, and that is its end.
-        let is_deaf = connection.peer.is_deaf.load(Relaxed);
-        connection.is_ending |= is_deaf;
-        if connection.is_paused(&self.host) && !is_deaf {
+        // If writing to it failed, what it sent is read to the end, and then it is closed.
+        let write_failed = connection.peer.write_failed.load(Relaxed);
+        connection.is_ending |= write_failed;
+        if connection.is_paused(&self.host) && !write_failed {
             self.connections[slot] = Some(connection);
             return;
         }
         let budget = self.read_budget();
         let turn = match connection.read(now, &mut self.host, &mut self.scratch, budget) {
-            Turn::Idle if is_deaf => Turn::Ended,
+            ReadOutcome::Idle if write_failed => ReadOutcome::Ended,
             turn => turn,
         };
         // A handshake that is being written to the disk has come in full.
         let has_come = connection.session.is_ready() || connection.session.is_waiting();
-        if connection.is_at_door && (has_come || turn == Turn::Ended) {
+        if connection.is_at_door && (has_come || turn == ReadOutcome::Ended) {
             connection.is_at_door = false;
             connection.count_for_app();
             self.host.shared.door().leave(connection.user);
         }
         match turn {
-            Turn::Idle | Turn::Paused => self.connections[slot] = Some(connection),
-            Turn::Starved => {
+            ReadOutcome::Idle | ReadOutcome::Paused => self.connections[slot] = Some(connection),
+            ReadOutcome::Starved => {
                 self.connections[slot] = Some(connection);
-                self.look_by(now.after_ms(LOOK_EVERY_MS));
+                self.schedule_sweep(now.after_ms(LOOK_EVERY_MS));
             }
-            Turn::More => {
+            ReadOutcome::More => {
                 self.connections[slot] = Some(connection);
                 self.read_later(slot);
             }
-            Turn::Close => {
+            ReadOutcome::Close => {
                 let peer = Arc::clone(&connection.peer);
                 self.connections[slot] = Some(connection);
                 // At once: nothing of what stands behind may be run.
                 self.close_peer(now, &peer);
             }
-            Turn::Ended => {
+            ReadOutcome::Ended => {
                 connection.session.closed(&mut self.host.turn());
-                // Answers to what came just before the end still go out, as far as the socket takes them.
+                // Answers to what came just before the end still go out, as far as the socket takes
+                // them.
                 self.host.flush();
                 self.remove(slot, *connection);
             }
@@ -486,7 +492,8 @@ impl EventLoop {
         drop(link);
         count_out(connection.user, &self.host.shared);
         if let Some(socket) = &peer.socket {
-            // Others may hold the socket a moment longer; the other end should not have to wait for them.
+            // Others may hold the socket a moment longer; the other end should not have to wait for
+            // them.
             socket.shutdown(std::net::Shutdown::Both);
         }
         self.live -= 1;
@@ -510,7 +517,7 @@ impl EventLoop {
         if let Some(Some(connection)) = self.connections.get_mut(slot) {
             connection.shut_when_written();
         }
-        self.look_by(now.after_ms(LOOK_EVERY_MS));
+        self.schedule_sweep(now.after_ms(LOOK_EVERY_MS));
         self.read_later(slot);
     }
 
@@ -531,7 +538,7 @@ impl EventLoop {
         {
             tracing::warn!(%error, "cannot watch a connection for writing");
         }
-        self.look_by(self.host.shared.clock.now().after_ms(LOOK_EVERY_MS));
+        self.schedule_sweep(self.host.shared.clock.now().after_ms(LOOK_EVERY_MS));
     }
 
     /// Writes what was appended and closes what is to be closed.
@@ -539,7 +546,7 @@ impl EventLoop {
         loop {
             for peer in std::mem::take(&mut self.host.effects.resumed) {
                 if peer.home == self.index {
-                    self.go_on(now, &peer);
+                    self.resume_connections(now, &peer);
                 } else {
                     self.host.shared.mailboxes[peer.home].send(Command::Resume(peer));
                 }
@@ -574,11 +581,11 @@ impl EventLoop {
             }
         }
         self.host.count();
-        if self.host.shared.site.books.must_shed() {
-            self.look_by(now.after_ms(LOOK_EVERY_MS));
+        if self.host.shared.context.ledger.is_over_limit() {
+            self.schedule_sweep(now.after_ms(LOOK_EVERY_MS));
         }
         if self.host.effects.buffers.has_large() {
-            self.look_by(now.after_ms(LARGE_KEPT_MS));
+            self.schedule_sweep(now.after_ms(LARGE_KEPT_MS));
         }
     }
 
@@ -596,8 +603,8 @@ impl EventLoop {
             }
         }
         if self.upkeep_at.is_some_and(|at| at <= now) {
-            self.upkeep_at = Some(now.after_ms(crate::upkeep::LOOK_EVERY_MS));
-            crate::upkeep::look(&self.host.shared, now);
+            self.upkeep_at = Some(now.after_ms(crate::maintenance::LOOK_EVERY_MS));
+            crate::maintenance::run_schedule(&self.host.shared, now);
         }
         if self.watchdog_at.is_some_and(|at| at <= now) {
             let every = self.front.as_ref().and_then(|front| front.watchdog);
@@ -611,48 +618,48 @@ impl EventLoop {
             }
         }
         if self.look_at.is_some_and(|at| at <= now) {
-            self.look(now);
+            self.sweep(now);
         }
     }
 
-    fn look_by(&mut self, at: Time) {
+    fn schedule_sweep(&mut self, at: Time) {
         self.look_at = Some(self.look_at.map_or(at, |earlier| earlier.min(at)));
     }
 
     /// Judges every connection by the clock, and makes room where memory is short.
-    fn look(&mut self, now: Time) {
+    fn sweep(&mut self, now: Time) {
         let settings = self.host.shared.settings();
-        let patience = Patience {
+        let timeout = Timeouts {
             handshake_ms: settings.handshake_timeout.as_millis() as u64,
             ping_interval_ms: settings.ping_interval.as_millis() as u64,
             ping_timeout_ms: settings.ping_timeout.as_millis() as u64,
             write_stall_ms: settings.write_stall_timeout.as_millis() as u64,
         };
-        self.shed(now);
+        self.shed_load(now);
         self.host.effects.buffers.free_large();
         let mut next: Option<Time> = None;
         for slot in 0..self.connections.len() {
             let Some(connection) = &mut self.connections[slot] else {
                 continue;
             };
-            let verdict = connection.judge(now, &patience, &self.host);
+            let verdict = connection.check_liveness(now, &timeout, &self.host);
             // Another loop may have written the last of it.
             connection.shut_when_written();
             match verdict {
-                Verdict::Wait(at) => next = next.into_iter().chain(at).min(),
-                Verdict::Ping => {
+                Liveness::Wait(at) => next = next.into_iter().chain(at).min(),
+                Liveness::Ping => {
                     connection.ping(now, &mut self.host);
                     next = next
                         .into_iter()
-                        .chain([now.after_ms(patience.ping_timeout_ms)])
+                        .chain([now.after_ms(timeout.ping_timeout_ms)])
                         .min();
                 }
-                Verdict::NoHandshake => {
+                Liveness::NoHandshake => {
                     connection.refuse_silence(&mut self.host);
                     let peer = Arc::clone(&connection.peer);
                     self.host.effects.closing.push(peer);
                 }
-                Verdict::Remove(why) => {
+                Liveness::Remove(why) => {
                     let connection = self.connections[slot]
                         .take()
                         .expect("it was just looked at");
@@ -664,13 +671,14 @@ impl EventLoop {
         self.look_at = next.map(|at| at.max(now.after_ms(LOOK_EVERY_MS)));
     }
 
-    /// Closes connections while memory is short of what waits for them, and reads those again that were not read for it.
-    fn shed(&mut self, now: Time) {
+    /// Closes connections while memory is short of what waits for them, and reads those again that
+    /// were not read for it.
+    fn shed_load(&mut self, now: Time) {
         let shared = Arc::clone(&self.host.shared);
-        while shared.site.books.must_shed() {
+        while shared.context.ledger.is_over_limit() {
             let connections = self.connections.iter().enumerate();
             let holdings = connections.filter_map(|(slot, c)| c.as_ref().map(|c| c.holding(slot)));
-            let Some(slot) = books::victim(now, holdings) else {
+            let Some(slot) = ledger::victim(now, holdings) else {
                 break;
             };
             let connection = self.connections[slot].take().expect("it was just seen");
@@ -694,15 +702,15 @@ impl EventLoop {
         }
     }
 
-    /// Closes the connection that holds most for longest among those that count in an account, for one that can't be read;
-    /// false where there is none.
+    /// Closes the connection that holds most for longest among those that count in an account, for
+    /// one that can't be read; false if there is none.
     fn make_room(&mut self, now: Time, for_slot: usize, lacking: &Arc<Account>) -> bool {
         let connections = self.connections.iter().enumerate();
         let others = connections.filter_map(|(slot, c)| Some((slot, c.as_ref()?)));
         let holdings = others
             .filter(|(slot, c)| *slot != for_slot && c.peer.link().account().is_of(lacking))
             .map(|(slot, c)| c.holding(slot));
-        let Some(slot) = books::victim(now, holdings) else {
+        let Some(slot) = ledger::victim(now, holdings) else {
             return false;
         };
         let connection = self.connections[slot].take().expect("it was just seen");
@@ -731,7 +739,7 @@ impl EventLoop {
         );
     }
 
-    /// Goes on with a drain; true once this loop has nothing left.
+    /// Continues with a drain; true once this loop has nothing left.
     fn drain(&mut self, now: Time) -> bool {
         let shared = Arc::clone(&self.host.shared);
         if !shared.is_draining.load(Relaxed) {
@@ -749,7 +757,7 @@ impl EventLoop {
                     let _ = notifier.notify("STOPPING=1");
                 }
             }
-            let told = "{\"action\":\"event\",\"event\":\"draining\"}";
+            let event = "{\"action\":\"event\",\"event\":\"draining\"}";
             for connection in self
                 .connections
                 .iter()
@@ -758,8 +766,8 @@ impl EventLoop {
             {
                 self.host
                     .turn()
-                    .send(&connection.peer, Class::Control, told.len(), |out| {
-                        encode::message(out, told)
+                    .send(&connection.peer, Class::Control, event.len(), |out| {
+                        encode::message(out, event)
                     });
             }
             let deadline = now.after_ms(shared.settings().drain_timeout.as_millis() as u64);
@@ -797,10 +805,11 @@ impl EventLoop {
         self.live == 0 || gone_by.is_some_and(|at| at <= now)
     }
 
-    /// Closes so many connections; that of a server that takes over last of all, as it is to be told how things are at the end.
+    /// Closes this many connections; that of a server that takes over comes last, since it gets the
+    /// final report.
     fn close_some(&mut self, now: Time, many: usize) {
         let shared = Arc::clone(&self.host.shared);
-        let taker = shared.giving.taker();
+        let taker = shared.handover.taker();
         let is_taker = |peer: &Arc<Peer>| taker.as_ref().is_some_and(|t| Arc::ptr_eq(t, peer));
         let open = self.connections.iter().flatten();
         let mut open = open
@@ -814,7 +823,7 @@ impl EventLoop {
         let Some(drain) = &mut self.drain else { return };
         if is_quiet && !drain.is_quiet {
             drain.is_quiet = true;
-            shared.giving.note_quiet();
+            shared.handover.note_quiet();
         }
         let Some(taker) = taker.filter(|taker| taker.home == self.index) else {
             return;
@@ -823,8 +832,8 @@ impl EventLoop {
         let taker_is_open = slot
             .and_then(|slot| self.connections[slot].as_ref())
             .is_some_and(|connection| !connection.is_closing());
-        if taker_is_open && shared.giving.is_quiet(shared.mailboxes.len()) {
-            handover::give_rest(&mut self.host, &taker);
+        if taker_is_open && shared.handover.is_quiet(shared.mailboxes.len()) {
+            handover::send_rest(&mut self.host, &taker);
             self.close_peer(now, &taker);
         }
     }

@@ -14,7 +14,7 @@ mod give;
 mod sockets;
 mod take;
 
-pub(crate) use give::{Giving, Step, check_asker, give_rest, hand_over};
+pub(crate) use give::{Handover, Step, check_asker, hand_over, send_rest};
 pub(crate) use take::{Inherited, ask};
 
 /// Blocks whose descriptors travel with one message.

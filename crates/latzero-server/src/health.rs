@@ -7,15 +7,15 @@ use latzero_fabric::pool::ParkedCounts;
 use serde_json::{Map, Value, json};
 
 use crate::losses::Part;
-use crate::shared::Shared;
-use crate::surroundings::Derived;
+use crate::machine_limits::Derived;
+use crate::shared::ServerState;
 
 /// Looks at every part.
-pub(crate) fn report(shared: &Shared, parked: &ParkedCounts, now: Time) -> Value {
+pub(crate) fn report(shared: &ServerState, parked: &ParkedCounts, now: Time) -> Value {
     let settings = shared.settings();
     let connections = shared.stats.connections.load(Relaxed);
     let blocked = shared.stats.slow_readers.load(Relaxed);
-    let connections_max = shared.surroundings.shares(&settings.limits).connections;
+    let connections_max = shared.machine.shares(&settings.limits).connections;
     let transport = part(
         connections < connections_max,
         &json!({"connections": connections, "connections_max": connections_max,
@@ -27,11 +27,11 @@ pub(crate) fn report(shared: &Shared, parked: &ParkedCounts, now: Time) -> Value
         .expect("a panic under the registry's lock ends the server")
         .counts();
     let apps = part(
-        counts.apps_known < shared.site.limits.apps_max,
+        counts.apps_known < shared.context.limits.apps_max,
         &json!({"known": counts.apps_known, "live": counts.apps_live}),
     );
     let pools = part(
-        counts.pools < shared.site.limits.pools_max,
+        counts.pools < shared.context.limits.pools_max,
         &json!({"pools": counts.pools}),
     );
     let in_flight = shared.stats.calls_in_flight.load(Relaxed);
@@ -45,14 +45,14 @@ pub(crate) fn report(shared: &Shared, parked: &ParkedCounts, now: Time) -> Value
         &json!({"calls_in_flight": in_flight, "deadlines_late_ms": late, "parked": parked}),
     );
     let (blocks_ok, blocks) = shared.blocks.health();
-    let losses = shared.keeper.losses();
+    let losses = shared.persistence.losses();
     let memory = part(blocks_ok && losses.is_none_of(Part::Memory), &blocks);
-    let (store_ok, store) = shared.keeper.health();
+    let (store_ok, store) = shared.persistence.health();
     let store = part(store_ok && losses.is_none_of(Part::Store), &store);
     let lost = (shared.log_lines_lost)() + shared.audit_log.lost();
     let logs_ok = lost == 0 && losses.is_none_of(Part::Logs);
     let logs = part(logs_ok, &json!({"lines_lost": lost}));
-    let mut limits: Map<String, Value> = (shared.surroundings.facts().into_iter())
+    let mut limits: Map<String, Value> = (shared.machine.facts().into_iter())
         .map(|(name, text)| (name.to_owned(), text.into()))
         .collect();
     for Derived {

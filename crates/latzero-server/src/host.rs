@@ -6,30 +6,30 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_crypto::proof::{self, Exchange, Side};
-use latzero_fabric::books::Resource;
-use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
-use latzero_fabric::keep::Change;
+use latzero_fabric::driver::{BlockWrite, Context, Observed, Report, Written};
+use latzero_fabric::ledger::Resource;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Numbers, StorageId};
 use latzero_fabric::pool::ParkedCounts;
 use latzero_fabric::registry::View;
+use latzero_fabric::rows::StoreChange;
 use latzero_fabric::{Class, Driver, Effects, Now, Pool, Prng, Registry, Sent, Turn};
 use latzero_protocol::memory::Access;
 use latzero_protocol::message::AdminAction;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 use serde_json::json;
 
-use crate::blocks::{Blocks, Done, Finished};
+use crate::blocks::{Blocks, Finished, JobResult};
 use crate::handover::{self, Step};
 use crate::peer::Peer;
-use crate::shared::{Command, Shared};
+use crate::shared::{Command, ServerState};
 use crate::socket::Socket;
 use crate::stats::{Traffic, resources};
 use crate::timers::PoolCell;
 
 /// The driver of one loop.
 pub(crate) struct IoHost {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) shared: Arc<ServerState>,
     home: usize,
     /// When the loop was woken.
     pub(crate) now: Now,
@@ -46,7 +46,7 @@ pub(crate) struct IoHost {
 }
 
 impl IoHost {
-    pub(crate) fn new(shared: &Arc<Shared>, home: usize) -> Self {
+    pub(crate) fn new(shared: &Arc<ServerState>, home: usize) -> Self {
         IoHost {
             shared: Arc::clone(shared),
             home,
@@ -82,8 +82,8 @@ impl IoHost {
         self.turn().with_pool(pool, f)
     }
 
-    /// Has the loop of `peer` read it, whether the kernel says that there is something or not.
-    fn read_again(&mut self, peer: &Arc<Peer>) {
+    /// Makes the loop of `peer` read it, whatever the kernel reports.
+    fn resume_reading(&mut self, peer: &Arc<Peer>) {
         if peer.home == self.home {
             self.effects.resumed.push(Arc::clone(peer));
         } else {
@@ -98,10 +98,10 @@ impl IoHost {
         stats.add(now, &mut self.effects.tally, &mut self.traffic);
     }
 
-    /// Does what a pool asked for about its blocks, now that it is free. What takes long goes to the blocks' own thread,
-    /// whose word comes back through the first loop's mailbox.
-    fn see_to_blocks(&mut self, pool: &Arc<PoolCell>) {
-        // What went and came of one pool is told at once: in between it might seem to hold nothing.
+    /// Runs the jobs that a pool requested for its blocks, now that it is released. Slow ones go to
+    /// the blocks' thread, and their results come back through the first loop's mailbox.
+    fn run_block_jobs(&mut self, pool: &Arc<PoolCell>) {
+        // Removals and additions of one pool are counted together: in between it might seem empty.
         let mut counted: Vec<(PoolName, u32, i32)> = Vec::new();
         for (name, number, change) in std::mem::take(&mut self.effects.held) {
             match counted.iter_mut().find(|(_, known, _)| *known == number) {
@@ -113,7 +113,7 @@ impl IoHost {
             let is_there =
                 self.with_registry(|registry, _| registry.count_held(&name, number, change));
             if !is_there && change > 0 {
-                // The pool went with its last member while the block was on its way into it.
+                // The pool went with its last member before the block was added to it.
                 self.with_pool(pool, Pool::close_held);
             }
         }
@@ -124,8 +124,8 @@ impl IoHost {
         }
     }
 
-    /// Tells a pool that something about its blocks is done.
-    pub(crate) fn handle_done(&mut self, done: Done) {
+    /// Reports a finished block job to its pool.
+    pub(crate) fn handle_done(&mut self, done: JobResult) {
         self.with_pool(&done.pool, |pool, turn| match done.what {
             Finished::Made(key, made) => pool.storage_made(key, made, turn),
             Finished::Flushed(key, ticket, version) => pool.flushed(key, ticket, version, turn),
@@ -178,22 +178,26 @@ impl IoHost {
             "io_threads": self.shared.mailboxes.len(),
             "log_lines_lost": (self.shared.log_lines_lost)(),
         });
-        let books = &self.shared.site.books;
-        stats["transport"]["outbox_bytes"] = books.all().used(Resource::Outbox).into();
-        stats["ledger"] = books.to_json();
+        let ledger = &self.shared.context.ledger;
+        stats["transport"]["outbox_bytes"] = ledger.all().used(Resource::Outbox).into();
+        stats["ledger"] = ledger.to_json();
         stats["apps"] = json!(counts);
         stats["pools"] = json!({"pools": counts.pools, "memberships": members});
         stats["triggers"]["served"] = triggers.into();
         stats["parked"] = json!(parked);
-        stats["memory"] = self.shared.blocks.to_json(&self.shared.site.limits, books);
-        stats["store"] = self.shared.keeper.to_json();
-        stats["resources"] = resources(&self.shared.surroundings);
+        stats["memory"] = self
+            .shared
+            .blocks
+            .to_json(&self.shared.context.limits, ledger);
+        stats["store"] = self.shared.persistence.to_json();
+        stats["resources"] = resources(&self.shared.machine);
         stats.to_string()
     }
 }
 
 impl IoHost {
-    /// Whether somebody who is no administrator may know of a loss: not of one in a pool that is not there for them.
+    /// Whether a client without administrator rights may see a loss: not in a pool that is hidden
+    /// from it.
     fn may_know(&mut self, loss: &serde_json::Value, view: &View<'_>) -> bool {
         let affected = loss["affected"].as_str().unwrap_or_default();
         let Some((_, pool)) = affected.split_once("pool '") else {
@@ -218,8 +222,8 @@ impl Driver for IoHost {
     }
 
     #[inline]
-    fn site(&self) -> &Arc<Site> {
-        &self.shared.site
+    fn context(&self) -> &Arc<Context> {
+        &self.shared.context
     }
 
     fn is_draining(&self) -> bool {
@@ -256,7 +260,8 @@ impl Driver for IoHost {
         let host = &mut *turn.driver;
         let is_first = match guard.next_deadline() {
             Some(deadline) if guard.is_due_to_wake() => host.shared.timers.arm(pool, deadline),
-            // Without members and what waits there are no calls; a pool that goes should not wait for its last deadline.
+            // Without members and what waits there are no calls; a pool that goes should not wait
+            // for its last deadline.
             _ => {
                 host.shared.timers.disarm(pool);
                 false
@@ -266,7 +271,7 @@ impl Driver for IoHost {
         if is_first && host.home != 0 {
             host.shared.mailboxes[0].send(Command::Look);
         }
-        for (peer, number) in std::mem::take(&mut host.effects.told) {
+        for (peer, number) in std::mem::take(&mut host.effects.delivered) {
             let notice = Notice {
                 pool: Arc::clone(pool),
                 number,
@@ -275,7 +280,7 @@ impl Driver for IoHost {
             host.noticed.extend(is_due);
         }
         if !host.effects.jobs.is_empty() || !host.effects.held.is_empty() {
-            host.see_to_blocks(pool);
+            host.run_block_jobs(pool);
         }
         result
     }
@@ -284,8 +289,8 @@ impl Driver for IoHost {
         self.shared.blocks.with_numbers(f)
     }
 
-    fn keep(&mut self, change: Change, promise: Option<&Arc<Peer>>) {
-        self.shared.keeper.keep(change, promise);
+    fn store(&mut self, change: StoreChange, promise: Option<&Arc<Peer>>) {
+        self.shared.persistence.write(change, promise);
     }
 
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Arc<OwnedFd>> {
@@ -348,7 +353,7 @@ impl Driver for IoHost {
         })
     }
 
-    fn take_back(
+    fn reoffer(
         turn: &mut Turn<'_, Self>,
         pool: &Arc<PoolCell>,
         name: &PoolName,
@@ -362,7 +367,7 @@ impl Driver for IoHost {
                 first byte of the message";
             return Err(Refusal::new(Code::BadMessage, message));
         };
-        crate::blocks::take_back(host, pool, (name, block), &row, &offered)
+        crate::blocks::reoffer(host, pool, (name, block), &row, &offered)
     }
 
     fn awaited_owner(&self, pool: &PoolName, block: Option<&BlockId>) -> Option<AppId> {
@@ -440,7 +445,7 @@ impl Driver for IoHost {
             AdminAction::Backup { .. }
             | AdminAction::CheckDatabase(_)
             | AdminAction::QueryDatabase(_) => {
-                crate::upkeep::begin(&self.shared, action.clone(), asker, id)?;
+                crate::maintenance::begin(&self.shared, action.clone(), asker, id)?;
                 Ok(None)
             }
             AdminAction::Kick(..) | AdminAction::Forget(_) | AdminAction::RemoveKey(_) => {
@@ -469,7 +474,8 @@ impl Driver for IoHost {
 }
 
 impl IoHost {
-    /// Writes what was appended since the last flush, each connection once, and lets the built-in app answer.
+    /// Writes what was appended since the last flush, each connection once, and lets the built-in
+    /// app answer.
     pub(crate) fn flush(&mut self) {
         while !self.effects.touched.is_empty() {
             self.effects.appended = 0;
@@ -479,7 +485,8 @@ impl IoHost {
         }
     }
 
-    /// Writes what waits for one connection, as far as its socket takes it, and tells pools what they wait for of it.
+    /// Writes one connection's outbox as far as its socket accepts, and reports what pools wait
+    /// for.
     pub(crate) fn flush_peer(&mut self, peer: &Arc<Peer>) {
         self.write_to(peer);
         while !self.noticed.is_empty() {
@@ -490,7 +497,9 @@ impl IoHost {
                     numbers.push(next.number);
                 }
                 self.with_pool(&pool, |pool, turn| {
-                    numbers.iter().for_each(|&number| pool.told(number, turn));
+                    numbers
+                        .iter()
+                        .for_each(|&number| pool.answer_delivered(number, turn));
                 });
             }
         }
@@ -539,8 +548,8 @@ impl IoHost {
                 link.close();
                 drop(link);
                 // What it sent before is still run, then its own loop ends it.
-                peer.is_deaf.store(true, Relaxed);
-                self.read_again(peer);
+                peer.write_failed.store(true, Relaxed);
+                self.resume_reading(peer);
                 return;
             }
             while let Some(notice) = link.outbox.take_notice() {

@@ -8,11 +8,11 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use latzero_fabric::books::{Account, Users};
+use latzero_fabric::ledger::{Account, Users};
 use latzero_protocol::{Code, Refusal, encode};
 
 use crate::peer::Peer;
-use crate::shared::Shared;
+use crate::shared::ServerState;
 use crate::socket::{Socket, User};
 use crate::startup::descriptors::SpareDescriptor;
 
@@ -59,7 +59,7 @@ const RESERVED_MAX: usize = 64;
 
 /// Connections that have not had their handshake yet, by user: the crowd at the door is bounded.
 #[derive(Debug, Default)]
-pub(crate) struct Door {
+pub(crate) struct Unauthenticated {
     waiting: HashMap<User, usize>,
     total: usize,
     /// Connections of each user, after the handshake as before.
@@ -67,10 +67,10 @@ pub(crate) struct Door {
     users: Users<User>,
 }
 
-impl Door {
+impl Unauthenticated {
     /// Counts a connection in, or says why it may not come. Strangers leave places free for the
-    /// server's own user and administrators, and one stranger leaves places for the others.
-    fn enter(&mut self, user: User, shared: &Shared) -> Result<(), Refusal> {
+    /// server's own user and administrators, and one untrusted user leaves places for the others.
+    fn admit(&mut self, user: User, shared: &ServerState) -> Result<(), Refusal> {
         let limits = shared.settings().limits.clone();
         let refuse = |count: usize, what: &str, limit: &str| {
             let message = format!("{count} connections {what} ({limit}); try again later");
@@ -85,7 +85,7 @@ impl Door {
         };
         let of_user = |of: &HashMap<User, usize>| of.get(&user).copied().unwrap_or(0);
         // Live with a reload, and never more than there are descriptors for.
-        let max = shared.surroundings.shares(&limits).connections;
+        let max = shared.machine.shares(&limits).connections;
         let limit = if max < limits.connections_max {
             "the limit on descriptors, RLIMIT_NOFILE"
         } else {
@@ -129,7 +129,7 @@ impl Door {
     }
 }
 
-/// One fewer of a user's; false where there was none.
+/// Removes one from a user's count; false if there was none.
 fn count_down(of: &mut HashMap<User, usize>, user: User) -> bool {
     let Some(count) = of.get_mut(&user) else {
         return false;
@@ -154,7 +154,7 @@ pub(crate) enum Accepted {
 }
 
 /// Counts a connection out that was accepted.
-pub(crate) fn count_out(user: User, shared: &Shared) {
+pub(crate) fn count_out(user: User, shared: &ServerState) {
     shared.door().close(user);
     shared.stats.connections.fetch_sub(1, Relaxed);
     match user {
@@ -167,19 +167,19 @@ pub(crate) fn count_out(user: User, shared: &Shared) {
 pub(crate) fn accept(
     listener: &Listener,
     spare: &mut SpareDescriptor,
-    shared: &Shared,
+    shared: &ServerState,
 ) -> Accepted {
     let socket = match listener.accept() {
         Ok(socket) => socket,
         Err(error) => return failed(listener, spare, shared, error),
     };
     let user = socket.user();
-    if let Err(refusal) = shared.door().enter(user, shared) {
+    if let Err(refusal) = shared.door().admit(user, shared) {
         shared.stats.connections_refused.fetch_add(1, Relaxed);
-        let mut told = Vec::new();
-        encode::refusal(&mut told, None, &refusal);
+        let mut reply = Vec::new();
+        encode::refusal(&mut reply, None, &refusal);
         // As much as fits at once; the server does not wait for a refused client.
-        let _ = socket.write(&told);
+        let _ = socket.write(&reply);
         return Accepted::Refused;
     }
     shared.stats.connections_accepted.fetch_add(1, Relaxed);
@@ -189,8 +189,8 @@ pub(crate) fn accept(
         User::Uid(_) => shared.stats.connections_unix.fetch_add(1, Relaxed),
         _ => shared.stats.connections_tcp.fetch_add(1, Relaxed),
     };
-    let books = &shared.site.books;
-    let account = shared.door().users.account(user, user.is_trusted(), books);
+    let ledger = &shared.context.ledger;
+    let account = shared.door().users.account(user, user.is_trusted(), ledger);
     let peer = shared.new_peer(Some(socket), &account);
     Accepted::Peer(peer, Origin { user, account })
 }
@@ -198,7 +198,7 @@ pub(crate) fn accept(
 fn failed(
     listener: &Listener,
     spare: &mut SpareDescriptor,
-    shared: &Shared,
+    shared: &ServerState,
     error: io::Error,
 ) -> Accepted {
     let too_many =

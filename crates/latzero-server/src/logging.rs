@@ -141,7 +141,7 @@ impl Logs {
             })?;
         let rotating = Arc::new(Mutex::new(rotating));
         let stderr = Arc::new(Sink::spawn("log-stderr", stderr).map_err(LogError::Thread)?);
-        let writer = Shared(Arc::clone(&rotating));
+        let writer = SharedLogFile(Arc::clone(&rotating));
         let file = Arc::new(Sink::spawn("log-file", writer).map_err(LogError::Thread)?);
 
         let (level, handle) = reload::Layer::new(filter(options.level));
@@ -212,7 +212,7 @@ impl LineFile {
             path: path.display().to_string(),
             source,
         })?;
-        let writer = Shared(Arc::new(Mutex::new(rotating)));
+        let writer = SharedLogFile(Arc::new(Mutex::new(rotating)));
         let sink = Sink::spawn("lines", writer).map_err(LogError::Thread)?;
         Ok(LineFile(sink))
     }
@@ -273,9 +273,9 @@ impl<'a> MakeWriter<'a> for SinkWriter {
 }
 
 /// The file as its thread writes it, and as `apply` changes its bounds.
-struct Shared(Arc<Mutex<RotatingFile>>);
+struct SharedLogFile(Arc<Mutex<RotatingFile>>);
 
-impl io::Write for Shared {
+impl io::Write for SharedLogFile {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         lock(&self.0).write_line(line)?;
         Ok(line.len())

@@ -1,5 +1,5 @@
-//! The list of losses, things that were lost or do not work as promised, for `health`, `status` and
-//! the log.
+//! The list of losses, things that were lost or do not work as configured, for `health`, `status`
+//! and the log.
 //!
 //! A component that finds a loss calls [`Losses::note`] once and continues. The loss is logged and
 //! shown by `health`. It survives a crash of the server, until it is [settled](Losses::settle) or
@@ -83,7 +83,7 @@ impl Loss {
 
 /// Every loss that is known.
 #[derive(Debug, Default)]
-pub(crate) struct Losses(Mutex<Known>);
+pub(crate) struct LossList(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
@@ -102,7 +102,7 @@ struct Since {
     since: u64,
 }
 
-impl Losses {
+impl LossList {
     /// Logs a loss and keeps it. Repeating it changes and logs nothing.
     pub(crate) fn note(&self, loss: Loss) {
         if self.known().insert(loss.clone(), unix_ms()) {
@@ -161,7 +161,7 @@ impl Losses {
     }
 
     /// Loads the losses of a run that did not stop in an orderly way. Invalid text is ignored.
-    pub(crate) fn take_in(&self, text: &str) {
+    pub(crate) fn load(&self, text: &str) {
         let earlier: Vec<Since> = serde_json::from_str(text).unwrap_or_default();
         let mut known = self.known();
         for Since { loss, since } in earlier {
@@ -227,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_loss_is_shown_until_it_is_settled() {
-        let losses = Losses::default();
+        let losses = LossList::default();
         losses.note(loss("block 'b'", "its file is missing"));
         losses.note(loss("block 'b'", "its file is damaged"));
         let (shown, total) = losses.to_json();
@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn the_next_run_knows_them() {
-        let losses = Losses::default();
+        let losses = LossList::default();
         assert_eq!(losses.changed(), None);
         losses.note(loss("block 'b'", "its file is missing"));
         let text = losses.changed().unwrap();
@@ -254,16 +254,16 @@ mod tests {
         assert_eq!(losses.changed(), None, "the next run looks for itself");
         losses.settle(Part::Memory, "directory");
         assert_eq!(losses.changed(), None);
-        let next = Losses::default();
-        next.take_in(&text);
+        let next = LossList::default();
+        next.load(&text);
         assert_eq!(next.to_json(), losses.to_json());
-        next.take_in("no JSON");
+        next.load("no JSON");
         assert_eq!(next.to_json().1, 1);
     }
 
     #[test]
     fn they_are_bounded() {
-        let losses = Losses::default();
+        let losses = LossList::default();
         for n in 0..LOSSES_MAX + 5 {
             losses.note(loss(&format!("block {n}"), &"é".repeat(TEXT_BYTES_MAX)));
         }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use latzero_fabric::Link;
-use latzero_fabric::books::Account;
+use latzero_fabric::ledger::Account;
 
 use crate::host::IoHost;
 use crate::socket::Socket;
@@ -20,8 +20,8 @@ pub(crate) struct Peer {
     pub(crate) socket: Option<Socket>,
     link: Mutex<Link<IoHost>>,
     /// Its other end accepts no more data, permanently.
-    pub(crate) is_deaf: AtomicBool,
-    /// The ticket of what was promised to it last; see [`crate::keeper`].
+    pub(crate) write_failed: AtomicBool,
+    /// The ticket of its last pending reply; see [`crate::persistence`].
     pub(crate) last_promise: AtomicU64,
 }
 
@@ -32,7 +32,7 @@ impl Peer {
             token: AtomicU32::new(u32::MAX),
             socket,
             link: Mutex::new(Link::new(account)),
-            is_deaf: AtomicBool::new(false),
+            write_failed: AtomicBool::new(false),
             last_promise: AtomicU64::new(0),
         })
     }

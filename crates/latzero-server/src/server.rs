@@ -13,17 +13,17 @@ use crate::audit::AuditLog;
 use crate::blocks::{Blocks, Rows};
 use crate::event_loop::{EventLoop, Front};
 use crate::handover::{self, Inherited};
-use crate::keeper::Keeper;
 use crate::listener::Listener;
 use crate::logging::{LogError, LogOptions, Logs};
+use crate::machine_limits::survive_file_size_limit;
+use crate::persistence::Persistence;
 use crate::settings::{Environment, Override, Resolved, SettingsErrors, load};
-use crate::shared::{Identity, Parts, Shared};
+use crate::shared::{Identity, Parts, ServerState};
 use crate::startup::data_dir::DataDir;
 use crate::startup::lock::InstanceLock;
 use crate::startup::sockets::SocketFile;
 use crate::startup::systemd::{Activation, Notifier, watchdog_interval};
 use crate::startup::{StartupError, prepare};
-use crate::surroundings::survive_file_size_limit;
 use crate::watch::Watch;
 
 /// How often to tell how far the blocks are on their way to the disk.
@@ -86,7 +86,7 @@ impl ServerError {
 
 /// A server that listens and is about to run.
 pub struct Server {
-    shared: Arc<Shared>,
+    shared: Arc<ServerState>,
     loops: Vec<EventLoop>,
     notifier: Option<Notifier>,
     signals: Signals,
@@ -173,7 +173,7 @@ impl Server {
                  can use any AppID"
             );
         }
-        let keeper = Keeper::open(started.data_dir.path(), &settings)?;
+        let keeper = Persistence::open(started.data_dir.path(), &settings)?;
         let directory = started.data_dir.path().join("memory");
         let rows = Rows::new(keeper.store().clone(), keeper.boot_id());
         let blocks = Blocks::new(&directory, rows).map_err(|source| {
@@ -185,7 +185,7 @@ impl Server {
         })?;
         let audit_log = AuditLog::open(&started.data_dir.logs(), &settings)?;
         let lost = Arc::clone(&logs);
-        let shared = Shared::new(Parts {
+        let shared = ServerState::new(Parts {
             identity,
             token: started.token,
             seed: seed(),
@@ -291,7 +291,7 @@ impl Server {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
                 .name("flush".into())
-                .spawn(move || shared.blocks.sync_all(Progress::new(None).told()))?;
+                .spawn(move || shared.blocks.sync_all(Progress::new(None).report()))?;
         }
         let first = self.loops.remove(0);
         let mut others = Vec::new();
@@ -319,13 +319,13 @@ impl Server {
         drop(watch);
         // The server that takes over has the same files and flushes them itself, so nothing waits
         // for that.
-        if !shared.giving.is_taken() {
+        if !shared.handover.is_taken() {
             shared
                 .blocks
-                .sync_all(Progress::new(self.notifier.as_ref()).told());
+                .sync_all(Progress::new(self.notifier.as_ref()).report());
         }
-        shared.keeper.close();
-        if shared.giving.is_taken() {
+        shared.persistence.close();
+        if shared.handover.is_taken() {
             // They are in use.
             std::mem::forget(std::mem::take(&mut self.files));
         }
@@ -341,7 +341,7 @@ impl Server {
 struct Progress<'n> {
     notifier: Option<&'n Notifier>,
     since: Instant,
-    told: Instant,
+    reported: Instant,
 }
 
 impl<'n> Progress<'n> {
@@ -350,16 +350,16 @@ impl<'n> Progress<'n> {
         Progress {
             notifier,
             since: now,
-            told: now,
+            reported: now,
         }
     }
 
-    fn told(mut self) -> impl FnMut(usize, usize) {
+    fn report(mut self) -> impl FnMut(usize, usize) {
         move |done, of| {
-            if self.told.elapsed() < TELL_EVERY {
+            if self.reported.elapsed() < TELL_EVERY {
                 return;
             }
-            self.told = Instant::now();
+            self.reported = Instant::now();
             let seconds = self.since.elapsed().as_secs();
             tracing::info!(done, of, seconds, "writing persistent blocks to disk");
             if let Some(notifier) = self.notifier {
@@ -376,7 +376,7 @@ impl<'n> Progress<'n> {
 
 /// Ends all loops where one ends without a drain, by an error or a bug: connections whose loop is
 /// gone would hang.
-struct Together(Arc<Shared>);
+struct Together(Arc<ServerState>);
 
 impl Drop for Together {
     fn drop(&mut self) {
@@ -409,7 +409,7 @@ fn reload(origins: Origins, resolved: Resolved, logs: Arc<Logs>) -> Box<crate::s
             .expect("no panic happens under the settings' lock") =
             Arc::new(merged.settings.clone());
         *current = merged;
-        shared.judge_all();
+        shared.check_all_liveness();
         serde_json::to_string(&done).map_err(|error| error.to_string())
     })
 }

@@ -24,7 +24,7 @@ pub use inputs::{ConfigFile, Environment, Found, Inputs, OTHER_VARIABLES, Overri
 pub use latzero_fabric::limits::{Limits, Takes};
 pub use reference::default_config;
 pub use resolve::{resolve, unknown_variables};
-pub use resolved::{Change, Reload, Resolved, Shown};
+pub use resolved::{Reload, Resolved, SettingChange, Shown};
 pub use table::{SETTINGS, Setting, Settings};
 pub use value::{Kind, LogFormat, LogLevel, SocketChoice, StoreDurability, Value};
 

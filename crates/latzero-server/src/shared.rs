@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use latzero_fabric::books::{Account, Books};
-use latzero_fabric::driver::Site;
+use latzero_fabric::driver::Context;
+use latzero_fabric::ledger::{Account, Ledger};
 use latzero_fabric::outbox::Bounds;
 use latzero_fabric::{Now, Registry, Time};
 use latzero_protocol::Refusal;
@@ -16,18 +16,18 @@ use mio::Waker;
 
 use crate::attempts::Attempts;
 use crate::audit::AuditLog;
-use crate::blocks::{Blocks, Done};
+use crate::blocks::{Blocks, JobResult};
 use crate::builtin::BuiltIn;
-use crate::handover::{Giving, Step};
+use crate::handover::{Handover, Step};
 use crate::host::IoHost;
-use crate::keeper::Keeper;
-use crate::listener::{Door, Origin};
+use crate::listener::{Origin, Unauthenticated};
+use crate::machine_limits::{Derived, InForce, MachineLimits};
 use crate::peer::Peer;
+use crate::persistence::Persistence;
 use crate::settings::Settings;
 use crate::socket::Socket;
 use crate::startup::token::AdminToken;
 use crate::stats::Stats;
-use crate::surroundings::{Derived, InForce, Surroundings};
 use crate::timers::Timers;
 
 /// Something for a loop to do.
@@ -48,10 +48,10 @@ pub(crate) enum Command {
     HandOver(Arc<Peer>, Option<Box<str>>, Step),
     /// The reply to a request that took long.
     Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
-    /// What was promised to a connection is on disk, or can't be.
+    /// A connection's change is on disk, or can't be stored.
     Kept(Arc<Peer>, Result<(), Refusal>),
     /// What was to be done about a block is done.
-    BlockDone(Done),
+    BlockDone(JobResult),
     /// Show the service manager that the loop turns (sd_notify(3), `WATCHDOG=1`).
     Watchdog,
 }
@@ -172,20 +172,20 @@ pub(crate) struct Identity {
 
 /// How the server takes its settings again; returns what it did as JSON text, or what is wrong with
 /// them.
-pub(crate) type Reload = dyn Fn(&Shared) -> Result<String, String> + Send + Sync;
+pub(crate) type Reload = dyn Fn(&ServerState) -> Result<String, String> + Send + Sync;
 
 /// What the loops share.
-pub(crate) struct Shared {
+pub(crate) struct ServerState {
     pub(crate) settings: Mutex<Arc<Settings>>,
-    pub(crate) surroundings: Surroundings,
+    pub(crate) machine: MachineLimits,
     /// Limits whose value in force is not the one that was set.
     pub(crate) derived: Vec<Derived>,
-    pub(crate) site: Arc<Site>,
+    pub(crate) context: Arc<Context>,
     pub(crate) read_budget: usize,
     pub(crate) registry: Mutex<Registry<IoHost>>,
     pub(crate) timers: Timers,
     pub(crate) blocks: Blocks,
-    pub(crate) keeper: Keeper,
+    pub(crate) persistence: Persistence,
     pub(crate) audit_log: AuditLog,
     pub(crate) stats: Stats,
     pub(crate) clock: Clock,
@@ -198,14 +198,14 @@ pub(crate) struct Shared {
     pub(crate) builtin: Mutex<Option<BuiltIn>>,
     pub(crate) is_draining: AtomicBool,
     /// What is given to a server that takes over.
-    pub(crate) giving: Giving,
+    pub(crate) handover: Handover,
     /// A backup or database check is running.
     pub(crate) is_in_upkeep: AtomicBool,
     /// Set where all loops are to end at once.
     pub(crate) is_over: AtomicBool,
     pub(crate) next_peer: AtomicU64,
     /// Who has come in and not said who it is yet, on any loop.
-    door: Mutex<Door>,
+    door: Mutex<Unauthenticated>,
     pub(crate) reload: Box<Reload>,
     pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
 }
@@ -217,20 +217,20 @@ pub(crate) struct Parts {
     pub(crate) token: AdminToken,
     pub(crate) seed: u64,
     pub(crate) blocks: Blocks,
-    pub(crate) keeper: Keeper,
+    pub(crate) keeper: Persistence,
     pub(crate) audit_log: AuditLog,
     pub(crate) reload: Box<Reload>,
     pub(crate) log_lines_lost: Box<dyn Fn() -> u64 + Send + Sync>,
 }
 
-impl Shared {
+impl ServerState {
     pub(crate) fn attempts(&self) -> MutexGuard<'_, Attempts> {
         self.attempts
             .lock()
             .expect("nothing panics under this lock")
     }
 
-    pub(crate) fn new(parts: Parts) -> Arc<Shared> {
+    pub(crate) fn new(parts: Parts) -> Arc<ServerState> {
         let Parts {
             settings,
             identity,
@@ -244,7 +244,7 @@ impl Shared {
         } = parts;
         let clock = Clock::new();
         let started = clock.now();
-        let surroundings = Surroundings::of_process();
+        let surroundings = MachineLimits::of_process();
         let InForce { limits, derived } = surroundings.in_force(&settings.limits);
         if limits.connections_max < settings.limits.connections_max
             || limits.blocks_max < settings.limits.blocks_max
@@ -259,13 +259,13 @@ impl Shared {
         let mailboxes = (0..settings.io_threads.max(1))
             .map(|_| Mailbox::new())
             .collect();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(ServerState {
             registry: Mutex::new(Registry::new(clock.unix_ms(started), limits.clone(), seed)),
             read_budget: settings.limits.read_budget_bytes,
-            surroundings,
+            machine: surroundings,
             derived,
-            site: Arc::new(Site {
-                books: Books::new(&limits),
+            context: Arc::new(Context {
+                ledger: Ledger::new(&limits),
                 limits,
                 outbox: Bounds {
                     bytes_max: settings.limits.outbox_bytes_max,
@@ -281,7 +281,7 @@ impl Shared {
             settings: Mutex::new(Arc::new(settings)),
             timers: Timers::default(),
             blocks,
-            keeper,
+            persistence: keeper,
             audit_log,
             stats: Stats::new(),
             clock,
@@ -292,19 +292,19 @@ impl Shared {
             mailboxes,
             builtin: Mutex::new(None),
             is_draining: AtomicBool::new(false),
-            giving: Giving::default(),
+            handover: Handover::default(),
             is_in_upkeep: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
             next_peer: AtomicU64::new(0),
-            door: Mutex::new(Door::default()),
+            door: Mutex::new(Unauthenticated::default()),
             reload,
             log_lines_lost,
         });
-        shared.keeper.attach(&shared);
+        shared.persistence.attach(&shared);
         shared
     }
 
-    pub(crate) fn door(&self) -> MutexGuard<'_, Door> {
+    pub(crate) fn door(&self) -> MutexGuard<'_, Unauthenticated> {
         self.door.lock().expect("no panic happens at the door")
     }
 
@@ -324,11 +324,11 @@ impl Shared {
             Some(_) => usize::try_from(id).unwrap_or(0) % self.mailboxes.len(),
             None => 0,
         };
-        Peer::new(home, socket, self.site.books.connection(user))
+        Peer::new(home, socket, self.context.ledger.connection(user))
     }
 
     /// Begins to drain: no new calls and connections; the loops end when the last call has. False
-    /// where that has begun before.
+    /// if that has begun before.
     pub(crate) fn drain(&self) -> bool {
         let is_first = !self.is_draining.swap(true, Relaxed);
         if is_first {
@@ -343,8 +343,8 @@ impl Shared {
         }
     }
 
-    /// Has every loop judge its connections anew.
-    pub(crate) fn judge_all(&self) {
+    /// Makes every loop check the liveness of its connections.
+    pub(crate) fn check_all_liveness(&self) {
         for mailbox in &self.mailboxes {
             mailbox.send(Command::Judge);
         }

@@ -72,7 +72,7 @@ impl User {
         }
     }
 
-    /// The user of this machine, where the kernel tells.
+    /// The user of this machine, if the kernel reports it.
     pub(crate) fn uid(self) -> Option<u32> {
         match self {
             User::Uid(uid) => Some(uid),
@@ -229,7 +229,7 @@ impl Socket {
 }
 
 /// The process and the user at the other end of a Unix socket (unix(7), SO_PEERCRED). The pid is 0
-/// where that process is of a PID namespace that can't be seen from here; its user is known all the
+/// if that process is of a PID namespace that can't be seen from here; its user is known all the
 /// same.
 pub(crate) fn credentials(socket: &impl AsFd) -> io::Result<(i32, u32)> {
     let found = getsockopt(socket, PeerCredentials)?;
@@ -244,7 +244,7 @@ pub(crate) fn credentials(socket: &impl AsFd) -> io::Result<(i32, u32)> {
 /// the first one, which `/proc` shows for the process, may have ended long before the others.
 fn has_ended(pid: Pid) -> bool {
     for _ in 0..LOOKS {
-        match look(pid) {
+        match read_process(pid) {
             Seen::Ended => return true,
             Seen::Alive => return false,
             // Perhaps the others are ending too, and are gone in a moment.
@@ -265,7 +265,7 @@ enum Seen {
     Alive,
 }
 
-fn look(pid: Pid) -> Seen {
+fn read_process(pid: Pid) -> Seen {
     // The only word that does not depend on what of /proc is shown, and to whom (proc(5), hidepid).
     if test_kill_process(pid) == Err(Errno::SRCH) {
         return Seen::Ended;
@@ -278,7 +278,7 @@ fn look(pid: Pid) -> Seen {
     }
     let read =
         |what: &str| std::fs::read_to_string(format!("/proc/{}/{what}", pid.as_raw_nonzero())).ok();
-    judge(read("statm").as_deref(), read("stat").as_deref())
+    parse_process(read("statm").as_deref(), read("stat").as_deref())
 }
 
 /// Whether each of a process's `threads` has given its address space up. A listing may miss some
@@ -298,7 +298,7 @@ fn are_all_without_memory(pid: Pid, threads: usize) -> bool {
 
 /// What `/proc/PID/statm` and then `/proc/PID/stat` say of a process that is there
 /// (proc_pid_stat(5)).
-fn judge(statm: Option<&str>, stat: Option<&str>) -> Seen {
+fn parse_process(statm: Option<&str>, stat: Option<&str>) -> Seen {
     let (Some(statm), Some(stat)) = (statm, stat) else {
         return Seen::Alive;
     };
@@ -399,7 +399,7 @@ mod tests {
             (None, Some(stat("1")), Seen::Alive),
         ] {
             assert_eq!(
-                judge(statm, stat.as_deref()),
+                parse_process(statm, stat.as_deref()),
                 expected,
                 "{statm:?} {stat:?}"
             );

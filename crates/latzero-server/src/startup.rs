@@ -6,9 +6,9 @@
 //! The kernel releases the lock when the process ends, and its file is never removed; a pid file
 //! would have race conditions.
 
+pub mod created_files;
 pub mod data_dir;
 pub mod descriptors;
-pub mod leftovers;
 pub mod lock;
 pub mod sockets;
 pub mod systemd;
@@ -439,7 +439,7 @@ mod tests {
         assert_eq!(record.pid, std::process::id());
         assert_eq!(record.addresses.len(), 2);
 
-        // The same port, another directory: told who listens there.
+        // The same port, another directory: the error says who listens there.
         let port = started.tcp_addresses()[0].port().to_string();
         let other = home.path().join("other");
         let refused = start(&settings(&other, &[("port", &port)])).unwrap_err();
@@ -459,7 +459,7 @@ mod tests {
             "the refused server left its socket"
         );
 
-        // The same directory: told who has it.
+        // The same directory: the error says who has it.
         let refused = start(&settings(&dir, &[])).unwrap_err();
         assert_eq!(refused.exit_code(), 75);
         let text = refused.to_string();

@@ -7,12 +7,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use hdrhistogram::Histogram;
-use latzero_fabric::effects::Tally;
+use latzero_fabric::effects::Counters;
 use latzero_fabric::{Count, Time};
 use latzero_protocol::Code;
 use serde_json::{Map, Value, json};
 
-use crate::surroundings::Surroundings;
+use crate::machine_limits::MachineLimits;
 
 /// Seconds over which a rate is an average.
 const RATE_SECONDS: u64 = 10;
@@ -85,7 +85,7 @@ impl Stats {
     }
 
     /// Takes over what a loop has counted.
-    pub(crate) fn add(&self, now: Time, tally: &mut Tally, traffic: &mut Traffic) {
+    pub(crate) fn add(&self, now: Time, tally: &mut Counters, traffic: &mut Traffic) {
         let is_empty = traffic.frames_in == 0 && traffic.bytes_out == 0;
         if is_empty && tally.ended.is_empty() && tally.refused.is_empty() && tally.started == 0 {
             return;
@@ -189,9 +189,9 @@ impl Stats {
     }
 }
 
-/// What this process uses, from proc(5), and what it may use; absent where the system has no such
+/// What this process uses, from proc(5), and what it may use; absent if the system has no such
 /// files.
-pub(crate) fn resources(surroundings: &Surroundings) -> Value {
+pub(crate) fn resources(machine: &MachineLimits) -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let status = read("/proc/self/status");
     let field = |name: &str| {
@@ -216,8 +216,8 @@ pub(crate) fn resources(surroundings: &Surroundings) -> Value {
     let per_second = rustix::param::clock_ticks_per_second().max(1);
     json!({
         "memory_bytes": field("VmRSS").map(|kib| kib * 1024),
-        "memory_bytes_max": surroundings.memory.max,
-        "memory_max_from": surroundings.memory.from,
+        "memory_bytes_max": machine.memory.max,
+        "memory_max_from": machine.memory.from,
         "threads": field("Threads"),
         "descriptors": descriptors,
         "cpu_seconds": (ticks.len() == 2).then(|| (ticks[0] + ticks[1]) as f64 / per_second as f64),

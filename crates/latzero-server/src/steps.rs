@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use latzero_fabric::Now;
 
-use crate::shared::Shared;
+use crate::shared::ServerState;
 
 /// A smaller difference is a clock that is being adjusted, or rounding, in milliseconds.
 const JUMP_MS: i64 = 1000;
@@ -28,14 +28,14 @@ impl Watch {
     }
 
     /// Notes a jump since the last look; says that there was one.
-    pub(crate) fn look(&mut self, now: Now, shared: &Shared) -> bool {
+    pub(crate) fn check(&mut self, now: Now, shared: &ServerState) -> bool {
         let jump = offset(now) - self.offset_ms;
         if jump.abs() < JUMP_MS {
             return false;
         }
         self.offset_ms += jump;
         note(jump, "while the server ran", shared);
-        shared.keeper.note_clock(&record(shared));
+        shared.persistence.note_clock(&record(shared));
         true
     }
 }
@@ -45,7 +45,7 @@ fn offset(now: Now) -> i64 {
     ms(now.unix_ms) - ms(now.monotonic.0 / 1000)
 }
 
-fn note(jump_ms: i64, when: &str, shared: &Shared) {
+fn note(jump_ms: i64, when: &str, shared: &ServerState) {
     let ahead_ms = shared.clock.ahead_ms().saturating_add(jump_ms);
     shared.clock.set_ahead_ms(ahead_ms);
     tracing::warn!(
@@ -55,21 +55,21 @@ fn note(jump_ms: i64, when: &str, shared: &Shared) {
 }
 
 /// All clocks at this moment, for the next start.
-pub(crate) fn record(shared: &Shared) -> String {
+pub(crate) fn record(shared: &ServerState) -> String {
     let now = shared.clock.read();
     json!({
-        "boot": shared.keeper.boot_id(), "since_boot_ms": since_boot_ms(),
+        "boot": shared.persistence.boot_id(), "since_boot_ms": since_boot_ms(),
         "unix_ms": now.unix_ms, "ahead_ms": shared.clock.ahead_ms(),
     })
     .to_string()
 }
 
 /// Continues the steady clock of the run that left this record.
-pub(crate) fn restore(left: &str, shared: &Shared) {
+pub(crate) fn restore(left: &str, shared: &ServerState) {
     let left: Value = serde_json::from_str(left).unwrap_or_default();
     let number = |name: &str| left[name].as_i64();
     shared.clock.set_ahead_ms(number("ahead_ms").unwrap_or(0));
-    let boot = shared.keeper.boot_id();
+    let boot = shared.persistence.boot_id();
     if boot.is_empty() || left["boot"] != boot {
         return;
     }

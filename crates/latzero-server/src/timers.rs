@@ -12,7 +12,7 @@ use crate::host::IoHost;
 pub(crate) struct PoolCell {
     pub(crate) pool: Mutex<Pool<IoHost>>,
     number: u32,
-    /// The earliest deadline armed; `u64::MAX` where there is none.
+    /// The earliest deadline armed; `u64::MAX` if there is none.
     armed: AtomicU64,
 }
 
@@ -39,7 +39,7 @@ impl PoolCell {
 pub(crate) struct Timers(Mutex<BTreeMap<(Time, u32), Arc<PoolCell>>>);
 
 impl Timers {
-    /// Sees to it that `cell` is looked at by `deadline`; true where that is now the first of all.
+    /// Schedules `cell` for `deadline`; true if that is now the earliest.
     pub(crate) fn arm(&self, cell: &Arc<PoolCell>, deadline: Time) -> bool {
         // Called with the pool held: only the first loop may change this word meanwhile, and it
         // looks into the pool next.

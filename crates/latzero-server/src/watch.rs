@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::losses::{Loss, Losses, Part};
-use crate::shared::Shared;
+use crate::losses::{Loss, LossList, Part};
+use crate::shared::ServerState;
 use crate::startup::data_dir::SUBDIRECTORIES;
 use crate::startup::lock::InstanceLock;
 use crate::startup::token::TOKEN_NAME;
@@ -46,7 +46,7 @@ impl Watch {
     /// # Errors
     /// If no thread can be started, or the directory is away already.
     pub(crate) fn begin(
-        shared: &Arc<Shared>,
+        shared: &Arc<ServerState>,
         lock: &Arc<Mutex<InstanceLock>>,
     ) -> std::io::Result<Watch> {
         let mut looks = Looks {
@@ -62,7 +62,7 @@ impl Watch {
             .name("watch".into())
             .spawn(move || {
                 while stopped.recv_timeout(EVERY) == Err(RecvTimeoutError::Timeout) {
-                    looks.look();
+                    looks.check();
                 }
             })?;
         Ok(Watch {
@@ -86,7 +86,7 @@ struct Looks {
     data_dir: PathBuf,
     /// Device and inode.
     identity: (u64, u64),
-    shared: Arc<Shared>,
+    shared: Arc<ServerState>,
     lock: Arc<Mutex<InstanceLock>>,
     count: u32,
     /// For how many looks something in the directory has been missing.
@@ -94,7 +94,7 @@ struct Looks {
 }
 
 impl Looks {
-    fn look(&mut self) {
+    fn check(&mut self) {
         let lock = Arc::clone(&self.lock);
         let mut lock = lock.lock().expect("nothing panics under this lock");
         lock.answer();
@@ -102,7 +102,7 @@ impl Looks {
         let is_here = identity(&self.data_dir).is_ok_and(|found| found == self.identity);
         if is_here {
             self.losses().settle(Part::Store, &name);
-            self.look_inside(&mut lock);
+            self.check_contents(&mut lock);
         } else {
             self.incomplete = 0;
             self.losses().note(
@@ -116,8 +116,8 @@ impl Looks {
                 .passing(),
             );
         }
-        let store = self.shared.keeper.store();
-        store.look();
+        let store = self.shared.persistence.store();
+        store.check_files();
         self.note_or_settle(
             Part::Store,
             "files of data.db",
@@ -126,13 +126,13 @@ impl Looks {
         );
         self.count = self.count.wrapping_add(1);
         if self.count.is_multiple_of(LOOKS_PER_BLOCKS) {
-            self.look_at_blocks(is_here);
+            self.check_block_files(is_here);
         }
-        self.shared.keeper.keep_losses();
+        self.shared.persistence.store_losses();
     }
 
     /// What is in a directory that is where it was.
-    fn look_inside(&mut self, lock: &mut InstanceLock) {
+    fn check_contents(&mut self, lock: &mut InstanceLock) {
         let names = SUBDIRECTORIES.into_iter().chain([TOKEN_NAME]);
         let is_complete = lock.is_in(&self.data_dir)
             && names
@@ -187,7 +187,7 @@ impl Looks {
         }
     }
 
-    fn look_at_blocks(&self, is_here: bool) {
+    fn check_block_files(&self, is_here: bool) {
         for (name, is_in_place) in self.shared.blocks.places() {
             let missing = (!is_in_place).then_some(match is_here {
                 true => {
@@ -211,8 +211,8 @@ impl Looks {
         }
     }
 
-    fn losses(&self) -> &Losses {
-        self.shared.keeper.losses()
+    fn losses(&self) -> &LossList {
+        self.shared.persistence.losses()
     }
 }
 

@@ -13,7 +13,7 @@ use crate::format::{Access, Description, FIXED_BYTES, HeaderError, State, at};
 use crate::geometry::Geometry;
 use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
-use crate::slots::{self, Patience, ReadError};
+use crate::slots::{self, ReadError, Wait};
 
 /// What the server said of the block that a descriptor is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -180,7 +180,7 @@ impl Attachment {
     /// As [`ReadError`] says.
     pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<u64, ReadError> {
         let geometry = &self.expected.geometry;
-        on!(&self.bytes, memory => slots::read(memory, geometry, offset, to, Patience::Wait))
+        on!(&self.bytes, memory => slots::read(memory, geometry, offset, to, Wait::Wait))
     }
 
     /// Copies all of one version out; returns it with the version.

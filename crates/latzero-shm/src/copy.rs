@@ -134,7 +134,7 @@ unsafe fn wide_copy(from: *const u8, to: *mut u8, length: usize) -> usize {
     whole
 }
 
-/// Words do, where there is nothing wider.
+/// Words do, if there is nothing wider.
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
 unsafe fn wide_copy(_from: *const u8, _to: *mut u8, _length: usize) -> usize {
     0

@@ -12,10 +12,10 @@ use rustix::fs::{
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::block_memory::BlockMemory;
 use crate::custodian::Custodian;
 use crate::file::FileMemory;
 use crate::format::{Access, Description, FIXED_BYTES, HEADER_BYTES, HeaderError};
-use crate::kept::Kept;
 use crate::mapped::Mapped;
 
 /// Longest name of a memfd in bytes (memfd_create(2)).
@@ -75,7 +75,7 @@ impl Custodian {
     /// a name that could be left behind. `name` is for people who look into `/proc`.
     ///
     /// # Errors
-    /// [`CreateError::NoSpace`] where there is no room; nothing is left then.
+    /// [`CreateError::NoSpace`] if there is no room; nothing is left then.
     pub fn create_shared(name: &str, description: &Description) -> Result<Custodian, CreateError> {
         let name: String = name.chars().filter(|c| *c != '\0').collect();
         let mut end = name.len().min(NAME_BYTES_MAX);
@@ -106,7 +106,7 @@ impl Custodian {
     /// Makes a block in a new file of `directory`.
     ///
     /// # Errors
-    /// [`CreateError::NoSpace`] where the disk has no room. The file may be there then, and is the
+    /// [`CreateError::NoSpace`] if the disk has no room. The file may be there then, and is the
     /// caller's to remove.
     pub fn create_persistent(
         directory: BorrowedFd<'_>,
@@ -150,7 +150,7 @@ impl Custodian {
         Custodian {
             description,
             lent: Mutex::default(),
-            memory: Kept {
+            memory: BlockMemory {
                 file: FileMemory::new(Arc::new(file)),
                 header,
             },

@@ -2,8 +2,8 @@
 //! those who can't map it.
 //!
 //! The server is not to die of what somebody does to a file. So files are only touched by pread and
-//! pwrite; what is mapped is memory that is sealed against shrinking: its header for good, and its
-//! payload for the time of one large copy.
+//! pwrite; what is mapped is memory that is sealed against shrinking: its header permanently, and
+//! its payload for the time of one large copy.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,18 +13,18 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{OFlags, fdatasync, fstat};
 
+use crate::block_memory::BlockMemory;
 use crate::create::reopened;
 use crate::format::{Access, Description, HeaderError, State, at};
-use crate::kept::Kept;
 use crate::memory::{Fault, Memory};
-use crate::slots::{self, Head, Patience, ReadError, Stamp, WriteError, spares};
+use crate::slots::{self, Head, ReadError, Stamp, Wait, WriteError, spares};
 
 /// How often a copy of a version is retried because it was overwritten without the lock.
 const TRIES: u32 = 16;
 
-/// How often the newest version of a block without spare slots is summed up for a flush, where it
-/// does not stay the newest for that long. Then the block goes to the disk without a checksum, as
-/// it does between two flushes.
+/// How often the newest version of a block without spare slots is summed up for a flush, if it does
+/// not stay the newest for that long. Then the block goes to the disk without a checksum, as it
+/// does between two flushes.
 const SUM_TRIES: u32 = 3;
 
 /// How often a flush reserves the newest version of a block, where a writer has begun to write over
@@ -50,13 +50,13 @@ pub enum Cas {
 
 /// A version that stays as it is for as long as this is there.
 #[derive(Debug)]
-pub struct Held<'a> {
+pub struct ReadGuard<'a> {
     custodian: &'a Custodian,
     head: Head,
     _flushes: MutexGuard<'a, Flushes>,
 }
 
-impl Held<'_> {
+impl ReadGuard<'_> {
     /// Which version it is.
     #[must_use]
     pub fn version(&self) -> u64 {
@@ -87,7 +87,7 @@ pub struct Custodian {
     pub(crate) description: Description,
     /// Descriptors that are on their way to clients: for reading, and for writing.
     pub(crate) lent: Mutex<[Weak<OwnedFd>; 2]>,
-    pub(crate) memory: Kept,
+    pub(crate) memory: BlockMemory,
     /// One writer at a time on this side; for clients, the block's lock ensures it.
     pub(crate) writing: Mutex<()>,
     /// One flush at a time.
@@ -165,7 +165,7 @@ impl Custodian {
     ) -> Result<u64, ReadError> {
         self.check_fixed()?;
         let geometry = &self.description.geometry;
-        let version = slots::read(&self.memory, geometry, offset, to, Patience::Hurry)?;
+        let version = slots::read(&self.memory, geometry, offset, to, Wait::Hurry)?;
         match if_version {
             Some(wanted) if wanted != version => Err(ReadError::Version(version)),
             _ => Ok(version),
@@ -211,7 +211,7 @@ impl Custodian {
             &self.description.geometry,
             offset,
             &mut current,
-            Patience::Hurry,
+            Wait::Hurry,
         )?;
         if current != expected {
             return Ok(Cas::Differs { current, version });
@@ -412,7 +412,7 @@ impl Custodian {
     ///
     /// # Errors
     /// As [`Custodian::sync`].
-    pub fn hold(&self) -> Result<Option<Held<'_>>, Fault> {
+    pub fn hold(&self) -> Result<Option<ReadGuard<'_>>, Fault> {
         let geometry = &self.description.geometry;
         if geometry.spares == 0 {
             return Ok(None);
@@ -426,7 +426,7 @@ impl Custodian {
         if head.version != version || head.slot >= geometry.all_slots() {
             return Err(Fault::Corrupt("note of what is on the disk"));
         }
-        Ok(Some(Held {
+        Ok(Some(ReadGuard {
             custodian: self,
             head,
             _flushes: flushes,

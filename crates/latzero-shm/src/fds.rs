@@ -44,7 +44,7 @@ pub fn send_with_fds(
 /// on exec.
 ///
 /// # Errors
-/// As recvmsg(2); and where more than `max` descriptors came, which are all closed then.
+/// As recvmsg(2); and if more than `max` descriptors came, which are all closed then.
 pub fn recv_with_fds(
     socket: impl AsFd,
     buffer: &mut [u8],
@@ -57,7 +57,7 @@ pub fn recv_with_fds(
 /// As [`recv_with_fds`], without waiting.
 ///
 /// # Errors
-/// As [`recv_with_fds`]; `WouldBlock` where nothing is there.
+/// As [`recv_with_fds`]; `WouldBlock` if nothing is there.
 pub fn try_recv_with_fds(
     socket: impl AsFd,
     buffer: &mut [u8],

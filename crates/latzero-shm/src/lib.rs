@@ -20,6 +20,7 @@
 mod attachment;
 #[cfg(feature = "bare")]
 pub mod bare;
+mod block_memory;
 mod copy;
 mod create;
 mod custodian;
@@ -30,7 +31,6 @@ mod format;
 mod geometry;
 #[cfg(feature = "heap")]
 pub mod heap;
-mod kept;
 mod mapped;
 mod memory;
 mod recover;
@@ -41,7 +41,7 @@ mod writing;
 
 pub use attachment::{AttachError, Attachment, Expected};
 pub use create::{CreateError, OpenError};
-pub use custodian::{Cas, Custodian, Held};
+pub use custodian::{Cas, Custodian, ReadGuard};
 pub use element::Element;
 pub use format::{Access, Description, HEADER_BYTES, HeaderError, State};
 pub use geometry::{Geometry, GeometryError, SPARES};

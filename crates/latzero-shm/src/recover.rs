@@ -24,7 +24,7 @@ impl Custodian {
     ///
     /// # Errors
     /// If it is no sealed memory, no block, or can't be opened for writing.
-    pub fn take_back(offered: &OwnedFd) -> Result<Custodian, OpenError> {
+    pub fn from_fd(offered: &OwnedFd) -> Result<Custodian, OpenError> {
         let stat = fstat(offered).map_err(io::Error::from)?;
         // Only memory can be sealed: what is no memfd is refused here, whatever it is.
         let needed = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
@@ -196,7 +196,7 @@ mod tests {
         // A reader's descriptor is enough.
         let held = first.lend(Access::Read).unwrap().try_clone().unwrap();
         drop(first);
-        let back = Custodian::take_back(&held).unwrap();
+        let back = Custodian::from_fd(&held).unwrap();
         assert_eq!(back.identity().unwrap(), identity);
         assert_eq!((back.version().unwrap(), back.lease().unwrap()), (1, 7));
         let mut bytes = [0; 4];
@@ -211,17 +211,17 @@ mod tests {
         let file =
             Custodian::create_persistent(directory.as_fd(), "f", &description(true)).unwrap();
         let offered = file.file().try_clone().unwrap();
-        assert!(Custodian::take_back(&offered).is_err());
+        assert!(Custodian::from_fd(&offered).is_err());
         let bare = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
-        assert!(Custodian::take_back(&bare).is_err());
+        assert!(Custodian::from_fd(&bare).is_err());
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert!(Custodian::take_back(&a.into()).is_err());
+        assert!(Custodian::from_fd(&a.into()).is_err());
         // Sealed, but no block.
         let odd = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
         rustix::fs::ftruncate(&odd, 8192).unwrap();
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&odd, seals).unwrap();
-        assert!(Custodian::take_back(&odd).is_err());
+        assert!(Custodian::from_fd(&odd).is_err());
     }
 
     fn persistent(geometry: Geometry) -> (tempfile::TempDir, Custodian) {

@@ -20,7 +20,7 @@ pub(crate) mod spares;
 
 /// How often, and for how long, a reader begins again before it says that the block is contended.
 const TRIES: u32 = 64;
-const PATIENCE: Duration = Duration::from_millis(50);
+const TIMEOUT: Duration = Duration::from_millis(50);
 
 /// How many bytes a reader that must not wait copies before it says so, and how often it copies at
 /// least.
@@ -110,7 +110,7 @@ impl Head {
 
 /// How long a reader tries again while writers are in its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Patience {
+pub enum Wait {
     /// For some milliseconds.
     Wait,
     /// A few times at once: others wait for this thread.
@@ -147,14 +147,14 @@ pub fn read<M: Memory>(
     geometry: &Geometry,
     offset: u64,
     to: &mut [u8],
-    patience: Patience,
+    wait: Wait,
 ) -> Result<u64, ReadError> {
     if !geometry.contains(offset, to.len()) {
         return Err(ReadError::OutOfRange);
     }
-    let tries_max = match patience {
-        Patience::Wait => None,
-        Patience::Hurry => {
+    let tries_max = match wait {
+        Wait::Wait => None,
+        Wait::Hurry => {
             let tries = UNWAITED_BYTES_MAX / (to.len() as u64).max(1);
             Some(tries.clamp(UNWAITED_TRIES_MIN, u64::from(TRIES)) as u32)
         }
@@ -200,14 +200,14 @@ pub(crate) fn consistent<M: Memory>(
         if tries_max.is_some_and(|max| tries >= max) {
             return Err(ReadError::Contended);
         }
-        if tries >= TRIES && since.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+        if tries >= TRIES && since.get_or_insert_with(Instant::now).elapsed() > TIMEOUT {
             return Err(ReadError::Contended);
         }
         memory.relax(tries);
     }
 }
 
-/// The sequence number of the head's slot, where that is whole and holds the head's version.
+/// The sequence number of the head's slot, if that is whole and holds the head's version.
 ///
 /// A slot that holds a later version is one that the head is about to name, or never will, where
 /// its writer died: what stands there is no version before the head says so.
@@ -334,11 +334,13 @@ impl Draft {
             return Ok(());
         }
         if self.changed.is_some() {
-            return lag.ranges().try_for_each(|range| self.bring(memory, range));
+            return lag
+                .ranges()
+                .try_for_each(|range| self.update_slot(memory, range));
         }
         self.spoil(memory)?;
         lag.ranges()
-            .try_for_each(|range| self.bring(memory, range))?;
+            .try_for_each(|range| self.update_slot(memory, range))?;
         if self.geometry.spares > 0 {
             // Slots are identified by their versions, so no two may have the same one.
             return Ok(());
@@ -352,7 +354,7 @@ impl Draft {
     }
 
     /// Copies a range of the newest version into the slot.
-    fn bring<M: Memory>(&self, memory: &M, (from, to): (u64, u64)) -> Result<(), Fault> {
+    fn update_slot<M: Memory>(&self, memory: &M, (from, to): (u64, u64)) -> Result<(), Fault> {
         if self.head.version == 0 {
             return self.put(memory, from, to, 0);
         }
@@ -373,11 +375,11 @@ impl Draft {
                 // In its midst: the shorter side is copied now, the longer one may yet be written
                 // over.
                 (false, false) if a - from < to - b => {
-                    self.bring(memory, (from, a))?;
+                    self.update_slot(memory, (from, a))?;
                     (b, to)
                 }
                 (false, false) => {
-                    self.bring(memory, (b, to))?;
+                    self.update_slot(memory, (b, to))?;
                     (from, a)
                 }
             };
@@ -431,7 +433,7 @@ impl Draft {
         Ok(())
     }
 
-    /// Notes that bytes are about to be changed; `None` where there are none.
+    /// Notes that bytes are about to be changed; `None` if there are none.
     fn touch<M: Memory>(
         &mut self,
         memory: &M,

@@ -9,7 +9,7 @@ use crate::format::{State, at};
 /// The longest single sleep of a wait: a change that comes without a wake-up is seen after it.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
 
-/// How long to sleep between looks where there is no futex.
+/// How long to sleep between looks if there is no futex.
 const GLANCE: Duration = Duration::from_millis(20);
 
 /// What ended a wait.
@@ -21,7 +21,7 @@ pub enum Waited {
     Superseded,
     /// The block was removed.
     Closed,
-    /// The time is over.
+    /// The time ends.
     TimedOut,
 }
 

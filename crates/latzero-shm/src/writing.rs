@@ -13,8 +13,8 @@ impl Attachment {
     /// Begins the next version, under the lock with this fence.
     ///
     /// # Errors
-    /// [`WriteError::LeaseLost`] where the header shows another fence, [`WriteError::Contended`]
-    /// where another thread has a write of this attachment in progress.
+    /// [`WriteError::LeaseLost`] if the header shows another fence, [`WriteError::Contended`] if
+    /// another thread has a write of this attachment in progress.
     pub fn begin(self: &Arc<Self>, fence: u64) -> Result<Writing, WriteError> {
         if self.expected.access != Access::Write {
             return Err(WriteError::ReadOnly);
@@ -23,7 +23,7 @@ impl Attachment {
         if self.is_writing.swap(true, Acquire) {
             return Err(WriteError::Contended);
         }
-        let turn = Turn(Arc::clone(self));
+        let turn = WriteGuard(Arc::clone(self));
         let draft = on!(&self.bytes, memory => slots::begin(memory, &self.expected.geometry))?;
         Ok(Writing { draft, fence, turn })
     }
@@ -45,14 +45,14 @@ impl Attachment {
 pub struct Writing {
     draft: Draft,
     fence: u64,
-    turn: Turn,
+    turn: WriteGuard,
 }
 
 /// The attachment's turn to write, over when this is dropped.
 #[derive(Debug)]
-struct Turn(Arc<Attachment>);
+struct WriteGuard(Arc<Attachment>);
 
-impl Drop for Turn {
+impl Drop for WriteGuard {
     fn drop(&mut self) {
         self.0.is_writing.store(false, Release);
     }

@@ -6,7 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::Ordering;
 
-use latzero_shm::slots::{self, Patience, Stamp};
+use latzero_shm::slots::{self, Stamp, Wait};
 use latzero_shm::{Fault, Geometry, HEADER_BYTES, Memory};
 
 const MIB: u64 = 1 << 20;
@@ -115,7 +115,7 @@ fn warm(slots: u32) -> (Counted, Geometry) {
 
 fn read(memory: &Counted, geometry: &Geometry, offset: u64, length: u64) -> Vec<u8> {
     let mut bytes = vec![0; length as usize];
-    slots::read(memory, geometry, offset, &mut bytes, Patience::Wait).unwrap();
+    slots::read(memory, geometry, offset, &mut bytes, Wait::Wait).unwrap();
     bytes
 }
 

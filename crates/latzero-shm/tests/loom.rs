@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicU64 as Plain;
 use std::sync::atomic::Ordering::{self, Relaxed};
 
-use latzero_shm::slots::{self, Patience, Stamp};
+use latzero_shm::slots::{self, Stamp, Wait};
 use latzero_shm::{Fault, Geometry, Memory};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, fence};
@@ -166,7 +166,7 @@ fn begin_and_drop(process: &Process<'_>, geometry: &Geometry) -> Result<(), Faul
 
 fn read(process: &Process<'_>, geometry: &Geometry) -> u64 {
     let mut bytes = [0xff; 8 * WORDS as usize];
-    let version = slots::read(process, geometry, 0, &mut bytes, Patience::Wait).expect("it reads");
+    let version = slots::read(process, geometry, 0, &mut bytes, Wait::Wait).expect("it reads");
     for word in 0..WORDS {
         let at = 8 * word as usize;
         let found = u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));

@@ -15,12 +15,12 @@ macro_rules! ensure {
     };
 }
 
-mod taken_in;
+mod requests;
 mod written;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use latzero_fabric::keep::AppRow;
+use latzero_fabric::rows::AppRow;
 use latzero_fabric::{Count, Limits, Time};
 use latzero_protocol::Code;
 use latzero_protocol::limits::SYSTEM_POOL;
@@ -61,7 +61,7 @@ struct Conn {
     calls: BTreeMap<String, u64>,
     /// The newest call that it sent to each handler.
     newest: BTreeMap<Peer, u64>,
-    /// How often it began to serve anew, by pool and trigger.
+    /// How often it served again, by pool and trigger.
     epochs: BTreeMap<(String, String), u64>,
 }
 

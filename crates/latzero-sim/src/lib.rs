@@ -9,8 +9,8 @@
 
 mod check;
 mod client;
+mod durable;
 mod hostile;
-mod lasting;
 mod line;
 mod report;
 mod script;
@@ -20,6 +20,6 @@ mod world;
 
 pub use line::{Bounds, Event, LENGTH_SLACK, Line, Peer, Totals};
 pub use report::{Outcome, Plan, STEPS_DEFAULT, Theme, Violation, run};
-pub use storage::{Descriptor, Storages, Stored};
+pub use storage::{Descriptor, Storages, StoredBlock};
 pub use store::Rows;
 pub use world::{Message, PoolHandle, World, admin_proof, decode, encode_frame};

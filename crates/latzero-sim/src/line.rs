@@ -8,8 +8,8 @@ use std::ops::DerefMut;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use latzero_fabric::books::Account;
-use latzero_fabric::effects::Tally;
+use latzero_fabric::effects::Counters;
+use latzero_fabric::ledger::Account;
 use latzero_fabric::{Class, Count, Link, Sent, Time};
 use latzero_protocol::Code;
 
@@ -213,7 +213,7 @@ impl Observer {
         }
     }
 
-    pub(crate) fn count(&mut self, tally: Tally) {
+    pub(crate) fn count(&mut self, tally: Counters) {
         let totals = &mut self.totals;
         totals.calls_started += tally.started;
         totals.calls_ended += tally.ended.len() as u64;

@@ -7,8 +7,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use latzero_fabric::Limits;
 
 use crate::check::Checker;
+use crate::durable::DurableScript;
 use crate::hostile::Hostile;
-use crate::lasting::Lasting;
 use crate::line::{Bounds, Event, Totals};
 use crate::script::Script;
 use crate::world::World;
@@ -32,7 +32,7 @@ pub(crate) trait Scenario {
     /// Holds what happened against the model.
     fn check(&mut self, log: &[Event], world: &World) -> Result<(), String>;
 
-    /// Does the `at`-th thing after the last step; nothing where all is done.
+    /// Does the `at`-th thing after the last step; nothing if all is done.
     fn end(&mut self, at: u32, world: &mut World) -> Result<Option<String>, String>;
 
     /// Whether what is left then is as it should be.
@@ -218,7 +218,7 @@ impl std::error::Error for Violation {}
 pub fn run(plan: &Plan) -> Result<Outcome, Violation> {
     let scenario: Box<dyn Scenario> = match plan.theme {
         Theme::Calls => Box::new(Calls::new(plan.seed, plan.clients)),
-        Theme::Lasting => Box::new(Lasting::new(plan.seed)),
+        Theme::Lasting => Box::new(DurableScript::new(plan.seed)),
         Theme::Hostile => Box::new(Hostile::new(plan.seed)),
     };
     let mut run = Run {

@@ -126,7 +126,7 @@ impl Script {
         format!("client {at} ({}) {what}", self.clients[at].app)
     }
 
-    /// Everybody writes out, reads all there is, and sends nothing new; then time goes on past
+    /// Everybody writes out, reads all there is, and sends nothing new; then time continues past
     /// every deadline.
     pub(crate) fn settle(&mut self, world: &mut World) {
         for client in &mut self.clients {

@@ -21,7 +21,7 @@ pub struct Descriptor {
 
 /// One generation of a block.
 #[derive(Debug, Clone)]
-pub struct Stored {
+pub struct StoredBlock {
     /// Its bytes.
     pub bytes: Vec<u8>,
     /// Its version.
@@ -33,7 +33,7 @@ pub struct Stored {
 /// All storage of the world, and what is still to be done about it.
 #[derive(Debug, Default)]
 pub struct Storages {
-    pub(crate) stored: BTreeMap<StorageId, Stored>,
+    pub(crate) stored: BTreeMap<StorageId, StoredBlock>,
     pub(crate) numbers: Numbers,
     pub(crate) waiting: VecDeque<(PoolHandle, Job<Line>)>,
     /// Jobs wait until they are let go.
@@ -65,7 +65,7 @@ impl Storages {
         let from = making.from.and_then(|from| self.stored.get(&from));
         let mut bytes = from.map_or_else(Vec::new, |from| from.bytes.clone());
         bytes.resize(size, 0);
-        let stored = Stored {
+        let stored = StoredBlock {
             bytes,
             version: from.map_or(0, |from| from.version),
             fence: 0,
@@ -100,7 +100,7 @@ impl Storages {
         offset: u64,
         length: usize,
         if_version: Option<u64>,
-    ) -> Result<(&mut Stored, std::ops::Range<usize>), Refusal> {
+    ) -> Result<(&mut StoredBlock, std::ops::Range<usize>), Refusal> {
         let stored = self
             .stored
             .get_mut(&storage)

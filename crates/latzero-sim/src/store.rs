@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use latzero_fabric::keep::{AnswerRow, AppRow, CallRow, Change, PoolRow};
+use latzero_fabric::rows::{AnswerRow, AppRow, CallRow, PoolRow, StoreChange};
 use latzero_protocol::{AppId, PoolName};
 
 use crate::line::Peer;
@@ -22,50 +22,52 @@ pub struct Rows {
 
 impl Rows {
     /// Writes one change, as a real store does.
-    pub fn write(&mut self, change: &Change) {
+    pub fn write(&mut self, change: &StoreChange) {
         match change.clone() {
-            Change::App(row) => {
+            StoreChange::App(row) => {
                 self.apps.insert(row.app_id.clone(), *row);
             }
-            Change::Watches(app, watches) => {
+            StoreChange::Watches(app, watches) => {
                 if let Some(row) = self.apps.get_mut(&app) {
                     row.watches = watches;
                 }
             }
-            Change::Seen(app, unix_ms) => {
+            StoreChange::Seen(app, unix_ms) => {
                 if let Some(row) = self.apps.get_mut(&app) {
                     row.last_seen = unix_ms;
                 }
             }
-            Change::ForgetApp(app) => {
+            StoreChange::ForgetApp(app) => {
                 self.apps.remove(&app);
             }
-            // Everybody is a stranger here.
-            Change::Binding(_) | Change::ForgetBinding(_) | Change::Descriptor(..) => {}
+            // Everybody is an untrusted user here.
+            StoreChange::Binding(_)
+            | StoreChange::ForgetBinding(_)
+            | StoreChange::Descriptor(..) => {}
             // Nobody comes so early that a name is to be kept.
-            Change::Pool(row) if !row.is_durable => {}
-            Change::Pool(row) => {
+            StoreChange::Pool(row) if !row.is_durable => {}
+            StoreChange::Pool(row) => {
                 self.pools.insert(row.name.clone(), *row);
             }
-            Change::ForgetPool(name) => {
+            StoreChange::ForgetPool(name) => {
                 self.pools.remove(&name);
             }
-            Change::Call(row) => {
+            StoreChange::Call(row) => {
                 self.calls.insert(row.number, *row);
             }
-            Change::Attempt(number, attempt) => {
+            StoreChange::Attempt(number, attempt) => {
                 if let Some(row) = self.calls.get_mut(&number) {
                     row.attempt = attempt;
                 }
             }
-            Change::EndCall(number) => {
+            StoreChange::EndCall(number) => {
                 self.calls.remove(&number);
             }
-            Change::Answer(row) => {
+            StoreChange::Answer(row) => {
                 self.calls.remove(&row.number);
                 self.answers.insert(row.number, *row);
             }
-            Change::EndAnswer(number) => {
+            StoreChange::EndAnswer(number) => {
                 self.answers.remove(&number);
             }
         }
@@ -76,13 +78,13 @@ impl Rows {
 #[derive(Debug, Default)]
 pub(crate) struct Store {
     pub(crate) rows: Rows,
-    waiting: VecDeque<(Change, Option<Peer>)>,
+    waiting: VecDeque<(StoreChange, Option<Peer>)>,
     pub(crate) is_holding: bool,
     pub(crate) is_failing: bool,
 }
 
 impl Store {
-    pub(crate) fn keep(&mut self, change: Change, promise: Option<Peer>) {
+    pub(crate) fn push(&mut self, change: StoreChange, promise: Option<Peer>) {
         self.waiting.push_back((change, promise));
     }
 

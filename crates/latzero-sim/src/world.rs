@@ -12,12 +12,12 @@ use std::sync::Arc;
 
 use latzero_crypto::proof::{ChannelBinding, Exchange};
 use latzero_crypto::text;
-use latzero_fabric::books::{self, Books, Hold, Holding, Resource, Users};
-use latzero_fabric::driver::{BlockWrite, Observed, Report, Site, Written};
-use latzero_fabric::keep::Change;
+use latzero_fabric::driver::{BlockWrite, Context, Observed, Report, Written};
+use latzero_fabric::ledger::{self, Holding, Ledger, Reservation, Resource, Users};
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Job, Numbers, StorageId};
 use latzero_fabric::registry::View;
+use latzero_fabric::rows::StoreChange;
 use latzero_fabric::session::Terms;
 use latzero_fabric::{
     Class, Driver, Effects, Flow, Limits, Now, Pool, Registry, Session, Time, Transport, Turn,
@@ -62,7 +62,7 @@ struct Connection {
     session: Option<Session<World>>,
     received: Vec<u8>,
     /// What was received takes.
-    inbound: Hold,
+    inbound: Reservation,
     /// Written by the server, and not read by the client.
     socket: VecDeque<u8>,
     /// Descriptors that were written.
@@ -86,14 +86,14 @@ pub struct Message {
 /// The simulated server, with the connections to it.
 pub struct World {
     now: Time,
-    site: Arc<Site>,
+    context: Arc<Context>,
     socket_bytes: usize,
     registry: Rc<RefCell<Registry<World>>>,
     effects: Effects<World>,
     observer: Observer,
     storages: Storages,
     store: Store,
-    /// All who come over TCP are one user, a stranger; the others are the server's own.
+    /// All who come over TCP are one user, an untrusted user; the others are the server's own.
     users: Users<bool>,
     connections: Vec<Connection>,
     is_draining: bool,
@@ -113,8 +113,8 @@ impl World {
         World {
             now: Time::default(),
             registry: Rc::new(RefCell::new(Registry::new(EPOCH_MS, limits.clone(), seed))),
-            site: Arc::new(Site {
-                books: Books::new(&limits),
+            context: Arc::new(Context {
+                ledger: Ledger::new(&limits),
                 limits,
                 outbox: latzero_fabric::outbox::Bounds {
                     bytes_max: bounds.outbox_bytes,
@@ -157,16 +157,16 @@ impl World {
     /// The bounds in force.
     #[must_use]
     pub fn bounds_of_core(&self) -> &Limits {
-        &self.site.limits
+        &self.context.limits
     }
 
     /// A new connection over `transport`.
     pub fn connect(&mut self, transport: Transport) -> Peer {
         let peer = Peer(u32::try_from(self.connections.len()).expect("runs are short"));
         let is_trusted = transport != Transport::Tcp;
-        let books = &self.site.books;
-        let user = self.users.account(is_trusted, is_trusted, books);
-        let line = Line::new(peer, books.connection(&user));
+        let ledger = &self.context.ledger;
+        let user = self.users.account(is_trusted, is_trusted, ledger);
+        let line = Line::new(peer, ledger.connection(&user));
         let terms = Terms {
             transport,
             is_own: false,
@@ -191,9 +191,9 @@ impl World {
         peer
     }
 
-    /// Hands bytes of a client to the server, which handles every whole frame that it has by now.
+    /// Hands bytes of a client to the server, which handles every whole frame that it has now.
     pub fn feed(&mut self, peer: Peer, bytes: &[u8]) {
-        self.go_on(peer);
+        self.resume(peer);
         if !self.is_open(peer) {
             return;
         }
@@ -229,11 +229,11 @@ impl World {
         session.is_some_and(Session::is_waiting)
     }
 
-    /// Handles the first frame of `bytes`; returns its length, or `None` where there is none yet or
+    /// Handles the first frame of `bytes`; returns its length, or `None` if there is none yet or
     /// ever.
     fn handle_first(&mut self, peer: Peer, bytes: &[u8]) -> Option<usize> {
         let mut session = self.connections[peer.0 as usize].session.take()?;
-        let decoded = frame::decode(bytes, session.accept(&self.site.limits));
+        let decoded = frame::decode(bytes, session.accept(&self.context.limits));
         let (flow, used) = match decoded {
             Ok(None) => (Flow::Continue, None),
             Ok(Some((frame, used))) => {
@@ -277,9 +277,9 @@ impl World {
                 continue;
             };
             if promised == peer {
-                flow = session.kept(kept(went_well), &mut self.turn());
+                flow = session.handle_stored(store_result(went_well), &mut self.turn());
             } else {
-                self.tell_kept(promised, went_well);
+                self.handle_stored(promised, went_well);
             }
             self.woken.push(promised);
         }
@@ -287,7 +287,7 @@ impl World {
     }
 
     /// Has a session handle what waited in it.
-    fn go_on(&mut self, peer: Peer) {
+    fn resume(&mut self, peer: Peer) {
         while self.is_open(peer)
             && let Some(mut session) = self.connections[peer.0 as usize].session.take()
         {
@@ -308,9 +308,9 @@ impl World {
     }
 
     /// Tells a session whether what it was promised is on disk.
-    fn tell_kept(&mut self, peer: Peer, went_well: bool) {
+    fn handle_stored(&mut self, peer: Peer, went_well: bool) {
         if let Some(mut session) = self.connections[peer.0 as usize].session.take() {
-            let flow = session.kept(kept(went_well), &mut self.turn());
+            let flow = session.handle_stored(store_result(went_well), &mut self.turn());
             self.connections[peer.0 as usize].session = Some(session);
             if flow == Flow::Close {
                 self.close(peer);
@@ -351,7 +351,7 @@ impl World {
     fn write_down(&mut self) {
         while let Some((promised, went_well)) = self.store.write_next() {
             if let Some(peer) = promised {
-                self.tell_kept(peer, went_well);
+                self.handle_stored(peer, went_well);
                 // What it sent while it waited.
                 self.feed(peer, &[]);
             }
@@ -382,7 +382,7 @@ impl World {
     fn reap(&mut self) {
         loop {
             for line in std::mem::take(&mut self.effects.resumed) {
-                self.go_on(line.id);
+                self.resume(line.id);
             }
             let tally = std::mem::take(&mut self.effects.tally);
             self.observer.count(tally);
@@ -442,7 +442,7 @@ impl World {
             drop(link);
             for Notice { pool, number } in notices {
                 self.turn()
-                    .with_pool(&pool, |pool, turn| pool.told(number, turn));
+                    .with_pool(&pool, |pool, turn| pool.answer_delivered(number, turn));
             }
             if is_blocked {
                 return;
@@ -481,7 +481,7 @@ impl World {
     /// Takes every message that waits for a client.
     ///
     /// # Panics
-    /// Where what waits is not a row of whole frames with one JSON object each.
+    /// If what waits is not a row of whole frames with one JSON object each.
     pub fn messages(&mut self, peer: Peer) -> Vec<Message> {
         let bytes = self.read(peer, usize::MAX);
         let mut rest = &bytes[..];
@@ -539,7 +539,7 @@ impl World {
     /// Takes no new calls from now on, and tells everybody.
     pub fn drain(&mut self) {
         self.is_draining = true;
-        let told = r#"{"action":"event","event":"draining"}"#;
+        let event = r#"{"action":"event","event":"draining"}"#;
         for at in 0..self.connections.len() {
             let is_ready = self.connections[at]
                 .session
@@ -547,8 +547,8 @@ impl World {
                 .is_some_and(Session::is_ready);
             if is_ready {
                 let line = self.connections[at].line.clone();
-                self.turn().send(&line, Class::Control, told.len(), |out| {
-                    encode::message(out, told);
+                self.turn().send(&line, Class::Control, event.len(), |out| {
+                    encode::message(out, event);
                 });
             }
         }
@@ -565,7 +565,7 @@ impl World {
     /// written down.
     ///
     /// # Panics
-    /// Where a row that was written can't be taken in.
+    /// If a row that was written can't be taken in.
     pub fn restart(&mut self, seed: u64) {
         let left = self.begin_again(seed);
         assert_eq!(left, 0, "every row was written by the core itself");
@@ -601,7 +601,7 @@ impl World {
         self.touched.clear();
         self.storages = Storages::default();
         let unix_ms = EPOCH_MS + self.now.0 / 1000;
-        let registry = Registry::new(unix_ms, self.site.limits.clone(), seed);
+        let registry = Registry::new(unix_ms, self.context.limits.clone(), seed);
         self.registry = Rc::new(RefCell::new(registry));
         let rows = self.store.rows.clone();
         let numbers = rows.calls.keys().chain(rows.answers.keys());
@@ -616,35 +616,35 @@ impl World {
                     .is_err(),
             );
         }
-        let user = self.site.books.user(true);
+        let user = self.context.ledger.user(true);
         let account = |world: &mut World, app: &AppId| {
             let mut turn = world.turn();
             turn.with_registry(|registry, turn| registry.account(app, &user, turn))
         };
         for row in rows.calls.values() {
             let account = account(self, &row.caller);
-            let taken = self.take_in(&row.pool, |pool, turn| {
+            let taken = self.restore_into(&row.pool, |pool, turn| {
                 pool.restore_call(row, &account, turn)
             });
             left += usize::from(!taken);
         }
         for row in rows.answers.values() {
             let account = account(self, &row.caller);
-            let taken = self.take_in(&row.pool, |pool, turn| {
+            let taken = self.restore_into(&row.pool, |pool, turn| {
                 pool.restore_answer(row, &account, turn)
             });
             left += usize::from(!taken);
         }
         for row in rows.apps.into_values() {
-            let books = &self.site.books;
-            let taken = self.registry.borrow_mut().restore_app(row, unix_ms, books);
+            let ledger = &self.context.ledger;
+            let taken = self.registry.borrow_mut().restore_app(row, unix_ms, ledger);
             left += usize::from(!taken);
         }
         left
     }
 
     /// Has a pool take something in; one that was made for it goes again where it is invalid.
-    fn take_in(
+    fn restore_into(
         &mut self,
         name: &PoolName,
         restore: impl FnOnce(&mut Pool<World>, &mut Turn<'_, World>) -> bool,
@@ -781,13 +781,13 @@ impl World {
     /// the outboxes.
     ///
     /// # Panics
-    /// Where one is broken.
+    /// If one is broken.
     pub fn check(&mut self) {
         self.registry.borrow().check();
         for pool in std::mem::take(&mut self.touched) {
             pool.borrow().check();
         }
-        let (bounds, in_flight_max) = (self.site.outbox, self.site.limits.in_flight_max);
+        let (bounds, in_flight_max) = (self.context.outbox, self.context.limits.in_flight_max);
         let most = bounds.bytes_max + bounds.headroom + LENGTH_SLACK;
         for connection in &self.connections {
             let (link, id) = (connection.line.link(), connection.line.id);
@@ -807,11 +807,11 @@ impl World {
                     let stats = pool.borrow().stats();
                     (blocks + stats.blocks, bytes + stats.block_bytes)
                 });
-        let all = self.site.books.all();
+        let all = self.context.ledger.all();
         assert_eq!(
             (all.used(Resource::BlockCount), all.used(Resource::Blocks)),
             (blocks as u64, bytes),
-            "blocks in pools and in the books"
+            "blocks in pools and in the ledger"
         );
         let totals = self.observer.totals;
         assert_eq!(
@@ -823,7 +823,7 @@ impl World {
 
     /// Closes connections while memory is short, as a server does.
     pub fn shed(&mut self) {
-        while self.site.books.must_shed() {
+        while self.context.ledger.is_over_limit() {
             let connections = self.connections.iter().filter(|c| c.is_open);
             let holdings = connections.map(|connection| {
                 let (bytes, since) = connection.line.link().holding();
@@ -833,7 +833,7 @@ impl World {
                     since,
                 }
             });
-            let Some(victim) = books::victim(self.now, holdings) else {
+            let Some(victim) = ledger::victim(self.now, holdings) else {
                 return;
             };
             self.hang_up(victim);
@@ -843,9 +843,9 @@ impl World {
     /// Checks that the ledger equals the sum of what exists.
     ///
     /// # Panics
-    /// Where it does not.
+    /// If it does not.
     pub fn check_ledger(&self) {
-        let all = self.site.books.all();
+        let all = self.context.ledger.all();
         let connections = || self.connections.iter();
         let waiting = |c: &Connection| c.session.as_ref().map_or(0, Session::held_bytes);
         let inbound = |c: &Connection| c.inbound.amount() + waiting(c) as u64;
@@ -901,8 +901,8 @@ impl Driver for World {
         &mut self.effects
     }
 
-    fn site(&self) -> &Arc<Site> {
-        &self.site
+    fn context(&self) -> &Arc<Context> {
+        &self.context
     }
 
     fn is_draining(&self) -> bool {
@@ -931,14 +931,14 @@ impl Driver for World {
             touched.push(pool.clone());
         }
         let result = f(&mut pool.borrow_mut(), turn);
-        for (line, number) in std::mem::take(&mut turn.driver.effects.told) {
+        for (line, number) in std::mem::take(&mut turn.driver.effects.delivered) {
             let pool = pool.clone();
             let due = line
                 .link()
                 .outbox
                 .notify_when_written(Notice { pool, number });
             if let Some(Notice { pool, number }) = due {
-                pool.borrow_mut().told(number, turn);
+                pool.borrow_mut().answer_delivered(number, turn);
             }
         }
         let held = std::mem::take(&mut turn.driver.effects.held);
@@ -967,8 +967,8 @@ impl Driver for World {
         f(&mut self.storages.numbers)
     }
 
-    fn keep(&mut self, change: Change, promise: Option<&Line>) {
-        self.store.keep(change, promise.map(|line| line.id));
+    fn store(&mut self, change: StoreChange, promise: Option<&Line>) {
+        self.store.push(change, promise.map(|line| line.id));
     }
 
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Descriptor> {
@@ -1027,7 +1027,7 @@ impl Driver for World {
         Ok(Written::Version(stored.version))
     }
 
-    fn take_back(
+    fn reoffer(
         _turn: &mut Turn<'_, Self>,
         _pool: &PoolHandle,
         _name: &PoolName,
@@ -1106,7 +1106,7 @@ impl Driver for World {
     }
 }
 
-fn kept(went_well: bool) -> Result<(), Refusal> {
+fn store_result(went_well: bool) -> Result<(), Refusal> {
     if went_well {
         return Ok(());
     }
@@ -1116,7 +1116,7 @@ fn kept(went_well: bool) -> Result<(), Refusal> {
 /// Takes the first frame of what a server wrote, with its length; `None` where it is not complete.
 ///
 /// # Panics
-/// Where the bytes are not what a server may write.
+/// If the bytes are not what a server may write.
 #[must_use]
 pub fn decode(bytes: &[u8]) -> Option<(Message, usize)> {
     let accept = Accept {
@@ -1131,7 +1131,7 @@ pub fn decode(bytes: &[u8]) -> Option<(Message, usize)> {
     Some((Message { json, attachment }, used))
 }
 
-/// A frame as a client writes it: `json`, with raw bytes where there are any.
+/// A frame as a client writes it: `json`, with raw bytes if there are any.
 #[must_use]
 pub fn encode_frame(json: &str, attachment: Option<&[u8]>) -> Vec<u8> {
     let mut out = Vec::new();

@@ -7,7 +7,7 @@
 use std::error::Error;
 use std::path::PathBuf;
 
-use latzero_store::{AnswerRow, AppRow, BlockRow, CallRow, Change, Options, PoolRow, open};
+use latzero_store::{AnswerRow, AppRow, BlockRow, CallRow, Options, PoolRow, RowChange, open};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let target = PathBuf::from(std::env::args_os().nth(1).ok_or("name the file to write")?);
@@ -23,9 +23,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn changes() -> Vec<Change> {
+fn changes() -> Vec<RowChange> {
     let app = |app_id: &str, meta: Option<&str>| {
-        Change::PutApp(AppRow {
+        RowChange::PutApp(AppRow {
             app_id: app_id.into(),
             pools: r#"["demo"]"#.into(),
             triggers: r#"[{"process":"add"}]"#.into(),
@@ -37,7 +37,7 @@ fn changes() -> Vec<Change> {
         })
     };
     let call = |number| {
-        Change::PutCall(CallRow {
+        RowChange::PutCall(CallRow {
             number,
             pool: "demo".into(),
             process: "add".into(),
@@ -57,7 +57,7 @@ fn changes() -> Vec<Change> {
     vec![
         app("one", None),
         app("two", Some(r#"{"note":"naïve ☃"}"#)),
-        Change::PutPool(PoolRow {
+        RowChange::PutPool(PoolRow {
             name: "demo".into(),
             kind: "durable".into(),
             encrypted: true,
@@ -68,7 +68,7 @@ fn changes() -> Vec<Change> {
             created: 1_700_000_000_000,
             updated: 1_700_000_000_000,
         }),
-        Change::PutBlock(BlockRow {
+        RowChange::PutBlock(BlockRow {
             pool: "demo".into(),
             block_id: "frames".into(),
             kind: "persistent".into(),
@@ -91,7 +91,7 @@ fn changes() -> Vec<Change> {
         call(1),
         call(2),
         call(3),
-        Change::PutAnswer {
+        RowChange::PutAnswer {
             answer: AnswerRow {
                 number: 1,
                 caller: "two".into(),
@@ -103,7 +103,7 @@ fn changes() -> Vec<Change> {
             },
             ends_call: Some(2),
         },
-        Change::PutSetting {
+        RowChange::PutSetting {
             key: "node".into(),
             value: "first".into(),
         },

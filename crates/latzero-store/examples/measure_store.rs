@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use latzero_store::{AppRow, CallRow, Change, Options, Store, open};
+use latzero_store::{AppRow, CallRow, Options, RowChange, Store, open};
 
 const APPS: usize = 100_000;
 const RUN: Duration = Duration::from_secs(3);
@@ -43,7 +43,7 @@ fn load(dir: &Path) -> Result<(), Box<dyn Error>> {
     for first in (0..APPS).step_by(1_000) {
         store.commit(
             (first..first + 1_000)
-                .map(|n| Change::PutApp(app(n)))
+                .map(|n| RowChange::PutApp(app(n)))
                 .collect(),
         )?;
     }
@@ -88,7 +88,10 @@ fn committing(store: &Store, threads: u64) -> Result<(), Box<dyn Error>> {
                     let mut count = 0;
                     while start.elapsed() < RUN {
                         let number = thread << 32 | count;
-                        if store.commit(vec![Change::PutCall(call(number))]).is_err() {
+                        if store
+                            .commit(vec![RowChange::PutCall(call(number))])
+                            .is_err()
+                        {
                             break;
                         }
                         count += 1;
@@ -127,7 +130,7 @@ fn in_flight(dir: &Path, count: u64) -> Result<(), Box<dyn Error>> {
     let (mut next, mut done) = (1 << 50, 0_u64);
     let mut submit = |n: usize| -> Result<(), Box<dyn Error>> {
         for _ in 0..n {
-            store.submit(Change::PutCall(call(next)), Some(next))?;
+            store.submit(RowChange::PutCall(call(next)), Some(next))?;
             next += 1;
         }
         Ok(())

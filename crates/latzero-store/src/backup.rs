@@ -13,7 +13,7 @@ use rusqlite::backup::StepResult;
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags};
 
-use crate::blocks_kept::{self, AddError, BlockHead, BlockReader};
+use crate::block_backup::{self, AddError, BlockHead, BlockReader};
 use crate::calendar::{now_ms, stamp};
 use crate::checksum::Crc;
 use crate::error::{BackupError, StoreError};
@@ -119,7 +119,7 @@ impl Store {
         let failed = |step| move |error| BackupError::sqlite(step, temporary, error);
         let conn = connect(temporary).map_err(failed("open"))?;
         unshare(&conn).map_err(failed("prepare"))?;
-        blocks_kept::create_tables(&conn).map_err(failed("prepare"))?;
+        block_backup::create_tables(&conn).map_err(failed("prepare"))?;
         let mut writer = BackupWriter {
             conn: &conn,
             path: temporary,
@@ -163,7 +163,7 @@ impl BackupWriter<'_> {
             .step("backup: a block")
             .map_err(rusqlite::Error::from)?;
         self.conn.execute_batch("BEGIN")?;
-        blocks_kept::add(self.conn, head, bytes)?;
+        block_backup::add(self.conn, head, bytes)?;
         Ok(self.conn.execute_batch("COMMIT")?)
     }
 }
@@ -210,7 +210,7 @@ impl Backup {
         let found = self
             .find_faults()
             .unwrap_or_else(|error| vec![error.to_string()]);
-        self.judge(&found)?;
+        self.check(&found)?;
         self.summary()?;
         for head in self.blocks()? {
             self.read_block(&head)
@@ -222,7 +222,7 @@ impl Backup {
 
     /// The blocks in it, by pool and name.
     pub fn blocks(&self) -> Result<Vec<BlockHead>, BackupError> {
-        blocks_kept::heads(&self.conn).map_err(|error| self.bad(error.to_string()))
+        block_backup::heads(&self.conn).map_err(|error| self.bad(error.to_string()))
     }
 
     /// The bytes of one of its blocks.
@@ -239,7 +239,7 @@ impl Backup {
                 })
         };
         let summary = || -> rusqlite::Result<Summary> {
-            let heads = blocks_kept::heads(&self.conn)?;
+            let heads = block_backup::heads(&self.conn)?;
             Ok(Summary {
                 schema: schema::user_version(&self.conn)?,
                 made: info(&self.conn, "made")?,
@@ -304,7 +304,7 @@ impl Backup {
         })
     }
 
-    fn judge(&self, found: &[String]) -> Result<(), BackupError> {
+    fn check(&self, found: &[String]) -> Result<(), BackupError> {
         if found.is_empty() {
             return Ok(());
         }

@@ -6,7 +6,7 @@ use crate::rows::{AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRo
 /// One change. Each may be written twice with the same result as once, so that it can be tried
 /// again after a failure whose outcome is not known.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum RowChange {
     /// Adds an app or replaces what is known of it.
     PutApp(AppRow),
     /// What an app watches and subscribes to; an unknown app is ignored.
@@ -30,7 +30,7 @@ pub enum Change {
     },
     /// Says whose an AppID is.
     PutBinding(BindingRow),
-    /// An AppID is nobody's.
+    /// An AppID has no owner any more.
     RemoveBinding {
         /// Which.
         app_id: String,
@@ -56,11 +56,11 @@ pub enum Change {
     },
     /// Parks a call.
     PutCall(CallRow),
-    /// A parked call was handed out for the `attempt`-th time. An unknown call is ignored.
+    /// A parked call was delivered for the `attempt`-th time. An unknown call is ignored.
     NoteAttempt {
         /// The call's number.
         number: u64,
-        /// How often it was handed out by now.
+        /// How often it was delivered.
         attempt: u32,
     },
     /// Removes a parked call.
@@ -119,7 +119,7 @@ pub(crate) enum Worth {
     Kept,
 }
 
-impl Change {
+impl RowChange {
     pub(crate) fn key(&self) -> Key {
         match self {
             Self::PutApp(row) => Key::App(row.app_id.clone()),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rusqlite::ErrorCode;
 
-use crate::place::Missing;
+use crate::location::Missing;
 
 /// Why a change, a backup or a check did not happen. Cheap to clone, because one reason goes to
 /// many tickets.
@@ -272,7 +272,7 @@ impl OpenError {
     }
 }
 
-/// Whether the change itself is at fault, so that others of its transaction may go on.
+/// Whether the change itself is at fault, so that others of its transaction may continue.
 pub(crate) fn is_of_the_change(error: &rusqlite::Error) -> bool {
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => matches!(

@@ -14,7 +14,7 @@
 //! `i64::MAX` is refused; device and inode keep their bits.
 
 mod backup;
-mod blocks_kept;
+mod block_backup;
 mod calendar;
 mod change;
 mod checksum;
@@ -22,9 +22,9 @@ mod error;
 pub mod failpoint;
 mod faults;
 mod files;
+mod location;
 mod open;
 mod options;
-mod place;
 mod query;
 mod queue;
 mod restore;
@@ -36,13 +36,13 @@ mod store;
 mod writer;
 
 pub use backup::{Backup, BackupWriter, Summary, open_backup};
-pub use blocks_kept::{BlockHead, BlockReader};
-pub use change::Change;
+pub use block_backup::{BlockHead, BlockReader};
+pub use change::RowChange;
 pub use error::{BackupError, OpenError, StoreError, SubmitError};
 #[doc(hidden)]
 pub use faults::{Faults, Lasts};
 pub use open::{Contents, Opened, Report, open};
-pub use options::{Done, Durability, Options, Ticket};
+pub use options::{Durability, OnDone, Options, Ticket};
 pub use query::{Answer, QueryLimits, Value, dump, query};
 #[doc(hidden)]
 pub use restore::restore_with;

@@ -17,8 +17,8 @@ use crate::calendar::now_ms;
 use crate::error::{BackupError, OpenError, is_damage};
 use crate::faults::Faults;
 use crate::files::{self, with_suffix};
+use crate::location::{DatabasePath, Guard, Mark};
 use crate::options::{Durability, Options};
-use crate::place::{Guard, Mark, Place};
 use crate::queue::Queue;
 use crate::restore;
 use crate::retention;
@@ -26,7 +26,7 @@ use crate::rows::{
     AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRow, PoolRow, Record,
 };
 use crate::schema::{self, SCHEMA_VERSION};
-use crate::store::{Shared, State, Store};
+use crate::store::{State, Store, StoreState};
 use crate::writer;
 use crate::{BACKUPS, DATABASE};
 
@@ -87,7 +87,7 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
         return Err(OpenError::Library { found });
     }
     let mut report = Report::default();
-    let place = Place::of(data_dir)
+    let place = DatabasePath::of(data_dir)
         .map_err(|error| OpenError::file("follow the link", &data_dir.join(DATABASE), error))?;
     let (conn, contents) = open_files(&place, &options, &mut report)?;
     let guard = Guard::new(place)
@@ -98,7 +98,7 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
     if let Err(error) = conn.execute(told, [restore::BY_ITSELF]) {
         tracing::warn!(%error, "the next start will tell this again");
     }
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(StoreState {
         state: Mutex::new(State {
             queue: Queue::new(options.queue_max, options.retained_max),
             requests: Default::default(),
@@ -133,7 +133,7 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
 }
 
 fn open_files(
-    place: &Place,
+    place: &DatabasePath,
     options: &Options,
     report: &mut Report,
 ) -> Result<(Connection, Contents), OpenError> {
@@ -196,7 +196,7 @@ impl From<OpenError> for Trouble {
 }
 
 fn try_open(
-    place: &Place,
+    place: &DatabasePath,
     options: &Options,
     report: &mut Report,
 ) -> Result<(Connection, Contents), Trouble> {
@@ -353,8 +353,8 @@ pub(crate) fn state(conn: &Connection, key: &str) -> Option<String> {
     .ok()
 }
 
-/// What is missing from the database, where it has had fewer commits than the last run counted.
-fn missing_commits(conn: &Connection, place: &Place, is_blank: bool) -> Option<String> {
+/// What is missing from the database, if it has had fewer commits than the last run counted.
+fn missing_commits(conn: &Connection, place: &DatabasePath, is_blank: bool) -> Option<String> {
     let mark = Mark::read(&place.mark())?;
     if is_blank {
         return Some(format!(
@@ -431,7 +431,7 @@ fn set_stray_log_aside(
 }
 
 /// A data directory with backups but without a database is not new, so this is reported.
-fn note_what_is_missing(place: &Place, report: &mut Report) {
+fn note_what_is_missing(place: &DatabasePath, report: &mut Report) {
     if report.is_degraded {
         return;
     }
@@ -448,7 +448,7 @@ fn note_what_is_missing(place: &Place, report: &mut Report) {
 
 fn back_up_before_migration(
     conn: &Connection,
-    place: &Place,
+    place: &DatabasePath,
     version: i64,
     faults: &Faults,
 ) -> Result<(), OpenError> {

@@ -9,9 +9,9 @@ use crate::faults::Faults;
 /// Names a promise; the caller's own number.
 pub type Ticket = u64;
 
-/// Told about promises after each transaction, on the store's thread. It may take the vector's
-/// contents.
-pub type Done = Box<dyn FnMut(&mut Vec<(Ticket, Result<(), StoreError>)>) + Send>;
+/// Called with finished tickets after each transaction, on the store's thread. It may take the
+/// vector's contents.
+pub type OnDone = Box<dyn FnMut(&mut Vec<(Ticket, Result<(), StoreError>)>) + Send>;
 
 /// What a commit waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -31,7 +31,7 @@ pub struct Options {
     /// Maximum changes in one transaction. A larger [`Store::commit`](crate::Store::commit) gets
     /// its own transaction.
     pub group_max: usize,
-    /// Promised changes that may wait; beyond it a promise is refused at once.
+    /// Changes with a ticket that may wait; beyond it they are refused at once.
     pub queue_max: usize,
     /// Eventual changes that may wait. Beyond it the oldest times and attempt counts are dropped,
     /// then newcomers are refused.
@@ -49,7 +49,7 @@ pub struct Options {
     /// This boot of the machine: the contents of `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
     /// Told what became of promises. It must not wait for the store.
-    pub on_done: Done,
+    pub on_done: OnDone,
     /// For tests: which step fails.
     #[doc(hidden)]
     pub faults: Faults,

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::mpsc::SyncSender;
 
-use crate::change::{Change, Key, Worth};
+use crate::change::{Key, RowChange, Worth};
 use crate::error::{StoreError, SubmitError};
 use crate::options::Ticket;
 
@@ -25,8 +25,8 @@ pub(crate) struct Job {
     reason = "almost every job is one change, and a box for each would cost more"
 )]
 pub(crate) enum Changes {
-    One(Change),
-    Together(Vec<Change>),
+    One(RowChange),
+    Together(Vec<RowChange>),
 }
 
 /// Who learns what became of a job.
@@ -41,7 +41,7 @@ pub(crate) enum Teller {
 }
 
 impl Changes {
-    pub(crate) fn as_slice(&self) -> &[Change] {
+    pub(crate) fn as_slice(&self) -> &[RowChange] {
         match self {
             Self::One(change) => std::slice::from_ref(change),
             Self::Together(changes) => changes,
@@ -110,7 +110,7 @@ impl Queue {
         Ok(())
     }
 
-    pub(crate) fn eventual(&mut self, change: Change) -> Result<(), SubmitError> {
+    pub(crate) fn eventual(&mut self, change: RowChange) -> Result<(), SubmitError> {
         let key = change.key();
         if let Some(before) = self.newest.get(&key).copied() {
             self.supersede(before);
@@ -144,7 +144,7 @@ impl Queue {
         }
     }
 
-    /// The eventual changes that were taken are on disk, or were refused for good.
+    /// The eventual changes that were taken are on disk, or were refused permanently.
     pub(crate) fn written(&mut self) {
         self.eventual_taken = 0;
     }
@@ -205,7 +205,7 @@ impl Queue {
         self.sequence
     }
 
-    fn insert(&mut self, change: Change, sequence: u64) {
+    fn insert(&mut self, change: RowChange, sequence: u64) {
         if change.worth() < Worth::Kept {
             self.droppable.insert((change.worth(), sequence));
         }
@@ -218,7 +218,7 @@ impl Queue {
         self.jobs.insert(sequence, job);
     }
 
-    fn wait_again(&mut self, change: Change, sequence: u64) {
+    fn wait_again(&mut self, change: RowChange, sequence: u64) {
         let key = change.key();
         // An older one may be back already, if it reaches further than this row.
         let has_newer = self.newest.get(&key).is_some_and(|at| *at > sequence);
@@ -233,16 +233,18 @@ impl Queue {
 
     /// A newer change of its row came; what else it changes must still be written.
     fn supersede(&mut self, sequence: u64) {
-        let reaches_further = self
-            .jobs
-            .get(&sequence)
-            .is_some_and(|job| job.changes.as_slice().iter().any(Change::reaches_further));
+        let reaches_further = self.jobs.get(&sequence).is_some_and(|job| {
+            job.changes
+                .as_slice()
+                .iter()
+                .any(RowChange::reaches_further)
+        });
         if !reaches_further && let Some(job) = self.jobs.remove(&sequence) {
             self.forget(&job);
         }
     }
 
-    fn make_room(&mut self, newcomer: &Change) -> bool {
+    fn make_room(&mut self, newcomer: &RowChange) -> bool {
         let Some((worth, sequence)) = self.droppable.first().copied() else {
             return false;
         };
@@ -278,22 +280,22 @@ mod tests {
     use super::*;
     use crate::rows::AnswerRow;
 
-    fn set(key: &str, value: &str) -> Change {
-        Change::PutSetting {
+    fn set(key: &str, value: &str) -> RowChange {
+        RowChange::PutSetting {
             key: key.into(),
             value: value.into(),
         }
     }
 
-    fn seen(app_id: &str, last_seen: i64) -> Change {
-        Change::SeenApp {
+    fn seen(app_id: &str, last_seen: i64) -> RowChange {
+        RowChange::SeenApp {
             app_id: app_id.into(),
             last_seen,
         }
     }
 
-    fn answer(number: u64, ends_call: Option<u64>) -> Change {
-        Change::PutAnswer {
+    fn answer(number: u64, ends_call: Option<u64>) -> RowChange {
+        RowChange::PutAnswer {
             answer: AnswerRow {
                 number,
                 caller: "a".into(),
@@ -313,7 +315,7 @@ mod tests {
         jobs
     }
 
-    fn changes(jobs: &[Job]) -> Vec<Change> {
+    fn changes(jobs: &[Job]) -> Vec<RowChange> {
         jobs.iter()
             .flat_map(|job| job.changes.as_slice().to_vec())
             .collect()
@@ -374,8 +376,10 @@ mod tests {
     fn an_answer_that_ends_a_call_is_not_forgotten_with_the_answer() {
         let mut queue = Queue::new(9, 9);
         queue.eventual(answer(1, Some(7))).unwrap();
-        queue.eventual(Change::RemoveAnswer { number: 1 }).unwrap();
-        let expected = [answer(1, Some(7)), Change::RemoveAnswer { number: 1 }];
+        queue
+            .eventual(RowChange::RemoveAnswer { number: 1 })
+            .unwrap();
+        let expected = [answer(1, Some(7)), RowChange::RemoveAnswer { number: 1 }];
         for together in [1, 2] {
             let mut jobs = taken(&mut queue, together);
             queue.put_back(&mut jobs);
@@ -388,7 +392,7 @@ mod tests {
     fn without_room_times_go_first_then_newcomers_are_refused() {
         let mut queue = Queue::new(2, 3);
         queue
-            .eventual(Change::NoteAttempt {
+            .eventual(RowChange::NoteAttempt {
                 number: 1,
                 attempt: 1,
             })

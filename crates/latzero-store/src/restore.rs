@@ -12,14 +12,14 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use crate::DATABASE;
 use crate::backup::{self, Backup, Summary, open_backup};
-use crate::blocks_kept::BlockHead;
+use crate::block_backup::BlockHead;
 use crate::calendar::now_ms;
 use crate::error::{BackupError, OpenError};
 use crate::failpoint;
 use crate::faults::Faults;
 use crate::files;
+use crate::location::DatabasePath;
 use crate::open::{connect, findings};
-use crate::place::Place;
 use crate::retention;
 use crate::rows::{BindingRow, Record as _};
 use crate::schema;
@@ -65,7 +65,7 @@ pub fn restore_with(
     mut put_block: impl FnMut(BlockHead, &mut dyn Read) -> io::Result<()>,
     faults: &Faults,
 ) -> Result<Restored, OpenError> {
-    let place = Place::of(data_dir)
+    let place = DatabasePath::of(data_dir)
         .map_err(|error| OpenError::file("follow the link", &data_dir.join(DATABASE), error))?;
     refuse_in_use(place.database())?;
     let backup = open_backup(backup)?;
@@ -99,7 +99,7 @@ pub fn restore_with(
 /// Builds the next database from the newest backup that verifies, and decides for it. Tells which
 /// one it was.
 pub(crate) fn prepare_newest(
-    place: &Place,
+    place: &DatabasePath,
     faults: &Faults,
     texts: &mut Vec<String>,
 ) -> Result<Option<PathBuf>, OpenError> {
@@ -120,8 +120,8 @@ pub(crate) fn prepare_newest(
     Ok(None)
 }
 
-/// Goes on with a restoring that was decided before a crash. Tells whether there was one.
-pub(crate) fn finish_decided(place: &Place, faults: &Faults) -> Result<bool, OpenError> {
+/// Finishes a restore that was decided before a crash. Returns whether there was one.
+pub(crate) fn finish_decided(place: &DatabasePath, faults: &Faults) -> Result<bool, OpenError> {
     let dir = place.home();
     backup::remove_leftovers(dir).map_err(|error| OpenError::file("tidy", dir, error))?;
     if fs::symlink_metadata(next(place)).is_err() {
@@ -132,7 +132,11 @@ pub(crate) fn finish_decided(place: &Place, faults: &Faults) -> Result<bool, Ope
 }
 
 /// Sets the old database aside and gives the next one its name.
-pub(crate) fn switch(place: &Place, why: &str, faults: &Faults) -> Result<Vec<PathBuf>, OpenError> {
+pub(crate) fn switch(
+    place: &DatabasePath,
+    why: &str,
+    faults: &Faults,
+) -> Result<Vec<PathBuf>, OpenError> {
     let (dir, database) = (place.home(), place.database());
     let next = next(place);
     let moved = files::set_aside(database, why, now_ms(), faults)
@@ -151,11 +155,11 @@ pub(crate) fn switch(place: &Place, why: &str, faults: &Faults) -> Result<Vec<Pa
 const BINDINGS_SINCE: i64 = 4;
 
 /// The database that was decided for.
-fn next(place: &Place) -> PathBuf {
+fn next(place: &DatabasePath) -> PathBuf {
     files::with_suffix(place.database(), NEXT)
 }
 
-fn decide(temporary: &Path, place: &Place, faults: &Faults) -> Result<(), OpenError> {
+fn decide(temporary: &Path, place: &DatabasePath, faults: &Faults) -> Result<(), OpenError> {
     failpoint::reached("restore.built");
     let (dir, next) = (place.home(), next(place));
     files::rename_new(temporary, &next, faults)

@@ -56,8 +56,7 @@ pub(crate) trait Record: Sized {
 /// A new value of a column that has JSON, with blanks behind it to about the length of the old one,
 /// or with room to grow.
 ///
-/// SQLite writes a row anew, however large it is, where its size changes; where it does not, the
-/// pages that differ alone.
+/// SQLite rewrites a row, however large, if its size changes; if not, the pages that differ alone.
 pub(crate) fn with_room(old: &str, new: &str) -> String {
     format!(
         "printf('%-*s', CASE \

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, Statement};
 
 use crate::calendar::now_ms;
-use crate::change::Change;
+use crate::change::RowChange;
 use crate::faults::Faults;
 use crate::rows::{
     AnswerRow, AppRow, BindingRow, BlockRow, CallRow, DescriptorRow, Ordered, PoolRow, Record,
@@ -162,46 +162,46 @@ impl<'c> Statements<'c> {
 
     /// Carries out `change` inside the open transaction. Several statements need a savepoint around
     /// them.
-    pub(crate) fn apply(&mut self, change: &Change) -> rusqlite::Result<()> {
+    pub(crate) fn apply(&mut self, change: &RowChange) -> rusqlite::Result<()> {
         match change {
-            Change::PutApp(row) => row.write(self.step(Sql::PutApp)?),
-            Change::AppWatches { app_id, watches } => {
+            RowChange::PutApp(row) => row.write(self.step(Sql::PutApp)?),
+            RowChange::AppWatches { app_id, watches } => {
                 self.step(Sql::AppWatches)?.execute((app_id, watches))
             }
-            Change::SeenApp { app_id, last_seen } => {
+            RowChange::SeenApp { app_id, last_seen } => {
                 self.step(Sql::SeenApp)?.execute((app_id, last_seen))
             }
-            Change::ForgetApp { app_id } => self.step(Sql::ForgetApp)?.execute([app_id]),
-            Change::PutBinding(row) => row.write(self.step(Sql::PutBinding)?),
-            Change::RemoveBinding { app_id } => self.step(Sql::RemoveBinding)?.execute([app_id]),
-            Change::PutPool(row) => row.write(self.step(Sql::PutPool)?),
-            Change::PutDescriptor(row) => row.write(self.step(Sql::PutDescriptor)?),
-            Change::RemovePool { name } => {
+            RowChange::ForgetApp { app_id } => self.step(Sql::ForgetApp)?.execute([app_id]),
+            RowChange::PutBinding(row) => row.write(self.step(Sql::PutBinding)?),
+            RowChange::RemoveBinding { app_id } => self.step(Sql::RemoveBinding)?.execute([app_id]),
+            RowChange::PutPool(row) => row.write(self.step(Sql::PutPool)?),
+            RowChange::PutDescriptor(row) => row.write(self.step(Sql::PutDescriptor)?),
+            RowChange::RemovePool { name } => {
                 self.step(Sql::RemoveDescriptors)?.execute([name])?;
                 self.step(Sql::RemovePool)?.execute([name])
             }
-            Change::PutBlock(row) => row.write(self.step(Sql::PutBlock)?),
-            Change::RemoveBlock { pool, block_id } => {
+            RowChange::PutBlock(row) => row.write(self.step(Sql::PutBlock)?),
+            RowChange::RemoveBlock { pool, block_id } => {
                 self.step(Sql::RemoveBlock)?.execute((pool, block_id))
             }
-            Change::PutCall(row) => row.write(self.step(Sql::PutCall)?),
-            Change::NoteAttempt { number, attempt } => self
+            RowChange::PutCall(row) => row.write(self.step(Sql::PutCall)?),
+            RowChange::NoteAttempt { number, attempt } => self
                 .step(Sql::NoteAttempt)?
                 .execute((Ordered(*number), attempt)),
-            Change::RemoveCall { number } => {
+            RowChange::RemoveCall { number } => {
                 self.step(Sql::RemoveCall)?.execute([Ordered(*number)])
             }
-            Change::PutAnswer { answer, ends_call } => {
+            RowChange::PutAnswer { answer, ends_call } => {
                 answer.write(self.step(Sql::PutAnswer)?)?;
                 match ends_call {
                     Some(call) => self.step(Sql::RemoveCall)?.execute([Ordered(*call)]),
                     None => Ok(0),
                 }
             }
-            Change::RemoveAnswer { number } => {
+            RowChange::RemoveAnswer { number } => {
                 self.step(Sql::RemoveAnswer)?.execute([Ordered(*number)])
             }
-            Change::PutSetting { key, value } => {
+            RowChange::PutSetting { key, value } => {
                 self.step(Sql::PutSetting)?.execute((key, value, now_ms()))
             }
         }

@@ -8,12 +8,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::change::Change;
+use crate::change::RowChange;
 use crate::error::{BackupError, StoreError, SubmitError};
 use crate::faults::Faults;
 use crate::files::with_suffix;
+use crate::location::{Guard, Missing};
 use crate::options::Ticket;
-use crate::place::{Guard, Missing};
 use crate::queue::{Changes, Queue, Teller};
 
 /// Requests (backups, checks) that may wait for the thread.
@@ -61,13 +61,13 @@ pub struct Status {
 
 #[derive(Debug)]
 struct Inner {
-    shared: Arc<Shared>,
+    shared: Arc<StoreState>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What the handles and the thread have in common.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct StoreState {
     pub(crate) state: Mutex<State>,
     pub(crate) wake: Condvar,
     /// Told after each transaction.
@@ -128,7 +128,7 @@ pub(crate) enum Request {
 }
 
 impl Store {
-    pub(crate) fn new(shared: Arc<Shared>, thread: JoinHandle<()>) -> Self {
+    pub(crate) fn new(shared: Arc<StoreState>, thread: JoinHandle<()>) -> Self {
         let thread = Mutex::new(Some(thread));
         Self {
             inner: Arc::new(Inner { shared, thread }),
@@ -140,7 +140,7 @@ impl Store {
     ///
     /// A promise is told to `on_done` once it is on disk, or once it failed and is gone. An
     /// eventual change is retried until the disk takes it; a later one of the same row replaces it.
-    pub fn submit(&self, change: Change, ticket: Option<Ticket>) -> Result<(), SubmitError> {
+    pub fn submit(&self, change: RowChange, ticket: Option<Ticket>) -> Result<(), SubmitError> {
         let mut state = self.open_state()?;
         match ticket {
             Some(ticket) => state
@@ -154,21 +154,21 @@ impl Store {
 
     /// Writes `changes`, all or none, and waits for the commit. For worker threads; never from
     /// `on_done`.
-    pub fn commit(&self, changes: Vec<Change>) -> Result<(), StoreError> {
-        let (reply, told) = sync_channel(1);
+    pub fn commit(&self, changes: Vec<RowChange>) -> Result<(), StoreError> {
+        let (reply, receiver) = sync_channel(1);
         let mut state = self.open_state()?;
         state
             .queue
             .promise(Changes::Together(changes), Teller::Waiter(reply))?;
         self.inner.shared.wake(state);
-        wait(&told)?
+        wait(&receiver)?
     }
 
     /// Waits until everything submitted is on disk or was reported as failed, and writing works.
-    /// False if that did not happen within `patience`, or the store was closed. For worker threads.
+    /// False if that did not happen within `timeout`, or the store was closed. For worker threads.
     #[must_use]
-    pub fn wait_settled(&self, patience: Duration) -> bool {
-        let until = Instant::now() + patience;
+    pub fn wait_settled(&self, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
         let mut state = self.inner.shared.lock();
         loop {
             let waiting = state.queue.promised() + state.queue.retained();
@@ -189,9 +189,9 @@ impl Store {
     /// Looks for damage: `full` reads everything (`integrity_check`, `foreign_key_check`), else
     /// `quick_check`. No findings mean no damage. Writing waits in the meantime.
     pub fn check(&self, full: bool) -> Result<Vec<String>, StoreError> {
-        let (reply, told) = sync_channel(1);
+        let (reply, receiver) = sync_channel(1);
         self.request(Request::Check { full, reply })?;
-        wait(&told)?
+        wait(&receiver)?
     }
 
     /// How the store is.
@@ -227,7 +227,7 @@ impl Store {
 
     /// Checks that the database's files are in place. If not, it tries a transaction, which
     /// recreates them or says why that is impossible.
-    pub fn look(&self) {
+    pub fn check_files(&self) {
         if self.inner.shared.guard().check().is_ok() {
             return;
         }
@@ -240,12 +240,12 @@ impl Store {
     /// Other handles find the store closed. An error says what was not written; changes reported
     /// before are on disk.
     pub fn close(self) -> Result<(), StoreError> {
-        let (reply, told) = sync_channel(1);
+        let (reply, receiver) = sync_channel(1);
         let mut state = self.open_state()?;
         state.is_closing = true;
         state.requests.push_back(Request::Close { reply });
         self.inner.shared.wake(state);
-        let outcome = wait(&told);
+        let outcome = wait(&receiver);
         self.inner.join();
         outcome?
     }
@@ -266,10 +266,10 @@ impl Store {
 
     /// Copies the database to `to`, which must not exist, and waits for it.
     pub(crate) fn copy_to(&self, to: PathBuf) -> Result<(), BackupError> {
-        let (reply, told) = sync_channel(1);
+        let (reply, receiver) = sync_channel(1);
         self.request(Request::Copy { to, reply })
             .map_err(|error| BackupError::Store(error.into()))?;
-        wait(&told).map_err(BackupError::Store)?
+        wait(&receiver).map_err(BackupError::Store)?
     }
 
     fn request(&self, request: Request) -> Result<(), SubmitError> {
@@ -294,7 +294,7 @@ impl Store {
     }
 }
 
-impl Shared {
+impl StoreState {
     /// The state is whole at every step, so a panic of another thread does not spoil it.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -341,7 +341,8 @@ impl Drop for Inner {
 }
 
 /// Waits for the thread's word. Without one the thread is gone.
-fn wait<T>(told: &Receiver<T>) -> Result<T, StoreError> {
-    told.recv()
+fn wait<T>(receiver: &Receiver<T>) -> Result<T, StoreError> {
+    receiver
+        .recv()
         .map_err(|_| StoreError::Submit(SubmitError::Closed))
 }

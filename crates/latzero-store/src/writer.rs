@@ -19,20 +19,20 @@ use crate::error::{BackupError, StoreError, SubmitError, is_of_the_change};
 use crate::failpoint;
 use crate::faults::Faults;
 use crate::files;
+use crate::location::{Guard, Mark, MarkFile, Missing};
 use crate::open::{connect, findings, keep_log, prepare, state};
 use crate::options::{Options, Ticket};
-use crate::place::{Guard, Mark, MarkFile, Missing};
 use crate::queue::{Changes, Job, Teller};
 use crate::schema;
 use crate::statements::{Run, Statements};
-use crate::store::{Failing, Request, Shared, State};
+use crate::store::{Failing, Request, State, StoreState};
 
 /// How long the log may hold what was changed or deleted since, while nothing is written.
 const LOG_KEPT: Duration = Duration::from_secs(60);
 
 /// Runs until the store is closed or abandoned.
-pub(crate) fn run(mut conn: Connection, shared: Arc<Shared>, mut options: Options) {
-    let end = End(shared);
+pub(crate) fn run(mut conn: Connection, shared: Arc<StoreState>, mut options: Options) {
+    let end = NotifyOnDrop(shared);
     let mut jobs = Vec::new();
     let closing = loop {
         let writer = Writer::new(&conn, &end.0, &mut options, std::mem::take(&mut jobs));
@@ -68,9 +68,9 @@ pub(crate) fn run(mut conn: Connection, shared: Arc<Shared>, mut options: Option
 }
 
 /// Notifies everyone who waits if the thread ends for any reason.
-struct End(Arc<Shared>);
+struct NotifyOnDrop(Arc<StoreState>);
 
-impl Drop for End {
+impl Drop for NotifyOnDrop {
     fn drop(&mut self) {
         let mut state = self.0.lock();
         state.is_closing = true;
@@ -104,7 +104,7 @@ enum Work {
 
 struct Writer<'c> {
     conn: &'c Connection,
-    shared: &'c Shared,
+    shared: &'c StoreState,
     statements: Statements<'c>,
     options: &'c mut Options,
     mark: Mark,
@@ -120,13 +120,13 @@ struct Writer<'c> {
     batch_first: bool,
     jobs: Vec<Job>,
     refusals: Vec<Option<StoreError>>,
-    told: Vec<(Ticket, Result<(), StoreError>)>,
+    outcomes: Vec<(Ticket, Result<(), StoreError>)>,
 }
 
 impl<'c> Writer<'c> {
     fn new(
         conn: &'c Connection,
-        shared: &'c Shared,
+        shared: &'c StoreState,
         options: &'c mut Options,
         jobs: Vec<Job>,
     ) -> Self {
@@ -149,7 +149,7 @@ impl<'c> Writer<'c> {
             batch_first: true,
             jobs,
             refusals: Vec::new(),
-            told: Vec::new(),
+            outcomes: Vec::new(),
         }
     }
 
@@ -273,7 +273,7 @@ impl<'c> Writer<'c> {
             }
         }
         drop(state);
-        self.tell(outcome.as_ref().err());
+        self.notify(outcome.as_ref().err());
         self.shared.settled.notify_all();
         outcome
     }
@@ -438,7 +438,7 @@ impl<'c> Writer<'c> {
     }
 
     /// Tells what became of `jobs`: `failed` for all, or for each its own refusal.
-    fn tell(&mut self, failed: Option<&StoreError>) {
+    fn notify(&mut self, failed: Option<&StoreError>) {
         failpoint::reached("store.before_tell");
         for (at, job) in self.jobs.drain(..).enumerate() {
             let own = || self.refusals.get(at).and_then(Option::as_ref);
@@ -448,14 +448,14 @@ impl<'c> Writer<'c> {
             };
             match job.teller {
                 Teller::Nobody => {}
-                Teller::Ticket(ticket) => self.told.push((ticket, outcome)),
+                Teller::Ticket(ticket) => self.outcomes.push((ticket, outcome)),
                 // A waiter that is gone does not want to know.
                 Teller::Waiter(reply) => drop(reply.send(outcome)),
             }
         }
-        if !self.told.is_empty() {
-            (self.options.on_done)(&mut self.told);
-            self.told.clear();
+        if !self.outcomes.is_empty() {
+            (self.options.on_done)(&mut self.outcomes);
+            self.outcomes.clear();
         }
     }
 
@@ -555,7 +555,7 @@ fn refusal(what: String, error: rusqlite::Error) -> rusqlite::Result<StoreError>
 /// Starts the thread.
 pub(crate) fn start(
     conn: Connection,
-    shared: Arc<Shared>,
+    shared: Arc<StoreState>,
     options: Options,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
     std::thread::Builder::new()

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{app, block, call, contents, options, reopen, set};
 use latzero_store::{
-    BACKUPS, BackupError, BlockHead, Change, DATABASE, OpenError, Options, Policy, StoreError,
+    BACKUPS, BackupError, BlockHead, DATABASE, OpenError, Options, Policy, RowChange, StoreError,
     open, open_backup, prune, restore,
 };
 
@@ -46,14 +46,16 @@ fn a_backup_is_made_while_changes_continue() {
     };
     let store = open(dir.path(), options).unwrap().store;
     store
-        .commit((0..500).map(|n| Change::PutCall(call(n))).collect())
+        .commit((0..500).map(|n| RowChange::PutCall(call(n))).collect())
         .unwrap();
     let is_done = AtomicBool::new(false);
     let (backup, written) = std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let mut number = 1_000;
             while !is_done.load(Ordering::Relaxed) {
-                store.commit(vec![Change::PutCall(call(number))]).unwrap();
+                store
+                    .commit(vec![RowChange::PutCall(call(number))])
+                    .unwrap();
                 number += 1;
             }
             number
@@ -90,8 +92,8 @@ fn blocks_are_backed_up_and_restored_completely() {
     let store = reopen(dir.path()).store;
     store
         .commit(vec![
-            Change::PutBlock(block("p", "b")),
-            Change::PutApp(app("a")),
+            RowChange::PutBlock(block("p", "b")),
+            RowChange::PutApp(app("a")),
         ])
         .unwrap();
     let to = dir.path().join("elsewhere.db");
@@ -149,7 +151,7 @@ fn blocks_are_backed_up_and_restored_completely() {
 fn a_damaged_backup_is_never_restored() {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
-    store.commit(vec![Change::PutApp(app("a"))]).unwrap();
+    store.commit(vec![RowChange::PutApp(app("a"))]).unwrap();
     let backup = store
         .backup_with(None, |writer| {
             writer.add_block(&head("b", 50_000), &mut &pattern(50_000)[..])

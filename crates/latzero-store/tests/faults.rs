@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::mpsc::Receiver;
 
-use common::{PATIENCE, Told, answer, app, block, call, contents, options, pool, reopen, set};
-use latzero_store::{Change, Contents, Faults, Lasts, Options, StoreError, open, restore_with};
+use common::{TIMEOUT, Told, answer, app, block, call, contents, options, pool, reopen, set};
+use latzero_store::{Contents, Faults, Lasts, Options, RowChange, StoreError, open, restore_with};
 
 /// More steps than the script has.
 const STEPS_MAX: u64 = 2_000;
@@ -27,14 +27,14 @@ struct Record {
 }
 
 /// The changes that are promised, by ticket.
-fn promises() -> Vec<Change> {
+fn promises() -> Vec<RowChange> {
     vec![
-        Change::PutApp(app("a")),
-        Change::PutPool(pool("p")),
-        Change::PutBlock(block("p", "b")),
-        Change::PutCall(call(1)),
-        Change::PutCall(call(2)),
-        Change::PutAnswer {
+        RowChange::PutApp(app("a")),
+        RowChange::PutPool(pool("p")),
+        RowChange::PutBlock(block("p", "b")),
+        RowChange::PutCall(call(1)),
+        RowChange::PutCall(call(2)),
+        RowChange::PutAnswer {
             answer: answer(1),
             ends_call: Some(2),
         },
@@ -64,14 +64,14 @@ fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
     store.submit(set("eventual", "new"), None).unwrap();
     store
         .submit(
-            Change::PutAnswer {
+            RowChange::PutAnswer {
                 answer: answer(9),
                 ends_call: Some(1),
             },
             None,
         )
         .unwrap();
-    let together = vec![Change::PutApp(app("x")), Change::PutApp(app("y"))];
+    let together = vec![RowChange::PutApp(app("x")), RowChange::PutApp(app("y"))];
     record.together = Some(store.commit(together).is_ok());
     record.has_backup = store.backup(None).is_ok();
     if lasts == Lasts::ForEver {
@@ -81,7 +81,7 @@ fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
         faults.heal();
     }
     // It tries again by itself; nobody promises anything to it meanwhile.
-    assert!(store.wait_settled(PATIENCE), "{:?}", store.status());
+    assert!(store.wait_settled(TIMEOUT), "{:?}", store.status());
     record.is_closed_well = store.close().is_ok();
     Some(record)
 }
@@ -89,7 +89,7 @@ fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
 fn hear(told: &Receiver<Told>, count: usize, record: &mut Record) {
     for _ in 0..count {
         let (ticket, outcome) = told
-            .recv_timeout(PATIENCE)
+            .recv_timeout(TIMEOUT)
             .expect("every promise is told of");
         if let Err(error) = &outcome {
             assert!(matches!(error, StoreError::Disk { .. }), "{error}");
@@ -100,14 +100,16 @@ fn hear(told: &Receiver<Told>, count: usize, record: &mut Record) {
 
 fn check(dir: &Path, record: &Record, what: &str) {
     let kept = contents(dir);
-    let is_there = |change: &Change| match change {
-        Change::PutApp(row) => kept.apps.contains(row),
-        Change::PutPool(row) => kept.pools.contains(row),
-        Change::PutBlock(row) => kept.blocks.contains(row),
+    let is_there = |change: &RowChange| match change {
+        RowChange::PutApp(row) => kept.apps.contains(row),
+        RowChange::PutPool(row) => kept.pools.contains(row),
+        RowChange::PutBlock(row) => kept.blocks.contains(row),
         // The eventual answer ended it, the promised one the other.
-        Change::PutCall(row) => row.number == 1 || is_ended(&kept, row.number, record),
-        Change::PutAnswer { answer, .. } => kept.answers.contains(answer),
-        Change::PutSetting { key, value } => kept.settings.contains(&(key.clone(), value.clone())),
+        RowChange::PutCall(row) => row.number == 1 || is_ended(&kept, row.number, record),
+        RowChange::PutAnswer { answer, .. } => kept.answers.contains(answer),
+        RowChange::PutSetting { key, value } => {
+            kept.settings.contains(&(key.clone(), value.clone()))
+        }
         _ => false,
     };
     for (ticket, change) in (1..).zip(promises()) {

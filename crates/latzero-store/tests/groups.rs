@@ -6,8 +6,10 @@ mod common;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use common::{PATIENCE, app, block, contents, options, reopen, set};
-use latzero_store::{Change, Faults, Lasts, Options, Store, StoreError, SubmitError, Ticket, open};
+use common::{TIMEOUT, app, block, contents, options, reopen, set};
+use latzero_store::{
+    Faults, Lasts, Options, RowChange, Store, StoreError, SubmitError, Ticket, open,
+};
 
 /// A store whose thread stops at the first ticket until it is let go, and tells how many tickets
 /// each call brought.
@@ -28,14 +30,14 @@ fn held(options: Options) -> Held {
             let is_first = tickets == [0];
             let _ = tell.send(tickets);
             if is_first {
-                let _ = may_go.recv_timeout(PATIENCE);
+                let _ = may_go.recv_timeout(TIMEOUT);
             }
         }),
         ..options
     };
     let store = open(dir.path(), options).unwrap().store;
     store.submit(set("first", "0"), Some(0)).unwrap();
-    assert_eq!(told.recv_timeout(PATIENCE).unwrap(), [0]);
+    assert_eq!(told.recv_timeout(TIMEOUT).unwrap(), [0]);
     Held {
         dir,
         store,
@@ -55,11 +57,11 @@ fn gathered_changes_share_one_transaction() {
     assert_eq!(held.store.status().waiting, 300);
     held.go.send(()).unwrap();
     assert_eq!(
-        held.told.recv_timeout(PATIENCE).unwrap(),
+        held.told.recv_timeout(TIMEOUT).unwrap(),
         (1..=256).collect::<Vec<_>>()
     );
     assert_eq!(
-        held.told.recv_timeout(PATIENCE).unwrap(),
+        held.told.recv_timeout(TIMEOUT).unwrap(),
         (257..=300).collect::<Vec<_>>()
     );
     let status = held.store.status();
@@ -76,7 +78,7 @@ fn the_bounds_hold() {
         retained_max: 2,
         ..options().0
     });
-    let submit = |change: Change, ticket| held.store.submit(change, ticket);
+    let submit = |change: RowChange, ticket| held.store.submit(change, ticket);
     for ticket in 1..=3 {
         submit(set("k", "promised"), Some(ticket)).unwrap();
     }
@@ -88,7 +90,7 @@ fn the_bounds_hold() {
         "{error}"
     );
 
-    let seen = |last_seen| Change::SeenApp {
+    let seen = |last_seen| RowChange::SeenApp {
         app_id: "a".into(),
         last_seen,
     };
@@ -107,7 +109,7 @@ fn the_bounds_hold() {
     );
     assert_eq!(submit(set("g", "g"), None), full("eventual", 2));
     held.go.send(()).unwrap();
-    assert!(held.store.wait_settled(PATIENCE));
+    assert!(held.store.wait_settled(TIMEOUT));
     assert_eq!(held.store.status().changes, 1 + 3 + 2);
     held.store.close().unwrap();
     let kept = contents(held.dir.path()).settings;
@@ -128,9 +130,9 @@ fn an_eventual_change_that_cannot_be_stored_is_dropped_and_counted() {
     let store = reopen(dir.path()).store;
     let mut odd = block("p", "odd");
     odd.kind = "other".into();
-    store.submit(Change::PutBlock(odd), None).unwrap();
-    store.submit(Change::PutApp(app("a")), None).unwrap();
-    assert!(store.wait_settled(PATIENCE));
+    store.submit(RowChange::PutBlock(odd), None).unwrap();
+    store.submit(RowChange::PutApp(app("a")), None).unwrap();
+    assert!(store.wait_settled(TIMEOUT));
     assert_eq!(store.status().dropped, 1);
     store.close().unwrap();
     assert_eq!(contents(dir.path()).apps, [app("a")]);
@@ -148,7 +150,7 @@ fn a_panic_of_the_thread_notifies_all_waiters() {
     // Whichever comes first, the change or the panic: this returns.
     let outcome = (0..1_000).find_map(|_| store.commit(vec![set("l", "v")]).err());
     assert_eq!(outcome, Some(StoreError::Submit(SubmitError::Closed)));
-    assert!(!store.wait_settled(PATIENCE) || store.status().waiting == 0);
+    assert!(!store.wait_settled(TIMEOUT) || store.status().waiting == 0);
     drop(store);
     assert_eq!(contents(dir.path()).settings[0].0, "k");
 }
@@ -181,7 +183,7 @@ fn the_store_recovers_from_disk_errors_automatically() {
     };
     let store = open(dir.path(), options).unwrap().store;
     store.submit(set("k", "v"), Some(1)).unwrap();
-    let (ticket, outcome) = told.recv_timeout(PATIENCE).unwrap();
+    let (ticket, outcome) = told.recv_timeout(TIMEOUT).unwrap();
     assert_eq!(ticket, 1);
     assert!(
         matches!(outcome, Err(StoreError::Disk { .. })),
@@ -190,6 +192,6 @@ fn the_store_recovers_from_disk_errors_automatically() {
     let status = store.status();
     assert!(status.failing.is_some() && status.failing_since.is_some());
     faults.heal();
-    assert!(store.wait_settled(PATIENCE));
+    assert!(store.wait_settled(TIMEOUT));
     assert_eq!(store.status().failing, None);
 }

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{answer, app, call, options, reopen, set};
-use latzero_store::{BACKUPS, Change, Contents, failpoint, open, open_backup, restore};
+use latzero_store::{BACKUPS, Contents, RowChange, failpoint, open, open_backup, restore};
 
 const DIR: &str = "LATZERO_STORE_KILL_DIR";
 const MODE: &str = "LATZERO_STORE_KILL_MODE";
@@ -63,9 +63,9 @@ fn work(dir: &Path) {
         let name = format!("app-{n:06}");
         opened
             .store
-            .submit(Change::PutApp(app(&name)), Some(n))
+            .submit(RowChange::PutApp(app(&name)), Some(n))
             .unwrap();
-        let seen = Change::SeenApp {
+        let seen = RowChange::SeenApp {
             app_id: name,
             last_seen: 1_800_000_000_000,
         };
@@ -73,10 +73,13 @@ fn work(dir: &Path) {
         // Both or none: the pair (answer n, no call n) is made in one transaction from (call n).
         opened
             .store
-            .commit(vec![Change::PutCall(call(n)), set("next", &n.to_string())])
+            .commit(vec![
+                RowChange::PutCall(call(n)),
+                set("next", &n.to_string()),
+            ])
             .unwrap();
         tell(&format!("call {n}"));
-        let answered = Change::PutAnswer {
+        let answered = RowChange::PutAnswer {
             answer: answer(n),
             ends_call: Some(n),
         };

@@ -7,8 +7,8 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use common::{PATIENCE, answer, app, call, options, set};
-use latzero_store::{AnswerRow, AppRow, CallRow, Change, Faults, Lasts, Options, open};
+use common::{TIMEOUT, answer, app, call, options, set};
+use latzero_store::{AnswerRow, AppRow, CallRow, Faults, Lasts, Options, RowChange, open};
 use proptest::prelude::*;
 
 #[derive(Debug, Default)]
@@ -20,28 +20,28 @@ struct Model {
 }
 
 impl Model {
-    fn apply(&mut self, change: &Change) {
+    fn apply(&mut self, change: &RowChange) {
         match change {
-            Change::PutApp(row) => drop(self.apps.insert(row.app_id.clone(), row.clone())),
-            Change::SeenApp { app_id, last_seen } => {
+            RowChange::PutApp(row) => drop(self.apps.insert(row.app_id.clone(), row.clone())),
+            RowChange::SeenApp { app_id, last_seen } => {
                 if let Some(row) = self.apps.get_mut(app_id) {
                     row.last_seen = *last_seen;
                 }
             }
-            Change::ForgetApp { app_id } => drop(self.apps.remove(app_id)),
-            Change::PutCall(row) => drop(self.calls.insert(row.number, row.clone())),
-            Change::NoteAttempt { number, attempt } => {
+            RowChange::ForgetApp { app_id } => drop(self.apps.remove(app_id)),
+            RowChange::PutCall(row) => drop(self.calls.insert(row.number, row.clone())),
+            RowChange::NoteAttempt { number, attempt } => {
                 if let Some(row) = self.calls.get_mut(number) {
                     row.attempt = *attempt;
                 }
             }
-            Change::RemoveCall { number } => drop(self.calls.remove(number)),
-            Change::PutAnswer { answer, ends_call } => {
+            RowChange::RemoveCall { number } => drop(self.calls.remove(number)),
+            RowChange::PutAnswer { answer, ends_call } => {
                 self.answers.insert(answer.number, answer.clone());
                 ends_call.map(|number| self.calls.remove(&number));
             }
-            Change::RemoveAnswer { number } => drop(self.answers.remove(number)),
-            Change::PutSetting { key, value } => {
+            RowChange::RemoveAnswer { number } => drop(self.answers.remove(number)),
+            RowChange::PutSetting { key, value } => {
                 self.settings.insert(key.clone(), value.clone());
             }
             other => panic!("{other:?} is not in the script"),
@@ -49,25 +49,26 @@ impl Model {
     }
 }
 
-fn change() -> impl Strategy<Value = Change> {
+fn change() -> impl Strategy<Value = RowChange> {
     let name = || (0..3_u8).prop_map(|n| format!("app-{n}"));
     let number = || 0..4_u64;
     prop_oneof![
         (name(), 0..9_i64).prop_map(|(name, seen)| {
             let mut row = app(&name);
             row.last_seen = seen;
-            Change::PutApp(row)
+            RowChange::PutApp(row)
         }),
-        (name(), 0..9_i64).prop_map(|(app_id, last_seen)| Change::SeenApp { app_id, last_seen }),
-        name().prop_map(|app_id| Change::ForgetApp { app_id }),
-        number().prop_map(|number| Change::PutCall(call(number))),
-        (number(), 0..9_u32).prop_map(|(number, attempt)| Change::NoteAttempt { number, attempt }),
-        number().prop_map(|number| Change::RemoveCall { number }),
+        (name(), 0..9_i64).prop_map(|(app_id, last_seen)| RowChange::SeenApp { app_id, last_seen }),
+        name().prop_map(|app_id| RowChange::ForgetApp { app_id }),
+        number().prop_map(|number| RowChange::PutCall(call(number))),
+        (number(), 0..9_u32)
+            .prop_map(|(number, attempt)| RowChange::NoteAttempt { number, attempt }),
+        number().prop_map(|number| RowChange::RemoveCall { number }),
         (number(), proptest::option::of(number())).prop_map(|(number, ends_call)| {
             let answer = answer(number);
-            Change::PutAnswer { answer, ends_call }
+            RowChange::PutAnswer { answer, ends_call }
         }),
-        number().prop_map(|number| Change::RemoveAnswer { number }),
+        number().prop_map(|number| RowChange::RemoveAnswer { number }),
         (name(), 0..9_u8).prop_map(|(key, value)| set(&key, &value.to_string())),
     ]
 }
@@ -82,7 +83,7 @@ fn how() -> impl Strategy<Value = How> {
     prop_oneof![Just(How::Promised), Just(How::Eventual)]
 }
 
-fn run(script: &[(Change, How)], group_max: usize, fails_at: Option<u64>) {
+fn run(script: &[(RowChange, How)], group_max: usize, fails_at: Option<u64>) {
     let dir = tempfile::tempdir().unwrap();
     drop(open(dir.path(), options().0).unwrap());
     let (options, _told) = options();
@@ -98,7 +99,7 @@ fn run(script: &[(Change, How)], group_max: usize, fails_at: Option<u64>) {
         let ticket = matches!(how, How::Promised).then_some(ticket);
         store.submit(change.clone(), ticket).unwrap();
     }
-    assert!(store.wait_settled(PATIENCE));
+    assert!(store.wait_settled(TIMEOUT));
     drop(store);
     let kept = open(dir.path(), common::options().0).unwrap().contents;
     let mut apps = kept.apps;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use common::{BOOT, app, contents, options, reopen, set};
 use latzero_store::{
-    APPLICATION_ID, BACKUPS, Change, DATABASE, OpenError, Opened, Options, SCHEMA_VERSION,
+    APPLICATION_ID, BACKUPS, DATABASE, OpenError, Opened, Options, RowChange, SCHEMA_VERSION,
     library_version, open,
 };
 use rusqlite::Connection;
@@ -20,7 +20,7 @@ const FIXTURE_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures")
 fn filled() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
-    store.commit(vec![Change::PutApp(app("a"))]).unwrap();
+    store.commit(vec![RowChange::PutApp(app("a"))]).unwrap();
     store.close().unwrap();
     dir
 }
@@ -119,7 +119,10 @@ fn garbage_is_moved_aside_and_the_newest_valid_backup_restored() {
         let dir = filled();
         let opened = reopen(dir.path());
         let good = opened.store.backup(None).unwrap().path().to_owned();
-        opened.store.commit(vec![Change::PutApp(app("b"))]).unwrap();
+        opened
+            .store
+            .commit(vec![RowChange::PutApp(app("b"))])
+            .unwrap();
         let bad = opened.store.backup(None).unwrap().path().to_owned();
         opened.store.close().unwrap();
         let mut bytes = fs::read(&bad).unwrap();
@@ -284,7 +287,10 @@ fn an_older_schema_is_backed_up_and_then_migrated() {
     let opened = reopen(dir.path());
     assert_eq!(opened.report.migrated_from, Some(0));
     assert!(!opened.report.is_degraded, "{:?}", opened.report.texts);
-    opened.store.commit(vec![Change::PutApp(app("a"))]).unwrap();
+    opened
+        .store
+        .commit(vec![RowChange::PutApp(app("a"))])
+        .unwrap();
     opened.store.close().unwrap();
     assert_eq!(reopen(dir.path()).report.migrated_from, None);
 

@@ -13,7 +13,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{BOOT, app, call, options, reopen, set};
-use latzero_store::{Change, Contents, DATABASE, Options, open};
+use latzero_store::{Contents, DATABASE, Options, RowChange, open};
 
 const LOG: &str = "data.db-wal";
 
@@ -32,11 +32,11 @@ fn point(dir: &Path, commits: usize) -> Point {
     }
 }
 
-fn changes(n: usize) -> Vec<Change> {
+fn changes(n: usize) -> Vec<RowChange> {
     let number = n as u64;
     vec![
-        Change::PutApp(app(&format!("app-{n:03}"))),
-        Change::PutCall(call(number)),
+        RowChange::PutApp(app(&format!("app-{n:03}"))),
+        RowChange::PutCall(call(number)),
         set("last", &n.to_string()),
     ]
 }

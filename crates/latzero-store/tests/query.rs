@@ -8,16 +8,16 @@ use std::fs;
 use std::time::Duration;
 
 use common::{app, block, call, contents, reopen, set};
-use latzero_store::{BACKUPS, Change, DATABASE, QueryLimits, Value, dump};
+use latzero_store::{BACKUPS, DATABASE, QueryLimits, RowChange, Value, dump};
 
 fn filled() -> (tempfile::TempDir, latzero_store::Store) {
     let dir = tempfile::tempdir().unwrap();
     let store = reopen(dir.path()).store;
     let changes = vec![
-        Change::PutApp(app("a")),
-        Change::PutApp(app("it's")),
-        Change::PutBlock(block("p", "b")),
-        Change::PutCall(call(7)),
+        RowChange::PutApp(app("a")),
+        RowChange::PutApp(app("it's")),
+        RowChange::PutBlock(block("p", "b")),
+        RowChange::PutCall(call(7)),
         set("k", "v"),
     ];
     store.commit(changes).unwrap();
@@ -61,7 +61,7 @@ fn a_running_store_answers_queries_and_continues() {
     for sql in bad {
         assert!(ask(sql).is_err(), "{sql}");
     }
-    store.commit(vec![Change::PutApp(app("c"))]).unwrap();
+    store.commit(vec![RowChange::PutApp(app("c"))]).unwrap();
     let count = ask("SELECT count(*) FROM app_registry").unwrap();
     assert_eq!(count.rows, [[Value::Integer(3)]]);
     let left = fs::read_dir(dir.path().join(BACKUPS)).unwrap().count();

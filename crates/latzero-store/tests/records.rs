@@ -4,8 +4,8 @@
 
 mod common;
 
-use common::{PATIENCE, answer, app, block, call, contents, options, pool, reopen, set, settle};
-use latzero_store::{AppRow, Change, StoreError, SubmitError, open};
+use common::{TIMEOUT, answer, app, block, call, contents, options, pool, reopen, set, settle};
+use latzero_store::{AppRow, RowChange, StoreError, SubmitError, open};
 
 #[test]
 fn every_kind_of_record_is_read_back() {
@@ -14,12 +14,12 @@ fn every_kind_of_record_is_read_back() {
     let opened = open(dir.path(), options).unwrap();
     assert!(opened.report.is_new && !opened.report.is_degraded);
     let changes = [
-        Change::PutApp(app("a")),
-        Change::PutPool(pool("p")),
-        Change::PutBlock(block("p", "b")),
-        Change::PutCall(call(2)),
-        Change::PutCall(call(1)),
-        Change::PutAnswer {
+        RowChange::PutApp(app("a")),
+        RowChange::PutPool(pool("p")),
+        RowChange::PutBlock(block("p", "b")),
+        RowChange::PutCall(call(2)),
+        RowChange::PutCall(call(1)),
+        RowChange::PutAnswer {
             answer: answer(5),
             ends_call: Some(2),
         },
@@ -29,7 +29,7 @@ fn every_kind_of_record_is_read_back() {
         opened.store.submit(change, Some(ticket)).unwrap();
     }
     for ticket in 1..=7 {
-        assert_eq!(told.recv_timeout(PATIENCE).unwrap(), (ticket, Ok(())));
+        assert_eq!(told.recv_timeout(TIMEOUT).unwrap(), (ticket, Ok(())));
     }
     opened.store.close().unwrap();
 
@@ -42,22 +42,22 @@ fn every_kind_of_record_is_read_back() {
     assert_eq!(kept.settings, [("k".to_owned(), "v".to_owned())]);
 
     let opened = reopen(dir.path());
-    let seen = |last_seen| Change::SeenApp {
+    let seen = |last_seen| RowChange::SeenApp {
         app_id: "a".into(),
         last_seen,
     };
     for change in [
         seen(1_800_000_000_000),
-        Change::NoteAttempt {
+        RowChange::NoteAttempt {
             number: 1,
             attempt: 2,
         },
-        Change::RemovePool { name: "p".into() },
-        Change::RemoveBlock {
+        RowChange::RemovePool { name: "p".into() },
+        RowChange::RemoveBlock {
             pool: "p".into(),
             block_id: "b".into(),
         },
-        Change::RemoveAnswer { number: 5 },
+        RowChange::RemoveAnswer { number: 5 },
         set("k", "w"),
     ] {
         opened.store.submit(change, None).unwrap();
@@ -82,20 +82,20 @@ fn an_invalid_change_does_not_delay_its_group() {
     let mut large = block("p", "large");
     large.version = 1 << 63;
     let promises = [
-        Change::PutApp(app("a")),
-        Change::PutBlock(odd),
-        Change::PutBlock(large),
-        Change::PutAnswer {
+        RowChange::PutApp(app("a")),
+        RowChange::PutBlock(odd),
+        RowChange::PutBlock(large),
+        RowChange::PutAnswer {
             answer: answer(1),
             ends_call: Some(u64::MAX),
         },
-        Change::PutApp(app("b")),
+        RowChange::PutApp(app("b")),
     ];
     for (ticket, change) in (1..).zip(promises) {
         opened.store.submit(change, Some(ticket)).unwrap();
     }
     for ticket in 1..=5 {
-        let (number, outcome) = told.recv_timeout(PATIENCE).unwrap();
+        let (number, outcome) = told.recv_timeout(TIMEOUT).unwrap();
         assert_eq!(number, ticket);
         match ticket {
             1 | 5 => outcome.unwrap(),
@@ -106,8 +106,8 @@ fn an_invalid_change_does_not_delay_its_group() {
         }
     }
     let together = vec![
-        Change::PutApp(app("c")),
-        Change::RemoveCall { number: u64::MAX },
+        RowChange::PutApp(app("c")),
+        RowChange::RemoveCall { number: u64::MAX },
     ];
     let error = opened.store.commit(together).unwrap_err();
     assert!(
@@ -158,17 +158,17 @@ fn a_small_change_of_a_large_row_is_a_small_write() {
     };
     let large = |triggers: usize, last_seen: i64| {
         let triggers = names(triggers);
-        Change::PutApp(AppRow {
+        RowChange::PutApp(AppRow {
             triggers,
             last_seen,
             ..common::app("a")
         })
     };
-    let watches = |watches: &str| Change::AppWatches {
+    let watches = |watches: &str| RowChange::AppWatches {
         app_id: "a".into(),
         watches: watches.into(),
     };
-    let seen = |last_seen| Change::SeenApp {
+    let seen = |last_seen| RowChange::SeenApp {
         app_id: "a".into(),
         last_seen,
     };
@@ -183,7 +183,7 @@ fn a_small_change_of_a_large_row_is_a_small_write() {
         store.commit(vec![change]).unwrap();
     }
     let length = || std::fs::metadata(&log).unwrap().len();
-    let cost = |change: Change| {
+    let cost = |change: RowChange| {
         let before = length();
         store.commit(vec![change]).unwrap();
         length() - before

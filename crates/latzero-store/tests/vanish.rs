@@ -10,9 +10,9 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, app, call, contents, options, reopen};
+use common::{TIMEOUT, app, call, contents, options, reopen};
 use latzero_store::{
-    BACKUPS, BackupError, Change, DATABASE, OpenError, Options, Store, StoreError, open,
+    BACKUPS, BackupError, DATABASE, OpenError, Options, RowChange, Store, StoreError, open,
     open_backup, restore,
 };
 use rusqlite::Connection;
@@ -20,8 +20,8 @@ use rusqlite::Connection;
 const LOG: &str = "data.db-wal";
 const MARK: &str = "data.db.mark";
 
-fn put(name: &str) -> Vec<Change> {
-    vec![Change::PutApp(app(name))]
+fn put(name: &str) -> Vec<RowChange> {
+    vec![RowChange::PutApp(app(name))]
 }
 
 /// A store whose files are recreated as soon as they are missing.
@@ -34,7 +34,7 @@ fn quick(dir: &Path) -> Store {
 }
 
 fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while !is_so() {
         assert!(Instant::now() < end, "{what}");
         std::thread::yield_now();
@@ -61,7 +61,7 @@ fn removed_files_are_recreated_and_nothing_is_lost() {
             fs::remove_file(dir.path().join(name)).unwrap();
         }
         // Also where nothing waits to be written.
-        store.look();
+        store.check_files();
         until("it is recreated", || {
             let status = store.status();
             status.misplaced.is_none() && status.rebuilt == 1
@@ -86,7 +86,7 @@ fn a_foreign_file_in_its_place_is_moved_aside() {
     store.commit(put("a")).unwrap();
     fs::remove_file(dir.path().join(DATABASE)).unwrap();
     fs::write(dir.path().join(DATABASE), "another").unwrap();
-    store.look();
+    store.check_files();
     until("it is recreated", || store.status().rebuilt == 1);
     store.close().unwrap();
     assert_eq!(apps(dir.path()), ["a"]);
@@ -236,7 +236,7 @@ fn a_linked_database_stays_linked() {
     let backup = store.backup(None).unwrap().path().to_owned();
     store.commit(put("b")).unwrap();
     fs::remove_file(disk.join("lz.db")).unwrap();
-    store.look();
+    store.check_files();
     until("it is recreated", || store.status().rebuilt == 1);
     store.close().unwrap();
     assert!(is_link());
@@ -375,10 +375,12 @@ fn deleted_data_is_overwritten() {
     row.envelope = format!("{{\"data\":\"CARD-NUMBER{}\"}}", "x".repeat(400));
     for number in 1..50 {
         row.number = number;
-        store.commit(vec![Change::PutCall(row.clone())]).unwrap();
+        store.commit(vec![RowChange::PutCall(row.clone())]).unwrap();
     }
     for number in 1..50 {
-        store.commit(vec![Change::RemoveCall { number }]).unwrap();
+        store
+            .commit(vec![RowChange::RemoveCall { number }])
+            .unwrap();
     }
     let backup = store.backup(None).unwrap().path().to_owned();
     store.close().unwrap();

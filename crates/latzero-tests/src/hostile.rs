@@ -21,7 +21,7 @@ pub const MEMORY_MAX: &str = "limits.memory_max=256MiB";
 pub const RESIDENT_MAX: u64 = (256 + 64) << 20;
 
 /// How long a hostile client waits for a server that does not read from it, or does not answer.
-const PATIENCE: Duration = Duration::from_millis(400);
+const TIMEOUT: Duration = Duration::from_millis(400);
 
 const MIB: usize = 1 << 20;
 
@@ -87,7 +87,7 @@ fn stranger(server: &Server, app: &str, more: &Value) -> Option<Wire> {
 
 fn enter(server: &Server, via: Via, app: &str, more: &Value) -> Option<Wire> {
     let mut wire = server.try_connect(via).ok()?;
-    wire.set_patience(PATIENCE);
+    wire.set_timeout(TIMEOUT);
     let mut handshake = more.clone();
     handshake["action"] = "handshake".into();
     handshake["app_id"] = app.into();
@@ -110,7 +110,7 @@ fn drain(wire: &mut Wire) {
     while let Ok(Some(_)) = wire.try_receive() {}
 }
 
-/// A request whose reply is waited for, for as long as there is patience.
+/// A request whose reply is waited for, until the timeout.
 fn ask(wire: &mut Wire, mut message: Value) -> Option<Value> {
     message["id"] = "ask".into();
     wire.try_send(&message).ok()?;
@@ -246,7 +246,7 @@ fn parked_calls(server: &Server) -> Vec<Wire> {
             ))
         };
         // Each is acknowledged once it is on the disk.
-        wire.set_patience(crate::PATIENCE);
+        wire.set_timeout(crate::TIMEOUT);
         flood(&mut wire, (0..800).map(call));
         ask(&mut wire, json!({"action": "ping"}));
         Some(wire)

@@ -18,7 +18,7 @@ use latzero_protocol::frame::{self, Accept};
 use serde_json::Value;
 
 /// How long a test waits for what must come. Only a failing test ever waits this long.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Descriptors that are taken with one read.
 const DESCRIPTORS_MAX: usize = 64;
@@ -76,14 +76,14 @@ impl Server {
         state.is_some_and(|state| !state.is_empty() && !state.starts_with('Z'))
     }
 
-    /// Waits until the server has ended, for as long as [`PATIENCE`]; says whether it has.
+    /// Waits until the server has ended, for as long as [`TIMEOUT`]; says whether it has.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         use rustix::process::{Pid, PidfdFlags, pidfd_open};
         let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw);
         let pid = pid.expect("a child's id is positive");
         match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(process) => site::readable(&process, PATIENCE),
+            Ok(process) => site::readable(&process, TIMEOUT),
             Err(_) => true,
         }
     }
@@ -194,7 +194,7 @@ pub struct Wire {
 
 impl Wire {
     fn new(stream: Stream) -> Wire {
-        stream.set_timeout(PATIENCE);
+        stream.set_timeout(TIMEOUT);
         Wire {
             stream,
             received: Vec::new(),
@@ -203,8 +203,8 @@ impl Wire {
     }
 
     /// Waits no longer than this from now on, for what comes and for what is taken.
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.stream.set_timeout(patience);
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.stream.set_timeout(timeout);
     }
 
     /// The same connection for another thread, which reads from now on.
@@ -378,13 +378,13 @@ impl Wire {
         }
     }
 
-    /// Whether something can be received, or the end seen, within `patience`.
+    /// Whether something can be received, or the end seen, within `timeout`.
     #[must_use]
-    pub fn has_more(&self, patience: Duration) -> bool {
+    pub fn has_more(&self, timeout: Duration) -> bool {
         !self.received.is_empty()
             || match &self.stream {
-                Stream::Tcp(s) => site::readable(s, patience),
-                Stream::Unix(s) => site::readable(s, patience),
+                Stream::Tcp(s) => site::readable(s, timeout),
+                Stream::Unix(s) => site::readable(s, timeout),
             }
     }
 

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, prlimit, waitpid};
 use serde_json::Value;
 
-use crate::{PATIENCE, Wire};
+use crate::{TIMEOUT, Wire};
 
 /// A data directory of one's own. Its servers come and go; it is removed when this is dropped.
 pub struct Site {
@@ -90,7 +90,7 @@ impl Site {
             .spawn()
             .map_err(|error| format!("unshare: {error}"))?;
         let stdout = holder.stdout.take().expect("it was asked for");
-        let said = Lines::new(stdout).next(PATIENCE);
+        let said = Lines::new(stdout).next(TIMEOUT);
         if said.as_deref() != Ok("mounted") {
             let mut why = String::new();
             if let Some(stderr) = &mut holder.stderr {
@@ -193,7 +193,7 @@ impl Site {
             .expect("the program is built (`cargo build`)");
         let stdout = child.stdout.take().expect("it was asked for");
         let mut lines = Lines::new(stdout);
-        match lines.next(PATIENCE) {
+        match lines.next(TIMEOUT) {
             Ok(line) if line.starts_with("latzero ready") => {
                 let tcp = line
                     .split_whitespace()
@@ -240,7 +240,7 @@ impl Site {
                             .spawn()
                             .expect("the program is built (`cargo build`)");
                         let mut lines = Lines::new(child.stdout.take().expect("asked for"));
-                        match lines.next(PATIENCE) {
+                        match lines.next(TIMEOUT) {
                             Ok(_) => Ok(Daemon {
                                 child,
                                 tcp: String::new(),
@@ -377,7 +377,7 @@ impl Daemon {
     /// Where it does not end in time.
     pub fn stop(mut self) -> ExitStatus {
         kill_process(self.id(), Signal::TERM).expect("one's own child takes signals");
-        wait(&mut self.child, PATIENCE).expect("it ends in time")
+        wait(&mut self.child, TIMEOUT).expect("it ends in time")
     }
 
     /// Waits until it ended by itself.
@@ -385,7 +385,7 @@ impl Daemon {
     /// # Panics
     /// Where it does not in time.
     pub fn wait(&mut self) -> ExitStatus {
-        wait(&mut self.child, PATIENCE).expect("it ends in time")
+        wait(&mut self.child, TIMEOUT).expect("it ends in time")
     }
 
     /// Stops all of its threads where they are, and lets them go on after `look`.
@@ -521,7 +521,7 @@ impl Puppet {
     /// # Panics
     /// Where none comes in time.
     pub fn receive(&mut self) -> Value {
-        let line = self.from.next(PATIENCE).expect("a message comes in time");
+        let line = self.from.next(TIMEOUT).expect("a message comes in time");
         serde_json::from_str(&line).unwrap_or_else(|_| panic!("it said: {line}"))
     }
 
@@ -530,7 +530,7 @@ impl Puppet {
     /// # Panics
     /// Where none comes in time.
     pub fn line(&mut self) -> Option<String> {
-        match self.from.next(PATIENCE) {
+        match self.from.next(TIMEOUT) {
             Ok(line) => Some(line),
             Err(Silence::End) => None,
             Err(Silence::Waiting) => panic!("process {} says nothing", self.pid()),
@@ -567,7 +567,7 @@ impl Puppet {
         while let Some(line) = self.line() {
             lines.push(line);
         }
-        let status = wait(&mut self.child, PATIENCE).expect("it ends in time");
+        let status = wait(&mut self.child, TIMEOUT).expect("it ends in time");
         (status, lines)
     }
 }
@@ -601,8 +601,8 @@ impl Lines {
         }
     }
 
-    fn next(&mut self, patience: Duration) -> Result<String, Silence> {
-        let end = Instant::now() + patience;
+    fn next(&mut self, timeout: Duration) -> Result<String, Silence> {
+        let end = Instant::now() + timeout;
         loop {
             if let Some(at) = self.bytes.iter().position(|byte| *byte == b'\n') {
                 let rest = self.bytes.split_off(at + 1);
@@ -627,9 +627,9 @@ impl Lines {
     }
 }
 
-/// Whether there is something to read, or the end, within `patience`.
-pub(crate) fn readable(from: impl AsFd, patience: Duration) -> bool {
-    let timeout = Timespec::try_from(patience).ok();
+/// Whether there is something to read, or the end, within `timeout`.
+pub(crate) fn readable(from: impl AsFd, timeout: Duration) -> bool {
+    let timeout = Timespec::try_from(timeout).ok();
     let mut fds = [PollFd::new(&from, PollFlags::IN)];
     loop {
         match poll(&mut fds, timeout.as_ref()) {
@@ -647,11 +647,11 @@ fn end(child: &mut Child) {
 }
 
 /// Waits for a child's end, so long and no longer.
-fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+fn wait(child: &mut Child, timeout: Duration) -> Option<ExitStatus> {
     let pid = Pid::from_child(child);
     let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
     match pidfd {
-        Ok(pidfd) if readable(&pidfd, patience) => child.wait().ok(),
+        Ok(pidfd) if readable(&pidfd, timeout) => child.wait().ok(),
         // It is gone already.
         _ => child.try_wait().ok().flatten(),
     }

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use latzero_tests::site::{Site, Start};
-use latzero_tests::{PATIENCE, Wire};
+use latzero_tests::{TIMEOUT, Wire};
 use serde_json::{Value, json};
 
 fn backups(site: &Site) -> Vec<PathBuf> {
@@ -120,7 +120,7 @@ fn a_backup_is_made_when_the_last_one_is_old_and_those_that_are_too_many_go() {
     let too_many = &days[6..];
     let is_pruned = || too_many.iter().any(|backup| !backup.exists());
     while last_backup() == known || !is_pruned() {
-        assert!(begin.elapsed() < PATIENCE, "the backup failed");
+        assert!(begin.elapsed() < TIMEOUT, "the backup failed");
     }
     assert!(server.stop().success());
     let after = BTreeSet::from_iter(backups(&site));

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use latzero::blocking::{App, Block};
 use latzero::{Code, LockMode, testing};
-use latzero_tests::PATIENCE;
+use latzero_tests::TIMEOUT;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -358,7 +358,7 @@ fn after_a_reconnect_blocks_and_subscriptions_come_back() {
         let mut draft = theirs.write(WAIT).unwrap();
         draft.write(0, b"meet").unwrap();
         draft.commit().unwrap();
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while mine.info().is_err() || theirs.info().unwrap()["attachments_total"] != 2 {
             assert!(Instant::now() < end, "it does not come back");
         }
@@ -379,7 +379,7 @@ fn a_mapping_outlives_the_server_and_says_so() {
     block.write_at(0, b"still").unwrap();
     assert!(block.is_live());
     server.kill();
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while block.is_live() {
         assert!(Instant::now() < end, "it is not noticed");
         std::thread::yield_now();
@@ -391,7 +391,7 @@ fn a_mapping_outlives_the_server_and_says_so() {
 /// Has the server crash and start anew, which the handle's app notices in between.
 fn crash(server: &mut testing::Server, handle: &Block) {
     server.kill();
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while handle.is_live() {
         assert!(Instant::now() < end, "it is not noticed");
         std::thread::yield_now();
@@ -400,7 +400,7 @@ fn crash(server: &mut testing::Server, handle: &Block) {
 }
 
 fn wait_live(handle: &Block) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while !handle.is_live() {
         assert!(Instant::now() < end, "it does not come back");
         std::thread::yield_now();

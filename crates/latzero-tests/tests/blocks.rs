@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use latzero_tests::{PATIENCE, Server, Via, Wire};
+use latzero_tests::{Server, TIMEOUT, Via, Wire};
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -75,7 +75,7 @@ fn holdings(wire: &mut Wire) -> [Value; 4] {
 }
 
 fn wait_for<T: PartialEq + std::fmt::Debug>(wanted: &T, mut look: impl FnMut() -> T) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     let mut seen = look();
     while seen != *wanted {
         assert!(

@@ -8,7 +8,7 @@
 
 use std::time::Instant;
 
-use latzero_tests::{PATIENCE, Server, Via, Wire};
+use latzero_tests::{Server, TIMEOUT, Via, Wire};
 use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
 use serde_json::{Value, json};
 
@@ -48,7 +48,7 @@ fn crowd(server: &Server, watch: &mut Wire) -> Wire {
     for _ in 0..REQUESTS {
         hog.send(&attach());
     }
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while outbox_bytes(watch) == 0 {
         assert!(Instant::now() < end, "the bound is never reached");
     }
@@ -92,7 +92,7 @@ fn who_comes_while_too_many_descriptors_are_on_their_way_is_served_when_they_wer
     let mut other = mapping(&server, "other");
     let before = outbox_bytes(&mut watch);
     other.send(&attach());
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while outbox_bytes(&mut watch) == before {
         assert!(Instant::now() < end, "it was served, or thrown out");
     }
@@ -111,7 +111,7 @@ fn who_never_takes_its_descriptors_is_closed() {
     let server = bounded_server(&["write_stall_timeout=100ms"]);
     let mut watch = server.app(Via::Tcp, json!({"app_id": "watch"}));
     let mut hog = crowd(&server, &mut watch);
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while outbox_bytes(&mut watch) > 0 {
         assert!(Instant::now() < end, "it holds up its bytes for ever");
     }

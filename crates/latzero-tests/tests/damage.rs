@@ -15,7 +15,7 @@ use latzero_tests::Wire;
 use latzero_tests::site::{Daemon, Site};
 use serde_json::{Value, json};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Places in each file that are damaged.
 const PLACES: u64 = 10;
@@ -33,7 +33,7 @@ fn health(wire: &mut Wire) -> Value {
 }
 
 fn until<R>(what: &str, mut look: impl FnMut() -> Option<R>) -> R {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     loop {
         if let Some(found) = look() {
             return found;
@@ -220,7 +220,7 @@ fn a_directory_that_is_moved_away_keeps_its_server_and_its_path() {
     });
     assert!(losses.contains("moved or removed"), "{losses}");
     fs::rename(&moved, &data).unwrap();
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     loop {
         let health = health(&mut wire);
         if health["status"] == "ok" {

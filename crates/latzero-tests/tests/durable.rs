@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use latzero_tests::site::{Daemon, Puppet, Site, Start};
-use latzero_tests::{PATIENCE, Wire};
+use latzero_tests::{TIMEOUT, Wire};
 use serde_json::{Value, json};
 
 /// The client that is a process.
@@ -49,7 +49,7 @@ fn event(wire: &mut Wire, name: &str) -> Value {
 
 /// Looks until it is there.
 fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while !is_there() {
         assert!(Instant::now() < end, "{what} does not happen");
         std::thread::yield_now();
@@ -662,7 +662,7 @@ fn check_full_disk(site: &Site, start: &Start, mut fill: impl FnMut(&Daemon, boo
     // Every promise is refused for what it is. A write that still fits into the log's last page may
     // be kept.
     let mut refused = 0;
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     let mut n = 0;
     while refused < 3 {
         assert!(Instant::now() < end, "the disk never gets full");
@@ -995,13 +995,13 @@ fn check_copy_of_records(copy: &Site, done: usize, begun: usize) -> Daemon {
 
 /// Writes rows that no server would write.
 fn spoil(site: &Site) {
-    use latzero_store::{AnswerRow, AppRow, CallRow, Change, PoolRow};
+    use latzero_store::{AnswerRow, AppRow, CallRow, PoolRow, RowChange};
     let options = latzero_store::Options::default();
     let store = latzero_store::open(&site.data_dir(), options)
         .unwrap()
         .store;
     let pool = |name: &str, owner: &str, policy: &str| {
-        Change::PutPool(PoolRow {
+        RowChange::PutPool(PoolRow {
             name: name.into(),
             kind: "local".into(),
             encrypted: false,
@@ -1014,7 +1014,7 @@ fn spoil(site: &Site) {
         })
     };
     let call = |number, pool: &str, envelope: &str| {
-        Change::PutCall(CallRow {
+        RowChange::PutCall(CallRow {
             number,
             pool: pool.into(),
             process: "t".into(),
@@ -1037,7 +1037,7 @@ fn spoil(site: &Site) {
         pool("no such/pool", "owner", "{}"),
         call(101, "ghost", "{"),
         call(102, "no such/pool", "{}"),
-        Change::PutAnswer {
+        RowChange::PutAnswer {
             answer: AnswerRow {
                 number: 103,
                 caller: "a".into(),
@@ -1049,7 +1049,7 @@ fn spoil(site: &Site) {
             },
             ends_call: None,
         },
-        Change::PutApp(AppRow {
+        RowChange::PutApp(AppRow {
             app_id: "a".into(),
             pools: "{".into(),
             triggers: "7".into(),
@@ -1116,14 +1116,14 @@ fn rows_that_make_no_sense_open_nothing_and_harm_nobody() {
 
 /// Has everything that is stored look as if the clock had been set by so much since.
 fn set_clock(site: &Site, by_ms: i64) {
-    use latzero_store::Change;
+    use latzero_store::RowChange;
     let options = latzero_store::Options::default();
     let opened = latzero_store::open(&site.data_dir(), options).unwrap();
     let mut changes = Vec::new();
     for mut row in opened.contents.calls {
         row.expires -= by_ms;
         row.parked -= by_ms;
-        changes.push(Change::PutCall(row));
+        changes.push(RowChange::PutCall(row));
     }
     let clock = opened
         .contents
@@ -1132,7 +1132,7 @@ fn set_clock(site: &Site, by_ms: i64) {
         .find(|(key, _)| key == "clock");
     let mut clock: Value = serde_json::from_str(&clock.unwrap().1).unwrap();
     clock["unix_ms"] = (clock["unix_ms"].as_i64().unwrap() - by_ms).into();
-    changes.push(Change::PutSetting {
+    changes.push(RowChange::PutSetting {
         key: "clock".into(),
         value: clock.to_string(),
     });

@@ -9,10 +9,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use latzero_tests::Server;
 use latzero_tests::hostile::{
     Innocent, KINDS, Kind, MEMORY_MAX, RESIDENT_MAX, resident, resident_peak,
 };
-use latzero_tests::Server;
 use rustix::process::Signal;
 
 const MIB: f64 = (1 << 20) as f64;

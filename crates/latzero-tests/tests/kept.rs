@@ -9,7 +9,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use latzero_tests::{PATIENCE, Server, Via, Wire};
+use latzero_tests::{Server, TIMEOUT, Via, Wire};
 use serde_json::{Value, json};
 
 fn app(server: &Server) -> Wire {
@@ -74,7 +74,7 @@ fn a_block_that_a_limit_leaves_no_room_for_stays_where_it_is() {
             let mut lines = log.lines();
             lines.any(|line| line.contains(name) && line.contains("because of a limit"))
         };
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while !is_told() {
             assert!(Instant::now() < end, "{limit} is not told");
             std::thread::yield_now();
@@ -101,7 +101,7 @@ fn what_was_set_aside_is_counted_at_each_start() {
         std::fs::write(memory.join("11.1.lzb"), content).unwrap();
         server.restart();
         // A thread of its own writes it.
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while told().len() < starts {
             assert!(Instant::now() < end, "start {starts} tells nothing");
             std::thread::yield_now();
@@ -160,7 +160,7 @@ fn a_block_that_is_removed_while_it_moves_is_gone_at_once() {
         one.send(&json!({"action": "memory_resize", "block_id": "b", "size": 5 << 20, "id": "m"}));
         ok(&one.request(json!({"action": "memory_remove", "block_id": "b"})));
         // From here on no start would find it.
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         loop {
             let left = files(&memory);
             assert!(!left.iter().any(|name| name.ends_with(".json")), "{left:?}");

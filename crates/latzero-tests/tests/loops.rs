@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use latzero_tests::{PATIENCE, Server, Via, Wire};
+use latzero_tests::{Server, TIMEOUT, Via, Wire};
 use serde_json::{Value, json};
 
 /// How long the crowd goes on.
@@ -172,7 +172,7 @@ fn every_call_of_a_restless_crowd_ends_once_and_nothing_of_it_stays() {
         crowd.into_iter().map(|one| one.join().unwrap()).sum()
     });
     assert!(ended > 100, "only {ended} calls ended");
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     let mut after = figures(&mut watch);
     while after != before {
         assert!(Instant::now() < end, "{before:?} before, {after:?} after");

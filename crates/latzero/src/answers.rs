@@ -1,5 +1,5 @@
-//! Answers to calls that nobody here waits for: a parked call outlives the process that made it, and its answer finds
-//! the app when that is back.
+//! Answers to calls that nobody here waits for: a parked call outlives the process that made it,
+//! and its answer finds the app when that is back.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -11,11 +11,12 @@ use crate::error::Error;
 use crate::payload::{FromPayload, Reply};
 use crate::sync::{lock, set_waker};
 
-/// Answers that wait for [`App::answers`] to be asked. Beyond them the oldest are dropped and counted.
+/// Answers that wait for [`App::answers`] to be asked. Beyond them the oldest are dropped and
+/// counted.
 pub const ANSWERS_MAX: usize = 1024;
 
-/// Bytes of answers that wait for [`App::answers`] to be asked. Beyond them the oldest are dropped and counted; the
-/// newest is kept whatever its size.
+/// Bytes of answers that wait for [`App::answers`] to be asked. Beyond them the oldest are dropped
+/// and counted; the newest is kept whatever its size.
 pub const ANSWERS_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// The answer to a call that nobody in this process waits for; [`App::answers`] gives them.
@@ -50,8 +51,8 @@ impl Answer {
         self.pool.as_deref()
     }
 
-    /// What the handler answered, or why there is no answer: a handler's error, `timeout` where none came within the
-    /// call's time, `cancelled`.
+    /// What the handler answered, or why there is no answer: a handler's error, `timeout` where
+    /// none came within the call's time, `cancelled`.
     ///
     /// # Errors
     /// What the handler or the server said of the call's failure.
@@ -62,7 +63,8 @@ impl Answer {
     /// The answer as `R`.
     ///
     /// # Errors
-    /// What the handler or the server said of the call's failure; `bad_message` where the answer is not an `R`.
+    /// What the handler or the server said of the call's failure; `bad_message` if the answer is
+    /// not an `R`.
     pub fn into<R: FromPayload>(self) -> Result<R, Error> {
         self.result.and_then(Reply::into)
     }
@@ -75,7 +77,7 @@ impl Answer {
         self.result
     }
 
-    /// How many answers were dropped just before this one, because nobody took them.
+    /// How many answers were dropped just before this one, because they were not read.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.lost
@@ -107,7 +109,8 @@ struct Inner {
 pub(crate) struct Unclaimed(Mutex<Inner>);
 
 impl Unclaimed {
-    /// Keeps an answer, in the place of the oldest ones where there is no room. Returns who waits for it.
+    /// Keeps an answer, in the place of the oldest ones if there is no room. Returns who waits for
+    /// it.
     #[must_use]
     pub(crate) fn push(&self, answer: Answer) -> Option<Waker> {
         let mut inner = lock(&self.0);
@@ -163,8 +166,8 @@ impl Unclaimed {
     }
 }
 
-/// Answers to calls that nobody here waits for, as they come, until the app is closed; [`App::answers`] gives it. What
-/// is not taken when it is dropped waits for the next one.
+/// Answers to calls that nobody here waits for, as they come, until the app is closed;
+/// [`App::answers`] gives it. What is not taken when it is dropped waits for the next one.
 #[derive(Debug)]
 pub struct Answers {
     pub(crate) app: App,

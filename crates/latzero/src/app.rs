@@ -44,8 +44,8 @@ impl Drop for Owner {
     }
 }
 
-/// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to clone; when the last
-/// clone goes, the connection closes.
+/// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to
+/// clone; when the last clone goes, the connection closes.
 #[derive(Debug, Clone)]
 pub struct App {
     owner: Arc<Owner>,
@@ -54,12 +54,12 @@ pub struct App {
 impl App {
     /// Connects to `latzero://APP_ID[@HOST[:PORT]][?socket=PATH][&pool=NAME…]`.
     ///
-    /// Without host and socket it is the server of this machine: its Unix socket in `LATZERO_DATA_DIR` or
-    /// `~/.latzero`, else 127.0.0.1:45227. On a tokio runtime (with `enable_all`) the app is driven by a task there,
-    /// elsewhere by a background thread.
+    /// Without host and socket it is the server of this machine: its Unix socket in
+    /// `LATZERO_DATA_DIR` or `~/.latzero`, else 127.0.0.1:45227. On a tokio runtime (with
+    /// `enable_all`) the app is driven by a task there, elsewhere by a background thread.
     ///
     /// # Errors
-    /// Where the address is wrong, no server answers, or it refuses the handshake.
+    /// If the address is wrong, no server answers, or it refuses the handshake.
     pub async fn connect(url: &str) -> Result<App, Error> {
         App::builder(url).connect().await
     }
@@ -98,11 +98,12 @@ impl App {
         self.core().config.url.app_id.as_str()
     }
 
-    /// Makes this an administrator's connection: proves that the app has the token of the server's data directory, and that
-    /// the server has it too. The token itself is not sent.
+    /// Makes this an administrator's connection: proves that the app has the token of the server's
+    /// data directory, and that the server has it too. The token itself is not sent.
     ///
     /// # Errors
-    /// `unauthenticated` where either has another token, `downgrade` where nothing binds the proof to the connection.
+    /// `unauthenticated` if either has another token, `downgrade` if nothing binds the proof to the
+    /// connection.
     pub fn prove_admin(&self, token: &str, may_be_unbound: bool) -> Result<(), Error> {
         let core = self.core();
         let link = core.outbox.link().ok_or_else(Core::closed_error)?;
@@ -140,12 +141,13 @@ impl App {
         Err(Error::new(Code::Unauthenticated, text))
     }
 
-    /// Moves an encrypted pool of this app to its next epoch, with these keys. Members whose keys changed must prove the pool
-    /// anew; where the writers' key changed, content of earlier epochs counts no more. With `is_history_cut`, who has the new
-    /// keys alone can't read what was before. The reply says what ended.
+    /// Moves an encrypted pool of this app to its next epoch, with these keys. Members whose keys
+    /// changed must prove the pool again; where the writers' key changed, content of earlier epochs
+    /// counts no more. With `is_history_cut`, who has the new keys alone can't read what was
+    /// before. The reply says what ended.
     ///
     /// # Errors
-    /// `not_member` where the app has no keys of the pool, and where the server refuses.
+    /// `not_member` if the app has no keys of the pool, and if the server refuses.
     pub fn rotate_pool(
         &self,
         pool: &str,
@@ -173,8 +175,9 @@ impl App {
         lock(&self.core().ack).rehydrated
     }
 
-    /// Whether the server has on disk what the app registered. False where its last acknowledgement said that the disk
-    /// takes nothing: pools and triggers are in force, and may be forgotten if the server stops before it could write.
+    /// Whether the server has on disk what the app registered. False if its last acknowledgement
+    /// said that the disk takes nothing: pools and triggers are in force, and may be forgotten if
+    /// the server stops before it could write.
     #[must_use]
     pub fn is_stored(&self) -> bool {
         lock(&self.core().ack).stored != Some(false)
@@ -217,13 +220,15 @@ impl App {
         Emit::new(self, name, data)
     }
 
-    /// Serves the trigger `name`. The handler's future runs beside the reading: what takes long without an await
-    /// belongs on a thread of its own. It is dropped where its caller does not want the answer any more.
+    /// Serves the trigger `name`. The handler's future runs on the reading task: long work without
+    /// an await belongs on a thread of its own. It is dropped if its caller no longer wants the
+    /// answer.
     ///
-    /// A handler that calls others uses [`Request::app`]: a captured handle of its own app would keep it alive.
+    /// A handler that calls others uses [`Request::app`]: a captured handle of its own app would
+    /// keep it alive.
     ///
     /// # Errors
-    /// Where the name is not valid or the server refuses.
+    /// If the name is not valid or the server refuses.
     pub async fn serve<F, T>(
         &self,
         name: &str,
@@ -248,7 +253,7 @@ impl App {
     /// Serves the trigger `name` no longer. Calls that run are finished.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub async fn unserve(&self, name: &str) -> Result<(), Error> {
         match self.unserving(name) {
             Some(calling) => calling.await,
@@ -269,7 +274,7 @@ impl App {
     /// Receives emits of the trigger `name`.
     ///
     /// # Errors
-    /// Where the name is not valid or the server refuses.
+    /// If the name is not valid or the server refuses.
     pub async fn on(&self, name: &str) -> Result<Events<Emission>, Error> {
         let (events, calling) = self.listening(name)?;
         if let Some(calling) = calling {
@@ -311,7 +316,7 @@ impl App {
     /// Receives the events of a pool: apps and triggers that come and go.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub async fn watch(&self, pool: &str) -> Result<Events<Presence>, Error> {
         let (events, calling) = self.watching(pool);
         calling.await?;
@@ -337,16 +342,19 @@ impl App {
         )
     }
 
-    /// The answers to parked calls that nobody in this process waits for: those of an earlier life of the process,
-    /// which the server sends as soon as the app is back, and those whose [`Parked`](crate::Parked) was dropped. A call
-    /// that is to be told by its answer is given an id of its own by [`Call::id`].
+    /// The answers to parked calls that nobody in this process waits for: those of an earlier life
+    /// of the process, which the server sends as soon as the app is back, and those whose
+    /// [`Parked`](crate::Parked) was dropped. [`Call::id`] gives a call an id by which its answer
+    /// can be recognised.
     ///
-    /// They are kept from the moment of connecting, so none is missed before this is called: the newest
-    /// [`ANSWERS_MAX`](crate::ANSWERS_MAX) of them, of [`ANSWERS_BYTES_MAX`](crate::ANSWERS_BYTES_MAX) bytes at most.
-    /// Beyond that the oldest are dropped, and [`Answer::lost`](crate::Answer::lost) of the next one says how many.
-    /// There is one taker: a further call of this ends what the one before gave.
+    /// They are kept from the moment of connecting, so none is missed before this is called: the
+    /// newest [`ANSWERS_MAX`](crate::ANSWERS_MAX) of them, of
+    /// [`ANSWERS_BYTES_MAX`](crate::ANSWERS_BYTES_MAX) bytes at most. Beyond that the oldest are
+    /// dropped, and [`Answer::lost`](crate::Answer::lost) of the next one says how many. There is
+    /// one taker: a further call of this ends what the one before gave.
     ///
-    /// Where several instances of the app live, the server sends an answer to one of them, mostly the newest.
+    /// Where several instances of the app live, the server sends an answer to one of them, mostly
+    /// the newest.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), latzero::Error> {
@@ -370,7 +378,7 @@ impl App {
     /// Joins a pool.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub async fn join(&self, pool: &str) -> Result<(), Error> {
         self.joining("pool_join", pool).await?;
         self.note_joined(pool);
@@ -380,7 +388,7 @@ impl App {
     /// Leaves a pool.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub async fn leave(&self, pool: &str) -> Result<(), Error> {
         self.joining("pool_leave", pool).await?;
         self.note_left(pool);
@@ -398,10 +406,11 @@ impl App {
         BlockName::new(self, id)
     }
 
-    /// The memory blocks of a pool (the app's only one, where none is named), as the server describes them.
+    /// The memory blocks of a pool (the app's only one, where none is named), as the server
+    /// describes them.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub async fn blocks(&self, pool: Option<&str>) -> Result<Vec<Value>, Error> {
         let mut blocks: Vec<Value> = Vec::new();
         loop {
@@ -438,7 +447,7 @@ impl App {
     /// The apps that the server knows, as it describes them.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub async fn apps(&self) -> Result<Value, Error> {
         self.requesting(&json!({"action": "app_list"}))?.await
     }
@@ -446,15 +455,16 @@ impl App {
     /// The pools that the server knows, as it describes them.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub async fn pools(&self) -> Result<Value, Error> {
         self.requesting(&json!({"action": "pool_list"}))?.await
     }
 
-    /// Asks the server for anything: `request` is a message of the protocol, with its `action` and without an `id`.
+    /// Asks the server for anything: `request` is a message of the protocol, with its `action` and
+    /// without an `id`.
     ///
     /// # Errors
-    /// Where the server refuses, and `bad_message` where `request` is no such message.
+    /// If the server refuses, and `bad_message` if `request` is no such message.
     pub async fn request(&self, request: &Value) -> Result<Value, Error> {
         self.requesting(request)?.await
     }
@@ -473,18 +483,18 @@ impl App {
     /// Asks the server whether it lives; how long the answer took.
     ///
     /// # Errors
-    /// Where no answer comes.
+    /// If no answer comes.
     pub async fn ping(&self) -> Result<Duration, Error> {
         let started = Instant::now();
         self.asking(Message::new("ping")).await?;
         Ok(started.elapsed())
     }
 
-    /// Closes cleanly: handlers that run are waited for, up to five seconds, and their answers sent; then the connection
-    /// ends, for every clone of this handle.
+    /// Closes cleanly: handlers that run are waited for, up to five seconds, and their answers
+    /// sent; then the connection ends, for every clone of this handle.
     ///
     /// # Errors
-    /// `timeout` where handlers or the server took longer; the connection is closed all the same.
+    /// `timeout` if handlers or the server took longer; the connection is closed all the same.
     pub async fn close(&self) -> Result<(), Error> {
         let core = self.core().clone();
         on_thread(move || close(&core)).await
@@ -507,7 +517,8 @@ fn close(core: &Arc<Core>) -> Result<(), Error> {
     if let Some(link) = core.outbox.link()
         && is_sent
     {
-        // The server closes when it has taken everything. To close first could lose what is on its way.
+        // The server closes when it has taken everything. To close first could lose what is on its
+        // way.
         core.begin_close();
         link.finish_sending();
         core.block_on(deadline, |cx| core.poll_ended(cx));
@@ -517,7 +528,8 @@ fn close(core: &Arc<Core>) -> Result<(), Error> {
         true => Ok(()),
         false => Err(Error::new(
             Code::Timeout,
-            "handlers were still at work, or the server did not take their answers; the app was closed all the same",
+            "handlers were still at work, or the server did not take their answers; the app was \
+            closed all the same",
         )),
     }
 }
@@ -564,7 +576,7 @@ impl Handler {
     /// Serves the trigger; see [`App::serve`].
     ///
     /// # Errors
-    /// Where the name is not valid or the server refuses.
+    /// If the name is not valid or the server refuses.
     pub async fn serve<F, T>(
         self,
         handler: impl Fn(Request) -> F + Send + Sync + 'static,
@@ -624,7 +636,7 @@ pub(crate) fn forget_emissions(app: &App, queue: &Arc<Queue<Emission>>) {
     if !gone.is_empty() {
         let mut message = Message::new("trigger_unregister");
         message.json("triggers", json!(gone).to_string().as_bytes());
-        app.core().tell(message);
+        app.core().send_oneway(message);
     }
 }
 
@@ -643,13 +655,14 @@ pub(crate) fn forget_presence(app: &App, queue: &Arc<Queue<Presence>>) {
     for pool in gone {
         let mut message = Message::new("unwatch");
         message.string("pool", &pool);
-        app.core().tell(message);
+        app.core().send_oneway(message);
     }
 }
 
 impl Core {
-    /// Sends what asks for no reply, where there is a connection. Small, and bounded by what was asked for before.
-    pub(crate) fn tell(&self, message: Message) {
+    /// Sends what asks for no reply, if there is a connection. Small, and bounded by what was asked
+    /// for before.
+    pub(crate) fn send_oneway(&self, message: Message) {
         self.append(message);
         self.flush_soon();
     }

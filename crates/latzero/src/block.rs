@@ -1,16 +1,19 @@
 //! Memory blocks: mapped where the server passed a descriptor, copied through it where it did not.
 //!
-//! A [`Block`] is a handle on a name. What it stands for may change under it: the app reconnects, the block grows into a new
-//! generation, the server ends. Reading goes on from the mapping as long as there is one; whatever needs the server attaches
-//! anew first where that is needed. Reading a mapped block, waiting for its next version and writing under a lock that is
-//! already held need no server at all.
+//! A [`Block`] is a handle on a name. What is behind it may change: the app reconnects, the block
+//! grows into a new generation, the server ends. Reads continue from the mapping while there is
+//! one; operations that need the server attach again first if necessary. Reading a mapped block,
+//! waiting for its next version and writing under a lock that is already held need no server at
+//! all.
 //!
-//! A server that is started anew after a crash has no shared memory; whoever has it mapped gives it back with the attach that
-//! follows the reconnect, so that the same handles go on. For this each mapped shared block keeps its file descriptor, one per
-//! attachment; where the process may open no more (getrlimit(2), `RLIMIT_NOFILE`), the block works and can't be given back.
+//! A server that restarts after a crash has no shared memory; a client that has it mapped offers it
+//! with the attach after the reconnect, so the same handles keep working. For this each mapped
+//! shared block keeps its file descriptor, one per attachment; if the process may open no more
+//! (getrlimit(2), `RLIMIT_NOFILE`), the block works but can't be offered.
 //!
-//! Bounds: 256 futures of one app wait for mapped blocks at a time ([`Block::wait_for`], else `overloaded`), 64 attempts at a
-//! whole version (else `contended`), and the server's `limits.max_frame` for what is one version of a copied block.
+//! Bounds: 256 futures of one app wait for mapped blocks at a time ([`Block::wait_for`], else
+//! `overloaded`), 64 attempts at a whole version (else `contended`), and the server's
+//! `limits.max_frame` for what is one version of a copied block.
 
 mod changes;
 mod lock;
@@ -45,8 +48,8 @@ pub use typed::TypedBlock;
 pub use write::{BlockWriter, Draft};
 
 pub use latzero_shm::{Element, View};
-pub(crate) use shared::{Blocks, Current, Shared};
-use shared::{Described, Held};
+pub(crate) use shared::{BlockState, Blocks, Current};
+use shared::{Described, LockState};
 
 /// How long a request that may move a whole block is waited for.
 const MOVE_TIME: Duration = Duration::from_secs(120);
@@ -57,7 +60,7 @@ const WAIT_SLICE: Duration = Duration::from_millis(100);
 /// Bytes of one request where a block is copied through the server, at most.
 const CHUNK_BYTES: usize = 4 * 1024 * 1024;
 
-/// How often a whole version is tried to be had, before it is said that writers are too busy.
+/// Attempts to read a whole version before the error that writers are too busy.
 const TRIES_MAX: u32 = 64;
 
 /// A block's name in a pool, before it is made or attached.
@@ -86,7 +89,8 @@ impl BlockName {
         self
     }
 
-    /// With this layout, in numpy's notation: `layout("<f4", &[1080, 1920])`. A block that has another is refused.
+    /// With this layout, in numpy's notation: `layout("<f4", &[1080, 1920])`. A block that has
+    /// another is refused.
     pub fn layout(mut self, dtype: &str, shape: &[u64]) -> Self {
         self.layout = Some(json!({"dtype": dtype, "shape": shape}));
         self
@@ -133,7 +137,7 @@ impl BlockName {
             .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))?;
         let message = message(action, self.pool.as_deref(), &self.id, &request);
         let core = self.app.core();
-        // Until the handle is added: what others give up meanwhile is not given up under it.
+        // Locked until the handle is added, so that a concurrent drop does not detach it.
         let mut opening = core.blocks.open(core, self.pool.as_deref(), &self.id);
         let reply = Calling::of_message(&self.app, message, Ok)
             .within(MOVE_TIME)
@@ -166,14 +170,15 @@ impl CreateBlock {
         self
     }
 
-    /// Room for that many versions, two to four (default two). With three or more a [`View`] stays good for longer.
+    /// Room for that many versions, two to four (default two). With three or more a [`View`] stays
+    /// good for longer.
     pub fn slots(mut self, slots: u32) -> Self {
         self.request["slots"] = slots.into();
         self
     }
 
-    /// Readable by these apps alone, by this one, and by those whom [`CreateBlock::writable_by`] names; without that, by no
-    /// others.
+    /// Readable by these apps alone, by this one, and by those whom [`CreateBlock::writable_by`]
+    /// names; without that, by no others.
     pub fn readable_by(mut self, apps: &[&str]) -> Self {
         let permissions = &mut self.request["permissions"];
         permissions["read"] = json!(apps);
@@ -190,13 +195,13 @@ impl CreateBlock {
         self
     }
 
-    /// Gone when nobody is attached to it any more.
+    /// Removed when its last attachment ends.
     pub fn while_attached(mut self) -> Self {
         self.request["lifetime"] = Lifetime::Attached.as_str().into();
         self
     }
 
-    /// The one that is there, where there is one that is as large and has the layout.
+    /// The existing one, if its size and layout match.
     pub fn or_attach(mut self) -> Self {
         self.request["if_exists"] = "attach".into();
         self
@@ -212,13 +217,15 @@ impl CreateBlock {
     }
 }
 
-/// A block that this app takes part in. Cheap to clone; when the last clone goes, so does the app's part.
+/// A block that this app takes part in. Cheap to clone; when the last clone goes, so does the app's
+/// part.
 ///
 /// ```no_run
 /// # async fn example(app: latzero::App) -> Result<(), latzero::Error> {
 /// use std::time::Duration;
 ///
-/// let frame = app.block("frame").layout("<f4", &[1080, 1920]).create(1080 * 1920 * 4).send().await?;
+/// let frame = app.block("frame").layout("<f4", &[1080, 1920]);
+/// let frame = frame.create(1080 * 1920 * 4).send().await?;
 /// let mut draft = frame.write(Duration::from_secs(1)).await?;
 /// draft.write(0, &1.5_f32.to_le_bytes())?;
 /// let version = draft.commit().await?;
@@ -227,7 +234,9 @@ impl CreateBlock {
 /// let frame = app.block("frame").attach().await?;
 /// let version = frame.wait_for(version - 1, Duration::from_secs(1)).await?;
 /// let (bytes, version) = frame.read().await?;
-/// let sum = frame.view(|view| (0..100).map(|i| view.load::<f32>(i).unwrap_or(0.0)).sum::<f32>()).await?;
+/// let sum = frame
+///     .view(|view| (0..100).map(|i| view.load::<f32>(i).unwrap_or(0.0)).sum::<f32>())
+///     .await?;
 ///
 /// // A gigabyte is an argument like any other: its handler says `request.block("frame")?`.
 /// let call = app.call("brightness", &frame.reference()).block(&frame);
@@ -243,13 +252,13 @@ pub struct Block {
 struct Inner {
     app: App,
     access: Access,
-    shared: Arc<Shared>,
+    shared: Arc<BlockState>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         let core = self.app.core();
-        // One that came with a call is detached by the server, unless it had to be attached anew.
+        // One that came with a call is detached by the server, unless it had to be attached again.
         let is_attached = self.shared.is_attached.load(Ordering::Acquire);
         core.blocks.forget(core, &self.shared, is_attached);
     }
@@ -280,7 +289,7 @@ impl Block {
     }
 
     fn make(app: &App, access: Access, current: Current, is_lent: bool) -> Block {
-        let shared = Arc::new(Shared::new(current, !is_lent));
+        let shared = Arc::new(BlockState::new(current, !is_lent));
         app.core().blocks.add(&shared, access, is_lent);
         Block {
             inner: Arc::new(Inner {
@@ -291,7 +300,7 @@ impl Block {
         }
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    fn shared(&self) -> &Arc<BlockState> {
         &self.inner.shared
     }
 
@@ -313,13 +322,13 @@ impl Block {
         &self.shared().pool
     }
 
-    /// Its size in bytes, as it was last heard of.
+    /// Its last known size in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.described(|d| d.size)
     }
 
-    /// Its generation, as it was last heard of: one more with each resize.
+    /// Its last known generation: one more with each resize.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.described(|d| d.generation)
@@ -337,8 +346,8 @@ impl Block {
         lock(&self.shared().current).attachment.is_some()
     }
 
-    /// Whether the server that has the block is there, and has it. Where it is not, a mapped block can still be read: it shows
-    /// what was written last.
+    /// Whether the server is connected and has the block. If not, a mapped block can still be read:
+    /// it shows the last version.
     #[must_use]
     pub fn is_live(&self) -> bool {
         let held = lock(&self.shared().current);
@@ -350,13 +359,13 @@ impl Block {
         f(&lock(&self.shared().current).described)
     }
 
-    /// Its newest version, as far as it is known without asking: 0 was never written.
+    /// Its newest version, as far as known without asking: 0 was never written.
     #[must_use]
     pub fn version(&self) -> u64 {
         let held = lock(&self.shared().current);
         match &held.attachment {
             Some(attachment) => attachment.version(),
-            // Over a new connection nothing was heard yet.
+            // A new connection has no news yet.
             None => match self.shared().newest.load(Ordering::Acquire) {
                 0 => held.described.version,
                 newest => newest,
@@ -364,7 +373,8 @@ impl Block {
         }
     }
 
-    /// What stands for this block in the data of a call; [`crate::Call::block`] sends it along.
+    /// The reference to this block in the data of a call; [`crate::Call::block`] sends the block
+    /// along.
     #[must_use]
     pub fn reference(&self) -> Value {
         json!({"$block": self.id(), "pool": self.pool(), "version": self.version()})
@@ -373,7 +383,7 @@ impl Block {
     /// The block's bytes as numbers of type `T`.
     ///
     /// # Errors
-    /// `layout_mismatch` where its layout has another element type.
+    /// `layout_mismatch` if its layout has another element type.
     pub fn typed<T: Element>(&self) -> Result<TypedBlock<T>, Error> {
         TypedBlock::of(self)
     }
@@ -381,7 +391,7 @@ impl Block {
     /// All of its newest version, with the version.
     ///
     /// # Errors
-    /// `contended` where writers were too busy; what the server says where the block is not mapped.
+    /// `contended` if writers were too busy; what the server says if the block is not mapped.
     pub async fn read(&self) -> Result<(Vec<u8>, u64), Error> {
         for _ in 0..TRIES_MAX {
             let held = self.readable().await?;
@@ -406,7 +416,7 @@ impl Block {
                     }
                     // There is a newer version: from the begin.
                     Err(e) if e.kind() == Code::VersionConflict => break,
-                    // It has another size by now.
+                    // It has another size now.
                     Err(e) if e.kind() == Code::OutOfRange => {
                         self.shared().must_attach.store(true, Ordering::Release);
                         break;
@@ -455,11 +465,12 @@ impl Block {
         Err(contended(self.id()))
     }
 
-    /// The newest version in place, handed to `f` without a copy. What `f` made of it is only given back if nobody wrote over
-    /// it meanwhile; else `f` runs again, a few times.
+    /// The newest version in place, handed to `f` without a copy. The result of `f` is only
+    /// returned if nobody overwrote the version meanwhile; otherwise `f` runs again, a few times.
     ///
     /// # Errors
-    /// `contended` where writers were too busy; `storage` where the block is not mapped: read it by copies then.
+    /// `contended` if writers were too busy; `storage` if the block is not mapped: read it by
+    /// copies then.
     pub async fn view<R>(&self, mut f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
         let Some(attachment) = self.readable().await?.attachment else {
             return Err(Error::new(
@@ -480,11 +491,11 @@ impl Block {
         Err(contended(self.id()))
     }
 
-    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for without the server, on a thread that
-    /// ends with this future or soon after.
+    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for without
+    /// the server, on a thread that ends with this future or soon after.
     ///
     /// # Errors
-    /// `timeout`; `no_block` where it was removed; `overloaded` where 256 futures wait already.
+    /// `timeout`; `no_block` if it was removed; `overloaded` if 256 futures wait already.
     pub async fn wait_for(&self, beyond: u64, timeout: Duration) -> Result<u64, Error> {
         let deadline = deadline(timeout);
         loop {
@@ -516,12 +527,13 @@ impl Block {
         }
     }
 
-    /// Attaches anew where that is needed; whether the block is mapped then.
-    pub(crate) async fn go_on(&self) -> Result<bool, Error> {
+    /// Attaches again if necessary; returns whether the block is mapped then.
+    pub(crate) async fn ensure_attached(&self) -> Result<bool, Error> {
         Ok(self.readable().await?.attachment.is_some())
     }
 
-    /// Waits on this thread for a short while, and until `deadline` at most, through the mapping alone.
+    /// Waits on this thread for a short while, and until `deadline` at most, through the mapping
+    /// alone.
     pub(crate) fn wait_slice(&self, beyond: u64, deadline: Instant) -> Result<Slice, Error> {
         use latzero_shm::Waited;
         let held = lock(&self.shared().current).held();
@@ -533,7 +545,8 @@ impl Block {
             Waited::Newer(version) => Ok(Slice::Newer(version)),
             Waited::Superseded => Ok(match self.app().core().is_connected() {
                 true => Slice::Moved,
-                // The newer generation can't be had now: wait for the connection, not for the futex, which is at rest.
+                // The newer generation is not available now: wait for the connection, since the
+                // futex no longer changes.
                 false => {
                     std::thread::sleep(left.min(WAIT_SLICE));
                     Slice::Over
@@ -561,8 +574,9 @@ impl Block {
         Changes::open(self).await
     }
 
-    /// Writes bytes through the server; returns the version. Where the app has the block's lock, it is used. It is one version
-    /// as long as the bytes fit into one message (`limits.max_frame`); more of them are a version each.
+    /// Writes bytes through the server; returns the version. Where the app has the block's lock, it
+    /// is used. It is one version as long as the bytes fit into one message (`limits.max_frame`);
+    /// more of them are a version each.
     ///
     /// # Errors
     /// `out_of_range`, `forbidden`, `locked`.
@@ -639,9 +653,9 @@ impl Block {
         }
     }
 
-    /// Begins a new version, under the block's lock: taken now, waited for `wait` at most, and given back with the version's
-    /// end. [`Draft::commit`] lets everybody see it; so does dropping it, whose errors the block's next use tells. A draft that
-    /// a panic drops nobody sees.
+    /// Begins a new version, under the block's lock: taken now, waited for `wait` at most, and
+    /// given back with the version's end. [`Draft::commit`] publishes it; so does dropping it,
+    /// whose errors the block's next use returns. A draft that a panic drops is discarded.
     ///
     /// # Errors
     /// `locked`, `forbidden`.
@@ -650,7 +664,8 @@ impl Block {
         Draft::begin(lock).await
     }
 
-    /// Takes the block's lock for many versions to come: each is then written and published without the server.
+    /// Takes the block's lock for many versions to come: each is then written and published without
+    /// the server.
     ///
     /// # Errors
     /// `locked`, `forbidden`.
@@ -680,7 +695,8 @@ impl Block {
         BlockLock::take(self, mode, wait, Some(lease)).await
     }
 
-    /// Gives the block another size: a new generation, which everybody goes on with. What it has more is zeros.
+    /// Gives the block another size: a new generation, which everybody continues with. What it has
+    /// more is zeros.
     ///
     /// # Errors
     /// `forbidden`, `locked`, `quota`, `too_large`, `storage`.
@@ -690,10 +706,10 @@ impl Block {
         self.readable().await.map(drop)
     }
 
-    /// Has a persistent block reach the disk; the version that is there then.
+    /// Flushes a persistent block to disk; returns the version on disk.
     ///
     /// # Errors
-    /// `bad_message` where the block is memory; `storage`.
+    /// `bad_message` if the block is memory; `storage`.
     pub async fn flush(&self) -> Result<u64, Error> {
         let reply = self.ask("memory_flush", &json!({})).await?;
         Ok(number(&reply, "version"))
@@ -718,21 +734,21 @@ impl Block {
         self.ask("memory_info", &json!({})).await
     }
 
-    /// What was found wrong since the last use, where nobody could be told: a version that could not be published when its
-    /// draft was dropped.
+    /// An error since the last use that could not be returned: a version that could not be
+    /// published when its draft was dropped.
     fn check_fault(&self) -> Result<(), Error> {
         lock(&self.shared().fault).take().map_or(Ok(()), Err)
     }
 
-    /// Whether what is held is not the block as it is now, over connection `epoch`.
-    fn must_move(&self, held: &Held, epoch: Option<u32>) -> bool {
+    /// Whether the state is outdated for connection `epoch`.
+    fn must_move(&self, held: &LockState, epoch: Option<u32>) -> bool {
         self.shared().must_attach.load(Ordering::Acquire)
             || epoch.is_some_and(|epoch| epoch != held.epoch)
             || held.attachment.as_deref().is_some_and(is_superseded)
     }
 
-    /// What can be read from now: attached anew where the block moved or the app reconnected.
-    async fn readable(&self) -> Result<Held, Error> {
+    /// What can be read from now: attached again where the block moved or the app reconnected.
+    async fn readable(&self) -> Result<LockState, Error> {
         self.check_fault()?;
         let held = lock(&self.shared().current).held();
         let epoch = self.app().core().epoch_now();
@@ -755,7 +771,7 @@ impl Block {
     }
 
     /// What can be written from now.
-    async fn writable(&self) -> Result<Held, Error> {
+    async fn writable(&self) -> Result<LockState, Error> {
         if self.shared().is_gone.load(Ordering::Acquire) {
             return Err(removed(self.id()));
         }
@@ -819,9 +835,9 @@ impl Block {
         }
     }
 
-    /// Whether the server has the block after all, of which it knew nothing when it was asked: what was `known` of it before
-    /// is of an earlier connection, and it was given back over this one.
-    async fn is_back(&self, known: &Held) -> bool {
+    /// Whether the server has the block after all, although it did not know it when asked: `known`
+    /// is from an earlier connection, and the block was offered over this one.
+    async fn is_back(&self, known: &LockState) -> bool {
         known.attachment.is_some()
             && self.app().core().epoch_now() != Some(known.epoch)
             && self.readable().await.is_ok()
@@ -850,11 +866,11 @@ pub(crate) enum Slice {
     Newer(u64),
     /// Nothing came.
     Over,
-    /// The block is to be attached anew.
+    /// The block is to be attached again.
     Moved,
 }
 
-/// When a wait of `timeout` is over. What is longer than a server would wait is as good as for ever.
+/// When a wait of `timeout` ends. A wait longer than the server's maximum has no deadline.
 pub(crate) fn deadline(timeout: Duration) -> Instant {
     Instant::now() + timeout.min(Duration::from_millis(TTL_MAX_MS))
 }
@@ -879,7 +895,8 @@ fn contended(id: &str) -> Error {
     Error::new(
         Code::Contended,
         format!(
-            "block '{id}' is written so often that no whole version could be had; repeat, or give it more slots"
+            "block '{id}' is written so often that no whole version could be had; repeat, or give \
+            it more slots"
         ),
     )
 }

@@ -35,8 +35,8 @@ pub use block::{
     Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, TypedBlock,
 };
 
-/// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to clone; when the last
-/// clone goes, the connection closes and its threads end.
+/// One app's connection: calls triggers, serves triggers, sends and receives events. Cheap to
+/// clone; when the last clone goes, the connection closes and its threads end.
 #[derive(Debug, Clone)]
 pub struct App(crate::App);
 
@@ -44,7 +44,7 @@ impl App {
     /// Connects; see [`crate::App::connect`] for addresses.
     ///
     /// # Errors
-    /// Where the address is wrong, no server answers, or it refuses the handshake.
+    /// If the address is wrong, no server answers, or it refuses the handshake.
     pub fn connect(url: &str) -> Result<App, Error> {
         App::connect_with(crate::App::builder(url))
     }
@@ -106,11 +106,11 @@ impl App {
         Emit(self.0.emit(name, data))
     }
 
-    /// Serves the trigger `name`. The handler runs on the thread that read the call; where it takes long, another
-    /// thread reads on, up to as many as [`crate::Builder::handler_threads`] says.
+    /// Serves the trigger `name`. The handler runs on the thread that read the call; where it takes
+    /// long, another thread reads on, up to as many as [`crate::Builder::handler_threads`] says.
     ///
     /// # Errors
-    /// Where the name is not valid or the server refuses.
+    /// If the name is not valid or the server refuses.
     pub fn serve<T: IntoPayload>(
         &self,
         name: &str,
@@ -127,7 +127,7 @@ impl App {
     /// Serves the trigger `name` no longer. Calls that run are finished.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub fn unserve(&self, name: &str) -> Result<(), Error> {
         self.0.unserving(name).map_or(Ok(()), crate::Calling::wait)
     }
@@ -135,7 +135,7 @@ impl App {
     /// Receives emits of the trigger `name`.
     ///
     /// # Errors
-    /// Where the name is not valid or the server refuses.
+    /// If the name is not valid or the server refuses.
     pub fn on(&self, name: &str) -> Result<Events<Emission>, Error> {
         let (events, calling) = self.0.listening(name)?;
         calling.map_or(Ok(()), crate::Calling::wait)?;
@@ -145,15 +145,15 @@ impl App {
     /// Receives the events of a pool: apps and triggers that come and go.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub fn watch(&self, pool: &str) -> Result<Events<Presence>, Error> {
         let (events, calling) = self.0.watching(pool);
         calling.wait()?;
         Ok(Events(events))
     }
 
-    /// The answers to parked calls that nobody in this process waits for, those of an earlier life of it among them; see
-    /// [`crate::App::answers`].
+    /// The answers to parked calls that nobody in this process waits for, those of an earlier life
+    /// of it among them; see [`crate::App::answers`].
     #[must_use]
     pub fn answers(&self) -> Answers {
         Answers(self.0.answers())
@@ -168,7 +168,7 @@ impl App {
     /// Joins a pool.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub fn join(&self, pool: &str) -> Result<(), Error> {
         self.0.joining("pool_join", pool).wait()?;
         self.0.note_joined(pool);
@@ -178,7 +178,7 @@ impl App {
     /// Leaves a pool.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub fn leave(&self, pool: &str) -> Result<(), Error> {
         self.0.joining("pool_leave", pool).wait()?;
         self.0.note_left(pool);
@@ -188,7 +188,7 @@ impl App {
     /// The apps that the server knows, as it describes them.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub fn apps(&self) -> Result<Value, Error> {
         self.request(&json!({"action": "app_list"}))
     }
@@ -196,15 +196,16 @@ impl App {
     /// The pools that the server knows, as it describes them.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub fn pools(&self) -> Result<Value, Error> {
         self.request(&json!({"action": "pool_list"}))
     }
 
-    /// Asks the server for anything: `request` is a message of the protocol, with its `action` and without an `id`.
+    /// Asks the server for anything: `request` is a message of the protocol, with its `action` and
+    /// without an `id`.
     ///
     /// # Errors
-    /// Where the server refuses, and `bad_message` where `request` is no such message.
+    /// If the server refuses, and `bad_message` if `request` is no such message.
     pub fn request(&self, request: &Value) -> Result<Value, Error> {
         self.0.requesting(request)?.wait()
     }
@@ -233,7 +234,7 @@ impl App {
     /// Asks the server whether it lives; how long the answer took.
     ///
     /// # Errors
-    /// Where no answer comes.
+    /// If no answer comes.
     pub fn ping(&self) -> Result<Duration, Error> {
         let started = Instant::now();
         self.0.asking(Message::new("ping")).wait()?;
@@ -243,7 +244,7 @@ impl App {
     /// Closes cleanly; see [`crate::App::close`].
     ///
     /// # Errors
-    /// `timeout` where handlers or the server took longer; the connection is closed all the same.
+    /// `timeout` if handlers or the server took longer; the connection is closed all the same.
     pub fn close(&self) -> Result<(), Error> {
         self.0.close_blocking()
     }
@@ -258,7 +259,12 @@ impl From<crate::App> for App {
 
 macro_rules! builder_methods {
     ($($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*);)*) => {
-        $($(#[$doc])* pub fn $name(self, $($arg: $type),*) -> Self { Self(self.0.$name($($arg),*)) })*
+        $(
+            $(#[$doc])*
+            pub fn $name(self, $($arg: $type),*) -> Self {
+                Self(self.0.$name($($arg),*))
+            }
+        )*
     };
 }
 
@@ -271,26 +277,28 @@ impl Call {
     builder_methods! {
         /// How long the answer may take, from now on.
         timeout(timeout: Duration);
-        /// Calls this app, whoever else serves the trigger.
+        /// Calls this app, even if others serve the trigger.
         to(app_id: &str);
         /// Calls this instance of an app.
         to_instance(app_id: &str, instance: InstanceId);
         /// Calls in this pool. Needed where the app is in several.
         pool(pool: &str);
-        /// What a sticky trigger goes by: calls with the same key reach the same handler.
+        /// The key of a sticky trigger: calls with the same key reach the same handler.
         key(key: &str);
         /// Adds a header, passed to the handler untouched.
         header(name: &str, value: &str);
-        /// Where no handler is live, has the server keep the call on disk until one comes; see [`crate::Call::park`].
+        /// Where no handler is live, has the server keep the call on disk until one comes; see
+        /// [`crate::Call::park`].
         park();
-        /// Where the handler's connection ends before it answered, gives the call to the next one: it may run more than
-        /// once. The handler reads which attempt it is from [`crate::Request::attempt`].
+        /// Where the handler's connection ends before it answered, gives the call to the next one:
+        /// it may run more than once. The handler reads which attempt it is from
+        /// [`crate::Request::attempt`].
         redeliver();
         /// By what the server knows repeats of the call; see [`crate::Call::idempotency_key`].
         idempotency_key(key: &str);
         /// Gives the call an id of the caller's own, 1 to 128 bytes; see [`crate::Call::id`].
         id(id: &str);
-        /// Sends these bytes instead of the data, beside the JSON and as they are.
+        /// Sends these bytes unchanged instead of the data, next to the JSON.
         raw_bytes(bytes: Vec<u8>);
         /// Items of a streamed answer that may be under way (default 64).
         window(window: u64);
@@ -309,13 +317,13 @@ impl Call {
     /// Sends the call and waits for the answer.
     ///
     /// # Errors
-    /// What the handler or the server answered; `bad_message` where the answer is not an `R`.
+    /// What the handler or the server answered; `bad_message` if the answer is not an `R`.
     pub fn send<R: FromPayload>(self) -> Result<R, Error> {
         self.0.send().wait()
     }
 
-    /// Sends the call to be kept by the server until it is answered, and waits until it is on disk, or answered where a
-    /// handler is live; see [`crate::Call::send_parked`].
+    /// Sends the call to be kept by the server until it is answered, and waits until it is on disk,
+    /// or answered where a handler is live; see [`crate::Call::send_parked`].
     ///
     /// ```no_run
     /// use latzero::blocking::App;
@@ -329,8 +337,8 @@ impl Call {
     /// ```
     ///
     /// # Errors
-    /// `storage` where the disk takes nothing, `overloaded` where the server keeps too many already, else what the
-    /// handler or the server answered.
+    /// `storage` if the disk takes nothing, `overloaded` if the server keeps too many already, else
+    /// what the handler or the server answered.
     pub fn send_parked(self) -> Result<Parked, Error> {
         self.0.send_parked().wait().map(Parked)
     }
@@ -351,14 +359,15 @@ impl Call {
         self.send()
     }
 
-    /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers the whole stream.
+    /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers
+    /// the whole stream.
     pub fn stream<R: FromPayload>(self) -> Stream<R> {
         Stream(self.0.stream())
     }
 }
 
-/// A call that the server keeps until it is answered, or that is answered already. Dropping it lets the call go on: its
-/// answer then goes to [`App::answers`].
+/// A call that the server keeps until it is answered, or that is answered already. Dropping it lets
+/// the call continue: its answer then goes to [`App::answers`].
 #[derive(Debug)]
 pub struct Parked(crate::Parked);
 
@@ -372,8 +381,8 @@ impl Parked {
     /// Waits for the answer. A lost connection does not end the wait; that the app is closed does.
     ///
     /// # Errors
-    /// What the handler or the server answered; `timeout` where the call's time ended before; `bad_message` where the
-    /// answer is not an `R`.
+    /// What the handler or the server answered; `timeout` if the call's time ended before;
+    /// `bad_message` if the answer is not an `R`.
     pub fn answer<R: FromPayload>(self) -> Result<R, Error> {
         self.0.answer().wait()
     }
@@ -392,7 +401,8 @@ impl Parked {
     }
 }
 
-/// Answers to calls that nobody here waits for, by iterating, until the app is closed; [`App::answers`] gives it.
+/// Answers to calls that nobody here waits for, by iterating, until the app is closed;
+/// [`App::answers`] gives it.
 #[derive(Debug)]
 pub struct Answers(crate::Answers);
 
@@ -407,7 +417,8 @@ impl Answers {
     /// The next answer, waited for `timeout` at most.
     ///
     /// # Errors
-    /// `timeout` where none came; `disconnected` after the app was closed, or [`App::answers`] was asked again.
+    /// `timeout` if none came; `disconnected` after the app was closed, or [`App::answers`] was
+    /// asked again.
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Answer, Error> {
         let core = self.0.app.core().clone();
         let deadline = Some(Instant::now() + timeout);
@@ -446,14 +457,14 @@ impl Emit {
         key(key: &str);
         /// Adds a header, passed to the handlers untouched.
         header(name: &str, value: &str);
-        /// Sends these bytes instead of the data, beside the JSON and as they are.
+        /// Sends these bytes unchanged instead of the data, next to the JSON.
         raw_bytes(bytes: Vec<u8>);
     }
 
     /// Sends it. It is done when it is handed to the connection.
     ///
     /// # Errors
-    /// Where there is no connection, or the data can't be written.
+    /// If there is no connection, or the data can't be written.
     pub fn send(self) -> Result<(), Error> {
         std::future::IntoFuture::into_future(self.0).wait()
     }
@@ -461,7 +472,7 @@ impl Emit {
     /// Sends it, and gives the number of handlers that it went to.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub fn counted(self) -> Result<u64, Error> {
         self.0.counted().wait()
     }
@@ -526,7 +537,7 @@ impl<T: Lossy> Events<T> {
     /// The next event, waited for `timeout` at most.
     ///
     /// # Errors
-    /// `timeout` where none came; `disconnected` after the app was closed.
+    /// `timeout` if none came; `disconnected` after the app was closed.
     pub fn recv_timeout(&mut self, timeout: Duration) -> Result<T, Error> {
         let core = self.0.app.core();
         let deadline = Some(Instant::now() + timeout);
@@ -573,7 +584,7 @@ impl Handler {
     /// Serves the trigger; see [`App::serve`].
     ///
     /// # Errors
-    /// Where the name is not valid or the server refuses.
+    /// If the name is not valid or the server refuses.
     pub fn serve<T: IntoPayload>(
         self,
         handler: impl Fn(Request) -> Result<T, HandlerError> + Send + Sync + 'static,
@@ -605,7 +616,7 @@ impl Request {
     /// A memory block that the caller gave along, for as long as the call lasts.
     ///
     /// # Errors
-    /// `no_block` where it gave no such block.
+    /// `no_block` if it gave no such block.
     pub fn block(&self, id: &str) -> Result<Block, Error> {
         self.0.block(id).map(Block)
     }
@@ -613,15 +624,16 @@ impl Request {
     /// Sends one item of a streamed answer, once the caller has room for it.
     ///
     /// # Errors
-    /// `cancelled` where the caller is gone, `bad_message` where the item can't be written.
+    /// `cancelled` if the caller is gone, `bad_message` if the item can't be written.
     pub fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
         self.send("partial", item)
     }
 
-    /// Reports how far the work is. Reports are not items: the caller may see only the newest, and none in an encrypted pool.
+    /// Reports how far the work is. Reports are not items: the caller may see only the newest, and
+    /// none in an encrypted pool.
     ///
     /// # Errors
-    /// `cancelled` where the caller is gone, `bad_message` where the report can't be written.
+    /// `cancelled` if the caller is gone, `bad_message` if the report can't be written.
     pub fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
         if self.0.ticket.sealed.get().is_some() {
             return Ok(());

@@ -16,7 +16,7 @@ use crate::keys::{AppKey, Keys};
 use crate::sync::{lock, set_waker};
 use crate::url::Url;
 
-/// Threads that run blocking handlers, unless told otherwise.
+/// Threads that run blocking handlers, by default.
 pub(crate) const HANDLER_THREADS: usize = 16;
 
 /// When and how to connect again after a loss.
@@ -40,7 +40,7 @@ impl Default for Reconnect {
     }
 }
 
-/// Everything an app is told before it connects.
+/// The configuration of an app before it connects.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     pub(crate) url: Url,
@@ -106,7 +106,8 @@ impl Builder {
         self
     }
 
-    /// Refuse to connect while another instance of the app lives, and to let one in while this one does.
+    /// Refuse to connect while another instance of the app lives, and to let one in while this one
+    /// does.
     #[must_use]
     pub fn exclusive(self, exclusive: bool) -> Self {
         self.with(|config| config.exclusive = exclusive)
@@ -118,34 +119,35 @@ impl Builder {
         self.with(|config| config.takeover = takeover)
     }
 
-    /// Ask for the pools and triggers that the server remembers of this AppID, instead of naming any. A remembered
-    /// trigger that gets no handler here answers `no_handler`.
+    /// Ask for the pools and triggers that the server remembers of this AppID, instead of naming
+    /// any. A remembered trigger that gets no handler here answers `no_handler`.
     #[must_use]
     pub fn rehydrate(self, rehydrate: bool) -> Self {
         self.with(|config| config.rehydrate = rehydrate)
     }
 
-    /// Have the server remember nothing of the app once its last instance has gone: for tools that come and go.
+    /// Have the server remember nothing of the app once its last instance has gone: for tools that
+    /// come and go.
     #[must_use]
     pub fn transient(self, transient: bool) -> Self {
         self.with(|config| config.transient = transient)
     }
 
-    /// What the app tells about itself, shown to whoever lists apps: a JSON object.
+    /// The app's metadata, shown in listings of apps: a JSON object.
     #[must_use]
     pub fn meta(self, meta: Value) -> Self {
         self.with(|config| config.meta = Some(meta))
     }
 
-    /// Proves that the app is who it says by its key: the first time binds the key to the AppID, from then on nobody comes in
-    /// under it without.
+    /// Proves that the app is who it says by its key: the first time binds the key to the AppID,
+    /// from then on nobody can use it without the key.
     #[must_use]
     pub fn app_key(self, key: AppKey) -> Self {
         self.with(|config| config.app_key = Some(key))
     }
 
-    /// Joins an encrypted pool, with what these keys prove. A pool of that name that is not encrypted, or not with these
-    /// keys, is refused.
+    /// Joins an encrypted pool, with what these keys prove. A pool of that name that is not
+    /// encrypted, or not with these keys, is refused.
     #[must_use]
     pub fn keys(self, pool: &str, keys: Keys) -> Self {
         let Ok(pool) = PoolName::new(pool) else {
@@ -164,8 +166,8 @@ impl Builder {
         self.with(|config| config.state_dir = Some(path.into()))
     }
 
-    /// Gives proofs over plain TCP too, where nothing binds them to the connection: whoever listens there in the server's
-    /// place could pass them on.
+    /// Sends proofs over plain TCP too, where nothing binds them to the connection: a listener in
+    /// the server's place could forward them.
     #[must_use]
     pub fn unbound(self, unbound: bool) -> Self {
         self.with(|config| config.unbound = unbound)
@@ -196,8 +198,8 @@ impl Builder {
         self.with(|config| config.reconnect = reconnect)
     }
 
-    /// Threads that run blocking handlers at most (default 16). A handler that waits for a call of its own does not
-    /// count.
+    /// Threads that run blocking handlers at most (default 16). A handler that waits for a call of
+    /// its own does not count.
     #[must_use]
     pub fn handler_threads(self, threads: usize) -> Self {
         self.with(|config| config.handler_threads = threads)
@@ -215,10 +217,11 @@ impl Builder {
         self.with(|config| config.call_timeout = timeout)
     }
 
-    /// Connects. On a tokio runtime the app is driven by a task there, elsewhere by a background thread.
+    /// Connects. On a tokio runtime the app is driven by a task there, elsewhere by a background
+    /// thread.
     ///
     /// # Errors
-    /// Where the address is wrong, no server answers, or it refuses the handshake.
+    /// If the address is wrong, no server answers, or it refuses the handshake.
     pub async fn connect(self) -> Result<App, Error> {
         let config = self.config?;
         // Names are looked up and sockets connected by calls that block, so a thread does it.
@@ -234,7 +237,8 @@ impl Builder {
     }
 }
 
-/// Adds the keys that the environment has of the one pool that is named, where the address has none of it.
+/// Adds the keys that the environment has of the one pool that is named, where the address has none
+/// of it.
 fn of_environment(
     url: &Url,
     mut keys: Vec<(PoolName, Keys)>,

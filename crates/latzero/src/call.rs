@@ -28,11 +28,12 @@ use crate::sealed::{SealedCall, Unsealed};
 use crate::stream::Stream;
 use crate::sync::lock;
 
-/// How long the server's own `timeout` is waited for beyond a call's time: half as long again, within these.
+/// How long the server's own `timeout` is waited for beyond a call's time: half as long again,
+/// within these.
 const GRACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// A message that is being put together, or waits to be sent. Boxed from the start, so that builders and futures are
-/// cheap to move.
+/// A message that is being put together, or waits to be sent. Boxed from the start, so that
+/// builders and futures are cheap to move.
 #[derive(Debug)]
 struct Unsent {
     app: App,
@@ -43,7 +44,7 @@ struct Unsent {
     window: Option<u64>,
     /// Blocks that travel with a call, as JSON.
     blocks: Vec<Value>,
-    lasting: Lasting,
+    lasting: ParkOptions,
     /// Where it goes; of an app with keys alone, which may have to seal it.
     route: Option<Box<Route>>,
     /// What its answer is opened with.
@@ -62,19 +63,19 @@ struct Route {
 
 /// What is asked for a call that may outlive an attempt at it.
 #[derive(Debug, Default)]
-struct Lasting {
+struct ParkOptions {
     park: bool,
     redeliver: bool,
     idempotency_key: Option<String>,
     id: Option<Box<str>>,
 }
 
-impl Lasting {
+impl ParkOptions {
     fn name(&self) -> Name<'_> {
         match &self.id {
             Some(id) => Name::Chosen(id),
-            None if self.park => Name::Lasting,
-            None => Name::Place,
+            None if self.park => Name::Durable,
+            None => Name::Slot,
         }
     }
 }
@@ -104,7 +105,7 @@ impl Unsent {
             deadline: None,
             window: None,
             blocks: Vec::new(),
-            lasting: Lasting::default(),
+            lasting: ParkOptions::default(),
             route: None,
             sealed: None,
             failure: None,
@@ -242,8 +243,8 @@ impl Unsent {
     }
 }
 
-/// A call that is not sent yet. Awaiting it sends it and gives the answer as a JSON value; [`Call::send`] gives it as
-/// any type.
+/// A call that is not sent yet. Awaiting it sends it and gives the answer as a JSON value;
+/// [`Call::send`] gives it as any type.
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Call {
@@ -262,13 +263,14 @@ impl Call {
         }
     }
 
-    /// How long the answer may take, from now on: 24 hours at most, and 30 days for a call that may be parked.
+    /// How long the answer may take, from now on: 24 hours at most, and 30 days for a call that may
+    /// be parked.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.unsent.timeout = timeout;
         self
     }
 
-    /// Calls this app, whoever else serves the trigger.
+    /// Calls this app, even if others serve the trigger.
     pub fn to(mut self, app_id: &str) -> Self {
         self.unsent.set_app(app_id);
         self
@@ -286,7 +288,7 @@ impl Call {
         self
     }
 
-    /// What a sticky trigger goes by: calls with the same key reach the same handler.
+    /// The key of a sticky trigger: calls with the same key reach the same handler.
     pub fn key(mut self, key: &str) -> Self {
         self.unsent.set_key(key);
         self
@@ -298,8 +300,8 @@ impl Call {
         self
     }
 
-    /// Gives the handler a memory block of the call's pool to read, for the length of the call. In the data it is
-    /// [`Block::reference`].
+    /// Gives the handler a memory block of the call's pool to read, for the length of the call. In
+    /// the data it is [`Block::reference`].
     pub fn block(self, block: &Block) -> Self {
         self.with_block(block, "read")
     }
@@ -315,45 +317,50 @@ impl Call {
         self
     }
 
-    /// Where no handler is live, has the server keep the call on disk until one comes, for as long as
-    /// [`Call::timeout`] says (24 hours at most). From then on it outlives the handlers, the server and this
-    /// connection: a loss does not fail it, and the answer that is given meanwhile comes right after the reconnect.
+    /// If no handler is live, the server keeps the call on disk until one comes, for as long as
+    /// [`Call::timeout`] says (24 hours at most). From then on it outlives the handlers, the server
+    /// and this connection: a loss does not fail it, and the answer that is given meanwhile comes
+    /// right after the reconnect.
     ///
-    /// Such a call has one answer and takes no blocks along. Dropping its future cancels it all the same;
-    /// [`Call::send_parked`] gives a handle that may be dropped, and tells when the call is on disk. Until it is, a loss
-    /// fails it as it does any other call: [`Call::idempotency_key`] makes it safe to repeat.
+    /// Such a call has one answer and takes no blocks along. Dropping its future still cancels it;
+    /// [`Call::send_parked`] returns a handle that may be dropped, once the call is on disk. Until
+    /// then a lost connection fails it like any other call: [`Call::idempotency_key`] makes it safe
+    /// to repeat.
     ///
-    /// Fails with `storage` where the disk takes nothing, and `overloaded` where the server keeps too many already.
+    /// Fails with `storage` where the disk takes nothing, and `overloaded` where the server keeps
+    /// too many already.
     pub fn park(mut self) -> Self {
         self.unsent.lasting.park = true;
         self
     }
 
-    /// Where the handler's connection ends before it answered, gives the call to the next one: it may run more than
-    /// once. The handler reads which attempt it is from [`Request::attempt`](crate::Request::attempt).
+    /// Where the handler's connection ends before it answered, gives the call to the next one: it
+    /// may run more than once. The handler reads which attempt it is from
+    /// [`Request::attempt`](crate::Request::attempt).
     pub fn redeliver(mut self) -> Self {
         self.unsent.lasting.redeliver = true;
         self
     }
 
-    /// By what the server knows repeats of the call: for a bounded time (a setting of the server), calls of this app
-    /// with the same key (1 to 1024 bytes) get the first one's answer. It travels as the header `idempotency-key`, beside
-    /// others.
+    /// By what the server knows repeats of the call: for a bounded time (a setting of the server),
+    /// calls of this app with the same key (1 to 1024 bytes) get the first one's answer. It is sent
+    /// as the header `idempotency-key`.
     pub fn idempotency_key(mut self, key: &str) -> Self {
         self.unsent.lasting.idempotency_key = Some(key.to_owned());
         self
     }
 
-    /// Gives the call an id of the caller's own, 1 to 128 bytes, by which its answer is known even after the process was
-    /// started again; see [`App::answers`]. Without it a call gets an id by itself.
+    /// Gives the call an id of the caller's own, 1 to 128 bytes, by which its answer is known even
+    /// after the process was started again; see [`App::answers`]. Without it a call gets an id by
+    /// itself.
     ///
-    /// Fails with `bad_message` where another call of the app in flight has the id.
+    /// Fails with `bad_message` if another call of the app in flight has the id.
     pub fn id(mut self, id: &str) -> Self {
         self.unsent.lasting.id = Some(id.into());
         self
     }
 
-    /// Sends these bytes instead of the data, beside the JSON and as they are.
+    /// Sends these bytes unchanged instead of the data, next to the JSON.
     pub fn raw_bytes(mut self, bytes: Vec<u8>) -> Self {
         self.unsent.set_bytes(bytes);
         self
@@ -374,10 +381,10 @@ impl Call {
         }
     }
 
-    /// Sends the call to be kept by the server until it is answered, as [`Call::park`] has it. The future is done once
-    /// the call is on disk, or answered where a handler is live; dropping it before cancels the call. The handle that it
-    /// gives may be dropped: the call goes on, and its answer goes to [`App::answers`], in a later life of the process
-    /// too.
+    /// Sends the call to be stored by the server until it is answered, as with [`Call::park`]. The
+    /// future is done once the call is on disk, or answered where a handler is live; dropping it
+    /// before cancels the call. The handle that it gives may be dropped: the call continues, and
+    /// its answer goes to [`App::answers`], in a later life of the process too.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), latzero::Error> {
@@ -412,7 +419,8 @@ impl Call {
         self.send()
     }
 
-    /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers the whole stream.
+    /// Opens a streamed answer. The call is sent when the first item is asked for; its time covers
+    /// the whole stream.
     pub fn stream<R: FromPayload>(mut self) -> Stream<R> {
         let window = self.window;
         self.unsent.message.number("window", window);
@@ -440,16 +448,16 @@ pub(crate) struct Outgoing(State);
 #[derive(Debug)]
 enum State {
     Unsent(Box<Unsent>),
-    Sent(Sent),
+    Sent(SentRequest),
     Done,
 }
 
 /// A request that was sent.
 #[derive(Debug)]
-struct Sent {
+struct SentRequest {
     app: App,
     key: Key,
-    /// When to give up, where the server does not.
+    /// When to give up, if the server does not.
     deadline: Instant,
     /// The id that its caller chose.
     chosen: Option<Box<str>>,
@@ -458,12 +466,12 @@ struct Sent {
     at_drop: AtDrop,
 }
 
-/// What becomes of a request whose owner goes.
+/// What happens to a request whose owner is dropped.
 #[derive(Debug)]
 enum AtDrop {
-    /// The server is told that the answer is not wanted.
+    /// The server is sent a cancel.
     Cancel,
-    /// The request of this id goes on.
+    /// The request of this id continues.
     Leave(Box<str>),
 }
 
@@ -534,8 +542,8 @@ impl Outgoing {
         }
     }
 
-    /// When a blocked caller gives up, where neither the server nor the driver does.
-    pub(crate) fn patience(&self) -> Option<Instant> {
+    /// When a blocked caller gives up, if neither the server nor the driver does.
+    pub(crate) fn wait_until(&self) -> Option<Instant> {
         match &self.0 {
             State::Unsent(unsent) => Some(Instant::now() + unsent.timeout + grace(unsent.timeout)),
             State::Sent(sent) => Some(sent.deadline),
@@ -548,7 +556,7 @@ impl Outgoing {
         self.0 = State::Done;
     }
 
-    /// Sends the request, where that is not done; its key then.
+    /// Sends the request, if that is not done; its key then.
     pub(crate) fn poll_sent(
         &mut self,
         leave: Leave,
@@ -592,7 +600,7 @@ impl Outgoing {
         let State::Unsent(unsent) = std::mem::replace(&mut self.0, State::Done) else {
             unreachable!("it was just seen");
         };
-        self.0 = State::Sent(Sent {
+        self.0 = State::Sent(SentRequest {
             app: unsent.app,
             key,
             deadline: given_up,
@@ -664,7 +672,7 @@ pub(crate) fn open_reply(sealed: &SealedCall, reply: Result<Reply, Error>) -> Re
 }
 
 /// Whether a call may outlive what its window of time is: its envelope says when it expires.
-fn lasting_kind(lasting: &Lasting) -> bool {
+fn lasting_kind(lasting: &ParkOptions) -> bool {
     lasting.park || lasting.redeliver
 }
 
@@ -697,7 +705,8 @@ fn too_late(is_connected: bool) -> Error {
     error.with_ran(Ran::No)
 }
 
-/// A call whose answer is awaited. Dropping it cancels the call; but that of a [`Parked`] goes on.
+/// A call whose answer is awaited. Dropping it cancels the call; but that of a [`Parked`]
+/// continues.
 #[derive(Debug)]
 #[must_use = "a call is sent when it is awaited"]
 pub struct Calling<R> {
@@ -734,7 +743,7 @@ impl<R> Calling<R> {
         reply.map(|reply| reply.and_then(read))
     }
 
-    /// Tells the server that the answer is not wanted any more, and waits for it all the same; false where it was not asked.
+    /// Cancels the request but still waits for its answer; false if it was not sent.
     pub(crate) fn cancel(&self) -> bool {
         let Some((app, key)) = self.outgoing.sent() else {
             return false;
@@ -750,9 +759,9 @@ impl<R> Calling<R> {
     /// Waits for the answer on this thread.
     pub(crate) fn wait(mut self) -> Result<R, Error> {
         let app = self.outgoing.app().cloned().expect("it was not polled yet");
-        let patience = self.outgoing.patience();
+        let deadline = self.outgoing.wait_until();
         let poll = |cx: &mut Context<'_>| self.outgoing.poll_reply(Leave::Now, cx);
-        match app.core().block_on(patience, poll) {
+        match app.core().block_on(deadline, poll) {
             Some(reply) => reply.and_then(self.read),
             None => Err(silence()),
         }
@@ -776,9 +785,9 @@ impl Parking {
     /// Waits on this thread until the call is on disk, or answered.
     pub(crate) fn wait(mut self) -> Result<Parked, Error> {
         let app = self.0.app().cloned().expect("it was not polled yet");
-        let patience = self.0.patience();
+        let deadline = self.0.wait_until();
         app.core()
-            .block_on(patience, |cx| self.0.poll_parked(Leave::Now, cx))
+            .block_on(deadline, |cx| self.0.poll_parked(Leave::Now, cx))
             .unwrap_or_else(|| Err(silence()))
     }
 }
@@ -791,8 +800,8 @@ impl Future for Parking {
     }
 }
 
-/// A call that the server keeps until it is answered, or that is answered already. Dropping it, or the wait for its
-/// answer, lets the call go on: its answer then goes to [`App::answers`].
+/// A call that the server keeps until it is answered, or that is answered already. Dropping it, or
+/// the wait for its answer, lets the call continue: its answer then goes to [`App::answers`].
 #[derive(Debug)]
 pub struct Parked {
     outgoing: Outgoing,
@@ -806,8 +815,8 @@ impl Parked {
         &self.id
     }
 
-    /// The answer as `R`, once it is there. A lost connection does not end the wait; that the app is closed, or the
-    /// call's time is over, does.
+    /// The answer as `R`, once it is there. A lost connection does not end the wait; closing the
+    /// app or the call's deadline does.
     pub fn answer<R: FromPayload>(self) -> Calling<R> {
         Calling {
             outgoing: self.outgoing,
@@ -825,8 +834,8 @@ impl Parked {
         }
     }
 
-    /// Ends the call: the server forgets it, or cancels the handler that is at it. Where there is no connection, that
-    /// is said at the next one.
+    /// Ends the call: the server forgets it, or cancels the handler that is at it. If there is no
+    /// connection, that is said at the next one.
     pub fn cancel(mut self) {
         if let State::Sent(sent) = &mut self.outgoing.0 {
             sent.at_drop = AtDrop::Cancel;
@@ -889,7 +898,7 @@ impl Emit {
         self
     }
 
-    /// Sends these bytes instead of the data, beside the JSON and as they are.
+    /// Sends these bytes unchanged instead of the data, next to the JSON.
     pub fn raw_bytes(mut self, bytes: Vec<u8>) -> Self {
         self.0.set_bytes(bytes);
         self
@@ -954,9 +963,9 @@ impl Emitting {
     pub(crate) fn wait(mut self) -> Result<(), Error> {
         let unsent = self.0.as_ref().expect("it was not polled yet");
         let app = unsent.app.clone();
-        let patience = Instant::now() + unsent.timeout + GRACE.1;
+        let deadline = Instant::now() + unsent.timeout + GRACE.1;
         app.core()
-            .block_on(Some(patience), |cx| self.poll_with(Leave::Now, cx))
+            .block_on(Some(deadline), |cx| self.poll_with(Leave::Now, cx))
             .unwrap_or_else(|| Err(too_late(app.core().is_connected())))
     }
 }

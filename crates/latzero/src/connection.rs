@@ -1,7 +1,8 @@
 //! One connection: a socket left in blocking mode, and its handshake.
 //!
-//! Non-blocking attempts say so per call (`MSG_DONTWAIT`, recv(2)), so one thread can simply wait in `recv` while
-//! others try to write. A receive time-out lets such a thread look at its deadlines: one system call per wake.
+//! Non-blocking attempts say so per call (`MSG_DONTWAIT`, recv(2)), so one thread can simply wait
+//! in `recv` while others try to write. A receive time-out lets such a thread look at its
+//! deadlines: one system call per wake.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -26,7 +27,7 @@ use crate::error::Error;
 use crate::local;
 use crate::prove::{Talk, check_bound};
 use crate::sealed::SealedPool;
-use crate::url::Place;
+use crate::url::Endpoint;
 
 /// How long a thread waits in `recv` before it looks at its deadlines.
 pub(crate) const RECV_TIMEOUT: Duration = Duration::from_millis(250);
@@ -63,7 +64,7 @@ pub(crate) struct Ack {
     pub(crate) pools: Vec<String>,
     pub(crate) triggers: Vec<serde_json::Value>,
     pub(crate) rehydrated: bool,
-    /// Absent where what was registered is written down.
+    /// Absent if the registration is stored.
     pub(crate) stored: Option<bool>,
     features: Vec<String>,
     pub(crate) limits: AckLimits,
@@ -91,7 +92,8 @@ impl AsRawFd for Link {
 }
 
 impl Link {
-    /// What is accepted from the server: what other clients may send, and what the server adds to it.
+    /// What is accepted from the server: what other clients may send, and what the server adds to
+    /// it.
     pub(crate) fn accept(&self) -> Accept {
         Accept {
             max_frame: self.max_frame.saturating_add(FORWARD_SLACK),
@@ -110,7 +112,8 @@ impl Link {
         })
     }
 
-    /// Sends what the kernel takes at once, with a descriptor that travels with the first byte (unix(7), `SCM_RIGHTS`).
+    /// Sends what the kernel takes at once, with a descriptor that travels with the first byte
+    /// (unix(7), `SCM_RIGHTS`).
     pub(crate) fn try_send_with(
         &self,
         bytes: &[u8],
@@ -174,7 +177,7 @@ impl Link {
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
     }
 
-    /// Ends the connection for whoever waits on it.
+    /// Ends the connection for everyone who waits on it.
     pub(crate) fn end(&self) {
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
@@ -183,7 +186,10 @@ impl Link {
 fn unreachable(place: &str, error: io::Error) -> Error {
     Error::new(
         Code::Disconnected,
-        format!("no server answers at {place}: {error}; start one with `latzero start`, or correct the address"),
+        format!(
+            "no server answers at {place}: {error}; start one with `latzero start`, or \
+        correct the address"
+        ),
     )
     .with_ran(Ran::No)
     .with_source(error)
@@ -227,29 +233,30 @@ fn unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Opens a socket; true where it is a Unix one.
-fn open(place: &Place, timeout: Duration, has_keys: bool) -> Result<(OwnedFd, bool), Error> {
+/// Opens a socket; true if it is a Unix one.
+fn open(place: &Endpoint, timeout: Duration, has_keys: bool) -> Result<(OwnedFd, bool), Error> {
     let deadline = Instant::now() + timeout;
     let by_tcp = |host: &str, port| tcp(host, port, timeout).map(|socket| (socket, false));
     match place {
-        Place::Local => {
+        Endpoint::Local => {
             let mut sockets = local::sockets().into_iter();
             match sockets.find_map(|path| unix(&path, deadline).ok()) {
                 Some(socket) => Ok((socket, true)),
-                // Whoever has the port while the server is down would get the proofs.
+                // Another process on the port while the server is down would get the proofs.
                 None if has_keys => Err(Error::new(
                     Code::Disconnected,
-                    "no server answers on the Unix socket of this machine, and keys are not proved elsewhere unasked",
+                    "no server answers on the Unix socket of this machine, and keys are not \
+                    proved elsewhere unasked",
                 )
                 .with_ran(Ran::No)),
                 None => by_tcp("127.0.0.1", DEFAULT_PORT),
             }
         }
-        Place::Socket(path) => match unix(path, deadline) {
+        Endpoint::Socket(path) => match unix(path, deadline) {
             Ok(socket) => Ok((socket, true)),
             Err(e) => Err(unreachable(&path.display().to_string(), e)),
         },
-        Place::Tcp(host, port) => by_tcp(host, *port),
+        Endpoint::Tcp(host, port) => by_tcp(host, *port),
     }
 }
 

@@ -1,8 +1,9 @@
 //! What all handles of one app share, and the steps every driver takes with it.
 //!
-//! Three parties may move an app along: a caller that blocks, a background thread, a task on the caller's runtime. They
-//! share one role, reading, held by whoever has the [`Reader`]'s lock. Lock order: input → outbox → pending → job queue;
-//! no user code runs under any of them but wakers.
+//! Three parties may move an app along: a caller that blocks, a background thread, a task on the
+//! caller's runtime. They share one role, reading, which the holder of the [`Reader`]'s lock has.
+//! Lock order: input → outbox → pending → job queue; no user code runs under any of them but
+//! wakers.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -23,7 +24,7 @@ use crate::driver_thread::Workers;
 use crate::driver_tokio::Signal;
 use crate::error::Error;
 use crate::events::{Presence, Queue};
-use crate::handlers::{Handlers, Job};
+use crate::handlers::{HandlerJob, Handlers};
 use crate::message::Message;
 use crate::outbox::{By, Flushed, Outbox, Phase, Submitted};
 use crate::payload::Reply;
@@ -48,7 +49,7 @@ pub(crate) enum DriverKind {
 /// When a message leaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Leave {
-    /// With the next flush of the driver, where it is near; else at once.
+    /// With the next flush of the driver, if it is near; else at once.
     Soon,
     /// At once.
     Now,
@@ -70,7 +71,7 @@ pub(crate) struct Core {
     pub(crate) blocks: Blocks,
     /// The encrypted pools.
     sealed: Vec<Arc<SealedPool>>,
-    /// Emits and pushes that the server dropped since somebody was told.
+    /// Emits and pushes that the server dropped and nobody was notified of.
     pub(crate) lost: AtomicU64,
     /// Pools joined, as the server last said or as they were joined and left since.
     pub(crate) pools: Mutex<Vec<String>>,
@@ -86,7 +87,7 @@ pub(crate) struct Core {
     tick_armed: AtomicBool,
     is_closing: AtomicBool,
     ended: AtomicBool,
-    /// Woken at the end, for whoever waits to reconnect.
+    /// Woken at the end, for reconnects.
     end_lock: Mutex<()>,
     end_signal: Condvar,
 }
@@ -144,7 +145,8 @@ impl Core {
         connection::connect(&self.config, handshake, epoch, &self.sealed)
     }
 
-    /// Takes a new connection into use and asks again for what the server forgets with a connection.
+    /// Takes a new connection into use and asks again for what the server forgets with a
+    /// connection.
     pub(crate) fn install(&self, link: Link) -> Result<(), Error> {
         let mut first = Vec::new();
         for pool in lock(&self.watchers).keys() {
@@ -166,7 +168,7 @@ impl Core {
             .unwrap_or(crate::pending::IN_FLIGHT_MAX);
         lock(&self.pending).in_flight_max = max.clamp(1, crate::pending::IN_FLIGHT_MAX);
         self.outbox.up(Arc::new(link), &first)?;
-        // Behind that, so that whoever wants an answer no longer from here on finds the connection by itself.
+        // After that, so that a later cancel finds the connection by itself.
         let unwanted = lock(&self.pending).unwanted();
         unwanted.iter().for_each(|call| self.append_cancel(call));
         self.outbox.flush();
@@ -195,8 +197,8 @@ impl Core {
         handshake.to_string()
     }
 
-    /// The handshake of a reconnect: the registration as it is now. It displaces nobody: another instance that came
-    /// meanwhile lives on.
+    /// The handshake of a reconnect: the registration as it is now. It displaces nobody: another
+    /// instance that came meanwhile lives on.
     pub(crate) fn next_handshake(&self) -> String {
         let mut handshake = self.handshake_fields();
         let mut pools = lock(&self.pools).clone();
@@ -223,7 +225,8 @@ impl Core {
         !self.sealed.is_empty()
     }
 
-    /// The encrypted pool that a message goes to: the one that it names, else the only one that the app is in.
+    /// The encrypted pool that a message goes to: the one that it names, else the only one that the
+    /// app is in.
     pub(crate) fn sealed_pool(&self, pool: Option<&str>) -> Option<&Arc<SealedPool>> {
         if self.sealed.is_empty() {
             return None;
@@ -262,8 +265,8 @@ impl Core {
         DriverKind::Threads
     }
 
-    /// Starts what moves the app along while nobody waits: a task on the caller's runtime where `may_use_runtime` and
-    /// there is one, else a thread.
+    /// Starts what drives the app while nobody waits: a task on the caller's runtime where
+    /// `may_use_runtime` and there is one, else a thread.
     pub(crate) fn start(self: &Arc<Self>, may_use_runtime: bool) -> Result<(), Error> {
         #[cfg(feature = "tokio")]
         if may_use_runtime && crate::driver_tokio::has_runtime() {
@@ -283,7 +286,7 @@ impl Core {
         crate::driver_thread::spawn_worker(self)
     }
 
-    /// Whether the app ended for good.
+    /// Whether the app ended permanently.
     pub(crate) fn is_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
@@ -298,7 +301,7 @@ impl Core {
     }
 
     /// Hands jobs to the driver.
-    pub(crate) fn push_jobs(self: &Arc<Self>, jobs: &mut Vec<Job>) {
+    pub(crate) fn push_jobs(self: &Arc<Self>, jobs: &mut Vec<HandlerJob>) {
         if jobs.is_empty() {
             return;
         }
@@ -379,7 +382,8 @@ impl Core {
         self.outbox.wake_waiting();
     }
 
-    /// Ends a call for its owner, who wants it no longer; the server is told where it is still in flight.
+    /// Ends a call that its owner no longer wants; cancels it at the server if it is still in
+    /// flight.
     pub(crate) fn forget(&self, key: Key) {
         let mut wake = Vec::new();
         let in_flight = lock(&self.pending).forget(key, &mut wake);
@@ -391,7 +395,7 @@ impl Core {
         }
     }
 
-    /// Lets a parked call go on for whoever asks for [`App::answers`](crate::App::answers).
+    /// Detaches a parked call; its answer goes to [`App::answers`](crate::App::answers).
     pub(crate) fn leave(&self, key: Key, id: &str) {
         let mut wake = Vec::new();
         let answer = lock(&self.pending).leave(key, &mut wake);
@@ -401,7 +405,7 @@ impl Core {
         wake.into_iter().for_each(std::task::Waker::wake);
     }
 
-    /// Tells the server that the answer to a call is not wanted any more.
+    /// Sends the server a cancel for a call.
     pub(crate) fn cancel(&self, call: &InFlight) {
         self.append_cancel(call);
         self.flush_soon();
@@ -425,7 +429,8 @@ impl Core {
         lock(&self.pending).poll(key, cx)
     }
 
-    /// A connection was lost: its calls end but for those that the server keeps, and another one is made.
+    /// A connection was lost: its calls end but for those that the server keeps, and another one is
+    /// made.
     pub(crate) fn lost(self: &Arc<Self>, link: &Link, why: &str) {
         let Some(attempted) = self.outbox.down(link.epoch) else {
             return;
@@ -461,7 +466,7 @@ impl Core {
         self.handlers.cancel_all();
     }
 
-    /// Ends for good: every call and every wait fails with `error`, threads and tasks stop.
+    /// Ends permanently: every call and every wait fails with `error`, threads and tasks stop.
     pub(crate) fn end(&self, error: &Error) {
         self.ended.store(true, Ordering::Release);
         let ended = self.outbox.end(error.clone());
@@ -512,7 +517,7 @@ impl Core {
         self.is_closing.store(true, Ordering::Release);
     }
 
-    /// The error of whoever still wants something after the last handle went or `close` was called.
+    /// The error for operations after the last handle was dropped or `close` was called.
     pub(crate) fn closed_error() -> Error {
         Error::new(Code::Disconnected, "the app was closed").with_ran(Ran::No)
     }

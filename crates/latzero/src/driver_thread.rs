@@ -1,11 +1,14 @@
-//! Threads that move an app along where no runtime does: they read while no caller does, and run handlers.
+//! Threads that move an app along where no runtime does: they read while no caller does, and run
+//! handlers.
 //!
-//! One of them leads: it reads, and runs what it read on the spot, so a call costs no thread hop. Before a handler that
-//! was slow, or that never ran, it hands the lead to another thread; when a handler that used to be fast is stuck, a
-//! watching thread takes the lead. All of them stop with the app; those not needed for a while end.
+//! One of them leads: it reads, and runs what it read on the spot, so a call costs no thread hop.
+//! Before a handler that was slow, or that never ran, it hands the lead to another thread; when a
+//! handler that used to be fast is stuck, a watching thread takes the lead. All of them stop with
+//! the app; those not needed for a while end.
 //!
-//! A caller that blocks reads for itself. The leader stays out of its way as long as callers were at it recently, and
-//! looks again after a few milliseconds; it costs such a caller nothing per call.
+//! A caller that blocks reads for itself. The leader stays out of its way as long as callers were
+//! at it recently, and looks again after a few milliseconds; it costs such a caller nothing per
+//! call.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -19,7 +22,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::core::{Core, TICK};
 use crate::error::Error;
-use crate::handlers::{self, Job, SLOW};
+use crate::handlers::{self, HandlerJob, SLOW};
 use crate::reader::{Input, Received, timespec};
 use crate::sync::lock;
 
@@ -35,13 +38,13 @@ const AWAY_MAX: (Duration, Duration) = (Duration::from_millis(4), Duration::from
 /// How seldom the watching thread looks at a leader whose handlers are fast.
 const WATCH_MAX: Duration = Duration::from_millis(8);
 
-/// Threads of one app at most, as a multiple of `handler_threads`: a handler that waits for a call of its own does
-/// not count against that limit, but against this one.
+/// Threads of one app at most, as a multiple of `handler_threads`: a handler that waits for a call
+/// of its own does not count against that limit, but against this one.
 const NESTING: usize = 4;
 
 #[derive(Debug)]
 struct State {
-    queue: VecDeque<Job>,
+    queue: VecDeque<HandlerJob>,
     threads: usize,
     idle: usize,
     /// Handlers that wait for a call of their own.
@@ -50,7 +53,7 @@ struct State {
     is_stopped: bool,
 }
 
-impl std::fmt::Debug for Job {
+impl std::fmt::Debug for HandlerJob {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Job")
     }
@@ -81,7 +84,8 @@ pub(crate) struct Workers {
 }
 
 thread_local! {
-    /// The app whose handler this thread runs, as an address; 0 is none. An address is enough to know one's own by.
+    /// The app whose handler this thread runs, as an address; 0 is none. An address is enough to
+    /// know one's own by.
     static IN_HANDLER_OF: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -118,8 +122,8 @@ impl Workers {
         })
     }
 
-    /// Queues jobs; somebody must be told.
-    pub(crate) fn push(&self, jobs: &mut Vec<Job>) {
+    /// Queues jobs; a thread must then be notified.
+    pub(crate) fn push(&self, jobs: &mut Vec<HandlerJob>) {
         let mut state = lock(&self.state);
         if state.is_stopped {
             drop(state);
@@ -131,14 +135,14 @@ impl Workers {
     }
 
     /// The next job.
-    pub(crate) fn pop(&self) -> Option<Job> {
+    pub(crate) fn pop(&self) -> Option<HandlerJob> {
         if self.queued.load(Ordering::Acquire) == 0 {
             return None;
         }
         self.pop_from(&mut lock(&self.state))
     }
 
-    fn pop_from(&self, state: &mut State) -> Option<Job> {
+    fn pop_from(&self, state: &mut State) -> Option<HandlerJob> {
         let job = state.queue.pop_front();
         self.queued.store(state.queue.len(), Ordering::Release);
         job
@@ -247,7 +251,7 @@ pub(crate) fn spawn_worker(core: &Arc<Core>) -> Result<(), Error> {
     Err(Error::new(Code::Internal, "no thread could be started").with_ran(Ran::No))
 }
 
-/// Sees to it that somebody runs the queued jobs.
+/// Makes sure that a thread runs the queued jobs.
 pub(crate) fn ensure_worker(core: &Arc<Core>) {
     let workers = &core.workers;
     fence(Ordering::SeqCst);
@@ -337,7 +341,7 @@ fn work(core: &Arc<Core>) {
     state.threads -= 1;
 }
 
-fn run(core: &Arc<Core>, job: Job, started: Instant) -> Instant {
+fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instant {
     IN_HANDLER_OF.set(Arc::as_ptr(core) as usize);
     let ended = handlers::run(core, job, started);
     IN_HANDLER_OF.set(0);
@@ -408,7 +412,8 @@ fn lead(core: &Arc<Core>, lease: u64) {
         input.settle(core, received, &mut jobs);
         drop(input);
         core.reader.pass_on();
-        // A single job is run from the hand; several wait where others can take them if one is stuck.
+        // A single job is run from the hand; several wait where others can take them if one is
+        // stuck.
         if jobs.len() > 1 {
             workers.push(&mut jobs);
         } else if let Some(job) = jobs.pop()
@@ -419,8 +424,8 @@ fn lead(core: &Arc<Core>, lease: u64) {
     }
 }
 
-/// Waits for bytes: in `recv` alone while calls come in, so that each costs one system call; else in a poll that
-/// can be interrupted.
+/// Waits for bytes: in `recv` alone while calls come in, so that each costs one system call; else
+/// in a poll that can be interrupted.
 fn receive(core: &Arc<Core>, input: &mut Input, is_quiet: bool) -> Received {
     let workers = &core.workers;
     if input.is_fresh {
@@ -454,7 +459,7 @@ fn receive(core: &Arc<Core>, input: &mut Input, is_quiet: bool) -> Received {
             PollFd::from_borrowed_fd(workers.bell.as_fd(), PollFlags::IN),
         ];
         let time = core.is_tick_armed().then(|| timespec(TICK));
-        // An interrupted or failed poll is as good as an early one: the read decides.
+        // An interrupted or failed poll counts as an early one: the read decides.
         let _ = poll(&mut fds, time.as_ref());
         let ready = fds[0].revents();
         if !fds[1].revents().is_empty() {
@@ -494,7 +499,7 @@ fn stay_away(core: &Arc<Core>, time: Duration) {
 }
 
 /// Runs a job, and the queued ones behind it; whether this thread still leads.
-fn run_as_leader(core: &Arc<Core>, lease: u64, job: Job) -> bool {
+fn run_as_leader(core: &Arc<Core>, lease: u64, job: HandlerJob) -> bool {
     let workers = &core.workers;
     let mut next = Some(job);
     // One look at the clock per job: where one ends, the next begins.

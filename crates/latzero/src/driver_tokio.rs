@@ -1,7 +1,8 @@
-//! A task on the caller's tokio runtime that reads, flushes and drives handlers: a call crosses no thread.
+//! A task on the caller's tokio runtime that reads, flushes and drives handlers: a call crosses no
+//! thread.
 //!
-//! Calls issued in one turn of the scheduler are sent together: the first marks a flush as due, and this task does it
-//! when it comes round, behind the tasks that were ready before it.
+//! Calls issued in one turn of the scheduler are sent together: the first marks a flush as due, and
+//! this task does it when it comes round, behind the tasks that were ready before it.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -16,7 +17,7 @@ use tokio::time::Sleep;
 
 use crate::connection::Link;
 use crate::core::{Core, TICK};
-use crate::handlers::{self, Job};
+use crate::handlers::{self, HandlerJob};
 use crate::outbox::Flushed;
 use crate::reader::Received;
 use crate::sync::{lock, set_waker};
@@ -40,7 +41,7 @@ impl Signal {
         }
     }
 
-    /// Has the outbox flushed when the task comes round.
+    /// Makes the task flush the outbox on its next poll.
     pub(crate) fn flush_due(&self) {
         if !self.is_due.swap(true, Ordering::AcqRel) {
             self.wake();
@@ -56,8 +57,8 @@ pub(crate) fn has_runtime() -> bool {
 /// Registers a socket with the runtime's reactor.
 #[allow(
     deprecated,
-    reason = "its successor is unsafe because any type may claim any descriptor; a Link owns its socket, and never \
-              replaces it"
+    reason = "its successor is unsafe because any type may claim any descriptor; a Link owns its \
+    socket, and never replaces it"
 )]
 fn watch(link: Arc<Link>) -> std::io::Result<AsyncFd<Arc<Link>>> {
     AsyncFd::new(link)
@@ -80,7 +81,7 @@ struct Drive {
     core: Arc<Core>,
     socket: Option<AsyncFd<Arc<Link>>>,
     tick: Option<Pin<Box<Sleep>>>,
-    jobs: Vec<Job>,
+    jobs: Vec<HandlerJob>,
     has_yielded: bool,
     is_done: bool,
 }
@@ -98,7 +99,8 @@ impl Future for Drive {
         }
         let mut must_flush = this.run_jobs();
         must_flush |= this.read(cx);
-        // A flush that is due waits one turn, so that tasks which are ready now have their say in it.
+        // A flush that is due waits one turn, so that tasks which are ready now have their say in
+        // it.
         if this.core.signal.is_due.load(Ordering::Acquire) && !must_flush {
             if this.has_yielded {
                 must_flush = true;
@@ -113,7 +115,7 @@ impl Future for Drive {
             this.core.outbox.flush();
         }
         this.write(cx);
-        this.look_at_deadlines(cx);
+        this.poll_deadlines(cx);
         Poll::Pending
     }
 }
@@ -172,7 +174,8 @@ impl Drive {
                 match ready {
                     Ok(mut ready) => {
                         let received = input.try_receive();
-                        // A read that did not fill the buffer emptied the socket; what comes later is a new edge.
+                        // A read that did not fill the buffer emptied the socket; what comes later
+                        // is a new edge.
                         if matches!(
                             received,
                             Received::Nothing | Received::Bytes { short: true }
@@ -205,7 +208,7 @@ impl Drive {
         }
     }
 
-    fn look_at_deadlines(&mut self, cx: &mut Context<'_>) {
+    fn poll_deadlines(&mut self, cx: &mut Context<'_>) {
         while self.core.is_tick_armed() {
             let tick = self
                 .tick
@@ -223,7 +226,8 @@ impl Drive {
 impl Drop for Drive {
     fn drop(&mut self) {
         self.socket = None;
-        // The runtime is shutting down and the app lives: a thread goes on. Where even that fails, it ends.
+        // The runtime is shutting down and the app lives: a thread continues. Where even that
+        // fails, it ends.
         if !self.is_done
             && !self.core.is_ended()
             && let Err(error) = self.core.start_threads()

@@ -15,7 +15,7 @@ pub struct Error(Box<Inner>);
 #[derive(Clone)]
 struct Inner {
     kind: Code,
-    /// The code as the wire spelled it, where it is a handler's own.
+    /// The code as the wire spelled it, if it is a handler's own.
     own_code: Option<Box<str>>,
     message: Cow<'static, str>,
     ran: Option<Ran>,
@@ -44,8 +44,8 @@ impl Error {
         self
     }
 
-    /// False where the server alone says so: in an encrypted pool it can make up that nobody serves a call or that its time
-    /// is over, and not what a handler answers.
+    /// False if the server alone says so: in an encrypted pool it can invent that nobody serves a
+    /// call or that it timed out, but not a handler's answer.
     #[must_use]
     pub fn is_authenticated(&self) -> bool {
         !self.0.is_servers_word
@@ -116,7 +116,8 @@ impl Error {
         &self.0.message
     }
 
-    /// Whether the handler of the failed call may have run; `None` where a handler itself reports the failure.
+    /// Whether the handler of the failed call may have run; `None` where a handler itself reports
+    /// the failure.
     #[must_use]
     pub fn ran(&self) -> Option<Ran> {
         self.0.ran
@@ -158,8 +159,8 @@ impl std::error::Error for Error {
     }
 }
 
-/// A failure that a handler answers with. Any error turns into one by `?`, with the code `handler_error`; a
-/// [`latzero::Error`](Error) keeps its code.
+/// A failure that a handler answers with. Any error turns into one by `?`, with the code
+/// `handler_error`; a [`latzero::Error`](Error) keeps its code.
 #[derive(Debug, Clone)]
 pub struct HandlerError {
     pub(crate) code: Cow<'static, str>,

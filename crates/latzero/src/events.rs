@@ -75,12 +75,12 @@ impl Emission {
     /// The payload as `T`.
     ///
     /// # Errors
-    /// `bad_message` where it is not a `T`.
+    /// `bad_message` if it is not a `T`.
     pub fn data<T: FromPayload>(&self) -> Result<T, Error> {
         payload::peek(&self.payload)
     }
 
-    /// The payload's JSON text, where it is JSON.
+    /// The payload's JSON text, if it is JSON.
     #[must_use]
     pub fn json(&self) -> Option<&str> {
         self.payload.json()
@@ -197,7 +197,7 @@ impl<T: Lossy> Queue<T> {
         inner.waker.take()
     }
 
-    /// What was lost and no item tells of, once all items are taken.
+    /// Losses that no item reports, once all items are taken.
     pub(crate) fn take_lost(&self) -> u64 {
         let mut inner = lock(&self.0);
         match inner.items.is_empty() {
@@ -232,8 +232,8 @@ impl<T: Lossy> Queue<T> {
 
 /// Events as they arrive, until the app is closed. Dropping it stops listening.
 ///
-/// At most 1024 wait to be taken; beyond them the newest are dropped, and the next event says how many, or
-/// [`Events::take_lost`] where none follows.
+/// At most 1024 wait to be taken; beyond them the newest are dropped, and the next event says how
+/// many, or [`Events::take_lost`] where none follows.
 #[derive(Debug)]
 #[allow(
     private_bounds,

@@ -60,7 +60,8 @@ impl Spec {
     }
 }
 
-/// A trigger whose emits alone are wanted, as the wire spells it: calls go to its handlers elsewhere.
+/// A trigger whose emits alone are wanted, as the wire spells it: calls go to its handlers
+/// elsewhere.
 pub(crate) fn listener(name: &str) -> Value {
     json!({ "name": name, "concurrency": 0 })
 }
@@ -75,27 +76,27 @@ pub(crate) struct Entry {
 }
 
 /// Something for the driver to run.
-pub(crate) enum Job {
+pub(crate) enum HandlerJob {
     /// A call that just arrived.
     Start(Arc<Entry>, Request),
-    /// A handler's future that can go on.
+    /// A handler's future that can continue.
     Poll(Arc<Task>),
 }
 
-impl Job {
+impl HandlerJob {
     /// Whether it may keep its thread for long.
     pub(crate) fn may_be_slow(&self) -> bool {
         match self {
-            Job::Start(entry, _) => {
+            HandlerJob::Start(entry, _) => {
                 matches!(entry.kind, Kind::Blocking(_)) && entry.is_slow.load(Ordering::Relaxed)
             }
-            Job::Poll(_) => false,
+            HandlerJob::Poll(_) => false,
         }
     }
 
     /// Whether it is the start of call `id`.
     pub(crate) fn is_start_of(&self, id: &str) -> bool {
-        matches!(self, Job::Start(_, request) if request.ticket.id() == Some(id))
+        matches!(self, HandlerJob::Start(_, request) if request.ticket.id() == Some(id))
     }
 }
 
@@ -113,7 +114,8 @@ pub(crate) struct Handlers {
 /// The calls that handlers are at.
 #[derive(Default)]
 struct RunningCalls {
-    /// Those that keep a thread: never more than there are threads, so they are searched one by one.
+    /// Those that keep a thread: never more than there are threads, so they are searched one by
+    /// one.
     blocking: Vec<Arc<Ticket>>,
     /// Those that are tasks.
     tasks: HashSet<Noted>,
@@ -134,7 +136,8 @@ impl RunningCalls {
         }
     }
 
-    /// The place of a blocking call. The newest, where a new connection gave the id of a lost call to another one.
+    /// The place of a blocking call. The newest, where a new connection gave the id of a lost call
+    /// to another one.
     fn blocking(&self, id: &str) -> Option<usize> {
         self.blocking
             .iter()
@@ -159,7 +162,7 @@ impl RunningCalls {
 /// What a registration changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Registered {
-    /// The server must be told.
+    /// The server must be notified.
     New,
     /// The server knows the trigger already.
     Known,
@@ -234,7 +237,7 @@ impl Handlers {
             .collect()
     }
 
-    /// Whether somebody listens to emits of `name`.
+    /// Whether there is a listener for emits of `name`.
     pub(crate) fn is_listened(&self, name: &str) -> bool {
         !self.listeners(name).is_empty()
     }
@@ -289,7 +292,8 @@ impl Handlers {
             if let Some(at) = running.blocking.iter().rposition(is_it) {
                 running.blocking.swap_remove(at);
             } else if running.tasks.get(id).is_some_and(|noted| is_it(&noted.0)) {
-                // A new connection may have given the same id to another call, so it was looked at first.
+                // A new connection may have given the same id to another call, so it was looked at
+                // first.
                 running.tasks.remove(id);
             }
             running.take_idle()
@@ -323,7 +327,7 @@ impl Handlers {
         }
     }
 
-    /// The connection is gone, and with it whoever waits for answers.
+    /// The connection is gone, and with it those who wait for answers.
     pub(crate) fn cancel_all(&self) {
         let running = std::mem::take(&mut *lock(&self.running));
         running.blocking.iter().for_each(|ticket| ticket.cancel());
@@ -331,7 +335,7 @@ impl Handlers {
         running.idle.into_iter().for_each(Waker::wake);
     }
 
-    /// The end: handlers and listeners are let go, with whatever they hold.
+    /// The end: drops handlers and listeners, with what they hold.
     pub(crate) fn close(&self) {
         self.cancel_all();
         let entries =
@@ -387,15 +391,15 @@ impl Hash for Noted {
     }
 }
 
-/// Runs a job that begins at `started`; returns when it ended, as far as that was looked at. Answers are appended, not
-/// flushed.
-pub(crate) fn run(core: &Arc<Core>, job: Job, started: Instant) -> Instant {
+/// Runs a job that begins at `started`; returns when it ended, as far as that was looked at.
+/// Answers are appended, not flushed.
+pub(crate) fn run(core: &Arc<Core>, job: HandlerJob, started: Instant) -> Instant {
     match job {
-        Job::Poll(task) => {
+        HandlerJob::Poll(task) => {
             task.run(core);
             started
         }
-        Job::Start(entry, request) => match &entry.kind {
+        HandlerJob::Start(entry, request) => match &entry.kind {
             Kind::Blocking(handler) => {
                 let ticket = request.ticket.clone();
                 core.handlers.begin_blocking(&ticket);
@@ -410,7 +414,8 @@ pub(crate) fn run(core: &Arc<Core>, job: Job, started: Instant) -> Instant {
             }
             Kind::Async(handler) => {
                 let ticket = request.ticket.clone();
-                // Where one task reads and runs, nothing can be said about the call before its first poll ends.
+                // Where one task reads and runs, nothing can be said about the call before its
+                // first poll ends.
                 let is_noted = ticket.has_window() || core.driver_kind() == DriverKind::Threads;
                 if is_noted {
                     core.handlers.begin(&ticket);
@@ -496,7 +501,7 @@ impl Wake for Task {
         if !self.is_queued.swap(true, Ordering::AcqRel)
             && let Some(core) = self.core.upgrade()
         {
-            core.push_jobs(&mut vec![Job::Poll(self)]);
+            core.push_jobs(&mut vec![HandlerJob::Poll(self)]);
         }
     }
 }

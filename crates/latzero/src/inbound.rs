@@ -1,4 +1,5 @@
-//! Messages from the server: replies find their call, triggers become jobs, the rest is dealt with on the spot.
+//! Messages from the server: replies find their call, triggers become jobs, the rest is handled at
+//! once.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
@@ -13,24 +14,26 @@ use crate::answers::Answer;
 use crate::core::Core;
 use crate::error::Error;
 use crate::events::{Emission, Presence};
-use crate::handlers::{Entry, Job};
+use crate::handlers::{Entry, HandlerJob};
 use crate::payload::{Beside, Payload, Reply};
 use crate::pending::{Key, Pending};
 use crate::reader::Input;
 use crate::request::Request;
 use crate::sync::lock;
 
-/// Descriptors that wait for their message, at most: a message whose frame is not whole yet may have some.
+/// Descriptors that wait for their message, at most: a message whose frame is not whole yet may
+/// have some.
 const DESCRIPTORS_KEPT_MAX: usize = 1024;
 
-/// Decodes every whole frame of `input`. What it brings callers is delivered; what it asks of handlers goes to `jobs`.
+/// Decodes every whole frame of `input`. What it brings callers is delivered; what it asks of
+/// handlers goes to `jobs`.
 ///
 /// # Errors
 /// Why the bytes can't be what a server sends: the connection has no use any more.
 pub(crate) fn process(
     core: &Arc<Core>,
     input: &mut Input,
-    jobs: &mut Vec<Job>,
+    jobs: &mut Vec<HandlerJob>,
 ) -> Result<(), String> {
     let Some(link) = input.link.clone() else {
         return Ok(());
@@ -75,8 +78,8 @@ pub(crate) fn process(
     result
 }
 
-/// Takes the descriptors that travel with a message from those that came. They come with a message's first byte, so behind the
-/// last one that was received none can be left.
+/// Takes the descriptors that travel with a message from those that came. They come with a
+/// message's first byte, so behind the last one that was received none can be left.
 fn own_descriptors(
     e: &Envelope<'_>,
     came: &mut Vec<OwnedFd>,
@@ -106,7 +109,7 @@ struct Batch<'a> {
     epoch: u32,
     /// When the batch was read: near enough for what arrived in it.
     now: Instant,
-    jobs: &'a mut Vec<Job>,
+    jobs: &'a mut Vec<HandlerJob>,
     wake: Vec<Waker>,
     must_flush: bool,
     /// The handler of the call before: most calls of a batch have the same.
@@ -125,8 +128,8 @@ fn beside(e: &Envelope<'_>, descriptors: Vec<OwnedFd>) -> Option<Box<Beside>> {
     }))
 }
 
-/// What a response says of its call.
-enum Word {
+/// What a response means for its call.
+enum CallEvent {
     Item(Payload),
     Progress(Payload),
     /// The server keeps it; the answer comes when a handler has run.
@@ -166,7 +169,8 @@ impl Batch<'_> {
                     self.must_flush = true;
                 }
             }
-            // The server closes after most of these; those of one message alone concern a request without an id.
+            // The server closes after most of these; those of one message alone concern a request
+            // without an id.
             "\"error\"" => {
                 let error = Error::from_wire(e.error.map_or("", Raw::text));
                 if matches!(error.kind(), Code::BadFrame | Code::FrameTooLarge) {
@@ -188,15 +192,15 @@ impl Batch<'_> {
         let place = inner.and_then(Key::parse);
         let payload = || Payload::received(e, e.response);
         let word = if is(e.status, "\"partial\"") {
-            Word::Item(payload())
+            CallEvent::Item(payload())
         } else if is(e.status, "\"progress\"") {
-            Word::Progress(payload())
+            CallEvent::Progress(payload())
         } else if is(e.status, "\"parked\"") {
-            Word::Parked
+            CallEvent::Parked
         } else if is(e.status, "\"error\"") {
-            Word::End(Err(Error::from_wire(e.error.map_or("", Raw::text))))
+            CallEvent::End(Err(Error::from_wire(e.error.map_or("", Raw::text))))
         } else {
-            Word::End(Ok(Reply {
+            CallEvent::End(Ok(Reply {
                 payload: payload(),
                 headers: e.headers.map(|raw| raw.text().into()),
                 beside: beside(e, descriptors),
@@ -207,31 +211,31 @@ impl Batch<'_> {
         let Some(key) = place else {
             return self.lasting(e, id, word);
         };
-        self.tell(&mut lock(&self.core.pending), key, word);
+        self.notify(&mut lock(&self.core.pending), key, word);
     }
 
-    fn lasting(&mut self, e: &Envelope<'_>, id: Raw<'_>, word: Word) {
+    fn lasting(&mut self, e: &Envelope<'_>, id: Raw<'_>, word: CallEvent) {
         let Some(id) = id.as_str() else { return };
         let mut pending = lock(&self.core.pending);
-        // Under one lock: whoever leaves a call alone does so before or after, and the answer is not lost between.
+        // Under one lock: a call is detached before or after, so the answer is not lost between.
         if let Some(key) = pending.find_lasting(&id) {
-            self.tell(&mut pending, key, word);
+            self.notify(&mut pending, key, word);
             return;
         }
         drop(pending);
-        if let Word::End(result) = word {
+        if let CallEvent::End(result) = word {
             let pool = e.pool.and_then(Raw::as_str);
             let answer = Answer::new(&id, pool.as_deref(), result);
             self.wake.extend(self.core.answers.push(answer));
         }
     }
 
-    fn tell(&mut self, pending: &mut Pending, key: Key, word: Word) {
+    fn notify(&mut self, pending: &mut Pending, key: Key, word: CallEvent) {
         match word {
-            Word::Item(item) => pending.item(key, item, &mut self.wake),
-            Word::Progress(report) => pending.progress(key, report, &mut self.wake),
-            Word::Parked => pending.parked(key, &mut self.wake),
-            Word::End(result) => pending.complete(key, result, &mut self.wake),
+            CallEvent::Item(item) => pending.item(key, item, &mut self.wake),
+            CallEvent::Progress(report) => pending.progress(key, report, &mut self.wake),
+            CallEvent::Parked => pending.parked(key, &mut self.wake),
+            CallEvent::End(result) => pending.complete(key, result, &mut self.wake),
         }
     }
 
@@ -269,7 +273,7 @@ impl Batch<'_> {
             self.entry = self.core.handlers.find(request.name());
         }
         match &self.entry {
-            Some(entry) => self.jobs.push(Job::Start(entry.clone(), request)),
+            Some(entry) => self.jobs.push(HandlerJob::Start(entry.clone(), request)),
             None => {
                 let text = format!(
                     "this instance has no handler for trigger '{}'",
@@ -288,7 +292,7 @@ impl Batch<'_> {
         let queues = self.core.handlers.listeners(request.name());
         if queues.is_empty() {
             if let Some(entry) = self.core.handlers.find(request.name()) {
-                self.jobs.push(Job::Start(entry, request));
+                self.jobs.push(HandlerJob::Start(entry, request));
             }
             return;
         }
@@ -305,7 +309,7 @@ impl Batch<'_> {
     fn event(&mut self, e: &Envelope<'_>) {
         let event = e.event.and_then(Raw::as_str).unwrap_or_default();
         if event == "lost" {
-            // Told to whoever receives the next emit or push: the gap is before it.
+            // Reported with the next emit or push: the gap is before it.
             let count = e.count.and_then(Raw::as_u64).unwrap_or(0);
             self.core.lost.fetch_add(count, Ordering::Relaxed);
             return;

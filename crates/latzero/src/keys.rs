@@ -1,6 +1,7 @@
 //! Keys of encrypted pools and of apps, as files and variables hold them.
 //!
-//! A key file is a regular file of its own user that nobody else may read. No key is ever printed, and none travels.
+//! A key file is a regular file of its own user that nobody else may read. No key is ever printed,
+//! and none travels.
 
 use std::fs::OpenOptions;
 use std::io::Read as _;
@@ -36,7 +37,7 @@ impl Keys {
     /// Reads a key file: one token a line.
     ///
     /// # Errors
-    /// `key_format` where it is no key file, or others may read it.
+    /// `key_format` if it is no key file, or others may read it.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Keys, Error> {
         let path = path.as_ref();
         let set = KeySet::from_file(&read(path)?).map_err(|e| bad(path, &e.to_string()))?;
@@ -46,18 +47,18 @@ impl Keys {
     /// Takes tokens.
     ///
     /// # Errors
-    /// `key_format` where one is no token, or they do not belong together.
+    /// `key_format` if one is no token, or they do not belong together.
     pub fn from_tokens<'a>(tokens: impl IntoIterator<Item = &'a str>) -> Result<Keys, Error> {
         let set = KeySet::from_tokens(tokens);
         let set = set.map_err(|error| Error::new(Code::KeyFormat, error.to_string()))?;
         Ok(Keys(Arc::new(set)))
     }
 
-    /// Forgets what was accepted of a pool, so that an older state of it is taken once: the decision of a person who restored
-    /// it on purpose. Says whether there was anything.
+    /// Forgets what was accepted of a pool, so that an older state of it is taken once: the
+    /// decision of a person who restored it on purpose. Says whether there was anything.
     ///
     /// # Errors
-    /// `storage` where it can't be removed.
+    /// `storage` if it can't be removed.
     pub fn accept_restore(&self, pool: &str) -> Result<bool, Error> {
         let stored = Stored::of(&SealedPool::new(pool, self.clone(), None));
         stored
@@ -68,11 +69,11 @@ impl Keys {
             })
     }
 
-    /// The request that makes an encrypted pool of these keys, which must be all three. In a gated pool the bytes of blocks
-    /// are plain, and the keys decide who gets them.
+    /// The request that makes an encrypted pool of these keys, which must be all three. In a gated
+    /// pool the bytes of blocks are plain, and the keys decide who gets them.
     ///
     /// # Errors
-    /// `key_format` where a key is missing.
+    /// `key_format` if a key is missing.
     pub fn pool_create(&self, pool: &str, is_gated: bool) -> Result<Value, Error> {
         let new = NewPool {
             name: pool,
@@ -111,7 +112,7 @@ impl AppKey {
     /// Reads the file that `latzero app key new` writes.
     ///
     /// # Errors
-    /// `key_format` where it is none, or others may read it.
+    /// `key_format` if it is none, or others may read it.
     pub fn from_file(path: impl AsRef<Path>) -> Result<AppKey, Error> {
         let path = path.as_ref();
         let bytes = read(path)?;

@@ -1,4 +1,5 @@
-//! The LatZero client for Rust: call triggers of other apps, serve triggers, send and receive events.
+//! The LatZero client for Rust: call triggers of other apps, serve triggers, send and receive
+//! events.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), latzero::Error> {
@@ -19,10 +20,11 @@
 //! # }
 //! ```
 //!
-//! Without async, [`blocking::App`] does the same. A handle is a cheap clone; when the last one drops, its socket
-//! closes and its threads end.
+//! Without async, [`blocking::App`] does the same. A handle is a cheap clone; when the last one
+//! drops, its socket closes and its threads end.
 //!
-//! A call may wait for a handler that is not there yet, and outlive connections, servers and the process itself:
+//! A call may wait for a handler that is not there yet, and outlive connections, servers and the
+//! process itself:
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), latzero::Error> {
@@ -39,10 +41,11 @@
 //! # }
 //! ```
 //!
-//! Nothing stands between a call and the socket: the caller's own thread writes its frame, a blocking caller that is
-//! alone reads its own reply, and the async face runs on the caller's tokio runtime where there is one, else beside
-//! any executor on one background thread. No runtime's types are in the public face. This crate knows the wire
-//! protocol; it does not know how a server decides.
+//! Nothing stands between a call and the socket: the caller's own thread writes its frame, a
+//! blocking caller that is alone reads its own reply, and the async face runs on the caller's tokio
+//! runtime if there is one, else beside any executor on one background thread. No runtime's types
+//! are in the public face. This crate knows the wire protocol; it does not know how a server
+//! decides.
 
 mod answers;
 mod app;

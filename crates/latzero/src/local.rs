@@ -1,7 +1,8 @@
-//! Where the server of this machine listens: the rule of [`latzero_protocol::address`], followed by a client.
+//! Where the server of this machine listens: the rule of [`latzero_protocol::address`], followed by
+//! a client.
 //!
-//! A directory outside the data directory counts only if it is this user's own and closed to others: anyone may create
-//! a name in `/tmp`.
+//! A directory outside the data directory counts only if it is this user's own and closed to
+//! others: anyone may create a name in `/tmp`.
 
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
@@ -13,7 +14,7 @@ fn variable(name: &str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
-/// The data directory where the server lives unless told otherwise: `LATZERO_DATA_DIR`, else `~/.latzero`.
+/// The default data directory of the server: `LATZERO_DATA_DIR`, else `~/.latzero`.
 fn data_dir() -> Option<PathBuf> {
     let named = variable("LATZERO_DATA_DIR").map(PathBuf::from);
     let dir = named.or_else(|| variable("HOME").map(|home| Path::new(&home).join(".latzero")))?;

@@ -15,8 +15,8 @@ use crate::pending::Id;
 
 /// A message that is not sent yet: an object still open, so that its id can be added last.
 ///
-/// The text begins with room for both length prefixes of an attachment frame, so that the finished frame is one
-/// piece of memory and never moves.
+/// The text begins with room for both length prefixes of an attachment frame, so that the finished
+/// frame is one piece of memory and never moves.
 #[derive(Debug)]
 pub(crate) struct Message {
     text: Vec<u8>,
@@ -40,7 +40,8 @@ const BUFFER_BYTES_KEPT: usize = 1024;
 const BUFFERS_KEPT: usize = 64;
 
 thread_local! {
-    /// Memory of messages that left, for the next ones: with many calls in flight the allocator's own is not near.
+    /// Memory of messages that left, for the next ones: with many calls in flight the allocator's
+    /// own is not near.
     static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -110,7 +111,7 @@ impl Message {
         append_u64(&mut self.text, value);
     }
 
-    /// Has a descriptor travel with the message.
+    /// Sends a descriptor with the message.
     pub(crate) fn carry(&mut self, descriptor: Arc<OwnedFd>) {
         self.number("descriptors", 1);
         self.descriptor = Some(descriptor);
@@ -122,7 +123,7 @@ impl Message {
         self.text.extend_from_slice(value);
     }
 
-    /// Adds a payload, in `field` or beside the JSON.
+    /// Adds a payload, in `field` or next to the JSON.
     pub(crate) fn payload(&mut self, field: &'static str, payload: Payload) {
         match payload {
             Payload::None => {}
@@ -131,7 +132,7 @@ impl Message {
         }
     }
 
-    /// Adds a body, in `field` or beside the JSON. Nothing is added where it can't be written.
+    /// Adds a body, in `field` or next to the JSON. Nothing is added if it can't be written.
     pub(crate) fn body<T: IntoPayload + ?Sized>(
         &mut self,
         field: &'static str,
@@ -159,7 +160,8 @@ impl Message {
         self.raw = Some((field, bytes));
     }
 
-    /// Takes the body that [`Message::body`] or [`Message::replace_body`] added: JSON text or raw bytes.
+    /// Takes the body that [`Message::body`] or [`Message::replace_body`] added: JSON text or raw
+    /// bytes.
     pub(crate) fn take_body(&mut self, field: &'static str) -> Payload {
         if let Some((_, raw)) = self.raw.take() {
             return Payload::Bytes(raw);
@@ -181,7 +183,8 @@ impl Message {
         self.text.len() + raw + FINISH_BYTES_MAX
     }
 
-    /// Finishes the message and appends its frame to `out`. Raw bytes go there straight from where they are.
+    /// Finishes the message and appends its frame to `out`. Raw bytes go there straight from where
+    /// they are.
     pub(crate) fn finish(&mut self, id: Option<Id>, attachments: bool, out: &mut Vec<u8>) {
         if let Some(id) = id {
             self.text.extend_from_slice(b",\"id\":\"");

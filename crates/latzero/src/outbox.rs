@@ -1,8 +1,8 @@
 //! What waits to be sent, and whether there is a connection to send it on.
 //!
-//! Whoever has something to say appends it and tries to write at once. While one thread writes, the others only append:
-//! their bytes ride along when it comes back. What the kernel does not take stays here until the socket is writable,
-//! and above a bound nobody may append before some of it is gone.
+//! A sender appends its message and tries to write at once. While one thread writes, the others
+//! only append: it also writes their bytes. What the kernel does not accept stays here until the
+//! socket is writable, and above a bound appends wait.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -16,14 +16,15 @@ use latzero_protocol::{Code, Ran};
 use crate::connection::Link;
 use crate::error::Error;
 use crate::message::Message;
-use crate::pending::{Id, Key, Name, Pending, Sent};
+use crate::pending::{Id, Key, Name, Pending, SentCall};
 use crate::sync::lock;
 
 /// Bytes that may wait to be sent before callers wait too. One message may exceed it.
 pub(crate) const OUTBOX_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// A send buffer above this size in bytes is given back once it is empty. It holds one message of the largest size that
-/// servers take by default: whoever sends such messages would else pay for fresh memory each time, more than for the copy.
+/// A send buffer above this size in bytes is given back once it is empty. It holds one message of
+/// the largest size that servers take by default: otherwise each such message would pay for fresh
+/// memory, more than for the copy.
 const BUFFER_BYTES_KEPT: usize = 17 * 1024 * 1024;
 
 /// Whether there is a connection.
@@ -55,7 +56,7 @@ pub(crate) enum By<'a> {
     Connection(u32),
     /// Any: it is a call, which waits for its reply.
     Call {
-        /// When to give up, where the server does not.
+        /// When to give up, if the server does not.
         deadline: Instant,
         /// How many items of a stream are kept, where it is one.
         window: Option<u64>,
@@ -64,10 +65,10 @@ pub(crate) enum By<'a> {
     },
 }
 
-/// What became of a message.
+/// The result of sending a message.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Submitted {
-    /// The call's key, where it is a call.
+    /// The call's key, if it is a call.
     pub(crate) key: Option<Key>,
     /// Whether no other call was in flight.
     pub(crate) alone: bool,
@@ -173,7 +174,7 @@ impl Outbox {
         waiting.into_iter().for_each(Waker::wake);
     }
 
-    /// Appends a message, where there is a connection and room. Where `flush` says so, writes at once.
+    /// Appends a message, if there is a connection and room. Where `flush` says so, writes at once.
     pub(crate) fn poll_submit(
         &self,
         pending: &Mutex<Pending>,
@@ -186,14 +187,16 @@ impl Outbox {
         let link = match &inner.phase {
             Phase::Up(link) => link,
             Phase::Ended(error) => return Poll::Ready(Err(error.clone().with_ran(Ran::No))),
-            Phase::Down if matches!(by, By::Connection(_)) => return Poll::Ready(Err(gone())),
+            Phase::Down if matches!(by, By::Connection(_)) => {
+                return Poll::Ready(Err(disconnected()));
+            }
             Phase::Down => {
                 inner.waiting.push(cx.waker().clone());
                 return Poll::Pending;
             }
         };
         if matches!(by, By::Connection(epoch) if epoch != link.epoch) {
-            return Poll::Ready(Err(gone()));
+            return Poll::Ready(Err(disconnected()));
         }
         if inner.len() >= OUTBOX_BYTES_MAX {
             inner.waiting.push(cx.waker().clone());
@@ -231,7 +234,7 @@ impl Outbox {
                 }
                 std::task::ready!(pending.poll_room(cx));
                 submitted.alone = pending.waiting() == 0;
-                let sent = Sent {
+                let sent = SentCall {
                     epoch,
                     // Known once the frame is finished with its id, below.
                     end: u64::MAX,
@@ -252,8 +255,8 @@ impl Outbox {
         Poll::Ready(Ok((submitted, flushed)))
     }
 
-    /// Appends what `write` writes, over the bound too: answers and other small or counted things. Nothing happens
-    /// where connection `epoch` is gone.
+    /// Appends what `write` writes, over the bound too: answers and other small or counted things.
+    /// Nothing happens where connection `epoch` is gone.
     pub(crate) fn append(&self, epoch: u32, write: impl FnOnce(&mut Vec<u8>, &Link)) {
         let mut inner = lock(&self.inner);
         let inner = &mut *inner;
@@ -300,7 +303,7 @@ impl Outbox {
             inner = lock(&self.inner);
             let is_same = matches!(&inner.phase, Phase::Up(now) if now.epoch == link.epoch);
             if is_same {
-                // What the kernel did not take, for now or for good, certainly did not leave.
+                // What the kernel did not take, for now or permanently, certainly did not leave.
                 inner.attempted -= (chunk.len() - at) as u64;
             }
             if blocked && is_same {
@@ -346,7 +349,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// Gives a connection up. Returns how many of its bytes may have been sent; `None` where it was given up before.
+    /// Gives a connection up. Returns how many of its bytes may have been sent; `None` where it was
+    /// given up before.
     pub(crate) fn down(&self, epoch: u32) -> Option<u64> {
         let mut inner = lock(&self.inner);
         match &inner.phase {
@@ -356,7 +360,8 @@ impl Outbox {
         Some(inner.discard(Phase::Down))
     }
 
-    /// Ends for good. Returns the connection that was up, with how many of its bytes may have been sent.
+    /// Ends permanently. Returns the connection that was up, with how many of its bytes may have
+    /// been sent.
     pub(crate) fn end(&self, error: Error) -> Option<(Arc<Link>, u64)> {
         let mut inner = lock(&self.inner);
         let ended = match &inner.phase {
@@ -371,7 +376,8 @@ impl Outbox {
     }
 }
 
-/// Sends from `chunk[at]` on, up to where a descriptor is to travel next: bytes before its message carry none.
+/// Sends from `chunk[at]` on, up to where a descriptor is to travel next: bytes before its message
+/// carry none.
 fn send(
     link: &Link,
     chunk: &[u8],
@@ -386,8 +392,9 @@ fn send(
     }
     let end = carried.get(1).map_or(chunk.len(), |after| after.at);
     let sent = match link.try_send_with(&chunk[at..end], &next.descriptor) {
-        // Too many of this user's are on their way (unix(7)), and nobody says when they are not: the server refuses a
-        // message that comes without what it names, and everything behind it goes on.
+        // Too many of this user's are on their way (unix(7)), and nobody says when they are not:
+        // the server refuses a message that comes without what it names, and everything behind it
+        // continues.
         Err(rustix::io::Errno::TOOMANYREFS) => link.try_send(&chunk[at..end]),
         sent => sent,
     }?;
@@ -395,7 +402,7 @@ fn send(
     Ok(sent)
 }
 
-fn gone() -> Error {
+fn disconnected() -> Error {
     Error::new(
         Code::Disconnected,
         "the connection that the call came by is gone",
@@ -404,7 +411,8 @@ fn gone() -> Error {
 
 fn in_use(id: &str) -> Error {
     let text = format!(
-        "id '{id}' is in use by another call of this app in flight; wait for its answer, or choose another"
+        "id '{id}' is in use by another call of this app in flight; wait for its answer, or \
+        choose another"
     );
     Error::new(Code::BadMessage, text).with_ran(Ran::No)
 }

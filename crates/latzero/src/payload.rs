@@ -15,7 +15,7 @@ use latzero_protocol::{Code, Envelope, Ran, Raw, scan};
 use crate::error::Error;
 use crate::sync::lock;
 
-/// Raw bytes as a payload: they travel as they are, beside the JSON.
+/// Raw bytes as a payload: sent unchanged, next to the JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Bytes(pub Vec<u8>);
 
@@ -49,7 +49,7 @@ pub(crate) enum Body<'a> {
     Bytes(Cow<'a, [u8]>),
 }
 
-/// The raw bytes of a received message, where they are its body.
+/// The raw bytes of a received message, if they are its body.
 pub(crate) fn raw_bytes(envelope: &Envelope<'_>, field: Option<Raw<'_>>) -> Option<Vec<u8>> {
     if let Some(bytes) = envelope.attachment {
         return Some(bytes.to_vec());
@@ -81,7 +81,7 @@ impl Payload {
         }
     }
 
-    /// The JSON text, where it is JSON.
+    /// The JSON text, if it is JSON.
     pub(crate) fn json(&self) -> Option<&str> {
         match self {
             Payload::Json(json) => Some(json),
@@ -228,7 +228,7 @@ pub(crate) fn append<T: IntoPayload + ?Sized>(
 /// all the same, it would fail at the server, and other messages with it.
 ///
 /// # Errors
-/// `bad_message`, with what is wrong and where.
+/// `bad_message`, with what is wrong and if.
 pub fn check_json(text: &str) -> Result<(), Error> {
     scan::value(text).map_err(|e| not_sent(&e))?;
     let is_bracket = |b: &&u8| matches!(b, b'{' | b'[');
@@ -311,18 +311,18 @@ impl Reply {
     /// The payload as `T`.
     ///
     /// # Errors
-    /// `bad_message` where it is not a `T`.
+    /// `bad_message` if it is not a `T`.
     pub fn into<T: FromPayload>(self) -> Result<T, Error> {
         read(self.payload)
     }
 
-    /// The payload's JSON text, where it is JSON.
+    /// The payload's JSON text, if it is JSON.
     #[must_use]
     pub fn json(&self) -> Option<&str> {
         self.payload.json()
     }
 
-    /// The payload's raw bytes, where it is raw bytes.
+    /// The payload's raw bytes, if it is raw bytes.
     #[must_use]
     pub fn bytes(&self) -> Option<&[u8]> {
         match &self.payload {

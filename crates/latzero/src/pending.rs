@@ -1,8 +1,9 @@
-//! Calls that wait for their reply: a slab whose places are the ids on the wire, so a reply finds its call without a
-//! search, and a reply to an ended call finds nothing.
+//! Calls that wait for their reply: a slab whose places are the ids on the wire, so a reply finds
+//! its call without a search, and a reply to an ended call finds nothing.
 //!
-//! A call that may be parked outlives its connection, and the process too. Its id says which process gave it, or its
-//! caller chose it, so that the answers of an earlier life reach no call of this one.
+//! A call that may be parked outlives its connection, and the process too. Its id says which
+//! process gave it, or its caller chose it, so that the answers of an earlier life reach no call of
+//! this one.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::RandomState;
@@ -18,7 +19,8 @@ use crate::error::Error;
 use crate::payload::{Payload, Reply};
 use crate::sync::set_waker;
 
-/// Most calls of one app that wait for a reply, unless the server names fewer. Further ones wait their turn.
+/// Most calls of one app that wait for a reply, unless the server names fewer. Further ones wait
+/// their turn.
 pub(crate) const IN_FLIGHT_MAX: usize = 65_536;
 
 /// A call's place, and how often that place was used before.
@@ -79,7 +81,7 @@ pub(crate) struct Id {
 }
 
 impl Id {
-    /// Appends the wire form: that of the key and, where there is one, a dot and sixteen hex digits.
+    /// Appends the wire form: that of the key and, if there is one, a dot and sixteen hex digits.
     pub(crate) fn append(self, out: &mut Vec<u8>) {
         self.key.append(out);
         if let Some(life) = self.life {
@@ -122,36 +124,36 @@ impl Id {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Name<'a> {
     /// By its place: it ends with its connection at the latest.
-    Place,
+    Slot,
     /// By its place and this life: it may be parked.
-    Lasting,
+    Durable,
     /// As its caller chose; the id stands in its message already.
     Chosen(&'a str),
 }
 
 /// What is known of a call when its frame is appended.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sent {
+pub(crate) struct SentCall {
     /// Which connection carries it.
     pub(crate) epoch: u32,
     /// Where its frame ends in that connection's outgoing bytes.
     pub(crate) end: u64,
-    /// When to give up, where the server does not.
+    /// When to give up, if the server does not.
     pub(crate) deadline: Instant,
     /// Whether items of a stream are kept, and how many at most.
     pub(crate) window: Option<u64>,
 }
 
 #[derive(Debug)]
-struct Waiting {
-    sent: Sent,
+struct PendingCall {
+    sent: SentCall,
     waker: Option<Waker>,
     stream: Option<Box<Items>>,
     /// Of calls that are not named by their place alone.
-    lasting: Option<Box<Lasting>>,
+    lasting: Option<Box<ParkedCall>>,
 }
 
-impl Waiting {
+impl PendingCall {
     fn is_parked(&self) -> bool {
         self.lasting.as_ref().is_some_and(|l| l.is_parked)
     }
@@ -163,19 +165,19 @@ impl Waiting {
 
 /// What is known of a call that may outlive its connection, or whose id was chosen.
 #[derive(Debug, Default)]
-struct Lasting {
+struct ParkedCall {
     chosen: Option<Box<str>>,
-    /// The server said that it keeps the call, whatever becomes of the connection.
+    /// The server has stored the call, whatever happens to the connection.
     is_parked: bool,
-    /// Its owner wants no answer. Its place is kept until the server is through with it, so that the answer is known
-    /// as this call's and its id is given to no other.
+    /// Its owner wants no answer. Its slot is kept until the server has finished it, so that its
+    /// answer is recognised and its id not reused.
     is_unwanted: bool,
 }
 
 /// A call in flight, as the server knows it.
 #[derive(Debug)]
 pub(crate) struct InFlight {
-    /// The connection that carries it; a parked call is heard of by any.
+    /// The connection that carries it; a parked call's answer may come over any.
     pub(crate) epoch: Option<u32>,
     /// Its id, as JSON.
     pub(crate) id: Vec<u8>,
@@ -192,7 +194,7 @@ struct Items {
 #[derive(Debug)]
 enum State {
     Free { next: u32 },
-    Waiting(Waiting),
+    Waiting(PendingCall),
     Done(Result<Reply, Error>),
 }
 
@@ -219,7 +221,7 @@ pub(crate) struct Pending {
     pub(crate) in_flight_max: usize,
     /// Calls that wait for another to end.
     queue: VecDeque<Waker>,
-    /// Told apart from every other run of every process of the app.
+    /// Distinguishes every run of every process of the app.
     pub(crate) life: u64,
     /// Calls in flight whose ids were chosen.
     chosen: HashMap<Box<str>, Key>,
@@ -244,8 +246,8 @@ impl Pending {
     /// The id of a call that did not choose one.
     pub(crate) fn id(&self, key: Key, name: Name<'_>) -> Option<Id> {
         let life = match name {
-            Name::Place => None,
-            Name::Lasting => Some(self.life),
+            Name::Slot => None,
+            Name::Durable => Some(self.life),
             Name::Chosen(_) => return None,
         };
         Some(Id { key, life })
@@ -256,7 +258,7 @@ impl Pending {
         self.chosen.contains_key(id)
     }
 
-    /// The call in flight that has this id, where it is not named by its place alone.
+    /// The call in flight that has this id, if it is not named by its place alone.
     pub(crate) fn find_lasting(&mut self, id: &str) -> Option<Key> {
         let key = match Id::parse(id) {
             Some(Id { key, life }) if life == Some(self.life) => key,
@@ -280,15 +282,15 @@ impl Pending {
         Poll::Pending
     }
 
-    pub(crate) fn insert(&mut self, sent: Sent, name: Name<'_>) -> Key {
+    pub(crate) fn insert(&mut self, sent: SentCall, name: Name<'_>) -> Key {
         let chosen = match name {
-            Name::Place => return self.insert_with(sent, None),
-            Name::Lasting => None,
+            Name::Slot => return self.insert_with(sent, None),
+            Name::Durable => None,
             Name::Chosen(id) => Some(Box::<str>::from(id)),
         };
-        let lasting = Lasting {
+        let lasting = ParkedCall {
             chosen: chosen.clone(),
-            ..Lasting::default()
+            ..ParkedCall::default()
         };
         let key = self.insert_with(sent, Some(Box::new(lasting)));
         if let Some(id) = chosen {
@@ -297,9 +299,9 @@ impl Pending {
         key
     }
 
-    fn insert_with(&mut self, sent: Sent, lasting: Option<Box<Lasting>>) -> Key {
+    fn insert_with(&mut self, sent: SentCall, lasting: Option<Box<ParkedCall>>) -> Key {
         self.waiting += 1;
-        let state = State::Waiting(Waiting {
+        let state = State::Waiting(PendingCall {
             sent,
             waker: None,
             stream: sent.window.map(|_| Box::default()),
@@ -348,7 +350,7 @@ impl Pending {
         Some(InFlight { epoch, id })
     }
 
-    /// The calls that a server may still keep though nobody wants their answers.
+    /// Abandoned calls that a server may still have stored.
     pub(crate) fn unwanted(&mut self) -> Vec<InFlight> {
         let keys: Vec<Key> = (0_u32..)
             .zip(&self.slots)
@@ -387,7 +389,8 @@ impl Pending {
         }
     }
 
-    /// Lets a call go on without its owner. Returns its answer where that is there; a later one finds no call.
+    /// Detaches a call from its owner. Returns its answer if that has arrived; a later one finds no
+    /// call.
     pub(crate) fn leave(
         &mut self,
         key: Key,
@@ -482,7 +485,7 @@ impl Pending {
         }
     }
 
-    /// Forgets a call; how the server knows it, where it is still in flight.
+    /// Forgets a call; how the server knows it, if it is still in flight.
     pub(crate) fn forget(&mut self, key: Key, wake: &mut Vec<Waker>) -> Option<InFlight> {
         let in_flight = self.in_flight(key);
         if let State::Waiting(waiting) = &mut self.find(key)?.state {
@@ -541,7 +544,8 @@ impl Pending {
         }
     }
 
-    /// Keeps an item of a streamed call. Items of other calls, and items beyond the window, are dropped.
+    /// Keeps an item of a streamed call. Items of other calls, and items beyond the window, are
+    /// dropped.
     pub(crate) fn item(&mut self, key: Key, item: Payload, wake: &mut Vec<Waker>) {
         let Some(Slot {
             state: State::Waiting(waiting),
@@ -576,7 +580,11 @@ impl Pending {
         wake.extend(waiting.waker.take());
     }
 
-    fn end_where(&mut self, wake: &mut Vec<Waker>, mut end: impl FnMut(&Waiting) -> Option<Error>) {
+    fn end_where(
+        &mut self,
+        wake: &mut Vec<Waker>,
+        mut end: impl FnMut(&PendingCall) -> Option<Error>,
+    ) {
         for slot in 0..self.slots.len() {
             let State::Waiting(waiting) = &self.slots[slot].state else {
                 continue;
@@ -593,8 +601,9 @@ impl Pending {
         wake.extend(self.queue.drain(..));
     }
 
-    /// Ends every call of a connection but those that the server keeps. `attempted` is how much of its bytes the kernel
-    /// may have taken: a frame that ends beyond was never whole on its way, so its handler certainly did not run.
+    /// Ends every call of a connection but those that the server keeps. `attempted` is how much of
+    /// its bytes the kernel may have taken: a frame that ends beyond was never whole on its way, so
+    /// its handler certainly did not run.
     pub(crate) fn end_connection(
         &mut self,
         epoch: u32,
@@ -624,13 +633,13 @@ impl Pending {
         });
     }
 
-    /// Ends every call whose deadline passed without a word of the server.
+    /// Ends every call whose deadline passed without an answer.
     pub(crate) fn expire(&mut self, now: Instant, wake: &mut Vec<Waker>) {
         self.end_where(wake, |waiting| (waiting.sent.deadline <= now).then(silence));
     }
 }
 
-/// The error of a call whose deadline passed without a word of the server.
+/// The error of a call whose deadline passed without an answer.
 pub(crate) fn silence() -> Error {
     Error::new(
         Code::Timeout,
@@ -644,9 +653,9 @@ mod tests {
     use latzero_protocol::Ran;
     use std::time::Duration;
 
-    fn sent(end: u64, window: Option<u64>) -> Sent {
+    fn sent(end: u64, window: Option<u64>) -> SentCall {
         let deadline = Instant::now() + Duration::from_secs(60);
-        Sent {
+        SentCall {
             epoch: 1,
             end,
             deadline,
@@ -697,8 +706,8 @@ mod tests {
     fn replies_come_in_any_order_and_late_ones_find_nothing() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let (a, b) = (
-            p.insert(sent(1, None), Name::Place),
-            p.insert(sent(2, None), Name::Place),
+            p.insert(sent(1, None), Name::Slot),
+            p.insert(sent(2, None), Name::Slot),
         );
         assert!(poll(&mut p, a).is_none() && poll(&mut p, b).is_none());
         p.complete(b, reply(2), &mut wake);
@@ -707,7 +716,7 @@ mod tests {
             poll(&mut p, b).unwrap().unwrap().payload,
             Payload::Json("2".into())
         );
-        let c = p.insert(sent(3, None), Name::Place);
+        let c = p.insert(sent(3, None), Name::Slot);
         assert_eq!((c.slot, c.generation), (b.slot, 1));
         p.complete(b, reply(9), &mut wake);
         assert!(poll(&mut p, c).is_none());
@@ -720,8 +729,8 @@ mod tests {
     fn a_loss_says_what_may_have_run() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let (a, b) = (
-            p.insert(sent(100, None), Name::Place),
-            p.insert(sent(200, None), Name::Place),
+            p.insert(sent(100, None), Name::Slot),
+            p.insert(sent(200, None), Name::Slot),
         );
         p.end_connection(1, 150, &Error::new(Code::Disconnected, "gone"), &mut wake);
         assert_eq!(
@@ -735,7 +744,7 @@ mod tests {
     #[test]
     fn items_come_before_the_end_and_never_beyond_the_window() {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
-        let a = p.insert(sent(1, Some(2)), Name::Place);
+        let a = p.insert(sent(1, Some(2)), Name::Slot);
         for n in 0..5 {
             p.item(a, Payload::Json(n.to_string()), &mut wake);
         }
@@ -754,7 +763,7 @@ mod tests {
         p.in_flight_max = 1;
         let cx = &mut Context::from_waker(Waker::noop());
         assert!(p.poll_room(cx).is_ready());
-        let a = p.insert(sent(1, None), Name::Place);
+        let a = p.insert(sent(1, None), Name::Slot);
         assert!(p.poll_room(cx).is_pending());
         p.complete(a, reply(1), &mut wake);
         assert_eq!(wake.len(), 1);
@@ -786,7 +795,7 @@ mod tests {
         let (mut p, mut wake) = (Pending::new(), Vec::new());
         let error = Error::new(Code::Disconnected, "gone");
         let (a, b) = (
-            p.insert(sent(1, None), Name::Lasting),
+            p.insert(sent(1, None), Name::Durable),
             p.insert(sent(2, None), Name::Chosen("order-17")),
         );
         assert!(p.has_chosen("order-17"));
@@ -798,7 +807,7 @@ mod tests {
         p.end_connection(1, 9, &error, &mut wake);
         assert!(poll(&mut p, b).unwrap().is_err());
         assert!(!p.has_chosen("order-17"));
-        let id = p.id(a, Name::Lasting).unwrap().text();
+        let id = p.id(a, Name::Durable).unwrap().text();
         assert_eq!(p.find_lasting(&id), Some(a));
         p.complete(a, reply(1), &mut wake);
         assert_eq!(p.find_lasting(&id), None);
@@ -819,10 +828,10 @@ mod tests {
         assert!(p.has_chosen("a\"b") && p.waiting() == 1);
         p.complete(a, reply(1), &mut wake);
         assert!(!p.has_chosen("a\"b") && p.waiting() == 0 && p.unwanted().is_empty());
-        // Who leaves a call alone takes what is there already, and frees its place.
-        let b = p.insert(sent(1, None), Name::Lasting);
+        // Detaching takes an answer that has arrived, and frees the slot.
+        let b = p.insert(sent(1, None), Name::Durable);
         assert!(p.leave(b, &mut wake).is_none());
-        let c = p.insert(sent(1, None), Name::Lasting);
+        let c = p.insert(sent(1, None), Name::Durable);
         p.complete(c, reply(1), &mut wake);
         assert!(p.leave(c, &mut wake).is_some());
         assert_eq!((c.slot, p.waiting()), (b.slot, 0));

@@ -76,7 +76,7 @@ impl<'a> Talk<'a> {
         Ok(())
     }
 
-    /// The next message that `wanted` takes; others wait for whoever reads later.
+    /// The next message that `wanted` accepts; others wait for later reads.
     pub(crate) fn hear<T>(
         &mut self,
         wanted: impl Fn(&[u8]) -> Result<Option<T>, Error>,
@@ -160,7 +160,7 @@ impl<'a> Talk<'a> {
         .map(drop)
     }
 
-    /// Proves an encrypted pool, and takes what the server says of it only where the keys agree.
+    /// Proves an encrypted pool, and accepts the server's data only if the keys match.
     pub(crate) fn prove_pool(
         &mut self,
         app_id: &str,
@@ -177,14 +177,15 @@ impl<'a> Talk<'a> {
     }
 }
 
-/// Refuses to prove anything where nothing binds the proof to the connection, unless that was allowed.
+/// Refuses to prove anything where nothing binds the proof to the connection, unless that was
+/// allowed.
 pub(crate) fn check_bound(
     binding: ChannelBinding,
     may_be_unbound: bool,
 ) -> Result<ChannelBinding, Error> {
     if binding == ChannelBinding::None && !may_be_unbound {
-        let text = "nothing binds a proof to a plain TCP connection, so whoever listens there could pass it on: \
-                    use the Unix socket, or say `&unbound` in the address";
+        let text = "nothing binds a proof to a plain TCP connection, so whoever listens there \
+        could pass it on: use the Unix socket, or say `&unbound` in the address";
         return Err(Error::new(Code::Downgrade, text));
     }
     Ok(binding)

@@ -1,7 +1,8 @@
-//! Reading: one role, held by whoever moves the app along.
+//! Reading: one role, held by one thread or task at a time.
 //!
-//! A caller that blocks takes the role if it is free, reads, resolves other calls' replies on the way, and passes the
-//! role on when it has its own reply. So a lone blocking caller pays one `recv` per call and no thread hop.
+//! A caller that blocks takes the role if it is free, reads, resolves other calls' replies on the
+//! way, and passes the role on when it has its own reply. So a lone blocking caller pays one `recv`
+//! per call and no thread hop.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,15 +18,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::connection::{Link, RECV_TIMEOUT};
 use crate::core::{Core, DriverKind};
 use crate::driver_thread;
-use crate::handlers::Job;
+use crate::handlers::HandlerJob;
 use crate::inbound;
 use crate::sync::{lock, thread_waker};
 
-/// First size of the receive buffer in bytes; it grows with what arrives, not with what is announced.
+/// First size of the receive buffer in bytes; it grows with what arrives, not with what is
+/// announced.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// A receive buffer above this size in bytes is given back once it is empty. As for the send buffer, it holds one large message,
-/// at the next power of two.
+/// A receive buffer above this size in bytes is given back once it is empty. As for the send
+/// buffer, it holds one large message, at the next power of two.
 const BUFFER_BYTES_KEPT: usize = 32 * 1024 * 1024;
 
 /// The receive side, with what arrived and was not decoded yet.
@@ -70,7 +72,7 @@ impl Input {
         }
     }
 
-    /// Makes sure that the current connection is read. False where there is none.
+    /// Makes sure that the current connection is read. False if there is none.
     pub(crate) fn attach(&mut self, core: &Core) -> bool {
         if self.link.is_some() {
             return true;
@@ -147,7 +149,12 @@ impl Input {
     }
 
     /// Decodes what was read, or notes the loss.
-    pub(crate) fn settle(&mut self, core: &Arc<Core>, received: Received, jobs: &mut Vec<Job>) {
+    pub(crate) fn settle(
+        &mut self,
+        core: &Arc<Core>,
+        received: Received,
+        jobs: &mut Vec<HandlerJob>,
+    ) {
         let lost = match received {
             Received::Nothing => return,
             Received::Bytes { .. } => inbound::process(core, self, jobs).err(),
@@ -208,9 +215,9 @@ impl Reader {
         self.waiting_count.load(Ordering::SeqCst) > 0
     }
 
-    /// Lets the next waiting caller try for the role; called by whoever gave it up.
+    /// Lets the next waiting caller try for the role; called after releasing it.
     pub(crate) fn pass_on(&self) {
-        // Pairs with the fence of whoever begins to wait: one of the two sees the other.
+        // Pairs with the fence of a beginning wait: one of the two sees the other.
         if !self.is_wanted() {
             return;
         }
@@ -242,7 +249,8 @@ impl Reader {
 }
 
 impl Core {
-    /// Blocks until `attempt` is ready or `deadline` has passed, reading meanwhile if nobody else does.
+    /// Blocks until `attempt` is ready or `deadline` has passed, reading meanwhile if nobody else
+    /// does.
     pub(crate) fn block_on<T>(
         self: &Arc<Self>,
         deadline: Option<Instant>,
@@ -264,7 +272,7 @@ impl Core {
                 self.reader.begin_waiting();
                 waited = true;
                 self.workers.interrupt();
-                // Between the two, the role may have become free with nobody told.
+                // Between the two, the role may have become free with nobody notified.
                 if let Some(input) = self.reader.try_take() {
                     drop(input);
                 } else if let Poll::Ready(value) = attempt(cx) {
@@ -282,7 +290,8 @@ impl Core {
                 }
                 continue;
             };
-            // A handler's own call is no sign that callers are at work: the leader comes back at once.
+            // A handler's own call is no sign that callers are at work: the leader comes back at
+            // once.
             if !nested.is_nested() {
                 self.reader.turns.fetch_add(1, Ordering::Relaxed);
             }
@@ -315,7 +324,7 @@ impl Core {
                     if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                         break None;
                     }
-                    std::thread::park_timeout(patience(deadline).min(Duration::from_millis(20)));
+                    std::thread::park_timeout(wait_time(deadline).min(Duration::from_millis(20)));
                     if let Poll::Ready(value) = attempt(cx) {
                         break Some(value);
                     }
@@ -323,7 +332,7 @@ impl Core {
             }
         };
         drop(nested);
-        // Whoever held the role, or was offered it, passes it on.
+        // Passes on the role, whether it was held or offered.
         if waited {
             self.reader.pass_on();
         }
@@ -338,7 +347,7 @@ impl Core {
         mut attempt: impl FnMut(&mut Context<'_>) -> Poll<T>,
     ) -> Option<T> {
         loop {
-            std::thread::park_timeout(patience(deadline));
+            std::thread::park_timeout(wait_time(deadline));
             if let Poll::Ready(value) = attempt(cx) {
                 return Some(value);
             }
@@ -356,7 +365,7 @@ impl Core {
             .then(|| self.outbox.link())
             .flatten()
         {
-            None => std::thread::park_timeout(patience(deadline)),
+            None => std::thread::park_timeout(wait_time(deadline)),
             Some(link) => {
                 let mut fds = [PollFd::from_borrowed_fd(link.as_fd(), PollFlags::OUT)];
                 // Short, since news of the reader does not end it.
@@ -366,7 +375,8 @@ impl Core {
         }
     }
 
-    /// Waits for bytes as a blocked caller does; sends what waits to be sent when the socket takes it.
+    /// Waits for bytes as a blocked caller does; sends what waits to be sent when the socket takes
+    /// it.
     fn receive_until(self: &Arc<Self>, input: &mut Input, deadline: Option<Instant>) -> Received {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let is_short = left.is_some_and(|left| left < RECV_TIMEOUT);
@@ -382,7 +392,7 @@ impl Core {
         }
         let mut fds = [PollFd::from_borrowed_fd(link.as_fd(), wanted)];
         let time = timespec(left.unwrap_or(RECV_TIMEOUT).min(RECV_TIMEOUT));
-        // An interrupted or failed poll is as good as an early one: the read decides.
+        // An interrupted or failed poll counts as an early one: the read decides.
         let _ = poll(&mut fds, Some(&time));
         let ready = fds[0].revents();
         if ready.contains(PollFlags::OUT) {
@@ -396,7 +406,7 @@ impl Core {
 }
 
 /// How long to sleep before looking again, at most.
-fn patience(deadline: Option<Instant>) -> Duration {
+fn wait_time(deadline: Option<Instant>) -> Duration {
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     left.unwrap_or(RECV_TIMEOUT).min(RECV_TIMEOUT)
 }

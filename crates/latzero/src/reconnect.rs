@@ -1,5 +1,5 @@
-//! Connecting again after a loss: full jitter over a growing pause, so that a server that restarts is not met by
-//! everybody at once.
+//! Connecting again after a loss: full jitter over a growing pause, so that a server that restarts
+//! is not met by everybody at once.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -11,7 +11,8 @@ use latzero_protocol::{Code, Ran};
 use crate::core::Core;
 use crate::error::Error;
 
-/// A random part of `most`. The standard library's hasher keys are the one source of randomness it has.
+/// A random part of `most`. The standard library's hasher keys are the one source of randomness it
+/// has.
 fn jitter(most: Duration) -> Duration {
     let random = RandomState::new().build_hasher().finish();
     most.mul_f64((random >> 11) as f64 / (1_u64 << 53) as f64)

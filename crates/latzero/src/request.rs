@@ -42,7 +42,8 @@ impl Origin {
     }
 }
 
-/// One call or emit as it came, and what the server may still say about it. One piece of memory, and one for its text.
+/// One call or emit as it came, and what the server may still say about it. One piece of memory,
+/// and one for its text.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     text: Box<str>,
@@ -53,7 +54,7 @@ pub(crate) struct Ticket {
     origin: Range<usize>,
     headers: Range<usize>,
     key: Range<usize>,
-    /// The payload where it is JSON; empty where it is not.
+    /// The payload where it is JSON; empty if it is not.
     data: Range<usize>,
     /// The payload where it is raw bytes.
     bytes: Option<Vec<u8>>,
@@ -64,7 +65,8 @@ pub(crate) struct Ticket {
     state: std::sync::Mutex<TicketState>,
     /// What answers are sealed with, in an encrypted pool.
     pub(crate) sealed: std::sync::OnceLock<SealedReply>,
-    /// Blocks that came with the call: each with its name and, until it is used, its description and descriptor.
+    /// Blocks that came with the call: each with its name and, until it is used, its description
+    /// and descriptor.
     blocks: std::sync::OnceLock<Vec<Lent>>,
 }
 
@@ -85,7 +87,7 @@ struct TicketState {
     wakers: [Option<Waker>; 2],
 }
 
-/// Which of a ticket's wakers: the one of whoever waits for credits, or the one of the handler's task.
+/// Which of a ticket's wakers: the one that waits for credits, or the handler's task.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Waits {
     ForCredits,
@@ -238,7 +240,8 @@ impl Request {
         })
     }
 
-    /// Takes the blocks that came with the call, with the descriptors of those that can be mapped, in order.
+    /// Takes the blocks that came with the call, with the descriptors of those that can be mapped,
+    /// in order.
     pub(crate) fn lend(&self, blocks: Raw<'_>, descriptors: Vec<OwnedFd>) {
         let blocks: Vec<Value> = serde_json::from_str(blocks.text()).unwrap_or_default();
         let mut descriptors = descriptors.into_iter();
@@ -270,7 +273,7 @@ impl Request {
     /// A memory block that the caller gave along, for as long as the call lasts.
     ///
     /// # Errors
-    /// `no_block` where it gave no such block.
+    /// `no_block` if it gave no such block.
     pub fn block(&self, id: &str) -> Result<Block, Error> {
         let lent = self.ticket.blocks.get().into_iter().flatten();
         let Some(lent) = lent.into_iter().find(|lent| lent.id == id) else {
@@ -341,9 +344,10 @@ impl Request {
         serde_json::from_str(self.part(&self.ticket.key)).ok()
     }
 
-    /// Which attempt at the call this is. More than 1 says that a handler may have run before and died, or that the server
-    /// was restarted in between: only calls that are parked or may be redelivered are given out again. What must happen
-    /// once is then looked up by an id of the caller's own, such as one in the data.
+    /// Which attempt at the call this is. More than 1 says that a handler may have run before and
+    /// died, or that the server was restarted in between: only calls that are parked or may be
+    /// redelivered are redelivered. What must happen once is then looked up by an id of the
+    /// caller's own, such as one in the data.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         #[derive(Deserialize)]
@@ -354,7 +358,8 @@ impl Request {
         fn first() -> u32 {
             1
         }
-        // Read when it is asked for: most handlers do not. What may stand behind the message is left alone.
+        // Read when it is asked for: most handlers do not. What may stand behind the message is
+        // left alone.
         let mut text = serde_json::Deserializer::from_str(&self.ticket.text);
         Attempt::deserialize(&mut text).map_or(1, |read| read.attempt.max(1))
     }
@@ -375,19 +380,19 @@ impl Request {
     /// The payload as `T`.
     ///
     /// # Errors
-    /// `bad_message` where it is not a `T`; handlers pass it to the caller by `?`.
+    /// `bad_message` if it is not a `T`; handlers pass it to the caller by `?`.
     pub fn data<T: FromPayload>(&self) -> Result<T, HandlerError> {
         payload::read_body(self.body()).map_err(HandlerError::from)
     }
 
-    /// The payload's JSON text, where it is JSON.
+    /// The payload's JSON text, if it is JSON.
     #[must_use]
     pub fn json(&self) -> Option<&str> {
         let json = self.part(&self.ticket.data);
         (!json.is_empty()).then_some(json)
     }
 
-    /// The payload's raw bytes, where it is raw bytes.
+    /// The payload's raw bytes, if it is raw bytes.
     #[must_use]
     pub fn bytes(&self) -> Option<&[u8]> {
         self.ticket.bytes.as_deref()
@@ -410,14 +415,15 @@ impl Request {
         }
     }
 
-    /// Whether the caller does not want the answer any more, or the connection that it came by is gone.
+    /// Whether the caller does not want the answer any more, or the connection that it came by is
+    /// gone.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.ticket.is_cancelled()
     }
 
-    /// The app that handles this, for calls of its own. A handler that kept a handle of its app would keep the app
-    /// alive for ever; this one is lent.
+    /// The app that handles this, for calls of its own. A handler that kept a handle of its app
+    /// would keep the app alive for ever; this one is lent.
     #[must_use]
     pub fn app(&self) -> App {
         App::lent(&self.core)
@@ -426,16 +432,17 @@ impl Request {
     /// Sends one item of a streamed answer, once the caller has room for it.
     ///
     /// # Errors
-    /// `cancelled` where the caller is gone, `bad_message` where the item can't be written.
+    /// `cancelled` if the caller is gone, `bad_message` if the item can't be written.
     pub async fn partial<T: IntoPayload + ?Sized>(&self, item: &T) -> Result<(), Error> {
         let mut sending = self.sending("partial", payload::write(item)?)?;
         poll_fn(|cx| sending.poll(self, cx)).await
     }
 
-    /// Reports how far the work is. Reports are not items: the caller may see only the newest, and none in an encrypted pool.
+    /// Reports how far the work is. Reports are not items: the caller may see only the newest, and
+    /// none in an encrypted pool.
     ///
     /// # Errors
-    /// `cancelled` where the caller is gone, `bad_message` where the report can't be written.
+    /// `cancelled` if the caller is gone, `bad_message` if the report can't be written.
     pub async fn progress<T: IntoPayload + ?Sized>(&self, report: &T) -> Result<(), Error> {
         if self.ticket.sealed.get().is_some() {
             return Ok(());
@@ -544,7 +551,8 @@ pub(crate) fn answer(core: &Core, ticket: &Ticket, outcome: Outcome) {
     core.outbox.append(ticket.epoch, |out, link| match outcome {
         Ok(payload) if payload.len() + ENVELOPE_BYTES_MAX > link.max_frame => {
             let text = format!(
-                "the handler's answer of {} bytes is over the server's limit of {} bytes (limits.max_frame)",
+                "the handler's answer of {} bytes is over the server's limit of {} bytes \
+                (limits.max_frame)",
                 payload.len(),
                 link.max_frame
             );

@@ -1,7 +1,7 @@
 //! Encrypted pools: what is sealed before it leaves, and opened before anybody sees it.
 //!
-//! The server routes envelopes and can neither read nor make one. What it says of a call by itself (that nobody serves it, or
-//! that its time is over) is told apart: [`Error::is_authenticated`].
+//! The server routes envelopes and can neither read nor make one. Its own errors about a call (that
+//! nobody serves it, or that it timed out) are marked: [`Error::is_authenticated`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use latzero_crypto::descriptor::{Descriptor, Expected, History, NewEpoch, OldCon
 use latzero_crypto::envelope::{Body, Opened};
 use latzero_crypto::epochs::Epochs;
 use latzero_crypto::events::{
-    Act, Action, Answer, Incoming, IncomingAnswer, Outgoing, Receiver, ReplyTo, Sender, Waiting,
+    Act, Action, Answer, Incoming, IncomingAnswer, Outgoing, PendingCall, Receiver, ReplyTo, Sender,
 };
 use latzero_crypto::keys::Kind;
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta, LentBlock};
@@ -124,8 +124,8 @@ impl SealedPool {
         &self.keys
     }
 
-    /// Takes the descriptor that the server gave, where keys, pin and what was accepted before agree. A new connection
-    /// has a session of its own.
+    /// Takes the descriptor that the server gave, where keys, pin and what was accepted before
+    /// agree. A new connection has a session of its own.
     pub(crate) fn joined(&self, app_id: &str, joined: &Joined) -> Result<(), Error> {
         let Joined {
             descriptor, chain, ..
@@ -192,7 +192,7 @@ impl SealedPool {
         Ok(text::encode(next.as_bytes()))
     }
 
-    /// The pool has another epoch. Whoever must prove it anew has no keys of it any more.
+    /// The pool has another epoch. Members that must prove it again no longer have its keys.
     pub(crate) fn rotated(&self, event: &Value) {
         let mut open = lock(&self.open);
         let bytes = event["descriptor"].as_str();
@@ -223,7 +223,8 @@ impl SealedPool {
 
     fn not_open(&self) -> Error {
         let text = format!(
-            "the keys of pool '{}' are missing or not those of its epoch: nothing can be sealed or opened",
+            "the keys of pool '{}' are missing or not those of its epoch: nothing can be sealed \
+            or opened",
             self.name
         );
         Error::new(Code::StaleEpoch, text).with_ran(Ran::No)
@@ -252,7 +253,7 @@ impl SealedPool {
         if unsealed.act == Act::Emit {
             return Ok((sealed, None));
         }
-        let waiting = Waiting {
+        let waiting = PendingCall {
             name: unsealed.name.to_owned(),
             destination: Some(unsealed.destination.to_owned()).filter(|app| !app.is_empty()),
             idempotency_key: unsealed.meta.idempotency_key.clone(),
@@ -268,7 +269,8 @@ impl SealedPool {
         Ok((sealed, Some(SealedCall { pool, msg_id })))
     }
 
-    /// Opens a call or an emit. What does not open is dropped and counted: it is not what a member sent.
+    /// Opens a call or an emit. What does not open is dropped and counted: it is not what a member
+    /// sent.
     pub(crate) fn open(self: &Arc<Self>, action: Action, e: &Envelope<'_>) -> Option<Plain> {
         let sealed = envelope_of(&Payload::received(e, e.data))?;
         let fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(e.text).ok()?;
@@ -376,7 +378,8 @@ impl SealedCall {
         })
     }
 
-    /// Opens what a handler failed with. What the server says by itself is not sealed, and marked so.
+    /// Opens what a handler failed with. What the server says by itself is not sealed, and marked
+    /// so.
     pub(crate) fn open_error(&self, error: Error) -> Error {
         let sealed = error.data().filter(|_| error.code() == "sealed");
         let Some(sealed) = sealed.and_then(Value::as_str) else {
@@ -476,8 +479,8 @@ fn payload_of(opened: &Opened) -> Payload {
     }
 }
 
-/// Where the newest accepted descriptor of a pool is kept, by its pin and name: who replaces the pool by another, or by an
-/// older state of it, is noticed.
+/// Where the newest accepted descriptor of a pool is kept, by its pin and name: replacing the pool
+/// by another, or by an older state of it, is detected.
 pub(crate) struct Stored(PathBuf);
 
 impl Stored {

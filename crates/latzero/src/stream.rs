@@ -16,7 +16,8 @@ use crate::payload::{self, FromPayload, Payload, Reply};
 use crate::pending::Next;
 use crate::sync::lock;
 
-/// A streamed answer. Its items come by [`Stream::next`] or as a [`futures_core::Stream`]; dropping it cancels the call.
+/// A streamed answer. Its items come by [`Stream::next`] or as a [`futures_core::Stream`]; dropping
+/// it cancels the call.
 #[derive(Debug)]
 #[must_use = "a stream's call is sent when its first item is asked for"]
 pub struct Stream<R> {
@@ -42,7 +43,7 @@ pub(crate) enum Step {
 impl<R: FromPayload> Stream<R> {
     pub(crate) fn new(app: App, outgoing: Outgoing, window: u64) -> Self {
         Stream {
-            deadline: outgoing.patience(),
+            deadline: outgoing.wait_until(),
             app,
             outgoing,
             window,
@@ -67,7 +68,7 @@ impl<R: FromPayload> Stream<R> {
     /// The newest report of the handler on its progress, once; older ones are not kept.
     ///
     /// # Errors
-    /// `bad_message` where it is not a `T`.
+    /// `bad_message` if it is not a `T`.
     pub fn progress<T: FromPayload>(&mut self) -> Option<Result<T, Error>> {
         self.progress.take().map(payload::read)
     }

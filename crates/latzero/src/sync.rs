@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 use std::thread::Thread;
 
-/// Locks `mutex`. A panic elsewhere never leaves our data half changed (user code does not run under a lock), so
-/// poison carries no meaning here.
+/// Locks `mutex`. A panic elsewhere never leaves our data half changed (user code does not run
+/// under a lock), so poison carries no meaning here.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -42,11 +42,12 @@ pub struct Server {
     args: Vec<String>,
 }
 
-/// Starts a server with a data directory and a port of its own. The program is the one that `LATZERO_BIN` names, else
-/// `latzero` beside the running executable or one of its parent directories, else the one in `PATH`.
+/// Starts a server with a data directory and a port of its own. The program is the one that
+/// `LATZERO_BIN` names, else `latzero` beside the running executable or one of its parent
+/// directories, else the one in `PATH`.
 ///
 /// # Errors
-/// Where the program is not found or does not become ready; the text says what it printed.
+/// If the program is not found or does not become ready; the text says what it printed.
 pub fn server() -> Result<Server, StartError> {
     server_with(&[])
 }
@@ -76,7 +77,8 @@ fn start(program: &OsString, dir: &Path, args: &[&str]) -> Result<Server, StartE
         .spawn()
         .map_err(|e| {
             StartError(format!(
-                "'{}' could not be started: {e}; build it with `cargo build`, or name it in LATZERO_BIN",
+                "'{}' could not be started: {e}; build it with `cargo build`, or name it in \
+                LATZERO_BIN",
                 program.display()
             ))
         })?;
@@ -104,9 +106,9 @@ fn start(program: &OsString, dir: &Path, args: &[&str]) -> Result<Server, StartE
 
 /// Waits for the line that begins with `latzero ready` and names `tcp://HOST:PORT` and `unix:PATH`.
 fn ready_line(stdout: std::process::ChildStdout) -> Result<(String, PathBuf), String> {
-    let (tell, told) = mpsc::channel();
-    // A thread, since a pipe can't be read with a deadline. It reads on to the end: a server whose output nobody
-    // takes would stop at a full pipe.
+    let (tx, rx) = mpsc::channel();
+    // A thread, since a pipe can't be read with a deadline. It reads on to the end: a server whose
+    // output nobody takes would stop at a full pipe.
     let reading = std::thread::Builder::new()
         .name("latzero-output".into())
         .spawn(move || {
@@ -116,16 +118,16 @@ fn ready_line(stdout: std::process::ChildStdout) -> Result<(String, PathBuf), St
                     continue;
                 }
                 if let Some(addresses) = line.strip_prefix("latzero ready").and_then(parse_ready) {
-                    let _ = tell.send(Ok(addresses));
+                    let _ = tx.send(Ok(addresses));
                     seen.resize(LINES_MAX + 1, String::new());
                 } else {
                     seen.push(line);
                 }
             }
-            let _ = tell.send(Err(seen.join("\n")));
+            let _ = tx.send(Err(seen.join("\n")));
         });
     reading.map_err(|e| e.to_string())?;
-    match told.recv_timeout(READY_TIME) {
+    match rx.recv_timeout(READY_TIME) {
         Ok(Ok(addresses)) => Ok(addresses),
         Ok(Err(printed)) => Err(format!("it ended, having printed {printed:?}")),
         Err(_) => Err(format!(
@@ -165,7 +167,8 @@ fn program() -> OsString {
     if let Some(named) = std::env::var_os("LATZERO_BIN").filter(|named| !named.is_empty()) {
         return named;
     }
-    // Tests run from target/PROFILE/deps, examples from target/PROFILE/examples, the program is in target/PROFILE.
+    // Tests run from target/PROFILE/deps, examples from target/PROFILE/examples, the program is in
+    // target/PROFILE.
     let here = std::env::current_exe().unwrap_or_default();
     let near = here
         .ancestors()
@@ -179,7 +182,8 @@ fn program() -> OsString {
 }
 
 impl Server {
-    /// The address of the app `app_id` over the server's Unix socket. Append `&pool=NAME` to join a pool.
+    /// The address of the app `app_id` over the server's Unix socket. Append `&pool=NAME` to join a
+    /// pool.
     #[must_use]
     pub fn url(&self, app_id: &str) -> String {
         format!(
@@ -218,7 +222,8 @@ impl Server {
         self.child.id()
     }
 
-    /// Starts it again on its directory, with the arguments that it had. Its TCP port may be another.
+    /// Starts it again on its directory, with the arguments that it had. Its TCP port may be
+    /// another.
     ///
     /// # Errors
     /// As [`server`].

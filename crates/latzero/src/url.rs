@@ -9,7 +9,7 @@ use crate::error::Error;
 
 /// Where the server is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum Endpoint {
     /// The Unix socket of the default data directory, else the default port of this machine.
     Local,
     /// A Unix socket.
@@ -22,7 +22,7 @@ pub(crate) enum Place {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Url {
     pub(crate) app_id: AppId,
-    pub(crate) place: Place,
+    pub(crate) place: Endpoint,
     pub(crate) pools: Vec<PoolName>,
     /// The key files of pools, by the pool that is named before.
     pub(crate) keys: Vec<(PoolName, PathBuf)>,
@@ -57,7 +57,7 @@ impl Url {
         let name_error =
             |e: latzero_protocol::NameError| Error::new(Code::InvalidName, e.to_string());
         let mut place = match host {
-            None => Place::Local,
+            None => Endpoint::Local,
             Some(host) => host_and_port(url, host)?,
         };
         let app_id = AppId::new(app_id).map_err(name_error)?;
@@ -87,7 +87,7 @@ impl Url {
                     return Err(bad(url, "names both a host and a socket"));
                 }
                 "socket" if value.is_empty() => return Err(bad(url, "names no socket path")),
-                "socket" => place = Place::Socket(PathBuf::from(value)),
+                "socket" => place = Endpoint::Socket(PathBuf::from(value)),
                 "tls" if value == "false" => {}
                 "tls" | "ca" | "fingerprint" => {
                     return Err(bad(url, "asks for TLS, which is not in this build"));
@@ -106,7 +106,7 @@ impl Url {
     }
 }
 
-fn host_and_port(url: &str, text: &str) -> Result<Place, Error> {
+fn host_and_port(url: &str, text: &str) -> Result<Endpoint, Error> {
     // An IPv6 address stands in brackets, since it has colons of its own.
     let (host, port) = match text.strip_prefix('[').and_then(|t| t.split_once(']')) {
         Some((host, "")) => (host, None),
@@ -126,7 +126,7 @@ fn host_and_port(url: &str, text: &str) -> Result<Place, Error> {
             _ => return Err(bad(url, "has a port that is not a number from 1 to 65535")),
         },
     };
-    Ok(Place::Tcp(host.to_owned(), port))
+    Ok(Endpoint::Tcp(host.to_owned(), port))
 }
 
 /// Undoes percent-encoding (RFC 3986, section 2.1).
@@ -151,7 +151,7 @@ fn unescape(url: &str, text: &str) -> Result<String, Error> {
 mod tests {
     use super::*;
 
-    fn check(url: &str, place: &Place, pools: &[&str]) {
+    fn check(url: &str, place: &Endpoint, pools: &[&str]) {
         let parsed = Url::parse(url).unwrap();
         assert_eq!(&parsed.place, place, "{url}");
         let got: Vec<&str> = parsed.pools.iter().map(PoolName::as_str).collect();
@@ -160,31 +160,35 @@ mod tests {
 
     #[test]
     fn addresses() {
-        check("latzero://me", &Place::Local, &[]);
+        check("latzero://me", &Endpoint::Local, &[]);
         check(
             "latzero://me?pool=a&pool=b&pool=a",
-            &Place::Local,
+            &Endpoint::Local,
             &["a", "b"],
         );
         check(
             "latzero://me@host",
-            &Place::Tcp("host".into(), DEFAULT_PORT),
+            &Endpoint::Tcp("host".into(), DEFAULT_PORT),
             &[],
         );
         check(
             "latzero://me@1.2.3.4:99/?pool=a",
-            &Place::Tcp("1.2.3.4".into(), 99),
+            &Endpoint::Tcp("1.2.3.4".into(), 99),
             &["a"],
         );
-        check("latzero://me@[::1]:99", &Place::Tcp("::1".into(), 99), &[]);
+        check(
+            "latzero://me@[::1]:99",
+            &Endpoint::Tcp("::1".into(), 99),
+            &[],
+        );
         check(
             "latzero://me@[::1]",
-            &Place::Tcp("::1".into(), DEFAULT_PORT),
+            &Endpoint::Tcp("::1".into(), DEFAULT_PORT),
             &[],
         );
         check(
             "latzero://me?socket=/a%20b/s.sock",
-            &Place::Socket("/a b/s.sock".into()),
+            &Endpoint::Socket("/a b/s.sock".into()),
             &[],
         );
     }

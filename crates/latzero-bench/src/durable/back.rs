@@ -30,20 +30,20 @@ const WAIT_MAX: Duration = Duration::from_secs(20);
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// How many may stand at the server's door.
+/// How many connections may be in their handshake.
 #[derive(Clone, Copy)]
-enum Door {
+enum Admission {
     Wide,
     Usual,
 }
 
-impl Door {
+impl Admission {
     const ALL: [Self; 2] = [Self::Wide, Self::Usual];
 
     fn describe(self) -> &'static str {
         match self {
-            Self::Wide => "through a wide door",
-            Self::Usual => "with the usual bounds",
+            Self::Wide => "with wide limits",
+            Self::Usual => "with the usual limits",
         }
     }
 
@@ -67,23 +67,23 @@ struct Turn {
     first_ms: f64,
     half_ms: f64,
     last_ms: f64,
-    /// Attempts that were sent away at the door.
+    /// Attempts refused at the limit.
     sent_away: u64,
 }
 
 pub(super) fn run(args: &DurableArgs) -> Result<Found, Failure> {
     let apps = args.or(args.back, 1_000, 100);
     let rounds = args.rounds();
-    let mut turns: [Vec<Turn>; Door::ALL.len()] = Default::default();
+    let mut turns: [Vec<Turn>; Admission::ALL.len()] = Default::default();
     for round in 1..=rounds {
         eprintln!("apps that come back: round {round} of {rounds}");
-        for (door, turns) in Door::ALL.into_iter().zip(&mut turns) {
-            turns.push(take_turn(door, apps)?);
+        for (admission, turns) in Admission::ALL.into_iter().zip(&mut turns) {
+            turns.push(take_turn(admission, apps)?);
         }
     }
     let mut findings = Vec::new();
-    for (door, turns) in Door::ALL.into_iter().zip(&turns) {
-        let name = format!("{apps} apps back {}", door.describe());
+    for (admission, turns) in Admission::ALL.into_iter().zip(&turns) {
+        let name = format!("{apps} apps back {}", admission.describe());
         let last = turns.iter().map(|turn| turn.last_ms);
         let middle = median(last.clone().collect()).expect("there was a round");
         findings.extend([
@@ -95,13 +95,13 @@ pub(super) fn run(args: &DurableArgs) -> Result<Found, Failure> {
             ),
         ]);
     }
-    let by_door = Door::ALL
+    let by_admission = Admission::ALL
         .iter()
         .zip(&turns)
-        .map(|(door, turns)| json!({"door": door.describe(), "turns": turns}));
+        .map(|(admission, turns)| json!({"admission": admission.describe(), "turns": turns}));
     Ok(Found {
         findings,
-        rounds: json!({"apps": apps, "doors": by_door.collect::<Vec<_>>()}),
+        rounds: json!({"apps": apps, "limits": by_admission.collect::<Vec<_>>()}),
     })
 }
 
@@ -110,9 +110,9 @@ fn app_id(number: usize) -> String {
 }
 
 /// Registers all, kills the server, and times their return to its successor.
-fn take_turn(door: Door, apps: u64) -> Result<Turn, Failure> {
+fn take_turn(admission: Admission, apps: u64) -> Result<Turn, Failure> {
     let scratch = tempfile::tempdir().during("make a directory for the server")?;
-    let settings = door.settings(apps);
+    let settings = admission.settings(apps);
     let server = Running::start_in(scratch.path(), &settings)?;
     let apps = usize::try_from(apps).expect("it was bounded");
     let mut registered = Vec::new();

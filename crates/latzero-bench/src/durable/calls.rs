@@ -107,7 +107,7 @@ pub(super) fn run(args: &DurableArgs, before: &Path) -> Result<Found, Failure> {
             );
             of_place.push(measure(before, &plan, placement)?);
         }
-        findings.extend(judge(&of_place, placement));
+        findings.extend(evaluate(&of_place, placement));
         rounds.push(json!({"placement": placement, "pairs": of_place}));
     }
     Ok(Found {
@@ -133,7 +133,7 @@ fn measure(before: &Path, plan: &Plan, placement: Placement) -> Result<Pair, Fai
     })
 }
 
-fn judge(pairs: &[Pair], placement: Placement) -> Vec<Finding> {
+fn evaluate(pairs: &[Pair], placement: Placement) -> Vec<Finding> {
     let name = match placement {
         Placement::OneCpu => "calls on one CPU",
         Placement::Free => "calls left to the scheduler",

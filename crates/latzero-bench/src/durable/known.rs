@@ -12,7 +12,7 @@ use crate::results::{Finding, Unit};
 use crate::server::{Memory, Running, data_dir};
 use crate::stream::Transport;
 use crate::wire::Wire;
-use latzero_store::{AppRow, Change, Options};
+use latzero_store::{AppRow, Options, RowChange};
 use serde::Serialize;
 use serde_json::json;
 use std::fs::{self, DirBuilder};
@@ -183,7 +183,7 @@ fn write_apps(scratch: &Path, known: u64) -> Result<(), Failure> {
     let numbers: Vec<u64> = (0..known).collect();
     for some in numbers.chunks(1_000) {
         let put = |&number: &u64| {
-            Change::PutApp(AppRow {
+            RowChange::PutApp(AppRow {
                 app_id: app_id(number),
                 pools: json!([format!("team-{:02}", number % 100), "shared"]).to_string(),
                 triggers: triggers.clone(),

@@ -6,11 +6,11 @@ use latzero::{Answer, Code};
 use serde_json::{Map, Value, json};
 
 use crate::args::AnswersArgs;
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, Connection, ListKind, list};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, compact, count, hex};
-use crate::reach::{ConnectOptions, Connection, Listed, list};
 
-pub(crate) fn run(args: &AnswersArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &AnswersArgs, output: &Output) -> CommandResult {
     if args.reach.app.is_none() && args.reach.url.is_none() {
         return Err(
             Failure::usage("choose the app whose answers to print with --app")
@@ -70,7 +70,7 @@ fn join(connection: &Connection, args: &AnswersArgs, output: &Output) -> Result<
     if !args.pool.is_empty() {
         return Ok(());
     }
-    let pools = list(app, &json!({"action": "pool_list"}), Listed::Pools)?;
+    let pools = list(app, &json!({"action": "pool_list"}), ListKind::Pools)?;
     let joined = app.joined();
     let names = pools.iter().filter_map(|pool| pool["pool"].as_str());
     let mut refused = Vec::new();
@@ -96,11 +96,11 @@ pub(crate) fn line(answer: &Answer) -> String {
     }
     let (name, text) = match answer.result() {
         Err(error) => {
-            let mut told = json!({"code": error.code(), "message": error.message()});
+            let mut error_json = json!({"code": error.code(), "message": error.message()});
             if let Some(data) = error.data() {
-                told["data"] = data.clone();
+                error_json["data"] = data.clone();
             }
-            ("error", told.to_string())
+            ("error", error_json.to_string())
         }
         Ok(reply) => {
             let headers: Map<String, Value> = reply

@@ -5,15 +5,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use crate::args::{AppsArgs, AppsCommand, ForgetArgs};
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, Connection, ListKind, list};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Cell, Output, Tone, ago, toned};
-use crate::reach::{ConnectOptions, Connection, Listed, list};
 
 /// Names of one kind that a row of the table shows; `--json` shows all.
 const NAMES_MAX: usize = 8;
 
-pub(crate) fn run(args: &AppsArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &AppsArgs, output: &Output) -> CommandResult {
     if let Some(AppsCommand::Forget(args)) = &args.command {
         return forget(args, output);
     }
@@ -22,7 +22,7 @@ pub(crate) fn run(args: &AppsArgs, output: &Output) -> Done {
     if let Some(pool) = &args.pool {
         request["pool"] = json!(pool);
     }
-    let mut apps = list(&connection.app, &request, Listed::Apps)?;
+    let mut apps = list(&connection.app, &request, ListKind::Apps)?;
     if args.live || args.offline {
         apps.retain(|app| app["live"] == args.live);
     }
@@ -70,7 +70,7 @@ fn names(values: Option<&Vec<Value>>, name: impl Fn(&Value) -> Option<&str>) -> 
     }
 }
 
-fn forget(args: &ForgetArgs, output: &Output) -> Done {
+fn forget(args: &ForgetArgs, output: &Output) -> CommandResult {
     let connection = args.reach.connect(&ConnectOptions::once("apps forget"))?;
     let Some(app_id) = &args.forgotten else {
         return forget_offline(args.older.unwrap_or_default(), &connection, output);
@@ -114,14 +114,14 @@ fn offline(connection: &Connection) -> Result<Vec<Value>, latzero::Error> {
     let mut apps = list(
         &connection.app,
         &json!({"action": "app_list"}),
-        Listed::Apps,
+        ListKind::Apps,
     )?;
     apps.retain(|app| app["live"] == false);
     Ok(apps)
 }
 
 /// Forgets every app that has been offline for longer than `older`.
-fn forget_offline(older: Duration, connection: &Connection, output: &Output) -> Done {
+fn forget_offline(older: Duration, connection: &Connection, output: &Output) -> CommandResult {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

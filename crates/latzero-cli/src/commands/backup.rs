@@ -1,16 +1,16 @@
 //! `backup`: makes a backup with the server, and lists the backups of a directory.
 
-use latzero_server::upkeep::{self, Look};
+use latzero_server::maintenance::{self, Depth};
 use serde_json::{Value, json};
 
 use crate::args::{BackupArgs, BackupCommand, BackupListArgs};
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::ConnectOptions;
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output, Tone, bytes, toned};
-use crate::reach::ConnectOptions;
 
-use super::store::{contents, made, to_json, took};
+use super::store::{contents, creation_time, duration, to_json};
 
-pub(crate) fn run(args: &BackupArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &BackupArgs, output: &Output) -> CommandResult {
     if let Some(BackupCommand::Ls(args)) = &args.command {
         return list(args, output);
     }
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &BackupArgs, output: &Output) -> Done {
         ("backup", done["file"].as_str().unwrap_or("").into()),
         ("size", bytes(number("bytes")).into()),
         ("contents", contents(&done).into()),
-        ("took", took(&done).into()),
+        ("took", duration(&done).into()),
     ])?;
     Ok(Exit::Ok)
 }
@@ -56,20 +56,20 @@ fn explained(mut failure: Failure) -> Failure {
     failure
 }
 
-fn list(args: &BackupListArgs, output: &Output) -> Done {
+fn list(args: &BackupListArgs, output: &Output) -> CommandResult {
     let dir = args.dir.path();
-    let files = upkeep::files(&dir).map_err(|error| {
+    let files = maintenance::files(&dir).map_err(|error| {
         let text = format!("cannot list the backups of {}: {error}", dir.display());
         Failure::new(Exit::Failure, text)
     })?;
     let look = match args.verify {
-        true => Look::Whole,
-        false => Look::Glance,
+        true => Depth::Whole,
+        false => Depth::Glance,
     };
     let mut listed = Vec::new();
     for file in files {
         let doing = format!("verifying {}", file.display());
-        listed.push(output.while_working(doing, move || upkeep::list_one(file, look)));
+        listed.push(output.while_working(doing, move || maintenance::list_one(file, look)));
     }
     let exit = match listed.iter().all(|backup| backup.summary.is_ok()) {
         true => Exit::Ok,
@@ -94,17 +94,17 @@ fn list(args: &BackupListArgs, output: &Output) -> Done {
     Ok(exit)
 }
 
-fn row(listed: &upkeep::Listed, look: Look) -> Vec<Cell> {
+fn row(listed: &maintenance::BackupEntry, look: Depth) -> Vec<Cell> {
     let file = listed.file.display();
     let size = bytes(listed.bytes);
     match &listed.summary {
         Ok(summary) => vec![
             file.into(),
-            made(summary).into(),
+            creation_time(summary).into(),
             size.into(),
             match look {
-                Look::Whole => toned("verified", Tone::Good),
-                Look::Glance => toned("not verified", Tone::Dim),
+                Depth::Whole => toned("verified", Tone::Good),
+                Depth::Glance => toned("not verified", Tone::Dim),
             },
             contents(&to_json(summary)).into(),
         ],
@@ -118,12 +118,12 @@ fn row(listed: &upkeep::Listed, look: Look) -> Vec<Cell> {
     }
 }
 
-fn listed_json(listed: &upkeep::Listed, look: Look) -> Value {
+fn listed_json(listed: &maintenance::BackupEntry, look: Depth) -> Value {
     let mut backup = json!({"file": listed.file, "bytes": listed.bytes});
     match &listed.summary {
         Ok(summary) => {
             backup["ok"] = true.into();
-            backup["verified"] = (look == Look::Whole).into();
+            backup["verified"] = (look == Depth::Whole).into();
             let fields = to_json(summary);
             for (name, value) in fields.as_object().into_iter().flatten() {
                 backup[name] = value.clone();

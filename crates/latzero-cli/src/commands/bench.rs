@@ -13,12 +13,12 @@ use latzero::{Code, Error};
 use serde_json::json;
 use serde_json::value::RawValue;
 
-use crate::args::{BenchArgs, Measured};
+use crate::args::{BenchArgs, BenchKind};
+use crate::connect::{ConnectOptions, Connection};
 use crate::executor::run_many;
-use crate::exit::{Done, Exit, Failure};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, count, time};
 use crate::parse::Target;
-use crate::reach::{ConnectOptions, Connection};
 
 use super::trigger::{enter, explain};
 
@@ -73,7 +73,7 @@ impl Record {
     }
 }
 
-pub(crate) fn run(args: &BenchArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &BenchArgs, output: &Output) -> CommandResult {
     let own_pool = format!("bench-{}", std::process::id());
     let target = match &args.to {
         Some(to) => Target::parse(to, None)?,
@@ -185,21 +185,21 @@ fn own_handler(args: &BenchArgs, pool: String) -> Result<(Connection, Arc<Atomic
 /// Sends one, without waiting; the future ends with how many handlers it connection.
 fn send(
     connection: &Connection,
-    measured: Measured,
+    measured: BenchKind,
     target: &Target,
     pool: Option<&str>,
     payload: &RawValue,
 ) -> impl Future<Output = Result<u64, Error>> + use<> {
     let app = connection.app.as_async();
     let sent = match measured {
-        Measured::Call => {
+        BenchKind::Call => {
             let mut call = app.call(&target.trigger, payload);
             if let Some(pool) = pool {
                 call = call.pool(pool);
             }
             (Some(call.reply()), None)
         }
-        Measured::Emit => {
+        BenchKind::Emit => {
             let mut emit = app.emit(&target.trigger, payload);
             if let Some(pool) = pool {
                 emit = emit.pool(pool);
@@ -219,20 +219,20 @@ fn send(
 /// Sends one and waits, on this thread.
 fn send_and_wait(
     connection: &Connection,
-    measured: Measured,
+    measured: BenchKind,
     target: &Target,
     pool: Option<&str>,
     payload: &RawValue,
 ) -> Result<u64, Error> {
     match measured {
-        Measured::Call => {
+        BenchKind::Call => {
             let mut call = connection.app.call(&target.trigger, payload);
             if let Some(pool) = pool {
                 call = call.pool(pool);
             }
             call.reply().map(|_| 1)
         }
-        Measured::Emit => {
+        BenchKind::Emit => {
             let mut emit = connection.app.emit(&target.trigger, payload);
             if let Some(pool) = pool {
                 emit = emit.pool(pool);
@@ -248,11 +248,11 @@ fn print(
     record: &Record,
     took: Duration,
     output: &Output,
-) -> Done {
+) -> CommandResult {
     let rate = record.done as f64 / took.as_secs_f64();
     let noun = match args.measured {
-        Measured::Call => "call",
-        Measured::Emit => "event",
+        BenchKind::Call => "call",
+        BenchKind::Emit => "event",
     };
     let us = |quantile: f64| record.times.value_at_quantile(quantile) as f64 / 10.0;
     if output.json {
@@ -288,7 +288,7 @@ fn print(
             .into(),
         ),
     ])?;
-    if args.measured == Measured::Emit {
+    if args.measured == BenchKind::Emit {
         output.facts(&[("delivered", count(record.delivered, "time").into())])?;
     }
     Ok(Exit::Ok)

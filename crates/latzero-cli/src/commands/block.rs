@@ -13,10 +13,10 @@ use crate::args::{
     BlockAt, BlockCasArgs, BlockCommand, BlockCreateArgs, BlockKind, BlockListArgs, BlockOne,
     BlockReadArgs, BlockResizeArgs, BlockWatchArgs, BlockWriteArgs,
 };
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, Connection, ServerArgs};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output, Tone, bytes, hex, toned};
 use crate::parse::{self, Target};
-use crate::reach::{ConnectOptions, Connection, Reach};
 
 use super::trigger::enter;
 use npy::Array;
@@ -27,7 +27,7 @@ const SHOWN_BYTES: usize = 256;
 /// How long a write waits for the block's lock.
 const LOCK_TIME: Duration = Duration::from_secs(10);
 
-pub(crate) fn run(command: &BlockCommand, output: &Output) -> Done {
+pub(crate) fn run(command: &BlockCommand, output: &Output) -> CommandResult {
     match command {
         BlockCommand::Ls(args) => list(args, output),
         BlockCommand::Info(args) => info(args, output),
@@ -45,32 +45,36 @@ pub(crate) fn run(command: &BlockCommand, output: &Output) -> Done {
 }
 
 /// A connection that is in the pool of a block, and the block's name there.
-struct At {
+struct BlockHandle {
     connection: Connection,
     pool: Option<String>,
     id: String,
 }
 
-impl At {
-    fn find(at: &BlockAt, reach: &Reach, options: &ConnectOptions) -> Result<At, Failure> {
-        let target = At::target(at)?;
+impl BlockHandle {
+    fn find(
+        at: &BlockAt,
+        reach: &ServerArgs,
+        options: &ConnectOptions,
+    ) -> Result<BlockHandle, Failure> {
+        let target = BlockHandle::target(at)?;
         let connection = reach.connect(options)?;
         let pool = enter(&connection, reach, &target)?;
-        Ok(At {
+        Ok(BlockHandle {
             connection,
             pool,
             id: target.trigger,
         })
     }
 
-    fn once(at: &BlockAt, reach: &Reach) -> Result<At, Failure> {
-        At::find(at, reach, &ConnectOptions::once("block"))
+    fn once(at: &BlockAt, reach: &ServerArgs) -> Result<BlockHandle, Failure> {
+        BlockHandle::find(at, reach, &ConnectOptions::once("block"))
     }
 
     /// As [`At::once`], in a pool that is made where there is none: for a block that is to be made.
-    fn to_make(at: &BlockAt, reach: &Reach) -> Result<At, Failure> {
-        let pool = At::target(at)?.pool;
-        At::find(
+    fn to_make(at: &BlockAt, reach: &ServerArgs) -> Result<BlockHandle, Failure> {
+        let pool = BlockHandle::target(at)?.pool;
+        BlockHandle::find(
             at,
             reach,
             &ConnectOptions::once("block").in_pool(pool.as_deref()),
@@ -99,7 +103,7 @@ impl At {
     }
 }
 
-fn list(args: &BlockListArgs, output: &Output) -> Done {
+fn list(args: &BlockListArgs, output: &Output) -> CommandResult {
     let connection = args.reach.connect(&ConnectOptions::once("block"))?;
     let target = Target {
         pool: Some(args.pool.clone()),
@@ -156,8 +160,8 @@ fn layout(layout: &Value) -> String {
     format!("{dtype} {}", shape.join("×"))
 }
 
-fn info(args: &BlockOne, output: &Output) -> Done {
-    let at = At::once(&args.at, &args.reach)?;
+fn info(args: &BlockOne, output: &Output) -> CommandResult {
+    let at = BlockHandle::once(&args.at, &args.reach)?;
     let block = at.ask("memory_info")?;
     if output.json || !output.is_terminal {
         output.value(&block)?;
@@ -231,8 +235,8 @@ fn info(args: &BlockOne, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn create(args: &BlockCreateArgs, output: &Output) -> Done {
-    let at = At::to_make(&args.at, &args.reach)?;
+fn create(args: &BlockCreateArgs, output: &Output) -> CommandResult {
+    let at = BlockHandle::to_make(&args.at, &args.reach)?;
     let array = args.dtype.as_ref().map(|dtype| Array {
         dtype: dtype.clone(),
         shape: args.shape.clone(),
@@ -251,7 +255,7 @@ fn create(args: &BlockCreateArgs, output: &Output) -> Done {
 }
 
 fn make(
-    at: &At,
+    at: &BlockHandle,
     size: u64,
     array: Option<&Array>,
     kind: &BlockKind,
@@ -301,7 +305,7 @@ fn array_bytes(array: &Array) -> Result<u64, Failure> {
 }
 
 /// Says what was done with a block.
-fn report(at: &At, block: &Block, done: &str, output: &Output) -> Done {
+fn report(at: &BlockHandle, block: &Block, done: &str, output: &Output) -> CommandResult {
     let version = block.version();
     if output.json {
         output.value(&json!({
@@ -321,8 +325,8 @@ fn report(at: &At, block: &Block, done: &str, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn read(args: &BlockReadArgs, output: &Output) -> Done {
-    let at = At::once(&args.at, &args.reach)?;
+fn read(args: &BlockReadArgs, output: &Output) -> CommandResult {
+    let at = BlockHandle::once(&args.at, &args.reach)?;
     let block = at.name().attach()?;
     let length = args
         .length
@@ -370,8 +374,8 @@ fn hex_line(at: u64, line: &[u8]) -> String {
     format!("{at:08x}  {:47}  {text}", digits.join(" "))
 }
 
-fn write(args: &BlockWriteArgs, output: &Output) -> Done {
-    let at = At::once(&args.at, &args.reach)?;
+fn write(args: &BlockWriteArgs, output: &Output) -> CommandResult {
+    let at = BlockHandle::once(&args.at, &args.reach)?;
     let block = at.name().attach_writable()?;
     let room = block.size().saturating_sub(args.from.offset);
     let data = parse::bytes(&args.data, room)?;
@@ -397,8 +401,8 @@ fn write(args: &BlockWriteArgs, output: &Output) -> Done {
     report(&at, &block, "wrote", output)
 }
 
-fn cas(args: &BlockCasArgs, output: &Output) -> Done {
-    let at = At::once(&args.at, &args.reach)?;
+fn cas(args: &BlockCasArgs, output: &Output) -> CommandResult {
+    let at = BlockHandle::once(&args.at, &args.reach)?;
     let block = at.name().attach_writable()?;
     let room = block.size().saturating_sub(args.from.offset);
     let expected = parse::bytes(&args.expected, room)?;
@@ -427,8 +431,8 @@ fn cas(args: &BlockCasArgs, output: &Output) -> Done {
     }
 }
 
-fn watch(args: &BlockWatchArgs, output: &Output) -> Done {
-    let at = At::find(&args.at, &args.reach, &ConnectOptions::lasting("block"))?;
+fn watch(args: &BlockWatchArgs, output: &Output) -> CommandResult {
+    let at = BlockHandle::find(&args.at, &args.reach, &ConnectOptions::lasting("block"))?;
     let block = at.name().attach()?;
     let mut changes = block.changes()?;
     if output.is_for_people() {
@@ -456,15 +460,15 @@ fn watch(args: &BlockWatchArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn resize(args: &BlockResizeArgs, output: &Output) -> Done {
-    let at = At::once(&args.at, &args.reach)?;
+fn resize(args: &BlockResizeArgs, output: &Output) -> CommandResult {
+    let at = BlockHandle::once(&args.at, &args.reach)?;
     let block = at.name().attach_writable()?;
     block.resize(args.size)?;
     report(&at, &block, "resized", output)
 }
 
-fn remove(args: &BlockOne, output: &Output) -> Done {
-    let at = At::once(&args.at, &args.reach)?;
+fn remove(args: &BlockOne, output: &Output) -> CommandResult {
+    let at = BlockHandle::once(&args.at, &args.reach)?;
     at.ask("memory_remove")?;
     if output.json {
         output.value(&json!({"removed": at.id}))?;

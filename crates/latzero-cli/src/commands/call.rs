@@ -10,11 +10,11 @@ use serde_json::json;
 use serde_json::value::RawValue;
 
 use crate::args::CallArgs;
+use crate::connect::{ConnectOptions, Connection};
 use crate::executor::block_on;
-use crate::exit::{Done, Exit, Failure};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, bytes, compact, hex};
 use crate::parse::Target;
-use crate::reach::{ConnectOptions, Connection};
 
 use super::answers;
 use super::trigger::{enter, enter_or_make, explain, proved};
@@ -54,7 +54,7 @@ macro_rules! with_flags {
     }};
 }
 
-pub(crate) fn run(args: &CallArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &CallArgs, output: &Output) -> CommandResult {
     let target: Target = args.target.parse()?;
     let data = args.payload.read()?;
     let timeout = args.timeout.unwrap_or(TIMEOUT);
@@ -131,7 +131,12 @@ fn wait(parked: Parked, connection: &Connection, output: &Output) -> Result<Repl
 
 /// Returns without waiting for a parked call. An answer that has already arrived is printed,
 /// because it could not be fetched later.
-fn leave(parked: Parked, connection: &Connection, args: &CallArgs, output: &Output) -> Done {
+fn leave(
+    parked: Parked,
+    connection: &Connection,
+    args: &CallArgs,
+    output: &Output,
+) -> CommandResult {
     let id = parked.id().to_owned();
     drop(parked);
     let app_id = connection.app.app_id();
@@ -166,7 +171,7 @@ fn stream(
     args: &CallArgs,
     output: &Output,
     explained: impl Fn(latzero::Error) -> Failure,
-) -> Done {
+) -> CommandResult {
     let mut stream = call.stream::<Box<RawValue>>();
     let mut has_items = false;
     while let Some(next) = stream.next_or_progress() {

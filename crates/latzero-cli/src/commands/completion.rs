@@ -3,10 +3,10 @@
 use clap::CommandFactory as _;
 
 use crate::args::{Cli, CompletionArgs};
-use crate::exit::{Done, Exit};
+use crate::exit::{CommandResult, Exit};
 use crate::output::Output;
 
-pub(crate) fn run(args: &CompletionArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &CompletionArgs, output: &Output) -> CommandResult {
     // Written to memory first: the generator panics where its output is a closed pipe.
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "latzero", &mut script);

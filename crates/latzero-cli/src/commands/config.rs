@@ -1,14 +1,14 @@
 //! `config`: the settings in force and where each one comes from, and the commented default file.
 
+use latzero_server::machine_limits::MachineLimits;
 use latzero_server::settings::{self, Environment, Shown, load};
-use latzero_server::surroundings::Surroundings;
 use serde_json::json;
 
 use crate::args::{ConfigArgs, ConfigCommand, SettingsArgs};
-use crate::exit::{Done, Exit};
+use crate::exit::{CommandResult, Exit};
 use crate::output::{Output, Tone, toned};
 
-pub(crate) fn run(args: &ConfigArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &ConfigArgs, output: &Output) -> CommandResult {
     match &args.what {
         ConfigCommand::Show(args) => show(&args.settings, args.changed, output),
         ConfigCommand::Default => {
@@ -18,11 +18,11 @@ pub(crate) fn run(args: &ConfigArgs, output: &Output) -> Done {
     }
 }
 
-fn show(args: &SettingsArgs, only_changed: bool, output: &Output) -> Done {
+fn show(args: &SettingsArgs, only_changed: bool, output: &Output) -> CommandResult {
     let environment = Environment::of_process();
     let resolved = load(&environment, &args.overrides(), args.config.as_deref())?;
     let is_shown = |shown: &Shown| !only_changed || shown.source != "default";
-    let shown = resolved.show(&Surroundings::of_process());
+    let shown = resolved.show(&MachineLimits::of_process());
     let shown: Vec<Shown> = shown.into_iter().filter(is_shown).collect();
     if output.json {
         output.value(&json!(shown))?;

@@ -3,22 +3,22 @@
 use std::path::Path;
 use std::time::Instant;
 
+use latzero_server::maintenance::{self, Offline};
 use latzero_server::startup::private_umask;
-use latzero_server::upkeep::{self, Offline};
 use serde_json::{Value, json};
 
 use crate::args::{DbCheckArgs, DbCommand, DbDumpArgs, DbQueryArgs};
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, ServerArgs};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output, Tone, toned};
-use crate::reach::{ConnectOptions, Reach};
 
-use super::store::took;
+use super::store::duration;
 
 /// Who looked.
 const SERVER: &str = "by the server";
 const FILES: &str = "read from the files, because no server is running";
 
-pub(crate) fn run(command: &DbCommand, output: &Output) -> Done {
+pub(crate) fn run(command: &DbCommand, output: &Output) -> CommandResult {
     match command {
         DbCommand::Check(args) => check(args, output),
         DbCommand::Query(args) => query(args, output),
@@ -26,7 +26,7 @@ pub(crate) fn run(command: &DbCommand, output: &Output) -> Done {
     }
 }
 
-fn check(args: &DbCheckArgs, output: &Output) -> Done {
+fn check(args: &DbCheckArgs, output: &Output) -> CommandResult {
     let (mut done, by) = match args
         .reach
         .connect(&ConnectOptions::once("db check").patient())
@@ -64,7 +64,7 @@ fn check(args: &DbCheckArgs, output: &Output) -> Done {
     let mut facts = vec![
         ("database", state),
         ("checked", format!("{by}; {depth}").into()),
-        ("took", took(&done).into()),
+        ("took", duration(&done).into()),
     ];
     facts.extend(
         findings
@@ -87,7 +87,7 @@ fn check(args: &DbCheckArgs, output: &Output) -> Done {
     Ok(exit)
 }
 
-fn query(args: &DbQueryArgs, output: &Output) -> Done {
+fn query(args: &DbQueryArgs, output: &Output) -> CommandResult {
     let answer = match args
         .reach
         .connect(&ConnectOptions::once("db query").patient())
@@ -129,7 +129,7 @@ fn query(args: &DbQueryArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn dump(args: &DbDumpArgs, output: &Output) -> Done {
+fn dump(args: &DbDumpArgs, output: &Output) -> CommandResult {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     match args
         .reach
@@ -143,7 +143,7 @@ fn dump(args: &DbDumpArgs, output: &Output) -> Done {
             let copy = Path::new(dir).join(format!("backups/.tmp-dump-{}.db", std::process::id()));
             let request = json!({"action": "backup", "to": copy, "without_blocks": true});
             output.while_working("copying the database", || reached.administer(&request))?;
-            let dumped = upkeep::dump_backup(&copy, &mut out);
+            let dumped = maintenance::dump_backup(&copy, &mut out);
             let _ = std::fs::remove_file(&copy);
             dumped?;
         }
@@ -158,13 +158,13 @@ fn dump(args: &DbDumpArgs, output: &Output) -> Done {
 
 /// The directory that no server runs on, as `not_running` says; that stays the answer where there
 /// is no database.
-fn take_offline(reach: &Reach, not_running: Failure) -> Result<Offline, Failure> {
+fn take_offline(reach: &ServerArgs, not_running: Failure) -> Result<Offline, Failure> {
     let dir = reach.data_dir().0;
     if !dir.join("data.db").exists() {
         return Err(not_running);
     }
     private_umask();
-    Ok(Offline::take(&dir)?)
+    Ok(Offline::lock(&dir)?)
 }
 
 fn check_files(args: &DbCheckArgs, failure: Failure, output: &Output) -> Result<Value, Failure> {

@@ -1,20 +1,20 @@
 //! `doctor`: diagnoses why the server cannot start or does not run well.
 
 use latzero_server::doctor::{self, Finding, Status};
+use latzero_server::maintenance::{self, Depth};
 use latzero_server::settings::{Environment, Settings, load};
 use latzero_server::startup::lock;
-use latzero_server::upkeep::{self, Look};
 use serde_json::json;
 
 use crate::args::SettingsArgs;
-use crate::exit::{Done, Exit};
+use crate::connect::{ConnectOptions, ServerArgs};
+use crate::exit::{CommandResult, Exit};
 use crate::output::{Output, Tone, toned};
 use crate::parse::shell;
-use crate::reach::{ConnectOptions, Reach};
 
-use super::store::{losses, made, sentences};
+use super::store::{creation_time, losses, sentences};
 
-pub(crate) fn run(args: &SettingsArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &SettingsArgs, output: &Output) -> CommandResult {
     let environment = Environment::of_process();
     let overrides = args.overrides();
     let resolved = load(&environment, &overrides, args.config.as_deref());
@@ -68,9 +68,9 @@ pub(crate) fn run(args: &SettingsArgs, output: &Output) -> Done {
 fn store(settings: &Settings) -> Option<Finding> {
     let dir = settings.data_dir.canonicalize().ok()?;
     lock::holder(&dir)?;
-    let reach = Reach {
+    let reach = ServerArgs {
         data_dir: Some(dir.clone()),
-        ..Reach::default()
+        ..ServerArgs::default()
     };
     // One that does not answer is what other findings are about.
     let connection = reach.connect(&ConnectOptions::once("doctor")).ok()?;
@@ -104,37 +104,38 @@ fn backups(settings: &Settings) -> Option<Finding> {
         return None;
     }
     let shown = shell(&dir.to_string_lossy());
-    let files = upkeep::files(dir).ok()?;
+    let files = maintenance::files(dir).ok()?;
     let total = files.len();
     let newest = files.into_iter().next();
-    let (status, what, command) = match newest.map(|file| upkeep::list_one(file, Look::Glance)) {
-        None if settings.backup_interval.is_zero() => (
-            Status::Warn,
-            "there is no backup, and `backup_interval` is 0".to_owned(),
-            Some(format!("latzero backup --data-dir {shown}")),
-        ),
-        None => (
-            Status::Ok,
-            "none yet; the server makes one every `backup_interval`".to_owned(),
-            None,
-        ),
-        Some(upkeep::Listed {
-            summary: Ok(summary),
-            ..
-        }) => (
-            Status::Ok,
-            format!("{total}; the newest was made {}", made(&summary)),
-            None,
-        ),
-        Some(upkeep::Listed {
-            summary: Err(error),
-            ..
-        }) => (
-            Status::Fail,
-            format!("the newest is damaged: {error}"),
-            Some(format!("latzero backup --data-dir {shown}")),
-        ),
-    };
+    let (status, what, command) =
+        match newest.map(|file| maintenance::list_one(file, Depth::Glance)) {
+            None if settings.backup_interval.is_zero() => (
+                Status::Warn,
+                "there is no backup, and `backup_interval` is 0".to_owned(),
+                Some(format!("latzero backup --data-dir {shown}")),
+            ),
+            None => (
+                Status::Ok,
+                "none yet; the server makes one every `backup_interval`".to_owned(),
+                None,
+            ),
+            Some(maintenance::BackupEntry {
+                summary: Ok(summary),
+                ..
+            }) => (
+                Status::Ok,
+                format!("{total}; the newest was made {}", creation_time(&summary)),
+                None,
+            ),
+            Some(maintenance::BackupEntry {
+                summary: Err(error),
+                ..
+            }) => (
+                Status::Fail,
+                format!("the newest is damaged: {error}"),
+                Some(format!("latzero backup --data-dir {shown}")),
+            ),
+        };
     Some(Finding {
         name: "backups",
         status,

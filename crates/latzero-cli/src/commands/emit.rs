@@ -3,13 +3,13 @@
 use serde_json::json;
 
 use crate::args::EmitArgs;
-use crate::exit::{Done, Exit};
+use crate::connect::ConnectOptions;
+use crate::exit::{CommandResult, Exit};
 use crate::output::{Output, count};
-use crate::reach::ConnectOptions;
 
 use super::trigger::{enter, explain, proved};
 
-pub(crate) fn run(args: &EmitArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &EmitArgs, output: &Output) -> CommandResult {
     let target = args.target.parse()?;
     let data = args.payload.read()?;
     let options = ConnectOptions::once("emit").in_pool(proved(&args.reach, &target));

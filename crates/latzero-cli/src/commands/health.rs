@@ -2,13 +2,13 @@
 
 use serde_json::{Value, json};
 
-use crate::exit::{Done, Exit};
+use crate::connect::{ConnectOptions, ServerArgs};
+use crate::exit::{CommandResult, Exit};
 use crate::output::{Output, Tone, toned};
-use crate::reach::{ConnectOptions, Reach};
 
 use super::store::{further_losses, losses, sentences};
 
-pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
+pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
     let connection = reach.connect(&ConnectOptions::once("health"))?;
     let health = connection.app.request(&json!({"action": "health"}))?;
     let exit = match health["status"] == "ok" {

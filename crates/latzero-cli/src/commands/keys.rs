@@ -19,9 +19,9 @@ use rustix::fs::OFlags;
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use serde_json::json;
 
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, ServerArgs};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output};
-use crate::reach::{ConnectOptions, Reach};
 
 /// The longest passphrase in bytes.
 const PASSPHRASE_BYTES_MAX: u64 = 1024;
@@ -84,7 +84,7 @@ struct RotateArgs {
     #[arg(long)]
     cut_history: bool,
     #[command(flatten)]
-    reach: Reach,
+    reach: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -151,7 +151,7 @@ struct AppFileArgs {
     file: Option<PathBuf>,
 }
 
-pub(crate) fn run(args: &KeysArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &KeysArgs, output: &Output) -> CommandResult {
     match &args.command {
         KeysCommand::New(args) => new(args, output),
         KeysCommand::Show(args) => show(args, output),
@@ -163,7 +163,7 @@ pub(crate) fn run(args: &KeysArgs, output: &Output) -> Done {
     }
 }
 
-pub(crate) fn run_app(args: &AppArgs, output: &Output) -> Done {
+pub(crate) fn run_app(args: &AppArgs, output: &Output) -> CommandResult {
     let AppCommand::Key(command) = &args.command;
     match command {
         AppKeyCommand::New(args) => {
@@ -188,7 +188,7 @@ impl AppFileArgs {
         place(self.file.as_deref(), "apps", &self.app_id)
     }
 
-    fn report(&self, path: &Path, key: &AppKey, output: &Output) -> Done {
+    fn report(&self, path: &Path, key: &AppKey, output: &Output) -> CommandResult {
         let public = text::encode(&key.signing_key().public().to_bytes());
         if output.json {
             let value = json!({"app_id": self.app_id, "file": path, "public_key": public});
@@ -209,7 +209,7 @@ impl FileArgs {
         place(self.file.as_deref(), "keys", &self.pool)
     }
 
-    fn report(&self, path: &Path, keys: &KeySet, output: &Output) -> Done {
+    fn report(&self, path: &Path, keys: &KeySet, output: &Output) -> CommandResult {
         let kinds: Vec<_> = Kind::ALL
             .into_iter()
             .filter(|kind| keys.has(*kind))
@@ -242,7 +242,7 @@ impl FileArgs {
     }
 }
 
-fn new(args: &NewArgs, output: &Output) -> Done {
+fn new(args: &NewArgs, output: &Output) -> CommandResult {
     let path = args.file.path()?;
     let owner = if args.owner_key {
         Some(random()?)
@@ -260,7 +260,7 @@ fn new(args: &NewArgs, output: &Output) -> Done {
 }
 
 /// The new keys are on disk before the pool needs them, and the old ones stay beside them.
-fn rotate(args: &RotateArgs, output: &Output) -> Done {
+fn rotate(args: &RotateArgs, output: &Output) -> CommandResult {
     let path = args.reach.key_file(&args.pool).ok_or_else(|| {
         Failure::usage(format!("pool {} has no key file", args.pool))
             .with_help("name it with --keys")
@@ -347,7 +347,7 @@ fn rotate(args: &RotateArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn accept_restore(args: &FileArgs, output: &Output) -> Done {
+fn accept_restore(args: &FileArgs, output: &Output) -> CommandResult {
     let forgotten = Keys::from_file(args.path()?)?.accept_restore(&args.pool)?;
     if output.json {
         output.value(&json!({"pool": args.pool, "forgotten": forgotten}))?;
@@ -362,12 +362,12 @@ fn accept_restore(args: &FileArgs, output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn show(args: &FileArgs, output: &Output) -> Done {
+fn show(args: &FileArgs, output: &Output) -> CommandResult {
     let path = args.path()?;
     args.report(&path, &read_keys(&path)?, output)
 }
 
-fn check(args: &FileArgs, output: &Output) -> Done {
+fn check(args: &FileArgs, output: &Output) -> CommandResult {
     let path = args.path()?;
     let keys = read_keys(&path).map_err(|failure| Failure {
         exit: Exit::Unhealthy,
@@ -376,7 +376,7 @@ fn check(args: &FileArgs, output: &Output) -> Done {
     args.report(&path, &keys, output)
 }
 
-fn export(args: &ExportArgs, output: &Output) -> Done {
+fn export(args: &ExportArgs, output: &Output) -> CommandResult {
     let keys = read_keys(&args.file.path()?)?;
     let kinds = args.role.kinds();
     write_keys(&args.file.pool, &keys, kinds, &args.to)?;
@@ -384,7 +384,7 @@ fn export(args: &ExportArgs, output: &Output) -> Done {
     args.file.report(&args.to, &exported, output)
 }
 
-fn from_passphrase(args: &FileArgs, output: &Output) -> Done {
+fn from_passphrase(args: &FileArgs, output: &Output) -> CommandResult {
     let path = args.path()?;
     let words = read_passphrase(output)?;
     output.note(format!("warning: {}", passphrase::WARNING));

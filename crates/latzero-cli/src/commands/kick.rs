@@ -3,12 +3,12 @@
 use serde_json::{Value, json};
 
 use crate::args::KickArgs;
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, Connection, ListKind, list};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Output, count};
-use crate::reach::{ConnectOptions, Connection, Listed, list};
 
-pub(crate) fn run(args: &KickArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &KickArgs, output: &Output) -> CommandResult {
     let connection = args.reach.connect(&ConnectOptions::once("kick"))?;
     let mut request = json!({"action": "kick", "app_id": args.kicked});
     if let Some(instance) = &args.instance {
@@ -41,7 +41,7 @@ fn none_found(args: &KickArgs, connection: &Connection) -> Failure {
     let apps = list(
         &connection.app,
         &json!({"action": "app_list"}),
-        Listed::Apps,
+        ListKind::Apps,
     );
     let apps = apps.unwrap_or_default();
     let live = apps.iter().filter(|app| app["live"] == true);

@@ -11,7 +11,7 @@ use latzero_server::logging::LOG_NAME;
 use serde_json::Value;
 
 use crate::args::LogsArgs;
-use crate::exit::{Done, Exit, Failure};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, Tone};
 
 /// How often a followed log is read.
@@ -23,7 +23,7 @@ const CHUNK_BYTES: u64 = 64 << 10;
 /// The longest line that is printed whole, in bytes; a longer one comes in pieces.
 const LINE_BYTES_MAX: usize = 1 << 20;
 
-pub(crate) fn run(args: &LogsArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &LogsArgs, output: &Output) -> CommandResult {
     let path = args.dir.path().join("logs").join(LOG_NAME);
     let mut file = open(&path)?;
     let failed = |error| unreadable(&path, &error);

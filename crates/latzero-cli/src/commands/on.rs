@@ -12,11 +12,11 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::OnArgs;
+use crate::connect::ConnectOptions;
 use crate::executor::block_on;
-use crate::exit::{Done, Exit, Failure};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, compact, count};
 use crate::parse::Target;
-use crate::reach::ConnectOptions;
 
 use super::trigger::POOL_DEFAULT;
 use super::watch::over;
@@ -36,7 +36,7 @@ enum Next {
     End,
 }
 
-pub(crate) fn run(args: &OnArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &OnArgs, output: &Output) -> CommandResult {
     let names_pools = args.reach.names_pools();
     let mut options = ConnectOptions::lasting("on");
     let mut targets = args.targets.parse()?;
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &OnArgs, output: &Output) -> Done {
             Next::End => return Err(over()),
         }
     }
-    report_lost(&mut lock(&listening), Waiting::AreDropped);
+    report_lost(&mut lock(&listening), Unprinted::AreDropped);
     Ok(Exit::Ok)
 }
 
@@ -110,7 +110,7 @@ async fn next(listening: &Mutex<Vec<Listening>>) -> Next {
 
 /// What happens to events that arrived and were not printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Waiting {
+enum Unprinted {
     /// They were not asked for.
     AreDropped,
     /// They count as lost.
@@ -118,12 +118,12 @@ enum Waiting {
 }
 
 /// Says on stderr what was lost and not reported yet.
-fn report_lost(listening: &mut [Listening], waiting: Waiting) {
+fn report_lost(listening: &mut [Listening], waiting: Unprinted) {
     for Listening { target, events } in listening {
         let mut lost = 0;
         let cx = &mut Context::from_waker(Waker::noop());
         while let Poll::Ready(Some(emission)) = events.poll_next_event(cx) {
-            lost += emission.lost() + u64::from(waiting == Waiting::AreLost);
+            lost += emission.lost() + u64::from(waiting == Unprinted::AreLost);
         }
         lost += events.take_lost();
         if lost > 0 {
@@ -146,7 +146,7 @@ fn report_at_signal(listening: &Arc<Mutex<Vec<Listening>>>) -> Result<(), Failur
     let listening = Arc::clone(listening);
     let report = move || {
         if let Some(signal) = signals.forever().next() {
-            report_lost(&mut lock(&listening), Waiting::AreLost);
+            report_lost(&mut lock(&listening), Unprinted::AreLost);
             std::process::exit(128 + signal);
         }
     };

@@ -3,11 +3,11 @@
 use serde_json::{Value, json};
 
 use crate::args::{ParkedArgs, ParkedCommand, ParkedFilterArgs, ParkedNumbersArgs};
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, Connection};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output, Tone, ago, bytes, count, toned};
-use crate::reach::{ConnectOptions, Connection};
 
-pub(crate) fn run(args: &ParkedArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &ParkedArgs, output: &Output) -> CommandResult {
     match &args.command {
         ParkedCommand::Ls(args) => {
             let connection = args.reach.connect(&ConnectOptions::once("parked ls"))?;
@@ -55,7 +55,7 @@ fn request(action: &str, filter: &ParkedFilterArgs) -> Value {
     request
 }
 
-fn list(connection: &Connection, filter: &ParkedFilterArgs, output: &Output) -> Done {
+fn list(connection: &Connection, filter: &ParkedFilterArgs, output: &Output) -> CommandResult {
     let mut request = request("parked_list", filter);
     let mut all: Vec<Value> = Vec::new();
     loop {
@@ -108,7 +108,7 @@ fn row(call: &Value) -> Vec<Cell> {
     ]
 }
 
-fn show(connection: &Connection, number: u64, output: &Output) -> Done {
+fn show(connection: &Connection, number: u64, output: &Output) -> CommandResult {
     let call = connection.administer(&json!({"action": "parked_info", "number": number}))?;
     if output.json {
         output.value(&call)?;
@@ -137,7 +137,7 @@ fn change(
     which: &ParkedNumbersArgs,
     more: &Value,
     output: &Output,
-) -> Done {
+) -> CommandResult {
     let mut requests: Vec<Value> = Vec::new();
     for number in &which.numbers {
         requests.push(json!({"action": action, "number": number}));

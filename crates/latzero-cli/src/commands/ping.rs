@@ -5,11 +5,11 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::args::PingArgs;
-use crate::exit::{Done, Exit};
+use crate::connect::ConnectOptions;
+use crate::exit::{CommandResult, Exit};
 use crate::output::{Output, time};
-use crate::reach::ConnectOptions;
 
-pub(crate) fn run(args: &PingArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &PingArgs, output: &Output) -> CommandResult {
     let connection = args.reach.connect(&ConnectOptions::once("ping"))?;
     let place = connection.place();
     let mut times = Vec::new();

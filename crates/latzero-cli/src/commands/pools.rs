@@ -4,15 +4,15 @@ use latzero::Keys;
 use serde_json::{Map, Value, json};
 
 use crate::args::{PoolArgs, PoolCreateArgs, PoolRemoveArgs, PoolsArgs, PoolsCommand};
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, Connection, ListKind, list};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::names::{did_you_mean, nearest};
 use crate::output::{Cell, Output, Tone, toned};
-use crate::reach::{ConnectOptions, Connection, Listed, list};
 
 /// What a policy may say.
 const RIGHTS: [&str; 2] = ["join", "serve"];
 
-pub(crate) fn run(args: &PoolsArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &PoolsArgs, output: &Output) -> CommandResult {
     match &args.command {
         None => list_all(args, output),
         Some(PoolsCommand::Create(args)) => create(args, output),
@@ -21,7 +21,7 @@ pub(crate) fn run(args: &PoolsArgs, output: &Output) -> Done {
     }
 }
 
-fn list_all(args: &PoolsArgs, output: &Output) -> Done {
+fn list_all(args: &PoolsArgs, output: &Output) -> CommandResult {
     let connection = args.reach.connect(&ConnectOptions::once("pools"))?;
     let pools = all(&connection)?;
     if output.json {
@@ -48,11 +48,11 @@ fn all(connection: &Connection) -> Result<Vec<Value>, latzero::Error> {
     list(
         &connection.app,
         &json!({"action": "pool_list"}),
-        Listed::Pools,
+        ListKind::Pools,
     )
 }
 
-fn create(args: &PoolCreateArgs, output: &Output) -> Done {
+fn create(args: &PoolCreateArgs, output: &Output) -> CommandResult {
     let name = &args.pool.pool;
     let mut request = json!({"action": "pool_create", "pool": name});
     if args.encrypted || args.gated {
@@ -109,7 +109,7 @@ fn policy(rights: &[(String, String)]) -> Result<Option<Value>, Failure> {
     Ok((!policy.is_empty()).then(|| policy.into()))
 }
 
-fn info(args: &PoolArgs, output: &Output) -> Done {
+fn info(args: &PoolArgs, output: &Output) -> CommandResult {
     let mut options = ConnectOptions::once("pools info");
     // An encrypted pool is there for its members alone.
     if args.reach.key_file(&args.pool).is_some() {
@@ -153,7 +153,7 @@ fn plain(value: &Value) -> String {
     }
 }
 
-fn remove(args: &PoolRemoveArgs, output: &Output) -> Done {
+fn remove(args: &PoolRemoveArgs, output: &Output) -> CommandResult {
     let name = &args.pool.pool;
     let connection = args
         .pool

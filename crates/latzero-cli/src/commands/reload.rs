@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, ServerArgs};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, Tone, toned};
-use crate::reach::{ConnectOptions, Reach};
 
-pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
+pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
     let connection = reach.connect(&ConnectOptions::once("reload"))?;
     let done = match connection.administer(&json!({"action": "reload"})) {
         Ok(done) => done,

@@ -3,18 +3,18 @@
 use std::io::IsTerminal as _;
 use std::path::Path;
 
+use latzero_server::maintenance::{self, Depth, Offline, Summary};
 use latzero_server::startup::lock;
 use latzero_server::startup::{StartupError, private_umask};
-use latzero_server::upkeep::{self, Look, Offline, Summary};
 use serde_json::json;
 
 use crate::args::RestoreArgs;
-use crate::exit::{Done, Exit, Failure};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output, count};
 
-use super::store::{contents, made, to_json};
+use super::store::{contents, creation_time, to_json};
 
-pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &RestoreArgs, output: &Output) -> CommandResult {
     // A server reads these files later; no other user may.
     private_umask();
     let file = &args.file;
@@ -28,8 +28,9 @@ pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
     // Checked before anything is read: it is the likeliest mistake.
     let dir = args.dir.path();
     refuse_running(&dir)?;
-    let summary = upkeep::look_at(file, Look::Glance).map_err(upkeep::UpkeepError::from)?;
-    let offline = Offline::take(&dir)?;
+    let summary =
+        maintenance::inspect(file, Depth::Glance).map_err(maintenance::MaintenanceError::from)?;
+    let offline = Offline::lock(&dir)?;
     if !args.yes && std::io::stdin().is_terminal() && !is_wanted(file, &summary, &offline, output)?
     {
         return Err(Failure::new(
@@ -50,7 +51,7 @@ pub(crate) fn run(args: &RestoreArgs, output: &Output) -> Done {
     let mut facts: Vec<(&str, Cell)> = vec![
         ("restored", file.display().into()),
         ("into", dir.into()),
-        ("made", made(&restored.summary).into()),
+        ("made", creation_time(&restored.summary).into()),
         ("contents", contents(&to_json(&restored.summary)).into()),
     ];
     if let Some(former) = restored.set_aside.first() {
@@ -75,9 +76,10 @@ fn refuse_running(dir: &Path) -> Result<(), Failure> {
         return Ok(());
     };
     match lock::holder(&data_dir) {
-        Some(holder) => {
-            Err(upkeep::UpkeepError::from(StartupError::AnotherServer { data_dir, holder }).into())
-        }
+        Some(holder) => Err(
+            maintenance::MaintenanceError::from(StartupError::AnotherServer { data_dir, holder })
+                .into(),
+        ),
         None => Ok(()),
     }
 }
@@ -91,7 +93,7 @@ fn is_wanted(
     output.note(format_args!(
         "{}, made {}: {}",
         file.display(),
-        made(summary),
+        creation_time(summary),
         contents(&to_json(summary))
     ));
     let dir = offline.path().display();

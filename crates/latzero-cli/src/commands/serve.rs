@@ -16,19 +16,19 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::ServeArgs;
+use crate::connect::ConnectOptions;
 use crate::executor::block_on;
-use crate::exit::{Done, Exit, Failure};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::launch;
 use crate::output::{Output, count};
 use crate::parse::Target;
-use crate::reach::ConnectOptions;
 
-use self::program::Recipe;
+use self::program::ProgramSpec;
 use self::queue::Queue;
 use super::trigger::POOL_DEFAULT;
 use super::watch::over;
 
-pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
+pub(crate) fn run(args: ServeArgs, output: &Output) -> CommandResult {
     let names_pools = args.reach.names_pools();
     launch::check(&args.command[0])?;
     let mut options = ConnectOptions::lasting("serve");
@@ -65,7 +65,7 @@ pub(crate) fn run(args: ServeArgs, output: &Output) -> Done {
             format!("signals cannot be received: {error}"),
         )
     })?;
-    let recipe = Recipe {
+    let recipe = ProgramSpec {
         command: args.command,
         environment: args.reach.environment(),
         lines: args.lines.then(|| targets[0].clone()),

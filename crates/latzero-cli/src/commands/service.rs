@@ -7,14 +7,14 @@ use std::process::Command;
 use serde_json::json;
 
 use crate::args::{ServiceArgs, ServiceCommand, SettingsArgs};
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{expand_home, variable};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::Output;
-use crate::reach::{expand_home, variable};
 
 /// The name of the unit.
 const UNIT: &str = "latzero.service";
 
-pub(crate) fn run(args: &ServiceArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &ServiceArgs, output: &Output) -> CommandResult {
     match &args.command {
         ServiceCommand::Show(settings) => {
             let unit = unit(settings)?;
@@ -125,7 +125,7 @@ impl Steps<'_> {
         ))
     }
 
-    fn end(self) -> Done {
+    fn end(self) -> CommandResult {
         if self.output.json {
             self.output
                 .value(&json!({"path": path(), "steps": self.done}))?;
@@ -134,7 +134,7 @@ impl Steps<'_> {
     }
 }
 
-fn install(settings: &SettingsArgs, output: &Output) -> Done {
+fn install(settings: &SettingsArgs, output: &Output) -> CommandResult {
     let (path, unit) = (path(), unit(settings)?);
     let failed = |error: std::io::Error| {
         Failure::new(
@@ -159,7 +159,7 @@ fn install(settings: &SettingsArgs, output: &Output) -> Done {
     steps.end()
 }
 
-fn uninstall(output: &Output) -> Done {
+fn uninstall(output: &Output) -> CommandResult {
     let path = path();
     if !path.exists() {
         let text = format!("there is no unit file {}", path.display());

@@ -8,18 +8,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use latzero_server::settings::{Environment, load, unknown_variables};
-use latzero_server::startup::leftovers::Leftovers;
+use latzero_server::startup::created_files::CreatedFiles;
 use latzero_server::startup::private_umask;
 use latzero_server::{Origins, Server};
 use serde_json::{Value, json};
 
 use crate::args::StartArgs;
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::try_line;
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::Output;
 use crate::parse::shell;
-use crate::reach::try_line;
 
-pub(crate) fn run(args: &StartArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &StartArgs, output: &Output) -> CommandResult {
     if args.detach {
         warn(&Environment::of_process(), output);
         return detach(output);
@@ -45,7 +45,7 @@ fn warn(environment: &Environment, output: &Output) {
 }
 
 /// Starts the server in a separate process, and waits until it is ready or has failed.
-fn detach(output: &Output) -> Done {
+fn detach(output: &Output) -> CommandResult {
     let failed = |error| Failure::new(Exit::Failure, format!("no process can be started: {error}"));
     let is_kept = |arg: &OsString| arg != "--detach";
     let mut child = Command::new("/proc/self/exe")
@@ -86,7 +86,7 @@ fn detach(output: &Output) -> Done {
     Ok(Exit::Ok)
 }
 
-fn serve(args: &StartArgs, output: &Output) -> Done {
+fn serve(args: &StartArgs, output: &Output) -> CommandResult {
     // The first step: from here on nothing is created that others could read.
     private_umask();
     let environment = Environment::of_process();
@@ -100,12 +100,12 @@ fn serve(args: &StartArgs, output: &Output) -> Done {
         warn(&environment, output);
     }
     let settings = load(&environment, &origins.overrides, origins.file.as_deref());
-    let leftovers = settings.map(|resolved| Leftovers::before(&resolved.settings.data_dir));
+    let created = settings.map(|resolved| CreatedFiles::before(&resolved.settings.data_dir));
     let bound = Server::bind(origins);
     if bound.is_err()
-        && let Ok(leftovers) = leftovers
+        && let Ok(created) = created
     {
-        leftovers.remove();
+        created.remove();
     }
     let server = bound?;
     let ready = Ready {

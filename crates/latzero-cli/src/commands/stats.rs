@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use crate::exit::{Done, Exit};
+use crate::connect::{ConnectOptions, ServerArgs};
+use crate::exit::{CommandResult, Exit};
 use crate::output::{Cell, Output, Tone, bytes, toned, uptime};
-use crate::reach::{ConnectOptions, Reach};
 
 /// The parts, in the order in which people read them; parts that this program does not know follow.
 const PARTS: [&str; 7] = [
@@ -17,7 +17,7 @@ const PARTS: [&str; 7] = [
     "errors",
 ];
 
-pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
+pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
     let connection = reach.connect(&ConnectOptions::once("stats"))?;
     let stats = connection.app.request(&json!({"action": "stats"}))?;
     if output.json {

@@ -3,13 +3,13 @@
 use latzero_server::startup::lock;
 use serde_json::json;
 
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::{ConnectOptions, ServerArgs};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, Tone, ago, count, toned, uptime};
-use crate::reach::{ConnectOptions, Reach};
 
 use super::store::{further_losses, losses, sentences};
 
-pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
+pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
     let connection = match reach.connect(&ConnectOptions::once("status")) {
         Ok(connection) => connection,
         Err(failure) if matches!(failure.exit, Exit::NotRunning | Exit::Timeout) => {
@@ -137,7 +137,7 @@ pub(crate) fn run(reach: &Reach, output: &Output) -> Done {
 
 /// No server responds. A process may still be using the directory: one that is starting, hangs, or
 /// listens elsewhere.
-fn not_running(reach: &Reach, mut failure: Failure, output: &Output) -> Done {
+fn not_running(reach: &ServerArgs, mut failure: Failure, output: &Output) -> CommandResult {
     let dir = reach.data_dir().0;
     let dir = dir.canonicalize().unwrap_or(dir);
     // The server of the directory has nothing to do with an address that was named.

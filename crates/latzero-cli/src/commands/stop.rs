@@ -8,14 +8,14 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
 
 use crate::args::StopArgs;
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::ConnectOptions;
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::Output;
-use crate::reach::ConnectOptions;
 
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(250);
 
-pub(crate) fn run(args: &StopArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &StopArgs, output: &Output) -> CommandResult {
     let started = Instant::now();
     let deadline = started + args.timeout;
     let connection = args

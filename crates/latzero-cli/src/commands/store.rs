@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use latzero_server::upkeep::Summary;
+use latzero_server::maintenance::Summary;
 use serde_json::{Value, json};
 
 use crate::output::{ago, bytes, count, time};
@@ -37,12 +37,12 @@ pub(crate) fn contents(holds: &Value) -> String {
 }
 
 /// When a backup was made.
-pub(crate) fn made(summary: &Summary) -> String {
+pub(crate) fn creation_time(summary: &Summary) -> String {
     ago(u64::try_from(summary.made).unwrap_or(0))
 }
 
 /// How long something took, as the server counts it.
-pub(crate) fn took(done: &Value) -> String {
+pub(crate) fn duration(done: &Value) -> String {
     match done["took_ms"].as_u64().unwrap_or(0) {
         0 => "less than 1 ms".to_owned(),
         ms => time(Duration::from_millis(ms)),

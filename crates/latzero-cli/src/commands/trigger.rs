@@ -4,10 +4,10 @@ use latzero::blocking::App;
 use latzero::{Code, Error};
 use serde_json::{Value, json};
 
+use crate::connect::{Connection, ListKind, ServerArgs, list};
 use crate::exit::Failure;
 use crate::names::{did_you_mean, nearest};
 use crate::parse::Target;
-use crate::reach::{Connection, Listed, Reach, list};
 
 /// The pool of a trigger that names none.
 pub(crate) const POOL_DEFAULT: &str = "default";
@@ -16,7 +16,7 @@ pub(crate) const POOL_DEFAULT: &str = "default";
 /// pool to name in the message; none if the address names the pools.
 pub(crate) fn enter(
     connection: &Connection,
-    reach: &Reach,
+    reach: &ServerArgs,
     target: &Target,
 ) -> Result<Option<String>, Failure> {
     let Some(pool) = pool_of(reach, target) else {
@@ -28,7 +28,7 @@ pub(crate) fn enter(
             Ok(_) => app.join(pool)?,
             Err(error) if error.kind() == Code::NoPool => {
                 let pools =
-                    list(app, &json!({"action": "pool_list"}), Listed::Pools).unwrap_or_default();
+                    list(app, &json!({"action": "pool_list"}), ListKind::Pools).unwrap_or_default();
                 let known: Vec<&str> = pools
                     .iter()
                     .filter_map(|pool| pool["pool"].as_str())
@@ -44,7 +44,7 @@ pub(crate) fn enter(
 /// As [`enter`], in a pool that is made where there is none.
 pub(crate) fn enter_or_make(
     connection: &Connection,
-    reach: &Reach,
+    reach: &ServerArgs,
     target: &Target,
 ) -> Result<Option<String>, Failure> {
     let Some(pool) = pool_of(reach, target) else {
@@ -57,12 +57,12 @@ pub(crate) fn enter_or_make(
 }
 
 /// The pool to be in from the start on: an encrypted one is joined by a proof.
-pub(crate) fn proved<'a>(reach: &Reach, target: &'a Target) -> Option<&'a str> {
+pub(crate) fn proved<'a>(reach: &ServerArgs, target: &'a Target) -> Option<&'a str> {
     pool_of(reach, target).filter(|pool| reach.key_file(pool).is_some())
 }
 
 /// The pool that is meant; none where the address names the pools.
-fn pool_of<'a>(reach: &Reach, target: &'a Target) -> Option<&'a str> {
+fn pool_of<'a>(reach: &ServerArgs, target: &'a Target) -> Option<&'a str> {
     match &target.pool {
         Some(pool) => Some(pool.as_str()),
         None if reach.names_pools() => None,
@@ -127,7 +127,7 @@ fn suggest(error: Error, names: &[&str]) -> Failure {
 
 fn known_apps(app: &App) -> Vec<Value> {
     // Without them there is no suggestion, but the error is still reported.
-    list(app, &json!({"action": "app_list"}), Listed::Apps).unwrap_or_default()
+    list(app, &json!({"action": "app_list"}), ListKind::Apps).unwrap_or_default()
 }
 
 /// Each trigger that a connected app serves, as `POOL/TRIGGER` and as `TRIGGER`.

@@ -3,11 +3,11 @@
 use serde_json::Value;
 
 use crate::args::WatchArgs;
-use crate::exit::{Done, Exit, Failure};
+use crate::connect::ConnectOptions;
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, Tone};
-use crate::reach::ConnectOptions;
 
-pub(crate) fn run(args: &WatchArgs, output: &Output) -> Done {
+pub(crate) fn run(args: &WatchArgs, output: &Output) -> CommandResult {
     let options = ConnectOptions::lasting("watch").in_pool(Some(&args.pool));
     let connection = args.reach.connect(&options)?;
     let mut events = connection.app.watch(&args.pool)?;

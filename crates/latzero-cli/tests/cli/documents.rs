@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
-use crate::program::PATIENCE;
+use crate::program::TIMEOUT;
 
 /// Ends the output of a command; the command's number follows.
 const MARK: char = '\u{1}';
@@ -167,7 +167,7 @@ impl Shell {
     /// What step `number` printed: up to its mark, and for a command in the background as much as
     /// is expected of it.
     fn output_of(&mut self, number: usize, step: &Step) -> Vec<String> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let home = self.home.path().canonicalize().unwrap();
         let home = home.to_str().unwrap().to_owned();
         let mark = format!("{MARK}{number}\r\n");

@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// How long a test waits for what must come. Only a failing test ever waits this long.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The program, with no variable that it reads but `HOME`, which holds nothing.
 pub(crate) fn latzero(home: &Path, args: &[&str]) -> Command {
@@ -92,7 +92,7 @@ pub(crate) fn run_with(command: &mut Command, input: &str) -> Ran {
 /// Tries until it is so.
 #[track_caller]
 pub(crate) fn eventually(mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !is_so() {
         assert!(Instant::now() < deadline, "it never was so");
     }
@@ -137,7 +137,7 @@ impl Running {
     /// The next line.
     #[track_caller]
     pub(crate) fn line(&self) -> String {
-        self.lines.recv_timeout(PATIENCE).expect("a line comes")
+        self.lines.recv_timeout(TIMEOUT).expect("a line comes")
     }
 
     /// The next line that has this in it.

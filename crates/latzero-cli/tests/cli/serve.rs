@@ -6,7 +6,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, test_kill_process};
 use serde_json::Value;
 
-use crate::program::{PATIENCE, Running, Server, eventually};
+use crate::program::{Running, Server, TIMEOUT, eventually};
 
 #[test]
 fn a_program_answers_calls() {
@@ -254,9 +254,9 @@ fn wait_for_end(pid: Pid) {
     let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
         return;
     };
-    let patience = Timespec::try_from(PATIENCE).expect("it is a minute at most");
+    let timeout = Timespec::try_from(TIMEOUT).expect("it is a minute at most");
     let mut fds = [PollFd::new(&process, PollFlags::IN)];
-    assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "it lives on");
+    assert_eq!(poll(&mut fds, Some(&timeout)), Ok(1), "it lives on");
 }
 
 #[test]

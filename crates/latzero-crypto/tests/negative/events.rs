@@ -7,8 +7,8 @@ use latzero_crypto::envelope::{self, Body, Envelope, Header, Kind};
 use latzero_crypto::epochs::{EPOCHS_MAX, Epochs, GRACE_MS};
 use latzero_crypto::events::{
     Act, Action, Answer, CLOCK_MS_MAX, DEFERRED_MAX, DEFERRED_MS_MAX, Dropped, Incoming,
-    IncomingAnswer, Outgoing, Received, Receiver, ReplyTo, SESSION_MS, SESSIONS_MAX, Sender,
-    WAITING_MAX, WINDOW, Waiting,
+    IncomingAnswer, Outgoing, PendingCall, Received, Receiver, ReplyTo, SESSION_MS, SESSIONS_MAX,
+    Sender, WAITING_MAX, WINDOW,
 };
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta};
 use latzero_crypto::sign::SigningKey;
@@ -767,7 +767,7 @@ impl Talk {
             nonce: [5; 24],
         };
         let envelope = self.caller.seal(&self.epochs, &out, seal).expect("small");
-        let waiting = Waiting {
+        let waiting = PendingCall {
             name: "sum".into(),
             destination: None,
             idempotency_key: key.map(Into::into),
@@ -888,7 +888,7 @@ fn n17_an_answer_belongs_to_its_call() {
 
 #[test]
 fn n17_an_answer_is_as_its_call_was() {
-    let waits = |change: &dyn Fn(&mut Waiting)| {
+    let waits = |change: &dyn Fn(&mut PendingCall)| {
         let mut talk = talk();
         let to = talk.call(Act::Call, [9; 16], None, None);
         let mut waiting = talk.calls.forget(&[9; 16]).expect("it waits");
@@ -903,7 +903,7 @@ fn n17_an_answer_is_as_its_call_was() {
         None
     );
     for change in [
-        (|waiting| waiting.name = "product".into()) as fn(&mut Waiting),
+        (|waiting| waiting.name = "product".into()) as fn(&mut PendingCall),
         |waiting| waiting.destination = Some("other".into()),
         |waiting| waiting.deferred = true,
         |waiting| waiting.signed = true,
@@ -1013,7 +1013,7 @@ fn items_of_a_stream_come_in_order_and_the_last_one_counts_them() {
 #[test]
 fn calls_that_wait_are_bounded() {
     let mut calls = Receiver::new("caller", NOW);
-    let waiting = Waiting {
+    let waiting = PendingCall {
         name: "sum".into(),
         destination: None,
         idempotency_key: None,

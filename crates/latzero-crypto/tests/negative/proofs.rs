@@ -3,8 +3,8 @@
 use latzero_crypto::descriptor::Descriptor;
 use latzero_crypto::keys::{KeyError, Kind, Roles};
 use latzero_crypto::proof::{
-    Asked, Challenge, Challenges, ChannelBinding, JoinProof, Joining, Side, Signatures, admin_mac,
-    app_transcript, verify_admin, verify_app, verify_join,
+    Challenge, Challenges, ChannelBinding, JoinProof, Joining, ProofRequest, Side, Signatures,
+    admin_mac, app_transcript, verify_admin, verify_app, verify_join,
 };
 use latzero_crypto::sign::SigningKey;
 
@@ -20,9 +20,9 @@ fn challenge() -> Challenge {
     }
 }
 
-fn asked(current: Option<&Descriptor>) -> Asked<'_> {
+fn asked(current: Option<&Descriptor>) -> ProofRequest<'_> {
     let joining = joining(unix());
-    Asked {
+    ProofRequest {
         pool: joining.pool,
         app_id: joining.app_id,
         server_instance: joining.exchange.server_instance,

@@ -1,4 +1,4 @@
-//! An answer on its own: kept for a caller that is away, or for a repeat of its call.
+//! An answer stored for a caller that is offline, or for a repeat of its call.
 
 use latzero_protocol::frame::Frame;
 use latzero_protocol::message::{Response, Status};
@@ -34,7 +34,8 @@ impl Answered {
 
     pub(super) fn refused(refusal: &Refusal) -> Answered {
         let error = serde_json::json!({
-            "code": refusal.code.as_str(), "message": refusal.message, "ran": refusal.ran().as_str(),
+            "code": refusal.code.as_str(), "message": refusal.message,
+            "ran": refusal.ran().as_str(),
         });
         Answered {
             status: Status::Error,

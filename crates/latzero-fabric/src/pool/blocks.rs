@@ -1,15 +1,16 @@
-//! The memory blocks of a pool: what there is, who is attached, who holds the lock, who wants to hear of changes.
+//! The memory blocks of a pool: attachments, locks, and subscriptions to changes.
 //!
-//! The pool decides about blocks; their bytes are the driver's. What takes long (making, growing, flushing) is a
-//! [`Job`] for the driver, whose end comes back as an input; a request that waits for it is answered then. Reading and
-//! writing through the server is asked of the pool first, done by the driver outside of it, and told to it afterwards.
+//! The pool decides about blocks; the driver owns their bytes. Slow operations (create, grow,
+//! flush) are a [`Job`] for the driver. Its result comes back as an input, and waiting requests are
+//! answered then. For a read or write through the server, the pool gives permission, the driver
+//! does it outside of the pool and then reports the result.
 
 mod content;
+mod events;
 mod lending;
 mod locks;
 mod moving;
 mod record;
-mod telling;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -25,8 +26,8 @@ use serde_json::{Value, json};
 
 use super::lock::{Claim, Claimed, Expired, Grant, Holder, Lock};
 use super::{Member, MemberKey, Pool, not_member};
-use crate::books::{Account, Hold, Resource};
 use crate::driver::{Driver, Peer as _};
+use crate::ledger::{Account, Reservation, Resource};
 use crate::memory::{Geometry, HEADER_BYTES, Job, Making, Numbers, StorageId, check_room};
 use crate::now::Time;
 use crate::outbox::Class;
@@ -38,12 +39,12 @@ use locks::access_for;
 pub use record::Found;
 use record::record;
 
-/// A block's place in its pool.
-pub type BlockKey = Key<Place>;
+/// The key of a block in its pool.
+pub type BlockKey = Key<BlockTag>;
 
 /// Marks keys of blocks, whatever their pool's connections are.
 #[derive(Debug)]
-pub enum Place {}
+pub enum BlockTag {}
 
 /// Attachments that a block's description shows one by one.
 const ATTACHMENTS_SHOWN_MAX: usize = 100;
@@ -52,10 +53,10 @@ const ATTACHMENTS_SHOWN_MAX: usize = 100;
 #[derive(Debug)]
 struct Attachment {
     member: MemberKey,
-    /// By its own wish.
+    /// Explicitly.
     own: Option<Access>,
-    /// Its place in the books, where it is by its own wish.
-    held: Option<Hold>,
+    /// The reservation of an explicit attachment.
+    held: Option<Reservation>,
     /// For calls that name the block: how many allow reading only, and how many writing too.
     reading_calls: u32,
     writing_calls: u32,
@@ -84,9 +85,9 @@ impl Attachment {
     }
 }
 
-/// Whoever waits for a block to be there.
+/// A member that waits until a block is ready.
 #[derive(Debug)]
-struct Waiting {
+struct BlockWaiter {
     member: MemberKey,
     id: Option<Box<str>>,
     /// How it wants to be attached.
@@ -94,7 +95,7 @@ struct Waiting {
     _seat: Seat,
 }
 
-/// Whoever waits for a flush.
+/// A member that waits for a flush.
 #[derive(Debug)]
 struct Flushing {
     ticket: u64,
@@ -103,14 +104,14 @@ struct Flushing {
     _seat: Seat,
 }
 
-/// The place in the books of a request that waits.
+/// The reservation of a request that waits.
 #[derive(Debug)]
 pub(super) struct Seat {
-    _count: Hold,
-    _bytes: Hold,
+    _count: Reservation,
+    _bytes: Reservation,
 }
 
-/// What a request that waits takes besides its id, in bytes: itself, and what finds it.
+/// Bytes of a waiting request besides its id, with its index entries.
 const WAIT_BYTES: usize = 384;
 
 impl Seat {
@@ -123,11 +124,11 @@ impl Seat {
     }
 }
 
-/// The place in the books of a block's bytes.
+/// The reservation of a block's bytes.
 #[derive(Debug)]
 struct Room {
-    _bytes: Hold,
-    _memory: Hold,
+    _bytes: Reservation,
+    _memory: Reservation,
 }
 
 impl Room {
@@ -143,14 +144,14 @@ impl Room {
     }
 }
 
-/// What is going on with a block's storage.
+/// The state of a block's storage.
 #[derive(Debug)]
 enum Phase {
-    /// It is being made for the first time.
+    /// It is being created.
     New,
     /// It can be used.
     Live,
-    /// A new generation is being made, while the old one serves on.
+    /// A new generation is being created; the old one is still in use.
     Moving {
         to: StorageId,
         geometry: Geometry,
@@ -168,9 +169,9 @@ struct Block {
     layout: Option<Layout>,
     permissions: Permissions,
     owner: AppId,
-    /// The account of whoever made it, the block's place in it, and its bytes'.
+    /// The account of its creator, and the reservations of the block and its bytes.
     account: Arc<Account>,
-    _place: Hold,
+    _place: Reservation,
     room: Room,
     lifetime: Lifetime,
     generation: u64,
@@ -178,17 +179,17 @@ struct Block {
     created: u64,
     phase: Phase,
     attachments: Vec<Attachment>,
-    subscribers: BTreeMap<MemberKey, Hold>,
+    subscribers: BTreeMap<MemberKey, Reservation>,
     /// Members that know of it ([`Member::blocks`]).
     involved: BTreeSet<MemberKey>,
     lock: Lock,
     /// No lease and no wait ends before this.
     due: Option<Time>,
-    waiting: Vec<Waiting>,
+    waiting: Vec<BlockWaiter>,
     flushing: Vec<Flushing>,
-    /// The newest version that was told, and its generation: what is told never goes back.
-    told: (u64, u64),
-    /// A lock was broken while the server itself wrote: a new generation is due as soon as it has.
+    /// The newest announced version, and its generation. Announced versions only grow.
+    announced: (u64, u64),
+    /// A lock was broken during a write by the server: a new generation follows that write.
     is_move_due: bool,
 }
 
@@ -210,7 +211,7 @@ impl Block {
         }
     }
 
-    /// What a member may do now: by name, or because a call lends it the block.
+    /// What a member may do now: through its own rights, or those of a call.
     fn allows(&self, app: &AppId, member: MemberKey) -> Option<Access> {
         let lent = self.attachment(member).map(Attachment::access);
         self.allows_app(app).max(lent)
@@ -232,10 +233,12 @@ impl Block {
 
     fn description(&self, pool: &str, version: u64) -> Value {
         let mut description = json!({
-            "block_id": self.id, "pool": pool, "size": self.geometry.size, "kind": self.kind.as_str(),
+            "block_id": self.id, "pool": pool, "size": self.geometry.size,
+            "kind": self.kind.as_str(),
             "consistency": self.consistency(), "version": version, "generation": self.generation,
             "header": if self.geometry.spares == 0 { 1 } else { 2 },
-            "slots": self.geometry.slots, "slot_offset": HEADER_BYTES, "slot_stride": self.geometry.stride(),
+            "slots": self.geometry.slots, "slot_offset": HEADER_BYTES,
+            "slot_stride": self.geometry.stride(),
             "owner": self.owner, "lifetime": self.lifetime.as_str(), "fence": self.lock.fence(),
         });
         if self.geometry.spares > 0 {
@@ -254,13 +257,14 @@ impl Block {
 pub(super) struct Blocks {
     blocks: Slab<Block>,
     by_id: HashMap<BlockId, BlockKey>,
-    /// Blocks of an earlier run that a limit left out, and why. Nobody else gets their names.
+    /// Blocks of an earlier run that a limit excludes, and why. Their names stay reserved.
     left_out: HashMap<BlockId, Box<str>>,
     bytes: u64,
     tickets: u64,
-    /// When something is due with which block. Kept rather than looked for: the pool is asked after every message.
+    /// The deadlines of blocks, indexed because the pool is asked after every message.
     deadlines: BTreeSet<(Time, BlockKey)>,
-    /// Waits for locks that can be cancelled: by whom, under which id, for which block, at which place in line.
+    /// Waits for locks that can be cancelled: by whom, under which id, for which block, at which
+    /// place in line.
     waits: BTreeSet<(MemberKey, Box<str>, BlockKey, u64)>,
 }
 
@@ -331,10 +335,10 @@ fn shown(key: Key<Block>) -> BlockKey {
     Key::new(key.slot, key.generation)
 }
 
-/// What became of a request: its reply's JSON text, or nothing where the reply was sent or comes later.
+/// The reply's JSON text, or nothing if it was already sent or comes later.
 pub type Replied = Option<String>;
 
-/// Who asks for something, and the id under which it wants the answer.
+/// The sender of a request, and the request's id.
 #[derive(Debug, Clone, Copy)]
 pub struct Asking<'a> {
     /// The member.
@@ -350,7 +354,7 @@ impl Asking<'_> {
 }
 
 impl<D: Driver> Pool<D> {
-    /// A place in the books for a request that is to wait.
+    /// A reservation for a request that waits.
     fn seat(&self, asking: Asking<'_>) -> Result<Seat, Refusal> {
         let asker = self.asker(asking.member)?;
         Seat::new(asker.peer.link().account(), asking.id)
@@ -362,8 +366,9 @@ impl<D: Driver> Pool<D> {
             .ok_or_else(|| not_member(&self.name))
     }
 
-    /// A block of an earlier run is not taken in, for the reason `why`: its name is kept for it, and the pool with the name.
-    pub fn leave_out(&mut self, id: &BlockId, why: &str, turn: &mut Turn<'_, D>) {
+    /// A block of an earlier run is not restored, for the reason `why`. Its name and pool are kept
+    /// for it.
+    pub fn reserve_name(&mut self, id: &BlockId, why: &str, turn: &mut Turn<'_, D>) {
         if self
             .blocks
             .left_out
@@ -386,7 +391,7 @@ impl<D: Driver> Pool<D> {
         Err(Refusal::new(Code::Quota, message))
     }
 
-    /// A block that is there.
+    /// An existing block.
     fn block(&self, id: &BlockId) -> Result<(BlockKey, &Block), Refusal> {
         let found = self
             .blocks
@@ -402,7 +407,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// A block that `member` may use so.
+    /// A block that `member` has this access to.
     fn allowed(
         &self,
         member: MemberKey,
@@ -417,7 +422,7 @@ impl<D: Driver> Pool<D> {
         Err(self.forbidden(&asker.app, block, access))
     }
 
-    /// A block that `member`'s app may use so at any time: what a call lends it does not count.
+    /// A block that `member`'s app has this access to at any time, not only during a call.
     fn allowed_by_name(
         &self,
         member: MemberKey,
@@ -443,7 +448,7 @@ impl<D: Driver> Pool<D> {
         Refusal::new(Code::Forbidden, message)
     }
 
-    /// Makes a block, or attaches the one that is there. The reply comes when it can be used.
+    /// Creates a block, or attaches an existing one. The reply follows when it is ready.
     ///
     /// # Errors
     /// `block_exists`, `quota`, `too_large`, `layout_mismatch`, `forbidden`.
@@ -458,7 +463,8 @@ impl<D: Driver> Pool<D> {
         if let Some(&key) = self.blocks.by_id.get(&create.block) {
             if !create.or_attach {
                 let message = format!(
-                    "block '{}' exists in pool '{}'; attach it, or create it with \"if_exists\":\"attach\"",
+                    "block '{}' exists in pool '{}'; attach it, or create it with \
+                    \"if_exists\":\"attach\"",
                     create.block, self.name
                 );
                 return Err(Refusal::new(Code::BlockExists, message));
@@ -478,7 +484,7 @@ impl<D: Driver> Pool<D> {
                 }
                 let seat = self.seat(asking)?;
                 let block = self.blocks.at_mut(key).expect("its name leads to it");
-                block.waiting.push(Waiting {
+                block.waiting.push(BlockWaiter {
                     member: asking.member,
                     id: asking.id(),
                     attach: create.attach,
@@ -503,8 +509,8 @@ impl<D: Driver> Pool<D> {
             return Err(Refusal::new(Code::Forbidden, message));
         }
         if create.lifetime == Lifetime::Attached && create.attach.is_none() {
-            let message = "a block with \"lifetime\":\"attached\" would be removed at once; attach it when \
-                 creating it";
+            let message = "a block with \"lifetime\":\"attached\" would be removed at once; \
+            attach it when creating it";
             return Err(Refusal::new(Code::BadMessage, message));
         }
         if create.kind == Kind::Persistent {
@@ -557,14 +563,14 @@ impl<D: Driver> Pool<D> {
             involved: BTreeSet::new(),
             lock: Lock::default(),
             due: None,
-            waiting: vec![Waiting {
+            waiting: vec![BlockWaiter {
                 member: asking.member,
                 id: asking.id(),
                 attach: create.attach,
                 _seat: seat,
             }],
             flushing: Vec::new(),
-            told: (0, 0),
+            announced: (0, 0),
             is_move_due: false,
         };
         let making = Making {
@@ -588,10 +594,10 @@ impl<D: Driver> Pool<D> {
         Ok(None)
     }
 
-    /// Takes in a block that was there before the server was, for the account of the app that made it.
+    /// Restores a block of an earlier run, for the account of the app that created it.
     ///
     /// # Errors
-    /// Where its record makes no sense, its name is taken, or there is no room for it.
+    /// If its record is invalid, its name is taken, or there is no room for it.
     pub fn adopt_block(
         &mut self,
         found: &Found<'_>,
@@ -645,14 +651,14 @@ impl<D: Driver> Pool<D> {
             && let Some(block) = self.blocks.at_mut(key)
             && matches!(block.phase, Phase::New)
         {
-            // Whoever asks right after the maker did gets it when it is there.
+            // A request right after its creation waits until it is ready.
             check_layout(block, layout)?;
             if block.waiting.len() >= self.limits.block_waiters_max {
                 return Err(too_many_wait(id, self.limits.block_waiters_max));
             }
             let seat = self.seat(asking)?;
             let block = self.blocks.at_mut(key).expect("just found");
-            block.waiting.push(Waiting {
+            block.waiting.push(BlockWaiter {
                 member: asking.member,
                 id: asking.id(),
                 attach: Some(access),
@@ -666,7 +672,8 @@ impl<D: Driver> Pool<D> {
         self.check_descriptors(asking.member)?;
         let app = self.asker(asking.member)?.app.clone();
         if block.allows_app(&app) < Some(access) {
-            // Lent by a call: it may look again (the block may have moved), and the call's end still ends it.
+            // Attached by a call: it may attach again (the block may have moved), and the call's
+            // end still detaches it.
             self.answer_description(key, asking.member, asking.id, Some(access), turn);
             return Ok(None);
         }
@@ -698,7 +705,7 @@ impl<D: Driver> Pool<D> {
     }
 
     /// Counts something of a member's app.
-    fn count_for_app(&self, member: MemberKey, what: Resource) -> Result<Hold, Refusal> {
+    fn count_for_app(&self, member: MemberKey, what: Resource) -> Result<Reservation, Refusal> {
         let link = self.asker(member)?.peer.link();
         Ok(link.account().app().reserve(what, 1)?)
     }
@@ -723,7 +730,7 @@ impl<D: Driver> Pool<D> {
         Ok(Some("{}".into()))
     }
 
-    /// Removes a block under everybody. An administrator needs no permission for it.
+    /// Removes a block, whoever is attached. An administrator needs no permission.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`.
@@ -747,13 +754,13 @@ impl<D: Driver> Pool<D> {
         Ok(Some("{}".into()))
     }
 
-    /// A pool that nobody can reach any more lets go of what it holds.
+    /// Releases what a removed pool holds.
     pub fn close_held(&mut self, turn: &mut Turn<'_, D>) {
         self.close_parked(turn);
         self.close_blocks(turn);
     }
 
-    /// A pool that goes takes its blocks along.
+    /// Removes the blocks of a removed pool.
     pub(super) fn close_blocks(&mut self, turn: &mut Turn<'_, D>) {
         let keys: Vec<BlockKey> = self
             .blocks
@@ -774,11 +781,11 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Ends a block: everybody is told, its storage goes.
+    /// Removes a block: notifies everybody and drops its storage.
     fn end_block(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
-        let told = self.block_event_json("block_removed", key, "");
-        self.tell_attached(key, &told, turn);
-        self.tell(Event::BlockRemoved, &told, None, turn);
+        let json = self.block_event_json("block_removed", key, "");
+        self.notify_attached(key, &json, turn);
+        self.notify(Event::BlockRemoved, &json, None, turn);
         let Some(block) = self.blocks.at_mut(key) else {
             return;
         };
@@ -803,7 +810,7 @@ impl<D: Driver> Pool<D> {
             self.answer(member, id.as_deref(), Err(refusal.clone()), turn);
         }
         self.forget_block(key, turn);
-        // What is still being made is dropped when it is there.
+        // Storage that is still being created is dropped once it exists.
         if !is_new {
             turn.block_job(Job::Drop {
                 storage,
@@ -812,7 +819,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Takes a block out of the books.
+    /// Releases a block's reservations.
     fn forget_block(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let Some(block) = self.blocks.blocks.remove(stored(key)) else {
             return;
@@ -823,7 +830,9 @@ impl<D: Driver> Pool<D> {
             self.blocks.bytes -= geometry.total().expect("checked when it was asked for");
         }
         block.due.map(|at| self.blocks.deadlines.remove(&(at, key)));
-        turn.with_numbers(|numbers| numbers.note_end(&self.name, &block.id, block.generation));
+        turn.with_numbers(|numbers| {
+            numbers.forget_process(&self.name, &block.id, block.generation)
+        });
         for member in block.involved {
             if let Some(member) = self.members.at_mut(member) {
                 member.blocks.remove(&key);
@@ -832,7 +841,7 @@ impl<D: Driver> Pool<D> {
         turn.count_held(&self.name, self.number, -1);
     }
 
-    /// Counts what is counted of its blocks in the books; for the simulator.
+    /// Counts the blocks' entries in the ledger; for the simulator.
     #[must_use]
     pub fn block_counts(&self) -> BlockCounts {
         let mut counts = BlockCounts::default();
@@ -890,21 +899,21 @@ impl<D: Driver> Pool<D> {
     }
 }
 
-/// What of a pool's blocks is counted in the books, besides their bytes.
+/// What the ledger counts of a pool's blocks, besides their bytes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct BlockCounts {
     /// Requests that wait.
     pub waits: u64,
-    /// Attachments by their members' wish.
+    /// Explicit attachments.
     pub attachments: u64,
     /// Subscriptions to changes.
     pub subscriptions: u64,
 }
 
-/// What a member wishes of a lock.
+/// A request for a lock.
 #[derive(Debug, Clone, Copy)]
-pub struct LockWish {
-    /// Alone, or beside readers.
+pub struct LockRequest {
+    /// Exclusive, or shared with other readers.
     pub mode: LockMode,
     /// How long to wait in milliseconds; 0 is not at all.
     pub wait_ms: u64,

@@ -9,7 +9,7 @@ use hashbrown::{HashMap, HashTable};
 use latzero_protocol::AppId;
 use latzero_protocol::memory::Access;
 
-use super::park::Lasting;
+use super::park::DurableCall;
 use super::{BlockKey, Handler, MemberKey, NOBODY};
 use crate::now::Time;
 use crate::slab::{Key, Slab};
@@ -17,7 +17,7 @@ use crate::slab::{Key, Slab};
 /// One call under way.
 pub(super) struct Call {
     pub(super) caller: MemberKey,
-    /// The user who made it; 0 where it is nobody's connection's.
+    /// The user who made it; 0 if it has no connection.
     pub(super) user: u64,
     /// The caller's id; without one it wants no answer.
     pub(super) id: Option<CompactString>,
@@ -29,8 +29,8 @@ pub(super) struct Call {
     pub(super) credit: Option<u64>,
     /// Blocks that its handler is attached to for as long as it lasts.
     pub(super) blocks: Option<Box<[(BlockKey, Access)]>>,
-    /// What it takes to give it to another handler.
-    pub(super) lasting: Option<Box<Lasting>>,
+    /// What redelivery to another handler needs.
+    pub(super) lasting: Option<Box<DurableCall>>,
     /// Its caller and its idempotency key.
     pub(super) repeat: Option<Box<(AppId, Box<str>)>>,
 }
@@ -39,7 +39,8 @@ pub(super) struct Calls {
     calls: Slab<Call>,
     /// The places of calls with an id, by caller and id.
     by_id: HashTable<u32>,
-    /// Deadlines in order. Ended calls stay until they come up or are swept out, so that ending a call is cheap.
+    /// Deadlines in order. Ended calls stay until they come up or are swept out, so that ending a
+    /// call is cheap.
     deadlines: BinaryHeap<Reverse<(Time, u32, u32)>>,
     hash_seed: u64,
     /// How many calls each user made.
@@ -129,7 +130,7 @@ impl Calls {
         Some(call)
     }
 
-    /// Takes a call from its caller, who has gone: it is found by its id no longer.
+    /// Detaches a call from its caller, who has gone: its id no longer finds it.
     pub(super) fn detach(&mut self, key: Key<Call>) {
         let Some(call) = self.calls.at(key) else {
             return;

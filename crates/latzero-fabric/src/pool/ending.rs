@@ -1,7 +1,7 @@
-//! How calls go on and end.
+//! How calls end.
 //!
-//! Every call ends exactly once: by its handler's answer, its deadline, its caller's cancel, or the end of either side.
-//! [`Pool::end`] is the only place where that happens.
+//! Every call ends exactly once: by its handler's answer, its deadline, its caller's cancel, or the
+//! end of either side. [`Pool::end`] is the only place where that happens.
 
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::message::{Response, Status};
@@ -19,7 +19,7 @@ use crate::turn::Turn;
 
 /// How a call ends.
 #[derive(Clone, Copy)]
-pub(super) enum End<'a> {
+pub(super) enum EndReason<'a> {
     /// Its handler answered; the answer is already on its way.
     Answered { failed: bool },
     /// Its handler's connection or membership ended.
@@ -28,11 +28,11 @@ pub(super) enum End<'a> {
     CallerGone,
     /// Its caller ended it.
     Cancelled,
-    /// Its time to live is over.
+    /// It timed out.
     TimedOut,
     /// The server ended it.
     Refused(&'a Refusal),
-    /// Its answer could not be passed on: the handler has run all the same.
+    /// Its answer could not be forwarded, but the handler has run.
     Unfit {
         refusal: &'a Refusal,
         is_final: bool,
@@ -40,10 +40,11 @@ pub(super) enum End<'a> {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Takes a handler's answer and passes it on. An answer to an ended call is dropped and counted.
+    /// Takes a handler's answer and passes it on. An answer to an ended call is dropped and
+    /// counted.
     ///
     /// # Errors
-    /// Where the call was sent to somebody else.
+    /// If the call was sent to another handler.
     pub fn respond(
         &mut self,
         from: MemberKey,
@@ -69,7 +70,7 @@ impl<D: Driver> Pool<D> {
             if response.status.is_final() {
                 let failed = response.status == Status::Error;
                 self.parked_answered(number, response, turn);
-                self.end(key, End::Answered { failed }, turn);
+                self.end(key, EndReason::Answered { failed }, turn);
             }
             return Ok(());
         }
@@ -81,7 +82,7 @@ impl<D: Driver> Pool<D> {
             self.repeats_answered(&app, &repeated, &Answered::of(response), turn);
             if is_detached {
                 let failed = response.status == Status::Error;
-                self.end(key, End::Answered { failed }, turn);
+                self.end(key, EndReason::Answered { failed }, turn);
                 return Ok(());
             }
         }
@@ -92,7 +93,7 @@ impl<D: Driver> Pool<D> {
                     let message = "the handler sent more items than the stream's window allows";
                     self.end(
                         key,
-                        End::Refused(&Refusal::new(Code::HandlerError, message)),
+                        EndReason::Refused(&Refusal::new(Code::HandlerError, message)),
                         turn,
                     );
                     return Ok(());
@@ -109,7 +110,7 @@ impl<D: Driver> Pool<D> {
             if response.status.is_final() {
                 self.end(
                     key,
-                    End::Answered {
+                    EndReason::Answered {
                         failed: response.status == Status::Error,
                     },
                     turn,
@@ -134,7 +135,7 @@ impl<D: Driver> Pool<D> {
                 feature 'attachments'";
             self.end(
                 key,
-                End::Unfit {
+                EndReason::Unfit {
                     refusal: &Refusal::new(Code::TooLarge, message),
                     is_final: response.status.is_final(),
                 },
@@ -149,7 +150,7 @@ impl<D: Driver> Pool<D> {
             (Sent::Queued, true) => {
                 self.end(
                     key,
-                    End::Answered {
+                    EndReason::Answered {
                         failed: response.status == Status::Error,
                     },
                     turn,
@@ -157,12 +158,12 @@ impl<D: Driver> Pool<D> {
             }
             (Sent::Queued, false) => turn.count(Count::Partial),
             (Sent::Full, is_final) => {
-                // Never dropped silently: a short error takes the place of what did not fit.
+                // Never dropped silently: a short error replaces what did not fit.
                 let message = "the answer did not fit in the caller's outbox \
                     (limits.outbox_bytes_max): read faster";
                 self.end(
                     key,
-                    End::Unfit {
+                    EndReason::Unfit {
                         refusal: &Refusal::new(Code::Overloaded, message),
                         is_final,
                     },
@@ -180,18 +181,18 @@ impl<D: Driver> Pool<D> {
         self.calls.find(caller, id).is_some()
     }
 
-    /// Ends a call at its caller's wish; false where the caller has no such call here.
+    /// Cancels a call for its caller; false if the caller has no such call here.
     pub fn cancel(&mut self, caller: MemberKey, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
             return self.cancel_repeat(caller, id, turn)
                 || self.cancel_parked(caller, id, turn)
                 || self.cancel_lock(caller, id, turn);
         };
-        self.end(key, End::Cancelled, turn);
+        self.end(key, EndReason::Cancelled, turn);
         true
     }
 
-    /// Grants `count` further items of a stream; false where the caller has no such call here.
+    /// Grants `count` further items of a stream; false if the caller has no such call here.
     pub fn ack(&mut self, caller: MemberKey, id: &str, count: u64, turn: &mut Turn<'_, D>) -> bool {
         let Some(key) = self.calls.find(caller, id) else {
             return false;
@@ -212,9 +213,9 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Ends a call for both sides. A call that already ended is not found: the answer and the deadline may cross on
-    /// the way, and the first to reach the pool wins.
-    pub(super) fn end(&mut self, key: Key<Call>, how: End<'_>, turn: &mut Turn<'_, D>) {
+    /// Ends a call for both sides. A call that already ended is not found: the answer and the
+    /// deadline may cross on the way, and the first to reach the pool wins.
+    pub(super) fn end(&mut self, key: Key<Call>, how: EndReason<'_>, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let Some(mut call) = self.calls.remove(key) else {
             return;
@@ -224,18 +225,22 @@ impl<D: Driver> Pool<D> {
             self.parked.note_room(&handler.process);
         }
         if let Some(uses) = &call.blocks {
-            self.take_back(call.member, uses, turn);
+            self.revoke(call.member, uses, turn);
         }
         let call_id = self.call_id(key);
         if let Some(handler) = self.members.at_mut(call.member) {
             handler.serving -= 1;
             let reason = match how {
-                // A handler that has answered for good has nothing to stop.
-                End::Answered { .. } | End::HandlerGone | End::Unfit { is_final: true, .. } => None,
-                End::Cancelled => Some("cancelled"),
-                End::CallerGone => Some("caller_gone"),
-                End::TimedOut => Some("timeout"),
-                End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.code.as_str()),
+                // A handler that has sent its final answer has nothing to stop.
+                EndReason::Answered { .. }
+                | EndReason::HandlerGone
+                | EndReason::Unfit { is_final: true, .. } => None,
+                EndReason::Cancelled => Some("cancelled"),
+                EndReason::CallerGone => Some("caller_gone"),
+                EndReason::TimedOut => Some("timeout"),
+                EndReason::Refused(refusal) | EndReason::Unfit { refusal, .. } => {
+                    Some(refusal.code.as_str())
+                }
             };
             if let Some(reason) = reason {
                 turn.send(&handler.peer, Class::Control, 96, |out| {
@@ -244,32 +249,32 @@ impl<D: Driver> Pool<D> {
             }
         }
         let refusal = match how {
-            End::Answered { .. } => None,
+            EndReason::Answered { .. } => None,
             // One that left its pool but not the server still waits.
-            End::CallerGone => Some(Refusal::new(
+            EndReason::CallerGone => Some(Refusal::new(
                 Code::Cancelled,
                 "the caller is no longer in the call's pool",
             )),
-            End::HandlerGone => {
+            EndReason::HandlerGone => {
                 let message = "the handler disconnected before it answered; repeat the call if \
                     it is safe to run twice";
                 Some(Refusal::new(Code::HandlerGone, message))
             }
-            End::Cancelled => Some(Refusal::new(
+            EndReason::Cancelled => Some(Refusal::new(
                 Code::Cancelled,
                 "the caller cancelled the call",
             )),
-            End::TimedOut => {
+            EndReason::TimedOut => {
                 let ms = call.deadline.since(call.started).as_millis();
                 Some(Refusal::new(
                     Code::Timeout,
                     format!("no answer within the call's ttl of {ms} ms"),
                 ))
             }
-            End::Refused(refusal) | End::Unfit { refusal, .. } => Some(refusal.clone()),
+            EndReason::Refused(refusal) | EndReason::Unfit { refusal, .. } => Some(refusal.clone()),
         };
-        let failed = matches!(how, End::Answered { failed: true });
-        let is_orphan = matches!(how, End::HandlerGone)
+        let failed = matches!(how, EndReason::Answered { failed: true });
+        let is_orphan = matches!(how, EndReason::HandlerGone)
             && call
                 .lasting
                 .as_ref()
@@ -283,7 +288,7 @@ impl<D: Driver> Pool<D> {
         if call.caller == NOBODY {
             turn.call_ended(None, end);
             let Some(lasting) = call.lasting.take() else {
-                // Its caller went; a repeat may ask for the answer until it is clear that none comes.
+                // Its caller left; a repeat may still ask for the answer.
                 if let Some(repeat) = call.repeat {
                     self.repeats_dropped(&repeat.0, &repeat.1, turn);
                 }
@@ -293,7 +298,7 @@ impl<D: Driver> Pool<D> {
                 (Some(_), Some(_)) if is_orphan => {
                     self.orphan((NOBODY, None), lasting, call.member)
                 }
-                (Some(number), Some(_)) if matches!(how, End::TimedOut) => {
+                (Some(number), Some(_)) if matches!(how, EndReason::TimedOut) => {
                     self.parked_too_late(number, turn);
                 }
                 (Some(number), Some(refusal)) => self.parked_refused(number, refusal, turn),
@@ -327,7 +332,7 @@ impl<D: Driver> Pool<D> {
                 Class::Control,
                 refusal.message.len() + 256,
                 |out| match how {
-                    End::Unfit { refusal, .. } => append_unfit(out, id, refusal),
+                    EndReason::Unfit { refusal, .. } => append_unfit(out, id, refusal),
                     _ => encode::refusal(out, Some(id), refusal),
                 },
             );
@@ -346,12 +351,12 @@ impl<D: Driver> Pool<D> {
                 break;
             };
             let how = if call.member == key {
-                Some(End::HandlerGone)
+                Some(EndReason::HandlerGone)
             } else if call.caller == key && call.repeat.is_some() {
                 self.detach(call_key, turn);
                 None
             } else {
-                (call.caller == key).then_some(End::CallerGone)
+                (call.caller == key).then_some(EndReason::CallerGone)
             };
             if let Some(how) = how {
                 self.end(call_key, how, turn);
@@ -360,7 +365,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The caller of a call with an idempotency key has gone, and may come back for the answer: its handler goes on.
+    /// The caller of a call with an idempotency key has left and may come back for the answer, so
+    /// its handler continues.
     pub(super) fn detach(&mut self, key: Key<Call>, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let call = self.calls.at_mut(key).expect("its caller found it");
@@ -380,7 +386,8 @@ impl<D: Driver> Pool<D> {
     }
 }
 
-/// `overloaded` and `too_large` mean "did not run" everywhere but here, where only the answer was lost.
+/// `overloaded` and `too_large` mean "did not run" everywhere but here, where only the answer was
+/// lost.
 pub(super) fn append_unfit(out: &mut Vec<u8>, id: &str, refusal: &Refusal) {
     latzero_protocol::frame::append(out, |out| {
         out.extend_from_slice(b"{\"action\":\"response\",\"in_reply_to\":");

@@ -1,7 +1,7 @@
 //! The lock of one block: who holds it, who waits, and until when.
 //!
-//! First come, first served, with readers side by side. Each grant has a fence that only grows: what is written under
-//! an older fence is told apart from what came later. Nothing here looks at a clock; time comes in.
+//! First come, first served; readers share it. Each grant has a greater fence, so writes under an
+//! older one can be recognised. Time is an input.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,11 +21,11 @@ pub(super) struct Claim {
     pub(super) lease_ms: Option<u64>,
     /// Its place in line, which no other claim of this lock has had.
     pub(super) place: u64,
-    /// Its place in the books, while it waits.
+    /// Its reservation, while it waits.
     pub(super) seat: Option<Seat>,
 }
 
-/// What became of a claim.
+/// The result of a claim.
 #[derive(Debug)]
 pub(super) enum Claimed {
     Granted(Grant),
@@ -34,7 +34,7 @@ pub(super) enum Claimed {
     Refused,
 }
 
-/// Somebody who holds the lock.
+/// A holder of the lock.
 #[derive(Debug, Clone)]
 pub(super) struct Holder {
     pub(super) member: MemberKey,
@@ -50,7 +50,7 @@ pub(super) struct Grant {
     pub(super) fence: u64,
 }
 
-/// A lock that ended without its holder's wish, or a wait that did.
+/// A lock or a wait that ended involuntarily.
 #[derive(Debug)]
 pub(super) enum Expired {
     Lease(Holder),
@@ -67,12 +67,12 @@ pub(super) struct Lock {
     /// When waits end, and their places.
     ends: BTreeSet<(Time, u64)>,
     places: u64,
-    /// How many things the server itself does that nobody may do beside it.
+    /// Exclusive operations of the server itself.
     held_by_server: u32,
 }
 
 impl Lock {
-    /// Nobody holds it, and fences go on from `fence`.
+    /// Nobody holds it, and fences continue from `fence`.
     pub(super) fn after(fence: u64) -> Lock {
         Lock {
             fence,
@@ -93,7 +93,7 @@ impl Lock {
         self.waiting.len()
     }
 
-    /// Whoever holds it alone.
+    /// The exclusive holder.
     pub(super) fn exclusive(&self) -> Option<&Holder> {
         self.holders
             .first()
@@ -145,7 +145,7 @@ impl Lock {
         }
     }
 
-    /// The next of those who wait, where the lock admits it.
+    /// The next waiter, if the lock admits it.
     pub(super) fn grant_next(&mut self, now: Time) -> Option<Grant> {
         let (&place, (claim, _)) = self.waiting.first_key_value()?;
         if !self.admits(claim.mode) {
@@ -164,7 +164,7 @@ impl Lock {
         Some(self.end(at))
     }
 
-    /// Begins a lease anew; false where `member` does not hold the lock under `fence`.
+    /// Renews a lease; false if `member` does not hold the lock under `fence`.
     pub(super) fn renew(
         &mut self,
         now: Time,
@@ -182,7 +182,8 @@ impl Lock {
         })
     }
 
-    /// Takes `member` out but for the modes that it may keep; returns what it held and what it waited for.
+    /// Removes `member`, except from the modes that it may keep; returns what it held and waited
+    /// for.
     pub(super) fn leave(
         &mut self,
         member: MemberKey,
@@ -210,12 +211,12 @@ impl Lock {
     }
 
     fn end(&mut self, at: usize) -> Holder {
-        // The end is a step too: who still writes under the old fence is told apart.
+        // The end counts too: late writes under the old fence are recognised.
         self.fence += 1;
         self.holders.remove(at)
     }
 
-    /// The server does something that nobody may do beside it.
+    /// Begins an exclusive operation of the server.
     pub(super) fn begin_server(&mut self) {
         self.held_by_server += 1;
     }
@@ -234,7 +235,7 @@ impl Lock {
         leases.chain(wait).min()
     }
 
-    /// A lease or a wait that is over.
+    /// A lease or a wait that has expired.
     pub(super) fn pop_due(&mut self, now: Time) -> Option<Expired> {
         let is_over = |holder: &Holder| holder.until.is_some_and(|until| until <= now);
         if let Some(at) = self.holders.iter().position(is_over) {
@@ -260,7 +261,7 @@ impl Lock {
         assert!(exclusive == 0 || self.holders.len() == 1, "one alone");
         assert!(self.holders.iter().all(|h| h.fence <= self.fence));
         assert_eq!(self.ends.len(), self.waiting.len());
-        // Nobody waits who could go.
+        // Nobody waits who could hold the lock.
         if let Some((_, (claim, _))) = self.waiting.first_key_value() {
             assert!(
                 !self.admits(claim.mode),
@@ -288,7 +289,7 @@ mod tests {
         }
     }
 
-    /// Has members ask in turn ("1" alone, "2s" beside others) and says who holds it then.
+    /// Members ask in turn ("1" exclusive, "2s" shared); returns who holds it then.
     fn after(asks: &[&str]) -> Lock {
         let mut lock = Lock::default();
         for ask in asks {

@@ -1,19 +1,19 @@
 //! Calls that outlive a connection: a small job queue.
 //!
-//! A call is parked where no handler can take it now. It has a number, a row on disk, and a caller
-//! by name instead of a connection. It is delivered at least once: its row goes when it is over, so
-//! that a server that is killed in between gives it out again, and the attempt's number in the
-//! message tells a handler that this may be so.
+//! A call is parked if no handler can take it now. It has a number, a row on disk, and a caller by
+//! name instead of a connection. It is delivered at least once: its row is deleted when it ends, so
+//! a server that is killed before that delivers it again. The attempt number in the message tells
+//! the handler.
 //!
-//! Callers take turns ([`turns`]). A call whose handler dies pauses before it is given out again,
-//! longer each time, behind what waits; after its last attempt it is dead: kept for whoever looks
-//! for the fault ([`attempts`]). What ends a call (an answer, its deadline, a cancel) is told to its
-//! caller if an instance of it is in the pool, and else kept for it ([`answers`]).
+//! Callers take turns ([`turns`]). A call whose handler dies waits before it is redelivered, longer
+//! each time, behind the calls in the queue. After its last attempt it is dead and stays stored for
+//! inspection ([`attempts`]). The end of a call (an answer, its deadline, a cancel) is sent to its
+//! caller if an instance of it is in the pool, and otherwise stored for it ([`answers`]).
 
 mod answers;
 mod attempts;
-mod giving;
-mod lasting;
+mod dispatch;
+mod durable;
 mod listing;
 mod turns;
 
@@ -26,58 +26,57 @@ use latzero_protocol::{AppId, Code, Ran, Refusal, TriggerName};
 
 use super::answer::Answered;
 use super::calls::Call;
-use super::ending::End;
+use super::ending::EndReason;
 use super::repeats::{scoped, scoped_key};
 use super::{CallError, MemberKey, NOBODY, Pool};
-use crate::books::{Account, Full, Hold, Resource};
 use crate::driver::{Driver, Peer};
-use crate::keep::{CallRow, Change, Death};
+use crate::ledger::{Account, Full, Reservation, Resource};
 use crate::now::Time;
+use crate::rows::{CallRow, Death, StoreChange};
 use crate::slab::Key;
 use crate::turn::Turn;
 use answers::KeptAnswers;
 use attempts::Orphan;
-use giving::Stall;
-use lasting::split_envelope;
-pub(super) use lasting::{Lasting, bytes};
+use dispatch::Stall;
+use durable::split_envelope;
+pub(super) use durable::{DurableCall, bytes};
 pub use listing::ParkedCounts;
-use turns::{Lines, Waiting};
+use turns::{Lines, QueuedCalls};
 
-/// Parked calls, or answers, that are passed on at once; the rest follows when the driver calls
-/// again.
+/// Parked calls or answers sent in one step; the rest follow when the driver calls again.
 const GIVEN_AT_ONCE_MAX: usize = 256;
 
-/// The place of a parked call, and of its answer, in the books.
-struct Held {
-    bytes: Hold,
-    _count: Hold,
+/// The place of a parked call, and of its answer, in the ledger.
+struct HeldCall {
+    bytes: Reservation,
+    _count: Reservation,
 }
 
 /// About how many bytes the answer to a dead call takes.
 const SMALL_BYTES: usize = 512;
 
-impl Held {
+impl HeldCall {
     /// Reserves room for a call.
-    fn new(account: &Arc<Account>, bytes: usize) -> Result<Held, Full> {
-        Ok(Held {
+    fn new(account: &Arc<Account>, bytes: usize) -> Result<HeldCall, Full> {
+        Ok(HeldCall {
             _count: account.reserve(Resource::ParkedCalls, 1)?,
             bytes: account.reserve(Resource::Parked, bytes as u64)?,
         })
     }
 
     /// Room in the same account for a short answer, whatever the limits are.
-    fn small(&self) -> Held {
-        Held::restored(self.bytes.account(), SMALL_BYTES)
+    fn small(&self) -> HeldCall {
+        HeldCall::restored(self.bytes.account(), SMALL_BYTES)
     }
 
-    /// Room for what an earlier run kept, whatever the limits are now.
-    fn restored(account: &Arc<Account>, bytes: usize) -> Held {
+    /// A reservation for what an earlier run stored, whatever the limits are now.
+    fn restored(account: &Arc<Account>, bytes: usize) -> HeldCall {
         let forced = |what: Resource, amount: u64| {
             let mut hold = account.hold(what);
             hold.force(amount);
             hold
         };
-        Held {
+        HeldCall {
             _count: forced(Resource::ParkedCalls, 1),
             bytes: forced(Resource::Parked, bytes as u64),
         }
@@ -87,19 +86,19 @@ impl Held {
 /// What a parked call is doing.
 enum State {
     /// It waits for a handler.
-    Waiting(Box<Lasting>),
-    /// It waits until it may wait for a handler again: the one before died.
-    Paused(Box<Lasting>, Time),
+    Waiting(Box<DurableCall>),
+    /// It pauses before it waits for a handler again: the last one died.
+    Paused(Box<DurableCall>, Time),
     /// A handler has it.
     Given(Key<Call>),
     /// Every attempt failed. Its caller knows.
-    Dead(Box<Lasting>),
+    Dead(Box<DurableCall>),
 }
 
 /// A parked call that is between two states.
 const NO_CALL: Key<Call> = Key::new(u32::MAX, u32::MAX);
 
-/// A parked call's place among the others.
+/// A parked call as the queue has it.
 struct Parked {
     state: State,
     process: TriggerName,
@@ -107,20 +106,20 @@ struct Parked {
     caller: AppId,
     /// The user of its caller, for its turns.
     user: u64,
-    /// Who called: it is told first, if it is still there.
+    /// The calling instance, which gets the answer if it is still there.
     from: MemberKey,
-    /// Empty where the caller wants no answer.
+    /// Empty if the caller wants no answer.
     id: Box<str>,
-    /// Where it stands among its caller's calls: its number, until an attempt fails.
+    /// Its position among its caller's calls: its number, until an attempt fails.
     rank: u64,
     deadline: Time,
-    held: Held,
+    held: HeldCall,
     attempt: u32,
     attempts: u32,
     /// Why the last attempt failed.
     cause: Option<Box<str>>,
     idempotency_key: Option<Box<str>>,
-    /// When it was parked and when its time is over, on the steady clock.
+    /// When it was parked and when it expires, on the steady clock.
     parked_ms: u64,
     expires_ms: u64,
 }
@@ -135,7 +134,7 @@ impl Parked {
         self.attempt >= self.attempts
     }
 
-    fn lasting(&self) -> Option<&Lasting> {
+    fn lasting(&self) -> Option<&DurableCall> {
         match &self.state {
             State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
                 Some(lasting)
@@ -145,7 +144,7 @@ impl Parked {
     }
 
     /// Takes the call out, to enter another state.
-    fn take(&mut self) -> Option<Box<Lasting>> {
+    fn dequeue(&mut self) -> Option<Box<DurableCall>> {
         match std::mem::replace(&mut self.state, State::Given(NO_CALL)) {
             State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
                 Some(lasting)
@@ -157,16 +156,16 @@ impl Parked {
         }
     }
 
-    fn waiting(&self, number: u64) -> Waiting {
-        Waiting {
+    fn waiting(&self, number: u64) -> QueuedCalls {
+        QueuedCalls {
             user: self.user,
             app: self.caller.clone(),
             place: (self.rank, number),
         }
     }
 
-    /// Whether a handler may have run it: it was given out, or an earlier run of the server may have
-    /// died before it wrote that down.
+    /// Whether a handler may have run it: it was delivered, or an earlier run of the server may
+    /// have died before it stored that.
     fn ran(&self) -> Ran {
         if self.attempt == 0 && self.from != NOBODY {
             Ran::No
@@ -175,7 +174,7 @@ impl Parked {
         }
     }
 
-    /// Its time was over before it had an answer.
+    /// It expired before it had an answer.
     fn too_late(&self) -> Refusal {
         let message = match (self.attempt, &self.cause) {
             (0, _) => "no handler took the call within its ttl".to_owned(),
@@ -187,7 +186,12 @@ impl Parked {
         Refusal::new(Code::Timeout, message).with_ran(self.ran())
     }
 
-    fn row(&self, number: u64, pool: &latzero_protocol::PoolName, lasting: &Lasting) -> CallRow {
+    fn row(
+        &self,
+        number: u64,
+        pool: &latzero_protocol::PoolName,
+        lasting: &DurableCall,
+    ) -> CallRow {
         let key = self.idempotency_key.as_deref();
         CallRow {
             number,
@@ -210,25 +214,25 @@ impl Parked {
     }
 }
 
-/// What a pool keeps of calls that outlive a connection.
+/// The calls of a pool that outlive a connection.
 #[derive(Default)]
 pub(super) struct ParkedCalls {
     calls: BTreeMap<u64, Parked>,
     /// Calls that wait for a handler, by trigger.
     lines: HashMap<TriggerName, Lines>,
-    /// When calls that pause go on.
+    /// When pauses end.
     pauses: BTreeSet<(Time, u64)>,
     /// Dead calls, the oldest first.
     dead: BTreeSet<(Time, u64)>,
     by_id: HashMap<(AppId, Box<str>), u64>,
     answers: KeptAnswers,
-    /// When the time of a call is over.
+    /// When a call expires.
     deadlines: BTreeSet<(Time, u64)>,
     /// The greatest number of a call that was parked here.
     newest: u64,
-    /// There is more to give out, or it is to be tried again.
+    /// More calls wait to be dispatched, or to be retried.
     goes_on: Option<Time>,
-    /// Triggers whose calls could not all be given out.
+    /// Triggers whose calls could not all be dispatched.
     stalled: BTreeMap<TriggerName, Stall>,
     /// Triggers whose handlers may take more.
     room: BTreeSet<TriggerName>,
@@ -303,7 +307,7 @@ impl ParkedCalls {
         }
     }
 
-    /// Enters a call where its state has it looked for.
+    /// Adds a call to the index of its state.
     fn link(&mut self, number: u64, parked: &Parked) {
         match &parked.state {
             State::Waiting(_) => {
@@ -377,7 +381,7 @@ impl ParkedCalls {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Has a call wait for its handler, durably; returns its number.
+    /// Parks a call durably; returns its number.
     pub(super) fn park(
         &mut self,
         caller: MemberKey,
@@ -403,8 +407,8 @@ impl<D: Driver> Pool<D> {
         let (app, instance) = (&member.app, member.instance);
         let deadline = now.after_ms(trigger.ttl_ms);
         let account = Arc::clone(member.peer.link().account());
-        let held = Held::new(&account, lasting::bytes(trigger)).map_err(Refusal::from)?;
-        let mut lasting = Lasting::new((app, instance), deadline, trigger, None);
+        let held = HeldCall::new(&account, durable::bytes(trigger)).map_err(Refusal::from)?;
+        let mut lasting = DurableCall::new((app, instance), deadline, trigger, None);
         let number = turn.next_number();
         lasting.number = Some(number);
         lasting.attempt = 0;
@@ -431,7 +435,7 @@ impl<D: Driver> Pool<D> {
         };
         let row = parked.row(number, &self.name, &lasting);
         parked.state = State::Waiting(lasting);
-        turn.keep(Change::Call(Box::new(row)), promise);
+        turn.store(StoreChange::Call(Box::new(row)), promise);
         turn.count_held(&self.name, self.number, 1);
         self.parked.insert(number, parked);
         Ok(number)
@@ -443,7 +447,7 @@ impl<D: Driver> Pool<D> {
         self.parked.calls.contains_key(&number)
     }
 
-    /// A call could not be written down: it is as if it had not been parked, unless a handler has it by now.
+    /// A call could not be stored: it is not parked, unless a handler already has it.
     pub fn unpark(&mut self, number: u64, turn: &mut Turn<'_, D>) -> bool {
         let parked = self.parked.calls.get(&number);
         if parked.is_none_or(|parked| parked.attempt > 0) {
@@ -457,7 +461,7 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Takes in a call that an earlier run parked; false where the stored row is invalid.
+    /// Restores a parked call of an earlier run; false if the stored row is invalid.
     pub fn restore_call(
         &mut self,
         row: &CallRow,
@@ -474,11 +478,11 @@ impl<D: Driver> Pool<D> {
         ) else {
             return false;
         };
-        // Never longer than was asked for, whatever the clock says now.
+        // Never longer than requested, whatever the clock says now.
         let longest = row.expires.saturating_sub(row.death_or_parked());
         let left = row.expires.saturating_sub(turn.steady_ms()).min(longest);
         let deadline = now.after_ms(left);
-        let mut lasting = Box::new(Lasting {
+        let mut lasting = Box::new(DurableCall {
             message: message.into(),
             attachment: row.attachment.as_deref().map(Into::into),
             caller: row.caller.clone(),
@@ -499,7 +503,7 @@ impl<D: Driver> Pool<D> {
         };
         (lasting.redeliver, lasting.attempts) = (redeliver, attempts);
         let is_last = row.attempt >= attempts;
-        let held = Held::restored(account, lasting.bytes());
+        let held = HeldCall::restored(account, lasting.bytes());
         turn.count_held(&self.name, self.number, 1);
         let idempotency_key = row
             .idempotency_key
@@ -544,7 +548,7 @@ impl<D: Driver> Pool<D> {
         Some(parked)
     }
 
-    /// Ends a parked call at its caller's wish; false where it has none of that id.
+    /// Cancels a parked call for its caller; false if it has none of that id.
     pub(super) fn cancel_parked(
         &mut self,
         caller: MemberKey,
@@ -567,7 +571,7 @@ impl<D: Driver> Pool<D> {
             return;
         };
         match parked.state {
-            State::Given(key) => self.end(key, End::Cancelled, turn),
+            State::Given(key) => self.end(key, EndReason::Cancelled, turn),
             State::Dead(_) => self.bury(number, turn),
             State::Waiting(_) | State::Paused(..) => {
                 let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
@@ -577,7 +581,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// The time of a parked call is over.
+    /// A parked call has expired.
     pub(super) fn parked_too_late(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         if let Some(refusal) = self.parked.calls.get(&number).map(Parked::too_late) {
             self.parked_refused(number, &refusal, turn);
@@ -596,7 +600,7 @@ impl<D: Driver> Pool<D> {
                 continue;
             };
             match parked.state {
-                State::Given(key) => self.end(key, End::TimedOut, turn),
+                State::Given(key) => self.end(key, EndReason::TimedOut, turn),
                 State::Dead(_) => self.bury(number, turn),
                 State::Waiting(_) | State::Paused(..) => self.parked_too_late(number, turn),
             }
@@ -606,7 +610,7 @@ impl<D: Driver> Pool<D> {
         self.go_on_giving(turn);
     }
 
-    /// A pool that goes takes its parked calls along; their callers are told if they are here.
+    /// Ends the parked calls of a removed pool; notifies callers that are connected.
     pub(super) fn close_parked(&mut self, turn: &mut Turn<'_, D>) {
         let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
         let numbers: Vec<u64> = self.parked.calls.keys().copied().collect();
@@ -615,12 +619,12 @@ impl<D: Driver> Pool<D> {
                 if !parked.is_dead() {
                     let answer = Answered::refused(&refusal.clone().with_ran(parked.ran()));
                     let whom = (&parked.caller, parked.from);
-                    self.tell_answer(whom, &parked.id, &answer, turn);
+                    self.deliver_answer(whom, &parked.id, &answer, turn);
                 }
                 if let Some(key) = &parked.idempotency_key {
                     self.repeats_dropped(&parked.caller, key, turn);
                 }
-                turn.keep(Change::EndCall(number), None);
+                turn.store(StoreChange::EndCall(number), None);
             }
         }
         for number in self.parked.answers.numbers() {
@@ -635,7 +639,7 @@ fn destination(trigger: &Trigger<'_>) -> Result<Option<AppId>, Refusal> {
     Ok(app.transpose()?)
 }
 
-/// The next moment: whoever drives the pool does what else is due first.
+/// The next moment: the driver handles what else is due first.
 fn soon(now: Time) -> Time {
     Time(now.0 + 1)
 }

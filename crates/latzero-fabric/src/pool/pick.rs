@@ -1,10 +1,11 @@
-//! Which handler takes a call: the trigger's strategy orders the handlers, and the first that can take it does.
+//! Which handler takes a call: the trigger's strategy orders the handlers, and the first that can
+//! take it does.
 
 use std::cmp::Reverse;
 
 use latzero_protocol::message::Strategy;
 
-use super::{Handler, HandlerKey, Member, Seat, Served};
+use super::{Handler, HandlerKey, Member, MemberTag, Served};
 use crate::driver::Driver;
 use crate::prng::{Prng, mix};
 use crate::slab::Slab;
@@ -20,7 +21,7 @@ pub(super) enum Offer {
     NotMeant,
 }
 
-/// What was seen while no handler took a call, which is what the caller is told.
+/// Why no handler took a call, for the caller's error.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Seen {
     /// A handler was of the destination that the caller named.
@@ -39,11 +40,12 @@ pub(super) fn start(served: &Served, prng: &mut Prng) -> usize {
     }
 }
 
-/// Offers the handlers to `offer`, in the order of the strategy, until one takes the call; returns its position and key.
+/// Offers the handlers to `offer`, in the order of the strategy, until one takes the call; returns
+/// its position and key.
 pub(super) fn each<D: Driver>(
     served: &Served,
     handlers: &Slab<Handler>,
-    members: &Slab<Member<D>, Seat>,
+    members: &Slab<Member<D>, MemberTag>,
     start: usize,
     sticky: u64,
     mut offer: impl FnMut(&Handler, &Member<D>) -> Offer,
@@ -82,13 +84,14 @@ pub(super) fn each<D: Driver>(
                 })
         }
         Strategy::Sticky => {
-            // Highest random weight (Thaler and Ravishankar, 1998): when a handler goes, only its keys move.
+            // Highest random weight (Thaler and Ravishankar, 1998): when a handler goes, only its
+            // keys move.
             let mut order: Vec<_> = in_turn().collect();
             order.sort_by_key(|(_, _, _, member)| Reverse(mix(sticky ^ member.instance.0)));
             for (position, key, handler, member) in order {
                 match offer(handler, member) {
                     Offer::Taken => return Some((position, key)),
-                    // The key's own handler is busy: another one would not have what the key stands for.
+                    // The key's own handler is busy, and another one lacks its state.
                     Offer::Busy => return None,
                     Offer::NotMeant => {}
                 }

@@ -1,10 +1,11 @@
-//! Repeats of a call, known by their caller and its idempotency key: they get the first one's answer, and the handler runs
-//! once.
+//! Repeats of a call, known by their caller and its idempotency key: they get the first one's
+//! answer, and the handler runs once.
 //!
-//! While the first call is under way its repeats wait with it, each for as long as its own ttl; a repeat that is cancelled or
-//! comes to the end of its time leaves the first call as it is. The answer is kept for a time, so that a caller that lost its
-//! connection may ask again. A call that ends without an answer (its time was over, its handler died) is forgotten: a repeat
-//! is then a call of its own, and may be the second that the handler sees.
+//! While the first call is under way its repeats wait with it, each for as long as its own ttl; a
+//! repeat that is cancelled or expires does not affect the first call. The answer is kept for a
+//! time, so that a caller that lost its connection may ask again. A call that ends without an
+//! answer (its time was over, its handler died) is forgotten: a repeat is then a call of its own,
+//! and may be the second that the handler sees.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,8 +18,8 @@ use latzero_protocol::{AppId, Code, Refusal};
 use super::answer::Answered;
 use super::routing::id_in_use;
 use super::{MemberKey, Pool};
-use crate::books::{Account, Hold, Resource};
 use crate::driver::{Driver, Peer};
+use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::{Class, Sent};
@@ -30,8 +31,8 @@ const WAITING_MAX: usize = 16;
 /// Who calls, and its key as [`scoped`] has it.
 type Known = (AppId, Box<str>);
 
-/// A key belongs to the trigger and the destination that it was used for: one order may be billed and shipped under one
-/// number.
+/// A key belongs to the trigger and the destination that it was used for: one order may be billed
+/// and shipped under one number.
 pub(super) fn scoped(process: &str, destination: Option<&str>, key: &str) -> Box<str> {
     // No name has a line break.
     format!("{process}\n{}\n{key}", destination.unwrap_or_default()).into()
@@ -69,8 +70,8 @@ enum Repeat {
     Answered {
         answer: Answered,
         expires: Time,
-        /// Its place in the books.
-        held: Hold,
+        /// Its reservation.
+        held: Reservation,
     },
 }
 
@@ -84,7 +85,7 @@ struct Wait {
 #[derive(Default)]
 pub(super) struct Repeats {
     known: HashMap<Known, Repeat>,
-    /// When answers are given up.
+    /// When answers expire.
     expires: BTreeSet<(Time, Known)>,
     bytes: usize,
     /// The repeats that wait, by who does.
@@ -93,7 +94,7 @@ pub(super) struct Repeats {
     wait_deadlines: BTreeSet<(Time, Waiter)>,
 }
 
-/// What a call is in view of its key.
+/// What a call is, by its key.
 pub(super) enum Seen {
     First,
     /// Its answer comes, or came, with the first one's.
@@ -118,8 +119,8 @@ impl Repeats {
         self.waits.insert(waiter, Wait { known, deadline });
     }
 
-    /// A repeat waits no more; the call that it repeats goes on.
-    fn give_up(&mut self, waiter: &Waiter) -> bool {
+    /// A repeat stops waiting; the call that it repeats continues.
+    fn cancel(&mut self, waiter: &Waiter) -> bool {
         let Some(wait) = self.forget_wait(waiter) else {
             return false;
         };
@@ -161,7 +162,7 @@ impl Repeats {
             .take_while(|waiter| waiter.0 == first.0)
             .collect();
         for waiter in own {
-            self.give_up(&waiter);
+            self.cancel(&waiter);
         }
     }
 
@@ -178,8 +179,8 @@ impl Repeats {
             .insert(known, Repeat::Running { waiting, account });
     }
 
-    /// As [`Repeats::restore`], of one that has its answer, which is to be told next. False where there is no room for it, or
-    /// it is known.
+    /// As [`Repeats::restore`], of one that has its answer, which is sent next. False if there is
+    /// no room for it, or it is known.
     pub(super) fn restore_answered(
         &mut self,
         caller: &AppId,
@@ -381,7 +382,8 @@ impl<D: Driver> Pool<D> {
         );
     }
 
-    /// The first call ended without an answer: those that wait with it are told, and the next one is a call of its own.
+    /// The first call ended without an answer: notifies those that wait with it; the next repeat is
+    /// a new call.
     pub(super) fn repeats_dropped(&mut self, caller: &AppId, key: &str, turn: &mut Turn<'_, D>) {
         let known = (caller.clone(), Box::from(key));
         let Some((waiting, _)) = self.repeats.take_running(&known) else {
@@ -399,14 +401,14 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Ends a repeat's wait at its caller's wish; false where it has none of that id.
+    /// Cancels a repeat for its caller; false if it has none of that id.
     pub(super) fn cancel_repeat(
         &mut self,
         caller: MemberKey,
         id: &str,
         turn: &mut Turn<'_, D>,
     ) -> bool {
-        let gave_up = self.repeats.give_up(&waiter(caller, id));
+        let gave_up = self.repeats.cancel(&waiter(caller, id));
         if let Some(to) = self.members.at(caller).filter(|_| gave_up) {
             let message = "the caller cancelled the repeat; the original call goes on";
             let refusal = Refusal::new(Code::Cancelled, message);
@@ -417,7 +419,7 @@ impl<D: Driver> Pool<D> {
         gave_up
     }
 
-    /// Gives up answers whose time is over, and ends waits that are.
+    /// Drops expired answers, and ends expired waits.
     pub(super) fn handle_repeats_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while self
@@ -430,7 +432,7 @@ impl<D: Driver> Pool<D> {
         }
         while let Some((_, waiter)) = self.repeats.wait_deadlines.first().filter(|w| w.0 <= now) {
             let waiter = waiter.clone();
-            self.repeats.give_up(&waiter);
+            self.repeats.cancel(&waiter);
             let ((slot, generation), id) = waiter;
             let Some(to) = self.members.at(MemberKey::new(slot, generation)) else {
                 continue;

@@ -1,4 +1,4 @@
-//! An encrypted pool goes on to another epoch: what was sealed for the one before ends.
+//! An encrypted pool moves to its next epoch: calls and answers sealed for the previous one end.
 
 use super::Pool;
 use crate::driver::Driver;
@@ -11,12 +11,12 @@ pub struct Purged {
     pub parked: usize,
     /// Answers that waited for their callers.
     pub answers: usize,
-    /// Answers that were kept for repeats.
+    /// Answers stored for repeats.
     pub repeats: usize,
 }
 
 impl<D: Driver> Pool<D> {
-    /// Ends what waits and is kept in the pool: nobody of the new epoch can open it.
+    /// Ends waiting calls and stored answers: nobody in the new epoch can open them.
     pub fn purge(&mut self, turn: &mut Turn<'_, D>) -> Purged {
         let counts = self.parked.counts();
         self.drop_orphans(turn);

@@ -1,7 +1,7 @@
 //! Calls and emits on their way to handlers.
 //!
-//! A call goes to one handler, which [`super::pick`] chooses; where none is there it may be parked. What a receiver does not
-//! take is refused here and now, and nothing was sent then.
+//! A call goes to one handler, which [`super::pick`] chooses; without one it may be parked. What a
+//! receiver does not accept is refused at once, and nothing is sent.
 
 use std::sync::Arc;
 
@@ -10,15 +10,15 @@ use latzero_protocol::message::{Emit, Trigger};
 use latzero_protocol::{Body, Code, InstanceId, PoolName, Refusal, TriggerName};
 
 use super::calls::Call;
-use super::park::Lasting;
+use super::park::DurableCall;
 use super::pick::{self, Offer};
 use super::repeats::{Seen, scoped_key};
 use super::{CallError, Caller, Member, MemberKey, NOBODY, Pool};
-use crate::books::{Full, Resource};
 use crate::driver::{Driver, Peer};
 use crate::effects::Count;
+use crate::ledger::{Full, Resource};
 use crate::now::Time;
-use crate::outbox::{Class, SHARE_BYTES, Sent, Shared};
+use crate::outbox::{Class, SHARE_BYTES, Sent, SharedBody};
 use crate::slab::Key;
 use crate::turn::Turn;
 
@@ -26,17 +26,17 @@ use crate::turn::Turn;
 enum Encoded {
     /// In the pool's scratch buffer.
     Here(std::ops::Range<usize>),
-    Shared(Shared),
+    Shared(SharedBody),
     /// There is no memory for it.
     Refused(Full),
 }
 
 impl<D: Driver> Pool<D> {
-    /// Routes a call to one handler. Where none is live and the call may wait for one, it is parked, with a promise to its
-    /// caller: its number is returned.
+    /// Routes a call to one handler. If none is live and the call may wait, it is parked and its
+    /// number returned; the caller's reply waits for the disk.
     ///
     /// # Errors
-    /// The refusal that the caller is to be told; nothing was sent then.
+    /// The refusal for the caller; nothing was sent.
     pub fn call(
         &mut self,
         caller: MemberKey,
@@ -114,7 +114,7 @@ impl<D: Driver> Pool<D> {
             Ok(key) => {
                 if trigger.redeliver {
                     let call = self.calls.at_mut(key).expect("just begun");
-                    let lasting = Lasting::new((app, instance), deadline, trigger, held);
+                    let lasting = DurableCall::new((app, instance), deadline, trigger, held);
                     call.lasting = Some(lasting);
                 }
                 Ok(None)
@@ -227,7 +227,7 @@ impl<D: Driver> Pool<D> {
                 if handler.in_flight >= handler.concurrency {
                     return Offer::Busy;
                 }
-                // Looked up only where it may be so: most callers have few calls under way.
+                // Looked up only if needed: most callers have few calls in flight.
                 if is_busy_caller && calls.between(caller_key, handler.member) >= per_handler_max {
                     seen.silent = true;
                     return Offer::Busy;
@@ -324,8 +324,8 @@ impl<D: Driver> Pool<D> {
         Ok(key)
     }
 
-    /// Whether the pool takes one more call. One stranger's calls leave half of the pool to others, and those of all strangers
-    /// an eighth.
+    /// Whether the pool takes one more call. One untrusted user's calls leave half of the pool to
+    /// others, and those of all untrusted users an eighth.
     fn check_room(&self, caller: Option<&Member<D>>) -> Result<(), Refusal> {
         let (max, all) = (self.limits.pending_max, self.calls.len());
         let stranger = caller.filter(|m| m.is_stranger);
@@ -347,7 +347,7 @@ impl<D: Driver> Pool<D> {
     /// Passes an emit to the trigger's handlers; returns how many it was appended for.
     ///
     /// # Errors
-    /// Where the sender is no member, or the name is none.
+    /// If the sender is not a member, or the name is invalid.
     pub fn emit(
         &mut self,
         from: MemberKey,
@@ -373,7 +373,7 @@ impl<D: Driver> Pool<D> {
         };
         let sticky = self.sticky(emit.key.as_deref(), sender.instance);
         let mut delivered = 0;
-        // Encoded once for all who take the same form, and held once where it is large.
+        // Encoded once for all receivers of the same form, and shared if it is large.
         let mut encoded: [Option<Encoded>; 2] = [None, None];
         let account = Arc::clone(sender.peer.link().account());
         let is_shared = served.handlers.len() > 1 && emit.body.len() >= SHARE_BYTES;
@@ -395,7 +395,7 @@ impl<D: Driver> Pool<D> {
                 if !is_shared {
                     return Encoded::Here(range);
                 }
-                let shared = Shared::new(&scratch[range.clone()], &account);
+                let shared = SharedBody::new(&scratch[range.clone()], &account);
                 scratch.truncate(start);
                 shared.map_or_else(Encoded::Refused, Encoded::Shared)
             });
@@ -460,7 +460,8 @@ impl<D: Driver> Pool<D> {
         Ok(delivered)
     }
 
-    /// What a sticky trigger goes by: the key, else who asks. A call and an emit with one key go to one handler.
+    /// What a sticky trigger hashes: the key, else the caller. A call and an emit with one key go
+    /// to one handler.
     pub(super) fn sticky(&self, key: Option<&str>, from: InstanceId) -> u64 {
         match key {
             Some(key) => crate::prng::hash(self.hash_seed, key.as_bytes()),
@@ -496,7 +497,8 @@ impl<D: Driver> Pool<D> {
     /// Why none of a trigger's handlers took a call.
     pub(super) fn none_taken(&self, trigger: &Trigger<'_>, seen: pick::Seen) -> CallError {
         if seen.too_large {
-            let message = "the payload is too large as base64 for a handler without the feature 'attachments'";
+            let message = "the payload is too large as base64 for a handler without the feature \
+            'attachments'";
             return Refusal::new(Code::TooLarge, message).into();
         }
         if !seen.matching {
@@ -504,7 +506,8 @@ impl<D: Driver> Pool<D> {
         }
         if seen.silent {
             let message = format!(
-                "{} of your calls wait for a handler of trigger '{}' (limits.in_flight_per_handler_max)",
+                "{} of your calls wait for a handler of trigger '{}' \
+                (limits.in_flight_per_handler_max)",
                 self.limits.in_flight_per_handler_max, trigger.process
             );
             return Refusal::new(Code::Overloaded, message).into();
@@ -545,8 +548,8 @@ pub(super) fn not_member(pool: &PoolName) -> Refusal {
     )
 }
 
-/// About how many bytes a forwarded message takes: the body in the form that its receiver takes, and what always
-/// stands around it.
+/// About how many bytes a forwarded message takes: the body in the form that its receiver takes,
+/// and what always stands around it.
 pub(super) fn forwarded_length(body: Body<'_>, attachments: Attachments) -> usize {
     let body = match (body, attachments) {
         (Body::Bytes(bytes), Attachments::NotTaken) => base64_length(bytes),

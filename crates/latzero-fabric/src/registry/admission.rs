@@ -1,6 +1,6 @@
 //! Handshakes: who is let in, and with what.
 //!
-//! What an app registers anew is handed out to be kept first; it is in when that is on disk.
+//! A changed registration is stored first; the app is admitted once that is on disk.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -11,16 +11,17 @@ use latzero_protocol::{AppId, Code, InstanceId, PoolName, Refusal};
 use serde_json::Value;
 
 use super::{Admission, Admitted, App, Instance, Registry, Who, not_open};
-use crate::books::{Account, Hold, Resource};
 use crate::driver::{Driver, Peer, Transport};
-use crate::keep::Change;
+use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;
 use crate::registration::{Registration, Remembered};
+use crate::rows::StoreChange;
 use crate::turn::Turn;
 
 impl<D: Driver> Registry<D> {
-    /// Admits an app's instance, or says why not. Where the handshake changes what the app registered, that is handed out
-    /// to be kept first, with a promise to `peer`; the handshake is to be asked again when it is, with `kept` as [`Admitted::Later`] said.
+    /// Admits an app's instance, or says why not. If the handshake changes the registration, that
+    /// is stored first, and `peer` waits for it. Then the handshake is repeated, with `kept` from
+    /// [`Admitted::Later`].
     ///
     /// # Errors
     /// `forbidden`, `unauthenticated`, `app_in_use`, `quota`, `too_large`: nothing changed then.
@@ -40,7 +41,7 @@ impl<D: Driver> Registry<D> {
         let unix_ms = turn.unix_ms();
         let app_id = &handshake.app_id;
         self.check_identity(app_id, who, transport)?;
-        // Whoever came before the AppID was anybody's makes way for whose it is now.
+        // Instances from before the AppID had an owner make way for the owner.
         let is_known_now = who.uid.is_some() || who.proved.is_some();
         let stays = |instance: &Instance<D>| instance.is_known || !is_known_now;
         let known = self.apps.get(app_id);
@@ -54,7 +55,7 @@ impl<D: Driver> Registry<D> {
             && handshake.triggers.is_none()
             && !handshake.names_encrypted
             && remembered.is_some();
-        // What was kept just now is not what the app had.
+        // What was stored just now is not what the app had.
         let rehydrated = kept.unwrap_or(wants_back);
         let mut registration = match &remembered {
             Some(remembered) if wants_back => Registration::clone(remembered),
@@ -101,7 +102,7 @@ impl<D: Driver> Registry<D> {
         }
         let is_same = remembered.as_ref().is_some_and(|remembered| {
             let meta = registration.meta.clone();
-            // What an app tells about itself is worth no wait.
+            // An app's metadata is not worth a wait for the disk.
             let remembered = Registration {
                 meta,
                 ..Registration::clone(remembered)
@@ -169,13 +170,14 @@ impl<D: Driver> Registry<D> {
             self.offline.insert(app.user, app.last_seen, app_id.clone());
         }
         let becomes_lasting = is_lasting && !app.is_lasting;
-        // A tool's visit under an app's name does not make the app less lasting, and an app may follow a tool.
+        // A tool's visit under an app's name does not make the app less lasting, and an app may
+        // follow a tool.
         app.is_lasting |= is_lasting;
         app.registration = Remembered::Read(registration.clone());
         app.held.force(app.bytes());
         self.bind(app_id, who, is_lasting, turn);
         let app = self.apps.get_mut(app_id).expect("it was made above");
-        if (!is_same || becomes_lasting) && !is_kept && app.keep(app_id, Some(peer), turn) {
+        if (!is_same || becomes_lasting) && !is_kept && app.store(app_id, Some(peer), turn) {
             return Ok(Admitted::Later { rehydrated });
         }
 
@@ -221,9 +223,9 @@ impl<D: Driver> Registry<D> {
         app.held.force(app.bytes());
         self.instances = self.instances + 1 - displaced.len();
         if is_told || (is_kept && !is_same) {
-            app.keep(app_id, None, turn);
+            app.store(app_id, None, turn);
         } else if was_offline && app.is_lasting {
-            turn.keep(Change::Seen(app_id.clone(), 0), None);
+            turn.store(StoreChange::Seen(app_id.clone(), 0), None);
         }
         Ok(Admitted::Now(Box::new(Admission {
             instance,
@@ -236,8 +238,8 @@ impl<D: Driver> Registry<D> {
         })))
     }
 
-    /// Forgets an app that was offline for long where there is no room for another. A stranger's new names push out its own
-    /// first.
+    /// Forgets an app that was offline for long if there is no room for another. New names of an
+    /// untrusted user push out its own first.
     fn make_room(&mut self, user: &Arc<Account>, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
         if self.apps.len() < self.limits.apps_max {
             return Ok(());
@@ -269,18 +271,19 @@ impl<D: Driver> Registry<D> {
     fn forget_gone(&mut self, gone: AppId, turn: &mut Turn<'_, D>) -> bool {
         self.apps.remove(&gone);
         self.unbind(&gone, turn);
-        turn.keep(Change::ForgetApp(gone), None);
+        turn.store(StoreChange::ForgetApp(gone), None);
         true
     }
 
-    /// Reserves memory for what an app registers and one more instance of it. Apps that were offline for long make room.
+    /// Reserves memory for what an app registers and one more instance of it. Apps that were
+    /// offline for long make room.
     fn reserve_app(
         &mut self,
         app_id: &AppId,
         registration: &Registration,
         user: &Arc<Account>,
         turn: &mut Turn<'_, D>,
-    ) -> Result<Hold, Refusal> {
+    ) -> Result<Reservation, Refusal> {
         let registered = Remembered::Read(registration.clone()).bytes();
         let (had, instances) = self.apps.get(app_id).map_or((0, 0), |app| {
             (app.held.amount(), app.instances.len() as u64)
@@ -303,7 +306,7 @@ impl<D: Driver> Registry<D> {
         }
     }
 
-    /// What is remembered of an app in an encrypted pool is changed by nobody who has not proved the pool.
+    /// Only a connection that has proved an encrypted pool may change what an app has in it.
     fn carry_sealed(&self, remembered: &Registration, registration: &mut Registration) {
         let is_carried = |pool: &PoolName| self.is_sealed(pool);
         let pools = remembered.pools.iter().filter(|pool| is_carried(pool));

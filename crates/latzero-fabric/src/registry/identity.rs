@@ -1,14 +1,15 @@
 //! Whose an AppID is.
 //!
-//! An AppID belongs to the user of this machine who first used it over the Unix socket, as long as the app is remembered,
-//! or for good to whoever proves the key that was bound to it. Nobody else comes in under it.
+//! An AppID belongs to the user of this machine who first used it over the Unix socket, as long as
+//! the app is remembered, or permanently to the holder of the key bound to it. Nobody else may use
+//! it.
 
 use latzero_protocol::limits::SYSTEM_APP;
 use latzero_protocol::{AppId, Code, Refusal};
 
 use super::Registry;
 use crate::driver::{Driver, Transport};
-use crate::keep::{BindingRow, Change};
+use crate::rows::{BindingRow, StoreChange};
 use crate::turn::Turn;
 
 /// The AppID of a server that takes over.
@@ -17,7 +18,7 @@ const TAKEOVER_APP: &str = "latzero-takeover";
 /// Who is at the other end of a connection, as far as that is known.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Who {
-    /// The user of this machine, where the kernel tells.
+    /// The user of this machine, if the kernel reports it.
     pub uid: Option<u32>,
     /// Whether it is the server's own user.
     pub is_own: bool,
@@ -39,7 +40,7 @@ pub(super) struct Binding {
 }
 
 impl<D: Driver> Registry<D> {
-    /// Takes in whose an AppID was in an earlier run.
+    /// Restores the owner of an AppID from an earlier run.
     pub fn restore_binding(&mut self, row: &BindingRow) {
         let binding = Binding {
             uid: row.uid,
@@ -51,7 +52,7 @@ impl<D: Driver> Registry<D> {
         self.bindings.insert(row.app_id.clone(), binding);
     }
 
-    /// Whether whoever is there may come in under an AppID.
+    /// Whether a client may use an AppID.
     ///
     /// # Errors
     /// `forbidden`, `unauthenticated`.
@@ -78,8 +79,8 @@ impl<D: Driver> Registry<D> {
         let uid = self.bindings.get(app_id).and_then(|binding| binding.uid);
         if uid.is_some() && uid != who.uid {
             let message = format!(
-                "AppID '{app_id}' belongs to another user; connect over the Unix socket as that user, \
-                 or choose another AppID"
+                "AppID '{app_id}' belongs to another user; connect over the Unix socket as that \
+                user, or choose another AppID"
             );
             return Err(Refusal::new(Code::Unauthenticated, message));
         }
@@ -113,7 +114,8 @@ impl<D: Driver> Registry<D> {
         Ok(())
     }
 
-    /// Notes whose an AppID is that was let in; says whether its instances so far were of nobody, and must go.
+    /// Records the owner of an admitted AppID; returns whether earlier instances had no owner and
+    /// must go.
     pub(super) fn bind(
         &mut self,
         app_id: &AppId,
@@ -132,7 +134,7 @@ impl<D: Driver> Registry<D> {
             uid: was.uid.or(who.uid),
             key: was.key.or(key),
             since: known.as_ref().map_or(since, |known| known.since),
-            // A key is bound for good, whatever comes and goes under it.
+            // A key binding is permanent.
             is_kept: was.is_kept || is_lasting || key.is_some(),
         };
         if known.as_ref() == Some(&binding) {
@@ -140,13 +142,13 @@ impl<D: Driver> Registry<D> {
         }
         self.keys += usize::from(binding.key.is_some() && was.key.is_none());
         if binding.is_kept {
-            turn.keep(Change::Binding(Box::new(binding.row(app_id))), None);
+            turn.store(StoreChange::Binding(Box::new(binding.row(app_id))), None);
         }
         self.bindings.insert(app_id.clone(), binding);
         (was.uid, was.key) == (None, None)
     }
 
-    /// An app is remembered no longer: its AppID is nobody's, unless it has a key.
+    /// An app is forgotten: its AppID is free, unless it has a key.
     pub(super) fn unbind(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         let Some(binding) = self.bindings.get_mut(app_id) else {
             return;
@@ -159,18 +161,18 @@ impl<D: Driver> Registry<D> {
         }
         if is_kept {
             let change = if is_over {
-                Change::ForgetBinding(app_id.clone())
+                StoreChange::ForgetBinding(app_id.clone())
             } else {
-                Change::Binding(Box::new(row))
+                StoreChange::Binding(Box::new(row))
             };
-            turn.keep(change, None);
+            turn.store(change, None);
         }
     }
 
     /// Takes the key of an AppID away, as an administrator asks.
     ///
     /// # Errors
-    /// `no_app` where it has none.
+    /// `no_app` if it has none.
     pub fn remove_key(
         &mut self,
         app_id: &AppId,
@@ -186,31 +188,31 @@ impl<D: Driver> Registry<D> {
         binding.key = None;
         self.keys -= 1;
         let change = if binding.uid.is_some() {
-            Change::Binding(Box::new(binding.row(app_id)))
+            StoreChange::Binding(Box::new(binding.row(app_id)))
         } else {
             self.bindings.remove(app_id);
-            Change::ForgetBinding(app_id.clone())
+            StoreChange::ForgetBinding(app_id.clone())
         };
-        turn.keep(change, Some(promise));
+        turn.store(change, Some(promise));
         Ok(())
     }
 
-    /// Something of an app outlives its last instance, a call that waits for instance: so it is remembered, and its AppID
-    /// stays whose it is.
+    /// Something of an app outlives its last instance, a call that waits for instance: so it is
+    /// remembered, and its AppID stays whose it is.
     pub fn outlast(&mut self, app_id: &AppId, turn: &mut Turn<'_, D>) {
         let is_users = self.bindings.get(app_id).is_some_and(|b| b.uid.is_some());
         let Some(app) = self.apps.get_mut(app_id).filter(|app| !app.is_lasting) else {
             return;
         };
-        // Its tools' names are a user's for good.
+        // Its tools' names are a user's permanently.
         if !is_users || tool_of(app_id).is_some() {
             return;
         }
         app.is_lasting = true;
-        app.keep(app_id, None, turn);
+        app.store(app_id, None, turn);
         if let Some(binding) = self.bindings.get_mut(app_id) {
             binding.is_kept = true;
-            turn.keep(Change::Binding(Box::new(binding.row(app_id))), None);
+            turn.store(StoreChange::Binding(Box::new(binding.row(app_id))), None);
         }
     }
 }

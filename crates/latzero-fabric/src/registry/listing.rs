@@ -1,6 +1,7 @@
-//! What the registry tells of itself: apps and pools, in pages.
+//! Listings of apps and pools, in pages.
 //!
-//! A page is bounded in entries, in bytes and in what is looked at to fill it, so that a listing never holds up others.
+//! A page is bounded in entries, in bytes and in what is looked at to fill it, so that a listing
+//! never holds up others.
 
 use std::ops::Bound;
 
@@ -17,7 +18,8 @@ use crate::registration::Remembered;
 /// Bytes of the entries on one page.
 pub(crate) const PAGE_BYTES_MAX: usize = 128 * 1024;
 
-/// Memberships that are looked at for one page. A page that reaches this ends early, and says where to go on.
+/// Memberships examined for one page. A page that reaches this ends early, and says where the next
+/// one begins.
 const LOOKED_AT_MAX: usize = 10_000;
 
 /// Instances of one app that a listing shows one by one.
@@ -26,7 +28,8 @@ const INSTANCES_SHOWN_MAX: usize = 100;
 /// Bytes of one entry, so that each fits on a page.
 const ENTRY_BYTES_MAX: usize = PAGE_BYTES_MAX - 1024;
 
-/// Where the first parts of an app's entry end, in bytes from its beginning: each leaves room for the next.
+/// Where the first parts of an app's entry end, in bytes from its beginning: each leaves room for
+/// the next.
 const META_END: usize = 24 * 1024;
 const POOLS_END: usize = 48 * 1024;
 const INSTANCES_END: usize = 80 * 1024;
@@ -56,7 +59,7 @@ pub struct View<'a> {
 }
 
 impl<D: Driver> Registry<D> {
-    /// Whether whoever looks may know of a pool.
+    /// Whether a pool is visible to this connection.
     pub(super) fn shows(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
         view.is_admin
             || (entry.sealed.is_none() && entry.admits(view.app))
@@ -70,7 +73,7 @@ impl<D: Driver> Registry<D> {
         own.is_some_and(|own| own.memberships.iter().any(|m| m.number == entry.number))
     }
 
-    /// A pool that whoever looks may know of.
+    /// A pool that is visible to this connection.
     ///
     /// # Errors
     /// `no_pool`: one that it may not join is not there for it.
@@ -83,19 +86,20 @@ impl<D: Driver> Registry<D> {
         entry.ok_or_else(|| no_pool(name))
     }
 
-    /// Whether whoever sees a pool may see what is in it: of an encrypted one administrators see that it is there.
+    /// Whether the content of a visible pool is visible too: administrators see only that an
+    /// encrypted pool exists.
     fn is_inside(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
         entry.sealed.is_none() || self.is_member(entry, view)
     }
 
-    /// What the maker of a pool is told of it.
+    /// The reply to the creator of a pool.
     #[must_use]
     pub fn describe_new_pool(&self, name: &PoolName) -> Option<(D::Pool, Value)> {
         let entry = self.pools.get(name)?;
         Some((entry.pool.clone(), pool_json(name, entry, true)))
     }
 
-    /// Whether a name is of no pool that is hidden from whoever looks.
+    /// Whether a name is not that of a hidden pool.
     fn is_shown(&self, name: &PoolName, view: &View<'_>) -> bool {
         self.pools
             .get(name)
@@ -189,7 +193,7 @@ impl<D: Driver> Registry<D> {
         Ok(text.finish())
     }
 
-    /// The pools that whoever looks may know of; without it, all.
+    /// The visible pools; without it, all.
     pub fn seen_pools(&self, view: Option<&View<'_>>) -> Vec<D::Pool> {
         let is_seen = |entry: &&PoolEntry<D>| view.is_none_or(|view| self.shows(entry, view));
         let seen = self.pools.values().filter(is_seen);
@@ -209,14 +213,16 @@ impl<D: Driver> Registry<D> {
 }
 
 impl<D: Driver> App<D> {
-    /// Whether the app registered for a pool or is in it, and how much was looked at to find that out.
+    /// Whether the app registered for a pool or is in it, and how much was looked at to find that
+    /// out.
     fn is_in(&self, pool: &PoolName) -> (bool, usize) {
         let (registered, mut cost) = match &self.registration {
             Remembered::Read(registration) => (
                 registration.pools.contains(pool),
                 1 + registration.pools.len(),
             ),
-            // Names need no escapes in JSON, so a quoted name in the text of a list is an entry of the list.
+            // Names need no escapes in JSON, so a quoted name in the text of a list is an entry of
+            // the list.
             Remembered::Text(row) => {
                 let is_in = row.pools.contains(&format!("\"{pool}\""));
                 (is_in, 1 + row.pools.len() / 64)
@@ -257,8 +263,8 @@ impl PageText {
         }
     }
 
-    /// Appends the entry `name`, which `write` writes; false where the page has no room for it. A first entry always has
-    /// room: whoever writes entries keeps each smaller than a page.
+    /// Appends the entry `name`, which `write` writes; false if the page has no room for it. A
+    /// first entry always has room: every entry is smaller than a page.
     pub(crate) fn add(&mut self, name: &str, write: impl FnOnce(&mut String)) -> bool {
         let before = self.text.len();
         if self.entries < self.limit {
@@ -298,7 +304,7 @@ impl PageText {
     }
 }
 
-/// The names behind the one that a page goes on after.
+/// The names after the one at which a page continues.
 fn behind<'p>(page: &'p Page<'_>) -> (Bound<&'p str>, Bound<&'p str>) {
     let start = page
         .after
@@ -315,7 +321,8 @@ pub(crate) fn append(out: &mut String, value: &impl Serialize) {
 
 fn pool_json<D: Driver>(name: &PoolName, entry: &PoolEntry<D>, is_inside: bool) -> Value {
     let mut description = json!({
-        "pool": name, "kind": "local", "durable": entry.durable, "encrypted": false, "owner": entry.owner,
+        "pool": name, "kind": "local", "durable": entry.durable, "encrypted": false,
+        "owner": entry.owner,
         "policy": {"join": entry.policy.join.names(), "serve": entry.policy.serve.names()},
         "properties": entry.properties, "members": entry.members, "created": entry.created,
     });
@@ -394,7 +401,7 @@ fn app_json<D: Driver>(
     out.push('}');
 }
 
-/// Appends an array of those entries that end before `end`; true where some are left out.
+/// Appends an array of those entries that end before `end`; true if some are left out.
 fn array(out: &mut String, end: usize, entries: impl Iterator<Item = impl Serialize>) -> bool {
     out.push('[');
     let mut is_cut = false;

@@ -1,4 +1,4 @@
-//! Apps without a live instance, by user: which one is forgotten where there is no room for another.
+//! Apps without a live instance, by user: which one to forget if there is no room for another.
 
 use std::collections::{BTreeMap, BTreeSet};
 

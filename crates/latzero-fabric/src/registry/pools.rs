@@ -1,4 +1,4 @@
-//! The pools: made on purpose or by being named, kept while anything needs them.
+//! The pools: created explicitly or by use, and kept while anything needs them.
 
 use latzero_protocol::limits::{DEFAULT_POOL, SYSTEM_POOL};
 use latzero_protocol::memory::Apps;
@@ -7,30 +7,31 @@ use latzero_protocol::{AppId, Code, PoolName, Raw, Refusal};
 use serde_json::Value;
 
 use super::{Entrance, PoolEntry, Registry, Sealed, View, not_open};
-use crate::books::{Hold, Resource};
 use crate::driver::{Driver, Peer};
-use crate::keep::{Change, PoolRow};
+use crate::ledger::{Reservation, Resource};
 use crate::now::Time;
 use crate::pool::Pool;
 use crate::prng::Prng;
 use crate::registration::{Registration, Remembered};
+use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
 
-/// How long the name of a pool with rules that did not outlive the server is kept for its owner.
+/// How long the name of a non-durable pool with rules is reserved for its owner after a restart.
 const GRACE_MS: u64 = 30_000;
 
 impl<D: Driver> Registry<D> {
-    /// Whether a name is kept for another app: that of a pool with rules is, for who had it before the server's start.
+    /// Whether a name is reserved for another app: that of a pool with rules is, for its owner from
+    /// before the server's start.
     pub(super) fn is_reserved(&self, app_id: &AppId, name: &PoolName, now: Time) -> bool {
         let kept = self.reserved.get(name);
         kept.is_some_and(|(owner, until)| owner != app_id && *until > now)
     }
 
-    /// Takes in a pool of an earlier run, whatever the bound on pools is by now.
+    /// Restores a pool of an earlier run, whatever the limit on pools is now.
     ///
     /// # Errors
-    /// `storage` where its policy makes no sense. The pool is there then, and closed to all but its owner: one that lets in
-    /// whoever it should not is worse than none.
+    /// `storage` if its policy is invalid. The pool then exists, but only for its owner: a pool
+    /// without rules would be worse.
     pub fn restore_pool(&mut self, row: PoolRow, now: Time) -> Result<(), Refusal> {
         if !row.is_durable {
             if let Some(owner) = row.owner {
@@ -71,9 +72,9 @@ impl<D: Driver> Registry<D> {
         closed.map_or(Ok(()), Err)
     }
 
-    /// Notes that a member has left a pool (or could not join it after all). A pool that nobody asked to keep goes with
-    /// its last member.
-    pub fn left(&mut self, name: &PoolName, number: u32) {
+    /// Notes that a member has left a pool (or could not join it after all). A pool that was not
+    /// created explicitly goes with its last member.
+    pub fn member_left(&mut self, name: &PoolName, number: u32) {
         let Some(entry) = self.pools.get_mut(name) else {
             return;
         };
@@ -84,9 +85,9 @@ impl<D: Driver> Registry<D> {
         self.drop_if_unused(name);
     }
 
-    /// The number of blocks, parked calls and answers in a pool changed. A pool that nobody made on purpose goes with the
-    /// last of them and its last member.
-    /// False where the pool is there no longer.
+    /// The number of blocks, parked calls and answers in a pool changed. A pool that was not
+    /// created explicitly goes with the last of them and its last member. False if the pool no
+    /// longer exists.
     pub fn count_held(&mut self, name: &PoolName, number: u32, change: i32) -> bool {
         let Some(entry) = self.pools.get_mut(name).filter(|e| e.number == number) else {
             return false;
@@ -106,8 +107,8 @@ impl<D: Driver> Registry<D> {
         }
     }
 
-    /// The pool that a block or a call of an earlier run belongs to; made where there is none. Where nothing comes into it,
-    /// zero is to be counted with [`Registry::count_held`].
+    /// The pool that a block or a call of an earlier run belongs to; created if there is none. If
+    /// nothing is added to it, count zero with [`Registry::count_held`].
     ///
     /// # Errors
     /// `quota`.
@@ -124,7 +125,7 @@ impl<D: Driver> Registry<D> {
         Ok((entry.number, entry.pool.clone()))
     }
 
-    /// Makes a pool that stays until it is removed; says whether there is a promise that it is kept.
+    /// Creates a pool that stays until it is removed; returns whether a reply waits for the disk.
     ///
     /// # Errors
     /// `pool_exists`, `quota`, `too_large`.
@@ -185,7 +186,7 @@ impl<D: Driver> Registry<D> {
                 is_durable: durable,
                 descriptor: sealed.as_ref().map(|s| s.descriptor.as_bytes().to_vec()),
             };
-            turn.keep(Change::Pool(Box::new(row)), durable.then_some(promise));
+            turn.store(StoreChange::Pool(Box::new(row)), durable.then_some(promise));
         }
         self.reserved.remove(&name);
         let outlives = durable || !has_rules;
@@ -198,8 +199,8 @@ impl<D: Driver> Registry<D> {
         Ok(durable)
     }
 
-    /// A pool that was to outlive the server could not be kept: it goes with its last member. Returned where it has rules,
-    /// which what is in it must not outlive now ([`Pool::set_outlives`]).
+    /// A durable pool could not be stored: it goes with its last member. Returned if it has rules,
+    /// which its content must not outlive now ([`Pool::set_outlives`]).
     pub fn release_pool(&mut self, name: &PoolName) -> Option<D::Pool> {
         let entry = self.pools.get_mut(name).filter(|entry| entry.durable)?;
         entry.durable = false;
@@ -210,7 +211,8 @@ impl<D: Driver> Registry<D> {
         pool
     }
 
-    /// Takes a pool out of the registry; its handle is to be closed. Says whether there is a promise that this is kept.
+    /// Takes a pool out of the registry; its handle is to be closed. Returns whether a reply waits
+    /// for the disk.
     ///
     /// # Errors
     /// `no_pool`, `forbidden`.
@@ -230,7 +232,7 @@ impl<D: Driver> Registry<D> {
             ));
         }
         if entry.sealed.is_some() {
-            // Whoever sees it is an administrator, or a member: then the keys decide.
+            // Only administrators and members see it, so the keys decide.
             if !view.is_admin && !self.may_write(entry, view) {
                 let message = format!("removing pool '{name}' needs the role 'write' in it");
                 return Err(Refusal::new(Code::Forbidden, message));
@@ -268,12 +270,12 @@ impl<D: Driver> Registry<D> {
             }
             if forget_pool(app.registration.get_mut(), name) {
                 app.held.force(app.bytes());
-                app.keep(app_id, None, turn);
+                app.store(app_id, None, turn);
             }
         }
         if has_row {
             let promise = entry.durable.then_some(promise);
-            turn.keep(Change::ForgetPool(name.clone()), promise);
+            turn.store(StoreChange::ForgetPool(name.clone()), promise);
         }
         Ok((entry.pool, entry.durable))
     }
@@ -283,7 +285,7 @@ impl<D: Driver> Registry<D> {
         unix_ms: u64,
         app: &AppId,
         name: PoolName,
-        places: &mut Vec<Hold>,
+        places: &mut Vec<Reservation>,
     ) -> Entrance<D> {
         if !self.pools.contains_key(&name) {
             self.insert_pool(unix_ms, name.clone(), (false, true), places.pop());
@@ -307,7 +309,7 @@ impl<D: Driver> Registry<D> {
         created: u64,
         name: PoolName,
         (kept, outlives): (bool, bool),
-        place: Option<Hold>,
+        place: Option<Reservation>,
     ) -> &mut PoolEntry<D> {
         let number = self.next_number;
         self.next_number += 1;

@@ -1,7 +1,7 @@
-//! Encrypted pools: their descriptors, and who was let in by a proof.
+//! Encrypted pools: their descriptors, and admission by proof.
 //!
-//! The server keeps public keys alone. Whoever has not proved a pool on its connection is told of it as of a name that
-//! does not exist.
+//! The server has only public keys. To a connection that has not proved a pool, the pool does not
+//! exist.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::{Entrance, Grant, Membership, PoolEntry, Registry, View, not_open};
 use crate::driver::Driver;
-use crate::keep::{Change, PoolRow};
+use crate::rows::{PoolRow, StoreChange};
 use crate::turn::Turn;
 
 /// Descriptors of earlier epochs in the reply to a proof.
@@ -33,7 +33,7 @@ pub(super) struct Sealed {
 
 /// What a proof opens.
 pub struct Proved<D: Driver> {
-    /// The way in; absent for who is in already.
+    /// What the join needs; absent for a member.
     pub entrance: Option<Entrance<D>>,
     /// The newest descriptors before the current one, ascending.
     pub chain: Vec<Arc<[u8]>>,
@@ -41,11 +41,11 @@ pub struct Proved<D: Driver> {
     pub rehydrated: bool,
     /// What it watched.
     pub watch: Option<EventSet>,
-    /// The blocks whose changes it was told.
+    /// The blocks that it subscribed to.
     pub subscriptions: Vec<BlockId>,
 }
 
-/// What a rotation came to.
+/// The result of a rotation.
 pub struct Rotated<D: Driver> {
     /// The new descriptor.
     pub descriptor: Arc<Descriptor>,
@@ -57,7 +57,7 @@ pub struct Rotated<D: Driver> {
     pub purges: bool,
     /// Whether blocks are to move to new generations.
     pub moves: bool,
-    /// Members that must prove anew, and are to leave.
+    /// Members that must prove the pool again, and leave.
     pub dropped: Vec<(D::Peer, Membership<D>)>,
 }
 
@@ -88,7 +88,7 @@ impl Sealed {
         })
     }
 
-    /// What members are told of it.
+    /// What members see of it.
     pub(super) fn describe(&self, description: &mut Value) {
         let descriptor = &self.descriptor;
         let is_gated = descriptor.suite() == Suite::Gated;
@@ -114,7 +114,7 @@ impl<D: Driver> Registry<D> {
             .is_some_and(|entry| entry.sealed.is_some())
     }
 
-    /// Whether whoever looks proved the role write in a pool.
+    /// Whether this connection proved the role write in a pool.
     pub(super) fn may_write(&self, entry: &PoolEntry<D>, view: &View<'_>) -> bool {
         let instances = self.apps.get(view.app).map(|app| &app.instances[..]);
         let mut own = instances.unwrap_or_default().iter();
@@ -133,7 +133,7 @@ impl<D: Driver> Registry<D> {
         sealed.any(|sealed| sealed.descriptor.pool_id() == id)
     }
 
-    /// Takes in a descriptor of an earlier epoch; they come in the order of their epochs.
+    /// Adds a descriptor of an earlier epoch; they come in the order of their epochs.
     pub fn restore_descriptor(&mut self, name: &PoolName, epoch: u32, bytes: Vec<u8>) {
         let entry = self.pools.get_mut(name);
         if let Some(sealed) = entry.and_then(|entry| entry.sealed.as_mut())
@@ -143,7 +143,8 @@ impl<D: Driver> Registry<D> {
         }
     }
 
-    /// Opens an encrypted pool for an instance that proved roles in it, and remembers that its app is in it.
+    /// Opens an encrypted pool for an instance that proved roles in it, and remembers that its app
+    /// is in it.
     ///
     /// # Errors
     /// `unauthenticated`, `forbidden`, `quota`.
@@ -205,7 +206,8 @@ impl<D: Driver> Registry<D> {
         })
     }
 
-    /// The newest `limit` descriptors of epochs below `before`, ascending, and whether there are more.
+    /// The newest `limit` descriptors of epochs below `before`, ascending, and whether there are
+    /// more.
     #[must_use]
     pub fn chain(
         &self,
@@ -224,8 +226,8 @@ impl<D: Driver> Registry<D> {
         (sealed.older[start..end].to_vec(), start > 0)
     }
 
-    /// Moves an encrypted pool to its next epoch. Members whose keys are the same stay; the others are returned, to be led
-    /// out.
+    /// Moves an encrypted pool to its next epoch. Members whose keys are the same stay; the others
+    /// are returned, and must leave.
     ///
     /// # Errors
     /// `bad_message`, `stale_epoch`, `unauthenticated`.
@@ -249,11 +251,11 @@ impl<D: Driver> Registry<D> {
         sealed.descriptor = Arc::clone(&next);
         let (number, pool) = (entry.number, entry.pool.clone());
         let older = current.as_bytes().to_vec();
-        turn.keep(
-            Change::Descriptor(name.clone(), current.epoch(), older),
+        turn.store(
+            StoreChange::Descriptor(name.clone(), current.epoch(), older),
             None,
         );
-        turn.keep(Change::Pool(Box::new(row(name, entry))), Some(promise));
+        turn.store(StoreChange::Pool(Box::new(row(name, entry))), Some(promise));
         let keeps = |roles: Roles| {
             !(changes.join
                 || (changes.read && roles != Roles::Join)
@@ -317,14 +319,14 @@ fn refusal(error: StoreError) -> Refusal {
     }
 }
 
-/// What is told of a rotation.
+/// The event about a rotation.
 pub(crate) fn rotated_event(name: &PoolName, descriptor: &Descriptor, is_member: bool) -> Value {
-    let mut told = json!({
+    let mut event = json!({
         "action": "event", "event": "pool_rotated", "pool": name, "epoch": descriptor.epoch(),
         "member": is_member,
     });
     if is_member {
-        told["descriptor"] = text::encode(descriptor.as_bytes()).into();
+        event["descriptor"] = text::encode(descriptor.as_bytes()).into();
     }
-    told
+    event
 }

@@ -1,4 +1,4 @@
-//! The handshake, from its words to the memberships it grants.
+//! The handshake, from its message to the memberships it grants.
 
 use std::sync::Arc;
 
@@ -8,29 +8,29 @@ use latzero_protocol::message::{EventSet, Features, Handshake, TriggerSpec};
 use latzero_protocol::{Code, Refusal};
 use serde_json::json;
 
+use super::pending::Awaited;
 use super::pools::{NAMES_SHOWN_MAX, shown};
-use super::promises::Awaited;
-use super::{Flow, Ready, Session, expel, leave, tell_departure};
+use super::{Flow, Ready, Session, announce_departure, expel, leave};
 use crate::driver::{Driver, Peer, Transport};
 use crate::outbox::Class;
 use crate::pool::Joining;
 use crate::registry::{Admission, Admitted, Membership};
 use crate::turn::Turn;
 
-/// How writing down a handshake went.
+/// The result of storing a handshake.
 #[derive(Clone, Copy)]
-pub(super) struct Stored {
+pub(super) struct StoredRegistration {
     pub(super) is_on_disk: bool,
     /// Whether what the app had is restored, as it was found when the handshake came.
     pub(super) rehydrated: bool,
 }
 
-/// What became of a handshake that was not refused.
+/// The state of a handshake that was not refused.
 pub(super) enum Entry {
     In,
-    /// Somebody took over meanwhile.
+    /// Another instance took over meanwhile.
     Overtaken,
-    /// It is to be written down first.
+    /// It must be stored first.
     Later {
         rehydrated: bool,
     },
@@ -69,12 +69,12 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Lets an app in. `stored` is absent where nothing was written down yet, else how that went.
+    /// Admits an app. `stored` is absent if nothing was stored yet, else the result of that.
     pub(super) fn admit(
         &mut self,
         id: Option<&str>,
         handshake: &Handshake<'_>,
-        stored: Option<Stored>,
+        stored: Option<StoredRegistration>,
         turn: &mut Turn<'_, D>,
     ) -> Result<Entry, Refusal> {
         if handshake.protocol != PROTOCOL_VERSION {
@@ -124,32 +124,36 @@ impl<D: Driver> Session<D> {
             let by = (&handshake.app_id, instance);
             self.audit("took_over", by, json!({"displaced": displaced.id}), turn);
         }
-        // Whoever is displaced has left before the newcomer joins, so no call can reach it any more.
+        // A displaced instance leaves before the new one joins, so no call can reach it any more.
         for instance in &displaced {
             expel(instance, "displaced", turn);
         }
         self.features = handshake.features.and(Features {
             attachments: true,
-            // Descriptors only travel over Unix sockets, and what they replace travels as attachments.
+            // Descriptors only travel over Unix sockets, and what they replace travels as
+            // attachments.
             fd_passing: transport == Transport::Unix && handshake.features.attachments,
         });
-        let site = std::sync::Arc::clone(turn.driver.site());
+        let site = std::sync::Arc::clone(turn.driver.context());
         let limits = &site.limits;
         let mut ack = json!({
-            "action": "handshake_ack", "status": "ok", "app_id": handshake.app_id, "instance": instance,
+            "action": "handshake_ack", "status": "ok", "app_id": handshake.app_id,
+            "instance": instance,
             "pools": pools.iter().map(|p| &p.name).collect::<Vec<_>>(),
             "triggers": names(&triggers), "rehydrated": rehydrated,
             "protocol": PROTOCOL_VERSION, "server": {"version": site.version, "node": site.node},
             "features": self.features.names(),
             "limits": {
-                "max_frame": limits.max_frame, "max_in_flight": limits.in_flight_max, "max_block": limits.block_bytes_max,
+                "max_frame": limits.max_frame, "max_in_flight": limits.in_flight_max,
+                "max_block": limits.block_bytes_max,
             },
         });
         if let Some(id) = id {
             ack["in_reply_to"] = id.into();
         }
         if stored.is_some_and(|stored| !stored.is_on_disk) {
-            // An app must be able to work while the disk is full, and to know what that means for it.
+            // An app must be able to work while the disk is full, and to know what that means for
+            // it.
             ack["stored"] = false.into();
         }
         if rehydrated && !watches.is_empty() {
@@ -167,7 +171,7 @@ impl<D: Driver> Session<D> {
         let user = Arc::clone(&self.terms.user);
         let app =
             turn.with_registry(|registry, turn| registry.account(&handshake.app_id, &user, turn));
-        let account = turn.driver.site().books.connection(&app);
+        let account = turn.driver.context().ledger.connection(&app);
         self.peer.link().set_account(account);
         self.ready = Some(Ready {
             app: handshake.app_id.clone(),
@@ -184,7 +188,7 @@ impl<D: Driver> Session<D> {
             let blocks = subscriptions.iter().filter(|(pool, _)| *pool == name);
             if let Some(m) = self.memberships.last().filter(|m| m.name == name) {
                 for (_, block) in blocks {
-                    // A block that is gone has no changes to tell.
+                    // A removed block has no changes.
                     let _ = turn.with_pool(&m.pool, |pool, turn| {
                         pool.subscribe_block(m.member, block, turn)
                     });
@@ -222,7 +226,7 @@ impl<D: Driver> Session<D> {
         let member = turn.with_pool(&entrance.pool, |pool, turn| {
             let member = pool.join(joining, turn)?;
             pool.watch(member, watch);
-            pool.tell_answers(&ready.app, turn);
+            pool.deliver_answers(&ready.app, turn);
             for spec in ready.triggers.iter().filter(own) {
                 pool.serve(member, spec, turn);
             }
@@ -244,19 +248,19 @@ impl<D: Driver> Session<D> {
                 may_serve,
                 grant,
             }),
-            // Removed between the registry's word and ours: as if it had been removed right after.
+            // Removed since the registry's reply: as if it had been removed right after.
             None => {
-                let told = format!(
+                let json = format!(
                     "{{\"action\":\"event\",\"event\":\"pool_removed\",\"pool\":\"{name}\"}}"
                 );
-                self.send(Class::Control, told.len(), turn, |out| {
-                    encode::message(out, &told)
+                self.send(Class::Control, json.len(), turn, |out| {
+                    encode::message(out, &json)
                 });
             }
         }
     }
 
-    /// Tells the registry where this session is; false where it was displaced meanwhile.
+    /// Tells the registry where this session is; false if it was displaced meanwhile.
     pub(super) fn settle(&self, turn: &mut Turn<'_, D>) -> bool {
         let Some(ready) = &self.ready else {
             return false;
@@ -266,11 +270,11 @@ impl<D: Driver> Session<D> {
         })
     }
 
-    /// Somebody took over while this session was still joining: it leaves again. It is told here: whoever took over may
-    /// find its connection closed already.
+    /// Another instance took over while this session was joining: it leaves again. It is notified
+    /// here, since its connection may already be closed for the new instance.
     pub(super) fn overtaken(&mut self, turn: &mut Turn<'_, D>) -> Flow {
         if let Some(ready) = &self.ready {
-            tell_departure(&self.peer, ready.instance, "displaced", turn);
+            announce_departure(&self.peer, ready.instance, "displaced", turn);
         }
         for membership in std::mem::take(&mut self.memberships) {
             leave(&membership, turn);

@@ -1,4 +1,4 @@
-//! Requests about memory blocks: asked of the pool, and where bytes move, done by the driver in between.
+//! Requests about memory blocks. The pool decides; the driver moves the bytes.
 
 use latzero_crypto::Suite;
 use latzero_crypto::keys::Roles;
@@ -10,7 +10,7 @@ use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 use super::Session;
 use crate::driver::{BlockWrite, Driver, Written};
 use crate::outbox::{Class, Sent};
-use crate::pool::{Asking, LockWish, MemberKey, ReadPlan, Replied};
+use crate::pool::{Asking, LockRequest, MemberKey, ReadPlan, Replied};
 use crate::registry::Membership;
 use crate::turn::Turn;
 
@@ -143,7 +143,7 @@ impl<D: Driver> Session<D> {
                 wait_ms,
                 lease_ms,
             } => {
-                let want = LockWish {
+                let want = LockRequest {
                     mode: *mode,
                     wait_ms: *wait_ms,
                     lease_ms: *lease_ms,
@@ -182,7 +182,7 @@ impl<D: Driver> Session<D> {
             }),
             Action::Reoffer(block) => {
                 let name = m.name.clone();
-                D::take_back(turn, &pool, &name, block)?;
+                D::reoffer(turn, &pool, &name, block)?;
                 Ok(Some("{}".into()))
             }
             Action::Resize(block, size) => turn.with_pool(&pool, |pool, turn| {
@@ -279,7 +279,7 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
     }
 }
 
-/// Refuses a block whose storage is corrupt; what else there is against it the pool says.
+/// Refuses a block whose storage is corrupt; the pool checks everything else.
 fn check<D: Driver>(
     pool: &D::Pool,
     member: MemberKey,

@@ -6,10 +6,10 @@ use latzero_protocol::{Code, Refusal};
 use serde_json::{Value, json};
 
 use super::Session;
-use super::promises::{Promise, Reply};
+use super::pending::{PendingReply, Reply};
 use crate::driver::Driver;
-use crate::keep::Change;
 use crate::registry::PAGE_BYTES_MAX;
+use crate::rows::StoreChange;
 use crate::turn::Turn;
 
 /// Calls that one request changes.
@@ -90,8 +90,8 @@ impl<D: Driver> Session<D> {
             return Ok(Reply::Now(reply));
         }
         // Nothing has this number: the reply waits until everything before it is on disk.
-        turn.keep(Change::EndAnswer(0), Some(&self.peer));
-        Ok(Reply::Kept(reply, Promise::Removal))
+        turn.store(StoreChange::EndAnswer(0), Some(&self.peer));
+        Ok(Reply::Kept(reply, PendingReply::Removal))
     }
 
     /// The calls and answers that a filter names, as far as this connection may see them.

@@ -1,4 +1,5 @@
-//! What a connection asks about its registration and about pools: joined, left, made, removed, watched, served.
+//! What a connection asks about its registration and about pools: joined, left, made, removed,
+//! watched, served.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +8,7 @@ use latzero_protocol::message::{EventSet, PoolCreate, TriggerSpec};
 use latzero_protocol::{Code, PoolName, Refusal, TriggerName};
 use serde_json::json;
 
-use super::promises::{Promise, Reply};
+use super::pending::{PendingReply, Reply};
 use super::{Session, leave};
 use crate::driver::{Driver, Transport};
 use crate::effects::Audit;
@@ -26,8 +27,8 @@ impl<D: Driver> Session<D> {
         let mut triggers = ready.triggers.clone();
         triggers.extend_from_slice(specs);
         dedup_triggers(&mut triggers);
-        // What this instance serves counts besides what the app is remembered with: another instance may have
-        // replaced that.
+        // What this instance serves counts besides what the app is remembered with: another
+        // instance may have replaced that.
         crate::registry::check_triggers(&triggers, turn.limits())?;
         let is_promised = turn.with_registry(|registry, turn| {
             registry.remember_triggers(&ready.app, specs, transport, &peer, turn)
@@ -59,7 +60,11 @@ impl<D: Driver> Session<D> {
             });
         }
         let reply = self.triggers_json();
-        Ok(Reply::kept_if(is_promised, reply, Promise::Registration))
+        Ok(Reply::kept_if(
+            is_promised,
+            reply,
+            PendingReply::Registration,
+        ))
     }
 
     pub(super) fn unregister(
@@ -81,7 +86,11 @@ impl<D: Driver> Session<D> {
             });
         }
         let reply = self.triggers_json();
-        Ok(Reply::kept_if(is_promised, reply, Promise::Registration))
+        Ok(Reply::kept_if(
+            is_promised,
+            reply,
+            PendingReply::Registration,
+        ))
     }
 
     pub(super) fn triggers_json(&self) -> String {
@@ -109,13 +118,13 @@ impl<D: Driver> Session<D> {
         let peer = self.peer.clone();
         let is_promised =
             turn.with_registry(|registry, turn| registry.create_pool(&app, create, &peer, turn))?;
-        // It may be removed by now; what was promised is told all the same.
+        // It may be removed now; the reply is sent anyway.
         let made = turn.with_registry(|registry, _| registry.describe_new_pool(&name));
         let reply = made.map_or_else(
             || "{}".into(),
             |(pool, description)| with_stats(&pool, description, turn),
         );
-        Ok(Reply::kept_if(is_promised, reply, Promise::Pool(name)))
+        Ok(Reply::kept_if(is_promised, reply, PendingReply::Pool(name)))
     }
 
     pub(super) fn pool_join(
@@ -144,7 +153,7 @@ impl<D: Driver> Session<D> {
         Ok(Reply::kept_if(
             is_promised,
             "{}".into(),
-            Promise::Registration,
+            PendingReply::Registration,
         ))
     }
 
@@ -168,7 +177,7 @@ impl<D: Driver> Session<D> {
         Ok(Reply::kept_if(
             is_promised,
             "{}".into(),
-            Promise::Registration,
+            PendingReply::Registration,
         ))
     }
 
@@ -185,16 +194,21 @@ impl<D: Driver> Session<D> {
         })?;
         turn.with_pool(&pool, crate::Pool::close);
         self.forget_removed(turn);
-        Ok(Reply::kept_if(is_promised, "{}".into(), Promise::Removal))
+        Ok(Reply::kept_if(
+            is_promised,
+            "{}".into(),
+            PendingReply::Removal,
+        ))
     }
 
-    /// Drops memberships that somebody else ended, so that the pool can be joined anew.
+    /// Drops memberships that were ended elsewhere, so that the pool can be joined again.
     pub(super) fn forget_left(&mut self, turn: &mut Turn<'_, D>) {
         self.memberships
             .retain(|m| turn.with_pool(&m.pool, |pool, _| pool.has_member(m.member)));
     }
 
-    /// Drops memberships of pools that were removed, so that a new pool of the same name can be joined.
+    /// Drops memberships of pools that were removed, so that a new pool of the same name can be
+    /// joined.
     pub(super) fn forget_removed(&mut self, turn: &mut Turn<'_, D>) {
         self.memberships
             .retain(|m| !turn.with_pool(&m.pool, |pool, _| pool.is_closed()));
@@ -220,7 +234,7 @@ impl<D: Driver> Session<D> {
         Ok(Reply::kept_if(
             is_promised,
             "{}".into(),
-            Promise::Registration,
+            PendingReply::Registration,
         ))
     }
 }
@@ -255,10 +269,10 @@ fn with_stats<D: Driver>(
     description.to_string()
 }
 
-/// Names that the audit log tells one by one.
+/// Names that the audit log lists one by one.
 pub(super) const NAMES_SHOWN_MAX: usize = 32;
 
-/// The names of triggers, as far as the audit log tells them.
+/// The names of triggers that the audit log lists.
 pub(super) fn shown(specs: &[TriggerSpec]) -> Vec<&TriggerName> {
     let names = specs.iter().map(|spec| &spec.name);
     names.take(NAMES_SHOWN_MAX).collect()

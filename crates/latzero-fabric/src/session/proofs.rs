@@ -1,18 +1,20 @@
-//! Who somebody is, shown by proofs: an app by its key, an administrator by the token, a member of an encrypted pool by the
-//! pool's keys.
+//! Authentication by proof: an app by its key, an administrator by the token, a member of an
+//! encrypted pool by the pool's keys.
 //!
-//! A challenge is good for one proof on one connection. What was wrong with a proof nobody is told, and whoever has three
-//! refused is sent away.
+//! A challenge is good for one proof on one connection. A refusal does not say what was wrong, and
+//! the third one closes the connection.
 
 use latzero_crypto::Suite;
 use latzero_crypto::keys::Roles;
-use latzero_crypto::proof::{self, Asked, CHALLENGE_MS, ChannelBinding, Exchange, JoinProof};
+use latzero_crypto::proof::{
+    self, CHALLENGE_MS, ChannelBinding, Exchange, JoinProof, ProofRequest,
+};
 use latzero_crypto::text;
 use latzero_protocol::proof::{AdminProof, AppProof, Chain, PROOF_BYTES_MAX};
 use latzero_protocol::{Code, PoolName, Refusal, Request, encode};
 use serde_json::json;
 
-use super::promises::{Promise, Reply};
+use super::pending::{PendingReply, Reply};
 use super::{Flow, Session, leave};
 use crate::driver::Driver;
 use crate::effects::Audit;
@@ -65,14 +67,14 @@ impl<D: Driver> Session<D> {
     pub(super) fn challenge(&mut self, turn: &mut Turn<'_, D>) -> String {
         let server_nonce = turn.driver.nonce();
         self.proofs.challenge = Some((server_nonce, turn.time()));
-        let instance = turn.driver.site().instance;
+        let instance = turn.driver.context().instance;
         json!({
             "server_nonce": text::encode(&server_nonce), "server_instance": text::encode(&instance),
         })
         .to_string()
     }
 
-    /// Takes the key of an app for proved, until the handshake.
+    /// Marks an app's key as proved, until the handshake.
     pub(super) fn app_proof(
         &mut self,
         said: &AppProof<'_>,
@@ -107,7 +109,7 @@ impl<D: Driver> Session<D> {
         let client_nonce = binary("client_nonce", &said.client_nonce)?;
         let mac: [u8; 32] = binary("mac", &said.mac)?;
         let is_bound = self.terms.binding != ChannelBinding::None;
-        if !is_bound && !turn.driver.site().admin_over_plain_tcp {
+        if !is_bound && !turn.driver.context().admin_over_plain_tcp {
             let message = "nobody administers over plain TCP; use the Unix socket or TLS \
                            (admin_over_plain_tcp)";
             return Err(Refusal::new(Code::Forbidden, message));
@@ -123,7 +125,7 @@ impl<D: Driver> Session<D> {
     /// Gives a challenge for a pool. A name that is no encrypted pool's looks like one.
     pub(super) fn pool_challenge(&mut self, pool: &PoolName, turn: &mut Turn<'_, D>) -> String {
         let current = turn.with_registry(|registry, _| registry.descriptor(pool));
-        let site = turn.driver.site();
+        let site = turn.driver.context();
         let (instance, decoy) = (
             site.instance,
             proof::decoy_pool_id(&site.secret, pool.as_str()),
@@ -153,8 +155,8 @@ impl<D: Driver> Session<D> {
         .to_string()
     }
 
-    /// Joins an encrypted pool, or changes the roles there. The reply goes out first: what waits for the app in the pool comes
-    /// behind it.
+    /// Joins an encrypted pool, or changes the roles there. The reply goes out first: what waits
+    /// for the app in the pool comes behind it.
     pub(super) fn pool_prove(
         &mut self,
         id: Option<&str>,
@@ -170,10 +172,10 @@ impl<D: Driver> Session<D> {
         let challenge = challenge.filter(|_| self.takes_binding(turn));
         let current = turn.with_registry(|registry, _| registry.descriptor(pool));
         let app = self.app().expect("only a ready session joins").0.clone();
-        let asked = Asked {
+        let asked = ProofRequest {
             pool: pool.as_str(),
             app_id: app.as_str(),
-            server_instance: turn.driver.site().instance,
+            server_instance: turn.driver.context().instance,
             binding: self.terms.binding,
             current: current.as_deref(),
         };
@@ -216,7 +218,7 @@ impl<D: Driver> Session<D> {
         self.enter(entrance, watch, turn);
         if let Some(m) = self.memberships.last().filter(|m| m.name == *pool) {
             for block in &subscriptions {
-                // A block that is gone has no changes to tell.
+                // A removed block has no changes.
                 let _ = turn.with_pool(&m.pool, |pool, turn| {
                     pool.subscribe_block(m.member, block, turn)
                 });
@@ -241,7 +243,7 @@ impl<D: Driver> Session<D> {
         Ok(json!({"chain": chain, "more": more}).to_string())
     }
 
-    /// Serves what the roles in a pool allow by now, and no more.
+    /// Serves what the roles in a pool allow now, and no more.
     fn change_roles(&mut self, pool: &PoolName, roles: Roles, turn: &mut Turn<'_, D>) {
         let Some(m) = self.memberships.iter_mut().find(|m| m.name == *pool) else {
             return;
@@ -263,7 +265,7 @@ impl<D: Driver> Session<D> {
         });
     }
 
-    /// Whether somebody whose proofs were refused may try again yet.
+    /// Whether a client whose proofs were refused may try again.
     fn check_attempts(&self, turn: &mut Turn<'_, D>) -> Result<(), Refusal> {
         if turn.driver.may_prove(&self.peer) {
             return Ok(());
@@ -306,7 +308,7 @@ impl<D: Driver> Session<D> {
         (is_in_time && is_bound).then_some(Exchange {
             client_nonce,
             server_nonce,
-            server_instance: turn.driver.site().instance,
+            server_instance: turn.driver.context().instance,
             binding: self.terms.binding,
         })
     }
@@ -315,7 +317,7 @@ impl<D: Driver> Session<D> {
     fn takes_binding(&self, turn: &Turn<'_, D>) -> bool {
         match self.terms.binding {
             ChannelBinding::None => {
-                self.terms.is_loopback && !turn.driver.site().require_channel_binding
+                self.terms.is_loopback && !turn.driver.context().require_channel_binding
             }
             ChannelBinding::Unix { .. } | ChannelBinding::TlsExporter(_) => true,
         }
@@ -341,7 +343,8 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Moves a pool to its next epoch, and tells its members. Those whose keys changed are led out.
+    /// Moves a pool to its next epoch, and notifies its members. Those whose keys changed must
+    /// leave.
     pub(super) fn pool_rotate(
         &mut self,
         pool: &PoolName,
@@ -360,9 +363,9 @@ impl<D: Driver> Session<D> {
             dropped,
         } = turn.with_registry(|registry, turn| registry.rotate(pool, said, &peer, turn))?;
         let tell = |peer: &D::Peer, is_member, turn: &mut Turn<'_, D>| {
-            let told = rotated_event(pool, &descriptor, is_member).to_string();
-            turn.send(peer, Class::Control, told.len(), |out| {
-                encode::message(out, &told)
+            let json = rotated_event(pool, &descriptor, is_member).to_string();
+            turn.send(peer, Class::Control, json.len(), |out| {
+                encode::message(out, &json)
             });
         };
         for (peer, membership) in &dropped {
@@ -380,12 +383,13 @@ impl<D: Driver> Session<D> {
             purged.unwrap_or_default()
         });
         let reply = json!({
-            "epoch": descriptor.epoch(), "members_kept": kept.len(), "members_dropped": dropped.len(),
+            "epoch": descriptor.epoch(), "members_kept": kept.len(),
+            "members_dropped": dropped.len(),
             "dropped": {
                 "parked": purged.parked, "answers": purged.answers, "repeats": purged.repeats,
             },
         });
-        Ok(Reply::Kept(reply.to_string(), Promise::Registration))
+        Ok(Reply::Kept(reply.to_string(), PendingReply::Registration))
     }
 }
 

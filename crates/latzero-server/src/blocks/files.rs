@@ -6,7 +6,7 @@
 //! previous one. So the record names complete bytes, whenever the server is killed. Names chosen by
 //! users never become paths.
 
-mod left;
+mod load;
 #[cfg(test)]
 mod tests;
 
@@ -137,8 +137,7 @@ impl Files {
         self.write_new_record(names, record)
     }
 
-    /// Has the prepared record hold, at once. It is there after a restart once [`Files::sync`] has
-    /// returned.
+    /// Activates the prepared record. It survives a restart once [`Files::sync`] has returned.
     pub(super) fn commit(&self, names: &Names) -> io::Result<()> {
         renameat(
             &self.directory,
@@ -149,7 +148,7 @@ impl Files {
         Ok(())
     }
 
-    /// The record that holds, where there is one.
+    /// The active record, if there is one.
     pub(super) fn record(&self, names: &Names) -> io::Result<Option<String>> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let file = match openat(&self.directory, names.record(), flags, Mode::empty()) {
@@ -214,7 +213,7 @@ impl Files {
         self.sync()
     }
 
-    /// Has every name that was given or taken away reach the disk.
+    /// Flushes every created or removed name to disk.
     pub(super) fn sync(&self) -> io::Result<()> {
         rustix::fs::fsync(&self.directory)?;
         Ok(())

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 
 use latzero_protocol::{Code, Refusal};
 
-use super::{Blocks, Stored};
+use super::{Blocks, StoredBlock};
 
 impl Blocks {
     /// The file of each persistent block, and whether it is where its name says.
@@ -19,8 +19,8 @@ impl Blocks {
             .collect()
     }
 
-    /// Refuses to promise that a block is on disk if the next start would not find its file.
-    pub(super) fn check_place(&self, stored: &Stored) -> Result<(), Refusal> {
+    /// Refuses to confirm that a block is on disk if the next start would not find its file.
+    pub(super) fn check_place(&self, stored: &StoredBlock) -> Result<(), Refusal> {
         if stored.names.is_none() || self.is_in_place(stored) {
             return Ok(());
         }
@@ -32,7 +32,7 @@ impl Blocks {
         Err(Refusal::new(Code::Storage, message))
     }
 
-    fn is_in_place(&self, stored: &Stored) -> bool {
+    fn is_in_place(&self, stored: &StoredBlock) -> bool {
         let Some(names) = &stored.names else {
             return true;
         };
@@ -48,7 +48,7 @@ impl Blocks {
 
     /// Writes the file of a block again if it was removed, so that the next start finds it. For the
     /// stop of the server.
-    pub(super) fn put_back(&self, stored: &Stored) -> std::io::Result<()> {
+    pub(super) fn put_back(&self, stored: &StoredBlock) -> std::io::Result<()> {
         let Some(names) = &stored.names else {
             return Ok(());
         };

@@ -24,7 +24,7 @@ pub(crate) struct Restoring {
     made: Vec<Made>,
 }
 
-/// A block that is there.
+/// An existing block.
 struct Present {
     pool: PoolName,
     block: BlockId,
@@ -99,12 +99,12 @@ impl Restoring {
             let present = self.present.iter();
             present.filter(|present| present.pool == pool && present.block == block)
         };
-        // Who still has the former block mapped must not take this one for the same.
+        // Clients that still map the former block must not mistake this one for it.
         let generation = before()
             .map(|present| present.generation)
             .fold(head.generation, u64::max)
             + 1;
-        // Who waits for a version beyond the one that is there hears of this one.
+        // Clients that wait for a newer version are notified of this one.
         let version = before()
             .map(|present| present.version + 1)
             .fold(head.version, u64::max);
@@ -139,8 +139,7 @@ impl Restoring {
         Ok(())
     }
 
-    /// Has every block that was made take its place. Returns how many others were moved aside for
-    /// them.
+    /// Moves every created block into place. Returns how many others were moved aside for them.
     ///
     /// # Errors
     /// The first that fails; those before it stay, and the others are as they were.

@@ -13,10 +13,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use latzero_fabric::Time;
 use latzero_protocol::memory::Kind;
 use latzero_protocol::{AppId, BlockId, PoolName};
-use latzero_store::{BlockRow, Change, Store};
+use latzero_store::{BlockRow, RowChange, Store};
 use serde_json::Value;
 
-use super::Stored;
+use super::StoredBlock;
 
 /// How long clients have to offer what they hold, in milliseconds.
 pub(super) const GRACE_MS: u64 = 30_000;
@@ -35,7 +35,7 @@ pub(crate) struct Rows {
     ended: AtomicU64,
 }
 
-/// The setting that tells the next run of it.
+/// The setting that records it for the next run.
 pub(crate) const ENDED: &str = "block_generations_ended";
 
 impl Rows {
@@ -60,7 +60,7 @@ impl Rows {
 
     /// Sorts out the rows of an earlier run: shared blocks of this boot are awaited; the others'
     /// rows go, but those of persistent ones, which are returned.
-    pub(super) fn take_in(&self, rows: Vec<BlockRow>) -> Vec<BlockRow> {
+    pub(super) fn expect_blocks(&self, rows: Vec<BlockRow>) -> Vec<BlockRow> {
         let mut persistent = Vec::new();
         for row in rows {
             let name = (PoolName::new(&row.pool), BlockId::new(&row.block_id));
@@ -70,15 +70,15 @@ impl Rows {
                     if row.boot_id.as_deref() == Some(&self.boot_id)
                         && !self.boot_id.is_empty() =>
                 {
-                    self.awaited().insert((pool, block), row);
+                    self.expected().insert((pool, block), row);
                 }
-                _ => self.submit(Change::RemoveBlock {
+                _ => self.submit(RowChange::RemoveBlock {
                     pool: row.pool,
                     block_id: row.block_id,
                 }),
             }
         }
-        let count = self.awaited().len();
+        let count = self.expected().len();
         if count > 0 {
             tracing::info!(
                 blocks = count,
@@ -89,7 +89,7 @@ impl Rows {
         persistent
     }
 
-    fn awaited(&self) -> std::sync::MutexGuard<'_, HashMap<Name, BlockRow>> {
+    fn expected(&self) -> std::sync::MutexGuard<'_, HashMap<Name, BlockRow>> {
         self.awaited.lock().expect("nothing panics under this lock")
     }
 
@@ -100,7 +100,7 @@ impl Rows {
 
     /// The row of a block whose memory is awaited.
     pub(super) fn awaited_row(&self, pool: &PoolName, block: &BlockId) -> Option<BlockRow> {
-        self.awaited().get(&(pool.clone(), block.clone())).cloned()
+        self.expected().get(&(pool.clone(), block.clone())).cloned()
     }
 
     /// The owner of memory that is awaited: of that block, or of any in the pool.
@@ -108,7 +108,7 @@ impl Rows {
         if !self.is_awaiting() {
             return None;
         }
-        let awaited = self.awaited();
+        let awaited = self.expected();
         let row = match block {
             Some(block) => awaited.get(&(pool.clone(), block.clone())),
             None => {
@@ -119,12 +119,12 @@ impl Rows {
         AppId::new(&row?.owner).ok()
     }
 
-    /// A block is there, or is there no longer: it is awaited no more.
+    /// A block was restored or removed: it is no longer expected.
     fn settle(&self, pool: &PoolName, block: &BlockId) {
         if !self.is_awaiting() {
             return;
         }
-        let mut awaited = self.awaited();
+        let mut awaited = self.expected();
         awaited.remove(&(pool.clone(), block.clone()));
         self.is_awaiting.store(!awaited.is_empty(), Relaxed);
     }
@@ -139,7 +139,7 @@ impl Rows {
         if !self.is_awaiting() || now < since_start.after_ms(GRACE_MS) {
             return 0;
         }
-        let gone = std::mem::take(&mut *self.awaited());
+        let gone = std::mem::take(&mut *self.expected());
         self.is_awaiting.store(false, Relaxed);
         for ((pool, block), row) in &gone {
             self.note_end(row.generation);
@@ -148,8 +148,8 @@ impl Rows {
         gone.len()
     }
 
-    /// Notes a block as it is now, by its record.
-    pub(super) fn note(&self, stored: &Stored, record: &str) {
+    /// Stores a block's current state, from its record.
+    pub(super) fn note(&self, stored: &StoredBlock, record: &str) {
         self.settle(&stored.pool, &stored.block);
         let Ok(record) = serde_json::from_str::<Value>(record) else {
             return;
@@ -163,10 +163,10 @@ impl Rows {
                 a block");
             return;
         };
-        self.submit(Change::PutBlock(row));
+        self.submit(RowChange::PutBlock(row));
     }
 
-    fn row(&self, stored: &Stored, record: &Value) -> Option<BlockRow> {
+    fn row(&self, stored: &StoredBlock, record: &Value) -> Option<BlockRow> {
         let description = stored.custodian.description();
         let (dev, ino) = stored.custodian.identity().ok()?;
         let is_shared = stored.kind == Kind::Shared;
@@ -198,7 +198,7 @@ impl Rows {
     /// A block ended in this generation: one of its name that a later run makes begins beyond it.
     pub(super) fn note_end(&self, generation: u64) {
         if self.ended.fetch_max(generation, Relaxed) < generation {
-            self.submit(Change::PutSetting {
+            self.submit(RowChange::PutSetting {
                 key: ENDED.into(),
                 value: generation.to_string(),
             });
@@ -212,7 +212,7 @@ impl Rows {
     /// A block is gone.
     pub(super) fn forget(&self, pool: &PoolName, block: &BlockId) {
         self.settle(pool, block);
-        self.submit(Change::RemoveBlock {
+        self.submit(RowChange::RemoveBlock {
             pool: pool.as_str().into(),
             block_id: block.as_str().into(),
         });
@@ -222,12 +222,12 @@ impl Rows {
     pub(super) fn settle_on_disk(&self) {
         let Some(store) = &self.store else { return };
         // Nothing has this number: it only stands behind what came before.
-        if let Err(error) = store.commit(vec![Change::RemoveAnswer { number: 0 }]) {
+        if let Err(error) = store.commit(vec![RowChange::RemoveAnswer { number: 0 }]) {
             tracing::warn!(%error, "cannot store the record of a block");
         }
     }
 
-    fn submit(&self, change: Change) {
+    fn submit(&self, change: RowChange) {
         if let Some(store) = &self.store
             && let Err(error) = store.submit(change, None)
         {

@@ -52,7 +52,7 @@ fn a_block_that_is_removed_while_it_moves_does_not_come_back() {
     // The copy is made; then the block is removed, and the record of its new generation is written.
     let stored = blocks.build(&making, Some(&from)).unwrap();
     blocks.drop_storage(StorageId(1), false);
-    let refusal = blocks.keep(&making, Some(&from), &stored).unwrap_err();
+    let refusal = blocks.persist(&making, Some(&from), &stored).unwrap_err();
     assert_eq!(refusal.code, Code::NoBlock);
     assert_eq!(files(&directory), [""; 0]);
     assert_eq!(blocks.make(&making).unwrap_err().code, Code::NoBlock);
@@ -114,7 +114,7 @@ fn the_record_from_before_holds_again_where_the_new_one_may_not_last() {
     let to = making(2, Some(1));
     let stored = blocks.build(&to, Some(&from)).unwrap();
     let names = stored.names.clone().unwrap();
-    let kept = blocks.keep_record(&names, &to.record, Some(&from));
+    let kept = blocks.persist_record(&names, &to.record, Some(&from));
     kept.unwrap().unwrap();
     assert_ne!(read(), before);
     blocks

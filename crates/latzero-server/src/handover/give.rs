@@ -16,7 +16,7 @@ use super::{BLOCKS_AT_ONCE, DESCRIPTORS_MAX, is_trusted};
 use crate::host::IoHost;
 use crate::listener::Listener;
 use crate::peer::Peer;
-use crate::shared::Shared;
+use crate::shared::ServerState;
 use crate::socket::User;
 
 /// A shared block and its memory.
@@ -33,7 +33,7 @@ pub(crate) enum Step {
 
 /// What was given, to whom, and whether that one has it.
 #[derive(Debug, Default)]
-pub(crate) struct Giving {
+pub(crate) struct Handover {
     state: Mutex<State>,
     /// Loops that run nothing more of anybody but the new server.
     quiet_loops: AtomicUsize,
@@ -48,7 +48,7 @@ struct State {
     is_taken: bool,
 }
 
-impl Giving {
+impl Handover {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no panic happens under this lock")
     }
@@ -79,7 +79,7 @@ impl Giving {
 /// knows.
 ///
 /// # Errors
-/// `forbidden` where it is another's.
+/// `forbidden` if it is another's.
 pub(crate) fn check_asker(asker: &Peer) -> Result<(), Refusal> {
     match asker.socket.as_ref().map(crate::socket::Socket::user) {
         Some(User::Uid(uid)) if is_trusted(uid) => Ok(()),
@@ -100,8 +100,8 @@ pub(crate) fn hand_over(
     step: Step,
 ) {
     let done = match step {
-        Step::Give => give(host, listeners, passed, to, id),
-        Step::Taken => taken(host, to, id),
+        Step::Give => offer(host, listeners, passed, to, id),
+        Step::Taken => confirm(host, to, id),
     };
     if let Err(refusal) = done {
         tracing::warn!(reason = %refusal.message, "this server cannot hand over");
@@ -112,7 +112,7 @@ pub(crate) fn hand_over(
     }
 }
 
-fn give(
+fn offer(
     host: &mut IoHost,
     listeners: &[Listener],
     passed: &[PathBuf],
@@ -141,7 +141,7 @@ fn give(
     let known = blocks
         .into_iter()
         .map(|(pool, block, fd)| ((pool, block), Arc::downgrade(&fd)));
-    *shared.giving.state() = State {
+    *shared.handover.state() = State {
         to: Arc::downgrade(to),
         blocks: known.collect(),
         is_taken: false,
@@ -149,7 +149,7 @@ fn give(
     Ok(())
 }
 
-fn reply(shared: &Shared, listed: &Value, blocks: usize) -> String {
+fn reply(shared: &ServerState, listed: &Value, blocks: usize) -> String {
     let drain_ms = u64::try_from(shared.settings().drain_timeout.as_millis()).unwrap_or(u64::MAX);
     let reply = json!({
         "pid": std::process::id(), "data_dir": shared.identity.data_dir, "listeners": listed,
@@ -194,24 +194,24 @@ fn send_blocks(host: &mut IoHost, to: &Arc<Peer>, blocks: &[Block]) -> bool {
             .iter()
             .map(|(pool, block, _)| json!({"pool": pool, "block_id": block}))
             .collect();
-        let told = json!({
+        let message = json!({
             "action": "event", "event": "handed_over", "descriptors": some.len(), "blocks": listed,
         });
-        let told = told.to_string();
+        let message = message.to_string();
         let descriptors = some.iter().map(|(.., fd)| Arc::clone(fd)).collect();
         let sent =
             host.turn()
-                .send_descriptors(to, Class::Control, told.len(), descriptors, |out| {
-                    encode::message(out, &told);
+                .send_descriptors(to, Class::Control, message.len(), descriptors, |out| {
+                    encode::message(out, &message);
                 });
         sent == Sent::Queued
     })
 }
 
-fn taken(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refusal> {
+fn confirm(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refusal> {
     let shared = Arc::clone(&host.shared);
     let is_given = {
-        let state = shared.giving.state();
+        let state = shared.handover.state();
         let is_it = state.to.upgrade().is_some_and(|to| Arc::ptr_eq(&to, by));
         is_it && !state.is_taken
     };
@@ -221,14 +221,14 @@ fn taken(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refu
     }
     if by.has_hung_up() {
         // It died after it reported that it has everything, so no server would be left.
-        *shared.giving.state() = State::default();
+        *shared.handover.state() = State::default();
         return refusal("the server that asked to take over has ended");
     }
     // Before the drain: its connection may be another loop's, which would close it among the first.
-    shared.giving.state().is_taken = true;
+    shared.handover.state().is_taken = true;
     // Not if a stop was requested in between.
     if !shared.drain() {
-        shared.giving.state().is_taken = false;
+        shared.handover.state().is_taken = false;
         return refusal("this server is already stopping; start a new one when it has stopped");
     }
     tracing::info!("handing over to another server");
@@ -241,10 +241,10 @@ fn taken(host: &mut IoHost, by: &Arc<Peer>, id: Option<&str>) -> Result<(), Refu
 }
 
 /// Gives the blocks that were made since, or have other memory. Nothing changes any more.
-pub(crate) fn give_rest(host: &mut IoHost, to: &Arc<Peer>) {
+pub(crate) fn send_rest(host: &mut IoHost, to: &Arc<Peer>) {
     let shared = Arc::clone(&host.shared);
     let mut blocks = shared.blocks.shared();
-    let given = std::mem::take(&mut shared.giving.state().blocks);
+    let given = std::mem::take(&mut shared.handover.state().blocks);
     blocks.retain(|(pool, block, fd)| {
         let known = given.get(&(pool.clone(), block.clone()));
         known.is_none_or(|known| !Weak::ptr_eq(known, &Arc::downgrade(fd)))
@@ -281,10 +281,10 @@ mod tests {
 
     #[test]
     fn who_is_not_there_has_not_taken() {
-        let giving = Giving::default();
-        assert!(!giving.is_taken() && giving.taker().is_none());
-        assert!(giving.is_quiet(0) && !giving.is_quiet(1));
-        giving.note_quiet();
-        assert!(giving.is_quiet(1) && !giving.is_quiet(2));
+        let handover = Handover::default();
+        assert!(!handover.is_taken() && handover.taker().is_none());
+        assert!(handover.is_quiet(0) && !handover.is_quiet(1));
+        handover.note_quiet();
+        assert!(handover.is_quiet(1) && !handover.is_quiet(2));
     }
 }

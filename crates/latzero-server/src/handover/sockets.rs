@@ -29,7 +29,7 @@ pub(super) fn candidates(settings: &Settings, environment: &Environment) -> Vec<
     }
 }
 
-/// Binds the Unix socket that the settings want, where that is not one of the old server's. As only
+/// Binds the Unix socket that the settings want, if that is not one of the old server's. As only
 /// one server at a time is given everything, this is as safe as under the lock of the data
 /// directory.
 pub(super) fn bind_unix(
@@ -106,7 +106,7 @@ impl GivenUnix {
                 .any(|path| sockets::identity(path).ok() == self.identity)
     }
 
-    /// Makes it this server's; nothing where its file is another's by now, or gone.
+    /// Makes it this server's; nothing if its file is another's now, or gone.
     pub(super) fn inherit(self) -> Option<BoundSocket> {
         let identity = self
             .identity

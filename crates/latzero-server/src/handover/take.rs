@@ -1,7 +1,7 @@
 //! The new server's side: asks the old one, receives what it hands over, and waits for its end.
 //!
-//! Everything that can be checked is checked before the old server is told to stop. Until then an
-//! error leaves the old one unchanged, including its socket files.
+//! Everything that can be checked is checked before the old server must stop. Until then an error
+//! leaves the old one unchanged, including its socket files.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Write as _};
@@ -31,7 +31,7 @@ use crate::startup::systemd::Activation;
 
 /// How long the old server may take to give everything; and how long for its end, beyond what it
 /// gives running calls.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the lock of a server that died may take to fall.
 const FALL: Duration = Duration::from_secs(1);
@@ -105,8 +105,8 @@ impl Before {
 /// runs, nothing is inherited but what a service manager `passed`.
 ///
 /// # Errors
-/// If it refuses, does not understand, or does not end in time; and where this server could not
-/// listen. Unless it has told the old one to end by then, that one goes on as before.
+/// If it refuses, does not understand, or does not end in time; and if this server could not
+/// listen. Unless it has told the old one to end by then, that one continues as before.
 pub(crate) fn ask(
     settings: &Settings,
     environment: &Environment,
@@ -117,7 +117,7 @@ pub(crate) fn ask(
         reason,
     };
     let candidates = candidates(settings, environment);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     let Some(stream) = reach(settings, &candidates).map_err(&failed)? else {
         return Ok(Inherited::nothing(passed));
     };
@@ -161,14 +161,14 @@ pub(crate) fn ask(
             .extend(bind_unix(settings, environment, &data_dir)?);
     }
     settle_tcp(tcp, settings, &mut sockets.tcp)?;
-    let (lock, before) = match old.tell_taken() {
+    let (lock, before) = match old.confirm() {
         Ok(()) => {
-            let patience = drain_timeout + PATIENCE;
-            let end = Instant::now() + patience;
-            let is_over = old.await_end(&mut blocks, process.as_ref(), end);
+            let timeout = drain_timeout + TIMEOUT;
+            let end = Instant::now() + timeout;
+            let is_over = old.wait_for_exit(&mut blocks, process.as_ref(), end);
             // From here on this server is the only one, so it must not fail.
             if !is_over {
-                insist(pid, process.as_ref(), patience);
+                insist(pid, process.as_ref(), timeout);
             }
             let lock = lock_after(data_dir.path(), pid)?;
             let blocks = blocks.len();
@@ -204,10 +204,10 @@ fn reach(settings: &Settings, candidates: &[PathBuf]) -> Result<Option<UnixStrea
         .map(Path::new)
         .chain(candidates.iter().map(PathBuf::as_path));
     for path in paths {
-        match connect_within(path, PATIENCE) {
+        match connect_within(path, TIMEOUT) {
             Ok(stream) => return Ok(Some(stream)),
             Err(rustix::io::Errno::AGAIN) => {
-                let waited = PATIENCE.as_secs();
+                let waited = TIMEOUT.as_secs();
                 return Err(format!("it did not accept a connection within {waited} s"));
             }
             Err(_) => {}
@@ -227,14 +227,14 @@ fn reach(settings: &Settings, candidates: &[PathBuf]) -> Result<Option<UnixStrea
 
 /// Connects, and waits so long where the queue of who listens is full (`SO_SNDTIMEO` in socket(7));
 /// `EAGAIN` after that.
-fn connect_within(path: &Path, patience: Duration) -> rustix::io::Result<UnixStream> {
+fn connect_within(path: &Path, timeout: Duration) -> rustix::io::Result<UnixStream> {
     let socket = socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,
         SocketFlags::CLOEXEC,
         None,
     )?;
-    set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
+    set_socket_timeout(&socket, Timeout::Send, Some(timeout))?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(UnixStream::from(socket))
 }
@@ -263,18 +263,18 @@ fn lock_by(data_dir: &Path, end: Instant) -> Result<InstanceLock, StartupError> 
     }
 }
 
-/// Ends a server that has handed over and does not end by itself. What it promised is on disk, and
+/// Ends a server that has handed over and does not end by itself. What it confirmed is on disk, and
 /// memory of blocks is in files and descriptors that outlive it: this loses no more than a crash
 /// does, which is nothing.
 fn insist(pid: i32, process: Option<&OwnedFd>, waited: Duration) {
     let waited = waited.as_secs();
-    say(&format!(
+    report_progress(&format!(
         "the old server (pid {pid}) did not stop within {waited} s; killing it"
     ));
     if let Some(process) = process
         && let Err(error) = pidfd_send_signal(process, Signal::KILL)
     {
-        say(&format!("cannot kill it: {error}"));
+        report_progress(&format!("cannot kill it: {error}"));
     }
 }
 
@@ -284,14 +284,14 @@ fn insist(pid: i32, process: Option<&OwnedFd>, waited: Duration) {
 fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
     let since = Instant::now();
     loop {
-        match lock_by(data_dir, Instant::now() + PATIENCE) {
+        match lock_by(data_dir, Instant::now() + TIMEOUT) {
             Err(StartupError::AnotherServer { holder, .. })
                 if holder
                     .pid
                     .is_none_or(|holder| i64::from(holder) == i64::from(pid)) =>
             {
                 let waited = since.elapsed().as_secs();
-                say(&format!(
+                report_progress(&format!(
                     "waiting for the old server to stop (pid {pid}): {waited} s"
                 ));
             }
@@ -301,7 +301,7 @@ fn lock_after(data_dir: &Path, pid: i32) -> Result<InstanceLock, StartupError> {
 }
 
 /// Reports progress on stderr, before the log is open.
-fn say(text: &str) {
+fn report_progress(text: &str) {
     // Nobody may be listening.
     let _ = writeln!(io::stderr(), "latzero: {text}");
 }
@@ -452,7 +452,7 @@ impl Old {
     }
 
     /// Tells it that this server has everything: from here on it drains.
-    fn tell_taken(&mut self) -> Result<(), Failure> {
+    fn confirm(&mut self) -> Result<(), Failure> {
         self.send(&json!({"action": "hand_over", "id": "2", "taken": true}))?;
         let reply = self.next(|message| message["in_reply_to"] == "2")?;
         if reply["status"] != "ok" {
@@ -461,10 +461,10 @@ impl Old {
         Ok(())
     }
 
-    /// Takes what it still has to say, and waits for its end. False where it has not ended in time.
-    /// Without its process, the end of the connection has to do: the lock of the data directory
-    /// tells the rest.
-    fn await_end(
+    /// Reads its last messages, and waits for its end. False if it has not ended in time. Without
+    /// its process, the end of the connection has to do: the lock of the data directory tells the
+    /// rest.
+    fn wait_for_exit(
         mut self,
         blocks: &mut Vec<(PoolName, BlockId, OwnedFd)>,
         process: Option<&OwnedFd>,
@@ -570,7 +570,7 @@ impl Old {
 fn too_slow() -> io::Error {
     io::Error::other(format!(
         "it did not hand over everything within {} s",
-        PATIENCE.as_secs()
+        TIMEOUT.as_secs()
     ))
 }
 
@@ -578,12 +578,12 @@ fn too_slow() -> io::Error {
 mod tests {
     use super::*;
 
-    fn old(stream: UnixStream, patience: Duration) -> Old {
+    fn old(stream: UnixStream, timeout: Duration) -> Old {
         Old {
             stream,
             received: Vec::new(),
             descriptors: VecDeque::new(),
-            deadline: Instant::now() + patience,
+            deadline: Instant::now() + timeout,
         }
     }
 
@@ -609,7 +609,7 @@ mod tests {
     fn one_that_is_gone_is_told_from_one_that_refuses() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        let asked = old(ours, PATIENCE).ask(Path::new("/"));
+        let asked = old(ours, TIMEOUT).ask(Path::new("/"));
         assert!(matches!(asked, Err(Failure::Gone(_))));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut out = Vec::new();
@@ -617,7 +617,7 @@ mod tests {
             out.extend_from_slice(b"{\"error\":{\"code\":\"draining\",\"message\":\"why\"}}");
         });
         theirs.write_all(&out).unwrap();
-        let asked = old(ours, PATIENCE).ask(Path::new("/"));
+        let asked = old(ours, TIMEOUT).ask(Path::new("/"));
         assert!(matches!(asked, Err(Failure::Refuses(why)) if why == "why"));
     }
 
@@ -628,7 +628,7 @@ mod tests {
         let late = lock_by(dir.path(), Instant::now());
         assert!(matches!(late, Err(StartupError::AnotherServer { .. })));
         std::thread::scope(|scope| {
-            let second = scope.spawn(|| lock_by(dir.path(), Instant::now() + PATIENCE));
+            let second = scope.spawn(|| lock_by(dir.path(), Instant::now() + TIMEOUT));
             drop(first);
             assert!(second.join().unwrap().is_ok());
         });

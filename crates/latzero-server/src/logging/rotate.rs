@@ -150,7 +150,7 @@ mod tests {
                 ("server.log.2", "a\nb\n"),
             ],
         );
-        // A new start goes on where the last one stopped.
+        // A new start continues where the last one stopped.
         let mut log = RotatingFile::open(&path, 4, 3).unwrap();
         for line in ["f\n", "longer than the file may be\n", "g\n"] {
             log.write_line(line.as_bytes()).unwrap();

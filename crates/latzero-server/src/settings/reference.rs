@@ -96,7 +96,7 @@ fn comment(out: &mut String, text: &str) {
 mod tests {
     use std::path::Path;
 
-    use crate::surroundings::Surroundings;
+    use crate::machine_limits::MachineLimits;
 
     use super::super::{ConfigFile, Environment, Found, Inputs, Resolved, resolve};
     use super::*;
@@ -139,7 +139,7 @@ mod tests {
             Resolved::defaults(&environment).unwrap().settings
         );
         assert!(
-            read.show(&Surroundings::of_process())
+            read.show(&MachineLimits::of_process())
                 .iter()
                 .all(|shown| shown.source == "file default-config.toml")
         );

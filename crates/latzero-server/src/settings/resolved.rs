@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::error::{Position, Problem, SettingsError, SettingsErrors, Source};
 use super::inputs::{Environment, Inputs};
 use super::{SETTINGS, Settings, Takes, Value, resolve};
-use crate::surroundings::{Derived, Surroundings};
+use crate::machine_limits::{Derived, MachineLimits};
 
 /// One setting with the value in force and where that came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub struct Shown {
 
 /// One setting that a reload would change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Change {
+pub struct SettingChange {
     /// The key.
     pub name: &'static str,
     /// The value so far, as people read it.
@@ -69,9 +69,9 @@ pub struct Change {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Reload {
     /// In force from now on.
-    pub applied: Vec<Change>,
+    pub applied: Vec<SettingChange>,
     /// Changed, but in force only after a restart.
-    pub needs_restart: Vec<Change>,
+    pub needs_restart: Vec<SettingChange>,
 }
 
 impl Resolved {
@@ -91,8 +91,8 @@ impl Resolved {
     /// What `config show` prints, in the order of the table, for a server with these
     /// `surroundings`.
     #[must_use]
-    pub fn show(&self, surroundings: &Surroundings) -> Vec<Shown> {
-        let derived = surroundings.in_force(&self.settings.limits).derived;
+    pub fn show(&self, machine: &MachineLimits) -> Vec<Shown> {
+        let derived = machine.in_force(&self.settings.limits).derived;
         SETTINGS
             .iter()
             .zip(&self.entries)
@@ -153,7 +153,7 @@ impl Resolved {
         let mut reload = Reload::default();
         let mut entries = Vec::with_capacity(SETTINGS.len());
         for ((setting, old), new) in SETTINGS.iter().zip(&self.entries).zip(&fresh.entries) {
-            let change = || Change {
+            let change = || SettingChange {
                 name: setting.name,
                 from: setting.kind.render(&old.value),
                 to: setting.kind.render(&new.value),

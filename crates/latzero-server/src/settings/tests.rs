@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::surroundings::{Bound, Origin, Surroundings};
+use crate::machine_limits::{Bound, MachineLimits, Origin};
 
 use super::*;
 
@@ -46,7 +46,7 @@ fn check_error(inputs: &Inputs, expected: &str) {
 }
 
 fn show(resolved: &Resolved) -> Vec<Shown> {
-    resolved.show(&Surroundings {
+    resolved.show(&MachineLimits {
         memory: Bound {
             max: 1 << 30,
             from: Origin::Machine,
@@ -344,7 +344,7 @@ fn a_reload_takes_what_may_change_live() {
     assert_eq!(now.settings.port, 1);
     assert_eq!(now.settings.log_level, LogLevel::Debug);
     assert_eq!(now.settings.limits.connections_max, 5);
-    let names = |changes: &[Change]| changes.iter().map(|c| c.name).collect::<Vec<_>>();
+    let names = |changes: &[SettingChange]| changes.iter().map(|c| c.name).collect::<Vec<_>>();
     assert_eq!(
         names(&reload.applied),
         ["log_level", "limits.connections_max"]

@@ -50,9 +50,9 @@ pub struct Record {
 /// Who holds a lock, as far as it can be known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Holder {
-    /// The process id: the kernel's word where there is one, else the file's.
+    /// The process id: from the kernel if possible, else from the file.
     pub pid: Option<u32>,
-    /// What the file says, where that is the holder's.
+    /// What the file says, if that is the holder's.
     pub record: Option<Record>,
 }
 
@@ -70,7 +70,7 @@ impl InstanceLock {
     /// Takes the lock on `data_dir`, and writes who has it.
     ///
     /// # Errors
-    /// [`StartupError::AnotherServer`] where it is taken.
+    /// [`StartupError::AnotherServer`] if it is taken.
     pub fn acquire(data_dir: &Path) -> Result<InstanceLock, StartupError> {
         let by_path = PathName::of(data_dir).map(|name| name.take(data_dir));
         let by_path = by_path.transpose()?.flatten();
@@ -120,8 +120,8 @@ impl InstanceLock {
         matches!((held, found), (Ok(held), Ok(found)) if held == found)
     }
 
-    /// Takes the lock's name again in a directory that lost it. False where another server was
-    /// first, or the disk refuses.
+    /// Takes the lock's name again in a directory that lost it. False if another server was first,
+    /// or the disk refuses.
     pub(crate) fn renew(&mut self, data_dir: &Path, addresses: &[String]) -> bool {
         let Ok(file) = open(&data_dir.join(LOCK_NAME)) else {
             return false;
@@ -184,7 +184,7 @@ fn open(path: &Path) -> std::io::Result<File> {
 struct PathName(SocketAddr);
 
 impl PathName {
-    /// By the directory that the path lies in and by its last part. None where that can't be found
+    /// By the directory that the path lies in and by its last part. None if that can't be found
     /// out.
     fn of(data_dir: &Path) -> Option<PathName> {
         let path = match data_dir.canonicalize() {
@@ -237,7 +237,7 @@ impl PathName {
         }
     }
 
-    /// The pid of this user's, or root's, process that has the name; 0 where it is of another pid
+    /// The pid of this user's, or root's, process that has the name; 0 if it is of another pid
     /// namespace.
     fn holder(&self) -> Option<i32> {
         let kind = SocketType::STREAM;
@@ -264,7 +264,7 @@ fn another(data_dir: &Path, pid: i32) -> StartupError {
 /// one is made there.
 ///
 /// # Errors
-/// [`StartupError::AnotherServer`] where one runs.
+/// [`StartupError::AnotherServer`] if one runs.
 pub(crate) fn refuse_held(data_dir: &Path) -> Result<(), StartupError> {
     match PathName::of(data_dir).and_then(|name| name.holder()) {
         Some(pid) => Err(another(data_dir, pid)),

@@ -1,4 +1,4 @@
-//! The admin token: whoever can read it in the data directory may administer the server over any
+//! The admin token: anyone who can read it in the data directory may administer the server over any
 //! transport.
 
 use std::fmt;
@@ -154,7 +154,7 @@ impl AdminToken {
     /// A new token in the place of the one that is there.
     ///
     /// # Errors
-    /// Where it cannot be written.
+    /// If it cannot be written.
     pub fn renew(data_dir: &Path) -> Result<AdminToken, StartupError> {
         AdminToken::load(data_dir)?;
         AdminToken::create(data_dir)

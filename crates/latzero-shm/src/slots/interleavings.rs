@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::{self, Relaxed};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, fence};
 
-use super::{Patience, Stamp, begin, head, read, spares};
+use super::{Stamp, Wait, begin, head, read, spares};
 use crate::format::at;
 use crate::geometry::Geometry;
 use crate::memory::{Fault, Memory};
@@ -172,8 +172,8 @@ fn check(
                     let mut seen = Vec::new();
                     for _ in 0..reads {
                         let mut bytes = [0; SIZE as usize];
-                        let version = read(&process, &geometry, 0, &mut bytes, Patience::Wait)
-                            .expect("it reads");
+                        let version =
+                            read(&process, &geometry, 0, &mut bytes, Wait::Wait).expect("it reads");
                         let [a, b] = [0, 8].map(|at| {
                             u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
                         });

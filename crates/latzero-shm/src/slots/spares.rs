@@ -40,12 +40,10 @@ pub(crate) fn name<M: Memory>(memory: &M, place: u64, head: Head) -> Result<(), 
     memory.store(place, head.version << 8 | u64::from(head.slot), Release)
 }
 
-/// Reserves what was the newest version, for a flush; false where a writer has begun to write over
-/// it.
+/// Reserves what was the newest version, for a flush; false if a writer has begun to write over it.
 pub(crate) fn reserve<M: Memory>(memory: &M, head: Head) -> Result<bool, Fault> {
     name(memory, at::FLUSHING, head)?;
-    // From here on a writer that takes this slot lets go of it; one that took it before is seen
-    // now.
+    // From here on a writer that takes this slot releases it; one that took it before is seen now.
     memory.fence(SeqCst);
     Ok(super::settled(memory, &head)?.is_some())
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
-use super::{Patience, ReadError, Stamp, WriteError, begin, head, read, spares};
+use super::{ReadError, Stamp, Wait, WriteError, begin, head, read, spares};
 use crate::geometry::Geometry;
 use crate::memory::{Fault, Memory};
 
@@ -94,7 +94,7 @@ fn publish(
 
 fn content(bytes: &Bytes, geometry: &Geometry) -> (Vec<u8>, u64) {
     let mut out = vec![0xee; usize::try_from(geometry.size).unwrap()];
-    let version = read(bytes, geometry, 0, &mut out, Patience::Wait).unwrap();
+    let version = read(bytes, geometry, 0, &mut out, Wait::Wait).unwrap();
     (out, version)
 }
 
@@ -225,7 +225,7 @@ fn a_slot_that_is_always_being_written_is_contended() {
     let bytes = Bytes::new(&geometry);
     publish(&bytes, &geometry, &[(0, vec![1; 8])]).unwrap();
     bytes.store(512, 7, Ordering::Relaxed).unwrap();
-    let error = read(&bytes, &geometry, 0, &mut [0; 8], Patience::Wait).unwrap_err();
+    let error = read(&bytes, &geometry, 0, &mut [0; 8], Wait::Wait).unwrap_err();
     assert!(matches!(error, ReadError::Contended), "{error}");
 }
 
@@ -235,7 +235,7 @@ fn a_head_that_names_no_slot_is_corrupt() {
     let bytes = Bytes::new(&geometry);
     for head in [5 << 8 | 2, 1 << 8 | 0xff, u64::MAX] {
         bytes.store(128, head, Ordering::Relaxed).unwrap();
-        let error = read(&bytes, &geometry, 0, &mut [0; 8], Patience::Wait).unwrap_err();
+        let error = read(&bytes, &geometry, 0, &mut [0; 8], Wait::Wait).unwrap_err();
         assert!(
             matches!(error, ReadError::Fault(Fault::Corrupt(_))),
             "{error}"

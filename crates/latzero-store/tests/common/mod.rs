@@ -6,14 +6,14 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use latzero_store::{
-    AnswerRow, AppRow, BlockRow, CallRow, Change, Contents, Opened, Options, PoolRow, Store,
+    AnswerRow, AppRow, BlockRow, CallRow, Contents, Opened, Options, PoolRow, RowChange, Store,
     StoreError, Ticket, open,
 };
 
 pub(crate) type Told = (Ticket, Result<(), StoreError>);
 
 /// Longer than anything here takes; a test that waits for it fails.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(crate) const BOOT: &str = "00000000-0000-4000-8000-000000000001";
 
@@ -136,8 +136,8 @@ pub(crate) fn answer(number: u64) -> AnswerRow {
     }
 }
 
-pub(crate) fn set(key: &str, value: &str) -> Change {
-    Change::PutSetting {
+pub(crate) fn set(key: &str, value: &str) -> RowChange {
+    RowChange::PutSetting {
         key: key.into(),
         value: value.into(),
     }

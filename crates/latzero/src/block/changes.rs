@@ -14,7 +14,8 @@ use super::{Block, Blocks, number, removed, timed_out};
 use crate::error::Error;
 use crate::sync::{lock, set_waker};
 
-/// The versions of a block to come. Where they come faster than they are looked at, the newest stands for all.
+/// The versions of a block to come. Where they come faster than they are looked at, the newest
+/// stands for all.
 #[derive(Debug)]
 pub struct Changes {
     block: Block,
@@ -95,7 +96,8 @@ impl Changes {
     }
 }
 
-/// Wakes a task at a time, from a thread of its own: no runtime is assumed here. The thread ends with the alarm.
+/// Wakes a task at a time, from a thread of its own: no runtime is assumed here. The thread ends
+/// with the alarm.
 #[derive(Default)]
 struct Alarm(Option<Arc<Bell>>);
 
@@ -114,7 +116,7 @@ impl Alarm {
         let bell = Arc::new(Bell::default());
         *lock(&bell.waker) = Some(cx.waker().clone());
         self.0 = Some(bell.clone());
-        // Where no thread can be had, the next change ends the wait instead.
+        // If no thread can be started, the next change ends the wait instead.
         let _ = std::thread::Builder::new()
             .name("latzero-alarm".into())
             .spawn(move || bell.ring_at(at));

@@ -87,7 +87,7 @@ impl BlockLock {
         let ask = async || {
             let message = block.shared().message("memory_lock", &more);
             let calling = Calling::of_message(app, message, Ok).within(wait + GRACE);
-            let mut asked = Asked(Some((block.clone(), calling)));
+            let mut asked = LockRequest(Some((block.clone(), calling)));
             poll_fn(|cx| asked.poll(cx)).await
         };
         let known = lock(&block.shared().current).held();
@@ -122,9 +122,9 @@ impl BlockLock {
         self.fence
     }
 
-    /// Whether the program that started this one holds it: see [`LOCKS_VARIABLE`]. Writes under such
-    /// a lock go through the server, which checks the fence of each, so programs that share a lock
-    /// cannot damage the block. It is neither renewed nor given back here.
+    /// Whether the program that started this one holds it: see [`LOCKS_VARIABLE`]. Writes under
+    /// such a lock go through the server, which checks the fence of each, so programs that share a
+    /// lock cannot damage the block. It is neither renewed nor given back here.
     #[must_use]
     pub fn is_inherited(&self) -> bool {
         self.source == Source::Inherited
@@ -155,7 +155,7 @@ impl BlockLock {
         .with_ran(Ran::No))
     }
 
-    /// Begins its lease anew; without one it is held as long as the connection.
+    /// Renews its lease; without one it is held as long as the connection.
     ///
     /// # Errors
     /// `lock_lost`.
@@ -174,7 +174,7 @@ impl BlockLock {
     /// Gives it back, and waits until the server has it.
     ///
     /// # Errors
-    /// `lock_lost` where it was lost before.
+    /// `lock_lost` if it was lost before.
     pub async fn unlock(mut self) -> Result<(), Error> {
         if self.is_inherited() {
             return Ok(());
@@ -190,15 +190,16 @@ impl Drop for BlockLock {
         if !self.is_given_back && self.is_held() {
             let more = json!({"lock": self.fence.to_string()});
             let message = self.block.shared().message("memory_unlock", &more);
-            self.block.app().core().tell(message);
+            self.block.app().core().send_oneway(message);
         }
     }
 }
 
-/// A lock that was asked for. If nobody wants it any more, its grant may be on its way all the same: then it is given back.
-struct Asked(Option<(Block, Calling<Reply>)>);
+/// A lock that was asked for. If nobody wants it any more, its grant may be on its way all the
+/// same: then it is given back.
+struct LockRequest(Option<(Block, Calling<Reply>)>);
 
-impl Asked {
+impl LockRequest {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Reply, Error>> {
         let (_, calling) = self.0.as_mut().expect("not polled after it ended");
         let reply = std::task::ready!(calling.poll_reply(cx));
@@ -207,7 +208,7 @@ impl Asked {
     }
 }
 
-impl Drop for Asked {
+impl Drop for LockRequest {
     fn drop(&mut self) {
         let Some((block, calling)) = self.0.take() else {
             return;
@@ -218,7 +219,7 @@ impl Drop for Asked {
     }
 }
 
-/// A lock that nobody wants any more, until the server has said what became of it: its own waker takes the answer.
+/// An abandoned lock request, until the server has answered: its own waker takes the answer.
 struct Unwanted(Mutex<Option<(Block, Calling<Reply>)>>);
 
 impl Wake for Unwanted {

@@ -72,9 +72,9 @@ pub(crate) struct Current {
     pub(crate) epoch: u32,
 }
 
-/// What a reader or writer goes on with, whatever becomes of the handle meanwhile.
+/// What a reader or writer keeps using, whatever happens to the handle meanwhile.
 #[derive(Debug, Clone)]
-pub(super) struct Held {
+pub(super) struct LockState {
     pub(super) described: Arc<Described>,
     pub(super) attachment: Option<Arc<Attachment>>,
     pub(super) epoch: u32,
@@ -97,7 +97,8 @@ impl Current {
     ) -> Result<Current, Error> {
         let described = Described::of(value).ok_or_else(super::unreadable)?;
         let memory = match (&descriptor, described.kind) {
-            // Where this process may open no more, the block is like any other, but for a server that comes back.
+            // Where this process may open no more, the block is like any other, but for a server
+            // that comes back.
             (Some(descriptor), Kind::Shared) => descriptor.try_clone().ok().map(Arc::new),
             _ => None,
         };
@@ -146,8 +147,8 @@ impl Current {
         })
     }
 
-    pub(super) fn held(&self) -> Held {
-        Held {
+    pub(super) fn held(&self) -> LockState {
+        LockState {
             described: self.described.clone(),
             attachment: self.attachment.clone(),
             epoch: self.epoch,
@@ -157,29 +158,30 @@ impl Current {
 
 /// What all handles of one attached block share.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct BlockState {
     pub(super) id: String,
     pub(super) pool: String,
     pub(super) current: Mutex<Current>,
-    /// The newest version that the server told of.
+    /// The newest version that the server announced.
     pub(super) newest: AtomicU64,
-    /// Whether the server has this app attached by its own wish, and not for a call.
+    /// Whether this app attached explicitly, and not for a call.
     pub(super) is_attached: AtomicBool,
-    /// It moved, or may have: to be attached anew before the next use.
+    /// It moved, or may have: to be attached again before the next use.
     pub(super) must_attach: AtomicBool,
     /// It was removed, or its server is another one now.
     pub(super) is_gone: AtomicBool,
-    /// How many want to be told of changes.
+    /// How many subscribers there are.
     pub(super) subscribers: AtomicU64,
     /// Who waits for a change.
     pub(super) wakers: Mutex<Vec<Waker>>,
     /// Fences of locks that ended against this app's will.
     pub(super) lost_locks: Mutex<Vec<u64>>,
-    /// What went wrong where nobody could be told.
+    /// An error that could not be returned.
     pub(super) fault: Mutex<Option<Error>>,
 }
 
-/// Whether there is a later connection than `epoch`, and it passes descriptors: what came over `epoch` can be offered.
+/// Whether there is a later connection than `epoch`, and it passes descriptors: what came over
+/// `epoch` can be offered.
 fn passes_descriptors_since(app: &App, epoch: u32) -> bool {
     let link = app.core().outbox.link();
     link.is_some_and(|link| link.epoch != epoch && link.takes_descriptors)
@@ -191,9 +193,9 @@ const WAITS_MAX: usize = 256;
 /// Lost locks that are remembered; older ones belong to guards that are long gone.
 const LOST_LOCKS_MAX: usize = 64;
 
-impl Shared {
-    pub(super) fn new(current: Current, is_attached: bool) -> Shared {
-        Shared {
+impl BlockState {
+    pub(super) fn new(current: Current, is_attached: bool) -> BlockState {
+        BlockState {
             is_attached: AtomicBool::new(is_attached),
             id: current.described.id.clone(),
             pool: current.described.pool.clone(),
@@ -221,18 +223,22 @@ impl Shared {
         self.newest.store(0, Ordering::Release);
     }
 
-    /// Wakes whoever waits for a change.
+    /// Wakes everyone who waits for a change.
     pub(super) fn wake_waiting(&self) {
         let wakers = std::mem::take(&mut *lock(&self.wakers));
         wakers.into_iter().for_each(Waker::wake);
     }
 
-    fn is_same(&self, other: &Shared) -> bool {
+    fn is_same(&self, other: &BlockState) -> bool {
         self.id == other.id && self.pool == other.pool
     }
 
-    /// Attaches anew.
-    pub(super) async fn attach(self: &Arc<Self>, app: &App, access: Access) -> Result<Held, Error> {
+    /// Attaches again.
+    pub(super) async fn attach(
+        self: &Arc<Self>,
+        app: &App,
+        access: Access,
+    ) -> Result<LockState, Error> {
         // Before the request: what moves behind it is seen next time.
         self.must_attach.store(false, Ordering::Release);
         // Before the answer: another attach of this handle may put the block's return in its place.
@@ -245,7 +251,7 @@ impl Shared {
             && let Some(memory) = memory
             && passes_descriptors_since(app, epoch)
         {
-            // Whatever comes of it: somebody else may have been faster.
+            // Whatever the result: another client may have been faster.
             self.offer(app, memory).await;
             attached = self.ask_attach(app, access).await;
         }
@@ -286,16 +292,16 @@ impl Shared {
             .and_then(Current::of_reply)
     }
 
-    /// Gives the server its memory back, where it is one that was started anew and awaits it.
+    /// Offers the server its memory, if the server restarted and expects it.
     async fn offer(&self, app: &App, memory: Arc<OwnedFd>) {
         let mut message = self.message("memory_reoffer", &json!({}));
         message.carry(memory);
-        // Refused where it is not awaited: then the attach that follows says what there is.
+        // Refused if it is not expected: then the attach that follows returns the current block.
         let _ = Calling::of_message(app, message, Ok).await;
     }
 
-    /// Asks again to be told of changes, where anybody wants to be: what was said first over a new connection may have come
-    /// before somebody gave the block back.
+    /// Subscribes again if there are subscribers: the first request of a new connection may have
+    /// come before a client offered the block.
     async fn subscribe_again(&self, app: &App) {
         if self.subscribers.load(Ordering::Acquire) == 0 {
             return;
@@ -338,13 +344,13 @@ impl Shared {
 
 #[derive(Debug)]
 struct Known {
-    shared: Weak<Shared>,
+    shared: Weak<BlockState>,
     access: Access,
     is_lent: bool,
 }
 
-/// The blocks that an app takes part in. The server knows one attachment and one subscription for all handles of a block, so
-/// the last one that goes gives them up.
+/// The blocks that an app takes part in. The server knows one attachment and one subscription for
+/// all handles of a block, so the last one that goes gives them up.
 #[derive(Debug, Default)]
 pub(crate) struct Blocks {
     state: Mutex<State>,
@@ -355,19 +361,20 @@ pub(crate) struct Blocks {
 #[derive(Debug, Default)]
 struct State {
     known: Vec<Known>,
-    /// Names of blocks that are being attached: what is given up of them now would be given up under the newcomer.
+    /// Names of blocks that are being attached: what is given up of them now would be given up
+    /// under the newcomer.
     opening: Vec<String>,
     /// What was not given up for that reason.
     owed: Vec<(String, String)>,
 }
 
 impl State {
-    fn live(&self) -> impl Iterator<Item = (Arc<Shared>, Access)> {
+    fn live(&self) -> impl Iterator<Item = (Arc<BlockState>, Access)> {
         let own = self.known.iter().filter(|k| !k.is_lent);
         own.filter_map(|k| Some((k.shared.upgrade()?, k.access)))
     }
 
-    /// Whether a handle stands for the block that the server attached.
+    /// Whether a handle refers to the block that the server attached.
     fn has(&self, pool: &str, id: &str) -> bool {
         self.live().any(|(s, _)| s.id == id && s.pool == pool)
     }
@@ -379,7 +386,8 @@ pub(super) struct Opening<'a> {
     core: &'a Core,
     pool: Option<&'a str>,
     id: &'a str,
-    /// Whether the server has answered: what is dropped before may be attached with nobody to detach it.
+    /// Whether the server has answered: what is dropped before may be attached with nobody to
+    /// detach it.
     pub(super) is_answered: bool,
 }
 
@@ -401,7 +409,7 @@ impl Drop for Opening<'_> {
             .filter(|(pool, id)| !state.has(pool, id))
             .map(|(pool, _)| Some(pool.as_str()))
             .collect();
-        let is_used = |(s, _): (Arc<Shared>, Access)| {
+        let is_used = |(s, _): (Arc<BlockState>, Access)| {
             s.id == self.id && self.pool.is_none_or(|pool| s.pool == pool)
         };
         if !self.is_answered && !given_up.contains(&self.pool) && !state.live().any(is_used) {
@@ -421,9 +429,9 @@ impl Drop for Opening<'_> {
 
 /// One of the threads that wait for futures.
 #[derive(Debug)]
-pub(super) struct Waiting(Arc<Core>);
+pub(super) struct AttachWaiter(Arc<Core>);
 
-impl Drop for Waiting {
+impl Drop for AttachWaiter {
     fn drop(&mut self) {
         self.0.blocks.waiting.fetch_sub(1, Ordering::AcqRel);
     }
@@ -446,7 +454,7 @@ impl Blocks {
         }
     }
 
-    pub(super) fn add(&self, shared: &Arc<Shared>, access: Access, is_lent: bool) {
+    pub(super) fn add(&self, shared: &Arc<BlockState>, access: Access, is_lent: bool) {
         lock(&self.state).known.push(Known {
             shared: Arc::downgrade(shared),
             access,
@@ -454,8 +462,9 @@ impl Blocks {
         });
     }
 
-    /// Forgets a handle's block, and gives the attachment up where no other handle needs it and `is_attached`.
-    pub(super) fn forget(&self, core: &Core, gone: &Arc<Shared>, is_attached: bool) {
+    /// Forgets a handle's block, and gives the attachment up where no other handle needs it and
+    /// `is_attached`.
+    pub(super) fn forget(&self, core: &Core, gone: &Arc<BlockState>, is_attached: bool) {
         let mut state = lock(&self.state);
         state
             .known
@@ -473,20 +482,20 @@ impl Blocks {
         core.flush_soon();
     }
 
-    /// Notes that somebody wants to be told of changes, before the server is asked.
-    pub(super) fn begin_subscription(&self, shared: &Shared) {
+    /// Adds a subscriber, before the server is asked.
+    pub(super) fn begin_subscription(&self, shared: &BlockState) {
         let _order = lock(&self.state);
         shared.subscribers.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Notes that somebody does not any more, and gives the subscription up where nobody does.
-    pub(super) fn end_subscription(&self, core: &Core, shared: &Shared) {
+    /// Removes a subscriber, and ends the subscription after the last one.
+    pub(super) fn end_subscription(&self, core: &Core, shared: &BlockState) {
         shared.subscribers.fetch_sub(1, Ordering::AcqRel);
         self.settle_subscription(core, shared);
     }
 
-    /// Gives the subscription up where nobody wants it.
-    fn settle_subscription(&self, core: &Core, shared: &Shared) {
+    /// Ends an unused subscription.
+    fn settle_subscription(&self, core: &Core, shared: &BlockState) {
         let state = lock(&self.state);
         let is_wanted = |other: &Known| {
             let other = other.shared.upgrade();
@@ -502,8 +511,8 @@ impl Blocks {
     }
 
     /// Room for one more thread that waits for a future.
-    pub(super) fn begin_wait(core: &Arc<Core>) -> Result<Waiting, Error> {
-        let guard = Waiting(core.clone());
+    pub(super) fn begin_wait(core: &Arc<Core>) -> Result<AttachWaiter, Error> {
+        let guard = AttachWaiter(core.clone());
         if core.blocks.waiting.fetch_add(1, Ordering::AcqRel) < WAITS_MAX {
             return Ok(guard);
         }
@@ -515,7 +524,8 @@ impl Blocks {
         ))
     }
 
-    /// What is said first over a new connection, so that the server knows who takes part in what again.
+    /// What is said first over a new connection, so that the server knows who takes part in what
+    /// again.
     pub(crate) fn reattach(&self) -> Vec<Message> {
         let mut messages = Vec::new();
         let live: Vec<_> = lock(&self.state).live().collect();
@@ -530,8 +540,8 @@ impl Blocks {
         messages
     }
 
-    /// Attaches every block over a new connection, so that mappings, versions and what is gone are known before anybody asks.
-    /// Waits for the server.
+    /// Attaches every block over a new connection, so that mappings, versions and what is gone are
+    /// known before anybody asks. Waits for the server.
     pub(crate) fn restore(&self, core: &Arc<Core>) {
         let live: Vec<_> = lock(&self.state).live().collect();
         if live.is_empty() || core.is_ended() {
@@ -544,7 +554,7 @@ impl Blocks {
             if let Some(Err(error)) = attached
                 && error.kind() == Code::Disconnected
             {
-                // Lost again: whoever reconnects then goes on.
+                // Lost again: the next reconnect continues.
                 return;
             }
         }
@@ -552,7 +562,7 @@ impl Blocks {
 
     /// Takes an event about a block.
     pub(crate) fn event(&self, event: &str, pool: &str, text: &str, wake: &mut Vec<Waker>) {
-        let known: Vec<Arc<Shared>> = lock(&self.state)
+        let known: Vec<Arc<BlockState>> = lock(&self.state)
             .known
             .iter()
             .filter_map(|k| k.shared.upgrade())

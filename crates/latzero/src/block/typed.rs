@@ -93,8 +93,8 @@ impl<T: Element> TypedBlock<T> {
         Ok(T::from_le(&bytes))
     }
 
-    /// Writes numbers from `index` on, in row order, as one version under the block's lock, which is waited for `wait` at
-    /// most; the version.
+    /// Writes numbers from `index` on, in row order, as one version under the block's lock, which
+    /// is waited for `wait` at most; the version.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::write`].

@@ -12,8 +12,9 @@ use crate::sync::lock;
 
 /// A version under way, under the block's lock. Nobody sees it before it is committed.
 ///
-/// Where the block is mapped, bytes are written in place, into the slot that readers do not look at. Where it is not, they wait
-/// here and travel with the commit, as one version if they fit into one request.
+/// Where the block is mapped, bytes are written in place, into the slot that readers do not look
+/// at. Where it is not, they wait here and travel with the commit, as one version if they fit into
+/// one request.
 #[derive(Debug)]
 pub struct Draft {
     lock: Option<BlockLock>,
@@ -73,7 +74,8 @@ impl Draft {
         }
     }
 
-    /// Reads bytes of it from `offset` on: what was written, and else what the version before it has.
+    /// Reads bytes of it from `offset` on: what was written, and else what the version before it
+    /// has.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::read`].
@@ -109,7 +111,7 @@ impl Draft {
     /// Lets everybody see it, and gives the lock back; the version.
     ///
     /// # Errors
-    /// `lock_lost` where the lock was lost meanwhile: nobody sees it then.
+    /// `lock_lost` if the lock was lost meanwhile: nobody sees it then.
     pub async fn commit(mut self) -> Result<u64, Error> {
         let held = self.lock.take().expect("it is taken by the end alone");
         held.check()?;
@@ -131,19 +133,20 @@ impl Draft {
                 version
             }
         };
-        // Everybody sees the version by now, whatever becomes of the lock.
+        // The version is already published, whatever happens to the lock.
         let _ = held.unlock().await;
         Ok(version)
     }
 
-    /// Lets go of it: nobody ever sees it.
+    /// Discards it: nobody ever sees it.
     pub fn abandon(mut self) {
         self.bytes = Bytes::Waiting(Vec::new());
         self.lock = None;
     }
 }
 
-/// What is to be written as one range, so that it is one version: what stands between the pieces is read first.
+/// What is to be written as one range, so that it is one version: what stands between the pieces is
+/// read first.
 async fn one_range(
     block: &Block,
     waiting: &[(u64, Vec<u8>)],
@@ -194,7 +197,8 @@ impl Drop for Draft {
             Bytes::Waiting(waiting) if !waiting.is_empty() => Err(Error::new(
                 Code::Cancelled,
                 format!(
-                    "a draft of block '{}' was dropped without `commit`, and is not mapped: nobody saw what was written",
+                    "a draft of block '{}' was dropped without `commit`, and is not mapped: \
+                    nobody saw what was written",
                     block.id()
                 ),
             )),
@@ -228,16 +232,17 @@ impl BlockWriter {
         &self.lock
     }
 
-    /// Whether the server is told of each version (default), for those who subscribed and those who can't map the block. Who
-    /// waits for a mapped block is woken in any case.
+    /// Whether each version is announced to the server (default), for subscribers and for clients
+    /// that can't map the block. Clients that wait on a mapping are always woken.
     pub fn tell_server(&mut self, tells: bool) {
         self.tells_server = tells;
     }
 
-    /// Begins a version, which [`Writing::publish`] of the mapped block or [`BlockWriter::publish`] lets everybody see.
+    /// Begins a version, which [`Writing::publish`] of the mapped block or [`BlockWriter::publish`]
+    /// lets everybody see.
     ///
     /// # Errors
-    /// `lock_lost`; `storage` where the block is not mapped: use [`BlockWriter::write`] then.
+    /// `lock_lost`; `storage` if the block is not mapped: use [`BlockWriter::write`] then.
     pub fn begin(&self) -> Result<Writing, Error> {
         let block = self.lock.block();
         self.lock.check()?;
@@ -305,10 +310,10 @@ fn begin(block: &Block, attachment: &Arc<Attachment>, fence: u64) -> Result<Writ
         .map_err(|e| write_error(block.id(), e))
 }
 
-/// Tells the server of a version that was written through the mapping.
+/// Announces a version that was written through the mapping.
 fn notify(block: &Block, version: u64) {
     let shared = block.shared();
     shared.heard(version);
     let message = shared.message("memory_notify", &json!({"version": version}));
-    block.app().core().tell(message);
+    block.app().core().send_oneway(message);
 }

@@ -25,10 +25,11 @@ impl App {
         BlockName(self.0.clone(), self.0.block(id))
     }
 
-    /// The memory blocks of a pool (the app's only one, where none is named), as the server describes them.
+    /// The memory blocks of a pool (the app's only one, where none is named), as the server
+    /// describes them.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// If the server refuses.
     pub fn blocks(&self, pool: Option<&str>) -> Result<Vec<Value>, Error> {
         run(&self.0, self.0.blocks(pool))
     }
@@ -97,9 +98,9 @@ impl CreateBlock {
         readable_by(apps: &[&str]);
         /// Writable by these apps alone, and by this one.
         writable_by(apps: &[&str]);
-        /// Gone when nobody is attached to it any more.
+        /// Removed when its last attachment ends.
         while_attached();
-        /// The one that is there, where there is one that is as large and has the layout.
+        /// The existing one, if its size and layout match.
         or_attach();
     }
 
@@ -155,7 +156,7 @@ impl Block {
     /// All of its newest version, with the version.
     ///
     /// # Errors
-    /// `contended` where writers were too busy; what the server says where the block is not mapped.
+    /// `contended` if writers were too busy; what the server says if the block is not mapped.
     pub fn read(&self) -> Result<(Vec<u8>, u64), Error> {
         self.run(self.0.read())
     }
@@ -176,13 +177,14 @@ impl Block {
         self.run(self.0.view(f))
     }
 
-    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for on this thread, without the server.
+    /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for on this
+    /// thread, without the server.
     ///
     /// # Errors
-    /// `timeout`; `no_block` where it was removed.
+    /// `timeout`; `no_block` if it was removed.
     pub fn wait_for(&self, beyond: u64, timeout: Duration) -> Result<u64, Error> {
         let deadline = deadline(timeout);
-        while self.run(self.0.go_on())? {
+        while self.run(self.0.ensure_attached())? {
             loop {
                 match self.0.wait_slice(beyond, deadline)? {
                     Slice::Newer(version) => return Ok(version),
@@ -271,7 +273,7 @@ impl Block {
         self.run(self.0.lock_for(mode, wait, lease)).map(BlockLock)
     }
 
-    /// Gives the block another size: a new generation, which everybody goes on with.
+    /// Gives the block another size: a new generation, which everybody continues with.
     ///
     /// # Errors
     /// `forbidden`, `locked`, `quota`, `too_large`, `storage`.
@@ -279,10 +281,10 @@ impl Block {
         self.run(self.0.resize(size))
     }
 
-    /// Has a persistent block reach the disk; the version that is there then.
+    /// Flushes a persistent block to disk; returns the version on disk.
     ///
     /// # Errors
-    /// `bad_message` where the block is memory; `storage`.
+    /// `bad_message` if the block is memory; `storage`.
     pub fn flush(&self) -> Result<u64, Error> {
         self.run(self.0.flush())
     }
@@ -306,7 +308,7 @@ impl Block {
     /// The block's bytes as numbers of type `T`.
     ///
     /// # Errors
-    /// `layout_mismatch` where its layout has another element type.
+    /// `layout_mismatch` if its layout has another element type.
     pub fn typed<T: Element>(&self) -> Result<TypedBlock<T>, Error> {
         self.0.typed().map(TypedBlock)
     }
@@ -317,7 +319,8 @@ impl Block {
 pub struct Changes(crate::Changes);
 
 impl Changes {
-    /// The next version, waited for `timeout` at most; `None` after the block was removed or the app closed.
+    /// The next version, waited for `timeout` at most; `None` after the block was removed or the
+    /// app closed.
     ///
     /// # Errors
     /// `timeout`.
@@ -356,7 +359,8 @@ impl Draft {
         self.1.write(offset, bytes)
     }
 
-    /// Reads bytes of it from `offset` on: what was written, and else what the version before it has.
+    /// Reads bytes of it from `offset` on: what was written, and else what the version before it
+    /// has.
     ///
     /// # Errors
     /// `out_of_range`, and as [`Block::read`].
@@ -367,12 +371,12 @@ impl Draft {
     /// Lets everybody see it, and gives the lock back; the version.
     ///
     /// # Errors
-    /// `lock_lost` where the lock was lost meanwhile: nobody sees it then.
+    /// `lock_lost` if the lock was lost meanwhile: nobody sees it then.
     pub fn commit(self) -> Result<u64, Error> {
         run(&self.0, self.1.commit())
     }
 
-    /// Lets go of it: nobody ever sees it.
+    /// Discards it: nobody ever sees it.
     pub fn abandon(self) {
         self.1.abandon();
     }
@@ -417,7 +421,8 @@ impl BlockWriter {
     }
 }
 
-/// A block's lock, given back when this goes; see [`crate::BlockLock`], whose other methods it has too.
+/// A block's lock, given back when this goes; see [`crate::BlockLock`], whose other methods it has
+/// too.
 #[derive(Debug)]
 pub struct BlockLock(crate::BlockLock);
 
@@ -430,7 +435,7 @@ impl std::ops::Deref for BlockLock {
 }
 
 impl BlockLock {
-    /// Begins its lease anew; without one it is held as long as the connection.
+    /// Renews its lease; without one it is held as long as the connection.
     ///
     /// # Errors
     /// `lock_lost`.
@@ -441,7 +446,7 @@ impl BlockLock {
     /// Gives it back, and waits until the server has it.
     ///
     /// # Errors
-    /// `lock_lost` where it was lost before.
+    /// `lock_lost` if it was lost before.
     pub fn unlock(self) -> Result<(), Error> {
         let app = self.0.block().app().clone();
         run(&app, self.0.unlock())

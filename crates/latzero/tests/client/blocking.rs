@@ -216,12 +216,12 @@ fn streams_respect_the_window() {
 fn a_dropped_stream_cancels_its_handler() {
     both(|fake| {
         let server = app(fake, "server");
-        let (tell, told) = mpsc::channel();
+        let (tx, rx) = mpsc::channel();
         server
             .serve("forever", move |req| -> Result<(), HandlerError> {
                 loop {
                     if let Err(error) = req.partial(&1) {
-                        tell.send(error.code().to_owned()).unwrap();
+                        tx.send(error.code().to_owned()).unwrap();
                         return Err(error.into());
                     }
                 }
@@ -232,7 +232,7 @@ fn a_dropped_stream_cancels_its_handler() {
         assert_eq!(stream.next().unwrap().unwrap(), 1);
         drop(stream);
         assert_eq!(
-            told.recv_timeout(Duration::from_secs(10)).unwrap(),
+            rx.recv_timeout(Duration::from_secs(10)).unwrap(),
             "cancelled"
         );
     });

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::fake::{Fake, Over, Peer, Socket, ack, frame};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn custodian(size: u64, generation: u64) -> Custodian {
     let description = Description {
@@ -36,7 +36,7 @@ fn custodian(size: u64, generation: u64) -> Custodian {
 }
 
 /// A server that keeps block `b` of pool `alpha`.
-struct Keeper {
+struct BlockServer {
     custodian: Mutex<Arc<Custodian>>,
     /// Whether descriptors travel.
     is_mapped: bool,
@@ -45,19 +45,19 @@ struct Keeper {
 }
 
 /// What a test answers itself; true where it did.
-type Special = dyn Fn(&Keeper, &mut Peer, &Value) -> bool + Send + Sync;
+type Special = dyn Fn(&BlockServer, &mut Peer, &Value) -> bool + Send + Sync;
 
-impl Keeper {
-    fn start(is_mapped: bool, size: u64, special: Box<Special>) -> (Fake, Arc<Keeper>) {
-        let keeper = Arc::new(Keeper {
+impl BlockServer {
+    fn start(is_mapped: bool, size: u64, special: Box<Special>) -> (Fake, Arc<BlockServer>) {
+        let server = Arc::new(BlockServer {
             custodian: Mutex::new(Arc::new(custodian(size, 1))),
             is_mapped,
             heard: Mutex::default(),
             peer: Mutex::default(),
         });
-        let served = keeper.clone();
+        let served = server.clone();
         let fake = Fake::scripted(Over::Unix, move |_, peer| served.serve(peer, &*special));
-        (fake, keeper)
+        (fake, server)
     }
 
     fn serve(&self, mut peer: Peer, special: &Special) {
@@ -142,7 +142,7 @@ impl Keeper {
         }
     }
 
-    fn tell(&self, event: &Value) {
+    fn send_event(&self, event: &Value) {
         let peer = self.peer.lock().unwrap().as_ref().unwrap().clone();
         let mut push =
             json!({"action": "event", "pool": "alpha", "block_id": "b", "generation": 1});
@@ -159,7 +159,7 @@ impl Keeper {
 
     /// Waits until it has heard that many messages of an action.
     fn wait_heard(&self, action: &str, count: usize) {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while self.count(action) < count {
             assert!(
                 Instant::now() < end,
@@ -181,7 +181,7 @@ fn response(to: &Value, response: Value) -> Value {
 
 fn refusal(to: &Value, code: &str) -> Value {
     json!({"action": "response", "in_reply_to": to["id"], "status": "error",
-        "error": {"code": code, "message": "the keeper says so", "ran": "no"}})
+        "error": {"code": code, "message": "the server says so", "ran": "no"}})
 }
 
 fn send(peer: &Peer, message: &Value, fds: &[BorrowedFd<'_>]) {
@@ -214,18 +214,18 @@ fn connect(fake: &Fake) -> App {
     App::connect_with(latzero::App::builder(&fake.url("me")).reconnect(reconnect)).unwrap()
 }
 
-/// Attaches `b` where the keeper answers the first attempt with `fds` and says that `announced`
+/// Attaches `b` where the server answers the first attempt with `fds` and says that `announced`
 /// come.
 fn attach_with(
     announced: Option<u64>,
     fds: impl Fn() -> Vec<OwnedFd> + Send + Sync + 'static,
 ) -> (Code, String) {
     let is_first = AtomicBool::new(true);
-    let special = move |keeper: &Keeper, peer: &mut Peer, message: &Value| {
+    let special = move |server: &BlockServer, peer: &mut Peer, message: &Value| {
         if message["action"] != "memory_attach" || !is_first.swap(false, Ordering::SeqCst) {
             return false;
         }
-        let mut reply = response(message, keeper.describe("read"));
+        let mut reply = response(message, server.describe("read"));
         if let Some(announced) = announced {
             reply["descriptors"] = json!(announced);
         }
@@ -234,12 +234,12 @@ fn attach_with(
         send(peer, &reply, &fds);
         true
     };
-    let (fake, keeper) = Keeper::start(true, 100, Box::new(special));
+    let (fake, server) = BlockServer::start(true, 100, Box::new(special));
     let app = connect(&fake);
     let error = app.block("b").attach().unwrap_err();
     // Whatever was wrong, the next attempt is a fresh one.
     assert_eq!(app.block("b").attach().unwrap().read().unwrap().0, [0; 100]);
-    drop((app, keeper));
+    drop((app, server));
     (error.kind(), error.message().to_owned())
 }
 
@@ -328,7 +328,7 @@ fn descriptors_that_are_refused_are_closed() {
             sent.lock().unwrap().drain(..).map(Into::into).collect()
         });
         for mut kept in kept {
-            kept.set_read_timeout(Some(PATIENCE)).unwrap();
+            kept.set_read_timeout(Some(TIMEOUT)).unwrap();
             assert_eq!(kept.read(&mut [0]).unwrap(), 0, "{announced:?}");
         }
     }
@@ -336,7 +336,7 @@ fn descriptors_that_are_refused_are_closed() {
 
 #[test]
 fn a_call_right_behind_the_acknowledgement_brings_its_block() {
-    let special = |keeper: &Keeper, peer: &mut Peer, message: &Value| {
+    let special = |server: &BlockServer, peer: &mut Peer, message: &Value| {
         if message["action"] != "handshake" || message["triggers"] == json!([]) {
             return false;
         }
@@ -345,27 +345,27 @@ fn a_call_right_behind_the_acknowledgement_brings_its_block() {
         let mut hello = ack(message, 1, &json!({}));
         hello["features"] = json!(["attachments", "fd_passing"]);
         peer.send(&hello);
-        keeper.block().write(0, b"early", None).unwrap();
+        server.block().write(0, b"early", None).unwrap();
         let call = json!({
             "action": "trigger", "id": "c1", "process": "t", "pool": "alpha",
             "origin": {"app_id": "x", "instance": "1"},
-            "blocks": [keeper.describe("read")], "descriptors": 1, "data": null,
+            "blocks": [server.describe("read")], "descriptors": 1, "data": null,
         });
         send(
             peer,
             &call,
-            &[keeper
+            &[server
                 .block()
                 .lend(latzero_shm::Access::Read)
                 .unwrap()
                 .as_fd()],
         );
         while let Some((message, _)) = peer.read() {
-            keeper.heard.lock().unwrap().push(message);
+            server.heard.lock().unwrap().push(message);
         }
         true
     };
-    let (fake, keeper) = Keeper::start(true, 5, Box::new(special));
+    let (fake, server) = BlockServer::start(true, 5, Box::new(special));
     let app = connect(&fake);
     app.serve("t", |request| {
         assert_eq!(request.block_ids(), ["b"]);
@@ -376,8 +376,8 @@ fn a_call_right_behind_the_acknowledgement_brings_its_block() {
     })
     .unwrap();
     fake.cut();
-    keeper.wait_heard("response", 1);
-    let heard = keeper.heard.lock().unwrap();
+    server.wait_heard("response", 1);
+    let heard = server.heard.lock().unwrap();
     let answer = heard.iter().find(|m| m["action"] == "response").unwrap();
     assert_eq!(answer["response"], "early", "{answer}");
     // It was lent: there is nothing to detach.
@@ -386,23 +386,23 @@ fn a_call_right_behind_the_acknowledgement_brings_its_block() {
 
 #[test]
 fn the_last_handle_of_a_block_detaches_it() {
-    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     let writer = app.block("b").create(10).send().unwrap();
     let reader = app.block("b").attach().unwrap();
     let clone = reader.clone();
     drop((writer, clone));
     app.ping().unwrap();
-    assert_eq!(keeper.count("memory_detach"), 0);
+    assert_eq!(server.count("memory_detach"), 0);
     drop(reader);
-    keeper.wait_heard("memory_detach", 1);
+    server.wait_heard("memory_detach", 1);
     app.ping().unwrap();
-    assert_eq!(keeper.count("memory_detach"), 1);
+    assert_eq!(server.count("memory_detach"), 1);
 }
 
 #[test]
 fn handles_of_a_block_share_one_subscription() {
-    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     let (one, two) = (
         app.block("b").attach().unwrap(),
@@ -411,21 +411,21 @@ fn handles_of_a_block_share_one_subscription() {
     let (first, mut second) = (one.changes().unwrap(), two.changes().unwrap());
     drop(first);
     app.ping().unwrap();
-    assert_eq!(keeper.count("memory_unsubscribe"), 0);
+    assert_eq!(server.count("memory_unsubscribe"), 0);
     for version in [3, 4, 9] {
-        keeper.tell(&json!({"event": "block_changed", "version": version}));
+        server.send_event(&json!({"event": "block_changed", "version": version}));
     }
-    while second.recv_timeout(PATIENCE).unwrap() != Some(9) {}
+    while second.recv_timeout(TIMEOUT).unwrap() != Some(9) {}
     drop(second);
-    keeper.wait_heard("memory_unsubscribe", 1);
+    server.wait_heard("memory_unsubscribe", 1);
     let mut third = one.changes().unwrap();
-    keeper.tell(&json!({"event": "block_removed"}));
-    while third.recv_timeout(PATIENCE).unwrap().is_some() {}
+    server.send_event(&json!({"event": "block_removed"}));
+    while third.recv_timeout(TIMEOUT).unwrap().is_some() {}
 }
 
 #[test]
 fn readers_alone_are_named_without_letting_everybody_write() {
-    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     app.block("b")
         .create(10)
@@ -443,7 +443,7 @@ fn readers_alone_are_named_without_letting_everybody_write() {
         .writable_by(&["y"])
         .send()
         .unwrap();
-    let heard = keeper.heard.lock().unwrap();
+    let heard = server.heard.lock().unwrap();
     let asked: Vec<_> = heard
         .iter()
         .filter(|m| m["action"] == "memory_create")
@@ -461,14 +461,14 @@ fn a_block_that_never_holds_still_is_contended() {
     // Large enough for two reads, of which the second never has the first one's version; or never
     // the size that was told.
     for code in ["version_conflict", "out_of_range"] {
-        let special = move |_: &Keeper, peer: &mut Peer, message: &Value| {
+        let special = move |_: &BlockServer, peer: &mut Peer, message: &Value| {
             let is_it = message["action"] == "memory_read" && message["offset"] != 0;
             if is_it {
                 peer.send(&refusal(message, code));
             }
             is_it
         };
-        let (fake, _keeper) = Keeper::start(false, 100_000, Box::new(special));
+        let (fake, _keeper) = BlockServer::start(false, 100_000, Box::new(special));
         let app = connect(&fake);
         let block = app.block("b").attach().unwrap();
         assert!(!block.is_mapped());
@@ -478,21 +478,21 @@ fn a_block_that_never_holds_still_is_contended() {
 
 #[test]
 fn a_draft_that_a_panic_drops_nobody_sees() {
-    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     let block = app.block("b").create(10).send().unwrap();
     let panicked = std::thread::scope(|scope| {
         let handle = scope.spawn(|| {
-            let mut draft = block.write(PATIENCE).unwrap();
+            let mut draft = block.write(TIMEOUT).unwrap();
             draft.write(0, b"half").unwrap();
             panic!("on purpose");
         });
         handle.join()
     });
     assert!(panicked.is_err());
-    keeper.wait_heard("memory_unlock", 1);
-    assert_eq!((block.version(), keeper.block().version().unwrap()), (0, 0));
-    let mut draft = block.write(PATIENCE).unwrap();
+    server.wait_heard("memory_unlock", 1);
+    assert_eq!((block.version(), server.block().version().unwrap()), (0, 0));
+    let mut draft = block.write(TIMEOUT).unwrap();
     draft.write(0, b"whole").unwrap();
     assert_eq!(draft.commit().unwrap(), 1);
     assert_eq!(block.read().unwrap().0, b"whole\0\0\0\0\0");
@@ -500,7 +500,7 @@ fn a_draft_that_a_panic_drops_nobody_sees() {
 
 #[test]
 fn times_beyond_counting_are_as_good_as_for_ever() {
-    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     let block = app.block("b").create(10).send().unwrap();
     let held = block
@@ -510,22 +510,22 @@ fn times_beyond_counting_are_as_good_as_for_ever() {
     drop(held);
     std::thread::scope(|scope| {
         let waiter = scope.spawn(|| block.wait_for(0, Duration::MAX).unwrap());
-        keeper.block().write(0, b"x", None).unwrap();
+        server.block().write(0, b"x", None).unwrap();
         assert_eq!(waiter.join().unwrap(), 1);
     });
 }
 
 #[test]
 fn a_wait_goes_on_with_the_block_that_took_its_place() {
-    let (fake, keeper) = Keeper::start(true, 10, as_it_is());
+    let (fake, server) = BlockServer::start(true, 10, as_it_is());
     let app = connect(&fake);
     let block = app.block("b").attach().unwrap();
-    let old = keeper.block();
+    let old = server.block();
     std::thread::scope(|scope| {
-        let waiter = scope.spawn(|| block.wait_for(0, PATIENCE).unwrap());
+        let waiter = scope.spawn(|| block.wait_for(0, TIMEOUT).unwrap());
         // By the word in the header alone: no event is needed.
         let new = Arc::new(custodian(20, 2));
-        *keeper.custodian.lock().unwrap() = new.clone();
+        *server.custodian.lock().unwrap() = new.clone();
         old.set_state(State::Superseded).unwrap();
         new.write(15, b"x", None).unwrap();
         assert_eq!(waiter.join().unwrap(), 1);
@@ -540,11 +540,11 @@ fn a_wait_goes_on_with_the_block_that_took_its_place() {
 #[test]
 fn a_draft_shows_its_writer_what_it_will_be() {
     for is_mapped in [true, false] {
-        let (fake, _keeper) = Keeper::start(is_mapped, 10, as_it_is());
+        let (fake, _keeper) = BlockServer::start(is_mapped, 10, as_it_is());
         let app = connect(&fake);
         let block = app.block("b").create(10).send().unwrap();
         block.write_at(0, b"0123456789").unwrap();
-        let mut draft = block.write(PATIENCE).unwrap();
+        let mut draft = block.write(TIMEOUT).unwrap();
         draft.write(0, b"ab").unwrap();
         draft.write(7, b"xyz").unwrap();
         draft.write(8, b"Y").unwrap();
@@ -560,15 +560,16 @@ fn a_draft_shows_its_writer_what_it_will_be() {
 
 #[test]
 fn an_attach_that_nobody_waits_for_is_detached() {
-    let special = |_: &Keeper, _: &mut Peer, message: &Value| message["action"] == "memory_attach";
-    let (fake, keeper) = Keeper::start(true, 10, Box::new(special));
+    let special =
+        |_: &BlockServer, _: &mut Peer, message: &Value| message["action"] == "memory_attach";
+    let (fake, server) = BlockServer::start(true, 10, Box::new(special));
     let app = connect(&fake);
     {
         let mut attaching = pin!(app.as_async().block("b").attach());
         assert!(poll(attaching.as_mut()).is_pending());
-        keeper.wait_heard("memory_attach", 1);
+        server.wait_heard("memory_attach", 1);
     }
-    keeper.wait_heard("memory_detach", 1);
+    server.wait_heard("memory_detach", 1);
 }
 
 fn poll<F: Future>(future: Pin<&mut F>) -> Poll<F::Output> {
@@ -580,7 +581,7 @@ fn a_lock_that_is_granted_to_nobody_is_given_back() {
     // The grant crosses the cancellation on its way.
     let asked = Mutex::new(None);
     let special =
-        move |_: &Keeper, peer: &mut Peer, message: &Value| match message["action"].as_str() {
+        move |_: &BlockServer, peer: &mut Peer, message: &Value| match message["action"].as_str() {
             Some("memory_lock") => {
                 *asked.lock().unwrap() = Some(message.clone());
                 true
@@ -593,7 +594,7 @@ fn a_lock_that_is_granted_to_nobody_is_given_back() {
             }
             _ => false,
         };
-    let (fake, keeper) = Keeper::start(true, 10, Box::new(special));
+    let (fake, server) = BlockServer::start(true, 10, Box::new(special));
     let app = connect(&fake);
     let block = app.as_async().block("b");
     let block = app.block("b").attach().map(|_| block).unwrap();
@@ -605,12 +606,12 @@ fn a_lock_that_is_granted_to_nobody_is_given_back() {
         std::thread::yield_now();
     };
     {
-        let mut locking = pin!(block.lock(LockMode::Exclusive, PATIENCE));
+        let mut locking = pin!(block.lock(LockMode::Exclusive, TIMEOUT));
         assert!(poll(locking.as_mut()).is_pending());
-        keeper.wait_heard("memory_lock", 1);
+        server.wait_heard("memory_lock", 1);
     }
-    keeper.wait_heard("memory_unlock", 1);
-    let heard = keeper.heard.lock().unwrap();
+    server.wait_heard("memory_unlock", 1);
+    let heard = server.heard.lock().unwrap();
     let unlock = heard
         .iter()
         .find(|m| m["action"] == "memory_unlock")
@@ -625,7 +626,7 @@ fn futures_wait_for_versions_and_see_changes() {
         .build()
         .unwrap();
     for is_mapped in [true, false] {
-        let (fake, keeper) = Keeper::start(is_mapped, 10, as_it_is());
+        let (fake, server) = BlockServer::start(is_mapped, 10, as_it_is());
         runtime.block_on(async {
             let app = latzero::App::connect(&fake.url("me")).await.unwrap();
             let block = app.block("b").attach_writable().await.unwrap();
@@ -635,20 +636,20 @@ fn futures_wait_for_versions_and_see_changes() {
                 .await
                 .unwrap_err();
             assert_eq!(error.kind(), Code::Timeout);
-            let (theirs, waiting) = (keeper.clone(), block.clone());
-            let waiter = tokio::spawn(async move { waiting.wait_for(0, PATIENCE).await });
+            let (theirs, waiting) = (server.clone(), block.clone());
+            let waiter = tokio::spawn(async move { waiting.wait_for(0, TIMEOUT).await });
             let writer = std::thread::spawn(move || {
                 let version = theirs.block().write(0, b"x", None).unwrap();
                 // Subscribed, or about to ask for the version.
                 if !theirs.is_mapped {
                     theirs.wait_heard("memory_subscribe", 2);
-                    theirs.tell(&json!({"event": "block_changed", "version": version}));
+                    theirs.send_event(&json!({"event": "block_changed", "version": version}));
                 }
             });
             assert_eq!(waiter.await.unwrap().unwrap(), 1);
             writer.join().unwrap();
             let mut changes = block.changes().await.unwrap();
-            keeper.tell(&json!({"event": "block_changed", "version": 5}));
+            server.send_event(&json!({"event": "block_changed", "version": 5}));
             assert_eq!(changes.recv().await, Some(5));
             assert_eq!(block.read().await.unwrap().0[0], b'x');
             drop(changes);
@@ -663,25 +664,25 @@ fn futures_wait_for_versions_and_see_changes() {
 fn a_reconnect_brings_versions_and_removals_that_were_missed() {
     let is_gone = Arc::new(AtomicBool::new(false));
     let gone = is_gone.clone();
-    let special = move |_: &Keeper, peer: &mut Peer, message: &Value| {
+    let special = move |_: &BlockServer, peer: &mut Peer, message: &Value| {
         let is_it = gone.load(Ordering::SeqCst) && message["action"] == "memory_attach";
         if is_it && !message["id"].is_null() {
             peer.send(&refusal(message, "no_block"));
         }
         is_it
     };
-    let (fake, keeper) = Keeper::start(true, 4, Box::new(special));
+    let (fake, server) = BlockServer::start(true, 4, Box::new(special));
     let app = connect(&fake);
     let block = app.block("b").attach().unwrap();
     let mut changes = block.changes().unwrap();
     // Written while nobody could be told.
-    keeper.block().write(0, b"miss", None).unwrap();
+    server.block().write(0, b"miss", None).unwrap();
     fake.cut();
-    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), Some(1));
+    assert_eq!(changes.recv_timeout(TIMEOUT).unwrap(), Some(1));
     assert!(block.is_live());
     is_gone.store(true, Ordering::SeqCst);
     fake.cut();
-    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), None);
+    assert_eq!(changes.recv_timeout(TIMEOUT).unwrap(), None);
     // What was mapped can still be read, and says what it is.
     assert_eq!(block.read().unwrap(), (b"miss".to_vec(), 1));
     assert!(!block.is_live());
@@ -690,7 +691,7 @@ fn a_reconnect_brings_versions_and_removals_that_were_missed() {
         Code::NoBlock
     );
     // Offered once, to the server that did not have it.
-    assert_eq!(keeper.count("memory_reoffer"), 1);
+    assert_eq!(server.count("memory_reoffer"), 1);
 }
 
 /// Reads a message, and how many descriptors came with its first byte.
@@ -720,16 +721,16 @@ fn read_with(stream: &UnixStream) -> Option<(Value, Vec<OwnedFd>)> {
 /// Emits that wait in front of the offer, far more than a socket takes.
 const EMITS: u64 = 500;
 
-/// A keeper whose second life knows nothing of its block until it is offered. It says in `asked`
+/// A server whose second life knows nothing of its block until it is offered. It says in `asked`
 /// that it was asked for the block, and reads on when `go_on` says so.
 fn forgetful(
     asked: mpsc::Sender<()>,
     go_on: mpsc::Receiver<()>,
     features: Value,
-) -> (Fake, Arc<Keeper>) {
+) -> (Fake, Arc<BlockServer>) {
     let lives = AtomicUsize::new(0);
     let gate = Mutex::new((asked, go_on));
-    let special = move |keeper: &Keeper, peer: &mut Peer, message: &Value| {
+    let special = move |server: &BlockServer, peer: &mut Peer, message: &Value| {
         if message["action"] != "handshake" || lives.fetch_add(1, Ordering::SeqCst) == 0 {
             return false;
         }
@@ -741,7 +742,7 @@ fn forgetful(
         };
         let (mut is_there, mut emits) = (false, 0);
         while let Some((message, fds)) = read_with(&stream) {
-            keeper.heard.lock().unwrap().push(message.clone());
+            server.heard.lock().unwrap().push(message.clone());
             let action = message["action"].as_str().unwrap();
             assert_eq!(fds.len(), usize::from(action == "memory_reoffer"));
             match action {
@@ -756,7 +757,7 @@ fn forgetful(
                         let stat = rustix::fs::fstat(fd).unwrap();
                         (stat.st_dev, stat.st_ino)
                     };
-                    let block = keeper.block();
+                    let block = server.block();
                     assert_eq!(id(fds[0].as_fd()), id(block.file().as_fd()));
                     assert_eq!((&message["descriptors"], emits), (&json!(1), EMITS));
                     is_there = true;
@@ -766,12 +767,12 @@ fn forgetful(
                     assert_eq!(message["data"]["n"], emits);
                     emits += 1;
                 }
-                _ => keeper.answer(peer, &message, None),
+                _ => server.answer(peer, &message, None),
             }
         }
         true
     };
-    Keeper::start(true, 100, Box::new(special))
+    BlockServer::start(true, 100, Box::new(special))
 }
 
 fn bulk(n: u64) -> Value {
@@ -782,26 +783,26 @@ fn bulk(n: u64) -> Value {
 fn memory_goes_back_to_a_server_that_was_started_anew() {
     let (asked, was_asked) = mpsc::channel();
     let (go_on, may_go_on) = mpsc::channel();
-    let (fake, keeper) = forgetful(asked, may_go_on, json!(["attachments", "fd_passing"]));
+    let (fake, server) = forgetful(asked, may_go_on, json!(["attachments", "fd_passing"]));
     let app = connect(&fake);
     let block = app.block("b").attach().unwrap();
     let mut changes = block.changes().unwrap();
-    keeper.block().write(0, b"kept", None).unwrap();
+    server.block().write(0, b"kept", None).unwrap();
     fake.cut();
-    was_asked.recv_timeout(PATIENCE).unwrap();
+    was_asked.recv_timeout(TIMEOUT).unwrap();
     for n in 0..EMITS {
         app.emit("news", &bulk(n)).send().unwrap();
     }
     go_on.send(()).unwrap();
-    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), Some(1));
+    assert_eq!(changes.recv_timeout(TIMEOUT).unwrap(), Some(1));
     assert!(block.is_live());
     assert_eq!(&block.read().unwrap().0[..4], b"kept");
     // It is told of changes again, which could not be asked for before the block was there: first,
     // with its handle's first connection, then blindly, then for good.
-    keeper.wait_heard("memory_subscribe", 3);
+    server.wait_heard("memory_subscribe", 3);
     app.emit("news", &bulk(EMITS)).send().unwrap();
-    keeper.wait_heard("emit", EMITS as usize + 1);
-    assert_eq!(keeper.count("memory_reoffer"), 1);
+    server.wait_heard("emit", EMITS as usize + 1);
+    assert_eq!(server.count("memory_reoffer"), 1);
 }
 
 #[test]
@@ -813,14 +814,14 @@ fn memory_goes_back_on_a_runtime_too() {
         .unwrap();
     let (asked, was_asked) = mpsc::channel();
     let (go_on, may_go_on) = mpsc::channel();
-    let (fake, keeper) = forgetful(asked, may_go_on, json!(["attachments", "fd_passing"]));
+    let (fake, server) = forgetful(asked, may_go_on, json!(["attachments", "fd_passing"]));
     runtime.block_on(async {
         let app = latzero::App::connect(&fake.url("me")).await.unwrap();
         let block = app.block("b").attach_writable().await.unwrap();
         let mut changes = block.changes().await.unwrap();
-        keeper.block().write(0, b"kept", None).unwrap();
+        server.block().write(0, b"kept", None).unwrap();
         fake.cut();
-        was_asked.recv_timeout(PATIENCE).unwrap();
+        was_asked.recv_timeout(TIMEOUT).unwrap();
         for n in 0..EMITS {
             app.emit("news", &bulk(n)).await.unwrap();
         }
@@ -828,8 +829,8 @@ fn memory_goes_back_on_a_runtime_too() {
         assert_eq!(changes.recv().await, Some(1));
         assert_eq!(&block.read().await.unwrap().0[..4], b"kept");
         app.emit("news", &bulk(EMITS)).await.unwrap();
-        keeper.wait_heard("emit", EMITS as usize + 1);
-        assert_eq!(keeper.count("memory_reoffer"), 1);
+        server.wait_heard("emit", EMITS as usize + 1);
+        assert_eq!(server.count("memory_reoffer"), 1);
     });
 }
 
@@ -837,15 +838,15 @@ fn memory_goes_back_on_a_runtime_too() {
 fn memory_is_not_offered_where_no_descriptors_travel() {
     let (asked, was_asked) = mpsc::channel();
     let (go_on, may_go_on) = mpsc::channel();
-    let (fake, keeper) = forgetful(asked, may_go_on, json!(["attachments"]));
+    let (fake, server) = forgetful(asked, may_go_on, json!(["attachments"]));
     let app = connect(&fake);
     let block = app.block("b").attach().unwrap();
     let mut changes = block.changes().unwrap();
     fake.cut();
-    was_asked.recv_timeout(PATIENCE).unwrap();
+    was_asked.recv_timeout(TIMEOUT).unwrap();
     go_on.send(()).unwrap();
-    assert_eq!(changes.recv_timeout(PATIENCE).unwrap(), None);
+    assert_eq!(changes.recv_timeout(TIMEOUT).unwrap(), None);
     assert!(!block.is_live());
     assert_eq!(block.read().unwrap(), (vec![0; 100], 0));
-    assert_eq!(keeper.count("memory_reoffer"), 0);
+    assert_eq!(server.count("memory_reoffer"), 0);
 }

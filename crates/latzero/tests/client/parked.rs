@@ -134,8 +134,8 @@ fn a_loss_fails_what_is_not_parked_on_the_async_face() {
 /// the answers right behind its acknowledgement, and its own answer to every call.
 fn two_lives() -> Fake {
     let kept = Mutex::new(Vec::new());
-    let (tell, told) = mpsc::channel();
-    let over = (Mutex::new(tell), Mutex::new(told));
+    let (tx, rx) = mpsc::channel();
+    let over = (Mutex::new(tx), Mutex::new(rx));
     Fake::scripted(Over::Unix, move |n, mut peer| {
         if n % 2 == 0 {
             peer.welcome();
@@ -330,8 +330,8 @@ fn a_parked_call_is_cancelled() {
 
 #[test]
 fn a_cancel_without_a_connection_is_said_at_the_next() {
-    let (tell, told) = mpsc::channel::<()>();
-    let told = Mutex::new(told);
+    let (tx, rx) = mpsc::channel::<()>();
+    let rx = Mutex::new(rx);
     let fake = Fake::scripted(Over::Unix, move |n, mut peer| {
         if n == 0 {
             peer.welcome();
@@ -339,7 +339,7 @@ fn a_cancel_without_a_connection_is_said_at_the_next() {
             return peer.send(&parked(&call["id"]));
         }
         let (hello, _) = peer.read().unwrap();
-        told.lock().unwrap().recv().unwrap();
+        rx.lock().unwrap().recv().unwrap();
         peer.send(&ack(&hello, 2, &json!({})));
         let cancel = request(&mut peer).unwrap();
         assert_eq!(
@@ -359,7 +359,7 @@ fn a_cancel_without_a_connection_is_said_at_the_next() {
     }
     parked.cancel();
     // Until the server is through with it, the id is the call's.
-    tell.send(()).unwrap();
+    tx.send(()).unwrap();
     let answer = app.answers().recv_timeout(LONG).unwrap();
     assert_eq!(answer.id(), "marker");
 }
@@ -561,8 +561,8 @@ fn handlers_read_which_attempt_it_is() {
 
 #[test]
 fn what_is_asked_of_lasting_calls_reaches_the_wire() {
-    let (tell, told) = mpsc::channel();
-    let tell = Mutex::new(tell);
+    let (tx, rx) = mpsc::channel();
+    let tell = Mutex::new(tx);
     let fake = Fake::scripted(Over::Unix, move |n, mut peer| {
         let (hello, _) = peer.read().unwrap();
         let mut welcome = ack(&hello, 1, &json!({}));
@@ -580,12 +580,12 @@ fn what_is_asked_of_lasting_calls_reaches_the_wire() {
         }
     });
     let app = App::connect_with(builder(&fake).transient(true)).unwrap();
-    assert_eq!(told.recv().unwrap()["transient"], true);
+    assert_eq!(rx.recv().unwrap()["transient"], true);
     assert!(!app.is_stored());
     let call = app.call("x", &1).header("a", "b").park().redeliver();
     let call = call.idempotency_key("k \"1\"").id("order-17");
     call.send::<Value>().unwrap();
-    let sent = told.recv().unwrap();
+    let sent = rx.recv().unwrap();
     assert_eq!(
         sent["headers"],
         json!({"a": "b", "idempotency-key": "k \"1\""})
@@ -597,22 +597,22 @@ fn what_is_asked_of_lasting_calls_reaches_the_wire() {
     // The last key counts, and calls that ask for nothing say nothing.
     let call = app.call("x", &1).idempotency_key("one");
     call.idempotency_key("two").send::<Value>().unwrap();
-    let sent = told.recv().unwrap();
+    let sent = rx.recv().unwrap();
     assert_eq!(sent["headers"], json!({"idempotency-key": "two"}));
     assert_eq!((sent.get("park"), sent.get("redeliver")), (None, None));
     // It is said again at a reconnect, and the last acknowledgement counts.
     app.call("bye", &()).send::<Value>().unwrap_err();
-    assert_eq!(told.recv().unwrap()["transient"], true);
+    assert_eq!(rx.recv().unwrap()["transient"], true);
     app.call("x", &1).send::<Value>().unwrap();
     assert!(app.is_stored());
-    told.recv().unwrap();
+    rx.recv().unwrap();
     tokio_runtime().block_on(async {
         let app = builder(&fake).connect().await.unwrap();
         assert!(app.is_stored());
-        assert_eq!(told.recv().unwrap().get("transient"), None);
+        assert_eq!(rx.recv().unwrap().get("transient"), None);
         let call = app.call("x", &1).raw_bytes(vec![1]).redeliver();
         call.idempotency_key("k").id("mine").await.unwrap();
-        let sent = told.recv().unwrap();
+        let sent = rx.recv().unwrap();
         assert_eq!(
             (&sent["headers"], &sent["id"], sent.get("data")),
             (&json!({"idempotency-key": "k"}), &json!("mine"), None)

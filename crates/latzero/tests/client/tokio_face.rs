@@ -146,11 +146,11 @@ fn dropping_a_call_drops_its_handler() {
     }
     everywhere(async |fake| {
         let server = app(&fake, "server").await;
-        let (tell, told) = std::sync::mpsc::channel();
+        let (tx, rx) = std::sync::mpsc::channel();
         let (started, start) = std::sync::mpsc::channel();
         server
             .serve("never", move |_| {
-                let tell = Tell(tell.clone());
+                let tell = Tell(tx.clone());
                 let _ = started.send(());
                 async move {
                     std::future::pending::<()>().await;
@@ -166,7 +166,7 @@ fn dropping_a_call_drops_its_handler() {
             .await
             .unwrap();
         call.abort();
-        tokio::task::spawn_blocking(move || told.recv_timeout(Duration::from_secs(10)).unwrap())
+        tokio::task::spawn_blocking(move || rx.recv_timeout(Duration::from_secs(10)).unwrap())
             .await
             .unwrap();
     });

@@ -283,8 +283,8 @@ fn large_payloads_go_both_ways() {
 
 #[test]
 fn headers_and_fields_reach_the_wire() {
-    let (tell, told) = mpsc::channel();
-    let tell = std::sync::Mutex::new(tell);
+    let (tx, rx) = mpsc::channel();
+    let tell = std::sync::Mutex::new(tx);
     let fake = Fake::scripted(Over::Unix, move |_, mut peer| {
         tell.lock().unwrap().send(peer.welcome()).unwrap();
         while let Some((message, _)) = peer.read() {
@@ -299,7 +299,7 @@ fn headers_and_fields_reach_the_wire() {
         .meta(json!({"v":1}))
         .exclusive(true);
     let app = App::connect_with(builder).unwrap();
-    let hello = told.recv().unwrap();
+    let hello = rx.recv().unwrap();
     assert_eq!(hello["pools"], json!(["alpha", "beta"]));
     assert_eq!(
         (&hello["meta"], &hello["exclusive"]),
@@ -314,7 +314,7 @@ fn headers_and_fields_reach_the_wire() {
     call.timeout(Duration::from_secs(9))
         .send::<Value>()
         .unwrap();
-    let call = told.recv().unwrap();
+    let call = rx.recv().unwrap();
     assert_eq!(
         (&call["destination"], &call["pool"], &call["key"]),
         (&json!("you"), &json!("beta"), &json!("k"))
@@ -324,7 +324,7 @@ fn headers_and_fields_reach_the_wire() {
         (&json!({"traceparent":"t\"1"}), &json!(9000))
     );
     app.emit("y", &2).one().header("a", "b").send().unwrap();
-    let emit = told.recv().unwrap();
+    let emit = rx.recv().unwrap();
     assert_eq!(
         (&emit["deliver"], &emit["headers"], emit.get("id")),
         (&json!("one"), &json!({"a":"b"}), None)
@@ -338,7 +338,7 @@ fn headers_and_fields_reach_the_wire() {
         .unwrap();
     let expected =
         json!([{"name":"z","strategy":"sticky","concurrency":3,"doc":"does z","pools":["beta"]}]);
-    assert_eq!(told.recv().unwrap()["triggers"], expected);
+    assert_eq!(rx.recv().unwrap()["triggers"], expected);
     let error = app
         .request(&json!({"action":"stats","id":"mine"}))
         .unwrap_err();

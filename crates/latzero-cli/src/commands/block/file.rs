@@ -11,9 +11,9 @@ use latzero::blocking::{Block, BlockWriter};
 use serde_json::{Value, json};
 
 use super::npy::Array;
-use super::{At, LOCK_TIME, array_bytes, make, report};
+use super::{BlockHandle, LOCK_TIME, array_bytes, make, report};
 use crate::args::{BlockFileArgs, BlockLoadArgs};
-use crate::exit::{Done, Exit, Failure};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Output, bytes};
 
 /// Bytes moved at a time, between two reports of progress.
@@ -120,9 +120,9 @@ impl Sink {
     }
 }
 
-pub(super) fn dump(args: &BlockFileArgs, output: &Output) -> Done {
+pub(super) fn dump(args: &BlockFileArgs, output: &Output) -> CommandResult {
     let sink = Sink::of(&args.file)?;
-    let at = At::once(&args.at, &args.reach)?;
+    let at = BlockHandle::once(&args.at, &args.reach)?;
     let block = at.name().attach()?;
     let header = match is_npy(&args.file) {
         true => npy_header(&block),
@@ -338,7 +338,7 @@ impl Source {
     }
 }
 
-pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> Done {
+pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> CommandResult {
     let mut source = Source::open(&args.file)?;
     if source.size == 0 && !args.empty.allow_empty {
         return Err(
@@ -354,7 +354,7 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> Done {
     let (at, block) = match args.offset {
         // A part of what is there.
         Some(_) => {
-            let at = At::once(&args.at, &args.reach)?;
+            let at = BlockHandle::once(&args.at, &args.reach)?;
             let block = at.name().attach_writable()?;
             (at, block)
         }
@@ -390,8 +390,8 @@ pub(super) fn load(args: &BlockLoadArgs, output: &Output) -> Done {
 }
 
 /// The block that a file becomes the content of; it is made where there is none.
-fn whole(args: &BlockLoadArgs, source: &Source) -> Result<(At, Block), Failure> {
-    let at = At::to_make(&args.at, &args.reach)?;
+fn whole(args: &BlockLoadArgs, source: &Source) -> Result<(BlockHandle, Block), Failure> {
+    let at = BlockHandle::to_make(&args.at, &args.reach)?;
     let mut name = at.name();
     if let Some(array) = &source.array {
         name = name.layout(&array.dtype, &array.shape);

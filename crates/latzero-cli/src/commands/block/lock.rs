@@ -15,9 +15,9 @@ use rustix::termios::tcgetpgrp;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::At;
+use super::BlockHandle;
 use crate::args::BlockLockArgs;
-use crate::exit::{Done, Exit, Failure};
+use crate::exit::{CommandResult, Exit, Failure};
 use crate::launch;
 
 /// How often the lock is checked while the command runs.
@@ -26,11 +26,11 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(200);
 /// How long the command may take to end by itself once its lock is lost.
 const END_TIME: Duration = Duration::from_secs(5);
 
-pub(super) fn run(args: &BlockLockArgs) -> Done {
+pub(super) fn run(args: &BlockLockArgs) -> CommandResult {
     let program = args.command.first();
     let program = program.ok_or_else(|| Failure::usage("no command is given"))?;
     launch::check(program)?;
-    let at = At::once(&args.at, &args.reach)?;
+    let at = BlockHandle::once(&args.at, &args.reach)?;
     let (block, mode) = match args.shared {
         true => (at.name().attach()?, LockMode::Shared),
         false => (at.name().attach_writable()?, LockMode::Exclusive),

@@ -17,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::args::{Framing, Printed};
+use crate::args::{Framing, OutputKind};
 use crate::executor::block_on;
 use crate::launch;
 use crate::output::compact;
@@ -37,7 +37,7 @@ const STDERR_BYTES_MAX: usize = 4 << 10;
 const LENGTH_BYTES: usize = 4;
 
 /// How to run the program.
-pub(super) struct Recipe {
+pub(super) struct ProgramSpec {
     /// The program and its arguments.
     pub(super) command: Vec<OsString>,
     /// What finds the server that the program's calls came from.
@@ -47,14 +47,14 @@ pub(super) struct Recipe {
     /// With `--stream`: how the items are separated.
     pub(super) stream: Option<Framing>,
     /// What the output is.
-    pub(super) printed: Printed,
+    pub(super) printed: OutputKind,
 }
 
 fn failed(message: impl Into<String>) -> HandlerError {
     HandlerError::new("handler_error", message)
 }
 
-impl Recipe {
+impl ProgramSpec {
     /// Runs a program for one call. With `--lines`, `kept` is the program that answered the last.
     pub(super) fn run(
         &self,
@@ -108,10 +108,10 @@ impl Recipe {
             refused.is_none()
         };
         let end = match self.stream {
-            Some(framing) => program.turn(&input, &mut Until::Items(framing, &mut send)),
-            None => program.turn(&input, &mut Until::End),
+            Some(framing) => program.turn(&input, &mut ReadUntil::Items(framing, &mut send)),
+            None => program.turn(&input, &mut ReadUntil::End),
         };
-        if !matches!(end, Ok(End::Exited)) {
+        if !matches!(end, Ok(ReadEnd::Exited)) {
             program.kill();
         }
         // It has ended, or is about to: nothing survives the signal above.
@@ -120,7 +120,7 @@ impl Recipe {
             return Err(error);
         }
         match (end, status) {
-            (Ok(End::TooLong), _) => Err(too_long()),
+            (Ok(ReadEnd::TooLong), _) => Err(too_long()),
             (Err(error), _) | (_, Err(error)) => Err(failed(format!("{}: {error}", self.name()))),
             (_, Ok(status)) if status.success() => match self.stream {
                 Some(_) => Ok(Data::Json(RawValue::NULL.to_owned())),
@@ -178,8 +178,8 @@ impl Recipe {
                 registry.start(request, || self.start(command))?
             }
         };
-        match program.turn(&line, &mut Until::Line) {
-            Ok(End::Line(line)) => {
+        match program.turn(&line, &mut ReadUntil::Line) {
+            Ok(ReadEnd::Line(line)) => {
                 registry.release(program.pid);
                 *kept = Some(program);
                 self.printed.payload(&line)
@@ -188,7 +188,7 @@ impl Recipe {
                 program.kill();
                 let status = registry.reap(&mut program);
                 match (end, status) {
-                    (Ok(End::TooLong), _) => Err(too_long()),
+                    (Ok(ReadEnd::TooLong), _) => Err(too_long()),
                     (Ok(_), Ok(status)) => Err(self.ended(status, &program.errors)),
                     (Err(error), _) | (_, Err(error)) => {
                         Err(failed(format!("{}: {error}", self.name())))
@@ -244,14 +244,14 @@ fn is_secret(name: &str) -> bool {
     name.starts_with("LATZERO_") && marks.iter().any(|mark| name.contains(mark))
 }
 
-impl Printed {
+impl OutputKind {
     /// What a program printed, as a payload.
     fn payload(self, printed: &[u8]) -> Outcome {
         let bytes = || Ok(Data::Bytes(Bytes(printed.to_vec())));
         let text = match std::str::from_utf8(printed) {
-            _ if self == Printed::Bytes => return bytes(),
+            _ if self == OutputKind::Bytes => return bytes(),
             Ok(text) => text,
-            Err(_) if self == Printed::Auto => return bytes(),
+            Err(_) if self == OutputKind::Auto => return bytes(),
             Err(error) => {
                 let text = format!("the program's output is not UTF-8 text: {error}");
                 return Err(failed(text));
@@ -261,7 +261,7 @@ impl Printed {
             let text = text.strip_suffix('\n').unwrap_or(text);
             serde_json::value::to_raw_value(text).expect("a text is JSON")
         };
-        if self == Printed::Text {
+        if self == OutputKind::Text {
             return Ok(Data::Json(as_text()));
         }
         let trimmed = text.trim();
@@ -274,7 +274,7 @@ impl Printed {
                 Ok(()) => Ok(Data::Json(json)),
                 Err(error) => Err(failed(format!("the program's output: {}", error.message()))),
             },
-            Err(_) if self == Printed::Auto => Ok(Data::Json(as_text())),
+            Err(_) if self == OutputKind::Auto => Ok(Data::Json(as_text())),
             Err(error) => Err(failed(format!("the program's output is not JSON: {error}"))),
         }
     }
@@ -300,7 +300,7 @@ fn next_item(received: &mut Vec<u8>, framing: Framing) -> Option<Vec<u8>> {
 }
 
 /// When a turn of a program is over.
-enum Until<'a> {
+enum ReadUntil<'a> {
     /// When it printed a line.
     Line,
     /// When it ended.
@@ -310,7 +310,7 @@ enum Until<'a> {
 }
 
 /// How a turn of a program ended.
-enum End {
+enum ReadEnd {
     Line(Vec<u8>),
     Exited,
     TooLong,
@@ -394,8 +394,8 @@ impl Program {
     }
 
     /// Feeds it `input` and takes what it prints, until it printed a line or ended.
-    fn turn(&mut self, input: &[u8], until: &mut Until<'_>) -> io::Result<End> {
-        let is_line = matches!(until, Until::Line);
+    fn turn(&mut self, input: &[u8], until: &mut ReadUntil<'_>) -> io::Result<ReadEnd> {
+        let is_line = matches!(until, ReadUntil::Line);
         let mut rest = input;
         loop {
             if rest.is_empty() && !is_line {
@@ -420,21 +420,21 @@ impl Program {
             if can_read || has_ended {
                 self.take_output()?;
             }
-            if let Until::Items(framing, send) = until
+            if let ReadUntil::Items(framing, send) = until
                 && !self.hand_over(*framing, has_ended, send)?
             {
-                return Ok(End::Unwanted);
+                return Ok(ReadEnd::Unwanted);
             }
             if self.received.len() > ANSWER_BYTES_MAX {
-                return Ok(End::TooLong);
+                return Ok(ReadEnd::TooLong);
             }
             if is_line && let Some(line) = next_item(&mut self.received, Framing::Lines) {
-                return Ok(End::Line(line));
+                return Ok(ReadEnd::Line(line));
             }
             // All that it printed itself is read by now; children that it left may print on,
             // unheard.
             if has_ended || (is_line && self.stdout.is_none()) {
-                return Ok(End::Exited);
+                return Ok(ReadEnd::Exited);
             }
         }
     }
@@ -552,7 +552,7 @@ mod tests {
     #[test]
     fn output_is_json_text_or_bytes() {
         let check = |printed: &[u8], expected: Result<&str, &[u8]>| match (
-            Printed::Auto.payload(printed).unwrap(),
+            OutputKind::Auto.payload(printed).unwrap(),
             expected,
         ) {
             (Data::Json(json), Ok(expected)) => assert_eq!(json.get(), expected),
@@ -570,21 +570,24 @@ mod tests {
 
     #[test]
     fn output_can_be_declared() {
-        let json = |printed: Printed, text: &[u8]| match printed.payload(text) {
+        let json = |printed: OutputKind, text: &[u8]| match printed.payload(text) {
             Ok(Data::Json(json)) => json.get().to_owned(),
             other => panic!("{other:?}"),
         };
-        assert_eq!(json(Printed::Text, b"5\n"), "\"5\"");
-        assert_eq!(json(Printed::Json, b"5\n"), "5");
-        assert!(Printed::Json.payload(b"hello").is_err());
-        assert!(Printed::Text.payload(b"\xff").is_err());
-        assert!(matches!(Printed::Bytes.payload(b"5"), Ok(Data::Bytes(_))));
+        assert_eq!(json(OutputKind::Text, b"5\n"), "\"5\"");
+        assert_eq!(json(OutputKind::Json, b"5\n"), "5");
+        assert!(OutputKind::Json.payload(b"hello").is_err());
+        assert!(OutputKind::Text.payload(b"\xff").is_err());
+        assert!(matches!(
+            OutputKind::Bytes.payload(b"5"),
+            Ok(Data::Bytes(_))
+        ));
     }
 
     #[test]
     fn invalid_output_is_an_error_of_the_program() {
         let deep = "[".repeat(100) + &"]".repeat(100);
-        let error = Printed::Auto.payload(deep.as_bytes()).unwrap_err();
+        let error = OutputKind::Auto.payload(deep.as_bytes()).unwrap_err();
         assert_eq!(error.code(), "handler_error");
     }
 

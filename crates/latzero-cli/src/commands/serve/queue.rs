@@ -14,7 +14,7 @@ use crate::launch::Supervisor;
 use latzero::{Data, HandlerError, Request};
 use rustix::process::{Pid, Signal, kill_process_group};
 
-use super::program::{Program, Recipe};
+use super::program::{Program, ProgramSpec};
 
 /// Calls that wait for a program at most. Beyond them a call is answered with `overloaded`, and an
 /// event is dropped.
@@ -76,7 +76,7 @@ impl Queue {
     ///
     /// # Errors
     /// If the system gives no thread.
-    pub(super) fn start(recipe: Recipe, workers: usize) -> io::Result<Arc<Queue>> {
+    pub(super) fn start(recipe: ProgramSpec, workers: usize) -> io::Result<Arc<Queue>> {
         let (sender, receiver) = sync_channel(QUEUED_MAX);
         let receiver = Arc::new(Mutex::new(receiver));
         let recipe = Arc::new(recipe);
@@ -108,7 +108,7 @@ impl Queue {
     ///
     /// # Errors
     /// `overloaded` where too many wait.
-    pub(super) fn push(&self, request: Request) -> Result<Waiting, HandlerError> {
+    pub(super) fn push(&self, request: Request) -> Result<PendingAnswer, HandlerError> {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let place = Arc::new(Mutex::new(Slot::default()));
         let is_emit = request.is_emit();
@@ -118,7 +118,7 @@ impl Queue {
             place: Arc::clone(&place),
         };
         match self.sender.try_send(job) {
-            Ok(()) => Ok(Waiting {
+            Ok(()) => Ok(PendingAnswer {
                 number,
                 place,
                 programs: Arc::clone(&self.programs),
@@ -158,13 +158,13 @@ impl Queue {
 }
 
 /// Waits for an answer. Dropping it gives the call up, and ends its program.
-pub(super) struct Waiting {
+pub(super) struct PendingAnswer {
     number: u64,
     place: Arc<Mutex<Slot>>,
     programs: Arc<Programs>,
 }
 
-impl Future for Waiting {
+impl Future for PendingAnswer {
     type Output = Outcome;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
@@ -177,7 +177,7 @@ impl Future for Waiting {
     }
 }
 
-impl Drop for Waiting {
+impl Drop for PendingAnswer {
     fn drop(&mut self) {
         let running = lock(&self.programs.running);
         if let Some(&pid) = running.programs.get(&self.number) {
@@ -192,7 +192,7 @@ fn kill(pid: Pid) {
     let _ = kill_process_group(pid, Signal::KILL);
 }
 
-fn work(receiver: &Mutex<Receiver<Job>>, recipe: &Recipe, programs: &Programs) {
+fn work(receiver: &Mutex<Receiver<Job>>, recipe: &ProgramSpec, programs: &Programs) {
     let mut kept = None;
     loop {
         // The lock is held while waiting: one thread waits for a call, the others for the lock.

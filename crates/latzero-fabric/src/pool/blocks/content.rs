@@ -1,4 +1,5 @@
-//! Reads, writes, flushes and news of a block's content: what is allowed and in which order; the bytes are the driver's.
+//! Reads, writes, flushes and news of a block's content: what is allowed and in which order; the
+//! bytes are the driver's.
 
 use latzero_protocol::memory::{Access, Kind};
 use latzero_protocol::{BlockId, Code, Refusal};
@@ -6,8 +7,8 @@ use latzero_protocol::{BlockId, Code, Refusal};
 use super::super::lock::Holder;
 use super::super::{MemberKey, Pool};
 use super::{Asking, BlockKey, Flushing, Phase, Replied, lock_lost, moving, too_many_wait};
-use crate::books::Resource;
 use crate::driver::Driver;
+use crate::ledger::Resource;
 use crate::memory::{Job, StorageId};
 use crate::turn::Turn;
 
@@ -22,7 +23,8 @@ pub struct ReadPlan {
     pub generation: u64,
 }
 
-/// Where bytes are to be written, as [`Pool::begin_write`] allows it. [`Pool::end_write`] must follow.
+/// Where bytes are to be written, as [`Pool::begin_write`] allows it. [`Pool::end_write`] must
+/// follow.
 #[derive(Debug, Clone, Copy)]
 #[must_use]
 pub struct WritePlan {
@@ -46,7 +48,8 @@ impl<D: Driver> Pool<D> {
         })
     }
 
-    /// Where a member may write a block through the server. Until [`Pool::end_write`] nobody else gets its lock.
+    /// Where a member may write a block through the server. Until [`Pool::end_write`] nobody else
+    /// gets its lock.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `locked`, `lock_lost`.
@@ -93,12 +96,12 @@ impl<D: Driver> Pool<D> {
             self.renew_generation(plan.key, None, turn);
         }
         if let Some(version) = version {
-            self.tell_change(plan.key, version, turn);
+            self.notify_change(plan.key, version, turn);
         }
         self.grant_waiting(plan.key, turn);
     }
 
-    /// Tells a member of each new version from now on.
+    /// Subscribes a member to new versions.
     ///
     /// # Errors
     /// `no_block`, `forbidden`, `quota`.
@@ -122,7 +125,7 @@ impl<D: Driver> Pool<D> {
         )))
     }
 
-    /// Tells a member no more of them.
+    /// Ends that subscription.
     ///
     /// # Errors
     /// `no_block`, `not_member`.
@@ -150,24 +153,25 @@ impl<D: Driver> Pool<D> {
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let (key, block) = self.allowed(member, id, Access::Write)?;
-        // What the block itself says counts, not what is said of it.
+        // The block's own version counts, not the client's.
         let version = turn.version_noted(block.storage, version);
-        self.tell_change(key, version, turn);
+        self.notify_change(key, version, turn);
         Ok(Some("{}".into()))
     }
 
-    /// Tells of a version that nobody told of, because its writer ended.
-    pub(in crate::pool) fn look_for_news(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
+    /// Announces a version that its writer did not announce, because it ended.
+    pub(in crate::pool) fn poll_version(&mut self, key: BlockKey, turn: &mut Turn<'_, D>) {
         if let Some(block) = self.blocks.at(key) {
             let version = turn.version_noted(block.storage, u64::MAX);
-            self.tell_change(key, version, turn);
+            self.notify_change(key, version, turn);
         }
     }
 
-    /// Has a block reach the disk; the reply comes when it is there.
+    /// Flushes a block to disk; the reply follows when it is there.
     ///
     /// # Errors
-    /// `no_block`, `forbidden` for who may not write, `bad_message` where the block is no file, `locked`, `overloaded`.
+    /// `no_block`, `forbidden` without write access, `bad_message` if the block has no file,
+    /// `locked`, `overloaded`.
     pub fn flush_block(
         &mut self,
         asking: Asking<'_>,

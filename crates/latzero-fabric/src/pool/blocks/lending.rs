@@ -1,4 +1,4 @@
-//! Who takes part in blocks: lent for the length of a call, and what is left of a member that goes.
+//! Attachments for the length of a call, and cleanup after a member that leaves.
 
 use super::*;
 
@@ -17,7 +17,8 @@ impl<D: Driver> Pool<D> {
             .collect()
     }
 
-    /// The descriptions of a call's blocks for its handler, and the descriptors that travel with them.
+    /// The descriptions of a call's blocks for its handler, and the descriptors that travel with
+    /// them.
     pub(in crate::pool) fn describe_uses(
         &self,
         uses: &[(BlockKey, Access)],
@@ -70,8 +71,9 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// A call with blocks ended: its handler is attached no longer, and keeps nothing that only the call allowed it.
-    pub(in crate::pool) fn take_back(
+    /// A call with blocks ended: its handler is detached and loses the rights that the call gave
+    /// it.
+    pub(in crate::pool) fn revoke(
         &mut self,
         handler: MemberKey,
         uses: &[(BlockKey, Access)],
@@ -83,7 +85,7 @@ impl<D: Driver> Pool<D> {
             };
             let could_write = block.could_write(handler);
             if could_write {
-                self.look_for_news(key, turn);
+                self.poll_version(key, turn);
             }
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
@@ -99,7 +101,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Takes from a member what it may no longer have of a block: its lock, its place in line, its subscription.
+    /// Revokes what a member may no longer have of a block: its lock, its queued request, its
+    /// subscription.
     fn withdraw(
         &mut self,
         key: BlockKey,
@@ -142,8 +145,8 @@ impl<D: Driver> Pool<D> {
         for key in std::mem::take(&mut leaver.blocks) {
             let wrote = is_mapping && self.blocks.at(key).is_some_and(|b| b.could_write(member));
             if wrote {
-                // It may have gone between a version and the word of it.
-                self.look_for_news(key, turn);
+                // It may have left between writing a version and announcing it.
+                self.poll_version(key, turn);
             }
             let Some(block) = self.blocks.at_mut(key) else {
                 continue;
@@ -169,9 +172,10 @@ impl<D: Driver> Pool<D> {
             let held = held.iter().find(|h| h.mode == LockMode::Exclusive);
             if let Some(held) = held {
                 self.note_fence(key, held, turn);
-                self.tell_broken(key, turn);
+                self.notify_broken(key, turn);
                 if could_write {
-                    // It may have gone in the middle of a write, and only its death says that it writes no more.
+                    // It may have left in the middle of a write; only the end of its process stops
+                    // it.
                     self.renew_generation(key, Some(peer.clone()), turn);
                 }
             }
@@ -180,7 +184,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Notes that a member has to do with a block, so that its end finds it.
+    /// Records that a member uses a block, so that its end finds it.
     pub(in crate::pool) fn involve(&mut self, member: MemberKey, key: BlockKey) {
         if let Some(block) = self.blocks.at_mut(key)
             && let Some(involved) = self.members.at_mut(member)

@@ -1,4 +1,4 @@
-//! The locks of a pool's blocks: asked for, granted in turn, given back, broken.
+//! The locks of a pool's blocks: request, grant, release, break.
 
 use super::*;
 
@@ -11,7 +11,7 @@ impl<D: Driver> Pool<D> {
         &mut self,
         asking: Asking<'_>,
         id: &BlockId,
-        want: LockWish,
+        want: LockRequest,
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let now = turn.time();
@@ -87,7 +87,7 @@ impl<D: Driver> Pool<D> {
         Ok(Some("{}".into()))
     }
 
-    /// Begins the lease of a block's lock anew.
+    /// Renews the lease of a block's lock.
     ///
     /// # Errors
     /// `no_block`, `lock_lost`.
@@ -109,7 +109,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Ends waits of a member that it cancelled by their request's id; false where it has none.
+    /// Ends waits of a member that it cancelled by their request's id; false if it has none.
     pub(in crate::pool) fn cancel_lock(
         &mut self,
         member: MemberKey,
@@ -130,7 +130,7 @@ impl<D: Driver> Pool<D> {
         !waits.is_empty()
     }
 
-    /// Ends leases and waits whose time is over.
+    /// Ends expired leases and waits.
     pub(in crate::pool) fn handle_block_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let is_due = |(at, _): &&(Time, BlockKey)| *at <= now;
@@ -170,7 +170,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// A lock ended without its holder's wish, who lives on.
+    /// The holder lost its lock but is still alive.
     pub(in crate::pool) fn lease_over(
         &mut self,
         key: BlockKey,
@@ -180,19 +180,19 @@ impl<D: Driver> Pool<D> {
     ) {
         self.note_fence(key, held, turn);
         let more = format!(",\"lock\":\"{}\"", held.fence);
-        let told = self.block_event_json("lock_lost", key, &more);
+        let json = self.block_event_json("lock_lost", key, &more);
         let Some(member) = self.members.at(held.member) else {
             return;
         };
-        turn.send(&member.peer, Class::Control, told.len(), |out| {
-            encode::message(out, &told);
+        turn.send(&member.peer, Class::Control, json.len(), |out| {
+            encode::message(out, &json);
         });
         if held.mode != LockMode::Exclusive {
             return;
         }
-        self.tell_broken(key, turn);
+        self.notify_broken(key, turn);
         if could_write {
-            // It lives and may write on: into a generation that nobody reads any more.
+            // It is alive and may still write, but into a generation that nobody reads.
             self.renew_generation(key, None, turn);
         }
     }
@@ -234,10 +234,10 @@ impl<D: Driver> Pool<D> {
         turn.driver.set_fence(block.storage, fence, held.is_some());
     }
 
-    pub(in crate::pool) fn tell_broken(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
+    pub(in crate::pool) fn notify_broken(&self, key: BlockKey, turn: &mut Turn<'_, D>) {
         let fence = self.blocks.at(key).map_or(0, |block| block.lock.fence());
-        let told = self.block_event_json("lock_broken", key, &format!(",\"fence\":{fence}"));
-        self.tell_attached(key, &told, turn);
+        let json = self.block_event_json("lock_broken", key, &format!(",\"fence\":{fence}"));
+        self.notify_attached(key, &json, turn);
     }
 
     pub(in crate::pool) fn locked(&self, id: &BlockId, held: &Holder) -> Refusal {

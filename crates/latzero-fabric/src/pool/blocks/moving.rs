@@ -1,9 +1,11 @@
-//! Generations of a block: its first one, one of another size, and one that leaves a broken lock's holder behind.
+//! Generations of a block: its first one, one of another size, and one that leaves a broken lock's
+//! holder behind.
 
 use super::*;
 
 impl<D: Driver> Pool<D> {
-    /// Storage that was asked for is there, or can't be had; `None` where none was needed in the end.
+    /// Storage that was asked for is there, or can't be had; `None` where none was needed in the
+    /// end.
     pub fn storage_made(
         &mut self,
         key: BlockKey,
@@ -25,8 +27,8 @@ impl<D: Driver> Pool<D> {
         match (phase, made) {
             (Phase::Live, _) => unreachable!("storage is made for who waits for it"),
             (Phase::New, Ok(_)) => {
-                let told = self.block_event_json("block_created", key, "");
-                self.tell(Event::BlockCreated, &told, None, turn);
+                let json = self.block_event_json("block_created", key, "");
+                self.notify(Event::BlockCreated, &json, None, turn);
                 for one in waiting {
                     let result = match one.attach {
                         None => Ok(Some(self.describe(key, None, turn).to_string())),
@@ -77,11 +79,11 @@ impl<D: Driver> Pool<D> {
                             storage: old,
                             is_superseded: true,
                         });
-                        // Before anybody hears of it: who is told may write at once.
+                        // Before anybody is notified: they may write at once.
                         self.write_fence(key, turn);
                         let more = format!(",\"reason\":\"{reason}\"");
-                        let told = self.block_event_json("block_moved", key, &more);
-                        self.tell_attached(key, &told, turn);
+                        let json = self.block_event_json("block_moved", key, &more);
+                        self.notify_attached(key, &json, turn);
                         for one in waiting {
                             let access = self
                                 .blocks
@@ -97,7 +99,7 @@ impl<D: Driver> Pool<D> {
                             );
                         }
                         let version = self.version_of(key, turn);
-                        self.tell_change(key, version, turn);
+                        self.notify_change(key, version, turn);
                     }
                     other => {
                         self.blocks.bytes -= will;
@@ -155,7 +157,7 @@ impl<D: Driver> Pool<D> {
         self.begin_move(key, geometry, "resized", None, turn)?;
         self.involve(asking.member, key);
         let block = self.blocks.at_mut(key).expect("just found");
-        block.waiting.push(Waiting {
+        block.waiting.push(BlockWaiter {
             member: asking.member,
             id: asking.id(),
             attach: None,
@@ -219,16 +221,17 @@ impl<D: Driver> Pool<D> {
         Ok(())
     }
 
-    /// Moves a block of an earlier run to a new generation: somebody held its lock when the server ended, and may be in the
-    /// middle of a version.
-    pub fn leave_writer_behind(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
+    /// Moves a block of an earlier run to a new generation: somebody held its lock when the server
+    /// ended, and may be in the middle of a version.
+    pub fn abandon_writer(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
         if let Ok((key, _)) = self.block(id) {
             self.renew_generation(key, None, turn);
         }
     }
 
-    /// Moves a block of an earlier run whose file an older server made to one with spare slots: until then a version that was
-    /// flushed may be written over. Without room for both it stays as it is.
+    /// Moves a block of an earlier run whose file an older server made to one with spare slots:
+    /// until then a version that was flushed may be written over. Without room for both it stays as
+    /// it is.
     pub fn add_spares(&mut self, id: &BlockId, turn: &mut Turn<'_, D>) {
         let Ok((key, block)) = self.block(id) else {
             return;
@@ -242,7 +245,8 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Moves a block to a new generation of the same size, so that who lost its lock can't write it any more.
+    /// Moves a block to a new generation of the same size, so that who lost its lock can't write it
+    /// any more.
     pub(in crate::pool) fn renew_generation(
         &mut self,
         key: BlockKey,
@@ -262,13 +266,14 @@ impl<D: Driver> Pool<D> {
         }
         let geometry = Geometry::new(block.kind, block.geometry.size, block.geometry.slots);
         if let Err(refusal) = self.begin_move(key, geometry, "lock_broken", unless_dead, turn) {
-            // Without room for a second generation the fence is all that keeps the old writer out.
+            // Without room for a second generation, only the fence keeps the old writer out.
             turn.refused(refusal.code);
         }
     }
 
-    /// Moves every block to a new generation, which those who had to leave an encrypted pool have not mapped. A block that
-    /// can't be moved goes: rather that than one that they can still write.
+    /// Moves every block to a new generation, which those who had to leave an encrypted pool have
+    /// not mapped. A block that can't be moved goes: rather that than one that they can still
+    /// write.
     pub fn renew_blocks(&mut self, turn: &mut Turn<'_, D>) {
         let keys: Vec<BlockKey> = self
             .blocks

@@ -8,7 +8,7 @@ use crate::memory::SPARE_SLOTS;
 pub struct Found<'a> {
     /// Its record, as [`Making::record`] gave it.
     pub record: &'a str,
-    /// Greater than any fence that its lock was held under: fences go on from there.
+    /// Greater than any fence that its lock was held under: fences continue from there.
     pub fence: u64,
 }
 
@@ -16,7 +16,7 @@ impl Found<'_> {
     /// The app that made it.
     ///
     /// # Errors
-    /// Where the record makes no sense.
+    /// If the record is invalid.
     pub fn owner(&self) -> Result<AppId, Refusal> {
         let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
         Ok(AppId::new(record["owner"].as_str().ok_or_else(senseless)?)?)
@@ -25,7 +25,7 @@ impl Found<'_> {
     /// The pool and the block of a record.
     ///
     /// # Errors
-    /// Where it makes no sense.
+    /// If it is invalid.
     pub fn name(&self) -> Result<(PoolName, BlockId), Refusal> {
         let record: Value = serde_json::from_str(self.record).map_err(|_| senseless())?;
         let text = |name: &str| record[name].as_str().ok_or_else(senseless);
@@ -85,7 +85,7 @@ impl Found<'_> {
                 write: apps("write")?,
             },
             owner: self.owner()?,
-            // Who is attached is yet to come: one that goes with them would go at once.
+            // Nobody has attached yet, so a block that ends with its attachments would end at once.
             lifetime: Lifetime::Pool,
             generation: number("generation")?,
             created: record["created"].as_u64().unwrap_or(0),
@@ -97,7 +97,7 @@ impl Found<'_> {
             due: None,
             waiting: Vec::new(),
             flushing: Vec::new(),
-            told: (0, 0),
+            announced: (0, 0),
             is_move_due: false,
         })
     }
@@ -110,10 +110,13 @@ fn senseless() -> Refusal {
 /// The record of a block, and whether it is for more than this run.
 pub(super) fn record(pool: &PoolName, block: &Block, outlives: bool) -> Value {
     let mut record = json!({
-        "pool": pool, "block_id": block.id, "kind": block.kind.as_str(), "size": block.geometry.size,
-        "slots": block.geometry.slots, "owner": block.owner, "generation": block.generation, "created": block.created,
+        "pool": pool, "block_id": block.id, "kind": block.kind.as_str(),
+        "size": block.geometry.size,
+        "slots": block.geometry.slots, "owner": block.owner, "generation": block.generation,
+        "created": block.created,
         "lifetime": block.lifetime.as_str(),
-        "permissions": {"read": block.permissions.read.names(), "write": block.permissions.write.names()},
+        "permissions": {"read": block.permissions.read.names(),
+        "write": block.permissions.write.names()},
     });
     if block.geometry.spares > 0 {
         record["spares"] = block.geometry.spares.into();

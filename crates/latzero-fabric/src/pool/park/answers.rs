@@ -1,8 +1,9 @@
-//! What becomes of a parked call's answer: it is kept until its caller is told.
+//! Answers to parked calls: each is stored until its caller has it.
 //!
-//! The instance that called is told as long as it lives, and else whichever of its app's instances takes it. Answers of one
-//! app are told in the order of their calls; one that does not fit into an outbox holds up those behind it for a while. Told is
-//! what the kernel has taken: until then an answer is on its way, and waits again if the connection ends. A server that dies
+//! An answer goes to the instance that called while it lives, and otherwise to any instance of its
+//! app that accepts it. Answers of one app are sent in the order of their calls; one that does not
+//! fit into an outbox delays those behind it. An answer is delivered once the kernel has taken it:
+//! until then an answer is on its way, and waits again if the connection ends. A server that dies
 //! before that has the call, or the answer, on disk.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,65 +18,66 @@ use latzero_protocol::{AppId, Code, Refusal};
 use super::super::answer::{Answered, checked};
 use super::super::routing::{forwarded_length, raw_length, too_large};
 use super::super::{Member, MemberKey, NOBODY, Pool};
-use super::Held;
+use super::HeldCall;
 use super::{GIVEN_AT_ONCE_MAX, soon};
-use crate::books::Account;
 use crate::driver::Driver;
-use crate::keep::{AnswerRow, Change};
+use crate::ledger::Account;
 use crate::now::Time;
 use crate::outbox::{Class, Sent};
+use crate::rows::{AnswerRow, StoreChange};
 use crate::turn::Turn;
 
-/// After how long answers that did not fit into their caller's outbox are tried again, in milliseconds.
+/// After how long answers that did not fit into their caller's outbox are tried again, in
+/// milliseconds.
 const ANSWER_AGAIN_MS: u64 = 1000;
 
-/// For whom an answer is kept.
-pub(super) struct KeptFor {
+/// The receiver of a stored answer.
+pub(super) struct AnswerReceiver {
     pub(super) caller: AppId,
-    /// Who called: told first, if it is still there.
+    /// The calling instance, which gets the answer if it is still there.
     pub(super) from: MemberKey,
     /// The caller's id of the call.
     pub(super) id: Box<str>,
 }
 
 /// An answer that waits for its caller.
-struct Kept {
-    whom: KeptFor,
+struct StoredAnswer {
+    whom: AnswerReceiver,
     key: Option<Box<str>>,
     answer: Answered,
-    held: Held,
+    held: HeldCall,
     expires: Time,
     /// Whether it is on disk, in the place of its call.
     is_row: bool,
     /// In whose outbox it is.
-    on_way: Option<Seated>,
+    on_way: Option<MemberOrder>,
 }
 
 /// A member's place in an order.
-type Seated = (u32, u32);
+type MemberOrder = (u32, u32);
 
-fn seated(member: MemberKey) -> Seated {
+fn order_key(member: MemberKey) -> MemberOrder {
     (member.slot, member.generation)
 }
 
 /// What waits for one app.
 #[derive(Default)]
-struct Waiting {
+struct PendingAnswers {
     numbers: BTreeSet<u64>,
     /// Tried again then.
     again: Option<Time>,
 }
 
-/// The answers that a pool keeps.
+/// The stored answers of a pool.
 #[derive(Default)]
 pub(super) struct KeptAnswers {
-    answers: BTreeMap<u64, Kept>,
+    answers: BTreeMap<u64, StoredAnswer>,
     /// Ids of answers that wait for their app; of those on their way an app may use the id again.
     by_id: HashMap<(AppId, Box<str>), u64>,
-    by_app: HashMap<AppId, Waiting>,
+    by_app: HashMap<AppId, PendingAnswers>,
     expires: BTreeSet<(Time, u64)>,
     agains: BTreeSet<(Time, AppId)>,
-    on_way: HashMap<Seated, BTreeSet<u64>>,
+    on_way: HashMap<MemberOrder, BTreeSet<u64>>,
 }
 
 impl KeptAnswers {
@@ -114,21 +116,21 @@ impl KeptAnswers {
         self.answers.keys().copied().collect()
     }
 
-    fn insert(&mut self, number: u64, kept: Kept) {
+    fn insert(&mut self, number: u64, kept: StoredAnswer) {
         self.expires.insert((kept.expires, number));
         self.place(number, &kept);
         self.answers.insert(number, kept);
     }
 
-    fn remove(&mut self, number: u64) -> Option<Kept> {
+    fn remove(&mut self, number: u64) -> Option<StoredAnswer> {
         let kept = self.answers.remove(&number)?;
         self.expires.remove(&(kept.expires, number));
         self.displace(number, &kept);
         Some(kept)
     }
 
-    /// Notes an answer where it is: on its way, or waiting for its app.
-    fn place(&mut self, number: u64, kept: &Kept) {
+    /// Records where an answer is: on its way, or waiting for its app.
+    fn place(&mut self, number: u64, kept: &StoredAnswer) {
         match kept.on_way {
             Some(to) => self.on_way.entry(to).or_default().insert(number),
             None => {
@@ -140,7 +142,7 @@ impl KeptAnswers {
         };
     }
 
-    fn displace(&mut self, number: u64, kept: &Kept) {
+    fn displace(&mut self, number: u64, kept: &StoredAnswer) {
         if let Some(to) = kept.on_way {
             if let Some(numbers) = self.on_way.get_mut(&to) {
                 numbers.remove(&number);
@@ -164,11 +166,11 @@ impl KeptAnswers {
         }
     }
 
-    /// An answer is in a member's outbox now, or in nobody's.
+    /// An answer has entered or left a member's outbox.
     fn move_to(&mut self, number: u64, on_way: Option<MemberKey>) {
         if let Some(mut kept) = self.answers.remove(&number) {
             self.displace(number, &kept);
-            kept.on_way = on_way.map(seated);
+            kept.on_way = on_way.map(order_key);
             self.place(number, &kept);
             self.answers.insert(number, kept);
         }
@@ -179,11 +181,11 @@ impl KeptAnswers {
         if self.on_way.is_empty() {
             return Vec::new();
         }
-        let numbers = self.on_way.get(&seated(member));
+        let numbers = self.on_way.get(&order_key(member));
         numbers.into_iter().flatten().copied().collect()
     }
 
-    /// Has an app's answers tried again then, or not before it asks.
+    /// Schedules a retry of an app's answers, or none before it asks.
     fn try_again(&mut self, app: &AppId, at: Option<Time>) {
         let Some(waiting) = self.by_app.get_mut(app) else {
             return;
@@ -227,19 +229,19 @@ impl KeptAnswers {
     }
 }
 
-/// What became of an answer.
+/// The delivery state of an answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(in crate::pool) enum Told {
+pub(in crate::pool) enum DeliveryState {
     /// It is on its way to this instance.
     Yes(MemberKey),
     /// Its caller has no room for it just now.
     NotNow,
-    /// Nobody is there who could take it.
+    /// No receiver is connected.
     Nobody,
 }
 
 impl<D: Driver> Pool<D> {
-    /// Takes in an answer that an earlier run kept; false where the stored row is invalid.
+    /// Restores an answer of an earlier run; false if the stored row is invalid.
     pub fn restore_answer(
         &mut self,
         row: &AnswerRow,
@@ -251,18 +253,18 @@ impl<D: Driver> Pool<D> {
         let Some(answer) = Answered::read(&row.frame) else {
             return false;
         };
-        // Never longer than is promised, whatever the clock says now.
+        // Never longer than promised, whatever the clock says now.
         let left = row.expires.saturating_sub(steady_ms);
         let expires = now.after_ms(left.min(self.limits.answer_ttl_ms));
         turn.count_held(&self.name, self.number, 1);
-        let kept = Kept {
-            whom: KeptFor {
+        let kept = StoredAnswer {
+            whom: AnswerReceiver {
                 caller: row.caller.clone(),
                 from: NOBODY,
                 id: row.id.as_str().into(),
             },
             key: row.idempotency_key.as_deref().map(Into::into),
-            held: Held::restored(account, answer.bytes()),
+            held: HeldCall::restored(account, answer.bytes()),
             answer,
             expires,
             is_row: true,
@@ -289,7 +291,7 @@ impl<D: Driver> Pool<D> {
         self.finish_parked(number, (Answered::of(response), true), turn);
     }
 
-    /// A parked call is over without an answer of a handler's.
+    /// A parked call ended without a handler's answer.
     pub(in crate::pool) fn parked_refused(
         &mut self,
         number: u64,
@@ -299,7 +301,7 @@ impl<D: Driver> Pool<D> {
         self.finish_parked(number, (Answered::refused(refusal), false), turn);
     }
 
-    /// A parked call is over: its caller is told, or its answer kept.
+    /// A parked call ended: notifies its caller, or stores the answer.
     fn finish_parked(
         &mut self,
         number: u64,
@@ -318,52 +320,53 @@ impl<D: Driver> Pool<D> {
         }
         if parked.id.is_empty() {
             turn.count_held(&self.name, self.number, -1);
-            turn.keep(Change::EndCall(number), None);
+            turn.store(StoreChange::EndCall(number), None);
             return;
         }
-        // Nothing that was cancelled or ran out of time is run again, even if the server dies
-        // before that is told; nor what was to run once.
+        // A cancelled or expired call is never run again, even if the server dies before its caller
+        // knows; nor is a call that must run once.
         let must_write = !is_answered || parked.idempotency_key.is_some();
-        let whom = KeptFor {
+        let whom = AnswerReceiver {
             caller: parked.caller,
             from: parked.from,
             id: parked.id,
         };
         let held = parked.held;
-        self.keep_answer(number, whom, parked.idempotency_key, (answer, held), turn);
+        self.store_answer(number, whom, parked.idempotency_key, (answer, held), turn);
         if must_write {
             self.write_answer(number, turn);
         }
     }
 
-    /// Tells an answer, and keeps it until its caller has it. It counts in the place of its call.
-    pub(super) fn keep_answer(
+    /// Sends an answer, and stores it until its caller has it. It takes over the call's
+    /// reservation.
+    pub(super) fn store_answer(
         &mut self,
         number: u64,
-        whom: KeptFor,
+        whom: AnswerReceiver,
         key: Option<Box<str>>,
-        (mut answer, mut held): (Answered, Held),
+        (mut answer, mut held): (Answered, HeldCall),
         turn: &mut Turn<'_, D>,
     ) {
         let now = turn.time();
         // Those that wait until there is room in the caller's outbox come first.
         let is_behind = self.parked.answers.is_due_again(&whom.caller);
-        let told = if is_behind {
-            Told::NotNow
+        let delivery = if is_behind {
+            DeliveryState::NotNow
         } else {
-            self.tell_answer((&whom.caller, whom.from), &whom.id, &answer, turn)
+            self.deliver_answer((&whom.caller, whom.from), &whom.id, &answer, turn)
         };
-        if !matches!(told, Told::Yes(_))
+        if !matches!(delivery, DeliveryState::Yes(_))
             && let Err(full) = held.bytes.resize(answer.bytes() as u64)
         {
-            // Its caller is told at least that there was an answer.
+            // Its caller at least learns that there was an answer.
             let why = Refusal::from(full).message;
             let message = format!("the answer could not be kept: {why}");
             answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
         }
         held.bytes.force(answer.bytes() as u64);
         let app = whom.caller.clone();
-        let kept = Kept {
+        let kept = StoredAnswer {
             whom,
             key,
             held,
@@ -373,26 +376,26 @@ impl<D: Driver> Pool<D> {
             on_way: None,
         };
         self.parked.answers.insert(number, kept);
-        match told {
-            Told::Yes(member) => self.send_on_way(number, member, turn),
-            Told::NotNow if !is_behind => {
+        match delivery {
+            DeliveryState::Yes(member) => self.send_on_way(number, member, turn),
+            DeliveryState::NotNow if !is_behind => {
                 let again = now.after_ms(ANSWER_AGAIN_MS);
                 self.parked.answers.try_again(&app, Some(again));
                 self.write_answer(number, turn);
             }
-            Told::NotNow | Told::Nobody => self.write_answer(number, turn),
+            DeliveryState::NotNow | DeliveryState::Nobody => self.write_answer(number, turn),
         }
     }
 
-    /// An answer stands in a member's outbox; the driver says when it has left.
+    /// An answer is in a member's outbox; the driver reports when it has left.
     fn send_on_way(&mut self, number: u64, member: MemberKey, turn: &mut Turn<'_, D>) {
         self.parked.answers.move_to(number, Some(member));
         if let Some(to) = self.members.at(member) {
-            turn.note_told(&to.peer, number);
+            turn.note_delivered(&to.peer, number);
         }
     }
 
-    /// Writes an answer down in the place of its call, where that was not done before.
+    /// Stores an answer in place of its call, unless that was done before.
     fn write_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
@@ -411,11 +414,11 @@ impl<D: Driver> Pool<D> {
             frame: kept.answer.frame(),
             expires: turn.steady_ms().saturating_add(left),
         };
-        turn.keep(Change::Answer(Box::new(row)), None);
+        turn.store(StoreChange::Answer(Box::new(row)), None);
     }
 
-    /// An answer has left with everything that was appended before it ([`Effects::note_told`]).
-    pub fn told(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+    /// An answer has left with everything that was appended before it ([`Effects::delivered`]).
+    pub fn answer_delivered(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let answers = &self.parked.answers.answers;
         if answers
             .get(&number)
@@ -437,24 +440,25 @@ impl<D: Driver> Pool<D> {
             self.write_answer(number, turn);
         }
         if !numbers.is_empty() {
-            self.tell_answers(app, turn);
+            self.deliver_answers(app, turn);
         }
     }
 
-    /// Passes an answer to the member that called while it is there, else to the instance of its app
-    /// that came last and takes it. Not to one that has another call under the same id in flight.
-    pub(in crate::pool) fn tell_answer(
+    /// Passes an answer to the member that called while it is there, else to the instance of its
+    /// app that came last and takes it. Not to one that has another call under the same id in
+    /// flight.
+    pub(in crate::pool) fn deliver_answer(
         &self,
         (caller, from): (&AppId, MemberKey),
         id: &str,
         answer: &Answered,
         turn: &mut Turn<'_, D>,
-    ) -> Told {
+    ) -> DeliveryState {
         let is_free = |member| self.calls.find(member, id).is_none();
         if let Some(member) = self.members.at(from) {
             match self.send_answer(member, id, answer, turn) {
-                Some(Sent::Queued) => return Told::Yes(from),
-                Some(Sent::Full) => return Told::NotNow,
+                Some(Sent::Queued) => return DeliveryState::Yes(from),
+                Some(Sent::Full) => return DeliveryState::NotNow,
                 Some(Sent::Gone) | None => {}
             }
         }
@@ -463,22 +467,22 @@ impl<D: Driver> Pool<D> {
             .iter()
             .filter(|(_, m)| m.app == *caller)
             .collect();
-        let mut told = Told::Nobody;
+        let mut delivery = DeliveryState::Nobody;
         for (key, to) in instances.into_iter().rev() {
             if !is_free(key) {
-                told = Told::NotNow;
+                delivery = DeliveryState::NotNow;
                 continue;
             }
             match self.send_answer(to, id, answer, turn) {
-                Some(Sent::Queued) => return Told::Yes(key),
-                Some(Sent::Full) => told = Told::NotNow,
+                Some(Sent::Queued) => return DeliveryState::Yes(key),
+                Some(Sent::Full) => delivery = DeliveryState::NotNow,
                 Some(Sent::Gone) | None => {}
             }
         }
-        told
+        delivery
     }
 
-    /// Sends an answer that was kept; `None` where the receiver can never take it.
+    /// Sends a stored answer; `None` if the receiver can never take it.
     pub(in crate::pool) fn send_answer(
         &self,
         to: &Member<D>,
@@ -507,8 +511,8 @@ impl<D: Driver> Pool<D> {
         Some(sent)
     }
 
-    /// Tells an app that is back what was answered while it was away.
-    pub fn tell_answers(&mut self, app: &AppId, turn: &mut Turn<'_, D>) {
+    /// Sends an app that is back the answers that came while it was offline.
+    pub fn deliver_answers(&mut self, app: &AppId, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         let Some(waiting) = self.parked.answers.by_app.get(app) else {
             return;
@@ -523,20 +527,20 @@ impl<D: Driver> Pool<D> {
                 break;
             }
             let kept = &self.parked.answers.answers[&number];
-            match self.tell_answer((app, kept.whom.from), &kept.whom.id, &kept.answer, turn) {
-                Told::Yes(member) => self.send_on_way(number, member, turn),
-                Told::NotNow => {
+            match self.deliver_answer((app, kept.whom.from), &kept.whom.id, &kept.answer, turn) {
+                DeliveryState::Yes(member) => self.send_on_way(number, member, turn),
+                DeliveryState::NotNow => {
                     again = Some(now.after_ms(ANSWER_AGAIN_MS));
                     break;
                 }
                 // Another instance may take it.
-                Told::Nobody => {}
+                DeliveryState::Nobody => {}
             }
         }
         self.parked.answers.try_again(app, again);
     }
 
-    /// Tries again what did not fit, and gives up what waited long enough.
+    /// Retries what did not fit, and drops expired answers.
     pub(super) fn handle_answers_timeout(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(&(_, number)) = self.parked.answers.expires.first().filter(|e| e.0 <= now) {
@@ -544,7 +548,7 @@ impl<D: Driver> Pool<D> {
         }
         while let Some((_, app)) = self.parked.answers.agains.first().filter(|a| a.0 <= now) {
             let app = app.clone();
-            self.tell_answers(&app, turn);
+            self.deliver_answers(&app, turn);
         }
     }
 
@@ -552,11 +556,11 @@ impl<D: Driver> Pool<D> {
         if let Some(kept) = self.parked.answers.remove(number) {
             turn.count_held(&self.name, self.number, -1);
             let end = if kept.is_row {
-                Change::EndAnswer(number)
+                StoreChange::EndAnswer(number)
             } else {
-                Change::EndCall(number)
+                StoreChange::EndCall(number)
             };
-            turn.keep(end, None);
+            turn.store(end, None);
         }
     }
 }

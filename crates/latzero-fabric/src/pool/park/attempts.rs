@@ -1,18 +1,18 @@
-//! Calls whose handler died before it answered: given to another one, or parked, or dead.
+//! Calls whose handler died before it answered: redelivered, parked, or dead.
 //!
 //! A parked call pauses after each failed attempt, [`PAUSE_MS`] at first and four times as long
-//! each time, and then stands behind what was parked meanwhile: one that kills its handlers does
-//! not hold up the others. After its last attempt it is dead. Its caller is told, and the call is
-//! kept for [`crate::limits::Limits::dead_ttl_ms`], so that somebody can look for the fault and run
-//! it again.
+//! each time, and then stands behind what was parked meanwhile: a call that kills its handlers does
+//! not delay the others. After its last attempt it is dead. Its caller is notified, and the call
+//! stays stored for [`crate::limits::Limits::dead_ttl_ms`], so that an operator can inspect it and
+//! run it again.
 
 use latzero_protocol::message::Trigger;
 use latzero_protocol::{Code, Refusal, encode};
 
 use super::super::{MemberKey, Pool};
-use super::answers::KeptFor;
-use super::lasting::Lasting;
-use super::{Change, Death, Parked, State};
+use super::answers::AnswerReceiver;
+use super::durable::DurableCall;
+use super::{Death, Parked, State, StoreChange};
 use crate::driver::Driver;
 use crate::outbox::Class;
 use crate::turn::Turn;
@@ -31,20 +31,20 @@ fn pause_ms(failed: u32) -> u64 {
 
 /// A call whose handler is leaving.
 pub(super) struct Orphan {
-    /// Who called, where that is a connection's call.
+    /// Who called, if that is a connection's call.
     caller: MemberKey,
     id: Option<Box<str>>,
-    lasting: Box<Lasting>,
+    lasting: Box<DurableCall>,
     /// What happened to its handler.
     cause: String,
 }
 
 impl<D: Driver> Pool<D> {
-    /// The handler of a lasting call died; [`Pool::place_orphans`] follows once it has left.
+    /// The handler of a durable call died; [`Pool::place_orphans`] follows once it has left.
     pub(in crate::pool) fn orphan(
         &mut self,
         (caller, id): (MemberKey, Option<Box<str>>),
-        lasting: Box<Lasting>,
+        lasting: Box<DurableCall>,
         handler: MemberKey,
     ) {
         let app = self.members.at(handler).map_or("?", |m| m.app.as_str());
@@ -62,14 +62,13 @@ impl<D: Driver> Pool<D> {
         for orphan in std::mem::take(&mut self.parked.orphans) {
             match orphan.lasting.number {
                 Some(number) => self.attempt_failed(number, orphan.lasting, &orphan.cause, turn),
-                None => self.give_orphan(orphan, turn),
+                None => self.redeliver(orphan, turn),
             }
         }
     }
 
-    /// Gives a connection's call to another handler; parks it where it may wait, else tells its
-    /// caller.
-    fn give_orphan(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
+    /// Redelivers a call to another handler; else parks it if it may wait, or notifies its caller.
+    fn redeliver(&mut self, orphan: Orphan, turn: &mut Turn<'_, D>) {
         let Orphan {
             caller,
             id,
@@ -84,7 +83,7 @@ impl<D: Driver> Pool<D> {
         let is_last = lasting.attempt >= lasting.attempts;
         let mut lasting = lasting;
         if !is_last {
-            match self.give(Some(caller), lasting, turn) {
+            match self.dispatch(Some(caller), lasting, turn) {
                 Ok((key, lasting)) => {
                     self.calls.at_mut(key).expect("just begun").lasting = Some(lasting);
                     return;
@@ -117,7 +116,7 @@ impl<D: Driver> Pool<D> {
         &mut self,
         caller: MemberKey,
         trigger: &Trigger<'_>,
-        lasting: &Lasting,
+        lasting: &DurableCall,
         turn: &mut Turn<'_, D>,
     ) -> Result<u64, super::CallError> {
         let left = lasting.deadline.since(turn.time()).as_millis();
@@ -141,7 +140,7 @@ impl<D: Driver> Pool<D> {
         let attempt = lasting.attempt;
         self.parked
             .change(number, |parked| parked.attempt = attempt);
-        turn.keep(Change::Attempt(number, attempt), None);
+        turn.store(StoreChange::Attempt(number, attempt), None);
         Ok(number)
     }
 
@@ -149,7 +148,7 @@ impl<D: Driver> Pool<D> {
     fn attempt_failed(
         &mut self,
         number: u64,
-        mut lasting: Box<Lasting>,
+        mut lasting: Box<DurableCall>,
         cause: &str,
         turn: &mut Turn<'_, D>,
     ) {
@@ -169,7 +168,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// A parked call had its last attempt: its caller is told, and the call itself is kept.
+    /// A parked call had its last attempt: notifies its caller, and keeps the dead call.
     fn die(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let (now, steady_ms) = (turn.time(), turn.steady_ms());
         let ttl_ms = self.limits.dead_ttl_ms;
@@ -182,8 +181,8 @@ impl<D: Driver> Pool<D> {
         }
         parked.deadline = now.after_ms(ttl_ms);
         parked.expires_ms = steady_ms.saturating_add(ttl_ms);
-        let lasting = parked.take().expect("it paused until now");
-        let row = crate::keep::CallRow {
+        let lasting = parked.dequeue().expect("it paused until now");
+        let row = crate::rows::CallRow {
             death: Some(Death {
                 at: steady_ms,
                 cause: parked.cause.as_deref().unwrap_or_default().into(),
@@ -191,8 +190,8 @@ impl<D: Driver> Pool<D> {
             ..parked.row(number, &self.name, &lasting)
         };
         parked.state = State::Dead(lasting);
-        turn.keep(Change::Call(Box::new(row)), None);
-        let whom = KeptFor {
+        turn.store(StoreChange::Call(Box::new(row)), None);
+        let whom = AnswerReceiver {
             caller: parked.caller.clone(),
             from: parked.from,
             id: parked.id.clone(),
@@ -202,7 +201,7 @@ impl<D: Driver> Pool<D> {
         if !whom.id.is_empty() {
             turn.count_held(&self.name, self.number, 1);
             let answer = super::Answered::refused(&refusal);
-            self.keep_answer(turn.next_number(), whom, None, (answer, held), turn);
+            self.store_answer(turn.next_number(), whom, None, (answer, held), turn);
         }
         while self.parked.dead.len() > self.limits.dead_max {
             let (_, oldest) = *self.parked.dead.first().expect("there are too many");
@@ -213,12 +212,12 @@ impl<D: Driver> Pool<D> {
     /// Forgets a dead call.
     pub(super) fn bury(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         if self.forget_parked(number, turn).is_some() {
-            turn.keep(Change::EndCall(number), None);
+            turn.store(StoreChange::EndCall(number), None);
         }
     }
 
-    /// Runs a dead call again, as a new one that nobody waits for: its caller was told that it
-    /// failed. False where there is no such dead call.
+    /// Runs a dead call again, as a new one that nobody waits for: its caller knows that it failed.
+    /// False if there is no such dead call.
     pub fn retry_parked(&mut self, number: u64, ttl_ms: u64, turn: &mut Turn<'_, D>) -> bool {
         let parked = self.parked.calls.get(&number);
         if !parked.is_some_and(Parked::is_dead) {
@@ -227,7 +226,7 @@ impl<D: Driver> Pool<D> {
         let Some(mut parked) = self.parked.remove(number) else {
             return false;
         };
-        let mut lasting = parked.take().expect("it was dead");
+        let mut lasting = parked.dequeue().expect("it was dead");
         parked.deadline = turn.time().after_ms(ttl_ms);
         parked.parked_ms = turn.steady_ms();
         parked.expires_ms = parked.parked_ms.saturating_add(ttl_ms);
@@ -235,7 +234,7 @@ impl<D: Driver> Pool<D> {
         (lasting.attempt, lasting.deadline) = (0, parked.deadline);
         parked.rank = self.parked.newest.saturating_add(1);
         let row = parked.row(number, &self.name, &lasting);
-        turn.keep(Change::Call(Box::new(row)), None);
+        turn.store(StoreChange::Call(Box::new(row)), None);
         parked.state = State::Waiting(lasting);
         let process = parked.process.clone();
         self.parked.insert(number, parked);
@@ -243,7 +242,7 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// Has the calls go on that have paused long enough.
+    /// Resumes calls whose pause is over.
     pub(super) fn end_pauses(&mut self, turn: &mut Turn<'_, D>) {
         let now = turn.time();
         while let Some(&(_, number)) = self.parked.pauses.first().filter(|pause| pause.0 <= now) {
@@ -258,7 +257,7 @@ impl<D: Driver> Pool<D> {
                 continue;
             }
             let process = self.parked.change(number, |parked| {
-                parked.state = State::Waiting(parked.take().expect("it paused"));
+                parked.state = State::Waiting(parked.dequeue().expect("it paused"));
                 parked.process.clone()
             });
             if let Some(process) = process {
@@ -274,17 +273,21 @@ impl<D: Driver> Pool<D> {
             .iter()
             .filter_map(|(_, call)| call.lasting.as_ref());
         let held = lasting.filter_map(|lasting| lasting.held.as_ref());
-        held.map(crate::books::Hold::amount).sum()
+        held.map(crate::ledger::Reservation::amount).sum()
     }
 
-    /// A lasting call is over without an answer: so are those that repeat it.
-    pub(in crate::pool) fn drop_repeats_of(&mut self, lasting: &Lasting, turn: &mut Turn<'_, D>) {
+    /// A durable call ended without an answer: so do those that repeat it.
+    pub(in crate::pool) fn drop_repeats_of(
+        &mut self,
+        lasting: &DurableCall,
+        turn: &mut Turn<'_, D>,
+    ) {
         if let Some(key) = &lasting.idempotency_key {
             self.repeats_dropped(&lasting.caller, key, turn);
         }
     }
 
-    /// Tells the callers of calls whose handler died that no other gets them: the pool goes.
+    /// The pool is removed: notifies the callers of calls whose handler died.
     pub(in crate::pool) fn drop_orphans(&mut self, turn: &mut Turn<'_, D>) {
         for orphan in std::mem::take(&mut self.parked.orphans) {
             if let Some(number) = orphan.lasting.number {

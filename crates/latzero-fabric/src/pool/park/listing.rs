@@ -1,4 +1,4 @@
-//! What people see of parked calls, and what they change about them.
+//! Listing and changing parked calls.
 
 use latzero_protocol::AppId;
 use latzero_protocol::parked::{ParkedChange, ParkedFilter, ParkedState};
@@ -77,7 +77,7 @@ impl ParkedCalls {
     }
 }
 
-/// Which calls of a pool somebody may see: all, or those of one app.
+/// Which calls of a pool a client may see: all, or those of one app.
 pub(crate) type Viewer<'a> = Option<&'a AppId>;
 
 impl<D: Driver> Pool<D> {
@@ -132,7 +132,8 @@ impl<D: Driver> Pool<D> {
             "number": number, "pool": self.name, "state": parked.shown_state().as_str(),
             "process": parked.process, "app_id": parked.caller, "id": parked.id,
             "attempt": parked.attempt, "attempts": parked.attempts,
-            "parked": now.unix_ms_of(parked.parked_ms), "expires": now.unix_ms_of(parked.expires_ms),
+            "parked": now.unix_ms_of(parked.parked_ms),
+            "expires": now.unix_ms_of(parked.expires_ms),
             "bytes": parked.held.bytes.amount(),
         });
         let mut note = |name: &str, value: Option<Value>| {
@@ -165,7 +166,7 @@ impl<D: Driver> Pool<D> {
         Some(shown)
     }
 
-    /// Changes a call or an answer; false where that can't be done in its state.
+    /// Changes a call or an answer; false if that can't be done in its state.
     pub(crate) fn change_parked(
         &mut self,
         number: u64,

@@ -1,7 +1,7 @@
-//! Whose turn it is: users take turns, and the apps of each user do. Of one app, the call that
-//! waits longest is first.
+//! Fair queueing: users take turns, and so do the apps of each user. Of one app, the oldest call is
+//! first.
 //!
-//! Names cost nothing, so a turn by name alone would go to whoever invents the most of them.
+//! Names cost nothing, so turns by name alone would favour a user who invents many.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound::{Excluded, Unbounded};
@@ -38,25 +38,25 @@ impl<K, V> Default for Ring<K, V> {
     }
 }
 
-/// Where a call stands among those of its caller: by the number that it is behind, then its own.
-pub(super) type Place = (u64, u64);
+/// A call's position among those of its caller: the number that it follows, then its own.
+pub(super) type QueuePosition = (u64, u64);
 
 /// A call that waits, and whose it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Waiting {
+pub(super) struct QueuedCalls {
     /// The user.
     pub(super) user: u64,
     /// The app.
     pub(super) app: AppId,
     /// Its place.
-    pub(super) place: Place,
+    pub(super) place: QueuePosition,
 }
 
 #[derive(Default)]
 struct Own {
-    places: BTreeSet<Place>,
+    places: BTreeSet<QueuePosition>,
     /// Up to where calls were passed over, and in which round.
-    passed: (u64, Place),
+    passed: (u64, QueuePosition),
 }
 
 /// Calls that the same handlers can take.
@@ -67,13 +67,13 @@ struct Line {
 }
 
 impl Line {
-    fn insert(&mut self, waiting: &Waiting) {
+    fn insert(&mut self, waiting: &QueuedCalls) {
         let apps = self.users.map.entry(waiting.user).or_default();
         let own = apps.map.entry(waiting.app.clone()).or_default();
         self.len += usize::from(own.places.insert(waiting.place));
     }
 
-    fn remove(&mut self, waiting: &Waiting) {
+    fn remove(&mut self, waiting: &QueuedCalls) {
         let Some(apps) = self.users.map.get_mut(&waiting.user) else {
             return;
         };
@@ -89,7 +89,7 @@ impl Line {
     }
 
     /// The call whose turn it is, of those that were not passed over in this round.
-    fn next(&self, now: u64) -> Option<Waiting> {
+    fn next(&self, now: u64) -> Option<QueuedCalls> {
         self.users.in_turn().find_map(|(&user, apps)| {
             apps.in_turn().find_map(|(app, own)| {
                 let mut places = match own.passed {
@@ -98,7 +98,7 @@ impl Line {
                     }
                     _ => own.places.range(..),
                 };
-                places.next().map(|&place| Waiting {
+                places.next().map(|&place| QueuedCalls {
                     user,
                     app: app.clone(),
                     place,
@@ -107,16 +107,16 @@ impl Line {
         })
     }
 
-    /// A call was given out: it is the turn of others.
-    fn note_turn(&mut self, waiting: &Waiting) {
+    /// A call was dispatched: it is the turn of others.
+    fn note_turn(&mut self, waiting: &QueuedCalls) {
         self.users.last = Some(waiting.user);
         if let Some(apps) = self.users.map.get_mut(&waiting.user) {
             apps.last = Some(waiting.app.clone());
         }
     }
 
-    /// A call can't be given out now, but those behind it may.
-    fn pass(&mut self, waiting: &Waiting, round: u64) {
+    /// A call can't be dispatched now, but those behind it may.
+    fn pass(&mut self, waiting: &QueuedCalls, round: u64) {
         let apps = self.users.map.get_mut(&waiting.user);
         if let Some(own) = apps.and_then(|apps| apps.map.get_mut(&waiting.app)) {
             own.passed = (round, waiting.place);
@@ -142,7 +142,7 @@ impl Lines {
     }
 
     /// The call whose turn it is among those for a destination.
-    pub(super) fn next(&self, destination: Option<&AppId>) -> Option<Waiting> {
+    pub(super) fn next(&self, destination: Option<&AppId>) -> Option<QueuedCalls> {
         let line = match destination {
             None => Some(&self.any),
             Some(app) => self.named.get(app),
@@ -150,28 +150,28 @@ impl Lines {
         line?.next(self.round)
     }
 
-    /// A call was given out: it is the turn of others.
-    pub(super) fn note_turn(&mut self, destination: Option<&AppId>, waiting: &Waiting) {
+    /// A call was dispatched: it is the turn of others.
+    pub(super) fn note_turn(&mut self, destination: Option<&AppId>, waiting: &QueuedCalls) {
         if let Some(line) = self.line(destination) {
             line.note_turn(waiting);
         }
     }
 
-    /// A call can't be given out in this round, but those behind it may.
-    pub(super) fn pass(&mut self, destination: Option<&AppId>, waiting: &Waiting) {
+    /// A call can't be dispatched in this round, but those behind it may.
+    pub(super) fn pass(&mut self, destination: Option<&AppId>, waiting: &QueuedCalls) {
         let round = self.round;
         if let Some(line) = self.line(destination) {
             line.pass(waiting, round);
         }
     }
 
-    /// What was passed over is tried again.
+    /// Skipped calls are tried again.
     pub(super) fn begin_round(&mut self) {
         self.round += 1;
     }
 
-    /// Under which user calls of an app wait already: those from before a restart are of whoever is
-    /// asked for what the server kept, and an app's calls stay in one order.
+    /// The user under which calls of an app already wait, so that an app's calls stay in one order,
+    /// also over a restart.
     pub(super) fn user_of(&self, destination: Option<&AppId>, app: &AppId) -> Option<u64> {
         let line = match destination {
             None => Some(&self.any),
@@ -195,14 +195,14 @@ impl Lines {
         line.is_some_and(|line| line.len > 0)
     }
 
-    pub(super) fn insert(&mut self, destination: Option<&AppId>, waiting: &Waiting) {
+    pub(super) fn insert(&mut self, destination: Option<&AppId>, waiting: &QueuedCalls) {
         match destination {
             None => self.any.insert(waiting),
             Some(app) => self.named.entry(app.clone()).or_default().insert(waiting),
         }
     }
 
-    pub(super) fn remove(&mut self, destination: Option<&AppId>, waiting: &Waiting) {
+    pub(super) fn remove(&mut self, destination: Option<&AppId>, waiting: &QueuedCalls) {
         let Some(app) = destination else {
             return self.any.remove(waiting);
         };
@@ -223,15 +223,15 @@ impl Lines {
 mod tests {
     use super::*;
 
-    fn waiting(user: u64, app: &str, number: u64) -> Waiting {
-        Waiting {
+    fn waiting(user: u64, app: &str, number: u64) -> QueuedCalls {
+        QueuedCalls {
             user,
             app: AppId::new(app).unwrap(),
             place: (number, number),
         }
     }
 
-    /// The order in which everything is given out.
+    /// The order in which everything is dispatched.
     fn order(line: &mut Line) -> Vec<u64> {
         let mut order = Vec::new();
         while let Some(next) = line.next(1) {
@@ -283,7 +283,7 @@ mod tests {
     fn a_call_that_failed_stands_behind_those_that_came_before_its_end() {
         let mut line = Line::default();
         line.insert(&waiting(1, "app", 2));
-        line.insert(&Waiting {
+        line.insert(&QueuedCalls {
             place: (3, 1),
             ..waiting(1, "app", 0)
         });

@@ -49,7 +49,7 @@ impl Memory {
         std::fs::write(self.path(&format!("{ID}.json")), record(generation)).unwrap();
     }
 
-    /// The generation that a start takes in, and its record.
+    /// The generation that a start loads, and its record.
     fn scan(&self) -> (Result<u64, String>, Value) {
         let mut kept = self.files.scan();
         assert_eq!(kept.len(), 1);

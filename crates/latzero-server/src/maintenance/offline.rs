@@ -12,10 +12,10 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::blocks::restore::Restoring;
+use crate::machine_limits::survive_file_size_limit;
 use crate::startup::data_dir::DataDir;
 use crate::startup::lock::InstanceLock;
 use crate::startup::{StartupError, descriptors, lock};
-use crate::surroundings::survive_file_size_limit;
 
 /// Where a database is copied to, so that looking for damage changes nothing.
 const COPY: &str = ".check";
@@ -41,7 +41,7 @@ pub struct Restored {
 /// Why upkeep of a directory without a server failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum UpkeepError {
+pub enum MaintenanceError {
     /// The directory is not available.
     #[error(transparent)]
     Startup(#[from] StartupError),
@@ -69,22 +69,22 @@ pub enum UpkeepError {
     },
 }
 
-impl From<OpenError> for UpkeepError {
+impl From<OpenError> for MaintenanceError {
     fn from(error: OpenError) -> Self {
         match error {
-            OpenError::Backup(error) => UpkeepError::Backup(error),
-            error => UpkeepError::Store(error),
+            OpenError::Backup(error) => MaintenanceError::Backup(error),
+            error => MaintenanceError::Store(error),
         }
     }
 }
 
 impl Offline {
-    /// Takes a data directory, which is made where there is none.
+    /// Takes a data directory, which is made if there is none.
     ///
     /// # Errors
-    /// [`StartupError::AnotherServer`] where a server runs on it; and whatever would keep one from
+    /// [`StartupError::AnotherServer`] if a server runs on it; and whatever would keep one from
     /// starting on it.
-    pub fn take(path: &Path) -> Result<Offline, UpkeepError> {
+    pub fn lock(path: &Path) -> Result<Offline, MaintenanceError> {
         lock::refuse_held(path)?;
         let data_dir = DataDir::prepare(path)?;
         let lock = InstanceLock::acquire(data_dir.path())?;
@@ -116,7 +116,7 @@ impl Offline {
     /// # Errors
     /// If the backup is not good, or the disk refuses: then nothing has changed, but for
     /// [`UpkeepError::Blocks`].
-    pub fn restore(&self, backup: &Path) -> Result<Restored, UpkeepError> {
+    pub fn restore(&self, backup: &Path) -> Result<Restored, MaintenanceError> {
         let memory = self.path().join("memory");
         // Where a backup turns out bad, not even what a start does about blocks was done.
         let mut restoring: Option<Restoring> = None;
@@ -130,7 +130,7 @@ impl Offline {
         let blocks_set_aside = restoring
             .map_or_else(|| Restoring::begin(&memory), Ok)
             .and_then(Restoring::commit)
-            .map_err(UpkeepError::Blocks)?;
+            .map_err(MaintenanceError::Blocks)?;
         Ok(Restored {
             summary: restored.summary,
             set_aside: restored.set_aside,
@@ -143,7 +143,7 @@ impl Offline {
     ///
     /// # Errors
     /// If it can't be looked at.
-    pub fn check(&self, is_thorough: bool) -> Result<Vec<String>, UpkeepError> {
+    pub fn check(&self, is_thorough: bool) -> Result<Vec<String>, MaintenanceError> {
         let copy = Copy::of_database(self.path())?;
         let opened = match latzero_store::open(&copy.directory, Options::default()) {
             Ok(opened) => opened,
@@ -174,7 +174,7 @@ impl Offline {
     ///
     /// # Errors
     /// If it can't be looked at, or the question is none.
-    pub fn query(&self, sql: &str) -> Result<Value, UpkeepError> {
+    pub fn query(&self, sql: &str) -> Result<Value, MaintenanceError> {
         let copy = Copy::of_database(self.path())?;
         let path = copy.directory.join(DATABASE);
         let answer = latzero_store::query(&path, sql, &QueryLimits::default())?;
@@ -185,7 +185,7 @@ impl Offline {
     ///
     /// # Errors
     /// If it can't be read, or the text not be written.
-    pub fn dump(&self, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
+    pub fn dump(&self, out: &mut dyn io::Write) -> Result<(), MaintenanceError> {
         let copy = Copy::of_database(self.path())?;
         Ok(latzero_store::dump(&copy.directory.join(DATABASE), out)?)
     }
@@ -195,7 +195,7 @@ impl Offline {
 ///
 /// # Errors
 /// If it can't be read, or the text not be written.
-pub fn dump_backup(file: &Path, out: &mut dyn io::Write) -> Result<(), UpkeepError> {
+pub fn dump_backup(file: &Path, out: &mut dyn io::Write) -> Result<(), MaintenanceError> {
     Ok(latzero_store::dump(file, out)?)
 }
 
@@ -207,7 +207,7 @@ struct Copy {
 }
 
 impl Copy {
-    fn of_database(data_dir: &Path) -> Result<Copy, UpkeepError> {
+    fn of_database(data_dir: &Path) -> Result<Copy, MaintenanceError> {
         let copy = Copy {
             directory: data_dir.join(COPY),
             original: data_dir.to_owned(),
@@ -216,7 +216,7 @@ impl Copy {
         copy.remove();
         let failed = |action, path: &Path| {
             let path = path.to_owned();
-            move |source| UpkeepError::System {
+            move |source| MaintenanceError::System {
                 action,
                 path,
                 source,
@@ -270,7 +270,7 @@ mod tests {
     fn with_database() -> (tempfile::TempDir, PathBuf) {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("data");
-        let offline = Offline::take(&path).unwrap();
+        let offline = Offline::lock(&path).unwrap();
         let opened = latzero_store::open(offline.path(), Options::default()).unwrap();
         opened.store.close().unwrap();
         (home, path)
@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn a_look_finds_damage_and_changes_nothing() {
         let (_home, path) = with_database();
-        let offline = Offline::take(&path).unwrap();
+        let offline = Offline::lock(&path).unwrap();
         assert!(offline.has_database());
         for is_thorough in [false, true] {
             assert_eq!(offline.check(is_thorough).unwrap(), [""; 0]);
@@ -318,12 +318,12 @@ mod tests {
     #[test]
     fn a_directory_is_had_by_one() {
         let (_home, path) = with_database();
-        let _one = Offline::take(&path).unwrap();
-        let error = Offline::take(&path).unwrap_err();
+        let _one = Offline::lock(&path).unwrap();
+        let error = Offline::lock(&path).unwrap_err();
         assert!(
             matches!(
                 error,
-                UpkeepError::Startup(StartupError::AnotherServer { .. })
+                MaintenanceError::Startup(StartupError::AnotherServer { .. })
             ),
             "{error}"
         );

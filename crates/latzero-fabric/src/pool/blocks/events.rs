@@ -1,4 +1,4 @@
-//! What members are told of blocks: listings, descriptions, events.
+//! Listings, descriptions and events of blocks.
 
 use latzero_protocol::encode;
 use latzero_protocol::memory::Access;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::super::{MemberKey, Pool};
 use super::{ATTACHMENTS_SHOWN_MAX, Block, BlockKey, Phase, Replied};
 use crate::driver::{Driver, Peer as _};
-use crate::memory::Change;
+use crate::memory::VersionNotice;
 use crate::registry::{PageText, append};
 
 use crate::outbox::Class;
@@ -133,7 +133,8 @@ impl<D: Driver> Pool<D> {
         Err(Refusal::new(Code::Overloaded, message))
     }
 
-    /// Replies with a block's description, and its descriptor where the member is attached and takes them.
+    /// Replies with a block's description, and its descriptor where the member is attached and
+    /// takes them.
     pub(in crate::pool) fn answer_description(
         &self,
         key: BlockKey,
@@ -146,7 +147,7 @@ impl<D: Driver> Pool<D> {
             return;
         };
         let storage = self.blocks.at(key).expect("its caller found it").storage;
-        // Where there is no descriptor, now or ever, the block is read and written by copies.
+        // If there is no descriptor, now or ever, the block is read and written by copies.
         let descriptor = access
             .filter(|_| to.takes_descriptors && self.check_descriptors(member).is_ok())
             .and_then(|access| turn.driver.descriptor(storage, access));
@@ -164,7 +165,7 @@ impl<D: Driver> Pool<D> {
         );
     }
 
-    /// Answers a request whose reply was put off.
+    /// Answers a deferred request.
     pub(in crate::pool) fn answer(
         &self,
         member: MemberKey,
@@ -196,21 +197,27 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    pub(in crate::pool) fn tell_attached(&self, key: BlockKey, told: &str, turn: &mut Turn<'_, D>) {
+    pub(in crate::pool) fn notify_attached(
+        &self,
+        key: BlockKey,
+        json: &str,
+        turn: &mut Turn<'_, D>,
+    ) {
         let Some(block) = self.blocks.at(key) else {
             return;
         };
         for attachment in &block.attachments {
             if let Some(member) = self.members.at(attachment.member) {
-                turn.send(&member.peer, Class::Control, told.len(), |out| {
-                    encode::message(out, told);
+                turn.send(&member.peer, Class::Control, json.len(), |out| {
+                    encode::message(out, json);
                 });
             }
         }
     }
 
-    /// Tells subscribers and watchers that a block has a new version. Of two that cross, the older one is not told.
-    pub(in crate::pool) fn tell_change(
+    /// Notifies subscribers and watchers of a new version of a block. An older version that arrives
+    /// late is not announced.
+    pub(in crate::pool) fn notify_change(
         &mut self,
         key: BlockKey,
         version: u64,
@@ -220,12 +227,12 @@ impl<D: Driver> Pool<D> {
             return;
         };
         let news = (block.generation, version);
-        if news <= block.told {
+        if news <= block.announced {
             return;
         }
-        block.told = news;
+        block.announced = news;
         let block = self.blocks.at(key).expect("just found");
-        let change = Change {
+        let change = VersionNotice {
             topic: (self.number, key.slot),
             pool: &self.name,
             block: &block.id,
@@ -258,7 +265,8 @@ impl<D: Driver> Pool<D> {
             return String::new();
         };
         format!(
-            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\"generation\":{}{more}}}",
+            "{{\"action\":\"event\",\"event\":\"{event}\",\"pool\":\"{}\",\"block_id\":\"{}\",\
+            \"generation\":{}{more}}}",
             self.name, block.id, block.generation
         )
     }

@@ -19,12 +19,12 @@ const MARK_BYTES_MAX: u64 = 256;
 /// The paths of a store. If `data.db` is a symbolic link, all files of the database are at its
 /// target: the log is there too, and files are renamed within one directory.
 #[derive(Debug, Clone)]
-pub(crate) struct Place {
+pub(crate) struct DatabasePath {
     dir: PathBuf,
     database: PathBuf,
 }
 
-impl Place {
+impl DatabasePath {
     pub(crate) fn of(dir: &Path) -> io::Result<Self> {
         let named = dir.join(DATABASE);
         let is_link = fs::symlink_metadata(&named).is_ok_and(|named| named.is_symlink());
@@ -100,7 +100,7 @@ impl Missing {
 /// next start.
 #[derive(Debug)]
 pub(crate) struct Guard {
-    place: Place,
+    place: DatabasePath,
     dir: Identity,
     database: Identity,
     /// Known from the first commit on.
@@ -109,7 +109,7 @@ pub(crate) struct Guard {
 
 impl Guard {
     /// Of a database that was opened just now.
-    pub(crate) fn new(place: Place) -> io::Result<Self> {
+    pub(crate) fn new(place: DatabasePath) -> io::Result<Self> {
         Ok(Self {
             dir: Identity::of(place.home())?,
             database: Identity::of(place.database())?,
@@ -118,7 +118,7 @@ impl Guard {
         })
     }
 
-    pub(crate) fn place(&self) -> &Place {
+    pub(crate) fn place(&self) -> &DatabasePath {
         &self.place
     }
 
@@ -240,7 +240,7 @@ mod tests {
         let (database, log) = (dir.join(DATABASE), dir.join("data.db-wal"));
         fs::write(&database, "a").unwrap();
         fs::write(&log, "b").unwrap();
-        let mut guard = Guard::new(Place::of(&dir).unwrap()).unwrap();
+        let mut guard = Guard::new(DatabasePath::of(&dir).unwrap()).unwrap();
         guard.note_log();
         assert_eq!(guard.check(), Ok(()));
         let aside = dir.join("aside");
@@ -270,12 +270,12 @@ mod tests {
         let target = disk.join("lz.db");
         fs::write(&target, "").unwrap();
         std::os::unix::fs::symlink(&target, home.path().join(DATABASE)).unwrap();
-        let place = Place::of(home.path()).unwrap();
+        let place = DatabasePath::of(home.path()).unwrap();
         let disk = disk.canonicalize().unwrap();
         assert_eq!(place.database(), disk.join("lz.db"));
         assert_eq!(place.home(), disk);
         assert_eq!(place.backups(), home.path().join(BACKUPS));
         fs::remove_file(&target).unwrap();
-        assert!(Place::of(home.path()).is_err());
+        assert!(DatabasePath::of(home.path()).is_err());
     }
 }

@@ -36,7 +36,7 @@ const FILE_REQUEST_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// Which server, and as whom.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Connection")]
-pub(crate) struct Reach {
+pub(crate) struct ServerArgs {
     /// The server that uses this data directory [env: LATZERO_DATA_DIR] [default: ~/.latzero]
     #[arg(short, long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
@@ -131,7 +131,7 @@ fn escape(path: &Path) -> String {
 
 /// What happens when the connection is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Loss {
+pub(crate) enum OnDisconnect {
     /// The command is over.
     Ends,
     /// It reconnects and continues.
@@ -142,7 +142,7 @@ pub(crate) enum Loss {
 #[derive(Clone, Debug)]
 pub(crate) struct ConnectOptions {
     pub(crate) command: &'static str,
-    pub(crate) loss: Loss,
+    pub(crate) loss: OnDisconnect,
     /// Pools to join; what does not exist is created.
     pub(crate) pools: Vec<String>,
     /// The default AppID of the command, if `--app` is not given.
@@ -159,7 +159,7 @@ impl ConnectOptions {
     pub(crate) fn once(command: &'static str) -> ConnectOptions {
         ConnectOptions {
             command,
-            loss: Loss::Ends,
+            loss: OnDisconnect::Ends,
             pools: Vec::new(),
             app_id: None,
             handler_threads: None,
@@ -183,7 +183,7 @@ impl ConnectOptions {
 
     pub(crate) fn lasting(command: &'static str) -> ConnectOptions {
         ConnectOptions {
-            loss: Loss::Reconnects,
+            loss: OnDisconnect::Reconnects,
             ..ConnectOptions::once(command)
         }
     }
@@ -252,16 +252,16 @@ pub(crate) fn expand_home(path: &str) -> PathBuf {
     }
 }
 
-impl Reach {
+impl ServerArgs {
     /// The data directory that is meant, and whether anybody named it.
-    pub(crate) fn data_dir(&self) -> (PathBuf, Named) {
+    pub(crate) fn data_dir(&self) -> (PathBuf, Explicit) {
         let typed = self
             .data_dir
             .as_ref()
             .map(|path| path.to_string_lossy().into_owned());
         match typed.or_else(|| variable("LATZERO_DATA_DIR")) {
-            Some(path) => (expand_home(&path), Named::Yes),
-            None => (expand_home("~/.latzero"), Named::No),
+            Some(path) => (expand_home(&path), Explicit::Yes),
+            None => (expand_home("~/.latzero"), Explicit::No),
         }
     }
 
@@ -299,7 +299,7 @@ impl Reach {
         let (dir, named) = self.data_dir();
         let mut places = of_data_dir(&dir);
         // Another server's port is no substitute for the directory that was named.
-        if named == Named::Yes {
+        if named == Explicit::Yes {
             return Ok(places);
         }
         let by_tcp = tcp(tcp_variables.0.as_deref(), tcp_variables.1);
@@ -378,7 +378,7 @@ impl Reach {
                 .transient(self.is_transient(options))
                 .connect_timeout(left.map_or(CONNECT_TIMEOUT, |left| left.min(CONNECT_TIMEOUT)))
                 .reconnect(Reconnect {
-                    enabled: options.loss == Loss::Reconnects,
+                    enabled: options.loss == OnDisconnect::Reconnects,
                     ..Reconnect::default()
                 })
                 .meta(json!({"program": "latzero", "command": options.command,
@@ -407,7 +407,7 @@ impl Reach {
                         is_token_withheld,
                     });
                 }
-                Err(error) => tried.push((place.to_string(), self.judge(&place, error)?)),
+                Err(error) => tried.push((place.to_string(), self.classify(&place, error)?)),
             }
         }
         Err(self.not_running(&tried))
@@ -417,7 +417,7 @@ impl Reach {
     /// uses, unless it keeps running under a given name.
     fn is_transient(&self, options: &ConnectOptions) -> bool {
         let is_named = self.app.is_some() || self.url.is_some();
-        options.loss == Loss::Ends || !is_named
+        options.loss == OnDisconnect::Ends || !is_named
     }
 
     /// The admin token for a server, and whether there is one that is not proved to it. A token
@@ -493,7 +493,7 @@ impl Reach {
                 .push(format!("no server has used {shown_dir} yet"));
         }
         let mut command = "latzero start".to_owned();
-        if named == Named::Yes {
+        if named == Explicit::Yes {
             command.push_str(&format!(" --data-dir {}", shell(&dir.to_string_lossy())));
         }
         failure.with_help(format!(
@@ -503,7 +503,7 @@ impl Reach {
     }
 
     /// Tells where nothing answers, which may be tried elsewhere, from everything else.
-    fn judge(&self, place: &Address, error: Error) -> Result<String, Failure> {
+    fn classify(&self, place: &Address, error: Error) -> Result<String, Failure> {
         let source = std::error::Error::source(&error).and_then(|e| e.downcast_ref::<io::Error>());
         let is_silent = |cause: &io::Error| {
             cause
@@ -588,7 +588,7 @@ impl Reach {
 
 /// Whether somebody named it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Named {
+pub(crate) enum Explicit {
     Yes,
     No,
 }
@@ -660,10 +660,10 @@ fn running_on(dir: &Path) -> Option<(u32, Vec<String>)> {
 ///
 /// # Errors
 /// What the server answers.
-pub(crate) fn list(app: &App, request: &Value, kind: Listed) -> Result<Vec<Value>, Error> {
+pub(crate) fn list(app: &App, request: &Value, kind: ListKind) -> Result<Vec<Value>, Error> {
     let field = match kind {
-        Listed::Apps => "apps",
-        Listed::Pools => "pools",
+        ListKind::Apps => "apps",
+        ListKind::Pools => "pools",
     };
     let mut all = Vec::new();
     let mut request = request.clone();
@@ -682,7 +682,7 @@ pub(crate) fn list(app: &App, request: &Value, kind: Listed) -> Result<Vec<Value
 
 /// What is listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Listed {
+pub(crate) enum ListKind {
     Apps,
     Pools,
 }
@@ -721,26 +721,26 @@ mod tests {
 
     #[test]
     fn what_is_typed_wins() {
-        let check = |reach: Reach, expected: &[Address]| {
+        let check = |reach: ServerArgs, expected: &[Address]| {
             assert_eq!(reach.places().unwrap(), expected);
         };
-        let reach = Reach::default();
+        let reach = ServerArgs::default();
         check(
-            Reach {
+            ServerArgs {
                 port: Some(5),
                 ..reach.clone()
             },
             &[Address::Tcp("127.0.0.1".into(), 5)],
         );
         check(
-            Reach {
+            ServerArgs {
                 socket: Some("/s".into()),
                 ..reach.clone()
             },
             &[Address::Socket("/s".into())],
         );
         check(
-            Reach {
+            ServerArgs {
                 url: Some("latzero://x".into()),
                 ..reach.clone()
             },
@@ -748,7 +748,7 @@ mod tests {
         );
         // A directory that is named and has no server is not replaced by another server.
         check(
-            Reach {
+            ServerArgs {
                 data_dir: Some("/nowhere".into()),
                 ..reach
             },

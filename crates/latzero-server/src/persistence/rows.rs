@@ -1,6 +1,6 @@
 //! Conversion between the rows of the core and those of the store.
 
-use latzero_fabric::keep::{AnswerRow, AppRow, BindingRow, CallRow, Change, Death, PoolRow};
+use latzero_fabric::rows::{AnswerRow, AppRow, BindingRow, CallRow, Death, PoolRow, StoreChange};
 use latzero_protocol::{AppId, PoolName, Refusal};
 
 /// The kind of a pool that goes with the server, but whose name does not.
@@ -41,7 +41,7 @@ pub(super) fn binding_of(row: latzero_store::BindingRow) -> Option<BindingRow> {
     Some(BindingRow {
         app_id: AppId::new(&row.app_id).ok()?,
         uid: row.uid,
-        // A key that makes no sense is one that nobody has: better than none.
+        // An invalid key matches nobody, which is safer than no key.
         key: row.public_key.map(|key| key.try_into().unwrap_or([0; 32])),
         since: ms(row.since),
     })
@@ -52,7 +52,7 @@ pub(super) fn pool_of(row: latzero_store::PoolRow) -> Result<PoolRow, Refusal> {
     let policy = row.policy.unwrap_or_else(|| "{}".into());
     Ok(PoolRow {
         name: PoolName::new(&row.name)?,
-        // Without the owner that it had its rules are not those that it had.
+        // Without its owner, its rules would be different.
         policy: if owner.is_ok() { policy } else { String::new() },
         owner: owner.unwrap_or(None),
         properties: row.properties,
@@ -97,10 +97,10 @@ pub(super) fn answer_of(row: latzero_store::AnswerRow) -> Result<AnswerRow, Refu
 }
 
 /// A change as the store has it.
-pub(super) fn row(change: Change) -> latzero_store::Change {
-    use latzero_store::Change as Stored;
+pub(super) fn row(change: StoreChange) -> latzero_store::RowChange {
+    use latzero_store::RowChange as Stored;
     match change {
-        Change::App(row) => Stored::PutApp(latzero_store::AppRow {
+        StoreChange::App(row) => Stored::PutApp(latzero_store::AppRow {
             app_id: row.app_id.as_str().into(),
             pools: row.pools,
             triggers: row.triggers,
@@ -112,34 +112,34 @@ pub(super) fn row(change: Change) -> latzero_store::Change {
             registered: time(row.registered),
             last_seen: seen(row.last_seen),
         }),
-        Change::Watches(app, watches) => Stored::AppWatches {
+        StoreChange::Watches(app, watches) => Stored::AppWatches {
             app_id: app.as_str().into(),
             watches,
         },
-        Change::Seen(app, unix_ms) => Stored::SeenApp {
+        StoreChange::Seen(app, unix_ms) => Stored::SeenApp {
             app_id: app.as_str().into(),
             last_seen: seen(unix_ms),
         },
-        Change::ForgetApp(app) => Stored::ForgetApp {
+        StoreChange::ForgetApp(app) => Stored::ForgetApp {
             app_id: app.as_str().into(),
         },
-        Change::Binding(row) => Stored::PutBinding(latzero_store::BindingRow {
+        StoreChange::Binding(row) => Stored::PutBinding(latzero_store::BindingRow {
             app_id: row.app_id.as_str().into(),
             uid: row.uid,
             public_key: row.key.map(Vec::from),
             since: time(row.since),
         }),
-        Change::ForgetBinding(app) => Stored::RemoveBinding {
+        StoreChange::ForgetBinding(app) => Stored::RemoveBinding {
             app_id: app.as_str().into(),
         },
-        Change::Descriptor(pool, epoch, descriptor) => {
+        StoreChange::Descriptor(pool, epoch, descriptor) => {
             Stored::PutDescriptor(latzero_store::DescriptorRow {
                 pool: pool.as_str().into(),
                 epoch,
                 descriptor,
             })
         }
-        Change::Pool(row) => Stored::PutPool(latzero_store::PoolRow {
+        StoreChange::Pool(row) => Stored::PutPool(latzero_store::PoolRow {
             name: row.name.as_str().into(),
             kind: if row.is_durable { "local" } else { PASSING }.into(),
             encrypted: row.descriptor.is_some(),
@@ -150,10 +150,10 @@ pub(super) fn row(change: Change) -> latzero_store::Change {
             created: time(row.created),
             updated: time(row.created),
         }),
-        Change::ForgetPool(name) => Stored::RemovePool {
+        StoreChange::ForgetPool(name) => Stored::RemovePool {
             name: name.as_str().into(),
         },
-        Change::Call(row) => Stored::PutCall(latzero_store::CallRow {
+        StoreChange::Call(row) => Stored::PutCall(latzero_store::CallRow {
             number: row.number,
             pool: row.pool.as_str().into(),
             process: row.process,
@@ -169,9 +169,9 @@ pub(super) fn row(change: Change) -> latzero_store::Change {
             died: row.death.as_ref().map(|death| time(death.at)),
             cause: row.death.map(|death| death.cause),
         }),
-        Change::Attempt(number, attempt) => Stored::NoteAttempt { number, attempt },
-        Change::EndCall(number) => Stored::RemoveCall { number },
-        Change::Answer(row) => Stored::PutAnswer {
+        StoreChange::Attempt(number, attempt) => Stored::NoteAttempt { number, attempt },
+        StoreChange::EndCall(number) => Stored::RemoveCall { number },
+        StoreChange::Answer(row) => Stored::PutAnswer {
             ends_call: Some(row.number),
             answer: latzero_store::AnswerRow {
                 number: row.number,
@@ -183,6 +183,6 @@ pub(super) fn row(change: Change) -> latzero_store::Change {
                 expires: time(row.expires),
             },
         },
-        Change::EndAnswer(number) => Stored::RemoveAnswer { number },
+        StoreChange::EndAnswer(number) => Stored::RemoveAnswer { number },
     }
 }

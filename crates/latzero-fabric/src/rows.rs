@@ -1,6 +1,6 @@
 //! Durable state: the rows that the core writes, and reads back at a start.
 //!
-//! The core emits changes ([`Change`]) and says which reply waits for one. A store writes the
+//! The core emits changes ([`StoreChange`]) and says which reply waits for one. A store writes the
 //! changes in the order in which they were emitted, and reports when they are on disk. Texts in
 //! rows are JSON that the core writes and reads; a store does not parse them. Times are
 //! milliseconds since the Unix epoch.
@@ -9,7 +9,7 @@ use latzero_protocol::{AppId, PoolName};
 
 /// Something to remember, or to forget. Changes are in force in the order in which they were made.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Change {
+pub enum StoreChange {
     /// What an app registered.
     App(Box<AppRow>),
     /// What an app watches and subscribes to, where nothing else of its row changed.
@@ -20,7 +20,7 @@ pub enum Change {
     ForgetApp(AppId),
     /// Whose an AppID is.
     Binding(Box<BindingRow>),
-    /// An AppID is nobody's.
+    /// An AppID has no owner any more.
     ForgetBinding(AppId),
     /// A pool that stays.
     Pool(Box<PoolRow>),
@@ -32,9 +32,9 @@ pub enum Change {
     Call(Box<CallRow>),
     /// A waiting call was given to a handler: the number of its attempt.
     Attempt(u64, u32),
-    /// A waiting call is over, and its caller knows.
+    /// A waiting call ended, and its caller knows.
     EndCall(u64),
-    /// The answer of a waiting call, kept for its caller; the call itself is over.
+    /// The answer of a waiting call, stored for its caller; the call itself ended.
     Answer(Box<AnswerRow>),
     /// An answer that its caller has.
     EndAnswer(u64),
@@ -55,7 +55,7 @@ pub struct AppRow {
     pub meta: Option<String>,
     /// When it was seen first.
     pub registered: u64,
-    /// When it was seen last; 0 where it lived when this was written.
+    /// When it was seen last; 0 if it lived when this was written.
     pub last_seen: u64,
 }
 
@@ -81,13 +81,13 @@ pub struct PoolRow {
     pub owner: Option<AppId>,
     /// Who may do what in it.
     pub policy: String,
-    /// What its owner says of it.
+    /// Its owner's metadata.
     pub properties: Option<String>,
     /// When it was made.
     pub created: u64,
     /// Whether it outlives the server; else its name alone does, for a moment.
     pub is_durable: bool,
-    /// The descriptor of its current epoch, where it is encrypted.
+    /// The descriptor of its current epoch, if it is encrypted.
     pub descriptor: Option<Vec<u8>>,
 }
 
@@ -100,11 +100,11 @@ pub struct CallRow {
     pub pool: PoolName,
     /// The trigger.
     pub process: String,
-    /// The app that is called, where it is called by name.
+    /// The app that is called, if it is called by name.
     pub destination: Option<String>,
     /// Who calls.
     pub caller: AppId,
-    /// The caller's id of the call; empty where it wants no answer.
+    /// The caller's id of the call; empty if it wants no answer.
     pub id: String,
     /// What else the call says, as one object.
     pub envelope: String,
@@ -112,7 +112,7 @@ pub struct CallRow {
     pub attachment: Option<Vec<u8>>,
     /// By what repeats of it are known.
     pub idempotency_key: Option<String>,
-    /// When its time to live is over.
+    /// When its time to live ends.
     pub expires: u64,
     /// How often it was given to a handler.
     pub attempt: u32,

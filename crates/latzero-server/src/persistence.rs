@@ -4,14 +4,14 @@
 //! ticket. The store's reply goes to the mailbox of the connection's loop, whose session then
 //! answers. The state of an earlier run is loaded before the server listens.
 
-mod promises;
+mod pending;
 mod rows;
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-use latzero_fabric::books::Account;
-use latzero_fabric::keep::Change;
+use latzero_fabric::ledger::Account;
+use latzero_fabric::rows::StoreChange;
 use latzero_fabric::{Driver as _, Pool, Time, Turn};
 use latzero_protocol::{AppId, Code, PoolName, Refusal};
 use latzero_store::{BlockRow, Contents, Durability, Opened, Options, Report, Store, StoreError};
@@ -19,12 +19,12 @@ use serde_json::{Value, json};
 
 use crate::blocks::ENDED;
 use crate::host::IoHost;
-use crate::losses::{Loss, Losses, Part};
+use crate::losses::{Loss, LossList, Part};
 use crate::peer::Peer;
 use crate::settings::{Settings, StoreDurability};
-use crate::shared::Shared;
+use crate::shared::ServerState;
 use crate::startup::StartupError;
-use promises::Promises;
+use pending::PendingReplies;
 use rows::{answer_of, app_of, binding_of, call_of, ms, pool_of, row};
 
 /// The kernel's name for this run of the machine (random(4)).
@@ -46,22 +46,22 @@ const LOSSES: &str = "losses";
 /// The name under which it is stored what makes unknown pools look like encrypted ones.
 const POOL_SECRET: &str = "pool_secret";
 
-/// The store and its promises.
-pub(crate) struct Keeper {
+/// The store and its pending replies.
+pub(crate) struct Persistence {
     store: Store,
-    promises: Arc<Promises>,
+    promises: Arc<PendingReplies>,
     next_ticket: AtomicU64,
     /// The greatest number of a parked call or an answer of earlier runs.
     pub(crate) last_number: u64,
-    losses: Arc<Losses>,
+    losses: Arc<LossList>,
     boot_id: String,
     /// When the last backup by schedule began.
     last_backup: Mutex<LastBackup>,
-    /// Taken when the earlier run's contents are taken in.
+    /// Taken when the earlier run's contents are loaded.
     contents: Mutex<Option<Contents>>,
 }
 
-impl Keeper {
+impl Persistence {
     /// Opens the store of a data directory. See [`latzero_store::open`] for what that checks and
     /// mends.
     ///
@@ -70,18 +70,18 @@ impl Keeper {
     pub(crate) fn open(
         directory: &std::path::Path,
         settings: &Settings,
-    ) -> Result<Keeper, StartupError> {
+    ) -> Result<Persistence, StartupError> {
         let boot_id = std::fs::read_to_string(BOOT_ID).unwrap_or_default();
         let boot_id = boot_id.trim().to_owned();
-        let promises = Arc::new(Promises::default());
-        let told = Arc::clone(&promises);
+        let promises = Arc::new(PendingReplies::default());
+        let pending = Arc::clone(&promises);
         let options = Options {
             durability: match settings.durability {
                 StoreDurability::Full => Durability::Full,
                 StoreDurability::Normal => Durability::Normal,
             },
             boot_id: boot_id.clone(),
-            on_done: Box::new(move |done| told.done(done)),
+            on_done: Box::new(move |done| pending.done(done)),
             ..Options::default()
         };
         let Opened {
@@ -93,12 +93,12 @@ impl Keeper {
         let answers = contents.answers.iter().map(|row| row.number);
         let last = calls.chain(answers).max().unwrap_or(0);
         let last_backup = Mutex::new(LastBackup::before(store.status().last_backup, now_ms()));
-        let losses = Arc::new(Losses::default());
+        let losses = Arc::new(LossList::default());
         if let Some((_, earlier)) = contents.settings.iter().find(|(key, _)| key == LOSSES) {
-            losses.take_in(earlier);
+            losses.load(earlier);
         }
         note_report(&losses, &report);
-        Ok(Keeper {
+        Ok(Persistence {
             store,
             promises,
             next_ticket: AtomicU64::new(1),
@@ -110,8 +110,8 @@ impl Keeper {
         })
     }
 
-    /// Where to tell what became of promises.
-    pub(crate) fn attach(&self, shared: &Arc<Shared>) {
+    /// The receiver of the store's results.
+    pub(crate) fn attach(&self, shared: &Arc<ServerState>) {
         assert!(
             self.promises.shared.set(Arc::downgrade(shared)).is_ok(),
             "a keeper is attached once"
@@ -138,19 +138,19 @@ impl Keeper {
     }
 
     /// The list of losses, for components that find one.
-    pub(crate) fn losses(&self) -> &Arc<Losses> {
+    pub(crate) fn losses(&self) -> &Arc<LossList> {
         &self.losses
     }
 
     /// Stores what is lost, so that a crash does not hide it.
-    pub(crate) fn keep_losses(&self) {
+    pub(crate) fn store_losses(&self) {
         if let Some(losses) = self.losses.changed() {
             self.set(LOSSES, &losses);
         }
     }
 
-    /// Hands a change to the store, with a promise or without.
-    pub(crate) fn keep(&self, change: Change, promise: Option<&Arc<Peer>>) {
+    /// Passes a change to the store, with or without a pending reply.
+    pub(crate) fn write(&self, change: StoreChange, promise: Option<&Arc<Peer>>) {
         let Some(peer) = promise else {
             if let Err(error) = self.store.submit(row(change), None) {
                 tracing::warn!(%error, "cannot store a change; it is lost at the next restart");
@@ -164,7 +164,7 @@ impl Keeper {
             let full = Refusal::new(Code::Storage, StoreError::from(error).to_string());
             let mut line = self.promises.line();
             let word = line.refused((ticket, before), full);
-            self.promises.tell(&line, word.into_iter().collect());
+            self.promises.reply(&line, word.into_iter().collect());
         }
     }
 
@@ -179,7 +179,7 @@ impl Keeper {
     }
 
     fn set(&self, key: &str, value: &str) {
-        let change = latzero_store::Change::PutSetting {
+        let change = latzero_store::RowChange::PutSetting {
             key: key.into(),
             value: value.into(),
         };
@@ -205,7 +205,7 @@ impl Keeper {
         })
     }
 
-    /// The kernel's name for this run of the machine; empty where it has none.
+    /// The kernel's name for this run of the machine; empty if it has none.
     pub(crate) fn boot_id(&self) -> &str {
         &self.boot_id
     }
@@ -249,7 +249,7 @@ impl Keeper {
 }
 
 /// What opening the database found.
-fn note_report(losses: &Losses, report: &Report) {
+fn note_report(losses: &LossList, report: &Report) {
     if report.is_degraded {
         let remedy =
             "check the files kept beside it; `latzero backup ls --verify` lists the backups";
@@ -266,7 +266,7 @@ fn note_report(losses: &Losses, report: &Report) {
 struct LastBackup {
     /// Its age, in milliseconds, …
     age_ms: u64,
-    /// … at this time; at the first look where there is none yet.
+    /// … at this time; at the first check if there is none yet.
     at: Option<Time>,
 }
 
@@ -298,9 +298,9 @@ fn now_ms() -> i64 {
 
 /// Loads the state of an earlier run: pools first, then their parked calls and answers, then apps.
 /// Returns the rows of blocks, and whether the machine has not rebooted since.
-pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
+pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     let shared = Arc::clone(&host.shared);
-    let keeper = &shared.keeper;
+    let keeper = &shared.persistence;
     let contents = keeper
         .contents
         .lock()
@@ -324,7 +324,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         let name = row.name.clone();
         let taken = pool_of(row).and_then(|row| {
             if !row.is_durable {
-                keeper.keep(Change::ForgetPool(row.name.clone()), None);
+                keeper.write(StoreChange::ForgetPool(row.name.clone()), None);
             }
             host.with_registry(|registry, turn| registry.restore_pool(row, turn.time()))
         });
@@ -347,7 +347,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         let number = row.number;
         let taken = call_of(row).and_then(|row| {
             let account = account_of(host, &row.caller);
-            take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
+            restore_parked(host, unix_ms, &row.pool, |pool, turn| {
                 pool.restore_call(&row, &account, turn)
             })
         });
@@ -363,7 +363,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
         let number = row.number;
         let taken = answer_of(row).and_then(|row| {
             let account = account_of(host, &row.caller);
-            take_in_waiting(host, unix_ms, &row.pool, |pool, turn| {
+            restore_parked(host, unix_ms, &row.pool, |pool, turn| {
                 pool.restore_answer(&row, &account, turn)
             })
         });
@@ -386,7 +386,7 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             let Some(row) = app_of(row) else {
                 continue;
             };
-            if registry.restore_app(row, alive_until, &shared.site.books) {
+            if registry.restore_app(row, alive_until, &shared.context.ledger) {
                 apps += 1;
             }
         }
@@ -402,11 +402,11 @@ pub(crate) fn take_in(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
     }
     keeper.note_alive(unix_ms);
     if let Some((_, ended)) = contents.settings.iter().find(|(key, _)| key == ENDED) {
-        shared.blocks.take_in_ended(ended);
+        shared.blocks.restore_removed(ended);
     }
     // Before anybody is served: a crash must not hide what this start found.
     if let Some(losses) = keeper.losses.changed() {
-        let change = latzero_store::Change::PutSetting {
+        let change = latzero_store::RowChange::PutSetting {
             key: LOSSES.into(),
             value: losses,
         };
@@ -426,8 +426,8 @@ fn account_of(host: &mut IoHost, app: &AppId) -> Arc<Account> {
     host.with_registry(|registry, turn| registry.kept_account(app, turn))
 }
 
-/// Has a pool take in a call or an answer that waits in it.
-fn take_in_waiting(
+/// Restores a waiting call or answer in its pool.
+fn restore_parked(
     host: &mut IoHost,
     unix_ms: u64,
     name: &PoolName,
@@ -439,10 +439,10 @@ fn take_in_waiting(
     }
     // A pool that was created for it is removed again.
     host.with_registry(|registry, _| registry.count_held(name, number, 0));
-    Err(senseless())
+    Err(invalid_row())
 }
 
-fn senseless() -> Refusal {
+fn invalid_row() -> Refusal {
     Refusal::new(Code::Storage, "the stored row is invalid")
 }
 

@@ -8,7 +8,7 @@ use latzero_store::{BACKUPS, BackupError, Summary, open_backup};
 
 /// How closely a backup is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Look {
+pub enum Depth {
     /// What it says of itself.
     Glance,
     /// Every byte, against its checksums.
@@ -17,7 +17,7 @@ pub enum Look {
 
 /// A file in the directory of backups.
 #[derive(Debug)]
-pub struct Listed {
+pub struct BackupEntry {
     /// Its path.
     pub file: PathBuf,
     /// Its size in bytes.
@@ -58,11 +58,11 @@ pub fn files(data_dir: &Path) -> io::Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// Why it can't be used.
-pub fn look_at(file: &Path, look: Look) -> Result<Summary, BackupError> {
+pub fn inspect(file: &Path, look: Depth) -> Result<Summary, BackupError> {
     let backup = open_backup(file)?;
     let summary = backup.summary();
     // Where it is no backup at all, that says what it is.
-    if look == Look::Whole || summary.is_err() {
+    if look == Depth::Whole || summary.is_err() {
         backup.verify()?;
     }
     summary
@@ -70,10 +70,10 @@ pub fn look_at(file: &Path, look: Look) -> Result<Summary, BackupError> {
 
 /// A file of the directory of backups, looked at.
 #[must_use]
-pub fn list_one(file: PathBuf, look: Look) -> Listed {
-    Listed {
+pub fn list_one(file: PathBuf, look: Depth) -> BackupEntry {
+    BackupEntry {
         bytes: fs::metadata(&file).map_or(0, |metadata| metadata.len()),
-        summary: look_at(&file, look),
+        summary: inspect(&file, look),
         file,
     }
 }

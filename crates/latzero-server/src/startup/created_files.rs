@@ -9,7 +9,7 @@ use super::token::TOKEN_NAME;
 
 /// The paths of a data directory that are not there before a start.
 #[derive(Debug)]
-pub struct Leftovers {
+pub struct CreatedFiles {
     data_dir: PathBuf,
     /// Missing directories above and the data directory itself, the outermost first.
     directories: Vec<PathBuf>,
@@ -17,10 +17,10 @@ pub struct Leftovers {
     inside: Vec<PathBuf>,
 }
 
-impl Leftovers {
+impl CreatedFiles {
     /// Notes what is missing.
     #[must_use]
-    pub fn before(data_dir: &Path) -> Leftovers {
+    pub fn before(data_dir: &Path) -> CreatedFiles {
         let data_dir = std::path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
         let is_missing = |path: &Path| path.symlink_metadata().is_err();
         let mut directories: Vec<PathBuf> = data_dir
@@ -34,15 +34,15 @@ impl Leftovers {
             .map(|name| data_dir.join(name))
             .filter(|path| is_missing(path))
             .collect();
-        Leftovers {
+        CreatedFiles {
             data_dir,
             directories,
             inside,
         }
     }
 
-    /// Removes what was created, unless another process uses the directory by now. Errors are
-    /// ignored: the start has failed for another reason, which is reported.
+    /// Removes what was created, unless another process uses the directory now. Errors are ignored:
+    /// the start has failed for another reason, which is reported.
     pub fn remove(self) {
         if lock::holder(&self.data_dir).is_some() {
             return;
@@ -78,10 +78,10 @@ mod tests {
     fn what_a_start_made_is_removed() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("a/b/data");
-        let leftovers = Leftovers::before(&dir);
+        let created = CreatedFiles::before(&dir);
         DataDir::prepare(&dir).unwrap();
         fs::write(dir.join(LOCK_NAME), "").unwrap();
-        leftovers.remove();
+        created.remove();
         assert!(!home.path().join("a").exists());
     }
 
@@ -92,9 +92,9 @@ mod tests {
         DataDir::prepare(&dir).unwrap();
         fs::remove_dir(dir.join("logs")).unwrap();
         fs::write(dir.join(TOKEN_NAME), "x").unwrap();
-        let leftovers = Leftovers::before(&dir);
+        let created = CreatedFiles::before(&dir);
         DataDir::prepare(&dir).unwrap();
-        leftovers.remove();
+        created.remove();
         assert!(dir.join(TOKEN_NAME).exists() && dir.join("config").exists());
         assert!(!dir.join("logs").exists());
     }
@@ -103,10 +103,10 @@ mod tests {
     fn a_directory_that_is_in_use_stays() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("data");
-        let leftovers = Leftovers::before(&dir);
+        let created = CreatedFiles::before(&dir);
         DataDir::prepare(&dir).unwrap();
         let _lock = lock::InstanceLock::acquire(&dir).unwrap();
-        leftovers.remove();
+        created.remove();
         assert!(dir.join("logs").exists());
     }
 }

@@ -8,9 +8,9 @@ use crate::format::{Access, FIXED_BYTES};
 use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
 
-/// Words through the mapped header where there is one, everything else through the file.
+/// Words through the mapped header if there is one, everything else through the file.
 #[derive(Debug)]
-pub(crate) struct Kept {
+pub(crate) struct BlockMemory {
     pub(crate) file: FileMemory,
     pub(crate) header: Option<Mapped>,
 }
@@ -28,8 +28,8 @@ const COMPARED_BYTES: usize = 4096;
 /// The largest page size that systems have.
 const PAGE_BYTES: u64 = 64 * 1024;
 
-impl Kept {
-    /// Maps a range for the time of one copy, where that is safe: of a memfd that is sealed against
+impl BlockMemory {
+    /// Maps a range for the time of one copy, if that is safe: of a memfd that is sealed against
     /// shrinking, so that no page of it can be gone, and whose memory was all set aside when it was
     /// made. Says where in the mapping the range begins.
     fn window(&self, at: u64, length: u64, access: Access) -> Option<(Mapped, u64)> {
@@ -116,7 +116,7 @@ impl Kept {
     }
 }
 
-impl Memory for Kept {
+impl Memory for BlockMemory {
     fn load(&self, at: u64, order: Ordering) -> Result<u64, Fault> {
         match &self.header {
             Some(header) => header.load(at, order),

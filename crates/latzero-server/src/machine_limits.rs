@@ -63,20 +63,20 @@ impl fmt::Display for Bound {
 
 /// What the server may use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Surroundings {
+pub struct MachineLimits {
     /// Bytes of memory.
     pub memory: Bound,
-    /// Open descriptors; `None` where there is no limit.
+    /// Open descriptors; `None` if there is no limit.
     pub descriptors: Option<Bound>,
-    /// Bytes of one file; `None` where there is no limit.
+    /// Bytes of one file; `None` if there is no limit.
     pub file_size: Option<Bound>,
 }
 
-impl Surroundings {
+impl MachineLimits {
     /// Looks at the surroundings of this process. The descriptor limit is the hard one, which a
     /// start makes the one in force.
     #[must_use]
-    pub fn of_process() -> Surroundings {
+    pub fn of_process() -> MachineLimits {
         let rlimit = |resource, name, pick: fn(Rlimit) -> Option<u64>| {
             pick(getrlimit(resource)).map(|max| Bound {
                 max,
@@ -97,7 +97,7 @@ impl Surroundings {
             .chain(cgroup_memory())
             .min_by_key(|bound| bound.max)
             .expect("the machine is among them");
-        Surroundings {
+        MachineLimits {
             memory,
             descriptors: rlimit(Resource::Nofile, "RLIMIT_NOFILE", |limit| limit.maximum),
             file_size: rlimit(Resource::Fsize, "RLIMIT_FSIZE", |limit| limit.current),
@@ -137,7 +137,7 @@ pub struct InForce {
     pub derived: Vec<Derived>,
 }
 
-impl Surroundings {
+impl MachineLimits {
     /// The limits in force here for those that were `set`.
     #[must_use]
     pub fn in_force(&self, set: &Limits) -> InForce {
@@ -232,7 +232,7 @@ fn machine_memory() -> u64 {
     u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit))
 }
 
-/// A guess, where there is no portable way to ask.
+/// A guess, if there is no portable way to ask.
 #[cfg(not(target_os = "linux"))]
 fn machine_memory() -> u64 {
     4 << 30
@@ -262,8 +262,8 @@ fn smallest(files: impl Iterator<Item = (PathBuf, String)>) -> Option<Bound> {
 }
 
 /// The number in `memory.max` or `memory.high` (version 2) or `memory.limit_in_bytes` (version 1);
-/// `None` where there is no limit, which is `max` in the one and a number about as large as there
-/// are in the other.
+/// `None` if there is no limit, which is `max` in the one and a number about as large as there are
+/// in the other.
 fn parse_limit(text: &str) -> Option<u64> {
     let limit = text.trim().parse().ok()?;
     (limit < u64::MAX >> 2).then_some(limit)
@@ -489,7 +489,7 @@ mod tests {
 
     #[test]
     fn limits_follow_from_the_surroundings() {
-        let surroundings = Surroundings {
+        let machine = MachineLimits {
             memory: Bound {
                 max: 300 << 20,
                 from: Origin::Cgroup("/sys/fs/cgroup/memory.max".into()),
@@ -502,7 +502,7 @@ mod tests {
         };
         let set = || Limits::from_values(LIMITS.iter().map(|limit| limit.default));
         let check = |set: &Limits, expected: &[(&str, &str, &str)]| {
-            let derived = surroundings.in_force(set).derived;
+            let derived = machine.in_force(set).derived;
             let got: Vec<_> = derived
                 .iter()
                 .map(|d| (d.setting, d.text.as_str(), d.from.as_str()))
@@ -550,7 +550,7 @@ mod tests {
 
     #[test]
     fn this_process_has_surroundings() {
-        let found = Surroundings::of_process();
+        let found = MachineLimits::of_process();
         assert!(found.memory.max > 0);
         assert_eq!(found.facts().len(), 3);
     }

@@ -1,4 +1,4 @@
-//! A call as it is kept: its caller's words, and what was decided about it.
+//! A stored call: its message and its state.
 
 use latzero_protocol::encode::append_str;
 use latzero_protocol::frame::Frame;
@@ -7,11 +7,11 @@ use latzero_protocol::message::{Request, Trigger};
 use latzero_protocol::{AppId, Body, Envelope, InstanceId, Raw};
 
 use super::super::repeats::scoped_key;
-use crate::books::Hold;
+use crate::ledger::Reservation;
 use crate::now::Time;
 
 /// A call that outlives its first attempt.
-pub(in crate::pool) struct Lasting {
+pub(in crate::pool) struct DurableCall {
     /// The call as its caller sent it, but for the fields that only the first attempt needed.
     pub(super) message: Box<str>,
     pub(super) attachment: Option<Box<[u8]>>,
@@ -21,7 +21,7 @@ pub(in crate::pool) struct Lasting {
     pub(super) attempt: u32,
     /// Most attempts.
     pub(super) attempts: u32,
-    /// Items that the next handler may send, where the caller set a window: what the ones before it left.
+    /// Items that the next handler may send if the caller set a window: what earlier attempts left.
     pub(in crate::pool) window: Option<u64>,
     /// Whether it may be given to another handler after the first one died.
     pub(in crate::pool) redeliver: bool,
@@ -29,20 +29,20 @@ pub(in crate::pool) struct Lasting {
     pub(super) may_park: bool,
     /// As [`scoped_key`] has it.
     pub(super) idempotency_key: Option<Box<str>>,
-    /// Its number, where it is parked.
+    /// Its number, if it is parked.
     pub(in crate::pool) number: Option<u64>,
-    /// Its place in the books, where it is not parked.
-    pub(super) held: Option<Hold>,
+    /// Its reservation, if it is not parked.
+    pub(super) held: Option<Reservation>,
 }
 
-impl Lasting {
+impl DurableCall {
     pub(in crate::pool) fn new(
         (caller, instance): (&AppId, InstanceId),
         deadline: Time,
         trigger: &Trigger<'_>,
-        held: Option<Hold>,
-    ) -> Box<Lasting> {
-        Box::new(Lasting {
+        held: Option<Reservation>,
+    ) -> Box<DurableCall> {
+        Box::new(DurableCall {
             message: message(trigger).into(),
             attachment: match trigger.body {
                 Body::Bytes(bytes) => Some(bytes.into()),
@@ -83,7 +83,7 @@ impl Lasting {
     }
 }
 
-/// About how many bytes a call takes that is kept.
+/// The approximate bytes of a stored call.
 pub(in crate::pool) fn bytes(trigger: &Trigger<'_>) -> usize {
     let raw = |raw: Option<Raw<'_>>| raw.map_or(0, |raw| raw.text().len());
     let text = |text: &Option<std::borrow::Cow<'_, str>>| text.as_ref().map_or(0, |t| t.len());
@@ -96,10 +96,10 @@ pub(in crate::pool) fn bytes(trigger: &Trigger<'_>) -> usize {
         + OVERHEAD
 }
 
-/// What a kept call takes besides its words.
+/// Bytes of a stored call besides its message.
 const OVERHEAD: usize = 640;
 
-/// The message of a call, as it is kept: its payload's text is passed on as it came.
+/// The message of a call as it is stored, with the original text of its payload.
 fn message(trigger: &Trigger<'_>) -> String {
     let mut out = Vec::with_capacity(128 + trigger.body.len());
     out.extend_from_slice(b"{\"action\":\"trigger\",\"process\":");

@@ -1,4 +1,4 @@
-//! Calls that outlive connections, servers and the moods of disks: a script of their own, and a
+//! Calls that outlive connections, servers and failing disks: a script of their own, and a
 //! model of what was promised.
 //!
 //! Callers park calls, ask for redelivery, repeat calls under a key, go and come back; handlers
@@ -85,7 +85,7 @@ struct Call {
     key: Option<u64>,
     window: Option<u64>,
     queue: Queue,
-    /// Absent where it waits behind a handshake: its time begins when it is read.
+    /// Absent if it waits behind a handshake: its time begins when it is read.
     deadline: Option<Time>,
     is_parked: bool,
     is_refused: bool,
@@ -105,7 +105,7 @@ struct Call {
 }
 
 /// The clients, the dice, and the model.
-pub(crate) struct Lasting {
+pub(crate) struct DurableScript {
     prng: Prng,
     /// Every third run: handlers take one call at a time, and there are more calls than they
     /// answer.
@@ -128,9 +128,9 @@ pub(crate) struct Lasting {
     found: Result<(), String>,
 }
 
-impl Lasting {
+impl DurableScript {
     pub(crate) fn new(seed: u64) -> Self {
-        Lasting {
+        DurableScript {
             prng: Prng::new(seed ^ 0x1a57),
             is_busy: seed.is_multiple_of(3),
             is_ending: false,
@@ -458,19 +458,19 @@ impl Lasting {
                 self.conns[at].is_ready = true;
                 Ok(())
             }
-            Some("trigger") => self.given(at, message),
+            Some("trigger") => self.handle_call(at, message),
             Some("cancel") => {
                 let handle = &message["id"];
                 self.conns[at].jobs.retain(|job| job.handle != *handle);
                 Ok(())
             }
-            Some("response") => self.told(at, message),
+            Some("response") => self.handle_response(at, message),
             _ => Ok(()),
         }
     }
 
     /// A handler is given a call.
-    fn given(&mut self, at: usize, message: &Value) -> Result<(), String> {
+    fn handle_call(&mut self, at: usize, message: &Value) -> Result<(), String> {
         let n = message["data"].as_u64().ok_or("a call that nobody made")?;
         let (life, to, heard_at) = (self.life, self.conns[at].peer, self.heard_at);
         let call = self.calls.get_mut(&n).ok_or("a call that nobody made")?;
@@ -542,8 +542,8 @@ impl Lasting {
         Ok(())
     }
 
-    /// A caller is told something about a call.
-    fn told(&mut self, at: usize, message: &Value) -> Result<(), String> {
+    /// A caller gets a response to a call.
+    fn handle_response(&mut self, at: usize, message: &Value) -> Result<(), String> {
         let id = message["in_reply_to"].as_str().unwrap_or_default();
         let Some(n) = id.strip_prefix('c').and_then(|n| n.parse::<u64>().ok()) else {
             return Ok(());
@@ -644,7 +644,7 @@ fn is_over_unheard(message: &Value) -> bool {
     code == "timeout" || code == "cancelled"
 }
 
-impl Scenario for Lasting {
+impl Scenario for DurableScript {
     fn step(&mut self, world: &mut World) -> String {
         let what = self.act(world);
         for conn in &mut self.conns {

@@ -19,13 +19,13 @@ const ORPHANS: &str = ".orphans";
 const SAME_NAME_MAX: u32 = 10_000;
 
 /// A block that an earlier run left.
-pub(in crate::blocks) struct Kept {
+pub(in crate::blocks) struct LoadedBlock {
     pub(in crate::blocks) names: Names,
     pub(in crate::blocks) record: String,
     pub(in crate::blocks) open: Result<Custodian, String>,
 }
 
-impl Kept {
+impl LoadedBlock {
     fn created_unix_ns(&self) -> u64 {
         let custodian = self.open.as_ref();
         custodian.map_or(0, |custodian| custodian.description().created_unix_ns)
@@ -34,18 +34,18 @@ impl Kept {
 
 impl Files {
     /// [`Files::scan_with`], where nothing is known of the blocks but their files.
-    pub(in crate::blocks) fn scan(&self) -> Vec<Kept> {
+    pub(in crate::blocks) fn scan(&self) -> Vec<LoadedBlock> {
         self.scan_with(&HashMap::new(), &mut |_, _| ()).0
     }
 
     /// What an earlier run left, the newest first, with what was never finished cleared away.
-    /// `rows` are the records as the database has them, by the id of their files. `lost` hears what
-    /// is affected and what happened to it.
+    /// `rows` are the records as the database has them, by the id of their files. `lost` is called
+    /// with what is affected and what happened to it.
     pub(in crate::blocks) fn scan_with(
         &self,
         rows: &HashMap<String, String>,
         lost: &mut dyn FnMut(String, String),
-    ) -> (Vec<Kept>, HashSet<String>) {
+    ) -> (Vec<LoadedBlock>, HashSet<String>) {
         let entries = match std::fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(error) => {
@@ -92,7 +92,7 @@ impl Files {
             let error = match (read, rows.get(&id)) {
                 (Ok((names, record)), row) if row.is_none_or(|row| is_same(row, &record)) => {
                     let generations = bytes.remove(&id).unwrap_or_default();
-                    kept.push(self.take_in(names, record, &generations, lost));
+                    kept.push(self.load(names, record, &generations, lost));
                     continue;
                 }
                 (Ok(_), _) => "it differs from the one in the database".to_owned(),
@@ -107,7 +107,7 @@ impl Files {
                          database"
                     );
                     lost(name_of(row), happened);
-                    kept.push(self.take_in_by_row(id, row, &generations, lost));
+                    kept.push(self.load_by_row(id, row, &generations, lost));
                 }
                 None => {
                     for generation in generations {
@@ -139,13 +139,13 @@ impl Files {
 
     /// Takes a block in whose record is lost: the database has it too. Sizes are what the bytes'
     /// own header says.
-    fn take_in_by_row(
+    fn load_by_row(
         &self,
         id: String,
         row: &str,
         generations: &BTreeSet<u64>,
         lost: &mut dyn FnMut(String, String),
-    ) -> Kept {
+    ) -> LoadedBlock {
         let value: Value = serde_json::from_str(row).unwrap_or_default();
         let named = value["generation"].as_u64().unwrap_or(0);
         let generation = match generations.contains(&named) {
@@ -164,18 +164,18 @@ impl Files {
                     block");
             }
         }
-        self.take_in(names, record, generations, lost)
+        self.load(names, record, generations, lost)
     }
 
     /// Opens the generation that the record names; where that can't be, the newest one that opens,
     /// with its record put right.
-    fn take_in(
+    fn load(
         &self,
         names: Names,
         record: String,
         generations: &BTreeSet<u64>,
         lost: &mut dyn FnMut(String, String),
-    ) -> Kept {
+    ) -> LoadedBlock {
         let named = names.generation;
         let others = generations.iter().rev().filter(|g| **g != named);
         let others = others.map(|&generation| Names {
@@ -186,7 +186,7 @@ impl Files {
             Ok(custodian) => {
                 // Older ones were superseded, and no client knows a newer one.
                 others.for_each(|other| self.unlink(&other.bytes()));
-                return Kept {
+                return LoadedBlock {
                     names,
                     record,
                     open: Ok(custodian),
@@ -209,7 +209,7 @@ impl Files {
             }
         }
         let Some((other, custodian)) = found else {
-            return Kept {
+            return LoadedBlock {
                 names,
                 record,
                 open: Err(error),
@@ -229,7 +229,7 @@ impl Files {
         if let Err(error) = written {
             tracing::warn!(file = %other, %error, "cannot repair the record of a persistent block");
         }
-        Kept {
+        LoadedBlock {
             names: other,
             record,
             open: Ok(custodian),

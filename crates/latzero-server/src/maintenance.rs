@@ -5,9 +5,9 @@
 mod backups;
 mod offline;
 
-pub use backups::{Listed, Look, files, list_one, look_at};
+pub use backups::{BackupEntry, Depth, files, inspect, list_one};
 pub use latzero_store::{BackupError, OpenError, Summary};
-pub use offline::{Offline, Restored, UpkeepError, dump_backup};
+pub use offline::{MaintenanceError, Offline, Restored, dump_backup};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,21 +20,21 @@ use latzero_store::{Answer, Policy, QueryLimits, Value as Cell};
 use serde_json::{Value, json};
 
 use crate::peer::Peer;
-use crate::shared::{Command, Shared};
+use crate::shared::{Command, ServerState};
 use crate::socket::User;
 
 /// How often to leave a sign of life and to look whether a backup is due, in milliseconds.
 pub(crate) const LOOK_EVERY_MS: u64 = 30_000;
 
 /// Leaves a sign of life, and begins the backup that is due.
-pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
+pub(crate) fn run_schedule(shared: &Arc<ServerState>, now: latzero_fabric::Time) {
     let unix_ms = shared.clock.unix_ms(now);
-    shared.keeper.note_alive(unix_ms);
-    shared.keeper.note_clock(&crate::steps::record(shared));
+    shared.persistence.note_alive(unix_ms);
+    shared.persistence.note_clock(&crate::steps::record(shared));
     crate::blocks::end_grace(shared, now);
-    shared.keeper.keep_losses();
+    shared.persistence.store_losses();
     let interval = shared.settings().backup_interval.as_millis() as u64;
-    if !shared.keeper.is_backup_due(now, interval) {
+    if !shared.persistence.is_backup_due(now, interval) {
         return;
     }
     let begun = run(shared, |shared| {
@@ -51,9 +51,9 @@ pub(crate) fn look(shared: &Arc<Shared>, now: latzero_fabric::Time) {
 /// Starts what an administrator requested; the thread sends the reply.
 ///
 /// # Errors
-/// `overloaded` where something of the kind is in progress.
+/// `overloaded` if something of the kind is in progress.
 pub(crate) fn begin(
-    shared: &Arc<Shared>,
+    shared: &Arc<ServerState>,
     action: AdminAction,
     asker: &Arc<Peer>,
     id: Option<&str>,
@@ -94,8 +94,8 @@ fn check_may_write(asker: &Peer) -> Result<(), Refusal> {
 type Answered = (Arc<Peer>, Box<str>, Result<String, Refusal>);
 
 fn run(
-    shared: &Arc<Shared>,
-    work: impl FnOnce(&Shared) -> Option<Answered> + Send + 'static,
+    shared: &Arc<ServerState>,
+    work: impl FnOnce(&ServerState) -> Option<Answered> + Send + 'static,
 ) -> Result<(), Refusal> {
     if shared.is_in_upkeep.swap(true, Acquire) {
         let message = "a backup or database check is already running; try again when it has \
@@ -120,14 +120,18 @@ fn run(
     })
 }
 
-fn backup(shared: &Shared, to: Option<&Path>, without_blocks: bool) -> Result<String, Refusal> {
+fn backup(
+    shared: &ServerState,
+    to: Option<&Path>,
+    without_blocks: bool,
+) -> Result<String, Refusal> {
     let started = Instant::now();
     if to.is_some_and(|to| !to.is_absolute()) {
         let message = "field 'to' must be an absolute path on the server's machine";
         return Err(Refusal::new(Code::BadMessage, message));
     }
     let failed = |error: &dyn std::fmt::Display| Refusal::new(Code::Storage, error.to_string());
-    let store = shared.keeper.store();
+    let store = shared.persistence.store();
     let backup = store
         .backup_with(to, |writer| match without_blocks {
             true => Ok(()),
@@ -152,15 +156,15 @@ fn backup(shared: &Shared, to: Option<&Path>, without_blocks: bool) -> Result<St
 }
 
 /// Removes backups that the policy does not keep.
-fn prune(shared: &Shared) {
-    match latzero_store::prune(shared.keeper.store().dir(), &Policy::default()) {
+fn prune(shared: &ServerState) {
+    match latzero_store::prune(shared.persistence.store().dir(), &Policy::default()) {
         Ok(pruned) => tracing::debug!(?pruned, "old backups removed"),
         Err(error) => tracing::warn!(%error, "cannot remove old backups"),
     }
 }
 
-fn query(shared: &Shared, sql: &str) -> Result<String, Refusal> {
-    let store = shared.keeper.store();
+fn query(shared: &ServerState, sql: &str) -> Result<String, Refusal> {
+    let store = shared.persistence.store();
     let answer = store.query(sql, &QueryLimits::default());
     let answer = answer.map_err(|error| Refusal::new(Code::BadMessage, error.to_string()))?;
     Ok(answer_json(&answer).to_string())
@@ -185,10 +189,10 @@ pub fn answer_json(answer: &Answer) -> Value {
     json!({"columns": answer.columns, "rows": rows, "cut": answer.is_cut})
 }
 
-fn check(shared: &Shared, is_thorough: bool) -> Result<String, Refusal> {
+fn check(shared: &ServerState, is_thorough: bool) -> Result<String, Refusal> {
     let started = Instant::now();
     let findings = shared
-        .keeper
+        .persistence
         .store()
         .check(is_thorough)
         .map_err(|error| Refusal::new(Code::Storage, error.to_string()))?;

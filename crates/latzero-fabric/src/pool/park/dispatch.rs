@@ -1,4 +1,4 @@
-//! Parked calls on their way to handlers, in turns, as far as the handlers take them.
+//! Dispatch of parked calls to handlers, in fair turns, while the handlers have room.
 
 use std::collections::BTreeSet;
 
@@ -7,19 +7,19 @@ use latzero_protocol::{AppId, Code, Refusal};
 
 use super::super::calls::Call;
 use super::super::{CallError, Caller, MemberKey, Pool};
-use super::lasting::Lasting;
+use super::durable::DurableCall;
 use super::{GIVEN_AT_ONCE_MAX, State, soon};
 use crate::driver::Driver;
-use crate::keep::Change;
 use crate::now::Time;
+use crate::rows::StoreChange;
 use crate::slab::Key;
 use crate::turn::Turn;
 
 /// After how long parked calls are offered again to handlers whose outbox was full, in
-/// milliseconds: it empties without a word to the pool.
+/// milliseconds: the pool is not notified when it empties.
 const GIVE_AGAIN_MS: u64 = 1000;
 
-/// Why not all calls of a trigger were given out.
+/// Why not all calls of a trigger were dispatched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stall {
     /// There were many: others want the pool as well.
@@ -38,25 +38,25 @@ enum Next {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Looks after what this step left: calls whose handler left, and handlers with room.
+    /// Handles what this step left: calls whose handler left, and handlers with room.
     pub(crate) fn settle(&mut self, turn: &mut Turn<'_, D>) {
         while let Some(process) = self.parked.room.pop_first() {
-            self.give_parked(process.as_str(), turn);
+            self.dispatch_parked(process.as_str(), turn);
         }
     }
 
-    /// Gives parked calls of a trigger to its handlers.
-    pub(in crate::pool) fn give_parked(&mut self, process: &str, turn: &mut Turn<'_, D>) {
+    /// Dispatches parked calls of a trigger to its handlers.
+    pub(in crate::pool) fn dispatch_parked(&mut self, process: &str, turn: &mut Turn<'_, D>) {
         if let Some(lines) = self.parked.lines.get_mut(process) {
             lines.begin_round();
-            self.give_round(process, turn);
+            self.dispatch_round(process, turn);
         }
     }
 
-    /// Gives out what was not passed over in this round.
-    fn give_round(&mut self, process: &str, turn: &mut Turn<'_, D>) {
+    /// Dispatches what was not skipped in this round.
+    fn dispatch_round(&mut self, process: &str, turn: &mut Turn<'_, D>) {
         self.parked.stalled.remove(process);
-        let mut takers = self.takers(process);
+        let mut takers = self.available_handlers(process);
         let mut tried = 0;
         while !takers.is_empty() {
             let mut goes_on = Vec::new();
@@ -65,7 +65,7 @@ impl<D: Driver> Pool<D> {
                     self.stall(process, Stall::Many, soon(turn.time()));
                     return;
                 }
-                match self.give_next(process, taker.as_ref(), turn) {
+                match self.dispatch_next(process, taker.as_ref(), turn) {
                     Next::Given | Next::Passed => {
                         tried += 1;
                         goes_on.push(taker);
@@ -78,7 +78,7 @@ impl<D: Driver> Pool<D> {
     }
 
     /// For whom calls of a trigger wait that has a handler here: for any app, or for one by name.
-    fn takers(&self, process: &str) -> Vec<Option<AppId>> {
+    fn available_handlers(&self, process: &str) -> Vec<Option<AppId>> {
         let (Some(served), Some(lines)) =
             (self.triggers.get(process), self.parked.lines.get(process))
         else {
@@ -113,7 +113,12 @@ impl<D: Driver> Pool<D> {
         })
     }
 
-    fn give_next(&mut self, process: &str, app: Option<&AppId>, turn: &mut Turn<'_, D>) -> Next {
+    fn dispatch_next(
+        &mut self,
+        process: &str,
+        app: Option<&AppId>,
+        turn: &mut Turn<'_, D>,
+    ) -> Next {
         let lines = self.parked.lines.get(process);
         let Some(waiting) = lines.and_then(|lines| lines.next(app)) else {
             return Next::None;
@@ -127,23 +132,23 @@ impl<D: Driver> Pool<D> {
             self.parked_too_late(number, turn);
             return Next::Passed;
         }
-        let lasting = parked.take().expect("calls in a line wait");
-        let (lasting, error) = match self.give(None, lasting, turn) {
+        let lasting = parked.dequeue().expect("calls in a line wait");
+        let (lasting, error) = match self.dispatch(None, lasting, turn) {
             Ok((key, lasting)) => {
                 let lines = self.parked.lines.get_mut(process).expect("it was in one");
                 lines.note_turn(app, &waiting);
-                // Out of the line first, which finds it by its state.
+                // Out of the queue first, which finds it by its state.
                 let parked = self.parked.calls.get_mut(&number).expect("just found");
                 parked.state = State::Waiting(lasting);
                 let taken = self.parked.change(number, |parked| {
-                    let lasting = parked.take();
+                    let lasting = parked.dequeue();
                     parked.attempt += 1;
                     parked.state = State::Given(key);
                     (lasting, parked.attempt)
                 });
                 let (lasting, attempt) = taken.expect("just found");
                 self.calls.at_mut(key).expect("just begun").lasting = lasting;
-                turn.keep(Change::Attempt(number, attempt), None);
+                turn.store(StoreChange::Attempt(number, attempt), None);
                 return Next::Given;
             }
             Err(failed) => failed,
@@ -176,7 +181,7 @@ impl<D: Driver> Pool<D> {
         Next::Passed
     }
 
-    /// Calls of a trigger wait that may be given out later.
+    /// Calls of a trigger wait for a later dispatch.
     fn stall(&mut self, process: &str, why: Stall, at: Time) {
         if let Some((name, _)) = self.parked.lines.get_key_value(process) {
             self.parked.stalled.insert(name.clone(), why);
@@ -185,7 +190,7 @@ impl<D: Driver> Pool<D> {
         }
     }
 
-    /// Goes on giving out what was left.
+    /// Continues an unfinished dispatch.
     pub(super) fn go_on_giving(&mut self, turn: &mut Turn<'_, D>) {
         if self.parked.goes_on.is_none_or(|at| at > turn.time()) {
             return;
@@ -193,23 +198,23 @@ impl<D: Driver> Pool<D> {
         self.parked.goes_on = None;
         for (process, why) in std::mem::take(&mut self.parked.stalled) {
             match why {
-                Stall::Many => self.give_round(process.as_str(), turn),
-                Stall::Full => self.give_parked(process.as_str(), turn),
+                Stall::Many => self.dispatch_round(process.as_str(), turn),
+                Stall::Full => self.dispatch_parked(process.as_str(), turn),
             }
         }
     }
 
-    /// Offers a lasting call to the handlers; gives it back, in both cases.
+    /// Offers a durable call to the handlers; returns it in both cases.
     #[expect(
         clippy::type_complexity,
         reason = "the call goes back to whoever keeps it"
     )]
-    pub(super) fn give(
+    pub(super) fn dispatch(
         &mut self,
         caller: Option<MemberKey>,
-        mut lasting: Box<Lasting>,
+        mut lasting: Box<DurableCall>,
         turn: &mut Turn<'_, D>,
-    ) -> Result<(Key<Call>, Box<Lasting>), (Box<Lasting>, CallError)> {
+    ) -> Result<(Key<Call>, Box<DurableCall>), (Box<DurableCall>, CallError)> {
         lasting.attempt += 1;
         let (attempt, deadline) = (lasting.attempt, lasting.deadline);
         let app = lasting.caller.clone();

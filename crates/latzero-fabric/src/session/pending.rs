@@ -1,4 +1,4 @@
-//! Replies that wait until what they promise is on disk.
+//! Replies that wait until their changes are on disk.
 
 use latzero_protocol::encode;
 use latzero_protocol::frame::Frame;
@@ -6,13 +6,13 @@ use latzero_protocol::limits::ListBounds;
 use latzero_protocol::message::Request;
 use latzero_protocol::{Envelope, PoolName, Refusal};
 
-use super::entry::Stored;
+use super::entry::StoredRegistration;
 use super::{Flow, Session};
 use crate::driver::Driver;
 use crate::outbox::Class;
 use crate::turn::Turn;
 
-/// A reply that waits until what it promises is on disk.
+/// A reply that waits until its change is on disk.
 pub(super) enum Awaited<D: Driver> {
     /// A call that waits for its handler.
     Parked {
@@ -22,34 +22,34 @@ pub(super) enum Awaited<D: Driver> {
     },
     /// A handshake, as it came; nothing more is read before it is answered.
     Handshake { json: Box<[u8]>, rehydrated: bool },
-    /// The reply, and what is to be done where the promise can't be kept.
+    /// The reply, and what to undo if the change can't be stored.
     Reply {
         id: Option<Box<str>>,
         reply: Box<str>,
-        promise: Promise,
+        promise: PendingReply,
     },
 }
 
-/// What a reply promises to outlive the server.
-pub(super) enum Promise {
-    /// What the app registered.
+/// The change that a reply waits for.
+pub(super) enum PendingReply {
+    /// The app's registration.
     Registration,
-    /// A pool that was made.
+    /// A new pool.
     Pool(PoolName),
-    /// That something is gone for good.
+    /// A removal.
     Removal,
 }
 
-/// A reply to a request: at once, or when what it promises is on disk.
+/// A reply to a request: at once, or when its change is on disk.
 pub(super) enum Reply {
     Now(String),
-    Kept(String, Promise),
-    /// The turn gives it.
+    Kept(String, PendingReply),
+    /// The reply is sent now.
     Later,
 }
 
 impl Reply {
-    pub(super) fn kept_if(is_promised: bool, reply: String, promise: Promise) -> Reply {
+    pub(super) fn kept_if(is_promised: bool, reply: String, promise: PendingReply) -> Reply {
         if is_promised {
             Reply::Kept(reply, promise)
         } else {
@@ -59,8 +59,8 @@ impl Reply {
 }
 
 impl<D: Driver> Session<D> {
-    /// The first promise that was made to this connection is kept, or can't be.
-    pub fn kept(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
+    /// The first pending change of this connection is stored, or can't be.
+    pub fn handle_stored(&mut self, result: Result<(), Refusal>, turn: &mut Turn<'_, D>) -> Flow {
         match self.awaited.pop_front() {
             None => self.flow(),
             Some(Awaited::Handshake { json, rehydrated }) => {
@@ -76,9 +76,11 @@ impl<D: Driver> Session<D> {
                     unreachable!("it was a handshake before");
                 };
                 if result.is_err() {
-                    turn.with_registry(|registry, turn| registry.keep_app(&handshake.app_id, turn));
+                    turn.with_registry(|registry, turn| {
+                        registry.store_app(&handshake.app_id, turn)
+                    });
                 }
-                let stored = Some(Stored {
+                let stored = Some(StoredRegistration {
                     is_on_disk: result.is_ok(),
                     rehydrated,
                 });
@@ -94,7 +96,7 @@ impl<D: Driver> Session<D> {
             Some(Awaited::Parked { id, pool, number }) => {
                 match result {
                     Ok(()) => {
-                        // Where its answer came first there is nothing more to say.
+                        // If its answer came first, there is nothing to send.
                         let waits = turn.with_pool(&pool, |pool, _| pool.is_parked(number));
                         if let Some(id) = id.filter(|_| waits) {
                             self.send(Class::Control, 256, turn, |out| encode::parked(out, &id));
@@ -120,28 +122,29 @@ impl<D: Driver> Session<D> {
         }
     }
 
-    /// Something could not be written down: it is undone where nobody could count on it otherwise, and the asker is told.
+    /// A change could not be stored: undoes it if nobody could rely on it, and answers with the
+    /// error.
     pub(super) fn break_promise(
         &mut self,
         id: Option<&str>,
-        promise: &Promise,
+        promise: &PendingReply,
         refusal: &Refusal,
         turn: &mut Turn<'_, D>,
     ) {
         let holds = match promise {
-            Promise::Registration => {
+            PendingReply::Registration => {
                 if let Some(ready) = &self.ready {
-                    turn.with_registry(|registry, turn| registry.keep_app(&ready.app, turn));
+                    turn.with_registry(|registry, turn| registry.store_app(&ready.app, turn));
                 }
                 "the change is in force and is stored as soon as the disk accepts writes"
             }
-            Promise::Pool(name) => {
+            PendingReply::Pool(name) => {
                 if let Some(pool) = turn.with_registry(|registry, _| registry.release_pool(name)) {
                     turn.with_pool(&pool, |pool, _| pool.set_outlives(false));
                 }
                 "the pool is not durable and is removed with its last member"
             }
-            Promise::Removal => {
+            PendingReply::Removal => {
                 "it was removed, but may reappear after the next start of the \
                 server"
             }

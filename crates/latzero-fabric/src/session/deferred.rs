@@ -13,8 +13,8 @@ use latzero_protocol::message::Request;
 use latzero_protocol::{Code, Ran, Refusal};
 
 use super::{Flow, Session};
-use crate::books::{Hold, Resource};
 use crate::driver::{Driver, Peer};
+use crate::ledger::{Reservation, Resource};
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::pool::id_in_use;
@@ -35,27 +35,27 @@ enum For {
 }
 
 /// A message that waited.
-pub struct Waiting {
+pub struct DeferredFrame {
     why: For,
     id: Option<Box<str>>,
     json: Box<[u8]>,
     attachment: Option<Box<[u8]>>,
     came: Time,
-    _held: Hold,
+    _held: Reservation,
 }
 
 /// The messages of one connection that wait.
 #[derive(Default)]
-pub(super) struct Held {
+pub(super) struct DeferredFrames {
     /// In the order in which they came.
-    messages: BTreeMap<u64, Waiting>,
+    messages: BTreeMap<u64, DeferredFrame>,
     by_id: HashMap<Box<str>, u64>,
     next: u64,
     bytes: usize,
 }
 
-impl Held {
-    fn remove(&mut self, number: u64) -> Option<Waiting> {
+impl DeferredFrames {
+    fn remove(&mut self, number: u64) -> Option<DeferredFrame> {
         let waiting = self.messages.remove(&number)?;
         self.bytes -= waiting.bytes();
         if let Some(id) = &waiting.id {
@@ -65,7 +65,7 @@ impl Held {
     }
 }
 
-impl Waiting {
+impl DeferredFrame {
     /// When it came.
     #[must_use]
     pub fn came(&self) -> Time {
@@ -87,7 +87,8 @@ impl Waiting {
 }
 
 impl<D: Driver> Session<D> {
-    /// Whether so much new work waits that the driver should read no more: until [`Session::go_on`].
+    /// Whether so much new work waits that the driver should read no more: until
+    /// [`Session::resume`].
     #[must_use]
     pub fn must_pause(&self, limits: &Limits) -> bool {
         self.held.bytes >= limits.held_bytes_max
@@ -102,7 +103,7 @@ impl<D: Driver> Session<D> {
         for number in calls {
             self.held.remove(number);
         }
-        self.go_on(turn) == Flow::Continue && !self.held.messages.is_empty()
+        self.resume(turn) == Flow::Continue && !self.held.messages.is_empty()
     }
 
     /// Bytes that wait.
@@ -111,7 +112,7 @@ impl<D: Driver> Session<D> {
         self.held.bytes
     }
 
-    /// Why a request must wait, where it must.
+    /// Why a request must wait, if it must.
     fn reason(&self, request: &Request<'_>, turn: &Turn<'_, D>) -> Option<For> {
         let is_first = self.held.messages.is_empty();
         match request {
@@ -138,7 +139,7 @@ impl<D: Driver> Session<D> {
         self.awaited.len() >= turn.limits().in_flight_max as usize
     }
 
-    /// Has a request wait where it must; false where it may be handled now.
+    /// Defers a request if it must wait; false if it may be handled now.
     pub(super) fn hold(
         &mut self,
         (frame, id): (Frame<'_>, Option<&str>),
@@ -169,7 +170,7 @@ impl<D: Driver> Session<D> {
         if let Some(id) = id {
             self.held.by_id.insert(id.into(), number);
         }
-        let waiting = Waiting {
+        let waiting = DeferredFrame {
             why,
             id: id.map(Into::into),
             json: frame.json.into(),
@@ -182,9 +183,9 @@ impl<D: Driver> Session<D> {
         Ok(true)
     }
 
-    /// Handles what waited, as far as there is room. The driver calls it where the core says that
-    /// there is ([`crate::Effects::resumed`]), and after [`Session::kept`].
-    pub fn go_on(&mut self, turn: &mut Turn<'_, D>) -> Flow {
+    /// Handles deferred messages while there is room. The driver calls it if the core reports room
+    /// ([`crate::Effects::resumed`]), and after [`Session::handle_stored`].
+    pub fn resume(&mut self, turn: &mut Turn<'_, D>) -> Flow {
         while let Some(waiting) = self.next_waiting(turn) {
             if self.handle_waiting(&waiting, turn) == Flow::Close {
                 return Flow::Close;
@@ -193,8 +194,8 @@ impl<D: Driver> Session<D> {
         Flow::Continue
     }
 
-    /// The first message that waits, where it need not wait any longer.
-    pub fn next_waiting(&mut self, turn: &Turn<'_, D>) -> Option<Waiting> {
+    /// The first message that need no longer wait.
+    pub fn next_waiting(&mut self, turn: &Turn<'_, D>) -> Option<DeferredFrame> {
         let (&number, first) = self.held.messages.first_key_value()?;
         let must_wait = match first.why {
             For::Calls => self.is_full(turn),
@@ -209,11 +210,11 @@ impl<D: Driver> Session<D> {
     }
 
     /// Handles a message that waited.
-    pub fn handle_waiting(&mut self, waiting: &Waiting, turn: &mut Turn<'_, D>) -> Flow {
+    pub fn handle_waiting(&mut self, waiting: &DeferredFrame, turn: &mut Turn<'_, D>) -> Flow {
         self.run(waiting.frame(), Some(waiting.came), turn)
     }
 
-    /// Ends a call that waits; false where none of that id does.
+    /// Ends a call that waits; false if none of that id does.
     pub(super) fn cancel_held(&mut self, id: &str, turn: &mut Turn<'_, D>) -> bool {
         let Some(&number) = self.held.by_id.get(id) else {
             return false;
@@ -226,6 +227,6 @@ impl<D: Driver> Session<D> {
 
     /// Forgets what waits.
     pub(super) fn drop_held(&mut self) {
-        self.held = Held::default();
+        self.held = DeferredFrames::default();
     }
 }

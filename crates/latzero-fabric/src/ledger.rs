@@ -1,7 +1,7 @@
 //! The ledger of everything that clients make the server hold.
 //!
 //! Each resource is reserved in the account of the client before anything is copied. Dropping the
-//! [`Hold`] releases it. Accounts form a tree: the server, its users, their apps, and the
+//! [`Reservation`] releases it. Accounts form a tree: the server, its users, their apps, and the
 //! connections of the apps. A reservation counts in every account up to the root, and each account
 //! has a limit. So an untrusted user leaves room for others, whatever names it invents and however
 //! many connections it opens. Counters are atomic, because several event loops share them; nothing
@@ -28,7 +28,7 @@ pub enum Resource {
     Outbox,
     /// Bytes of parked calls, and of answers that wait for their callers.
     Parked,
-    /// Bytes of answers that are kept for repeats.
+    /// Bytes of answers stored for repeats.
     Repeats,
     /// Bytes of calls that may be given to another handler.
     Redelivery,
@@ -309,7 +309,7 @@ impl Account {
     ///
     /// # Errors
     /// If this account or one above it has no room; nothing is reserved then.
-    pub fn reserve(self: &Arc<Self>, what: Resource, amount: u64) -> Result<Hold, Full> {
+    pub fn reserve(self: &Arc<Self>, what: Resource, amount: u64) -> Result<Reservation, Full> {
         let mut hold = self.hold(what);
         hold.resize(amount)?;
         Ok(hold)
@@ -317,8 +317,8 @@ impl Account {
 
     /// A hold of nothing yet.
     #[must_use]
-    pub fn hold(self: &Arc<Self>, what: Resource) -> Hold {
-        Hold {
+    pub fn hold(self: &Arc<Self>, what: Resource) -> Reservation {
+        Reservation {
             account: Arc::clone(self),
             what,
             amount: 0,
@@ -423,13 +423,13 @@ impl Account {
 
 /// An amount of a resource, reserved until this is dropped.
 #[derive(Debug)]
-pub struct Hold {
+pub struct Reservation {
     account: Arc<Account>,
     what: Resource,
     amount: u64,
 }
 
-impl Hold {
+impl Reservation {
     /// Where it is held.
     pub(crate) fn account(&self) -> &Arc<Account> {
         &self.account
@@ -480,7 +480,7 @@ impl Hold {
     }
 }
 
-impl Drop for Hold {
+impl Drop for Reservation {
     fn drop(&mut self) {
         self.force(0);
     }
@@ -488,7 +488,7 @@ impl Drop for Hold {
 
 /// The server's ledger.
 #[derive(Debug)]
-pub struct Books {
+pub struct Ledger {
     root: Arc<Account>,
     earlier: Arc<Account>,
     plan: Plan,
@@ -499,7 +499,7 @@ pub struct Books {
 /// in and one out.
 const CONNECTION_PART: u64 = 4;
 
-/// A stranger may hold this part of every resource: others have the rest.
+/// An untrusted user may hold this part of every resource: others have the rest.
 const STRANGER_PART: u64 = 2;
 
 /// A user that holds less than this part of all outboxes is modest: 1/8.
@@ -508,10 +508,10 @@ const MODEST_PART: u64 = 8;
 /// This part of memory is reserved for answers and errors of work in progress; new work is refused.
 const RESERVED_PART: u64 = 16;
 
-impl Books {
-    /// Empty books with these bounds.
+impl Ledger {
+    /// An empty ledger with these bounds.
     #[must_use]
-    pub fn new(limits: &Limits) -> Books {
+    pub fn new(limits: &Limits) -> Ledger {
         let max = |what: Resource| match what {
             Resource::Outbox => limits.outbox_total_bytes_max as u64,
             Resource::Parked => limits.parked_bytes_max as u64,
@@ -563,7 +563,7 @@ impl Books {
             Account::new(0, &server, None),
             bounds(Owner::User, &max, all),
         );
-        Books {
+        Ledger {
             earlier: Account::new(1, &trusted, Some(&root)),
             root,
             accounts: AtomicU64::new(2),
@@ -588,7 +588,8 @@ impl Books {
         &self.earlier
     }
 
-    /// An account for a user. One that is trusted may hold all there is, a stranger a part of it.
+    /// An account for a user. One that is trusted may hold all there is, an untrusted user a part
+    /// of it.
     #[must_use]
     pub fn user(&self, is_trusted: bool) -> Arc<Account> {
         let bounds = if is_trusted {
@@ -647,7 +648,7 @@ impl Books {
     /// Whether connections must be closed to make room: what waits on the way in and out of them is
     /// what memory is short of.
     #[must_use]
-    pub fn must_shed(&self) -> bool {
+    pub fn is_over_limit(&self) -> bool {
         let on_way = self.root.used(Resource::Inbound) + self.root.used(Resource::Outbox);
         self.is_short() && on_way >= self.root.bounds.max[Resource::Outbox as usize] / 4
     }
@@ -714,7 +715,7 @@ impl<K> Default for Users<K> {
 
 impl<K: Hash + Eq> Users<K> {
     /// A user's account.
-    pub fn account(&mut self, user: K, is_trusted: bool, books: &Books) -> Arc<Account> {
+    pub fn account(&mut self, user: K, is_trusted: bool, ledger: &Ledger) -> Arc<Account> {
         if let Some(account) = self.accounts.get(&user).and_then(Weak::upgrade) {
             return account;
         }
@@ -722,7 +723,7 @@ impl<K: Hash + Eq> Users<K> {
             self.accounts
                 .retain(|_, account| account.strong_count() > 0);
         }
-        let account = books.user(is_trusted);
+        let account = ledger.user(is_trusted);
         self.accounts.insert(user, Arc::downgrade(&account));
         account
     }
@@ -732,8 +733,8 @@ impl<K: Hash + Eq> Users<K> {
 mod tests {
     use super::*;
 
-    fn books() -> Books {
-        Books::new(&Limits {
+    fn ledger() -> Ledger {
+        Ledger::new(&Limits {
             memory_max: 1000,
             max_frame: 0,
             outbox_total_bytes_max: 400,
@@ -745,27 +746,27 @@ mod tests {
 
     #[test]
     fn a_hold_gives_back_what_it_reserved() {
-        let books = books();
-        let user = books.user(true);
-        let connection = books.connection(&books.app(&user));
+        let ledger = ledger();
+        let user = ledger.user(true);
+        let connection = ledger.connection(&ledger.app(&user));
         let mut hold = connection.reserve(Resource::Inbound, 300).unwrap();
         hold.resize(100).unwrap();
         hold.resize(200).unwrap();
-        assert_eq!((user.memory(), books.all().memory()), (200, 200));
+        assert_eq!((user.memory(), ledger.all().memory()), (200, 200));
         assert!(hold.resize(2000).is_err());
         assert_eq!(hold.amount(), 200);
         drop(hold);
-        assert!(books.is_empty());
+        assert!(ledger.is_empty());
     }
 
     #[test]
     fn a_stranger_leaves_half_of_everything() {
-        let books = books();
-        let (stranger, own) = (books.user(false), books.user(true));
-        let mut held: Vec<Hold> = Vec::new();
+        let ledger = ledger();
+        let (stranger, own) = (ledger.user(false), ledger.user(true));
+        let mut held: Vec<Reservation> = Vec::new();
         // However many names and connections it has.
         let full = loop {
-            let app = books.app(&stranger);
+            let app = ledger.app(&stranger);
             match app.reserve(Resource::ParkedCalls, 1) {
                 Ok(hold) => held.push(hold),
                 Err(full) => break full,
@@ -780,7 +781,7 @@ mod tests {
                 .contains("0 of 5 are free for your user (limits.parked_max)"),
             "{refusal}"
         );
-        let app = books.app(&own);
+        let app = ledger.app(&own);
         let fits = (0..10).take_while(|_| {
             let hold = app.reserve(Resource::ParkedCalls, 1);
             hold.map(|hold| held.push(hold)).is_ok()
@@ -807,22 +808,22 @@ mod tests {
 
     #[test]
     fn memory_is_one_sum_of_its_kinds() {
-        let books = books();
-        let user = books.user(true);
+        let ledger = ledger();
+        let user = ledger.user(true);
         let held = [
             user.reserve(Resource::Outbox, 400).unwrap(),
             user.reserve(Resource::Redelivery, 500).unwrap(),
         ];
         assert!(!user.has_room(Resource::Inbound, 101));
         assert!(user.has_room(Resource::Inbound, 100));
-        assert!(books.is_short(), "the outboxes are full");
+        assert!(ledger.is_short(), "the outboxes are full");
         let full = user.reserve(Resource::Redelivery, 101).unwrap_err();
         assert!(Refusal::from(full).message.contains("limits.memory_max"));
         // What exists already is counted, bound or not.
         let mut forced = user.hold(Resource::Outbox);
         forced.force(300);
-        assert_eq!(books.all().memory(), 1200);
+        assert_eq!(ledger.all().memory(), 1200);
         drop((held, forced));
-        assert!(books.is_empty());
+        assert!(ledger.is_empty());
     }
 }

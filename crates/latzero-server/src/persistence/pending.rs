@@ -8,27 +8,26 @@ use latzero_protocol::{Code, Refusal};
 use latzero_store::{StoreError, Ticket};
 
 use crate::peer::Peer;
-use crate::shared::{Command, Shared};
+use crate::shared::{Command, ServerState};
 
-/// A promise that the store has not answered yet.
-struct Promised {
+/// A change that the store has not answered yet.
+struct PendingReply {
     peer: Arc<Peer>,
-    /// Promises to the same connection that the store refused at once: their word comes after this
-    /// one's.
+    /// Changes of the same connection that the store refused at once: their replies follow this
+    /// one.
     behind: Vec<Refusal>,
 }
 
-/// A word for a connection.
-pub(super) type Word = (Arc<Peer>, Result<(), Refusal>);
+/// A reply for a connection.
+pub(super) type StoreReply = (Arc<Peer>, Result<(), Refusal>);
 
-/// Who was promised what. Each connection hears of its promises in the order in which they were
-/// made.
+/// The replies that wait for the store. Each connection gets its replies in order.
 #[derive(Default)]
-pub(super) struct Line(HashMap<Ticket, Promised>);
+pub(super) struct Line(HashMap<Ticket, PendingReply>);
 
 impl Line {
     pub(super) fn promise(&mut self, ticket: Ticket, peer: &Arc<Peer>) -> Option<Ticket> {
-        let promised = Promised {
+        let promised = PendingReply {
             peer: Arc::clone(peer),
             behind: Vec::new(),
         };
@@ -36,13 +35,13 @@ impl Line {
         Some(peer.last_promise.swap(ticket, Relaxed)).filter(|&before| before != 0)
     }
 
-    /// The store did not take the promise; `before` is the one before it.
+    /// The store refused the change; `before` is the one before it.
     pub(super) fn refused(
         &mut self,
         (ticket, before): (Ticket, Option<Ticket>),
         refusal: Refusal,
-    ) -> Option<Word> {
-        let Promised { peer, .. } = self.0.remove(&ticket)?;
+    ) -> Option<StoreReply> {
+        let PendingReply { peer, .. } = self.0.remove(&ticket)?;
         peer.last_promise.store(before.unwrap_or(0), Relaxed);
         match before.and_then(|before| self.0.get_mut(&before)) {
             Some(first) => {
@@ -53,8 +52,8 @@ impl Line {
         }
     }
 
-    fn done(&mut self, ticket: Ticket, result: Result<(), Refusal>, words: &mut Vec<Word>) {
-        if let Some(Promised { peer, behind }) = self.0.remove(&ticket) {
+    fn done(&mut self, ticket: Ticket, result: Result<(), Refusal>, words: &mut Vec<StoreReply>) {
+        if let Some(PendingReply { peer, behind }) = self.0.remove(&ticket) {
             words.push((Arc::clone(&peer), result));
             let behind = behind
                 .into_iter()
@@ -64,19 +63,19 @@ impl Line {
     }
 }
 
-/// The promises, and whom to tell.
+/// The pending replies, and their receivers.
 #[derive(Default)]
-pub(super) struct Promises {
+pub(super) struct PendingReplies {
     line: Mutex<Line>,
-    pub(super) shared: OnceLock<Weak<Shared>>,
+    pub(super) shared: OnceLock<Weak<ServerState>>,
 }
 
-impl Promises {
+impl PendingReplies {
     pub(super) fn line(&self) -> MutexGuard<'_, Line> {
         self.line.lock().expect("nothing panics under this lock")
     }
 
-    /// Tells the loops what became of promises, each loop once.
+    /// Sends the loops the results of changes, each loop once.
     pub(super) fn done(&self, done: &mut Vec<(Ticket, Result<(), StoreError>)>) {
         let mut words = Vec::with_capacity(done.len());
         let mut line = self.line();
@@ -84,20 +83,20 @@ impl Promises {
             let result = result.map_err(|error| Refusal::new(Code::Storage, error.to_string()));
             line.done(ticket, result, &mut words);
         }
-        self.tell(&line, words);
+        self.reply(&line, words);
     }
 
-    /// Under the lock, so that no later word overtakes these.
-    pub(super) fn tell(&self, _line: &Line, words: Vec<Word>) {
+    /// Under the lock, so that no later reply overtakes these.
+    pub(super) fn reply(&self, _line: &Line, words: Vec<StoreReply>) {
         let Some(shared) = self.shared.get().and_then(Weak::upgrade) else {
             return;
         };
-        let mut told: Vec<Vec<Command>> = Vec::new();
-        told.resize_with(shared.mailboxes.len(), Vec::new);
+        let mut commands_by_loop: Vec<Vec<Command>> = Vec::new();
+        commands_by_loop.resize_with(shared.mailboxes.len(), Vec::new);
         for (peer, result) in words {
-            told[peer.home].push(Command::Kept(peer, result));
+            commands_by_loop[peer.home].push(Command::Kept(peer, result));
         }
-        for (mailbox, commands) in shared.mailboxes.iter().zip(told) {
+        for (mailbox, commands) in shared.mailboxes.iter().zip(commands_by_loop) {
             mailbox.send_all(commands);
         }
     }
@@ -114,15 +113,15 @@ mod tests {
     #[test]
     fn words_come_in_the_order_of_the_promises() {
         let mut line = Line::default();
-        let books = latzero_fabric::books::Books::new(&latzero_fabric::Limits::default());
-        let peer = || Peer::new(0, None, books.connection(&books.user(true)));
+        let ledger = latzero_fabric::ledger::Ledger::new(&latzero_fabric::Limits::default());
+        let peer = || Peer::new(0, None, ledger.connection(&ledger.user(true)));
         let (a, b) = (peer(), peer());
         let mut words = Vec::new();
         // Nothing is before it, so it is sent at once.
         let before = line.promise(1, &a);
         let word = line.refused((1, before), refusal()).unwrap();
         assert!(Arc::ptr_eq(&word.0, &a) && word.1.is_err());
-        // Behind what is still being written its word waits, and so do those that follow.
+        // Its reply waits behind changes that are still being written, and so do later ones.
         assert_eq!(line.promise(2, &a), None);
         assert_eq!(line.promise(3, &b), None);
         for ticket in [4, 5] {
