@@ -9,6 +9,7 @@ use latzero_protocol::message::AdminAction;
 use latzero_protocol::{AppId, BlockId, Code, PoolName, Refusal};
 
 use crate::effects::{Audit, Count, Effects};
+use crate::in_flight::InFlight;
 use crate::ledger::Ledger;
 use crate::limits::Limits;
 use crate::link::Link;
@@ -98,6 +99,9 @@ impl Written {
 pub trait Peer<D: Driver>: Clone + Eq {
     /// What the core keeps of the connection, for this caller alone and for a moment.
     fn link(&self) -> impl DerefMut<Target = Link<D>>;
+
+    /// Its own calls in flight.
+    fn in_flight(&self) -> &InFlight;
 }
 
 /// The environment of the core: access to registry and pools, bytes of blocks, rows to keep, and

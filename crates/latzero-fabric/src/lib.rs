@@ -9,6 +9,7 @@
 
 pub mod driver;
 pub mod effects;
+pub mod in_flight;
 pub mod ledger;
 pub mod limits;
 pub mod link;
@@ -26,6 +27,7 @@ pub mod turn;
 
 pub use driver::{Driver, Peer, Transport};
 pub use effects::{Audit, CallEnd, Count, Effects};
+pub use in_flight::InFlight;
 pub use limits::Limits;
 pub use link::Link;
 pub use now::{Now, Time};

@@ -1,4 +1,4 @@
-//! The core's state of one connection: its outbox, and its calls in flight.
+//! The core's state of one connection: its outbox, and what is counted of it.
 
 use std::sync::Arc;
 
@@ -27,10 +27,6 @@ pub struct Link<D: Driver> {
     held: Reservation,
     /// When its socket last took something, or began to take nothing.
     progress: Time,
-    /// Its own calls in flight.
-    in_flight: u32,
-    /// New work waits until fewer are.
-    has_waiting: bool,
 }
 
 /// From this many bytes on, a message is counted before it is copied. What is smaller is counted
@@ -46,8 +42,6 @@ impl<D: Driver> Link<D> {
             held: account.hold(Resource::Outbox),
             account,
             progress: Time::default(),
-            in_flight: 0,
-            has_waiting: false,
         }
     }
 
@@ -151,30 +145,5 @@ impl<D: Driver> Link<D> {
     #[must_use]
     pub fn stalled_since(&self) -> Option<Time> {
         self.outbox.is_blocked().then_some(self.progress)
-    }
-
-    /// Its own calls in flight.
-    #[must_use]
-    pub fn in_flight(&self) -> u32 {
-        self.in_flight
-    }
-
-    /// New work waits until fewer calls are in flight.
-    pub(crate) fn note_waiting(&mut self) {
-        self.has_waiting = true;
-    }
-
-    pub(crate) fn change_in_flight(&mut self, by: i32) {
-        self.in_flight = self
-            .in_flight
-            .checked_add_signed(by)
-            .expect("a call ends once, after it began");
-    }
-
-    /// Whether there is room now for work that waits. It is said once.
-    pub(crate) fn take_room(&mut self, in_flight_max: u32) -> bool {
-        let has_room = self.has_waiting && self.in_flight < in_flight_max;
-        self.has_waiting &= !has_room;
-        has_room
     }
 }

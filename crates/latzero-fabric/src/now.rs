@@ -2,6 +2,15 @@
 
 use std::time::Duration;
 
+/// The earliest of some times that may be unset.
+#[inline]
+pub(crate) fn earliest<const N: usize>(times: [Option<Time>; N]) -> Option<Time> {
+    // Asked after every message, so without branches: `u64::MAX` is never a time.
+    let times = times.map(|time| time.map_or(u64::MAX, |time| time.0));
+    let first = times.into_iter().fold(u64::MAX, u64::min);
+    (first < u64::MAX).then_some(Time(first))
+}
+
 /// A moment on a clock that only moves forward, in microseconds since a start that the driver
 /// chose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

@@ -27,7 +27,7 @@ use latzero_protocol::{AppId, CallId, Code, InstanceId, PoolName, Refusal, Trigg
 
 use crate::driver::{Driver, Peer};
 use crate::limits::Limits;
-use crate::now::Time;
+use crate::now::{Time, earliest};
 use crate::outbox::Class;
 use crate::prng::Prng;
 use crate::slab::{Key, Slab};
@@ -485,11 +485,12 @@ impl<D: Driver> Pool<D> {
     /// never late.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Time> {
-        let others = self.blocks.next_deadline().into_iter();
-        let others = others
-            .chain(self.parked.next_deadline())
-            .chain(self.repeats.next_deadline());
-        self.calls.next_deadline().into_iter().chain(others).min()
+        earliest([
+            self.calls.next_deadline(),
+            self.blocks.next_deadline(),
+            self.parked.next_deadline(),
+            self.repeats.next_deadline(),
+        ])
     }
 
     /// Ends expired calls, waits and leases.

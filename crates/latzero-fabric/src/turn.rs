@@ -195,17 +195,11 @@ impl<D: Driver> Turn<'_, D> {
         }
     }
 
-    /// How many calls of `peer`'s are in flight.
-    #[inline]
-    pub(crate) fn in_flight(&self, peer: &D::Peer) -> u32 {
-        peer.link().in_flight()
-    }
-
     /// A call of `caller`'s began. A parked call has no caller's connection.
     #[inline]
     pub(crate) fn call_started(&mut self, caller: Option<&D::Peer>) {
         if let Some(caller) = caller {
-            caller.link().change_in_flight(1);
+            caller.in_flight().start();
         }
         self.driver.effects().tally.started += 1;
     }
@@ -216,10 +210,7 @@ impl<D: Driver> Turn<'_, D> {
         self.driver.effects().tally.ended.push(end);
         let Some(caller) = caller else { return };
         let max = self.driver.context().limits.in_flight_max;
-        let mut link = caller.link();
-        link.change_in_flight(-1);
-        if link.take_room(max) {
-            drop(link);
+        if caller.in_flight().end(max) {
             self.driver.effects().resumed.push(caller.clone());
         }
     }

@@ -245,7 +245,7 @@ impl<'a> Envelope<'a> {
         let Some(raw) = present(field) else {
             return Ok(None);
         };
-        if raw.0.starts_with('"') && raw.is_long() {
+        if raw.is_long() && raw.0.starts_with('"') {
             return Err(Refusal::new(
                 Code::TooLarge,
                 format!("field '{name}' has more than {STRING_BYTES_MAX} bytes"),

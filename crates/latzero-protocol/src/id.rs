@@ -65,49 +65,84 @@ impl CallId {
 
     /// Appends the wire form: four hex numbers with dots between, 39 bytes at most.
     pub fn append(&self, out: &mut Vec<u8>) {
-        let mut text = [0; ID_TEXT];
-        let mut start = ID_TEXT;
-        let mut prepend = |byte| {
-            start -= 1;
-            text[start] = byte;
-        };
-        let short = [self.generation, self.slot, self.pool].map(u64::from);
-        for (i, mut number) in short.into_iter().chain([self.epoch]).enumerate() {
-            if i > 0 {
-                prepend(b'.');
-            }
-            loop {
-                prepend(b"0123456789abcdef"[(number & 0xf) as usize]);
-                number >>= 4;
-                if number == 0 {
-                    break;
-                }
-            }
+        let mut text = Text::default();
+        let halves = [self.epoch >> 32, self.epoch & u64::from(u32::MAX)];
+        let [high, low] = halves.map(|half| u32::try_from(half).expect("32 bits"));
+        if high > 0 {
+            text.push(high, 1);
         }
-        out.extend_from_slice(&text[start..]);
+        text.push(low, if high > 0 { 8 } else { 1 });
+        for number in [self.pool, self.slot, self.generation] {
+            text.push_dot();
+            text.push(number, 1);
+        }
+        out.extend_from_slice(&text.bytes[..text.length]);
     }
 }
 
 /// Most hex digits of an epoch.
 const EPOCH_DIGITS: usize = 12;
 
-/// Bytes for a call's id: four numbers of at most 16 digits, and the dots.
-const ID_TEXT: usize = 4 * 16 + 3;
+/// The text of an id as it grows. Eight bytes are written at a time, of which fewer may count.
+struct Text {
+    bytes: [u8; 56],
+    length: usize,
+}
+
+impl Default for Text {
+    fn default() -> Self {
+        Text {
+            bytes: [0; 56],
+            length: 0,
+        }
+    }
+}
+
+impl Text {
+    /// Appends a number as hex digits without zeros in front, but `least` digits.
+    fn push(&mut self, number: u32, least: u32) {
+        let digits = (32 - number.leading_zeros()).div_ceil(4).max(least);
+        // One digit in each byte, the first one in the highest.
+        let mut spread = u64::from(number);
+        spread = (spread | spread << 16) & 0x0000_ffff_0000_ffff;
+        spread = (spread | spread << 8) & 0x00ff_00ff_00ff_00ff;
+        spread = (spread | spread << 4) & 0x0f0f_0f0f_0f0f_0f0f;
+        let is_letter = ((spread + 0x0606_0606_0606_0606) >> 4) & 0x0101_0101_0101_0101;
+        let text = spread + 0x3030_3030_3030_3030 + is_letter * u64::from(b'a' - b'0' - 10);
+        let text = text << (8 * (8 - digits));
+        self.bytes[self.length..self.length + 8].copy_from_slice(&text.to_be_bytes());
+        self.length += digits as usize;
+    }
+
+    fn push_dot(&mut self) {
+        self.bytes[self.length] = b'.';
+        self.length += 1;
+    }
+}
 
 fn take_short(rest: &mut &[u8], end: Option<u8>) -> Option<u32> {
     take_hex(rest, 8, end).and_then(|number| u32::try_from(number).ok())
 }
 
+/// What each byte is worth as a hex digit; 16 for those that are none.
+const DIGITS: [u8; 256] = {
+    let mut digits = [16; 256];
+    let mut value = 0;
+    while value < 16 {
+        digits[b"0123456789abcdef"[value as usize] as usize] = value;
+        value += 1;
+    }
+    digits
+};
+
 /// Takes a number of at most `most` hex digits, and the byte `end` behind it.
 fn take_hex(rest: &mut &[u8], most: usize, end: Option<u8>) -> Option<u64> {
-    let mut number = 0;
-    let mut length = 0;
+    let (mut number, mut length) = (0, 0);
     for &byte in rest.iter() {
-        let digit = match byte {
-            b'0'..=b'9' => byte - b'0',
-            b'a'..=b'f' => byte - b'a' + 10,
-            _ => break,
-        };
+        let digit = DIGITS[usize::from(byte)];
+        if digit == 16 {
+            break;
+        }
         number = (number << 4) | u64::from(digit);
         length += 1;
     }

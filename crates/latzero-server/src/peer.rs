@@ -4,8 +4,8 @@ use std::ops::DerefMut;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use latzero_fabric::Link;
 use latzero_fabric::ledger::Account;
+use latzero_fabric::{InFlight, Link};
 
 use crate::host::IoHost;
 use crate::socket::Socket;
@@ -19,6 +19,7 @@ pub(crate) struct Peer {
     /// Where bytes go; the built-in app has none.
     pub(crate) socket: Option<Socket>,
     link: Mutex<Link<IoHost>>,
+    in_flight: InFlight,
     /// Its other end accepts no more data, permanently.
     pub(crate) write_failed: AtomicBool,
     /// The ticket of its last pending reply; see [`crate::persistence`].
@@ -32,6 +33,7 @@ impl Peer {
             token: AtomicU32::new(u32::MAX),
             socket,
             link: Mutex::new(Link::new(account)),
+            in_flight: InFlight::default(),
             write_failed: AtomicBool::new(false),
             last_promise: AtomicU64::new(0),
         })
@@ -55,6 +57,10 @@ impl Peer {
 impl latzero_fabric::Peer<IoHost> for Arc<Peer> {
     fn link(&self) -> impl DerefMut<Target = Link<IoHost>> {
         Peer::link(self)
+    }
+
+    fn in_flight(&self) -> &InFlight {
+        &self.in_flight
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use latzero_fabric::effects::Counters;
 use latzero_fabric::ledger::Account;
-use latzero_fabric::{Class, Count, Link, Sent, Time};
+use latzero_fabric::{Class, Count, InFlight, Link, Sent, Time};
 use latzero_protocol::Code;
 
 use crate::store::Rows;
@@ -27,6 +27,7 @@ pub struct Line {
     /// Which.
     pub id: Peer,
     link: Rc<RefCell<Link<World>>>,
+    in_flight: Rc<InFlight>,
 }
 
 impl Line {
@@ -34,6 +35,7 @@ impl Line {
         Line {
             id,
             link: Rc::new(RefCell::new(Link::new(account))),
+            in_flight: Rc::default(),
         }
     }
 
@@ -45,6 +47,10 @@ impl Line {
 impl latzero_fabric::Peer<World> for Line {
     fn link(&self) -> impl DerefMut<Target = Link<World>> {
         self.link.borrow_mut()
+    }
+
+    fn in_flight(&self) -> &InFlight {
+        &self.in_flight
     }
 }
 

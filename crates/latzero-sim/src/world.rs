@@ -793,7 +793,7 @@ impl World {
             let (link, id) = (connection.line.link(), connection.line.id);
             let held = link.outbox.queued();
             assert!(held <= most, "{id:?} holds {held} bytes of {most}");
-            let in_flight = link.in_flight();
+            let in_flight = latzero_fabric::Peer::in_flight(&connection.line).count();
             assert!(
                 in_flight <= in_flight_max,
                 "{id:?} has {in_flight} calls in flight of {in_flight_max}"

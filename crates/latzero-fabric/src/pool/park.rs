@@ -31,7 +31,7 @@ use super::repeats::{scoped, scoped_key};
 use super::{CallError, MemberKey, NOBODY, Pool};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Full, Reservation, Resource};
-use crate::now::Time;
+use crate::now::{Time, earliest};
 use crate::rows::{CallRow, Death, StoreChange};
 use crate::slab::Key;
 use crate::turn::Turn;
@@ -250,11 +250,12 @@ impl ParkedCalls {
 
     pub(super) fn next_deadline(&self) -> Option<Time> {
         let first = |times: &BTreeSet<(Time, u64)>| times.first().map(|(at, _)| *at);
-        let calls = first(&self.deadlines)
-            .into_iter()
-            .chain(first(&self.pauses));
-        let others = self.goes_on.into_iter().chain(self.answers.next_deadline());
-        calls.chain(others).min()
+        earliest([
+            first(&self.deadlines),
+            first(&self.pauses),
+            self.goes_on,
+            self.answers.next_deadline(),
+        ])
     }
 
     /// Bytes of calls and answers.

@@ -21,7 +21,7 @@ use super::{MemberKey, Pool};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Reservation, Resource};
 use crate::limits::Limits;
-use crate::now::Time;
+use crate::now::{Time, earliest};
 use crate::outbox::{Class, Sent};
 use crate::turn::Turn;
 
@@ -105,7 +105,7 @@ impl Repeats {
     pub(super) fn next_deadline(&self) -> Option<Time> {
         let answer = self.expires.first().map(|(at, _)| *at);
         let wait = self.wait_deadlines.first().map(|(at, _)| *at);
-        answer.into_iter().chain(wait).min()
+        earliest([answer, wait])
     }
 
     /// Whether a repeat of this id waits.

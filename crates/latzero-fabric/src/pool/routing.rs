@@ -165,7 +165,7 @@ impl<D: Driver> Pool<D> {
             (Caller::Member(_), Some(member)) => (&member.app, member.instance),
             (Caller::Member(_), None) => return Err(not_member(&self.name).into()),
         };
-        if member.is_some_and(|m| turn.in_flight(&m.peer) >= self.limits.in_flight_max) {
+        if member.is_some_and(|m| m.peer.in_flight().count() >= self.limits.in_flight_max) {
             let message = format!(
                 "{} calls of this connection are in flight (limits.in_flight_max)",
                 self.limits.in_flight_max

@@ -132,7 +132,7 @@ impl<D: Driver> Session<D> {
     }
 
     fn is_full(&self, turn: &Turn<'_, D>) -> bool {
-        turn.in_flight(&self.peer) >= turn.limits().in_flight_max
+        self.peer.in_flight().must_wait(turn.limits().in_flight_max)
     }
 
     fn is_disk_busy(&self, turn: &Turn<'_, D>) -> bool {
@@ -179,7 +179,6 @@ impl<D: Driver> Session<D> {
             _held: held,
         };
         self.held.messages.insert(number, waiting);
-        self.peer.link().note_waiting();
         Ok(true)
     }
 
@@ -203,7 +202,6 @@ impl<D: Driver> Session<D> {
             For::Turn => false,
         };
         if must_wait {
-            self.peer.link().note_waiting();
             return None;
         }
         self.held.remove(number)

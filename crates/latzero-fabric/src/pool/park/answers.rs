@@ -22,7 +22,7 @@ use super::HeldCall;
 use super::{GIVEN_AT_ONCE_MAX, soon};
 use crate::driver::Driver;
 use crate::ledger::Account;
-use crate::now::Time;
+use crate::now::{Time, earliest};
 use crate::outbox::{Class, Sent};
 use crate::rows::{AnswerRow, StoreChange};
 use crate::turn::Turn;
@@ -109,7 +109,7 @@ impl KeptAnswers {
     pub(super) fn next_deadline(&self) -> Option<Time> {
         let expires = self.expires.first().map(|(at, _)| *at);
         let again = self.agains.first().map(|(at, _)| *at);
-        expires.into_iter().chain(again).min()
+        earliest([expires, again])
     }
 
     pub(super) fn numbers(&self) -> Vec<u64> {

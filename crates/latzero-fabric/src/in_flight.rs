@@ -1,0 +1,92 @@
+//! How many calls of a connection are in flight, and whether new work waits until there are fewer.
+//!
+//! Both are one number, so that a call that ends on one loop and a connection that begins to wait
+//! on another cannot miss each other: whichever comes second sees the first.
+
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::Relaxed;
+
+/// The bit for new work that waits.
+const WAITING: u32 = 1 << 31;
+
+/// The calls in flight of one connection.
+#[derive(Debug, Default)]
+pub struct InFlight(AtomicU32);
+
+impl InFlight {
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        self.0.load(Relaxed) & !WAITING
+    }
+
+    /// A call began.
+    pub(crate) fn start(&self) {
+        self.0.fetch_add(1, Relaxed);
+    }
+
+    /// Whether new work must wait since there are `max` already. [`InFlight::end`] says when it
+    /// need not any longer.
+    pub(crate) fn must_wait(&self, max: u32) -> bool {
+        let wait = |now: u32| (now & !WAITING >= max).then_some(now | WAITING);
+        self.count() >= max && self.0.fetch_update(Relaxed, Relaxed, wait).is_ok()
+    }
+
+    /// A call ended. Returns whether there is room now for new work that waits, which is said once.
+    pub(crate) fn end(&self, max: u32) -> bool {
+        let before = self.0.fetch_sub(1, Relaxed);
+        debug_assert_ne!(before & !WAITING, 0, "a call ends once, after it began");
+        if before & WAITING == 0 {
+            return false;
+        }
+        let resume =
+            |now: u32| (now & WAITING != 0 && now & !WAITING < max).then_some(now & !WAITING);
+        self.0.fetch_update(Relaxed, Relaxed, resume).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_is_told_once_that_there_is_room() {
+        let calls = InFlight::default();
+        assert!(!calls.must_wait(2));
+        calls.start();
+        calls.start();
+        assert_eq!(calls.count(), 2);
+        assert!(calls.must_wait(2));
+        assert!(calls.must_wait(2));
+        assert_eq!(calls.count(), 2);
+        assert!(calls.end(2));
+        assert!(!calls.end(2));
+        assert_eq!(calls.count(), 0);
+    }
+
+    #[test]
+    fn a_lower_limit_leaves_it_waiting() {
+        let calls = InFlight::default();
+        for _ in 0..4 {
+            calls.start();
+        }
+        assert!(calls.must_wait(2));
+        assert!(!calls.end(2));
+        assert!(!calls.end(2));
+        assert!(calls.end(2));
+    }
+
+    /// Ends and waits on different threads: whoever waits is told, or sees the room itself.
+    #[test]
+    fn no_wake_up_is_lost_between_threads() {
+        for _ in 0..2_000 {
+            let calls = InFlight::default();
+            calls.start();
+            let (waits, told) = std::thread::scope(|scope| {
+                let ended = scope.spawn(|| calls.end(1));
+                (calls.must_wait(1), ended.join().expect("it ends"))
+            });
+            assert_eq!(waits, told);
+        }
+    }
+}
