@@ -646,6 +646,9 @@ pub(crate) struct CallArgs {
     /// If its handler dies, give the call to another one: it may run more than once
     #[arg(long)]
     pub(crate) redeliver: bool,
+    /// The most handlers that the call is given to; after that it fails [default: 5]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) attempts: Option<u32>,
     /// A second call with the same key gets the first one's answer, and the handler runs once
     #[arg(long, value_name = "KEY")]
     pub(crate) idempotency_key: Option<String>,

@@ -287,14 +287,16 @@ impl Call {
         key(key: &str);
         /// Adds a header, passed to the handler untouched.
         header(name: &str, value: &str);
-        /// Where no handler is live, has the server keep the call on disk until one comes; see
+        /// If no handler can take the call now, the server keeps it on disk until one can; see
         /// [`crate::Call::park`].
         park();
-        /// Where the handler's connection ends before it answered, gives the call to the next one:
-        /// it may run more than once. The handler reads which attempt it is from
-        /// [`crate::Request::attempt`].
+        /// Gives the call to another handler if its handler's connection ends before it answered; see
+        /// [`crate::Call::redeliver`].
         redeliver();
-        /// By what the server knows repeats of the call; see [`crate::Call::idempotency_key`].
+        /// The most handlers that a parked or redelivered call is given to; see
+        /// [`crate::Call::attempts`].
+        attempts(attempts: u32);
+        /// Makes the call safe to repeat; see [`crate::Call::idempotency_key`].
         idempotency_key(key: &str);
         /// Gives the call an id of the caller's own, 1 to 128 bytes; see [`crate::Call::id`].
         id(id: &str);

@@ -66,6 +66,7 @@ struct Route {
 struct ParkOptions {
     park: bool,
     redeliver: bool,
+    attempts: Option<u32>,
     idempotency_key: Option<String>,
     id: Option<Box<str>>,
 }
@@ -317,8 +318,8 @@ impl Call {
         self
     }
 
-    /// If no handler is live, the server keeps the call on disk until one comes, for as long as
-    /// [`Call::timeout`] says (24 hours at most). From then on it outlives the handlers, the server
+    /// If no handler can take the call now, the server keeps it on disk until one can, for as long
+    /// as [`Call::timeout`] says (24 hours at most). From then on it outlives the handlers, the server
     /// and this connection: a loss does not fail it, and the answer that is given meanwhile comes
     /// right after the reconnect.
     ///
@@ -334,17 +335,24 @@ impl Call {
         self
     }
 
-    /// Where the handler's connection ends before it answered, gives the call to the next one: it
-    /// may run more than once. The handler reads which attempt it is from
-    /// [`Request::attempt`](crate::Request::attempt).
+    /// Gives the call to another handler if its handler's connection ends before it answered: it may
+    /// run more than once. The handler reads which attempt it is from
+    /// [`Request::attempt`](crate::Request::attempt). [`Call::attempts`] says how often.
     pub fn redeliver(mut self) -> Self {
         self.unsent.lasting.redeliver = true;
         self
     }
 
-    /// By what the server knows repeats of the call: for a bounded time (a setting of the server),
-    /// calls of this app with the same key (1 to 1024 bytes) get the first one's answer. It is sent
-    /// as the header `idempotency-key`.
+    /// The most handlers that a parked or redelivered call is given to: 1 to 1000, 5 by default. If
+    /// none of them answers, the call fails with `attempts_exhausted`.
+    pub fn attempts(mut self, attempts: u32) -> Self {
+        self.unsent.lasting.attempts = Some(attempts);
+        self
+    }
+
+    /// Makes the call safe to repeat: for a bounded time (a setting of the server), calls of this app
+    /// with the same key (1 to 1024 bytes) to the same trigger, pool and destination get the first
+    /// one's answer. It is sent as the header `idempotency-key`.
     pub fn idempotency_key(mut self, key: &str) -> Self {
         self.unsent.lasting.idempotency_key = Some(key.to_owned());
         self
@@ -485,6 +493,11 @@ impl Outgoing {
         }
         if lasting.redeliver {
             unsent.message.json("redeliver", b"true");
+        }
+        if let Some(attempts) = lasting.attempts {
+            unsent
+                .message
+                .json("attempts", attempts.to_string().as_bytes());
         }
         if let Some(id) = &lasting.id {
             unsent.message.string("id", id);

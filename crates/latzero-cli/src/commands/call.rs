@@ -44,6 +44,9 @@ macro_rules! with_flags {
         if args.redeliver {
             call = call.redeliver();
         }
+        if let Some(attempts) = args.attempts {
+            call = call.attempts(attempts);
+        }
         if let Some(key) = &args.idempotency_key {
             call = call.idempotency_key(key);
         }

@@ -170,7 +170,7 @@ fn change(
     }
     let done = match action {
         "parked_cancel" => "cancelled",
-        "parked_retry" => "running again:",
+        "parked_retry" => "requeued",
         _ => "deleted",
     };
     output.line(format_args!("{done} {}", count(changed, "parked call")))?;

@@ -163,6 +163,33 @@ fn a_call_goes_to_the_next_handler_when_its_first_one_dies() {
 }
 
 #[test]
+fn a_call_fails_when_its_attempts_are_exhausted() {
+    let server = Server::start();
+    let script = "echo running >&2; exec sleep 1000";
+    let serving = server.serve(&["alpha/job", "--app", "worker", "--", "sh", "-c", script]);
+    let args = [
+        "call",
+        "alpha/job",
+        "[1]",
+        "--park",
+        "--redeliver",
+        "--attempts",
+        "1",
+        "--json",
+    ];
+    let mut calling = Running::start(&mut server.command(&args));
+    serving.line_with("running");
+    drop(serving);
+    assert!(calling.line().contains("attempts_exhausted"));
+    assert_ne!(calling.exit_code(), 0);
+    let dead = server.run(&["parked", "ls", "--dead"]).ended_with(0).out;
+    assert!(dead.contains("1 of 1"), "{dead}");
+    server
+        .run(&["call", "alpha/job", "--attempts", "0"])
+        .ended_with(2);
+}
+
+#[test]
 fn conflicting_flags_are_refused() {
     let server = Server::start();
     let check = |args: &[&str], said: &str| {

@@ -582,7 +582,12 @@ fn what_is_asked_of_lasting_calls_reaches_the_wire() {
     let app = App::connect_with(builder(&fake).transient(true)).unwrap();
     assert_eq!(rx.recv().unwrap()["transient"], true);
     assert!(!app.is_stored());
-    let call = app.call("x", &1).header("a", "b").park().redeliver();
+    let call = app
+        .call("x", &1)
+        .header("a", "b")
+        .park()
+        .redeliver()
+        .attempts(3);
     let call = call.idempotency_key("k \"1\"").id("order-17");
     call.send::<Value>().unwrap();
     let sent = rx.recv().unwrap();
@@ -594,12 +599,14 @@ fn what_is_asked_of_lasting_calls_reaches_the_wire() {
         (&sent["id"], &sent["park"], &sent["redeliver"]),
         (&json!("order-17"), &json!(true), &json!(true))
     );
+    assert_eq!(sent["attempts"], 3);
     // The last key counts, and calls that ask for nothing say nothing.
     let call = app.call("x", &1).idempotency_key("one");
     call.idempotency_key("two").send::<Value>().unwrap();
     let sent = rx.recv().unwrap();
     assert_eq!(sent["headers"], json!({"idempotency-key": "two"}));
     assert_eq!((sent.get("park"), sent.get("redeliver")), (None, None));
+    assert_eq!(sent.get("attempts"), None);
     // It is said again at a reconnect, and the last acknowledgement counts.
     app.call("bye", &()).send::<Value>().unwrap_err();
     assert_eq!(rx.recv().unwrap()["transient"], true);
