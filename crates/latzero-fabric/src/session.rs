@@ -163,12 +163,12 @@ impl<D: Driver> Session<D> {
         }
         let envelope = match Envelope::parse(frame) {
             Ok(Ok(envelope)) => envelope,
-            Ok(Err(refusal)) => {
-                self.refuse(None, &refusal, turn);
+            Ok(Err(refusal)) | Err(refusal) if self.ready.is_some() => {
+                self.fail_message(frame, refusal, turn);
                 return Flow::Continue;
             }
-            Err(refusal) if self.ready.is_some() => {
-                self.fail_message(frame, refusal, turn);
+            Ok(Err(refusal)) => {
+                self.refuse(None, &refusal, turn);
                 return Flow::Continue;
             }
             Err(refusal) => return self.reject(&refusal, turn),

@@ -290,8 +290,8 @@ impl Call {
         /// If no handler can take the call now, the server keeps it on disk until one can; see
         /// [`crate::Call::park`].
         park();
-        /// Gives the call to another handler if its handler's connection ends before it answered; see
-        /// [`crate::Call::redeliver`].
+        /// Gives the call to another handler if its handler's connection ends before it answered;
+        /// see [`crate::Call::redeliver`].
         redeliver();
         /// The most handlers that a parked or redelivered call is given to; see
         /// [`crate::Call::attempts`].

@@ -152,12 +152,20 @@ fn change(
         requests.push(request);
     }
     let mut changed = 0;
+    // One number that is wrong does not keep the others from being changed.
+    let mut failed = None;
     for request in &mut requests {
         for (name, value) in more.as_object().into_iter().flatten() {
             request[name] = value.clone();
         }
         loop {
-            let reply = connection.administer(request)?;
+            let reply = match connection.administer(request) {
+                Ok(reply) => reply,
+                Err(failure) => {
+                    failed.get_or_insert(failure);
+                    break;
+                }
+            };
             changed += reply["changed"].as_u64().unwrap_or(0);
             if reply["more"] != true || reply["changed"] == 0 {
                 break;
@@ -166,7 +174,7 @@ fn change(
     }
     if output.json {
         output.value(&json!({"changed": changed}))?;
-        return Ok(Exit::Ok);
+        return failed.map_or(Ok(Exit::Ok), |failure| Err(failure.into()));
     }
     let done = match action {
         "parked_cancel" => "cancelled",
@@ -174,5 +182,5 @@ fn change(
         _ => "deleted",
     };
     output.line(format_args!("{done} {}", count(changed, "parked call")))?;
-    Ok(Exit::Ok)
+    failed.map_or(Ok(Exit::Ok), |failure| Err(failure.into()))
 }

@@ -175,18 +175,37 @@ fn a_call_fails_when_its_attempts_are_exhausted() {
         "--redeliver",
         "--attempts",
         "1",
-        "--json",
     ];
     let mut calling = Running::start(&mut server.command(&args));
     serving.line_with("running");
     drop(serving);
-    assert!(calling.line().contains("attempts_exhausted"));
     assert_ne!(calling.exit_code(), 0);
     let dead = server.run(&["parked", "ls", "--dead"]).ended_with(0).out;
     assert!(dead.contains("1 of 1"), "{dead}");
     server
         .run(&["call", "alpha/job", "--attempts", "0"])
         .ended_with(2);
+}
+
+#[test]
+fn a_stop_leaves_a_running_parked_call_to_the_next_server() {
+    let server = Server::with(&["--set", "drain_timeout=100ms"]);
+    let script = "echo running >&2; exec sleep 1000";
+    park(&server, "shop", "one", "1");
+    let serving = server.serve(&["alpha/job", "--app", "worker", "--", "sh", "-c", script]);
+    serving.line_with("running");
+    let home = server.stop();
+    drop(serving);
+    let server = Server::in_home(home, &[]);
+    let _next = server.serve(&["alpha/job", "--app", "next", "--", "cat"]);
+    let args = [
+        "answers", "--app", "shop", "--wait", "30s", "--count", "1", "--json",
+    ];
+    let answers = server.run(&args).ended_with(0).out;
+    assert!(
+        answers.contains("\"one\"") && !answers.contains("handler_gone"),
+        "{answers}"
+    );
 }
 
 #[test]

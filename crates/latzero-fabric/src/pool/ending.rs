@@ -295,6 +295,12 @@ impl<D: Driver> Pool<D> {
                 return;
             };
             match (lasting.number, &refusal) {
+                // The server is ending, not the handler: the next one delivers the call again.
+                (Some(number), Some(_))
+                    if matches!(how, EndReason::HandlerGone) && turn.driver.is_draining() =>
+                {
+                    self.interrupted(number, lasting, turn);
+                }
                 (Some(_), Some(_)) if is_orphan => {
                     self.orphan((NOBODY, None), lasting, call.member)
                 }

@@ -168,6 +168,21 @@ impl<D: Driver> Pool<D> {
         }
     }
 
+    /// The server stops while a handler has a parked call: the call stays stored as it is.
+    pub(in crate::pool) fn interrupted(
+        &mut self,
+        number: u64,
+        mut lasting: Box<DurableCall>,
+        turn: &mut Turn<'_, D>,
+    ) {
+        lasting.number = Some(number);
+        (lasting.window, lasting.held) = (None, None);
+        let until = turn.time().after_ms(PAUSE_MAX_MS);
+        self.parked.change(number, |parked| {
+            parked.state = State::Paused(lasting, until);
+        });
+    }
+
     /// A parked call had its last attempt: notifies its caller, and keeps the dead call.
     fn die(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         let (now, steady_ms) = (turn.time(), turn.steady_ms());
