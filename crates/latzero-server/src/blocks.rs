@@ -372,7 +372,7 @@ impl Blocks {
                 let is_dead = unless_dead.is_some_and(|peer| {
                     peer.socket
                         .as_ref()
-                        .is_none_or(crate::socket::Socket::is_process_dead)
+                        .is_none_or(crate::peer_process::is_dead)
                 });
                 let made = if is_dead {
                     Ok(None)
