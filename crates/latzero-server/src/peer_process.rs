@@ -1,25 +1,103 @@
-//! The process at the other end of a Unix socket: whether it still runs.
+//! The process at the other end of a Unix socket, and whether it has ended.
+//!
+//! A child that a process forks has its socket too, and keeps it open when the process has ended:
+//! the socket alone then never says that its owner is gone. A descriptor of the process does
+//! (pidfd_open(2)): it can be read from when all threads have ended, whoever has what it had open.
 
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerPidfd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, test_kill_process};
+use rustix::process::{Pid, PidfdFlags, pidfd_open, test_kill_process};
 
 use crate::socket::{Socket, credentials};
 
 /// How often a process whose threads are just ending is looked at.
 const LOOKS: u32 = 64;
 
-/// Whether the process that opened the connection has surely ended, so that it writes no more to
-/// what it has mapped. What it has handed on to children of its own is not seen.
-pub(crate) fn is_dead(socket: &Socket) -> bool {
-    let Socket::Unix(stream) = socket else {
-        // Over TCP nothing is mapped.
-        return true;
-    };
-    // One that can't be seen from here has no id, and is not known to be dead.
-    let pid = credentials(stream)
-        .ok()
-        .and_then(|(pid, _)| Pid::from_raw(pid));
-    pid.is_some_and(has_ended)
+/// The process that opened a connection.
+#[derive(Debug)]
+pub(crate) enum PeerProcess {
+    /// Over TCP: the kernel tells nothing of it, and it maps nothing.
+    Remote,
+    /// It runs, or did a moment ago, and the descriptor tells its end.
+    Watched(OwnedFd, Option<Pid>),
+    /// It had ended when its connection was accepted.
+    Ended,
+    /// The kernel gives no descriptor of it; its id, if it can be seen from here.
+    Unwatched(Option<Pid>),
+}
+
+impl PeerProcess {
+    /// The process at the other end of a socket that was just accepted.
+    pub(crate) fn of(socket: &Socket) -> PeerProcess {
+        let Socket::Unix(stream) = socket else {
+            return PeerProcess::Remote;
+        };
+        // One that can't be seen from here has no id.
+        let pid = credentials(stream)
+            .ok()
+            .and_then(|(pid, _)| Pid::from_raw(pid));
+        match descriptor(stream) {
+            Some(process) => PeerProcess::Watched(process, pid),
+            None => PeerProcess::by_id(pid),
+        }
+    }
+
+    /// As far as a process is known by its id alone. If it has ended and the id is another's by
+    /// now, the end of that one closes the connection instead: too late, but never too early.
+    fn by_id(pid: Option<Pid>) -> PeerProcess {
+        match pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+            Some(Ok(process)) => PeerProcess::Watched(process, pid),
+            Some(Err(Errno::SRCH)) => PeerProcess::Ended,
+            // It is of another PID namespace, the kernel or a sandbox does not have the call, or no
+            // descriptor is left.
+            Some(Err(_)) | None => PeerProcess::Unwatched(pid),
+        }
+    }
+
+    /// What to watch for its end.
+    pub(crate) fn raw_fd(&self) -> Option<RawFd> {
+        match self {
+            PeerProcess::Watched(process, _) => Some(process.as_raw_fd()),
+            PeerProcess::Remote | PeerProcess::Ended | PeerProcess::Unwatched(_) => None,
+        }
+    }
+
+    /// Whether it has ended, with all its threads, as far as the kernel tells. One that is just
+    /// ending closes its sockets before that.
+    pub(crate) fn has_ended(&self) -> bool {
+        match self {
+            PeerProcess::Watched(process, _) => is_readable(process.as_fd()),
+            PeerProcess::Ended => true,
+            PeerProcess::Remote | PeerProcess::Unwatched(_) => false,
+        }
+    }
+
+    /// Whether it surely writes no more to what it has mapped: it has ended, or is about to.
+    pub(crate) fn is_dead(&self) -> bool {
+        match self {
+            PeerProcess::Remote | PeerProcess::Ended => true,
+            PeerProcess::Watched(process, pid) => {
+                is_readable(process.as_fd()) || pid.is_some_and(has_ended)
+            }
+            PeerProcess::Unwatched(pid) => pid.is_some_and(has_ended),
+        }
+    }
+}
+
+/// The descriptor that the kernel has of the peer since Linux 6.5 (unix(7), SO_PEERPIDFD): also of
+/// one in another PID namespace, and never of another that has its id by now.
+fn descriptor(stream: &UnixStream) -> Option<OwnedFd> {
+    getsockopt(stream, PeerPidfd).ok()
+}
+
+fn is_readable(process: BorrowedFd<'_>) -> bool {
+    let mut look = [PollFd::from_borrowed_fd(process, PollFlags::IN)];
+    poll(&mut look, Some(&Timespec::default())).is_ok() && !look[0].revents().is_empty()
 }
 
 /// Whether the process `pid`, an id of this process's own namespace, has surely ended: all its
@@ -201,6 +279,29 @@ mod tests {
     #[test]
     fn a_peer_is_judged_by_its_own_process() {
         let (own, _other) = UnixStream::pair().unwrap();
-        assert!(!is_dead(&Socket::unix(own).unwrap()));
+        let process = PeerProcess::of(&Socket::unix(own).unwrap());
+        assert!(process.raw_fd().is_some());
+        assert!(!process.has_ended() && !process.is_dead());
+    }
+
+    #[test]
+    fn where_the_kernel_tells_nothing_nobody_is_called_dead() {
+        let process = PeerProcess::by_id(None);
+        assert!(matches!(process, PeerProcess::Unwatched(None)));
+        assert!(process.raw_fd().is_none() && !process.has_ended() && !process.is_dead());
+    }
+
+    #[test]
+    fn by_its_id_a_process_is_watched_until_it_ends() {
+        let mut child = start("cat", &[]).unwrap();
+        let process = PeerProcess::by_id(Some(pid(&child)));
+        assert!(process.raw_fd().is_some() && !process.has_ended());
+        child.kill().unwrap();
+        wait_for_end(&child);
+        assert!(process.has_ended() && process.is_dead(), "as a zombie");
+        child.wait().unwrap();
+        assert!(process.has_ended());
+        let process = PeerProcess::by_id(Some(pid(&child)));
+        assert!(matches!(process, PeerProcess::Ended));
     }
 }
