@@ -4,7 +4,10 @@
 //! This process writes, and a child process reads. The time of a version is measured from before
 //! its first byte is copied until the sleeping reader has seen it. A plain futex on a plain mapping
 //! is measured alternately with it. If Redis is installed, it moves the same mebibyte with `SET`
-//! and `GET` over its Unix socket, and the same futex announces it.
+//! and `GET` over its Unix socket, and the same futex announces it. With another server (`before`),
+//! what the servers do is compared instead.
+
+mod before;
 
 use crate::failure::{During, Failure};
 use crate::machine::Machine;
@@ -59,6 +62,9 @@ pub(crate) struct BlockArgs {
     /// Samples of each kind [default: 2000]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     samples: Option<u64>,
+    /// Compare what the server does with blocks with this other `latzero` program, and nothing else
+    #[arg(long, value_name = "PROGRAM")]
+    before: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -124,6 +130,17 @@ fn scratch() -> Result<tempfile::TempDir, Failure> {
 pub(crate) fn run(args: &BlockArgs) -> Result<Results, Failure> {
     let machine = Machine::observe();
     machine.warn_of_debug_build(args.quick);
+    if let Some(before) = &args.before {
+        let sheet = Sheet {
+            bench: "block",
+            about: String::new(),
+            quick: args.quick,
+            machine,
+            findings: Vec::new(),
+            rounds: json!({}),
+        };
+        return before::run(args, before, sheet);
+    }
     let samples = args.samples.unwrap_or(if args.quick { 20 } else { 2000 });
     let large = if args.quick { 16 * MIB as u64 } else { GIB };
     let server = Running::start(&[format!("limits.memory_bytes_max={}", 8 * GIB)])?;

@@ -193,6 +193,16 @@ fn calls_are_compared_with_another_servers() {
 
 #[test]
 #[cfg(target_os = "linux")]
+fn blocks_are_compared_with_another_servers() {
+    let program = program();
+    let before = program.to_str().expect("the path is UTF-8");
+    if let Some(report) = with_server_and("block", &["--before", before]) {
+        check_findings(&report, 30, 6, f64::MIN_POSITIVE);
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
 fn all_of_them_run_in_turn() {
     if let Some(report) = with_server("all") {
         let benches = report["benches"].as_array().expect("a list of reports");

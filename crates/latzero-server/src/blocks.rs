@@ -369,11 +369,7 @@ impl Blocks {
                 making,
                 unless_dead,
             } => {
-                let is_dead = unless_dead.is_some_and(|peer| {
-                    peer.socket
-                        .as_ref()
-                        .is_none_or(crate::socket::Socket::is_process_dead)
-                });
+                let is_dead = unless_dead.is_some_and(|peer| peer.is_dead());
                 let made = if is_dead {
                     Ok(None)
                 } else {

@@ -37,6 +37,9 @@ const WAKER: Token = Token(0);
 const FIRST_LISTENER: usize = 1;
 const FIRST_CONNECTION: usize = 1024;
 
+/// In the token of a connection: it is the process that opened it that is watched.
+const OF_PROCESS: usize = 1 << (usize::BITS - 1);
+
 /// Bytes read from a socket at once.
 const READ_BYTES: usize = 256 * 1024;
 
@@ -226,6 +229,8 @@ impl EventLoop {
             for command in self.host.shared.mailboxes[self.index].take() {
                 self.handle_command(now, command);
             }
+        } else if token & OF_PROCESS != 0 {
+            self.handle_process_end((token & !OF_PROCESS) - FIRST_CONNECTION);
         } else if token < FIRST_CONNECTION {
             self.accept(now, token - FIRST_LISTENER);
         } else {
@@ -246,6 +251,20 @@ impl EventLoop {
                 }
                 self.read(now, slot);
             }
+        }
+    }
+
+    /// The process that opened a connection has ended, and others may hold the socket. What was
+    /// sent until now is still read, as at any end; the kernel reports that end then.
+    fn handle_process_end(&self, slot: usize) {
+        // The event may be of a connection that had this slot before.
+        if let Some(Some(connection)) = self.connections.get(slot)
+            && connection.peer.process.has_ended()
+            && let Some(socket) = &connection.peer.socket
+            && !socket.has_hung_up()
+        {
+            connection.peer.is_outlived.store(true, Relaxed);
+            socket.shutdown(std::net::Shutdown::Read);
         }
     }
 
@@ -399,6 +418,7 @@ impl EventLoop {
             count_out(origin.user, &self.host.shared);
             return;
         }
+        self.watch_process(slot, &peer);
         let connection = Connection::new(now, peer, origin, &self.host);
         self.connections[slot] = Some(Box::new(connection));
         self.live += 1;
@@ -407,6 +427,23 @@ impl EventLoop {
         );
         // What came with the connection is read at once.
         self.read_later(slot);
+    }
+
+    fn watch_process(&self, slot: usize, peer: &Peer) {
+        if let Some(process) = peer.process.raw_fd() {
+            let token = Token(OF_PROCESS | (FIRST_CONNECTION + slot));
+            let registry = self.poll.registry();
+            // One that has ended already is reported at once.
+            if let Err(error) =
+                registry.register(&mut SourceFd(&process), token, Interest::READABLE)
+            {
+                tracing::warn!(%error, "cannot watch the process of a connection");
+            }
+        } else if peer.process.has_ended()
+            && let Some(socket) = &peer.socket
+        {
+            socket.shutdown(std::net::Shutdown::Read);
+        }
     }
 
     /// Reads a connection in the next turn: it is in the list once, however often it is requested.
@@ -483,6 +520,11 @@ impl EventLoop {
             .deregister(&mut SourceFd(&raw_fd(peer)))
         {
             tracing::debug!(%error, "a connection was no longer watched");
+        }
+        if let Some(process) = peer.process.raw_fd()
+            && let Err(error) = self.poll.registry().deregister(&mut SourceFd(&process))
+        {
+            tracing::debug!(%error, "the process of a connection was no longer watched");
         }
         let mut link = peer.link();
         if link.outbox.is_blocked() {

@@ -22,6 +22,7 @@ mod losses;
 pub mod machine_limits;
 pub mod maintenance;
 mod peer;
+mod peer_process;
 mod persistence;
 mod random;
 pub mod server;

@@ -515,7 +515,7 @@ mod tests {
             &set(),
             &[
                 ("limits.memory_max", "150 MiB", memory),
-                ("limits.connections_max", "88", descriptors),
+                ("limits.connections_max", "44", descriptors),
                 ("limits.outbox_total_bytes_max", "15 MiB", memory),
                 ("limits.blocks_max", "44", descriptors),
                 ("limits.memory_bytes_max", "75 MiB", memory),

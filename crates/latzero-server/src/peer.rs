@@ -1,6 +1,7 @@
 //! A connection as other loops see it: its outbox, and calls in flight in both directions.
 
 use std::ops::DerefMut;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -8,6 +9,7 @@ use latzero_fabric::ledger::Account;
 use latzero_fabric::{InFlight, Link};
 
 use crate::host::IoHost;
+use crate::peer_process::PeerProcess;
 use crate::socket::Socket;
 
 /// One connection, shared between its loop and the loops that send to it.
@@ -18,6 +20,10 @@ pub(crate) struct Peer {
     pub(crate) token: AtomicU32,
     /// Where bytes go; the built-in app has none.
     pub(crate) socket: Option<Socket>,
+    /// Whose connection it is: the process that opened it.
+    pub(crate) process: PeerProcess,
+    /// That process has ended, and others still have the socket.
+    pub(crate) is_outlived: AtomicBool,
     link: Mutex<Link<IoHost>>,
     in_flight: InFlight,
     /// Its other end accepts no more data, permanently.
@@ -31,6 +37,8 @@ impl Peer {
         Arc::new(Peer {
             home,
             token: AtomicU32::new(u32::MAX),
+            process: socket.as_ref().map_or(PeerProcess::Remote, PeerProcess::of),
+            is_outlived: AtomicBool::new(false),
             socket,
             link: Mutex::new(Link::new(account)),
             in_flight: InFlight::default(),
@@ -45,6 +53,12 @@ impl Peer {
         self.link
             .lock()
             .expect("no panic happens under a link's lock")
+    }
+
+    /// Whether surely nobody writes any more to what was mapped over this connection. Children that
+    /// have its socket may have its mappings too; of others nothing is known.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.process.is_dead() && !self.is_outlived.load(Relaxed)
     }
 
     /// Whether the other end of its Unix socket has closed, though what it sent before may still be

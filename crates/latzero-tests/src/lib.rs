@@ -224,6 +224,18 @@ impl Wire {
         }
     }
 
+    /// The socket, for a child to have.
+    ///
+    /// # Panics
+    /// If the connection is over TCP, or no descriptor is left.
+    #[must_use]
+    pub fn socket(&self) -> OwnedFd {
+        match &self.stream {
+            Stream::Tcp(_) => panic!("over TCP no process is known"),
+            Stream::Unix(s) => s.try_clone().expect("there are descriptors").into(),
+        }
+    }
+
     /// Reads and forgets what comes, until nothing does.
     pub fn discard(&mut self) {
         let mut buf = vec![0; 1 << 20];

@@ -17,8 +17,12 @@ use serde_json::{Value, json};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Places in each file that are damaged.
-const PLACES: u64 = 10;
+/// Into how many regions each file is divided, of which each is damaged in turn.
+/// `LATZERO_DAMAGE_REGIONS` sets another number.
+const REGIONS: u64 = 10;
+
+/// Bytes at the begin of a region that are damaged alone.
+const FEW_BYTES: u64 = 64;
 
 const APPS: [&str; 4] = ["one", "two", "three", "four"];
 const BLOCKS: [&str; 2] = ["first", "second"];
@@ -45,6 +49,19 @@ fn until<R>(what: &str, mut look: impl FnMut() -> Option<R>) -> R {
 
 /// A directory with a little of everything, whose server was killed, so that its log is there.
 fn filled() -> Site {
+    let (site, server) = fill();
+    server.kill();
+    site
+}
+
+/// The same after an orderly stop: everything is in the database, and the log is empty.
+fn filled_and_stopped() -> Site {
+    let (site, server) = fill();
+    assert!(server.stop().success());
+    site
+}
+
+fn fill() -> (Site, Daemon) {
     let site = Site::new();
     let server = site.start();
     let mut wires = Vec::new();
@@ -66,8 +83,11 @@ fn filled() -> Site {
     // The rows of blocks are promised to nobody; this is, and comes behind them.
     let register = json!({"action": "trigger_register", "triggers": ["last"]});
     ok(&wires[0].request(register));
-    server.kill();
-    site
+    (site, server)
+}
+
+fn regions() -> u64 {
+    std::env::var("LATZERO_DAMAGE_REGIONS").map_or(REGIONS, |number| number.parse().unwrap())
 }
 
 /// What is there no longer, by name.
@@ -131,10 +151,16 @@ fn find(dir: &Path, ending: &str) -> PathBuf {
 
 #[test]
 fn every_region_of_every_file() {
-    let origin = filled();
-    let files = [("", "data.db"), ("", "data.db-wal"), ("", "data.db.mark")];
     let blocks = [("memory", ".json"), ("memory", ".lzb")];
-    for (dir, ending) in files.into_iter().chain(blocks) {
+    let log = [("", "data.db"), ("", "data.db-wal"), ("", "data.db.mark")];
+    walk(&filled(), log.into_iter().chain(blocks));
+    let database = [("", "data.db"), ("", "data.db.mark")];
+    walk(&filled_and_stopped(), database.into_iter().chain(blocks));
+}
+
+/// Damages each region of each of these files of `origin` in turn.
+fn walk<'a>(origin: &Site, files: impl Iterator<Item = (&'a str, &'a str)>) {
+    for (dir, ending) in files {
         let name = find(&origin.data_dir().join(dir), ending);
         let name = name.strip_prefix(origin.data_dir()).unwrap().to_owned();
         let length = fs::metadata(origin.data_dir().join(&name)).unwrap().len();
@@ -145,18 +171,23 @@ fn every_region_of_every_file() {
         };
         with("removed", &|path| fs::remove_file(path).unwrap());
         with("emptied", &|path| fs::write(path, "").unwrap());
-        for place in (0..PLACES).map(|n| n * length / PLACES) {
-            with(&format!("cut at {place}"), &|path| {
+        let regions = regions().min(length);
+        for n in 0..regions {
+            let (begin, end) = (n * length / regions, (n + 1) * length / regions);
+            with(&format!("cut at {begin}"), &|path| {
                 let file = fs::File::options().write(true).open(path).unwrap();
-                file.set_len(place).unwrap();
+                file.set_len(begin).unwrap();
             });
-            with(&format!("noise at {place}"), &|path| {
-                let file = fs::File::options().write(true).open(path).unwrap();
-                let noise = [0xa5; 64];
-                let room = usize::try_from(length - place).unwrap().min(noise.len());
-                file.write_all_at(&noise[..room], place).unwrap();
-            });
+            // Together the regions are every byte of the file.
+            for end in [end, end.min(begin + FEW_BYTES)] {
+                with(&format!("noise from {begin} to {end}"), &|path| {
+                    let file = fs::File::options().write(true).open(path).unwrap();
+                    let noise = vec![0xa5; usize::try_from(end - begin).unwrap()];
+                    file.write_all_at(&noise, begin).unwrap();
+                });
+            }
         }
+        println!("{}: {length} bytes in {regions} regions", name.display());
     }
 }
 
@@ -332,9 +363,14 @@ fn backups_beside_a_writer_are_all_made() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let write = json!({"action": "memory_write", "block_id": "b", "data": "AQIDBAUGBwg="});
+            let (begun, mut versions) = (Instant::now(), 0);
             while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
-                ok(&writer.request(write.clone()));
+                versions = ok(&writer.request(write.clone()))["version"]
+                    .as_u64()
+                    .unwrap();
             }
+            let rate = versions as f64 / begun.elapsed().as_secs_f64();
+            println!("{versions} versions meanwhile, {rate:.0} a second");
         });
         let (mut admin, _) = server.app(json!({"app_id": "admin"}));
         let made = (0..20).filter(|_| {

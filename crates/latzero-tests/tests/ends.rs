@@ -5,9 +5,12 @@
     reason = "a test that can't go on says where by panicking"
 )]
 
+use std::io::{Read, Write};
+use std::process::{Child, ChildStdin, Command, Stdio};
+
 use latzero_protocol::frame;
 use latzero_tests::{Server, Via, Wire};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 const BOTH: [Via; 2] = [Via::Tcp, Via::Unix];
@@ -168,4 +171,98 @@ fn a_signal_lets_running_calls_end() {
             wire.wait_closed();
         }
     }
+}
+
+/// The Unix socket for the process that is [`an_owner_with_a_child`].
+const OWNER: &str = "LATZERO_TEST_OWNER";
+
+/// How many events the owner sends before its end.
+const EVENTS: u32 = 2000;
+
+/// Starts this program as an owner with a child; returns it when it has sent everything, and what
+/// keeps its child alive.
+fn start_owner(server: &Server) -> (Child, ChildStdin) {
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "an_owner_with_a_child", "--nocapture"])
+        .env(OWNER, server.0.socket())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut said, out) = (Vec::new(), owner.stdout.as_mut().unwrap());
+    while !said.ends_with(b"ready\n") {
+        let mut byte = [0];
+        out.read_exact(&mut byte).expect("the owner gets ready");
+        said.push(byte[0]);
+    }
+    let child = owner.stdin.take().unwrap();
+    (owner, child)
+}
+
+/// Not its own test: what [`start_owner`] runs. Its child has its socket, and lives as long as the
+/// pipe is open.
+#[test]
+fn an_owner_with_a_child() {
+    let Ok(socket) = std::env::var(OWNER) else {
+        return;
+    };
+    let mut wire = Wire::unix(socket.as_ref());
+    let handshake = json!({"action": "handshake", "app_id": "owner", "exclusive": true,
+        "pools": ["p"], "triggers": ["work"], "features": ["attachments", "fd_passing"]});
+    for message in [
+        handshake,
+        json!({"action": "memory_create", "block_id": "b", "size": 10}),
+        json!({"action": "memory_lock", "block_id": "b"}),
+    ] {
+        let reply = wire.request(message);
+        assert!(
+            reply["status"] == "ok" || reply["action"] == "handshake_ack",
+            "{reply}"
+        );
+    }
+    let mut child = Command::new("cat")
+        .stdin(Stdio::inherit())
+        .stdout(wire.socket())
+        .spawn()
+        .unwrap();
+    let emits = (0..EVENTS).map(|n| json!({"action": "emit", "process": "news", "data": n}));
+    wire.send_bytes(&frames(emits));
+    let mut out = std::io::stdout();
+    out.write_all(b"ready\n").unwrap();
+    out.flush().unwrap();
+    // Until it is killed.
+    child.wait().unwrap();
+}
+
+#[test]
+fn an_owner_is_gone_at_its_end_though_its_child_has_the_socket() {
+    // Small reads, so that much is still unread then.
+    let server = Server::with(&["limits.read_budget_bytes=4KiB"]);
+    let mut watch = app(&server, Via::Unix, "watch", &["news"]);
+    watch.request(json!({"action": "watch", "pool": "p", "events": ["app_offline"]}));
+    let (mut owner, mut child) = start_owner(&server);
+    kill_process(Pid::from_child(&owner), Signal::KILL).unwrap();
+    owner.wait().unwrap();
+    for n in 0..EVENTS {
+        assert_eq!(watch.receive()["data"], n, "what it sent before is run");
+    }
+    let gone = watch.receive();
+    assert_eq!(
+        (&gone["event"], &gone["app_id"]),
+        (&json!("app_offline"), &json!("owner"))
+    );
+    let locked = watch.request(json!({"action": "memory_lock", "block_id": "b"}));
+    assert_eq!(locked["status"], "ok", "{locked}");
+    // What the owner had mapped its child may write: nobody sees it.
+    let block = watch.request(json!({"action": "memory_info", "block_id": "b"}));
+    assert_eq!(block["response"]["generation"], 2, "{block}");
+    let call = watch.request(json!({"action": "trigger", "process": "work"}));
+    assert_eq!(call["error"]["code"], "no_handler", "{call}");
+    let next = server.app(
+        Via::Unix,
+        json!({"app_id": "owner", "exclusive": true, "pools": ["p"]}),
+    );
+    // The child had its socket all the time, and no use of it any more.
+    child.write_all(b"x").expect("the child lives");
+    drop(next);
 }

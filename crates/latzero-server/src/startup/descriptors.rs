@@ -34,6 +34,9 @@ const OWN: u64 = 64;
 /// Descriptors reserved for connections of administrators.
 const ADMINISTRATORS: u64 = 16;
 
+/// Descriptors of one connection: its socket, and over a Unix socket the process that opened it.
+const PER_CONNECTION: u64 = 2;
+
 /// Descriptors of one memory block: the server's own, and one on its way to a client.
 const PER_BLOCK: u64 = 2;
 
@@ -52,7 +55,8 @@ impl Shares {
     #[must_use]
     pub fn needed(connections: usize, blocks: usize) -> u64 {
         let of_blocks = (blocks as u64).saturating_mul(PER_BLOCK);
-        (connections as u64)
+        let of_connections = (connections as u64).saturating_mul(PER_CONNECTION);
+        of_connections
             .saturating_add(of_blocks)
             .saturating_add(OWN + ADMINISTRATORS)
     }
@@ -63,13 +67,13 @@ impl Shares {
     pub fn of(descriptors: u64, connections: usize, blocks: usize) -> Shares {
         let reserved = OWN.min(descriptors / 2) + ADMINISTRATORS.min(descriptors / 8);
         let free = descriptors - reserved;
-        let wanted_by_connections = connections as u64;
+        let wanted_by_connections = (connections as u64).saturating_mul(PER_CONNECTION);
         let wanted_by_blocks = (blocks as u64).saturating_mul(PER_BLOCK);
         let of_blocks =
             wanted_by_blocks.min((free / 2).max(free.saturating_sub(wanted_by_connections)));
         let of_connections = wanted_by_connections.min(free - of_blocks);
         Shares {
-            connections: usize::try_from(of_connections).unwrap_or(connections),
+            connections: usize::try_from(of_connections / PER_CONNECTION).unwrap_or(connections),
             blocks: usize::try_from(of_blocks / PER_BLOCK).unwrap_or(blocks),
         }
     }
@@ -163,18 +167,18 @@ mod tests {
                 expected,
                 "{descriptors} for {wanted:?}"
             );
-            let used = connections as u64 + PER_BLOCK * blocks as u64;
+            let used = PER_CONNECTION * connections as u64 + PER_BLOCK * blocks as u64;
             assert!(used <= descriptors, "{used} of {descriptors}");
         };
         check(1 << 20, (4096, 4096), (4096, 4096));
         check(u64::MAX, (4096, 4096), (4096, 4096));
         // Each gets half of the 944 that are left.
-        check(1024, (4096, 4096), (472, 236));
-        check(1024, (100, 4096), (100, 422));
-        check(1024, (4096, 10), (924, 10));
-        check(256, (4096, 4096), (88, 44));
-        check(64, (4096, 4096), (12, 6));
-        check(8, (4096, 4096), (2, 0));
+        check(1024, (4096, 4096), (236, 236));
+        check(1024, (100, 4096), (100, 372));
+        check(1024, (4096, 10), (462, 10));
+        check(256, (4096, 4096), (44, 44));
+        check(64, (4096, 4096), (6, 6));
+        check(8, (4096, 4096), (1, 0));
         check(0, (4096, 4096), (0, 0));
         let needed = Shares::needed(4096, 4096);
         check(needed, (4096, 4096), (4096, 4096));
