@@ -320,8 +320,8 @@ impl Call {
 
     /// If no handler can take the call now, the server keeps it on disk until one can, for as long
     /// as [`Call::timeout`] says (24 hours at most). From then on it outlives the handlers, the
-    /// server and this connection: a loss does not fail it, and the answer that is given meanwhile comes
-    /// right after the reconnect.
+    /// server and this connection: a loss does not fail it, and the answer that is given meanwhile
+    /// comes right after the reconnect.
     ///
     /// Such a call has one answer and takes no blocks along. Dropping its future still cancels it;
     /// [`Call::send_parked`] returns a handle that may be dropped, once the call is on disk. Until
@@ -351,8 +351,8 @@ impl Call {
     }
 
     /// Makes the call safe to repeat: for a bounded time (a setting of the server), calls of this
-    /// app with the same key (1 to 1024 bytes) to the same trigger, pool and destination get the first
-    /// one's answer. It is sent as the header `idempotency-key`.
+    /// app with the same key (1 to 1024 bytes) to the same trigger, pool and destination get the
+    /// first one's answer. It is sent as the header `idempotency-key`.
     pub fn idempotency_key(mut self, key: &str) -> Self {
         self.unsent.lasting.idempotency_key = Some(key.to_owned());
         self
