@@ -174,7 +174,7 @@ fn change(
     }
     if output.json {
         output.value(&json!({"changed": changed}))?;
-        return failed.map_or(Ok(Exit::Ok), |failure| Err(failure.into()));
+        return failed.map_or(Ok(Exit::Ok), |failure| Err(failure));
     }
     let done = match action {
         "parked_cancel" => "cancelled",
@@ -182,5 +182,5 @@ fn change(
         _ => "deleted",
     };
     output.line(format_args!("{done} {}", count(changed, "parked call")))?;
-    failed.map_or(Ok(Exit::Ok), |failure| Err(failure.into()))
+    failed.map_or(Ok(Exit::Ok), |failure| Err(failure))
 }
