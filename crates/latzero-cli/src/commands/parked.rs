@@ -174,7 +174,7 @@ fn change(
     }
     if output.json {
         output.value(&json!({"changed": changed}))?;
-        return failed.map_or(Ok(Exit::Ok), |failure| Err(failure));
+        return failed.map_or(Ok(Exit::Ok), Err);
     }
     let done = match action {
         "parked_cancel" => "cancelled",
@@ -182,5 +182,5 @@ fn change(
         _ => "deleted",
     };
     output.line(format_args!("{done} {}", count(changed, "parked call")))?;
-    failed.map_or(Ok(Exit::Ok), |failure| Err(failure))
+    failed.map_or(Ok(Exit::Ok), Err)
 }
