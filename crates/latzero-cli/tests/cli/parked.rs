@@ -190,10 +190,11 @@ fn a_call_fails_when_its_attempts_are_exhausted() {
 #[test]
 fn a_stop_leaves_a_running_parked_call_to_the_next_server() {
     let server = Server::with(&["--set", "drain_timeout=100ms"]);
-    let script = "echo running >&2; exec sleep 1000";
+    let started = server.home().join("started");
+    let script = format!("touch '{}'; exec sleep 1000", started.display());
     park(&server, "shop", "one", "1");
-    let serving = server.serve(&["alpha/job", "--app", "worker", "--", "sh", "-c", script]);
-    serving.line_with("running");
+    let serving = server.serve(&["alpha/job", "--app", "worker", "--", "sh", "-c", &script]);
+    eventually(|| started.exists());
     let home = server.stop();
     drop(serving);
     let server = Server::in_home(home, &[]);
