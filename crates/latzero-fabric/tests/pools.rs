@@ -446,7 +446,7 @@ fn what_is_wrong_is_answered_and_the_connection_lives() {
         (r#"{"action":"ping","id":7}"#, "error bad_message"),
         (
             r#"{"action":"ping","id":"1","id":"2"}"#,
-            "error bad_message",
+            "2 failed: bad_message ran=no",
         ),
         (
             r#"{"action":"ping","x":{"a":1},"x":2}"#,
