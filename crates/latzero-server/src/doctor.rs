@@ -670,9 +670,9 @@ mod tests {
             },
             "descriptors",
             Warn,
-            "the limit is 1024 (rlimit RLIMIT_NOFILE), enough for 472 connections and 236 memory \
+            "the limit is 1024 (rlimit RLIMIT_NOFILE), enough for 236 connections and 236 memory \
              blocks; the settings allow 4096 and 4096",
-            "sudo prlimit --pid $$ --nofile=12368:12368",
+            "sudo prlimit --pid $$ --nofile=16464:16464",
         );
         check(
             |f| {

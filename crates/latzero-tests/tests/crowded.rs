@@ -15,8 +15,9 @@ use serde_json::{Value, json};
 /// Descriptors that the server may have open, and on their way.
 const DESCRIPTORS_MAX: u64 = 128;
 
-/// More than that.
-const REQUESTS: usize = 300;
+/// More than that, and fewer than may be unread (`limits.descriptors_unread_max`), however late the
+/// server begins to write.
+const REQUESTS: usize = 250;
 
 /// A server for which the bound holds: root is above it, unless it gives up what it needs for that.
 fn bounded_server(settings: &[&str]) -> Server {
