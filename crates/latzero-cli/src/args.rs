@@ -640,7 +640,7 @@ pub(crate) struct CallArgs {
         conflicts_with = "timeout"
     )]
     pub(crate) ttl: Option<Duration>,
-    /// Return as soon as it is parked; `latzero answers` prints the answer
+    /// Park it in any case and return once it is on disk; `latzero answers` prints the answer
     #[arg(long, requires = "park")]
     pub(crate) no_wait: bool,
     /// If its handler dies, give the call to another one: it may run more than once

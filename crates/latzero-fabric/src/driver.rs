@@ -95,6 +95,16 @@ impl Written {
     }
 }
 
+/// Who hears that a row is on disk, or that it can't be stored.
+pub enum Promise<'a, D: Driver> {
+    /// The session of a connection, in the order of its promises
+    /// ([`crate::Session::handle_stored`]).
+    Session(&'a D::Peer),
+    /// The pool of the answer that the row holds ([`crate::Pool::answer_stored`]). A row that
+    /// can't be stored is given up: the pool stores it again.
+    Answer,
+}
+
 /// A connection's handle. Two handles are equal if they are of the same connection.
 pub trait Peer<D: Driver>: Clone + Eq {
     /// What the core keeps of the connection, for this caller alone and for a moment.
@@ -148,10 +158,9 @@ pub trait Driver: Sized {
     /// Runs `f` with the numbers that are given once.
     fn with_numbers<R>(&mut self, f: impl FnOnce(&mut Numbers) -> R) -> R;
 
-    /// Stores a row. With `promise`, the session of that connection is called when it is on disk or
-    /// can't be stored ([`crate::Session::handle_stored`]), in order; without it, the change is
-    /// retried until it is on disk.
-    fn store(&mut self, change: StoreChange, promise: Option<&Self::Peer>);
+    /// Stores a row. With `promise`, that is kept once the row is on disk or can't be stored;
+    /// without it, the change is retried until it is on disk.
+    fn store(&mut self, change: StoreChange, promise: Option<Promise<'_, Self>>);
 
     /// A descriptor of a block's storage with this access, if there is one.
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Self::Fd>;

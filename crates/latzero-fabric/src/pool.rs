@@ -42,6 +42,7 @@ use park::ParkedCalls;
 pub use park::ParkedCounts;
 use repeats::Repeats;
 pub use rotation::Purged;
+pub use routing::Routed;
 pub(crate) use routing::id_in_use;
 use routing::not_member;
 

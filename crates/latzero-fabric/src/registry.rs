@@ -739,6 +739,12 @@ impl<D: Driver> Registry<D> {
         }
     }
 
+    /// The handle of one pool.
+    #[must_use]
+    pub fn pool(&self, name: &PoolName) -> Option<&D::Pool> {
+        self.pools.get(name).map(|entry| &entry.pool)
+    }
+
     /// The handles of all pools.
     pub fn pools(&self) -> impl Iterator<Item = (&PoolName, &D::Pool)> {
         self.pools.iter().map(|(name, entry)| (name, &entry.pool))

@@ -145,6 +145,8 @@ pub struct AnswerRow {
     pub number: u64,
     /// The pool.
     pub pool: PoolName,
+    /// The trigger; empty in a row of a version before schema 5.
+    pub process: String,
     /// Who called.
     pub caller: AppId,
     /// The caller's id of the call.

@@ -33,7 +33,7 @@ use crate::ledger::Account;
 use crate::limits::Limits;
 use crate::now::Time;
 use crate::outbox::Class;
-use crate::pool::CallError;
+use crate::pool::{CallError, Routed};
 use crate::registry::{Instance, Membership, View, Whereabouts, Who};
 use crate::turn::Turn;
 use deferred::DeferredFrames;
@@ -420,8 +420,8 @@ impl<D: Driver> Session<D> {
         m.check_roles(Roles::Read)?;
         m.check_body(trigger.body)?;
         match turn.with_pool(&m.pool, |pool, turn| pool.call(m.member, trigger, turn)) {
-            Ok(None) => Ok(()),
-            Ok(Some(number)) => {
+            Ok(Routed::Begun) => Ok(()),
+            Ok(routed @ (Routed::Parked(number) | Routed::ParkedBefore(number))) => {
                 let pool = m.pool.clone();
                 let ready = self.ready.as_ref().expect("only a ready session calls");
                 turn.with_registry(|registry, turn| registry.outlast(&ready.app, turn));
@@ -429,6 +429,7 @@ impl<D: Driver> Session<D> {
                     id: trigger.id.as_deref().map(Into::into),
                     pool,
                     number,
+                    is_new: matches!(routed, Routed::Parked(_)),
                 });
                 Ok(())
             }
@@ -706,11 +707,15 @@ fn wait_less(request: &mut Request<'_>, waited: std::time::Duration) -> Result<(
     };
     let waited = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
     if waited >= trigger.ttl_ms {
-        let message = "the call's ttl ended while it waited for other calls of its connection";
-        return Err(Refusal::new(Code::Timeout, message).with_ran(Ran::No));
+        return Err(expired_here());
     }
     trigger.ttl_ms -= waited;
     Ok(())
+}
+
+fn expired_here() -> Refusal {
+    let message = "the call's ttl ended while it waited for other calls of its connection";
+    Refusal::new(Code::Timeout, message).with_ran(Ran::No)
 }
 
 /// Ends a membership in its pool, then in the registry. One that was already ended is left alone,

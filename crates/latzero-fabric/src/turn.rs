@@ -2,7 +2,7 @@
 
 use latzero_protocol::{Code, PoolName};
 
-use crate::driver::{Driver, Observed, Peer};
+use crate::driver::{Driver, Observed, Peer, Promise};
 use crate::effects::{Audit, Buffers, CallEnd, Count};
 use crate::limits::Limits;
 use crate::link::Notice;
@@ -11,7 +11,7 @@ use crate::now::{Now, Time};
 use crate::outbox::{Class, Outbox, Sent, SharedBody};
 use crate::pool::Pool;
 use crate::registry::Registry;
-use crate::rows::StoreChange;
+use crate::rows::{AnswerRow, StoreChange};
 
 /// One step of the core: something happened at a moment, and decisions follow from it.
 pub struct Turn<'a, D: Driver> {
@@ -238,7 +238,13 @@ impl<D: Driver> Turn<'_, D> {
     }
 
     pub(crate) fn store(&mut self, change: StoreChange, promise: Option<&D::Peer>) {
-        self.driver.store(change, promise);
+        self.driver.store(change, promise.map(Promise::Session));
+    }
+
+    /// Stores an answer; its pool hears when it is on disk.
+    pub(crate) fn store_answer(&mut self, row: Box<AnswerRow>) {
+        self.driver
+            .store(StoreChange::Answer(row), Some(Promise::Answer));
     }
 
     /// Requests a call of [`Pool::answer_delivered`] when what was appended for `to` last is

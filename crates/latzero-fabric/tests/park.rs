@@ -555,6 +555,181 @@ fn parked_is_said_when_it_is_on_disk_and_not_before() {
     assert!(net.world.rows().calls.is_empty() && net.world.storages().is_empty());
 }
 
+/// Each of these ends must not be undone by a kill after its caller has heard of it.
+#[test]
+fn an_end_is_said_when_it_is_on_disk_and_not_before() {
+    fn handler(net: &mut Net) -> Peer {
+        join(net, "h", r#""triggers":["t"],"transient":true"#)
+    }
+    fn cancel(net: &mut Net, caller: Peer) {
+        net.say(caller, r#"{"action":"cancel","id":"1"}"#);
+    }
+    fn expire(net: &mut Net, _: Peer) {
+        net.advance(2000);
+    }
+    fn fail(net: &mut Net, _: Peer) {
+        let handler = handler(net);
+        assert_eq!(calls(net, handler).len(), 1);
+        net.hang_up(handler);
+    }
+    fn answered(net: &mut Net, _: Peer) {
+        let handler = handler(net);
+        let got = calls(net, handler);
+        answer(net, handler, &got[0]);
+        net.hang_up(handler);
+    }
+    let key = r#","headers":{"idempotency-key":"k"}"#;
+    let ends: [(fn(&mut Net, Peer), &str, &str); 5] = [
+        (cancel, "", "1:cancelled"),
+        (expire, r#","ttl":1000"#, "1:timeout"),
+        (fail, "", "1:handler_gone"),
+        (
+            fail,
+            r#","redeliver":true,"attempts":1"#,
+            "1:attempts_exhausted",
+        ),
+        (answered, key, "1:null"),
+    ];
+    for (end, more, said) in ends {
+        for is_killed in [false, true] {
+            let mut net = Net::new();
+            let caller = net.app("caller", "");
+            assert_eq!(park(&mut net, caller, "1", more), "1 parked: null");
+            // Another call with the key waits for the same answer.
+            if more == key {
+                assert_eq!(park(&mut net, caller, "2", more), "2 parked: null");
+            }
+            net.world.hold_disk(true);
+            end(&mut net, caller);
+            assert_eq!(answers(&mut net, caller), Vec::<String>::new(), "{said}");
+            if is_killed {
+                net.world.restart(1);
+                assert_eq!(
+                    net.world.rows().calls.len(),
+                    if more == key { 2 } else { 1 },
+                    "{said}: it is as if it had not ended"
+                );
+                continue;
+            }
+            net.world.hold_disk(false);
+            let mut seen = answers(&mut net, caller);
+            seen.sort_unstable();
+            assert_eq!(seen[0], said);
+            assert_eq!(seen.len(), if more == key { 2 } else { 1 }, "{seen:?}");
+            net.world.restart(2);
+            let handler = handler(&mut net);
+            assert_eq!(calls(&mut net, handler), Vec::<Value>::new(), "{said}");
+        }
+    }
+    // A disk that takes nothing delays nothing.
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    assert_eq!(park(&mut net, caller, "1", ""), "1 parked: null");
+    net.world.fill_disk(true);
+    cancel(&mut net, caller);
+    assert_eq!(answers(&mut net, caller), ["1:cancelled"]);
+    net.world.fill_disk(false);
+    assert!(net.world.rows().calls.is_empty() && net.world.rows().answers.is_empty());
+}
+
+#[test]
+fn a_call_that_is_always_parked_is_on_disk_whoever_could_take_it() {
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    let handler = net.app("h", r#""triggers":["t"]"#);
+    let always = r#"{"action":"trigger","process":"t","id":"1","park":"always","data":7}"#;
+    assert_eq!(net.ask(caller, always), "1 parked: null");
+    let got = calls(&mut net, handler);
+    assert_eq!((got.len(), &got[0]["attempt"]), (1, &1.into()));
+    assert_eq!(net.world.rows().calls.len(), 1);
+    // Its caller leaves, and another instance of the app gets the answer.
+    net.hang_up(caller);
+    answer(&mut net, handler, &got[0]);
+    let caller = join(&mut net, "caller", "");
+    assert_eq!(answers(&mut net, caller), ["1:7"]);
+    let wrong = always.replace("always", "sometimes");
+    assert_eq!(net.ask(caller, &wrong), "1 failed: bad_message ran=no");
+}
+
+#[test]
+fn a_parked_repeat_waits_for_the_answer_of_the_first_call_over_restarts() {
+    let key = r#","headers":{"idempotency-key":"k"}"#;
+    for restarts in [false, true] {
+        let mut net = Net::new();
+        let mut caller = net.app("caller", "");
+        net.world.hold_disk(true);
+        assert_eq!(park(&mut net, caller, "1", key), "");
+        assert_eq!(park(&mut net, caller, "2", key), "");
+        net.world.hold_disk(false);
+        assert_eq!(net.sees(caller), "1 parked: null; 2 parked: null");
+        // Said again under its own id, it is the same call.
+        assert_eq!(park(&mut net, caller, "1", key), "1 parked: null");
+        // One that is cancelled leaves the first one alone; one that expires too.
+        let ttl = format!(r#"{key},"ttl":500"#);
+        assert_eq!(park(&mut net, caller, "3", &ttl), "3 parked: null");
+        assert_eq!(park(&mut net, caller, "4", key), "4 parked: null");
+        net.say(caller, r#"{"action":"cancel","id":"4"}"#);
+        net.advance(600);
+        assert_eq!(answers(&mut net, caller), ["4:cancelled", "3:timeout"]);
+        if restarts {
+            net.world.restart(1);
+            caller = net.app("caller", "");
+        }
+        let handler = join(&mut net, "h", r#""triggers":["t"]"#);
+        let got = calls(&mut net, handler);
+        assert_eq!(got.len(), 1, "one runs for all");
+        if restarts {
+            net.world.restart(2);
+            caller = net.app("caller", "");
+            let handler = join(&mut net, "h", r#""triggers":["t"]"#);
+            let got = calls(&mut net, handler);
+            assert_eq!((got.len(), &got[0]["attempt"]), (1, &2.into()));
+            answer(&mut net, handler, &got[0]);
+        } else {
+            answer(&mut net, handler, &got[0]);
+        }
+        let mut seen = answers(&mut net, caller);
+        seen.sort_unstable();
+        assert_eq!(seen, ["1:null", "2:null"]);
+        assert!(net.world.rows().calls.is_empty() && net.world.rows().answers.is_empty());
+    }
+}
+
+/// The first call's answer is on disk, and that of its repeat is not.
+#[test]
+fn a_kill_between_an_answer_and_its_repeats_runs_nothing_again() {
+    let key = r#","headers":{"idempotency-key":"k"}"#;
+    let mut net = Net::new();
+    let caller = net.app("caller", "");
+    park(&mut net, caller, "1", key);
+    park(&mut net, caller, "2", key);
+    let handler = join(&mut net, "h", r#""triggers":["t"],"transient":true"#);
+    let got = calls(&mut net, handler);
+    let both = net.world.rows().clone();
+    answer(&mut net, handler, &got[0]);
+    let mut rows = both;
+    let first = *rows.calls.keys().next().unwrap();
+    let row = rows.calls.remove(&first).unwrap();
+    let answer = latzero_fabric::rows::AnswerRow {
+        number: first,
+        pool: row.pool,
+        process: row.process,
+        caller: row.caller,
+        id: row.id,
+        idempotency_key: Some("t\n\nk".into()),
+        frame: b"\x0f\0\0\0{\"status\":\"ok\"}".to_vec(),
+        expires: u64::MAX,
+    };
+    rows.answers.insert(first, answer);
+    net.world.restart_with(3, rows);
+    let caller = join(&mut net, "caller", "");
+    let mut seen = answers(&mut net, caller);
+    seen.sort_unstable();
+    assert_eq!(seen, ["1:null", "2:null"]);
+    let handler = join(&mut net, "h", r#""triggers":["t"]"#);
+    assert_eq!(calls(&mut net, handler), Vec::<Value>::new());
+}
+
 #[test]
 fn a_pool_stays_with_its_parked_calls_and_takes_them_along() {
     let mut net = Net::new();

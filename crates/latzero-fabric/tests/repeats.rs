@@ -136,7 +136,10 @@ fn parked_calls_are_repeated_across_restarts() {
     );
     net.world.restart(1);
     let caller = net.app("caller", "");
-    assert_eq!(call(&mut net, caller, "2", "k", r#","park":true"#), "");
+    assert_eq!(
+        call(&mut net, caller, "2", "k", r#","park":true"#),
+        "2 parked: null"
+    );
     let handler = net.connect();
     net.say(
         handler,
@@ -155,7 +158,7 @@ fn parked_calls_are_repeated_across_restarts() {
         .unwrap()
         .to_owned();
     net.answer_to(handler, &id, r#""status":"ok","response":3"#);
-    assert_eq!(net.sees(caller), "2 ok: 3; 1 ok: 3");
+    assert_eq!(net.sees(caller), "1 ok: 3; 2 ok: 3");
     assert_eq!(call(&mut net, caller, "3", "k", ""), "3 ok: 3");
 }
 

@@ -118,6 +118,7 @@ fn put(rows: &mut Rows, row: &Value) {
             let row = AnswerRow {
                 number: number("number"),
                 pool,
+                process: text("process"),
                 caller,
                 id: text("id"),
                 idempotency_key: some("key"),

@@ -243,6 +243,26 @@ pub struct Destination<'a> {
     pub raw: Raw<'a>,
 }
 
+/// Whether a call may wait on disk for a handler.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Park {
+    /// It may not.
+    #[default]
+    No,
+    /// If no handler can take it now.
+    IfNeeded,
+    /// It is on disk before a handler gets it, so its caller may leave.
+    Always,
+}
+
+impl Park {
+    /// Whether the call may be parked.
+    #[must_use]
+    pub fn is_allowed(self) -> bool {
+        self != Park::No
+    }
+}
+
 /// A trigger call.
 #[derive(Debug)]
 pub struct Trigger<'a> {
@@ -260,8 +280,8 @@ pub struct Trigger<'a> {
     pub key: Option<Cow<'a, str>>,
     /// Items of a stream that may be sent without acknowledgement.
     pub window: Option<u64>,
-    /// Wait durably for a handler if none is available.
-    pub park: bool,
+    /// Whether it may wait on disk for a handler.
+    pub park: Park,
     /// Give the call to the next handler where the first one's connection ended before it answered.
     pub redeliver: bool,
     /// To how many handlers it is given at most.
@@ -707,8 +727,12 @@ fn idempotency_key<'a>(headers: Option<Raw<'a>>) -> Result<Option<Cow<'a, str>>,
 
 fn trigger<'a>(e: &Envelope<'a>) -> Result<Trigger<'a>, Refusal> {
     let headers = e.checked_headers()?;
-    let park = Envelope::flag(e.park, "park")?;
-    let ttl_max = if park { PARKED_TTL_MAX_MS } else { TTL_MAX_MS };
+    let park = park(e)?;
+    let ttl_max = if park.is_allowed() {
+        PARKED_TTL_MAX_MS
+    } else {
+        TTL_MAX_MS
+    };
     Ok(Trigger {
         id: e.correlation_id()?,
         process: Envelope::required_string(e.process, "process")?,
@@ -725,6 +749,18 @@ fn trigger<'a>(e: &Envelope<'a>) -> Result<Trigger<'a>, Refusal> {
         headers,
         body: e.body(e.data, "data")?,
     })
+}
+
+fn park(e: &Envelope<'_>) -> Result<Park, Refusal> {
+    let Some(raw) = e.park.filter(|raw| !raw.is_null()) else {
+        return Ok(Park::No);
+    };
+    match (raw.as_bool(), raw.as_str()) {
+        (Some(false), _) => Ok(Park::No),
+        (Some(true), _) => Ok(Park::IfNeeded),
+        (None, Some(word)) if word == "always" => Ok(Park::Always),
+        _ => Err(mistyped("park", "true, false or \"always\"", raw)),
+    }
 }
 
 fn attempts(e: &Envelope<'_>) -> Result<u32, Refusal> {

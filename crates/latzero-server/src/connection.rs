@@ -524,7 +524,8 @@ impl Connection {
                 None => Some(self.last_heard.after_ms(timeout.ping_interval_ms)),
             },
         };
-        Liveness::Wait(next.into_iter().chain(stall).min())
+        let expires = self.session.next_deadline();
+        Liveness::Wait(next.into_iter().chain(stall).chain(expires).min())
     }
 
     /// Pings the other end.

@@ -291,6 +291,9 @@ impl EventLoop {
                 handover::hand_over(&mut self.host, sockets, (&peer, id.as_deref()), step);
             }
             Command::Kept(peer, result) => self.handle_store_replies(now, &peer, result),
+            Command::AnswerStored(pool, number, is_on_disk) => {
+                self.host.answer_stored(&pool, number, is_on_disk);
+            }
             Command::BlockDone(done) => self.host.handle_done(done),
             Command::Watchdog => {
                 if let Some(notifier) = self
@@ -684,6 +687,13 @@ impl EventLoop {
             let Some(connection) = &mut self.connections[slot] else {
                 continue;
             };
+            let session = &mut connection.session;
+            if session.handle_timeout(&mut self.host.turn())
+                && session.resume(&mut self.host.turn()) == Flow::Close
+            {
+                let peer = Arc::clone(&connection.peer);
+                self.host.effects.closing.push(peer);
+            }
             let verdict = connection.check_liveness(now, &timeout, &self.host);
             // Another loop may have written the last of it.
             connection.shut_when_written();

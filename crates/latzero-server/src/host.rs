@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use latzero_crypto::proof::{self, Exchange, Side};
-use latzero_fabric::driver::{BlockWrite, Context, Observed, Report, Written};
+use latzero_fabric::driver::{BlockWrite, Context, Observed, Promise, Report, Written};
 use latzero_fabric::ledger::Resource;
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Numbers, StorageId};
@@ -289,7 +289,7 @@ impl Driver for IoHost {
         self.shared.blocks.with_numbers(f)
     }
 
-    fn store(&mut self, change: StoreChange, promise: Option<&Arc<Peer>>) {
+    fn store(&mut self, change: StoreChange, promise: Option<Promise<'_, IoHost>>) {
         self.shared.persistence.write(change, promise);
     }
 
@@ -482,6 +482,18 @@ impl IoHost {
             for peer in std::mem::take(&mut self.effects.touched) {
                 self.flush_peer(&peer);
             }
+        }
+    }
+
+    /// Tells a pool that the awaited row of an answer is on disk, or can't be stored.
+    pub(crate) fn answer_stored(&mut self, name: &PoolName, number: u64, is_on_disk: bool) {
+        let pool = self
+            .turn()
+            .with_registry(|registry, _| registry.pool(name).cloned());
+        if let Some(pool) = pool {
+            self.with_pool(&pool, |pool, turn| {
+                pool.answer_stored(number, is_on_disk, turn);
+            });
         }
     }
 

@@ -10,6 +10,7 @@ mod rows;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
+use latzero_fabric::driver::Promise;
 use latzero_fabric::ledger::Account;
 use latzero_fabric::rows::StoreChange;
 use latzero_fabric::{Driver as _, Pool, Time, Turn};
@@ -20,7 +21,6 @@ use serde_json::{Value, json};
 use crate::blocks::ENDED;
 use crate::host::IoHost;
 use crate::losses::{Loss, LossList, Part};
-use crate::peer::Peer;
 use crate::settings::{Settings, StoreDurability};
 use crate::shared::ServerState;
 use crate::startup::StartupError;
@@ -150,8 +150,8 @@ impl Persistence {
     }
 
     /// Passes a change to the store, with or without a pending reply.
-    pub(crate) fn write(&self, change: StoreChange, promise: Option<&Arc<Peer>>) {
-        let Some(peer) = promise else {
+    pub(crate) fn write(&self, change: StoreChange, promise: Option<Promise<'_, IoHost>>) {
+        let Some(promise) = promise else {
             if let Err(error) = self.store.submit(row(change), None) {
                 tracing::warn!(%error, "cannot store a change; it is lost at the next restart");
             }
@@ -159,7 +159,15 @@ impl Persistence {
         };
         let ticket = self.next_ticket.fetch_add(1, Relaxed);
         // Before the store can have an answer.
-        let before = self.promises.line().promise(ticket, peer);
+        let before = match (promise, &change) {
+            (Promise::Session(peer), _) => self.promises.line().promise(ticket, peer),
+            (Promise::Answer, StoreChange::Answer(row)) => {
+                let answer = (row.pool.clone(), row.number);
+                self.promises.line().await_answer(ticket, answer);
+                None
+            }
+            (Promise::Answer, _) => unreachable!("only the row of an answer is awaited so"),
+        };
         if let Err(error) = self.store.submit(row(change), Some(ticket)) {
             let full = Refusal::new(Code::Storage, StoreError::from(error).to_string());
             let mut line = self.promises.line();
@@ -343,22 +351,7 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             }
         }
     });
-    for row in contents.calls {
-        let number = row.number;
-        let taken = call_of(row).and_then(|row| {
-            let account = account_of(host, &row.caller);
-            restore_parked(host, unix_ms, &row.pool, |pool, turn| {
-                pool.restore_call(&row, &account, turn)
-            })
-        });
-        match taken {
-            Ok(()) => calls += 1,
-            Err(error) => {
-                tracing::error!(number, %error, "cannot restore a parked call; it stays in the \
-                    database")
-            }
-        }
-    }
+    // Before the calls: one that repeats an answered call gets that answer.
     for row in contents.answers {
         let number = row.number;
         let taken = answer_of(row).and_then(|row| {
@@ -371,6 +364,22 @@ pub(crate) fn load(host: &mut IoHost) -> (Vec<BlockRow>, bool) {
             Ok(()) => answers += 1,
             Err(error) => {
                 tracing::error!(number, %error, "cannot restore an answer; it stays in the \
+                    database")
+            }
+        }
+    }
+    for row in contents.calls {
+        let number = row.number;
+        let taken = call_of(row).and_then(|row| {
+            let account = account_of(host, &row.caller);
+            restore_parked(host, unix_ms, &row.pool, |pool, turn| {
+                pool.restore_call(&row, &account, turn)
+            })
+        });
+        match taken {
+            Ok(()) => calls += 1,
+            Err(error) => {
+                tracing::error!(number, %error, "cannot restore a parked call; it stays in the \
                     database")
             }
         }

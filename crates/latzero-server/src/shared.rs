@@ -11,7 +11,7 @@ use latzero_fabric::driver::Context;
 use latzero_fabric::ledger::{Account, Ledger};
 use latzero_fabric::outbox::Bounds;
 use latzero_fabric::{Now, Registry, Time};
-use latzero_protocol::Refusal;
+use latzero_protocol::{PoolName, Refusal};
 use mio::Waker;
 
 use crate::attempts::Attempts;
@@ -50,6 +50,8 @@ pub(crate) enum Command {
     Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
     /// A connection's change is on disk, or can't be stored.
     Kept(Arc<Peer>, Result<(), Refusal>),
+    /// The awaited row of a pool's answer is on disk (true), or can't be stored.
+    AnswerStored(PoolName, u64, bool),
     /// What was to be done about a block is done.
     BlockDone(JobResult),
     /// Show the service manager that the loop turns (sd_notify(3), `WATCHDOG=1`).

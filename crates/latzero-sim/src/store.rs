@@ -74,23 +74,31 @@ impl Rows {
     }
 }
 
+/// Who hears what became of a row.
+#[derive(Debug, Clone)]
+pub(crate) enum Promised {
+    Session(Peer),
+    /// The pool of an answer, and its number.
+    Answer(PoolName, u64),
+}
+
 /// The disk, and what is on its way to it.
 #[derive(Debug, Default)]
 pub(crate) struct Store {
     pub(crate) rows: Rows,
-    waiting: VecDeque<(StoreChange, Option<Peer>)>,
+    waiting: VecDeque<(StoreChange, Option<Promised>)>,
     pub(crate) is_holding: bool,
     pub(crate) is_failing: bool,
 }
 
 impl Store {
-    pub(crate) fn push(&mut self, change: StoreChange, promise: Option<Peer>) {
+    pub(crate) fn push(&mut self, change: StoreChange, promise: Option<Promised>) {
         self.waiting.push_back((change, promise));
     }
 
     /// Writes the next change, or fails to; returns whom that was promised, and whether it went
     /// well. What nobody was promised is tried again.
-    pub(crate) fn write_next(&mut self) -> Option<(Option<Peer>, bool)> {
+    pub(crate) fn write_next(&mut self) -> Option<(Option<Promised>, bool)> {
         if self.is_holding {
             return None;
         }

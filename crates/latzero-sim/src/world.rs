@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use latzero_crypto::proof::{ChannelBinding, Exchange};
 use latzero_crypto::text;
-use latzero_fabric::driver::{BlockWrite, Context, Observed, Report, Written};
+use latzero_fabric::driver::{BlockWrite, Context, Observed, Promise, Report, Written};
 use latzero_fabric::ledger::{self, Holding, Ledger, Reservation, Resource, Users};
 use latzero_fabric::link::Notice;
 use latzero_fabric::memory::{Job, Numbers, StorageId};
@@ -30,7 +30,7 @@ use serde_json::Value;
 
 use crate::line::{Bounds, Event, LENGTH_SLACK, Line, Observer, Peer, Totals};
 use crate::storage::{Descriptor, Storages};
-use crate::store::Store;
+use crate::store::{Promised, Store};
 
 /// A pool of the world.
 pub type PoolHandle = Rc<RefCell<Pool<World>>>;
@@ -273,8 +273,13 @@ impl World {
     fn write_beside(&mut self, peer: Peer, session: &mut Session<World>, flow: Flow) -> Flow {
         let mut flow = flow;
         while let Some((promised, went_well)) = self.store.write_next() {
-            let Some(promised) = promised else {
-                continue;
+            let promised = match promised {
+                Some(Promised::Session(promised)) => promised,
+                Some(Promised::Answer(pool, number)) => {
+                    self.answer_stored(&pool, number, went_well);
+                    continue;
+                }
+                None => continue,
             };
             if promised == peer {
                 flow = session.handle_stored(store_result(went_well), &mut self.turn());
@@ -318,6 +323,16 @@ impl World {
         }
     }
 
+    /// Tells a pool whether an answer is on disk.
+    fn answer_stored(&mut self, name: &PoolName, number: u64, went_well: bool) {
+        let pool = self.registry.borrow().pool(name).cloned();
+        if let Some(pool) = pool {
+            self.turn().with_pool(&pool, |pool, turn| {
+                pool.answer_stored(number, went_well, turn);
+            });
+        }
+    }
+
     /// Has what is to be written wait for [`World::hold_disk`]`(false)`.
     pub fn hold_disk(&mut self, is_holding: bool) {
         self.store.is_holding = is_holding;
@@ -350,10 +365,16 @@ impl World {
 
     fn write_down(&mut self) {
         while let Some((promised, went_well)) = self.store.write_next() {
-            if let Some(peer) = promised {
-                self.handle_stored(peer, went_well);
-                // What it sent while it waited.
-                self.feed(peer, &[]);
+            match promised {
+                Some(Promised::Session(peer)) => {
+                    self.handle_stored(peer, went_well);
+                    // What it sent while it waited.
+                    self.feed(peer, &[]);
+                }
+                Some(Promised::Answer(pool, number)) => {
+                    self.answer_stored(&pool, number, went_well);
+                }
+                None => {}
             }
         }
         self.reap();
@@ -533,7 +554,21 @@ impl World {
         }
         self.now = until;
         self.observer.note(Event::Now(until));
+        self.expire_deferred();
         self.write_down();
+    }
+
+    /// Ends the calls that expired inside their sessions.
+    fn expire_deferred(&mut self) {
+        for at in 0..self.connections.len() {
+            if let Some(mut session) = self.connections[at].session.take() {
+                let has_room = session.handle_timeout(&mut self.turn());
+                self.connections[at].session = Some(session);
+                if has_room {
+                    self.resume(Peer(at as u32));
+                }
+            }
+        }
     }
 
     /// Takes no new calls from now on, and tells everybody.
@@ -621,17 +656,17 @@ impl World {
             let mut turn = world.turn();
             turn.with_registry(|registry, turn| registry.account(app, &user, turn))
         };
-        for row in rows.calls.values() {
-            let account = account(self, &row.caller);
-            let taken = self.restore_into(&row.pool, |pool, turn| {
-                pool.restore_call(row, &account, turn)
-            });
-            left += usize::from(!taken);
-        }
         for row in rows.answers.values() {
             let account = account(self, &row.caller);
             let taken = self.restore_into(&row.pool, |pool, turn| {
                 pool.restore_answer(row, &account, turn)
+            });
+            left += usize::from(!taken);
+        }
+        for row in rows.calls.values() {
+            let account = account(self, &row.caller);
+            let taken = self.restore_into(&row.pool, |pool, turn| {
+                pool.restore_call(row, &account, turn)
             });
             left += usize::from(!taken);
         }
@@ -967,8 +1002,15 @@ impl Driver for World {
         f(&mut self.storages.numbers)
     }
 
-    fn store(&mut self, change: StoreChange, promise: Option<&Line>) {
-        self.store.push(change, promise.map(|line| line.id));
+    fn store(&mut self, change: StoreChange, promise: Option<Promise<'_, World>>) {
+        let promised = promise.map(|promise| match (promise, &change) {
+            (Promise::Session(line), _) => Promised::Session(line.id),
+            (Promise::Answer, StoreChange::Answer(row)) => {
+                Promised::Answer(row.pool.clone(), row.number)
+            }
+            (Promise::Answer, _) => unreachable!("only the row of an answer is awaited so"),
+        });
+        self.store.push(change, promised);
     }
 
     fn descriptor(&self, storage: StorageId, access: Access) -> Option<Descriptor> {

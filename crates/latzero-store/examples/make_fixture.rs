@@ -100,6 +100,7 @@ fn changes() -> Vec<RowChange> {
                 idempotency_key: None,
                 frame: vec![0xff; 300],
                 expires: 4_000_000_000_000,
+                process: "work".into(),
             },
             ends_call: Some(2),
         },

@@ -304,6 +304,7 @@ mod tests {
                 idempotency_key: None,
                 frame: Vec::new(),
                 expires: 0,
+                process: "work".into(),
             },
             ends_call,
         }

@@ -448,6 +448,8 @@ pub struct AnswerRow {
     pub frame: Vec<u8>,
     /// When it is no longer kept, unix ms.
     pub expires: i64,
+    /// The trigger that was called; empty in rows of schemas before 5.
+    pub process: String,
 }
 
 impl Record for AnswerRow {
@@ -461,6 +463,7 @@ impl Record for AnswerRow {
         "idempotency_key",
         "frame",
         "expires",
+        "process",
     ];
 
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
@@ -472,6 +475,7 @@ impl Record for AnswerRow {
             idempotency_key: row.get(4)?,
             frame: row.get(5)?,
             expires: row.get(6)?,
+            process: row.get(7)?,
         })
     }
 
@@ -484,6 +488,7 @@ impl Record for AnswerRow {
             &self.idempotency_key,
             &self.frame,
             self.expires,
+            &self.process,
         ))
     }
 }

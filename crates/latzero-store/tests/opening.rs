@@ -256,6 +256,8 @@ fn databases_of_every_schema_open() {
             [1, 3]
         );
         assert_eq!(kept.answers.len(), 1);
+        let process = if version < 5 { "" } else { "work" };
+        assert_eq!(kept.answers[0].process, process);
         assert_eq!(kept.settings, [("node".to_owned(), "first".to_owned())]);
         opened.store.close().unwrap();
         contents(dir.path());

@@ -1046,6 +1046,7 @@ fn spoil(site: &Site) {
                 idempotency_key: None,
                 frame: vec![255; 4],
                 expires: i64::MAX,
+                process: "work".into(),
             },
             ends_call: None,
         },

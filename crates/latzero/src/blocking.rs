@@ -290,6 +290,9 @@ impl Call {
         /// If no handler can take the call now, the server keeps it on disk until one can; see
         /// [`crate::Call::park`].
         park();
+        /// As [`Call::park`], but the call goes to the disk even if a handler can take it at once;
+        /// see [`crate::Call::always_park`].
+        always_park();
         /// Gives the call to another handler if its handler's connection ends before it answered;
         /// see [`crate::Call::redeliver`].
         redeliver();

@@ -11,7 +11,7 @@ use latzero_crypto::events::Act;
 use latzero_crypto::meta::{CallMeta, LentBlock};
 use latzero_protocol::encode::append_str;
 use latzero_protocol::limits::{ID_BYTES_MAX, PARKED_TTL_MAX_MS, TTL_MAX_MS};
-use latzero_protocol::message::IDEMPOTENCY_KEY;
+use latzero_protocol::message::{IDEMPOTENCY_KEY, Park};
 use latzero_protocol::{Code, InstanceId, Ran};
 use serde::Deserialize;
 use serde_json::Value;
@@ -64,7 +64,7 @@ struct Route {
 /// What is asked for a call that may outlive an attempt at it.
 #[derive(Debug, Default)]
 struct ParkOptions {
-    park: bool,
+    park: Park,
     redeliver: bool,
     attempts: Option<u32>,
     idempotency_key: Option<String>,
@@ -75,7 +75,7 @@ impl ParkOptions {
     fn name(&self) -> Name<'_> {
         match &self.id {
             Some(id) => Name::Chosen(id),
-            None if self.park => Name::Durable,
+            None if self.park.is_allowed() => Name::Durable,
             None => Name::Slot,
         }
     }
@@ -331,7 +331,14 @@ impl Call {
     /// Fails with `storage` where the disk takes nothing, and `overloaded` where the server keeps
     /// too many already.
     pub fn park(mut self) -> Self {
-        self.unsent.lasting.park = true;
+        self.unsent.lasting.park = Park::IfNeeded;
+        self
+    }
+
+    /// As [`Call::park`], but the call goes to the server's disk even if a handler can take it at
+    /// once: from [`Call::send_parked`]'s result on, the caller may leave.
+    pub fn always_park(mut self) -> Self {
+        self.unsent.lasting.park = Park::Always;
         self
     }
 
@@ -410,7 +417,11 @@ impl Call {
     /// # }
     /// ```
     pub fn send_parked(self) -> Parking {
-        Parking(Outgoing::of_call(self.park(), None))
+        let call = match self.unsent.lasting.park {
+            Park::No => self.park(),
+            Park::IfNeeded | Park::Always => self,
+        };
+        Parking(Outgoing::of_call(call, None))
     }
 
     /// Sends the call; the future gives the answer as it came, with its headers.
@@ -488,8 +499,10 @@ impl Outgoing {
         let mut unsent = call.unsent;
         unsent.window = window;
         let lasting = &mut unsent.lasting;
-        if lasting.park {
-            unsent.message.json("park", b"true");
+        match lasting.park {
+            Park::No => {}
+            Park::IfNeeded => unsent.message.json("park", b"true"),
+            Park::Always => unsent.message.json("park", b"\"always\""),
         }
         if lasting.redeliver {
             unsent.message.json("redeliver", b"true");
@@ -508,7 +521,7 @@ impl Outgoing {
             unsent.header(IDEMPOTENCY_KEY, &key);
         }
         let ttl = u64::try_from(unsent.timeout.as_millis()).unwrap_or(u64::MAX);
-        let ttl_max = if unsent.lasting.park {
+        let ttl_max = if unsent.lasting.park.is_allowed() {
             PARKED_TTL_MAX_MS
         } else {
             TTL_MAX_MS
@@ -686,7 +699,7 @@ pub(crate) fn open_reply(sealed: &SealedCall, reply: Result<Reply, Error>) -> Re
 
 /// Whether a call may outlive what its window of time is: its envelope says when it expires.
 fn lasting_kind(lasting: &ParkOptions) -> bool {
-    lasting.park || lasting.redeliver
+    lasting.park.is_allowed() || lasting.redeliver
 }
 
 impl Drop for Outgoing {

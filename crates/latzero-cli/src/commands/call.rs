@@ -90,7 +90,12 @@ pub(crate) fn run(args: &CallArgs, output: &Output) -> CommandResult {
     if args.park {
         let call = connection.app.as_async().call(&target.trigger, &data);
         let call = call.timeout(args.ttl.or(args.timeout).unwrap_or(TTL));
-        let parking = with_flags!(call, args, &pool).send_parked();
+        let call = with_flags!(call, args, &pool);
+        // A caller that leaves needs it on disk even if a handler could take it at once.
+        let parking = match args.no_wait {
+            true => call.always_park().send_parked(),
+            false => call.send_parked(),
+        };
         let parked = block_on(parking).map_err(explained)?;
         return match args.no_wait {
             true => leave(parked, &connection, args, output),

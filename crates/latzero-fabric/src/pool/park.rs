@@ -28,6 +28,7 @@ use super::answer::Answered;
 use super::calls::Call;
 use super::ending::EndReason;
 use super::repeats::{scoped, scoped_key};
+use super::routing::id_in_use;
 use super::{CallError, MemberKey, NOBODY, Pool};
 use crate::driver::{Driver, Peer};
 use crate::ledger::{Account, Full, Reservation, Resource};
@@ -87,6 +88,8 @@ impl HeldCall {
 enum State {
     /// It waits for a handler.
     Waiting(Box<DurableCall>),
+    /// It waits for the answer of the call that it repeats.
+    Following(Box<DurableCall>),
     /// It pauses before it waits for a handler again: the last one died.
     Paused(Box<DurableCall>, Time),
     /// A handler has it.
@@ -136,9 +139,10 @@ impl Parked {
 
     fn lasting(&self) -> Option<&DurableCall> {
         match &self.state {
-            State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
-                Some(lasting)
-            }
+            State::Waiting(lasting)
+            | State::Following(lasting)
+            | State::Paused(lasting, _)
+            | State::Dead(lasting) => Some(lasting),
             State::Given(_) => None,
         }
     }
@@ -146,13 +150,25 @@ impl Parked {
     /// Takes the call out, to enter another state.
     fn dequeue(&mut self) -> Option<Box<DurableCall>> {
         match std::mem::replace(&mut self.state, State::Given(NO_CALL)) {
-            State::Waiting(lasting) | State::Paused(lasting, _) | State::Dead(lasting) => {
-                Some(lasting)
-            }
+            State::Waiting(lasting)
+            | State::Following(lasting)
+            | State::Paused(lasting, _)
+            | State::Dead(lasting) => Some(lasting),
             State::Given(key) => {
                 self.state = State::Given(key);
                 None
             }
+        }
+    }
+
+    fn is_following(&self) -> bool {
+        matches!(self.state, State::Following(_))
+    }
+
+    /// A call that waited for a handler waits for the answer of another one.
+    fn follow(&mut self) {
+        if let Some(lasting) = self.dequeue() {
+            self.state = State::Following(lasting);
         }
     }
 
@@ -167,7 +183,7 @@ impl Parked {
     /// Whether a handler may have run it: it was delivered, or an earlier run of the server may
     /// have died before it stored that.
     fn ran(&self) -> Ran {
-        if self.attempt == 0 && self.from != NOBODY {
+        if self.attempt == 0 && self.from != NOBODY && !self.is_following() {
             Ran::No
         } else {
             Ran::Unknown
@@ -220,6 +236,8 @@ pub(super) struct ParkedCalls {
     calls: BTreeMap<u64, Parked>,
     /// Calls that wait for a handler, by trigger.
     lines: HashMap<TriggerName, Lines>,
+    /// How many wait for the answers of others.
+    following: usize,
     /// When pauses end.
     pauses: BTreeSet<(Time, u64)>,
     /// Dead calls, the oldest first.
@@ -321,6 +339,7 @@ impl ParkedCalls {
             State::Dead(_) => {
                 self.dead.insert((parked.deadline, number));
             }
+            State::Following(_) => self.following += 1,
             State::Given(_) => {}
         }
     }
@@ -341,6 +360,7 @@ impl ParkedCalls {
             State::Dead(_) => {
                 self.dead.remove(&(parked.deadline, number));
             }
+            State::Following(_) => self.following -= 1,
             State::Given(_) => {}
         }
     }
@@ -368,6 +388,8 @@ impl ParkedCalls {
         self.answers.check();
         let waiting: usize = self.lines.values().map(Lines::len).sum();
         assert_eq!(waiting, count(|state| matches!(state, State::Waiting(_))));
+        let following = count(|state| matches!(state, State::Following(_)));
+        assert_eq!(self.following, following);
         let paused = count(|state| matches!(state, State::Paused(..)));
         assert_eq!(self.pauses.len(), paused);
         assert_eq!(
@@ -406,6 +428,11 @@ impl<D: Driver> Pool<D> {
         }
         let member = self.members.at(caller).expect("its caller found it");
         let (app, instance) = (&member.app, member.instance);
+        if let Some(id) = &trigger.id
+            && (self.parked.uses(app, id) || self.calls.find(caller, id).is_some())
+        {
+            return Err(id_in_use(id).into());
+        }
         let deadline = now.after_ms(trigger.ttl_ms);
         let account = Arc::clone(member.peer.link().account());
         let held = HeldCall::new(&account, durable::bytes(trigger)).map_err(Refusal::from)?;
@@ -442,6 +469,37 @@ impl<D: Driver> Pool<D> {
         Ok(number)
     }
 
+    /// Parks a repeat of a call that is under way: it gets the same answer.
+    pub(super) fn park_repeat(
+        &mut self,
+        caller: MemberKey,
+        trigger: &Trigger<'_>,
+        key: &str,
+        turn: &mut Turn<'_, D>,
+    ) -> Result<u64, CallError> {
+        let member = self.members.at(caller).expect("its caller found it");
+        let (app, peer) = (member.app.clone(), member.peer.clone());
+        let number = self.park(caller, trigger, Some(&peer), turn)?;
+        self.parked.change(number, Parked::follow);
+        if let Some(Ok(followers)) = self.repeats.followers(&app, key) {
+            followers.push(number);
+        }
+        Ok(number)
+    }
+
+    /// Promises a caller that came back that its parked call is on disk.
+    pub(super) fn promise_parked(
+        &mut self,
+        number: u64,
+        promise: &D::Peer,
+        turn: &mut Turn<'_, D>,
+    ) {
+        if let Some(parked) = self.parked.calls.get(&number) {
+            // It changes nothing, and follows what was written of the call before.
+            turn.store(StoreChange::Attempt(number, parked.attempt), Some(promise));
+        }
+    }
+
     /// Whether a parked call waits still, or its handler has it.
     #[must_use]
     pub fn is_parked(&self, number: u64) -> bool {
@@ -454,12 +512,21 @@ impl<D: Driver> Pool<D> {
         if parked.is_none_or(|parked| parked.attempt > 0) {
             return false;
         }
-        if let Some(parked) = self.forget_parked(number, turn)
-            && let Some(key) = &parked.idempotency_key
-        {
-            self.repeats_dropped(&parked.caller, key, turn);
+        if let Some(parked) = self.forget_parked(number, turn) {
+            self.drop_key(number, &parked, turn);
         }
         true
+    }
+
+    /// A parked call ended without an answer from its handler: so do those that repeat it.
+    fn drop_key(&mut self, number: u64, parked: &Parked, turn: &mut Turn<'_, D>) {
+        match &parked.idempotency_key {
+            Some(key) if parked.is_following() => {
+                self.repeats.unfollow(&parked.caller, key, number);
+            }
+            Some(key) => self.repeats_dropped(&parked.caller, key, turn),
+            None => {}
+        }
     }
 
     /// Restores a parked call of an earlier run; false if the stored row is invalid.
@@ -510,7 +577,7 @@ impl<D: Driver> Pool<D> {
             .idempotency_key
             .as_deref()
             .map(|key| scoped(&row.process, row.destination.as_deref(), key));
-        let parked = Parked {
+        let mut parked = Parked {
             process,
             destination,
             caller: row.caller.clone(),
@@ -536,10 +603,25 @@ impl<D: Driver> Pool<D> {
                 None => State::Waiting(lasting),
             },
         };
-        if let Some(key) = &parked.idempotency_key {
-            self.repeats.restore(&row.caller, key, account);
+        let answer = parked.idempotency_key.as_deref();
+        let answer = answer.and_then(|key| self.repeats.answer(&row.caller, key).cloned());
+        if answer.is_none()
+            && let Some(key) = &parked.idempotency_key
+        {
+            match self.repeats.followers(&row.caller, key) {
+                Some(followers) => {
+                    if let Ok(followers) = followers {
+                        followers.push(row.number);
+                    }
+                    parked.follow();
+                }
+                None => self.repeats.restore(&row.caller, key, account),
+            }
         }
         self.parked.insert(row.number, parked);
+        if let Some(answer) = answer {
+            self.finish_parked(row.number, (answer, true), turn);
+        }
         true
     }
 
@@ -574,7 +656,7 @@ impl<D: Driver> Pool<D> {
         match parked.state {
             State::Given(key) => self.end(key, EndReason::Cancelled, turn),
             State::Dead(_) => self.bury(number, turn),
-            State::Waiting(_) | State::Paused(..) => {
+            State::Waiting(_) | State::Following(_) | State::Paused(..) => {
                 let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
                 let refusal = refusal.with_ran(parked.ran());
                 self.parked_refused(number, &refusal, turn);
@@ -603,7 +685,9 @@ impl<D: Driver> Pool<D> {
             match parked.state {
                 State::Given(key) => self.end(key, EndReason::TimedOut, turn),
                 State::Dead(_) => self.bury(number, turn),
-                State::Waiting(_) | State::Paused(..) => self.parked_too_late(number, turn),
+                State::Waiting(_) | State::Following(_) | State::Paused(..) => {
+                    self.parked_too_late(number, turn);
+                }
             }
         }
         self.end_pauses(turn);
@@ -614,7 +698,10 @@ impl<D: Driver> Pool<D> {
     /// Ends the parked calls of a removed pool; notifies callers that are connected.
     pub(super) fn close_parked(&mut self, turn: &mut Turn<'_, D>) {
         let refusal = Refusal::new(Code::NoPool, "the pool was removed while the call waited");
-        let numbers: Vec<u64> = self.parked.calls.keys().copied().collect();
+        let mut calls: Vec<_> = self.parked.calls.iter().collect();
+        // Repeats first: they hear of the pool's end, and not of the first call's.
+        calls.sort_by_key(|(_, parked)| !parked.is_following());
+        let numbers: Vec<u64> = calls.into_iter().map(|(number, _)| *number).collect();
         for number in numbers {
             if let Some(parked) = self.forget_parked(number, turn) {
                 if !parked.is_dead() {
@@ -622,9 +709,7 @@ impl<D: Driver> Pool<D> {
                     let whom = (&parked.caller, parked.from);
                     self.deliver_answer(whom, &parked.id, &answer, turn);
                 }
-                if let Some(key) = &parked.idempotency_key {
-                    self.repeats_dropped(&parked.caller, key, turn);
-                }
+                self.drop_key(number, &parked, turn);
                 turn.store(StoreChange::EndCall(number), None);
             }
         }

@@ -50,6 +50,14 @@ pub(super) fn scoped_key(trigger: &Trigger<'_>) -> Option<Box<str>> {
     Some(scoped(&trigger.process, destination, key))
 }
 
+fn check_waiting(count: usize) -> Result<(), Refusal> {
+    if count < WAITING_MAX {
+        return Ok(());
+    }
+    let message = format!("{WAITING_MAX} repeats of this call wait for its answer");
+    Err(Refusal::new(Code::Overloaded, message))
+}
+
 /// A member's place in an order, and the id of its repeat.
 type Waiter = ((u32, u32), Box<str>);
 
@@ -66,6 +74,8 @@ enum Repeat {
         waiting: Repeaters,
         /// Where the answer will count.
         account: Arc<Account>,
+        /// Repeats that are parked until then.
+        followers: Vec<u64>,
     },
     Answered {
         answer: Answered,
@@ -99,6 +109,8 @@ pub(super) enum Seen {
     First,
     /// Its answer comes, or came, with the first one's.
     Repeat,
+    /// It is the first one, which is parked under this number: its caller came back.
+    Itself(u64),
 }
 
 impl Repeats {
@@ -139,18 +151,23 @@ impl Repeats {
         Some(wait)
     }
 
-    /// Ends a call that is under way; returns who waits with it.
-    fn take_running(&mut self, known: &Known) -> Option<(Repeaters, Arc<Account>)> {
+    /// Ends a call that is under way; returns who waits with it, connected and parked.
+    fn take_running(&mut self, known: &Known) -> Option<(Repeaters, Vec<u64>, Arc<Account>)> {
         let Some(Repeat::Running { .. }) = self.known.get(known) else {
             return None;
         };
-        let Some(Repeat::Running { waiting, account }) = self.known.remove(known) else {
+        let Some(Repeat::Running {
+            waiting,
+            account,
+            followers,
+        }) = self.known.remove(known)
+        else {
             unreachable!("just seen");
         };
         for (member, id) in &waiting {
             self.forget_wait(&waiter(*member, id));
         }
-        Some((waiting, account))
+        Some((waiting, followers, account))
     }
 
     /// A member leaves: it waits for nothing any more.
@@ -175,8 +192,44 @@ impl Repeats {
     fn begin(&mut self, known: Known, account: &Arc<Account>) {
         let account = Arc::clone(account);
         let waiting = Vec::new();
-        self.known
-            .insert(known, Repeat::Running { waiting, account });
+        let followers = Vec::new();
+        let repeat = Repeat::Running {
+            waiting,
+            account,
+            followers,
+        };
+        self.known.insert(known, repeat);
+    }
+
+    /// The parked repeats of a call that is under way, and room for one more.
+    pub(super) fn followers(
+        &mut self,
+        caller: &AppId,
+        key: &str,
+    ) -> Option<Result<&mut Vec<u64>, Refusal>> {
+        let known = (caller.clone(), Box::from(key));
+        match self.known.get_mut(&known)? {
+            Repeat::Running {
+                waiting, followers, ..
+            } => Some(check_waiting(waiting.len() + followers.len()).map(|()| followers)),
+            Repeat::Answered { .. } => None,
+        }
+    }
+
+    /// A parked repeat waits no longer.
+    pub(super) fn unfollow(&mut self, caller: &AppId, key: &str, number: u64) {
+        let known = (caller.clone(), Box::from(key));
+        if let Some(Repeat::Running { followers, .. }) = self.known.get_mut(&known) {
+            followers.retain(|follower| *follower != number);
+        }
+    }
+
+    /// The answer that is kept for a key.
+    pub(super) fn answer(&self, caller: &AppId, key: &str) -> Option<&Answered> {
+        match self.known.get(&(caller.clone(), Box::from(key)))? {
+            Repeat::Answered { answer, .. } => Some(answer),
+            Repeat::Running { .. } => None,
+        }
     }
 
     /// As [`Repeats::restore`], of one that has its answer, which is sent next. False if there is
@@ -267,9 +320,9 @@ impl<D: Driver> Pool<D> {
             }
         }
         // The very call that is parked, said again by a caller that came back: it waits by itself.
-        let is_itself = id.is_some_and(|id| self.parked.find(&known.0, id).is_some());
+        let itself = id.and_then(|id| self.parked.find(&known.0, id));
         match self.repeats.known.get_mut(&known) {
-            Some(Repeat::Running { .. }) if is_itself => Ok(Seen::Repeat),
+            Some(Repeat::Running { .. }) if let Some(number) = itself => Ok(Seen::Itself(number)),
             None => {
                 let limits = &self.limits;
                 while self.repeats.known.len() >= limits.repeats_max {
@@ -284,11 +337,10 @@ impl<D: Driver> Pool<D> {
                 self.repeats.begin(known, &account);
                 Ok(Seen::First)
             }
-            Some(Repeat::Running { waiting, .. }) => {
-                if waiting.len() >= WAITING_MAX {
-                    let message = format!("{WAITING_MAX} repeats of this call wait for its answer");
-                    return Err(Refusal::new(Code::Overloaded, message));
-                }
+            Some(Repeat::Running {
+                waiting, followers, ..
+            }) => {
+                check_waiting(waiting.len() + followers.len())?;
                 let Some(id) = id else {
                     return Ok(Seen::Repeat);
                 };
@@ -334,7 +386,7 @@ impl<D: Driver> Pool<D> {
     ) {
         let now = turn.time();
         let known = (caller.clone(), Box::from(key));
-        let Some((waiting, account)) = self.repeats.take_running(&known) else {
+        let Some((waiting, followers, account)) = self.repeats.take_running(&known) else {
             return;
         };
         for (member, id) in waiting {
@@ -350,6 +402,9 @@ impl<D: Driver> Pool<D> {
                     encode::refusal(out, Some(&id), &refusal);
                 });
             }
+        }
+        for number in followers {
+            self.finish_parked(number, (answer.clone(), true), turn);
         }
         let bytes = answer.bytes();
         if bytes > self.limits.repeats_bytes_max {
@@ -386,7 +441,7 @@ impl<D: Driver> Pool<D> {
     /// a new call.
     pub(super) fn repeats_dropped(&mut self, caller: &AppId, key: &str, turn: &mut Turn<'_, D>) {
         let known = (caller.clone(), Box::from(key));
-        let Some((waiting, _)) = self.repeats.take_running(&known) else {
+        let Some((waiting, followers, _)) = self.repeats.take_running(&known) else {
             return;
         };
         let message =
@@ -398,6 +453,9 @@ impl<D: Driver> Pool<D> {
                     encode::refusal(out, Some(&id), &refusal);
                 });
             }
+        }
+        for number in followers {
+            self.parked_refused(number, &refusal, turn);
         }
     }
 

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use latzero_protocol::encode::{self, Attachments, Origin};
-use latzero_protocol::message::{Emit, Trigger};
+use latzero_protocol::message::{Emit, Park, Trigger};
 use latzero_protocol::{Body, Code, InstanceId, PoolName, Refusal, TriggerName};
 
 use super::calls::Call;
@@ -22,6 +22,18 @@ use crate::outbox::{Class, SHARE_BYTES, Sent, SharedBody};
 use crate::slab::Key;
 use crate::turn::Turn;
 
+/// Where a call is that was not refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Routed {
+    /// A handler has it, or it is a repeat whose answer comes with the first one's.
+    Begun,
+    /// It is parked under this number; the caller's reply waits for the disk.
+    Parked(u64),
+    /// It was parked under this number before its caller came back; the caller's reply waits for
+    /// the disk.
+    ParkedBefore(u64),
+}
+
 /// An emit as it is sent to all who take the same form.
 enum Encoded {
     /// In the pool's scratch buffer.
@@ -32,8 +44,7 @@ enum Encoded {
 }
 
 impl<D: Driver> Pool<D> {
-    /// Routes a call to one handler. If none is live and the call may wait, it is parked and its
-    /// number returned; the caller's reply waits for the disk.
+    /// Routes a call to one handler, or parks it.
     ///
     /// # Errors
     /// The refusal for the caller; nothing was sent.
@@ -42,7 +53,7 @@ impl<D: Driver> Pool<D> {
         caller: MemberKey,
         trigger: &Trigger<'_>,
         turn: &mut Turn<'_, D>,
-    ) -> Result<Option<u64>, CallError> {
+    ) -> Result<Routed, CallError> {
         let now = turn.time();
         let Some(member) = self.members.at(caller) else {
             return Err(not_member(&self.name).into());
@@ -57,10 +68,25 @@ impl<D: Driver> Pool<D> {
         };
         let app = member.app.clone();
         let deadline = now.after_ms(trigger.ttl_ms);
-        if let Seen::Repeat =
-            self.look_up_repeat(caller, (trigger.id.as_deref(), deadline), key, turn)?
+        let (peer, id) = (member.peer.clone(), trigger.id.as_deref());
+        let is_parked = id.is_some_and(|id| self.parked.find(&app, id).is_some());
+        if trigger.park.is_allowed()
+            && !is_parked
+            && let Some(room) = self.repeats.followers(&app, key)
         {
-            return Ok(None);
+            room?;
+            return self
+                .park_repeat(caller, trigger, key, turn)
+                .map(Routed::Parked);
+        }
+        match self.look_up_repeat(caller, (id, deadline), key, turn)? {
+            Seen::First => {}
+            Seen::Repeat => return Ok(Routed::Begun),
+            Seen::Itself(number) if trigger.park.is_allowed() => {
+                self.promise_parked(number, &peer, turn);
+                return Ok(Routed::ParkedBefore(number));
+            }
+            Seen::Itself(_) => return Ok(Routed::Begun),
         }
         let called = self.call_once(caller, trigger, turn);
         if called.is_err() {
@@ -74,7 +100,7 @@ impl<D: Driver> Pool<D> {
         caller: MemberKey,
         trigger: &Trigger<'_>,
         turn: &mut Turn<'_, D>,
-    ) -> Result<Option<u64>, CallError> {
+    ) -> Result<Routed, CallError> {
         let now = turn.time();
         if let (Some(id), Some(member)) = (&trigger.id, self.members.at(caller))
             && self.parked.uses(&member.app, id)
@@ -83,9 +109,9 @@ impl<D: Driver> Pool<D> {
         }
         let deadline = now.after_ms(trigger.ttl_ms);
         let from = Caller::Member(caller);
-        if !trigger.park && !trigger.redeliver {
+        if !trigger.park.is_allowed() && !trigger.redeliver {
             self.route(from, trigger, (deadline, None), turn)?;
-            return Ok(None);
+            return Ok(Routed::Begun);
         }
         let member = self.members.at(caller).expect("its caller found it");
         let (app, instance) = (&member.app.clone(), member.instance);
@@ -95,7 +121,11 @@ impl<D: Driver> Pool<D> {
         }
         // Those that wait already come first.
         let app_named = trigger.destination.as_ref().map(|d| &*d.app_id);
-        let must_wait = trigger.park && self.parked.waits_for(&trigger.process, app_named);
+        let must_wait = match trigger.park {
+            Park::No => false,
+            Park::IfNeeded => self.parked.waits_for(&trigger.process, app_named),
+            Park::Always => true,
+        };
         let attempt = trigger.redeliver.then_some(1);
         let held = if trigger.redeliver && !must_wait {
             let account = Arc::clone(member.peer.link().account());
@@ -117,7 +147,7 @@ impl<D: Driver> Pool<D> {
                     let lasting = DurableCall::new((app, instance), deadline, trigger, held);
                     call.lasting = Some(lasting);
                 }
-                Ok(None)
+                Ok(Routed::Begun)
             }
             Err(error) => {
                 // Nobody can take it now.
@@ -127,7 +157,7 @@ impl<D: Driver> Pool<D> {
                         matches!(refusal.code, Code::NoHandler | Code::Overloaded)
                     }
                 };
-                if !trigger.park || !may_wait {
+                if !trigger.park.is_allowed() || !may_wait {
                     return Err(error);
                 }
                 let peer = self.members.at(caller).expect("found above").peer.clone();
@@ -136,7 +166,7 @@ impl<D: Driver> Pool<D> {
                 {
                     self.parked.note_room(name);
                 }
-                Ok(Some(number))
+                Ok(Routed::Parked(number))
             }
         }
     }

@@ -5,7 +5,7 @@
 //! they are what makes room; so are questions and pings. What waits keeps its order and is counted
 //! before it is copied. The driver stops reading where [`Session::must_pause`] says so.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use hashbrown::HashMap;
 use latzero_protocol::frame::Frame;
@@ -41,6 +41,8 @@ pub struct DeferredFrame {
     json: Box<[u8]>,
     attachment: Option<Box<[u8]>>,
     came: Time,
+    /// When a call has waited for all of its ttl.
+    deadline: Option<Time>,
     _held: Reservation,
 }
 
@@ -50,6 +52,7 @@ pub(super) struct DeferredFrames {
     /// In the order in which they came.
     messages: BTreeMap<u64, DeferredFrame>,
     by_id: HashMap<Box<str>, u64>,
+    deadlines: BTreeSet<(Time, u64)>,
     next: u64,
     bytes: usize,
 }
@@ -60,6 +63,9 @@ impl DeferredFrames {
         self.bytes -= waiting.bytes();
         if let Some(id) = &waiting.id {
             self.by_id.remove(id);
+        }
+        if let Some(at) = waiting.deadline {
+            self.deadlines.remove(&(at, number));
         }
         Some(waiting)
     }
@@ -116,7 +122,7 @@ impl<D: Driver> Session<D> {
     fn reason(&self, request: &Request<'_>, turn: &Turn<'_, D>) -> Option<For> {
         let is_first = self.held.messages.is_empty();
         match request {
-            Request::Trigger(trigger) if trigger.park => {
+            Request::Trigger(trigger) if trigger.park.is_allowed() => {
                 (!is_first || self.is_disk_busy(turn)).then_some(For::Disk)
             }
             Request::Trigger(_) => (!is_first || self.is_full(turn)).then_some(For::Calls),
@@ -149,11 +155,13 @@ impl<D: Driver> Session<D> {
         let Some(why) = self.reason(request, turn) else {
             return Ok(false);
         };
-        // Calls alone are found by their ids again.
-        let named = match request {
-            Request::Trigger(trigger) => id.zip(self.membership(trigger.pool.as_deref()).ok()),
+        // Calls alone are found by their ids again, and expire.
+        let call = match request {
+            Request::Trigger(trigger) => Some(trigger),
             _ => None,
         };
+        let named = call.and_then(|call| id.zip(self.membership(call.pool.as_deref()).ok()));
+        let deadline = call.map(|call| turn.time().after_ms(call.ttl_ms));
         if let Some((id, m)) = named {
             let is_waiting = self.held.by_id.contains_key(id);
             if is_waiting || turn.with_pool(&m.pool, |pool, _| pool.has_call(m.member, id)) {
@@ -176,10 +184,35 @@ impl<D: Driver> Session<D> {
             json: frame.json.into(),
             attachment: frame.attachment.map(Into::into),
             came: turn.time(),
+            deadline,
             _held: held,
         };
+        if let Some(at) = deadline {
+            self.held.deadlines.insert((at, number));
+        }
         self.held.messages.insert(number, waiting);
         Ok(true)
+    }
+
+    /// When the driver should call [`Session::handle_timeout`], if nothing happens before.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.held.deadlines.first().map(|(at, _)| *at)
+    }
+
+    /// Ends the calls whose ttl ended while they waited here; true if there were any, and others
+    /// may go on ([`Session::resume`]).
+    pub fn handle_timeout(&mut self, turn: &mut Turn<'_, D>) -> bool {
+        let before = self.held.messages.len();
+        while let Some(&(at, number)) = self.held.deadlines.first() {
+            if at > turn.time() {
+                break;
+            }
+            let expired = self.held.remove(number);
+            let id = expired.and_then(|expired| expired.id);
+            self.refuse(id.as_deref(), &super::expired_here(), turn);
+        }
+        self.held.messages.len() < before
     }
 
     /// Handles deferred messages while there is room. The driver calls it if the core reports room

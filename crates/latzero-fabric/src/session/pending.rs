@@ -19,6 +19,8 @@ pub(super) enum Awaited<D: Driver> {
         id: Option<Box<str>>,
         pool: D::Pool,
         number: u64,
+        /// Whether it was parked for this reply, and not before.
+        is_new: bool,
     },
     /// A handshake, as it came; nothing more is read before it is answered.
     Handshake { json: Box<[u8]>, rehydrated: bool },
@@ -93,7 +95,12 @@ impl<D: Driver> Session<D> {
                     }
                 }
             }
-            Some(Awaited::Parked { id, pool, number }) => {
+            Some(Awaited::Parked {
+                id,
+                pool,
+                number,
+                is_new,
+            }) => {
                 match result {
                     Ok(()) => {
                         // If its answer came first, there is nothing to send.
@@ -102,6 +109,8 @@ impl<D: Driver> Session<D> {
                             self.send(Class::Control, 256, turn, |out| encode::parked(out, &id));
                         }
                     }
+                    // It waits for its answer all the same.
+                    Err(_) if !is_new => {}
                     Err(refusal) => {
                         if turn.with_pool(&pool, |pool, turn| pool.unpark(number, turn)) {
                             let message = format!("{}; the call was not parked", refusal.message);

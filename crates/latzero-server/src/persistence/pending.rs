@@ -4,22 +4,42 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
-use latzero_protocol::{Code, Refusal};
+use latzero_protocol::{Code, PoolName, Refusal};
 use latzero_store::{StoreError, Ticket};
 
 use crate::peer::Peer;
 use crate::shared::{Command, ServerState};
 
 /// A change that the store has not answered yet.
-struct PendingReply {
-    peer: Arc<Peer>,
-    /// Changes of the same connection that the store refused at once: their replies follow this
-    /// one.
-    behind: Vec<Refusal>,
+enum PendingReply {
+    Connection {
+        peer: Arc<Peer>,
+        /// Changes of the same connection that the store refused at once: their replies follow
+        /// this one.
+        behind: Vec<Refusal>,
+    },
+    /// The answer with this number, of this pool.
+    Answer(PoolName, u64),
 }
 
-/// A reply for a connection.
-pub(super) type StoreReply = (Arc<Peer>, Result<(), Refusal>);
+/// A reply for a connection, or for a pool.
+pub(super) enum StoreReply {
+    Connection(Arc<Peer>, Result<(), Refusal>),
+    Answer(PoolName, u64, bool),
+}
+
+impl StoreReply {
+    /// The loop that passes it on, of `count`, and how.
+    fn command(self, count: usize) -> (usize, Command) {
+        match self {
+            StoreReply::Connection(peer, result) => (peer.home, Command::Kept(peer, result)),
+            StoreReply::Answer(pool, number, is_on_disk) => {
+                let home = (number % count as u64) as usize;
+                (home, Command::AnswerStored(pool, number, is_on_disk))
+            }
+        }
+    }
+}
 
 /// The replies that wait for the store. Each connection gets its replies in order.
 #[derive(Default)]
@@ -27,7 +47,7 @@ pub(super) struct Line(HashMap<Ticket, PendingReply>);
 
 impl Line {
     pub(super) fn promise(&mut self, ticket: Ticket, peer: &Arc<Peer>) -> Option<Ticket> {
-        let promised = PendingReply {
+        let promised = PendingReply::Connection {
             peer: Arc::clone(peer),
             behind: Vec::new(),
         };
@@ -35,30 +55,45 @@ impl Line {
         Some(peer.last_promise.swap(ticket, Relaxed)).filter(|&before| before != 0)
     }
 
-    /// The store refused the change; `before` is the one before it.
+    pub(super) fn await_answer(&mut self, ticket: Ticket, (pool, number): (PoolName, u64)) {
+        self.0.insert(ticket, PendingReply::Answer(pool, number));
+    }
+
+    /// The store refused the change; `before` is the one before it of the same connection.
     pub(super) fn refused(
         &mut self,
         (ticket, before): (Ticket, Option<Ticket>),
         refusal: Refusal,
     ) -> Option<StoreReply> {
-        let PendingReply { peer, .. } = self.0.remove(&ticket)?;
+        let peer = match self.0.remove(&ticket)? {
+            PendingReply::Answer(pool, number) => {
+                return Some(StoreReply::Answer(pool, number, false));
+            }
+            PendingReply::Connection { peer, .. } => peer,
+        };
         peer.last_promise.store(before.unwrap_or(0), Relaxed);
         match before.and_then(|before| self.0.get_mut(&before)) {
-            Some(first) => {
-                first.behind.push(refusal);
+            Some(PendingReply::Connection { behind, .. }) => {
+                behind.push(refusal);
                 None
             }
-            None => Some((peer, Err(refusal))),
+            _ => Some(StoreReply::Connection(peer, Err(refusal))),
         }
     }
 
     fn done(&mut self, ticket: Ticket, result: Result<(), Refusal>, words: &mut Vec<StoreReply>) {
-        if let Some(PendingReply { peer, behind }) = self.0.remove(&ticket) {
-            words.push((Arc::clone(&peer), result));
-            let behind = behind
-                .into_iter()
-                .map(|refusal| (Arc::clone(&peer), Err(refusal)));
-            words.extend(behind);
+        match self.0.remove(&ticket) {
+            Some(PendingReply::Connection { peer, behind }) => {
+                words.push(StoreReply::Connection(Arc::clone(&peer), result));
+                let behind = behind
+                    .into_iter()
+                    .map(|refusal| StoreReply::Connection(Arc::clone(&peer), Err(refusal)));
+                words.extend(behind);
+            }
+            Some(PendingReply::Answer(pool, number)) => {
+                words.push(StoreReply::Answer(pool, number, result.is_ok()));
+            }
+            None => {}
         }
     }
 }
@@ -93,8 +128,9 @@ impl PendingReplies {
         };
         let mut commands_by_loop: Vec<Vec<Command>> = Vec::new();
         commands_by_loop.resize_with(shared.mailboxes.len(), Vec::new);
-        for (peer, result) in words {
-            commands_by_loop[peer.home].push(Command::Kept(peer, result));
+        for word in words {
+            let (home, command) = word.command(commands_by_loop.len());
+            commands_by_loop[home].push(command);
         }
         for (mailbox, commands) in shared.mailboxes.iter().zip(commands_by_loop) {
             mailbox.send_all(commands);
@@ -110,6 +146,16 @@ mod tests {
         Refusal::new(Code::Storage, "full")
     }
 
+    /// Whether the reply says that all went well, if it is for this connection.
+    fn of_connection(reply: &StoreReply, wanted: &Arc<Peer>) -> Option<bool> {
+        match reply {
+            StoreReply::Connection(peer, result) if Arc::ptr_eq(peer, wanted) => {
+                Some(result.is_ok())
+            }
+            _ => None,
+        }
+    }
+
     #[test]
     fn words_come_in_the_order_of_the_promises() {
         let mut line = Line::default();
@@ -120,7 +166,7 @@ mod tests {
         // Nothing is before it, so it is sent at once.
         let before = line.promise(1, &a);
         let word = line.refused((1, before), refusal()).unwrap();
-        assert!(Arc::ptr_eq(&word.0, &a) && word.1.is_err());
+        assert_eq!(of_connection(&word, &a), Some(false));
         // Its reply waits behind changes that are still being written, and so do later ones.
         assert_eq!(line.promise(2, &a), None);
         assert_eq!(line.promise(3, &b), None);
@@ -131,13 +177,12 @@ mod tests {
         }
         assert_eq!(line.promise(6, &a), Some(2));
         line.done(3, Ok(()), &mut words);
-        assert!(words.len() == 1 && Arc::ptr_eq(&words[0].0, &b));
+        assert!(words.len() == 1 && of_connection(&words[0], &b).is_some());
         words.clear();
         line.done(2, Ok(()), &mut words);
         line.done(6, Ok(()), &mut words);
-        assert!(words.iter().all(|(peer, _)| Arc::ptr_eq(peer, &a)));
-        let results: Vec<bool> = words.iter().map(|(_, result)| result.is_ok()).collect();
-        assert_eq!(results, [true, false, false, true]);
+        let results: Vec<_> = words.iter().map(|word| of_connection(word, &a)).collect();
+        assert_eq!(results, [true, false, false, true].map(Some));
         // Replies that were already sent delay nothing.
         let before = line.promise(7, &a);
         assert_eq!(before, Some(6));

@@ -88,6 +88,7 @@ pub(super) fn answer_of(row: latzero_store::AnswerRow) -> Result<AnswerRow, Refu
     Ok(AnswerRow {
         number: row.number,
         pool: PoolName::new(&row.pool)?,
+        process: row.process,
         caller: AppId::new(&row.caller)?,
         id: row.call_id,
         idempotency_key: row.idempotency_key,
@@ -181,6 +182,7 @@ pub(super) fn row(change: StoreChange) -> latzero_store::RowChange {
                 idempotency_key: row.idempotency_key,
                 frame: row.frame,
                 expires: time(row.expires),
+                process: row.process,
             },
         },
         StoreChange::EndAnswer(number) => Stored::RemoveAnswer { number },

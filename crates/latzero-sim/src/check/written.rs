@@ -302,7 +302,7 @@ impl Checker {
             }
         }
         // One that waited did not run.
-        if code == "cancelled"
+        if matches!(code, "cancelled" | "timeout")
             && json["error"]["ran"] == "no"
             && self.held.remove(&(to, id.clone()))
         {

@@ -133,6 +133,7 @@ pub(crate) fn answer(number: u64) -> AnswerRow {
         idempotency_key: None,
         frame: vec![1, 2, 3],
         expires: 10,
+        process: "work".into(),
     }
 }
 

@@ -5,6 +5,9 @@
 //! fit into an outbox delays those behind it. An answer is delivered once the kernel has taken it:
 //! until then an answer is on its way, and waits again if the connection ends. A server that dies
 //! before that has the call, or the answer, on disk.
+//!
+//! An end after which the call must not run again (cancelled, expired, attempts exhausted, or
+//! answered under an idempotency key) is sent only once it is on disk.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -31,8 +34,10 @@ use crate::turn::Turn;
 /// milliseconds.
 const ANSWER_AGAIN_MS: u64 = 1000;
 
-/// The receiver of a stored answer.
+/// The receiver of a stored answer, and what it called.
 pub(super) struct AnswerReceiver {
+    /// The trigger; empty if a version before schema 5 stored the answer.
+    pub(super) process: Box<str>,
     pub(super) caller: AppId,
     /// The calling instance, which gets the answer if it is still there.
     pub(super) from: MemberKey,
@@ -47,10 +52,20 @@ struct StoredAnswer {
     answer: Answered,
     held: HeldCall,
     expires: Time,
-    /// Whether it is on disk, in the place of its call.
-    is_row: bool,
+    row: AnswerRowState,
     /// In whose outbox it is.
     on_way: Option<MemberOrder>,
+}
+
+/// Where an answer is on disk, in the place of its call.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum AnswerRowState {
+    /// Nowhere: its call is there.
+    Absent,
+    /// The answer is sent once it is written.
+    Awaited,
+    /// It is written, or will be.
+    Stored,
 }
 
 /// A member's place in an order.
@@ -90,17 +105,18 @@ impl KeptAnswers {
         !self.by_id.is_empty() && self.by_id.contains_key(&(app.clone(), id.into()))
     }
 
-    /// The answers that wait for their callers, after a number, and whose they are.
-    pub(super) fn after(&self, number: u64) -> impl Iterator<Item = (u64, &AppId)> {
+    /// The answers that wait for their callers, after a number, whose they are, and the triggers.
+    pub(super) fn after(&self, number: u64) -> impl Iterator<Item = (u64, &AppId, &str)> {
         let later = self.answers.range(number.saturating_add(1)..);
-        later.map(|(number, kept)| (*number, &kept.whom.caller))
+        later.map(|(number, kept)| (*number, &kept.whom.caller, &*kept.whom.process))
     }
 
     /// An answer as a listing shows it.
     pub(super) fn describe(&self, number: u64) -> Option<serde_json::Value> {
         let kept = self.answers.get(&number)?;
         Some(serde_json::json!({
-            "number": number, "state": "answered", "app_id": kept.whom.caller,
+            "number": number, "state": "answered", "process": kept.whom.process,
+            "app_id": kept.whom.caller,
             "id": kept.whom.id, "status": kept.answer.status.as_str(),
             "bytes": kept.held.bytes.amount(),
         }))
@@ -259,6 +275,7 @@ impl<D: Driver> Pool<D> {
         turn.count_held(&self.name, self.number, 1);
         let kept = StoredAnswer {
             whom: AnswerReceiver {
+                process: row.process.as_str().into(),
                 caller: row.caller.clone(),
                 from: NOBODY,
                 id: row.id.as_str().into(),
@@ -267,7 +284,7 @@ impl<D: Driver> Pool<D> {
             held: HeldCall::restored(account, answer.bytes()),
             answer,
             expires,
-            is_row: true,
+            row: AnswerRowState::Stored,
             on_way: None,
         };
         if let Some(key) = &kept.key
@@ -302,7 +319,7 @@ impl<D: Driver> Pool<D> {
     }
 
     /// A parked call ended: notifies its caller, or stores the answer.
-    fn finish_parked(
+    pub(in crate::pool) fn finish_parked(
         &mut self,
         number: u64,
         (answer, is_answered): (Answered, bool),
@@ -311,79 +328,122 @@ impl<D: Driver> Pool<D> {
         let Some(parked) = self.parked.remove(number) else {
             return;
         };
-        match &parked.idempotency_key {
-            Some(key) if is_answered => {
+        if !is_answered {
+            self.drop_key(number, &parked, turn);
+        }
+        let key = parked.idempotency_key.filter(|_| is_answered);
+        if parked.id.is_empty() {
+            if let Some(key) = &key {
                 self.repeats_answered(&parked.caller, key, &answer, turn);
             }
-            Some(key) => self.repeats_dropped(&parked.caller, key, turn),
-            None => {}
-        }
-        if parked.id.is_empty() {
             turn.count_held(&self.name, self.number, -1);
             turn.store(StoreChange::EndCall(number), None);
             return;
         }
-        // A cancelled or expired call is never run again, even if the server dies before its caller
-        // knows; nor is a call that must run once.
-        let must_write = !is_answered || parked.idempotency_key.is_some();
+        let runs_once = !is_answered || key.is_some();
         let whom = AnswerReceiver {
+            process: parked.process.as_str().into(),
             caller: parked.caller,
             from: parked.from,
             id: parked.id,
         };
-        let held = parked.held;
-        self.store_answer(number, whom, parked.idempotency_key, (answer, held), turn);
-        if must_write {
-            self.write_answer(number, turn);
+        self.keep_answer(number, whom, key, (answer, parked.held), turn);
+        if runs_once {
+            self.write_awaited(number, turn);
+        } else {
+            self.pass_on(number, turn);
         }
     }
 
-    /// Sends an answer, and stores it until its caller has it. It takes over the call's
+    /// Keeps an answer until its caller has it; nothing is sent yet. It takes over the call's
     /// reservation.
-    pub(super) fn store_answer(
+    pub(super) fn keep_answer(
         &mut self,
         number: u64,
         whom: AnswerReceiver,
         key: Option<Box<str>>,
-        (mut answer, mut held): (Answered, HeldCall),
+        (answer, held): (Answered, HeldCall),
         turn: &mut Turn<'_, D>,
     ) {
-        let now = turn.time();
-        // Those that wait until there is room in the caller's outbox come first.
-        let is_behind = self.parked.answers.is_due_again(&whom.caller);
-        let delivery = if is_behind {
-            DeliveryState::NotNow
-        } else {
-            self.deliver_answer((&whom.caller, whom.from), &whom.id, &answer, turn)
-        };
-        if !matches!(delivery, DeliveryState::Yes(_))
-            && let Err(full) = held.bytes.resize(answer.bytes() as u64)
-        {
-            // Its caller at least learns that there was an answer.
-            let why = Refusal::from(full).message;
-            let message = format!("the answer could not be kept: {why}");
-            answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
-        }
-        held.bytes.force(answer.bytes() as u64);
-        let app = whom.caller.clone();
         let kept = StoredAnswer {
             whom,
             key,
             held,
             answer,
-            expires: now.after_ms(self.limits.answer_ttl_ms),
-            is_row: false,
+            expires: turn.time().after_ms(self.limits.answer_ttl_ms),
+            row: AnswerRowState::Absent,
             on_way: None,
         };
         self.parked.answers.insert(number, kept);
-        match delivery {
-            DeliveryState::Yes(member) => self.send_on_way(number, member, turn),
-            DeliveryState::NotNow if !is_behind => {
-                let again = now.after_ms(ANSWER_AGAIN_MS);
-                self.parked.answers.try_again(&app, Some(again));
-                self.write_answer(number, turn);
-            }
-            DeliveryState::NotNow | DeliveryState::Nobody => self.write_answer(number, turn),
+    }
+
+    /// Stores an answer, which is sent when it is on disk ([`Pool::answer_stored`]).
+    pub(super) fn write_awaited(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        self.note_full(number);
+        if let Some(row) = self.answer_row(number, AnswerRowState::Awaited, turn) {
+            turn.store_answer(row);
+        }
+    }
+
+    /// An answer whose row was awaited ([`crate::driver::Promise::Answer`]) is on disk, or can't
+    /// be stored now: it is sent, and written as soon as the disk accepts it.
+    pub fn answer_stored(&mut self, number: u64, is_on_disk: bool, turn: &mut Turn<'_, D>) {
+        let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
+            return;
+        };
+        if kept.row != AnswerRowState::Awaited {
+            return;
+        }
+        kept.row = if is_on_disk {
+            AnswerRowState::Stored
+        } else {
+            AnswerRowState::Absent
+        };
+        if let Some(key) = kept.key.clone() {
+            let (caller, answer) = (kept.whom.caller.clone(), kept.answer.clone());
+            self.repeats_answered(&caller, &key, &answer, turn);
+        }
+        self.write_answer(number, turn);
+        self.pass_on(number, turn);
+    }
+
+    /// Sends an answer that is new; what cannot be sent now is stored.
+    fn pass_on(&mut self, number: u64, turn: &mut Turn<'_, D>) {
+        let now = turn.time();
+        let kept = &self.parked.answers.answers[&number];
+        let app = kept.whom.caller.clone();
+        // Those that wait until there is room in the caller's outbox come first.
+        let is_behind = self.parked.answers.is_due_again(&app);
+        let delivery = if is_behind {
+            DeliveryState::NotNow
+        } else {
+            self.deliver_answer((&app, kept.whom.from), &kept.whom.id, &kept.answer, turn)
+        };
+        if let DeliveryState::Yes(member) = delivery {
+            let kept = self.parked.answers.answers.get_mut(&number);
+            let kept = kept.expect("it is kept until it has left");
+            kept.held.bytes.force(kept.answer.bytes() as u64);
+            return self.send_on_way(number, member, turn);
+        }
+        if delivery == DeliveryState::NotNow && !is_behind {
+            let again = now.after_ms(ANSWER_AGAIN_MS);
+            self.parked.answers.try_again(&app, Some(again));
+        }
+        self.note_full(number);
+        self.write_answer(number, turn);
+    }
+
+    /// An answer has to wait, and there may be no memory for it: its caller at least learns that
+    /// there was one.
+    fn note_full(&mut self, number: u64) {
+        let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
+            return;
+        };
+        if let Err(full) = kept.held.bytes.resize(kept.answer.bytes() as u64) {
+            let why = Refusal::from(full).message;
+            let message = format!("the answer could not be kept: {why}");
+            kept.answer = Answered::refused(&Refusal::new(Code::HandlerGone, message));
+            kept.held.bytes.force(kept.answer.bytes() as u64);
         }
     }
 
@@ -397,24 +457,35 @@ impl<D: Driver> Pool<D> {
 
     /// Stores an answer in place of its call, unless that was done before.
     fn write_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
-        let now = turn.time();
-        let Some(kept) = self.parked.answers.answers.get_mut(&number) else {
-            return;
-        };
-        if std::mem::replace(&mut kept.is_row, true) {
-            return;
+        if let Some(row) = self.answer_row(number, AnswerRowState::Stored, turn) {
+            turn.store(StoreChange::Answer(row), None);
         }
-        let left = u64::try_from(kept.expires.since(now).as_millis()).unwrap_or(u64::MAX);
-        let row = AnswerRow {
+    }
+
+    /// The row of an answer that has none, which is written next.
+    fn answer_row(
+        &mut self,
+        number: u64,
+        next: AnswerRowState,
+        turn: &mut Turn<'_, D>,
+    ) -> Option<Box<AnswerRow>> {
+        let kept = self.parked.answers.answers.get_mut(&number)?;
+        if kept.row != AnswerRowState::Absent {
+            return None;
+        }
+        kept.row = next;
+        let left = kept.expires.since(turn.time()).as_millis();
+        let left = u64::try_from(left).unwrap_or(u64::MAX);
+        Some(Box::new(AnswerRow {
             number,
             pool: self.name.clone(),
+            process: kept.whom.process.to_string(),
             caller: kept.whom.caller.clone(),
             id: kept.whom.id.to_string(),
             idempotency_key: kept.key.as_deref().map(Into::into),
             frame: kept.answer.frame(),
             expires: turn.steady_ms().saturating_add(left),
-        };
-        turn.store(StoreChange::Answer(Box::new(row)), None);
+        }))
     }
 
     /// An answer has left with everything that was appended before it ([`Effects::delivered`]).
@@ -527,6 +598,9 @@ impl<D: Driver> Pool<D> {
                 break;
             }
             let kept = &self.parked.answers.answers[&number];
+            if kept.row == AnswerRowState::Awaited {
+                continue;
+            }
             match self.deliver_answer((app, kept.whom.from), &kept.whom.id, &kept.answer, turn) {
                 DeliveryState::Yes(member) => self.send_on_way(number, member, turn),
                 DeliveryState::NotNow => {
@@ -555,12 +629,15 @@ impl<D: Driver> Pool<D> {
     pub(in crate::pool) fn drop_answer(&mut self, number: u64, turn: &mut Turn<'_, D>) {
         if let Some(kept) = self.parked.answers.remove(number) {
             turn.count_held(&self.name, self.number, -1);
-            let end = if kept.is_row {
-                StoreChange::EndAnswer(number)
-            } else {
-                StoreChange::EndCall(number)
-            };
-            turn.store(end, None);
+            if kept.row != AnswerRowState::Stored {
+                turn.store(StoreChange::EndCall(number), None);
+            }
+            if kept.row != AnswerRowState::Absent {
+                turn.store(StoreChange::EndAnswer(number), None);
+            }
+            if let (AnswerRowState::Awaited, Some(key)) = (kept.row, &kept.key) {
+                self.repeats_dropped(&kept.whom.caller, key, turn);
+            }
         }
     }
 }

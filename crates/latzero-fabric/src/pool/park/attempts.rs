@@ -128,7 +128,7 @@ impl<D: Driver> Pool<D> {
             destination: trigger.destination.clone(),
             key: trigger.key.clone(),
             window: None,
-            park: true,
+            park: trigger.park,
             redeliver: trigger.redeliver,
             attempts: trigger.attempts,
             idempotency_key: trigger.idempotency_key.clone(),
@@ -207,6 +207,7 @@ impl<D: Driver> Pool<D> {
         parked.state = State::Dead(lasting);
         turn.store(StoreChange::Call(Box::new(row)), None);
         let whom = AnswerReceiver {
+            process: parked.process.as_str().into(),
             caller: parked.caller.clone(),
             from: parked.from,
             id: parked.id.clone(),
@@ -216,7 +217,9 @@ impl<D: Driver> Pool<D> {
         if !whom.id.is_empty() {
             turn.count_held(&self.name, self.number, 1);
             let answer = super::Answered::refused(&refusal);
-            self.store_answer(turn.next_number(), whom, None, (answer, held), turn);
+            let number = turn.next_number();
+            self.keep_answer(number, whom, None, (answer, held), turn);
+            self.write_awaited(number, turn);
         }
         while self.parked.dead.len() > self.limits.dead_max {
             let (_, oldest) = *self.parked.dead.first().expect("there are too many");

@@ -55,7 +55,7 @@ impl DurableCall {
             attempts: trigger.attempts,
             window: trigger.window,
             redeliver: trigger.redeliver,
-            may_park: trigger.park,
+            may_park: trigger.park.is_allowed(),
             idempotency_key: scoped_key(trigger),
             number: None,
             held,
@@ -132,7 +132,7 @@ fn message(trigger: &Trigger<'_>) -> String {
     if trigger.attempts != ATTEMPTS_DEFAULT {
         out.extend_from_slice(format!(",\"attempts\":{}", trigger.attempts).as_bytes());
     }
-    if trigger.park {
+    if trigger.park.is_allowed() {
         out.extend_from_slice(b",\"park\":true");
     }
     out.push(b'}');

@@ -49,7 +49,7 @@ impl ParkedCounts {
 impl Parked {
     fn shown_state(&self) -> ParkedState {
         match self.state {
-            State::Waiting(_) => ParkedState::Waiting,
+            State::Waiting(_) | State::Following(_) => ParkedState::Waiting,
             State::Paused(..) => ParkedState::Paused,
             State::Given(_) => ParkedState::Running,
             State::Dead(_) => ParkedState::Dead,
@@ -60,7 +60,7 @@ impl Parked {
 impl ParkedCalls {
     pub(in crate::pool) fn counts(&self) -> ParkedCounts {
         let waiting: usize = self.lines.values().map(super::Lines::len).sum();
-        let waiting = waiting + self.pauses.len();
+        let waiting = waiting + self.following + self.pauses.len();
         let oldest = self.calls.values().find(|parked| !parked.is_dead());
         ParkedCounts {
             waiting,
@@ -103,11 +103,14 @@ impl<D: Driver> Pool<D> {
                 && (filter.process.as_ref()).is_none_or(|wanted| *wanted == parked.process)
         });
         let mut numbers: Vec<u64> = calls.map(|(number, _)| *number).take(limit).collect();
-        // The trigger of an answer is not known any more.
-        if filter.process.is_none() && is_state(ParkedState::Answered) {
+        if is_state(ParkedState::Answered) {
             let answers = self.parked.answers.after(after);
-            let answers = answers.filter(|(number, app)| is_number(number) && is_app(app));
-            numbers.extend(answers.map(|(number, _)| number).take(limit));
+            let answers = answers.filter(|(number, app, process)| {
+                is_number(number)
+                    && is_app(app)
+                    && (filter.process.as_ref()).is_none_or(|wanted| wanted.as_str() == *process)
+            });
+            numbers.extend(answers.map(|(number, ..)| number).take(limit));
             numbers.sort_unstable();
             numbers.truncate(limit);
         }
