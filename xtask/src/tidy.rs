@@ -18,14 +18,21 @@ const EDGES: &[(&str, &[&str])] = &[
             "latzero-protocol",
             "latzero-shm",
             "latzero-store",
+            "latzero-tls",
         ],
     ),
     ("latzero-crypto", &[]),
+    ("latzero-tls", &["latzero-crypto"]),
     ("latzero-shm", &[]),
     ("latzero-store", &[]),
     (
         "latzero",
-        &["latzero-crypto", "latzero-protocol", "latzero-shm"],
+        &[
+            "latzero-crypto",
+            "latzero-protocol",
+            "latzero-shm",
+            "latzero-tls",
+        ],
     ),
     (
         "latzero-cli",

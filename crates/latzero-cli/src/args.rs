@@ -166,6 +166,17 @@ Examples:
 
 Exit code 5 if the app has no such connection.")]
     Kick(KickArgs),
+    /// Trust the TLS server at a host from now on, once you have seen its pin
+    #[command(after_help = "\
+Examples:
+  latzero trust db.example               shows the pin of the server there, and asks
+  latzero trust db.example --pin PIN     trusts it if that is its pin
+  latzero trust --replace db.example     after its certificate was replaced on purpose
+
+Compare the pin with `latzero status` on the server's machine. Every command that connects to that
+host then uses TLS, and refuses any other server there. The file is
+~/.config/latzero/known_hosts.")]
+    Trust(TrustArgs),
     /// Back up the database and the persistent blocks
     #[command(
         args_conflicts_with_subcommands = true,
@@ -411,9 +422,18 @@ pub(crate) struct SettingsArgs {
     /// Join other servers in a cluster (not implemented yet)
     #[arg(long)]
     cluster: bool,
-    /// Use TLS on the TCP port (not implemented yet)
+    /// Use TLS on the TCP port
     #[arg(long)]
     tls: bool,
+    /// Certificate for TLS, in PEM form [default: one that the server makes]
+    #[arg(long, value_name = "FILE")]
+    tls_cert: Option<String>,
+    /// Private key of the certificate
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<String>,
+    /// Authorities whose certificates clients must show [default: none are asked for]
+    #[arg(long, value_name = "FILE")]
+    tls_client_ca: Option<String>,
     /// Listen beyond loopback although nothing that travels there is encrypted
     #[arg(long)]
     insecure: bool,
@@ -440,6 +460,9 @@ impl SettingsArgs {
             ("host", &self.host, "--host"),
             ("data_dir", &self.data_dir, "--data-dir"),
             ("socket", &self.socket, "--socket"),
+            ("tls_cert", &self.tls_cert, "--tls-cert"),
+            ("tls_key", &self.tls_key, "--tls-key"),
+            ("tls_client_ca", &self.tls_client_ca, "--tls-client-ca"),
             ("log_level", &self.log_level, "--log-level"),
             ("log_format", &self.log_format, "--log-format"),
         ];
@@ -516,6 +539,19 @@ pub(crate) enum ServiceCommand {
     Uninstall,
     /// Print the unit file that `install` writes
     Show(SettingsArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct TrustArgs {
+    /// The host, and its port if that is not 45227
+    #[arg(value_name = "HOST[:PORT]")]
+    pub(crate) host: String,
+    /// Do not ask: trust it if it has this pin
+    #[arg(long, value_name = "PIN")]
+    pub(crate) pin: Option<latzero::known_hosts::Pin>,
+    /// Replace what was trusted there before
+    #[arg(long)]
+    pub(crate) replace: bool,
 }
 
 #[derive(Args, Debug)]

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use latzero::{AppKey, Code, Error, HandshakeTimeout, Keys, Reconnect, blocking::App};
+use latzero::{AppKey, Code, Error, HandshakeTimeout, Keys, Reconnect, blocking::App, known_hosts};
 use latzero_server::address;
 use latzero_server::startup::lock;
 use serde_json::{Value, json};
@@ -25,10 +25,10 @@ use crate::parse::{self, shell};
 
 /// Where servers listen by default.
 const HOST_DEFAULT: &str = "127.0.0.1";
-const PORT_DEFAULT: u16 = 45227;
+pub(crate) const PORT_DEFAULT: u16 = 45227;
 
 /// How long connecting may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long requests may take that read or write whole files on the server's side.
 const FILE_REQUEST_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
@@ -73,6 +73,8 @@ enum Address {
     Url(String),
     Socket(PathBuf),
     Tcp(String, u16),
+    /// A TLS port, as a lock file says.
+    Tls(String, u16),
 }
 
 impl std::fmt::Display for Address {
@@ -82,6 +84,8 @@ impl std::fmt::Display for Address {
             Address::Socket(path) => write!(f, "unix:{}", path.display()),
             Address::Tcp(host, port) if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
             Address::Tcp(host, port) => write!(f, "tcp://{host}:{port}"),
+            Address::Tls(host, port) if host.contains(':') => write!(f, "tls://[{host}]:{port}"),
+            Address::Tls(host, port) => write!(f, "tls://{host}:{port}"),
         }
     }
 }
@@ -91,7 +95,7 @@ impl Address {
     /// comes.
     fn app_id(&self, app_id: &str) -> String {
         match (self, app_id.strip_prefix("cli-")) {
-            (Address::Tcp(..), Some(user)) => format!("tcp-cli-{user}"),
+            (Address::Tcp(..) | Address::Tls(..), Some(user)) => format!("tcp-cli-{user}"),
             _ => app_id.to_owned(),
         }
     }
@@ -100,10 +104,13 @@ impl Address {
         match self {
             Address::Url(url) => url.clone(),
             Address::Socket(path) => format!("latzero://{app_id}?socket={}", escape(path)),
-            Address::Tcp(host, port) if host.contains(':') => {
-                format!("latzero://{app_id}@[{host}]:{port}")
-            }
-            Address::Tcp(host, port) => format!("latzero://{app_id}@{host}:{port}"),
+            Address::Tls(host, port) => format!("{}?tls", tcp_url(app_id, host, *port)),
+            // Whoever is trusted there speaks TLS. A file that can't be read is no reason to speak
+            // in the clear: the client says then what is wrong with it.
+            Address::Tcp(host, port) => match known_hosts::find(host, *port) {
+                Ok(None) => tcp_url(app_id, host, *port),
+                Ok(Some(_)) | Err(_) => format!("{}?tls", tcp_url(app_id, host, *port)),
+            },
         }
     }
 
@@ -112,8 +119,15 @@ impl Address {
         match self {
             Address::Url(url) => !url.contains('@'),
             Address::Socket(_) => true,
-            Address::Tcp(..) => false,
+            Address::Tcp(..) | Address::Tls(..) => false,
         }
+    }
+}
+
+fn tcp_url(app_id: &str, host: &str, port: u16) -> String {
+    match host.contains(':') {
+        true => format!("latzero://{app_id}@[{host}]:{port}"),
+        false => format!("latzero://{app_id}@{host}:{port}"),
     }
 }
 
@@ -308,7 +322,11 @@ impl ServerArgs {
             // The server of the default directory listens elsewhere, so another one is meant.
             return Ok(vec![by_tcp]);
         }
-        if !places.contains(&by_tcp) {
+        let is_tls = |place: &Address| match (place, &by_tcp) {
+            (Address::Tls(host, port), Address::Tcp(h, p)) => (host, port) == (h, p),
+            _ => false,
+        };
+        if !places.contains(&by_tcp) && !places.iter().any(is_tls) {
             places.push(by_tcp);
         }
         Ok(places)
@@ -608,9 +626,10 @@ fn of_data_dir(dir: &Path) -> Vec<Address> {
         .collect();
     let recorded = lock::holder(&dir).and_then(|holder| holder.record);
     for address in recorded.into_iter().flat_map(|record| record.addresses) {
+        let tls = address.strip_prefix("tls://");
         let place = match (
             address.strip_prefix("unix:"),
-            address.strip_prefix("tcp://"),
+            address.strip_prefix("tcp://").or(tls),
         ) {
             (Some(path), _) => Some(Address::Socket(PathBuf::from(path))),
             (None, Some(tcp)) => tcp.rsplit_once(':').and_then(|(host, port)| {
@@ -618,7 +637,11 @@ fn of_data_dir(dir: &Path) -> Vec<Address> {
                     "0.0.0.0" | "::" => HOST_DEFAULT,
                     host => host,
                 };
-                Some(Address::Tcp(host.to_owned(), port.parse().ok()?))
+                let (host, port) = (host.to_owned(), port.parse().ok()?);
+                Some(match tls {
+                    None => Address::Tcp(host, port),
+                    Some(_) => Address::Tls(host, port),
+                })
             }),
             (None, None) => None,
         };

@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         Command::Logs(args) => commands::logs::run(&args, &output),
         Command::Service(args) => commands::service::run(&args, &output),
         Command::Kick(args) => commands::kick::run(&args, &output),
+        Command::Trust(args) => commands::trust::run(&args, &output),
         Command::Backup(args) => commands::backup::run(&args, &output),
         Command::Restore(args) => commands::restore::run(&args, &output),
         Command::Db(args) => commands::db::run(&args.command, &output),

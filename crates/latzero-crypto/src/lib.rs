@@ -96,7 +96,13 @@ fn expand_by(key: &hkdf::Hkdf<sha2::Sha256>, info: &[u8]) -> Secret {
     expanded.expect("32 bytes are within HKDF's limit")
 }
 
+/// SHA-256 of `bytes`.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+    backend::preferred().sha256(&[bytes])
+}
+
 /// SHA-256 of what was written.
 fn hash(bytes: &Bytes) -> [u8; 32] {
-    backend::preferred().sha256(&[bytes.as_slice()])
+    sha256(bytes.as_slice())
 }

@@ -103,6 +103,7 @@ impl<D: Driver> Session<D> {
             uid: terms.uid,
             is_own: terms.is_own,
             proved: None,
+            certified: None,
         };
         Session {
             peer,
@@ -116,6 +117,13 @@ impl<D: Driver> Session<D> {
             held: DeferredFrames::default(),
             is_over: false,
         }
+    }
+
+    /// The TLS handshake has ended, before anything was said: what binds proofs from now on, and
+    /// the AppIDs that the client's certificate names, where it had to show one.
+    pub fn secured(&mut self, binding: ChannelBinding, certified: Option<Vec<AppId>>) {
+        self.terms.binding = binding;
+        self.who.certified = certified;
     }
 
     /// Whether no input is accepted until [`Session::handle_stored`]: the handshake is being

@@ -81,6 +81,10 @@ pub(crate) struct Connection {
     inbox: Vec<u8>,
     /// What the inbox takes.
     inbound: Reservation,
+    /// What its TLS takes.
+    tls: Reservation,
+    /// Its session knows what TLS knows of it.
+    is_secured: bool,
     /// It was not read for want of so many bytes of memory.
     pub(crate) lacks: u64,
     /// It is in the loop's list of those to read.
@@ -145,9 +149,14 @@ impl Connection {
             user: account,
             max_frame_before_handshake: host.shared.settings().limits.max_frame_before_handshake,
         };
+        let is_secured = !socket.is_tls();
         let inbound = peer.link().account().hold(Resource::Inbound);
+        let mut tls = peer.link().account().hold(Resource::Inbound);
+        tls.force(socket.held());
         Connection {
             inbound,
+            tls,
+            is_secured,
             lacks: 0,
             is_queued: false,
             session: Session::new(Arc::clone(&peer), terms),
@@ -177,7 +186,28 @@ impl Connection {
         let turn = self.read_some(now, host, scratch, budget);
         // What was reserved for bytes that did not come is others' again.
         self.inbound.force(self.inbox.capacity() as u64);
-        turn
+        self.count_tls(turn)
+    }
+
+    /// Counts what TLS holds. One that is not even agreed on gets no more than there is.
+    fn count_tls(&mut self, turn: ReadOutcome) -> ReadOutcome {
+        let held = self.socket().held();
+        if held == 0 {
+            return turn;
+        }
+        if self.is_secured {
+            self.tls.force(held);
+            return turn;
+        }
+        match self.tls.resize(held) {
+            Ok(()) => turn,
+            Err(_) => ReadOutcome::Ended,
+        }
+    }
+
+    /// Whether TLS is still being agreed on.
+    pub(crate) fn is_handshaking(&self) -> bool {
+        !self.is_secured && self.socket().is_handshaking()
     }
 
     fn read_some(
@@ -204,11 +234,12 @@ impl Connection {
             // The rest of a large frame is read directly behind its start, not through the scratch
             // buffer.
             let is_large = self.inbox.len() >= LARGE_BYTES;
+            let is_in_place = is_large && self.socket().reads_in_place();
             let Some(room) = self.reserve(is_large, scratch.len(), host) else {
                 return ReadOutcome::Starved;
             };
             let scratch = &mut scratch[..room];
-            let read = if is_large {
+            let read = if is_in_place {
                 let mut inbox = std::mem::take(&mut self.inbox);
                 let read = self.socket().read_more(&mut inbox);
                 self.inbox = inbox;
@@ -225,12 +256,23 @@ impl Connection {
                     return ReadOutcome::Idle;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return self.end(host),
+                Err(error) => {
+                    if error.kind() == io::ErrorKind::InvalidData {
+                        tracing::debug!(%error, "a connection that is not TLS, or not acceptable");
+                    }
+                    return self.end(host);
+                }
             };
+            if !self.is_secured
+                && let Some((binding, certified)) = self.socket().secured()
+            {
+                self.is_secured = true;
+                self.session.secured(binding, certified);
+            }
             self.last_heard = now;
             self.pinged = None;
             host.traffic.bytes_in += n as u64;
-            let stop = if is_large {
+            let stop = if is_in_place {
                 self.run_inbox(host)
             } else if self.inbox.is_empty() {
                 let (used, stop) = self.run(&scratch[..n], host);
@@ -247,7 +289,7 @@ impl Connection {
             total += n;
             // A short read has emptied the socket (epoll(7)), unless an end is waiting behind the
             // data.
-            if n < scratch.len() && !self.is_ending {
+            if self.socket().is_drained(n, scratch.len()) && !self.is_ending {
                 return ReadOutcome::Idle;
             }
             if total >= budget || started.elapsed() >= TIME_BUDGET {
@@ -319,6 +361,9 @@ impl Connection {
         let mut inbound = self.peer.link().account().hold(Resource::Inbound);
         inbound.force(self.inbound.amount());
         self.inbound = inbound;
+        let mut tls = self.peer.link().account().hold(Resource::Inbound);
+        tls.force(self.tls.amount());
+        self.tls = tls;
     }
 
     /// What it holds on its way in and out, and when it last moved.
@@ -452,7 +497,7 @@ impl Connection {
 
     fn discard(&mut self, scratch: &mut [u8]) -> ReadOutcome {
         loop {
-            match self.socket().read(scratch) {
+            match self.socket().discard(scratch) {
                 Ok(0) => return ReadOutcome::Ended,
                 Ok(n) => {
                     let Phase::Closing { left, .. } = &mut self.phase else {

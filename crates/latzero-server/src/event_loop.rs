@@ -13,7 +13,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use latzero_fabric::ledger::{Account, Resource};
 use latzero_fabric::{Class, Flow, Time, ledger};
@@ -29,6 +29,7 @@ use crate::host::IoHost;
 use crate::listener::{Accepted, Listener, Origin, accept, count_out};
 use crate::peer::Peer;
 use crate::shared::{Command, ServerState};
+use crate::socket::Socket;
 use crate::startup::descriptors::{AcceptBackoff, SpareDescriptor};
 use crate::startup::systemd::Notifier;
 use crate::steps::Watch;
@@ -46,6 +47,10 @@ const READ_BYTES: usize = 256 * 1024;
 /// Connections accepted in one turn, so that a crowd does not delay established ones; and few
 /// enough that their handshakes are read before the limit is reached.
 const ACCEPTS_PER_TURN: usize = 16;
+
+/// Time of one turn that goes into agreeing on TLS with those who come; the rest of them waits for
+/// the next turn, behind the connections that are ready then.
+const HANDSHAKES_PER_TURN: Duration = Duration::from_micros(500);
 
 /// The clock's coarsest step where many connections are watched by time, in milliseconds.
 const LOOK_EVERY_MS: u64 = 100;
@@ -83,6 +88,8 @@ pub(crate) struct EventLoop {
     /// Connections that have more to read, or may be read again.
     ready: VecDeque<usize>,
     scratch: Vec<u8>,
+    /// Time of this turn that went into agreeing on TLS.
+    handshaking: Duration,
     look_at: Option<Time>,
     /// Connections of this loop to write to again, and when.
     crowded: Vec<Arc<Peer>>,
@@ -127,6 +134,7 @@ impl EventLoop {
             live: 0,
             ready: VecDeque::new(),
             scratch: vec![0; READ_BYTES],
+            handshaking: Duration::ZERO,
             look_at: None,
             crowded: Vec::new(),
             crowded_at: None,
@@ -180,6 +188,7 @@ impl EventLoop {
                 self.host.now = shared.clock.read();
             }
             let now = self.host.now.monotonic;
+            self.handshaking = Duration::ZERO;
             for event in &events {
                 self.handle_event(now, event);
             }
@@ -239,6 +248,9 @@ impl EventLoop {
                 && let Some(Some(connection)) = self.connections.get(slot)
             {
                 let peer = Arc::clone(&connection.peer);
+                if let Some(socket) = &peer.socket {
+                    socket.flush();
+                }
                 // A try that fails for descriptors that are on their way makes the kernel say
                 // "writable" at once: those go by the clock.
                 if !self.crowded.iter().any(|known| Arc::ptr_eq(known, &peer)) {
@@ -413,7 +425,7 @@ impl EventLoop {
         if let Err(error) =
             self.poll
                 .registry()
-                .register(&mut SourceFd(&fd), token, Interest::READABLE)
+                .register(&mut SourceFd(&fd), token, interest(&peer, false))
         {
             tracing::warn!(%error, "cannot watch a connection");
             self.free.push(slot);
@@ -469,11 +481,19 @@ impl EventLoop {
             self.connections[slot] = Some(connection);
             return;
         }
+        let is_handshaking = connection.is_handshaking();
+        if is_handshaking && self.handshaking >= HANDSHAKES_PER_TURN {
+            self.connections[slot] = Some(connection);
+            self.read_later(slot);
+            return;
+        }
+        let began = is_handshaking.then(Instant::now);
         let budget = self.read_budget();
         let turn = match connection.read(now, &mut self.host, &mut self.scratch, budget) {
             ReadOutcome::Idle if write_failed => ReadOutcome::Ended,
             turn => turn,
         };
+        self.handshaking += began.map_or(Duration::ZERO, |began| began.elapsed());
         // A handshake that is being written to the disk has come in full.
         let has_come = connection.session.is_ready() || connection.session.is_waiting();
         if connection.is_at_door && (has_come || turn == ReadOutcome::Ended) {
@@ -570,11 +590,8 @@ impl EventLoop {
         let Some(slot) = self.slot_of(peer) else {
             return;
         };
-        let interest = if peer.link().outbox.is_blocked() {
-            Interest::READABLE | Interest::WRITABLE
-        } else {
-            Interest::READABLE
-        };
+        let is_blocked = peer.link().outbox.is_blocked();
+        let interest = interest(peer, is_blocked);
         let token = Token(FIRST_CONNECTION + slot);
         if let Err(error) =
             self.poll
@@ -888,6 +905,16 @@ impl EventLoop {
             handover::send_rest(&mut self.host, &taker);
             self.close_peer(now, &taker);
         }
+    }
+}
+
+/// What a connection is watched for. TLS writes by itself too, and a TCP socket does not report
+/// "writable" unless it was full, so those are watched for it always.
+fn interest(peer: &Peer, is_blocked: bool) -> Interest {
+    let is_tls = peer.socket.as_ref().is_some_and(Socket::is_tls);
+    match is_blocked || is_tls {
+        true => Interest::READABLE | Interest::WRITABLE,
+        false => Interest::READABLE,
     }
 }
 

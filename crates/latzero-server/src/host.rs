@@ -175,6 +175,7 @@ impl IoHost {
             "addresses": self.shared.identity.addresses,
             "data_dir": self.shared.identity.data_dir,
             "draining": self.shared.is_draining.load(Relaxed),
+            "pin": self.shared.tls.as_ref().map(|tls| tls.pin().to_string()),
             "io_threads": self.shared.mailboxes.len(),
             "log_lines_lost": (self.shared.log_lines_lost)(),
         });

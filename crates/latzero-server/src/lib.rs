@@ -33,6 +33,7 @@ pub mod startup;
 mod stats;
 mod steps;
 mod timers;
+mod tls;
 mod utc;
 mod watch;
 

@@ -15,6 +15,7 @@ use crate::peer::Peer;
 use crate::shared::ServerState;
 use crate::socket::{Socket, User};
 use crate::startup::descriptors::SpareDescriptor;
+use crate::tls::Tls;
 
 /// A listening socket.
 #[derive(Debug)]
@@ -31,11 +32,12 @@ impl Listener {
         }
     }
 
-    fn accept(&self) -> io::Result<Socket> {
+    fn accept(&self, tls: Option<&Tls>) -> io::Result<Socket> {
         match self {
-            Listener::Tcp(listener) => listener
-                .accept()
-                .and_then(|(stream, _)| Socket::tcp(stream)),
+            Listener::Tcp(listener) => listener.accept().and_then(|(stream, _)| match tls {
+                None => Socket::tcp(stream),
+                Some(tls) => Socket::tls(stream, &tls.acceptor()),
+            }),
             Listener::Unix(listener) => listener
                 .accept()
                 .and_then(|(stream, _)| Socket::unix(stream)),
@@ -169,7 +171,7 @@ pub(crate) fn accept(
     spare: &mut SpareDescriptor,
     shared: &ServerState,
 ) -> Accepted {
-    let socket = match listener.accept() {
+    let socket = match listener.accept(shared.tls.as_ref()) {
         Ok(socket) => socket,
         Err(error) => return failed(listener, spare, shared, error),
     };
@@ -215,7 +217,7 @@ fn failed(
         Some(code) if too_many.contains(&code) => {
             // Without a descriptor the peer could not even be sent away, and the listener would
             // stay ready for ever.
-            let sent_away = spare.lend(|| listener.accept().map(drop));
+            let sent_away = spare.lend(|| listener.accept(None).map(drop));
             if sent_away.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
                 // accept(2) looks for a descriptor before it looks for who waits.
                 return Accepted::Nobody;

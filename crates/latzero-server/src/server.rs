@@ -24,6 +24,7 @@ use crate::startup::lock::InstanceLock;
 use crate::startup::sockets::SocketFile;
 use crate::startup::systemd::{Activation, Notifier, watchdog_interval};
 use crate::startup::{StartupError, prepare};
+use crate::tls::Tls;
 use crate::watch::Watch;
 
 /// How often to tell how far the blocks are on their way to the disk.
@@ -143,10 +144,11 @@ impl Server {
             }
         };
 
+        let scheme = if settings.enable_tls { "tls" } else { "tcp" };
         let mut addresses: Vec<String> = started
             .tcp_addresses()
             .iter()
-            .map(|a| format!("tcp://{a}"))
+            .map(|a| format!("{scheme}://{a}"))
             .collect();
         addresses.extend(
             started
@@ -163,11 +165,9 @@ impl Server {
             addresses,
             data_dir: started.data_dir.path().display().to_string(),
         };
-        if started
-            .tcp_addresses()
-            .iter()
-            .any(|a| !a.ip().is_loopback())
-        {
+        let tls = Tls::load(&settings, started.data_dir.path())?;
+        let addresses = started.tcp_addresses();
+        if tls.is_none() && addresses.iter().any(|a| !a.ip().is_loopback()) {
             tracing::warn!(
                 "the server is reachable from other machines without TLS; anyone who connects \
                  can use any AppID"
@@ -188,6 +188,7 @@ impl Server {
         let shared = ServerState::new(Parts {
             identity,
             token: started.token,
+            tls,
             seed: seed(),
             reload: reload(origins, resolved, Arc::clone(&logs)),
             log_lines_lost: Box::new(move || {
@@ -233,7 +234,13 @@ impl Server {
         })
     }
 
-    /// Where the server listens: `tcp://HOST:PORT` and `unix:PATH`.
+    /// The pin that clients know the TLS port by, where there is one.
+    #[must_use]
+    pub fn pin(&self) -> Option<String> {
+        self.shared.tls.as_ref().map(|tls| tls.pin().to_string())
+    }
+
+    /// Where the server listens: `tcp://HOST:PORT`, or `tls://HOST:PORT`, and `unix:PATH`.
     #[must_use]
     pub fn addresses(&self) -> &[String] {
         &self.shared.identity.addresses
@@ -285,7 +292,8 @@ impl Server {
             tracing::warn!(%error, "cannot notify the service manager that the server is ready");
         }
         let version = env!("CARGO_PKG_VERSION");
-        tracing::info!(addresses = ?shared.identity.addresses, version, "ready");
+        let pin = shared.tls.as_ref().map(|tls| tls.pin().to_string());
+        tracing::info!(addresses = ?shared.identity.addresses, pin, version, "ready");
         let watch = Watch::begin(&shared, &self.lock)?;
         if self.takes_over {
             let shared = Arc::clone(&shared);
@@ -401,7 +409,13 @@ fn reload(origins: Origins, resolved: Resolved, logs: Arc<Logs>) -> Box<crate::s
         let mut current = current
             .lock()
             .expect("no panic happens while settings are read");
-        let (merged, done) = current.reload(&fresh);
+        let (merged, mut done) = current.reload(&fresh);
+        if let Some(tls) = &shared.tls {
+            // Before anything else is applied: where it fails, nothing has changed.
+            let dir = Path::new(&shared.identity.data_dir);
+            let pin = tls.reload(&merged.settings, dir);
+            done.pin = Some(pin.map_err(|error| error.to_string())?.to_string());
+        }
         logs.apply(&merged.settings);
         *shared
             .settings

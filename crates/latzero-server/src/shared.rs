@@ -29,6 +29,7 @@ use crate::socket::Socket;
 use crate::startup::token::AdminToken;
 use crate::stats::Stats;
 use crate::timers::Timers;
+use crate::tls::Tls;
 
 /// Something for a loop to do.
 pub(crate) enum Command {
@@ -194,6 +195,8 @@ pub(crate) struct ServerState {
     pub(crate) started: Time,
     pub(crate) identity: Identity,
     pub(crate) token: AdminToken,
+    /// The TCP port speaks TLS with it.
+    pub(crate) tls: Option<Tls>,
     /// Refused proofs by user.
     pub(crate) attempts: Mutex<Attempts>,
     pub(crate) mailboxes: Vec<Mailbox>,
@@ -217,6 +220,7 @@ pub(crate) struct Parts {
     pub(crate) settings: Settings,
     pub(crate) identity: Identity,
     pub(crate) token: AdminToken,
+    pub(crate) tls: Option<Tls>,
     pub(crate) seed: u64,
     pub(crate) blocks: Blocks,
     pub(crate) keeper: Persistence,
@@ -237,6 +241,7 @@ impl ServerState {
             settings,
             identity,
             token,
+            tls,
             seed,
             blocks,
             keeper,
@@ -290,6 +295,7 @@ impl ServerState {
             started,
             identity,
             token,
+            tls,
             attempts: Mutex::default(),
             mailboxes,
             builtin: Mutex::new(None),

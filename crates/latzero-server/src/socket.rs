@@ -1,6 +1,8 @@
 //! A connected TCP or Unix stream that any thread can write to without blocking.
 //!
-//! Everything specific to Unix sockets is in this file.
+//! Everything specific to Unix sockets is in this file; TLS is in [`tls`].
+
+mod tls;
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};
@@ -8,17 +10,23 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use latzero_crypto::proof::ChannelBinding;
 use latzero_fabric::Transport;
+use latzero_protocol::AppId;
+use latzero_tls::server::Acceptor;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+
+use tls::TlsSocket;
 
 /// A connected stream in non-blocking mode.
 #[derive(Debug)]
 pub(crate) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(Box<TlsSocket>),
 }
 
 /// More descriptors of this user are on their way than may be open at once (unix(7), ETOOMANYREFS):
@@ -98,6 +106,12 @@ impl Socket {
         Ok(Socket::Tcp(stream))
     }
 
+    pub(crate) fn tls(stream: TcpStream, acceptor: &Acceptor) -> io::Result<Socket> {
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        Ok(Socket::Tls(Box::new(TlsSocket::new(stream, acceptor)?)))
+    }
+
     pub(crate) fn unix(stream: UnixStream) -> io::Result<Socket> {
         stream.set_nonblocking(true)?;
         Ok(Socket::Unix(stream))
@@ -105,16 +119,15 @@ impl Socket {
 
     pub(crate) fn transport(&self) -> Transport {
         match self {
-            Socket::Tcp(_) => Transport::Tcp,
+            Socket::Tcp(_) | Socket::Tls(_) => Transport::Tcp,
             Socket::Unix(_) => Transport::Unix,
         }
     }
 
     pub(crate) fn user(&self) -> User {
         match self {
-            Socket::Tcp(stream) => stream
-                .peer_addr()
-                .map_or(User::Unknown, |a| User::at(a.ip())),
+            Socket::Tcp(stream) => user_of(stream),
+            Socket::Tls(socket) => user_of(socket.stream()),
             Socket::Unix(stream) => match credentials(stream) {
                 Ok((_, uid)) => User::Uid(uid),
                 Err(_) => User::Unknown,
@@ -125,6 +138,7 @@ impl Socket {
     pub(crate) fn raw_fd(&self) -> RawFd {
         match self {
             Socket::Tcp(stream) => stream.as_raw_fd(),
+            Socket::Tls(socket) => socket.stream().as_raw_fd(),
             Socket::Unix(stream) => stream.as_raw_fd(),
         }
     }
@@ -133,6 +147,7 @@ impl Socket {
     pub(crate) fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
             Socket::Tcp(stream) => (&*stream).read(buf),
+            Socket::Tls(socket) => socket.read(buf),
             Socket::Unix(stream) => (&*stream).read(buf),
         }
     }
@@ -146,11 +161,16 @@ impl Socket {
         most: usize,
     ) -> io::Result<usize> {
         match self {
-            Socket::Tcp(_) => self.read(buf),
+            Socket::Tcp(_) | Socket::Tls(_) => self.read(buf),
             Socket::Unix(stream) => {
                 latzero_shm::fds::try_recv_with_fds(stream, buf, descriptors, most)
             }
         }
+    }
+
+    /// Whether [`Socket::read_more`] can be used: records of TLS are decrypted elsewhere first.
+    pub(crate) fn reads_in_place(&self) -> bool {
+        !matches!(self, Socket::Tls(_))
     }
 
     /// Reads what is there behind what `buf` holds, as far as its capacity goes.
@@ -158,6 +178,7 @@ impl Socket {
         let room = rustix::buffer::spare_capacity(buf);
         let read = match self {
             Socket::Tcp(stream) => rustix::io::read(stream, room)?,
+            Socket::Tls(_) => unreachable!("the caller asks first"),
             Socket::Unix(stream) => rustix::io::read(stream, room)?,
         };
         Ok(read)
@@ -167,6 +188,7 @@ impl Socket {
     pub(crate) fn write(&self, buf: &[u8]) -> io::Result<usize> {
         match self {
             Socket::Tcp(stream) => (&*stream).write(buf),
+            Socket::Tls(socket) => socket.write(buf),
             Socket::Unix(stream) => (&*stream).write(buf),
         }
     }
@@ -176,7 +198,9 @@ impl Socket {
     pub(crate) fn write_with(&self, buf: &[u8], descriptors: &[Arc<OwnedFd>]) -> io::Result<usize> {
         match self {
             _ if descriptors.is_empty() => self.write(buf),
-            Socket::Tcp(_) => unreachable!("descriptors are only sent to who can take them"),
+            Socket::Tcp(_) | Socket::Tls(_) => {
+                unreachable!("descriptors are only sent to who can take them")
+            }
             Socket::Unix(stream) => {
                 let descriptors: Vec<_> = descriptors.iter().map(|d| d.as_fd()).collect();
                 latzero_shm::fds::send_with_fds(stream, buf, &descriptors).map_err(|error| {
@@ -195,19 +219,82 @@ impl Socket {
         let none = PollFlags::empty();
         let mut look = match self {
             Socket::Tcp(stream) => [PollFd::new(stream, none)],
+            Socket::Tls(socket) => [PollFd::new(socket.stream(), none)],
             Socket::Unix(stream) => [PollFd::new(stream, none)],
         };
         let now = Timespec::default();
         poll(&mut look, Some(&now)).is_ok() && look[0].revents().contains(PollFlags::HUP)
     }
 
+    /// Whether a read of `n` bytes, where `room` could have been read, has emptied the socket
+    /// (epoll(7)).
+    pub(crate) fn is_drained(&self, n: usize, room: usize) -> bool {
+        match self {
+            Socket::Tcp(_) | Socket::Unix(_) => n < room,
+            Socket::Tls(socket) => socket.is_drained(),
+        }
+    }
+
+    /// Reads what is there to throw it away, so it is not decrypted.
+    pub(crate) fn discard(&self, scratch: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(_) | Socket::Unix(_) => self.read(scratch),
+            Socket::Tls(socket) => socket.read_raw(scratch),
+        }
+    }
+
+    pub(crate) fn is_tls(&self) -> bool {
+        matches!(self, Socket::Tls(_))
+    }
+
+    /// Whether TLS is still being agreed on.
+    pub(crate) fn is_handshaking(&self) -> bool {
+        match self {
+            Socket::Tcp(_) | Socket::Unix(_) => false,
+            Socket::Tls(socket) => socket.is_handshaking(),
+        }
+    }
+
+    /// Writes what TLS itself has to say.
+    pub(crate) fn flush(&self) {
+        if let Socket::Tls(socket) = self {
+            socket.flush();
+        }
+    }
+
+    /// What it takes of the server's memory, in bytes.
+    pub(crate) fn held(&self) -> u64 {
+        match self {
+            Socket::Tcp(_) | Socket::Unix(_) => 0,
+            Socket::Tls(socket) => socket.held() as u64,
+        }
+    }
+
+    /// What TLS knows of the connection once its handshake has ended: what binds proofs, and which
+    /// AppIDs the client's certificate names, where it had to show one.
+    pub(crate) fn secured(&self) -> Option<(ChannelBinding, Option<Vec<AppId>>)> {
+        match self {
+            Socket::Tcp(_) | Socket::Unix(_) => None,
+            Socket::Tls(socket) => socket.secured(),
+        }
+    }
+
     pub(crate) fn shutdown(&self, how: Shutdown) {
         // An error means that the other end was quicker.
         let _ = match self {
             Socket::Tcp(stream) => stream.shutdown(how),
+            Socket::Tls(socket) => {
+                socket.finish();
+                socket.stream().shutdown(how)
+            }
             Socket::Unix(stream) => stream.shutdown(how),
         };
     }
+}
+
+fn user_of(stream: &TcpStream) -> User {
+    let address = stream.peer_addr();
+    address.map_or(User::Unknown, |address| User::at(address.ip()))
 }
 
 /// The process and the user at the other end of a Unix socket (unix(7), SO_PEERCRED). The pid is 0

@@ -97,6 +97,15 @@ pub enum StartupError {
         /// Who has it, as far as that is known.
         holder: Holder,
     },
+    /// A certificate was given without its key, or the other way round.
+    #[error(
+        "tls_cert and tls_key go together; set both, or neither for a certificate that the \
+             server makes for itself"
+    )]
+    HalfCertificate,
+    /// The certificate of the TLS port can't be used.
+    #[error("cannot use TLS: {0}")]
+    Certificate(String),
     /// The port is taken.
     #[error("{}", port_in_use(*port, host, listener.as_ref()))]
     PortInUse {
@@ -219,6 +228,8 @@ impl StartupError {
             | StartupError::SocketPathTaken { .. }
             | StartupError::BadToken { .. }
             | StartupError::BadActivation { .. }
+            | StartupError::HalfCertificate
+            | StartupError::Certificate(_)
             | StartupError::Store(_)
             | StartupError::TakeOver { .. }
             | StartupError::System { .. } => 1,
@@ -226,7 +237,7 @@ impl StartupError {
     }
 
     /// Tells a permission that is missing from everything else that may go wrong with a path.
-    fn of_io(action: &'static str, path: &Path, source: io::Error) -> StartupError {
+    pub(crate) fn of_io(action: &'static str, path: &Path, source: io::Error) -> StartupError {
         let path = path.to_owned();
         match source.kind() {
             io::ErrorKind::PermissionDenied => StartupError::PermissionDenied { path, action },

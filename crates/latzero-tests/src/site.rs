@@ -197,7 +197,7 @@ impl Site {
             Ok(line) if line.starts_with("latzero ready") => {
                 let tcp = line
                     .split_whitespace()
-                    .find_map(|word| word.strip_prefix("tcp://"))
+                    .find_map(|word| word.strip_prefix("tcp://").or(word.strip_prefix("tls://")))
                     .expect("the ready line names its address")
                     .to_owned();
                 Ok(Daemon {

@@ -17,6 +17,8 @@ use latzero_protocol::frame::Accept;
 use latzero_protocol::limits::{DEFAULT_PORT, FORWARD_SLACK, MAX_FRAME_DEFAULT};
 use latzero_protocol::{Code, Ran};
 use latzero_shm::fds;
+use latzero_tls::Pin;
+use rustix::event::PollFlags;
 use rustix::net::{
     RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, sendmsg, sockopt,
 };
@@ -27,6 +29,7 @@ use crate::error::Error;
 use crate::local;
 use crate::prove::{Talk, check_bound};
 use crate::sealed::SealedPool;
+use crate::tls::{Tls, wait};
 use crate::url::Endpoint;
 
 /// How long a thread waits in `recv` before it looks at its deadlines.
@@ -39,6 +42,7 @@ const DESCRIPTORS_MAX: usize = fds::DESCRIPTORS_MAX;
 #[derive(Debug)]
 pub(crate) struct Link {
     socket: OwnedFd,
+    tls: Option<Tls>,
     pub(crate) epoch: u32,
     /// What proofs on it are bound to.
     pub(crate) binding: ChannelBinding,
@@ -103,6 +107,9 @@ impl Link {
 
     /// Sends what the kernel takes at once.
     pub(crate) fn try_send(&self, bytes: &[u8]) -> rustix::io::Result<usize> {
+        if let Some(tls) = &self.tls {
+            return tls.send(self.as_fd(), bytes);
+        }
         rustix::io::retry_on_intr(|| {
             rustix::net::send(
                 &self.socket,
@@ -154,6 +161,9 @@ impl Link {
         descriptors: &mut Vec<OwnedFd>,
         flags: RecvFlags,
     ) -> io::Result<usize> {
+        if let Some(tls) = &self.tls {
+            return tls.recv(self.as_fd(), buf, flags);
+        }
         loop {
             let received = if !self.takes_descriptors {
                 rustix::net::recv(&self.socket, &mut *buf, flags)
@@ -171,8 +181,43 @@ impl Link {
         }
     }
 
+    /// Whether something has come that no poll of the socket reports, as it was read already.
+    pub(crate) fn has_buffered(&self) -> bool {
+        self.tls.as_ref().is_some_and(Tls::has_buffered)
+    }
+
+    /// Whether TLS has left something in the socket, as far as it knows.
+    pub(crate) fn may_have_more(&self) -> bool {
+        self.tls.as_ref().is_some_and(Tls::may_have_more)
+    }
+
+    pub(crate) fn is_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
+    /// Sends all of it, for a connection that nobody else uses yet.
+    pub(crate) fn send_all(&self, bytes: &[u8], deadline: Instant) -> io::Result<()> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match self.try_send(rest) {
+                Ok(n) => rest = &rest[n..],
+                Err(rustix::io::Errno::AGAIN) => wait(self.as_fd(), PollFlags::OUT, deadline)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// What a failed read was about, if that is known better than the error says.
+    pub(crate) fn explain(&self, error: &io::Error) -> Option<Error> {
+        self.tls.as_ref()?.refusal(error)
+    }
+
     /// Says that nothing more will be sent.
     pub(crate) fn finish_sending(&self) {
+        if let Some(tls) = &self.tls {
+            tls.finish(self.as_fd());
+        }
         // A socket that the peer closed is finished already.
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
     }
@@ -256,7 +301,7 @@ fn open(place: &Endpoint, timeout: Duration, has_keys: bool) -> Result<(OwnedFd,
             Ok(socket) => Ok((socket, true)),
             Err(e) => Err(unreachable(&path.display().to_string(), e)),
         },
-        Endpoint::Tcp(host, port) => by_tcp(host, *port),
+        Endpoint::Tcp(host, port) | Endpoint::Tls(host, port, _) => by_tcp(host, *port),
     }
 }
 
@@ -280,6 +325,13 @@ fn tcp(host: &str, port: u16, timeout: Duration) -> Result<OwnedFd, Error> {
     Err(unreachable(&place, last))
 }
 
+/// The pin of the server at `host`, as it shows it to anybody.
+pub(crate) fn look_at(host: &str, port: u16, timeout: Duration) -> Result<Pin, Error> {
+    let deadline = Instant::now() + timeout;
+    let socket = tcp(host, port, timeout)?;
+    Tls::look(socket.as_fd(), (host, port), deadline)
+}
+
 /// Connects and says the handshake; blocks for `config.connect_timeout` at most.
 pub(crate) fn connect(
     config: &Config,
@@ -295,7 +347,18 @@ pub(crate) fn connect(
             .with_ran(Ran::No)
             .with_source(e)
     };
-    let binding = if is_unix {
+    let tls = match &config.url.place {
+        Endpoint::Tls(host, port, options) => Some(Tls::connect(
+            socket.as_fd(),
+            (host, *port),
+            options,
+            deadline,
+        )?),
+        Endpoint::Local | Endpoint::Socket(_) | Endpoint::Tcp(..) => None,
+    };
+    let binding = if let Some(tls) = &tls {
+        tls.binding()?
+    } else if is_unix {
         let server = sockopt::socket_peercred(&socket).map_err(fault)?;
         ChannelBinding::Unix {
             uid: server.uid.as_raw(),
@@ -309,6 +372,7 @@ pub(crate) fn connect(
     }
     let mut link = Link {
         socket,
+        tls,
         binding,
         epoch,
         ack: Ack::default(),

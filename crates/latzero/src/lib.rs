@@ -63,6 +63,7 @@ mod events;
 mod handlers;
 mod inbound;
 mod keys;
+pub mod known_hosts;
 mod local;
 mod message;
 mod outbox;
@@ -75,7 +76,9 @@ mod request;
 mod sealed;
 mod stream;
 mod sync;
+
 pub mod testing;
+mod tls;
 mod url;
 
 pub use answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer, Answers};

@@ -10,7 +10,7 @@ use latzero_crypto::proof::{self, ChannelBinding, Exchange, Joining};
 use latzero_crypto::text;
 use latzero_protocol::frame::{self, Accept};
 use latzero_protocol::{Code, Ran};
-use rustix::net::{SendFlags, sockopt};
+use rustix::net::sockopt;
 use serde_json::{Value, json};
 
 use crate::connection::{HandshakeTimeout, Link};
@@ -59,6 +59,14 @@ impl<'a> Talk<'a> {
 
     /// What came and was not asked for: bytes, and descriptors.
     pub(crate) fn finish(mut self) -> (Vec<u8>, Vec<OwnedFd>) {
+        let mut chunk = [0; 4096];
+        while self.link.has_buffered() {
+            // What goes wrong goes wrong again when it is read the next time.
+            match self.link.try_recv(&mut chunk, &mut self.descriptors) {
+                Ok(n @ 1..) => self.buf.extend_from_slice(&chunk[..n]),
+                Ok(0) | Err(_) => break,
+            }
+        }
         self.early.append(&mut self.buf);
         (self.early, self.descriptors)
     }
@@ -66,14 +74,8 @@ impl<'a> Talk<'a> {
     pub(crate) fn say(&self, json: &str) -> Result<(), Error> {
         let mut out = Vec::new();
         frame::append(&mut out, |out| out.extend_from_slice(json.as_bytes()));
-        let mut rest = &out[..];
-        while !rest.is_empty() {
-            // A fresh socket has room for a handshake; a larger one waits in the kernel.
-            let sent = rustix::net::send(self.link.as_fd(), rest, SendFlags::NOSIGNAL);
-            let n = sent.map_err(|e| lost(format!("the handshake failed: {e}")).with_source(e))?;
-            rest = &rest[n..];
-        }
-        Ok(())
+        let sent = self.link.send_all(&out, self.deadline);
+        sent.map_err(|e| lost(format!("the handshake failed: {e}")).with_source(e))
     }
 
     /// The next message that `wanted` accepts; others wait for later reads.
@@ -83,6 +85,11 @@ impl<'a> Talk<'a> {
     ) -> Result<T, Error> {
         let mut chunk = [0; 4096];
         loop {
+            if latzero_tls::is_tls(&self.buf) {
+                let text = "the server speaks TLS there; run `latzero trust HOST:PORT`, and say \
+                            `?tls` in the address";
+                return Err(lost(text.into()));
+            }
             while let Some((frame, used)) =
                 frame::decode(&self.buf, self.accept).map_err(no_server)?
             {
@@ -113,7 +120,11 @@ impl<'a> Talk<'a> {
                 }
                 Ok(n) => self.buf.extend_from_slice(&chunk[..n]),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) => return Err(lost(format!("the handshake failed: {e}"))),
+                Err(e) => {
+                    let known = self.link.explain(&e);
+                    let other = || lost(format!("the handshake failed: {e}"));
+                    return Err(known.unwrap_or_else(other));
+                }
             }
         }
     }

@@ -122,6 +122,25 @@ impl Input {
         }
     }
 
+    /// Takes all that was read from the socket and decrypted: no poll would report it.
+    fn received_by_tls(&mut self, link: &Link, result: io::Result<usize>) -> Received {
+        let mut received = self.received(result);
+        while matches!(received, Received::Bytes { .. }) && link.has_buffered() {
+            self.make_room();
+            let more = link.try_recv(&mut self.buf[self.end..], &mut self.descriptors);
+            match self.received(more) {
+                Received::Nothing => break,
+                other => received = other,
+            }
+        }
+        match received {
+            Received::Bytes { .. } => Received::Bytes {
+                short: !link.may_have_more(),
+            },
+            other => other,
+        }
+    }
+
     /// Reads what is there.
     pub(crate) fn try_receive(&mut self) -> Received {
         if std::mem::take(&mut self.is_fresh) {
@@ -132,6 +151,10 @@ impl Input {
             return Received::Nothing;
         };
         let result = link.try_recv(&mut self.buf[self.end..], &mut self.descriptors);
+        if link.is_tls() {
+            let link = Arc::clone(link);
+            return self.received_by_tls(&link, result);
+        }
         self.received(result)
     }
 
@@ -145,6 +168,10 @@ impl Input {
             return Received::Nothing;
         };
         let result = link.recv(&mut self.buf[self.end..], &mut self.descriptors);
+        if link.is_tls() {
+            let link = Arc::clone(link);
+            return self.received_by_tls(&link, result);
+        }
         self.received(result)
     }
 

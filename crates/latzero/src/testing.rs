@@ -138,9 +138,10 @@ fn ready_line(stdout: std::process::ChildStdout) -> Result<(String, PathBuf), St
 }
 
 fn parse_ready(rest: &str) -> Option<(String, PathBuf)> {
-    let tcp = rest
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("tcp://"))?;
+    let tcp = rest.split_whitespace().find_map(|word| {
+        word.strip_prefix("tcp://")
+            .or_else(|| word.strip_prefix("tls://"))
+    })?;
     // A path may hold blanks; it runs to the next address or the end.
     let path = rest.split_once("unix:")?.1;
     let path = path.split(" tcp://").next()?.split(" pid=").next()?;

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use latzero_protocol::limits::DEFAULT_PORT;
 use latzero_protocol::{AppId, Code, PoolName};
+use latzero_tls::Pin;
 
 use crate::error::Error;
+use crate::tls::TlsOptions;
 
 /// Where the server is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +18,8 @@ pub(crate) enum Endpoint {
     Socket(PathBuf),
     /// A host and port.
     Tcp(String, u16),
+    /// A host and port, by TLS.
+    Tls(String, u16, TlsOptions),
 }
 
 /// A parsed address.
@@ -35,7 +39,8 @@ fn bad(url: &str, why: &str) -> Error {
     Error::new(
         Code::BadMessage,
         format!(
-            "the address '{url}' {why}; expected latzero://APP_ID[@HOST[:PORT]][?socket=PATH][&pool=NAME]"
+            "the address '{url}' {why}; expected latzero://APP_ID[@HOST[:PORT]][?socket=PATH][?tls]\
+             [&pool=NAME]"
         ),
     )
 }
@@ -63,6 +68,7 @@ impl Url {
         let app_id = AppId::new(app_id).map_err(name_error)?;
         let mut pools: Vec<PoolName> = Vec::new();
         let (mut keys, mut app_key, mut unbound) = (Vec::new(), None, false);
+        let (mut tls, mut options) = (false, TlsOptions::default());
         for pair in query
             .unwrap_or("")
             .split('&')
@@ -88,13 +94,20 @@ impl Url {
                 }
                 "socket" if value.is_empty() => return Err(bad(url, "names no socket path")),
                 "socket" => place = Endpoint::Socket(PathBuf::from(value)),
-                "tls" if value == "false" => {}
-                "tls" | "ca" | "fingerprint" => {
-                    return Err(bad(url, "asks for TLS, which is not in this build"));
+                "tls" if ["", "true"].contains(&value.as_str()) => tls = true,
+                "tls" if value == "false" => tls = false,
+                "tls" => return Err(bad(url, "has `tls` that is neither true nor false")),
+                "pin" => {
+                    let pin = value.parse::<Pin>();
+                    options.pin = Some(pin.map_err(|e| bad(url, &format!("has a bad pin: {e}")))?);
                 }
+                "ca" => options.ca = Some(PathBuf::from(value)),
+                "cert" => options.cert = Some(PathBuf::from(value)),
+                "key" => options.key = Some(PathBuf::from(value)),
                 other => return Err(bad(url, &format!("has an unknown option '{other}'"))),
             }
         }
+        place = with_tls(url, place, tls, options)?;
         Ok(Url {
             app_id,
             place,
@@ -103,6 +116,27 @@ impl Url {
             app_key,
             unbound,
         })
+    }
+}
+
+/// The place, by TLS if the address says so. A pin without `tls` would protect nothing.
+fn with_tls(url: &str, place: Endpoint, tls: bool, options: TlsOptions) -> Result<Endpoint, Error> {
+    if !tls && options != TlsOptions::default() {
+        return Err(bad(url, "has an option of TLS without `tls`"));
+    }
+    if options.pin.is_some() && options.ca.is_some() {
+        return Err(bad(
+            url,
+            "has both a pin and a ca; the pin alone would count",
+        ));
+    }
+    if options.cert.is_some() != options.key.is_some() {
+        return Err(bad(url, "has one of `cert` and `key`, which go together"));
+    }
+    match place {
+        Endpoint::Tcp(host, port) if tls => Ok(Endpoint::Tls(host, port, options)),
+        _ if tls => Err(bad(url, "asks for TLS and names no host")),
+        place => Ok(place),
     }
 }
 
@@ -203,7 +237,11 @@ mod tests {
             ("latzero://me@h:0", "port"),
             ("latzero://me@h:x", "port"),
             ("latzero://me@h?socket=/x", "both a host and a socket"),
-            ("latzero://me?tls=true", "TLS, which is not in this build"),
+            ("latzero://me?tls=true", "names no host"),
+            ("latzero://me@h?tls=maybe", "neither true nor false"),
+            ("latzero://me@h?ca=/x", "without `tls`"),
+            ("latzero://me@h?tls&pin=x", "43 characters"),
+            ("latzero://me@h?tls&cert=/x", "go together"),
             ("latzero://me?pol=a", "unknown option 'pol'"),
             ("latzero://me?pool=a%2", "two hex digits"),
             ("latzero://me?pool=a/b", "not a valid pool name"),

@@ -29,4 +29,5 @@ pub(crate) mod status;
 pub(crate) mod stop;
 mod store;
 mod trigger;
+pub(crate) mod trust;
 pub(crate) mod watch;

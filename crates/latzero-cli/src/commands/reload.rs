@@ -45,7 +45,11 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
     };
     let mut all = rows("applied", "in force", Tone::Good);
     all.extend(rows("needs_restart", "needs a restart", Tone::Warn));
+    if let Some(pin) = done["pin"].as_str() {
+        output.line(format_args!("certificate read again, pin {pin}"))?;
+    }
     match all.is_empty() {
+        true if done["pin"].is_string() => {}
         true => output.line("nothing changed")?,
         false => output.table(&["SETTING", "FROM", "TO", ""], &all)?,
     }

@@ -111,6 +111,7 @@ fn serve(args: &StartArgs, output: &Output) -> CommandResult {
     let ready = Ready {
         addresses: server.addresses(),
         data_dir: server.data_dir(),
+        pin: server.pin(),
         program: program(),
         home: environment.var("HOME").map(PathBuf::from),
     };
@@ -133,6 +134,8 @@ fn serve(args: &StartArgs, output: &Output) -> CommandResult {
 struct Ready<'a> {
     addresses: &'a [String],
     data_dir: &'a Path,
+    /// What clients know the TLS port by.
+    pin: Option<String>,
     program: String,
     home: Option<PathBuf>,
 }
@@ -141,11 +144,13 @@ impl Ready<'_> {
     /// Two lines: one for programs that wait for it, and one for people to try. The addresses end
     /// the first, the Unix socket last of all: paths may have blanks.
     fn text(&self) -> String {
+        let pin = self.pin.as_ref().map(|pin| format!("pin {pin} "));
         format!(
-            "latzero ready {} pid {} data {} {}\ntry: {}",
+            "latzero ready {} pid {} data {} {}{}\ntry: {}",
             env!("CARGO_PKG_VERSION"),
             std::process::id(),
             self.data_dir.display(),
+            pin.unwrap_or_default(),
             self.addresses.join(" "),
             self.try_line()
         )
@@ -158,6 +163,7 @@ impl Ready<'_> {
             "pid": std::process::id(),
             "data_dir": self.data_dir.display().to_string(),
             "addresses": self.addresses,
+            "pin": self.pin,
             "try": self.try_line(),
         })
     }
@@ -183,9 +189,11 @@ impl Ready<'_> {
     }
 
     fn tcp(&self) -> Option<(&str, &str)> {
-        self.addresses
-            .iter()
-            .find_map(|address| address.strip_prefix("tcp://")?.rsplit_once(':'))
+        self.addresses.iter().find_map(|address| {
+            let tcp = address.strip_prefix("tcp://");
+            tcp.or_else(|| address.strip_prefix("tls://"))?
+                .rsplit_once(':')
+        })
     }
 }
 
@@ -217,6 +225,7 @@ mod tests {
         let ready = Ready {
             addresses: &addresses,
             data_dir: Path::new(data_dir),
+            pin: None,
             program: "latzero".to_owned(),
             home: Some(home.into()),
         };

@@ -33,6 +33,7 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
             "uptime_ms": server["uptime_ms"],
             "addresses": server["addresses"],
             "data_dir": server["data_dir"],
+            "pin": server["pin"],
             "apps_live": apps["apps_live"],
             "apps_known": apps["apps_known"],
             "instances": apps["instances"],
@@ -101,6 +102,10 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
             .into(),
         ),
     ];
+    if let Some(pin) = server["pin"].as_str() {
+        // Behind the addresses, which it belongs to.
+        facts.insert(5, ("pin", pin.into()));
+    }
     let parked = &stats["parked"];
     if ["waiting", "running", "dead", "answered"]
         .iter()

@@ -24,6 +24,8 @@ pub struct Who {
     pub is_own: bool,
     /// The AppID whose key was proved, and the key.
     pub proved: Option<(AppId, [u8; 32])>,
+    /// The AppIDs that its TLS certificate names, where it has shown one: it may use no other.
+    pub certified: Option<Vec<AppId>>,
 }
 
 /// Whose an AppID is.
@@ -66,6 +68,7 @@ impl<D: Driver> Registry<D> {
             return Ok(());
         }
         check_name(app_id, who)?;
+        check_certificate(app_id, who)?;
         let key = self.key_of(app_id);
         match (key, who.proves(app_id)) {
             (Some(key), Some(proved)) if key == proved => return Ok(()),
@@ -98,6 +101,7 @@ impl<D: Driver> Registry<D> {
     /// # Errors
     /// `unauthenticated`, `quota`.
     pub fn check_new_key(&self, app_id: &AppId, who: &Who) -> Result<(), Refusal> {
+        check_certificate(app_id, who)?;
         let owner = self.bindings.get(app_id).and_then(|binding| binding.uid);
         let is_free = match owner {
             Some(owner) => who.uid == Some(owner),
@@ -259,6 +263,26 @@ fn check_name(app_id: &AppId, who: &Who) -> Result<(), Refusal> {
         }
         _ => Ok(()),
     }
+}
+
+/// A certificate says which AppIDs its holder may use.
+fn check_certificate(app_id: &AppId, who: &Who) -> Result<(), Refusal> {
+    let Some(certified) = &who.certified else {
+        return Ok(());
+    };
+    if certified.contains(app_id) {
+        return Ok(());
+    }
+    let names: Vec<&str> = certified.iter().map(AppId::as_str).collect();
+    let names = match names.is_empty() {
+        true => "no AppID".to_owned(),
+        false => names.join(", "),
+    };
+    let message = format!(
+        "your TLS certificate is for {names}, not for AppID '{app_id}'; use a certificate that \
+        names it as latzero://{app_id}"
+    );
+    Err(Refusal::new(Code::Forbidden, message))
 }
 
 /// The user for whose tools an AppID is: `cli-1000`, and `cli-1000-` with more behind it.

@@ -143,7 +143,7 @@ impl fmt::Display for SettingsError {
             Problem::Exposed { host } => write!(
                 f,
                 ": other machines reach `{host}`, and nothing that travels there is encrypted; \
-                 carry the port through a tunnel (docs/security.md), or say --insecure"
+                 use --tls (docs/security.md), or say --insecure"
             ),
             Problem::NotInThisBuild { key } => write!(
                 f,

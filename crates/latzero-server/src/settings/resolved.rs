@@ -72,6 +72,9 @@ pub struct Reload {
     pub applied: Vec<SettingChange>,
     /// Changed, but in force only after a restart.
     pub needs_restart: Vec<SettingChange>,
+    /// The pin of the TLS port's certificate, which was read again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pin: Option<String>,
 }
 
 impl Resolved {
@@ -124,8 +127,7 @@ impl Resolved {
             .iter()
             .zip(&self.entries)
             .filter(|(setting, entry)| {
-                ["enable_tls", "cluster_mode"].contains(&setting.name)
-                    && entry.value == Value::Bool(true)
+                setting.name == "cluster_mode" && entry.value == Value::Bool(true)
             })
             .map(|(setting, entry)| SettingsError {
                 source: entry.source.clone(),
@@ -134,7 +136,8 @@ impl Resolved {
             })
             .collect();
         let host = &self.settings.host;
-        if !self.settings.insecure && is_beyond_this_machine(host) {
+        let is_open = !self.settings.insecure && !self.settings.enable_tls;
+        if is_open && is_beyond_this_machine(host) {
             let of_host = SETTINGS.iter().zip(&self.entries);
             let mut of_host = of_host.filter(|(setting, _)| setting.name == "host");
             errors.extend(of_host.next().map(|(_, entry)| SettingsError {

@@ -135,8 +135,16 @@ settings! {
         Kind::Choice(&["error", "warn", "info", "debug", "trace"]), Live;
     /// Format of log lines: human, json, or auto (human on stderr, json in the file).
     log_format: LogFormat = "auto", Kind::Choice(&["auto", "human", "json"]), Restart;
-    /// Use TLS on the TCP port. Not implemented yet.
+    /// Use TLS on the TCP port, which then speaks nothing else. The Unix socket stays as it is.
     enable_tls: bool = "false", Kind::Bool, Restart;
+    /// Certificate of the TLS port, in PEM form, with the chain behind it. "auto" is one that the
+    /// server makes for itself at its first start, in config/tls.
+    tls_cert: PathBuf = "auto", Kind::Path, Live;
+    /// Private key of the certificate, in PEM form; "auto" goes with that of tls_cert.
+    tls_key: PathBuf = "auto", Kind::Path, Live;
+    /// Authorities, in PEM form, whose certificates clients must show; each names its AppIDs.
+    /// "off" asks for no certificate.
+    tls_client_ca: PathBuf = "off", Kind::Path, Live;
     /// Take proofs of administrators over plain TCP, where nothing binds them to the connection.
     admin_over_plain_tcp: bool = "false", Kind::Bool, Restart;
     /// Keep the admin token over starts; else each start writes a new one.

@@ -1,0 +1,103 @@
+//! TLS on a connection of the TCP port: the socket and the state of its records, behind one lock.
+//!
+//! The loop that the connection belongs to reads; whoever sends to it writes. A full handshake costs
+//! about a third of a millisecond of that loop's time, in two steps (`cargo xtask bench tls`), and
+//! the loop spends a bounded part of each turn on those; see `event_loop`.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::sync::{Mutex, MutexGuard};
+
+use latzero_crypto::proof::ChannelBinding;
+use latzero_protocol::AppId;
+use latzero_tls::Stream;
+use latzero_tls::server::{Acceptor, app_ids};
+
+/// A TCP stream that speaks TLS.
+#[derive(Debug)]
+pub(crate) struct TlsSocket {
+    stream: TcpStream,
+    tls: Mutex<Stream>,
+    /// Whether the client must have shown a certificate.
+    is_mutual: bool,
+}
+
+impl TlsSocket {
+    pub(crate) fn new(stream: TcpStream, acceptor: &Acceptor) -> io::Result<TlsSocket> {
+        let tls = acceptor.begin().map_err(io::Error::other)?;
+        Ok(TlsSocket {
+            stream,
+            tls: Mutex::new(tls),
+            is_mutual: acceptor.is_mutual(),
+        })
+    }
+
+    fn tls(&self) -> MutexGuard<'_, Stream> {
+        self.tls.lock().expect("no panic happens under this lock")
+    }
+
+    pub(crate) fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    pub(crate) fn is_handshaking(&self) -> bool {
+        self.tls().is_handshaking()
+    }
+
+    /// What it takes of the server's memory, in bytes, beside the queues of the connection.
+    pub(crate) fn held(&self) -> usize {
+        self.tls().held()
+    }
+
+    /// What binds proofs to it, and the AppIDs that its certificate names, where it had to show
+    /// one; `None` before the end of the handshake.
+    pub(crate) fn secured(&self) -> Option<(ChannelBinding, Option<Vec<AppId>>)> {
+        let tls = self.tls();
+        let binding = ChannelBinding::TlsExporter(tls.binding()?);
+        let certified = self.is_mutual.then(|| {
+            let own = tls.certificates().first();
+            let names = own.map(app_ids).unwrap_or_default();
+            // A host name need not be an AppID.
+            names
+                .iter()
+                .filter_map(|name| AppId::new(name).ok())
+                .collect()
+        });
+        Some((binding, certified))
+    }
+
+    /// Whether the last read has emptied the socket.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.tls().is_drained()
+    }
+
+    pub(crate) fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        self.tls().read(&mut &self.stream, &mut &self.stream, buf)
+    }
+
+    /// Reads what came, whatever it means: for a connection that nothing is run of any more.
+    pub(crate) fn read_raw(&self, buf: &mut [u8]) -> io::Result<usize> {
+        (&self.stream).read(buf)
+    }
+
+    pub(crate) fn write(&self, buf: &[u8]) -> io::Result<usize> {
+        let mut tls = self.tls();
+        if tls.is_handshaking() {
+            // A refusal of one that came no further: there is no key yet to say it with.
+            return Ok(buf.len());
+        }
+        tls.write(&mut &self.stream, buf)
+    }
+
+    /// Writes what the protocol itself has to say, as far as the socket takes it.
+    pub(crate) fn flush(&self) {
+        // What went wrong is found by the next read.
+        let _ = self.tls().flush(&mut &self.stream);
+    }
+
+    /// Says that nothing more comes.
+    pub(crate) fn finish(&self) {
+        self.tls().finish(&mut &self.stream);
+        let _ = (&self.stream).flush();
+    }
+}

@@ -1,0 +1,323 @@
+//! TLS on a connection: whom the client accepts, and the records beside the socket.
+
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use latzero_crypto::proof::ChannelBinding;
+use latzero_protocol::{Code, Ran};
+use latzero_tls::client::{self, Fault, Seen, SetupError, Trust};
+use latzero_tls::{Pin, Stream};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fd::{AsFd, BorrowedFd};
+use rustix::net::{RecvFlags, SendFlags};
+
+use crate::connection::HandshakeTimeout;
+use crate::error::Error;
+use crate::known_hosts;
+use crate::reader::timespec;
+use crate::sync::lock;
+
+/// Bytes that are read from the socket at once: four records.
+const READ_BYTES: usize = 64 * 1024;
+
+/// What an address says of TLS.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct TlsOptions {
+    /// The server's key.
+    pub(crate) pin: Option<Pin>,
+    /// The authorities of the server's certificate.
+    pub(crate) ca: Option<PathBuf>,
+    /// The client's own certificate, and its key.
+    pub(crate) cert: Option<PathBuf>,
+    pub(crate) key: Option<PathBuf>,
+}
+
+/// Bytes of the socket that were not decrypted yet.
+#[derive(Debug)]
+struct Inbox {
+    buf: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Read for Inbox {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let there = &self.buf[self.start..self.end];
+        if there.is_empty() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let n = there.len().min(buf.len());
+        buf[..n].copy_from_slice(&there[..n]);
+        self.start += n;
+        Ok(n)
+    }
+}
+
+/// Writes to a socket what it takes at once.
+struct Sink<'a>(BorrowedFd<'a>);
+
+impl Write for Sink<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        Ok(rustix::net::send(self.0, buf, flags)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The TLS of one connection. The reader holds the inbox, and waits for the socket without holding
+/// the stream, so that others can write meanwhile.
+#[derive(Debug)]
+pub(crate) struct Tls {
+    inbox: Mutex<Inbox>,
+    stream: Mutex<Stream>,
+    seen: Seen,
+    /// The last read of the socket filled the inbox, or was of an end: there is more to read.
+    may_have_more: AtomicBool,
+}
+
+impl Tls {
+    /// Agrees on TLS, within the time that is left.
+    pub(crate) fn connect(
+        socket: BorrowedFd<'_>,
+        (host, port): (&str, u16),
+        options: &TlsOptions,
+        deadline: Instant,
+    ) -> Result<Tls, Error> {
+        let trust = match (&options.pin, &options.ca) {
+            (Some(pin), _) => Trust::Pin(*pin),
+            (None, Some(ca)) => Trust::Authority(ca),
+            (None, None) => match known_hosts::find(host, port)? {
+                Some(pin) => Trust::Pin(pin),
+                None => return Err(unknown(host, port)),
+            },
+        };
+        let own = match (&options.cert, &options.key) {
+            (Some(cert), Some(key)) => Some((cert.as_path(), key.as_path())),
+            _ => None,
+        };
+        let tls = Tls::begin(host, &trust, own)?;
+        tls.agree(socket, deadline)
+            .map_err(|error| tls.explain(&error, &trust, (host, port)))?;
+        Ok(tls)
+    }
+
+    /// The pin of whoever answers on `socket`, which proves that it has the key, and nothing else.
+    pub(crate) fn look(
+        socket: BorrowedFd<'_>,
+        (host, port): (&str, u16),
+        deadline: Instant,
+    ) -> Result<Pin, Error> {
+        let trust = Trust::Anybody;
+        let tls = Tls::begin(host, &trust, None)?;
+        tls.agree(socket, deadline)
+            .map_err(|error| tls.explain(&error, &trust, (host, port)))?;
+        tls.seen
+            .pin()
+            .ok_or_else(|| lost("the server showed no certificate"))
+    }
+
+    fn begin(host: &str, trust: &Trust<'_>, own: Option<(&Path, &Path)>) -> Result<Tls, Error> {
+        let (stream, seen) = client::begin(host, trust, own).map_err(unusable)?;
+        Ok(Tls {
+            inbox: Mutex::new(Inbox {
+                buf: vec![0; READ_BYTES],
+                start: 0,
+                end: 0,
+            }),
+            stream: Mutex::new(stream),
+            seen,
+            may_have_more: AtomicBool::new(false),
+        })
+    }
+
+    fn agree(&self, socket: BorrowedFd<'_>, deadline: Instant) -> io::Result<()> {
+        let mut inbox = lock(&self.inbox);
+        let mut stream = lock(&self.stream);
+        loop {
+            let has_ended = stream.agree(&mut *inbox, &mut Sink(socket))?;
+            match stream.flush(&mut Sink(socket)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    wait(socket, PollFlags::OUT, deadline)?;
+                    continue;
+                }
+                flushed => flushed?,
+            }
+            if has_ended {
+                return Ok(());
+            }
+            wait(socket, PollFlags::IN, deadline)?;
+            match rustix::net::recv(socket, &mut inbox.buf[..], RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((n, _)) => (inbox.start, inbox.end) = (0, n),
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// What binds proofs to the connection.
+    pub(crate) fn binding(&self) -> Result<ChannelBinding, Error> {
+        let exported = lock(&self.stream).binding();
+        exported
+            .map(ChannelBinding::TlsExporter)
+            .ok_or_else(|| lost("TLS gives nothing to bind proofs to"))
+    }
+
+    /// Receives what there is; 0 is the end.
+    pub(crate) fn recv(
+        &self,
+        socket: BorrowedFd<'_>,
+        buf: &mut [u8],
+        flags: RecvFlags,
+    ) -> io::Result<usize> {
+        let mut inbox = lock(&self.inbox);
+        loop {
+            let read = lock(&self.stream).read(&mut *inbox, &mut Sink(socket), buf);
+            match read {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+            // Without the stream, so that others can write while this one waits.
+            let received = rustix::io::retry_on_intr(|| {
+                rustix::net::recv(socket, &mut inbox.buf[..], flags).map(|(n, _)| n)
+            });
+            let is_full = received.is_ok_and(|n| n == 0 || n == READ_BYTES);
+            self.may_have_more.store(is_full, Ordering::Release);
+            match received? {
+                0 => return Ok(0),
+                n => (inbox.start, inbox.end) = (0, n),
+            }
+        }
+    }
+
+    /// Whether something has come that is not in the socket any more.
+    pub(crate) fn has_buffered(&self) -> bool {
+        let inbox = lock(&self.inbox);
+        inbox.start < inbox.end || lock(&self.stream).has_plaintext()
+    }
+
+    /// Whether the socket may have more, as far as the last read tells.
+    pub(crate) fn may_have_more(&self) -> bool {
+        self.may_have_more.load(Ordering::Acquire)
+    }
+
+    /// Sends what the socket takes at once.
+    pub(crate) fn send(&self, socket: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> {
+        let sent = lock(&self.stream).write(&mut Sink(socket), bytes);
+        sent.map_err(|error| {
+            rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO)
+        })
+    }
+
+    /// Says that nothing more will be sent.
+    pub(crate) fn finish(&self, socket: BorrowedFd<'_>) {
+        lock(&self.stream).finish(&mut Sink(socket));
+    }
+
+    /// What a failed read after the handshake was about, if TLS knows.
+    pub(crate) fn refusal(&self, error: &io::Error) -> Option<Error> {
+        match client::explain(error, &self.seen) {
+            Fault::Refused(why) => Some(refused(&why)),
+            _ => None,
+        }
+    }
+
+    fn explain(&self, error: &io::Error, trust: &Trust<'_>, (host, port): (&str, u16)) -> Error {
+        let place = format!("{host}:{port}");
+        if error
+            .get_ref()
+            .is_some_and(|inner| inner.is::<HandshakeTimeout>())
+        {
+            let late = io::Error::new(io::ErrorKind::TimedOut, HandshakeTimeout);
+            return lost(&HandshakeTimeout.to_string()).with_source(late);
+        }
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            return lost(&format!(
+                "the server at {place} closed the connection while TLS was agreed on; it may be \
+                 full, or speak something else there"
+            ));
+        }
+        match (client::explain(error, &self.seen), trust) {
+            (Fault::NoTls, _) => lost(&format!(
+                "the server at {place} does not speak TLS; leave `tls` out of the address, or \
+                 start it with `latzero start --tls`"
+            )),
+            (Fault::OtherPin(pin), Trust::Pin(wanted)) => Error::new(
+                Code::Unauthenticated,
+                format!(
+                    "the server at {place} is not the one that you trust: its pin is {pin}, and \
+                     {wanted} was expected. Somebody may be in between. If its certificate was \
+                     replaced on purpose, compare with `latzero status` on the server, and then \
+                     change the pin in the address or run `latzero trust --replace {place}`"
+                ),
+            )
+            .with_ran(Ran::No),
+            (Fault::Certificate(why), Trust::Authority(ca)) => Error::new(
+                Code::Unauthenticated,
+                format!(
+                    "the certificate of the server at {place} is not accepted by {}: {why}",
+                    ca.display()
+                ),
+            )
+            .with_ran(Ran::No),
+            (Fault::Certificate(why) | Fault::Other(why), _) => {
+                lost(&format!("TLS with {place} failed: {why}"))
+            }
+            (Fault::OtherPin(_), _) => lost(&format!("TLS with {place} failed")),
+            (Fault::Refused(why), _) => refused(&why),
+        }
+    }
+}
+
+fn lost(text: &str) -> Error {
+    Error::new(Code::Disconnected, text.to_owned()).with_ran(Ran::No)
+}
+
+fn refused(alert: &str) -> Error {
+    Error::new(
+        Code::Unauthenticated,
+        format!(
+            "the server refused this client's part of TLS ({alert}); where it asks for client \
+             certificates, give one with `&cert=FILE&key=FILE` in the address, from an authority \
+             that it knows"
+        ),
+    )
+    .with_ran(Ran::No)
+}
+
+fn unknown(host: &str, port: u16) -> Error {
+    Error::new(
+        Code::Unauthenticated,
+        format!(
+            "the server at {host}:{port} is not known yet; run `latzero trust {host}:{port}`, or \
+             say `&pin=PIN` or `&ca=FILE` in the address"
+        ),
+    )
+    .with_ran(Ran::No)
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "it is for map_err")]
+fn unusable(error: SetupError) -> Error {
+    Error::new(Code::BadMessage, format!("TLS can't be set up: {error}")).with_ran(Ran::No)
+}
+
+/// Waits until a socket is ready, and no longer than there is time.
+pub(crate) fn wait(socket: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -> io::Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::Error::new(io::ErrorKind::TimedOut, HandshakeTimeout));
+    }
+    let mut fds = [PollFd::from_borrowed_fd(socket.as_fd(), what)];
+    // One that fails or ends early is followed by another look.
+    let _ = poll(
+        &mut fds,
+        Some(&timespec(left.max(Duration::from_millis(1)))),
+    );
+    Ok(())
+}
