@@ -1,9 +1,12 @@
-//! What sealing costs a call: the same call in a plain pool and in an encrypted one, of one server.
+//! What sealing costs a call: the same call in a plain pool and in an encrypted one, of one server;
+//! and what TLS costs one.
 //!
 //! Caller and handler are two apps of this process, so that both pools pay the same for everything
 //! but the keys. Turns are interleaved, and the encrypted pool is quoted as a multiple of the plain
 //! one. Beside that, a large message is sealed and compared with what the cipher alone takes for
 //! it.
+
+mod tls;
 
 use std::time::Instant;
 
@@ -25,6 +28,12 @@ use crate::stream::Transport;
 
 /// How many times the time in a plain pool a call may take.
 const CALL_RATIO_MAX: f64 = 1.15;
+
+/// How many times the time over plain TCP a call over TLS may take.
+const TLS_RATIO_MAX: f64 = 1.4;
+
+/// How long a TLS handshake may keep a loop, in microseconds.
+const HANDSHAKE_MICROS_MAX: f64 = 1000.0;
 
 /// How fast a message is sealed at least, beside the cipher alone.
 const SEAL_RATIO_MIN: f64 = 0.7;
@@ -80,12 +89,23 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
     let calls = args.calls.unwrap_or(if args.quick { 100 } else { 3_000 });
     let placement = Placement::steadiest();
     let place = placement.describe_one();
-    let (cells, sealing) = placement.run(|| Ok((measure(rounds, calls)?, sealing(args.quick))))?;
+    let handshakes = if args.quick { 5 } else { 300 };
+    let (cells, sealing, over, handshake) = placement.run(|| {
+        let cells = measure(rounds, calls)?;
+        let over = tls::measure(rounds, calls)?;
+        Ok((
+            cells,
+            sealing(args.quick),
+            over,
+            tls::handshake(handshakes)?,
+        ))
+    })?;
     let p50 = |outcomes: &Vec<Outcome>| {
         let p50 = |outcome: &Outcome| Some(outcome.latency?.p50_ns as f64 / 1000.0);
         median(outcomes.iter().filter_map(p50).collect()).expect("there is a round")
     };
     let (plain, sealed) = (p50(&cells[0]), p50(&cells[1]));
+    let (tcp, by_tls) = (p50(&over[0]), p50(&over[1]));
     let findings = vec![
         Finding::new("a call in a plain pool: p50", plain, Unit::Micros),
         Finding::new("a call in an encrypted pool: p50", sealed, Unit::Micros),
@@ -97,6 +117,12 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
             Unit::Ratio,
         )
         .expect_at_least(SEAL_RATIO_MIN),
+        Finding::new("a call over plain TCP: p50", tcp, Unit::Micros),
+        Finding::new("a call over TLS: p50", by_tls, Unit::Micros),
+        Finding::new("TLS ÷ plain TCP", by_tls / tcp, Unit::Ratio).expect_at_most(TLS_RATIO_MAX),
+        Finding::new("a TLS handshake, of the server", handshake.0, Unit::Micros),
+        Finding::new("its longest step", handshake.1, Unit::Micros)
+            .expect_at_most(HANDSHAKE_MICROS_MAX),
     ];
     let sheet = Sheet {
         bench: "keys",
@@ -104,7 +130,9 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
         quick: args.quick,
         machine,
         findings,
-        rounds: json!({"plain": cells[0], "sealed": cells[1]}),
+        rounds: json!({
+            "plain": cells[0], "sealed": cells[1], "tcp": over[0], "tls": over[1],
+        }),
     };
     Ok(sheet.to_results())
 }

@@ -87,7 +87,7 @@ impl Ready {
             found.map(str::to_owned)
         };
         Some(Self {
-            tcp: word("tcp://")?,
+            tcp: word("tcp://").or_else(|| word("tls://"))?,
             unix: word("unix:")?,
         })
     }

@@ -362,17 +362,10 @@ fn a_reload_takes_what_may_change_live() {
 
 #[test]
 fn what_this_build_cannot_do_is_refused_by_name() {
-    let resolved = resolve(&inputs(
-        &[],
-        &[("LATZERO_CLUSTER_MODE", "yes")],
-        &[("enable_tls", "true")],
-    ))
-    .unwrap();
+    let resolved = resolve(&inputs(&[], &[("LATZERO_CLUSTER_MODE", "yes")], &[])).unwrap();
     assert_eq!(
         resolved.check_available().unwrap_err().to_string(),
-        "command line --enable-tls: `enable_tls` is not implemented yet; remove it, or set it to \
-         false\n\
-         environment variable LATZERO_CLUSTER_MODE: `cluster_mode` is not implemented yet; \
+        "environment variable LATZERO_CLUSTER_MODE: `cluster_mode` is not implemented yet; \
          remove it, or set it to false"
     );
     assert_eq!(
