@@ -73,6 +73,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "latzero-protocol",
             "latzero-shm",
             "latzero-store",
+            "latzero-tls",
         ],
     ),
 ];

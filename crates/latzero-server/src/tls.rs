@@ -15,6 +15,11 @@ use crate::startup::StartupError;
 
 /// Where a certificate that the server made for itself is, in the data directory.
 const DIRECTORY: &str = "config/tls";
+
+/// All that is made there.
+pub(crate) const FILES: [&str; 3] = ["config/tls/cert.pem", "config/tls/key.pem", DIRECTORY];
+
+/// Its files.
 const CERTIFICATE: &str = "cert.pem";
 const KEY: &str = "key.pem";
 

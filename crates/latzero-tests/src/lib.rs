@@ -15,6 +15,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use latzero_protocol::frame::{self, Accept};
+use latzero_tls::client::Trust;
 use serde_json::Value;
 
 /// How long a test waits for what must come. Only a failing test ever waits this long.
@@ -30,6 +31,8 @@ pub enum Via {
     Tcp,
     /// The Unix socket.
     Unix,
+    /// TLS, with whatever certificate the server has.
+    Tls,
 }
 
 /// A private server.
@@ -130,6 +133,13 @@ impl Server {
                 Stream::Tcp(stream)
             }
             Via::Unix => Stream::Unix(UnixStream::connect(self.0.socket())?),
+            Via::Tls => {
+                let stream = TcpStream::connect(self.0.tcp())?;
+                stream.set_nodelay(true)?;
+                let begun = latzero_tls::client::begin("localhost", &Trust::Anybody, None);
+                let (tls, _) = begun.map_err(io::Error::other)?;
+                Stream::Tls(stream, Box::new(tls))
+            }
         };
         Ok(Wire::new(stream))
     }
@@ -150,12 +160,13 @@ impl Server {
 enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(TcpStream, Box<latzero_tls::Stream>),
 }
 
 impl Stream {
     fn set_timeout(&self, timeout: Duration) {
         let set = match self {
-            Stream::Tcp(s) => s
+            Stream::Tcp(s) | Stream::Tls(s, _) => s
                 .set_read_timeout(Some(timeout))
                 .and(s.set_write_timeout(Some(timeout))),
             Stream::Unix(s) => s
@@ -168,6 +179,10 @@ impl Stream {
     fn read(&mut self, buf: &mut [u8], descriptors: &mut VecDeque<OwnedFd>) -> io::Result<usize> {
         match self {
             Stream::Tcp(s) => s.read(buf),
+            Stream::Tls(s, tls) => {
+                tls.flush(&mut &*s)?;
+                tls.read(&mut &*s, &mut &*s, buf)
+            }
             Stream::Unix(s) => {
                 let mut got = Vec::new();
                 let n = latzero_shm::fds::recv_with_fds(&*s, buf, &mut got, DESCRIPTORS_MAX)?;
@@ -180,6 +195,17 @@ impl Stream {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Stream::Tcp(s) => s.write_all(bytes),
+            Stream::Tls(s, tls) => {
+                while tls.is_handshaking() {
+                    tls.flush(&mut &*s)?;
+                    tls.agree(&mut &*s, &mut &*s)?;
+                }
+                let mut rest = bytes;
+                while !rest.is_empty() {
+                    rest = &rest[tls.write(&mut &*s, rest)?..];
+                }
+                Ok(())
+            }
             Stream::Unix(s) => s.write_all(bytes),
         }
     }
@@ -216,6 +242,7 @@ impl Wire {
         let stream = match &self.stream {
             Stream::Tcp(s) => s.try_clone().map(Stream::Tcp),
             Stream::Unix(s) => s.try_clone().map(Stream::Unix),
+            Stream::Tls(..) => Err(io::Error::other("TLS has one reader, which writes too")),
         };
         Wire {
             stream: stream.expect("there are descriptors"),
@@ -395,7 +422,7 @@ impl Wire {
     pub fn has_more(&self, timeout: Duration) -> bool {
         !self.received.is_empty()
             || match &self.stream {
-                Stream::Tcp(s) => site::readable(s, timeout),
+                Stream::Tcp(s) | Stream::Tls(s, _) => site::readable(s, timeout),
                 Stream::Unix(s) => site::readable(s, timeout),
             }
     }
@@ -425,7 +452,7 @@ impl Wire {
 
     fn shutdown(&self, how: Shutdown) {
         let shut = match &self.stream {
-            Stream::Tcp(s) => s.shutdown(how),
+            Stream::Tcp(s) | Stream::Tls(s, _) => s.shutdown(how),
             Stream::Unix(s) => s.shutdown(how),
         };
         shut.expect("the connection is open");

@@ -1,4 +1,4 @@
-//! The vectors of `conformance/vectors`, over both transports. They are extracted from
+//! The vectors of `conformance/vectors`, over every transport. They are extracted from
 //! `docs/protocol.md`.
 
 #![allow(
@@ -22,6 +22,11 @@ fn every_vector_over_the_unix_socket() {
     run_all(Via::Unix);
 }
 
+#[test]
+fn every_vector_over_tls() {
+    run_all(Via::Tls);
+}
+
 fn run_all(via: Via) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../conformance/vectors");
     let mut ran = 0;
@@ -36,7 +41,10 @@ fn run_all(via: Via) {
 /// Runs one vector against its own server.
 fn run(vector: &Value, via: Via) {
     let name = &vector["name"];
-    let server = Server::start();
+    let server = match via {
+        Via::Tls => Server::with(&["enable_tls=true"]),
+        Via::Tcp | Via::Unix => Server::start(),
+    };
     let mut connections: HashMap<String, Wire> = HashMap::new();
     let mut bound = HashMap::new();
     for (i, step) in vector["steps"].as_array().unwrap().iter().enumerate() {

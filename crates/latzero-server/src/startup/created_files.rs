@@ -30,7 +30,10 @@ impl CreatedFiles {
             .collect();
         directories.reverse();
         let names = SUBDIRECTORIES.into_iter().chain([LOCK_NAME, TOKEN_NAME]);
-        let inside = names
+        // What is inside another one is removed first.
+        let inside = crate::tls::FILES
+            .into_iter()
+            .chain(names)
             .map(|name| data_dir.join(name))
             .filter(|path| is_missing(path))
             .collect();
