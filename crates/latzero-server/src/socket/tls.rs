@@ -1,8 +1,8 @@
 //! TLS on a connection of the TCP port: the socket and the state of its records, behind one lock.
 //!
-//! The loop that the connection belongs to reads; whoever sends to it writes. A full handshake costs
-//! a fraction of a millisecond of that loop's time (`cargo xtask bench keys`), and the loop spends a
-//! bounded part of each turn on those; see `event_loop`.
+//! The loop that the connection belongs to reads; whoever sends to it writes. A full handshake
+//! costs a fraction of a millisecond of that loop's time (`cargo xtask bench keys`), and the loop
+//! spends a bounded part of each turn on those; see `event_loop`.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
