@@ -164,13 +164,15 @@ impl AuditLog {
 
 /// Where a connection comes from, as far as the kernel tells.
 fn origin(socket: &Socket) -> String {
-    match (socket, socket.user()) {
-        (_, User::Uid(uid)) => format!("unix uid {uid}"),
-        (Socket::Tcp(stream), _) => match stream.peer_addr() {
-            Ok(address) => format!("tcp {address}"),
-            Err(_) => "tcp".to_owned(),
-        },
-        _ => "unix".to_owned(),
+    if let User::Uid(uid) = socket.user() {
+        return format!("unix uid {uid}");
+    }
+    match (socket, socket.peer_addr()) {
+        (Socket::Unix(_), _) => "unix".to_owned(),
+        (Socket::Tcp(_), Some(address)) => format!("tcp {address}"),
+        (Socket::Tcp(_), None) => "tcp".to_owned(),
+        (Socket::Tls(_), Some(address)) => format!("tls {address}"),
+        (Socket::Tls(_), None) => "tls".to_owned(),
     }
 }
 

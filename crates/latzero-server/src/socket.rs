@@ -5,7 +5,7 @@
 mod tls;
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -126,12 +126,23 @@ impl Socket {
 
     pub(crate) fn user(&self) -> User {
         match self {
-            Socket::Tcp(stream) => user_of(stream),
-            Socket::Tls(socket) => user_of(socket.stream()),
+            Socket::Tcp(_) | Socket::Tls(_) => {
+                let address = self.peer_addr();
+                address.map_or(User::Unknown, |address| User::at(address.ip()))
+            }
             Socket::Unix(stream) => match credentials(stream) {
                 Ok((_, uid)) => User::Uid(uid),
                 Err(_) => User::Unknown,
             },
+        }
+    }
+
+    /// The address of the other end, where it has one.
+    pub(crate) fn peer_addr(&self) -> Option<SocketAddr> {
+        match self {
+            Socket::Tcp(stream) => stream.peer_addr().ok(),
+            Socket::Tls(socket) => socket.stream().peer_addr().ok(),
+            Socket::Unix(_) => None,
         }
     }
 
@@ -290,11 +301,6 @@ impl Socket {
             Socket::Unix(stream) => stream.shutdown(how),
         };
     }
-}
-
-fn user_of(stream: &TcpStream) -> User {
-    let address = stream.peer_addr();
-    address.map_or(User::Unknown, |address| User::at(address.ip()))
 }
 
 /// The process and the user at the other end of a Unix socket (unix(7), SO_PEERCRED). The pid is 0
