@@ -258,7 +258,7 @@ impl Wire {
     #[must_use]
     pub fn socket(&self) -> OwnedFd {
         match &self.stream {
-            Stream::Tcp(_) => panic!("over TCP no process is known"),
+            Stream::Tcp(_) | Stream::Tls(..) => panic!("over TCP no process is known"),
             Stream::Unix(s) => s.try_clone().expect("there are descriptors").into(),
         }
     }
