@@ -29,6 +29,7 @@ Server:
   doctor      Diagnose why the server cannot start, and how to fix it
   config      Show the settings and where each one comes from
   kick        Close an app's connections
+  trust       Trust a TLS server from now on
 
 Calls and events:
   call        Call a trigger and print the answer
