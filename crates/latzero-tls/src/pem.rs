@@ -59,7 +59,7 @@ fn fault(path: &Path, what: &'static str, error: pem::Error) -> PemError {
 pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, PemError> {
     let what = "certificate";
     let found = CertificateDer::pem_file_iter(path)
-        .and_then(|all| all.collect::<Result<Vec<_>, _>>())
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(|error| fault(path, what, error))?;
     match found.is_empty() {
         true => Err(fault(path, what, pem::Error::NoItemsFound)),

@@ -232,7 +232,7 @@ impl Tls {
         let place = format!("{host}:{port}");
         if error
             .get_ref()
-            .is_some_and(|inner| inner.is::<HandshakeTimeout>())
+            .is_some_and(<dyn std::error::Error + Send + Sync>::is::<HandshakeTimeout>)
         {
             let late = io::Error::new(io::ErrorKind::TimedOut, HandshakeTimeout);
             return lost(&HandshakeTimeout.to_string()).with_source(late);
