@@ -13,6 +13,7 @@ use latzero_fabric::ledger::{Holding, Reservation, Resource};
 use latzero_fabric::session::Terms;
 use latzero_fabric::{Class, Driver as _, Flow, Session, Time, Transport};
 use latzero_protocol::{Code, Refusal, encode, frame};
+use latzero_tls::Unfinished;
 
 use crate::host::IoHost;
 use crate::listener::Origin;
@@ -205,6 +206,14 @@ impl Connection {
         }
     }
 
+    /// Counts what TLS holds of what is written, as that begins to wait, and when it has left.
+    pub(crate) fn count_tls_output(&mut self) {
+        let held = self.socket().held();
+        if held > 0 {
+            self.tls.force(held);
+        }
+    }
+
     /// Whether TLS is still being agreed on.
     pub(crate) fn is_handshaking(&self) -> bool {
         !self.is_secured && self.socket().is_handshaking()
@@ -256,6 +265,8 @@ impl Connection {
                     return ReadOutcome::Idle;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // It made work, and said nothing: others have their turn before there is more.
+                Err(error) if Unfinished::is(&error) => return ReadOutcome::More,
                 Err(error) => {
                     if error.kind() == io::ErrorKind::InvalidData {
                         tracing::debug!(%error, "a connection that is not TLS, or not acceptable");
@@ -377,7 +388,7 @@ impl Connection {
         };
         Holding {
             key,
-            bytes: outbound + inbound,
+            bytes: outbound + inbound + self.tls.amount(),
             since,
         }
     }

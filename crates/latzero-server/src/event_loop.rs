@@ -591,6 +591,9 @@ impl EventLoop {
             return;
         };
         let is_blocked = peer.link().outbox.is_blocked();
+        if let Some(Some(connection)) = self.connections.get_mut(slot) {
+            connection.count_tls_output();
+        }
         let interest = interest(peer, is_blocked);
         let token = Token(FIRST_CONNECTION + slot);
         if let Err(error) =

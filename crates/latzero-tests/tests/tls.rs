@@ -361,6 +361,22 @@ fn who_stops_halfway_is_closed_in_time_and_holds_up_nobody() {
 }
 
 #[test]
+fn a_first_message_in_tiny_records_is_understood() {
+    let server = Server::with(&["enable_tls=true"]);
+    // All of it is there before the server has looked: nothing tells it again that there is more.
+    let hello = client_hello();
+    let tiny: Vec<u8> = hello[5..]
+        .iter()
+        .flat_map(|byte| [0x16, 3, 1, 0, 1, *byte])
+        .collect();
+    let mut stream = TcpStream::connect(server.0.tcp()).unwrap();
+    stream.write_all(&tiny).unwrap();
+    let mut said = [0; 1];
+    stream.read_exact(&mut said).unwrap();
+    assert_eq!(said, [0x16], "the server's part of the handshake");
+}
+
+#[test]
 fn what_tls_holds_is_counted_and_given_back() {
     let (server, pin) = tls();
     let mut looks = server.app(Via::Unix, json!({"app_id": "looks"}));

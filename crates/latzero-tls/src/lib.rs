@@ -19,7 +19,7 @@ use rustls::crypto::CryptoProvider;
 
 pub use pin::Pin;
 pub use rustls::Error as TlsError;
-pub use stream::{PLAIN_BYTES_MAX, Stream};
+pub use stream::{PLAIN_BYTES_MAX, Stream, Unfinished};
 
 /// The algorithms: those of AWS-LC, without a process-wide default that others might change.
 static PROVIDER: LazyLock<Arc<CryptoProvider>> =

@@ -1,9 +1,17 @@
 //! One connection's TLS, between a socket that does not block and whoever reads and writes frames.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead as _, Read, Write};
 
 use rustls::pki_types::CertificateDer;
 use rustls::{Connection, IoState};
+
+/// Most records, and most bytes as they travel, that one read takes from the socket: records may
+/// be tiny, or empty, so what comes out of them bounds nothing. One system call more may be in it.
+const RECORDS_PER_READ: usize = 256;
+const WIRE_BYTES_PER_READ: usize = 64 * 1024;
+
+/// The head of a record: its type, a version and its length (RFC 8446, section 5.1).
+const HEAD_BYTES: usize = 5;
 
 /// Most bytes that are encrypted before the socket is asked to take them: two records.
 pub const PLAIN_BYTES_MAX: usize = 32 * 1024;
@@ -12,13 +20,35 @@ pub const PLAIN_BYTES_MAX: usize = 32 * 1024;
 const BASE_BYTES: usize = 8 * 1024;
 
 /// The largest record, as it travels (RFC 8446, section 5.2).
-const RECORD_BYTES_MAX: usize = 5 + 16 * 1024 + 256;
+const RECORD_BYTES_MAX: usize = HEAD_BYTES + 16 * 1024 + 256;
 
 /// More of a handshake is never kept.
 const HANDSHAKE_BYTES_MAX: usize = 64 * 1024;
 
 /// The label of the binding (RFC 9266).
 const BINDING_LABEL: &[u8] = b"EXPORTER-Channel-Binding";
+
+/// A read took as much from the socket as it may, and found nothing to pass on: the caller should
+/// read again, and may serve others first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("as much was read at once as may be")]
+pub struct Unfinished;
+
+impl From<Unfinished> for io::Error {
+    fn from(unfinished: Unfinished) -> io::Error {
+        io::Error::other(unfinished)
+    }
+}
+
+impl Unfinished {
+    /// Whether that is what an error says.
+    #[must_use]
+    pub fn is(error: &io::Error) -> bool {
+        error
+            .get_ref()
+            .is_some_and(<dyn std::error::Error + Send + Sync>::is::<Unfinished>)
+    }
+}
 
 /// The TLS of one connection.
 ///
@@ -30,22 +60,101 @@ pub struct Stream {
     connection: Connection,
     /// The last byte of the record that is being written was not reported yet.
     owes_byte: bool,
+    /// What was encrypted last was refused as a whole: it never leaves any more.
+    is_write_dead: bool,
     /// Bytes that were read, and perhaps not used yet: an upper bound.
     unread: usize,
     /// The last read found less than it had room for.
     is_drained: bool,
+    /// Where records end in what comes.
+    records: Records,
+    /// Why nothing more can be read, once what came before was taken.
+    failure: Option<Failure>,
 }
 
-/// A source that remembers whether it was emptied.
+/// Why nothing more can be read. It is kept, so it is reported each time.
+#[derive(Debug)]
+enum Failure {
+    Tls(rustls::Error),
+    Socket(io::ErrorKind, Option<i32>),
+}
+
+impl Failure {
+    fn of_socket(error: &io::Error) -> Failure {
+        Failure::Socket(error.kind(), error.raw_os_error())
+    }
+
+    fn to_error(&self) -> io::Error {
+        match self {
+            Failure::Tls(error) => io::Error::new(io::ErrorKind::InvalidData, error.clone()),
+            Failure::Socket(_, Some(code)) => io::Error::from_raw_os_error(*code),
+            Failure::Socket(kind, None) => (*kind).into(),
+        }
+    }
+}
+
+/// Where records end in the bytes of a connection.
+#[derive(Debug, Default)]
+struct Records {
+    /// Bytes of a record's head that came.
+    head: usize,
+    /// Bytes of its body that did not come yet, as far as its head says.
+    left: usize,
+}
+
+impl Records {
+    /// How many records end in the bytes that come next.
+    fn count(&mut self, mut bytes: &[u8]) -> usize {
+        let mut ended = 0;
+        while let [first, rest @ ..] = bytes {
+            if self.head == HEAD_BYTES {
+                let n = self.left.min(bytes.len());
+                self.left -= n;
+                bytes = &bytes[n..];
+            } else {
+                // The length is in the last two bytes of the head.
+                if self.head + 2 >= HEAD_BYTES {
+                    self.left = self.left << 8 | usize::from(*first);
+                }
+                self.head += 1;
+                bytes = rest;
+            }
+            if self.head == HEAD_BYTES && self.left == 0 {
+                self.head = 0;
+                ended += 1;
+            }
+        }
+        ended
+    }
+}
+
+/// A source that remembers what was taken from it, and whether it was emptied.
 struct Watched<'a> {
     from: &'a mut dyn Read,
+    records: &'a mut Records,
+    taken: Taken,
+}
+
+/// What one read has taken from its source.
+#[derive(Debug, Clone, Copy, Default)]
+struct Taken {
+    records: usize,
+    bytes: usize,
     is_short: bool,
+}
+
+impl Taken {
+    fn is_enough(self) -> bool {
+        self.records >= RECORDS_PER_READ || self.bytes >= WIRE_BYTES_PER_READ
+    }
 }
 
 impl Read for Watched<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let n = self.from.read(buf)?;
-        self.is_short = n < buf.len();
+        self.taken.records += self.records.count(&buf[..n]);
+        self.taken.bytes += n;
+        self.taken.is_short = n < buf.len();
         Ok(n)
     }
 }
@@ -57,8 +166,11 @@ impl Stream {
         Stream {
             connection,
             owes_byte: false,
+            is_write_dead: false,
             unread: 0,
             is_drained: false,
+            records: Records::default(),
+            failure: None,
         }
     }
 
@@ -112,12 +224,15 @@ impl Stream {
         self.connection.peer_certificates().unwrap_or_default()
     }
 
-    /// Reads from the socket until `buf` is full or the socket is empty. What the protocol itself
-    /// has to say is written to `to`. 0 is the end.
+    /// Reads from the socket until `buf` is full, the socket is empty, or as much was taken from it
+    /// as one read may. What the protocol itself has to say is written to `to`. 0 is the end.
+    ///
+    /// What came before a failure is passed on first; the failure is reported from then on.
     ///
     /// # Errors
-    /// `WouldBlock` if there is nothing; `InvalidData` with a [`rustls::Error`] if what came is not
-    /// TLS, or not acceptable; what the socket says.
+    /// `WouldBlock` if there is nothing; [`Unfinished`] if there may be more, and nothing came of
+    /// what was read; `InvalidData` with a [`rustls::Error`] if what came is not TLS, or not
+    /// acceptable; what the socket says.
     pub fn read(
         &mut self,
         from: &mut dyn Read,
@@ -125,7 +240,7 @@ impl Stream {
         buf: &mut [u8],
     ) -> io::Result<usize> {
         self.is_drained = false;
-        let (mut filled, mut is_short) = (0, false);
+        let (mut filled, mut taken) = (0, Taken::default());
         loop {
             match self.connection.reader().read(&mut buf[filled..]) {
                 Ok(0) => return Ok(filled),
@@ -134,32 +249,40 @@ impl Stream {
                     if filled == buf.len() {
                         return Ok(filled);
                     }
+                    continue;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if filled > 0 && is_short {
-                        self.is_drained = true;
-                        return Ok(filled);
-                    }
-                    let mut watched = Watched {
-                        from: &mut *from,
-                        is_short: false,
-                    };
-                    match self.connection.read_tls(&mut watched) {
-                        Ok(n) => {
-                            is_short = watched.is_short;
-                            self.process(n, to)?;
-                        }
-                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock && filled > 0 => {
-                            self.is_drained = true;
-                            return Ok(filled);
-                        }
-                        Err(error) => return Err(error),
-                    }
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 // An end without a farewell: a frame says itself whether it is whole.
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(filled),
                 Err(error) => return Err(error),
+            }
+            match &self.failure {
+                Some(_) if filled > 0 => return Ok(filled),
+                Some(failure) => return Err(failure.to_error()),
+                None => {}
+            }
+            if filled > 0 && taken.is_short {
+                self.is_drained = true;
+                return Ok(filled);
+            }
+            if taken.is_enough() {
+                return match filled {
+                    0 => Err(Unfinished.into()),
+                    filled => Ok(filled),
+                };
+            }
+            match self.take(from, &mut taken) {
+                Ok(n) => {
+                    let processed = self.process(n, to);
+                    self.failure = processed.err().map(Failure::Tls);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && filled > 0 => {
+                    self.is_drained = true;
+                    return Ok(filled);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
+                Err(error) => self.failure = Some(Failure::of_socket(&error)),
             }
         }
     }
@@ -170,9 +293,11 @@ impl Stream {
     /// As [`Stream::read`], and `UnexpectedEof`.
     pub fn agree(&mut self, from: &mut dyn Read, to: &mut dyn Write) -> io::Result<bool> {
         while self.is_handshaking() {
-            match self.connection.read_tls(from) {
+            match self.take(from, &mut Taken::default()) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => self.process(n, to)?,
+                Ok(n) => self
+                    .process(n, to)
+                    .map_err(|error| Failure::Tls(error).to_error())?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) => return Err(error),
@@ -181,14 +306,27 @@ impl Stream {
         Ok(true)
     }
 
-    /// Whether something was read and decrypted that nobody has taken.
+    /// Whether a read would say something without the socket: what was decrypted and nobody has
+    /// taken, or why nothing more comes.
     #[must_use]
-    pub fn has_plaintext(&mut self) -> bool {
-        let state = self.connection.process_new_packets();
-        state.is_ok_and(|state| state.plaintext_bytes_to_read() > 0)
+    pub fn has_buffered(&mut self) -> bool {
+        let mut reader = self.connection.reader();
+        let there = reader.fill_buf();
+        self.failure.is_some() || there.is_ok_and(|bytes| !bytes.is_empty())
     }
 
-    fn process(&mut self, came: usize, to: &mut dyn Write) -> io::Result<()> {
+    fn take(&mut self, from: &mut dyn Read, taken: &mut Taken) -> io::Result<usize> {
+        let mut watched = Watched {
+            from,
+            records: &mut self.records,
+            taken: *taken,
+        };
+        let read = self.connection.read_tls(&mut watched);
+        *taken = watched.taken;
+        read
+    }
+
+    fn process(&mut self, came: usize, to: &mut dyn Write) -> Result<(), rustls::Error> {
         self.unread += came;
         let processed = self.connection.process_new_packets();
         let plain = processed
@@ -198,24 +336,17 @@ impl Stream {
             // A record has ended: what is left came behind it.
             self.unread = came;
         }
-        let flushed = match self.connection.wants_write() {
-            true => self.flush(to),
-            false => Ok(()),
-        };
-        if let Err(error) = processed {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
-        }
-        match flushed {
-            // It goes out with the next write, or when the socket takes more.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            other => other,
-        }
+        // What is not taken goes out with the next write, or when the socket takes more; what the
+        // socket says against it concerns writing alone, and the next write hears it too.
+        let _ = self.flush(to);
+        processed.map(drop)
     }
 
     /// Encrypts and writes what the socket takes.
     ///
     /// # Errors
-    /// `WouldBlock` if it takes nothing; what the socket says.
+    /// `WouldBlock` if it takes nothing; what the socket says, and then none of `bytes` has left or
+    /// ever will.
     pub fn write(&mut self, to: &mut dyn Write, bytes: &[u8]) -> io::Result<usize> {
         self.flush(to)?;
         if bytes.is_empty() {
@@ -226,7 +357,8 @@ impl Stream {
         }
         let piece = &bytes[..bytes.len().min(PLAIN_BYTES_MAX)];
         self.connection.writer().write_all(piece)?;
-        match self.flush(to) {
+        let mut left = 0;
+        match self.flush_counted(to, &mut left) {
             Ok(()) => Ok(piece.len()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.owes_byte = true;
@@ -235,8 +367,20 @@ impl Stream {
                     reported => Ok(reported),
                 }
             }
-            Err(error) => Err(error),
+            // Some of its records may be whole at the other end. The next write fails as well.
+            Err(_) if left > 0 => Ok(piece.len()),
+            Err(error) => {
+                self.is_write_dead = true;
+                Err(error)
+            }
         }
+    }
+
+    /// Whether the last byte of what was written was not reported, though it may leave, or have
+    /// left, with what the protocol itself has to say.
+    #[must_use]
+    pub fn owes_byte(&self) -> bool {
+        self.owes_byte
     }
 
     /// Writes what was encrypted.
@@ -244,10 +388,17 @@ impl Stream {
     /// # Errors
     /// `WouldBlock` if some of it is left; what the socket says.
     pub fn flush(&mut self, to: &mut dyn Write) -> io::Result<()> {
+        self.flush_counted(to, &mut 0)
+    }
+
+    fn flush_counted(&mut self, to: &mut dyn Write, left: &mut usize) -> io::Result<()> {
+        if self.is_write_dead {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         while self.connection.wants_write() {
             match self.connection.write_tls(to) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(_) => {}
+                Ok(n) => *left += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -264,3 +415,6 @@ impl Stream {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

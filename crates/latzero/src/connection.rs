@@ -141,6 +141,11 @@ impl Link {
         })
     }
 
+    /// Bytes that no send reported, though they may have left.
+    pub(crate) fn owed(&self) -> u64 {
+        self.tls.as_ref().map_or(0, Tls::owed)
+    }
+
     /// Receives what is there, and the descriptors that came with it; 0 is the end.
     pub(crate) fn try_recv(
         &self,

@@ -435,11 +435,16 @@ impl Inner {
         self.appended += frame.len() as u64;
     }
 
+    /// Returns how many bytes of the connection that was up may have been sent.
     fn discard(&mut self, phase: Phase) -> u64 {
+        let owed = match &self.phase {
+            Phase::Up(link) => link.owed(),
+            Phase::Down | Phase::Ended(_) => 0,
+        };
         self.phase = phase;
         self.buf = Vec::new();
         self.head = 0;
         self.carried = VecDeque::new();
-        self.attempted
+        self.attempted + owed
     }
 }

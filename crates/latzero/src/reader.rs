@@ -41,6 +41,8 @@ pub(crate) struct Input {
     pub(crate) descriptors: Vec<OwnedFd>,
     /// Whether the buffer holds what came with the handshake and was not decoded yet.
     pub(crate) is_fresh: bool,
+    /// Why the connection is over, once what is in the buffer was decoded.
+    lost: Option<String>,
 }
 
 /// What a read brought.
@@ -69,6 +71,7 @@ impl Input {
             end: 0,
             descriptors: Vec::new(),
             is_fresh: false,
+            lost: None,
         }
     }
 
@@ -79,6 +82,7 @@ impl Input {
         }
         self.link = core.outbox.link();
         let Some(link) = &self.link else { return false };
+        self.lost = None;
         let early = std::mem::take(&mut *lock(&link.early));
         self.descriptors = std::mem::take(&mut *lock(&link.early_descriptors));
         self.buf.clear();
@@ -122,22 +126,27 @@ impl Input {
         }
     }
 
-    /// Takes all that was read from the socket and decrypted: no poll would report it.
+    /// Takes all that was read from the socket and decrypted, and what went wrong behind it: no
+    /// poll would report it.
     fn received_by_tls(&mut self, link: &Link, result: io::Result<usize>) -> Received {
-        let mut received = self.received(result);
-        while matches!(received, Received::Bytes { .. }) && link.has_buffered() {
+        let received = self.received(result);
+        if !matches!(received, Received::Bytes { .. }) {
+            return received;
+        }
+        while link.has_buffered() {
             self.make_room();
             let more = link.try_recv(&mut self.buf[self.end..], &mut self.descriptors);
             match self.received(more) {
+                Received::Bytes { .. } => {}
                 Received::Nothing => break,
-                other => received = other,
+                Received::Lost(why) => {
+                    self.lost = Some(why);
+                    break;
+                }
             }
         }
-        match received {
-            Received::Bytes { .. } => Received::Bytes {
-                short: !link.may_have_more(),
-            },
-            other => other,
+        Received::Bytes {
+            short: !link.may_have_more(),
         }
     }
 
@@ -184,7 +193,10 @@ impl Input {
     ) {
         let lost = match received {
             Received::Nothing => return,
-            Received::Bytes { .. } => inbound::process(core, self, jobs).err(),
+            Received::Bytes { .. } => {
+                let processed = inbound::process(core, self, jobs);
+                processed.err().or_else(|| self.lost.take())
+            }
             Received::Lost(why) => Some(why),
         };
         if let Some(why) = lost

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use latzero_crypto::proof::ChannelBinding;
 use latzero_protocol::{Code, Ran};
 use latzero_tls::client::{self, Fault, Seen, SetupError, Trust};
-use latzero_tls::{Pin, Stream};
+use latzero_tls::{Pin, Stream, Unfinished};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::net::{RecvFlags, SendFlags};
@@ -181,6 +181,8 @@ impl Tls {
             let read = lock(&self.stream).read(&mut *inbox, &mut Sink(socket), buf);
             match read {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Others can write in between.
+                Err(error) if Unfinished::is(&error) => continue,
                 other => return other,
             }
             // Without the stream, so that others can write while this one waits.
@@ -199,7 +201,7 @@ impl Tls {
     /// Whether something has come that is not in the socket any more.
     pub(crate) fn has_buffered(&self) -> bool {
         let inbox = lock(&self.inbox);
-        inbox.start < inbox.end || lock(&self.stream).has_plaintext()
+        inbox.start < inbox.end || lock(&self.stream).has_buffered()
     }
 
     /// Whether the socket may have more, as far as the last read tells.
@@ -213,6 +215,11 @@ impl Tls {
         sent.map_err(|error| {
             rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO)
         })
+    }
+
+    /// Bytes that [`Tls::send`] did not report, though they may have left.
+    pub(crate) fn owed(&self) -> u64 {
+        u64::from(lock(&self.stream).owes_byte())
     }
 
     /// Says that nothing more will be sent.
