@@ -1,20 +1,24 @@
 //! The TLS port's certificate: where it is, how it is made, and how it changes while the server
 //! runs.
 
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use latzero_tls::Pin;
-use latzero_tls::server::{Acceptor, self_signed};
+use latzero_tls::pem::{Origin, PemError};
+use latzero_tls::server::{Acceptor, SelfSigned, self_signed};
 
 use crate::settings::Settings;
 use crate::startup::StartupError;
 
 /// Where a certificate that the server made for itself is, in the data directory.
 const DIRECTORY: &str = "config/tls";
+
+/// Where it is written first: it becomes [`DIRECTORY`] as a whole.
+const NEW_DIRECTORY: &str = "config/tls.new";
 
 /// All that is made there.
 pub(crate) const FILES: [&str; 3] = ["config/tls/cert.pem", "config/tls/key.pem", DIRECTORY];
@@ -66,28 +70,21 @@ impl Tls {
 
 fn load(settings: &Settings, data_dir: &Path) -> Result<Acceptor, StartupError> {
     let is_auto = |path: &Path| path == Path::new(AUTO);
-    let (certificate, key) = match (is_auto(&settings.tls_cert), is_auto(&settings.tls_key)) {
-        (true, true) => own(data_dir)?,
-        (false, false) => (settings.tls_cert.clone(), settings.tls_key.clone()),
+    let is_own = (is_auto(&settings.tls_cert), is_auto(&settings.tls_key));
+    let ((certificate, key), origin) = match is_own {
+        (true, true) => (own(data_dir)?, Origin::Own),
+        (false, false) => {
+            let given = (settings.tls_cert.clone(), settings.tls_key.clone());
+            (given, Origin::Given)
+        }
         _ => return Err(StartupError::HalfCertificate),
     };
     let client_ca = Some(&settings.tls_client_ca).filter(|path| *path != Path::new(OFF));
-    check_private(&key)?;
-    Acceptor::load(&certificate, &key, client_ca.map(PathBuf::as_path))
-        .map_err(|error| StartupError::Certificate(error.to_string()))
-}
-
-/// Refuses a key that other users can read.
-fn check_private(key: &Path) -> Result<(), StartupError> {
-    let metadata = fs::metadata(key).map_err(|error| StartupError::of_io("reading", key, error))?;
-    match metadata.mode() & 0o007 {
-        0 => Ok(()),
-        _ => Err(StartupError::Certificate(format!(
-            "{0} can be read by other users; run `chmod o= {0}`, and use a new key if it may have \
-             been copied",
-            key.display()
-        ))),
-    }
+    let client_ca = client_ca.map(PathBuf::as_path);
+    Acceptor::load(&certificate, &key, client_ca, origin).map_err(|error| match error {
+        PemError::Io { path, source } => StartupError::of_io("reading", &path, source),
+        other => StartupError::Certificate(other.to_string()),
+    })
 }
 
 /// The server's own certificate and key, made where there are none.
@@ -123,35 +120,137 @@ fn own(data_dir: &Path) -> Result<(PathBuf, PathBuf), StartupError> {
     // A node may have a name that can't stand in a certificate.
     let made = self_signed(with_node).or_else(|_| self_signed(names));
     let made = made.map_err(StartupError::Certificate)?;
-    let write = || -> io::Result<()> {
-        if !directory.is_dir() {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&directory)?;
+    let beside = data_dir.join(NEW_DIRECTORY);
+    write(&beside, &directory, &made).map_err(|error| {
+        // The next start would remove it as well.
+        let _ = remove(&beside);
+        match error.kind() {
+            io::ErrorKind::DirectoryNotEmpty => StartupError::Certificate(format!(
+                "{} holds other files, and neither a certificate nor a key; move them elsewhere",
+                directory.display()
+            )),
+            _ => StartupError::of_io("writing", &directory, error),
         }
-        // The key first: a certificate without its key is never left.
-        write_private(&key, &made.key)?;
-        write_private(&certificate, &made.certificate)
-    };
-    write().map_err(|error| StartupError::of_io("writing", &directory, error))?;
+    })?;
     tracing::info!(certificate = %certificate.display(), "made a certificate for TLS");
     Ok((certificate, key))
 }
 
-/// Writes a file that only this user can read, in whole or not at all.
-fn write_private(path: &Path, content: &str) -> io::Result<()> {
-    let beside = path.with_extension("new");
-    match fs::remove_file(&beside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+/// Writes a certificate and its key, both or none of them, wherever the machine stops.
+fn write(beside: &Path, directory: &Path, made: &SelfSigned) -> io::Result<()> {
+    remove(beside)?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(beside)?;
+    write_private(&beside.join(KEY), &made.key)?;
+    write_private(&beside.join(CERTIFICATE), &made.certificate)?;
+    File::open(beside)?.sync_all()?;
+    // An empty directory may be there (rename(2)).
+    fs::rename(beside, directory)?;
+    let parent = directory.parent().unwrap_or(directory);
+    File::open(parent)?.sync_all()
+}
+
+/// Removes what a start that was stopped halfway has left.
+fn remove(beside: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(beside) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
+}
+
+/// Writes a new file that only this user can read.
+fn write_private(path: &Path, content: &str) -> io::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
-        .open(&beside)?;
+        .open(path)?;
     file.write_all(content.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&beside, path)
+    file.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+    use crate::settings::{Inputs, Override, resolve};
+
+    /// A data directory with a certificate of the server's own.
+    fn made() -> (tempfile::TempDir, PathBuf, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let (certificate, key) = own(dir.path()).unwrap();
+        (dir, certificate, key)
+    }
+
+    /// As they are by default.
+    fn settings(dir: &Path) -> Settings {
+        let data_dir = Override::new("data_dir", dir.to_str().unwrap(), "data_dir");
+        let inputs = Inputs {
+            command_line: vec![data_dir],
+            ..Inputs::default()
+        };
+        resolve(&inputs).unwrap().settings
+    }
+
+    fn load_error(settings: &Settings, dir: &Path) -> String {
+        load(settings, dir).map(drop).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_start_that_was_stopped_halfway_does_not_stand_in_the_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let beside = dir.path().join(NEW_DIRECTORY);
+        fs::create_dir_all(&beside).unwrap();
+        fs::write(beside.join(KEY), "half of a k").unwrap();
+        // And an empty directory, as somebody may have left it.
+        fs::create_dir(dir.path().join(DIRECTORY)).unwrap();
+        let (certificate, key) = own(dir.path()).unwrap();
+        assert!(certificate.exists() && key.exists() && !beside.exists());
+        let pin = load(&settings(dir.path()), dir.path()).unwrap().pin();
+        assert_eq!(load(&settings(dir.path()), dir.path()).unwrap().pin(), pin);
+    }
+
+    #[test]
+    fn other_files_in_its_place_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join(DIRECTORY)).unwrap();
+        fs::write(dir.path().join(DIRECTORY).join("notes"), "").unwrap();
+        let text = load_error(&settings(dir.path()), dir.path());
+        assert!(text.contains("holds other files"), "{text}");
+        assert!(!dir.path().join(NEW_DIRECTORY).exists());
+    }
+
+    #[test]
+    fn its_own_key_is_for_its_user_alone() {
+        let (dir, _, key) = made();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
+        let text = load_error(&settings(dir.path()), dir.path());
+        assert!(text.contains("can be read by other users"), "{text}");
+    }
+
+    #[test]
+    fn a_named_pipe_holds_up_nothing() {
+        let (dir, certificate, key) = made();
+        let pipe = dir.path().join("pipe");
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        for (tls_cert, tls_key, tls_client_ca) in [
+            (&pipe, &key, Path::new(OFF)),
+            (&certificate, &pipe, Path::new(OFF)),
+            (&certificate, &key, &*pipe),
+        ] {
+            let settings = Settings {
+                tls_cert: tls_cert.clone(),
+                tls_key: tls_key.clone(),
+                tls_client_ca: tls_client_ca.to_owned(),
+                ..settings(dir.path())
+            };
+            let text = load_error(&settings, dir.path());
+            assert!(text.contains("is not a regular file"), "{text}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use rustls::{
     SignatureScheme,
 };
 
-use crate::pem::{self, PemError};
+use crate::pem::{self, Origin, PemError};
 use crate::{Pin, Stream, provider};
 
 /// Whom a client accepts as the server.
@@ -110,9 +110,10 @@ pub fn begin(
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier));
     let mut config = match own {
-        Some((certificate, key)) => {
-            builder.with_client_auth_cert(pem::certificates(certificate)?, pem::key(key)?)?
-        }
+        Some((certificate, key)) => builder.with_client_auth_cert(
+            pem::certificates(certificate, Origin::Given)?,
+            pem::key(key, Origin::Given)?,
+        )?,
         None => builder.with_no_client_auth(),
     };
     config.resumption = Resumption::disabled();

@@ -7,7 +7,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{Error, ServerConfig, ServerConnection};
 
-use crate::pem::{self, PemError};
+use crate::pem::{self, Origin, PemError};
 use crate::{Pin, Stream, provider};
 
 /// How long a certificate that the server makes for itself is valid. Clients know its key by the
@@ -27,8 +27,8 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Reads a certificate with its key, and the authorities of clients, where those are asked for
-    /// certificates.
+    /// Reads a certificate with its key, both of `origin`, and the authorities of clients, where
+    /// those are asked for certificates.
     ///
     /// # Errors
     /// If a file can't be used, or the key is not the certificate's.
@@ -36,12 +36,13 @@ impl Acceptor {
         certificate: &Path,
         key: &Path,
         client_ca: Option<&Path>,
+        origin: Origin,
     ) -> Result<Acceptor, PemError> {
         let unfit = |path: &Path, source| PemError::Unfit {
             path: path.to_owned(),
             source,
         };
-        let chain = pem::certificates(certificate)?;
+        let chain = pem::certificates(certificate, origin)?;
         let pin = Pin::of(&chain[0]).map_err(|error| unfit(certificate, error))?;
         let builder = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -57,7 +58,7 @@ impl Acceptor {
             }
         };
         let mut config = builder
-            .with_single_cert(chain, pem::key(key)?)
+            .with_single_cert(chain, pem::key(key, origin)?)
             .map_err(|error| unfit(key, error))?;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;

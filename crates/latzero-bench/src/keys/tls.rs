@@ -2,12 +2,15 @@
 //! server's loop.
 
 use std::collections::VecDeque;
+use std::fs::Permissions;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
 use latzero::blocking::App;
 use latzero::{Bytes, HandlerError};
 use latzero_tls::client::{self, Trust};
+use latzero_tls::pem::Origin;
 use latzero_tls::server::{Acceptor, self_signed};
 use serde_json::json;
 
@@ -94,7 +97,9 @@ pub(super) fn handshake(times: u32) -> Result<(f64, f64), Failure> {
     let (cert, key) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
     std::fs::write(&cert, made.certificate).map_err(|error| fault(&error))?;
     std::fs::write(&key, made.key).map_err(|error| fault(&error))?;
-    let acceptor = Acceptor::load(&cert, &key, None).map_err(|error| fault(&error))?;
+    std::fs::set_permissions(&key, Permissions::from_mode(0o600)).map_err(|error| fault(&error))?;
+    let acceptor =
+        Acceptor::load(&cert, &key, None, Origin::Given).map_err(|error| fault(&error))?;
     let trust = Trust::Pin(acceptor.pin());
     let (mut totals, mut longest) = (Vec::new(), Vec::new());
     for _ in 0..times {

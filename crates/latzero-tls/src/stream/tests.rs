@@ -1,10 +1,12 @@
 #![allow(clippy::unwrap_used, reason = "a test says where by panicking")]
 
 use std::collections::VecDeque;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 
 use super::*;
 use crate::client::{self, Trust};
+use crate::pem::Origin;
 use crate::server::{Acceptor, self_signed};
 
 /// One direction of a socket.
@@ -50,7 +52,8 @@ fn pair() -> (Stream, Stream) {
     let made = self_signed(vec!["localhost".to_owned()]).unwrap();
     fs::write(path("cert"), made.certificate).unwrap();
     fs::write(path("key"), made.key).unwrap();
-    let acceptor = Acceptor::load(&path("cert"), &path("key"), None).unwrap();
+    fs::set_permissions(path("key"), Permissions::from_mode(0o600)).unwrap();
+    let acceptor = Acceptor::load(&path("cert"), &path("key"), None, Origin::Own).unwrap();
     let (client, _) = client::begin("localhost", &Trust::Anybody, None).unwrap();
     (client, acceptor.begin().unwrap())
 }
