@@ -114,6 +114,15 @@ impl Address {
         }
     }
 
+    /// Whether both are the same port, with TLS or without.
+    fn is_port_of(&self, other: &Address) -> bool {
+        let port = |place: &Address| match place {
+            Address::Tcp(host, port) | Address::Tls(host, port) => Some((host.clone(), *port)),
+            Address::Url(_) | Address::Socket(_) => None,
+        };
+        port(self).is_some_and(|ours| port(other) == Some(ours))
+    }
+
     /// Whether the connection itself identifies the user to the server.
     fn is_trusted(&self) -> bool {
         match self {
@@ -317,18 +326,14 @@ impl ServerArgs {
             return Ok(places);
         }
         let by_tcp = tcp(tcp_variables.0.as_deref(), tcp_variables.1);
-        let is_set = tcp_variables != (None, None);
-        if is_set && !places.contains(&by_tcp) {
+        if places.iter().any(|place| place.is_port_of(&by_tcp)) {
+            return Ok(places);
+        }
+        if tcp_variables != (None, None) {
             // The server of the default directory listens elsewhere, so another one is meant.
             return Ok(vec![by_tcp]);
         }
-        let is_tls = |place: &Address| match (place, &by_tcp) {
-            (Address::Tls(host, port), Address::Tcp(h, p)) => (host, port) == (h, p),
-            _ => false,
-        };
-        if !places.contains(&by_tcp) && !places.iter().any(is_tls) {
-            places.push(by_tcp);
-        }
+        places.push(by_tcp);
         Ok(places)
     }
 
@@ -740,6 +745,15 @@ mod tests {
             "tcp://[::1]:5",
         );
         check(Address::Tcp("h".into(), 5), "latzero://me@h:5", "tcp://h:5");
+    }
+
+    #[test]
+    fn a_port_is_the_same_with_tls() {
+        let tcp = |port| Address::Tcp("h".into(), port);
+        let tls = |port| Address::Tls("h".into(), port);
+        assert!(tls(5).is_port_of(&tcp(5)) && tcp(5).is_port_of(&tcp(5)));
+        assert!(!tls(5).is_port_of(&tcp(6)));
+        assert!(!Address::Socket("/s".into()).is_port_of(&Address::Socket("/s".into())));
     }
 
     #[test]

@@ -60,15 +60,20 @@ fn parse(line: &str) -> Result<Option<(&str, Pin)>, String> {
     Ok(Some((name, pin)))
 }
 
+/// Whether there is no such file: the home directory of a service may be no directory at all.
+fn is_absent(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
 fn read(path: &Path) -> Result<String, Error> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(text),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) if is_absent(error.kind()) => Ok(String::new()),
         Err(error) => Err(fault(path, &error.to_string())),
     }
 }
 
-/// The pin of a server that is trusted.
+/// The pin of a server that is trusted. Without a home directory there is none.
 ///
 /// # Errors
 /// If the file can't be read, or has a line that is wrong.
@@ -156,6 +161,8 @@ mod tests {
             .map(|text| text.parse().unwrap())
             .collect();
         assert_eq!(find_in(&path, "host", 1).unwrap(), None);
+        let no_home = Path::new("/dev/null/.config/latzero/known_hosts");
+        assert_eq!(find_in(no_home, "host", 1).unwrap(), None);
         add_to(&path, "host", 1, pins[0]).unwrap();
         add_to(&path, "::1", 1, pins[1]).unwrap();
         assert_eq!(find_in(&path, "HOST", 1).unwrap(), Some(pins[0]));

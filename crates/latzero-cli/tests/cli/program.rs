@@ -244,7 +244,8 @@ impl Server {
         let word = self
             .ready
             .split(' ')
-            .find_map(|word| word.strip_prefix("tcp://127.0.0.1:"));
+            .filter_map(|word| word.split_once("://127.0.0.1:"))
+            .find_map(|(scheme, port)| ["tcp", "tls"].contains(&scheme).then_some(port));
         word.expect("the ready line has it").to_owned()
     }
 

@@ -544,6 +544,20 @@ fn a_wrong_address_does_not_blame_the_server_of_the_directory() {
 }
 
 #[test]
+fn the_variables_of_a_tls_server_lead_to_its_socket() {
+    let server = Server::with(&["--tls"]);
+    let mut status = server.command(&["status", "--json"]);
+    status.env("LATZERO_ENABLE_TLS", "1");
+    status.env("LATZERO_PORT", server.port());
+    assert_eq!(run(&mut status).ended_with(0).json()["pid"], server.pid());
+    // Only there is it known who asks.
+    run(server
+        .command(&["reload"])
+        .env("LATZERO_PORT", server.port()))
+    .ended_with(0);
+}
+
+#[test]
 fn a_suspended_server_causes_a_timeout() {
     let server = Server::start();
     server.running.signal(Signal::STOP);
