@@ -26,6 +26,7 @@ use serde::Deserialize;
 
 use crate::builder::Config;
 use crate::error::Error;
+use crate::known_hosts;
 use crate::local;
 use crate::prove::{Talk, check_bound};
 use crate::sealed::SealedPool;
@@ -233,6 +234,25 @@ impl Link {
     }
 }
 
+#[cfg(test)]
+impl Link {
+    /// A connection whose server has said nothing.
+    pub(crate) fn of(socket: OwnedFd, tls: Tls) -> Link {
+        Link {
+            socket,
+            tls: Some(tls),
+            epoch: 1,
+            binding: ChannelBinding::None,
+            ack: Ack::default(),
+            attachments: false,
+            takes_descriptors: false,
+            early_descriptors: Mutex::default(),
+            max_frame: MAX_FRAME_DEFAULT,
+            early: Mutex::default(),
+        }
+    }
+}
+
 fn unreachable(place: &str, error: io::Error) -> Error {
     Error::new(
         Code::Disconnected,
@@ -287,6 +307,7 @@ fn unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
 fn open(place: &Endpoint, timeout: Duration, has_keys: bool) -> Result<(OwnedFd, bool), Error> {
     let deadline = Instant::now() + timeout;
     let by_tcp = |host: &str, port| tcp(host, port, timeout).map(|socket| (socket, false));
+    let in_the_clear = |host: &str, port| check_plain(host, port).and_then(|()| by_tcp(host, port));
     match place {
         Endpoint::Local => {
             let mut sockets = local::sockets().into_iter();
@@ -299,14 +320,32 @@ fn open(place: &Endpoint, timeout: Duration, has_keys: bool) -> Result<(OwnedFd,
                     proved elsewhere unasked",
                 )
                 .with_ran(Ran::No)),
-                None => by_tcp("127.0.0.1", DEFAULT_PORT),
+                None => in_the_clear("127.0.0.1", DEFAULT_PORT),
             }
         }
         Endpoint::Socket(path) => match unix(path, deadline) {
             Ok(socket) => Ok((socket, true)),
             Err(e) => Err(unreachable(&path.display().to_string(), e)),
         },
-        Endpoint::Tcp(host, port) | Endpoint::Tls(host, port, _) => by_tcp(host, *port),
+        Endpoint::Tcp(host, port) => in_the_clear(host, *port),
+        Endpoint::Tls(host, port, _) => by_tcp(host, *port),
+    }
+}
+
+/// Refuses plain TCP to a server that the user has trusted by its pin: nobody would notice another
+/// one in its place.
+fn check_plain(host: &str, port: u16) -> Result<(), Error> {
+    // A file that can't be read is no reason to speak in the clear.
+    match known_hosts::find(host, port)? {
+        None => Ok(()),
+        Some(_) => Err(Error::new(
+            Code::Downgrade,
+            format!(
+                "the server at {host}:{port} was trusted with `latzero trust`, so it is not \
+                 spoken to without TLS; say `?tls` in the address"
+            ),
+        )
+        .with_ran(Ran::No)),
     }
 }
 

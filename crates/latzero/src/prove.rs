@@ -75,7 +75,15 @@ impl<'a> Talk<'a> {
         let mut out = Vec::new();
         frame::append(&mut out, |out| out.extend_from_slice(json.as_bytes()));
         let sent = self.link.send_all(&out, self.deadline);
-        sent.map_err(|e| lost(format!("the handshake failed: {e}")).with_source(e))
+        sent.map_err(|error| self.explain_send(error))
+    }
+
+    /// Why nothing can be sent. The server may have said so before it closed, where only a read
+    /// finds it.
+    fn explain_send(&self, error: io::Error) -> Error {
+        let read = self.link.try_recv(&mut [0; 4096], &mut Vec::new());
+        let known = read.err().and_then(|read| self.link.explain(&read));
+        known.unwrap_or_else(|| lost(format!("the handshake failed: {error}")).with_source(error))
     }
 
     /// The next message that `wanted` accepts; others wait for later reads.

@@ -457,3 +457,29 @@ pub(crate) fn timespec(time: Duration) -> Timespec {
         tv_nsec: 0,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+    use crate::tls::tests::{Clients, connection};
+
+    #[test]
+    fn what_tls_brings_before_a_failure_is_read() {
+        let (link, server) = connection(Clients::All);
+        let (mut theirs, mut tls) = server.join().unwrap();
+        tls.write(&mut theirs, b"last words").unwrap();
+        // A record that nobody can have encrypted (RFC 8446, section 5.1).
+        theirs.write_all(&[0x17, 3, 3, 0, 20]).unwrap();
+        theirs.write_all(&[0; 20]).unwrap();
+        let mut input = Input {
+            link: Some(Arc::new(link)),
+            buf: vec![0; 100],
+            ..Input::new()
+        };
+        assert!(matches!(input.try_receive(), Received::Bytes { .. }));
+        assert_eq!(&input.buf[..input.end], b"last words");
+        assert!(input.lost.is_some());
+    }
+}

@@ -299,11 +299,15 @@ fn refused(alert: &str) -> Error {
 }
 
 fn unknown(host: &str, port: u16) -> Error {
+    let remedy = match known_hosts::path() {
+        Some(_) => format!("run `latzero trust {host}:{port}`"),
+        None => "set HOME, where trusted servers are looked up".to_owned(),
+    };
     Error::new(
         Code::Unauthenticated,
         format!(
-            "the server at {host}:{port} is not known yet; run `latzero trust {host}:{port}`, or \
-             say `&pin=PIN` or `&ca=FILE` in the address"
+            "the server at {host}:{port} is not known yet; {remedy}, or say `&pin=PIN` or \
+             `&ca=FILE` in the address"
         ),
     )
     .with_ran(Ran::No)
@@ -327,4 +331,71 @@ pub(crate) fn wait(socket: BorrowedFd<'_>, what: PollFlags, deadline: Instant) -
         Some(&timespec(left.max(Duration::from_millis(1)))),
     );
     Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::net::UnixStream;
+    use std::thread::JoinHandle;
+
+    use latzero_tls::pem::Origin;
+    use latzero_tls::server::{Acceptor, self_signed};
+    use rustix::net::sockopt;
+
+    use super::*;
+    use crate::connection::Link;
+    use crate::prove::Talk;
+
+    /// Whom a server accepts.
+    #[derive(Clone, Copy)]
+    pub(crate) enum Clients {
+        All,
+        /// Those with a certificate of an authority that nobody has.
+        Certified,
+    }
+
+    /// A connection that the client takes for agreed on, and the server's end of it, which takes no
+    /// more than a few kilobytes.
+    pub(crate) fn connection(clients: Clients) -> (Link, JoinHandle<(UnixStream, Stream)>) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name| dir.path().join(name);
+        let made = self_signed(vec!["localhost".to_owned()]).unwrap();
+        fs::write(path("cert"), made.certificate).unwrap();
+        fs::write(path("key"), made.key).unwrap();
+        fs::set_permissions(path("key"), Permissions::from_mode(0o600)).unwrap();
+        let authority = path("cert");
+        let client_ca = match clients {
+            Clients::All => None,
+            Clients::Certified => Some(&*authority),
+        };
+        let acceptor = Acceptor::load(&path("cert"), &path("key"), client_ca, Origin::Own).unwrap();
+        let options = TlsOptions {
+            pin: Some(acceptor.pin()),
+            ..TlsOptions::default()
+        };
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        sockopt::set_socket_send_buffer_size(&ours, 4096).unwrap();
+        let server = std::thread::spawn(move || {
+            let mut stream = acceptor.begin().unwrap();
+            let mut to = theirs.try_clone().unwrap();
+            let agreed = stream.agree(&mut theirs, &mut to);
+            assert_eq!(agreed.is_ok(), matches!(clients, Clients::All));
+            (theirs, stream)
+        });
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let tls = Tls::connect(ours.as_fd(), ("localhost", 1), &options, deadline).unwrap();
+        (Link::of(ours.into(), tls), server)
+    }
+
+    #[test]
+    fn a_refused_certificate_is_said_where_sending_fails() {
+        let (link, server) = connection(Clients::Certified);
+        drop(server.join().unwrap());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let error = Talk::new(&link, deadline, 1024).say("{}").unwrap_err();
+        assert!(error.to_string().contains("&cert=FILE"), "{error}");
+        assert_eq!(error.kind(), Code::Unauthenticated);
+    }
 }
