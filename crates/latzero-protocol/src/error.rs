@@ -91,8 +91,8 @@ codes! {
     BadFrame "bad_frame" No Server
         "The first bytes of a connection are not a valid frame: empty, not UTF-8, not JSON, or \
          not an object. The connection is closed."
-        "Send a four-byte big-endian length and then one JSON object of that length. HTTP and TLS \
-         clients cannot use this port.";
+        "Send a four-byte big-endian length and then one JSON object of that length. HTTP clients \
+         cannot use this port, and TLS clients need a server with `--tls`.";
     FrameTooLarge "frame_too_large" No Server
         "A frame is longer than the limit. The connection is closed before anything is buffered."
         "Keep payloads below the `limits.max_frame` in the handshake acknowledgement, or raise \

@@ -5,7 +5,8 @@
 //! appended, each connection once. A message is never handed to another thread on its way. Measured
 //! against a runtime's tasks this saves a wakeup per hop: sockets are watched for reading alone,
 //! and for writing only while the kernel takes nothing, because a Unix socket otherwise reports
-//! "writable" each time its peer reads.
+//! "writable" each time its peer reads. Those with TLS are always watched for both: TLS writes by
+//! itself too, and TCP reports "writable" only if it was full.
 
 use std::collections::VecDeque;
 use std::io;
@@ -911,8 +912,7 @@ impl EventLoop {
     }
 }
 
-/// What a connection is watched for. TLS writes by itself too, and a TCP socket does not report
-/// "writable" unless it was full, so those are watched for it always.
+/// What a connection is watched for.
 fn interest(peer: &Peer, is_blocked: bool) -> Interest {
     let is_tls = peer.socket.as_ref().is_some_and(Socket::is_tls);
     match is_blocked || is_tls {

@@ -19,6 +19,7 @@ use latzero::{AppKey, Code, Error, Reconnect};
 use latzero_crypto::app_key;
 use latzero_crypto::keys::Secret;
 use latzero_tests::{Server, Via, Wire};
+use latzero_tls::PLAIN_BYTES_MAX;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType, date_time_ymd,
 };
@@ -396,8 +397,39 @@ fn what_tls_holds_is_counted_and_given_back() {
     while inbound() > before {}
 }
 
+#[test]
+fn what_tls_holds_for_who_does_not_read_is_counted() {
+    let (server, _) = tls();
+    let mut looks = server.app(Via::Unix, json!({"app_id": "looks"}));
+    let mut stats = || looks.request(json!({"action": "stats"}))["response"].take();
+    let inbound = |stats: &Value| stats["ledger"]["inbound_bytes"].as_u64().unwrap();
+    let before = inbound(&stats());
+    let mut slow = server.app(Via::Tls, json!({"app_id": "slow", "pools": ["system"]}));
+    // More than the kernel takes for it.
+    let data = "x".repeat(14_000_000);
+    slow.send(&json!({"action": "trigger", "id": "a", "process": "echo", "data": data}));
+    eventually(|| stats()["transport"]["slow_readers"] == 1);
+    // What was read is gone by now; what was encrypted waits.
+    let held = inbound(&stats()) - before;
+    assert!(held >= 8192 + PLAIN_BYTES_MAX as u64, "{held}");
+    drop(slow);
+    eventually(|| inbound(&stats()) == before);
+}
+
+/// Looks again and again, for half a minute at most.
+fn eventually(mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "it does not come to that");
+    }
+}
+
 /// Runs the program with a home directory of its own.
 fn run(home: &Path, args: &[&str]) -> (i32, String) {
+    run_with(home, args, &[])
+}
+
+fn run_with(home: &Path, args: &[&str], variables: &[(&str, &str)]) -> (i32, String) {
     let program = std::env::var_os("LATZERO_BIN").map(PathBuf::from);
     let beside = std::env::current_exe().unwrap();
     let beside = beside.ancestors().nth(2).unwrap().join("latzero");
@@ -405,6 +437,7 @@ fn run(home: &Path, args: &[&str]) -> (i32, String) {
         .args(args)
         .env("HOME", home)
         .env_remove("XDG_CONFIG_HOME")
+        .envs(variables.iter().copied())
         .output()
         .unwrap();
     let text = [out.stdout, out.stderr].concat();
@@ -445,6 +478,16 @@ fn a_host_is_trusted_once_and_every_command_honours_it() {
         &["ping", "--url", &format!("latzero://x@{tcp}?tls")],
     );
     assert!(code == 0, "{said}");
+    // Whoever trusts it speaks TLS there, however the address is given.
+    let plain = format!("latzero://x@{tcp}");
+    for said in [
+        run(home.path(), &["ping", "--url", &plain]),
+        run_with(home.path(), &["ping"], &[("LATZERO_URL", &plain)]),
+    ] {
+        let (code, said) = said;
+        let is_refused = said.contains("was trusted") && said.contains("?tls");
+        assert!(code != 0 && is_refused, "{said}");
+    }
     // Another key on the same port: every command refuses, and `trust` asks for more than a yes.
     fs::remove_dir_all(server.0.data_dir().join("config/tls")).unwrap();
     let mut admin = server.app(Via::Unix, json!({"app_id": "admin"}));

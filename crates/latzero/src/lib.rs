@@ -76,7 +76,6 @@ mod request;
 mod sealed;
 mod stream;
 mod sync;
-
 pub mod testing;
 mod tls;
 mod url;
