@@ -1,3 +1,5 @@
+//! Reads that are bounded, failures that come last, and bytes that are owed: over wires in memory.
+
 #![allow(clippy::unwrap_used, reason = "a test says where by panicking")]
 
 use std::collections::VecDeque;
