@@ -404,15 +404,17 @@ fn what_tls_holds_for_who_does_not_read_is_counted() {
     let mut stats = || looks.request(json!({"action": "stats"}))["response"].take();
     let inbound = |stats: &Value| stats["ledger"]["inbound_bytes"].as_u64().unwrap();
     let before = inbound(&stats());
-    let mut slow = server.app(Via::Tls, json!({"app_id": "slow", "pools": ["system"]}));
-    // More than the kernel takes for it.
+    let slow = json!({"app_id": "slow", "pools": ["p"], "triggers": ["t"]});
+    let slow = server.app(Via::Tls, slow);
+    let mut caller = server.app(Via::Unix, json!({"app_id": "caller", "pools": ["p"]}));
+    // More than the kernel takes for it; it sends nothing itself meanwhile.
     let data = "x".repeat(14_000_000);
-    slow.send(&json!({"action": "trigger", "id": "a", "process": "echo", "data": data}));
+    caller.send(&json!({"action": "trigger", "id": "a", "process": "t", "data": data}));
     eventually(|| stats()["transport"]["slow_readers"] == 1);
     // What was read is gone by now; what was encrypted waits.
     let held = inbound(&stats()) - before;
     assert!(held >= 8192 + PLAIN_BYTES_MAX as u64, "{held}");
-    drop(slow);
+    drop((slow, caller));
     eventually(|| inbound(&stats()) == before);
 }
 
