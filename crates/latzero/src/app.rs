@@ -124,10 +124,10 @@ impl App {
             })?;
             *byte = high << 4 | low;
         }
-        let challenge = self.requesting(&json!({"action": "challenge"}))?.wait()?;
+        let challenge: Value = self.requesting(&json!({"action": "challenge"}))?.wait()?;
         let exchange = exchange(&challenge, binding)?;
         let mac = proof::admin_mac(&bytes, Side::Client, &exchange);
-        let said = self.requesting(&json!({
+        let said = self.requesting::<Value>(&json!({
             "action": "admin_proof", "client_nonce": text::encode(&exchange.client_nonce),
             "mac": text::encode(&mac), "cb_type": binding.name(),
         }))?;
@@ -469,7 +469,7 @@ impl App {
         self.requesting(request)?.await
     }
 
-    pub(crate) fn requesting(&self, request: &Value) -> Result<Calling<Value>, Error> {
+    pub(crate) fn requesting<R: FromPayload>(&self, request: &Value) -> Result<Calling<R>, Error> {
         let is_request =
             request.get("action").is_some_and(Value::is_string) && request.get("id").is_none();
         if !is_request {

@@ -210,6 +210,14 @@ impl App {
         self.0.requesting(request)?.wait()
     }
 
+    /// As [`App::request`], for the answer as another type: `Box<RawValue>` is its text as it came.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn request_as<R: FromPayload>(&self, request: &Value) -> Result<R, Error> {
+        self.0.requesting(request)?.wait()
+    }
+
     /// Makes this an administrator's connection; see [`crate::App::prove_admin`].
     ///
     /// # Errors
