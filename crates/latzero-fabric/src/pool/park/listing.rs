@@ -16,8 +16,10 @@ const SHOWN_BYTES_MAX: usize = 64 * 1024;
 /// The parked calls of a pool, in numbers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct ParkedCounts {
-    /// Calls that wait for a handler, or until they are offered again.
+    /// Calls that wait for a handler, or for the answer of the call that they repeat.
     pub waiting: usize,
+    /// Calls whose last attempt failed, until they are offered again.
+    pub paused: usize,
     /// Calls that a handler has.
     pub running: usize,
     /// Calls whose attempts all failed.
@@ -33,12 +35,13 @@ impl ParkedCounts {
     /// All calls, and all answers.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.waiting + self.running + self.dead + self.answered
+        self.waiting + self.paused + self.running + self.dead + self.answered
     }
 
     /// Adds those of another pool.
     pub fn add(&mut self, other: &ParkedCounts) {
         self.waiting += other.waiting;
+        self.paused += other.paused;
         self.running += other.running;
         self.dead += other.dead;
         self.answered += other.answered;
@@ -60,11 +63,13 @@ impl Parked {
 impl ParkedCalls {
     pub(in crate::pool) fn counts(&self) -> ParkedCounts {
         let waiting: usize = self.lines.values().map(super::Lines::len).sum();
-        let waiting = waiting + self.following + self.pauses.len();
+        let waiting = waiting + self.following;
+        let paused = self.pauses.len();
         let oldest = self.calls.values().find(|parked| !parked.is_dead());
         ParkedCounts {
             waiting,
-            running: self.calls.len() - waiting - self.dead.len(),
+            paused,
+            running: self.calls.len() - waiting - paused - self.dead.len(),
             dead: self.dead.len(),
             answered: self.answers.len(),
             oldest: oldest.map(|parked| parked.parked_ms),
