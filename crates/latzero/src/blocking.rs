@@ -16,6 +16,8 @@
 
 mod block;
 
+pub use crate::interrupt::interruptible;
+
 use std::ops::Deref;
 use std::time::{Duration, Instant};
 
@@ -660,6 +662,11 @@ impl Request {
         self.0
             .core
             .block_on(None, |cx| sending.poll(&self.0, cx))
-            .expect("without a deadline it waits until it is sent or cancelled")
+            .unwrap_or_else(|| Err(interrupted()))
     }
+}
+
+/// What a wait without a deadline ends with if it was interrupted.
+fn interrupted() -> Error {
+    Error::new(Code::Cancelled, "the wait was interrupted")
 }

@@ -62,6 +62,7 @@ mod error;
 mod events;
 mod handlers;
 mod inbound;
+mod interrupt;
 mod keys;
 pub mod known_hosts;
 mod local;

@@ -12,11 +12,11 @@ use crate::block::{Slice, View, deadline, timed_out};
 use crate::error::Error;
 
 /// Runs `future`, whose progress is the app's, on this thread.
-fn run<T>(app: &crate::App, future: impl Future<Output = T>) -> T {
+fn run<T>(app: &crate::App, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let mut future = pin!(future);
     app.core()
         .block_on(None, |cx| future.as_mut().poll(cx))
-        .expect("without a deadline it waits until it is done")
+        .unwrap_or_else(|| Err(super::interrupted()))
 }
 
 impl App {
@@ -149,7 +149,7 @@ impl std::ops::Deref for Block {
 }
 
 impl Block {
-    fn run<T>(&self, future: impl Future<Output = T>) -> T {
+    fn run<T>(&self, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         run(self.0.app(), future)
     }
 
@@ -189,6 +189,9 @@ impl Block {
                 match self.0.wait_slice(beyond, deadline)? {
                     Slice::Newer(version) => return Ok(version),
                     Slice::Moved => break,
+                    Slice::Over if crate::interrupt::is_due() => {
+                        return Err(super::interrupted());
+                    }
                     Slice::Over if Instant::now() < deadline => {}
                     Slice::Over => return Err(timed_out(self.id())),
                 }
