@@ -1,0 +1,26 @@
+"""What JSON has no word for, as what it has. Called for objects that the binding does not know."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import uuid
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON's types; `TypeError` if that is not known."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    fields = getattr(type(value), "__dataclass_fields__", None)
+    if fields is not None:
+        import dataclasses
+
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if hasattr(type(value), "model_dump"):
+        return value.model_dump(mode="json")
+    raise TypeError(type(value).__qualname__)

@@ -1,0 +1,246 @@
+"""The blocking face against a real server."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import latzero
+import latzero.testing
+import pytest
+from latzero import _latzero
+
+
+@pytest.fixture
+def pair(latzero_server, request):
+    """A handler's app and a caller's, in a pool of their own."""
+    pool = request.node.name.replace("[", "-").replace("]", "")[:60]
+    with (
+        latzero.connect(latzero_server.url(f"serves-{pool}", pool)) as serves,
+        latzero.connect(latzero_server.url(f"calls-{pool}", pool)) as calls,
+    ):
+        yield serves, calls
+
+
+@pytest.mark.parametrize("value", [
+    None, True, False, 0, -1, 2**63, 2**64 - 1, -(2**63), 0.1, 1e300, 5e-324, "", "ä\n\"\\\x01",
+    [], {}, [1, [2, {"a": None}]], {"a": {"b": [1.5, "x"]}},
+], ids=repr)
+def test_json_comes_back_as_it_went(latzero_server, value):
+    with latzero.connect(latzero_server.url("json", "system"), transient=True) as app:
+        back = app.call("echo", value)
+    assert back == value and type(back) is type(value)
+
+
+@pytest.mark.parametrize("value, place", [
+    ({"values": [1, 2, 3, float("nan")]}, "data.values[3]"),
+    (2**64, "data:"), (-(2**63) - 1, "data:"), ([float("inf")], "data[0]"),
+    ({"a": b"x"}, "send them whole"), ({1: 2}, "keys are str"), (object(), "object"),
+], ids=repr)
+def test_what_is_not_json_is_refused_before_it_is_sent(latzero_app, value, place):
+    with pytest.raises(latzero.BadRequest) as raised:
+        latzero_app.call("nobody", value)
+    assert place in raised.value.message and raised.value.ran == "no"
+    assert isinstance(raised.value, ValueError)
+
+
+def test_too_deep_data_is_refused(latzero_app):
+    data = []
+    for _ in range(200):
+        data = [data]
+    with pytest.raises(latzero.BadRequest):
+        latzero_app.call("nobody", data)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_travel_raw(pair, kind):
+    serves, calls = pair
+    serves.serve("back", lambda data, /: data[::-1])
+    assert calls.call("back", kind(b"\x00\xff1")) == b"1\xff\x00"
+    assert calls.reply("back", kind(b"ab")).bytes == b"ba"
+
+
+def test_handlers_take_fields_by_name(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def area(width: int, height: int = 2) -> int:
+        """Width by height."""
+        return width * height
+
+    assert calls.call("area", width=3) == 6
+    assert calls.call("area", {"width": 3, "height": 5}) == 15
+    for fields in ({}, {"width": 1, "depth": 2}):
+        with pytest.raises(latzero.BadRequest):
+            calls.call("area", fields)
+    with pytest.raises(TypeError):
+        calls.call("area", {"width": 1}, width=2)
+
+
+def test_a_handler_sees_its_request(pair):
+    serves, calls = pair
+
+    @serves.serve("who")
+    def who(request: latzero.Request):
+        assert latzero.request() is request
+        return [request.name, request.origin[0], request.headers, request.key, request.attempt]
+
+    got = calls.call("who", headers={"a": "b"}, key="k")
+    assert got == ["who", calls.app_id, {"a": "b"}, "k", 1]
+
+
+def test_what_a_handler_raises_is_told(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def divide(a: float, b: float):
+        if a == 0:
+            raise latzero.Failure("zero", "nothing to divide", data={"a": a})
+        return a / b
+
+    with pytest.raises(latzero.HandlerFailed) as raised:
+        calls.call("divide", a=1, b=0)
+    error = raised.value
+    assert (error.code, error.type) == ("handler_error", "ZeroDivisionError")
+    assert "in divide" in error.remote_traceback
+    assert error.remote_traceback[:9] in error.__notes__[0]
+    with pytest.raises(latzero.HandlerFailed) as raised:
+        calls.call("divide", a=0, b=1)
+    assert (raised.value.code, raised.value.data) == ("zero", {"a": 0})
+
+
+def test_errors_have_their_families(pair):
+    _, calls = pair
+    with pytest.raises(latzero.Unavailable) as raised:
+        calls.call("nobody")
+    error = raised.value
+    assert (error.code, error.ran, error.retryable) == ("no_handler", "no", True)
+    assert error.hint and str(error).startswith("no_handler: ")
+    for _, family in _latzero.families():
+        assert issubclass(getattr(latzero, family), latzero.LatZeroError)
+
+
+def test_a_call_times_out(pair):
+    serves, calls = pair
+    release = threading.Event()
+    serves.serve("slow", lambda: release.wait(30))
+    with pytest.raises(latzero.Timeout) as raised:
+        calls.call("slow", timeout=0.05)
+    release.set()
+    assert isinstance(raised.value, TimeoutError)
+
+
+def test_streams(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def count(n: int):
+        for i in range(n):
+            yield i
+        yield latzero.Progress(1.0)
+        return "done"
+
+    stream = calls.stream("count", n=300, window=4)
+    assert list(stream) == list(range(300))
+    assert stream.end == "done"
+
+
+def test_leaving_a_stream_closes_its_generator(pair):
+    serves, calls = pair
+    closed = threading.Event()
+
+    @serves.serve
+    def forever():
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    with calls.stream("forever", window=2) as stream:
+        assert next(stream) == 1
+    assert closed.wait(10)
+
+
+def test_emits_reach_listeners(pair):
+    listens, emits = pair
+    events = listens.events("done")
+    assert emits.emit("done", n=1, count=True) == 1
+    event = next(events)
+    assert (event.name, event.data, event.origin[0]) == ("done", {"n": 1}, emits.app_id)
+    seen = []
+    both = threading.Barrier(2)
+
+    @listens.on("told")
+    def told(event):
+        seen.append(event.data)
+        both.wait(10)
+
+    emits.emit("told", 5)
+    both.wait(10)
+    assert seen == [5]
+
+
+def test_other_threads_run_while_one_waits(pair):
+    serves, calls = pair
+    inside, release = threading.Event(), threading.Event()
+
+    @serves.serve
+    def hold():
+        inside.set()
+        return release.wait(10)
+
+    got = []
+    caller = threading.Thread(target=lambda: got.append(calls.call("hold")))
+    caller.start()
+    assert inside.wait(10)
+    release.set()
+    caller.join(10)
+    assert got == [True]
+
+
+def test_ctrl_c_ends_a_waiting_call(pair):
+    serves, calls = pair
+    inside, release = threading.Event(), threading.Event()
+
+    @serves.serve
+    def hold(request: latzero.Request):
+        inside.set()
+        release.wait(20)
+
+    def interrupt():
+        inside.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        calls.call("hold", timeout=20)
+    assert time.monotonic() - began < 10
+    release.set()
+    # The connection works on.
+    assert calls.ping() >= 0
+
+
+def test_the_app_reconnects(latzero_server):
+    with latzero.testing.server() as server, latzero.connect(server.url("again")) as app:
+        app.serve("f", lambda: 1)
+        server.restart()
+        assert app.call("f", to="again", timeout=10) == 1
+
+
+def test_a_script_ends_with_an_open_app(latzero_server):
+    script = (
+        "import latzero, sys\n"
+        "app = latzero.connect(sys.argv[1])\n"
+        "app.serve('f', lambda: 1)\n"
+        "app.on('e', print)\n"
+        "assert 'numpy' not in sys.modules and 'asyncio' not in sys.modules\n"
+        "print(repr(app))\n"
+    )
+    url = latzero_server.url("script")
+    run = subprocess.run([sys.executable, "-c", script, url], timeout=30, capture_output=True)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.stdout == b"<latzero.App 'script' in default, connected>\n"
