@@ -208,9 +208,12 @@ pub(crate) fn write_json(object: &Bound<'_, PyAny>) -> PyResult<Box<RawValue>> {
     RawValue::from_string(json).map_err(|e| bad_request(py, &e.to_string()))
 }
 
+/// A key that was made before.
+type KnownKey = Option<(Box<str>, Py<PyString>)>;
+
 // Keys repeat from message to message, so each is made once.
 thread_local! {
-    static KEYS: RefCell<Vec<Option<(Box<str>, Py<PyString>)>>> =
+    static KEYS: RefCell<Vec<KnownKey>> =
         RefCell::new((0..1024).map(|_| None).collect());
 }
 

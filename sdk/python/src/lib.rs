@@ -212,23 +212,23 @@ impl PyApp {
     /// Serves `name`: `handler` is called with each request.
     fn serve(
         &self,
-        py: Python<'_>,
-        name: &str,
+        name: &Bound<'_, PyString>,
         handler: Py<PyAny>,
-        pools: Option<Vec<String>>,
-        strategy: &str,
-        concurrency: Option<u32>,
-        doc: Option<&str>,
+        options: &Bound<'_, PyDict>,
     ) -> PyResult<()> {
-        let strategy = Strategy::parse(strategy)
+        let py = name.py();
+        let strategy: String = codec::take(options, "strategy")?.extract()?;
+        let strategy = Strategy::parse(&strategy)
             .ok_or_else(|| PyValueError::new_err(format!("no such strategy: {strategy:?}")))?;
-        let mut serving = self.app.handler(name).strategy(strategy);
+        let mut serving = self.app.handler(name.to_str()?).strategy(strategy);
+        let concurrency: Option<u32> = codec::take(options, "concurrency")?.extract()?;
         if let Some(concurrency) = concurrency {
             serving = serving.concurrency(concurrency);
         }
-        if let Some(doc) = doc {
-            serving = serving.doc(doc);
+        if let Some(doc) = text(options, "doc")? {
+            serving = serving.doc(&doc);
         }
+        let pools: Option<Vec<String>> = codec::take(options, "pools")?.extract()?;
         if let Some(pools) = pools {
             serving = serving.pools(pools);
         }

@@ -234,10 +234,10 @@ class App:
             if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
                 raise TypeError("handlers are plain functions or generators, not async ones")
             about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
-            self._inner.serve(
-                name or function.__name__, _adapt(function), pools, strategy, concurrency,
-                about or None,
-            )
+            self._inner.serve(name or function.__name__, _adapt(function), {
+                "pools": pools, "strategy": strategy, "concurrency": concurrency,
+                "doc": about or None,
+            })
             return function
 
         return register if function is None else register(function)
