@@ -28,17 +28,17 @@ class Server:
 
     def __init__(self, *args: str) -> None:
         self._args = args
-        self._directory = tempfile.mkdtemp(prefix="latzero-")
+        self.data_dir = tempfile.mkdtemp(prefix="latzero-")
         try:
             self._start()
         except BaseException:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            shutil.rmtree(self.data_dir, ignore_errors=True)
             raise
 
     def _start(self) -> None:
         self._child = subprocess.Popen(
             [find_program(), "start", "--port", "0", "--log-level", "warn", "--data-dir",
-             self._directory, *self._args],
+             self.data_dir, *self._args],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
         )
         assert self._child.stdout is not None
@@ -70,7 +70,7 @@ class Server:
 
     def __exit__(self, *raised: object) -> None:
         self.kill()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.data_dir, ignore_errors=True)
 
     def __repr__(self) -> str:
         return f"<latzero.testing.Server pid {self._child.pid} at {self.socket}>"
