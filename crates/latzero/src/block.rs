@@ -47,7 +47,7 @@ pub use lock::{BlockLock, LOCKS_VARIABLE};
 pub use typed::TypedBlock;
 pub use write::{BlockWriter, Draft};
 
-pub use latzero_shm::{Element, View};
+pub use latzero_shm::{Element, Exposed, OwnedView, View, Writing};
 pub(crate) use shared::{BlockState, Blocks, Current};
 use shared::{Described, LockState};
 
@@ -473,13 +473,7 @@ impl Block {
     /// copies then.
     pub async fn view<R>(&self, mut f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
         let Some(attachment) = self.readable().await?.attachment else {
-            return Err(Error::new(
-                Code::Storage,
-                format!(
-                    "block '{}' is not mapped here; read it by copies",
-                    self.id()
-                ),
-            ));
+            return Err(not_mapped(self.id(), "read"));
         };
         for _ in 0..TRIES_MAX {
             let view = attachment.view().map_err(|e| read_error(self.id(), e))?;
@@ -489,6 +483,20 @@ impl Block {
             }
         }
         Err(contended(self.id()))
+    }
+
+    /// The newest version in place, for as long as the result is kept. Newer versions may overwrite
+    /// it: [`OwnedView::is_valid`] tells.
+    ///
+    /// # Errors
+    /// `contended` if writers were too busy; `storage` if the block is not mapped: read it by
+    /// copies then.
+    pub async fn owned_view(&self) -> Result<OwnedView, Error> {
+        let attachment = self.readable().await?.attachment;
+        let attachment = attachment.ok_or_else(|| not_mapped(self.id(), "read"))?;
+        attachment
+            .owned_view()
+            .map_err(|e| read_error(self.id(), e))
     }
 
     /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for without
@@ -905,6 +913,14 @@ fn removed(id: &str) -> Error {
     Error::new(
         Code::NoBlock,
         format!("block '{id}' was removed, or went with its server"),
+    )
+}
+
+/// Of a block that pointers can't be had into.
+fn not_mapped(id: &str, verb: &str) -> Error {
+    Error::new(
+        Code::Storage,
+        format!("block '{id}' is not mapped here; {verb} it by copies"),
     )
 }
 

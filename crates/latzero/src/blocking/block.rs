@@ -4,7 +4,7 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use latzero_protocol::memory::LockMode;
-use latzero_shm::Element;
+use latzero_shm::{Element, Exposed, OwnedView};
 use serde_json::Value;
 
 use super::App;
@@ -175,6 +175,15 @@ impl Block {
     /// As there.
     pub fn view<R>(&self, f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
         self.run(self.0.view(f))
+    }
+
+    /// The newest version in place, for as long as the result is kept; see
+    /// [`crate::Block::owned_view`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn owned_view(&self) -> Result<OwnedView, Error> {
+        self.run(self.0.owned_view())
     }
 
     /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for on this
@@ -369,6 +378,20 @@ impl Draft {
     /// `out_of_range`, and as [`Block::read`].
     pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<(), Error> {
         run(&self.0, self.1.read_into(offset, to))
+    }
+
+    /// Whether it is written into the mapped block, so that [`Draft::expose`] works.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        self.1.is_in_place()
+    }
+
+    /// Makes bytes ready to be written in place; see [`crate::Draft::expose`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn expose(&mut self, offset: u64, length: u64, keeps: bool) -> Result<Exposed, Error> {
+        self.1.expose(offset, length, keeps)
     }
 
     /// Lets everybody see it, and gives the lock back; the version.
