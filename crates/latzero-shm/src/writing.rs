@@ -77,6 +77,12 @@ impl Writing {
         on!(&self.turn.0.bytes, memory => draft.fill(memory, offset, length, byte))
     }
 
+    /// Whether the bytes are mapped, so that [`Writing::expose`] works.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.turn.0.bytes, Bytes::Mapped(_))
+    }
+
     /// Makes `length` bytes from `offset` on ready to be written in place. With `keeps` they begin
     /// as the version before; else they hold old bytes of any kind, and all must be written.
     ///

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::answers::Answers;
 use crate::block::BlockName;
+use crate::blocking;
 use crate::builder::{Builder, on_thread};
 use crate::call::{Call, Calling, Emit};
 use crate::core::Core;
@@ -548,6 +549,14 @@ pub struct Handler {
     spec: Spec,
 }
 
+fn blocking_kind<T: IntoPayload>(
+    handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
+) -> Kind {
+    Kind::Blocking(Box::new(move |request| {
+        write(&handler(blocking::Request(request))?)
+    }))
+}
+
 impl Handler {
     /// How calls are spread over the handlers of this trigger (default: each in turn).
     pub fn strategy(mut self, strategy: Strategy) -> Self {
@@ -595,13 +604,25 @@ impl Handler {
     }
 
     /// Serves the trigger with a handler that blocks; see [`crate::blocking::App::serve`].
-    pub(crate) fn serve_blocking<T: IntoPayload>(
+    ///
+    /// # Errors
+    /// If the name is not valid or the server refuses.
+    pub async fn serve_blocking<T: IntoPayload>(
         self,
-        handler: impl Fn(Request) -> Result<T, HandlerError> + Send + Sync + 'static,
+        handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        let kind = Kind::Blocking(Box::new(move |request| write(&handler(request)?)));
         let (app, name) = (self.app.clone(), self.name.clone());
-        let registered = self.register(kind)?.wait();
+        let registered = self.register(blocking_kind(handler))?.await;
+        undo_failed(&app, &name, registered)
+    }
+
+    /// As [`Handler::serve_blocking`], waiting on this thread.
+    pub(crate) fn serve_from_here<T: IntoPayload>(
+        self,
+        handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let (app, name) = (self.app.clone(), self.name.clone());
+        let registered = self.register(blocking_kind(handler))?.wait();
         undo_failed(&app, &name, registered)
     }
 

@@ -346,6 +346,15 @@ impl Block {
         lock(&self.shared().current).attachment.is_some()
     }
 
+    /// Whether its bytes can be viewed in place, which those of a persistent block cannot.
+    #[must_use]
+    pub fn is_viewable(&self) -> bool {
+        let held = lock(&self.shared().current);
+        held.attachment
+            .as_ref()
+            .is_some_and(|held| held.is_mapped())
+    }
+
     /// Whether the server is connected and has the block. If not, a mapped block can still be read:
     /// it shows the last version.
     #[must_use]

@@ -65,6 +65,20 @@ impl App {
         &self.0
     }
 
+    /// Runs a future of the async face on this thread, which reads the connection meanwhile if
+    /// nobody else does. `None` if it is not done at `deadline`, or [`interruptible`] ended the
+    /// wait; it may be run on then.
+    pub fn run<T>(
+        &self,
+        deadline: Option<Instant>,
+        future: &mut (impl Future<Output = T> + Unpin),
+    ) -> Option<T> {
+        let mut future = std::pin::Pin::new(future);
+        self.0
+            .core()
+            .block_on(deadline, |cx| future.as_mut().poll(cx))
+    }
+
     /// The AppID.
     #[must_use]
     pub fn app_id(&self) -> &str {
@@ -283,6 +297,13 @@ macro_rules! builder_methods {
 #[must_use = "a call is sent by `send`"]
 pub struct Call(crate::Call);
 
+impl From<crate::Call> for Call {
+    /// The same call, to be waited for.
+    fn from(call: crate::Call) -> Self {
+        Call(call)
+    }
+}
+
 impl Call {
     builder_methods! {
         /// How long the answer may take, from now on.
@@ -458,6 +479,13 @@ impl Iterator for Answers {
 #[must_use = "an emit is sent by `send`"]
 pub struct Emit(crate::Emit);
 
+impl From<crate::Emit> for Emit {
+    /// The same emit, sent from the thread that waits.
+    fn from(emit: crate::Emit) -> Self {
+        Emit(emit)
+    }
+}
+
 impl Emit {
     builder_methods! {
         /// To this app alone.
@@ -604,14 +632,13 @@ impl Handler {
         self,
         handler: impl Fn(Request) -> Result<T, HandlerError> + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        self.0
-            .serve_blocking(move |request| handler(Request(request)))
+        self.0.serve_from_here(handler)
     }
 }
 
 /// A call, or an emit, as its handler sees it.
 #[derive(Debug)]
-pub struct Request(crate::Request);
+pub struct Request(pub(crate) crate::Request);
 
 impl Deref for Request {
     type Target = crate::Request;
@@ -626,6 +653,12 @@ impl Request {
     #[must_use]
     pub fn app(&self) -> App {
         App(self.0.app())
+    }
+
+    /// The same request with its async face.
+    #[must_use]
+    pub fn into_async(self) -> crate::Request {
+        self.0
     }
 
     /// A memory block that the caller gave along, for as long as the call lasts.

@@ -12,7 +12,9 @@ use pyo3::types::{
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
+use crate::block::{PyBlock, PyWritable};
 use crate::errors::bad_request;
+use crate::handlers::Face;
 
 /// Levels of nesting that JSON may have.
 const DEPTH_MAX: usize = 128;
@@ -83,15 +85,42 @@ fn text<'a>(object: &'a Bound<'_, PyString>, place: &Place<'_>) -> PyResult<&'a 
         .map_err(|_| place.refuse(py, "the text has lone surrogates, which UTF-8 has not"))
 }
 
-fn append(object: &Bound<'_, PyAny>, out: &mut Vec<u8>, place: &Place<'_>) -> PyResult<()> {
+/// JSON as it is written, and the blocks that it refers to.
+#[derive(Default)]
+struct Out {
+    json: Vec<u8>,
+    blocks: Vec<LentBlock>,
+}
+
+/// A block that travels with a call.
+pub(crate) struct LentBlock {
+    pub(crate) block: latzero::Block,
+    pub(crate) is_writable: bool,
+}
+
+fn append_block(block: &latzero::Block, is_writable: bool, out: &mut Out) {
+    let reference = block.reference().to_string();
+    out.json.extend_from_slice(reference.as_bytes());
+    let is_same =
+        |lent: &&mut LentBlock| (lent.block.id(), lent.block.pool()) == (block.id(), block.pool());
+    match out.blocks.iter_mut().find(is_same) {
+        Some(lent) => lent.is_writable |= is_writable,
+        None => out.blocks.push(LentBlock {
+            block: block.clone(),
+            is_writable,
+        }),
+    }
+}
+
+fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResult<()> {
     let py = object.py();
     if let Ok(string) = object.cast::<PyString>() {
-        append_str(out, text(string, place)?);
+        append_str(&mut out.json, text(string, place)?);
     } else if object.is_none() {
-        out.extend_from_slice(b"null");
+        out.json.extend_from_slice(b"null");
     } else if let Ok(value) = object.cast::<PyBool>() {
         let word: &[u8] = if value.is_true() { b"true" } else { b"false" };
-        out.extend_from_slice(word);
+        out.json.extend_from_slice(word);
     } else if let Ok(number) = object.cast::<PyInt>() {
         let mut buffer = itoa::Buffer::new();
         let digits = match number.extract::<i64>() {
@@ -103,30 +132,31 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Vec<u8>, place: &Place<'_>) -> Py
                 }
             },
         };
-        out.extend_from_slice(digits.as_bytes());
+        out.json.extend_from_slice(digits.as_bytes());
     } else if let Ok(number) = object.cast::<PyFloat>() {
         let value = number.value();
         if !value.is_finite() {
             return Err(place.refuse(py, "NaN and infinities are not JSON"));
         }
-        serde_json::to_writer(&mut *out, &value).map_err(|e| place.refuse(py, &e.to_string()))?;
+        serde_json::to_writer(&mut out.json, &value)
+            .map_err(|e| place.refuse(py, &e.to_string()))?;
     } else if let Ok(dict) = object.cast::<PyDict>() {
         check_depth(py, place)?;
-        out.push(b'{');
+        out.json.push(b'{');
         for (i, (key, value)) in dict.iter().enumerate() {
             if i > 0 {
-                out.push(b',');
+                out.json.push(b',');
             }
             let Ok(key) = key.cast::<PyString>() else {
                 let name = key.get_type().name()?;
                 return Err(place.refuse(py, &format!("keys are str, not {name}")));
             };
             let key = text(key, place)?;
-            append_str(out, key);
-            out.push(b':');
+            append_str(&mut out.json, key);
+            out.json.push(b':');
             append(&value, out, &Place::Key(place, key))?;
         }
-        out.push(b'}');
+        out.json.push(b'}');
     } else if let Ok(list) = object.cast::<PyList>() {
         append_all(py, list.iter(), out, place)?;
     } else if let Ok(tuple) = object.cast::<PyTuple>() {
@@ -136,6 +166,10 @@ fn append(object: &Bound<'_, PyAny>, out: &mut Vec<u8>, place: &Place<'_>) -> Py
         || object.is_instance_of::<PyMemoryView>()
     {
         return Err(place.refuse(py, "bytes inside JSON: send them whole, or as a block"));
+    } else if let Ok(block) = object.cast::<PyBlock>() {
+        append_block(&block.get().block, false, out);
+    } else if let Ok(block) = object.cast::<PyWritable>() {
+        append_block(&block.get().0.get().block, true, out);
     } else {
         // What the standard library and users define is turned into what JSON has by the face.
         let plain = py.import("latzero._encode")?.getattr("plain")?;
@@ -161,18 +195,18 @@ fn check_depth(py: Python<'_>, place: &Place<'_>) -> PyResult<()> {
 fn append_all<'py>(
     py: Python<'py>,
     items: impl Iterator<Item = Bound<'py, PyAny>>,
-    out: &mut Vec<u8>,
+    out: &mut Out,
     place: &Place<'_>,
 ) -> PyResult<()> {
     check_depth(py, place)?;
-    out.push(b'[');
+    out.json.push(b'[');
     for (i, item) in items.enumerate() {
         if i > 0 {
-            out.push(b',');
+            out.json.push(b',');
         }
         append(&item, out, &Place::Index(place, i))?;
     }
-    out.push(b']');
+    out.json.push(b']');
     Ok(())
 }
 
@@ -193,19 +227,47 @@ fn whole_bytes(object: &Bound<'_, PyAny>) -> PyResult<Option<Vec<u8>>> {
 
 /// A payload of a Python object.
 pub(crate) fn write(object: &Bound<'_, PyAny>) -> PyResult<Data> {
-    if let Some(bytes) = whole_bytes(object)? {
-        return Ok(Data::Bytes(Bytes(bytes)));
+    let (data, blocks) = write_call(object)?;
+    match blocks.is_empty() {
+        true => Ok(data),
+        false => Err(no_blocks(object.py())),
     }
-    write_json(object).map(Data::Json)
+}
+
+/// The payload of a call, and the blocks that travel with it.
+pub(crate) fn write_call(object: &Bound<'_, PyAny>) -> PyResult<(Data, Vec<LentBlock>)> {
+    if let Some(bytes) = whole_bytes(object)? {
+        return Ok((Data::Bytes(Bytes(bytes)), Vec::new()));
+    }
+    let (json, blocks) = write_text(object)?;
+    Ok((Data::Json(json), blocks))
 }
 
 /// JSON of a Python object.
 pub(crate) fn write_json(object: &Bound<'_, PyAny>) -> PyResult<Box<RawValue>> {
+    match write_text(object)? {
+        (json, blocks) if blocks.is_empty() => Ok(json),
+        _ => Err(no_blocks(object.py())),
+    }
+}
+
+fn no_blocks(py: Python<'_>) -> PyErr {
+    bad_request(
+        py,
+        "blocks travel with calls alone: send the block's id instead",
+    )
+}
+
+fn write_text(object: &Bound<'_, PyAny>) -> PyResult<(Box<RawValue>, Vec<LentBlock>)> {
     let py = object.py();
-    let mut out = Vec::with_capacity(64);
+    let mut out = Out {
+        json: Vec::with_capacity(64),
+        blocks: Vec::new(),
+    };
     append(object, &mut out, &Place::Top)?;
-    let json = String::from_utf8(out).map_err(|e| bad_request(py, &e.to_string()))?;
-    RawValue::from_string(json).map_err(|e| bad_request(py, &e.to_string()))
+    let json = String::from_utf8(out.json).map_err(|e| bad_request(py, &e.to_string()))?;
+    let json = RawValue::from_string(json).map_err(|e| bad_request(py, &e.to_string()))?;
+    Ok((json, out.blocks))
 }
 
 /// A key that was made before.
@@ -240,9 +302,17 @@ fn key<'py>(py: Python<'py>, text: &str) -> Bound<'py, PyString> {
     object
 }
 
-struct Seed<'py>(Python<'py>);
+/// The request whose payload is read: what refers to one of its blocks becomes that block.
+#[derive(Clone, Copy)]
+pub(crate) struct Lender<'a> {
+    pub(crate) request: &'a latzero::Request,
+    pub(crate) face: Face,
+}
 
-impl<'de, 'py> DeserializeSeed<'de> for Seed<'py> {
+#[derive(Clone, Copy)]
+struct Seed<'py, 'a>(Python<'py>, Option<&'a Lender<'a>>);
+
+impl<'de, 'py> DeserializeSeed<'de> for Seed<'py, '_> {
     type Value = Bound<'py, PyAny>;
 
     fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
@@ -276,7 +346,7 @@ fn custom<E: serde::de::Error>(error: PyErr) -> E {
     E::custom(error)
 }
 
-impl<'de, 'py> Visitor<'de> for Seed<'py> {
+impl<'de, 'py> Visitor<'de> for Seed<'py, '_> {
     type Value = Bound<'py, PyAny>;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -311,7 +381,7 @@ impl<'de, 'py> Visitor<'de> for Seed<'py> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
         let list = PyList::empty(self.0);
-        while let Some(item) = items.next_element_seed(Seed(self.0))? {
+        while let Some(item) = items.next_element_seed(self)? {
             list.append(item).map_err(custom)?;
         }
         Ok(list.into_any())
@@ -320,17 +390,50 @@ impl<'de, 'py> Visitor<'de> for Seed<'py> {
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Self::Value, A::Error> {
         let dict = PyDict::new(self.0);
         while let Some(key) = fields.next_key_seed(KeySeed(self.0))? {
-            let value = fields.next_value_seed(Seed(self.0))?;
+            let value = fields.next_value_seed(self)?;
             dict.set_item(key, value).map_err(custom)?;
+        }
+        if let Some(lender) = self.1
+            && let Some(block) = lent_block(lender, &dict).map_err(custom)?
+        {
+            return Ok(block);
         }
         Ok(dict.into_any())
     }
 }
 
+/// The block of the request that `dict` refers to, if it does.
+fn lent_block<'py>(
+    lender: &Lender<'_>,
+    dict: &Bound<'py, PyDict>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let py = dict.py();
+    let Some(id) = dict.get_item(pyo3::intern!(py, "$block"))? else {
+        return Ok(None);
+    };
+    let Ok(id) = id.extract::<String>() else {
+        return Ok(None);
+    };
+    if !lender.request.block_ids().contains(&&*id) {
+        return Ok(None);
+    }
+    let block = lender.request.block(&id);
+    let block = block.map_err(|e| crate::errors::exception(py, &e))?;
+    PyBlock::new(block).wrapped(py, lender.face).map(Some)
+}
+
 /// A Python object of JSON text.
 pub(crate) fn read_json<'py>(py: Python<'py>, json: &str) -> PyResult<Bound<'py, PyAny>> {
+    read_text(py, json, None)
+}
+
+fn read_text<'py>(
+    py: Python<'py>,
+    json: &str,
+    lender: Option<&Lender<'_>>,
+) -> PyResult<Bound<'py, PyAny>> {
     let mut text = serde_json::Deserializer::from_str(json);
-    Seed(py)
+    Seed(py, lender)
         .deserialize(&mut text)
         .map_err(|e| bad_request(py, &format!("the JSON received could not be read: {e}")))
 }
@@ -340,6 +443,21 @@ pub(crate) fn read<'py>(py: Python<'py>, data: &Data) -> PyResult<Bound<'py, PyA
     match data {
         Data::Json(json) => read_json(py, json.get()),
         Data::Bytes(bytes) => Ok(PyBytes::new(py, &bytes.0).into_any()),
+    }
+}
+
+/// A Python object of a request's payload.
+pub(crate) fn read_lent<'py>(
+    py: Python<'py>,
+    data: &Data,
+    lender: &Lender<'_>,
+) -> PyResult<Bound<'py, PyAny>> {
+    match data {
+        // Most requests bring no blocks.
+        Data::Json(json) if !lender.request.block_ids().is_empty() => {
+            read_text(py, json.get(), Some(lender))
+        }
+        data => read(py, data),
     }
 }
 

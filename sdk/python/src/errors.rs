@@ -67,10 +67,14 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
 
 /// A `BadRequest` that was found before anything was sent.
 pub(crate) fn bad_request(py: Python<'_>, message: &str) -> PyErr {
+    raised(py, Code::BadMessage, message, Some("no"))
+}
+
+/// An exception that the binding itself raises.
+pub(crate) fn raised(py: Python<'_>, code: Code, message: &str, ran: Option<&str>) -> PyErr {
     let make = || -> PyResult<PyErr> {
-        let class = py.import("latzero._errors")?.getattr("BadRequest")?;
-        let code = Code::BadMessage;
-        let arguments = (code.as_str(), message, "no", py.None(), code.remedy());
+        let class = py.import("latzero._errors")?.getattr(family(code))?;
+        let arguments = (code.as_str(), message, ran, py.None(), code.remedy());
         Ok(PyErr::from_value(class.call1(arguments)?))
     };
     make().unwrap_or_else(|e| e)

@@ -13,17 +13,6 @@ import pytest
 from latzero import _latzero
 
 
-@pytest.fixture
-def pair(latzero_server, request):
-    """A handler's app and a caller's, in a pool of their own."""
-    pool = request.node.name.replace("[", "-").replace("]", "")[:60]
-    with (
-        latzero.connect(latzero_server.url(f"serves-{pool}", pool)) as serves,
-        latzero.connect(latzero_server.url(f"calls-{pool}", pool)) as calls,
-    ):
-        yield serves, calls
-
-
 @pytest.mark.parametrize("value", [
     None, True, False, 0, -1, 2**63, 2**64 - 1, -(2**63), 0.1, 1e300, 5e-324, "", "ä\n\"\\\x01",
     [], {}, [1, [2, {"a": None}]], {"a": {"b": [1.5, "x"]}},
@@ -244,3 +233,79 @@ def test_a_script_ends_with_an_open_app(latzero_server):
     run = subprocess.run([sys.executable, "-c", script, url], timeout=30, capture_output=True)
     assert (run.returncode, run.stderr) == (0, b"")
     assert run.stdout == b"<latzero.App 'script' in default, connected>\n"
+
+
+def test_many_calls_in_flight(pair):
+    serves, calls = pair
+    serves.serve("double", lambda n: n * 2)
+    pending = [calls.submit("double", n=n) for n in range(100)]
+    assert [call.result(10) for call in pending] == [n * 2 for n in range(100)]
+    assert pending[0].done() and pending[0].result() == 0
+
+
+def test_a_pending_call_is_cancelled(pair):
+    serves, calls = pair
+    inside, release = threading.Event(), threading.Event()
+    requests = []
+
+    @serves.serve
+    def hold(request: latzero.Request):
+        requests.append(request)
+        inside.set()
+        release.wait(10)
+
+    call = calls.submit("hold")
+    assert inside.wait(10) and not call.done()
+    with pytest.raises(TimeoutError):
+        call.result(0.01)
+    call.cancel()
+    with pytest.raises(latzero.Cancelled):
+        call.result()
+    # The handler's connection hears of it before the answer to what is asked later.
+    calls.ping(), serves.ping()
+    assert requests[0].cancelled
+    release.set()
+
+
+def test_parked_calls(pair):
+    serves, calls = pair
+    parked = calls.park("bill", order=17, id="order-17", timeout=60)
+    assert parked.id == "order-17"
+    serves.serve("bill", lambda order: order + 1)
+    assert parked.answer() == 18
+    # Nobody waits for this one.
+    calls.park("bill", order=1, id="order-1", timeout=60)
+    answer = next(calls.answers())
+    assert (answer.id, answer.result(), answer.lost) == ("order-1", 2, 0)
+
+
+def test_presence_is_watched(latzero_server, pair):
+    _, calls = pair
+    [pool] = calls.joined
+    watch = calls.watch(pool)
+    with latzero.connect(latzero_server.url("comes", pool)):
+        event = next(watch)
+    assert (event.event, event.app_id, event.pool) == ("app_online", "comes", pool)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_async_handlers_of_a_blocking_app(pair, is_stream):
+    serves, calls = pair
+    if is_stream:
+        @serves.serve("f")
+        async def f(n: int):
+            for i in range(n):
+                yield i
+        assert list(calls.stream("f", n=3)) == [0, 1, 2]
+    else:
+        import asyncio
+
+        both = asyncio.Barrier(2)
+
+        @serves.serve("f")
+        async def f(n: int):
+            await both.wait()
+            assert latzero.request().name == "f"
+            return n
+        pending = [calls.submit("f", n=n) for n in (1, 2)]
+        assert [call.result(10) for call in pending] == [1, 2]

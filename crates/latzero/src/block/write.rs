@@ -111,7 +111,7 @@ impl Draft {
     /// Whether it is written into the mapped block, so that [`Draft::expose`] works.
     #[must_use]
     pub fn is_in_place(&self) -> bool {
-        matches!(self.bytes, Bytes::InPlace(Some(_))) && self.block().is_mapped()
+        matches!(&self.bytes, Bytes::InPlace(Some(writing)) if writing.is_mapped())
     }
 
     /// Makes `length` bytes from `offset` on ready to be written in place; see
@@ -122,7 +122,7 @@ impl Draft {
     pub fn expose(&mut self, offset: u64, length: u64, keeps: bool) -> Result<Exposed, Error> {
         let block = self.block().clone();
         match &mut self.bytes {
-            Bytes::InPlace(Some(writing)) if block.is_mapped() => writing
+            Bytes::InPlace(Some(writing)) if writing.is_mapped() => writing
                 .expose(offset, length, keeps)
                 .map_err(|e| write_error(block.id(), e)),
             _ => Err(super::not_mapped(block.id(), "write")),

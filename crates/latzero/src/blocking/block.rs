@@ -148,6 +148,13 @@ impl std::ops::Deref for Block {
     }
 }
 
+impl From<crate::Block> for Block {
+    /// The same block with its blocking face. Not to be used on a thread that drives the async one.
+    fn from(block: crate::Block) -> Self {
+        Block(block)
+    }
+}
+
 impl Block {
     fn run<T>(&self, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         run(self.0.app(), future)

@@ -4,15 +4,30 @@
         print(app.call("double", 21))
 """
 
-from ._app import App, Event, Progress, Reply, connect, request
+from typing import Any
+
+from ._app import (
+    Answer, App, Event, Parked, Pending, Presence, Progress, Reply, Stream, connect, request,
+)
+from ._block import Block, writable
 from ._errors import (
     BadRequest, BlockError, Cancelled, CryptoFailed, Disconnected, Failure, Forbidden,
     HandlerFailed, LatZeroError, ServerFailed, Timeout, Unavailable,
 )
-from ._latzero import Request, Stream, __version__
+from ._latzero import Request, View, __version__
 
 __all__ = [
-    "App", "BadRequest", "BlockError", "Cancelled", "CryptoFailed", "Disconnected", "Event",
-    "Failure", "Forbidden", "HandlerFailed", "LatZeroError", "Progress", "Reply", "Request",
-    "ServerFailed", "Stream", "Timeout", "Unavailable", "__version__", "connect", "request",
+    "Answer", "App", "BadRequest", "Block", "BlockError", "Cancelled", "CryptoFailed",
+    "Disconnected", "Event", "Failure", "Forbidden", "HandlerFailed", "LatZeroError", "Parked",
+    "Pending", "Presence", "Progress", "Reply", "Request", "ServerFailed", "Stream", "Timeout",
+    "Unavailable", "View", "__version__", "aio", "connect", "request", "writable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # asyncio takes longer to import than all else here.
+    if name == "aio":
+        import importlib
+
+        return importlib.import_module(".aio", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

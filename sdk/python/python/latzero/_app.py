@@ -9,14 +9,18 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, Literal, TypeVar
+from uuid import uuid4
 
 from . import _latzero
-from ._errors import BadRequest, Disconnected, LatZeroError
+from ._arrays import flat, numpy
+from ._block import Block, options as _block_options
+from ._errors import BadRequest, Cancelled, LatZeroError
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 _MISSING: Any = object()
 _current: contextvars.ContextVar[_latzero.Request] = contextvars.ContextVar("latzero_request")
 _live: weakref.WeakSet[App] = weakref.WeakSet()
@@ -58,12 +62,45 @@ class Event:
 
     __slots__ = ("name", "pool", "data", "origin", "headers", "lost")
 
-    def __init__(self, fields: list[Any]) -> None:
-        self.name, self.pool, self.data, app_id, instance, self.headers, self.lost = fields
-        self.origin: tuple[str, str] = (app_id, instance)
+    def __init__(self, fields: tuple[Any, ...]) -> None:
+        self.name, self.pool, self.data, self.origin, self.headers, self.lost = fields
 
     def __repr__(self) -> str:
         return f"<latzero.Event {self.pool}/{self.name} from {self.origin[0]}: {self.data!r}>"
+
+
+class Presence:
+    """What happened in a pool: `app_online`, `app_offline`, `trigger_added` and so on. `lost` is
+    how many before it were dropped."""
+
+    __slots__ = ("event", "pool", "app_id", "instance", "fields", "lost")
+
+    def __init__(self, fields: tuple[Any, ...]) -> None:
+        self.event, self.pool, self.app_id, self.instance, self.fields, self.lost = fields
+
+    def __repr__(self) -> str:
+        return f"<latzero.Presence {self.event} {self.pool} {self.app_id}>"
+
+
+class Answer:
+    """The answer to a parked call that nobody in this process waits for. `lost` is how many before
+    it were dropped."""
+
+    __slots__ = ("id", "lost", "_reply", "_error")
+
+    def __init__(self, fields: tuple[Any, ...]) -> None:
+        self.id, reply, self._error, self.lost = fields
+        self._reply = None if reply is None else Reply(*reply)
+
+    def result(self) -> Any:
+        """The answer; raises what the handler or the server said of the call's failure."""
+        if self._error is not None:
+            raise self._error
+        assert self._reply is not None
+        return self._reply.data
+
+    def __repr__(self) -> str:
+        return f"<latzero.Answer to {self.id!r}>"
 
 
 def _seconds(time: float | timedelta | None) -> float | None:
@@ -82,9 +119,156 @@ def _refuse(message: str) -> BadRequest:
     return BadRequest("bad_message", message, "no", None, "Fix what the message names.")
 
 
+def _is_async(function: Callable[..., Any]) -> bool:
+    call = getattr(function, "__call__", None)
+    return any(
+        inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in (function, call)
+    )
+
+
+def _calling(
+    timeout: float | timedelta | None, to: str | None, pool: str | None, key: str | None,
+    headers: dict[str, str] | None, idempotency_key: str | None = None, redeliver: bool = False,
+    id: str | None = None,
+) -> dict[str, Any]:
+    """The options of a call, as the binding takes them."""
+    return {
+        "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
+        "idempotency_key": idempotency_key, "redeliver": redeliver, "id": id,
+    }
+
+
+def _serving(
+    app: Any, function: Callable[..., Any], pools: list[str] | None, strategy: str,
+    concurrency: int | None, doc: str | None,
+) -> dict[str, Any]:
+    """The options of a handler, as the binding takes them."""
+    about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
+    return {
+        "pools": pools, "strategy": strategy, "concurrency": concurrency, "doc": about or None,
+        "owner": weakref.ref(app),
+    }
+
+
+def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> Iterator[T]:
+    """What comes in, until it is closed; dropping the iterator ends it."""
+    try:
+        while (item := inflow.next().wait()) is not None:
+            yield make(item[0])
+    finally:
+        inflow.close()
+
+
+class Stream(Generic[T]):
+    """A streamed answer: iterate over its items. Dropping it, and leaving `with`, cancels the
+    call."""
+
+    __slots__ = ("_items", "_decode")
+
+    def __init__(self, items: _latzero.Items, decode: Callable[[Any], T]) -> None:
+        self._items, self._decode = items, decode
+
+    @property
+    def progress(self) -> Any:
+        """The newest report of the handler that was not read yet, else `None`."""
+        return self._items.progress
+
+    @property
+    def end(self) -> Any:
+        """What the handler answered behind the last item, else `None`."""
+        return self._items.end
+
+    def cancel(self) -> None:
+        """Cancels the call."""
+        self._items.cancel()
+
+    def __iter__(self) -> Stream[T]:
+        return self
+
+    def __next__(self) -> T:
+        item = self._items.next().wait()
+        if item is None:
+            raise StopIteration
+        return self._decode(item[0])
+
+    def __enter__(self) -> Stream[T]:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.cancel()
+
+
+class Pending(Generic[T]):
+    """A call that was sent. Dropping it cancels the call."""
+
+    __slots__ = ("_op", "_decode", "_result")
+
+    def __init__(self, op: _latzero.Op, decode: Callable[[Any], T]) -> None:
+        self._op, self._decode = op, decode
+        self._result: tuple[Any, BaseException | None] | None = None
+        op.poll()
+
+    def done(self) -> bool:
+        """Whether `result` returns or raises at once."""
+        return self._result is not None or self._op.poll()
+
+    def result(self, timeout: float | timedelta | None = None) -> T:
+        """The answer, or what was said of the call's failure. `TimeoutError` if it does not come
+        within `timeout`: the call goes on then."""
+        if self._result is None:
+            try:
+                if timeout is None:
+                    self._result = self._decode(self._op.wait()), None
+                else:
+                    waited = self._op.wait_within(_seconds(timeout))
+                    if waited is None:
+                        raise TimeoutError("the answer did not come in this time")
+                    self._result = self._decode(waited[0]), None
+            except LatZeroError as error:
+                self._result = None, error
+        value, error = self._result
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
+
+    def cancel(self) -> None:
+        """Cancels the call."""
+        if self._result is None:
+            self._op.drop()
+            self._result = None, Cancelled("cancelled", "the call was cancelled", "unknown", None)
+
+
+class Parked:
+    """A call that the server keeps until it is answered. Dropping it lets the call continue: its
+    answer then comes by `App.answers`."""
+
+    __slots__ = ("_inner",)
+
+    def __init__(self, inner: _latzero.Parked) -> None:
+        self._inner = inner
+
+    @property
+    def id(self) -> str:
+        """The call's id, by which `App.answers` knows it."""
+        return self._inner.id
+
+    def answer(self) -> Any:
+        """Waits for the answer."""
+        return self._inner.answer().wait()
+
+    def cancel(self) -> None:
+        """Ends the call."""
+        self._inner.cancel()
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
 def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], Any]:
     """`function` as the binding calls it: with the request and the payload."""
     signature = inspect.signature(function, eval_str=True)
+    is_async = _is_async(function)
     whole: str | None = None
     wants_request: dict[str, bool] = {}
     named: list[str] = []
@@ -92,7 +276,8 @@ def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], An
     takes_any = False
     for name, parameter in signature.parameters.items():
         positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-        if parameter.annotation is _latzero.Request:
+        hint = parameter.annotation
+        if isinstance(hint, type) and issubclass(hint, _latzero.Request):
             wants_request[name] = positional
         elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
             takes_any = True
@@ -136,7 +321,9 @@ def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], An
         try:
             result = function(*arguments, **fields)
         finally:
-            _current.reset(token)
+            # A task has a context of its own, in which the request stays.
+            if not is_async:
+                _current.reset(token)
         # Other iterators are no streams.
         return result if inspect.isgenerator(result) or not hasattr(result, "__next__") else (
             list(result)
@@ -152,19 +339,34 @@ class App:
     def __init__(self, inner: _latzero.App) -> None:
         self._inner = inner
         self._closed = threading.Event()
-        self._listening: list[_latzero.Events] = []
+        self._loop: Any = None
+        self._lock = threading.Lock()
         _live.add(self)
 
-    app_id = property(lambda self: self._inner.app_id, doc="The AppID.")
-    instance = property(lambda self: self._inner.instance, doc="The id of the live connection.")
-    joined = property(lambda self: self._inner.joined, doc="The pools that the app is in.")
-    is_connected = property(
-        lambda self: self._inner.is_connected, doc="Whether there is a connection just now."
-    )
-    is_stored = property(
-        lambda self: self._inner.is_stored,
-        doc="Whether the server has on disk what the app registered.",
-    )
+    @property
+    def app_id(self) -> str:
+        """The AppID."""
+        return self._inner.app_id
+
+    @property
+    def instance(self) -> str | None:
+        """The id of the live connection."""
+        return self._inner.instance
+
+    @property
+    def joined(self) -> list[str]:
+        """The pools that the app is in."""
+        return self._inner.joined
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection just now."""
+        return self._inner.is_connected
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the server has on disk what the app registered."""
+        return self._inner.is_stored
 
     def __repr__(self) -> str:
         state = "closed" if self._closed.is_set() else (
@@ -182,10 +384,7 @@ class App:
         redeliver: bool = False, **fields: Any,
     ) -> Any:
         """Calls the trigger `name` with `data`, or with the fields as an object; its answer."""
-        options = {
-            "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
-            "idempotency_key": idempotency_key, "redeliver": redeliver,
-        }
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
         return self._inner.call(name, _payload(data, fields), options)
 
     def reply(
@@ -195,22 +394,42 @@ class App:
         redeliver: bool = False, **fields: Any,
     ) -> Reply:
         """As `call`, with the headers of the answer."""
-        options = {
-            "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
-            "idempotency_key": idempotency_key, "redeliver": redeliver,
-        }
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
         return Reply(*self._inner.reply(name, _payload(data, fields), options))
+
+    def submit(
+        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
+        to: str | None = None, pool: str | None = None, key: str | None = None,
+        headers: dict[str, str] | None = None, idempotency_key: str | None = None,
+        redeliver: bool = False, **fields: Any,
+    ) -> Pending[Any]:
+        """As `call`, sent now and waited for later: many calls in flight from one thread."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        return Pending(self._inner.call_op(name, _payload(data, fields), options), _same)
+
+    def park(
+        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
+        to: str | None = None, pool: str | None = None, key: str | None = None,
+        headers: dict[str, str] | None = None, idempotency_key: str | None = None,
+        redeliver: bool = False, id: str | None = None, **fields: Any,
+    ) -> Parked:
+        """Calls, and lets the server keep the call on disk until a handler answers it."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver, id)
+        return Parked(self._inner.park(name, _payload(data, fields), options).wait())
+
+    def answers(self) -> Iterator[Answer]:
+        """Answers to parked calls that nobody in this process waits for, those of an earlier life
+        of it among them."""
+        return _iterate(self._inner.answers(), Answer)
 
     def stream(
         self, name: str, data: Any = _MISSING, /, *, window: int = 64,
         timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None, **fields: Any,
-    ) -> _latzero.Stream:
+    ) -> Stream[Any]:
         """Calls for a streamed answer: iterate over it. Dropping it cancels the call."""
-        options = {
-            "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
-        }
-        return self._inner.stream(name, _payload(data, fields), options, window)
+        options = _calling(timeout, to, pool, key, headers)
+        return Stream(self._inner.stream(name, _payload(data, fields), options, window), _same)
 
     def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
@@ -226,50 +445,50 @@ class App:
         pools: list[str] | None = None, strategy: str = "round_robin",
         concurrency: int | None = None, doc: str | None = None,
     ) -> Any:
-        """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`."""
+        """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
+        Plain functions and generators run on threads; `async` ones on one event loop, on a thread
+        that the app makes for them."""
         if callable(name):
             name, function = None, name
 
         def register(function: F) -> F:
-            if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-                raise TypeError("handlers are plain functions or generators, not async ones")
-            about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
-            self._inner.serve(name or function.__name__, _adapt(function), {
-                "pools": pools, "strategy": strategy, "concurrency": concurrency,
-                "doc": about or None,
-            })
+            options = _serving(self, function, pools, strategy, concurrency, doc)
+            loop = self._async_loop() if _is_async(function) else None
+            self._inner.serve(
+                name or function.__name__, _adapt(function), options, loop
+            ).wait()
             return function
 
         return register if function is None else register(function)
 
+    def _async_loop(self) -> _latzero.Loop:
+        """The event loop of async handlers, made when it is needed first."""
+        with self._lock:
+            if self._loop is None:
+                from .aio import LoopThread
+
+                self._loop = LoopThread(f"latzero-{self.app_id}")
+            return self._loop.inner  # type: ignore[no-any-return]
+
     def unserve(self, name: str) -> None:
         """Serves `name` no longer. Calls that run are finished."""
-        self._inner.unserve(name)
+        self._inner.unserve(name).wait()
 
     def events(self, name: str) -> Iterator[Event]:
         """Emits of `name` as they arrive; listening begins now and stops when this is dropped."""
-        events = self._inner.events(name)
-
-        def iterate() -> Iterator[Event]:
-            try:
-                for fields in events:
-                    yield Event(fields)
-            finally:
-                events.close()
-
-        return iterate()
+        return _iterate(self._inner.events(name).wait(), Event)
 
     def on(self, name: str, function: Any = None) -> Any:
         """Calls `function(event)` with each emit of `name`, on a thread of its own. A decorator,
-        if no function is given. What it raises is reported to `sys.excepthook`'s stream."""
+        if no function is given. What it raises is reported to `threading.excepthook`."""
 
         def register(function: F) -> F:
-            events = self._inner.events(name)
+            events = self.events(name)
 
             def run() -> None:
-                for fields in events:
+                for event in events:
                     try:
-                        function(Event(fields))
+                        function(event)
                     except Exception:
                         threading.excepthook(
                             threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
@@ -280,17 +499,53 @@ class App:
 
         return register if function is None else register(function)
 
+    def watch(self, pool: str) -> Iterator[Presence]:
+        """Apps and triggers of a pool that come and go, from now on."""
+        return _iterate(self._inner.watch(pool).wait(), Presence)
+
+    def block(
+        self, id: str, *, shape: int | Iterable[int] | None = None, dtype: Any = None,
+        size: int | None = None, create: bool | Literal["new"] = False, write: bool | None = None,
+        pool: str | None = None, kind: str = "shared", consistency: str = "snapshot",
+        slots: int = 2, readable_by: Iterable[str] | None = None,
+        writable_by: Iterable[str] | None = None, lifetime: str = "pool",
+    ) -> Block:
+        """Takes part in the memory block `id`. With `create` it is made, unless there is one of
+        this size and layout; with `create="new"` there must be none. `write=False` opens it for
+        reading, `True` for writing too, and `None` for writing if that is allowed."""
+        options = _block_options(
+            shape, dtype, size, create, write, pool, kind, consistency, slots, readable_by,
+            writable_by, lifetime,
+        )
+        return Block(self._inner.block(id, options).wait())
+
+    def blocks(self, pool: str | None = None) -> list[dict[str, Any]]:
+        """The memory blocks of a pool, as the server describes them."""
+        return self._inner.blocks(pool).wait()  # type: ignore[no-any-return]
+
+    def share(self, array: Any, *, pool: str | None = None) -> Block:
+        """Copies an array into a new block without a name of its own, as an argument of calls. It
+        lives as long as the `Block`."""
+        shape, dtype, data = _shared(array)
+        block = self.block(
+            f"share-{uuid4().hex}", shape=shape, dtype=dtype, size=len(data), create="new",
+            pool=pool, lifetime="attached",
+        )
+        with block.write(keep=False) as target:
+            flat(target)[:] = data
+        return block
+
     def join(self, pool: str) -> None:
         """Joins a pool."""
-        self._inner.join(pool)
+        self._inner.join(pool).wait()
 
     def leave(self, pool: str) -> None:
         """Leaves a pool."""
-        self._inner.leave(pool)
+        self._inner.leave(pool).wait()
 
     def request(self, message: dict[str, Any]) -> Any:
         """Asks the server for anything: a message of the protocol, without an `id`."""
-        return self._inner.request(message)
+        return self._inner.request(message).wait()
 
     def apps(self) -> Any:
         """The apps that the server knows."""
@@ -302,7 +557,7 @@ class App:
 
     def ping(self) -> float:
         """Seconds that the server took to answer."""
-        return self._inner.ping()
+        return self._inner.ping().wait()  # type: ignore[no-any-return]
 
     def wait(self) -> None:
         """Waits until the app is closed. Ctrl-C closes it, and is not raised."""
@@ -316,7 +571,11 @@ class App:
         """Ends the connection, after the handlers that run."""
         if not self._closed.is_set():
             self._closed.set()
-            self._inner.close()
+            try:
+                self._inner.close()
+            finally:
+                if self._loop is not None:
+                    self._loop.close()
 
     def __enter__(self) -> App:
         return self
@@ -325,8 +584,37 @@ class App:
         self.close()
 
 
+def _shared(array: Any) -> tuple[Any, Any, memoryview]:
+    """Shape, dtype and bytes of an array, of bytes, or of another buffer."""
+    module = numpy()
+    if module is not None and isinstance(array, module.ndarray):
+        array = module.ascontiguousarray(array)
+        return array.shape, array.dtype.str, memoryview(array.reshape(-1).view("u1"))
+    return None, None, memoryview(array).cast("B")
+
+
+def _options(
+    url: str | None, pools: Iterable[str], exclusive: bool, takeover: bool, rehydrate: bool,
+    transient: bool, meta: dict[str, Any] | None, reconnect: bool, handler_threads: int,
+    connect_timeout: float | timedelta, call_timeout: float | timedelta, tracebacks: bool,
+) -> tuple[str, dict[str, Any]]:
+    """The address, and what the binding connects with."""
+    if url is None:
+        url = os.environ.get("LATZERO_URL")
+    if url is None:
+        script = os.path.splitext(os.path.basename(sys.argv[0] or "python"))[0]
+        name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in script)
+        url, transient = f"latzero://{name or 'python'}-{os.getpid()}", True
+    return url, {
+        "pools": list(pools), "exclusive": exclusive, "takeover": takeover,
+        "rehydrate": rehydrate, "transient": transient, "meta": meta, "reconnect": reconnect,
+        "handler_threads": handler_threads, "connect_timeout": _seconds(connect_timeout),
+        "call_timeout": _seconds(call_timeout), "tracebacks": tracebacks,
+    }
+
+
 def connect(
-    url: str | None = None, *, pools: tuple[str, ...] | list[str] = (), exclusive: bool = False,
+    url: str | None = None, *, pools: Iterable[str] = (), exclusive: bool = False,
     takeover: bool = False, rehydrate: bool = False, transient: bool = False,
     meta: dict[str, Any] | None = None, reconnect: bool = True, handler_threads: int = 16,
     connect_timeout: float | timedelta = 5.0, call_timeout: float | timedelta = 30.0,
@@ -334,18 +622,10 @@ def connect(
 ) -> App:
     """Connects. Without `url`: `$LATZERO_URL`, else a transient AppID of the script's name and
     pid."""
-    if url is None:
-        url = os.environ.get("LATZERO_URL")
-    if url is None:
-        script = os.path.splitext(os.path.basename(sys.argv[0] or "python"))[0]
-        name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in script)
-        url, transient = f"latzero://{name or 'python'}-{os.getpid()}", True
-    return App(_latzero.connect(url, {
-        "pools": list(pools), "exclusive": exclusive, "takeover": takeover,
-        "rehydrate": rehydrate, "transient": transient, "meta": meta, "reconnect": reconnect,
-        "handler_threads": handler_threads, "connect_timeout": _seconds(connect_timeout),
-        "call_timeout": _seconds(call_timeout), "tracebacks": tracebacks,
-    }))
+    return App(_latzero.connect(*_options(
+        url, pools, exclusive, takeover, rehydrate, transient, meta, reconnect, handler_threads,
+        connect_timeout, call_timeout, tracebacks,
+    )))
 
 
 @atexit.register
@@ -353,6 +633,6 @@ def _close_all() -> None:
     for app in list(_live):
         try:
             app.close()
-        except (Disconnected, LatZeroError):
+        except LatZeroError:
             # The process ends, and the connection with it.
             pass

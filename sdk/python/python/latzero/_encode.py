@@ -7,6 +7,8 @@ import enum
 import uuid
 from typing import Any
 
+from ._block import BlockInfo
+
 
 def plain(value: Any) -> Any:
     """`value` as JSON's types; `TypeError` if that is not known."""
@@ -23,4 +25,6 @@ def plain(value: Any) -> Any:
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if hasattr(type(value), "model_dump"):
         return value.model_dump(mode="json")
+    if isinstance(value, BlockInfo):
+        return value._inner
     raise TypeError(type(value).__qualname__)

@@ -43,9 +43,9 @@ class Server:
         )
         assert self._child.stdout is not None
         for line in self._child.stdout:
-            found = re.search(r"^latzero ready .* unix:(\S+)", line)
+            found = re.search(r"^latzero ready .* tcp://(\S+) unix:(\S+)", line)
             if found:
-                self.socket = found[1]
+                self.address, self.socket = found.groups()
                 return
         raise RuntimeError(f"the server did not start (status {self._child.wait()})")
 
