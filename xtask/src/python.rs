@@ -41,14 +41,14 @@ fn test_wheel(python: &Path) -> Done {
         .args(install)
         .arg("--force-reinstall")
         .arg(wheel))?;
-    println!("$ mypy --strict, and pytest, in sdk/python");
+    println!("$ mypy and pytest, in sdk/python");
     let tool = |name: &str| {
         let mut command = Command::new(python);
         command.args(["-m", name]).current_dir(folder());
         command.env_remove("LATZERO_BIN");
         command
     };
-    run(tool("mypy").args(["--strict", "--package", "latzero"]))?;
+    run(tool("mypy").args(["--package", "latzero"]))?;
     run(&mut tool("pytest"))
 }
 

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 from uuid import uuid4
 
 from . import _latzero
@@ -205,7 +205,7 @@ class Pending(Generic[T]):
 
     def __init__(self, op: _latzero.Op, decode: Callable[[Any], T]) -> None:
         self._op, self._decode = op, decode
-        self._result: tuple[Any, BaseException | None] | None = None
+        self._result: tuple[Any, LatZeroError | None] | None = None
         op.poll()
 
     def done(self) -> bool:
@@ -216,20 +216,20 @@ class Pending(Generic[T]):
         """The answer, or what was said of the call's failure. `TimeoutError` if it does not come
         within `timeout`: the call goes on then."""
         if self._result is None:
+            seconds = _seconds(timeout)
             try:
-                if timeout is None:
-                    self._result = self._decode(self._op.wait()), None
-                else:
-                    waited = self._op.wait_within(_seconds(timeout))
-                    if waited is None:
-                        raise TimeoutError("the answer did not come in this time")
-                    self._result = self._decode(waited[0]), None
-            except LatZeroError as error:
-                self._result = None, error
-        value, error = self._result
+                waited = (self._op.wait(),) if seconds is None else self._op.wait_within(seconds)
+            except LatZeroError as raised:
+                self._result = None, raised
+            else:
+                if waited is None:
+                    raise TimeoutError("the answer did not come in this time")
+                self._result = self._decode(waited[0]), None
+        value: Any = self._result[0]
+        error = self._result[1]
         if error is not None:
             raise error
-        return value  # type: ignore[no-any-return]
+        return cast(T, value)
 
     def cancel(self) -> None:
         """Cancels the call."""
@@ -468,7 +468,7 @@ class App:
                 from .aio import LoopThread
 
                 self._loop = LoopThread(f"latzero-{self.app_id}")
-            return self._loop.inner  # type: ignore[no-any-return]
+            return self._loop.inner
 
     def unserve(self, name: str) -> None:
         """Serves `name` no longer. Calls that run are finished."""
@@ -521,7 +521,7 @@ class App:
 
     def blocks(self, pool: str | None = None) -> list[dict[str, Any]]:
         """The memory blocks of a pool, as the server describes them."""
-        return self._inner.blocks(pool).wait()  # type: ignore[no-any-return]
+        return self._inner.blocks(pool).wait()
 
     def share(self, array: Any, *, pool: str | None = None) -> Block:
         """Copies an array into a new block without a name of its own, as an argument of calls. It
@@ -557,7 +557,7 @@ class App:
 
     def ping(self) -> float:
         """Seconds that the server took to answer."""
-        return self._inner.ping().wait()  # type: ignore[no-any-return]
+        return self._inner.ping().wait()
 
     def wait(self) -> None:
         """Waits until the app is closed. Ctrl-C closes it, and is not raised."""

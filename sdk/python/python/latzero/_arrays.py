@@ -48,7 +48,7 @@ def layout_of(shape: Any, dtype: Any) -> tuple[Layout, int] | None:
 
 def array(buffer: Any, layout: Layout | None) -> Any:
     """The bytes of `buffer` as the layout says; as bytes where they are none of that size."""
-    view = memoryview(buffer)
+    view: Any = memoryview(buffer)
     module = numpy()
     if module is not None:
         if layout is not None:
@@ -58,7 +58,7 @@ def array(buffer: Any, layout: Layout | None) -> Any:
         return module.ndarray((view.nbytes,), "u1", buffer)
     if layout is None or view.nbytes == 0:
         return view
-    format = _FORMATS.get(layout[0].lstrip("<|"))
+    format: Any = _FORMATS.get(layout[0].lstrip("<|"))
     if format is None or layout[0].startswith(">"):
         return view
     flat = view.cast(format)

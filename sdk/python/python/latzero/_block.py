@@ -301,7 +301,7 @@ class Block(BlockInfo):
     def view(self) -> _latzero.View:
         """The newest version in place, read-only. `with block.view() as a:` raises `BlockError`
         (`contended`) on leaving if the version was written over meanwhile."""
-        return self._inner.view().wait()  # type: ignore[no-any-return]
+        return self._inner.view().wait()
 
     def write(
         self, *, keep: bool = True, wait: float | timedelta = 1.0, part: slice | None = None
@@ -318,11 +318,11 @@ class Block(BlockInfo):
     def write_at(self, offset: int, data: bytes, *, if_version: int | None = None) -> int:
         """Writes bytes through the server; the version. With `if_version` the block must have that
         version."""
-        return self._inner.write_at(offset, bytes(data), if_version).wait()  # type: ignore[no-any-return]
+        return self._inner.write_at(offset, bytes(data), if_version).wait()
 
     def cas(self, offset: int, expected: bytes, data: bytes) -> bytes | None:
         """Writes `data` where `expected` stands: `None`. Else the bytes that stand there."""
-        return self._inner.cas(offset, bytes(expected), bytes(data)).wait()  # type: ignore[no-any-return]
+        return self._inner.cas(offset, bytes(expected), bytes(data)).wait()
 
     def lock(
         self, *, shared: bool = False, wait: float | timedelta = 1.0,
@@ -361,7 +361,7 @@ class Block(BlockInfo):
 
     def flush(self) -> int:
         """Flushes a persistent block to disk; the version on disk."""
-        return self._inner.flush().wait()  # type: ignore[no-any-return]
+        return self._inner.flush().wait()
 
     def remove(self) -> None:
         """Removes it, under everybody."""
@@ -369,7 +369,7 @@ class Block(BlockInfo):
 
     def info(self) -> dict[str, Any]:
         """All about it, as the server describes it."""
-        return self._inner.info().wait()  # type: ignore[no-any-return]
+        return self._inner.info().wait()
 
     def __enter__(self) -> Block:
         return self
