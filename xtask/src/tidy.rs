@@ -97,8 +97,12 @@ const NOT_IN_PURE_CRATES: &[&str] = &[
     "eprintln!",
 ];
 
-/// Where memory that other processes change is touched through pointers.
-const UNSAFE: &[&str] = &["crates/latzero-shm/", "sdk/python/src/buffer.rs"];
+/// Where memory that other processes change is touched through pointers, and where Python is.
+const UNSAFE: &[&str] = &[
+    "crates/latzero-shm/",
+    "sdk/python/src/buffer.rs",
+    "sdk/python/src/gil.rs",
+];
 
 /// Words that no file may contain.
 const BANNED: &[&str] = &[

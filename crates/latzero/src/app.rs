@@ -1,6 +1,7 @@
 //! The async face: an app, its handlers and its events.
 
 use std::future::Future;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 use std::task::Poll;
@@ -200,6 +201,20 @@ impl App {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.core().is_connected()
+    }
+
+    /// The id of the process that connected. A child that was forked since has no use for the app:
+    /// its threads are not there.
+    #[must_use]
+    pub fn process(&self) -> u32 {
+        self.core().process
+    }
+
+    /// The descriptor of the live connection, for a process that forks: a child that closed the
+    /// socket in an orderly way would end its parent's connection, so it replaces the descriptor.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<RawFd> {
+        self.core().outbox.link().map(|link| link.as_raw_fd())
     }
 
     /// Calls the trigger `name`.

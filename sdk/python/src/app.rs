@@ -1,9 +1,10 @@
 //! Connections: calls, emits, handlers, events and requests to the server.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use latzero::{App, Call, Data, Emit, Parked, Reply, Strategy};
+use latzero::{App, Call, Code, Data, Emit, Parked, Reply, Strategy};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -192,6 +193,18 @@ impl PyApp {
     #[getter]
     fn is_stored(&self) -> bool {
         self.app.is_stored()
+    }
+
+    /// The descriptor of the live connection.
+    #[getter]
+    fn descriptor(&self) -> Option<i32> {
+        self.app.descriptor()
+    }
+
+    /// Keeps the connection from ever being dropped: in a forked child that would touch what
+    /// belongs to the parent.
+    fn leak(slf: Py<Self>) {
+        std::mem::forget(slf);
     }
 
     /// Calls, and waits on this thread.
@@ -464,4 +477,23 @@ pub(crate) fn connecting(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>)
         let app = builder.connect().await?;
         Ok(PyApp { app, tracebacks })
     }))
+}
+
+/// Notes that this is a forked child.
+#[pyfunction]
+pub(crate) fn forked() {
+    PROCESS.store(std::process::id(), Ordering::Relaxed);
+}
+
+/// This process; 0 until it is known to be a forked child.
+static PROCESS: AtomicU32 = AtomicU32::new(0);
+
+/// Refuses to wait for a connection of the process that this one was forked from.
+pub(crate) fn check_process(py: Python<'_>, app: &App) -> PyResult<()> {
+    let process = PROCESS.load(Ordering::Relaxed);
+    if process == 0 || process == app.process() {
+        return Ok(());
+    }
+    let message = "this belongs to the process that this one was forked from: make it anew here";
+    Err(errors::raised(py, Code::Disconnected, message, Some("no")))
 }

@@ -14,6 +14,7 @@ use crate::app::{seconds, text};
 use crate::buffer::{PySlot, PyView, write_into};
 use crate::codec;
 use crate::errors::{exception, raised, wait};
+use crate::gil::detach;
 use crate::handlers::Face;
 use crate::op::{Op, done, lock, op, plain};
 use crate::streams::Inflow;
@@ -324,7 +325,7 @@ impl PyDraft {
         length: u64,
         keeps: bool,
     ) -> PyResult<Option<PySlot>> {
-        let exposed = py.detach(|| {
+        let exposed = detach(py, || {
             let mut draft = lock(&self.draft);
             let draft = draft.as_mut()?;
             Some(match draft.is_in_place() {
@@ -352,7 +353,7 @@ impl PyDraft {
 
     fn abandon(&self, py: Python<'_>) {
         let draft = lock(&self.draft).take();
-        py.detach(|| draft.map(Draft::abandon));
+        detach(py, || draft.map(Draft::abandon));
     }
 }
 
@@ -396,7 +397,7 @@ impl PyWriter {
     /// Gives the lock back.
     fn close(&self, py: Python<'_>) {
         let writer = lock(&self.writer).take();
-        py.detach(|| drop(writer));
+        detach(py, || drop(writer));
     }
 }
 
@@ -410,7 +411,7 @@ pub(crate) struct PyVersion {
 #[pymethods]
 impl PyVersion {
     fn expose(&self, py: Python<'_>, offset: u64, length: u64, keeps: bool) -> PyResult<PySlot> {
-        let exposed = py.detach(|| {
+        let exposed = detach(py, || {
             let mut writing = lock(&self.writing);
             let writing = writing.as_mut()?;
             Some(self.writer.expose(writing, offset, length, keeps))
@@ -421,8 +422,7 @@ impl PyVersion {
 
     fn publish(&self, py: Python<'_>) -> PyResult<u64> {
         let writing = lock(&self.writing).take().ok_or_else(|| not_open(py))?;
-        py.detach(|| self.writer.publish(writing))
-            .map_err(|e| exception(py, &e))
+        detach(py, || self.writer.publish(writing)).map_err(|e| exception(py, &e))
     }
 
     fn abandon(&self) {
@@ -470,7 +470,7 @@ impl PyLock {
     /// Gives it back without waiting for the server.
     fn close(&self, py: Python<'_>) {
         let held = lock(&self.held).take();
-        py.detach(|| drop(held));
+        detach(py, || drop(held));
     }
 }
 

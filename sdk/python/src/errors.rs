@@ -7,6 +7,7 @@ use latzero::{Code, Error, HandlerError};
 use pyo3::prelude::*;
 
 use crate::codec;
+use crate::gil::{attach, detach};
 
 /// The family of each code: the name of the exception's class. A new code without a family does not
 /// compile.
@@ -108,10 +109,10 @@ pub(crate) fn wait<T: Send>(
 
 /// As [`wait`], for any result.
 pub(crate) fn wait_any<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
-    let (result, raised) = py.detach(|| {
+    let (result, raised) = detach(py, || {
         let raised = Rc::new(RefCell::new(None));
         let theirs = raised.clone();
-        let wants_end = move || match Python::try_attach(|py| py.check_signals()) {
+        let wants_end = move || match attach(|py| py.check_signals()) {
             Some(Err(error)) => {
                 *theirs.borrow_mut() = Some(error);
                 true

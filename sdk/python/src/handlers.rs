@@ -7,12 +7,13 @@ use std::task::{Context, Poll, Waker};
 use latzero::{Data, HandlerError, Request};
 use pyo3::exceptions::PyStopIteration;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyIterator};
+use pyo3::types::{PyDict, PyIterator, PyTuple};
 
 use crate::app::headers_dict;
 use crate::block::PyBlock;
 use crate::codec::{self, Lender};
 use crate::errors::{self, exception, handler_error};
+use crate::gil::{attach, call, detach};
 use crate::op::{Mailbox, Op, done, lock};
 
 /// What the requests of one trigger have in common.
@@ -29,14 +30,15 @@ pub(crate) fn answer(request: Request, trigger: &Trigger) -> Result<Data, Handle
     let request = Arc::new(request);
     let run = |py: Python<'_>| -> PyResult<Data> {
         let (incoming, data) = arrive(py, request.clone(), trigger, Face::Blocking)?;
-        let result = trigger.handler.bind(py).call1((incoming, data))?;
+        let arguments = (incoming, data).into_pyobject(py)?;
+        let result = call(trigger.handler.bind(py), arguments)?;
         let Ok(items) = result.cast::<PyIterator>() else {
             return codec::write(&result);
         };
         stream_items(items, &request)
     };
     let ended = || HandlerError::new("handler_error", "the handler's process is ending");
-    Python::try_attach(|py| run(py).map_err(|e| handler_error(py, &e, trigger.tracebacks)))
+    attach(|py| run(py).map_err(|e| handler_error(py, &e, trigger.tracebacks)))
         .unwrap_or_else(|| Err(ended()))
 }
 
@@ -82,8 +84,9 @@ fn stream_items(items: &Bound<'_, PyIterator>, request: &Request) -> PyResult<Da
     let py = items.py();
     let progress = py.import("latzero._app")?.getattr("Progress")?;
     let app = latzero::blocking::App::from(request.app());
+    let next = items.getattr("__next__")?;
     loop {
-        let item = match items.call_method0("__next__") {
+        let item = match call(&next, PyTuple::empty(py)) {
             Ok(item) => item,
             Err(e) if e.is_instance_of::<PyStopIteration>(py) => {
                 return codec::write(&e.value(py).getattr("value")?);
@@ -92,10 +95,12 @@ fn stream_items(items: &Bound<'_, PyIterator>, request: &Request) -> PyResult<Da
         };
         let sent = if item.is_instance(&progress)? {
             let report = codec::write(&item.getattr("value")?)?;
-            py.detach(|| app.run(None, &mut Box::pin(request.progress(&report))))
+            detach(py, || {
+                app.run(None, &mut Box::pin(request.progress(&report)))
+            })
         } else {
             let item = codec::write(&item)?;
-            py.detach(|| app.run(None, &mut Box::pin(request.partial(&item))))
+            detach(py, || app.run(None, &mut Box::pin(request.partial(&item))))
         };
         // Without an interrupt it waits until it is sent or cancelled.
         if let Some(Err(error)) = sent {

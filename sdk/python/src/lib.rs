@@ -6,6 +6,7 @@ mod block;
 mod buffer;
 mod codec;
 mod errors;
+mod gil;
 mod handlers;
 mod op;
 mod streams;
@@ -40,6 +41,7 @@ fn _latzero(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<op::Op>()?;
     module.add_function(wrap_pyfunction!(app::connect, module)?)?;
     module.add_function(wrap_pyfunction!(app::connecting, module)?)?;
+    module.add_function(wrap_pyfunction!(app::forked, module)?)?;
     module.add_function(wrap_pyfunction!(families, module)?)?;
     Ok(())
 }

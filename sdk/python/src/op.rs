@@ -19,8 +19,9 @@ use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
-use crate::app::{PyApp, seconds};
+use crate::app::{PyApp, check_process, seconds};
 use crate::errors::{exception, wait_any};
+use crate::gil::detach;
 use crate::handlers::Incoming;
 
 /// Makes the Python object of a result.
@@ -111,8 +112,11 @@ impl Op {
 #[pymethods]
 impl Op {
     /// Begins it without waiting; whether it is done.
-    fn poll(&self, py: Python<'_>) -> bool {
-        py.detach(|| {
+    fn poll(&self, py: Python<'_>) -> PyResult<bool> {
+        self.app
+            .as_ref()
+            .map_or(Ok(()), |app| check_process(py, app))?;
+        Ok(detach(py, || {
             let mut state = lock(&self.state);
             if let State::Running(running) = &mut *state {
                 let mut cx = Context::from_waker(Waker::noop());
@@ -121,7 +125,7 @@ impl Op {
                 }
             }
             !matches!(*state, State::Running(_))
-        })
+        }))
     }
 
     /// Waits on this thread.
@@ -141,7 +145,7 @@ impl Op {
     /// Ends it early: a call is cancelled.
     fn drop(&self, py: Python<'_>) {
         let state = std::mem::replace(&mut *lock(&self.state), State::Taken);
-        py.detach(|| drop(state));
+        detach(py, || drop(state));
     }
 }
 
@@ -149,6 +153,7 @@ impl Op {
     fn wait_for(&self, py: Python<'_>, deadline: Option<Instant>) -> PyResult<Option<Py<PyAny>>> {
         let app = self.app.clone();
         let app = app.ok_or_else(|| PyRuntimeError::new_err("only an event loop can run this"))?;
+        check_process(py, &app)?;
         let mut running = match self.take()? {
             State::Running(running) => running,
             State::Ready(result) => return finish(py, result).map(Some),
@@ -237,7 +242,7 @@ impl Loop {
     /// Polls a task; keeps it where it is not done.
     fn poll(&self, py: Python<'_>, token: u64, mut task: Task) -> PyResult<()> {
         task.bell.is_queued.store(false, Ordering::Release);
-        let polled = py.detach(|| {
+        let polled = detach(py, || {
             task.running
                 .as_mut()
                 .poll(&mut Context::from_waker(&task.waker))
@@ -289,6 +294,9 @@ impl Loop {
             token,
             is_queued: AtomicBool::new(false),
         });
+        op.app
+            .as_ref()
+            .map_or(Ok(()), |app| check_process(py, app))?;
         let running = match op.take()? {
             State::Running(running) => running,
             State::Ready(result) => Box::pin(std::future::ready(result)),
@@ -308,7 +316,7 @@ impl Loop {
     fn cancel(&self, py: Python<'_>, token: u64) {
         let task = lock(&self.tasks).remove(&token);
         if let Some(Task { running, .. }) = task {
-            py.detach(|| drop(running));
+            detach(py, || drop(running));
         }
     }
 
@@ -341,6 +349,6 @@ impl Loop {
         let tasks = std::mem::take(&mut *lock(&self.tasks));
         let incoming = std::mem::take(&mut lock(&self.mailbox.ready).incoming);
         let running: Vec<_> = tasks.into_values().map(|task| task.running).collect();
-        py.detach(|| drop((running, incoming)));
+        detach(py, || drop((running, incoming)));
     }
 }

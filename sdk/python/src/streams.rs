@@ -12,6 +12,7 @@ use pyo3::types::PyList;
 use crate::app::headers_dict;
 use crate::codec;
 use crate::errors::exception;
+use crate::gil::detach;
 use crate::op::{Op, lock, op};
 
 /// A source that one operation at a time reads.
@@ -55,7 +56,7 @@ impl<T: Send> Source<T> {
 
     fn close(&self, py: Python<'_>) {
         let source = lock(&self.0).take();
-        py.detach(|| drop(source));
+        detach(py, || drop(source));
     }
 }
 

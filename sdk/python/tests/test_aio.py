@@ -198,7 +198,13 @@ def test_many_in_flight_and_parked(on_loop):
         assert (answer.id, answer.result()) == ("order-1", 2)
         pending = [calls.submit("bill", order=n) for n in range(50)]
         assert [await call.result(10) for call in pending] == list(range(1, 51))
-        hangs = calls.submit("bill", order=1)
+
+        @serves.serve
+        async def hang():
+            await asyncio.Event().wait()
+
+        await serves.ready()
+        hangs = calls.submit("hang")
         hangs.cancel()
         with pytest.raises(latzero.Cancelled):
             await hangs.result()

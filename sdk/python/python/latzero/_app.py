@@ -17,13 +17,13 @@ from uuid import uuid4
 from . import _latzero
 from ._arrays import flat, numpy
 from ._block import Block, options as _block_options
-from ._errors import BadRequest, Cancelled, LatZeroError
+from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 _MISSING: Any = object()
 _current: contextvars.ContextVar[_latzero.Request] = contextvars.ContextVar("latzero_request")
-_live: weakref.WeakSet[App] = weakref.WeakSet()
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def request() -> _latzero.Request:
@@ -336,12 +336,43 @@ class App:
     """A connection to the server, made by `latzero.connect`. Its methods may be called from any
     thread."""
 
-    def __init__(self, inner: _latzero.App) -> None:
-        self._inner = inner
+    def __init__(self, arguments: tuple[str, dict[str, Any]]) -> None:
+        self._arguments = arguments
+        self._lock = threading.RLock()
+        self._open()
+        self._connection: _latzero.App | None = _latzero.connect(*arguments)
+        _live.add(self)
+
+    def _open(self) -> None:
         self._closed = threading.Event()
         self._loop: Any = None
-        self._lock = threading.Lock()
-        _live.add(self)
+
+    @property
+    def _inner(self) -> _latzero.App:
+        found = self._connection
+        if found is None:
+            # In a forked child, which gets a connection of its own when it needs one.
+            with self._lock:
+                if self._connection is None:
+                    if self._closed.is_set():
+                        raise Disconnected("disconnected", "the app is closed", "no", None)
+                    self._connection = _latzero.connect(*self._arguments)
+                found = self._connection
+        return found
+
+    def _forked(self, descriptor: int | None) -> None:
+        """In a forked child: lets go of the parent's connection without a word to the server."""
+        inner = self._connection
+        if inner is not None:
+            inner.leak()
+            if descriptor is not None:
+                _close_quietly(descriptor)
+        was_closed = self._closed.is_set()
+        self._lock = threading.RLock()
+        self._connection = None
+        self._open()
+        if was_closed:
+            self._closed.set()
 
     @property
     def app_id(self) -> str:
@@ -369,10 +400,13 @@ class App:
         return self._inner.is_stored
 
     def __repr__(self) -> str:
+        inner = self._connection
+        if inner is None:
+            return "<latzero.App of a forked process, not connected yet>"
         state = "closed" if self._closed.is_set() else (
-            "connected" if self.is_connected else "disconnected"
+            "connected" if inner.is_connected else "disconnected"
         )
-        return f"<latzero.App {self.app_id!r} in {', '.join(self.joined) or 'no pool'}, {state}>"
+        return f"<latzero.App {inner.app_id!r} in {', '.join(inner.joined) or 'no pool'}, {state}>"
 
     def __reduce__(self) -> Any:
         raise TypeError("an App can't be pickled: connect in each process")
@@ -572,10 +606,13 @@ class App:
         if not self._closed.is_set():
             self._closed.set()
             try:
-                self._inner.close()
+                if self._connection is not None:
+                    self._connection.close()
             finally:
                 if self._loop is not None:
                     self._loop.close()
+
+    _end = close
 
     def __enter__(self) -> App:
         return self
@@ -622,17 +659,51 @@ def connect(
 ) -> App:
     """Connects. Without `url`: `$LATZERO_URL`, else a transient AppID of the script's name and
     pid."""
-    return App(_latzero.connect(*_options(
+    return App(_options(
         url, pools, exclusive, takeover, rehydrate, transient, meta, reconnect, handler_threads,
         connect_timeout, call_timeout, tracebacks,
-    )))
+    ))
+
+
+# The apps that may be open, of both faces, and their descriptors while the process forks.
+_forking: list[tuple[Any, int | None]] = []
+
+
+def _close_quietly(descriptor: int) -> None:
+    """Replaces a socket by something that nobody is at the other end of."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
+
+
+def _before_fork() -> None:
+    for app in list(_live):
+        connection = app._connection
+        _forking.append((app, connection and connection.descriptor))
+
+
+def _after_fork_in_parent() -> None:
+    _forking.clear()
+
+
+def _after_fork_in_child() -> None:
+    _latzero.forked()
+    for app, descriptor in _forking:
+        app._forked(descriptor)
+    _forking.clear()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 
 
 @atexit.register
 def _close_all() -> None:
     for app in list(_live):
         try:
-            app.close()
+            app._end()
         except LatZeroError:
             # The process ends, and the connection with it.
             pass

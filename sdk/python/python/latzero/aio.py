@@ -18,8 +18,8 @@ from uuid import uuid4
 
 from . import _latzero
 from ._app import (
-    _MISSING, Answer, Event, Presence, Progress, Reply, _adapt, _calling, _is_async, _options,
-    _payload, _same, _serving, _shared,
+    _MISSING, Answer, Event, Presence, Progress, Reply, _adapt, _calling, _close_quietly, _is_async,
+    _live, _options, _payload, _same, _serving, _shared,
 )
 from ._arrays import flat
 from ._block import BlockInfo, Filling, _seconds
@@ -529,11 +529,22 @@ class App:
     """A connection to the server, made by `latzero.aio.connect`. It belongs to one event loop."""
 
     def __init__(self, inner: _latzero.App) -> None:
-        self._inner_app = inner
+        self._connection: _latzero.App = inner
         self._loop = asyncio.get_running_loop()
         self._closed = asyncio.Event()
         self._work = _of_running_loop()
         self._registering: set[asyncio.Future[Any]] = set()
+        _live.add(self)
+
+    def _forked(self, descriptor: int | None) -> None:
+        """In a forked child: lets go of the parent's connection without a word to the server."""
+        self._connection.leak()
+        if descriptor is not None:
+            _close_quietly(descriptor)
+        self._closed.set()
+
+    def _end(self) -> None:
+        """At the end of the process: the connection ends with it."""
 
     @property
     def _inner(self) -> _latzero.App:
@@ -542,32 +553,32 @@ class App:
                 "this app belongs to another event loop: connect on this one too, or use "
                 "asyncio.run_coroutine_threadsafe with the app's loop"
             )
-        return self._inner_app
+        return self._connection
 
     @property
     def app_id(self) -> str:
         """The AppID."""
-        return self._inner_app.app_id
+        return self._connection.app_id
 
     @property
     def instance(self) -> str | None:
         """The id of the live connection."""
-        return self._inner_app.instance
+        return self._connection.instance
 
     @property
     def joined(self) -> list[str]:
         """The pools that the app is in."""
-        return self._inner_app.joined
+        return self._connection.joined
 
     @property
     def is_connected(self) -> bool:
         """Whether there is a connection just now."""
-        return self._inner_app.is_connected
+        return self._connection.is_connected
 
     @property
     def is_stored(self) -> bool:
         """Whether the server has on disk what the app registered."""
-        return self._inner_app.is_stored
+        return self._connection.is_stored
 
     def __repr__(self) -> str:
         state = "closed" if self._closed.is_set() else (
