@@ -31,7 +31,7 @@ use crate::stream::Stream;
 use crate::sync::lock;
 
 /// How long a clean close waits for running handlers, and for the server to take their answers.
-const CLOSE_TIME: Duration = Duration::from_secs(5);
+pub(crate) const CLOSE_TIME: Duration = Duration::from_secs(5);
 
 /// What keeps an app alive: when the last handle goes, this ends it.
 #[derive(Debug)]
@@ -513,16 +513,16 @@ impl App {
     /// `timeout` if handlers or the server took longer; the connection is closed all the same.
     pub async fn close(&self) -> Result<(), Error> {
         let core = self.core().clone();
-        on_thread(move || close(&core)).await
+        on_thread(move || close(&core, CLOSE_TIME)).await
     }
 
-    pub(crate) fn close_blocking(&self) -> Result<(), Error> {
-        close(self.core())
+    pub(crate) fn close_within(&self, time: Duration) -> Result<(), Error> {
+        close(self.core(), time)
     }
 }
 
-fn close(core: &Arc<Core>) -> Result<(), Error> {
-    let deadline = Some(Instant::now() + CLOSE_TIME);
+fn close(core: &Arc<Core>, time: Duration) -> Result<(), Error> {
+    let deadline = Some(Instant::now() + time);
     let is_idle = core
         .block_on(deadline, |cx| core.handlers.poll_idle(cx))
         .is_some();

@@ -26,6 +26,7 @@ use latzero_protocol::{Code, InstanceId};
 use serde_json::{Value, json};
 
 use crate::answers::Answer;
+use crate::app::CLOSE_TIME;
 use crate::builder;
 use crate::error::{Error, HandlerError};
 use crate::events::{Emission, Lossy, Presence};
@@ -270,7 +271,15 @@ impl App {
     /// # Errors
     /// `timeout` if handlers or the server took longer; the connection is closed all the same.
     pub fn close(&self) -> Result<(), Error> {
-        self.0.close_blocking()
+        self.close_within(CLOSE_TIME)
+    }
+
+    /// As [`App::close`], waiting for `time` at most.
+    ///
+    /// # Errors
+    /// As [`App::close`].
+    pub fn close_within(&self, time: Duration) -> Result<(), Error> {
+        self.0.close_within(time)
     }
 }
 

@@ -426,10 +426,14 @@ impl PyApp {
         })
     }
 
-    /// Closes, and waits on this thread.
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
+    /// Closes, and waits on this thread, for as many seconds at most.
+    fn close(&self, py: Python<'_>, within: Option<f64>) -> PyResult<()> {
         let app = latzero::blocking::App::from(self.app.clone());
-        wait(py, || app.close())
+        let within = within.map(seconds).transpose()?;
+        wait(py, || match within {
+            Some(within) => app.close_within(within),
+            None => app.close(),
+        })
     }
 
     fn close_op(&self) -> Op {

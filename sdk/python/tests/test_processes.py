@@ -206,7 +206,7 @@ async def also():
     await asyncio.Event().wait()
 app.on("e", print)
 events, watch = app.events("e"), app.watch("default")
-block = app.block("b", size=8, create=True)
+block = app.block("everything", size=8, create=True)
 view = block.view()
 writing = block.write()
 writing.__enter__()

@@ -1,11 +1,16 @@
 """The blocking face against a real server."""
 
+import dataclasses
+import datetime
+import enum
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import typing
+import uuid
 
 import latzero
 import latzero.testing
@@ -309,3 +314,75 @@ def test_async_handlers_of_a_blocking_app(pair, is_stream):
             return n
         pending = [calls.submit("f", n=n) for n in (1, 2)]
         assert [call.result(10) for call in pending] == [1, 2]
+
+
+@dataclasses.dataclass
+class Item:
+    name: str
+    count: int = 1
+    tags: list[str] = dataclasses.field(default_factory=list)
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+
+class Order(typing.TypedDict):
+    item: Item
+    color: typing.NotRequired[Color]
+
+
+def test_hints_decode_arguments_and_answers(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def take(item: Item, at: datetime.datetime, id: uuid.UUID | None = None) -> Item:
+        assert isinstance(item, Item) and isinstance(at, datetime.datetime)
+        return dataclasses.replace(item, count=item.count + (id is not None))
+
+    @serves.serve
+    def whole(order: Order, /):
+        assert isinstance(order["item"], Item) and order["color"] is Color.RED
+        return order
+
+    at = datetime.datetime(2026, 1, 2)
+    got = calls.call("take", item=Item("a"), at=at, id=uuid.uuid4(), into=Item)
+    assert got == Item("a", 2)
+    back = calls.call("whole", {"item": Item("b"), "color": Color.RED}, into=Order)
+    assert back == {"item": Item("b"), "color": Color.RED}
+    with pytest.raises(latzero.BadRequest, match="the answer is dict, not list"):
+        calls.call("whole", {"item": Item("b"), "color": "red"}, into=list[Item])
+    for wrong, place in [
+        ({"name": 1}, "item.name is int, not str"), ({}, "misses the field 'name'"),
+        ({"name": "a", "size": 1}, "'size'"), ({"name": "a", "tags": [1]}, r"tags\[0\]"),
+        ({"name": "a", "count": True}, "item.count is bool"), (5, "item is int, not Item"),
+    ]:
+        with pytest.raises(latzero.BadRequest, match=place):
+            calls.call("take", item=wrong, at=at)
+    with pytest.raises(latzero.BadRequest, match="no datetime"):
+        calls.call("take", item=Item("a"), at="yesterday")
+
+
+@pytest.mark.parametrize("hint, value, expected", [
+    (float, 1, 1.0), (int | None, None, None), (tuple[int, str], [1, "a"], (1, "a")),
+    (tuple[int, ...], [1, 2], (1, 2)), (set[int], [1, 1], {1}),
+    (dict[str, float], {"a": 1}, {"a": 1.0}),
+    (typing.Literal["a", 1], 1, 1), (bytes, b"x", b"x"), (typing.Any, [1], [1]),
+    (list, [1, "a"], [1, "a"]), (datetime.date, "2026-01-02", datetime.date(2026, 1, 2)),
+], ids=repr)
+def test_types_that_hints_may_name(hint, value, expected):
+    from latzero._decode import decoder
+
+    got = decoder(hint)(value, "x")
+    assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize("hint, value", [
+    (int, 1.0), (int, True), (str, 1), (bool, 1), (float, "1"), (int | str, None),
+    (typing.Literal["a", 1], True), (tuple[int, int], [1]), (Color, "blue"), (uuid.UUID, 5),
+], ids=repr)
+def test_types_are_checked_and_not_coerced(hint, value):
+    from latzero._decode import Mismatch, decoder
+
+    with pytest.raises(Mismatch, match="^x is"):
+        decoder(hint)(value, "x")

@@ -17,11 +17,14 @@ from uuid import uuid4
 from . import _latzero
 from ._arrays import flat, numpy
 from ._block import Block, options as _block_options
+from ._decode import Decoder, Mismatch, decoder
 from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 _MISSING: Any = object()
+# How long handlers that run hold up the end of the process.
+_END_SECONDS = 1.0
 _current: contextvars.ContextVar[_latzero.Request] = contextvars.ContextVar("latzero_request")
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -261,6 +264,23 @@ class Parked:
         self._inner.cancel()
 
 
+def _into(into: Any) -> Callable[[Any], Any]:
+    """What turns an answer into what the caller wants."""
+    if into is None:
+        return _same
+    decode = decoder(into)
+
+    def read(value: Any) -> Any:
+        try:
+            return decode(value, "the answer")
+        except Mismatch as error:
+            raise BadRequest(
+                "bad_message", str(error), "unknown", value, "Ask for what the handler answers."
+            ) from None
+
+    return read
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -274,6 +294,7 @@ def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], An
     named: list[str] = []
     required: set[str] = set()
     takes_any = False
+    decoders: dict[str, Decoder] = {}
     for name, parameter in signature.parameters.items():
         positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
         hint = parameter.annotation
@@ -287,19 +308,27 @@ def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], An
             if whole is not None:
                 raise TypeError("a handler takes one positional-only parameter, the payload")
             whole = name
+            decoders[name] = decoder(hint)
         else:
             named.append(name)
+            decoders[name] = decoder(hint)
             if parameter.default is inspect.Parameter.empty:
                 required.add(name)
     if whole is not None and (named or takes_any):
         raise TypeError("a handler takes the whole payload, or its fields by name, not both")
+
+    def decode(name: str, value: Any, incoming: _latzero.Request) -> Any:
+        try:
+            return decoders[name](value, name)
+        except Mismatch as error:
+            raise _refuse(f"'{incoming.name}': {error}") from None
 
     def run(incoming: _latzero.Request, data: Any) -> Any:
         arguments: list[Any] = []
         fields: dict[str, Any] = {}
         for name in signature.parameters:
             if name == whole:
-                arguments.append(data)
+                arguments.append(decode(name, data, incoming))
             elif name in wants_request:
                 if wants_request[name]:
                     arguments.append(incoming)
@@ -316,7 +345,8 @@ def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], An
             unknown = [key for key in given if key not in named]
             if unknown and not takes_any or any(key in wants_request for key in unknown):
                 raise _refuse(f"'{incoming.name}' has no argument {unknown[0]!r}")
-            fields.update(given)
+            for key, value in given.items():
+                fields[key] = decode(key, value, incoming) if key in decoders else value
         token = _current.set(incoming)
         try:
             result = function(*arguments, **fields)
@@ -412,14 +442,16 @@ class App:
         raise TypeError("an App can't be pickled: connect in each process")
 
     def call(
-        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, **fields: Any,
     ) -> Any:
-        """Calls the trigger `name` with `data`, or with the fields as an object; its answer."""
+        """Calls the trigger `name` with `data`, or with the fields as an object; its answer,
+        as a value of the type `into`."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
-        return self._inner.call(name, _payload(data, fields), options)
+        read = _into(into)
+        return read(self._inner.call(name, _payload(data, fields), options))
 
     def reply(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
@@ -432,14 +464,14 @@ class App:
         return Reply(*self._inner.reply(name, _payload(data, fields), options))
 
     def submit(
-        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, **fields: Any,
     ) -> Pending[Any]:
         """As `call`, sent now and waited for later: many calls in flight from one thread."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
-        return Pending(self._inner.call_op(name, _payload(data, fields), options), _same)
+        return Pending(self._inner.call_op(name, _payload(data, fields), options), _into(into))
 
     def park(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
@@ -457,13 +489,14 @@ class App:
         return _iterate(self._inner.answers(), Answer)
 
     def stream(
-        self, name: str, data: Any = _MISSING, /, *, window: int = 64,
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
         timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None, **fields: Any,
     ) -> Stream[Any]:
         """Calls for a streamed answer: iterate over it. Dropping it cancels the call."""
         options = _calling(timeout, to, pool, key, headers)
-        return Stream(self._inner.stream(name, _payload(data, fields), options, window), _same)
+        items = self._inner.stream(name, _payload(data, fields), options, window)
+        return Stream(items, _into(into))
 
     def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
@@ -602,17 +635,22 @@ class App:
             self.close()
 
     def close(self) -> None:
-        """Ends the connection, after the handlers that run."""
+        """Ends the connection, after the handlers that run, which have five seconds."""
+        self._close(None)
+
+    def _end(self) -> None:
+        """At the end of the process."""
+        self._close(_END_SECONDS)
+
+    def _close(self, within: float | None) -> None:
         if not self._closed.is_set():
             self._closed.set()
             try:
                 if self._connection is not None:
-                    self._connection.close()
+                    self._connection.close(within)
             finally:
                 if self._loop is not None:
                     self._loop.close()
-
-    _end = close
 
     def __enter__(self) -> App:
         return self

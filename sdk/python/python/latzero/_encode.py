@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import sys
 import uuid
 from typing import Any
 
@@ -25,6 +26,8 @@ def plain(value: Any) -> Any:
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if hasattr(type(value), "model_dump"):
         return value.model_dump(mode="json")
+    if hasattr(type(value), "__struct_fields__") and "msgspec" in sys.modules:
+        return sys.modules["msgspec"].to_builtins(value)
     if isinstance(value, BlockInfo):
         return value._inner
     raise TypeError(type(value).__qualname__)

@@ -18,8 +18,8 @@ from uuid import uuid4
 
 from . import _latzero
 from ._app import (
-    _MISSING, Answer, Event, Presence, Progress, Reply, _adapt, _calling, _close_quietly, _is_async,
-    _live, _options, _payload, _same, _serving, _shared,
+    _MISSING, Answer, Event, Presence, Progress, Reply, _adapt, _calling, _close_quietly, _into,
+    _is_async, _live, _options, _payload, _serving, _shared,
 )
 from ._arrays import flat
 from ._block import BlockInfo, Filling, _seconds
@@ -591,15 +591,16 @@ class App:
         raise TypeError("an App can't be pickled: connect in each process")
 
     async def call(
-        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, **fields: Any,
     ) -> Any:
         """Calls the trigger `name` with `data`, or with the fields as an object; its answer.
         Cancelling the task cancels the call."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
-        return await self._start(self._inner.call_op(name, _payload(data, fields), options))
+        read = _into(into)
+        return read(await self._start(self._inner.call_op(name, _payload(data, fields), options)))
 
     async def reply(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
@@ -613,15 +614,15 @@ class App:
         return Reply(*await self._start(op))
 
     def submit(
-        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
-        to: str | None = None, pool: str | None = None, key: str | None = None,
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None, key: str | None = None,
         headers: dict[str, str] | None = None, idempotency_key: str | None = None,
         redeliver: bool = False, **fields: Any,
     ) -> Pending[Any]:
         """As `call`, sent now and waited for later: many calls in flight from one task."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
         op = self._inner.call_op(name, _payload(data, fields), options)
-        return Pending(self._work.start(op), _same)
+        return Pending(self._work.start(op), _into(into))
 
     async def park(
         self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
@@ -639,13 +640,14 @@ class App:
         return _iterate(self._inner.answers(), Answer)
 
     def stream(
-        self, name: str, data: Any = _MISSING, /, *, window: int = 64,
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
         timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
         key: str | None = None, headers: dict[str, str] | None = None, **fields: Any,
     ) -> Stream[Any]:
         """Calls for a streamed answer: iterate over it. Dropping it cancels the call."""
         options = _calling(timeout, to, pool, key, headers)
-        return Stream(self._inner.stream(name, _payload(data, fields), options, window), _same)
+        items = self._inner.stream(name, _payload(data, fields), options, window)
+        return Stream(items, _into(into))
 
     async def emit(
         self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
@@ -799,7 +801,7 @@ class App:
         await self._closed.wait()
 
     async def close(self) -> None:
-        """Ends the connection, after the handlers that run."""
+        """Ends the connection, after the handlers that run, which have five seconds."""
         if not self._closed.is_set():
             self._closed.set()
             for future in self._registering:
