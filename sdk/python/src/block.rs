@@ -375,15 +375,15 @@ impl PyWriter {
     /// Begins a version; `None` where the block is not mapped.
     fn begin(&self, py: Python<'_>) -> PyResult<Option<PyVersion>> {
         let writer = self.open(py)?;
-        match writer.begin() {
-            Ok(writing) if !writing.is_mapped() => Ok(None),
-            Ok(writing) => Ok(Some(PyVersion {
-                writer,
-                writing: Mutex::new(Some(writing)),
-            })),
-            Err(e) if e.kind() == Code::Storage => Ok(None),
-            Err(e) => Err(exception(py, &e)),
+        let held = writer.lock();
+        if held.is_inherited() || !held.block().is_viewable() {
+            return Ok(None);
         }
+        let writing = writer.begin().map_err(|e| exception(py, &e))?;
+        Ok(Some(PyVersion {
+            writer,
+            writing: Mutex::new(Some(writing)),
+        }))
     }
 
     /// Writes one version by copying; its number.

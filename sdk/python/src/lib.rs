@@ -29,9 +29,14 @@ fn _latzero(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<app::PyApp>()?;
     module.add_class::<app::PyParked>()?;
     module.add_class::<block::PyBlock>()?;
+    module.add_class::<block::PyDraft>()?;
     module.add_class::<block::PyLock>()?;
+    module.add_class::<block::PyVersion>()?;
     module.add_class::<block::PyWritable>()?;
+    module.add_class::<block::PyWriter>()?;
+    module.add_class::<buffer::PySlot>()?;
     module.add_class::<buffer::PyView>()?;
+    module.add_class::<handlers::PyAnswer>()?;
     module.add_class::<handlers::PyRequest>()?;
     module.add(
         "AioRequest",
@@ -39,6 +44,8 @@ fn _latzero(module: &Bound<'_, PyModule>) -> PyResult<()> {
     )?;
     module.add_class::<op::Loop>()?;
     module.add_class::<op::Op>()?;
+    module.add_class::<streams::Inflow>()?;
+    module.add_class::<streams::PyItems>()?;
     module.add_function(wrap_pyfunction!(app::connect, module)?)?;
     module.add_function(wrap_pyfunction!(app::connecting, module)?)?;
     module.add_function(wrap_pyfunction!(app::forked, module)?)?;

@@ -443,9 +443,9 @@ class App:
 
     def call(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None, key: str | None = None,
-        headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, **fields: Any,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None,
+        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
     ) -> Any:
         """Calls the trigger `name` with `data`, or with the fields as an object; its answer,
         as a value of the type `into`."""
@@ -465,9 +465,9 @@ class App:
 
     def submit(
         self, name: str, data: Any = _MISSING, /, *, into: Any = None,
-        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None, key: str | None = None,
-        headers: dict[str, str] | None = None, idempotency_key: str | None = None,
-        redeliver: bool = False, **fields: Any,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None,
+        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
     ) -> Pending[Any]:
         """As `call`, sent now and waited for later: many calls in flight from one thread."""
         options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
