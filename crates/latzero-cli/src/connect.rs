@@ -466,7 +466,7 @@ impl ServerArgs {
         (None, token.is_some())
     }
 
-    /// The key file of a pool, where it has one.
+    /// The key file of a pool, if it has one.
     pub(crate) fn key_file(&self, pool: &str) -> Option<PathBuf> {
         if let Some(path) = &self.keys {
             return Some(path.clone());
@@ -475,7 +475,7 @@ impl ServerArgs {
         path.exists().then_some(path)
     }
 
-    /// The key file of an app, where it has one.
+    /// The key file of an app, if it has one.
     fn app_key_file(&self, app_id: &str) -> Option<PathBuf> {
         let by_default = || crate::commands::keys::default_file("apps", app_id);
         let path = self.app_key.clone().or_else(by_default)?;

@@ -315,7 +315,7 @@ impl Manifest {
         Self::fields(bytes, cursor, suite).ok_or(Integrity("its manifest contradicts itself"))
     }
 
-    /// The fields behind the suite; `None` where they contradict each other.
+    /// The fields behind the suite; `None` if they contradict each other.
     fn fields(bytes: &[u8; MANIFEST_BYTES], mut cursor: Cursor<'_>, suite: Suite) -> Option<Self> {
         let (pool_id, uid) = (cursor.array()?, cursor.array()?);
         let (epoch, chunk_size) = (cursor.u32()?, cursor.u32()?);

@@ -109,7 +109,7 @@ impl Descriptor {
         Self::fields(bytes, cursor, suite).ok_or(CUT)?
     }
 
-    /// The fields behind the suite; `None` where bytes are missing.
+    /// The fields behind the suite; `None` if bytes are missing.
     fn fields(
         bytes: &[u8],
         mut cursor: Cursor<'_>,
@@ -417,7 +417,7 @@ impl Descriptor {
         Ok(Some(key))
     }
 
-    /// The pool key of the epoch before; `None` where the history was cut.
+    /// The pool key of the epoch before; `None` if the history was cut.
     ///
     /// `previous` is taken by hash and signature alone: it may be older than anything that was
     /// accepted.

@@ -315,7 +315,7 @@ pub enum OpenError {
 }
 
 impl<'a> Envelope<'a> {
-    /// Reads an envelope to its last byte; `None` where it is none.
+    /// Reads an envelope to its last byte; `None` if it is none.
     #[must_use]
     pub fn parse(bytes: &'a [u8]) -> Option<Self> {
         let mut cursor = Cursor::new(bytes);

@@ -88,7 +88,7 @@ impl CallMeta {
         object(meta)
     }
 
-    /// The text to seal; `None` where everything has its default.
+    /// The text to seal; `None` if everything has its default.
     #[must_use]
     pub fn to_text(&self) -> Option<String> {
         (*self != Self::default()).then(|| json(self))

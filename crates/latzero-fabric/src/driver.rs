@@ -249,7 +249,7 @@ pub trait Driver: Sized {
 
 /// Something to be seen from outside.
 pub enum Observed<'a, D: Driver> {
-    /// A message for a connection, and what happened to it: its whole frame where it was appended,
+    /// A message for a connection, and what happened to it: its whole frame if it was appended,
     /// else nothing.
     Message(&'a D::Peer, Class, Sent, &'a [u8]),
     /// A connection will be closed.

@@ -15,7 +15,7 @@ pub struct CallEnd {
     pub started: Time,
     /// When it ended.
     pub ended: Time,
-    /// The server's error code, where the server ended it with one; `None` where the handler
+    /// The server's error code, where the server ended it with one; `None` if the handler
     /// answered.
     pub code: Option<Code>,
     /// Whether the handler answered with an error.
@@ -165,7 +165,7 @@ impl Buffers {
     }
 
     /// Takes a buffer back.
-    pub fn give_back(&mut self, mut buf: Vec<u8>) {
+    pub fn recycle(&mut self, mut buf: Vec<u8>) {
         buf.clear();
         if buf.capacity() <= SPARE_BYTES_MAX {
             let bytes = self.spare_bytes + buf.capacity();

@@ -50,7 +50,7 @@ impl Geometry {
         self.size.div_ceil(PAGE_BYTES) * PAGE_BYTES
     }
 
-    /// Bytes of the whole, the header included; `None` where they can't be counted.
+    /// Bytes of the whole, the header included; `None` if they can't be counted.
     #[must_use]
     pub fn total(self) -> Option<u64> {
         let stride = self.size.checked_next_multiple_of(PAGE_BYTES)?;

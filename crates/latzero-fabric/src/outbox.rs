@@ -378,7 +378,7 @@ impl<F, N> Outbox<F, N> {
         self.notices.pop_front().map(|(_, who)| who)
     }
 
-    /// Takes out what waits; `None` where there is nothing, or another writer is at work.
+    /// Takes out what waits; `None` if there is nothing, or another writer is at work.
     pub fn take(&mut self) -> Option<PendingWrite<F>> {
         if self.is_writing {
             return None;

@@ -257,7 +257,7 @@ impl<D: Driver> Pool<D> {
     /// Whether anything in it may come due: it has members, or calls or answers that wait for some.
     #[must_use]
     pub fn is_due_to_wake(&self) -> bool {
-        self.members.len() > 0 || self.parked.keeps_any()
+        self.members.len() > 0 || self.parked.has_any()
     }
 
     /// Sets whether its content may outlive the server. If its rules do not, calls and blocks must

@@ -120,7 +120,7 @@ impl<D: Driver> Session<D> {
     }
 
     /// The TLS handshake has ended, before anything was said: what binds proofs from now on, and
-    /// the AppIDs that the client's certificate names, where it had to show one.
+    /// the AppIDs that the client's certificate names, if it had to show one.
     pub fn secured(&mut self, binding: ChannelBinding, certified: Option<Vec<AppId>>) {
         self.terms.binding = binding;
         self.who.certified = certified;

@@ -70,7 +70,7 @@ fn append_raw(out: &mut Vec<u8>, key: &[u8], value: Option<Raw<'_>>) {
     }
 }
 
-/// Appends a frame that ends with a body: as a field, as an attachment, or as base64 where it must
+/// Appends a frame that ends with a body: as a field, as an attachment, or as base64 if it must
 /// be.
 #[inline]
 fn with_body(

@@ -36,7 +36,7 @@ impl<'a> Raw<'a> {
         self.0
     }
 
-    /// The value as a string, with its escapes undone; `None` also where it has half a surrogate
+    /// The value as a string, with its escapes undone; `None` also if it has half a surrogate
     /// pair, which no Rust string can hold.
     #[must_use]
     pub fn as_str(self) -> Option<Cow<'a, str>> {
@@ -78,7 +78,7 @@ impl<'a> Raw<'a> {
     }
 }
 
-/// Undoes the escapes of a scanned string's inside; `None` where it has half a surrogate pair.
+/// Undoes the escapes of a scanned string's inside; `None` if it has half a surrogate pair.
 pub(crate) fn unescape(inner: &str) -> Option<Cow<'_, str>> {
     if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
         return Some(Cow::Borrowed(inner));
@@ -237,7 +237,7 @@ impl<'a> Envelope<'a> {
     /// An optional string field.
     ///
     /// # Errors
-    /// `bad_message` where it is there and not a string, `too_large` where it is too long.
+    /// `bad_message` if it is present and not a string, `too_large` if it is too long.
     #[inline]
     pub fn string(field: Option<Raw<'a>>, name: &str) -> Result<Option<Cow<'a, str>>, Refusal> {
         let Some(raw) = present(field) else {
@@ -257,7 +257,7 @@ impl<'a> Envelope<'a> {
     /// A string field that must be there.
     ///
     /// # Errors
-    /// `bad_message` where it is missing or not a string.
+    /// `bad_message` if it is missing or not a string.
     #[inline]
     pub fn required_string(field: Option<Raw<'a>>, name: &str) -> Result<Cow<'a, str>, Refusal> {
         Self::string(field, name)?.ok_or_else(|| missing(name, "a string"))
@@ -266,7 +266,7 @@ impl<'a> Envelope<'a> {
     /// An optional whole number within `range`.
     ///
     /// # Errors
-    /// `bad_message` where it is there and not such a number.
+    /// `bad_message` if it is present and not such a number.
     #[inline]
     pub fn number(
         field: Option<Raw<'a>>,
@@ -289,7 +289,7 @@ impl<'a> Envelope<'a> {
     /// An optional true or false; absent is false.
     ///
     /// # Errors
-    /// `bad_message` where it is there and neither.
+    /// `bad_message` if it is present and neither.
     pub fn flag(field: Option<Raw<'a>>, name: &str) -> Result<bool, Refusal> {
         let Some(raw) = present(field) else {
             return Ok(false);
@@ -301,7 +301,7 @@ impl<'a> Envelope<'a> {
     /// The sender's correlation id.
     ///
     /// # Errors
-    /// `bad_message` where it is there and not a string of 1 to 128 bytes.
+    /// `bad_message` if it is present and not a string of 1 to 128 bytes.
     #[inline]
     pub fn correlation_id(&self) -> Result<Option<Cow<'a, str>>, Refusal> {
         id_field(self.id, "id")
@@ -323,7 +323,7 @@ impl<'a> Envelope<'a> {
     /// The body that stands in `field`, or in the attachment.
     ///
     /// # Errors
-    /// `bad_message` where it stands in both.
+    /// `bad_message` if it stands in both.
     #[inline]
     pub fn body(&self, field: Option<Raw<'a>>, name: &str) -> Result<Body<'a>, Refusal> {
         match (field, self.attachment) {

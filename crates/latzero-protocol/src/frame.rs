@@ -106,7 +106,7 @@ pub struct Accept {
     pub attachments: bool,
 }
 
-/// The total length in bytes of the frame that starts `buf`, its prefix included; `None` where the
+/// The total length in bytes of the frame that starts `buf`, its prefix included; `None` if the
 /// prefix is not complete yet.
 ///
 /// # Errors
@@ -134,7 +134,7 @@ pub fn length(buf: &[u8], accept: Accept) -> Result<Option<usize>, FrameError> {
     Ok(Some(PREFIX + payload))
 }
 
-/// Takes the first frame of `buf`, with its total length in bytes; `None` where more bytes are
+/// Takes the first frame of `buf`, with its total length in bytes; `None` if more bytes are
 /// needed.
 ///
 /// # Errors

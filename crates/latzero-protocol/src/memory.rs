@@ -150,7 +150,7 @@ pub struct Create {
     pub permissions: Permissions,
     /// How long it stays.
     pub lifetime: Lifetime,
-    /// Attach it where it exists.
+    /// Attach it if it exists.
     pub or_attach: bool,
     /// Whether its maker takes part in it at once, and how.
     pub attach: Option<Access>,
@@ -349,7 +349,7 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Bytes of the whole array; `None` where they can't be counted.
+    /// Bytes of the whole array; `None` if they can't be counted.
     #[must_use]
     pub fn bytes(&self) -> Option<u64> {
         let item = item_size(&self.dtype)?;

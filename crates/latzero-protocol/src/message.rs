@@ -1115,7 +1115,7 @@ impl<'a> Fields<'a> {
     /// Reads the fields of the object `text`.
     ///
     /// # Errors
-    /// `bad_message` where it is not an object, or has duplicate or too many fields.
+    /// `bad_message` if it is not an object, or has duplicate or too many fields.
     pub fn of(text: &'a str) -> Result<Self, Refusal> {
         Self::at_most(Self::MAX, text)
     }
@@ -1166,7 +1166,7 @@ impl<'a> Fields<'a> {
     /// An optional string.
     ///
     /// # Errors
-    /// `bad_message` where it is there and not a string.
+    /// `bad_message` if it is present and not a string.
     pub fn string(&self, name: &str) -> Result<Option<Cow<'a, str>>, Refusal> {
         Envelope::string(self.field(name), name)
     }
@@ -1174,7 +1174,7 @@ impl<'a> Fields<'a> {
     /// A string that must be there.
     ///
     /// # Errors
-    /// `bad_message` where it is missing or not a string.
+    /// `bad_message` if it is missing or not a string.
     pub fn required_string(&self, name: &str) -> Result<Cow<'a, str>, Refusal> {
         Envelope::required_string(self.field(name), name)
     }
@@ -1182,15 +1182,15 @@ impl<'a> Fields<'a> {
     /// An optional true or false.
     ///
     /// # Errors
-    /// `bad_message` where it is there and neither.
+    /// `bad_message` if it is present and neither.
     pub fn flag(&self, name: &str) -> Result<bool, Refusal> {
         Envelope::flag(self.field(name), name)
     }
 
-    /// Calls `on_string` with each string of an optional array; false where it is absent.
+    /// Calls `on_string` with each string of an optional array; false if it is absent.
     ///
     /// # Errors
-    /// `bad_message` where it is there and not an array of strings, or what `on_string` returned.
+    /// `bad_message` if it is present and not an array of strings, or what `on_string` returned.
     pub(crate) fn each_string(
         &self,
         name: &str,

@@ -702,7 +702,7 @@ impl Blocks {
                 continue;
             }
             for left in (0..BACKUP_TRIES).rev() {
-                // Read at once where it fits, so that a writer has little time to be in the way.
+                // Read at once if it fits, so that a writer has little time to be in the way.
                 let size = description.geometry.size;
                 let mut whole = match usize::try_from(size) {
                     Ok(bytes) if size <= WHOLE_BYTES_MAX => Some(vec![0; bytes]),

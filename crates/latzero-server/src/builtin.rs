@@ -124,7 +124,7 @@ impl BuiltIn {
             }
         }
         if let Some(buf) = self.peer.link().outbox.put_back(taken) {
-            host.effects.buffers.give_back(buf);
+            host.effects.buffers.recycle(buf);
         }
     }
 }

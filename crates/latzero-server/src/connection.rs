@@ -350,11 +350,11 @@ impl Connection {
             Some(mut larger) if larger.capacity() >= grown => {
                 larger.extend_from_slice(&self.inbox);
                 let smaller = std::mem::replace(&mut self.inbox, larger);
-                host.effects.buffers.give_back(smaller);
+                host.effects.buffers.recycle(smaller);
             }
             kept => {
                 kept.into_iter()
-                    .for_each(|buffer| host.effects.buffers.give_back(buffer));
+                    .for_each(|buffer| host.effects.buffers.recycle(buffer));
                 self.inbox.reserve_exact(grown - length);
             }
         }
@@ -414,7 +414,7 @@ impl Connection {
         if used == inbox.len() {
             inbox.clear();
             if inbox.capacity() > IDLE_BYTES_MAX {
-                host.effects.buffers.give_back(std::mem::take(&mut inbox));
+                host.effects.buffers.recycle(std::mem::take(&mut inbox));
             }
         } else if used > 0 {
             inbox.drain(..used);

@@ -122,7 +122,7 @@ pub struct Facts {
     pub port_taken: bool,
     /// Who does, as far as that can be seen.
     pub listener: Option<Listening>,
-    /// The Unix socket that a server would bind; `None` where it is off.
+    /// The Unix socket that a server would bind; `None` if it is off.
     pub socket: Option<PathBuf>,
     /// What a server may use of the machine.
     pub surroundings: MachineLimits,

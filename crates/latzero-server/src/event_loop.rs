@@ -303,7 +303,7 @@ impl EventLoop {
                 let sockets = sockets.unwrap_or_default();
                 handover::hand_over(&mut self.host, sockets, (&peer, id.as_deref()), step);
             }
-            Command::Kept(peer, result) => self.handle_store_replies(now, &peer, result),
+            Command::StoreReply(peer, result) => self.handle_store_replies(now, &peer, result),
             Command::AnswerStored(pool, number, is_on_disk) => {
                 self.host.answer_stored(&pool, number, is_on_disk);
             }

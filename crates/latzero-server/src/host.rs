@@ -326,7 +326,7 @@ impl Driver for IoHost {
         match blocks.read(storage, range.start, &mut buffer, if_version) {
             Ok(version) => Ok((buffer, version)),
             Err(refusal) => {
-                self.effects.buffers.give_back(buffer);
+                self.effects.buffers.recycle(buffer);
                 Err(refusal)
             }
         }
@@ -579,7 +579,7 @@ impl IoHost {
             }
             drop(link);
             if let Some(buf) = reusable {
-                self.effects.buffers.give_back(buf);
+                self.effects.buffers.recycle(buf);
             }
             if is_blocked {
                 if is_crowded {

@@ -46,7 +46,7 @@ impl Serialize for Origin {
     }
 }
 
-/// A bound that the surroundings set.
+/// A bound that the environment set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Bound {
     /// Bytes or descriptors.
@@ -73,7 +73,7 @@ pub struct MachineLimits {
 }
 
 impl MachineLimits {
-    /// Looks at the surroundings of this process. The descriptor limit is the hard one, which a
+    /// Looks at the environment of this process. The descriptor limit is the hard one, which a
     /// start makes the one in force.
     #[must_use]
     pub fn of_process() -> MachineLimits {
@@ -128,12 +128,12 @@ pub struct Derived {
     pub from: String,
 }
 
-/// The limits in force, and which of them the surroundings decided.
+/// The limits in force, and which of them the environment decided.
 #[derive(Debug, Clone)]
 pub struct InForce {
     /// The limits.
     pub limits: Limits,
-    /// Those that were left open, and those that the surroundings have no room for.
+    /// Those that were left open, and those that the environment has no room for.
     pub derived: Vec<Derived>,
 }
 

@@ -411,7 +411,7 @@ fn reload(origins: Origins, resolved: Resolved, logs: Arc<Logs>) -> Box<crate::s
             .expect("no panic happens while settings are read");
         let (merged, mut done) = current.reload(&fresh);
         if let Some(tls) = &shared.tls {
-            // Before anything else is applied: where it fails, nothing has changed.
+            // Before anything else is applied: if it fails, nothing has changed.
             let dir = Path::new(&shared.identity.data_dir);
             let pin = tls.reload(&merged.settings, dir);
             done.pin = Some(pin.map_err(|error| error.to_string())?.to_string());

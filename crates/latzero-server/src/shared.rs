@@ -50,7 +50,7 @@ pub(crate) enum Command {
     /// The reply to a request that took long.
     Reply(Arc<Peer>, Box<str>, Result<String, Refusal>),
     /// A connection's change is on disk, or can't be stored.
-    Kept(Arc<Peer>, Result<(), Refusal>),
+    StoreReply(Arc<Peer>, Result<(), Refusal>),
     /// The awaited row of a pool's answer is on disk (true), or can't be stored.
     AnswerStored(PoolName, u64, bool),
     /// What was to be done about a block is done.

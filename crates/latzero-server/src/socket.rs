@@ -137,7 +137,7 @@ impl Socket {
         }
     }
 
-    /// The address of the other end, where it has one.
+    /// The address of the other end, if it has one.
     pub(crate) fn peer_addr(&self) -> Option<SocketAddr> {
         match self {
             Socket::Tcp(stream) => stream.peer_addr().ok(),
@@ -282,7 +282,7 @@ impl Socket {
     }
 
     /// What TLS knows of the connection once its handshake has ended: what binds proofs, and which
-    /// AppIDs the client's certificate names, where it had to show one.
+    /// AppIDs the client's certificate names, if it had to show one.
     pub(crate) fn secured(&self) -> Option<(ChannelBinding, Option<Vec<AppId>>)> {
         match self {
             Socket::Tcp(_) | Socket::Unix(_) => None,

@@ -657,10 +657,10 @@ mod tests {
         block.write(0, b"first", None).unwrap();
         // A write that is in progress during the flush.
         let writing = block.alone();
-        let (tell, told) = std::sync::mpsc::channel();
+        let (tell, done) = std::sync::mpsc::channel();
         let flushed = Arc::clone(&block);
         std::thread::spawn(move || tell.send(flushed.sync().unwrap()));
-        let version = told.recv_timeout(std::time::Duration::from_secs(20));
+        let version = done.recv_timeout(std::time::Duration::from_secs(20));
         assert_eq!(version.expect("a flush takes no lock"), 1);
         drop(writing);
         assert_eq!(checksum(&block).0, 0);

@@ -268,7 +268,7 @@ fn sleepers_of_a_file_that_is_gone_wake_up() {
 #[test]
 fn all_sleepers_are_told_of_the_end() {
     for is_persistent in [false, true] {
-        for (state, told) in [
+        for (state, expected) in [
             (State::Superseded, Waited::Superseded),
             (State::Closed, Waited::Closed),
             (State::Corrupt, Waited::Closed),
@@ -284,7 +284,7 @@ fn all_sleepers_are_told_of_the_end() {
                     .collect();
                 block.set_state(state).unwrap();
                 for sleeper in sleepers {
-                    assert_eq!(sleeper.join().unwrap(), told);
+                    assert_eq!(sleeper.join().unwrap(), expected);
                 }
             });
         }

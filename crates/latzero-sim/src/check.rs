@@ -175,7 +175,7 @@ struct Current {
     /// Where the sender was and what it served before.
     presence: Presence,
     /// Who was told of which change.
-    told: BTreeSet<(Peer, String, String, Option<String>)>,
+    notices: BTreeSet<(Peer, String, String, Option<String>)>,
     /// The handler's answer was passed on, or its call ended otherwise.
     is_answered: bool,
 }
@@ -192,7 +192,7 @@ pub(crate) struct Checker {
     held: BTreeSet<(Peer, String)>,
     current: Option<Current>,
     untagged: u64,
-    told: u64,
+    reported: u64,
     delivered: u64,
     /// The disk takes nothing, and may miss what was done since it did.
     is_disk_full: bool,
@@ -213,9 +213,9 @@ impl Checker {
     pub(crate) fn at_end(&self) -> Result<(), Found> {
         ensure!(self.calls.is_empty(), "calls are left: {:?}", self.calls);
         ensure!(
-            self.told == self.delivered,
-            "told {} deliveries of {}",
-            self.told,
+            self.reported == self.delivered,
+            "reported {} deliveries of {}",
+            self.reported,
             self.delivered
         );
         Ok(())
@@ -361,14 +361,14 @@ impl Checker {
         };
         for tag in gone.calls.values() {
             if let Some(call) = self.calls.remove(tag) {
-                let told = call.is_cancelled
+                let is_informed = call.is_cancelled
                     || call.handler.is_none_or(|handler| {
                         // One that left the pool knows by itself.
                         let handler = self.conns.get(&handler);
                         !handler.is_some_and(|h| h.is_open && h.pools.contains(&call.pool))
                     });
                 ensure!(
-                    told,
+                    is_informed,
                     "the handler of a call was not told that its caller has gone"
                 );
                 self.handles.remove(&call.handle);

@@ -10,7 +10,7 @@ const USAGE: &str =
 struct Options {
     seeds: std::ops::Range<u64>,
     plan: fn(u64) -> Plan,
-    /// As many as usual where it is absent.
+    /// As many as usual if it is absent.
     steps: Option<u32>,
     json: bool,
 }
@@ -39,9 +39,9 @@ fn main() -> ExitCode {
             }
             Err(violation) => {
                 if options.json {
-                    let told = serde_json::json!({"seed": violation.seed, "step": violation.step,
+                    let line = serde_json::json!({"seed": violation.seed, "step": violation.step,
                         "violation": violation.what});
-                    println!("{told}");
+                    println!("{line}");
                 }
                 eprintln!("{violation}");
                 return ExitCode::FAILURE;

@@ -1155,7 +1155,7 @@ fn store_result(went_well: bool) -> Result<(), Refusal> {
     Err(Refusal::new(Code::Storage, "the disk is full"))
 }
 
-/// Takes the first frame of what a server wrote, with its length; `None` where it is not complete.
+/// Takes the first frame of what a server wrote, with its length; `None` if it is not complete.
 ///
 /// # Panics
 /// If the bytes are not what a server may write.

@@ -94,8 +94,8 @@ pub fn open(data_dir: &Path, options: Options) -> Result<Opened, OpenError> {
         .map_err(|error| OpenError::file("look at", &data_dir.join(DATABASE), error))?;
     // It has been reported, so the next start does not report it. If the disk is full, it is
     // reported again.
-    let told = "UPDATE store_state SET value = 'open' WHERE key = 'run' AND value = ?1";
-    if let Err(error) = conn.execute(told, [restore::BY_ITSELF]) {
+    let mark_open = "UPDATE store_state SET value = 'open' WHERE key = 'run' AND value = ?1";
+    if let Err(error) = conn.execute(mark_open, [restore::BY_ITSELF]) {
         tracing::warn!(%error, "the next start will tell this again");
     }
     let shared = Arc::new(StoreState {
@@ -229,7 +229,7 @@ fn try_open(
         files::sync_dir(dir, faults).map_err(|error| OpenError::file("sync", dir, error))?;
     }
     let conn = connect(&database).map_err(failed("open"))?;
-    keep_log(&conn, true).map_err(failed("prepare"))?;
+    skip_checkpoint_on_close(&conn, true).map_err(failed("prepare"))?;
     prepare(&conn, options.durability).map_err(failed("prepare"))?;
 
     let application = schema::application_id(&conn).map_err(failed("read"))?;
@@ -300,7 +300,7 @@ fn try_open(
         }
     }
     let contents = load(&conn).map_err(failed("read"))?;
-    keep_log(&conn, false).map_err(failed("prepare"))?;
+    skip_checkpoint_on_close(&conn, false).map_err(failed("prepare"))?;
     Ok((conn, contents))
 }
 
@@ -338,7 +338,7 @@ pub(crate) fn prepare(conn: &Connection, durability: Durability) -> rusqlite::Re
 
 /// Whether closing leaves the log alone: until a database is known to be good, it may be needed to
 /// look into the damage.
-pub(crate) fn keep_log(conn: &Connection, keep: bool) -> rusqlite::Result<()> {
+pub(crate) fn skip_checkpoint_on_close(conn: &Connection, keep: bool) -> rusqlite::Result<()> {
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, keep)
         .map(drop)
 }

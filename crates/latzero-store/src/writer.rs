@@ -20,7 +20,7 @@ use crate::failpoint;
 use crate::faults::Faults;
 use crate::files;
 use crate::location::{Guard, Mark, MarkFile, Missing};
-use crate::open::{connect, findings, keep_log, prepare, state};
+use crate::open::{connect, findings, prepare, skip_checkpoint_on_close, state};
 use crate::options::{Options, Ticket};
 use crate::queue::{Changes, Job, Teller};
 use crate::schema;
@@ -43,7 +43,7 @@ pub(crate) fn run(mut conn: Connection, shared: Arc<StoreState>, mut options: Op
                 jobs = waiting;
                 let old = std::mem::replace(&mut conn, fresh);
                 // Closing it must not remove by name what belongs to the new one.
-                if let Err(error) = keep_log(&old, true) {
+                if let Err(error) = skip_checkpoint_on_close(&old, true) {
                     tracing::error!(%error, "the old data.db stays open");
                     std::mem::forget(old);
                 }
@@ -55,7 +55,7 @@ pub(crate) fn run(mut conn: Connection, shared: Arc<StoreState>, mut options: Op
     let kept = if is_in_place {
         Ok(())
     } else {
-        keep_log(&conn, true)
+        skip_checkpoint_on_close(&conn, true)
     };
     let closed = kept.map_err(|error| StoreError::disk("close data.db", &error));
     let closed = closed.and_then(|()| {

@@ -20,7 +20,7 @@ const STEPS_MAX: u64 = 2_000;
 /// What a run was told.
 #[derive(Debug, Default)]
 struct Record {
-    told: BTreeMap<u64, bool>,
+    outcomes: BTreeMap<u64, bool>,
     together: Option<bool>,
     is_closed_well: bool,
     has_backup: bool,
@@ -43,7 +43,7 @@ fn promises() -> Vec<RowChange> {
 }
 
 fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
-    let (plain, told) = options();
+    let (plain, done) = options();
     let options = Options {
         group_max: 2,
         backup_step_pages: 2,
@@ -57,10 +57,10 @@ fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
     for (ticket, change) in (1..).zip(promises()) {
         store.submit(change, Some(ticket)).unwrap();
         if ticket % 2 == 0 {
-            hear(&told, 2, &mut record);
+            hear(&done, 2, &mut record);
         }
     }
-    hear(&told, 1, &mut record);
+    hear(&done, 1, &mut record);
     store.submit(set("eventual", "new"), None).unwrap();
     store
         .submit(
@@ -86,15 +86,15 @@ fn script(dir: &Path, faults: &Faults, lasts: Lasts) -> Option<Record> {
     Some(record)
 }
 
-fn hear(told: &Receiver<Told>, count: usize, record: &mut Record) {
+fn hear(done: &Receiver<Told>, count: usize, record: &mut Record) {
     for _ in 0..count {
-        let (ticket, outcome) = told
+        let (ticket, outcome) = done
             .recv_timeout(TIMEOUT)
             .expect("every promise is told of");
         if let Err(error) = &outcome {
             assert!(matches!(error, StoreError::Disk { .. }), "{error}");
         }
-        assert_eq!(record.told.insert(ticket, outcome.is_ok()), None);
+        assert_eq!(record.outcomes.insert(ticket, outcome.is_ok()), None);
     }
 }
 
@@ -113,7 +113,7 @@ fn check(dir: &Path, record: &Record, what: &str) {
         _ => false,
     };
     for (ticket, change) in (1..).zip(promises()) {
-        if record.told[&ticket] {
+        if record.outcomes[&ticket] {
             assert!(is_there(&change), "{what}: {change:?} was promised");
         }
     }
@@ -131,7 +131,7 @@ fn check(dir: &Path, record: &Record, what: &str) {
 fn is_ended(kept: &Contents, number: u64, record: &Record) -> bool {
     let has_call = kept.calls.iter().any(|call| call.number == number);
     let has_answer = kept.answers.contains(&answer(1));
-    assert!(!(has_call && has_answer && record.told[&6]), "{kept:?}");
+    assert!(!(has_call && has_answer && record.outcomes[&6]), "{kept:?}");
     has_call || has_answer
 }
 

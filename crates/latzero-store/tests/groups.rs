@@ -16,13 +16,13 @@ use latzero_store::{
 struct Held {
     dir: tempfile::TempDir,
     store: Store,
-    told: Receiver<Vec<Ticket>>,
+    done: Receiver<Vec<Ticket>>,
     go: Sender<()>,
 }
 
 fn held(options: Options) -> Held {
     let dir = tempfile::tempdir().unwrap();
-    let (tell, told) = channel();
+    let (tell, done) = channel();
     let (go, may_go) = channel::<()>();
     let options = Options {
         on_done: Box::new(move |done| {
@@ -37,11 +37,11 @@ fn held(options: Options) -> Held {
     };
     let store = open(dir.path(), options).unwrap().store;
     store.submit(set("first", "0"), Some(0)).unwrap();
-    assert_eq!(told.recv_timeout(TIMEOUT).unwrap(), [0]);
+    assert_eq!(done.recv_timeout(TIMEOUT).unwrap(), [0]);
     Held {
         dir,
         store,
-        told,
+        done,
         go,
     }
 }
@@ -57,11 +57,11 @@ fn gathered_changes_share_one_transaction() {
     assert_eq!(held.store.status().waiting, 300);
     held.go.send(()).unwrap();
     assert_eq!(
-        held.told.recv_timeout(TIMEOUT).unwrap(),
+        held.done.recv_timeout(TIMEOUT).unwrap(),
         (1..=256).collect::<Vec<_>>()
     );
     assert_eq!(
-        held.told.recv_timeout(TIMEOUT).unwrap(),
+        held.done.recv_timeout(TIMEOUT).unwrap(),
         (257..=300).collect::<Vec<_>>()
     );
     let status = held.store.status();
@@ -174,7 +174,7 @@ fn closing_on_a_failing_disk_reports_an_error() {
 #[test]
 fn the_store_recovers_from_disk_errors_automatically() {
     let dir = tempfile::tempdir().unwrap();
-    let (plain, told) = options();
+    let (plain, done) = options();
     let faults = Faults::at(1, Lasts::ForEver);
     reopen(dir.path()).store.close().unwrap();
     let options = Options {
@@ -183,7 +183,7 @@ fn the_store_recovers_from_disk_errors_automatically() {
     };
     let store = open(dir.path(), options).unwrap().store;
     store.submit(set("k", "v"), Some(1)).unwrap();
-    let (ticket, outcome) = told.recv_timeout(TIMEOUT).unwrap();
+    let (ticket, outcome) = done.recv_timeout(TIMEOUT).unwrap();
     assert_eq!(ticket, 1);
     assert!(
         matches!(outcome, Err(StoreError::Disk { .. })),

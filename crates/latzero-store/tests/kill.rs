@@ -93,7 +93,8 @@ fn work(dir: &Path) {
     tell("closed");
 }
 
-/// Runs the child until it dies or ends, killing it after `lines` of its lines. Gives what it told.
+/// Runs the child until it dies or ends, killing it after `lines` of its lines. Returns what it
+/// printed.
 fn run(dir: &Path, mode: &str, place: Option<(&str, u64)>, lines: usize) -> Vec<String> {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -106,13 +107,13 @@ fn run(dir: &Path, mode: &str, place: Option<(&str, u64)>, lines: usize) -> Vec<
         command.env("LATZERO_FAILPOINT", format!("{name}:{pass}"));
     }
     let mut child = command.spawn().unwrap();
-    let mut told = Vec::new();
+    let mut printed = Vec::new();
     for line in BufReader::new(child.stdout.take().unwrap()).lines() {
         let line = line.unwrap();
         if let Some(line) = line.strip_prefix("ack ") {
-            told.push(line.to_owned());
+            printed.push(line.to_owned());
         }
-        if told.len() == lines {
+        if printed.len() == lines {
             // Lines that it wrote until it is dead are read anyway.
             child.kill().unwrap();
         }
@@ -121,13 +122,13 @@ fn run(dir: &Path, mode: &str, place: Option<(&str, u64)>, lines: usize) -> Vec<
     // It dies of the signal or ends well; a failed assertion in it is neither.
     assert!(
         status.success() || status.signal() == Some(9),
-        "{status}, {told:?}"
+        "{status}, {printed:?}"
     );
-    told
+    printed
 }
 
-fn check(contents: &Contents, told: &[String], what: &str) {
-    for line in told {
+fn check(contents: &Contents, printed: &[String], what: &str) {
+    for line in printed {
         let words: Vec<_> = line.split(' ').collect();
         match words[..] {
             ["call", n] => {
@@ -154,8 +155,8 @@ fn check(contents: &Contents, told: &[String], what: &str) {
     }
 }
 
-/// Opens what the dead left, and checks all that was ever told.
-fn reopened(dir: &Path, told: &[String], what: &str) {
+/// Opens what the dead left, and checks all that was ever printed.
+fn reopened(dir: &Path, printed: &[String], what: &str) {
     let opened = reopen(dir);
     assert!(
         !opened.report.is_degraded,
@@ -167,7 +168,7 @@ fn reopened(dir: &Path, told: &[String], what: &str) {
         Vec::<String>::new(),
         "{what}"
     );
-    check(&opened.contents, told, what);
+    check(&opened.contents, printed, what);
     for entry in std::fs::read_dir(dir.join(BACKUPS)).unwrap() {
         let name = entry.unwrap().file_name().to_string_lossy().into_owned();
         assert!(
@@ -186,19 +187,19 @@ fn at_every_named_place() {
         .filter(|name| !name.starts_with("restore."))
     {
         let dir = tempfile::tempdir().unwrap();
-        let mut told = Vec::new();
+        let mut printed = Vec::new();
         for pass in [1, 2, 7] {
-            let before = told.len();
-            told.extend(run(dir.path(), "work", Some((name, pass)), usize::MAX));
+            let before = printed.len();
+            printed.extend(run(dir.path(), "work", Some((name, pass)), usize::MAX));
             let is_once = ["checkpoint", "migrate"]
                 .iter()
                 .any(|part| name.contains(part));
             let is_rare = is_once && pass > 1 || name.starts_with("backup") && pass > 2;
             if is_crash && !is_rare {
-                let ended = told[before..].iter().any(|line| line == "closed");
+                let ended = printed[before..].iter().any(|line| line == "closed");
                 assert!(!ended, "{name}:{pass} is passed");
             }
-            reopened(dir.path(), &told, &format!("{name}:{pass}"));
+            reopened(dir.path(), &printed, &format!("{name}:{pass}"));
         }
     }
 }
@@ -206,17 +207,21 @@ fn at_every_named_place() {
 #[test]
 fn at_random_moments() {
     let dir = tempfile::tempdir().unwrap();
-    let mut told = Vec::new();
+    let mut printed = Vec::new();
     let mut seed = u64::from(std::process::id()) | 1 << 40;
     for round in 0..24 {
         seed = seed
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
         let lines = 1 + (seed >> 33) as usize % 60;
-        told.extend(run(dir.path(), "work", None, lines));
-        reopened(dir.path(), &told, &format!("round {round}, {lines} lines"));
+        printed.extend(run(dir.path(), "work", None, lines));
+        reopened(
+            dir.path(),
+            &printed,
+            &format!("round {round}, {lines} lines"),
+        );
     }
-    assert!(told.len() > 24);
+    assert!(printed.len() > 24);
 }
 
 #[test]
@@ -231,10 +236,10 @@ fn while_restoring() {
         store.backup(Some(&dir.path().join("backup.db"))).unwrap();
         store.commit(vec![set("k", "old")]).unwrap();
         store.close().unwrap();
-        let told = run(dir.path(), "restore", Some((name, 1)), usize::MAX);
-        assert_eq!(told.is_empty(), cfg!(debug_assertions), "{name}");
+        let printed = run(dir.path(), "restore", Some((name, 1)), usize::MAX);
+        assert_eq!(printed.is_empty(), cfg!(debug_assertions), "{name}");
         let opened = reopen(dir.path());
-        let expected = if told.is_empty() && *name == "restore.built" {
+        let expected = if printed.is_empty() && *name == "restore.built" {
             "old"
         } else {
             "restored"

@@ -10,7 +10,7 @@ use latzero_store::{AppRow, RowChange, StoreError, SubmitError, open};
 #[test]
 fn every_kind_of_record_is_read_back() {
     let dir = tempfile::tempdir().unwrap();
-    let (options, told) = options();
+    let (options, done) = options();
     let opened = open(dir.path(), options).unwrap();
     assert!(opened.report.is_new && !opened.report.is_degraded);
     let changes = [
@@ -29,7 +29,7 @@ fn every_kind_of_record_is_read_back() {
         opened.store.submit(change, Some(ticket)).unwrap();
     }
     for ticket in 1..=7 {
-        assert_eq!(told.recv_timeout(TIMEOUT).unwrap(), (ticket, Ok(())));
+        assert_eq!(done.recv_timeout(TIMEOUT).unwrap(), (ticket, Ok(())));
     }
     opened.store.close().unwrap();
 
@@ -75,7 +75,7 @@ fn every_kind_of_record_is_read_back() {
 #[test]
 fn an_invalid_change_does_not_delay_its_group() {
     let dir = tempfile::tempdir().unwrap();
-    let (options, told) = options();
+    let (options, done) = options();
     let opened = open(dir.path(), options).unwrap();
     let mut odd = block("p", "odd");
     odd.kind = "other".into();
@@ -95,7 +95,7 @@ fn an_invalid_change_does_not_delay_its_group() {
         opened.store.submit(change, Some(ticket)).unwrap();
     }
     for ticket in 1..=5 {
-        let (number, outcome) = told.recv_timeout(TIMEOUT).unwrap();
+        let (number, outcome) = done.recv_timeout(TIMEOUT).unwrap();
         assert_eq!(number, ticket);
         match ticket {
             1 | 5 => outcome.unwrap(),

@@ -159,8 +159,8 @@ fn a_lost_log_is_reported() {
         spoil(&copy.path().join(LOG));
         let opened = reopen(copy.path());
         assert!(opened.report.is_degraded, "{name}");
-        let told = opened.report.texts.join("; ");
-        assert!(told.contains("missing"), "{name}: {told}");
+        let texts = opened.report.texts.join("; ");
+        assert!(texts.contains("missing"), "{name}: {texts}");
         opened.store.commit(put("later")).unwrap();
         opened.store.close().unwrap();
         let again = reopen(copy.path());

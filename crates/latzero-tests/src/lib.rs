@@ -387,7 +387,7 @@ impl Wire {
             .expect("the connection is open")
     }
 
-    /// The next message; `None` where the server closed the connection.
+    /// The next message; `None` if the server closed the connection.
     ///
     /// # Errors
     /// If nothing comes in time.

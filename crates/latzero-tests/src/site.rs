@@ -427,7 +427,7 @@ impl Daemon {
         Wire::try_unix(&self.socket)
     }
 
-    /// Opens a connection and shakes hands; `None` where the server ended meanwhile.
+    /// Opens a connection and shakes hands; `None` if the server ended meanwhile.
     ///
     /// # Errors
     /// If nothing comes in time.

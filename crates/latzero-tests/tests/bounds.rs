@@ -238,14 +238,14 @@ fn connections_are_bounded() {
     let _one = caller(&server, Via::Tcp, "one");
     let mut two = caller(&server, Via::Unix, "two");
     let mut three = server.connect(Via::Tcp);
-    let (told, _) = three.try_receive().unwrap().expect("a word before the end");
-    assert_eq!(code(&told), "overloaded");
+    let (refusal, _) = three.try_receive().unwrap().expect("a word before the end");
+    assert_eq!(code(&refusal), "overloaded");
     assert!(
-        told["error"]["message"]
+        refusal["error"]["message"]
             .as_str()
             .unwrap()
             .contains("limits.connections_max"),
-        "{told}"
+        "{refusal}"
     );
     three.wait_closed();
     assert_eq!(two.request(json!({"action": "ping"}))["status"], "ok");
@@ -256,8 +256,8 @@ fn the_crowd_at_the_door_is_bounded() {
     let server = Server::with(&["limits.connections_unauthenticated_per_user_max=2"]);
     let mut waiting = [server.connect(Via::Unix), server.connect(Via::Unix)];
     let mut third = server.connect(Via::Unix);
-    let (told, _) = third.try_receive().unwrap().expect("a word before the end");
-    assert_eq!(code(&told), "overloaded");
+    let (refusal, _) = third.try_receive().unwrap().expect("a word before the end");
+    assert_eq!(code(&refusal), "overloaded");
     // Another user, here another address, has its own door; and a handshake makes room.
     let _over_tcp = caller(&server, Via::Tcp, "tcp");
     waiting[0].send(&json!({"action": "handshake", "app_id": "in"}));

@@ -782,9 +782,12 @@ fn a_damaged_database_is_set_aside_and_the_newest_good_backup_taken() {
         let reply = admin.request(json!({"action": "health"}));
         let health = ok(&reply);
         assert_eq!(health["status"], "degraded", "{health}");
-        let told = health["losses"].to_string();
+        let losses = health["losses"].to_string();
         let name = taken.file_name().unwrap().to_str().unwrap();
-        assert!(told.contains("is damaged") && told.contains(name), "{told}");
+        assert!(
+            losses.contains("is damaged") && losses.contains(name),
+            "{losses}"
+        );
         wait_for("the line in the log", || site.said().contains("is damaged"));
         let set_aside = std::fs::read_dir(&data).unwrap().flatten();
         let set_aside =

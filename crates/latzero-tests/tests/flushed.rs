@@ -296,14 +296,14 @@ fn a_version_whose_writer_told_nobody_is_told_at_its_end() {
         writing.write(0, b"told by nobody").unwrap();
         assert_eq!(writing.publish().unwrap(), 1);
         drop(writer);
-        let told = loop {
+        let event = loop {
             let event = reader.receive();
             if event["event"] == "block_changed" {
                 break event;
             }
         };
         assert_eq!(
-            (&told["block_id"], &told["version"]),
+            (&event["block_id"], &event["version"]),
             (&json!("b"), &json!(1))
         );
         ok(&ask(&mut app(&server), "remove", "b", json!({})));

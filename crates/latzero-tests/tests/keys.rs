@@ -538,11 +538,11 @@ fn an_app_that_comes_back_has_the_pool_when_it_proves_it_again() {
         wire.receive()
     };
     let mut plain = server.connect(Via::Unix);
-    let told = ack(&mut plain, json!({"action": "handshake", "app_id": "app"}));
+    let reply = ack(&mut plain, json!({"action": "handshake", "app_id": "app"}));
     assert_eq!(
-        (&told["rehydrated"], &told["pools"]),
+        (&reply["rehydrated"], &reply["pools"]),
         (&json!(true), &json!([])),
-        "{told}"
+        "{reply}"
     );
     let reply = prove(&mut plain, &server, &set, "app", WRITE)["response"].clone();
     assert_eq!(reply["rehydrated"], true, "{reply}");

@@ -116,7 +116,7 @@ impl Error {
         &self.0.message
     }
 
-    /// Whether the handler of the failed call may have run; `None` where a handler itself reports
+    /// Whether the handler of the failed call may have run; `None` if a handler itself reports
     /// the failure.
     #[must_use]
     pub fn ran(&self) -> Option<Ran> {

@@ -349,7 +349,7 @@ impl Outbox {
         Ok(())
     }
 
-    /// Gives a connection up. Returns how many of its bytes may have been sent; `None` where it was
+    /// Gives a connection up. Returns how many of its bytes may have been sent; `None` if it was
     /// given up before.
     pub(crate) fn down(&self, epoch: u32) -> Option<u64> {
         let mut inner = lock(&self.inner);

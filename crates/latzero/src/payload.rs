@@ -45,7 +45,7 @@ pub(crate) enum Body<'a> {
     None,
     /// One JSON value.
     Json(&'a str),
-    /// Raw bytes, with their memory where it may be taken.
+    /// Raw bytes, with their memory if it may be taken.
     Bytes(Cow<'a, [u8]>),
 }
 

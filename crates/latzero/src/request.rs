@@ -185,7 +185,7 @@ fn inside(raw: Raw<'_>) -> Option<&str> {
 }
 
 impl Request {
-    /// Takes a trigger or an emit of the server; `None` where it lacks what it must have.
+    /// Takes a trigger or an emit of the server; `None` if it lacks what it must have.
     pub(crate) fn received(
         core: &Arc<Core>,
         epoch: u32,

@@ -199,10 +199,10 @@ fn take_turn(crowd: Crowd, time: Duration) -> Result<Turn, Failure> {
     let elapsed = begin.elapsed();
     let parked = callers.parked - already;
     let after = Commits::of(&mut observer)?;
-    let told = callers.parked;
+    let parked = callers.parked;
     // A kill, not an end: what is on disk now is what was promised.
     drop(server);
-    check_kept(scratch.path(), told)?;
+    check_kept(scratch.path(), parked)?;
     Ok(Turn {
         parked,
         elapsed_ms: elapsed.as_secs_f64() * 1000.0,
@@ -212,14 +212,14 @@ fn take_turn(crowd: Crowd, time: Duration) -> Result<Turn, Failure> {
     })
 }
 
-/// Fails if a call that was told to be parked is not in the database.
-fn check_kept(scratch: &Path, told: u64) -> Result<(), Failure> {
+/// Fails if a call that was acknowledged as parked is not in the database.
+fn check_kept(scratch: &Path, parked: u64) -> Result<(), Failure> {
     let opened = latzero_store::open(&data_dir(scratch), latzero_store::Options::default())
         .map_err(|error| Failure::said(error.to_string()))?;
     let kept = opened.contents.calls.len() as u64;
-    if kept < told {
+    if kept < parked {
         return Err(Failure::said(format!(
-            "{told} calls were parked, and {kept} are in the database after the server was killed"
+            "{parked} calls were parked, and {kept} are in the database after the server was killed"
         )));
     }
     Ok(())
@@ -251,7 +251,7 @@ struct Callers {
     wires: Vec<Wire>,
     poll: Poll,
     next_id: u64,
-    /// Calls that they were told are parked.
+    /// Calls whose parking was acknowledged.
     parked: u64,
 }
 

@@ -121,7 +121,7 @@ impl Router {
         }
     }
 
-    /// What `message` of the connection `from` leads to. `None` where it is invalid here.
+    /// What `message` of the connection `from` leads to. `None` if it is invalid here.
     fn route(
         &mut self,
         from: usize,

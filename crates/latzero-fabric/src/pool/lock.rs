@@ -155,7 +155,7 @@ impl Lock {
         Some(self.grant(now, claim))
     }
 
-    /// Gives the lock back; `None` where `member` does not hold it under `fence`.
+    /// Gives the lock back; `None` if `member` does not hold it under `fence`.
     pub(super) fn release(&mut self, member: MemberKey, fence: u64) -> Option<Holder> {
         let at = self
             .holders

@@ -300,7 +300,7 @@ impl Repeats {
 
 impl<D: Driver> Pool<D> {
     /// Looks a call with a key up; a repeat is answered, or waits for the first one's answer.
-    pub(super) fn look_up_repeat(
+    pub(super) fn find_repeat(
         &mut self,
         caller: MemberKey,
         (id, deadline): (Option<&str>, Time),

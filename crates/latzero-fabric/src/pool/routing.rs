@@ -79,7 +79,7 @@ impl<D: Driver> Pool<D> {
                 .park_repeat(caller, trigger, key, turn)
                 .map(Routed::Parked);
         }
-        match self.look_up_repeat(caller, (id, deadline), key, turn)? {
+        match self.find_repeat(caller, (id, deadline), key, turn)? {
             Seen::First => {}
             Seen::Repeat => return Ok(Routed::Begun),
             Seen::Itself(number) if trigger.park.is_allowed() => {

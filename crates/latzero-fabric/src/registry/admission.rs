@@ -72,7 +72,7 @@ impl<D: Driver> Registry<D> {
                 self.is_sealed(name)
                     || !is_kept && self.pools.get(name).is_none_or(|p| p.admits(app_id))
             });
-            // Nor a trigger where it may no longer be served.
+            // Nor a trigger if it may no longer be served.
             registration.triggers.retain(|spec| {
                 self.check_service(app_id, std::slice::from_ref(spec))
                     .is_ok()

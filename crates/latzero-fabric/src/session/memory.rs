@@ -75,7 +75,7 @@ impl<D: Driver> Session<D> {
                         encode::block_bytes(out, id, stamp, &bytes, attachments);
                     })
                 });
-                turn.driver.effects().buffers.give_back(bytes);
+                turn.driver.effects().buffers.recycle(bytes);
                 match sent {
                     Sent::Full => Err(Refusal::new(
                         Code::Overloaded,

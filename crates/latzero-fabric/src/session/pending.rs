@@ -124,7 +124,7 @@ impl<D: Driver> Session<D> {
             Some(Awaited::Reply { id, reply, promise }) => {
                 match result {
                     Ok(()) => self.reply(id.as_deref(), &reply, turn),
-                    Err(refusal) => self.break_promise(id.as_deref(), &promise, &refusal, turn),
+                    Err(refusal) => self.refuse_unstored(id.as_deref(), &promise, &refusal, turn),
                 }
                 self.flow()
             }
@@ -133,7 +133,7 @@ impl<D: Driver> Session<D> {
 
     /// A change could not be stored: undoes it if nobody could rely on it, and answers with the
     /// error.
-    pub(super) fn break_promise(
+    pub(super) fn refuse_unstored(
         &mut self,
         id: Option<&str>,
         promise: &PendingReply,

@@ -193,7 +193,7 @@ pub(crate) fn ask(
     })
 }
 
-/// A connection to the server of the data directory; `None` where none runs.
+/// A connection to the server of the data directory; `None` if none runs.
 fn reach(settings: &Settings, candidates: &[PathBuf]) -> Result<Option<UnixStream>, String> {
     let holder = holder(&settings.data_dir);
     // It may have been started with other settings than this one.

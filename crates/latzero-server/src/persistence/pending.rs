@@ -32,7 +32,7 @@ impl StoreReply {
     /// The loop that passes it on, of `count`, and how.
     fn command(self, count: usize) -> (usize, Command) {
         match self {
-            StoreReply::Connection(peer, result) => (peer.home, Command::Kept(peer, result)),
+            StoreReply::Connection(peer, result) => (peer.home, Command::StoreReply(peer, result)),
             StoreReply::Answer(pool, number, is_on_disk) => {
                 let home = (number % count as u64) as usize;
                 (home, Command::AnswerStored(pool, number, is_on_disk))

@@ -45,7 +45,7 @@ pub struct Shown {
     pub variable: String,
     /// Whether `reload` may change it.
     pub live: bool,
-    /// The value in force here, where the surroundings decide it rather than the setting.
+    /// The value in force here, if the environment decides it rather than the setting.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub in_force: Option<Derived>,
     /// What it does.
@@ -92,7 +92,7 @@ impl Resolved {
     }
 
     /// What `config show` prints, in the order of the table, for a server with these
-    /// `surroundings`.
+    /// `environment`.
     #[must_use]
     pub fn show(&self, machine: &MachineLimits) -> Vec<Shown> {
         let derived = machine.in_force(&self.settings.limits).derived;

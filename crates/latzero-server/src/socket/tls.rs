@@ -49,7 +49,7 @@ impl TlsSocket {
         self.tls().held()
     }
 
-    /// What binds proofs to it, and the AppIDs that its certificate names, where it had to show
+    /// What binds proofs to it, and the AppIDs that its certificate names, if it had to show
     /// one; `None` before the end of the handshake.
     pub(crate) fn secured(&self) -> Option<(ChannelBinding, Option<Vec<AppId>>)> {
         let tls = self.tls();

@@ -42,7 +42,7 @@ pub struct DataDir {
 }
 
 impl DataDir {
-    /// Creates the directory with mode 0700 where it is missing, checks it, and creates what
+    /// Creates the directory with mode 0700 if it is missing, checks it, and creates what
     /// belongs inside.
     ///
     /// # Errors

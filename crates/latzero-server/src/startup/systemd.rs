@@ -131,7 +131,7 @@ impl Notifier {
     }
 }
 
-/// How long systemd waits between two `WATCHDOG=1` before it ends the server; `None` where it does
+/// How long systemd waits between two `WATCHDOG=1` before it ends the server; `None` if it does
 /// not watch. Send one at half of it.
 #[must_use]
 pub fn watchdog_interval(environment: &Environment) -> Option<Duration> {

@@ -41,7 +41,7 @@ impl AdminToken {
         }
     }
 
-    /// Reads the token of a data directory; `None` where no server ever started there.
+    /// Reads the token of a data directory; `None` if no server ever started there.
     ///
     /// # Errors
     /// As [`AdminToken::load_or_create`].

@@ -33,7 +33,7 @@ impl Checker {
             is_refused: false,
             is_unstored: false,
             presence: self.conn(peer).presence(),
-            told: BTreeSet::new(),
+            notices: BTreeSet::new(),
             is_answered: false,
         };
         ensure!(
@@ -157,26 +157,26 @@ impl Checker {
                 .is_some_and(|call| call.handler.is_some());
             if !began {
                 self.forget(tag);
-                let told = current.replies.len() as u64 + current.errors;
+                let replies = current.replies.len() as u64 + current.errors;
                 ensure!(
-                    told == 1 || !is_open || current.is_answered,
-                    "a call that did not begin was answered {told} times"
+                    replies == 1 || !is_open || current.is_answered,
+                    "a call that did not begin was answered {replies} times"
                 );
             }
             return Ok(());
         }
-        let told = current.replies.len();
+        let replies = current.replies.len();
         let expects_reply = id.is_some_and(|id| !id.is_empty() && id.len() <= 128)
             && !matches!(action, "cancel" | "ack" | "response" | "handshake");
         if expects_reply {
             let refused = current.errors as usize;
             ensure!(
-                told == 1 || (told == 0 && refused == 1) || !is_open,
-                "request {id:?} got {told} replies"
+                replies == 1 || (replies == 0 && refused == 1) || !is_open,
+                "request {id:?} got {replies} replies"
             );
         } else if action != "handshake" {
             ensure!(
-                told == 0,
+                replies == 0,
                 "a message without a reply got {:?}",
                 current.replies
             );
@@ -228,9 +228,9 @@ impl Checker {
                 watcher != peer && conn.watches(pool, event) && !current.lost.contains(&watcher)
             });
             for (&watcher, _) in watchers {
-                let told = (watcher, event.to_owned(), pool.clone(), trigger.clone());
+                let notice = (watcher, event.to_owned(), pool.clone(), trigger.clone());
                 ensure!(
-                    current.told.contains(&told),
+                    current.notices.contains(&notice),
                     "{watcher:?} was not told of {event} in '{pool}'"
                 );
             }
@@ -286,7 +286,7 @@ impl Checker {
                 got.len()
             );
         }
-        self.told += got.len() as u64;
+        self.reported += got.len() as u64;
         Ok(())
     }
 

@@ -475,7 +475,7 @@ impl Checker {
                 );
                 if let Some(current) = &mut self.current {
                     let trigger = json["trigger"].as_str().map(str::to_owned);
-                    current.told.insert((to, event, pool, trigger));
+                    current.notices.insert((to, event, pool, trigger));
                 }
             }
         }

@@ -19,7 +19,7 @@ pub(crate) const BOOT: &str = "00000000-0000-4000-8000-000000000001";
 
 /// Options whose tickets come out of the channel.
 pub(crate) fn options() -> (Options, Receiver<Told>) {
-    let (tell, told) = channel();
+    let (tell, done) = channel();
     let options = Options {
         boot_id: BOOT.into(),
         retry_first: Duration::from_millis(1),
@@ -31,7 +31,7 @@ pub(crate) fn options() -> (Options, Receiver<Told>) {
         }),
         ..Options::default()
     };
-    (options, told)
+    (options, done)
 }
 
 pub(crate) fn reopen(dir: &Path) -> Opened {

@@ -85,7 +85,7 @@ impl<D: Driver> Pool<D> {
         Ok(WritePlan { key, storage })
     }
 
-    /// A write through the server is over; `version` is the block's new one, where it has one.
+    /// A write through the server is over; `version` is the block's new one, if it has one.
     pub fn end_write(&mut self, plan: WritePlan, version: Option<u64>, turn: &mut Turn<'_, D>) {
         let Some(block) = self.blocks.at_mut(plan.key) else {
             return;

@@ -4,7 +4,7 @@
 use super::*;
 
 impl<D: Driver> Pool<D> {
-    /// Storage that was asked for is there, or can't be had; `None` where none was needed in the
+    /// Storage that was asked for is there, or can't be had; `None` if none was needed in the
     /// end.
     pub fn storage_made(
         &mut self,

@@ -66,7 +66,7 @@ impl DurableCall {
         self.message.len() + self.attachment.as_ref().map_or(0, |bytes| bytes.len()) + OVERHEAD
     }
 
-    /// Reads the call and hands it to `f`; `None` where a stored row is invalid.
+    /// Reads the call and hands it to `f`; `None` if a stored row is invalid.
     pub(super) fn read<R>(&self, f: impl FnOnce(&Trigger<'_>) -> R) -> Option<R> {
         let frame = Frame {
             json: self.message.as_bytes(),

@@ -77,7 +77,7 @@ impl ParkedCalls {
     }
 
     /// Whether there is any call or answer.
-    pub(in crate::pool) fn keeps_any(&self) -> bool {
+    pub(in crate::pool) fn has_any(&self) -> bool {
         !self.calls.is_empty() || self.answers.len() > 0
     }
 }

@@ -81,9 +81,9 @@ fn connections_leave_descriptors_to_the_server() {
     let mut crowd: Vec<Wire> = (0..DESCRIPTORS)
         .map(|_| server.connect().unwrap())
         .collect();
-    let told = crowd.last_mut().unwrap().receive();
-    assert_eq!(code(&told), "overloaded", "{told}");
-    let message = told["error"]["message"].as_str().unwrap();
+    let refusal = crowd.last_mut().unwrap().receive();
+    assert_eq!(code(&refusal), "overloaded", "{refusal}");
+    let message = refusal["error"]["message"].as_str().unwrap();
     assert!(message.contains("RLIMIT_NOFILE"), "{message}");
     // There is room for what the server itself opens: a block, a row on the disk.
     let create =

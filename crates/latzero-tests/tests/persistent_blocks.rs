@@ -91,10 +91,10 @@ fn what_was_set_aside_is_counted_at_each_start() {
     let mut server = Server::start();
     let memory = server.0.data_dir().join("memory");
     let log = server.0.data_dir().join("logs/server.log");
-    let told = || -> Vec<String> {
+    let lines = || -> Vec<String> {
         let log = std::fs::read_to_string(&log).unwrap();
-        let told = log.lines().filter(|l| l.contains("now or earlier"));
-        told.map(str::to_owned).collect()
+        let lines = log.lines().filter(|l| l.contains("now or earlier"));
+        lines.map(str::to_owned).collect()
     };
     for (starts, content) in [(1, &b"once"[..]), (2, b"again")] {
         server.kill();
@@ -102,21 +102,21 @@ fn what_was_set_aside_is_counted_at_each_start() {
         server.restart();
         // A thread of its own writes it.
         let end = Instant::now() + TIMEOUT;
-        while told().len() < starts {
+        while lines().len() < starts {
             assert!(Instant::now() < end, "start {starts} tells nothing");
             std::thread::yield_now();
         }
     }
     assert_eq!(files(&memory.join(".orphans")), ["11.1.lzb", "11.1.lzb.1"]);
-    let told = told();
-    assert_eq!(told.len(), 2, "{told:?}");
+    let lines = lines();
+    assert_eq!(lines.len(), 2, "{lines:?}");
     assert!(
-        told[0].contains("\"files\":1") && told[0].contains("\"bytes\":4"),
-        "{told:?}"
+        lines[0].contains("\"files\":1") && lines[0].contains("\"bytes\":4"),
+        "{lines:?}"
     );
     assert!(
-        told[1].contains("\"files\":2") && told[1].contains("\"bytes\":9"),
-        "{told:?}"
+        lines[1].contains("\"files\":2") && lines[1].contains("\"bytes\":9"),
+        "{lines:?}"
     );
 }
 
