@@ -38,11 +38,57 @@ fn a_parked_call_is_answered_when_a_handler_appears() {
     assert_eq!(calling.line(), "[1]");
     assert_eq!(calling.exit_code(), 0);
     // Where somebody is there it is a call like any other.
-    for args in [&["--park"][..], &["--park", "--no-wait"], &["--redeliver"]] {
-        let ran = server.run(&[&["call", "alpha/job", "[2]"], args].concat());
-        assert_eq!(ran.ended_with(0).out, "[2]\n", "{args:?}");
+    for args in ["--park", "--redeliver"] {
+        let ran = server.run(&["call", "alpha/job", "[2]", args]);
+        assert_eq!(ran.ended_with(0).out, "[2]\n", "{args}");
     }
     drop(serving);
+}
+
+#[test]
+fn a_caller_that_does_not_wait_leaves_its_call_with_the_server() {
+    let server = Server::start();
+    // The handler that is free would run for longer than the caller stays.
+    let gate = server.home().join("gate");
+    let script = format!(
+        "until test -e '{}'; do sleep 0.02; done; cat",
+        gate.display()
+    );
+    let _serving = server.serve(&["alpha/job", "--app", "worker", "--", "sh", "-c", &script]);
+    let call = [
+        "call",
+        "alpha/job",
+        "[3]",
+        "--park",
+        "--no-wait",
+        "--app",
+        "shop",
+    ];
+    let keyed = [&call[..], &["--id", "order-17", "--idempotency-key", "17"]].concat();
+    for _ in 0..2 {
+        // Said twice it is the same call.
+        assert_eq!(
+            server.run(&keyed).ended_with(0).out,
+            "parked\torder-17\napp\tshop\n"
+        );
+    }
+    let repeat = [&call[..], &["--id", "again", "--idempotency-key", "17"]].concat();
+    assert_eq!(
+        server.run(&repeat).ended_with(0).out,
+        "parked\tagain\napp\tshop\n"
+    );
+    std::fs::write(gate, "").unwrap();
+    let fetch = ["answers", "--app", "shop", "--wait", "20s", "--count", "2"];
+    let fetched = server.run(&fetch).ended_with(0).out;
+    let mut lines: Vec<&str> = fetched.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(
+        lines,
+        [
+            r#"{"id":"again","data":[3]}"#,
+            r#"{"id":"order-17","data":[3]}"#
+        ]
+    );
 }
 
 #[test]
