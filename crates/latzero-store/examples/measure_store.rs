@@ -117,7 +117,7 @@ fn committing(store: &Store, threads: u64) -> Result<(), Box<dyn Error>> {
 
 /// One thread that keeps `count` promises in flight, as a server does for `count` callers.
 fn in_flight(dir: &Path, count: u64) -> Result<(), Box<dyn Error>> {
-    let (tell, done) = channel();
+    let (tell, finished) = channel();
     let options = Options {
         on_done: Box::new(move |done| {
             let batch = std::mem::take(done);
@@ -137,7 +137,7 @@ fn in_flight(dir: &Path, count: u64) -> Result<(), Box<dyn Error>> {
     };
     submit(usize::try_from(count)?)?;
     while start.elapsed() < RUN {
-        let batch = done.recv()?;
+        let batch = finished.recv()?;
         for (_, outcome) in &batch {
             outcome.clone()?;
         }
