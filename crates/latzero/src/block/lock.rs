@@ -95,7 +95,11 @@ impl BlockLock {
             Err(e) if e.kind() == Code::NoBlock && block.is_back(&known).await => ask().await,
             reply => reply,
         }?;
-        BlockLock::granted(block, reply)
+        let granted = BlockLock::granted(block, reply)?;
+        if mode == LockMode::Exclusive {
+            block.shared().locked(granted.fence);
+        }
+        Ok(granted)
     }
 
     fn granted(block: &Block, reply: Reply) -> Result<BlockLock, Error> {
@@ -180,6 +184,7 @@ impl BlockLock {
             return Ok(());
         }
         self.is_given_back = true;
+        self.block.shared().unlocked(self.fence);
         let more = json!({"lock": self.fence.to_string()});
         self.block.ask("memory_unlock", &more).await.map(drop)
     }
@@ -187,6 +192,7 @@ impl BlockLock {
 
 impl Drop for BlockLock {
     fn drop(&mut self) {
+        self.block.shared().unlocked(self.fence);
         if !self.is_given_back && self.is_held() {
             let more = json!({"lock": self.fence.to_string()});
             let message = self.block.shared().message("memory_unlock", &more);
