@@ -630,3 +630,45 @@ fn a_persistent_block_is_ciphertext_on_disk_and_comes_back() {
         (&json!(true), &json!(SIZE))
     );
 }
+
+#[test]
+fn a_block_in_memory_is_back_after_a_crash_of_the_server() {
+    let (mut server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    block.write_at(0, SECRET).unwrap();
+    server.kill();
+    // Without the server there is the mapping.
+    assert!(block.read().unwrap().0.starts_with(SECRET));
+    server.restart();
+    assert_eq!(block.write_at(SIZE - 1, b"x").unwrap(), 2);
+    let reader = member(&server, "r", keys(&set, READ));
+    let seen = reader.block("b").attach().unwrap();
+    assert!(seen.read().unwrap().0.starts_with(SECRET));
+    let info = seen.info().unwrap();
+    assert_eq!((&info["size"], &info["version"]), (&json!(SIZE), &json!(2)));
+}
+
+#[test]
+fn a_block_of_a_gated_pool_stays_plain_and_without_copies() {
+    let server = Server::start();
+    let set = key_set(3);
+    let maker = App::connect_with(builder(&server, "maker")).unwrap();
+    maker
+        .request(&keys(&set, WRITE).pool_create("vault", true).unwrap())
+        .unwrap();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let reader = member(&server, "r", keys(&set, READ));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    block.write_at(7, SECRET).unwrap();
+    let seen = reader.block("b").attach().unwrap();
+    assert!(block.is_mapped() && seen.is_mapped());
+    assert_eq!(seen.info().unwrap()["sealed"], Value::Null);
+    let first = seen.view(|view| (view.as_ptr() as usize % 4096, view.load::<u8>(7).unwrap()));
+    assert_eq!(first.unwrap(), (0, SECRET[0]));
+    let intruder = Intruder::new(&server, &set, "b");
+    assert_eq!(intruder.read(intruder.slot() + 7, SECRET.len()), SECRET);
+    assert_eq!(kind(reader.block("b").attach_writable()), Code::Forbidden);
+    block.resize(SIZE * 2).unwrap();
+    assert_eq!(seen.read().unwrap().0.len() as u64, SIZE * 2);
+}

@@ -31,8 +31,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use latzero_crypto::{Suite, text};
 use latzero_protocol::limits::{READ_SLACK, TTL_MAX_MS};
-use latzero_protocol::memory::{Access, Kind, Lifetime, LockMode};
-use latzero_protocol::{BlockId, Code, Ran};
+use latzero_protocol::memory::{Access, Kind, Layout, Lifetime, LockMode};
+use latzero_protocol::{BlockId, Code, Ran, Raw};
 use latzero_shm::Attachment;
 use serde_json::{Value, json};
 
@@ -725,7 +725,8 @@ impl Block {
     /// # Errors
     /// `locked`, `forbidden`.
     pub async fn lock(&self, mode: LockMode, wait: Duration) -> Result<BlockLock, Error> {
-        BlockLock::take(self, mode, wait, None).await
+        let lock = BlockLock::take(self, mode, wait, None).await?;
+        Ok(lock.used_by_edits(mode))
     }
 
     /// As [`Block::lock`], for `lease` at most unless it is renewed.
@@ -738,7 +739,8 @@ impl Block {
         wait: Duration,
         lease: Duration,
     ) -> Result<BlockLock, Error> {
-        BlockLock::take(self, mode, wait, Some(lease)).await
+        let lock = BlockLock::take(self, mode, wait, Some(lease)).await?;
+        Ok(lock.used_by_edits(mode))
     }
 
     /// Gives the block another size: a new generation, which everybody continues with. What it has
@@ -749,6 +751,7 @@ impl Block {
     /// `forbidden`, `locked`, `quota`, `too_large`, `storage`.
     pub async fn resize(&self, size: u64) -> Result<(), Error> {
         if let Some(sealed) = self.sealed() {
+            self.check_layout(size)?;
             let edit = Edit {
                 length: Some(size),
                 ..Edit::default()
@@ -758,6 +761,19 @@ impl Block {
         self.ask("memory_resize", &json!({"size": size})).await?;
         self.shared().must_attach.store(true, Ordering::Release);
         self.readable().await.map(drop)
+    }
+
+    /// Whether the block's layout fits into `size` bytes.
+    fn check_layout(&self, size: u64) -> Result<(), Error> {
+        let text = self.layout().map(|layout| layout.to_string());
+        let raw = text.as_deref().and_then(|text| Raw::new(text).ok());
+        let layout = raw.and_then(|raw| Layout::parse(raw).ok());
+        let needed = layout.and_then(|layout| layout.bytes());
+        let Some(needed) = needed.filter(|needed| *needed > size) else {
+            return Ok(());
+        };
+        let text = format!("the block's layout needs {needed} bytes, more than {size}");
+        Err(Error::new(Code::LayoutMismatch, text).with_ran(Ran::No))
     }
 
     /// Flushes a persistent block to disk; returns the version on disk.

@@ -95,11 +95,15 @@ impl BlockLock {
             Err(e) if e.kind() == Code::NoBlock && block.is_back(&known).await => ask().await,
             reply => reply,
         }?;
-        let granted = BlockLock::granted(block, reply)?;
-        if mode == LockMode::Exclusive {
-            block.shared().locked(granted.fence);
+        BlockLock::granted(block, reply)
+    }
+
+    /// Lets edits of a sealed block use it: elsewhere the server knows whose lock it is.
+    pub(super) fn used_by_edits(self, mode: LockMode) -> BlockLock {
+        if mode == LockMode::Exclusive && !self.is_inherited() {
+            self.block.shared().locked(self.fence);
         }
-        Ok(granted)
+        self
     }
 
     fn granted(block: &Block, reply: Reply) -> Result<BlockLock, Error> {

@@ -263,7 +263,10 @@ impl Block {
                     let seen = known.manifest().version();
                     return Err(sealed.unfit(BlockError::Rollback(0, seen)));
                 }
-                Some(known) if known.manifest().as_bytes() == &manifest => {
+                Some(known)
+                    if known.manifest().as_bytes() == &manifest
+                        && known.manifest().version() == version =>
+                {
                     let is_stale = sealed.pool.with_epochs(|epochs| {
                         let oldest = epochs.current().descriptor().min_content_epoch();
                         known.manifest().epoch() < oldest
@@ -416,9 +419,10 @@ impl Block {
     async fn lock_to_edit(&self) -> Result<Under, Error> {
         match self.shared().exclusive() {
             Some(fence) => Ok(Under::Held(fence)),
-            None => Ok(Under::Taken(
-                self.lock(LockMode::Exclusive, EDIT_WAIT).await?,
-            )),
+            None => {
+                let lock = BlockLock::take(self, LockMode::Exclusive, EDIT_WAIT, None).await?;
+                Ok(Under::Taken(lock))
+            }
         }
     }
 
