@@ -3,6 +3,7 @@
 mod codegen;
 mod crash;
 mod dev;
+mod python;
 mod tidy;
 mod vectors;
 
@@ -16,6 +17,7 @@ cargo xtask COMMAND
                        2200 simulated seeds
   test --unit          only unit tests
   test --integration   only integration tests
+  test --python        only the tests of the Python package
   lint                 tidiness, format and lint checks
   lint --fix           fix what the format and lint checks can fix
   coverage             line coverage of all tests (needs cargo-llvm-cov)
@@ -28,6 +30,7 @@ cargo xtask COMMAND
   hostile [ARGS]       run an innocent client beside each kind of hostile one: --seconds N,
                        --only TEXT, --json
   crash [ARGS]         kill and restart processes and check the result: --rounds N, --seed S
+  wheel                build the wheel of the Python package, with the program in it
   bench NAME [ARGS]    run a benchmark; `cargo xtask bench --help` lists them
   fuzz TARGET [ARGS]   fuzz a parser (needs cargo-fuzz)
 ";
@@ -39,6 +42,8 @@ fn main() -> ExitCode {
         ["test"] => test(),
         ["test", "--unit"] => unit_tests(),
         ["test", "--integration"] => integration_tests(),
+        ["test", "--python"] => python::test(),
+        ["wheel"] => python::wheel(),
         ["lint"] => lint(),
         ["lint", "--fix"] => lint_fix(),
         ["coverage", rest @ ..] => coverage(rest),
@@ -93,6 +98,7 @@ fn test() -> Done {
     sim(&["--seeds", "0..200"])?;
     sim(&["--lasting", "--seeds", "0..2000"])?;
     sim(&["--hostile", "--seeds", "0..200"])?;
+    python::test()?;
     println!("\nall checks passed");
     Ok(())
 }
@@ -116,7 +122,8 @@ fn lint() -> Done {
         "--",
         "-D",
         "warnings",
-    ])
+    ])?;
+    python::lint()
 }
 
 fn lint_fix() -> Done {
@@ -128,7 +135,8 @@ fn lint_fix() -> Done {
         "--allow-dirty",
         "--allow-staged",
     ])?;
-    cargo(&["fmt", "--all"])
+    cargo(&["fmt", "--all"])?;
+    python::lint_fix()
 }
 
 fn coverage(rest: &[&str]) -> Done {

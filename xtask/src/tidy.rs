@@ -97,6 +97,13 @@ const NOT_IN_PURE_CRATES: &[&str] = &[
     "eprintln!",
 ];
 
+/// Where memory that other processes change is touched through pointers, and where Python is.
+const UNSAFE: &[&str] = &[
+    "crates/latzero-shm/",
+    "sdk/python/src/buffer.rs",
+    "sdk/python/src/gil.rs",
+];
+
 /// Words that no file may contain.
 const BANNED: &[&str] = &[
     "TODO",
@@ -146,13 +153,16 @@ pub(crate) fn check() -> Done {
         if !text.starts_with("//!") {
             faults.push(format!("{shown}: a file opens with its idea (`//!`)"));
         }
-        let may_be_unsafe = shown.starts_with("crates/latzero-shm/");
+        let may_be_unsafe = UNSAFE.iter().any(|place| shown.starts_with(place));
         if !may_be_unsafe
             && text
                 .lines()
                 .any(|line| line.trim_start().starts_with("unsafe ") || line.contains("unsafe {"))
         {
-            faults.push(format!("{shown}: `unsafe` belongs into latzero-shm alone"));
+            faults.push(format!(
+                "{shown}: `unsafe` belongs into {} alone",
+                UNSAFE.join(" and ")
+            ));
         }
     }
     if faults.is_empty() {

@@ -271,8 +271,8 @@ happens when this command ends, even by SIGKILL.
 Environment: LATZERO_TRIGGER, LATZERO_POOL, LATZERO_CALLER (AppID), LATZERO_CALLER_INSTANCE,
 LATZERO_HEADERS (a JSON object), LATZERO_DEADLINE (Unix time in ms), LATZERO_ATTEMPT, LATZERO_ID.
 LATZERO_ variables with TOKEN, KEY, SECRET or PASS in their names are not passed on.
-The server does not remember this handler unless --app is given. Ctrl-C finishes the running calls
-and ends.")]
+The server does not remember this handler unless --app is given. Ctrl-C takes no new calls, waits
+up to 5 seconds for the running ones, and ends.")]
     Serve(ServeArgs),
     /// Print events as they arrive
     #[command(after_help = "\

@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use latzero::{AppKey, Code, Error, HandshakeTimeout, Keys, Reconnect, blocking::App, known_hosts};
+use latzero::{
+    AppKey, Code, Error, FromPayload, HandshakeTimeout, Keys, Reconnect, blocking::App, known_hosts,
+};
 use latzero_server::address;
 use latzero_server::startup::lock;
 use serde_json::{Value, json};
@@ -236,13 +238,18 @@ impl Connection {
 
     /// Sends a request that only administrators may send.
     pub(crate) fn administer(&self, request: &Value) -> Result<Value, Failure> {
+        self.administer_as(request)
+    }
+
+    /// As [`Connection::administer`], for the answer as another type.
+    pub(crate) fn administer_as<R: FromPayload>(&self, request: &Value) -> Result<R, Failure> {
         let proved = match &self.token {
             // Once is enough, and twice does no harm. Who set the token says where it goes.
             Some(token) => self.app.prove_admin(token, true),
             None => Ok(()),
         };
         proved
-            .and_then(|()| self.app.request(request))
+            .and_then(|()| self.app.request_as(request))
             .map_err(|error| {
                 let mut failure = Failure::from(error);
                 // It may be another server than the one that was meant.

@@ -579,7 +579,8 @@ fn an_end_is_said_when_it_is_on_disk_and_not_before() {
         net.hang_up(handler);
     }
     let key = r#","headers":{"idempotency-key":"k"}"#;
-    let ends: [(fn(&mut Net, Peer), &str, &str); 5] = [
+    type End = fn(&mut Net, Peer);
+    let ends: [(End, &str, &str); 5] = [
         (cancel, "", "1:cancelled"),
         (expire, r#","ttl":1000"#, "1:timeout"),
         (fail, "", "1:handler_gone"),

@@ -502,6 +502,9 @@ impl EventLoop {
             connection.count_for_app();
             self.host.shared.door().leave(connection.user);
         }
+        if let Some(at) = connection.session.next_deadline() {
+            self.schedule_sweep(at.max(now.after_ms(LOOK_EVERY_MS)));
+        }
         match turn {
             ReadOutcome::Idle | ReadOutcome::Paused => self.connections[slot] = Some(connection),
             ReadOutcome::Starved => {

@@ -154,6 +154,12 @@ impl Attachment {
         self.expected.generation
     }
 
+    /// Whether its bytes are mapped; a file's are not.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.bytes, Bytes::Mapped(_))
+    }
+
     /// What it allows.
     #[must_use]
     pub fn access(&self) -> Access {

@@ -47,6 +47,6 @@ pub use format::{Access, Description, HEADER_BYTES, HeaderError, State};
 pub use geometry::{Geometry, GeometryError, SPARES};
 pub use memory::{Fault, Memory};
 pub use slots::{ReadError, WriteError};
-pub use view::View;
+pub use view::{OwnedView, View};
 pub use wait::Waited;
-pub use writing::Writing;
+pub use writing::{Exposed, Writing};

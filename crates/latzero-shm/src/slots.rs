@@ -505,6 +505,28 @@ impl Draft {
         Ok(())
     }
 
+    /// Makes `length` bytes ready to be written from outside; where they lie in `memory`. With
+    /// `keeps` the whole slot begins as the version before.
+    ///
+    /// # Errors
+    /// As [`WriteError`] says.
+    pub fn expose<M: Memory>(
+        &mut self,
+        memory: &M,
+        offset: u64,
+        length: u64,
+        keeps: bool,
+    ) -> Result<u64, WriteError> {
+        if !self.geometry.contains_range(offset, length) {
+            return Err(WriteError::OutOfRange);
+        }
+        if keeps {
+            self.catch_up(memory)?;
+        }
+        self.touch(memory, offset, length)?;
+        Ok(self.geometry.slot(self.slot) + offset)
+    }
+
     /// Reads bytes of this version.
     ///
     /// # Errors

@@ -2,9 +2,11 @@
 //! whether they were consistent.
 
 use std::io;
+use std::sync::Arc;
 
 use crate::attachment::{Attachment, Bytes};
 use crate::element::Element;
+use crate::format::State;
 use crate::geometry::Geometry;
 use crate::mapped::Mapped;
 use crate::memory::{Fault, Memory};
@@ -61,6 +63,61 @@ impl Attachment {
             }
             mapped.relax(tries);
         }
+    }
+}
+
+impl Attachment {
+    /// The newest version in place, which keeps the mapping.
+    ///
+    /// # Errors
+    /// As [`Attachment::view`].
+    pub fn owned_view(self: &Arc<Self>) -> Result<OwnedView, ReadError> {
+        let View { bytes, version } = self.view()?;
+        let Source::Slot { slot, sequence, .. } = bytes else {
+            unreachable!("an attachment gives a view of its slot");
+        };
+        Ok(OwnedView {
+            attachment: Arc::clone(self),
+            slot,
+            sequence,
+            version,
+        })
+    }
+}
+
+/// A version in place that keeps the mapping: its memory stays readable for as long as this exists,
+/// even after the block was resized or removed or the server ended.
+#[derive(Debug, Clone)]
+pub struct OwnedView {
+    attachment: Arc<Attachment>,
+    slot: u32,
+    sequence: u64,
+    version: u64,
+}
+
+impl OwnedView {
+    /// The same, borrowed.
+    #[must_use]
+    pub fn get(&self) -> View<'_> {
+        let Bytes::Mapped(mapped) = &self.attachment.bytes else {
+            unreachable!("only mapped bytes give a view");
+        };
+        View {
+            bytes: Source::Slot {
+                mapped,
+                geometry: self.attachment.expected.geometry,
+                slot: self.slot,
+                sequence: self.sequence,
+            },
+            version: self.version,
+        }
+    }
+
+    /// Whether the block has moved on to a newer generation, or is gone: then nothing will be
+    /// written here any more.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.attachment.state() != State::Live
     }
 }
 

@@ -89,6 +89,30 @@ impl Writing {
         Ok(on!(&self.turn.0.bytes, memory => draft.leave_behind(memory))?)
     }
 
+    /// Whether the bytes are mapped, so that [`Writing::expose`] works.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.turn.0.bytes, Bytes::Mapped(_))
+    }
+
+    /// Makes `length` bytes from `offset` on ready to be written in place. With `keeps` they begin
+    /// as the version before; else they hold old bytes of any kind, and all must be written.
+    ///
+    /// # Errors
+    /// As [`WriteError`] says; [`WriteError::ReadOnly`] if the bytes are not mapped.
+    pub fn expose(&mut self, offset: u64, length: u64, keeps: bool) -> Result<Exposed, WriteError> {
+        let Bytes::Mapped(mapped) = &self.turn.0.bytes else {
+            return Err(WriteError::ReadOnly);
+        };
+        let at = self.draft.expose(mapped, offset, length, keeps)?;
+        let size = |bytes: u64| usize::try_from(bytes).map_err(|_| WriteError::OutOfRange);
+        Ok(Exposed {
+            attachment: Arc::clone(&self.turn.0),
+            at: size(at)?,
+            length: size(length)?,
+        })
+    }
+
     /// The version that this will be.
     #[must_use]
     pub fn version(&self) -> u64 {
@@ -117,5 +141,37 @@ impl Writing {
         let draft = self.draft;
         let version = on!(&self.turn.0.bytes, memory => draft.publish(memory, stamp));
         Ok(version?)
+    }
+}
+
+/// Bytes of a version in progress, in place. They stay mapped for as long as this exists; whoever
+/// writes them after the version was published or dropped changes what readers see.
+#[derive(Debug, Clone)]
+pub struct Exposed {
+    attachment: Arc<Attachment>,
+    at: usize,
+    length: usize,
+}
+
+impl Exposed {
+    /// The address of the first byte in this process.
+    #[must_use]
+    pub fn as_mut_ptr(&self) -> *mut u8 {
+        let Bytes::Mapped(mapped) = &self.attachment.bytes else {
+            unreachable!("only mapped bytes are exposed");
+        };
+        mapped.base().as_ptr().wrapping_add(self.at)
+    }
+
+    /// How many bytes there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
     }
 }

@@ -230,3 +230,18 @@ fn descriptors_are_there_while_they_are_lent() {
     assert!(lent.upgrade().is_none(), "nothing stays open");
     assert!(block.lend(Access::Read).is_some());
 }
+
+#[test]
+fn an_owned_view_outlives_its_block() {
+    let (block, _) = common::block(100, 2, false);
+    let client = common::attach(&block, Access::Read);
+    block.write(0, &[1; 100], None).unwrap();
+    let view = client.owned_view().unwrap();
+    assert!(view.get().is_valid() && !view.is_stale());
+    block.set_state(State::Superseded).unwrap();
+    drop((block, client));
+    assert!(view.get().is_valid() && view.is_stale());
+    let mut bytes = [0; 100];
+    view.get().copy_to(0, &mut bytes).unwrap();
+    assert_eq!((bytes, view.get().version()), ([1; 100], 1));
+}

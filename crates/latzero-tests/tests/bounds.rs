@@ -188,6 +188,26 @@ fn a_connection_has_a_bounded_number_of_calls_in_flight() {
 }
 
 #[test]
+fn a_call_that_waits_behind_others_ends_with_its_own_ttl() {
+    for via in BOTH {
+        let server = Server::with(&["limits.in_flight_max=1"]);
+        let _handler = handler(&server, via, "handler", "work");
+        let mut caller = caller(&server, via, "caller");
+        for (id, ttl) in [("runs", 1500), ("waits", 200)] {
+            caller.send(&json!({"action": "trigger", "id": id, "process": "work", "ttl": ttl}));
+        }
+        let ended: Vec<Value> = (0..2).map(|_| caller.receive()).collect();
+        assert!(
+            ended.iter().all(|reply| code(reply) == "timeout"),
+            "{ended:?}"
+        );
+        // Its end does not wait for the other call's.
+        assert_eq!(ended[0]["in_reply_to"], "waits", "{via:?}");
+        assert_eq!(ended[0]["error"]["ran"], "no");
+    }
+}
+
+#[test]
 fn two_that_call_each_other_at_the_limit_do_not_wait_for_each_other() {
     let server = Server::with(&["limits.in_flight_max=2"]);
     let mut a = handler(&server, Via::Unix, "a", "of-a");

@@ -1,6 +1,7 @@
 //! The async face: an app, its handlers and its events.
 
 use std::future::Future;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 use std::task::Poll;
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::answers::Answers;
 use crate::block::BlockName;
+use crate::blocking;
 use crate::builder::{Builder, on_thread};
 use crate::call::{Call, Calling, Emit};
 use crate::core::Core;
@@ -29,7 +31,7 @@ use crate::stream::Stream;
 use crate::sync::lock;
 
 /// How long a clean close waits for running handlers, and for the server to take their answers.
-const CLOSE_TIME: Duration = Duration::from_secs(5);
+pub(crate) const CLOSE_TIME: Duration = Duration::from_secs(5);
 
 /// What keeps an app alive: when the last handle goes, this ends it.
 #[derive(Debug)]
@@ -124,10 +126,10 @@ impl App {
             })?;
             *byte = high << 4 | low;
         }
-        let challenge = self.requesting(&json!({"action": "challenge"}))?.wait()?;
+        let challenge: Value = self.requesting(&json!({"action": "challenge"}))?.wait()?;
         let exchange = exchange(&challenge, binding)?;
         let mac = proof::admin_mac(&bytes, Side::Client, &exchange);
-        let said = self.requesting(&json!({
+        let said = self.requesting::<Value>(&json!({
             "action": "admin_proof", "client_nonce": text::encode(&exchange.client_nonce),
             "mac": text::encode(&mac), "cb_type": binding.name(),
         }))?;
@@ -199,6 +201,20 @@ impl App {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.core().is_connected()
+    }
+
+    /// The id of the process that connected. A child that was forked since has no use for the app:
+    /// its threads are not there.
+    #[must_use]
+    pub fn process(&self) -> u32 {
+        self.core().process
+    }
+
+    /// The descriptor of the live connection, for a process that forks: a child that closed the
+    /// socket in an orderly way would end its parent's connection, so it replaces the descriptor.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<RawFd> {
+        self.core().outbox.link().map(|link| link.as_raw_fd())
     }
 
     /// Calls the trigger `name`.
@@ -469,7 +485,7 @@ impl App {
         self.requesting(request)?.await
     }
 
-    pub(crate) fn requesting(&self, request: &Value) -> Result<Calling<Value>, Error> {
+    pub(crate) fn requesting<R: FromPayload>(&self, request: &Value) -> Result<Calling<R>, Error> {
         let is_request =
             request.get("action").is_some_and(Value::is_string) && request.get("id").is_none();
         if !is_request {
@@ -497,16 +513,16 @@ impl App {
     /// `timeout` if handlers or the server took longer; the connection is closed all the same.
     pub async fn close(&self) -> Result<(), Error> {
         let core = self.core().clone();
-        on_thread(move || close(&core)).await
+        on_thread(move || close(&core, CLOSE_TIME)).await
     }
 
-    pub(crate) fn close_blocking(&self) -> Result<(), Error> {
-        close(self.core())
+    pub(crate) fn close_within(&self, time: Duration) -> Result<(), Error> {
+        close(self.core(), time)
     }
 }
 
-fn close(core: &Arc<Core>) -> Result<(), Error> {
-    let deadline = Some(Instant::now() + CLOSE_TIME);
+fn close(core: &Arc<Core>, time: Duration) -> Result<(), Error> {
+    let deadline = Some(Instant::now() + time);
     let is_idle = core
         .block_on(deadline, |cx| core.handlers.poll_idle(cx))
         .is_some();
@@ -546,6 +562,14 @@ pub struct Handler {
     app: App,
     name: String,
     spec: Spec,
+}
+
+fn blocking_kind<T: IntoPayload>(
+    handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
+) -> Kind {
+    Kind::Blocking(Box::new(move |request| {
+        write(&handler(blocking::Request(request))?)
+    }))
 }
 
 impl Handler {
@@ -595,13 +619,25 @@ impl Handler {
     }
 
     /// Serves the trigger with a handler that blocks; see [`crate::blocking::App::serve`].
-    pub(crate) fn serve_blocking<T: IntoPayload>(
+    ///
+    /// # Errors
+    /// If the name is not valid or the server refuses.
+    pub async fn serve_blocking<T: IntoPayload>(
         self,
-        handler: impl Fn(Request) -> Result<T, HandlerError> + Send + Sync + 'static,
+        handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        let kind = Kind::Blocking(Box::new(move |request| write(&handler(request)?)));
         let (app, name) = (self.app.clone(), self.name.clone());
-        let registered = self.register(kind)?.wait();
+        let registered = self.register(blocking_kind(handler))?.await;
+        undo_failed(&app, &name, registered)
+    }
+
+    /// As [`Handler::serve_blocking`], waiting on this thread.
+    pub(crate) fn serve_from_here<T: IntoPayload>(
+        self,
+        handler: impl Fn(blocking::Request) -> Result<T, HandlerError> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let (app, name) = (self.app.clone(), self.name.clone());
+        let registered = self.register(blocking_kind(handler))?.wait();
         undo_failed(&app, &name, registered)
     }
 

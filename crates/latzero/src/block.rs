@@ -50,7 +50,7 @@ pub use lock::{BlockLock, LOCKS_VARIABLE};
 pub use typed::TypedBlock;
 pub use write::{BlockWriter, Draft};
 
-pub use latzero_shm::{Element, View};
+pub use latzero_shm::{Element, Exposed, OwnedView, View, Writing};
 use sealed::Edit;
 pub(crate) use shared::{BlockState, Blocks, Current};
 use shared::{Described, LockState};
@@ -364,6 +364,15 @@ impl Block {
         lock(&self.shared().current).attachment.is_some()
     }
 
+    /// Whether its bytes can be viewed in place, which those of a persistent block and of a sealed
+    /// one cannot.
+    #[must_use]
+    pub fn is_viewable(&self) -> bool {
+        let held = lock(&self.shared().current);
+        let is_mapped = held.attachment.as_ref().is_some_and(|a| a.is_mapped());
+        is_mapped && self.sealed().is_none()
+    }
+
     /// Whether the server is connected and has the block. If not, a mapped block can still be read:
     /// it shows the last version.
     #[must_use]
@@ -508,13 +517,7 @@ impl Block {
             return self.view_opened(sealed, f).await;
         }
         let Some(attachment) = self.readable().await?.attachment else {
-            return Err(Error::new(
-                Code::Storage,
-                format!(
-                    "block '{}' is not mapped here; read it by copies",
-                    self.id()
-                ),
-            ));
+            return Err(not_mapped(self.id(), "read"));
         };
         for _ in 0..TRIES_MAX {
             let view = attachment.view().map_err(|e| read_error(self.id(), e))?;
@@ -524,6 +527,21 @@ impl Block {
             }
         }
         Err(contended(self.id()))
+    }
+
+    /// The newest version in place, for as long as the result is kept. Newer versions may overwrite
+    /// it: [`OwnedView::is_valid`] tells.
+    ///
+    /// # Errors
+    /// `contended` if writers were too busy; `storage` if the block is not mapped, or sealed: read
+    /// it by copies then.
+    pub async fn owned_view(&self) -> Result<OwnedView, Error> {
+        let attachment = self.readable().await?.attachment;
+        let attachment = attachment.filter(|_| self.sealed().is_none());
+        let attachment = attachment.ok_or_else(|| not_mapped(self.id(), "read"))?;
+        attachment
+            .owned_view()
+            .map_err(|e| read_error(self.id(), e))
     }
 
     /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for without
@@ -979,6 +997,14 @@ fn removed(id: &str) -> Error {
     Error::new(
         Code::NoBlock,
         format!("block '{id}' was removed, or went with its server"),
+    )
+}
+
+/// Of a block that pointers can't be had into.
+fn not_mapped(id: &str, verb: &str) -> Error {
+    Error::new(
+        Code::Storage,
+        format!("block '{id}' is not mapped here; {verb} it by copies"),
     )
 }
 

@@ -16,6 +16,8 @@
 
 mod block;
 
+pub use crate::interrupt::interruptible;
+
 use std::ops::Deref;
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,7 @@ use latzero_protocol::{Code, InstanceId};
 use serde_json::{Value, json};
 
 use crate::answers::Answer;
+use crate::app::CLOSE_TIME;
 use crate::builder;
 use crate::error::{Error, HandlerError};
 use crate::events::{Emission, Lossy, Presence};
@@ -61,6 +64,20 @@ impl App {
     #[must_use]
     pub fn as_async(&self) -> &crate::App {
         &self.0
+    }
+
+    /// Runs a future of the async face on this thread, which reads the connection meanwhile if
+    /// nobody else does. `None` if it is not done at `deadline`, or [`interruptible`] ended the
+    /// wait; it may be run on then.
+    pub fn run<T>(
+        &self,
+        deadline: Option<Instant>,
+        future: &mut (impl Future<Output = T> + Unpin),
+    ) -> Option<T> {
+        let mut future = std::pin::Pin::new(future);
+        self.0
+            .core()
+            .block_on(deadline, |cx| future.as_mut().poll(cx))
     }
 
     /// The AppID.
@@ -210,6 +227,14 @@ impl App {
         self.0.requesting(request)?.wait()
     }
 
+    /// As [`App::request`], for the answer as another type: `Box<RawValue>` is its text as it came.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn request_as<R: FromPayload>(&self, request: &Value) -> Result<R, Error> {
+        self.0.requesting(request)?.wait()
+    }
+
     /// Makes this an administrator's connection; see [`crate::App::prove_admin`].
     ///
     /// # Errors
@@ -246,7 +271,15 @@ impl App {
     /// # Errors
     /// `timeout` if handlers or the server took longer; the connection is closed all the same.
     pub fn close(&self) -> Result<(), Error> {
-        self.0.close_blocking()
+        self.close_within(CLOSE_TIME)
+    }
+
+    /// As [`App::close`], waiting for `time` at most.
+    ///
+    /// # Errors
+    /// As [`App::close`].
+    pub fn close_within(&self, time: Duration) -> Result<(), Error> {
+        self.0.close_within(time)
     }
 }
 
@@ -272,6 +305,13 @@ macro_rules! builder_methods {
 #[derive(Debug)]
 #[must_use = "a call is sent by `send`"]
 pub struct Call(crate::Call);
+
+impl From<crate::Call> for Call {
+    /// The same call, to be waited for.
+    fn from(call: crate::Call) -> Self {
+        Call(call)
+    }
+}
 
 impl Call {
     builder_methods! {
@@ -448,6 +488,13 @@ impl Iterator for Answers {
 #[must_use = "an emit is sent by `send`"]
 pub struct Emit(crate::Emit);
 
+impl From<crate::Emit> for Emit {
+    /// The same emit, sent from the thread that waits.
+    fn from(emit: crate::Emit) -> Self {
+        Emit(emit)
+    }
+}
+
 impl Emit {
     builder_methods! {
         /// To this app alone.
@@ -594,14 +641,13 @@ impl Handler {
         self,
         handler: impl Fn(Request) -> Result<T, HandlerError> + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        self.0
-            .serve_blocking(move |request| handler(Request(request)))
+        self.0.serve_from_here(handler)
     }
 }
 
 /// A call, or an emit, as its handler sees it.
 #[derive(Debug)]
-pub struct Request(crate::Request);
+pub struct Request(pub(crate) crate::Request);
 
 impl Deref for Request {
     type Target = crate::Request;
@@ -616,6 +662,12 @@ impl Request {
     #[must_use]
     pub fn app(&self) -> App {
         App(self.0.app())
+    }
+
+    /// The same request with its async face.
+    #[must_use]
+    pub fn into_async(self) -> crate::Request {
+        self.0
     }
 
     /// A memory block that the caller gave along, for as long as the call lasts.
@@ -652,6 +704,11 @@ impl Request {
         self.0
             .core
             .block_on(None, |cx| sending.poll(&self.0, cx))
-            .expect("without a deadline it waits until it is sent or cancelled")
+            .unwrap_or_else(|| Err(interrupted()))
     }
+}
+
+/// What a wait without a deadline ends with if it was interrupted.
+fn interrupted() -> Error {
+    Error::new(Code::Cancelled, "the wait was interrupted")
 }

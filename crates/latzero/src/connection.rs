@@ -33,8 +33,8 @@ use crate::sealed::SealedPool;
 use crate::tls::{Tls, wait};
 use crate::url::Endpoint;
 
-/// How long a thread waits in `recv` before it looks at its deadlines.
-pub(crate) const RECV_TIMEOUT: Duration = Duration::from_millis(250);
+/// How long a thread waits in `recv` before it looks at its deadlines and for an interrupt.
+pub(crate) const RECV_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Most descriptors that come with one read.
 const DESCRIPTORS_MAX: usize = fds::DESCRIPTORS_MAX;
@@ -181,7 +181,12 @@ impl Link {
                 fds::recv_with_fds(&self.socket, buf, descriptors, DESCRIPTORS_MAX)
             };
             match received {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                    // A thread that waits looks whether the signal ends its wait.
+                    if !flags.contains(RecvFlags::DONTWAIT) {
+                        return Err(io::ErrorKind::WouldBlock.into());
+                    }
+                }
                 other => return other,
             }
         }

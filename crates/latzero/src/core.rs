@@ -60,6 +60,8 @@ type Watchers = HashMap<Box<str>, Vec<Weak<Queue<Presence>>>>;
 
 /// What all handles of one app share.
 pub(crate) struct Core {
+    /// The process that connected: a forked child has copies of everything but the threads.
+    pub(crate) process: u32,
     pub(crate) config: Config,
     pub(crate) outbox: Outbox,
     pub(crate) pending: Mutex<Pending>,
@@ -109,6 +111,7 @@ impl Core {
             Arc::new(SealedPool::new(pool.as_str(), keys.clone(), state_dir))
         });
         let core = Core {
+            process: std::process::id(),
             sealed: sealed.collect(),
             outbox: Outbox::new(),
             pending: Mutex::new(Pending::new()),

@@ -156,6 +156,8 @@ impl Batch<'_> {
             }
             "\"cancel\"" => {
                 if let Some(id) = e.id.and_then(Raw::as_str) {
+                    // The call may have come just before, with the same read.
+                    self.jobs.retain(|job| !job.is_start_of(&id));
                     self.core.workers.drop_queued(&id);
                     self.core.handlers.cancel(&id);
                 }

@@ -62,6 +62,7 @@ mod error;
 mod events;
 mod handlers;
 mod inbound;
+mod interrupt;
 mod keys;
 pub mod known_hosts;
 mod local;
@@ -83,8 +84,8 @@ mod url;
 pub use answers::{ANSWERS_BYTES_MAX, ANSWERS_MAX, Answer, Answers};
 pub use app::{App, Handler};
 pub use block::{
-    Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, LOCKS_VARIABLE,
-    TypedBlock, View,
+    Block, BlockLock, BlockName, BlockWriter, Changes, CreateBlock, Draft, Element, Exposed,
+    LOCKS_VARIABLE, OwnedView, TypedBlock, View, Writing,
 };
 pub use builder::{Builder, Reconnect};
 pub use call::{Call, Calling, Emit, Emitting, Parked, Parking};

@@ -183,6 +183,17 @@ impl sealed::Write for Data {
     }
 }
 
+impl FromPayload for Data {}
+impl sealed::Read for Data {
+    #[allow(private_interfaces, reason = "sealed: no one else can name it")]
+    fn read(body: Body<'_>) -> Result<Self, serde_json::Error> {
+        match body {
+            Body::Bytes(_) => sealed::Read::read(body).map(Data::Bytes),
+            Body::Json(_) | Body::None => sealed::Read::read(body).map(Data::Json),
+        }
+    }
+}
+
 impl FromPayload for Bytes {}
 impl sealed::Read for Bytes {
     #[allow(private_interfaces, reason = "sealed: no one else can name it")]

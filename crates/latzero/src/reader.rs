@@ -20,6 +20,7 @@ use crate::core::{Core, DriverKind};
 use crate::driver_thread;
 use crate::handlers::HandlerJob;
 use crate::inbound;
+use crate::interrupt::is_over;
 use crate::sync::{lock, thread_waker};
 
 /// First size of the receive buffer in bytes; it grows with what arrives, not with what is
@@ -288,8 +289,8 @@ impl Reader {
 }
 
 impl Core {
-    /// Blocks until `attempt` is ready or `deadline` has passed, reading meanwhile if nobody else
-    /// does.
+    /// Blocks until `attempt` is ready, reading meanwhile if nobody else does. `None` if `deadline`
+    /// has passed or the wait was interrupted.
     pub(crate) fn block_on<T>(
         self: &Arc<Self>,
         deadline: Option<Instant>,
@@ -324,7 +325,7 @@ impl Core {
                 if let Poll::Ready(value) = attempt(cx) {
                     break Some(value);
                 }
-                if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                if is_over(deadline) {
                     break None;
                 }
                 continue;
@@ -344,7 +345,7 @@ impl Core {
                 if let Poll::Ready(value) = attempt(cx) {
                     break Some(Some(value));
                 }
-                if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                if is_over(deadline) {
                     break Some(None);
                 }
             };
@@ -360,7 +361,7 @@ impl Core {
                     if let Poll::Ready(value) = attempt(cx) {
                         break Some(value);
                     }
-                    if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                    if is_over(deadline) {
                         break None;
                     }
                     std::thread::park_timeout(wait_time(deadline).min(Duration::from_millis(20)));
@@ -390,7 +391,7 @@ impl Core {
             if let Poll::Ready(value) = attempt(cx) {
                 return Some(value);
             }
-            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            if is_over(deadline) {
                 return None;
             }
         }

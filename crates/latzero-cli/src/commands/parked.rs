@@ -1,5 +1,8 @@
 //! `parked`: lists, shows and changes parked calls.
 
+use std::collections::BTreeMap;
+
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use crate::args::{ParkedArgs, ParkedCommand, ParkedFilterArgs, ParkedNumbersArgs};
@@ -109,21 +112,25 @@ fn row(call: &Value) -> Vec<Cell> {
 }
 
 fn show(connection: &Connection, number: u64, output: &Output) -> CommandResult {
-    let call = connection.administer(&json!({"action": "parked_info", "number": number}))?;
+    let request = json!({"action": "parked_info", "number": number});
+    // The payload as it came: numbers keep their digits.
     if output.json {
-        output.value(&call)?;
+        let call: Box<RawValue> = connection.administer_as(&request)?;
+        output.json_text(call.get())?;
         return Ok(Exit::Ok);
     }
+    let call: BTreeMap<String, Box<RawValue>> = connection.administer_as(&request)?;
     let mut facts: Vec<(&str, Cell)> = Vec::new();
-    for (name, value) in call.as_object().into_iter().flatten() {
-        let shown = match (name.as_str(), value) {
-            ("process", Value::String(text)) => ("trigger", text.clone()),
-            ("app_id", Value::String(text)) => ("caller", text.clone()),
-            ("parked", value) => ("parked", ago(value.as_u64().unwrap_or(0))),
+    for (name, raw) in &call {
+        let number = || raw.get().parse().unwrap_or(0);
+        let shown = match (name.as_str(), serde_json::from_str::<String>(raw.get())) {
+            ("process", Ok(text)) => ("trigger", text),
+            ("app_id", Ok(text)) => ("caller", text),
+            ("parked", _) => ("parked", ago(number())),
             ("expires", _) => continue,
-            ("bytes", value) => ("size", bytes(value.as_u64().unwrap_or(0))),
-            (name, Value::String(text)) if name != "data" => (name, text.clone()),
-            (name, value) => (name, value.to_string()),
+            ("bytes", _) => ("size", bytes(number())),
+            (name, Ok(text)) if name != "data" => (name, text),
+            (name, _) => (name, raw.get().to_owned()),
         };
         facts.push((shown.0, shown.1.into()));
     }

@@ -107,7 +107,7 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
         facts.insert(5, ("pin", pin.into()));
     }
     let parked = &stats["parked"];
-    if ["waiting", "running", "dead", "answered"]
+    if ["waiting", "paused", "running", "dead", "answered"]
         .iter()
         .any(|name| number(&parked[name]) > 0)
     {
@@ -116,10 +116,11 @@ pub(crate) fn run(reach: &ServerArgs, output: &Output) -> CommandResult {
             None => String::new(),
         };
         let text = format!(
-            "{} waiting, {} running, {} dead, {}{oldest}",
-            parked["waiting"],
-            parked["running"],
-            parked["dead"],
+            "{} waiting, {} paused, {} running, {} dead, {}{oldest}",
+            number(&parked["waiting"]),
+            number(&parked["paused"]),
+            number(&parked["running"]),
+            number(&parked["dead"]),
             count(number(&parked["answered"]), "unread answer"),
         );
         let tone = match number(&parked["dead"]) {

@@ -260,10 +260,7 @@ impl<D: Driver> Pool<D> {
                     it is safe to run twice";
                 Some(Refusal::new(Code::HandlerGone, message))
             }
-            EndReason::Cancelled => Some(Refusal::new(
-                Code::Cancelled,
-                "the caller cancelled the call",
-            )),
+            EndReason::Cancelled => Some(Refusal::new(Code::Cancelled, "the call was cancelled")),
             EndReason::TimedOut => {
                 let ms = call.deadline.since(call.started).as_millis();
                 Some(Refusal::new(

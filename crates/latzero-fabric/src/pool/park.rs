@@ -657,7 +657,7 @@ impl<D: Driver> Pool<D> {
             State::Given(key) => self.end(key, EndReason::Cancelled, turn),
             State::Dead(_) => self.bury(number, turn),
             State::Waiting(_) | State::Following(_) | State::Paused(..) => {
-                let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
+                let refusal = Refusal::new(Code::Cancelled, "the call was cancelled");
                 let refusal = refusal.with_ran(parked.ran());
                 self.parked_refused(number, &refusal, turn);
             }

@@ -406,7 +406,11 @@ impl<D: Driver> Registry<D> {
         serde_json::from_str(text).map_err(|error| {
             Refusal::new(
                 Code::BadMessage,
-                format!("cannot store field '{field}': {error}"),
+                format!(
+                    "field '{field}' cannot be stored: at byte {} it has half a surrogate pair, \
+                     or a number that is out of range",
+                    error.column()
+                ),
             )
         })
     }

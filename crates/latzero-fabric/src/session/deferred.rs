@@ -251,7 +251,7 @@ impl<D: Driver> Session<D> {
             return false;
         };
         self.held.remove(number);
-        let refusal = Refusal::new(Code::Cancelled, "the caller cancelled the call");
+        let refusal = Refusal::new(Code::Cancelled, "the call was cancelled");
         self.refuse(Some(id), &refusal.with_ran(Ran::No), turn);
         true
     }

@@ -37,7 +37,7 @@ impl<D: Driver> Session<D> {
                     })
                 });
                 shown
-                    .map(|shown| Reply::Now(shown.to_string()))
+                    .map(Reply::Now)
                     .ok_or_else(|| not_found(&parked.filter))
             }
             ParkedAction::Change(change) => self.change(change, &parked.filter, is_admin, turn),
@@ -122,7 +122,7 @@ impl<D: Driver> Session<D> {
 }
 
 fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> String {
-    let mut entries: Vec<Value> = Vec::new();
+    let mut entries = Vec::new();
     let (mut bytes, mut last) = (0, None);
     let mut is_more = found.len() == limit;
     for found in found {
@@ -130,7 +130,7 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
             pool.describe_parked(found.number, false, &turn.now)
         });
         if let Some(shown) = shown {
-            bytes += shown.to_string().len() + 1;
+            bytes += shown.len() + 1;
             if bytes > PAGE_BYTES_MAX {
                 is_more = true;
                 break;
@@ -139,7 +139,8 @@ fn page<D: Driver>(found: &[Found<D>], limit: usize, turn: &mut Turn<'_, D>) -> 
         }
         last = Some(found.number);
     }
-    json!({"parked": entries, "after": last.filter(|_| is_more)}).to_string()
+    let after = Value::from(last.filter(|_| is_more));
+    format!("{{\"parked\":[{}],\"after\":{after}}}", entries.join(","))
 }
 
 fn not_found(filter: &ParkedFilter) -> Refusal {

@@ -1,7 +1,7 @@
 //! Writing versions: one under a lock of its own, or many under one.
 
 use latzero_protocol::Code;
-use latzero_shm::{Attachment, Writing};
+use latzero_shm::{Attachment, Exposed, Writing};
 use serde_json::json;
 use std::sync::Arc;
 
@@ -106,6 +106,27 @@ impl Draft {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// Whether it is written into the mapped block, so that [`Draft::expose`] works.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        matches!(&self.bytes, Bytes::InPlace(Some(writing)) if writing.is_mapped())
+    }
+
+    /// Makes `length` bytes from `offset` on ready to be written in place; see
+    /// [`Writing::expose`].
+    ///
+    /// # Errors
+    /// `out_of_range`; `storage` if the block is not mapped.
+    pub fn expose(&mut self, offset: u64, length: u64, keeps: bool) -> Result<Exposed, Error> {
+        let block = self.block().clone();
+        match &mut self.bytes {
+            Bytes::InPlace(Some(writing)) if writing.is_mapped() => writing
+                .expose(offset, length, keeps)
+                .map_err(|e| write_error(block.id(), e)),
+            _ => Err(super::not_mapped(block.id(), "write")),
         }
     }
 
@@ -254,15 +275,7 @@ impl BlockWriter {
         let attachment = lock(&block.shared().current).attachment.clone();
         let attachment =
             attachment.filter(|_| !self.lock.is_inherited() && block.sealed().is_none());
-        let attachment = attachment.ok_or_else(|| {
-            Error::new(
-                Code::Storage,
-                format!(
-                    "block '{}' is not mapped here, or sealed; write it by copies",
-                    block.id()
-                ),
-            )
-        })?;
+        let attachment = attachment.ok_or_else(|| super::not_mapped(block.id(), "write"))?;
         begin(block, &attachment, self.lock.fence())
     }
 
@@ -273,6 +286,23 @@ impl BlockWriter {
     pub async fn into_draft(self) -> Result<Draft, Error> {
         self.lock.check()?;
         Draft::begin(self.lock).await
+    }
+
+    /// Makes `length` bytes of a version from `offset` on ready to be written in place; see
+    /// [`Writing::expose`].
+    ///
+    /// # Errors
+    /// `out_of_range`; `storage` if the block is not mapped.
+    pub fn expose(
+        &self,
+        writing: &mut Writing,
+        offset: u64,
+        length: u64,
+        keeps: bool,
+    ) -> Result<Exposed, Error> {
+        let id = self.lock.block().id();
+        let exposed = writing.expose(offset, length, keeps);
+        exposed.map_err(|e| write_error(id, e))
     }
 
     /// Lets everybody see a version; its number.

@@ -4,7 +4,7 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use latzero_protocol::memory::LockMode;
-use latzero_shm::Element;
+use latzero_shm::{Element, Exposed, OwnedView};
 use serde_json::Value;
 
 use super::App;
@@ -12,11 +12,11 @@ use crate::block::{Slice, View, deadline, timed_out};
 use crate::error::Error;
 
 /// Runs `future`, whose progress is the app's, on this thread.
-fn run<T>(app: &crate::App, future: impl Future<Output = T>) -> T {
+fn run<T>(app: &crate::App, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let mut future = pin!(future);
     app.core()
         .block_on(None, |cx| future.as_mut().poll(cx))
-        .expect("without a deadline it waits until it is done")
+        .unwrap_or_else(|| Err(super::interrupted()))
 }
 
 impl App {
@@ -148,8 +148,15 @@ impl std::ops::Deref for Block {
     }
 }
 
+impl From<crate::Block> for Block {
+    /// The same block with its blocking face. Not to be used on a thread that drives the async one.
+    fn from(block: crate::Block) -> Self {
+        Block(block)
+    }
+}
+
 impl Block {
-    fn run<T>(&self, future: impl Future<Output = T>) -> T {
+    fn run<T>(&self, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         run(self.0.app(), future)
     }
 
@@ -177,6 +184,15 @@ impl Block {
         self.run(self.0.view(f))
     }
 
+    /// The newest version in place, for as long as the result is kept; see
+    /// [`crate::Block::owned_view`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn owned_view(&self) -> Result<OwnedView, Error> {
+        self.run(self.0.owned_view())
+    }
+
     /// Waits for a version newer than `beyond`; returns it. A mapped block is waited for on this
     /// thread, without the server.
     ///
@@ -189,6 +205,9 @@ impl Block {
                 match self.0.wait_slice(beyond, deadline)? {
                     Slice::Newer(version) => return Ok(version),
                     Slice::Moved => break,
+                    Slice::Over if crate::interrupt::is_due() => {
+                        return Err(super::interrupted());
+                    }
                     Slice::Over if Instant::now() < deadline => {}
                     Slice::Over => return Err(timed_out(self.id())),
                 }
@@ -366,6 +385,20 @@ impl Draft {
     /// `out_of_range`, and as [`Block::read`].
     pub fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<(), Error> {
         run(&self.0, self.1.read_into(offset, to))
+    }
+
+    /// Whether it is written into the mapped block, so that [`Draft::expose`] works.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        self.1.is_in_place()
+    }
+
+    /// Makes bytes ready to be written in place; see [`crate::Draft::expose`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn expose(&mut self, offset: u64, length: u64, keeps: bool) -> Result<Exposed, Error> {
+        self.1.expose(offset, length, keeps)
     }
 
     /// Lets everybody see it, and gives the lock back; the version.

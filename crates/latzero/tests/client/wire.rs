@@ -407,3 +407,35 @@ fn a_server_that_reads_late_gets_everything() {
         });
     }
 }
+
+#[test]
+fn a_cancel_right_behind_its_call_is_heard() {
+    for over in [Over::Unix, Over::Tcp] {
+        let (tx, rx) = mpsc::channel();
+        let tx = std::sync::Mutex::new(tx);
+        let fake = Fake::scripted(over, move |_, mut peer: Peer| {
+            peer.welcome();
+            let (register, _) = peer.read().unwrap();
+            peer.reply(&register, &json!({"triggers": []}));
+            let call = |id: &str| {
+                let origin = json!({"app_id": "c", "instance": "i"});
+                frame(
+                    &json!({"action": "trigger", "id": id, "process": "t", "pool": "alpha",
+                            "data": id, "origin": origin, "ttl": 10_000}),
+                    None,
+                )
+            };
+            let cancel = frame(&json!({"action": "cancel", "id": "1"}), None);
+            peer.write(&[call("1"), cancel, call("2")].concat());
+            let (answer, _) = peer.read().unwrap();
+            tx.lock()
+                .unwrap()
+                .send(answer["in_reply_to"].clone())
+                .unwrap();
+            while peer.read().is_some() {}
+        });
+        let app = App::connect(&fake.url("a")).unwrap();
+        app.serve("t", |request| request.data::<String>()).unwrap();
+        assert_eq!(rx.recv_timeout(Duration::from_secs(10)).unwrap(), "2");
+    }
+}

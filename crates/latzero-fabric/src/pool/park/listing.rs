@@ -1,7 +1,7 @@
 //! Listing and changing parked calls.
 
-use latzero_protocol::AppId;
 use latzero_protocol::parked::{ParkedChange, ParkedFilter, ParkedState};
+use latzero_protocol::{AppId, Body};
 use serde_json::{Value, json};
 
 use super::super::Pool;
@@ -16,8 +16,10 @@ const SHOWN_BYTES_MAX: usize = 64 * 1024;
 /// The parked calls of a pool, in numbers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct ParkedCounts {
-    /// Calls that wait for a handler, or until they are offered again.
+    /// Calls that wait for a handler, or for the answer of the call that they repeat.
     pub waiting: usize,
+    /// Calls whose last attempt failed, until they are offered again.
+    pub paused: usize,
     /// Calls that a handler has.
     pub running: usize,
     /// Calls whose attempts all failed.
@@ -33,12 +35,13 @@ impl ParkedCounts {
     /// All calls, and all answers.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.waiting + self.running + self.dead + self.answered
+        self.waiting + self.paused + self.running + self.dead + self.answered
     }
 
     /// Adds those of another pool.
     pub fn add(&mut self, other: &ParkedCounts) {
         self.waiting += other.waiting;
+        self.paused += other.paused;
         self.running += other.running;
         self.dead += other.dead;
         self.answered += other.answered;
@@ -60,11 +63,13 @@ impl Parked {
 impl ParkedCalls {
     pub(in crate::pool) fn counts(&self) -> ParkedCounts {
         let waiting: usize = self.lines.values().map(super::Lines::len).sum();
-        let waiting = waiting + self.following + self.pauses.len();
+        let waiting = waiting + self.following;
+        let paused = self.pauses.len();
         let oldest = self.calls.values().find(|parked| !parked.is_dead());
         ParkedCounts {
             waiting,
-            running: self.calls.len() - waiting - self.dead.len(),
+            paused,
+            running: self.calls.len() - waiting - paused - self.dead.len(),
             dead: self.dead.len(),
             answered: self.answers.len(),
             oldest: oldest.map(|parked| parked.parked_ms),
@@ -117,12 +122,12 @@ impl<D: Driver> Pool<D> {
         numbers
     }
 
-    /// A call or an answer as a listing shows it.
-    pub(crate) fn describe_parked(&self, number: u64, is_whole: bool, now: &Now) -> Option<Value> {
+    /// A call or an answer as a listing shows it, as JSON text.
+    pub(crate) fn describe_parked(&self, number: u64, is_whole: bool, now: &Now) -> Option<String> {
         let Some(parked) = self.parked.calls.get(&number) else {
             let mut shown = self.parked.answers.describe(number)?;
             shown["pool"] = self.name.as_str().into();
-            return Some(shown);
+            return Some(shown.to_string());
         };
         let given = match parked.state {
             State::Given(key) => self.calls.at(key),
@@ -151,19 +156,37 @@ impl<D: Driver> Pool<D> {
         );
         note("cause", parked.cause.as_deref().map(text));
         note("handler", handler.map(|m| text(m.app.as_str())));
-        if let Some(lasting) = lasting.filter(|_| is_whole) {
-            note("redeliver", Some(lasting.redeliver.into()));
-            let message: Value = serde_json::from_str(&lasting.message).unwrap_or_default();
-            for name in ["headers", "key"] {
-                note(name, message.get(name).cloned());
-            }
-            match (message.get("data"), &lasting.attachment) {
-                (Some(data), _) if lasting.message.len() <= SHOWN_BYTES_MAX => {
-                    note("data", Some(data.clone()));
-                }
-                (Some(_), _) => note("data_bytes", Some(lasting.message.len().into())),
-                (None, Some(raw)) => note("attachment_bytes", Some(raw.len().into())),
-                (None, None) => {}
+        let Some(lasting) = lasting.filter(|_| is_whole) else {
+            return Some(shown.to_string());
+        };
+        note("redeliver", Some(lasting.redeliver.into()));
+        note(
+            "attachment_bytes",
+            lasting.attachment.as_ref().map(|raw| raw.len().into()),
+        );
+        let fields = lasting.read(|call| {
+            let key = call.key.as_deref().map(|key| text(key).to_string());
+            let data = match call.body {
+                Body::Json(data) => Some(data.text()),
+                _ => None,
+            };
+            let size = data.map(|data| data.len().to_string());
+            let data = data.filter(|data| data.len() <= SHOWN_BYTES_MAX);
+            let size = size.filter(|_| data.is_none());
+            let headers = call.headers.map(|headers| headers.text().to_owned());
+            [
+                ("key", key),
+                ("headers", headers),
+                ("data", data.map(str::to_owned)),
+                ("data_bytes", size),
+            ]
+        });
+        // As they came: a number keeps its digits.
+        let mut shown = shown.to_string();
+        for (name, value) in fields.into_iter().flatten() {
+            if let Some(value) = value {
+                let end = shown.len() - 1;
+                shown.insert_str(end, &format!(",\"{name}\":{value}"));
             }
         }
         Some(shown)

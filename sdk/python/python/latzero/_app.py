@@ -1,0 +1,747 @@
+"""The face of a connection."""
+
+from __future__ import annotations
+
+import atexit
+import contextvars
+import inspect
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import Any, Generic, Literal, TypeVar, cast
+from uuid import uuid4
+
+from . import _latzero
+from ._arrays import flat, numpy
+from ._block import Block, options as _block_options
+from ._decode import Decoder, Mismatch, decoder
+from ._errors import BadRequest, Cancelled, Disconnected, LatZeroError
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+_MISSING: Any = object()
+# How long handlers that run hold up the end of the process.
+_END_SECONDS = 1.0
+_current: contextvars.ContextVar[_latzero.Request] = contextvars.ContextVar("latzero_request")
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def request() -> _latzero.Request:
+    """The request that the running handler answers; `LookupError` outside of a handler."""
+    return _current.get()
+
+
+class Progress:
+    """Yielded by a streaming handler: a report of how far it is."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Reply:
+    """An answer with its headers."""
+
+    __slots__ = ("data", "headers")
+
+    def __init__(self, data: Any, headers: dict[str, str]) -> None:
+        self.data, self.headers = data, headers
+
+    @property
+    def bytes(self) -> bytes | None:
+        """The answer, if it is raw bytes."""
+        return self.data if isinstance(self.data, bytes) else None
+
+    def __repr__(self) -> str:
+        return f"Reply({self.data!r}, headers={self.headers!r})"
+
+
+class Event:
+    """An emit as it arrived. `lost` is how many before it were dropped."""
+
+    __slots__ = ("name", "pool", "data", "origin", "headers", "lost")
+
+    def __init__(self, fields: tuple[Any, ...]) -> None:
+        self.name, self.pool, self.data, self.origin, self.headers, self.lost = fields
+
+    def __repr__(self) -> str:
+        return f"<latzero.Event {self.pool}/{self.name} from {self.origin[0]}: {self.data!r}>"
+
+
+class Presence:
+    """What happened in a pool: `app_online`, `app_offline`, `trigger_added` and so on. `lost` is
+    how many before it were dropped."""
+
+    __slots__ = ("event", "pool", "app_id", "instance", "fields", "lost")
+
+    def __init__(self, fields: tuple[Any, ...]) -> None:
+        self.event, self.pool, self.app_id, self.instance, self.fields, self.lost = fields
+
+    def __repr__(self) -> str:
+        return f"<latzero.Presence {self.event} {self.pool} {self.app_id}>"
+
+
+class Answer:
+    """The answer to a parked call that nobody in this process waits for. `lost` is how many before
+    it were dropped."""
+
+    __slots__ = ("id", "lost", "_reply", "_error")
+
+    def __init__(self, fields: tuple[Any, ...]) -> None:
+        self.id, reply, self._error, self.lost = fields
+        self._reply = None if reply is None else Reply(*reply)
+
+    def result(self) -> Any:
+        """The answer; raises what the handler or the server said of the call's failure."""
+        if self._error is not None:
+            raise self._error
+        assert self._reply is not None
+        return self._reply.data
+
+    def __repr__(self) -> str:
+        return f"<latzero.Answer to {self.id!r}>"
+
+
+def _seconds(time: float | timedelta | None) -> float | None:
+    return time.total_seconds() if isinstance(time, timedelta) else time
+
+
+def _payload(data: Any, fields: dict[str, Any]) -> Any:
+    if data is _MISSING:
+        return fields or None
+    if fields:
+        raise TypeError("data and keyword fields exclude each other")
+    return data
+
+
+def _refuse(message: str) -> BadRequest:
+    return BadRequest("bad_message", message, "no", None, "Fix what the message names.")
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    call = getattr(function, "__call__", None)
+    return any(
+        inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in (function, call)
+    )
+
+
+def _calling(
+    timeout: float | timedelta | None, to: str | None, pool: str | None, key: str | None,
+    headers: dict[str, str] | None, idempotency_key: str | None = None, redeliver: bool = False,
+    id: str | None = None,
+) -> dict[str, Any]:
+    """The options of a call, as the binding takes them."""
+    return {
+        "timeout": _seconds(timeout), "to": to, "pool": pool, "key": key, "headers": headers,
+        "idempotency_key": idempotency_key, "redeliver": redeliver, "id": id,
+    }
+
+
+def _serving(
+    app: Any, function: Callable[..., Any], pools: list[str] | None, strategy: str,
+    concurrency: int | None, doc: str | None,
+) -> dict[str, Any]:
+    """The options of a handler, as the binding takes them."""
+    about = doc if doc is not None else (inspect.getdoc(function) or "").split("\n\n")[0]
+    return {
+        "pools": pools, "strategy": strategy, "concurrency": concurrency, "doc": about or None,
+        "owner": weakref.ref(app),
+    }
+
+
+def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> Iterator[T]:
+    """What comes in, until it is closed; dropping the iterator ends it."""
+    try:
+        while (item := inflow.next().wait()) is not None:
+            yield make(item[0])
+    finally:
+        inflow.close()
+
+
+class Stream(Generic[T]):
+    """A streamed answer: iterate over its items. Dropping it, and leaving `with`, cancels the
+    call."""
+
+    __slots__ = ("_items", "_decode")
+
+    def __init__(self, items: _latzero.Items, decode: Callable[[Any], T]) -> None:
+        self._items, self._decode = items, decode
+
+    @property
+    def progress(self) -> Any:
+        """The newest report of the handler that was not read yet, else `None`."""
+        return self._items.progress
+
+    @property
+    def end(self) -> Any:
+        """What the handler answered behind the last item, else `None`."""
+        return self._items.end
+
+    def cancel(self) -> None:
+        """Cancels the call."""
+        self._items.cancel()
+
+    def __iter__(self) -> Stream[T]:
+        return self
+
+    def __next__(self) -> T:
+        item = self._items.next().wait()
+        if item is None:
+            raise StopIteration
+        return self._decode(item[0])
+
+    def __enter__(self) -> Stream[T]:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.cancel()
+
+
+class Pending(Generic[T]):
+    """A call that was sent. Dropping it cancels the call."""
+
+    __slots__ = ("_op", "_decode", "_result")
+
+    def __init__(self, op: _latzero.Op, decode: Callable[[Any], T]) -> None:
+        self._op, self._decode = op, decode
+        self._result: tuple[Any, LatZeroError | None] | None = None
+        op.poll()
+
+    def done(self) -> bool:
+        """Whether `result` returns or raises at once."""
+        return self._result is not None or self._op.poll()
+
+    def result(self, timeout: float | timedelta | None = None) -> T:
+        """The answer, or what was said of the call's failure. `TimeoutError` if it does not come
+        within `timeout`: the call goes on then."""
+        if self._result is None:
+            seconds = _seconds(timeout)
+            try:
+                waited = (self._op.wait(),) if seconds is None else self._op.wait_within(seconds)
+            except LatZeroError as raised:
+                self._result = None, raised
+            else:
+                if waited is None:
+                    raise TimeoutError("the answer did not come in this time")
+                self._result = self._decode(waited[0]), None
+        value: Any = self._result[0]
+        error = self._result[1]
+        if error is not None:
+            raise error
+        return cast(T, value)
+
+    def cancel(self) -> None:
+        """Cancels the call."""
+        if self._result is None:
+            self._op.drop()
+            self._result = None, Cancelled("cancelled", "the call was cancelled", "unknown", None)
+
+
+class Parked:
+    """A call that the server keeps until it is answered. Dropping it lets the call continue: its
+    answer then comes by `App.answers`."""
+
+    __slots__ = ("_inner",)
+
+    def __init__(self, inner: _latzero.Parked) -> None:
+        self._inner = inner
+
+    @property
+    def id(self) -> str:
+        """The call's id, by which `App.answers` knows it."""
+        return self._inner.id
+
+    def answer(self) -> Any:
+        """Waits for the answer."""
+        return self._inner.answer().wait()
+
+    def cancel(self) -> None:
+        """Ends the call."""
+        self._inner.cancel()
+
+
+def _into(into: Any) -> Callable[[Any], Any]:
+    """What turns an answer into what the caller wants."""
+    if into is None:
+        return _same
+    decode = decoder(into)
+
+    def read(value: Any) -> Any:
+        try:
+            return decode(value, "the answer")
+        except Mismatch as error:
+            raise BadRequest(
+                "bad_message", str(error), "unknown", value, "Ask for what the handler answers."
+            ) from None
+
+    return read
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _adapt(function: Callable[..., Any]) -> Callable[[_latzero.Request, Any], Any]:
+    """`function` as the binding calls it: with the request and the payload."""
+    signature = inspect.signature(function, eval_str=True)
+    is_async = _is_async(function)
+    whole: str | None = None
+    wants_request: dict[str, bool] = {}
+    named: list[str] = []
+    required: set[str] = set()
+    takes_any = False
+    decoders: dict[str, Decoder] = {}
+    for name, parameter in signature.parameters.items():
+        positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+        hint = parameter.annotation
+        if isinstance(hint, type) and issubclass(hint, _latzero.Request):
+            wants_request[name] = positional
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            takes_any = True
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            raise TypeError(f"a handler can't take *{name}: arguments of calls have names")
+        elif positional:
+            if whole is not None:
+                raise TypeError("a handler takes one positional-only parameter, the payload")
+            whole = name
+            decoders[name] = decoder(hint)
+        else:
+            named.append(name)
+            decoders[name] = decoder(hint)
+            if parameter.default is inspect.Parameter.empty:
+                required.add(name)
+    if whole is not None and (named or takes_any):
+        raise TypeError("a handler takes the whole payload, or its fields by name, not both")
+
+    def decode(name: str, value: Any, incoming: _latzero.Request) -> Any:
+        try:
+            return decoders[name](value, name)
+        except Mismatch as error:
+            raise _refuse(f"'{incoming.name}': {error}") from None
+
+    def run(incoming: _latzero.Request, data: Any) -> Any:
+        arguments: list[Any] = []
+        fields: dict[str, Any] = {}
+        for name in signature.parameters:
+            if name == whole:
+                arguments.append(decode(name, data, incoming))
+            elif name in wants_request:
+                if wants_request[name]:
+                    arguments.append(incoming)
+                else:
+                    fields[name] = incoming
+        if whole is None:
+            given = {} if data is None else data
+            if not isinstance(given, dict):
+                kind = type(data).__name__
+                raise _refuse(f"'{incoming.name}' takes an object of named arguments, not {kind}")
+            missing = sorted(required - given.keys())
+            if missing:
+                raise _refuse(f"'{incoming.name}' misses the argument {missing[0]!r}")
+            unknown = [key for key in given if key not in named]
+            if unknown and not takes_any or any(key in wants_request for key in unknown):
+                raise _refuse(f"'{incoming.name}' has no argument {unknown[0]!r}")
+            for key, value in given.items():
+                fields[key] = decode(key, value, incoming) if key in decoders else value
+        token = _current.set(incoming)
+        try:
+            result = function(*arguments, **fields)
+        finally:
+            # A task has a context of its own, in which the request stays.
+            if not is_async:
+                _current.reset(token)
+        # Other iterators are no streams.
+        return result if inspect.isgenerator(result) or not hasattr(result, "__next__") else (
+            list(result)
+        )
+
+    return run
+
+
+class App:
+    """A connection to the server, made by `latzero.connect`. Its methods may be called from any
+    thread."""
+
+    def __init__(self, arguments: tuple[str, dict[str, Any]]) -> None:
+        self._arguments = arguments
+        self._lock = threading.RLock()
+        self._open()
+        self._connection: _latzero.App | None = _latzero.connect(*arguments)
+        _live.add(self)
+
+    def _open(self) -> None:
+        self._closed = threading.Event()
+        self._loop: Any = None
+
+    @property
+    def _inner(self) -> _latzero.App:
+        found = self._connection
+        if found is None:
+            # In a forked child, which gets a connection of its own when it needs one.
+            with self._lock:
+                if self._connection is None:
+                    if self._closed.is_set():
+                        raise Disconnected("disconnected", "the app is closed", "no", None)
+                    self._connection = _latzero.connect(*self._arguments)
+                found = self._connection
+        return found
+
+    def _forked(self, descriptor: int | None) -> None:
+        """In a forked child: lets go of the parent's connection without a word to the server."""
+        inner = self._connection
+        if inner is not None:
+            inner.leak()
+            if descriptor is not None:
+                _close_quietly(descriptor)
+        was_closed = self._closed.is_set()
+        self._lock = threading.RLock()
+        self._connection = None
+        self._open()
+        if was_closed:
+            self._closed.set()
+
+    @property
+    def app_id(self) -> str:
+        """The AppID."""
+        return self._inner.app_id
+
+    @property
+    def instance(self) -> str | None:
+        """The id of the live connection."""
+        return self._inner.instance
+
+    @property
+    def joined(self) -> list[str]:
+        """The pools that the app is in."""
+        return self._inner.joined
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection just now."""
+        return self._inner.is_connected
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the server has on disk what the app registered."""
+        return self._inner.is_stored
+
+    def __repr__(self) -> str:
+        inner = self._connection
+        if inner is None:
+            return "<latzero.App of a forked process, not connected yet>"
+        state = "closed" if self._closed.is_set() else (
+            "connected" if inner.is_connected else "disconnected"
+        )
+        return f"<latzero.App {inner.app_id!r} in {', '.join(inner.joined) or 'no pool'}, {state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an App can't be pickled: connect in each process")
+
+    def call(
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None,
+        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
+    ) -> Any:
+        """Calls the trigger `name` with `data`, or with the fields as an object; its answer,
+        as a value of the type `into`."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        read = _into(into)
+        return read(self._inner.call(name, _payload(data, fields), options))
+
+    def reply(
+        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
+        to: str | None = None, pool: str | None = None, key: str | None = None,
+        headers: dict[str, str] | None = None, idempotency_key: str | None = None,
+        redeliver: bool = False, **fields: Any,
+    ) -> Reply:
+        """As `call`, with the headers of the answer."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        return Reply(*self._inner.reply(name, _payload(data, fields), options))
+
+    def submit(
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None,
+        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
+    ) -> Pending[Any]:
+        """As `call`, sent now and waited for later: many calls in flight from one thread."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        return Pending(self._inner.call_op(name, _payload(data, fields), options), _into(into))
+
+    def park(
+        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
+        to: str | None = None, pool: str | None = None, key: str | None = None,
+        headers: dict[str, str] | None = None, idempotency_key: str | None = None,
+        redeliver: bool = False, id: str | None = None, **fields: Any,
+    ) -> Parked:
+        """Calls, and lets the server keep the call on disk until a handler answers it."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver, id)
+        return Parked(self._inner.park(name, _payload(data, fields), options).wait())
+
+    def answers(self) -> Iterator[Answer]:
+        """Answers to parked calls that nobody in this process waits for, those of an earlier life
+        of it among them."""
+        return _iterate(self._inner.answers(), Answer)
+
+    def stream(
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None, **fields: Any,
+    ) -> Stream[Any]:
+        """Calls for a streamed answer: iterate over it. Dropping it cancels the call."""
+        options = _calling(timeout, to, pool, key, headers)
+        items = self._inner.stream(name, _payload(data, fields), options, window)
+        return Stream(items, _into(into))
+
+    def emit(
+        self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
+        to: str | None = None, pool: str | None = None, key: str | None = None,
+        headers: dict[str, str] | None = None, **fields: Any,
+    ) -> int | None:
+        """Tells every handler of `name`, or `one`; with `count`, how many it went to."""
+        options = {"to": to, "pool": pool, "key": key, "headers": headers}
+        return self._inner.emit(name, _payload(data, fields), options, one, count)
+
+    def serve(
+        self, name: str | Callable[..., Any] | None = None, function: Any = None, *,
+        pools: list[str] | None = None, strategy: str = "round_robin",
+        concurrency: int | None = None, doc: str | None = None,
+    ) -> Any:
+        """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
+        Plain functions and generators run on threads; `async` ones on one event loop, on a thread
+        that the app makes for them."""
+        if callable(name):
+            name, function = None, name
+
+        def register(function: F) -> F:
+            options = _serving(self, function, pools, strategy, concurrency, doc)
+            loop = self._async_loop() if _is_async(function) else None
+            self._inner.serve(
+                name or function.__name__, _adapt(function), options, loop
+            ).wait()
+            return function
+
+        return register if function is None else register(function)
+
+    def _async_loop(self) -> _latzero.Loop:
+        """The event loop of async handlers, made when it is needed first."""
+        with self._lock:
+            if self._loop is None:
+                from .aio import LoopThread
+
+                self._loop = LoopThread(f"latzero-{self.app_id}")
+            return self._loop.inner
+
+    def unserve(self, name: str) -> None:
+        """Serves `name` no longer. Calls that run are finished."""
+        self._inner.unserve(name).wait()
+
+    def events(self, name: str) -> Iterator[Event]:
+        """Emits of `name` as they arrive; listening begins now and stops when this is dropped."""
+        return _iterate(self._inner.events(name).wait(), Event)
+
+    def on(self, name: str, function: Any = None) -> Any:
+        """Calls `function(event)` with each emit of `name`, on a thread of its own. A decorator,
+        if no function is given. What it raises is reported to `threading.excepthook`."""
+
+        def register(function: F) -> F:
+            events = self.events(name)
+
+            def run() -> None:
+                for event in events:
+                    try:
+                        function(event)
+                    except Exception:
+                        threading.excepthook(
+                            threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
+                        )
+
+            threading.Thread(target=run, name=f"latzero-on-{name}", daemon=True).start()
+            return function
+
+        return register if function is None else register(function)
+
+    def watch(self, pool: str) -> Iterator[Presence]:
+        """Apps and triggers of a pool that come and go, from now on."""
+        return _iterate(self._inner.watch(pool).wait(), Presence)
+
+    def block(
+        self, id: str, *, shape: int | Iterable[int] | None = None, dtype: Any = None,
+        size: int | None = None, create: bool | Literal["new"] = False, write: bool | None = None,
+        pool: str | None = None, kind: str = "shared", consistency: str = "snapshot",
+        slots: int = 2, readable_by: Iterable[str] | None = None,
+        writable_by: Iterable[str] | None = None, lifetime: str = "pool",
+    ) -> Block:
+        """Takes part in the memory block `id`. With `create` it is made, unless there is one of
+        this size and layout; with `create="new"` there must be none. `write=False` opens it for
+        reading, `True` for writing too, and `None` for writing if that is allowed."""
+        options = _block_options(
+            shape, dtype, size, create, write, pool, kind, consistency, slots, readable_by,
+            writable_by, lifetime,
+        )
+        return Block(self._inner.block(id, options).wait())
+
+    def blocks(self, pool: str | None = None) -> list[dict[str, Any]]:
+        """The memory blocks of a pool, as the server describes them."""
+        return self._inner.blocks(pool).wait()
+
+    def share(self, array: Any, *, pool: str | None = None) -> Block:
+        """Copies an array into a new block without a name of its own, as an argument of calls. It
+        lives as long as the `Block`."""
+        shape, dtype, data = _shared(array)
+        block = self.block(
+            f"share-{uuid4().hex}", shape=shape, dtype=dtype, size=len(data), create="new",
+            pool=pool, lifetime="attached",
+        )
+        with block.write(keep=False) as target:
+            flat(target)[:] = data
+        return block
+
+    def join(self, pool: str) -> None:
+        """Joins a pool."""
+        self._inner.join(pool).wait()
+
+    def leave(self, pool: str) -> None:
+        """Leaves a pool."""
+        self._inner.leave(pool).wait()
+
+    def request(self, message: dict[str, Any]) -> Any:
+        """Asks the server for anything: a message of the protocol, without an `id`."""
+        return self._inner.request(message).wait()
+
+    def apps(self) -> Any:
+        """The apps that the server knows."""
+        return self.request({"action": "app_list"})
+
+    def pools(self) -> Any:
+        """The pools that the server knows."""
+        return self.request({"action": "pool_list"})
+
+    def ping(self) -> float:
+        """Seconds that the server took to answer."""
+        return self._inner.ping().wait()
+
+    def wait(self) -> None:
+        """Waits until the app is closed. Ctrl-C closes it, and is not raised."""
+        try:
+            while not self._closed.wait(0.1):
+                pass
+        except KeyboardInterrupt:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the connection, after the handlers that run, which have five seconds."""
+        self._close(None)
+
+    def _end(self) -> None:
+        """At the end of the process."""
+        self._close(_END_SECONDS)
+
+    def _close(self, within: float | None) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            try:
+                if self._connection is not None:
+                    self._connection.close(within)
+            finally:
+                if self._loop is not None:
+                    self._loop.close()
+
+    def __enter__(self) -> App:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def _shared(array: Any) -> tuple[Any, Any, memoryview]:
+    """Shape, dtype and bytes of an array, of bytes, or of another buffer."""
+    module = numpy()
+    if module is not None and isinstance(array, module.ndarray):
+        array = module.ascontiguousarray(array)
+        return array.shape, array.dtype.str, memoryview(array.reshape(-1).view("u1"))
+    return None, None, memoryview(array).cast("B")
+
+
+def _options(
+    url: str | None, pools: Iterable[str], exclusive: bool, takeover: bool, rehydrate: bool,
+    transient: bool, meta: dict[str, Any] | None, reconnect: bool, handler_threads: int,
+    connect_timeout: float | timedelta, call_timeout: float | timedelta, tracebacks: bool,
+) -> tuple[str, dict[str, Any]]:
+    """The address, and what the binding connects with."""
+    if url is None:
+        url = os.environ.get("LATZERO_URL")
+    if url is None:
+        script = os.path.splitext(os.path.basename(sys.argv[0] or "python"))[0]
+        name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in script)
+        url, transient = f"latzero://{name or 'python'}-{os.getpid()}", True
+    return url, {
+        "pools": list(pools), "exclusive": exclusive, "takeover": takeover,
+        "rehydrate": rehydrate, "transient": transient, "meta": meta, "reconnect": reconnect,
+        "handler_threads": handler_threads, "connect_timeout": _seconds(connect_timeout),
+        "call_timeout": _seconds(call_timeout), "tracebacks": tracebacks,
+    }
+
+
+def connect(
+    url: str | None = None, *, pools: Iterable[str] = (), exclusive: bool = False,
+    takeover: bool = False, rehydrate: bool = False, transient: bool = False,
+    meta: dict[str, Any] | None = None, reconnect: bool = True, handler_threads: int = 16,
+    connect_timeout: float | timedelta = 5.0, call_timeout: float | timedelta = 30.0,
+    tracebacks: bool = True,
+) -> App:
+    """Connects. Without `url`: `$LATZERO_URL`, else a transient AppID of the script's name and
+    pid."""
+    return App(_options(
+        url, pools, exclusive, takeover, rehydrate, transient, meta, reconnect, handler_threads,
+        connect_timeout, call_timeout, tracebacks,
+    ))
+
+
+# The apps that may be open, of both faces, and their descriptors while the process forks.
+_forking: list[tuple[Any, int | None]] = []
+
+
+def _close_quietly(descriptor: int) -> None:
+    """Replaces a socket by something that nobody is at the other end of."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
+
+
+def _before_fork() -> None:
+    for app in list(_live):
+        connection = app._connection
+        _forking.append((app, connection and connection.descriptor))
+
+
+def _after_fork_in_parent() -> None:
+    _forking.clear()
+
+
+def _after_fork_in_child() -> None:
+    _latzero.forked()
+    for app, descriptor in _forking:
+        app._forked(descriptor)
+    _forking.clear()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
+
+
+@atexit.register
+def _close_all() -> None:
+    for app in list(_live):
+        try:
+            app._end()
+        except LatZeroError:
+            # The process ends, and the connection with it.
+            pass

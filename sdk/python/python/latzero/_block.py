@@ -1,0 +1,407 @@
+"""Memory blocks, for code that waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from . import _arrays, _latzero
+from ._errors import BlockError, Timeout
+
+# How long one wait of a wait without end is.
+_LONG = 3600.0
+
+
+def _seconds(time: float | timedelta | None) -> Any:
+    return time.total_seconds() if isinstance(time, timedelta) else time
+
+
+class BlockInfo:
+    """What a block is. `Block` and `aio.Block` have these attributes."""
+
+    __slots__ = ("_handle", "__weakref__")
+
+    def __init__(self, handle: _latzero.Block) -> None:
+        self._handle: _latzero.Block | None = handle
+
+    @property
+    def _inner(self) -> _latzero.Block:
+        if self._handle is None:
+            raise BlockError(
+                "no_block", "the handle was closed", "no", None, "Open the block again."
+            )
+        return self._handle
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return self._inner.id
+
+    @property
+    def pool(self) -> str:
+        """Its pool."""
+        return self._inner.pool
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self._inner.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of its array, if it has a layout."""
+        layout = self._inner.layout
+        return tuple(layout[1]) if layout else None
+
+    @property
+    def dtype(self) -> str | None:
+        """The element type in numpy's notation, if it has a layout."""
+        layout = self._inner.layout
+        return layout[0] if layout else None
+
+    @property
+    def version(self) -> int:
+        """Its newest version, as far as known without asking; 0 was never written."""
+        return self._inner.version
+
+    @property
+    def generation(self) -> int:
+        """One more with each resize."""
+        return self._inner.generation
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the server is connected and has the block."""
+        return self._inner.is_live
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether its bytes are mapped into this process, rather than copied."""
+        return self._inner.is_mapped
+
+    def close(self) -> None:
+        """Lets go of it. Views stay readable."""
+        self._handle = None
+
+    def __repr__(self) -> str:
+        if self._handle is None:
+            return "<latzero.Block, closed>"
+        what = f"{self.dtype} {self.shape}" if self.dtype else f"{self.nbytes} bytes"
+        return f"<latzero.Block {self.pool}/{self.id}: {what}, version {self.version}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Block can't be pickled: open it by its id in the other process")
+
+    def _read(self, out: Any) -> Any:
+        """Copies the newest version."""
+        while True:
+            inner = self._inner
+            nbytes, layout = inner.nbytes, inner.layout
+            target = _arrays.empty(nbytes, layout) if out is None else out
+            place = _arrays.flat(target)
+            if place.nbytes != nbytes:
+                raise ValueError(f"`out` has {place.nbytes} bytes, the block has {nbytes}")
+            try:
+                inner.read_into(0, place)
+            except BlockError as error:
+                # It was resized meanwhile.
+                if error.code == "out_of_range" and inner.nbytes != nbytes and out is None:
+                    continue
+                raise
+            return target
+
+    def _read_at(self, offset: int, length: int) -> bytes:
+        target = bytearray(length)
+        self._inner.read_into(offset, target)
+        return bytes(target)
+
+
+class Filling:
+    """The array of a version under way, in place where the block is mapped."""
+
+    __slots__ = ("array", "offset", "is_copy", "_slot")
+
+    def __init__(
+        self, inner: _latzero.Block, target: Any, keep: bool, part: slice | None
+    ) -> None:
+        layout = inner.layout
+        self.offset, length, layout = _arrays.part_of(part, inner.nbytes, layout)
+        self._slot = None if target is None else target.expose(self.offset, length, keep)
+        self.is_copy = self._slot is None
+        if self._slot is not None:
+            self.array = _arrays.array(self._slot, layout)
+            return
+        self.array = _arrays.empty(length, layout)
+        if keep:
+            inner.read_into(self.offset, _arrays.flat(self.array))
+
+    def copy(self) -> bytes:
+        """The bytes, where they are not in place."""
+        return bytes(_arrays.flat(self.array))
+
+    def close(self) -> None:
+        """Makes later writes errors."""
+        _arrays.close(self.array)
+        if self._slot is not None:
+            self._slot.close()
+
+
+class Write:
+    """A version under way: `with block.write() as a: ...`. Leaving publishes it, an exception
+    discards it. `version` is its number then."""
+
+    __slots__ = ("_inner", "_keep", "_wait", "_part", "_draft", "_filling", "version")
+
+    def __init__(
+        self, inner: _latzero.Block, keep: bool, wait: float, part: slice | None
+    ) -> None:
+        self._inner, self._keep, self._wait, self._part = inner, keep, wait, part
+        self.version: int | None = None
+
+    def __enter__(self) -> Any:
+        self._draft = self._inner.draft(self._wait).wait()
+        try:
+            self._filling = Filling(self._inner, self._draft, self._keep, self._part)
+        except BaseException:
+            self._draft.abandon()
+            raise
+        return self._filling.array
+
+    def __exit__(self, kind: Any, *raised: object) -> None:
+        filling, draft = self._filling, self._draft
+        bytes = filling.copy() if filling.is_copy and kind is None else None
+        filling.close()
+        if kind is not None:
+            draft.abandon()
+            return
+        if bytes is not None:
+            draft.write(filling.offset, bytes)
+        self.version = draft.commit().wait()
+
+
+class WriterWrite:
+    """A version under way, under a writer's lock; as `Write`."""
+
+    __slots__ = ("_inner", "_writer", "_keep", "_part", "_version", "_filling", "version")
+
+    def __init__(
+        self, inner: _latzero.Block, writer: _latzero.Writer, keep: bool, part: slice | None
+    ) -> None:
+        self._inner, self._writer, self._keep, self._part = inner, writer, keep, part
+        self.version: int | None = None
+
+    def __enter__(self) -> Any:
+        self._version = self._writer.begin()
+        try:
+            self._filling = Filling(self._inner, self._version, self._keep, self._part)
+        except BaseException:
+            self._abandon()
+            raise
+        return self._filling.array
+
+    def _abandon(self) -> None:
+        if self._version is not None:
+            self._version.abandon()
+
+    def __exit__(self, kind: Any, *raised: object) -> None:
+        filling = self._filling
+        bytes = filling.copy() if filling.is_copy and kind is None else None
+        filling.close()
+        if kind is not None:
+            self._abandon()
+        elif self._version is not None:
+            self.version = self._version.publish()
+        elif bytes is not None:
+            self.version = self._writer.write(filling.offset, bytes).wait()
+
+
+class Writer:
+    """Writes many versions under one lock: `with block.writer() as w:`."""
+
+    __slots__ = ("_inner", "_wait", "_writer")
+
+    def __init__(self, inner: _latzero.Block, wait: float) -> None:
+        self._inner, self._wait = inner, wait
+        self._writer: _latzero.Writer | None = None
+
+    def __enter__(self) -> Writer:
+        self._writer = self._inner.writer(self._wait).wait()
+        return self
+
+    def write(self, *, keep: bool = True, part: slice | None = None) -> WriterWrite:
+        """The next version; see `Block.write`."""
+        if self._writer is None:
+            raise RuntimeError("write inside of `with block.writer() as w:`")
+        return WriterWrite(self._inner, self._writer, keep, part)
+
+    def __exit__(self, *raised: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class Lock:
+    """A block's lock: `with block.lock():`."""
+
+    __slots__ = ("_inner", "_arguments", "_lock")
+
+    def __init__(
+        self, inner: _latzero.Block, shared: bool, wait: float, lease: float | None
+    ) -> None:
+        self._inner, self._arguments = inner, (shared, wait, lease)
+        self._lock: _latzero.Lock | None = None
+
+    def __enter__(self) -> Lock:
+        self._lock = self._inner.lock(*self._arguments).wait()
+        return self
+
+    @property
+    def _held(self) -> _latzero.Lock:
+        if self._lock is None:
+            raise RuntimeError("the lock is held inside of `with block.lock():`")
+        return self._lock
+
+    @property
+    def fence(self) -> int:
+        """Larger than that of every lock of this block before."""
+        return self._held.fence
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is still held, as far as is known here."""
+        return self._lock is not None and self._lock.is_held
+
+    def renew(self, lease: float | timedelta | None = None) -> None:
+        """Renews its lease; without one it is held as long as the connection."""
+        self._held.renew(_seconds(lease)).wait()
+
+    def __exit__(self, kind: Any, *raised: object) -> None:
+        held, self._lock = self._held, None
+        if kind is None:
+            held.unlock().wait()
+        else:
+            held.close()
+
+
+class Block(BlockInfo):
+    """A block that this app takes part in, made by `App.block`."""
+
+    __slots__ = ()
+
+    def read(self, out: Any = None) -> Any:
+        """A private copy of the newest version: an array, or a `memoryview` without numpy. `out`
+        is filled instead of new memory."""
+        return self._read(out)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Some bytes of the newest version."""
+        return self._read_at(offset, length)
+
+    def view(self) -> _latzero.View:
+        """The newest version in place, read-only. `with block.view() as a:` raises `BlockError`
+        (`contended`) on leaving if the version was written over meanwhile."""
+        return self._inner.view().wait()
+
+    def write(
+        self, *, keep: bool = True, wait: float | timedelta = 1.0, part: slice | None = None
+    ) -> Write:
+        """The next version, under the block's lock: `with block.write() as a:`. With `keep` the
+        array begins as the version before; else it holds old bytes and all must be written. `part`
+        gives these rows alone. The array, and what was sliced of it, must not be used later."""
+        return Write(self._inner, keep, _seconds(wait), part)
+
+    def writer(self, *, wait: float | timedelta = 1.0) -> Writer:
+        """Takes the lock for many versions: `with block.writer() as w:`, then `w.write()`."""
+        return Writer(self._inner, _seconds(wait))
+
+    def write_at(self, offset: int, data: bytes, *, if_version: int | None = None) -> int:
+        """Writes bytes through the server; the version. With `if_version` the block must have that
+        version."""
+        return self._inner.write_at(offset, bytes(data), if_version).wait()
+
+    def cas(self, offset: int, expected: bytes, data: bytes) -> bytes | None:
+        """Writes `data` where `expected` stands: `None`. Else the bytes that stand there."""
+        return self._inner.cas(offset, bytes(expected), bytes(data)).wait()
+
+    def lock(
+        self, *, shared: bool = False, wait: float | timedelta = 1.0,
+        lease: float | timedelta | None = None,
+    ) -> Lock:
+        """The block's lock: `with block.lock():`."""
+        return Lock(self._inner, shared, _seconds(wait), _seconds(lease))
+
+    def wait(
+        self, beyond: int | None = None, timeout: float | timedelta | None = None
+    ) -> int:
+        """Waits for a version newer than `beyond`, or than the one now; the version."""
+        inner = self._inner
+        beyond = inner.version if beyond is None else beyond
+        if timeout is not None:
+            return inner.wait_here(beyond, _seconds(timeout))
+        while True:
+            try:
+                return inner.wait_here(beyond, _LONG)
+            except Timeout:
+                continue
+
+    def changes(self) -> Iterator[int]:
+        """The versions to come, the newest of those that came since the last look each time."""
+        inflow = self._inner.changes().wait()
+
+        def iterate() -> Iterator[int]:
+            while (item := inflow.next().wait()) is not None:
+                yield item[0]
+
+        return iterate()
+
+    def resize(self, nbytes: int) -> None:
+        """Gives it another size: a new generation, which everybody continues with."""
+        self._inner.resize(nbytes).wait()
+
+    def flush(self) -> int:
+        """Flushes a persistent block to disk; the version on disk."""
+        return self._inner.flush().wait()
+
+    def remove(self) -> None:
+        """Removes it, under everybody."""
+        self._inner.remove().wait()
+
+    def info(self) -> dict[str, Any]:
+        """All about it, as the server describes it."""
+        return self._inner.info().wait()
+
+    def __enter__(self) -> Block:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def writable(block: Any) -> Any:
+    """Marks a block in the data of a call: its handler may write it."""
+    return _latzero.Writable(block._inner)
+
+
+def options(
+    shape: Any, dtype: Any, size: int | None, create: bool | str, write: bool | None,
+    pool: str | None, kind: str, consistency: str, slots: int, readable_by: Any,
+    writable_by: Any, lifetime: str,
+) -> dict[str, Any]:
+    """What the binding opens a block with."""
+    found = _arrays.layout_of(shape, dtype)
+    if create not in (False, True, "new"):
+        raise ValueError(f"create is False, True or 'new', not {create!r}")
+    if found and size is not None and size != found[1]:
+        raise ValueError(f"size is {size}, but the layout takes {found[1]} bytes")
+    if create and not found and size is None:
+        raise TypeError("a new block takes `shape` and `dtype`, or `size`")
+    if size is None:
+        size = found[1] if found else 0
+    return {
+        "layout": found and found[0], "size": size, "write": write, "pool": pool, "kind": kind,
+        "create": {False: None, True: "attach", "new": "new"}[create],
+        "consistency": consistency, "slots": slots, "lifetime": lifetime,
+        "readable_by": None if readable_by is None else list(readable_by),
+        "writable_by": None if writable_by is None else list(writable_by),
+    }

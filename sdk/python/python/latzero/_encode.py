@@ -1,0 +1,33 @@
+"""What JSON has no word for, as what it has. Called for objects that the binding does not know."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import sys
+import uuid
+from typing import Any
+
+from ._block import BlockInfo
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON's types; `TypeError` if that is not known."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    fields = getattr(type(value), "__dataclass_fields__", None)
+    if fields is not None:
+        import dataclasses
+
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if hasattr(type(value), "model_dump"):
+        return value.model_dump(mode="json")
+    if hasattr(type(value), "__struct_fields__") and "msgspec" in sys.modules:
+        return sys.modules["msgspec"].to_builtins(value)
+    if isinstance(value, BlockInfo):
+        return value._inner
+    raise TypeError(type(value).__qualname__)

@@ -1,0 +1,852 @@
+"""LatZero for asyncio: the names of `latzero`, to be awaited.
+
+    async with latzero.aio.connect("latzero://me?pool=alpha") as app:
+        print(await app.call("double", n=21))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
+from datetime import timedelta
+from typing import Any, Generic, Literal, TypeVar
+from uuid import uuid4
+
+from . import _latzero
+from ._app import (
+    _MISSING, Answer, Event, Presence, Progress, Reply, _adapt, _calling, _close_quietly, _into,
+    _is_async, _live, _options, _payload, _serving, _shared,
+)
+from ._arrays import flat
+from ._block import BlockInfo, Filling, _seconds
+from ._block import options as _block_options
+from ._errors import Cancelled, LatZeroError, Timeout
+from ._latzero import AioRequest as Request
+
+__all__ = ["App", "Block", "Parked", "Pending", "Request", "Stream", "connect"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+# Copies larger than this are made on another thread.
+_COPY_BYTES = 256 * 1024
+_LONG = 3600.0
+
+
+class _Loop:
+    """What an event loop has under way with LatZero."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.inner = _latzero.Loop()
+        # Weak: the event loop refers to this by its reader.
+        self._weak_loop = weakref.ref(loop)
+        self._tasks: set[asyncio.Task[None]] = set()
+        loop.add_reader(self.inner.fileno(), self.inner.turn, self._begin)
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        loop = self._weak_loop()
+        assert loop is not None, "the event loop runs this"
+        return loop
+
+    def start(self, op: _latzero.Op) -> asyncio.Future[Any]:
+        """Begins an operation."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        token = self.inner.start(op, future)
+
+        def end(done: asyncio.Future[Any]) -> None:
+            if done.cancelled():
+                self.inner.cancel(token)
+
+        if not future.done():
+            future.add_done_callback(end)
+        return future
+
+    def _begin(
+        self, handler: Callable[[Any, Any], Any], request: Request, data: Any,
+        answer: _latzero.Answer,
+    ) -> asyncio.Task[None]:
+        return self.spawn(_answer(handler, request, data, answer))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that is kept until it ends."""
+        if sys.version_info >= (3, 12):
+            task = asyncio.Task(work, loop=self._loop, eager_start=True)
+        else:
+            task = self._loop.create_task(work)
+        if not task.done():
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return task
+
+    def close(self) -> None:
+        """Lets go of everything."""
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self.inner.fileno())
+        self.inner.close()
+        for task in list(self._tasks):
+            task.cancel()
+
+
+_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
+
+
+def _of_running_loop() -> _Loop:
+    loop = asyncio.get_running_loop()
+    found = _loops.get(loop)
+    if found is None:
+        found = _loops[loop] = _Loop(loop)
+    return found
+
+
+def _run(op: _latzero.Op) -> asyncio.Future[Any]:
+    """Begins an operation on the running event loop."""
+    return _of_running_loop().start(op)
+
+
+async def _answer(
+    handler: Callable[[Any, Any], Any], request: Request, data: Any, answer: _latzero.Answer
+) -> None:
+    """Runs one handler."""
+    try:
+        result = handler(request, data)
+        if inspect.isasyncgen(result):
+            try:
+                async for item in result:
+                    if isinstance(item, Progress):
+                        await _run(request._report(item.value))
+                    else:
+                        await _run(request._item(item))
+            finally:
+                await result.aclose()
+            result = None
+        elif inspect.isawaitable(result):
+            result = await result
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        answer.fail(error)
+        if not isinstance(error, Exception):
+            raise
+    else:
+        answer.send(result)
+
+
+class LoopThread:
+    """An event loop on a thread of its own, for the async handlers of a blocking app."""
+
+    def __init__(self, name: str) -> None:
+        self._ready = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        self._ready.wait()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        loop = _loops[self._loop] = _Loop(self._loop)
+        self.inner = loop.inner
+        self._ready.set()
+        self._loop.run_forever()
+        loop.close()
+        tasks = asyncio.all_tasks(self._loop)
+        if tasks:
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
+
+    def close(self) -> None:
+        """Ends the loop and what runs on it."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+async def _iterate(inflow: _latzero.Inflow, make: Callable[[Any], T]) -> AsyncIterator[T]:
+    """What comes in, until it is closed."""
+    try:
+        while (item := await _run(inflow.next())) is not None:
+            yield make(item[0])
+    finally:
+        inflow.close()
+
+
+class Stream(Generic[T]):
+    """A streamed answer: iterate over its items. Dropping it, and leaving `async with`, cancels
+    the call."""
+
+    __slots__ = ("_items", "_decode")
+
+    def __init__(self, items: _latzero.Items, decode: Callable[[Any], T]) -> None:
+        self._items, self._decode = items, decode
+
+    @property
+    def progress(self) -> Any:
+        """The newest report of the handler that was not read yet, else `None`."""
+        return self._items.progress
+
+    @property
+    def end(self) -> Any:
+        """What the handler answered behind the last item, else `None`."""
+        return self._items.end
+
+    def cancel(self) -> None:
+        """Cancels the call."""
+        self._items.cancel()
+
+    def __aiter__(self) -> Stream[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        item = await _run(self._items.next())
+        if item is None:
+            raise StopAsyncIteration
+        return self._decode(item[0])
+
+    async def __aenter__(self) -> Stream[T]:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self.cancel()
+
+
+class Pending(Generic[T]):
+    """A call that was sent. Dropping it cancels the call."""
+
+    __slots__ = ("_future", "_decode", "__weakref__")
+
+    def __init__(self, future: asyncio.Future[Any], decode: Callable[[Any], T]) -> None:
+        self._future, self._decode = future, decode
+        weakref.finalize(self, future.cancel).atexit = False
+
+    def done(self) -> bool:
+        """Whether `result` returns or raises at once."""
+        return self._future.done()
+
+    async def result(self, timeout: float | timedelta | None = None) -> T:
+        """The answer, or what was said of the call's failure. `TimeoutError` if it does not come
+        within `timeout`: the call goes on then."""
+        if not self._future.done():
+            await asyncio.wait([self._future], timeout=_seconds(timeout))
+        if not self._future.done():
+            raise TimeoutError("the answer did not come in this time")
+        if self._future.cancelled():
+            raise Cancelled("cancelled", "the call was cancelled", "unknown", None)
+        return self._decode(self._future.result())
+
+    def cancel(self) -> None:
+        """Cancels the call."""
+        self._future.cancel()
+
+
+class Parked:
+    """A call that the server keeps until it is answered. Dropping it lets the call continue: its
+    answer then comes by `App.answers`."""
+
+    __slots__ = ("_inner",)
+
+    def __init__(self, inner: _latzero.Parked) -> None:
+        self._inner = inner
+
+    @property
+    def id(self) -> str:
+        """The call's id, by which `App.answers` knows it."""
+        return self._inner.id
+
+    async def answer(self) -> Any:
+        """Waits for the answer."""
+        return await _run(self._inner.answer())
+
+    def cancel(self) -> None:
+        """Ends the call."""
+        self._inner.cancel()
+
+
+class Write:
+    """A version under way: `async with block.write() as a: ...`. Leaving publishes it, an
+    exception discards it. `version` is its number then."""
+
+    __slots__ = ("_inner", "_keep", "_wait", "_part", "_draft", "_filling", "version")
+
+    def __init__(
+        self, inner: _latzero.Block, keep: bool, wait: float, part: slice | None
+    ) -> None:
+        self._inner, self._keep, self._wait, self._part = inner, keep, wait, part
+        self.version: int | None = None
+
+    async def __aenter__(self) -> Any:
+        self._draft = await _run(self._inner.draft(self._wait))
+        try:
+            self._filling = await _fill(self._inner, self._draft, self._keep, self._part)
+        except BaseException:
+            self._draft.abandon()
+            raise
+        return self._filling.array
+
+    async def __aexit__(self, kind: Any, *raised: object) -> None:
+        filling, draft = self._filling, self._draft
+        bytes = filling.copy() if filling.is_copy and kind is None else None
+        filling.close()
+        if kind is not None:
+            draft.abandon()
+            return
+        if bytes is not None:
+            draft.write(filling.offset, bytes)
+        self.version = await _run(draft.commit())
+
+
+async def _fill(
+    inner: _latzero.Block, target: Any, keep: bool, part: slice | None
+) -> Filling:
+    if keep and (inner.nbytes > _COPY_BYTES or not inner.is_mapped):
+        return await asyncio.to_thread(Filling, inner, target, keep, part)
+    return Filling(inner, target, keep, part)
+
+
+class WriterWrite:
+    """A version under way, under a writer's lock; as `Write`."""
+
+    __slots__ = ("_inner", "_writer", "_keep", "_part", "_version", "_filling", "version")
+
+    def __init__(
+        self, inner: _latzero.Block, writer: _latzero.Writer, keep: bool, part: slice | None
+    ) -> None:
+        self._inner, self._writer, self._keep, self._part = inner, writer, keep, part
+        self.version: int | None = None
+
+    async def __aenter__(self) -> Any:
+        self._version = self._writer.begin()
+        try:
+            self._filling = await _fill(self._inner, self._version, self._keep, self._part)
+        except BaseException:
+            self._abandon()
+            raise
+        return self._filling.array
+
+    def _abandon(self) -> None:
+        if self._version is not None:
+            self._version.abandon()
+
+    async def __aexit__(self, kind: Any, *raised: object) -> None:
+        filling = self._filling
+        bytes = filling.copy() if filling.is_copy and kind is None else None
+        filling.close()
+        if kind is not None:
+            self._abandon()
+        elif self._version is not None:
+            self.version = self._version.publish()
+        elif bytes is not None:
+            self.version = await _run(self._writer.write(filling.offset, bytes))
+
+
+class Writer:
+    """Writes many versions under one lock: `async with block.writer() as w:`."""
+
+    __slots__ = ("_inner", "_wait", "_writer")
+
+    def __init__(self, inner: _latzero.Block, wait: float) -> None:
+        self._inner, self._wait = inner, wait
+        self._writer: _latzero.Writer | None = None
+
+    async def __aenter__(self) -> Writer:
+        self._writer = await _run(self._inner.writer(self._wait))
+        return self
+
+    def write(self, *, keep: bool = True, part: slice | None = None) -> WriterWrite:
+        """The next version; see `Block.write`."""
+        if self._writer is None:
+            raise RuntimeError("write inside of `async with block.writer() as w:`")
+        return WriterWrite(self._inner, self._writer, keep, part)
+
+    async def __aexit__(self, *raised: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class Lock:
+    """A block's lock: `async with block.lock():`."""
+
+    __slots__ = ("_inner", "_arguments", "_lock")
+
+    def __init__(
+        self, inner: _latzero.Block, shared: bool, wait: float, lease: float | None
+    ) -> None:
+        self._inner, self._arguments = inner, (shared, wait, lease)
+        self._lock: _latzero.Lock | None = None
+
+    async def __aenter__(self) -> Lock:
+        self._lock = await _run(self._inner.lock(*self._arguments))
+        return self
+
+    @property
+    def _held(self) -> _latzero.Lock:
+        if self._lock is None:
+            raise RuntimeError("the lock is held inside of `async with block.lock():`")
+        return self._lock
+
+    @property
+    def fence(self) -> int:
+        """Larger than that of every lock of this block before."""
+        return self._held.fence
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is still held, as far as is known here."""
+        return self._lock is not None and self._lock.is_held
+
+    async def renew(self, lease: float | timedelta | None = None) -> None:
+        """Renews its lease; without one it is held as long as the connection."""
+        await _run(self._held.renew(_seconds(lease)))
+
+    async def __aexit__(self, kind: Any, *raised: object) -> None:
+        held, self._lock = self._held, None
+        if kind is None:
+            await _run(held.unlock())
+        else:
+            held.close()
+
+
+class _View:
+    """A view about to be taken: awaitable, and an async context manager."""
+
+    __slots__ = ("_inner", "_view")
+
+    def __init__(self, inner: _latzero.Block) -> None:
+        self._inner = inner
+
+    def __await__(self) -> Generator[Any, None, _latzero.View]:
+        return _run(self._inner.view()).__await__()
+
+    async def __aenter__(self) -> Any:
+        self._view = await self
+        return self._view.__enter__()
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._view.__exit__(*raised)
+
+
+class Block(BlockInfo):
+    """A block that this app takes part in, made by `App.block`."""
+
+    __slots__ = ()
+
+    async def read(self, out: Any = None) -> Any:
+        """A private copy of the newest version: an array, or a `memoryview` without numpy. `out`
+        is filled instead of new memory."""
+        return await asyncio.to_thread(self._read, out)
+
+    async def read_at(self, offset: int, length: int) -> bytes:
+        """Some bytes of the newest version."""
+        return await asyncio.to_thread(self._read_at, offset, length)
+
+    def view(self) -> _View:
+        """The newest version in place, read-only: `v = await block.view()`, or
+        `async with block.view() as a:`, which raises `BlockError` (`contended`) on leaving if the
+        version was written over meanwhile."""
+        return _View(self._inner)
+
+    def write(
+        self, *, keep: bool = True, wait: float | timedelta = 1.0, part: slice | None = None
+    ) -> Write:
+        """The next version, under the block's lock: `async with block.write() as a:`. With `keep`
+        the array begins as the version before; else it holds old bytes and all must be written.
+        `part` gives these rows alone. The array, and what was sliced of it, must not be used
+        later."""
+        return Write(self._inner, keep, _seconds(wait), part)
+
+    def writer(self, *, wait: float | timedelta = 1.0) -> Writer:
+        """Takes the lock for many versions: `async with block.writer() as w:`, then
+        `w.write()`."""
+        return Writer(self._inner, _seconds(wait))
+
+    async def write_at(self, offset: int, data: bytes, *, if_version: int | None = None) -> int:
+        """Writes bytes through the server; the version. With `if_version` the block must have that
+        version."""
+        return await _run(self._inner.write_at(offset, bytes(data), if_version))
+
+    async def cas(self, offset: int, expected: bytes, data: bytes) -> bytes | None:
+        """Writes `data` where `expected` stands: `None`. Else the bytes that stand there."""
+        return await _run(self._inner.cas(offset, bytes(expected), bytes(data)))
+
+    def lock(
+        self, *, shared: bool = False, wait: float | timedelta = 1.0,
+        lease: float | timedelta | None = None,
+    ) -> Lock:
+        """The block's lock: `async with block.lock():`."""
+        return Lock(self._inner, shared, _seconds(wait), _seconds(lease))
+
+    async def wait(
+        self, beyond: int | None = None, timeout: float | timedelta | None = None
+    ) -> int:
+        """Waits for a version newer than `beyond`, or than the one now; the version."""
+        inner = self._inner
+        beyond = inner.version if beyond is None else beyond
+        if timeout is not None:
+            return await _run(inner.wait(beyond, _seconds(timeout)))
+        while True:
+            try:
+                return await _run(inner.wait(beyond, _LONG))
+            except Timeout:
+                continue
+
+    async def changes(self) -> AsyncIterator[int]:
+        """The versions to come, the newest of those that came since the last look each time."""
+        inflow = await _run(self._inner.changes())
+        try:
+            while (item := await _run(inflow.next())) is not None:
+                yield item[0]
+        finally:
+            inflow.close()
+
+    async def resize(self, nbytes: int) -> None:
+        """Gives it another size: a new generation, which everybody continues with."""
+        await _run(self._inner.resize(nbytes))
+
+    async def flush(self) -> int:
+        """Flushes a persistent block to disk; the version on disk."""
+        return await _run(self._inner.flush())
+
+    async def remove(self) -> None:
+        """Removes it, under everybody."""
+        await _run(self._inner.remove())
+
+    async def info(self) -> dict[str, Any]:
+        """All about it, as the server describes it."""
+        return await _run(self._inner.info())
+
+    async def __aenter__(self) -> Block:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self.close()
+
+
+class App:
+    """A connection to the server, made by `latzero.aio.connect`. It belongs to one event loop."""
+
+    def __init__(self, inner: _latzero.App) -> None:
+        self._connection: _latzero.App = inner
+        self._loop = asyncio.get_running_loop()
+        self._closed = asyncio.Event()
+        self._work = _of_running_loop()
+        self._registering: set[asyncio.Future[Any]] = set()
+        _live.add(self)
+
+    def _forked(self, descriptor: int | None) -> None:
+        """In a forked child: lets go of the parent's connection without a word to the server."""
+        self._connection.leak()
+        if descriptor is not None:
+            _close_quietly(descriptor)
+        self._closed.set()
+
+    def _end(self) -> None:
+        """At the end of the process: the connection ends with it."""
+
+    @property
+    def _inner(self) -> _latzero.App:
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "this app belongs to another event loop: connect on this one too, or use "
+                "asyncio.run_coroutine_threadsafe with the app's loop"
+            )
+        return self._connection
+
+    @property
+    def app_id(self) -> str:
+        """The AppID."""
+        return self._connection.app_id
+
+    @property
+    def instance(self) -> str | None:
+        """The id of the live connection."""
+        return self._connection.instance
+
+    @property
+    def joined(self) -> list[str]:
+        """The pools that the app is in."""
+        return self._connection.joined
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection just now."""
+        return self._connection.is_connected
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the server has on disk what the app registered."""
+        return self._connection.is_stored
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed.is_set() else (
+            "connected" if self.is_connected else "disconnected"
+        )
+        pools = ", ".join(self.joined) or "no pool"
+        return f"<latzero.aio.App {self.app_id!r} in {pools}, {state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an App can't be pickled: connect in each process")
+
+    async def call(
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None,
+        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
+    ) -> Any:
+        """Calls the trigger `name` with `data`, or with the fields as an object; its answer.
+        Cancelling the task cancels the call."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        read = _into(into)
+        return read(await self._start(self._inner.call_op(name, _payload(data, fields), options)))
+
+    async def reply(
+        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
+        to: str | None = None, pool: str | None = None, key: str | None = None,
+        headers: dict[str, str] | None = None, idempotency_key: str | None = None,
+        redeliver: bool = False, **fields: Any,
+    ) -> Reply:
+        """As `call`, with the headers of the answer."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        op = self._inner.reply_op(name, _payload(data, fields), options)
+        return Reply(*await self._start(op))
+
+    def submit(
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None,
+        idempotency_key: str | None = None, redeliver: bool = False, **fields: Any,
+    ) -> Pending[Any]:
+        """As `call`, sent now and waited for later: many calls in flight from one task."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver)
+        op = self._inner.call_op(name, _payload(data, fields), options)
+        return Pending(self._work.start(op), _into(into))
+
+    async def park(
+        self, name: str, data: Any = _MISSING, /, *, timeout: float | timedelta | None = None,
+        to: str | None = None, pool: str | None = None, key: str | None = None,
+        headers: dict[str, str] | None = None, idempotency_key: str | None = None,
+        redeliver: bool = False, id: str | None = None, **fields: Any,
+    ) -> Parked:
+        """Calls, and lets the server keep the call on disk until a handler answers it."""
+        options = _calling(timeout, to, pool, key, headers, idempotency_key, redeliver, id)
+        return Parked(await self._start(self._inner.park(name, _payload(data, fields), options)))
+
+    def answers(self) -> AsyncIterator[Answer]:
+        """Answers to parked calls that nobody in this process waits for, those of an earlier life
+        of it among them."""
+        return _iterate(self._inner.answers(), Answer)
+
+    def stream(
+        self, name: str, data: Any = _MISSING, /, *, into: Any = None, window: int = 64,
+        timeout: float | timedelta | None = None, to: str | None = None, pool: str | None = None,
+        key: str | None = None, headers: dict[str, str] | None = None, **fields: Any,
+    ) -> Stream[Any]:
+        """Calls for a streamed answer: iterate over it. Dropping it cancels the call."""
+        options = _calling(timeout, to, pool, key, headers)
+        items = self._inner.stream(name, _payload(data, fields), options, window)
+        return Stream(items, _into(into))
+
+    async def emit(
+        self, name: str, data: Any = _MISSING, /, *, one: bool = False, count: bool = False,
+        to: str | None = None, pool: str | None = None, key: str | None = None,
+        headers: dict[str, str] | None = None, **fields: Any,
+    ) -> int | None:
+        """Tells every handler of `name`, or `one`; with `count`, how many it went to."""
+        options = {"to": to, "pool": pool, "key": key, "headers": headers}
+        op = self._inner.emit_op(name, _payload(data, fields), options, one, count)
+        return await self._start(op)
+
+    def serve(
+        self, name: str | Callable[..., Any] | None = None, function: Any = None, *,
+        pools: list[str] | None = None, strategy: str = "round_robin",
+        concurrency: int | None = None, doc: str | None = None, inline: bool = False,
+    ) -> Any:
+        """Serves a trigger: `@app.serve`, `@app.serve("name")` or `app.serve("name", function)`.
+        `async` functions run as tasks of the loop, others on threads, or on the loop with
+        `inline`. It is registered in the background; `await app.ready()` waits for that."""
+        if callable(name):
+            name, function = None, name
+
+        def register(function: F) -> F:
+            options = _serving(self, function, pools, strategy, concurrency, doc)
+            on_loop = self._work.inner if inline or _is_async(function) else None
+            self._register(self._inner.serve(
+                name or function.__name__, _adapt(function), options, on_loop
+            ))
+            return function
+
+        return register if function is None else register(function)
+
+    def _register(self, op: _latzero.Op) -> None:
+        self._registering.add(self._work.start(op))
+
+    async def ready(self) -> None:
+        """Waits until everything is registered; raises a refusal."""
+        while self._registering:
+            await self._registering.pop()
+
+    async def _start(self, op: _latzero.Op) -> Any:
+        # A refusal is raised by the next thing that is awaited.
+        for future in [f for f in self._registering if f.done()]:
+            self._registering.discard(future)
+            future.result()
+        return await self._work.start(op)
+
+    async def unserve(self, name: str) -> None:
+        """Serves `name` no longer. Calls that run are finished."""
+        await self.ready()
+        await self._start(self._inner.unserve(name))
+
+    async def events(self, name: str) -> AsyncIterator[Event]:
+        """Emits of `name` as they arrive; listening begins with this and stops when it is
+        dropped."""
+        return _iterate(await self._start(self._inner.events(name)), Event)
+
+    def on(self, name: str, function: Any = None) -> Any:
+        """Calls `function(event)` with each emit of `name`, and awaits what it returns. A
+        decorator, if no function is given. What it raises is reported to the loop's exception
+        handler. It is registered in the background; `await app.ready()` waits for that."""
+
+        def register(function: F) -> F:
+            listening = self._work.start(self._inner.events(name))
+            self._registering.add(listening)
+
+            async def run() -> None:
+                try:
+                    inflow = await asyncio.shield(listening)
+                except LatZeroError:
+                    return  # `ready` raises it.
+                async for event in _iterate(inflow, Event):
+                    try:
+                        result = function(event)
+                        if inspect.isawaitable(result):
+                            await result
+                    except Exception as error:
+                        self._loop.call_exception_handler({
+                            "message": f"a function that listens to {name!r} failed",
+                            "exception": error,
+                        })
+
+            self._work.spawn(run())
+            return function
+
+        return register if function is None else register(function)
+
+    async def watch(self, pool: str) -> AsyncIterator[Presence]:
+        """Apps and triggers of a pool that come and go, from now on."""
+        return _iterate(await self._start(self._inner.watch(pool)), Presence)
+
+    async def block(
+        self, id: str, *, shape: int | Iterable[int] | None = None, dtype: Any = None,
+        size: int | None = None, create: bool | Literal["new"] = False, write: bool | None = None,
+        pool: str | None = None, kind: str = "shared", consistency: str = "snapshot",
+        slots: int = 2, readable_by: Iterable[str] | None = None,
+        writable_by: Iterable[str] | None = None, lifetime: str = "pool",
+    ) -> Block:
+        """Takes part in the memory block `id`. With `create` it is made, unless there is one of
+        this size and layout; with `create="new"` there must be none. `write=False` opens it for
+        reading, `True` for writing too, and `None` for writing if that is allowed."""
+        options = _block_options(
+            shape, dtype, size, create, write, pool, kind, consistency, slots, readable_by,
+            writable_by, lifetime,
+        )
+        return Block(await self._start(self._inner.block(id, options)))
+
+    async def blocks(self, pool: str | None = None) -> list[dict[str, Any]]:
+        """The memory blocks of a pool, as the server describes them."""
+        return await self._start(self._inner.blocks(pool))
+
+    async def share(self, array: Any, *, pool: str | None = None) -> Block:
+        """Copies an array into a new block without a name of its own, as an argument of calls. It
+        lives as long as the `Block`."""
+        shape, dtype, data = _shared(array)
+        block = await self.block(
+            f"share-{uuid4().hex}", shape=shape, dtype=dtype, size=len(data), create="new",
+            pool=pool, lifetime="attached",
+        )
+        async with block.write(keep=False) as target:
+            flat(target)[:] = data
+        return block
+
+    async def join(self, pool: str) -> None:
+        """Joins a pool."""
+        await self._start(self._inner.join(pool))
+
+    async def leave(self, pool: str) -> None:
+        """Leaves a pool."""
+        await self._start(self._inner.leave(pool))
+
+    async def request(self, message: dict[str, Any]) -> Any:
+        """Asks the server for anything: a message of the protocol, without an `id`."""
+        return await self._start(self._inner.request(message))
+
+    async def apps(self) -> Any:
+        """The apps that the server knows."""
+        return await self.request({"action": "app_list"})
+
+    async def pools(self) -> Any:
+        """The pools that the server knows."""
+        return await self.request({"action": "pool_list"})
+
+    async def ping(self) -> float:
+        """Seconds that the server took to answer."""
+        return await self._start(self._inner.ping())
+
+    async def wait(self) -> None:
+        """Waits until the app is closed; raises a refusal of what was registered."""
+        await self.ready()
+        await self._closed.wait()
+
+    async def close(self) -> None:
+        """Ends the connection, after the handlers that run, which have five seconds."""
+        if not self._closed.is_set():
+            self._closed.set()
+            for future in self._registering:
+                future.cancel()
+            await self._work.start(self._inner.close_op())
+
+    async def __aenter__(self) -> App:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self.close()
+
+
+class _Connecting:
+    """A connection about to be made: awaitable, and an async context manager."""
+
+    __slots__ = ("_arguments", "_app")
+
+    def __init__(self, arguments: tuple[str, dict[str, Any]]) -> None:
+        self._arguments = arguments
+
+    async def _connect(self) -> App:
+        return App(await _run(_latzero.connecting(*self._arguments)))
+
+    def __await__(self) -> Generator[Any, None, App]:
+        return self._connect().__await__()
+
+    async def __aenter__(self) -> App:
+        self._app = await self._connect()
+        return self._app
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self._app.close()
+
+
+def connect(
+    url: str | None = None, *, pools: Iterable[str] = (), exclusive: bool = False,
+    takeover: bool = False, rehydrate: bool = False, transient: bool = False,
+    meta: dict[str, Any] | None = None, reconnect: bool = True, handler_threads: int = 16,
+    connect_timeout: float | timedelta = 5.0, call_timeout: float | timedelta = 30.0,
+    tracebacks: bool = True,
+) -> _Connecting:
+    """Connects: `app = await connect(…)`, or `async with connect(…) as app:`. Without `url`:
+    `$LATZERO_URL`, else a transient AppID of the script's name and pid."""
+    return _Connecting(_options(
+        url, pools, exclusive, takeover, rehydrate, transient, meta, reconnect, handler_threads,
+        connect_timeout, call_timeout, tracebacks,
+    ))

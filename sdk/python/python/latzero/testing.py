@@ -1,0 +1,81 @@
+"""A private server for tests: `with latzero.testing.server() as server: ...`"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from urllib.parse import quote
+
+
+def find_program() -> str:
+    """The program `latzero`: `$LATZERO_BIN`, else beside the interpreter, else in `PATH`."""
+    named = os.environ.get("LATZERO_BIN")
+    if named:
+        return named
+    beside = os.path.join(sysconfig.get_path("scripts"), "latzero")
+    found = beside if os.path.exists(beside) else shutil.which("latzero")
+    if found is None:
+        raise FileNotFoundError("the program `latzero` is not installed; name it in LATZERO_BIN")
+    return found
+
+
+class Server:
+    """A running server with a data directory and a port of its own."""
+
+    def __init__(self, *args: str) -> None:
+        self._args = args
+        self.data_dir = tempfile.mkdtemp(prefix="latzero-")
+        try:
+            self._start()
+        except BaseException:
+            shutil.rmtree(self.data_dir, ignore_errors=True)
+            raise
+
+    def _start(self) -> None:
+        self._child = subprocess.Popen(
+            [find_program(), "start", "--port", "0", "--log-level", "warn", "--data-dir",
+             self.data_dir, *self._args],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        )
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            found = re.search(r"^latzero ready .* tcp://(\S+) unix:(\S+)", line)
+            if found:
+                self.address, self.socket = found.groups()
+                return
+        raise RuntimeError(f"the server did not start (status {self._child.wait()})")
+
+    def url(self, app_id: str, pool: str = "default") -> str:
+        """The address for the app `app_id`."""
+        return f"latzero://{app_id}?socket={quote(self.socket)}&pool={pool}"
+
+    def kill(self) -> None:
+        """Kills the server, as a crash does."""
+        self._child.kill()
+        self._child.wait()
+        assert self._child.stdout is not None
+        self._child.stdout.close()
+
+    def restart(self) -> None:
+        """Kills the server and starts it again, with the same data."""
+        self.kill()
+        self._start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.kill()
+        shutil.rmtree(self.data_dir, ignore_errors=True)
+
+    def __repr__(self) -> str:
+        return f"<latzero.testing.Server pid {self._child.pid} at {self.socket}>"
+
+
+def server(*args: str) -> Server:
+    """Starts a server; `args` are further arguments of `latzero start`."""
+    return Server(*args)

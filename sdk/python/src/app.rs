@@ -1,0 +1,503 @@
+//! Connections: calls, emits, handlers, events and requests to the server.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use latzero::{App, Call, Code, Data, Emit, Parked, Reply, Strategy};
+use pyo3::IntoPyObjectExt;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString};
+use serde_json::Value;
+
+use crate::block;
+use crate::codec;
+use crate::errors::{self, exception, wait};
+use crate::handlers::{Trigger, answer, hand_over};
+use crate::op::{Loop, Op, done, lock, op, plain};
+use crate::streams::{Inflow, PyItems};
+
+pub(crate) fn seconds(value: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(value).map_err(|e| PyValueError::new_err(format!("timeout: {e}")))
+}
+
+/// A connection.
+#[pyclass(name = "App", frozen, module = "latzero._latzero")]
+pub(crate) struct PyApp {
+    app: App,
+    tracebacks: bool,
+}
+
+fn builder(
+    py: Python<'_>,
+    url: &str,
+    options: &Bound<'_, PyDict>,
+) -> PyResult<(latzero::Builder, bool)> {
+    let flag = |name: &str| codec::take(options, name)?.extract::<bool>();
+    let time = |name: &str| seconds(codec::take(options, name)?.extract()?);
+    let pools: Vec<String> = codec::take(options, "pools")?.extract()?;
+    let mut builder = App::builder(url)
+        .exclusive(flag("exclusive")?)
+        .takeover(flag("takeover")?)
+        .rehydrate(flag("rehydrate")?)
+        .transient(flag("transient")?)
+        .pools(pools)
+        .handler_threads(codec::take(options, "handler_threads")?.extract()?)
+        .connect_timeout(time("connect_timeout")?)
+        .call_timeout(time("call_timeout")?)
+        .reconnect(latzero::Reconnect {
+            enabled: flag("reconnect")?,
+            ..latzero::Reconnect::default()
+        });
+    let meta = codec::take(options, "meta")?;
+    if !meta.is_none() {
+        let json = codec::write_json(&meta)?;
+        let meta = serde_json::from_str(json.get());
+        builder = builder.meta(meta.map_err(|e| errors::bad_request(py, &e.to_string()))?);
+    }
+    Ok((builder, flag("tracebacks")?))
+}
+
+/// Connects, on this thread.
+#[pyfunction]
+pub(crate) fn connect(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) -> PyResult<PyApp> {
+    let (builder, tracebacks) = builder(py, url, options)?;
+    let app = wait(py, || latzero::blocking::App::connect_with(builder))?;
+    let app = app.as_async().clone();
+    Ok(PyApp { app, tracebacks })
+}
+
+/// Sets what calls and emits have in common.
+macro_rules! address {
+    ($sending:ident, $options:ident) => {
+        if let Some(to) = text($options, "to")? {
+            $sending = $sending.to(&to);
+        }
+        if let Some(pool) = text($options, "pool")? {
+            $sending = $sending.pool(&pool);
+        }
+        if let Some(key) = text($options, "key")? {
+            $sending = $sending.key(&key);
+        }
+        if let Some(headers) = $options.get_item("headers")?
+            && !headers.is_none()
+        {
+            for (name, value) in headers.cast::<PyDict>()?.iter() {
+                let (name, value): (String, String) = (name.extract()?, value.extract()?);
+                $sending = $sending.header(&name, &value);
+            }
+        }
+    };
+}
+
+pub(crate) fn text(options: &Bound<'_, PyDict>, name: &str) -> PyResult<Option<String>> {
+    match options.get_item(name)? {
+        Some(value) => value.extract(),
+        None => Ok(None),
+    }
+}
+
+pub(crate) fn headers_dict<'py>(
+    py: Python<'py>,
+    headers: Vec<(String, String)>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    for (name, value) in headers {
+        dict.set_item(name, value)?;
+    }
+    Ok(dict)
+}
+
+/// The answer and its headers.
+fn read_reply(py: Python<'_>, reply: Reply) -> PyResult<Py<PyAny>> {
+    let headers = headers_dict(py, reply.headers())?;
+    let data: Data = reply.into().map_err(|e| exception(py, &e))?;
+    (codec::read(py, &data)?, headers).into_py_any(py)
+}
+
+fn read_value(py: Python<'_>, value: &Value) -> PyResult<Py<PyAny>> {
+    Ok(codec::read_json(py, &value.to_string())?.unbind())
+}
+
+impl PyApp {
+    fn calling(
+        &self,
+        name: &str,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+    ) -> PyResult<Call> {
+        let (data, blocks) = codec::write_call(data)?;
+        let mut call = self.app.call(name, &data);
+        for lent in &blocks {
+            call = match lent.is_writable {
+                true => call.block_writable(&lent.block),
+                false => call.block(&lent.block),
+            };
+        }
+        address!(call, options);
+        if let Some(timeout) = options.get_item("timeout")?
+            && !timeout.is_none()
+        {
+            call = call.timeout(seconds(timeout.extract()?)?);
+        }
+        if let Some(key) = text(options, "idempotency_key")? {
+            call = call.idempotency_key(&key);
+        }
+        if let Some(redeliver) = options.get_item("redeliver")?
+            && redeliver.is_truthy()?
+        {
+            call = call.redeliver();
+        }
+        if let Some(id) = text(options, "id")? {
+            call = call.id(&id);
+        }
+        Ok(call)
+    }
+
+    fn emitting(
+        &self,
+        name: &str,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+        one: bool,
+    ) -> PyResult<Emit> {
+        let mut emit = self.app.emit(name, &codec::write(data)?);
+        address!(emit, options);
+        Ok(if one { emit.one() } else { emit })
+    }
+}
+
+#[pymethods]
+impl PyApp {
+    #[getter]
+    fn app_id(&self) -> &str {
+        self.app.app_id()
+    }
+
+    #[getter]
+    fn instance(&self) -> Option<String> {
+        self.app.instance().map(|id| id.to_string())
+    }
+
+    #[getter]
+    fn joined(&self) -> Vec<String> {
+        self.app.joined()
+    }
+
+    #[getter]
+    fn is_connected(&self) -> bool {
+        self.app.is_connected()
+    }
+
+    #[getter]
+    fn is_stored(&self) -> bool {
+        self.app.is_stored()
+    }
+
+    /// The descriptor of the live connection.
+    #[getter]
+    fn descriptor(&self) -> Option<i32> {
+        self.app.descriptor()
+    }
+
+    /// Keeps the connection from ever being dropped: in a forked child that would touch what
+    /// belongs to the parent.
+    fn leak(slf: Py<Self>) {
+        std::mem::forget(slf);
+    }
+
+    /// Calls, and waits on this thread.
+    fn call<'py>(
+        &self,
+        name: &Bound<'py, PyString>,
+        data: &Bound<'py, PyAny>,
+        options: &Bound<'py, PyDict>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = name.py();
+        let call = self.calling(name.to_str()?, data, options)?;
+        let call = latzero::blocking::Call::from(call);
+        let answer = wait(py, || call.send::<Data>())?;
+        codec::read(py, &answer)
+    }
+
+    /// As `call`, with the headers.
+    fn reply(
+        &self,
+        name: &Bound<'_, PyString>,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+    ) -> PyResult<Py<PyAny>> {
+        let py = name.py();
+        let call = self.calling(name.to_str()?, data, options)?;
+        let call = latzero::blocking::Call::from(call);
+        let reply = wait(py, || call.reply())?;
+        read_reply(py, reply)
+    }
+
+    fn call_op(
+        &self,
+        name: &str,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+    ) -> PyResult<Op> {
+        let calling = self.calling(name, data, options)?.send::<Data>();
+        let read = |py: Python<'_>, data| Ok(codec::read(py, &data)?.unbind());
+        Ok(op(&self.app, calling, read))
+    }
+
+    fn reply_op(
+        &self,
+        name: &str,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+    ) -> PyResult<Op> {
+        let calling = self.calling(name, data, options)?.reply();
+        Ok(op(&self.app, calling, read_reply))
+    }
+
+    fn park(
+        &self,
+        name: &str,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+    ) -> PyResult<Op> {
+        let parking = self.calling(name, data, options)?.send_parked();
+        let app = self.app.clone();
+        Ok(op(&self.app, parking, move |py, parked| {
+            let id = parked.id().to_owned();
+            let parked = Mutex::new(Some(parked));
+            PyParked { app, id, parked }.into_py_any(py)
+        }))
+    }
+
+    /// Answers that nobody in this process waits for.
+    fn answers(&self) -> Inflow {
+        Inflow::answers(&self.app, self.app.answers())
+    }
+
+    fn stream(
+        &self,
+        name: &str,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+        window: u64,
+    ) -> PyResult<PyItems> {
+        let call = self.calling(name, data, options)?.window(window);
+        Ok(PyItems::new(&self.app, call.stream()))
+    }
+
+    /// Emits, and waits on this thread until it is sent.
+    fn emit(
+        &self,
+        name: &Bound<'_, PyString>,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+        one: bool,
+        count: bool,
+    ) -> PyResult<Option<u64>> {
+        let emit = self.emitting(name.to_str()?, data, options, one)?;
+        let emit = latzero::blocking::Emit::from(emit);
+        wait(name.py(), || match count {
+            true => emit.counted().map(Some),
+            false => emit.send().map(|()| None),
+        })
+    }
+
+    fn emit_op(
+        &self,
+        name: &str,
+        data: &Bound<'_, PyAny>,
+        options: &Bound<'_, PyDict>,
+        one: bool,
+        count: bool,
+    ) -> PyResult<Op> {
+        let emit = self.emitting(name, data, options, one)?;
+        Ok(match count {
+            true => plain(&self.app, emit.counted()),
+            false => done(&self.app, emit.into_future()),
+        })
+    }
+
+    /// Serves `name`: `handler` is called with each request, on a thread of the client, or with
+    /// `on_loop` as a task of its event loop.
+    fn serve(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        handler: Py<PyAny>,
+        options: &Bound<'_, PyDict>,
+        on_loop: Option<&Loop>,
+    ) -> PyResult<Op> {
+        let strategy: String = codec::take(options, "strategy")?.extract()?;
+        let strategy = Strategy::parse(&strategy)
+            .ok_or_else(|| PyValueError::new_err(format!("no such strategy: {strategy:?}")))?;
+        let mut serving = self.app.handler(name).strategy(strategy);
+        let concurrency: Option<u32> = codec::take(options, "concurrency")?.extract()?;
+        if let Some(concurrency) = concurrency {
+            serving = serving.concurrency(concurrency);
+        }
+        if let Some(doc) = text(options, "doc")? {
+            serving = serving.doc(&doc);
+        }
+        let pools: Option<Vec<String>> = codec::take(options, "pools")?.extract()?;
+        if let Some(pools) = pools {
+            serving = serving.pools(pools);
+        }
+        let trigger = Arc::new(Trigger {
+            handler,
+            owner: codec::take(options, "owner")?.unbind(),
+            tracebacks: self.tracebacks,
+        });
+        let _ = py;
+        Ok(match on_loop {
+            None => {
+                let run = move |request: latzero::blocking::Request| {
+                    answer(request.into_async(), &trigger)
+                };
+                done(&self.app, serving.serve_blocking(run))
+            }
+            Some(on_loop) => {
+                let mailbox = on_loop.mailbox.clone();
+                let run = move |request| hand_over(request, trigger.clone(), mailbox.clone());
+                done(&self.app, serving.serve(run))
+            }
+        })
+    }
+
+    fn unserve(&self, name: String) -> Op {
+        let app = self.app.clone();
+        done(&self.app, async move { app.unserve(&name).await })
+    }
+
+    fn events(&self, name: String) -> Op {
+        let (app, theirs) = (self.app.clone(), self.app.clone());
+        let listen = async move { app.on(&name).await };
+        op(&self.app, listen, move |py, events| {
+            Inflow::emissions(&theirs, events).into_py_any(py)
+        })
+    }
+
+    fn watch(&self, pool: String) -> Op {
+        let (app, theirs) = (self.app.clone(), self.app.clone());
+        let watch = async move { app.watch(&pool).await };
+        op(&self.app, watch, move |py, events| {
+            Inflow::presences(&theirs, events).into_py_any(py)
+        })
+    }
+
+    fn join(&self, pool: String) -> Op {
+        let app = self.app.clone();
+        done(&self.app, async move { app.join(&pool).await })
+    }
+
+    fn leave(&self, pool: String) -> Op {
+        let app = self.app.clone();
+        done(&self.app, async move { app.leave(&pool).await })
+    }
+
+    fn request(&self, py: Python<'_>, message: &Bound<'_, PyAny>) -> PyResult<Op> {
+        let json = codec::write_json(message)?;
+        let message: Result<Value, _> = serde_json::from_str(json.get());
+        let message = message.map_err(|e| errors::bad_request(py, &e.to_string()))?;
+        let app = self.app.clone();
+        let ask = async move { app.request(&message).await };
+        Ok(op(&self.app, ask, |py, answer| read_value(py, &answer)))
+    }
+
+    fn ping(&self) -> Op {
+        let app = self.app.clone();
+        plain(&self.app, async move {
+            app.ping().await.map(|time| time.as_secs_f64())
+        })
+    }
+
+    /// Opens a block.
+    fn block(&self, id: &str, options: &Bound<'_, PyDict>) -> PyResult<Op> {
+        block::open(&self.app, id, options)
+    }
+
+    /// The blocks of a pool, as the server describes them.
+    fn blocks(&self, pool: Option<String>) -> Op {
+        let app = self.app.clone();
+        let list = async move { app.blocks(pool.as_deref()).await };
+        op(&self.app, list, |py, blocks| {
+            read_value(py, &Value::Array(blocks))
+        })
+    }
+
+    /// Closes, and waits on this thread, for as many seconds at most.
+    fn close(&self, py: Python<'_>, within: Option<f64>) -> PyResult<()> {
+        let app = latzero::blocking::App::from(self.app.clone());
+        let within = within.map(seconds).transpose()?;
+        wait(py, || match within {
+            Some(within) => app.close_within(within),
+            None => app.close(),
+        })
+    }
+
+    fn close_op(&self) -> Op {
+        let app = self.app.clone();
+        done(&self.app, async move { app.close().await })
+    }
+}
+
+/// A call that the server keeps until it is answered.
+#[pyclass(name = "Parked", frozen, module = "latzero._latzero")]
+pub(crate) struct PyParked {
+    app: App,
+    id: String,
+    parked: Mutex<Option<Parked>>,
+}
+
+#[pymethods]
+impl PyParked {
+    #[getter]
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Waits for the answer.
+    fn answer(&self) -> PyResult<Op> {
+        let parked = lock(&self.parked).take();
+        let parked = parked
+            .ok_or_else(|| PyRuntimeError::new_err("it was answered, or cancelled, before"))?;
+        let read = |py: Python<'_>, data| Ok(codec::read(py, &data)?.unbind());
+        Ok(op(&self.app, parked.answer::<Data>(), read))
+    }
+
+    fn cancel(&self) {
+        if let Some(parked) = lock(&self.parked).take() {
+            parked.cancel();
+        }
+    }
+}
+
+/// Connects on a thread of its own; an event loop waits for it.
+#[pyfunction]
+pub(crate) fn connecting(py: Python<'_>, url: &str, options: &Bound<'_, PyDict>) -> PyResult<Op> {
+    let (builder, tracebacks) = builder(py, url, options)?;
+    Ok(Op::connecting(async move {
+        let app = builder.connect().await?;
+        Ok(PyApp { app, tracebacks })
+    }))
+}
+
+/// Notes that this is a forked child.
+#[pyfunction]
+pub(crate) fn forked() {
+    PROCESS.store(std::process::id(), Ordering::Relaxed);
+}
+
+/// This process; 0 until it is known to be a forked child.
+static PROCESS: AtomicU32 = AtomicU32::new(0);
+
+/// Refuses to wait for a connection of the process that this one was forked from.
+pub(crate) fn check_process(py: Python<'_>, app: &App) -> PyResult<()> {
+    let process = PROCESS.load(Ordering::Relaxed);
+    if process == 0 || process == app.process() {
+        return Ok(());
+    }
+    let message = "this belongs to the process that this one was forked from: make it anew here";
+    Err(errors::raised(py, Code::Disconnected, message, Some("no")))
+}

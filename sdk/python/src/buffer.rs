@@ -1,0 +1,207 @@
+//! Memory of blocks as Python buffers. The pointers that Python gets lead into mappings that the
+//! buffer's owner keeps, so they stay readable for as long as anything refers to the buffer.
+
+#![allow(
+    unsafe_code,
+    reason = "Python's buffer protocol consists of raw pointers"
+)]
+
+use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use latzero::{Code, Exposed, OwnedView};
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::PyBufferError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::block::Layout;
+use crate::errors;
+
+/// Fills in `view` with `length` bytes that lie at `start` and belong to `owner`.
+///
+/// # Safety
+/// `view` is what the interpreter passed to `__getbuffer__`, or null. The bytes stay mapped while
+/// `owner` exists, and are writable unless `is_read_only`.
+unsafe fn fill(
+    owner: &Bound<'_, PyAny>,
+    view: *mut ffi::Py_buffer,
+    flags: c_int,
+    (start, length): (*mut u8, usize),
+    is_read_only: bool,
+) -> PyResult<()> {
+    if view.is_null() {
+        return Err(PyBufferError::new_err("there is no view to fill in"));
+    }
+    if is_read_only && flags & ffi::PyBUF_WRITABLE == ffi::PyBUF_WRITABLE {
+        // SAFETY: the view is not null; an error must leave no owner in it.
+        unsafe { (*view).obj = std::ptr::null_mut() };
+        return Err(PyBufferError::new_err(
+            "this memory is read-only; use `with block.write()` to write it",
+        ));
+    }
+    let length = ffi::Py_ssize_t::try_from(length)
+        .map_err(|_| PyBufferError::new_err("the block is too large"))?;
+    let start = start.cast::<c_void>();
+    // SAFETY: the caller vouches for the view and for the bytes; the interpreter is attached, since
+    // `owner` is bound. The call takes a reference to `owner`, given back with the buffer.
+    let filled = unsafe {
+        ffi::PyBuffer_FillInfo(
+            view,
+            owner.as_ptr(),
+            start,
+            length,
+            c_int::from(is_read_only),
+            flags,
+        )
+    };
+    match filled {
+        0 => Ok(()),
+        _ => Err(PyErr::fetch(owner.py())),
+    }
+}
+
+/// One version of a block in place, read-only. The memory stays readable for as long as this or an
+/// array of it exists. Newer versions may be written over it: `valid` tells.
+#[pyclass(name = "View", frozen, module = "latzero")]
+pub(crate) struct PyView {
+    pub(crate) id: String,
+    pub(crate) view: OwnedView,
+    pub(crate) layout: Layout,
+}
+
+#[pymethods]
+impl PyView {
+    /// The version as an array: numpy's if it is installed, else a `memoryview`.
+    #[getter]
+    fn array<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let layout = slf.get().layout.to_python(py)?;
+        py.import("latzero._arrays")?
+            .call_method1("array", (slf, layout))
+    }
+
+    /// The number of the version; 0 was never written.
+    #[getter]
+    fn version(&self) -> u64 {
+        self.view.get().version()
+    }
+
+    /// Whether the version has not been written over.
+    #[getter]
+    fn valid(&self) -> bool {
+        self.view.get().is_valid()
+    }
+
+    /// Whether the block was resized or removed since: then this no longer changes.
+    #[getter]
+    fn stale(&self) -> bool {
+        self.view.is_stale()
+    }
+
+    fn __enter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        PyView::array(slf)
+    }
+
+    #[pyo3(signature = (*raised))]
+    fn __exit__(&self, py: Python<'_>, raised: &Bound<'_, PyTuple>) -> PyResult<()> {
+        let is_raised = raised.get_item(0).is_ok_and(|kind| !kind.is_none());
+        if is_raised || self.valid() {
+            return Ok(());
+        }
+        let message = format!(
+            "version {} of block '{}' was written over during the view: what was computed of it is \
+             not to be used",
+            self.version(),
+            self.id
+        );
+        Err(errors::raised(py, Code::Contended, &message, None))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<latzero.View of {} version {}>", self.id, self.version())
+    }
+
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let shown = slf.get().view.get();
+        let length = usize::try_from(shown.len()).unwrap_or(usize::MAX);
+        let bytes = (shown.as_ptr().cast_mut(), length);
+        // SAFETY: the view comes from the interpreter; the owned view keeps the bytes mapped, and
+        // they are given out for reading alone.
+        unsafe { fill(slf.as_any(), view, flags, bytes, true) }
+    }
+
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {}
+}
+
+/// Bytes of a version that is being written, in place.
+#[pyclass(name = "Slot", frozen, module = "latzero._latzero")]
+pub(crate) struct PySlot {
+    exposed: Exposed,
+    is_closed: AtomicBool,
+}
+
+impl PySlot {
+    pub(crate) fn new(exposed: Exposed) -> Self {
+        PySlot {
+            exposed,
+            is_closed: AtomicBool::new(false),
+        }
+    }
+}
+
+#[pymethods]
+impl PySlot {
+    /// Gives out nothing writable any more.
+    fn close(&self) {
+        self.is_closed.store(true, Ordering::Release);
+    }
+
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let this = slf.get();
+        let bytes = (this.exposed.as_mut_ptr(), this.exposed.len());
+        let is_closed = this.is_closed.load(Ordering::Acquire);
+        // SAFETY: the view comes from the interpreter; what is exposed keeps the bytes mapped, and
+        // a block that is written is mapped for writing.
+        unsafe { fill(slf.as_any(), view, flags, bytes, is_closed) }
+    }
+
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {}
+}
+
+/// Calls `write` with the memory of a writable, contiguous buffer of bytes, without the GIL.
+pub(crate) fn write_into<T: Send>(
+    buffer: &Bound<'_, PyAny>,
+    write: impl FnOnce(Python<'_>, Destination<'_>) -> PyResult<T>,
+) -> PyResult<T> {
+    let py = buffer.py();
+    let buffer = PyBuffer::<u8>::get(buffer)?;
+    if buffer.readonly() || !buffer.is_c_contiguous() {
+        return Err(PyBufferError::new_err(
+            "`out` must be writable and contiguous",
+        ));
+    }
+    let (start, length) = (buffer.buf_ptr().cast::<u8>(), buffer.len_bytes());
+    if length == 0 {
+        return write(py, Destination(&mut []));
+    }
+    // SAFETY: the buffer holds that many bytes, and its owner keeps them in place until it is
+    // released, after this call. As with `readinto` of files, who changes them meanwhile gets what
+    // the two writes make of it.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(start, length) };
+    let result = write(py, Destination(bytes));
+    drop(buffer);
+    result
+}
+
+/// Memory of a Python object.
+pub(crate) struct Destination<'a>(pub(crate) &'a mut [u8]);

@@ -1,0 +1,469 @@
+//! Python objects to JSON and back, without Python's own `json`.
+
+use std::cell::RefCell;
+use std::fmt::Write as _;
+
+use latzero::{Bytes, Data};
+use pyo3::exceptions::{PyKeyError, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::{
+    PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyMemoryView, PyString, PyTuple,
+};
+use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::block::{PyBlock, PyWritable};
+use crate::errors::bad_request;
+use crate::handlers::Face;
+
+/// Levels of nesting that JSON may have.
+const DEPTH_MAX: usize = 128;
+
+/// Where in the payload an object stands, for messages.
+enum Place<'a> {
+    Top,
+    Key(&'a Place<'a>, &'a str),
+    Index(&'a Place<'a>, usize),
+}
+
+impl Place<'_> {
+    fn append(&self, out: &mut String) {
+        match self {
+            Place::Top => out.push_str("data"),
+            Place::Key(outer, key) => {
+                outer.append(out);
+                let _ = write!(out, ".{key}");
+            }
+            Place::Index(outer, index) => {
+                outer.append(out);
+                let _ = write!(out, "[{index}]");
+            }
+        }
+    }
+
+    fn depth(&self) -> usize {
+        match self {
+            Place::Top => 0,
+            Place::Key(outer, _) | Place::Index(outer, _) => outer.depth() + 1,
+        }
+    }
+
+    fn refuse(&self, py: Python<'_>, why: &str) -> PyErr {
+        let mut text = String::new();
+        self.append(&mut text);
+        bad_request(py, &format!("{text}: {why}"))
+    }
+}
+
+fn append_str(out: &mut Vec<u8>, text: &str) {
+    out.push(b'"');
+    let bytes = text.as_bytes();
+    let mut from = 0;
+    for (i, &c) in bytes.iter().enumerate() {
+        if c >= 0x20 && c != b'"' && c != b'\\' {
+            continue;
+        }
+        out.extend_from_slice(&bytes[from..i]);
+        from = i + 1;
+        match c {
+            b'"' => out.extend_from_slice(b"\\\""),
+            b'\\' => out.extend_from_slice(b"\\\\"),
+            b'\n' => out.extend_from_slice(b"\\n"),
+            b'\r' => out.extend_from_slice(b"\\r"),
+            b'\t' => out.extend_from_slice(b"\\t"),
+            c => out.extend_from_slice(format!("\\u{c:04x}").as_bytes()),
+        }
+    }
+    out.extend_from_slice(&bytes[from..]);
+    out.push(b'"');
+}
+
+fn text<'a>(object: &'a Bound<'_, PyString>, place: &Place<'_>) -> PyResult<&'a str> {
+    let py = object.py();
+    object
+        .to_str()
+        .map_err(|_| place.refuse(py, "the text has lone surrogates, which UTF-8 has not"))
+}
+
+/// JSON as it is written, and the blocks that it refers to.
+#[derive(Default)]
+struct Out {
+    json: Vec<u8>,
+    blocks: Vec<LentBlock>,
+}
+
+/// A block that travels with a call.
+pub(crate) struct LentBlock {
+    pub(crate) block: latzero::Block,
+    pub(crate) is_writable: bool,
+}
+
+fn append_block(block: &latzero::Block, is_writable: bool, out: &mut Out) {
+    let reference = block.reference().to_string();
+    out.json.extend_from_slice(reference.as_bytes());
+    let is_same =
+        |lent: &&mut LentBlock| (lent.block.id(), lent.block.pool()) == (block.id(), block.pool());
+    match out.blocks.iter_mut().find(is_same) {
+        Some(lent) => lent.is_writable |= is_writable,
+        None => out.blocks.push(LentBlock {
+            block: block.clone(),
+            is_writable,
+        }),
+    }
+}
+
+fn append(object: &Bound<'_, PyAny>, out: &mut Out, place: &Place<'_>) -> PyResult<()> {
+    let py = object.py();
+    if let Ok(string) = object.cast::<PyString>() {
+        append_str(&mut out.json, text(string, place)?);
+    } else if object.is_none() {
+        out.json.extend_from_slice(b"null");
+    } else if let Ok(value) = object.cast::<PyBool>() {
+        let word: &[u8] = if value.is_true() { b"true" } else { b"false" };
+        out.json.extend_from_slice(word);
+    } else if let Ok(number) = object.cast::<PyInt>() {
+        let mut buffer = itoa::Buffer::new();
+        let digits = match number.extract::<i64>() {
+            Ok(value) => buffer.format(value),
+            Err(_) => match number.extract::<u64>() {
+                Ok(value) => buffer.format(value),
+                Err(_) => {
+                    return Err(place.refuse(py, "integers reach from -2**63 to 2**64-1"));
+                }
+            },
+        };
+        out.json.extend_from_slice(digits.as_bytes());
+    } else if let Ok(number) = object.cast::<PyFloat>() {
+        let value = number.value();
+        if !value.is_finite() {
+            return Err(place.refuse(py, "NaN and infinities are not JSON"));
+        }
+        serde_json::to_writer(&mut out.json, &value)
+            .map_err(|e| place.refuse(py, &e.to_string()))?;
+    } else if let Ok(dict) = object.cast::<PyDict>() {
+        check_depth(py, place)?;
+        out.json.push(b'{');
+        for (i, (key, value)) in dict.iter().enumerate() {
+            if i > 0 {
+                out.json.push(b',');
+            }
+            let Ok(key) = key.cast::<PyString>() else {
+                let name = key.get_type().name()?;
+                return Err(place.refuse(py, &format!("keys are str, not {name}")));
+            };
+            let key = text(key, place)?;
+            append_str(&mut out.json, key);
+            out.json.push(b':');
+            append(&value, out, &Place::Key(place, key))?;
+        }
+        out.json.push(b'}');
+    } else if let Ok(list) = object.cast::<PyList>() {
+        append_all(py, list.iter(), out, place)?;
+    } else if let Ok(tuple) = object.cast::<PyTuple>() {
+        append_all(py, tuple.iter(), out, place)?;
+    } else if object.is_instance_of::<PyBytes>()
+        || object.is_instance_of::<PyByteArray>()
+        || object.is_instance_of::<PyMemoryView>()
+    {
+        return Err(place.refuse(py, "bytes inside JSON: send them whole, or as a block"));
+    } else if let Ok(block) = object.cast::<PyBlock>() {
+        append_block(&block.get().block, false, out);
+    } else if let Ok(block) = object.cast::<PyWritable>() {
+        append_block(&block.get().0.get().block, true, out);
+    } else {
+        // What the standard library and users define is turned into what JSON has by the face.
+        let plain = py.import("latzero._encode")?.getattr("plain")?;
+        match plain.call1((object,)) {
+            Ok(plain) => append(&plain, out, place)?,
+            Err(e) if e.is_instance_of::<PyTypeError>(py) => {
+                let name = object.get_type().name()?;
+                return Err(place.refuse(py, &format!("a {name} can't be written as JSON")));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+fn check_depth(py: Python<'_>, place: &Place<'_>) -> PyResult<()> {
+    if place.depth() < DEPTH_MAX {
+        return Ok(());
+    }
+    Err(bad_request(py, "the data nests more than 128 levels deep"))
+}
+
+fn append_all<'py>(
+    py: Python<'py>,
+    items: impl Iterator<Item = Bound<'py, PyAny>>,
+    out: &mut Out,
+    place: &Place<'_>,
+) -> PyResult<()> {
+    check_depth(py, place)?;
+    out.json.push(b'[');
+    for (i, item) in items.enumerate() {
+        if i > 0 {
+            out.json.push(b',');
+        }
+        append(&item, out, &Place::Index(place, i))?;
+    }
+    out.json.push(b']');
+    Ok(())
+}
+
+/// Whole bytes, if `object` is bytes.
+fn whole_bytes(object: &Bound<'_, PyAny>) -> PyResult<Option<Vec<u8>>> {
+    if let Ok(bytes) = object.cast::<PyBytes>() {
+        return Ok(Some(bytes.as_bytes().to_vec()));
+    }
+    if let Ok(bytes) = object.cast::<PyByteArray>() {
+        return Ok(Some(bytes.to_vec()));
+    }
+    if object.is_instance_of::<PyMemoryView>() {
+        let bytes = object.call_method0("tobytes")?;
+        return Ok(Some(bytes.cast::<PyBytes>()?.as_bytes().to_vec()));
+    }
+    Ok(None)
+}
+
+/// A payload of a Python object.
+pub(crate) fn write(object: &Bound<'_, PyAny>) -> PyResult<Data> {
+    let (data, blocks) = write_call(object)?;
+    match blocks.is_empty() {
+        true => Ok(data),
+        false => Err(no_blocks(object.py())),
+    }
+}
+
+/// The payload of a call, and the blocks that travel with it.
+pub(crate) fn write_call(object: &Bound<'_, PyAny>) -> PyResult<(Data, Vec<LentBlock>)> {
+    if let Some(bytes) = whole_bytes(object)? {
+        return Ok((Data::Bytes(Bytes(bytes)), Vec::new()));
+    }
+    let (json, blocks) = write_text(object)?;
+    Ok((Data::Json(json), blocks))
+}
+
+/// JSON of a Python object.
+pub(crate) fn write_json(object: &Bound<'_, PyAny>) -> PyResult<Box<RawValue>> {
+    match write_text(object)? {
+        (json, blocks) if blocks.is_empty() => Ok(json),
+        _ => Err(no_blocks(object.py())),
+    }
+}
+
+fn no_blocks(py: Python<'_>) -> PyErr {
+    bad_request(
+        py,
+        "blocks travel with calls alone: send the block's id instead",
+    )
+}
+
+fn write_text(object: &Bound<'_, PyAny>) -> PyResult<(Box<RawValue>, Vec<LentBlock>)> {
+    let py = object.py();
+    let mut out = Out {
+        json: Vec::with_capacity(64),
+        blocks: Vec::new(),
+    };
+    append(object, &mut out, &Place::Top)?;
+    let json = String::from_utf8(out.json).map_err(|e| bad_request(py, &e.to_string()))?;
+    let json = RawValue::from_string(json).map_err(|e| bad_request(py, &e.to_string()))?;
+    Ok((json, out.blocks))
+}
+
+/// A key that was made before.
+type KnownKey = Option<(Box<str>, Py<PyString>)>;
+
+// Keys repeat from message to message, so each is made once.
+thread_local! {
+    static KEYS: RefCell<Vec<KnownKey>> =
+        RefCell::new((0..1024).map(|_| None).collect());
+}
+
+fn key<'py>(py: Python<'py>, text: &str) -> Bound<'py, PyString> {
+    if text.len() > 64 {
+        return PyString::new(py, text);
+    }
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    for &byte in text.as_bytes() {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    }
+    let at = (hash ^ (hash >> 32)) as usize & 1023;
+    let known = KEYS.with_borrow(|keys| match &keys[at] {
+        Some((known, object)) if **known == *text => Some(object.clone_ref(py)),
+        _ => None,
+    });
+    if let Some(object) = known {
+        return object.into_bound(py);
+    }
+    let object = PyString::intern(py, text);
+    let new = Some((text.into(), object.clone().unbind()));
+    // The old one is dropped after the borrow.
+    let _old = KEYS.with_borrow_mut(|keys| std::mem::replace(&mut keys[at], new));
+    object
+}
+
+/// The request whose payload is read: what refers to one of its blocks becomes that block.
+#[derive(Clone, Copy)]
+pub(crate) struct Lender<'a> {
+    pub(crate) request: &'a latzero::Request,
+    pub(crate) face: Face,
+}
+
+#[derive(Clone, Copy)]
+struct Seed<'py, 'a>(Python<'py>, Option<&'a Lender<'a>>);
+
+impl<'de, 'py> DeserializeSeed<'de> for Seed<'py, '_> {
+    type Value = Bound<'py, PyAny>;
+
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
+        d.deserialize_any(self)
+    }
+}
+
+struct KeySeed<'py>(Python<'py>);
+
+impl<'de, 'py> DeserializeSeed<'de> for KeySeed<'py> {
+    type Value = Bound<'py, PyString>;
+
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
+        d.deserialize_str(self)
+    }
+}
+
+impl<'py> Visitor<'_> for KeySeed<'py> {
+    type Value = Bound<'py, PyString>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(key(self.0, text))
+    }
+}
+
+fn custom<E: serde::de::Error>(error: PyErr) -> E {
+    E::custom(error)
+}
+
+impl<'de, 'py> Visitor<'de> for Seed<'py, '_> {
+    type Value = Bound<'py, PyAny>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Self::Value, E> {
+        Ok(PyBool::new(self.0, value).to_owned().into_any())
+    }
+
+    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Self::Value, E> {
+        let Ok(number) = value.into_pyobject(self.0);
+        Ok(number.into_any())
+    }
+
+    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Self::Value, E> {
+        let Ok(number) = value.into_pyobject(self.0);
+        Ok(number.into_any())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Self::Value, E> {
+        Ok(PyFloat::new(self.0, value).into_any())
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(PyString::new(self.0, text).into_any())
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(self.0.None().into_bound(self.0))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+        let list = PyList::empty(self.0);
+        while let Some(item) = items.next_element_seed(self)? {
+            list.append(item).map_err(custom)?;
+        }
+        Ok(list.into_any())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Self::Value, A::Error> {
+        let dict = PyDict::new(self.0);
+        while let Some(key) = fields.next_key_seed(KeySeed(self.0))? {
+            let value = fields.next_value_seed(self)?;
+            dict.set_item(key, value).map_err(custom)?;
+        }
+        if let Some(lender) = self.1
+            && let Some(block) = lent_block(lender, &dict).map_err(custom)?
+        {
+            return Ok(block);
+        }
+        Ok(dict.into_any())
+    }
+}
+
+/// The block of the request that `dict` refers to, if it does.
+fn lent_block<'py>(
+    lender: &Lender<'_>,
+    dict: &Bound<'py, PyDict>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let py = dict.py();
+    let Some(id) = dict.get_item(pyo3::intern!(py, "$block"))? else {
+        return Ok(None);
+    };
+    let Ok(id) = id.extract::<String>() else {
+        return Ok(None);
+    };
+    if !lender.request.block_ids().contains(&&*id) {
+        return Ok(None);
+    }
+    let block = lender.request.block(&id);
+    let block = block.map_err(|e| crate::errors::exception(py, &e))?;
+    PyBlock::new(block).wrapped(py, lender.face).map(Some)
+}
+
+/// A Python object of JSON text.
+pub(crate) fn read_json<'py>(py: Python<'py>, json: &str) -> PyResult<Bound<'py, PyAny>> {
+    read_text(py, json, None)
+}
+
+fn read_text<'py>(
+    py: Python<'py>,
+    json: &str,
+    lender: Option<&Lender<'_>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let mut text = serde_json::Deserializer::from_str(json);
+    Seed(py, lender)
+        .deserialize(&mut text)
+        .map_err(|e| bad_request(py, &format!("the JSON received could not be read: {e}")))
+}
+
+/// A Python object of a payload.
+pub(crate) fn read<'py>(py: Python<'py>, data: &Data) -> PyResult<Bound<'py, PyAny>> {
+    match data {
+        Data::Json(json) => read_json(py, json.get()),
+        Data::Bytes(bytes) => Ok(PyBytes::new(py, &bytes.0).into_any()),
+    }
+}
+
+/// A Python object of a request's payload.
+pub(crate) fn read_lent<'py>(
+    py: Python<'py>,
+    data: &Data,
+    lender: &Lender<'_>,
+) -> PyResult<Bound<'py, PyAny>> {
+    match data {
+        // Most requests bring no blocks.
+        Data::Json(json) if !lender.request.block_ids().is_empty() => {
+            read_text(py, json.get(), Some(lender))
+        }
+        data => read(py, data),
+    }
+}
+
+/// A required item of a dict of options.
+pub(crate) fn take<'py>(options: &Bound<'py, PyDict>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+    options
+        .get_item(name)?
+        .ok_or_else(|| PyKeyError::new_err(name.to_owned()))
+}

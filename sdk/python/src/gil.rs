@@ -1,0 +1,61 @@
+//! Leaving the interpreter and coming back.
+//!
+//! While the interpreter ends, it takes threads that come back out of the process's hands: before
+//! Python 3.14 it ends them by unwinding their stacks. Nothing of ours may run then, so such a
+//! thread stops where it is. The process ends soon.
+
+#![allow(
+    unsafe_code,
+    reason = "no frame with a destructor may stand between the interpreter and the guard"
+)]
+
+use std::mem::ManuallyDrop;
+
+use pyo3::ffi;
+use pyo3::marker::Ungil;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+/// Dropped by anything but a return or a panic, it stops the thread.
+struct StopIfUnwound;
+
+impl Drop for StopIfUnwound {
+    fn drop(&mut self) {
+        while !std::thread::panicking() {
+            std::thread::park();
+        }
+    }
+}
+
+/// Runs `work`, in which the interpreter may end this thread.
+fn guarded<T>(work: impl FnOnce() -> T) -> T {
+    let stop = StopIfUnwound;
+    let result = work();
+    std::mem::forget(stop);
+    result
+}
+
+/// Runs `work` without the GIL.
+pub(crate) fn detach<T: Ungil>(py: Python<'_>, work: impl Ungil + FnOnce() -> T) -> T {
+    guarded(|| py.detach(work))
+}
+
+/// Runs `work` with the GIL, on a thread that has not got it; `None` if the interpreter ends.
+pub(crate) fn attach<T>(work: impl FnOnce(Python<'_>) -> T) -> Option<T> {
+    guarded(|| Python::try_attach(|py| guarded(|| work(py))))
+}
+
+/// Calls Python code that may run for long, and so while the interpreter ends.
+pub(crate) fn call<'py>(
+    function: &Bound<'py, PyAny>,
+    arguments: Bound<'py, PyTuple>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let arguments = ManuallyDrop::new(arguments);
+    // SAFETY: both are live objects, the second is a tuple, and the interpreter is attached, since
+    // they are bound to it.
+    let result =
+        guarded(|| unsafe { ffi::PyObject_CallObject(function.as_ptr(), arguments.as_ptr()) });
+    drop(ManuallyDrop::into_inner(arguments));
+    // SAFETY: the call returned a reference of its own, or null with an exception set.
+    unsafe { Bound::from_owned_ptr_or_err(function.py(), result) }
+}

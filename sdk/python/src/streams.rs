@@ -1,0 +1,243 @@
+//! What comes bit by bit: streamed answers, events, presence, answers to parked calls, and new
+//! versions of blocks.
+
+use std::sync::{Arc, Mutex};
+
+use latzero::{Answer, App, Data, Emission, Error, Events, Presence, Reply};
+use pyo3::IntoPyObjectExt;
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+
+use crate::app::headers_dict;
+use crate::codec;
+use crate::errors::exception;
+use crate::gil::detach;
+use crate::op::{Op, lock, op};
+
+/// A source that one operation at a time reads.
+pub(crate) struct Source<T>(Arc<Mutex<Option<T>>>);
+
+/// A source taken out of its place, given back when this is dropped.
+struct Taken<T> {
+    source: Option<T>,
+    place: Arc<Mutex<Option<T>>>,
+}
+
+impl<T> Drop for Taken<T> {
+    fn drop(&mut self) {
+        *lock(&self.place) = self.source.take();
+    }
+}
+
+impl<T: Send> Source<T> {
+    pub(crate) fn new(source: T) -> Self {
+        Source(Arc::new(Mutex::new(Some(source))))
+    }
+
+    fn take(&self) -> PyResult<Taken<T>> {
+        let source = lock(&self.0).take();
+        if source.is_none() {
+            return Err(PyRuntimeError::new_err(
+                "it was closed, or is waited for already",
+            ));
+        }
+        Ok(Taken {
+            source,
+            place: self.0.clone(),
+        })
+    }
+
+    fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> PyResult<R> {
+        let mut taken = self.take()?;
+        let source = taken.source.as_mut().expect("it was just taken");
+        Ok(f(source))
+    }
+
+    fn close(&self, py: Python<'_>) {
+        let source = lock(&self.0).take();
+        detach(py, || drop(source));
+    }
+}
+
+impl<T> Taken<T> {
+    fn get(&mut self) -> &mut T {
+        self.source.as_mut().expect("it is given back by the end")
+    }
+}
+
+/// A streamed answer.
+#[pyclass(name = "Items", frozen, module = "latzero._latzero")]
+pub(crate) struct PyItems {
+    app: App,
+    stream: Source<latzero::Stream<Data>>,
+}
+
+impl PyItems {
+    pub(crate) fn new(app: &App, stream: latzero::Stream<Data>) -> Self {
+        PyItems {
+            app: app.clone(),
+            stream: Source::new(stream),
+        }
+    }
+}
+
+#[pymethods]
+impl PyItems {
+    /// The next item in a list of one; `None` at the end.
+    fn next(&self) -> PyResult<Op> {
+        let mut stream = self.stream.take()?;
+        let next = async move { stream.get().next().await.transpose() };
+        Ok(op(&self.app, next, |py, item| match item {
+            Some(item) => PyList::new(py, [codec::read(py, &item)?])?.into_py_any(py),
+            None => Ok(py.None()),
+        }))
+    }
+
+    /// The newest report of the handler that was not read yet, else `None`.
+    #[getter]
+    fn progress<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let report = self.stream.with(|stream| stream.progress::<Data>())?;
+        match report.transpose().map_err(|e| exception(py, &e))? {
+            Some(report) => codec::read(py, &report).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// What the handler answered behind the last item.
+    #[getter]
+    fn end<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let end = self.stream.with(|stream| stream.end().cloned())?;
+        match end.map(Reply::into::<Data>).transpose() {
+            Ok(Some(end)) => codec::read(py, &end).map(Some),
+            Ok(None) => Ok(None),
+            Err(error) => Err(exception(py, &error)),
+        }
+    }
+
+    /// Cancels the call.
+    fn cancel(&self, py: Python<'_>) {
+        self.stream.close(py);
+    }
+}
+
+/// What an [`Inflow`] reads from.
+enum Inner {
+    Emissions(Events<Emission>),
+    Presences(Events<Presence>),
+    Answers(latzero::Answers),
+    Changes(latzero::Changes),
+}
+
+/// One of what an [`Inflow`] reads.
+enum Item {
+    Emission(Emission),
+    Presence(Presence),
+    Answer(Answer),
+    Version(u64),
+}
+
+/// Events of some kind, one after the other.
+#[pyclass(name = "Inflow", frozen, module = "latzero._latzero")]
+pub(crate) struct Inflow {
+    app: App,
+    source: Source<Inner>,
+}
+
+macro_rules! inflow_of {
+    ($($name:ident($type:ty) = $variant:ident;)*) => {
+        $(pub(crate) fn $name(app: &App, source: $type) -> Inflow {
+            Inflow {
+                app: app.clone(),
+                source: Source::new(Inner::$variant(source)),
+            }
+        })*
+    };
+}
+
+impl Inflow {
+    inflow_of! {
+        emissions(Events<Emission>) = Emissions;
+        presences(Events<Presence>) = Presences;
+        answers(latzero::Answers) = Answers;
+        changes(latzero::Changes) = Changes;
+    }
+}
+
+impl Inner {
+    async fn next(&mut self) -> Option<Item> {
+        match self {
+            Inner::Emissions(events) => events.next().await.map(Item::Emission),
+            Inner::Presences(events) => events.next().await.map(Item::Presence),
+            Inner::Answers(answers) => answers.next().await.map(Item::Answer),
+            Inner::Changes(changes) => changes.recv().await.map(Item::Version),
+        }
+    }
+}
+
+impl Item {
+    /// Its fields, as the face's class takes them.
+    fn read(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        match self {
+            Item::Emission(event) => {
+                let data: Data = event.data().map_err(|e| exception(py, &e))?;
+                let origin = event.origin();
+                let headers = headers_dict(py, event.headers())?;
+                (
+                    event.name(),
+                    event.pool(),
+                    codec::read(py, &data)?,
+                    (&origin.app_id, &origin.instance),
+                    headers,
+                    event.lost(),
+                )
+                    .into_py_any(py)
+            }
+            Item::Presence(event) => {
+                let fields = serde_json::Value::Object(event.fields().clone()).to_string();
+                (
+                    event.event(),
+                    event.pool(),
+                    event.app_id(),
+                    event.instance().map(|id| id.to_string()),
+                    codec::read_json(py, &fields)?,
+                    event.lost(),
+                )
+                    .into_py_any(py)
+            }
+            Item::Answer(answer) => {
+                let (id, lost) = (answer.id().to_owned(), answer.lost());
+                match read_reply(py, answer.into_reply()) {
+                    Ok(reply) => (id, reply, py.None(), lost).into_py_any(py),
+                    Err(error) => (id, py.None(), error.value(py), lost).into_py_any(py),
+                }
+            }
+            Item::Version(version) => version.into_py_any(py),
+        }
+    }
+}
+
+fn read_reply(py: Python<'_>, reply: Result<Reply, Error>) -> PyResult<Py<PyAny>> {
+    let reply = reply.map_err(|e| exception(py, &e))?;
+    let headers = headers_dict(py, reply.headers())?;
+    let data: Data = reply.into().map_err(|e| exception(py, &e))?;
+    (codec::read(py, &data)?, headers).into_py_any(py)
+}
+
+#[pymethods]
+impl Inflow {
+    /// The next one in a list of one; `None` at the end.
+    fn next(&self) -> PyResult<Op> {
+        let mut source = self.source.take()?;
+        let next = async move { Ok::<_, Error>(source.get().next().await) };
+        Ok(op(&self.app, next, |py, item| match item {
+            Some(item) => PyList::new(py, [item.read(py)?])?.into_py_any(py),
+            None => Ok(py.None()),
+        }))
+    }
+
+    /// Stops listening.
+    fn close(&self, py: Python<'_>) {
+        self.source.close(py);
+    }
+}

@@ -1,0 +1,15 @@
+"""What all tests share."""
+
+import latzero
+import pytest
+
+
+@pytest.fixture
+def pair(latzero_server, request):
+    """A handler's app and a caller's, in a pool of their own."""
+    pool = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60]
+    with (
+        latzero.connect(latzero_server.url(f"serves-{pool}", pool)) as serves,
+        latzero.connect(latzero_server.url(f"calls-{pool}", pool)) as calls,
+    ):
+        yield serves, calls

@@ -1,0 +1,334 @@
+"""The asyncio face against a real server."""
+
+import asyncio
+import gc
+import inspect
+import subprocess
+import sys
+import threading
+
+import latzero
+import latzero.aio
+import latzero.testing
+import pytest
+
+
+def run(latzero_server, request, test):
+    """Runs `test(serves, calls)` with two apps in a pool of their own."""
+    pool = "".join(c if c.isalnum() else "-" for c in request.node.name)[:60]
+
+    async def main():
+        async with (
+            latzero.aio.connect(latzero_server.url(f"serves-{pool}", pool)) as serves,
+            latzero.aio.connect(latzero_server.url(f"calls-{pool}", pool)) as calls,
+        ):
+            await asyncio.wait_for(test(serves, calls), 30)
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def on_loop(latzero_server, request):
+    """A decorator that runs a test with its two apps."""
+    return lambda test: run(latzero_server, request, test)
+
+
+def test_calls_and_handlers(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        @serves.serve
+        async def double(n: int):
+            await asyncio.sleep(0)
+            assert latzero.request().name == "double"
+            return n * 2
+
+        @serves.serve
+        def plain(n: int):
+            assert threading.current_thread() is not threading.main_thread()
+            return -n
+
+        @serves.serve(inline=True)
+        def inline(n: int, request: latzero.Request):
+            assert threading.current_thread() is threading.main_thread()
+            return [n, request.origin[0]]
+
+        await serves.ready()
+        assert await calls.call("double", n=4) == 8
+        assert await calls.call("plain", n=4) == -4
+        assert await calls.call("inline", n=4) == [4, calls.app_id]
+        reply = await calls.reply("double", {"n": 1})
+        assert reply.data == 2 and reply.headers == {}
+        with pytest.raises(latzero.BadRequest):
+            await calls.call("double", m=4)
+        many = await asyncio.gather(*(calls.call("double", n=n) for n in range(200)))
+        assert many == [n * 2 for n in range(200)]
+
+
+def test_handlers_run_side_by_side(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        both = asyncio.Barrier(3)
+
+        @serves.serve
+        async def meet():
+            async with asyncio.timeout(10):
+                await both.wait()
+
+        await serves.ready()
+        await asyncio.gather(calls.call("meet"), calls.call("meet"), both.wait())
+
+
+def test_errors(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        with pytest.raises(latzero.Unavailable):
+            await calls.call("nobody")
+
+        @serves.serve
+        async def fails():
+            raise KeyError("x")
+
+        @serves.serve
+        async def own():
+            raise latzero.Failure("mine", data=[1])
+
+        @serves.serve
+        async def hangs():
+            await asyncio.Event().wait()
+
+        await serves.ready()
+        with pytest.raises(latzero.HandlerFailed) as raised:
+            await calls.call("fails")
+        assert raised.value.type == "KeyError" and "in fails" in raised.value.remote_traceback
+        with pytest.raises(latzero.HandlerFailed) as raised:
+            await calls.call("own")
+        assert (raised.value.code, raised.value.data) == ("mine", [1])
+        with pytest.raises(TimeoutError):
+            await calls.call("hangs", timeout=0.05)
+
+
+def test_a_refusal_is_raised_later(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        serves.serve("not a name\n", lambda: None)
+        with pytest.raises(latzero.BadRequest):
+            await serves.ready()
+
+
+def test_cancelling_a_task_cancels_the_call_and_its_handler(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        inside, cancelled = asyncio.Event(), asyncio.Event()
+
+        @serves.serve
+        async def hangs():
+            inside.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+        await serves.ready()
+        task = asyncio.create_task(calls.call("hangs"))
+        await inside.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await cancelled.wait()
+        assert await calls.ping() >= 0
+
+
+def test_streams(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        closed = asyncio.Event()
+
+        @serves.serve
+        async def count(n: int, request: latzero.aio.Request):
+            await request.progress("begun")
+            try:
+                for i in range(n):
+                    yield i
+                yield latzero.Progress(1.0)
+            finally:
+                closed.set()
+
+        await serves.ready()
+        items = calls.stream("count", n=300, window=4)
+        assert [item async for item in items] == list(range(300))
+        closed.clear()
+        async with calls.stream("count", n=10**9, window=2) as items:
+            async for item in items:
+                if item == 5:
+                    break
+        await closed.wait()
+        # A wait that is given up leaves the stream usable.
+        items = calls.stream("count", n=1)
+        assert [item async for item in items] == [0]
+
+
+def test_events_and_presence(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        events = await serves.events("done")
+        told = asyncio.Queue()
+        serves.on("told", told.put)
+        await serves.ready()
+        assert await calls.emit("done", n=1, count=True) == 1
+        event = await anext(events)
+        assert (event.data, event.origin[0]) == ({"n": 1}, calls.app_id)
+        await calls.emit("told", 5)
+        assert (await told.get()).data == 5
+        [pool] = calls.joined
+        watch = await calls.watch(pool)
+        await serves.unserve("nothing")
+        await serves.leave(pool)
+        event = await anext(watch)
+        assert event.app_id == serves.app_id
+
+
+def test_many_in_flight_and_parked(on_loop):
+    @on_loop
+    async def test(serves, calls):
+        parked = await calls.park("bill", order=17, id="order-17", timeout=60)
+        serves.serve("bill", lambda order: order + 1)
+        assert await parked.answer() == 18
+        await calls.park("bill", order=1, id="order-1", timeout=60)
+        answer = await anext(calls.answers())
+        assert (answer.id, answer.result()) == ("order-1", 2)
+        pending = [calls.submit("bill", order=n) for n in range(50)]
+        assert [await call.result(10) for call in pending] == list(range(1, 51))
+
+        @serves.serve
+        async def hang():
+            await asyncio.Event().wait()
+
+        await serves.ready()
+        hangs = calls.submit("hang")
+        hangs.cancel()
+        with pytest.raises(latzero.Cancelled):
+            await hangs.result()
+
+
+def test_blocks(on_loop):
+    np = pytest.importorskip("numpy")
+
+    @on_loop
+    async def test(serves, calls):
+        @serves.serve
+        async def mean(frame):
+            assert isinstance(frame, latzero.aio.Block)
+            async with frame.view() as a:
+                return float(a.mean())
+
+        await serves.ready()
+        block = await calls.block("frame", shape=(10, 10), dtype="f4", create=True)
+        async with block.write() as a:
+            a[:] = 2
+        assert await calls.call("mean", frame=block) == 2
+        assert (await block.read()).sum() == 200 and await block.read_at(0, 2) == b"\0\0"
+        async with block.writer() as writer:
+            for n in range(3):
+                async with writer.write(keep=False) as a:
+                    a[:] = n
+        assert block.version == 4
+        waits = asyncio.create_task(block.wait(timeout=10))
+        changes = block.changes()
+        change = asyncio.create_task(anext(changes))
+        await asyncio.sleep(0)
+        with pytest.raises(ZeroDivisionError):
+            async with block.write():
+                1 / 0
+        await block.write_at(0, b"abcd")
+        assert await waits == 5 and await change in (4, 5)
+        view = await block.view()
+        assert view.version == 5
+        async with block.lock() as lock:
+            assert lock.is_held
+        shared = await calls.share(np.arange(5, dtype="f8"))
+        assert await calls.call("mean", frame=shared) == 2
+        await block.resize(800)
+        assert view.stale and (await block.info())["size"] == 800
+        await block.remove()
+
+
+def test_another_loop_is_told(latzero_server):
+    async def connect():
+        return await latzero.aio.connect(latzero_server.url("loops"), transient=True)
+
+    async def use(app):
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await app.call("nobody")
+
+    app = asyncio.run(connect())
+    asyncio.run(use(app))
+
+
+def test_a_loop_that_ends_leaves_nothing(latzero_server):
+    import os
+
+    async def main():
+        app = await latzero.aio.connect(latzero_server.url("ends"), transient=True)
+        hangs = asyncio.create_task(app.call("nobody", timeout=60))
+        await asyncio.wait([hangs])
+        hangs.exception()
+        await app.close()
+
+    asyncio.run(main())
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        asyncio.run(main())
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_a_script_ends_with_an_open_app(latzero_server):
+    script = """
+import asyncio, sys, latzero
+async def main():
+    global app
+    app = await latzero.aio.connect(sys.argv[1])
+    @app.serve
+    async def f():
+        await asyncio.Event().wait()
+    await app.ready()
+    call = app.submit("f", to="open")
+    await app.ping()
+asyncio.run(main())
+print("end")
+"""
+    url = latzero_server.url("open")
+    ran = subprocess.run([sys.executable, "-c", script, url], timeout=30, capture_output=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"end\n", b"")
+
+
+# What one face has and the other has not, and why.
+ONLY_IN_AIO = {("App", "ready")}
+# Differences of single methods.
+PARAMETERS_ONLY_IN_AIO = {("App", "serve"): {"inline"}}
+
+
+@pytest.mark.parametrize("name", ["App", "Block", "Stream", "Pending", "Parked"])
+def test_both_faces_have_the_same_names(name):
+    sync, aio = getattr(latzero, name), getattr(latzero.aio, name)
+
+    def public(kind):
+        return {n for n in dir(kind) if not n.startswith("_")}
+
+    assert public(aio) - public(sync) == {m for c, m in ONLY_IN_AIO if c == name}
+    assert not public(sync) - public(aio)
+    for method in sorted(public(sync)):
+        theirs = getattr(aio, method)
+        if not callable(theirs):
+            continue
+        mine = inspect.signature(getattr(sync, method)).parameters
+        theirs = dict(inspect.signature(theirs).parameters)
+        for extra in PARAMETERS_ONLY_IN_AIO.get((name, method), ()):
+            del theirs[extra]
+        assert [(p.name, p.kind, p.default, p.annotation) for p in mine.values()] == [
+            (p.name, p.kind, p.default, p.annotation) for p in theirs.values()
+        ], method
+    assert inspect.signature(latzero.connect).parameters == (
+        inspect.signature(latzero.aio.connect).parameters
+    )

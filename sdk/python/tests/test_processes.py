@@ -1,0 +1,254 @@
+"""Forks, signals and the end of the process."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import latzero
+import pytest
+
+
+def in_child(work):
+    """Runs `work` in a forked child, which ends as a script does; what it returned."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, repr(work()).encode())
+            os.close(write)
+            latzero._app._close_all()
+            os._exit(0)
+        except BaseException as error:
+            os.write(write, repr(error).encode())
+            os._exit(1)
+    os.close(write)
+    with open(read) as said:
+        told = said.read()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, told
+    return told
+
+
+def test_a_forked_child_has_a_connection_of_its_own(pair):
+    serves, calls = pair
+    serves.serve("double", lambda n: n * 2)
+    before = calls.instance
+    told = in_child(lambda: (calls.call("double", n=4, timeout=10), calls.instance))
+    assert told.startswith("(8, ") and before not in told
+    # The parent's connections live on.
+    assert (calls.instance, calls.is_connected) == (before, True)
+    assert calls.call("double", n=1) == 2 and serves.ping() >= 0
+
+
+def test_a_child_that_does_not_use_it_ends_quietly(pair):
+    serves, calls = pair
+    serves.serve("f", lambda: 1)
+    for end in (lambda: None, lambda: calls.close(), lambda: repr(serves)):
+        in_child(end)
+    assert calls.call("f") == 1 and len(calls.apps()["apps"]) >= 2
+
+
+def test_the_server_sees_that_the_parent_ended(latzero_server, pair):
+    """A child holds no copy of its parent's connection."""
+    _, calls = pair
+    [pool] = calls.joined
+    script = (
+        "import latzero, os, sys\n"
+        "app = latzero.connect(sys.argv[1], transient=True)\n"
+        "if os.fork() == 0:\n"
+        "    sys.stdin.read()\n"
+        "    os._exit(0)\n"
+        "print('ready', flush=True)\n"
+        "os._exit(0)\n"
+    )
+    watch = calls.watch(pool)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, latzero_server.url("forks", pool)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )
+    assert parent.stdout.readline() == b"ready\n"
+    seen = [next(watch).event, next(watch).event]
+    assert seen == ["app_online", "app_offline"]
+    parent.communicate()
+
+
+def test_blocks_in_a_child(pair):
+    pytest.importorskip("numpy")
+    makes, _ = pair
+    block = makes.block("b", shape=4, dtype="u1", create=True)
+    with block.write() as a:
+        a[:] = 7
+
+    def use():
+        values = block.read().tolist()  # The mapping is the parent's.
+        with pytest.raises(latzero.Disconnected):
+            block.write_at(0, b"x")
+        with makes.block("b").write() as a:
+            a[0] = 1
+        return values
+
+    assert in_child(use) == "[7, 7, 7, 7]"
+    assert block.read().tolist() == [1, 7, 7, 7]
+
+
+def _double(n):
+    return _double.app.call("double", n=n, timeout=10)
+
+
+def test_a_pool_of_processes(pair):
+    serves, calls = pair
+    serves.serve("double", lambda n: n * 2)
+    _double.app = calls
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.map(_double, range(20)) == [n * 2 for n in range(20)]
+    assert calls.call("double", n=1) == 2
+
+
+def test_a_fork_while_other_threads_call(pair):
+    serves, calls = pair
+    serves.serve("double", lambda n: n * 2)
+    stop = threading.Event()
+
+    def busy():
+        while not stop.is_set():
+            calls.call("double", n=1)
+
+    threads = [threading.Thread(target=busy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(5):
+            assert in_child(lambda: calls.call("double", n=4, timeout=10)) == "8"
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+WAITS = {
+    "call": "app.call('hangs', to='waits', timeout=60)",
+    "stream": "next(app.stream('hangs', to='waits', timeout=60))",
+    "events": "next(app.events('nothing'))",
+    "watch": "[event for event in app.watch('default')]",
+    "answers": "next(app.answers())",
+    "pending": "app.submit('hangs', to='waits', timeout=60).result()",
+    "parked": "app.park('nobody', timeout=60).answer()",
+    "block": "app.block('b', size=1, create=True).wait()",
+    "changes": "next(app.block('b', size=1, create=True).changes())",
+    "lock": "b = app.block('b', size=1, create=True); l = b.lock(); l.__enter__(); "
+    "b.lock(wait=60).__enter__()",
+    "asyncio": "asyncio.run(asyncio.wait_for(aio(), 60))",
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_ctrl_c_ends_every_wait(latzero_server, wait):
+    script = f"""
+import asyncio, latzero, sys, threading
+async def aio():
+    async with latzero.aio.connect(sys.argv[1]) as app:
+        print("ready", flush=True)
+        await app.call('hangs', to='waits', timeout=60)
+release = threading.Event()
+app = latzero.connect(sys.argv[1])
+app.serve('hangs', lambda: release.wait(60))
+try:
+    if {wait != "asyncio"}:
+        print("ready", flush=True)
+    {WAITS[wait]}
+except KeyboardInterrupt:
+    release.set()
+    print("interrupted", flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, latzero_server.url("waits")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (out, err, process.returncode) == ("interrupted\n", "", 0)
+
+
+def test_wait_ends_by_ctrl_c_and_closes(latzero_server):
+    script = (
+        "import latzero, os, signal, sys\n"
+        "app = latzero.connect(sys.argv[1])\n"
+        "app.serve('f', lambda: 1)\n"
+        "waits = app._closed.wait\n"
+        "def wait(timeout):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return waits(timeout)\n"
+        "app._closed.wait = wait\n"
+        "app.wait()\n"
+        "print(app)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, latzero_server.url("ends")], timeout=30,
+        capture_output=True, text=True,
+    )
+    assert "closed" in ran.stdout and (ran.stderr, ran.returncode) == ("", 0)
+
+
+def test_an_exception_ends_a_script_with_everything_open(latzero_server):
+    script = """
+import asyncio, latzero, sys, threading
+app = latzero.connect(sys.argv[1])
+inside = threading.Event()
+@app.serve
+def hangs(request: latzero.Request):
+    inside.set()
+    while not request.cancelled:
+        request.progress(1)
+@app.serve
+async def also():
+    await asyncio.Event().wait()
+app.on("e", print)
+events, watch = app.events("e"), app.watch("default")
+block = app.block("everything", size=8, create=True)
+view = block.view()
+writing = block.write()
+writing.__enter__()
+stream = app.stream("hangs", to=app.app_id)
+call = app.submit("also", to=app.app_id)
+next_item = app.submit("hangs", to=app.app_id)
+inside.wait(10)
+raise SystemExit(3)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, latzero_server.url("everything")], timeout=60,
+        capture_output=True, text=True,
+    )
+    assert (ran.returncode, ran.stderr) == (3, "")
+
+
+@pytest.mark.parametrize("work", ["request.progress(1)", "time.sleep(0.001)"])
+def test_a_handler_that_never_ends_does_not_crash_the_end(latzero_server, work):
+    script = f"""
+import latzero, sys, threading, time
+class Slow:
+    # The interpreter takes its time to end, and the handler comes back meanwhile.
+    def __del__(self, sleep=time.sleep):
+        sleep(0.2)
+app = latzero.connect(sys.argv[1], transient=True)
+app.on("nothing", print)
+inside = threading.Event()
+@app.serve
+def endless(request: latzero.Request):
+    inside.set()
+    while True:
+        try:
+            {work}
+        except latzero.LatZeroError:
+            pass
+call = app.submit("endless", to=app.app_id)
+inside.wait()
+slow = sys.modules["slow"] = Slow()
+sys.exit(3)
+"""
+    url = latzero_server.url(f"endless-{len(work)}")
+    ran = subprocess.run([sys.executable, "-c", script, url], timeout=60, capture_output=True)
+    assert (ran.returncode, ran.stderr) == (3, b"")

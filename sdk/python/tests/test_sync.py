@@ -1,0 +1,388 @@
+"""The blocking face against a real server."""
+
+import dataclasses
+import datetime
+import enum
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import typing
+import uuid
+
+import latzero
+import latzero.testing
+import pytest
+from latzero import _latzero
+
+
+@pytest.mark.parametrize("value", [
+    None, True, False, 0, -1, 2**63, 2**64 - 1, -(2**63), 0.1, 1e300, 5e-324, "", "ä\n\"\\\x01",
+    [], {}, [1, [2, {"a": None}]], {"a": {"b": [1.5, "x"]}},
+], ids=repr)
+def test_json_comes_back_as_it_went(latzero_server, value):
+    with latzero.connect(latzero_server.url("json", "system"), transient=True) as app:
+        back = app.call("echo", value)
+    assert back == value and type(back) is type(value)
+
+
+@pytest.mark.parametrize("value, place", [
+    ({"values": [1, 2, 3, float("nan")]}, "data.values[3]"),
+    (2**64, "data:"), (-(2**63) - 1, "data:"), ([float("inf")], "data[0]"),
+    ({"a": b"x"}, "send them whole"), ({1: 2}, "keys are str"), (object(), "object"),
+], ids=repr)
+def test_what_is_not_json_is_refused_before_it_is_sent(latzero_app, value, place):
+    with pytest.raises(latzero.BadRequest) as raised:
+        latzero_app.call("nobody", value)
+    assert place in raised.value.message and raised.value.ran == "no"
+    assert isinstance(raised.value, ValueError)
+
+
+def test_too_deep_data_is_refused(latzero_app):
+    data = []
+    for _ in range(200):
+        data = [data]
+    with pytest.raises(latzero.BadRequest):
+        latzero_app.call("nobody", data)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_travel_raw(pair, kind):
+    serves, calls = pair
+    serves.serve("back", lambda data, /: data[::-1])
+    assert calls.call("back", kind(b"\x00\xff1")) == b"1\xff\x00"
+    assert calls.reply("back", kind(b"ab")).bytes == b"ba"
+
+
+def test_handlers_take_fields_by_name(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def area(width: int, height: int = 2) -> int:
+        """Width by height."""
+        return width * height
+
+    assert calls.call("area", width=3) == 6
+    assert calls.call("area", {"width": 3, "height": 5}) == 15
+    for fields in ({}, {"width": 1, "depth": 2}):
+        with pytest.raises(latzero.BadRequest):
+            calls.call("area", fields)
+    with pytest.raises(TypeError):
+        calls.call("area", {"width": 1}, width=2)
+
+
+def test_a_handler_sees_its_request(pair):
+    serves, calls = pair
+
+    @serves.serve("who")
+    def who(request: latzero.Request):
+        assert latzero.request() is request
+        return [request.name, request.origin[0], request.headers, request.key, request.attempt]
+
+    got = calls.call("who", headers={"a": "b"}, key="k")
+    assert got == ["who", calls.app_id, {"a": "b"}, "k", 1]
+
+
+def test_what_a_handler_raises_is_told(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def divide(a: float, b: float):
+        if a == 0:
+            raise latzero.Failure("zero", "nothing to divide", data={"a": a})
+        return a / b
+
+    with pytest.raises(latzero.HandlerFailed) as raised:
+        calls.call("divide", a=1, b=0)
+    error = raised.value
+    assert (error.code, error.type) == ("handler_error", "ZeroDivisionError")
+    assert "in divide" in error.remote_traceback
+    assert error.remote_traceback[:9] in error.__notes__[0]
+    with pytest.raises(latzero.HandlerFailed) as raised:
+        calls.call("divide", a=0, b=1)
+    assert (raised.value.code, raised.value.data) == ("zero", {"a": 0})
+
+
+def test_errors_have_their_families(pair):
+    _, calls = pair
+    with pytest.raises(latzero.Unavailable) as raised:
+        calls.call("nobody")
+    error = raised.value
+    assert (error.code, error.ran, error.retryable) == ("no_handler", "no", True)
+    assert error.hint and str(error).startswith("no_handler: ")
+    for _, family in _latzero.families():
+        assert issubclass(getattr(latzero, family), latzero.LatZeroError)
+
+
+def test_a_call_times_out(pair):
+    serves, calls = pair
+    release = threading.Event()
+    serves.serve("slow", lambda: release.wait(30))
+    with pytest.raises(latzero.Timeout) as raised:
+        calls.call("slow", timeout=0.05)
+    release.set()
+    assert isinstance(raised.value, TimeoutError)
+
+
+def test_streams(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def count(n: int):
+        for i in range(n):
+            yield i
+        yield latzero.Progress(1.0)
+        return "done"
+
+    stream = calls.stream("count", n=300, window=4)
+    assert list(stream) == list(range(300))
+    assert stream.end == "done"
+
+
+def test_leaving_a_stream_closes_its_generator(pair):
+    serves, calls = pair
+    closed = threading.Event()
+
+    @serves.serve
+    def forever():
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    with calls.stream("forever", window=2) as stream:
+        assert next(stream) == 1
+    assert closed.wait(10)
+
+
+def test_emits_reach_listeners(pair):
+    listens, emits = pair
+    events = listens.events("done")
+    assert emits.emit("done", n=1, count=True) == 1
+    event = next(events)
+    assert (event.name, event.data, event.origin[0]) == ("done", {"n": 1}, emits.app_id)
+    seen = []
+    both = threading.Barrier(2)
+
+    @listens.on("told")
+    def told(event):
+        seen.append(event.data)
+        both.wait(10)
+
+    emits.emit("told", 5)
+    both.wait(10)
+    assert seen == [5]
+
+
+def test_other_threads_run_while_one_waits(pair):
+    serves, calls = pair
+    inside, release = threading.Event(), threading.Event()
+
+    @serves.serve
+    def hold():
+        inside.set()
+        return release.wait(10)
+
+    got = []
+    caller = threading.Thread(target=lambda: got.append(calls.call("hold")))
+    caller.start()
+    assert inside.wait(10)
+    release.set()
+    caller.join(10)
+    assert got == [True]
+
+
+def test_ctrl_c_ends_a_waiting_call(pair):
+    serves, calls = pair
+    inside, release = threading.Event(), threading.Event()
+
+    @serves.serve
+    def hold(request: latzero.Request):
+        inside.set()
+        release.wait(20)
+
+    def interrupt():
+        inside.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        calls.call("hold", timeout=20)
+    assert time.monotonic() - began < 10
+    release.set()
+    # The connection works on.
+    assert calls.ping() >= 0
+
+
+def test_the_app_reconnects(latzero_server):
+    with latzero.testing.server() as server, latzero.connect(server.url("again")) as app:
+        app.serve("f", lambda: 1)
+        server.restart()
+        assert app.call("f", to="again", timeout=10) == 1
+
+
+def test_a_script_ends_with_an_open_app(latzero_server):
+    script = (
+        "import latzero, sys\n"
+        "app = latzero.connect(sys.argv[1])\n"
+        "app.serve('f', lambda: 1)\n"
+        "app.on('e', print)\n"
+        "assert 'numpy' not in sys.modules and 'asyncio' not in sys.modules\n"
+        "print(repr(app))\n"
+    )
+    url = latzero_server.url("script")
+    run = subprocess.run([sys.executable, "-c", script, url], timeout=30, capture_output=True)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.stdout == b"<latzero.App 'script' in default, connected>\n"
+
+
+def test_many_calls_in_flight(pair):
+    serves, calls = pair
+    serves.serve("double", lambda n: n * 2)
+    pending = [calls.submit("double", n=n) for n in range(100)]
+    assert [call.result(10) for call in pending] == [n * 2 for n in range(100)]
+    assert pending[0].done() and pending[0].result() == 0
+
+
+def test_a_pending_call_is_cancelled(pair):
+    serves, calls = pair
+    inside, release = threading.Event(), threading.Event()
+    requests = []
+
+    @serves.serve
+    def hold(request: latzero.Request):
+        requests.append(request)
+        inside.set()
+        release.wait(10)
+
+    call = calls.submit("hold")
+    assert inside.wait(10) and not call.done()
+    with pytest.raises(TimeoutError):
+        call.result(0.01)
+    call.cancel()
+    with pytest.raises(latzero.Cancelled):
+        call.result()
+    # The handler's connection hears of it before the answer to what is asked later.
+    calls.ping(), serves.ping()
+    assert requests[0].cancelled
+    release.set()
+
+
+def test_parked_calls(pair):
+    serves, calls = pair
+    parked = calls.park("bill", order=17, id="order-17", timeout=60)
+    assert parked.id == "order-17"
+    serves.serve("bill", lambda order: order + 1)
+    assert parked.answer() == 18
+    # Nobody waits for this one.
+    calls.park("bill", order=1, id="order-1", timeout=60)
+    answer = next(calls.answers())
+    assert (answer.id, answer.result(), answer.lost) == ("order-1", 2, 0)
+
+
+def test_presence_is_watched(latzero_server, pair):
+    _, calls = pair
+    [pool] = calls.joined
+    watch = calls.watch(pool)
+    with latzero.connect(latzero_server.url("comes", pool)):
+        event = next(watch)
+    assert (event.event, event.app_id, event.pool) == ("app_online", "comes", pool)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_async_handlers_of_a_blocking_app(pair, is_stream):
+    serves, calls = pair
+    if is_stream:
+        @serves.serve("f")
+        async def f(n: int):
+            for i in range(n):
+                yield i
+        assert list(calls.stream("f", n=3)) == [0, 1, 2]
+    else:
+        import asyncio
+
+        both = asyncio.Barrier(2)
+
+        @serves.serve("f")
+        async def f(n: int):
+            await both.wait()
+            assert latzero.request().name == "f"
+            return n
+        pending = [calls.submit("f", n=n) for n in (1, 2)]
+        assert [call.result(10) for call in pending] == [1, 2]
+
+
+@dataclasses.dataclass
+class Item:
+    name: str
+    count: int = 1
+    tags: list[str] = dataclasses.field(default_factory=list)
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+
+class Order(typing.TypedDict):
+    item: Item
+    color: typing.NotRequired[Color]
+
+
+def test_hints_decode_arguments_and_answers(pair):
+    serves, calls = pair
+
+    @serves.serve
+    def take(item: Item, at: datetime.datetime, id: uuid.UUID | None = None) -> Item:
+        assert isinstance(item, Item) and isinstance(at, datetime.datetime)
+        return dataclasses.replace(item, count=item.count + (id is not None))
+
+    @serves.serve
+    def whole(order: Order, /):
+        assert isinstance(order["item"], Item) and order["color"] is Color.RED
+        return order
+
+    at = datetime.datetime(2026, 1, 2)
+    got = calls.call("take", item=Item("a"), at=at, id=uuid.uuid4(), into=Item)
+    assert got == Item("a", 2)
+    back = calls.call("whole", {"item": Item("b"), "color": Color.RED}, into=Order)
+    assert back == {"item": Item("b"), "color": Color.RED}
+    with pytest.raises(latzero.BadRequest, match="the answer is dict, not list"):
+        calls.call("whole", {"item": Item("b"), "color": "red"}, into=list[Item])
+    for wrong, place in [
+        ({"name": 1}, "item.name is int, not str"), ({}, "misses the field 'name'"),
+        ({"name": "a", "size": 1}, "'size'"), ({"name": "a", "tags": [1]}, r"tags\[0\]"),
+        ({"name": "a", "count": True}, "item.count is bool"), (5, "item is int, not Item"),
+    ]:
+        with pytest.raises(latzero.BadRequest, match=place):
+            calls.call("take", item=wrong, at=at)
+    with pytest.raises(latzero.BadRequest, match="no datetime"):
+        calls.call("take", item=Item("a"), at="yesterday")
+
+
+@pytest.mark.parametrize("hint, value, expected", [
+    (float, 1, 1.0), (int | None, None, None), (tuple[int, str], [1, "a"], (1, "a")),
+    (tuple[int, ...], [1, 2], (1, 2)), (set[int], [1, 1], {1}),
+    (dict[str, float], {"a": 1}, {"a": 1.0}),
+    (typing.Literal["a", 1], 1, 1), (bytes, b"x", b"x"), (typing.Any, [1], [1]),
+    (list, [1, "a"], [1, "a"]), (datetime.date, "2026-01-02", datetime.date(2026, 1, 2)),
+], ids=repr)
+def test_types_that_hints_may_name(hint, value, expected):
+    from latzero._decode import decoder
+
+    got = decoder(hint)(value, "x")
+    assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize("hint, value", [
+    (int, 1.0), (int, True), (str, 1), (bool, 1), (float, "1"), (int | str, None),
+    (typing.Literal["a", 1], True), (tuple[int, int], [1]), (Color, "blue"), (uuid.UUID, 5),
+], ids=repr)
+def test_types_are_checked_and_not_coerced(hint, value):
+    from latzero._decode import Mismatch, decoder
+
+    with pytest.raises(Mismatch, match="^x is"):
+        decoder(hint)(value, "x")

@@ -1,0 +1,163 @@
+//! The Python package under `sdk/python`: its wheel, its lints and its tests.
+//!
+//! Tools are installed into a virtual environment under the target directory. Where there is no
+//! Python that can make one, the tests are left out, and a line says so; in continuous integration
+//! (`CI` is set) that is a failure.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::{Done, cargo, cargo_program, read, root, run};
+
+fn folder() -> PathBuf {
+    root().join("sdk/python")
+}
+
+fn target() -> PathBuf {
+    root().join("target/python")
+}
+
+/// Builds the wheel, installs it and runs its tests.
+pub(crate) fn test() -> Done {
+    match environment() {
+        Ok(python) => test_wheel(&python),
+        Err(why) if std::env::var_os("CI").is_some() => Err(format!(
+            "the tests of the Python package must run here: {why}"
+        )),
+        // A person may do without the tools.
+        Err(why) => {
+            println!("LEFT OUT: the tests of the Python package: {why}");
+            Ok(())
+        }
+    }
+}
+
+/// Tests the wheel as it would be installed, with the program inside it.
+fn test_wheel(python: &Path) -> Done {
+    cargo(&["build", "--package", "latzero-cli"])?;
+    let wheel = wheel_of(python, "debug")?;
+    let install = ["install", "--quiet", "--no-index", "--no-deps"];
+    run(pip(python)
+        .args(install)
+        .arg("--force-reinstall")
+        .arg(wheel))?;
+    println!("$ mypy and pytest, in sdk/python");
+    let tool = |name: &str| {
+        let mut command = Command::new(python);
+        command.args(["-m", name]).current_dir(folder());
+        command.env_remove("LATZERO_BIN");
+        command
+    };
+    run(tool("mypy").args(["--package", "latzero"]))?;
+    // The binding's stub says what the binding has.
+    let stubs = ["--ignore-disjoint-bases", "latzero._latzero"];
+    run(tool("mypy.stubtest").args(stubs))?;
+    run(&mut tool("pytest"))
+}
+
+/// Builds the wheel for other machines, optimised.
+pub(crate) fn wheel() -> Done {
+    let python = environment()?;
+    cargo(&["build", "--release", "--package", "latzero-cli"])?;
+    let wheel = wheel_of(&python, "release")?;
+    println!("{}", wheel.display());
+    Ok(())
+}
+
+/// Builds the wheel with the program of this profile; where it lies.
+fn wheel_of(python: &Path, profile: &str) -> Result<PathBuf, String> {
+    let io = |error: std::io::Error| format!("the wheel: {error}");
+    let scripts = folder().join("latzero.data/scripts");
+    std::fs::create_dir_all(&scripts).map_err(io)?;
+    let program = root().join("target").join(profile).join("latzero");
+    std::fs::copy(program, scripts.join("latzero")).map_err(io)?;
+    let wheels = target().join("wheels").join(profile);
+    if wheels.exists() {
+        std::fs::remove_dir_all(&wheels).map_err(io)?;
+    }
+    println!("$ maturin build, in sdk/python");
+    let mut maturin = Command::new(python);
+    maturin
+        .args(["-m", "maturin", "build", "--quiet", "--target-dir"])
+        .arg(target())
+        .arg("--out")
+        .arg(&wheels)
+        .arg("--interpreter")
+        .arg(python)
+        .current_dir(folder());
+    if profile == "release" {
+        maturin.arg("--release");
+    }
+    run(&mut maturin)?;
+    let built = std::fs::read_dir(&wheels).map_err(io)?.next();
+    let built = built.ok_or("maturin made no wheel")?.map_err(io)?;
+    Ok(built.path())
+}
+
+/// Lints of the binding, which is a workspace of its own. They need no Python.
+pub(crate) fn lint() -> Done {
+    cargo_in_package(&["fmt", "--check"])?;
+    cargo_in_package(&["clippy", "--all-targets", "--", "-D", "warnings"])
+}
+
+/// Fixes what the format and lint checks can fix.
+pub(crate) fn lint_fix() -> Done {
+    let fix = ["--fix", "--allow-dirty", "--allow-staged"];
+    cargo_in_package(&[&["clippy", "--all-targets"], &fix[..]].concat())?;
+    cargo_in_package(&["fmt"])
+}
+
+fn cargo_in_package(args: &[&str]) -> Done {
+    println!("$ cargo {}, in sdk/python", args.join(" "));
+    // A directory of its own: with and without an interpreter the dependencies are built anew.
+    run(Command::new(cargo_program())
+        .args(args)
+        .env("PYO3_NO_PYTHON", "1")
+        .env("PYO3_BUILD_EXTENSION_MODULE", "1")
+        .env("CARGO_TARGET_DIR", target().join("lint"))
+        .current_dir(folder()))
+}
+
+fn pip(python: &Path) -> Command {
+    let mut pip = Command::new(python);
+    pip.args(["-m", "pip", "--disable-pip-version-check"]);
+    pip
+}
+
+/// The interpreter of a virtual environment with the tools, made once for each content of
+/// `requirements.txt`.
+fn environment() -> Result<PathBuf, String> {
+    let dir = target().join("tools");
+    let python = dir.join("bin/python");
+    let file = folder().join("requirements.txt");
+    let wanted = read(&file)?;
+    let stamp = dir.join("made-of");
+    if std::fs::read_to_string(&stamp).is_ok_and(|made| made == wanted) {
+        return Ok(python);
+    }
+    let suits = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))";
+    quiet(Command::new("python3").args(["-c", suits]))
+        .map_err(|_| "it takes Python 3.11 or newer with the module `venv`".to_owned())?;
+    println!("$ python3 -m venv {}", dir.display());
+    quiet(
+        Command::new("python3")
+            .args(["-m", "venv", "--clear"])
+            .arg(&dir),
+    )?;
+    let install = ["install", "--quiet", "--requirement"];
+    quiet(pip(&python).args(install).arg(file))?;
+    std::fs::write(&stamp, wanted).map_err(|error| error.to_string())?;
+    Ok(python)
+}
+
+/// Runs a command; what it wrote is part of its error.
+fn quiet(command: &mut Command) -> Done {
+    match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(format!(
+            "{command:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        )),
+        Err(error) => Err(format!("{command:?}: {error}")),
+    }
+}
