@@ -75,7 +75,7 @@ fn a_block_of_an_encrypted_pool_is_used_the_same_way() {
     std::fs::rename(key_file, &elsewhere).expect("it is there");
     server
         .run(&["block", "read", "vault/f", "--length", "5"])
-        .ended_with(5);
+        .ended_with(77);
     let ok = |args: &[&str]| {
         let keys = ["--keys", elsewhere.to_str().expect("it is UTF-8")];
         server
