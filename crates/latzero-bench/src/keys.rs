@@ -1,11 +1,12 @@
 //! What sealing costs a call: the same call in a plain pool and in an encrypted one, of one server;
-//! and what TLS costs one.
+//! what it costs a change of a large block; and what TLS costs a call.
 //!
 //! Caller and handler are two apps of this process, so that both pools pay the same for everything
 //! but the keys. Turns are interleaved, and the encrypted pool is quoted as a multiple of the plain
 //! one. Beside that, a large message is sealed and compared with what the cipher alone takes for
 //! it.
 
+mod blocks;
 mod tls;
 
 use std::time::Instant;
@@ -37,6 +38,10 @@ const HANDSHAKE_MICROS_MAX: f64 = 1000.0;
 
 /// How fast a message is sealed at least, beside the cipher alone.
 const SEAL_RATIO_MIN: f64 = 0.7;
+
+/// How many times the time of sealing one chunk a version of a large block may take that changes
+/// it alone.
+const PUBLISH_RATIO_MAX: f64 = 6.0;
 
 /// Bytes of a call, and of a large message.
 const SMALL: usize = 64;
@@ -90,12 +95,13 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
     let placement = Placement::steadiest();
     let place = placement.describe_one();
     let handshakes = if args.quick { 5 } else { 300 };
-    let (cells, sealing, over, handshake) = placement.run(|| {
+    let (cells, sealing, (publishing, chunk), over, handshake) = placement.run(|| {
         let cells = measure(rounds, calls)?;
         let over = tls::measure(rounds, calls)?;
         Ok((
             cells,
             sealing(args.quick),
+            blocks::measure(args.quick)?,
             over,
             tls::handshake(handshakes)?,
         ))
@@ -117,6 +123,14 @@ pub(crate) fn run(args: &KeysArgs) -> Result<Results, Failure> {
             Unit::Ratio,
         )
         .expect_at_least(SEAL_RATIO_MIN),
+        Finding::new("sealing a chunk of 64 KiB alone", chunk, Unit::Micros),
+        Finding::new(
+            "publishing that chunk in a block of 64 MiB",
+            publishing,
+            Unit::Micros,
+        ),
+        Finding::new("publishing ÷ sealing", publishing / chunk, Unit::Ratio)
+            .expect_at_most(PUBLISH_RATIO_MAX),
         Finding::new("a call over plain TCP: p50", tcp, Unit::Micros),
         Finding::new("a call over TLS: p50", by_tls, Unit::Micros),
         Finding::new("TLS ÷ plain TCP", by_tls / tcp, Unit::Ratio).expect_at_most(TLS_RATIO_MAX),

@@ -164,6 +164,14 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// The line as it stands in the table.
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; ENTRY_BYTES] {
+        let line = self.append(Bytes::new());
+        let line = line.as_slice().try_into();
+        line.expect("a line has 64 bytes")
+    }
+
     fn append(&self, to: Bytes) -> Bytes {
         to.u64(self.version).raw(&self.nonce).raw(&self.leaf)
     }
@@ -342,6 +350,12 @@ impl Manifest {
             && epoch > 0
             && chunk_count(length) == Some(chunks);
         fits.then_some(manifest)
+    }
+
+    /// Its bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; MANIFEST_BYTES] {
+        &self.bytes
     }
 
     /// The epoch that it was written in.

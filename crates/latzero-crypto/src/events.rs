@@ -171,6 +171,12 @@ pub struct Answer<'a> {
 }
 
 impl Sender {
+    /// The session's id.
+    #[must_use]
+    pub fn session(&self) -> Id {
+        self.session
+    }
+
     /// Begins a session. `session` is random, drawn for each connection.
     #[must_use]
     pub fn new(app_id: &str, session: Id) -> Self {

@@ -34,7 +34,8 @@ use crate::slab::{Key, Slab};
 use crate::turn::Turn;
 use blocks::Blocks;
 pub use blocks::{
-    Asking, BlockCounts, BlockKey, BlockTag, Found, LockRequest, ReadPlan, Replied, WritePlan,
+    Asking, BlockCounts, BlockKey, BlockTag, Found, LockRequest, ReadPlan, Replied, SealedContent,
+    WritePlan,
 };
 use calls::Calls;
 use ending::EndReason;

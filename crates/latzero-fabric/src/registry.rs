@@ -172,6 +172,12 @@ impl<D: Driver> Membership<D> {
         }
     }
 
+    /// The pool's name, if its blocks are sealed.
+    pub(crate) fn name_if_sealed(&self) -> Option<PoolName> {
+        let suite = self.grant.map(|grant| grant.suite);
+        (suite == Some(Suite::Sealed)).then(|| self.name.clone())
+    }
+
     /// Whether a payload may travel here: in an encrypted pool nothing does that is not sealed.
     ///
     /// # Errors

@@ -154,6 +154,8 @@ pub struct Create {
     pub or_attach: bool,
     /// Whether its maker takes part in it at once, and how.
     pub attach: Option<Access>,
+    /// What its content is bound to in a sealed pool: 16 bytes in base64url.
+    pub block_uid: Option<Box<str>>,
 }
 
 macro_rules! words {
@@ -586,6 +588,7 @@ fn create(fields: &Fields<'_>, block: BlockId) -> Result<Create, Refusal> {
         lifetime: Lifetime::field(fields, "lifetime")?,
         or_attach,
         attach,
+        block_uid: fields.string("block_uid")?.map(|uid| uid.as_ref().into()),
     })
 }
 

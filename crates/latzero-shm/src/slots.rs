@@ -455,6 +455,17 @@ impl Draft {
         Ok(Some(range))
     }
 
+    /// Leaves it to the caller to bring the slot up to date: from here on reads give what the slot
+    /// itself holds. Gives whether that is all of one published version; else it is anything.
+    ///
+    /// # Errors
+    /// If the memory or file is not what it should be.
+    pub fn leave_behind<M: Memory>(&mut self, memory: &M) -> Result<bool, Fault> {
+        self.lag = Lag::default();
+        let holds = memory.load(at::slot(self.slot) + at::VERSION, Relaxed)?;
+        Ok(self.changed.is_none() && holds <= self.head.version)
+    }
+
     /// The version that this will be.
     #[must_use]
     pub fn version(&self) -> u64 {

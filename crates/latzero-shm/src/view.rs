@@ -48,10 +48,12 @@ impl Attachment {
             };
             if let Some(sequence) = sequence {
                 return Ok(View {
-                    mapped,
-                    geometry,
-                    slot,
-                    sequence,
+                    bytes: Source::Slot {
+                        mapped,
+                        geometry,
+                        slot,
+                        sequence,
+                    },
                     version: head.version,
                 });
             }
@@ -70,12 +72,10 @@ impl Attachment {
     /// # Errors
     /// As [`Attachment::view`].
     pub fn owned_view(self: &Arc<Self>) -> Result<OwnedView, ReadError> {
-        let View {
-            slot,
-            sequence,
-            version,
-            ..
-        } = self.view()?;
+        let View { bytes, version } = self.view()?;
+        let Source::Slot { slot, sequence, .. } = bytes else {
+            unreachable!("an attachment gives a view of its slot");
+        };
         Ok(OwnedView {
             attachment: Arc::clone(self),
             slot,
@@ -103,10 +103,12 @@ impl OwnedView {
             unreachable!("only mapped bytes give a view");
         };
         View {
-            mapped,
-            geometry: self.attachment.expected.geometry,
-            slot: self.slot,
-            sequence: self.sequence,
+            bytes: Source::Slot {
+                mapped,
+                geometry: self.attachment.expected.geometry,
+                slot: self.slot,
+                sequence: self.sequence,
+            },
             version: self.version,
         }
     }
@@ -123,14 +125,31 @@ impl OwnedView {
 /// afterwards.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
-    mapped: &'a Mapped,
-    geometry: Geometry,
-    slot: u32,
-    sequence: u64,
+    bytes: Source<'a>,
     version: u64,
 }
 
-impl View<'_> {
+#[derive(Debug, Clone, Copy)]
+enum Source<'a> {
+    Slot {
+        mapped: &'a Mapped,
+        geometry: Geometry,
+        slot: u32,
+        sequence: u64,
+    },
+    Copy(&'a [u8]),
+}
+
+impl<'a> View<'a> {
+    /// A version that was copied out.
+    #[must_use]
+    pub fn of_copy(bytes: &'a [u8], version: u64) -> View<'a> {
+        View {
+            bytes: Source::Copy(bytes),
+            version,
+        }
+    }
+
     /// Which version it is; 0 reads as zeros.
     #[must_use]
     pub fn version(&self) -> u64 {
@@ -138,11 +157,18 @@ impl View<'_> {
     }
 
     /// Whether it has not been overwritten since it was taken. Always true for a raw block, whose
-    /// users take its lock.
+    /// users take its lock, and for a copy.
     #[must_use]
     pub fn is_valid(&self) -> bool {
-        self.geometry.is_raw()
-            || slots::is_untouched(self.mapped, self.slot, self.sequence).unwrap_or(false)
+        match self.bytes {
+            Source::Slot {
+                mapped,
+                geometry,
+                slot,
+                sequence,
+            } => geometry.is_raw() || slots::is_untouched(mapped, slot, sequence).unwrap_or(false),
+            Source::Copy(_) => true,
+        }
     }
 
     /// The address of its first byte in this process. The bytes may change at any time, so no
@@ -150,14 +176,27 @@ impl View<'_> {
     /// check [`View::is_valid`].
     #[must_use]
     pub fn as_ptr(&self) -> *const u8 {
-        let at = usize::try_from(self.geometry.slot(self.slot)).expect("it is mapped");
-        self.mapped.base().as_ptr().wrapping_add(at)
+        match self.bytes {
+            Source::Slot {
+                mapped,
+                geometry,
+                slot,
+                ..
+            } => {
+                let at = usize::try_from(geometry.slot(slot)).expect("it is mapped");
+                mapped.base().as_ptr().wrapping_add(at)
+            }
+            Source::Copy(bytes) => bytes.as_ptr(),
+        }
     }
 
     /// Bytes of the version.
     #[must_use]
     pub fn len(&self) -> u64 {
-        self.geometry.size
+        match self.bytes {
+            Source::Slot { geometry, .. } => geometry.size,
+            Source::Copy(bytes) => bytes.len() as u64,
+        }
     }
 
     /// Whether it has no bytes.
@@ -171,11 +210,25 @@ impl View<'_> {
     /// # Errors
     /// If they lie outside the block.
     pub fn copy_to(&self, offset: u64, to: &mut [u8]) -> Result<(), ReadError> {
-        if !self.geometry.contains(offset, to.len()) {
-            return Err(ReadError::OutOfRange);
+        match self.bytes {
+            Source::Slot {
+                mapped,
+                geometry,
+                slot,
+                ..
+            } => {
+                if !geometry.contains(offset, to.len()) {
+                    return Err(ReadError::OutOfRange);
+                }
+                mapped.read(geometry.slot(slot) + offset, to)?;
+            }
+            Source::Copy(bytes) => {
+                let from = usize::try_from(offset)
+                    .ok()
+                    .and_then(|at| bytes.get(at..)?.get(..to.len()));
+                to.copy_from_slice(from.ok_or(ReadError::OutOfRange)?);
+            }
         }
-        self.mapped
-            .read(self.geometry.slot(self.slot) + offset, to)?;
         Ok(())
     }
 

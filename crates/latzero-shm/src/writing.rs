@@ -77,6 +77,18 @@ impl Writing {
         on!(&self.turn.0.bytes, memory => draft.fill(memory, offset, length, byte))
     }
 
+    /// Leaves it to the caller to bring the version up to date with the one before it: from here on
+    /// [`Writing::read_into`] gives what lies where this version is written. Gives whether that is
+    /// all of some version that was published; else it is anything. For content that knows by
+    /// itself which parts differ, in a block with snapshots.
+    ///
+    /// # Errors
+    /// As [`WriteError`] says.
+    pub fn leave_behind(&mut self) -> Result<bool, WriteError> {
+        let draft = &mut self.draft;
+        Ok(on!(&self.turn.0.bytes, memory => draft.leave_behind(memory))?)
+    }
+
     /// Whether the bytes are mapped, so that [`Writing::expose`] works.
     #[must_use]
     pub fn is_mapped(&self) -> bool {

@@ -87,6 +87,7 @@ fn changes() -> Vec<RowChange> {
             file: None,
             created: 1_700_000_000_000,
             updated: 1_700_000_000_000,
+            sealed: Some("{}".into()),
         }),
         call(1),
         call(2),

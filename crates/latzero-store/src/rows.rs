@@ -265,6 +265,8 @@ pub struct BlockRow {
     pub created: i64,
     /// When its record was last changed, unix ms.
     pub updated: i64,
+    /// What its content is bound to in a sealed pool, as JSON.
+    pub sealed: Option<String>,
 }
 
 impl Record for BlockRow {
@@ -289,6 +291,7 @@ impl Record for BlockRow {
         "file",
         "created",
         "updated",
+        "sealed",
     ];
 
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
@@ -311,11 +314,12 @@ impl Record for BlockRow {
             file: row.get(15)?,
             created: row.get(16)?,
             updated: row.get(17)?,
+            sealed: row.get(18)?,
         })
     }
 
     fn write(&self, statement: &mut Statement<'_>) -> rusqlite::Result<usize> {
-        let values: [&dyn ToSql; 18] = [
+        let values: [&dyn ToSql; 19] = [
             &self.pool,
             &self.block_id,
             &self.kind,
@@ -334,6 +338,7 @@ impl Record for BlockRow {
             &self.file,
             &self.created,
             &self.updated,
+            &self.sealed,
         ];
         statement.execute(&values[..])
     }

@@ -5,6 +5,7 @@
 
 pub mod hostile;
 pub mod site;
+pub mod vault;
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};

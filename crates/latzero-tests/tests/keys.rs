@@ -11,17 +11,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use latzero::blocking::App;
-use latzero::{AppKey, Builder, Bytes, Code, HandlerError, Keys};
+use latzero::{AppKey, Builder, Bytes, Code, HandlerError};
 use latzero_crypto::app_key;
 use latzero_crypto::keys::{KeySet, Kind, NewKeys, Secret};
-use latzero_crypto::proof::{self, ChannelBinding, Exchange, Joining};
+use latzero_crypto::proof::{self, ChannelBinding, Exchange};
 use latzero_crypto::text;
+use latzero_tests::vault::{
+    JOIN, READ, WRITE, bound, builder, code, exchange, key_set, keys, member, prove, raw, vault,
+    with_keys,
+};
 use latzero_tests::{Server, Via, Wire};
 use serde_json::{Value, json};
-
-fn code(reply: &Value) -> &str {
-    reply["error"]["code"].as_str().unwrap_or("ok")
-}
 
 /// A file as key files are.
 fn private_file(dir: &Path, name: &str, content: &str) -> PathBuf {
@@ -37,80 +37,8 @@ fn private_file(dir: &Path, name: &str, content: &str) -> PathBuf {
     path
 }
 
-/// New keys of a pool, from a number.
-fn key_set(seed: u8) -> KeySet {
-    let secret = |of: u8| Secret::new(std::array::from_fn(|at| seed ^ of ^ (at as u8)));
-    KeySet::new_pool(NewKeys {
-        sigil: secret(0x20),
-        shard: secret(0x40),
-        seal: secret(0x60),
-        owner: None,
-    })
-}
-
-/// Those of the keys that some role has, as the client takes them.
-fn keys(set: &KeySet, kinds: &[Kind]) -> Keys {
-    let tokens: Vec<_> = kinds.iter().map(|kind| set.token(*kind).unwrap()).collect();
-    Keys::from_tokens(tokens.iter().map(|token| token.as_str())).unwrap()
-}
-
-const WRITE: &[Kind] = &[Kind::Sigil, Kind::Shard, Kind::Seal];
-const READ: &[Kind] = &[Kind::Sigil, Kind::Shard];
-const JOIN: &[Kind] = &[Kind::Sigil];
-
-fn builder(server: &Server, app: &str) -> Builder {
-    latzero::App::builder(&format!(
-        "latzero://{app}?socket={}",
-        server.0.socket().display()
-    ))
-}
-
 fn over_tcp(server: &Server, app: &str) -> Builder {
     latzero::App::builder(&format!("latzero://{app}@{}", server.0.tcp()))
-}
-
-/// A server with an encrypted pool `vault`, and its keys.
-fn vault() -> (Server, KeySet) {
-    let server = Server::start();
-    let set = key_set(1);
-    let maker = App::connect_with(builder(&server, "maker")).unwrap();
-    let request = keys(&set, WRITE).pool_create("vault", false).unwrap();
-    let made = maker.request(&request).unwrap();
-    assert_eq!(made["encrypted"], true, "{made}");
-    (server, set)
-}
-
-fn with_keys(server: &Server, app: &str, keys: Keys) -> Builder {
-    let state_dir = server.0.data_dir().join("of-clients").join(app);
-    builder(server, app)
-        .keys("vault", keys)
-        .state_dir(state_dir)
-}
-
-/// An app with keys, which keeps beside the server what it accepted.
-fn member(server: &Server, app: &str, keys: Keys) -> App {
-    App::connect_with(with_keys(server, app, keys)).unwrap()
-}
-
-/// What binds proofs to a connection over the Unix socket.
-fn bound(server: &Server) -> ChannelBinding {
-    ChannelBinding::Unix {
-        uid: rustix::process::geteuid().as_raw(),
-        pid: server.pid(),
-    }
-}
-
-fn binary<const N: usize>(value: &Value) -> [u8; N] {
-    text::decode(value.as_str().unwrap()).unwrap()
-}
-
-fn exchange(challenge: &Value, binding: ChannelBinding) -> Exchange {
-    Exchange {
-        client_nonce: [3; 32],
-        server_nonce: binary(&challenge["server_nonce"]),
-        server_instance: binary(&challenge["server_instance"]),
-        binding,
-    }
 }
 
 #[test]
@@ -345,30 +273,6 @@ fn members_call_emit_and_stream_as_in_any_pool() {
     worker.emit("news", &"hot").send().unwrap();
     let event = events.recv_timeout(Duration::from_secs(5)).unwrap();
     assert_eq!(event.data::<String>().unwrap(), "hot");
-}
-
-/// Proves the pool on a raw connection, with the roles of `kinds`; the reply.
-fn prove(wire: &mut Wire, server: &Server, set: &KeySet, app: &str, kinds: &[Kind]) -> Value {
-    let asked = json!({"action": "pool_challenge", "pool": "vault"});
-    let challenge = wire.request(asked)["response"].clone();
-    let joining = Joining {
-        pool: "vault",
-        pool_id: binary(&challenge["pool_id"]),
-        epoch: challenge["epoch"].as_u64().unwrap() as u32,
-        suite: challenge["suite"].as_u64().unwrap() as u16,
-        app_id: app,
-        exchange: exchange(&challenge, bound(server)),
-    };
-    let tokens: Vec<_> = kinds.iter().map(|kind| set.token(*kind).unwrap()).collect();
-    let held = KeySet::from_tokens(tokens.iter().map(|token| token.as_str())).unwrap();
-    let proof = joining.prove(&held, held.roles().unwrap()).unwrap();
-    let proof: Value = serde_json::from_str(&proof.to_json()).unwrap();
-    wire.request(json!({"action": "pool_join", "pool": "vault", "proof": proof}))
-}
-
-/// A raw connection that named no pool but the encrypted one.
-fn raw(server: &Server, via: Via, app: &str) -> Wire {
-    server.app(via, json!({"app_id": app, "encrypted_pools": ["vault"]}))
 }
 
 #[test]

@@ -17,6 +17,7 @@
 
 mod changes;
 mod lock;
+mod sealed;
 mod shared;
 mod typed;
 mod write;
@@ -28,9 +29,10 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use latzero_crypto::{Suite, text};
 use latzero_protocol::limits::{READ_SLACK, TTL_MAX_MS};
-use latzero_protocol::memory::{Access, Kind, Lifetime, LockMode};
-use latzero_protocol::{BlockId, Code, Ran};
+use latzero_protocol::memory::{Access, Kind, Layout, Lifetime, LockMode};
+use latzero_protocol::{BlockId, Code, Ran, Raw};
 use latzero_shm::Attachment;
 use serde_json::{Value, json};
 
@@ -38,6 +40,7 @@ use crate::app::App;
 use crate::builder::on_thread;
 use crate::call::Calling;
 use crate::error::Error;
+use crate::keys::random;
 use crate::message::Message;
 use crate::payload::{Payload, Reply};
 use crate::sync::lock;
@@ -48,6 +51,7 @@ pub use typed::TypedBlock;
 pub use write::{BlockWriter, Draft};
 
 pub use latzero_shm::{Element, Exposed, OwnedView, View, Writing};
+use sealed::Edit;
 pub(crate) use shared::{BlockState, Blocks, Current};
 use shared::{Described, LockState};
 
@@ -137,6 +141,7 @@ impl BlockName {
             .map_err(|e| Error::new(Code::InvalidName, e.to_string()).with_ran(Ran::No))?;
         let message = message(action, self.pool.as_deref(), &self.id, &request);
         let core = self.app.core();
+        let uid = request["block_uid"].as_str().map(str::to_owned);
         // Locked until the handle is added, so that a concurrent drop does not detach it.
         let mut opening = core.blocks.open(core, self.pool.as_deref(), &self.id);
         let reply = Calling::of_message(&self.app, message, Ok)
@@ -144,8 +149,14 @@ impl BlockName {
             .await;
         opening.is_answered = true;
         let reply = reply?;
-        let current = Current::of_reply(reply)?;
-        Ok(Block::new(&self.app, access, current))
+        let current = Current::of_reply(core, reply)?;
+        let block = Block::new(&self.app, access, current);
+        if uid.is_some() && request["if_exists"] != "attach" && uid != block.uid().map(encode) {
+            let text = format!("block '{}' was not made as it was asked for", self.id);
+            return Err(Error::new(Code::Integrity, text));
+        }
+        block.look().await;
+        Ok(block)
     }
 }
 
@@ -212,7 +223,11 @@ impl CreateBlock {
     /// # Errors
     /// `block_exists`, `quota`, `too_large`, `storage`, `layout_mismatch`.
     pub async fn send(self) -> Result<Block, Error> {
-        let CreateBlock { name, request } = self;
+        let CreateBlock { name, mut request } = self;
+        let sealed = name.app.core().sealed_pool(name.pool.as_deref());
+        if sealed.is_some_and(|pool| pool.suite() == Some(Suite::Sealed)) {
+            request["block_uid"] = encode(random()?).into();
+        }
         name.open("memory_create", request, Access::Write).await
     }
 }
@@ -289,7 +304,7 @@ impl Block {
     }
 
     fn make(app: &App, access: Access, current: Current, is_lent: bool) -> Block {
-        let shared = Arc::new(BlockState::new(current, !is_lent));
+        let shared = Arc::new(BlockState::new(app.core(), current, !is_lent));
         app.core().blocks.add(&shared, access, is_lent);
         Block {
             inner: Arc::new(Inner {
@@ -325,7 +340,10 @@ impl Block {
     /// Its last known size in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.described(|d| d.size)
+        match self.sealed() {
+            Some(sealed) => sealed.length(),
+            None => self.described(|d| d.size),
+        }
     }
 
     /// Its last known generation: one more with each resize.
@@ -346,13 +364,13 @@ impl Block {
         lock(&self.shared().current).attachment.is_some()
     }
 
-    /// Whether its bytes can be viewed in place, which those of a persistent block cannot.
+    /// Whether its bytes can be viewed in place, which those of a persistent block and of a sealed
+    /// one cannot.
     #[must_use]
     pub fn is_viewable(&self) -> bool {
         let held = lock(&self.shared().current);
-        held.attachment
-            .as_ref()
-            .is_some_and(|held| held.is_mapped())
+        let is_mapped = held.attachment.as_ref().is_some_and(|a| a.is_mapped());
+        is_mapped && self.sealed().is_none()
     }
 
     /// Whether the server is connected and has the block. If not, a mapped block can still be read:
@@ -402,6 +420,9 @@ impl Block {
     /// # Errors
     /// `contended` if writers were too busy; what the server says if the block is not mapped.
     pub async fn read(&self) -> Result<(Vec<u8>, u64), Error> {
+        if let Some(sealed) = self.sealed() {
+            return self.open(sealed, 0, None).await;
+        }
         for _ in 0..TRIES_MAX {
             let held = self.readable().await?;
             if let Some(attachment) = &held.attachment {
@@ -442,6 +463,16 @@ impl Block {
     /// # Errors
     /// `out_of_range`, and as [`Block::read`].
     pub async fn read_into(&self, offset: u64, to: &mut [u8]) -> Result<u64, Error> {
+        let Some(sealed) = self.sealed() else {
+            return self.slot_into(offset, to).await;
+        };
+        let (bytes, version) = self.open(sealed, offset, Some(to.len() as u64)).await?;
+        to.copy_from_slice(&bytes);
+        Ok(version)
+    }
+
+    /// Bytes of the newest version as they lie in its slot; ciphertext, where it is sealed.
+    async fn slot_into(&self, offset: u64, to: &mut [u8]) -> Result<u64, Error> {
         let held = self.readable().await?;
         if let Some(attachment) = &held.attachment {
             return attachment
@@ -476,11 +507,15 @@ impl Block {
 
     /// The newest version in place, handed to `f` without a copy. The result of `f` is only
     /// returned if nobody overwrote the version meanwhile; otherwise `f` runs again, a few times.
+    /// In a sealed pool it is a copy, decrypted for `f`.
     ///
     /// # Errors
     /// `contended` if writers were too busy; `storage` if the block is not mapped: read it by
     /// copies then.
     pub async fn view<R>(&self, mut f: impl FnMut(View<'_>) -> R) -> Result<R, Error> {
+        if let Some(sealed) = self.sealed() {
+            return self.view_opened(sealed, f).await;
+        }
         let Some(attachment) = self.readable().await?.attachment else {
             return Err(not_mapped(self.id(), "read"));
         };
@@ -498,10 +533,11 @@ impl Block {
     /// it: [`OwnedView::is_valid`] tells.
     ///
     /// # Errors
-    /// `contended` if writers were too busy; `storage` if the block is not mapped: read it by
-    /// copies then.
+    /// `contended` if writers were too busy; `storage` if the block is not mapped, or sealed: read
+    /// it by copies then.
     pub async fn owned_view(&self) -> Result<OwnedView, Error> {
         let attachment = self.readable().await?.attachment;
+        let attachment = attachment.filter(|_| self.sealed().is_none());
         let attachment = attachment.ok_or_else(|| not_mapped(self.id(), "read"))?;
         attachment
             .owned_view()
@@ -621,6 +657,14 @@ impl Block {
         mut if_version: Option<u64>,
         fence: Option<u64>,
     ) -> Result<u64, Error> {
+        if let Some(sealed) = self.sealed() {
+            let edit = Edit {
+                writes: &[(offset, bytes.to_vec())],
+                if_version,
+                length: None,
+            };
+            return self.edit(sealed, &edit).await;
+        }
         let mut done = 0;
         loop {
             let n = (bytes.len() - done).min(self.room());
@@ -653,6 +697,9 @@ impl Block {
         expected: &[u8],
         bytes: &[u8],
     ) -> Result<Result<u64, Vec<u8>>, Error> {
+        if let Some(sealed) = self.sealed() {
+            return self.cas_sealed(sealed, offset, expected, bytes).await;
+        }
         let mut more = json!({"offset": offset, "expected": STANDARD.encode(expected)});
         if let Some(fence) = self.inherited_fence() {
             more["lock"] = fence.to_string().into();
@@ -696,7 +743,8 @@ impl Block {
     /// # Errors
     /// `locked`, `forbidden`.
     pub async fn lock(&self, mode: LockMode, wait: Duration) -> Result<BlockLock, Error> {
-        BlockLock::take(self, mode, wait, None).await
+        let lock = BlockLock::take(self, mode, wait, None).await?;
+        Ok(lock.used_by_edits(mode))
     }
 
     /// As [`Block::lock`], for `lease` at most unless it is renewed.
@@ -709,18 +757,41 @@ impl Block {
         wait: Duration,
         lease: Duration,
     ) -> Result<BlockLock, Error> {
-        BlockLock::take(self, mode, wait, Some(lease)).await
+        let lock = BlockLock::take(self, mode, wait, Some(lease)).await?;
+        Ok(lock.used_by_edits(mode))
     }
 
     /// Gives the block another size: a new generation, which everybody continues with. What it has
-    /// more is zeros.
+    /// more is zeros. In a sealed pool it is a new version, of the size that the block was made
+    /// with at most.
     ///
     /// # Errors
     /// `forbidden`, `locked`, `quota`, `too_large`, `storage`.
     pub async fn resize(&self, size: u64) -> Result<(), Error> {
+        if let Some(sealed) = self.sealed() {
+            self.check_layout(size)?;
+            let edit = Edit {
+                length: Some(size),
+                ..Edit::default()
+            };
+            return self.edit(sealed, &edit).await.map(drop);
+        }
         self.ask("memory_resize", &json!({"size": size})).await?;
         self.shared().must_attach.store(true, Ordering::Release);
         self.readable().await.map(drop)
+    }
+
+    /// Whether the block's layout fits into `size` bytes.
+    fn check_layout(&self, size: u64) -> Result<(), Error> {
+        let text = self.layout().map(|layout| layout.to_string());
+        let raw = text.as_deref().and_then(|text| Raw::new(text).ok());
+        let layout = raw.and_then(|raw| Layout::parse(raw).ok());
+        let needed = layout.and_then(|layout| layout.bytes());
+        let Some(needed) = needed.filter(|needed| *needed > size) else {
+            return Ok(());
+        };
+        let text = format!("the block's layout needs {needed} bytes, more than {size}");
+        Err(Error::new(Code::LayoutMismatch, text).with_ran(Ran::No))
     }
 
     /// Flushes a persistent block to disk; returns the version on disk.
@@ -894,6 +965,10 @@ pub(crate) fn deadline(timeout: Duration) -> Instant {
 
 fn is_superseded(attachment: &Attachment) -> bool {
     attachment.state() != latzero_shm::State::Live
+}
+
+fn encode(uid: [u8; 16]) -> String {
+    text::encode(&uid)
 }
 
 fn number(value: &Value, name: &str) -> u64 {

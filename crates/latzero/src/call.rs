@@ -174,7 +174,7 @@ impl Unsent {
         let blocks = self.blocks.iter().map(|block| LentBlock {
             block_id: block["block_id"].as_str().unwrap_or_default().to_owned(),
             mode: block["mode"].as_str().unwrap_or_default().to_owned(),
-            block_uid: None,
+            block_uid: block["block_uid"].as_str().map(str::to_owned),
         });
         let meta = CallMeta {
             headers,
@@ -313,8 +313,11 @@ impl Call {
     }
 
     fn with_block(mut self, block: &Block, mode: &str) -> Self {
-        let block = serde_json::json!({"block_id": block.id(), "mode": mode});
-        self.unsent.blocks.push(block);
+        let mut lent = serde_json::json!({"block_id": block.id(), "mode": mode});
+        if let Some(uid) = block.uid() {
+            lent["block_uid"] = latzero_crypto::text::encode(&uid).into();
+        }
+        self.unsent.blocks.push(lent);
         self
     }
 

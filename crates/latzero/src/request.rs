@@ -290,7 +290,7 @@ impl Request {
             return Ok(block.clone());
         }
         let descriptor = lock(&lent.descriptor).take();
-        let current = Current::new(&lent.description, descriptor, self.ticket.epoch)?;
+        let current = Current::new(&self.core, &lent.description, descriptor, self.ticket.epoch)?;
         let block = Block::lent(&self.app(), current);
         *place = Some(block.clone());
         Ok(block)

@@ -16,7 +16,7 @@ use latzero_crypto::events::{
 };
 use latzero_crypto::keys::Kind;
 use latzero_crypto::meta::{AnswerMeta, CallFrame, CallMeta, LentBlock};
-use latzero_crypto::text;
+use latzero_crypto::{Suite, text};
 use latzero_protocol::{Code, Envelope, Ran, Raw};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -124,6 +124,25 @@ impl SealedPool {
         &self.keys
     }
 
+    /// How it protects blocks; unknown without its keys.
+    pub(crate) fn suite(&self) -> Option<Suite> {
+        let open = lock(&self.open);
+        let open = open.as_ref()?;
+        Some(open.epochs.current().descriptor().suite())
+    }
+
+    /// Gives `f` the epochs that are known.
+    pub(crate) fn with_epochs<R>(&self, f: impl FnOnce(&Epochs) -> R) -> Result<R, Error> {
+        self.with_open(|epochs, _| f(epochs))
+    }
+
+    /// Gives `f` the epochs that are known, and the id of the session.
+    pub(crate) fn with_open<R>(&self, f: impl FnOnce(&Epochs, [u8; 16]) -> R) -> Result<R, Error> {
+        let open = lock(&self.open);
+        let open = open.as_ref().ok_or_else(|| self.not_open())?;
+        Ok(f(&open.epochs, open.sender.session()))
+    }
+
     /// Takes the descriptor that the server gave, where keys, pin and what was accepted before
     /// agree. A new connection has a session of its own.
     pub(crate) fn joined(&self, app_id: &str, joined: &Joined) -> Result<(), Error> {
@@ -153,8 +172,16 @@ impl SealedPool {
         let sender = Sender::new(app_id, random()?);
         let receiver = open.take().map(|open| open.receiver);
         let receiver = receiver.unwrap_or_else(|| Receiver::new(app_id, joined.at_ms));
+        let mut epochs = Epochs::new(again, key, joined.at_ms);
+        // For content that was written before a rotation.
+        for older in chain.iter().rev() {
+            let older = Descriptor::parse(older.as_bytes()).map_err(|error| unfit(&error))?;
+            if !matches!(epochs.add_older(older), Ok(true)) {
+                break;
+            }
+        }
         *open = Some(Open {
-            epochs: Epochs::new(again, key, joined.at_ms),
+            epochs,
             sender,
             receiver,
         });

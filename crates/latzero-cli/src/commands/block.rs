@@ -18,7 +18,7 @@ use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output, Tone, bytes, hex, toned};
 use crate::parse::{self, Target};
 
-use super::trigger::enter;
+use super::trigger::{enter, proved};
 use npy::Array;
 
 /// Bytes of a block that a terminal shows.
@@ -55,10 +55,10 @@ impl BlockHandle {
     fn find(
         at: &BlockAt,
         reach: &ServerArgs,
-        options: &ConnectOptions,
+        options: ConnectOptions,
     ) -> Result<BlockHandle, Failure> {
         let target = BlockHandle::target(at)?;
-        let connection = reach.connect(options)?;
+        let connection = reach.connect(&options.in_pool(proved(reach, &target)))?;
         let pool = enter(&connection, reach, &target)?;
         Ok(BlockHandle {
             connection,
@@ -68,17 +68,16 @@ impl BlockHandle {
     }
 
     fn once(at: &BlockAt, reach: &ServerArgs) -> Result<BlockHandle, Failure> {
-        BlockHandle::find(at, reach, &ConnectOptions::once("block"))
+        BlockHandle::find(at, reach, ConnectOptions::once("block"))
     }
 
     /// As [`At::once`], in a pool that is made where there is none: for a block that is to be made.
     fn to_make(at: &BlockAt, reach: &ServerArgs) -> Result<BlockHandle, Failure> {
-        let pool = BlockHandle::target(at)?.pool;
-        BlockHandle::find(
-            at,
-            reach,
-            &ConnectOptions::once("block").in_pool(pool.as_deref()),
-        )
+        let target = BlockHandle::target(at)?;
+        // One whose keys are here is there already.
+        let made = target.pool.as_deref();
+        let made = made.filter(|_| proved(reach, &target).is_none());
+        BlockHandle::find(at, reach, ConnectOptions::once("block").in_pool(made))
     }
 
     fn target(at: &BlockAt) -> Result<Target, Failure> {
@@ -104,11 +103,12 @@ impl BlockHandle {
 }
 
 fn list(args: &BlockListArgs, output: &Output) -> CommandResult {
-    let connection = args.reach.connect(&ConnectOptions::once("block"))?;
     let target = Target {
         pool: Some(args.pool.clone()),
         trigger: String::new(),
     };
+    let options = ConnectOptions::once("block").in_pool(proved(&args.reach, &target));
+    let connection = args.reach.connect(&options)?;
     let pool = enter(&connection, &args.reach, &target)?;
     let blocks = connection.app.blocks(pool.as_deref())?;
     if output.json {
@@ -432,7 +432,7 @@ fn cas(args: &BlockCasArgs, output: &Output) -> CommandResult {
 }
 
 fn watch(args: &BlockWatchArgs, output: &Output) -> CommandResult {
-    let at = BlockHandle::find(&args.at, &args.reach, &ConnectOptions::lasting("block"))?;
+    let at = BlockHandle::find(&args.at, &args.reach, ConnectOptions::lasting("block"))?;
     let block = at.name().attach()?;
     let mut changes = block.changes()?;
     if output.is_for_people() {

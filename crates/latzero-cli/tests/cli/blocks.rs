@@ -61,6 +61,37 @@ fn a_block_is_created_written_read_and_removed() {
 }
 
 #[test]
+fn a_block_of_an_encrypted_pool_is_used_the_same_way() {
+    let server = Server::start();
+    server.run(&["keys", "new", "vault"]).ended_with(0);
+    server
+        .run(&["pools", "create", "vault", "--encrypted"])
+        .ended_with(0);
+    let ok = |args: &[&str]| server.run(&[&["block"], args].concat()).ended_with(0);
+    ok(&["create", "vault/f", "100KiB", "--persistent"]);
+    assert_eq!(ok(&["write", "vault/f", "hello"]).out, "1\n");
+    let key_file = server.home().join(".config/latzero/keys/vault");
+    let elsewhere = server.home().join("vault.keys");
+    std::fs::rename(key_file, &elsewhere).expect("it is there");
+    server
+        .run(&["block", "read", "vault/f", "--length", "5"])
+        .ended_with(77);
+    let ok = |args: &[&str]| {
+        let keys = ["--keys", elsewhere.to_str().expect("it is UTF-8")];
+        server
+            .run(&[&["block"], args, &keys].concat())
+            .ended_with(0)
+    };
+    assert_eq!(ok(&["read", "vault/f", "--length", "5"]).out, "hello");
+    assert_eq!(ok(&["cas", "vault/f", "hello", "HELLO"]).out, "2\n");
+    assert_eq!(ok(&["resize", "vault/f", "5"]).out, "3\n");
+    assert_eq!(ok(&["dump", "vault/f", "-"]).out, "HELLO");
+    let listed = ok(&["ls", "vault", "--json"]).json();
+    assert_eq!(listed["blocks"][0]["sealed"], true);
+    ok(&["rm", "vault/f"]);
+}
+
+#[test]
 fn errors_say_what_to_do() {
     let server = Server::start();
     let fails = |args: &[&str], code: i32, said: &str| {

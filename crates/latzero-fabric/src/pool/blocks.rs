@@ -16,6 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use hashbrown::HashMap;
+use latzero_crypto::block::Geometry as SealedGeometry;
+use latzero_crypto::text;
 use latzero_protocol::encode;
 use latzero_protocol::memory::{
     Access, BlockUse, Create, Kind, Layout, Lifetime, LockMode, Permissions,
@@ -160,12 +162,38 @@ enum Phase {
     },
 }
 
+/// What the content of a sealed block is bound to.
+#[derive(Debug, Clone, Copy)]
+pub struct SealedContent {
+    /// 16 bytes that its creator drew.
+    pub uid: [u8; 16],
+    /// The most plaintext in bytes.
+    pub size: u64,
+    /// How ciphertext lies in a slot.
+    pub geometry: SealedGeometry,
+}
+
+impl SealedContent {
+    /// A block for `size` bytes of plaintext; `None` where it is too large to be sealed.
+    #[must_use]
+    pub fn new(uid: [u8; 16], size: u64) -> Option<SealedContent> {
+        let geometry = SealedGeometry::of(size)?;
+        Some(SealedContent {
+            uid,
+            size,
+            geometry,
+        })
+    }
+}
+
 #[derive(Debug)]
 struct Block {
     id: BlockId,
     storage: StorageId,
     kind: Kind,
     geometry: Geometry,
+    /// What it is in a sealed pool; its slots hold ciphertext then.
+    sealed: Option<SealedContent>,
     layout: Option<Layout>,
     permissions: Permissions,
     owner: AppId,
@@ -196,6 +224,11 @@ struct Block {
 impl Block {
     fn total(&self) -> u64 {
         self.geometry.total().expect("checked when it was made")
+    }
+
+    /// Bytes that it takes as its users count them.
+    fn size(&self) -> u64 {
+        self.sealed.map_or(self.geometry.size, |sealed| sealed.size)
     }
 
     fn attachment(&self, member: MemberKey) -> Option<&Attachment> {
@@ -233,7 +266,7 @@ impl Block {
 
     fn description(&self, pool: &str, version: u64) -> Value {
         let mut description = json!({
-            "block_id": self.id, "pool": pool, "size": self.geometry.size,
+            "block_id": self.id, "pool": pool, "size": self.size(),
             "kind": self.kind.as_str(),
             "consistency": self.consistency(), "version": version, "generation": self.generation,
             "header": if self.geometry.spares == 0 { 1 } else { 2 },
@@ -243,6 +276,11 @@ impl Block {
         });
         if self.geometry.spares > 0 {
             description["spare_slots"] = self.geometry.spares.into();
+        }
+        if let Some(sealed) = &self.sealed {
+            description["sealed"] = true.into();
+            description["block_uid"] = text::encode(&sealed.uid).into();
+            description["capacity"] = self.geometry.size.into();
         }
         if let Some(layout) = &self.layout {
             description["layout"] =
@@ -448,7 +486,8 @@ impl<D: Driver> Pool<D> {
         Refusal::new(Code::Forbidden, message)
     }
 
-    /// Creates a block, or attaches an existing one. The reply follows when it is ready.
+    /// Creates a block, or attaches an existing one. The reply follows when it is ready. In a
+    /// sealed pool its content is bound to `uid`.
     ///
     /// # Errors
     /// `block_exists`, `quota`, `too_large`, `layout_mismatch`, `forbidden`.
@@ -456,6 +495,7 @@ impl<D: Driver> Pool<D> {
         &mut self,
         asking: Asking<'_>,
         create: &Create,
+        uid: Option<[u8; 16]>,
         turn: &mut Turn<'_, D>,
     ) -> Result<Replied, Refusal> {
         let unix_ms = turn.unix_ms();
@@ -471,10 +511,12 @@ impl<D: Driver> Pool<D> {
             }
             let block = self.blocks.at_mut(key).expect("its name leads to it");
             check_layout(block, create.layout.as_ref())?;
-            if block.geometry.size < create.size {
+            if block.size() < create.size {
                 let message = format!(
                     "block '{}' exists with {} bytes, fewer than the {} requested; resize it",
-                    create.block, block.geometry.size, create.size
+                    create.block,
+                    block.size(),
+                    create.size
                 );
                 return Err(Refusal::new(Code::BlockExists, message));
             }
@@ -516,7 +558,12 @@ impl<D: Driver> Pool<D> {
         if create.kind == Kind::Persistent {
             self.check_outlives("a persistent block")?;
         }
-        let geometry = Geometry::new(create.kind, create.size, create.slots);
+        let sealed = match uid {
+            None => None,
+            Some(uid) => Some(self.sealed_content(uid, create)?),
+        };
+        let size = sealed.map_or(create.size, |sealed| sealed.geometry.capacity());
+        let geometry = Geometry::new(create.kind, size, create.slots);
         let total = self.check_size(geometry)?;
         check_room(
             &format!("blocks of pool '{}'", self.name),
@@ -548,6 +595,7 @@ impl<D: Driver> Pool<D> {
             storage,
             kind: create.kind,
             geometry,
+            sealed,
             layout: create.layout.clone(),
             permissions: create.permissions.clone(),
             owner: app,
@@ -592,6 +640,19 @@ impl<D: Driver> Pool<D> {
             unless_dead: None,
         });
         Ok(None)
+    }
+
+    fn sealed_content(&self, uid: [u8; 16], create: &Create) -> Result<SealedContent, Refusal> {
+        let mut known = self.blocks.blocks.iter();
+        let is_same = |block: &Block| block.sealed.is_some_and(|sealed| sealed.uid == uid);
+        if known.any(|(_, block)| is_same(block)) {
+            let message = "another block has this 'block_uid'; draw a new one for each block";
+            return Err(Refusal::new(Code::BlockExists, message));
+        }
+        SealedContent::new(uid, create.size).ok_or_else(|| {
+            let message = format!("{} bytes are too many to be sealed", create.size);
+            Refusal::new(Code::TooLarge, message)
+        })
     }
 
     /// Restores a block of an earlier run, for the account of the app that created it.

@@ -1,16 +1,17 @@
 //! Requests about memory blocks. The pool decides; the driver moves the bytes.
 
-use latzero_crypto::Suite;
+use latzero_crypto::block::{BlockError, BlockId as SealedId, Checks};
 use latzero_crypto::keys::Roles;
+use latzero_crypto::{Suite, text};
 use latzero_protocol::encode::{self, Attachments};
 use latzero_protocol::limits::{READ_SLACK, SYSTEM_POOL};
-use latzero_protocol::memory::{Access, Action, Kind, LockMode, Memory};
+use latzero_protocol::memory::{Access, Action, Create, Kind, LockMode, Memory, Write};
 use latzero_protocol::{BlockId, Code, PoolName, Refusal};
 
 use super::Session;
 use crate::driver::{BlockWrite, Driver, Written};
 use crate::outbox::{Class, Sent};
-use crate::pool::{Asking, LockRequest, MemberKey, ReadPlan, Replied};
+use crate::pool::{Asking, LockRequest, MemberKey, ReadPlan, Replied, WritePlan};
 use crate::registry::Membership;
 use crate::turn::Turn;
 
@@ -25,6 +26,7 @@ impl<D: Driver> Session<D> {
         let m = self.current_membership(memory.pool.as_deref(), turn)?;
         check_rights(m, &memory.action)?;
         let (pool, member) = (m.pool.clone(), m.member);
+        let sealed_pool = m.name_if_sealed();
         let is_system = m.name.as_str() == SYSTEM_POOL;
         if id.is_none() && memory.action.is_question() {
             return Ok(None);
@@ -36,10 +38,13 @@ impl<D: Driver> Session<D> {
                 "pool 'system' belongs to the server; create blocks in another pool",
             )),
             Action::Create(create) => {
+                let uid = uid(create, sealed_pool.is_some())?;
                 if create.or_attach {
                     check(&pool, member, &create.block, turn)?;
                 }
-                turn.with_pool(&pool, |pool, turn| pool.create_block(asking, create, turn))
+                turn.with_pool(&pool, |pool, turn| {
+                    pool.create_block(asking, create, uid, turn)
+                })
             }
             Action::Attach {
                 block,
@@ -89,15 +94,21 @@ impl<D: Driver> Session<D> {
                 let plan = turn.with_pool(&pool, |pool, _| {
                     pool.begin_write(member, &write.block, write.lock)
                 })?;
-                let written = turn.driver.write_block(
-                    plan.storage,
-                    &BlockWrite {
-                        offset: write.offset,
-                        data: &write.data,
-                        if_version: write.if_version,
-                        expected: None,
-                    },
-                );
+                let if_version = match &sealed_pool {
+                    None => Ok(write.if_version),
+                    Some(name) => check_written(name, &plan, write, turn).map(Some),
+                };
+                let written = if_version.and_then(|if_version| {
+                    turn.driver.write_block(
+                        plan.storage,
+                        &BlockWrite {
+                            offset: write.offset,
+                            data: &write.data,
+                            if_version,
+                            expected: None,
+                        },
+                    )
+                });
                 let version = written.as_ref().ok().and_then(Written::version);
                 turn.with_pool(&pool, |pool, turn| pool.end_write(plan, version, turn));
                 let (Written::Version(version) | Written::Differs(version, _)) = written?;
@@ -272,10 +283,71 @@ fn check_rights<D: Driver>(m: &Membership<D>, action: &Action<'_>) -> Result<(),
         (Suite::Gated, Action::Create(create)) if create.kind == Kind::Persistent => {
             refuse("a pool whose memory is gated has no persistent blocks: their bytes are plain")
         }
-        (Suite::Sealed, Action::Create(_)) => refuse(
-            "blocks in sealed pools are not available in this version; use \"memory\":\"gated\"",
+        (Suite::Sealed, Action::Create(create)) if create.slots == 1 => {
+            refuse("a sealed block has snapshots; \"consistency\":\"raw\" has none")
+        }
+        (Suite::Sealed, Action::Cas { .. } | Action::Resize(..)) => refuse(
+            "the content of a sealed block is changed by clients alone: take its lock, and write \
+             a whole version",
         ),
+        (Suite::Sealed, Action::Write(write)) if write.offset != 0 || write.lock.is_none() => {
+            refuse("a sealed block is written as a whole slot, at offset 0 and under its 'lock'")
+        }
         _ => Ok(()),
+    }
+}
+
+/// What the content of a new block is bound to.
+fn uid(create: &Create, is_sealed: bool) -> Result<Option<[u8; 16]>, Refusal> {
+    let uid = create.block_uid.as_deref().map(text::decode);
+    let message = match (is_sealed, uid) {
+        (true, Some(Some(uid))) => return Ok(Some(uid)),
+        (false, None) => return Ok(None),
+        (true, _) => "a block in a sealed pool needs a 'block_uid': 16 random bytes in base64url",
+        (false, _) => "field 'block_uid' is for blocks in sealed pools",
+    };
+    Err(Refusal::new(Code::BadMessage, message))
+}
+
+/// Checks a slot of a sealed block, without any key of the pool but the public ones. Returns the
+/// version that it takes the place of.
+fn check_written<D: Driver>(
+    name: &PoolName,
+    plan: &WritePlan,
+    write: &Write<'_>,
+    turn: &mut Turn<'_, D>,
+) -> Result<u64, Refusal> {
+    let descriptor = turn.with_registry(|registry, _| registry.descriptor(name));
+    let (Some(descriptor), Some(sealed)) = (descriptor, plan.sealed) else {
+        let message = format!("pool '{name}' was just removed");
+        return Err(Refusal::new(Code::NoPool, message));
+    };
+    // As the block itself says: whoever wrote last may not have announced it.
+    let version = turn.version_noted(plan.storage, u64::MAX);
+    let checks = Checks {
+        id: SealedId {
+            pool_id: descriptor.pool_id(),
+            suite: descriptor.suite(),
+            uid: sealed.uid,
+            name: write.block.as_str(),
+        },
+        geometry: sealed.geometry,
+        epoch: descriptor.epoch(),
+        min_content_epoch: descriptor.min_content_epoch(),
+    };
+    let seen = checks.written(&write.data, version, &descriptor.keys().seal);
+    let code = |error| match error {
+        BlockError::StaleEpoch(_) => Code::StaleEpoch,
+        BlockError::VersionConflict { .. } => Code::VersionConflict,
+        _ => Code::BadMessage,
+    };
+    seen.map_err(|error| Refusal::new(code(error), error.to_string()))?;
+    match write.if_version {
+        Some(wanted) if wanted != version => {
+            let message = format!("block '{}' has version {version}", write.block);
+            Err(Refusal::new(Code::VersionConflict, message))
+        }
+        _ => Ok(version),
     }
 }
 

@@ -192,6 +192,7 @@ impl Rows {
             file: stored.names.as_ref().map(|names| names.id().to_owned()),
             created: record["created"].as_i64().unwrap_or(now),
             updated: now,
+            sealed: record.get("sealed").map(Value::to_string),
         })
     }
 
@@ -248,6 +249,9 @@ pub(super) fn record(row: &BlockRow) -> String {
     });
     if let Some(layout) = &row.layout {
         record["layout"] = json(layout);
+    }
+    if let Some(sealed) = &row.sealed {
+        record["sealed"] = json(sealed);
     }
     record.to_string()
 }

@@ -102,6 +102,7 @@ pub(crate) fn block(pool: &str, name: &str) -> BlockRow {
         file: Some("0f".repeat(16)),
         created: -1,
         updated: i64::MAX,
+        sealed: Some("{}".into()),
     }
 }
 

@@ -98,6 +98,14 @@ impl BlockLock {
         BlockLock::granted(block, reply)
     }
 
+    /// Lets edits of a sealed block use it: elsewhere the server knows whose lock it is.
+    pub(super) fn used_by_edits(self, mode: LockMode) -> BlockLock {
+        if mode == LockMode::Exclusive && !self.is_inherited() {
+            self.block.shared().locked(self.fence);
+        }
+        self
+    }
+
     fn granted(block: &Block, reply: Reply) -> Result<BlockLock, Error> {
         let epoch = reply.epoch;
         let reply: serde_json::Value = reply.into()?;
@@ -180,6 +188,7 @@ impl BlockLock {
             return Ok(());
         }
         self.is_given_back = true;
+        self.block.shared().unlocked(self.fence);
         let more = json!({"lock": self.fence.to_string()});
         self.block.ask("memory_unlock", &more).await.map(drop)
     }
@@ -187,6 +196,7 @@ impl BlockLock {
 
 impl Drop for BlockLock {
     fn drop(&mut self) {
+        self.block.shared().unlocked(self.fence);
         if !self.is_given_back && self.is_held() {
             let more = json!({"lock": self.fence.to_string()});
             let message = self.block.shared().message("memory_unlock", &more);

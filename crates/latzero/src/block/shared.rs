@@ -12,6 +12,7 @@ use latzero_shm::{Attachment, Expected, Geometry};
 use serde_json::{Value, json};
 
 use super::message;
+use super::sealed::{self, SealedAs, SealedBlock};
 use crate::app::App;
 use crate::call::Calling;
 use crate::core::Core;
@@ -34,6 +35,8 @@ pub(crate) struct Described {
     pub(crate) kind: Kind,
     pub(crate) access: Access,
     pub(crate) layout: Option<Value>,
+    /// What it is in a sealed pool.
+    pub(crate) sealed: Option<SealedAs>,
     is_mapped: bool,
     slot_offset: u64,
     slot_stride: u64,
@@ -43,7 +46,12 @@ impl Described {
     fn of(value: &Value) -> Option<Described> {
         let number = |name: &str| value[name].as_u64();
         let word = |name: &str| value[name].as_str();
+        let sealed = match value["sealed"] == true {
+            true => Some(SealedAs::of(value)?),
+            false => None,
+        };
         Some(Described {
+            sealed,
             id: word("block_id")?.to_owned(),
             pool: word("pool")?.to_owned(),
             size: number("size")?,
@@ -82,20 +90,23 @@ pub(super) struct LockState {
 
 impl Current {
     /// Takes a description with its descriptor.
-    pub(super) fn of_reply(reply: Reply) -> Result<Current, Error> {
+    pub(super) fn of_reply(core: &Core, reply: Reply) -> Result<Current, Error> {
         let epoch = reply.epoch;
         let descriptor = reply.take_descriptors().into_iter().next();
         let value: Value = reply.into()?;
-        Current::new(&value, descriptor, epoch)
+        Current::new(core, &value, descriptor, epoch)
     }
 
     /// Takes a description, and the descriptor that came with it.
     pub(crate) fn new(
+        core: &Core,
         value: &Value,
         descriptor: Option<OwnedFd>,
         epoch: u32,
     ) -> Result<Current, Error> {
         let described = Described::of(value).ok_or_else(super::unreadable)?;
+        sealed::check(core, &described.pool, described.sealed.as_ref())?;
+        let size = described.sealed.map_or(described.size, SealedAs::capacity);
         let memory = match (&descriptor, described.kind) {
             // Where this process may open no more, the block is like any other, but for a server
             // that comes back.
@@ -105,8 +116,8 @@ impl Current {
         let attachment = match (described.is_mapped, descriptor) {
             (true, Some(descriptor)) => {
                 let geometry = match described.spare_slots {
-                    0 => Geometry::new(described.size, described.slots),
-                    _ => Geometry::with_spares(described.size, described.slots),
+                    0 => Geometry::new(size, described.slots),
+                    _ => Geometry::with_spares(size, described.slots),
                 };
                 let geometry = geometry
                     .ok()
@@ -178,6 +189,10 @@ pub(crate) struct BlockState {
     pub(super) lost_locks: Mutex<Vec<u64>>,
     /// An error that could not be returned.
     pub(super) fault: Mutex<Option<Error>>,
+    /// What was verified of it, in a sealed pool.
+    pub(super) sealed: Option<SealedBlock>,
+    /// The fence of the exclusive lock that a guard of it holds; 0 is none.
+    exclusive: AtomicU64,
 }
 
 /// Whether there is a later connection than `epoch`, and it passes descriptors: what came over
@@ -194,8 +209,15 @@ const WAITS_MAX: usize = 256;
 const LOST_LOCKS_MAX: usize = 64;
 
 impl BlockState {
-    pub(super) fn new(current: Current, is_attached: bool) -> BlockState {
+    pub(super) fn new(core: &Core, current: Current, is_attached: bool) -> BlockState {
+        let described = &current.described;
+        let sealed = described.sealed.map(|said| {
+            let (pool, id) = (&described.pool, &described.id);
+            SealedBlock::new(core, pool, id, described.size, said)
+        });
         BlockState {
+            sealed,
+            exclusive: AtomicU64::new(0),
             is_attached: AtomicBool::new(is_attached),
             id: current.described.id.clone(),
             pool: current.described.pool.clone(),
@@ -227,6 +249,34 @@ impl BlockState {
     pub(super) fn wake_waiting(&self) {
         let wakers = std::mem::take(&mut *lock(&self.wakers));
         wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// The fence of the exclusive lock that a guard holds.
+    pub(super) fn exclusive(&self) -> Option<u64> {
+        Some(self.exclusive.load(Ordering::Acquire)).filter(|fence| *fence != 0)
+    }
+
+    /// A guard holds the exclusive lock.
+    pub(super) fn locked(&self, fence: u64) {
+        self.exclusive.store(fence, Ordering::Release);
+    }
+
+    /// A guard has gone.
+    pub(super) fn unlocked(&self, fence: u64) {
+        let (order, otherwise) = (Ordering::AcqRel, Ordering::Acquire);
+        let _ = self.exclusive.compare_exchange(fence, 0, order, otherwise);
+    }
+
+    /// Whether the server speaks of the block that this handle was made for.
+    fn check_same(&self, current: Current) -> Result<Current, Error> {
+        if self.sealed.as_ref().map(|sealed| sealed.said) == current.described.sealed {
+            return Ok(current);
+        }
+        let text = format!(
+            "the name of block '{}' is another sealed block's now; attach that one anew",
+            self.id
+        );
+        Err(Error::new(Code::Integrity, text))
     }
 
     fn is_same(&self, other: &BlockState) -> bool {
@@ -287,9 +337,8 @@ impl BlockState {
     async fn ask_attach(&self, app: &App, access: Access) -> Result<Current, Error> {
         let more = json!({"mode": access.as_str()});
         let message = self.message("memory_attach", &more);
-        Calling::of_message(app, message, Ok)
-            .await
-            .and_then(Current::of_reply)
+        let reply = Calling::of_message(app, message, Ok).await?;
+        self.check_same(Current::of_reply(app.core(), reply)?)
     }
 
     /// Offers the server its memory, if the server restarted and expects it.

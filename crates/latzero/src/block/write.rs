@@ -6,6 +6,7 @@ use serde_json::json;
 use std::sync::Arc;
 
 use super::lock::BlockLock;
+use super::sealed::{Edit, SealedBlock};
 use super::{Block, read_error, write_error};
 use crate::error::Error;
 use crate::sync::lock;
@@ -13,8 +14,8 @@ use crate::sync::lock;
 /// A version under way, under the block's lock. Nobody sees it before it is committed.
 ///
 /// Where the block is mapped, bytes are written in place, into the slot that readers do not look
-/// at. Where it is not, they wait here and travel with the commit, as one version if they fit into
-/// one request.
+/// at. Where it is not, or is sealed, they wait here and travel with the commit, as one version if
+/// they fit into one request.
 #[derive(Debug)]
 pub struct Draft {
     lock: Option<BlockLock>,
@@ -32,7 +33,7 @@ impl Draft {
         let block = held.block().clone();
         let attached = block.writable().await?;
         let bytes = match &attached.attachment {
-            Some(attachment) if !held.is_inherited() => {
+            Some(attachment) if !held.is_inherited() && block.sealed().is_none() => {
                 let writing = begin(&block, attachment, held.fence())?;
                 Bytes::InPlace(Some(Box::new(writing)))
             }
@@ -146,7 +147,10 @@ impl Draft {
             }
             Bytes::Waiting(waiting) => {
                 let mut version = block.version();
-                if let Some((offset, bytes)) = one_range(&block, &waiting).await? {
+                if let Some(sealed) = block.sealed() {
+                    version = publish_sealed(sealed, &held, &waiting).await?;
+                    notify(&block, version);
+                } else if let Some((offset, bytes)) = one_range(&block, &waiting).await? {
                     version = block
                         .write_through(offset, &bytes, None, Some(held.fence()))
                         .await?;
@@ -263,12 +267,14 @@ impl BlockWriter {
     /// lets everybody see.
     ///
     /// # Errors
-    /// `lock_lost`; `storage` if the block is not mapped: use [`BlockWriter::write`] then.
+    /// `lock_lost`; `storage` if the block is not mapped, or sealed: use [`BlockWriter::write`]
+    /// then.
     pub fn begin(&self) -> Result<Writing, Error> {
         let block = self.lock.block();
         self.lock.check()?;
         let attachment = lock(&block.shared().current).attachment.clone();
-        let attachment = attachment.filter(|_| !self.lock.is_inherited());
+        let attachment =
+            attachment.filter(|_| !self.lock.is_inherited() && block.sealed().is_none());
         let attachment = attachment.ok_or_else(|| super::not_mapped(block.id(), "write"))?;
         begin(block, &attachment, self.lock.fence())
     }
@@ -319,6 +325,14 @@ impl BlockWriter {
     pub async fn write(&self, offset: u64, bytes: &[u8]) -> Result<u64, Error> {
         self.lock.check()?;
         let block = self.lock.block();
+        if let Some(sealed) = block.sealed() {
+            let writes = [(offset, bytes.to_vec())];
+            let version = publish_sealed(sealed, &self.lock, &writes).await?;
+            if self.tells_server {
+                notify(block, version);
+            }
+            return Ok(version);
+        }
         let is_mapped = block.writable().await?.attachment.is_some();
         if !is_mapped || self.lock.is_inherited() {
             return block
@@ -334,14 +348,35 @@ impl BlockWriter {
     }
 }
 
-fn begin(block: &Block, attachment: &Arc<Attachment>, fence: u64) -> Result<Writing, Error> {
+/// Publishes one version of a sealed block that has these bytes.
+async fn publish_sealed(
+    sealed: &SealedBlock,
+    held: &BlockLock,
+    writes: &[(u64, Vec<u8>)],
+) -> Result<u64, Error> {
+    let edit = Edit {
+        writes,
+        ..Edit::default()
+    };
+    let block = held.block();
+    let is_inherited = held.is_inherited();
+    block
+        .publish(sealed, held.fence(), is_inherited, &edit)
+        .await
+}
+
+pub(super) fn begin(
+    block: &Block,
+    attachment: &Arc<Attachment>,
+    fence: u64,
+) -> Result<Writing, Error> {
     attachment
         .begin(fence)
         .map_err(|e| write_error(block.id(), e))
 }
 
 /// Announces a version that was written through the mapping.
-fn notify(block: &Block, version: u64) {
+pub(super) fn notify(block: &Block, version: u64) {
     let shared = block.shared();
     shared.heard(version);
     let message = shared.message("memory_notify", &json!({"version": version}));

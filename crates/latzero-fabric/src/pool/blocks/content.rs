@@ -6,7 +6,9 @@ use latzero_protocol::{BlockId, Code, Refusal};
 
 use super::super::lock::Holder;
 use super::super::{MemberKey, Pool};
-use super::{Asking, BlockKey, Flushing, Phase, Replied, lock_lost, moving, too_many_wait};
+use super::{
+    Asking, BlockKey, Flushing, Phase, Replied, SealedContent, lock_lost, moving, too_many_wait,
+};
 use crate::driver::Driver;
 use crate::ledger::Resource;
 use crate::memory::{Job, StorageId};
@@ -32,6 +34,8 @@ pub struct WritePlan {
     pub key: BlockKey,
     /// In which storage.
     pub storage: StorageId,
+    /// What its content must be bound to, in a sealed pool.
+    pub sealed: Option<SealedContent>,
 }
 
 impl<D: Driver> Pool<D> {
@@ -76,13 +80,17 @@ impl<D: Driver> Pool<D> {
         if matches!(block.phase, Phase::Moving { .. }) {
             return Err(moving(id));
         }
-        let storage = block.storage;
+        let (storage, sealed) = (block.storage, block.sealed);
         self.blocks
             .at_mut(key)
             .expect("just found")
             .lock
             .begin_server();
-        Ok(WritePlan { key, storage })
+        Ok(WritePlan {
+            key,
+            storage,
+            sealed,
+        })
     }
 
     /// A write through the server is over; `version` is the block's new one, if it has one.

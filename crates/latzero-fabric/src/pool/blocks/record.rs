@@ -58,6 +58,19 @@ impl Found<'_> {
             }
         };
         let (_, id) = self.name()?;
+        let sealed = match &record["sealed"] {
+            Value::Null => None,
+            sealed => {
+                let uid = sealed["block_uid"].as_str().and_then(text::decode);
+                let content = SealedContent::new(
+                    uid.ok_or_else(senseless)?,
+                    sealed["size"].as_u64().ok_or_else(senseless)?,
+                );
+                let capacity = |content: &SealedContent| content.geometry.capacity();
+                let content = content.filter(|content| record["size"] == capacity(content));
+                Some(content.ok_or_else(senseless)?)
+            }
+        };
         let kind = word("kind").map_or(Some(Kind::Persistent), Kind::parse);
         let kind = kind.ok_or_else(senseless)?;
         Ok(Block {
@@ -79,6 +92,7 @@ impl Found<'_> {
                     Some(_) => return Err(senseless()),
                 },
             },
+            sealed,
             layout,
             permissions: Permissions {
                 read: apps("read")?,
@@ -120,6 +134,9 @@ pub(super) fn record(pool: &PoolName, block: &Block, outlives: bool) -> Value {
     });
     if block.geometry.spares > 0 {
         record["spares"] = block.geometry.spares.into();
+    }
+    if let Some(sealed) = &block.sealed {
+        record["sealed"] = json!({"block_uid": text::encode(&sealed.uid), "size": sealed.size});
     }
     if !outlives {
         record["outlives"] = false.into();

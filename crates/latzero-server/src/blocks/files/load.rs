@@ -353,7 +353,14 @@ fn record_of(record: &str, custodian: &Custodian) -> String {
 fn is_same(row: &str, record: &str) -> bool {
     let parse = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
     let (row, record) = (parse(row), parse(record));
-    let fields = ["pool", "block_id", "owner", "permissions", "layout"];
+    let fields = [
+        "pool",
+        "block_id",
+        "owner",
+        "permissions",
+        "layout",
+        "sealed",
+    ];
     row["generation"] != record["generation"]
         || fields.into_iter().all(|field| row[field] == record[field])
 }

@@ -1,0 +1,674 @@
+//! Blocks of encrypted pools: the real server, the real client, and somebody who can write into
+//! the memory without the seal.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that can't go on says where by panicking"
+)]
+
+use std::os::fd::OwnedFd;
+
+use latzero::blocking::{App, Block};
+use latzero::{Code, HandlerError};
+use latzero_crypto::block::{BlockId, CHUNK_BYTES, ChunkKey, Geometry, Next};
+use latzero_crypto::descriptor::{Descriptor, Expected};
+use latzero_crypto::keys::{KeySet, Kind, NewKeys, Secret, Token};
+use latzero_crypto::{Suite, text};
+use latzero_tests::vault::{
+    READ, WRITE, builder, code, key_set, keys, member, prove, prove_in, raw, vault, with_keys,
+};
+use latzero_tests::{Server, TIMEOUT, Via, Wire};
+use serde_json::{Value, json};
+
+const SECRET: &[u8] = b"the combination is 7-42-11";
+
+/// Bytes of three chunks, the last one short.
+const SIZE: u64 = 2 * CHUNK_BYTES as u64 + 1000;
+
+fn by_tcp(server: &Server, app: &str, keys: latzero::Keys) -> App {
+    let builder = latzero::App::builder(&format!("latzero://{app}@{}", server.0.tcp()));
+    let state_dir = server.0.data_dir().join("of-clients").join(app);
+    let builder = builder.keys("vault", keys).state_dir(state_dir);
+    App::connect_with(builder.unbound(true)).unwrap()
+}
+
+/// Somebody who got the memory of a block to write, and writes what they like, past the lock.
+struct Intruder {
+    wire: Wire,
+    memory: OwnedFd,
+    description: Value,
+}
+
+impl Intruder {
+    fn new(server: &Server, set: &KeySet, name: &str) -> Intruder {
+        Intruder::of_pool(server, set, "vault", name)
+    }
+
+    fn of_pool(server: &Server, set: &KeySet, pool: &str, name: &str) -> Intruder {
+        let features = ["attachments", "fd_passing"];
+        let handshake =
+            json!({"app_id": "intruder", "encrypted_pools": [pool], "features": features});
+        let mut wire = server.app(Via::Unix, handshake);
+        let proved = prove_in(&mut wire, server, set, pool, "intruder", WRITE);
+        assert_eq!(code(&proved), "ok");
+        let attach = json!({"action": "memory_attach", "block_id": name, "mode": "write"});
+        let description = wire.request(attach)["response"].clone();
+        let memory = wire.take_descriptors().pop().unwrap();
+        Intruder {
+            wire,
+            memory,
+            description,
+        }
+    }
+
+    fn read(&self, at: u64, bytes: usize) -> Vec<u8> {
+        let mut got = vec![0; bytes];
+        assert_eq!(
+            rustix::io::pread(&self.memory, &mut got, at).unwrap(),
+            bytes
+        );
+        got
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) {
+        assert_eq!(
+            rustix::io::pwrite(&self.memory, bytes, at).unwrap(),
+            bytes.len()
+        );
+    }
+
+    /// All of the memory.
+    fn image(&self) -> Vec<u8> {
+        let bytes = rustix::fs::fstat(&self.memory).unwrap().st_size;
+        self.read(0, usize::try_from(bytes).unwrap())
+    }
+
+    /// Where the newest version lies.
+    fn slot(&self) -> u64 {
+        let head = u64::from_le_bytes(self.read(128, 8).try_into().unwrap());
+        let number = |name: &str| self.description[name].as_u64().unwrap();
+        number("slot_offset") + (head & 0xff) * number("slot_stride")
+    }
+
+    fn content(&self) -> Vec<u8> {
+        let capacity = self.description["capacity"].as_u64().unwrap();
+        self.read(self.slot(), usize::try_from(capacity).unwrap())
+    }
+
+    fn flip(&self, at: u64) {
+        let at = self.slot() + at;
+        let byte = self.read(at, 1)[0];
+        self.write(at, &[byte ^ 0x80]);
+    }
+}
+
+fn kind<T>(result: Result<T, latzero::Error>) -> Code {
+    result.err().map_or(Code::Internal, |error| error.kind())
+}
+
+fn wait(block: &Block, beyond: u64) -> u64 {
+    block.wait_for(beyond, TIMEOUT).unwrap()
+}
+
+#[test]
+fn a_block_is_used_as_in_any_pool() {
+    let (server, set) = vault();
+    for (n, is_mapped) in [(0, true), (1, false)] {
+        let (writer, reader) = (format!("w{n}"), format!("r{n}"));
+        let (writer, reader) = if is_mapped {
+            (
+                member(&server, &writer, keys(&set, WRITE)),
+                member(&server, &reader, keys(&set, READ)),
+            )
+        } else {
+            (
+                by_tcp(&server, &writer, keys(&set, WRITE)),
+                by_tcp(&server, &reader, keys(&set, READ)),
+            )
+        };
+        let name = format!("b{n}");
+        let block = writer.block(&name).create(SIZE).send().unwrap();
+        assert_eq!((block.is_mapped(), block.size()), (is_mapped, SIZE));
+        let seen = reader.block(&name).attach().unwrap();
+        let (bytes, version) = seen.read().unwrap();
+        assert_eq!((bytes.len() as u64, version), (SIZE, 0));
+        assert!(bytes.iter().all(|byte| *byte == 0));
+        let mut changes = seen.changes().unwrap();
+        // Across two chunks, then within one.
+        let at = CHUNK_BYTES as u64 - 5;
+        assert_eq!(block.write_at(at, SECRET).unwrap(), 1);
+        assert_eq!(changes.recv_timeout(TIMEOUT).unwrap(), Some(1));
+        assert_eq!(wait(&seen, 0), 1);
+        let mut got = vec![0; SECRET.len()];
+        assert_eq!(seen.read_into(at, &mut got).unwrap(), 1);
+        assert_eq!(got, SECRET);
+        let mut draft = block.write(TIMEOUT).unwrap();
+        draft.write(0, b"begin").unwrap();
+        draft.write(SIZE - 3, b"end").unwrap();
+        draft.read_into(0, &mut got[..5]).unwrap();
+        assert_eq!(&got[..5], b"begin");
+        assert_eq!(draft.commit().unwrap(), 2);
+        let (bytes, version) = seen.read().unwrap();
+        assert_eq!(version, 2);
+        assert_eq!(
+            (&bytes[..5], &bytes[bytes.len() - 3..]),
+            (&b"begin"[..], &b"end"[..])
+        );
+        assert_eq!(&bytes[at as usize..][..SECRET.len()], SECRET);
+        let first = seen.view(|view| (view.len(), view.load::<u8>(0).unwrap(), view.version()));
+        assert_eq!(first.unwrap(), (SIZE, b'b', 2));
+        // Under one lock.
+        let many = block.writer(TIMEOUT).unwrap();
+        for n in 3..=20_u64 {
+            assert_eq!(many.write(n * 3000, &n.to_le_bytes()).unwrap(), n);
+        }
+        // The lock that the app holds is used.
+        block.write_at(0, b"x").unwrap();
+        drop(many);
+        let version = block.read().unwrap().1;
+        assert_eq!(
+            kind(block.write_if(version - 1, 0, b"y")),
+            Code::VersionConflict
+        );
+        assert_eq!(block.write_if(version, 0, b"y").unwrap(), version + 1);
+        assert_eq!(block.cas(0, b"z", b"q").unwrap(), Err(b"y".to_vec()));
+        assert_eq!(block.cas(0, b"y", b"q").unwrap(), Ok(version + 2));
+        assert_eq!(seen.read().unwrap().0[0], b'q');
+        // Another length, within the size that it was made with.
+        block.resize(10).unwrap();
+        assert_eq!((seen.read().unwrap().0.len(), seen.size()), (10, 10));
+        assert_eq!(kind(block.write_at(8, b"abc")), Code::OutOfRange);
+        block.resize(SIZE).unwrap();
+        let (bytes, _) = seen.read().unwrap();
+        assert_eq!(bytes.len() as u64, SIZE);
+        assert_eq!((bytes[0], bytes[9]), (b'q', 0));
+        assert!(bytes[10..].iter().all(|byte| *byte == 0));
+        assert_eq!(kind(block.resize(SIZE + 1)), Code::TooLarge);
+        block.resize(0).unwrap();
+        assert_eq!(seen.read().unwrap().0, b"");
+        // Roles.
+        assert_eq!(kind(reader.block(&name).attach_writable()), Code::Forbidden);
+        assert_eq!(kind(seen.write_at(0, b"")), Code::Forbidden);
+        block.remove().unwrap();
+    }
+}
+
+#[test]
+fn random_edits_read_back_by_another_client() {
+    let (server, set) = vault();
+    let writers = [
+        member(&server, "w", keys(&set, WRITE)),
+        member(&server, "v", keys(&set, WRITE)),
+    ];
+    let reader = member(&server, "r", keys(&set, READ));
+    let first = writers[0].block("b").create(SIZE).send().unwrap();
+    let second = writers[1].block("b").attach_writable().unwrap();
+    let seen = reader.block("b").attach().unwrap();
+    let mut model = vec![0_u8; SIZE as usize];
+    // A generator of its own, so that each run is the same.
+    let mut state = 7_u64;
+    let mut next = |below: u64| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 33) % below
+    };
+    for n in 1..=60_u64 {
+        let block = if next(2) == 0 { &first } else { &second };
+        if next(6) == 0 {
+            let length = next(SIZE + 1);
+            block.resize(length).unwrap();
+            model.resize(usize::try_from(length).unwrap(), 0);
+        } else {
+            let from = next(model.len() as u64 + 1);
+            let most = (model.len() as u64 - from).min(70_000);
+            let bytes = vec![next(256) as u8; next(most + 1) as usize];
+            block.write_at(from, &bytes).unwrap();
+            model[from as usize..][..bytes.len()].copy_from_slice(&bytes);
+        }
+        let (bytes, version) = seen.read().unwrap();
+        assert_eq!(version, n);
+        assert!(bytes == model, "version {n}");
+    }
+}
+
+#[test]
+fn only_changed_chunks_are_sealed_anew() {
+    let (server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    let intruder = Intruder::new(&server, &set, "b");
+    let geometry = Geometry::of(SIZE).unwrap();
+    let chunk = |slot: &[u8], i: u32| {
+        let place = geometry.chunk(i, SIZE).unwrap();
+        slot[place.start as usize..place.end as usize].to_vec()
+    };
+    block.write_at(0, SECRET).unwrap();
+    let mut before = intruder.content();
+    for (version, changed) in [(2, 1), (3, 2), (4, 0), (5, 2), (6, 2)] {
+        block
+            .write_at(u64::from(changed) * CHUNK_BYTES as u64, b"x")
+            .unwrap();
+        let after = intruder.content();
+        for i in 0..3 {
+            let is_same = chunk(&before, i) == chunk(&after, i);
+            assert_eq!(is_same, i != changed, "version {version}, chunk {i}");
+        }
+        before = after;
+    }
+    let plain = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|window| window == SECRET);
+    assert!(!plain(&intruder.image()));
+}
+
+#[test]
+fn what_an_intruder_changes_is_found() {
+    let (server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let reader = member(&server, "r", keys(&set, READ));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    block.write_at(0, &vec![1; SIZE as usize]).unwrap();
+    let seen = reader.block("b").attach().unwrap();
+    let intruder = Intruder::new(&server, &set, "b");
+    let good = intruder.image();
+    let geometry = Geometry::of(SIZE).unwrap();
+    let last = geometry.chunk(2, SIZE).unwrap();
+    let check = |change: &dyn Fn(), expected: Code| {
+        change();
+        // One that saw the good version, and one that comes new.
+        let late = reader.block("b").attach().unwrap();
+        for reading in [&seen, &late] {
+            assert_eq!(kind(reading.read()), expected);
+        }
+        // A writer does not sign it.
+        assert_eq!(kind(block.write_at(SIZE - 1, b"x")), expected);
+        intruder.write(0, &good);
+        assert_eq!(seen.read().unwrap().1, 1);
+    };
+    // Chunks, the table, and each part of the manifest.
+    for at in [geometry.chunk(2, SIZE).unwrap().start, last.end - 1] {
+        check(&|| intruder.flip(at), Code::Integrity);
+    }
+    for at in [0, 8, 24, 47, 55, 63, 67, 71, 79, 95, 127, 159, 191, 255] {
+        check(&|| intruder.flip(at), Code::Integrity);
+    }
+    // The table, which who verified it has a copy of.
+    for at in [256, 264, 300] {
+        intruder.flip(at);
+        let late = reader.block("b").attach().unwrap();
+        assert_eq!(kind(late.read()), Code::Integrity);
+        assert_eq!(seen.read().unwrap().1, 1);
+        intruder.write(0, &good);
+    }
+    // Its version and suite.
+    for at in [5, 7] {
+        check(&|| intruder.flip(at), Code::Downgrade);
+    }
+    // Cut off: without its last chunk, as shorter, as never written.
+    let cut =
+        |from: u64, bytes: u64| intruder.write(intruder.slot() + from, &vec![0; bytes as usize]);
+    check(&|| cut(last.start, last.end - last.start), Code::Integrity);
+    check(&|| cut(0, 256), Code::Integrity);
+    // Two chunks that change places.
+    let places = [0, 1].map(|i| intruder.slot() + geometry.chunk(i, SIZE).unwrap().start);
+    let chunks = places.map(|at| intruder.read(at, CHUNK_BYTES + 16));
+    intruder.write(places[0], &chunks[1]);
+    intruder.write(places[1], &chunks[0]);
+    assert_eq!(kind(seen.read()), Code::Integrity);
+    // A version that leaves them as they are makes them no better.
+    block.write_at(SIZE - 1, b"x").unwrap();
+    assert_eq!(kind(seen.read()), Code::Integrity);
+    assert_eq!(seen.read_into(SIZE - 1, &mut [0]).unwrap(), 2);
+}
+
+#[test]
+fn content_of_another_block_or_pool_is_refused() {
+    let (server, set) = vault();
+    let other_set = key_set(9);
+    let maker = App::connect_with(builder(&server, "maker2")).unwrap();
+    maker
+        .request(&keys(&other_set, WRITE).pool_create("other", false).unwrap())
+        .unwrap();
+    let writer = App::connect_with(
+        with_keys(&server, "w", keys(&set, WRITE)).keys("other", keys(&other_set, WRITE)),
+    )
+    .unwrap();
+    let make = |pool: &str, name: &str, byte: u8| {
+        let block = writer.block(name).pool(pool).create(SIZE).send().unwrap();
+        block.write_at(0, &vec![byte; SIZE as usize]).unwrap();
+        block
+    };
+    let block = make("vault", "b", 1);
+    let _same_pool = make("vault", "c", 2);
+    let other = make("other", "b", 3);
+    let intruder = Intruder::new(&server, &set, "b");
+    let source = Intruder::new(&server, &set, "c");
+    let good = intruder.image();
+    intruder.write(intruder.slot(), &source.content());
+    assert_eq!(kind(block.read()), Code::Integrity);
+    intruder.write(0, &good);
+    assert_eq!(block.read().unwrap().0[0], 1);
+    // Another pool's, of a block with the same name.
+    let foreign = Intruder::of_pool(&server, &other_set, "other", "b");
+    intruder.write(intruder.slot(), &foreign.content());
+    assert_eq!(kind(block.read()), Code::Integrity);
+    assert_eq!(other.read().unwrap().0[0], 3);
+}
+
+#[test]
+fn an_older_version_and_a_second_history_are_found() {
+    let (server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let reader = member(&server, "r", keys(&set, READ));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    let seen = reader.block("b").attach().unwrap();
+    block.write_at(0, b"one").unwrap();
+    let intruder = Intruder::new(&server, &set, "b");
+    let old = intruder.image();
+    block.write_at(0, b"two").unwrap();
+    let two = intruder.image();
+    assert_eq!(seen.read().unwrap().1, 2);
+    intruder.write(0, &old);
+    assert_eq!(kind(seen.read()), Code::Rollback);
+    assert_eq!(kind(block.write_at(0, b"three")), Code::Rollback);
+    // Who saw nothing newer can't know, and goes on from there.
+    let deceived = member(&server, "v", keys(&set, WRITE));
+    let deceived = deceived.block("b").attach_writable().unwrap();
+    assert_eq!(&deceived.read().unwrap().0[..3], b"one");
+    assert_eq!(deceived.write_at(0, b"TWO").unwrap(), 2);
+    assert_eq!(kind(seen.read()), Code::Fork);
+    assert_eq!(deceived.write_at(0, b"THREE").unwrap(), 3);
+    assert_eq!(kind(seen.read()), Code::Fork);
+    // The head alone, as if never written.
+    intruder.write(0, &two);
+    assert_eq!(seen.read().unwrap().1, 2);
+    intruder.write(128, &[0; 8]);
+    assert_eq!(kind(seen.read()), Code::Rollback);
+}
+
+/// What a reader knows of the pool: descriptor and pool key, and so how to seal a chunk.
+struct Insider {
+    descriptor: Descriptor,
+    key: latzero_crypto::keys::PoolKey,
+}
+
+impl Insider {
+    fn new(server: &Server, set: &KeySet) -> Insider {
+        let tokens: Vec<_> = READ.iter().map(|kind| set.token(*kind).unwrap()).collect();
+        let held = KeySet::from_tokens(tokens.iter().map(|token| token.as_str())).unwrap();
+        let mut wire = raw(server, Via::Unix, "insider");
+        let joined = prove(&mut wire, server, set, "insider", READ);
+        let bytes = joined["response"]["descriptor"].as_str().unwrap();
+        let descriptor = Descriptor::parse(&text::decode_within(bytes, 4096).unwrap()).unwrap();
+        let expected = Expected {
+            name: "vault",
+            pool_id: descriptor.pool_id(),
+            epoch: descriptor.epoch(),
+            suite: descriptor.suite().number(),
+        };
+        let key = descriptor
+            .accept(&held, &expected, &[], None)
+            .unwrap()
+            .unwrap();
+        Insider { descriptor, key }
+    }
+
+    /// A slot of one chunk, signed by the seal of `signer`.
+    fn slot(&self, name: &str, uid: [u8; 16], signer: &KeySet, plain: &[u8]) -> Vec<u8> {
+        let id = BlockId {
+            pool_id: self.descriptor.pool_id(),
+            suite: Suite::Sealed,
+            uid,
+            name,
+        };
+        let epoch = self.descriptor.epoch();
+        let geometry = Geometry::of(1000).unwrap();
+        let next = Next {
+            id,
+            geometry,
+            epoch,
+            length: plain.len() as u64,
+            written_ms: 1,
+            session: [5; 16],
+        };
+        let (entry, chunk) = ChunkKey::new(&self.key, &id, epoch).seal(0, 1, [6; 24], plain);
+        let seal = signer.seal_key().unwrap();
+        let mut slot = next.sign(None, &[(0, entry)], &seal).unwrap().head();
+        slot.resize(
+            geometry.chunk(0, plain.len() as u64).unwrap().start as usize,
+            0,
+        );
+        slot.extend(chunk);
+        slot
+    }
+}
+
+#[test]
+fn a_reader_forges_nothing_and_the_server_takes_whole_slots_alone() {
+    let (server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let block = writer.block("b").create(1000).send().unwrap();
+    let uid = block.info().unwrap()["block_uid"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let uid = text::decode(&uid).unwrap();
+    let insider = Insider::new(&server, &set);
+    let forged = insider.slot("b", uid, &key_set(77), SECRET);
+    let good = insider.slot("b", uid, &set, SECRET);
+    let mut intruder = Intruder::new(&server, &set, "b");
+    let lock = intruder
+        .wire
+        .request(json!({"action": "memory_lock", "block_id": "b"}));
+    let lock = lock["response"]["lock"].as_str().unwrap().to_owned();
+    let mut write = |slot: &[u8], more: Value| {
+        let mut header =
+            json!({"action": "memory_write", "block_id": "b", "id": "w", "lock": lock});
+        for (key, value) in more.as_object().unwrap() {
+            header[key] = value.clone();
+        }
+        intruder.wire.send_attachment(&header, slot);
+        loop {
+            let reply = intruder.wire.receive();
+            if reply["in_reply_to"] == "w" {
+                return code(&reply).to_owned();
+            }
+        }
+    };
+    assert_eq!(write(&forged, json!({})), "bad_message");
+    assert_eq!(
+        write(&insider.slot("c", uid, &set, SECRET), json!({})),
+        "bad_message"
+    );
+    assert_eq!(
+        write(&insider.slot("b", [9; 16], &set, SECRET), json!({})),
+        "bad_message"
+    );
+    assert_eq!(write(&good[..good.len() - 1], json!({})), "bad_message");
+    assert_eq!(write(&good[..200], json!({})), "bad_message");
+    assert_eq!(write(&[&good[..], &[0]].concat(), json!({})), "bad_message");
+    assert_eq!(write(&good, json!({"offset": 1})), "bad_message");
+    assert_eq!(write(&good, json!({"lock": null})), "bad_message");
+    assert_eq!(write(&good, json!({"if_version": 3})), "version_conflict");
+    assert_eq!(write(&good, json!({})), "ok");
+    assert_eq!(write(&good, json!({})), "version_conflict");
+    let mut ask = |action: &str, more: Value| {
+        let mut request = json!({"action": format!("memory_{action}"), "block_id": "b"});
+        for (key, value) in more.as_object().unwrap() {
+            request[key] = value.clone();
+        }
+        code(&intruder.wire.request(request)).to_owned()
+    };
+    let (size, swap) = (
+        json!({"size": 9}),
+        json!({"expected": "AA==", "data": "AA=="}),
+    );
+    assert_eq!(ask("resize", size.clone()), "bad_message");
+    assert_eq!(ask("cas", swap), "bad_message");
+    assert_eq!(
+        ask("create", json!({"block_id": "d", "size": 9})),
+        "bad_message"
+    );
+    let same = json!({"block_id": "d", "size": 9, "block_uid": text::encode(&uid)});
+    assert_eq!(ask("create", same), "block_exists");
+    let raw = json!({"block_id": "d", "size": 9, "block_uid": text::encode(&[3; 16]),
+        "consistency": "raw"});
+    assert_eq!(ask("create", raw), "bad_message");
+    // What it took can be read; what a reader puts there past it can't.
+    assert_eq!(block.read().unwrap(), (SECRET.to_vec(), 1));
+    intruder.write(intruder.slot(), &forged);
+    let late = member(&server, "late", keys(&set, READ))
+        .block("b")
+        .attach()
+        .unwrap();
+    assert_eq!(kind(late.read()), Code::Integrity);
+    assert_eq!(kind(block.read()), Code::Integrity);
+}
+
+#[test]
+fn content_outlives_a_rotation_but_not_a_removed_writer() {
+    let (server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let reader = member(&server, "r", keys(&set, READ));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    block.write_at(0, SECRET).unwrap();
+    let seen = reader.block("b").attach().unwrap();
+    writer
+        .rotate_pool("vault", &keys(&set, WRITE), false)
+        .unwrap();
+    let begins = |block: &Block| block.read().unwrap().0.starts_with(SECRET);
+    assert!(begins(&block) && begins(&seen));
+    // One that comes new opens it by the key of the epoch before.
+    let late = member(&server, "late", keys(&set, READ));
+    let late = late.block("b").attach().unwrap();
+    assert!(begins(&late));
+    // The next version is of the new epoch, all of it.
+    block.write_at(SIZE - 1, b"x").unwrap();
+    assert!(begins(&block) && begins(&seen) && begins(&late));
+    // A writer goes: what is of the epochs before counts no more until it is written over.
+    let secret = |token: &str| Token::parse(token).unwrap().secret;
+    let next = KeySet::new_pool(NewKeys {
+        sigil: Secret::new([9; 32]),
+        shard: secret(&set.token(Kind::Shard).unwrap()),
+        seal: Secret::new([8; 32]),
+        owner: None,
+    });
+    writer
+        .rotate_pool("vault", &keys(&next, WRITE), false)
+        .unwrap();
+    let writer = member(&server, "w2", keys(&next, WRITE));
+    let block = writer.block("b").attach_writable().unwrap();
+    assert_eq!(kind(block.read()), Code::StaleEpoch);
+    assert_eq!(kind(block.write_at(0, b"x")), Code::StaleEpoch);
+    block.write_at(0, &vec![5; SIZE as usize]).unwrap();
+    let reader = member(&server, "r2", keys(&next, READ));
+    assert_eq!(reader.block("b").attach().unwrap().read().unwrap().0[0], 5);
+}
+
+#[test]
+fn a_call_takes_a_sealed_block_along() {
+    let (server, set) = vault();
+    let worker = member(&server, "worker", keys(&set, WRITE));
+    worker
+        .serve("sum", |request| {
+            let block = request.block("numbers")?;
+            let (bytes, _) = block.read()?;
+            block.write_at(0, &[9])?;
+            Ok::<_, HandlerError>(bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>())
+        })
+        .unwrap();
+    let caller = member(&server, "caller", keys(&set, WRITE));
+    let block = caller
+        .block("numbers")
+        .create(100)
+        .readable_by(&[])
+        .send()
+        .unwrap();
+    block.write_at(0, &[2; 100]).unwrap();
+    let call = caller
+        .call("sum", &block.reference())
+        .block_writable(&block);
+    assert_eq!(call.send::<u64>().unwrap(), 200);
+    assert_eq!(&block.read().unwrap().0[..2], &[9, 2]);
+}
+
+#[test]
+fn a_persistent_block_is_ciphertext_on_disk_and_comes_back() {
+    let (mut server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let block = writer.block("b").create(SIZE).persistent().send().unwrap();
+    for n in 0..9 {
+        block.write_at(n * 15_000, SECRET).unwrap();
+    }
+    block.flush().unwrap();
+    block.resize(SIZE - 10).unwrap();
+    block.flush().unwrap();
+    server.kill();
+    let mut looked_at = 0;
+    let mut directories = vec![server.0.data_dir().to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.is_file() {
+                let bytes = std::fs::read(&path).unwrap();
+                looked_at += bytes.len();
+                let is_found = bytes.windows(SECRET.len()).any(|window| window == SECRET);
+                assert!(!is_found, "{}", path.display());
+            }
+        }
+    }
+    assert!(looked_at as u64 > SIZE);
+    server.restart();
+    let reader = member(&server, "r", keys(&set, READ));
+    let seen = reader.block("b").attach().unwrap();
+    assert_eq!(seen.size(), SIZE - 10);
+    assert!(seen.read().unwrap().0[8 * 15_000..].starts_with(SECRET));
+    let info = seen.info().unwrap();
+    assert_eq!(
+        (&info["sealed"], &info["size"]),
+        (&json!(true), &json!(SIZE))
+    );
+}
+
+#[test]
+fn a_block_in_memory_is_back_after_a_crash_of_the_server() {
+    let (mut server, set) = vault();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    block.write_at(0, SECRET).unwrap();
+    server.kill();
+    // Without the server there is the mapping.
+    assert!(block.read().unwrap().0.starts_with(SECRET));
+    server.restart();
+    assert_eq!(block.write_at(SIZE - 1, b"x").unwrap(), 2);
+    let reader = member(&server, "r", keys(&set, READ));
+    let seen = reader.block("b").attach().unwrap();
+    assert!(seen.read().unwrap().0.starts_with(SECRET));
+    let info = seen.info().unwrap();
+    assert_eq!((&info["size"], &info["version"]), (&json!(SIZE), &json!(2)));
+}
+
+#[test]
+fn a_block_of_a_gated_pool_stays_plain_and_without_copies() {
+    let server = Server::start();
+    let set = key_set(3);
+    let maker = App::connect_with(builder(&server, "maker")).unwrap();
+    maker
+        .request(&keys(&set, WRITE).pool_create("vault", true).unwrap())
+        .unwrap();
+    let writer = member(&server, "w", keys(&set, WRITE));
+    let reader = member(&server, "r", keys(&set, READ));
+    let block = writer.block("b").create(SIZE).send().unwrap();
+    block.write_at(7, SECRET).unwrap();
+    let seen = reader.block("b").attach().unwrap();
+    assert!(block.is_mapped() && seen.is_mapped());
+    assert_eq!(seen.info().unwrap()["sealed"], Value::Null);
+    let first = seen.view(|view| (view.as_ptr() as usize % 4096, view.load::<u8>(7).unwrap()));
+    assert_eq!(first.unwrap(), (0, SECRET[0]));
+    let intruder = Intruder::new(&server, &set, "b");
+    assert_eq!(intruder.read(intruder.slot() + 7, SECRET.len()), SECRET);
+    assert_eq!(kind(reader.block("b").attach_writable()), Code::Forbidden);
+    block.resize(SIZE * 2).unwrap();
+    assert_eq!(seen.read().unwrap().0.len() as u64, SIZE * 2);
+}
