@@ -199,10 +199,10 @@ fn take_turn(crowd: Crowd, time: Duration) -> Result<Turn, Failure> {
     let elapsed = begin.elapsed();
     let parked = callers.parked - already;
     let after = Commits::of(&mut observer)?;
-    let parked = callers.parked;
+    let all = callers.parked;
     // A kill, not an end: what is on disk now is what was promised.
     drop(server);
-    check_kept(scratch.path(), parked)?;
+    check_kept(scratch.path(), all)?;
     Ok(Turn {
         parked,
         elapsed_ms: elapsed.as_secs_f64() * 1000.0,
