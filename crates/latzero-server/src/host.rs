@@ -478,6 +478,7 @@ impl IoHost {
     /// Writes what was appended since the last flush, each connection once, and lets the built-in
     /// app answer.
     pub(crate) fn flush(&mut self) {
+        self.shared.stats.add_started(&mut self.effects.tally);
         while !self.effects.touched.is_empty() {
             self.effects.appended = 0;
             for peer in std::mem::take(&mut self.effects.touched) {

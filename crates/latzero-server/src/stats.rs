@@ -84,6 +84,15 @@ impl Stats {
         }
     }
 
+    /// Counts calls that began. Before their handlers hear of them: a server that drains ends when
+    /// none is in flight.
+    pub(crate) fn add_started(&self, tally: &mut Counters) {
+        let started = std::mem::take(&mut tally.started);
+        if started > 0 {
+            self.calls_in_flight.fetch_add(started, Relaxed);
+        }
+    }
+
     /// Takes over what a loop has counted.
     pub(crate) fn add(&self, now: Time, tally: &mut Counters, traffic: &mut Traffic) {
         let is_empty = traffic.frames_in == 0 && traffic.bytes_out == 0;
@@ -105,8 +114,7 @@ impl Stats {
         let ended = tally.ended.len() as u64;
         slot.1 += ended;
         totals.ended += ended;
-        let started = std::mem::take(&mut tally.started);
-        self.calls_in_flight.fetch_add(started, Relaxed);
+        self.add_started(tally);
         self.calls_in_flight.fetch_sub(ended, Relaxed);
         for end in tally.ended.drain(..) {
             totals.failed += u64::from(end.failed);

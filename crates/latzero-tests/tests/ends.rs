@@ -161,7 +161,8 @@ fn a_signal_lets_running_calls_end() {
         let call = handler.receive();
         server.signal(Signal::TERM);
         for wire in [&mut handler, &mut caller] {
-            assert_eq!(wire.receive()["event"], "draining", "{via:?}");
+            let message = wire.receive();
+            assert_eq!(message["event"], "draining", "{via:?}: {message}");
         }
         caller.send(&json!({"action": "trigger", "id": "2", "process": "work"}));
         assert_eq!(caller.receive()["error"]["code"], "draining");
