@@ -217,7 +217,7 @@ codes! {
          automatically.";
     KeyFormat "key_format" No Client
         "A key or token is malformed."
-        "Check that it was copied completely.";
+        "Check the path, and that the key was copied completely.";
     Integrity "integrity" Unknown Client
         "Sealed data failed verification."
         "Do not use it; find out who wrote it.";

@@ -46,7 +46,7 @@ impl Serialize for Origin {
     }
 }
 
-/// A bound that the environment set.
+/// A bound that this machine sets.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Bound {
     /// Bytes or descriptors.
@@ -73,7 +73,7 @@ pub struct MachineLimits {
 }
 
 impl MachineLimits {
-    /// Looks at the environment of this process. The descriptor limit is the hard one, which a
+    /// Reads the limits of this process. The descriptor limit is the hard one, which a
     /// start makes the one in force.
     #[must_use]
     pub fn of_process() -> MachineLimits {
@@ -128,12 +128,12 @@ pub struct Derived {
     pub from: String,
 }
 
-/// The limits in force, and which of them the environment decided.
+/// The limits in force, and which of them follow from this machine rather than from a setting.
 #[derive(Debug, Clone)]
 pub struct InForce {
     /// The limits.
     pub limits: Limits,
-    /// Those that were left open, and those that the environment has no room for.
+    /// Those that were left open, and those that this machine has no room for.
     pub derived: Vec<Derived>,
 }
 

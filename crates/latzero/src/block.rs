@@ -1000,7 +1000,7 @@ fn removed(id: &str) -> Error {
     )
 }
 
-/// Of a block that pointers can't be had into.
+/// The error for in-place access to a block that is not mapped in this process.
 fn not_mapped(id: &str, verb: &str) -> Error {
     Error::new(
         Code::Storage,

@@ -169,7 +169,7 @@ impl Tls {
             .ok_or_else(|| lost("TLS gives nothing to bind proofs to"))
     }
 
-    /// Receives what there is; 0 is the end.
+    /// Reads decrypted bytes into `buf`; 0 means that the peer closed the connection.
     pub(crate) fn recv(
         &self,
         socket: BorrowedFd<'_>,

@@ -45,7 +45,7 @@ pub struct Shown {
     pub variable: String,
     /// Whether `reload` may change it.
     pub live: bool,
-    /// The value in force here, if the environment decides it rather than the setting.
+    /// The value in force, if the machine's limits override the setting.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub in_force: Option<Derived>,
     /// What it does.

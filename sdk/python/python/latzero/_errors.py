@@ -13,7 +13,7 @@ _TRACEBACK_BYTES_MAX = 16 * 1024
 
 
 class LatZeroError(Exception):
-    """What went wrong. `code` is the word of docs/errors.md, or a handler's own."""
+    """An error. `code` is one of the codes in docs/errors.md, or one that a handler chose."""
 
     code: str
     message: str

@@ -4,8 +4,8 @@
 use super::*;
 
 impl<D: Driver> Pool<D> {
-    /// Storage that was asked for is there, or can't be had; `None` if none was needed in the
-    /// end.
+    /// The driver made the storage that the pool requested, or failed to. `None` if none was
+    /// needed in the end.
     pub fn storage_made(
         &mut self,
         key: BlockKey,
