@@ -18,6 +18,7 @@ mod repeats;
 mod rotation;
 mod routing;
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 
 use hashbrown::HashMap;
@@ -126,7 +127,7 @@ struct Served {
     doc: Option<String>,
     handlers: Vec<HandlerKey>,
     /// Where the next round begins.
-    turn: usize,
+    turn: Cell<usize>,
 }
 
 /// Who joins a pool.
@@ -421,7 +422,7 @@ impl<D: Driver> Pool<D> {
                 strategy: spec.strategy,
                 doc: None,
                 handlers: Vec::new(),
-                turn: 0,
+                turn: Cell::new(0),
             });
         // The latest registration decides: a new version of an app may change how its calls are
         // spread.
@@ -653,8 +654,8 @@ impl<D: Driver> Pool<D> {
             return;
         };
         let handler = served.handlers.remove(at);
-        if served.turn > at {
-            served.turn -= 1;
+        if served.turn.get() > at {
+            served.turn.set(served.turn.get() - 1);
         }
         if served.handlers.is_empty() {
             self.triggers.remove(name);

@@ -181,7 +181,13 @@ impl<D: Driver> Session<D> {
             }
             Err(refusal) => return self.reject(&refusal, turn),
         };
-        let id = match envelope.correlation_id() {
+        let bounds = turn.limits().lists();
+        let mut decoded = Request::decode(&envelope, &bounds);
+        let id = match &decoded {
+            Ok(Request::Trigger(trigger)) => Ok(trigger.id.clone()),
+            _ => envelope.correlation_id(),
+        };
+        let id = match id {
             Ok(id) => id,
             Err(refusal) => {
                 self.refuse(None, &refusal, turn);
@@ -191,8 +197,6 @@ impl<D: Driver> Session<D> {
         // What is sent in answer names no request of the sender's; a failed one gets an `error`
         // message.
         let id = id.as_deref();
-        let bounds = turn.limits().lists();
-        let mut decoded = Request::decode(&envelope, &bounds);
         if self.ready.is_some()
             && let Ok(request) = &mut decoded
         {

@@ -52,7 +52,7 @@ impl<T> Ord for Key<T> {
 
 impl<T> std::hash::Hash for Key<T> {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        (self.slot, self.generation).hash(state);
+        state.write_u64(u64::from(self.slot) << 32 | u64::from(self.generation));
     }
 }
 

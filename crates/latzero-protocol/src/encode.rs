@@ -118,10 +118,7 @@ impl Origin<'_> {
         out.extend_from_slice(b",\"origin\":{\"app_id\":\"");
         out.extend_from_slice(self.app_id.as_bytes());
         out.extend_from_slice(b"\",\"instance\":\"");
-        let digits = b"0123456789abcdef";
-        for shift in (0..16).rev() {
-            out.push(digits[(self.instance.0 >> (4 * shift) & 0xf) as usize]);
-        }
+        self.instance.append(out);
         out.extend_from_slice(b"\"}");
     }
 }

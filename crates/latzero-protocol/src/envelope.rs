@@ -80,7 +80,7 @@ impl<'a> Raw<'a> {
 
 /// Undoes the escapes of a scanned string's inside; `None` if it has half a surrogate pair.
 pub(crate) fn unescape(inner: &str) -> Option<Cow<'_, str>> {
-    if memchr::memchr(b'\\', inner.as_bytes()).is_none() {
+    if !inner.as_bytes().contains(&b'\\') {
         return Some(Cow::Borrowed(inner));
     }
     let quoted = format!("\"{inner}\"");
@@ -183,7 +183,7 @@ impl<'a> Envelope<'a> {
     ///
     /// # Errors
     /// `bad_frame` or `too_deep` outside, `bad_message` inside.
-    #[inline]
+    #[inline(always)]
     pub fn parse(frame: Frame<'a>) -> Result<Result<Self, Refusal>, Refusal> {
         let bad_frame = |what: String| Refusal::new(Code::BadFrame, what);
         let text = std::str::from_utf8(frame.json).map_err(|e| {
@@ -240,9 +240,24 @@ impl<'a> Envelope<'a> {
     /// `bad_message` if it is present and not a string, `too_large` if it is too long.
     #[inline]
     pub fn string(field: Option<Raw<'a>>, name: &str) -> Result<Option<Cow<'a, str>>, Refusal> {
-        let Some(raw) = present(field) else {
+        let Some(raw) = field else {
             return Ok(None);
         };
+        // Most strings are short and plain.
+        if let [b'"', inner @ .., b'"'] = raw.0.as_bytes()
+            && !raw.is_long()
+            && !inner.contains(&b'\\')
+        {
+            return Ok(Some(Cow::Borrowed(&raw.0[1..raw.0.len() - 1])));
+        }
+        Self::unusual_string(raw, name)
+    }
+
+    #[cold]
+    fn unusual_string(raw: Raw<'a>, name: &str) -> Result<Option<Cow<'a, str>>, Refusal> {
+        if raw.is_null() {
+            return Ok(None);
+        }
         if raw.is_long() && raw.0.starts_with('"') {
             return Err(Refusal::new(
                 Code::TooLarge,

@@ -14,6 +14,15 @@ impl InstanceId {
         hex.then(|| u64::from_str_radix(text, 16).ok().map(InstanceId))
             .flatten()
     }
+
+    /// Appends what [`fmt::Display`] writes.
+    pub(crate) fn append(self, out: &mut Vec<u8>) {
+        let mut text = Text::default();
+        let [high, low] = halves(self.0);
+        text.push(high, 8);
+        text.push(low, 8);
+        out.extend_from_slice(&text.bytes[..text.length]);
+    }
 }
 
 impl fmt::Display for InstanceId {
@@ -53,7 +62,7 @@ impl CallId {
     /// Reads what [`CallId::append`] wrote.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let mut rest = text.as_bytes();
+        let mut rest = text.as_bytes().iter();
         let id = CallId {
             epoch: take_hex(&mut rest, EPOCH_DIGITS, Some(b'.'))?,
             pool: take_short(&mut rest, Some(b'.'))?,
@@ -66,8 +75,7 @@ impl CallId {
     /// Appends the wire form: four hex numbers with dots between, 39 bytes at most.
     pub fn append(&self, out: &mut Vec<u8>) {
         let mut text = Text::default();
-        let halves = [self.epoch >> 32, self.epoch & u64::from(u32::MAX)];
-        let [high, low] = halves.map(|half| u32::try_from(half).expect("32 bits"));
+        let [high, low] = halves(self.epoch);
         if high > 0 {
             text.push(high, 1);
         }
@@ -81,7 +89,11 @@ impl CallId {
 }
 
 /// Most hex digits of an epoch.
-const EPOCH_DIGITS: usize = 12;
+const EPOCH_DIGITS: u32 = 12;
+
+fn halves(number: u64) -> [u32; 2] {
+    [number >> 32, number & u64::from(u32::MAX)].map(|half| u32::try_from(half).expect("32 bits"))
+}
 
 /// The text of an id as it grows. Eight bytes are written at a time, of which fewer may count.
 struct Text {
@@ -120,10 +132,6 @@ impl Text {
     }
 }
 
-fn take_short(rest: &mut &[u8], end: Option<u8>) -> Option<u32> {
-    take_hex(rest, 8, end).and_then(|number| u32::try_from(number).ok())
-}
-
 /// What each byte is worth as a hex digit; 16 for those that are none.
 const DIGITS: [u8; 256] = {
     let mut digits = [16; 256];
@@ -135,24 +143,27 @@ const DIGITS: [u8; 256] = {
     digits
 };
 
+fn take_short(rest: &mut std::slice::Iter<'_, u8>, end: Option<u8>) -> Option<u32> {
+    take_hex(rest, 8, end).and_then(|number| u32::try_from(number).ok())
+}
+
 /// Takes a number of at most `most` hex digits, and the byte `end` behind it.
-fn take_hex(rest: &mut &[u8], most: usize, end: Option<u8>) -> Option<u64> {
-    let (mut number, mut length) = (0, 0);
-    for &byte in rest.iter() {
+#[inline(always)]
+fn take_hex(rest: &mut std::slice::Iter<'_, u8>, most: u32, end: Option<u8>) -> Option<u64> {
+    let (mut number, mut digits) = (0, 0);
+    let behind = loop {
+        let Some(&byte) = rest.next() else { break None };
         let digit = DIGITS[usize::from(byte)];
         if digit == 16 {
-            break;
+            break Some(byte);
         }
         number = (number << 4) | u64::from(digit);
-        length += 1;
-    }
-    // Only the shortest spelling counts, so an id has one text.
-    let is_short = (1..=most).contains(&length) && (length == 1 || rest[0] != b'0');
-    if !is_short || rest.get(length).copied() != end {
-        return None;
-    }
-    *rest = rest.get(length + 1..).unwrap_or_default();
-    Some(number)
+        digits += 1;
+    };
+    // Only the shortest spelling counts, so an id has one text. Of a longer one the first digits
+    // have been shifted out, which does not matter.
+    let shortest = (u64::BITS - number.leading_zeros()).div_ceil(4).max(1);
+    (digits == shortest && digits <= most && behind == end).then_some(number)
 }
 
 #[cfg(test)]
@@ -193,8 +204,13 @@ mod tests {
         ] {
             assert_eq!(CallId::parse(bad), None, "{bad}");
         }
-        let instance = InstanceId(0xabc);
-        assert_eq!(InstanceId::parse(&instance.to_string()), Some(instance));
+        for number in [0, 0xabc, 0xfedc_ba98_7654_3210, u64::MAX] {
+            let instance = InstanceId(number);
+            assert_eq!(InstanceId::parse(&instance.to_string()), Some(instance));
+            let mut text = Vec::new();
+            instance.append(&mut text);
+            assert_eq!(String::from_utf8(text).unwrap(), instance.to_string());
+        }
         assert_eq!(InstanceId::parse("ABC"), None);
     }
 }

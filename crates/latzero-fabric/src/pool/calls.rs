@@ -17,8 +17,8 @@ use crate::slab::{Key, Slab};
 /// One call under way.
 pub(super) struct Call {
     pub(super) caller: MemberKey,
-    /// The user who made it; 0 if it has no connection.
-    pub(super) user: u64,
+    /// The user whose share it counts in: a stranger's.
+    pub(super) user: Option<u64>,
     /// The caller's id; without one it wants no answer.
     pub(super) id: Option<CompactString>,
     pub(super) member: MemberKey,
@@ -43,7 +43,7 @@ pub(super) struct Calls {
     /// call is cheap.
     deadlines: BinaryHeap<Reverse<(Time, u32, u32)>>,
     hash_seed: u64,
-    /// How many calls each user made.
+    /// How many calls each stranger made.
     by_user: HashMap<u64, u32>,
     /// How many calls each caller has at each handler.
     by_pair: HashMap<(MemberKey, MemberKey), u32>,
@@ -61,7 +61,7 @@ impl Calls {
         }
     }
 
-    /// How many calls a user made.
+    /// How many calls a stranger made.
     pub(super) fn of_user(&self, user: u64) -> usize {
         self.by_user.get(&user).map_or(0, |&count| count as usize)
     }
@@ -73,14 +73,18 @@ impl Calls {
 
     fn count_in(&mut self, call: &Call) {
         if call.caller != NOBODY {
-            *self.by_user.entry(call.user).or_default() += 1;
+            if let Some(user) = call.user {
+                *self.by_user.entry(user).or_default() += 1;
+            }
             *self.by_pair.entry((call.caller, call.member)).or_default() += 1;
         }
     }
 
-    fn count_out(&mut self, (caller, member, user): (MemberKey, MemberKey, u64)) {
+    fn count_out(&mut self, (caller, member, user): (MemberKey, MemberKey, Option<u64>)) {
         if caller != NOBODY {
-            count_down(&mut self.by_user, user);
+            if let Some(user) = user {
+                count_down(&mut self.by_user, user);
+            }
             count_down(&mut self.by_pair, (caller, member));
         }
     }
@@ -207,7 +211,9 @@ impl Calls {
             .filter(|(_, c)| c.caller != NOBODY)
             .count();
         let sum = |counts: u32, count: &u32| counts + count;
-        assert_eq!(self.by_user.values().fold(0, sum) as usize, own);
+        let of_strangers = self.calls.iter().filter(|(_, c)| c.caller != NOBODY);
+        let of_strangers = of_strangers.filter(|(_, c)| c.user.is_some()).count();
+        assert_eq!(self.by_user.values().fold(0, sum) as usize, of_strangers);
         assert_eq!(self.by_pair.values().fold(0, sum) as usize, own);
         for (key, call) in self.calls.iter() {
             if let Some(id) = &call.id {

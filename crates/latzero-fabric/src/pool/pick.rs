@@ -36,7 +36,7 @@ pub(super) struct Seen {
 pub(super) fn start(served: &Served, prng: &mut Prng) -> usize {
     match served.strategy {
         Strategy::Random if !served.handlers.is_empty() => prng.below(served.handlers.len()),
-        _ => served.turn,
+        _ => served.turn.get(),
     }
 }
 
@@ -47,13 +47,14 @@ pub(super) fn each<D: Driver>(
     handlers: &Slab<Handler>,
     members: &Slab<Member<D>, MemberTag>,
     start: usize,
-    sticky: u64,
+    sticky: impl FnOnce() -> u64,
     mut offer: impl FnMut(&Handler, &Member<D>) -> Offer,
 ) -> Option<(usize, HandlerKey)> {
     let n = served.handlers.len();
+    // Handlers may have gone since.
+    let start = if start < n { start } else { 0 };
     let in_turn = || {
-        (0..n).map(|i| {
-            let position = (start + i) % n;
+        (start..n).chain(0..start).map(|position| {
             let key = served.handlers[position];
             let handler = handlers.at(key).expect("a trigger's handlers exist");
             let member = members
@@ -86,6 +87,7 @@ pub(super) fn each<D: Driver>(
         Strategy::Sticky => {
             // Highest random weight (Thaler and Ravishankar, 1998): when a handler goes, only its
             // keys move.
+            let sticky = sticky();
             let mut order: Vec<_> = in_turn().collect();
             order.sort_by_key(|(_, _, _, member)| Reverse(mix(sticky ^ member.instance.0)));
             for (position, key, handler, member) in order {

@@ -206,8 +206,7 @@ impl<D: Driver> Pool<D> {
             ([], _) | (_, None) => Vec::new(),
             (named, Some(caller)) => self.check_uses(caller, named)?,
         };
-        let user = member.map_or(0, |m| m.user);
-        let sticky = self.sticky(trigger.key.as_deref(), instance);
+        let user = member.filter(|m| m.is_stranger).map(|m| m.user);
         let start = pick::start(served, &mut self.prng);
         let key = self.calls.next_key();
         let delivery = encode::Delivery {
@@ -244,7 +243,7 @@ impl<D: Driver> Pool<D> {
             &self.handlers,
             &self.members,
             start,
-            sticky,
+            || sticky(self.hash_seed, trigger.key.as_deref(), instance),
             |handler, to| {
                 if !matches(trigger.destination.as_ref(), to) {
                     return Offer::NotMeant;
@@ -303,6 +302,7 @@ impl<D: Driver> Pool<D> {
         let Some((position, handler_key)) = chosen else {
             return Err(self.none_taken(trigger, seen));
         };
+        served.turn.set(position + 1);
         let handler = self
             .handlers
             .at_mut(handler_key)
@@ -335,11 +335,6 @@ impl<D: Driver> Pool<D> {
             self.lend(serving, &uses);
         }
         self.calls_total += 1;
-        let served = self
-            .triggers
-            .get_mut(&*trigger.process)
-            .expect("found above");
-        served.turn = position + 1;
         let to = self
             .members
             .at_mut(serving)
@@ -401,7 +396,6 @@ impl<D: Driver> Pool<D> {
             headers: emit.headers,
             body: emit.body,
         };
-        let sticky = self.sticky(emit.key.as_deref(), sender.instance);
         let mut delivered = 0;
         // Encoded once for all receivers of the same form, and shared if it is large.
         let mut encoded: [Option<Encoded>; 2] = [None, None];
@@ -456,14 +450,11 @@ impl<D: Driver> Pool<D> {
                 &self.handlers,
                 &self.members,
                 start,
-                sticky,
+                || sticky(self.hash_seed, emit.key.as_deref(), sender.instance),
                 |_, to| deliver(to),
             );
             if let Some((position, _)) = chosen {
-                self.triggers
-                    .get_mut(&*emit.process)
-                    .expect("found above")
-                    .turn = position + 1;
+                served.turn.set(position + 1);
             }
         } else {
             for &handler in &served.handlers {
@@ -488,15 +479,6 @@ impl<D: Driver> Pool<D> {
             self.scratch = Vec::new();
         }
         Ok(delivered)
-    }
-
-    /// What a sticky trigger hashes: the key, else the caller. A call and an emit with one key go
-    /// to one handler.
-    pub(super) fn sticky(&self, key: Option<&str>, from: InstanceId) -> u64 {
-        match key {
-            Some(key) => crate::prng::hash(self.hash_seed, key.as_bytes()),
-            None => crate::prng::hash(self.hash_seed, &from.0.to_le_bytes()),
-        }
     }
 
     pub(super) fn no_handler(&self, trigger: &Trigger<'_>) -> CallError {
@@ -548,6 +530,15 @@ impl<D: Driver> Pool<D> {
             trigger.process, self.name
         );
         Refusal::new(Code::Overloaded, message).into()
+    }
+}
+
+/// What a sticky trigger hashes: the key, else the caller. A call and an emit with one key go to
+/// one handler.
+pub(super) fn sticky(seed: u64, key: Option<&str>, from: InstanceId) -> u64 {
+    match key {
+        Some(key) => crate::prng::hash(seed, key.as_bytes()),
+        None => crate::prng::hash(seed, &from.0.to_le_bytes()),
     }
 }
 
