@@ -163,6 +163,52 @@ fn parked_calls_are_repeated_across_restarts() {
 }
 
 #[test]
+fn a_repeat_takes_the_place_of_a_call_that_never_ran() {
+    let parked = r#","park":true"#;
+    for end in ["cancel", "expire"] {
+        let mut net = Net::new();
+        let caller = net.app("caller", "");
+        call(&mut net, caller, "1", "k", r#","park":true,"ttl":1000"#);
+        for id in ["2", "3"] {
+            let said = call(&mut net, caller, id, "k", parked);
+            assert_eq!(said, format!("{id} parked: null"));
+        }
+        if end == "cancel" {
+            let said = net.ask(caller, r#"{"action":"cancel","id":"1"}"#);
+            assert_eq!(said, "1 failed: cancelled ran=no");
+        } else {
+            net.advance(1001);
+            assert_eq!(net.sees(caller), "1 failed: timeout ran=no");
+        }
+        net.world.check();
+        let handler = net.connect();
+        net.say(
+            handler,
+            r#"{"action":"handshake","app_id":"handler","triggers":["t"]}"#,
+        );
+        let mut calls = net.messages(handler);
+        calls.retain(|message| message.json["action"] == "trigger");
+        let [call] = &calls[..] else {
+            panic!("after {end} the handler got {} calls", calls.len());
+        };
+        let id = call.json["id"].as_str().unwrap();
+        net.answer_to(handler, id, r#""status":"ok","response":7"#);
+        assert_eq!(net.sees(caller), "2 ok: 7; 3 ok: 7", "after {end}");
+        net.world.check();
+    }
+    // One that a handler had may have run: a second run is not ours to begin.
+    let (mut net, caller, handler) = two();
+    call(&mut net, caller, "1", "k", r#","park":"always""#);
+    net.messages(handler);
+    call(&mut net, caller, "2", "k", parked);
+    net.ask(caller, r#"{"action":"cancel","id":"1"}"#);
+    let seen = net.sees(caller);
+    assert!(!seen.contains("2 ok"), "{seen}");
+    assert!(!net.sees(handler).contains("call t"));
+    net.world.check();
+}
+
+#[test]
 fn keys_are_checked_and_bounded() {
     let mut net = Net::with(|limits| {
         limits.repeats_max = 2;

@@ -518,15 +518,34 @@ impl<D: Driver> Pool<D> {
         true
     }
 
-    /// A parked call ended without an answer from its handler: so do those that repeat it.
+    /// A parked call ended without an answer from its handler: so do those that repeat it, unless
+    /// it never ran and one of them can take its place.
     fn drop_key(&mut self, number: u64, parked: &Parked, turn: &mut Turn<'_, D>) {
         match &parked.idempotency_key {
             Some(key) if parked.is_following() => {
                 self.repeats.unfollow(&parked.caller, key, number);
             }
+            Some(key) if parked.ran() == Ran::No && self.promote(&parked.caller, key) => {}
             Some(key) => self.repeats_dropped(&parked.caller, key, turn),
             None => {}
         }
+    }
+
+    /// The oldest parked repeat of a call becomes the call; false if there is none.
+    fn promote(&mut self, caller: &AppId, key: &str) -> bool {
+        let Some(number) = self.repeats.next_follower(caller, key) else {
+            return false;
+        };
+        let process = self.parked.change(number, |parked| {
+            if let Some(lasting) = parked.dequeue() {
+                parked.state = State::Waiting(lasting);
+            }
+            parked.process.clone()
+        });
+        if let Some(process) = &process {
+            self.parked.note_room(process);
+        }
+        process.is_some()
     }
 
     /// Restores a parked call of an earlier run; false if the stored row is invalid.

@@ -224,6 +224,18 @@ impl Repeats {
         }
     }
 
+    /// Takes the oldest parked repeat of a call that is under way.
+    pub(super) fn next_follower(&mut self, caller: &AppId, key: &str) -> Option<u64> {
+        match self.known.get_mut(&(caller.clone(), Box::from(key)))? {
+            Repeat::Running { followers, .. } => {
+                let oldest = followers.iter().min().copied()?;
+                followers.retain(|follower| *follower != oldest);
+                Some(oldest)
+            }
+            Repeat::Answered { .. } => None,
+        }
+    }
+
     /// The answer that is kept for a key.
     pub(super) fn answer(&self, caller: &AppId, key: &str) -> Option<&Answered> {
         match self.known.get(&(caller.clone(), Box::from(key)))? {
