@@ -994,11 +994,11 @@ impl ParkedStateArg {
 
 #[derive(Args, Debug)]
 pub(crate) struct ParkedFilterArgs {
-    /// Only calls in this pool
+    /// Only calls in this pool; TRIGGER is then the whole name of the trigger
     #[arg(long)]
     pub(crate) pool: Option<String>,
     /// Only calls of this trigger
-    #[arg(long)]
+    #[arg(long, value_name = "[POOL/]TRIGGER")]
     pub(crate) trigger: Option<String>,
     /// Only calls that this app made
     #[arg(long, value_name = "APP")]
@@ -1232,6 +1232,8 @@ time or was lost, 2 if there is no such command.")]
     Lock(BlockLockArgs),
     /// Change the size of a block; it gets a new generation
     Resize(BlockResizeArgs),
+    /// Write a persistent block's newest version to the disk, and wait until it is there
+    Flush(BlockOne),
     /// Remove a block, even if others are attached
     Rm(BlockOne),
     /// Write a block to a file; a .npy file gets the layout as well

@@ -38,6 +38,7 @@ pub(crate) fn run(command: &BlockCommand, output: &Output) -> CommandResult {
         BlockCommand::Watch(args) => watch(args, output),
         BlockCommand::Lock(args) => lock::run(args),
         BlockCommand::Resize(args) => resize(args, output),
+        BlockCommand::Flush(args) => flush(args, output),
         BlockCommand::Rm(args) => remove(args, output),
         BlockCommand::Dump(args) => file::dump(args, output),
         BlockCommand::Load(args) => file::load(args, output),
@@ -465,6 +466,20 @@ fn resize(args: &BlockResizeArgs, output: &Output) -> CommandResult {
     let block = at.name().attach_writable()?;
     block.resize(args.size)?;
     report(&at, &block, "resized", output)
+}
+
+fn flush(args: &BlockOne, output: &Output) -> CommandResult {
+    let at = BlockHandle::once(&args.at, &args.reach)?;
+    let version = at.name().attach()?.flush()?;
+    if output.json {
+        output.value(&json!({"flushed": at.id, "version": version}))?;
+    } else if output.is_terminal {
+        output.line(format_args!(
+            "version {version} of {} is on the disk",
+            at.id
+        ))?;
+    }
+    Ok(Exit::Ok)
 }
 
 fn remove(args: &BlockOne, output: &Output) -> CommandResult {

@@ -9,6 +9,7 @@ use crate::args::{ParkedArgs, ParkedCommand, ParkedFilterArgs, ParkedNumbersArgs
 use crate::connect::{ConnectOptions, Connection};
 use crate::exit::{CommandResult, Exit, Failure};
 use crate::output::{Cell, Output, Tone, ago, bytes, count, toned};
+use crate::parse::Target;
 
 pub(crate) fn run(args: &ParkedArgs, output: &Output) -> CommandResult {
     match &args.command {
@@ -39,27 +40,33 @@ pub(crate) fn run(args: &ParkedArgs, output: &Output) -> CommandResult {
 }
 
 /// A request about the calls that a filter names.
-fn request(action: &str, filter: &ParkedFilterArgs) -> Value {
+fn request(action: &str, filter: &ParkedFilterArgs) -> Result<Value, Failure> {
     let mut request = json!({"action": action});
+    let target = filter.trigger.as_deref();
+    let target = target.map(|trigger| Target::parse(trigger, filter.pool.as_deref()));
+    let (pool, trigger) = match target.transpose()? {
+        Some(target) => (target.pool, Some(target.trigger)),
+        None => (filter.pool.clone(), None),
+    };
     let state = match filter.dead {
         true => Some("dead"),
         false => filter.state.as_ref().map(|state| state.as_str()),
     };
     for (name, value) in [
-        ("pool", filter.pool.as_deref()),
+        ("pool", pool.as_deref()),
         ("app_id", filter.caller.as_deref()),
-        ("process", filter.trigger.as_deref()),
+        ("process", trigger.as_deref()),
         ("state", state),
     ] {
         if let Some(value) = value {
             request[name] = value.into();
         }
     }
-    request
+    Ok(request)
 }
 
 fn list(connection: &Connection, filter: &ParkedFilterArgs, output: &Output) -> CommandResult {
-    let mut request = request("parked_list", filter);
+    let mut request = request("parked_list", filter)?;
     let mut all: Vec<Value> = Vec::new();
     loop {
         let mut page = connection.administer(&request)?;
@@ -150,7 +157,7 @@ fn change(
         requests.push(json!({"action": action, "number": number}));
     }
     if requests.is_empty() {
-        let request = request(action, &which.filter);
+        let request = request(action, &which.filter)?;
         if request.as_object().is_some_and(|fields| fields.len() == 1) {
             let text = "choose the calls by their numbers, or with --pool, --caller, --trigger, \
                         --state or --dead";
