@@ -418,7 +418,7 @@ impl<D: Driver> Registry<D> {
         match self.apps.get(app_id) {
             None => Err(Refusal::new(
                 Code::NoApp,
-                format!("the server does not know an app '{app_id}'"),
+                format!("there is no app '{app_id}'"),
             )),
             Some(app) if !app.instances.is_empty() => Err(Refusal::new(
                 Code::AppInUse,

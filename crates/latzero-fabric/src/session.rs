@@ -449,13 +449,9 @@ impl<D: Driver> Session<D> {
                 let whereabouts =
                     turn.with_registry(|registry, _| registry.whereabouts(app, &m.name));
                 let refusal = match whereabouts {
-                    Whereabouts::Unknown => Refusal::new(
-                        Code::NoApp,
-                        format!(
-                            "the server does not know an app \
-                            '{app}'"
-                        ),
-                    ),
+                    Whereabouts::Unknown => {
+                        Refusal::new(Code::NoApp, format!("there is no app '{app}'"))
+                    }
                     Whereabouts::Elsewhere if instance.is_some() => Refusal::new(
                         Code::Offline,
                         format!("app '{app}' has no such instance in pool '{}'", m.name),

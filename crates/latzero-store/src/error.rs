@@ -93,7 +93,7 @@ pub enum BackupError {
         findings: String,
     },
     /// The target exists.
-    #[error("{} already exists; choose another file, or move it away", path.display())]
+    #[error("{} already exists; choose another file, or move the existing one", path.display())]
     Exists {
         /// Which file.
         path: PathBuf,
