@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// One live connection of an app, as the wire shows it: sixteen hex digits.
+/// One live connection of an app; on the wire it is sixteen hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InstanceId(pub u64);
 
@@ -34,18 +34,18 @@ impl serde::Serialize for InstanceId {
     }
 }
 
-/// A call as its handler names it: the pool that holds the call, and its place and generation
-/// there, so that an answer finds its call without a search and an answer to an ended call finds
-/// nothing. The epoch keeps ids apart that different runs of a server give out.
+/// The id by which a handler names a call: the pool that holds the call, and its index and
+/// generation there. So an answer finds its call without a search, and an answer to an ended call
+/// finds nothing. The epoch makes the ids of different runs of a server differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CallId {
-    /// A random number of at most 48 bits, drawn when the pool was made in this run of the server.
+    /// A random number of at most 48 bits, chosen when this run of the server created the pool.
     pub epoch: u64,
     /// The pool's number.
     pub pool: u32,
-    /// The call's place in the pool's table.
+    /// The call's index in the pool's table.
     pub slot: u32,
-    /// How often that place was used before.
+    /// How many times that index was used before.
     pub generation: u32,
 }
 
@@ -83,7 +83,8 @@ impl CallId {
 /// Most hex digits of an epoch.
 const EPOCH_DIGITS: usize = 12;
 
-/// The text of an id as it grows. Eight bytes are written at a time, of which fewer may count.
+/// The text of an id while it is written. Eight bytes are written at a time, of which fewer may be
+/// part of the text.
 struct Text {
     bytes: [u8; 56],
     length: usize,
@@ -99,7 +100,7 @@ impl Default for Text {
 }
 
 impl Text {
-    /// Appends a number as hex digits without zeros in front, but `least` digits.
+    /// Appends a number as hex digits without leading zeros, but at least `least` digits.
     fn push(&mut self, number: u32, least: u32) {
         let digits = (32 - number.leading_zeros()).div_ceil(4).max(least);
         // One digit in each byte, the first one in the highest.
@@ -124,7 +125,7 @@ fn take_short(rest: &mut &[u8], end: Option<u8>) -> Option<u32> {
     take_hex(rest, 8, end).and_then(|number| u32::try_from(number).ok())
 }
 
-/// What each byte is worth as a hex digit; 16 for those that are none.
+/// The value of each byte as a hex digit; 16 for other bytes.
 const DIGITS: [u8; 256] = {
     let mut digits = [16; 256];
     let mut value = 0;
@@ -135,7 +136,7 @@ const DIGITS: [u8; 256] = {
     digits
 };
 
-/// Takes a number of at most `most` hex digits, and the byte `end` behind it.
+/// Takes a number of at most `most` hex digits, and the byte `end` after it.
 fn take_hex(rest: &mut &[u8], most: usize, end: Option<u8>) -> Option<u64> {
     let (mut number, mut length) = (0, 0);
     for &byte in rest.iter() {
@@ -146,7 +147,7 @@ fn take_hex(rest: &mut &[u8], most: usize, end: Option<u8>) -> Option<u64> {
         number = (number << 4) | u64::from(digit);
         length += 1;
     }
-    // Only the shortest spelling counts, so an id has one text.
+    // Only the shortest spelling is accepted, so an id has exactly one text.
     let is_short = (1..=most).contains(&length) && (length == 1 || rest[0] != b'0');
     if !is_short || rest.get(length).copied() != end {
         return None;
