@@ -564,7 +564,7 @@ impl<D: Driver> Session<D> {
         Ok(format!("{{\"delivered\":{delivered}}}"))
     }
 
-    /// A call is named by its id alone: each pool of the caller is asked whether it is there.
+    /// Only an id names a call, so it is looked up in each pool of the caller.
     fn each_membership(
         &self,
         call: &CallRef<'_>,

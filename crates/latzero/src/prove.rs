@@ -1,4 +1,4 @@
-//! Proofs on a fresh connection: the app's key before the handshake, encrypted pools behind it.
+//! Proofs on a new connection: the app's key before the handshake, encrypted pools after it.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -18,13 +18,13 @@ use crate::error::Error;
 use crate::keys::{AppKey, Keys, now_ms, random};
 use crate::sealed::{Joined, SealedPool};
 
-/// A connection that is not in use yet: what is asked is answered before anything else is read.
+/// A connection that is not in use yet: it sends requests one at a time and waits for each reply.
 pub(crate) struct Talk<'a> {
     link: &'a Link,
     deadline: Instant,
     accept: Accept,
     buf: Vec<u8>,
-    /// Whole frames that answer nothing that was asked, in their order.
+    /// Complete frames that answer none of its requests, in order.
     early: Vec<u8>,
     descriptors: Vec<OwnedFd>,
 }
@@ -52,16 +52,16 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// What is read from now on may have attachments.
+    /// From now on received frames may have attachments.
     pub(crate) fn accept(&mut self, accept: Accept) {
         self.accept = accept;
     }
 
-    /// What came and was not asked for: bytes, and descriptors.
+    /// The bytes and descriptors of other messages that arrived.
     pub(crate) fn finish(mut self) -> (Vec<u8>, Vec<OwnedFd>) {
         let mut chunk = [0; 4096];
         while self.link.has_buffered() {
-            // What goes wrong goes wrong again when it is read the next time.
+            // An error will occur again at the next read.
             match self.link.try_recv(&mut chunk, &mut self.descriptors) {
                 Ok(n @ 1..) => self.buf.extend_from_slice(&chunk[..n]),
                 Ok(0) | Err(_) => break,
@@ -78,15 +78,15 @@ impl<'a> Talk<'a> {
         sent.map_err(|error| self.explain_send(error))
     }
 
-    /// Why nothing can be sent. The server may have said so before it closed, where only a read
-    /// finds it.
+    /// Why nothing can be sent. The server may have sent the reason before it closed the
+    /// connection, so it has to be read.
     fn explain_send(&self, error: io::Error) -> Error {
         let read = self.link.try_recv(&mut [0; 4096], &mut Vec::new());
         let known = read.err().and_then(|read| self.link.explain(&read));
         known.unwrap_or_else(|| lost(format!("the handshake failed: {error}")).with_source(error))
     }
 
-    /// The next message that `wanted` accepts; others wait for later reads.
+    /// The next message that `wanted` accepts; others are kept for later reads.
     pub(crate) fn hear<T>(
         &mut self,
         wanted: impl Fn(&[u8]) -> Result<Option<T>, Error>,
@@ -137,7 +137,7 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// Asks, and gives the reply's `response`.
+    /// Sends a request; returns the reply's `response`.
     fn ask(&mut self, mut request: Value) -> Result<Value, Error> {
         const ID: &str = "proof";
         request["id"] = ID.into();
@@ -153,7 +153,7 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// What this connection's proofs are bound to.
+    /// The channel binding of this connection's proofs.
     fn binding(&self, may_be_unbound: bool) -> Result<ChannelBinding, Error> {
         check_bound(self.link.binding, may_be_unbound)
     }
@@ -196,8 +196,7 @@ impl<'a> Talk<'a> {
     }
 }
 
-/// Refuses to prove anything where nothing binds the proof to the connection, unless that was
-/// allowed.
+/// Refuses to send a proof that is not bound to the connection, unless that was allowed.
 pub(crate) fn check_bound(
     binding: ChannelBinding,
     may_be_unbound: bool,
@@ -225,7 +224,7 @@ pub(crate) fn exchange(challenge: &Value, binding: ChannelBinding) -> Result<Exc
     })
 }
 
-/// What a challenge said of a pool.
+/// The challenge for a pool.
 struct Said {
     name: String,
     pool_id: [u8; 16],
@@ -233,7 +232,7 @@ struct Said {
     suite: u16,
 }
 
-/// The `pool_join` that answers a challenge, and what its reply must have.
+/// The `pool_join` that answers a challenge, and what its reply must contain.
 fn answer(
     challenge: &Value,
     pool: &str,
@@ -285,7 +284,7 @@ fn read_joined(reply: &Value, said: &Said, asked: Roles) -> Result<Joined, Error
         epoch: said.epoch,
         suite: said.suite,
     };
-    // The name stays with the pool; the rest is compared where the keys are.
+    // The name belongs to the pool; the rest is compared where the keys are.
     if (descriptor.pool_id(), descriptor.epoch()) != (expected.pool_id, expected.epoch)
         || descriptor.suite().number() != expected.suite
     {
@@ -301,7 +300,7 @@ fn read_joined(reply: &Value, said: &Said, asked: Roles) -> Result<Joined, Error
     })
 }
 
-/// A descriptor that is not taken, as an error.
+/// The error for a descriptor that is not accepted.
 pub(crate) fn unfit(error: &latzero_crypto::descriptor::DescriptorError) -> Error {
     use latzero_crypto::descriptor::DescriptorError;
     let code = match error {

@@ -1,4 +1,4 @@
-//! TLS on a connection: whom the client accepts, and the records beside the socket.
+//! TLS on a connection: which servers the client accepts, and reading and writing records.
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -20,10 +20,10 @@ use crate::known_hosts;
 use crate::reader::timespec;
 use crate::sync::lock;
 
-/// Bytes that are read from the socket at once: four records.
+/// How many bytes are read from the socket at once: four records.
 const READ_BYTES: usize = 64 * 1024;
 
-/// What an address says of TLS.
+/// What an address says about TLS.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct TlsOptions {
     /// The server's key.
@@ -35,7 +35,7 @@ pub(crate) struct TlsOptions {
     pub(crate) key: Option<PathBuf>,
 }
 
-/// Bytes of the socket that were not decrypted yet.
+/// Bytes from the socket that were not decrypted yet.
 #[derive(Debug)]
 struct Inbox {
     buf: Vec<u8>,
@@ -56,7 +56,7 @@ impl Read for Inbox {
     }
 }
 
-/// Writes to a socket what it takes at once.
+/// Writes to a socket as much as it accepts without blocking.
 struct Sink<'a>(BorrowedFd<'a>);
 
 impl Write for Sink<'_> {
@@ -77,12 +77,12 @@ pub(crate) struct Tls {
     inbox: Mutex<Inbox>,
     stream: Mutex<Stream>,
     seen: Seen,
-    /// The last read of the socket filled the inbox, or was of an end: there is more to read.
+    /// The last read of the socket filled the inbox, or reached the end: there is more to read.
     may_have_more: AtomicBool,
 }
 
 impl Tls {
-    /// Agrees on TLS, within the time that is left.
+    /// Makes the TLS handshake, within the time that is left.
     pub(crate) fn connect(
         socket: BorrowedFd<'_>,
         (host, port): (&str, u16),
@@ -107,7 +107,7 @@ impl Tls {
         Ok(tls)
     }
 
-    /// The pin of whoever answers on `socket`, which proves that it has the key, and nothing else.
+    /// The pin of the server on `socket`, which only proves that it has the key.
     pub(crate) fn look(
         socket: BorrowedFd<'_>,
         (host, port): (&str, u16),
@@ -161,7 +161,7 @@ impl Tls {
         }
     }
 
-    /// What binds proofs to the connection.
+    /// The channel binding of the connection.
     pub(crate) fn binding(&self) -> Result<ChannelBinding, Error> {
         let exported = lock(&self.stream).binding();
         exported
@@ -185,7 +185,7 @@ impl Tls {
                 Err(error) if Unfinished::is(&error) => continue,
                 other => return other,
             }
-            // Without the stream, so that others can write while this one waits.
+            // The stream is not held, so that others can write while this one waits.
             let received = rustix::io::retry_on_intr(|| {
                 rustix::net::recv(socket, &mut inbox.buf[..], flags).map(|(n, _)| n)
             });
@@ -198,18 +198,18 @@ impl Tls {
         }
     }
 
-    /// Whether something has come that is not in the socket any more.
+    /// Whether there is data that was already read from the socket.
     pub(crate) fn has_buffered(&self) -> bool {
         let inbox = lock(&self.inbox);
         inbox.start < inbox.end || lock(&self.stream).has_buffered()
     }
 
-    /// Whether the socket may have more, as far as the last read tells.
+    /// Whether the socket may have more data, judging by the last read.
     pub(crate) fn may_have_more(&self) -> bool {
         self.may_have_more.load(Ordering::Acquire)
     }
 
-    /// Sends what the socket takes at once.
+    /// Sends as much as the socket accepts without blocking.
     pub(crate) fn send(&self, socket: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> {
         let sent = lock(&self.stream).write(&mut Sink(socket), bytes);
         sent.map_err(|error| {
@@ -217,17 +217,17 @@ impl Tls {
         })
     }
 
-    /// Bytes that [`Tls::send`] did not report, though they may have left.
+    /// How many bytes may have been sent although [`Tls::send`] did not report them.
     pub(crate) fn owed(&self) -> u64 {
         u64::from(lock(&self.stream).owes_byte())
     }
 
-    /// Says that nothing more will be sent.
+    /// Ends the sending side.
     pub(crate) fn finish(&self, socket: BorrowedFd<'_>) {
         lock(&self.stream).finish(&mut Sink(socket));
     }
 
-    /// What a failed read after the handshake was about, if TLS knows.
+    /// The cause of a failed read after the handshake, if TLS knows it.
     pub(crate) fn refusal(&self, error: &io::Error) -> Option<Error> {
         match client::explain(error, &self.seen) {
             Fault::Refused(why) => Some(refused(&why)),
