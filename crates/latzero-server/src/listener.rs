@@ -105,12 +105,16 @@ impl Unauthenticated {
         let (all, _) = places(limits.connections_unauthenticated_max);
         if self.total >= all {
             let limit = "limits.connections_unauthenticated_max";
-            return refuse(self.total, "have not done their handshake", limit);
+            return refuse(self.total, "have not completed their handshake", limit);
         }
         let waiting = of_user(&self.waiting);
         if waiting >= limits.connections_unauthenticated_per_user_max {
             let limit = "limits.connections_unauthenticated_per_user_max";
-            return refuse(waiting, "of your user have not done their handshake", limit);
+            return refuse(
+                waiting,
+                "of your user have not completed their handshake",
+                limit,
+            );
         }
         *self.waiting.entry(user).or_default() += 1;
         *self.open.entry(user).or_default() += 1;

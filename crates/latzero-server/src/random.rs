@@ -10,7 +10,7 @@ pub(crate) fn bytes<const N: usize>() -> [u8; N] {
         match getrandom(&mut bytes[filled..], GetRandomFlags::empty()) {
             Ok(count) => filled += count,
             Err(rustix::io::Errno::INTR) => {}
-            Err(cause) => panic!("the kernel gives no random bytes: {cause}"),
+            Err(cause) => panic!("the kernel returned no random bytes: {cause}"),
         }
     }
     bytes

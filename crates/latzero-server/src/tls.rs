@@ -100,8 +100,8 @@ fn own(data_dir: &Path) -> Result<(PathBuf, PathBuf), StartupError> {
             false => (&key, &certificate),
         };
         return Err(StartupError::Certificate(format!(
-            "{} is there, and {} is not; restore it, or remove the other for a new certificate, \
-             which clients have to trust anew",
+            "{} exists, but {} does not; restore it, or remove the other for a new certificate, \
+             which clients must then trust",
             there.display(),
             gone.display()
         )));
@@ -125,13 +125,13 @@ fn own(data_dir: &Path) -> Result<(PathBuf, PathBuf), StartupError> {
         let _ = remove(&beside);
         match error.kind() {
             io::ErrorKind::DirectoryNotEmpty => StartupError::Certificate(format!(
-                "{} holds other files, and neither a certificate nor a key; move them elsewhere",
+                "{} holds other files, but neither a certificate nor a key; move them elsewhere",
                 directory.display()
             )),
             _ => StartupError::of_io("writing", &directory, error),
         }
     })?;
-    tracing::info!(certificate = %certificate.display(), "made a certificate for TLS");
+    tracing::info!(certificate = %certificate.display(), "created a certificate for TLS");
     Ok((certificate, key))
 }
 

@@ -194,7 +194,7 @@ impl Looks {
                     "its file was moved or removed while the server is running; it cannot be \
                     flushed"
                 }
-                false => "its file went away with the data directory",
+                false => "its file was removed with the data directory",
             });
             let remedy = "its content is still in memory: save it with `latzero block dump`, or \
                 stop the server, which writes it to a new file";

@@ -139,7 +139,7 @@ impl App {
             return Ok(());
         }
         let text =
-            "what answers has not got the admin token: it is not the server that it claims to be";
+            "the server at this address does not have the admin token: it is not the expected one";
         Err(Error::new(Code::Unauthenticated, text))
     }
 
@@ -157,7 +157,7 @@ impl App {
         is_history_cut: bool,
     ) -> Result<Value, Error> {
         let Some(sealed) = self.core().sealed_pool(Some(pool)) else {
-            let text = format!("this app has no keys of pool '{pool}'");
+            let text = format!("this app has no keys for pool '{pool}'");
             return Err(Error::new(Code::NotMember, text));
         };
         let descriptor = sealed.next_descriptor(new, is_history_cut)?;
@@ -544,8 +544,8 @@ fn close(core: &Arc<Core>, time: Duration) -> Result<(), Error> {
         true => Ok(()),
         false => Err(Error::new(
             Code::Timeout,
-            "handlers were still at work, or the server did not take their answers; the app was \
-            closed all the same",
+            "handlers were still running, or the server did not receive their answers; the app was \
+            closed anyway",
         )),
     }
 }

@@ -152,7 +152,7 @@ impl BlockName {
         let current = Current::of_reply(core, reply)?;
         let block = Block::new(&self.app, access, current);
         if uid.is_some() && request["if_exists"] != "attach" && uid != block.uid().map(encode) {
-            let text = format!("block '{}' was not made as it was asked for", self.id);
+            let text = format!("the server did not create block '{}' as requested", self.id);
             return Err(Error::new(Code::Integrity, text));
         }
         block.look().await;
@@ -988,8 +988,8 @@ fn contended(id: &str) -> Error {
     Error::new(
         Code::Contended,
         format!(
-            "block '{id}' is written so often that no whole version could be had; repeat, or give \
-            it more slots"
+            "block '{id}' is written too often to read a consistent version; try again, or \
+            recreate it with more slots"
         ),
     )
 }
@@ -997,7 +997,7 @@ fn contended(id: &str) -> Error {
 fn removed(id: &str) -> Error {
     Error::new(
         Code::NoBlock,
-        format!("block '{id}' was removed, or went with its server"),
+        format!("block '{id}' was removed, or was lost with its server"),
     )
 }
 
@@ -1005,14 +1005,14 @@ fn removed(id: &str) -> Error {
 fn not_mapped(id: &str, verb: &str) -> Error {
     Error::new(
         Code::Storage,
-        format!("block '{id}' is not mapped here; {verb} it by copies"),
+        format!("block '{id}' is not mapped here; {verb} it by copying"),
     )
 }
 
 pub(crate) fn timed_out(id: &str) -> Error {
     Error::new(
         Code::Timeout,
-        format!("no new version of block '{id}' came in this time"),
+        format!("there was no new version of block '{id}' in time"),
     )
 }
 
@@ -1021,7 +1021,7 @@ fn read_error(id: &str, error: latzero_shm::ReadError) -> Error {
     match error {
         ReadError::OutOfRange => Error::new(
             Code::OutOfRange,
-            format!("these bytes lie outside block '{id}'"),
+            format!("the range is outside block '{id}'"),
         ),
         ReadError::Contended | ReadError::Version(_) => contended(id),
         ReadError::Fault(fault) => Error::new(
@@ -1037,11 +1037,11 @@ fn write_error(id: &str, error: latzero_shm::WriteError) -> Error {
     match error {
         WriteError::OutOfRange => Error::new(
             Code::OutOfRange,
-            format!("these bytes lie outside block '{id}'; nothing was written"),
+            format!("the range is outside block '{id}'; nothing was written"),
         ),
         WriteError::LeaseLost => Error::new(
             Code::LockLost,
-            format!("the lock of block '{id}' is held no longer; nobody saw what was written"),
+            format!("the lock of block '{id}' was lost; the version was not published"),
         )
         .with_ran(Ran::No),
         WriteError::ReadOnly => Error::new(

@@ -472,7 +472,7 @@ impl Answers {
         match core.block_on(deadline, |cx| self.0.poll_next_answer(cx)) {
             Some(Some(answer)) => Ok(answer),
             Some(None) => Err(crate::core::Core::closed_error()),
-            None => Err(Error::new(Code::Timeout, "no answer came in this time")),
+            None => Err(Error::new(Code::Timeout, "no answer arrived in time")),
         }
     }
 }
@@ -598,7 +598,7 @@ impl<T: Lossy> Events<T> {
         match core.block_on(deadline, |cx| self.0.queue.poll_next(cx)) {
             Some(Some(event)) => Ok(event),
             Some(None) => Err(crate::core::Core::closed_error()),
-            None => Err(Error::new(Code::Timeout, "no event came in this time")),
+            None => Err(Error::new(Code::Timeout, "no event arrived in time")),
         }
     }
 }

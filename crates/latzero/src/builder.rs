@@ -277,7 +277,7 @@ pub(crate) async fn on_thread<T: Send + 'static>(
             }
         });
     spawned.map_err(|e| {
-        Error::new(Code::Internal, "no thread could be started to connect")
+        Error::new(Code::Internal, "cannot start a thread to connect")
             .with_ran(Ran::No)
             .with_source(e)
     })?;

@@ -89,7 +89,7 @@ fn check_id(id: &str) -> Result<(), Error> {
             id.len()
         )
     } else if Id::parse(id).is_some() {
-        format!("id '{id}' has the form of those that calls get by themselves; choose another")
+        format!("id '{id}' has the form of generated ids; choose another")
     } else {
         return Ok(());
     };
@@ -727,7 +727,7 @@ fn too_late(is_connected: bool) -> Error {
     let error = match is_connected {
         true => Error::new(
             Code::Overloaded,
-            "too much is waiting to be sent or answered; the call's time ended before its turn",
+            "the call's time ended while it waited to be sent: too many calls are waiting",
         ),
         false => Error::new(
             Code::Disconnected,

@@ -440,7 +440,7 @@ pub(crate) fn connect(
     talk.say(handshake)?;
     // No message precedes it.
     let ack: Ack = talk.hear(|json| {
-        let no_server = |e| format!("what answers is not a LatZero server: {e}");
+        let no_server = |e| format!("the program at this address is not a LatZero server: {e}");
         let ack = serde_json::from_slice(json);
         ack.map(Some)
             .map_err(|e| Error::new(Code::Disconnected, no_server(e)).with_ran(Ran::No))

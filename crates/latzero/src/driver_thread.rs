@@ -92,7 +92,7 @@ impl Workers {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| {
             Error::new(
                 Code::Internal,
-                format!("no event descriptor could be had: {e}"),
+                format!("cannot create an event descriptor: {e}"),
             )
             .with_ran(Ran::No)
             .with_source(e)

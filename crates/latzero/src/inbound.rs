@@ -91,7 +91,7 @@ fn own_descriptors(
     let count = usize::try_from(named).unwrap_or(usize::MAX);
     if count > came.len() || came.len() - count > DESCRIPTORS_KEPT_MAX {
         let text = format!(
-            "a message names {named} file descriptors, and {} came",
+            "a message names {named} file descriptors, but {} arrived",
             came.len()
         );
         return Err(text);

@@ -211,7 +211,7 @@ impl Outbox {
             return Poll::Ready(Err(Error::new(Code::TooLarge, text)));
         }
         if message.descriptor.is_some() && !link.takes_descriptors {
-            let text = "this connection passes no file descriptors; the server's Unix socket does";
+            let text = "this connection cannot pass file descriptors; use the server's Unix socket";
             return Poll::Ready(Err(Error::new(Code::BadMessage, text).with_ran(Ran::No)));
         }
         let (attachments, epoch) = (link.attachments, link.epoch);
@@ -405,7 +405,7 @@ fn send(
 fn disconnected() -> Error {
     Error::new(
         Code::Disconnected,
-        "the connection that the call came by is gone",
+        "the connection that the call arrived over has ended",
     )
 }
 

@@ -261,7 +261,7 @@ fn not_sent(why: &impl std::fmt::Display) -> Error {
 fn not_written(e: serde_json::Error) -> Error {
     Error::new(
         Code::BadMessage,
-        format!("the payload can't be written as JSON: {e}"),
+        format!("the payload cannot be encoded as JSON: {e}"),
     )
     .with_source(e)
 }

@@ -643,7 +643,7 @@ impl Pending {
 pub(crate) fn silence() -> Error {
     Error::new(
         Code::Timeout,
-        "no answer came, not even the server's own; is it stuck?",
+        "no answer arrived, not even the server's own timeout; the server may be suspended",
     )
 }
 

@@ -34,7 +34,9 @@ fn lost(what: String) -> Error {
 }
 
 fn no_server(why: impl std::fmt::Display) -> Error {
-    lost(format!("what answers is not a LatZero server: {why}"))
+    lost(format!(
+        "the program at this address is not a LatZero server: {why}"
+    ))
 }
 
 impl<'a> Talk<'a> {
@@ -94,8 +96,8 @@ impl<'a> Talk<'a> {
         let mut chunk = [0; 4096];
         loop {
             if latzero_tls::is_tls(&self.buf) {
-                let text = "the server speaks TLS there; run `latzero trust HOST:PORT`, and say \
-                            `?tls` in the address";
+                let text = "the server speaks TLS there; run `latzero trust HOST:PORT`, and add \
+                            `?tls` to the address";
                 return Err(lost(text.into()));
             }
             while let Some((frame, used)) =
@@ -202,8 +204,8 @@ pub(crate) fn check_bound(
     may_be_unbound: bool,
 ) -> Result<ChannelBinding, Error> {
     if binding == ChannelBinding::None && !may_be_unbound {
-        let text = "nothing binds a proof to a plain TCP connection, so whoever listens there \
-        could pass it on: use the Unix socket, or say `&unbound` in the address";
+        let text = "a proof cannot be bound to a plain TCP connection, so another program on that \
+        port could forward it: use the Unix socket or TLS, or add `&unbound` to the address";
         return Err(Error::new(Code::Downgrade, text));
     }
     Ok(binding)

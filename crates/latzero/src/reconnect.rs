@@ -46,7 +46,7 @@ pub(crate) fn spawn(core: &Arc<Core>) -> Result<(), Error> {
         .name("latzero-connect".into())
         .spawn(move || reconnect(&core));
     spawned.map(drop).map_err(|e| {
-        Error::new(Code::Internal, "no thread could be started to reconnect")
+        Error::new(Code::Internal, "cannot start a thread to reconnect")
             .with_ran(Ran::No)
             .with_source(e)
     })

@@ -159,10 +159,7 @@ impl Ticket {
 }
 
 fn cancelled() -> Error {
-    Error::new(
-        Code::Cancelled,
-        "the caller does not want the answer any more",
-    )
+    Error::new(Code::Cancelled, "the caller no longer wants the answer")
 }
 
 /// A call, or an emit, as its handler sees it.
@@ -282,7 +279,7 @@ impl Request {
             return Err(Error::new(
                 Code::NoBlock,
                 format!(
-                    "the call brought no block '{id}'; it brought {:?}",
+                    "the caller passed no block '{id}', but {:?}",
                     self.block_ids()
                 ),
             ));

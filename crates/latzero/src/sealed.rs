@@ -250,8 +250,8 @@ impl SealedPool {
 
     fn not_open(&self) -> Error {
         let text = format!(
-            "the keys of pool '{}' are missing or not those of its epoch: nothing can be sealed \
-            or opened",
+            "the keys of pool '{}' are missing, or are not those of its epoch: nothing can be \
+            sealed or opened",
             self.name
         );
         Error::new(Code::StaleEpoch, text).with_ran(Ran::No)

@@ -201,7 +201,7 @@ impl<R: FromPayload> Stream<R> {
                 self.is_done = true;
                 Some(Err(Error::new(
                     Code::Timeout,
-                    "the stream did not end in its time",
+                    "the stream did not end in time",
                 )))
             }
         }

@@ -131,7 +131,7 @@ fn ready_line(stdout: std::process::ChildStdout) -> Result<(String, PathBuf), St
         Ok(Ok(addresses)) => Ok(addresses),
         Ok(Err(printed)) => Err(format!("it ended, having printed {printed:?}")),
         Err(_) => Err(format!(
-            "no ready line came within {} s",
+            "no ready line appeared within {} s",
             READY_TIME.as_secs()
         )),
     }
@@ -158,7 +158,12 @@ fn private_dir() -> Result<PathBuf, StartError> {
         match std::fs::DirBuilder::new().mode(0o700).create(&dir) {
             Ok(()) => return Ok(dir),
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => last = Some(e),
-            Err(e) => return Err(StartError(format!("{} can't be made: {e}", dir.display()))),
+            Err(e) => {
+                return Err(StartError(format!(
+                    "{} cannot be created: {e}",
+                    dir.display()
+                )));
+            }
         }
     }
     Err(StartError(format!("no directory could be made: {last:?}")))

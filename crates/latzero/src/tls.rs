@@ -119,7 +119,7 @@ impl Tls {
             .map_err(|error| tls.explain(&error, &trust, (host, port)))?;
         tls.seen
             .pin()
-            .ok_or_else(|| lost("the server showed no certificate"))
+            .ok_or_else(|| lost("the server presented no certificate"))
     }
 
     fn begin(host: &str, trust: &Trust<'_>, own: Option<(&Path, &Path)>) -> Result<Tls, Error> {
@@ -246,8 +246,8 @@ impl Tls {
         }
         if error.kind() == io::ErrorKind::UnexpectedEof {
             return lost(&format!(
-                "the server at {place} closed the connection while TLS was agreed on; it may be \
-                 full, or speak something else there"
+                "the server at {place} closed the connection during the TLS handshake; it may have \
+                 too many connections, or not use TLS there"
             ));
         }
         match (client::explain(error, &self.seen), trust) {
@@ -259,7 +259,7 @@ impl Tls {
                 Code::Unauthenticated,
                 format!(
                     "the server at {place} is not the one that you trust: its pin is {pin}, and \
-                     {wanted} was expected. Somebody may be in between. If its certificate was \
+                     {wanted} was expected. This may be another server. If its certificate was \
                      replaced on purpose, compare with `latzero status` on the server, and then \
                      change the pin in the address or run `latzero trust --replace {place}`"
                 ),
@@ -290,9 +290,8 @@ fn refused(alert: &str) -> Error {
     Error::new(
         Code::Unauthenticated,
         format!(
-            "the server refused this client's part of TLS ({alert}); where it asks for client \
-             certificates, give one with `&cert=FILE&key=FILE` in the address, from an authority \
-             that it knows"
+            "the server refused the TLS handshake ({alert}); if it requires client certificates, \
+             name one with `&cert=FILE&key=FILE` in the address, from an authority that it accepts"
         ),
     )
     .with_ran(Ran::No)
@@ -301,13 +300,13 @@ fn refused(alert: &str) -> Error {
 fn unknown(host: &str, port: u16) -> Error {
     let remedy = match known_hosts::path() {
         Some(_) => format!("run `latzero trust {host}:{port}`"),
-        None => "set HOME, where trusted servers are looked up".to_owned(),
+        None => "set HOME, which contains the list of trusted servers".to_owned(),
     };
     Error::new(
         Code::Unauthenticated,
         format!(
-            "the server at {host}:{port} is not known yet; {remedy}, or say `&pin=PIN` or \
-             `&ca=FILE` in the address"
+            "the server at {host}:{port} is not trusted yet; {remedy}, or add `&pin=PIN` or \
+             `&ca=FILE` to the address"
         ),
     )
     .with_ran(Ran::No)
@@ -315,7 +314,7 @@ fn unknown(host: &str, port: u16) -> Error {
 
 #[allow(clippy::needless_pass_by_value, reason = "it is for map_err")]
 fn unusable(error: SetupError) -> Error {
-    Error::new(Code::BadMessage, format!("TLS can't be set up: {error}")).with_ran(Ran::No)
+    Error::new(Code::BadMessage, format!("cannot set up TLS: {error}")).with_ran(Ran::No)
 }
 
 /// Waits until a socket is ready, and no longer than there is time.

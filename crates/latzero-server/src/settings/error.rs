@@ -142,8 +142,8 @@ impl fmt::Display for SettingsError {
             ),
             Problem::Exposed { host } => write!(
                 f,
-                ": other machines reach `{host}`, and nothing that travels there is encrypted; \
-                 use --tls (docs/security.md), or say --insecure"
+                ": other machines can reach `{host}`, and the traffic would not be encrypted; \
+                 use --tls (docs/security.md), or allow it with --insecure"
             ),
             Problem::NotInThisBuild { key } => write!(
                 f,

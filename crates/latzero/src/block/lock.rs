@@ -156,7 +156,7 @@ impl BlockLock {
         Err(Error::new(
             Code::LockLost,
             format!(
-                "the lock of block '{}' is held no longer: its lease or its connection ended",
+                "the lock of block '{}' was lost: its lease or its connection ended",
                 self.block.id()
             ),
         )

@@ -274,7 +274,7 @@ impl BlockState {
             return Ok(current);
         }
         let text = format!(
-            "the name of block '{}' is another sealed block's now; attach that one anew",
+            "block '{}' was replaced by another sealed block; attach to it again",
             self.id
         );
         Err(Error::new(Code::Integrity, text))
@@ -570,7 +570,7 @@ impl Blocks {
         Err(Error::new(
             Code::Overloaded,
             format!(
-                "{WAITS_MAX} futures of this app wait for blocks already; use `changes` for more"
+                "{WAITS_MAX} futures of this app already wait for blocks; use `changes` for more"
             ),
         ))
     }

@@ -116,7 +116,7 @@ impl<T: Element> TypedBlock<T> {
 
     fn offset(&self, index: u64) -> Result<u64, Error> {
         index.checked_mul(T::BYTES as u64).ok_or_else(|| {
-            let text = format!("block '{}' has no number {index}", self.block.id());
+            let text = format!("block '{}' has no element {index}", self.block.id());
             Error::new(Code::OutOfRange, text)
         })
     }

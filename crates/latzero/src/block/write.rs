@@ -222,7 +222,7 @@ impl Drop for Draft {
                 Code::Cancelled,
                 format!(
                     "a draft of block '{}' was dropped without `commit`, and is not mapped: \
-                    nobody saw what was written",
+                    the version was not published",
                     block.id()
                 ),
             )),

@@ -351,7 +351,7 @@ impl Changes {
             .ok_or_else(|| {
                 Error::new(
                     latzero_protocol::Code::Timeout,
-                    "no new version came in this time",
+                    "there was no new version in time",
                 )
             })
     }
