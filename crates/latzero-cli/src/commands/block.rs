@@ -71,10 +71,11 @@ impl BlockHandle {
         BlockHandle::find(at, reach, ConnectOptions::once("block"))
     }
 
-    /// As [`At::once`], in a pool that is made where there is none: for a block that is to be made.
+    /// Like [`At::once`], but creates the pool if it does not exist, for a block that will be
+    /// created.
     fn to_make(at: &BlockAt, reach: &ServerArgs) -> Result<BlockHandle, Failure> {
         let target = BlockHandle::target(at)?;
-        // One whose keys are here is there already.
+        // A pool whose keys are here was already created.
         let made = target.pool.as_deref();
         let made = made.filter(|_| proved(reach, &target).is_none());
         BlockHandle::find(at, reach, ConnectOptions::once("block").in_pool(made))
